@@ -1,0 +1,1 @@
+"""Where what is measured (`lindm`) meets what is predicted (`theory`): one question per module."""

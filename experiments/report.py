@@ -1,0 +1,178 @@
+"""One table on the screen and one page to send on, both from verdicts.json and the run directories alone."""
+
+import ast
+import base64
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from experiments import harness
+
+TEMPLATE = Path(__file__).parent / "report.html.jinja"
+
+
+def number(value: float | str | None) -> str:
+    """Four significant digits; a dash for what was not measured."""
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else f"{value:.4g}"
+
+
+def interval(ci: list[float | None]) -> str:
+    low, high = (("-inf", "inf")[i] if end is None else number(end) for i, end in enumerate(ci))
+    return f"[{low}, {high}]"
+
+
+def measured(row: dict[str, Any]) -> str:
+    return "-" if row["measured"] is None else f"{number(row['measured'])} {interval(row['ci'])}"
+
+
+def label(row: dict[str, Any]) -> str:
+    """The verdict, with a word when it is not simply a PASS that was expected."""
+    if row["verdict"] == row["expected"]:
+        return "PASS" if row["expected"] == "PASS" else "FAIL, as expected"
+    return f"{row['verdict']} (expected {row['expected']})"
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """One row per claim; what is not as expected stands out."""
+    t = Table(title=f"lindm verify, preset {summary['preset']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, ratio in (
+        ("claim", 4),
+        ("statement", 8),
+        ("predicted", 5),
+        ("measured [95 %]", 5),
+        ("criterion", 6),
+        ("verdict", 4),
+    ):
+        t.add_column(heading, ratio=ratio, overflow="fold")
+    for row in summary["claims"]:
+        good = row["verdict"] == row["expected"]
+        style = "green" if good else "bold red"
+        cells = [row["id"], row["statement"], number(row["predicted"]), f"{measured(row)}  n={row['n']}", row["criterion"]]
+        mark = "" if good else ">> "
+        t.add_row(*map(escape, cells), f"[{style}]{escape(mark + label(row))}[/]", style=None if good else "bold")
+        t.columns[0].no_wrap = False
+    return t
+
+
+def prose(doc: str) -> list[tuple[str, str]]:
+    """A docstring as ("p" | "pre", text) blocks: what is indented is kept as it stands."""
+    blocks: list[tuple[str, str]] = []
+    for part in re.split(r"\n\s*\n", doc.strip("\n")):
+        indented = [line.startswith("    ") for line in part.splitlines()]
+        if any(indented):
+            lead = [line for line, inside in zip(part.splitlines(), indented, strict=True) if not inside]
+            if lead and not indented[0]:
+                blocks.append(("p", " ".join(lead)))
+            blocks.append(
+                ("pre", "\n".join(line[4:] for line, inside in zip(part.splitlines(), indented, strict=True) if inside))
+            )
+        else:
+            blocks.append(("p", " ".join(part.split())))
+    return [(kind, text) for kind, text in blocks if text]
+
+
+def _docstring(experiment: str) -> str:
+    source = harness.modules().get(experiment)
+    tree = ast.parse(source.read_text(encoding="utf-8")) if source else None
+    return inspect.cleandoc(ast.get_docstring(tree) or "") if tree else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise harness.Stop(harness.DATA, f"{path}: not JSON: {e}") from e
+
+
+def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page shows of one experiment."""
+    run = directory / experiment
+    figures = [
+        {
+            "name": path.stem,
+            "data": base64.b64encode(path.read_bytes()).decode(),
+            "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{path.name}"],
+        }
+        for path in sorted(run.glob("*.png"))
+    ]
+    seconds = [line.get("seconds", 0.0) for line in harness.read_lines(run / "metrics.jsonl")]
+    doc = prose(_docstring(experiment))
+    config = _json(run / "config.json")
+    return {
+        "name": experiment,
+        "question": doc[0][1] if doc else "",
+        "prose": doc[1:],
+        "claims": claims,
+        "figures": figures,
+        "config": config.get("config", {}),
+        "code": config.get("code", ""),
+        "criteria": config.get("criteria", ""),
+        "records": len(harness.read_lines(run / "records.jsonl")),
+        "seconds": sum(seconds),
+        "manifest": _json(run / "manifest.json"),
+    }
+
+
+def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
+    """The page. Everything that is shown goes through autoescape."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number}
+    rows = summary["claims"]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        summary=summary,
+        rows=rows,
+        sections=sections,
+        provenance=provenance,
+        expected=[r for r in rows if r["verdict"] == r["expected"]],
+        unexpected=[r for r in rows if r["verdict"] != r["expected"]],
+        controls=[r for r in rows if r["expected"] == "FAIL"],
+        measured=measured,
+        label=label,
+    )
+
+
+def write_report(directory: Path) -> Path:
+    """report.html of a verify directory; Stop(3) without a verdicts.json."""
+    summary = _json(directory / "verdicts.json")
+    if not summary:
+        raise harness.Stop(harness.DATA, f"no verdicts in {directory / 'verdicts.json'}")
+    names = list(dict.fromkeys(row["experiment"] for row in summary["claims"]))
+    sections = [section(directory, name, [r for r in summary["claims"] if r["experiment"] == name]) for name in names]
+    manifest = next((s["manifest"] for s in sections if s["manifest"]), harness.provenance())
+    path = directory / "report.html"
+    harness.write_atomic(path, render(summary, sections, manifest))
+    return path
+
+
+def redraw(directory: Path) -> list[Path]:
+    """Draw again what `lindm run` or `lindm verify` drew there, from the records; the files written. Stop(3) without records."""
+    runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
+    if not runs:
+        raise harness.Stop(harness.DATA, f"DIR must hold records.jsonl, or directories that do; got {directory}")
+    written: list[Path] = []
+    for run in runs:
+        experiment = _json(run / "config.json").get("experiment")
+        if experiment is None:
+            raise harness.Stop(harness.DATA, f"{run / 'config.json'} must name the experiment")
+        records = harness.read_records(run)
+        module = harness.load(experiment)
+        with harness.sole_writer(run):
+            written += [run / f"{name}.{ending}" for name in harness.draw(module, records, run) for ending in ("png", "pdf")]
+            harness.write_manifest(
+                run, **{k: v for k, v in _json(run / "manifest.json").items() if k in ("experiment", "preset", "config")}
+            )
+    if (directory / "verdicts.json").exists():
+        written.append(write_report(directory))
+    return written

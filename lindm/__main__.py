@@ -1,0 +1,8 @@
+"""`python -m lindm` is `lindm`."""
+
+import sys
+
+from lindm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""From an estimate of Q to a policy and its exact loss."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from lindm.oracles.mdp import backward_induction, policy_value
+from lindm.types import MDP, Measurement
+
+
+def greedy(Q: Array, tolerance: float = 1e-9) -> Array:
+    """The greedy action [...] (int32) of Q [..., A]: the lowest index among those within tolerance of the best.
+
+    The tolerance is relative to max(1, max_a |Q|); without it rounding would break ties, and breaks them differently on
+    different machines.
+    """
+    scale = jnp.maximum(1.0, jnp.abs(Q).max(-1, keepdims=True))
+    return jnp.argmax(Q >= Q.max(-1, keepdims=True) - tolerance * scale, axis=-1).astype(jnp.int32)
+
+
+def suboptimality(mdp: MDP, pi: Array) -> Array:
+    """V*_1 - V^pi_1 [] averaged over the first state, by dynamic programming; pi as in `policy_value`."""
+    return mdp.rho @ (backward_induction(mdp).V[0] - policy_value(mdp, pi)[0])
+
+
+def measurement(values: Array) -> Measurement:
+    """Mean and standard error of values [n, ...] over independent instances; raises `ValueError` for fewer than two."""
+    n = values.shape[0]
+    if n < 2:
+        raise ValueError(f"values must hold at least two instances for a standard error; got {n}")
+    return Measurement(gap=values.mean(0), sem=values.std(0, ddof=1) / jnp.sqrt(n), n=n)

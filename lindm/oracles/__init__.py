@@ -1,0 +1,1 @@
+"""Exact answers: what no learner can beat."""

@@ -1,0 +1,1 @@
+"""Where tasks are born: each module draws problems of one kind and checks the ones that users bring."""

@@ -1,0 +1,70 @@
+"""The rules that every array of a problem obeys, checked once, where a user's arrays come in.
+
+Each check returns its argument as a JAX array or raises `ValueError` with the argument's name, the rule and what was got.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+# Rows that are off by rounding in single precision pass; a row that is off by a digit does not.
+SUM_TOLERANCE = 1e-6
+
+
+def finite(value: ArrayLike, name: str) -> Array:
+    """Any real array without NaN or infinity."""
+    array = np.asarray(value)
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}")
+    bad = ~np.isfinite(array)
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{name} must be finite; got {array[at]} at {at}")
+    return jnp.asarray(array, dtype=jnp.result_type(float) if array.dtype.kind in "iu" else None)
+
+
+def shaped(array: Array, shape: tuple[int | None, ...], name: str, letters: str) -> Array:
+    """An array of the shape that `letters` names; `None` stands for any size of at least one."""
+    fits = array.ndim == len(shape) and all(n == want or (want is None and n > 0) for n, want in zip(array.shape, shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape [{letters}] = ({wanted}); got {array.shape}")
+    return array
+
+
+def distribution(array: Array, name: str) -> Array:
+    """Probabilities along the last axis: none negative, every row sums to one."""
+    values = np.asarray(array)
+    if (values < -SUM_TOLERANCE).any():
+        at = tuple(int(i) for i in np.argwhere(values < -SUM_TOLERANCE)[0])
+        raise ValueError(f"{name} must hold probabilities, none below zero; got {values[at]:.6g} at {at}")
+    sums = values.sum(-1)
+    off = np.abs(sums - 1) > SUM_TOLERANCE
+    if off.any():
+        at = tuple(int(i) for i in np.argwhere(off)[0])
+        raise ValueError(f"each row of {name} must sum to one; row {at} sums to {sums[at]:.6g}")
+    return array
+
+
+def covariance(value: ArrayLike, name: str) -> Array:
+    """A finite, symmetric, positive definite matrix."""
+    array = finite(value, name)
+    if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] == 0:
+        raise ValueError(f"{name} must be a square matrix [d, d]; got shape {array.shape}")
+    values = np.asarray(array, dtype=np.float64)
+    scale = np.abs(values).max()
+    asymmetry = np.abs(values - values.T).max()
+    if asymmetry > 1e-6 * scale:
+        raise ValueError(f"{name} must be symmetric; got entries that differ by {asymmetry:.3g} across the diagonal")
+    smallest, largest = np.linalg.eigvalsh((values + values.T) / 2)[[0, -1]]
+    if smallest <= 1e-12 * max(largest, 0.0) or largest <= 0:
+        raise ValueError(f"{name} must be positive definite (smallest eigenvalue above zero); got {smallest:.3g}")
+    return array
+
+
+def count(value: int, name: str, least: int = 1) -> int:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or int(value) != value or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}; got {value}")
+    return int(value)

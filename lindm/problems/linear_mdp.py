@@ -1,0 +1,150 @@
+"""Linear MDPs [Jin, Yang, Wang, Jordan, COLT 2020]: drawn from a family, or built by hand and checked.
+
+    r_h(s, a) = <phi(s, a), theta_h>,     P_h(s' | s, a) = <phi(s, a), mu_h(s')>
+
+A *family* fixes what a learner knows (features, design) and the law of what it does not (theta, mu). Features are
+probability vectors, so mixing d rows of mu always gives a kernel: a soft state aggregation. For any invertible T
+
+    phi -> T phi,     theta -> T^-T theta,     mu -> T^-T mu
+
+is the same MDP in other coordinates, and T = C^{1/2} Lambda^{-1/2} makes E[phi phi'] = C exactly (`carry`): any spectrum and
+any condition number, with real dynamics behind it. One-hot features are the tabular MDP.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lindm.problems import checks
+from lindm.problems.mdp import simplex_rows
+from lindm.types import MDP, LinearMDP
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A law of linear MDPs that share their features."""
+
+    phi: Array  # [S, A, d] features as the learner sees them
+    design: Array  # [S*A] law of the (s, a) pairs of contexts and queries
+    rho: Array  # [S] law of the first state
+    theta_low: Array  # [H, d] box of the reward weights, in simplex coordinates
+    theta_high: Array  # [H, d]
+    power: Array  # [] concentration of the rows of mu, see `simplex_rows`
+    back: Array  # [d, d] T^-T: from simplex coordinates to those of phi
+
+
+def simplex_family(
+    key: Array,
+    S: int,
+    A: int,
+    d: int,
+    H: int,
+    *,
+    feature_power: float = 1.0,
+    power: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Family:
+    """Random simplex features (drawn once, from `key`), uniform design, rewards theta ~ U[low, high]^d at every stage."""
+    for value, name in ((S, "S"), (A, "A"), (d, "d"), (H, "H")):
+        checks.count(value, name)
+    _check_law(feature_power, power, low, high)
+    return _family(simplex_rows(key, (S, A, d), feature_power), H, power, low, high)
+
+
+def onehot_family(S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0) -> Family:
+    """Tabular MDPs as linear ones: d = S*A, phi(s, a) a unit vector, uniform design."""
+    for value, name in ((S, "S"), (A, "A"), (H, "H")):
+        checks.count(value, name)
+    _check_law(1.0, power, low, high)
+    return _family(jnp.eye(S * A).reshape(S, A, S * A), H, power, low, high)
+
+
+def _check_law(feature_power: float, power: float, low: float, high: float) -> None:
+    for value, name in ((feature_power, "feature_power"), (power, "power")):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative; got {value}")
+    if not (math.isfinite(low) and math.isfinite(high) and high >= low):
+        raise ValueError(f"low and high must be finite with high >= low; got low={low}, high={high}")
+
+
+def _family(phi: Array, H: int, power: float, low: float, high: float) -> Family:
+    S, A, d = phi.shape
+    return Family(
+        phi=phi,
+        design=jnp.full(S * A, 1.0 / (S * A)),
+        rho=jnp.full(S, 1.0 / S),
+        theta_low=jnp.full((H, d), float(low)),
+        theta_high=jnp.full((H, d), float(high)),
+        power=jnp.asarray(float(power)),
+        back=jnp.eye(d),
+    )
+
+
+def second_moment(family: Family) -> Array:
+    """Lambda [d, d] = E[phi phi'] under the family's design."""
+    x = family.phi.reshape(-1, family.phi.shape[-1])
+    return (x * family.design[:, None]).T @ x
+
+
+def carry(family: Family, C: ArrayLike) -> Family:
+    """The same MDPs in coordinates in which E[phi phi'] is `C` [d, d] exactly.
+
+    Raises `ValueError` if `C` is not a covariance of the right size or the features do not span R^d.
+    """
+    C = checks.covariance(C, "C")
+    d = family.phi.shape[-1]
+    checks.shaped(C, (d, d), "C", "d, d")
+    Lambda = checks.covariance(second_moment(family), "the features' second moment")
+    # Any root of C serves; Cholesky factors keep T and its inverse exact to rounding.
+    T = jnp.linalg.cholesky(C) @ jnp.linalg.inv(jnp.linalg.cholesky(Lambda))
+    return replace(family, phi=family.phi @ T.T, back=jnp.linalg.inv(T).T @ family.back)
+
+
+def draw_task(key: Array, family: Family) -> LinearMDP:
+    """One task of the family; `vmap` over keys for many. The dtype is that of `family.phi`."""
+    S, dtype = family.phi.shape[0], family.phi.dtype
+    H, d = family.theta_low.shape
+    measures, rewards = jax.random.split(key)
+    mu = simplex_rows(measures, (H, d, S), family.power, dtype)
+    theta = family.theta_low + (family.theta_high - family.theta_low) * jax.random.uniform(rewards, (H, d), dtype)
+    return LinearMDP(phi=family.phi, mu=jnp.einsum("ij,hjs->his", family.back, mu), theta=theta @ family.back.T, rho=family.rho)
+
+
+def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike | None = None) -> LinearMDP:
+    """A linear MDP built by hand, checked: its kernel must be one.
+
+    Args:
+      phi: [S, A, d] features.
+      mu: [H, d, S] measures over next states.
+      theta: [H, d] reward weights.
+      rho: [S] law of the first state; uniform if not given.
+
+    Raises:
+      ValueError: a shape is wrong, a value is not finite, or <phi(s, a), mu_h(.)> is not a distribution for some (h, s, a).
+    """
+    phi, mu, theta = checks.finite(phi, "phi"), checks.finite(mu, "mu"), checks.finite(theta, "theta")
+    checks.shaped(phi, (None, None, None), "phi", "S, A, d")
+    S, _, d = phi.shape
+    checks.shaped(theta, (None, d), "theta", "H, d")
+    checks.shaped(mu, (theta.shape[0], d, S), "mu", "H, d, S")
+    rho = jnp.full(S, 1.0 / S) if rho is None else checks.finite(rho, "rho")
+    checks.shaped(rho, (S,), "rho", "S")
+    checks.distribution(rho, "rho")
+    problem = LinearMDP(phi=phi, mu=mu, theta=theta, rho=rho)
+    checks.distribution(tabulate(problem).P, "the kernel P[h, s, a] = <phi(s, a), mu_h>")
+    return problem
+
+
+def tabulate(problem: LinearMDP) -> MDP:
+    """The same decision problem without its features."""
+    return MDP(
+        P=jnp.einsum("sad,hdt->hsat", problem.phi, problem.mu),
+        r=jnp.einsum("sad,hd->hsa", problem.phi, problem.theta),
+        rho=problem.rho,
+    )

@@ -1,0 +1,53 @@
+"""Tabular finite-horizon MDPs: checked when a user brings one, drawn at random otherwise."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lindm.problems import checks
+from lindm.types import MDP
+
+
+def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
+    """A checked MDP.
+
+    Args:
+      P: [H, S, A, S], each row over the last axis a distribution.
+      r: [H, S, A], finite.
+      rho: [S], a distribution.
+
+    Raises:
+      ValueError: names the argument, the rule and what was got.
+    """
+    P, r, rho = checks.finite(P, "P"), checks.finite(r, "r"), checks.finite(rho, "rho")
+    checks.shaped(r, (None, None, None), "r", "H, S, A")
+    H, S, A = r.shape
+    checks.shaped(P, (H, S, A, S), "P", "H, S, A, S")
+    checks.shaped(rho, (S,), "rho", "S")
+    return MDP(P=checks.distribution(P, "P"), r=r, rho=checks.distribution(rho, "rho"))
+
+
+def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0, dtype=None) -> Array:
+    """Random probability vectors along the last axis: exponentials raised to `power`, normalised.
+
+    Power 1 is the flat Dirichlet law; a larger power concentrates a row on few entries, power 0 makes it uniform.
+    JAX's Dirichlet sampler is a rejection loop over gammas and costs hundreds of times more on a CPU.
+    """
+    weights = jax.random.exponential(key, shape, dtype or jnp.result_type(float)) ** power
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def draw_mdp(key: Array, S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0, dtype=None) -> MDP:
+    """A random MDP whose rows are `simplex_rows` and whose rewards are uniform in [low, high]; starts anywhere."""
+    for value, name in ((S, "S"), (A, "A"), (H, "H")):
+        checks.count(value, name)
+    if not high >= low:
+        raise ValueError(f"high must be at least low = {low}; got {high}")
+    dtype = dtype or jnp.result_type(float)
+    kernel, reward = jax.random.split(key)
+    return MDP(
+        P=simplex_rows(kernel, (H, S, A, S), power, dtype),
+        r=jax.random.uniform(reward, (H, S, A), dtype, low, high),
+        rho=jnp.full(S, 1.0 / S, dtype),
+    )

@@ -1,0 +1,18 @@
+"""Tests run with 64-bit floats, strict rank promotion, eight virtual CPU devices, and warnings as errors (pyproject.toml)."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax
+from hypothesis import settings
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# examples are derived from the test itself, so that a run can be repeated; compile times would trip the deadline
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.load_profile("repeatable")

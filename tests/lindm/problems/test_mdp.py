@@ -1,0 +1,130 @@
+"""Tabular problems: what is accepted, what is refused, and the moments of the random ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lindm.problems.mdp import draw_mdp, mdp, simplex_rows
+
+S, A, H = 3, 2, 2
+
+
+def arrays(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return {"P": rng.dirichlet(np.ones(S), (H, S, A)), "r": rng.normal(size=(H, S, A)), "rho": rng.dirichlet(np.ones(S))}
+
+
+def test_a_good_problem_comes_back_as_it_was_given():
+    given_arrays = arrays()
+    problem = mdp(**given_arrays)
+    for name, array in given_arrays.items():
+        np.testing.assert_array_equal(getattr(problem, name), array)
+
+
+def test_lists_and_whole_numbers_are_accepted():
+    problem = mdp(P=[[[[1, 0]], [[0, 1]]]], r=[[[1], [0]]], rho=[1, 0])
+    assert problem.P.shape == (1, 2, 1, 2)
+    assert jnp.issubdtype(problem.P.dtype, jnp.floating)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), shift=st.sampled_from([-2.0, -0.01, 0.01, 2.0]), name=st.sampled_from(["P", "rho"]))
+def test_a_kernel_or_start_with_one_wrong_entry_is_refused_by_name(seed, shift, name):
+    broken = arrays(seed)
+    flat = broken[name].reshape(-1)
+    flat[seed % flat.size] += shift
+    with pytest.raises(ValueError, match=rf"(row of )?\b{name}\b must"):
+        mdp(**broken)
+
+
+@pytest.mark.parametrize("name", ["P", "r", "rho"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_by_name(name, bad):
+    broken = arrays()
+    broken[name].reshape(-1)[-1] = bad
+    with pytest.raises(ValueError, match=f"^{name} must be finite"):
+        mdp(**broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("P", np.full((S, A, S), 1 / S)),
+        ("P", np.full((H + 1, S, A, S), 1 / S)),
+        ("P", np.full((H, S, A, S + 1), 1 / (S + 1))),
+        ("r", np.zeros((S, A))),
+        ("r", np.zeros((0, S, A))),
+        ("rho", np.full(S + 1, 1 / (S + 1))),
+        ("rho", np.full((1, S), 1 / S)),
+    ],
+)
+def test_a_wrong_shape_is_refused_by_name(name, array):
+    with pytest.raises(ValueError, match=f"^{name} must have shape"):
+        mdp(**(arrays() | {name: array}))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 3.0, 200.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_random_rows_are_distributions_at_any_power(power, dtype):
+    rows = np.asarray(simplex_rows(jax.random.key(0), (500, 7), power, dtype))
+    assert rows.dtype == dtype
+    assert np.isfinite(rows).all()
+    assert (rows >= 0).all()
+    np.testing.assert_allclose(rows.sum(-1), 1, rtol=1e-5 if dtype == jnp.float32 else 1e-13)
+
+
+def test_rows_of_power_one_have_the_moments_of_the_flat_dirichlet_law():
+    n, count = 5, 60_000
+    rows = np.asarray(simplex_rows(jax.random.key(1), (count, n)))
+    # E p_i p_j = (1 + [i = j]) / (n (n + 1)), so the covariance is known in full
+    second = (1 + np.eye(n)) / (n * (n + 1))
+    products = rows[:, :, None] * rows[:, None, :]
+    assert (np.abs(rows.mean(0) - 1 / n) <= 5 * rows.std(0) / np.sqrt(count)).all()
+    assert (np.abs(products.mean(0) - second) <= 5 * products.std(0) / np.sqrt(count)).all()
+
+
+def test_a_larger_power_concentrates_rows_and_power_zero_makes_them_uniform():
+    key = jax.random.key(2)
+    np.testing.assert_allclose(simplex_rows(key, (10, 4), 0.0), 0.25, rtol=1e-13)
+    largest = [float(simplex_rows(key, (2_000, 4), power).max(-1).mean()) for power in (0.5, 1.0, 2.0, 6.0)]
+    assert largest == sorted(largest)
+    assert largest[-1] > 0.8
+
+
+def test_drawn_problems_pass_the_door_and_stay_in_the_reward_range():
+    problem = draw_mdp(jax.random.key(0), S, A, H, power=2.0, low=-1.0, high=0.5)
+    checked = mdp(problem.P, problem.r, problem.rho)
+    assert checked.P.shape == (H, S, A, S)
+    assert (problem.r >= -1).all()
+    assert (problem.r <= 0.5).all()
+    np.testing.assert_allclose(problem.rho, 1 / S)
+
+
+def test_drawn_rewards_fill_their_range_evenly_and_stages_differ():
+    problems = jax.vmap(lambda k: draw_mdp(k, S, A, H, low=2.0, high=6.0))(jax.random.split(jax.random.key(0), 3_000))
+    r = np.asarray(problems.r)
+    assert abs(r.mean() - 4) < 5 * np.sqrt(16 / 12 / r.size)
+    assert abs(r.var() - 16 / 12) < 5 * 16 * np.sqrt(1 / 180 / r.size)
+    assert abs(np.corrcoef(r[:, 0].ravel(), r[:, 1].ravel())[0, 1]) < 5 / np.sqrt(r[:, 0].size)
+    assert (problems.P[:, 0] != problems.P[:, 1]).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"S": 0}, "S must be a whole number"),
+        ({"A": 0}, "A must be a whole number"),
+        ({"H": 2.5}, "H must be a whole number"),
+        ({"low": 1.0, "high": 0.0}, "high must be at least low"),
+        ({"low": float("nan")}, "low|high"),
+        ({"high": float("inf")}, "high"),
+        ({"power": -1.0}, "power"),
+        ({"power": float("nan")}, "power"),
+    ],
+)
+def test_random_problems_out_of_range_are_refused_by_name(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        draw_mdp(jax.random.key(0), **({"S": S, "A": A, "H": H} | arguments))
