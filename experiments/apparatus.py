@@ -73,11 +73,18 @@ def closed_form_layers(family: Family, Psi: Array, N: float | Array, sigma: floa
     return jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, N, noise))(Psi, fourth_moments(family, Psi))
 
 
-def context_sums(key: Array, family: Family, w: Array, M: int, half_width: float | Array = 0.0) -> Array:
-    """S_M [H, d] = (1/M) sum y x: for every stage an independent context of M i.i.d. pairs, labels <x, w_h> + U(+-half_width)."""
+def context_sums(
+    key: Array, family: Family, w: Array, M: int | Array, half_width: float | Array = 0.0, longest: int | None = None
+) -> Array:
+    """S_M [H, d] = (1/M) sum y x: for every stage an independent context of M i.i.d. pairs, labels <x, w_h> + U(+-half_width).
+
+    With `longest` given, M may be traced (M <= longest): one compiled program then serves every length.
+    """
+    drawn = int(M) if longest is None else longest
     which, label = jax.random.split(key)
-    x = pairs_table(family)[draw_pairs(which, cumulative(family.design), (w.shape[0], M))]
-    return jnp.einsum("hm,hmd->hd", bounded_labels(label, x, w, half_width), x) / M
+    x = pairs_table(family)[draw_pairs(which, cumulative(family.design), (w.shape[0], drawn))]
+    used = (jnp.arange(drawn) < M).astype(w.dtype) / M
+    return jnp.einsum("m,hm,hmd->hd", used, bounded_labels(label, x, w, half_width), x)
 
 
 def action_values(family: Family, A: Array, S: Array) -> Array:

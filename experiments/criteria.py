@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
+from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -45,7 +46,7 @@ def _claim(
     )
 
 
-_FAILS = {"expected": "FAIL"}
+_FAILS: dict[str, Any] = {"expected": "FAIL"}
 _RATE = 1e-3  # a rung must hold on every policy: none of >= 3,000 may violate it for the 97.5 % limit to be below this
 
 CRITERIA: tuple[Criterion, ...] = (
@@ -288,13 +289,22 @@ CRITERIA: tuple[Criterion, ...] = (
         hi=-2.0,
     ),
     _claim(
+        "margin/floor",
+        "Where the bias flips an action no context removes the loss: it stays at the exact value of the bias-greedy policy.",
+        "ours",
+        "measured at the longest context / bias-greedy loss = 1",
+        "mean ratio over seeds within [{lo}, {hi}]",
+        0.9,
+        1.1,
+    ),
+    _claim(
         "margin/no-gap",
         "Without a gap the suboptimality falls as the density of small gaps makes it: as 1/M when that density is bounded.",
         "ours",
         "log-log slope -1",
         "slope over seeds within [{lo}, {hi}]",
-        -1.25,
-        -0.75,
+        -1.15,
+        -0.85,
     ),
     _claim(
         "against-statistics",

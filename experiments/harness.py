@@ -8,26 +8,18 @@ An experiment is any module of this directory with `CLAIMS` and `measure`. A run
     metrics.jsonl   how long each point took
     manifest.json   versions, git commit, devices, seeds, SHA-256 of the outputs
     *.png, *.pdf    drawn from the records alone
-
-The directory itself is locked (`flock`) while it is written: the lock dies with its process, so it cannot go stale.
 """
 
 import ast
-import contextlib
-import fcntl
 import hashlib
 import importlib
 import importlib.metadata
 import json
-import math
 import os
-import platform
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -35,23 +27,27 @@ from typing import Any
 
 import experiments
 from experiments.criteria import fingerprint
+from experiments.files import (
+    DATA,
+    NON_FINITE,
+    PREEMPTED,
+    USAGE,
+    Stop,
+    append_line,
+    canonical,
+    non_finite,
+    plain,
+    read_lines,
+    sole_writer,
+    storage,
+    write_atomic,
+    write_json,
+)
 from experiments.statistics import Verdict
 
-FAILED, USAGE, DATA, NON_FINITE, MEMORY, STORAGE, PREEMPTED = 1, 2, 3, 5, 6, 7, 75
 HERE = Path(__file__).parent
-MACHINERY = {"criteria", "harness", "pool", "progress", "report", "statistics", "style", "verify"}  # makes no record
-TEMPORARY = ".lindm-tmp"
-
-
-class Stop(Exception):
-    """A run that ends here, with the exit code that says why."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(code, message)
-        self.code, self.message = code, message
-
-    def __str__(self) -> str:
-        return self.message
+# modules of this directory that make no record
+MACHINERY = {"criteria", "files", "harness", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
 
 
 # --- discovery ----------------------------------------------------------------
@@ -82,9 +78,10 @@ def load(name: str) -> ModuleType:
     known = discover()
     if name not in known:
         raise Stop(USAGE, f"EXPERIMENT must be one of {', '.join(known)}; got {name!r}")
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_enable_x64", True)
+    else:
+        os.environ["JAX_ENABLE_X64"] = "1"
     return importlib.import_module(f"experiments.{name}")
 
 
@@ -99,126 +96,6 @@ def code_fingerprint(name: str) -> str:
     for key, path in sorted(sources.items()):
         digest.update(key.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-# --- files --------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def storage(path: Path) -> Iterator[None]:
-    """A disk that refuses becomes exit 7 with the path and the reason."""
-    try:
-        yield
-    except OSError as e:
-        raise Stop(STORAGE, f"cannot write {path}: {e.strerror or e}") from e
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """The file has its old or its new content, never a part; no temporary file is left behind."""
-    data = content.encode() if isinstance(content, str) else content
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
-        try:
-            with os.fdopen(fd, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def append_line(path: Path, line: str) -> None:
-    """One line, synced. Written with a single call: a kill leaves at worst a torn last line, which `read_lines` cuts off."""
-    with storage(path):
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(fd).st_size
-            data = (line + "\n").encode()
-            if os.write(fd, data) != len(data):
-                os.ftruncate(fd, size)
-                raise OSError("disk full")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def canonical(value: Any) -> str:
-    """The one spelling of a JSON value: equal points have equal keys. ValueError when a number is not finite."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def plain(value: Any) -> Any:
-    """Arrays and array scalars of any library as lists and numbers."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return plain(value.tolist()) if hasattr(value, "tolist") else value
-
-
-def read_lines(path: Path, repair: bool = False) -> list[dict]:
-    """The records of a run. A torn last line is ignored (cut off with `repair`); any other bad line is Stop(3) with file:line."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as e:
-        raise Stop(DATA, f"cannot read {path}: {e.strerror}") from e
-    whole = data.rfind(b"\n") + 1
-    if repair and whole < len(data):
-        with storage(path):
-            os.truncate(path, whole)
-    records: list[dict] = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise Stop(DATA, f"{path}:{number}: not a JSON line: {e}") from e
-        if not isinstance(record, dict) or not isinstance(record.get("point"), dict):
-            raise Stop(DATA, f'{path}:{number}: a record must be an object with an object "point"')
-        records.append(record)
-    return records
-
-
-def read_records(directory: Path) -> list[dict]:
-    """All records of a run directory; Stop(3) when there are none."""
-    records = read_lines(directory / "records.jsonl")
-    if not records:
-        raise Stop(DATA, f"no records in {directory / 'records.jsonl'}")
-    return records
-
-
-@contextlib.contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
-    """Refuse a second writer of the same run directory, in this or in another process."""
-    with storage(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        fd = os.open(directory, os.O_RDONLY)
-    try:
-        patience = time.monotonic() + 2  # a writer that was just killed takes a moment to go
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > patience:
-                    busy = f"{directory} is being written by another process: wait for it, or choose another --out"
-                    raise Stop(USAGE, busy) from None
-                time.sleep(0.05)
-        for leftover in directory.glob(f".*{TEMPORARY}"):  # of a writer that was killed
-            leftover.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(fd)
 
 
 # --- interruption -------------------------------------------------------------
@@ -285,14 +162,6 @@ def claim_directory(directory: Path, wanted: dict) -> None:
             USAGE,
             f"{directory} holds another run ({'; '.join(changed)}): choose another --out, or start over with --fresh",
         )
-
-
-def non_finite(value: Any, path: str = "") -> str | None:
-    """Where the first NaN or infinity of a JSON-like value is; None when all is finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{path.lstrip('.')} = {value}"
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return next(filter(None, (non_finite(v, f"{path}.{k}") for k, v in items)), None)
 
 
 def run(
@@ -386,49 +255,3 @@ def draw(module: ModuleType, records: list[dict], directory: Path) -> list[str]:
                 write_atomic(directory / f"{name}.{ending}", buffer.getvalue())
             pyplot.close(figure)
     return list(figures)
-
-
-# --- provenance ---------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def provenance() -> dict:
-    """Versions, commit, machine and flags: what a reader needs in order to repeat a run."""
-    versions = {}
-    for package in ("lindm", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    flags = {k: os.environ[k] for k in ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "NPROC") if k in os.environ}
-    devices = []
-    if "jax" in sys.modules:
-        import jax
-
-        devices = [str(d) for d in jax.devices()]
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "devices": devices,
-        "flags": flags,
-    }
-
-
-def write_manifest(directory: Path, **extra: Any) -> None:
-    """manifest.json: provenance, `extra`, and the SHA-256 of every other file below `directory`."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != "manifest.json" and not p.name.startswith("."))
-    outputs = {p.relative_to(directory).as_posix(): sha256(p) for p in files}
-    write_json(directory / "manifest.json", provenance() | extra | {"outputs": outputs})

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from experiments import harness
+from experiments import files, harness, provenance
 from experiments.statistics import Verdict
 
 
@@ -44,11 +44,11 @@ def configure(module: Any, preset: str, seeds: int | None) -> Any:
     """The Config of a preset, with another number of seeds when asked for; Stop(2) when out of range."""
     presets = {"quick": module.QUICK, "full": module.FULL, "smoke": module.SMOKE}
     if preset not in presets:
-        raise harness.Stop(harness.USAGE, f"--preset must be one of {', '.join(presets)}; got {preset!r}")
+        raise files.Stop(files.USAGE, f"--preset must be one of {', '.join(presets)}; got {preset!r}")
     try:
         return presets[preset] if seeds is None else replace(presets[preset], seeds=seeds)
     except ValueError as e:
-        raise harness.Stop(harness.USAGE, str(e)) from e
+        raise files.Stop(files.USAGE, str(e)) from e
 
 
 def perform(job: Job, progress: Callable[[int, int], None], cfg: Any = None) -> Outcome:
@@ -65,20 +65,20 @@ def perform(job: Job, progress: Callable[[int, int], None], cfg: Any = None) -> 
         verdicts = harness.decide(module, records)
         harness.draw(module, records, job.directory)
         (job.directory / "error.log").unlink(missing_ok=True)
-        harness.write_manifest(job.directory, experiment=job.experiment, preset=job.preset, config=asdict(cfg))
-    except harness.Stop as e:
+        provenance.write_manifest(job.directory, experiment=job.experiment, preset=job.preset, config=asdict(cfg))
+    except files.Stop as e:
         failure = {"code": e.code, "message": e.message}
     except MemoryError:
-        failure = {"code": harness.MEMORY, "message": f"{job.experiment}: out of memory"}
+        failure = {"code": files.MEMORY, "message": f"{job.experiment}: out of memory"}
     except Exception as e:
         if harness.asked_to_stop():
-            failure = {"code": harness.PREEMPTED, "message": "stopped; the same command resumes"}
+            failure = {"code": files.PREEMPTED, "message": "stopped; the same command resumes"}
         else:
-            code = harness.MEMORY if "RESOURCE_EXHAUSTED" in str(e) else harness.FAILED
+            code = files.MEMORY if "RESOURCE_EXHAUSTED" in str(e) else files.FAILED
             where = job.directory / "error.log"
             try:
-                harness.write_atomic(where, traceback.format_exc())
-            except harness.Stop as stop:
+                files.write_atomic(where, traceback.format_exc())
+            except files.Stop as stop:
                 return Outcome(experiment=job.experiment, code=stop.code, message=stop.message)
             first = (str(e).splitlines() or [""])[0]
             failure = {"code": code, "message": f"{job.experiment}: {type(e).__name__}: {first} (traceback in {where})"}
@@ -90,7 +90,7 @@ def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(harness.PREEMPTED)
+        os._exit(files.PREEMPTED)
 
 
 def _work(pipe: Connection) -> None:
@@ -105,9 +105,9 @@ def _work(pipe: Connection) -> None:
         while (job := pipe.recv()) is not None:
             outcome = perform(job, lambda done, total: pipe.send((done, total)))
             pipe.send(outcome)
-            if outcome.code == harness.PREEMPTED:
+            if outcome.code == files.PREEMPTED:
                 return
-    except (EOFError, BrokenPipeError, harness.Stop):  # the parent is gone, or asked to stop between two jobs
+    except (EOFError, BrokenPipeError, files.Stop):  # the parent is gone, or asked to stop between two jobs
         return
 
 
@@ -155,7 +155,7 @@ def run_all(
                     process.join()
                     how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit {process.exitcode}"
                     finish(
-                        Outcome(experiment=job.experiment, code=harness.FAILED, message=f"{job.experiment}: worker died ({how})")
+                        Outcome(experiment=job.experiment, code=files.FAILED, message=f"{job.experiment}: worker died ({how})")
                     )
                     give(None, None)
                     continue

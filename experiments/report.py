@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import harness
+from experiments import files, harness, provenance
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
@@ -51,14 +51,13 @@ def table(summary: dict[str, Any]) -> Table:
         ("criterion", 6),
         ("verdict", 4),
     ):
-        t.add_column(heading, ratio=ratio, overflow="fold")
+        t.add_column(heading, ratio=None if heading == "claim" else ratio, no_wrap=heading == "claim", overflow="fold")
     for row in summary["claims"]:
         good = row["verdict"] == row["expected"]
         style = "green" if good else "bold red"
         cells = [row["id"], row["statement"], number(row["predicted"]), f"{measured(row)}  n={row['n']}", row["criterion"]]
         mark = "" if good else ">> "
         t.add_row(*map(escape, cells), f"[{style}]{escape(mark + label(row))}[/]", style=None if good else "bold")
-        t.columns[0].no_wrap = False
     return t
 
 
@@ -91,7 +90,7 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as e:
-        raise harness.Stop(harness.DATA, f"{path}: not JSON: {e}") from e
+        raise files.Stop(files.DATA, f"{path}: not JSON: {e}") from e
 
 
 def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         }
         for path in sorted(run.glob("*.png"))
     ]
-    seconds = [line.get("seconds", 0.0) for line in harness.read_lines(run / "metrics.jsonl")]
+    seconds = [line.get("seconds", 0.0) for line in files.read_lines(run / "metrics.jsonl")]
     doc = prose(_docstring(experiment))
     config = _json(run / "config.json")
     return {
@@ -117,7 +116,7 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         "config": config.get("config", {}),
         "code": config.get("code", ""),
         "criteria": config.get("criteria", ""),
-        "records": len(harness.read_lines(run / "records.jsonl")),
+        "records": len(files.read_lines(run / "records.jsonl")),
         "seconds": sum(seconds),
         "manifest": _json(run / "manifest.json"),
     }
@@ -147,12 +146,12 @@ def write_report(directory: Path) -> Path:
     """report.html of a verify directory; Stop(3) without a verdicts.json."""
     summary = _json(directory / "verdicts.json")
     if not summary:
-        raise harness.Stop(harness.DATA, f"no verdicts in {directory / 'verdicts.json'}")
+        raise files.Stop(files.DATA, f"no verdicts in {directory / 'verdicts.json'}")
     names = list(dict.fromkeys(row["experiment"] for row in summary["claims"]))
     sections = [section(directory, name, [r for r in summary["claims"] if r["experiment"] == name]) for name in names]
-    manifest = next((s["manifest"] for s in sections if s["manifest"]), harness.provenance())
+    manifest = next((s["manifest"] for s in sections if s["manifest"]), provenance.provenance())
     path = directory / "report.html"
-    harness.write_atomic(path, render(summary, sections, manifest))
+    files.write_atomic(path, render(summary, sections, manifest))
     return path
 
 
@@ -160,17 +159,17 @@ def redraw(directory: Path) -> list[Path]:
     """Draw again what `lindm run` or `lindm verify` drew there, from the records; the files written. Stop(3) without records."""
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
-        raise harness.Stop(harness.DATA, f"DIR must hold records.jsonl, or directories that do; got {directory}")
+        raise files.Stop(files.DATA, f"DIR must hold records.jsonl, or directories that do; got {directory}")
     written: list[Path] = []
     for run in runs:
         experiment = _json(run / "config.json").get("experiment")
         if experiment is None:
-            raise harness.Stop(harness.DATA, f"{run / 'config.json'} must name the experiment")
-        records = harness.read_records(run)
+            raise files.Stop(files.DATA, f"{run / 'config.json'} must name the experiment")
+        records = files.read_records(run)
         module = harness.load(experiment)
-        with harness.sole_writer(run):
+        with files.sole_writer(run):
             written += [run / f"{name}.{ending}" for name in harness.draw(module, records, run) for ending in ("png", "pdf")]
-            harness.write_manifest(
+            provenance.write_manifest(
                 run, **{k: v for k, v in _json(run / "manifest.json").items() if k in ("experiment", "preset", "config")}
             )
     if (directory / "verdicts.json").exists():

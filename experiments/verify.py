@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import harness
+from experiments import files, harness, provenance
 from experiments.criteria import criterion, fingerprint
 from experiments.pool import Job, Outcome, run_all
 from experiments.progress import show_progress
@@ -26,7 +26,7 @@ def select(only: Sequence[str], known: dict[str, tuple[str, ...]]) -> dict[str, 
     claims = [c for owned in known.values() for c in owned]
     for wanted in only:
         if not any(c == wanted or c.startswith(f"{wanted}/") for c in claims):
-            raise harness.Stop(harness.USAGE, f"--only must name claims out of {', '.join(sorted(claims))}; got {wanted!r}")
+            raise files.Stop(files.USAGE, f"--only must name claims out of {', '.join(sorted(claims))}; got {wanted!r}")
     chosen = {
         name: [c for c in owned if not only or any(c == w or c.startswith(f"{w}/") for w in only)]
         for name, owned in known.items()
@@ -92,11 +92,13 @@ def verify(
     if not console.is_terminal:
         console = Console(width=160)
     if preset not in ("quick", "full", "smoke"):
-        raise harness.Stop(harness.USAGE, f"--preset must be one of quick, full; got {preset!r}")
+        raise files.Stop(files.USAGE, f"--preset must be one of quick, full; got {preset!r}")
     if seeds is not None and seeds < 1:
-        raise harness.Stop(harness.USAGE, f"--seeds must be >= 1; got {seeds}")
+        raise files.Stop(files.USAGE, f"--seeds must be >= 1; got {seeds}")
+    if workers is not None and workers < 1:
+        raise files.Stop(files.USAGE, f"--workers must be >= 1; got {workers}")
     chosen = select(only, harness.discover())
-    with harness.storage(out):
+    with files.storage(out):
         out.mkdir(parents=True, exist_ok=True)
     harness.stop_on_signals()
     jobs = [Job(experiment=name, preset=preset, directory=out / name, seeds=seeds, fresh=fresh) for name in chosen]
@@ -106,11 +108,11 @@ def verify(
         outcomes = run_all(jobs, workers or cores, on_start, on_point, on_end)
     outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
     summary = summarise(outcomes, chosen, preset, time.perf_counter() - started)
-    if any(o.code == harness.PREEMPTED for o in outcomes):
-        raise harness.Stop(harness.PREEMPTED, "stopped; the same command resumes")
-    harness.write_json(out / "verdicts.json", summary)
+    if any(o.code == files.PREEMPTED for o in outcomes):
+        raise files.Stop(files.PREEMPTED, "stopped; the same command resumes")
+    files.write_json(out / "verdicts.json", summary)
     write_report(out)
-    harness.write_manifest(out, preset=preset, seeds=seeds, only=list(only), criteria=summary["criteria"])
+    provenance.write_manifest(out, preset=preset, seeds=seeds, only=list(only), criteria=summary["criteria"])
     console.print(table(summary))
     rows = summary["claims"]
     unexpected = [r["id"] for r in rows if r["verdict"] != r["expected"]]

@@ -90,10 +90,24 @@ def _parse(kind, arguments: Sequence[str], prog: str, description: str | None):
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
-        inside = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
-        stop = next((i for i, line in enumerate(inside) if not line or line.startswith(("─", "Got errors"))), len(inside))
-        raise ValueError(" ".join(inside[:stop]) or text.strip()) from None
+        raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message inside the box that tyro draws, in unicode or in ASCII."""
+    found: list[str] = []
+    inside = False
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        bare = line.strip(" │|")
+        if bare.startswith(("╭", "╰", "─", "---", "+--")):  # an edge, or a rule inside
+            if found:
+                break
+            inside = True
+        elif bare.startswith("Got errors") or (found and not bare):
+            break
+        elif inside and bare:
+            found.append(bare)
+    return " ".join(found) or box.strip()
 
 
 def _verify(command: Verify) -> int:
@@ -104,7 +118,7 @@ def _verify(command: Verify) -> int:
 
 
 def _run(experiment: str, rest: Sequence[str]) -> int:
-    from experiments import harness
+    from experiments import files, harness
     from experiments.pool import Job, configure, perform
 
     module = harness.load(experiment)
@@ -143,7 +157,7 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
         outcome = perform(job, lambda done, total: point(experiment, done, total), cfg=asked.config)
         end(outcome)
     if outcome.code:
-        raise harness.Stop(outcome.code, outcome.message)
+        raise files.Stop(outcome.code, outcome.message)
     summary = summarise([outcome], {experiment: list(module.CLAIMS)}, preset, outcome.seconds)
     console.print(table(summary))
     console.print(f"records and figures: {asked.out}", markup=False)
@@ -163,7 +177,7 @@ def _plot(directory: Path) -> int:
 def _bench(command: Bench) -> int:
     if command.what != "attention":
         raise ValueError(f"WHAT must be attention; got {command.what!r}")
-    from lindm.attention import bench
+    from lindm.attention import bench  # pyright: ignore
 
     return int(bench.main(command.json) or 0)
 

@@ -37,7 +37,7 @@ def depth_error(A: Array, G: Array, S: Array, w: Array, k: int) -> Array:
 
 
 def onehot_depth_risk(a: Array, rho: Array, psi: Array, q: Array, M: int, k: int) -> Array:
-    """Exact risk of k noiseless steps on one-hot features with diagonal A and Psi (ours): sum_i q_i psi_i E[(1 - a_i n_i/M)^{2k}].
+    """Exact risk of k noiseless steps, one-hot x, diagonal A and Psi (ours): sum_i q_i psi_i E[(1 - a_i n_i/M)^{2k}].
 
     n_i ~ Bin(M, rho_i); a, rho, psi, q [d] are the diagonals of A, Lambda, Psi, Lambda_q -> []. As k grows it tends to
     sum_i q_i psi_i (1 - rho_i)^M, the coordinates never seen, if all a_i < 2, and diverges if some a_i > 2.

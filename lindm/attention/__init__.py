@@ -1,7 +1,16 @@
 """The from-scratch attention layer (Flax NNX), its trainer and its bench."""
 
-from lindm.attention.layer import FullAttention, ReducedAttention, SoftmaxAttention, embed, moments, pad, sinusoidal
-from lindm.attention.trainer import train, train_many
+from lindm.attention.layer import (
+    FullAttention,
+    ReducedAttention,
+    SoftmaxAttention,
+    embed,
+    moments,
+    pad,
+    query_columns,
+    sinusoidal,
+)
+from lindm.attention.trainer import predict_many, train, train_many
 
 __all__ = [
     "FullAttention",
@@ -10,6 +19,8 @@ __all__ = [
     "embed",
     "moments",
     "pad",
+    "predict_many",
+    "query_columns",
     "sinusoidal",
     "train",
     "train_many",

@@ -65,6 +65,15 @@ def pad(prompt: Prompt, n: Array | int) -> Prompt:
     return Prompt(x=x, y=y, query=prompt.query)
 
 
+def query_columns(Lambda_q: Array) -> Array:
+    """Query columns [d, d] whose second moment is `Lambda_q` exactly: the rows of sqrt(d) L', with L L' = Lambda_q.
+
+    A linear layer is linear in the query, so the mean of (yhat - target)^2 over these d columns *is* the expectation over random
+    queries with that second moment: the loss without the noise of the queries and without the cost of drawing them.
+    """
+    return math.sqrt(Lambda_q.shape[0]) * jnp.linalg.cholesky(Lambda_q).T
+
+
 class ReducedAttention(nnx.Module):
     """One free matrix per block: w <- w + A_k (S - G w), yhat = query @ w; at depth 1, yhat = query @ A @ S.
 
@@ -239,7 +248,9 @@ class SoftmaxAttention(_Embedding):
         if self.positions is not None:
             n, rows = context.shape[1], self.positions.shape[0]
             if n + 1 > rows:
-                raise ValueError(f"positions must have a row for each of the N = {n} pairs and one for the query; got {rows} rows")
+                raise ValueError(
+                    f"positions must have a row for each of the N = {n} pairs and one for the query; got {rows} rows"
+                )
             table = self.positions[...].T
             context = context + table[:, :n]
             query = query + table[:, n : n + 1]

@@ -29,7 +29,7 @@ def backward_induction(mdp: MDP) -> Plan:
 def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
     """Backward induction in R^d: the plan and w [H, d] with Q*_h(s, a) = <phi(s, a), w_h>, exactly linear in the features.
 
-        w_h = theta_h + sum_{s'} mu_h(s') V_{h+1}(s')
+    w_h = theta_h + sum_{s'} mu_h(s') V_{h+1}(s')
     """
 
     def stage(V_next: Array, mu_theta: tuple[Array, Array]):
@@ -45,7 +45,7 @@ def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
 def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     """pi [H, S] of action indices, or [H, S, A] of probabilities, as probabilities."""
     A = mdp.r.shape[-1]
-    return pi if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
+    return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
 
 
 def policy_value(mdp: MDP, pi: Array) -> Array:

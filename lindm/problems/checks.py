@@ -3,6 +3,8 @@
 Each check returns its argument as a JAX array or raises `ValueError` with the argument's name, the rule and what was got.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -26,7 +28,9 @@ def finite(value: ArrayLike, name: str) -> Array:
 
 def shaped(array: Array, shape: tuple[int | None, ...], name: str, letters: str) -> Array:
     """An array of the shape that `letters` names; `None` stands for any size of at least one."""
-    fits = array.ndim == len(shape) and all(n == want or (want is None and n > 0) for n, want in zip(array.shape, shape, strict=True))
+    fits = array.ndim == len(shape) and all(
+        n == want or (want is None and n > 0) for n, want in zip(array.shape, shape, strict=True)
+    )
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} must have shape [{letters}] = ({wanted}); got {array.shape}")
@@ -65,6 +69,21 @@ def covariance(value: ArrayLike, name: str) -> Array:
 
 def count(value: int, name: str, least: int = 1) -> int:
     """A whole number of at least `least`."""
-    if isinstance(value, bool) or int(value) != value or value < least:
+    if isinstance(value, bool) or not math.isfinite(value) or int(value) != value or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}; got {value}")
     return int(value)
+
+
+def nonnegative(value: float, name: str) -> float:
+    """A finite number that is not below zero."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative; got {value}")
+    return value
+
+
+def interval(low: float, high: float) -> None:
+    """Two finite ends in their order."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"low and high must be finite; got low = {low}, high = {high}")
+    if high < low:
+        raise ValueError(f"high must be at least low = {low}; got {high}")

@@ -11,7 +11,6 @@ is the same MDP in other coordinates, and T = C^{1/2} Lambda^{-1/2} makes E[phi 
 any condition number, with real dynamics behind it. One-hot features are the tabular MDP.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -53,7 +52,9 @@ def simplex_family(
     """Random simplex features (drawn once, from `key`), uniform design, rewards theta ~ U[low, high]^d at every stage."""
     for value, name in ((S, "S"), (A, "A"), (d, "d"), (H, "H")):
         checks.count(value, name)
-    _check_law(feature_power, power, low, high)
+    checks.nonnegative(feature_power, "feature_power")
+    checks.nonnegative(power, "power")
+    checks.interval(low, high)
     return _family(simplex_rows(key, (S, A, d), feature_power), H, power, low, high)
 
 
@@ -61,16 +62,9 @@ def onehot_family(S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.
     """Tabular MDPs as linear ones: d = S*A, phi(s, a) a unit vector, uniform design."""
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
         checks.count(value, name)
-    _check_law(1.0, power, low, high)
+    checks.nonnegative(power, "power")
+    checks.interval(low, high)
     return _family(jnp.eye(S * A).reshape(S, A, S * A), H, power, low, high)
-
-
-def _check_law(feature_power: float, power: float, low: float, high: float) -> None:
-    for value, name in ((feature_power, "feature_power"), (power, "power")):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative; got {value}")
-    if not (math.isfinite(low) and math.isfinite(high) and high >= low):
-        raise ValueError(f"low and high must be finite with high >= low; got low={low}, high={high}")
 
 
 def _family(phi: Array, H: int, power: float, low: float, high: float) -> Family:
@@ -133,10 +127,11 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
     S, _, d = phi.shape
     checks.shaped(theta, (None, d), "theta", "H, d")
     checks.shaped(mu, (theta.shape[0], d, S), "mu", "H, d, S")
-    rho = jnp.full(S, 1.0 / S) if rho is None else checks.finite(rho, "rho")
+    rho = jnp.full(S, 1.0 / S, phi.dtype) if rho is None else checks.finite(rho, "rho")
     checks.shaped(rho, (S,), "rho", "S")
     checks.distribution(rho, "rho")
-    problem = LinearMDP(phi=phi, mu=mu, theta=theta, rho=rho)
+    dtype = jnp.result_type(phi, mu, theta, rho)
+    problem = LinearMDP(phi=phi.astype(dtype), mu=mu.astype(dtype), theta=theta.astype(dtype), rho=rho.astype(dtype))
     checks.distribution(tabulate(problem).P, "the kernel P[h, s, a] = <phi(s, a), mu_h>")
     return problem
 

@@ -25,7 +25,10 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     H, S, A = r.shape
     checks.shaped(P, (H, S, A, S), "P", "H, S, A, S")
     checks.shaped(rho, (S,), "rho", "S")
-    return MDP(P=checks.distribution(P, "P"), r=r, rho=checks.distribution(rho, "rho"))
+    P, rho = checks.distribution(P, "P"), checks.distribution(rho, "rho")
+    # one precision, the widest: a scan over stages carries values made of all three
+    dtype = jnp.result_type(P, r, rho)
+    return MDP(P=P.astype(dtype), r=r.astype(dtype), rho=rho.astype(dtype))
 
 
 def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0, dtype=None) -> Array:
@@ -34,16 +37,18 @@ def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0,
     Power 1 is the flat Dirichlet law; a larger power concentrates a row on few entries, power 0 makes it uniform.
     JAX's Dirichlet sampler is a rejection loop over gammas and costs hundreds of times more on a CPU.
     """
-    weights = jax.random.exponential(key, shape, dtype or jnp.result_type(float)) ** power
-    return weights / weights.sum(-1, keepdims=True)
+    dtype = dtype or jnp.result_type(float)
+    exponentials = jax.random.exponential(key, shape, dtype)
+    # the power is taken as a factor of the logarithm: nothing over- or underflows, and with a traced power it is faster
+    return jax.nn.softmax(jnp.asarray(power, dtype) * jnp.log(exponentials + jnp.finfo(dtype).tiny), axis=-1)
 
 
 def draw_mdp(key: Array, S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0, dtype=None) -> MDP:
     """A random MDP whose rows are `simplex_rows` and whose rewards are uniform in [low, high]; starts anywhere."""
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
         checks.count(value, name)
-    if not high >= low:
-        raise ValueError(f"high must be at least low = {low}; got {high}")
+    checks.nonnegative(power, "power")
+    checks.interval(low, high)
     dtype = dtype or jnp.result_type(float)
     kernel, reward = jax.random.split(key)
     return MDP(

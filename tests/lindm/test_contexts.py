@@ -40,17 +40,13 @@ def all_returns(P, r, rho, h, s, a, pi):
     """Every (probability, return-to-go) after (s, a) at stage h under deterministic pi, by walking the tree."""
     if h == H - 1:
         return [(1.0, r[h, s, a])]
-    return [
-        (P[h, s, a, t] * p, r[h, s, a] + g)
-        for t in range(S)
-        for p, g in all_returns(P, r, rho, h + 1, t, pi[h + 1, t], pi)
-    ]
+    return [(P[h, s, a, t] * p, r[h, s, a] + g) for t in range(S) for p, g in all_returns(P, r, rho, h + 1, t, pi[h + 1, t], pi)]
 
 
 # --- inverse CDF
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), zeros=st.lists(st.booleans(), min_size=1, max_size=40), single=st.booleans())
 def test_no_pair_of_probability_zero_is_ever_drawn(seed, zeros, single):
     weights = np.random.default_rng(seed).exponential(size=len(zeros)) ** 4 * ~np.array(zeros)
@@ -60,8 +56,8 @@ def test_no_pair_of_probability_zero_is_ever_drawn(seed, zeros, single):
     for cdf in (contexts.design_cdf(design), contexts.cumulative(jnp.asarray(design))):
         assert cdf.dtype == design.dtype
         edges = [0.0, np.nextafter(cdf.dtype.type(1), cdf.dtype.type(0)), *np.asarray(cdf) / np.asarray(cdf)[-1]]
-        u = np.array([min(e, edges[1]) for e in edges], cdf.dtype)
-        for u in (u, np.nextafter(u, cdf.dtype.type(0)).clip(0)):
+        edge = np.array([min(e, edges[1]) for e in edges], cdf.dtype)
+        for u in (edge, np.nextafter(edge, cdf.dtype.type(0)).clip(0)):
             shared = np.asarray(contexts.invert(cdf, jnp.asarray(u)))
             assert (shared < len(zeros)).all()
             assert (design[shared] > 0).all()
@@ -361,7 +357,6 @@ def test_stage_prompts_pair_every_label_with_its_own_features_and_ask_for_every_
 
 
 def test_contexts_of_different_stages_are_drawn_independently():
-    phi, w, _ = prompt_arrays()
     keys = jax.random.split(jax.random.key(0), 20_000)
     labels = contexts.oracle_law(jnp.zeros((2, 1)))
     code = jnp.arange(3.0).reshape(3, 1, 1)
@@ -394,9 +389,7 @@ def test_label_laws_of_a_task_are_centred_on_the_oracle(law):
 def test_a_training_prompt_has_noiseless_targets_and_separate_queries():
     phi, w, design = prompt_arrays()
     cdf = contexts.design_cdf(design)
-    draw = jax.vmap(
-        lambda k: contexts.training_prompt(k, jnp.asarray(phi), jnp.asarray(w[0]), cdf, 6, 4, sigma=0.5)
-    )
+    draw = jax.vmap(lambda k: contexts.training_prompt(k, jnp.asarray(phi), jnp.asarray(w[0]), cdf, 6, 4, sigma=0.5))
     prompt, target = draw(jax.random.split(jax.random.key(0), 5_000))
     assert (prompt.x.shape, prompt.y.shape, prompt.query.shape) == ((5_000, 6, D), (5_000, 6), (5_000, 4, D))
     np.testing.assert_allclose(target, np.asarray(prompt.query) @ w[0], rtol=1e-12, atol=1e-12)

@@ -15,7 +15,9 @@ d, N, Q = 3, 7, 4
 def a_prompt(seed=0, n=N, queries=Q):
     rng = np.random.default_rng(seed)
     return Prompt(
-        x=jnp.asarray(rng.normal(size=(n, d))), y=jnp.asarray(rng.normal(size=n)), query=jnp.asarray(rng.normal(size=(queries, d)))
+        x=jnp.asarray(rng.normal(size=(n, d))),
+        y=jnp.asarray(rng.normal(size=n)),
+        query=jnp.asarray(rng.normal(size=(queries, d))),
     )
 
 

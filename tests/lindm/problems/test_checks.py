@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from lindm.problems import checks
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
-    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), where=st.integers(0), bad=st.sampled_from([np.nan, np.inf, -np.inf])
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    where=st.integers(0),
+    bad=st.sampled_from([np.nan, np.inf, -np.inf]),
 )
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, where, bad):
     array = np.zeros(shape)
@@ -33,7 +35,7 @@ def test_whole_numbers_become_floating_ones_and_floating_ones_keep_their_precisi
     assert checks.finite(np.ones(2, np.float32), "r").dtype == jnp.float32
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 6), shift=st.sampled_from([-0.3, -1e-4, 1e-4, 0.3]))
 def test_a_row_that_is_off_by_a_digit_is_no_distribution(seed, n, shift):
     rng = np.random.default_rng(seed)
@@ -42,7 +44,7 @@ def test_a_row_that_is_off_by_a_digit_is_no_distribution(seed, n, shift):
     checks.distribution(jnp.asarray(rows, jnp.float32), "P")
     i, j, k = rng.integers(3), rng.integers(2), rng.integers(n)
     rows[i, j, k] += shift
-    with pytest.raises(ValueError, match="P must hold probabilities|each row of P must sum to one"):
+    with pytest.raises(ValueError, match=r"P must hold probabilities|each row of P must sum to one"):
         checks.distribution(jnp.asarray(rows), "P")
 
 
@@ -51,7 +53,7 @@ def test_negative_probabilities_are_refused_even_in_rows_that_sum_to_one():
         checks.distribution(jnp.asarray([1.2, -0.2]), "rho")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), d=st.integers(1, 5), scale=st.sampled_from([1e-6, 1.0, 1e6]))
 def test_a_covariance_is_accepted_and_with_one_eigenvalue_turned_over_refused(seed, d, scale):
     rng = np.random.default_rng(seed)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lindm.oracles.mdp import backward_induction, occupancy
 from lindm.problems.mdp import draw_mdp, mdp, simplex_rows
 
 S, A, H = 3, 2, 2
@@ -30,7 +31,17 @@ def test_lists_and_whole_numbers_are_accepted():
     assert jnp.issubdtype(problem.P.dtype, jnp.floating)
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("name", ["P", "r", "rho"])
+def test_arrays_of_mixed_precision_become_one_problem_that_can_be_solved(name):
+    mixed = arrays() | {name: arrays()[name].astype(np.float32)}
+    problem = mdp(**mixed)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float64"}
+    plan = backward_induction(problem)
+    assert np.isfinite(plan.V).all()
+    np.testing.assert_allclose(occupancy(problem, plan.pi).sum(-1), 1, rtol=1e-5)
+
+
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), shift=st.sampled_from([-2.0, -0.01, 0.01, 2.0]), name=st.sampled_from(["P", "rho"]))
 def test_a_kernel_or_start_with_one_wrong_entry_is_refused_by_name(seed, shift, name):
     broken = arrays(seed)

@@ -1,0 +1,54 @@
+# make verify   the claims, preset quick, into results/quick
+# make test     the tests that need nothing but the lock
+# make parity   the tests and the bench that set the layer beside torch
+# make lint     ruff and pyright
+# make lock     resolve the dependencies again (needs uv)
+# PYTHON=... chooses the interpreter; otherwise the first of python3.12, python3.11, python3 that runs and has a lock.
+
+.DEFAULT_GOAL := verify
+.DELETE_ON_ERROR:
+.PHONY: verify test parity lint lock clean
+
+# a shim may exist and yet refuse to run, so each candidate is tried
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+verify: $(VENV)/.ready
+	$(BIN)/lindm verify --preset quick --out results/quick
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not parity" --durations=10 $(ARGS)
+
+parity: $(VENV)/.torch
+	$(BIN)/python -m pytest -m parity --durations=5 $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The environment: exactly the lock of its Python, then the package itself without touching the network again.
+$(VENV)/.ready: pyproject.toml requirements/py311.txt requirements/py312.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (PYTHON=/path/to/python3.12 make ...)" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes \
+	  -r requirements/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+lock:
+	for v in 3.11 3.12; do \
+	  uv pip compile pyproject.toml --extra dev --python-version $$v --python-platform x86_64-manylinux_2_28 --generate-hashes --upgrade \
+	    --no-config --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet -o requirements/py$$(echo $$v | tr -d .).txt; \
+	done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,160 @@
+"""Files that survive being interrupted, and the exit codes of what does not.
+
+Everything is written whole (a new file takes the place of the old one) or appended line by line and synced. A run directory is
+locked (`flock` on the directory itself) while it is written: the lock dies with its process, so it cannot go stale.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FAILED, USAGE, DATA, NON_FINITE, MEMORY, STORAGE, PREEMPTED = 1, 2, 3, 5, 6, 7, 75
+TEMPORARY = ".lindm-tmp"
+
+
+class Stop(Exception):
+    """A run that ends here, with the exit code that says why."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@contextlib.contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """A disk that refuses becomes exit 7 with the path and the reason."""
+    try:
+        yield
+    except OSError as e:
+        raise Stop(STORAGE, f"cannot write {path}: {e.strerror or e}") from e
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """The file has its old or its new content, never a part; no temporary file is left behind."""
+    data = content.encode() if isinstance(content, str) else content
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        try:
+            with os.fdopen(fd, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """One line, synced. Written with a single call: a kill leaves at worst a torn last line, which `read_lines` cuts off."""
+    with storage(path):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(fd).st_size
+            data = (line + "\n").encode()
+            if os.write(fd, data) != len(data):
+                os.ftruncate(fd, size)
+                raise OSError("disk full")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def canonical(value: Any) -> str:
+    """The one spelling of a JSON value: equal points have equal keys. ValueError when a number is not finite."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Arrays and array scalars of any library as lists and numbers."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def read_lines(path: Path, repair: bool = False) -> list[dict]:
+    """The records of a run. A torn last line is ignored (cut off with `repair`); any other bad line is Stop(3) with file:line."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise Stop(DATA, f"cannot read {path}: {e.strerror}") from e
+    whole = data.rfind(b"\n") + 1
+    if repair and whole < len(data):
+        with storage(path):
+            os.truncate(path, whole)
+    records: list[dict] = []
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise Stop(DATA, f"{path}:{number}: not a JSON line: {e}") from e
+        if not isinstance(record, dict) or not isinstance(record.get("point"), dict):
+            raise Stop(DATA, f'{path}:{number}: a record must be an object with an object "point"')
+        records.append(record)
+    return records
+
+
+def read_records(directory: Path) -> list[dict]:
+    """All records of a run directory; Stop(3) when there are none."""
+    records = read_lines(directory / "records.jsonl")
+    if not records:
+        raise Stop(DATA, f"no records in {directory / 'records.jsonl'}")
+    return records
+
+
+@contextlib.contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Refuse a second writer of the same run directory, in this or in another process."""
+    with storage(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        fd = os.open(directory, os.O_RDONLY)
+    try:
+        patience = time.monotonic() + 2  # a writer that was just killed takes a moment to go
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    busy = f"{directory} is being written by another process: wait for it, or choose another --out"
+                    raise Stop(USAGE, busy) from None
+                time.sleep(0.05)
+        for leftover in directory.glob(f".*{TEMPORARY}"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(fd)
+
+
+def non_finite(value: Any, path: str = "") -> str | None:
+    """Where the first NaN or infinity of a JSON-like value is; None when all is finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path.lstrip('.')} = {value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next(filter(None, (non_finite(v, f"{path}.{k}") for k, v in items)), None)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

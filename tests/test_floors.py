@@ -1,0 +1,163 @@
+"""Imports point down, theory and lindm never meet, and some calls are not made at all. Read from the sources alone."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments") for p in (ROOT / top).rglob("*.py"))
+
+# the floors of lindm, from the ground up; modules of one floor do not see each other
+FLOORS = (
+    ("lindm.types",),
+    ("lindm.problems",),
+    ("lindm.oracles",),
+    ("lindm.contexts", "lindm.datasets"),
+    ("lindm.baselines", "lindm.attention", "lindm.llm"),
+    ("lindm.evaluate",),
+    ("lindm.cli", "lindm.doctor", "lindm.__main__"),
+)
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+BENCH = "lindm.attention.bench"  # the one module that may see torch
+
+# rejection loops on a CPU: powers of exponentials and inverse distribution functions do the same, hundreds of times faster
+SLOW_SAMPLERS = {
+    "gamma",
+    "loggamma",
+    "dirichlet",
+    "beta",
+    "chisquare",
+    "t",
+    "categorical",
+    "gumbel",
+    "poisson",
+    "binomial",
+    "choice",
+}
+NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "socket", "requests", "urllib", "http"}
+NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, module: str) -> Iterator[str]:
+    """Every module or member that is imported, anywhere in the file, as a dotted name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            base = ".".join(filter(None, [package, node.module]))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def floor(name: str) -> str | None:
+    """The unit of a floor that a dotted name of lindm belongs to."""
+    unit = ".".join(name.split(".")[:2])
+    return unit if unit in LEVEL else None
+
+
+def complaints(source: str, module: str) -> list[str]:
+    """What this source may not do."""
+    tree = ast.parse(source)
+    top = module.split(".")[0]
+    found = []
+    for name in imports(tree, module):
+        head = name.split(".")[0]
+        if head in NEVER_IMPORTED or name.startswith("jax._src"):
+            found.append(f"imports {name}")
+        if head == "tests" or (head == "torch" and module != BENCH):
+            found.append(f"imports {name}")
+        if top == "theory" and head not in (
+            "jax",
+            "theory",
+            "math",
+            "functools",
+            "dataclasses",
+            "collections",
+            "typing",
+            "fractions",
+        ):
+            found.append(f"theory imports {name}")
+        if (
+            top == "theory"
+            and name.startswith("jax.")
+            and name.split(".")[1] not in ("numpy", "Array", "lax", "tree_util", "scipy")
+        ):
+            found.append(f"theory imports {name}")
+        if top == "lindm" and head == "theory":
+            found.append(f"lindm imports {name}")
+        if top == "lindm" and head == "experiments" and module != "lindm.cli":
+            found.append(f"lindm imports {name}")
+        if top == "lindm" and head == "lindm" and (mine := floor(module)) and (theirs := floor(name)) and mine != theirs:
+            same = LEVEL[mine] == LEVEL[theirs] and mine not in FLOORS[-1]
+            if module != BENCH and (same or LEVEL[theirs] > LEVEL[mine]):
+                found.append(f"{mine} imports {theirs}, which is not below it")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            if dotted.startswith(("jax.random.", "jr.", "random.")) and node.attr in SLOW_SAMPLERS:
+                found.append(f"calls {dotted}")
+            if top == "theory" and dotted.startswith("jax.random"):
+                found.append(f"theory samples: {dotted}")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NEVER_CALLED:
+            found.append(f"calls {node.func.id}")
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in ("trust_remote_code", "allow_pickle")
+            and ast.unparse(node.value) != "False"
+        ):
+            found.append(f"passes {node.arg}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_module_stays_on_its_floor(path):
+    assert complaints((ROOT / path).read_text(encoding="utf-8"), module_name(path)) == []
+
+
+def test_every_module_of_lindm_has_a_floor():
+    modules = [module_name(p) for p in SOURCES if p.parts[0] == "lindm"]
+    assert [m for m in modules if m != "lindm" and floor(m) is None] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_module_says_what_it_is_and_stays_under_400_lines(path):
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source))
+    assert source.count("\n") <= 400 or path.name == "criteria.py"  # a list of data
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("import theory.policy", "lindm.evaluate"),
+        ("from theory import policy", "lindm.problems.mdp"),
+        ("from lindm.types import MDP", "theory.policy"),
+        ("def f():\n    from lindm import evaluate", "lindm.oracles.mdp"),
+        ("from lindm.attention.layer import FullAttention", "lindm.baselines"),
+        ("from ..evaluate import greedy", "lindm.problems.mdp"),
+        ("import numpy as np", "theory.in_context"),
+        ("from jax import random", "theory.in_context"),
+        ("import jax\nx = jax.random.normal(jax.random.key(0))", "theory.in_context"),
+        ("import jax\nx = jax.random.dirichlet(key, a)", "lindm.problems.mdp"),
+        ("import torch", "lindm.attention.layer"),
+        ("import pickle", "experiments.harness"),
+        ("eval('1')", "experiments.harness"),
+        ("from experiments import harness", "lindm.evaluate"),
+        ("from jax._src import core", "lindm.types"),
+    ],
+)
+def test_what_is_forbidden_is_seen(source, module):
+    assert complaints(source, module)
+
+
+def test_what_is_allowed_is_not_complained_about():
+    assert complaints("import jax\nfrom lindm.types import MDP\nfrom lindm.problems.checks import f", "lindm.problems.mdp") == []
+    assert complaints("import jax.numpy as jnp\nfrom jax import Array\nfrom theory.policy import f", "theory.margin") == []
+    assert complaints("from theory import policy\nfrom lindm import evaluate", "experiments.ladder") == []
