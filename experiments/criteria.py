@@ -265,7 +265,7 @@ CRITERIA: tuple[Criterion, ...] = (
     ),
     _claim(
         "bellman-horizon/linear",
-        "With bootstrapped labels and equal one-stage errors the loss grows linearly in the horizon.",
+        "At equal one-stage errors the loss of value iteration grows linearly in the horizon.",
         "ours",
         "log-log slope in H <= 1",
         "slope over seeds <= {hi}",

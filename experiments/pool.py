@@ -108,7 +108,9 @@ def _work(pipe: Connection) -> None:
             if outcome.code == files.PREEMPTED:
                 return
     except (EOFError, BrokenPipeError, files.Stop):  # the parent is gone, or asked to stop between two jobs
-        return
+        pass
+    finally:
+        os._exit(0)  # everything is on disk; the clean-up of jax at exit takes time and can be interrupted
 
 
 def run_all(

@@ -53,8 +53,8 @@ def bernstein_radius(variance: Array, bound: Array, M: Number, delta: Number) ->
 def chernoff_exponent(value: Array, weights: Array, noise: Array | float = 0.0, steps: int = 60) -> Array:
     """Cramer's rate sup_{t >= 0} -log E exp(-t Z), Z = value + noise * xi: P(mean of M copies <= 0) <= exp(-M rate).
 
-    value [n] with probabilities weights [n] (zero allowed); noise [n] (or a number) is the largest size of an independent
-    symmetric term, for which E exp(-t noise xi) <= cosh(t noise). Exact in the exponent when noise = 0. The function of t is
+    value [n] with probabilities weights [n] (zero allowed); noise [n] (or a number) is the largest size of a further term whose
+    mean given the point is zero, for which E exp(-t noise xi) <= cosh(t noise). Exact in the exponent when noise = 0. The function of t is
     concave; any t gives a valid bound, so the search (bisection on the sign of the slope) need not be exact.  -> [].
     """
     rare = jnp.finfo(value.dtype).tiny
@@ -83,7 +83,12 @@ def gaussian_flip_prediction(margin: Array, variance: Array) -> Array:
 
 
 def error_size(
-    phi: Array, weights: Array, A: Array, w: Array, Lambda_q: Array, noise_bound: Array | float = 0.0,
+    phi: Array,
+    weights: Array,
+    A: Array,
+    w: Array,
+    Lambda_q: Array,
+    noise_bound: Array | float = 0.0,
     noise_variance: Array | float = 0.0,
 ) -> tuple[Array, Array]:
     """(b, v): supremum and second moment of ||Lq^{1/2} A z||, z = x y - Lambda w, y = x'w + eps, |eps| <= noise_bound.
@@ -106,8 +111,15 @@ def error_size(
 
 
 def high_probability_rung(
-    phi: Array, A: Array, w: Array, weights: Array, M: Number, delta: Number, Lambda_q: Array,
-    noise_bound: Array | float = 0.0, noise_variance: Array | float = 0.0,
+    phi: Array,
+    A: Array,
+    w: Array,
+    weights: Array,
+    M: Number,
+    delta: Number,
+    Lambda_q: Array,
+    noise_bound: Array | float = 0.0,
+    noise_variance: Array | float = 0.0,
 ) -> Array:
     """Rung 5 (ours, by [SZ]): with probability >= 1 - delta over the contexts of one task, its suboptimality is at most
 

@@ -103,6 +103,7 @@ def effective_sample_size(A: Array, pair_variance: Array, context_variance: Arra
     pair_variance V_1 = K(Psi) - Lambda Psi Lambda (+ noise) of one pair, context_variance V = E[S S'] - E[G] Psi E[G] of the
     whole dependent context; A, Lambda_q and both [d, d]. For an i.i.d. context of N pairs V = V_1 / N and the answer is N.
     """
+
     def size(V: Array) -> Array:
         return jnp.trace(Lambda_q @ A @ V @ A.T)
 

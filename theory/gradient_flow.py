@@ -75,9 +75,7 @@ def conserved(U: Array, u: Array) -> Array:
     return u**2 - jnp.sum(jnp.square(U), axis=(-2, -1))
 
 
-def integrate(
-    U: Array, u: Array, B: Array, ESw: Array, Lambda_q: Array, *, step: Number, steps: int
-) -> tuple[Array, Array]:
+def integrate(U: Array, u: Array, B: Array, ESw: Array, Lambda_q: Array, *, step: Number, steps: int) -> tuple[Array, Array]:
     """Runge-Kutta of order four.  -> U [steps + 1, d, d] and u [steps + 1], the start included; time of entry k is k * step."""
 
     def move(state: tuple[Array, Array], slope: tuple[Array, Array], length: Number) -> tuple[Array, Array]:

@@ -72,9 +72,7 @@ def onehot_gamma(rho: Array, N: Number, sigma: Number = 0.0) -> Array:
     return (1.0 - 1.0 / N) * jnp.diag(rho) + (1.0 + sigma**2) / N * jnp.eye(len(rho), dtype=rho.dtype)
 
 
-def risk(
-    A: Array, Lambda: Array, Psi: Array, K: Array, M: Number, Lambda_q: Array, noise: Array | None = None
-) -> Prediction:
+def risk(A: Array, Lambda: Array, Psi: Array, K: Array, M: Number, Lambda_q: Array, noise: Array | None = None) -> Prediction:
     """Exact E (x_q'(A S_M - w))^2 of *any* A on i.i.d. test contexts of M pairs (ours).
 
     Lambda, K, noise are the moments of the *test* contexts and Lambda_q = E[x_q x_q'] that of the queries, so the same function
@@ -166,6 +164,7 @@ def balance_length(x: Array, q: Array, M: Number, steps: int = 80) -> Array:
     Unique because estimation rises and bias falls in N; by bisection in log N. For large M it is
     sqrt(M sum(q/x^2) / sum(q/x)).
     """
+
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2

@@ -51,7 +51,7 @@ def chernoff_flip_probability(
 ) -> Array:
     """exp(-M Cramer's rate) on P(Qhat(s,a) >= Qhat(s,b)): the right exponent where labels carry no noise.
 
-    Arguments as in `difference_moments`; noise must be symmetric -> [H, S, A, A] indexed (h, s, a, b).
+    Arguments as in `difference_moments`; noise has mean zero given the pair -> [H, S, A, A] indexed (h, s, a, b).
     """
     flat = phi.reshape(-1, phi.shape[-1])
     bounds = jnp.broadcast_to(jnp.asarray(noise_bound, flat.dtype), (len(w), len(flat)))

@@ -12,8 +12,20 @@ from jax import Array
 from theory.concentration import difference_norm, feature_norm
 
 __all__ = [
-    "best_scale", "decomposed_rung", "difference_norm", "error_parts", "expected_rung", "expected_rung_tight", "feature_norm",
-    "loss_identity", "margin_rung", "margin_statewise_rung", "scale_free_risk", "span_rung", "span_statewise_rung", "strict_gap",
+    "best_scale",
+    "decomposed_rung",
+    "difference_norm",
+    "error_parts",
+    "expected_rung",
+    "expected_rung_tight",
+    "feature_norm",
+    "loss_identity",
+    "margin_rung",
+    "margin_statewise_rung",
+    "scale_free_risk",
+    "span_rung",
+    "span_statewise_rung",
+    "strict_gap",
     "sup_rung",
 ]
 

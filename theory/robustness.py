@@ -30,6 +30,7 @@ def depth_error(A: Array, G: Array, S: Array, w: Array, k: int) -> Array:
     error as well as the bias, wherever the spectral radius of I - A G is below one; with noise it tends to the error of least
     squares.
     """
+
     def step(_: int, guess: Array) -> Array:
         return guess + A @ (S - G @ guess)
 
@@ -65,9 +66,7 @@ def shift_floor(A: Array, Lambda_test: Array, Psi: Array, Lambda_q: Array) -> Ar
     return moment_risk(A, Lambda_test, Psi, jnp.zeros_like(A), Lambda_q).bias
 
 
-def few_task_score(
-    A: Array, deviation: Array, Lambda: Array, fourth: Callable[[Array], Array], N: Number
-) -> Array:
+def few_task_score(A: Array, deviation: Array, Lambda: Array, fourth: Callable[[Array], Array], N: Number) -> Array:
     """Derivative of the normal equations: E Lambda - A [(1 - 1/N) Lambda E Lambda + K(E)/N], E = Psi_T - Psi.  [d, d].
 
     `fourth` is the linear map Psi -> K(Psi) of the feature law.
@@ -82,7 +81,7 @@ def few_task_coefficient(
 
     The excess at M = N is tr(Lq (A_T - A) B (A_T - A)') and A_T - A = Z B^{-1} to first order, Z = few_task_score(Psi_T - Psi):
     C = E_w tr(Lq Z(w) B^{-1} Z(w)'). Gaussian w: the entries of F^{-1} (w w' - Psi) F^{-T} are uncorrelated with variance 1
-    off the diagonal and 2 on it. C = O(1/N^2) without noise: for long prompts few tasks are enough, once T >= d.
+    off the diagonal and 2 on it. C = O(1/N^2): for long prompts few tasks are enough, once T >= d.
     """
     d = len(Lambda)
     A = optimal_weights(Lambda, Psi, fourth(Psi), N, noise)

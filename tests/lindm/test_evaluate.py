@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.evaluate import greedy, measurement, suboptimality
+from lindm import evaluate
+from lindm.evaluate import measurement
 from lindm.types import MDP
+
+greedy = jax.jit(evaluate.greedy)
+suboptimality = jax.jit(evaluate.suboptimality)
 
 S, A, H = 4, 3, 3
 

@@ -52,7 +52,7 @@ class World:
         return float(self.rho @ self.Qstar[0].max(1)) - self.value(pi)
 
     def occupancy(self, pi: np.ndarray) -> np.ndarray:
-        H, S, A = self.r.shape
+        H, S = self.r.shape[:2]
         d = np.zeros((H, S))
         d[0] = self.rho
         for h in range(H - 1):

@@ -55,7 +55,9 @@ def test_the_radius_solves_bernstein():
 def test_the_chernoff_exponent_is_that_of_a_numerical_search_and_beats_bernstein():
     values, weights, noise = np.array([1.0, 0.2, -0.5]), np.array([0.5, 0.3, 0.2]), np.array([0.3, 0.1, 0.2])
     search = scipy.optimize.minimize_scalar(
-        lambda t: np.log(weights @ (np.exp(-t * values) * np.cosh(t * noise))), bounds=(0, 20), method="bounded",
+        lambda t: np.log(weights @ (np.exp(-t * values) * np.cosh(t * noise))),
+        bounds=(0, 20),
+        method="bounded",
         options={"xatol": 1e-10},
     )
     rate = tail.chernoff_exponent(jnp.asarray(values), jnp.asarray(weights), jnp.asarray(noise))

@@ -59,8 +59,11 @@ def test_the_chain_moments_are_those_of_all_trajectories(design, N, seed):
     got_mean, got_second = law.chain_moments(jnp.asarray(P), jnp.asarray(rho), jnp.asarray(D.phi), jnp.asarray(D.Psi), N)
     np.testing.assert_allclose(got_mean, mean, rtol=1e-12)
     np.testing.assert_allclose(got_second, second, rtol=1e-12)
-    np.testing.assert_allclose(law.chain_second_moment(P=jnp.asarray(P), rho=jnp.asarray(rho), phi=jnp.asarray(D.phi),
-                                                       Psi=jnp.asarray(D.Psi), N=N), second, rtol=1e-12)
+    np.testing.assert_allclose(
+        law.chain_second_moment(P=jnp.asarray(P), rho=jnp.asarray(rho), phi=jnp.asarray(D.phi), Psi=jnp.asarray(D.Psi), N=N),
+        second,
+        rtol=1e-12,
+    )
 
 
 def test_a_chain_may_change_its_kernel_from_step_to_step(design):

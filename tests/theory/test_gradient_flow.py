@@ -138,9 +138,7 @@ def test_the_block_v_leaks_with_the_mean_task_however_symmetric_the_features_are
     tasks = np.array([[1.0, 0.2, 0.0], [0.4, -0.3, 0.5]])
     U, u, zero = 0.3 * np.eye(3), 0.4, np.zeros(3)
     numeric = -slope(lambda v: full_loss(D, tasks, (0.5, 0.5), v, zero, U, u))
-    got = flow.leak_field(
-        U, u, tasks.mean(0), D.Lambda, lambda C: law.design_fourth(D.phi, D.weights, C), 2, D.Lambda
-    )
+    got = flow.leak_field(U, u, tasks.mean(0), D.Lambda, lambda C: law.design_fourth(D.phi, D.weights, C), 2, D.Lambda)
     np.testing.assert_allclose(got, numeric, rtol=1e-6, atol=1e-9)
     assert np.linalg.norm(got) > 1e-3
 
@@ -172,8 +170,6 @@ def test_the_leaky_weights_have_the_loss_of_enumeration_and_gain_from_the_mean(d
     b = np.array([0.2, -0.1, 0.3])
     value, A = loss(b)
     np.testing.assert_allclose(full_loss(D, tasks, np.full(3, 1 / 3), b, np.zeros(3), A.T, 1.0), value / 2, rtol=1e-9)
-    np.testing.assert_allclose(
-        loss(np.zeros(3))[1], in_context.optimal_weights(D.Lambda, Psi, D.K, 2), rtol=1e-9
-    )
+    np.testing.assert_allclose(loss(np.zeros(3))[1], in_context.optimal_weights(D.Lambda, Psi, D.K, 2), rtol=1e-9)
     best = scipy.optimize.minimize(lambda b: loss(b)[0], np.zeros(3))
     assert best.fun < 0.98 * loss(np.zeros(3))[0]

@@ -109,8 +109,9 @@ def test_the_onehot_closed_form_is_the_inverse_of_another_gamma():
 def test_the_gaussian_form_of_the_risk_is_the_general_one(Lambda, N, M, sigma):
     K, noise = law.gaussian_fourth(Lambda, np.eye(len(Lambda))), sigma**2 * Lambda
     A = theory.optimal_weights(Lambda, np.eye(len(Lambda)), K, N, noise)
-    general, special = theory.risk(A, Lambda, np.eye(len(Lambda)), K, M, Lambda, noise), theory.gaussian_risk(
-        jnp.asarray(Lambda), M, N, sigma
+    general, special = (
+        theory.risk(A, Lambda, np.eye(len(Lambda)), K, M, Lambda, noise),
+        theory.gaussian_risk(jnp.asarray(Lambda), M, N, sigma),
     )
     np.testing.assert_allclose([general.estimation, general.bias], [special.estimation, special.bias], rtol=1e-11)
 
@@ -181,7 +182,8 @@ def test_eq_6_as_an_inequality_holds_on_onehot_features_while_its_gamma_predicts
         Lambda, K = np.diag(rho), law.onehot_fourth(jnp.asarray(rho), np.eye(5))
         for N, M in ((2, 3), (20, 40), (300, 10)):
             bound = theory.paper_bound(jnp.asarray(Lambda), M, N)
-            for A in (theory.optimal_weights(Lambda, np.eye(5), K, N), np.linalg.inv(theory.gaussian_gamma(jnp.asarray(Lambda), N))):
+            gaussian = np.linalg.inv(theory.gaussian_gamma(jnp.asarray(Lambda), N))
+            for A in (theory.optimal_weights(Lambda, np.eye(5), K, N), gaussian):
                 exact = theory.risk(A, Lambda, np.eye(5), K, M, Lambda)
                 assert exact.estimation <= 4 / M + 1e-12 and exact.estimation <= bound.estimation
                 assert exact.bias <= bound.bias

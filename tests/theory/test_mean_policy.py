@@ -36,9 +36,7 @@ def test_the_mean_over_all_contexts_is_the_loss_of_the_mean_policy_and_the_rung_
     flat, weights, _, A = setting(W, seed)
     M = 3
     stages = [list(all_contexts(W, flat, weights, A, M, h)) for h in range(2)]
-    mean_loss = sum(
-        p * q * W.loss(np.stack([Q0.argmax(1), Q1.argmax(1)])) for (p, Q0), (q, Q1) in itertools.product(*stages)
-    )
+    mean_loss = sum(p * q * W.loss(np.stack([Q0.argmax(1), Q1.argmax(1)])) for (p, Q0), (q, Q1) in itertools.product(*stages))
     pibar = np.zeros((2, 2, 2))
     for h, stage in enumerate(stages):
         for p, Q in stage:
@@ -96,11 +94,14 @@ def test_the_greedy_filling_solves_the_linear_programme(world):
     U = np.zeros(4)
     for h in reversed(range(3)):
         value = W.gap[h] + W.P[h] @ U
-        U = np.array([
-            -scipy.optimize.linprog(-value[s], A_eq=np.ones((1, 3)), b_eq=[1.0], bounds=[(0, c) for c in caps[h, s]]).fun
-            if caps[h, s].sum() >= 1 else caps[h, s] @ value[s] + (1 - caps[h, s].sum()) * value[s].max()
-            for s in range(4)
-        ])
+        U = np.array(
+            [
+                -scipy.optimize.linprog(-value[s], A_eq=np.ones((1, 3)), b_eq=[1.0], bounds=[(0, c) for c in caps[h, s]]).fun
+                if caps[h, s].sum() >= 1
+                else caps[h, s] @ value[s] + (1 - caps[h, s].sum()) * value[s].max()
+                for s in range(4)
+            ]
+        )
     got = mean_policy.mean_policy_rung(jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho), jnp.asarray(caps))
     np.testing.assert_allclose(got, W.rho @ U, rtol=1e-9)
 
@@ -123,13 +124,20 @@ def test_the_high_probability_margin_rung_holds_with_its_probability_and_reaches
         bound = float(mean_policy.high_probability_margin_rung(P, gap, rho, *moments, M, delta))
         stages = [list(all_contexts(W, flat, weights, A, M, h)) for h in range(2)]
         failing = sum(
-            p * q for (p, Q0), (q, Q1) in itertools.product(*stages)
+            p * q
+            for (p, Q0), (q, Q1) in itertools.product(*stages)
             if W.loss(np.stack([Q0.argmax(1), Q1.argmax(1)])) > bound + 1e-12
         )
         assert failing <= delta
-    assert np.all(np.asarray(margins.bias_margin(
-        margins.infinite_context_values(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(Lambda), jnp.asarray(W.w)),
-        jnp.asarray(W.Qstar))) > 0)
+    assert np.all(
+        np.asarray(
+            margins.bias_margin(
+                margins.infinite_context_values(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(Lambda), jnp.asarray(W.w)),
+                jnp.asarray(W.Qstar),
+            )
+        )
+        > 0
+    )
     assert abs(mean_policy.high_probability_margin_rung(P, gap, rho, *moments, 10**9, 0.05)) < 1e-12
 
 

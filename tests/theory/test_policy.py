@@ -30,7 +30,9 @@ def rung_1_by_loops(W, Qhat, occupancy):
     for h in range(len(Qhat)):
         found = scipy.optimize.minimize_scalar(
             lambda c, h=h: sum(d * span(c * q - p) for d, q, p in zip(occupancy[h], Qhat[h], W.Qstar[h], strict=True)),
-            bounds=(0, 50), method="bounded", options={"xatol": 1e-10},
+            bounds=(0, 50),
+            method="bounded",
+            options={"xatol": 1e-10},
         )
         total += found.fun
     return total
@@ -120,7 +122,8 @@ def test_the_parts_add_up_and_rung_3_is_above_rung_2(world, seed):
     assert two <= three + 1e-12
     expected = 2 * sum(
         occupancy[h, s] * sum(abs(np.asarray(part)[h, s]).max() for part in (bias, estimation, optimisation))
-        for h in range(3) for s in range(4)
+        for h in range(3)
+        for s in range(4)
     )
     np.testing.assert_allclose(three, expected, rtol=1e-11)
 
@@ -151,8 +154,11 @@ def test_the_scale_free_risk_does_not_depend_on_the_training_length_under_isotro
     K = (2 + 4) * np.eye(4)
     risks = [
         policy.scale_free_risk(
-            in_context.optimal_weights(np.eye(4), np.eye(4), K, N), np.eye(4),
-            in_context.context_second_moment(np.eye(4), np.eye(4), K, 8), np.eye(4), np.eye(4),
+            in_context.optimal_weights(np.eye(4), np.eye(4), K, N),
+            np.eye(4),
+            in_context.context_second_moment(np.eye(4), np.eye(4), K, 8),
+            np.eye(4),
+            np.eye(4),
         )
         for N in (1, 10, 1000)
     ]

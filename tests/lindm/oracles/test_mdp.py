@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.oracles.mdp import backward_induction, occupancy, plan_linear, policy_value, solve_many
+from lindm.oracles import mdp as oracles
 from lindm.types import MDP, LinearMDP
+
+# compiled once for each shape; an eager scan is compiled again at every call
+backward_induction = jax.jit(oracles.backward_induction)
+plan_linear = jax.jit(oracles.plan_linear)
+policy_value = jax.jit(oracles.policy_value)
+occupancy = jax.jit(oracles.occupancy)
 
 
 def numpy_mdp(seed: int, S: int, A: int, H: int):
@@ -220,7 +226,7 @@ def stack_of(count: int) -> MDP:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[as_mdp(*numpy_mdp(seed, 4, 3, 3)) for seed in range(count)])
 
 
-@pytest.mark.parametrize("many", [jax.vmap, lambda solver: lambda *args: solve_many(solver, *args, batch_size=4)])
+@pytest.mark.parametrize("many", [jax.vmap, lambda solver: lambda *args: oracles.solve_many(solver, *args, batch_size=4)])
 def test_a_stack_of_problems_is_a_loop_over_them(many):
     count = 6  # not a multiple of the batch
     stack = stack_of(count)
