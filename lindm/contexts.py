@@ -37,8 +37,8 @@ def _concrete(*arrays: ArrayLike) -> bool:
 def cumulative(p: Array) -> Array:
     """Running sums of weights p[..., n] that never rise at an index of weight zero, whatever the order of summation.
 
-    XLA may associate a cumulative sum as a tree, so that sums over the same entries differ in the last bit from one index to
-    the next; a draw could then fall on an impossible index. The running maximum over the possible ones repairs it.
+    XLA associates long cumulative sums (from a few hundred entries on) as a tree, so that sums over the same entries differ in
+    the last bit from one index to the next; a draw could then fall on an impossible index. The running maximum repairs it.
     Negative weights (rounding in <phi, mu>) count as zero. The last entry need not be one: draws are scaled by it.
     """
     sums = jnp.cumsum(jnp.maximum(p, 0), axis=-1)

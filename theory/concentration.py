@@ -54,8 +54,10 @@ def chernoff_exponent(value: Array, weights: Array, noise: Array | float = 0.0, 
     """Cramer's rate sup_{t >= 0} -log E exp(-t Z), Z = value + noise * xi: P(mean of M copies <= 0) <= exp(-M rate).
 
     value [n] with probabilities weights [n] (zero allowed); noise [n] (or a number) is the largest size of a further term whose
-    mean given the point is zero, for which E exp(-t noise xi) <= cosh(t noise). Exact in the exponent when noise = 0. The function of t is
-    concave; any t gives a valid bound, so the search (bisection on the sign of the slope) need not be exact.  -> [].
+    mean given the point is zero, for which E exp(-t noise xi) <= cosh(t noise). Exact in the exponent when noise = 0. The
+    function of t is concave; any t gives a valid bound, so the search (bisection on the sign of the slope) need not be exact.
+
+    -> [].
     """
     rare = jnp.finfo(value.dtype).tiny
     log_weights = jnp.where(weights > 0, jnp.log(jnp.maximum(weights, rare)), -jnp.inf)

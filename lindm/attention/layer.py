@@ -197,14 +197,18 @@ class FullAttention(_Embedding):
     def __call__(self, prompt: Prompt) -> Array:
         """yhat[Q] of one prompt."""
         _check_prompt(prompt, self.d)
+        W_PV, W_KQ, n = self.W_PV[...], self.W_KQ[...], prompt.y.shape[0]
+        if self.depth == 1:  # the label row of W_PV Z W_KQ without forming Z: d times fewer products
+            values = prompt.x @ W_PV[0, -1, :-1] + W_PV[0, -1, -1] * prompt.y
+            row = (values @ prompt.x) @ W_KQ[0, :-1, :-1] + (values @ prompt.y) * W_KQ[0, -1, :-1]
+            return prompt.query @ row / n
         _, query = embed(prompt)
         Z = moments(prompt)
         for k in range(self.depth - 1):
-            B = jnp.eye(self.d + 1, dtype=Z.dtype) - self.W_PV[k] @ Z @ self.W_KQ[k]
+            B = jnp.eye(self.d + 1, dtype=Z.dtype) - W_PV[k] @ Z @ W_KQ[k]
             query = B @ query
             Z = B @ Z @ B.T  # E_ctx <- B E_ctx
-        label_row = self.W_PV[-1, -1] @ Z @ self.W_KQ[-1]  # of the last increment, all that is read out
-        return label_row @ query - query[-1]
+        return (W_PV[-1, -1] @ Z @ W_KQ[-1]) @ query - query[-1]  # of the last increment only the label row is read
 
 
 class SoftmaxAttention(_Embedding):

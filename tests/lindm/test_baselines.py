@@ -229,7 +229,8 @@ def test_lsvi_is_the_backward_loop_of_ridge_regressions(n):
 @pytest.mark.parametrize("clip", [True, False])
 def test_pevi_subtracts_the_width_of_the_ellipsoid_and_clips(clip):
     phi, x, r, after = offline(1, 20)
-    beta, lam = 0.4, 0.5
+    r = 2.5 * r  # high enough for the upper clip to matter in some pairs, low enough to leave others inside
+    beta, lam = 0.1, 0.5
     Q = baselines.pevi(*map(jnp.asarray, (phi, x, r, after)), lam=lam, beta=beta, clip=clip)
 
     def value(features, w, inverse, h):
@@ -245,6 +246,10 @@ def test_pevi_subtracts_the_width_of_the_ellipsoid_and_clips(clip):
         w = inverse @ x[h].T @ target
         for s, a in itertools.product(range(S), range(A)):
             assert Q[h, s, a] == pytest.approx(value(phi[s, a], w, inverse, h), rel=1e-9, abs=1e-12)
+    if clip:
+        at_top = np.asarray(Q) == np.arange(H, 0, -1)[:, None, None]
+        assert at_top.any()
+        assert not at_top.all((1, 2)).any()
 
 
 def test_pevi_without_penalty_and_clipping_is_lsvi():

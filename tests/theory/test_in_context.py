@@ -271,3 +271,22 @@ def test_predictions_are_differentiable_and_batched():
     risks = jax.vmap(lambda L: theory.gaussian_risk(L, 5, 7))(Lambdas)
     assert isinstance(risks, theory.Prediction) and risks.total.shape == (2,)
     assert jnp.isfinite(jax.grad(lambda N: theory.gaussian_risk(jnp.eye(3), 5, N).total)(7.0))
+
+
+def test_an_action_never_sampled_has_value_zero_under_diagonal_weights_and_an_imputed_one_otherwise():
+    rho, S = np.full(4, 0.25), np.array([0.5, 0.25, 0.25, 0.0])  # the last pair is not in the prompt
+    for Psi, imputed in ((np.diag([1.0, 2.0, 3.0, 4.0]), False), (np.eye(4) + 2.0, True)):
+        A = np.asarray(theory.optimal_weights(np.diag(rho), Psi, law.onehot_fourth(jnp.asarray(rho), Psi), 8))
+        unseen = (A @ S)[3]
+        np.testing.assert_allclose(unseen, A[0, 1] * S.sum() if imputed else 0.0, atol=1e-14)
+        assert (unseen > 0.1) == imputed
+
+
+def test_under_permutation_symmetry_the_greedy_action_is_the_same_for_every_training_length():
+    rng = np.random.default_rng(0)
+    rho, Psi = np.full(6, 1 / 6), np.eye(6) + 2.0  # two states of three actions
+    weights = [theory.optimal_weights(np.diag(rho), Psi, law.onehot_fourth(jnp.asarray(rho), Psi), N) for N in (1, 7, 500)]
+    for _ in range(50):
+        S = rng.normal(size=6)
+        chosen = [np.asarray(A @ S).reshape(2, 3).argmax(1) for A in weights]
+        assert all(np.array_equal(c, chosen[0]) for c in chosen)

@@ -9,6 +9,12 @@ import scipy.optimize
 from theory import margin as margins
 from theory import mean_policy
 
+# compiled once for all seeds
+rung, policy_loss = jax.jit(mean_policy.mean_policy_rung), jax.jit(mean_policy.policy_loss)
+margin_rung = jax.jit(mean_policy.high_probability_margin_rung)
+difference_moments = jax.jit(mean_policy.difference_moments)
+chernoff_flip_probability = jax.jit(mean_policy.chernoff_flip_probability)
+
 
 def setting(W, seed, N=6):
     """A design over the pairs and one weight matrix a stage."""
@@ -43,16 +49,14 @@ def test_the_mean_over_all_contexts_is_the_loss_of_the_mean_policy_and_the_rung_
             pibar[h, np.arange(2), Q.argmax(1)] += p
     np.testing.assert_allclose(W.loss(pibar), mean_loss, atol=1e-12)
     P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
-    np.testing.assert_allclose(mean_policy.policy_loss(P, gap, rho, jnp.asarray(pibar)), mean_loss, atol=1e-12)
-    np.testing.assert_allclose(mean_policy.mean_policy_rung(P, gap, rho, jnp.asarray(pibar)), mean_loss, atol=1e-12)
-    moments = mean_policy.difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
-    chernoff = mean_policy.chernoff_flip_probability(
-        jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights), M
-    )
+    np.testing.assert_allclose(policy_loss(P, gap, rho, jnp.asarray(pibar)), mean_loss, atol=1e-12)
+    np.testing.assert_allclose(rung(P, gap, rho, jnp.asarray(pibar)), mean_loss, atol=1e-12)
+    moments = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
+    chernoff = chernoff_flip_probability(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights), M)
     for probability in (mean_policy.flip_probability(*moments, M), chernoff):
         caps = mean_policy.action_caps(probability)
         assert np.all(np.asarray(caps) >= pibar - 1e-12)
-        assert mean_loss <= mean_policy.mean_policy_rung(P, gap, rho, caps) + 1e-12
+        assert mean_loss <= rung(P, gap, rho, caps) + 1e-12
 
 
 def test_dependent_stages_break_the_identity_of_the_mean_policy():
@@ -74,9 +78,7 @@ def test_dependent_stages_break_the_identity_of_the_mean_policy():
 def test_the_moments_of_the_differences_are_those_of_enumeration(world, noise):
     W = world(4, S=2, A=3, d=2, H=2)
     flat, weights, _, A = setting(W, 4)
-    got = mean_policy.difference_moments(
-        jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights), noise, noise**2
-    )
+    got = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights), noise, noise**2)
     for h in range(2):
         single = list(all_contexts(W, flat, weights, A, 1, h, noise))
         for s, a, b in itertools.product(range(2), range(3), range(3)):
@@ -102,7 +104,7 @@ def test_the_greedy_filling_solves_the_linear_programme(world):
                 for s in range(4)
             ]
         )
-    got = mean_policy.mean_policy_rung(jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho), jnp.asarray(caps))
+    got = rung(jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho), jnp.asarray(caps))
     np.testing.assert_allclose(got, W.rho @ U, rtol=1e-9)
 
 
@@ -110,18 +112,18 @@ def test_caps_of_one_give_the_worst_policy_and_caps_on_an_optimal_policy_give_ze
     W = world(6, S=2, A=2, d=2, H=2)
     worst = max(W.loss(np.array(pi).reshape(2, 2)) for pi in itertools.product(range(2), repeat=4))
     P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
-    np.testing.assert_allclose(mean_policy.mean_policy_rung(P, gap, rho, jnp.ones((2, 2, 2))), worst, rtol=1e-12)
+    np.testing.assert_allclose(rung(P, gap, rho, jnp.ones((2, 2, 2))), worst, rtol=1e-12)
     optimal = jax.nn.one_hot(jnp.argmax(jnp.asarray(W.Qstar), -1), 2)
-    assert abs(mean_policy.mean_policy_rung(P, gap, rho, optimal)) < 1e-14
+    assert abs(rung(P, gap, rho, optimal)) < 1e-14
 
 
 def test_the_high_probability_margin_rung_holds_with_its_probability_and_reaches_zero(world):
     W = world(7, S=2, A=2, d=2, H=2)
     flat, weights, Lambda, A = setting(W, 7, N=10**6)
     P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
-    moments = mean_policy.difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
+    moments = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
     for M, delta in ((3, 0.9), (4, 0.5)):
-        bound = float(mean_policy.high_probability_margin_rung(P, gap, rho, *moments, M, delta))
+        bound = float(margin_rung(P, gap, rho, *moments, M, delta))
         stages = [list(all_contexts(W, flat, weights, A, M, h)) for h in range(2)]
         failing = sum(
             p * q
@@ -138,13 +140,13 @@ def test_the_high_probability_margin_rung_holds_with_its_probability_and_reaches
         )
         > 0
     )
-    assert abs(mean_policy.high_probability_margin_rung(P, gap, rho, *moments, 10**9, 0.05)) < 1e-12
+    assert abs(margin_rung(P, gap, rho, *moments, 10**9, 0.05)) < 1e-12
 
 
 def test_the_decay_exponent_bounds_the_mean_loss_for_every_length(world):
     W = world(8, S=2, A=2, d=2, H=2)
     flat, weights, _, A = setting(W, 8, N=10**6)
-    moments = mean_policy.difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
+    moments = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
     rate = float(mean_policy.decay_exponent(jnp.asarray(W.gap), *moments))
     assert rate > 0
     for M in (1, 2, 4):

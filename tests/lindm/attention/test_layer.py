@@ -30,7 +30,7 @@ def randomised(layer, seed=1, scale=0.3):
 
 
 def brute_force(prompt, W_PV, W_KQ, attend, table=None):
-    """E <- E - F(E), one query at a time, with the whole score matrix and a mask; returns minus what is written below the query."""
+    """E <- E - F(E), one query at a time, with the whole score matrix and a mask; minus what is written below the query."""
     x, y, queries = (np.asarray(a, float) for a in (prompt.x, prompt.y, prompt.query))
     n, out = len(y), []
     for query in queries:

@@ -108,7 +108,7 @@ def test_a_second_block_lowers_the_loss_below_the_best_single_block():
 
 
 def test_softmax_attention_trains_through_the_same_interface():
-    layer, losses = train(
+    _, losses = train(
         SoftmaxAttention(3, scale=0.3), draw_gaussian, jax.random.key(0), steps=200, learning_rate=0.02, data=f32(np.eye(3))
     )
     assert losses[-20:].mean() < 0.7 * losses[0]
@@ -157,17 +157,10 @@ def test_averaging_returns_the_mean_of_the_last_iterates():
     optimizer, key, data = optax.sgd(0.1), jax.random.key(3), (jnp.eye(2),)
 
     def run(steps, average):
-        return train(
-            ReducedAttention(2, dtype=jnp.float64),
-            draw_gaussian,
-            key,
-            steps=steps,
-            data=data,
-            optimizer=optimizer,
-            average=average,
-        )[0].A[0]
+        start = ReducedAttention(2, dtype=jnp.float64)
+        return train(start, draw_gaussian, key, steps=steps, data=data, optimizer=optimizer, average=average)[0].A[0]
 
-    np.testing.assert_allclose(run(8, 0.5), np.mean([run(s, 0.0) for s in (5, 6, 7, 8)], axis=0), rtol=1e-12)
+    np.testing.assert_allclose(run(4, 0.5), np.mean([run(s, 0.0) for s in (3, 4)], axis=0), rtol=1e-12)
     np.testing.assert_array_equal(run(1, 0.9), run(1, 0.0))
 
 

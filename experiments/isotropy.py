@@ -1,0 +1,425 @@
+"""When does the training length N change what a policy does, and does the condition number kappa of eq. (6) matter to it?
+
+The greedy policy does not see a positive factor of Qhat, nor a term that is the same for all actions. Where A_N = alpha_N I +
+beta_N 11' (one-hot features, uniform design, exchangeable tasks, centred or not; contextual bandits with Gaussian or
+hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) charges a bias that falls
+as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
+
+And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1, so that Qhat = phi' A_N S_M stays what it is. The same
+MDPs carried to kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I in whatever
+coordinates one happens to use, grows by that factor. Only the spectrum of R^-1 Lambda Psi Lambda counts (`theory.in_context.modes`).
+
+    lindm run isotropy --preset quick      about 15 s on 2 cores
+    lindm verify --only isotropy
+
+Expected: not one action differs over N or over kappa in the isotropic families; about one in seven does on simplex features, and
+the plane of suboptimality over (M, N) has vertical contours on the left and bent ones on the right.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from experiments import apparatus
+from experiments.criteria import judge, judge_count
+from experiments.statistics import Verdict
+from experiments.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
+from lindm.attention.layer import ReducedAttention, pad
+from lindm.attention.trainer import train_many
+from lindm.contexts import cumulative, draw_pairs, oracle_labels, training_prompt
+from lindm.evaluate import greedy
+from lindm.oracles.mdp import policy_value
+from lindm.problems.checks import count
+from lindm.problems.linear_mdp import Family, carry, onehot_family, second_moment, simplex_family, tabulate
+from lindm.problems.regression import covariance
+from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
+from theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
+
+CLAIMS = ("isotropy", "isotropy/anisotropic", "isotropy/sign-symmetry", "isotropy/coordinates")
+ISOTROPIC = ("one-hot, rewards in [0, 1]", "one-hot, rewards in [-1, 1]")
+SIMPLEX = "simplex"
+LAWS = ("Gaussian", "signed axes", "sign-symmetric only")  # of the bandits' features
+D, CANDIDATES = 4, 4  # features and actions of a bandit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 11000
+    tasks: int = 256  # MDPs of every family, each with one context a stage
+    rounds: int = 512  # bandits of every law, each with one context and one decision
+    N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+    M: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    N_trained: tuple[int, ...] = (4, 64)
+    kappa: tuple[int, ...] = (1, 10, 100)
+    pool_blocks: int = 8  # of apparatus.BLOCK tasks each: Psi and the training tasks
+    steps: int = 600
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tasks", "rounds", "steps", "pool_blocks"):
+            count(getattr(self, name), name)
+        for name in ("N", "M", "N_trained", "kappa"):
+            values = getattr(self, name)
+            if len(values) < 2 or list(values) != sorted(set(values)) or values[0] < 1:
+                raise ValueError(f"{name} must hold at least two rising numbers >= 1; got {values}")
+
+
+QUICK = Config()
+FULL = Config(
+    seeds=10,
+    tasks=1024,
+    rounds=4096,
+    N=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    M=(2, 4, 8, 16, 32, 64, 128, 256, 512),
+    N_trained=(4, 16, 64),
+    kappa=(1, 10, 100, 1000),
+    pool_blocks=32,
+    steps=3000,
+)
+SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool_blocks=1, steps=20)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+def families() -> dict[str, Family]:
+    """One feature map for all seeds: the plane of another map is another plane."""
+    return {
+        ISOTROPIC[0]: onehot_family(4, 3, 4),
+        ISOTROPIC[1]: onehot_family(4, 3, 4, low=-1.0, high=1.0),
+        SIMPLEX: simplex_family(jax.random.key(1), 12, 3, 5, 4, feature_power=2.0, low=-1.0, high=1.0),
+    }
+
+
+# --- MDPs --------------------------------------------------------------------------------------------------------------
+
+
+def exchangeable(Psi: Array) -> Array:
+    """The mean of P' Psi P over all permutations P: a I + b 11', exactly of that form.  [..., d, d] -> the same."""
+    d = Psi.shape[-1]
+    on = jnp.trace(Psi, axis1=-2, axis2=-1) / d
+    off = (Psi.sum((-2, -1)) - d * on) / (d * (d - 1))
+    return jnp.where(jnp.eye(d, dtype=bool), on[..., None, None], off[..., None, None])
+
+
+@partial(jax.jit, static_argnames=("tasks", "longest"))
+def policies(key: Array, family: Family, layers: Array, M: Array, tasks: int, longest: int) -> tuple[Array, Array]:
+    """Exact loss [tasks, n, m] and actions [tasks, n, m, H, S] of n layers [n, H, d, d] on contexts of lengths M [m].
+
+    All layers read the same contexts, and a shorter context is the beginning of a longer one.
+    """
+    used = (jnp.arange(longest)[None] < M[:, None]) / M[:, None]
+
+    def one(k: Array) -> tuple[Array, Array]:
+        k_task, k_context = jax.random.split(k)
+        task, plan, w = apparatus.draw_oracle(k_task, family)
+        mdp = tabulate(task)
+        x = apparatus.pairs_table(family)[draw_pairs(k_context, cumulative(family.design), (w.shape[0], longest))]
+        S = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)
+        pihat = greedy(jnp.einsum("sai,nhij,mhj->nmhsa", family.phi, layers, S)).reshape(-1, *plan.pi.shape)
+        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat)
+        shape = (layers.shape[0], M.shape[0])
+        return (mdp.rho @ plan.V[0] - value).reshape(shape), pihat.reshape(*shape, *plan.pi.shape)
+
+    return jax.lax.map(one, jax.random.split(key, tasks), batch_size=32)
+
+
+@partial(jax.jit, static_argnames="tasks")
+def limit_share(key: Array, family: Family, layers: Array, tasks: int) -> Array:
+    """Share [n] of actions that layer n and the last one choose differently on infinite contexts, S = Lambda w: exact."""
+    Lambda = second_moment(family)
+
+    def one(k: Array) -> Array:
+        w = apparatus.draw_oracle(jax.random.split(k)[0], family)[2]
+        action = greedy(jnp.einsum("sai,nhij,hj->nhsa", family.phi, layers, w @ Lambda))
+        return (action != action[-1:]).mean((1, 2))
+
+    return jax.lax.map(one, jax.random.split(key, tasks), batch_size=32).mean(0)
+
+
+@lru_cache
+def _draw(longest: int, batch: int, queries: int):
+    """The draw of a training batch of n <= longest pairs, n traced: one program for all N."""
+
+    def draw(key: Array, family: Family, pool: Array, n: Array):
+        which, prompts = jax.random.split(key)
+        w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
+        one = partial(training_prompt, phi=family.phi, cdf=cumulative(family.design), n=longest, queries=queries)
+        prompt, target = jax.vmap(lambda k, w: one(k, w=w))(jax.random.split(prompts, batch), w)
+        return pad(prompt, n), target
+
+    return draw
+
+
+def trained(key: Array, family: Family, pool: Array, N: tuple[int, ...], steps: int) -> Array:
+    """Layers [len(N), H, d, d] trained in float32 on the tasks of `pool` [H, tasks, d], all lengths and stages at once."""
+    H, _, d = pool.shape
+    runs = len(N) * H
+    family, pool = apparatus.single_precision((family, pool))
+    data = (
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (runs, *x.shape)), family),
+        jnp.tile(pool, (len(N), 1, 1)),
+        jnp.repeat(jnp.asarray(N), H),
+    )
+    layers, _ = train_many(
+        ReducedAttention(d), _draw(max(N), 64, 8), jax.random.split(key, runs), steps=steps, data=data, learning_rate=0.3
+    )
+    return layers.A[...][:, 0].reshape(len(N), H, d, d).astype(float)
+
+
+@jax.jit
+def moments_of(family: Family, Psi: Array) -> tuple[Array, Array, Array, Array]:
+    """Modes x, q [H * d] of all stages together, and eq. (6)'s generalisation at M = N = 1: estimation, bias []."""
+    Lambda = second_moment(family)
+    K = apparatus.fourth_moments(family, Psi)
+    x, q = jax.vmap(lambda P, K: modes(Lambda, P, K, Lambda))(Psi, K)
+    bound = jax.vmap(lambda P, K: general_bound(Lambda, P, K, 1.0, 1.0, Lambda))(Psi, K)
+    return x.ravel(), q.ravel(), bound.estimation.sum(), bound.bias.sum()
+
+
+@jax.jit
+def bias_of(family: Family, Psi: Array, A: Array) -> Array:
+    """Squared training-length bias of layers A [H, d, d], summed over the stages."""
+    Lambda = second_moment(family)
+    K = apparatus.fourth_moments(family, Psi)
+    return jax.vmap(lambda A, P, K: risk(A, Lambda, P, K, 1.0, Lambda).bias)(A, Psi, K).sum()
+
+
+def closed_forms(family: Family, Psi: Array, N: tuple[int, ...]) -> Array:
+    """A_N [len(N), H, d, d]."""
+    return jnp.stack([apparatus.closed_form_layers(family, Psi, float(n)) for n in N])
+
+
+def differing(actions: Array) -> int:
+    """How many decisions are not the same for every layer; actions [tasks, n, ...] with the layers on axis 1."""
+    a = np.asarray(actions)
+    return int((a != a[:, -1:]).any(1).sum())
+
+
+def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
+    """The plane of one family, by closed form and by training."""
+    k_pool, k_train, k_test = jax.random.split(key, 3)
+    pool = apparatus.task_pool(k_pool, family, tasks=cfg.pool_blocks * apparatus.BLOCK)
+    Psi = apparatus.pool_moment(pool)
+    if name in ISOTROPIC:
+        Psi = exchangeable(Psi)  # the rows of mu and the entries of theta are i.i.d.: this is the form of the true Psi
+    layers = closed_forms(family, Psi, cfg.N)
+    Ahat = trained(k_train, family, pool, cfg.N_trained, cfg.steps)
+    loss, actions = policies(
+        k_test, family, jnp.concatenate([Ahat, layers]), jnp.asarray(cfg.M, float), tasks=cfg.tasks, longest=cfg.M[-1]
+    )
+    T = len(cfg.N_trained)
+    actions_hat, actions = actions[:, :T], actions[:, T:]
+    exact = closed_forms(family, Psi, cfg.N_trained)
+    x, q, _, _ = moments_of(family, Psi)
+    return {
+        "loss": loss[:, T:].mean(0).tolist(),
+        "share": (actions != actions[:, -1:]).mean((0, 3, 4)).tolist(),
+        "share_limit": limit_share(k_test, family, layers, tasks=cfg.tasks).tolist(),
+        "differing": differing(actions),
+        "decisions": int(actions[:, 0].size),
+        "trained_loss": loss[:, :T].mean(0).tolist(),
+        "trained_share": (actions_hat[:, 0] != actions_hat[:, -1]).mean((0, 2, 3)).tolist(),
+        "weights_error": [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(Ahat, exact, strict=True)],
+        "bias": [float(bias_of(family, Psi, A)) for A in layers],
+        "paper_bias": [float(paper_bound(second_moment(family), 1.0, float(n)).bias) for n in cfg.N],
+        "balance": [float(balance_length(x, q, float(m))) for m in cfg.M],
+    }
+
+
+def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
+    """The same tasks, pairs and labels in coordinates of several condition numbers: Psi, A_N and Qhat computed in each."""
+    k_pool, _, k_test = jax.random.split(key, 3)
+    d = family.phi.shape[-1]
+    actions, paper, ours, loss = [], [], [], []
+    for kappa in cfg.kappa:
+        there = carry(family, covariance(d, float(kappa)))
+        Psi = apparatus.pool_moment(apparatus.task_pool(k_pool, there, tasks=cfg.pool_blocks * apparatus.BLOCK))
+        layers = closed_forms(there, Psi, cfg.N)
+        lost, chosen = policies(k_test, there, layers, jnp.asarray(cfg.M, float), tasks=cfg.tasks, longest=cfg.M[-1])
+        actions.append(chosen)
+        loss.append(float(lost.mean()))
+        paper.append(float(paper_bound(covariance(d, float(kappa)), 1.0, 1.0).bias))
+        ours.append(float(moments_of(there, Psi)[3]))
+    stacked = jnp.stack(actions, axis=1)
+    return {
+        "differing": differing(stacked),
+        "decisions": int(stacked[:, 0].size),
+        "paper": paper,
+        "theorem": ours,
+        "loss": loss,
+    }
+
+
+# --- contextual bandits ------------------------------------------------------------------------------------------------
+
+
+def bandit_law(name: str) -> tuple[Array, Array]:
+    """Support [n, D] and weights [n] of a finite law with Lambda = I."""
+    if name == "signed axes":  # invariant under permutations and sign changes
+        axes = jnp.sqrt(float(D)) * jnp.eye(D)
+        return jnp.concatenate([axes, -axes]), jnp.full(2 * D, 0.5 / D)
+    # independent entries +-1 (two of them) and 0, +-sqrt 2: sign-symmetric, Lambda = I, but K(I) = diag(4, 4, 5, 5)
+    sides = [np.array([-1.0, 1.0])] * 2 + [np.array([-np.sqrt(2.0), 0.0, 0.0, np.sqrt(2.0)])] * 2
+    grid = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, D)
+    return jnp.asarray(grid), jnp.full(len(grid), 1.0 / len(grid))
+
+
+@jax.jit
+def bandit_actions(x: Array, w: Array, candidates: Array, layers: Array, M: Array) -> Array:
+    """Actions [rounds, n, m]: x [rounds, longest, D], w [rounds, D], candidates [rounds, K, D], layers [n, D, D], M [m]."""
+    used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
+    S = jnp.einsum("mi,ri,rid->rmd", used, oracle_labels(x, w), x)
+    return greedy(jnp.einsum("rki,nij,rmj->rnmk", candidates, layers, S))
+
+
+def of_bandit(cfg: Config, name: str, key: Array) -> dict:
+    """Actions over N of a contextual bandit whose features follow one law; tasks w ~ N(0, I), labels without noise."""
+    k_task, k_features = jax.random.split(key)
+    longest, Lambda = cfg.M[-1], jnp.eye(D)
+    shape = (cfg.rounds, longest + CANDIDATES)
+    if name == "Gaussian":
+        features, K = jax.random.normal(k_features, (*shape, D)), gaussian_fourth(Lambda, Lambda)
+    else:
+        support, weights = bandit_law(name)
+        assert jnp.allclose(design_moment(support, weights), Lambda)
+        features, K = support[draw_pairs(k_features, cumulative(weights), shape)], design_fourth(support, weights, Lambda)
+    layers = jnp.stack([optimal_weights(Lambda, Lambda, K, float(n)) for n in cfg.N])
+    w = jax.random.normal(k_task, (cfg.rounds, D))
+    actions = bandit_actions(features[:, :longest], w, features[:, longest:], layers, jnp.asarray(cfg.M, float))
+    return {
+        "share": (actions != actions[:, -1:]).mean((0, 2)).tolist(),
+        "differing": differing(actions),
+        "decisions": int(actions[:, 0].size),
+    }
+
+
+# --- the experiment ----------------------------------------------------------------------------------------------------
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    keys = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 2)
+    worlds = families()
+    return {
+        "N": list(cfg.N),
+        "M": list(cfg.M),
+        "N_trained": list(cfg.N_trained),
+        "kappa": list(cfg.kappa),
+        "families": {n: of_family(cfg, n, f, jax.random.fold_in(keys[0], i)) for i, (n, f) in enumerate(worlds.items())},
+        "coordinates": of_coordinates(cfg, worlds[SIMPLEX], jax.random.fold_in(keys[0], 2)),
+        "bandits": {n: of_bandit(cfg, n, jax.random.fold_in(keys[1], i)) for i, n in enumerate(LAWS)},
+    }
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    seeds = len(records)
+    same = [r["families"][n] for r in records for n in ISOTROPIC] + [r["bandits"][n] for r in records for n in LAWS[:2]]
+    signs = [r["bandits"][LAWS[2]] for r in records]
+    carried = [r["coordinates"] for r in records]
+
+    def counted(id: str, cells: list[dict], figure: str, note: str = "") -> Verdict:
+        changed, n = sum(c["differing"] for c in cells), sum(c["decisions"] for c in cells)
+        return judge_count(id, changed, n, seeds=seeds, figure=figure, note=note)
+
+    free = max(r["families"][n]["trained_share"][-1] for r in records for n in ISOTROPIC)
+    growth = records[0]["coordinates"]["paper"]
+    ours = [max(c["theorem"]) / min(c["theorem"]) - 1 for c in carried]
+    return [
+        counted("isotropy", same, "actions", f"trained layers differ in at most {free:.2%} of actions"),
+        judge("isotropy/anisotropic", [r["families"][SIMPLEX]["share"][0][-1] for r in records], figure="actions"),
+        counted("isotropy/sign-symmetry", signs, "actions"),
+        counted(
+            "isotropy/coordinates",
+            carried,
+            "actions",
+            f"eq. (6) grows by {growth[-1] / growth[0]:.3g}, its generalisation by {max(ours):.1e}",
+        ),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"plane": _plane(records), "actions": _actions(records)}
+
+
+def _plane(records: list[dict]) -> Figure:
+    """Suboptimality over (M, N): the mean over seeds above, every seed at three context lengths below."""
+    first = records[0]
+    N, M, Nt = np.array(first["N"]), np.array(first["M"]), first["N_trained"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10.4, 7.6), height_ratios=(1.25, 1))
+    for column, name in enumerate((ISOTROPIC[1], SIMPLEX)):
+        cells = [r["families"][name] for r in records]
+        loss = np.mean([c["loss"] for c in cells], 0)
+        top, below = axes[0, column], axes[1, column]
+        mesh = top.pcolormesh(M, N, np.log10(loss), shading="nearest", rasterized=True)
+        lines = top.contour(M, N, np.log10(loss), levels=8, colors="white", linewidths=0.7, linestyles="-")
+        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7)
+        balance = np.mean([c["balance"] for c in cells], 0)
+        inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
+        top.plot(M[inside], balance[inside], color=RED, **EXACT, marker="", label="bias = estimation (exact)")
+        both = np.intersect1d(M, N)
+        top.plot(both, both, color="black", **BOUND, marker="", label="N = M: least risk of Qhat")
+        word = "isotropic" if column == 0 else "anisotropic"
+        top.set(xscale="log", yscale="log", title=f"{name}: {word}", ylabel="pairs in a training prompt N")
+        top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
+        top.grid(visible=False)
+        top.legend(loc="lower right" if column else "upper left", fontsize=8, frameon=True, framealpha=0.85)
+        bar = figure.colorbar(mesh, ax=top)
+        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if loss.min() <= t <= loss.max()]
+        bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
+        bar.set_label("suboptimality")
+        for color, at in zip(COLORS, (0, len(M) // 2, len(M) - 1), strict=False):
+            for c in cells:
+                below.plot(N, np.array(c["loss"])[:, at], color=color, marker="", **SEED)
+                below.plot(Nt, np.array(c["trained_loss"])[:, at], color=color, **MEASURED, alpha=0.6)
+            below.plot(N, loss[:, at], color=color, marker="", **EXACT, label=f"M = {M[at]}")
+        below.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="suboptimality")
+        below.legend(fontsize=8, ncols=3, title="line: closed form; points: trained layer", title_fontsize=8, loc="upper center")
+        below.set_ylim(loss.min() / 1.6, loss.max() * 4)
+    for axis in axes[0]:
+        axis.set_xlabel("pairs in a test prompt M")
+    return figure
+
+
+def _actions(records: list[dict]) -> Figure:
+    """How many actions N changes, what is charged for N, and the same in other coordinates."""
+    first = records[0]
+    N, kappa = np.array(first["N"]), np.array(first["kappa"])
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.0))
+    M = first["M"][-1]
+    series = [(n, [np.array(r["families"][n]["share"])[:, -1] for r in records]) for n in (*ISOTROPIC, SIMPLEX)]
+    series += [(f"bandit, {n}", [np.array(r["bandits"][n]["share"]) for r in records]) for n in LAWS]
+    for (name, shares), color, marker in zip(series, COLORS, "os^Dv*", strict=False):
+        for share in shares:
+            left.plot(N, 100 * share, color=color, marker="", **SEED)
+        left.plot(N, 100 * np.mean(shares, 0), color=color, marker=marker, markersize=4.5, linestyle="none", label=name)
+    limit = np.mean([r["families"][SIMPLEX]["share_limit"] for r in records], 0)
+    left.plot(N, 100 * limit, color=COLORS[2], **EXACT, marker="", label="simplex, M = infinity (exact)")
+    left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions in %", ylim=(-0.8, None))
+    left.set_title(f"Actions that differ from those at N = {N[-1]}")
+    left.legend(fontsize=7.5, title=f"MDPs at M = {M}", title_fontsize=7.5)
+    for name, color in ((ISOTROPIC[1], BLUE), (SIMPLEX, GREEN)):
+        for r in records:
+            middle.plot(N, r["families"][name]["bias"], color=color, marker="", **SEED)
+        middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, marker="", label=name)
+        middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, marker="", label="  eq. (6)")
+    middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
+    middle.set_title("What is charged for N")
+    middle.legend(fontsize=8)
+    for key, color, label in (("paper", GREY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
+        values = np.array([r["coordinates"][key] for r in records])
+        right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, marker="", label=label)
+    for r in records:
+        loss = np.array(r["coordinates"]["loss"])
+        right.plot(kappa, loss / loss[0], color=BLUE, **MEASURED, alpha=0.6)
+    right.plot([], [], color=BLUE, **MEASURED, label="suboptimality, measured")
+    right.set(xscale="log", yscale="log", xlabel="condition number of the coordinates, kappa", ylabel="relative to kappa = 1")
+    right.set_title("The same MDPs in other coordinates")
+    right.legend(fontsize=8)
+    return figure

@@ -1,0 +1,54 @@
+"""Every experiment is the same few names, says how to run it, and owns claims that exist."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from collections import Counter
+
+import pytest
+
+from experiments import files, harness
+from experiments.criteria import CRITERIA
+
+EXPERIMENTS = harness.discover()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_has_its_names(name):
+    module = importlib.import_module(f"experiments.{name}")
+    assert all(callable(getattr(module, f)) for f in ("points", "measure", "check", "plot"))
+    for cfg in (module.QUICK, module.FULL, module.SMOKE):
+        assert isinstance(cfg, module.Config)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            cfg.seeds = 3  # pyright: ignore
+    assert module.QUICK.seeds >= 5 and module.FULL.seeds >= 10
+    assert isinstance(module.QUICK.base_seed, int)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_opens_with_its_question_and_its_command(name):
+    doc = ast.get_docstring(ast.parse(inspect.getsource(importlib.import_module(f"experiments.{name}")))) or ""
+    assert "?" in doc.split("\n\n")[0]
+    assert f"lindm run {name}" in doc
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_points_are_different_json_objects_and_grow_with_the_seeds(name):
+    module = importlib.import_module(f"experiments.{name}")
+    points = [files.canonical(p) for p in module.points(module.SMOKE)]
+    more = module.points(dataclasses.replace(module.SMOKE, seeds=module.SMOKE.seeds + 1))
+    assert len(set(points)) == len(points) > 0
+    assert len(more) > len(points)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_number_of_seeds_below_one_is_refused_by_name(name):
+    module = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(ValueError, match="seeds"):
+        dataclasses.replace(module.SMOKE, seeds=0)
+
+
+def test_every_claim_is_decided_by_exactly_one_experiment():
+    owned = Counter(claim for claims in EXPERIMENTS.values() for claim in claims)
+    assert owned == Counter(c.id for c in CRITERIA)
