@@ -17,15 +17,17 @@ class Design:
 
     @property
     def Lambda(self) -> np.ndarray:
-        return sum(p * np.outer(x, x) for p, x in zip(self.weights, self.phi, strict=True))
+        return np.sum([p * np.outer(x, x) for p, x in zip(self.weights, self.phi, strict=True)], axis=0)
 
     @property
     def K(self) -> np.ndarray:
-        return sum(p * np.outer(x, x) @ self.Psi @ np.outer(x, x) for p, x in zip(self.weights, self.phi, strict=True))
+        return np.sum(
+            [p * np.outer(x, x) @ self.Psi @ np.outer(x, x) for p, x in zip(self.weights, self.phi, strict=True)], axis=0
+        )
 
     @property
     def noise(self) -> np.ndarray:
-        return sum(p * v * np.outer(x, x) for p, v, x in zip(self.weights, self.variance, self.phi, strict=True))
+        return np.sum([p * v * np.outer(x, x) for p, v, x in zip(self.weights, self.variance, self.phi, strict=True)], axis=0)
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,6 @@
+# numpy arrays stand in for jax arrays here on purpose
+# pyright: reportArgumentType=false
+
 import itertools
 
 import jax

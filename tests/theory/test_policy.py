@@ -1,3 +1,6 @@
+# numpy arrays stand in for jax arrays here on purpose
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,422 @@
+"""How large is the error of Qhat, in its two parts, and what becomes of the paper's bound outside its own setting?
+
+Reduced layers are trained for several lengths N and laws of features: Gaussian (three condition numbers), the first stage of a
+simplex linear MDP with noisy oracle labels, one-hot, and two laws outside eq. (6): noisy labels and heavy tails (x = 0 with
+probability 1 - p, else N(0, Lambda/p): the same covariance). Their squared errors on fresh contexts and fresh tasks stand beside
+estimation(M, N) + bias(N), exact for the trained weights and for A_N, and beside eq. (6).
+
+    lindm run risk --preset quick      about 15 s on 2 cores
+    lindm verify --only q-risk estimation-slope training-length-slope paper-bound
+
+Expected: the exact risk within 3 % in every cell; slopes -1 in M and -2 in N; eq. (6) holds in its setting, by a factor that
+grows with kappa, and fails under label noise and heavy tails, where the same bound with K(Psi) in it (`every-law`) holds.
+
+What is left to chance. Queries enter only through Lambda_q and tasks only through Psi: the layer answers for `query_columns`,
+whose mean squared error is the expectation over queries, and the prediction is for the Psi of the very tasks that were drawn. One
+strip of pairs is cut into contexts of every length. The bias at large N is far below the sampling error of training, of which
+almost all is the second moment of the training features, Gbar - Lambda. So it is measured on one very long context, all features
+that the layer was trained on (tasks that it never saw): Gbar in place of Lambda takes out the error that the two have in common, a
+control variate. The bias at Lambda itself is reported beside it, and so is the optimisation error.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from experiments import apparatus
+from experiments.criteria import judge
+from experiments.statistics import Verdict, slopes
+from experiments.style import BOUND, COLORS, EXACT, GREY, MARKERS, SEED
+from lindm.attention.layer import ReducedAttention, query_columns
+from lindm.attention.trainer import train_many
+from lindm.contexts import cumulative, invert
+from lindm.problems.checks import count, nonnegative
+from lindm.problems.linear_mdp import draw_task, onehot_family, simplex_family
+from lindm.problems.regression import covariance
+from lindm.types import Prompt
+from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
+from theory.in_context import (
+    context_second_moment,
+    gaussian_risk,
+    general_bound,
+    optimal_weights,
+    optimisation_error,
+    paper_bound,
+    risk,
+)
+
+CLAIMS = (
+    "q-risk",
+    "estimation-slope",
+    "training-length-slope",
+    "paper-bound",
+    "paper-bound/label-noise",
+    "paper-bound/onehot-gamma",
+    "paper-bound/heavy-tails",
+    "paper-bound/every-law",
+)
+D, ROWS = 6, 36  # features; rows of the table of a law (12 states x 3 actions)
+TASKS = 6  # tasks that share the features of a context
+KAPPAS = (1.0, 10.0, 100.0)
+MATCHED = tuple(f"gaussian, κ = {kappa:g}" for kappa in KAPPAS)  # the setting of eq. (6)
+SIMPLEX, ONEHOT, NOISY, HEAVY = "simplex MDP", "one-hot", "label noise", "heavy tails"
+LAWS = (*MATCHED, SIMPLEX, ONEHOT, NOISY, HEAVY)
+JUDGED = (*MATCHED, SIMPLEX, ONEHOT)  # q-risk and estimation-slope
+LONG = (MATCHED[0], ONEHOT)  # training-length-slope: where N x >= 20 is in reach (see `theory.in_context.modes`)
+DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: least squares on all that was seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 3000
+    N: tuple[int, ...] = (4, 16, 64)
+    M: tuple[int, ...] = (4, 16, 64)
+    N_slope: tuple[int, ...] = (168, 336, 672)  # (1 + N x) >= 25 in every mode: the exact slope is within 4 % of -2
+    groups: int = 1536  # of TASKS tasks with four strips of max(M) pairs, for every law
+    steps: int = 400
+    batch: int = 16  # strips of max(N) pairs a step
+    steps_slope: int = 128
+    sigma: float = 2.0  # label noise of the law that has it
+    sigma_mdp: float = 0.3
+    present: float = 0.25  # p of the heavy tails
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "groups", "steps", "batch", "steps_slope"):
+            count(getattr(self, name), name)
+        for name in ("N", "M", "N_slope"):
+            lengths = getattr(self, name)
+            if len(lengths) < 2 or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+                raise ValueError(f"{name} must hold at least two rising lengths; got {lengths}")
+            if any(lengths[-1] % n for n in lengths):
+                raise ValueError(f"{name} must hold divisors of its last length: strips are cut; got {lengths}")
+        nonnegative(self.sigma, "sigma")
+        nonnegative(self.sigma_mdp, "sigma_mdp")
+        if not 0 < self.present <= 1:
+            raise ValueError(f"present must be a probability above 0; got {self.present}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, N=(4, 8, 16, 32, 64, 128), M=(4, 8, 16, 32, 64, 128), groups=4096, steps=1500, steps_slope=512)
+SMOKE = Config(seeds=2, N=(4, 8), M=(4, 8), N_slope=(8, 16), groups=8, steps=10, batch=4, steps_slope=4)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+# --- laws of features --------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """x = phi_i + scale_i root z with i ~ design, z ~ N(0, I), and y = <x, w> + sigma N(0, 1); each row has phi_i or scale_i zero.
+
+    A table of pairs (scale 0), a Gaussian (one row, phi 0) and a mixture of zero and a Gaussian are all of this form, so that
+    one compiled program serves every law.
+    """
+
+    phi: Array  # [ROWS, d]
+    scale: Array  # [ROWS]
+    design: Array  # [ROWS]
+    root: Array  # [d, d]
+    sigma: Array  # []
+
+
+def gaussian_law(Lambda: Array, sigma: float = 0.0, present: float = 1.0) -> Law:
+    """x = 0 with probability 1 - present, else N(0, Lambda / present)."""
+    design = jnp.zeros(ROWS).at[0].set(present).at[1].set(1 - present)
+    scale = jnp.zeros(ROWS).at[0].set(present**-0.5)
+    return Law(phi=jnp.zeros((ROWS, D)), scale=scale, design=design, root=jnp.linalg.cholesky(Lambda), sigma=jnp.asarray(sigma))
+
+
+def table_law(phi: Array, sigma: float = 0.0) -> Law:
+    """The rows of phi [n, d] with equal probabilities."""
+    n = len(phi)
+    design = jnp.zeros(ROWS).at[:n].set(1 / n)
+    table = jnp.zeros((ROWS, D)).at[:n].set(phi)
+    return Law(phi=table, scale=jnp.zeros(ROWS), design=design, root=jnp.zeros((D, D)), sigma=jnp.asarray(sigma))
+
+
+def moment(law: Law) -> Array:
+    """Lambda [d, d]."""
+    return design_moment(law.phi, law.design) + (law.design @ law.scale**2) * law.root @ law.root.T
+
+
+def fourth(law: Law, Psi: Array) -> Array:
+    """K(Psi) [d, d]."""
+    mixed = gaussian_fourth(law.root @ law.root.T, Psi)
+    return design_fourth(law.phi, law.design, Psi) + (law.design @ law.scale**4) * mixed
+
+
+def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Features x [*shape, d] and label noise [*shape]. The generator makes 64 bits at a time: two uniforms in single precision."""
+    bits = jax.random.bits(key, (*shape, (D + 3) // 2), jnp.uint64)
+    halves = jax.lax.bitcast_convert_type(bits, jnp.uint32).reshape(*shape, -1)
+    u = ((halves >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
+    z = (jax.lax.erf_inv(2 * u[..., : D + 1] - 1) * jnp.float32(2**0.5)).astype(law.phi.dtype)
+    i = invert(cumulative(law.design), u[..., D + 1].astype(law.design.dtype))
+    x = law.phi[i] + law.scale[i][..., None] * (z[..., :D] @ law.root.T)
+    return x, law.sigma * z[..., D]
+
+
+def laws(cfg: Config) -> dict[str, Law]:
+    """One feature map for all seeds: slopes and ratios of different families are not samples of one number."""
+    phi = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=2.0).phi
+    white = covariance(D, 1.0)
+    return {
+        **{name: gaussian_law(covariance(D, kappa)) for name, kappa in zip(MATCHED, KAPPAS, strict=True)},
+        SIMPLEX: table_law(phi.reshape(-1, D), cfg.sigma_mdp),
+        ONEHOT: table_law(jnp.eye(D)),
+        NOISY: gaussian_law(white, sigma=cfg.sigma),
+        HEAVY: gaussian_law(white, present=cfg.present),
+    }
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="tasks")
+def white_tasks(key: Array, tasks: int) -> tuple[Array, Array]:
+    """Task vectors [tasks, d] with Psi = I exactly: Gaussian ones, and those of the last stage of tabular MDPs (their rewards)."""
+    k_gaussian, k_rewards = jax.random.split(key)
+    family = onehot_family(2, 3, 1, low=-1.0, high=1.0)
+    rewards = jax.vmap(lambda k: draw_task(k, family).theta[-1])(jax.random.split(k_rewards, tasks))
+
+    def whiten(w: Array) -> Array:
+        return jnp.linalg.solve(jnp.linalg.cholesky(w.T @ w / tasks), w.T).T
+
+    return whiten(jax.random.normal(k_gaussian, (tasks, D))), whiten(rewards)
+
+
+def draw_tasks(key: Array, tasks: int) -> dict[str, Array]:
+    """Fresh tasks for every law, in groups: [tasks / TASKS, TASKS, d]."""
+    gaussian, rewards = white_tasks(key, tasks)
+    family = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=2.0)
+    block = apparatus.BLOCK
+    planned = apparatus.task_pool(jax.random.fold_in(key, 1), family, tasks=-(-tasks // block) * block)[0, :tasks]
+    return {name: {SIMPLEX: planned, ONEHOT: rewards}.get(name, gaussian).reshape(-1, TASKS, D) for name in LAWS}
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+class Nested(nnx.Module):
+    """Reduced layers for several lengths, side by side: a strip of pairs is cut into contexts of each length in turn.
+
+    Every context has its own d queries, in the order of lengths and cuts. The layers share no parameter, only the pairs.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], dtype=jnp.float32):
+        self.lengths = lengths
+        self.layers = nnx.List([ReducedAttention(D, dtype=dtype) for _ in lengths])
+
+    def __call__(self, prompt: Prompt) -> Array:
+        out, first = [], 0
+        for N, layer in zip(self.lengths, self.layers, strict=True):
+            cuts = len(prompt.y) // N
+            query = prompt.query[first : first + cuts * D].reshape(cuts, D, D)
+            first += cuts * D
+            contexts = Prompt(x=prompt.x.reshape(cuts, N, D), y=prompt.y.reshape(cuts, N), query=query)
+            out.append(jax.vmap(layer)(contexts).ravel())
+        return jnp.concatenate(out)
+
+
+def strip_prompts(lengths: tuple[int, ...], batch: int, key: Array, law: Law, tasks: Array, query: Array) -> tuple[Prompt, Array]:
+    """`batch` strips of fresh pairs, each read with one group of tasks [groups, K, d] and the query columns [d, d]."""
+    k_group, k_pairs = jax.random.split(key)
+    groups, K, _ = tasks.shape
+    contexts = sum(lengths[-1] // N for N in lengths)
+    w = tasks[jax.random.randint(k_group, (batch,), 0, groups)]
+    x, noise = draw_pairs(k_pairs, law, (batch, lengths[-1]))
+    y = jnp.einsum("bnd,bkd->bkn", x, w) + noise[:, None]
+    target = jnp.tile(jnp.einsum("bkd,qd->bkq", w, query), (1, 1, contexts))
+
+    def each_task(a: Array) -> Array:
+        return jnp.broadcast_to(a[:, None], (batch, K, *a.shape[1:])).reshape(batch * K, *a.shape[1:])
+
+    queries = jnp.broadcast_to(jnp.tile(query, (contexts, 1))[None], (batch * K, contexts * D, D))
+    return Prompt(x=each_task(x), y=y.reshape(batch * K, -1), query=queries), target.reshape(batch * K, -1)
+
+
+DRAWS: dict = {}
+
+
+def draw_of(lengths: tuple[int, ...], batch: int):
+    """The draw function of one set of sizes: the same object on every call, so that nothing compiles twice."""
+    return DRAWS.setdefault((lengths, batch), partial(strip_prompts, lengths, batch))
+
+
+def stack(trees: list):
+    """Leaves [R, ...] in single precision."""
+    return apparatus.single_precision(jax.tree.map(lambda *a: jnp.stack(a), *trees))
+
+
+def fit(key: Array, chosen: list[Law], tasks: list[Array], lengths: tuple[int, ...], batch: int, **options) -> tuple[Array, tuple]:
+    """Trained layers Ahat [law, N, d, d], and what they were trained on.
+
+    The loss of a law is scaled (through its queries) so that its largest curvature is about one.
+    """
+    queries = [_query(law, group) for law, group in zip(chosen, tasks, strict=True)]
+    data = (stack(chosen), stack(tasks), stack(queries))
+    keys = jax.random.split(key, len(chosen))
+    nested, _ = train_many(Nested(lengths), draw_of(lengths, batch), keys, data=data, **options)
+    weights = jnp.stack([layer.A[...][:, 0] for layer in nested.layers], axis=1)
+    return weights.astype(jnp.result_type(float)), (keys, data)
+
+
+@jax.jit
+def _query(law: Law, tasks: Array) -> Array:
+    Lambda, w = moment(law), tasks.reshape(-1, D)
+    curvature = jnp.linalg.eigvalsh(Lambda)[-1] * jnp.linalg.eigvalsh(Lambda @ (w.T @ w / len(w)) @ Lambda)[-1]
+    return query_columns(Lambda / curvature)
+
+
+@partial(jax.jit, static_argnames=("lengths", "batch", "steps"))
+def seen_moment(keys: Array, data: tuple, lengths: tuple[int, ...], batch: int, steps: int) -> Array:
+    """Gbar [law, d, d]: the second moment of all features of steps steps/4 .. steps of a training run, those it averages over."""
+
+    def one(key: Array, law: Law) -> Array:
+        def add(total: Array, t: Array) -> tuple[Array, None]:
+            _, k_pairs = jax.random.split(jax.random.fold_in(key, t))
+            x = draw_pairs(k_pairs, law, (batch, lengths[-1]))[0].reshape(-1, D)
+            return total + (x.T @ x / len(x)).astype(total.dtype), None
+
+        times = jnp.arange(steps // 4, steps)
+        return jax.lax.scan(add, jnp.zeros((D, D)), times)[0] / len(times)
+
+    return jax.vmap(one)(keys, data[0])
+
+
+# --- measurement -------------------------------------------------------------------------------------------------------
+
+
+def answers(A: Array, prompt: Prompt) -> Array:
+    """yhat [N, contexts, K, Q] of the layers A [N, d, d]: x [contexts, M, d], y [contexts, K, M], query [Q, d]."""
+
+    def layer(A: Array) -> Array:
+        read = ReducedAttention(D, A=A)
+        tasks = jax.vmap(lambda x, y: read(Prompt(x=x, y=y, query=prompt.query)), (None, 0))
+        return jax.vmap(tasks)(prompt.x, prompt.y)
+
+    return jax.vmap(layer)(A)
+
+
+@partial(jax.jit, static_argnames=("lengths", "strips"))
+def measured(key: Array, law: Law, A: Array, tasks: Array, lengths: tuple[int, ...], strips: int = 4) -> tuple[Array, Array]:
+    """Squared error of Qhat and its variance over the contexts of a task, both [N, M], mean over tasks [groups, K, d]."""
+    query = query_columns(moment(law))
+
+    def group(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        k, w = item
+        x, noise = draw_pairs(k, law, (strips, lengths[-1]))
+        y = jnp.einsum("cnd,kd->ckn", x, w) + noise[:, None]
+        errors, variances = [], []
+        for M in lengths:
+            cuts = lengths[-1] // M
+            labels = jnp.moveaxis(y.reshape(strips, len(w), cuts, M), 2, 1).reshape(strips * cuts, len(w), M)
+            yhat = answers(A, Prompt(x=x.reshape(strips * cuts, M, D), y=labels, query=query))
+            errors.append(jnp.mean((yhat - (w @ query.T)[None, None]) ** 2, axis=(1, 2, 3)))
+            variances.append(jnp.mean(jnp.var(yhat, axis=1, ddof=1), axis=(1, 2)))
+        return jnp.stack(errors, -1), jnp.stack(variances, -1)
+
+    error, variance = jax.lax.map(group, (jax.random.split(key, len(tasks)), tasks), batch_size=min(32, len(tasks)))
+    return error.mean(0), variance.mean(0)
+
+
+@jax.jit
+def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M: Array) -> dict[str, Array]:
+    """All that theory says of one law: exact risks of Ahat and of A_N on these tasks, bounds, weights; [N, M] or [N]."""
+
+    def second(tasks: Array) -> Array:
+        w = tasks.reshape(-1, D)
+        return w.T @ w / len(w)
+
+    Lambda, Psi, test = moment(law), second(training), second(tested)
+    K, K_test, noise = fourth(law, Psi), fourth(law, test), law.sigma**2 * moment(law)
+
+    def length(n: Array, Ahat: Array) -> dict[str, Array]:
+        A = optimal_weights(Lambda, Psi, K, n, noise)
+        B = context_second_moment(Lambda, Psi, K, n, noise)
+
+        def at(m: Array) -> dict[str, Array]:
+            own, best = (risk(W, Lambda, test, K_test, m, Lambda, noise) for W in (Ahat, A))
+            return {
+                "own_estimation": own.estimation,
+                "own_bias": own.bias,
+                "best_estimation": best.estimation,
+                "best_bias": best.bias,
+                "gaussian": gaussian_risk(Lambda, m, n, law.sigma).total,
+                "bound": paper_bound(Lambda, m, n).total,
+                "every_law": general_bound(Lambda, Psi, K, m, n, Lambda, noise).total,
+            }
+
+        optimisation = optimisation_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
+        weights = jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)
+        return jax.vmap(at)(M) | {"optimisation": optimisation, "weights": weights}
+
+    return jax.vmap(length)(N, Ahat)
+
+
+@jax.jit
+def long_bias(law: Law, A: Array, G: Array, N: Array) -> tuple[Array, Array, Array]:
+    """Squared bias [N] of layers [N, d, d] on a context with G = Gbar, with G = Lambda, and that of A_N; tasks with Psi = I.
+
+    d pairs sqrt(d) L' with L L' = G are a context whose moments are those of a context as long as one likes.
+    """
+    Lambda, Psi = moment(law), jnp.eye(D)
+    query, tasks = query_columns(Lambda), query_columns(Psi)
+
+    def error(G: Array) -> Array:
+        x = query_columns(G)
+        yhat = answers(A, Prompt(x=x[None], y=(tasks @ x.T)[None], query=query))[:, 0]
+        return jnp.mean((yhat - (tasks @ query.T)[None]) ** 2, axis=(1, 2))
+
+    K = fourth(law, Psi)
+    exact = jax.vmap(lambda n: risk(optimal_weights(Lambda, Psi, K, n), Lambda, Psi, K, n, Lambda).bias)
+    return error(G), error(Lambda), exact(N)
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    k_training, k_tested, k_fit, k_test, k_long = jax.random.split(key, 5)
+    law = laws(cfg)
+    training, tested = draw_tasks(k_training, 1024 * TASKS), draw_tasks(k_tested, cfg.groups * TASKS)
+    Ahat, _ = fit(
+        k_fit,
+        list(law.values()),
+        [training[name] for name in LAWS],
+        cfg.N,
+        cfg.batch,
+        steps=cfg.steps,
+        learning_rate=0.3,
+    )
+    N, M = (jnp.asarray(lengths, Ahat.dtype) for lengths in (cfg.N, cfg.M))
+    cells = {}
+    for i, name in enumerate(LAWS):
+        error, variance = measured(jax.random.fold_in(k_test, i), law[name], Ahat[i], tested[name], cfg.M)
+        theory = predicted(law[name], training[name], tested[name], Ahat[i], N, M)
+        cells[name] = {"risk": error.tolist(), "variance": variance.tolist()} | {k: v.tolist() for k, v in theory.items()}
+    return {"N": list(cfg.N), "M": list(cfg.M), "cells": cells, "long": _long(cfg, k_long, [law[name] for name in LONG])}
+
+
+def _long(cfg: Config, key: Array, chosen: list[Law]) -> dict:
+    """The squared bias of layers trained at large N on every task of a frame with Psi = I at once."""
+    frame = [query_columns(jnp.eye(D))[None] for _ in chosen]
+    Ahat, (keys, data) = fit(
+        key, chosen, frame, cfg.N_slope, cfg.batch, steps=cfg.steps_slope, average=0.75, optimizer=DESCENT
+    )
+    G = seen_moment(keys, data, cfg.N_slope, cfg.batch, cfg.steps_slope)
+    N = jnp.asarray(cfg.N_slope, Ahat.dtype)
+    parts = [long_bias(law, Ahat[i], G[i], N) for i, law in enumerate(chosen)]
+    names = ("bias", "at_Lambda", "exact")
+    return {"N": list(cfg.N_slope), "laws": {k: dict(zip(names, np.asarray(p).tolist(), strict=True)) for k, p in zip(LONG, parts, strict=True)}}
