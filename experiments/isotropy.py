@@ -16,7 +16,7 @@ Expected: not one action differs over N or over kappa in the isotropic families;
 the plane of suboptimality over (M, N) has vertical contours on the left and bent ones on the right.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import jax
@@ -36,15 +36,16 @@ from lindm.contexts import cumulative, draw_pairs, oracle_labels, training_promp
 from lindm.evaluate import greedy
 from lindm.oracles.mdp import policy_value
 from lindm.problems.checks import count
-from lindm.problems.linear_mdp import Family, carry, onehot_family, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
 from lindm.problems.regression import covariance
-from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
+from theory.feature_laws import design_fourth, gaussian_fourth
 from theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
 
 CLAIMS = ("isotropy", "isotropy/anisotropic", "isotropy/sign-symmetry", "isotropy/coordinates")
 ISOTROPIC = ("one-hot, rewards in [0, 1]", "one-hot, rewards in [-1, 1]")
 SIMPLEX = "simplex"
 LAWS = ("Gaussian", "signed axes", "sign-symmetric only")  # of the bandits' features
+S, A, d, H = 12, 3, 6, 4  # sizes of the MDPs
 D, CANDIDATES = 4, 4  # features and actions of a bandit
 
 
@@ -56,13 +57,13 @@ class Config:
     rounds: int = 512  # bandits of every law, each with one context and one decision
     N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
     M: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    N_trained: tuple[int, ...] = (4, 64)
+    N_trained: tuple[int, ...] = (4, 16)
     kappa: tuple[int, ...] = (1, 10, 100)
-    pool_blocks: int = 8  # of apparatus.BLOCK tasks each: Psi and the training tasks
-    steps: int = 600
+    pool: int = 4096  # tasks that Psi is the moment of and that layers are trained on
+    steps: int = 400
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tasks", "rounds", "steps", "pool_blocks"):
+        for name in ("seeds", "tasks", "rounds", "steps", "pool"):
             count(getattr(self, name), name)
         for name in ("N", "M", "N_trained", "kappa"):
             values = getattr(self, name)
@@ -79,10 +80,10 @@ FULL = Config(
     M=(2, 4, 8, 16, 32, 64, 128, 256, 512),
     N_trained=(4, 16, 64),
     kappa=(1, 10, 100, 1000),
-    pool_blocks=32,
+    pool=32768,
     steps=3000,
 )
-SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool_blocks=1, steps=20)
+SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
 
 
 def points(cfg: Config) -> list[dict]:
@@ -90,11 +91,18 @@ def points(cfg: Config) -> list[dict]:
 
 
 def families() -> dict[str, Family]:
-    """One feature map for all seeds: the plane of another map is another plane."""
+    """Hard and soft aggregation of the same size, under the same law of (theta, mu): only the features differ.
+
+    One feature map for all seeds, since the plane of another map is another plane. Hard aggregation is the one-hot case: the
+    pairs share d cells in equal parts, the actions of a state lie in different cells (with d = S*A it is the tabular MDP).
+    """
+    soft = simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0, low=-1.0, high=1.0)
+    cell = (np.arange(S)[:, None] + (d // A) * np.arange(A)[None]) % d
+    hard = replace(soft, phi=jnp.asarray(np.eye(d)[cell]))
     return {
-        ISOTROPIC[0]: onehot_family(4, 3, 4),
-        ISOTROPIC[1]: onehot_family(4, 3, 4, low=-1.0, high=1.0),
-        SIMPLEX: simplex_family(jax.random.key(1), 12, 3, 5, 4, feature_power=2.0, low=-1.0, high=1.0),
+        ISOTROPIC[0]: replace(hard, theta_low=jnp.zeros((H, d)), theta_high=jnp.ones((H, d))),
+        ISOTROPIC[1]: hard,
+        SIMPLEX: soft,
     }
 
 
@@ -109,39 +117,52 @@ def exchangeable(Psi: Array) -> Array:
     return jnp.where(jnp.eye(d, dtype=bool), on[..., None, None], off[..., None, None])
 
 
-@partial(jax.jit, static_argnames=("tasks", "longest"))
-def policies(key: Array, family: Family, layers: Array, M: Array, tasks: int, longest: int) -> tuple[Array, Array]:
-    """Exact loss [tasks, n, m] and actions [tasks, n, m, H, S] of n layers [n, H, d, d] on contexts of lengths M [m].
+@partial(jax.jit, static_argnames=("tests", "pool", "longest"))
+def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int):
+    """Test tasks (MDP, Plan, w [tests, H, d]), the pairs idx [tests, H, longest] of their contexts, and a pool [H, pool, d]."""
+    k_tasks, k_pairs = jax.random.split(key)
+    task, plan, w = jax.vmap(lambda k: apparatus.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
+    mdp, plan = jax.tree.map(lambda leaf: leaf[:tests], (jax.vmap(tabulate)(task), plan))
+    pairs = draw_pairs(k_pairs, cumulative(family.design), (tests, w.shape[1], longest))
+    return (mdp, plan, w[:tests], pairs), jnp.moveaxis(w[tests:], 1, 0)
 
-    All layers read the same contexts, and a shorter context is the beginning of a longer one.
+
+@jax.jit
+def policies(family: Family, worlds, layers: Array, M: Array) -> tuple[Array, Array]:
+    """Exact loss [tasks, n, m + 1] and actions [tasks, n, m + 1, H, S] of n layers [n, H, d, d] on contexts of lengths M [m].
+
+    All layers read the same contexts, a shorter context is the beginning of a longer one, and the last column is the limit of
+    infinite contexts, S = Lambda w.
     """
-    used = (jnp.arange(longest)[None] < M[:, None]) / M[:, None]
-
-    def one(k: Array) -> tuple[Array, Array]:
-        k_task, k_context = jax.random.split(k)
-        task, plan, w = apparatus.draw_oracle(k_task, family)
-        mdp = tabulate(task)
-        x = apparatus.pairs_table(family)[draw_pairs(k_context, cumulative(family.design), (w.shape[0], longest))]
-        S = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)
-        pihat = greedy(jnp.einsum("sai,nhij,mhj->nmhsa", family.phi, layers, S)).reshape(-1, *plan.pi.shape)
-        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat)
-        shape = (layers.shape[0], M.shape[0])
-        return (mdp.rho @ plan.V[0] - value).reshape(shape), pihat.reshape(*shape, *plan.pi.shape)
-
-    return jax.lax.map(one, jax.random.split(key, tasks), batch_size=32)
-
-
-@partial(jax.jit, static_argnames="tasks")
-def limit_share(key: Array, family: Family, layers: Array, tasks: int) -> Array:
-    """Share [n] of actions that layer n and the last one choose differently on infinite contexts, S = Lambda w: exact."""
     Lambda = second_moment(family)
 
-    def one(k: Array) -> Array:
-        w = apparatus.draw_oracle(jax.random.split(k)[0], family)[2]
-        action = greedy(jnp.einsum("sai,nhij,hj->nhsa", family.phi, layers, w @ Lambda))
-        return (action != action[-1:]).mean((1, 2))
+    def one(world) -> tuple[Array, Array]:
+        mdp, plan, w, pairs = world
+        x = apparatus.pairs_table(family)[pairs]
+        used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
+        S = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)
+        S = jnp.concatenate([S, (w @ Lambda)[None]])
+        pihat = greedy(jnp.einsum("sai,nhij,mhj->nmhsa", family.phi, layers, S))
+        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat.reshape(-1, *plan.pi.shape))
+        return (mdp.rho @ plan.V[0] - value).reshape(pihat.shape[:2]), pihat
 
-    return jax.lax.map(one, jax.random.split(key, tasks), batch_size=32).mean(0)
+    return jax.lax.map(one, worlds, batch_size=32)
+
+
+@jax.jit
+def predict(family: Family, pool: Array, symmetric: Array, N: Array, M: Array) -> dict[str, Array]:
+    """A_N [n, H, d, d], its squared bias [n], where bias = estimation [m], and Theorem 2's constant of the bias [], over all
+    stages together; from Psi of a pool [H, tasks, d], made exchangeable if `symmetric`."""
+    Lambda = second_moment(family)
+    Psi = apparatus.pool_moment(pool)
+    Psi = jnp.where(symmetric, exchangeable(Psi), Psi)
+    K = apparatus.fourth_moments(family, Psi)
+    A = jax.vmap(lambda n: jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, n))(Psi, K))(N)
+    bias = jax.vmap(jax.vmap(lambda A, P, K: risk(A, Lambda, P, K, 1.0, Lambda).bias), (0, None, None))(A, Psi, K)
+    x, q = jax.vmap(lambda P, K: modes(Lambda, P, K, Lambda))(Psi, K)
+    constant = jax.vmap(lambda P, K: general_bound(Lambda, P, K, 1.0, 1.0, Lambda).bias)(Psi, K)
+    balance = jax.vmap(lambda m: balance_length(x.ravel(), q.ravel(), m))(M)
+    return {"A": A, "bias": bias.sum(1), "balance": balance, "constant": constant.sum()}
 
 
 @lru_cache
@@ -164,9 +185,9 @@ def trained(key: Array, family: Family, pool: Array, N: tuple[int, ...], steps: 
     runs = len(N) * H
     family, pool = apparatus.single_precision((family, pool))
     data = (
-        jax.tree.map(lambda x: jnp.broadcast_to(x, (runs, *x.shape)), family),
-        jnp.tile(pool, (len(N), 1, 1)),
-        jnp.repeat(jnp.asarray(N), H),
+        jax.tree.map(lambda x: np.broadcast_to(x, (runs, *x.shape)), family),
+        np.tile(pool, (len(N), 1, 1)),
+        np.repeat(np.asarray(N), H),
     )
     layers, _ = train_many(
         ReducedAttention(d), _draw(max(N), 64, 8), jax.random.split(key, runs), steps=steps, data=data, learning_rate=0.3
@@ -174,130 +195,92 @@ def trained(key: Array, family: Family, pool: Array, N: tuple[int, ...], steps: 
     return layers.A[...][:, 0].reshape(len(N), H, d, d).astype(float)
 
 
-@jax.jit
-def moments_of(family: Family, Psi: Array) -> tuple[Array, Array, Array, Array]:
-    """Modes x, q [H * d] of all stages together, and eq. (6)'s generalisation at M = N = 1: estimation, bias []."""
-    Lambda = second_moment(family)
-    K = apparatus.fourth_moments(family, Psi)
-    x, q = jax.vmap(lambda P, K: modes(Lambda, P, K, Lambda))(Psi, K)
-    bound = jax.vmap(lambda P, K: general_bound(Lambda, P, K, 1.0, 1.0, Lambda))(Psi, K)
-    return x.ravel(), q.ravel(), bound.estimation.sum(), bound.bias.sum()
-
-
-@jax.jit
-def bias_of(family: Family, Psi: Array, A: Array) -> Array:
-    """Squared training-length bias of layers A [H, d, d], summed over the stages."""
-    Lambda = second_moment(family)
-    K = apparatus.fourth_moments(family, Psi)
-    return jax.vmap(lambda A, P, K: risk(A, Lambda, P, K, 1.0, Lambda).bias)(A, Psi, K).sum()
-
-
-def closed_forms(family: Family, Psi: Array, N: tuple[int, ...]) -> Array:
-    """A_N [len(N), H, d, d]."""
-    return jnp.stack([apparatus.closed_form_layers(family, Psi, float(n)) for n in N])
-
-
-def differing(actions: Array) -> int:
+def differing(actions: np.ndarray) -> int:
     """How many decisions are not the same for every layer; actions [tasks, n, ...] with the layers on axis 1."""
-    a = np.asarray(actions)
-    return int((a != a[:, -1:]).any(1).sum())
+    return int((actions != actions[:, -1:]).any(1).sum())
 
 
 def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
     """The plane of one family, by closed form and by training."""
-    k_pool, k_train, k_test = jax.random.split(key, 3)
-    pool = apparatus.task_pool(k_pool, family, tasks=cfg.pool_blocks * apparatus.BLOCK)
-    Psi = apparatus.pool_moment(pool)
-    if name in ISOTROPIC:
-        Psi = exchangeable(Psi)  # the rows of mu and the entries of theta are i.i.d.: this is the form of the true Psi
-    layers = closed_forms(family, Psi, cfg.N)
+    k_world, k_train = jax.random.split(key)
+    worlds, pool = draw_worlds(k_world, family, cfg.tasks, cfg.pool, cfg.M[-1])
+    # the rows of mu and the entries of theta are i.i.d.: on one-hot features the true Psi is exchangeable
+    predicted = predict(family, pool, jnp.asarray(name != SIMPLEX), jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float))
+    layers, n = np.asarray(predicted["A"]), len(cfg.N)
     Ahat = trained(k_train, family, pool, cfg.N_trained, cfg.steps)
-    loss, actions = policies(
-        k_test, family, jnp.concatenate([Ahat, layers]), jnp.asarray(cfg.M, float), tasks=cfg.tasks, longest=cfg.M[-1]
-    )
-    T = len(cfg.N_trained)
-    actions_hat, actions = actions[:, :T], actions[:, T:]
-    exact = closed_forms(family, Psi, cfg.N_trained)
-    x, q, _, _ = moments_of(family, Psi)
+    loss, actions = policies(family, worlds, jnp.concatenate([layers[:n], Ahat]), jnp.asarray(cfg.M, float))
+    loss, actions = np.asarray(loss.mean(0)), np.asarray(actions)
+    exact, hat = actions[:, :n], actions[:, n:]
+    share = (exact != exact[:, -1:]).mean((0, 3, 4))
+    off = np.linalg.norm(Ahat - layers[n:], axis=(2, 3)) / np.linalg.norm(layers[n:], axis=(2, 3))
     return {
-        "loss": loss[:, T:].mean(0).tolist(),
-        "share": (actions != actions[:, -1:]).mean((0, 3, 4)).tolist(),
-        "share_limit": limit_share(k_test, family, layers, tasks=cfg.tasks).tolist(),
-        "differing": differing(actions),
-        "decisions": int(actions[:, 0].size),
-        "trained_loss": loss[:, :T].mean(0).tolist(),
-        "trained_share": (actions_hat[:, 0] != actions_hat[:, -1]).mean((0, 2, 3)).tolist(),
-        "weights_error": [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(Ahat, exact, strict=True)],
-        "bias": [float(bias_of(family, Psi, A)) for A in layers],
-        "paper_bias": [float(paper_bound(second_moment(family), 1.0, float(n)).bias) for n in cfg.N],
-        "balance": [float(balance_length(x, q, float(m))) for m in cfg.M],
+        "loss": loss[:n, :-1].tolist(),
+        "share": share[:, :-1].tolist(),
+        "share_limit": share[:, -1].tolist(),
+        "differing": differing(exact),
+        "decisions": exact[:, 0].size,
+        "trained_loss": loss[n:, :-1].tolist(),
+        "trained_share": (hat[:, 0] != hat[:, -1]).mean((0, 2, 3))[:-1].tolist(),
+        "weights_error": off.max(1).tolist(),
+        "bias": predicted["bias"][:n].tolist(),
+        "paper_bias": [len(pool) * float(paper_bound(second_moment(family), 1.0, float(n)).bias) for n in cfg.N],
+        "balance": predicted["balance"].tolist(),
     }
 
 
 def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
     """The same tasks, pairs and labels in coordinates of several condition numbers: Psi, A_N and Qhat computed in each."""
-    k_pool, _, k_test = jax.random.split(key, 3)
     d = family.phi.shape[-1]
     actions, paper, ours, loss = [], [], [], []
     for kappa in cfg.kappa:
-        there = carry(family, covariance(d, float(kappa)))
-        Psi = apparatus.pool_moment(apparatus.task_pool(k_pool, there, tasks=cfg.pool_blocks * apparatus.BLOCK))
-        layers = closed_forms(there, Psi, cfg.N)
-        lost, chosen = policies(k_test, there, layers, jnp.asarray(cfg.M, float), tasks=cfg.tasks, longest=cfg.M[-1])
-        actions.append(chosen)
+        C = covariance(d, float(kappa))
+        there = carry(family, C)
+        worlds, pool = draw_worlds(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
+        lengths = jnp.asarray(cfg.N + cfg.N_trained, float)
+        predicted = predict(there, pool, jnp.asarray(False), lengths, jnp.asarray(cfg.M, float))
+        lost, chosen = policies(there, worlds, predicted["A"], jnp.asarray(cfg.M, float))
+        actions.append(np.asarray(chosen))
         loss.append(float(lost.mean()))
-        paper.append(float(paper_bound(covariance(d, float(kappa)), 1.0, 1.0).bias))
-        ours.append(float(moments_of(there, Psi)[3]))
-    stacked = jnp.stack(actions, axis=1)
-    return {
-        "differing": differing(stacked),
-        "decisions": int(stacked[:, 0].size),
-        "paper": paper,
-        "theorem": ours,
-        "loss": loss,
-    }
+        paper.append(float(paper_bound(C, 1.0, 1.0).bias))
+        ours.append(float(predicted["constant"]))
+    stacked = np.stack(actions, axis=1)
+    return {"differing": differing(stacked), "decisions": stacked[:, 0].size, "paper": paper, "theorem": ours, "loss": loss}
 
 
 # --- contextual bandits ------------------------------------------------------------------------------------------------
 
 
-def bandit_law(name: str) -> tuple[Array, Array]:
-    """Support [n, D] and weights [n] of a finite law with Lambda = I."""
+def bandit_law(name: str) -> np.ndarray:
+    """Support [n, D] of a law with Lambda = I, every point equally likely."""
     if name == "signed axes":  # invariant under permutations and sign changes
-        axes = jnp.sqrt(float(D)) * jnp.eye(D)
-        return jnp.concatenate([axes, -axes]), jnp.full(2 * D, 0.5 / D)
-    # independent entries +-1 (two of them) and 0, +-sqrt 2: sign-symmetric, Lambda = I, but K(I) = diag(4, 4, 5, 5)
+        axes = np.sqrt(D) * np.eye(D)
+        return np.concatenate([axes, -axes])
+    # independent entries +-1 (two of them) and 0, 0, +-sqrt 2: sign-symmetric, Lambda = I, but K(I) = diag(4, 4, 5, 5)
     sides = [np.array([-1.0, 1.0])] * 2 + [np.array([-np.sqrt(2.0), 0.0, 0.0, np.sqrt(2.0)])] * 2
-    grid = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, D)
-    return jnp.asarray(grid), jnp.full(len(grid), 1.0 / len(grid))
+    return np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, D)
 
 
-@jax.jit
-def bandit_actions(x: Array, w: Array, candidates: Array, layers: Array, M: Array) -> Array:
-    """Actions [rounds, n, m]: x [rounds, longest, D], w [rounds, D], candidates [rounds, K, D], layers [n, D, D], M [m]."""
-    used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
-    S = jnp.einsum("mi,ri,rid->rmd", used, oracle_labels(x, w), x)
-    return greedy(jnp.einsum("rki,nij,rmj->rnmk", candidates, layers, S))
-
-
-def of_bandit(cfg: Config, name: str, key: Array) -> dict:
+def of_bandit(cfg: Config, name: str, seed: int) -> dict:
     """Actions over N of a contextual bandit whose features follow one law; tasks w ~ N(0, I), labels without noise."""
-    k_task, k_features = jax.random.split(key)
-    longest, Lambda = cfg.M[-1], jnp.eye(D)
+    rng = np.random.default_rng([cfg.base_seed, seed, LAWS.index(name)])
+    I, longest = jnp.eye(D), cfg.M[-1]
     shape = (cfg.rounds, longest + CANDIDATES)
     if name == "Gaussian":
-        features, K = jax.random.normal(k_features, (*shape, D)), gaussian_fourth(Lambda, Lambda)
+        features, K = rng.standard_normal((*shape, D)), gaussian_fourth(I, I)
     else:
-        support, weights = bandit_law(name)
-        assert jnp.allclose(design_moment(support, weights), Lambda)
-        features, K = support[draw_pairs(k_features, cumulative(weights), shape)], design_fourth(support, weights, Lambda)
-    layers = jnp.stack([optimal_weights(Lambda, Lambda, K, float(n)) for n in cfg.N])
-    w = jax.random.normal(k_task, (cfg.rounds, D))
-    actions = bandit_actions(features[:, :longest], w, features[:, longest:], layers, jnp.asarray(cfg.M, float))
+        support = bandit_law(name)
+        features = support[rng.integers(len(support), size=shape)]
+        K = design_fourth(jnp.asarray(support), jnp.full(len(support), 1.0 / len(support)), I)
+    layers = np.stack([optimal_weights(I, I, K, float(n)) for n in cfg.N])
+    w = rng.standard_normal((cfg.rounds, D))
+    x, candidates = features[:, :longest], features[:, longest:]
+    used = (np.arange(longest)[None] < np.array(cfg.M)[:, None]) / np.array(cfg.M)[:, None]
+    S = np.einsum("mi,ri,rid->rmd", used, np.einsum("rid,rd->ri", x, w), x, optimize=True)
+    actions = np.asarray(greedy(jnp.asarray(np.einsum("rki,nij,rmj->rnmk", candidates, layers, S, optimize=True))))
     return {
         "share": (actions != actions[:, -1:]).mean((0, 2)).tolist(),
         "differing": differing(actions),
-        "decisions": int(actions[:, 0].size),
+        "decisions": actions[:, 0].size,
     }
 
 
@@ -305,16 +288,16 @@ def of_bandit(cfg: Config, name: str, key: Array) -> dict:
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    keys = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 2)
+    key, seed = jax.random.key(cfg.base_seed + point["seed"]), point["seed"]
     worlds = families()
     return {
         "N": list(cfg.N),
         "M": list(cfg.M),
         "N_trained": list(cfg.N_trained),
         "kappa": list(cfg.kappa),
-        "families": {n: of_family(cfg, n, f, jax.random.fold_in(keys[0], i)) for i, (n, f) in enumerate(worlds.items())},
-        "coordinates": of_coordinates(cfg, worlds[SIMPLEX], jax.random.fold_in(keys[0], 2)),
-        "bandits": {n: of_bandit(cfg, n, jax.random.fold_in(keys[1], i)) for i, n in enumerate(LAWS)},
+        "families": {n: of_family(cfg, n, f, jax.random.fold_in(key, i)) for i, (n, f) in enumerate(worlds.items())},
+        "coordinates": of_coordinates(cfg, worlds[SIMPLEX], jax.random.fold_in(key, 2)),
+        "bandits": {n: of_bandit(cfg, n, seed) for n in LAWS},
     }
 
 

@@ -39,7 +39,7 @@ from lindm.attention.layer import ReducedAttention, query_columns
 from lindm.attention.trainer import train_many
 from lindm.contexts import cumulative, invert
 from lindm.problems.checks import count, nonnegative
-from lindm.problems.linear_mdp import draw_task, onehot_family, simplex_family
+from lindm.problems.linear_mdp import Family, simplex_family
 from lindm.problems.regression import covariance
 from lindm.types import Prompt
 from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
@@ -134,17 +134,18 @@ class Law:
 
 def gaussian_law(Lambda: Array, sigma: float = 0.0, present: float = 1.0) -> Law:
     """x = 0 with probability 1 - present, else N(0, Lambda / present)."""
-    design = jnp.zeros(ROWS).at[0].set(present).at[1].set(1 - present)
-    scale = jnp.zeros(ROWS).at[0].set(present**-0.5)
-    return Law(phi=jnp.zeros((ROWS, D)), scale=scale, design=design, root=jnp.linalg.cholesky(Lambda), sigma=jnp.asarray(sigma))
+    design, scale = np.zeros(ROWS), np.zeros(ROWS)
+    design[:2] = present, 1 - present
+    scale[0] = present**-0.5
+    return Law(phi=np.zeros((ROWS, D)), scale=scale, design=design, root=np.linalg.cholesky(Lambda), sigma=np.float64(sigma))
 
 
 def table_law(phi: Array, sigma: float = 0.0) -> Law:
     """The rows of phi [n, d] with equal probabilities."""
     n = len(phi)
-    design = jnp.zeros(ROWS).at[:n].set(1 / n)
-    table = jnp.zeros((ROWS, D)).at[:n].set(phi)
-    return Law(phi=table, scale=jnp.zeros(ROWS), design=design, root=jnp.zeros((D, D)), sigma=jnp.asarray(sigma))
+    design, table = np.zeros(ROWS), np.zeros((ROWS, D))
+    design[:n], table[:n] = 1 / n, phi
+    return Law(phi=table, scale=np.zeros(ROWS), design=design, root=np.zeros((D, D)), sigma=np.float64(sigma))
 
 
 def moment(law: Law) -> Array:
@@ -169,14 +170,19 @@ def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Arr
     return x, law.sigma * z[..., D]
 
 
+@jax.jit
+def simplex_mdps() -> Family:
+    """One feature map for all seeds: ratios of different families are not samples of one number."""
+    return simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=2.0, low=-1.0, high=1.0)
+
+
 def laws(cfg: Config) -> dict[str, Law]:
-    """One feature map for all seeds: slopes and ratios of different families are not samples of one number."""
-    phi = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=2.0).phi
+    """The laws of features of this experiment by name."""
     white = covariance(D, 1.0)
     return {
         **{name: gaussian_law(covariance(D, kappa)) for name, kappa in zip(MATCHED, KAPPAS, strict=True)},
-        SIMPLEX: table_law(phi.reshape(-1, D), cfg.sigma_mdp),
-        ONEHOT: table_law(jnp.eye(D)),
+        SIMPLEX: table_law(simplex_mdps().phi.reshape(-1, D), cfg.sigma_mdp),
+        ONEHOT: table_law(np.eye(D)),
         NOISY: gaussian_law(white, sigma=cfg.sigma),
         HEAVY: gaussian_law(white, present=cfg.present),
     }
@@ -185,26 +191,22 @@ def laws(cfg: Config) -> dict[str, Law]:
 # --- tasks -------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames="tasks")
-def white_tasks(key: Array, tasks: int) -> tuple[Array, Array]:
-    """Task vectors [tasks, d] with Psi = I exactly: Gaussian ones, and those of the last stage of tabular MDPs (their rewards)."""
-    k_gaussian, k_rewards = jax.random.split(key)
-    family = onehot_family(2, 3, 1, low=-1.0, high=1.0)
-    rewards = jax.vmap(lambda k: draw_task(k, family).theta[-1])(jax.random.split(k_rewards, tasks))
+def draw_tasks(key: Array, groups: int) -> dict[str, Array]:
+    """Fresh tasks for every law, in groups that share their contexts: [groups, TASKS, d].
 
-    def whiten(w: Array) -> Array:
-        return jnp.linalg.solve(jnp.linalg.cholesky(w.T @ w / tasks), w.T).T
+    Those of the Gaussian laws are Gaussian, those of one-hot features are the rewards of a tabular MDP's last stage; both are
+    scaled so that Psi = I exactly, as eq. (6) has it. Those of the simplex MDPs are w*_1, by backward induction.
+    """
+    tasks = groups * TASKS
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
-    return whiten(jax.random.normal(k_gaussian, (tasks, D))), whiten(rewards)
+    def whiten(w: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(np.linalg.cholesky(w.T @ w / len(w)), w.T).T
 
-
-def draw_tasks(key: Array, tasks: int) -> dict[str, Array]:
-    """Fresh tasks for every law, in groups: [tasks / TASKS, TASKS, d]."""
-    gaussian, rewards = white_tasks(key, tasks)
-    family = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=2.0)
-    block = apparatus.BLOCK
-    planned = apparatus.task_pool(jax.random.fold_in(key, 1), family, tasks=-(-tasks // block) * block)[0, :tasks]
-    return {name: {SIMPLEX: planned, ONEHOT: rewards}.get(name, gaussian).reshape(-1, TASKS, D) for name in LAWS}
+    gaussian, rewards = whiten(rng.normal(size=(tasks, D))), whiten(rng.uniform(-1, 1, size=(tasks, D)))
+    planned = apparatus.task_pool(key, simplex_mdps(), tasks=-(-tasks // apparatus.BLOCK) * apparatus.BLOCK)[0, :tasks]
+    chosen = {SIMPLEX: np.asarray(planned), ONEHOT: rewards}
+    return {name: chosen.get(name, gaussian).reshape(groups, TASKS, D) for name in LAWS}
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
@@ -258,43 +260,23 @@ def draw_of(lengths: tuple[int, ...], batch: int):
 
 def stack(trees: list):
     """Leaves [R, ...] in single precision."""
-    return apparatus.single_precision(jax.tree.map(lambda *a: jnp.stack(a), *trees))
+    return jax.tree.map(lambda *a: np.stack(a).astype(np.float32), *trees)
 
 
-def fit(key: Array, chosen: list[Law], tasks: list[Array], lengths: tuple[int, ...], batch: int, **options) -> tuple[Array, tuple]:
-    """Trained layers Ahat [law, N, d, d], and what they were trained on.
+def scaled_queries(law: Law, tasks: np.ndarray) -> np.ndarray:
+    """Query columns [d, d] of the law, scaled so that the largest curvature of the loss is about two."""
+    Lambda, w = np.asarray(moment(law)), tasks.reshape(-1, D)
+    curvature = np.linalg.norm(Lambda, 2) * np.linalg.norm(Lambda @ (w.T @ w / len(w)) @ Lambda, 2)
+    return np.asarray(query_columns(Lambda / curvature))
 
-    The loss of a law is scaled (through its queries) so that its largest curvature is about one.
-    """
-    queries = [_query(law, group) for law, group in zip(chosen, tasks, strict=True)]
-    data = (stack(chosen), stack(tasks), stack(queries))
-    keys = jax.random.split(key, len(chosen))
+
+def fit(key: Array, chosen: list[Law], tasks: list, lengths: tuple[int, ...], batch: int, **options) -> tuple[Array, tuple]:
+    """Trained layers Ahat [law, N, d, d] in double precision, and what `strip_prompts` was given."""
+    queries = [scaled_queries(law, group) for law, group in zip(chosen, tasks, strict=True)]
+    keys, data = jax.random.split(key, len(chosen)), (stack(chosen), stack(tasks), stack(queries))
     nested, _ = train_many(Nested(lengths), draw_of(lengths, batch), keys, data=data, **options)
-    weights = jnp.stack([layer.A[...][:, 0] for layer in nested.layers], axis=1)
-    return weights.astype(jnp.result_type(float)), (keys, data)
-
-
-@jax.jit
-def _query(law: Law, tasks: Array) -> Array:
-    Lambda, w = moment(law), tasks.reshape(-1, D)
-    curvature = jnp.linalg.eigvalsh(Lambda)[-1] * jnp.linalg.eigvalsh(Lambda @ (w.T @ w / len(w)) @ Lambda)[-1]
-    return query_columns(Lambda / curvature)
-
-
-@partial(jax.jit, static_argnames=("lengths", "batch", "steps"))
-def seen_moment(keys: Array, data: tuple, lengths: tuple[int, ...], batch: int, steps: int) -> Array:
-    """Gbar [law, d, d]: the second moment of all features of steps steps/4 .. steps of a training run, those it averages over."""
-
-    def one(key: Array, law: Law) -> Array:
-        def add(total: Array, t: Array) -> tuple[Array, None]:
-            _, k_pairs = jax.random.split(jax.random.fold_in(key, t))
-            x = draw_pairs(k_pairs, law, (batch, lengths[-1]))[0].reshape(-1, D)
-            return total + (x.T @ x / len(x)).astype(total.dtype), None
-
-        times = jnp.arange(steps // 4, steps)
-        return jax.lax.scan(add, jnp.zeros((D, D)), times)[0] / len(times)
-
-    return jax.vmap(one)(keys, data[0])
+    weights = np.stack([np.asarray(layer.A[...])[:, 0] for layer in nested.layers], axis=1)
+    return jnp.asarray(weights, float), (keys, data)
 
 
 # --- measurement -------------------------------------------------------------------------------------------------------
@@ -367,40 +349,53 @@ def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M
     return jax.vmap(length)(N, Ahat)
 
 
-@jax.jit
-def long_bias(law: Law, A: Array, G: Array, N: Array) -> tuple[Array, Array, Array]:
-    """Squared bias [N] of layers [N, d, d] on a context with G = Gbar, with G = Lambda, and that of A_N; tasks with Psi = I.
+@partial(jax.jit, static_argnames=("lengths", "batch", "steps"))
+def long_biases(
+    keys: Array, data: tuple, A: Array, lengths: tuple[int, ...], batch: int, steps: int
+) -> tuple[Array, Array, Array]:
+    """Squared bias [law, N] of layers [law, N, d, d] at G = Gbar, at G = Lambda, and that of A_N; tasks with Psi = I.
 
-    d pairs sqrt(d) L' with L L' = G are a context whose moments are those of a context as long as one likes.
+    Gbar is the second moment of all features of the last three quarters of a training run, those that it averages over. And d
+    pairs sqrt(d) L', L L' = G, are a context with the moments of one that is as long as one likes.
     """
-    Lambda, Psi = moment(law), jnp.eye(D)
-    query, tasks = query_columns(Lambda), query_columns(Psi)
 
-    def error(G: Array) -> Array:
-        x = query_columns(G)
-        yhat = answers(A, Prompt(x=x[None], y=(tasks @ x.T)[None], query=query))[:, 0]
-        return jnp.mean((yhat - (tasks @ query.T)[None]) ** 2, axis=(1, 2))
+    def seen(key: Array, law: Law) -> Array:
+        def add(total: Array, t: Array) -> tuple[Array, None]:
+            _, k_pairs = jax.random.split(jax.random.fold_in(key, t))
+            x = draw_pairs(k_pairs, law, (batch, lengths[-1]))[0].reshape(-1, D)
+            return total + (x.T @ x / len(x)).astype(total.dtype), None
 
-    K = fourth(law, Psi)
-    exact = jax.vmap(lambda n: risk(optimal_weights(Lambda, Psi, K, n), Lambda, Psi, K, n, Lambda).bias)
-    return error(G), error(Lambda), exact(N)
+        times = jnp.arange(steps // 4, steps)
+        return jax.lax.scan(add, jnp.zeros((D, D)), times)[0] / len(times)
+
+    def one(key: Array, law: Law, A: Array) -> tuple[Array, Array, Array]:
+        G = seen(key, law)
+        law = jax.tree.map(lambda a: a.astype(G.dtype), law)
+        Lambda, Psi = moment(law), jnp.eye(D)
+        query, tasks = query_columns(Lambda), query_columns(Psi)
+
+        def error(G: Array) -> Array:
+            x = query_columns(G)
+            yhat = answers(A, Prompt(x=x[None], y=(tasks @ x.T)[None], query=query))[:, 0]
+            return jnp.mean((yhat - (tasks @ query.T)[None]) ** 2, axis=(1, 2))
+
+        K = fourth(law, Psi)
+        exact = [risk(optimal_weights(Lambda, Psi, K, n), Lambda, Psi, K, n, Lambda).bias for n in lengths]
+        return error(G), error(Lambda), jnp.stack(exact)
+
+    return jax.vmap(one)(keys, data[0], A)
 
 
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
-    k_training, k_tested, k_fit, k_test, k_long = jax.random.split(key, 5)
+    k_tasks, k_fit, k_test, k_long = jax.random.split(key, 4)
     law = laws(cfg)
-    training, tested = draw_tasks(k_training, 1024 * TASKS), draw_tasks(k_tested, cfg.groups * TASKS)
+    tasks = draw_tasks(k_tasks, 2 * cfg.groups)
+    training, tested = ({name: w[half] for name, w in tasks.items()} for half in np.split(np.arange(2 * cfg.groups), 2))
     Ahat, _ = fit(
-        k_fit,
-        list(law.values()),
-        [training[name] for name in LAWS],
-        cfg.N,
-        cfg.batch,
-        steps=cfg.steps,
-        learning_rate=0.3,
+        k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3
     )
-    N, M = (jnp.asarray(lengths, Ahat.dtype) for lengths in (cfg.N, cfg.M))
+    N, M = (np.asarray(lengths, float) for lengths in (cfg.N, cfg.M))
     cells = {}
     for i, name in enumerate(LAWS):
         error, variance = measured(jax.random.fold_in(k_test, i), law[name], Ahat[i], tested[name], cfg.M)
@@ -410,13 +405,13 @@ def measure(cfg: Config, point: dict) -> dict:
 
 
 def _long(cfg: Config, key: Array, chosen: list[Law]) -> dict:
-    """The squared bias of layers trained at large N on every task of a frame with Psi = I at once."""
-    frame = [query_columns(jnp.eye(D))[None] for _ in chosen]
-    Ahat, (keys, data) = fit(
-        key, chosen, frame, cfg.N_slope, cfg.batch, steps=cfg.steps_slope, average=0.75, optimizer=DESCENT
-    )
-    G = seen_moment(keys, data, cfg.N_slope, cfg.batch, cfg.steps_slope)
-    N = jnp.asarray(cfg.N_slope, Ahat.dtype)
-    parts = [long_bias(law, Ahat[i], G[i], N) for i, law in enumerate(chosen)]
+    """The squared bias of layers trained at large N, on all tasks of a frame with Psi = I for every context."""
+    frame = [np.asarray(query_columns(jnp.eye(D)))[None] for _ in chosen]
+    sizes = {"lengths": cfg.N_slope, "batch": cfg.batch}
+    Ahat, seen = fit(key, chosen, frame, **sizes, steps=cfg.steps_slope, average=0.75, optimizer=DESCENT)
+    parts = [np.asarray(p) for p in long_biases(*seen, Ahat, **sizes, steps=cfg.steps_slope)]
     names = ("bias", "at_Lambda", "exact")
-    return {"N": list(cfg.N_slope), "laws": {k: dict(zip(names, np.asarray(p).tolist(), strict=True)) for k, p in zip(LONG, parts, strict=True)}}
+    return {
+        "N": list(cfg.N_slope),
+        "laws": {law: {k: p[i].tolist() for k, p in zip(names, parts, strict=True)} for i, law in enumerate(LONG)},
+    }

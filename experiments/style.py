@@ -3,6 +3,8 @@
 Colours: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash.
 """
 
+from typing import Any
+
 from cycler import cycler
 
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GREY = (
@@ -19,13 +21,13 @@ COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 
-MEASURED = {"linestyle": "none", "marker": "o", "markersize": 4.5}  # what was measured: points
-EXACT = {"linestyle": "-", "linewidth": 1.6}  # what theory predicts exactly: a line
-BOUND = {"linestyle": "--", "linewidth": 1.4}  # what theory only bounds: a dashed line
-SEED = {"linewidth": 0.7, "alpha": 0.35}  # one seed: every seed is shown
+MEASURED: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4.5}  # what was measured: points
+EXACT: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6}  # what theory predicts exactly: a line
+BOUND: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4}  # what theory only bounds: a dashed line
+SEED: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35}  # one seed: every seed is shown
 
 
-STYLE: dict = {
+STYLE: dict[str, Any] = {
     "figure.figsize": (6.4, 4.0),
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,

@@ -14,6 +14,7 @@ from jax import Array
 from lindm.types import MDP, LinearMDP, Plan
 
 
+@jax.jit
 def backward_induction(mdp: MDP) -> Plan:
     """Optimal values, action values and an optimal policy (lowest index among ties) of one MDP."""
 
@@ -26,6 +27,7 @@ def backward_induction(mdp: MDP) -> Plan:
     return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), (mdp.P, mdp.r), reverse=True)[1]
 
 
+@jax.jit
 def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
     """Backward induction in R^d: the plan and w [H, d] with Q*_h(s, a) = <phi(s, a), w_h>, exactly linear in the features.
 
@@ -48,6 +50,7 @@ def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
 
 
+@jax.jit
 def policy_value(mdp: MDP, pi: Array) -> Array:
     """V [H, S] of a policy given as action indices [H, S] or as probabilities [H, S, A]."""
 
@@ -59,6 +62,7 @@ def policy_value(mdp: MDP, pi: Array) -> Array:
     return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), (mdp.P, mdp.r, _as_stochastic(mdp, pi)), reverse=True)[1]
 
 
+@jax.jit
 def occupancy(mdp: MDP, pi: Array) -> Array:
     """d [H, S]: the probability of being in s at stage h when following `pi` from the first-state law."""
 

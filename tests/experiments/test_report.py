@@ -11,9 +11,10 @@ from rich.console import Console
 import experiments
 from experiments import files
 from experiments.criteria import CRITERIA, criterion, fingerprint, judge, judge_count
+from experiments.harness import discover
 from experiments.pool import Outcome
 from experiments.report import label, number, prose, redraw, table, write_report
-from experiments.verify import exit_code, select, summarise
+from experiments.verify import COST, exit_code, select, summarise
 
 GOOD = judge("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], figure="toy")
 CONTROL = judge("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])
@@ -45,9 +46,9 @@ class Page(HTMLParser):
     def __init__(self, source: str):
         super().__init__()
         self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
+        self.fetched: list[str | None] = []
+        self.links: list[str | None] = []
+        self.ids: list[str | None] = []
         self.feed(source)
 
     def handle_starttag(self, tag, attrs):
@@ -82,6 +83,10 @@ def test_a_claim_that_was_not_decided_is_said_to_be_so():
     assert "INCONCLUSIVE" in printed(content)
 
 
+def test_the_costs_name_experiments_that_exist():
+    assert COST.keys() <= discover().keys()
+
+
 def test_the_exit_code_is_0_only_if_every_verdict_is_the_expected_one():
     good = Outcome(experiment="toy", verdicts=[GOOD, CONTROL])
     assert exit_code([good], summary(GOOD, CONTROL)["claims"]) == 0
@@ -103,9 +108,9 @@ def test_the_page_is_well_formed_and_fetches_nothing(directory):
     source = write_report(directory).read_text()
     page = Page(source)
     assert page.open == []
-    assert page.fetched and all(v.startswith("data:image/png;base64,") for v in page.fetched)
+    assert page.fetched and all(str(v).startswith("data:image/png;base64,") for v in page.fetched)
     assert not re.search(r"https?://|@import|url\(", source)
-    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert {link[1:] for link in page.links if link and link.startswith("#")} <= set(page.ids)
 
 
 def test_the_page_holds_verdicts_figures_configuration_and_provenance(directory):
