@@ -94,11 +94,7 @@ def _follow_parent() -> None:
 
 
 def _work(pipe: Connection) -> None:
-    # one thread each: the processes are the parallelism. Read by XLA when its client starts.
-    os.environ["NPROC"] = "1"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
+    harness.settle_xla()
     harness.stop_on_signals()
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:

@@ -19,8 +19,9 @@ that the layer was trained on (tasks that it never saw): Gbar in place of Lambda
 control variate. The bias at Lambda itself is reported beside it, and so is the optimisation error.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,12 @@ from matplotlib.figure import Figure
 from experiments import apparatus
 from experiments.criteria import judge
 from experiments.statistics import Verdict, slopes
-from experiments.style import BOUND, COLORS, EXACT, GREY, MARKERS, SEED
+from experiments.style import BOUND, COLORS, EXACT, GREY, MARKERS
 from lindm.attention.layer import ReducedAttention, query_columns
 from lindm.attention.trainer import train_many
 from lindm.contexts import cumulative, invert
 from lindm.problems.checks import count, nonnegative
-from lindm.problems.linear_mdp import Family, simplex_family
+from lindm.problems.linear_mdp import Family, carry, simplex_family
 from lindm.problems.regression import covariance
 from lindm.types import Prompt
 from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
@@ -47,6 +48,7 @@ from theory.in_context import (
     context_second_moment,
     gaussian_risk,
     general_bound,
+    modes,
     optimal_weights,
     optimisation_error,
     paper_bound,
@@ -81,7 +83,7 @@ class Config:
     N: tuple[int, ...] = (4, 16, 64)
     M: tuple[int, ...] = (4, 16, 64)
     N_slope: tuple[int, ...] = (168, 336, 672)  # (1 + N x) >= 25 in every mode: the exact slope is within 4 % of -2
-    groups: int = 1536  # of TASKS tasks with four strips of max(M) pairs, for every law
+    groups: int = 1024  # of TASKS tasks with four strips of max(M) pairs, for every law
     steps: int = 400
     batch: int = 16  # strips of max(N) pairs a step
     steps_slope: int = 128
@@ -170,10 +172,11 @@ def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Arr
     return x, law.sigma * z[..., D]
 
 
-@jax.jit
+@lru_cache
 def simplex_mdps() -> Family:
-    """One feature map for all seeds: ratios of different families are not samples of one number."""
-    return simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=2.0, low=-1.0, high=1.0)
+    """One feature map for all seeds (ratios of different families are not samples of one number), carried to Lambda = I."""
+    draw = partial(simplex_family, S=12, A=3, d=D, H=4, feature_power=2.0, low=-1.0, high=1.0)
+    return carry(jax.jit(draw)(jax.random.key(0)), np.eye(D))
 
 
 def laws(cfg: Config) -> dict[str, Law]:
@@ -250,12 +253,10 @@ def strip_prompts(lengths: tuple[int, ...], batch: int, key: Array, law: Law, ta
     return Prompt(x=each_task(x), y=y.reshape(batch * K, -1), query=queries), target.reshape(batch * K, -1)
 
 
-DRAWS: dict = {}
-
-
-def draw_of(lengths: tuple[int, ...], batch: int):
+@lru_cache
+def draw_of(lengths: tuple[int, ...], batch: int) -> Callable:
     """The draw function of one set of sizes: the same object on every call, so that nothing compiles twice."""
-    return DRAWS.setdefault((lengths, batch), partial(strip_prompts, lengths, batch))
+    return partial(strip_prompts, lengths, batch)
 
 
 def stack(trees: list):
@@ -317,7 +318,7 @@ def measured(key: Array, law: Law, A: Array, tasks: Array, lengths: tuple[int, .
 
 @jax.jit
 def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M: Array) -> dict[str, Array]:
-    """All that theory says of one law: exact risks of Ahat and of A_N on these tasks, bounds, weights; [N, M] or [N]."""
+    """All that theory says of one law: exact risks of Ahat and of A_N on these tasks, bounds [N, M]; weights [N]; modes [d]."""
 
     def second(tasks: Array) -> Array:
         w = tasks.reshape(-1, D)
@@ -346,7 +347,8 @@ def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M
         weights = jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)
         return jax.vmap(at)(M) | {"optimisation": optimisation, "weights": weights}
 
-    return jax.vmap(length)(N, Ahat)
+    x, q = modes(Lambda, Psi, K, Lambda, noise)
+    return jax.vmap(length)(N, Ahat) | {"modes": x, "mode_weights": q}
 
 
 @partial(jax.jit, static_argnames=("lengths", "batch", "steps"))
@@ -415,3 +417,184 @@ def _long(cfg: Config, key: Array, chosen: list[Law]) -> dict:
         "N": list(cfg.N_slope),
         "laws": {law: {k: p[i].tolist() for k, p in zip(names, parts, strict=True)} for i, law in enumerate(LONG)},
     }
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def _cells(records: list[dict], law: str, *names: str) -> np.ndarray:
+    """Sum of the named entries of one law: [seeds, N, M]."""
+    return np.sum([[r["cells"][law][name] for r in records] for name in names], axis=0)
+
+
+def _each(ratio: np.ndarray) -> list[np.ndarray]:
+    """One array of per-seed values for every cell: [seeds, ...] -> list of [seeds]."""
+    return list(ratio.reshape(len(ratio), -1).T)
+
+
+def _largest(records: list[dict], law: str, numerator: tuple[str, ...], bound: str) -> np.ndarray:
+    """The largest risk / bound of the grid, [seeds]."""
+    return (_cells(records, law, *numerator) / _cells(records, law, bound)).max((1, 2))
+
+
+def _tightness(records: list[dict], law: str, bound: str) -> str:
+    ratio = _cells(records, law, bound) / _cells(records, law, "risk")
+    return f"{law} {ratio.min():.3g} to {ratio.max():.3g}"
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    own, best = ("own_estimation", "own_bias"), ("best_estimation", "best_bias")
+    ratios = [v for law in JUDGED for exact in (best, own) for v in _each(_cells(records, law, "risk") / _cells(records, law, *exact))]
+    M, N_long = records[0]["M"], records[0]["long"]["N"]
+    in_M = [slopes(M, v) for law in JUDGED for v in np.moveaxis(_cells(records, law, "variance"), 1, 0)]
+    long = {
+        k: [slopes(N_long, [r["long"]["laws"][law][k] for r in records]) for law in LONG] for k in ("bias", "at_Lambda", "exact")
+    }
+    off = max(np.max(r["cells"][law]["optimisation"]) for r in records for law in JUDGED)
+    shown = {k: " and ".join(f"{v.mean():.3f}" for v in values) for k, values in long.items()}
+    matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), best)]
+    on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
+    return [
+        judge("q-risk", *ratios, figure="error", note=f"{len(ratios)} cells, worst shown; optimisation error <= {off:.1%} of the risk"),
+        judge("estimation-slope", *in_M, figure="estimation", note=f"M = {M[0]} to {M[-1]}, {len(in_M)} layers, worst shown"),
+        judge(
+            "training-length-slope",
+            *long["bias"],
+            figure="bias",
+            note=f"{' and '.join(LONG)}, N = {N_long[0]} to {N_long[-1]}: A_N {shown['exact']}, trained {shown['bias']}, "
+            f"at Lambda (training's sampling error included) {shown['at_Lambda']}",
+        ),
+        judge(
+            "paper-bound",
+            *matched,
+            figure="bound",
+            note="bound/risk: " + "; ".join(_tightness(records, law, "bound") for law in MATCHED),
+        ),
+        judge("paper-bound/label-noise", _largest(records, NOISY, ("risk",), "bound"), figure="bound"),
+        judge(
+            "paper-bound/onehot-gamma",
+            *_each(_cells(records, ONEHOT, "risk") / _cells(records, ONEHOT, "gaussian")),
+            figure="error",
+            note=f"as an inequality eq. (6) still holds there: risk/bound <= {on_onehot.max():.2f}",
+        ),
+        judge("paper-bound/heavy-tails", _largest(records, HEAVY, ("risk",), "bound"), figure="bound"),
+        judge(
+            "paper-bound/every-law",
+            *(_largest(records, law, ("risk",), "every_law") for law in LAWS),
+            figure="bound",
+            note="bound/risk: " + "; ".join(_tightness(records, law, "every_law") for law in LAWS),
+        ),
+    ]
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"error": _error(records), "estimation": _estimation(records), "bias": _bias(records), "bound": _bound(records)}
+
+
+def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.inf) -> np.ndarray:
+    """Exact risk of A_N from the modes of the first seed; N and M broadcast, M = infinity leaves the bias."""
+    x, q = (np.array(records[0]["cells"][law][k]) for k in ("modes", "mode_weights"))
+    n = np.asarray(N, float)[..., None]
+    return (q * (n**2 * x / np.asarray(M, float)[..., None] + 1) / (1 + n * x) ** 2).sum(-1)
+
+
+def _seeds(axis, x, values: np.ndarray, i: int, label: str = "") -> None:
+    """One marker for every seed: values [seeds, x]."""
+    for k, row in enumerate(values):
+        axis.plot(x, row, linestyle="none", marker=MARKERS[i], color=COLORS[i], markersize=4.5, alpha=0.55, label=label if k == 0 else "")
+
+
+def _colors(records: list[dict]) -> list[tuple[int, int]]:
+    """(index, N) of at most five lengths of the grid, for one colour each."""
+    N = records[0]["N"]
+    return list(enumerate(N))[:: max(1, -(-len(N) // 5))]
+
+
+def _error(records: list[dict]) -> Figure:
+    """Q error over M: trained layers, the exact curve of A_N, and the bound that is claimed for the law."""
+    M = np.array(records[0]["M"])
+    fine = np.geomspace(M[0], M[-1], 60)
+    panels = ((MATCHED[0], "bound"), (MATCHED[1], "bound"), (SIMPLEX, "every_law"), (ONEHOT, "gaussian"))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13.6, 3.9))
+    for axis, (law, other) in zip(axes, panels, strict=True):
+        for color, (i, N) in enumerate(_colors(records)):
+            _seeds(axis, M, _cells(records, law, "risk")[:, i], color, f"trained at N = {N}")
+            axis.plot(fine, _exact(records, law, np.full(60, N), fine), color=COLORS[color], marker="", **EXACT)
+            style = {"linestyle": ":"} if other == "gaussian" else BOUND
+            axis.plot(M, _cells(records, law, other)[0, i], color=COLORS[color], marker="", **style)
+        axis.set(xscale="log", yscale="log", title=law, xlabel="pairs in the test prompt M")
+    axes[0].set_ylabel("mean squared error of Qhat")
+    for kind, label in (("-", "exact, A_N"), ("--", "eq. (6); simplex: its form for every law"), (":", "predicted by the Gaussian Γ")):
+        axes[0].plot([], [], color=GREY, linestyle=kind, marker="", label=label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
+    return figure
+
+
+def _estimation(records: list[dict]) -> Figure:
+    """The variance of Qhat over the contexts of a task, one panel a law."""
+    M = np.array(records[0]["M"])
+    laws = (MATCHED[0], MATCHED[2], SIMPLEX, ONEHOT)
+    figure, axes = pyplot.subplots(1, len(laws), figsize=(13.6, 3.6))
+    for axis, law in zip(axes, laws, strict=True):
+        for color, (i, N) in enumerate(_colors(records)):
+            _seeds(axis, M, _cells(records, law, "variance")[:, i], color, f"N = {N}")
+            exact = _cells(records, law, "best_estimation")[0, i]
+            axis.plot(M, exact, color=COLORS[color], marker="", **EXACT)
+        axis.set(xscale="log", yscale="log", title=law, xlabel="pairs in the test prompt M")
+    axes[0].set_ylabel("estimation error: variance of Qhat\nover the contexts of a task")
+    axes[0].legend(fontsize=8.5, title="trained; line exact (slope -1)", title_fontsize=8.5)
+    return figure
+
+
+def _bias(records: list[dict]) -> Figure:
+    """Squared bias over N: all laws over the whole range, and the range of the slope."""
+    N, long = np.array(records[0]["N"]), np.array(records[0]["long"]["N"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2))
+    fine = np.geomspace(N[0], 4 * long[-1], 200)
+    for i, law in enumerate((*MATCHED, SIMPLEX, ONEHOT)):
+        bias = _cells(records, law, "risk")[:, :, -1] - _cells(records, law, "variance")[:, :, -1]
+        _seeds(left, N, np.where(bias > 0, bias, np.nan), i, law)
+        left.plot(fine, _exact(records, law, fine), color=COLORS[i], marker="", **EXACT)
+        if law in LONG:
+            _seeds(left, long, np.array([r["long"]["laws"][law]["bias"] for r in records]), i)
+    left.plot(fine, 20 * (fine / fine[-1]) ** -2 * _exact(records, MATCHED[2], fine[-1:]), color=GREY, label="slope -2", marker="", **BOUND)
+    left.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat")
+    left.set_title("Measured (points) and exact (lines)")
+    left.legend(fontsize=8.5)
+    for law in LONG:
+        i = JUDGED.index(law)
+        exact = np.array(records[0]["long"]["laws"][law]["exact"])
+        for k, fill in (("at_Lambda", "none"), ("bias", COLORS[i])):
+            values = np.array([r["long"]["laws"][law][k] for r in records]) * long**2
+            for row in values:
+                right.plot(long * (0.98 if k == "bias" else 1.02), row, linestyle="none", color=COLORS[i], marker=MARKERS[i], markerfacecolor=fill, alpha=0.7)
+        right.plot(long, exact * long**2, color=COLORS[i], marker="", label=law, **EXACT)
+    for fill, label in ((GREY, "trained, on all its features"), ("none", "trained, at Λ")):
+        right.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor=fill, label=label)
+    right.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="N² x squared bias", title="The range of the slope: N² bias is flat")
+    right.set_xticks(long, [str(n) for n in long])
+    right.minorticks_off()
+    right.legend(fontsize=8.5)
+    return figure
+
+
+def _bound(records: list[dict]) -> Figure:
+    """Risk over bound for the longest training length: eq. (6), and its form for every law."""
+    M = np.array(records[0]["M"])
+    figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.0), sharey=True)
+    for axis, bound, title in zip(axes, ("bound", "every_law"), ("eq. (6)", "the same with K(Ψ) and noise in it"), strict=True):
+        chosen = tuple(law for law in LAWS if law != SIMPLEX) if bound == "bound" else LAWS
+        for law in chosen:
+            i = LAWS.index(law)
+            ratio = (_cells(records, law, "risk") / _cells(records, law, bound))[:, -1]
+            _seeds(axis, M, ratio, i, law)
+            exact = _cells(records, law, "best_estimation", "best_bias") / _cells(records, law, bound)
+            axis.plot(M, exact[0, -1], color=COLORS[i], marker="", **EXACT)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
+    axes[0].set_ylabel("risk / bound (above 1: violated)")
+    axes[1].legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

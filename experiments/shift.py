@@ -64,7 +64,7 @@ class Config:
     c: float = 1.7  # length of the features at test
     scales: tuple[float, ...] = (0.5, 1.0, 1.7, 3.0)  # lengths at which the policies are compared
     policies: int = 2048  # tasks whose policies are compared
-    tilt_query: float = 0.5  # the designs of the tests: exponential tilts of the uniform one
+    tilt_query: float = 0.25  # the designs of the tests: exponential tilts of the uniform one
     tilt_context: float = -1.0
     steps: int = 800
 

@@ -48,6 +48,7 @@ from theory.in_context import gaussian_gamma, optimal_weights
 
 CLAIMS = ("weights", "weights/full-limit", "weights/paper-gamma")
 LAWS = ("gaussian", "one-hot", "simplex")
+SCALE = 0.5  # s of the paper's initialisation
 DESCENT = optax.sgd(0.05)  # made once: optax objects are compared by identity
 
 
@@ -88,23 +89,28 @@ def families(key: Array) -> dict[str, Family]:
 class Stages(nnx.Module):
     """A reduced layer for every stage and a full one beside the first: one draw of tasks a step serves them all.
 
-    A prompt holds the contexts of the H stages one after the other, and the queries of the full layer before those of the H
-    reduced ones; H = 1 for the regression.
+    A prompt holds the contexts of the H stages one after the other, and the columns that every layer is asked for; the answers
+    are those of the full layer, then those of the H reduced ones. H = 1 for the regression.
     """
 
     def __init__(self, d: int, H: int, seed: int):
-        self.full = FullAttention(d, rngs=nnx.Rngs(seed), scale=0.5)
-        self.reduced = nnx.List([ReducedAttention(d) for _ in range(H)])
+        self.d, self.H = d, H
+        self.full = FullAttention(d, rngs=nnx.Rngs(seed), scale=SCALE)
+        self.reduced = nnx.vmap(lambda _: ReducedAttention(d))(jnp.arange(H))  # A [H, 1, d, d]
 
     def __call__(self, prompt: Prompt) -> Array:
-        H, d = len(self.reduced), prompt.x.shape[-1]
-        x, y, query = prompt.x.reshape(H, -1, d), prompt.y.reshape(H, -1), prompt.query.reshape(H + 1, -1, d)
-        stages = [Prompt(x=x[h], y=y[h], query=query[0]) for h in range(H)]  # every layer is asked for the same columns
-        return jnp.concatenate([self.full(stages[0])] + [layer(s) for layer, s in zip(self.reduced, stages, strict=True)])
+        stages = Prompt(
+            x=prompt.x.reshape(self.H, -1, self.d),
+            y=prompt.y.reshape(self.H, -1),
+            query=jnp.broadcast_to(prompt.query[: self.d], (self.H, self.d, self.d)),
+        )
+        graph, state = nnx.split(self.reduced)
+        answers = jax.vmap(lambda s, p: nnx.merge(graph, s)(p))(state, stages)
+        return jnp.concatenate([self.full(jax.tree.map(lambda a: a[0], stages)), answers.ravel()])
 
     def weights(self) -> np.ndarray:
         """A [H, d, d] of the reduced layers."""
-        return np.stack([np.asarray(layer.A[...][0], dtype=float) for layer in self.reduced])
+        return np.asarray(self.reduced.A[...][:, 0], dtype=float)
 
 
 def _prompts(x: Array, w: Array, columns: Array) -> tuple[Prompt, Array]:
@@ -112,10 +118,12 @@ def _prompts(x: Array, w: Array, columns: Array) -> tuple[Prompt, Array]:
     B, H, N, d = x.shape
     y = jnp.einsum("bhnd,bhd->bhn", x, w)
     target = jnp.einsum("qd,bhd->bhq", columns, w)
-    query = jnp.broadcast_to(jnp.tile(columns, (H + 1, 1)), (B, (H + 1) * d, d))
-    return Prompt(x=x.reshape(B, H * N, d), y=y.reshape(B, H * N), query=query), jnp.concatenate([target[:, :1], target], 1).reshape(
-        B, -1
+    prompt = Prompt(
+        x=x.reshape(B, H * N, d),
+        y=y.reshape(B, H * N),
+        query=jnp.broadcast_to(jnp.tile(columns, (H + 1, 1)), (B, (H + 1) * d, d)),
     )
+    return prompt, jnp.concatenate([target[:, :1], target], axis=1).reshape(B, -1)
 
 
 # numbers are drawn as one flat vector and reshaped: the same numbers, compiled several times faster
@@ -185,20 +193,17 @@ def fit(
 
 
 @jax.jit
-def closed_forms(family: Family, pool: Array, N: Array) -> tuple[Array, Array, Array, Array]:
-    """A_N [H, d, d]; its distance [H] to what half the pool gives, the error of the whole; the Gaussian formula with the same
-    Psi [H, d, d]; the paper's Gaussian Gamma^-1 [d, d]."""
+def closed_forms(family: Family, pool: Array, N: Array) -> tuple[Array, Array, Array]:
+    """A [4, H, d, d], from Psi of the pool, of its first half, of its second half, and from the pool by the Gaussian formula for
+    K; the paper's Gamma [d, d], which knows no Psi; the features' Lambda [d, d]."""
     Lambda, table = second_moment(family), apparatus.pairs_table(family)
-
-    def stage(w: Array) -> tuple[Array, Array, Array]:
-        n = len(w) // 2
-        halves = jnp.stack([w[:n].T @ w[:n], w[n:].T @ w[n:]]) / n
-        A = [optimal_weights(Lambda, P, design_fourth(table, family.design, P), N) for P in (halves.mean(0), halves[0], halves[1])]
-        P = halves.mean(0)
-        error = jnp.linalg.norm(A[1] - A[2]) / (2 * jnp.linalg.norm(A[0]))
-        return A[0], error, optimal_weights(Lambda, P, gaussian_fourth(Lambda, P), N)
-
-    return *jax.vmap(stage)(pool), jnp.linalg.inv(gaussian_gamma(Lambda, N))
+    H, n, d = pool.shape
+    first, second = (jnp.einsum("hni,hnj->hij", half, half) / (n // 2) for half in (pool[:, : n // 2], pool[:, n // 2 :]))
+    Psi = jnp.stack([(first + second) / 2, first, second]).reshape(3 * H, d, d)
+    K = jax.vmap(lambda P: design_fourth(table, family.design, P))(Psi)
+    gaussian = jax.vmap(lambda P: gaussian_fourth(Lambda, P))(Psi[:H])
+    A = jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, N))(jnp.concatenate([Psi, Psi[:H]]), jnp.concatenate([K, gaussian]))
+    return A.reshape(4, H, d, d), gaussian_gamma(Lambda, N), Lambda
 
 
 def relative(A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -211,7 +216,7 @@ def measure_gaussian(cfg: Config, key: Array, seed: int) -> dict:
     root = jnp.linalg.cholesky(Lambda)
     layer = Stages(4, 1, seed)
     gamma = gaussian_gamma(Lambda, cfg.N)
-    gradient_flow.initial(jnp.eye(4), 0.5, gamma)  # raises if the scale of the layer breaks [ZFB] Assumption 3.3
+    gradient_flow.initial(jnp.eye(4), SCALE, gamma)  # raises if the scale of the layer breaks [ZFB] Assumption 3.3
     data = (root.astype(jnp.float32),)
     layer, path = fit(key, layer, _gaussian(cfg.N, cfg.batch), data, cfg.chunk, cfg.chunks_descent, DESCENT)
     A = np.linalg.inv(np.asarray(gamma))
@@ -239,8 +244,8 @@ def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int
     k_pool, k_train = jax.random.split(key)
     H, d = family.theta_low.shape
     pool = apparatus.task_pool(k_pool, family, cfg.pool)
-    columns = query_columns(second_moment(family))
-    A, psi_error, gaussian, gamma_inverse = (np.asarray(x) for x in closed_forms(family, pool, jnp.asarray(float(cfg.N))))
+    (A, half, other, gaussian), gamma, Lambda = (np.asarray(x) for x in closed_forms(family, pool, jnp.asarray(float(cfg.N))))
+    columns = np.sqrt(d) * np.linalg.cholesky(Lambda).T
     draw, data = (_fresh, (family, columns)) if name == "simplex" else (_pooled, (family, columns, pool))
     layer, path = fit(
         k_train,
@@ -255,9 +260,10 @@ def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int
         "law": name,
         "learned": path[-1].tolist(),
         "A_N": A.tolist(),
-        "gamma_inverse": gamma_inverse.tolist(),
+        "gamma_inverse": np.linalg.inv(gamma).tolist(),
         "gaussian_form": gaussian.tolist(),
-        "psi_error": psi_error.tolist() if name == "simplex" else [0.0] * H,
+        # half the distance of two halves has the spread of the whole; a pool that is trained on is its own population
+        "psi_error": (relative(half, other) / 2).tolist() if name == "simplex" else [0.0] * H,
         "path": [relative(p, A).tolist() for p in path],
     }
     return record, layer, pool

@@ -121,6 +121,7 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
     from experiments import files, harness
     from experiments.pool import Job, configure, perform
 
+    harness.settle_xla()
     module = harness.load(experiment)
     preset = "quick"
     for i, word in enumerate(rest):  # the preset gives the defaults of all other options, so it is read first

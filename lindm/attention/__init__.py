@@ -10,6 +10,7 @@ from lindm.attention.layer import (
     query_columns,
     sinusoidal,
 )
+from lindm.attention.noise import normal
 from lindm.attention.trainer import predict_many, train, train_many
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SoftmaxAttention",
     "embed",
     "moments",
+    "normal",
     "pad",
     "predict_many",
     "query_columns",

@@ -293,3 +293,23 @@ def test_under_permutation_symmetry_the_greedy_action_is_the_same_for_every_trai
         S = rng.normal(size=6)
         chosen = [np.asarray(A @ S).reshape(2, 3).argmax(1) for A in weights]
         assert all(np.array_equal(c, chosen[0]) for c in chosen)
+
+
+def test_the_weights_are_equivariant_so_that_no_change_of_coordinates_changes_a_prediction():
+    rng = np.random.default_rng(11)
+    x, rho = rng.normal(size=(9, 3)), rng.dirichlet(np.ones(9))
+    w = rng.normal(size=(40, 3)) + 0.5
+    T = rng.normal(size=(3, 3)) + 2 * np.eye(3)
+
+    def weights(x, w):
+        L = (x * rho[:, None]).T @ x
+        Psi = w.T @ w / len(w)
+        K = (x * (rho * np.einsum("ni,ij,nj->n", x, Psi, x))[:, None]).T @ x
+        return np.asarray(theory.optimal_weights(L, Psi, K, 7, 0.2 * L))
+
+    A, carried = weights(x, w), weights(x @ T.T, w @ np.linalg.inv(T))
+    np.testing.assert_allclose(carried, np.linalg.inv(T).T @ A @ np.linalg.inv(T), rtol=1e-9)
+    context = rng.integers(9, size=5)
+    y = x[context] @ w[0]
+    plain = x @ A @ (x[context].T @ y)
+    np.testing.assert_allclose((x @ T.T) @ carried @ (T @ x[context].T @ y), plain, rtol=1e-9)

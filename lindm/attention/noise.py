@@ -1,0 +1,52 @@
+r"""Gaussian noise at a quarter of the price: on a CPU most of a training step is the drawing of its pairs.
+
+`jax.random.normal` in float32 throws half of every Threefry block away, inverts the error function, and fails to vectorise when
+the last axis is short. Here both words of a block are used, and Box and Muller's transform (1958) makes two variates of them,
+
+    r = sqrt(-2 log U),   z = r sin(2 pi V),  r cos(2 pi V),
+
+with U on a grid of 2^-23 in (0, 1] and the angle as a point of a half circle (23 bits) and a sign (1 bit). On a half circle sine
+and cosine are short polynomials, which XLA vectorises. Same generator, same independence of streams; other numbers than
+`jax.random.normal` gives for the same key.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.random import threefry_2x32
+from jax.typing import DTypeLike
+
+# fitted below to 1e-7 on |t| <= pi/2: sin t = t p(t^2), cos t = q(t^2)
+_GRID = (np.pi / 2 * np.cos(np.pi * (np.arange(400) + 0.5) / 800)) ** 2
+_SIN = np.polynomial.Polynomial.fit(_GRID, np.sinc(np.sqrt(_GRID) / np.pi), 4).convert().coef.astype(np.float32)
+_COS = np.polynomial.Polynomial.fit(_GRID, np.cos(np.sqrt(_GRID)), 5).convert().coef.astype(np.float32)
+
+
+def normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Independent N(0, 1), [*shape]; `jax.random.normal` itself for other types than float32 and other keys than Threefry."""
+    words, size = jax.random.key_data(key), math.prod(shape)
+    if jnp.dtype(dtype) != jnp.float32 or words.shape[-1] != 2 or size == 0:
+        return jax.random.normal(key, shape, dtype)
+    half = (size + 1) // 2
+    bits = threefry_2x32(words, lax.iota(jnp.uint32, 2 * half))
+    radius = jnp.sqrt(-2 * jnp.log(2 - _one_to_two(bits[:half])))
+    sign = lax.bitcast_convert_type((bits[half:] << jnp.uint32(31)) | jnp.uint32(0x3F800000), jnp.float32)
+    angle = (_one_to_two(bits[half:]) - np.float32(1.5 - 2**-24)) * np.float32(np.pi)
+    square, radius = angle * angle, radius * sign
+    z = jnp.concatenate([radius * angle * _polynomial(_SIN, square), radius * _polynomial(_COS, square)])
+    return z[:size].reshape(shape)
+
+
+def _one_to_two(bits: Array) -> Array:
+    """Uniform in [1, 2) from the 23 highest bits."""
+    return lax.bitcast_convert_type((bits >> jnp.uint32(9)) | jnp.uint32(0x3F800000), jnp.float32)
+
+
+def _polynomial(coefficients: np.ndarray, x: Array) -> Array:
+    value = jnp.full_like(x, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = value * x + c
+    return value

@@ -1,0 +1,124 @@
+"""The bench must measure the same work on both sides, against a risk that is exact."""
+
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lindm.attention import bench
+from lindm.attention.layer import FullAttention
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+def dense_weights(d, seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(d + 1, d + 1)) / d, rng.normal(size=(d + 1, d + 1)) / d
+
+
+def test_the_exact_risk_is_the_monte_carlo_risk_of_the_layer():
+    d, n, batch = 3, 6, 400_000
+    W_KQ, W_PV = dense_weights(d, 0)
+    layer = FullAttention(d)
+    layer.W_KQ[...], layer.W_PV[...] = W_KQ[None], W_PV[None]
+    prompt, target = bench.gaussian_draw(batch, d, n)(jax.random.key(0))
+    squares = np.asarray((jax.jit(jax.vmap(layer))(prompt) - target) ** 2, np.float64)
+    assert abs(squares.mean() - bench.exact_risk(W_KQ, W_PV, n)) < 5 * squares.std() / np.sqrt(batch)
+
+
+def test_no_weights_do_better_than_the_optimal_risk_and_the_inverse_of_gamma_attains_it():
+    d, n = 5, 20
+    W_KQ, W_PV = np.zeros((d + 1, d + 1)), np.zeros((d + 1, d + 1))
+    W_KQ[:d, :d], W_PV[d, d] = np.eye(d) / (1 + (d + 1) / n), 1.0
+    assert bench.exact_risk(W_KQ, W_PV, n) == pytest.approx(bench.optimal_risk(d, n), rel=1e-12)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        step = 0.1 * rng.normal(size=(2, d + 1, d + 1))
+        assert bench.exact_risk(W_KQ + step[0], W_PV + step[1], n) > bench.optimal_risk(d, n)
+
+
+def test_training_as_in_the_bench_comes_within_one_percent_of_the_optimal_loss():
+    _, d, n = bench.HEADLINE
+    risk = bench.exact_risk(*bench.run_ours(bench.HEADLINE, 1600, 1), n)
+    assert bench.optimal_risk(d, n) < risk < 1.01 * bench.optimal_risk(d, n)
+
+
+def test_the_exponent_of_a_power_law_is_recovered():
+    assert bench.exponent((1, 10, 100), [3.0, 3 * 10**1.5, 3 * 10**3.0]) == pytest.approx(1.5)
+
+
+def a_measurement(cost):
+    return {
+        "start": 2.0,
+        "batch": [cost * b for b in bench.BATCHES],
+        "length": [cost * n for n in bench.LENGTHS],
+        "dimension": [cost * d for d in bench.DIMENSIONS],
+        "optimum": {"steps": 800, "seconds": cost, "worst": 0.005},
+        "memory": 10 * cost,
+    }
+
+
+def test_rows_say_how_many_times_better_ours_is():
+    table = bench.rows(a_measurement(1.0), a_measurement(20.0), a_measurement(4.0))
+    assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
+    for row in table:
+        if row["unit"] in ("contexts/CPU-s", "MiB") or ("optimal loss" in row["work"] and row["unit"] == "CPU-s"):
+            assert row["ratio"] == pytest.approx(4.0 if row["peer_name"] == bench.MOMENTS else 20.0)
+        else:
+            assert row["ratio"] is None
+    exponents = [row for row in table if "exponent" in row["work"]]
+    assert len(exponents) == 4 and all(row["ours"] == pytest.approx(1.0) for row in exponents)
+
+
+def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "_side", lambda side: a_measurement(1.0))
+    assert bench.main(json=True) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == bench.MISSING for row in table)
+    assert bench.main() == 0
+    assert "contexts/CPU-s" in capsys.readouterr().out
+
+
+def test_a_budget_that_does_not_suffice_is_null_and_not_a_number_out_of_the_air():
+    def never(shape, steps, seed):
+        return np.zeros((6, 6)), np.zeros((6, 6))
+
+    assert bench.time_to_optimum(never, bench.HEADLINE) == {"steps": None, "seconds": None, "worst": None}
+    table = bench.rows({**a_measurement(1.0), "optimum": bench.time_to_optimum(never, bench.HEADLINE)}, a_measurement(2.0), None)
+    assert [row["ratio"] for row in table if "optimal loss" in row["work"]] == [None] * 3
+
+
+@pytest.mark.slow
+def test_the_time_of_a_step_grows_linearly_in_the_number_of_pairs():
+    costs = [bench.step_seconds(bench.run_ours, (8, 5, n), target=0.1, repeats=2) for n in (500, 8000)]
+    assert costs[1] / costs[0] < 16 * 1.5
+
+
+@pytest.mark.parity
+@needs_torch
+def test_the_torch_layers_are_the_layer_of_the_bench():
+    """After no step at a rate of zero, and after many: both peers find what ours finds."""
+    import torch
+
+    state = torch.random.get_rng_state()
+    try:
+        _, d, n = bench.HEADLINE
+        for plain in (True, False):
+            risk = bench.exact_risk(*bench.torch_run(bench.HEADLINE, 1600, 1, plain), n)
+            assert bench.optimal_risk(d, n) < risk < 1.01 * bench.optimal_risk(d, n)
+        plain, moments = (bench.torch_run((8, 3, 6), 30, 2, plain) for plain in (True, False))
+        for a, b in zip(plain, moments, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    finally:
+        torch.random.set_rng_state(state)
+
+
+@pytest.mark.parity
+@needs_torch
+def test_training_is_at_least_five_times_cheaper_than_the_plain_loop():
+    """The bench itself, on a quiet machine, is held to ten."""
+    ours, peer = (bench.step_seconds(run, bench.HEADLINE, target=0.1) for run in (bench.run_ours, bench.torch_run))
+    assert peer / ours > 5
