@@ -15,13 +15,14 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SU
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 verify: $(VENV)/.ready
 	$(BIN)/lindm verify --preset quick --out results/quick
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not parity" --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -m "not parity" -n $(JOBS) --dist loadfile --durations=10 $(ARGS)
 
 parity: $(VENV)/.torch
 	$(BIN)/python -m pytest -m parity --durations=5 $(ARGS)

@@ -61,7 +61,7 @@ class Config:
     stick: tuple[float, ...] = (0.0, 0.5, 0.8)  # laziness of the chain of `stay`
     stay: float = 6.0  # how strongly an aggregate of states leads to its own states, or to those of the next
     kappa: float = 3.0
-    steps: int = 800
+    steps: int = 1000
 
     def __post_init__(self) -> None:
         for name in ("seeds", "contexts", "N", "copies", "steps"):

@@ -34,18 +34,19 @@ from experiments.statistics import Verdict
 from experiments.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED
 from lindm.attention.layer import ReducedAttention
 from lindm.attention.trainer import train_many
-from lindm.contexts import cumulative, draw_pairs, oracle_labels, training_prompt
+from lindm.contexts import cumulative, draw_pairs, oracle_labels
 from lindm.evaluate import greedy
 from lindm.oracles.mdp import policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, onehot_family, tabulate
+from lindm.types import Prompt
 from theory.mean_policy import policy_loss
 
 CLAIMS = ("onehot-coverage", "onehot-coverage/loss", "onehot-coverage/imputation", "onehot-coverage/centring")
 SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centred": (-0.5, 0.5)}  # reward boxes: one world, shifted
 CENTRED_LABELS = "labels minus prior mean"
 S, A, H = 4, 3, 3
-NEGLIGIBLE = 1e-13  # counts less likely than this are left out of the enumeration; `lost_mass` says what that leaves out
+NEGLIGIBLE = 1e-10  # counts less likely than this are left out of the enumeration; `lost_mass` says what that leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Config:
     seeds: int = 5
     base_seed: int = 12000
     tasks: int = 64
-    contexts: int = 32  # of every task; each shows every stage once
+    contexts: int = 48  # of every task; each shows every stage once
     M: tuple[int, ...] = (6, 12, 24, 48)
     N: int = 16
     pool: int = 2048  # training tasks
@@ -113,14 +114,19 @@ def policies(family: Family, worlds, layers: Array, centre: Array, M: Array) -> 
 
 
 @lru_cache
-def _draw(n: int, batch: int, queries: int):
-    """The draw of a training batch; the same object on every call, so that nothing compiles twice."""
+def _draw(n: int, batch: int):
+    """The draw of a training batch; the same object on every call, so that nothing compiles twice.
+
+    Every pair is a query once: with a uniform design that is the expectation over queries, without its noise.
+    """
 
     def draw(key: Array, family: Family, pool: Array):
-        which, prompts = jax.random.split(key)
+        which, pairs = jax.random.split(key)
         w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
-        one = partial(training_prompt, phi=family.phi, cdf=cumulative(family.design), n=n, queries=queries)
-        return jax.vmap(lambda k, w: one(k, w=w))(jax.random.split(prompts, batch), w)
+        table = apparatus.pairs_table(family)
+        x = table[draw_pairs(pairs, cumulative(family.design), (batch, n))]
+        query = jnp.broadcast_to(table, (batch, *table.shape))
+        return Prompt(x=x, y=oracle_labels(x, w), query=query), oracle_labels(query, w)
 
     return draw
 
@@ -131,7 +137,7 @@ def trained(key: Array, family: Family, pools: np.ndarray, N: int, steps: int) -
     family, pools = apparatus.single_precision((family, jnp.asarray(pools)))
     stacked = jax.tree.map(lambda x: np.broadcast_to(x, (runs, *x.shape)), family)
     layers, _ = train_many(
-        ReducedAttention(d), _draw(N, 128, 8), jax.random.split(key, runs), steps=steps, data=(stacked, pools), learning_rate=0.3
+        ReducedAttention(d), _draw(N, 256), jax.random.split(key, runs), steps=steps, data=(stacked, pools), learning_rate=0.1
     )
     return layers.A[...][:, 0].astype(float)
 
@@ -203,7 +209,10 @@ def measure(cfg: Config, point: dict) -> dict:
     drawn = {n: draw_worlds(k_world, f, cfg.tasks, cfg.pool, cfg.contexts, cfg.M[-1]) for n, f in families.items()}
     d = S * A
     rng = np.random.default_rng([cfg.base_seed, point["seed"]])
-    pools = np.concatenate([rng.standard_normal((1, cfg.pool, d)), drawn["negative"][1]])
+    gaussian = rng.standard_normal((cfg.pool, d))
+    # whitened: a pool whose Psi is I exactly, or its sampling error would stay in the weights however long the training
+    gaussian = gaussian @ np.linalg.inv(np.linalg.cholesky(gaussian.T @ gaussian / cfg.pool)).T
+    pools = np.concatenate([gaussian[None], drawn["negative"][1]])
     Ahat = np.asarray(trained(k_train, families["centred"], pools, cfg.N, cfg.steps))
     plain, real = np.broadcast_to(Ahat[0], (H, d, d)), Ahat[1:]  # trained on w ~ N(0, I), as in the paper, and on real tasks
     diagonal = np.broadcast_to(np.eye(d), (H, d, d))  # any A_N of Psi = I, up to a factor
@@ -211,6 +220,8 @@ def measure(cfg: Config, point: dict) -> dict:
     beta = (real.sum((1, 2)) - d * on) / (d * (d - 1))
     symmetric = (on - beta)[:, None, None] * np.eye(d)[None] + beta[:, None, None]  # alpha I + beta 11': what training tends to
     worlds_out = {}
+    # centred labels are the same numbers in all three worlds
+    rate_centred, expected_centred = exact(drawn["centred"][0], np.asarray(drawn["centred"][1]).mean((1, 2)), cfg)
     for name, family in families.items():
         worlds, pool = drawn[name]
         prior = np.asarray(pool).mean((1, 2))
@@ -219,7 +230,6 @@ def measure(cfg: Config, point: dict) -> dict:
         centre = jnp.asarray(np.stack([zero, zero, zero, zero, prior]))
         loss, actions, seen = (np.asarray(a) for a in policies(family, worlds, layers, centre, jnp.asarray(cfg.M, float)))
         rate, expected = exact(worlds, zero, cfg)
-        rate_centred, expected_centred = exact(worlds, prior, cfg)
         last = actions[..., 0, :, -1:, :], seen[..., -1:, :, :]
         worlds_out[name] = {
             "rate": {

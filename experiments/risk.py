@@ -79,14 +79,14 @@ DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: lea
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 3000
+    base_seed: int = 3100
     N: tuple[int, ...] = (4, 16, 64)
     M: tuple[int, ...] = (4, 16, 64)
     N_slope: tuple[int, ...] = (168, 336, 672)  # (1 + N x) >= 25 in every mode: the exact slope is within 4 % of -2
-    groups: int = 1024  # of TASKS tasks with four strips of max(M) pairs, for every law
-    steps: int = 400
+    groups: int = 1536  # of TASKS tasks with four strips of max(M) pairs, for every law
+    steps: int = 600
     batch: int = 16  # strips of max(N) pairs a step
-    steps_slope: int = 128
+    steps_slope: int = 256
     sigma: float = 2.0  # label noise of the law that has it
     sigma_mdp: float = 0.3
     present: float = 0.25  # p of the heavy tails
@@ -352,40 +352,28 @@ def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M
 
 
 @partial(jax.jit, static_argnames=("lengths", "batch", "steps"))
-def long_biases(
-    keys: Array, data: tuple, A: Array, lengths: tuple[int, ...], batch: int, steps: int
-) -> tuple[Array, Array, Array]:
-    """Squared bias [law, N] of layers [law, N, d, d] at G = Gbar, at G = Lambda, and that of A_N; tasks with Psi = I.
+def seen_moment(keys: Array, data: tuple, lengths: tuple[int, ...], batch: int, steps: int) -> Array:
+    """Gbar [law, d, d]: the second moment of all features of the last three quarters of a training run, drawn once more."""
 
-    Gbar is the second moment of all features of the last three quarters of a training run, those that it averages over. And d
-    pairs sqrt(d) L', L L' = G, are a context with the moments of one that is as long as one likes.
-    """
-
-    def seen(key: Array, law: Law) -> Array:
+    def one(key: Array, law: Law) -> Array:
         def add(total: Array, t: Array) -> tuple[Array, None]:
             _, k_pairs = jax.random.split(jax.random.fold_in(key, t))
             x = draw_pairs(k_pairs, law, (batch, lengths[-1]))[0].reshape(-1, D)
-            return total + (x.T @ x / len(x)).astype(total.dtype), None
+            return total + x.T @ x / len(x), None
 
         times = jnp.arange(steps // 4, steps)
-        return jax.lax.scan(add, jnp.zeros((D, D)), times)[0] / len(times)
+        return jax.lax.scan(add, jnp.zeros((D, D), law.phi.dtype), times)[0] / len(times)
 
-    def one(key: Array, law: Law, A: Array) -> tuple[Array, Array, Array]:
-        G = seen(key, law)
-        law = jax.tree.map(lambda a: a.astype(G.dtype), law)
-        Lambda, Psi = moment(law), jnp.eye(D)
-        query, tasks = query_columns(Lambda), query_columns(Psi)
+    return jax.vmap(one)(keys, data[0])
 
-        def error(G: Array) -> Array:
-            x = query_columns(G)
-            yhat = answers(A, Prompt(x=x[None], y=(tasks @ x.T)[None], query=query))[:, 0]
-            return jnp.mean((yhat - (tasks @ query.T)[None]) ** 2, axis=(1, 2))
 
-        K = fourth(law, Psi)
-        exact = [risk(optimal_weights(Lambda, Psi, K, n), Lambda, Psi, K, n, Lambda).bias for n in lengths]
-        return error(G), error(Lambda), jnp.stack(exact)
+def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
+    """Squared error [N] of layers A [N, d, d] on a context with second moment G and labels without noise, Psi = I.
 
-    return jax.vmap(one)(keys, data[0], A)
+    All that a layer sees of the context of a task w is S = G w, and the mean of ||A G w - w||^2_Lambda is a trace.
+    """
+    miss = A @ G - np.eye(D)
+    return np.einsum("ij,njk,nik->n", Lambda, miss, miss).tolist()
 
 
 def measure(cfg: Config, point: dict) -> dict:
@@ -395,7 +383,7 @@ def measure(cfg: Config, point: dict) -> dict:
     tasks = draw_tasks(k_tasks, 2 * cfg.groups)
     training, tested = ({name: w[half] for name, w in tasks.items()} for half in np.split(np.arange(2 * cfg.groups), 2))
     Ahat, _ = fit(
-        k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3
+        k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3, average=0.75
     )
     N, M = (np.asarray(lengths, float) for lengths in (cfg.N, cfg.M))
     cells = {}
@@ -403,20 +391,21 @@ def measure(cfg: Config, point: dict) -> dict:
         error, variance = measured(jax.random.fold_in(k_test, i), law[name], Ahat[i], tested[name], cfg.M)
         theory = predicted(law[name], training[name], tested[name], Ahat[i], N, M)
         cells[name] = {"risk": error.tolist(), "variance": variance.tolist()} | {k: v.tolist() for k, v in theory.items()}
-    return {"N": list(cfg.N), "M": list(cfg.M), "cells": cells, "long": _long(cfg, k_long, [law[name] for name in LONG])}
+    return {"N": list(cfg.N), "M": list(cfg.M), "cells": cells, "long": _long(cfg, k_long, law)}
 
 
-def _long(cfg: Config, key: Array, chosen: list[Law]) -> dict:
+def _long(cfg: Config, key: Array, law: dict[str, Law]) -> dict:
     """The squared bias of layers trained at large N, on all tasks of a frame with Psi = I for every context."""
-    frame = [np.asarray(query_columns(jnp.eye(D)))[None] for _ in chosen]
+    chosen = [law[name] for name in LONG]
+    frame = [D**0.5 * np.eye(D)[None] for _ in chosen]
     sizes = {"lengths": cfg.N_slope, "batch": cfg.batch}
     Ahat, seen = fit(key, chosen, frame, **sizes, steps=cfg.steps_slope, average=0.75, optimizer=DESCENT)
-    parts = [np.asarray(p) for p in long_biases(*seen, Ahat, **sizes, steps=cfg.steps_slope)]
-    names = ("bias", "at_Lambda", "exact")
-    return {
-        "N": list(cfg.N_slope),
-        "laws": {law: {k: p[i].tolist() for k, p in zip(names, parts, strict=True)} for i, law in enumerate(LONG)},
-    }
+    G = np.asarray(seen_moment(*seen, **sizes, steps=cfg.steps_slope), float)
+    out = {}
+    for name, A, Gbar in zip(LONG, np.asarray(Ahat), G, strict=True):
+        Lambda = np.asarray(moment(law[name]))
+        out[name] = {"bias": bias_on(Gbar, A, Lambda), "at_Lambda": bias_on(Lambda, A, Lambda)}
+    return {"N": list(cfg.N_slope), "laws": out}
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------
@@ -444,18 +433,24 @@ def _tightness(records: list[dict], law: str, bound: str) -> str:
 
 def check(records: list[dict]) -> list[Verdict]:
     own, best = ("own_estimation", "own_bias"), ("best_estimation", "best_bias")
-    ratios = [v for law in JUDGED for exact in (best, own) for v in _each(_cells(records, law, "risk") / _cells(records, law, *exact))]
+    ratios = [
+        v for law in JUDGED for exact in (best, own) for v in _each(_cells(records, law, "risk") / _cells(records, law, *exact))
+    ]
     M, N_long = records[0]["M"], records[0]["long"]["N"]
     in_M = [slopes(M, v) for law in JUDGED for v in np.moveaxis(_cells(records, law, "variance"), 1, 0)]
-    long = {
-        k: [slopes(N_long, [r["long"]["laws"][law][k] for r in records]) for law in LONG] for k in ("bias", "at_Lambda", "exact")
-    }
+    long = {k: [slopes(N_long, [r["long"]["laws"][law][k] for r in records]) for law in LONG] for k in ("bias", "at_Lambda")}
+    long["exact"] = [slopes(N_long, _exact(records, law, np.array(N_long))) for law in LONG]
     off = max(np.max(r["cells"][law]["optimisation"]) for r in records for law in JUDGED)
     shown = {k: " and ".join(f"{v.mean():.3f}" for v in values) for k, values in long.items()}
     matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), best)]
     on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
     return [
-        judge("q-risk", *ratios, figure="error", note=f"{len(ratios)} cells, worst shown; optimisation error <= {off:.1%} of the risk"),
+        judge(
+            "q-risk",
+            *ratios,
+            figure="error",
+            note=f"{len(ratios)} cells, worst shown; optimisation error <= {off:.1%} of the risk",
+        ),
         judge("estimation-slope", *in_M, figure="estimation", note=f"M = {M[0]} to {M[-1]}, {len(in_M)} layers, worst shown"),
         judge(
             "training-length-slope",
@@ -504,7 +499,23 @@ def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.i
 def _seeds(axis, x, values: np.ndarray, i: int, label: str = "") -> None:
     """One marker for every seed: values [seeds, x]."""
     for k, row in enumerate(values):
-        axis.plot(x, row, linestyle="none", marker=MARKERS[i], color=COLORS[i], markersize=4.5, alpha=0.55, label=label if k == 0 else "")
+        axis.plot(
+            x,
+            row,
+            linestyle="none",
+            marker=MARKERS[i],
+            color=COLORS[i],
+            markersize=4.5,
+            alpha=0.55,
+            label=label if k == 0 else "",
+        )
+
+
+def _log_ticks(axis, values: np.ndarray) -> None:
+    """A logarithmic x axis that names the values that were run, and only those."""
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{v:g}" for v in values])
+    axis.minorticks_off()
 
 
 def _colors(records: list[dict]) -> list[tuple[int, int]]:
@@ -525,9 +536,14 @@ def _error(records: list[dict]) -> Figure:
             axis.plot(fine, _exact(records, law, np.full(60, N), fine), color=COLORS[color], marker="", **EXACT)
             style = {"linestyle": ":"} if other == "gaussian" else BOUND
             axis.plot(M, _cells(records, law, other)[0, i], color=COLORS[color], marker="", **style)
-        axis.set(xscale="log", yscale="log", title=law, xlabel="pairs in the test prompt M")
+        axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
+        _log_ticks(axis, M)
     axes[0].set_ylabel("mean squared error of Qhat")
-    for kind, label in (("-", "exact, A_N"), ("--", "eq. (6); simplex: its form for every law"), (":", "predicted by the Gaussian Γ")):
+    for kind, label in (
+        ("-", "exact, A_N"),
+        ("--", "eq. (6); simplex: its form for every law"),
+        (":", "predicted by the Gaussian Γ"),
+    ):
         axes[0].plot([], [], color=GREY, linestyle=kind, marker="", label=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
     return figure
@@ -543,7 +559,8 @@ def _estimation(records: list[dict]) -> Figure:
             _seeds(axis, M, _cells(records, law, "variance")[:, i], color, f"N = {N}")
             exact = _cells(records, law, "best_estimation")[0, i]
             axis.plot(M, exact, color=COLORS[color], marker="", **EXACT)
-        axis.set(xscale="log", yscale="log", title=law, xlabel="pairs in the test prompt M")
+        axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
+        _log_ticks(axis, M)
     axes[0].set_ylabel("estimation error: variance of Qhat\nover the contexts of a task")
     axes[0].legend(fontsize=8.5, title="trained; line exact (slope -1)", title_fontsize=8.5)
     return figure
@@ -560,23 +577,33 @@ def _bias(records: list[dict]) -> Figure:
         left.plot(fine, _exact(records, law, fine), color=COLORS[i], marker="", **EXACT)
         if law in LONG:
             _seeds(left, long, np.array([r["long"]["laws"][law]["bias"] for r in records]), i)
-    left.plot(fine, 20 * (fine / fine[-1]) ** -2 * _exact(records, MATCHED[2], fine[-1:]), color=GREY, label="slope -2", marker="", **BOUND)
+    guide = fine[fine > 60]
+    left.plot(
+        guide,
+        4 * _exact(records, MATCHED[2], guide[-1:]) * (guide[-1] / guide) ** 2,
+        color=GREY,
+        marker="",
+        label="slope -2",
+        **BOUND,
+    )
     left.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat")
     left.set_title("Measured (points) and exact (lines)")
     left.legend(fontsize=8.5)
+    wide = np.geomspace(0.9 * long[0], 1.1 * long[-1], 50)
     for law in LONG:
         i = JUDGED.index(law)
-        exact = np.array(records[0]["long"]["laws"][law]["exact"])
-        for k, fill in (("at_Lambda", "none"), ("bias", COLORS[i])):
-            values = np.array([r["long"]["laws"][law][k] for r in records]) * long**2
-            for row in values:
-                right.plot(long * (0.98 if k == "bias" else 1.02), row, linestyle="none", color=COLORS[i], marker=MARKERS[i], markerfacecolor=fill, alpha=0.7)
-        right.plot(long, exact * long**2, color=COLORS[i], marker="", label=law, **EXACT)
+        limit = _exact(records, law, np.array([1e9]))[0] * 1e18  # of N^2 bias
+        for k, fill, shift in (("at_Lambda", "none", 1.02), ("bias", COLORS[i], 0.98)):
+            look = {"color": COLORS[i], "marker": MARKERS[i], "markerfacecolor": fill, "alpha": 0.7}
+            for r in records:
+                right.plot(long * shift, np.array(r["long"]["laws"][law][k]) * long**2 / limit, linestyle="none", **look)
+        right.plot(wide, _exact(records, law, wide) * wide**2 / limit, color=COLORS[i], marker="", label=law, **EXACT)
     for fill, label in ((GREY, "trained, on all its features"), ("none", "trained, at Λ")):
         right.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor=fill, label=label)
-    right.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="N² x squared bias", title="The range of the slope: N² bias is flat")
-    right.set_xticks(long, [str(n) for n in long])
-    right.minorticks_off()
+    right.set(
+        xlabel="pairs in a training prompt N", ylabel="N² × squared bias / its limit", title="The range of the slope: flat is -2"
+    )
+    _log_ticks(right, long)
     right.legend(fontsize=8.5)
     return figure
 
@@ -594,7 +621,8 @@ def _bound(records: list[dict]) -> Figure:
             exact = _cells(records, law, "best_estimation", "best_bias") / _cells(records, law, bound)
             axis.plot(M, exact[0, -1], color=COLORS[i], marker="", **EXACT)
         axis.axhline(1, color="black", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
+        axis.set(yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
+        _log_ticks(axis, M)
     axes[0].set_ylabel("risk / bound (above 1: violated)")
     axes[1].legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -4,8 +4,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # level 1 compiles in two thirds of the time; flags of the user come last and win
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=1", os.environ.get("XLA_FLAGS", "")]
+)
 os.environ["MPLBACKEND"] = "Agg"
 
 import jax

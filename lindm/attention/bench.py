@@ -5,11 +5,11 @@ tasks every step, one query per context) with the same Adam, schedule and batch.
 `torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
 is the same loop with the layer in our moment form: what is left of the ratio then is the loop and not the algebra.
 
-Costs are CPU-seconds (`time.process_time`), the best of several repeats. Each side runs in a process of its own that is pinned
-to one core, because idle threads of a pool burn CPU time without doing work; compilation is a row of its own. Memory is the growth
-of the peak resident set during training, after the libraries are loaded; ours includes the compiler's. `ratio` says how many times
-better ours is (rates: ours / peer; costs: peer / ours) and is null for exponents and counts. Where torch is not installed the peer
-is null.
+Costs are CPU-seconds (`time.process_time`), the best of several repeats. Each side runs in a process of its own, pinned to one
+core, because idle threads of a pool burn CPU time without doing work; compilation is a row of its own. Memory is the growth of
+the peak resident set during training, after the libraries are loaded; ours includes the compiler's. `ratio` says how many times
+better ours is (rates: ours / peer; costs: peer / ours) and is null for exponents and counts. Where torch is not installed the
+peer is null.
 """
 
 import functools
@@ -222,10 +222,18 @@ def peak_growth(side: str) -> float:
     """MiB by which the peak resident set grows while one side trains at `MEMORY`."""
     run = {"ours": run_ours, "torch": torch_run, "moments": functools.partial(torch_run, plain=False)}[side]
     run((2, 2, 2), 2, 0)  # libraries, allocators and the compiler are not the layer's memory
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak()
     run(MEMORY, 3, 0)
-    return max((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20, 0.0)
+    return max(_peak() - before, 0.0)
+
+
+def _peak() -> float:
+    """Peak resident set of this process in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: what getrusage reports there is at least the peak of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def rows(ours: dict[str, Any], peer: dict[str, Any] | None, strong: dict[str, Any] | None) -> list[Row]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,8 +22,8 @@ def dense_weights(d, seed):
 def test_the_exact_risk_is_the_monte_carlo_risk_of_the_layer():
     d, n, batch = 3, 6, 400_000
     W_KQ, W_PV = dense_weights(d, 0)
-    layer = FullAttention(d)
-    layer.W_KQ[...], layer.W_PV[...] = W_KQ[None], W_PV[None]
+    layer = FullAttention(d, dtype=jnp.float64)
+    layer.W_KQ[...], layer.W_PV[...] = jnp.asarray(W_KQ)[None], jnp.asarray(W_PV)[None]
     prompt, target = bench.gaussian_draw(batch, d, n)(jax.random.key(0))
     squares = np.asarray((jax.jit(jax.vmap(layer))(prompt) - target) ** 2, np.float64)
     assert abs(squares.mean() - bench.exact_risk(W_KQ, W_PV, n)) < 5 * squares.std() / np.sqrt(batch)
@@ -91,12 +92,6 @@ def test_a_budget_that_does_not_suffice_is_null_and_not_a_number_out_of_the_air(
     assert [row["ratio"] for row in table if "optimal loss" in row["work"]] == [None] * 3
 
 
-@pytest.mark.slow
-def test_the_time_of_a_step_grows_linearly_in_the_number_of_pairs():
-    costs = [bench.step_seconds(bench.run_ours, (8, 5, n), target=0.1, repeats=2) for n in (500, 8000)]
-    assert costs[1] / costs[0] < 16 * 1.5
-
-
 @pytest.mark.parity
 @needs_torch
 def test_the_torch_layers_are_the_layer_of_the_bench():
@@ -118,7 +113,7 @@ def test_the_torch_layers_are_the_layer_of_the_bench():
 
 @pytest.mark.parity
 @needs_torch
-def test_training_is_at_least_five_times_cheaper_than_the_plain_loop():
-    """The bench itself, on a quiet machine, is held to ten."""
-    ours, peer = (bench.step_seconds(run, bench.HEADLINE, target=0.1) for run in (bench.run_ours, bench.torch_run))
-    assert peer / ours > 5
+def test_memory_is_measured_in_processes_of_their_own_and_the_plain_peer_holds_the_score_matrix():
+    batch, _, n = bench.MEMORY
+    assert bench._worker("torch", "memory")["memory"] > batch * n * n * 4 / 2**20
+    assert bench._worker("ours", "memory")["memory"] < batch * n * n * 4 / 2**20

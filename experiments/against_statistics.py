@@ -1,0 +1,439 @@
+"""When is the attention layer better than statistics on the same context, and by how much?
+
+Gaussian features, Lambda = Psi = I, label noise sigma, the layer trained for the test length (N = M). Both risks are known exactly,
+
+    layer   d c/(c + M),  c = d + 1 + sigma^2
+    OLS     d sigma^2/(M - d - 1)  for M >= d + 2,      d - M + M sigma^2/(d - M - 1)  for M <= d - 2 (shortest solution)
+
+and comparing them is elementary algebra (ours): the layer is better if and only if
+
+    sigma^2 > sqrt(M (d + 1)) - (d + 1)   (M >= d + 2),        sigma^2 > sqrt(d (M + 1)) - (M + 1)   (M <= d - 2).
+
+It wins on short or noisy contexts, and only for want of a prior on the other side: Psi'-ridge (Bayes) is the best predictor that is
+linear in y *for every single context X*, and one layer is linear in y, so that the layer never beats it, on no law of features and no
+context. In real linear MDPs the same contexts go to ridge, OLS and the two Bayes predictors, and as many transitions (s, a, r, s') with
+the same noise on r to LSVI and PEVI; what counts there is the exact suboptimality of the greedy policy.
+
+    lindm run against_statistics --preset quick      about 20 s on 2 cores
+    lindm verify --only against-statistics
+
+Expected: the boundary where it is predicted; no context on which the layer beats Bayes; a layer that beats OLS, ridge and
+LSVI on short noisy contexts and loses to OLS and LSVI on long clean ones.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import sqrt
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from experiments import apparatus
+from experiments.criteria import judge, judge_count
+from experiments.statistics import Verdict
+from experiments.style import BLUE, COLORS, DIVERGING, EXACT, GREEN, GREY, MARKERS, MEASURED, SEED
+from lindm import baselines
+from lindm.attention.layer import ReducedAttention, pad
+from lindm.attention.trainer import train_many
+from lindm.contexts import cumulative, draw_pairs, oracle_labels, training_prompt, transitions
+from lindm.evaluate import greedy
+from lindm.oracles.mdp import policy_value
+from lindm.problems.checks import count, nonnegative
+from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.problems.regression import draw_regression
+from lindm.types import Prompt
+from theory.in_context import gaussian_gamma, gaussian_risk, optimal_weights
+
+CLAIMS = ("against-statistics", "against-statistics/bayes", "against-statistics/small-context")
+D = 8  # features of the Gaussian problem
+S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
+LAYER, BAYES, AFFINE = "attention layer", "Bayes, second moment", "Bayes, mean and covariance"
+DATA_ONLY = ("OLS", "ridge, lambda = 1", "LSVI", "PEVI")  # methods that know nothing of the law of tasks
+METHODS = (LAYER, BAYES, AFFINE, *DATA_ONLY, "layer on its own targets", "random")
+BETA = 0.1  # PEVI's penalty: the theorem's own constant makes every value zero at these sample sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 13000
+    contexts: int = 1024  # Gaussian contexts of every length
+    M_gauss: tuple[int, ...] = (2, 4, 16, 32, 64)
+    sigma_gauss: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    M_trained: tuple[int, ...] = (2, 16)  # cells of the Gaussian problem in which the layer is trained
+    tasks: int = 256  # MDPs
+    M: tuple[int, ...] = (8, 16, 32, 64, 128)
+    sigma: tuple[float, ...] = (0.1, 0.3, 1.0)
+    small: tuple[int, float] = (16, 1.0)  # M and sigma of `small-context`, where the layer is trained
+    pool: int = 4096
+    steps: int = 400
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "contexts", "tasks", "pool", "steps"):
+            count(getattr(self, name), name)
+        for name in ("M_gauss", "M_trained", "M"):
+            for M in getattr(self, name) or (0,):
+                count(M, name)
+        for name in ("sigma_gauss", "sigma"):
+            for sigma in getattr(self, name) or (-1.0,):
+                nonnegative(sigma, name)
+                if sigma == 0:
+                    raise ValueError(f"{name} must be positive: at sigma = 0 least squares is exact from M = d on; got {sigma}")
+        if any(abs(M - D) < 2 for M in self.M_gauss):
+            raise ValueError(f"M_gauss must keep a distance of 2 from d = {D}, where OLS has no finite risk; got {self.M_gauss}")
+        if not set(self.M_trained) <= set(self.M_gauss):
+            raise ValueError(f"M_trained must be among M_gauss = {self.M_gauss}; got {self.M_trained}")
+        if self.small[0] not in self.M or self.small[1] not in self.sigma:
+            raise ValueError(f"small must be a cell of M x sigma; got {self.small}")
+
+
+QUICK = Config()
+FULL = Config(
+    seeds=10,
+    contexts=8192,
+    M_gauss=(2, 3, 4, 5, 12, 16, 24, 32, 48, 64, 96, 128),
+    sigma_gauss=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    M_trained=(2, 4, 16, 32),
+    tasks=1024,
+    M=(6, 8, 12, 16, 24, 32, 64, 128, 256),
+    sigma=(0.03, 0.1, 0.3, 1.0, 3.0),
+    pool=32768,
+    steps=3000,
+)
+SMOKE = Config(
+    seeds=2, contexts=256, M_gauss=(2, 16), sigma_gauss=(1.0,), M_trained=(2,), tasks=16, M=(8, 16), sigma=(1.0,), pool=256, steps=50
+)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+# --- Gaussian regression -------------------------------------------------------------------------------------------------
+
+
+def ols_risk(M: int, sigma: float, dim: int = D) -> float:
+    """E |w_OLS - w|^2 for x ~ N(0, I), E w w' = I: mean of the inverse Wishart law; for M < dim the part of w outside the span of
+    the rows, (dim - M)/dim of |w|^2 by rotation, is lost."""
+    if M >= dim + 2:
+        return dim * sigma**2 / (M - dim - 1)
+    if M <= dim - 2:
+        return dim - M + M * sigma**2 / (dim - M - 1)
+    raise ValueError(f"M must keep a distance of 2 from d = {dim}: the risk is infinite; got {M}")
+
+
+def boundary(M: float, dim: int = D) -> float:
+    """The sigma^2 above which the layer (trained at N = M) beats OLS; negative where it always does."""
+    return sqrt(M * (dim + 1)) - (dim + 1) if M > dim else sqrt(dim * (M + 1)) - (M + 1)
+
+
+@partial(jax.jit, static_argnames=("contexts", "longest"))
+def grams(key: Array, M: Array, contexts: int, longest: int) -> Array:
+    """X'X [contexts, m, D, D] of the first M of `longest` Gaussian features."""
+    x = jax.random.normal(key, (contexts, longest, D))
+    used = (jnp.arange(longest)[None] < M[:, None]).astype(x.dtype)
+    return jnp.einsum("mi,cid,cie->cmde", used, x, x)
+
+
+def linear_risk(B: Array, G: Array, Psi: Array, sigma: Array, Lambda_q: Array) -> Array:
+    """E over tasks and noise, on one context with X'X = G, of |what - w|^2 in Lambda_q, where what = B X'y. All [d, d]."""
+    miss = B @ G - jnp.eye(len(G))
+    return jnp.trace(Lambda_q @ (miss @ Psi @ miss.T + sigma**2 * B @ G @ B.T))
+
+
+@jax.jit
+def risks(G: Array, A: Array, M: Array, Psi: Array, sigma: Array, Lambda_q: Array) -> dict[str, Array]:
+    """Risk [n] of each predictor on each context, exact given X: G [n, d, d] = X'X, layer A [d, d]."""
+    precision = sigma**2 * jnp.linalg.inv(Psi)
+
+    def one(G: Array) -> dict[str, Array]:
+        values, vectors = jnp.linalg.eigh(G)
+        kept = values > 1e-9 * values[-1]
+        inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
+        B = {LAYER: A / M, "OLS": (vectors * inverse[None]) @ vectors.T, BAYES: jnp.linalg.inv(G + precision)}
+        return {name: linear_risk(b, G, Psi, sigma, Lambda_q) for name, b in B.items()}
+
+    return jax.vmap(one)(G)
+
+
+@lru_cache
+def _gaussian_draw(longest: int, batch: int):
+    """The draw of a Gaussian training batch of n <= longest pairs and noise sigma, both traced."""
+
+    def draw(key: Array, root: Array, n: Array, sigma: Array):
+        keys = jax.random.split(key, batch)
+        prompt, target, _ = jax.vmap(lambda k: draw_regression(k, root, root, longest, 8, sigma))(keys)
+        return pad(prompt, n), target
+
+    return draw
+
+
+def gaussian_layers(key: Array, cells: list[tuple[int, float]], steps: int) -> np.ndarray:
+    """Layers [cells, D, D] trained for the length and noise of each cell."""
+    n = len(cells)
+    data = (
+        jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (n, D, D)),
+        jnp.asarray([M for M, _ in cells]),
+        jnp.asarray([s for _, s in cells], jnp.float32),
+    )
+    draw = _gaussian_draw(max(M for M, _ in cells), 64)
+    layers, _ = train_many(ReducedAttention(D), draw, jax.random.split(key, n), steps=steps, data=data, learning_rate=0.03)
+    return np.asarray(layers.A[...][:, 0], float)
+
+
+def gaussian_part(cfg: Config, key: Array) -> list[dict]:
+    """The (M, sigma) cells of the Gaussian problem."""
+    k_contexts, k_train = jax.random.split(key)
+    G = grams(k_contexts, jnp.asarray(cfg.M_gauss), contexts=cfg.contexts, longest=max(cfg.M_gauss))
+    where = [(M, s) for M in cfg.M_trained for s in cfg.sigma_gauss]
+    Ahat = dict(zip(where, gaussian_layers(k_train, where, cfg.steps), strict=True))
+    I = jnp.eye(D)
+    cells = []
+    for i, M in enumerate(cfg.M_gauss):
+        for sigma in cfg.sigma_gauss:
+            exact = jnp.linalg.inv(gaussian_gamma(I, M, sigma))
+            layer = jnp.asarray(Ahat.get((M, sigma), exact))
+            out = risks(G[:, i], layer, jnp.asarray(float(M)), I, jnp.asarray(sigma), I)
+            cells.append(
+                {
+                    "M": M,
+                    "sigma": sigma,
+                    "trained": (M, sigma) in Ahat,
+                    "risk": {k: float(v.mean()) for k, v in out.items()},
+                    "layer_exact": float(gaussian_risk(I, M, M, sigma).total),
+                    "ols_exact": ols_risk(M, sigma),
+                    "boundary": boundary(M),
+                    "beats_bayes": int((out[LAYER] < out[BAYES] * (1 - 1e-9)).sum()),
+                    "n": cfg.contexts,
+                }
+            )
+    return cells
+
+
+# --- linear MDPs -----------------------------------------------------------------------------------------------------------
+
+
+def family() -> Family:
+    """One feature map for all seeds; rewards in [0, 1], as PEVI asks for."""
+    return simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0)
+
+
+@partial(jax.jit, static_argnames=("tests", "pool", "longest"))
+def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int):
+    """Test tasks (MDP, Plan, w), their contexts (x [tests, H, longest, d], r, phi(s', .), two noises), and a pool [H, pool, d]."""
+    k_tasks, k_pairs, k_steps, k_noise = jax.random.split(key, 4)
+    task, plan, w = jax.vmap(lambda k: apparatus.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
+    mdp, plan = jax.tree.map(lambda leaf: leaf[:tests], (jax.vmap(tabulate)(task), plan))
+    pairs = draw_pairs(k_pairs, cumulative(family.design), (tests, H, longest))
+    x, r, after = jax.vmap(lambda k, m, i: transitions(k, m, family.phi, i))(jax.random.split(k_steps, tests), mdp, pairs)
+    noise = jax.random.normal(k_noise, (2, tests, H, longest))
+    return (mdp, plan, w[:tests], (x, r, after, noise[0], noise[1])), jnp.moveaxis(w[tests:], 1, 0)
+
+
+def own_targets(phi: Array, layers: Array, x: Array, r: Array, after: Array, M: Array) -> Array:
+    """Qhat [H, S, A] of a layer that bootstraps: LSVI with A_h b / M in the place of ridge. Arrays as in `baselines.lsvi`."""
+
+    def stage(w: Array, at: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        layer, x, r, after = at
+        w = layer @ ((r + jnp.max(after @ w, axis=-1)) @ x) / M
+        return w, phi @ w
+
+    return jax.lax.scan(stage, jnp.zeros_like(x[0, 0]), (layers, x, r, after), reverse=True)[1]
+
+
+@jax.jit
+def losses(family: Family, worlds, layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array) -> dict[str, Array]:
+    """Exact suboptimality [tasks] of the greedy policy of every method on the first M pairs, noise sigma on labels and rewards."""
+    centred = Psi - mean[:, :, None] * mean[:, None, :]
+    query = apparatus.pairs_table(family)
+
+    def one(world) -> dict[str, Array]:
+        mdp, plan, w, (x, r, after, on_labels, on_rewards) = world
+        longest = x.shape[1]
+        used = (jnp.arange(longest) < M).astype(x.dtype)
+        # pairs beyond the M-th become zero rows: they add nothing to X'X and to X'y
+        x = x * used[None, :, None]
+        y = (oracle_labels(x, w) + sigma * on_labels) * used[None]
+        noisy = r + sigma * on_rewards
+        prompts = Prompt(x=x, y=y, query=jnp.broadcast_to(query, (H, *query.shape)))
+        # least squares from the normal equations: pinv(X'X) X' = pinv(X), on a d x d problem
+        normal = Prompt(x=jnp.einsum("hid,hie->hde", x, x), y=jnp.einsum("hi,hid->hd", y, x), query=prompts.query)
+
+        def by_stage(predict, *stagewise: Array, prompts: Prompt = prompts) -> Array:
+            return jax.vmap(lambda p, *a: predict(*a)(p))(prompts, *stagewise).reshape(H, S, A)
+
+        Qhat = {
+            LAYER: by_stage(baselines.closed_form, layers * (longest / M)),
+            BAYES: by_stage(lambda P: baselines.bayes(P, sigma), Psi),
+            AFFINE: by_stage(lambda P, m: baselines.bayes(P, sigma, m), centred, mean),
+            "OLS": by_stage(baselines.ols, prompts=normal),
+            "ridge, lambda = 1": by_stage(lambda: baselines.ridge(1.0)),
+            "LSVI": baselines.lsvi(family.phi, x, noisy, after, 1.0)[0],
+            "PEVI": baselines.pevi(family.phi, x, noisy, after, 1.0, BETA),
+            "layer on its own targets": own_targets(family.phi, layers, x, noisy, after, M),
+            "random": by_stage(lambda: baselines.random(jax.random.key(0))),
+        }
+        pihat = greedy(jnp.stack([Qhat[m] for m in METHODS]))
+        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat)
+        return dict(zip(METHODS, mdp.rho @ plan.V[0] - value, strict=True))
+
+    return jax.lax.map(one, worlds, batch_size=32)
+
+
+@jax.jit
+def closed_forms(family: Family, Psi: Array, N: Array, sigma: Array) -> Array:
+    """A_N [H, d, d] under label noise sigma."""
+    Lambda = second_moment(family)
+    K = apparatus.fourth_moments(family, Psi)
+    return jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, N, sigma**2 * Lambda))(Psi, K)
+
+
+@jax.jit
+def mdp_grams(x: Array, M: Array) -> Array:
+    """X'X [tasks, H, d, d] of the first M pairs."""
+    used = (jnp.arange(x.shape[2]) < M).astype(x.dtype)
+    return jnp.einsum("i,thid,thie->thde", used, x, x)
+
+
+def mdp_part(cfg: Config, key: Array) -> list[dict]:
+    """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell `small` it is trained."""
+    k_world, k_train = jax.random.split(key)
+    world = family()
+    worlds, pool = draw_worlds(k_world, world, cfg.tasks, cfg.pool, max(cfg.M))
+    Psi, mean, Lambda = apparatus.pool_moment(pool), pool.mean(1), second_moment(world)
+    Ahat = apparatus.trained_layers(
+        k_train, world, pool, cfg.small[0], cfg.small[1], steps=cfg.steps, learning_rate=0.1, batch=128
+    )
+    cells = []
+    for M in cfg.M:
+        G = mdp_grams(worlds[3][0], jnp.asarray(float(M)))
+        for sigma in cfg.sigma:
+            at = (jnp.asarray(float(M)), jnp.asarray(sigma))
+            layers = Ahat if (M, sigma) == tuple(cfg.small) else closed_forms(world, Psi, *at)
+            lost = losses(world, worlds, layers, Psi, mean, *at)
+            by_stage = [risks(G[:, h], layers[h], at[0], Psi[h], at[1], Lambda) for h in range(H)]
+            cells.append(
+                {
+                    "M": M,
+                    "sigma": sigma,
+                    "trained": (M, sigma) == tuple(cfg.small),
+                    "loss": {m: float(v.mean()) for m, v in lost.items()},
+                    "beats_bayes": sum(int((out[LAYER] < out[BAYES] * (1 - 1e-9)).sum()) for out in by_stage),
+                    "n": cfg.tasks * H,
+                }
+            )
+    return cells
+
+
+# --- the experiment ----------------------------------------------------------------------------------------------------
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    k_gauss, k_mdp = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
+    return {"d": D, "gaussian": gaussian_part(cfg, k_gauss), "mdp": mdp_part(cfg, k_mdp), "small": list(cfg.small)}
+
+
+def _small(record: dict) -> dict[str, float]:
+    M, sigma = record["small"]
+    return next(c["loss"] for c in record["mdp"] if c["M"] == M and c["sigma"] == sigma)
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    n_cells = len(records[0]["gaussian"])
+    ratio = [
+        [c["risk"][LAYER] / c["risk"]["OLS"] * c["ols_exact"] / c["layer_exact"] for c in (r["gaussian"][i] for r in records)]
+        for i in range(n_cells)
+    ]
+    wins = sum((c["risk"][LAYER] < c["risk"]["OLS"]) == (c["sigma"] ** 2 > c["boundary"]) for r in records for c in r["gaussian"])
+    cells = [c for r in records for c in (*r["gaussian"], *r["mdp"])]
+    seen = sum(c["n"] for c in cells)
+    small = [[_small(r)[LAYER] / _small(r)[m] for r in records] for m in ("OLS", "ridge, lambda = 1", "LSVI")]
+    M, sigma = records[0]["small"]
+    return [
+        judge(
+            "against-statistics",
+            *ratio,
+            figure="map",
+            note=f"the better one is the predicted one in {wins} of {n_cells * len(records)} cells",
+        ),
+        judge_count("against-statistics/bayes", sum(c["beats_bayes"] for c in cells), seen, seeds=len(records), figure="map"),
+        judge(
+            "against-statistics/small-context",
+            *small,
+            figure="methods",
+            note=f"M = {M}, sigma = {sigma:g}; ratio to OLS {np.mean(small[0]):.2f}, ridge {np.mean(small[1]):.2f}, LSVI {np.mean(small[2]):.2f}",
+        ),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"map": _map(records), "methods": _methods(records)}
+
+
+def _grid(records: list[dict], part: str, value) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(M, sigma, mean over seeds of value(cell) [sigma, M])."""
+    M = sorted({c["M"] for c in records[0][part]})
+    sigma = sorted({c["sigma"] for c in records[0][part]})
+    table = [[np.mean([value(c) for r in records for c in r[part] if (c["M"], c["sigma"]) == (m, s)]) for m in M] for s in sigma]
+    return np.array(M), np.array(sigma), np.array(table)
+
+
+def _map(records: list[dict]) -> Figure:
+    """log2 of layer / rival over (M, sigma): blue where the layer is better."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(13.4, 3.9))
+
+    def best(c: dict, rivals: tuple[str, ...]) -> float:
+        return np.log2(c["loss"][LAYER] / min(c["loss"][m] for m in rivals))
+
+    panels = (
+        ("gaussian", lambda c: np.log2(c["risk"][LAYER] / c["risk"]["OLS"]), f"Gaussian, d = {records[0]['d']}: risk, layer / OLS"),
+        ("mdp", lambda c: best(c, DATA_ONLY), "MDPs: loss, layer / best without a prior"),
+        ("mdp", lambda c: best(c, (BAYES, AFFINE)), "MDPs: loss, layer / best with the prior"),
+    )
+    for axis, (part, value, title) in zip(axes, panels, strict=True):
+        M, sigma, table = _grid(records, part, value)
+        mesh = axis.imshow(table, origin="lower", aspect="auto", cmap=DIVERGING, norm=TwoSlopeNorm(0, -3, 3))
+        for i in range(len(sigma)):
+            for j in range(len(M)):
+                axis.text(j, i, f"{2 ** table[i, j]:.2g}", ha="center", va="center", fontsize=8)
+        if part == "gaussian" and len(sigma) > 1:
+            at = np.log(np.maximum([boundary(m, records[0]["d"]) for m in M], 1e-9)) / 2
+            rows = np.interp(at, np.log(sigma), np.arange(len(sigma)), left=-1, right=len(sigma))
+            axis.plot(np.arange(len(M)), rows, **EXACT, color="black", marker="", drawstyle="steps-mid", label="boundary, exact")
+            axis.legend(loc="upper left", fontsize=8, frameon=True)
+            axis.set_ylim(-0.5, len(sigma) - 0.5)
+        axis.set_xticks(range(len(M)), [str(m) for m in M])
+        axis.set_yticks(range(len(sigma)), [f"{s:g}" for s in sigma])
+        axis.grid(visible=False)
+        axis.set(xlabel="pairs in the prompt M (= N)", ylabel="label noise sigma", title=title)
+    figure.colorbar(mesh, ax=axes[-1], label="log2 ratio; blue: the layer is better")
+    return figure
+
+
+def _methods(records: list[dict]) -> Figure:
+    """Suboptimality of every method over M, one panel for each noise level; thin lines are seeds."""
+    sigmas = sorted({c["sigma"] for c in records[0]["mdp"]})
+    figure, axes = pyplot.subplots(1, len(sigmas), figsize=(4.1 * len(sigmas) + 1.6, 4.2), sharey=True, squeeze=False)
+    colors = (*COLORS[:6], "#8B6B00", BLUE, GREY)
+    for axis, sigma in zip(axes[0], sigmas, strict=True):
+        M = sorted({c["M"] for c in records[0]["mdp"]})
+        for method, color, marker in zip(METHODS, colors, (*MARKERS, "x", "+"), strict=True):
+            curves = np.array([[next(c["loss"][method] for c in r["mdp"] if (c["M"], c["sigma"]) == (m, sigma)) for m in M] for r in records])
+            for curve in curves:
+                axis.plot(M, curve, color=color, marker="", **SEED)
+            dashed = "--" if method == "layer on its own targets" else "-"
+            axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, linestyle=dashed, label=method)
+        if sigma == records[0]["small"][1]:
+            trained = [_small(r)[LAYER] for r in records]
+            axis.plot([records[0]["small"][0]] * len(trained), trained, **(MEASURED | {"marker": "*", "markersize": 9}), color=GREEN, label="layer, trained here")
+        axis.set(xscale="log", yscale="log", xlabel="pairs in the prompt M (= N)", title=f"noise sigma = {sigma:g}")
+        axis.set_xticks(M, [str(m) for m in M])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("suboptimality of the greedy policy")
+    axes[0, -1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
