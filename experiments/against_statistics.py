@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from experiments import apparatus
 from experiments.criteria import judge, judge_count
 from experiments.statistics import Verdict
-from experiments.style import BLUE, COLORS, DIVERGING, EXACT, GREEN, GREY, MARKERS, MEASURED, SEED
+from experiments.style import BLUE, COLORS, DIVERGING, EXACT, GREY, MARKERS, MEASURED, RED, SEED
 from lindm import baselines
 from lindm.attention.layer import ReducedAttention, pad
 from lindm.attention.trainer import train_many
@@ -47,36 +47,37 @@ from lindm.problems.checks import count, nonnegative
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.problems.regression import draw_regression
 from lindm.types import Prompt
-from theory.in_context import gaussian_gamma, gaussian_risk, optimal_weights
+from theory.in_context import optimal_weights
 
-CLAIMS = ("against-statistics", "against-statistics/bayes", "against-statistics/small-context")
+CLAIMS = ("against-statistics", "against-statistics/bayes", "against-statistics/small-context", "against-statistics/raw-labels")
 D = 8  # features of the Gaussian problem
 S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
-LAYER, BAYES, AFFINE = "attention layer", "Bayes, second moment", "Bayes, mean and covariance"
+LAYER, CENTRED = "attention layer", "layer, centred labels"
+BAYES, AFFINE = "Bayes, second moment", "Bayes, mean and covariance"
 DATA_ONLY = ("OLS", "ridge, lambda = 1", "LSVI", "PEVI")  # methods that know nothing of the law of tasks
-METHODS = (LAYER, BAYES, AFFINE, *DATA_ONLY, "layer on its own targets", "random")
+METHODS = (LAYER, CENTRED, BAYES, AFFINE, *DATA_ONLY, "layer on its own targets", "uniform policy")
 BETA = 0.1  # PEVI's penalty: the theorem's own constant makes every value zero at these sample sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 13000
-    contexts: int = 1024  # Gaussian contexts of every length
-    M_gauss: tuple[int, ...] = (2, 4, 16, 32, 64)
+    base_seed: int = 23000
+    contexts: int = 4096  # Gaussian contexts of every length
+    M_gauss: tuple[int, ...] = (2, 16, 32, 64)
     sigma_gauss: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    M_trained: tuple[int, ...] = (2, 16)  # cells of the Gaussian problem in which the layer is trained
+    M_trained: tuple[int, ...] = ()  # lengths at which the layer of the Gaussian problem is trained, not taken as A_N
     tasks: int = 256  # MDPs
     M: tuple[int, ...] = (8, 16, 32, 64, 128)
-    sigma: tuple[float, ...] = (0.1, 0.3, 1.0)
-    small: tuple[int, float] = (16, 1.0)  # M and sigma of `small-context`, where the layer is trained
+    sigma: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    small: tuple[int, float] = (8, 0.3)  # M and sigma of `small-context`, where the layers are trained
     pool: int = 4096
     steps: int = 400
 
     def __post_init__(self) -> None:
         for name in ("seeds", "contexts", "tasks", "pool", "steps"):
             count(getattr(self, name), name)
-        for name in ("M_gauss", "M_trained", "M"):
+        for name in ("M_gauss", "M"):
             for M in getattr(self, name) or (0,):
                 count(M, name)
         for name in ("sigma_gauss", "sigma"):
@@ -106,7 +107,7 @@ FULL = Config(
     steps=3000,
 )
 SMOKE = Config(
-    seeds=2, contexts=256, M_gauss=(2, 16), sigma_gauss=(1.0,), M_trained=(2,), tasks=16, M=(8, 16), sigma=(1.0,), pool=256, steps=50
+    seeds=2, contexts=256, M_gauss=(2, 16), sigma_gauss=(1.0,), M_trained=(2,), tasks=16, M=(8, 16), sigma=(0.3,), pool=256, steps=50
 )
 
 
@@ -117,9 +118,15 @@ def points(cfg: Config) -> list[dict]:
 # --- Gaussian regression -------------------------------------------------------------------------------------------------
 
 
+def layer_risk(M: int, sigma: float, dim: int = D) -> float:
+    """E |A_M S_M - w|^2 for x ~ N(0, I), E w w' = I: theory.in_context.gaussian_risk at N = M, where A_M = M/(M + c) I."""
+    c = dim + 1 + sigma**2
+    return dim * c / (c + M)
+
+
 def ols_risk(M: int, sigma: float, dim: int = D) -> float:
-    """E |w_OLS - w|^2 for x ~ N(0, I), E w w' = I: mean of the inverse Wishart law; for M < dim the part of w outside the span of
-    the rows, (dim - M)/dim of |w|^2 by rotation, is lost."""
+    """E |w_OLS - w|^2 for the same law: the mean of an inverse Wishart law; for M < dim the part of w outside the span of the
+    rows, a share (dim - M)/dim of |w|^2 by rotation, is lost."""
     if M >= dim + 2:
         return dim * sigma**2 / (M - dim - 1)
     if M <= dim - 2:
@@ -148,15 +155,20 @@ def linear_risk(B: Array, G: Array, Psi: Array, sigma: Array, Lambda_q: Array) -
 
 @jax.jit
 def risks(G: Array, A: Array, M: Array, Psi: Array, sigma: Array, Lambda_q: Array) -> dict[str, Array]:
-    """Risk [n] of each predictor on each context, exact given X: G [n, d, d] = X'X, layer A [d, d]."""
-    precision = sigma**2 * jnp.linalg.inv(Psi)
+    """Risk [n, k] of each predictor on each context and noise level, exact given X: G [n, d, d] = X'X, layers A [k, d, d],
+    sigma [k]."""
 
     def one(G: Array) -> dict[str, Array]:
         values, vectors = jnp.linalg.eigh(G)
         kept = values > 1e-9 * values[-1]
-        inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
-        B = {LAYER: A / M, "OLS": (vectors * inverse[None]) @ vectors.T, BAYES: jnp.linalg.inv(G + precision)}
-        return {name: linear_risk(b, G, Psi, sigma, Lambda_q) for name, b in B.items()}
+        pinv = (vectors * jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)[None]) @ vectors.T
+
+        def level(A: Array, sigma: Array) -> dict[str, Array]:
+            bayes = jnp.linalg.inv(G + sigma**2 * jnp.linalg.inv(Psi))
+            B = {LAYER: A / M, "OLS": pinv, BAYES: bayes}
+            return {name: linear_risk(b, G, Psi, sigma, Lambda_q) for name, b in B.items()}
+
+        return jax.vmap(level)(A, sigma)
 
     return jax.vmap(one)(G)
 
@@ -176,6 +188,8 @@ def _gaussian_draw(longest: int, batch: int):
 def gaussian_layers(key: Array, cells: list[tuple[int, float]], steps: int) -> np.ndarray:
     """Layers [cells, D, D] trained for the length and noise of each cell."""
     n = len(cells)
+    if n == 0:
+        return np.zeros((0, D, D))
     data = (
         jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (n, D, D)),
         jnp.asarray([M for M, _ in cells]),
@@ -192,23 +206,23 @@ def gaussian_part(cfg: Config, key: Array) -> list[dict]:
     G = grams(k_contexts, jnp.asarray(cfg.M_gauss), contexts=cfg.contexts, longest=max(cfg.M_gauss))
     where = [(M, s) for M in cfg.M_trained for s in cfg.sigma_gauss]
     Ahat = dict(zip(where, gaussian_layers(k_train, where, cfg.steps), strict=True))
-    I = jnp.eye(D)
-    cells = []
+    I, cells = jnp.eye(D), []
     for i, M in enumerate(cfg.M_gauss):
-        for sigma in cfg.sigma_gauss:
-            exact = jnp.linalg.inv(gaussian_gamma(I, M, sigma))
-            layer = jnp.asarray(Ahat.get((M, sigma), exact))
-            out = risks(G[:, i], layer, jnp.asarray(float(M)), I, jnp.asarray(sigma), I)
+        exact = [M / (M + D + 1 + sigma**2) * np.eye(D) for sigma in cfg.sigma_gauss]
+        layers = jnp.asarray(np.stack([Ahat.get((M, sigma), A) for sigma, A in zip(cfg.sigma_gauss, exact, strict=True)]))
+        out = risks(G[:, i], layers, jnp.asarray(float(M)), I, jnp.asarray(cfg.sigma_gauss), I)
+        beaten = (out[LAYER] < out[BAYES] * (1 - 1e-9)).sum(0)
+        for k, sigma in enumerate(cfg.sigma_gauss):
             cells.append(
                 {
                     "M": M,
                     "sigma": sigma,
                     "trained": (M, sigma) in Ahat,
-                    "risk": {k: float(v.mean()) for k, v in out.items()},
-                    "layer_exact": float(gaussian_risk(I, M, M, sigma).total),
+                    "risk": {name: float(v[:, k].mean()) for name, v in out.items()},
+                    "layer_exact": layer_risk(M, sigma),
                     "ols_exact": ols_risk(M, sigma),
                     "boundary": boundary(M),
-                    "beats_bayes": int((out[LAYER] < out[BAYES] * (1 - 1e-9)).sum()),
+                    "beats_bayes": int(beaten[k]),
                     "n": cfg.contexts,
                 }
             )
@@ -247,7 +261,7 @@ def own_targets(phi: Array, layers: Array, x: Array, r: Array, after: Array, M: 
 
 
 @jax.jit
-def losses(family: Family, worlds, layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array) -> dict[str, Array]:
+def losses(family: Family, worlds, layers: Array, centred_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array) -> dict[str, Array]:
     """Exact suboptimality [tasks] of the greedy policy of every method on the first M pairs, noise sigma on labels and rewards."""
     centred = Psi - mean[:, :, None] * mean[:, None, :]
     query = apparatus.pairs_table(family)
@@ -262,13 +276,16 @@ def losses(family: Family, worlds, layers: Array, Psi: Array, mean: Array, M: Ar
         noisy = r + sigma * on_rewards
         prompts = Prompt(x=x, y=y, query=jnp.broadcast_to(query, (H, *query.shape)))
         # least squares from the normal equations: pinv(X'X) X' = pinv(X), on a d x d problem
+        deviations = Prompt(x=x, y=y - oracle_labels(x, mean), query=prompts.query)
         normal = Prompt(x=jnp.einsum("hid,hie->hde", x, x), y=jnp.einsum("hi,hid->hd", y, x), query=prompts.query)
 
-        def by_stage(predict, *stagewise: Array, prompts: Prompt = prompts) -> Array:
+        def by_stage(predict, *stagewise: Array, prompts: Prompt = prompts) -> Array:  # Qhat [H, S, A]
             return jax.vmap(lambda p, *a: predict(*a)(p))(prompts, *stagewise).reshape(H, S, A)
 
         Qhat = {
             LAYER: by_stage(baselines.closed_form, layers * (longest / M)),
+            CENTRED: by_stage(baselines.closed_form, centred_layers * (longest / M), prompts=deviations)
+            + jnp.einsum("sad,hd->hsa", family.phi, mean),
             BAYES: by_stage(lambda P: baselines.bayes(P, sigma), Psi),
             AFFINE: by_stage(lambda P, m: baselines.bayes(P, sigma, m), centred, mean),
             "OLS": by_stage(baselines.ols, prompts=normal),
@@ -276,10 +293,10 @@ def losses(family: Family, worlds, layers: Array, Psi: Array, mean: Array, M: Ar
             "LSVI": baselines.lsvi(family.phi, x, noisy, after, 1.0)[0],
             "PEVI": baselines.pevi(family.phi, x, noisy, after, 1.0, BETA),
             "layer on its own targets": own_targets(family.phi, layers, x, noisy, after, M),
-            "random": by_stage(lambda: baselines.random(jax.random.key(0))),
         }
-        pihat = greedy(jnp.stack([Qhat[m] for m in METHODS]))
-        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat)
+        pihat = jax.nn.one_hot(greedy(jnp.stack([Qhat[m] for m in METHODS[:-1]])), A, dtype=w.dtype)
+        uniform = jnp.full((1, H, S, A), 1.0 / A)
+        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(jnp.concatenate([pihat, uniform]))
         return dict(zip(METHODS, mdp.rho @ plan.V[0] - value, strict=True))
 
     return jax.lax.map(one, worlds, batch_size=32)
@@ -301,28 +318,31 @@ def mdp_grams(x: Array, M: Array) -> Array:
 
 
 def mdp_part(cfg: Config, key: Array) -> list[dict]:
-    """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell `small` it is trained."""
+    """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell `small` both layers are trained."""
     k_world, k_train = jax.random.split(key)
     world = family()
     worlds, pool = draw_worlds(k_world, world, cfg.tasks, cfg.pool, max(cfg.M))
     Psi, mean, Lambda = apparatus.pool_moment(pool), pool.mean(1), second_moment(world)
-    Ahat = apparatus.trained_layers(
-        k_train, world, pool, cfg.small[0], cfg.small[1], steps=cfg.steps, learning_rate=0.1, batch=128
-    )
+    covariance = Psi - jnp.asarray(mean)[:, :, None] * jnp.asarray(mean)[:, None, :]
+    train = partial(apparatus.trained_layers, steps=cfg.steps, learning_rate=0.1, batch=128)
+    raw = train(k_train, world, pool, *cfg.small)
+    deviation = train(k_train, world, pool - mean[:, None], *cfg.small)
     cells = []
     for M in cfg.M:
         G = mdp_grams(worlds[3][0], jnp.asarray(float(M)))
         for sigma in cfg.sigma:
             at = (jnp.asarray(float(M)), jnp.asarray(sigma))
-            layers = Ahat if (M, sigma) == tuple(cfg.small) else closed_forms(world, Psi, *at)
-            lost = losses(world, worlds, layers, Psi, mean, *at)
-            by_stage = [risks(G[:, h], layers[h], at[0], Psi[h], at[1], Lambda) for h in range(H)]
+            small = (M, sigma) == tuple(cfg.small)
+            layers = raw if small else closed_forms(world, Psi, *at)
+            lost = losses(world, worlds, layers, deviation if small else closed_forms(world, covariance, *at), Psi, mean, *at)
+            by_stage = [risks(G[:, h], layers[h][None], at[0], Psi[h], at[1][None], Lambda) for h in range(H)]
             cells.append(
                 {
                     "M": M,
                     "sigma": sigma,
-                    "trained": (M, sigma) == tuple(cfg.small),
+                    "trained": small,
                     "loss": {m: float(v.mean()) for m, v in lost.items()},
+                    "risk": {m: float(sum(out[m].mean() for out in by_stage)) for m in (LAYER, "OLS", BAYES)},
                     "beats_bayes": sum(int((out[LAYER] < out[BAYES] * (1 - 1e-9)).sum()) for out in by_stage),
                     "n": cfg.tasks * H,
                 }
@@ -352,8 +372,16 @@ def check(records: list[dict]) -> list[Verdict]:
     wins = sum((c["risk"][LAYER] < c["risk"]["OLS"]) == (c["sigma"] ** 2 > c["boundary"]) for r in records for c in r["gaussian"])
     cells = [c for r in records for c in (*r["gaussian"], *r["mdp"])]
     seen = sum(c["n"] for c in cells)
-    small = [[_small(r)[LAYER] / _small(r)[m] for r in records] for m in ("OLS", "ridge, lambda = 1", "LSVI")]
+    rivals = ("OLS", "ridge, lambda = 1", "LSVI")
+
+    def against(layer: str) -> list[list[float]]:
+        return [[_small(r)[layer] / _small(r)[m] for r in records] for m in rivals]
+
+    def named(ratios: list[list[float]]) -> str:
+        return ", ".join(f"{m} {np.mean(v):.2f}" for m, v in zip(rivals, ratios, strict=True))
+
     M, sigma = records[0]["small"]
+    centred, raw = against(CENTRED), against(LAYER)
     return [
         judge(
             "against-statistics",
@@ -363,11 +391,9 @@ def check(records: list[dict]) -> list[Verdict]:
         ),
         judge_count("against-statistics/bayes", sum(c["beats_bayes"] for c in cells), seen, seeds=len(records), figure="map"),
         judge(
-            "against-statistics/small-context",
-            *small,
-            figure="methods",
-            note=f"M = {M}, sigma = {sigma:g}; ratio to OLS {np.mean(small[0]):.2f}, ridge {np.mean(small[1]):.2f}, LSVI {np.mean(small[2]):.2f}",
+            "against-statistics/small-context", *centred, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(centred)}"
         ),
+        judge("against-statistics/raw-labels", *raw, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(raw)}"),
     ]
 
 
@@ -385,17 +411,18 @@ def _grid(records: list[dict], part: str, value) -> tuple[np.ndarray, np.ndarray
 
 def _map(records: list[dict]) -> Figure:
     """log2 of layer / rival over (M, sigma): blue where the layer is better."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13.4, 3.9))
+    figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 7.0))
 
-    def best(c: dict, rivals: tuple[str, ...]) -> float:
-        return np.log2(c["loss"][LAYER] / min(c["loss"][m] for m in rivals))
+    def best(c: dict, layer: str, rivals: tuple[str, ...]) -> float:
+        return np.log2(c["loss"][layer] / min(c["loss"][m] for m in rivals))
 
     panels = (
         ("gaussian", lambda c: np.log2(c["risk"][LAYER] / c["risk"]["OLS"]), f"Gaussian, d = {records[0]['d']}: risk, layer / OLS"),
-        ("mdp", lambda c: best(c, DATA_ONLY), "MDPs: loss, layer / best without a prior"),
-        ("mdp", lambda c: best(c, (BAYES, AFFINE)), "MDPs: loss, layer / best with the prior"),
+        ("mdp", lambda c: best(c, LAYER, DATA_ONLY), "MDPs: loss, layer / best of OLS, ridge, LSVI, PEVI"),
+        ("mdp", lambda c: best(c, CENTRED, DATA_ONLY), "MDPs: the same, layer on centred labels"),
+        ("mdp", lambda c: best(c, CENTRED, (BAYES, AFFINE)), "MDPs: layer on centred labels / best Bayes"),
     )
-    for axis, (part, value, title) in zip(axes, panels, strict=True):
+    for axis, (part, value, title) in zip(axes.flat, panels, strict=True):
         M, sigma, table = _grid(records, part, value)
         mesh = axis.imshow(table, origin="lower", aspect="auto", cmap=DIVERGING, norm=TwoSlopeNorm(0, -3, 3))
         for i in range(len(sigma)):
@@ -411,7 +438,7 @@ def _map(records: list[dict]) -> Figure:
         axis.set_yticks(range(len(sigma)), [f"{s:g}" for s in sigma])
         axis.grid(visible=False)
         axis.set(xlabel="pairs in the prompt M (= N)", ylabel="label noise sigma", title=title)
-    figure.colorbar(mesh, ax=axes[-1], label="log2 ratio; blue: the layer is better")
+    figure.colorbar(mesh, ax=axes, label="log2 of the ratio written in the cells; blue: the layer is better", shrink=0.7)
     return figure
 
 
@@ -419,18 +446,19 @@ def _methods(records: list[dict]) -> Figure:
     """Suboptimality of every method over M, one panel for each noise level; thin lines are seeds."""
     sigmas = sorted({c["sigma"] for c in records[0]["mdp"]})
     figure, axes = pyplot.subplots(1, len(sigmas), figsize=(4.1 * len(sigmas) + 1.6, 4.2), sharey=True, squeeze=False)
-    colors = (*COLORS[:6], "#8B6B00", BLUE, GREY)
+    colors = (BLUE, BLUE, *COLORS[1:6], "#8B6B00", COLORS[5], GREY)
     for axis, sigma in zip(axes[0], sigmas, strict=True):
         M = sorted({c["M"] for c in records[0]["mdp"]})
-        for method, color, marker in zip(METHODS, colors, (*MARKERS, "x", "+"), strict=True):
+        for method, color, marker in zip(METHODS, colors, ("o", *MARKERS, "x", "+"), strict=True):
             curves = np.array([[next(c["loss"][method] for c in r["mdp"] if (c["M"], c["sigma"]) == (m, sigma)) for m in M] for r in records])
             for curve in curves:
                 axis.plot(M, curve, color=color, marker="", **SEED)
-            dashed = "--" if method == "layer on its own targets" else "-"
+            dashed = "--" if method == "layer on its own targets" else ":" if method == CENTRED else "-"
             axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, linestyle=dashed, label=method)
         if sigma == records[0]["small"][1]:
-            trained = [_small(r)[LAYER] for r in records]
-            axis.plot([records[0]["small"][0]] * len(trained), trained, **(MEASURED | {"marker": "*", "markersize": 9}), color=GREEN, label="layer, trained here")
+            for layer in (LAYER, CENTRED):
+                values = [_small(r)[layer] for r in records]
+                axis.plot([records[0]["small"][0]] * len(values), values, **(MEASURED | {"marker": "_", "markersize": 10}), color=RED)
         axis.set(xscale="log", yscale="log", xlabel="pairs in the prompt M (= N)", title=f"noise sigma = {sigma:g}")
         axis.set_xticks(M, [str(m) for m in M])
         axis.minorticks_off()

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from experiments import apparatus
 from experiments.criteria import judge
 from experiments.statistics import Verdict
-from experiments.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MARKERS, MEASURED, SEED
+from experiments.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, SEED
 from lindm.attention.layer import ReducedAttention, pad, query_columns
 from lindm.attention.trainer import train, train_many
 from lindm.contexts import cumulative, draw_pairs, noisy_labels, oracle_labels
@@ -61,7 +61,8 @@ class Config:
     M: tuple[int, ...] = (8, 32, 128, 512)  # finite contexts, for the layer of the largest N
     contexts: int = 2048
     sigma: float = 0.5  # label noise, where there is any
-    M_onehot: tuple[int, ...] = (8, 32, 128)
+    N_onehot: int = 16
+    M_onehot: tuple[int, ...] = (8, 32)
     layers_onehot: int = 3
     contexts_onehot: int = 131072
     deep: tuple[int, ...] = (3,)  # depths of the layers whose blocks are trained together
@@ -69,7 +70,17 @@ class Config:
     steps: int = 800
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "layers", "M_long", "long_contexts", "contexts", "layers_onehot", "contexts_onehot", "steps"):
+        for name in (
+            "seeds",
+            "layers",
+            "M_long",
+            "long_contexts",
+            "contexts",
+            "layers_onehot",
+            "contexts_onehot",
+            "N_onehot",
+            "steps",
+        ):
             count(getattr(self, name), name)
         for name in ("contexts", "contexts_onehot"):
             if getattr(self, name) % BLOCK:
@@ -288,7 +299,7 @@ def measure(cfg: Config, point: dict) -> dict:
     ]
     tabular = onehot_family(3, 2, 1, low=-1.0, high=1.0)  # the last stage of any horizon: w = theta, centred
     theta = last_stage_tasks(k_onehot, tabular, tasks=BLOCK)
-    a = 1.0 / jnp.diagonal(onehot_gamma(tabular.design, float(cfg.N[-1])))
+    a = 1.0 / jnp.diagonal(onehot_gamma(tabular.design, float(cfg.N_onehot)))
     longest = cfg.M_onehot[-1]
     lengths = jnp.asarray(cfg.M_onehot, float)
     onehot = onehot_risk(k_onehot, tabular, a, theta, lengths, cfg.contexts_onehot, longest, cfg.layers_onehot)
@@ -311,3 +322,112 @@ def measure(cfg: Config, point: dict) -> dict:
         "onehot": {"M": list(cfg.M_onehot), "a": float(a[0]), "measured": onehot.tolist(), "exact": told_onehot},
         "weights_error": (jnp.linalg.norm(Ahat - A, axis=(1, 2)) / jnp.linalg.norm(A, axis=(1, 2))).tolist(),
     }
+
+
+def _per_layer(record: dict, which: str) -> np.ndarray:
+    """Contraction of the squared bias per layer, [R, layers - 1]: the geometric mean over the layers from the second on."""
+    b = np.array(record["bias"][which])
+    return (b[:, 1:] / b[:, :1]) ** (1.0 / np.arange(1, b.shape[1]))
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    first = records[0]
+    ratio = np.array([_per_layer(r, "measured") / _per_layer(r, "exact") for r in records])
+    found = np.array([r["onehot"]["measured"] for r in records])
+    told = np.array([np.array(r["onehot"]["exact"])[:, : found.shape[2]] for r in records])
+    finite = range(len(first["finite"]))
+    # contexts in which the iteration converges: the whole risk, estimation error included, falls from the first layer to the last
+    falls = [[r["finite"][i]["inside"][-1] / r["finite"][i]["inside"][0] for r in records] for i in finite]
+    settled = [i for i in finite if all(r["finite"][i]["stable"] >= 0.25 for r in records)]
+    limits = [[r["finite"][i]["limit"][0] / r["finite"][i]["limit"][1] for r in records] for i in settled]
+    depths = list(first["deep"])
+    together = [[r["deep"][k]["trained"][-1] / r["deep"][k]["repeated"] for r in records] for k in depths]
+    short = [r["finite"][0] for r in records]
+    blown = np.mean([f["clean"][-1] / f["inside"][-1] for f in short])
+    rates = np.mean([_per_layer(r, "exact")[:, -1] for r in records], 0)
+    return [
+        judge(
+            "depth",
+            *np.moveaxis(ratio, 0, -1).reshape(-1, len(records)),
+            figure="bias",
+            note="squared bias x "
+            + ", ".join(f"{v:.2g} (N = {N})" for N, v in zip(first["N"], rates, strict=True))
+            + " per layer",
+        ),
+        judge(
+            "depth/small-context",
+            *np.moveaxis(found / told, 0, -1).reshape(-1, len(records)),
+            figure="finite",
+            note=f"a = {first['onehot']['a']:.2g}: exact risk at M = {first['onehot']['M'][0]} x "
+            f"{told[0, 0, -1] / told[0, 0, 0]:.3g} from 1 to {found.shape[2]} layers",
+        ),
+        judge(
+            "depth/estimation",
+            *falls,
+            figure="finite",
+            note=f"M = {short[0]['M']}: radius > 1 in {np.mean([f['share'] for f in short]):.1%} of the contexts, "
+            f"which multiply the mean risk by {blown:.3g} at {len(short[0]['clean'])} layers",
+        ),
+        judge("depth/least-squares", *limits, figure="finite", note=f"at {LIMIT} layers, radius < {SETTLED}"),
+        judge("depth/trained", *together, figure="finite", note=f"depth {', '.join(depths)}, M = N = {first['N'][-1]}"),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"bias": _bias(records), "finite": _finite(records)}
+
+
+def _bias(records: list[dict]) -> Figure:
+    """Squared bias over the depth k, one colour for each N."""
+    first = records[0]
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
+    for i, (N, color, marker) in enumerate(zip(first["N"], COLORS, MARKERS, strict=False)):
+        layers = np.arange(1, len(first["bias"]["exact"][i]) + 1)
+        exact = np.mean([r["bias"]["exact"][i] for r in records], 0)
+        axis.plot(layers, exact, color=color, marker="", label=f"N = {N}", **EXACT)
+        for r in records:
+            axis.plot(layers, r["bias"]["measured"][i], color=color, alpha=0.6, **MEASURED | {"marker": marker})
+    axis.set(yscale="log", xlabel="layers k", ylabel="squared bias  $|(I - A_N\\Lambda)^k\\,\\Psi^{1/2}|^2$")
+    axis.set_xticks(range(1, len(first["bias"]["exact"][0]) + 1))
+    axis.set_title(f"Depth contracts the bias: points at M = {first['M_long']}, lines exact")
+    axis.legend(title="trained at")
+    return figure
+
+
+def _finite(records: list[dict]) -> Figure:
+    """Risk over the depth for several M: without noise, with noise, and tabular with the exact curve."""
+    first = records[0]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12.6, 4.2))
+    layers = np.arange(1, len(first["finite"][0]["clean"]) + 1)
+    for i, (f, color, marker) in enumerate(zip(first["finite"], COLORS, MARKERS, strict=False)):
+        share = np.mean([r["finite"][i]["share"] for r in records])
+        for axis, what in ((axes[0], "clean"), (axes[1], "noisy")):
+            curves = np.array([r["finite"][i][what] for r in records])
+            for curve in curves:
+                axis.plot(layers, curve, color=color, marker="", **SEED)
+            label = f"M = {f['M']}" + (f", {share:.1%} diverge" if what == "clean" else "")
+            axis.plot(layers, curves.mean(0), color=color, **MEASURED | {"marker": marker, "linestyle": "-"}, label=label)
+        if f["limit"] is not None and min(r["finite"][i]["stable"] for r in records) >= 0.25:
+            limit = np.mean([r["finite"][i]["limit"][1] for r in records])
+            axes[1].axhline(limit, color=color, **BOUND, marker="")
+        inside = np.mean([r["finite"][i]["inside"] for r in records], 0)
+        if share > 0:
+            axes[0].plot(layers, inside, color=color, marker="", **BOUND, label=f"M = {f['M']}, the others")
+    deep = [(int(k), np.mean([r["deep"][k]["trained"][-1] for r in records])) for k in first["deep"]]
+    axes[0].plot(*zip(*deep, strict=True), marker="*", markersize=13, color=GREEN, linestyle="none", markeredgecolor="black")
+    axes[0].plot([], [], marker="*", markersize=10, color=GREEN, linestyle="none", label=f"trained deep, M = {first['N'][-1]}")
+    N = first["N"][-1]
+    axes[0].set_title(f"No label noise (N = {N})")
+    axes[1].set_title(f"Label noise σ = {first['sigma']:g}; dashes: least squares")
+    axes[2].set_title(f"Tabular, a = {first['onehot']['a']:.2g}: exact lines")
+    for i, (M, color, marker) in enumerate(zip(first["onehot"]["M"], COLORS, MARKERS, strict=False)):
+        exact = np.mean([r["onehot"]["exact"][i] for r in records], 0)
+        axes[2].plot(np.arange(1, len(exact) + 1), exact, color=color, marker="", label=f"M = {M}", **EXACT)
+        for r in records:
+            seen = r["onehot"]["measured"][i]
+            axes[2].plot(np.arange(1, len(seen) + 1), seen, color=color, alpha=0.6, **MEASURED | {"marker": marker})
+    for axis in axes:
+        axis.set(yscale="log", xlabel="layers k")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("risk of Qhat")
+    return figure

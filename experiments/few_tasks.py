@@ -96,7 +96,7 @@ def draw_sets(key: Array, population: Array, sets: int, largest: int) -> Array:
     index = jax.random.randint(which, (sets * largest,), 0, len(population))
     spectrum, basis = jnp.linalg.eigh(population.T @ population / len(population))
     z = jax.random.normal(normal, (sets * largest * population.shape[1],)).reshape(sets * largest, -1)
-    gaussian = (z * jnp.sqrt(jnp.maximum(spectrum, 0.0))) @ basis.T
+    gaussian = z @ (basis * jnp.sqrt(jnp.maximum(spectrum, 0.0))[None, :]).T
     return jnp.stack([population[index], gaussian]).reshape(2, sets, largest, -1)
 
 
@@ -140,8 +140,10 @@ def measured_risks(key: Array, family: Family, population: Array, layers: Array,
     S = jnp.einsum("pn,pnd->pd", jnp.einsum("pnd,pd->pn", x, w), x) / N
     # the mean of |w - A S|^2 over the prompts, from three sums of them that serve every A
     ww, Sw, SS = (a.T @ b / prompts for a, b in ((w, w), (S, w), (S, S)))
-    inside = ww - 2 * layers @ Sw + layers @ SS @ layers.swapaxes(-1, -2)
-    return jnp.einsum("ij,...ji->...", second_moment(family), inside)
+    Lambda = second_moment(family)
+    crossed = jnp.einsum("ij,...jk,ki->...", Lambda, layers, Sw)
+    squared = jnp.einsum("ij,...jk,kl,...il->...", Lambda, layers, SS, layers)
+    return jnp.trace(Lambda @ ww) - 2 * crossed + squared
 
 
 @jax.jit
@@ -149,7 +151,7 @@ def excess_risk(family: Family, population: Array, layers: Array, N: Array) -> A
     """Exact risk of trained layers [..., d, d] on the population, above that of A_N: no Monte Carlo noise in small excesses."""
     Lambda, Psi = second_moment(family), population.T @ population / len(population)
     K = design_fourth(apparatus.pairs_table(family), family.design, Psi)
-    off = layers - optimal_weights(Lambda, Psi, K, N)
+    off = layers - jnp.broadcast_to(optimal_weights(Lambda, Psi, K, N), layers.shape)
     return jnp.einsum("ij,...jk,kl,...il->...", Lambda, off, context_second_moment(Lambda, Psi, K, N), off)
 
 

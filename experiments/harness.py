@@ -253,10 +253,13 @@ def draw(module: ModuleType, records: list[dict], directory: Path) -> list[str]:
 
     matplotlib.use("Agg")
     import io
+    import logging
 
     from matplotlib import pyplot
 
     from experiments.style import STYLE
+
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
 
     with pyplot.rc_context(STYLE):  # pyright: ignore
         figures = module.plot(records)

@@ -52,7 +52,7 @@ D, CANDIDATES = 4, 4  # features and actions of a bandit
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 11000
+    base_seed: int = 21000
     tasks: int = 256  # MDPs of every family, each with one context a stage
     rounds: int = 512  # bandits of every law, each with one context and one decision
     N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
