@@ -501,7 +501,7 @@ CRITERIA: tuple[Criterion, ...] = (
     ),
     _claim(
         "against-statistics/small-context",
-        "In linear MDPs the layer trained on labels minus their prior mean loses less than OLS, ridge and LSVI on short contexts.",
+        "In linear MDPs the layer on labels minus their prior mean loses less than OLS, ridge and LSVI on short contexts.",
         "ours",
         "loss ratio < 1 at M = 8 > d = 6: the prior counts where the data do not",
         "mean ratio over seeds <= {hi} against each",

@@ -47,14 +47,14 @@ from theory.in_context import moment_risk, pair_variance, solve_normal_equations
 CLAIMS = ("dependence", "dependence/slow", "dependence/turning", "dependence/weights")
 S, A, D, H = 10, 2, 4, 3  # states, actions, features, stages
 BLOCK = 256  # contexts in flight
-SERVES = 4  # tasks for every chain
+SERVES = 8  # tasks for every chain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 12000
-    contexts: int = 20480
+    base_seed: int = 22000
+    contexts: int = 28672
     M: tuple[int, ...] = (8, 32, 128)
     N: int = 32  # pairs in a context of training
     copies: int = 4  # trajectories of N pairs pooled into one context
@@ -228,9 +228,9 @@ def draw_training(key: Array, world: World, pool: Array, length: Array) -> tuple
     """128 chains of one case, each for several tasks of the pool; the queries' law enters exactly, by d columns.
     `length` is there for its shape [N]."""
     which, k = jax.random.split(key)
-    w = pool[jax.random.randint(which, (128 * SERVES,), 0, len(pool))]
+    w = pool[jax.random.randint(which, (128 * 4,), 0, len(pool))]
     idx = jax.vmap(lambda q: chain(q, world.kernel, world.start, length.shape[0]))(jax.random.split(k, 128))
-    x = jnp.repeat(world.phi[idx], SERVES, axis=0)
+    x = jnp.repeat(world.phi[idx], 4, axis=0)
     query = jnp.broadcast_to(query_columns(design_moment(world.phi, world.start)), (len(w), D, D))
     return Prompt(x=x, y=oracle_labels(x, w), query=query), oracle_labels(query, w)
 

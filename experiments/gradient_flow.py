@@ -9,8 +9,8 @@ blocks, must vanish with r: like r where the steps are too coarse, like sqrt(r) 
     lindm verify --only gradient-flow
 
 Expected: the paths lie on each other; at the smallest step they are apart by one or two percent of the length of the way, and
-v and z, which the equation does not have, stay within the noise. What is left is one direction: (c u, U / c) has the same loss for
-every c, so nothing pulls back, and u^2 - ||U||_F^2, which the flow conserves, falls slowly because noise of variance r / batch
+v and z, which the equation does not have, stay within the noise. What is left is mostly one direction: (c u, U / c) has the same
+loss for every c, so nothing pulls back, and u^2 - ||U||_F^2, which the flow conserves, falls slowly: noise of order r / batch
 lengthens the d^2 entries of U more than it lengthens u.
 """
 
@@ -111,7 +111,7 @@ def blocks(layer: FullAttention) -> np.ndarray:
 
 
 def layer_path(cfg: Config, key: Array, rate: float) -> np.ndarray:
-    """What training goes through: [looks + 1, d^2 + 1 + 2 d], the start included, a look every steps * rate of the flow's time."""
+    """What training goes through: [looks + 1, d^2 + 1 + 2 d], the start included, one look every steps * rate in time."""
     root = jnp.linalg.cholesky(covariance(cfg.d, cfg.kappa)).astype(jnp.float32)
     # only the sizes of the last two matter
     data = (root, jnp.float32(rate), jnp.zeros(cfg.N, jnp.float32), jnp.zeros(cfg.batch, jnp.float32))
@@ -181,8 +181,8 @@ def check(records: list[dict]) -> list[Verdict]:
     last = [r["runs"][-1] for r in records]
     lost = np.mean([run["invariant"][-1] / r["flow"]["path"][-1][-1] ** 2 for run, r in zip(last, records, strict=True)])
     note = (
-        f"by length of step: {apart}; v and z up to {leak[:, -1].max():.2%}; most of it is u^2 - ||U||^2, which the flow conserves "
-        f"(zero) and noise lowers: {lost:+.2%} of u^2 at the end; the flow is {records[0]['left']:.1%} from its limit"
+        f"by length of step: {apart}; v and z up to {leak[:, -1].max():.2%}; u^2 - ||U||^2, kept at zero by "
+        f"the flow and lowered by noise: {lost:+.2%} of u^2 at the end; the flow is {records[0]['left']:.1%} from its limit"
     )
     return [judge("gradient-flow", distance[:, -1], figure="paths", note=note)]
 

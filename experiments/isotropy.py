@@ -7,7 +7,7 @@ as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex featur
 
 And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1, so that Qhat = phi' A_N S_M stays what it is. The same
 MDPs carried to kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I in whatever
-coordinates one happens to use, grows by that factor. Only the spectrum of R^-1 Lambda Psi Lambda counts (`theory.in_context.modes`).
+coordinates one happens to use, grows by that factor. Only the spectrum of R^-1 Lambda Psi Lambda counts (`in_context.modes`).
 
     lindm run isotropy --preset quick      about 15 s on 2 cores
     lindm verify --only isotropy
@@ -205,10 +205,11 @@ def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
     k_world, k_train = jax.random.split(key)
     worlds, pool = draw_worlds(k_world, family, cfg.tasks, cfg.pool, cfg.M[-1])
     # the rows of mu and the entries of theta are i.i.d.: on one-hot features the true Psi is exchangeable
-    predicted = predict(family, pool, jnp.asarray(name != SIMPLEX), jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float))
+    N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
+    predicted = predict(family, pool, jnp.asarray(name != SIMPLEX), N, M)
     layers, n = np.asarray(predicted["A"]), len(cfg.N)
     Ahat = trained(k_train, family, pool, cfg.N_trained, cfg.steps)
-    loss, actions = policies(family, worlds, jnp.concatenate([layers[:n], Ahat]), jnp.asarray(cfg.M, float))
+    loss, actions = policies(family, worlds, jnp.concatenate([layers[:n], Ahat]), M)
     loss, actions = np.asarray(loss.mean(0)), np.asarray(actions)
     exact, hat = actions[:, :n], actions[:, n:]
     share = (exact != exact[:, -1:]).mean((0, 3, 4))
@@ -236,9 +237,9 @@ def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
         C = covariance(d, float(kappa))
         there = carry(family, C)
         worlds, pool = draw_worlds(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
-        lengths = jnp.asarray(cfg.N + cfg.N_trained, float)
-        predicted = predict(there, pool, jnp.asarray(False), lengths, jnp.asarray(cfg.M, float))
-        lost, chosen = policies(there, worlds, predicted["A"], jnp.asarray(cfg.M, float))
+        N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
+        predicted = predict(there, pool, jnp.asarray(False), N, M)
+        lost, chosen = policies(there, worlds, predicted["A"], M)
         actions.append(np.asarray(chosen))
         loss.append(float(lost.mean()))
         paper.append(float(paper_bound(C, 1.0, 1.0).bias))
@@ -342,7 +343,7 @@ def _plane(records: list[dict]) -> Figure:
         top, below = axes[0, column], axes[1, column]
         mesh = top.pcolormesh(M, N, np.log10(loss), shading="nearest", rasterized=True)
         lines = top.contour(M, N, np.log10(loss), levels=8, colors="white", linewidths=0.7, linestyles="-")
-        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7)
+        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7, inline_spacing=1)
         balance = np.mean([c["balance"] for c in cells], 0)
         inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
         top.plot(M[inside], balance[inside], color=RED, **EXACT, marker="", label="bias = estimation (exact)")

@@ -1,10 +1,11 @@
 """What does the layer do with an action that the prompt does not contain?
 
-One-hot features and labels without noise: S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is diagonal and
-puts Qhat = 0 where n_i = 0: an unseen action beats every seen one when values are negative, none when they are positive. Whether it
-is picked depends on the counts and the signs alone, so the rate is exact: 0, 1, and for centred values a sum over the counts. (In
-the last stage of centred tasks, where signs are fair coins, it is E 2^-k with k the number of seen actions.) The counts also give
-the law of the action, hence, contexts of different stages being independent, the *exact* expected loss (`theory.mean_policy`).
+One-hot features and labels without noise: S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is diagonal
+and puts Qhat = 0 where n_i = 0: an unseen action beats every seen one when values are negative, none when they are positive.
+Whether it is picked depends on counts and signs alone, so the rate is exact: 0, 1, and for centred values a sum over the counts.
+(In the last stage of centred tasks, where signs are fair coins, it is E 2^-k with k the number of seen actions.) The counts also
+give the law of the action, hence, contexts of different stages being independent, the *exact* expected loss
+(`theory.mean_policy`).
 
 The three worlds differ by a constant added to every reward, which changes no decision of an optimal policy and every decision of
 the layer. Does training on the real, uncentred tasks cure it? Then A_N = alpha I + beta 11', and the unseen action is imputed
@@ -271,20 +272,21 @@ def check(records: list[dict]) -> list[Verdict]:
     off = [[_mean(r, n, "rate", "trained") - _mean(r, n, "rate_exact", "raw") for r in records] for n in SHIFTS]
     coin = np.mean([r["worlds"]["centred"]["rate"]["last stage"] for r in records])
     raw = [[_mean(r, n, "loss", "diagonal") / _mean(r, n, "loss_exact", "raw") for r in records] for n in SHIFTS]
-    fixed = [
-        [_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss_exact", CENTRED_LABELS) for r in records] for n in SHIFTS
-    ]
+    fixed = [[_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss_exact", CENTRED_LABELS) for r in records] for n in SHIFTS]
     law = np.mean([r["sign_law"] for r in records])
     differ = sum(r["worlds"][n]["imputed_differs"] for r in records for n in SHIFTS)
     total = sum(r["worlds"][n]["decisions"] for r in records for n in SHIFTS)
     rates = {n: np.mean([_mean(r, n, "rate", "trained") for r in records]) for n in SHIFTS}
-    gain = [[_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss", "diagonal") for r in records] for n in ("positive", "negative")]
+    gain = [
+        [_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss", "diagonal") for r in records] for n in ("positive", "negative")
+    ]
+    note = ", ".join(f"{n} {v:.3g}" for n, v in rates.items())
     return [
         judge(
             "onehot-coverage",
             *off,
             figure="unseen",
-            note=f"rates {', '.join(f'{n} {v:.3g}' for n, v in rates.items())}; last stage, centred: {coin:.3f}, E 2^-k = {law:.3f}",
+            note=f"rates: {note}; last stage, centred {coin:.3f}, E 2^-k = {law:.3f}",
         ),
         judge("onehot-coverage/loss", *raw, *fixed, figure="unseen"),
         judge(
@@ -331,5 +333,4 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         axis.set_xticks(M, [str(m) for m in M])
         axis.minorticks_off()
         axis.legend(fontsize=8, title="points: measured, every seed; lines: exact", title_fontsize=8)
-    left.legend_.set_loc("center right") if hasattr(left.legend_, "set_loc") else None
     return {"unseen": figure}

@@ -15,11 +15,10 @@ What is left to chance. Queries enter only through Lambda_q and tasks only throu
 whose mean squared error is the expectation over queries, and the prediction is for the Psi of the very tasks that were drawn. One
 strip of pairs is cut into contexts of every length. The bias at large N is far below the sampling error of training, of which
 almost all is the second moment of the training features, Gbar - Lambda. So it is measured on one very long context, all features
-that the layer was trained on: Gbar in place of Lambda takes out the error that the two have in common, a control variate (it moves
-the mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and so is the optimisation error.
+that the layer was trained on: Gbar in place of Lambda takes out the error the two have in common, a control variate (it moves the
+mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and so is the optimisation error.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -27,23 +26,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from experiments import apparatus
 from experiments.criteria import judge
+from experiments.laws import D, Law, fourth, gaussian_law, moment, table_law
+from experiments.nested import fit, measured, seen_moment
 from experiments.statistics import Verdict, slopes
 from experiments.style import BOUND, COLORS, EXACT, GREY, MARKERS
-from lindm.attention.layer import ReducedAttention, query_columns
-from lindm.attention.trainer import train_many
-from lindm.contexts import cumulative, invert
 from lindm.problems.checks import count, nonnegative
 from lindm.problems.linear_mdp import Family, carry, simplex_family
 from lindm.problems.regression import covariance
-from lindm.types import Prompt
-from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
 from theory.in_context import (
     context_second_moment,
     gaussian_risk,
@@ -65,7 +60,6 @@ CLAIMS = (
     "paper-bound/heavy-tails",
     "paper-bound/every-law",
 )
-D, ROWS = 6, 36  # features; rows of the table of a law (12 states x 3 actions)
 TASKS = 6  # tasks that share the features of a context
 KAPPAS = (1.0, 10.0, 100.0)
 MATCHED = tuple(f"gaussian, κ = {kappa:g}" for kappa in KAPPAS)  # the setting of eq. (6)
@@ -107,69 +101,12 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, N=(4, 8, 16, 32, 64, 128), M=(4, 8, 16, 32, 64, 128), groups=4096, steps=1500, steps_slope=512)
+FULL = Config(seeds=10, N=(4, 8, 16, 32, 64, 128), M=(4, 8, 16, 32, 64, 128), groups=3072, steps=1200, steps_slope=512)
 SMOKE = Config(seeds=2, N=(4, 8), M=(4, 8), N_slope=(8, 16), groups=8, steps=10, batch=4, steps_slope=4)
 
 
 def points(cfg: Config) -> list[dict]:
     return [{"seed": s} for s in range(cfg.seeds)]
-
-
-# --- laws of features --------------------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Law:
-    """x = phi_i + scale_i root z with i ~ design, z ~ N(0, I), y = <x, w> + sigma N(0, 1); each row has phi_i or scale_i zero.
-
-    A table of pairs (scale 0), a Gaussian (one row, phi 0) and a mixture of zero and a Gaussian are all of this form, so that
-    one compiled program serves every law.
-    """
-
-    phi: Array  # [ROWS, d]
-    scale: Array  # [ROWS]
-    design: Array  # [ROWS]
-    root: Array  # [d, d]
-    sigma: Array  # []
-
-
-def gaussian_law(Lambda: Array, sigma: float = 0.0, present: float = 1.0) -> Law:
-    """x = 0 with probability 1 - present, else N(0, Lambda / present)."""
-    design, scale = np.zeros(ROWS), np.zeros(ROWS)
-    design[:2] = present, 1 - present
-    scale[0] = present**-0.5
-    return Law(phi=np.zeros((ROWS, D)), scale=scale, design=design, root=np.linalg.cholesky(Lambda), sigma=np.float64(sigma))
-
-
-def table_law(phi: Array, sigma: float = 0.0) -> Law:
-    """The rows of phi [n, d] with equal probabilities."""
-    n = len(phi)
-    design, table = np.zeros(ROWS), np.zeros((ROWS, D))
-    design[:n], table[:n] = 1 / n, phi
-    return Law(phi=table, scale=np.zeros(ROWS), design=design, root=np.zeros((D, D)), sigma=np.float64(sigma))
-
-
-def moment(law: Law) -> Array:
-    """Lambda [d, d]."""
-    return design_moment(law.phi, law.design) + (law.design @ law.scale**2) * law.root @ law.root.T
-
-
-def fourth(law: Law, Psi: Array) -> Array:
-    """K(Psi) [d, d]."""
-    mixed = gaussian_fourth(law.root @ law.root.T, Psi)
-    return design_fourth(law.phi, law.design, Psi) + (law.design @ law.scale**4) * mixed
-
-
-def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Features x [*shape, d] and label noise [*shape]. The generator makes 64 bits at a time, two uniforms in single precision."""
-    bits = jax.random.bits(key, (*shape, (D + 3) // 2), jnp.uint64)
-    halves = jax.lax.bitcast_convert_type(bits, jnp.uint32).reshape(*shape, -1)
-    u = ((halves >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
-    z = (jax.lax.erf_inv(2 * u[..., : D + 1] - 1) * jnp.float32(2**0.5)).astype(law.phi.dtype)
-    i = invert(cumulative(law.design), u[..., D + 1].astype(law.design.dtype))
-    x = law.phi[i] + law.scale[i][..., None] * (z[..., :D] @ law.root.T)
-    return x, law.sigma * z[..., D]
 
 
 @lru_cache
@@ -191,11 +128,8 @@ def laws(cfg: Config) -> dict[str, Law]:
     }
 
 
-# --- tasks -------------------------------------------------------------------------------------------------------------
-
-
-def draw_tasks(key: Array, groups: int) -> dict[str, Array]:
-    """Fresh tasks for every law, in groups that share their contexts: [groups, TASKS, d].
+def draw_tasks(key: Array, groups: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Tasks to train on and fresh ones to test on, for every law, in groups that share contexts: twice [groups, TASKS, d].
 
     Those of the Gaussian laws are Gaussian, those of one-hot features are the rewards of a tabular MDP's last stage; both are
     scaled so that Psi = I exactly, as eq. (6) has it. Those of the simplex MDPs are w*_1, by backward induction.
@@ -206,114 +140,15 @@ def draw_tasks(key: Array, groups: int) -> dict[str, Array]:
     def whiten(w: np.ndarray) -> np.ndarray:
         return np.linalg.solve(np.linalg.cholesky(w.T @ w / len(w)), w.T).T
 
-    gaussian, rewards = whiten(rng.normal(size=(tasks, D))), whiten(rng.uniform(-1, 1, size=(tasks, D)))
-    planned = apparatus.task_pool(key, simplex_mdps(), tasks=-(-tasks // apparatus.BLOCK) * apparatus.BLOCK)[0, :tasks]
-    chosen = {SIMPLEX: np.asarray(planned), ONEHOT: rewards}
-    return {name: chosen.get(name, gaussian).reshape(groups, TASKS, D) for name in LAWS}
+    planned = apparatus.task_pool(key, simplex_mdps(), tasks=-(-2 * tasks // apparatus.BLOCK) * apparatus.BLOCK)[0]
 
+    def half(simplex: np.ndarray) -> dict[str, np.ndarray]:
+        gaussian, rewards = whiten(rng.normal(size=(tasks, D))), whiten(rng.uniform(-1, 1, size=(tasks, D)))
+        chosen = {SIMPLEX: simplex, ONEHOT: rewards}
+        return {name: chosen.get(name, gaussian).reshape(groups, TASKS, D) for name in LAWS}
 
-# --- training ----------------------------------------------------------------------------------------------------------
-
-
-class Nested(nnx.Module):
-    """Reduced layers for several lengths, side by side: a strip of pairs is cut into contexts of each length in turn.
-
-    Every context has its own d queries, in the order of lengths and cuts. The layers share no parameter, only the pairs.
-    """
-
-    def __init__(self, lengths: tuple[int, ...], dtype=jnp.float32):
-        self.lengths = lengths
-        self.layers = nnx.List([ReducedAttention(D, dtype=dtype) for _ in lengths])
-
-    def __call__(self, prompt: Prompt) -> Array:
-        out, first = [], 0
-        for N, layer in zip(self.lengths, self.layers, strict=True):
-            cuts = len(prompt.y) // N
-            query = prompt.query[first : first + cuts * D].reshape(cuts, D, D)
-            first += cuts * D
-            contexts = Prompt(x=prompt.x.reshape(cuts, N, D), y=prompt.y.reshape(cuts, N), query=query)
-            out.append(jax.vmap(layer)(contexts).ravel())
-        return jnp.concatenate(out)
-
-
-def strip_prompts(lengths: tuple[int, ...], batch: int, key: Array, law: Law, tasks: Array, query: Array) -> tuple[Prompt, Array]:
-    """`batch` strips of fresh pairs, each read with one group of tasks [groups, K, d] and the query columns [d, d]."""
-    k_group, k_pairs = jax.random.split(key)
-    groups, K, _ = tasks.shape
-    contexts = sum(lengths[-1] // N for N in lengths)
-    w = tasks[jax.random.randint(k_group, (batch,), 0, groups)]
-    x, noise = draw_pairs(k_pairs, law, (batch, lengths[-1]))
-    y = jnp.einsum("bnd,bkd->bkn", x, w) + noise[:, None]
-    target = jnp.tile(jnp.einsum("bkd,qd->bkq", w, query), (1, 1, contexts))
-
-    def each_task(a: Array) -> Array:
-        return jnp.broadcast_to(a[:, None], (batch, K, *a.shape[1:])).reshape(batch * K, *a.shape[1:])
-
-    queries = jnp.broadcast_to(jnp.tile(query, (contexts, 1))[None], (batch * K, contexts * D, D))
-    return Prompt(x=each_task(x), y=y.reshape(batch * K, -1), query=queries), target.reshape(batch * K, -1)
-
-
-@lru_cache
-def draw_of(lengths: tuple[int, ...], batch: int) -> Callable:
-    """The draw function of one set of sizes: the same object on every call, so that nothing compiles twice."""
-    return partial(strip_prompts, lengths, batch)
-
-
-def stack(trees: list):
-    """Leaves [R, ...] in single precision."""
-    return jax.tree.map(lambda *a: np.stack(a).astype(np.float32), *trees)
-
-
-def scaled_queries(law: Law, tasks: np.ndarray) -> np.ndarray:
-    """Query columns [d, d] of the law, scaled so that the largest curvature of the loss is about two."""
-    Lambda, w = np.asarray(moment(law)), tasks.reshape(-1, D)
-    curvature = np.linalg.norm(Lambda, 2) * np.linalg.norm(Lambda @ (w.T @ w / len(w)) @ Lambda, 2)
-    return np.asarray(query_columns(Lambda / curvature))
-
-
-def fit(key: Array, chosen: list[Law], tasks: list, lengths: tuple[int, ...], batch: int, **options) -> tuple[Array, tuple]:
-    """Trained layers Ahat [law, N, d, d] in double precision, and what `strip_prompts` was given."""
-    queries = [scaled_queries(law, group) for law, group in zip(chosen, tasks, strict=True)]
-    keys, data = jax.random.split(key, len(chosen)), (stack(chosen), stack(tasks), stack(queries))
-    nested, _ = train_many(Nested(lengths), draw_of(lengths, batch), keys, data=data, **options)
-    weights = np.stack([np.asarray(layer.A[...])[:, 0] for layer in nested.layers], axis=1)
-    return jnp.asarray(weights, float), (keys, data)
-
-
-# --- measurement -------------------------------------------------------------------------------------------------------
-
-
-def answers(A: Array, prompt: Prompt) -> Array:
-    """yhat [N, contexts, K, Q] of the layers A [N, d, d]: x [contexts, M, d], y [contexts, K, M], query [Q, d]."""
-
-    def layer(A: Array) -> Array:
-        read = ReducedAttention(D, A=A)
-        tasks = jax.vmap(lambda x, y: read(Prompt(x=x, y=y, query=prompt.query)), (None, 0))
-        return jax.vmap(tasks)(prompt.x, prompt.y)
-
-    return jax.vmap(layer)(A)
-
-
-@partial(jax.jit, static_argnames=("lengths", "strips"))
-def measured(key: Array, law: Law, A: Array, tasks: Array, lengths: tuple[int, ...], strips: int = 4) -> tuple[Array, Array]:
-    """Squared error of Qhat and its variance over the contexts of a task, both [N, M], mean over tasks [groups, K, d]."""
-    query = query_columns(moment(law))
-
-    def group(item: tuple[Array, Array]) -> tuple[Array, Array]:
-        k, w = item
-        x, noise = draw_pairs(k, law, (strips, lengths[-1]))
-        y = jnp.einsum("cnd,kd->ckn", x, w) + noise[:, None]
-        errors, variances = [], []
-        for M in lengths:
-            cuts = lengths[-1] // M
-            labels = jnp.moveaxis(y.reshape(strips, len(w), cuts, M), 2, 1).reshape(strips * cuts, len(w), M)
-            yhat = answers(A, Prompt(x=x.reshape(strips * cuts, M, D), y=labels, query=query))
-            errors.append(jnp.mean((yhat - (w @ query.T)[None, None]) ** 2, axis=(1, 2, 3)))
-            variances.append(jnp.mean(jnp.var(yhat, axis=1, ddof=1), axis=(1, 2)))
-        return jnp.stack(errors, -1), jnp.stack(variances, -1)
-
-    error, variance = jax.lax.map(group, (jax.random.split(key, len(tasks)), tasks), batch_size=min(32, len(tasks)))
-    return error.mean(0), variance.mean(0)
+    training, tested = np.split(np.asarray(planned)[: 2 * tasks], 2)
+    return half(training), half(tested)
 
 
 @jax.jit
@@ -351,22 +186,6 @@ def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M
     return jax.vmap(length)(N, Ahat) | {"modes": x, "mode_weights": q}
 
 
-@partial(jax.jit, static_argnames=("lengths", "batch", "steps"))
-def seen_moment(keys: Array, data: tuple, lengths: tuple[int, ...], batch: int, steps: int) -> Array:
-    """Gbar [law, d, d]: the second moment of all features of the last three quarters of a training run, drawn once more."""
-
-    def one(key: Array, law: Law) -> Array:
-        def add(total: Array, t: Array) -> tuple[Array, None]:
-            _, k_pairs = jax.random.split(jax.random.fold_in(key, t))
-            x = draw_pairs(k_pairs, law, (batch, lengths[-1]))[0].reshape(-1, D)
-            return total + x.T @ x / len(x), None
-
-        times = jnp.arange(steps // 4, steps)
-        return jax.lax.scan(add, jnp.zeros((D, D), law.phi.dtype), times)[0] / len(times)
-
-    return jax.vmap(one)(keys, data[0])
-
-
 def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
     """Squared error [N] of layers A [N, d, d] on a context with second moment G and labels without noise, Psi = I.
 
@@ -380,8 +199,7 @@ def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_tasks, k_fit, k_test, k_long = jax.random.split(key, 4)
     law = laws(cfg)
-    tasks = draw_tasks(k_tasks, 2 * cfg.groups)
-    training, tested = ({name: w[half] for name, w in tasks.items()} for half in np.split(np.arange(2 * cfg.groups), 2))
+    training, tested = draw_tasks(k_tasks, cfg.groups)
     Ahat, _ = fit(
         k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3, average=0.75
     )

@@ -34,7 +34,7 @@ from experiments import apparatus
 from experiments.criteria import judge, judge_count
 from experiments.statistics import Verdict
 from experiments.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
-from lindm.contexts import cumulative, draw_pairs, noisy_labels
+from lindm.contexts import cumulative, draw_pairs, oracle_labels
 from lindm.evaluate import greedy
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family
@@ -47,16 +47,17 @@ CLAIMS = ("shift", "shift/floor", "shift/scale-policy")
 KINDS = ("none", "query", "noise", "scale", "spectrum")
 FLOORS = ("scale", "spectrum")  # what M does not remove
 BLOCK = 64  # contexts in flight
+SERVES = 4  # tasks for the pairs of every context
 TASKS = 32 * apparatus.BLOCK  # fresh tasks drawn for the test
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 11000
-    contexts: int = 6144  # for every stage, a task each
+    base_seed: int = 21000
+    contexts: int = 20480  # for every stage: tasks, SERVES of them for the pairs of one context
     M: tuple[int, ...] = (8, 32, 128)
-    contexts_long: int = 64  # for the floor: one long context for each of so many tasks
+    contexts_long: int = 256  # the same for the floor
     M_long: int = 4096
     N: int = 32
     kappa: float = 4.0  # condition number of the features in training
@@ -72,8 +73,8 @@ class Config:
         for name in ("seeds", "contexts", "contexts_long", "M_long", "policies", "N", "steps"):
             count(getattr(self, name), name)
         for name in ("contexts", "contexts_long"):
-            if getattr(self, name) % BLOCK or getattr(self, name) > TASKS:
-                raise ValueError(f"{name} must be a multiple of {BLOCK}, at most {TASKS}; got {getattr(self, name)}")
+            if getattr(self, name) % (BLOCK * SERVES) or getattr(self, name) > TASKS:
+                raise ValueError(f"{name} must be a multiple of {BLOCK * SERVES}, at most {TASKS}; got {getattr(self, name)}")
         if self.policies > TASKS:
             raise ValueError(f"policies must be at most {TASKS}; got {self.policies}")
         if not self.M or min(self.M) < 1 or list(self.M) != sorted(set(self.M)) or self.M[-1] >= self.M_long:
@@ -92,7 +93,7 @@ class Config:
 
 QUICK = Config()
 FULL = Config(seeds=10, contexts=32768, M=(4, 8, 16, 32, 64, 128, 256), contexts_long=512, M_long=8192, policies=8192, steps=4000)
-SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), contexts_long=64, M_long=64, policies=32, steps=20)
+SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), contexts_long=256, M_long=64, policies=32, steps=20)
 
 
 def points(cfg: Config) -> list[dict]:
@@ -119,24 +120,28 @@ def world(cfg: Config) -> tuple[Family, Family, Family]:
 
 @partial(jax.jit, static_argnames="longest")
 def error_moments(key: Array, family: Family, A: Array, w: Array, lengths: Array, sigma: float | Array, longest: int) -> Array:
-    """E[(A S_M - w)(A S_M - w)'] over the tasks w [H, n, d], one context each: [H, L, d, d] for all lengths M (prefixes)."""
+    """E[(A S_M - w)(A S_M - w)'] over the tasks w [H, n, d]: [H, L, d, d] for all lengths M (prefixes of one context).
+
+    The pairs of a context serve SERVES tasks, each with labels of its own: averages keep their mean and lose variance.
+    """
     x_all, cdf = apparatus.pairs_table(family), cumulative(family.design)
     used = (jnp.arange(longest)[None, :] < lengths[:, None]) / lengths[:, None]
 
     def context(k: Array, w: Array, A: Array) -> Array:
         which, label = jax.random.split(k)
         x = x_all[draw_pairs(which, cdf, longest)]
-        y = noisy_labels(label, x, w, sigma)
-        return (used @ (y[:, None] * x)) @ A.T - w[None, :]
+        y = oracle_labels(x[None], w) + sigma * jax.random.normal(label, (1, longest), x.dtype)
+        return jnp.einsum("lm,rm,mj->rlj", used, y, x, optimize=[(1, 2), (0, 1)]) @ A.T - w[:, None, :]
 
     def stage(at) -> Array:
         k, A, w = at
 
         def block(at) -> Array:
             e = jax.vmap(context, (0, 0, None))(*at, A)
-            return jnp.einsum("nli,nlj->lij", e, e)
+            return jnp.einsum("nrli,nrlj->lij", e, e)
 
-        blocks = (jax.random.split(k, w.shape[0]).reshape(-1, BLOCK), w.reshape(-1, BLOCK, w.shape[-1]))
+        keys = jax.random.split(k, w.shape[0] // SERVES).reshape(-1, BLOCK)
+        blocks = keys, w.reshape(-1, BLOCK, SERVES, w.shape[-1])
         return jax.lax.map(block, blocks).sum(0) / w.shape[0]
 
     return jax.lax.map(stage, (jax.random.split(key, len(w)), A, w))

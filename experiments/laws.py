@@ -1,0 +1,70 @@
+"""Laws of features for regression, all of one form, so that one compiled program serves every one of them.
+
+    x = phi_i + scale_i root z,     i ~ design,  z ~ N(0, I),     y = <x, w> + sigma N(0, 1)
+
+A table of state-action pairs has scale 0; a Gaussian is one row with phi 0; features with heavy tails are two such rows. In a row
+one of phi_i and scale_i is zero, so the moments are sums of those of a table and of a Gaussian.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lindm.contexts import cumulative, invert
+from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
+
+D, ROWS = 6, 36  # features, and rows of every table (12 states x 3 actions): laws of one shape can be stacked
+Numbers = Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """The parameters of the module docstring."""
+
+    phi: Numbers  # [ROWS, d]
+    scale: Numbers  # [ROWS]
+    design: Numbers  # [ROWS]
+    root: Numbers  # [d, d]
+    sigma: Numbers | np.float64  # []
+
+
+def gaussian_law(Lambda: Numbers, sigma: float = 0.0, present: float = 1.0) -> Law:
+    """x = 0 with probability 1 - present, else N(0, Lambda / present)."""
+    design, scale = np.zeros(ROWS), np.zeros(ROWS)
+    design[:2] = present, 1 - present
+    scale[0] = present**-0.5
+    return Law(phi=np.zeros((ROWS, D)), scale=scale, design=design, root=np.linalg.cholesky(Lambda), sigma=np.float64(sigma))
+
+
+def table_law(phi: Numbers, sigma: float = 0.0) -> Law:
+    """The rows of phi [n, d] with equal probabilities."""
+    n = len(phi)
+    design, table = np.zeros(ROWS), np.zeros((ROWS, D))
+    design[:n], table[:n] = 1 / n, phi
+    return Law(phi=table, scale=np.zeros(ROWS), design=design, root=np.zeros((D, D)), sigma=np.float64(sigma))
+
+
+def moment(law: Law) -> Array:
+    """Lambda [d, d] = E[x x']."""
+    return design_moment(law.phi, law.design) + (law.design @ law.scale**2) * law.root @ law.root.T
+
+
+def fourth(law: Law, Psi: Array) -> Array:
+    """K(Psi) [d, d] = E[x x' Psi x x']."""
+    mixed = gaussian_fourth(law.root @ law.root.T, Psi)
+    return design_fourth(law.phi, law.design, Psi) + (law.design @ law.scale**4) * mixed
+
+
+def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Features x [*shape, d] and label noise [*shape]. The generator makes 64 bits at a time: two uniforms of 23 bits."""
+    bits = jax.random.bits(key, (*shape, (D + 3) // 2), jnp.uint64)
+    halves = jax.lax.bitcast_convert_type(bits, jnp.uint32).reshape(*shape, -1)
+    u = ((halves >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
+    z = (jax.lax.erf_inv(2 * u[..., : D + 1] - 1) * jnp.float32(2**0.5)).astype(law.phi.dtype)
+    i = invert(cumulative(law.design), u[..., D + 1].astype(law.design.dtype))
+    x = law.phi[i] + law.scale[i][..., None] * (z[..., :D] @ law.root.T)
+    return x, law.sigma * z[..., D]

@@ -1,0 +1,112 @@
+"""Closed forms against sampling and against `theory`, the conditional risks against real predictors, and tampered records."""
+
+import json
+from copy import deepcopy
+from math import sqrt
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import against_statistics as against
+from experiments import rivals
+from experiments.against_statistics import SMOKE, D
+from experiments.rivals import BAYES, CENTRED, LAYER
+from lindm import baselines
+from lindm.types import Prompt
+from theory.in_context import gaussian_risk
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    point = against.points(SMOKE)[0]
+    record = json.loads(json.dumps({"point": point} | against.measure(SMOKE, point)))
+    return [record | {"point": {"seed": s}} for s in range(5)]
+
+
+def test_a_smoke_run_gives_every_claim_and_every_figure(records):
+    assert tuple(v.id for v in against.check(records)) == against.CLAIMS
+    assert set(against.plot(records)) == {"map", "methods"}
+
+
+@pytest.mark.parametrize(("M", "sigma"), [(3, 0.5), (20, 1.0), (100, 3.0)])
+def test_the_risk_of_the_layer_is_that_of_theory(M, sigma):
+    expected = gaussian_risk(jnp.eye(D), M, M, sigma).total
+    assert rivals.layer_risk(M, sigma, D) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("M", "sigma"), [(2, 1.0), (14, 2.0), (40, 0.5)])
+def test_the_risk_of_least_squares_is_that_of_sampled_problems(M, sigma):
+    rng = np.random.default_rng(M)
+    x, w = rng.standard_normal((20_000, M, 8)), rng.standard_normal((20_000, 8))
+    y = np.einsum("rmd,rd->rm", x, w) + sigma * rng.standard_normal((20_000, M))
+    error = ((np.einsum("rdm,rm->rd", np.linalg.pinv(x), y) - w) ** 2).sum(1)
+    assert abs(error.mean() - rivals.ols_risk(M, sigma, 8)) < 5 * error.std() / sqrt(len(error))
+
+
+def test_the_boundary_is_where_the_two_risks_cross():
+    for d in (3, 8, 20):
+        for M in (*range(1, d - 1), *range(d + 2, 6 * d)):
+            star = rivals.boundary(M, d)
+            for sigma2 in (0.5 * abs(star), 0.99 * star, 1.01 * star, 2 * abs(star) + 0.1):
+                if sigma2 > 0:
+                    better = rivals.layer_risk(M, sqrt(sigma2), d) < rivals.ols_risk(M, sqrt(sigma2), d)
+                    assert better == (sigma2 > star), (d, M, sigma2)
+
+
+@pytest.mark.parametrize("M", [4, 12])
+def test_the_risk_given_a_context_is_that_of_the_real_predictors(M):
+    rng = np.random.default_rng(M)
+    d, sigma, draws = 6, 0.7, 20_000
+    x, root, A = rng.standard_normal((M, d)), rng.standard_normal((d, d)), rng.standard_normal((d, d))
+    Psi, query = root @ root.T, np.eye(d)
+    arrays = [jnp.asarray(a) for a in ((x.T @ x)[None], A[None], float(M), Psi, [sigma], np.eye(d))]
+    exact = rivals.risks(*arrays)
+    # every predictor is linear in y: its matrix is read off the unit labels
+    predictors = {LAYER: baselines.closed_form(A), "OLS": baselines.ols(), BAYES: baselines.bayes(Psi, sigma)}
+    w = rng.standard_normal((draws, d)) @ root.T
+    y = w @ x.T + sigma * rng.standard_normal((draws, M))
+    for name, predict in predictors.items():
+        columns = [predict(Prompt(x=jnp.asarray(x), y=jnp.asarray(e), query=jnp.asarray(query))) for e in np.eye(M)]
+        error = ((y @ np.stack(columns) - w) ** 2).sum(1)
+        assert abs(error.mean() - float(exact[name][0, 0])) < 5 * error.std() / sqrt(draws), name
+    assert exact[BAYES][0, 0] < min(exact[LAYER][0, 0], exact["OLS"][0, 0])
+
+
+def test_a_layer_that_inverts_the_gram_matrix_on_its_own_targets_is_lsvi():
+    rng = np.random.default_rng(3)
+    H, M, d, A, lam = 3, 11, 4, 2, 0.5
+    phi, x = rng.uniform(size=(5, A, d)), rng.uniform(size=(H, M, d))
+    r, after = rng.uniform(size=(H, M)), rng.uniform(size=(H, M, A, d))
+    inverse = np.stack([M * np.linalg.inv(g.T @ g + lam * np.eye(d)) for g in x])
+    arrays = [jnp.asarray(a) for a in (phi, inverse, x, r, after)]
+    expected, _ = baselines.lsvi(arrays[0], *arrays[2:], lam)
+    np.testing.assert_allclose(rivals.own_targets(*arrays, jnp.asarray(float(M))), expected, rtol=1e-9)
+
+
+def test_no_context_in_the_record_beats_bayes_and_the_uniform_policy_is_worst(records):
+    cells = records[0]["mdp"]
+    assert all(c["beats_bayes"] == 0 for c in (*cells, *records[0]["gaussian"]))
+    assert all(c["loss"]["uniform policy"] > c["loss"]["Bayes, mean and covariance"] for c in cells)
+
+
+def test_tampered_records_flip_the_verdicts(records):
+    good = deepcopy(records)
+    for record in good:
+        for cell in record["gaussian"]:
+            cell["risk"][LAYER], cell["risk"]["OLS"] = cell["layer_exact"], cell["ols_exact"]
+    assert against.check(good)[0].verdict == "PASS"
+    for record in good:
+        record["gaussian"][-1]["risk"][LAYER] *= 1.2
+        record["mdp"][0]["loss"][CENTRED] = 2.0
+    good[2]["mdp"][0]["beats_bayes"] = 1
+    verdicts = {v.id: v.verdict for v in against.check(good)}
+    assert verdicts["against-statistics"] == "FAIL"
+    assert verdicts["against-statistics/bayes"] == "FAIL"
+    assert verdicts["against-statistics/small-context"] == "FAIL"
+
+
+@pytest.mark.parametrize("change", [{"M_gauss": (8,)}, {"sigma": (0.0,)}, {"small": (7, 0.3)}, {"M_trained": (3,)}, {"tasks": 0}])
+def test_a_config_out_of_range_is_refused_by_name(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        against.Config(**change)
