@@ -92,15 +92,14 @@ class Config:
 QUICK = Config()
 FULL = Config(
     seeds=10,
-    contexts=8192,
-    M_gauss=(2, 3, 4, 5, 12, 16, 24, 32, 48, 64, 96, 128),
+    M_gauss=(2, 3, 4, 12, 16, 24, 32, 64, 128),
     sigma_gauss=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-    M_trained=(2, 4, 16, 32),
-    tasks=1024,
-    M=(6, 8, 12, 16, 24, 32, 64, 128, 256),
+    M_trained=(2, 16),
+    tasks=512,
+    M=(8, 12, 16, 24, 32, 64, 128, 256),
     sigma=(0.03, 0.1, 0.3, 1.0, 3.0),
-    pool=32768,
-    steps=3000,
+    pool=16384,
+    steps=1500,
 )
 SMOKE = Config(
     seeds=2,

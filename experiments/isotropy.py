@@ -5,15 +5,14 @@ beta_N 11' (one-hot features, uniform design, exchangeable tasks, centred or not
 hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) charges a bias that falls
 as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
 
-And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1, so that Qhat = phi' A_N S_M stays what it is. The same
-MDPs carried to kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I in whatever
-coordinates one happens to use, grows by that factor. Only the spectrum of R^-1 Lambda Psi Lambda counts (`in_context.modes`).
+And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1, so that Qhat stays what it is. The same MDPs carried to
+kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I in whatever coordinates are used,
+grows by that factor. What counts is the spectrum of R^-1 Lambda Psi Lambda (`theory.in_context.modes`).
 
     lindm run isotropy --preset quick      about 15 s on 2 cores
     lindm verify --only isotropy
 
-Expected: not one action differs over N or over kappa in the isotropic families; about one in seven does on simplex features, and
-the plane of suboptimality over (M, N) has vertical contours on the left and bent ones on the right.
+Expected: not one action differs over N or kappa in the isotropic families; about one in seven does on simplex features.
 """
 
 from dataclasses import dataclass, replace
@@ -78,10 +77,10 @@ FULL = Config(
     rounds=4096,
     N=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     M=(2, 4, 8, 16, 32, 64, 128, 256, 512),
-    N_trained=(4, 16, 64),
+    N_trained=(4, 32),
     kappa=(1, 10, 100, 1000),
-    pool=32768,
-    steps=3000,
+    pool=16384,
+    steps=2000,
 )
 SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
 
@@ -99,11 +98,8 @@ def families() -> dict[str, Family]:
     soft = simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0, low=-1.0, high=1.0)
     cell = (np.arange(S)[:, None] + (d // A) * np.arange(A)[None]) % d
     hard = replace(soft, phi=jnp.asarray(np.eye(d)[cell]))
-    return {
-        ISOTROPIC[0]: replace(hard, theta_low=jnp.zeros((H, d)), theta_high=jnp.ones((H, d))),
-        ISOTROPIC[1]: hard,
-        SIMPLEX: soft,
-    }
+    positive = replace(hard, theta_low=jnp.zeros((H, d)), theta_high=jnp.ones((H, d)))
+    return {ISOTROPIC[0]: positive, ISOTROPIC[1]: hard, SIMPLEX: soft}
 
 
 # --- MDPs --------------------------------------------------------------------------------------------------------------
@@ -289,8 +285,7 @@ def of_bandit(cfg: Config, name: str, seed: int) -> dict:
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    key, seed = jax.random.key(cfg.base_seed + point["seed"]), point["seed"]
-    worlds = families()
+    key, seed, worlds = jax.random.key(cfg.base_seed + point["seed"]), point["seed"], families()
     return {
         "N": list(cfg.N),
         "M": list(cfg.M),
@@ -343,7 +338,7 @@ def _plane(records: list[dict]) -> Figure:
         top, below = axes[0, column], axes[1, column]
         mesh = top.pcolormesh(M, N, np.log10(loss), shading="nearest", rasterized=True)
         lines = top.contour(M, N, np.log10(loss), levels=8, colors="white", linewidths=0.7, linestyles="-")
-        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7, inline_spacing=1)
+        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7, inline=False)
         balance = np.mean([c["balance"] for c in cells], 0)
         inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
         top.plot(M[inside], balance[inside], color=RED, **EXACT, marker="", label="bias = estimation (exact)")
@@ -392,10 +387,11 @@ def _actions(records: list[dict]) -> Figure:
         for r in records:
             middle.plot(N, r["families"][name]["bias"], color=color, marker="", **SEED)
         middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, marker="", label=name)
-        middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, marker="", label="  eq. (6)")
+        middle.plot(
+            N, first["families"][name]["paper_bias"], color=color, **BOUND, marker="", label="  eq. (6), which presumes Psi = I"
+        )
     middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
-    middle.set_title("What is charged for N")
-    middle.legend(fontsize=8)
+    middle.legend(fontsize=8, title="What is charged for N")
     for key, color, label in (("paper", GREY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
         values = np.array([r["coordinates"][key] for r in records])
         right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, marker="", label=label)
@@ -404,6 +400,5 @@ def _actions(records: list[dict]) -> Figure:
         right.plot(kappa, loss / loss[0], color=BLUE, **MEASURED, alpha=0.6)
     right.plot([], [], color=BLUE, **MEASURED, label="suboptimality, measured")
     right.set(xscale="log", yscale="log", xlabel="condition number of the coordinates, kappa", ylabel="relative to kappa = 1")
-    right.set_title("The same MDPs in other coordinates")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, title="The same MDPs in other coordinates")
     return figure

@@ -52,12 +52,12 @@ NAMES = {
 class Config:
     seeds: int = 5
     base_seed: int = 7000
-    tasks: int = 256  # policies for every family and context length
+    tasks: int = 352  # policies for every family and context length
     N: int = 64
-    M: tuple[int, ...] = (16, 64, 256)
+    M: tuple[int, ...] = (16, 128)
     half_width: float = 0.5  # label noise is uniform on +- half_width
     delta: float = 0.1
-    steps: int = 800
+    steps: int = 500
 
     def __post_init__(self) -> None:
         for name in ("seeds", "tasks", "N", "steps"):
@@ -71,7 +71,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, tasks=2048, M=(8, 16, 32, 64, 128, 256, 512), steps=3000)
+FULL = Config(seeds=10, tasks=512, M=(8, 32, 128, 512), steps=2000)
 SMOKE = Config(seeds=2, tasks=16, M=(8,), steps=20)
 
 

@@ -1,4 +1,4 @@
-"""Laws of features for regression, all of one form, so that one compiled program serves every one of them.
+"""Laws of features, all of one form so that one compiled program serves every one of them, and the tasks that go with them.
 
     x = phi_i + scale_i root z,     i ~ design,  z ~ N(0, I),     y = <x, w> + sigma N(0, 1)
 
@@ -7,16 +7,25 @@ one of phi_i and scale_i is zero, so the moments are sums of those of a table an
 """
 
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments import apparatus
 from lindm.contexts import cumulative, invert
+from lindm.problems.linear_mdp import Family, carry, simplex_family
+from lindm.problems.regression import covariance
 from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
 
 D, ROWS = 6, 36  # features, and rows of every table (12 states x 3 actions): laws of one shape can be stacked
+TASKS = 6  # tasks that share the features of a context
+KAPPAS = (1.0, 10.0, 100.0)
+MATCHED = tuple(f"gaussian, κ = {kappa:g}" for kappa in KAPPAS)  # the setting of eq. (6)
+SIMPLEX, ONEHOT, NOISY, HEAVY = "simplex MDP", "one-hot", "label noise", "heavy tails"
+LAWS = (*MATCHED, SIMPLEX, ONEHOT, NOISY, HEAVY)
 Numbers = Array | np.ndarray
 
 
@@ -68,3 +77,45 @@ def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Arr
     i = invert(cumulative(law.design), u[..., D + 1].astype(law.design.dtype))
     x = law.phi[i] + law.scale[i][..., None] * (z[..., :D] @ law.root.T)
     return x, law.sigma * z[..., D]
+
+
+@lru_cache
+def simplex_mdps() -> Family:
+    """One feature map for all seeds (ratios of different families are not samples of one number), carried to Lambda = I."""
+    draw = partial(simplex_family, S=12, A=3, d=D, H=4, feature_power=2.0, low=-1.0, high=1.0)
+    return carry(jax.jit(draw)(jax.random.key(0)), np.eye(D))
+
+
+def named_laws(sigma: float, sigma_mdp: float, present: float) -> dict[str, Law]:
+    """All laws of LAWS: `sigma` of the noisy one, `sigma_mdp` of the simplex MDPs, `present` of the heavy tails."""
+    white = covariance(D, 1.0)
+    return {
+        **{name: gaussian_law(covariance(D, kappa)) for name, kappa in zip(MATCHED, KAPPAS, strict=True)},
+        SIMPLEX: table_law(simplex_mdps().phi.reshape(-1, D), sigma_mdp),
+        ONEHOT: table_law(np.eye(D)),
+        NOISY: gaussian_law(white, sigma=sigma),
+        HEAVY: gaussian_law(white, present=present),
+    }
+
+
+def draw_tasks(key: Array, groups: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Tasks to train on and fresh ones to test on, for every law, in groups that share contexts: twice [groups, TASKS, d].
+
+    Those of the Gaussian laws are Gaussian, those of one-hot features are the rewards of a tabular MDP's last stage; both are
+    scaled so that Psi = I exactly, as eq. (6) has it. Those of the simplex MDPs are w*_1, by backward induction.
+    """
+    tasks = groups * TASKS
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def whiten(w: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(np.linalg.cholesky(w.T @ w / len(w)), w.T).T
+
+    planned = apparatus.task_pool(key, simplex_mdps(), tasks=-(-2 * tasks // apparatus.BLOCK) * apparatus.BLOCK)[0]
+
+    def half(simplex: np.ndarray) -> dict[str, np.ndarray]:
+        gaussian, rewards = whiten(rng.normal(size=(tasks, D))), whiten(rng.uniform(-1, 1, size=(tasks, D)))
+        chosen = {SIMPLEX: simplex, ONEHOT: rewards}
+        return {name: chosen.get(name, gaussian).reshape(groups, TASKS, D) for name in LAWS}
+
+    training, tested = np.split(np.asarray(planned)[: 2 * tasks], 2)
+    return half(training), half(tested)

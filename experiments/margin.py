@@ -65,7 +65,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, candidates=32768, free_tasks=32768, contexts=4096, M=(8, 12, 16, 24, 32, 48, 64, 96, 128, 192), M_free=(512, 1024, 2048, 4096), steps=3000)
+FULL = Config(seeds=10, candidates=32768, free_tasks=16384, contexts=2048, M=(8, 12, 16, 24, 32, 48, 64, 96, 128, 192), M_free=(512, 1024, 2048, 4096), steps=2000)
 SMOKE = Config(seeds=2, candidates=1024, free_tasks=256, contexts=16, M=(8, 16), M_free=(16, 32), steps=20)
 
 

@@ -69,7 +69,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, tasks=256, contexts=128, M=(3, 6, 12, 24, 48, 96), pool=16384, steps=3000)
+FULL = Config(seeds=10, tasks=96, contexts=96, M=(3, 6, 12, 24, 48), pool=8192, steps=2000)
 SMOKE = Config(seeds=2, tasks=8, contexts=8, M=(4, 8), pool=256, steps=100)
 
 

@@ -20,7 +20,6 @@ mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and s
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +29,12 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from experiments import apparatus
 from experiments.criteria import judge
-from experiments.laws import D, Law, fourth, gaussian_law, moment, table_law
+from experiments.laws import HEAVY, LAWS, MATCHED, NOISY, ONEHOT, SIMPLEX, D, Law, draw_tasks, fourth, moment, named_laws
 from experiments.nested import fit, measured, seen_moment
 from experiments.statistics import Verdict, slopes
 from experiments.style import BOUND, COLORS, EXACT, GREY, MARKERS
 from lindm.problems.checks import count, nonnegative
-from lindm.problems.linear_mdp import Family, carry, simplex_family
-from lindm.problems.regression import covariance
 from theory.in_context import (
     context_second_moment,
     gaussian_risk,
@@ -60,11 +56,6 @@ CLAIMS = (
     "paper-bound/heavy-tails",
     "paper-bound/every-law",
 )
-TASKS = 6  # tasks that share the features of a context
-KAPPAS = (1.0, 10.0, 100.0)
-MATCHED = tuple(f"gaussian, κ = {kappa:g}" for kappa in KAPPAS)  # the setting of eq. (6)
-SIMPLEX, ONEHOT, NOISY, HEAVY = "simplex MDP", "one-hot", "label noise", "heavy tails"
-LAWS = (*MATCHED, SIMPLEX, ONEHOT, NOISY, HEAVY)
 JUDGED = (*MATCHED, SIMPLEX, ONEHOT)  # q-risk and estimation-slope
 LONG = (MATCHED[0], ONEHOT)  # training-length-slope: where N x >= 20 is in reach (see `theory.in_context.modes`)
 DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: least squares on all that was seen
@@ -107,48 +98,6 @@ SMOKE = Config(seeds=2, N=(4, 8), M=(4, 8), N_slope=(8, 16), groups=8, steps=10,
 
 def points(cfg: Config) -> list[dict]:
     return [{"seed": s} for s in range(cfg.seeds)]
-
-
-@lru_cache
-def simplex_mdps() -> Family:
-    """One feature map for all seeds (ratios of different families are not samples of one number), carried to Lambda = I."""
-    draw = partial(simplex_family, S=12, A=3, d=D, H=4, feature_power=2.0, low=-1.0, high=1.0)
-    return carry(jax.jit(draw)(jax.random.key(0)), np.eye(D))
-
-
-def laws(cfg: Config) -> dict[str, Law]:
-    """The laws of features of this experiment by name."""
-    white = covariance(D, 1.0)
-    return {
-        **{name: gaussian_law(covariance(D, kappa)) for name, kappa in zip(MATCHED, KAPPAS, strict=True)},
-        SIMPLEX: table_law(simplex_mdps().phi.reshape(-1, D), cfg.sigma_mdp),
-        ONEHOT: table_law(np.eye(D)),
-        NOISY: gaussian_law(white, sigma=cfg.sigma),
-        HEAVY: gaussian_law(white, present=cfg.present),
-    }
-
-
-def draw_tasks(key: Array, groups: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Tasks to train on and fresh ones to test on, for every law, in groups that share contexts: twice [groups, TASKS, d].
-
-    Those of the Gaussian laws are Gaussian, those of one-hot features are the rewards of a tabular MDP's last stage; both are
-    scaled so that Psi = I exactly, as eq. (6) has it. Those of the simplex MDPs are w*_1, by backward induction.
-    """
-    tasks = groups * TASKS
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-
-    def whiten(w: np.ndarray) -> np.ndarray:
-        return np.linalg.solve(np.linalg.cholesky(w.T @ w / len(w)), w.T).T
-
-    planned = apparatus.task_pool(key, simplex_mdps(), tasks=-(-2 * tasks // apparatus.BLOCK) * apparatus.BLOCK)[0]
-
-    def half(simplex: np.ndarray) -> dict[str, np.ndarray]:
-        gaussian, rewards = whiten(rng.normal(size=(tasks, D))), whiten(rng.uniform(-1, 1, size=(tasks, D)))
-        chosen = {SIMPLEX: simplex, ONEHOT: rewards}
-        return {name: chosen.get(name, gaussian).reshape(groups, TASKS, D) for name in LAWS}
-
-    training, tested = np.split(np.asarray(planned)[: 2 * tasks], 2)
-    return half(training), half(tested)
 
 
 @jax.jit
@@ -198,7 +147,7 @@ def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_tasks, k_fit, k_test, k_long = jax.random.split(key, 4)
-    law = laws(cfg)
+    law = named_laws(cfg.sigma, cfg.sigma_mdp, cfg.present)
     training, tested = draw_tasks(k_tasks, cfg.groups)
     Ahat, _ = fit(
         k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3, average=0.75

@@ -1,8 +1,8 @@
 """The layer and its statistical rivals on the same contexts: exact risks of linear predictors, exact losses of policies.
 
 Every predictor here that sees one stage is linear in the labels, what = B X'y with a matrix B that depends on the context alone:
-B = A/M for the layer, pinv(X'X) for least squares, (X'X + sigma^2 Psi^-1)^-1 for the ridge regression of the prior (Bayes). Its risk
-on one context, over tasks w with second moment Psi and label noise sigma, is therefore a number that needs no sampling.
+B = A/M for the layer, pinv(X'X) for least squares, (X'X + sigma^2 Psi^-1)^-1 for the ridge regression of the prior (Bayes). Its
+risk on one context, over tasks w with second moment Psi and label noise sigma, is therefore a number that needs no sampling.
 """
 
 from math import sqrt

@@ -58,7 +58,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, times=(1, 2, 4, 8, 16), steps=3000, tests=4096)
+FULL = Config(seeds=10, times=(1, 2, 4, 8), steps=2000, tests=4096)
 SMOKE = Config(seeds=2, times=(1, 2), steps=10, batch=8, tests=16)
 
 

@@ -11,7 +11,7 @@ knows for U and u apart (Adam finds u U but does not conserve u^2 - ||U||^2, whi
 first stage of `simplex`, where tasks have a mean and the blocks v and z therefore leak; on short prompts, because what a mean is
 worth is of lower order in 1/N.
 
-    lindm run weights --preset quick      about 15 s on one core
+    lindm run weights --preset quick      about 25 s on 2 cores
     lindm verify --only weights
 
 Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; the Gaussian Gamma^-1 nowhere near off Gaussian features; a
@@ -79,7 +79,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, batch=512, chunk=400, chunks=10, chunks_descent=8, pool=256 * apparatus.BLOCK, prompts=1 << 17)
+FULL = Config(seeds=10, batch=512, chunk=250, chunks=8, chunks_descent=6, pool=128 * apparatus.BLOCK, prompts=1 << 17)
 SMOKE = Config(seeds=2, batch=32, chunk=10, chunks=2, chunks_descent=2, pool=2 * apparatus.BLOCK, prompts=512)
 
 
@@ -182,7 +182,7 @@ def _pooled(N: int, batch: int) -> Callable:
 def fit(
     key: Array, layer: Stages, draw: Callable, data: tuple, chunk: int, chunks: int, optimizer: Any
 ) -> tuple[Stages, list[np.ndarray]]:
-    """Train in pieces (optimizer None: Adam), to look at the weights between them: the layer and A [H, d, d] at the end of each piece.
+    """Train in pieces (optimizer None: Adam), to look at the weights between them: the layer and A [H, d, d] after each piece.
 
     Adam's rate falls geometrically from piece to piece; the last piece returns the mean of its iterates.
     """
@@ -406,7 +406,7 @@ def _learned(records: list[dict]) -> Figure:
             ("learned", learned),
             ("$A_N$", A),
             ("20 × (learned − $A_N$)", 20 * (learned - A)),
-            ("Gaussian $\\Gamma^{-1}$", gamma),
+            ("Gaussian $\\Gamma^{-1}$, own scale", gamma),
         )
         for column, (title, matrix) in enumerate(maps):
             axis = figure.add_subplot(grid[row, column])
@@ -471,5 +471,5 @@ def _full(records: list[dict]) -> Figure:
                 right.plot(i, x[measured] / base, "o", color=COLORS[i], alpha=0.7)
     right.set_xticks(range(len(rows)), [r[0] for r in rows], fontsize=8)
     title = f"Simplex, stage 1, N = {records[0]['N_leak']}: tasks have a mean"
-    right.set(ylabel="risk / risk of the best reduced layer", title=title)
+    right.set(ylabel="risk / risk of the best reduced layer", title=title, xlim=(-0.6, len(rows) - 0.4))
     return figure

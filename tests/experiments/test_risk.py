@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot
 
 from experiments import files, nested, risk
-from experiments.laws import Law, draw_pairs, fourth, moment
+from experiments.laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
 from experiments.statistics import FAIL, PASS
 from lindm.attention.layer import ReducedAttention, query_columns
 from lindm.types import Prompt
@@ -26,7 +26,7 @@ def records() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def laws() -> dict[str, Law]:
-    return risk.laws(risk.SMOKE)
+    return named_laws(risk.SMOKE.sigma, risk.SMOKE.sigma_mdp, risk.SMOKE.present)
 
 
 def test_the_gaussian_prediction_is_the_closed_form_of_gamma(records):
@@ -143,7 +143,7 @@ def test_the_bias_on_a_long_context_is_what_the_layer_answers_there():
 
 
 def test_tasks_have_the_second_moment_that_eq_6_assumes():
-    training, tested = risk.draw_tasks(jax.random.key(0), 64)
+    training, tested = draw_tasks(jax.random.key(0), 64)
     for name in (risk.MATCHED[0], risk.ONEHOT):
         for tasks in (training[name], tested[name]):
             w = tasks.reshape(-1, 6)
