@@ -58,7 +58,7 @@ S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 23000
+    base_seed: int = 2023000
     contexts: int = 4096  # Gaussian contexts of every length
     M_gauss: tuple[int, ...] = (2, 16, 32, 64)
     sigma_gauss: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)

@@ -45,7 +45,7 @@ LAWS = ("MDP tasks", "gaussian tasks, same $\\Psi$")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 4000
+    base_seed: int = 204000
     N: int = 8
     T: tuple[int, ...] = (2, 8, 128)
     fit_from: int = 8  # the slope is fitted from here on: 2 d

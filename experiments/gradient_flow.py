@@ -46,7 +46,7 @@ DESCENT = optax.sgd(0.5)  # on a loss without the factor 1/2 of the papers: one 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 11000
+    base_seed: int = 2011000
     d: int = 3
     kappa: float = 3.0
     N: int = 16

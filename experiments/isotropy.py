@@ -6,8 +6,8 @@ hyperoctahedral features) the same contexts therefore give *the same policy* at 
 as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
 
 And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1, so that Qhat stays what it is. The same MDPs carried to
-kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I in whatever coordinates are used,
-grows by that factor. What counts is the spectrum of R^-1 Lambda Psi Lambda (`theory.in_context.modes`).
+kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I, grows by that factor. What counts
+is the spectrum of R^-1 Lambda Psi Lambda (`theory.in_context.modes`).
 
     lindm run isotropy --preset quick      about 15 s on 2 cores
     lindm verify --only isotropy
@@ -51,7 +51,7 @@ D, CANDIDATES = 4, 4  # features and actions of a bandit
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 21000
+    base_seed: int = 2021000
     tasks: int = 256  # MDPs of every family, each with one context a stage
     rounds: int = 512  # bandits of every law, each with one context and one decision
     N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -40,7 +40,7 @@ ENOUGH = 20  # losses seen at a length, for its mean to be known to about a quar
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 9000
+    base_seed: int = 209000
     candidates: int = 8192  # tasks drawn, from which `gap` and `floor` choose
     chosen: int = 16
     free_tasks: int = 8192  # `no gap`
@@ -65,7 +65,15 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, candidates=32768, free_tasks=16384, contexts=2048, M=(8, 12, 16, 24, 32, 48, 64, 96, 128, 192), M_free=(512, 1024, 2048, 4096), steps=2000)
+FULL = Config(
+    seeds=10,
+    candidates=32768,
+    free_tasks=16384,
+    contexts=2048,
+    M=(8, 12, 16, 24, 32, 48, 64, 96, 128, 192),
+    M_free=(512, 1024, 2048, 4096),
+    steps=2000,
+)
 SMOKE = Config(seeds=2, candidates=1024, free_tasks=256, contexts=16, M=(8, 16), M_free=(16, 32), steps=20)
 
 

@@ -53,7 +53,7 @@ NEGLIGIBLE = 1e-10  # counts less likely than this are left out of the enumerati
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 5
-    base_seed: int = 22000
+    base_seed: int = 2022000
     tasks: int = 64
     contexts: int = 48  # of every task; each shows every stage once
     M: tuple[int, ...] = (6, 12, 24, 48)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from lindm.draws import flat
 from lindm.problems import checks
 from lindm.types import MDP, Episodes, Prompt
 
@@ -82,7 +83,7 @@ def draw_pairs(key: Array, cdf: Array, n: int | tuple[int, ...]) -> Array:
     Returns: idx int32 [n], the pair s * A + a; never one of probability zero.
     """
     shape = (n,) if isinstance(n, int) else n
-    return invert(cdf, jax.random.uniform(key, shape, dtype=cdf.dtype))
+    return invert(cdf, flat(jax.random.uniform, key, shape, cdf.dtype))
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
     H = mdp.r.shape[0]
     key_start, key_rest = jax.random.split(key)
     start = invert(cumulative(mdp.rho), jax.random.uniform(key_start, (n,), mdp.rho.dtype))
-    u = jax.random.uniform(key_rest, (2, H, n), mdp.P.dtype)
+    u = flat(jax.random.uniform, key_rest, (2, H, n), mdp.P.dtype)
 
     def stage(s, at):
         P, r, policy, u_act, u_step = at
@@ -184,13 +185,13 @@ def oracle_labels(x: Array, w: Array) -> Array:
 def noisy_labels(key: Array, x: Array, w: Array, sigma: ArrayLike) -> Array:
     """Oracle labels plus independent N(0, sigma^2): the noise that the closed forms cover exactly."""
     y = oracle_labels(x, w)
-    return y + jnp.asarray(sigma, y.dtype) * jax.random.normal(key, y.shape, y.dtype)
+    return y + jnp.asarray(sigma, y.dtype) * flat(jax.random.normal, key, y.shape, y.dtype)
 
 
 def bounded_labels(key: Array, x: Array, w: Array, half_width: ArrayLike) -> Array:
     """Oracle labels plus independent Uniform(-half_width, half_width), variance half_width^2 / 3: bounded, for rung 5."""
     y = oracle_labels(x, w)
-    return y + jnp.asarray(half_width, y.dtype) * jax.random.uniform(key, y.shape, y.dtype, -1, 1)
+    return y + jnp.asarray(half_width, y.dtype) * flat(jax.random.uniform, key, y.shape, y.dtype, -1, 1)
 
 
 def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> Array:
@@ -205,7 +206,7 @@ def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> 
     A = mdp.r.shape[-1]
     stages = jnp.broadcast_to(jnp.asarray(h, jnp.int32), idx.shape)
     s0, a0 = idx // A, idx % A
-    u = jax.random.uniform(key, (2, mdp.r.shape[0], *idx.shape), mdp.P.dtype)
+    u = flat(jax.random.uniform, key, (2, mdp.r.shape[0], *idx.shape), mdp.P.dtype)
 
     # every pair waits at (s0, a0) until its own stage comes; all stages then cost one scan
     def stage(carry, at):
@@ -224,7 +225,7 @@ def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> 
 def next_states(key: Array, mdp: MDP, h: ArrayLike, idx: Array) -> Array:
     """One next state for each pair idx[...] at stage h (a number): int32 [...]."""
     A = mdp.r.shape[-1]
-    return _step(mdp.P[h], idx // A, idx % A, jax.random.uniform(key, idx.shape, mdp.P.dtype))
+    return _step(mdp.P[h], idx // A, idx % A, flat(jax.random.uniform, key, idx.shape, mdp.P.dtype))
 
 
 def bellman_labels(key: Array, mdp: MDP, h: ArrayLike, idx: Array, Q_next: Array) -> Array:

@@ -14,7 +14,7 @@ def greedy(Q: Array, tolerance: float = 1e-9) -> Array:
     different machines.
     """
     scale = jnp.maximum(1.0, jnp.abs(Q).max(-1, keepdims=True))
-    return jnp.argmax(Q >= Q.max(-1, keepdims=True) - tolerance * scale, axis=-1).astype(jnp.int32)
+    return jnp.argmax(Q.max(-1, keepdims=True) - tolerance * scale <= Q, axis=-1).astype(jnp.int32)
 
 
 def suboptimality(mdp: MDP, pi: Array) -> Array:

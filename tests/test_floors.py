@@ -11,7 +11,7 @@ SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments
 
 # the floors of lindm, from the ground up; modules of one floor do not see each other
 FLOORS = (
-    ("lindm.types",),
+    ("lindm.types", "lindm.draws"),
     ("lindm.problems",),
     ("lindm.oracles",),
     ("lindm.contexts", "lindm.datasets"),

@@ -10,7 +10,6 @@ from lindm.attention.layer import (
     query_columns,
     sinusoidal,
 )
-from lindm.attention.noise import normal
 from lindm.attention.trainer import predict_many, train, train_many
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "SoftmaxAttention",
     "embed",
     "moments",
-    "normal",
     "pad",
     "predict_many",
     "query_columns",

@@ -31,8 +31,8 @@ import numpy as np
 from jax import Array
 
 from lindm.attention.layer import FullAttention
-from lindm.attention.noise import normal
 from lindm.attention.trainer import train
+from lindm.draws import normal
 from lindm.types import Prompt
 
 Row = dict[str, Any]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lindm.draws import flat
 from lindm.problems import checks
 from lindm.problems.mdp import simplex_rows
 from lindm.types import MDP, LinearMDP
@@ -106,7 +107,7 @@ def draw_task(key: Array, family: Family) -> LinearMDP:
     H, d = family.theta_low.shape
     measures, rewards = jax.random.split(key)
     mu = simplex_rows(measures, (H, d, S), family.power, dtype)
-    theta = family.theta_low + (family.theta_high - family.theta_low) * jax.random.uniform(rewards, (H, d), dtype)
+    theta = family.theta_low + (family.theta_high - family.theta_low) * flat(jax.random.uniform, rewards, (H, d), dtype)
     return LinearMDP(phi=family.phi, mu=jnp.einsum("ij,hjs->his", family.back, mu), theta=theta @ family.back.T, rho=family.rho)
 
 

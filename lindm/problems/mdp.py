@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lindm.draws import flat
 from lindm.problems import checks
 from lindm.types import MDP
 
@@ -38,7 +39,7 @@ def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0,
     JAX's Dirichlet sampler is a rejection loop over gammas and costs hundreds of times more on a CPU.
     """
     dtype = dtype or jnp.result_type(float)
-    exponentials = jax.random.exponential(key, shape, dtype)
+    exponentials = flat(jax.random.exponential, key, shape, dtype)
     # the power is taken as a factor of the logarithm: nothing over- or underflows, and with a traced power it is faster
     return jax.nn.softmax(jnp.asarray(power, dtype) * jnp.log(exponentials + jnp.finfo(dtype).tiny), axis=-1)
 
@@ -53,6 +54,6 @@ def draw_mdp(key: Array, S: int, A: int, H: int, *, power: float = 1.0, low: flo
     kernel, reward = jax.random.split(key)
     return MDP(
         P=simplex_rows(kernel, (H, S, A, S), power, dtype),
-        r=jax.random.uniform(reward, (H, S, A), dtype, low, high),
+        r=flat(jax.random.uniform, reward, (H, S, A), dtype, low, high),
         rho=jnp.full(S, 1.0 / S, dtype),
     )

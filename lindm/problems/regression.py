@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from lindm.draws import flat
 from lindm.problems import checks
 from lindm.types import Prompt
 
@@ -57,7 +58,7 @@ def draw_regression(key: Array, Lambda_sqrt: Array, Psi_sqrt: Array, n: int, que
     """
     d, dtype = Lambda_sqrt.shape[0], Lambda_sqrt.dtype
     features, task, noise = jax.random.split(key, 3)
-    x = jax.random.normal(features, (n + queries, d), dtype) @ Lambda_sqrt.T
+    x = flat(jax.random.normal, features, (n + queries, d), dtype) @ Lambda_sqrt.T
     w = Psi_sqrt @ jax.random.normal(task, (d,), dtype)
     y = x @ w
     labels = y[:n] + sigma * jax.random.normal(noise, (n,), dtype)

@@ -1,6 +1,9 @@
-r"""Gaussian noise at a quarter of the price: on a CPU most of a training step is the drawing of its pairs.
+r"""Random arrays at a fraction of the price: on a CPU most of a training step is the drawing of its pairs.
 
-`jax.random.normal` in float32 throws half of every Threefry block away, inverts the error function, and fails to vectorise when
+`flat` draws one long vector and reshapes it. The numbers are the same, but XLA compiles a sampler of a shape with several axes
+several times slower (2.9 s against 0.2 s for four axes), and the compiled loop runs slower where the last axis is short.
+
+`normal` is Gaussian noise at a quarter of the price. `jax.random.normal` in float32 throws half of every Threefry block away, inverts the error function, and fails to vectorise when
 the last axis is short. Here both words of a block are used, and Box and Muller's transform (1958) makes two variates of them,
 
     r = sqrt(-2 log U),   z = r sin(2 pi V),  r cos(2 pi V),
@@ -11,6 +14,7 @@ and cosine are short polynomials, which XLA vectorises. Same generator, same ind
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,11 @@ from jax.typing import DTypeLike
 _GRID = (np.pi / 2 * np.cos(np.pi * (np.arange(400) + 0.5) / 800)) ** 2
 _SIN = np.polynomial.Polynomial.fit(_GRID, np.sinc(np.sqrt(_GRID) / np.pi), 4).convert().coef.astype(np.float32)
 _COS = np.polynomial.Polynomial.fit(_GRID, np.cos(np.sqrt(_GRID)), 5).convert().coef.astype(np.float32)
+
+
+def flat(sampler: Callable[..., Array], key: Array, shape: tuple[int, ...], *args, **kwargs) -> Array:
+    """`sampler(key, shape, *args, **kwargs)` of `jax.random`, number for number, drawn as one vector: [*shape]."""
+    return sampler(key, (math.prod(shape),), *args, **kwargs).reshape(shape)
 
 
 def normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:

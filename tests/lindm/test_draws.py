@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from lindm.attention.noise import normal
+from lindm.draws import flat, normal
 
 SIZE = 1_000_001
 
@@ -57,3 +57,10 @@ def test_vmap_over_keys_is_a_loop_over_keys():
     np.testing.assert_allclose(
         jax.jit(jax.vmap(lambda k: normal(k, (7, 2))))(keys), np.stack([normal(k, (7, 2)) for k in keys]), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("sampler", [jax.random.uniform, jax.random.exponential, jax.random.normal])
+def test_a_flat_draw_is_the_same_numbers(sampler):
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(flat(sampler, key, (3, 4, 5), jnp.float32), sampler(key, (3, 4, 5), jnp.float32))
+    assert flat(sampler, key, (), jnp.float32).shape == ()
