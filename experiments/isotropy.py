@@ -5,9 +5,9 @@ beta_N 11' (one-hot features, uniform design, exchangeable tasks, centred or not
 hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) charges a bias that falls
 as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
 
-And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1, so that Qhat stays what it is. The same MDPs carried to
-kappa = 1, 10, 100 have the same policy, though the kappa term of eq. (6), which presumes Psi = I, grows by that factor. What counts
-is the spectrum of R^-1 Lambda Psi Lambda (`theory.in_context.modes`).
+And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leaves Qhat as it is. The same MDPs carried to kappa =
+1, 10, 100 have the same policy, though eq. (6)'s kappa term, which presumes Psi = I, grows by that factor. What counts is the
+spectrum of R^-1 Lambda Psi Lambda (`theory.in_context.modes`).
 
     lindm run isotropy --preset quick      about 15 s on 2 cores
     lindm verify --only isotropy
@@ -92,8 +92,8 @@ def points(cfg: Config) -> list[dict]:
 def families() -> dict[str, Family]:
     """Hard and soft aggregation of the same size, under the same law of (theta, mu): only the features differ.
 
-    One feature map for all seeds, since the plane of another map is another plane. Hard aggregation is the one-hot case: the
-    pairs share d cells in equal parts, the actions of a state lie in different cells (with d = S*A it is the tabular MDP).
+    One feature map for all seeds. Hard aggregation is the one-hot case: the pairs share d cells in equal parts, the actions of a
+    state lie in different cells (with d = S*A it is the tabular MDP).
     """
     soft = simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0, low=-1.0, high=1.0)
     cell = (np.arange(S)[:, None] + (d // A) * np.arange(A)[None]) % d
@@ -227,13 +227,12 @@ def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
 
 def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
     """The same tasks, pairs and labels in coordinates of several condition numbers: Psi, A_N and Qhat computed in each."""
-    d = family.phi.shape[-1]
     actions, paper, ours, loss = [], [], [], []
+    N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
     for kappa in cfg.kappa:
         C = covariance(d, float(kappa))
         there = carry(family, C)
         worlds, pool = draw_worlds(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
-        N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
         predicted = predict(there, pool, jnp.asarray(False), N, M)
         lost, chosen = policies(there, worlds, predicted["A"], M)
         actions.append(np.asarray(chosen))
@@ -308,7 +307,7 @@ def check(records: list[dict]) -> list[Verdict]:
         return judge_count(id, changed, n, seeds=seeds, figure=figure, note=note)
 
     free = max(r["families"][n]["trained_share"][-1] for r in records for n in ISOTROPIC)
-    growth = records[0]["coordinates"]["paper"]
+    growth = carried[0]["paper"]
     ours = [max(c["theorem"]) / min(c["theorem"]) - 1 for c in carried]
     return [
         counted("isotropy", same, "actions", f"trained layers differ in at most {free:.2%} of actions"),
@@ -332,7 +331,7 @@ def _plane(records: list[dict]) -> Figure:
     first = records[0]
     N, M, Nt = np.array(first["N"]), np.array(first["M"]), first["N_trained"]
     figure, axes = pyplot.subplots(2, 2, figsize=(10.4, 7.6), height_ratios=(1.25, 1))
-    for column, name in enumerate((ISOTROPIC[1], SIMPLEX)):
+    for column, (name, word) in enumerate(((ISOTROPIC[1], "isotropic"), (SIMPLEX, "anisotropic"))):
         cells = [r["families"][name] for r in records]
         loss = np.mean([c["loss"] for c in cells], 0)
         top, below = axes[0, column], axes[1, column]
@@ -342,9 +341,7 @@ def _plane(records: list[dict]) -> Figure:
         balance = np.mean([c["balance"] for c in cells], 0)
         inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
         top.plot(M[inside], balance[inside], color=RED, **EXACT, marker="", label="bias = estimation (exact)")
-        both = np.intersect1d(M, N)
-        top.plot(both, both, color="black", **BOUND, marker="", label="N = M: least risk of Qhat")
-        word = "isotropic" if column == 0 else "anisotropic"
+        top.plot(M, M, color="black", **BOUND, marker="", label="N = M: least risk of Qhat")
         top.set(xscale="log", yscale="log", title=f"{name}: {word}", ylabel="pairs in a training prompt N")
         top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
         top.grid(visible=False)
