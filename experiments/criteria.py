@@ -281,7 +281,7 @@ CRITERIA: tuple[Criterion, ...] = (
     ),
     _claim(
         "shift/floor",
-        "Longer features and another spectrum leave the floor tr(Lq (A L_test - I) Psi (A L_test - I)') however long the context.",
+        "Longer features and another spectrum leave the floor tr(Lq (A L_test - I) Psi (A L_test - I)'), whatever the context.",
         "ours",
         "measured at the longest context / floor = 1",
         "mean ratio over seeds within [{lo}, {hi}] for each of the two",
@@ -340,7 +340,7 @@ CRITERIA: tuple[Criterion, ...] = (
     ),
     _claim(
         "depth/small-context",
-        "On short tabular contexts the risk of the repeated layer is the binomial closed form, which grows without limit in depth.",
+        "On short tabular contexts the risk of the repeated layer is the binomial closed form, without limit as depth grows.",
         "ours",
         "measured / predicted = 1",
         "mean ratio over seeds within [{lo}, {hi}] for every M and depth",

@@ -153,9 +153,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     M, N = records[0]["M"], records[0]["N"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0), sharey=True)
     for i, name in enumerate(records[0]["risk"]):
-        axis = right if "positions" in name else left
+        panels = (left, right) if name == "softmax" else (right if "positions" in name else left,)
         curves = np.array([r["risk"][name] for r in records])
-        for axis in (left, right) if name == "softmax" else (axis,):
+        for axis in panels:
             for curve in curves:
                 axis.plot(M, curve, color=COLORS[i], marker="", **SEED)
             axis.plot(M, curves.mean(0), color=COLORS[i], label=name)
