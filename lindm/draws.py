@@ -4,7 +4,8 @@ r"""Random arrays at a fraction of the price: on a CPU most of a training step i
 several times slower (2.9 s against 0.2 s for four axes), and the compiled loop runs slower where the last axis is short.
 
 `normal` is Gaussian noise at a quarter of the price. `jax.random.normal` in float32 throws half of every Threefry block away,
-inverts the error function, and fails to vectorise when the last axis is short. Here both words of a block are used, and Box and Muller's transform (1958) makes two variates of them,
+inverts the error function, and fails to vectorise when the last axis is short. Here both words of a block are used, and Box
+and Muller's transform (1958) makes two variates of them,
 
     r = sqrt(-2 log U),   z = r sin(2 pi V),  r cos(2 pi V),
 
