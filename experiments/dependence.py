@@ -176,7 +176,7 @@ def context_moments(
             keys, w = at
             G, piece_G = jax.vmap(grams, (0, None))(keys, world)
             # independent chains pooled in groups of which no two share more than one chain
-            joined = sum(jnp.roll(piece_G, 2**r - 1, axis=0) for r in range(copies)) / copies
+            joined = jnp.stack([jnp.roll(piece_G, 2**r - 1, axis=0) for r in range(copies)]).mean(0)
             G = jnp.concatenate([G, joined[:, None]], axis=1)
             several = jnp.repeat(w.reshape(-1, SERVES, D), SERVES, axis=0)  # every chain serves several tasks
             S_M = jnp.einsum("nlij,nrj->lnri", G, several)
@@ -261,7 +261,7 @@ def measure(cfg: Config, point: dict) -> dict:
     plain_turn = solve_normal_equations(Lambda[-1] @ Psi[-1], exact_moments(free, Psi[-1:], cfg.N)[1][0])
     plain = jnp.broadcast_to(own[0], own.shape).at[-1].set(plain_turn)
     SS, Sw = context_moments(k_test, cases, pool, jnp.asarray(cfg.M, float), longest=cfg.M[-1], piece=cfg.N, copies=cfg.copies)
-    pooled = jax.vmap(independent_copies, (0, 0, 0, None))(*moments[cfg.N], Psi, cfg.copies)
+    pooled = jax.vmap(independent_copies, (0, 0, 0, None))(moments[cfg.N][0], moments[cfg.N][1], Psi, cfg.copies)
     laws = [(M, *moments[M]) for M in cfg.M] + [(cfg.N * cfg.copies, Lambda, pooled)]
     cells = []
     for i, (M, mean, second) in enumerate(laws):

@@ -137,7 +137,7 @@ def error_moments(key: Array, family: Family, A: Array, w: Array, lengths: Array
         k, A, w = at
 
         def block(at) -> Array:
-            e = jax.vmap(context, (0, 0, None))(*at, A)
+            e = jax.vmap(context, (0, 0, None))(at[0], at[1], A)
             return jnp.einsum("nrli,nrlj->lij", e, e)
 
         keys = jax.random.split(k, w.shape[0] // SERVES).reshape(-1, BLOCK)

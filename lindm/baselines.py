@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from lindm.contexts import bellman_labels, draw_pairs
@@ -30,7 +31,7 @@ Predictor = Callable[[Prompt], Array]
 
 
 def _number(name: str, value: float, *, zero: bool) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not np.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be finite and {'at least' if zero else 'greater than'} 0; got {value}")
@@ -38,7 +39,7 @@ def _number(name: str, value: float, *, zero: bool) -> None:
 
 def _finite(name: str, value: ArrayLike) -> Array:
     """Checked at the door; weights that are being traced (differentiated, picked by a traced stage) pass as they are."""
-    return jnp.asarray(value) if isinstance(value, jax.core.Tracer) else checks.finite(value, name)
+    return jnp.asarray(value) if isinstance(value, Tracer) else checks.finite(value, name)
 
 
 def _square(name: str, matrix: ArrayLike) -> Array:
@@ -103,7 +104,7 @@ def bayes(Psi: ArrayLike, sigma: float, mean: ArrayLike | None = None) -> Predic
     Psi = _square("Psi", Psi)
     _number("sigma", sigma, zero=True)
     values, vectors = jnp.linalg.eigh(Psi)
-    if not isinstance(Psi, jax.core.Tracer):
+    if not isinstance(Psi, Tracer):
         scale = float(jnp.max(jnp.abs(Psi)))
         slack = 100 * float(jnp.finfo(Psi.dtype).eps) * scale
         if float(jnp.max(jnp.abs(Psi - Psi.T))) > slack:

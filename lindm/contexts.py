@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from lindm.draws import flat
@@ -29,7 +30,7 @@ LabelLaw = Callable[[Array, Array, Array], Array]
 
 def _concrete(*arrays: ArrayLike) -> bool:
     """Whether values can be looked at: checks are for the door, not for traced code."""
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return not any(isinstance(array, Tracer) for array in arrays)
 
 
 # --- inverse CDF -------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def run_ours(shape: Shape, steps: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The same training in PyTorch, as one would write it; `plain=False` puts the layer in moment form."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -139,8 +139,8 @@ def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.99))
 
     def schedule(t: int) -> float:
-        t = (t + 1) / (steps + 1)
-        return min(t / WARMUP, 1) * 0.5 * (1 + math.cos(math.pi * max(t - WARMUP, 0) / (1 - WARMUP)))
+        done = (t + 1) / (steps + 1)
+        return min(done / WARMUP, 1) * 0.5 * (1 + math.cos(math.pi * max(done - WARMUP, 0) / (1 - WARMUP)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for _ in range(steps):
@@ -305,7 +305,7 @@ def main(json: bool = False) -> int:
         return 0
     shown = [("work", "ours", "peer", "ratio", "unit", "peer is")]
     for r in table:
-        shown.append((r["work"], *(_number(r[k]) for k in ("ours", "peer", "ratio")), r["unit"], r["peer_name"]))
+        shown.append((r["work"], _number(r["ours"]), _number(r["peer"]), _number(r["ratio"]), r["unit"], r["peer_name"]))
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for line in shown:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -24,8 +24,8 @@ def records() -> list[dict]:
 def weights(phi: np.ndarray, Psi: np.ndarray, N: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lambda, R and A_N of a uniform design, by loops."""
     x = phi.reshape(-1, phi.shape[-1])
-    Lambda = sum(np.outer(v, v) for v in x) / len(x)
-    K = sum((v @ Psi @ v) * np.outer(v, v) for v in x) / len(x)
+    Lambda = np.mean([np.outer(v, v) for v in x], axis=0)
+    K = np.mean([(v @ Psi @ v) * np.outer(v, v) for v in x], axis=0)
     R = K - Lambda @ Psi @ Lambda
     return Lambda, R, Psi @ Lambda @ np.linalg.inv(Lambda @ Psi @ Lambda + R / N)
 

@@ -96,7 +96,7 @@ def test_a_budget_that_does_not_suffice_is_null_and_not_a_number_out_of_the_air(
 @needs_torch
 def test_the_torch_layers_are_the_layer_of_the_bench():
     """After no step at a rate of zero, and after many: both peers find what ours finds."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     state = torch.random.get_rng_state()
     try:

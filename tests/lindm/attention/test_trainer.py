@@ -179,7 +179,7 @@ def test_new_seeds_and_new_data_do_not_compile_again():
     for seed in range(3):
         data = (*f32((1 + seed) * np.eye(2)), 5 + seed)
         train(ReducedAttention(2), draw_gaussian, jax.random.key(seed), steps=7, learning_rate=0.1 + seed, data=data)
-        size = trainer_module._fit._cache_size()
+        size = trainer_module._fit._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
         before = size if before is None else before
         assert size == before
 
