@@ -7,14 +7,14 @@ from lindm.oracles.mdp import backward_induction, policy_value
 from lindm.types import MDP, Measurement
 
 
-def greedy(Q: Array, tolerance: float = 1e-9) -> Array:
+def greedy(Q: Array, tolerance: float = 1e-11) -> Array:
     """The greedy action [...] (int32) of Q [..., A]: the lowest index among those within tolerance of the best.
 
-    The tolerance is relative to max(1, max_a |Q|); without it rounding would break ties, and breaks them differently on
-    different machines.
+    The tolerance is relative to max_a |Q|, so that a positive factor of Q never changes an action; without any, rounding would
+    break ties, and break them differently on different machines.
     """
-    scale = jnp.maximum(1.0, jnp.abs(Q).max(-1, keepdims=True))
-    return jnp.argmax(Q.max(-1, keepdims=True) - tolerance * scale <= Q, axis=-1).astype(jnp.int32)
+    slack = tolerance * jnp.abs(Q).max(-1, keepdims=True)
+    return jnp.argmax(Q.max(-1, keepdims=True) - slack <= Q, axis=-1).astype(jnp.int32)
 
 
 def suboptimality(mdp: MDP, pi: Array) -> Array:

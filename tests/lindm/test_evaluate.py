@@ -46,10 +46,11 @@ def test_values_that_differ_by_rounding_tie_and_the_lowest_index_wins(scale):
     np.testing.assert_array_equal(greedy(jnp.asarray(Q)), [1, 0, 0])
 
 
-def test_the_tolerance_is_relative_to_the_largest_magnitude_in_the_state_but_at_least_absolute():
-    eps = 1e-9
-    assert int(greedy(jnp.asarray([0.0, 0.5 * eps]))) == 0
-    assert int(greedy(jnp.asarray([0.0, 2.0 * eps]))) == 1
+def test_the_tolerance_is_relative_to_the_largest_magnitude_in_the_state():
+    eps = 1e-11
+    assert int(greedy(jnp.asarray([1.0, 1.0 + 0.5 * eps]))) == 0
+    assert int(greedy(jnp.asarray([1.0, 1.0 + 2.0 * eps]))) == 1
+    assert int(greedy(jnp.asarray([0.0, 0.0]))) == 0
     # the magnitude of a bad action counts too: its size sets the rounding of all of them
     assert int(greedy(jnp.asarray([0.0, 2.0 * eps, -100.0]))) == 0
     assert int(greedy(jnp.asarray([100.0, 100.0 + 50 * eps]))) == 0
@@ -59,6 +60,13 @@ def test_the_tolerance_is_relative_to_the_largest_magnitude_in_the_state_but_at_
 def test_each_state_has_its_own_scale():
     Q = jnp.asarray([[0.0, 1e-8], [1e6, 0.0]])
     np.testing.assert_array_equal(greedy(Q), [1, 0])
+
+
+def test_a_positive_factor_never_changes_an_action():
+    rng = np.random.default_rng(0)
+    near = 1.0 + rng.choice([0.0, 1e-6, 1e-9, 1e-12], size=(2000, 4)) * rng.normal(size=(2000, 4))
+    for factor in (2.0**-40, 2.0**-10, 2.0**20):
+        np.testing.assert_array_equal(greedy(jnp.asarray(near * factor)), greedy(jnp.asarray(near)))
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 100))
