@@ -38,7 +38,7 @@ def test_greedy_takes_the_largest_value(seed):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 def test_values_that_differ_by_rounding_tie_and_the_lowest_index_wins(scale):
-    rounding = 1e-12 * max(1.0, scale)
+    rounding = 1e-12 * scale
     Q = scale * np.array([[0.5, 1.0, 1.0], [-1.0, -1.0, -2.0], [1.0, 1.0, 1.0]])
     Q[0, 2] += rounding
     Q[1, 1] += rounding
