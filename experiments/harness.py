@@ -105,6 +105,9 @@ def settle_xla() -> None:
     is compiling, which takes a third less time at this level, and the compiled programs are as fast (0 makes them slow).
     """
     ours = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # the newer emitters take almost twice as long to compile and the programs are no faster; later versions have only them
+        ours += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{ours} {os.environ.get('XLA_FLAGS', '')}".strip()
     for name in ("NPROC", "PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")

@@ -4,10 +4,12 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # level 1 compiles in two thirds of the time; flags of the user come last and win
-os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=1", os.environ.get("XLA_FLAGS", "")]
-)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["MPLBACKEND"] = "Agg"
+
+from experiments.harness import settle_xla
+
+settle_xla()  # the tests run what a run runs
 
 import jax
 from hypothesis import settings
