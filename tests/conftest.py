@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# level 1 compiles in two thirds of the time; flags of the user come last and win
+# flags of the user come last and win
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -11,8 +11,8 @@ from experiments.harness import settle_xla
 
 settle_xla()  # the tests run what a run runs
 
-import jax
-from hypothesis import settings
+import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
