@@ -7,13 +7,14 @@ from lindm.oracles.mdp import backward_induction, policy_value
 from lindm.types import MDP, Measurement
 
 
-def greedy(Q: Array, tolerance: float = 1e-11) -> Array:
-    """The greedy action [...] (int32) of Q [..., A]: the lowest index among those within tolerance of the best.
+def greedy(Q: Array, tolerance: float = 1e-12) -> Array:
+    """The greedy action [..., S] (int32) of Q [..., S, A]: the lowest index among those within tolerance of the best.
 
-    The tolerance is relative to max_a |Q|, so that a positive factor of Q never changes an action; without any, rounding would
-    break ties, and break them differently on different machines.
+    The tolerance is relative to the largest |Q| of the stage (the last two axes), which sets the size of the rounding in all its
+    states: a positive factor of Q never changes an action, and a tie of values near zero is still a tie. Without a tolerance
+    rounding would break ties, and break them differently on different machines.
     """
-    slack = tolerance * jnp.abs(Q).max(-1, keepdims=True)
+    slack = tolerance * jnp.abs(Q).max((-2, -1) if Q.ndim > 1 else -1, keepdims=True)
     return jnp.argmax(Q.max(-1, keepdims=True) - slack <= Q, axis=-1).astype(jnp.int32)
 
 
