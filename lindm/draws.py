@@ -1,6 +1,6 @@
 r"""Random arrays at a fraction of the price: on a CPU most of a training step is the drawing of its pairs.
 
-`flat` draws one long vector and reshapes it. The numbers are the same, but XLA compiles a sampler of a shape with several axes
+`flat` draws one long vector and reshapes it. The numbers are the same (to rounding), but XLA compiles a sampler of a shape with several axes
 several times slower (2.9 s against 0.2 s for four axes), and the compiled loop runs slower where the last axis is short.
 
 `normal` is Gaussian noise at a quarter of the price. `jax.random.normal` in float32 throws half of every Threefry block away,
@@ -31,7 +31,7 @@ _COS = np.polynomial.Polynomial.fit(_GRID, np.cos(np.sqrt(_GRID)), 5).convert().
 
 
 def flat(sampler: Callable[..., Array], key: Array, shape: tuple[int, ...], *args, **kwargs) -> Array:
-    """`sampler(key, shape, *args, **kwargs)` of `jax.random`, number for number, drawn as one vector: [*shape]."""
+    """`sampler(key, shape, *args, **kwargs)` of `jax.random`, number for number up to rounding, drawn as one vector: [*shape]."""
     return sampler(key, (math.prod(shape),), *args, **kwargs).reshape(shape)
 
 
