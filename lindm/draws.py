@@ -1,7 +1,8 @@
 r"""Random arrays at a fraction of the price: on a CPU most of a training step is the drawing of its pairs.
 
-`flat` draws one long vector and reshapes it. The numbers are the same (to rounding), but XLA compiles a sampler of a shape with several axes
-several times slower (2.9 s against 0.2 s for four axes), and the compiled loop runs slower where the last axis is short.
+`flat` draws one long vector and reshapes it. The numbers are the same (to rounding), but XLA compiles a sampler of a shape with
+several axes several times slower (2.9 s against 0.2 s for four axes), and the compiled loop runs slower where the last axis is
+short.
 
 `normal` is Gaussian noise at a quarter of the price. `jax.random.normal` in float32 throws half of every Threefry block away,
 inverts the error function, and fails to vectorise when the last axis is short. Here both words of a block are used, and Box
