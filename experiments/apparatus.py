@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lindm.attention.layer import ReducedAttention
@@ -24,8 +25,8 @@ BLOCK = 1024  # tasks solved at once: more would leave the cache
 
 
 def single_precision(tree):
-    """The same pytree with its floating arrays in float32: training runs in it."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """The pytree with its floating arrays in float32, for training; in numpy, where a conversion needs no compiler."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def draw_oracle(key: Array, family: Family) -> tuple[LinearMDP, Plan, Array]:

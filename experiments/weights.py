@@ -136,11 +136,6 @@ def _prompts(x: Array, w: Array, columns: Array) -> tuple[Prompt, Array]:
 # numbers are drawn as one flat vector and reshaped: the same numbers, compiled several times faster
 
 
-def single(tree):
-    """The pytree in float32, for training; in numpy, where a conversion needs no compiler."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
-
-
 @lru_cache
 def _gaussian(N: int, batch: int) -> Callable:
     def draw(key: Array, root: Array, columns: Array):
@@ -229,7 +224,7 @@ def measure_gaussian(cfg: Config, key: Array, seed: int) -> dict:
     layer = Stages(4, 1, seed, cfg.N)
     gamma = gaussian_gamma(Lambda, cfg.N)
     gradient_flow.initial(np.eye(4), SCALE, gamma)  # raises if the scale of the layer breaks [ZFB] Assumption 3.3
-    data = single((root, query_columns(Lambda)))
+    data = apparatus.single_precision((root, query_columns(Lambda)))
     layer, path = fit(key, layer, _gaussian(cfg.N, cfg.batch), data, cfg.chunk, cfg.chunks_descent, DESCENT)
     A = np.linalg.inv(np.asarray(gamma))
     U, u = (np.asarray(x, dtype=float) for x in gradient_flow.limit(A))
@@ -263,7 +258,7 @@ def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int
         k_train,
         Stages(d, H, seed, cfg.N_leak),
         draw(cfg.N, cfg.batch),
-        single(data),
+        apparatus.single_precision(data),
         cfg.chunk,
         cfg.chunks,
         None,
