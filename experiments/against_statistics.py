@@ -44,10 +44,11 @@ from experiments.statistics import Verdict
 from experiments.style import BLUE, COLORS, DIVERGING, GREY, MARKERS, MEASURED, RED, SEED
 from lindm.attention.layer import ReducedAttention, pad
 from lindm.attention.trainer import train_many
-from lindm.contexts import cumulative, draw_pairs, transitions
+from lindm.contexts import draw_pairs, transitions
 from lindm.problems.checks import count, nonnegative
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.problems.regression import draw_regression
+from lindm.rollouts import cumulative
 from theory.in_context import optimal_weights
 
 CLAIMS = ("against-statistics", "against-statistics/bayes", "against-statistics/small-context", "against-statistics/raw-labels")

@@ -14,9 +14,10 @@ from jax import Array
 
 from lindm.attention.layer import ReducedAttention
 from lindm.attention.trainer import train_many
-from lindm.contexts import bounded_labels, cumulative, draw_pairs, training_prompt
+from lindm.contexts import bounded_labels, draw_pairs, training_prompt
 from lindm.oracles.mdp import plan_linear
 from lindm.problems.linear_mdp import Family, draw_task, second_moment
+from lindm.rollouts import cumulative
 from lindm.types import LinearMDP, Plan
 from theory.feature_laws import design_fourth
 from theory.in_context import optimal_weights

@@ -28,12 +28,13 @@ from experiments import apparatus
 from experiments.criteria import judge, judge_count
 from experiments.statistics import Verdict, slopes
 from experiments.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED
-from lindm.contexts import bellman_labels, bellman_moments, cumulative, draw_pairs, noise_moment
+from lindm.contexts import bellman_labels, bellman_moments, draw_pairs, noise_moment
 from lindm.draws import flat
 from lindm.evaluate import greedy
 from lindm.oracles.mdp import policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.rollouts import cumulative
 from theory import offline
 from theory.feature_laws import design_fourth
 from theory.in_context import optimal_weights

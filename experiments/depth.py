@@ -35,10 +35,11 @@ from experiments.statistics import Verdict
 from experiments.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, SEED
 from lindm.attention.layer import ReducedAttention, pad, query_columns
 from lindm.attention.trainer import train, train_many
-from lindm.contexts import cumulative, draw_pairs, noisy_labels, oracle_labels
+from lindm.contexts import draw_pairs, noisy_labels, oracle_labels
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, carry, draw_task, onehot_family, second_moment, simplex_family
 from lindm.problems.regression import covariance
+from lindm.rollouts import cumulative
 from lindm.types import Prompt
 from theory.in_context import onehot_gamma
 from theory.robustness import depth_bias, onehot_depth_risk

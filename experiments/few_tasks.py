@@ -30,9 +30,10 @@ from experiments.statistics import Verdict, slopes
 from experiments.style import BLUE, BOUND, EXACT, GREY, MEASURED, RED, SEED
 from lindm.attention.layer import ReducedAttention, query_columns
 from lindm.attention.trainer import train_many
-from lindm.contexts import cumulative, draw_pairs
+from lindm.contexts import draw_pairs
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family
+from lindm.rollouts import cumulative
 from lindm.types import Prompt
 from theory.feature_laws import design_fourth
 from theory.in_context import context_second_moment, optimal_weights, risk

@@ -27,7 +27,8 @@ from typing import Any
 
 import experiments
 from experiments.criteria import fingerprint
-from experiments.files import (
+from experiments.statistics import Verdict
+from lindm.files import (
     DATA,
     NON_FINITE,
     PREEMPTED,
@@ -43,7 +44,6 @@ from experiments.files import (
     write_atomic,
     write_json,
 )
-from experiments.statistics import Verdict
 
 HERE = Path(__file__).parent
 # modules of this directory that make no record

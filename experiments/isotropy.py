@@ -31,12 +31,13 @@ from experiments.statistics import Verdict
 from experiments.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
 from lindm.attention.layer import ReducedAttention, pad
 from lindm.attention.trainer import train_many
-from lindm.contexts import cumulative, draw_pairs, oracle_labels, training_prompt
+from lindm.contexts import draw_pairs, oracle_labels, training_prompt
 from lindm.evaluate import greedy
 from lindm.oracles.mdp import policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
 from lindm.problems.regression import covariance
+from lindm.rollouts import cumulative
 from theory.feature_laws import design_fourth, gaussian_fourth
 from theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
 

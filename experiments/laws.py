@@ -15,9 +15,9 @@ import numpy as np
 from jax import Array
 
 from experiments import apparatus
-from lindm.contexts import cumulative, invert
 from lindm.problems.linear_mdp import Family, carry, simplex_family
 from lindm.problems.regression import covariance
+from lindm.rollouts import cumulative, invert
 from theory.feature_laws import design_fourth, design_moment, gaussian_fourth
 
 D, ROWS = 6, 36  # features, and rows of every table (12 states x 3 actions): laws of one shape can be stacked

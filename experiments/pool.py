@@ -14,8 +14,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from experiments import files, harness, provenance
+from experiments import harness, provenance
 from experiments.statistics import Verdict
+from lindm import files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.files import sha256, write_json
+from lindm.files import sha256, write_json
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import files, harness, provenance
+from experiments import harness, provenance
+from lindm import files
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 

@@ -34,11 +34,12 @@ from experiments import apparatus
 from experiments.criteria import judge, judge_count
 from experiments.statistics import Verdict
 from experiments.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
-from lindm.contexts import cumulative, draw_pairs, oracle_labels
+from lindm.contexts import draw_pairs, oracle_labels
 from lindm.evaluate import greedy
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family
 from lindm.problems.regression import covariance
+from lindm.rollouts import cumulative
 from theory.feature_laws import design_fourth
 from theory.in_context import Prediction, risk
 from theory.robustness import scale_shift, shift_floor

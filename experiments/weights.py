@@ -39,10 +39,11 @@ from experiments.statistics import Verdict
 from experiments.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, SEED
 from lindm.attention.layer import FullAttention, ReducedAttention, query_columns
 from lindm.attention.trainer import train
-from lindm.contexts import cumulative, draw_pairs
+from lindm.contexts import draw_pairs
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family
 from lindm.problems.regression import covariance
+from lindm.rollouts import cumulative
 from lindm.types import Prompt
 from theory import gradient_flow
 from theory.feature_laws import design_fourth, gaussian_fourth

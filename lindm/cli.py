@@ -118,8 +118,9 @@ def _verify(command: Verify) -> int:
 
 
 def _run(experiment: str, rest: Sequence[str]) -> int:
-    from experiments import files, harness
+    from experiments import harness
     from experiments.pool import Job, configure, perform
+    from lindm import files
 
     harness.settle_xla()
     module = harness.load(experiment)

@@ -8,7 +8,7 @@ A label law y(key, pairs) is one of
     return   y_i = return-to-go of one rollout of pi* after (s_i, a_i)     mean Q*_h(s_i, a_i), heteroscedastic
     bellman  y_i = r_i + max_a Qhat_{h+1}(s'_i, a)       no oracle: a target made of an earlier estimate
 
-Every index is drawn by inverse CDF from one uniform number. Functions are written for one task: `vmap` outside.
+Functions are written for one task: `vmap` outside.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from jax.typing import ArrayLike
 
 from lindm.draws import flat
 from lindm.problems import checks
-from lindm.types import MDP, Episodes, Prompt
+from lindm.rollouts import act, cumulative, invert, rollout, step
+from lindm.types import MDP, Prompt, at_stage
 
 LabelLaw = Callable[[Array, Array, Array], Array]
 """(key, idx[H, n], x[H, n, d]) -> y[H, n]: the labels of the pairs of every stage of one task."""
@@ -33,31 +34,7 @@ def _concrete(*arrays: ArrayLike) -> bool:
     return not any(isinstance(array, Tracer) for array in arrays)
 
 
-# --- inverse CDF -------------------------------------------------------------------------------------------------------
-
-
-def cumulative(p: Array) -> Array:
-    """Running sums of weights p[..., n] that never rise at an index of weight zero, whatever the order of summation.
-
-    XLA associates long cumulative sums (from a few hundred entries on) as a tree, so that sums over the same entries differ in
-    the last bit from one index to the next; a draw could then fall on an impossible index. The running maximum repairs it.
-    Negative weights (rounding in <phi, mu>) count as zero. The last entry need not be one: draws are scaled by it.
-    """
-    sums = jnp.cumsum(jnp.maximum(p, 0), axis=-1)
-    return jax.lax.cummax(jnp.where(p > 0, sums, 0), axis=p.ndim - 1)
-
-
-def invert(cdf: Array, u: Array) -> Array:
-    """Indices with cdf[i-1] <= u * cdf[-1] < cdf[i], one for each uniform number u in [0, 1).
-
-    Args:
-        cdf: [n] shared by all u, or [..., n] one for each; u: [...].
-    Returns: int32 [...].
-    """
-    if cdf.ndim == 1:
-        return jnp.searchsorted(cdf, u * cdf[-1], side="right", method="scan_unrolled").astype(jnp.int32)
-    # with a row for each number, counting comparisons beats a search made of gathers
-    return jnp.sum(cdf <= (u * cdf[..., -1])[..., None], axis=-1, dtype=jnp.int32)
+# --- pairs ----------------------------------------------------------------------------------------------------------------
 
 
 def design_cdf(design: ArrayLike) -> Array:
@@ -85,42 +62,6 @@ def draw_pairs(key: Array, cdf: Array, n: int | tuple[int, ...]) -> Array:
     """
     shape = (n,) if isinstance(n, int) else n
     return invert(cdf, flat(jax.random.uniform, key, shape, cdf.dtype))
-
-
-# --- rollouts ----------------------------------------------------------------------------------------------------------
-
-
-def _act(pi: Array, s: Array, u: Array) -> Array:
-    """Actions [...] in states s[...] under a stage's policy: int [S], or [S, A] probabilities."""
-    return pi[s].astype(jnp.int32) if pi.ndim == 1 else invert(cumulative(pi)[s], u)
-
-
-def _step(P: Array, s: Array, a: Array, u: Array) -> Array:
-    """Next states [...] from a stage's kernel P[S, A, S]; sums the rows needed, or the whole table once if it is smaller."""
-    rows = cumulative(P[s, a]) if s.size < P.shape[0] * P.shape[1] else cumulative(P)[s, a]
-    return invert(rows, u)
-
-
-def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
-    """n independent episodes of a behaviour policy.
-
-    Args:
-        pi: [H, S] int actions, or [H, S, A] probabilities.
-    Returns: Episodes with s, a [n, H] int32 and mean rewards r [n, H].
-    """
-    checks.count(n, "n")
-    H = mdp.r.shape[0]
-    key_start, key_rest = jax.random.split(key)
-    start = invert(cumulative(mdp.rho), jax.random.uniform(key_start, (n,), mdp.rho.dtype))
-    u = flat(jax.random.uniform, key_rest, (2, H, n), mdp.P.dtype)
-
-    def stage(s, at):
-        P, r, policy, u_act, u_step = at
-        a = _act(policy, s, u_act)
-        return _step(P, s, a, u_step), (s, a, r[s, a])
-
-    _, (s, a, r) = jax.lax.scan(stage, start, (mdp.P, mdp.r, pi, u[0], u[1]))
-    return Episodes(s=s.T, a=a.T, r=r.T)
 
 
 def trajectory_pairs(key: Array, mdp: MDP, pi: Array, n: int) -> Array:
@@ -212,13 +153,13 @@ def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> 
     # every pair waits at (s0, a0) until its own stage comes; all stages then cost one scan
     def stage(carry, at):
         s, total = carry
-        k, P, r, policy, u_act, u_step = at
+        k, r, policy, u_act, u_step = at
         s = jnp.where(stages >= k, s0, s)
-        a = jnp.where(stages >= k, a0, _act(policy, s, u_act))
+        a = jnp.where(stages >= k, a0, act(policy, s, u_act))
         total = total + jnp.where(stages <= k, r[s, a], 0)
-        return (_step(P, s, a, u_step), total), None
+        return (step(at_stage(mdp.P, k), s, a, u_step), total), None
 
-    steps = (jnp.arange(mdp.r.shape[0], dtype=jnp.int32), mdp.P, mdp.r, pi, u[0], u[1])
+    steps = (jnp.arange(mdp.r.shape[0], dtype=jnp.int32), mdp.r, pi, u[0], u[1])
     (_, total), _ = jax.lax.scan(stage, (s0, jnp.zeros(idx.shape, mdp.r.dtype)), steps)
     return total
 
@@ -226,7 +167,7 @@ def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> 
 def next_states(key: Array, mdp: MDP, h: ArrayLike, idx: Array) -> Array:
     """One next state for each pair idx[...] at stage h (a number): int32 [...]."""
     A = mdp.r.shape[-1]
-    return _step(mdp.P[h], idx // A, idx % A, flat(jax.random.uniform, key, idx.shape, mdp.P.dtype))
+    return step(at_stage(mdp.P, h), idx // A, idx % A, flat(jax.random.uniform, key, idx.shape, mdp.P.dtype))
 
 
 def bellman_labels(key: Array, mdp: MDP, h: ArrayLike, idx: Array, Q_next: Array) -> Array:
@@ -248,8 +189,12 @@ def transitions(key: Array, mdp: MDP, phi: Array, idx: Array) -> tuple[Array, Ar
     """
     keys = jax.random.split(key, idx.shape[0])
     r = jax.vmap(lambda r_h, i: r_h.ravel()[i])(mdp.r, idx)
-    step = jax.vmap(lambda k, P, i: _step(P, i // phi.shape[1], i % phi.shape[1], jax.random.uniform(k, i.shape, P.dtype)))
-    return phi.reshape(-1, phi.shape[-1])[idx], r, phi[step(keys, mdp.P, idx)]
+    A = phi.shape[1]
+
+    def move(k, h, i):
+        return step(at_stage(mdp.P, h), i // A, i % A, jax.random.uniform(k, i.shape, mdp.P.dtype))
+
+    return phi.reshape(-1, phi.shape[-1])[idx], r, phi[jax.vmap(move)(keys, jnp.arange(idx.shape[0]), idx)]
 
 
 # --- exact moments of the labels ---------------------------------------------------------------------------------------
@@ -269,7 +214,8 @@ def return_moments(mdp: MDP, pi: Array) -> tuple[Array, Array]:
 
     def stage(carry, at):
         V, var = carry
-        P, r, policy = at
+        h, r, policy = at
+        P = at_stage(mdp.P, h)
         mean = P @ V
         spread = V[None, None] - mean[..., None]
         Var = jnp.einsum("sat,sat->sa", P, var[None, None] + spread**2)
@@ -279,15 +225,16 @@ def return_moments(mdp: MDP, pi: Array) -> tuple[Array, Array]:
         return (V, var), (Q, Var)
 
     zero = jnp.zeros(mdp.rho.shape, mdp.r.dtype)
-    _, (Q, Var) = jax.lax.scan(stage, (zero, zero), (mdp.P, mdp.r, probabilities), reverse=True)
+    _, (Q, Var) = jax.lax.scan(stage, (zero, zero), (jnp.arange(mdp.r.shape[0]), mdp.r, probabilities), reverse=True)
     return Q, Var
 
 
 def bellman_moments(mdp: MDP, h: ArrayLike, Q_next: Array) -> tuple[Array, Array]:
     """Mean and variance [S, A] of a bellman label at stage h: r + P V and P (V - P V)^2, V = max_a Q_next."""
     V = jnp.max(Q_next, axis=-1)
-    mean = mdp.P[h] @ V
-    return mdp.r[h] + mean, jnp.einsum("sat,sat->sa", mdp.P[h], (V[None, None] - mean[..., None]) ** 2)
+    P = at_stage(mdp.P, h)
+    mean = P @ V
+    return mdp.r[h] + mean, jnp.einsum("sat,sat->sa", P, (V[None, None] - mean[..., None]) ** 2)
 
 
 def noise_moment(phi: Array, design: Array, variance: Array) -> Array:

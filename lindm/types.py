@@ -1,8 +1,13 @@
 """The nouns: every type that crosses a module boundary.
 
 Dimension key, used in every docstring and error message:
-`S` states, `A` actions, `H` horizon, `d` features, `N` pairs in a training prompt, `M` pairs in a test prompt,
-`Q` query columns. Sizes are shapes, never fields, and a stack of problems is the same type with leading axes.
+`S` states, `A` actions, `O` observations, `M` models of a cloud (in contexts: pairs in a test prompt), `H` horizon, `d` features,
+`N` pairs in a training prompt, `Q` query columns. Sizes are shapes, never fields, and a stack of problems is the same type with
+leading axes.
+
+`H|1` is an axis over the stages that may have length one where nothing changes with the stage (`at_stage` reads both). The
+horizon is the length of the rewards' axis. There is no discount: gamma^h is folded into the rewards, so values and action values
+of any stage are as of the first one, and what a decision costs at stage h is what it takes from the value at the start.
 
 A noun does not check its fields when it is built: `vmap`, `jit` and `tree.map` build it from tracers and from placeholders.
 The checks live where a noun is born from a user's arrays (`lindm.problems`).
@@ -12,6 +17,7 @@ from dataclasses import dataclass
 
 import jax
 from jax import Array
+from jax.typing import ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -19,9 +25,39 @@ from jax import Array
 class MDP:
     """Finite-horizon tabular MDP; rewards and kernels may change with the stage."""
 
-    P: Array  # [..., H, S, A, S] probability of the next state
+    P: Array  # [..., H|1, S, A, S] probability of the next state
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class POMDP:
+    """Finite-horizon POMDP; the first action is chosen at the belief rho, before anything is seen."""
+
+    P: Array  # [..., H|1, S, A, S] probability of the next state
+    O: Array  # [..., H|1, A, S, O] probability of the observation after an action, given the state it led to
+    r: Array  # [..., H, S, A] mean reward
+    rho: Array  # [..., S] law of the first state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class APOMDP:
+    r"""Ambiguous POMDP (Saghafian, J. Econ. Theory 178, 2018): a cloud of models and an attitude.
+
+    The convention is this project's own, a stage-wise alpha-maxmin: with G_m(b, a) the value of action a under model m,
+
+        V_t(b) = max_a [ alpha min_m G_m(b, a) + (1 - alpha) max_m G_m(b, a) ],
+        G_m(b, a) = b r_m(., a) + sum_o |b K_m[a, o]|_1 V_{t+1}(tau_m(b, a, o)),   K_m[a, o, s, s'] = P_m[s, a, s'] O_m[a, s', o]
+
+    so at every stage nature takes, against the chosen action, the worst model with probability alpha and the best otherwise; the
+    decision-maker learns which (its belief moves by that model), and a history is a sequence of (a, m, o). At the first stage
+    the belief under model m is the model's own rho_m.
+    """
+
+    cloud: POMDP  # the models: every field has an axis M in front of the problem's own axes, P [..., M, H|1, S, A, S], ...
+    alpha: Array  # [...] in [0, 1]: 1 is the worst case, 0 the best
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +84,28 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """Rollouts of one behaviour policy."""
+    """Rollouts of one behaviour policy; what a problem does not have is None."""
 
-    s: Array  # [..., H] int32 states
+    s: Array  # [..., H] int32 states, before the action
     a: Array  # [..., H] int32 actions
     r: Array  # [..., H] rewards
+    m: Array | None = None  # [..., H] int32 models that nature took, after the action
+    o: Array | None = None  # [..., H] int32 observations of the next state, after the action
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the oracle says at every step of some episodes."""
+
+    action: Array  # [..., H] int32, the oracle's action
+    Q: Array  # [..., H, A] its action values (the middle of its bounds where it has bounds)
+    certificate: Array  # [..., H] int8: `EXACT`, `CERTIFIED` (no other action can be better) or `BOUNDED`
+    regret: Array  # [..., H] at most this much is lost by the oracle's action at this step; 0 where exact or certified
+
+
+EXACT, CERTIFIED, BOUNDED = 0, 1, 2
+CERTIFICATES = ("exact", "certified", "bounded")  # the names, in the order of the numbers
 
 
 @jax.tree_util.register_dataclass
@@ -73,3 +126,8 @@ class Measurement:
     gap: Array  # [...] mean
     sem: Array  # [...] standard error of the mean
     n: int
+
+
+def at_stage(x: Array, h: ArrayLike) -> Array:
+    """x[h] of an array with a leading axis `H|1`."""
+    return x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, h, keepdims=False)

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm.types import MDP, LinearMDP, Plan
+from lindm.types import MDP, LinearMDP, Plan, at_stage
 
 
 @jax.jit
 def backward_induction(mdp: MDP) -> Plan:
     """Optimal values, action values and an optimal policy (lowest index among ties) of one MDP."""
 
-    def stage(V_next: Array, P_r: tuple[Array, Array]):
-        P, r = P_r
-        Q = r + P @ V_next
+    def stage(V_next: Array, h_r: tuple[Array, Array]):
+        h, r = h_r
+        Q = r + at_stage(mdp.P, h) @ V_next
         V = Q.max(-1)
         return V, Plan(V=V, Q=Q, pi=Q.argmax(-1).astype(jnp.int32))
 
-    return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), (mdp.P, mdp.r), reverse=True)[1]
+    return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), (_stages(mdp), mdp.r), reverse=True)[1]
 
 
 @jax.jit
@@ -44,6 +44,10 @@ def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
     return jax.lax.scan(stage, jnp.zeros_like(problem.mu[0, 0]), (problem.mu, problem.theta), reverse=True)[1]
 
 
+def _stages(mdp: MDP) -> Array:
+    return jnp.arange(mdp.r.shape[0])
+
+
 def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     """pi [H, S] of action indices, or [H, S, A] of probabilities, as probabilities."""
     A = mdp.r.shape[-1]
@@ -54,23 +58,24 @@ def _as_stochastic(mdp: MDP, pi: Array) -> Array:
 def policy_value(mdp: MDP, pi: Array) -> Array:
     """V [H, S] of a policy given as action indices [H, S] or as probabilities [H, S, A]."""
 
-    def stage(V_next: Array, P_r_pi: tuple[Array, Array, Array]):
-        P, r, weights = P_r_pi
-        V = (weights * (r + P @ V_next)).sum(-1)
+    def stage(V_next: Array, h_r_pi: tuple[Array, Array, Array]):
+        h, r, weights = h_r_pi
+        V = (weights * (r + at_stage(mdp.P, h) @ V_next)).sum(-1)
         return V, V
 
-    return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), (mdp.P, mdp.r, _as_stochastic(mdp, pi)), reverse=True)[1]
+    stages = (_stages(mdp), mdp.r, _as_stochastic(mdp, pi))
+    return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), stages, reverse=True)[1]
 
 
 @jax.jit
 def occupancy(mdp: MDP, pi: Array) -> Array:
     """d [H, S]: the probability of being in s at stage h when following `pi` from the first-state law."""
 
-    def stage(d: Array, P_pi: tuple[Array, Array]):
-        P, weights = P_pi
-        return jnp.einsum("s,sa,sat->t", d, weights, P), d
+    def stage(d: Array, h_pi: tuple[Array, Array]):
+        h, weights = h_pi
+        return jnp.einsum("s,sa,sat->t", d, weights, at_stage(mdp.P, h)), d
 
-    return jax.lax.scan(stage, mdp.rho, (mdp.P, _as_stochastic(mdp, pi)))[1]
+    return jax.lax.scan(stage, mdp.rho, (_stages(mdp), _as_stochastic(mdp, pi)))[1]
 
 
 def solve_many(solver: Callable, problems, *args, batch_size: int = 8):

@@ -14,7 +14,7 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     """A checked MDP.
 
     Args:
-      P: [H, S, A, S], each row over the last axis a distribution.
+      P: [H|1, S, A, S], each row over the last axis a distribution.
       r: [H, S, A], finite.
       rho: [S], a distribution.
 
@@ -24,7 +24,7 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     P, r, rho = checks.finite(P, "P"), checks.finite(r, "r"), checks.finite(rho, "rho")
     checks.shaped(r, (None, None, None), "r", "H, S, A")
     H, S, A = r.shape
-    checks.shaped(P, (H, S, A, S), "P", "H, S, A, S")
+    checks.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
     checks.shaped(rho, (S,), "rho", "S")
     P, rho = checks.distribution(P, "P"), checks.distribution(rho, "rho")
     # one precision, the widest: a scan over stages carries values made of all three

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import bellman_horizon as exp
-from experiments import files
 from experiments.statistics import FAIL, PASS
+from lindm import files
 from lindm.problems.linear_mdp import simplex_family
 
 

@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 
-from experiments import files, harness
+from experiments import harness
 from experiments.criteria import CRITERIA
+from lindm import files
 
 EXPERIMENTS = harness.discover()
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import controls, files
+from experiments import controls
 from experiments.statistics import FAIL, PASS
+from lindm import files
 
 
 @pytest.fixture(scope="module")

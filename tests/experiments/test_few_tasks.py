@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import apparatus, few_tasks, files
+from experiments import apparatus, few_tasks
 from experiments.statistics import FAIL, PASS
+from lindm import files
 from lindm.problems.linear_mdp import simplex_family
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from experiments import files, gradient_flow
+from experiments import gradient_flow
 from experiments.statistics import FAIL, PASS
+from lindm import files
 
 CFG = gradient_flow.SMOKE
 

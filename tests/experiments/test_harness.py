@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import files, harness
+from experiments import harness
+from lindm import files
 
 
 def content(directory: Path) -> dict[str, bytes]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import files, ladder
+from experiments import ladder
 from experiments.statistics import FAIL, PASS
+from lindm import files
 from lindm.oracles.mdp import plan_linear
 from lindm.problems.linear_mdp import draw_task, second_moment
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import files, margin
+from experiments import margin
 from experiments.statistics import FAIL, PASS
+from lindm import files
 from lindm.problems.linear_mdp import second_moment, simplex_family
 
 

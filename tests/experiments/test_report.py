@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 import experiments
-from experiments import files
 from experiments.criteria import CRITERIA, criterion, fingerprint, judge, judge_count
 from experiments.harness import discover
 from experiments.pool import Outcome
 from experiments.report import label, number, prose, redraw, table, write_report
 from experiments.verify import COST, exit_code, select, summarise
+from lindm import files
 
 GOOD = judge("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], figure="toy")
 CONTROL = judge("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])

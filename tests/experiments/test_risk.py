@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from experiments import files, nested, risk
+from experiments import nested, risk
 from experiments.laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
 from experiments.statistics import FAIL, PASS
+from lindm import files
 from lindm.attention.layer import ReducedAttention, query_columns
 from lindm.types import Prompt
 

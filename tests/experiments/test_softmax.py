@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import files, softmax
+from experiments import softmax
 from experiments.statistics import FAIL, PASS
+from lindm import files
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import files, weights
+from experiments import weights
 from experiments.statistics import FAIL, PASS
+from lindm import files
 from lindm.problems.linear_mdp import second_moment
 
 

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm import contexts
+from lindm import contexts, rollouts
 from lindm.types import MDP
 
 # compiled once for each shape; an eager scan is compiled again at every call
-rollout = jax.jit(contexts.rollout, static_argnames="n")
+rollout = jax.jit(rollouts.rollout, static_argnames="n")
 return_labels = jax.jit(contexts.return_labels)
 return_moments = jax.jit(contexts.return_moments)
-invert = jax.jit(contexts.invert)
-cumulative = jax.jit(contexts.cumulative)
+invert = jax.jit(rollouts.invert)
+cumulative = jax.jit(rollouts.cumulative)
 
 S, A, H, D = 4, 3, 3, 5
 
@@ -156,7 +156,7 @@ def test_few_and_many_episodes_use_kernels_summed_by_row_and_by_table_alike():
     u = jax.random.uniform(jax.random.key(0), idx.shape)
     cdf = np.cumsum(np.asarray(mdp.P)[1].reshape(S * A, S), -1)[np.asarray(idx)]
     np.testing.assert_array_equal(many, (cdf <= np.asarray(u)[:, None]).sum(-1))
-    few = contexts._step(mdp.P[1], idx[:5] // A, idx[:5] % A, u[:5])
+    few = rollouts.step(mdp.P[1], idx[:5] // A, idx[:5] % A, u[:5])
     np.testing.assert_array_equal(few, many[:5])
 
 
@@ -175,7 +175,7 @@ def test_a_stack_of_mdps_is_a_loop_over_them():
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[as_mdp(*p) for p in problems])
     keys = jax.random.split(jax.random.key(0), 3)
     pi = jnp.zeros((H, S), jnp.int32)
-    stacked = jax.jit(jax.vmap(lambda k, m: contexts.rollout(k, m, pi, 8)))(keys, stack)
+    stacked = jax.jit(jax.vmap(lambda k, m: rollouts.rollout(k, m, pi, 8)))(keys, stack)
     for i, problem in enumerate(problems):
         one = rollout(keys[i], as_mdp(*problem), pi, 8)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), one)
@@ -409,8 +409,8 @@ def test_a_training_prompt_has_noiseless_targets_and_separate_queries():
 
 def test_single_precision_in_is_single_precision_out():
     phi, w, design = (jnp.asarray(v, jnp.float32) for v in prompt_arrays())
-    prompt = contexts.stage_prompts(jax.random.key(0), phi, contexts.cumulative(design), H, 5, contexts.noisy_law(w, 0.1))
-    training, target = contexts.training_prompt(jax.random.key(0), phi, w[0], contexts.cumulative(design), 5, 2, 0.1)
+    prompt = contexts.stage_prompts(jax.random.key(0), phi, rollouts.cumulative(design), H, 5, contexts.noisy_law(w, 0.1))
+    training, target = contexts.training_prompt(jax.random.key(0), phi, w[0], rollouts.cumulative(design), 5, 2, 0.1)
     mdp = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), as_mdp(*numpy_mdp(0)))
     episodes = rollout(jax.random.key(0), mdp, jnp.full((H, S, A), 1 / A, jnp.float32), 4)
     y = return_labels(jax.random.key(0), mdp, jnp.zeros((H, S), jnp.int32), 0, jnp.arange(5, dtype=jnp.int32))
