@@ -30,8 +30,7 @@ from experiments.statistics import Verdict, slopes
 from experiments.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED
 from lindm.contexts import bellman_labels, bellman_moments, draw_pairs, noise_moment
 from lindm.draws import flat
-from lindm.evaluate import greedy
-from lindm.oracles.mdp import policy_value
+from lindm.oracles.mdp import greedy, policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.rollouts import cumulative

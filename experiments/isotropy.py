@@ -32,8 +32,7 @@ from experiments.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED,
 from lindm.attention.layer import ReducedAttention, pad
 from lindm.attention.trainer import train_many
 from lindm.contexts import draw_pairs, oracle_labels, training_prompt
-from lindm.evaluate import greedy
-from lindm.oracles.mdp import policy_value
+from lindm.oracles.mdp import greedy, policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
 from lindm.problems.regression import covariance

@@ -25,8 +25,7 @@ from experiments import apparatus
 from experiments.criteria import criterion, judge, judge_count
 from experiments.statistics import Verdict
 from experiments.style import BLUE, GREEN, GREY, ORANGE, RED
-from lindm.evaluate import greedy
-from lindm.oracles.mdp import occupancy, policy_value
+from lindm.oracles.mdp import greedy, occupancy, policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family, tabulate
 from theory import concentration, mean_policy, policy

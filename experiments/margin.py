@@ -25,8 +25,7 @@ from experiments import apparatus
 from experiments.criteria import judge
 from experiments.statistics import Verdict, slopes
 from experiments.style import BLUE, BOUND, EXACT, GREEN, GREY, RED, SEED
-from lindm.evaluate import greedy
-from lindm.oracles.mdp import policy_value
+from lindm.oracles.mdp import greedy, policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from theory import margin as margins

@@ -36,8 +36,7 @@ from experiments.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED
 from lindm.attention.layer import ReducedAttention
 from lindm.attention.trainer import train_many
 from lindm.contexts import draw_pairs, oracle_labels
-from lindm.evaluate import greedy
-from lindm.oracles.mdp import policy_value
+from lindm.oracles.mdp import greedy, policy_value
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, onehot_family, tabulate
 from lindm.rollouts import cumulative

@@ -14,8 +14,7 @@ from jax import Array
 from experiments import apparatus
 from lindm import baselines
 from lindm.contexts import oracle_labels
-from lindm.evaluate import greedy
-from lindm.oracles.mdp import policy_value
+from lindm.oracles.mdp import greedy, policy_value
 from lindm.problems.linear_mdp import Family
 from lindm.types import Prompt
 

@@ -35,7 +35,7 @@ from experiments.criteria import judge, judge_count
 from experiments.statistics import Verdict
 from experiments.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
 from lindm.contexts import draw_pairs, oracle_labels
-from lindm.evaluate import greedy
+from lindm.oracles.mdp import greedy
 from lindm.problems.checks import count
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family
 from lindm.problems.regression import covariance

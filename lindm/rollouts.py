@@ -1,12 +1,17 @@
 """Behaviour policies at work: rollouts in batch, every index drawn by inverse CDF from one uniform number."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from lindm.draws import flat
+from lindm.oracles.mdp import greedy
+from lindm.oracles.solve import Problem, Solution, advance, as_cloud, label, labels, q_bounds
 from lindm.problems import checks
-from lindm.types import MDP, Episodes, at_stage
+from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, at_stage
 
 
 def cumulative(p: Array) -> Array:
@@ -64,3 +69,63 @@ def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
 
     _, (s, a, r) = jax.lax.scan(stage, start, (jnp.arange(H), mdp.r, pi, u[0], u[1]))
     return Episodes(s=s.T, a=a.T, r=r.T)
+
+
+# --- around the oracle ---------------------------------------------------------------------------------------------------
+
+
+def demonstrate(
+    key: Array, problem: Problem, solution: Solution, n: int, epsilon: ArrayLike, nature: ArrayLike | None = None
+) -> tuple[Episodes, Labels]:
+    """n episodes of a behaviour around the oracle, every step labelled by it.
+
+    At each step the behaviour takes a uniformly random action with probability `epsilon` and the oracle's otherwise:
+    0 is the oracle, 1 is uniform.
+
+    Args:
+      solution: of this problem, by `lindm.oracles.solve.solve`.
+      epsilon: in [0, 1].
+      nature: the model [] that makes every step of an APOMDP. If None nature plays the problem's own game: against the action
+        taken it has the worst model of the oracle's continuation with probability alpha, and the best one otherwise.
+    Returns: Episodes [n, H] (an MDP has no m and o, a POMDP no m) and their Labels.
+    """
+    checks.count(n, "n")
+    if isinstance(problem, MDP):
+        assert isinstance(solution.tables, Plan)
+        A = problem.r.shape[-1]
+        best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
+        episodes = rollout(key, problem, (1 - epsilon) * best + epsilon / A, n)
+        return episodes, labels(problem, solution, episodes)
+    episodes, found = _around(key, as_cloud(problem), solution, n, epsilon, nature)
+    return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), found
+
+
+def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, nature) -> tuple[Episodes, Labels]:
+    _, H, _, A = problem.cloud.r.shape
+    u = flat(jax.random.uniform, key, (n, H, 6), problem.cloud.rho.dtype)
+
+    def one(u: Array):
+        def step(carry, at):
+            history, beliefs, s = carry
+            t, (u_mix, u_act, u_model, u_start, u_next, u_seen) = at
+            lower, upper, G = q_bounds(problem, solution.tables, t, history, beliefs)
+            action, Q, certificate, regret = label(lower, upper, solution.exact)
+            found = Labels(action=action, Q=Q, certificate=certificate, regret=regret)
+            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), action)
+            if nature is None:
+                m = jnp.where(u_model < problem.alpha, G[a].argmin(), G[a].argmax()).astype(jnp.int32)
+            else:
+                m = jnp.asarray(nature, jnp.int32)
+            # the first state is drawn when its law is known: from rho of the model that nature took
+            s = jnp.where(t == 0, invert(cumulative(problem.cloud.rho[m]), u_start), s)
+            here = jax.tree.map(lambda x: x[m], problem.cloud)
+            following = invert(cumulative(at_stage(here.P, t)[s, a]), u_next)
+            o = invert(cumulative(at_stage(here.O, t)[a, following]), u_seen)
+            made = Episodes(s=s, a=a, r=here.r[t, s, a], m=m, o=o)
+            return (*advance(problem, t, history, beliefs, a, m, o), following), (made, found)
+
+        zero = jnp.zeros((), jnp.int32)
+        stages = (jnp.arange(H), tuple(u.T))
+        return jax.lax.scan(step, (zero, problem.cloud.rho, zero), stages)[1]
+
+    return jax.vmap(one)(u)

@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 # Rows that are off by rounding in single precision pass; a row that is off by a digit does not.
@@ -79,6 +80,30 @@ def nonnegative(value: float, name: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative; got {value}")
     return value
+
+
+def positive(value: ArrayLike, name: str) -> None:
+    """A finite number above zero. A traced number passes unseen, here and in the next two rules."""
+    if not (isinstance(value, Tracer) or 0 < _number(value) < math.inf):
+        raise ValueError(f"{name} must be a finite number above zero; got {value}")
+
+
+def fraction(value: ArrayLike, name: str) -> None:
+    """A number in [0, 1]."""
+    if not (isinstance(value, Tracer) or 0 <= _number(value) <= 1):
+        raise ValueError(f"{name} must be a number in [0, 1]; got {value}")
+
+
+def discount(value: ArrayLike) -> None:
+    """A number in (0, 1]."""
+    if not (isinstance(value, Tracer) or 0 < _number(value) <= 1):
+        raise ValueError(f"discount must be a number in (0, 1]; got {value}")
+
+
+def _number(value: ArrayLike) -> float:
+    """NaN, which no rule lets pass, for what is not one real number."""
+    array = np.asarray(value)
+    return float(array) if array.ndim == 0 and array.dtype.kind in "iuf" else math.nan
 
 
 def interval(low: float, high: float) -> None:

@@ -1,11 +1,14 @@
 """Tabular finite-horizon MDPs: checked when a user brings one, drawn at random otherwise."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.draws import flat
+from lindm.draws import dirichlet, flat
 from lindm.problems import checks
 from lindm.types import MDP
 
@@ -57,3 +60,60 @@ def draw_mdp(key: Array, S: int, A: int, H: int, *, power: float = 1.0, low: flo
         r=flat(jax.random.uniform, reward, (H, S, A), dtype, low, high),
         rho=jnp.full(S, 1.0 / S, dtype),
     )
+
+
+def draw_stationary_mdp(
+    key: Array,
+    S: int,
+    A: int,
+    H: int,
+    *,
+    concentration: ArrayLike = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
+    step: float = 0.0,
+    discount: ArrayLike = 1.0,
+    dtype=None,
+) -> MDP:
+    """A random MDP with one kernel and one reward table for all stages; starts anywhere.
+
+    Args:
+      concentration: of the Dirichlet law of the rows of P [1, S, A, S], above zero: small for nearly deterministic moves, large
+        for nearly uniform ones. May be traced.
+      low, high, step: rewards are uniform in [low, high] if `step` is 0, else every multiple of `step` in there is equally likely
+        (numbers that are short in a text).
+      discount: in (0, 1], folded into the rewards of later stages. May be traced.
+
+    Raises:
+      ValueError: a size or a number is out of its range, or [low, high] holds no multiple of `step`.
+    """
+    for value, name in ((S, "S"), (A, "A"), (H, "H")):
+        checks.count(value, name)
+    checks.positive(concentration, "concentration")
+    dtype = dtype or jnp.result_type(float)
+    kernel, reward = jax.random.split(key)
+    return MDP(
+        P=dirichlet(kernel, concentration, (1, S, A, S), dtype),
+        r=over_stages(_rewards(reward, (S, A), low, high, step, dtype), H, discount),
+        rho=jnp.full(S, 1.0 / S, dtype),
+    )
+
+
+def over_stages(r: Array, H: int, discount: ArrayLike = 1.0) -> Array:
+    """discount^h r_h: rewards [H, S, A] as of the start, from a table [S, A] that serves every stage or from [H, S, A]."""
+    checks.discount(discount)
+    return jnp.asarray(discount, r.dtype) ** jnp.arange(H, dtype=r.dtype)[:, None, None] * jnp.broadcast_to(r, (H, *r.shape[-2:]))
+
+
+def _rewards(key: Array, shape: tuple[int, ...], low: float, high: float, step: float, dtype) -> Array:
+    checks.interval(low, high)
+    checks.nonnegative(step, "step")
+    if not step:
+        return flat(jax.random.uniform, key, shape, dtype, low, high)
+    # an end that is itself a multiple counts, whatever the rounding of its quotient
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    if first > last:
+        raise ValueError(f"step must have a multiple between low = {low} and high = {high}; got {step}")
+    # decimals as they are written: 0.3, where 3 * 0.1 is 0.30000000000000004
+    levels = np.array([float(f"{k * step:.12g}") for k in range(first, last + 1)])
+    return jnp.asarray(levels, dtype)[flat(jax.random.randint, key, shape, 0, len(levels))]

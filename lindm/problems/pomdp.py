@@ -1,0 +1,103 @@
+"""Finite-horizon POMDPs: checked when a user brings one, made of an MDP that hides nothing, drawn at random otherwise.
+
+The observation comes after the action, from the state it led to: P(s', o | s, a) = P[s, a, s'] O[a, s', o]. A discount gamma is
+folded into the rewards, r_h <- gamma^h r_h.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lindm.draws import dirichlet
+from lindm.problems import checks
+from lindm.problems.mdp import draw_stationary_mdp, over_stages
+from lindm.types import MDP, POMDP
+
+
+def pomdp(
+    P: ArrayLike, O: ArrayLike, r: ArrayLike, rho: ArrayLike, *, horizon: int | None = None, discount: float = 1.0
+) -> POMDP:
+    """A checked POMDP.
+
+    Args:
+      P: [S, A, S] or [H|1, S, A, S], each row over the last axis a distribution.
+      O: [A, S, O] or [H|1, A, S, O], the same; indexed by the action taken and the state it led to.
+      r: [S, A], the same at every stage (then `horizon` is required), or [H, S, A]; finite, and not discounted yet.
+      rho: [S], a distribution.
+      horizon: H; has to agree with the arrays that have an axis of stages.
+      discount: in (0, 1].
+
+    Raises:
+      ValueError: names the argument, the rule and what was got.
+    """
+    P, O, r, rho = (checks.finite(x, name) for x, name in ((P, "P"), (O, "O"), (r, "r"), (rho, "rho")))
+    if r.ndim == 2:
+        checks.shaped(r, (None, None), "r", "S, A")
+        if horizon is None:
+            raise ValueError(f"horizon must be given when r has no axis of stages; got r of shape {r.shape}")
+        H = checks.count(horizon, "horizon")
+    else:
+        H = checks.shaped(r, (None, None, None), "r", "H, S, A").shape[0]
+        if horizon is not None and horizon != H:
+            raise ValueError(f"horizon must be the length of r's first axis, {H}; got {horizon}")
+    S, A = r.shape[-2:]
+    P, O = (x[None] if x.ndim == 3 else x for x in (P, O))
+    checks.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
+    checks.shaped(O, (1 if O.shape[:1] == (1,) else H, A, S, None), "O", "H|1, A, S, O")
+    checks.shaped(rho, (S,), "rho", "S")
+    for x, name in ((P, "P"), (O, "O"), (rho, "rho")):
+        checks.distribution(x, name)
+    # one precision, the widest: a scan over stages carries values made of all four
+    dtype = jnp.result_type(P, O, r, rho)
+    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=over_stages(r.astype(dtype), H, discount), rho=rho.astype(dtype))
+
+
+def reveal(mdp: MDP) -> POMDP:
+    """The MDP as a POMDP whose observation is the next state.
+
+    A POMDP's first state is not observed, so the two have one value where the first state is known: V_0(unit vector of s) of the
+    POMDP is V_0(s) of the MDP, and V_0(rho) is at most the mean of V_0(s) under rho.
+    """
+    S, A = mdp.r.shape[-2:]
+    return POMDP(P=mdp.P, O=jnp.broadcast_to(jnp.eye(S, dtype=mdp.P.dtype), (1, A, S, S)), r=mdp.r, rho=mdp.rho)
+
+
+def draw_pomdp(
+    key: Array,
+    S: int,
+    A: int,
+    O: int,
+    H: int,
+    *,
+    concentration: ArrayLike = 1.0,
+    quality: ArrayLike = 0.5,
+    low: float = 0.0,
+    high: float = 1.0,
+    step: float = 0.0,
+    discount: ArrayLike = 1.0,
+    dtype=None,
+) -> POMDP:
+    """A random POMDP: the process of `draw_stationary_mdp`, and behind it observations that are true with probability `quality`.
+
+        O[a, s', o] = quality [o = s' mod O] + (1 - quality) noise[a, o],    noise[a] a flat Dirichlet row
+
+    The noise of an action is one row for all states: quality 0 tells nothing at all, and quality 1 with O >= S tells the state.
+
+    Args:
+      quality: in [0, 1]. May be traced, as `concentration` and `discount` may.
+
+    Raises:
+      ValueError: a size or a number is out of its range.
+    """
+    checks.count(O, "O")
+    checks.fraction(quality, "quality")
+    process, noise = jax.random.split(key)
+    mdp = draw_stationary_mdp(
+        process, S, A, H, concentration=concentration, low=low, high=high, step=step, discount=discount, dtype=dtype
+    )
+    dtype = mdp.P.dtype
+    quality = jnp.asarray(quality, dtype)
+    signal = jax.nn.one_hot(jnp.arange(S) % O, O, dtype=dtype)
+    rows = quality * signal[None] + (1 - quality) * dirichlet(noise, 1.0, (A, 1, O), dtype)
+    return POMDP(P=mdp.P, O=rows[None], r=mdp.r, rho=mdp.rho)
