@@ -6,10 +6,13 @@ Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 5 not fi
 
 import contextlib
 import io
+import json as json_module
 import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated
@@ -60,11 +63,82 @@ class Doctor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Solve:
+    """The value of a decision problem, with bounds, and the best first action. Several files form a cloud of models."""
+
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """.pomdp files, or the name of a problem that ships with lindm: prostate"""
+    horizon: int
+    """number of stages"""
+    discount: float | None = None
+    """in place of the file's own"""
+    alpha: float | None = None
+    """attitude to the models of a cloud: 1 is the worst case, 0 the best"""
+    method: str = "auto"
+    """auto (exact if it fits in 1 GiB, certified otherwise), tree, hsvi or net"""
+    json: bool = False
+    """print one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Make:
+    """Labelled episodes on disk: Parquet and JSONL with a data card and a manifest. A killed run resumes."""
+
+    source: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SUITE")]
+    """mdp, pomdp or apomdp; or prostate, or .pomdp files (several form a cloud)"""
+    tasks: int
+    """number of task instances"""
+    demos: int
+    """demonstrations of each"""
+    out: Path
+    """where the data go"""
+    queries: int = 1
+    """query episodes of each task"""
+    horizon: int | None = None
+    """number of stages [default: the middle one of a suite's three; needed by a file]"""
+    split: str = "id"
+    """of a suite: id or ood"""
+    seed: int = 0
+    """the same seed gives the same bytes"""
+    behaviour: str = "oracle"
+    """of the demonstrations: oracle, epsilon or uniform"""
+    query_behaviour: str = "epsilon"
+    """of the queries: oracle, epsilon or uniform"""
+    epsilon: float = 0.2
+    """share of random actions of the behaviour epsilon"""
+    discount: float | None = None
+    """of a file, in place of its own"""
+    alpha: float | None = None
+    """of a cloud: 1 is the worst case, 0 the best"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Data made by `lindm data make`, for other tools."""
+
+    directory: tyro.conf.Positional[Path]
+    """a directory written by `lindm data make`"""
+    to: str
+    """trl (prompt/completion and messages, as SFTTrainer takes them) or minari"""
+    out: Path
+    """where the export goes"""
+    template: str = "compact"
+    """of the text: compact, readable, or a JSON or TOML file"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Offline data with the oracle's labels."""
+
+    command: Annotated[Make, tyro.conf.subcommand("make")] | Annotated[Export, tyro.conf.subcommand("export")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure speed and memory beside a plain implementation."""
+    """Measure speed and memory beside other implementations."""
 
     what: tyro.conf.Positional[str]
-    """attention"""
+    """attention or oracles"""
     json: bool = False
     """print one JSON list"""
 
@@ -74,6 +148,8 @@ Command = (
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Solve, tyro.conf.subcommand("solve")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 DESCRIPTION = "lindm: in-context learning for sequential decisions, measured beside what theory predicts."
@@ -177,11 +253,53 @@ def _plot(directory: Path) -> int:
 
 
 def _bench(command: Bench) -> int:
-    if command.what != "attention":
-        raise ValueError(f"WHAT must be attention; got {command.what!r}")
-    from lindm.attention import bench  # pyright: ignore
-
+    if command.what == "attention":
+        from lindm.attention import bench
+    elif command.what == "oracles":
+        from lindm.oracles import bench
+    else:
+        raise ValueError(f"WHAT must be attention or oracles; got {command.what!r}")
     return int(bench.main(command.json) or 0)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What a reader of files warns of, one line each on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"lindm: warning: {warning.message}", file=sys.stderr)
+
+
+def _double_precision() -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def _solve(command: Solve) -> int:
+    from lindm.sources import named
+
+    start = time.perf_counter()
+    _double_precision()
+    with _warnings_as_lines():
+        source = named(command.files, command.horizon, command.discount, command.alpha)
+    from lindm.oracles.solve import first_action, solve
+
+    solution = solve(source.problem, command.method)
+    action = source.actions[int(first_action(source.problem, solution))]
+    value, lower, upper = (float(x) for x in (solution.value, solution.lower, solution.upper))
+    seconds = time.perf_counter() - start
+    if command.json:
+        answer = {"value": value, "lower": lower, "upper": upper, "method": solution.method}
+        print(json_module.dumps({**answer, "seconds": round(seconds, 3), "first_action": action}))
+        return 0
+    bounds = "exact" if solution.exact else f"certified to lie in [{lower:.10g}, {upper:.10g}]"
+    print(f"value         {value:.10g}  ({bounds})")
+    print(f"first action  {action}")
+    print(f"method        {solution.method}, {seconds:.1f} s")
+    return 0
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -204,6 +322,12 @@ def _dispatch(arguments: list[str]) -> int:
             from lindm import doctor
 
             return doctor.main(command.out)
+        case Solve():
+            return _solve(command)
+        case Data(command=Make() as make):
+            return _make(make)
+        case Data(command=Export() as export):
+            return _export(export)
         case Bench():
             return _bench(command)
     raise AssertionError(command)

@@ -8,10 +8,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lindm.draws import flat
+from lindm.oracles import tree
 from lindm.oracles.mdp import greedy
-from lindm.oracles.solve import Problem, Solution, advance, as_cloud, label, labels, q_bounds
+from lindm.oracles.solve import Solution, advance, label, labels, q_bounds
 from lindm.problems import checks
-from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, at_stage
+from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, Problem, at_stage
 
 
 def cumulative(p: Array) -> Array:
@@ -96,7 +97,7 @@ def demonstrate(
         best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
         episodes = rollout(key, problem, (1 - epsilon) * best + epsilon / A, n)
         return episodes, labels(problem, solution, episodes)
-    episodes, found = _around(key, as_cloud(problem), solution, n, epsilon, nature)
+    episodes, found = _around(key, tree.as_cloud(problem), solution, n, epsilon, nature)
     return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), found
 
 

@@ -104,6 +104,8 @@ class Labels:
     regret: Array  # [..., H] at most this much is lost by the oracle's action at this step; 0 where exact or certified
 
 
+Problem = MDP | POMDP | APOMDP
+
 EXACT, CERTIFIED, BOUNDED = 0, 1, 2
 CERTIFICATES = ("exact", "certified", "bounded")  # the names, in the order of the numbers
 

@@ -14,7 +14,7 @@ FLOORS = (
     ("lindm.types", "lindm.draws", "lindm.files", "lindm.text", "lindm.timing"),
     ("lindm.problems",),
     ("lindm.oracles",),
-    ("lindm.rollouts",),
+    ("lindm.rollouts", "lindm.suites", "lindm.sources"),
     ("lindm.contexts", "lindm.datasets"),
     ("lindm.baselines", "lindm.attention", "lindm.llm"),
     ("lindm.evaluate",),

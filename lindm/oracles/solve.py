@@ -20,14 +20,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm.oracles import hsvi, mdp, net, tree
-from lindm.problems.apomdp import single
-from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, POMDP, Episodes, Labels, Plan
+from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, Episodes, Labels, Plan, Problem
 
 BUDGET = 1 << 30  # bytes
 METHODS = ("auto", "tree", "hsvi", "net")
 ROUNDING = 1e-12  # relative to the largest |Q| of a history: differences below it are ties
 
-Problem = MDP | POMDP | APOMDP
 Tables = Plan | tree.Tree | hsvi.Bounds | net.Net
 
 
@@ -47,16 +45,11 @@ class Solution:
         return isinstance(self.tables, Plan | tree.Tree)
 
 
-def as_cloud(problem: POMDP | APOMDP) -> APOMDP:
-    """A POMDP as a cloud of one model; an APOMDP as it is."""
-    return single(problem) if isinstance(problem, POMDP) else problem
-
-
 def method_for(problem: Problem, budget: int = BUDGET) -> str:
     """What `solve` takes by itself: decided by the sizes alone."""
     if isinstance(problem, MDP):
         return "backward induction"
-    cloud = as_cloud(problem)
+    cloud = tree.as_cloud(problem)
     if tree.memory_bytes(cloud) <= budget:
         return "tree"
     return "hsvi" if len(cloud.cloud.r) == 1 else "net"
@@ -81,7 +74,7 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET) -> Solut
         plan = mdp.backward_induction(problem)
         value = problem.rho @ plan.V[0]
         return Solution(value=value, lower=value, upper=value, tables=plan, method="backward induction")
-    cloud = as_cloud(problem)
+    cloud = tree.as_cloud(problem)
     chosen = method_for(problem, budget) if method == "auto" else method
     if chosen == "tree":
         need = tree.memory_bytes(cloud)
@@ -99,6 +92,12 @@ def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:
     lower, upper, _ = q_bounds(problem, tables, 0, jnp.zeros((), jnp.int32), problem.cloud.rho)
     lower, upper = lower.max(), upper.max()
     return Solution(value=(lower + upper) / 2, lower=lower, upper=upper, tables=tables, method=method)
+
+
+def first_action(problem: POMDP | APOMDP, solution: Solution) -> Array:
+    """The oracle's action [] at the start, where nothing has been seen."""
+    lower, _, _ = q_bounds(tree.as_cloud(problem), solution.tables, 0, jnp.zeros((), jnp.int32), tree.as_cloud(problem).cloud.rho)
+    return mdp.greedy(lower)
 
 
 # --- at one history ------------------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def labels(problem: Problem, solution: Solution, episodes: Episodes) -> Labels:
         zero = jnp.zeros(Q.shape[:-1], Q.dtype)
         action = mdp.greedy(solution.tables.Q)[jnp.arange(problem.r.shape[0]), episodes.s]
         return Labels(action=action, Q=Q, certificate=zero.astype(jnp.int8), regret=zero)
-    cloud = as_cloud(problem)
+    cloud = tree.as_cloud(problem)
     m = jnp.zeros_like(episodes.a) if episodes.m is None else episodes.m
     assert episodes.o is not None
     flat = [x.reshape(-1, x.shape[-1]) for x in (episodes.a, m, episodes.o)]

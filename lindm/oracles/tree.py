@@ -26,7 +26,8 @@ from jax import Array
 
 from lindm.oracles.mdp import greedy
 from lindm.problems import checks
-from lindm.types import APOMDP, at_stage
+from lindm.problems.apomdp import single
+from lindm.types import APOMDP, POMDP, at_stage
 
 CACHE = 1 << 18  # bytes of the last stage of a block of subtrees
 
@@ -40,6 +41,11 @@ class Tree:
     """Q* at every history, normalised by the history's probability; zero where that is zero."""
 
     Q: Array  # [..., histories of all stages, A], stage after stage (`first_history`)
+
+
+def as_cloud(problem: POMDP | APOMDP) -> APOMDP:
+    """A POMDP as a cloud of one model; an APOMDP as it is."""
+    return single(problem) if isinstance(problem, POMDP) else problem
 
 
 def branching(problem: APOMDP) -> int:

@@ -1,4 +1,4 @@
-"""Ambiguous problems by brute force: plain recursion over histories in numpy, with normalised beliefs and no table of any kind."""
+"""Ambiguous problems by brute force: plain recursion over histories in numpy, normalised beliefs, no table of any kind."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from lindm.types import APOMDP, POMDP
 
 
 class Brute:
-    """A cloud as numpy arrays, P [M, H|1, S, A, S], O [M, H|1, A, S, O], r [M, H, S, A], rho [M, S], and what follows from them."""
+    """A cloud as numpy arrays: P [M, H|1, S, A, S], O [M, H|1, A, S, O], r [M, H, S, A], rho [M, S]; what follows from them."""
 
     def __init__(self, P, O, r, rho, alpha):
         self.P, self.O, self.r, self.rho, self.alpha = (np.asarray(x, float) for x in (P, O, r, rho, alpha))

@@ -9,6 +9,7 @@ import pytest
 
 from lindm import evaluate
 from lindm.evaluate import measurement
+from lindm.oracles import tree
 from lindm.types import MDP
 
 suboptimality = jax.jit(evaluate.suboptimality)
@@ -75,3 +76,69 @@ def test_a_measurement_is_the_mean_and_its_standard_error():
 def test_one_instance_has_no_standard_error(count):
     with pytest.raises(ValueError, match="values must hold at least two instances"):
         measurement(jnp.zeros((count, 3)))
+
+
+# --- ambiguous problems
+
+
+def table_policy(world, seed):
+    rng = np.random.default_rng(seed)
+    B = world.A * world.M * world.obs
+    policy = [rng.dirichlet(np.ones(world.A), B**t) for t in range(world.H)]
+
+    def act(t, history):
+        return policy[t][sum(((a * world.M + m) * world.obs + o) * B**k for k, (a, m, o) in enumerate(history))]
+
+    return tuple(jnp.asarray(table) for table in policy), act
+
+
+def fixed_value(world, m, act, b, t=0, history=()):
+    """V_m by plain recursion: model m at every step."""
+    total = 0.0
+    for a, p_a in enumerate(act(t, history)):
+        total += p_a * float(b @ world.r[m, t, :, a])
+        for o in range(world.obs):
+            p, after = world.step(b, t, a, m, o)
+            if p > 0 and t + 1 < world.H:
+                total += p_a * p * fixed_value(world, m, act, after, t + 1, (*history, (a, m, o)))
+    return total
+
+
+def test_the_value_under_a_fixed_model_and_over_the_whole_horizon_are_those_of_plain_recursion(brute):
+    world = brute.random(21, M=3, H=3, alpha=0.3)
+    policy, act = table_policy(world, 0)
+    wanted = [fixed_value(world, m, act, world.rho[m]) for m in range(3)]
+    found = [evaluate.fixed_model_value(world.problem(), policy, m) for m in range(3)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    whole = 0.3 * min(wanted) + 0.7 * max(wanted)
+    np.testing.assert_allclose(evaluate.whole_horizon_value(world.problem(), policy), whole, rtol=1e-12)
+
+
+def test_the_three_criteria_are_different_problems(brute):
+    problem = brute.random(22, M=2, H=3, alpha=1.0).problem()
+    policy = tree.optimal_policy(problem, tree.tree(problem))
+    stagewise, whole = float(tree.policy_value(problem, policy)), float(evaluate.whole_horizon_value(problem, policy))
+    assert stagewise < whole - 1e-3  # nature that moves at every stage is the stronger enemy
+
+
+def test_a_policy_that_does_not_look_at_the_model_acts_alike_under_all_of_them(brute):
+    world = brute.random(23, A=2, M=3, O=2, H=3)
+    rng = np.random.default_rng(1)
+    blind = [rng.dirichlet(np.ones(2), 4**t) for t in range(3)]
+    lifted = evaluate.without_models(world.problem(), tuple(jnp.asarray(table) for table in blind))
+    checked = tree.checked_policy(world.problem(), lifted)
+
+    def act(t, history):
+        return blind[t][sum((a * 2 + o) * 4**k for k, (a, _, o) in enumerate(history))]
+
+    np.testing.assert_allclose(tree.policy_value(world.problem(), checked), world.V(list(world.rho), 0, (), act), rtol=1e-12)
+    for m in range(3):
+        model = brute(*(x[m : m + 1] for x in (world.P, world.O, world.r, world.rho)), 0.0).problem()
+        alone = tree.policy_value(model, tuple(jnp.asarray(table) for table in blind))
+        np.testing.assert_allclose(evaluate.fixed_model_value(world.problem(), lifted, m), alone, rtol=1e-12)
+
+
+def test_a_model_that_is_not_there_is_refused(brute):
+    problem = brute.random(0, M=2, H=1).problem()
+    with pytest.raises(ValueError, match="m must be the number of a model from 0 to 1; got 2"):
+        evaluate.fixed_model_value(problem, tree.uniform_policy(problem), 2)
