@@ -132,7 +132,8 @@ def action_gap(problem: Problem) -> Array:
         gap = jnp.minimum(gap, jnp.where(met, _lead(Q), inf).min())
         action = jax.vmap(greedy)(Q)
         U = jnp.einsum("nmosu,nms->nmou", tree.kernel(cloud, t)[action], U)
-        steps = (action[:, None] * (B // A) + jnp.arange(B // A, dtype=jnp.int32)) * B**t + history[:, None]
+        seen = jnp.arange(B // A, dtype=jnp.int32)[None]
+        steps = (action[:, None] * (B // A) + seen) * B**t + history[:, None]
         history, U = steps.reshape(-1), U.reshape(-1, 1, U.shape[-1])
         U = jnp.broadcast_to(U, (len(U), cloud.cloud.rho.shape[0], U.shape[-1]))
     return gap

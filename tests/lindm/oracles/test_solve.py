@@ -1,0 +1,114 @@
+"""One call for every problem: which method it takes, what its bounds promise, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lindm import rollouts
+from lindm.oracles import tree
+from lindm.oracles.solve import first_action, labels, method_for, solve
+from lindm.types import BOUNDED, CERTIFIED, EXACT, MDP, POMDP
+
+demonstrate = jax.jit(rollouts.demonstrate, static_argnames="n")
+
+
+def first_model(problem) -> POMDP:
+    return jax.tree.map(lambda x: x[0], problem.cloud)
+
+
+@pytest.fixture
+def small(brute):
+    return brute.random(31, S=3, A=2, O=2, M=1, H=5)
+
+
+def test_the_exact_method_is_taken_where_it_fits_the_budget(brute):
+    cloud = brute.random(0, A=2, O=2, M=2, H=4).problem()
+    pomdp, need = first_model(cloud), tree.memory_bytes(cloud)
+    assert need == 2 * 8 * 2 * (1 + 8 + 64 + 512)
+    assert method_for(cloud, need) == "tree" and method_for(cloud, need - 1) == "net"
+    assert method_for(pomdp, 0) == "hsvi" and method_for(pomdp) == "tree"
+    mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
+    assert method_for(mdp, 0) == "backward induction"
+
+
+def test_every_method_brackets_the_value(small):
+    problem = first_model(small.problem())
+    value = small.V(list(small.rho), 0)
+    exact = solve(problem)
+    assert exact.exact and exact.method == "tree"
+    np.testing.assert_allclose([exact.value, exact.lower, exact.upper], value, rtol=1e-12)
+    for method in ("hsvi", "net"):
+        bounded = solve(problem, method)
+        assert bounded.method == method and not bounded.exact
+        assert bounded.lower - 1e-9 <= value <= bounded.upper + 1e-9
+        assert bounded.lower <= bounded.value <= bounded.upper
+        assert bounded.upper - bounded.lower < 0.05 * abs(value)
+
+
+def test_beyond_the_budget_the_answer_is_certified(small):
+    problem = first_model(small.problem())
+    assert solve(problem, budget=1000).method == "hsvi"
+    cloud = small.problem()
+    assert solve(cloud, budget=1000).method == "hsvi"  # a cloud of one model is convex
+
+
+def test_an_mdp_has_the_mean_of_its_first_values():
+    rng = np.random.default_rng(0)
+    P, r, rho = rng.dirichlet(np.ones(3), (1, 3, 2)), rng.normal(size=(4, 3, 2)), rng.dirichlet(np.ones(3))
+    solution = solve(MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray(rho)))
+    V = np.zeros(3)
+    for h in reversed(range(4)):
+        V = (r[h] + P[0] @ V).max(-1)
+    np.testing.assert_allclose(solution.value, rho @ V, rtol=1e-12)
+    assert solution.exact and solution.lower == solution.upper == solution.value
+
+
+@pytest.mark.parametrize("method", ["hsvi", "net"])
+def test_labels_from_bounds_keep_their_promise(small, method):
+    problem = first_model(small.problem())
+    exact, bounded = solve(problem), solve(problem, method)
+    episodes, truth = demonstrate(jax.random.key(0), problem, exact, 200, 1.0)
+    found = labels(problem, bounded, episodes)
+    best = np.asarray(truth.Q).max(-1)
+    chosen = np.take_along_axis(np.asarray(truth.Q), np.asarray(found.action)[..., None], -1)[..., 0]
+    certificate, regret = np.asarray(found.certificate), np.asarray(found.regret)
+    assert set(np.unique(certificate)) <= {CERTIFIED, BOUNDED} and (certificate == CERTIFIED).mean() > 0.5
+    assert (regret[certificate == CERTIFIED] == 0).all() and (regret[certificate == BOUNDED] > 0).all()
+    assert (best - chosen <= regret + 1e-9).all()
+
+
+def test_labels_of_given_episodes_are_those_of_the_rollout(small, brute):
+    for problem in (first_model(small.problem()), brute.random(32, M=2, H=3).problem()):
+        solution = solve(problem)
+        episodes, found = demonstrate(jax.random.key(1), problem, solution, 50, 0.5)
+        again = labels(problem, solution, episodes)
+        np.testing.assert_array_equal(again.action, found.action)
+        np.testing.assert_array_equal(again.Q, found.Q)
+        assert (np.asarray(again.certificate) == EXACT).all()
+
+
+def test_the_first_action_is_the_best_one_before_anything_is_seen(brute):
+    for seed in range(5):
+        world = brute.random(seed, M=2, H=3)
+        problem = world.problem()
+        assert int(first_action(problem, solve(problem))) == int(np.argmax(world.Q(list(world.rho), 0)))
+
+
+def test_solve_under_jit_and_map_is_solve(brute):
+    problems = [brute.random(seed, M=2, H=3).problem() for seed in range(3)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *problems)
+    together = jax.jit(lambda p: jax.lax.map(lambda q: solve(q).value, p))(stack)
+    np.testing.assert_allclose(together, [solve(p).value for p in problems], rtol=1e-12)
+
+
+def test_what_cannot_be_done_is_refused(brute):
+    cloud = brute.random(0, M=2, H=3).problem()
+    with pytest.raises(ValueError, match="method must be one of auto, tree, hsvi, net; got 'magic'"):
+        solve(cloud, "magic")
+    with pytest.raises(ValueError, match="method must fit the budget of 10 bytes; a tree of this problem takes"):
+        solve(cloud, "tree", budget=10)
+    with pytest.raises(ValueError, match="hsvi needs one model.*got a cloud of 2"):
+        solve(cloud, "hsvi")
+    with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
+        solve(MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1)), "tree")
