@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from lindm.problems import cassandra, checks
-from lindm.problems.apomdp import CENTRES, PROSTATE_ACTIONS, PROSTATE_OBSERVATIONS, PROSTATE_STATES, prostate
-from lindm.types import APOMDP, Problem
+from lindm.problems.apomdp import CENTRES, PROSTATE_ACTIONS, PROSTATE_OBSERVATIONS, PROSTATE_STATES, apomdp, prostate
+from lindm.types import Problem
 
 SHIPPED = ("prostate",)
 
@@ -57,9 +55,9 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
     if alpha is None and len(words) > 1:
         raise ValueError("alpha must be given for several files, which form a cloud: 1 is the worst case, 0 the best")
     models = [cassandra.read(word) for word in words]
-    stack = cassandra.cloud(models, words, horizon, discount)
+    pomdps = cassandra.cloud(models, words, horizon, discount)
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
     if len(words) == 1:
-        return Source(problem=cassandra.to_pomdp(models[0], horizon, discount), **names)
-    problem = APOMDP(cloud=stack, alpha=jnp.asarray(alpha, stack.r.dtype))
-    return Source(problem=problem, models=tuple(Path(word).stem for word in words), **names)
+        return Source(problem=pomdps[0], **names)
+    assert alpha is not None
+    return Source(problem=apomdp(pomdps, alpha), models=tuple(Path(word).stem for word in words), **names)

@@ -1,6 +1,7 @@
 """Named suites: their sizes, their splits and the gap that every task of theirs keeps."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ def test_a_suite_has_three_horizons_and_two_splits_of_one_size(name, kind):
     assert len(suites.HORIZONS[name]) == 3
     for horizon in suites.HORIZONS[name]:
         for split in suites.SPLITS:
-            task = jax.eval_shape(lambda key, s=suites.suite(name, horizon, split): suites.draw_task(key, s), jax.random.key(0))
+            task = jax.eval_shape(partial(suites.draw_task, suite=suites.suite(name, horizon, split)), jax.random.key(0))
             assert isinstance(task, kind)
             r = task.cloud.r if isinstance(task, APOMDP) else task.r
             assert r.shape[-3] == horizon

@@ -108,7 +108,7 @@ def test_what_cannot_be_done_is_refused(brute):
         solve(cloud, "magic")
     with pytest.raises(ValueError, match="method must fit the budget of 10 bytes; a tree of this problem takes"):
         solve(cloud, "tree", budget=10)
-    with pytest.raises(ValueError, match="hsvi needs one model.*got a cloud of 2"):
+    with pytest.raises(ValueError, match=r"hsvi needs one model.*got a cloud of 2"):
         solve(cloud, "hsvi")
     with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
         solve(MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1)), "tree")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lindm.oracles.mdp import backward_induction, occupancy
-from lindm.problems.mdp import draw_mdp, mdp, simplex_rows
+from lindm.problems.mdp import draw_mdp, draw_stationary_mdp, mdp, over_stages, simplex_rows
 
 S, A, H = 3, 2, 2
 
@@ -139,3 +139,88 @@ def test_drawn_rewards_fill_their_range_evenly_and_stages_differ():
 def test_random_problems_out_of_range_are_refused_by_name(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         draw_mdp(jax.random.key(0), **({"S": S, "A": A, "H": H} | arguments))
+
+
+@given(seed=st.integers(0, 10**6), c=st.floats(0.01, 100.0), discount=st.floats(0.1, 1.0), step=st.sampled_from([0.0, 0.05, 0.3]))
+def test_stationary_problems_pass_the_door_and_discount_one_table(seed, c, discount, step):
+    problem = draw_stationary_mdp(
+        jax.random.key(seed), S, A, 4, concentration=c, low=-1.0, high=2.0, step=step, discount=discount
+    )
+    checked = mdp(problem.P, problem.r, problem.rho)
+    assert checked.P.shape == (1, S, A, S)
+    r = np.asarray(problem.r)
+    assert (r[0] >= -1).all() and (r[0] <= 2).all()
+    np.testing.assert_allclose(r, r[:1] * discount ** np.arange(4)[:, None, None], rtol=1e-13)
+    np.testing.assert_allclose(problem.rho, 1 / S)
+
+
+@pytest.mark.parametrize("c", [0.2, 3.0])
+def test_stationary_kernels_have_the_moments_of_the_dirichlet_law_asked_for(c):
+    count = 20_000
+    rows = np.asarray(
+        jax.vmap(lambda k: draw_stationary_mdp(k, 3, 1, 1, concentration=c).P)(jax.random.split(jax.random.key(5), count))
+    )
+    products = rows[:, 0, :, 0, :, None] * rows[:, 0, :, 0, None, :]
+    want = (c * c + c * np.eye(3)) / (3 * c * (3 * c + 1))
+    assert (np.abs(products.mean(0) - want) <= 5 * products.std(0) / np.sqrt(count)).all()
+
+
+def test_stepped_rewards_are_the_multiples_in_range_equally_often_and_short_in_a_text():
+    r = np.asarray(draw_stationary_mdp(jax.random.key(0), 2, 5_000, 1, low=-0.1, high=0.35, step=0.1).r).ravel()
+    values, counts = np.unique(r, return_counts=True)
+    assert values.tolist() == [-0.1, 0.0, 0.1, 0.2, 0.3]
+    assert np.abs(counts / r.size - 0.2).max() < 5 * np.sqrt(0.16 / r.size)
+    whole = np.asarray(draw_stationary_mdp(jax.random.key(1), 2, 5_000, 1, low=-6.0, high=3.0, step=3.0).r)
+    assert np.unique(whole).tolist() == [-6, -3, 0, 3]
+
+
+def test_unstepped_rewards_fill_their_range_evenly():
+    r = np.asarray(draw_stationary_mdp(jax.random.key(2), 2, 5_000, 1, low=2.0, high=6.0).r)
+    assert abs(r.mean() - 4) < 5 * np.sqrt(16 / 12 / r.size)
+    assert abs(r.var() - 16 / 12) < 5 * 16 * np.sqrt(1 / 180 / r.size)
+
+
+def test_numbers_of_a_stationary_problem_may_be_traced_and_stacks_are_loops():
+    def draw(key, c, discount):
+        return draw_stationary_mdp(key, S, A, 3, concentration=c, discount=discount)
+
+    keys, c, discount = jax.random.split(jax.random.key(3), 3), jnp.array([0.1, 1.0, 9.0]), jnp.array([0.5, 0.9, 1.0])
+    stack = jax.jit(jax.vmap(draw))(keys, c, discount)
+    for i in range(3):
+        one = draw(keys[i], float(c[i]), float(discount[i]))
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-9, atol=1e-300), stack, one)
+
+
+def test_stationary_problems_come_in_single_precision():
+    problem = draw_stationary_mdp(jax.random.key(0), S, A, H, concentration=0.01, step=0.1, discount=0.9, dtype=jnp.float32)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float32"}
+    mdp(problem.P, problem.r, problem.rho)
+
+
+def test_a_table_of_rewards_serves_every_stage_and_stages_keep_their_own():
+    table, stages = np.array([[1.0, 2.0]]), np.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    np.testing.assert_array_equal(over_stages(jnp.asarray(table), 3, 0.5), [[[1, 2]], [[0.5, 1]], [[0.25, 0.5]]])
+    np.testing.assert_array_equal(over_stages(jnp.asarray(stages), 2, 0.5), [[[1, 2]], [[1.5, 2]]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"S": 0}, "S must be a whole number"),
+        ({"H": 2.5}, "H must be a whole number"),
+        ({"concentration": 0.0}, "concentration must be a finite number above zero; got 0"),
+        ({"concentration": float("nan")}, "concentration must be"),
+        ({"concentration": float("inf")}, "concentration must be"),
+        ({"concentration": [1.0, 2.0]}, "concentration must be"),
+        ({"low": 1.0, "high": 0.0}, "high must be at least low"),
+        ({"step": -0.1}, "step must be finite and not negative"),
+        ({"step": 0.4, "low": 0.5, "high": 0.7}, "step must have a multiple between low = 0.5 and high = 0.7; got 0.4"),
+        ({"discount": 0.0}, r"discount must be a number in \(0, 1\]; got 0"),
+        ({"discount": 1.01}, "discount must be"),
+        ({"discount": float("nan")}, "discount must be"),
+        ({"discount": "high"}, "discount must be"),
+    ],
+)
+def test_stationary_problems_out_of_range_are_refused_by_name(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        draw_stationary_mdp(jax.random.key(0), **({"S": S, "A": A, "H": H} | arguments))

@@ -1,0 +1,333 @@
+"""Clouds: the door, the laws of random ones, the problem from medicine, and the two POMDPs in disguise.
+
+Values come from the definition, by a recursion over beliefs in numpy that keeps one belief per model.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lindm.problems.apomdp import (
+    CENTRES,
+    PROSTATE_ACTIONS,
+    PROSTATE_OBSERVATIONS,
+    PROSTATE_STATES,
+    apomdp,
+    draw_apomdp,
+    mixture,
+    optimistic,
+    prostate,
+    single,
+)
+from lindm.problems.pomdp import draw_pomdp, pomdp
+from lindm.types import APOMDP, POMDP
+
+S, A, O, H, M = 2, 2, 2, 3, 2
+
+
+def action_values(cloud, alpha, b, h=0):
+    """Q_h [..., A] by the definition, at beliefs b [..., M, S]."""
+    P, O, r = (np.asarray(x) for x in (cloud.P, cloud.O, cloud.r))
+    G = np.einsum("...ms,msa->...am", b, r[:, h])
+    if h + 1 < r.shape[1]:
+        K = np.einsum("msat,mato->amost", P[:, h % P.shape[1]], O[:, h % O.shape[1]])
+        joint = np.einsum("...ms,amost->...amot", b, K)
+        mass = joint.sum(-1)
+        tau = joint / np.where(mass > 0, mass, 1)[..., None]
+        tau = np.repeat(tau[..., None, :], len(r), axis=-2)
+        G = G + (mass * action_values(cloud, alpha, tau, h + 1).max(-1)).sum(-1)
+    return alpha * G.min(-1) + (1 - alpha) * G.max(-1)
+
+
+def value(problem: APOMDP) -> float:
+    return float(action_values(problem.cloud, float(problem.alpha), np.asarray(problem.cloud.rho)).max())
+
+
+def pomdp_value(problem: POMDP) -> float:
+    cloud = jax.tree.map(lambda x: np.asarray(x)[None], problem)
+    return float(action_values(cloud, 0.0, cloud.rho).max())
+
+
+def models(seed: int, count: int = M, stages: tuple[int, int] = (1, 1), common_start: bool = True, O: int = O) -> list[POMDP]:
+    rng = np.random.default_rng(seed)
+    rho = rng.dirichlet(np.ones(S))
+    return [
+        pomdp(
+            P=rng.dirichlet(np.ones(S), (stages[0], S, A)),
+            O=rng.dirichlet(np.ones(O), (stages[1], A, S)),
+            r=rng.normal(size=(H, S, A)),
+            rho=rho if common_start else rng.dirichlet(np.ones(S)),
+        )
+        for _ in range(count)
+    ]
+
+
+def checked(problem: POMDP) -> None:
+    pomdp(problem.P, problem.O, problem.r, problem.rho)
+
+
+# the door
+
+
+def test_models_come_back_as_they_were_given():
+    members = models(0, 3, (H, 1), common_start=False)
+    problem = apomdp(members, 0.25)
+    assert float(problem.alpha) == 0.25
+    for m, member in enumerate(members):
+        jax.tree.map(lambda x, y, m=m: np.testing.assert_array_equal(x[m], y), problem.cloud, member)
+
+
+def test_a_single_stage_is_repeated_where_another_model_has_all_stages():
+    flat, full = models(1, 1)[0], models(2, 1, (H, H))[0]
+    cloud = apomdp([flat, full], 1).cloud
+    assert cloud.P.shape == (2, H, S, A, S) and cloud.O.shape == (2, H, A, S, O)
+    for h in range(H):
+        np.testing.assert_array_equal(cloud.P[0, h], flat.P[0])
+        np.testing.assert_array_equal(cloud.O[0, h], flat.O[0])
+    np.testing.assert_array_equal(cloud.P[1], full.P)
+
+
+def test_models_of_mixed_precision_become_one_cloud():
+    first, second = models(3)
+    problem = apomdp([jax.tree.map(lambda x: x.astype(jnp.float32), first), second], 0.5)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float64"}
+
+
+def test_no_model_is_refused():
+    with pytest.raises(ValueError, match="models must hold at least one POMDP; got none"):
+        apomdp([], 0.5)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, np.nan, [0.5, 0.5]])
+def test_an_attitude_out_of_range_is_refused(alpha):
+    for make in (lambda: apomdp(models(0), alpha), lambda: single(models(0)[0], alpha)):
+        with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]; got"):
+            make()
+
+
+@pytest.mark.parametrize("name", ["P", "O", "rho"])
+def test_a_broken_model_is_refused_by_its_index_and_field(name):
+    members = models(4, 3)
+    members[2] = dataclasses.replace(members[2], **{name: 2 * getattr(members[2], name)})
+    with pytest.raises(ValueError, match=rf"^model 2: each row of {name} must sum to one"):
+        apomdp(members, 0.5)
+
+
+def test_models_of_different_shapes_are_refused_by_index():
+    longer = dataclasses.replace(models(5)[0], r=jnp.zeros((H + 1, S, A)))
+    with pytest.raises(ValueError, match=r"same shapes: r of model 1 has \(4, 2, 2\), of model 0 \(3, 2, 2\)"):
+        apomdp([models(5)[0], longer], 0.5)
+    with pytest.raises(ValueError, match=r"same shapes: O at a stage of model 1 has \(2, 2, 3\), of model 0 \(2, 2, 2\)"):
+        apomdp([models(5)[0], models(5, O=3)[0]], 0.5)
+
+
+@given(seed=st.integers(0, 10**6), alpha=st.floats(0.0, 1.0))
+def test_a_single_model_has_the_value_of_its_pomdp_whatever_the_attitude(seed, alpha):
+    member = models(seed, 1)[0]
+    problem = single(member, alpha)
+    apomdp([jax.tree.map(lambda x: x[0], problem.cloud)], problem.alpha)
+    assert value(problem) == pytest.approx(pomdp_value(member), rel=1e-12, abs=1e-12)
+
+
+# random clouds
+
+
+def total_variation(x, y):
+    return np.abs(np.asarray(x) - np.asarray(y)).sum(-1) / 2
+
+
+@jax.jit
+def drawn(key, distance, c, quality):
+    return draw_apomdp(key, 3, 2, 2, 2, 3, alpha=0.7, distance=distance, concentration=c, quality=quality, discount=0.9)
+
+
+@given(seed=st.integers(0, 10**6), distance=st.floats(0.0, 1.0), c=st.floats(0.01, 100.0), quality=st.floats(0.0, 1.0))
+def test_drawn_clouds_pass_the_door_and_models_are_no_further_apart_than_asked(seed, distance, c, quality):
+    problem = drawn(jax.random.key(seed), distance, c, quality)
+    cloud = problem.cloud
+    again = apomdp([jax.tree.map(lambda x, m=m: x[m], cloud) for m in range(3)], problem.alpha)
+    jax.tree.map(np.testing.assert_array_equal, again, problem)
+    assert cloud.P.shape == (3, 1, 3, 2, 3) and cloud.O.shape == (3, 1, 2, 3, 2) and cloud.r.shape == (3, 2, 3, 2)
+    for m in range(3):
+        for x in (cloud.P, cloud.O):
+            assert (total_variation(x[m], x[0]) <= distance + 1e-12).all()
+        np.testing.assert_array_equal(cloud.r[m], cloud.r[0])
+        np.testing.assert_array_equal(cloud.rho[m], cloud.rho[0])
+    np.testing.assert_allclose(cloud.r[0, 1], 0.9 * cloud.r[0, 0], rtol=1e-13)
+
+
+def test_models_move_apart_in_proportion_to_the_distance_from_a_common_centre():
+    clouds = {d: drawn(jax.random.key(6), d, 1.0, 0.2).cloud for d in (0.0, 0.25, 1.0)}
+    for name in ("P", "O"):
+        near, some, far = (np.asarray(getattr(clouds[d], name)) for d in (0.0, 0.25, 1.0))
+        np.testing.assert_array_equal(near, np.broadcast_to(near[:1], near.shape))
+        np.testing.assert_allclose(some, 0.75 * near + 0.25 * far, rtol=1e-12)
+        assert (total_variation(far[1], far[0]) > 0).all()
+
+
+def test_models_at_distance_one_are_independent():
+    keys = jax.random.split(jax.random.key(7), 4_000)
+    P = np.asarray(jax.jit(jax.vmap(lambda key: drawn(key, 1.0, 0.5, 0.0)))(keys).cloud.P)
+    assert abs(np.corrcoef(P[:, 0, 0, 0, 0, 0], P[:, 1, 0, 0, 0, 0])[0, 1]) < 5 / np.sqrt(len(P))
+    squares = (P[:, 1, 0, 0, 0, 0] - 1 / 3) ** 2  # and each has the variance of Beta(c, 2c), 2 / (9 (3c + 1))
+    assert abs(squares.mean() - 4 / 45) < 5 * squares.std() / np.sqrt(len(P))
+
+
+def test_numbers_of_a_cloud_may_be_traced():
+    traced = drawn(jax.random.key(0), 0.3, 0.5, 0.9)
+    one = draw_apomdp(jax.random.key(0), 3, 2, 2, 2, 3, alpha=0.7, distance=0.3, concentration=0.5, quality=0.9, discount=0.9)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-300), traced, one)
+
+
+def test_random_clouds_come_in_single_precision():
+    problem = draw_apomdp(jax.random.key(0), S, A, O, H, M, concentration=0.01, discount=0.9, dtype=jnp.float32)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float32"}
+    apomdp([jax.tree.map(lambda x, m=m: x[m], problem.cloud) for m in range(M)], problem.alpha)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"M": 0}, "M must be a whole number"),
+        ({"O": 0}, "O must be a whole number"),
+        ({"distance": 1.5}, "distance must be a number in"),
+        ({"alpha": -0.5}, "alpha must be a number in"),
+        ({"quality": 2.0}, "quality must be a number in"),
+    ],
+)
+def test_random_clouds_out_of_range_are_refused_by_name(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        draw_apomdp(jax.random.key(0), **({"S": S, "A": A, "O": O, "H": H, "M": M} | arguments))
+
+
+# two POMDPs in disguise
+
+
+@given(seed=st.integers(0, 10**6), count=st.sampled_from([1, 2, 3]), stages=st.sampled_from([(1, 1), (H, 1), (1, H), (H, H)]))
+def test_the_best_case_of_a_cloud_is_a_pomdp_over_pairs_of_action_and_model(seed, count, stages):
+    problem = apomdp(models(seed, count, stages), 0.0)
+    reduced = optimistic(problem)
+    checked(reduced)
+    assert pomdp_value(reduced) == pytest.approx(value(problem), rel=1e-12, abs=1e-12)
+
+
+@given(seed=st.integers(0, 10**6), alpha=st.floats(0.0, 0.5), stages=st.sampled_from([(1, 1), (H, 1), (1, H), (H, H)]))
+def test_two_models_and_an_attitude_of_at_most_a_half_are_a_pomdp(seed, alpha, stages):
+    problem = apomdp(models(seed, 2, stages), alpha)
+    reduced = mixture(problem)
+    checked(reduced)
+    assert reduced.r.shape == (H, 2 * S, 2 * A) and reduced.O.shape[1:] == (2 * A, 2 * S, 2 * O)
+    assert pomdp_value(reduced) == pytest.approx(value(problem), rel=1e-12, abs=1e-12)
+
+
+def test_actions_states_and_observations_of_the_reductions_are_numbered_as_promised():
+    # three observations: no two axes that could be exchanged have the same length
+    first, second = models(8, O=3)
+    best, both = optimistic(apomdp([first, second], 0.0)), mixture(apomdp([first, second], 0.25))
+    for m, model in enumerate((first, second)):
+        for a in range(A):
+            np.testing.assert_array_equal(best.P[:, :, a * 2 + m], model.P[:, :, a])
+            np.testing.assert_array_equal(best.O[:, a * 2 + m], model.O[:, a])
+            np.testing.assert_array_equal(best.r[:, :, a * 2 + m], model.r[:, :, a])
+            for k in range(2):
+                weight = 0.75 if k == m else 0.25
+                for came in range(2):
+                    np.testing.assert_allclose(both.P[:, came::2, a * 2 + k, m::2], weight * model.P[:, :, a], rtol=1e-14)
+                np.testing.assert_array_equal(both.O[:, a * 2 + k, m::2, m * 3 : m * 3 + 3], model.O[:, a])
+    np.testing.assert_array_equal(both.rho[::2], first.rho)
+
+
+def test_reductions_are_refused_where_they_do_not_hold():
+    with pytest.raises(ValueError, match=r"alpha must be 0; got 0.1"):
+        optimistic(apomdp(models(0), 0.1))
+    with pytest.raises(ValueError, match=r"alpha must be at most 1/2; got 0.6"):
+        mixture(apomdp(models(0), 0.6))
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"the cloud must have two models; got {count}"):
+            mixture(apomdp(models(0, count), 0.2))
+    for reduce in (optimistic, mixture):
+        with pytest.raises(ValueError, match=r"the models must agree in rho; got .* of model 0 and .* of model 1"):
+            reduce(apomdp(models(0, common_start=False), 0.0))
+
+
+# the problem from medicine
+
+
+def year(centre: str, s: int, a: str):
+    """Law of (next state, observation), told as a story; states by number."""
+    onset, found = {"JH": (0.0691, 0.7184), "UCSF": (0.1217, 0.7431), "UofT": (0.1016, 0.7949), "PRIAS": (0.0841, 0.7614)}[centre]
+    low, high = {
+        "JH": ([0.3552, 0.4311, 0.2137], [0.2868, 0.4706, 0.2426]),
+        "UCSF": ([0.0768, 0.5680, 0.3552], [0.0678, 0.5736, 0.3586]),
+        "UofT": ([0.4573, 0.3422, 0.2005], [0.3312, 0.2368, 0.4320]),
+        "PRIAS": ([0.1361, 0.5357, 0.3282], [0.1094, 0.5501, 0.3405]),
+    }[centre]
+    for ill, p in ((False, 1 - onset), (True, onset)) if s == 0 else ((True, 1.0),):
+        for psa, q in enumerate(high if ill else low, 1):
+            if s == 2:
+                yield 2, f"psa-{psa}-{'null' if a == 'defer' else 'positive'}", p * q
+            elif a == "defer":
+                yield int(ill), f"psa-{psa}-null", p * q
+            elif not ill:
+                yield 0, f"psa-{psa}-negative", p * q
+            else:
+                yield 2, f"psa-{psa}-positive", p * q * found
+                yield 1, f"psa-{psa}-negative", p * q * (1 - found)
+
+
+def test_a_year_of_surveillance_goes_as_the_story_goes():
+    cloud = prostate(2).cloud
+    for m, centre in enumerate(CENTRES):
+        for s in range(3):
+            for a, action in enumerate(PROSTATE_ACTIONS):
+                want = np.zeros((3, 9))
+                for t, seen, p in year(centre, s, action):
+                    want[t, PROSTATE_OBSERVATIONS.index(seen)] += p
+                got = np.asarray(cloud.P)[m, 0, s, a][:, None] * np.asarray(cloud.O)[m, 0, a]
+                np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+
+
+def test_the_cloud_of_four_centres_passes_the_door_with_its_names_and_stand_in_rewards():
+    problem = prostate(4, 1.0, discount=0.5, biopsy_loss=0.1, untreated_loss=0.3, treated_loss=0.2)
+    apomdp([jax.tree.map(lambda x, m=m: x[m], problem.cloud) for m in range(4)], problem.alpha)
+    assert problem.cloud.P.shape == (len(CENTRES), 1, len(PROSTATE_STATES), len(PROSTATE_ACTIONS), len(PROSTATE_STATES))
+    assert problem.cloud.O.shape[-1] == len(set(PROSTATE_OBSERVATIONS)) == 9
+    np.testing.assert_allclose(problem.cloud.rho, [[1 - x, x, 0] for x in (0.0583, 0.0809, 0.0774, 0.0653)], rtol=1e-12)
+    for m in range(4):
+        np.testing.assert_allclose(problem.cloud.r[m, 1], np.array([[1, 0.9], [0.7, 0.6], [0.8, 0.7]]) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_when_to_biopsy_depends_on_what_was_seen(alpha):
+    cloud = prostate(4, alpha).cloud
+    rho = np.asarray(cloud.rho)
+    first = action_values(cloud, alpha, rho)
+    assert first[0] > first[1] + 1e-3  # waiting is best at the start
+    joint = np.einsum("ms,mst,mto->mot", rho, np.asarray(cloud.P)[:, 0, :, 0], np.asarray(cloud.O)[:, 0, 0])
+    mass = joint.sum(-1)
+    tau = (joint / np.where(mass > 0, mass, 1)[..., None])[mass > 0]
+    second = action_values(cloud, alpha, np.repeat(tau[:, None], 4, axis=1), 1)
+    assert len(set(second.argmax(-1))) == 2
+
+
+def test_prostate_numbers_out_of_range_are_refused_by_name():
+    for arguments, rule in (
+        ({"horizon": 0}, "horizon must be a whole number"),
+        ({"alpha": 2.0}, "alpha must be a number in"),
+        ({"discount": 0.0}, "discount must be a number in"),
+        ({"biopsy_loss": -0.1}, "biopsy_loss must be finite and not negative"),
+        ({"treated_loss": float("nan")}, "treated_loss must be"),
+        ({"untreated_loss": float("inf")}, "untreated_loss must be"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            prostate(**arguments)
+
+
+def test_a_drawn_model_is_a_member_like_any_other():
+    member = draw_pomdp(jax.random.key(9), S, A, O, H)
+    assert value(apomdp([member, member], 0.3)) == pytest.approx(pomdp_value(member), rel=1e-12)
