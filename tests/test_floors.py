@@ -11,7 +11,8 @@ SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments
 
 # the floors of lindm, from the ground up; modules of one floor do not see each other
 FLOORS = (
-    ("lindm.types", "lindm.draws", "lindm.files", "lindm.text", "lindm.timing"),
+    ("lindm.files",),
+    ("lindm.types", "lindm.draws", "lindm.text", "lindm.timing"),
     ("lindm.problems",),
     ("lindm.oracles",),
     ("lindm.rollouts", "lindm.suites", "lindm.sources"),

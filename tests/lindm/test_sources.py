@@ -83,6 +83,6 @@ def test_arguments_are_checked_before_a_file_is_read(words, options, rule):
 def test_models_of_different_problems_are_no_cloud(coins, tmp_path):
     other = tmp_path / "other.pomdp"
     other.write_text(COIN.format(p=0.5, q=0.5).replace("call", "bet"))
-    with pytest.raises(Stop, match="other.pomdp: actions differ") as stop:
+    with pytest.raises(Stop, match=r"other.pomdp: actions differ") as stop:
         named([coins[0], str(other)], horizon=1, alpha=1.0)
     assert stop.value.code == DATA

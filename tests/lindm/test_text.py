@@ -178,14 +178,14 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]*)\.(0|[0-9]*[1-9])(e[+-][0-9]{2,3})?|-?[1-
 
 
 def readings(whole: str, template: Template) -> list:
-    """Every document with this text, rewards as they stand: tries all alternatives everywhere."""
+    """Up to two documents with this text, rewards as they stand: tries all alternatives everywhere."""
     tables = {
         "state": template.states,
         "action": template.actions,
         "model": template.models,
         "observation": template.observations,
     }
-    parts = [(re.split(r"\{(\w+)\}", part) + ["", ""])[:3] for part in template.step]
+    parts = [[*re.split(r"\{(\w+)\}", part), "", ""][:3] for part in template.step]
     k = next(i for i, (_, field, _) in enumerate(parts) if field == "action")
     before, after = [*parts[:k], (parts[k][0], "", "")], [(parts[k][2], "", ""), *parts[k + 1 :]]
 
@@ -227,7 +227,8 @@ def readings(whole: str, template: Template) -> list:
                     yield from episodes(demonstrations, (*query, Step(action, **has, **more)), end)
 
     start = template.opening + template.episode
-    return list(episodes((), (), len(start))) if whole.startswith(start) else []
+    # two are enough to refute; an ambiguous text can have exponentially many
+    return list(itertools.islice(episodes((), (), len(start)), 2)) if whole.startswith(start) else []
 
 
 def spelled(document: Document) -> Document:
@@ -279,7 +280,7 @@ def test_a_random_template_is_refused_or_every_document_has_exactly_one_reading(
             seen["ambiguous" if found else "malformed"] += 1
             if found:  # the text that the error shows has two readings
                 witness = ast.literal_eval(found[1])
-                assert len(set(readings(witness, as_it_stands(arguments)))) >= 2
+                assert len(set(readings(witness, as_it_stands(arguments)))) == 2
             return
         seen["accepted"] += 1
         size = [2**40 if isinstance(t, str) else len(t or "?") for t in (template.actions, template.states, template.models)]

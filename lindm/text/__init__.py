@@ -1,0 +1,189 @@
+r"""Episodes as text, and back: the text of a document is read back exactly, and where its actions are is known by construction.
+
+A document is K demonstrations and a query, the episode in progress. A `Template` (data, never code) says how it is written:
+
+    opening  ( episode  step*  closing )^K  episode  step*  [ an open step: a step up to its action ]
+
+The query is never closed, so the pieces of a history are the first pieces of each of its continuations: tokenised piece by piece,
+so are its tokens, and one key-value cache of the demonstrations serves every query. For the sake of those tokens an action symbol
+brings its own leading space (most byte-pair vocabularies have " A" as one token), and no space may stand in front of {action}.
+
+`step` is a list of parts with at most one field each: {state} in front of {action}; {model}, {observation}, {reward} behind it. A
+part with a field is left out where the step does not have that field; a part without one always stands, and so does the part of
+the action (an open step stops where the symbol would start). One template serves MDPs, POMDPs and ambiguous POMDPs, with rewards
+or without. Symbols are names, taken as they are, or a pattern such as "s{}" whose hole is the index in decimal; everywhere but in
+names a literal brace is doubled. Rewards are written by `repr`: every bit comes back.
+
+A template whose texts could be read in two ways is refused when it is built (the criterion, and why it suffices: `grammar.py`).
+"""
+
+import dataclasses
+import json
+import operator
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lindm.files import DATA, Stop
+from lindm.text.grammar import FIELDS, TABLES, Grammar, Part, Symbols
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decision; what a problem does not have, or does not show, is None."""
+
+    action: int | None  # None in an open step, the last one of a query: the question
+    state: int | None = None  # seen before the action
+    model: int | None = None  # the model of the cloud that nature took, after the action
+    observation: int | None = None  # after the action
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Demonstrations and the episode in progress, which may be empty and may end in an open step."""
+
+    demonstrations: tuple[tuple[Step, ...], ...] = ()
+    query: tuple[Step, ...] = ()
+
+
+class Piece(NamedTuple):
+    """An action symbol and nothing else, or text between two of them as far as it belongs to one step."""
+
+    text: str
+    action: int | None  # None: not an action symbol
+    episode: int  # the one that the piece is in, or opens; the query is number K
+    step: int | None  # None: not in a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How documents are written; ValueError, naming the argument, where they could not be read back."""
+
+    name: str
+    opening: str = ""  # once, before everything
+    episode: str = ""  # before every episode
+    step: tuple[str, ...]  # the parts of a step
+    closing: str = ""  # after every demonstration
+    actions: Symbols
+    states: Symbols | None = None  # with {state}, and only then; the next two likewise
+    models: Symbols | None = None
+    observations: Symbols | None = None
+    grammar: Grammar = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        for argument in ("name", "opening", "episode", "closing", "step", *TABLES.values()):
+            value = getattr(self, argument)
+            if value is None and argument in ("states", "models", "observations"):
+                continue
+            if isinstance(value, list | tuple) and argument in ("step", *TABLES.values()):
+                texts = tuple(value)
+                object.__setattr__(self, argument, texts)  # a list may come from a file
+            elif argument == "step":
+                raise ValueError(f"step must be a list of texts, got {value!r}")
+            else:
+                texts = (value,)
+            if not all(isinstance(t, str) and t == t.encode(errors="replace").decode() for t in texts):
+                raise ValueError(f"{argument} must hold text, and only what UTF-8 can encode, got {value!r}")
+        symbols = {field: getattr(self, argument) for field, argument in TABLES.items()}
+        grammar = Grammar(self.name, self.opening, self.episode, self.step, self.closing, symbols)
+        object.__setattr__(self, "grammar", grammar)
+
+
+def render(document: Document, template: Template) -> tuple[Piece, ...]:
+    """The pieces of a document, none of them empty; those of a history begin those of each of its continuations.
+
+    ValueError names the step that has a field which the template does not show, an index without a symbol, a reward that is not
+    finite, or no action although it is not the last step of the query.
+    """
+    grammar, last = template.grammar, len(document.demonstrations)
+    pieces = []
+    for e, steps in enumerate((*document.demonstrations, document.query)):
+        pieces.append(Piece(grammar.turn if e else grammar.opening, None, e, None))
+        for t, step in enumerate(steps):
+            where = f"query[{t}]" if e == last else f"demonstrations[{e}][{t}]"
+            has = {field for field in FIELDS if getattr(step, field) is not None}
+            if unknown := has - grammar.fields:
+                raise ValueError(f"{where}.{min(unknown)} has no place in the steps of template {template.name!r}, got {step}")
+            pieces.append(Piece(_write(grammar, grammar.before, step, where), None, e, t))
+            if step.action is not None:
+                pieces.append(Piece(grammar.spell("action", step.action, where), operator.index(step.action), e, t))
+                pieces.append(Piece(_write(grammar, grammar.after, step, where), None, e, t))
+            elif e < last or t < len(steps) - 1 or has - {"state"}:
+                raise ValueError(f"{where}.action may be None in the last step of the query only, nothing after it, got {step}")
+    return tuple(piece for piece in pieces if piece.text)
+
+
+def _write(grammar: Grammar, parts: list[Part], step: Step, where: str) -> str:
+    """The parts that stand in a step."""
+    texts = []
+    for front, field, back in parts:
+        value = getattr(step, field) if field else None
+        if not field or value is not None:
+            texts += [front, grammar.spell(field, value, where) if field else "", back]
+    return "".join(texts)
+
+
+def text(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def action_spans(pieces: Iterable[Piece]) -> list[tuple[int, int, int, int]]:
+    """(start, end, episode, step) of every action symbol, in characters of the text."""
+    spans, end = [], 0
+    for piece in pieces:
+        start, end = end, end + len(piece.text)
+        if piece.action is not None:
+            spans.append((start, end, piece.episode, piece.step))
+    return spans
+
+
+def parse(text: str, template: Template) -> Document:
+    """The one document with this text. ValueError "line:column: expected ..., got ..." where there is none."""
+    *demonstrations, query = (
+        tuple(Step(**{"action": None} | fields) for fields in episode) for episode in template.grammar.read(text)
+    )
+    return Document(tuple(demonstrations), query)
+
+
+def load_template(path: str | Path) -> Template:
+    """A template from a JSON or a TOML file that holds the arguments of `Template`. Stop(3) with path:line where it does not."""
+    path, source = Path(path), ""
+    arguments = [field.name for field in dataclasses.fields(Template) if field.init]
+    try:
+        source = path.read_text(encoding="utf-8")
+        given = tomllib.loads(source) if path.suffix == ".toml" else json.loads(source, object_pairs_hook=_once)
+        if not isinstance(given, dict):
+            raise ValueError(f"a template must be an object with {', '.join(arguments)}, got {type(given).__name__}")
+        for name in given.keys() - arguments:
+            raise ValueError(f"{name} is no argument of a template; these are {', '.join(arguments)}")
+        if missing := {"name", "step", "actions"} - given.keys():
+            raise ValueError(f"a template must have {', '.join(sorted(missing))}")
+        return Template(**given)
+    except OSError as e:
+        raise Stop(DATA, f"cannot read {path}: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e:
+        raise Stop(DATA, f"{path}:{_line(source, e)}: {e}") from e
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return given
+
+
+def _line(source: str, error: Exception) -> int:
+    """The line that an error is about: its own, or that of the argument which its message begins with, or the first."""
+    if isinstance(error, json.JSONDecodeError | tomllib.TOMLDecodeError):
+        return int(found[1]) if (found := re.search(r"line (\d+)", str(error))) else source.count("\n") + 1
+    argument = re.escape(str(error).partition(" ")[0])
+    found = re.search(rf"""(?<!\\)"{argument}"\s*:|^\s*["']?{argument}["']?\s*=""", source, re.MULTILINE)
+    return source.count("\n", 0, found.end()) + 1 if found else 1
+
+
+COMPACT, READABLE = (load_template(Path(__file__).parents[1] / "templates" / f"{name}.json") for name in ("compact", "readable"))
