@@ -1,23 +1,23 @@
 r"""POMDPs in Cassandra's `.pomdp` format, in and out.
 
-A file is a preamble (`discount`, `values`, `states`, `actions`, `observations` and the optional `start`, in any order), then
-entries: `T: a : s : s'` for P(s' | s, a), `O: a : s' : o` for P(o | a, s'), `R: a : s : s' : o` for the reward. An entry may leave
-its last places out and give a row or a matrix instead (or `uniform`, `identity`, `reset`: start again); `*` stands for all, a later
-entry replaces an earlier one number by number, what is never written is zero. Line ends mean nothing except to a comment (#).
-The rules are those of the grammar and parser of pomdp-solve 5 (A. R. Cassandra), with its tolerance for rows that do not quite sum
-to one. A `Model` keeps what planning needs, the expected reward
+A file is a preamble (`discount`, `values`, `states`, `actions`, `observations` and an optional `start`, in any order), then
+entries: `T: a : s : s'` for P(s' | s, a), `O: a : s' : o` for P(o | a, s'), `R: a : s : s' : o` for the reward. An entry may
+leave its last places out and give a row or a matrix (or a word: `uniform`, `identity`, `reset` for the law of the first state);
+`*` stands for all; a later entry replaces an earlier one number by number; what is never written is zero. Line ends mean nothing,
+except to a comment (#). Rules and tolerance are those of the parser of pomdp-solve (A. R. Cassandra), which reads the same files.
 
-    r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o),      negated where the file counts costs.
+A `Model` keeps what planning needs, with the expected reward (negated where the file counts costs)
+
+    r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o).
 """
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,26 +25,26 @@ from lindm.files import DATA, Stop
 from lindm.problems import checks
 from lindm.types import POMDP
 
-ENTRIES = 50_000_000  # of all tables together, 400 MB
-SUM_TOLERANCE = 1e-5  # rows further from one are refused (0.333333 three times is written and read everywhere)
-ROUNDING = 1e-12  # rows this close to one are left exactly as they are
+ENTRIES, NAMES = 50_000_000, 1_000_000  # the largest tables (400 MB) and the longest list of names that are read
+SUM_TOLERANCE = 1e-5  # a row further from one is refused; 0.333333 three times is not
+ROUNDING = 1e-12  # a row this close to one is left as it is, to the last bit
 
 HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R")
 RESERVED = frozenset((*HEADERS, "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
-TOKEN = re.compile(r":|[^\s:]+")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-INDEX = re.compile(r"[0-9]{1,9}")
-# what the places of an entry name, in their order; the numbers it gives stand for the places it leaves out
 PLACES = {
     "T": ("actions", "states", "states"),
     "O": ("actions", "states", "observations"),
     "R": ("actions", "states", "states", "observations"),
 }
+TOKEN = re.compile(r":|[^\s:]+")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+INDEX = re.compile("[0-9]{1,9}")
+ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A POMDP as a file has it: names and numpy arrays in double precision, the same at every stage."""
+    """A POMDP as a file has it: names, and numpy arrays in double precision that hold at every stage."""
 
     states: tuple[str, ...]
     actions: tuple[str, ...]
@@ -57,7 +57,7 @@ class Model:
 
 
 def read(path: str | Path) -> Model:
-    """The model in a file. Raises `Stop` (exit code 3) with file and line where it is not one."""
+    """The model in a file (UTF-8). Raises `Stop` (exit code 3) as `parse` does, or when the file cannot be read."""
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as e:
@@ -71,55 +71,112 @@ def read(path: str | Path) -> Model:
 
 
 def parse(text: str, name: str = "<text>") -> Model:
-    """The model in a text; `name` is what errors call it.
+    """The model in a text that errors call `name`.
 
-    Rows within `SUM_TOLERANCE` of one are scaled to one, with one `UserWarning` for the whole text.
+    Rows that miss one by at most `SUM_TOLERANCE` are scaled to one, with a single `UserWarning`. Without `start` it is uniform.
 
     Raises:
-      Stop: (exit code 3) "name:line: what is wrong", the token in question and what was expected.
+      Stop: exit code 3, "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are refused
+        (where rewards depend on the observation, S*S*O counts as a table).
     """
     preamble, entries, last = _sections(text, name)
+    labels = {word: _labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
     for word in ("discount", "states", "actions", "observations"):
         if word not in preamble:
-            raise last.stop(f"{word!r} is missing: expected a line `{word}: ...`")
-    discount, sign = _discount(preamble["discount"]), _sign(preamble.get("values"))
-    sizes = {word: _size(preamble[word]) for word in PLACES["R"]}
-    S, A, O = sizes["states"], sizes["actions"], sizes["observations"]
+            raise last.stop(f"{word!r} is missing: expected a line `{word}: ...` before the first T, O or R")
+    rule = "a number above 0 and at most 1"
+    discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 < float(w) <= 1))
+    costs = "values" in preamble and _only(preamble["values"], "`reward` or `cost`", {"reward", "cost"}.__contains__) == "cost"
+    S, A, O = map(len, labels.values())
     if (total := S * A * (S + O)) > ENTRIES:
-        raise preamble["states"].stop(f"{S} states, {A} actions, {O} observations need {total} table entries; at most {ENTRIES}")
-    names = {word: _names(preamble[word]) for word in sizes}
+        raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {ENTRIES}")
+    names = {word: tuple(map(str, each)) for word, each in labels.items()}
     index = {word: {n: i for i, n in enumerate(names[word])} for word in names}
 
-    off: list[tuple[int, str]] = []
-    start, at = (_start(preamble["start"], index["states"]) if "start" in preamble else np.full(S, 1 / S)), preamble.get("start", last)
-    _normalise(start[None], np.array([at.line]), lambda i: "the start", at, off)
-    P, P_line = np.zeros((S, A, S)), np.zeros((S, A), int)
-    Z, Z_line = np.zeros((A, S, O)), np.zeros((A, S), int)
+    off: list[tuple[int, str]] = []  # the rows that were scaled, with their lines
+    at = preamble.get("start", last)
+    start = _start(at, index["states"]) if "start" in preamble else np.full(S, 1 / S)
+    _normalise(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
+    tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
+    lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
     rewards = []
     for entry in entries:
-        places, values = _entry(entry, names, index, start)
-        if entry.word == "T":
-            a, s, s2 = places
-            P[s, a, s2], P_line[s, a] = values.swapaxes(0, 1), entry.line
-        elif entry.word == "O":
-            Z[places], Z_line[places[:2]] = values, entry.line
+        where, values = _entry(entry, index, start)
+        if entry.word == "R":
+            rewards.append((entry, where, values))
         else:
-            rewards.append((entry, places, values))
-    for word, line in (("T", P_line), ("O", Z_line)):
-        if not line.any():
-            raise last.stop(f"the {word} entries are missing: expected lines `{word}: {' : '.join(w[:-1] for w in PLACES[word])} p`")
-    _normalise(P, P_line, lambda i: f"T of state {names['states'][i[0]]!r}, action {names['actions'][i[1]]!r}", last, off)
-    _normalise(Z, Z_line, lambda i: f"O of action {names['actions'][i[0]]!r}, state {names['states'][i[1]]!r}", last, off)
+            tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
+    for word, table in tables.items():
+        title = f"{word} of action {{!r}}, state {{!r}}".format
+        _normalise(table, lines[word], lambda a, s, t=title: t(names["actions"][a], names["states"][s]), last, off)
     if off:
         line, row = min(off)
-        more = f" (and {len(off) - 1} more rows)" if len(off) > 1 else ""
-        warnings.warn(f"{name}:{line}: {row}{more}; scaled to one", UserWarning, stacklevel=2)
-    r = sign * _expected_reward(rewards, P, Z) + 0.0  # + 0.0: a cost of nothing is not -0.0
-    return Model(**names, discount=discount, P=P, O=Z, r=r, start=start)
+        more = f" (and {len(off) - 1} more that miss it)" if len(off) > 1 else ""
+        warnings.warn(f"{name}:{line}: {row}, not to one{more}: scaled", UserWarning, stacklevel=2)
+    r = (-1.0 if costs else 1.0) * _expected_reward(rewards, **tables) + 0.0  # + 0.0: no cost is 0.0, not -0.0
+    return Model(**names, discount=discount, P=tables["T"].swapaxes(0, 1).copy(), O=tables["O"], r=r, start=start)
+
+
+def write(model: Model) -> str:
+    """The model as a text: `parse(write(model))` has the same names and, to the last bit, the same numbers.
+
+    Raises:
+      ValueError: a name that the format cannot hold, a shape that does not fit the names, a row that is not a distribution.
+    """
+    S, A, O = len(model.states), len(model.actions), len(model.observations)
+    if not 0 < model.discount <= 1:
+        raise ValueError(f"discount must be above 0 and at most 1; got {model.discount}")
+    for field, shape in {"P": (S, A, S), "O": (A, S, O), "r": (S, A), "start": (S,)}.items():
+        array = getattr(model, field)
+        if array.shape != shape or 0 in shape or not np.isfinite(array).all():
+            raise ValueError(f"{field} must be finite, of the shape {shape} that the names ask for; got shape {array.shape}")
+        if field != "r" and ((array < 0).any() or (np.abs(array.sum(-1) - 1) > ROUNDING).any()):
+            raise ValueError(f"each row of {field} must be a distribution (its sum within {ROUNDING:g} of one)")
+    lines = [f"discount: {float(model.discount)!r}", "values: reward"]
+    for word in ("states", "actions", "observations"):
+        names = getattr(model, word)
+        counted = names == tuple(map(str, range(len(names))))
+        if not counted and (bad := [n for n in names if _unfit(n)] or [n for n in names if names.count(n) > 1]):
+            raise ValueError(f"{word} must be different names that a file can hold; got {bad[0]!r}: {_unfit(bad[0]) or 'twice'}")
+        lines.append(f"{word}: {len(names) if counted else ' '.join(names)}")
+    lines.append(f"start: {_row(model.start)}")
+    lines += _rows("T", model.P.swapaxes(0, 1), model.actions, model.states, model.states)
+    lines += _rows("O", model.O, model.actions, model.states, model.observations)
+    everywhere = (model.r == model.r[:, :1]).all()
+    for a, action in enumerate("*" if everywhere else model.actions):
+        lines += [f"R: {action} : {s} : * : * {v!r}" for s, v in zip(model.states, model.r[:, a].tolist(), strict=True) if v]
+    return "\n".join(lines) + "\n"
+
+
+def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP:
+    """The first `horizon` stages as a POMDP, with discount^h folded into the rewards; `None` is the file's own discount."""
+    gamma = model.discount if discount is None else discount
+    if not 0 < gamma <= 1:
+        raise ValueError(f"discount must be above 0 and at most 1; got {gamma}")
+    r = float(gamma) ** np.arange(checks.count(horizon, "horizon"))[:, None, None] * model.r
+    arrays = {"P": model.P[None], "O": model.O[None], "r": r, "rho": model.start}
+    return POMDP(**{name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()})
+
+
+def cloud(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
+    """`to_pomdp` of several models of one problem, as `apomdp` takes them.
+
+    Raises:
+      Stop: exit code 3, where the states, actions, observations or (with `discount` None) discounts are not those of the first
+        model; the message has the name, from `names`, of the file that differs.
+    """
+    if not models or len(models) != len(names):
+        raise ValueError(f"models must be at least one, each with its name; got {len(models)} models and {len(names)} names")
+    for model, name in zip(models, names, strict=True):
+        for word in ("states", "actions", "observations") + (() if discount is not None else ("discount",)):
+            mine, first = getattr(model, word), getattr(models[0], word)
+            if mine != first:
+                raise Stop(DATA, f"{name}: {word} must be as in {names[0]}, {_quote(str(first))}; got {_quote(str(mine))}")
+    return [to_pomdp(model, horizon, discount) for model in models]
 
 
 class _Section(NamedTuple):
-    """A header and the tokens that belong to it."""
+    """A header and the tokens up to the next one."""
 
     source: str
     word: str
@@ -128,47 +185,42 @@ class _Section(NamedTuple):
     lines: list[int]
 
     def stop(self, message: str, at: int | None = None) -> Stop:
-        """The error at this header, or at token `at` of the section."""
+        """The error at the header, or at the section's token `at` where there is one."""
         line = self.line if at is None or at >= len(self.lines) else self.lines[at]
         return Stop(DATA, f"{self.source}:{line}: {message}")
 
 
 def _quote(word: str) -> str:
-    return repr(word if len(word) <= 40 else word[:37] + "...")
+    return repr(word if len(word) <= 60 else word[:57] + "...")
 
 
 def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section], _Section]:
-    """The preamble by its words, the entries in their order, and an empty section at the last line."""
+    """The preamble by word, the entries in order, and an empty section at the last token."""
     words: list[str] = []
     lines: list[int] = []
-    number = 1
     for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         found = TOKEN.findall(line.partition("#")[0])
         words += found
         lines += [number] * len(found)
-    last = _Section(name, "", number, [], [])
+    last = _Section(name, "", lines[-1] if lines else 1, [], [])
     if not words:
         raise last.stop("the file is empty: expected `discount: ...`, `states: ...` and so on")
-    heads = []  # (position of the header, its length)
+    heads = []  # position and length of each header
     for i, word in enumerate(words):
-        if word in HEADERS and words[i + 1 : i + 2] == [":"]:
-            heads.append((i, 2))
-        elif word == "start" and words[i + 1 : i + 3] in (["include", ":"], ["exclude", ":"]):
-            heads.append((i, 3))
+        length = 3 if word == "start" and words[i + 1 : i + 2] in (["include"], ["exclude"]) else 2
+        if word in HEADERS and words[i + length - 1 : i + length] == [":"]:
+            heads.append((i, length))
     if not heads or heads[0][0]:
         raise Stop(DATA, f"{name}:{lines[0]}: expected one of {', '.join(HEADERS)}, and a colon; got {_quote(words[0])}")
     preamble: dict[str, _Section] = {}
     entries: list[_Section] = []
     for (i, length), (end, _) in zip(heads, [*heads[1:], (len(words), 0)], strict=True):
-        word = words[i]
-        if length == 3:
-            word += " " + words[i + 1]
-        section = _Section(name, word, lines[i], words[i + length : end], lines[i + length : end])
-        key = words[i]
+        key, body = words[i], slice(i + length, end)
+        section = _Section(name, " ".join(words[i : i + length - 1]), lines[i], words[body], lines[body])
         if key in PLACES:
             entries.append(section)
         elif entries:
-            raise section.stop(f"{key!r} must come before the first T, O or R (line {entries[0].line})")
+            raise section.stop(f"{key!r} must come before the first T, O or R, which is on line {entries[0].line}")
         elif key in preamble:
             raise section.stop(f"{key!r} is given twice, first on line {preamble[key].line}")
         else:
@@ -176,101 +228,75 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
     return preamble, entries, last
 
 
-def _only(section: _Section, expected: str) -> str:
-    """The single token of a section."""
-    if len(section.words) != 1:
-        got = f"{_quote(section.words[1])} after it" if section.words else "nothing"
-        raise section.stop(f"{section.word!r} takes {expected}; got {got}", 1)
+def _only(section: _Section, rule: str, fits: Callable[[str], bool]) -> str:
+    """The one token of a section."""
+    if len(section.words) != 1 or not fits(section.words[0]):
+        got, at = " ".join(section.words[:4]), len(section.words) > 1
+        raise section.stop(f"{section.word!r} must be {rule}; got {_quote(got)}", int(at))
     return section.words[0]
 
 
-def _discount(section: _Section) -> float:
-    word = _only(section, "one number")
-    if not NUMBER.fullmatch(word) or not 0 < float(word) <= 1:
-        raise section.stop(f"the discount must be a number above 0 and at most 1; got {_quote(word)}", 0)
-    return float(word)
-
-
-def _sign(section: _Section | None) -> float:
-    word = _only(section, "`reward` or `cost`") if section else "reward"
-    if section and word not in ("reward", "cost"):
-        raise section.stop(f"'values' must be `reward` or `cost`; got {_quote(word)}", 0)
-    return 1.0 if word == "reward" else -1.0
-
-
-def _size(section: _Section) -> int:
-    """How many states, actions or observations there are, before anything is made for them."""
-    if len(section.words) != 1 or not NUMBER.fullmatch(section.words[0]):
-        if not section.words:
-            raise section.stop(f"{section.word!r} must be a count or a list of names; got nothing")
-        return len(section.words)
-    word = section.words[0]
-    if not re.fullmatch("[0-9]+", word) or not word.strip("0"):
-        raise section.stop(f"{section.word!r} must be a count of at least 1 or a list of names; got {_quote(word)}", 0)
-    if not INDEX.fullmatch(word):
-        raise section.stop(f"{section.word!r} is {_quote(word)}; the tables have at most {ENTRIES} entries", 0)
-    return int(word)
-
-
-def _names(section: _Section) -> tuple[str, ...]:
-    if len(section.words) == 1 and INDEX.fullmatch(section.words[0]):
-        return tuple(map(str, range(int(section.words[0]))))
-    seen = set()
-    for i, word in enumerate(section.words):
-        if why := _unfit(word):
-            raise section.stop(f"{_quote(word)} cannot be a name among the {section.word}: {why}", i)
-        if word in seen:
-            raise section.stop(f"the name {_quote(word)} is given twice among the {section.word}", i)
+def _labels(section: _Section) -> Sequence[int | str]:
+    """The names, or the indices of a count: a range, so that nothing of that size is made before the size is accepted."""
+    words = section.words or [""]
+    if len(words) == 1 and (words[0] == "" or NUMBER.fullmatch(words[0])):
+        if not INDEX.fullmatch(words[0]) or not 1 <= int(words[0]) <= NAMES:
+            raise section.stop(
+                f"{section.word!r} must be a count from 1 to {NAMES} or a list of names; got {_quote(words[0])}", 0
+            )
+        return range(int(words[0]))
+    seen: set[str] = set()
+    for i, word in enumerate(words):
+        if why := "it is there already" if word in seen else _unfit(word):
+            raise section.stop(f"{_quote(word)} cannot be a name in {section.word!r}: {why}", i)
         seen.add(word)
-    return tuple(section.words)
+    return words
 
 
 def _unfit(name: str) -> str:
     """Why this cannot be a name; empty where it can."""
-    if TOKEN.fullmatch(name) is None or name == ":" or "#" in name:
-        return "a name has no space, no colon and no #"
+    if not TOKEN.fullmatch(name) or name == ":" or "#" in name:
+        return "a name has no space, colon or #"
     if name == "*" or NUMBER.fullmatch(name):
         return "a number is an index, and * stands for all"
     return "it is a word of the format (is a colon missing?)" if name in RESERVED else ""
 
 
 def _find(section: _Section, at: int, kind: str, index: dict[str, int]) -> int:
-    """The state, action or observation that token `at` names."""
+    """The state, action or observation that token `at` means."""
     word = section.words[at]
     if word in index:
         return index[word]
     if INDEX.fullmatch(word) and int(word) < len(index):
         return int(word)
-    some = ", ".join(list(index)[:6]) + (", ..." if len(index) > 6 else "")
-    raise section.stop(f"{_quote(word)} is none of the {kind}: expected one of {some}, or an index from 0 to {len(index) - 1}", at)
+    some = ", ".join(_quote(n) for n in list(index)[:6]) + (", ..." if len(index) > 6 else "")
+    raise section.stop(f"{_quote(word)} is none of the {kind}: expected {some}, or an index from 0 to {len(index) - 1}", at)
 
 
 def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The tokens from `first` on, exactly as many numbers as the shape asks for."""
-    words, want = section.words[first:], int(np.prod(shape))
-    lines = section.lines[first:]
-    if "+" in words or "-" in words:  # the grammar has the sign as a token of its own
-        joined: list[str] = []
-        kept: list[int] = []
-        for word, line in zip(words, lines, strict=True):
-            if joined and joined[-1] in ("+", "-"):
-                joined[-1] += word
-            else:
-                joined, kept = [*joined, word], [*kept, line]
-        words, lines = joined, kept
-    size = " x ".join(str(n) for n in shape if n > 1)
-    wanted = "one number" if want == 1 else f"{want} numbers" + (f" ({size})" if " x " in size else "")
-    for i, (word, line) in enumerate(zip(words, lines, strict=True)):
-        if i == want or not NUMBER.fullmatch(word):
-            found = f"expected {wanted}; found {i} and then {_quote(word)}"
-            raise Stop(DATA, f"{section.source}:{line}: {found}, which is {'one too many' if NUMBER.fullmatch(word) else 'not a number'}")
-        if not np.isfinite(float(word)):
-            raise Stop(DATA, f"{section.source}:{line}: expected a finite number; got {_quote(word)}")
-        if section.word != "R" and not 0 <= float(word) <= 1 + ROUNDING:
-            raise Stop(DATA, f"{section.source}:{line}: expected a probability, from 0 to 1; got {_quote(word)}")
-    if len(words) < want:
-        raise section.stop(f"{section.word!r} needs {wanted}; found {len(words)} before the next entry or the end of the file")
-    return np.array([float(word) for word in words]).reshape(shape)
+    """The tokens from `first` on: exactly as many numbers as the shape holds, probabilities unless they are rewards."""
+    want, size = int(np.prod(shape)), " x ".join(str(n) for n in shape if n > 1)
+    wanted = "one number" if want == 1 else f"{want} numbers" + (f" ({size})" if " " in size else "")
+    values: list[float] = []
+    sign = ""
+    for word, line in zip(section.words[first:], section.lines[first:], strict=True):
+        if not sign and word in ("+", "-"):  # in the grammar a sign is a token of its own
+            sign = word
+            continue
+        word, sign = sign + word, ""
+        value, wrong = (float(word), "") if NUMBER.fullmatch(word) else (0.0, "which is not a number")
+        if wrong or len(values) == want:
+            wrong = f"expected {wanted}; found {len(values)} and then {_quote(word)}, {wrong or 'one too many'}"
+        elif not np.isfinite(value):
+            wrong = f"expected a finite number; got {_quote(word)}"
+        elif section.word != "R" and not 0 <= value <= 1 + ROUNDING:
+            wrong = f"expected a probability, from 0 to 1; got {_quote(word)}"
+        if wrong:
+            raise Stop(DATA, f"{section.source}:{line}: {wrong}")
+        values.append(value)
+    if sign or len(values) < want:
+        raise section.stop(f"{section.word!r} needs {wanted}; found {len(values)} up to the next entry or the end")
+    return np.array(values).reshape(shape) + 0.0  # + 0.0: no -0.0
 
 
 def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
@@ -282,82 +308,88 @@ def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
         listed[[_find(section, i, "states", index) for i in range(len(words))]] = True
         kept = listed if section.word == "start include" else ~listed
         if not kept.any():
-            raise section.stop("'start exclude' leaves no state to start from")
+            raise section.stop("'start exclude' leaves no state; expected at least one that is not listed")
         return kept / kept.sum()
     if words == ["uniform"]:
         return np.full(S, 1 / S)
-    # one whole number is a state, unless it is the whole law of a single state
-    if len(words) == 1 and not (NUMBER.fullmatch(words[0]) and (S == 1 or not INDEX.fullmatch(words[0]))):
+    # a whole number alone is a state; only where there is a single state it may be its probability
+    if len(words) == 1 and (not NUMBER.fullmatch(words[0]) or (INDEX.fullmatch(words[0]) and (S > 1 or int(words[0]) == 0))):
         return np.eye(S)[_find(section, 0, "states", index)]
-    if len(words) > 1 and words[1] in index:
-        raise section.stop(f"'start' takes one state, {S} numbers or `uniform`; several states are `start include: ...`", 1)
+    if words and words[0] in index and not NUMBER.fullmatch(words[0]):
+        raise section.stop(f"'start' takes one state, or `start include:` and several; got {_quote(words[1])} as well", 1)
     return _numbers(section, 0, (S,))
 
 
-def _entry(section: _Section, names: dict, index: dict, start: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
-    """Which part of the table an entry writes, and what: an array that broadcasts against that part."""
+def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
+    """The part of its table that an entry writes, and an array that broadcasts against that part."""
     kinds, words = PLACES[section.word], section.words
-    places: list[slice] = []
-    at = 0
-    while True:
-        kind = kinds[len(places)]
-        if at >= len(words) or words[at] == ":":
-            raise section.stop(f"{section.word!r} has no {kind[:-1]} here: expected a name, an index or *", at)
-        i = None if words[at] == "*" else _find(section, at, kind, index[kind])
-        places.append(slice(None) if i is None else slice(i, i + 1))
-        at += 1
-        if words[at : at + 1] != [":"]:
-            break
-        if len(places) == len(kinds):
-            raise section.stop(f"{section.word!r} has {len(kinds)} places; got a colon after the last", at)
-        at += 1
-    least = 2 if section.word == "R" else 1
-    if len(places) < least:
-        raise section.stop("'R' needs an action and a state at least: R: action : state", at)
-    shape = tuple(1 if i < len(places) else len(names[kind]) for i, kind in enumerate(kinds))
-    free = len(kinds) - len(places)
-    places += [slice(None)] * free
-    if section.word != "R" and free and len(words) == at + 1:
-        if words[at] == "uniform":
-            return tuple(places), np.full(shape, 1 / shape[-1])
-        if words[at] == "identity" and section.word == "T" and free == 2:
-            return tuple(places), np.eye(shape[-1])[None]
-        if words[at] == "reset" and section.word == "T":
-            return tuple(places), np.broadcast_to(start, shape)
-    return tuple(places), _numbers(section, at, shape)
+    given = 1
+    while words[2 * given - 1 : 2 * given] == [":"]:
+        given += 1
+    least, at = (2 if section.word == "R" else 1), 2 * given - 1  # at: the first of the numbers
+    if not least <= given <= len(kinds) or len(words) < at:
+        form, got = " : ".join(kind[:-1] for kind in kinds), " ".join(words[:at]) or "nothing"
+        raise section.stop(f"{section.word!r} takes {least} to {len(kinds)} of {form}; got {_quote(got)}", at - 1)
+    found = [None if words[2 * i] == "*" else _find(section, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
+    free = len(kinds) - given
+    where = (*(ALL if i is None else slice(i, i + 1) for i in found), *[ALL] * free)
+    shape = (1,) * given + tuple(len(index[kind]) for kind in kinds[given:])
+    word = words[at] if len(words) == at + 1 else ""
+    if word == "uniform" and free and section.word != "R":
+        return where, np.full(shape, 1 / shape[-1])
+    if word == "identity" and free == 2 and section.word == "T":
+        return where, np.eye(shape[-1])[None]
+    if word == "reset" and free and section.word == "T":
+        return where, np.broadcast_to(start, shape)
+    return where, _numbers(section, at, shape)
 
 
-def _normalise(rows: np.ndarray, line: np.ndarray, label: Callable, last: _Section, off: list[tuple[int, str]]) -> None:
-    """Rows that are nearly distributions become distributions, in place; the others are refused where they were last written."""
+def _normalise(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Section, off: list[tuple[int, str]]) -> None:
+    """Rows [A, S, ...] that are nearly distributions become so, in place; others are refused, with the line that wrote them."""
     sums = rows.sum(-1)
     error = np.abs(sums - 1)
     for i in map(tuple, np.argwhere(error > ROUNDING)):
-        where, row = int(line[i]), label(i)
-        if not where:
-            raise last.stop(f"{row} is never given: expected a row of {rows.shape[-1]} probabilities")
+        line, row = int(lines[i]), title(*i)
+        if not line:
+            raise last.stop(f"{row} is missing: expected {rows.shape[-1]} probabilities that sum to one")
         if error[i] > SUM_TOLERANCE + ROUNDING:
-            raise Stop(DATA, f"{last.source}:{where}: {row} sums to {sums[i]:.9g}; expected one (within {SUM_TOLERANCE:g})")
-        off.append((where, f"{row} sums to {sums[i]:.9g}"))
+            raise Stop(DATA, f"{last.source}:{line}: {row} sums to {sums[i]:.9g}; expected one (within {SUM_TOLERANCE:g})")
+        off.append((line, f"{row} sums to {sums[i]:.9g}"))
         rows[i] /= sums[i]
 
 
-def _expected_reward(rewards: list[tuple[_Section, tuple, np.ndarray]], P: np.ndarray, Z: np.ndarray) -> np.ndarray:
-    """r [S, A]. One action at a time, on axes s, s', o; an axis that no entry tells apart is left out."""
-    (S, A, _), everything = P.shape, slice(None)
-    by_observation = [e for e, places, values in rewards if places[3] != everything or values.shape[3] > 1]
-    by_next = by_observation or [e for e, places, values in rewards if places[2] != everything or values.shape[2] > 1]
-    table = np.empty((S, S if by_next else 1, Z.shape[-1] if by_observation else 1))
-    r = np.zeros((S, A))
+def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray]], T: np.ndarray, O: np.ndarray) -> np.ndarray:
+    """r [S, A] from the entries in their order, one action at a time; what no entry tells apart has an axis of length one."""
+    A, S, n = O.shape
+    by_o = [entry for entry, where, values in rewards if where[3] != ALL or values.shape[3] > 1]
+    by_next = by_o or [entry for entry, where, values in rewards if where[2] != ALL or values.shape[2] > 1]
+    if by_o and S * S * n > ENTRIES:
+        raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {ENTRIES}")
+    table, r = np.empty((S, S if by_next else 1, n if by_o else 1)), np.empty((S, A))
     for a in range(A):
         table[:] = 0.0
-        for _, (actions, s, s2, o), values in rewards:
-            if actions == everything or actions.start == a:
-                table[s, s2, o] = values[0]
+        for _, (action, *cell), values in rewards:
+            if action in (ALL, slice(a, a + 1)):
+                table[tuple(cell)] = values[0]
         for s in range(S):
-            weight = P[s, a, :, None] * (Z[a] if by_observation else 1.0) if by_next else np.ones((1, 1))
+            weight = T[a, s, :, None] * (O[a] if by_o else 1.0) if by_next else np.ones((1, 1))
             possible = table[s][weight > 0]
-            # a reward that does not depend on what happens is that reward, to the last bit
+            # a reward that nothing can change is itself, to the last bit
             r[s, a] = possible[0] if (possible == possible[0]).all() else (weight * table[s]).sum()
     return r
 
 
+def _row(row: np.ndarray) -> str:
+    return "uniform" if (row == 1 / len(row)).all() else " ".join(map(repr, row.tolist()))
+
+
+def _rows(word: str, table: np.ndarray, actions: Sequence[str], froms: Sequence[str], tos: Sequence[str]) -> Iterator[str]:
+    """The entries of a table [A, S, ...], each row in the shorter of its forms; one block where the action changes nothing."""
+    for action, rows in [("*", table[0])] if (table == table[0]).all() else zip(actions, table, strict=True):
+        if word == "T" and (rows == np.eye(len(froms))).all():
+            yield f"T: {action} identity"
+            continue
+        for name, row in zip(froms, rows, strict=True):
+            head = f"{word}: {action} : {name}"
+            single = "\n".join(f"{head} : {to} {v!r}" for to, v in zip(tos, row.tolist(), strict=True) if v)
+            yield min(single, f"{head} {_row(row)}", key=len)

@@ -1,11 +1,14 @@
 """The belief tree against plain recursion over histories."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lindm.oracles import mdp, tree
+from lindm.problems import cassandra
 from lindm.problems.apomdp import mixture, optimistic, single
 from lindm.problems.pomdp import reveal
 from lindm.types import APOMDP, MDP
@@ -187,3 +190,25 @@ def test_a_policy_of_the_wrong_shape_or_with_wrong_entries_is_refused(brute):
         tree.checked_policy(problem, (jnp.array([2]), good[1]))
     with pytest.raises(ValueError, match=r"each row of policy\[0\] must sum to one"):
         tree.checked_policy(problem, (jnp.array([[0.2, 0.2]]), good[1]))
+
+
+# --- values that others published
+
+
+@pytest.mark.parametrize(
+    "file, horizon, discount, value",
+    [
+        ("tiger", 1, 0.95, -1.0),
+        ("tiger", 2, 0.95, -1.95),
+        ("tiger", 3, 0.95, 2.3098),
+        ("tiger", 5, 0.95, 2.7630961931),
+        ("tiger", 10, 0.95, 6.6933684318),
+        ("tiger", 5, 1.0, 3.60915),
+        ("1d", 5, 0.75, 0.9482417793),
+        ("4x3", 5, 0.95, 0.0899850532),
+    ],
+)
+def test_the_value_at_the_start_is_that_of_pomdp_solve(file, horizon, discount, value):
+    model = cassandra.read(Path(__file__).parents[1] / "problems" / "files" / f"{file}.pomdp")
+    found = tree.value(single(cassandra.to_pomdp(model, horizon, discount)))
+    np.testing.assert_allclose(found, value, atol=1e-6)

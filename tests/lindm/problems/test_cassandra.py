@@ -198,6 +198,18 @@ def test_a_reward_that_nothing_changes_is_exact():
     assert np.array_equal(got, [[0.1, 0.1], [0.1, 1e300], [0.7, 0.1]])
 
 
+def test_rewards_by_next_state_where_there_is_one_observation():
+    text = "discount: 1 states: 3 actions: 2 observations: 1 T: * : * .5 .25 .25 O: * uniform\nR: 1 : 2 8 4 2"
+    assert np.array_equal(parse(text).r, [[0, 0], [0, 0], [0, 5.5]])
+    assert np.array_equal(parse(text + "\nR: 0 : 1 : 1 5").r, [[0, 0], [1.25, 0], [0, 5.5]])
+
+
+def test_no_number_is_negative_zero():
+    got = model("start: 1 -0 -0.0\nT: * identity\nT: x : b -0 1 -0.0\nO: * : * 1 -0.\nR: * : * : * : * -0.0")
+    for field in FIELDS:
+        assert not np.signbit(getattr(got, field)).any()
+
+
 def test_the_preamble_comes_in_any_order():
     lines = [*PREAMBLE.splitlines(), "start include: b c"]
     want = model("start include: b c\nT: * identity O: * uniform")
@@ -662,10 +674,10 @@ def test_models_of_one_problem_go_together_and_others_are_refused_by_name():
     problems = cloud([one, two], ["one", "two"], 3)
     assert len(problems) == 2 and problems[1].O[0, 1, 0, 0] == 0.75 and problems[0].r.shape == (3, S, A)
     for old, new, rule in (
-        ("actions: x y", "actions: x y z", r"^two: actions differ from one: expected .*'x', 'y'.*; got .*'z'"),
-        ("discount: 0.9", "discount: 0.8", "^two: discount differ from one: expected '0.9'; got '0.8'"),
-        ("states: a b c", "states: c a b", "^two: states differ"),
-        ("observations: u v", "observations: u v w", "^two: observations differ"),
+        ("actions: x y", "actions: x y z", r"^two: actions must be as in one, .*'x', 'y'.*; got .*'z'"),
+        ("discount: 0.9", "discount: 0.8", "^two: discount must be as in one, '0.9'; got '0.8'"),
+        ("states: a b c", "states: c a b", "^two: states must be as in one"),
+        ("observations: u v", "observations: u v w", "^two: observations must be as in one"),
     ):
         text = "discount: 0.9\nstates: a b c\nactions: x y\nobservations: u v\nT: * identity\nO: * uniform"
         with pytest.raises(Stop, match=rule):
