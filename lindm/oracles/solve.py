@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm.oracles import hsvi, mdp, net, tree
-from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, Episodes, Labels, Plan, Problem
+from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, POMDP, Episodes, Labels, Plan, Problem
 
 BUDGET = 1 << 30  # bytes
 METHODS = ("auto", "tree", "hsvi", "net")
