@@ -79,14 +79,15 @@ def dirichlet(key: Array, concentration: ArrayLike, shape: tuple[int, ...], dtyp
     dtype, size = jnp.dtype(dtype or jnp.result_type(float)), math.prod(shape)
     c = jnp.asarray(concentration, dtype)
     d = jnp.where(c < 1, c + 1, c) - 1 / 3
+    keys = jax.random.split(key, _ROUNDS)
 
-    def propose(i: ArrayLike, n: int) -> Array:
-        """Logarithms of gammas over d; NaN where rejected."""
-        gaussians, exponentials = jax.random.split(jax.random.fold_in(key, i))
-        y = normal(gaussians, (n,), dtype) / (3 * jnp.sqrt(d))
+    def propose(u: Array) -> Array:
+        """Logarithms of gammas over d from two uniforms each, [2, n] as one vector; NaN where rejected."""
+        for_normal, for_test = jnp.split(u, 2)
+        y = lax.erf_inv(jnp.maximum(2 * for_normal - 1, jnp.finfo(dtype).epsneg - 1)) * math.sqrt(2) / (3 * jnp.sqrt(d))
         log = jnp.log1p(jnp.maximum(y, -1))
-        # Taylor's remainder: the test as it is printed is a difference of large numbers when d is large
-        accepted = jax.random.exponential(exponentials, (n,), dtype) > 3 * d * (y - y * y / 2 + y * y * y / 3 - log)
+        # Taylor's remainder: the test as it is usually printed is a difference of large numbers when d is large
+        accepted = -jnp.log1p(-for_test) > 3 * d * (y - y * y / 2 + y * y * y / 3 - log)
         return jnp.where(accepted, 3 * log, jnp.nan)
 
     few = min(size, size // 16 + 16)  # the first round rejects less than 5 in 100; the others work on what is left
@@ -94,13 +95,14 @@ def dirichlet(key: Array, concentration: ArrayLike, shape: tuple[int, ...], dtyp
     def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i, logs = carry
         (at,) = jnp.nonzero(jnp.isnan(logs), size=few, fill_value=size)
-        return i + 1, logs.at[at].set(propose(i, few), mode="drop")
+        return i + 1, logs.at[at].set(propose(jax.random.uniform(keys[i], (2 * few,), dtype)), mode="drop")
 
+    u = jax.random.uniform(keys[0], (3 * size,), dtype)
     # rounds end by themselves; the limit is for a concentration that no proposal satisfies
     _, logs = lax.while_loop(
-        lambda carry: (carry[0] < _ROUNDS) & jnp.isnan(carry[1]).any(), again, (jnp.int32(1), propose(0, size))
+        lambda carry: (carry[0] < _ROUNDS) & jnp.isnan(carry[1]).any(), again, (jnp.int32(1), propose(u[: 2 * size]))
     )
-    boost = jax.random.exponential(jax.random.fold_in(key, _ROUNDS), (size,), dtype) / jnp.where(c > 0, c, jnp.nan)
+    boost = -jnp.log1p(-u[2 * size :]) / jnp.where(c > 0, c, jnp.nan)
     return jax.nn.softmax((logs - jnp.where(c < 1, boost, 0)).reshape(shape), axis=-1)
 
 

@@ -89,15 +89,20 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET) -> Solut
 
 
 def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:
-    lower, upper, _ = q_bounds(problem, tables, 0, jnp.zeros((), jnp.int32), problem.cloud.rho)
-    lower, upper = lower.max(), upper.max()
+    lower, upper = (bound.max() for bound in _at_start(problem, tables))
     return Solution(value=(lower + upper) / 2, lower=lower, upper=upper, tables=tables, method=method)
 
 
 def first_action(problem: POMDP | APOMDP, solution: Solution) -> Array:
     """The oracle's action [] at the start, where nothing has been seen."""
-    lower, _, _ = q_bounds(tree.as_cloud(problem), solution.tables, 0, jnp.zeros((), jnp.int32), tree.as_cloud(problem).cloud.rho)
-    return mdp.greedy(lower)
+    return mdp.greedy(_at_start(tree.as_cloud(problem), solution.tables)[0])
+
+
+@jax.jit
+def _at_start(problem: APOMDP, tables: Tables) -> tuple[Array, Array]:
+    """Bounds of Q at the start: lower [A], upper [A]."""
+    lower, upper, _ = q_bounds(problem, tables, 0, jnp.zeros((), jnp.int32), problem.cloud.rho)
+    return lower, upper
 
 
 # --- at one history ------------------------------------------------------------------------------------------------------

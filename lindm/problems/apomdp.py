@@ -114,16 +114,15 @@ def draw_apomdp(
 
     numbers = {"concentration": concentration, "quality": quality, "low": low, "high": high, "step": step, "discount": discount}
     draw = partial(draw_pomdp, S=S, A=A, O=O, H=H, dtype=dtype, **numbers)
-    middle, around = jax.random.split(key)
-    centre, others = draw(middle), jax.vmap(draw)(jax.random.split(around, M))
-    share = jnp.asarray(distance, centre.P.dtype)
+    drawn = jax.vmap(draw)(jax.random.split(key, 1 + M))  # the centre and the others
+    share = jnp.asarray(distance, drawn.P.dtype)
     cloud = POMDP(
-        P=(1 - share) * centre.P[None] + share * others.P,
-        O=(1 - share) * centre.O[None] + share * others.O,
-        r=jnp.broadcast_to(centre.r, others.r.shape),
-        rho=jnp.broadcast_to(centre.rho, others.rho.shape),
+        P=(1 - share) * drawn.P[:1] + share * drawn.P[1:],
+        O=(1 - share) * drawn.O[:1] + share * drawn.O[1:],
+        r=jnp.broadcast_to(drawn.r[:1], drawn.r[1:].shape),
+        rho=drawn.rho[1:],
     )
-    return APOMDP(cloud=cloud, alpha=jnp.asarray(alpha, centre.P.dtype))
+    return APOMDP(cloud=cloud, alpha=jnp.asarray(alpha, share.dtype))
 
 
 def prostate(
@@ -181,7 +180,9 @@ def prostate(
 
 
 def optimistic(problem: APOMDP) -> POMDP:
-    """The POMDP of a cloud with alpha = 0: whoever acts chooses the model too. Action a*M + m is action a under model m.
+    """The POMDP of a cloud with alpha = 0: whoever acts chooses the model too.
+
+    Action a*M + m is action a under model m; histories keep their numbers, (a*M + m)*O + o for a step.
 
     Raises:
       ValueError: alpha is not 0, or the models differ in rho. (Values are looked at: not under `jit`.)

@@ -39,7 +39,7 @@ def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0,
     """Random probability vectors along the last axis: exponentials raised to `power`, normalised.
 
     Power 1 is the flat Dirichlet law; a larger power concentrates a row on few entries, power 0 makes it uniform.
-    JAX's Dirichlet sampler is a rejection loop over gammas and costs hundreds of times more on a CPU.
+    JAX's Dirichlet sampler is a rejection loop over gammas and costs ten to a hundred times more on a CPU.
     """
     dtype = dtype or jnp.result_type(float)
     exponentials = flat(jax.random.exponential, key, shape, dtype)

@@ -94,6 +94,16 @@ def test_dirichlet_rows_have_their_second_and_third_moments(c):
     assert abs(triple.mean() - c**3 / (total * (total + 1) * (total + 2))) <= 5 * triple.std() / np.sqrt(ROWS)
 
 
+@pytest.mark.parametrize("c", [0.3, 1.0, 2.5])
+def test_moments_of_long_dirichlet_rows_show_the_shape_of_the_gammas(c):
+    # in a long row the sum is nearly a constant and hides nothing: a wrong sign in the rejection test is off by ten errors here
+    rows = np.asarray(dirichlet(jax.random.key(16), c, (2_000, 500), jnp.float64))
+    for k in (2, 3, 4):
+        power = (rows**k).sum(-1)
+        want = 500 * stats.beta(c, 499 * c).moment(k)
+        assert abs(power.mean() - want) < 5 * power.std() / np.sqrt(len(rows))
+
+
 def test_entries_of_different_dirichlet_rows_are_independent():
     x = np.asarray(dirichlet(jax.random.key(13), 0.5, (ROWS, N), jnp.float64))[:, 0]
     for lag in (1, 2, ROWS // 2):

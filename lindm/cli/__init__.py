@@ -1,0 +1,234 @@
+"""The door. Everything heavy is imported after the arguments are understood, so that `lindm --help` answers at once.
+
+Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 5 not finite, 6 out of memory, 7 storage, 75 preempted
+(everything finished is on disk; the same command resumes). LINDM_DEBUG=1 shows the traceback of an error.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lindm.cli.worlds import Data, Export, Make, Solve, run_export, run_make, run_solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Run the experiments, print a verdict for every claim, write verdicts.json and report.html. A killed run resumes."""
+
+    preset: str = "quick"
+    """quick (minutes) or full (the ranges a paper would show)"""
+    out: Path | None = None
+    """where results go [default: results/PRESET]"""
+    only: tuple[str, ...] = ()
+    """claims to decide, by id; a main id stands for its sub-claims too [default: all]"""
+    seeds: int | None = None
+    """number of seeds, in place of the preset's"""
+    fresh: bool = False
+    """start over: remove what earlier runs of these experiments wrote to the same place"""
+    workers: int | None = None
+    """processes [default: one per core]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run one experiment; `lindm run EXPERIMENT --help` lists its own options."""
+
+    experiment: tyro.conf.Positional[str]
+    """name of a module in experiments/"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Redraw the figures (and the report) of a run directory from its records alone."""
+
+    directory: tyro.conf.Positional[Path]
+    """a directory written by `lindm run` or `lindm verify`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check versions, devices, precision, disk, fonts and the lock."""
+
+    out: Path = Path("results")
+    """where results would go"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed and memory beside other implementations."""
+
+    what: tyro.conf.Positional[str]
+    """attention or oracles"""
+    json: bool = False
+    """print one JSON list"""
+
+
+Command = (
+    Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Solve, tyro.conf.subcommand("solve")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
+DESCRIPTION = "lindm: in-context learning for sequential decisions, measured beside what theory predicts."
+
+
+def _parse(kind, arguments: Sequence[str], prog: str, description: str | None):
+    """tyro at the door; what it cannot parse becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind, args=list(arguments), prog=prog, description=description, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message inside the box that tyro draws, in unicode or in ASCII."""
+    found: list[str] = []
+    inside = False
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        bare = line.strip(" │|")
+        if bare.startswith(("╭", "╰", "─", "---", "+--")):  # an edge, or a rule inside
+            if found:
+                break
+            inside = True
+        elif bare.startswith("Got errors") or (found and not bare):
+            break
+        elif inside and bare:
+            found.append(bare)
+    return " ".join(found) or box.strip()
+
+
+def _verify(command: Verify) -> int:
+    from experiments.verify import verify
+
+    out = Path("results") / command.preset if command.out is None else command.out
+    return verify(command.preset, out, command.only, command.seeds, command.fresh, command.workers)
+
+
+def _run(experiment: str, rest: Sequence[str]) -> int:
+    from experiments import harness
+    from experiments.pool import Job, configure, perform
+    from lindm import files
+
+    harness.settle_xla()
+    module = harness.load(experiment)
+    preset = "quick"
+    for i, word in enumerate(rest):  # the preset gives the defaults of all other options, so it is read first
+        if word == "--preset" and i + 1 < len(rest):
+            preset = rest[i + 1]
+        elif word.startswith("--preset="):
+            preset = word.partition("=")[2]
+    default = configure(module, preset, None)
+    config_type = tyro.conf.OmitArgPrefixes[type(default)]  # pyright: ignore
+    options = make_dataclass(
+        "Options",
+        [
+            ("preset", str, field(default=preset)),
+            ("out", Path, field(default=Path("results") / f"{experiment}-{preset}")),
+            ("fresh", bool, field(default=False)),
+            ("config", config_type, field(default=default)),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    asked = _parse(options, rest, f"lindm run {experiment}", module.__doc__)
+    harness.stop_on_signals()
+    from rich.console import Console
+
+    from experiments.progress import show_progress
+    from experiments.report import table
+    from experiments.verify import exit_code, summarise
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    job = Job(experiment=experiment, preset=preset, directory=asked.out, fresh=asked.fresh)
+    with show_progress(console, 1) as (start, point, end):
+        start(job)
+        outcome = perform(job, lambda done, total: point(experiment, done, total), cfg=asked.config)
+        end(outcome)
+    if outcome.code:
+        raise files.Stop(outcome.code, outcome.message)
+    summary = summarise([outcome], {experiment: list(module.CLAIMS)}, preset, outcome.seconds)
+    console.print(table(summary))
+    console.print(f"records and figures: {asked.out}", markup=False)
+    return exit_code([outcome], summary["claims"])
+
+
+def _plot(directory: Path) -> int:
+    from experiments import harness
+    from experiments.report import redraw
+
+    harness.stop_on_signals()
+    for path in redraw(directory):
+        print(path)
+    return 0
+
+
+def _bench(command: Bench) -> int:
+    if command.what == "attention":
+        from lindm.attention import bench
+    elif command.what == "oracles":
+        from lindm.oracles import bench
+    else:
+        raise ValueError(f"WHAT must be attention or oracles; got {command.what!r}")
+    return int(bench.main(command.json) or 0)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        from lindm import __version__
+
+        print(__version__)
+        return 0
+    if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
+        return _run(arguments[1], arguments[2:])
+    command = _parse(Command, arguments or ["--help"], "lindm", DESCRIPTION)
+    match command:
+        case Verify():
+            return _verify(command)
+        case Run():
+            return _run(command.experiment, [])
+        case Plot():
+            return _plot(command.directory)
+        case Doctor():
+            from lindm import doctor
+
+            return doctor.main(command.out)
+        case Solve():
+            return run_solve(command)
+        case Data(command=Make() as make):
+            return run_make(make)
+        case Data(command=Export() as export):
+            return run_export(export)
+        case Bench():
+            return _bench(command)
+    raise AssertionError(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code. SystemExit only from --help and from what cannot be parsed."""
+    try:
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except Exception as e:
+        if os.environ.get("LINDM_DEBUG") == "1":
+            raise
+        code = getattr(e, "code", 2 if isinstance(e, ValueError) else 1)
+        hint = "" if hasattr(e, "code") or isinstance(e, ValueError) else f"{type(e).__name__}: "
+        print(f"lindm: error: {hint}{e}", file=sys.stderr)
+        return code

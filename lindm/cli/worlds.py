@@ -1,0 +1,205 @@
+"""`lindm solve` and `lindm data`: decision problems, their exact answers, and labelled episodes on disk."""
+
+import contextlib
+import json as json_module
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solve:
+    """The value of a decision problem, with bounds, and the best first action. Several files form a cloud of models."""
+
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """.pomdp files, or the name of a problem that ships with lindm: prostate"""
+    horizon: int
+    """number of stages"""
+    discount: float | None = None
+    """in place of the file's own"""
+    alpha: float | None = None
+    """attitude to the models of a cloud: 1 is the worst case, 0 the best"""
+    method: str = "auto"
+    """auto (exact if it fits in 1 GiB, certified otherwise), tree, hsvi or net"""
+    json: bool = False
+    """print one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Make:
+    """Labelled episodes on disk: Parquet and JSONL with a data card and a manifest. A killed run resumes."""
+
+    source: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SUITE")]
+    """mdp, pomdp or apomdp; or prostate, or .pomdp files (several form a cloud)"""
+    tasks: int
+    """number of task instances"""
+    demos: int
+    """demonstrations of each"""
+    out: Path
+    """where the data go"""
+    queries: int = 1
+    """query episodes of each task"""
+    horizon: int | None = None
+    """number of stages [default: the middle one of a suite's three; needed by a file]"""
+    split: str = "id"
+    """of a suite: id or ood"""
+    seed: int = 0
+    """the same seed gives the same bytes"""
+    behaviour: str = "oracle"
+    """of the demonstrations: oracle, epsilon or uniform"""
+    query_behaviour: str = "epsilon"
+    """of the queries: oracle, epsilon or uniform"""
+    epsilon: float = 0.2
+    """share of random actions of the behaviour epsilon"""
+    discount: float | None = None
+    """of a file, in place of its own"""
+    alpha: float | None = None
+    """of a cloud: 1 is the worst case, 0 the best"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Data made by `lindm data make`, for other tools."""
+
+    directory: tyro.conf.Positional[Path]
+    """a directory written by `lindm data make`"""
+    to: str
+    """trl (prompt/completion and messages, as SFTTrainer takes them) or minari"""
+    out: Path
+    """where the export goes"""
+    template: str = "compact"
+    """of the text (trl): compact, readable, or a JSON or TOML file"""
+    names: bool = False
+    """use the problem's own names in the text (trl)"""
+    without_rewards: bool = False
+    """leave the rewards out of the text (trl)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Offline data with the oracle's labels."""
+
+    command: Annotated[Make, tyro.conf.subcommand("make")] | Annotated[Export, tyro.conf.subcommand("export")]
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What a reader of files warns of, one line each on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"lindm: warning: {warning.message}", file=sys.stderr)
+
+
+def _double_precision() -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def run_solve(command: Solve) -> int:
+    from lindm.sources import named
+
+    start = time.perf_counter()
+    _double_precision()
+    with _warnings_as_lines():
+        source = named(command.files, command.horizon, command.discount, command.alpha)
+    from lindm.oracles.solve import first_action, solve
+
+    solution = solve(source.problem, command.method)
+    action = source.actions[int(first_action(source.problem, solution))]
+    value, lower, upper = (float(x) for x in (solution.value, solution.lower, solution.upper))
+    seconds = time.perf_counter() - start
+    if command.json:
+        answer = {"value": value, "lower": lower, "upper": upper, "method": solution.method}
+        print(json_module.dumps({**answer, "seconds": round(seconds, 3), "first_action": action}))
+        return 0
+    bounds = "exact" if solution.exact else f"certified to lie in [{lower:.10g}, {upper:.10g}]"
+    print(f"value         {value:.10g}  ({bounds})")
+    print(f"first action  {action}")
+    print(f"method        {solution.method}, {seconds:.1f} s")
+    return 0
+
+
+def run_make(command: Make) -> int:
+    _double_precision()
+    from lindm import datasets, sources, suites
+
+    recipe = datasets.Recipe(
+        tasks=command.tasks,
+        demos=command.demos,
+        queries=command.queries,
+        behaviour=command.behaviour,
+        epsilon=command.epsilon,
+        query_behaviour=command.query_behaviour,
+        query_epsilon=command.epsilon,
+        seed=command.seed,
+    )
+    if len(command.source) == 1 and command.source[0] in suites.NAMES and not Path(command.source[0]).exists():
+        if command.discount is not None or command.alpha is not None:
+            raise ValueError("discount and alpha must be left out for a suite, which has its own")
+        source = suites.suite(command.source[0], command.horizon, command.split)
+    else:
+        if command.split != "id":
+            raise ValueError(f"split must be left out for a problem of your own, which has one law; got {command.split!r}")
+        if command.horizon is None:
+            raise ValueError("horizon must be given for a problem that is not a suite")
+        with _warnings_as_lines():
+            source = sources.named(command.source, command.horizon, command.discount, command.alpha)
+    with _progress("tasks") as progress:
+        made = datasets.make(command.out, source, recipe, progress=progress)
+    for name in made.damaged:
+        print(f"lindm: warning: {name} was not as it had been written and was made again", file=sys.stderr)
+    print(f"{command.tasks} tasks in {command.out}: {made.made} shards made, {made.kept} kept")
+    return 0
+
+
+def run_export(command: Export) -> int:
+    from lindm import datasets, text
+
+    shipped = {"compact": text.COMPACT, "readable": text.READABLE}
+    template = shipped.get(command.template) or text.load_template(command.template)
+    with _progress("tasks") as progress:
+        written = datasets.export(
+            command.directory,
+            command.to,
+            command.out,
+            template=template,
+            rewards=not command.without_rewards,
+            names=command.names,
+            progress=progress,
+        )
+    for path in written:
+        print(path)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total): a bar with rate and time left on a terminal, a line every ten seconds elsewhere, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console, start = Console(stderr=True), time.monotonic()
+    if console.is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    said = start
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(f"{what}: {done} of {total}, {done / (said - start):.3g} a second", file=sys.stderr)
+
+    yield tell
