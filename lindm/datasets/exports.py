@@ -1,0 +1,281 @@
+r"""A dataset handed to other tools: prompts and conversations for TRL's SFTTrainer, transitions for Minari.
+
+`trl` writes two JSON-lines files that SFTTrainer takes as they are (`load_dataset("json", data_files=...)`):
+
+    prompt_completion.jsonl   {"prompt", "completion"}: a row per step of a query. The prompt is the demonstrations and the query
+                              up to its next action; the completion is the symbol of the oracle's action and nothing else.
+    messages.jsonl            {"messages"}: conversations. The user tells what happened, the assistant answers with an action.
+
+The assistant's turns are the oracle's actions, whoever acted. Where the query's action is another one, what follows would be the
+consequence of an action that the conversation does not contain; so the conversation ends with that answer, and the next row tells
+the history as it was, in the user's first turn, and goes on from there. Every label is the answer of exactly one turn, and no
+conversation contradicts itself. A query made by the oracle is one row.
+
+Two settings of TRL matter: `max_length` (1024 tokens unless it is set) cuts rows at their end, where the answers are; and on
+conversations `assistant_only_loss=True` trains the answers alone, as is always done with completions.
+
+A text tells the state of an MDP, otherwise the observations (and the models that nature took), and the rewards unless they are
+left out: where the state is hidden, a reward may tell of it what the oracle's labels do not use.
+
+`minari` writes a Minari dataset, every demonstration and every query an episode of it:
+
+    observations   MDP: the state, and S once the episode is over. POMDP: what was observed last, and O before anything was.
+                   APOMDP: the same of the pair m O + o, and M O before anything was. H + 1 of them, as Minari has it.
+    infos          label, Q, certificate, regret and state at every observation, at the last one, where nobody acts,
+                   -1, 0, -1, 0 and -1
+    metadata       of an episode: its task and its role (demo or query)
+
+The horizon belongs to the problem, so an episode ends by termination; the stage is the number of the step.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lindm import files
+from lindm.datasets.reading import load, read_manifest
+from lindm.files import USAGE, Stop
+from lindm.text import COMPACT, Document, Piece, Step, Template, render, text
+
+FORMATS = ("trl", "minari")
+SYSTEM = (
+    "You are shown episodes of a decision problem, and then an episode in progress. "
+    "Answer with the best next action and with nothing else."
+)
+NEEDS = {"mdp": ("state",), "pomdp": ("observation",), "apomdp": ("model", "observation")}
+
+Progress = Callable[[int, int], None] | None
+
+
+def export(
+    directory: Path,
+    to: str,
+    out: Path,
+    *,
+    template: Template = COMPACT,
+    rewards: bool = True,
+    names: bool = False,
+    system: str = SYSTEM,
+    dataset_id: str | None = None,
+    progress: Progress = None,
+) -> list[Path]:
+    """Write a finished dataset in the format of another tool; the paths of what was written.
+
+    Args:
+      to: trl or minari.
+      out: a directory; what is there already is never replaced.
+      template, rewards, names, system: of trl. How a document is written, whether it tells rewards, whether it uses the
+        problem's names in place of the template's symbols, and the first message of a conversation (none where it is empty).
+      dataset_id: of minari, such as name-v0 [default: made from the source]. Load it with `minari.load_dataset(dataset_id)` where
+        MINARI_DATASETS_PATH is `out`, or with `minari.MinariDataset(out / dataset_id / "data")`.
+      progress: hears (tasks done, tasks in all).
+
+    Raises:
+      ValueError: an unknown format; a template without a field that the problem needs, or with too few symbols.
+      Stop: the dataset is not finished or damaged (3); `out` holds what would be written, or a package is missing (2); `out`
+        cannot be written (7).
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
+    manifest = read_manifest(directory)
+    if to == "minari":
+        return _minari(directory, manifest, out, dataset_id or _default_id(manifest), progress)
+    if names:
+        template = named(template, manifest["config"]["names"])
+    return _trl(directory, manifest, out, template, rewards, system, progress)
+
+
+def named(template: Template, names: Mapping[str, Sequence[str]]) -> Template:
+    """The template with the names of a problem as its symbols, where it has such symbols and the problem has names.
+
+    Raises:
+      ValueError: texts with these names could be read in two ways.
+    """
+    given = {part: tuple(words) for part, words in names.items() if words and getattr(template, part) is not None}
+    if "actions" in given and _symbol(template, 0).startswith(" "):
+        given["actions"] = tuple(f" {name}" for name in given["actions"])  # a symbol brings its own leading space
+    changes: dict[str, Any] = {**given}
+    return dataclasses.replace(template, **changes)
+
+
+def _told(directory: Path, total: int, progress: Progress) -> Iterator[tuple[dict, list[dict]]]:
+    for done, pair in enumerate(load(directory)):
+        if progress:
+            progress(done, total)
+        yield pair
+    if progress:
+        progress(total, total)
+
+
+# --- text --------------------------------------------------------------------------------------------------------------------
+
+
+def _trl(directory: Path, manifest: dict, out: Path, template: Template, rewards: bool, system: str, progress: Progress):
+    sizes, total = manifest["config"]["source"]["sizes"], manifest["config"]["recipe"]["tasks"]
+    shown = set(template.grammar.fields) - (set() if rewards else {"reward"})
+    if missing := [field for field in NEEDS[sizes["kind"]] if field not in shown]:
+        raise ValueError(f"template must have {{{missing[0]}}} in its step for this dataset; {template.name!r} has not")
+    if sizes["kind"] != "mdp":
+        shown -= {"state"}
+    symbols = [_symbol(template, a) for a in range(sizes["n_actions"])]
+    paths = [out / "prompt_completion.jsonl", out / "messages.jsonl"]
+    with files.sole_writer(out), _new_file(paths[0]) as prompts, _new_file(paths[1]) as conversations:
+        for _, episodes in _told(directory, total, progress):
+            demos = tuple(_steps(row, shown) for row in episodes if row["role"] == "demo")
+            for row in (row for row in episodes if row["role"] == "query"):
+                pieces = render(Document(demos, _steps(row, shown)), template)
+                for prompt, label in _questions(pieces, len(demos), row["label"]):
+                    _line(prompts, {"prompt": prompt, "completion": symbols[label]})
+                for turns in _conversations(pieces, len(demos), row):
+                    first = [{"role": "system", "content": system}] if system else []
+                    _line(conversations, {"messages": first + [_message(turn, symbols) for turn in turns]})
+    return paths
+
+
+def _steps(row: dict, shown: set[str]) -> tuple[Step, ...]:
+    columns = {field: row[field] for field in ("state", "model", "observation", "reward") if field in shown and field in row}
+    return tuple(Step(action=a, **{field: x[t] for field, x in columns.items()}) for t, a in enumerate(row["action"]))
+
+
+def _symbol(template: Template, action: int) -> str:
+    (piece,) = (p for p in render(Document(query=(Step(action=action),)), template) if p.action is not None)
+    return piece.text
+
+
+def _places(pieces: Sequence[Piece], query: int) -> list[int]:
+    """Where the actions of the query are."""
+    return [i for i, piece in enumerate(pieces) if piece.episode == query and piece.action is not None]
+
+
+def _questions(pieces: Sequence[Piece], query: int, labels: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """For every step the text up to its action, and its label."""
+    for place, label in zip(_places(pieces, query), labels, strict=True):
+        yield text(pieces[:place]), label
+
+
+def _conversations(pieces: Sequence[Piece], query: int, row: dict) -> Iterator[list[str | int]]:
+    """The user (text) and the assistant (a label) by turns; after an action that was not the label a new conversation."""
+    turns: list[str | int] = []
+    since = 0
+    for place, action, label in zip(_places(pieces, query), row["action"], row["label"], strict=True):
+        turns += [text(pieces[since:place]), label]
+        since = place + 1
+        if action != label:
+            yield turns
+            turns, since = [], 0
+    if turns:
+        yield turns
+
+
+def _message(turn: str | int, symbols: Sequence[str]) -> dict[str, str]:
+    if isinstance(turn, str):
+        return {"role": "user", "content": turn}
+    return {"role": "assistant", "content": symbols[turn].strip()}  # a turn needs no space to part it from what is before
+
+
+def _line(f: IO[str], row: dict) -> None:
+    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[IO[str]]:
+    """A file that is there as a whole or not at all, and was not there before."""
+    if path.exists():
+        raise Stop(USAGE, f"{path} is there already and is not replaced; choose another --out")
+    with files.storage(path):
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=files.TEMPORARY)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8", newline="\n") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+# --- transitions -------------------------------------------------------------------------------------------------------------
+
+
+def _default_id(manifest: dict) -> str:
+    source = manifest["config"]["source"]
+    law, sizes = source.get("suite"), source["sizes"]
+    name = f"{law['name']}-{law['horizon']}-{law['split']}" if law else f"{sizes['kind']}-{sizes['horizon']}"
+    return f"lindm-{re.sub(r'[^-_a-zA-Z0-9]', '-', name)}-v0"
+
+
+def _minari(directory: Path, manifest: dict, out: Path, dataset_id: str, progress: Progress) -> list[Path]:
+    try:
+        import h5py  # noqa: F401  # pyright: ignore  (Minari's storage needs it)
+        import minari
+        from gymnasium.spaces import Discrete
+        from minari.data_collector.episode_buffer import EpisodeBuffer
+        from minari.dataset.minari_storage import MinariStorage
+    except ImportError as e:
+        raise Stop(USAGE, f"a Minari dataset needs minari and h5py: pip install 'lindm[minari]' ({e})") from e
+    if not re.fullmatch(r"[-_a-zA-Z0-9]+-v\d+", dataset_id):
+        raise ValueError(f"dataset_id must be letters, digits, - and _, and end in -v and a number; got {dataset_id!r}")
+    sizes, recipe = manifest["config"]["source"]["sizes"], manifest["config"]["recipe"]
+    seen = sizes["n_states"] if sizes["kind"] == "mdp" else sizes["n_observations"] * sizes.get("n_models", 1)
+
+    def episodes() -> Iterator[Any]:
+        for task, rows in _told(directory, recipe["tasks"], progress):
+            for row in rows:
+                where = {"task": task["task"], "role": row["role"]}
+                yield EpisodeBuffer(options=where, **_transitions(row, sizes, seen))
+
+    target, partial = out / dataset_id, out / f".{dataset_id}.lindm-partial"
+    with files.sole_writer(out), files.storage(target):
+        if target.exists():
+            raise Stop(USAGE, f"{target} is there already and is not replaced; choose another --out or another dataset_id")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        try:
+            storage = MinariStorage.new(partial / "data", Discrete(seen + 1), Discrete(sizes["n_actions"]), data_format="hdf5")
+            about = f"{recipe['tasks']} tasks, of each {recipe['demos']} demonstrations (by {recipe['behaviour']}) and "
+            about += f"{recipe['queries']} queries (by {recipe['query_behaviour']}), with the oracle's label at every step"
+            facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}
+            storage.update_metadata(facts | {"algorithm_name": recipe["behaviour"], "made_from": manifest["seal"]})
+            storage.update_episodes(episodes())
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return [target]
+
+
+def _transitions(row: dict, sizes: dict, seen: int) -> dict[str, Any]:
+    """One episode as Minari has it; `seen` is the index of what is no observation."""
+    if sizes["kind"] == "mdp":
+        observations = [*row["state"], seen]
+    else:
+        models = row.get("model", [0] * len(row["action"]))
+        observations = [seen, *(m * sizes["n_observations"] + o for m, o in zip(models, row["observation"], strict=True))]
+    H, A = len(row["action"]), sizes["n_actions"]
+    infos = {
+        "label": np.array([*row["label"], -1]),
+        "Q": np.array([*row["Q"], [0.0] * A]),
+        "certificate": np.array([*row["certificate"], -1], np.int8),
+        "regret": np.array([*row["regret"], 0.0]),
+        "state": np.array([*row["state"], -1]),
+    }
+    return {
+        "observations": np.array(observations),
+        "actions": np.array(row["action"]),
+        "rewards": np.array(row["reward"]),
+        "terminations": np.arange(H) == H - 1,
+        "truncations": np.zeros(H, bool),
+        "infos": infos,
+    }

@@ -1,0 +1,56 @@
+"""Small datasets: of a suite of MDPs, of one MDP with names, of one cloud. Each has six episodes a task: programs are shared."""
+
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lindm import datasets
+from lindm.datasets import Recipe
+from lindm.sources import Source
+from lindm.suites import Suite
+from lindm.types import MDP
+
+SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
+
+
+def fixed_mdp() -> Source:
+    rng = np.random.default_rng(7)
+    P, r = rng.dirichlet(np.ones(3), (1, 3, 3)), rng.normal(size=(4, 3, 3)).round(2)
+    problem = MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray([0.5, 0.25, 0.25]))
+    return Source(problem=problem, states=("left", "middle", "right"), actions=("wait", "go", "turn"))
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe(**{"tasks": 10, "demos": 4, "queries": 2, "shard": 4} | changes)
+
+
+class Datasets:
+    """Made when they are first asked for."""
+
+    def __init__(self, brute, root):
+        self.root = root
+        self.brute = brute.random(5, S=2, A=2, O=2, M=2, H=3, alpha=0.7)
+        self.sources = {"suite": SUITE, "mdp": fixed_mdp(), "cloud": self.brute.problem()}
+
+    def _made(self, name):
+        datasets.make(self.root / name, self.sources[name], recipe(query_epsilon=0.5))
+        return self.root / name
+
+    @cached_property
+    def suite(self):
+        return self._made("suite")
+
+    @cached_property
+    def mdp(self):
+        return self._made("mdp")
+
+    @cached_property
+    def cloud(self):
+        return self._made("cloud")
+
+
+@pytest.fixture(scope="session")
+def made(brute, tmp_path_factory):
+    return Datasets(brute, tmp_path_factory.mktemp("datasets"))

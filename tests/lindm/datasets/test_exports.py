@@ -1,0 +1,192 @@
+"""What other tools get: texts that read back, labels that answer them, transitions that Minari loads."""
+
+import json
+import re
+import socket
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lindm.datasets import export, exports, load, named
+from lindm.files import STORAGE, USAGE, Stop
+from lindm.text import COMPACT, READABLE, Template, parse
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def queries(directory):
+    for task, rows in load(directory):
+        demos = [row for row in rows if row["role"] == "demo"]
+        yield from ((task, demos, row) for row in rows if row["role"] == "query")
+
+
+def shown(row, steps, cloud):
+    """What the first steps of an episode look like in a document."""
+    keys = {"model": "model", "observation": "observation"} if cloud else {"state": "state"}
+    keys |= {"action": "action", "reward": "reward"}
+    return [{k: row[c][t] for k, c in keys.items()} for t in range(steps)]
+
+
+def told(steps):
+    fields = ("state", "model", "observation", "action", "reward")
+    return [{k: getattr(step, k) for k in fields if getattr(step, k) is not None} for step in steps]
+
+
+@pytest.mark.parametrize("name", ["mdp", "cloud"])
+@pytest.mark.parametrize("template", [COMPACT, READABLE], ids=lambda t: t.name)
+def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is_the_label(made, tmp_path, name, template):
+    directory, cloud, end = getattr(made, name), name == "cloud", ".\n" if template is READABLE else ""
+    paths = export(directory, "trl", tmp_path, template=template)
+    assert paths == [tmp_path / "prompt_completion.jsonl", tmp_path / "messages.jsonl"]
+    rows = iter(lines(paths[0]))
+    for _, demos, query in queries(directory):
+        for t, label in enumerate(query["label"]):
+            row = next(rows)
+            assert set(row) == {"prompt", "completion"}
+            asked, answered = parse(row["prompt"], template), parse(row["prompt"] + row["completion"] + end, template)
+            assert [told(episode) for episode in asked.demonstrations] == [shown(d, len(d["action"]), cloud) for d in demos]
+            *history, last = asked.query
+            assert told(history) == shown(query, t, cloud)
+            assert last.action is None and last.state == (None if cloud else query["state"][t])
+            assert answered.query[-1] == replace(last, action=label)
+    assert next(rows, None) is None
+
+
+def test_a_conversation_says_what_happened_and_its_answers_are_the_labels(made, tmp_path):
+    _, path = export(made.mdp, "trl", tmp_path)
+    rows, deviations = iter(lines(path)), 0
+    for _, demos, query in queries(made.mdp):
+        labels, length = list(query["label"]), 0
+        while labels:
+            system, *turns = next(rows)["messages"]
+            assert system == {"role": "system", "content": exports.SYSTEM}
+            assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+            length += len(turns) // 2
+            # with the space back that a symbol brings, the conversation is a document: what happened, and then one answer
+            text = "".join(turn["content"] if turn["role"] == "user" else f" {turn['content']}" for turn in turns)
+            document = parse(text, COMPACT)
+            assert len(document.demonstrations) == len(demos)
+            *history, last = document.query
+            assert told(history) == shown(query, length - 1, False)
+            assert last.action == query["label"][length - 1] and last.state == query["state"][length - 1]
+            answers = ["ABC".index(turn["content"]) for turn in turns[1::2]]
+            assert answers == [labels.pop(0) for _ in answers]
+            if labels:
+                assert query["action"][length - 1] != last.action
+                deviations += 1
+    assert next(rows, None) is None and deviations > 5
+
+
+def test_the_oracles_own_query_is_one_conversation(made, tmp_path):
+    row = {"action": [0, 1, 1], "label": [0, 1, 1], "reward": [0.5, 1.0, 2.0], "state": [0, 1, 2], "role": "query"}
+    pieces = exports.render(exports.Document((), exports._steps(row, {"state", "action", "reward"})), COMPACT)
+    (turns,) = exports._conversations(pieces, 0, row)
+    assert turns == ["#\n0", 0, ":0.5\n1", 1, ":1.0\n2", 1]
+    row["action"] = [0, 0, 1]
+    pieces = exports.render(exports.Document((), exports._steps(row, {"state", "action", "reward"})), COMPACT)
+    first, second = exports._conversations(pieces, 0, row)
+    assert first == ["#\n0", 0, ":0.5\n1", 1] and second == ["#\n0 A:0.5\n1 A:1.0\n2", 1]
+
+
+def test_a_hidden_state_is_in_no_text(made, tmp_path):
+    for path in export(made.cloud, "trl", tmp_path, template=READABLE):
+        assert "The state is" not in path.read_text() and "The observation is" in path.read_text()
+
+
+def test_rewards_names_and_the_system_message_are_options(made, tmp_path):
+    paths = export(made.mdp, "trl", tmp_path, template=READABLE, rewards=False, names=True, system="")
+    text = paths[0].read_text()
+    assert "reward" not in text and {row["completion"] for row in lines(paths[0])} <= {" wait", " go", " turn"}
+    assert set(re.findall(r"The state is (\w+)", text)) == {"left", "middle", "right"}
+    assert all(row["messages"][0]["role"] == "user" for row in lines(paths[1]))
+    template = named(READABLE, {"states": ["left", "middle", "right"], "actions": ["wait", "go", "turn"]})
+    assert parse(lines(paths[0])[0]["prompt"], template).demonstrations
+
+
+def test_a_template_must_show_what_the_problem_needs_and_have_its_symbols(made, tmp_path):
+    bare = Template(name="bare", step=("\n", "?{action}"), closing=";", actions=("A", "B", "C"))
+    with pytest.raises(ValueError, match=r"template must have \{state\} in its step for this dataset; 'bare' has not"):
+        export(made.mdp, "trl", tmp_path, template=bare)
+    with pytest.raises(ValueError, match=r"\{model\}"):
+        export(made.cloud, "trl", tmp_path, template=bare)
+    few = Template(name="few", step=("\n", "{state}", "?{action}"), closing=";", actions=("A", "B"), states="{}")
+    with pytest.raises(ValueError, match="actions"):
+        export(made.mdp, "trl", tmp_path, template=few)
+    with pytest.raises(ValueError, match="to must be one of trl, minari; got 'csv'"):
+        export(made.mdp, "csv", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_replaced_and_nothing_is_left_half_done(made, tmp_path):
+    (tmp_path / "messages.jsonl").write_text("mine")
+    with pytest.raises(Stop, match=r"messages\.jsonl is there already") as e:
+        export(made.mdp, "trl", tmp_path)
+    assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == ["messages.jsonl"]
+    with pytest.raises(Stop, match="cannot write") as e:
+        export(made.mdp, "trl", tmp_path / "messages.jsonl" / "out")
+    assert e.value.code == STORAGE
+
+
+def test_a_damaged_dataset_is_not_exported(made, tmp_path):
+    for path in made.mdp.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "episodes-00002.jsonl").open("a") as f:
+        f.write("{}\n")
+    for to in exports.FORMATS:
+        with pytest.raises(Stop, match=r"episodes-00002\.jsonl is damaged"):
+            export(tmp_path, to, tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mdp", "cloud"])
+def test_minari_loads_every_episode(made, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(socket, "socket", None)  # a socket would be an error
+    directory = getattr(made, name)
+    told = []
+    (path,) = export(directory, "minari", tmp_path, progress=lambda done, total: told.append(done))
+    assert told == list(range(11)) and not (tmp_path / "home").exists()
+    import minari
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    dataset = minari.load_dataset(path.name)
+    assert path.name == ("lindm-mdp-4-v0" if name == "mdp" else "lindm-apomdp-3-v0")
+    expected = [(task, row) for task, rows in load(directory) for row in rows]
+    assert dataset.total_episodes == len(expected) == 60
+    assert dataset.action_space.n == (3 if name == "mdp" else 2) and dataset.observation_space.n == (4 if name == "mdp" else 5)
+    facts = list(dataset.storage.get_episode_metadata(range(60)))
+    for (task, row), episode, fact in zip(expected, dataset, facts, strict=True):
+        H = len(row["action"])
+        assert fact["options"] == {"task": task["task"], "role": row["role"]}
+        pairs = zip(row.get("model", ()), row.get("observation", ()), strict=True)
+        seen = [*row["state"], 3] if name == "mdp" else [4, *(2 * m + o for m, o in pairs)]
+        assert episode.observations.tolist() == seen
+        assert episode.actions.tolist() == row["action"] and episode.rewards.tolist() == row["reward"]
+        assert episode.terminations.tolist() == [False] * (H - 1) + [True] and not episode.truncations.any()
+        assert episode.infos["label"].tolist() == [*row["label"], -1] and episode.infos["state"].tolist() == [*row["state"], -1]
+        np.testing.assert_array_equal(episode.infos["Q"], [*row["Q"], [0] * len(row["Q"][0])])
+        assert episode.infos["certificate"].tolist() == [*row["certificate"], -1]
+        assert episode.infos["regret"].tolist() == [*row["regret"], 0]
+    with pytest.raises(Stop, match="is there already"):
+        export(directory, "minari", tmp_path)
+
+
+def test_minari_is_told_what_it_needs(made, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"dataset_id must be .*; got 'a/b-v0'"):
+        export(made.mdp, "minari", tmp_path, dataset_id="a/b-v0")
+    (path,) = export(made.mdp, "minari", tmp_path, dataset_id="mine-v3")
+    assert (path / "data").is_dir() and [p.name for p in tmp_path.iterdir()] == ["mine-v3"]
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(Stop, match=r"pip install 'lindm\[minari\]'"):
+        export(made.mdp, "minari", tmp_path, dataset_id="other-v0")
+
+
+def test_a_pomdp_starts_with_nothing_seen():
+    row = {"action": [0, 1], "observation": [1, 0], "state": [0, 0], "reward": [0.0, 1.0], "label": [0, 1]}
+    row |= {"Q": [[0.0, 0.0]] * 2, "certificate": [0, 0], "regret": [0.0, 0.0]}
+    sizes = {"kind": "pomdp", "n_actions": 2, "n_observations": 2}
+    assert exports._transitions(row, sizes, 2)["observations"].tolist() == [2, 1, 0]

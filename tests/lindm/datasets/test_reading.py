@@ -1,0 +1,164 @@
+"""What is on disk comes back, to the last bit, and the labels are what the arrays in the row imply."""
+
+import json
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from lindm import datasets
+from lindm.datasets import episodes_of, load, problem_of
+from lindm.files import DATA, Stop
+from lindm.types import APOMDP, MDP, POMDP
+
+from .conftest import recipe
+
+
+def same(x, y):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), x, y)
+
+
+def test_a_fixed_problem_comes_back_exactly_with_every_task(made):
+    for name, kind in (("mdp", MDP), ("cloud", APOMDP)):
+        source = made.sources[name]
+        rows = list(load(getattr(made, name)))
+        assert [task["task"] for task, _ in rows] == list(range(10))
+        for task, _ in rows:
+            problem = problem_of(task)
+            assert isinstance(problem, kind)
+            same(problem, source.problem if name == "mdp" else source)
+
+
+def test_a_row_of_the_parquet_files_serves_too(made):
+    row = pyarrow.parquet.read_table(made.suite / "tasks-00000.parquet").to_pylist()[1]
+    same(problem_of(row), problem_of(list(load(made.suite))[1][0]))
+
+
+def test_a_pomdp_is_a_pomdp():
+    row = {"kind": "pomdp", "horizon": 1} | {k: [1.0] for k in ("P", "O", "r", "rho")}
+    row |= {"P_shape": [1, 1, 1, 1], "O_shape": [1, 1, 1, 1], "r_shape": [1, 1, 1], "rho_shape": [1]}
+    assert isinstance(problem_of(row), POMDP)
+
+
+def test_labels_of_mdps_are_those_of_backward_induction_on_the_row(made):
+    for directory in (made.suite, made.mdp):
+        for task, rows in load(directory):
+            P, r, rho = (np.array(task[k]).reshape(task[f"{k}_shape"]) for k in ("P", "r", "rho"))
+            V, U, Q = np.zeros(len(rho)), np.zeros(len(rho)), [None] * task["horizon"]
+            for h in reversed(range(task["horizon"])):
+                Q[h] = r[h] + P[0] @ V
+                V, U = Q[h].max(-1), (r[h] + P[0] @ U).mean(-1)
+            np.testing.assert_allclose([task["value"], task["lower"], task["upper"]], rho @ V, rtol=1e-12)
+            np.testing.assert_allclose(task["uniform_value"], rho @ U, rtol=1e-12)
+            for row in rows:
+                for h, s in enumerate(row["state"]):
+                    np.testing.assert_allclose(row["Q"][h], Q[h][s], rtol=1e-12)
+                    assert Q[h][s, row["label"][h]] >= Q[h][s].max() - 1e-12
+                    assert row["reward"][h] == r[h][s, row["action"][h]]
+
+
+def test_labels_of_a_cloud_are_those_of_the_recursion_at_the_history(made):
+    brute, known = made.brute, {}
+    for task, rows in load(made.cloud):
+        assert task["method"] == "tree" and task["alpha"] == 0.7
+        for row in rows:
+            history, beliefs = (), list(brute.rho)
+            for t, (a, m, o) in enumerate(zip(row["action"], row["model"], row["observation"], strict=True)):
+                if history not in known:
+                    known[history] = brute.Q(beliefs, t)
+                Q = known[history]
+                np.testing.assert_allclose(row["Q"][t], Q, rtol=1e-11, atol=1e-12)
+                assert Q[row["label"][t]] >= Q.max() - 1e-12
+                assert row["reward"][t] == brute.r[m, t, row["state"][t], a]
+                p, b = brute.step(beliefs[m], t, a, m, o)
+                assert p > 0
+                history, beliefs = (*history, (a, m, o)), [b] * brute.M
+    assert len(known) > 10
+    np.testing.assert_allclose(task["value"], known[()].max(), rtol=1e-11)
+    np.testing.assert_allclose(
+        task["uniform_value"], brute.V(list(brute.rho), 0, policy=lambda t, h: np.full(2, 0.5)), rtol=1e-11
+    )
+
+
+def test_behaviours_behave_as_they_are_named(made, tmp_path):
+    """The label is taken with probability 1 by the oracle, 1 - e + e/A by epsilon, 1/A by uniform."""
+    A, how = 3, {"behaviour": "uniform", "query_behaviour": "epsilon", "query_epsilon": 0.3}
+    datasets.make(tmp_path / "d", made.sources["mdp"], recipe(tasks=200, shard=None, **how))
+    agreed = {"demo": [], "query": []}
+    for _, rows in load(tmp_path / "d"):
+        for row in rows:
+            agreed[row["role"]] += [a == label for a, label in zip(row["action"], row["label"], strict=True)]
+    for role, p in (("demo", 1 / A), ("query", 0.7 + 0.3 / A)):
+        x = np.array(agreed[role])
+        assert abs(x.mean() - p) < 5 * np.sqrt(p * (1 - p) / len(x)), role
+    for _, rows in load(made.mdp):
+        assert all(row["action"] == row["label"] for row in rows if row["role"] == "demo")
+
+
+def test_demonstrations_come_first_and_no_two_episodes_are_one(made):
+    for _, rows in load(made.suite):
+        assert [(row["role"], row["episode"]) for row in rows] == [*(("demo", k) for k in range(4)), ("query", 0), ("query", 1)]
+    plays = [json.dumps([row["state"], row["action"]]) for _, rows in load(made.mdp) for row in rows]
+    assert len(set(plays)) > len(plays) / 2  # each with a key of its own
+
+
+def test_fewer_demonstrations_leave_the_others_as_they_are(made, tmp_path):
+    datasets.make(tmp_path / "d", made.sources["mdp"], recipe(tasks=2, demos=3, query_epsilon=0.5))
+    for (_, few), (_, many) in zip(load(tmp_path / "d"), load(made.mdp), strict=False):
+        assert few == [row for row in many if (row["role"], row["episode"]) != ("demo", 3)]
+
+
+def test_rows_stack_to_episodes_and_labels(made):
+    _, rows = next(load(made.cloud))
+    episodes, labels = episodes_of(rows)
+    assert episodes.m is not None and episodes.o is not None
+    assert episodes.s.shape == episodes.m.shape == (6, 3) and labels.Q.shape == (6, 3, 2)
+    assert episodes.a.dtype == np.int32 and labels.certificate.dtype == np.int8 and labels.Q.dtype == np.float64
+    assert episodes.o.tolist() == [row["observation"] for row in rows]
+    episodes, _ = episodes_of(next(load(made.mdp))[1])
+    assert episodes.m is None and episodes.o is None
+
+
+@pytest.mark.parametrize("name", ["tasks-00001.jsonl", "episodes-00002.jsonl", "manifest.json"])
+def test_damage_is_named_by_its_file(made, tmp_path, name):
+    for path in made.suite.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-20] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(Stop, match=name) as e:
+        list(load(tmp_path))
+    assert e.value.code == DATA
+    (tmp_path / name).unlink()
+    with pytest.raises(Stop, match=f"cannot read .*{name}|not finished"):
+        list(load(tmp_path))
+
+
+def test_what_is_no_dataset_is_refused(tmp_path):
+    for text in ("[1]", "{", '{"config": {"format": "another"}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(Stop, match=r"manifest\.json: not") as e:
+            list(load(tmp_path))
+        assert e.value.code == DATA
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": 0}, "tasks must be a whole number of at least 1; got 0"),
+        ({"demos": 0}, "demos must be"),
+        ({"queries": 1.5}, "queries must be"),
+        ({"epsilon": 1.1}, "epsilon must be a number in"),
+        ({"query_epsilon": -0.1}, "query_epsilon must be a number in"),
+        ({"behaviour": "expert"}, "behaviour must be one of oracle, epsilon, uniform; got 'expert'"),
+        ({"query_behaviour": "greedy"}, "query_behaviour must be one of"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**32}, "seed must be below"),
+        ({"shard": 0}, "shard must be"),
+        ({"budget": 0}, "budget must be"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)

@@ -1,0 +1,303 @@
+"""Shards: the same bytes whatever happens on the way, and nobody's files harmed."""
+
+import datetime
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from lindm import datasets, files
+from lindm.datasets import drawing, shards
+from lindm.datasets.shards import make
+from lindm.files import STORAGE, USAGE, Stop
+
+from .conftest import SUITE, fixed_mdp, recipe
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())}
+
+
+@pytest.fixture
+def source():
+    return fixed_mdp()
+
+
+@pytest.fixture
+def reference(made):
+    return contents(made.mdp)
+
+
+RECIPE = recipe(query_epsilon=0.5)
+
+
+def test_two_runs_write_the_same_bytes(tmp_path, source, reference):
+    result = make(tmp_path / "again", source, RECIPE)
+    assert contents(tmp_path / "again") == reference
+    assert result.made == 3 and result.kept == 0 and result.damaged == ()
+    names = {"config.json", "manifest.json", "README.md", "problem.jsonl", "problem.parquet"}
+    stems = [f"{table}-{k:05d}" for table in ("tasks", "episodes") for k in range(3)]
+    assert set(reference) == names | {stem + ending for stem in stems for ending in (".jsonl", ".parquet")}
+
+
+def test_a_finished_dataset_is_left_alone(tmp_path, source, reference):
+    make(tmp_path / "d", source, RECIPE)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
+    told = []
+    result = make(tmp_path / "d", source, RECIPE, progress=lambda done, total: told.append((done, total)))
+    assert (result.made, result.kept) == (0, 3) and told == [(10, 10)]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()} == before
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from experiments.harness import settle_xla
+settle_xla()
+import jax
+jax.config.update("jax_enable_x64", True)
+sys.path.insert(0, sys.argv[1])
+from tests.lindm.datasets.conftest import fixed_mdp, recipe
+from lindm import files
+from lindm.datasets.shards import make
+replace = os.replace
+def dying(source, target):
+    if Path(target).name == "episodes-00001.jsonl":  # the shard has its tasks and not its episodes
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = dying
+make(Path(sys.argv[2]), fixed_mdp(), recipe(query_epsilon=0.5))
+"""
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, source, reference):
+    root, out = Path(__file__).parents[3], tmp_path / "d"
+    env = os.environ | {"PYTHONPATH": str(root)}
+    # conftest.py has put the settings of XLA there, which settle_xla puts there again: the same ones twice are the same ones
+    child = subprocess.run([sys.executable, "-c", CHILD, str(root), str(out)], env=env, capture_output=True, timeout=120)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    left = {p.name for p in out.iterdir()}
+    assert "tasks-00001.parquet" in left and "episodes-00001.jsonl" not in left and "manifest.json" not in left
+    assert any(name.endswith(files.TEMPORARY) for name in left)
+    with pytest.raises(Stop, match="not finished"):
+        next(datasets.load(out))
+    with (out / "progress.jsonl").open("a") as f:
+        f.write('{"point": {"shard": "000')  # a torn line too
+    result = make(out, source, RECIPE)
+    assert (result.kept, result.made) == (1, 2)
+    assert contents(out) == reference
+
+
+def test_a_run_that_is_stopped_anywhere_goes_on(tmp_path, source, reference, monkeypatch):
+    """Before every single write of a whole run, and before every one of the run that goes on."""
+
+    class Stopped(BaseException):
+        pass
+
+    left = 0
+
+    def counted(function):
+        def call(*args):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Stopped
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(files, "write_atomic", counted(files.write_atomic))
+    monkeypatch.setattr(files, "append_line", counted(files.append_line))
+    out, stops = tmp_path / "d", 0
+    for allowed in (0, 1, 2, 3, 2, 1, 4, 5, 5, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1):
+        left = allowed
+        try:
+            make(out, source, RECIPE)
+            break
+        except Stopped:
+            stops += 1
+    assert stops > 8 and contents(out) == reference
+
+
+@pytest.mark.parametrize(
+    "name", ["tasks-00001.jsonl", "episodes-00002.parquet", "problem.jsonl", "progress.jsonl", "manifest.json"]
+)
+def test_a_flipped_bit_is_found_and_repaired(tmp_path, source, reference, monkeypatch, name):
+    out = tmp_path / "d"
+    if name == "progress.jsonl":  # a run that did not come to its manifest
+        monkeypatch.setattr(shards, "card", lambda manifest: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(out, source, RECIPE)
+        monkeypatch.undo()
+    else:
+        make(out, source, RECIPE)
+    data = bytearray((out / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (out / name).write_bytes(data)
+    result = make(out, source, RECIPE)
+    assert contents(out) == reference
+    if name not in ("progress.jsonl", "manifest.json"):
+        assert result.damaged == (name,) and (result.kept, result.made) == ((3, 0) if name == "problem.jsonl" else (2, 1))
+
+
+def test_a_missing_and_a_truncated_file_are_made_again(tmp_path, source, reference):
+    out = tmp_path / "d"
+    make(out, source, RECIPE)
+    (out / "episodes-00000.jsonl").unlink()
+    with (out / "tasks-00002.parquet").open("r+b") as f:
+        f.truncate(100)
+    (out / "README.md").unlink()
+    assert make(out, source, RECIPE).made == 2
+    assert contents(out) == reference
+
+
+def test_another_configuration_is_refused_and_the_difference_shown(tmp_path, made, source):
+    before = contents(made.mdp)
+    with pytest.raises(Stop, match=r"recipe.query_epsilon is 0.5 there and 0.2 here, recipe.seed is 0 there and 1 here;") as e:
+        make(made.mdp, source, recipe(seed=1))
+    assert e.value.code == USAGE
+    with pytest.raises(Stop, match=r"source.problem.sha256 is "):
+        make(made.mdp, jax.tree.map(lambda x: x[..., ::-1], source.problem), RECIPE)
+    assert contents(made.mdp) == before
+
+
+def test_other_versions_may_read_a_dataset_but_not_go_on_with_it(tmp_path, source, monkeypatch):
+    out = tmp_path / "d"
+    make(out, source, RECIPE)
+    before = contents(out)
+    monkeypatch.setattr(shards, "_versions", lambda: json.loads((out / "config.json").read_text())["versions"] | {"jax": "9"})
+    assert make(out, source, RECIPE).made == 0 and contents(out) == before
+    (out / "tasks-00000.jsonl").unlink()
+    with pytest.raises(Stop, match=r'jax is "0\.\d+\.\d+.*" there and "9" here'):
+        make(out, source, RECIPE)
+
+
+def test_a_directory_with_other_files_is_left_as_it_is(tmp_path, source):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(Stop, match=r"is not empty and holds no dataset \(thesis.tex\)") as e:
+        make(tmp_path, source, RECIPE)
+    assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "config.json").write_text('{"lr": 3e-4}')
+    with pytest.raises(Stop, match="is not of a dataset"):
+        make(tmp_path, source, RECIPE)
+    assert (tmp_path / "config.json").read_text() == '{"lr": 3e-4}'
+
+
+def test_files_of_a_user_in_a_dataset_survive(tmp_path, source):
+    out = tmp_path / "d"
+    make(out, source, RECIPE)
+    (out / "notes.txt").write_text("mine")
+    (out / "tasks-00000.jsonl").unlink()
+    make(out, source, RECIPE)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_exit_7(tmp_path, source):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Stop, match="cannot write") as e:
+        make(tmp_path / "file" / "d", source, RECIPE)
+    assert e.value.code == STORAGE
+
+
+def test_a_second_writer_is_refused(tmp_path, source):
+    with files.sole_writer(tmp_path / "d"), pytest.raises(Stop, match="written by another process"):
+        make(tmp_path / "d", source, RECIPE)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(Stop, match=r"pip install 'lindm\[data\]'"):
+        make(tmp_path / "d", source, RECIPE)
+    assert not (tmp_path / "d").exists()
+
+
+def test_names_must_fit_the_problem(tmp_path, source):
+    for part, names in (("states", ("a", "b")), ("actions", ("a", "a", "b")), ("models", ("m",))):
+        with pytest.raises(ValueError, match=f"names of {part} must be"):
+            make(tmp_path / "d", replace(source, **{part: names}), RECIPE)
+
+
+def test_parquet_and_json_lines_say_the_same(made):
+    for directory in (made.suite, made.mdp, made.cloud):
+        manifest = datasets.read_manifest(directory)
+        for record in manifest["shards"]:
+            for name, file in record["files"].items():
+                assert file["sha256"] == hashlib.sha256((directory / name).read_bytes()).hexdigest()
+                if name.endswith(".jsonl"):
+                    rows = [json.loads(line) for line in (directory / name).read_text().splitlines()]
+                    table = pyarrow.parquet.read_table(directory / name.replace(".jsonl", ".parquet"))
+                    assert table.to_pylist() == rows and len(rows) == file["rows"]
+
+
+def test_one_shard_at_a_time_is_in_memory(tmp_path, source, monkeypatch):
+    alive, draw = [], drawing.Drawing.draw
+
+    def watched(self, first, last, tick):
+        assert not any(ref() is not None for ref in alive)
+        drawn = draw(self, first, last, tick)
+        alive.append(weakref.ref(drawn[2][0].s))
+        assert len(drawn[2][0].s) == last - first <= 4
+        return drawn
+
+    monkeypatch.setattr(drawing.Drawing, "draw", watched)
+    make(tmp_path / "d", source, RECIPE)
+    assert len(alive) == 3
+
+
+def test_a_shard_is_sized_by_its_bytes_and_not_by_the_number_of_tasks():
+    for n in (1, 10**6):
+        assert drawing.Drawing(SUITE, recipe(tasks=n, shard=None)).shard == 256
+    big = drawing.Drawing(SUITE, recipe(demos=40_000, shard=None))
+    assert 1 <= big.shard < 256 and big.shard * 40_002 * 3 * 9 * 8 <= 2**26
+
+
+def test_a_suite_is_drawn_by_its_task_numbers(made, tmp_path):
+    """A longer run begins with a shorter one: the same tasks, and the same files where these are full."""
+    make(tmp_path / "d", SUITE, recipe(tasks=6, query_epsilon=0.5))
+    short, long = list(datasets.load(tmp_path / "d")), list(datasets.load(made.suite))
+    assert len(short) == 6 and short == long[:6]
+    assert len({json.dumps(task["P"]) for task, _ in long}) == 10  # and every task is another one
+    for name in ("tasks-00000.parquet", "episodes-00000.jsonl"):
+        assert (tmp_path / "d" / name).read_bytes() == (made.suite / name).read_bytes()
+
+
+def test_no_file_tells_when_or_where_it_was_made(made):
+    today = datetime.date.today()
+    for directory in (made.suite, made.mdp, made.cloud):
+        for path in directory.iterdir():
+            data = path.read_bytes()
+            for word in (str(directory.parent), os.uname().nodename, f"{today:%Y-%m}"):
+                assert word.encode() not in data, path
+
+
+def test_the_card_describes_every_column_and_no_other(made):
+    for directory in (made.suite, made.mdp, made.cloud):
+        card = (directory / "README.md").read_text()
+        for table in ("episodes", "tasks", "problem"):
+            path = directory / ("problem.parquet" if table == "problem" else f"{table}-00000.parquet")
+            if not path.exists():
+                assert f"### {table}" not in card
+                continue
+            part = card.split(f"### {table}\n")[1].split("\n#")[0]
+            described = [line.split("`")[1] for line in part.splitlines() if line.startswith("| `")]
+            assert described == pyarrow.parquet.read_schema(path).names
+
+
+def test_the_totals_are_those_of_the_rows(made):
+    totals = datasets.read_manifest(made.cloud)["totals"]
+    rows = list(datasets.load(made.cloud))
+    steps = [c for _, episodes in rows for row in episodes for c in row["certificate"]]
+    assert totals["steps"] == len(steps) == 10 * 6 * 3 and totals["episodes"] == 60
+    assert totals["certificates"] == {"exact": len(steps), "certified": 0, "bounded": 0}
+    np.testing.assert_allclose(totals["mean_value"], np.mean([task["value"] for task, _ in rows]), rtol=1e-12)
+    assert "| labelled steps | 180 |" in (made.cloud / "README.md").read_text()
