@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from experiments import harness
 from lindm import doctor
 from lindm.cli import main
+
+
+MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
 
 
 def lindm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +26,9 @@ def test_help_answers_in_under_a_second():
         start = time.perf_counter()
         done = lindm("--help")
         seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and all(word in done.stdout for word in ("verify", "run", "plot", "doctor", "bench"))
+        assert done.returncode == 0 and all(
+            word in done.stdout for word in ("verify", "run", "plot", "doctor", "solve", "data", "bench")
+        )
     assert min(seconds) < 1
 
 
@@ -48,11 +54,37 @@ def test_help_imports_nothing_heavy():
         (["verify", "--workers", "0"], "--workers must be >= 1; got 0"),
         (["verify", "--colour", "red"], "--colour"),
         (["run", "nonsense"], "EXPERIMENT must be one of"),
-        (["bench", "nonsense"], "WHAT must be attention"),
+        (["bench", "nonsense"], "WHAT must be attention or oracles; got 'nonsense'"),
+        (["solve", "a.pomdp"], "--horizon"),
+        (["solve", "--horizon", "3"], "FILE must name at least one .pomdp file"),
+        (["solve", "prostate", "--horizon", "0"], "horizon must be a whole number of at least 1; got 0"),
+        (["solve", "prostate", "--horizon", "2", "--alpha", "2"], "alpha must be"),
+        (["solve", "prostate", "--horizon", "2", "--method", "magic"], "method must be one of auto, tree, hsvi, net"),
+        (["solve", "prostate", "--horizon", "2", "--method", "hsvi"], "method hsvi needs one model"),
+        (["solve", "a.pomdp", "b.pomdp", "--horizon", "2"], "alpha must be given for several files"),
+        (["data", "make", "mdp", "--demos", "2", "--out", "x"], "--tasks"),
+        (["data", "make", "mdp", "--tasks", "0", "--demos", "2", "--out", "x"], "tasks must be a whole number of at least 1"),
+        (
+            [*MAKE, "--horizon", "5"],
+            "must be one of 4, 8, 16; got 5",
+        ),
+        (
+            [*MAKE, "--split", "test"],
+            "split must be one of id, ood",
+        ),
+        ([*MAKE, "--alpha", "1"], "left out for a suite"),
+        (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x"], "horizon must be given"),
+        (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x", "--split", "ood"], "split must be left out"),
+        (
+            [*MAKE, "--behaviour", "wild"],
+            "behaviour must be one of",
+        ),
+        ([*MAKE, "--epsilon", "2"], "epsilon must be"),
         (["plot"], "lindm plot"),
     ],
 )
-def test_a_usage_error_is_exit_2_and_one_line(arguments, said, capsys):
+def test_a_usage_error_is_exit_2_and_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("lindm: error: ") and error.count("\n") == 1
@@ -112,3 +144,64 @@ def test_bench_json_is_passed_on(monkeypatch, capsys):
     monkeypatch.setattr("lindm.attention.bench", bench, raising=False)
     assert main(["bench", "attention", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [{"json": True}]
+
+
+# --- solve and data
+
+
+TIGER = Path(__file__).parent / "problems" / "files" / "tiger.pomdp"
+
+
+def test_solve_prints_the_value_its_bounds_and_the_first_action_by_name(capsys):
+    assert main(["solve", str(TIGER), "--horizon", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer) == {"value", "lower", "upper", "method", "seconds", "first_action"}
+    assert abs(answer["value"] - 2.3098) < 1e-6 and answer["lower"] == answer["upper"] == answer["value"]
+    assert answer["method"] == "tree" and answer["first_action"] == "listen" and answer["seconds"] > 0
+    assert main(["solve", str(TIGER), "--horizon", "3", "--method", "hsvi", "--discount", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "certified to lie in [" in said and "first action  listen" in said and "hsvi" in said
+
+
+def test_several_files_are_solved_as_a_cloud(tmp_path, capsys):
+    deaf = tmp_path / "deaf.pomdp"
+    deaf.write_text(TIGER.read_text().replace("0.85", "0.7").replace("0.15", "0.3"))
+    values = []
+    for alpha in ("0", "1"):
+        assert main(["solve", str(TIGER), str(deaf), "--horizon", "3", "--alpha", alpha, "--json"]) == 0
+        values.append(json.loads(capsys.readouterr().out)["value"])
+    assert values[0] > values[1]  # in the best case nature's help is worth something
+
+
+def test_a_bad_file_is_exit_3_with_its_line(tmp_path, capsys):
+    bad = tmp_path / "bad.pomdp"
+    bad.write_text(TIGER.read_text().replace("0.85", "0.95", 1))
+    assert main(["solve", str(bad), "--horizon", "3"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith(f"lindm: error: {bad}:") and error.count("\n") == 1
+    assert main(["solve", str(tmp_path / "none.pomdp"), "--horizon", "3"]) == 3
+    assert "none.pomdp" in capsys.readouterr().err
+
+
+def test_rows_that_nearly_sum_to_one_are_warned_of(tmp_path, capsys):
+    near = tmp_path / "near.pomdp"
+    near.write_text(TIGER.read_text().replace("0.85", "0.850001", 1))
+    assert main(["solve", str(near), "--horizon", "1"]) == 0
+    assert capsys.readouterr().err.startswith(f"lindm: warning: {near}:")
+
+
+def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
+    out, made = tmp_path / "data", ["data", "make", str(TIGER), "--horizon", "3", "--tasks", "2", "--demos", "2"]
+    assert main([*made, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"2 tasks in {out}: 1 shards made, 0 kept\n"
+    rows = [json.loads(line) for line in (out / "episodes-00000.jsonl").read_text().splitlines()]
+    assert [(r["task"], r["role"]) for r in rows] == [(t, role) for t in (0, 1) for role in ("demo", "demo", "query")]
+    assert main([*made, "--out", str(out)]) == 0 and "0 shards made" in capsys.readouterr().out
+    assert main([*made, "--out", str(out), "--seed", "5"]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert main(["data", "export", str(out), "--to", "trl", "--names", "--out", str(tmp_path / "trl")]) == 0
+    first = json.loads((tmp_path / "trl" / "prompt_completion.jsonl").read_text().splitlines()[0])
+    assert first["completion"] == " listen" and "listen" in first["prompt"]
+    assert main(["data", "export", str(out), "--to", "nonsense", "--out", str(tmp_path / "x")]) == 2
+    assert "to must be one of trl, minari" in capsys.readouterr().err
+    assert main(["data", "export", str(tmp_path / "nothing"), "--to", "trl", "--out", str(tmp_path / "x")]) == 3
