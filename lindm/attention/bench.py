@@ -5,24 +5,14 @@ tasks every step, one query per context) with the same Adam, schedule and batch.
 `torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
 is the same loop with the layer in our moment form: what is left of the ratio then is the loop and not the algebra.
 
-Costs are CPU-seconds (`time.process_time`), the best of several repeats. Each side runs in a process of its own, pinned to one
-core, because idle threads of a pool burn CPU time without doing work; compilation is a row of its own. Memory is the growth of
-the peak resident set during training, after the libraries are loaded; ours includes the compiler's. `ratio` says how many times
-better ours is (rates: ours / peer; costs: peer / ours) and is null for exponents and counts. Where torch is not installed the
-peer is null.
+Costs, processes and rows are those of `lindm.timing`; compilation is a row of its own. Memory is the growth of the peak resident
+set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer is null.
 """
 
 import functools
 import importlib.util
-import json as json_module
 import math
-import os
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,9 +23,9 @@ from jax import Array
 from lindm.attention.layer import FullAttention
 from lindm.attention.trainer import train
 from lindm.draws import normal
+from lindm.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, show, timed
 from lindm.types import Prompt
 
-Row = dict[str, Any]
 Shape = tuple[int, int, int]  # batch, d, N
 
 HEADLINE: Shape = (64, 5, 20)
@@ -48,6 +38,7 @@ BUDGETS = (200, 400, 800, 1600, 3200)  # steps; each is a whole run with its own
 SEEDS = 5
 SCALE, RATE, WARMUP = 0.3, 0.03, 0.05
 
+MODULE = "lindm.attention.bench"
 PLAIN = "plain PyTorch"
 MOMENTS = "PyTorch in moment form"
 MISSING = "torch (not installed)"
@@ -157,6 +148,7 @@ def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[
 # --------------------------------------------------------------------------------------------------------------- measurements
 
 Run = Callable[[Shape, int, int], tuple[np.ndarray, np.ndarray]]
+SIDES: dict[str, Run] = {"ours": run_ours, "torch": torch_run, "moments": functools.partial(torch_run, plain=False)}
 
 
 def step_seconds(run: Run, shape: Shape, target: float = 0.25, repeats: int = 3) -> float:
@@ -166,15 +158,9 @@ def step_seconds(run: Run, shape: Shape, target: float = 0.25, repeats: int = 3)
     """
     steps = int(np.clip(target * 1e8 / (shape[0] * shape[1] * (shape[2] + 20)), 20, 500)) if run is run_ours else None
     if steps is None:
-        steps = max(3, min(200, int(target / max(_cpu(run, shape, 3) / 3, 1e-6))))
+        steps = max(3, min(200, int(target / max(cpu_seconds(lambda: run(shape, 3, 0)) / 3, 1e-6))))
     run(shape, steps, 0)
-    return min(_cpu(run, shape, steps) for _ in range(repeats)) / steps
-
-
-def _cpu(run: Run, shape: Shape, steps: int, seed: int = 0) -> float:
-    start = time.process_time()
-    run(shape, steps, seed)
-    return time.process_time() - start
+    return cpu_seconds(lambda: run(shape, steps, 0), repeats) / steps
 
 
 def time_to_optimum(run: Run, shape: Shape, excess: float = 0.01) -> dict[str, float | None]:
@@ -187,26 +173,20 @@ def time_to_optimum(run: Run, shape: Shape, excess: float = 0.01) -> dict[str, f
         run(shape, steps, 0)  # compilation, where there is one
         costs, risks = [], []
         for seed in range(1, SEEDS + 1):
-            start = time.process_time()
-            weights = run(shape, steps, seed)
-            costs.append(time.process_time() - start)
+            cost, weights = timed(functools.partial(run, shape, steps, seed))
+            costs.append(cost)
             risks.append(exact_risk(*weights, n))
         if max(risks) <= (1 + excess) * optimal_risk(d, n):
             return {"steps": steps, "seconds": float(np.median(costs)), "worst": max(risks) / optimal_risk(d, n) - 1}
     return {"steps": None, "seconds": None, "worst": None}
 
 
-def exponent(sizes: tuple[int, ...], costs: list[float]) -> float:
-    """Slope of log cost over log size, least squares."""
-    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
-
-
 def measure(side: str) -> dict[str, Any]:
     """All timings of one side (`ours`, `torch`, `moments`), in this process."""
-    run: Run = {"ours": run_ours, "torch": torch_run, "moments": functools.partial(torch_run, plain=False)}[side]
+    run = SIDES[side]
     batch, d, n = HEADLINE
-    first = _cpu(run, HEADLINE, 50)
-    again = min(_cpu(run, HEADLINE, 50) for _ in range(3))
+    first = cpu_seconds(lambda: run(HEADLINE, 50, 0))
+    again = cpu_seconds(lambda: run(HEADLINE, 50, 0), repeats=3)
     out: dict[str, Any] = {
         "start": max(first - again, 0.0),
         "batch": [step_seconds(run, (b, d, n)) for b in BATCHES],
@@ -218,22 +198,11 @@ def measure(side: str) -> dict[str, Any]:
     return out
 
 
-def peak_growth(side: str) -> float:
+def memory(side: str) -> dict[str, Any]:
     """MiB by which the peak resident set grows while one side trains at `MEMORY`."""
-    run = {"ours": run_ours, "torch": torch_run, "moments": functools.partial(torch_run, plain=False)}[side]
+    run = SIDES[side]
     run((2, 2, 2), 2, 0)  # libraries, allocators and the compiler are not the layer's memory
-    before = _peak()
-    run(MEMORY, 3, 0)
-    return max(_peak() - before, 0.0)
-
-
-def _peak() -> float:
-    """Peak resident set of this process in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: what getrusage reports there is at least the peak of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return {"memory": peak_growth(lambda: run(MEMORY, 3, 0))}
 
 
 def rows(ours: dict[str, Any], peer: dict[str, Any] | None, strong: dict[str, Any] | None) -> list[Row]:
@@ -243,81 +212,54 @@ def rows(ours: dict[str, Any], peer: dict[str, Any] | None, strong: dict[str, An
     table: list[Row] = []
 
     def add(work: str, value: Callable[[dict], float | None], unit: str, better: int, other=peer, other_name=name) -> None:
-        mine = value(ours)
-        theirs = value(other) if other else None
-        ratio = None if mine is None or theirs is None or better == 0 else (mine / theirs) ** better
-        table.append({
-            "work": work, "ours": mine, "peer": theirs, "peer_name": other_name, "ratio": ratio, "unit": unit
-        })  # fmt: skip
+        table.append(row(work, value(ours), value(other) if other else None, other_name, unit, better))
 
     for i, b in enumerate(BATCHES):
-        add(f"train, d={d}, N={n}, batch {b}", lambda r, i=i, b=b: b / r["batch"][i], "contexts/CPU-s", 1)
+        add(f"train, d={d}, N={n}, batch {b}", lambda r, i=i, b=b: b / r["batch"][i], "contexts/CPU-s", MORE)
     i = BATCHES.index(batch)
     strong_name = MOMENTS if strong else MISSING
-    add(f"train, d={d}, N={n}, batch {batch}", lambda r: batch / r["batch"][i], "contexts/CPU-s", 1, strong, strong_name)
-    add(f"train, d={d}, N={LENGTHS[-1]}, batch {LENGTH_BATCH}", lambda r: LENGTH_BATCH / r["length"][-1], "contexts/CPU-s", 1)
-    add("compile and first call", lambda r: r["start"], "CPU-s", 0)
+    add(f"train, d={d}, N={n}, batch {batch}", lambda r: batch / r["batch"][i], "contexts/CPU-s", MORE, strong, strong_name)
+    add(f"train, d={d}, N={LENGTHS[-1]}, batch {LENGTH_BATCH}", lambda r: LENGTH_BATCH / r["length"][-1], "contexts/CPU-s", MORE)
+    add("compile and first call", lambda r: r["start"], "CPU-s", NEITHER)
     goal = f"to within 1 % of the optimal loss, d={d}, N={n}, batch {batch}"
-    add(goal, lambda r: r["optimum"]["seconds"], "CPU-s", -1)
-    add(goal, lambda r: r["optimum"]["seconds"], "CPU-s", -1, strong, strong_name)
-    add(goal, lambda r: r["optimum"]["steps"], "steps", 0)
+    add(goal, lambda r: r["optimum"]["seconds"], "CPU-s", LESS)
+    add(goal, lambda r: r["optimum"]["seconds"], "CPU-s", LESS, strong, strong_name)
+    add(goal, lambda r: r["optimum"]["steps"], "steps", NEITHER)
     span = f"{LENGTHS[0]}..{LENGTHS[-1]}"
-    add(f"growth with N in {span}: exponent", lambda r: exponent(LENGTHS, r["length"]), "d log CPU-s / d log N", 0)
+    add(f"growth with N in {span}: exponent", lambda r: exponent(LENGTHS, r["length"]), "d log CPU-s / d log N", NEITHER)
     add(
         f"growth with N in {LENGTHS[-2]}..{LENGTHS[-1]}: exponent",
         lambda r: exponent(LENGTHS[-2:], r["length"][-2:]),
         "d log CPU-s / d log N",
-        0,
+        NEITHER,
     )
     span = f"{DIMENSIONS[0]}..{DIMENSIONS[-1]}"
-    add(f"growth with d in {span}: exponent", lambda r: exponent(DIMENSIONS, r["dimension"]), "d log CPU-s / d log d", 0)
+    add(f"growth with d in {span}: exponent", lambda r: exponent(DIMENSIONS, r["dimension"]), "d log CPU-s / d log d", NEITHER)
     span = f"{BATCHES[0]}..{BATCHES[-1]}"
-    add(f"growth with tasks per step in {span}: exponent", lambda r: exponent(BATCHES, r["batch"]), "d log CPU-s / d log B", 0)
-    add(f"peak memory, d={MEMORY[1]}, N={MEMORY[2]}, batch {MEMORY[0]}", lambda r: r["memory"], "MiB", -1)
+    add(
+        f"growth with tasks per step in {span}: exponent",
+        lambda r: exponent(BATCHES, r["batch"]),
+        "d log CPU-s / d log B",
+        NEITHER,
+    )
+    add(f"peak memory, d={MEMORY[1]}, N={MEMORY[2]}, batch {MEMORY[0]}", lambda r: r["memory"], "MiB", LESS)
     return table
 
 
 # ---------------------------------------------------------------------------------------------------------- processes, output
 
 
-def _worker(side: str, task: str) -> dict[str, Any]:
-    """Run one measurement in a process of its own."""
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "lindm.attention.bench", side, task]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the bench process `{side} {task}` failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    return json_module.loads(done.stdout.splitlines()[-1])
-
-
 def _side(side: str) -> dict[str, Any]:
-    return {**_worker(side, "time"), **_worker(side, "memory")}
+    return {**in_worker(MODULE, side, "time"), **in_worker(MODULE, side, "memory")}
 
 
 def main(json: bool = False) -> int:
     """Run the bench and print its rows, as a table or as JSON. Takes about two minutes."""
     installed = importlib.util.find_spec("torch") is not None
     peer, strong = (_side("torch"), _side("moments")) if installed else (None, None)
-    table = rows(_side("ours"), peer, strong)
-    if json:
-        print(json_module.dumps(table, indent=1))
-        return 0
-    shown = [("work", "ours", "peer", "ratio", "unit", "peer is")]
-    for r in table:
-        shown.append((r["work"], _number(r["ours"]), _number(r["peer"]), _number(r["ratio"]), r["unit"], r["peer_name"]))
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for line in shown:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    show(rows(_side("ours"), peer, strong), json)
     return 0
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 if __name__ == "__main__":
-    if hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the cores it may use
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    side, task = sys.argv[1:]
-    print(json_module.dumps(measure(side) if task == "time" else {"memory": peak_growth(side)}))
+    answer(lambda side, task: measure(side) if task == "time" else memory(side))

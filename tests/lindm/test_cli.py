@@ -12,7 +12,6 @@ from experiments import harness
 from lindm import doctor
 from lindm.cli import main
 
-
 MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lindm import timing
 from lindm.attention import bench
 from lindm.attention.layer import FullAttention
 
@@ -44,10 +45,6 @@ def test_training_as_in_the_bench_comes_within_one_percent_of_the_optimal_loss()
     _, d, n = bench.HEADLINE
     risk = bench.exact_risk(*bench.run_ours(bench.HEADLINE, 1600, 1), n)
     assert bench.optimal_risk(d, n) < risk < 1.01 * bench.optimal_risk(d, n)
-
-
-def test_the_exponent_of_a_power_law_is_recovered():
-    assert bench.exponent((1, 10, 100), [3.0, 3 * 10**1.5, 3 * 10**3.0]) == pytest.approx(1.5)
 
 
 def a_measurement(cost):
@@ -115,5 +112,5 @@ def test_the_torch_layers_are_the_layer_of_the_bench():
 @needs_torch
 def test_memory_is_measured_in_processes_of_their_own_and_the_plain_peer_holds_the_score_matrix():
     batch, _, n = bench.MEMORY
-    assert bench._worker("torch", "memory")["memory"] > batch * n * n * 4 / 2**20
-    assert bench._worker("ours", "memory")["memory"] < batch * n * n * 4 / 2**20
+    assert timing.in_worker(bench.MODULE, "torch", "memory")["memory"] > batch * n * n * 4 / 2**20
+    assert timing.in_worker(bench.MODULE, "ours", "memory")["memory"] < batch * n * n * 4 / 2**20

@@ -97,7 +97,8 @@ def test_behaviours_behave_as_they_are_named(made, tmp_path):
 
 
 def test_demonstrations_come_first_and_no_two_episodes_are_one(made):
-    for _, rows in load(made.suite):
+    for task, rows in load(made.suite):
+        assert {row["task"] for row in rows} == {task["task"]}
         assert [(row["role"], row["episode"]) for row in rows] == [*(("demo", k) for k in range(4)), ("query", 0), ("query", 1)]
     plays = [json.dumps([row["state"], row["action"]]) for _, rows in load(made.mdp) for row in rows]
     assert len(set(plays)) > len(plays) / 2  # each with a key of its own

@@ -170,12 +170,13 @@ def test_the_bound_in_l1_is_the_least_one_where_there_is_nothing_to_decide():
         assert float(net.lipschitz[h]) == pytest.approx(np.ptp(corners) / 2, rel=1e-12)
 
 
-def test_kernels_that_forget_the_state_forget_the_slopes():
-    # every row of P and of O alike: what follows does not depend on the belief, the reward at hand alone does
-    P, Z, r = np.full((1, 1, 3, 2, 3), 1 / 3), np.full((1, 1, 2, 3, 2), 1 / 2), np.random.default_rng(0).normal(size=(1, 5, 3, 2))
-    net = nets.net(Cloud(P, Z, r, np.full((1, 3), 1 / 3), 1.0).problem())
-    np.testing.assert_allclose(net.lipschitz, np.ptp(r[0], axis=1).max(-1) / 2, rtol=1e-12)
-    assert (np.asarray(net.high - net.low)[0] > 3 * np.asarray(net.lipschitz)[0]).all()
+def test_what_a_kernel_forgets_is_not_charged():
+    # the state stays with probability 1/2 and is drawn anew otherwise, unseen: moving all mass costs 1 + 1/2 + 1/4 + ... at most
+    P = np.broadcast_to((np.eye(2)[:, None] + 0.5) / 2, (1, 1, 2, 2, 2))
+    r = np.broadcast_to(np.eye(2), (1, 6, 2, 2))
+    net = nets.net(Cloud(P, np.ones((1, 1, 2, 2, 1)), r, np.full((1, 2), 0.5), 1.0).problem())
+    np.testing.assert_allclose(2 * net.lipschitz, 2 - 0.5 ** np.arange(5, -1, -1), rtol=1e-12)
+    assert (net.high[0] - net.low[0] > 4).all()
 
 
 def test_a_value_above_its_own_chord_is_between_the_bounds():
@@ -191,6 +192,55 @@ def test_a_value_above_its_own_chord_is_between_the_bounds():
     holds(lower, exact, upper)
     assert lower[10] == pytest.approx(0.4) == upper[10]  # the one belief that is reached
     assert (upper[[0, -1]] - exact[[0, -1]] > 0.1).all()
+
+
+# --- the two steps of the argument for a ball
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6), points=st.sampled_from([4, 40, 400]), S=st.integers(2, 4))
+def test_the_image_of_a_ball_is_in_the_ball_of_its_cell_where_that_is_said(seed, points, S):
+    cloud, rng = random_cloud(seed, S, 2, 2, 2, 2), np.random.default_rng(seed)
+    K = np.einsum("msax,maxo->maosx", cloud.P[:, 0], cloud.O[:, 0])
+    g, ball = rng.dirichlet(np.ones(S), 30), 10 ** rng.uniform(-4, 0, 30) * (np.arange(30) < 25)
+    reach = 10 ** rng.uniform(-3, 0)
+    means, balls, (cell, inside), merged = nets.next_layer(np.repeat(g[:, None], 2, 1), K, ball, reach, points)
+    assert (balls <= (merged + reach) * (1 + 1e-9) + 1e-11).all()
+    for _ in range(20):
+        towards = np.eye(S)[rng.integers(S, size=30)] - g
+        x = g + towards * np.minimum(1, ball / abs(towards).sum(1))[:, None]
+        for m, a, o in itertools.product(range(2), repeat=3):
+            here, there = (after(cloud, 0, b, m, a, o) for b in (g, x))
+            at = cell[:, m, a, o]
+            distance = [abs(child - means[at]).sum(1) for _, child in (here, there)]
+            seen = here[0] > 0
+            assert (distance[0] <= balls[at] + 1e-13)[seen].all() and (distance[0] <= merged + 1e-13)[seen].all()
+            assert (distance[1] <= balls[at] + 1e-13)[inside[:, m, a, o] & (there[0] > 0)].all()
+    assert inside[25:].all()  # a ball that is a point
+
+
+@given(seed=st.integers(0, 10**6), S=st.integers(2, 4))
+def test_the_largest_of_functions_that_bend_as_their_slopes_allow_keeps_to_its_slopes(seed, S):
+    rng = np.random.default_rng(seed)
+    n, k = 8, 3
+    ball, at = 10 ** rng.uniform(-2, 0, n), rng.normal(size=(n, k)) / 3
+    low = rng.normal(size=(n, k, S))
+    high = low + np.where(rng.uniform(size=(n, k, S)) < 0.5, 0, rng.exponential(size=(n, k, S)))
+    bent = np.where(rng.uniform(size=(n, k)) < 0.5, 1, -1)  # convex or concave
+    top = nets.largest(nets.Near(at, at, low, high), ball)
+    np.testing.assert_array_equal(top.lower, at.max(1))
+
+    def function(d: np.ndarray) -> np.ndarray:
+        ends = np.stack([d[:, None] * low, d[:, None] * high])
+        return (at + np.where(bent > 0, ends.max(0).sum(-1), ends.min(0).sum(-1))).max(1)
+
+    for i, j in itertools.permutations(range(S), 2):
+        way = (np.eye(S)[i] - np.eye(S)[j]) * ball[:, None] / 2  # from the centre to the rim
+        d = np.array([0.5, 0.99, 1.0])[:, None, None] * way
+        for here, there in itertools.combinations((0 * way, *d), 2):
+            step = there - here
+            ends = np.stack([step * top.low, step * top.high])
+            holds(ends.min(0).sum(1), function(there) - function(here), ends.max(0).sum(1))
 
 
 # --- how close it comes
@@ -255,9 +305,6 @@ def test_stages_may_be_traced_and_beliefs_have_any_leading_axes(merged):
     beliefs = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(2), (3, 7)))
     together = value_bounds(merged, 2, beliefs)
     assert together[0].shape == (3, 7)
-    for i in (0, 2):
-        one = value_bounds(merged, jnp.asarray(2), beliefs[i])
-        np.testing.assert_allclose(one, [side[i] for side in together], rtol=1e-14)
     assert nets.value_bounds(merged, 2, jnp.zeros((0, 2)))[1].shape == (0,)
     lower, upper = nets.value_bounds(merged, 2, beliefs[0, 0])
     np.testing.assert_allclose([lower, upper], [side[0, 0] for side in together], rtol=1e-14)
@@ -289,12 +336,12 @@ def test_a_problem_of_one_stage_is_its_reward_and_one_of_one_state_has_one_belie
 
 
 def test_single_precision_does_not_crash():
-    cloud = random_cloud(2, 3, 2, 2, 2, 3)
+    cloud = random_cloud(2, 2, 2, 2, 2, 3)
     with jax.enable_x64(False):
         net = nets.net(cloud.problem(), points=20)
-        lower, upper = nets.value_bounds(net, 1, jnp.asarray(np.eye(3), jnp.float32))
+        lower, upper = nets.value_bounds(net, 1, jnp.asarray(np.eye(2), jnp.float32))
         assert net.beliefs.dtype == lower.dtype == jnp.float32
-    exact = value(cloud, 1, np.eye(3))
+    exact = value(cloud, 1, np.eye(2))
     assert (np.asarray(lower) <= exact + 1e-4).all() and (exact <= np.asarray(upper) + 1e-4).all()
 
 
