@@ -89,7 +89,8 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET) -> Solut
 
 
 def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:
-    lower, upper = (bound.max() for bound in _at_start(problem, tables))
+    bounds = jnp.sort(jnp.stack([bound.max() for bound in _at_start(problem, tables)]))  # where they meet rounding may swap them
+    lower, upper = bounds[0], bounds[1]
     return Solution(value=(lower + upper) / 2, lower=lower, upper=upper, tables=tables, method=method)
 
 
