@@ -7,7 +7,9 @@ observations, models further apart, a more cautious attitude. Nothing is discoun
 Random problems are full of near-ties, where labels say little and agreement with them says less. So a task is drawn again until
 no decision that matters is closer than the suite's gap: the best action leads the second best by at least that much at any stage
 and state of an MDP, and at any history that the oracle's own play meets with probability `REACH` or more (under the models that
-nature took) of the others. The laws of the tasks are those above, conditioned on that; 15 to 45 % of the candidates pass.
+nature took) of the others. The laws of the tasks are those above, conditioned on that; 20 to 70 % of the candidates pass. A larger
+gap favours tasks in which one action is best whatever is seen. As they are, seeing matters: at the shortest horizons the best
+sequence of actions fixed beforehand loses 14 to 22 % of what the oracle gains over random play, in the mean over tasks.
 """
 
 from dataclasses import dataclass, replace
@@ -51,18 +53,18 @@ class Suite:
     step: float = 0.05
 
 
-HORIZONS = {"mdp": (4, 8, 16), "pomdp": (4, 6, 8), "apomdp": (3, 4, 6)}
+HORIZONS = {"mdp": (4, 8, 16), "pomdp": (4, 6, 8), "apomdp": (3, 4, 5)}
 _IN = {
     "mdp": Suite(name="mdp", horizon=0, S=5, A=3, concentration=0.5, gap=0.05),
-    "pomdp": Suite(name="pomdp", horizon=0, S=4, A=3, O=2, concentration=0.3, quality=0.8, gap=0.05),
+    "pomdp": Suite(name="pomdp", horizon=0, S=4, A=3, O=2, concentration=0.3, quality=0.9, gap=0.02),
     "apomdp": Suite(
-        name="apomdp", horizon=0, S=3, A=2, O=2, M=3, concentration=0.3, quality=0.8, distance=0.3, alpha=0.7, gap=0.05
+        name="apomdp", horizon=0, S=3, A=3, O=2, M=3, concentration=0.3, quality=0.9, distance=0.3, alpha=0.7, gap=0.02
     ),
 }
 _OUT = {
     "mdp": {"concentration": 0.1, "low": -1.0},
-    "pomdp": {"concentration": 0.1, "quality": 0.6, "low": -1.0},
-    "apomdp": {"concentration": 0.1, "quality": 0.6, "low": -1.0, "distance": 0.6, "alpha": 0.9},
+    "pomdp": {"concentration": 0.1, "quality": 0.8, "low": -1.0},
+    "apomdp": {"concentration": 0.1, "quality": 0.8, "low": -1.0, "distance": 0.6, "alpha": 0.9},
 }
 NAMES = tuple(_IN)
 

@@ -89,7 +89,11 @@ def _parse(kind, arguments: Sequence[str], prog: str, description: str | None):
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                kind, args=list(arguments), prog=prog, description=description, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
+                kind,
+                args=list(arguments),
+                prog=prog,
+                description=description,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
             )
     except SystemExit as e:
         if e.code in (0, None):

@@ -105,18 +105,18 @@ def net(problem: APOMDP, *, points: int = 20_000) -> Net:
     x, balls, links = [rho[None]], [np.zeros(1)], []
     reach = 0.0
     for h in range(H - 1):
-        beliefs, ball, link, merged = _next_layer(x[h], K[h], balls[h], reach, points)
+        beliefs, ball, link, merged = next_layer(x[h], K[h], balls[h], reach, points)
         reach += merged
         x.append(np.broadcast_to(beliefs[:, None], (len(beliefs), M, S)))
         balls.append(ball)
         links.append(link)
 
     # backward
-    V = [_largest(_mixed(alpha, _rewards(x[-1], r[-1]), balls[-1]), balls[-1])]
+    V = [largest(_mixed(alpha, _rewards(x[-1], r[-1]), balls[-1]), balls[-1])]
     for h in reversed(range(H - 1)):
         everywhere = low[h + 1], high[h + 1], lipschitz[h + 1]
         F = _continued(_rewards(x[h], r[h]), x[h], K[h], x[h + 1][:, 0], V[0], links[h], everywhere)
-        V.insert(0, _largest(_mixed(alpha, F, balls[h]), balls[h]))
+        V.insert(0, largest(_mixed(alpha, F, balls[h]), balls[h]))
 
     layers = [rho] + [each[:, 0] for each in x[1:]]
     V[0] = Near(*(np.repeat(part, M, 0) for part in (V[0].lower, V[0].upper, low[:1], high[:1])))
@@ -253,7 +253,7 @@ def _children(x: np.ndarray, K: np.ndarray) -> np.ndarray:
     return np.einsum("nms,maosx->nmaox", x, K)
 
 
-def _next_layer(x: np.ndarray, K: np.ndarray, ball: np.ndarray, reach: float, points: int):
+def next_layer(x: np.ndarray, K: np.ndarray, ball: np.ndarray, reach: float, points: int):
     """The merged children of a layer: beliefs [n', S], the radii of their balls, and for every child its cell and whether the
     image of its parent's ball stays in the ball of the cell's point; and the longest way from a child to its cell's point.
 
@@ -351,7 +351,7 @@ def _continued(rewards: Near, x: np.ndarray, K: np.ndarray, g: np.ndarray, after
     return Near(rewards.lower + lower, rewards.upper + upper, rewards.low + l, rewards.high + w)
 
 
-def _largest(f: Near, ball: np.ndarray) -> Near:
+def largest(f: Near, ball: np.ndarray) -> Near:
     """The maximum over the first axis after the points; the slopes are those of all that can be the largest in the ball."""
     best = f.lower.argmax(1)
     lower, low, high = (np.take_along_axis(part, _like(best, part), 1) for part in (f.lower, f.low, f.high))
@@ -364,7 +364,7 @@ def _largest(f: Near, ball: np.ndarray) -> Near:
 
 def _mixed(alpha: float, F: Near, ball: np.ndarray) -> Near:
     """alpha min + (1 - alpha) max over the models: [n, A]."""
-    best, worst = _largest(F, ball), _largest(Near(-F.upper, -F.lower, -F.high, -F.low), ball)
+    best, worst = largest(F, ball), largest(Near(-F.upper, -F.lower, -F.high, -F.low), ball)
     worst = Near(-worst.upper, -worst.lower, -worst.high, -worst.low)
     return Near(*(alpha * bad + (1 - alpha) * good for bad, good in zip(worst, best, strict=True)))
 

@@ -179,7 +179,7 @@ def labels(problem: Problem, solution: Solution, episodes: Episodes) -> Labels:
     cloud = tree.as_cloud(problem)
     m = jnp.zeros_like(episodes.a) if episodes.m is None else episodes.m
     assert episodes.o is not None
-    flat = [x.reshape(-1, x.shape[-1]) for x in (episodes.a, m, episodes.o)]
+    flat = [jnp.asarray(x, jnp.int32).reshape(-1, x.shape[-1]) for x in (episodes.a, m, episodes.o)]
     found = _labels(cloud, solution, *flat)
     return jax.tree.map(lambda x: x.reshape(*episodes.a.shape, *x.shape[2:]), found)
 
