@@ -7,9 +7,9 @@ observations, models further apart, a more cautious attitude. Nothing is discoun
 Random problems are full of near-ties, where labels say little and agreement with them says less. So a task is drawn again until
 no decision that matters is closer than the suite's gap: the best action leads the second best by at least that much at any stage
 and state of an MDP, and at any history that the oracle's own play meets with probability `REACH` or more (under the models that
-nature took) of the others. The laws of the tasks are those above, conditioned on that; 20 to 70 % of the candidates pass. A larger
-gap favours tasks in which one action is best whatever is seen. As they are, seeing matters: at the shortest horizons the best
-sequence of actions fixed beforehand loses 14 to 22 % of what the oracle gains over random play, in the mean over tasks.
+nature took) of the others. The laws of the tasks are those above, conditioned on that; 20 to 70 % of the candidates pass. A
+larger gap favours tasks in which one action is best whatever is seen. As they are, seeing matters: at the shortest horizons the
+best sequence of actions fixed beforehand loses 14 to 22 % of what the oracle gains over random play, in the mean over tasks.
 """
 
 from dataclasses import dataclass, replace
