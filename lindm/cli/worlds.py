@@ -27,6 +27,8 @@ class Solve:
     """attitude to the models of a cloud: 1 is the worst case, 0 the best"""
     method: str = "auto"
     """auto (exact if it fits in 1 GiB, certified otherwise), tree, hsvi or net"""
+    effort: int | None = None
+    """of a certified method: trials of hsvi [default: 256] or points of the net [default: 20000]"""
     json: bool = False
     """print one JSON object"""
 
@@ -113,7 +115,7 @@ def run_solve(command: Solve) -> int:
         source = named(command.files, command.horizon, command.discount, command.alpha)
     from lindm.oracles.solve import first_action, solve
 
-    solution = solve(source.problem, command.method)
+    solution = solve(source.problem, command.method, effort=command.effort)
     action = source.actions[int(first_action(source.problem, solution))]
     value, lower, upper = (float(x) for x in (solution.value, solution.lower, solution.upper))
     seconds = time.perf_counter() - start

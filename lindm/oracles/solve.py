@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm.oracles import hsvi, mdp, net, tree
+from lindm.problems import checks
 from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, POMDP, Episodes, Labels, Plan, Problem
 
 BUDGET = 1 << 30  # bytes
@@ -55,17 +56,21 @@ def method_for(problem: Problem, budget: int = BUDGET) -> str:
     return "hsvi" if len(cloud.cloud.r) == 1 else "net"
 
 
-def solve(problem: Problem, method: str = "auto", budget: int = BUDGET) -> Solution:
+def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: int | None = None) -> Solution:
     """Value, bounds and labels of one problem.
 
     Args:
       problem: an MDP, POMDP or APOMDP, without leading axes (`vmap` or `lax.map` outside; the net runs on the host alone).
       method: auto, or tree, hsvi (a POMDP, or a cloud of one model) or net.
       budget: bytes that the tables of the exact method may take; beyond it `auto` takes the certified one.
+      effort: of a certified method, for narrower or for cheaper bounds: trials of hsvi [default: 256] or points of the net at a
+        stage [default: 20,000]. An exact method has no use for it.
 
     Raises:
       ValueError: the method does not exist, does not fit the problem, or a tree that was asked for exceeds the budget.
     """
+    if effort is not None:
+        checks.count(effort, "effort")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if isinstance(problem, MDP):
@@ -82,10 +87,11 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET) -> Solut
             raise ValueError(f"method must fit the budget of {budget:,} bytes; a tree of this problem takes {need:,}")
         return _solution(cloud, tree.tree(cloud), chosen)
     if chosen == "net":
-        return _solution(cloud, net.net(cloud), chosen)
+        return _solution(cloud, net.net(cloud) if effort is None else net.net(cloud, points=effort), chosen)
     if len(cloud.cloud.r) != 1:
         raise ValueError(f"method hsvi needs one model, whose value is convex; got a cloud of {len(cloud.cloud.r)}")
-    return _solution(cloud, hsvi.hsvi(jax.tree.map(lambda x: x[0], cloud.cloud)), chosen)
+    model = jax.tree.map(lambda x: x[0], cloud.cloud)
+    return _solution(cloud, hsvi.hsvi(model) if effort is None else hsvi.hsvi(model, trials=effort), chosen)
 
 
 def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:

@@ -46,8 +46,8 @@ def pomdp(
     checks.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
     checks.shaped(O, (1 if O.shape[:1] == (1,) else H, A, S, None), "O", "H|1, A, S, O")
     checks.shaped(rho, (S,), "rho", "S")
-    for x, name in ((P, "P"), (O, "O"), (rho, "rho")):
-        checks.distribution(x, name)
+    # what is below zero by rounding is zero: certified bounds rest on it
+    P, O, rho = (jnp.maximum(checks.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
     # one precision, the widest: a scan over stages carries values made of all four
     dtype = jnp.result_type(P, O, r, rho)
     return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=over_stages(r.astype(dtype), H, discount), rho=rho.astype(dtype))

@@ -53,6 +53,15 @@ def test_beyond_the_budget_the_answer_is_certified(small):
     assert solve(cloud, budget=1000).method == "hsvi"  # a cloud of one model is convex
 
 
+@pytest.mark.parametrize("method", ["hsvi", "net"])
+def test_effort_narrows_the_bounds(brute, method):
+    problem = first_model(brute.random(33, S=4, A=3, O=3, M=1, H=5).problem())
+    widths = [float(s.upper - s.lower) for s in (solve(problem, method, effort=effort) for effort in (2, 64))]
+    assert widths[1] < 0.5 * widths[0]
+    with pytest.raises(ValueError, match="effort must be a whole number of at least 1; got 0"):
+        solve(problem, method, effort=0)
+
+
 def test_an_mdp_has_the_mean_of_its_first_values():
     rng = np.random.default_rng(0)
     P, r, rho = rng.dirichlet(np.ones(3), (1, 3, 2)), rng.normal(size=(4, 3, 2)), rng.dirichlet(np.ones(3))
