@@ -1,0 +1,157 @@
+"""Certified bounds beside exact answers: the tiger by three routes, and verdicts that bounds moved inwards turn."""
+
+import copy
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import belief_bounds
+from experiments.statistics import FAIL, PASS
+from lindm import files
+from lindm.oracles import net, tree
+from lindm.problems.apomdp import single
+
+CFG = belief_bounds.SMOKE
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    return _measured()
+
+
+def _measured() -> list[dict]:
+    raw = [{"point": p} | files.plain(belief_bounds.measure(CFG, p)) for p in belief_bounds.points(CFG)]
+    return json.loads(json.dumps(raw))
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """A cloud and its first model along demonstrations, in numpy."""
+    stacks = belief_bounds.draw_visited(jax.random.key(1), clouds=CFG.clouds, episodes=CFG.episodes)
+    return [jax.tree.map(lambda x: np.asarray(x[0]), stack) for stack in stacks]
+
+
+def test_it_runs_and_decides_and_draws_what_it_says(records):
+    verdicts = belief_bounds.check(records)
+    assert tuple(v.id for v in verdicts) == belief_bounds.CLAIMS
+    assert {v.figure for v in verdicts} <= set(belief_bounds.plot(records))
+
+
+def test_the_tiger_has_the_published_values():
+    Q = belief_bounds.tiger_answers(10)
+    published = {1: -1, 2: -1.95, 3: 2.3098, 5: 2.7630961931, 10: 6.6933684318}
+    for horizon, value in published.items():
+        assert Q[horizon - 1, len(Q[0]) // 2].max() == pytest.approx(value, abs=1e-4 if horizon == 3 else 1e-9)
+
+
+def test_the_tigers_grid_is_the_tree_at_every_belief():
+    problem, left = single(belief_bounds.tiger()), belief_bounds.tiger_beliefs()
+    Q = belief_bounds.tiger_answers(belief_bounds.H)[-1]
+    for i in (0, 37, 211, len(left) - 3):
+        start = jnp.array([[left[i], 1 - left[i], 0, 0]])
+        moved = replace(problem, cloud=replace(problem.cloud, rho=start))
+        np.testing.assert_allclose(tree.tree(moved).Q[0], Q[i], rtol=1e-12)
+
+
+def test_what_was_visited_has_the_answers_of_one_step_of_numpy(seen):
+    """At the last two stages, from the beliefs alone; both problems went through the same actions and observations."""
+    for visited in seen:
+        cloud, alpha = visited.problem.cloud, visited.problem.alpha
+        K = np.einsum("msat,mato->maost", cloud.P[:, 0], cloud.O[:, 0])
+
+        def mixed(G: np.ndarray, alpha=alpha) -> np.ndarray:
+            return alpha * G.min(0) + (1 - alpha) * G.max(0)
+
+        def last(u: np.ndarray, r=cloud.r) -> float:
+            return mixed(np.einsum("s,msa->ma", u, r[:, -1])).max()
+
+        models, actions, seen_, _, _ = K.shape
+        for b, Q in zip(visited.beliefs[-2], visited.Q[-2], strict=True):
+            G = np.einsum("ms,msa->ma", b, cloud.r[:, -2])
+            for m, a, o in np.ndindex(models, actions, seen_):
+                G[m, a] += last(b[m] @ K[m, a, o])
+            np.testing.assert_allclose(Q, mixed(G), rtol=1e-12)
+        for b, Q in zip(visited.beliefs[-1], visited.Q[-1], strict=True):
+            np.testing.assert_allclose(Q, mixed(np.einsum("ms,msa->ma", b, cloud.r[:, -1])), rtol=1e-12)
+
+
+def test_the_first_model_alone_starts_from_its_own_belief_and_takes_the_same_steps(seen):
+    cloud, alone = seen
+    assert (alone.history[0] == 0).all() and (cloud.history[0] == 0).all()
+    # a step is (a M + m) O + o of the cloud and a O + o of the model
+    step = cloud.history[1]
+    without_model = step // (belief_bounds.M * belief_bounds.O) * belief_bounds.O + step % belief_bounds.O
+    np.testing.assert_array_equal(alone.history[1], without_model)
+
+
+def test_a_filled_net_and_equal_models_change_no_bound(seen):
+    _, alone = seen
+    filled, layer = belief_bounds.solved_by_net(alone.problem, 16)
+    plain = net.net(alone.problem, points=16)
+    assert layer == int(plain.points.max()) <= 16 == filled.beliefs.shape[1]
+    beliefs = alone.beliefs[2, :, 0]
+    for a, b in zip(net.value_bounds(filled, 2, beliefs), net.value_bounds(plain, 2, beliefs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    alike = belief_bounds.alike(alone.problem)
+    assert alike.cloud.r.shape[0] == belief_bounds.M
+    np.testing.assert_allclose(belief_bounds.span(alike), belief_bounds.span(alone.problem), rtol=1e-15)
+
+
+def _many(records: list[dict]) -> list[dict]:
+    """Five seeds with good bounds, and as many instances as a rate takes."""
+    out = [copy.deepcopy(records[i % 2]) for i in range(5)] + [records[-1]]
+    for i, r in enumerate(out[:5]):
+        r["point"] = {"seed": i}
+        for method in r["methods"].values():
+            method["intervals"] = [[1000] * len(row) for row in method["intervals"]]
+            method["width"] = [[1e-3 + 1e-5 * i] * len(row) for row in method["width"]]
+            method["certified"] = [[1 - 1e-3 * i] * len(row) for row in method["certified"]]
+    return out
+
+
+def test_verdicts_follow_the_records(records):
+    assert [v.verdict for v in belief_bounds.check(_many(records))] == [PASS] * 4
+    mutants = _many(records)
+    for i, r in enumerate(mutants[:5]):
+        for method in r["methods"].values():
+            method["width"] = [[0.1 + 1e-3 * i] * len(row) for row in method["width"]]
+            method["certified"] = [[0.5 + 1e-3 * i] * len(row) for row in method["certified"]]
+    assert [v.verdict for v in belief_bounds.check(mutants)] == [PASS, PASS, FAIL, FAIL]
+
+
+def test_bounds_moved_inwards_and_labels_of_another_action_are_refuted(monkeypatch):
+    honest = belief_bounds.bounds_at
+
+    def inwards(problem, tables, beliefs):
+        found = dict(honest(problem, tables, beliefs))
+        middle = (found["lower"] + found["upper"]) / 2
+        return found | {k: middle + 0.2 * (found[k] - middle) for k in ("lower", "upper")}
+
+    def other_action(problem, tables, beliefs):
+        found = dict(honest(problem, tables, beliefs))
+        return found | {"action": (found["action"] + 1) % belief_bounds.A}
+
+    for mutant, refuted in ((inwards, [FAIL, PASS]), (other_action, [PASS, FAIL])):
+        monkeypatch.setattr(belief_bounds, "bounds_at", mutant)
+        assert [v.verdict for v in belief_bounds.check(_many(_measured()))[:2]] == refuted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": (8, 8)}, "points must rise"),
+        ({"points": (0, 8)}, "points"),
+        ({"tolerances": (0.0, 0.1)}, "tolerances must fall"),
+        ({"tolerances": (0.1, -0.1)}, "tolerances"),
+        ({"tolerances": ()}, "tolerances must fall, at least one"),
+        ({"clouds": 0}, "clouds"),
+        ({"trials": 0}, "trials"),
+    ],
+)
+def test_a_configuration_out_of_range_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        belief_bounds.Config(**change)
