@@ -16,13 +16,12 @@ import importlib
 import importlib.metadata
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import experiments
@@ -35,6 +34,7 @@ from lindm.files import (
     USAGE,
     Stop,
     append_line,
+    asked_to_stop,
     canonical,
     non_finite,
     plain,
@@ -47,7 +47,7 @@ from lindm.files import (
 
 HERE = Path(__file__).parent
 # modules of this directory that make no record
-MACHINERY = {"criteria", "files", "harness", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
+MACHINERY = {"criteria", "harness", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
 
 
 # --- discovery ----------------------------------------------------------------
@@ -89,7 +89,8 @@ def code_fingerprint(name: str) -> str:
     """SHA-256 over the sources that a record of this experiment can depend on."""
     root = HERE.parent
     sources = {p.relative_to(root).as_posix(): p for top in ("lindm", "theory") for p in (root / top).rglob("*.py")}
-    sources = {k: p for k, p in sources.items() if p.name not in ("cli.py", "doctor.py", "bench.py", "__main__.py")}
+    idle = ("__main__.py", "bench.py", "doctor.py", "files.py", "sources.py", "timing.py")
+    sources = {k: p for k, p in sources.items() if p.name not in idle and p.parent.name not in ("cli", "datasets", "text")}
     others = (discover().keys() - {name}) | MACHINERY
     sources |= {f"experiments/{stem}": p for stem, p in modules().items() if stem not in others}
     digest = hashlib.sha256()
@@ -111,28 +112,6 @@ def settle_xla() -> None:
     os.environ["XLA_FLAGS"] = f"{ours} {os.environ.get('XLA_FLAGS', '')}".strip()
     for name in ("NPROC", "PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-
-
-# --- interruption -------------------------------------------------------------
-
-_asked_to_stop = False
-
-
-def _on_signal(signum: int, frame: FrameType | None) -> None:
-    global _asked_to_stop
-    _asked_to_stop = True
-    raise Stop(PREEMPTED, f"stopped by {signal.Signals(signum).name}; the same command resumes")
-
-
-def asked_to_stop() -> bool:
-    """Whether a signal came; the exception of its handler can be lost in a callback, this cannot."""
-    return _asked_to_stop
-
-
-def stop_on_signals() -> None:
-    """SIGTERM and SIGINT end the run with exit 75. Every finished point is on disk already, so there is nothing left to save."""
-    signal.signal(signal.SIGTERM, _on_signal)
-    signal.signal(signal.SIGINT, _on_signal)
 
 
 # --- the run ------------------------------------------------------------------

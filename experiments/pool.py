@@ -72,7 +72,7 @@ def perform(job: Job, progress: Callable[[int, int], None], cfg: Any = None) -> 
     except MemoryError:
         failure = {"code": files.MEMORY, "message": f"{job.experiment}: out of memory"}
     except Exception as e:
-        if harness.asked_to_stop():
+        if files.asked_to_stop():
             failure = {"code": files.PREEMPTED, "message": "stopped; the same command resumes"}
         else:
             code = files.MEMORY if "RESOURCE_EXHAUSTED" in str(e) else files.FAILED
@@ -96,7 +96,7 @@ def _follow_parent() -> None:
 
 def _work(pipe: Connection) -> None:
     harness.settle_xla()
-    harness.stop_on_signals()
+    files.stop_on_signals()
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         while (job := pipe.recv()) is not None:

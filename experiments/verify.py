@@ -101,7 +101,7 @@ def verify(
     chosen = select(only, harness.discover())
     with files.storage(out):
         out.mkdir(parents=True, exist_ok=True)
-    harness.stop_on_signals()
+    files.stop_on_signals()
     jobs = [Job(experiment=name, preset=preset, directory=out / name, seeds=seeds, fresh=fresh) for name in chosen]
     jobs.sort(key=lambda job: -COST.get(job.experiment, 1.0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

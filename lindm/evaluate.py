@@ -35,6 +35,7 @@ def measurement(values: Array) -> Measurement:
 
 def fixed_model_value(problem: APOMDP, policy: tree.Policy, m: int) -> Array:
     """V_m [] of a policy over histories when model m makes every step; the policy is told so, as its histories hold the model."""
+    tree.check_shapes(problem, policy)
     return tree.policy_value(_only(problem, m), _restricted(problem, policy, m))
 
 
@@ -50,6 +51,7 @@ def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
     Its stage t has (A O)^t histories, numbered like those of a POMDP.
     """
     M, _, A, _, O = problem.cloud.O.shape
+    tree.check_shapes(APOMDP(cloud=jax.tree.map(lambda x: x[:1], problem.cloud), alpha=problem.alpha), policy)
     tables = []
     for t, table in enumerate(policy):
         steps = np.indices((A, M, O)).reshape(3, -1)

@@ -10,10 +10,12 @@ import hashlib
 import json
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 FAILED, USAGE, DATA, NON_FINITE, MEMORY, STORAGE, PREEMPTED = 1, 2, 3, 5, 6, 7, 75
@@ -158,3 +160,25 @@ def non_finite(value: Any, path: str = "") -> str | None:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------------
+
+_asked_to_stop = False
+
+
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    global _asked_to_stop
+    _asked_to_stop = True
+    raise Stop(PREEMPTED, f"stopped by {signal.Signals(signum).name}; the same command resumes")
+
+
+def asked_to_stop() -> bool:
+    """Whether a signal came; the exception of its handler can be lost in a callback, this cannot."""
+    return _asked_to_stop
+
+
+def stop_on_signals() -> None:
+    """SIGTERM and SIGINT end the run with exit 75. Every finished part is on disk already, so there is nothing left to save."""
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)

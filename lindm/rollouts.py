@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from lindm.draws import flat
@@ -89,8 +90,14 @@ def demonstrate(
       nature: the model [] that makes every step of an APOMDP. If None nature plays the problem's own game: against the action
         taken it has the worst model of the oracle's continuation with probability alpha, and the best one otherwise.
     Returns: Episodes [n, H] (an MDP has no m and o, a POMDP no m) and their Labels.
+    Raises: ValueError: a number is out of its range (traced ones are not looked at), or `nature` is given where it has no choice.
     """
     checks.count(n, "n")
+    checks.fraction(epsilon, "epsilon")
+    if nature is not None and not isinstance(problem, APOMDP):
+        raise ValueError("nature must be left out where there is one model")
+    if nature is not None and not isinstance(nature, Tracer) and not 0 <= int(nature) < len(problem.cloud.r):
+        raise ValueError(f"nature must be a model from 0 to {len(problem.cloud.r) - 1}; got {nature}")
     if isinstance(problem, MDP):
         assert isinstance(solution.tables, Plan)
         A = problem.r.shape[-1]

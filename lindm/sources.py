@@ -50,6 +50,9 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
             observations=PROSTATE_OBSERVATIONS,
             models=CENTRES,
         )
+    for word in words:
+        if not Path(word).suffix and not Path(word).exists():
+            raise ValueError(f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(SHIPPED)})")
     if alpha is not None and len(words) == 1:
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")
     if alpha is None and len(words) > 1:
@@ -60,4 +63,5 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
     if len(words) == 1:
         return Source(problem=pomdps[0], **names)
     assert alpha is not None
-    return Source(problem=apomdp(pomdps, alpha), models=tuple(Path(word).stem for word in words), **names)
+    stems = tuple(Path(word).stem for word in words)
+    return Source(problem=apomdp(pomdps, alpha), models=stems if len(set(stems)) == len(stems) else tuple(words), **names)

@@ -78,7 +78,7 @@ class Plan:
 
     V: Array  # [..., H, S] optimal value with the stages h..H to go
     Q: Array  # [..., H, S, A] optimal action value
-    pi: Array  # [..., H, S] int32, an optimal action (lowest index among ties)
+    pi: Array  # [..., H, S] int32, an optimal action (the first of the largest; labels take `oracles.mdp.greedy`)
 
 
 @jax.tree_util.register_dataclass

@@ -152,7 +152,7 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
         kw_only=True,
     )
     asked = _parse(options, rest, f"lindm run {experiment}", module.__doc__)
-    harness.stop_on_signals()
+    files.stop_on_signals()
     from rich.console import Console
 
     from experiments.progress import show_progress
@@ -175,10 +175,10 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
 
 
 def _plot(directory: Path) -> int:
-    from experiments import harness
     from experiments.report import redraw
+    from lindm import files
 
-    harness.stop_on_signals()
+    files.stop_on_signals()
     for path in redraw(directory):
         print(path)
     return 0

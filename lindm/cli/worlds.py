@@ -75,8 +75,8 @@ class Export:
     """trl (prompt/completion and messages, as SFTTrainer takes them) or minari"""
     out: Path
     """where the export goes"""
-    template: str = "compact"
-    """of the text (trl): compact, readable, or a JSON or TOML file"""
+    template: str | None = None
+    """of the text (trl): compact, readable, or a JSON or TOML file [default: compact, readable with --names]"""
     names: bool = False
     """use the problem's own names in the text (trl)"""
     without_rewards: bool = False
@@ -107,9 +107,11 @@ def _double_precision() -> None:
 
 
 def run_solve(command: Solve) -> int:
+    from lindm.files import stop_on_signals
     from lindm.sources import named
 
     start = time.perf_counter()
+    stop_on_signals()
     _double_precision()
     with _warnings_as_lines():
         source = named(command.files, command.horizon, command.discount, command.alpha)
@@ -131,6 +133,9 @@ def run_solve(command: Solve) -> int:
 
 
 def run_make(command: Make) -> int:
+    from lindm import files
+
+    files.stop_on_signals()
     _double_precision()
     from lindm import datasets, sources, suites
 
@@ -149,6 +154,10 @@ def run_make(command: Make) -> int:
             raise ValueError("discount and alpha must be left out for a suite, which has its own")
         source = suites.suite(command.source[0], command.horizon, command.split)
     else:
+        known = (*suites.NAMES, *sources.SHIPPED)
+        for word in command.source or ("nothing",):
+            if not Path(word).suffix and not Path(word).exists() and (word not in sources.SHIPPED or len(command.source) > 1):
+                raise ValueError(f"SUITE must be one of {', '.join(known)}, or .pomdp files; got {word!r}")
         if command.split != "id":
             raise ValueError(f"split must be left out for a problem of your own, which has one law; got {command.split!r}")
         if command.horizon is None:
@@ -164,10 +173,12 @@ def run_make(command: Make) -> int:
 
 
 def run_export(command: Export) -> int:
-    from lindm import datasets, text
+    from lindm import datasets, files, text
 
+    files.stop_on_signals()
     shipped = {"compact": text.COMPACT, "readable": text.READABLE}
-    template = shipped.get(command.template) or text.load_template(command.template)
+    name = command.template
+    template = None if name is None else shipped.get(name) or text.load_template(name)
     with _progress("tasks") as progress:
         written = datasets.export(
             command.directory,
@@ -185,23 +196,41 @@ def run_export(command: Export) -> int:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total): a bar with rate and time left on a terminal, a line every ten seconds elsewhere, on stderr."""
+    """A callback (done, total): a bar with rate and time left on a terminal, a line every ten seconds elsewhere, on stderr.
+
+    The rate is that since the first call: what was there before, and compilation, are not counted. The callback stops the run if
+    a signal asked for it and the handler's exception was lost.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console, start = Console(stderr=True), time.monotonic()
+    from lindm.files import PREEMPTED, Stop, asked_to_stop
+
+    def checked(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        def callback(done: int, total: int) -> None:
+            if asked_to_stop():
+                raise Stop(PREEMPTED, "stopped; the same command resumes")
+            tell(done, total)
+
+        return callback
+
+    console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield checked(lambda done, total: bar.update(task, completed=done, total=total))
         return
-    said = start
+    said = time.monotonic()
+    first: list[tuple[int, float]] = []
 
     def tell(done: int, total: int) -> None:
         nonlocal said
+        if not first:
+            first.append((done, time.monotonic()))
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            print(f"{what}: {done} of {total}, {done / (said - start):.3g} a second", file=sys.stderr)
+            rate = (done - first[0][0]) / max(said - first[0][1], 1e-9)
+            print(f"{what}: {done} of {total}, {rate:.3g} a second", file=sys.stderr)
 
-    yield tell
+    yield checked(tell)

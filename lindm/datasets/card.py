@@ -52,7 +52,8 @@ EPISODES = {
     "observation": "[H] of the next state, after the action",
     "action": "[H] that was taken",
     "reward": "[H] mean reward of the state and the action",
-    "label": "[H] the oracle's action: for the state of an mdp, otherwise for the history of actions, models and observations",
+    "label": "[H] the oracle's action: for the state of an mdp, otherwise for the history of actions, models and observations; "
+    "greedy in the lower bounds, so where the certificate is bounded it may differ from the argmax of Q",
     "Q": "[H, A] the oracle's action values there, in units of reward: exact, or the middle of its bounds",
     "certificate": "[H] of the label: 0 exact, 1 certified (no other action can be better), 2 bounded",
     "regret": "[H] at most this much is lost by the label at this step, in units of reward; 0 where exact or certified",

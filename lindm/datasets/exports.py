@@ -34,7 +34,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +43,8 @@ import numpy as np
 from lindm import files
 from lindm.datasets.reading import load, read_manifest
 from lindm.files import USAGE, Stop
-from lindm.text import COMPACT, Document, Piece, Step, Template, render, text
+from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, render, text
+from lindm.text.grammar import TABLES, Ambiguous
 
 FORMATS = ("trl", "minari")
 SYSTEM = (
@@ -61,7 +61,7 @@ def export(
     to: str,
     out: Path,
     *,
-    template: Template = COMPACT,
+    template: Template | None = None,
     rewards: bool = True,
     names: bool = False,
     system: str = SYSTEM,
@@ -75,21 +75,35 @@ def export(
       out: a directory; what is there already is never replaced.
       template, rewards, names, system: of trl. How a document is written, whether it tells rewards, whether it uses the
         problem's names in place of the template's symbols, and the first message of a conversation (none where it is empty).
+        The template is COMPACT unless it is given; with names READABLE, as COMPACT has nothing to keep words apart.
       dataset_id: of minari, such as name-v0 [default: made from the source]. Load it with `minari.load_dataset(dataset_id)` where
         MINARI_DATASETS_PATH is `out`, or with `minari.MinariDataset(out / dataset_id / "data")`.
       progress: hears (tasks done, tasks in all).
 
     Raises:
-      ValueError: an unknown format; a template without a field that the problem needs, or with too few symbols.
+      ValueError: an unknown format, or an option that it has no use for; names of a dataset that has none, or that texts cannot
+        be read back with; a template without a field that the problem needs, or with too few symbols.
       Stop: the dataset is not finished or damaged (3); `out` holds what would be written, or a package is missing (2); `out`
         cannot be written (7).
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
-    manifest = read_manifest(directory)
     if to == "minari":
+        if not rewards:
+            raise ValueError(f"rewards must be True for minari, which has no text to leave them out of; got {rewards!r}")
+        unused = {"names": names or None, "template": template and template.name, "system": None if system == SYSTEM else system}
+        for option, got in unused.items():
+            if got is not None:
+                raise ValueError(f"{option} must be left out for minari, which has no text; got {got!r}")
+        manifest = read_manifest(directory)
         return _minari(directory, manifest, out, dataset_id or _default_id(manifest), progress)
+    if dataset_id is not None:
+        raise ValueError(f"dataset_id must be left out for trl, which has none; got {dataset_id!r}")
+    manifest = read_manifest(directory)
+    template = template or (READABLE if names else COMPACT)
     if names:
+        if not manifest["config"]["names"]:
+            raise ValueError(f"names must be left out: the dataset {directory} has no names; got {names!r}")
         template = named(template, manifest["config"]["names"])
     return _trl(directory, manifest, out, template, rewards, system, progress)
 
@@ -104,7 +118,11 @@ def named(template: Template, names: Mapping[str, Sequence[str]]) -> Template:
     if "actions" in given and _symbol(template, 0).startswith(" "):
         given["actions"] = tuple(f" {name}" for name in given["actions"])  # a symbol brings its own leading space
     changes: dict[str, Any] = {**given}
-    return dataclasses.replace(template, **changes)
+    try:
+        return dataclasses.replace(template, **changes)
+    except Ambiguous as e:
+        another = "a template of your own" if template == READABLE else "another template, such as readable"
+        raise ValueError(f"with names {e}; try {another}") from e
 
 
 def _told(directory: Path, total: int, progress: Progress) -> Iterator[tuple[dict, list[dict]]]:
@@ -126,9 +144,14 @@ def _trl(directory: Path, manifest: dict, out: Path, template: Template, rewards
         raise ValueError(f"template must have {{{missing[0]}}} in its step for this dataset; {template.name!r} has not")
     if sizes["kind"] != "mdp":
         shown -= {"state"}
+    for field, part in TABLES.items():
+        table, n = getattr(template, part), sizes.get(f"n_{part}", 0)
+        if field in shown and isinstance(table, tuple) and len(table) < n:  # a pattern has a symbol for every index
+            use = "names or a template of your own" if part in manifest["config"]["names"] else "a template of your own"
+            raise ValueError(f"template {template.name!r} has {len(table)} {field} symbols and the dataset {n} {part}; use {use}")
     symbols = [_symbol(template, a) for a in range(sizes["n_actions"])]
     paths = [out / "prompt_completion.jsonl", out / "messages.jsonl"]
-    with files.sole_writer(out), _new_file(paths[0]) as prompts, _new_file(paths[1]) as conversations:
+    with files.sole_writer(out), _new_files(*paths) as (prompts, conversations):
         for _, episodes in _told(directory, total, progress):
             demos = tuple(_steps(row, shown) for row in episodes if row["role"] == "demo")
             for row in (row for row in episodes if row["role"] == "query"):
@@ -187,22 +210,34 @@ def _line(f: IO[str], row: dict) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[IO[str]]:
-    """A file that is there as a whole or not at all, and was not there before."""
-    if path.exists():
-        raise Stop(USAGE, f"{path} is there already and is not replaced; choose another --out")
-    with files.storage(path):
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=files.TEMPORARY)
+def _new_files(*paths: Path) -> Iterator[list[IO[str]]]:
+    """Files of one directory that were not there before, and are there as a whole, all of them, or not at all."""
+    for path in paths:
+        if path.exists():
+            raise Stop(USAGE, f"{path} is there already and is not replaced; choose another --out")
+    # a signal may raise between any two lines: the names are known before there is a file, and kept before it gets its place
+    partial = [path.with_name(f".{path.name}{files.TEMPORARY}") for path in paths]
+    opened: list[IO[str]] = []
+    placed: list[Path] = []
+    with files.storage(paths[0].parent):
         try:
-            with os.fdopen(fd, "w", encoding="utf-8", newline="\n") as f:
-                yield f
+            for path in partial:
+                opened.append(path.open("w", encoding="utf-8", newline="\n"))
+            yield opened
+            for f in opened:
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+                f.close()
+            for temporary, path in zip(partial, paths, strict=True):
+                placed.append(path)
+                os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            for f in opened:
+                with contextlib.suppress(OSError):  # a full disk refuses what is in the buffer once more
+                    f.close()
+            for path in (*partial, *placed):
+                with contextlib.suppress(OSError):
+                    path.unlink()
             raise
 
 
@@ -240,10 +275,11 @@ def _minari(directory: Path, manifest: dict, out: Path, dataset_id: str, progres
     with files.sole_writer(out), files.storage(target):
         if target.exists():
             raise Stop(USAGE, f"{target} is there already and is not replaced; choose another --out or another dataset_id")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
         try:
-            storage = MinariStorage.new(partial / "data", Discrete(seen + 1), Discrete(sizes["n_actions"]), data_format="hdf5")
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir()
+            place = (partial / "data").resolve()  # Minari's get_size joins a relative path to itself
+            storage = MinariStorage.new(place, Discrete(seen + 1), Discrete(sizes["n_actions"]), data_format="hdf5")
             about = f"{recipe['tasks']} tasks, of each {recipe['demos']} demonstrations (by {recipe['behaviour']}) and "
             about += f"{recipe['queries']} queries (by {recipe['query_behaviour']}), with the oracle's label at every step"
             facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}

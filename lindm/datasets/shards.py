@@ -10,7 +10,6 @@ is made again. At the end the journal becomes the manifest. On one machine with 
 and the recipe alone, not on how often the run was interrupted: no file names a time, a place or a machine.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -28,7 +27,7 @@ from lindm import __version__, files
 from lindm.datasets.card import card
 from lindm.datasets.drawing import Drawing, Draws, Recipe
 from lindm.datasets.reading import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_json, read_manifest, sealed, unsealed
-from lindm.files import USAGE, Stop
+from lindm.files import DATA, USAGE, Stop
 from lindm.sources import Source
 from lindm.suites import Suite
 from lindm.types import APOMDP, CERTIFICATES, POMDP, Problem
@@ -151,15 +150,23 @@ def _opened(out: Path, config: dict) -> dict[str, str]:
         versions = _versions()
         files.write_atomic(path, _pretty({"config": config, "versions": versions}))
         return versions
-    try:  # what is sealed is believed first
-        there = read_manifest(out)
-    except Stop:
-        there = read_json(path)
+    there = _if_good(lambda: read_manifest(out)) or _if_good(lambda: read_json(path)) or {}  # what is sealed is believed first
     if not isinstance(there.get("config"), dict) or there["config"].get("format") != FORMAT:
-        raise Stop(USAGE, f"{path} is not of a dataset in the format {FORMAT}; choose another --out")
+        why = f"its {CONFIG} is missing or not in the format {FORMAT}"
+        raise Stop(USAGE, f"{out} holds something that is not a dataset and is not touched: {why}; choose another --out")
     if there["config"] != config:
         raise Stop(USAGE, f"{out} holds another dataset: {_difference(there['config'], config)}; choose another --out")
     return there.get("versions", {})
+
+
+def _if_good(read: Callable[[], Any]) -> Any:
+    """What is read; None where it is missing or damaged. The Stop of a signal, which may come anywhere, is not caught."""
+    try:
+        return read()
+    except Stop as e:
+        if e.code != DATA:
+            raise
+        return None
 
 
 def _difference(there: Any, asked: Any, at: str = "") -> str:
@@ -179,15 +186,13 @@ def _plan(drawing: Drawing) -> dict[str, tuple[int, int]]:
 
 def _journal(out: Path) -> dict[str, dict]:
     """Everything that is known to have been finished, by name. What cannot be read or has no valid seal does not count."""
-    records: list[dict] = []
-    with contextlib.suppress(Stop):
-        records += read_manifest(out)["shards"]
-    try:
-        lines = files.read_lines(out / JOURNAL, repair=True)
-    except Stop:
+    manifest = _if_good(lambda: read_manifest(out))
+    lines = _if_good(lambda: files.read_lines(out / JOURNAL, repair=True))
+    if lines is None:
         lines = []
-        (out / JOURNAL).unlink(missing_ok=True)
-    records += [record for line in lines if (record := unsealed(line))]
+        with files.storage(out / JOURNAL):
+            (out / JOURNAL).unlink(missing_ok=True)
+    records: list[dict] = [*(manifest["shards"] if manifest else ()), *(record for line in lines if (record := unsealed(line)))]
     return {record["point"]["shard"]: record for record in records}
 
 

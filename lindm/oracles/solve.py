@@ -13,11 +13,14 @@ monotone in V, so that lower gives lower and upper gives upper. An action is cer
 bound of any other; otherwise the difference bounds what it can lose.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from lindm.oracles import hsvi, mdp, net, tree
 from lindm.problems import checks
@@ -25,7 +28,8 @@ from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, POMDP, Episodes,
 
 BUDGET = 1 << 30  # bytes
 METHODS = ("auto", "tree", "hsvi", "net")
-ROUNDING = 1e-12  # relative to the largest |Q| of a history: differences below it are ties
+STAGES = 40  # of a tree that is taken without being asked for: each stage is compiled by itself
+ROUNDING = 1e-12  # relative to the value of a history: differences below it are ties
 
 Tables = Plan | tree.Tree | hsvi.Bounds | net.Net
 
@@ -51,28 +55,33 @@ def method_for(problem: Problem, budget: int = BUDGET) -> str:
     if isinstance(problem, MDP):
         return "backward induction"
     cloud = tree.as_cloud(problem)
-    if tree.memory_bytes(cloud) <= budget:
+    M, H = cloud.cloud.r.shape[:2]
+    if H <= STAGES and tree.memory_bytes(cloud) <= budget:
         return "tree"
-    return "hsvi" if len(cloud.cloud.r) == 1 else "net"
+    return "hsvi" if M == 1 else "net"
 
 
 def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: int | None = None) -> Solution:
     """Value, bounds and labels of one problem.
 
     Args:
-      problem: an MDP, POMDP or APOMDP, without leading axes (`vmap` or `lax.map` outside; the net runs on the host alone).
+      problem: an MDP, POMDP or APOMDP in double precision, without leading axes (`lax.map` outside, but the net is host code).
       method: auto, or tree, hsvi (a POMDP, or a cloud of one model) or net.
-      budget: bytes that the tables of the exact method may take; beyond it `auto` takes the certified one.
+      budget: bytes that the tables of a method may take. Beyond it `auto` takes a certified method in the place of the tree, and
+        a certified method with its default effort takes as much less of it.
       effort: of a certified method, for narrower or for cheaper bounds: trials of hsvi [default: 256] or points of the net at a
         stage [default: 20,000]. An exact method has no use for it.
 
     Raises:
-      ValueError: the method does not exist, does not fit the problem, or a tree that was asked for exceeds the budget.
+      ValueError: the method does not exist, does not fit the problem or the budget, or the problem is not in double precision.
     """
     if effort is not None:
         checks.count(effort, "effort")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if any(x.dtype != np.float64 for x in jax.tree.leaves(problem)):
+        got = ", ".join(sorted({x.dtype.name for x in jax.tree.leaves(problem)}))
+        raise ValueError(f"problem must be in double precision (jax_enable_x64), which certificates rest on; got {got}")
     if isinstance(problem, MDP):
         if method != "auto":
             raise ValueError(f"method must be auto for an MDP; got {method!r}")
@@ -84,14 +93,29 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: 
     if chosen == "tree":
         need = tree.memory_bytes(cloud)
         if need > budget:
-            raise ValueError(f"method must fit the budget of {budget:,} bytes; a tree of this problem takes {need:,}")
+            size = f"{need:,}" if need < 2**60 else "more than 2^60"
+            raise ValueError(f"method must fit the budget of {budget:,} bytes; a tree of this problem takes {size}")
         return _solution(cloud, tree.tree(cloud), chosen)
     if chosen == "net":
-        return _solution(cloud, net.net(cloud) if effort is None else net.net(cloud, points=effort), chosen)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(cloud)):
+            raise ValueError("method net runs on the host, not under jit or vmap; got a traced problem")
+        points = _affordable(lambda points: net.memory_bytes(cloud, points), effort, 20_000, budget)
+        return _solution(cloud, net.net(cloud, points=points), chosen)
     if len(cloud.cloud.r) != 1:
         raise ValueError(f"method hsvi needs one model, whose value is convex; got a cloud of {len(cloud.cloud.r)}")
     model = jax.tree.map(lambda x: x[0], cloud.cloud)
-    return _solution(cloud, hsvi.hsvi(model) if effort is None else hsvi.hsvi(model, trials=effort), chosen)
+    trials = _affordable(lambda trials: hsvi.memory_bytes(model, trials), effort, hsvi.TRIALS, budget)
+    return _solution(cloud, hsvi.hsvi(model, trials=trials), chosen)
+
+
+def _affordable(memory: Callable[[int], int], effort: int | None, default: int, budget: int) -> int:
+    """The effort that was asked for if it fits the budget, or the default halved until it does."""
+    wanted = effort or default
+    while effort is None and wanted > 1 and memory(wanted) > budget:
+        wanted //= 2
+    if memory(wanted) > budget:
+        raise ValueError(f"effort must fit the budget of {budget:,} bytes; {wanted:,} takes {memory(wanted):,}")
+    return wanted
 
 
 def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:
@@ -101,7 +125,9 @@ def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:
 
 
 def first_action(problem: POMDP | APOMDP, solution: Solution) -> Array:
-    """The oracle's action [] at the start, where nothing has been seen."""
+    """The oracle's action [] at the start, where nothing has been seen; an MDP has one for each state, in `solution.tables`."""
+    if isinstance(problem, MDP):
+        raise ValueError("problem must be a POMDP or an APOMDP: the first action of an MDP depends on its first state")
     return mdp.greedy(_at_start(tree.as_cloud(problem), solution.tables)[0])
 
 
@@ -166,7 +192,7 @@ def label(lower: Array, upper: Array, exact: bool) -> tuple[Array, Array, Array,
     action = mdp.greedy(lower)
     others = jnp.where(jnp.arange(lower.shape[-1]) == action, -jnp.inf, upper).max()
     regret = jnp.maximum(others - lower[action], 0)
-    sure = regret <= ROUNDING * jnp.abs(upper).max()
+    sure = regret <= ROUNDING * jnp.abs(upper.max())
     certificate = jnp.where(exact, EXACT, jnp.where(sure, CERTIFIED, BOUNDED)).astype(jnp.int8)
     return action, (lower + upper) / 2, certificate, jnp.where(certificate == BOUNDED, regret, 0)
 

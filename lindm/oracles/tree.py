@@ -56,7 +56,7 @@ def branching(problem: APOMDP) -> int:
 
 def first_history(branches: int, t: int) -> int:
     """The row of `Tree.Q` at which stage t begins; with t = H, the number of all histories."""
-    return sum(branches**k for k in range(t))
+    return (branches**t - 1) // (branches - 1) if branches > 1 else t
 
 
 def histories(problem: APOMDP) -> int:
@@ -65,8 +65,8 @@ def histories(problem: APOMDP) -> int:
 
 
 def memory_bytes(problem: APOMDP) -> int:
-    """What `tree` holds at its largest: the table and its stages before they are joined, in double precision."""
-    return 2 * 8 * problem.cloud.r.shape[-1] * histories(problem)
+    """What `tree` holds at its largest, in double precision: the table, its stages before they are joined, and copies between."""
+    return 4 * 8 * problem.cloud.r.shape[-1] * histories(problem)
 
 
 def stage_Q(tree: Tree, t: int, branches: int) -> Array:
@@ -90,6 +90,8 @@ def uniform_policy(problem: APOMDP) -> Policy:
 def history_index(problem: APOMDP, a: Array, m: Array, o: Array) -> Array:
     """The number of a history within its stage: steps a, m, o [..., t] -> int32 [...]."""
     M, _, _, _, O = problem.cloud.O.shape
+    if branching(problem) ** a.shape[-1] > 2**31:
+        raise ValueError(f"a must have few enough steps for 32 bits; got {a.shape[-1]} with {branching(problem)} branches each")
     place = branching(problem) ** jnp.arange(a.shape[-1], dtype=jnp.int32)
     return jnp.sum(((a * M + m) * O + o) * jnp.broadcast_to(place, a.shape), axis=-1, dtype=jnp.int32)
 
@@ -176,8 +178,10 @@ def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool) -> tuple[Array, lis
     """`_below` in blocks that stay in cache."""
     n, H = U.shape[1], problem.cloud.r.shape[1]
     block = _block(problem, t)
-    if block >= n or t >= H - 2:
+    if block >= n or t == H - 1:
         return _below(problem, U, t, keep)
+    if block == 0 and t == H - 2:
+        block = 1
     if block == 0:
         V, deeper = _subtrees(problem, _children(problem, U, t), t + 1, keep)
         Q = _backed_up(problem, U, V, t)
@@ -219,19 +223,27 @@ def tree(problem: APOMDP) -> Tree:
 # --- any policy ----------------------------------------------------------------------------------------------------------
 
 
-def checked_policy(problem: APOMDP, policy: Policy) -> Policy:
-    """A policy over histories whose every stage has the right shape and holds actions or probabilities; ValueError if not."""
+def check_shapes(problem: APOMDP, policy: Policy) -> None:
+    """ValueError if a policy over histories has the wrong number of stages or a stage of the wrong shape."""
     H, A = problem.cloud.r.shape[1], problem.cloud.r.shape[-1]
     if len(policy) != H:
         raise ValueError(f"policy must have one array for each of the {H} stages; got {len(policy)}")
     for t, table in enumerate(policy):
-        n, name = branching(problem) ** t, f"policy[{t}]"
+        shape = (branching(problem) ** t,) if jnp.issubdtype(table.dtype, jnp.integer) else (branching(problem) ** t, A)
+        checks.shaped(table, shape, f"policy[{t}]", "histories, A"[: 9 if len(shape) == 1 else None])
+
+
+def checked_policy(problem: APOMDP, policy: Policy) -> Policy:
+    """A policy over histories whose every stage has the right shape and holds actions or probabilities; ValueError if not."""
+    check_shapes(problem, policy)
+    A = problem.cloud.r.shape[-1]
+    for t, table in enumerate(policy):
+        name = f"policy[{t}]"
         if jnp.issubdtype(table.dtype, jnp.integer):
-            checks.shaped(table, (n,), name, "histories")
             if not bool(((table >= 0) & (table < A)).all()):
                 raise ValueError(f"{name} must hold actions from 0 to {A - 1}; got values from {table.min()} to {table.max()}")
         else:
-            checks.distribution(checks.shaped(table, (n, A), name, "histories, A"), name)
+            checks.distribution(table, name)
     return policy
 
 
@@ -241,6 +253,8 @@ def policy_value(problem: APOMDP, policy: Policy) -> Array:
 
     A mixture is drawn after nature's choice is fixed for each action: V^pi(h) = sum_a pi(a | h) Q^pi(h, a).
     """
+
+    check_shapes(problem, policy)
 
     def chosen(table: Array, Q: Array) -> Array:
         """V [n] from Q [A, n]."""

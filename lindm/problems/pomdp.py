@@ -48,8 +48,8 @@ def pomdp(
     checks.shaped(rho, (S,), "rho", "S")
     # what is below zero by rounding is zero: certified bounds rest on it
     P, O, rho = (jnp.maximum(checks.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
-    # one precision, the widest: a scan over stages carries values made of all four
-    dtype = jnp.result_type(P, O, r, rho)
+    # one precision, the widest that is switched on: certificates are worth nothing in less
+    dtype = jnp.promote_types(jnp.result_type(P, O, r, rho), jnp.result_type(float))
     return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=over_stages(r.astype(dtype), H, discount), rho=rho.astype(dtype))
 
 

@@ -29,6 +29,10 @@ Symbols = tuple[str, ...] | str
 Spans = list[list[dict[str, tuple[int, int]]]]  # where each field of each step of each episode is
 
 
+class Ambiguous(ValueError):
+    """A template has a text with two readings."""
+
+
 class Part(NamedTuple):
     """A field and the text around it, or text alone (then all of it is in front)."""
 
@@ -126,7 +130,7 @@ class Grammar:
         self._build()
         if found := self._two_readings():
             one, other = (self._describe(found[0], path) for path in found[1:])
-            raise ValueError(f"template {name!r} is ambiguous: {found[0]!r} can be read as {one} and as {other}")
+            raise Ambiguous(f"template {name!r} is ambiguous: {found[0]!r} can be read as {one} and as {other}")
 
     # --- values and symbols
 

@@ -1,6 +1,7 @@
 """The door: how fast it opens, and what it says to what it cannot take."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +73,11 @@ def test_help_imports_nothing_heavy():
             "split must be one of id, ood",
         ),
         ([*MAKE, "--alpha", "1"], "left out for a suite"),
+        (
+            ["data", "make", "maze", "--tasks", "1", "--demos", "2", "--out", "x"],
+            "SUITE must be one of mdp, pomdp",
+        ),
+        (["data", "make", "--tasks", "1", "--demos", "2", "--out", "x"], "SUITE must be one of mdp, pomdp"),
         (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x"], "horizon must be given"),
         (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x", "--split", "ood"], "split must be left out"),
         (
@@ -204,3 +210,19 @@ def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
     assert main(["data", "export", str(out), "--to", "nonsense", "--out", str(tmp_path / "x")]) == 2
     assert "to must be one of trl, minari" in capsys.readouterr().err
     assert main(["data", "export", str(tmp_path / "nothing"), "--to", "trl", "--out", str(tmp_path / "x")]) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_path, number):
+    def make(out):
+        words = ["data", "make", "mdp", "--horizon", "4", "--tasks", "30000", "--demos", "1", "--out", str(out)]
+        return subprocess.Popen([sys.executable, "-m", "lindm", *words], stderr=subprocess.PIPE, text=True)
+
+    process = make(tmp_path / "data")
+    while process.poll() is None and not (tmp_path / "data" / "progress.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 75 and error.startswith("lindm: error: stopped") and error.count("\n") == 1
+    assert not list((tmp_path / "data").glob(".*"))
+    assert (tmp_path / "data" / "progress.jsonl").exists() and not (tmp_path / "data" / "manifest.json").exists()

@@ -142,3 +142,13 @@ def test_a_model_that_is_not_there_is_refused(brute):
     problem = brute.random(0, M=2, H=1).problem()
     with pytest.raises(ValueError, match="m must be the number of a model from 0 to 1; got 2"):
         evaluate.fixed_model_value(problem, tree.uniform_policy(problem), 2)
+
+
+def test_a_policy_over_other_histories_is_refused_and_not_misread(brute):
+    problem = brute.random(0, A=2, M=3, O=2, H=3).problem()
+    blind = tuple(jnp.zeros(4**t, jnp.int32) for t in range(3))
+    for criterion in (evaluate.whole_horizon_value, lambda p, pi: evaluate.fixed_model_value(p, pi, 0)):
+        with pytest.raises(ValueError, match=r"policy\[1\] must have shape \[histories\] = \(12\); got \(4,\)"):
+            criterion(problem, blind)
+    with pytest.raises(ValueError, match=r"policy\[1\] must have shape \[histories\] = \(4\); got \(12,\)"):
+        evaluate.without_models(problem, tree.optimal_policy(problem, tree.tree(problem)))

@@ -99,7 +99,23 @@ def test_an_mdp_is_demonstrated_and_labelled_at_its_states():
     five_errors(np.asarray(episodes.r.sum(-1)), problem.rho @ mdp.policy_value(problem, jnp.asarray(mixed))[0])
 
 
-def test_a_number_of_episodes_below_one_is_refused(brute):
-    problem = brute.random(0, H=1).problem()
-    with pytest.raises(ValueError, match="n must be a whole number of at least 1; got 0"):
-        rollouts.demonstrate(jax.random.key(0), problem, solve(problem), 0, 0.0)
+@pytest.mark.parametrize(
+    "n, epsilon, nature, rule",
+    [
+        (0, 0.0, None, "n must be a whole number of at least 1; got 0"),
+        (1, 2.0, None, "epsilon must"),
+        (1, float("nan"), None, "epsilon must"),
+        (1, 0.0, 7, "nature must be a model from 0 to 1; got 7"),
+        (1, 0.0, -1, "nature must be a model from 0 to 1; got -1"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(brute, n, epsilon, nature, rule):
+    problem = brute.random(0, M=2, H=1).problem()
+    with pytest.raises(ValueError, match=rule):
+        rollouts.demonstrate(jax.random.key(0), problem, solve(problem), n, epsilon, nature)
+
+
+def test_nature_has_no_choice_among_one_model(brute):
+    problem = jax.tree.map(lambda x: x[0], brute.random(0, M=1, H=1).problem().cloud)
+    with pytest.raises(ValueError, match="nature must be left out where there is one model"):
+        rollouts.demonstrate(jax.random.key(0), problem, solve(problem), 1, 0.0, 0)

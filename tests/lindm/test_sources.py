@@ -67,11 +67,12 @@ def test_a_file_of_that_name_comes_first(coins, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, options, rule",
     [
+        (["maze"], {}, "'maze' is neither a file nor a problem that ships with lindm"),
         ([], {}, "FILE must name at least one .pomdp file"),
         (["a"], {"horizon": 0}, "horizon must be a whole number of at least 1; got 0"),
         (["a"], {"discount": 1.5}, "discount must be above 0 and at most 1; got 1.5"),
-        (["a", "b"], {}, "alpha must be given for several files"),
-        (["a"], {"alpha": 0.5}, "alpha must be left out for a single model"),
+        (["a.pomdp", "b.pomdp"], {}, "alpha must be given for several files"),
+        (["a.pomdp"], {"alpha": 0.5}, "alpha must be left out for a single model"),
         (["a", "b"], {"alpha": 2.0}, "alpha"),
     ],
 )
@@ -80,9 +81,16 @@ def test_arguments_are_checked_before_a_file_is_read(words, options, rule):
         named(words, **{"horizon": 2, **options})
 
 
+def test_files_of_one_stem_keep_their_paths_apart(coins, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "fair.pomdp"
+    twin.write_text(Path(coins[1]).read_text())
+    assert named([coins[0], str(twin)], horizon=1, alpha=1.0).models == (coins[0], str(twin))
+
+
 def test_models_of_different_problems_are_no_cloud(coins, tmp_path):
     other = tmp_path / "other.pomdp"
     other.write_text(COIN.format(p=0.5, q=0.5).replace("call", "bet"))
-    with pytest.raises(Stop, match=r"other.pomdp: actions differ") as stop:
+    with pytest.raises(Stop, match=r"other.pomdp: actions must be as in") as stop:
         named([coins[0], str(other)], horizon=1, alpha=1.0)
     assert stop.value.code == DATA

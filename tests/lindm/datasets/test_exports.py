@@ -2,16 +2,23 @@
 
 import json
 import re
+import shutil
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.datasets import export, exports, load, named
-from lindm.files import STORAGE, USAGE, Stop
+from lindm.datasets import export, exports, load, make, named
+from lindm.files import PREEMPTED, STORAGE, USAGE, Stop
+from lindm.sources import Source
 from lindm.text import COMPACT, READABLE, Template, parse
+from lindm.types import MDP
+
+from .conftest import recipe
 
 
 def lines(path):
@@ -114,11 +121,118 @@ def test_a_template_must_show_what_the_problem_needs_and_have_its_symbols(made, 
     with pytest.raises(ValueError, match=r"\{model\}"):
         export(made.cloud, "trl", tmp_path, template=bare)
     few = Template(name="few", step=("\n", "{state}", "?{action}"), closing=";", actions=("A", "B"), states="{}")
-    with pytest.raises(ValueError, match="actions"):
+    told = "template 'few' has 2 action symbols and the dataset 3 actions; use names or a template of your own"
+    with pytest.raises(ValueError, match=f"^{told}$"):
         export(made.mdp, "trl", tmp_path, template=few)
     with pytest.raises(ValueError, match="to must be one of trl, minari; got 'csv'"):
         export(made.mdp, "csv", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def many(actions, **names):
+    """A problem with many actions."""
+    r = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, actions)))
+    return Source(problem=MDP(P=jnp.full((1, 2, actions, 2), 0.5), r=r, rho=jnp.asarray([0.5, 0.5])), **names)
+
+
+def test_a_problem_with_more_actions_than_symbols_is_refused_before_anything_is_written(tmp_path):
+    directory = tmp_path / "many"
+    make(directory, many(30), recipe(tasks=1))
+    for template in (None, READABLE):
+        told = rf"template '{template.name if template else 'compact'}' has 26 action symbols and the dataset 30 actions; "
+        with pytest.raises(ValueError, match=f"^{told}use a template of your own$"):
+            export(directory, "trl", tmp_path / "out", template=template)
+    assert not (tmp_path / "out").exists()
+    enough = Template(name="enough", step=("\n", "{state}", "?{action}", ":{reward}"), closing=";", actions="{}", states="{}")
+    assert len(export(directory, "trl", tmp_path / "out", template=enough)) == 2
+
+
+def test_names_are_told_in_whole_words(made, tmp_path):
+    """Without a template: COMPACT would write "middle wait:0.5"."""
+    chosen, readable = (tmp_path / name for name in ("chosen", "readable"))
+    export(made.mdp, "trl", chosen, names=True)
+    export(made.mdp, "trl", readable, names=True, template=READABLE)
+    for name in ("prompt_completion.jsonl", "messages.jsonl"):
+        assert (chosen / name).read_bytes() == (readable / name).read_bytes()
+
+
+def test_names_that_can_be_read_in_two_ways_are_refused_with_what_to_do(tmp_path):
+    names = {"actions": ["up", "up:1.0"]}
+    with pytest.raises(ValueError, match=r"^with names .* is ambiguous: .*; try another template, such as readable$"):
+        named(COMPACT, names)
+    assert named(READABLE, names).actions == (" up", " up:1.0")
+    with pytest.raises(ValueError, match=r"'readable' is ambiguous: .*; try a template of your own$"):
+        named(READABLE, {"actions": ["up", "up.\nThe decision is up"]})
+
+
+def test_options_without_use_are_refused(made, tmp_path):
+    for option, told in (
+        ({"names": True}, "names must be left out for minari, which has no text; got True"),
+        ({"rewards": False}, "rewards must be True for minari, which has no text to leave them out of; got False"),
+        ({"template": READABLE}, "template must be left out for minari, which has no text; got 'readable'"),
+        ({"system": ""}, "system must be left out for minari, which has no text; got ''"),
+    ):
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            export(made.mdp, "minari", tmp_path, **option)
+    with pytest.raises(ValueError, match=r"^dataset_id must be left out for trl, which has none; got 'a-v0'$"):
+        export(made.mdp, "trl", tmp_path, dataset_id="a-v0")
+    with pytest.raises(ValueError, match=r"^names must be left out: the dataset .*cloud has no names; got True$"):
+        export(made.cloud, "trl", tmp_path, names=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", exports.FORMATS)
+def test_out_may_be_relative(made, tmp_path, monkeypatch, to):
+    monkeypatch.chdir(tmp_path)
+    written = export(made.mdp, to, Path("some") / "out")
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "some" / "out").iterdir()}
+    assert all(not path.is_absolute() and path.exists() for path in written)
+
+
+@pytest.mark.parametrize("to", exports.FORMATS)
+@pytest.mark.parametrize("interruption", [Stop(PREEMPTED, "stopped by SIGTERM"), KeyboardInterrupt()], ids=["stop", "key"])
+def test_an_interrupted_export_leaves_nothing(made, tmp_path, to, interruption):
+    def progress(done, total):
+        if done == 7:
+            raise interruption
+
+    with pytest.raises(type(interruption)) as e:
+        export(made.mdp, to, tmp_path, progress=progress)
+    assert e.value is interruption and list(tmp_path.iterdir()) == []
+    assert export(made.mdp, to, tmp_path)
+
+
+@pytest.mark.parametrize("to, function", [("trl", "_new_files"), ("minari", "_minari")])
+def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, function):
+    """The handler of a signal raises between two lines of the function that writes, once for each of its lines."""
+    code = vars(exports)[function]
+    code = getattr(code, "__wrapped__", code).__code__
+    whole, seen, stops = {path.name for path in export(made.mdp, to, tmp_path / "whole")}, 0, 0
+    for n in range(100):
+        out, count = tmp_path / str(n), 0
+
+        def line(frame, event, arg, n=n):
+            nonlocal count
+            count += event == "line"
+            if count > n:
+                raise Stop(PREEMPTED, "stopped by SIGTERM")
+            return line
+
+        before = sys.gettrace()
+        sys.settrace(lambda frame, event, arg: line if frame.f_code is code else None)
+        try:
+            export(made.mdp, to, out)
+            break
+        except Stop as e:
+            assert e.code == PREEMPTED
+            stops += 1
+        finally:
+            sys.settrace(before)
+        left = {path.name for path in out.iterdir()} if out.exists() else set()
+        assert left in (set(), whole), n
+        seen += left == set()
+        shutil.rmtree(out, ignore_errors=True)
+    assert 10 < seen <= stops < 100
 
 
 def test_nothing_is_replaced_and_nothing_is_left_half_done(made, tmp_path):

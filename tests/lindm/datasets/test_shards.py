@@ -19,7 +19,7 @@ import pytest
 from lindm import datasets, files
 from lindm.datasets import drawing, shards
 from lindm.datasets.shards import make
-from lindm.files import STORAGE, USAGE, Stop
+from lindm.files import PREEMPTED, STORAGE, USAGE, Stop
 
 from .conftest import SUITE, fixed_mdp, recipe
 
@@ -129,6 +129,36 @@ def test_a_run_that_is_stopped_anywhere_goes_on(tmp_path, source, reference, mon
     assert stops > 8 and contents(out) == reference
 
 
+def stopped(*args, **kwargs):
+    raise Stop(PREEMPTED, "stopped by SIGTERM")
+
+
+def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, reference):
+    out = tmp_path / "d"
+    with pytest.raises(Stop) as e:
+        make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
+    assert e.value.code == PREEMPTED
+    left = {p.name for p in out.iterdir()}
+    assert "progress.jsonl" in left and not any(name.startswith(".") for name in left)
+    assert make(out, source, RECIPE).kept == 1
+    assert contents(out) == reference
+
+
+@pytest.mark.parametrize("place", ["read_manifest", "read_json", "read_lines"])
+def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, monkeypatch, place):
+    """The handler may raise anywhere, also where a file that cannot be read would be passed over."""
+    out = tmp_path / "d"
+    with pytest.raises(Stop):
+        make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
+    before = contents(out)
+    monkeypatch.setattr(files if place == "read_lines" else shards, place, stopped)
+    with pytest.raises(Stop) as e:
+        make(out, source, RECIPE)
+    assert e.value.code == PREEMPTED and contents(out) == before
+    monkeypatch.undo()
+    assert make(out, source, RECIPE).kept == 1 and contents(out) == reference
+
+
 @pytest.mark.parametrize(
     "name", ["tasks-00001.jsonl", "episodes-00002.parquet", "problem.jsonl", "progress.jsonl", "manifest.json"]
 )
@@ -187,10 +217,16 @@ def test_a_directory_with_other_files_is_left_as_it_is(tmp_path, source):
     with pytest.raises(Stop, match=r"is not empty and holds no dataset \(thesis.tex\)") as e:
         make(tmp_path, source, RECIPE)
     assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    (tmp_path / "config.json").write_text('{"lr": 3e-4}')
-    with pytest.raises(Stop, match="is not of a dataset"):
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+@pytest.mark.parametrize("content", ['{"lr": 3e-4}', '{"config": {"format": 1}}', "{}", "[1]", "lr: 3e-4"])
+def test_a_directory_with_files_of_the_same_name_is_left_as_it_is(tmp_path, source, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Stop, match=r"holds something that is not a dataset and is not touched: .*; choose another --out") as e:
         make(tmp_path, source, RECIPE)
-    assert (tmp_path / "config.json").read_text() == '{"lr": 3e-4}'
+    assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
 
 
 def test_files_of_a_user_in_a_dataset_survive(tmp_path, source):
@@ -291,6 +327,11 @@ def test_the_card_describes_every_column_and_no_other(made):
             part = card.split(f"### {table}\n")[1].split("\n#")[0]
             described = [line.split("`")[1] for line in part.splitlines() if line.startswith("| `")]
             assert described == pyarrow.parquet.read_schema(path).names
+
+
+def test_the_card_says_that_a_label_need_not_be_the_argmax_of_Q(made):
+    row = next(line for line in (made.cloud / "README.md").read_text().splitlines() if line.startswith("| `label` |"))
+    assert "greedy in the lower bounds, so where the certificate is bounded it may differ from the argmax of Q" in row
 
 
 def test_the_totals_are_those_of_the_rows(made):

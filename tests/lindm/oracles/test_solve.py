@@ -25,7 +25,7 @@ def small(brute):
 def test_the_exact_method_is_taken_where_it_fits_the_budget(brute):
     cloud = brute.random(0, A=2, O=2, M=2, H=4).problem()
     pomdp, need = first_model(cloud), tree.memory_bytes(cloud)
-    assert need == 2 * 8 * 2 * (1 + 8 + 64 + 512)
+    assert need == 4 * 8 * 2 * (1 + 8 + 64 + 512)
     assert method_for(cloud, need) == "tree" and method_for(cloud, need - 1) == "net"
     assert method_for(pomdp, 0) == "hsvi" and method_for(pomdp) == "tree"
     mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
@@ -111,6 +111,41 @@ def test_solve_under_jit_and_map_is_solve(brute):
     np.testing.assert_allclose(together, [solve(p).value for p in problems], rtol=1e-12)
 
 
+def test_a_certified_method_takes_no_more_than_the_budget(brute):
+    problem = brute.random(34, S=4, A=3, O=3, M=2, H=5).problem()
+    wide, narrow = solve(problem, "net", budget=1 << 20), solve(problem, "net")
+    assert wide.tables.beliefs.nbytes < narrow.tables.beliefs.nbytes
+    assert wide.lower - 1e-9 <= narrow.lower and narrow.upper <= wide.upper + 1e-9
+    with pytest.raises(ValueError, match="effort must fit the budget of 1,000 bytes; 20,000 takes"):
+        solve(problem, "net", budget=1000, effort=20_000)
+
+
+def test_a_long_horizon_is_not_unrolled_unasked():
+    steady = brute_chain(60)
+    assert method_for(steady) == "hsvi" and method_for(brute_chain(40)) == "tree"
+    np.testing.assert_allclose(solve(steady).value, 60.0, rtol=1e-12)
+
+
+def brute_chain(H) -> POMDP:
+    one = jnp.ones((1, 1, 1, 1))
+    return POMDP(P=one, O=one, r=jnp.ones((H, 1, 1)), rho=jnp.ones(1))
+
+
+def test_single_precision_is_refused(brute):
+    problem = jax.tree.map(lambda x: x.astype(jnp.float32), brute.random(0, H=2).problem())
+    with pytest.raises(ValueError, match=r"double precision \(jax_enable_x64\).*; got float32"):
+        solve(problem)
+
+
+def test_what_nobody_does_does_not_blur_what_is_done():
+    r = jnp.asarray([[[0.2, 0.9, -1e12]]])
+    problem = POMDP(P=jnp.ones((1, 1, 3, 1)), O=jnp.ones((1, 3, 1, 1)), r=r, rho=jnp.ones(1))
+    solution = solve(problem)
+    assert int(first_action(problem, solution)) == 1 and float(solution.value) == 0.9
+    _, found = demonstrate(jax.random.key(0), problem, solution, 3, 1.0)
+    assert (np.asarray(found.action) == 1).all()
+
+
 def test_what_cannot_be_done_is_refused(brute):
     cloud = brute.random(0, M=2, H=3).problem()
     with pytest.raises(ValueError, match="method must be one of auto, tree, hsvi, net; got 'magic'"):
@@ -119,5 +154,12 @@ def test_what_cannot_be_done_is_refused(brute):
         solve(cloud, "tree", budget=10)
     with pytest.raises(ValueError, match=r"hsvi needs one model.*got a cloud of 2"):
         solve(cloud, "hsvi")
+    mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
     with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
-        solve(MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1)), "tree")
+        solve(mdp, "tree")
+    with pytest.raises(ValueError, match="the first action of an MDP depends on its first state"):
+        first_action(mdp, solve(mdp))  # pyright: ignore
+    with pytest.raises(ValueError, match="method net runs on the host, not under jit or vmap"):
+        jax.jit(lambda p: solve(p, "net").value)(cloud)
+    with pytest.raises(ValueError, match=r"budget of 1,073,741,824 bytes; a tree of this problem takes more than 2\^60"):
+        solve(brute.random(0, H=100).problem(), "tree")

@@ -1,5 +1,7 @@
 """The belief tree against plain recursion over histories."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -184,12 +186,37 @@ def test_a_policy_of_the_wrong_shape_or_with_wrong_entries_is_refused(brute):
     assert tree.checked_policy(problem, good) is good
     with pytest.raises(ValueError, match=r"policy must have one array for each of the 2 stages; got 1"):
         tree.checked_policy(problem, good[:1])
+    with pytest.raises(ValueError, match=r"policy must have one array for each of the 2 stages; got 1"):
+        tree.policy_value(problem, good[:1])
+    with pytest.raises(ValueError, match=r"policy\[1\] must have shape"):
+        tree.policy_value(problem, (good[0], good[1][:5]))
     with pytest.raises(ValueError, match=r"policy\[1\] must have shape"):
         tree.checked_policy(problem, (good[0], good[1][:5]))
     with pytest.raises(ValueError, match=r"policy\[0\] must hold actions from 0 to 1; got values from 2 to 2"):
         tree.checked_policy(problem, (jnp.array([2]), good[1]))
     with pytest.raises(ValueError, match=r"each row of policy\[0\] must sum to one"):
         tree.checked_policy(problem, (jnp.array([[0.2, 0.2]]), good[1]))
+
+
+def test_a_tree_takes_no_more_memory_than_it_says():
+    code = (
+        "import resource, jax; jax.config.update('jax_enable_x64', True)\n"
+        "from lindm.oracles import tree\n"
+        "from lindm.problems.pomdp import draw_pomdp\n"
+        "def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "p = tree.as_cloud(draw_pomdp(jax.random.key(0), 3, 2, 2, 12))\n"
+        "before = peak(); tree.tree(p).Q.block_until_ready()\n"
+        "assert tree.memory_bytes(p) > 3e8 and peak() - before < tree.memory_bytes(p), peak() - before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_history_too_long_for_its_number_is_refused(brute):
+    problem = brute.random(0, A=2, M=2, O=3, H=2).problem()
+    steps = np.zeros((1, 10), np.int32)
+    with pytest.raises(ValueError, match="a must have few enough steps for 32 bits; got 10 with 12 branches each"):
+        tree.history_index(problem, steps, steps, steps)
 
 
 # --- values that others published
