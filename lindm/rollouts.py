@@ -94,15 +94,17 @@ def demonstrate(
     """
     checks.count(n, "n")
     checks.fraction(epsilon, "epsilon")
-    if nature is not None and not isinstance(problem, APOMDP):
-        raise ValueError("nature must be left out where there is one model")
-    if nature is not None and not isinstance(nature, Tracer) and not 0 <= int(nature) < len(problem.cloud.r):
-        raise ValueError(f"nature must be a model from 0 to {len(problem.cloud.r) - 1}; got {nature}")
+    if nature is not None:
+        if not isinstance(problem, APOMDP):
+            raise ValueError("nature must be left out where there is one model")
+        M = len(problem.cloud.r)
+        if not isinstance(nature, Tracer) and not 0 <= int(jnp.asarray(nature)) < M:
+            raise ValueError(f"nature must be a model from 0 to {M - 1}; got {nature}")
     if isinstance(problem, MDP):
         assert isinstance(solution.tables, Plan)
         A = problem.r.shape[-1]
         best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
-        episodes = rollout(key, problem, (1 - epsilon) * best + epsilon / A, n)
+        episodes = rollout(key, problem, best + jnp.asarray(epsilon, best.dtype) * (1 / A - best), n)
         return episodes, labels(problem, solution, episodes)
     episodes, found = _around(key, tree.as_cloud(problem), solution, n, epsilon, nature)
     return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), found

@@ -109,14 +109,14 @@ def draw_task(key: Array, suite: Suite) -> Problem:
 
 
 def _draw(key: Array, suite: Suite) -> Problem:
-    sizes = {"S": suite.S, "A": suite.A, "H": suite.horizon}
     law = {"concentration": suite.concentration, "low": suite.low, "high": suite.high, "step": suite.step}
+    S, A, H = suite.S, suite.A, suite.horizon
     if suite.O == 0:
-        return draw_stationary_mdp(key, **sizes, **law)
+        return draw_stationary_mdp(key, S, A, H, **law)
     if suite.M == 0:
-        return draw_pomdp(key, O=suite.O, quality=suite.quality, **sizes, **law)
-    cloud = {"O": suite.O, "M": suite.M, "quality": suite.quality, "distance": suite.distance, "alpha": suite.alpha}
-    return draw_apomdp(key, **sizes, **law, **cloud)
+        return draw_pomdp(key, S, A, suite.O, H, quality=suite.quality, **law)
+    cloud = {"quality": suite.quality, "distance": suite.distance, "alpha": suite.alpha}
+    return draw_apomdp(key, S, A, suite.O, H, suite.M, **cloud, **law)
 
 
 def action_gap(problem: Problem) -> Array:

@@ -79,13 +79,14 @@ def test_every_task_keeps_the_gap_and_has_rewards_in_round_numbers(name):
 def test_a_gap_that_no_task_has_shows_as_nan(monkeypatch):
     monkeypatch.setattr(suites, "TRIES", 5)
     greedy = replace(suites.suite("mdp", 4), gap=5.0)
-    assert np.isnan(np.asarray(suites.draw_task(jax.random.key(0), greedy).r)).all()
+    task = suites.draw_task(jax.random.key(0), greedy)
+    assert isinstance(task, MDP) and np.isnan(np.asarray(task.r)).all()
 
 
 def test_without_a_gap_the_first_candidate_is_taken():
     any_task = replace(suites.suite("mdp", 4), gap=0.0)
     task = suites.draw_task(jax.random.key(0), any_task)
-    assert task.r.shape == (4, 5, 3) and np.isfinite(np.asarray(task.r)).all()
+    assert isinstance(task, MDP) and task.r.shape == (4, 5, 3) and np.isfinite(np.asarray(task.r)).all()
 
 
 def test_a_single_action_has_no_rival():

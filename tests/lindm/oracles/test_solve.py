@@ -7,6 +7,7 @@ import pytest
 
 from lindm import rollouts
 from lindm.oracles import tree
+from lindm.oracles.net import Net
 from lindm.oracles.solve import first_action, labels, method_for, solve
 from lindm.types import BOUNDED, CERTIFIED, EXACT, MDP, POMDP
 
@@ -114,6 +115,7 @@ def test_solve_under_jit_and_map_is_solve(brute):
 def test_a_certified_method_takes_no_more_than_the_budget(brute):
     problem = brute.random(34, S=4, A=3, O=3, M=2, H=5).problem()
     wide, narrow = solve(problem, "net", budget=1 << 20), solve(problem, "net")
+    assert isinstance(wide.tables, Net) and isinstance(narrow.tables, Net)
     assert wide.tables.beliefs.nbytes < narrow.tables.beliefs.nbytes
     assert wide.lower - 1e-9 <= narrow.lower and narrow.upper <= wide.upper + 1e-9
     with pytest.raises(ValueError, match="effort must fit the budget of 1,000 bytes; 20,000 takes"):
