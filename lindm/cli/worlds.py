@@ -26,7 +26,7 @@ class Solve:
     alpha: float | None = None
     """attitude to the models of a cloud: 1 is the worst case, 0 the best"""
     method: str = "auto"
-    """auto (exact if it fits in 1 GiB, certified otherwise), tree, hsvi or net"""
+    """auto (exact if it fits in 2 GiB, certified otherwise), tree, hsvi or net"""
     effort: int | None = None
     """of a certified method: trials of hsvi [default: 256] or points of the net [default: 20000]"""
     json: bool = False

@@ -24,9 +24,9 @@ from jax.core import Tracer
 
 from lindm.oracles import hsvi, mdp, net, tree
 from lindm.problems import checks
-from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, POMDP, Episodes, Labels, Plan, Problem
+from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, Episodes, Labels, Plan, Problem
 
-BUDGET = 1 << 30  # bytes
+BUDGET = 2 << 30  # bytes
 METHODS = ("auto", "tree", "hsvi", "net")
 STAGES = 40  # of a tree that is taken without being asked for: each stage is compiled by itself
 ROUNDING = 1e-12  # relative to the value of a history: differences below it are ties
@@ -124,7 +124,7 @@ def _solution(problem: APOMDP, tables: Tables, method: str) -> Solution:
     return Solution(value=(lower + upper) / 2, lower=lower, upper=upper, tables=tables, method=method)
 
 
-def first_action(problem: POMDP | APOMDP, solution: Solution) -> Array:
+def first_action(problem: Problem, solution: Solution) -> Array:
     """The oracle's action [] at the start, where nothing has been seen; an MDP has one for each state, in `solution.tables`."""
     if isinstance(problem, MDP):
         raise ValueError("problem must be a POMDP or an APOMDP: the first action of an MDP depends on its first state")

@@ -272,4 +272,4 @@ def policy_value(problem: APOMDP, policy: Policy) -> Array:
         K = kernel(problem, 0)
         U = jnp.einsum("amosu,ms->uamo", K, problem.cloud.rho)
         G = G + below(U.reshape(len(U), -1), 1).reshape(K.shape[:3]).sum(-1)
-    return chosen(policy[0], mixed(problem.alpha, G, 1)[:, None])[0]
+    return chosen(next(iter(policy)), mixed(problem.alpha, G, 1)[:, None])[0]
