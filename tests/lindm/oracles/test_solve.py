@@ -75,17 +75,22 @@ def test_an_mdp_has_the_mean_of_its_first_values():
 
 
 @pytest.mark.parametrize("method", ["hsvi", "net"])
-def test_labels_from_bounds_keep_their_promise(small, method):
-    problem = first_model(small.problem())
-    exact, bounded = solve(problem), solve(problem, method)
-    episodes, truth = demonstrate(jax.random.key(0), problem, exact, 200, 1.0)
-    found = labels(problem, bounded, episodes)
-    best = np.asarray(truth.Q).max(-1)
-    chosen = np.take_along_axis(np.asarray(truth.Q), np.asarray(found.action)[..., None], -1)[..., 0]
-    certificate, regret = np.asarray(found.certificate), np.asarray(found.regret)
-    assert set(np.unique(certificate)) <= {CERTIFIED, BOUNDED} and (certificate == CERTIFIED).mean() > 0.5
-    assert (regret[certificate == CERTIFIED] == 0).all() and (regret[certificate == BOUNDED] > 0).all()
-    assert (best - chosen <= regret + 1e-9).all()
+def test_labels_from_bounds_keep_their_promise(brute, method):
+    certificates, losses = [], []
+    for seed in range(4):
+        problem = first_model(brute.random(40 + seed, S=4, A=3, O=3, M=1, H=4).problem())
+        exact, bounded = solve(problem), solve(problem, method, effort=1)  # as little as can be: labels of the net are wrong
+        episodes, truth = demonstrate(jax.random.key(0), problem, exact, 200, 1.0)
+        found = labels(problem, bounded, episodes)
+        best = np.asarray(truth.Q).max(-1)
+        chosen = np.take_along_axis(np.asarray(truth.Q), np.asarray(found.action)[..., None], -1)[..., 0]
+        certificate, regret = np.asarray(found.certificate), np.asarray(found.regret)
+        assert (regret[certificate == CERTIFIED] == 0).all() and (regret[certificate == BOUNDED] > 0).all()
+        assert (best - chosen <= regret + 1e-9).all()
+        certificates.append(certificate)
+        losses.append(best - chosen)
+    assert set(np.unique(certificates)) == {CERTIFIED, BOUNDED}
+    assert method == "hsvi" or (np.array(losses) > 1e-6).mean() > 0.01
 
 
 def test_labels_of_given_episodes_are_those_of_the_rollout(small, brute):
