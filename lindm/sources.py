@@ -41,7 +41,7 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
         checks.fraction(alpha, "alpha")
     if not words:
         raise ValueError("FILE must name at least one .pomdp file, or a problem: " + ", ".join(SHIPPED))
-    if len(words) == 1 and words[0] in SHIPPED and not Path(words[0]).exists():
+    if len(words) == 1 and words[0] in SHIPPED and not Path(words[0]).is_file():
         cloud = prostate(horizon, 0.5 if alpha is None else alpha, discount=0.97 if discount is None else discount)
         return Source(
             problem=cloud,
@@ -51,7 +51,7 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
             models=CENTRES,
         )
     for word in words:
-        if not Path(word).suffix and not Path(word).exists():
+        if not Path(word).suffix and not Path(word).is_file():
             raise ValueError(f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(SHIPPED)})")
     if alpha is not None and len(words) == 1:
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")

@@ -149,14 +149,14 @@ def run_make(command: Make) -> int:
         query_epsilon=command.epsilon,
         seed=command.seed,
     )
-    if len(command.source) == 1 and command.source[0] in suites.NAMES and not Path(command.source[0]).exists():
+    if len(command.source) == 1 and command.source[0] in suites.NAMES and not Path(command.source[0]).is_file():
         if command.discount is not None or command.alpha is not None:
             raise ValueError("discount and alpha must be left out for a suite, which has its own")
         source = suites.suite(command.source[0], command.horizon, command.split)
     else:
         known = (*suites.NAMES, *sources.SHIPPED)
         for word in command.source or ("nothing",):
-            if not Path(word).suffix and not Path(word).exists() and (word not in sources.SHIPPED or len(command.source) > 1):
+            if not Path(word).suffix and not Path(word).is_file() and (word not in sources.SHIPPED or len(command.source) > 1):
                 raise ValueError(f"SUITE must be one of {', '.join(known)}, or .pomdp files; got {word!r}")
         if command.split != "id":
             raise ValueError(f"split must be left out for a problem of your own, which has one law; got {command.split!r}")

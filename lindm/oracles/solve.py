@@ -70,7 +70,7 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: 
       budget: bytes that the tables of a method may take. Beyond it `auto` takes a certified method in the place of the tree, and
         a certified method with its default effort takes as much less of it.
       effort: of a certified method, for narrower or for cheaper bounds: trials of hsvi [default: 256] or points of the net at a
-        stage [default: 20,000]. An exact method has no use for it.
+        stage [default: 20,000].
 
     Raises:
       ValueError: the method does not exist, does not fit the problem or the budget, or the problem is not in double precision.
@@ -82,14 +82,16 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: 
     if any(x.dtype != np.float64 for x in jax.tree.leaves(problem)):
         got = ", ".join(sorted({x.dtype.name for x in jax.tree.leaves(problem)}))
         raise ValueError(f"problem must be in double precision (jax_enable_x64), which certificates rest on; got {got}")
+    if isinstance(problem, MDP) and method != "auto":
+        raise ValueError(f"method must be auto for an MDP; got {method!r}")
+    chosen = method_for(problem, budget) if method == "auto" else method
+    if effort is not None and chosen not in ("hsvi", "net"):
+        raise ValueError(f"effort must be left out where the answer is exact ({chosen}); got {effort}")
     if isinstance(problem, MDP):
-        if method != "auto":
-            raise ValueError(f"method must be auto for an MDP; got {method!r}")
         plan = mdp.backward_induction(problem)
         value = problem.rho @ plan.V[0]
-        return Solution(value=value, lower=value, upper=value, tables=plan, method="backward induction")
+        return Solution(value=value, lower=value, upper=value, tables=plan, method=chosen)
     cloud = tree.as_cloud(problem)
-    chosen = method_for(problem, budget) if method == "auto" else method
     if chosen == "tree":
         need = tree.memory_bytes(cloud)
         if need > budget:

@@ -195,6 +195,13 @@ def test_rows_that_nearly_sum_to_one_are_warned_of(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"lindm: warning: {near}:")
 
 
+def test_a_suite_may_be_written_to_a_directory_of_its_own_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for kept in ("1 shards made, 0 kept", "0 shards made, 1 kept"):
+        assert main(["data", "make", "mdp", "--horizon", "4", "--tasks", "2", "--demos", "1", "--out", "mdp"]) == 0
+        assert kept in capsys.readouterr().out
+
+
 def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
     out, made = tmp_path / "data", ["data", "make", str(TIGER), "--horizon", "3", "--tasks", "2", "--demos", "2"]
     assert main([*made, "--out", str(out)]) == 0

@@ -161,6 +161,8 @@ def test_what_cannot_be_done_is_refused(brute):
         solve(cloud, "tree", budget=10)
     with pytest.raises(ValueError, match=r"hsvi needs one model.*got a cloud of 2"):
         solve(cloud, "hsvi")
+    with pytest.raises(ValueError, match=r"effort must be left out where the answer is exact \(tree\); got 5"):
+        solve(cloud, effort=5)
     mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
     with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
         solve(mdp, "tree")
