@@ -195,8 +195,9 @@ def bounds_at(problem: APOMDP, tables: Tables, beliefs: Array) -> dict[str, Arra
 
     def one(t: Array, belief: Array) -> dict[str, Array]:
         lower, upper, _ = q_bounds(problem, tables, t, jnp.int32(0), belief)
-        action, _, certificate, regret = label(lower, upper, exact=False)
-        return {"lower": lower, "upper": upper, "action": action, "certified": certificate == CERTIFIED, "regret": regret}
+        found = label(lower, upper, exact=False)
+        certified = found.certificate == CERTIFIED
+        return {"lower": lower, "upper": upper, "action": found.action, "certified": certified, "regret": found.regret}
 
     return jax.lax.map(lambda at: jax.vmap(one, (None, 0))(*at), (jnp.arange(H), beliefs))
 

@@ -119,9 +119,8 @@ def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, na
             history, beliefs, s = carry
             t, (u_mix, u_act, u_model, u_start, u_next, u_seen) = at
             lower, upper, G = q_bounds(problem, solution.tables, t, history, beliefs)
-            action, Q, certificate, regret = label(lower, upper, solution.exact)
-            found = Labels(action=action, Q=Q, certificate=certificate, regret=regret)
-            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), action)
+            found = label(lower, upper, solution.exact)
+            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), found.action)
             if nature is None:
                 m = jnp.where(u_model < problem.alpha, G[a].argmin(), G[a].argmax()).astype(jnp.int32)
             else:

@@ -157,8 +157,7 @@ def _worth(problem: Problem, solution: Solution) -> dict[str, Array]:
         uniform = jnp.full_like(problem.r, 1 / problem.r.shape[-1])
         found["uniform_value"] = problem.rho @ mdp.policy_value(problem, uniform)[0]
     elif solution.exact:
-        cloud = tree.as_cloud(problem)
-        found["uniform_value"] = tree.policy_value(cloud, tree.uniform_policy(cloud))
+        found["uniform_value"] = tree.uniform_value(tree.as_cloud(problem))
     return found
 
 

@@ -56,6 +56,7 @@ from jax.typing import ArrayLike
 from lindm.problems.checks import count
 from lindm.types import APOMDP, at_stage
 
+POINTS = 20_000  # a stage, where no other number is asked for
 FINEST = 40  # beliefs that agree to 2^-40 = 9e-13 are one
 SLACK = 1e-12  # relative: a rival that ties with the winner up to rounding stays in
 QUERIES_AT_ONCE = 8  # their distances to 20 000 points still fit in a cache
@@ -81,7 +82,7 @@ class Net:
     points: Array  # [..., H] int32 how many of the n are different
 
 
-def net(problem: APOMDP, *, points: int = 20_000) -> Net:
+def net(problem: APOMDP, *, points: int = POINTS) -> Net:
     """Intervals at no more than `points` beliefs a stage, for any number of models and any attitude; not for `jit`.
 
     Where no stage has more than `points` reachable beliefs the intervals close (to rounding). Otherwise cells are of the size

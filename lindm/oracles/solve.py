@@ -101,7 +101,7 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: 
     if chosen == "net":
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(cloud)):
             raise ValueError("method net runs on the host, not under jit or vmap; got a traced problem")
-        points = _affordable(lambda points: net.memory_bytes(cloud, points), effort, 20_000, budget)
+        points = _affordable(lambda points: net.memory_bytes(cloud, points), effort, net.POINTS, budget)
         return _solution(cloud, net.net(cloud, points=points), chosen)
     if len(cloud.cloud.r) != 1:
         raise ValueError(f"method hsvi needs one model, whose value is convex; got a cloud of {len(cloud.cloud.r)}")
@@ -189,14 +189,15 @@ def advance(problem: APOMDP, t, history: Array, beliefs: Array, a: Array, m: Arr
     return history + ((a * M + m) * O + o) * places[t], jnp.broadcast_to(u, beliefs.shape)
 
 
-def label(lower: Array, upper: Array, exact: bool) -> tuple[Array, Array, Array, Array]:
-    """The oracle's action, Q [A], certificate and regret bound from the bounds [A] of one history."""
+def label(lower: Array, upper: Array, exact: bool) -> Labels:
+    """What the oracle says at one history, from the bounds [A] of its action values."""
     action = mdp.greedy(lower)
     others = jnp.where(jnp.arange(lower.shape[-1]) == action, -jnp.inf, upper).max()
     regret = jnp.maximum(others - lower[action], 0)
     sure = regret <= ROUNDING * jnp.abs(upper.max())
     certificate = jnp.where(exact, EXACT, jnp.where(sure, CERTIFIED, BOUNDED)).astype(jnp.int8)
-    return action, (lower + upper) / 2, certificate, jnp.where(certificate == BOUNDED, regret, 0)
+    regret = jnp.where(certificate == BOUNDED, regret, 0)
+    return Labels(action=action, Q=(lower + upper) / 2, certificate=certificate, regret=regret)
 
 
 def labels(problem: Problem, solution: Solution, episodes: Episodes) -> Labels:
@@ -224,9 +225,7 @@ def _labels(problem: APOMDP, solution: Solution, a: Array, m: Array, o: Array) -
         def step(carry, at):
             t, *taken = at
             lower, upper, _ = q_bounds(problem, solution.tables, t, *carry)
-            action, Q, certificate, regret = label(lower, upper, solution.exact)
-            found = Labels(action=action, Q=Q, certificate=certificate, regret=regret)
-            return advance(problem, t, *carry, *taken), found
+            return advance(problem, t, *carry, *taken), label(lower, upper, solution.exact)
 
         start = (jnp.zeros((), jnp.int32), problem.cloud.rho)
         return jax.lax.scan(step, start, (jnp.arange(a.shape[0]), a, m, o))[1]

@@ -18,7 +18,9 @@ it, and no array is permuted. From a stage on whose subtrees fit a core's cache,
 stage's beliefs are never formed, its rewards are pulled back one step instead: r -> K r.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,11 @@ CACHE = 1 << 18  # bytes of the last stage of a block of subtrees
 
 Policy = tuple[Array, ...]
 """One array a stage: actions [histories] (int) or probabilities [histories, A]; `branching` ** t histories at stage t."""
+
+
+Choice = Callable[[Array], Array]
+"""Q [A, n] -> V [n]: what is made of the action values, the same at every history."""
+BEST: Choice = partial(jnp.max, axis=0)
 
 
 @jax.tree_util.register_dataclass
@@ -149,7 +156,7 @@ def _backed_up(problem: APOMDP, U: Array, V: Array, t: int) -> Array:
     return mixed(problem.alpha, G, 1)
 
 
-def _below(problem: APOMDP, U: Array, t: int, keep: bool) -> tuple[Array, list[Array]]:
+def _below(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
     """V [n] at histories of stage t >= 1 with U [S, n]; with `keep`, normalised Q [A, n] of this stage and of all below it."""
     H = problem.cloud.r.shape[1]
     mass = U.sum(0)
@@ -157,11 +164,11 @@ def _below(problem: APOMDP, U: Array, t: int, keep: bool) -> tuple[Array, list[A
         Q, deeper = mixed(problem.alpha, _weighted(rewards(problem, t), U), 1), []
     elif t == H - 2:
         Q_last, mass_last = _last(problem, U)
-        Q, deeper = _backed_up(problem, U, Q_last.max(0), t), [_normalised(Q_last, mass_last)] if keep else []
+        Q, deeper = _backed_up(problem, U, choose(Q_last), t), [_normalised(Q_last, mass_last)] if keep else []
     else:
-        V, deeper = _below(problem, _children(problem, U, t), t + 1, keep)
+        V, deeper = _below(problem, _children(problem, U, t), t + 1, keep, choose)
         Q = _backed_up(problem, U, V, t)
-    return Q.max(0), [_normalised(Q, mass), *deeper] if keep else []
+    return choose(Q), [_normalised(Q, mass), *deeper] if keep else []
 
 
 def _normalised(Q: Array, mass: Array) -> Array:
@@ -174,27 +181,27 @@ def _block(problem: APOMDP, t: int) -> int:
     return CACHE // (8 * A * M * B ** max(H - 1 - t, 0))
 
 
-def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool) -> tuple[Array, list[Array]]:
+def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
     """`_below` in blocks that stay in cache."""
     n, H = U.shape[1], problem.cloud.r.shape[1]
     block = _block(problem, t)
     if block >= n or t == H - 1:
-        return _below(problem, U, t, keep)
+        return _below(problem, U, t, keep, choose)
     if block == 0 and t == H - 2:
         block = 1
     if block == 0:
-        V, deeper = _subtrees(problem, _children(problem, U, t), t + 1, keep)
+        V, deeper = _subtrees(problem, _children(problem, U, t), t + 1, keep, choose)
         Q = _backed_up(problem, U, V, t)
-        return Q.max(0), [_normalised(Q, U.sum(0)), *deeper] if keep else []
+        return choose(Q), [_normalised(Q, U.sum(0)), *deeper] if keep else []
     while n % block:  # blocks of one size
         block -= 1
-    V, deeper = jax.lax.map(lambda u: _below(problem, u, t, keep), U.reshape(len(U), -1, block).swapaxes(0, 1))
+    V, deeper = jax.lax.map(lambda u: _below(problem, u, t, keep, choose), U.reshape(len(U), -1, block).swapaxes(0, 1))
     # [blocks, A, steps of the subtree, block] -> the block's place is just above its own histories
     joined = [Q.reshape(*Q.shape[:2], -1, block).transpose(1, 2, 0, 3).reshape(Q.shape[1], -1) for Q in deeper]
     return V.reshape(-1), joined
 
 
-def _root(problem: APOMDP, keep: bool) -> tuple[Array, list[Array]]:
+def _root(problem: APOMDP, keep: bool, choose: Choice = BEST) -> tuple[Array, list[Array]]:
     """Q [A] at the start, where the belief under model m is rho_m, and with `keep` the normalised Q of all later stages."""
     rho = problem.cloud.rho
     G = jnp.einsum("ams,ms->am", rewards(problem, 0), rho)
@@ -202,7 +209,7 @@ def _root(problem: APOMDP, keep: bool) -> tuple[Array, list[Array]]:
     if problem.cloud.r.shape[1] > 1:
         K = kernel(problem, 0)
         U = jnp.einsum("amosu,ms->uamo", K, rho)
-        V, deeper = _subtrees(problem, U.reshape(len(U), -1), 1, keep)
+        V, deeper = _subtrees(problem, U.reshape(len(U), -1), 1, keep, choose)
         G = G + V.reshape(K.shape[:3]).sum(-1)
     return mixed(problem.alpha, G, 1), deeper
 
@@ -211,6 +218,12 @@ def _root(problem: APOMDP, keep: bool) -> tuple[Array, list[Array]]:
 def value(problem: APOMDP) -> Array:
     """V* [] at the start."""
     return _root(problem, keep=False)[0].max()
+
+
+@jax.jit
+def uniform_value(problem: APOMDP) -> Array:
+    """V [] of taking every action with the same probability: `policy_value` of `uniform_policy`, without its tables."""
+    return _root(problem, keep=False, choose=BEST)[0].mean()
 
 
 @jax.jit

@@ -102,6 +102,7 @@ def test_the_uniform_policy_takes_every_action_alike(brute):
     problem = world.problem()
     wanted = world.V(list(world.rho), 0, (), lambda t, history: np.full(world.A, 1 / world.A))
     close(tree.policy_value(problem, tree.uniform_policy(problem)), wanted)
+    close(tree.uniform_value(problem), wanted)
 
 
 def test_a_stack_of_problems_is_a_loop_over_them(brute):
