@@ -223,7 +223,7 @@ def value(problem: APOMDP) -> Array:
 @jax.jit
 def uniform_value(problem: APOMDP) -> Array:
     """V [] of taking every action with the same probability: `policy_value` of `uniform_policy`, without its tables."""
-    return _root(problem, keep=False, choose=BEST)[0].mean()
+    return _root(problem, keep=False, choose=partial(jnp.mean, axis=0))[0].mean()
 
 
 @jax.jit
