@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from experiments import harness, provenance
+from experiments import harness
 from experiments.statistics import Verdict
-from lindm import files
+from lindm import files, provenance
 
 
 @dataclass(frozen=True, kw_only=True)

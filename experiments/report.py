@@ -12,8 +12,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import harness, provenance
-from lindm import files
+from experiments import harness
+from lindm import files, provenance
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 

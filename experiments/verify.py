@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import harness, provenance
+from experiments import harness
 from experiments.criteria import criterion, fingerprint
 from experiments.pool import Job, Outcome, run_all
 from experiments.progress import show_progress
 from experiments.report import table, write_report
 from experiments.statistics import INCONCLUSIVE, Verdict, adjust
-from lindm import files
+from lindm import files, provenance
 
 # Rough share of the work, only to start the longest first (an experiment not named here counts 1).
 COST: dict[str, float] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-FAILED, USAGE, DATA, NON_FINITE, MEMORY, STORAGE, PREEMPTED = 1, 2, 3, 5, 6, 7, 75
+FAILED, USAGE, DATA, NO_CHECKPOINT, NON_FINITE, MEMORY, STORAGE, LOST_PEER, PREEMPTED = 1, 2, 3, 4, 5, 6, 7, 8, 75
 TEMPORARY = ".lindm-tmp"
 
 
@@ -59,6 +59,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def sync_directory(path: Path) -> None:
+    """A rename inside a directory is on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -173,6 +182,11 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     raise Stop(PREEMPTED, f"stopped by {signal.Signals(signum).name}; the same command resumes")
 
 
+def _note_signal(signum: int, frame: FrameType | None) -> None:
+    global _asked_to_stop
+    _asked_to_stop = True
+
+
 def asked_to_stop() -> bool:
     """Whether a signal came; the exception of its handler can be lost in a callback, this cannot."""
     return _asked_to_stop
@@ -182,3 +196,9 @@ def stop_on_signals() -> None:
     """SIGTERM and SIGINT end the run with exit 75. Every finished part is on disk already, so there is nothing left to save."""
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
+
+
+def note_signals() -> None:
+    """SIGTERM and SIGINT from now on only set what `asked_to_stop` returns: whoever holds unsaved work saves it and stops."""
+    signal.signal(signal.SIGTERM, _note_signal)
+    signal.signal(signal.SIGINT, _note_signal)

@@ -12,11 +12,11 @@ SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments
 # the floors of lindm, from the ground up; modules of one floor do not see each other
 FLOORS = (
     ("lindm.files",),
-    ("lindm.types", "lindm.draws", "lindm.text", "lindm.timing"),
+    ("lindm.types", "lindm.draws", "lindm.text", "lindm.timing", "lindm.provenance"),
     ("lindm.problems",),
     ("lindm.oracles",),
     ("lindm.rollouts", "lindm.suites", "lindm.sources"),
-    ("lindm.contexts", "lindm.datasets"),
+    ("lindm.contexts", "lindm.datasets", "lindm.play"),
     ("lindm.baselines", "lindm.attention", "lindm.llm"),
     ("lindm.evaluate",),
     ("lindm.cli", "lindm.doctor", "lindm.__main__"),
