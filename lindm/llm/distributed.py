@@ -1,0 +1,113 @@
+"""Several processes as one run: who starts them, how they find each other, and what happens when one is lost.
+
+`start` comes before the first array. Explicit addresses win; otherwise SLURM, Open MPI and TPU hosts are recognised by what they
+set in the environment, and `jax.distributed.initialize` reads the rest there. A process that was started alone opens no socket.
+
+A process that dies is noticed by the coordination service after `HEARTBEAT` seconds, or sooner by a collective that finds the
+connection closed; either way the others end with exit code 8 and say who is missing. They cannot go on: the arrays they hold are
+parts of a whole.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+from lindm.files import LOST_PEER, Stop
+
+HEARTBEAT = 30  # seconds after which a silent process counts as lost
+PATIENCE = 300  # seconds to wait for all processes at the start
+Outcome = TypeVar("Outcome")
+
+
+def launcher(environment: dict[str, str]) -> str | None:
+    """Who started this process beside others: slurm, ompi or tpu; None if nobody did."""
+    if int(environment.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in environment:
+        return "slurm"
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1") or 1) > 1:
+        return "ompi"
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return "tpu"
+    # a Cloud TPU machine tells its neighbours by its metadata server, which jax asks
+    chips = any(Path("/dev").glob("accel[0-9]*")) or Path("/dev/vfio/0").exists()
+    asked_for_cpu = environment.get("JAX_PLATFORMS", "").startswith("cpu")
+    return "tpu" if chips and not asked_for_cpu and environment.get("TPU_SKIP_MDS_QUERY") != "1" else None
+
+
+def start(coordinator: str | None = None, processes: int | None = None, rank: int | None = None) -> None:
+    """Join the other processes, if there are any.
+
+    Args:
+      coordinator: host:port of the first process; processes: how many; rank: this one's number. All three or none.
+
+    Raises:
+      ValueError: some but not all of the three, or one out of its range.
+      Stop: the others did not come in time (8).
+    """
+    given = (coordinator, processes, rank)
+    if any(x is not None for x in given) and any(x is None for x in given):
+        raise ValueError(f"coordinator, processes and rank must be given together; got {coordinator}, {processes} and {rank}")
+    if coordinator is not None and processes is not None and rank is not None:
+        if not re.fullmatch(r"\S+:\d+", coordinator):
+            raise ValueError(f"coordinator must be host:port; got {coordinator!r}")
+        if not 0 <= rank < processes:
+            raise ValueError(f"rank must be from 0 to {processes - 1}; got {rank}")
+        if processes == 1:
+            return
+        _initialize(coordinator_address=coordinator, num_processes=processes, process_id=rank)
+    elif launcher(dict(os.environ)) is not None:
+        _initialize()
+
+
+def _initialize(**arguments: Any) -> None:
+    try:
+        jax.distributed.initialize(
+            **arguments, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+        )
+    except Exception as e:  # grpc has its own kinds
+        raise Stop(LOST_PEER, f"the processes did not find each other within {PATIENCE} s: {_first_line(e)}") from e
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes; at once if there is one."""
+    if jax.process_count() > 1:
+        together(lambda: multihost_utils.sync_global_devices(name))
+
+
+def together(work: Callable[[], Outcome]) -> Outcome:
+    """What may fail because another process is gone: then it ends as Stop(8)."""
+    try:
+        return work()
+    except Exception as e:
+        if jax.process_count() > 1 and (found := _lost(str(e))):
+            raise Stop(LOST_PEER, found) from e
+        raise
+
+
+def _lost(message: str) -> str | None:
+    """What an error of a collective or of the coordination service says about who is missing; None if it is about something
+    else.
+    """
+    signs = (
+        "gloo",
+        "connection closed",
+        "connection reset",
+        "unavailable",
+        "heartbeat",
+        "coordination service",
+        "deadline_exceeded",
+    )
+    if not any(sign in message.lower() for sign in signs):
+        return None
+    named = sorted({int(n) for n in re.findall(r"task[:/= ]+(\d+)", message)} - {jax.process_index()})
+    who = f"process {', '.join(map(str, named))}" if named else "another process"
+    return f"process {jax.process_index()} lost {who}: {message.strip().splitlines()[0][:300]}"
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:300]

@@ -1,0 +1,125 @@
+"""What is measured during training: the held-out loss, and what the model's decisions lose on held-out tasks."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from lindm.datasets import problem_of
+from lindm.llm import packing, sharding
+from lindm.llm.architecture import Architecture
+from lindm.llm.deciding import Reader
+from lindm.llm.preparing import Prepared
+from lindm.llm.step import sums
+from lindm.play import Played, double_precision, play, vote
+
+EPISODES = 8  # sampled of a task whose histories are too many
+HISTORIES = 512  # asked about at once, over all tasks of a call
+
+
+class Evaluator:
+    """Evaluations of one run: always on the same rows, tasks and episodes."""
+
+    def __init__(self, prepared: Prepared, graphdef: Any):
+        self.prepared, self.graphdef = prepared, graphdef
+        self.batches = list(self._batches())
+        computing, mesh = prepared.computing, prepared.mesh
+        self.sums = jax.jit(lambda params, frozen, batch: sums(nnx.merge(graphdef, params, frozen), batch, computing, mesh))
+        self.baseline: dict[str, float] | None = None
+        if prepared.decisions is not None:
+            with double_precision():
+                self.problems = [problem_of(task) for task in prepared.decisions.tasks]
+
+    def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
+        """loss and accuracy of the held-out labels; gap, its interval, and what belongs to it, if decisions are measured."""
+        found: dict[str, Any] = {}
+        if self.batches:
+            totals = [jax.device_get(self.sums(params, frozen, batch)) for batch in self.batches]
+            labels = sum(int((e.target >= 0).sum()) for row in self.prepared.held for e in row)
+            found["loss"] = float(sum(float(loss) for loss, _ in totals) / labels)
+            found["accuracy"] = float(sum(float(right) for _, right in totals) / labels)
+        if self.prepared.decisions is not None:
+            found |= self._decide(params, frozen)
+        return found
+
+    def _batches(self):
+        """All held-out rows, in batches of one shape."""
+        p, mesh = self.prepared, self.prepared.mesh
+        lies = NamedSharding(mesh, sharding.ROWS)
+        for at in range(0, len(p.held), p.options.batch):
+            rows = p.held[at : at + p.options.batch]
+            filled = packing.fill([*rows, *[[]] * (p.options.batch - len(rows))], p.T, p.L)
+            yield jax.tree.map(lambda x: sharding.place(x, lies), filled)
+
+    def _decide(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
+        p = self.prepared
+        assert p.decisions is not None
+        A = p.decisions.tasks[0]["n_actions"]
+        reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.template, A, p.computing.dtype)
+        played = self._played(lambda demos: reader.policy(demos, p.decisions.tasks[0]["horizon"]))
+        if not played:
+            return {}
+        if self.baseline is None:
+            self.baseline = {"vote_gap": quality(self._played(lambda demos: vote(demos, A)))["gap"]}
+        return quality(played) | self.baseline
+
+    def _played(self, policy: Any) -> list[Played]:
+        """What a policy loses on each task, a few tasks at a time; ambiguous tasks with too many histories are left out."""
+        d, seed = self.prepared.decisions, self.prepared.options.seed
+        assert d is not None
+        at_once = max(1, HISTORIES // EPISODES)
+        found: list[Played] = []
+        for at in range(0, len(self.problems), at_once):
+            some = slice(at, at + at_once)
+            with_them = policy(d.demonstrations[some])
+            played = play(self.problems[some], with_them, rewards=d.rewards, episodes=EPISODES, seed=seed + at, listed=HISTORIES)
+            found += [one for one in played if one is not None]
+        return found
+
+    def tell(self, values: dict[str, Any]) -> str:
+        parts = []
+        if "loss" in values:
+            parts.append(f"held-out loss {values['loss']:.4g}, accuracy {values['accuracy']:.1%}")
+        if "gap" in values:
+            low, high = values["gap_ci"]
+            parts.append(
+                f"gap {values['gap']:.2%} of random play's [{low:.2%}, {high:.2%}] ({values['method']}, n={values['n']})"
+            )
+            parts.append(f"majority of the demonstrations {values['vote_gap']:.2%}")
+        return "; ".join(parts)
+
+
+def quality(played: list[Played]) -> dict[str, Any]:
+    """Means over tasks, with the 95 % interval of the relative gap by a t-distribution over tasks.
+
+    gap: (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|; agreement: how often the action is an optimal one.
+    """
+    from scipy import stats
+
+    gaps = np.array([one.relative for one in played])
+    mean, half = float(gaps.mean()), 0.0
+    if len(gaps) > 1:
+        half = float(stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
+    return {
+        "gap": mean,
+        "gap_ci": [mean - half, mean + half],
+        "gap_of_value": float(np.mean([one.gap / abs(one.optimal) for one in played])),
+        "agreement": float(np.mean([one.agreement for one in played])),
+        "n": len(played),
+        "method": "exact" if all(one.exact for one in played) else "sampled",
+    }
+
+
+def flops_of_step(a: Architecture, method: str, rows: int, T: int, L: int) -> float:
+    """Floating point operations of the model's own arithmetic in one step, recomputation not counted.
+
+    Matrices of the blocks: 2 a token and weight forward, and as many backward for each of the two gradients, of which adapters
+    need one; attention over all T keys; the head at labelled positions only.
+    """
+    q, kv = a.K * a.head, a.groups * a.head
+    weights = a.depth * (a.width * (2 * q + 2 * kv) + 3 * a.width * a.mlp)
+    attention = a.depth * 4 * T * q
+    times = 3 if method == "full" else 2
+    return rows * (T * (times * 2 * weights + 3 * attention) + L * times * 2 * a.width * a.vocabulary)

@@ -1,0 +1,227 @@
+r"""One step of fine-tuning: the very program that `lindm sft` runs and `lindm plan` compiles for another machine.
+
+    loss = - sum_i log p(target_i | tokens before it) / number of targets
+
+over the labelled positions of all micro-batches of the step alone: hidden states are gathered there, and only they meet the
+vocabulary, at most `CHUNK` of them a row at a time, so that no array of batch x tokens x vocabulary ever exists. The sum over
+micro-batches is divided once, at the end: accumulation gives the gradient of the big batch whatever each part's share of the
+labels.
+
+A step whose loss or gradient is not finite changes nothing and says so; the caller stops before anything is written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from lindm.llm.decoder import Decoder
+from lindm.llm.packing import Batch
+from lindm.llm.sharding import ROWS, path_of, spec_of, state_shardings
+
+CHUNK = 256  # labelled positions of a row whose logits exist at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """AdamW (Loshchilov, Hutter, 2019) with linear warm-up and a cosine to `floor` times the peak, and clipping by global
+    norm.
+    """
+
+    steps: int
+    learning_rate: float = 2e-4
+    warmup: float = 0.1
+    """fraction of the steps"""
+    floor: float = 0.1
+    weight_decay: float = 0.0
+    """of matrices; norms and biases are never decayed"""
+    clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    def __post_init__(self):
+        rules = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
+            "floor": (0 <= self.floor <= 1, "in [0, 1]"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip": (self.clip > 0, "above 0"),
+            "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
+            "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} must be {rule}; got {getattr(self, name)}")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.adamw(self.schedule(), self.beta1, self.beta2, weight_decay=self.weight_decay, mask=_matrices),
+        )
+
+    def schedule(self) -> optax.Schedule:
+        warm = min(max(1, round(self.warmup * self.steps)), self.steps)
+        rise = optax.linear_schedule(self.learning_rate / warm, self.learning_rate, max(warm - 1, 1))
+        fall = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - warm, 1), self.floor)
+        return optax.join_schedules([rise, fall], [warm])
+
+
+def _matrices(params: Any) -> Any:
+    """Which weights are matrices: by name, since stacked norms and biases have two axes too."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: path_of(keys).rpartition(".")[2] in ("kernel", "embedding", "head", "a", "b"), params
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a step changes, and so what a checkpoint holds."""
+
+    params: nnx.State  # every trained weight, in f32
+    opt: Any  # optax's state
+    step: Array  # [] int32, steps done
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Scalars of one step."""
+
+    loss: Array  # f32, mean over the step's labels
+    accuracy: Array  # f32, share of the labels whose token is the most likely one
+    labels: Array  # int32, how many
+    norm: Array  # f32, of the gradient before clipping
+    finite: Array  # bool: the step was taken
+    stop: Array  # int32: the largest of what the processes put into `stop`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """How a model computes; static."""
+
+    dtype: DTypeLike = jnp.float32
+    """of activations"""
+    remat: bool = True
+    """keep one activation a layer and compute the rest again in the backward pass"""
+
+
+Split = tuple[Any, nnx.State, nnx.State]
+"""graphdef, trained weights, frozen weights: `nnx.split(model, nnx.Param, ...)`."""
+
+
+def sums(model: Decoder, batch: Batch, computing: Computing, mesh: Mesh | None = None) -> tuple[Array, Array]:
+    """-log p summed over the labelled positions of a batch [R, T], and how many of them have the most likely token; f32 both."""
+    if mesh is None:
+        hidden = model.hidden(batch.ids, batch.positions, batch.segments, dtype=computing.dtype, remat=computing.remat)
+    else:
+        rows = NamedSharding(mesh, ROWS)
+        hidden = model.hidden(
+            batch.ids,
+            batch.positions,
+            batch.segments,
+            dtype=computing.dtype,
+            remat=computing.remat,
+            constrain=lambda x: jax.lax.with_sharding_constraint(x, rows),
+        )
+    at = jnp.maximum(batch.at, 0)
+    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+
+    def part(hidden: Array, target: Array) -> tuple[Array, Array]:
+        logits, labelled = model.logits(hidden), target >= 0
+        chosen = jnp.maximum(target, 0)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
+        right = logits.argmax(-1) == chosen
+        return jnp.where(labelled, loss, 0).sum(), jnp.where(labelled, right, False).sum().astype(jnp.float32)
+
+    R, L, D = hidden.shape
+    if L <= CHUNK:
+        return part(hidden, batch.target)
+    short = -L % CHUNK
+    hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0))).reshape(R, -1, CHUNK, D).swapaxes(0, 1)
+    target = jnp.pad(batch.target, ((0, 0), (0, short)), constant_values=-1).reshape(R, -1, CHUNK).swapaxes(0, 1)
+    zero = jnp.zeros((), jnp.float32)
+
+    def add(totals: tuple[Array, Array], chunk: tuple[Array, Array]):
+        loss, right = jax.checkpoint(part)(*chunk)
+        return (totals[0] + loss, totals[1] + right), None
+
+    return jax.lax.scan(add, (zero, zero), (hidden, target))[0]
+
+
+Step = Callable[[State, nnx.State, Batch, Array], tuple[State, Metrics]]
+
+
+def make_step(graphdef: Any, optimizer: optax.GradientTransformation, computing: Computing, mesh: Mesh | None = None) -> Step:
+    """step(state, frozen, batch [accumulation, rows, ...], stop [...]) -> (state, metrics); jit it with `jitted`."""
+
+    def loss_of(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        return sums(nnx.merge(graphdef, params, frozen), batch, computing, mesh)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def step(state: State, frozen: nnx.State, batch: Batch, stop: Array) -> tuple[State, Metrics]:
+        if batch.ids.shape[0] == 1:
+            (loss, right), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batch))
+        else:
+
+            def add(total, part: Batch):
+                return jax.tree.map(jnp.add, total, gradient(state.params, frozen, part)), None
+
+            zero = jnp.zeros((), jnp.float32)
+            nothing = ((zero, zero), jax.tree.map(jnp.zeros_like, state.params))
+            ((loss, right), grads), _ = jax.lax.scan(add, nothing, batch)
+        labels = (batch.target >= 0).sum(dtype=jnp.int32)
+        share = 1 / jnp.maximum(labels, 1).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        norm = optax.global_norm(grads)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        after = State(params=params, opt=opt, step=state.step + 1)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), params, finite)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        metrics = Metrics(loss=loss * share, accuracy=right * share, labels=labels, norm=norm, finite=finite, stop=stop.max())
+        return after, metrics
+
+    return step
+
+
+def initial(params: nnx.State, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(params=params, opt=optimizer.init(params), step=jnp.zeros((), jnp.int32))
+
+
+def shardings(state: State, frozen: nnx.State, mesh: Mesh) -> tuple[State, nnx.State, NamedSharding, NamedSharding]:
+    """How state, frozen weights, a batch [accumulation, rows, ...] and `stop` [devices] lie on the mesh.
+
+    Optimizer moments lie as the weights that they belong to: optax keeps them under the same names.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def moment(keys: Any, leaf: Any) -> NamedSharding:
+        names = path_of(keys).split(".")
+        for start in range(len(names)):  # the weight's own path is the end of the moment's
+            if names[start] in ("blocks", "embedding", "head"):
+                return NamedSharding(mesh, spec_of(".".join(names[start:]), leaf.shape, mesh))
+        return whole
+
+    opt = jax.tree_util.tree_map_with_path(moment, state.opt)
+    placed = State(params=state_shardings(state.params, mesh), opt=opt, step=whole)
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return placed, state_shardings(frozen, mesh), NamedSharding(mesh, PartitionSpec(None, *ROWS)), everywhere
+
+
+def jitted(step: Step, lies: tuple[State, nnx.State, NamedSharding, NamedSharding]) -> Any:
+    """The step as one program; the state's memory is used again, and comes out lying as it went in."""
+    state, frozen, batch, stop = lies
+    whole = NamedSharding(stop.mesh, PartitionSpec())
+    return jax.jit(step, in_shardings=(state, frozen, batch, stop), out_shardings=(state, whole), donate_argnums=0)
