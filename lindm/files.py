@@ -61,15 +61,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
 
 
-def sync_directory(path: Path) -> None:
-    """A rename inside a directory is on disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 

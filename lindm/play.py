@@ -15,9 +15,11 @@ The policy is not told the rewards where the state is hidden: they could tell it
 the difference to the oracle would no longer be a loss.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,12 +105,9 @@ class _Histories:
     def __init__(self, problem: POMDP | APOMDP):
         cloud = tree.as_cloud(problem)
         self.cloud, self.branches, self.ambiguous = cloud, tree.branching(cloud), isinstance(problem, APOMDP)
-        self.table, self.horizon = tree.tree(cloud), cloud.cloud.r.shape[1]
-        self.optimal, self.uniform = float(self.stage_Q(0)[0].max()), float(tree.uniform_value(cloud))
+        self.table, self.horizon = np.asarray(tree.tree(cloud).Q), cloud.cloud.r.shape[1]
+        self.optimal, self.uniform = float(self.table[0].max()), float(tree.uniform_value(cloud))
         self.K = [np.asarray(tree.kernel(cloud, t)) for t in range(self.horizon)]
-
-    def stage_Q(self, t: int) -> np.ndarray:
-        return np.asarray(tree.stage_Q(self.table, t, self.branches))
 
     def most(self) -> int:
         _, M, O = self.K[0].shape[:3]
@@ -138,7 +137,14 @@ class _Histories:
         return found
 
     def Q(self, node: Node) -> np.ndarray:
-        return np.asarray(self.table.Q[tree.first_history(self.branches, node.stage) + node.at])
+        return self.table[tree.first_history(self.branches, node.stage) + node.at]
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Oracles compute in double precision and on the CPU, whatever the model beside them computes in."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
 
 
 def _draw(rng: np.random.Generator, law: np.ndarray) -> int:
@@ -156,9 +162,10 @@ def play(
       episodes: sampled where a task has more than `listed` histories at its last stage; the same seed gives the same episodes.
     Returns: None for an ambiguous problem that has more than `listed`.
     """
-    worlds: list[_States | _Histories] = [
-        _States(problem, rewards) if isinstance(problem, MDP) else _Histories(problem) for problem in problems
-    ]
+    with double_precision():
+        worlds: list[_States | _Histories] = [
+            _States(problem, rewards) if isinstance(problem, MDP) else _Histories(problem) for problem in problems
+        ]
     if len({world.horizon for world in worlds}) != 1:
         raise ValueError(f"problems must have one horizon; got {sorted({world.horizon for world in worlds})}")
     every = [world.most() <= listed for world in worlds]
@@ -195,8 +202,8 @@ def play(
             continue
         gap = float(lost[i])
         if isinstance(world, _Histories) and world.ambiguous:
-            policy_tables = tuple(jnp.asarray(table) for table in tables[i])
-            gap = world.optimal - float(tree.policy_value(world.cloud, policy_tables))
+            with double_precision():
+                gap = world.optimal - float(tree.policy_value(world.cloud, tuple(map(jnp.asarray, tables[i]))))
         share = float(agreed[i] / reached[i])
         found.append(Played(gap=gap, agreement=share, optimal=world.optimal, uniform=world.uniform, exact=every[i]))
     return found

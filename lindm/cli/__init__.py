@@ -1,7 +1,7 @@
 """The door. Everything heavy is imported after the arguments are understood, so that `lindm --help` answers at once.
 
-Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 5 not finite, 6 out of memory, 7 storage, 75 preempted
-(everything finished is on disk; the same command resumes). LINDM_DEBUG=1 shows the traceback of an error.
+Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 4 no usable checkpoint, 5 not finite, 6 out of memory,
+7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes). LINDM_DEBUG=1 shows the traceback of an error.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from lindm.cli.worlds import Data, Export, Make, Solve, run_export, run_make, run_solve
+from lindm.llm.options import Sft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Solve, tyro.conf.subcommand("solve")]
     | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Sft, tyro.conf.subcommand("sft")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 DESCRIPTION = "lindm: in-context learning for sequential decisions, measured beside what theory predicts."
@@ -220,6 +222,10 @@ def _dispatch(arguments: list[str]) -> int:
             return run_make(make)
         case Data(command=Export() as export):
             return run_export(export)
+        case Sft():
+            from lindm.llm import sft
+
+            return sft.run(command)
         case Bench():
             return _bench(command)
     raise AssertionError(command)

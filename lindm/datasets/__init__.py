@@ -1,7 +1,7 @@
 """Labelled episodes on disk: made, read again, and handed to other tools."""
 
 from lindm.datasets.drawing import BEHAVIOURS, Recipe
-from lindm.datasets.exports import FORMATS, export, named
+from lindm.datasets.exports import FORMATS, Telling, document, export, named, symbol, telling
 from lindm.datasets.reading import episodes_of, load, problem_of, read_manifest
 from lindm.datasets.shards import Made, make
 
@@ -10,6 +10,8 @@ __all__ = [
     "FORMATS",
     "Made",
     "Recipe",
+    "Telling",
+    "document",
     "episodes_of",
     "export",
     "load",
@@ -17,4 +19,6 @@ __all__ = [
     "named",
     "problem_of",
     "read_manifest",
+    "symbol",
+    "telling",
 ]

@@ -36,7 +36,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -100,12 +100,7 @@ def export(
     if dataset_id is not None:
         raise ValueError(f"dataset_id must be left out for trl, which has none; got {dataset_id!r}")
     manifest = read_manifest(directory)
-    template = template or (READABLE if names else COMPACT)
-    if names:
-        if not manifest["config"]["names"]:
-            raise ValueError(f"names must be left out: the dataset {directory} has no names; got {names!r}")
-        template = named(template, manifest["config"]["names"])
-    return _trl(directory, manifest, out, template, rewards, system, progress)
+    return _trl(directory, manifest, out, telling(directory, manifest, template, rewards, names), system, progress)
 
 
 def named(template: Template, names: Mapping[str, Sequence[str]]) -> Template:
@@ -115,7 +110,7 @@ def named(template: Template, names: Mapping[str, Sequence[str]]) -> Template:
       ValueError: texts with these names could be read in two ways.
     """
     given = {part: tuple(words) for part, words in names.items() if words and getattr(template, part) is not None}
-    if "actions" in given and _symbol(template, 0).startswith(" "):
+    if "actions" in given and symbol(template, 0).startswith(" "):
         given["actions"] = tuple(f" {name}" for name in given["actions"])  # a symbol brings its own leading space
     changes: dict[str, Any] = {**given}
     try:
@@ -137,8 +132,21 @@ def _told(directory: Path, total: int, progress: Progress) -> Iterator[tuple[dic
 # --- text --------------------------------------------------------------------------------------------------------------------
 
 
-def _trl(directory: Path, manifest: dict, out: Path, template: Template, rewards: bool, system: str, progress: Progress):
-    sizes, total = manifest["config"]["source"]["sizes"], manifest["config"]["recipe"]["tasks"]
+class Telling(NamedTuple):
+    """How the texts of a dataset are written."""
+
+    template: Template
+    shown: frozenset[str]  # the fields of a step that they tell
+
+
+def telling(directory: Path, manifest: dict, template: Template | None, rewards: bool, names: bool) -> Telling:
+    """How to write the texts of a dataset with this manifest; arguments and errors are those of `export`."""
+    template = template or (READABLE if names else COMPACT)
+    if names:
+        if not manifest["config"]["names"]:
+            raise ValueError(f"names must be left out: the dataset {directory} has no names; got {names!r}")
+        template = named(template, manifest["config"]["names"])
+    sizes = manifest["config"]["source"]["sizes"]
     shown = set(template.grammar.fields) - (set() if rewards else {"reward"})
     if missing := [field for field in NEEDS[sizes["kind"]] if field not in shown]:
         raise ValueError(f"template must have {{{missing[0]}}} in its step for this dataset; {template.name!r} has not")
@@ -149,13 +157,23 @@ def _trl(directory: Path, manifest: dict, out: Path, template: Template, rewards
         if field in shown and isinstance(table, tuple) and len(table) < n:  # a pattern has a symbol for every index
             use = "names or a template of your own" if part in manifest["config"]["names"] else "a template of your own"
             raise ValueError(f"template {template.name!r} has {len(table)} {field} symbols and the dataset {n} {part}; use {use}")
-    symbols = [_symbol(template, a) for a in range(sizes["n_actions"])]
+    return Telling(template, frozenset(shown))
+
+
+def document(demonstrations: Sequence[dict], query: dict, shown: frozenset[str]) -> Document:
+    """What is told of rows of `load`: demonstrations and a query, every action taken."""
+    return Document(tuple(_steps(row, shown) for row in demonstrations), _steps(query, shown))
+
+
+def _trl(directory: Path, manifest: dict, out: Path, how: Telling, system: str, progress: Progress) -> list[Path]:
+    sizes, total = manifest["config"]["source"]["sizes"], manifest["config"]["recipe"]["tasks"]
+    symbols = [symbol(how.template, a) for a in range(sizes["n_actions"])]
     paths = [out / "prompt_completion.jsonl", out / "messages.jsonl"]
     with files.sole_writer(out), _new_files(*paths) as (prompts, conversations):
         for _, episodes in _told(directory, total, progress):
-            demos = tuple(_steps(row, shown) for row in episodes if row["role"] == "demo")
+            demos = [row for row in episodes if row["role"] == "demo"]
             for row in (row for row in episodes if row["role"] == "query"):
-                pieces = render(Document(demos, _steps(row, shown)), template)
+                pieces = render(document(demos, row, how.shown), how.template)
                 for prompt, label in _questions(pieces, len(demos), row["label"]):
                     _line(prompts, {"prompt": prompt, "completion": symbols[label]})
                 for turns in _conversations(pieces, len(demos), row):
@@ -164,12 +182,13 @@ def _trl(directory: Path, manifest: dict, out: Path, template: Template, rewards
     return paths
 
 
-def _steps(row: dict, shown: set[str]) -> tuple[Step, ...]:
+def _steps(row: dict, shown: frozenset[str]) -> tuple[Step, ...]:
     columns = {field: row[field] for field in ("state", "model", "observation", "reward") if field in shown and field in row}
     return tuple(Step(action=a, **{field: x[t] for field, x in columns.items()}) for t, a in enumerate(row["action"]))
 
 
-def _symbol(template: Template, action: int) -> str:
+def symbol(template: Template, action: int) -> str:
+    """How a template writes an action."""
     (piece,) = (p for p in render(Document(query=(Step(action=action),)), template) if p.action is not None)
     return piece.text
 

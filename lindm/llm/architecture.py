@@ -16,6 +16,7 @@ from lindm.files import DATA, Stop
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CONFIG = "config.json"
+DEEPEST = 2**12  # layers: the names of all tensors are written down before any is read
 
 USED = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -109,7 +110,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
     except OSError as e:
         raise Stop(DATA, f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Stop(DATA, f"{path}: not JSON: {e}") from e
     if not isinstance(raw, dict):
         raise Stop(DATA, f"{path}: not a JSON object")
@@ -130,6 +131,8 @@ def architecture(raw: dict[str, Any], source: str) -> Architecture:
     for key in sorted(raw.keys() - USED - HARMLESS):
         if raw[key]:
             raise refuse(key, f"is not known for the family {family} and may change what the model computes")
+    if isinstance(raw.get("num_hidden_layers"), int) and raw["num_hidden_layers"] > DEEPEST:
+        raise refuse("num_hidden_layers", f"must be at most {DEEPEST}")
     config = _normalised(raw, source)
     if config["hidden_act"] != "silu":
         raise refuse("hidden_act", "must be silu")
@@ -164,7 +167,7 @@ def architecture(raw: dict[str, Any], source: str) -> Architecture:
             windows=_windows(config, family, depth, source),
             spread=float(config.get("initializer_range", 0.02)),
         )
-    except ValueError as e:
+    except (TypeError, ValueError) as e:
         raise Stop(DATA, f"{source}: {e}") from e
 
 
@@ -176,7 +179,7 @@ def _normalised(raw: dict[str, Any], source: str) -> dict[str, Any]:
     try:
         return AutoConfig.for_model(raw["model_type"], **given).to_dict()
     except Exception as e:  # its validators raise many kinds
-        raise Stop(DATA, f"{source}: transformers does not accept it: {e}") from e
+        raise Stop(DATA, f"{source}: transformers does not accept it: {' '.join(str(e).split())}") from e
 
 
 def _rope(config: dict[str, Any], source: str) -> Rope:

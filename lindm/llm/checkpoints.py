@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from lindm import files
 from lindm.files import NO_CHECKPOINT, STORAGE, TEMPORARY, Stop
 from lindm.llm.distributed import barrier, together
+from lindm.llm.whole import sync
 
 STATE, HOST, MANIFEST = "state", "host.json", "manifest.json"
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of every save
@@ -66,7 +67,7 @@ def save(directory: Path, step: int, state: Any, host: dict[str, Any], keep: int
                 _sync(hidden)
                 shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
                 os.replace(hidden, final)
-                files.sync_directory(directory)
+                sync(directory)
     except BaseException as e:
         if first:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -128,6 +129,8 @@ def fault_of(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         wanted = dict(manifest["files"])
+        if manifest["step"] != int(path.name):
+            return "its manifest is of another step"
     except OSError as e:
         return f"its manifest cannot be read ({e.strerror})"
     except (ValueError, KeyError, TypeError):
@@ -155,11 +158,7 @@ def _sums(path: Path) -> dict[str, str]:
 def _sync(path: Path) -> None:
     """Everything below a directory is on disk before the directory gets its name."""
     for file in path.rglob("*"):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(file)
 
 
 def _reason(e: Exception) -> str:

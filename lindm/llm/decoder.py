@@ -19,6 +19,7 @@ vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +51,16 @@ class Linear(nnx.Module):
     """y = x W + b, and + scale (x A) B where a low-rank update was added (`lindm.llm.lora`); every weight [depth, ...]."""
 
     def __init__(self, depth: int, n_in: int, n_out: int, bias: bool, spread: float, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.kernel = nnx.data(nnx.Param(spread * jax.random.normal(rngs.params(), (depth, n_in, n_out), dtype)))
+        self.kernel: Any = nnx.data(nnx.Param(spread * jax.random.normal(rngs.params(), (depth, n_in, n_out), dtype)))
         self.bias = nnx.data(nnx.Param(jnp.zeros((depth, n_out), dtype)) if bias else None)
-        self.a = nnx.data(None)  # [depth, in, rank]
-        self.b = nnx.data(None)  # [depth, rank, out]
+        self.a: Any = nnx.data(None)  # [depth, in, rank]
+        self.b: Any = nnx.data(None)  # [depth, rank, out]
         self.scale = 1.0
         self.shape = (depth, n_in, n_out)  # of the kernel, whatever it is held in
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel
-        y = x @ (kernel.dense(x.dtype) if isinstance(kernel, nnx.Module) else kernel[...].astype(x.dtype))
+        y = x @ (kernel[...].astype(x.dtype) if isinstance(kernel, nnx.Variable) else kernel.dense(x.dtype))
         if self.bias is not None:
             y = y + _along_last(self.bias[...].astype(x.dtype), y)
         if self.a is not None and self.b is not None:

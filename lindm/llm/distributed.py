@@ -1,42 +1,27 @@
-"""Several processes as one run: who starts them, how they find each other, and what happens when one is lost.
+"""Several processes as one run: how they find each other, and what happens when one is lost.
 
 `start` comes before the first array. Explicit addresses win; otherwise SLURM, Open MPI and TPU hosts are recognised by what they
 set in the environment, and `jax.distributed.initialize` reads the rest there. A process that was started alone opens no socket.
 
-A process that dies is noticed by the coordination service after `HEARTBEAT` seconds, or sooner by a collective that finds the
-connection closed; either way the others end with exit code 8 and say who is missing. They cannot go on: the arrays they hold are
-parts of a whole.
+A process that dies is noticed by the coordination service after `HEARTBEAT` seconds (at once if it was the one that coordinates),
+or sooner by a collective that finds the connection closed. They cannot go on: the arrays they hold are parts of a whole. jax then
+ends the others by `abort`; what the parent of `lindm.llm.guard` makes of that is exit code 8 and the name of the missing one.
 """
 
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
 from lindm.files import LOST_PEER, Stop
+from lindm.llm.guard import launcher
 
 HEARTBEAT = 30  # seconds after which a silent process counts as lost
 PATIENCE = 300  # seconds to wait for all processes at the start
 Outcome = TypeVar("Outcome")
-
-
-def launcher(environment: dict[str, str]) -> str | None:
-    """Who started this process beside others: slurm, ompi or tpu; None if nobody did."""
-    if int(environment.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in environment:
-        return "slurm"
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1") or 1) > 1:
-        return "ompi"
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
-        return "tpu"
-    # a Cloud TPU machine tells its neighbours by its metadata server, which jax asks
-    chips = any(Path("/dev").glob("accel[0-9]*")) or Path("/dev/vfio/0").exists()
-    asked_for_cpu = environment.get("JAX_PLATFORMS", "").startswith("cpu")
-    return "tpu" if chips and not asked_for_cpu and environment.get("TPU_SKIP_MDS_QUERY") != "1" else None
 
 
 def start(coordinator: str | None = None, processes: int | None = None, rank: int | None = None) -> None:
@@ -59,12 +44,25 @@ def start(coordinator: str | None = None, processes: int | None = None, rank: in
             raise ValueError(f"rank must be from 0 to {processes - 1}; got {rank}")
         if processes == 1:
             return
-        _initialize(coordinator_address=coordinator, num_processes=processes, process_id=rank)
-    elif launcher(dict(os.environ)) is not None:
-        _initialize()
+        # what else the environment tells of launchers is not asked: it would hide all accelerators but one
+        _initialize(
+            coordinator_address=coordinator, num_processes=processes, process_id=rank, cluster_detection_method="deactivate"
+        )
+    elif (by := launcher(dict(os.environ))) is not None:
+        _initialize(local_device_ids=devices_of_slurm(dict(os.environ)) if by == "slurm" else None)
+
+
+def devices_of_slurm(environment: dict[str, str]) -> list[int] | None:
+    """All GPUs of a node for its only process, where jax would take one for each process; None leaves the choice to jax."""
+    if environment.get("JAX_LOCAL_DEVICE_IDS") or environment.get("SLURM_STEP_NUM_NODES") != environment.get("SLURM_NTASKS"):
+        return None
+    there = environment.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(there))) if there.isdigit() and int(there) > 1 else None
 
 
 def _initialize(**arguments: Any) -> None:
+    # jax's own watch for SIGTERM takes the signal away from whoever noted it before, and nobody asks it
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **arguments, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT

@@ -129,9 +129,9 @@ def merge_lora(model: Decoder) -> Decoder:
     merged = nnx.merge(*nnx.split(model))
     for _, linear in linears(merged):
         kernel = linear.kernel
-        dense = kernel.dense(jnp.float32) if isinstance(kernel, nnx.Module) else kernel[...].astype(jnp.float32)
+        dense = kernel[...].astype(jnp.float32) if isinstance(kernel, nnx.Variable) else kernel.dense(jnp.float32)
         if linear.a is not None and linear.b is not None:
-            dense = dense + linear.scale * (linear.a[...] @ linear.b[...])
+            dense = dense + linear.scale * jnp.matmul(linear.a[...], linear.b[...], precision=jax.lax.Precision.HIGHEST)
         linear.kernel = nnx.data(nnx.Param(dense))
         linear.a, linear.b, linear.scale = nnx.data(None), nnx.data(None), 1.0
     for _, module in list(nnx.iter_modules(merged)):

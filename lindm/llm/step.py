@@ -182,7 +182,7 @@ def make_step(graphdef: Any, optimizer: optax.GradientTransformation, computing:
         labels = (batch.target >= 0).sum(dtype=jnp.int32)
         share = 1 / jnp.maximum(labels, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         after = State(params=params, opt=opt, step=state.step + 1)

@@ -1,0 +1,224 @@
+"""Small models of every family as a Hugging Face file has them, and the logits in plain numpy, in double precision, head by head.
+
+Shares no code with `lindm.llm`: names and shapes are written down again, rotations are products of complex numbers, one query
+at a time attends to the keys it may see.
+"""
+
+import json
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+CONFIGS = {
+    "llama": {
+        **{"model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 256},
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "hidden_act": "silu"},
+        "rope_parameters": {
+            **{"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "smollm": {  # as version 4 of transformers wrote it
+        **{"model_type": "llama", "vocab_size": 67, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2},
+        **{"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+        **{
+            "tie_word_embeddings": True,
+            "rope_theta": 100000,
+            "rope_scaling": None,
+            "hidden_act": "silu",
+            "torch_dtype": "bfloat16",
+        },
+    },
+    "mistral": {
+        **{"model_type": "mistral", "vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+        },
+        **{"sliding_window": 5, "rope_theta": 1000.0, "tie_word_embeddings": False, "hidden_act": "silu"},
+    },
+    "qwen2": {
+        **{"model_type": "qwen2", "vocab_size": 59, "hidden_size": 16, "intermediate_size": 44, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6},
+        **{
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": 4,
+            "hidden_act": "silu",
+        },
+    },
+    "qwen3": {
+        **{"model_type": "qwen3", "vocab_size": 48, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 3},
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+        },
+        **{
+            "rope_theta": 1e4,
+            "tie_word_embeddings": False,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "hidden_act": "silu",
+        },
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "wide": {  # every size a multiple of what formats of fewer bits ask for
+        **{"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5},
+        **{"rope_theta": 500.0, "tie_word_embeddings": False, "hidden_act": "silu"},
+    },
+}
+FAMILIES = tuple(name for name in CONFIGS if name != "wide")
+
+
+def sizes(config):
+    """Width, heads, groups, size of a head."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    return width, heads, config["num_key_value_heads"], config.get("head_dim") or width // heads
+
+
+def weights(name, seed=0):
+    """Random tensors of a configuration, by their names in a file."""
+    config, rng = CONFIGS[name], np.random.default_rng(seed)
+    family, mlp = config["model_type"], config["intermediate_size"]
+    width, heads, groups, head = sizes(config)
+    found = {}
+
+    def draw(key, *shape, around=0.0, spread=0.1):
+        found[key] = (around + spread * rng.normal(size=shape)).astype(np.float32)
+
+    draw("model.embed_tokens.weight", config["vocab_size"], width, spread=1.0)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        draw(f"{layer}.input_layernorm.weight", width, around=1.0)
+        draw(f"{layer}.post_attention_layernorm.weight", width, around=1.0)
+        for part, n in (("q", heads), ("k", groups), ("v", groups)):
+            draw(f"{layer}.self_attn.{part}_proj.weight", n * head, width, spread=0.4)
+            if family == "qwen2" or config.get("attention_bias"):
+                draw(f"{layer}.self_attn.{part}_proj.bias", n * head, spread=0.5)
+        draw(f"{layer}.self_attn.o_proj.weight", width, heads * head, spread=0.3)
+        if config.get("attention_bias"):
+            draw(f"{layer}.self_attn.o_proj.bias", width)
+        if family == "qwen3":
+            draw(f"{layer}.self_attn.q_norm.weight", head, around=1.0, spread=0.3)
+            draw(f"{layer}.self_attn.k_norm.weight", head, around=1.0, spread=0.3)
+        for part, (n_out, n_in) in {"gate": (mlp, width), "up": (mlp, width), "down": (width, mlp)}.items():
+            draw(f"{layer}.mlp.{part}_proj.weight", n_out, n_in, spread=0.3)
+            if config.get("mlp_bias"):
+                draw(f"{layer}.mlp.{part}_proj.bias", n_out)
+    draw("model.norm.weight", width, around=1.0)
+    if not config["tie_word_embeddings"]:
+        draw("lm_head.weight", config["vocab_size"], width, spread=0.5)
+    return found
+
+
+def write(directory, name, tensors=None, dtype=np.float32, shards=1, **changes):
+    """A Hugging Face directory; `changes` to its config."""
+    directory.mkdir(exist_ok=True)
+    tensors = {k: v.astype(dtype) for k, v in (weights(name) if tensors is None else tensors).items()}
+    (directory / "config.json").write_text(json.dumps(CONFIGS[name] | changes))
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return directory
+    names, places = list(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[i::shards]
+        save_file({n: tensors[n] for n in mine}, directory / file, {"format": "pt"})
+        places |= dict.fromkeys(mine, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return directory
+
+
+def bfloat16(tensors):
+    """The same numbers, rounded to what bfloat16 can hold."""
+    return {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in tensors.items()}
+
+
+# --- the forward pass ------------------------------------------------------------------------------------------------------
+
+
+def norm(x, weight, epsilon):
+    return x / np.sqrt(np.mean(x**2) + epsilon) * weight
+
+
+def frequencies(config, head):
+    rope = config.get("rope_parameters", {"rope_theta": config.get("rope_theta")})
+    found = []
+    for i in range(head // 2):
+        frequency = 1.0 / rope["rope_theta"] ** (2 * i / head)
+        if rope.get("rope_type") == "linear":
+            frequency /= rope["factor"]
+        if rope.get("rope_type") == "llama3":  # as the paper's code has it, by wavelengths
+            original, factor = rope["original_max_position_embeddings"], rope["factor"]
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            wavelength = 2 * np.pi / frequency
+            if wavelength > original / low:
+                frequency /= factor
+            elif wavelength >= original / high:
+                smooth = (original / wavelength - low) / (high - low)
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        found.append(frequency)
+    return np.array(found)
+
+
+def rotated(x, position, frequency):
+    half = len(x) // 2
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequency)
+    return np.concatenate([z.real, z.imag])
+
+
+def window(config, layer):
+    """Keys that a layer sees; None: all."""
+    size = config.get("sliding_window")
+    if config["model_type"].startswith("qwen"):
+        sliding = config.get("layer_types", [""] * config["num_hidden_layers"])[layer] == "sliding_attention"
+        return size if config.get("use_sliding_window") and sliding else None
+    return size
+
+
+def logits(name, tensors, ids):
+    """[T] tokens of one document -> [T, V]."""
+    config = CONFIGS[name]
+    w = {k: v.astype(np.float64) for k, v in tensors.items()}
+    _, heads, groups, head = sizes(config)
+    epsilon, frequency = config["rms_norm_eps"], frequencies(config, head)
+
+    def linear(key, x):
+        return w[f"{key}.weight"] @ x + w.get(f"{key}.bias", 0.0)
+
+    x = [w["model.embed_tokens.weight"][i] for i in ids]
+    for i in range(config["num_hidden_layers"]):
+        layer, seen = f"model.layers.{i}", window(config, i)
+        keys, values, after = [], [], []
+        for t, token in enumerate(x):
+            h = norm(token, w[f"{layer}.input_layernorm.weight"], epsilon)
+            q, k, v = (linear(f"{layer}.self_attn.{p}_proj", h).reshape(-1, head) for p in "qkv")
+            if f"{layer}.self_attn.q_norm.weight" in w:
+                q = [norm(one, w[f"{layer}.self_attn.q_norm.weight"], epsilon) for one in q]
+                k = [norm(one, w[f"{layer}.self_attn.k_norm.weight"], epsilon) for one in k]
+            keys.append([rotated(one, t, frequency) for one in k])
+            values.append(v)
+            first = 0 if seen is None else max(0, t - seen + 1)
+            mixed = []
+            for j in range(heads):
+                turned, g = rotated(q[j], t, frequency), j // (heads // groups)
+                scores = np.array([turned @ keys[s][g] / np.sqrt(head) for s in range(first, t + 1)])
+                share = np.exp(scores - scores.max())
+                mixed.append(sum(a * values[s][g] for a, s in zip(share / share.sum(), range(first, t + 1), strict=True)))
+            token = token + linear(f"{layer}.self_attn.o_proj", np.concatenate(mixed))
+            h = norm(token, w[f"{layer}.post_attention_layernorm.weight"], epsilon)
+            gate = linear(f"{layer}.mlp.gate_proj", h)
+            after.append(token + linear(f"{layer}.mlp.down_proj", gate / (1 + np.exp(-gate)) * linear(f"{layer}.mlp.up_proj", h)))
+        x = after
+    head_weight = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return np.array([head_weight @ norm(token, w["model.norm.weight"], epsilon) for token in x])

@@ -1,0 +1,132 @@
+"""Conversations: answers and their ends are trained, nothing else is, and control tokens are the template's alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lindm.files import DATA, Stop
+from lindm.llm.chats import chat_example, chat_text
+from lindm.llm.tokens import audit, decode
+
+from .small import CHATML, KINDS, TURNS, byte_level, trained_texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_conversation_the_answers_and_their_ends_are_trained_and_nothing_else(kind):
+    tokenizer = KINDS[kind]()
+    example = chat_example(tokenizer, TURNS, "here")
+    assert example.ids.tolist() == tokenizer.apply_chat_template(TURNS)["input_ids"]
+    chatml = tokenizer.chat_template == CHATML
+    assert trained_texts(tokenizer, example) == (["A<|im_end|>", "B or C<|im_end|>"] if chatml else [" A </s>", " B or C </s>"])
+    asked = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True)["input_ids"]
+    assert example.ids[: len(asked)].tolist() == asked and example.target[len(asked) - 1] == example.ids[len(asked)]
+    last = chat_example(tokenizer, TURNS, "here", since=2)
+    assert trained_texts(tokenizer, last) == trained_texts(tokenizer, example)[1:] and last.ids.tolist() == example.ids.tolist()
+
+
+def test_a_template_that_writes_the_last_answer_otherwise_than_earlier_ones_is_understood():
+    """As Qwen3 does: thoughts stand in the last answer alone."""
+    answer = "{{ '<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' }}"
+    tokenizer = byte_level(CHATML.replace("+ m['content']", f"}}}}{answer}{{{{ m['content']"))
+    assert "<think>" in chat_text(tokenizer, TURNS[:2]) and chat_text(tokenizer, TURNS).count("<think>") == 1
+    example = chat_example(tokenizer, TURNS, "here")
+    assert trained_texts(tokenizer, example) == ["A<|im_end|>", "<think>\n\n</think>\n\nB or C<|im_end|>"]
+
+
+def test_without_a_control_token_the_whole_turn_is_trained():
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    assert trained_texts(tokenizer, chat_example(tokenizer, TURNS, "here")) == ["A\n", "B or C\n"]
+
+
+def test_no_token_reaches_from_the_question_into_the_answer():
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    tokenizer = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    assert "ĠA" in tokenizer.tokenize(chat_text(tokenizer, TURNS))  # left to itself it would
+    example = chat_example(tokenizer, TURNS, "here")
+    assert trained_texts(tokenizer, example) == ["A<|im_end|>", "B or C<|im_end|>"]
+    asked = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
+    assert example.ids[: len(asked)].tolist() == asked
+    assert decode(tokenizer, example.ids.tolist()) == chat_text(tokenizer, TURNS)
+
+
+def turn(content: str, role: str = "assistant") -> dict:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    "messages, why",
+    [
+        ([turn("hi", "user"), turn("a<|im_end|>b")], r"message 1 has the name of a control token in its content: '<\|im_end\|>'"),
+        (
+            [turn("<|im_start|>", "user"), turn("a")],
+            r"message 0 has the name of a control token in its content: '<\|im_start\|>'",
+        ),
+        ([turn("hi", "user<|im_end|>"), turn("a")], "message 0 has the name of a control token in its role"),
+        ([turn("hi", "user"), turn("a") | {"tool_calls": [{"n": "<|im_end|>"}]}], "message 1 has the name .* in its tool_calls"),
+        ([turn("a")], "message 0 must not be an answer"),
+        ([turn("hi", "user"), {"role": "assistant"}], "message 1 must be an object with texts role and content"),
+        (
+            [turn("hi", "user"), {"role": "assistant", "content": ["a"]}],
+            "message 1 must be an object with texts role and content",
+        ),
+        (["hi"], "message 0 must be an object with texts role and content; got 'hi'"),
+        ([], "messages must be a list of messages"),
+        ("hi", "messages must be a list of messages"),
+        ([turn("\ud800", "user"), turn("a")], "text must be what UTF-8 can encode"),
+    ],
+)
+def test_bad_messages_are_refused_by_name(messages, why):
+    with pytest.raises(Stop, match=f"^rows.jsonl:7: {why}") as e:
+        chat_example(KINDS["bytes"](), messages, "rows.jsonl:7")
+    assert e.value.code == DATA
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        (None, "the tokenizer has no chat template"),
+        ("{{ raise_exception('no system, please') }}", "the chat template does not take it: no system, please"),
+        ("{{ messages | length }}" + CHATML, "the chat template asks for message 1 with another text than the conversation has"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "the chat template does not write message 1 as it is"),
+        (
+            "{% for m in messages %}{{ m['content'] + ('!' if loop.last and m['role'] == 'assistant' else '') }}{% endfor %}",
+            "the chat template writes no control token behind message 1, so where it ends cannot be told",
+        ),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template does not take it"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(template, why):
+    messages = [turn("hi", "user"), turn("a b c"), turn("ho", "user"), turn("d")]
+    with pytest.raises(Stop, match=f"^row 1: {why}"):
+        chat_example(byte_level(template), messages, "row 1")
+
+
+def test_a_template_that_asks_for_the_date_is_told_a_fixed_day():
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}{% endif %}"
+    tokenizer = byte_level(dated + CHATML)
+    assert chat_text(tokenizer, TURNS) == "26 Jul 2024, 2024-07-26" + chat_text(KINDS["bytes"](), TURNS)
+
+
+words = st.lists(st.sampled_from(["A", " B", "\n", "x", "\n\n", "0", " ", "The", "é"]), max_size=4).map("".join)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@given(contents=st.lists(st.tuples(words, words), min_size=1, max_size=3))
+def test_whatever_is_said_the_text_stays_and_every_answer_is_asked_for_as_anyone_would(kind, contents):
+    tokenizer = KINDS[kind]()
+    messages = [m for asked, told in contents for m in (turn(asked, "user"), turn(told))]
+    example = chat_example(tokenizer, messages, "here")
+    assert (example.target == tokenizer.eos_token_id).sum() == len(contents)
+    if kind == "bytes":  # where a tokenizer writes no spaces of its own
+        assert decode(tokenizer, example.ids.tolist()) == chat_text(tokenizer, messages)
+    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert example.ids[: len(asked)].tolist() == asked and (example.target[: len(asked) - 1] == -1).all()
+    told = trained_texts(tokenizer, example)
+    assert [text.strip().removesuffix(tokenizer.eos_token).strip() for text in told] == [answer.strip() for _, answer in contents]
+
+
+def test_an_audit_of_a_conversation_shows_its_answers():
+    tokenizer = KINDS["bytes"]()
+    shown = audit(chat_example(tokenizer, TURNS, "row 1"), tokenizer)
+    assert shown.startswith("row 1: ") and "assistant\n[[A<|im_end|>]]\n<|im_start|>user\n:0.5\n1<|im_end|>" in shown

@@ -1,0 +1,315 @@
+"""Tokens: texts come back, answers are where the characters say, and nothing in a text is a control token."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lindm.files import DATA, Stop
+from lindm.llm import tokens
+from lindm.llm.tokens import (
+    action_tokens,
+    audit,
+    completion_example,
+    decode,
+    document_example,
+    encode,
+    load_tokenizer,
+    prefix,
+)
+from lindm.llm.vocabulary import small_tokenizer
+from lindm.text import COMPACT, READABLE, Document, Step, Template, action_spans, render, text
+
+from .small import KINDS, byte_level, trained_texts
+
+WORDS = Template(
+    name="words", step=("|", "{state}", "{action}", ":{reward}"), closing="\n", states="{}", actions=(" go", " good", " wait")
+)
+
+
+def a_document(seed: int, K: int = 3, H: int = 4, A: int = 3) -> tuple[Document, list[list[int]]]:
+    """Random steps and labels, which half of the time are the actions taken."""
+    rng = np.random.default_rng(seed)
+    actions = rng.integers(A, size=(K + 1, H))
+    labels = np.where(rng.random((K + 1, H)) < 0.5, actions, rng.integers(A, size=(K + 1, H)))
+    episodes = [
+        tuple(Step(action=int(a), state=int(rng.integers(12)), reward=float(rng.integers(9)) / 4) for a in row) for row in actions
+    ]
+    return Document(tuple(episodes[:-1]), episodes[-1]), labels.tolist()
+
+
+# --- pieces
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [COMPACT, READABLE, WORDS], ids=lambda t: t.name)
+def test_a_document_comes_back_from_its_tokens(kind, template):
+    tokenizer = KINDS[kind]()
+    pieces = render(a_document(0)[0], template)
+    ids = list(itertools.chain(*encode(tokenizer, [piece.text for piece in pieces])))
+    assert decode(tokenizer, ids) == text(pieces)
+    assert tokenizer.decode(prefix(tokenizer) + ids, skip_special_tokens=True) == text(pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(pieces=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=5))
+def test_any_text_in_any_pieces_comes_back(kind, pieces):
+    tokenizer = KINDS[kind]()
+    if kind in ("prepend", "metaspace"):
+        pieces = [piece.replace("▁", "_") for piece in pieces]  # the one character that these cannot tell from a space
+    found = encode(tokenizer, pieces)
+    assert decode(tokenizer, list(itertools.chain(*found))) == "".join(pieces)
+    assert [encode(tokenizer, [piece])[0] for piece in reversed(pieces)][::-1] == found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_control_tokens_in_a_text_are_text(kind):
+    tokenizer = KINDS[kind]()
+    for name in tokenizer.all_special_tokens:
+        tokenizer(f"{name}x")  # as anything else may have used it before
+        for piece in (name, f" x{name}", f"{name}\n"):
+            (ids,) = encode(tokenizer, [piece])
+            assert decode(tokenizer, ids) == piece and not set(ids) & set(tokenizer.all_special_ids)
+            assert tokenizer.convert_tokens_to_ids(name) in tokenizer(piece)["input_ids"]  # left to itself it would be
+
+
+def test_text_that_a_vocabulary_takes_for_a_control_token_is_refused():
+    words = ["</s>", "a", *"</s>x. \n"]
+    backend = Tokenizer(models.BPE({w: i for i, w in enumerate(dict.fromkeys(words))}, [], ignore_merges=True))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert [decode(tokenizer, ids) for ids in encode(tokenizer, ["</s", "x"])] == ["</s", "x"]
+    with pytest.raises(Stop, match="tokenizer cannot write '</s>': it would become the control token '</s>'"):
+        encode(tokenizer, ["</s>"])
+
+
+def test_what_a_tokenizer_cannot_write_is_shown():
+    lossy = byte_level(normalizer=normalizers.NFC())
+    assert encode(lossy, ["caf\u00e9"])
+    with pytest.raises(Stop, match=r"tokenizer cannot write 'cafe\u0301': its tokens read 'caf\u00e9'") as e:
+        encode(lossy, ["fine", "cafe\u0301"])
+    assert e.value.code == DATA
+    with pytest.raises(Stop, match="text must be what UTF-8 can encode"):
+        encode(KINDS["bytes"](), ["\ud800"])
+    with pytest.raises(Stop, match=r"tokenizer cannot write 'a▁b': its tokens read 'a b'"):
+        encode(KINDS["prepend"](), ["a▁b"])
+
+
+def test_a_tokenizer_of_words_is_refused():
+    backend = Tokenizer(models.WordLevel({"x": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(Stop, match="tokenizer must write texts piece by piece"):
+        encode(PreTrainedTokenizerFast(tokenizer_object=backend), ["x"])
+
+
+def test_every_distinct_piece_is_encoded_once(monkeypatch):
+    tokenizer, asked = byte_level(), []
+    encode(tokenizer, ["x"])
+    whole = tokens.tokens_of
+    monkeypatch.setattr(tokens, "tokens_of", lambda t, texts, *args: asked.extend(texts) or whole(t, texts, *args))
+    first = encode(tokenizer, ["#", " A", "#", " A", "x"])
+    first[0].append(0)  # what was handed out is nobody else's
+    assert encode(tokenizer, [" A", "#"]) == [first[1], first[2]] and asked == ["#", " A"]
+
+
+def test_what_stands_in_front_of_a_document_is_found():
+    found = {kind: KINDS[kind]().convert_ids_to_tokens(prefix(KINDS[kind]())) for kind in KINDS}
+    space = ["<s>", "▁"]
+    assert found == {"bytes": [], "bytes with a beginning": ["<|begin|>"], "prepend": space, "metaspace": space}
+
+
+# --- actions
+
+
+def test_every_action_has_its_tokens():
+    for kind in KINDS:
+        tokenizer = KINDS[kind]()
+        found = action_tokens(tokenizer, COMPACT, 26)
+        assert [decode(tokenizer, ids) for ids in found] == [f" {c}" for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+
+
+@given(names=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=4, unique=True))
+def test_an_action_that_begins_another_is_refused(names):
+    template = Template(name="t", step=("|", "{action}"), closing=";", actions=tuple(names))
+    clash = any(a != b and b.startswith(a) for a in names for b in names)
+    tokenizer = KINDS["bytes"]()  # of these letters every character is a token
+    if not clash:
+        assert len(action_tokens(tokenizer, template, len(names))) == len(names)
+        return
+    with pytest.raises(Stop, match="actions must have tokens of which none begins another's") as e:
+        action_tokens(tokenizer, template, len(names))
+    shown = [name for name in names if f"{name!r} is [" in e.value.message]
+    assert e.value.code == DATA and any(a != b and b.startswith(a) for a in shown for b in shown)
+
+
+# --- documents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("supervise", ["all", "query"])
+@pytest.mark.parametrize("template", [COMPACT, READABLE], ids=lambda t: t.name)
+def test_the_characters_of_the_actions_say_what_is_trained(kind, supervise, template):
+    """Every token has its place in the text; one that begins where an action does is predicted, the label in its place."""
+    tokenizer = KINDS[kind]()
+    document, labels = a_document(3)
+    pieces = render(document, template)
+    example = document_example(tokenizer, pieces, labels, action_tokens(tokenizer, template, 3), supervise, "here")
+    front = len(prefix(tokenizer))
+    ends = np.cumsum([len(decode(tokenizer, [i])) for i in example.ids[front:].tolist()])
+    assert ends[-1] == len(text(pieces))
+    starts = [0, *ends[:-1].tolist()]
+    expected = np.full(len(example.ids), -1)
+    for start, end, episode, step in action_spans(pieces):
+        if supervise == "all" or episode == 3:
+            assert end in ends
+            expected[front + starts.index(start) - 1] = tokenizer.convert_tokens_to_ids(
+                encode_by_name(tokenizer, labels[episode][step])
+            )
+    np.testing.assert_array_equal(example.target, expected)
+    assert (example.target >= 0).sum() == (16 if supervise == "all" else 4)
+    assert example.ids.dtype == example.target.dtype == np.int32
+
+
+def encode_by_name(tokenizer, label: int) -> str:
+    """The one token that every one of these tokenizers has for an action."""
+    space = "Ġ" if "ĠA" in tokenizer.get_vocab() else "▁"
+    return f"{space}{'ABC'[label]}"
+
+
+def test_a_label_of_several_tokens_is_trained_as_far_as_the_text_agrees():
+    tokenizer = KINDS["bytes"]()
+    names = (" A B", " A CD", "x")
+    template = Template(name="t", step=("|", "{action}"), closing=";", actions=names)
+    actions = action_tokens(tokenizer, template, 3)
+    one, *rest = (tokenizer.convert_ids_to_tokens(list(ids)) for ids in actions)
+    assert (one, *rest) == (["ĠA", "ĠB"], ["ĠA", "ĠC", "D"], ["x"])
+    for taken, label, expected in [
+        (0, 0, ["ĠA", "ĠB", None]),
+        (0, 1, ["ĠA", "ĠC", None]),
+        (1, 0, ["ĠA", "ĠB", None, None]),
+        (1, 1, ["ĠA", "ĠC", "D", None]),
+        (1, 2, ["x", None, None, None]),
+        (2, 1, ["ĠA", None]),
+    ]:
+        pieces = render(Document((), (Step(action=taken),)), template)
+        example = document_example(tokenizer, pieces, [[label]], actions, "all", "")
+        assert [None if t < 0 else tokenizer.convert_ids_to_tokens(int(t)) for t in example.target] == expected
+
+
+def test_supervise_must_be_known():
+    with pytest.raises(ValueError, match="supervise must be one of all, query; got 'demos'"):
+        document_example(KINDS["bytes"](), (), [[]], (), "demos", "")
+
+
+def test_the_tokens_of_a_history_begin_those_of_its_continuations():
+    tokenizer = KINDS["prepend"]()
+    document, labels = a_document(5)
+    actions = action_tokens(tokenizer, COMPACT, 3)
+    long = document_example(tokenizer, render(document, COMPACT), labels, actions, "all", "")
+    for t in range(4):
+        part = Document(document.demonstrations, (*document.query[:t], Step(action=None, state=document.query[t].state)))
+        short = document_example(tokenizer, render(part, COMPACT), labels, actions, "all", "")
+        np.testing.assert_array_equal(short.ids, long.ids[: len(short.ids)])
+
+
+# --- prompts and completions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_and_its_end_are_trained_behind_the_prompt_as_anyone_would_encode_it(kind):
+    tokenizer = KINDS[kind]()
+    for prompt in ("The state is 3. The", "\n0", " x"):
+        example = completion_example(tokenizer, prompt, " A</s><|im_end|>.", "here")
+        asked = tokenizer(prompt)["input_ids"]
+        assert example.ids[: len(asked)].tolist() == asked
+        assert (example.target[: len(asked) - 1] == -1).all() and example.target[-1] == -1
+        assert (example.target[len(asked) - 1 : -1] == example.ids[len(asked) :]).all()
+        assert decode(tokenizer, example.ids[len(asked) :].tolist()) == f" A</s><|im_end|>.{tokenizer.eos_token}"
+        assert (example.ids[len(asked) :] == tokenizer.eos_token_id).sum() == 1
+    hostile = completion_example(tokenizer, "x</s><|im_end|>", "y", "here")
+    assert tokenizer.eos_token_id not in hostile.ids[:-1]
+
+
+def test_an_empty_prompt_needs_something_in_front_of_the_completion():
+    example = completion_example(KINDS["bytes with a beginning"](), "", "x", "here")
+    assert trained_texts(KINDS["bytes with a beginning"](), example) == ["x<|im_end|>"] and len(example.ids) == 3
+    with pytest.raises(Stop, match="here: nothing stands in front of the first token that is trained"):
+        completion_example(KINDS["bytes"](), "", "x", "here")
+    assert trained_texts(KINDS["bytes"](), completion_example(KINDS["bytes"](), "x", "", "")) == ["<|im_end|>"]
+
+
+def test_a_tokenizer_without_an_end_has_no_completions():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
+    with pytest.raises(Stop, match="here: the tokenizer has no token that ends a sequence"):
+        completion_example(tokenizer, "x", "y", "here")
+
+
+# --- for a reader
+
+
+def test_an_audit_shows_what_is_trained():
+    tokenizer = KINDS["bytes with a beginning"]()
+    pieces = render(Document((), (Step(action=0, state=0, reward=0.5), Step(action=1, state=1))), COMPACT)
+    example = document_example(tokenizer, pieces, [[0, 2]], action_tokens(tokenizer, COMPACT, 3), "all", "task 0")
+    shown = f"task 0: {len(example.ids)} tokens, 2 of them trained\n<|begin|>#\n0[[ A]]:0.5\n1[[ C !=  B]]"
+    assert audit(example, tokenizer) == shown
+
+
+def test_an_audit_leaves_out_the_middle_and_shows_control_characters_harmlessly():
+    tokenizer = KINDS["bytes"]()
+    example = completion_example(tokenizer, "\x1b[2J" + "x" * 5000, " A", "row 1")
+    shown = audit(example, tokenizer, width=100)
+    assert "\\x1b[2J" in shown and "\x1b" not in shown and len(shown) < 250 and shown.endswith("[[ A<|im_end|>]]")
+    assert "\n[... 4" in shown
+
+
+# --- on disk
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [None, "llama", "mistral", "qwen2", "qwen3"])
+def test_a_saved_tokenizer_is_loaded_as_it_was(kind, family, tmp_path):
+    tokenizer = KINDS[kind]()
+    tokenizer.save_pretrained(tmp_path)
+    if family:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    again = load_tokenizer(tmp_path)
+    pieces = ["#", "\n3", " A", ":0.35", "</s>", "é"]
+    assert encode(again, pieces) == encode(tokenizer, pieces) and prefix(again) == prefix(tokenizer)
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_where_there_is_no_tokenizer_the_directory_is_named(tmp_path):
+    with pytest.raises(Stop, match=f"there is no tokenizer in {tmp_path / 'nothing'}: it is not a directory") as e:
+        load_tokenizer(tmp_path / "nothing")
+    assert e.value.code == DATA
+    with pytest.raises(Stop, match=f"there is no tokenizer in {tmp_path}"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(Stop, match=f"there is no tokenizer in {tmp_path}"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
+    byte_level().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    path.write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    try:
+        load_tokenizer(tmp_path)
+    except Stop as e:
+        assert e.code == DATA and str(tmp_path) in e.message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_own_tokenizer_serves_too():
+    pieces = render(a_document(1)[0], COMPACT)
+    tokenizer = small_tokenizer([piece.text for piece in pieces] * 2, 400)
+    assert prefix(tokenizer) == [] and encode(tokenizer, ["<|end|>"]) != [[tokenizer.eos_token_id]]
+    assert trained_texts(tokenizer, completion_example(tokenizer, "#", " A", "")) == [" A<|end|>"]

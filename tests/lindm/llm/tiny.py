@@ -1,0 +1,104 @@
+"""A decoder of nine thousand weights, batches without meaning, and the training step on them: on one device or on any mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from lindm.llm import sharding
+from lindm.llm.architecture import Architecture
+from lindm.llm.decoder import Decoder
+from lindm.llm.lora import add_lora
+from lindm.llm.packing import Batch
+from lindm.llm.step import Computing, Optimisation, initial, jitted, make_step, shardings
+
+TINY = Architecture(
+    family="llama", vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=64, epsilon=1e-5, spread=0.3, qkv_bias=True
+)
+
+
+def decoder(seed: int = 0, architecture: Architecture = TINY) -> Decoder:
+    return Decoder(architecture, nnx.Rngs(seed), jnp.float32)
+
+
+def batch(seed: int, accumulate: int = 1, rows: int = 8, T: int = 12, L: int = 5, labels: tuple[int, ...] = ()) -> Batch:
+    """Random tokens [accumulate, rows, ...], two documents a row; `labels`: how many of each row [default: 0 to L]."""
+    rng = np.random.default_rng(seed)
+    shape = (accumulate, rows)
+    cut = rng.integers(1, T, shape)[..., None]
+    order = np.broadcast_to(np.arange(T), (*shape, T))
+    counts = np.broadcast_to(labels, shape) if labels else rng.integers(0, L + 1, shape)
+    at = np.sort(rng.permuted(order, axis=-1)[..., :L], axis=-1)
+    target = np.where(np.arange(L) < counts[..., None], rng.integers(0, TINY.vocabulary, (*shape, L)), -1)
+    arrays = {
+        "ids": rng.integers(0, TINY.vocabulary, (*shape, T)),
+        "positions": np.where(order < cut, order, order - cut),
+        "segments": (order >= cut).astype(int),
+        "at": np.where(target >= 0, at, 0),
+        "target": target,
+    }
+    return Batch(**{name: x.astype(np.int32) for name, x in arrays.items()})
+
+
+class Trained(NamedTuple):
+    """What some steps did, as numpy arrays."""
+
+    metrics: list[dict[str, Any]]  # a dict of scalars a step
+    before: dict[str, np.ndarray]  # trained weights by path
+    after: dict[str, np.ndarray]
+    frozen: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # the others, before and after
+
+
+def weights(state: nnx.State) -> dict[str, np.ndarray]:
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {sharding.path_of(keys): np.array(leaf) for keys, leaf in flat if leaf.is_fully_addressable}
+
+
+def train(
+    batches: list[Batch],
+    mesh: Mesh | None = None,
+    model: Decoder | None = None,
+    lora: int = 0,
+    computing: Computing | None = None,
+    stops: list[int] | None = None,
+    **settings: Any,
+) -> Trained:
+    """A step for each batch, on a mesh of these devices [default: one device] with adapters of rank `lora` if it is above 0.
+
+    Args:
+      stops: what this process puts into the flags of each step.
+      settings: of `Optimisation`.
+    """
+    mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+    model = decoder() if model is None else model
+    if lora:
+        add_lora(model, lora, 2.0 * lora, jax.random.key(7))
+    optimisation = Optimisation(**({"steps": 2 * len(batches), "learning_rate": 1e-2} | settings))
+    optimizer = optimisation.optimizer()
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    state = initial(params, optimizer)
+    lies = shardings(state, frozen, mesh)
+
+    def put(tree: Any, where: Any) -> Any:
+        return jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), tree, where)
+
+    before, still = weights(params), weights(frozen)
+    state, frozen = put(state, lies[0]), put(frozen, lies[1])
+    step = jitted(make_step(graphdef, optimizer, computing or Computing(), mesh), lies)
+    metrics = []
+    for i, one in enumerate(batches):
+        placed = jax.tree.map(lambda x: sharding.place(x, lies[2]), one)
+        stop = np.full(mesh.size, stops[i] if stops else 0, np.int32)
+        state, found = step(state, frozen, placed, sharding.place(stop, lies[3]))
+        metrics.append({name: np.asarray(value).item() for name, value in vars(found).items()})
+    return Trained(metrics, before, weights(state.params), (still, weights(frozen)))
+
+
+def largest(value: int) -> int:
+    """The largest of what the processes bring, by the reduction that a step's flag goes through."""
+    mesh = sharding.make_mesh({"data": len(jax.devices())})
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    return int(jax.jit(jnp.max)(sharding.place(np.full(mesh.size, value, np.int32), everywhere)))
