@@ -53,6 +53,14 @@ class Rope:
     high: float = 4.0  # those below original / high are kept, and between the two it is blended
     original: int = 8192
 
+    def __post_init__(self):
+        for field in ("theta", "factor", "low", "high", "original"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{field} of the rotations must be a positive number; got {value!r}")
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high; got {self.low} and {self.high}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -83,6 +91,8 @@ class Architecture:
                 raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
         if self.K % self.groups:
             raise ValueError(f"K must be a multiple of groups; got {self.K} and {self.groups}")
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon must be between 0 and 1; got {self.epsilon}")
         if self.head % 2:
             raise ValueError(f"head must be even, positions turn its halves; got {self.head}")
 
@@ -146,7 +156,7 @@ def architecture(raw: dict[str, Any], source: str) -> Architecture:
         "depth": depth,
         "K": K,
         "groups": config.get("num_key_value_heads") or K,
-        "head": config.get("head_dim") or width // K,
+        "head": config.get("head_dim") or (width // K if K else 0),
         "mlp": config["intermediate_size"],
         "length": config["max_position_embeddings"],
     }

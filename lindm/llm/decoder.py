@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
         head = self.embedding[...].T if self.head is None else self.head[...]
         return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def _through(self, x, positions, sight, cache, shared, start, remat, unroll, constrain):
+    def _through(self, x, positions, sight, cache, shared, start, remat, unroll, constrain) -> tuple[Array, Any]:
         """All layers; `sight`: for the keys of this call or of the cache, and of the shared cache, the mask and the distance."""
         a = self.architecture
         angles = positions[..., None].astype(jnp.float32)

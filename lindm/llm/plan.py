@@ -215,15 +215,20 @@ def compile_plan(job: Job, mesh: Mesh, limits: Limits) -> Plan:
             raise
         seconds = time.perf_counter() - begun
         return Plan(mesh=sizes, fits=False, refusal=_first_line(str(e)), needs=needed(str(e)), compiling=seconds)
-    seconds = time.perf_counter() - begun
-    said = done.memory_analysis()
-    beyond = said.output_size_in_bytes - said.alias_size_in_bytes
-    code = said.generated_code_size_in_bytes
-    memory = Memory(said.argument_size_in_bytes, beyond, said.temp_size_in_bytes, code)
-    counted = work(done.as_text())
+    return read(done, sizes, limits, time.perf_counter() - begun)
+
+
+def read(done: Any, sizes: dict[str, int], limits: Limits, compiling: float = 0.0) -> Plan:
+    """The plan that a compiled step is."""
+    said, counted = done.memory_analysis(), work(done.as_text())
+    memory = Memory(
+        arguments=said.argument_size_in_bytes,
+        outputs=said.output_size_in_bytes - said.alias_size_in_bytes,
+        temporaries=said.temp_size_in_bytes,
+        code=said.generated_code_size_in_bytes,
+    )
     fits = limits.memory is None or memory.peak <= (1 - HEADROOM) * limits.memory
-    times = bounds(counted, limits)
-    return Plan(mesh=sizes, fits=fits, memory=memory, work=counted, seconds=times, compiling=seconds)
+    return Plan(mesh=sizes, fits=fits, memory=memory, work=counted, seconds=bounds(counted, limits), compiling=compiling)
 
 
 def bounds(counted: Work, limits: Limits) -> dict[str, float]:

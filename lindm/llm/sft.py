@@ -125,9 +125,8 @@ def _train(prepared: Prepared, first: bool) -> int:
     finally:
         progress.close()
         book.close()
-    if options.patience is not None and host.best_step:
-        best = checkpoints.restore(out / BEST, template)
-        state = state if best is None else best.state
+    if options.patience is not None and (best := checkpoints.restore(out / BEST, template)) is not None:
+        state = best.state
     _export(prepared, nnx.merge(graphdef, state.params, frozen), first)
     if first:
         records = journal.read(out)
@@ -199,8 +198,7 @@ class _Run:
             return host
         if host.best is not None and loss >= host.best:
             return host._replace(worse=host.worse + 1)
-        if done:
-            checkpoints.save(self.options.out / BEST, done, state, {}, keep=1)
+        checkpoints.save(self.options.out / BEST, done, state, {}, keep=1)
         return Host(best=loss, best_step=done, worse=0)
 
 

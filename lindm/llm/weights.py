@@ -145,8 +145,19 @@ class _Plan:
             setattr(self.owner, self.leaf, nnx.data(held(read(jnp.bfloat16), "bf16")))
         else:
             kernel = read(jnp.bfloat16 if kinds == {"BF16"} else jnp.float32)
-            layers = jax.jit(lambda k: jax.lax.map(lambda one: nnx.state(held(one, self.base)), k), out_shardings=self.parts)
-            setattr(self.owner, self.leaf, nnx.data(nnx.merge(self.graphdef, layers(kernel))))
+            leaves, treedef = jax.tree.flatten(self.parts)
+            packed = _packing(self.base, treedef, tuple(leaves))(kernel)
+            setattr(self.owner, self.leaf, nnx.data(nnx.merge(self.graphdef, packed)))
+
+
+@functools.cache
+def _packing(base: str, treedef: Any, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], nnx.State]:
+    """From a kernel to the parts of what holds it, one layer after another."""
+
+    def packed(kernel: jax.Array) -> nnx.State:
+        return jax.lax.map(lambda layer: nnx.state(held(layer, base)), kernel)
+
+    return jax.jit(packed, out_shardings=jax.tree.unflatten(treedef, shardings))
 
 
 def _once(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:

@@ -73,6 +73,16 @@ def test_the_number_of_parameters_of_models_that_are_known():
         ("llama", {"head_dim": 7}, "config.json: .* even"),
         ("qwen2", {"num_hidden_layers": 10**12}, "config.json: num_hidden_layers must be at most 4096; got 1000000000000"),
         ("qwen2", {"rms_norm_eps": None}, "config.json: "),
+        ("qwen2", {"rms_norm_eps": -1.0}, "config.json: epsilon must be between 0 and 1; got -1.0"),
+        ("qwen2", {"rms_norm_eps": float("inf")}, "config.json: epsilon must be between 0 and 1; got inf"),
+        ("qwen2", {"num_attention_heads": 0}, "config.json: K must be a positive integer; got 0"),
+        (
+            "llama",
+            {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"factor": [1]}},
+            r"factor of the rotations .* got \[1\]",
+        ),
+        ("llama", {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"high_freq_factor": 1.0}}, "low must be below high"),
+        ("qwen2", {"rope_theta": -10.0}, "config.json: theta of the rotations must be a positive number; got -10.0"),
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": "much"}}, "config.json: "),
         ("qwen2", {"rope_parameters": [3]}, "config.json: "),
         (

@@ -172,7 +172,7 @@ TPU = """HloModule jit_step, is_scheduled=true, num_partitions=4
   %all-gather.2 = bf16[32,32]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=4,'b'=1] {'a'}, dimensions={0}
   %p.3 = bf16[4,16,64]{2,1,0:T(8,128)(2,1)} parameter(2)
   %p.4 = bf16[4,24,64]{2,1,0:T(8,128)(2,1)S(1)} parameter(3)
-  %convolution.1 = bf16[4,16,24]{2,1,0} convolution(%p.3, %p.4), window={size=4 stride=3 pad=3_3 lhs_dilate=4}, dim_labels=0bf_0oi->0bf
+  %convolution.1 = bf16[4,16,24]{2,1,0} convolution(%p.3, %p.4), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0oi->0bf
   ROOT %tuple.1 = (bf16[4,16,24]{2,1,0}, bf16[8,32]{1,0}, bf16[32,32]{1,0}) tuple(%convolution.1, %p.1, %all-gather.2)
 }
 

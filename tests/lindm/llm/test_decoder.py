@@ -1,4 +1,4 @@
-"""The decoder against the forward pass in plain numpy (`reference`): whole, packed, cached, behind a shared prefix, in bfloat16."""
+"""The decoder against the forward pass in plain numpy (`reference`): whole, packed, cached, behind a prefix, in bfloat16."""
 
 import functools
 

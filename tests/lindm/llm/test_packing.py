@@ -49,6 +49,11 @@ def test_rows_are_at_most_eleven_ninths_of_the_fewest_possible(lengths):
     assert least <= len(pack(lengths, 6)) <= 11 / 9 * least + 6 / 9
 
 
+def test_long_examples_come_first():
+    assert sorted(map(sorted, pack([2, 2, 2, 8, 8, 8], 10))) == [[0, 3], [1, 4], [2, 5]]
+    assert len(pack([4, 4, 2, 2, 3, 3, 5, 1], 8)) == 3
+
+
 def test_an_example_that_is_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="lengths must be at least 1 and at most room = 8; got 9 for example 1"):
         pack([3, 9], 8)

@@ -24,7 +24,7 @@ HEARTBEAT = 3
 # a process of a run: `lindm sft` begins and ends like this; after so many steps it waits, in a collective or in Python, or ends
 CHILD = """
 import os, signal, sys, time
-kind, devices, coordinator, processes, rank, heartbeat, then = sys.argv[1:8]
+kind, devices, coordinator, processes, rank, heartbeat, patience, then = sys.argv[1:9]
 if kind == "guarded":
     from lindm.llm.guard import guard
     guard()
@@ -35,7 +35,7 @@ settle_xla()
 import jax, json
 from lindm import files
 from lindm.llm import distributed, sharding
-distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), 4 * int(heartbeat)
+distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), int(patience)
 files.stop_on_signals()
 files.note_signals()
 if coordinator == "environment":
@@ -50,6 +50,8 @@ try:
     if then == "train":
         mesh = sharding.make_mesh({"fsdp": len(jax.devices()) // 2, "tensor": 2})
         say(metrics=tiny.train([tiny.batch(i) for i in range(3)], mesh).metrics)
+    elif then == "meet":
+        distributed.barrier("all are here")
     elif then == "idle":
         say(step=0)
         time.sleep(100)
@@ -100,11 +102,11 @@ def run(tmp_path):
     """run(then, ...) -> the processes; whatever is left of them is killed at the end."""
     started = []
 
-    def start(then, *, ranks=(0, 1), processes=2, kind="guarded", devices=1, environments=None) -> list[Said]:
+    def start(then, *, ranks=(0, 1), processes=2, kind="guarded", devices=1, environments=None, patience=60):
         coordinator = "environment" if environments else f"127.0.0.1:{free_port()}"
         for rank in ranks:
             out, err = tmp_path / f"{rank}.out", tmp_path / f"{rank}.err"
-            words = [kind, str(devices), coordinator, str(processes), str(rank), str(HEARTBEAT), then]
+            words = [kind, str(devices), coordinator, str(processes), str(rank), str(HEARTBEAT), str(patience), then]
             environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
             environment |= {"PYTHONPATH": str(ROOT)} | (environments[rank] if environments else {})
             with out.open("w") as o, err.open("w") as e:
@@ -199,7 +201,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(run, asked):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
-    (said,) = run("steps", ranks=(rank,))
+    (said,) = run("steps", ranks=(rank,), patience=3)
     assert said.process.wait(120) == LOST_PEER
     assert "the processes did not find each other" in said.err.read_text().splitlines()[-1]
 
@@ -218,7 +220,7 @@ def test_processes_that_slurm_starts_find_each_other_by_their_environment(run):
         }
         for rank in range(2)
     ]
-    said = run("train", environments=environments)
+    said = run("meet", environments=environments)
     for rank, s in enumerate(said):
         assert s.process.wait(120) == 0, s.err.read_text()
         assert s.lines()[0]["rank"] == rank and s.lines()[0]["processes"] == 2

@@ -17,7 +17,7 @@ from lindm.llm.tokens import decode
 from lindm.text import COMPACT, READABLE, Template, parse
 
 from ..datasets.conftest import SUITE, fixed_mdp, recipe
-from .small import byte_level, dummy_space
+from .small import TURNS, byte_level, dummy_space, trained_texts
 
 TOKENIZER = byte_level()
 RECIPE = recipe(tasks=5, demos=2, queries=2, query_epsilon=0.5, shard=3)
@@ -155,6 +155,13 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
     assert [e.ids.tolist() for e in examples(path, TOKENIZER, first=1, last=2)] == [found[1].ids.tolist()]
 
 
+def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_trained(tmp_path):
+    path = written(tmp_path / "rows.jsonl", {"prompt": TURNS[:3], "completion": TURNS[3:]}, {"messages": TURNS})
+    part, whole = examples(path, TOKENIZER)
+    assert trained_texts(TOKENIZER, part) == ["B or C<|im_end|>"]
+    assert trained_texts(TOKENIZER, whole) == ["A<|im_end|>", "B or C<|im_end|>"] and part.ids.tolist() == whole.ids.tolist()
+
+
 def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_path):
     prompts, conversations = datasets.export(suite, "trl", tmp_path)
     labels = [label for _, _, query in queries(suite) for label in query["label"]]
@@ -259,6 +266,9 @@ def test_a_task_is_never_on_both_sides(suite):
         assert sorted(map(id, train + held)) == sorted(map(id, found))
         assert [id(e) for e in held_out(found, 0.4, seed)[1]] == [id(e) for e in held]
     assert len({tuple(e.source for e in held_out(found, 0.4, seed)[1]) for seed in range(5)}) > 1
+    last = found[-6:]  # of tasks 2, 3 and 4
+    train, held = held_out(last, 0.4, 0)
+    assert len(train) == 4 and len(held) == 2 and not {e.group for e in train} & {e.group for e in held}
 
 
 @given(n=st.integers(1, 60), fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**64 - 1))

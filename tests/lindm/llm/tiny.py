@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from lindm.llm.architecture import Architecture
 from lindm.llm.decoder import Decoder
 from lindm.llm.lora import add_lora
 from lindm.llm.packing import Batch
-from lindm.llm.step import Computing, Optimisation, initial, jitted, make_step, shardings
+from lindm.llm.step import Computing, Optimisation, State, initial, jitted, make_step, shardings
 
 TINY = Architecture(
     family="llama", vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=64, epsilon=1e-5, spread=0.3, qkv_bias=True
@@ -24,7 +25,9 @@ def decoder(seed: int = 0, architecture: Architecture = TINY) -> Decoder:
     return Decoder(architecture, nnx.Rngs(seed), jnp.float32)
 
 
-def batch(seed: int, accumulate: int = 1, rows: int = 8, T: int = 12, L: int = 5, labels: tuple[int, ...] = ()) -> Batch:
+def batch(
+    seed: int, accumulate: int = 1, rows: int = 8, T: int = 12, L: int = 5, labels: tuple[int, ...] = (), vocabulary: int = 64
+) -> Batch:
     """Random tokens [accumulate, rows, ...], two documents a row; `labels`: how many of each row [default: 0 to L]."""
     rng = np.random.default_rng(seed)
     shape = (accumulate, rows)
@@ -32,9 +35,9 @@ def batch(seed: int, accumulate: int = 1, rows: int = 8, T: int = 12, L: int = 5
     order = np.broadcast_to(np.arange(T), (*shape, T))
     counts = np.broadcast_to(labels, shape) if labels else rng.integers(0, L + 1, shape)
     at = np.sort(rng.permuted(order, axis=-1)[..., :L], axis=-1)
-    target = np.where(np.arange(L) < counts[..., None], rng.integers(0, TINY.vocabulary, (*shape, L)), -1)
+    target = np.where(np.arange(L) < counts[..., None], rng.integers(0, vocabulary, (*shape, L)), -1)
     arrays = {
-        "ids": rng.integers(0, TINY.vocabulary, (*shape, T)),
+        "ids": rng.integers(0, vocabulary, (*shape, T)),
         "positions": np.where(order < cut, order, order - cut),
         "segments": (order >= cut).astype(int),
         "at": np.where(target >= 0, at, 0),
@@ -50,6 +53,7 @@ class Trained(NamedTuple):
     before: dict[str, np.ndarray]  # trained weights by path
     after: dict[str, np.ndarray]
     frozen: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # the others, before and after
+    states: tuple[State, State]  # everything that steps change, before and after, as numpy arrays
 
 
 def weights(state: nnx.State) -> dict[str, np.ndarray]:
@@ -63,21 +67,22 @@ def train(
     model: Decoder | None = None,
     lora: int = 0,
     computing: Computing | None = None,
-    stops: list[int] | None = None,
+    stops: list[Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     **settings: Any,
 ) -> Trained:
     """A step for each batch, on a mesh of these devices [default: one device] with adapters of rank `lora` if it is above 0.
 
     Args:
       stops: what this process puts into the flags of each step.
-      settings: of `Optimisation`.
+      optimizer: in place of that of `Optimisation`, whose `settings` are the rest.
     """
     mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
     model = decoder() if model is None else model
     if lora:
         add_lora(model, lora, 2.0 * lora, jax.random.key(7))
     optimisation = Optimisation(**({"steps": 2 * len(batches), "learning_rate": 1e-2} | settings))
-    optimizer = optimisation.optimizer()
+    optimizer = optimizer or optimisation.optimizer()
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     state = initial(params, optimizer)
     lies = shardings(state, frozen, mesh)
@@ -85,16 +90,20 @@ def train(
     def put(tree: Any, where: Any) -> Any:
         return jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), tree, where)
 
-    before, still = weights(params), weights(frozen)
+    before, still, first = weights(params), weights(frozen), jax.tree.map(np.array, state)
     state, frozen = put(state, lies[0]), put(frozen, lies[1])
     step = jitted(make_step(graphdef, optimizer, computing or Computing(), mesh), lies)
-    metrics = []
+    metrics, compiled = [], None
     for i, one in enumerate(batches):
         placed = jax.tree.map(lambda x: sharding.place(x, lies[2]), one)
-        stop = np.full(mesh.size, stops[i] if stops else 0, np.int32)
-        state, found = step(state, frozen, placed, sharding.place(stop, lies[3]))
+        stop = np.broadcast_to(np.int32(stops[i] if stops else 0), mesh.size)
+        stop = sharding.place(stop, lies[3])
+        if compiled is None:  # five times faster without optimisations, which are not needed at this size
+            compiled = step.lower(state, frozen, placed, stop).compile(compiler_options={"xla_backend_optimization_level": 0})
+        state, found = compiled(state, frozen, placed, stop)
         metrics.append({name: np.asarray(value).item() for name, value in vars(found).items()})
-    return Trained(metrics, before, weights(state.params), (still, weights(frozen)))
+    last = jax.tree.map(lambda x: np.array(x) if x.is_fully_addressable else None, state)
+    return Trained(metrics, before, weights(state.params), (still, weights(frozen)), (first, last))
 
 
 def largest(value: int) -> int:

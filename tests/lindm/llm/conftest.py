@@ -1,0 +1,48 @@
+"""A micro model, its tokenizer, and small labelled datasets: made once, used by every test of training and of decisions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lindm import datasets
+from lindm.datasets import Recipe
+from lindm.llm import records, weights
+from lindm.llm.architecture import Architecture
+from lindm.llm.decoder import Decoder
+from lindm.llm.vocabulary import small_tokenizer
+from lindm.suites import Suite
+
+SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
+SIZES = {"width": 32, "depth": 2, "K": 2, "groups": 1, "head": 16, "mlp": 64, "tied": True, "length": 256, "spread": 0.4}
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Where things are."""
+
+    model: Path
+    mdp: Path
+    hidden: Path  # a POMDP
+    cloud: Path
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory, brute) -> Micro:
+    root = tmp_path_factory.mktemp("micro")
+    recipe = Recipe(tasks=24, demos=2, queries=2, query_epsilon=0.5)
+    clouds = [brute.random(5, S=2, A=2, O=2, M=m, H=3, alpha=0.7, same_start=True).problem() for m in (1, 2)]
+    single = type(clouds[0].cloud)(**{k: getattr(clouds[0].cloud, k)[0] for k in ("P", "O", "r", "rho")})
+    for name, source in (("mdp", SUITE), ("hidden", single), ("cloud", clouds[1])):
+        datasets.make(root / name, source, recipe)
+    pieces = []
+    for name in ("mdp", "hidden", "cloud"):
+        how = datasets.telling(root / name, datasets.read_manifest(root / name), None, name == "mdp", False)
+        pieces += [piece.text for _, _, found, _ in records.documents(root / name, how) for piece in found]
+    tokenizer = small_tokenizer(pieces, 320)
+    tokenizer.save_pretrained(str(root / "tokenizer"))
+    architecture = Architecture(family="llama", vocabulary=len(tokenizer), **SIZES)
+    weights.save(Decoder(architecture, nnx.Rngs(0), jnp.float32), root / "model", like=root / "tokenizer")
+    return Micro(model=root / "model", mdp=root / "mdp", hidden=root / "hidden", cloud=root / "cloud")
