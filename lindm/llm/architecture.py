@@ -230,7 +230,8 @@ def _windows(config: dict[str, Any], family: str, depth: int, source: str) -> tu
 
 
 def to_config(architecture: Architecture, **extra: Any) -> dict[str, Any]:
-    """The content of a config.json, as transformers 5 writes it, from which `architecture` reads the same again."""
+    """The content of a config.json from which `architecture` reads the same again, with the rotations as both transformers 5 and
+    its version 4 ask for them: what reads only the older keys would otherwise take its own default."""
     a, rope = architecture, architecture.rope
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
@@ -254,6 +255,8 @@ def to_config(architecture: Architecture, **extra: Any) -> dict[str, Any]:
         "rms_norm_eps": a.epsilon,
         "tie_word_embeddings": a.tied,
         "rope_parameters": parameters,
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"},
         "initializer_range": a.spread,
     }
     if a.family in ("llama", "qwen3"):

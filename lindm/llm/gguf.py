@@ -5,6 +5,7 @@ together by the `gguf` package. llama.cpp stores the rows of q and k of the llam
 interleaved; they are put back. Metadata that would change what the model computes and is not known is refused by name.
 """
 
+import json
 import math
 import mmap
 import struct
@@ -79,7 +80,11 @@ def convert(path: Path, directory: Path) -> Architecture:
       Stop: 3, naming the file and the key or tensor, for what is damaged or not known; 7 where the disk refuses.
     """
     file = read(path)
-    found = architecture_of(file)
+    _check_kinds(file)
+    try:
+        found = architecture_of(file)
+    except (TypeError, ValueError) as e:  # a number where a text should be, and the like
+        raise Stop(DATA, f"{file.source}: its metadata are not sound: {e}") from e
     wanted = {t.name: t for t in expected(found)}
     _check(file, wanted)
     text = tokenizer(file.metadata, file.source, found.vocabulary)
@@ -87,8 +92,10 @@ def convert(path: Path, directory: Path) -> Architecture:
     write_json(directory / CONFIG, to_config(found, dtype="float32", **ids))
     with storage(directory):
         text.save_pretrained(directory)
+    said = directory / "tokenizer_config.json"
+    write_json(said, json.loads(said.read_bytes()) | {"tokenizer_class": "PreTrainedTokenizerFast"})  # version 4 knows it too
     shapes = {name: t.shape for name, t in wanted.items()}
-    tensors.write(directory, shapes, _values(file, found, wanted), "f32", 5 * 10**9)
+    tensors.write(directory, shapes, _values(file, found, wanted), "f32", tensors.LIMIT)
     return found
 
 
@@ -121,6 +128,9 @@ def _check(file: Gguf, wanted: dict[str, Tensor]) -> None:
             raise Stop(DATA, f"{file.source}: {name} must be {list(tensor.shape)}; got {list(shape)}")
     if unknown := sorted(file.tensors.keys() - theirs.keys() - {FACTORS}):
         raise Stop(DATA, f"{file.source}: holds the tensor {unknown[0]}, which this architecture does not have")
+
+
+def _check_kinds(file: Gguf) -> None:
     for name, blocks in file.tensors.items():
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[blocks.kind][1]), np.uint8), blocks.kind)

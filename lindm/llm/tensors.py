@@ -19,6 +19,7 @@ from lindm.files import DATA, Stop, storage, write_json
 from lindm.llm.whole import sync
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LIMIT = 5 * 10**9  # bytes of one file
 READABLE = ("F32", "BF16", "F16")
 DTYPES: dict[str, tuple[str, np.dtype]] = {
     "f32": ("F32", np.dtype(np.float32)),

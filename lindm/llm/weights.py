@@ -35,7 +35,6 @@ BESIDE = (  # what a model's directory may have beside weights and architecture:
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-LIMIT = 5 * 10**9  # bytes of one file
 TORCH = {"f32": "float32", "bf16": "bfloat16"}
 
 
@@ -179,7 +178,7 @@ def save(
     *,
     like: Path | None = None,
     dtype: str = "f32",
-    limit: int = LIMIT,
+    limit: int = tensors.LIMIT,
     extra_config: dict[str, Any] | None = None,
 ) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads; adapters are merged, packed kernels put together.

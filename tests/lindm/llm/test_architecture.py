@@ -49,7 +49,10 @@ def test_what_is_written_is_read_again(tmp_path, name):
     a = read(name)
     (tmp_path / "config.json").write_text(json.dumps(to_config(a, dtype="float32", eos_token_id=2)))
     assert read_architecture(tmp_path) == a == read_architecture(tmp_path / "config.json")
-    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 2
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["eos_token_id"] == 2 and config["rope_theta"] == config["rope_parameters"]["rope_theta"] == a.rope.theta
+    del config["rope_parameters"]  # as version 4 reads it
+    assert architecture(config, "config.json") == a
 
 
 def test_the_number_of_parameters_of_models_that_are_known():

@@ -204,6 +204,12 @@ def directories(tmp_path):
         (lambda w: w.add_sliding_window(8), "llama.attention.sliding_window is not known and may change what the model computes"),
         (lambda w: w.add_expert_count(4), "llama.expert_count must be 0; got 4"),
         (lambda w: w.add_float32("llama.logit_scale", 2.0), "llama.logit_scale is not known"),
+        (
+            lambda w: w.add_string("llama.attention.key_length", "8"),
+            "llama.attention.value_length|its metadata are not sound|size of a head",
+        ),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(4, np.nan, np.float32)), "factor of the rotations .* got nan"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.int32)), "rope_freqs.weight is held as I32"),
         (lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.zeros(3, np.float32)), "holds the tensor blk.0.attn_sinks.weight"),
         (lambda w: w.add_tensor("blk.1.attn_q.bias", np.zeros(24, np.float32)), "holds the tensor blk.1.attn_q.bias"),
     ],
@@ -290,6 +296,7 @@ def test_bytes_are_merged_and_digits_stand_alone(tmp_path):
     assert tokenizer("<|im_start|>he").input_ids == [1, BYTES.index("he")]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     assert chat == "<|im_start|>user\nhello<|im_end|>\n"
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, None)
 

@@ -330,7 +330,7 @@ def test_a_guarded_process_does_not_wait_for_what_it_left_behind():
     assert done.returncode == 0 and time.monotonic() - start < 10
 
 
-BEFORE = """E1128 01:02:08.899440   11253 coordination_service.cc:1549] [12505] Use error polling to propagate the following error:
+BEFORE = """E1128 01:02:08.899440   11253 coordination_service.cc:1549] [1] Use error polling to propagate the following error:
 UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
 {}
 The tasks have crashed. Check the task logs for an earlier error [type.googleapis.com/tensorflow.CoordinationServiceError='']
@@ -347,7 +347,10 @@ LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JA
         (LAST + "Barrier failed because: UNAVAILABLE: Task 2 heartbeat timeout.", "lost process 2:"),
         (LAST + "Some timed out task names:\n0\n [type.googleapis", "lost process 0:"),
         (LAST + "UNAVAILABLE: Either the leader task was preempted/died", "lost process 0, which coordinates:"),
-        (LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/Heartbeat", "lost process 0, which coordinates:"),
+        (
+            LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/Heartbeat",
+            "lost process 0, which coordinates:",
+        ),
         (LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/RegisterTask", "did not find each other"),
         (LAST + "something new", "lost another process:"),
     ],
