@@ -1,7 +1,8 @@
 """The door. Everything heavy is imported after the arguments are understood, so that `lindm --help` answers at once.
 
 Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 4 no usable checkpoint, 5 not finite, 6 out of memory,
-7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes). LINDM_DEBUG=1 shows the traceback of an error.
+7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes).
+LINDM_DEBUG=1 shows the traceback of an error.
 """
 
 import contextlib
@@ -16,6 +17,9 @@ from typing import Annotated
 
 import tyro
 
+from lindm.cli import models
+from lindm.cli.launch import Launch, run_launch
+from lindm.cli.plan import Plan, run_plan
 from lindm.cli.worlds import Data, Export, Make, Solve, run_export, run_make, run_solve
 from lindm.llm.options import Sft
 
@@ -67,7 +71,7 @@ class Bench:
     """Measure speed and memory beside other implementations."""
 
     what: tyro.conf.Positional[str]
-    """attention or oracles"""
+    """attention, oracles or sft"""
     json: bool = False
     """print one JSON list"""
 
@@ -79,10 +83,16 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Solve, tyro.conf.subcommand("solve")]
     | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[models.Model, tyro.conf.subcommand("model")]
     | Annotated[Sft, tyro.conf.subcommand("sft")]
+    | Annotated[models.Export, tyro.conf.subcommand("export")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
-DESCRIPTION = "lindm: in-context learning for sequential decisions, measured beside what theory predicts."
+DESCRIPTION = (
+    "lindm: in-context learning for sequential decisions, measured beside what theory predicts, and language models that decide."
+)
 
 
 def _parse(kind, arguments: Sequence[str], prog: str, description: str | None):
@@ -100,7 +110,7 @@ def _parse(kind, arguments: Sequence[str], prog: str, description: str | None):
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        raise ValueError(_one_line(complaint.getvalue())) from None
+        raise ValueError(re.sub(r"^Error parsing \w+: ", "", _one_line(complaint.getvalue()))) from None
 
 
 def _one_line(box: str) -> str:
@@ -191,9 +201,21 @@ def _bench(command: Bench) -> int:
         from lindm.attention import bench
     elif command.what == "oracles":
         from lindm.oracles import bench
+    elif command.what == "sft":
+        from lindm.llm import bench
     else:
-        raise ValueError(f"WHAT must be attention or oracles; got {command.what!r}")
+        raise ValueError(f"WHAT must be attention, oracles or sft; got {command.what!r}")
     return int(bench.main(command.json) or 0)
+
+
+def _sft(command: Sft) -> int:
+    from lindm.llm import guard
+
+    if (command.processes or 1) > 1 or (command.coordinator is None and guard.launcher(dict(os.environ))):
+        guard.guard()  # before the first thread: from here on the child goes on
+    from lindm.llm import sft
+
+    return sft.run(command)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -204,6 +226,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
         return _run(arguments[1], arguments[2:])
+    if len(arguments) > 1 and arguments[0] == "launch" and not arguments[1].startswith("-"):
+        return run_launch(arguments[1], arguments[2:])
     command = _parse(Command, arguments or ["--help"], "lindm", DESCRIPTION)
     match command:
         case Verify():
@@ -222,10 +246,16 @@ def _dispatch(arguments: list[str]) -> int:
             return run_make(make)
         case Data(command=Export() as export):
             return run_export(export)
+        case models.Model():
+            return models.run_model(command)
         case Sft():
-            from lindm.llm import sft
-
-            return sft.run(command)
+            return _sft(command)
+        case models.Export():
+            return models.run_export(command)
+        case Plan():
+            return run_plan(command)
+        case Launch():
+            return run_launch(command.launcher, [])
         case Bench():
             return _bench(command)
     raise AssertionError(command)

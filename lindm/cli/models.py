@@ -39,7 +39,7 @@ class Export:
     """A model as a Hugging Face directory that transformers loads, an adapter merged into it."""
 
     directory: tyro.conf.Positional[Path]
-    """a Hugging Face directory"""
+    """a Hugging Face directory, or the directory of a finished `lindm sft` run"""
     out: Path
     """where the export appears"""
     adapter: Path | None = None
@@ -86,14 +86,19 @@ def run_show(command: Show) -> int:
 
 
 def run_export(command: Export) -> int:
-    from lindm.files import stop_on_signals
+    from lindm.files import DATA, Stop, stop_on_signals
     from lindm.llm.adapters import load_adapter
     from lindm.llm.weights import load, save
 
     stop_on_signals()
-    model = load(command.directory)
+    directory = command.directory
+    if (directory / "metrics.jsonl").exists():  # a run keeps its model below
+        if not (directory / "model").is_dir():
+            raise Stop(DATA, f"{directory} is a run that is not finished: the same `lindm sft` command goes on")
+        directory = directory / "model"
+    model = load(directory)
     if command.adapter is not None:
         load_adapter(model, command.adapter)
-    save(model, command.out, like=command.directory, dtype=command.dtype)
+    save(model, command.out, like=directory, dtype=command.dtype)
     print(f"{model.architecture.family} with {model.architecture.parameters:,} parameters in {command.out}")
     return 0

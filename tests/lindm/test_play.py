@@ -63,7 +63,7 @@ def test_the_loss_of_a_policy_of_an_mdp_is_that_of_plain_recursion(rewards):
         assert played.exact
         np.testing.assert_allclose(played.optimal, best_of(P, r, rho), rtol=1e-12)
         np.testing.assert_allclose(played.gap, best_of(P, r, rho) - value_of(P, r, rho, 2, rewards), rtol=1e-10, atol=1e-12)
-        assert 0 < played.relative
+        assert played.relative > 0
 
 
 def test_sampled_episodes_estimate_the_same_loss():
@@ -113,7 +113,9 @@ def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):
     best = tree.optimal_policy(cloud, tree.tree(cloud))
 
     def answer(stage, level):
-        number = [[sum((s.action * 2 + s.observation) * 4**t for t, s in enumerate(a.steps[:-1])) for a in asks] for asks in level]
+        number = [
+            [sum((s.action * 2 + s.observation) * 4**t for t, s in enumerate(a.steps[:-1])) for a in asks] for asks in level
+        ]
         return [[int(best[stage][i]) for i in row] for row in number]
 
     for listed in (2048, 1):

@@ -170,8 +170,9 @@ def then_die(work):
     return both
 
 phase, directory = sys.argv[1], Path(sys.argv[2])
-owner, name = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_sums"), "sync": (c, "_sync"),
-    "rename": (c.os, "replace"), "removal": (c, "remove")}[phase.split("-")[0]]
+places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_sums"), "sync": (c, "_sync")}
+places |= {"rename": (c.os, "replace"), "removal": (c, "remove")}
+owner, name = places[phase.split("-")[0]]
 work = getattr(owner, name)
 deadly = then_die(work) if phase.endswith("-after") else die
 if name == "replace":  # of the step itself, not of the files in it
@@ -182,8 +183,13 @@ c.save(directory, 9, {"x": jnp.arange(8.0, dtype=jnp.float32)}, {}, keep=1)
 """
 
 
+PHASES = ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"])
+@pytest.mark.parametrize(
+    "phase", ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
+)
 def test_killed_in_any_phase_of_a_save_there_is_the_old_or_the_new_step(tmp_path, phase):
     mesh = mesh_of(1, 1)
     whole = NamedSharding(mesh, PartitionSpec())
