@@ -70,12 +70,12 @@ def run_plan(command: Plan) -> int:
     devices = plan.devices_of(command.topology)
     job = plan.Job(
         architecture=architecture,
-        rows=command.batch,
-        tokens=command.seq,
+        batch=command.batch,
+        seq=command.seq,
         labels=command.labels,
         accumulate=command.accumulate,
         method=command.method,
-        rank=command.lora_rank,
+        lora_rank=command.lora_rank,
         base=command.base or ("nf4" if command.method == "qlora" else "f32"),
         dtype="f32" if devices[0].platform == "cpu" else "bf16",
         remat=not command.no_remat,
@@ -103,13 +103,13 @@ def run_plan(command: Plan) -> int:
 
 
 def _step(job: "Job") -> dict[str, Any]:
-    names = ("rows", "tokens", "labels", "accumulate", "method", "base", "dtype", "remat")
+    names = ("batch", "seq", "labels", "accumulate", "method", "base", "dtype", "remat")
     step = {name: getattr(job, name) for name in names} | {"parameters": job.architecture.parameters}
-    return step | ({} if job.method == "full" else {"rank": job.rank})
+    return step | ({} if job.method == "full" else {"lora_rank": job.lora_rank})
 
 
 def _introduced(job: "Job", topology: str, devices: int, limits: "Limits") -> list[str]:
-    how = "all weights" if job.method == "full" else f"adapters of rank {job.rank} over {job.base} weights"
+    how = "all weights" if job.method == "full" else f"adapters of rank {job.lora_rank} over {job.base} weights"
     kept = "" if job.remat else ", all activations kept"
     parts = f"{job.accumulate} x " if job.accumulate > 1 else ""
     can = [f"{limits.flops / 1e12:.3g} TFLOP/s"]
@@ -118,7 +118,7 @@ def _introduced(job: "Job", topology: str, devices: int, limits: "Limits") -> li
     can += [f"{limits.links / 1e9:.0f} GB/s links"] if limits.links else []
     return [
         f"{job.architecture.family}, {job.architecture.parameters / 1e9:.3g} G parameters; {job.method}: {how}",
-        f"a step: {parts}{job.rows} rows x {job.tokens} tokens, {job.labels} labels a row, {job.dtype} activations{kept}",
+        f"a step: {parts}{job.batch} rows x {job.seq} tokens, {job.labels} labels a row, {job.dtype} activations{kept}",
         f"{topology}: {devices} x {limits.kind}, each {', '.join(can)}",
     ]
 
@@ -137,7 +137,7 @@ def _row(p: "Planned", job: "Job") -> tuple[str, ...]:
     times = (f"{1e3 * p.seconds[name]:.3g}" if name in p.seconds else "-" for name in ("compute", "memory", "links"))
     ordered = dict(zip(("peak", "arguments", "outputs", "temporaries", "code"), memory, strict=True))
     shown = (ordered[name] for name in ("peak", "arguments", "temporaries", "outputs", "code"))
-    rate = job.accumulate * job.rows * job.tokens / p.bound
+    rate = job.accumulate * job.batch * job.seq / p.bound
     return (named(p.mesh), "yes" if p.fits else "no", *shown, *work, *times, f"{1e3 * p.bound:.3g}", f"{rate:,.0f}")
 
 

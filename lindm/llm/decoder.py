@@ -158,6 +158,7 @@ class Decoder(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         constrain: Constrain = lambda x: x,
+        found: Constrain = lambda x: x,
     ) -> Array:
         """Hidden states [B, T, D] after the last norm; token t sees the tokens before it of its own segment, and itself.
 
@@ -165,6 +166,7 @@ class Decoder(nnx.Module):
           ids: [B, T] token numbers; positions: [B, T] within the document;
           segments: [B, T] which document of its row a token belongs to (packing); None: one document a row.
           dtype: of the activations.
+          constrain: applied to the activations between layers; found: to the rows of the embedding, before that.
         """
         order = jnp.arange(ids.shape[1])
         mask = (order[None, :] <= order[:, None])[None]
@@ -172,7 +174,7 @@ class Decoder(nnx.Module):
             mask = mask & (segments[:, :, None] == segments[:, None, :])
         mask = jnp.broadcast_to(mask, (ids.shape[0], *mask.shape[1:]))
         distance = positions[:, :, None] - positions[:, None, :]
-        x = constrain(self.embedding[...][ids].astype(dtype))
+        x = constrain(found(self.embedding[...][ids].astype(dtype)))
         x, _ = self._through(x, positions, [(mask, distance)], None, None, None, remat, unroll, constrain)
         return self.norm(x)
 
@@ -216,10 +218,10 @@ class Decoder(nnx.Module):
         shape = (a.depth, rows, slots, a.groups, a.head)
         return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
-    def logits(self, hidden: Array) -> Array:
-        """[..., D] -> [..., V] in f32."""
+    def logits(self, hidden: Array, constrain: Constrain = lambda x: x) -> Array:
+        """[..., D] -> [..., V] in f32; `constrain` pins the head [D, V]."""
         head = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, constrain(head.astype(hidden.dtype)), preferred_element_type=jnp.float32)
 
     def _through(self, x, positions, sight, cache, shared, start, remat, unroll, constrain) -> tuple[Array, Any]:
         """All layers; `sight`: for the keys of this call or of the cache, and of the shared cache, the mask and the distance."""

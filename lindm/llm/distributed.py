@@ -8,9 +8,12 @@ or sooner by a collective that finds the connection closed. They cannot go on: t
 ends the others by `abort`; what the parent of `lindm.llm.guard` makes of that is exit code 8 and the name of the missing one.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -64,11 +67,27 @@ def _initialize(**arguments: Any) -> None:
     # jax's own watch for SIGTERM takes the signal away from whoever noted it before, and nobody asks it
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            **arguments, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
-        )
+        with _mortal():
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=PATIENCE,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=HEARTBEAT,
+            )
     except Exception as e:  # grpc has its own kinds
         raise Stop(LOST_PEER, f"the processes did not find each other within {PATIENCE} s: {_first_line(e)}") from e
+
+
+@contextlib.contextmanager
+def _mortal() -> Iterator[None]:
+    """SIGTERM and SIGINT end the process at once: Python does not get to its handlers while jax waits for the others."""
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def barrier(name: str) -> None:

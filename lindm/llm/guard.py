@@ -16,7 +16,7 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
-from lindm.files import LOST_PEER
+from lindm.files import LOST_PEER, PREEMPTED
 
 TAIL = 1 << 16  # bytes at the end of what the child said that are looked at
 FATAL = "JAX distributed service detected fatal errors"
@@ -99,9 +99,13 @@ def _code(status: int, said: str) -> int:
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
-    lost = verdict(said) if number == signal.SIGABRT else None
-    _pass_on(f"lindm: error: {lost or f'ended by {signal.Signals(number).name}'}\n".encode())
-    return LOST_PEER if lost else 128 + number
+    code, why = 128 + number, f"ended by {signal.Signals(number).name}"
+    if number in (signal.SIGTERM, signal.SIGINT):  # whoever has something to save does not die of these
+        code, why = PREEMPTED, f"stopped by {signal.Signals(number).name}; the same command resumes"
+    elif number == signal.SIGABRT and (lost := verdict(said)):
+        code, why = LOST_PEER, lost
+    _pass_on(f"lindm: error: {why}\n".encode())
+    return code
 
 
 def verdict(said: str) -> str | None:

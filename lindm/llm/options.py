@@ -36,7 +36,7 @@ class Sft:
     dtype: str = "auto"
     """of the activations: f32 or bf16 [default: bf16 on accelerators]; master weights are f32 always"""
     no_remat: bool = False
-    """keep all activations: faster, much more memory"""
+    """keep all activations: faster, much more memory (always so with a preset)"""
 
     # on what
     supervise: str = "all"
@@ -58,7 +58,7 @@ class Sft:
 
     # how
     steps: int | None = None
-    """[default: three passes over the data; 400 with --preset tiny]"""
+    """[default: three passes over the data; 500 with --preset tiny]"""
     batch: int = 8
     """rows of a micro-batch, over all devices"""
     accumulate: int = 1

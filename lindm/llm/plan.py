@@ -50,23 +50,23 @@ class Job:
     """One step of a run."""
 
     architecture: Architecture
-    rows: int  # of a micro-batch, over all devices
-    tokens: int  # of a row
+    batch: int  # rows of a micro-batch, over all devices
+    seq: int  # tokens of a row
     labels: int = 64  # of a row, at most
     accumulate: int = 1
     method: str = "full"
-    rank: int = 16
+    lora_rank: int = 16
     base: str = "f32"
     dtype: str = "bf16"  # of the activations
     remat: bool = True
 
     def __post_init__(self):
-        for name in ("rows", "tokens", "labels", "accumulate", "rank"):
+        for name in ("batch", "seq", "labels", "accumulate", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.labels <= self.tokens <= self.architecture.length:
+        if not self.labels <= self.seq <= self.architecture.length:
             limit = f"at least labels = {self.labels} and at most the model's {self.architecture.length}"
-            raise ValueError(f"tokens must be {limit}; got {self.tokens}")
+            raise ValueError(f"seq must be {limit}; got {self.seq}")
         bases = {"full": ("f32",), "lora": BASES, "qlora": ("int8", "nf4")}
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
@@ -176,7 +176,7 @@ def abstract(job: Job) -> Decoder:
         model = Decoder(job.architecture, nnx.Rngs(0), jnp.float32)
         if job.method != "full":
             quantise(model, job.base)
-            add_lora(model, job.rank, 2.0 * job.rank, jax.random.key(0))
+            add_lora(model, job.lora_rank, 2.0 * job.lora_rank, jax.random.key(0))
         return model
 
     return nnx.eval_shape(build)
@@ -188,7 +188,7 @@ def program(job: Job, mesh: Mesh) -> Program:
     Raises:
       ValueError: the mesh does not divide a weight or the batch.
     """
-    check_batch(job.rows, mesh)
+    check_batch(job.batch, mesh)
     graphdef, params, frozen = nnx.split(abstract(job), nnx.Param, ...)
     optimizer = Optimisation(steps=1000).optimizer()
     state = jax.eval_shape(lambda p: initial(p, optimizer), params)
@@ -198,7 +198,7 @@ def program(job: Job, mesh: Mesh) -> Program:
     def ints(*sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    whole, few = ((job.accumulate, job.rows, n) for n in (job.tokens, job.labels))
+    whole, few = ((job.accumulate, job.batch, n) for n in (job.seq, job.labels))
     batch = Batch(ids=ints(*whole), positions=ints(*whole), segments=ints(*whole), at=ints(*few), target=ints(*few))
     return Program(jitted(make_step(graphdef, optimizer, computing, mesh), lies), (state, frozen, batch, ints(mesh.size)), lies)
 
@@ -268,7 +268,7 @@ def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
         sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
         mesh = make_mesh(sizes, devices)
         try:
-            check_batch(job.rows, mesh)
+            check_batch(job.batch, mesh)
             lies = shardings(*state[:2], mesh)
         except ValueError:
             continue
@@ -276,7 +276,7 @@ def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
         found.append((held, sizes))
     if not found:
         raise ValueError(
-            f"batch must be a multiple of data x fsdp of a mesh of {n} devices that divides the model; got {job.rows}"
+            f"batch must be a multiple of data x fsdp of a mesh of {n} devices that divides the model; got {job.batch}"
         )
     chip = hardware.chip_of(devices[0])
     ranked = sorted(found, key=lambda f: (chip is not None and _guess(job, *f) > 1.25 * chip.memory, _wire(job, f[1]), f[0]))
@@ -291,19 +291,19 @@ def _guess(job: Job, held: int, sizes: dict[str, int]) -> float:
     """Bytes on a device, roughly: what is held, weights as they are computed with, gradients, activations, logits."""
     a, tensor, width = job.architecture, sizes["tensor"], 2 if job.dtype == "bf16" else 4
     shard = a.parameters / (sizes["fsdp"] * tensor)
-    rows = job.rows / (sizes["data"] * sizes["fsdp"])
-    layer = rows * job.tokens * width * (4 * a.mlp / tensor + 6 * a.width) + 12 * rows * a.K / tensor * job.tokens**2
-    kept = rows * job.tokens * a.width * width * a.depth + layer if job.remat else layer * a.depth
-    head = a.width * a.vocabulary / tensor * width + 8 * rows * job.labels * a.vocabulary / tensor
+    rows = job.batch / (sizes["data"] * sizes["fsdp"])
+    layer = rows * job.seq * width * (4 * a.mlp / tensor + 6 * a.width) + 12 * rows * a.K / tensor * job.seq**2
+    kept = rows * job.seq * a.width * width * a.depth + layer if job.remat else layer * a.depth
+    head = a.vocabulary / (tensor * sizes["fsdp"]) * (a.width * width + 8 * job.batch / sizes["data"] * job.labels)
     return held + shard * (width + 4 * (job.method == "full")) + kept + head
 
 
 def _wire(job: Job, sizes: dict[str, int]) -> float:
     """Bytes that a device sends, roughly: weights gathered three times, gradients once, and activations of a tensor axis."""
-    a, rows = job.architecture, job.rows / (sizes["data"] * sizes["fsdp"])
+    a, rows = job.architecture, job.batch / (sizes["data"] * sizes["fsdp"])
     times = 3 * (sizes["fsdp"] > 1) + (job.method == "full") * (1 + (sizes["data"] > 1))
     weights = times * 2.0 * a.parameters / sizes["tensor"]
-    return job.accumulate * (weights + (sizes["tensor"] > 1) * 12 * a.depth * rows * job.tokens * a.width * 2.0)
+    return job.accumulate * (weights + (sizes["tensor"] > 1) * 12 * a.depth * rows * job.seq * a.width * 2.0)
 
 
 def plans(
@@ -333,7 +333,7 @@ def named(sizes: dict[str, int]) -> str:
 
 def model_flops(job: Job) -> float:
     """Operations of the model's own arithmetic in a step over all devices, by formula; recomputation is not counted."""
-    return job.accumulate * flops_of_step(job.architecture, job.method, job.rows, job.tokens, job.labels)
+    return job.accumulate * flops_of_step(job.architecture, job.method, job.batch, job.seq, job.labels)
 
 
 def described(p: Plan) -> dict[str, Any]:

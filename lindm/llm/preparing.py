@@ -28,8 +28,20 @@ from lindm.llm.vocabulary import small_tokenizer
 from lindm.text import Step, Template
 
 PASSES = 3  # over the data, where no number of steps is given
-TINY = Architecture(family="llama", vocabulary=512, width=128, depth=4, K=4, groups=4, head=32, mlp=448, tied=True, length=2048)
-TINY_STEPS = 400
+TINY = Architecture(  # 1.4 million weights
+    family="llama",
+    vocabulary=512,
+    width=160,
+    depth=4,
+    K=5,
+    groups=5,
+    head=32,
+    mlp=480,
+    tied=True,
+    length=2048,
+    spread=0.08,  # 1 / sqrt(width): far more than large models begin with, and many times faster here
+)
+TINY_STEPS = 500
 RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3}
 TINY_RATE = 2e-3
 
@@ -108,7 +120,7 @@ def prepare(options: Sft) -> Prepared:
         T=T,
         L=L,
         mesh=mesh,
-        computing=Computing(dtype=wide, remat=not options.no_remat),
+        computing=Computing(dtype=wide, remat=not (options.no_remat or options.preset)),
         optimisation=Optimisation(
             steps=steps,
             learning_rate=rate,

@@ -27,6 +27,7 @@ from lindm.llm.packing import Batch
 from lindm.llm.sharding import ROWS, path_of, spec_of, state_shardings
 
 CHUNK = 256  # labelled positions of a row whose logits exist at once
+WORDS = ("tensor", "fsdp")  # what the vocabulary is cut along where logits are computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,23 +121,29 @@ Split = tuple[Any, nnx.State, nnx.State]
 
 def sums(model: Decoder, batch: Batch, computing: Computing, mesh: Mesh | None = None) -> tuple[Array, Array]:
     """-log p summed over the labelled positions of a batch [R, T], and how many of them have the most likely token; f32 both."""
-    if mesh is None:
-        hidden = model.hidden(batch.ids, batch.positions, batch.segments, dtype=computing.dtype, remat=computing.remat)
-    else:
-        rows = NamedSharding(mesh, ROWS)
-        hidden = model.hidden(
-            batch.ids,
-            batch.positions,
-            batch.segments,
-            dtype=computing.dtype,
-            remat=computing.remat,
-            constrain=lambda x: jax.lax.with_sharding_constraint(x, rows),
-        )
+
+    def lie(*axes: Any) -> Callable[[Array], Array]:
+        if mesh is None:
+            return lambda x: x
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+    hidden = model.hidden(
+        batch.ids,
+        batch.positions,
+        batch.segments,
+        dtype=computing.dtype,
+        remat=computing.remat,
+        constrain=lie(*ROWS),
+        found=lie("data", None, "fsdp"),  # as the table's columns lie; from there to rows is an exchange
+    )
     at = jnp.maximum(batch.at, 0)
     hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
 
     def part(hidden: Array, target: Array) -> tuple[Array, Array]:
-        logits, labelled = model.logits(hidden), target >= 0
+        # the labelled states are few: all of them go to each part of the vocabulary, and the head stays in parts
+        logits = lie("data", None, WORDS)(model.logits(lie("data")(hidden), lie(None, WORDS)))
+        labelled = target >= 0
         chosen = jnp.maximum(target, 0)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
         right = logits.argmax(-1) == chosen
@@ -166,7 +173,13 @@ def make_step(graphdef: Any, optimizer: optax.GradientTransformation, computing:
     def loss_of(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
         return sums(nnx.merge(graphdef, params, frozen), batch, computing, mesh)
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    differentiated = jax.value_and_grad(loss_of, has_aux=True)
+
+    def gradient(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[tuple[Array, Array], nnx.State]:
+        value, grads = differentiated(params, frozen, batch)
+        if mesh is not None:  # as the weights, or XLA lets the optimizer's moments lie as the gradients
+            grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
+        return value, grads
 
     def step(state: State, frozen: nnx.State, batch: Batch, stop: Array) -> tuple[State, Metrics]:
         if batch.ids.shape[0] == 1:

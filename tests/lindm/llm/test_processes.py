@@ -38,12 +38,13 @@ from lindm.llm import distributed, sharding
 distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), int(patience)
 files.stop_on_signals()
 files.note_signals()
+def say(**what):
+    print(json.dumps(what), flush=True)
+say(waits=True)
 if coordinator == "environment":
     distributed.start()
 else:
     distributed.start(coordinator, int(processes), int(rank))
-def say(**what):
-    print(json.dumps(what), flush=True)
 say(pid=os.getpid(), rank=jax.process_index(), processes=jax.process_count(), devices=len(jax.devices()))
 from tests.lindm.llm import tiny
 try:
@@ -137,7 +138,7 @@ def test_two_processes_of_four_devices_train_as_one_device_does(run):
     said = run("train", devices=4)
     found = [s.wait_for("metrics")["metrics"] for s in said]
     assert [s.process.wait(60) for s in said] == [0, 0]
-    assert all(s.lines()[0] | {"pid": 0} == {"pid": 0, "rank": r, "processes": 2, "devices": 8} for r, s in enumerate(said))
+    assert all(s.lines()[1] | {"pid": 0} == {"pid": 0, "rank": r, "processes": 2, "devices": 8} for r, s in enumerate(said))
     alone = tiny.train([tiny.batch(i) for i in range(3)]).metrics
     assert found[0] == found[1]
     for there, here in zip(found[0], alone, strict=True):
@@ -207,6 +208,16 @@ def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
 
 
 @pytest.mark.slow
+def test_a_process_that_waits_for_others_can_be_stopped(run):
+    (said,) = run("steps", ranks=(1,), patience=100)
+    said.wait_for("waits")
+    time.sleep(1)
+    said.process.terminate()
+    assert said.process.wait(10) == PREEMPTED
+    assert "stopped by SIGTERM; the same command resumes" in said.err.read_text()
+
+
+@pytest.mark.slow
 def test_processes_that_slurm_starts_find_each_other_by_their_environment(run):
     port = free_port(65535 - 2**12 + 1, 65535)  # jax takes one by the job's number
     environments = [
@@ -223,7 +234,7 @@ def test_processes_that_slurm_starts_find_each_other_by_their_environment(run):
     said = run("meet", environments=environments)
     for rank, s in enumerate(said):
         assert s.process.wait(120) == 0, s.err.read_text()
-        assert s.lines()[0]["rank"] == rank and s.lines()[0]["processes"] == 2
+        assert s.lines()[1]["rank"] == rank and s.lines()[1]["processes"] == 2
 
 
 # --- who is beside this process ------------------------------------------------------------------------------------------
