@@ -193,3 +193,87 @@ def _adapted(model: Any) -> Any:
                 if hasattr(part, name):
                     setattr(part, name, Adapted(getattr(part, name)))
     return model
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+def measure(side: str, method: str, way: str, directory: str) -> dict[str, Any]:
+    """One side (`ours`, `torch`) in one way, in this process: the outcome of its run, MiB at the peak, and the machine's peak."""
+    found: dict[str, Any] = {}
+    run = run_ours if side == "ours" else run_torch
+    memory = peak_growth(lambda: found.update(run(method, way, Path(directory))))
+    return found | {"memory": memory, "peak": peak()}
+
+
+Sides = dict[tuple[str, str], dict[str, Any]]
+"""What was measured, by method and way."""
+
+
+def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
+    """The table. RuntimeError where the sides' first losses differ: they would not have done the same work."""
+    table: list[Row] = []
+    tokens, shape = ROWS * TOKENS, f"{ROWS} x {TOKENS} tokens"
+    sized = packing.shape_of(rows_of("all"))
+    for method in METHODS:
+        name, what = names[method], "full" if method == "full" else f"LoRA r{RANK}"
+        mine, kept, theirs = ours[method, "all"], ours[method, "kept"], peer.get((method, "all"))
+        _agree(mine, theirs, name)
+        work = f"{what} f32, {shape}"
+        useful = flops_of_step(MODEL, method, ROWS, *sized)
+
+        def add(text: str, mine: float, value: Callable[[dict], float], unit: str, better: int, theirs=theirs, name=name) -> None:
+            table.append(row(text, mine, value(theirs) if theirs else None, name, unit, better))
+
+        for text, one in ((work, mine), (f"{work}, without recomputation", kept)):
+            add(text, tokens / one["step"], lambda r: tokens / r["step"], "tokens/CPU-s", MORE)
+            add(f"{text}: peak memory", one["memory"], lambda r: r["memory"], "MiB", LESS)
+            share = useful / one["peak"] / one["step"]
+            add(f"{text}: of the matmul peak", share, lambda r, o=one: useful / o["peak"] / r["step"], "share", MORE)
+            table.append(row(f"{text}: compile", one["compile"], None, name, "CPU-s", NEITHER))
+        add(f"{work}: loss of the first step", mine["loss"], lambda r: r["loss"], "nats", NEITHER)
+    labels = ROWS * LABELS / ours["full", "all"]["step"]
+    single, theirs = ours["full", "one"], peer.get(("full", "one"))
+    work = f"full f32, a document's {LABELS} decisions in one sequence"
+    table.append(row(work, labels, len(STRATA) / single["step"], "ours, one decision a sequence", "decisions/CPU-s", MORE))
+    them = ROWS * len(STRATA) / theirs["step"] if theirs else None
+    name = f"{names['full']}, one decision a sequence"
+    table.append(row(work, labels, them, name, "decisions/CPU-s", MORE))
+    return table
+
+
+def _agree(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> None:
+    if peer is not None and not abs(ours["loss"] - peer["loss"]) <= AGREE:
+        raise RuntimeError(f"{name} and ours found other losses at the first step: {peer['loss']} and {ours['loss']}")
+
+
+def _names(installed: dict[str, str | None]) -> dict[str, str]:
+    """The peer of each method, with versions."""
+    if not (installed["transformers"] and installed["torch"]):
+        return dict.fromkeys(METHODS, MISSING)
+    core = f"transformers {installed['transformers']}, torch {installed['torch']}"
+    return {"full": core, "lora": f"peft {installed['peft']}, {core}" if installed["peft"] else f"plain adapters, {core}"}
+
+
+def _version(library: str) -> str | None:
+    return importlib.metadata.version(library) if importlib.util.find_spec(library) is not None else None
+
+
+def main(json: bool = False) -> int:
+    """Run the bench and print its rows, as a table or as JSON. Takes about six minutes and 6 GB of memory."""
+    names = _names({library: _version(library) for library in PEERS})
+    ours: Sides = {}
+    peer: Sides = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "model"
+        weights.save(Decoder(MODEL, nnx.Rngs(0)), directory)
+        for method, way in (*((m, w) for m in METHODS for w in ("all", "kept")), ("full", "one")):
+            ours[method, way] = in_worker(MODULE, "ours", method, way, str(directory))
+            if way != "kept" and names[method] != MISSING:  # side by side in time, too
+                peer[method, way] = in_worker(MODULE, "torch", method, way, str(directory))
+    show(rows(ours, peer, names), json)
+    return 0
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -34,6 +34,9 @@ Constrain = Callable[[Array], Array]
 """What pins activations [B, T, ...] to a sharding; the identity on one device."""
 
 
+STRIPES, NARROWEST = 4, 128  # of queries, when a whole sequence attends to itself: how many at most, and how wide at least
+
+
 class Frozen(nnx.Variable):
     """A weight that is not trained."""
 
@@ -60,11 +63,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel
-        y = x @ (kernel[...].astype(x.dtype) if isinstance(kernel, nnx.Variable) else kernel.dense(x.dtype))
+        if isinstance(kernel, nnx.Param):
+            y = trained_product(x, kernel[...].astype(x.dtype))
+        else:
+            y = x @ (kernel[...].astype(x.dtype) if isinstance(kernel, nnx.Variable) else kernel.dense(x.dtype))
         if self.bias is not None:
             y = y + _along_last(self.bias[...].astype(x.dtype), y)
         if self.a is not None and self.b is not None:
-            y = y + (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.scale
+            low = trained_product(x, self.a[...].astype(x.dtype))
+            y = y + trained_product(low, self.b[...].astype(x.dtype)) * self.scale
         return y
 
 
@@ -124,7 +131,7 @@ class Block(nnx.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotated(q, turn), rotated(k, turn)
         if cache is None:
-            attended, kept = jax.nn.dot_product_attention(q, k, v, mask=masks[0][:, None]), None
+            attended, kept = causal_attention(q, k, v, masks[0]), None
         else:
             assert start is not None
             write = jax.vmap(lambda held, new, at: jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=0))
@@ -240,6 +247,55 @@ class Decoder(nnx.Module):
 
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         return jax.lax.scan(body, x, (weights, windows, cache, shared), unroll=a.depth if unroll else 1)
+
+
+@jax.custom_vjp
+def trained_product(x: Array, kernel: Array) -> Array:
+    """x @ kernel: [..., in], [in, out] -> [..., out], with the kernel's gradient written as one contraction of x with g.
+
+    What differentiation makes of it by itself is the transpose of g x, for which XLA on CPUs first copies g into another order
+    and then multiplies in a slow one. A kernel that is not trained does without: this keeps x for the backward pass.
+    """
+    return x @ kernel
+
+
+def _product_kept(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_gradients(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows = tuple(range(x.ndim - 1))
+    return g @ kernel.T, jnp.tensordot(x, g, axes=(rows, rows))
+
+
+trained_product.defvjp(_product_kept, _product_gradients)
+
+
+def causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """softmax(q k / sqrt(E)) v where no token sees a later one: q [B, T, K, E], k, v [B, T, G, E], mask [B, T, T] -> as q.
+
+    The queries go in up to `STRIPES` stripes, and a stripe meets the keys up to its own end alone. The heads of a group are
+    rows of one product, with the keys and values that they share.
+    """
+    T = q.shape[1]
+    size = max(NARROWEST, -(-T // STRIPES))
+    stripes = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        stripes.append(_stripe(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end]))
+    return jnp.concatenate(stripes, axis=1)
+
+
+def _stripe(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """T queries [B, T, K, E] over C keys [B, C, G, E], as the mask [B, T, C] lets them."""
+    (B, T, K, E), (C, G) = q.shape, k.shape[1:3]
+    rows = q.reshape(B, T, G, K // G, E).transpose(0, 2, 3, 1, 4).reshape(B, G, K // G * T, E)
+    scores = jnp.einsum("bgre,bcge->bgrc", rows, k, preferred_element_type=jnp.float32) * E**-0.5
+    scores = jnp.where(mask[:, None, None], scores.reshape(B, G, K // G, T, C), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, K // G * T, C)
+    out = jnp.einsum("bgrc,bcge->bgre", weights, v)
+    return out.reshape(B, G, K // G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, K, E)
 
 
 def attention(q: Array, parts: Sequence[tuple[Cache, Array]]) -> Array:

@@ -96,7 +96,9 @@ def run(job: Workers, options: Sft, loop: Loop = train) -> int:
 def absolute(options: Sft) -> Sft:
     """Workers stand in other directories."""
     changed: dict[str, Any] = {
-        field.name: path.absolute() for field in dataclasses.fields(options) if isinstance(path := getattr(options, field.name), Path)
+        field.name: path.absolute()
+        for field in dataclasses.fields(options)
+        if isinstance(path := getattr(options, field.name), Path)
     }
     if options.template is not None and options.template.endswith((".json", ".toml")):
         changed["template"] = str(Path(options.template).absolute())

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.cli import _parse, launch
+from lindm.cli import _parse, launch, main
 from lindm.llm.launch import SHAPES, Gke, Ray, Slurm, Tpu, Workers, check_options, entrypoint, job_file, slice_of
 from lindm.llm.options import Sft
 
@@ -318,7 +318,17 @@ def test_nothing_of_the_environment_is_written(monkeypatch):
 
 @pytest.mark.parametrize(
     "code, restarts, again",
-    [(0, "0", False), (75, "0", True), (75, "99", True), (8, "0", True), (8, "4", True), (8, "5", False), (3, "0", False)],
+    [
+        (0, "0", False),
+        (75, "0", True),
+        (75, "99", True),
+        (8, "0", True),
+        (8, "4", True),
+        (8, "5", False),
+        (137, "0", True),
+        (137, "5", False),
+        (3, "0", False),
+    ],
 )
 def test_a_job_of_slurm_queues_again_when_it_was_stopped_or_lost_a_process(stage, code, restarts, again):
     stage.set(codes=(code,))
@@ -356,13 +366,15 @@ def test_training_that_was_stopped_goes_on_at_once_and_one_that_failed_does_not(
     stage.set(codes=(75, 75, 0), state="READY")
     assert stage.run(["bash", "-s"], job_file(JOBS[3], WORDS)).returncode == 0
     assert of_gcloud(stage) == ["tpu-vm ssh"] and [c for c in stage.calls if c.startswith("lindm")] == ["lindm 1 tpu,cpu  "] * 3
-    stage.set(codes=(75, 5), state="READY")
-    assert stage.run(["bash", "-s"], job_file(JOBS[3], WORDS)).returncode == 5
-    assert of_gcloud(stage) == ["tpu-vm ssh"]
+    for codes, end in (((75, 5, 0), 5), ((8, 137, 75, 0), 0), ((8,) * 6 + (0,), 8), ((1, 0), 1)):
+        stage.set(codes=codes, state="READY")
+        assert stage.run(["bash", "-s"], job_file(JOBS[3], WORDS)).returncode == end
+        assert of_gcloud(stage) == ["tpu-vm ssh"]
+        assert sum(call.startswith("lindm") for call in stage.calls) == (6 if end == 8 else codes.index(end) + 1)
 
 
 def test_machines_that_were_taken_away_are_created_again(stage):
-    stage.set(codes=("255!PREEMPTED", 0), state="READY")
+    stage.set(codes=("1!PREEMPTED", 0), state="READY")
     done = stage.run(["bash", "-s"], job_file(JOBS[3], WORDS))
     assert done.returncode == 0, done.stderr
     assert of_gcloud(stage) == ["tpu-vm ssh", "tpu-vm delete", "tpu-vm create", "tpu-vm ssh"]
@@ -371,7 +383,7 @@ def test_machines_that_were_taken_away_are_created_again(stage):
 
 def test_machines_are_waited_for_in_the_queue(stage):
     job = JOBS[5]
-    stage.set(codes=("255!PREEMPTED", 0))
+    stage.set(codes=("1!PREEMPTED", 0))
     done = stage.run(["bash", "-s"], job_file(job, WORDS))
     assert done.returncode == 0, done.stderr
     once = ["queued-resources create", "tpu-vm ssh"]
@@ -497,6 +509,13 @@ def test_options_that_are_wrong_are_refused_as_their_own_doors_do(words, said, c
     with pytest.raises(ValueError, match=said):
         launch.run_launch("slurm", ["--nodes", "4", *words])
     assert capsys.readouterr().out == ""
+
+
+def test_the_door_knows_the_launchers(capsys):
+    assert main(["launch", "slurm", "--nodes", "4", "--", *WORDS]) == 0
+    assert capsys.readouterr().out == job_file(SLURM, WORDS)
+    assert main(["launch", "slurm", "--nodes", "0", "--", *WORDS]) == 2
+    assert capsys.readouterr().err == "lindm: error: nodes must be at least 1; got 0\n"
 
 
 def test_an_unknown_launcher_is_refused():

@@ -1,0 +1,60 @@
+"""Decisions the slow way: every text is read from its beginning, one at a time, by whatever gives logits."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lindm import datasets
+from lindm.llm.tokens import action_tokens, encode, prefix
+from lindm.text import Document, render
+
+LENGTH = 192
+
+
+def told(directory, n):
+    """Problems, demonstrations and the way in which the first n tasks of a dataset are told."""
+    how = datasets.telling(directory, datasets.read_manifest(directory), None, "mdp" in directory.name, False)
+    problems, demonstrations = [], []
+    for task, episodes in list(datasets.load(directory))[:n]:
+        demos = [row for row in episodes if row["role"] == "demo"]
+        problems.append(datasets.problem_of(task))
+        demonstrations.append(datasets.document(demos, episodes[-1], how.shown).demonstrations)
+    return problems, demonstrations, how.template
+
+
+@nnx.jit
+def forward(model, ids):
+    return model.logits(model.hidden(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None]))[0]
+
+
+def logits_of(model):
+    """ids -> logits; what fills a text up to the one compiled length comes after it, where it is not seen."""
+    return lambda ids: forward(model, jnp.asarray([[*ids, *[0] * (LENGTH - len(ids))]], jnp.int32))[: len(ids)]
+
+
+def read_whole(logits_of, tokenizer, template, A):
+    """The policy of `logits_of(ids) -> [n, V]`, and the scores of all that it was asked."""
+    actions = action_tokens(tokenizer, template, A)
+    asked_for = []
+
+    def of(demos):
+        def answer(stage, level):
+            found = []
+            for episodes, asks in zip(demos, level, strict=True):
+                row = []
+                for asked in asks:
+                    pieces = [p.text for p in render(Document(tuple(map(tuple, episodes)), asked.steps), template)]
+                    ids = [*prefix(tokenizer), *(i for piece in encode(tokenizer, pieces) for i in piece)]
+                    scores = []
+                    for tokens in actions:
+                        logits = np.asarray(logits_of([*ids, *tokens]), np.float64)
+                        log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+                        scores.append(sum(log_p[len(ids) - 1 + j, token] for j, token in enumerate(tokens)))
+                    asked_for.append(scores)
+                    row.append(int(np.argmax(scores)))
+                found.append(row)
+            return found
+
+        return answer
+
+    return of, asked_for

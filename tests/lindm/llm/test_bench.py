@@ -1,0 +1,141 @@
+"""Both sides of the bench must do the same work, and its rows must say what they compare."""
+
+import dataclasses
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from lindm.llm import bench, packing, weights
+from lindm.llm.decoder import Decoder
+
+SMALL = dataclasses.replace(bench.MODEL, vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=48, length=512, spread=0.3)
+torch_missing = any(importlib.util.find_spec(library) is None for library in ("torch", "transformers"))
+
+
+def labelled_texts(rows):
+    """What is trained: the token, and all that stands before it."""
+    return sorted((*ids[: t + 1], int(target[t])) for ids, target in rows for t in np.flatnonzero(target >= 0))
+
+
+def theirs(way, documents=bench.ROWS):
+    """ids and targets of the peer's batches, a label moved to the position that predicts it."""
+    for ids, labels in bench.sequences(way):
+        for i, y in zip(ids[:documents], labels[:documents], strict=True):
+            yield i.tolist(), np.append(np.where(y[1:] == -100, -1, y[1:]), -1)
+
+
+def test_a_document_has_32_labels_in_251_tokens_and_both_sides_train_the_same():
+    ours = [(e.ids.tolist(), e.target) for row in bench.rows_of("all") for e in row]
+    assert [(len(ids), int((target >= 0).sum())) for ids, target in ours] == [(251, 32)] * 2
+    assert labelled_texts(ours) == labelled_texts(theirs("all"))
+
+
+def test_one_decision_a_sequence_has_one_label_each_and_neither_side_pads_much():
+    rows = bench.rows_of("one")
+    ours = [(e.ids.tolist(), e.target) for row in rows for e in row]
+    assert all((target >= 0).sum() == 1 and target[-1] >= 0 for _, target in ours)
+    assert len(ours) == len(bench.STRATA) and labelled_texts(ours) == labelled_texts(theirs("one", documents=1))
+    assert set(labelled_texts(ours)) <= set(labelled_texts(theirs("all")))
+    T, _ = packing.shape_of(rows)
+    assert len(rows) == 2 and T == 256 and sum(len(ids) for ids, _ in ours) > 0.95 * len(rows) * T
+
+
+def test_the_four_decisions_stand_for_all_of_a_document():
+    lengths = bench.PLACES + 1
+    assert len(set(bench.PLACES)) == bench.LABELS and bench.PLACES.max() == bench.TOKENS - 2
+    assert np.mean(lengths[list(bench.STRATA)]) == pytest.approx(np.mean(lengths), rel=0.01)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "MODEL", SMALL)
+    weights.save(Decoder(SMALL, nnx.Rngs(0)), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_training_starts_from_the_files_weights_whatever_is_recomputed(small, method):
+    found = [bench.run_ours(method, way, small) for way in ("all", "kept")]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-5) and found[0]["loss"] > 4
+    assert all(one["step"] > 0 and one["compile"] > 0 for one in found)
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(torch_missing, reason="torch is not installed")
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_peer_starts_from_the_same_loss(small, monkeypatch, plain):
+    if plain:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    ours = bench.run_ours("full", "all", small)["loss"]
+    for method in bench.METHODS:
+        assert bench.run_torch(method, "all", small)["loss"] == pytest.approx(ours, abs=bench.AGREE)
+
+
+# --- the table ---------------------------------------------------------------------------------------------------------
+
+
+def measured(cost):
+    """Sides that take so many seconds for a step whatever they do."""
+    one = {"compile": 2.0, "step": cost, "loss": 10.5, "memory": 100 * cost, "peak": 1e12}
+    return {(method, way): one for method in bench.METHODS for way in bench.WAYS}
+
+
+NAMES = {"full": "a peer", "lora": "another"}
+
+
+def test_rows_say_how_many_times_better_ours_is():
+    table = bench.rows(measured(2.0), measured(6.0), NAMES)
+    assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
+    rates = [row for row in table if row["unit"] == "tokens/CPU-s"]
+    assert len(rates) == 4 and all(row["ours"] == 2 * 251 / 2.0 and row["ratio"] == pytest.approx(3) for row in rates)
+    memory = [row for row in table if row["unit"] == "MiB"]
+    assert len(memory) == 4 and all(row["ratio"] == pytest.approx(3) for row in memory)
+    assert all(row["ratio"] is None for row in table if row["unit"] in ("CPU-s", "nats"))
+
+
+def test_decisions_are_counted_by_their_labels():
+    ours = measured(2.0)
+    alone, peer = [row for row in bench.rows(ours, measured(6.0), NAMES) if row["unit"] == "decisions/CPU-s"]
+    assert alone["ours"] == peer["ours"] == 2 * 32 / 2.0
+    assert alone["peer"] == 4 / 2.0 and peer["peer"] == 2 * 4 / 6.0  # four prefixes of one document, and of two
+    assert alone["peer_name"].startswith("ours") and peer["peer_name"].startswith("a peer")
+
+
+def test_sides_that_found_other_losses_are_not_compared():
+    peer = measured(6.0)
+    peer["lora", "all"] = peer["lora", "all"] | {"loss": 10.5002}
+    with pytest.raises(RuntimeError, match="another and ours found other losses"):
+        bench.rows(measured(2.0), peer, NAMES)
+    peer["lora", "all"] = peer["lora", "all"] | {"loss": float("nan")}
+    with pytest.raises(RuntimeError, match="other losses"):
+        bench.rows(measured(2.0), peer, NAMES)
+
+
+def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
+    asked = []
+
+    def worker(module, side, method, way, directory):
+        asked.append((side, method, way))
+        return measured(2.0)[method, way]
+
+    monkeypatch.setattr(bench, "MODEL", SMALL)
+    monkeypatch.setattr(bench, "in_worker", worker)
+    monkeypatch.setattr(bench, "_version", lambda library: None)
+    assert bench.main(json=True) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {side for side, *_ in asked} == {"ours"} and len(asked) == 5
+    others = [row for row in table if not row["peer_name"].startswith("ours")]
+    assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == bench.MISSING for row in others)
+    assert bench.main() == 0 and "tokens/CPU-s" in capsys.readouterr().out
+
+
+def test_the_peer_is_named_with_its_versions():
+    core = "transformers 5.1, torch 2.2"
+    installed = {"transformers": "5.1", "torch": "2.2", "peft": "0.3"}
+    assert bench._names(installed) == {"full": core, "lora": f"peft 0.3, {core}"}
+    assert bench._names(installed | {"peft": None})["lora"] == f"plain adapters, {core}"
+    assert set(bench._names(installed | {"torch": None}).values()) == {bench.MISSING}

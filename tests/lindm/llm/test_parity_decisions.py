@@ -1,0 +1,65 @@
+"""What a run exports decides alike in transformers and torch; the micro model always, SmolLM2's run where one is named."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lindm.llm import preparing, sft, weights
+from lindm.llm.deciding import Reader
+from lindm.llm.options import Sft
+from lindm.llm.tokens import load_tokenizer
+from lindm.play import play
+from tests.lindm.llm.reading import read_whole, told
+
+torch = pytest.importorskip("torch", reason="needs torch: make parity")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+
+
+def torch_logits(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+
+    def of(ids):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].numpy()
+
+    return of
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
+    options = Sft(
+        model=micro.model, data=micro.hidden, out=tmp_path / "out", steps=4, eval_tasks=0, method=method, learning_rate=5e-3
+    )
+    assert sft.run(options) == 0
+    directory = tmp_path / "out" / "model"
+    problems, demos, template = told(micro.mdp, 3)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    whole, scores = read_whole(torch_logits(directory), tokenizer, template, 2)
+    wanted = play(problems, whole(demos), rewards=True)
+    assert len({int(np.argmax(s)) for s in scores}) == 2
+    model = weights.load(directory)
+    assert play(problems, Reader(model, load_tokenizer(directory), template, 2).policy(demos, 3), rewards=True) == wanted
+
+
+@pytest.mark.skipif("LINDM_RUN" not in os.environ, reason="LINDM_RUN names no run of `lindm sft`")
+def test_a_given_run_decides_alike_in_torch():
+    out = Path(os.environ["LINDM_RUN"])
+    given = json.loads((out / "config.json").read_text())["options"]
+    paths = {k: Path(v) for k, v in given.items() if k in ("data", "out", "model", "eval_data") and v is not None}
+    options = dataclasses.replace(Sft(**(given | paths)), mesh="data=1,fsdp=8")
+    decisions = preparing.prepare(dataclasses.replace(options, batch=8)).decisions
+    assert decisions is not None
+    tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
+    problems = [preparing.datasets.problem_of(task) for task in tasks]
+    A = tasks[0]["n_actions"]
+    whole, scores = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
+    wanted = play(problems, whole(demos), rewards=decisions.rewards, episodes=2, listed=64)
+    assert len(scores) > 30
+    reader = Reader(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
+    assert play(problems, reader.policy(demos, tasks[0]["horizon"]), rewards=decisions.rewards, episodes=2, listed=64) == wanted

@@ -1,0 +1,59 @@
+"""The two products that fine-tuning spends its time in, written by hand for speed: against loops of plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lindm.llm.decoder import NARROWEST, STRIPES, causal_attention, trained_product
+
+RNG = np.random.default_rng(0)
+
+
+def softmaxed(q, k, v, mask):
+    """Attention one query and one head at a time, in double precision."""
+    B, T, K, E = q.shape
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(B, T, K):
+        sees = np.flatnonzero(mask[b, t])
+        group = h * k.shape[2] // K
+        scores = k[b, sees, group].astype(float) @ q[b, t, h] / np.sqrt(E)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, sees, group]
+    return out
+
+
+@pytest.mark.parametrize("T", [5, NARROWEST, NARROWEST + 3, STRIPES * NARROWEST + 6])
+def test_attention_in_stripes_is_attention(T):
+    B, K, G, E = 1, 4, 2, 4
+    q, k, v = (RNG.normal(size=(B, T, heads, E)).astype(np.float32) for heads in (K, G, G))
+    segments = np.sort(RNG.integers(0, 3, (B, T)), axis=1)  # three documents in a row
+    order = np.arange(T)
+    mask = (order[None, :] <= order[:, None]) & (segments[:, :, None] == segments[:, None, :])
+    found = jax.jit(causal_attention)(q, k, v, mask)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, softmaxed(q, k, v, mask), atol=2e-6)
+
+
+def test_attention_in_bfloat16_keeps_its_softmax_in_single_precision():
+    T, E = 6, 4
+    q, k, v = (jnp.asarray(RNG.normal(size=(1, T, 2, E)), jnp.bfloat16) for _ in range(3))
+    mask = np.tril(np.ones((1, T, T), bool))
+    found = causal_attention(q, k, v, jnp.asarray(mask))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, softmaxed(*(np.asarray(x, np.float32) for x in (q, k, v)), mask), atol=0.03)
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 5)])
+def test_the_product_and_both_its_gradients_are_sums_over_all_rows(lead):
+    n_in, n_out = 3, 4
+    x, kernel, g = (RNG.normal(size=s).astype(np.float32) for s in ((*lead, n_in), (n_in, n_out), (*lead, n_out)))
+    y, back = jax.vjp(trained_product, jnp.asarray(x), jnp.asarray(kernel))
+    of_x, of_kernel = back(jnp.asarray(g))
+    expected_x, expected_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
+    for row in np.ndindex(*lead):
+        np.testing.assert_allclose(y[row], x[row].astype(float) @ kernel, atol=1e-5)
+        expected_x[row] = kernel.astype(float) @ g[row]
+        expected_kernel += np.outer(x[row].astype(float), g[row])
+    np.testing.assert_allclose(of_x, expected_x, atol=1e-5)
+    np.testing.assert_allclose(of_kernel, expected_kernel, atol=1e-5)
