@@ -20,7 +20,7 @@ what f32 matrix products reach in the same process as ours. Where torch is not i
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ MODEL = Architecture(
     tied=True,
 )
 ROWS, TOKENS, LABELS = 2, 251, 32  # a step, and a document of the mdp suite
-PLACES = np.round(np.linspace(8, TOKENS - 2, LABELS)).astype(int)  # what stands before an action
+PLACES = np.round(np.linspace(4, TOKENS - 2, LABELS)).astype(int)  # what stands before an action
 STRATA = (4, 12, 19, 27)  # decisions that stand for all of a document's
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
 WARM_UP, REPEATS = 1, 3
@@ -72,9 +72,8 @@ def documents() -> np.ndarray:
 def sequences(way: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The batches of the peer, one a step, ids and labels [rows, T] as transformers takes them: -100 where nothing is trained."""
     found = []
-    for end in [PLACES[i] for i in STRATA] if way == "one" else [TOKENS - 2]:
-        ids = documents()[:, : end + 2]
-        places = PLACES[PLACES == end] if way == "one" else PLACES
+    for places in PLACES[list(STRATA), None] if way == "one" else [PLACES]:
+        ids = documents()[:, : places[-1] + 2]
         labels = np.full_like(ids, -100)
         labels[:, places + 1] = ids[:, places + 1]
         found.append((ids, labels))
@@ -228,8 +227,8 @@ def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
         for text, one in ((work, mine), (f"{work}, without recomputation", kept)):
             add(text, tokens / one["step"], lambda r: tokens / r["step"], "tokens/CPU-s", MORE)
             add(f"{text}: peak memory", one["memory"], lambda r: r["memory"], "MiB", LESS)
-            share = useful / one["peak"] / one["step"]
-            add(f"{text}: of the matmul peak", share, lambda r, o=one: useful / o["peak"] / r["step"], "share", MORE)
+            at_peak = useful / one["peak"]  # seconds
+            add(f"{text}: of the matmul peak", at_peak / one["step"], lambda r, s=at_peak: s / r["step"], "share", MORE)
             table.append(row(f"{text}: compile", one["compile"], None, name, "CPU-s", NEITHER))
         add(f"{work}: loss of the first step", mine["loss"], lambda r: r["loss"], "nats", NEITHER)
     labels = ROWS * LABELS / ours["full", "all"]["step"]
@@ -237,7 +236,7 @@ def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
     work = f"full f32, a document's {LABELS} decisions in one sequence"
     table.append(row(work, labels, len(STRATA) / single["step"], "ours, one decision a sequence", "decisions/CPU-s", MORE))
     them = ROWS * len(STRATA) / theirs["step"] if theirs else None
-    name = f"{names['full']}, one decision a sequence"
+    name = f"{names['full']}, one decision a sequence" if theirs else MISSING
     table.append(row(work, labels, them, name, "decisions/CPU-s", MORE))
     return table
 

@@ -174,7 +174,7 @@ class _Reader:
                 first = user.operands[0] == value.name
                 if user.op == "bitcast":
                     total += of(user)
-                elif user.op in ("slice", "gather") and first:
+                elif user.op in ("dynamic-slice", "slice", "gather") and first:
                     total += user.shapes[0].bytes
                 elif user.op == "fusion":
                     inside = self._reads(attribute(user, "calls"))

@@ -19,8 +19,7 @@ from typing import Any
 import tyro
 
 from lindm.files import FAILED, LOST_PEER, PREEMPTED, USAGE, Stop
-from lindm.llm.launch import Workers, check_options, slice_of
-from lindm.llm.launch import RAY_TYPES as TYPES
+from lindm.llm.launch import RAY_TYPES, Workers, check_options, slice_of
 from lindm.llm.options import Sft
 
 Loop = Callable[[dict[str, Any]], None]
@@ -40,8 +39,8 @@ def train(config: dict[str, Any]) -> None:
 
 def meet() -> tuple[str, int, int]:
     """In a worker: the address of the first, how many there are, and which this is."""
-    import ray
-    from ray.train import collective, get_context
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray.train import collective, get_context  # pyright: ignore[reportMissingImports]
 
     rank, address = get_context().get_world_rank(), None
     if rank == 0:
@@ -60,9 +59,9 @@ def run(job: Workers, options: Sft, loop: Loop = train) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     try:
-        import ray
-        from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.v2.jax import JaxConfig, JaxTrainer
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.train import RunConfig, ScalingConfig, TrainingFailedError  # pyright: ignore[reportMissingImports]
+        from ray.train.v2.jax import JaxConfig, JaxTrainer  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise Stop(USAGE, f"Ray is not installed: pip install 'lindm[ray]' ({e})") from e
     options = absolute(options)
@@ -115,7 +114,7 @@ def scaling(job: Workers) -> dict[str, Any]:
         "num_workers": tpu.hosts,
         "use_tpu": True,
         "topology": tpu.shape,
-        "accelerator_type": TYPES[tpu.generation],
+        "accelerator_type": RAY_TYPES[tpu.generation],
         "resources_per_worker": {"CPU": job.cpus, "TPU": tpu.per_host},
     }
 

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lindm.cli import main
 from lindm.files import FAILED, LOST_PEER, PREEMPTED, USAGE, Stop
 from lindm.llm import launch, ray_job
 from lindm.llm.launch import Workers
@@ -130,7 +133,7 @@ def mark(test):
 @pytest.fixture(scope="module")
 def cluster():
     """Two CPUs, each a worker's; one device a worker."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
@@ -144,8 +147,8 @@ def cluster():
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_ray_counts_the_hosts_of_a_slice_as_we_do():
-    from ray.train import ScalingConfig
-    from ray.util.tpu import get_tpu_worker_resources
+    from ray.train import ScalingConfig  # pyright: ignore[reportMissingImports]
+    from ray.util.tpu import get_tpu_worker_resources  # pyright: ignore[reportMissingImports]
 
     for generation, shapes in launch.SHAPES.items():
         for shape in shapes:
@@ -213,6 +216,25 @@ def test_what_a_worker_says_ends_the_run_without_another_attempt(cluster, tmp_pa
             raise Stop(3, "rows.jsonl:4: not JSON")
         time.sleep(60)
 
-    with pytest.raises(Stop, match="rows.jsonl:4: not JSON") as caught:
+    with pytest.raises(Stop, match="not JSON") as caught:
         ray_job.run(Workers(workers=2, restarts=3), Sft(preset="tiny", data=tmp_path, out=tmp_path), loop)
     assert caught.value.code == 3 and sorted((tmp_path / "attempts").read_text()) == ["0", "1"]
+
+
+@mark
+def test_fine_tuning_on_two_workers_is_that_of_one_process(cluster, tmp_path):
+    data, here, there = tmp_path / "data", tmp_path / "here", tmp_path / "there"
+    assert main(["data", "make", "mdp", "--tasks", "12", "--demos", "2", "--horizon", "4", "--out", str(data)]) == 0
+    words = ["--preset", "tiny", "--data", str(data), "--steps", "4", "--eval-tasks", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-m", "lindm", "sft", *words, "--out", str(here)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ray_job.main(["--workers", "2", "--", *words, "--out", str(there)]) == 0
+
+    def losses(out: Path) -> list[float]:
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return [record["loss"] for record in map(json.loads, lines)]
+
+    assert len(losses(here)) > 4 and losses(there) == pytest.approx(losses(here), rel=1e-4)
+    assert {p.name for p in (here / "model").iterdir()} == {p.name for p in (there / "model").iterdir()}
