@@ -26,7 +26,7 @@ def test_help_answers_in_under_a_second():
         start = time.perf_counter()
         done = lindm("--help")
         seconds.append(time.perf_counter() - start)
-        known = "verify run plot doctor solve data model sft export plan launch bench".split()
+        known = ["verify", "run", "plot", "doctor", "solve", "data", "model", "sft", "export", "plan", "launch", "bench"]
         assert done.returncode == 0 and all(word in done.stdout for word in known)
     assert min(seconds) < 1
 
@@ -236,6 +236,8 @@ def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_pat
         time.sleep(0.05)
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 75 and error.startswith("lindm: error: stopped") and error.count("\n") == 1
+    *progress, last = error.splitlines()  # on a busy machine there is a line of progress every ten seconds
+    assert process.returncode == 75 and last.startswith("lindm: error: stopped")
+    assert all(line.startswith("tasks: ") for line in progress)
     assert not list((tmp_path / "data").glob(".*"))
     assert (tmp_path / "data" / "progress.jsonl").exists() and not (tmp_path / "data" / "manifest.json").exists()
