@@ -64,7 +64,7 @@ def devices_of_slurm(environment: dict[str, str]) -> list[int] | None:
 
 
 def _initialize(**arguments: Any) -> None:
-    # jax's own watch for SIGTERM takes the signal away from whoever noted it before, and nobody asks it
+    # jax's own watch for SIGTERM takes the signal away from whoever notes it, a launcher's threads too, and nobody asks it
     jax.config.update("jax_enable_preemption_service", False)
     try:
         with _mortal():

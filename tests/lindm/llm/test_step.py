@@ -175,6 +175,17 @@ def test_activations_in_bf16_leave_weights_and_gradients_in_f32_and_nearly_where
     assert {w.dtype for w in half.after.values()} == {np.dtype("float32")}
 
 
+def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary_and_what_is_no_label_is_never_right():
+    """All logits are the same, so the first token is the most likely one: in slots without a label too."""
+    model, batch = tiny.decoder(), tiny.batch(2, labels=(5, 4, 0, 0, 1, 0, 0, 0))
+    assert model.head is not None
+    model.head[...] = jnp.zeros_like(model.head[...])
+    batch.target[0, 0, :3] = 0
+    (found,) = tiny.train([batch], model=model).metrics
+    assert found["loss"] == pytest.approx(math.log(64), rel=1e-6) and found["labels"] == 10
+    assert found["accuracy"] == pytest.approx((batch.target == 0).sum() / 10)
+
+
 def test_a_batch_without_labels_changes_nothing_but_the_count_of_steps():
     found = tiny.train([tiny.batch(0, labels=(0,) * 8)])
     assert found.metrics[0] == {"loss": 0.0, "accuracy": 0.0, "labels": 0, "norm": 0.0, "finite": True, "stop": 0}
