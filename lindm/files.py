@@ -12,8 +12,9 @@ import math
 import os
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -185,11 +186,17 @@ def asked_to_stop() -> bool:
 
 def stop_on_signals() -> None:
     """SIGTERM and SIGINT end the run with exit 75. Every finished part is on disk already, so there is nothing left to save."""
-    signal.signal(signal.SIGTERM, _on_signal)
-    signal.signal(signal.SIGINT, _on_signal)
+    _handle_signals(_on_signal)
 
 
 def note_signals() -> None:
     """SIGTERM and SIGINT from now on only set what `asked_to_stop` returns: whoever holds unsaved work saves it and stops."""
-    signal.signal(signal.SIGTERM, _note_signal)
-    signal.signal(signal.SIGINT, _note_signal)
+    _handle_signals(_note_signal)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # elsewhere signals are not ours: whoever started the thread has them
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, handler)

@@ -64,7 +64,7 @@ class Sft:
     accumulate: int = 1
     """micro-batches of a step"""
     learning_rate: float | None = None
-    """peak [default: 2e-4 full, 1e-3 with adapters, 2e-3 with --preset tiny]"""
+    """peak [default: 2e-4, 1e-3 with adapters or a preset]"""
     warmup: float = 0.1
     """share of the steps"""
     weight_decay: float = 0.0

@@ -43,7 +43,7 @@ TINY = Architecture(  # 1.4 million weights
 )
 TINY_STEPS = 500
 RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3}
-TINY_RATE = 2e-3
+TINY_RATE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ vocabulary, at most `CHUNK` of them a row at a time, so that no array of batch x
 micro-batches is divided once, at the end: accumulation gives the gradient of the big batch whatever each part's share of the
 labels.
 
-A step whose loss or gradient is not finite changes nothing and says so; the caller stops before anything is written.
+A step says whether its loss, its gradient and the weights after it are finite. Where they are not its state is of no use, and the
+caller stops before anything of it is written: to keep the state before it as well would take its memory twice.
 """
 
 from collections.abc import Callable
@@ -101,7 +102,7 @@ class Metrics:
     accuracy: Array  # f32, share of the labels whose token is the most likely one
     labels: Array  # int32, how many
     norm: Array  # f32, of the gradient before clipping
-    finite: Array  # bool: the step was taken
+    finite: Array  # bool: loss, gradient and the weights after the step
     stop: Array  # int32: the largest of what the processes put into `stop`
 
 
@@ -201,7 +202,6 @@ def make_step(graphdef: Any, optimizer: optax.GradientTransformation, computing:
         after = State(params=params, opt=opt, step=state.step + 1)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         finite = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), params, finite)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         metrics = Metrics(loss=loss * share, accuracy=right * share, labels=labels, norm=norm, finite=finite, stop=stop.max())
         return after, metrics
 

@@ -9,7 +9,7 @@ import pytest
 
 from lindm import play as playing
 from lindm.oracles import tree
-from lindm.play import play, vote
+from lindm.play import Played, vote
 from lindm.problems.mdp import mdp
 from lindm.text import Step
 from lindm.types import POMDP
@@ -18,6 +18,13 @@ from lindm.types import POMDP
 def coin(*facts, of):
     """An arbitrary but fixed choice that depends on everything that is told."""
     return hashlib.sha256(repr(facts).encode()).digest()[0] % of
+
+
+def play(problems, policy, **how) -> list[Played]:
+    """Where every problem can be played."""
+    found = playing.play(problems, policy, **how)
+    assert all(one is not None for one in found)
+    return [one for one in found if one is not None]
 
 
 def told(steps):
@@ -104,7 +111,7 @@ def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_on
     exact = play([problem], arbitrary(2))[0].gap
     gaps = np.array([play([problem], arbitrary(2), episodes=40, seed=s, listed=1)[0].gap for s in range(60)])
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    assert play([brute.random(4, S=2, A=2, O=2, M=2, H=3).problem()], arbitrary(2), listed=3) == [None]
+    assert playing.play([brute.random(4, S=2, A=2, O=2, M=2, H=3).problem()], arbitrary(2), listed=3) == [None]
 
 
 def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):

@@ -16,7 +16,9 @@ torch_missing = any(importlib.util.find_spec(library) is None for library in ("t
 
 
 def labelled_texts(rows):
-    """What is trained: the token, and all that stands before it."""
+    """What is trained: the token, which must be the next one where there is one, and all that stands before it."""
+    rows = list(rows)
+    assert all(ids[t + 1] == target[t] for ids, target in rows for t in np.flatnonzero(target[:-1] >= 0))
     return sorted((*ids[: t + 1], int(target[t])) for ids, target in rows for t in np.flatnonzero(target >= 0))
 
 

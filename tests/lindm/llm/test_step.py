@@ -1,6 +1,5 @@
 """One step of training against plain numpy: the loss, its gradient, the optimizer, and what a step leaves alone."""
 
-import dataclasses
 import math
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 
 from lindm.llm import step, weights
 from lindm.llm.packing import Batch
-from lindm.llm.sharding import make_mesh, path_of
+from lindm.llm.sharding import make_mesh
 from lindm.llm.step import Computing, Optimisation
 
 from . import reference, tiny
@@ -284,40 +283,16 @@ def test_the_first_step_of_adapters_changes_b_alone():
         assert changed == name.endswith(".b"), name
 
 
-def unchanged(found: tiny.Trained) -> bool:
-    return all((a == b).all() for a, b in zip(*map(jax.tree.leaves, found.states), strict=True))
-
-
-def test_a_loss_that_is_not_finite_changes_nothing_and_is_told():
+def test_a_loss_that_is_not_finite_is_told():
     batch, model = tiny.batch(0), tiny.decoder()
     model.norm.weight[...] = model.norm.weight[...].at[3].set(jnp.inf)
     found = tiny.train([batch], model=model)
     assert not found.metrics[0]["finite"] and not math.isfinite(found.metrics[0]["loss"])
-    assert unchanged(found) and int(found.states[1].step) == 0
 
 
-def test_weights_that_would_not_be_finite_are_not_taken():
+def test_weights_that_are_not_finite_after_a_finite_gradient_are_told():
     found = tiny.train([tiny.batch(0)], learning_rate=3e38, warmup=0.0, weight_decay=3.0)
-    assert math.isfinite(found.metrics[0]["loss"]) and not found.metrics[0]["finite"] and unchanged(found)
-
-
-def test_a_step_after_one_that_was_refused_is_as_if_that_had_not_been():
-    """Not a trace in moments or count: NaN times zero would be NaN for ever."""
-    good = tiny.batch(1)
-    spare = next(i for i in range(64) if i not in good.ids)
-    bad = dataclasses.replace(good, ids=np.full_like(good.ids, spare))
-
-    def poisoned(grads, state, params=None):
-        flat = jax.tree_util.tree_flatten_with_path(grads)[0]
-        embedding = next(g for keys, g in flat if path_of(keys) == "embedding")
-        factor = jnp.where((embedding[spare] != 0).any(), jnp.nan, 1.0).astype(jnp.float32)
-        return jax.tree.map(lambda g: g * factor, grads), state
-
-    optimizer = optax.chain(optax.GradientTransformation(lambda _: optax.EmptyState(), poisoned), optax.adam(1e-2))
-    both = tiny.train([bad, good, good], optimizer=optimizer)
-    assert [m["finite"] for m in both.metrics] == [False, True, True] and int(both.states[1].step) == 2
-    alone = tiny.train([good, good], optimizer=optimizer)
-    assert all((a == b).all() for a, b in zip(*(jax.tree.leaves(x.states[1]) for x in (both, alone)), strict=True))
+    assert math.isfinite(found.metrics[0]["loss"]) and not found.metrics[0]["finite"]
 
 
 def test_any_process_can_ask_all_to_stop():
