@@ -65,6 +65,7 @@ def test_adapters_start_from_the_files_weights_as_full_training_does_whatever_is
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # between peft and transformers
 @pytest.mark.skipif(torch_missing, reason="torch is not installed")
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_peer_starts_from_the_same_loss(small, monkeypatch, plain):
