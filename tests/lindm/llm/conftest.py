@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -27,6 +28,13 @@ class Micro:
     mdp: Path
     hidden: Path  # a POMDP
     cloud: Path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """Programs of one module are of no use to the next; all of them together take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
