@@ -202,3 +202,19 @@ def test_there_must_be_adapters_to_save_and_room_for_them(tmp_path, llama):
     with pytest.raises(Stop, match="out is there already and is not touched") as e:
         adapters.save_adapter(adapted(llama), tmp_path / "out", "base")
     assert e.value.code == USAGE
+
+
+def test_nf4_is_the_nearest_level_of_its_block_by_a_table_of_its_own():
+    """Level by level in float64, from the packed bytes: even inputs in the low half of a byte."""
+    kernel = np.random.default_rng(3).normal(size=(2, 128, 6)).astype(np.float32)
+    packed = lora.Nf4(jnp.asarray(kernel))
+    q, scale = np.asarray(packed.q[...]), np.asarray(packed.scale[...], np.float64)
+    dense = np.asarray(packed.dense(jnp.float32))
+    levels = np.asarray(lora.NF4, np.float64)
+    for layer, i, o in np.ndindex(*kernel.shape):
+        byte = int(q[layer, i // 2, o])
+        largest = np.abs(kernel[layer, i // 64 * 64 : (i // 64 + 1) * 64, o]).max()
+        chosen = levels[byte >> 4 if i % 2 else byte & 15]
+        assert scale[layer, i // 64, o] == largest
+        assert abs(dense[layer, i, o] - chosen * largest) < 1e-6 * largest
+        assert abs(kernel[layer, i, o] / largest - chosen) <= np.abs(kernel[layer, i, o] / largest - levels).min() + 1e-6
