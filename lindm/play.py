@@ -152,25 +152,35 @@ def _draw(rng: np.random.Generator, law: np.ndarray) -> int:
     return int(np.searchsorted(cdf, rng.random() * cdf[-1], side="right"))
 
 
+World = _States | _Histories
+
+
+def world(problem: Problem, rewards: bool = False) -> World:
+    """A problem solved, ready to be played any number of times; `rewards`: whether the steps of an MDP tell them."""
+    with double_precision():
+        return _States(problem, rewards) if isinstance(problem, MDP) else _Histories(problem)
+
+
+def asked_at_once(world: World, episodes: int, listed: int = LISTED) -> int:
+    """At most so many histories of the world are asked about at one stage."""
+    return most if (most := world.most()) <= listed else episodes
+
+
 def play(
-    problems: Sequence[Problem], policy: Policy, *, rewards: bool = False, episodes: int = 8, seed: int = 0, listed: int = LISTED
+    worlds: Sequence[World], policy: Policy, *, episodes: int = 8, seed: int = 0, first: int = 0, listed: int = LISTED
 ) -> list[Played | None]:
-    """What the policy loses on each problem, all of one horizon; the tasks are asked together, stage by stage.
+    """What the policy loses on each world, all of one horizon; the tasks are asked together, stage by stage.
 
     Args:
-      rewards: whether the steps of an MDP tell the rewards.
-      episodes: sampled where a task has more than `listed` histories at its last stage; the same seed gives the same episodes.
+      episodes: sampled where a task has more than `listed` histories at its last stage; world i draws them from
+        (seed, first + i), so that some worlds at a time are played as all of them would be.
     Returns: None for an ambiguous problem that has more than `listed`.
     """
-    with double_precision():
-        worlds: list[_States | _Histories] = [
-            _States(problem, rewards) if isinstance(problem, MDP) else _Histories(problem) for problem in problems
-        ]
     if len({world.horizon for world in worlds}) != 1:
-        raise ValueError(f"problems must have one horizon; got {sorted({world.horizon for world in worlds})}")
+        raise ValueError(f"worlds must have one horizon; got {sorted({world.horizon for world in worlds})}")
     every = [world.most() <= listed for world in worlds]
     lists = [e or not (isinstance(w, _Histories) and w.ambiguous) for e, w in zip(every, worlds, strict=True)]
-    rngs = [None if e else np.random.default_rng([seed, i]) for i, e in enumerate(every)]
+    rngs = [None if e else np.random.default_rng([seed, first + i]) for i, e in enumerate(every)]
     level = [w.start(rng, episodes) if ok else [] for w, rng, ok in zip(worlds, rngs, lists, strict=True)]
     lost, agreed, reached = np.zeros(len(worlds)), np.zeros(len(worlds)), np.zeros(len(worlds))
     tables: list[list[np.ndarray]] = [[] for _ in worlds]

@@ -12,7 +12,7 @@ SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments
 # the floors of lindm, from the ground up; modules of one floor do not see each other
 FLOORS = (
     ("lindm.files",),
-    ("lindm.types", "lindm.draws", "lindm.text", "lindm.timing", "lindm.provenance"),
+    ("lindm.types", "lindm.draws", "lindm.text", "lindm.timing", "lindm.provenance", "lindm.progress"),
     ("lindm.problems",),
     ("lindm.oracles",),
     ("lindm.rollouts", "lindm.suites", "lindm.sources"),

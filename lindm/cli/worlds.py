@@ -5,12 +5,14 @@ import json as json_module
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from lindm.progress import told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ def run_make(command: Make) -> int:
             raise ValueError("horizon must be given for a problem that is not a suite")
         with _warnings_as_lines():
             source = sources.named(command.source, command.horizon, command.discount, command.alpha)
-    with _progress("tasks") as progress:
+    with told("tasks") as progress:
         made = datasets.make(command.out, source, recipe, progress=progress)
     for name in made.damaged:
         print(f"lindm: warning: {name} was not as it had been written and was made again", file=sys.stderr)
@@ -179,7 +181,7 @@ def run_export(command: Export) -> int:
     shipped = {"compact": text.COMPACT, "readable": text.READABLE}
     name = command.template
     template = None if name is None else shipped.get(name) or text.load_template(name)
-    with _progress("tasks") as progress:
+    with told("tasks") as progress:
         written = datasets.export(
             command.directory,
             command.to,
@@ -192,45 +194,3 @@ def run_export(command: Export) -> int:
     for path in written:
         print(path)
     return 0
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total): a bar with rate and time left on a terminal, a line every ten seconds elsewhere, on stderr.
-
-    The rate is that since the first call: what was there before, and compilation, are not counted. The callback stops the run if
-    a signal asked for it and the handler's exception was lost.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from lindm.files import PREEMPTED, Stop, asked_to_stop
-
-    def checked(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        def callback(done: int, total: int) -> None:
-            if asked_to_stop():
-                raise Stop(PREEMPTED, "stopped; the same command resumes")
-            tell(done, total)
-
-        return callback
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield checked(lambda done, total: bar.update(task, completed=done, total=total))
-        return
-    said = time.monotonic()
-    first: list[tuple[int, float]] = []
-
-    def tell(done: int, total: int) -> None:
-        nonlocal said
-        if not first:
-            first.append((done, time.monotonic()))
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            rate = (done - first[0][0]) / max(said - first[0][1], 1e-9)
-            print(f"{what}: {done} of {total}, {rate:.3g} a second", file=sys.stderr)
-
-    yield checked(tell)

@@ -20,18 +20,19 @@ what f32 matrix products reach in the same process as ours. Where torch is not i
 import importlib.metadata
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lindm.llm import packing, sharding, weights
 from lindm.llm.architecture import Architecture, Rope
 from lindm.llm.decoder import Decoder
+from lindm.llm.hardware import measured_peak
 from lindm.llm.lora import TARGETS, add_lora
 from lindm.llm.measuring import flops_of_step
 from lindm.llm.step import Computing, Optimisation, initial, jitted, make_step, shardings
@@ -124,14 +125,6 @@ def run_ours(method: str, way: str, directory: Path) -> dict[str, Any]:
     return {"compile": compiling, "step": cpu_seconds(once, REPEATS), "loss": losses[0]}
 
 
-def peak(n: int = 1536, repeats: int = 8) -> float:
-    """f32 operations a CPU-second of n x n matrix products, the best of some."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), jnp.float32)
-    product = jax.jit(lambda a, b: a @ b)
-    product(x, x).block_until_ready()
-    return 2 * n**3 / cpu_seconds(lambda: product(x, x), repeats)
-
-
 # --- the peer -------------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +195,7 @@ def measure(side: str, method: str, way: str, directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     run = run_ours if side == "ours" else run_torch
     memory = peak_growth(lambda: found.update(run(method, way, Path(directory))))
-    return found | {"memory": memory, "peak": peak()}
+    return found | {"memory": memory, "peak": measured_peak(seconds=1.0, clock=time.process_time)}
 
 
 Sides = dict[tuple[str, str], dict[str, Any]]

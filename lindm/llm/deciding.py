@@ -32,7 +32,6 @@ class Reader:
         self.graphdef, self.weights = nnx.split(model)
         self.tokenizer, self.template, self.dtype = tokenizer, template, dtype
         self.actions = action_tokens(tokenizer, template, A)
-        self.depth, self.limit = model.architecture.depth, model.architecture.length
 
     def policy(self, demonstrations: Sequence[Sequence[Sequence[Step]]], horizon: int) -> Policy:
         """The model's answers on tasks with these demonstrations (tasks, episodes, steps), all of them asked together."""

@@ -201,8 +201,7 @@ class Decoder(nnx.Module):
           ids: [B, T]; rows of different lengths end in any tokens, which the next call overwrites.
           start: [B] tokens that the cache holds of each row, at most C - T.
           shared: what rows have in front of that: the caches of N prefixes [depth, N, P, ...] and their lengths [N]; the first
-          B/N
-            rows continue the first prefix, and so on. They are read, not copied.
+            B/N rows continue the first prefix, and so on. They are read, not copied.
         """
         slots = jnp.arange(cache.k.shape[2])
         own = start[:, None] + jnp.arange(ids.shape[1])[None]  # [B, T]

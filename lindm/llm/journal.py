@@ -17,15 +17,16 @@ METRICS = "metrics.jsonl"
 class Journal:
     """The records of one run; only the first process of a run has one that writes.
 
-    A record is {"step", "kind": "train" | "eval", ...}. A run that resumes at step k cuts off what was written after it, so the
-    records of an interrupted run are those of one that was not.
+    A record is {"step", "kind": "train" | "eval", ...}. A run that resumes after `step`, evaluated last after `looked`, cuts off
+    what was written later, so the records of an interrupted run are those of one that was not.
     """
 
-    def __init__(self, directory: Path, step: int, tensorboard: bool, writes: bool):
+    def __init__(self, directory: Path, step: int, looked: int, tensorboard: bool, writes: bool):
         self.path, self.writes, self.board = directory / METRICS, writes, None
         if not writes:
             return
-        kept = [record for record in read(directory) if record["step"] <= step]
+        until = {"train": step, "eval": looked}
+        kept = [record for record in read(directory) if record["step"] <= until[record["kind"]]]
         files.write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         if tensorboard:
             try:

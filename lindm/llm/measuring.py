@@ -1,5 +1,6 @@
 """What is measured during training: the held-out loss, and what the model's decisions lose on held-out tasks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,20 +8,30 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from lindm import files
 from lindm.datasets import problem_of
 from lindm.llm import packing, sharding
 from lindm.llm.architecture import Architecture
 from lindm.llm.deciding import Reader
 from lindm.llm.preparing import Prepared
 from lindm.llm.step import sums
-from lindm.play import Played, double_precision, play, vote
+from lindm.play import Asked, Played, Policy, asked_at_once, double_precision, play, vote, world
 
 EPISODES = 8  # sampled of a task whose histories are too many
-HISTORIES = 512  # asked about at once, over all tasks of a call
+LISTED = 512  # histories of a stage of a task that are not too many
+AT_ONCE = 256  # histories that are asked about in one call, unless a single task has more: their caches take memory
+
+
+class Interrupted(Exception):
+    """An evaluation was left because this run was asked to stop."""
 
 
 class Evaluator:
-    """Evaluations of one run: always on the same rows, tasks and episodes."""
+    """Evaluations of one run: always on the same rows, tasks and episodes.
+
+    One that lasts must not keep a process that is asked to stop from saving, so it is left; among several processes it goes on
+    to its end, since all of them must do the same.
+    """
 
     def __init__(self, prepared: Prepared, graphdef: Any):
         self.prepared, self.graphdef = prepared, graphdef
@@ -30,13 +41,17 @@ class Evaluator:
         self.baseline: dict[str, float] | None = None
         if prepared.decisions is not None:
             with double_precision():
-                self.problems = [problem_of(task) for task in prepared.decisions.tasks]
+                problems = [problem_of(task) for task in prepared.decisions.tasks]
+            self.worlds = [world(problem, prepared.decisions.rewards) for problem in problems]
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         """loss and accuracy of the held-out labels; gap, its interval, and what belongs to it, if decisions are measured."""
         found: dict[str, Any] = {}
         if self.batches:
-            totals = [jax.device_get(self.sums(params, frozen, batch)) for batch in self.batches]
+            totals = []
+            for batch in self.batches:
+                _go_on()
+                totals.append(jax.device_get(self.sums(params, frozen, batch)))
             labels = sum(int((e.target >= 0).sum()) for row in self.prepared.held for e in row)
             found["loss"] = float(sum(float(loss) for loss, _ in totals) / labels)
             found["accuracy"] = float(sum(float(right) for _, right in totals) / labels)
@@ -58,7 +73,17 @@ class Evaluator:
         assert p.decisions is not None
         A = p.decisions.tasks[0]["n_actions"]
         reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.template, A, p.computing.dtype)
-        played = self._played(lambda demos: reader.policy(demos, p.decisions.tasks[0]["horizon"]))
+
+        def policy(demonstrations: Any) -> Policy:
+            answer = reader.policy(demonstrations, p.decisions.tasks[0]["horizon"])
+
+            def unless_asked(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
+                _go_on()
+                return answer(stage, level)
+
+            return unless_asked
+
+        played = self._played(policy)
         if not played:
             return {}
         if self.baseline is None:
@@ -69,13 +94,13 @@ class Evaluator:
         """What a policy loses on each task, a few tasks at a time; ambiguous tasks with too many histories are left out."""
         d, seed = self.prepared.decisions, self.prepared.options.seed
         assert d is not None
-        at_once = max(1, HISTORIES // EPISODES)
+        most = max(asked_at_once(one, EPISODES, LISTED) for one in self.worlds)
+        together = max(1, AT_ONCE // most)
         found: list[Played] = []
-        for at in range(0, len(self.problems), at_once):
-            some = slice(at, at + at_once)
-            with_them = policy(d.demonstrations[some])
-            played = play(self.problems[some], with_them, rewards=d.rewards, episodes=EPISODES, seed=seed + at, listed=HISTORIES)
-            found += [one for one in played if one is not None]
+        for at in range(0, len(self.worlds), together):
+            some = slice(at, at + together)
+            how = {"episodes": EPISODES, "seed": seed, "first": at, "listed": LISTED}
+            found += [one for one in play(self.worlds[some], policy(d.demonstrations[some]), **how) if one is not None]
         return found
 
     def tell(self, values: dict[str, Any]) -> str:
@@ -89,6 +114,11 @@ class Evaluator:
             )
             parts.append(f"majority of the demonstrations {values['vote_gap']:.2%}")
         return "; ".join(parts)
+
+
+def _go_on() -> None:
+    if files.asked_to_stop() and jax.process_count() == 1:
+        raise Interrupted
 
 
 def quality(played: list[Played]) -> dict[str, Any]:

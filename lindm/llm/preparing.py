@@ -4,6 +4,7 @@ The tokenizer, the examples and their rows, the shape of a batch, the mesh and t
 alone; so they are the same in every process and in every resumed run.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm import datasets, files
+from lindm import datasets, files, progress
 from lindm.files import DATA, Stop
 from lindm.llm import packing, records, sharding, weights
 from lindm.llm.architecture import Architecture, read_architecture
@@ -161,7 +162,8 @@ def _examples(options: Sft, data: Path, tokenizer: Tokenizer, how: datasets.Tell
     """Of a file, whatever options it has no use for are refused there."""
     rewards = options.rewards != "hidden" if how is None else _rewards(options, datasets.read_manifest(data))
     told = {"template": options.template, "rewards": rewards, "names": options.names, "supervise": options.supervise}
-    return records.examples(data, tokenizer, **told, length=length)
+    with progress.told("reading") if jax.process_index() == 0 else contextlib.nullcontext() as tell:
+        return records.examples(data, tokenizer, **told, length=length, progress=tell)
 
 
 def _own_vocabulary(options: Sft, how: datasets.Telling | None) -> Tokenizer:

@@ -8,7 +8,8 @@
     OUT/curves.png, .pdf, manifest.json
 
 A run that is killed at any moment goes on from its last checkpoint and ends with the same bits; one that is asked to stop saves
-first and ends with exit code 75. Every process asks for the stop flag of all in the same step, so all save the same one.
+first and ends with exit code 75, leaving an evaluation to the run that resumes. Every process asks for the stop flag of all in
+the same step, so all save the same one.
 """
 
 import contextlib
@@ -28,19 +29,32 @@ from jax.sharding import NamedSharding
 from lindm import files, provenance
 from lindm.files import MEMORY, NON_FINITE, PREEMPTED, USAGE, Stop
 from lindm.llm import adapters, checkpoints, distributed, hardware, journal, packing, sharding, weights
-from lindm.llm.measuring import Evaluator, flops_of_step
+from lindm.llm.measuring import Evaluator, Interrupted, flops_of_step
 from lindm.llm.options import Sft, differences
 from lindm.llm.preparing import Prepared, build, prepare
 from lindm.llm.step import State, initial, jitted, make_step, shardings
 from lindm.llm.tokens import audit
 
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
-OURS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, "metrics.jsonl", "manifest.json", "curves.png", "curves.pdf", "events")
+OURS = (
+    CONFIG,
+    CHECKPOINTS,
+    BEST,
+    MODEL,
+    ADAPTER,
+    "metrics.jsonl",
+    "manifest.json",
+    "curves.png",
+    "curves.pdf",
+    "events",
+    "tokenizer",
+)
 
 
 class Host(NamedTuple):
     """What the host remembers between steps, beside the state."""
 
+    looked: int = -1  # the step after which it was evaluated last
     best: float | None = None  # held-out loss
     best_step: int = 0
     worse: int = 0  # evaluations since
@@ -103,7 +117,7 @@ def _train(prepared: Prepared, first: bool) -> int:
     template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies[0])
     step = jitted(make_step(graphdef, optimizer, prepared.computing, mesh), lies)
     feed = _Feed(prepared, lies[2], lies[3])
-    compiled = _compiled(step, template, frozen, feed, first)
+    compiled = _compiled(step, template, frozen, feed)
     files.note_signals()  # from here on there is work to save
     found = checkpoints.restore(out / CHECKPOINTS, template)
     if found is None:
@@ -114,7 +128,7 @@ def _train(prepared: Prepared, first: bool) -> int:
     gc.collect()
     flops = flops_of_step(prepared.architecture, prepared.options.method, feed.rows, prepared.T, prepared.L)
     progress = journal.Progress(total, done, flops, hardware.peak_of(jax.devices()), quiet=not first)
-    book = journal.Journal(out, done, options.tensorboard, writes=first)
+    book = journal.Journal(out, done, host.looked, options.tensorboard, writes=first)
     evaluate = Evaluator(prepared, graphdef)
     if found is not None:
         for line in (*(f"damaged and left out: {reason}" for reason in found.skipped), f"resumed at step {done} of {total}"):
@@ -147,47 +161,52 @@ class _Run:
         self.save_every = self.options.save_every or self.eval_every
 
     def go(self, state: State, frozen: nnx.State, host: Host, done: int) -> tuple[State, Host, int]:
-        out, options = self.options.out, self.options
-        saved = done
-        if done == 0:
-            host = self._look(state, frozen, host, 0)
-        while done < self.total and not self._patient_no_more(host):
-            begun = time.perf_counter()
-            batch, stop, digest = self.feed(done)
-            state, metrics = self.compiled(state, frozen, batch, stop)
-            metrics = distributed.together(lambda m=metrics: jax.device_get(m))
-            done += 1
-            if not metrics.finite:
-                where = ", ".join(self.feed.sources(done - 1)[:4])
-                what = f"loss {float(metrics.loss):.4g}, gradient norm {float(metrics.norm):.4g}"
-                kept = f"nothing of it was kept, and step {saved} is saved" if saved else "nothing of it was kept"
-                raise Stop(NON_FINITE, f"step {done} is not finite ({what}); its batch begins with {where}; {kept}")
-            labels, loss = int(metrics.labels), float(metrics.loss)
-            self.progress.step(time.perf_counter() - begun, self.feed.tokens(done - 1), labels, loss)
-            self.book.write(
-                *("train", done),
-                loss=loss,
-                accuracy=float(metrics.accuracy),
-                norm=float(metrics.norm),
-                labels=labels,
-                batch=digest,
-            )
-            asked = bool(metrics.stop) and done < self.total
-            if done % self.eval_every == 0 or done == self.total:
-                host = self._look(state, frozen, host, done)
-            if done % self.save_every == 0 or done == self.total or asked or self._patient_no_more(host):
-                checkpoints.save(out / CHECKPOINTS, done, state, host._asdict(), options.keep)
+        saved, asked = done, False
+        while True:
+            if not asked:
+                try:
+                    host = self._look(state, frozen, host, done)
+                except Interrupted:
+                    asked = True
+            last = done == self.total or self._patient_no_more(host)
+            if done > saved and (last or asked or done % self.save_every == 0):
+                checkpoints.save(self.options.out / CHECKPOINTS, done, state, host._asdict(), self.options.keep)
                 saved = done
             if asked:
-                raise Stop(PREEMPTED, f"asked to stop: saved step {saved} of {self.total}; the same command resumes")
-        return state, host, done
+                kept = f"saved step {saved} of {self.total}" if saved else "nothing was trained yet"
+                raise Stop(PREEMPTED, f"asked to stop: {kept}; the same command resumes")
+            if last:
+                return state, host, done
+            state, asked = self._step(state, frozen, done, saved)
+            done += 1
+            asked = asked and done < self.total
+
+    def _step(self, state: State, frozen: nnx.State, done: int, saved: int) -> tuple[State, bool]:
+        """One step, told and written down; and whether any process was asked to stop."""
+        begun = time.perf_counter()
+        batch, stop, digest = self.feed(done)
+        state, metrics = self.compiled(state, frozen, batch, stop)
+        metrics = distributed.together(lambda: jax.device_get(metrics))
+        loss, norm, labels = float(metrics.loss), float(metrics.norm), int(metrics.labels)
+        if not metrics.finite:
+            where = ", ".join(self.feed.sources(done)[:4])
+            kept = f"nothing of it was kept, and step {saved} is saved" if saved else "nothing of it was kept"
+            what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
+            raise Stop(NON_FINITE, f"step {done + 1} is not finite ({what}); its batch begins with {where}; {kept}")
+        self.progress.step(time.perf_counter() - begun, self.feed.tokens(done), labels, loss)
+        values = {"loss": loss, "accuracy": float(metrics.accuracy), "norm": norm, "labels": labels, "batch": digest}
+        self.book.write("train", done + 1, **values)
+        return state, bool(metrics.stop)
 
     def _patient_no_more(self, host: Host) -> bool:
         return self.options.patience is not None and host.worse >= self.options.patience
 
     def _look(self, state: State, frozen: nnx.State, host: Host, done: int) -> Host:
-        """Evaluate, tell, and remember whether it was better."""
+        """Where it is time, evaluate, tell, and remember whether it was better."""
+        if host.looked == done or (done % self.eval_every and done < self.total):
+            return host
         values = self.evaluate(state.params, frozen)
+        host = host._replace(looked=done)
         if not values:
             return host
         if (where := files.non_finite(values)) is not None:
@@ -199,7 +218,7 @@ class _Run:
         if host.best is not None and loss >= host.best:
             return host._replace(worse=host.worse + 1)
         checkpoints.save(self.options.out / BEST, done, state, {}, keep=1)
-        return Host(best=loss, best_step=done, worse=0)
+        return Host(looked=done, best=loss, best_step=done, worse=0)
 
 
 class _Feed:
@@ -237,7 +256,7 @@ def _placed(state: nnx.State, lies: nnx.State) -> nnx.State:
     return jax.tree.map(one, state, lies)
 
 
-def _compiled(step: Any, template: State, frozen: nnx.State, feed: _Feed, first: bool) -> Any:
+def _compiled(step: Any, template: State, frozen: nnx.State, feed: _Feed) -> Any:
     """The step as a program, after a look at whether it fits."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, *feed(0)[:2]))
     try:

@@ -116,10 +116,6 @@ class Computing:
     """keep one activation a layer and compute the rest again in the backward pass"""
 
 
-Split = tuple[Any, nnx.State, nnx.State]
-"""graphdef, trained weights, frozen weights: `nnx.split(model, nnx.Param, ...)`."""
-
-
 def sums(model: Decoder, batch: Batch, computing: Computing, mesh: Mesh | None = None) -> tuple[Array, Array]:
     """-log p summed over the labelled positions of a batch [R, T], and how many of them have the most likely token; f32 both."""
 

@@ -20,9 +20,9 @@ def coin(*facts, of):
     return hashlib.sha256(repr(facts).encode()).digest()[0] % of
 
 
-def play(problems, policy, **how) -> list[Played]:
+def play(problems, policy, rewards=False, **how) -> list[Played]:
     """Where every problem can be played."""
-    found = playing.play(problems, policy, **how)
+    found = playing.play([playing.world(problem, rewards) for problem in problems], policy, **how)
     assert all(one is not None for one in found)
     return [one for one in found if one is not None]
 
@@ -111,7 +111,9 @@ def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_on
     exact = play([problem], arbitrary(2))[0].gap
     gaps = np.array([play([problem], arbitrary(2), episodes=40, seed=s, listed=1)[0].gap for s in range(60)])
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    assert playing.play([brute.random(4, S=2, A=2, O=2, M=2, H=3).problem()], arbitrary(2), listed=3) == [None]
+    ambiguous = playing.world(brute.random(4, S=2, A=2, O=2, M=2, H=3).problem())
+    assert playing.play([ambiguous], arbitrary(2), listed=3) == [None]
+    assert playing.asked_at_once(ambiguous, 5, listed=3) == 5 and playing.asked_at_once(ambiguous, 5, listed=16) == 16
 
 
 def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):
@@ -171,5 +173,5 @@ def test_the_vote_does_what_the_demonstrations_did_most():
 
 
 def test_problems_of_two_horizons_are_refused():
-    with pytest.raises(ValueError, match=r"problems must have one horizon; got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"worlds must have one horizon; got \[2, 3\]"):
         play([random_mdp(0, H=2)[0], random_mdp(0, H=3)[0]], arbitrary(2))

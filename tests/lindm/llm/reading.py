@@ -6,20 +6,22 @@ from flax import nnx
 
 from lindm import datasets
 from lindm.llm.tokens import action_tokens, encode, prefix
+from lindm.play import world
 from lindm.text import Document, render
 
 LENGTH = 192
 
 
 def told(directory, n):
-    """Problems, demonstrations and the way in which the first n tasks of a dataset are told."""
-    how = datasets.telling(directory, datasets.read_manifest(directory), None, "mdp" in directory.name, False)
-    problems, demonstrations = [], []
+    """Worlds, demonstrations and the way in which the first n tasks of a dataset are told."""
+    rewards = "mdp" in directory.name
+    how = datasets.telling(directory, datasets.read_manifest(directory), None, rewards, False)
+    worlds, demonstrations = [], []
     for task, episodes in list(datasets.load(directory))[:n]:
         demos = [row for row in episodes if row["role"] == "demo"]
-        problems.append(datasets.problem_of(task))
+        worlds.append(world(datasets.problem_of(task), rewards))
         demonstrations.append(datasets.document(demos, episodes[-1], how.shown).demonstrations)
-    return problems, demonstrations, how.template
+    return worlds, demonstrations, how.template
 
 
 @nnx.jit

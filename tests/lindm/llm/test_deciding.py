@@ -30,25 +30,25 @@ def recorded(reader, demos, horizon):
     return answer, scores
 
 
-def agree(model, tokenizer, problems, demos, template, rewards):
+def agree(model, tokenizer, worlds, demos, template):
     """Both ways of asking give the same scores at the same histories, and so the same answers."""
     whole, wanted = read_whole(logits_of(model), tokenizer, template, 2)
     policy, found = recorded(Reader(model, tokenizer, template, 2), demos, 3)
-    assert play(problems, policy, rewards=rewards) == play(problems, whole(demos), rewards=rewards)
+    assert play(worlds, policy) == play(worlds, whole(demos))
     assert len(found) == len(wanted) > 3 and np.ptp([a - b for a, b in wanted]) > 0.01, "histories must matter"
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind, n", [("mdp", 2), ("hidden", 3), ("cloud", 2)])
 def test_answers_are_those_of_reading_every_text_from_its_beginning(micro, kind, n):
-    problems, demos, template = told(getattr(micro, kind), n)
-    agree(weights.load(micro.model), load_tokenizer(micro.model), problems, demos, template, kind == "mdp")
+    worlds, demos, template = told(getattr(micro, kind), n)
+    agree(weights.load(micro.model), load_tokenizer(micro.model), worlds, demos, template)
 
 
 def test_actions_of_several_tokens_are_scored_to_their_end(micro):
-    problems, demos, template = told(micro.mdp, 1)
+    worlds, demos, template = told(micro.mdp, 1)
     model, tokenizer = weights.load(micro.model), load_tokenizer(micro.model)
     long = dataclasses.replace(template, name="long", actions=(" Axy", " Axzw"))
     tokens = action_tokens(tokenizer, long, 2)
     assert min(map(len, tokens)) > 1 and len({len(t) for t in tokens}) == 2 and tokens[0][0] == tokens[1][0]
-    agree(model, tokenizer, problems, demos, long, True)
+    agree(model, tokenizer, worlds, demos, long)

@@ -12,7 +12,7 @@ def lines(directory):
 
 
 def test_what_was_written_after_the_step_that_a_run_resumes_from_is_cut_off(tmp_path):
-    book = journal.Journal(tmp_path, 0, tensorboard=False, writes=True)
+    book = journal.Journal(tmp_path, 0, -1, tensorboard=False, writes=True)
     for step in range(1, 6):
         book.write("train", step, loss=1 / step)
         if step == 2:
@@ -20,21 +20,24 @@ def test_what_was_written_after_the_step_that_a_run_resumes_from_is_cut_off(tmp_
     whole = lines(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 6, "ki')  # torn by a kill
-    book = journal.Journal(tmp_path, 2, tensorboard=False, writes=True)
+    journal.Journal(tmp_path, 2, 2, tensorboard=False, writes=True)
     assert lines(tmp_path) == whole[:3]
+    book = journal.Journal(tmp_path, 2, 0, tensorboard=False, writes=True)  # saved before it was evaluated
+    assert lines(tmp_path) == whole[:2]
+    book.write("eval", 2, loss=0.5)
     for step in range(3, 6):
         book.write("train", step, loss=1 / step)
     assert lines(tmp_path) == whole
 
 
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
-    journal.Journal(tmp_path, 0, tensorboard=True, writes=False).write("train", 1, loss=1.0)
+    journal.Journal(tmp_path, 0, -1, tensorboard=True, writes=False).write("train", 1, loss=1.0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboardX")
-    book = journal.Journal(tmp_path, 0, tensorboard=True, writes=True)
+    book = journal.Journal(tmp_path, 0, -1, tensorboard=True, writes=True)
     book.write("train", 1, loss=0.25, batch="abc")
     book.close()
     (events,) = (tmp_path / "events").iterdir()

@@ -12,7 +12,7 @@ from lindm.llm import preparing, sft, weights
 from lindm.llm.deciding import Reader
 from lindm.llm.options import Sft
 from lindm.llm.tokens import load_tokenizer
-from lindm.play import play
+from lindm.play import play, world
 from tests.lindm.llm.reading import read_whole, told
 
 torch = pytest.importorskip("torch", reason="needs torch: make parity")
@@ -38,13 +38,13 @@ def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
     )
     assert sft.run(options) == 0
     directory = tmp_path / "out" / "model"
-    problems, demos, template = told(micro.mdp, 3)
+    worlds, demos, template = told(micro.mdp, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     whole, scores = read_whole(torch_logits(directory), tokenizer, template, 2)
-    wanted = play(problems, whole(demos), rewards=True)
+    wanted = play(worlds, whole(demos))
     assert len({int(np.argmax(s)) for s in scores}) == 2
     model = weights.load(directory)
-    assert play(problems, Reader(model, load_tokenizer(directory), template, 2).policy(demos, 3), rewards=True) == wanted
+    assert play(worlds, Reader(model, load_tokenizer(directory), template, 2).policy(demos, 3)) == wanted
 
 
 @pytest.mark.skipif("LINDM_RUN" not in os.environ, reason="LINDM_RUN names no run of `lindm sft`")
@@ -56,10 +56,10 @@ def test_a_given_run_decides_alike_in_torch():
     decisions = preparing.prepare(dataclasses.replace(options, batch=8)).decisions
     assert decisions is not None
     tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
-    problems = [preparing.datasets.problem_of(task) for task in tasks]
+    worlds = [world(preparing.datasets.problem_of(task), decisions.rewards) for task in tasks]
     A = tasks[0]["n_actions"]
     whole, scores = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
-    wanted = play(problems, whole(demos), rewards=decisions.rewards, episodes=2, listed=64)
+    wanted = play(worlds, whole(demos), episodes=2, listed=64)
     assert len(scores) > 30
     reader = Reader(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
-    assert play(problems, reader.policy(demos, tasks[0]["horizon"]), rewards=decisions.rewards, episodes=2, listed=64) == wanted
+    assert play(worlds, reader.policy(demos, tasks[0]["horizon"]), episodes=2, listed=64) == wanted

@@ -116,6 +116,43 @@ def test_patience_stops_early_and_keeps_the_best_model(micro, tmp_path):
     assert not (tmp_path / "out" / "best").exists()
 
 
+INTERRUPTED = {"steps": 4, "eval_every": 2, "save_every": 3}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(micro, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    assert sft.run(options(micro, out, **INTERRUPTED)) == 0
+    return journal.read(out)
+
+
+@pytest.mark.parametrize("where, step", [("decisions", 0), ("loss", 2), ("decisions", 4)])
+def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_resumes(
+    micro, uninterrupted, tmp_path, monkeypatch, where, step
+):
+    asked = {"evaluations": 0}
+    name = "_decide" if where == "decisions" else "__call__"
+    work = getattr(sft.Evaluator, name)
+
+    def interrupted(self, params, frozen):
+        if asked["evaluations"] == step // 2:
+            files._asked_to_stop = True
+        asked["evaluations"] += 1
+        return work(self, params, frozen)
+
+    monkeypatch.setattr(files, "_asked_to_stop", False)
+    monkeypatch.setattr(sft.Evaluator, name, interrupted)
+    with pytest.raises(Stop) as stop:
+        sft.run(options(micro, tmp_path / "out", **INTERRUPTED))
+    assert stop.value.code == 75 and checkpoints.steps(tmp_path / "out" / "checkpoints")[-1:] == ([step] if step else [])
+    assert not any(r["kind"] == "eval" and r["step"] == step for r in journal.read(tmp_path / "out"))
+    monkeypatch.undo()
+    assert sft.run(options(micro, tmp_path / "out", **INTERRUPTED)) == 0
+    assert journal.read(tmp_path / "out") == uninterrupted
+    assert sft.run(options(micro, tmp_path / "out", **INTERRUPTED)) == 0, "and once more, finished"
+    assert journal.read(tmp_path / "out") == uninterrupted
+
+
 @pytest.mark.parametrize("kind", ["hidden", "cloud"])
 def test_rewards_are_not_told_where_they_could_tell_of_the_state(micro, tmp_path, kind):
     prepared = prepare(options(micro, tmp_path, data=getattr(micro, kind)))
