@@ -45,8 +45,9 @@ class Plan:
     lora_rank: int = 16
     base: str | None = None
     """of lora and qlora, what the base weights are held in: f32, bf16, int8 or nf4 [default: f32, and nf4 with qlora]"""
-    no_remat: bool = False
-    """keep all activations: faster, much more memory"""
+    remat: str = "selective"
+    """activations computed again in the backward pass: full (all, least memory), selective (all but the perceptron's wide
+    products) or none"""
     mesh: str | None = None
     """axes data, fsdp and tensor, such as fsdp=8,tensor=2 [default: up to six that make sense are compared]"""
     json: bool = False
@@ -78,7 +79,7 @@ def run_plan(command: Plan) -> int:
         lora_rank=command.lora_rank,
         base=command.base or ("nf4" if command.method == "qlora" else "f32"),
         dtype="f32" if devices[0].platform == "cpu" else "bf16",
-        remat=not command.no_remat,
+        remat=command.remat,
     )
     limits = plan.limits_of(devices)
     meshes = [sizes] if sizes else plan.sensible(job, devices)
@@ -110,7 +111,7 @@ def _step(job: "Job") -> dict[str, Any]:
 
 def _introduced(job: "Job", topology: str, devices: int, limits: "Limits") -> list[str]:
     how = "all weights" if job.method == "full" else f"adapters of rank {job.lora_rank} over {job.base} weights"
-    kept = "" if job.remat else ", all activations kept"
+    kept = f", remat {job.remat}"
     parts = f"{job.accumulate} x " if job.accumulate > 1 else ""
     can = [f"{limits.flops / 1e12:.3g} TFLOP/s"]
     can += [f"{limits.memory / GIB:.1f} GiB"] if limits.memory else []

@@ -6,7 +6,8 @@ r"""The decoder of the Llama family: Llama 3, SmolLM2, Mistral, Qwen2, Qwen3, in
     logits = head norm(x)
 
 The blocks are one `Block` whose every weight has an axis of layers in front, [depth, in, out], and one `lax.scan` over it: it
-compiles in a time that does not grow with the depth and, with `remat`, keeps one activation a layer. `unroll` takes the scan
+compiles in a time that does not grow with the depth. `remat` says what the backward pass computes again: "full" all but one
+activation a layer, "selective" spares the two wide products of the perceptron, "none" keeps everything. `unroll` takes the scan
 apart again, which is faster where one token is decoded at a time. Weights are multiplied as x @ W, so a kernel is [in, out], the
 transpose of what torch holds.
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lindm.llm.architecture import Architecture, scaled_frequencies
@@ -34,6 +36,8 @@ Constrain = Callable[[Array], Array]
 """What pins activations [B, T, ...] to a sharding; the identity on one device."""
 
 
+REMATS = ("full", "selective", "none")
+WIDE = "wide"  # a third of a layer's arithmetic, for two activations of the perceptron's width
 STRIPES, NARROWEST = 4, 128  # of queries, when a whole sequence attends to itself: how many at most, and how wide at least
 
 
@@ -70,8 +74,8 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + _along_last(self.bias[...].astype(x.dtype), y)
         if self.a is not None and self.b is not None:
-            low = trained_product(x, self.a[...].astype(x.dtype))
-            y = y + trained_product(low, self.b[...].astype(x.dtype)) * self.scale
+            low = trained_product(x, self.a[...].astype(x.dtype)) * self.scale  # where it is narrow
+            y = y + trained_product(low, self.b[...].astype(x.dtype))
         return y
 
 
@@ -139,7 +143,8 @@ class Block(nnx.Module):
             attended = attention(q, [(kept, masks[0])] if shared is None else [(kept, masks[0]), (shared, masks[1])])
         x = x + self.o(attended.reshape(*h.shape[:2], -1))
         h = self.norm_mlp(x)
-        x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        gate, up = checkpoint_name(self.gate(h), WIDE), checkpoint_name(self.up(h), WIDE)
+        x = x + self.down(jax.nn.silu(gate) * up)
         return x, kept
 
 
@@ -162,7 +167,7 @@ class Decoder(nnx.Module):
         segments: Array | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
         unroll: bool = False,
         constrain: Constrain = lambda x: x,
         found: Constrain = lambda x: x,
@@ -172,7 +177,7 @@ class Decoder(nnx.Module):
         Args:
           ids: [B, T] token numbers; positions: [B, T] within the document;
           segments: [B, T] which document of its row a token belongs to (packing); None: one document a row.
-          dtype: of the activations.
+          dtype: of the activations; remat: one of `REMATS`.
           constrain: applied to the activations between layers; found: to the rows of the embedding, before that.
         """
         order = jnp.arange(ids.shape[1])
@@ -215,7 +220,7 @@ class Decoder(nnx.Module):
             mask = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*ids.shape, len(before)))
             sight.append((mask, positions[:, :, None] - before[None, None, :]))
         x = self.embedding[...][ids].astype(dtype)
-        x, cache = self._through(x, positions, sight, cache, held, start, False, unroll, lambda x: x)
+        x, cache = self._through(x, positions, sight, cache, held, start, "none", unroll, lambda x: x)
         return self.norm(x), cache
 
     def empty_cache(self, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
@@ -244,7 +249,8 @@ class Decoder(nnx.Module):
             x, kept = nnx.merge(graphdef, weights)(x, turn, seen, held, common, start)
             return constrain(x), kept
 
-        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        kept = jax.checkpoint_policies.save_only_these_names(*((WIDE,) if remat == "selective" else ()))
+        body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
         return jax.lax.scan(body, x, (weights, windows, cache, shared), unroll=a.depth if unroll else 1)
 
 
@@ -265,6 +271,8 @@ def _product_kept(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _product_gradients(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = kept
     rows = tuple(range(x.ndim - 1))
+    if x.shape[-1] > 8 * g.shape[-1]:  # into few columns: XLA copies its left factor into another order, so let that be g
+        return g @ kernel.T, jnp.tensordot(g, x, axes=(rows, rows)).T
     return g @ kernel.T, jnp.tensordot(x, g, axes=(rows, rows))
 
 

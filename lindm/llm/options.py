@@ -35,8 +35,9 @@ class Sft:
     """of lora and qlora, what the base weights are held in: f32, bf16, int8 or nf4 [default: f32, and nf4 with qlora]"""
     dtype: str = "auto"
     """of the activations: f32 or bf16 [default: bf16 on accelerators]; master weights are f32 always"""
-    no_remat: bool = False
-    """keep all activations: faster, much more memory (always so with a preset)"""
+    remat: str | None = None
+    """activations computed again in the backward pass: full (all, least memory), selective (all but the perceptron's wide
+    products) or none [default: selective, and none with a preset]"""
 
     # on what
     supervise: str = "all"
@@ -104,6 +105,7 @@ class Sft:
             "base": (None, "f32", "bf16", "int8", "nf4"),
             "dtype": ("auto", "f32", "bf16"),
             "supervise": ("all", "query"),
+            "remat": (None, "full", "selective", "none"),
             "rewards": ("auto", "shown", "hidden"),
         }
         for name, allowed in choices.items():

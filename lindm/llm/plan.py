@@ -28,7 +28,7 @@ from lindm.files import USAGE, Stop
 from lindm.llm import hardware
 from lindm.llm.architecture import Architecture
 from lindm.llm.compiled import Work, work
-from lindm.llm.decoder import Decoder
+from lindm.llm.decoder import REMATS, Decoder
 from lindm.llm.lora import BASES, add_lora, quantise
 from lindm.llm.measuring import flops_of_step
 from lindm.llm.options import METHODS
@@ -58,7 +58,7 @@ class Job:
     lora_rank: int = 16
     base: str = "f32"
     dtype: str = "bf16"  # of the activations
-    remat: bool = True
+    remat: str = "selective"
 
     def __post_init__(self):
         for name in ("batch", "seq", "labels", "accumulate", "lora_rank"):
@@ -72,6 +72,8 @@ class Job:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
         if self.base not in bases[self.method]:
             raise ValueError(f"base must be one of {', '.join(bases[self.method])} with method {self.method}; got {self.base!r}")
+        if self.remat not in REMATS:
+            raise ValueError(f"remat must be one of {', '.join(REMATS)}; got {self.remat!r}")
         if self.dtype not in ("f32", "bf16"):
             raise ValueError(f"dtype must be f32 or bf16; got {self.dtype!r}")
 
@@ -293,7 +295,8 @@ def _guess(job: Job, held: int, sizes: dict[str, int]) -> float:
     shard = a.parameters / (sizes["fsdp"] * tensor)
     rows = job.batch / (sizes["data"] * sizes["fsdp"])
     layer = rows * job.seq * width * (4 * a.mlp / tensor + 6 * a.width) + 12 * rows * a.K / tensor * job.seq**2
-    kept = rows * job.seq * a.width * width * a.depth + layer if job.remat else layer * a.depth
+    one = rows * job.seq * width * (a.width + (2 * a.mlp / tensor if job.remat == "selective" else 0))
+    kept = layer * a.depth if job.remat == "none" else one * a.depth + layer
     head = a.vocabulary / (tensor * sizes["fsdp"]) * (a.width * width + 8 * job.batch / sizes["data"] * job.labels)
     return held + shard * (width + 4 * (job.method == "full")) + kept + head
 

@@ -121,7 +121,7 @@ def prepare(options: Sft) -> Prepared:
         T=T,
         L=L,
         mesh=mesh,
-        computing=Computing(dtype=wide, remat=not (options.no_remat or options.preset)),
+        computing=Computing(dtype=wide, remat=options.remat or ("none" if options.preset else "selective")),
         optimisation=Optimisation(
             steps=steps,
             learning_rate=rate,

@@ -3,12 +3,11 @@ r"""One step of fine-tuning: the very program that `lindm sft` runs and `lindm p
     loss = - sum_i log p(target_i | tokens before it) / number of targets
 
 over the labelled positions of all micro-batches of the step alone: hidden states are gathered there, and only they meet the
-vocabulary, at most `CHUNK` of them a row at a time, so that no array of batch x tokens x vocabulary ever exists. The sum over
-micro-batches is divided once, at the end: accumulation gives the gradient of the big batch whatever each part's share of the
-labels.
+vocabulary, at most `CHUNK` of them a row at a time, so that no array of batch x tokens x vocabulary ever exists. A micro-batch
+divides by the labels of the whole step: accumulation gives the gradient of the big batch whatever each part's share of them.
 
-A step says whether its loss, its gradient and the weights after it are finite. Where they are not its state is of no use, and the
-caller stops before anything of it is written: to keep the state before it as well would take its memory twice.
+A step says whether its loss and the norms of its gradient and of the weights after it are finite. Where they are not its state is
+of no use, and the caller stops before anything of it is written: to keep the state before it as well would take its memory twice.
 """
 
 from collections.abc import Callable
@@ -65,7 +64,7 @@ class Optimisation:
 
     def optimizer(self) -> optax.GradientTransformation:
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
+            optax.stateless(lambda grads, _: _clipped(grads, self.clip)),
             optax.adamw(self.schedule(), self.beta1, self.beta2, weight_decay=self.weight_decay, mask=_matrices),
         )
 
@@ -74,6 +73,12 @@ class Optimisation:
         rise = optax.linear_schedule(self.learning_rate / warm, self.learning_rate, max(warm - 1, 1))
         fall = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - warm, 1), self.floor)
         return optax.join_schedules([rise, fall], [warm])
+
+
+def _clipped(grads: Any, most: float) -> Any:
+    """optax's `clip_by_global_norm` as one product, which XLA fuses with what follows; its division it would write out first."""
+    scale = most / jnp.maximum(optax.tree.norm(grads), most)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 
 
 def _matrices(params: Any) -> Any:
@@ -102,7 +107,7 @@ class Metrics:
     accuracy: Array  # f32, share of the labels whose token is the most likely one
     labels: Array  # int32, how many
     norm: Array  # f32, of the gradient before clipping
-    finite: Array  # bool: loss, gradient and the weights after the step
+    finite: Array  # bool: loss, and the norms of the gradient and of the weights after the step
     stop: Array  # int32: the largest of what the processes put into `stop`
 
 
@@ -112,8 +117,8 @@ class Computing:
 
     dtype: DTypeLike = jnp.float32
     """of activations"""
-    remat: bool = True
-    """keep one activation a layer and compute the rest again in the backward pass"""
+    remat: str = "selective"
+    """what the backward pass computes again: one of `lindm.llm.decoder.REMATS`"""
 
 
 def sums(model: Decoder, batch: Batch, computing: Computing, mesh: Mesh | None = None) -> tuple[Array, Array]:
@@ -167,38 +172,37 @@ Step = Callable[[State, nnx.State, Batch, Array], tuple[State, Metrics]]
 def make_step(graphdef: Any, optimizer: optax.GradientTransformation, computing: Computing, mesh: Mesh | None = None) -> Step:
     """step(state, frozen, batch [accumulation, rows, ...], stop [...]) -> (state, metrics); jit it with `jitted`."""
 
-    def loss_of(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        return sums(nnx.merge(graphdef, params, frozen), batch, computing, mesh)
+    def loss_of(params: nnx.State, frozen: nnx.State, batch: Batch, share: Array) -> tuple[Array, Array]:
+        loss, right = sums(nnx.merge(graphdef, params, frozen), batch, computing, mesh)
+        return loss * share, right
 
     differentiated = jax.value_and_grad(loss_of, has_aux=True)
 
-    def gradient(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[tuple[Array, Array], nnx.State]:
-        value, grads = differentiated(params, frozen, batch)
+    def gradient(params: nnx.State, frozen: nnx.State, batch: Batch, share: Array) -> tuple[tuple[Array, Array], nnx.State]:
+        value, grads = differentiated(params, frozen, batch, share)
         if mesh is not None:  # as the weights, or XLA lets the optimizer's moments lie as the gradients
             grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
         return value, grads
 
     def step(state: State, frozen: nnx.State, batch: Batch, stop: Array) -> tuple[State, Metrics]:
+        labels = (batch.target >= 0).sum(dtype=jnp.int32)
+        share = 1 / jnp.maximum(labels, 1).astype(jnp.float32)
         if batch.ids.shape[0] == 1:
-            (loss, right), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batch))
+            (loss, right), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batch), share)
         else:
 
             def add(total, part: Batch):
-                return jax.tree.map(jnp.add, total, gradient(state.params, frozen, part)), None
+                return jax.tree.map(jnp.add, total, gradient(state.params, frozen, part, share)), None
 
             zero = jnp.zeros((), jnp.float32)
             nothing = ((zero, zero), jax.tree.map(jnp.zeros_like, state.params))
             ((loss, right), grads), _ = jax.lax.scan(add, nothing, batch)
-        labels = (batch.target >= 0).sum(dtype=jnp.int32)
-        share = 1 / jnp.maximum(labels, 1).astype(jnp.float32)
-        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         after = State(params=params, opt=opt, step=state.step + 1)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        finite = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), params, finite)
-        metrics = Metrics(loss=loss * share, accuracy=right * share, labels=labels, norm=norm, finite=finite, stop=stop.max())
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+        metrics = Metrics(loss=loss, accuracy=right * share, labels=labels, norm=norm, finite=finite, stop=stop.max())
         return after, metrics
 
     return step

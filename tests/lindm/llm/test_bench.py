@@ -30,9 +30,9 @@ def theirs(way, documents=bench.ROWS):
 
 
 def test_a_document_has_32_labels_in_251_tokens_and_both_sides_train_the_same():
-    ours = [(e.ids.tolist(), e.target) for row in bench.rows_of("all") for e in row]
+    ours = [(e.ids.tolist(), e.target) for row in bench.rows_of("selective") for e in row]
     assert [(len(ids), int((target >= 0).sum())) for ids, target in ours] == [(251, 32)] * 2
-    assert labelled_texts(ours) == labelled_texts(theirs("all"))
+    assert labelled_texts(ours) == labelled_texts(theirs("selective"))
 
 
 def test_one_decision_a_sequence_has_one_label_each_and_neither_side_pads_much():
@@ -40,7 +40,7 @@ def test_one_decision_a_sequence_has_one_label_each_and_neither_side_pads_much()
     ours = [(e.ids.tolist(), e.target) for row in rows for e in row]
     assert all((target >= 0).sum() == 1 and target[-1] >= 0 for _, target in ours)
     assert len(ours) == len(bench.STRATA) and labelled_texts(ours) == labelled_texts(theirs("one", documents=1))
-    assert set(labelled_texts(ours)) <= set(labelled_texts(theirs("all")))
+    assert set(labelled_texts(ours)) <= set(labelled_texts(theirs("selective")))
     T, _ = packing.shape_of(rows)
     assert len(rows) == 2 and T == 256 and sum(len(ids) for ids, _ in ours) > 0.95 * len(rows) * T
 
@@ -59,7 +59,7 @@ def small(monkeypatch, tmp_path):
 
 
 def test_adapters_start_from_the_files_weights_as_full_training_does_whatever_is_recomputed(small):
-    found = [bench.run_ours("full", "all", small), bench.run_ours("lora", "kept", small)]
+    found = [bench.run_ours("full", "selective", small), bench.run_ours("lora", "none", small)]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-5) and found[0]["loss"] > 4
     assert all(one["step"] > 0 and one["compile"] > 0 for one in found)
 
@@ -72,9 +72,9 @@ def test_the_peer_starts_from_the_same_loss(small, monkeypatch, plain):
     if plain:
         found = importlib.util.find_spec
         monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
-    ours = bench.run_ours("full", "all", small)["loss"]
+    ours = bench.run_ours("full", "selective", small)["loss"]
     for method in bench.METHODS:
-        assert bench.run_torch(method, "all", small)["loss"] == pytest.approx(ours, abs=bench.AGREE)
+        assert bench.run_torch(method, "selective", small)["loss"] == pytest.approx(ours, abs=bench.AGREE)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------
@@ -93,9 +93,9 @@ def test_rows_say_how_many_times_better_ours_is():
     table = bench.rows(measured(2.0), measured(6.0), NAMES)
     assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
     rates = [row for row in table if row["unit"] == "tokens/CPU-s"]
-    assert len(rates) == 4 and all(row["ours"] == 2 * 251 / 2.0 and row["ratio"] == pytest.approx(3) for row in rates)
+    assert len(rates) == 6 and all(row["ours"] == 2 * 251 / 2.0 and row["ratio"] == pytest.approx(3) for row in rates)
     memory = [row for row in table if row["unit"] == "MiB"]
-    assert len(memory) == 4 and all(row["ratio"] == pytest.approx(3) for row in memory)
+    assert len(memory) == 6 and all(row["ratio"] == pytest.approx(3) for row in memory)
     assert all(row["ratio"] is None for row in table if row["unit"] in ("CPU-s", "nats"))
 
 
@@ -109,10 +109,10 @@ def test_decisions_are_counted_by_their_labels():
 
 def test_sides_that_found_other_losses_are_not_compared():
     peer = measured(6.0)
-    peer["lora", "all"] = peer["lora", "all"] | {"loss": 10.5002}
+    peer["lora", "selective"] = peer["lora", "selective"] | {"loss": 10.5002}
     with pytest.raises(RuntimeError, match="another and ours found other losses"):
         bench.rows(measured(2.0), peer, NAMES)
-    peer["lora", "all"] = peer["lora", "all"] | {"loss": float("nan")}
+    peer["lora", "selective"] = peer["lora", "selective"] | {"loss": float("nan")}
     with pytest.raises(RuntimeError, match="other losses"):
         bench.rows(measured(2.0), peer, NAMES)
 
@@ -129,7 +129,7 @@ def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, ca
     monkeypatch.setattr(bench, "_version", lambda library: None)
     assert bench.main(json=True) == 0
     table = json.loads(capsys.readouterr().out)
-    assert {side for side, *_ in asked} == {"ours"} and len(asked) == 5
+    assert {side for side, *_ in asked} == {"ours"} and len(asked) == 7
     others = [row for row in table if not row["peer_name"].startswith("ours")]
     assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == bench.MISSING for row in others)
     assert bench.main() == 0 and "tokens/CPU-s" in capsys.readouterr().out
