@@ -188,9 +188,9 @@ def play(
         answers = policy(t, [[Asked(node.parent, node.steps) for node in nodes] for nodes in level])
         following: list[list[Node]] = []
         for i, (world, nodes, actions) in enumerate(zip(worlds, level, answers, strict=True)):
-            ambiguous = isinstance(world, _Histories) and world.ambiguous
+            ambiguous = world if isinstance(world, _Histories) and world.ambiguous else None
             if ambiguous:
-                tables[i].append(np.zeros(world.branches**t if nodes else 0, np.int32))  # what is not reached does not matter
+                tables[i].append(np.zeros(ambiguous.branches**t if nodes else 0, np.int32))  # what is not reached does not matter
             children: list[Node] = []
             for number, (node, action) in enumerate(zip(nodes, actions, strict=True)):
                 a, Q = int(action), world.Q(node)

@@ -71,11 +71,11 @@ class Evaluator:
     def _decide(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         p = self.prepared
         assert p.decisions is not None
-        A = p.decisions.tasks[0]["n_actions"]
+        A, horizon = p.decisions.tasks[0]["n_actions"], p.decisions.tasks[0]["horizon"]
         reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.template, A, p.computing.dtype)
 
         def policy(demonstrations: Any) -> Policy:
-            answer = reader.policy(demonstrations, p.decisions.tasks[0]["horizon"])
+            answer = reader.policy(demonstrations, horizon)
 
             def unless_asked(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
                 _go_on()

@@ -33,7 +33,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
 
 def parse_mesh(text: str) -> dict[str, int]:
     """Sizes of the axes from "fsdp=8,tensor=2"; ValueError for what is not of that form."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name.strip() not in AXES or not size.strip().isdigit() or int(size) < 1:

@@ -131,9 +131,9 @@ def sums(model: Decoder, batch: Batch, computing: Computing, mesh: Mesh | None =
         return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
     hidden = model.hidden(
-        batch.ids,
-        batch.positions,
-        batch.segments,
+        jnp.asarray(batch.ids),
+        jnp.asarray(batch.positions),
+        jnp.asarray(batch.segments),
         dtype=computing.dtype,
         remat=computing.remat,
         constrain=lie(*ROWS),
@@ -153,7 +153,7 @@ def sums(model: Decoder, batch: Batch, computing: Computing, mesh: Mesh | None =
 
     R, L, D = hidden.shape
     if L <= CHUNK:
-        return part(hidden, batch.target)
+        return part(hidden, jnp.asarray(batch.target))
     short = -L % CHUNK
     hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0))).reshape(R, -1, CHUNK, D).swapaxes(0, 1)
     target = jnp.pad(batch.target, ((0, 0), (0, short)), constant_values=-1).reshape(R, -1, CHUNK).swapaxes(0, 1)
@@ -199,7 +199,7 @@ def make_step(graphdef: Any, optimizer: optax.GradientTransformation, computing:
             ((loss, right), grads), _ = jax.lax.scan(add, nothing, batch)
         norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         after = State(params=params, opt=opt, step=state.step + 1)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         metrics = Metrics(loss=loss, accuracy=right * share, labels=labels, norm=norm, finite=finite, stop=stop.max())
@@ -218,7 +218,7 @@ def shardings(state: State, frozen: nnx.State, mesh: Mesh) -> tuple[State, nnx.S
 
     Optimizer moments lie as the weights that they belong to: optax keeps them under the same names.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole: Any = NamedSharding(mesh, PartitionSpec())
 
     def moment(keys: Any, leaf: Any) -> NamedSharding:
         names = path_of(keys).split(".")
