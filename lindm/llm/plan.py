@@ -257,7 +257,8 @@ def _first_line(message: str) -> str:
 
 
 def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
-    """Meshes of all devices that divide heads, weights and batch, those that should fit and send least first.
+    """Meshes of all devices that divide heads, weights and batch, those that should fit and send least first; `fsdp` alone, which
+    `lindm sft` takes if told nothing, is among them where it divides these.
 
     Raises:
       ValueError: none does.
@@ -282,7 +283,11 @@ def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
         )
     chip = hardware.chip_of(devices[0])
     ranked = sorted(found, key=lambda f: (chip is not None and _guess(job, *f) > 1.25 * chip.memory, _wire(job, f[1]), f[0]))
-    return [sizes for _, sizes in ranked[:TRIED]]
+    plain = {"data": 1, "fsdp": n, "tensor": 1}
+    ordered = [sizes for _, sizes in ranked]
+    if plain in ordered[TRIED:]:
+        ordered[TRIED - 1] = plain
+    return ordered[:TRIED]
 
 
 def _pairs(values: Any, lies: Any) -> list[tuple[Any, Any]]:
