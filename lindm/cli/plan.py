@@ -46,8 +46,8 @@ class Plan:
     base: str | None = None
     """of lora and qlora, what the base weights are held in: f32, bf16, int8 or nf4 [default: f32, and nf4 with qlora]"""
     remat: str = "selective"
-    """activations computed again in the backward pass: full (all, least memory), selective (all but the perceptron's wide
-    products) or none"""
+    """activations computed again in the backward pass: full (all, least memory), selective (all but products with
+    weights) or none"""
     mesh: str | None = None
     """axes data, fsdp and tensor, such as fsdp=8,tensor=2 [default: up to six that make sense are compared]"""
     json: bool = False

@@ -7,9 +7,9 @@ r"""The decoder of the Llama family: Llama 3, SmolLM2, Mistral, Qwen2, Qwen3, in
 
 The blocks are one `Block` whose every weight has an axis of layers in front, [depth, in, out], and one `lax.scan` over it: it
 compiles in a time that does not grow with the depth. `remat` says what the backward pass computes again: "full" all but one
-activation a layer, "selective" spares the two wide products of the perceptron, "none" keeps everything. `unroll` takes the scan
-apart again, which is faster where one token is decoded at a time. Weights are multiplied as x @ W, so a kernel is [in, out], the
-transpose of what torch holds.
+activation a layer, "selective" attention, norms and nonlinearities but no product with weights, "none" nothing. `unroll` takes
+the scan apart again, which is faster where one token is decoded at a time. Weights are multiplied as x @ W, so a kernel is
+[in, out], the transpose of what torch holds.
 
 Precision: weights are cast to the dtype of the activations where they are used, so f32 master weights compute in bf16 if asked
 to; norms, rotary angles, the softmax and the log-likelihoods are in f32 always.
@@ -37,7 +37,7 @@ Constrain = Callable[[Array], Array]
 
 
 REMATS = ("full", "selective", "none")
-WIDE = "wide"  # a third of a layer's arithmetic, for two activations of the perceptron's width
+PRODUCT = "product"  # of activations with a layer's weights: most of its arithmetic
 STRIPES, NARROWEST = 4, 128  # of queries, when a whole sequence attends to itself: how many at most, and how wide at least
 
 
@@ -76,7 +76,7 @@ class Linear(nnx.Module):
         if self.a is not None and self.b is not None:
             low = trained_product(x, self.a[...].astype(x.dtype)) * self.scale  # where it is narrow
             y = y + trained_product(low, self.b[...].astype(x.dtype))
-        return y
+        return checkpoint_name(y, PRODUCT)
 
 
 class Norm(nnx.Module):
@@ -143,8 +143,7 @@ class Block(nnx.Module):
             attended = attention(q, [(kept, masks[0])] if shared is None else [(kept, masks[0]), (shared, masks[1])])
         x = x + self.o(attended.reshape(*h.shape[:2], -1))
         h = self.norm_mlp(x)
-        gate, up = checkpoint_name(self.gate(h), WIDE), checkpoint_name(self.up(h), WIDE)
-        x = x + self.down(jax.nn.silu(gate) * up)
+        x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
         return x, kept
 
 
@@ -249,7 +248,7 @@ class Decoder(nnx.Module):
             x, kept = nnx.merge(graphdef, weights)(x, turn, seen, held, common, start)
             return constrain(x), kept
 
-        kept = jax.checkpoint_policies.save_only_these_names(*((WIDE,) if remat == "selective" else ()))
+        kept = jax.checkpoint_policies.save_only_these_names(*((PRODUCT,) if remat == "selective" else ()))
         body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
         return jax.lax.scan(body, x, (weights, windows, cache, shared), unroll=a.depth if unroll else 1)
 

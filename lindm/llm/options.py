@@ -36,8 +36,8 @@ class Sft:
     dtype: str = "auto"
     """of the activations: f32 or bf16 [default: bf16 on accelerators]; master weights are f32 always"""
     remat: str | None = None
-    """activations computed again in the backward pass: full (all, least memory), selective (all but the perceptron's wide
-    products) or none [default: selective, and none with a preset]"""
+    """activations computed again in the backward pass: full (all, least memory), selective (all but products with
+    weights) or none [default: selective, and none with a preset]"""
 
     # on what
     supervise: str = "all"

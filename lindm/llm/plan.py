@@ -300,7 +300,8 @@ def _guess(job: Job, held: int, sizes: dict[str, int]) -> float:
     shard = a.parameters / (sizes["fsdp"] * tensor)
     rows = job.batch / (sizes["data"] * sizes["fsdp"])
     layer = rows * job.seq * width * (4 * a.mlp / tensor + 6 * a.width) + 12 * rows * a.K / tensor * job.seq**2
-    one = rows * job.seq * width * (a.width + (2 * a.mlp / tensor if job.remat == "selective" else 0))
+    products = (2 * a.mlp + (a.K + 2 * a.groups) * a.head) / tensor + a.width
+    one = rows * job.seq * width * (a.width + (products if job.remat == "selective" else 0))
     kept = layer * a.depth if job.remat == "none" else one * a.depth + layer
     head = a.vocabulary / (tensor * sizes["fsdp"]) * (a.width * width + 8 * job.batch / sizes["data"] * job.labels)
     return held + shard * (width + 4 * (job.method == "full")) + kept + head

@@ -1,6 +1,7 @@
 """What is read from a config.json, what is written back, and what is refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_the_number_of_parameters_of_models_that_are_known():
     smol = read("smollm", vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
     smol = to_config(smol) | {"intermediate_size": 1536, "head_dim": 64}
     assert architecture(smol, "config.json").parameters == 134_515_008
-    llama = Architecture(family="llama", vocabulary=128256, width=4096, depth=32, K=32, groups=8, head=128, mlp=14336)
+    llama = read_architecture(Path(__file__).parent / "files" / "llama-3-8b")  # the sizes that Meta published
     assert llama.parameters == 8_030_261_248
 
 
