@@ -13,11 +13,15 @@ gives its value.
 
 The policy is not told the rewards where the state is hidden: they could tell it of the state what the oracle does not know, and
 the difference to the oracle would no longer be a loss.
+
+A policy that is known as a table, over stages and states of an MDP or over histories (`tree.Policy`), needs no asking: `tabled`
+has its loss by dynamic programming.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +79,7 @@ class _States:
         plan = mdp.backward_induction(problem)
         A = problem.r.shape[-1]
         uniform = mdp.policy_value(problem, jnp.full(problem.r.shape, 1 / A, problem.r.dtype))
+        self.problem = problem
         self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
         self.table, self.rewards, self.horizon = np.asarray(plan.Q), rewards, len(self.r)
         self.optimal, self.uniform = float(self.rho @ plan.V[0]), float(self.rho @ uniform[0])
@@ -97,6 +102,16 @@ class _States:
 
     def Q(self, node: Node) -> np.ndarray:
         return self.table[node.stage, node.at]
+
+    def tabled(self, table: Any) -> Played:
+        table = np.asarray(table)
+        reach = np.asarray(mdp.occupancy(self.problem, jnp.asarray(table)))
+        value = self.rho @ np.asarray(mdp.policy_value(self.problem, jnp.asarray(table)))[0]
+        right = sum(float(reach[h] @ _agreed(self.table[h], table[h])[1]) for h in range(self.horizon))
+        agreement = right / float(reach.sum())
+        return Played(
+            gap=self.optimal - float(value), agreement=agreement, optimal=self.optimal, uniform=self.uniform, exact=True
+        )
 
 
 class _Histories:
@@ -138,6 +153,24 @@ class _Histories:
 
     def Q(self, node: Node) -> np.ndarray:
         return self.table[tree.first_history(self.branches, node.stage) + node.at]
+
+    def tabled(self, table: Any) -> Played:
+        value = float(tree.policy_value(self.cloud, tuple(map(jnp.asarray, table))))
+        belief = np.asarray(self.cloud.cloud.rho)[None]  # [histories, M, S], not normalised
+        weight, right, reached = np.ones(1), 0.0, 0.0
+        for t in range(self.horizon):
+            first = tree.first_history(self.branches, t)
+            weights, agreed = _agreed(self.table[first : first + self.branches**t], np.asarray(table[t]))
+            mass = belief.sum(-1).max(-1)
+            met = weight * ((mass > 0) if self.ambiguous else mass)
+            right, reached = right + float(met @ agreed), reached + float(met.sum())
+            if t + 1 < self.horizon:
+                K = self.K[t]
+                belief = np.einsum("amosu,nms->amonu", K, belief).reshape(-1, 1, K.shape[-1])
+                belief = np.broadcast_to(belief, (len(belief), *self.cloud.cloud.rho.shape))
+                shape = (*K.shape[:3], len(weight))
+                weight = np.broadcast_to((weight[:, None] * weights).T[:, None, None], shape).reshape(-1)
+        return Played(gap=self.optimal - value, agreement=right / reached, optimal=self.optimal, uniform=self.uniform, exact=True)
 
 
 @contextlib.contextmanager
@@ -217,6 +250,65 @@ def play(
         share = float(agreed[i] / reached[i])
         found.append(Played(gap=gap, agreement=share, optimal=world.optimal, uniform=world.uniform, exact=every[i]))
     return found
+
+
+def play_all(
+    worlds: Sequence[World],
+    given: Sequence[Any],
+    policy: Callable[[Sequence[Any]], Policy],
+    *,
+    episodes: int,
+    seed: int,
+    listed: int,
+    at_once: int,
+) -> list[Played | None]:
+    """`play` of a policy made from what is given of each task; about `at_once` histories are asked at a time."""
+    together = max(1, at_once // max(asked_at_once(one, episodes, listed) for one in worlds))
+    found: list[Played | None] = []
+    for at in range(0, len(worlds), together):
+        some = slice(at, at + together)
+        found += play(worlds[some], policy(given[some]), episodes=episodes, seed=seed, first=at, listed=listed)
+    return found
+
+
+def tabled(world: World, table: Any) -> Played:
+    """What a policy given as a table loses, exactly.
+
+    Args:
+      table: of an MDP actions [H, S] or probabilities [H, S, A]; otherwise a `tree.Policy`: at every history of each stage.
+    """
+    with double_precision():
+        return world.tabled(table)
+
+
+def _agreed(Q: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, A] of a table's rows, and of each row that its action is an optimal one [n]; Q [n, A]."""
+    weights = np.eye(Q.shape[-1])[table] if np.issubdtype(table.dtype, np.integer) else table
+    best = Q.max(-1, keepdims=True)
+    return weights, (weights * (best - Q <= 1e-12 * np.maximum(1.0, np.abs(Q).max(-1, keepdims=True)))).sum(-1)
+
+
+def quality(played: Sequence[Played]) -> dict[str, Any]:
+    """Means over tasks, with 95 % intervals by a t-distribution over tasks.
+
+    gap: (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|; agreement: how often the action is an optimal one.
+    """
+    from scipy import stats
+
+    def mean(values: Sequence[float]) -> tuple[float, list[float]]:
+        one, half = float(np.mean(values)), 0.0
+        if len(values) > 1:
+            half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+        return one, [one - half, one + half]
+
+    gap, gap_ci = mean([one.relative for one in played])
+    share, share_ci = mean([one.gap / abs(one.optimal) for one in played])
+    return {
+        **{"gap": gap, "gap_ci": gap_ci, "gap_of_value": share, "gap_of_value_ci": share_ci},
+        "agreement": float(np.mean([one.agreement for one in played])),
+        "n": len(played),
+        "method": "exact" if all(one.exact for one in played) else "rollout",
+    }
 
 
 def _child(node: Node, parent: int) -> Node:

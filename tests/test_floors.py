@@ -18,7 +18,8 @@ FLOORS = (
     ("lindm.rollouts", "lindm.suites", "lindm.sources"),
     ("lindm.contexts", "lindm.datasets", "lindm.play"),
     ("lindm.baselines", "lindm.attention", "lindm.llm"),
-    ("lindm.evaluate",),
+    ("lindm.evaluate", "lindm.policies"),
+    ("lindm.compare",),
     ("lindm.cli", "lindm.doctor", "lindm.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

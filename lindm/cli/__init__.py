@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from lindm.cli import models
+from lindm.cli.evaluating import Eval, run_eval
 from lindm.cli.launch import Launch, run_launch
 from lindm.cli.plan import Plan, run_plan
 from lindm.cli.worlds import Data, Export, Make, Solve, run_export, run_make, run_solve
@@ -86,6 +87,7 @@ Command = (
     | Annotated[models.Model, tyro.conf.subcommand("model")]
     | Annotated[Sft, tyro.conf.subcommand("sft")]
     | Annotated[models.Export, tyro.conf.subcommand("export")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
@@ -252,6 +254,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _sft(command)
         case models.Export():
             return models.run_export(command)
+        case Eval():
+            return run_eval(command)
         case Plan():
             return run_plan(command)
         case Launch():

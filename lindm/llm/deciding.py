@@ -2,7 +2,8 @@
 
 The demonstrations of a task are read once; every history that is asked about shares their keys and values and carries only those
 of its own steps, which it takes over from the history that it continues. The action is the one whose tokens are likeliest; an
-action of one token needs no more than the logits at the end of the history.
+action of one token needs no more than the logits at the end of the history. How often the likeliest of all tokens would have
+been no action is counted beside it.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ class Reader:
         self.graphdef, self.weights = nnx.split(model)
         self.tokenizer, self.template, self.dtype = tokenizer, template, dtype
         self.actions = action_tokens(tokenizer, template, A)
+        self.answered = self.invalid = 0  # how often it was asked, and how often its unconstrained answer was no action
 
     def policy(self, demonstrations: Sequence[Sequence[Sequence[Step]]], horizon: int) -> Policy:
         """The model's answers on tasks with these demonstrations (tasks, episodes, steps), all of them asked together."""
@@ -69,7 +71,10 @@ class Reader:
                 cache = _grown(jax.tree.map(lambda x: x[:, parents.reshape(-1)], held[0]), int((starts + width).max()))
             flat = (rows.reshape(-1, width), starts.reshape(-1), counts.reshape(-1))
             hidden, cache = _extend(self.graphdef, self.weights, *flat, cache, shared, self.dtype)
-            best = _on_host(self._scores(hidden, cache, shared, flat[1] + flat[2]).argmax(-1)).reshape(len(level), each)
+            scores, free = self._scores(hidden, cache, shared, flat[1] + flat[2])
+            best, valid = (_on_host(x).reshape(len(level), each) for x in (scores.argmax(-1), free))
+            for i, asks in enumerate(level):
+                self.answered, self.invalid = self.answered + len(asks), self.invalid + int((~valid[i, : len(asks)]).sum())
             told, held[:] = texts, [cache, each]
             return [best[i, : len(asks)].tolist() for i, asks in enumerate(level)]
 
@@ -89,26 +94,29 @@ class Reader:
         first = max((len(text) for asks in texts for text in asks), default=1)
         return horizon * (3 * first + max(map(len, self.actions)) + BUCKET)
 
-    def _scores(self, hidden: Array, cache: Cache, shared: tuple[Cache, np.ndarray], ends: np.ndarray) -> Array:
-        """log p of each action [rows, A], from the hidden state [rows, D] in front of it."""
-        first = _log_p(self.graphdef, self.weights, hidden)
-        scores = first[:, np.array([tokens[0] for tokens in self.actions])]
+    def _scores(self, hidden: Array, cache: Cache, shared: tuple[Cache, np.ndarray], ends: np.ndarray) -> tuple[Array, Array]:
+        """log p of each action [rows, A], and whether the likeliest tokens spell one [rows]; hidden: the state in front of it."""
+        log_p = _log_p(self.graphdef, self.weights, hidden)
+        firsts = np.array([tokens[0] for tokens in self.actions])
+        scores, spelt = log_p[:, firsts], log_p.argmax(-1)[:, None] == firsts[None]
         if max(map(len, self.actions)) == 1:
-            return scores
-        columns = []
+            return scores, spelt.any(-1)
+        columns, spells = [], []
         for a, tokens in enumerate(self.actions):
-            score = scores[:, a]
+            score, spell = scores[:, a], spelt[:, a]
             if len(tokens) > 1:
                 width = _rounded(len(tokens) - 1)
                 ids = np.zeros((hidden.shape[0], width), np.int32)
                 ids[:, : len(tokens) - 1] = tokens[:-1]
                 room = _grown(cache, int(ends.max()) + width)
                 after = np.array([*tokens[1:], *[0] * (width - len(tokens) + 1)], np.int32)
-                score = score + _log_p_of(
+                rest, likeliest = _log_p_of(
                     self.graphdef, self.weights, ids, ends, room, shared, after, len(tokens) - 1, self.dtype
                 )
+                score, spell = score + rest, spell & likeliest
             columns.append(score)
-        return jnp.stack(columns, axis=-1)
+            spells.append(spell)
+        return jnp.stack(columns, axis=-1), jnp.stack(spells, axis=-1).any(-1)
 
 
 def _on_host(x: Array) -> np.ndarray:
@@ -161,9 +169,12 @@ def _log_p(graphdef, weights, hidden: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "n", "dtype"))
-def _log_p_of(graphdef, weights, ids, starts, cache: Cache, shared, after: Array, n: int, dtype: DTypeLike) -> Array:
-    """log p [rows] of after[:n], each token given the ids before it."""
+def _log_p_of(
+    graphdef, weights, ids, starts, cache: Cache, shared, after: Array, n: int, dtype: DTypeLike
+) -> tuple[Array, Array]:
+    """log p [rows] of after[:n], each token given the ids before it, and whether each is the likeliest."""
     model = nnx.merge(graphdef, weights)
     hidden, _ = model.extend(ids, starts, cache, shared, dtype=dtype, unroll=False)
     log_p = jax.nn.log_softmax(model.logits(hidden[:, :n]))
-    return jnp.take_along_axis(log_p, jnp.broadcast_to(after[None, :n, None], (*log_p.shape[:2], 1)), axis=-1).sum((1, 2))
+    chosen = jnp.take_along_axis(log_p, jnp.broadcast_to(after[None, :n, None], (*log_p.shape[:2], 1)), axis=-1)
+    return chosen.sum((1, 2)), (log_p.argmax(-1) == after[None, :n]).all(-1)

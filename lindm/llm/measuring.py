@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -15,7 +14,7 @@ from lindm.llm.architecture import Architecture
 from lindm.llm.deciding import Reader
 from lindm.llm.preparing import Prepared
 from lindm.llm.step import sums
-from lindm.play import Asked, Played, Policy, asked_at_once, double_precision, play, vote, world
+from lindm.play import Asked, Played, Policy, double_precision, play_all, quality, vote, world
 
 EPISODES = 8  # sampled of a task whose histories are too many
 LISTED = 512  # histories of a stage of a task that are not too many
@@ -94,14 +93,8 @@ class Evaluator:
         """What a policy loses on each task, a few tasks at a time; ambiguous tasks with too many histories are left out."""
         d, seed = self.prepared.decisions, self.prepared.options.seed
         assert d is not None
-        most = max(asked_at_once(one, EPISODES, LISTED) for one in self.worlds)
-        together = max(1, AT_ONCE // most)
-        found: list[Played] = []
-        for at in range(0, len(self.worlds), together):
-            some = slice(at, at + together)
-            how = {"episodes": EPISODES, "seed": seed, "first": at, "listed": LISTED}
-            found += [one for one in play(self.worlds[some], policy(d.demonstrations[some]), **how) if one is not None]
-        return found
+        how = {"episodes": EPISODES, "seed": seed, "listed": LISTED, "at_once": AT_ONCE}
+        return [one for one in play_all(self.worlds, d.demonstrations, policy, **how) if one is not None]
 
     def tell(self, values: dict[str, Any]) -> str:
         parts = []
@@ -119,27 +112,6 @@ class Evaluator:
 def _go_on() -> None:
     if files.asked_to_stop() and jax.process_count() == 1:
         raise Interrupted
-
-
-def quality(played: list[Played]) -> dict[str, Any]:
-    """Means over tasks, with the 95 % interval of the relative gap by a t-distribution over tasks.
-
-    gap: (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|; agreement: how often the action is an optimal one.
-    """
-    from scipy import stats
-
-    gaps = np.array([one.relative for one in played])
-    mean, half = float(gaps.mean()), 0.0
-    if len(gaps) > 1:
-        half = float(stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
-    return {
-        "gap": mean,
-        "gap_ci": [mean - half, mean + half],
-        "gap_of_value": float(np.mean([one.gap / abs(one.optimal) for one in played])),
-        "agreement": float(np.mean([one.agreement for one in played])),
-        "n": len(played),
-        "method": "exact" if all(one.exact for one in played) else "sampled",
-    }
 
 
 def flops_of_step(a: Architecture, method: str, rows: int, T: int, L: int) -> float:

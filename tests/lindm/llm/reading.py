@@ -35,9 +35,9 @@ def logits_of(model):
 
 
 def read_whole(logits_of, tokenizer, template, A):
-    """The policy of `logits_of(ids) -> [n, V]`, and the scores of all that it was asked."""
+    """The policy of `logits_of(ids) -> [n, V]`, the scores of all that it was asked, and whether free text would be an action."""
     actions = action_tokens(tokenizer, template, A)
-    asked_for = []
+    asked_for, spelt = [], []
 
     def of(demos):
         def answer(stage, level):
@@ -47,16 +47,19 @@ def read_whole(logits_of, tokenizer, template, A):
                 for asked in asks:
                     pieces = [p.text for p in render(Document(tuple(map(tuple, episodes)), asked.steps), template)]
                     ids = [*prefix(tokenizer), *(i for piece in encode(tokenizer, pieces) for i in piece)]
-                    scores = []
+                    scores, spells = [], []
                     for tokens in actions:
                         logits = np.asarray(logits_of([*ids, *tokens]), np.float64)
                         log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-                        scores.append(sum(log_p[len(ids) - 1 + j, token] for j, token in enumerate(tokens)))
+                        rows = log_p[len(ids) - 1 : len(ids) - 1 + len(tokens)]
+                        scores.append(sum(row[token] for row, token in zip(rows, tokens, strict=True)))
+                        spells.append(all(row.argmax() == token for row, token in zip(rows, tokens, strict=True)))
                     asked_for.append(scores)
+                    spelt.append(any(spells))
                     row.append(int(np.argmax(scores)))
                 found.append(row)
             return found
 
         return answer
 
-    return of, asked_for
+    return of, asked_for, spelt

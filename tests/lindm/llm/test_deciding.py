@@ -22,7 +22,7 @@ def recorded(reader, demos, horizon):
 
     def answer(stage, level):
         found = policy(stage, level)
-        rows = np.asarray(last[0]).reshape(len(level), -1, last[0].shape[-1])
+        rows = np.asarray(last[0][0]).reshape(len(level), -1, last[0][0].shape[-1])
         scores.extend(row.tolist() for asks, row in zip(level, rows, strict=True) for row in row[: len(asks)])
         return found
 
@@ -32,11 +32,14 @@ def recorded(reader, demos, horizon):
 
 def agree(model, tokenizer, worlds, demos, template):
     """Both ways of asking give the same scores at the same histories, and so the same answers."""
-    whole, wanted = read_whole(logits_of(model), tokenizer, template, 2)
-    policy, found = recorded(Reader(model, tokenizer, template, 2), demos, 3)
+    whole, wanted, spelt = read_whole(logits_of(model), tokenizer, template, 2)
+    reader = Reader(model, tokenizer, template, 2)
+    policy, found = recorded(reader, demos, 3)
     assert play(worlds, policy) == play(worlds, whole(demos))
     assert len(found) == len(wanted) > 3 and np.ptp([a - b for a, b in wanted]) > 0.01, "histories must matter"
     np.testing.assert_allclose(found, wanted, atol=2e-4)
+    assert (reader.answered, reader.invalid) == (len(spelt), spelt.count(False))
+    return spelt
 
 
 @pytest.mark.parametrize("kind, n", [("mdp", 2), ("hidden", 3), ("cloud", 2)])

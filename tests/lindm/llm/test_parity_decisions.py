@@ -40,7 +40,7 @@ def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
     directory = tmp_path / "out" / "model"
     worlds, demos, template = told(micro.mdp, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    whole, scores = read_whole(torch_logits(directory), tokenizer, template, 2)
+    whole, scores, _ = read_whole(torch_logits(directory), tokenizer, template, 2)
     wanted = play(worlds, whole(demos))
     assert len({int(np.argmax(s)) for s in scores}) == 2
     model = weights.load(directory)
@@ -58,7 +58,7 @@ def test_a_given_run_decides_alike_in_torch():
     tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
     worlds = [world(preparing.datasets.problem_of(task), decisions.rewards) for task in tasks]
     A = tasks[0]["n_actions"]
-    whole, scores = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
+    whole, scores, _ = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
     wanted = play(worlds, whole(demos), episodes=2, listed=64)
     assert len(scores) > 30
     reader = Reader(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.template, A)

@@ -1,0 +1,104 @@
+"""`lindm eval`: policies on the same held-out tasks."""
+
+import json as json_module
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lindm.progress import told
+
+SEED = 1_000_000  # far from what training data are made with, so that tasks are new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """What policies lose on held-out tasks of a suite, exactly where that can be."""
+
+    suite: str
+    """mdp, pomdp or apomdp"""
+    policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """oracle, random, behaviour, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; once or more"""
+    tasks: int = 50
+    demos: int = 5
+    """demonstrations of each task"""
+    horizon: int | None = None
+    """number of stages [default: the middle one of the suite's three]"""
+    split: str = "id"
+    """id or ood"""
+    behaviour: str = "oracle"
+    """of the demonstrations: oracle, epsilon or uniform"""
+    epsilon: float = 0.2
+    """share of random actions of the behaviour epsilon"""
+    episodes: int = 8
+    """sampled of a task, where a policy's histories are too many"""
+    seed: int = SEED
+    """of the tasks; not that of data that a model was trained on"""
+    out: Path | None = None
+    """where the tasks and eval.json go [default: nothing is kept]"""
+    json: bool = False
+    """print one JSON list"""
+
+
+def run_eval(command: Eval) -> int:
+    from lindm import files
+
+    files.stop_on_signals()
+    from lindm import compare, suites
+    from lindm.datasets import Recipe
+    from lindm.problems import checks
+
+    compare.check(command.policy)
+    checks.count(command.episodes, "episodes")
+    suite = suites.suite(command.suite, command.horizon, command.split)
+    recipe = Recipe(**{name: getattr(command, name) for name in ("tasks", "demos", "behaviour", "epsilon", "seed")})
+
+    def finished(row: dict) -> None:
+        if not command.json:
+            print(_line(_cells(row)), flush=True)
+
+    kept = tempfile.TemporaryDirectory() if command.out is None else nullcontext(str(command.out))
+    with kept as directory, told("tasks") as tell:
+        if not command.json:
+            print(
+                f"{suite.name}, horizon {suite.horizon}, {suite.split}; {recipe.tasks} tasks, {recipe.demos} demonstrations each"
+            )
+            print(_line(HEAD), flush=True)
+        how = {"episodes": command.episodes, "tell": tell, "finished": finished}
+        rows = compare.compare(Path(directory) / "data", suite, recipe, command.policy, **how)
+    if command.out is not None:
+        files.write_json(command.out / "eval.json", rows)
+    if command.json:
+        print(json_module.dumps([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
+    elif command.out is not None:
+        print(command.out / "eval.json", file=sys.stderr)
+    return 0
+
+
+HEAD = ("policy", "gap", "95 %", "of V*", "agreement", "invalid", "n", "method", "decisions/s")
+WIDTHS = (40, 8, 20, 8, 9, 7, 4, 8, 12)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["gap"] is None:
+        return (row["policy"], "-", "-", "-", "-", "-", "0", row["method"], "-")
+    low, high = row["ci"]
+    return (
+        row["policy"],
+        f"{row['gap']:.2%}",
+        f"[{low:.2%}, {high:.2%}]",
+        f"{row['gap_of_value']:.2%}",
+        f"{row['action_agreement']:.1%}",
+        "-" if row["invalid"] is None else f"{row['invalid']:.1%}",
+        str(row["n"]),
+        row["method"],
+        "-" if row["decisions_per_s"] is None else f"{row['decisions_per_s']:,.1f}",
+    )
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()

@@ -1,0 +1,185 @@
+"""Policies on the same held-out tasks: what each loses, exactly where it can be (`lindm eval`).
+
+A row of the result is one policy:
+
+    gap            (V* - V^pi) / (V* - V^random), mean over tasks; ci: 95 % by a t-distribution over tasks
+    gap_of_value   (V* - V^pi) / |V*|, and its ci
+    action_agreement, n, invalid (of a language model: how often its unconstrained answer is no action), decisions_per_s
+    method         exact, or rollout: the mean over episodes of exact one-step losses; the same seeds for every policy
+
+What is known as a table is evaluated by dynamic programming. Other policies are asked at the histories that they reach, all of
+them where a task has at most `LISTED`. A language model's answer in an MDP depends on the whole episode, so it is a policy over
+histories there too, and those are soon too many.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lindm import datasets, files, policies
+from lindm.datasets import Recipe
+from lindm.files import DATA, Stop
+from lindm.play import Played, Policy, double_precision, play_all, quality, tabled, world
+from lindm.policies import Answers, Tasks
+from lindm.suites import Suite
+
+LISTED = 2048  # histories of a stage of a task that a policy is asked at
+AT_ONCE = 256  # that a language model is asked in one call, and 16 times as many for the others
+MODELS = ("icl", "sft")
+
+
+def check(names: Sequence[str]) -> None:
+    """ValueError for a name that no policy has; Stop(3) where a model is not there."""
+    for name in names:
+        kind, colon, path = name.partition(":")
+        if not colon and name not in policies.NAMES:
+            known = ", ".join((*policies.NAMES, "icl:MODELDIR", "sft:RUNDIR"))
+            raise ValueError(f"policy must be one of {known}; got {name!r}")
+        if colon and (kind not in MODELS or not path):
+            raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
+        if kind == "sft" and not (Path(path) / "config.json").is_file():
+            raise Stop(DATA, f"policy {name}: {path} holds no run of `lindm sft`")
+        if kind in MODELS and colon and not (model := _model(kind, Path(path))).is_dir():
+            raise Stop(DATA, f"policy {name}: {model} is not there" + (": the run is not finished" if kind == "sft" else ""))
+    if double := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"policy must be given once; got {double[0]!r} twice")
+
+
+def compare(
+    data: Path,
+    suite: Suite,
+    recipe: Recipe,
+    names: Sequence[str],
+    *,
+    episodes: int = 8,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    finished: Callable[[dict], None] = lambda row: None,
+) -> list[dict]:
+    """A row for each policy on the tasks of a recipe; the dataset is made, or found, in `data`.
+
+    Args:
+      episodes: of a task, sampled where a policy is asked and a task has too many histories.
+      tell: hears (tasks made, tasks in all); finished: hears every row.
+
+    Raises:
+      ValueError: a policy that these tasks do not have.
+      Stop: bad models or data (3), or a run that was trained on these very tasks (2).
+    """
+    check(names)
+    for name in names:
+        if name.startswith("sft:"):
+            _held_out(Path(name[4:]), suite, recipe)
+    with double_precision():
+        datasets.make(data, suite, recipe, progress=tell)
+        loaded = list(datasets.load(data))
+        problems = [datasets.problem_of(task) for task, _ in loaded]
+    everything = frozenset({"state", "model", "observation", "reward"})
+    demos = [_demonstrations(rows, everything) for _, rows in loaded]
+    tasks = Tasks(problems=problems, demonstrations=demos, source=suite, recipe=recipe)
+    worlds = {False: [world(problem) for problem in problems]}
+    found = []
+    for name in names:
+        kind, _, path = name.partition(":")
+        begun, asked = time.perf_counter(), [0]
+        if path:
+            reader, answers, rewards = _language_model(kind, Path(path), data, loaded)
+            if rewards not in worlds:
+                worlds[rewards] = [world(problem, rewards) for problem in problems]
+            played = _asked(worlds[rewards], answers, asked, episodes, recipe.seed, AT_ONCE)
+        else:
+            reader, policy = None, policies.policy(name, tasks)
+            if isinstance(policy, Answers):
+                played = _asked(worlds[False], policy, asked, episodes, recipe.seed, 16 * AT_ONCE)
+            else:
+                played = [tabled(one, table) for one, table in zip(worlds[False], policy, strict=True)]
+                asked[0] = sum(_rows(table) for table in policy)
+        seconds = time.perf_counter() - begun
+        row = _row(name, suite, played)
+        row["invalid"] = None if reader is None else reader.invalid / max(reader.answered, 1)
+        row["decisions_per_s"] = asked[0] / seconds
+        found.append(row)
+        finished(row)
+    return found
+
+
+def _rows(table: Any) -> int:
+    """Decisions that a table holds."""
+    return sum(len(stage) for stage in table)
+
+
+def _row(name: str, suite: Suite, played: Sequence[Played | None]) -> dict[str, Any]:
+    known = [one for one in played if one is not None]
+    row: dict[str, Any] = {"suite": suite.name, "horizon": suite.horizon, "split": suite.split, "policy": name}
+    if not known:
+        return row | {"gap": None, "ci": None, "n": 0, "method": f"none: every task has more than {LISTED} histories"}
+    found = quality(known)
+    row |= {"gap": found["gap"], "ci": found["gap_ci"], "gap_of_value": found["gap_of_value"]}
+    row |= {"gap_of_value_ci": found["gap_of_value_ci"], "n": found["n"], "action_agreement": found["agreement"]}
+    return row | {"method": found["method"], "gaps": [None if one is None else one.relative for one in played]}
+
+
+def _asked(
+    worlds: Sequence[Any], answers: Answers, asked: list[int], episodes: int, seed: int, at_once: int
+) -> list[Played | None]:
+    """Played by asking, with the questions counted."""
+
+    def counting(given: Sequence[Any]) -> Policy:
+        answer = answers.policy(given)
+
+        def counted(stage: int, level: list[list[Any]]) -> Sequence[Sequence[int]]:
+            asked[0] += sum(map(len, level))
+            return answer(stage, level)
+
+        return counted
+
+    return play_all(worlds, answers.given, counting, episodes=episodes, seed=seed, listed=LISTED, at_once=at_once)
+
+
+def _demonstrations(rows: Sequence[dict], shown: frozenset[str]) -> Any:
+    demos = [row for row in rows if row["role"] == "demo"]
+    return datasets.document(demos, rows[-1], shown).demonstrations
+
+
+# --- language models -------------------------------------------------------------------------------------------------------
+
+
+def _model(kind: str, path: Path) -> Path:
+    return path / "model" if kind == "sft" else path
+
+
+def _language_model(kind: str, path: Path, data: Path, loaded: Sequence[tuple[dict, list[dict]]]) -> tuple[Any, Answers, bool]:
+    """The reader of a model, its policy, and whether it is told rewards: as it was trained, or as `lindm sft` would train it."""
+    import jax
+    import jax.numpy as jnp
+
+    from lindm.llm import records, weights
+    from lindm.llm.deciding import Reader
+    from lindm.llm.sharding import make_mesh
+    from lindm.llm.tokens import load_tokenizer
+
+    options = json.loads((path / "config.json").read_text())["options"] if kind == "sft" else {}
+    manifest = datasets.read_manifest(data)
+    told = options.get("rewards", "auto")
+    rewards = told == "shown" or (told == "auto" and manifest["config"]["source"]["sizes"]["kind"] == "mdp")
+    how = datasets.telling(data, manifest, records.template_of(options.get("template")), rewards, options.get("names", False))
+    directory, device = _model(kind, path), jax.devices()[:1]
+    dtype = jnp.float32 if device[0].platform == "cpu" else jnp.bfloat16
+    model = weights.load(directory, mesh=make_mesh({"fsdp": 1}, device))
+    task = loaded[0][0]
+    reader = Reader(model, load_tokenizer(directory), how.template, task["n_actions"], dtype)
+    demonstrations = [_demonstrations(rows, how.shown) for _, rows in loaded]
+    return reader, Answers(demonstrations, lambda some: reader.policy(some, task["horizon"])), "reward" in how.shown
+
+
+def _held_out(run: Path, suite: Suite, recipe: Recipe) -> None:
+    """Stop(2) where the run was trained on tasks of the same law and seed, which are the same tasks."""
+    config = json.loads((run / "config.json").read_text())["options"]
+    trained = Path(config["data"])
+    if not (trained / "manifest.json").is_file():
+        return  # a file, or no longer there: nothing to compare with
+    made = datasets.read_manifest(trained)["config"]
+    law = made["source"].get("suite")
+    if law is not None and law == json.loads(json.dumps(vars(suite))) and made["recipe"]["seed"] == recipe.seed:
+        raise Stop(files.USAGE, f"seed must not be {recipe.seed}: {run} was trained on these tasks ({trained})")
