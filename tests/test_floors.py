@@ -23,7 +23,7 @@ FLOORS = (
     ("lindm.cli", "lindm.doctor", "lindm.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-BENCHES = ("lindm.attention.bench", "lindm.llm.bench")  # the modules that may see torch
+BENCHES = ("lindm.attention.bench", "lindm.llm.bench", "lindm.llm.bench_decisions")  # the modules that may see torch
 
 # rejection loops on a CPU: powers of exponentials and inverse distribution functions do the same, many times faster
 SLOW_SAMPLERS = {

@@ -72,7 +72,7 @@ class Bench:
     """Measure speed and memory beside other implementations."""
 
     what: tyro.conf.Positional[str]
-    """attention, oracles or sft"""
+    """attention, oracles, sft or decisions"""
     json: bool = False
     """print one JSON list"""
 
@@ -205,8 +205,10 @@ def _bench(command: Bench) -> int:
         from lindm.oracles import bench
     elif command.what == "sft":
         from lindm.llm import bench
+    elif command.what == "decisions":
+        from lindm.llm import bench_decisions as bench
     else:
-        raise ValueError(f"WHAT must be attention, oracles or sft; got {command.what!r}")
+        raise ValueError(f"WHAT must be attention, oracles, sft or decisions; got {command.what!r}")
     return int(bench.main(command.json) or 0)
 
 

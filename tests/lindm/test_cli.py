@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy():
         (["verify", "--workers", "0"], "--workers must be >= 1; got 0"),
         (["verify", "--colour", "red"], "--colour"),
         (["run", "nonsense"], "EXPERIMENT must be one of"),
-        (["bench", "nonsense"], "WHAT must be attention, oracles or sft; got 'nonsense'"),
+        (["bench", "nonsense"], "WHAT must be attention, oracles, sft or decisions; got 'nonsense'"),
         (["sft", "--data", "d", "--out", "o"], "lindm: error: one of model and preset must be given"),
         (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny; got 'huge'"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--steps", "0"], "steps must be at least 1; got 0"),
