@@ -15,15 +15,20 @@ histories there too, and those are soon too many.
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lindm import datasets, files, policies
 from lindm.datasets import Recipe
 from lindm.files import DATA, Stop
-from lindm.play import Played, Policy, double_precision, play_all, quality, tabled, world
+from lindm.oracles import tree
+from lindm.oracles.solve import BUDGET
+from lindm.play import Played, Policy, World, double_precision, play_all, quality, tabled, world
 from lindm.policies import Answers, Tasks
+from lindm.sources import Source
 from lindm.suites import Suite
+from lindm.types import APOMDP, MDP, Problem
 
 LISTED = 2048  # histories of a stage of a task that a policy is asked at
 AT_ONCE = 256  # that a language model is asked in one call, and 16 times as many for the others
@@ -49,7 +54,7 @@ def check(names: Sequence[str]) -> None:
 
 def compare(
     data: Path,
-    suite: Suite,
+    source: Suite | Source,
     recipe: Recipe,
     names: Sequence[str],
     *,
@@ -59,26 +64,32 @@ def compare(
 ) -> list[dict]:
     """A row for each policy on the tasks of a recipe; the dataset is made, or found, in `data`.
 
+    Every task of a suite is another problem; of one problem, the tasks differ by their demonstrations.
+
     Args:
       episodes: of a task, sampled where a policy is asked and a task has too many histories.
       tell: hears (tasks made, tasks in all); finished: hears every row.
 
     Raises:
-      ValueError: a policy that these tasks do not have.
+      ValueError: a policy that these tasks do not have; a horizon whose histories do not fit in memory.
       Stop: bad models or data (3), or a run that was trained on these very tasks (2).
     """
     check(names)
     for name in names:
         if name.startswith("sft:"):
-            _held_out(Path(name[4:]), suite, recipe)
+            _held_out(Path(name[4:]), source, recipe)
+    law = source.problem if isinstance(source, Source) else source
+    if not isinstance(law, Suite):
+        _fits(law)
     with double_precision():
-        datasets.make(data, suite, recipe, progress=tell)
+        datasets.make(data, source, recipe, progress=tell)
         loaded = list(datasets.load(data))
-        problems = [datasets.problem_of(task) for task, _ in loaded]
+        problems = [datasets.problem_of(task) for task, _ in (loaded if isinstance(law, Suite) else loaded[:1])]
+    problems = problems if isinstance(law, Suite) else problems * len(loaded)
     everything = frozenset({"state", "model", "observation", "reward"})
     demos = [_demonstrations(rows, everything) for _, rows in loaded]
-    tasks = Tasks(problems=problems, demonstrations=demos, source=suite, recipe=recipe)
-    worlds = {False: [world(problem) for problem in problems]}
+    tasks = Tasks(problems=problems, demonstrations=demos, source=law, recipe=recipe)
+    worlds = {False: _worlds(problems, False)}
     found = []
     for name in names:
         kind, _, path = name.partition(":")
@@ -86,7 +97,7 @@ def compare(
         if path:
             reader, answers, rewards = _language_model(kind, Path(path), data, loaded)
             if rewards not in worlds:
-                worlds[rewards] = [world(problem, rewards) for problem in problems]
+                worlds[rewards] = _worlds(problems, rewards)
             played = _asked(worlds[rewards], answers, asked, episodes, recipe.seed, AT_ONCE)
         else:
             reader, policy = None, policies.policy(name, tasks)
@@ -96,7 +107,7 @@ def compare(
                 played = [tabled(one, table) for one, table in zip(worlds[False], policy, strict=True)]
                 asked[0] = sum(_rows(table) for table in policy)
         seconds = time.perf_counter() - begun
-        row = _row(name, suite, played)
+        row = described(source) | _row(name, played)
         row["invalid"] = None if reader is None else reader.invalid / max(reader.answered, 1)
         row["decisions_per_s"] = asked[0] / seconds
         found.append(row)
@@ -109,9 +120,34 @@ def _rows(table: Any) -> int:
     return sum(len(stage) for stage in table)
 
 
-def _row(name: str, suite: Suite, played: Sequence[Played | None]) -> dict[str, Any]:
+def described(source: Suite | Source) -> dict[str, Any]:
+    """What a row says of its tasks; the suite of a problem of its own is its kind."""
+    if isinstance(source, Suite):
+        return {"suite": source.name, "horizon": source.horizon, "split": source.split}
+    kind, one = type(source.problem).__name__.lower(), source.problem
+    return {"suite": kind, "horizon": (one.cloud if isinstance(one, APOMDP) else one).r.shape[-3], "split": None}
+
+
+def _fits(problem: Problem) -> None:
+    """ValueError where the table over all histories does not fit."""
+    if isinstance(problem, MDP):
+        return
+    with double_precision():
+        needed = tree.memory_bytes(tree.as_cloud(problem))
+    if needed > BUDGET:
+        room = f"{BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
+        raise ValueError(f"horizon must be short enough that all histories fit in {room}")
+
+
+def _worlds(problems: Sequence[Problem], rewards: bool) -> list[World]:
+    """One for each; the same object where the problem is the same one."""
+    known: dict[int, World] = {}
+    return [known[id(p)] if id(p) in known else known.setdefault(id(p), world(p, rewards)) for p in problems]
+
+
+def _row(name: str, played: Sequence[Played | None]) -> dict[str, Any]:
     known = [one for one in played if one is not None]
-    row: dict[str, Any] = {"suite": suite.name, "horizon": suite.horizon, "split": suite.split, "policy": name}
+    row: dict[str, Any] = {"policy": name}
     if not known:
         return row | {"gap": None, "ci": None, "n": 0, "method": f"none: every task has more than {LISTED} histories"}
     found = quality(known)
@@ -173,13 +209,14 @@ def _language_model(kind: str, path: Path, data: Path, loaded: Sequence[tuple[di
     return reader, Answers(demonstrations, lambda some: reader.policy(some, task["horizon"])), "reward" in how.shown
 
 
-def _held_out(run: Path, suite: Suite, recipe: Recipe) -> None:
+def _held_out(run: Path, source: Suite | Source, recipe: Recipe) -> None:
     """Stop(2) where the run was trained on tasks of the same law and seed, which are the same tasks."""
     config = json.loads((run / "config.json").read_text())["options"]
     trained = Path(config["data"])
     if not (trained / "manifest.json").is_file():
         return  # a file, or no longer there: nothing to compare with
     made = datasets.read_manifest(trained)["config"]
-    law = made["source"].get("suite")
-    if law is not None and law == json.loads(json.dumps(vars(suite))) and made["recipe"]["seed"] == recipe.seed:
+    law = made["source"].get("suite")  # of one problem, there is no other task
+    same = isinstance(source, Suite) and law == json.loads(json.dumps(asdict(source)))
+    if same and made["recipe"]["seed"] == recipe.seed:
         raise Stop(files.USAGE, f"seed must not be {recipe.seed}: {run} was trained on these tasks ({trained})")

@@ -17,19 +17,23 @@ SEED = 1_000_000  # far from what training data are made with, so that tasks are
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """What policies lose on held-out tasks of a suite, exactly where that can be."""
+    """What policies lose on held-out tasks of a suite, or on a problem of your own, exactly where that can be."""
 
-    suite: str
-    """mdp, pomdp or apomdp"""
+    suite: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """mdp, pomdp or apomdp; or prostate, or a .pomdp file (several form a cloud)"""
     policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """oracle, random, behaviour, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; once or more"""
     tasks: int = 50
     demos: int = 5
     """demonstrations of each task"""
     horizon: int | None = None
-    """number of stages [default: the middle one of the suite's three]"""
+    """number of stages [default: the middle one of a suite's three; needed by a file]"""
     split: str = "id"
-    """id or ood"""
+    """of a suite: id or ood"""
+    discount: float | None = None
+    """of a file, in place of its own"""
+    alpha: float | None = None
+    """of a cloud: 1 is the worst case, 0 the best"""
     behaviour: str = "oracle"
     """of the demonstrations: oracle, epsilon or uniform"""
     epsilon: float = 0.2
@@ -48,28 +52,32 @@ def run_eval(command: Eval) -> int:
     from lindm import files
 
     files.stop_on_signals()
-    from lindm import compare, suites
+    import jax
+
+    from lindm import compare
+    from lindm.cli.worlds import source_of
     from lindm.datasets import Recipe
     from lindm.problems import checks
 
     compare.check(command.policy)
     checks.count(command.episodes, "episodes")
-    suite = suites.suite(command.suite, command.horizon, command.split)
+    with jax.enable_x64(True):
+        source = source_of(command.suite, command.horizon, command.split, command.discount, command.alpha)
     recipe = Recipe(**{name: getattr(command, name) for name in ("tasks", "demos", "behaviour", "epsilon", "seed")})
+
+    about = compare.described(source)
+    what = [" ".join(command.suite), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
+    head = [f"{', '.join(what)}; {recipe.tasks} tasks, {recipe.demos} demonstrations each", _line(HEAD)]
 
     def finished(row: dict) -> None:
         if not command.json:
-            print(_line(_cells(row)), flush=True)
+            print("\n".join([*head, _line(_cells(row))]), flush=True)
+            head.clear()
 
     kept = tempfile.TemporaryDirectory() if command.out is None else nullcontext(str(command.out))
     with kept as directory, told("tasks") as tell:
-        if not command.json:
-            print(
-                f"{suite.name}, horizon {suite.horizon}, {suite.split}; {recipe.tasks} tasks, {recipe.demos} demonstrations each"
-            )
-            print(_line(HEAD), flush=True)
         how = {"episodes": command.episodes, "tell": tell, "finished": finished}
-        rows = compare.compare(Path(directory) / "data", suite, recipe, command.policy, **how)
+        rows = compare.compare(Path(directory) / "data", source, recipe, command.policy, **how)
     if command.out is not None:
         files.write_json(command.out / "eval.json", rows)
     if command.json:

@@ -5,14 +5,18 @@ import json as json_module
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lindm.progress import told
+
+if TYPE_CHECKING:
+    from lindm.sources import Source
+    from lindm.suites import Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +138,34 @@ def run_solve(command: Solve) -> int:
     return 0
 
 
+def source_of(
+    words: Sequence[str], horizon: int | None, split: str, discount: float | None, alpha: float | None
+) -> "Suite | Source":
+    """A suite by its name, or one problem: a name that ships, or .pomdp files. ValueError for what is neither."""
+    from lindm import sources, suites
+
+    if len(words) == 1 and words[0] in suites.NAMES and not Path(words[0]).is_file():
+        if discount is not None or alpha is not None:
+            raise ValueError("discount and alpha must be left out for a suite, which has its own")
+        return suites.suite(words[0], horizon, split)
+    known = (*suites.NAMES, *sources.SHIPPED)
+    for word in words or ("nothing",):
+        if not Path(word).suffix and not Path(word).is_file() and (word not in sources.SHIPPED or len(words) > 1):
+            raise ValueError(f"SUITE must be one of {', '.join(known)}, or .pomdp files; got {word!r}")
+    if split != "id":
+        raise ValueError(f"split must be left out for a problem of your own, which has one law; got {split!r}")
+    if horizon is None:
+        raise ValueError("horizon must be given for a problem that is not a suite")
+    with _warnings_as_lines():
+        return sources.named(words, horizon, discount, alpha)
+
+
 def run_make(command: Make) -> int:
     from lindm import files
 
     files.stop_on_signals()
     _double_precision()
-    from lindm import datasets, sources, suites
+    from lindm import datasets
 
     recipe = datasets.Recipe(
         tasks=command.tasks,
@@ -151,21 +177,7 @@ def run_make(command: Make) -> int:
         query_epsilon=command.epsilon,
         seed=command.seed,
     )
-    if len(command.source) == 1 and command.source[0] in suites.NAMES and not Path(command.source[0]).is_file():
-        if command.discount is not None or command.alpha is not None:
-            raise ValueError("discount and alpha must be left out for a suite, which has its own")
-        source = suites.suite(command.source[0], command.horizon, command.split)
-    else:
-        known = (*suites.NAMES, *sources.SHIPPED)
-        for word in command.source or ("nothing",):
-            if not Path(word).suffix and not Path(word).is_file() and (word not in sources.SHIPPED or len(command.source) > 1):
-                raise ValueError(f"SUITE must be one of {', '.join(known)}, or .pomdp files; got {word!r}")
-        if command.split != "id":
-            raise ValueError(f"split must be left out for a problem of your own, which has one law; got {command.split!r}")
-        if command.horizon is None:
-            raise ValueError("horizon must be given for a problem that is not a suite")
-        with _warnings_as_lines():
-            source = sources.named(command.source, command.horizon, command.discount, command.alpha)
+    source = source_of(command.source, command.horizon, command.split, command.discount, command.alpha)
     with told("tasks") as progress:
         made = datasets.make(command.out, source, recipe, progress=progress)
     for name in made.damaged:

@@ -79,6 +79,36 @@ def test_what_is_no_policy_is_refused_in_one_line(capsys, names, code, said):
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
+    tiger = ["eval", "--suite", "tests/lindm/problems/files/tiger.pomdp", "--horizon", "4", "--tasks", "3", "--demos", "2"]
+    assert main([*tiger, "--policy", "random", "--policy", "qmdp", "--policy", "bc", "--json"]) == 0
+    random, qmdp, bc = json.loads(capsys.readouterr().out)
+    assert (random["suite"], random["horizon"], random["split"]) == ("pomdp", 4, None)
+    assert random["gap"] == pytest.approx(1) and qmdp["ci"] == pytest.approx([qmdp["gap"]] * 2) and 0 < qmdp["gap"] < 0.5
+    assert bc["n"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            "--suite prostate --horizon 8",
+            r"horizon must be short enough that all histories fit in 2 GiB; they need 606,291",
+        ),
+        ("--suite nothing", "SUITE must be one of mdp, pomdp, apomdp, prostate, or .pomdp files; got 'nothing'"),
+        ("--suite prostate", "horizon must be given for a problem that is not a suite"),
+        ("--suite mdp --horizon 5", "horizon of the suite mdp must be one of 4, 8, 16; got 5"),
+        ("--suite mdp --alpha 0.5", "discount and alpha must be left out for a suite"),
+        ("--suite mdp --episodes 0", "episodes must be"),
+        ("--suite mdp --tasks 0", "tasks must be"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_printed(capsys, arguments, said):
+    assert main(["eval", *arguments.split(), "--policy", "bc"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(said, err)
+
+
 def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, capsys):
     arguments = [
         "eval",
