@@ -47,7 +47,7 @@ from lindm.files import (
 
 HERE = Path(__file__).parent
 # modules of this directory that make no record
-MACHINERY = {"criteria", "harness", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
+MACHINERY = {"criteria", "harness", "overview", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
 
 
 # --- discovery ----------------------------------------------------------------

@@ -15,7 +15,7 @@ from rich.table import Table
 from experiments import harness
 from lindm import files, provenance
 
-TEMPLATE = Path(__file__).parent / "report.html.jinja"
+HERE = Path(__file__).parent
 
 
 def number(value: float | str | None) -> str:
@@ -123,14 +123,22 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
     }
 
 
-def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
-    """The page. Everything that is shown goes through autoescape."""
+def page(template: str, **values: Any) -> str:
+    """A page of this directory. Everything that is shown goes through autoescape."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = jinja2.FileSystemLoader(HERE)
+    how = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, **how)
     environment.filters |= {"number": number}
+    return environment.get_template(template).render(**values)
+
+
+def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
+    """The page of one verification."""
     rows = summary["claims"]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return page(
+        "report.html.jinja",
         summary=summary,
         rows=rows,
         sections=sections,

@@ -60,6 +60,16 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """One page of verifications, evaluations and training runs, with its tables as CSV and LaTeX."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """directories of `lindm verify`, `lindm eval --out` or `lindm sft`, or directories of such"""
+    out: Path = Path("report")
+    """where the page goes"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Check versions, devices, precision, disk, fonts and the lock."""
 
@@ -81,6 +91,7 @@ Command = (
     Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Solve, tyro.conf.subcommand("solve")]
     | Annotated[Data, tyro.conf.subcommand("data")]
@@ -198,6 +209,18 @@ def _plot(directory: Path) -> int:
     return 0
 
 
+def _report(command: Report) -> int:
+    from experiments.overview import write
+    from lindm import files
+
+    if not command.directories:
+        raise ValueError("DIR must name at least one directory")
+    files.stop_on_signals()
+    for path in write(command.directories, command.out):
+        print(path)
+    return 0
+
+
 def _bench(command: Bench) -> int:
     if command.what == "attention":
         from lindm.attention import bench
@@ -240,6 +263,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _run(command.experiment, [])
         case Plot():
             return _plot(command.directory)
+        case Report():
+            return _report(command)
         case Doctor():
             from lindm import doctor
 

@@ -4,7 +4,7 @@ import json as json_module
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +54,7 @@ def run_eval(command: Eval) -> int:
     files.stop_on_signals()
     import jax
 
-    from lindm import compare
+    from lindm import compare, provenance
     from lindm.cli.worlds import source_of
     from lindm.datasets import Recipe
     from lindm.problems import checks
@@ -80,6 +80,7 @@ def run_eval(command: Eval) -> int:
         rows = compare.compare(Path(directory) / "data", source, recipe, command.policy, **how)
     if command.out is not None:
         files.write_json(command.out / "eval.json", rows)
+        provenance.write_manifest(command.out, options={k: str(v) for k, v in asdict(command).items()})
     if command.json:
         print(json_module.dumps([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
     elif command.out is not None:

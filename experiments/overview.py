@@ -1,0 +1,210 @@
+"""Verifications, evaluations of policies and training runs on one page, and its tables as CSV and LaTeX.
+
+    lindm report DIR [DIR ...] --out report
+
+A directory is of `lindm verify` (verdicts.json), `lindm eval --out` (eval.json) or `lindm sft` (metrics.jsonl beside a model's
+options), or holds such directories. Nothing is measured here: every number is read from what those commands wrote.
+"""
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.report import _json, label, measured, number, page, section
+from lindm import files, provenance
+from lindm.llm import journal
+
+Row = dict[str, Any]
+
+
+class Found(NamedTuple):
+    """Directories by what they hold."""
+
+    verify: list[Path]
+    evaluations: list[Path]
+    training: list[Path]
+
+
+def _is_training(directory: Path) -> bool:
+    return (directory / "metrics.jsonl").is_file() and "options" in _json(directory / "config.json")
+
+
+KINDS: dict[str, Callable[[Path], bool]] = {
+    "verify": lambda d: (d / "verdicts.json").is_file(),
+    "evaluations": lambda d: (d / "eval.json").is_file(),
+    "training": _is_training,
+}
+
+
+def find(directories: Sequence[Path]) -> Found:
+    """What the directories, or those in them, hold. Stop(3) for one that holds nothing to report."""
+    found = Found([], [], [])
+    for directory in directories:
+        inside = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
+        held = [(kind, d) for d in (directory, *inside) for kind, holds in KINDS.items() if d.is_dir() and holds(d)]
+        if not held:
+            known = "verdicts.json (lindm verify), eval.json (lindm eval --out) or a run of lindm sft"
+            raise files.Stop(files.DATA, f"DIR must hold {known}; got {directory}")
+        for kind, one in held:
+            if one not in (listed := getattr(found, kind)):
+                listed.append(one)
+    return found
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def claims(directories: Sequence[Path]) -> list[Row]:
+    rows = []
+    for directory in directories:
+        for row in _json(directory / "verdicts.json")["claims"]:
+            low, high = row["ci"]
+            kept = {k: row[k] for k in ("id", "statement", "predicted", "measured")}
+            rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
+    return rows
+
+
+def decisions(directories: Sequence[Path]) -> list[Row]:
+    rows = []
+    for directory in directories:
+        for row in json.loads((directory / "eval.json").read_text()):
+            low, high = row["ci"] or (None, None)
+            kept = {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")} | {"low": low, "high": high}
+            rows.append(kept | {k: row.get(k) for k in ("gap_of_value", "action_agreement", "invalid", "n", "method")})
+    return rows
+
+
+def training(directories: Sequence[Path]) -> list[Row]:
+    rows = []
+    for directory in directories:
+        options = _json(directory / "config.json")["options"]
+        records = journal.read(directory)
+        looked = [r for r in records if r["kind"] == "eval"]
+        first, last = (looked[0], looked[-1]) if looked else ({}, {})
+        rows.append(
+            {
+                **{
+                    "run": str(directory),
+                    "model": options["model"] or f"preset {options['preset']}",
+                    "method": options["method"],
+                },
+                **{"data": options["data"], "steps": max((r["step"] for r in records), default=0)},
+                **{"loss before": first.get("loss"), "loss after": last.get("loss")},
+                **{"gap before": first.get("gap"), "gap after": last.get("gap"), "majority": last.get("vote_gap")},
+            }
+        )
+    return rows
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def as_latex(rows: Sequence[Row]) -> str:
+    """A tabular for the package booktabs."""
+
+    def cell(value: Any) -> str:
+        return "".join(ESCAPES.get(c, c) for c in number(value if isinstance(value, (str, float, int)) else None))
+
+    names = list(rows[0])
+    numeric = [all(isinstance(row[name], (float, int, type(None))) for row in rows) for name in names]
+    lines = [rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in numeric)}}}", r"\toprule"]
+    lines += [" & ".join(map(cell, names)) + r" \\", r"\midrule"]
+    lines += [" & ".join(cell(row[name]) for name in names) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------
+
+
+def picture(rows: Sequence[Row]) -> bytes:
+    """Gaps of all policies, with intervals: a panel for every suite, horizon and split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from experiments.style import COLORS, MEASURED, STYLE
+
+    known = [row for row in rows if row["gap"] is not None]
+    cells = list(dict.fromkeys((r["suite"], r["horizon"], r["split"]) for r in known))
+    names = list(dict.fromkeys(r["policy"] for r in known))
+    columns = min(3, len(cells))
+    height = -(-len(cells) // columns)
+    with pyplot.rc_context(STYLE):  # pyright: ignore
+        size = (4.3 * columns + 1.2, (0.9 + 0.28 * len(names)) * height)
+        figure, axes = pyplot.subplots(height, columns, figsize=size, sharey=True, squeeze=False)
+        for axis, cell in zip(axes.flat, cells, strict=False):
+            for row in known:
+                if (row["suite"], row["horizon"], row["split"]) == cell:
+                    y, gap = -names.index(row["policy"]), 100 * row["gap"]
+                    ends = [[gap - 100 * row["low"]], [100 * row["high"] - gap]]
+                    axis.errorbar([gap], [y], xerr=ends, color=COLORS[0], capsize=2, **MEASURED)
+            suite, horizon, split = cell
+            axis.set(title=f"{suite}, horizon {horizon}" + (f", {split}" if split else ""), xlabel="gap, % of random play's")
+            axis.set_yticks([-i for i in range(len(names))], [name if len(name) < 32 else f"...{name[-28:]}" for name in names])
+            axis.axvline(0, color="#444444", linewidth=0.8, marker="")
+        for axis in axes.flat[len(cells) :]:
+            axis.set_visible(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def write(directories: Sequence[Path], out: Path) -> list[Path]:
+    """OUT/index.html and OUT/tables/*.csv, *.tex; their paths."""
+    found = find(directories)
+    tables = {"claims": claims(found.verify), "decisions": decisions(found.evaluations), "training": training(found.training)}
+    tables = {name: rows for name, rows in tables.items() if rows}
+    written: dict[Path, str] = {}
+    for name, rows in tables.items():
+        written[out / "tables" / f"{name}.csv"] = as_csv(rows)
+        written[out / "tables" / f"{name}.tex"] = as_latex(rows)
+    verified = []
+    for directory in found.verify:
+        rows = _json(directory / "verdicts.json")["claims"]
+        names = dict.fromkeys(row["experiment"] for row in rows)
+        sections = [section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
+        verified.append({"directory": str(directory), "rows": rows, "sections": sections})
+    runs = [
+        {
+            "name": str(directory),
+            "options": _json(directory / "config.json")["options"],
+            "curves": _picture_of(directory / "curves.png"),
+            "manifest": _json(directory / "manifest.json"),
+        }
+        for directory in found.training
+    ]
+    manifests = [(str(d), _json(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
+    written[out / "index.html"] = page(
+        "overview.html.jinja",
+        tables=tables,
+        verified=verified,
+        runs=runs,
+        decided=base64.b64encode(picture(tables["decisions"])).decode() if "decisions" in tables else None,
+        manifests=[(name, manifest) for name, manifest in manifests if manifest],
+        here=provenance.provenance(),
+        measured=measured,
+        label=label,
+    )
+    with files.storage(out):
+        (out / "tables").mkdir(parents=True, exist_ok=True)
+    for path, content in written.items():
+        files.write_atomic(path, content)
+    return list(written)
+
+
+def _picture_of(path: Path) -> str | None:
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
