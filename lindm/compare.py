@@ -79,6 +79,9 @@ def compare(
         if name.startswith("sft:"):
             _held_out(Path(name[4:]), source, recipe)
     law = source.problem if isinstance(source, Source) else source
+    for name in names:
+        if ":" not in name:
+            policies.known(name, law.O == 0 if isinstance(law, Suite) else isinstance(law, MDP))
     if not isinstance(law, Suite):
         _fits(law)
     with double_precision():
@@ -206,6 +209,10 @@ def _language_model(kind: str, path: Path, data: Path, loaded: Sequence[tuple[di
     task = loaded[0][0]
     reader = Reader(model, load_tokenizer(directory), how.template, task["n_actions"], dtype)
     demonstrations = [_demonstrations(rows, how.shown) for _, rows in loaded]
+    if (needed := reader.longest(demonstrations)) > (room := model.architecture.length):
+        raise Stop(
+            DATA, f"policy {kind}:{path}: texts must have at most the {room} tokens of the model; the longest has about {needed}"
+        )
     return reader, Answers(demonstrations, lambda some: reader.policy(some, task["horizon"])), "reward" in how.shown
 
 

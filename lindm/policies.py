@@ -281,11 +281,17 @@ HIDDEN = {"certainty-equivalence": likeliest_state, "qmdp": qmdp}
 NAMES = tuple(dict.fromkeys((*EVERYWHERE, *SEEN, *HIDDEN)))
 
 
+def known(name: str, seen: bool) -> Callable[[Tasks], list[Any] | Answers]:
+    """What makes the policy of that name where the state is seen or hidden; ValueError where there is none."""
+    found = EVERYWHERE | (SEEN if seen else HIDDEN)
+    if name not in found:
+        raise ValueError(
+            f"policy must be one of {', '.join(found)} where the state is {'seen' if seen else 'hidden'}; got {name!r}"
+        )
+    return found[name]
+
+
 def policy(name: str, tasks: Tasks) -> list[Any] | Answers:
     """The policy of that name; ValueError where these tasks have none."""
-    known = EVERYWHERE | (SEEN if tasks.seen else HIDDEN)
-    if name not in known:
-        state = "is seen" if tasks.seen else "is hidden"
-        raise ValueError(f"policy must be one of {', '.join(known)} where the state {state}; got {name!r}")
     with double_precision():
-        return known[name](tasks)
+        return known(name, tasks.seen)(tasks)

@@ -80,6 +80,10 @@ class Reader:
 
         return answer
 
+    def longest(self, demonstrations: Sequence[Sequence[Sequence[Step]]]) -> int:
+        """Tokens of the longest text, about: of each task's demonstrations, and of one more episode like them."""
+        return max(-(-len(self._front(episodes)) * (len(episodes) + 1) // len(episodes)) for episodes in demonstrations)
+
     def _front(self, episodes: Sequence[Sequence[Step]]) -> list[int]:
         pieces = [piece.text for piece in render(Document(tuple(map(tuple, episodes))), self.template)]
         return [*prefix(self.tokenizer), *_joined(encode(self.tokenizer, pieces))]

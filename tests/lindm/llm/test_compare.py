@@ -55,6 +55,20 @@ def test_a_model_is_asked_as_it_was_trained(micro, run, tmp_path):
         assert rewards is told and (answers.given[0][0][0].reward is not None) is told
 
 
+def test_texts_that_are_too_long_for_the_model_are_refused(micro, tmp_path):
+    with pytest.raises(
+        Stop, match=r"policy icl:.*: texts must have at most the 256 tokens of the model; the longest has about \d+"
+    ) as e:
+        compare.compare(tmp_path / "data", SUITE, Recipe(tasks=1, demos=30, seed=4), [f"icl:{micro.model}"])
+    assert e.value.code == 3
+
+
+def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(tmp_path):
+    with pytest.raises(ValueError, match="where the state is seen; got 'qmdp'"):
+        compare.compare(tmp_path / "data", SUITE, RECIPE, ["oracle", "qmdp"])
+    assert not (tmp_path / "data").exists()
+
+
 def test_tasks_that_a_run_was_trained_on_are_refused(run, tmp_path):
     with pytest.raises(Stop, match=r"seed must not be 0: .* was trained on these tasks") as e:
         compare.compare(tmp_path / "data", SUITE, Recipe(tasks=5, demos=2), [f"sft:{run}"])
