@@ -17,7 +17,7 @@ from tests.experiments.test_report import CONTROL, GOOD, Page, summary
 ROW = {"suite": "pomdp", "horizon": 6, "split": "id", "policy": "bc", "gap": 0.25, "ci": [0.2, 0.3], "gap_of_value": 0.1}
 ROW |= {"gap_of_value_ci": [0.05, 0.15], "n": 3, "action_agreement": 0.75, "method": "exact", "invalid": None}
 MODEL = ROW | {"policy": "sft:runs/<a_b>&c", "gap": 0.02, "ci": [0.0, 0.04], "invalid": 0.125, "split": "ood"}
-NONE = {"suite": "apomdp", "horizon": 5, "split": "id", "policy": "x", "gap": None, "ci": None, "n": 0}
+NONE = {"suite": "apomdp", "horizon": 5, "split": None, "policy": "x", "gap": None, "ci": None, "n": 0}
 NONE |= {"method": "none", "invalid": None}
 
 

@@ -144,22 +144,26 @@ def test_cloning_repeats_what_was_done_most_often_in_a_state(seen):
             assert table.shape == (3, 3) and (table[:, s] == counts.argmax()).all()
 
 
-def test_the_estimated_model_is_that_of_the_counts():
+def test_the_estimated_model_is_that_of_the_counts(monkeypatch):
     demos = (
         (Step(0, state=0, reward=1.0), Step(1, state=1, reward=0.0)),
-        (Step(0, state=0, reward=0.5), Step(1, state=0, reward=0.0)),
+        (Step(0, state=0, reward=0.5), Step(1, state=0, reward=0.3)),
+        (Step(0, state=0, reward=0.6), Step(0, state=1, reward=0.0)),
     )
-    P = np.full((1, 2, 2, 2), 0.5)
-    problem = mdp(P, np.zeros((2, 2, 2)), np.array([0.5, 0.5]))
+    problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((2, 2, 2)), np.array([0.5, 0.5]))
     tasks = Tasks(problems=[problem], demonstrations=[demos], source=problem, recipe=Recipe(tasks=1))
+    planned, plan = [], policies.mdp.backward_induction
+    monkeypatch.setattr(policies.mdp, "backward_induction", lambda estimate: planned.append(estimate) or plan(estimate))
     (table,) = policies.certainty_equivalence(tasks)
-    # rewards: (0,0) was 1 and .5, (0,1) and (1,1) were 0; the average .375 counts once everywhere
-    r = np.array([[(1.5 + 0.375) / 3, 0.375 / 2], [0.375, 0.375 / 2]])
-    # kernels: (0,0) led to 1 and to 0; the others end an episode, or were not seen: everywhere alike
-    kernel = np.full((2, 2, 2), 0.5)
-    kernel[0, 0] = [1.5 / 3, 1.5 / 3]
-    last = r.max(-1)
-    assert table.tolist() == [(r + kernel @ last).argmax(-1).tolist(), r.argmax(-1).tolist()]
+    (estimate,) = planned
+    # the average reward, 0.4, counts once everywhere: (0,0) was 1, .5 and .6, (0,1) was .3, (1,0) and (1,1) were 0
+    r = np.array([[2.5 / 4, 0.7 / 2], [0.4 / 2, 0.4 / 2]])
+    # (0,0) led to 1, 0 and 1; the others end an episode: everywhere alike
+    P = np.full((2, 2, 2), 0.5)
+    P[0, 0] = [1.5 / 4, 2.5 / 4]
+    np.testing.assert_allclose(estimate.r, np.stack([r, r]), rtol=1e-12)
+    np.testing.assert_allclose(estimate.P, P[None], rtol=1e-12)
+    assert table.tolist() == [(r + P @ r.max(-1)).argmax(-1).tolist(), r.argmax(-1).tolist()]
 
 
 @pytest.mark.parametrize("name", ["certainty-equivalence", "lsvi", "pevi"])
