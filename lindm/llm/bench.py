@@ -254,7 +254,7 @@ def _version(library: str) -> str | None:
 
 
 def main(json: bool = False) -> int:
-    """Run the bench and print its rows, as a table or as JSON. Takes about six minutes and 6 GB of memory."""
+    """Run the bench and print its rows, as a table or as JSON. Takes about five minutes and 5 GB of memory."""
     names = _names({library: _version(library) for library in PEERS})
     ours: Sides = {}
     peer: Sides = {}
