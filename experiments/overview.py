@@ -9,12 +9,11 @@ options), or holds such directories. Nothing is measured here: every number is r
 import base64
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.report import _json, label, measured, number, page, section
+from experiments.report import number, page, read_json, section
 from lindm import files, provenance
 from lindm.llm import journal
 
@@ -30,7 +29,7 @@ class Found(NamedTuple):
 
 
 def _is_training(directory: Path) -> bool:
-    return (directory / "metrics.jsonl").is_file() and "options" in _json(directory / "config.json")
+    return (directory / "metrics.jsonl").is_file() and "options" in read_json(directory / "config.json")
 
 
 KINDS: dict[str, Callable[[Path], bool]] = {
@@ -61,7 +60,7 @@ def find(directories: Sequence[Path]) -> Found:
 def claims(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in _json(directory / "verdicts.json")["claims"]:
+        for row in read_json(directory / "verdicts.json")["claims"]:
             low, high = row["ci"]
             kept = {k: row[k] for k in ("id", "statement", "predicted", "measured")}
             rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
@@ -71,7 +70,7 @@ def claims(directories: Sequence[Path]) -> list[Row]:
 def decisions(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in json.loads((directory / "eval.json").read_text()):
+        for row in read_json(directory / "eval.json"):
             low, high = row["ci"] or (None, None)
             kept = {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")} | {"low": low, "high": high}
             rows.append(kept | {k: row.get(k) for k in ("gap_of_value", "action_agreement", "invalid", "n", "method")})
@@ -81,20 +80,22 @@ def decisions(directories: Sequence[Path]) -> list[Row]:
 def training(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        options = _json(directory / "config.json")["options"]
+        options = read_json(directory / "config.json")["options"]
         records = journal.read(directory)
         looked = [r for r in records if r["kind"] == "eval"]
         first, last = (looked[0], looked[-1]) if looked else ({}, {})
         rows.append(
             {
-                **{
-                    "run": str(directory),
-                    "model": options["model"] or f"preset {options['preset']}",
-                    "method": options["method"],
-                },
-                **{"data": options["data"], "steps": max((r["step"] for r in records), default=0)},
-                **{"loss before": first.get("loss"), "loss after": last.get("loss")},
-                **{"gap before": first.get("gap"), "gap after": last.get("gap"), "majority": last.get("vote_gap")},
+                "run": str(directory),
+                "model": options["model"] or f"preset {options['preset']}",
+                "method": options["method"],
+                "data": options["data"],
+                "steps": max((r["step"] for r in records), default=0),
+                "loss before": first.get("loss"),
+                "loss after": last.get("loss"),
+                "gap before": first.get("gap"),
+                "gap after": last.get("gap"),
+                "majority": last.get("vote_gap"),
             }
         )
     return rows
@@ -174,20 +175,19 @@ def write(directories: Sequence[Path], out: Path) -> list[Path]:
         written[out / "tables" / f"{name}.tex"] = as_latex(rows)
     verified = []
     for directory in found.verify:
-        rows = _json(directory / "verdicts.json")["claims"]
+        rows = read_json(directory / "verdicts.json")["claims"]
         names = dict.fromkeys(row["experiment"] for row in rows)
         sections = [section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
         verified.append({"directory": str(directory), "rows": rows, "sections": sections})
     runs = [
         {
             "name": str(directory),
-            "options": _json(directory / "config.json")["options"],
+            "options": read_json(directory / "config.json")["options"],
             "curves": _picture_of(directory / "curves.png"),
-            "manifest": _json(directory / "manifest.json"),
         }
         for directory in found.training
     ]
-    manifests = [(str(d), _json(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
+    manifests = [(str(d), read_json(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
     written[out / "index.html"] = page(
         "overview.html.jinja",
         tables=tables,
@@ -196,8 +196,6 @@ def write(directories: Sequence[Path], out: Path) -> list[Path]:
         decided=base64.b64encode(picture(tables["decisions"])).decode() if "decisions" in tables else None,
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance.provenance(),
-        measured=measured,
-        label=label,
     )
     with files.storage(out):
         (out / "tables").mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,8 @@ def _docstring(experiment: str) -> str:
     return inspect.cleandoc(ast.get_docstring(tree) or "") if tree else ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """What a file holds; an empty object where there is none. Stop(3) where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,7 +108,7 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
     ]
     seconds = [line.get("seconds", 0.0) for line in files.read_lines(run / "metrics.jsonl")]
     doc = prose(_docstring(experiment))
-    config = _json(run / "config.json")
+    config = read_json(run / "config.json")
     return {
         "name": experiment,
         "question": doc[0][1] if doc else "",
@@ -119,7 +120,7 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         "criteria": config.get("criteria", ""),
         "records": len(files.read_lines(run / "records.jsonl")),
         "seconds": sum(seconds),
-        "manifest": _json(run / "manifest.json"),
+        "manifest": read_json(run / "manifest.json"),
     }
 
 
@@ -153,7 +154,7 @@ def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: 
 
 def write_report(directory: Path) -> Path:
     """report.html of a verify directory; Stop(3) without a verdicts.json."""
-    summary = _json(directory / "verdicts.json")
+    summary = read_json(directory / "verdicts.json")
     if not summary:
         raise files.Stop(files.DATA, f"no verdicts in {directory / 'verdicts.json'}")
     names = list(dict.fromkeys(row["experiment"] for row in summary["claims"]))
@@ -171,7 +172,7 @@ def redraw(directory: Path) -> list[Path]:
         raise files.Stop(files.DATA, f"DIR must hold records.jsonl, or directories that do; got {directory}")
     written: list[Path] = []
     for run in runs:
-        experiment = _json(run / "config.json").get("experiment")
+        experiment = read_json(run / "config.json").get("experiment")
         if experiment is None:
             raise files.Stop(files.DATA, f"{run / 'config.json'} must name the experiment")
         records = files.read_records(run)
@@ -179,7 +180,7 @@ def redraw(directory: Path) -> list[Path]:
         with files.sole_writer(run):
             written += [run / f"{name}.{ending}" for name in harness.draw(module, records, run) for ending in ("png", "pdf")]
             provenance.write_manifest(
-                run, **{k: v for k, v in _json(run / "manifest.json").items() if k in ("experiment", "preset", "config")}
+                run, **{k: v for k, v in read_json(run / "manifest.json").items() if k in ("experiment", "preset", "config")}
             )
     if (directory / "verdicts.json").exists():
         written.append(write_report(directory))

@@ -24,7 +24,7 @@ from lindm.datasets import Recipe
 from lindm.files import DATA, Stop
 from lindm.oracles import tree
 from lindm.oracles.solve import BUDGET
-from lindm.play import Played, Policy, World, double_precision, play_all, quality, tabled, world
+from lindm.play import Played, Policy, double_precision, play_all, quality, tabled, world
 from lindm.policies import Answers, Tasks
 from lindm.sources import Source
 from lindm.suites import Suite
@@ -35,18 +35,18 @@ AT_ONCE = 256  # that a language model is asked in one call, and 16 times as man
 MODELS = ("icl", "sft")
 
 
-def check(names: Sequence[str]) -> None:
-    """ValueError for a name that no policy has; Stop(3) where a model is not there."""
+def _check(names: Sequence[str], seen: bool) -> None:
+    """ValueError for a name that no policy of such tasks has; Stop(3) where a model is not there."""
     for name in names:
         kind, colon, path = name.partition(":")
-        if not colon and name not in policies.NAMES:
-            known = ", ".join((*policies.NAMES, "icl:MODELDIR", "sft:RUNDIR"))
-            raise ValueError(f"policy must be one of {known}; got {name!r}")
-        if colon and (kind not in MODELS or not path):
+        if not colon:
+            policies.known(name, seen)
+            continue
+        if kind not in MODELS or not path:
             raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
         if kind == "sft" and not (Path(path) / "config.json").is_file():
             raise Stop(DATA, f"policy {name}: {path} holds no run of `lindm sft`")
-        if kind in MODELS and colon and not (model := _model(kind, Path(path))).is_dir():
+        if not (model := _model(kind, Path(path))).is_dir():
             raise Stop(DATA, f"policy {name}: {model} is not there" + (": the run is not finished" if kind == "sft" else ""))
     if double := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"policy must be given once; got {double[0]!r} twice")
@@ -74,14 +74,11 @@ def compare(
       ValueError: a policy that these tasks do not have; a horizon whose histories do not fit in memory.
       Stop: bad models or data (3), or a run that was trained on these very tasks (2).
     """
-    check(names)
+    law = source.problem if isinstance(source, Source) else source
+    _check(names, law.O == 0 if isinstance(law, Suite) else isinstance(law, MDP))
     for name in names:
         if name.startswith("sft:"):
             _held_out(Path(name[4:]), source, recipe)
-    law = source.problem if isinstance(source, Source) else source
-    for name in names:
-        if ":" not in name:
-            policies.known(name, law.O == 0 if isinstance(law, Suite) else isinstance(law, MDP))
     if not isinstance(law, Suite):
         _fits(law)
     with double_precision():
@@ -92,7 +89,7 @@ def compare(
     everything = frozenset({"state", "model", "observation", "reward"})
     demos = [_demonstrations(rows, everything) for _, rows in loaded]
     tasks = Tasks(problems=problems, demonstrations=demos, source=law, recipe=recipe)
-    worlds = {False: _worlds(problems, False)}
+    worlds = {False: policies.once_each(problems, world)}
     found = []
     for name in names:
         kind, _, path = name.partition(":")
@@ -100,7 +97,7 @@ def compare(
         if path:
             reader, answers, rewards = _language_model(kind, Path(path), data, loaded)
             if rewards not in worlds:
-                worlds[rewards] = _worlds(problems, rewards)
+                worlds[rewards] = policies.once_each(problems, lambda problem, told=rewards: world(problem, told))
             played = _asked(worlds[rewards], answers, asked, episodes, recipe.seed, AT_ONCE)
         else:
             reader, policy = None, policies.policy(name, tasks)
@@ -140,12 +137,6 @@ def _fits(problem: Problem) -> None:
     if needed > BUDGET:
         room = f"{BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
         raise ValueError(f"horizon must be short enough that all histories fit in {room}")
-
-
-def _worlds(problems: Sequence[Problem], rewards: bool) -> list[World]:
-    """One for each; the same object where the problem is the same one."""
-    known: dict[int, World] = {}
-    return [known[id(p)] if id(p) in known else known.setdefault(id(p), world(p, rewards)) for p in problems]
 
 
 def _row(name: str, played: Sequence[Played | None]) -> dict[str, Any]:
@@ -193,15 +184,14 @@ def _language_model(kind: str, path: Path, data: Path, loaded: Sequence[tuple[di
     import jax
     import jax.numpy as jnp
 
-    from lindm.llm import records, weights
+    from lindm.llm import preparing, records, weights
     from lindm.llm.deciding import Reader
     from lindm.llm.sharding import make_mesh
     from lindm.llm.tokens import load_tokenizer
 
     options = json.loads((path / "config.json").read_text())["options"] if kind == "sft" else {}
     manifest = datasets.read_manifest(data)
-    told = options.get("rewards", "auto")
-    rewards = told == "shown" or (told == "auto" and manifest["config"]["source"]["sizes"]["kind"] == "mdp")
+    rewards = preparing.rewards_told(options.get("rewards", "auto"), manifest)
     how = datasets.telling(data, manifest, records.template_of(options.get("template")), rewards, options.get("names", False))
     directory, device = _model(kind, path), jax.devices()[:1]
     dtype = jnp.float32 if device[0].platform == "cpu" else jnp.bfloat16

@@ -230,7 +230,7 @@ def play(
                 loss = float(Q.max() - Q[a])
                 lost[i] += node.weight * loss
                 weight = 1.0 if ambiguous else node.weight
-                agreed[i] += weight * (loss <= 1e-12 * max(1.0, float(np.abs(Q).max())))
+                agreed[i] += weight * bool(_best(Q)[a])
                 reached[i] += weight
                 if ambiguous:
                     tables[i][t][node.at] = a
@@ -281,11 +281,15 @@ def tabled(world: World, table: Any) -> Played:
         return world.tabled(table)
 
 
+def _best(Q: np.ndarray) -> np.ndarray:
+    """Which actions are optimal ones, to rounding: Q [..., A] -> bool, the same."""
+    return Q.max(-1, keepdims=True) - Q <= 1e-12 * np.maximum(1.0, np.abs(Q).max(-1, keepdims=True))
+
+
 def _agreed(Q: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [n, A] of a table's rows, and of each row that its action is an optimal one [n]; Q [n, A]."""
     weights = np.eye(Q.shape[-1])[table] if np.issubdtype(table.dtype, np.integer) else table
-    best = Q.max(-1, keepdims=True)
-    return weights, (weights * (best - Q <= 1e-12 * np.maximum(1.0, np.abs(Q).max(-1, keepdims=True)))).sum(-1)
+    return weights, (weights * _best(Q)).sum(-1)
 
 
 def quality(played: Sequence[Played]) -> dict[str, Any]:

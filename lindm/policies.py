@@ -19,7 +19,7 @@ the others' one a table over histories or answers at histories; `lindm.play` has
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ BETA = 1.0  # of PEVI's bonus, the rewards scaled to [0, 1]: its theory asks for
 TASKS, SEED = 2048, 2**31  # that the layer is trained on: none that a seed below 2^31 draws
 
 Episodes = Sequence[Sequence[Step]]
+Made = TypeVar("Made")
 
 
 class Answers(NamedTuple):
@@ -62,16 +63,22 @@ class Tasks:
         return isinstance(self.problems[0], MDP)
 
 
+def once_each(problems: Sequence[Problem], make: Callable[[Problem], Made]) -> list[Made]:
+    """What `make` makes of each; where several tasks are the same problem, once."""
+    made = {key: make(problem) for key, problem in {id(problem): problem for problem in problems}.items()}
+    return [made[id(problem)] for problem in problems]
+
+
 def oracle(tasks: Tasks) -> list[Any]:
     """Tables: actions [H, S], or at every history."""
-    found = []
-    for problem in tasks.problems:
+
+    def table(problem: Problem) -> Any:
         if isinstance(problem, MDP):
-            found.append(np.asarray(mdp.greedy(mdp.backward_induction(problem).Q)))
-        else:
-            cloud = tree.as_cloud(problem)
-            found.append(tuple(map(np.asarray, tree.optimal_policy(cloud, tree.tree(cloud)))))
-    return found
+            return np.asarray(mdp.greedy(mdp.backward_induction(problem).Q))
+        cloud = tree.as_cloud(problem)
+        return tuple(map(np.asarray, tree.optimal_policy(cloud, tree.tree(cloud))))
+
+    return once_each(tasks.problems, table)
 
 
 def behaviour(tasks: Tasks) -> list[Any]:
@@ -82,7 +89,13 @@ def behaviour(tasks: Tasks) -> list[Any]:
 
 def random(tasks: Tasks) -> list[Any]:
     """Tables of probabilities [..., A]."""
-    return [_mixed(table, 1.0, _actions(p)) for table, p in zip(oracle(tasks), tasks.problems, strict=True)]
+
+    def table(problem: Problem) -> Any:
+        if isinstance(problem, MDP):
+            return np.full(problem.r.shape, 1 / _actions(problem))
+        return tuple(map(np.asarray, tree.uniform_policy(tree.as_cloud(problem))))
+
+    return once_each(tasks.problems, table)
 
 
 def _mixed(table: Any, epsilon: float, A: int) -> Any:
@@ -278,16 +291,15 @@ SEEN = {
     "layer": layer,
 }
 HIDDEN = {"certainty-equivalence": likeliest_state, "qmdp": qmdp}
-NAMES = tuple(dict.fromkeys((*EVERYWHERE, *SEEN, *HIDDEN)))
+MODELS = ("icl:MODELDIR", "sft:RUNDIR")  # language models, which `lindm.compare` reads
 
 
 def known(name: str, seen: bool) -> Callable[[Tasks], list[Any] | Answers]:
     """What makes the policy of that name where the state is seen or hidden; ValueError where there is none."""
     found = EVERYWHERE | (SEEN if seen else HIDDEN)
     if name not in found:
-        raise ValueError(
-            f"policy must be one of {', '.join(found)} where the state is {'seen' if seen else 'hidden'}; got {name!r}"
-        )
+        allowed = f"{', '.join((*found, *MODELS))} where the state is {'seen' if seen else 'hidden'}"
+        raise ValueError(f"policy must be one of {allowed}; got {name!r}")
     return found[name]
 
 

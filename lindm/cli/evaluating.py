@@ -52,16 +52,14 @@ def run_eval(command: Eval) -> int:
     from lindm import files
 
     files.stop_on_signals()
-    import jax
-
     from lindm import compare, provenance
     from lindm.cli.worlds import source_of
     from lindm.datasets import Recipe
+    from lindm.play import double_precision
     from lindm.problems import checks
 
-    compare.check(command.policy)
     checks.count(command.episodes, "episodes")
-    with jax.enable_x64(True):
+    with double_precision():
         source = source_of(command.suite, command.horizon, command.split, command.discount, command.alpha)
     recipe = Recipe(**{name: getattr(command, name) for name in ("tasks", "demos", "behaviour", "epsilon", "seed")})
 
@@ -105,7 +103,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "-" if row["invalid"] is None else f"{row['invalid']:.1%}",
         str(row["n"]),
         row["method"],
-        "-" if row["decisions_per_s"] is None else f"{row['decisions_per_s']:,.1f}",
+        f"{row['decisions_per_s']:,.1f}",
     )
 
 

@@ -149,18 +149,17 @@ def _telling(options: Sft, data: Path | None = None) -> datasets.Telling | None:
         return None
     manifest = datasets.read_manifest(data)
     template = records.template_of(options.template)
-    return datasets.telling(data, manifest, template, _rewards(options, manifest), options.names)
+    return datasets.telling(data, manifest, template, rewards_told(options.rewards, manifest), options.names)
 
 
-def _rewards(options: Sft, manifest: dict) -> bool:
-    if options.rewards == "auto":
-        return manifest["config"]["source"]["sizes"]["kind"] == "mdp"
-    return options.rewards == "shown"
+def rewards_told(word: str, manifest: dict) -> bool:
+    """Whether texts of a dataset tell the rewards: shown, hidden, or auto, where the state is seen."""
+    return word == "shown" or (word == "auto" and manifest["config"]["source"]["sizes"]["kind"] == "mdp")
 
 
 def _examples(options: Sft, data: Path, tokenizer: Tokenizer, how: datasets.Telling | None, length: int) -> list[Example]:
     """Of a file, whatever options it has no use for are refused there."""
-    rewards = options.rewards != "hidden" if how is None else _rewards(options, datasets.read_manifest(data))
+    rewards = options.rewards != "hidden" if how is None else rewards_told(options.rewards, datasets.read_manifest(data))
     told = {"template": options.template, "rewards": rewards, "names": options.names, "supervise": options.supervise}
     with progress.told("reading") if jax.process_index() == 0 else contextlib.nullcontext() as tell:
         return records.examples(data, tokenizer, **told, length=length, progress=tell)

@@ -36,19 +36,8 @@ from lindm.llm.step import State, initial, jitted, make_step, shardings
 from lindm.llm.tokens import audit
 
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
-OURS = (
-    CONFIG,
-    CHECKPOINTS,
-    BEST,
-    MODEL,
-    ADAPTER,
-    "metrics.jsonl",
-    "manifest.json",
-    "curves.png",
-    "curves.pdf",
-    "events",
-    "tokenizer",
-)
+OURS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, "metrics.jsonl", "manifest.json", "curves.png", "curves.pdf", "events")
+OURS += ("tokenizer",)  # of a model from nothing
 
 
 class Host(NamedTuple):

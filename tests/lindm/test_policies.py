@@ -121,7 +121,7 @@ def test_the_oracle_loses_nothing_random_play_everything_and_behaviour_its_share
         assert abs(best.gap) < 1e-12 and best.agreement == pytest.approx(1)
         assert worst.relative == pytest.approx(1) and 0 < some.relative < 0.6
         assert some.agreement >= 1 - 0.2 / 2 - 1e-9  # of two actions, epsilon / 2 is the other one
-    assert all(x.agreement == pytest.approx(some, abs=0.3) for x, some in zip(random, [0.5] * 6, strict=True))
+    assert all(0.5 - 1e-9 <= one.agreement < 0.7 for one in random), "of two actions one is the best, or both are"
 
 
 def test_of_an_ambiguous_problem_random_play_is_worth_what_the_recursion_says(brute):

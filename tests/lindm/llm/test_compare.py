@@ -78,7 +78,7 @@ def test_tasks_that_a_run_was_trained_on_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "names, code, said",
     [
-        (["clever"], 2, "policy must be one of oracle, random, .*icl:MODELDIR, sft:RUNDIR; got 'clever'"),
+        (["clever"], 2, "policy must be one of oracle, random, .*icl:MODELDIR, sft:RUNDIR where the state is seen; got 'clever'"),
         (["bc", "oracle", "bc"], 2, "policy must be given once; got 'bc' twice"),
         (["llm:models/x"], 2, "policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got 'llm:models/x'"),
         (["icl:"], 2, "where it has a colon; got 'icl:'"),
