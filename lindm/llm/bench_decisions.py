@@ -4,8 +4,8 @@ A model of SmolLM2-135M's shape (random weights) is asked in f32 what to do in M
 at every step of sampled episodes. Ours is `lindm.llm.deciding`: the demonstrations are read once a task, a history is what its
 parent was and one step more, the actions are scored. The peer reads the whole prompt again for every decision, one at a time,
 as evaluation scripts do: `generate` with one new token, held to the action tokens so that both answer the same question. It is
-timed on every `STRIDE`-th of the same decisions, spread over tasks and stages, and must give the same answers; what it reads of
-them a second is a rate of decisions too. Costs and rows are those of `lindm.timing`; compilation is a row of its own.
+timed on every `STRIDE`-th of the same decisions, spread over tasks and stages, and must give the same answers. Costs and rows are
+those of `lindm.timing`; compilation is a row of its own.
 """
 
 import dataclasses
@@ -40,11 +40,15 @@ TEMPLATE = dataclasses.replace(COMPACT, name="letters", actions=("A", "B", "C"))
 QUESTIONS = "questions.json"
 
 
+def _telling(data: Path) -> datasets.Telling:
+    return datasets.telling(data, datasets.read_manifest(data), TEMPLATE, True, False)
+
+
 def prepare(directory: Path) -> None:
     """A model, its tokenizer and a dataset."""
     with double_precision():
         datasets.make(directory / "data", suite("mdp", HORIZON), datasets.Recipe(tasks=TASKS, demos=DEMOS))
-    how = datasets.telling(directory / "data", datasets.read_manifest(directory / "data"), TEMPLATE, True, False)
+    how = _telling(directory / "data")
     pieces = (piece.text for _, _, found, _ in records.documents(directory / "data", how) for piece in found)
     small_tokenizer(pieces, LEAST).save_pretrained(str(directory / "tokenizer"))
     weights.save(Decoder(MODEL, nnx.Rngs(0)), directory / "model", like=directory / "tokenizer")
@@ -52,7 +56,7 @@ def prepare(directory: Path) -> None:
 
 def run_ours(directory: Path) -> dict[str, Any]:
     """CPU-seconds a decision and of compiling; leaves the questions and our answers for the peer."""
-    how = datasets.telling(directory / "data", datasets.read_manifest(directory / "data"), TEMPLATE, True, False)
+    how = _telling(directory / "data")
     loaded = list(datasets.load(directory / "data"))
     A, H = loaded[0][0]["n_actions"], loaded[0][0]["horizon"]
     with double_precision():
