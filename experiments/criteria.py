@@ -1,9 +1,10 @@
 """What is claimed, and what would refute it: fixed before the runs, hashed into every result.
 
-A claim is a statement about a mean over seeds (or about a violation rate) and a band [lo, hi] for it, as data. `judge`
+A claim is a statement about a mean over seeds, or over tasks (or about a violation rate) and a band for it, as data. `judge`
 tests the values of an experiment against the band of the claim, `judge_count` a count of violations against `hi` as the
 largest admissible rate. Sub-claims are called `claim/sub`. A claim with `expected="FAIL"` is a statement that must not
-hold: a negative control, or a form of a theorem outside its assumptions. Changing a number here changes the hash, and a run
+hold: a negative control, or a form of a theorem outside its assumptions. With `expected="OPEN"` it is a question that no theorem
+answers, and any verdict is a result. Changing a number here changes the hash, and a run
 directory made under another hash is refused.
 
 Sources: [ZAS] arXiv 2605.09009; [ZFB] JMLR 25(49) 2024; [ACDS] arXiv 2306.00297; [KL] ICML 2002; [JYW] ICML 2021; [SZ]
@@ -19,7 +20,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from experiments.statistics import Decision, Verdict, all_of, conclude, equivalence, no_violations, rate_at_most
+from experiments.statistics import INCONCLUSIVE, Decision, Verdict, all_of, conclude, equivalence, no_violations, rate_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ def _claim(
 
 
 _FAILS: dict[str, Any] = {"expected": "FAIL"}
+_OPEN: dict[str, Any] = {"expected": "OPEN", "min_seeds": 50}  # tasks, here
 _RATE = 1e-3  # a rung must hold on every policy: none of >= 3,000 may violate it for the 97.5 % limit to be below this
 
 CRITERIA: tuple[Criterion, ...] = (
@@ -652,7 +654,87 @@ CRITERIA: tuple[Criterion, ...] = (
         "share of seeds in which all four mutants are refuted >= {lo}",
         lo=1.0,
     ),
+    # decisions of language models; fixed after pilots on other tasks (seeds 7, 11 and from 1,000,000 on)
+    _claim(
+        "sft-beats-icl",
+        "Fine-tuned on the oracle's decisions, a language model loses at most a quarter of what it loses as it comes.",
+        "[ZAS], experiments (in kind)",
+        "gap of SFT <= gap of ICL / 4",
+        "gap of SFT - gap of ICL / 4, mean over tasks <= {hi} on every suite",
+        hi=0.0,
+        min_seeds=50,
+    ),
+    _claim(
+        "sft-beats-cloning",
+        "It loses no more than the majority vote of its demonstrations does.",
+        "ours (a rival that [ZAS] lacks)",
+        "gap of SFT <= gap of the vote",
+        "gap of SFT - gap of the vote, mean over tasks <= {hi} on every suite",
+        hi=0.0,
+        **_OPEN,
+    ),
+    _claim(
+        "horizon",
+        "What fine-tuning gains over ICL grows with the horizon, on every suite.",
+        "[ZAS], experiments (in kind)",
+        "(gap of ICL - gap of SFT) at the longest horizon >= at the shortest",
+        "difference of the two gains, mean over tasks >= {lo} on every suite",
+        lo=0.0,
+        **_OPEN,
+    ),
+    _claim(
+        "partial-observation",
+        "What fine-tuning gains over ICL is more where the state is hidden.",
+        "[ZAS], experiments (in kind)",
+        "gap of ICL - gap of SFT: pomdp >= mdp",
+        "difference of the two gains over all horizons, mean over tasks >= {lo}",
+        lo=0.0,
+        **_OPEN,
+    ),
+    _claim(
+        "ambiguity",
+        "What fine-tuning gains over ICL is more where the model is ambiguous too.",
+        "[ZAS], experiments (in kind)",
+        "gap of ICL - gap of SFT: apomdp >= pomdp",
+        "difference of the two gains over all horizons, mean over tasks >= {lo}",
+        lo=0.0,
+        **_OPEN,
+    ),
+    _claim(
+        "ood",
+        "On tasks of another law than those of the training it loses at most half of what it loses as it comes.",
+        "ours (measured)",
+        "gap of SFT <= gap of ICL / 2",
+        "gap of SFT - gap of ICL / 2, mean over tasks <= {hi} on every suite",
+        hi=0.0,
+        **_OPEN,
+    ),
+    _claim(
+        "format",
+        "Asked in a format that it was not trained in it loses at most half of what it loses there as it comes.",
+        "ours (measured)",
+        "gap of SFT <= gap of ICL / 2 with renamed symbols, and in sentences",
+        "gap of SFT - gap of ICL / 2, mean over tasks <= {hi} in each format on every suite",
+        hi=0.0,
+        **_OPEN,
+    ),
+    _claim(
+        "behaviour-context",
+        "From worse demonstrations with rewards and without labels it does better than who made them and than their majority.",
+        "ours (measured)",
+        "gap of SFT <= gap of the behaviour policy and <= gap of the vote",
+        "gap of SFT - gap of either, mean over tasks <= {hi} on every suite",
+        hi=0.0,
+        **_OPEN,
+    ),
 )
+
+
+def undecided(id: str, why: str) -> Verdict:
+    """The verdict on claim `id` where a run does not measure what it is about."""
+    return Verdict(
+        id=id, measured=None, ci=(-inf, inf), n=0, verdict=INCONCLUSIVE, p=1.0, predicted=criterion(id).predicted, note=why
+    )
 
 
 def criterion(id: str) -> Criterion:

@@ -90,7 +90,7 @@ def code_fingerprint(name: str) -> str:
     root = HERE.parent
     sources = {p.relative_to(root).as_posix(): p for top in ("lindm", "theory") for p in (root / top).rglob("*.py")}
     idle = ("__main__.py", "bench.py", "doctor.py", "files.py", "sources.py", "timing.py")
-    sources = {k: p for k, p in sources.items() if p.name not in idle and p.parent.name not in ("cli", "datasets", "text")}
+    sources = {k: p for k, p in sources.items() if p.name not in idle and p.parent.name != "cli"}
     others = (discover().keys() - {name}) | MACHINERY
     sources |= {f"experiments/{stem}": p for stem, p in modules().items() if stem not in others}
     digest = hashlib.sha256()
@@ -99,19 +99,22 @@ def code_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def settle_xla() -> None:
+def settle_xla(alone: bool = False) -> None:
     """Settings of XLA for every run, before jax is imported; flags of the user win.
 
-    One thread a process: the processes of `experiments.pool` are the parallelism. Optimisation level 1: most of a quick run
-    is compiling, which takes a third less time at this level, and the compiled programs are as fast (0 makes them slow).
+    One thread a process, unless it is alone: the processes of `experiments.pool` are the parallelism. Optimisation level 1: most
+    of a quick run is compiling, which takes a third less time at this level, and the compiled programs are as fast (0 makes them
+    slow).
     """
-    ours = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1"
+    ours = "--xla_backend_optimization_level=1"
+    if not alone:
+        ours += " --xla_cpu_multi_thread_eigen=false"
+        for name in ("NPROC", "PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # the newer emitters take almost twice as long to compile and the programs are no faster; later versions have only them
         ours += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{ours} {os.environ.get('XLA_FLAGS', '')}".strip()
-    for name in ("NPROC", "PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
 
 
 # --- the run ------------------------------------------------------------------

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import harness
+from experiments.statistics import as_expected
 from lindm import files, provenance
 
 HERE = Path(__file__).parent
@@ -36,8 +37,8 @@ def measured(row: dict[str, Any]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     """The verdict, with a word when it is not simply a PASS that was expected."""
-    if row["verdict"] == row["expected"]:
-        return "PASS" if row["expected"] == "PASS" else "FAIL, as expected"
+    if as_expected(row):
+        return "FAIL, as expected" if row["expected"] == "FAIL" else row["verdict"]
     return f"{row['verdict']} (expected {row['expected']})"
 
 
@@ -54,7 +55,7 @@ def table(summary: dict[str, Any]) -> Table:
     ):
         t.add_column(heading, ratio=None if heading == "claim" else ratio, no_wrap=heading == "claim", overflow="fold")
     for row in summary["claims"]:
-        good = row["verdict"] == row["expected"]
+        good = as_expected(row)
         style = "green" if good else "bold red"
         cells = [row["id"], row["statement"], number(row["predicted"]), f"{measured(row)}  n={row['n']}", row["criterion"]]
         mark = "" if good else ">> "
@@ -132,6 +133,7 @@ def page(template: str, **values: Any) -> str:
     how = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **how)
     environment.filters |= {"number": number}
+    environment.tests |= {"as_expected": as_expected}
     return environment.get_template(template).render(**values)
 
 
@@ -144,8 +146,8 @@ def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: 
         rows=rows,
         sections=sections,
         provenance=provenance,
-        expected=[r for r in rows if r["verdict"] == r["expected"]],
-        unexpected=[r for r in rows if r["verdict"] != r["expected"]],
+        expected=[r for r in rows if as_expected(r)],
+        unexpected=[r for r in rows if not as_expected(r)],
         controls=[r for r in rows if r["expected"] == "FAIL"],
         measured=measured,
         label=label,

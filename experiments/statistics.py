@@ -16,8 +16,9 @@ be an error, so the error rate of a verdict is 5 % and Holm's step-down over all
 wrong verdict in a report by 5 %. Fewer than `min_seeds` seeds decide nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +26,7 @@ from scipy import stats
 
 LEVEL = 0.05
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+OPEN = "OPEN"  # what a criterion expects where theory predicts nothing: any verdict is a result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Verdict:
     """One row of the report: a claim id with what was measured and what follows."""
 
     id: str
-    measured: float
+    measured: float | None
     ci: tuple[float, float]
     n: int
     verdict: str
@@ -63,6 +65,11 @@ class Verdict:
     predicted: float | str | None = None
     figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
     note: str = ""
+
+
+def as_expected(row: Mapping[str, Any]) -> bool:
+    """Whether a row of verdicts.json has the verdict that its criterion expects; an open one has it always."""
+    return row["expected"] in (OPEN, row["verdict"])
 
 
 def conclude(

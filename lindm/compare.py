@@ -14,7 +14,7 @@ histories there too, and those are soon too many.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ def compare(
     names: Sequence[str],
     *,
     episodes: int = 8,
+    listed: int = LISTED,
+    template: str | None = None,
+    rewards: str | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
     finished: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
@@ -67,7 +70,9 @@ def compare(
     Every task of a suite is another problem; of one problem, the tasks differ by their demonstrations.
 
     Args:
-      episodes: of a task, sampled where a policy is asked and a task has too many histories.
+      episodes: of a task, sampled where a policy is asked and a task has more than `listed` histories at its last stage.
+      template, rewards: of the texts that language models read, as of `lindm sft` [default: as the model was trained, or as
+        `lindm sft` would].
       tell: hears (tasks made, tasks in all); finished: hears every row.
 
     Raises:
@@ -81,6 +86,9 @@ def compare(
             _held_out(Path(name[4:]), source, recipe)
     if not isinstance(law, Suite):
         _fits(law)
+    told = {key: value for key, value in (("template", template), ("rewards", rewards)) if value is not None}
+    if told and not any(":" in name for name in names):
+        raise ValueError(f"{next(iter(told))} must be left out without a language model; got {next(iter(told.values()))!r}")
     with double_precision():
         datasets.make(data, source, recipe, progress=tell)
         loaded = list(datasets.load(data))
@@ -90,24 +98,24 @@ def compare(
     demos = [_demonstrations(rows, everything) for _, rows in loaded]
     tasks = Tasks(problems=problems, demonstrations=demos, source=law, recipe=recipe)
     worlds = {False: policies.once_each(problems, world)}
-    found = []
+    found, limits = [], {"episodes": episodes, "listed": listed}
     for name in names:
         kind, _, path = name.partition(":")
         begun, asked = time.perf_counter(), [0]
         if path:
-            reader, answers, rewards = _language_model(kind, Path(path), data, loaded)
-            if rewards not in worlds:
-                worlds[rewards] = policies.once_each(problems, lambda problem, told=rewards: world(problem, told))
-            played = _asked(worlds[rewards], answers, asked, episodes, recipe.seed, AT_ONCE)
+            reader, answers, shown = _language_model(kind, Path(path), data, loaded, told)
+            if shown not in worlds:
+                worlds[shown] = policies.once_each(problems, lambda problem, shown=shown: world(problem, shown))
+            played = _asked(worlds[shown], answers, asked, recipe.seed, AT_ONCE, **limits)
         else:
             reader, policy = None, policies.policy(name, tasks)
             if isinstance(policy, Answers):
-                played = _asked(worlds[False], policy, asked, episodes, recipe.seed, 16 * AT_ONCE)
+                played = _asked(worlds[False], policy, asked, recipe.seed, 16 * AT_ONCE, **limits)
             else:
                 played = [tabled(one, table) for one, table in zip(worlds[False], policy, strict=True)]
                 asked[0] = sum(_rows(table) for table in policy)
         seconds = time.perf_counter() - begun
-        row = described(source) | _row(name, played)
+        row = described(source) | _row(name, played, listed)
         row["invalid"] = None if reader is None else reader.invalid / max(reader.answered, 1)
         row["decisions_per_s"] = asked[0] / seconds
         found.append(row)
@@ -139,11 +147,11 @@ def _fits(problem: Problem) -> None:
         raise ValueError(f"horizon must be short enough that all histories fit in {room}")
 
 
-def _row(name: str, played: Sequence[Played | None]) -> dict[str, Any]:
+def _row(name: str, played: Sequence[Played | None], listed: int) -> dict[str, Any]:
     known = [one for one in played if one is not None]
     row: dict[str, Any] = {"policy": name}
     if not known:
-        return row | {"gap": None, "ci": None, "n": 0, "method": f"none: every task has more than {LISTED} histories"}
+        return row | {"gap": None, "ci": None, "n": 0, "method": f"none: every task has more than {listed} histories"}
     found = quality(known)
     row |= {"gap": found["gap"], "ci": found["gap_ci"], "gap_of_value": found["gap_of_value"]}
     row |= {"gap_of_value_ci": found["gap_of_value_ci"], "n": found["n"], "action_agreement": found["agreement"]}
@@ -151,7 +159,7 @@ def _row(name: str, played: Sequence[Played | None]) -> dict[str, Any]:
 
 
 def _asked(
-    worlds: Sequence[Any], answers: Answers, asked: list[int], episodes: int, seed: int, at_once: int
+    worlds: Sequence[Any], answers: Answers, asked: list[int], seed: int, at_once: int, *, episodes: int, listed: int
 ) -> list[Played | None]:
     """Played by asking, with the questions counted."""
 
@@ -164,7 +172,7 @@ def _asked(
 
         return counted
 
-    return play_all(worlds, answers.given, counting, episodes=episodes, seed=seed, listed=LISTED, at_once=at_once)
+    return play_all(worlds, answers.given, counting, episodes=episodes, seed=seed, listed=listed, at_once=at_once)
 
 
 def _demonstrations(rows: Sequence[dict], shown: frozenset[str]) -> Any:
@@ -179,8 +187,10 @@ def _model(kind: str, path: Path) -> Path:
     return path / "model" if kind == "sft" else path
 
 
-def _language_model(kind: str, path: Path, data: Path, loaded: Sequence[tuple[dict, list[dict]]]) -> tuple[Any, Answers, bool]:
-    """The reader of a model, its policy, and whether it is told rewards: as it was trained, or as `lindm sft` would train it."""
+def _language_model(
+    kind: str, path: Path, data: Path, loaded: Sequence[tuple[dict, list[dict]]], told: Mapping[str, Any]
+) -> tuple[Any, Answers, bool]:
+    """The reader of a model, its policy, and whether it is told rewards; `told` goes before what it was trained with."""
     import jax
     import jax.numpy as jnp
 
@@ -190,6 +200,7 @@ def _language_model(kind: str, path: Path, data: Path, loaded: Sequence[tuple[di
     from lindm.llm.tokens import load_tokenizer
 
     options = json.loads((path / "config.json").read_text())["options"] if kind == "sft" else {}
+    options |= told
     manifest = datasets.read_manifest(data)
     rewards = preparing.rewards_told(options.get("rewards", "auto"), manifest)
     how = datasets.telling(data, manifest, records.template_of(options.get("template")), rewards, options.get("names", False))

@@ -155,7 +155,7 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
     from experiments.pool import Job, configure, perform
     from lindm import files
 
-    harness.settle_xla()
+    harness.settle_xla(alone=True)
     module = harness.load(experiment)
     preset = "quick"
     for i, word in enumerate(rest):  # the preset gives the defaults of all other options, so it is read first
@@ -184,8 +184,8 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
     from experiments.report import table
     from experiments.verify import exit_code, summarise
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = Console(file=sys.stdout)  # this one, also while an experiment turns what it calls away from it
+    console = console if console.is_terminal else Console(file=sys.stdout, width=160)
     job = Job(experiment=experiment, preset=preset, directory=asked.out, fresh=asked.fresh)
     with show_progress(console, 1) as (start, point, end):
         start(job)

@@ -40,6 +40,10 @@ class Eval:
     """share of random actions of the behaviour epsilon"""
     episodes: int = 8
     """sampled of a task, where a policy's histories are too many"""
+    template: str | None = None
+    """of language models' texts, as of `lindm sft` [default: as the model was trained]"""
+    rewards: str | None = None
+    """in language models' texts, as of `lindm sft`: shown, hidden or auto [default: as the model was trained]"""
     seed: int = SEED
     """of the tasks; not that of data that a model was trained on"""
     out: Path | None = None
@@ -74,7 +78,8 @@ def run_eval(command: Eval) -> int:
 
     kept = tempfile.TemporaryDirectory() if command.out is None else nullcontext(str(command.out))
     with kept as directory, told("tasks") as tell:
-        how = {"episodes": command.episodes, "tell": tell, "finished": finished}
+        how: dict[str, Any] = {"template": command.template, "rewards": command.rewards}
+        how |= {"episodes": command.episodes, "tell": tell, "finished": finished}
         rows = compare.compare(Path(directory) / "data", source, recipe, command.policy, **how)
     if command.out is not None:
         files.write_json(command.out / "eval.json", rows)

@@ -15,7 +15,7 @@ Two settings of TRL matter: `max_length` (1024 tokens unless it is set) cuts row
 conversations `assistant_only_loss=True` trains the answers alone, as is always done with completions.
 
 A text tells the state of an MDP, otherwise the observations (and the models that nature took), and the rewards unless they are
-left out: where the state is hidden, a reward may tell of it what the oracle's labels do not use.
+left out. Where the state is hidden, a reward may tell of it what the oracle's labels do not use: only demonstrations have them.
 
 `minari` writes a Minari dataset, every demonstration and every query an episode of it:
 
@@ -161,8 +161,12 @@ def telling(directory: Path, manifest: dict, template: Template | None, rewards:
 
 
 def document(demonstrations: Sequence[dict], query: dict, shown: frozenset[str]) -> Document:
-    """What is told of rows of `load`: demonstrations and a query, every action taken."""
-    return Document(tuple(_steps(row, shown) for row in demonstrations), _steps(query, shown))
+    """What is told of rows of `load`: demonstrations and a query, every action taken.
+
+    Where the state is hidden the query has no rewards: they could tell of the state what the oracle does not know.
+    """
+    of_query = shown if "state" in shown else shown - {"reward"}
+    return Document(tuple(_steps(row, shown) for row in demonstrations), _steps(query, of_query))
 
 
 def _trl(directory: Path, manifest: dict, out: Path, how: Telling, system: str, progress: Progress) -> list[Path]:

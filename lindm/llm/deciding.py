@@ -23,7 +23,7 @@ from lindm.llm.tokens import action_tokens, encode, prefix
 from lindm.play import Asked, Policy
 from lindm.text import Document, Step, Template, render
 
-BUCKET = 8  # tokens of a call are a multiple of this, so that few programs are compiled
+BUCKET = 4  # tokens of a call are a multiple of this, so that few programs are compiled
 
 
 class Reader:

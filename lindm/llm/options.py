@@ -7,6 +7,7 @@ from typing import Any
 
 METHODS = ("full", "lora", "qlora")
 PRESETS = ("tiny",)
+REWARDS = ("auto", "shown", "hidden")
 # what decides how and where a run computes, but not what; a resumed run may change it
 FREE = {"out", "mesh", "coordinator", "processes", "rank", "save_every", "keep", "tensorboard", "fresh"}
 
@@ -106,7 +107,7 @@ class Sft:
             "dtype": ("auto", "f32", "bf16"),
             "supervise": ("all", "query"),
             "remat": (None, "full", "selective", "none"),
-            "rewards": ("auto", "shown", "hidden"),
+            "rewards": REWARDS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
