@@ -158,7 +158,7 @@ def certainty_equivalence(tasks: Tasks) -> list[np.ndarray]:
 
 
 def value_iteration(tasks: Tasks, pessimistic: bool) -> list[np.ndarray]:
-    """Tables [H, S] of LSVI or PEVI with one feature for each state and action."""
+    """Qhat [H, S, A] of LSVI or PEVI with one feature for each state and action; rewards scaled to [0, 1] by each task's own."""
     found = []
     for problem, demos in zip(map(_mdp, tasks.problems), tasks.demonstrations, strict=True):
         H, S, A = problem.r.shape
@@ -171,13 +171,12 @@ def value_iteration(tasks: Tasks, pessimistic: bool) -> list[np.ndarray]:
         scaled = np.repeat(((r - low) / (high - low if high > low else 1.0))[None], H, axis=0)
         phi, x, scaled, after = map(jnp.asarray, (phi, x, scaled, after))
         given = phi, x, scaled, after, LAM
-        Q = baselines.pevi(*given, BETA) if pessimistic else baselines.lsvi(*given)[0]
-        found.append(np.asarray(mdp.greedy(Q)))
+        found.append(np.asarray(baselines.pevi(*given, BETA) if pessimistic else baselines.lsvi(*given)[0]))
     return found
 
 
 def layer(tasks: Tasks) -> list[np.ndarray]:
-    """Tables [H, S]: greedy in Qhat_h = A_h S_h, S_h = (1/K) sum y x over the pairs of stage h, y the return from there on.
+    """Qhat [H, S, A], Qhat_h = A_h S_h, S_h = (1/K) sum y x over the pairs of stage h, y the return from there on.
 
     A_h minimises the squared error of Qhat_h over `TASKS` other tasks of the same source with as many demonstrations, which is
     where training of the layer ends (`lindm.contexts`, `theory/notes`): A = E[Q* S'] E[S S']^-1, pseudo-inverse where a pair
@@ -199,9 +198,13 @@ def layer(tasks: Tasks) -> list[np.ndarray]:
     for demos in tasks.demonstrations:
         s, a, r = (np.array([[getattr(step, k) for step in steps] for steps in demos]) for k in ("state", "action", "reward"))
         mine = _pairs(s[None], a[None], np.cumsum(r[None, :, ::-1], axis=-1)[..., ::-1], S, A)[0]
-        Q = np.einsum("hij,hj->hi", weights, mine).reshape(H, S, A)
-        found.append(np.asarray(mdp.greedy(jnp.asarray(Q))))
+        found.append(np.einsum("hij,hj->hi", weights, mine).reshape(H, S, A))
     return found
+
+
+def greedy(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Actions [H, S] of values [H, S, A]."""
+    return [np.asarray(mdp.greedy(jnp.asarray(Q))) for Q in tables]
 
 
 def _pairs(s: np.ndarray, a: np.ndarray, y: np.ndarray, S: int, A: int) -> np.ndarray:
@@ -286,9 +289,9 @@ def _maxmin(cloud: APOMDP, values: np.ndarray) -> np.ndarray:
 EVERYWHERE = {"oracle": oracle, "random": random, "behaviour": behaviour, "bc": bc}
 SEEN = {
     "certainty-equivalence": certainty_equivalence,
-    "lsvi": lambda tasks: value_iteration(tasks, pessimistic=False),
-    "pevi": lambda tasks: value_iteration(tasks, pessimistic=True),
-    "layer": layer,
+    "lsvi": lambda tasks: greedy(value_iteration(tasks, pessimistic=False)),
+    "pevi": lambda tasks: greedy(value_iteration(tasks, pessimistic=True)),
+    "layer": lambda tasks: greedy(layer(tasks)),
 }
 HIDDEN = {"certainty-equivalence": likeliest_state, "qmdp": qmdp}
 MODELS = ("icl:MODELDIR", "sft:RUNDIR")  # language models, which `lindm.compare` reads

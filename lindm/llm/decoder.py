@@ -189,6 +189,18 @@ class Decoder(nnx.Module):
         x, _ = self._through(x, positions, [(mask, distance)], None, None, None, remat, unroll, constrain)
         return self.norm(x)
 
+    def stream(self, ids: Array, positions: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
+        """The residual stream [depth + 1, B, T, D]: the embeddings, and what each layer makes of them before the last norm.
+
+        Args: ids, positions: [B, T], as of `hidden`.
+        """
+        order = jnp.arange(ids.shape[1])
+        mask = jnp.broadcast_to(order[None, :] <= order[:, None], (*ids.shape, ids.shape[1]))
+        x = self.embedding[...][ids].astype(dtype)
+        sight = [(mask, positions[:, :, None] - positions[:, None, :])]
+        _, (_, after) = self._through(x, positions, sight, None, None, None, "none", False, lambda x: x, traced=True)
+        return jnp.concatenate([x[None], after])
+
     def extend(
         self,
         ids: Array,
@@ -219,7 +231,7 @@ class Decoder(nnx.Module):
             mask = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*ids.shape, len(before)))
             sight.append((mask, positions[:, :, None] - before[None, None, :]))
         x = self.embedding[...][ids].astype(dtype)
-        x, cache = self._through(x, positions, sight, cache, held, start, "none", unroll, lambda x: x)
+        x, (cache, _) = self._through(x, positions, sight, cache, held, start, "none", unroll, lambda x: x)
         return self.norm(x), cache
 
     def empty_cache(self, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
@@ -233,8 +245,13 @@ class Decoder(nnx.Module):
         head = self.embedding[...].T if self.head is None else self.head[...]
         return jnp.matmul(hidden, constrain(head.astype(hidden.dtype)), preferred_element_type=jnp.float32)
 
-    def _through(self, x, positions, sight, cache, shared, start, remat, unroll, constrain) -> tuple[Array, Any]:
-        """All layers; `sight`: for the keys of this call or of the cache, and of the shared cache, the mask and the distance."""
+    def _through(
+        self, x, positions, sight, cache, shared, start, remat, unroll, constrain, traced=False
+    ) -> tuple[Array, tuple[Any, Array | None]]:
+        """All layers: the last one's output, and of each its cache and, if traced, its output.
+
+        `sight`: for the keys of this call or of the cache, and of the shared cache, the mask and the distance.
+        """
         a = self.architecture
         angles = positions[..., None].astype(jnp.float32)
         angles = angles * _along_last(jnp.array(scaled_frequencies(a.rope, a.head), jnp.float32), angles)
@@ -246,7 +263,7 @@ class Decoder(nnx.Module):
             weights, window, held, common = at
             seen = tuple(mask & ((window == 0) | (far < window)) if a.windows else mask for mask, far in sight)
             x, kept = nnx.merge(graphdef, weights)(x, turn, seen, held, common, start)
-            return constrain(x), kept
+            return constrain(x), (kept, x if traced else None)
 
         kept = jax.checkpoint_policies.save_only_these_names(*((PRODUCT,) if remat == "selective" else ()))
         body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
