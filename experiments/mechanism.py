@@ -103,7 +103,7 @@ class Config:
 
 FULL = Config()
 QUICK = Config(model=language.TINY, mdp=3, tiger=4, train=512, steps=60, batch=16, rate=2e-3, tasks=50, probe=100, renamings=1)
-SMOKE = Config(model=language.TINY, mdp=2, tiger=2, train=16, steps=2, batch=2, tasks=4, probe=8, renamings=1)
+SMOKE = Config(model=language.TINY, mdp=2, tiger=2, train=16, steps=2, batch=8, tasks=4, probe=8, renamings=1)
 
 
 def points(cfg: Config) -> list[dict]:
@@ -277,7 +277,8 @@ def _errors(X: np.ndarray, Y: np.ndarray, X_new: np.ndarray, Y_new: np.ndarray, 
     """Squared error [n] on new tasks of a ridge regression on standardised features, beside a mean for each stage."""
     mean, target = X.mean(0), Y.mean(0)
     x = (X - mean).reshape(-1, X.shape[-1])
-    scale = x.std(0) + 1e-6 * x.std()
+    scale = x.std(0)
+    scale[scale <= 1e-6 * scale.max()] = np.inf  # tells the stage at most
     x, y = x / scale, (Y - target).reshape(-1, Y.shape[-1])
     if len(x) < x.shape[1]:  # the smaller of the two systems
         W = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
@@ -319,7 +320,7 @@ def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite
         return np.round(np.divide(top, bottom, out=np.zeros(n), where=bottom > 0), 5).tolist()
 
     least = Q.max(-1, keepdims=True) - 1e-9
-    best = Q >= least
+    best = least <= Q
     chosen = {who: v.argmax(-1) for who, v in values.items()}
     mistaken = {who: ~np.take_along_axis(best, a[..., None], -1)[..., 0] for who, a in chosen.items()}
     shared = {

@@ -1,0 +1,246 @@
+"""Probes, implied Q and names: each part against another route, and what follows from the records."""
+
+import copy
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import language, mechanism
+from experiments.mechanism import SMOKE, Asked
+from experiments.statistics import FAIL, PASS
+from lindm import files
+from lindm.datasets import Recipe
+from lindm.llm.deciding import Reader as Deciding
+from lindm.play import Asked as Question
+from lindm.problems import cassandra
+from lindm.text import COMPACT, Document, Step
+
+TIGER = Path(__file__).parents[1] / "lindm/problems/files/tiger.pomdp"
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    return [{"point": p} | files.plain(mechanism.measure(SMOKE, p)) for p in mechanism.points(SMOKE)]
+
+
+def test_a_record_holds_every_part(records):
+    mdp, tiger = records
+    assert mdp["probes"].keys() == {"q", "advantage"} and tiger["probes"].keys() == {"q", "advantage", "belief"}
+    for record in records:
+        for found in record["probes"].values():
+            assert found.keys() == {"before", "after", "shuffled"}
+            for one in found.values():
+                assert len(one["profile"]) == 5  # four layers, and the embeddings
+                assert len(one["errors"]) == SMOKE.tasks
+                assert one["profile"][one["layer"]] == pytest.approx(np.mean(one["errors"]), abs=1e-4)
+    assert mdp["implied"]["with_q"].keys() == {"ridge", "layer", "before", "after"}
+    assert mdp["implied"]["decisions"] == SMOKE.tasks * SMOKE.mdp
+    assert "implied" not in tiger
+    assert all(0 <= share <= 1 for shares in mdp["same"].values() for share in shares)
+
+
+def test_the_tiger_is_the_tiger_of_the_file():
+    ours, file = mechanism.tiger(4), cassandra.to_pomdp(cassandra.read(TIGER), 4, 1.0)
+    for name in ("P", "O", "rho"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(file, name))
+    np.testing.assert_allclose(ours.r, file.r)
+
+
+def test_a_belief_is_the_conditional_law_over_all_paths():
+    problem = mechanism.tiger(4)
+    P, O, rho = problem.P[0], problem.O[0], problem.rho
+    row = {"action": [0, 0, 1, 0], "observation": [1, 1, 0, 1]}
+    for t, belief in enumerate(mechanism.beliefs(problem, [row])[0]):
+        mass = np.zeros(2)
+        for path in product(range(2), repeat=t + 1):
+            p = rho[path[0]]
+            for i in range(t):
+                a, o = row["action"][i], row["observation"][i]
+                p *= P[path[i], a, path[i + 1]] * O[a, path[i + 1], o]
+            mass[path[-1]] += p
+        np.testing.assert_allclose(belief, mass / mass.sum(), rtol=1e-12)
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [3, 400])
+def test_a_ridge_regression_is_the_minimiser_of_its_own_cost(width):
+    """Primal and dual system: no small change of the weights lowers the penalised cost."""
+    rng = np.random.default_rng(width)
+    X, Y = rng.normal(size=(20, 4, width)), rng.normal(size=(20, 4, 2))
+    x, y = X - X.mean(0), Y - Y.mean(0)
+    flat = x.reshape(-1, width) / x.reshape(-1, width).std(0)
+    W = np.linalg.lstsq(np.concatenate([flat, np.sqrt(7.0) * np.eye(width)]), np.pad(y.reshape(-1, 2), ((0, width), (0, 0))))[0]
+    told = Y.mean(0) + (flat @ W).reshape(Y.shape)
+    np.testing.assert_allclose(mechanism._errors(X, Y, X, Y, 7.0), ((told - Y) ** 2).sum((1, 2)), rtol=1e-6)
+
+
+def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
+    rng = np.random.default_rng(0)
+    X, X_new = rng.normal(size=(80, 3, 4, 10)), rng.normal(size=(40, 3, 4, 10))
+    W, stage = rng.normal(size=(10, 2)), np.array([5.0, 50.0, 500.0])[:, None]
+    Y, Y_new = (x[:, :, 2] @ W + stage for x in (X, X_new))
+    found = mechanism.probe(X, X_new, Y, Y_new)
+    assert found["layer"] == 2
+    assert found["profile"][2] < 0.01 and min(found["profile"][i] for i in (0, 1, 3)) > 0.7
+    assert len(found["errors"]) == 40
+
+
+def test_what_the_stage_explains_counts_as_nothing():
+    rng = np.random.default_rng(1)
+    X, X_new = np.ones((60, 3, 1, 4)), np.ones((30, 3, 1, 4))
+    X, X_new = X + np.arange(3)[:, None, None], X_new + np.arange(3)[:, None, None]  # tells the stage and no more
+    Y, Y_new = (10.0 * np.arange(3)[:, None] + rng.normal(size=(n, 3, 2)) for n in (60, 30))
+    assert mechanism.probe(X, X_new, Y, Y_new)["profile"][0] == pytest.approx(1, abs=1e-6)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny model after a few steps, and query episodes of the suite mdp."""
+    room = tmp_path_factory.mktemp("mechanism")
+    with language.quietly():
+        data = language.make(room / "data", language.law("mdp", 3), Recipe(tasks=12, demos=2, seed=4))
+        run = language.fine_tuned(language.options(language.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3))
+    return mechanism.Reader(run / "model"), mechanism.read(data, frozenset({"state", "reward"}))
+
+
+def test_the_last_of_the_stream_is_what_the_model_says(trained):
+    reader, _ = trained
+    model = nnx.merge(reader.graphdef, reader.weights)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 9)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    stream = model.stream(ids, positions)
+    assert stream.shape == (5, 2, 9, 160)
+    np.testing.assert_allclose(model.norm(stream[-1]), model.hidden(ids, positions), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stream[0], model.embedding[...][ids], rtol=1e-6)
+
+
+def test_the_logits_decide_as_the_policy_that_is_evaluated(trained):
+    """`lindm eval` reads with a cache, history by history; here whole documents are read at once."""
+    reader, asked = trained
+    logits = reader.logits(reader.stream(asked))
+    deciding = Deciding(nnx.merge(reader.graphdef, reader.weights), reader.tokenizer, COMPACT, 3)
+    answer = deciding.policy([one.demonstrations for one in asked.documents], 3)
+    for stage in range(3):
+        level = []
+        for one in asked.documents:
+            open_step = replace(one.query[stage], action=None, reward=None)
+            level.append([Question(0 if stage else -1, (*one.query[:stage], open_step))])
+        chosen = [row[0] for row in answer(stage, level)]
+        assert chosen == logits[:, stage].argmax(-1).tolist()
+
+
+def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
+    reader, asked = trained
+    logits = reader.logits(reader.stream(asked))
+
+    class Same:
+        def permutation(self, n):
+            return np.arange(n)
+
+    class Reversed:
+        def permutation(self, n):
+            return np.arange(n)[::-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: Same())
+        assert mechanism.renamed(reader, logits, asked, 1, 0) == [1.0] * 12
+
+    class Blind:
+        """Decides by the index of the action alone: what it does under other names is another action."""
+
+        def stream(self, asked):
+            return asked
+
+        def logits(self, asked):
+            return np.broadcast_to([0.0, 0.0, 1.0], asked.Q.shape)
+
+    blind: mechanism.Reader = Blind()  # pyright: ignore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: Reversed())
+        assert mechanism.renamed(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
+
+
+def test_renaming_changes_every_name_in_demonstrations_and_query():
+    steps = (Step(0, state=1, reward=0.5), Step(2, state=0, reward=0.25))
+    found = mechanism._told(Document((steps,), steps[:1]), np.array([2, 0, 1]), np.array([1, 2, 0]))
+    assert found == Document(((Step(1, state=0, reward=0.5), Step(0, state=2, reward=0.25)),), (Step(1, state=0, reward=0.5),))
+
+
+def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
+    with language.quietly():
+        recipe = Recipe(tasks=10, demos=2, seed=9)
+        source = language.law("mdp", 3)
+        data = language.make(tmp_path / "data", source, recipe)
+        asked = mechanism.read(data, frozenset({"state", "reward"}))
+        logits = {"before": -asked.Q, "after": 3 * asked.Q + 7}
+        found = mechanism.implied(logits, asked, data, source, recipe)
+    assert found["with_q"]["after"] == pytest.approx([1] * 10) and found["with_q"]["before"] == pytest.approx([-1] * 10)
+    assert found["mistakes"]["after"] == 0 and found["mistakes"]["before"] == 30
+    assert all(-1 <= v <= 1 for v in found["with_q"]["layer"]) and np.mean(found["with_q"]["ridge"]) > 0.3
+    assert found["shared"]["before"]["ridge"][0] == found["mistakes"]["ridge"]
+
+
+# --- what follows ---------------------------------------------------------------------------------------------------------
+
+
+def made(records: list[dict], **values: float) -> list[dict]:
+    """The records with 60 tasks and the given means; `world_target_who` of errors, or the name of another value."""
+    rng, found = np.random.default_rng(0), copy.deepcopy(records)
+    mdp, tiger = found
+    for record in found:
+        for target, readers in record["probes"].items():
+            for who, one in readers.items():
+                mean = {"before": 0.8, "after": 0.4, "shuffled": 1.1}[who]
+                mean = values.get(f"{record['point']['world']}_{target}_{who}", mean)
+                one["errors"] = list(mean + rng.normal(0, 0.02, 60))
+    for name, mean in {"ridge": 0.5, "layer": 0.5, "before": 0.1, "after": values.get("with_q", 0.8)}.items():
+        mdp["implied"]["with_q"][name] = list(mean + rng.normal(0, 0.02, 60))
+    for name, mean in {"ridge": 0.2, "layer": values.get("layer", 0.5)}.items():
+        mdp["implied"]["mistakes_with"]["after"][name] = list(mean + rng.normal(0, 0.02, 60))
+    for name, mean in {"before": 0.5, "after": values.get("same", 0.95)}.items():
+        mdp["same"][name] = list(mean + rng.normal(0, 0.01, 60))
+    return [mdp, tiger]
+
+
+def verdicts(records: list[dict]) -> dict[str, str]:
+    return {v.id: v.verdict for v in mechanism.check(records)}
+
+
+@pytest.mark.parametrize(
+    "values, fails",
+    [
+        ({}, set()),
+        ({"mdp_advantage_after": 0.9}, {"probe"}),
+        ({"mdp_q_after": 0.9}, {"probe/q"}),
+        ({"tiger_belief_after": 0.7}, {"probe/belief"}),
+        ({"tiger_belief_shuffled": 0.7}, {"probe/control"}),
+        ({"with_q": 0.3}, {"implied-q"}),
+        ({"layer": 0.1}, {"implied-q/mistakes"}),
+        ({"same": 0.8}, {"invariance"}),
+        ({"same": 0.4}, {"invariance", "invariance/gain"}),
+    ],
+)
+def test_the_verdicts_follow_the_numbers(records, values, fails):
+    found = verdicts(made(records, **values))
+    assert found == {id: FAIL if id in fails else PASS for id in mechanism.CLAIMS}
+
+
+def test_figures_are_drawn(records):
+    assert mechanism.plot(records).keys() == {"probe", "implied-q"}
+
+
+def test_a_model_that_writes_an_action_in_several_tokens_is_refused(trained, monkeypatch):
+    reader, asked = trained
+    monkeypatch.setattr(mechanism, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
+    with pytest.raises(ValueError, match="model must have a token for each action"):
+        reader.stream(Asked(asked.documents[:1], asked.labels[:1], asked.Q[:1], asked.rows[:1]))
