@@ -248,7 +248,7 @@ def check(records: list[dict]) -> list[Verdict]:
     return verdicts
 
 
-def summary(records: list[dict]) -> list[dict]:
+def table(records: list[dict]) -> list[dict]:
     """The table: a row for every cell, part and policy; gaps with their 95 % intervals over tasks."""
     rows = []
     for record in records:

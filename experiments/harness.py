@@ -7,18 +7,20 @@ An experiment is any module of this directory with `CLAIMS` and `measure`. A run
                     ends with the same bytes as an uninterrupted one
     metrics.jsonl   how long each point took
     manifest.json   versions, git commit, devices, seeds, SHA-256 of the outputs
-    *.png, *.pdf    drawn from the records alone
+    *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table, too
 """
 
 import ast
+import csv
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +49,7 @@ from lindm.files import (
 
 HERE = Path(__file__).parent
 # modules of this directory that make no record
+JUDGED = ("verdicts.json", "report.html")  # of `lindm run` alone; `lindm verify` has one of each for all experiments
 MACHINERY = {"criteria", "harness", "overview", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
 
 
@@ -219,7 +222,17 @@ def start_over(directory: Path) -> None:
     if not directory.exists():
         return
     with sole_writer(directory), storage(directory):
-        for pattern in ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "*.png", "*.pdf"):
+        for pattern in (
+            "config.json",
+            "records.jsonl",
+            "metrics.jsonl",
+            "manifest.json",
+            "error.log",
+            "table.csv",
+            *JUDGED,
+            "*.png",
+            "*.pdf",
+        ):
             for path in directory.glob(pattern):
                 path.unlink()
 
@@ -233,11 +246,10 @@ def decide(module: ModuleType, records: list[dict]) -> list[Verdict]:
 
 
 def draw(module: ModuleType, records: list[dict], directory: Path) -> list[str]:
-    """Figures of the records as PNG and PDF; their names."""
+    """Figures of the records as PNG and PDF, and table.csv where the experiment has a table; the names of the figures."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import io
     import logging
 
     from matplotlib import pyplot
@@ -254,4 +266,14 @@ def draw(module: ModuleType, records: list[dict], directory: Path) -> list[str]:
                 figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes
                 write_atomic(directory / f"{name}.{ending}", buffer.getvalue())
             pyplot.close(figure)
+    if hasattr(module, "table"):
+        write_atomic(directory / "table.csv", as_csv(module.table(records)))
     return list(figures)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -212,7 +212,7 @@ def _language(cfg: Config, point: dict) -> dict:
 # --- what follows --------------------------------------------------------------------------------------------------------------
 
 
-def table(records: list[dict], reader: str) -> np.ndarray:
+def risks(records: list[dict], reader: str) -> np.ndarray:
     """Risks [seeds, N, M]."""
     mine = [r for r in records if r["point"]["reader"] == "transformer"]
     seeds = sorted({r["point"]["seed"] for r in mine})
@@ -226,16 +226,16 @@ def lengths(records: list[dict]) -> tuple[list[int], list[int]]:
     return sorted({r["point"]["N"] for r in mine}), [row["M"] for row in mine[0]["rows"]]
 
 
-def unexplained(risks: np.ndarray, M: Sequence[int]) -> np.ndarray:
+def unexplained(table: np.ndarray, M: Sequence[int]) -> np.ndarray:
     """Share of the variance over M that the best a / M + b leaves, mean over N: [..., N, M] -> [...]."""
     design = np.stack([1 / np.asarray(M, float), np.ones(len(M))], axis=-1)
-    fitted = risks @ (design @ np.linalg.pinv(design)).T
-    spread = ((risks - risks.mean(-1, keepdims=True)) ** 2).sum(-1)
-    return (((risks - fitted) ** 2).sum(-1) / spread).mean(-1)
+    fitted = table @ (design @ np.linalg.pinv(design)).T
+    spread = ((table - table.mean(-1, keepdims=True)) ** 2).sum(-1)
+    return (((table - fitted) ** 2).sum(-1) / spread).mean(-1)
 
 
 def check(records: list[dict]) -> list[Verdict]:
-    mine, layer, bayes = (table(records, reader) for reader in ("transformer", "layer", "bayes"))
+    mine, layer, bayes = (risks(records, reader) for reader in ("transformer", "layer", "bayes"))
     N, M = lengths(records)
     own = [M.index(n) for n in N]  # where a reader is asked at the length that it was trained at
     near = [np.mean([x[:, i, m] / bayes[:, i, m] for i, m in enumerate(own)], axis=0) for x in (mine, layer)]
@@ -270,10 +270,10 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     N, M = lengths(records)
     figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 4.2), sharey=True)
     for axis, reader in zip(axes, ("transformer", "layer"), strict=True):
-        for n, values, color, marker in zip(N, np.moveaxis(table(records, reader), 1, 0), COLORS, MARKERS, strict=False):
+        for n, values, color, marker in zip(N, np.moveaxis(risks(records, reader), 1, 0), COLORS, MARKERS, strict=False):
             axis.plot(M, values.mean(0), color=color, label=f"trained at N = {n}", **EXACT | {"marker": marker})
             axis.fill_between(M, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-        axis.plot(M, table(records, "bayes").mean((0, 1)), color=GREY, linestyle=":", marker="", label="Bayes")
+        axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GREY, linestyle=":", marker="", label="Bayes")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M")
         axis.set_xticks(M, [str(m) for m in M])
         axis.set_xticks([], minor=True)

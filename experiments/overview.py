@@ -1,9 +1,10 @@
-"""Verifications, evaluations of policies and training runs on one page, and its tables as CSV and LaTeX.
+"""Experiments, evaluations of policies and training runs on one page, and its tables as CSV and LaTeX.
 
     lindm report DIR [DIR ...] --out report
 
-A directory is of `lindm verify` (verdicts.json), `lindm eval --out` (eval.json) or `lindm sft` (metrics.jsonl beside a model's
-options), or holds such directories. Nothing is measured here: every number is read from what those commands wrote.
+A directory is of `lindm verify` or `lindm run` (verdicts.json), `lindm eval --out` (eval.json) or `lindm sft` (metrics.jsonl
+beside a model's options), or holds such directories. Nothing is measured here: every number is read from what those commands
+wrote.
 """
 
 import base64
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.report import number, page, read_json, section
+from experiments.harness import as_csv
+from experiments.report import number, page, read_json, run_of, section
 from lindm import files, provenance
 from lindm.llm import journal
 
@@ -45,8 +47,10 @@ def find(directories: Sequence[Path]) -> Found:
     for directory in directories:
         inside = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
         held = [(kind, d) for d in (directory, *inside) for kind, holds in KINDS.items() if d.is_dir() and holds(d)]
+        if ("verify", directory) in held:  # has the verdicts of what is in it
+            held = [(kind, d) for kind, d in held if kind != "verify" or d == directory]
         if not held:
-            known = "verdicts.json (lindm verify), eval.json (lindm eval --out) or a run of lindm sft"
+            known = "verdicts.json (lindm verify, lindm run), eval.json (lindm eval --out) or a run of lindm sft"
             raise files.Stop(files.DATA, f"DIR must hold {known}; got {directory}")
         for kind, one in held:
             if one not in (listed := getattr(found, kind)):
@@ -67,7 +71,29 @@ def claims(directories: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def decisions(directories: Sequence[Path]) -> list[Row]:
+def own_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
+    """What experiments say in tables of their own: name -> the rows of all runs."""
+    found: dict[str, list[Row]] = {}
+    for directory in directories:
+        for name in dict.fromkeys(row["experiment"] for row in read_json(directory / "verdicts.json")["claims"]):
+            path = run_of(directory, name) / "table.csv"
+            if path.is_file():
+                rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+                several = {} if len(directories) == 1 else {"run": str(directory)}
+                found.setdefault(name, []).extend(several | {k: _value(v) for k, v in row.items()} for row in rows)
+    return found
+
+
+def _value(cell: str) -> float | int | str | None:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell or None
+
+
+def evaluations(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
         for row in read_json(directory / "eval.json"):
@@ -99,14 +125,6 @@ def training(directories: Sequence[Path]) -> list[Row]:
             }
         )
     return rows
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
@@ -167,7 +185,9 @@ def picture(rows: Sequence[Row]) -> bytes:
 def write(directories: Sequence[Path], out: Path) -> list[Path]:
     """OUT/index.html and OUT/tables/*.csv, *.tex; their paths."""
     found = find(directories)
-    tables = {"claims": claims(found.verify), "decisions": decisions(found.evaluations), "training": training(found.training)}
+    own = own_tables(found.verify)
+    tables = {"claims": claims(found.verify)} | own
+    tables |= {"evaluations": evaluations(found.evaluations), "training": training(found.training)}
     tables = {name: rows for name, rows in tables.items() if rows}
     written: dict[Path, str] = {}
     for name, rows in tables.items():
@@ -191,9 +211,10 @@ def write(directories: Sequence[Path], out: Path) -> list[Path]:
     written[out / "index.html"] = page(
         "overview.html.jinja",
         tables=tables,
+        own=list(own),
         verified=verified,
         runs=runs,
-        decided=base64.b64encode(picture(tables["decisions"])).decode() if "decisions" in tables else None,
+        decided=base64.b64encode(picture(tables["evaluations"])).decode() if "evaluations" in tables else None,
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance.provenance(),
     )

@@ -96,9 +96,14 @@ def read_json(path: Path) -> Any:
         raise files.Stop(files.DATA, f"{path}: not JSON: {e}") from e
 
 
+def run_of(directory: Path, experiment: str) -> Path:
+    """Where the records of an experiment are, in a directory of `lindm verify` or of `lindm run`."""
+    return run if (run := directory / experiment).is_dir() else directory
+
+
 def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page shows of one experiment."""
-    run = directory / experiment
+    run = run_of(directory, experiment)
     figures = [
         {
             "name": path.stem,
@@ -155,7 +160,7 @@ def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: 
 
 
 def write_report(directory: Path) -> Path:
-    """report.html of a verify directory; Stop(3) without a verdicts.json."""
+    """report.html of a directory of `lindm verify` or `lindm run`; Stop(3) without a verdicts.json."""
     summary = read_json(directory / "verdicts.json")
     if not summary:
         raise files.Stop(files.DATA, f"no verdicts in {directory / 'verdicts.json'}")

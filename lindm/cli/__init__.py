@@ -181,7 +181,7 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
     from rich.console import Console
 
     from experiments.progress import show_progress
-    from experiments.report import table
+    from experiments.report import table, write_report
     from experiments.verify import exit_code, summarise
 
     console = Console(file=sys.stdout)  # this one, also while an experiment turns what it calls away from it
@@ -194,8 +194,10 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
     if outcome.code:
         raise files.Stop(outcome.code, outcome.message)
     summary = summarise([outcome], {experiment: list(module.CLAIMS)}, preset, outcome.seconds)
+    files.write_json(asked.out / "verdicts.json", summary)
+    write_report(asked.out)
     console.print(table(summary))
-    console.print(f"records and figures: {asked.out}", markup=False)
+    console.print(f"records, figures and report.html: {asked.out}", markup=False)
     return exit_code([outcome], summary["claims"])
 
 

@@ -143,7 +143,7 @@ def test_gaps_of_a_suite_are_in_one_order_whatever_the_order_of_the_records():
 
 
 def test_the_table_has_a_row_for_every_policy_of_every_cell():
-    rows = decisions.summary(made(GOOD))
+    rows = decisions.table(made(GOOD))
     cells = 9 * 2 + 3 * 2 + 3  # both splits, two formats, worse demonstrations
     assert len(rows) == 4 * cells
     row = next(r for r in rows if (r["suite"], r["horizon"], r["part"], r["policy"]) == ("pomdp", 6, "ood", "sft"))

@@ -131,8 +131,8 @@ def test_the_order_of_records_does_not_matter():
     records = made(lambda N, M: 1 / M + 1 / N)
     shuffled = copy.deepcopy(records)
     np.random.default_rng(1).shuffle(shuffled)
-    np.testing.assert_array_equal(llm_law.table(records, "transformer"), llm_law.table(shuffled, "transformer"))
-    assert llm_law.table(records, "transformer").shape == (6, 2, 5)
+    np.testing.assert_array_equal(llm_law.risks(records, "transformer"), llm_law.risks(shuffled, "transformer"))
+    assert llm_law.risks(records, "transformer").shape == (6, 2, 5)
 
 
 def test_figures_are_drawn_with_and_without_a_language_model(records):

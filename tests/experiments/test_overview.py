@@ -9,6 +9,7 @@ import pytest
 
 import experiments
 from experiments import overview
+from experiments.harness import JUDGED
 from lindm import files
 from lindm.cli import main
 from lindm.files import Stop
@@ -25,6 +26,8 @@ NONE |= {"method": "none", "invalid": None}
 def work(tmp_path, finished, monkeypatch):
     monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(finished.parent / "lab")])
     shutil.copytree(finished, tmp_path / "verified" / "toy")
+    for name in JUDGED:
+        (tmp_path / "verified" / "toy" / name).unlink()
     files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL))
     (tmp_path / "more" / "run").mkdir(parents=True)
     (tmp_path / "more" / "eval").mkdir()
@@ -54,7 +57,7 @@ def test_tables_have_what_the_commands_wrote(work):
     assert [row["id"] for row in read["claims"]] == ["q-risk", "controls/swap"]
     first = read["claims"][0]
     assert float(first["low"]) <= float(first["measured"]) <= float(first["high"]) and first["verdict"] == "PASS"
-    assert [(r["policy"], r["gap"], r["low"], r["invalid"]) for r in read["decisions"]] == [
+    assert [(r["policy"], r["gap"], r["low"], r["invalid"]) for r in read["evaluations"]] == [
         ("bc", "0.25", "0.2", ""),
         ("sft:runs/<a_b>&c", "0.02", "0.0", "0.125"),
         ("x", "", "", ""),
@@ -64,8 +67,36 @@ def test_tables_have_what_the_commands_wrote(work):
     assert (run["gap before"], run["gap after"], run["majority"]) == ("0.5", "0.4", "0.3")
 
 
+def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, finished):
+    shutil.copytree(finished, work / "runs" / "toy")
+    (work / "runs" / "toy" / "table.csv").write_text("policy,gap,n\nbc,0.25,3\nsft,,3\n")
+    overview.write([work / "runs"], work / "report")
+    rows = list(csv.DictReader(io.StringIO((work / "report" / "tables" / "toy.csv").read_text())))
+    assert rows == [{"policy": "bc", "gap": "0.25", "n": "3"}, {"policy": "sft", "gap": "", "n": "3"}]
+    assert r"sft & - & 3 \\" in (work / "report" / "tables" / "toy.tex").read_text()
+    source = (work / "report" / "index.html").read_text()
+    assert 'id="toy"' in source and 'href="tables/toy.csv"' in source and "controls/swap" in source
+    assert len([v for v in Page(source).fetched if v]) == 1, "the toy's figure"
+
+
+def test_tables_of_several_runs_tell_which_one(work, finished):
+    for name in ("one", "two"):
+        shutil.copytree(finished, work / name)
+        (work / name / "table.csv").write_text(f"policy,gap\n{name},0.5\n")
+    rows = overview.own_tables([work / "one", work / "two"])["toy"]
+    assert [(row["run"], row["policy"], row["gap"]) for row in rows] == [
+        (str(work / "one"), "one", 0.5),
+        (str(work / "two"), "two", 0.5),
+    ]
+
+
+def test_the_verdicts_of_a_verification_are_counted_once(work, finished):
+    shutil.copytree(finished, work / "verified" / "again")
+    assert overview.find([work / "verified"]).verify == [work / "verified"]
+
+
 def test_latex_is_escaped_and_has_a_cell_for_every_value(work):
-    text = overview.as_latex(overview.decisions([work / "more" / "eval"]))
+    text = overview.as_latex(overview.evaluations([work / "more" / "eval"]))
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(lines) == 4 and {line.count(" & ") for line in lines} == {11}
     assert r"sft:runs/<a\_b>\&c" in text and r"gap\_of\_value" in text
@@ -90,7 +121,7 @@ def test_parts_that_are_not_there_are_left_out(work):
     overview.write([work / "more" / "run"], work / "report")
     source = (work / "report" / "index.html").read_text()
     assert sorted(p.name for p in (work / "report" / "tables").iterdir()) == ["training.csv", "training.tex"]
-    assert 'id="claims"' not in source and 'id="decisions"' not in source and 'id="training"' in source
+    assert 'id="claims"' not in source and 'id="evaluations"' not in source and 'id="training"' in source
 
 
 def test_without_a_directory_there_is_one_line(capsys):

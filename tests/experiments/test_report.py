@@ -13,6 +13,7 @@ from experiments.criteria import CRITERIA, criterion, fingerprint, judge, judge_
 from experiments.harness import discover
 from experiments.pool import Outcome
 from experiments.report import label, number, prose, redraw, table, write_report
+from experiments.statistics import FAIL, OPEN, PASS, as_expected
 from experiments.verify import COST, exit_code, select, summarise
 from lindm import files
 
@@ -159,13 +160,17 @@ def test_prose_keeps_indented_lines_as_they_stand():
 def test_numbers_and_labels_are_short():
     assert number(0.123456) == "0.1235" and number(None) == "-" and number("-1 in M") == "-1 in M"
     assert label({"verdict": "FAIL", "expected": "PASS"}) == "FAIL (expected PASS)"
+    for verdict in (PASS, FAIL, "INCONCLUSIVE"):  # whatever is found is a result
+        assert label({"verdict": verdict, "expected": OPEN}) == verdict
+        assert as_expected({"verdict": verdict, "expected": OPEN})
+        assert as_expected({"verdict": verdict, "expected": PASS}) == (verdict == PASS)
 
 
 def test_criteria_have_unique_ids_bands_and_statements_of_one_sentence():
     assert len({c.id for c in CRITERIA}) == len(CRITERIA)
     for c in CRITERIA:
         assert c.lo <= c.hi and c.lo < float("inf") and c.hi > -float("inf"), c.id
-        assert c.min_seeds >= 5 and c.expected in ("PASS", "FAIL"), c.id
+        assert c.min_seeds >= 5 and c.expected in (PASS, FAIL, OPEN), c.id
         assert c.statement.endswith(".") and c.predicted and c.criterion and c.source, c.id
         assert "{" not in c.criterion, c.id
 
