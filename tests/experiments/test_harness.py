@@ -34,7 +34,6 @@ def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
     assert code == 0, err
     run = lab.directory / "r"
     names = {p.name for p in run.iterdir()}
-    names = {p.name for p in run.iterdir()}
     drawn = {"toy.png", "toy.pdf", "verdicts.json", "report.html"}
     assert names == {"records.jsonl", "config.json", "metrics.jsonl", "manifest.json"} | drawn
     records = files.read_records(run)
