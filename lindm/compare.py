@@ -22,6 +22,7 @@ from typing import Any
 from lindm import datasets, files, policies
 from lindm.datasets import Recipe
 from lindm.files import DATA, Stop
+from lindm.llm.options import REWARDS
 from lindm.oracles import tree
 from lindm.oracles.solve import BUDGET
 from lindm.play import Played, Policy, double_precision, play_all, quality, tabled, world
@@ -86,6 +87,8 @@ def compare(
             _held_out(Path(name[4:]), source, recipe)
     if not isinstance(law, Suite):
         _fits(law)
+    if rewards is not None and rewards not in REWARDS:
+        raise ValueError(f"rewards must be one of {', '.join(REWARDS)}; got {rewards!r}")
     told = {key: value for key, value in (("template", template), ("rewards", rewards)) if value is not None}
     if told and not any(":" in name for name in names):
         raise ValueError(f"{next(iter(told))} must be left out without a language model; got {next(iter(told.values()))!r}")

@@ -32,9 +32,9 @@ def queries(directory):
 
 
 def shown(row, steps, cloud):
-    """What the first steps of an episode look like in a document."""
+    """What the first steps of an episode look like in a document; of a hidden state's rewards only demonstrations tell."""
     keys = {"model": "model", "observation": "observation"} if cloud else {"state": "state"}
-    keys |= {"action": "action", "reward": "reward"}
+    keys |= {"action": "action"} | ({} if cloud and row["role"] == "query" else {"reward": "reward"})
     return [{k: row[c][t] for k, c in keys.items()} for t in range(steps)]
 
 

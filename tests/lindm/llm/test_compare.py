@@ -11,6 +11,7 @@ from lindm.datasets import Recipe
 from lindm.files import Stop
 from lindm.llm import sft
 from lindm.llm.options import Sft
+from lindm.text import COMPACT, READABLE
 from tests.lindm.llm.conftest import SUITE
 
 RECIPE = Recipe(tasks=5, demos=2, seed=11)
@@ -51,8 +52,31 @@ def test_a_model_is_asked_as_it_was_trained(micro, run, tmp_path):
     datasets.make(tmp_path, SUITE, RECIPE)
     loaded = list(datasets.load(tmp_path))
     for kind, path, told in (("icl", micro.model, True), ("sft", run, False)):
-        _, answers, rewards = compare._language_model(kind, path, tmp_path, loaded)
+        reader, answers, rewards = compare._language_model(kind, path, tmp_path, loaded, {})
         assert rewards is told and (answers.given[0][0][0].reward is not None) is told
+        assert reader.template == COMPACT
+        other = {"template": "readable", "rewards": "hidden" if told else "shown"}
+        reader, answers, rewards = compare._language_model(kind, path, tmp_path, loaded, other)
+        assert rewards is not told and (answers.given[0][0][0].reward is not None) is not told
+        assert reader.template == READABLE
+
+
+def test_what_texts_tell_is_refused_where_nobody_reads_them(tmp_path):
+    for option, value in (("template", "readable"), ("rewards", "shown")):
+        with pytest.raises(ValueError, match=f"{option} must be left out without a language model; got '{value}'"):
+            compare.compare(tmp_path / "data", SUITE, RECIPE, ["oracle", "bc"], **{option: value})
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_word_for_rewards_that_is_none_is_refused(micro, tmp_path):
+    with pytest.raises(ValueError, match="rewards must be one of auto, shown, hidden; got 'some'"):
+        compare.compare(tmp_path / "data", SUITE, RECIPE, ["oracle", f"icl:{micro.model}"], rewards="some")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_task_with_more_histories_than_listed_is_sampled(micro, tmp_path):
+    (row,) = compare.compare(tmp_path / "data", SUITE, RECIPE, [f"icl:{micro.model}"], listed=1, episodes=2)
+    assert row["method"] == "rollout"
 
 
 def test_texts_that_are_too_long_for_the_model_are_refused(micro, tmp_path):
@@ -115,6 +139,7 @@ def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
         ("--suite mdp --alpha 0.5", "discount and alpha must be left out for a suite"),
         ("--suite mdp --episodes 0", "episodes must be"),
         ("--suite mdp --tasks 0", "tasks must be"),
+        ("--suite mdp --template readable", "template must be left out without a language model; got 'readable'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_printed(capsys, arguments, said):
