@@ -11,7 +11,7 @@ from lindm.datasets import Recipe
 from lindm.files import Stop
 from lindm.llm import sft
 from lindm.llm.options import Sft
-from lindm.text import COMPACT, READABLE
+from lindm.text import COMPACT
 from tests.lindm.llm.conftest import SUITE
 
 RECIPE = Recipe(tasks=5, demos=2, seed=11)
@@ -51,14 +51,17 @@ def test_a_model_is_asked_as_it_was_trained(micro, run, tmp_path):
     """The run was not told the rewards, and is not told them here."""
     datasets.make(tmp_path, SUITE, RECIPE)
     loaded = list(datasets.load(tmp_path))
+    parts = ["\n", "{state}", "{action}", ":{reward}"]
+    turned = {"name": "turned", "episode": "#", "step": parts, "closing": "\n", "actions": [" B", " C", " A"], "states": "{}"}
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
     for kind, path, told in (("icl", micro.model, True), ("sft", run, False)):
         reader, answers, rewards = compare._language_model(kind, path, tmp_path, loaded, {})
         assert rewards is told and (answers.given[0][0][0].reward is not None) is told
         assert reader.template == COMPACT
-        other = {"template": "readable", "rewards": "hidden" if told else "shown"}
+        other = {"template": str(tmp_path / "turned.json"), "rewards": "hidden" if told else "shown"}
         reader, answers, rewards = compare._language_model(kind, path, tmp_path, loaded, other)
         assert rewards is not told and (answers.given[0][0][0].reward is not None) is not told
-        assert reader.template == READABLE
+        assert reader.template.name == "turned"
 
 
 def test_what_texts_tell_is_refused_where_nobody_reads_them(tmp_path):
