@@ -152,7 +152,8 @@ def measure(cfg: Config, point: dict) -> dict:
             recipe = Recipe(tasks=cfg.tasks, seed=seed + 1, **how)
             limits = {"episodes": EPISODES, "listed": LISTED, "template": template, "rewards": rewards}
             rows = compare(where, language.law(name, horizon, split), recipe, [*policies, *told], **limits)
-            return {told.get(row["policy"], row["policy"]): _kept(row) for row in rows}
+            known = {policy: policy for policy in policies} | told
+            return {known[row["policy"]]: _kept(row) for row in rows}
 
         policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behaviour"] if worse else []))
         found = {"id": faced("id", policies)} | ({} if worse else {"ood": faced("ood", policies)})

@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
 
     def _through(
         self, x, positions, sight, cache, shared, start, remat, unroll, constrain, traced=False
-    ) -> tuple[Array, tuple[Any, Array | None]]:
+    ) -> tuple[Array, tuple[Any, Any]]:
         """All layers: the last one's output, and of each its cache and, if traced, its output.
 
         `sight`: for the keys of this call or of the cache, and of the shared cache, the mask and the distance.
