@@ -303,6 +303,7 @@ def _over_horizons(records: list[dict]) -> Figure:
             axis.set_title(f"{suite}, {about}")
         axes[row][0].set_ylabel("gap, % of random play's")
         axes[row][0].set_yscale("symlog", linthresh=2)
+        axes[row][0].set_ylim(-1, 130)
         axes[row][0].set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
     for axis in axes[-1]:
         axis.set_xlabel("horizon")
