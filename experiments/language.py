@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lindm import datasets
+from lindm import datasets, files
 from lindm.datasets import Recipe
 from lindm.files import DATA, Stop
 from lindm.llm import preparing, sft, weights
@@ -60,6 +60,7 @@ def options(model: str, data: Path, out: Path, **how: Any) -> Sft:
 def fine_tuned(asked: Sft) -> Path:
     """The directory of a finished run. Its checkpoints are removed: it is not resumed."""
     sft.run(asked)
+    files.stop_on_signals()  # training only notes them; nothing is unsaved any more
     shutil.rmtree(asked.out / sft.CHECKPOINTS, ignore_errors=True)
     return asked.out
 
