@@ -662,7 +662,7 @@ CRITERIA: tuple[Criterion, ...] = (
         "gap of SFT <= gap of ICL / 4",
         "gap of SFT - gap of ICL / 4, mean over tasks <= {hi} on every suite",
         hi=0.0,
-        min_seeds=50,
+        **_OPEN,
     ),
     _claim(
         "sft-beats-cloning",

@@ -15,7 +15,7 @@ from experiments.criteria import criterion, fingerprint
 from experiments.pool import Job, Outcome, run_all
 from experiments.progress import show_progress
 from experiments.report import table, write_report
-from experiments.statistics import INCONCLUSIVE, Verdict, adjust, as_expected
+from experiments.statistics import INCONCLUSIVE, OPEN, Verdict, adjust, as_expected
 from lindm import files, provenance
 
 # Rough share of the work, only to start the longest first (an experiment not named here counts 1).
@@ -65,9 +65,11 @@ def entry(claim: str, experiment: str, verdict: Verdict | None, note: str = "") 
 
 
 def summarise(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset: str, wall_s: float) -> dict[str, Any]:
-    """The content of verdicts.json: Holm over all claims decided here, in the order of the criteria."""
+    """The content of verdicts.json, in the order of the criteria. Holm over all predictions decided here, and over all open
+    questions, which are another family: to ask more of them must not take power from the predictions."""
     decided = [v for o in outcomes for v in o.verdicts if v.id in chosen[o.experiment]]
-    by_id = {v.id: v for v in adjust(decided)}
+    families = [[v for v in decided if (criterion(v.id).expected == OPEN) == is_open] for is_open in (False, True)]
+    by_id = {v.id: v for family in families for v in adjust(family)}
     rows = [entry(claim, o.experiment, by_id.get(claim), note=o.message) for o in outcomes for claim in chosen[o.experiment]]
     return {
         "preset": preset,
