@@ -39,6 +39,7 @@ from experiments.statistics import Verdict, mean_ci
 from experiments.style import COLORS, GREY, MARKERS
 from lindm.compare import compare
 from lindm.datasets import Recipe
+from lindm.problems.checks import count
 
 CLAIMS = (
     "sft-beats-icl",
@@ -51,7 +52,6 @@ CLAIMS = (
     "behaviour-context",
 )
 SUITES = ("mdp", "pomdp", "apomdp")
-BRANCHES = 6  # of a history of the suite apomdp: models times observations
 LISTED = 256  # histories of a last stage that are all asked
 EPISODES = 4  # sampled of a task with more
 EPSILON = 0.5  # random actions in worse demonstrations
@@ -95,15 +95,15 @@ class Config:
 
     def __post_init__(self):
         for name in ("seeds", "tasks", "train", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+            count(getattr(self, name), name)
         for name in SUITES:
             horizons = getattr(self, name)
             if tuple(sorted(set(horizons))) != tuple(horizons) or any(h < 1 for h in horizons):
                 raise ValueError(f"{name} must be increasing horizons >= 1; got {horizons}")
         if not any(getattr(self, name) for name in SUITES):
             raise ValueError("mdp, pomdp, apomdp must not all be empty")
-        if any(BRANCHES ** (h - 1) > LISTED for h in self.apomdp):
+        branches = (cloud := language.law("apomdp", 1)).M * cloud.O
+        if any(branches ** (h - 1) > LISTED for h in self.apomdp):
             raise ValueError(f"apomdp must be horizons with at most {LISTED} histories at the last stage; got {self.apomdp}")
         if self.more and self.model == language.TINY:
             raise ValueError("more must be False for a tiny model, whose vocabulary is that of one format; got True")
@@ -196,8 +196,8 @@ def suites_of(records: list[dict]) -> list[str]:
     return [name for name in SUITES if horizons(records, name)]
 
 
-def _said(parts: dict[str, Sequence[float]], unit: str = "%") -> str:
-    return ", ".join(f"{name} {' / '.join(f'{100 * v:.1f}' for v in values)} {unit}" for name, values in parts.items())
+def _said(parts: dict[str, Sequence[float]]) -> str:
+    return ", ".join(f"{name} {' / '.join(f'{100 * v:.1f}' for v in values)} %" for name, values in parts.items())
 
 
 def check(records: list[dict]) -> list[Verdict]:

@@ -48,8 +48,9 @@ from lindm.files import (
 )
 
 HERE = Path(__file__).parent
+JUDGED = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
+WRITTEN = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *JUDGED, "*.png", "*.pdf")
 # modules of this directory that make no record
-JUDGED = ("verdicts.json", "report.html")  # of `lindm run` alone; `lindm verify` has one of each for all experiments
 MACHINERY = {"criteria", "harness", "overview", "pool", "progress", "provenance", "report", "statistics", "style", "verify"}
 
 
@@ -92,7 +93,8 @@ def code_fingerprint(name: str) -> str:
     """SHA-256 over the sources that a record of this experiment can depend on."""
     root = HERE.parent
     sources = {p.relative_to(root).as_posix(): p for top in ("lindm", "theory") for p in (root / top).rglob("*.py")}
-    idle = ("__main__.py", "bench.py", "doctor.py", "files.py", "sources.py", "timing.py")
+    sources |= {p.relative_to(root).as_posix(): p for p in (root / "lindm/templates").glob("*.json")}
+    idle = ("__main__.py", "bench.py", "bench_decisions.py", "doctor.py", "files.py", "timing.py")
     sources = {k: p for k, p in sources.items() if p.name not in idle and p.parent.name != "cli"}
     others = (discover().keys() - {name}) | MACHINERY
     sources |= {f"experiments/{stem}": p for stem, p in modules().items() if stem not in others}
@@ -222,17 +224,7 @@ def start_over(directory: Path) -> None:
     if not directory.exists():
         return
     with sole_writer(directory), storage(directory):
-        for pattern in (
-            "config.json",
-            "records.jsonl",
-            "metrics.jsonl",
-            "manifest.json",
-            "error.log",
-            "table.csv",
-            *JUDGED,
-            "*.png",
-            "*.pdf",
-        ):
+        for pattern in WRITTEN:
             for path in directory.glob(pattern):
                 path.unlink()
 

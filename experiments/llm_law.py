@@ -43,6 +43,7 @@ from lindm.datasets import Recipe
 from lindm.llm.architecture import Architecture
 from lindm.llm.decoder import Decoder
 from lindm.llm.step import Optimisation
+from lindm.problems.checks import count
 from theory.in_context import optimal_weights, risk
 
 CLAIMS = ("llm-law", "llm-law/estimation", "llm-law/bias", "llm-law/language")
@@ -79,8 +80,7 @@ class Config:
 
     def __post_init__(self):
         for name in ("seeds", "steps", "contexts", "tasks", "tuning"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+            count(getattr(self, name), name)
         for name in ("N", "M", "demos", "asked"):
             values = getattr(self, name)
             if len(values) < 2 or tuple(sorted(set(values))) != tuple(values) or values[0] < 1:

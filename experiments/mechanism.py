@@ -24,34 +24,26 @@ The unit is the task, or the episode of the tiger; one model is trained in each 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from experiments import language
 from experiments.criteria import judge
+from experiments.probing import Asked, Reader, probe, read
 from experiments.statistics import Verdict, mean_ci
 from experiments.style import COLORS, GREY, MARKERS
 from lindm import datasets, policies
 from lindm.datasets import Recipe
-from lindm.llm import weights
-from lindm.llm.architecture import read_architecture
-from lindm.llm.decoder import Decoder
-from lindm.llm.sharding import make_mesh
-from lindm.llm.tokens import Example, action_tokens, document_example, load_tokenizer
 from lindm.play import double_precision
 from lindm.policies import Tasks
+from lindm.problems.checks import count
 from lindm.sources import Source
 from lindm.suites import Suite
-from lindm.text import COMPACT, Document, Step, render
+from lindm.text import Document, Step
 from lindm.types import POMDP
 
 CLAIMS = (
@@ -66,10 +58,7 @@ CLAIMS = (
 )
 WORLDS = ("mdp", "tiger")
 DEMOS = {"mdp": 2, "tiger": 3}
-ROWS = 8  # texts of one forward pass
-PENALTIES = 10.0 ** np.arange(0, 7)  # of the ridge regressions, whose features are standardised
 NOISE = 0.2  # random actions in the tiger's demonstrations
-HELD = 0.25  # share of the tasks behind the probes that choose the penalty and the layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +84,8 @@ class Config:
 
     def __post_init__(self):
         for name in ("seeds", "mdp", "tiger", "tasks", "renamings", "train", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        if self.probe < 8:
-            raise ValueError(f"probe must be >= 8; got {self.probe}")
+            count(getattr(self, name), name)
+        count(self.probe, "probe", 8)
 
 
 FULL = Config()
@@ -118,25 +105,6 @@ def tiger(horizon: int) -> POMDP:
     O[0, 0] = [[0.85, 0.15], [0.15, 0.85]]
     r = np.array([[-1.0, -100.0, 10.0], [-1.0, 10.0, -100.0]])
     return POMDP(P=P, O=O, r=np.tile(r, (horizon, 1, 1)), rho=np.full(2, 0.5))  # pyright: ignore
-
-
-class Asked(NamedTuple):
-    """Query episodes of new tasks, each asked about at every stage."""
-
-    documents: list[Document]
-    labels: list[list[list[int]]]  # of each document, episode by episode, the query last
-    Q: np.ndarray  # [n, H, A]
-    rows: list[dict]  # the queries
-
-
-def read(data: Path, shown: frozenset[str]) -> Asked:
-    documents, labels, queries = [], [], []
-    for _, episodes in datasets.load(data):
-        demos, query = [row for row in episodes if row["role"] == "demo"], episodes[-1]
-        documents.append(datasets.document(demos, query, shown))
-        labels.append([row["label"] for row in (*demos, query)])
-        queries.append(query)
-    return Asked(documents, labels, np.array([row["Q"] for row in queries]), queries)
 
 
 def measure(cfg: Config, point: dict) -> dict:
@@ -166,59 +134,6 @@ def measure(cfg: Config, point: dict) -> dict:
     return found
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------------
-
-
-class Reader:
-    """A model, and what is in its stream in front of the actions of a query."""
-
-    def __init__(self, directory: Path, untrained: int | None = None):
-        self.tokenizer = load_tokenizer(directory)
-        if untrained is None:
-            model = weights.load(directory, mesh=make_mesh({"fsdp": 1}, jax.devices()[:1]))
-        else:
-            model = Decoder(read_architecture(directory), nnx.Rngs(untrained))
-        self.graphdef, self.weights = nnx.split(model)
-
-    def stream(self, asked: Asked) -> np.ndarray:
-        """[n, H, depth + 1, D]: the stream at the last token before each action of the query."""
-        A = asked.Q.shape[-1]
-        spelt = action_tokens(self.tokenizer, COMPACT, A)
-        if max(map(len, spelt)) > 1:
-            raise ValueError("model must have a token for each action")
-        self.actions = np.array([tokens[0] for tokens in spelt])
-        examples = [
-            document_example(self.tokenizer, render(one, COMPACT), labels, spelt, "query", "query")
-            for one, labels in zip(asked.documents, asked.labels, strict=True)
-        ]
-        T = -(-max(len(e.ids) for e in examples) // 8) * 8
-        return np.concatenate([self._rows(examples[i : i + ROWS], T) for i in range(0, len(examples), ROWS)])
-
-    def _rows(self, examples: Sequence[Example], T: int) -> np.ndarray:
-        ids = np.zeros((ROWS, T), np.int32)
-        at = np.zeros((ROWS, int((examples[0].target >= 0).sum())), np.int32)
-        for i, e in enumerate(examples):
-            ids[i, : len(e.ids)], at[i] = e.ids, np.flatnonzero(e.target >= 0)
-        return np.asarray(_stream(self.graphdef, self.weights, ids, at))[: len(examples)]
-
-    def logits(self, stream: np.ndarray) -> np.ndarray:
-        """Of the actions [n, H, A], from `stream`."""
-        return np.asarray(_logits(self.graphdef, self.weights, stream[:, :, -1]))[..., self.actions]
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _stream(graphdef, weights, ids: Array, at: Array) -> Array:
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    found = nnx.merge(graphdef, weights).stream(ids, positions)  # [depth + 1, B, T, D]
-    return jnp.take_along_axis(found, at[None, :, :, None], axis=2).transpose(1, 2, 0, 3)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _logits(graphdef, weights, last: Array) -> Array:
-    model = nnx.merge(graphdef, weights)
-    return model.logits(model.norm(last))
-
-
 # --- probes -------------------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +154,7 @@ def beliefs(problem: POMDP, rows: Sequence[dict]) -> np.ndarray:
 def probes(
     streams: dict[str, tuple[np.ndarray, np.ndarray]], known: Asked, new: Asked, seed: int, problem: POMDP | None
 ) -> dict[str, Any]:
-    """Of each target and reader: errors of each layer, the layer chosen on tasks held out, and its errors on each new task."""
+    """`probe` of each target and reader, and with the targets of tasks exchanged."""
     targets = {
         "q": (known.Q, new.Q),
         "advantage": tuple(Q - Q.max(-1, keepdims=True) for Q in (known.Q, new.Q)),
@@ -248,44 +163,11 @@ def probes(
         targets["belief"] = tuple(beliefs(problem, asked.rows)[..., :-1] for asked in (known, new))
     rng = np.random.default_rng(seed)
     order = [rng.permutation(len(asked.Q)) for asked in (known, new)]
-    found: dict[str, Any] = {}
-    for target, (Y, Y_new) in targets.items():
-        found[target] = {who: probe(*stream, Y, Y_new) for who, stream in streams.items()}
-        exchanged = (Y[order[0]], Y_new[order[1]])
-        found[target]["shuffled"] = probe(*streams["after"], *exchanged)
-    return found
-
-
-def probe(X: np.ndarray, X_new: np.ndarray, Y: np.ndarray, Y_new: np.ndarray) -> dict[str, Any]:
-    """X [n, H, layers, D], Y [n, H, k]. Errors are over those of the mean of each stage."""
-    mean = Y.mean(0)
-    spread = float(((Y_new - mean) ** 2).sum((1, 2)).mean())
-    cut = len(Y) - max(1, round(HELD * len(Y)))
-    profile, choices = [], []
-    for layer in range(X.shape[2]):
-        x, x_new = X[:, :, layer], X_new[:, :, layer]
-        held = [_errors(x[:cut], Y[:cut], x[cut:], Y[cut:], penalty).mean() for penalty in PENALTIES]
-        penalty = PENALTIES[int(np.argmin(held))]
-        errors = _errors(x, Y, x_new, Y_new, penalty) / spread
-        profile.append(round(float(errors.mean()), 5))
-        choices.append((min(held), layer, errors))
-    _, layer, errors = min(choices, key=lambda choice: choice[:2])
-    return {"profile": profile, "layer": layer, "errors": [round(float(e), 5) for e in errors]}
-
-
-def _errors(X: np.ndarray, Y: np.ndarray, X_new: np.ndarray, Y_new: np.ndarray, penalty: float) -> np.ndarray:
-    """Squared error [n] on new tasks of a ridge regression on standardised features, beside a mean for each stage."""
-    mean, target = X.mean(0), Y.mean(0)
-    x = (X - mean).reshape(-1, X.shape[-1])
-    scale = x.std(0)
-    scale[scale <= 1e-6 * scale.max()] = np.inf  # tells the stage at most
-    x, y = x / scale, (Y - target).reshape(-1, Y.shape[-1])
-    if len(x) < x.shape[1]:  # the smaller of the two systems
-        W = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
-    else:
-        W = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
-    told = target + ((X_new - mean) / scale) @ W
-    return ((told - Y_new) ** 2).sum((1, 2))
+    exchanged = {f"{name} exchanged": (Y[order[0]], Y_new[order[1]]) for name, (Y, Y_new) in targets.items()}
+    found = {who: probe(*stream, targets | (exchanged if who == "after" else {})) for who, stream in streams.items()}
+    return {
+        name: {who: found[who][name] for who in streams} | {"shuffled": found["after"][f"{name} exchanged"]} for name in targets
+    }
 
 
 # --- implied Q, and names ---------------------------------------------------------------------------------------------------

@@ -203,9 +203,12 @@ def holm(ps: ArrayLike) -> np.ndarray:
 
 
 def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Holm over all claims: a verdict that does not survive at 5 % becomes INCONCLUSIVE; p becomes the adjusted p."""
+    """Holm over all claims: a verdict that does not survive at 5 % becomes INCONCLUSIVE; p becomes the adjusted p. A claim
+    without data was not tested and does not count."""
+    tested = iter(holm([v.p for v in verdicts if v.n]))
     out = []
-    for v, p in zip(verdicts, holm([v.p for v in verdicts]), strict=True):
+    for v in verdicts:
+        p = next(tested) if v.n else v.p
         if v.verdict != INCONCLUSIVE and p > LEVEL:
             lost = f"{v.verdict} alone (p = {v.p:.2g}), not after Holm"
             v = replace(v, verdict=INCONCLUSIVE, note="; ".join(filter(None, [v.note, lost])))

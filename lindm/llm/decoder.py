@@ -179,14 +179,9 @@ class Decoder(nnx.Module):
           dtype: of the activations; remat: one of `REMATS`.
           constrain: applied to the activations between layers; found: to the rows of the embedding, before that.
         """
-        order = jnp.arange(ids.shape[1])
-        mask = (order[None, :] <= order[:, None])[None]
-        if segments is not None:
-            mask = mask & (segments[:, :, None] == segments[:, None, :])
-        mask = jnp.broadcast_to(mask, (ids.shape[0], *mask.shape[1:]))
-        distance = positions[:, :, None] - positions[:, None, :]
         x = constrain(found(self.embedding[...][ids].astype(dtype)))
-        x, _ = self._through(x, positions, [(mask, distance)], None, None, None, remat, unroll, constrain)
+        sight = [_causal(positions, segments)]
+        x, _ = self._through(x, positions, sight, None, None, None, remat, unroll, constrain)
         return self.norm(x)
 
     def stream(self, ids: Array, positions: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
@@ -194,10 +189,8 @@ class Decoder(nnx.Module):
 
         Args: ids, positions: [B, T], as of `hidden`.
         """
-        order = jnp.arange(ids.shape[1])
-        mask = jnp.broadcast_to(order[None, :] <= order[:, None], (*ids.shape, ids.shape[1]))
         x = self.embedding[...][ids].astype(dtype)
-        sight = [(mask, positions[:, :, None] - positions[:, None, :])]
+        sight = [_causal(positions, None)]
         _, (_, after) = self._through(x, positions, sight, None, None, None, "none", False, lambda x: x, traced=True)
         return jnp.concatenate([x[None], after])
 
@@ -268,6 +261,16 @@ class Decoder(nnx.Module):
         kept = jax.checkpoint_policies.save_only_these_names(*((PRODUCT,) if remat == "selective" else ()))
         body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
         return jax.lax.scan(body, x, (weights, windows, cache, shared), unroll=a.depth if unroll else 1)
+
+
+def _causal(positions: Array, segments: Array | None) -> tuple[Array, Array]:
+    """Of tokens that attend among themselves: whether one sees the other, and how far it is [B, T, T]."""
+    order = jnp.arange(positions.shape[1])
+    mask = (order[None, :] <= order[:, None])[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    mask = jnp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))
+    return mask, positions[:, :, None] - positions[:, None, :]
 
 
 @jax.custom_vjp

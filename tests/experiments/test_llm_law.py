@@ -149,7 +149,7 @@ def test_points_end_with_the_language_model():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"seeds": 0}, "seeds must be >= 1"),
+        ({"seeds": 0}, "seeds must be a whole number"),
         ({"N": (4,)}, "N must be at least two increasing numbers"),
         ({"N": (4, 5)}, "M must hold every N"),
         ({"contexts": 100}, "contexts must be a multiple of 256; got 100"),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import language, mechanism
-from experiments.mechanism import SMOKE, Asked
+from experiments import language, mechanism, probing
+from experiments.mechanism import SMOKE
+from experiments.probing import Asked
 from experiments.statistics import FAIL, PASS
 from lindm import files
 from lindm.datasets import Recipe
@@ -71,14 +72,14 @@ def test_a_belief_is_the_conditional_law_over_all_paths():
 
 @pytest.mark.parametrize("width", [3, 400])
 def test_a_ridge_regression_is_the_minimiser_of_its_own_cost(width):
-    """Primal and dual system: no small change of the weights lowers the penalised cost."""
+    """More episodes than features, and fewer: least squares with the penalty as rows of its own."""
     rng = np.random.default_rng(width)
     X, Y = rng.normal(size=(20, 4, width)), rng.normal(size=(20, 4, 2))
     x, y = X - X.mean(0), Y - Y.mean(0)
     flat = x.reshape(-1, width) / x.reshape(-1, width).std(0)
     W = np.linalg.lstsq(np.concatenate([flat, np.sqrt(7.0) * np.eye(width)]), np.pad(y.reshape(-1, 2), ((0, width), (0, 0))))[0]
     told = Y.mean(0) + (flat @ W).reshape(Y.shape)
-    np.testing.assert_allclose(mechanism._errors(X, Y, X, Y, 7.0), ((told - Y) ** 2).sum((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(probing.Ridge(X, X).errors(Y, Y, 7.0), ((told - Y) ** 2).sum((1, 2)), rtol=1e-6)
 
 
 def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
@@ -86,7 +87,9 @@ def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
     X, X_new = rng.normal(size=(80, 3, 4, 10)), rng.normal(size=(40, 3, 4, 10))
     W, stage = rng.normal(size=(10, 2)), np.array([5.0, 50.0, 500.0])[:, None]
     Y, Y_new = (x[:, :, 2] @ W + stage for x in (X, X_new))
-    found = mechanism.probe(X, X_new, Y, Y_new)
+    found = probing.probe(X, X_new, {"it": (Y, Y_new), "none": (rng.normal(size=Y.shape), Y_new - stage)})
+    assert min(found["none"]["profile"]) > 0.9
+    found = found["it"]
     assert found["layer"] == 2
     assert found["profile"][2] < 0.01 and min(found["profile"][i] for i in (0, 1, 3)) > 0.7
     assert len(found["errors"]) == 40
@@ -97,7 +100,7 @@ def test_what_the_stage_explains_counts_as_nothing():
     X, X_new = np.ones((60, 3, 1, 4)), np.ones((30, 3, 1, 4))
     X, X_new = X + np.arange(3)[:, None, None], X_new + np.arange(3)[:, None, None]  # tells the stage and no more
     Y, Y_new = (10.0 * np.arange(3)[:, None] + rng.normal(size=(n, 3, 2)) for n in (60, 30))
-    assert mechanism.probe(X, X_new, Y, Y_new)["profile"][0] == pytest.approx(1, abs=1e-6)
+    assert probing.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] == pytest.approx(1, abs=1e-6)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def trained(tmp_path_factory):
     with language.quietly():
         data = language.make(room / "data", language.law("mdp", 3), Recipe(tasks=12, demos=2, seed=4))
         run = language.fine_tuned(language.options(language.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3))
-    return mechanism.Reader(run / "model"), mechanism.read(data, frozenset({"state", "reward"}))
+    return probing.Reader(run / "model"), probing.read(data, frozenset({"state", "reward"}))
 
 
 def test_the_last_of_the_stream_is_what_the_model_says(trained):
@@ -164,7 +167,7 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
         def logits(self, asked):
             return np.broadcast_to([0.0, 0.0, 1.0], asked.Q.shape)
 
-    blind: mechanism.Reader = Blind()  # pyright: ignore
+    blind: probing.Reader = Blind()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Reversed())
         assert mechanism.renamed(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
@@ -181,7 +184,7 @@ def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
         recipe = Recipe(tasks=10, demos=2, seed=9)
         source = language.law("mdp", 3)
         data = language.make(tmp_path / "data", source, recipe)
-        asked = mechanism.read(data, frozenset({"state", "reward"}))
+        asked = probing.read(data, frozenset({"state", "reward"}))
         logits = {"before": -asked.Q, "after": 3 * asked.Q + 7}
         found = mechanism.implied(logits, asked, data, source, recipe)
     assert found["with_q"]["after"] == pytest.approx([1] * 10) and found["with_q"]["before"] == pytest.approx([-1] * 10)
@@ -241,6 +244,6 @@ def test_figures_are_drawn(records):
 
 def test_a_model_that_writes_an_action_in_several_tokens_is_refused(trained, monkeypatch):
     reader, asked = trained
-    monkeypatch.setattr(mechanism, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
+    monkeypatch.setattr(probing, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
     with pytest.raises(ValueError, match="model must have a token for each action"):
         reader.stream(Asked(asked.documents[:1], asked.labels[:1], asked.Q[:1], asked.rows[:1]))
