@@ -1,5 +1,6 @@
 """The table and the page: complete, self-contained, escaped, and honest about what is not as expected."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import experiments
-from experiments.criteria import CRITERIA, criterion, fingerprint, judge, judge_count
+from experiments.criteria import CRITERIA, criterion, fingerprint, judge, judge_count, undecided
 from experiments.harness import discover
 from experiments.pool import Outcome
 from experiments.report import label, number, prose, redraw, table, write_report
@@ -82,6 +83,19 @@ def test_a_claim_that_was_not_decided_is_said_to_be_so():
     assert [c["verdict"] for c in content["claims"]] == ["INCONCLUSIVE"] * 2
     assert content["claims"][0]["note"] == "toy: worker died (signal 9)"
     assert "INCONCLUSIVE" in printed(content)
+
+
+def test_open_questions_take_no_power_from_predictions_nor_the_other_way():
+    """A prediction at p = 0.04 is alone in its family, however many questions are asked beside it."""
+    weak = dataclasses.replace(GOOD, p=0.04)
+    asked = ["sft-beats-icl", "ood", "horizon"]
+    questions = [dataclasses.replace(GOOD, id=id, p=p) for id, p in zip(asked, (0.02, 0.04, 1.0), strict=True)]
+    questions[2] = undecided("horizon", "not measured")
+    outcome = Outcome(experiment="toy", verdicts=[weak, *questions])
+    rows = summarise([outcome], {"toy": ["q-risk", *asked]}, "quick", 1.0)["claims"]
+    assert [row["verdict"] for row in rows] == [PASS, PASS, PASS, "INCONCLUSIVE"]
+    assert [row["p"] for row in rows] == [0.04, 0.04, 0.04, 1.0]  # 2 x 0.02, and not 3 x: one was not measured
+    assert exit_code([outcome], rows) == 0
 
 
 def test_the_costs_name_experiments_that_exist():
