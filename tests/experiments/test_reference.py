@@ -1,0 +1,56 @@
+"""The records that the page shows: what it says of them is what follows from them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import harness
+from experiments.statistics import adjust
+from lindm import files
+
+HERE = Path(harness.__file__).parent
+RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl"))
+PAGE = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: run.name)
+def run(request):
+    config = json.loads((request.param / "config.json").read_text())
+    return harness.load(config["experiment"]), config, files.read_records(request.param)
+
+
+def test_there_are_reference_records():
+    assert {run.name for run in RUNS} == {"decisions", "llm_law", "mechanism"}
+
+
+def test_they_are_of_the_full_preset_and_whole(run):
+    module, config, records = run
+    assert config["preset"] == "full"
+    asked = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["config"].items()})
+    assert asked == module.FULL
+    assert [r["point"] for r in records] == module.points(module.FULL)
+
+
+def test_the_page_tells_their_verdicts(run):
+    module, _, records = run
+    told = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
+    found = {v.id: v.verdict for v in adjust(harness.decide(module, records))}
+    assert {id: told.get(id) for id in found} == found
+
+
+def test_the_page_tells_their_gaps():
+    """Every row of its tables: the fine-tuned model's gap and interval, and the others' beside it."""
+    from experiments import decisions
+
+    records = files.read_records(HERE / "reference/decisions")
+    rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
+    number = r"(-?\d+\.\d)"
+    found = re.findall(rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|", PAGE, re.MULTILINE)
+    assert len(found) == 18
+    for i, (suite, horizon, *values) in enumerate(found):
+        part = "id" if i < 9 else "ood"
+        sft, icl, bc = (rows[suite, int(horizon), part, policy] for policy in ("sft", "icl", "bc"))
+        wanted = [sft["gap"], sft["low"], sft["high"], icl["gap"], bc["gap"]]
+        assert values == [f"{100 * v:.1f}" for v in wanted], (suite, horizon, part)
