@@ -110,7 +110,8 @@ class Config:
 
 
 FULL = Config()
-QUICK = Config(model=language.TINY, mdp=(), pomdp=(4,), apomdp=(), train=3000, steps=240, batch=16, rate=2e-3, more=False)
+# many small steps: to look up in the context what was done there is learned late and all at once, after some number of steps
+QUICK = Config(model=language.TINY, mdp=(), pomdp=(2,), apomdp=(), train=7000, steps=900, batch=8, rate=1e-3, more=False)
 SMOKE = Config(
     model=language.TINY, mdp=(), pomdp=(2,), apomdp=(), tasks=4, train=32, steps=3, batch=8, rate=1e-3, more=False, base_seed=7
 )

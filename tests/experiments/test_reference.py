@@ -47,7 +47,8 @@ def test_the_page_tells_their_gaps():
     records = files.read_records(HERE / "reference/decisions")
     rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
     number = r"(-?\d+\.\d)"
-    found = re.findall(rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|", PAGE, re.MULTILINE)
+    row = rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|"
+    found = re.findall(row, PAGE, re.MULTILINE)
     assert len(found) == 18
     for i, (suite, horizon, *values) in enumerate(found):
         part = "id" if i < 9 else "ood"
