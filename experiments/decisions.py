@@ -143,10 +143,10 @@ def measure(cfg: Config, point: dict) -> dict:
         room = Path(directory)
         data = language.make(room / "train", language.law(name, horizon), Recipe(tasks=cfg.train, seed=seed, **how))
         training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
-        asked = language.options(cfg.model, data, room / "run", rewards="shown" if worse else "auto", **training)
+        rewards = "shown" if worse else "auto"
+        asked = language.options(cfg.model, data, room / "run", rewards=rewards, **training)
         models = {"icl": language.before(asked, room / "before"), "sft": language.fine_tuned(asked)}
         told = {f"{kind}:{path}": kind for kind, path in models.items()}
-        rewards = "shown" if worse or name == "mdp" else "hidden"
 
         def faced(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
             where = room / split

@@ -226,6 +226,12 @@ def lengths(records: list[dict]) -> tuple[list[int], list[int]]:
     return sorted({r["point"]["N"] for r in mine}), [row["M"] for row in mine[0]["rows"]]
 
 
+def told(records: list[dict]) -> dict[int, dict[int, list[float]]]:
+    """Gaps of the language model: N -> M -> a gap of every task, in increasing order."""
+    mine = sorted((r for r in records if r["point"]["reader"] == "language model"), key=lambda r: r["point"]["N"])
+    return {r["point"]["N"]: {int(m): r["gaps"][m] for m in sorted(r["gaps"], key=int)} for r in mine}
+
+
 def unexplained(table: np.ndarray, M: Sequence[int]) -> np.ndarray:
     """Share of the variance over M that the best a / M + b leaves, mean over N: [..., N, M] -> [...]."""
     design = np.stack([1 / np.asarray(M, float), np.ones(len(M))], axis=-1)
@@ -240,7 +246,7 @@ def check(records: list[dict]) -> list[Verdict]:
     own = [M.index(n) for n in N]  # where a reader is asked at the length that it was trained at
     near = [np.mean([x[:, i, m] / bayes[:, i, m] for i, m in enumerate(own)], axis=0) for x in (mine, layer)]
     lost = [(x - bayes)[:, :, -1] for x in (mine, layer)]
-    told = [" to ".join(f"{v:.2g}" for v in x.mean(0)[[0, -1]]) for x in lost]
+    ends = [" to ".join(f"{v:.2g}" for v in x.mean(0)[[0, -1]]) for x in lost]
     verdicts = [
         judge(
             "llm-law",
@@ -253,16 +259,16 @@ def check(records: list[dict]) -> list[Verdict]:
             "llm-law/bias",
             lost[0][:, -1] - lost[0][:, 0],
             figure="risk",
-            note=f"risk beyond Bayes at M = {M[-1]}, N = {N[0]} to {N[-1]}: transformer {told[0]}, layer {told[1]}",
+            note=f"risk beyond Bayes at M = {M[-1]}, N = {N[0]} to {N[-1]}: transformer {ends[0]}, layer {ends[1]}",
         ),
     ]
-    asked = {r["point"]["N"]: r["gaps"] for r in records if r["point"]["reader"] == "language model"}
+    asked = told(records)
     if not asked:
         return [*verdicts, undecided("llm-law/language", "no language model was measured")]
-    few, many, last = min(asked), max(asked), max(asked[min(asked)], key=int)
+    few, many = asked[min(asked)], asked[max(asked)]
     said = "; ".join(f"N = {n}: " + ", ".join(f"{100 * np.mean(v):.1f}" for v in gaps.values()) for n, gaps in asked.items())
-    difference = np.array(asked[many][last]) - np.array(asked[few][last])
-    note = f"gaps in % at M = {', '.join(asked[few])}: {said}"
+    difference = np.array(many[max(many)]) - np.array(few[max(few)])
+    note = f"gaps in % at M = {', '.join(map(str, few))}: {said}"
     return [*verdicts, judge("llm-law/language", difference, figure="language", note=note)]
 
 
@@ -281,14 +287,13 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     axes[0].set_ylabel("E (Qhat - Q*)²")
     axes[0].legend()
     figures = {"risk": figure}
-    told = [r for r in records if r["point"]["reader"] == "language model"]
-    if told:
+    if asked := told(records):
         figure, axis = pyplot.subplots()
-        for record, color, marker in zip(told, COLORS, MARKERS, strict=False):
-            at = [int(m) for m in record["gaps"]]
-            means, ends = zip(*(mean_ci(v) for v in record["gaps"].values()), strict=True)
+        for (n, gaps), color, marker in zip(asked.items(), COLORS, MARKERS, strict=False):
+            at = list(gaps)
+            means, ends = zip(*(mean_ci(v) for v in gaps.values()), strict=True)
             error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
-            label = f"fine-tuned at {record['point']['N']}"
+            label = f"fine-tuned at {n}"
             axis.errorbar(at, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label)
         axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="gap, % of random play's")
         axis.set_xticks(at, [str(m) for m in at])

@@ -39,6 +39,31 @@ def test_a_record_is_the_same_again(records):
     assert files.canonical(again) == files.canonical(records[0])
 
 
+@pytest.mark.parametrize("suite", decisions.SUITES)
+@pytest.mark.parametrize("demos", ["oracle", "worse"])
+def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suite, demos, monkeypatch):
+    """In training and in what is asked, alike; labels reach a text as the actions of its demonstrations alone."""
+    asked, faced = [], []
+
+    def compare(where, source, recipe, policies, **limits):
+        faced.append((recipe, policies, limits["rewards"]))
+        return [
+            {"policy": p, "gaps": [0.0], **dict.fromkeys(("gap_of_value", "action_agreement", "invalid", "method"))}
+            for p in policies
+        ]
+
+    monkeypatch.setattr(decisions, "compare", compare)
+    monkeypatch.setattr(decisions.language, "before", lambda asked, out: out)
+    monkeypatch.setattr(decisions.language, "fine_tuned", lambda options: asked.append(options) or options.out)
+    found = decisions.measure(SMOKE, {"suite": suite, "horizon": 2, "demos": demos, "seed": 0})
+    (options,) = asked
+    assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}
+    for recipe, policies, _ in faced:
+        assert (recipe.behaviour, recipe.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
+        assert ("behaviour" in policies) == (demos == "worse")
+    assert found["rows"].keys() == ({"id"} if demos == "worse" else {"id", "ood"})
+
+
 def made(gaps: dict[str, dict[str, float]], n: int = 60) -> list[dict]:
     """A full run's records: suite -> policy -> mean gap; formats and worse demonstrations like the rest."""
     rng = np.random.default_rng(0)

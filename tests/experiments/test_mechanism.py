@@ -103,6 +103,14 @@ def test_what_the_stage_explains_counts_as_nothing():
     assert probing.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_probe_with_more_features_than_tasks_is_shrunk_until_it_does_no_harm():
+    rng = np.random.default_rng(2)
+    X, X_new = rng.normal(size=(40, 1, 1, 60)), rng.normal(size=(400, 1, 1, 60))
+    Y, Y_new = rng.normal(size=(40, 1, 1)), rng.normal(size=(400, 1, 1))
+    assert probing.Ridge(X[:, :, 0], X_new[:, :, 0]).errors(Y, Y_new, 1.0).mean() > 2  # the least penalty
+    assert probing.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] < 1.1
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +179,24 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Reversed())
         assert mechanism.renamed(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
+
+    class Turned:
+        def permutation(self, n):
+            return np.roll(np.arange(n), 1)
+
+    class Copying:
+        """Takes the first action that was demonstrated, by whatever name."""
+
+        def stream(self, asked):
+            return np.array([one.demonstrations[0][0].action for one in asked.documents])
+
+        def logits(self, stream):
+            return np.broadcast_to(np.eye(3)[stream][:, None], asked.Q.shape)
+
+    copying: probing.Reader = Copying()  # pyright: ignore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: Turned())
+        assert mechanism.renamed(copying, copying.logits(copying.stream(asked)), asked, 1, 0) == [1.0] * 12
 
 
 def test_renaming_changes_every_name_in_demonstrations_and_query():
