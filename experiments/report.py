@@ -5,6 +5,7 @@ import base64
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import harness
-from experiments.statistics import as_expected
+from experiments.statistics import OPEN, as_expected
 from lindm import files, provenance
 
 HERE = Path(__file__).parent
@@ -37,9 +38,19 @@ def measured(row: dict[str, Any]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     """The verdict, with a word when it is not simply a PASS that was expected."""
+    if row["expected"] == OPEN:
+        return f"{row['verdict']}, open"
     if as_expected(row):
         return "FAIL, as expected" if row["expected"] == "FAIL" else row["verdict"]
     return f"{row['verdict']} (expected {row['expected']})"
+
+
+def score(rows: Sequence[dict[str, Any]]) -> str:
+    """How many claims are as expected, and how many expect nothing."""
+    decided = [row for row in rows if row["expected"] != OPEN]
+    parts = [f"{sum(map(as_expected, decided))} of {len(decided)} claims as expected"] if decided else []
+    asked = len(rows) - len(decided)
+    return ", ".join(parts + [f"{asked} open question{'s'[: asked > 1]}"] * (asked > 0))
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -56,7 +67,7 @@ def table(summary: dict[str, Any]) -> Table:
         t.add_column(heading, ratio=None if heading == "claim" else ratio, no_wrap=heading == "claim", overflow="fold")
     for row in summary["claims"]:
         good = as_expected(row)
-        style = "green" if good else "bold red"
+        style = "cyan" if row["expected"] == OPEN else "green" if good else "bold red"
         cells = [row["id"], row["statement"], number(row["predicted"]), f"{measured(row)}  n={row['n']}", row["criterion"]]
         mark = "" if good else ">> "
         t.add_row(*map(escape, cells), f"[{style}]{escape(mark + label(row))}[/]", style=None if good else "bold")
@@ -137,7 +148,7 @@ def page(template: str, **values: Any) -> str:
     loader = jinja2.FileSystemLoader(HERE)
     how = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **how)
-    environment.filters |= {"number": number}
+    environment.filters |= {"number": number, "score": score}
     environment.tests |= {"as_expected": as_expected}
     return environment.get_template(template).render(**values)
 
@@ -151,9 +162,9 @@ def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: 
         rows=rows,
         sections=sections,
         provenance=provenance,
-        expected=[r for r in rows if as_expected(r)],
         unexpected=[r for r in rows if not as_expected(r)],
         controls=[r for r in rows if r["expected"] == "FAIL"],
+        opened=any(r["expected"] == OPEN for r in rows),
         measured=measured,
         label=label,
     )

@@ -14,7 +14,7 @@ from experiments import harness
 from experiments.criteria import criterion, fingerprint
 from experiments.pool import Job, Outcome, run_all
 from experiments.progress import show_progress
-from experiments.report import table, write_report
+from experiments.report import score, table, write_report
 from experiments.statistics import INCONCLUSIVE, OPEN, Verdict, adjust, as_expected
 from lindm import files, provenance
 
@@ -119,8 +119,7 @@ def verify(
     console.print(table(summary))
     rows = summary["claims"]
     unexpected = [r["id"] for r in rows if not as_expected(r)]
-    good = len(rows) - len(unexpected)
-    console.print(f"{good} of {len(rows)} claims as expected, {summary['wall_s']:.0f} s; report: {out / 'report.html'}")
+    console.print(f"{score(rows)}, {summary['wall_s']:.0f} s; report: {out / 'report.html'}")
     for o in outcomes:
         if o.message:
             console.print(f"error: {o.message}", style="bold red", markup=False)

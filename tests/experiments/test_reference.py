@@ -55,3 +55,19 @@ def test_the_page_tells_their_gaps():
         sft, icl, bc = (rows[suite, int(horizon), part, policy] for policy in ("sft", "icl", "bc"))
         wanted = [sft["gap"], sft["low"], sft["high"], icl["gap"], bc["gap"]]
         assert values == [f"{100 * v:.1f}" for v in wanted], (suite, horizon, part)
+
+
+def test_the_page_tells_what_lengths_are_worth():
+    from experiments import llm_law
+
+    records = files.read_records(HERE / "reference/llm_law")
+    N, M = llm_law.lengths(records)
+    risks = {who: llm_law.risks(records, who).mean(0) for who in ("transformer", "layer", "bayes")}
+    for i, n in enumerate(N):
+        for who in ("transformer", "layer"):
+            cells = [f"{ratio:.2f}" for ratio in risks[who][i] / risks["bayes"][i]]
+            cells = [f"**{cell}**" if m == n else cell for m, cell in zip(M, cells, strict=True)]
+            assert f"| {n} | {who} | {' | '.join(cells)} |" in PAGE
+    for n, gaps in llm_law.told(records).items():
+        cells = [f"{100 * sum(values) / len(values):.1f}" for values in gaps.values()]
+        assert f"| {n} demonstrations | {' | '.join(cells)} |" in PAGE

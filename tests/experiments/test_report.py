@@ -13,7 +13,7 @@ import experiments
 from experiments.criteria import CRITERIA, criterion, fingerprint, judge, judge_count, undecided
 from experiments.harness import discover
 from experiments.pool import Outcome
-from experiments.report import label, number, prose, redraw, table, write_report
+from experiments.report import label, number, prose, redraw, score, table, write_report
 from experiments.statistics import FAIL, OPEN, PASS, as_expected
 from experiments.verify import COST, exit_code, select, summarise
 from lindm import files
@@ -130,7 +130,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(directory):
 
 def test_the_page_holds_verdicts_figures_configuration_and_provenance(directory):
     source = write_report(directory).read_text()
-    for word in ("q-risk", "FAIL, as expected", "Does a toy", "seeds = 6", "Provenance", "jax", "All 2 claims were decided"):
+    for word in ("q-risk", "FAIL, as expected", "Does a toy", "seeds = 6", "Provenance", "jax", "2 of 2 claims as expected"):
         assert word in source
 
 
@@ -147,7 +147,7 @@ def test_what_is_shown_on_the_page_is_escaped(directory):
 def test_a_page_of_an_experiment_that_died_still_opens(tmp_path):
     files.write_json(tmp_path / "verdicts.json", summary(message="toy: worker died (signal 9)"))
     source = write_report(tmp_path).read_text()
-    assert "worker died" in source and "2 of 2 claims were <em>not</em>" in source
+    assert "worker died" in source and "0 of 2 claims as expected" in source
 
 
 def test_redrawing_without_records_is_exit_3(tmp_path):
@@ -175,9 +175,16 @@ def test_numbers_and_labels_are_short():
     assert number(0.123456) == "0.1235" and number(None) == "-" and number("-1 in M") == "-1 in M"
     assert label({"verdict": "FAIL", "expected": "PASS"}) == "FAIL (expected PASS)"
     for verdict in (PASS, FAIL, "INCONCLUSIVE"):  # whatever is found is a result
-        assert label({"verdict": verdict, "expected": OPEN}) == verdict
+        assert label({"verdict": verdict, "expected": OPEN}) == f"{verdict}, open"
         assert as_expected({"verdict": verdict, "expected": OPEN})
         assert as_expected({"verdict": verdict, "expected": PASS}) == (verdict == PASS)
+
+
+def test_the_score_counts_predictions_and_open_questions_apart():
+    good, bad, opened = ({"verdict": FAIL, "expected": expected} for expected in (FAIL, PASS, OPEN))
+    assert score([good, bad, good]) == "2 of 3 claims as expected"
+    assert score([good, opened]) == "1 of 1 claims as expected, 1 open question"
+    assert score([opened, opened]) == "2 open questions"
 
 
 def test_criteria_have_unique_ids_bands_and_statements_of_one_sentence():
