@@ -61,12 +61,17 @@ def find(directories: Sequence[Path]) -> Found:
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
 
+def _of(directory: Path, directories: Sequence[Path]) -> Row:
+    """The column that tells runs apart, where there are several."""
+    return {} if len(directories) == 1 else {"run": str(directory)}
+
+
 def claims(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
         for row in read_json(directory / "verdicts.json")["claims"]:
             low, high = row["ci"]
-            kept = {k: row[k] for k in ("id", "statement", "predicted", "measured")}
+            kept = _of(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
             rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
     return rows
 
@@ -79,8 +84,8 @@ def own_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
             path = run_of(directory, name) / "table.csv"
             if path.is_file():
                 rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-                several = {} if len(directories) == 1 else {"run": str(directory)}
-                found.setdefault(name, []).extend(several | {k: _value(v) for k, v in row.items()} for row in rows)
+                run = _of(directory, directories)
+                found.setdefault(name, []).extend(run | {k: _value(v) for k, v in row.items()} for row in rows)
     return found
 
 
@@ -98,8 +103,12 @@ def evaluations(directories: Sequence[Path]) -> list[Row]:
     for directory in directories:
         for row in read_json(directory / "eval.json"):
             low, high = row["ci"] or (None, None)
-            kept = {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")} | {"low": low, "high": high}
-            rows.append(kept | {k: row.get(k) for k in ("gap_of_value", "action_agreement", "invalid", "n", "method")})
+            kept = _of(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
+            rows.append(
+                kept
+                | {"low": low, "high": high}
+                | {k: row.get(k) for k in ("gap_of_value", "action_agreement", "invalid", "n", "method")}
+            )
     return rows
 
 

@@ -88,6 +88,11 @@ def test_tables_of_several_runs_tell_which_one(work, finished):
         (str(work / "one"), "one", 0.5),
         (str(work / "two"), "two", 0.5),
     ]
+    told = overview.claims([work / "one", work / "two"])
+    assert [(row["run"], row["id"]) for row in told] == [
+        (str(work / name), id) for name in ("one", "two") for id in ("q-risk", "controls/swap")
+    ]
+    assert {row["run"] for row in overview.evaluations([work / "more" / "eval"] * 2)} == {str(work / "more" / "eval")}
 
 
 def test_the_verdicts_of_a_verification_are_counted_once(work, finished):
