@@ -49,13 +49,14 @@ def score(rows: Sequence[dict[str, Any]]) -> str:
     """How many claims are as expected, and how many expect nothing."""
     decided = [row for row in rows if row["expected"] != OPEN]
     parts = [f"{sum(map(as_expected, decided))} of {len(decided)} claims as expected"] if decided else []
-    asked = len(rows) - len(decided)
-    return ", ".join(parts + [f"{asked} open question{'s'[: asked > 1]}"] * (asked > 0))
+    if asked := len(rows) - len(decided):
+        parts.append("1 open question" if asked == 1 else f"{asked} open questions")
+    return ", ".join(parts)
 
 
 def table(summary: dict[str, Any]) -> Table:
     """One row per claim; what is not as expected stands out."""
-    t = Table(title=f"lindm verify, preset {summary['preset']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    t = Table(title=f"preset {summary['preset']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, ratio in (
         ("claim", 4),
         ("statement", 8),
