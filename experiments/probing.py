@@ -103,20 +103,19 @@ Targets = dict[str, tuple[np.ndarray, np.ndarray]]
 def probe(X: np.ndarray, X_new: np.ndarray, targets: Targets) -> dict[str, dict[str, Any]]:
     """Of each target: the errors of every layer, the layer chosen on tasks held out, and its errors on each new task.
 
-    X [n, H, layers, D]. Errors are over those of the mean of each stage.
+    X [n, H, layers, D]. Beside them are those of the mean of each stage, whose average is the unit.
     """
     cut = len(X) - max(1, round(HELD * len(X)))
-    spread = {name: float(((Y_new - Y.mean(0)) ** 2).sum((1, 2)).mean()) for name, (Y, Y_new) in targets.items()}
-    profile: dict[str, list[tuple[float, np.ndarray]]] = {
-        name: [] for name in targets
-    }  # of each layer: when held out, and on new
+    of_mean = {name: ((Y_new - Y.mean(0)) ** 2).sum((1, 2)) for name, (Y, Y_new) in targets.items()}
+    # of each layer: when held out, and on new
+    profile: dict[str, list[tuple[float, np.ndarray]]] = {name: [] for name in targets}
     for layer in range(X.shape[2]):
         x, x_new = X[:, :, layer], X_new[:, :, layer]
         chosen, final = Ridge(x[:cut], x[cut:]), Ridge(x, x_new)
         for name, (Y, Y_new) in targets.items():
             held = [chosen.errors(Y[:cut], Y[cut:], penalty).mean() for penalty in PENALTIES]
             best = int(np.argmin(held))
-            profile[name].append((float(held[best]), final.errors(Y, Y_new, PENALTIES[best]) / spread[name]))
+            profile[name].append((float(held[best]), final.errors(Y, Y_new, PENALTIES[best]) / of_mean[name].mean()))
     found = {}
     for name, layers in profile.items():
         layer = int(np.argmin([held for held, _ in layers]))
@@ -124,6 +123,7 @@ def probe(X: np.ndarray, X_new: np.ndarray, targets: Targets) -> dict[str, dict[
             "profile": [round(float(errors.mean()), 5) for _, errors in layers],
             "layer": layer,
             "errors": [round(float(e), 5) for e in layers[layer][1]],
+            "of_mean": [round(float(e), 5) for e in of_mean[name] / of_mean[name].mean()],
         }
     return found
 

@@ -93,6 +93,8 @@ def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
     assert found["layer"] == 2
     assert found["profile"][2] < 0.01 and min(found["profile"][i] for i in (0, 1, 3)) > 0.7
     assert len(found["errors"]) == 40
+    of_mean = ((Y_new - Y.mean(0)) ** 2).sum((1, 2))
+    np.testing.assert_allclose(found["of_mean"], of_mean / of_mean.mean(), atol=1e-5)
 
 
 def test_what_the_stage_explains_counts_as_nothing():
@@ -231,7 +233,9 @@ def made(records: list[dict], **values: float) -> list[dict]:
             for who, one in readers.items():
                 mean = {"before": 0.8, "after": 0.4, "shuffled": 1.1}[who]
                 mean = values.get(f"{record['point']['world']}_{target}_{who}", mean)
-                one["errors"] = list(mean + rng.normal(0, 0.02, 60))
+                # tasks differ, by far more than what is read of exchanged targets
+                of_mean = rng.uniform(0, 2, 60) if who == "shuffled" else np.ones(60)
+                one["errors"], one["of_mean"] = list(of_mean + mean - 1 + rng.normal(0, 0.02, 60)), list(of_mean)
     for name, mean in {"ridge": 0.5, "layer": 0.5, "before": 0.1, "after": values.get("with_q", 0.8)}.items():
         mdp["implied"]["with_q"][name] = list(mean + rng.normal(0, 0.02, 60))
     for name, mean in {"ridge": 0.2, "layer": values.get("layer", 0.5)}.items():
