@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["MPLBACKEND"] = "Agg"
 
-from experiments.harness import settle_xla
+from lindm_experiments.harness.runner import settle_xla
 
 settle_xla()  # the tests run what a run runs
 

@@ -9,21 +9,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments") for p in (ROOT / top).rglob("*.py"))
 
-# the floors of lindm, from the ground up; modules of one floor do not see each other
+# the floors of lindm, from the ground up; packages of one floor do not import each other
 FLOORS = (
-    ("lindm.files",),
-    ("lindm.types", "lindm.draws", "lindm.text", "lindm.timing", "lindm.provenance", "lindm.progress"),
+    ("lindm.errors",),
+    ("lindm.exit_codes",),
+    ("lindm.types", "lindm.random", "lindm.io"),
+    ("lindm.validate", "lindm.text"),
     ("lindm.problems",),
-    ("lindm.oracles",),
-    ("lindm.rollouts", "lindm.suites", "lindm.sources"),
-    ("lindm.contexts", "lindm.datasets", "lindm.play"),
-    ("lindm.baselines", "lindm.attention", "lindm.llm"),
-    ("lindm.evaluate", "lindm.policies"),
-    ("lindm.compare",),
-    ("lindm.cli", "lindm.doctor", "lindm.__main__"),
+    ("lindm.solvers",),
+    ("lindm.families", "lindm.icl"),
+    ("lindm.datasets",),
+    ("lindm.evaluation",),
+    ("lindm.llm",),
+    ("lindm.bench",),
+    ("lindm.cli", "lindm.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-BENCHES = ("lindm.attention.bench", "lindm.llm.bench", "lindm.llm.bench_decisions")  # the modules that may see torch
+BENCHES = ("lindm.bench.attention", "lindm.bench.sft", "lindm.bench.decisions")  # the modules that may see torch
 
 # rejection loops on a CPU: powers of exponentials and inverse distribution functions do the same, many times faster
 SLOW_SAMPLERS = {
@@ -45,6 +47,7 @@ NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
 
 def module_name(path: Path) -> str:
     parts = path.with_suffix("").parts
+    parts = parts[1:] if parts[0] in ("theory", "experiments") else parts  # those directories hold a package each
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -76,9 +79,9 @@ def complaints(source: str, module: str) -> list[str]:
             found.append(f"imports {name}")
         if head == "tests" or (head in ("torch", "peft") and module not in BENCHES):
             found.append(f"imports {name}")
-        if top == "theory" and head not in (
+        if top == "lindm_theory" and head not in (
             "jax",
-            "theory",
+            "lindm_theory",
             "math",
             "functools",
             "dataclasses",
@@ -88,14 +91,14 @@ def complaints(source: str, module: str) -> list[str]:
         ):
             found.append(f"theory imports {name}")
         if (
-            top == "theory"
+            top == "lindm_theory"
             and name.startswith("jax.")
             and name.split(".")[1] not in ("numpy", "Array", "lax", "tree_util", "scipy")
         ):
             found.append(f"theory imports {name}")
-        if top == "lindm" and head == "theory":
+        if top == "lindm" and head == "lindm_theory":
             found.append(f"lindm imports {name}")
-        if top == "lindm" and head == "experiments" and not module.startswith("lindm.cli"):
+        if top == "lindm" and head == "lindm_experiments" and not module.startswith("lindm.cli"):
             found.append(f"lindm imports {name}")
         if top == "lindm" and head == "lindm" and (mine := floor(module)) and (theirs := floor(name)) and mine != theirs:
             same = LEVEL[mine] == LEVEL[theirs] and mine not in FLOORS[-1]
@@ -106,7 +109,7 @@ def complaints(source: str, module: str) -> list[str]:
             dotted = ast.unparse(node)
             if dotted.startswith(("jax.random.", "jr.", "random.")) and node.attr in SLOW_SAMPLERS:
                 found.append(f"calls {dotted}")
-            if top == "theory" and dotted.startswith("jax.random"):
+            if top == "lindm_theory" and dotted.startswith("jax.random"):
                 found.append(f"theory samples: {dotted}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NEVER_CALLED:
             found.append(f"calls {node.func.id}")
@@ -139,20 +142,20 @@ def test_a_module_says_what_it_is_and_a_library_module_stays_under_400_lines(pat
 @pytest.mark.parametrize(
     "source, module",
     [
-        ("import theory.policy", "lindm.evaluate"),
-        ("from theory import policy", "lindm.problems.mdp"),
-        ("from lindm.types import MDP", "theory.policy"),
-        ("def f():\n    from lindm import evaluate", "lindm.oracles.mdp"),
-        ("from lindm.attention.layer import FullAttention", "lindm.baselines"),
-        ("from ..evaluate import greedy", "lindm.problems.mdp"),
-        ("import numpy as np", "theory.in_context"),
-        ("from jax import random", "theory.in_context"),
-        ("import jax\nx = jax.random.normal(jax.random.key(0))", "theory.in_context"),
+        ("import lindm_theory.policy", "lindm.evaluation.exact"),
+        ("from lindm_theory import policy", "lindm.problems.mdp"),
+        ("from lindm.types import MDP", "lindm_theory.policy"),
+        ("def f():\n    from lindm import evaluation", "lindm.solvers.dp"),
+        ("from lindm.icl.attention import FullAttention", "lindm.families.suites"),
+        ("from ..evaluation import exact", "lindm.problems.mdp"),
+        ("import numpy as np", "lindm_theory.in_context"),
+        ("from jax import random", "lindm_theory.in_context"),
+        ("import jax\nx = jax.random.normal(jax.random.key(0))", "lindm_theory.in_context"),
         ("import jax\nx = jax.random.dirichlet(key, a)", "lindm.problems.mdp"),
-        ("import torch", "lindm.attention.layer"),
-        ("import pickle", "experiments.harness"),
-        ("eval('1')", "experiments.harness"),
-        ("from experiments import harness", "lindm.evaluate"),
+        ("import torch", "lindm.icl.attention"),
+        ("import pickle", "lindm_experiments.harness.runner"),
+        ("eval('1')", "lindm_experiments.harness.runner"),
+        ("from lindm_experiments import harness", "lindm.evaluation.exact"),
         ("from jax._src import core", "lindm.types"),
     ],
 )
@@ -161,6 +164,9 @@ def test_what_is_forbidden_is_seen(source, module):
 
 
 def test_what_is_allowed_is_not_complained_about():
-    assert complaints("import jax\nfrom lindm.types import MDP\nfrom lindm.problems.checks import f", "lindm.problems.mdp") == []
-    assert complaints("import jax.numpy as jnp\nfrom jax import Array\nfrom theory.policy import f", "theory.margin") == []
-    assert complaints("from theory import policy\nfrom lindm import evaluate", "experiments.ladder") == []
+    assert complaints("import jax\nfrom lindm.types import MDP\nfrom lindm.validate import f", "lindm.problems.mdp") == []
+    assert (
+        complaints("import jax.numpy as jnp\nfrom jax import Array\nfrom lindm_theory.policy import f", "lindm_theory.margin")
+        == []
+    )
+    assert complaints("from lindm_theory import policy\nfrom lindm import evaluation", "lindm_experiments.ladder") == []

@@ -18,11 +18,13 @@ from typing import Annotated
 import tyro
 
 from lindm.cli import models
-from lindm.cli.evaluating import Eval, run_eval
+from lindm.cli.eval import Eval, run_eval
 from lindm.cli.launch import Launch, run_launch
 from lindm.cli.plan import Plan, run_plan
-from lindm.cli.worlds import Data, Export, Make, Solve, run_export, run_make, run_solve
-from lindm.llm.options import Sft
+from lindm.cli.problems import Data, Export, Make, Solve, run_export, run_make, run_solve
+from lindm.errors import LindmError
+from lindm.exit_codes import exit_code
+from lindm.llm.sft.options import Sft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class Bench:
     """Measure speed and memory beside other implementations."""
 
     what: tyro.conf.Positional[str]
-    """attention, oracles, sft or decisions"""
+    """attention, solvers, sft or decisions"""
     json: bool = False
     """print one JSON list"""
 
@@ -144,19 +146,19 @@ def _one_line(box: str) -> str:
 
 
 def _verify(command: Verify) -> int:
-    from experiments.verify import verify
+    from lindm_experiments.harness.verify import verify
 
     out = Path("results") / command.preset if command.out is None else command.out
     return verify(command.preset, out, command.only, command.seeds, command.fresh, command.workers)
 
 
 def _run(experiment: str, rest: Sequence[str]) -> int:
-    from experiments import harness
-    from experiments.pool import Job, configure, perform
-    from lindm import files
+    from lindm.io import files
+    from lindm_experiments.harness import runner
+    from lindm_experiments.harness.executor import Job, configure, perform
 
-    harness.settle_xla(alone=True)
-    module = harness.load(experiment)
+    runner.settle_xla(alone=True)
+    module = runner.load(experiment)
     preset = "quick"
     for i, word in enumerate(rest):  # the preset gives the defaults of all other options, so it is read first
         if word == "--preset" and i + 1 < len(rest):
@@ -180,9 +182,9 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
     files.stop_on_signals()
     from rich.console import Console
 
-    from experiments.progress import show_progress
-    from experiments.report import table, write_report
-    from experiments.verify import exit_code, summarise
+    from lindm_experiments.harness.progress import show_progress
+    from lindm_experiments.harness.report import table, write_report
+    from lindm_experiments.harness.verify import exit_code_of, summarise
 
     console = Console(file=sys.stdout)  # this one, also while an experiment turns what it calls away from it
     console = console if console.is_terminal else Console(file=sys.stdout, width=160)
@@ -191,19 +193,19 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
         start(job)
         outcome = perform(job, lambda done, total: point(experiment, done, total), cfg=asked.config)
         end(outcome)
-    if outcome.code:
-        raise files.Stop(outcome.code, outcome.message)
+    if outcome.error:
+        raise outcome.error
     summary = summarise([outcome], {experiment: list(module.CLAIMS)}, preset, outcome.seconds)
     files.write_json(asked.out / "verdicts.json", summary)
     write_report(asked.out)
     console.print(table(summary))
     console.print(f"records, figures and report.html: {asked.out}", markup=False)
-    return exit_code([outcome], summary["claims"])
+    return exit_code_of([outcome], summary["claims"])
 
 
 def _plot(directory: Path) -> int:
-    from experiments.report import redraw
-    from lindm import files
+    from lindm.io import files
+    from lindm_experiments.harness.report import redraw
 
     files.stop_on_signals()
     for path in redraw(directory):
@@ -212,8 +214,8 @@ def _plot(directory: Path) -> int:
 
 
 def _report(command: Report) -> int:
-    from experiments.overview import write
-    from lindm import files
+    from lindm.io import files
+    from lindm_experiments.harness.summary import write
 
     if not command.directories:
         raise ValueError("DIR must name at least one directory")
@@ -225,26 +227,26 @@ def _report(command: Report) -> int:
 
 def _bench(command: Bench) -> int:
     if command.what == "attention":
-        from lindm.attention import bench
-    elif command.what == "oracles":
-        from lindm.oracles import bench
+        from lindm.bench import attention as bench
+    elif command.what == "solvers":
+        from lindm.bench import solvers as bench
     elif command.what == "sft":
-        from lindm.llm import bench
+        from lindm.bench import sft as bench
     elif command.what == "decisions":
-        from lindm.llm import bench_decisions as bench
+        from lindm.bench import decisions as bench
     else:
-        raise ValueError(f"WHAT must be attention, oracles, sft or decisions; got {command.what!r}")
+        raise ValueError(f"WHAT must be attention, solvers, sft or decisions; got {command.what!r}")
     return int(bench.main(command.json) or 0)
 
 
 def _sft(command: Sft) -> int:
-    from lindm.llm import guard
+    from lindm.llm.parallel import supervisor
 
-    if (command.processes or 1) > 1 or (command.coordinator is None and guard.launcher(dict(os.environ))):
-        guard.guard()  # before the first thread: from here on the child goes on
-    from lindm.llm import sft
+    if (command.processes or 1) > 1 or (command.coordinator is None and supervisor.launcher(dict(os.environ))):
+        supervisor.guard()  # before the first thread: from here on the child goes on
+    from lindm.llm.sft import trainer
 
-    return sft.run(command)
+    return trainer.run(command)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -268,7 +270,7 @@ def _dispatch(arguments: list[str]) -> int:
         case Report():
             return _report(command)
         case Doctor():
-            from lindm import doctor
+            from lindm.cli import doctor
 
             return doctor.main(command.out)
         case Solve():
@@ -301,7 +303,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("LINDM_DEBUG") == "1":
             raise
-        code = getattr(e, "code", 2 if isinstance(e, ValueError) else 1)
-        hint = "" if hasattr(e, "code") or isinstance(e, ValueError) else f"{type(e).__name__}: "
+        hint = "" if isinstance(e, LindmError | ValueError) else f"{type(e).__name__}: "
         print(f"lindm: error: {hint}{e}", file=sys.stderr)
-        return code
+        return exit_code(e)

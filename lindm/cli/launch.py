@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from lindm.llm.launch import Gke, Job, Ray, Slurm, Tpu, check_options, job_file
-from lindm.llm.options import Sft
+from lindm.llm.cluster.jobs import Gke, Job, Ray, Slurm, Tpu, check_options, job_file
+from lindm.llm.sft.options import Sft
 
 LAUNCHERS: dict[str, type[Job]] = {"slurm": Slurm, "tpu": Tpu, "gke": Gke, "ray": Ray}
 

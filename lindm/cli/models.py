@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from lindm.errors import DataError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
@@ -53,8 +55,8 @@ def run_model(command: Model) -> int:
 
 
 def run_import(command: Import) -> int:
-    from lindm.files import stop_on_signals
-    from lindm.llm.importing import import_model
+    from lindm.io.files import stop_on_signals
+    from lindm.llm.io.import_model import import_model
 
     stop_on_signals()
     imported = import_model(command.source, command.out, command.revision)
@@ -63,8 +65,8 @@ def run_import(command: Import) -> int:
 
 
 def run_show(command: Show) -> int:
-    from lindm.llm.architecture import read_architecture
-    from lindm.llm.weights import check
+    from lindm.llm.config import read_architecture
+    from lindm.llm.io.weights import check
 
     a = read_architecture(command.directory)
     stored = check(command.directory, a).values()
@@ -86,15 +88,15 @@ def run_show(command: Show) -> int:
 
 
 def run_export(command: Export) -> int:
-    from lindm.files import DATA, Stop, stop_on_signals
-    from lindm.llm.adapters import load_adapter
-    from lindm.llm.weights import load, save
+    from lindm.io.files import stop_on_signals
+    from lindm.llm.io.peft import load_adapter
+    from lindm.llm.io.weights import load, save
 
     stop_on_signals()
     directory = command.directory
     if (directory / "metrics.jsonl").exists():  # a run keeps its model below
         if not (directory / "model").is_dir():
-            raise Stop(DATA, f"{directory} is a run that is not finished: the same `lindm sft` command goes on")
+            raise DataError(f"{directory} is a run that is not finished: the same `lindm sft` command goes on")
         directory = directory / "model"
     model = load(directory)
     if command.adapter is not None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lindm.llm.plan import Job, Limits
-    from lindm.llm.plan import Plan as Planned
+    from lindm.llm.cluster.plan import Job, Limits
+    from lindm.llm.cluster.plan import Plan as Planned
 
 GIB = 2**30
 # a process that only compiles for TPUs looks for none, asks no metadata server, takes no lock, and is not warned of all that
@@ -55,16 +55,16 @@ class Plan:
 
 
 def run_plan(command: Plan) -> int:
-    from lindm.files import stop_on_signals
+    from lindm.io.files import stop_on_signals
 
     stop_on_signals()
     if command.topology != "host":
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from lindm.llm import plan
-    from lindm.llm.architecture import read_architecture
-    from lindm.llm.sharding import parse_mesh
+    from lindm.llm.cluster import plan
+    from lindm.llm.config import read_architecture
+    from lindm.llm.parallel.sharding import parse_mesh
 
     sizes = parse_mesh(command.mesh) if command.mesh else None
     architecture = read_architecture(command.model)
@@ -129,7 +129,7 @@ _HEAD += ("TFLOP", "GB moved", "GB sent", "ms compute", "ms memory", "ms links",
 
 
 def _row(p: "Planned", job: "Job") -> tuple[str, ...]:
-    from lindm.llm.plan import named
+    from lindm.llm.cluster.plan import named
 
     if p.memory is None or p.work is None or p.seconds is None:
         return (named(p.mesh), "no", f"{p.needs / GIB:.2f}" if p.needs else "refused", *("-" for _ in _HEAD[3:]))
@@ -166,7 +166,7 @@ def _notes(found: list["Planned"], flops: float, headroom: float) -> list[str]:
         notes.append("some loops of the program say nothing of their turns and are counted once: the bounds are lower still")
     for p in found:
         if p.refusal:
-            from lindm.llm.plan import named
+            from lindm.llm.cluster.plan import named
 
             notes.append(f"{named(p.mesh)} was refused: {p.refusal}")
     return notes

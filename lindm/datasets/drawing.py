@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lindm.oracles import mdp, tree
-from lindm.oracles.solve import BUDGET, Solution, method_for, solve
-from lindm.problems import checks
-from lindm.rollouts import demonstrate
-from lindm.suites import Suite, draw_task
+from lindm import validate
+from lindm.families.suites import Suite, draw_task
+from lindm.solvers import dp, tree
+from lindm.solvers.rollout import demonstrate
+from lindm.solvers.solve import BUDGET, Solution, method_for, solve
 from lindm.types import APOMDP, MDP, Episodes, Labels, Problem
 
 BEHAVIOURS = ("oracle", "epsilon", "uniform")
@@ -55,16 +55,16 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("tasks", "demos", "queries", "budget"):
-            checks.count(getattr(self, name), name)
-        if checks.count(self.seed, "seed", 0) >= 2**32 or checks.count(self.tasks, "tasks") >= 2**31:
+            validate.count(getattr(self, name), name)
+        if validate.count(self.seed, "seed", 0) >= 2**32 or validate.count(self.tasks, "tasks") >= 2**31:
             raise ValueError(f"seed must be below 2^32 and tasks below 2^31; got {self.seed} and {self.tasks}")
         if self.shard is not None:
-            checks.count(self.shard, "shard")
+            validate.count(self.shard, "shard")
         for name in ("behaviour", "query_behaviour"):
             if getattr(self, name) not in BEHAVIOURS:
                 raise ValueError(f"{name} must be one of {', '.join(BEHAVIOURS)}; got {getattr(self, name)!r}")
-        checks.fraction(self.epsilon, "epsilon")
-        checks.fraction(self.query_epsilon, "query_epsilon")
+        validate.fraction(self.epsilon, "epsilon")
+        validate.fraction(self.query_epsilon, "query_epsilon")
 
     @property
     def exploration(self) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def _worth(problem: Problem, solution: Solution) -> dict[str, Array]:
     found = {"value": solution.value, "lower": solution.lower, "upper": solution.upper}
     if isinstance(problem, MDP):
         uniform = jnp.full_like(problem.r, 1 / problem.r.shape[-1])
-        found["uniform_value"] = problem.rho @ mdp.policy_value(problem, uniform)[0]
+        found["uniform_value"] = problem.rho @ dp.policy_value(problem, uniform)[0]
     elif solution.exact:
         found["uniform_value"] = tree.uniform_value(tree.as_cloud(problem))
     return found

@@ -40,9 +40,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lindm import files
 from lindm.datasets.reading import load, read_manifest
-from lindm.files import USAGE, Stop
+from lindm.errors import UsageError
+from lindm.io import files
 from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, render, text
 from lindm.text.grammar import TABLES, Ambiguous
 
@@ -83,7 +83,7 @@ def export(
     Raises:
       ValueError: an unknown format, or an option that it has no use for; names of a dataset that has none, or that texts cannot
         be read back with; a template without a field that the problem needs, or with too few symbols.
-      Stop: the dataset is not finished or damaged (3); `out` holds what would be written, or a package is missing (2); `out`
+      LindmError: the dataset is not finished or damaged (3); `out` holds what would be written, or a package is missing (2); `out`
         cannot be written (7).
     """
     if to not in FORMATS:
@@ -237,7 +237,7 @@ def _new_files(*paths: Path) -> Iterator[list[IO[str]]]:
     """Files of one directory that were not there before, and are there as a whole, all of them, or not at all."""
     for path in paths:
         if path.exists():
-            raise Stop(USAGE, f"{path} is there already and is not replaced; choose another --out")
+            raise UsageError(f"{path} is there already and is not replaced; choose another --out")
     # a signal may raise between any two lines: the names are known before there is a file, and kept before it gets its place
     partial = [path.with_name(f".{path.name}{files.TEMPORARY}") for path in paths]
     opened: list[IO[str]] = []
@@ -282,7 +282,7 @@ def _minari(directory: Path, manifest: dict, out: Path, dataset_id: str, progres
         from minari.data_collector.episode_buffer import EpisodeBuffer
         from minari.dataset.minari_storage import MinariStorage
     except ImportError as e:
-        raise Stop(USAGE, f"a Minari dataset needs minari and h5py: pip install 'lindm[minari]' ({e})") from e
+        raise UsageError(f"a Minari dataset needs minari and h5py: pip install 'lindm[minari]' ({e})") from e
     if not re.fullmatch(r"[-_a-zA-Z0-9]+-v\d+", dataset_id):
         raise ValueError(f"dataset_id must be letters, digits, - and _, and end in -v and a number; got {dataset_id!r}")
     sizes, recipe = manifest["config"]["source"]["sizes"], manifest["config"]["recipe"]
@@ -297,7 +297,7 @@ def _minari(directory: Path, manifest: dict, out: Path, dataset_id: str, progres
     target, partial = out / dataset_id, out / f".{dataset_id}.lindm-partial"
     with files.sole_writer(out), files.storage(target):
         if target.exists():
-            raise Stop(USAGE, f"{target} is there already and is not replaced; choose another --out or another dataset_id")
+            raise UsageError(f"{target} is there already and is not replaced; choose another --out or another dataset_id")
         try:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             partial.mkdir()

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lindm import files
-from lindm.files import DATA, Stop
+from lindm.errors import DataError
+from lindm.io import files
 from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Problem
 
 FORMAT = "lindm-dataset-1"
@@ -40,31 +40,31 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:
-        raise Stop(DATA, f"cannot read {path}: {e.strerror}") from e
+        raise DataError(f"cannot read {path}: {e.strerror}") from e
     except ValueError as e:
-        raise Stop(DATA, f"{path}: not JSON: {e}") from e
+        raise DataError(f"{path}: not JSON: {e}") from e
     if not isinstance(value, dict):
-        raise Stop(DATA, f"{path}: not a JSON object")
+        raise DataError(f"{path}: not a JSON object")
     return value
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a finished dataset; Stop(3) where there is none."""
+    """The manifest of a finished dataset; DataError where there is none."""
     path = directory / MANIFEST
     if not path.exists() and (directory / CONFIG).exists():
-        raise Stop(DATA, f"{directory} is not finished: make it again with the same options, and it goes on where it was")
+        raise DataError(f"{directory} is not finished: make it again with the same options, and it goes on where it was")
     manifest = read_json(path)
     if not isinstance(config := manifest.get("config"), dict) or config.get("format") != FORMAT:
-        raise Stop(DATA, f"{path}: not the manifest of a dataset in the format {FORMAT}")
+        raise DataError(f"{path}: not the manifest of a dataset in the format {FORMAT}")
     if unsealed(manifest) is None:
-        raise Stop(DATA, f"{path} is damaged: its seal does not fit; make the dataset again and it is repaired")
+        raise DataError(f"{path} is damaged: its seal does not fit; make the dataset again and it is repaired")
     return manifest
 
 
 def load(directory: Path) -> Iterator[tuple[dict, list[dict]]]:
     """Every task of a finished dataset with its episodes, in order: rows as dicts, floats to the last bit. Needs no pyarrow.
 
-    The files are verified as they are reached. Stop(3), naming the file, where one is missing or is not what was written.
+    The files are verified as they are reached. DataError, naming the file, where one is missing or is not what was written.
     """
     records = {record["point"]["shard"]: record for record in read_manifest(directory)["shards"]}
     common: dict = {}
@@ -84,9 +84,9 @@ def _read_rows(directory: Path, stem: str, record: dict) -> list[dict]:
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise Stop(DATA, f"cannot read {path}: {e.strerror}") from e
+        raise DataError(f"cannot read {path}: {e.strerror}") from e
     if hashlib.sha256(data).hexdigest() != record["files"][name]["sha256"]:
-        raise Stop(DATA, f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired")
+        raise DataError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired")
     return [json.loads(line) for line in data.splitlines()]
 
 

@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm import __version__, files
+from lindm import __version__
 from lindm.datasets.card import card
 from lindm.datasets.drawing import Drawing, Draws, Recipe
 from lindm.datasets.reading import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_json, read_manifest, sealed, unsealed
-from lindm.files import DATA, USAGE, Stop
-from lindm.sources import Source
-from lindm.suites import Suite
+from lindm.errors import DataError, LindmError, UsageError
+from lindm.families.registry import Source
+from lindm.families.suites import Suite
+from lindm.io import files
 from lindm.types import APOMDP, CERTIFICATES, POMDP, Problem
 
 ROLES = ("demo", "query")
@@ -68,7 +69,7 @@ def make(
 
     Raises:
       ValueError: names that do not fit the problem; a suite whose gap no task has; a method that does not fit.
-      Stop: `out` holds something else or is being written (2), cannot be written (7); a needed package is missing (2).
+      LindmError: `out` holds something else or is being written (2), cannot be written (7); a needed package is missing (2).
     """
     _arrow()
     drawing = Drawing(source.problem if isinstance(source, Source) else source, recipe)
@@ -81,7 +82,7 @@ def make(
         records = {name: record for name, record in made_before.items() if not record["files"].keys() & set(damaged)}
         missing = {name: tasks for name, tasks in plan.items() if name not in records}
         if missing and versions != (here := _versions()):
-            raise Stop(USAGE, f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
+            raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
         done = sum(record["tasks"] for record in records.values())
         tell = progress or (lambda done, total: None)
         tell(done, recipe.tasks)
@@ -142,20 +143,20 @@ def _versions() -> dict[str, str]:
 
 
 def _opened(out: Path, config: dict) -> dict[str, str]:
-    """The versions that began the run in `out`, which begins now if nothing is there. Stop(2) if something else is."""
+    """The versions that began the run in `out`, which begins now if nothing is there. UsageError if something else is."""
     path = out / CONFIG
     if not path.exists() and not (out / MANIFEST).exists():
         if foreign := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
-            raise Stop(USAGE, f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another --out")
+            raise UsageError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another --out")
         versions = _versions()
         files.write_atomic(path, _pretty({"config": config, "versions": versions}))
         return versions
     there = _if_good(lambda: read_manifest(out)) or _if_good(lambda: read_json(path)) or {}  # what is sealed is believed first
     if not isinstance(there.get("config"), dict) or there["config"].get("format") != FORMAT:
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
-        raise Stop(USAGE, f"{out} holds something that is not a dataset and is not touched: {why}; choose another --out")
+        raise UsageError(f"{out} holds something that is not a dataset and is not touched: {why}; choose another --out")
     if there["config"] != config:
-        raise Stop(USAGE, f"{out} holds another dataset: {_difference(there['config'], config)}; choose another --out")
+        raise UsageError(f"{out} holds another dataset: {_difference(there['config'], config)}; choose another --out")
     return there.get("versions", {})
 
 
@@ -163,8 +164,8 @@ def _if_good(read: Callable[[], Any]) -> Any:
     """What is read; None where it is missing or damaged. The Stop of a signal, which may come anywhere, is not caught."""
     try:
         return read()
-    except Stop as e:
-        if e.code != DATA:
+    except LindmError as e:
+        if not isinstance(e, DataError):
             raise
         return None
 
@@ -265,7 +266,7 @@ def _arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise Stop(USAGE, f"Parquet files need pyarrow: pip install 'lindm[data]' ({e})") from e
+        raise UsageError(f"Parquet files need pyarrow: pip install 'lindm[data]' ({e})") from e
     return pyarrow
 
 

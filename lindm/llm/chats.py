@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from lindm.files import DATA, Stop
+from lindm.errors import DataError
 from lindm.llm.tokens import Example, Tokenizer, example_of, facts_of, naming, short, tokens_of
 
 DAY = datetime.datetime(2024, 7, 26)  # the one that Llama 3.1's template itself falls back to
@@ -22,7 +22,7 @@ CLOCK = f"{{% macro strftime_now(form) %}}{{{{ form{CLOCK} }}}}{{% endmacro %}}\
 
 
 def chat_text(tokenizer: Tokenizer, messages: Sequence[dict], ask: bool = False) -> str:
-    """What the chat template makes of messages, with `ask` up to where an answer begins. Stop(3) where it refuses them."""
+    """What the chat template makes of messages, with `ask` up to where an answer begins. DataError where it refuses them."""
     try:
         template = tokenizer.get_chat_template()
         template = (CLOCK if "strftime_now" in template else "") + template
@@ -31,14 +31,14 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict], ask: bool = False)
         )
     except Exception as e:  # a template may raise anything
         if tokenizer.chat_template is None:
-            raise Stop(DATA, "the tokenizer has no chat template") from e
-        raise Stop(DATA, f"the chat template does not take it: {e}") from e
+            raise DataError("the tokenizer has no chat template") from e
+        raise DataError(f"the chat template does not take it: {e}") from e
 
 
 def chat_example(tokenizer: Tokenizer, messages: Sequence[dict], source: str, group: int = 0, since: int = 0) -> Example:
     """A conversation that trains the answers, from message number `since` on, with the token that ends each of them.
 
-    Stop(3), naming the source: what is no message, the name of a control token in one, or a template that writes what is in front
+    DataError, naming the source: what is no message, the name of a control token in one, or a template that writes what is in front
     of an answer otherwise than it asked for it.
     """
     with naming(source):
@@ -74,15 +74,15 @@ def _extended(tokenizer: Tokenizer, ids: list[int], text: str, at: int, end: int
 
 def _check_messages(tokenizer: Tokenizer, messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise Stop(DATA, f"messages must be a list of messages; got {short(str(messages))}")
+        raise DataError(f"messages must be a list of messages; got {short(str(messages))}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise Stop(DATA, f"message {i} must be an object with texts role and content; got {short(str(message))}")
+            raise DataError(f"message {i} must be an object with texts role and content; got {short(str(message))}")
         for key, text in message.items():
             if found := facts_of(tokenizer).pattern.search(str(text)):
-                raise Stop(DATA, f"message {i} has the name of a control token in its {key}: {found[0]!r}")
+                raise DataError(f"message {i} has the name of a control token in its {key}: {found[0]!r}")
     if messages[0]["role"] == "assistant":
-        raise Stop(DATA, "message 0 must not be an answer: nothing was asked")
+        raise DataError("message 0 must not be an answer: nothing was asked")
 
 
 def _answer(tokenizer: Tokenizer, messages: Sequence[dict], i: int, whole: str) -> tuple[int, int]:
@@ -91,12 +91,12 @@ def _answer(tokenizer: Tokenizer, messages: Sequence[dict], i: int, whole: str) 
     if i < len(messages) - 1:
         told = chat_text(tokenizer, messages[: i + 1])
     if not whole.startswith(asked):
-        raise Stop(DATA, f"the chat template asks for message {i} with another text than the conversation has in front of it")
+        raise DataError(f"the chat template asks for message {i} with another text than the conversation has in front of it")
     start, delimited = len(asked), whole.startswith(told)  # some templates write the last answer otherwise than those before
     end_of_turn = facts_of(tokenizer).pattern.search(whole, start, len(told) if delimited else len(whole))
     if end_of_turn is None and not delimited:
-        raise Stop(DATA, f"the chat template writes no control token behind message {i}, so where it ends cannot be told")
+        raise DataError(f"the chat template writes no control token behind message {i}, so where it ends cannot be told")
     end = end_of_turn.end() if end_of_turn else len(told)
     if messages[i]["content"].strip() not in whole[start:end]:
-        raise Stop(DATA, f"the chat template does not write message {i} as it is, in one piece and in front of its end of turn")
+        raise DataError(f"the chat template does not write message {i} as it is, in one piece and in front of its end of turn")
     return start, end

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lindm.llm.decoder import Decoder, Frozen, Linear
+from lindm.llm.model import Decoder, Frozen, Linear
 
 BASES = ("f32", "bf16", "int8", "nf4")
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lindm.datasets import symbol
-from lindm.files import DATA, Stop
+from lindm.errors import DataError, LindmError
 from lindm.text import Piece, Template
 
 if TYPE_CHECKING:
@@ -63,20 +63,20 @@ _FACTS: WeakKeyDictionary[Any, Facts] = WeakKeyDictionary()
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, from its files alone. Stop(3), naming the directory, where there is none."""
+    """The tokenizer of a Hugging Face directory, from its files alone. DataError, naming the directory, where there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not directory.is_dir():
-        raise Stop(DATA, f"there is no tokenizer in {directory}: it is not a directory")
+        raise DataError(f"there is no tokenizer in {directory}: it is not a directory")
     try:
         # beside a config.json of Qwen2, AutoTokenizer would put Qwen2's own rules in the place of those in tokenizer.json
         kind = PreTrainedTokenizerFast if _is_generic(directory) else AutoTokenizer
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # it raises many kinds
         reason = next(iter(str(e).splitlines()), type(e).__name__)
-        raise Stop(DATA, f"there is no tokenizer in {directory} that can be loaded: {reason}") from e
+        raise DataError(f"there is no tokenizer in {directory} that can be loaded: {reason}") from e
     if not getattr(tokenizer, "is_fast", False):
-        raise Stop(DATA, f"the tokenizer in {directory} has no tokenizer.json; save it in that format first")
+        raise DataError(f"the tokenizer in {directory} has no tokenizer.json; save it in that format first")
     return tokenizer
 
 
@@ -93,7 +93,7 @@ def _is_generic(directory: Path) -> bool:
 def encode(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[list[int]]:
     """The token ids of every piece, the same wherever it stands; put together they decode to the pieces put together.
 
-    What stands in front of a whole document (`prefix`) is not among them. Stop(3) shows a piece that cannot be written.
+    What stands in front of a whole document (`prefix`) is not among them. DataError shows a piece that cannot be written.
     """
     cache = facts_of(tokenizer).pieces
     if new := [piece for piece in dict.fromkeys(pieces) if piece not in cache]:
@@ -117,7 +117,7 @@ def action_tokens(tokenizer: Tokenizer, template: Template, A: int) -> tuple[tup
 
     Raises:
       ValueError: the template has fewer symbols.
-      Stop: the tokens of one symbol are those of another, or their beginning, so a decision could not be read off (3).
+      LindmError: the tokens of one symbol are those of another, or their beginning, so a decision could not be read off (3).
     """
     symbols = [symbol(template, a) for a in range(A)]
     tokens = tuple(tuple(ids) for ids in encode(tokenizer, symbols))
@@ -125,7 +125,7 @@ def action_tokens(tokenizer: Tokenizer, template: Template, A: int) -> tuple[tup
     for a, b in itertools.pairwise(order):  # a beginning sorts just before one of its continuations
         if tokens[b][: len(tokens[a])] == tokens[a]:
             tells = f"{symbols[a]!r} is {list(tokens[a])} and {symbols[b]!r} is {list(tokens[b])}"
-            raise Stop(DATA, f"actions must have tokens of which none begins another's: with this tokenizer {tells}")
+            raise DataError(f"actions must have tokens of which none begins another's: with this tokenizer {tells}")
     return tokens
 
 
@@ -149,8 +149,8 @@ def _found_anchor(tokenizer: Tokenizer) -> tuple[str, list[int]]:
             for probe, ids in zip(("x", " x"), found, strict=True)
         ):
             return anchor, front
-    raise Stop(
-        DATA, f"tokenizer must write texts piece by piece so that they can be read back; {type(tokenizer).__name__} does not"
+    raise DataError(
+        f"tokenizer must write texts piece by piece so that they can be read back; {type(tokenizer).__name__} does not"
     )
 
 
@@ -165,7 +165,7 @@ def _fronts(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
                 places = [i for i in range(len(whole)) if list(whole[i : i + len(own)]) == own]
                 fronts += [list(whole[:i]) for i in places[:1]]
         if not found[0]:
-            raise Stop(DATA, f"tokenizer must put its control tokens around a text; {type(tokenizer).__name__} does not")
+            raise DataError(f"tokenizer must put its control tokens around a text; {type(tokenizer).__name__} does not")
         facts.fronts = found[0][0], (found[1] or found[0])[0]
     return facts.fronts
 
@@ -174,7 +174,7 @@ def tokens_of(tokenizer: Tokenizer, texts: list[str], controls: bool = False) ->
     """The tokens of whole texts, nothing added; whether names of control tokens are control tokens."""
     for text in texts:
         if text != text.encode(errors="replace").decode():
-            raise Stop(DATA, f"text must be what UTF-8 can encode; got {short(text)}")
+            raise DataError(f"text must be what UTF-8 can encode; got {short(text)}")
     found: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=not controls, verbose=False)["input_ids"]
     return [list(ids) for ids in found]
 
@@ -189,10 +189,10 @@ def _encoded(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     cut, found = len(facts.front), []
     for piece, ids in zip(pieces, tokens_of(tokenizer, [facts.anchor + piece for piece in pieces]), strict=True):
         if control := [facts.controls[i] for i in ids[cut:] if i in facts.controls]:
-            raise Stop(DATA, f"tokenizer cannot write {short(piece)}: it would become the control token {control[0]!r}")
+            raise DataError(f"tokenizer cannot write {short(piece)}: it would become the control token {control[0]!r}")
         back = _decoded(tokenizer, ids)
         if ids[:cut] != facts.front or back != facts.anchor + piece:
-            raise Stop(DATA, f"tokenizer cannot write {short(piece)}: its tokens read {short(back.removeprefix(facts.anchor))}")
+            raise DataError(f"tokenizer cannot write {short(piece)}: its tokens read {short(back.removeprefix(facts.anchor))}")
         found.append(ids[cut:])
     return found
 
@@ -207,8 +207,8 @@ def naming(source: str) -> Iterator[None]:
     """Errors about data begin with what they are about."""
     try:
         yield
-    except Stop as e:
-        raise Stop(e.code, f"{source}: {e.message}") from e
+    except LindmError as e:
+        raise type(e)(f"{source}: {e.message}") from e
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def document_example(
       supervise: all (every step of every demonstration and of the query) or query (those of the query alone).
 
     Raises:
-      ValueError: an unknown value of supervise. Stop: a piece cannot be written (3).
+      ValueError: an unknown value of supervise. LindmError: a piece cannot be written (3).
     """
     if supervise not in SUPERVISE:
         raise ValueError(f"supervise must be one of {', '.join(SUPERVISE)}; got {supervise!r}")
@@ -252,11 +252,11 @@ def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, sourc
     """A prompt whose completion is trained, and that it ends there.
 
     The prompt is encoded as a whole, with what the tokenizer puts in front: as whoever asks the trained model will encode it.
-    Stop(3), naming the source: a text cannot be written, the tokenizer has no token that ends a sequence, or nothing would stand
+    DataError, naming the source: a text cannot be written, the tokenizer has no token that ends a sequence, or nothing would stand
     in front of the completion.
     """
     if tokenizer.eos_token_id is None:
-        raise Stop(DATA, f"{source}: the tokenizer has no token that ends a sequence, with which a completion must end")
+        raise DataError(f"{source}: the tokenizer has no token that ends a sequence, with which a completion must end")
     with naming(source):
         (asked,), (answer,) = _encoded(tokenizer, [prompt]), _encoded(tokenizer, [completion])
         if facts_of(tokenizer).anchor:  # as a text begins, a space may be put in front of it
@@ -269,7 +269,7 @@ def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, sourc
 def example_of(ids: list[int], trained: dict[int, int], source: str, group: int) -> Example:
     """These ids with the tokens that are to be predicted after some places."""
     if -1 in trained:
-        raise Stop(DATA, f"{source}: nothing stands in front of the first token that is trained")
+        raise DataError(f"{source}: nothing stands in front of the first token that is trained")
     target = np.full(len(ids), -1, np.int32)
     target[list(trained)] = list(trained.values())
     return Example(np.array(ids, np.int32), target, source, group)

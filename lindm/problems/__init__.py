@@ -1,1 +1,1 @@
-"""Where tasks are born: each module draws problems of one kind and checks the ones that users bring."""
+"""Decision problems: validation of a user's arrays, random draws, and file formats."""

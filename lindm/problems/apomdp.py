@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.problems import checks
+from lindm import validate
 from lindm.problems.mdp import over_stages
 from lindm.problems.pomdp import draw_pomdp, pomdp
 from lindm.types import APOMDP, POMDP
@@ -50,7 +50,7 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
     Raises:
       ValueError: names the model by its index, the argument, the rule and what was got.
     """
-    checks.fraction(alpha, "alpha")
+    validate.fraction(alpha, "alpha")
     models, checked = list(models), []
     if not models:
         raise ValueError("models must hold at least one POMDP; got none")
@@ -74,7 +74,7 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
 
 def single(model: POMDP, alpha: ArrayLike = 1.0) -> APOMDP:
     """The POMDP as a cloud of one model: the attitude (in [0, 1], may be traced) has nothing to choose from."""
-    checks.fraction(alpha, "alpha")
+    validate.fraction(alpha, "alpha")
     return APOMDP(cloud=jax.tree.map(lambda x: x[None], model), alpha=jnp.asarray(alpha, model.r.dtype))
 
 
@@ -108,9 +108,9 @@ def draw_apomdp(
     Raises:
       ValueError: a size or a number is out of its range.
     """
-    checks.count(M, "M")
-    checks.fraction(alpha, "alpha")
-    checks.fraction(distance, "distance")
+    validate.count(M, "M")
+    validate.fraction(alpha, "alpha")
+    validate.fraction(distance, "distance")
 
     numbers = {"concentration": concentration, "quality": quality, "low": low, "high": high, "step": step, "discount": discount}
     draw = partial(draw_pomdp, S=S, A=A, O=O, H=H, dtype=dtype, **numbers)
@@ -154,11 +154,11 @@ def prostate(
     Raises:
       ValueError: a number is out of its range.
     """
-    H = checks.count(horizon, "horizon")
-    checks.fraction(alpha, "alpha")
+    H = validate.count(horizon, "horizon")
+    validate.fraction(alpha, "alpha")
     names = ("biopsy_loss", "untreated_loss", "treated_loss")
     for loss, name in zip((biopsy_loss, untreated_loss, treated_loss), names, strict=True):
-        checks.nonnegative(loss, name)
+        validate.nonnegative(loss, name)
     P, O = np.zeros((len(CENTRES), 1, 3, 2, 3)), np.zeros((len(CENTRES), 1, 2, 3, 3, 3))
     for m, ((_, onset, found), (low, high)) in enumerate(zip(_RATES, _PSA, strict=True)):
         progress = np.array([[1 - onset, onset, 0], [0, 1, 0], [0, 0, 1]])

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.files import DATA, Stop
-from lindm.problems import checks
+from lindm import validate
+from lindm.errors import DataError, LindmError
 from lindm.types import POMDP
 
 ENTRIES, NAMES = 50_000_000, 1_000_000  # the largest tables (400 MB) and the longest list of names that are read
@@ -57,16 +57,16 @@ class Model:
 
 
 def read(path: str | Path) -> Model:
-    """The model in a file (UTF-8). Raises `Stop` (exit code 3) as `parse` does, or when the file cannot be read."""
+    """The model in a file (UTF-8). Raises `LindmError` (exit code 3) as `parse` does, or when the file cannot be read."""
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as e:
-        raise Stop(DATA, f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise DataError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise Stop(DATA, f"{path}:{line}: expected text in UTF-8; got the byte 0x{data[e.start]:02x}") from e
+        raise DataError(f"{path}:{line}: expected text in UTF-8; got the byte 0x{data[e.start]:02x}") from e
     return parse(text, str(path))
 
 
@@ -76,7 +76,7 @@ def parse(text: str, name: str = "<text>") -> Model:
     Rows that miss one by at most `SUM_TOLERANCE` are scaled to one, with a single `UserWarning`. Without `start` it is uniform.
 
     Raises:
-      Stop: exit code 3, "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are refused
+      LindmError: exit code 3, "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are refused
         (where rewards depend on the observation, S*S*O counts as a table).
     """
     preamble, entries, last = _sections(text, name)
@@ -153,7 +153,7 @@ def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP
     gamma = model.discount if discount is None else discount
     if not 0 < gamma <= 1:
         raise ValueError(f"discount must be above 0 and at most 1; got {gamma}")
-    r = float(gamma) ** np.arange(checks.count(horizon, "horizon"))[:, None, None] * model.r
+    r = float(gamma) ** np.arange(validate.count(horizon, "horizon"))[:, None, None] * model.r
     arrays = {"P": model.P[None], "O": model.O[None], "r": r, "rho": model.start}
     return POMDP(**{name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()})
 
@@ -162,7 +162,7 @@ def cloud(models: Sequence[Model], names: Sequence[str], horizon: int, discount:
     """`to_pomdp` of several models of one problem, as `apomdp` takes them.
 
     Raises:
-      Stop: exit code 3, where the states, actions, observations or (with `discount` None) discounts are not those of the first
+      LindmError: exit code 3, where the states, actions, observations or (with `discount` None) discounts are not those of the first
         model; the message has the name, from `names`, of the file that differs.
     """
     if not models or len(models) != len(names):
@@ -171,7 +171,7 @@ def cloud(models: Sequence[Model], names: Sequence[str], horizon: int, discount:
         for word in ("states", "actions", "observations") + (() if discount is not None else ("discount",)):
             mine, first = getattr(model, word), getattr(models[0], word)
             if mine != first:
-                raise Stop(DATA, f"{name}: {word} must be as in {names[0]}, {_quote(str(first))}; got {_quote(str(mine))}")
+                raise DataError(f"{name}: {word} must be as in {names[0]}, {_quote(str(first))}; got {_quote(str(mine))}")
     return [to_pomdp(model, horizon, discount) for model in models]
 
 
@@ -184,10 +184,10 @@ class _Section(NamedTuple):
     words: list[str]
     lines: list[int]
 
-    def stop(self, message: str, at: int | None = None) -> Stop:
+    def stop(self, message: str, at: int | None = None) -> LindmError:
         """The error at the header, or at the section's token `at` where there is one."""
         line = self.line if at is None or at >= len(self.lines) else self.lines[at]
-        return Stop(DATA, f"{self.source}:{line}: {message}")
+        return DataError(f"{self.source}:{line}: {message}")
 
 
 def _quote(word: str) -> str:
@@ -211,7 +211,7 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
         if word in HEADERS and words[i + length - 1 : i + length] == [":"]:
             heads.append((i, length))
     if not heads or heads[0][0]:
-        raise Stop(DATA, f"{name}:{lines[0]}: expected one of {', '.join(HEADERS)}, and a colon; got {_quote(words[0])}")
+        raise DataError(f"{name}:{lines[0]}: expected one of {', '.join(HEADERS)}, and a colon; got {_quote(words[0])}")
     preamble: dict[str, _Section] = {}
     entries: list[_Section] = []
     for (i, length), (end, _) in zip(heads, [*heads[1:], (len(words), 0)], strict=True):
@@ -292,7 +292,7 @@ def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarra
         elif section.word != "R" and not 0 <= value <= 1 + ROUNDING:
             wrong = f"expected a probability, from 0 to 1; got {_quote(word)}"
         if wrong:
-            raise Stop(DATA, f"{section.source}:{line}: {wrong}")
+            raise DataError(f"{section.source}:{line}: {wrong}")
         values.append(value)
     if sign or len(values) < want:
         raise section.stop(f"{section.word!r} needs {wanted}; found {len(values)} up to the next entry or the end")
@@ -353,7 +353,7 @@ def _normalise(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Sect
         if not line:
             raise last.stop(f"{row} is missing: expected {rows.shape[-1]} probabilities that sum to one")
         if error[i] > SUM_TOLERANCE + ROUNDING:
-            raise Stop(DATA, f"{last.source}:{line}: {row} sums to {sums[i]:.9g}; expected one (within {SUM_TOLERANCE:g})")
+            raise DataError(f"{last.source}:{line}: {row} sums to {sums[i]:.9g}; expected one (within {SUM_TOLERANCE:g})")
         off.append((line, f"{row} sums to {sums[i]:.9g}"))
         rows[i] /= sums[i]
 

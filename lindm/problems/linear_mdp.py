@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.draws import flat
-from lindm.problems import checks
+from lindm import validate
 from lindm.problems.mdp import simplex_rows
+from lindm.random import flat
 from lindm.types import MDP, LinearMDP
 
 
@@ -52,19 +52,19 @@ def simplex_family(
 ) -> Family:
     """Random simplex features (drawn once, from `key`), uniform design, rewards theta ~ U[low, high]^d at every stage."""
     for value, name in ((S, "S"), (A, "A"), (d, "d"), (H, "H")):
-        checks.count(value, name)
-    checks.nonnegative(feature_power, "feature_power")
-    checks.nonnegative(power, "power")
-    checks.interval(low, high)
+        validate.count(value, name)
+    validate.nonnegative(feature_power, "feature_power")
+    validate.nonnegative(power, "power")
+    validate.interval(low, high)
     return _family(simplex_rows(key, (S, A, d), feature_power), H, power, low, high)
 
 
 def onehot_family(S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0) -> Family:
     """Tabular MDPs as linear ones: d = S*A, phi(s, a) a unit vector, uniform design."""
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
-        checks.count(value, name)
-    checks.nonnegative(power, "power")
-    checks.interval(low, high)
+        validate.count(value, name)
+    validate.nonnegative(power, "power")
+    validate.interval(low, high)
     return _family(jnp.eye(S * A).reshape(S, A, S * A), H, power, low, high)
 
 
@@ -92,10 +92,10 @@ def carry(family: Family, C: ArrayLike) -> Family:
 
     Raises `ValueError` if `C` is not a covariance of the right size or the features do not span R^d.
     """
-    C = checks.covariance(C, "C")
+    C = validate.covariance(C, "C")
     d = family.phi.shape[-1]
-    checks.shaped(C, (d, d), "C", "d, d")
-    Lambda = checks.covariance(second_moment(family), "the features' second moment")
+    validate.shaped(C, (d, d), "C", "d, d")
+    Lambda = validate.covariance(second_moment(family), "the features' second moment")
     # Any root of C serves; Cholesky factors keep T and its inverse exact to rounding.
     T = jnp.linalg.cholesky(C) @ jnp.linalg.inv(jnp.linalg.cholesky(Lambda))
     return replace(family, phi=family.phi @ T.T, back=jnp.linalg.inv(T).T @ family.back)
@@ -123,17 +123,17 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
     Raises:
       ValueError: a shape is wrong, a value is not finite, or <phi(s, a), mu_h(.)> is not a distribution for some (h, s, a).
     """
-    phi, mu, theta = checks.finite(phi, "phi"), checks.finite(mu, "mu"), checks.finite(theta, "theta")
-    checks.shaped(phi, (None, None, None), "phi", "S, A, d")
+    phi, mu, theta = validate.finite(phi, "phi"), validate.finite(mu, "mu"), validate.finite(theta, "theta")
+    validate.shaped(phi, (None, None, None), "phi", "S, A, d")
     S, _, d = phi.shape
-    checks.shaped(theta, (None, d), "theta", "H, d")
-    checks.shaped(mu, (theta.shape[0], d, S), "mu", "H, d, S")
-    rho = jnp.full(S, 1.0 / S, phi.dtype) if rho is None else checks.finite(rho, "rho")
-    checks.shaped(rho, (S,), "rho", "S")
-    checks.distribution(rho, "rho")
+    validate.shaped(theta, (None, d), "theta", "H, d")
+    validate.shaped(mu, (theta.shape[0], d, S), "mu", "H, d, S")
+    rho = jnp.full(S, 1.0 / S, phi.dtype) if rho is None else validate.finite(rho, "rho")
+    validate.shaped(rho, (S,), "rho", "S")
+    validate.distribution(rho, "rho")
     dtype = jnp.result_type(phi, mu, theta, rho)
     problem = LinearMDP(phi=phi.astype(dtype), mu=mu.astype(dtype), theta=theta.astype(dtype), rho=rho.astype(dtype))
-    checks.distribution(tabulate(problem).P, "the kernel P[h, s, a] = <phi(s, a), mu_h>")
+    validate.distribution(tabulate(problem).P, "the kernel P[h, s, a] = <phi(s, a), mu_h>")
     return problem
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.draws import dirichlet, flat
-from lindm.problems import checks
+from lindm import validate
+from lindm.random import dirichlet, flat
 from lindm.types import MDP
 
 
@@ -24,12 +24,12 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     Raises:
       ValueError: names the argument, the rule and what was got.
     """
-    P, r, rho = checks.finite(P, "P"), checks.finite(r, "r"), checks.finite(rho, "rho")
-    checks.shaped(r, (None, None, None), "r", "H, S, A")
+    P, r, rho = validate.finite(P, "P"), validate.finite(r, "r"), validate.finite(rho, "rho")
+    validate.shaped(r, (None, None, None), "r", "H, S, A")
     H, S, A = r.shape
-    checks.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
-    checks.shaped(rho, (S,), "rho", "S")
-    P, rho = checks.distribution(P, "P"), checks.distribution(rho, "rho")
+    validate.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
+    validate.shaped(rho, (S,), "rho", "S")
+    P, rho = validate.distribution(P, "P"), validate.distribution(rho, "rho")
     # one precision, the widest: a scan over stages carries values made of all three
     dtype = jnp.result_type(P, r, rho)
     return MDP(P=P.astype(dtype), r=r.astype(dtype), rho=rho.astype(dtype))
@@ -50,9 +50,9 @@ def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0,
 def draw_mdp(key: Array, S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0, dtype=None) -> MDP:
     """A random MDP whose rows are `simplex_rows` and whose rewards are uniform in [low, high]; starts anywhere."""
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
-        checks.count(value, name)
-    checks.nonnegative(power, "power")
-    checks.interval(low, high)
+        validate.count(value, name)
+    validate.nonnegative(power, "power")
+    validate.interval(low, high)
     dtype = dtype or jnp.result_type(float)
     kernel, reward = jax.random.split(key)
     return MDP(
@@ -88,8 +88,8 @@ def draw_stationary_mdp(
       ValueError: a size or a number is out of its range, or [low, high] holds no multiple of `step`.
     """
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
-        checks.count(value, name)
-    checks.positive(concentration, "concentration")
+        validate.count(value, name)
+    validate.positive(concentration, "concentration")
     dtype = dtype or jnp.result_type(float)
     kernel, reward = jax.random.split(key)
     return MDP(
@@ -101,13 +101,13 @@ def draw_stationary_mdp(
 
 def over_stages(r: Array, H: int, discount: ArrayLike = 1.0) -> Array:
     """discount^h r_h: rewards [H, S, A] as of the start, from a table [S, A] that serves every stage or from [H, S, A]."""
-    checks.discount(discount)
+    validate.discount(discount)
     return jnp.asarray(discount, r.dtype) ** jnp.arange(H, dtype=r.dtype)[:, None, None] * jnp.broadcast_to(r, (H, *r.shape[-2:]))
 
 
 def _rewards(key: Array, shape: tuple[int, ...], low: float, high: float, step: float, dtype) -> Array:
-    checks.interval(low, high)
-    checks.nonnegative(step, "step")
+    validate.interval(low, high)
+    validate.nonnegative(step, "step")
     if not step:
         return flat(jax.random.uniform, key, shape, dtype, low, high)
     # an end that is itself a multiple counts, whatever the rounding of its quotient

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.draws import dirichlet
-from lindm.problems import checks
+from lindm import validate
 from lindm.problems.mdp import draw_stationary_mdp, over_stages
+from lindm.random import dirichlet
 from lindm.types import MDP, POMDP
 
 
@@ -31,23 +31,23 @@ def pomdp(
     Raises:
       ValueError: names the argument, the rule and what was got.
     """
-    P, O, r, rho = (checks.finite(x, name) for x, name in ((P, "P"), (O, "O"), (r, "r"), (rho, "rho")))
+    P, O, r, rho = (validate.finite(x, name) for x, name in ((P, "P"), (O, "O"), (r, "r"), (rho, "rho")))
     if r.ndim == 2:
-        checks.shaped(r, (None, None), "r", "S, A")
+        validate.shaped(r, (None, None), "r", "S, A")
         if horizon is None:
             raise ValueError(f"horizon must be given when r has no axis of stages; got r of shape {r.shape}")
-        H = checks.count(horizon, "horizon")
+        H = validate.count(horizon, "horizon")
     else:
-        H = checks.shaped(r, (None, None, None), "r", "H, S, A").shape[0]
+        H = validate.shaped(r, (None, None, None), "r", "H, S, A").shape[0]
         if horizon is not None and horizon != H:
             raise ValueError(f"horizon must be the length of r's first axis, {H}; got {horizon}")
     S, A = r.shape[-2:]
     P, O = (x[None] if x.ndim == 3 else x for x in (P, O))
-    checks.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
-    checks.shaped(O, (1 if O.shape[:1] == (1,) else H, A, S, None), "O", "H|1, A, S, O")
-    checks.shaped(rho, (S,), "rho", "S")
+    validate.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
+    validate.shaped(O, (1 if O.shape[:1] == (1,) else H, A, S, None), "O", "H|1, A, S, O")
+    validate.shaped(rho, (S,), "rho", "S")
     # what is below zero by rounding is zero: certified bounds rest on it
-    P, O, rho = (jnp.maximum(checks.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
+    P, O, rho = (jnp.maximum(validate.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
     # one precision, the widest that is switched on: certificates are worth nothing in less
     dtype = jnp.promote_types(jnp.result_type(P, O, r, rho), jnp.result_type(float))
     return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=over_stages(r.astype(dtype), H, discount), rho=rho.astype(dtype))
@@ -90,8 +90,8 @@ def draw_pomdp(
     Raises:
       ValueError: a size or a number is out of its range.
     """
-    checks.count(O, "O")
-    checks.fraction(quality, "quality")
+    validate.count(O, "O")
+    validate.fraction(quality, "quality")
     process, noise = jax.random.split(key)
     mdp = draw_stationary_mdp(
         process, S, A, H, concentration=concentration, low=low, high=high, step=step, discount=discount, dtype=dtype

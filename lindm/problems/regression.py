@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.draws import flat
-from lindm.problems import checks
+from lindm import validate
+from lindm.random import flat
 from lindm.types import Prompt
 
 
 def check_covariance(Lambda: ArrayLike, name: str = "Lambda") -> Array:
     """Return `Lambda` [d, d] if it is finite, symmetric and positive definite; raise `ValueError` otherwise."""
-    return checks.covariance(Lambda, name)
+    return validate.covariance(Lambda, name)
 
 
 def covariance(d: int, kappa: float, trace: float | None = None) -> Array:
@@ -27,7 +27,7 @@ def covariance(d: int, kappa: float, trace: float | None = None) -> Array:
 
     Raises `ValueError` unless d >= 1, kappa >= 1 (equal to 1 when d = 1) and trace > 0.
     """
-    checks.count(d, "d")
+    validate.count(d, "d")
     if not (math.isfinite(kappa) and kappa >= 1) or (d == 1 and kappa != 1):
         raise ValueError(f"kappa must be a finite condition number >= 1 (and 1 when d = 1); got {kappa}")
     trace = float(d) if trace is None else trace

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lindm.files import DATA, Stop
+from lindm.errors import DataError
 from lindm.text.grammar import FIELDS, TABLES, Grammar, Part, Symbols
 
 
@@ -150,7 +150,7 @@ def parse(text: str, template: Template) -> Document:
 
 
 def load_template(path: str | Path) -> Template:
-    """A template from a JSON or a TOML file that holds the arguments of `Template`. Stop(3) with path:line where it does not."""
+    """A template from a JSON or a TOML file that holds the arguments of `Template`. DataError with path:line where it does not."""
     path, source = Path(path), ""
     arguments = [field.name for field in dataclasses.fields(Template) if field.init]
     try:
@@ -164,9 +164,9 @@ def load_template(path: str | Path) -> Template:
             raise ValueError(f"a template must have {', '.join(sorted(missing))}")
         return Template(**given)
     except OSError as e:
-        raise Stop(DATA, f"cannot read {path}: {e.strerror or e}") from e
+        raise DataError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
-        raise Stop(DATA, f"{path}:{_line(source, e)}: {e}") from e
+        raise DataError(f"{path}:{_line(source, e)}: {e}") from e
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from experiments.criteria import judge
+from lindm_experiments.harness.criteria import judge
 
 CLAIMS = ("q-risk", "controls/swap")
 
@@ -112,8 +112,8 @@ def build_lab(directory: Path) -> Lab:
     # the machinery is a part of the same package: import it first, then let only the toy be found
     (directory / "door.py").write_text(
         "import sys\n\n"
-        "import experiments\nimport experiments.style\nimport experiments.verify\n\n"
-        f"experiments.__path__[:] = [{str(experiments)!r}]\n"
+        "import experiments\nimport lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n\n"
+        f"lindm_experiments.__path__[:] = [{str(experiments)!r}]\n"
         "from lindm.cli import main\n\n"
         'if __name__ == "__main__":\n    sys.exit(main())\n'
     )

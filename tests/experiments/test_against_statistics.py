@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import against_statistics as against
-from experiments import rivals
-from experiments.against_statistics import SMOKE, D
-from experiments.rivals import BAYES, CENTRED, LAYER
-from lindm import baselines
+from lindm.icl import predictors as baselines
 from lindm.types import Prompt
-from theory.in_context import gaussian_risk
+from lindm_experiments import against_statistics as against
+from lindm_experiments.against_statistics import SMOKE, D
+from lindm_experiments.lib import predictor_risks
+from lindm_experiments.lib.predictor_risks import BAYES, CENTRED, LAYER
+from lindm_theory.in_context import gaussian_risk
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_a_smoke_run_gives_every_claim_and_every_figure(records):
 @pytest.mark.parametrize(("M", "sigma"), [(3, 0.5), (20, 1.0), (100, 3.0)])
 def test_the_risk_of_the_layer_is_that_of_theory(M, sigma):
     expected = gaussian_risk(jnp.eye(D), M, M, sigma).total
-    assert rivals.layer_risk(M, sigma, D) == pytest.approx(float(expected), rel=1e-12)
+    assert predictor_risks.layer_risk(M, sigma, D) == pytest.approx(float(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize(("M", "sigma"), [(2, 1.0), (14, 2.0), (40, 0.5)])
@@ -41,16 +41,16 @@ def test_the_risk_of_least_squares_is_that_of_sampled_problems(M, sigma):
     x, w = rng.standard_normal((20_000, M, 8)), rng.standard_normal((20_000, 8))
     y = np.einsum("rmd,rd->rm", x, w) + sigma * rng.standard_normal((20_000, M))
     error = ((np.einsum("rdm,rm->rd", np.linalg.pinv(x), y) - w) ** 2).sum(1)
-    assert abs(error.mean() - rivals.ols_risk(M, sigma, 8)) < 5 * error.std() / sqrt(len(error))
+    assert abs(error.mean() - predictor_risks.ols_risk(M, sigma, 8)) < 5 * error.std() / sqrt(len(error))
 
 
 def test_the_boundary_is_where_the_two_risks_cross():
     for d in (3, 8, 20):
         for M in (*range(1, d - 1), *range(d + 2, 6 * d)):
-            star = rivals.boundary(M, d)
+            star = predictor_risks.boundary(M, d)
             for sigma2 in (0.5 * abs(star), 0.99 * star, 1.01 * star, 2 * abs(star) + 0.1):
                 if sigma2 > 0:
-                    better = rivals.layer_risk(M, sqrt(sigma2), d) < rivals.ols_risk(M, sqrt(sigma2), d)
+                    better = predictor_risks.layer_risk(M, sqrt(sigma2), d) < predictor_risks.ols_risk(M, sqrt(sigma2), d)
                     assert better == (sigma2 > star), (d, M, sigma2)
 
 
@@ -61,7 +61,7 @@ def test_the_risk_given_a_context_is_that_of_the_real_predictors(M):
     x, root, A = rng.standard_normal((M, d)), rng.standard_normal((d, d)), rng.standard_normal((d, d))
     Psi, query = root @ root.T, np.eye(d)
     arrays = [jnp.asarray(a) for a in ((x.T @ x)[None], A[None], float(M), Psi, [sigma], np.eye(d))]
-    exact = rivals.risks(*arrays)
+    exact = predictor_risks.risks(*arrays)
     # every predictor is linear in y: its matrix is read off the unit labels
     predictors = {LAYER: baselines.closed_form(A), "OLS": baselines.ols(), BAYES: baselines.bayes(Psi, sigma)}
     w = rng.standard_normal((draws, d)) @ root.T
@@ -81,7 +81,7 @@ def test_a_layer_that_inverts_the_gram_matrix_on_its_own_targets_is_lsvi():
     inverse = np.stack([M * np.linalg.inv(g.T @ g + lam * np.eye(d)) for g in x])
     arrays = [jnp.asarray(a) for a in (phi, inverse, x, r, after)]
     expected, _ = baselines.lsvi(arrays[0], *arrays[2:], lam)
-    np.testing.assert_allclose(rivals.own_targets(*arrays, jnp.asarray(float(M))), expected, rtol=1e-9)
+    np.testing.assert_allclose(predictor_risks.own_targets(*arrays, jnp.asarray(float(M))), expected, rtol=1e-9)
 
 
 def test_no_context_in_the_record_beats_bayes_and_the_uniform_policy_is_worst(records):

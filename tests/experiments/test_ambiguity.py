@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ambiguity
-from experiments.statistics import FAIL, PASS
-from lindm import files
-from lindm.evaluate import whole_horizon_value
-from lindm.oracles import tree
+from lindm.evaluation.exact import whole_horizon_value
+from lindm.io import files
 from lindm.problems.apomdp import prostate
+from lindm.solvers import tree
 from lindm.types import APOMDP, POMDP
+from lindm_experiments import ambiguity
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import belief_bounds
-from experiments.statistics import FAIL, PASS
-from lindm import files
-from lindm.oracles import net, tree
+from lindm.io import files
 from lindm.problems.apomdp import single
+from lindm.solvers import net, tree
+from lindm_experiments import belief_bounds
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 CFG = belief_bounds.SMOKE
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bellman_horizon as exp
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
+from lindm_experiments import bellman_horizon as exp
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

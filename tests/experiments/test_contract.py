@@ -8,17 +8,17 @@ from collections import Counter
 
 import pytest
 
-from experiments import harness
-from experiments.criteria import CRITERIA
-from lindm import files
+from lindm.io import files
+from lindm_experiments.harness import runner
+from lindm_experiments.harness.criteria import CRITERIA
 
-EXPERIMENTS = harness.discover()
+EXPERIMENTS = runner.discover()
 OF_ONE_MODEL = ("decisions", "mechanism")  # one language model is trained; the unit is the task
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_has_its_names(name):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"lindm_experiments.{name}")
     assert all(callable(getattr(module, f)) for f in ("points", "measure", "check", "plot"))
     for cfg in (module.QUICK, module.FULL, module.SMOKE):
         assert isinstance(cfg, module.Config)
@@ -33,14 +33,14 @@ def test_an_experiment_has_its_names(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_opens_with_its_question_and_its_command(name):
-    doc = ast.get_docstring(ast.parse(inspect.getsource(importlib.import_module(f"experiments.{name}")))) or ""
+    doc = ast.get_docstring(ast.parse(inspect.getsource(importlib.import_module(f"lindm_experiments.{name}")))) or ""
     assert "?" in doc.split("\n\n")[0]
     assert f"lindm run {name}" in doc
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_points_are_different_json_objects_and_grow_with_the_seeds(name):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"lindm_experiments.{name}")
     points = [files.canonical(p) for p in module.points(module.SMOKE)]
     more = module.points(dataclasses.replace(module.SMOKE, seeds=module.SMOKE.seeds + 1))
     assert len(set(points)) == len(points) > 0
@@ -49,7 +49,7 @@ def test_points_are_different_json_objects_and_grow_with_the_seeds(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_number_of_seeds_below_one_is_refused_by_name(name):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"lindm_experiments.{name}")
     with pytest.raises(ValueError, match="seeds"):
         dataclasses.replace(module.SMOKE, seeds=0)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import controls
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
+from lindm_experiments import controls
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import decisions, language
-from experiments.decisions import FULL, QUICK, SMOKE, Config
-from experiments.statistics import FAIL, INCONCLUSIVE, PASS
-from lindm import files
+from lindm.errors import DataError, LindmError
+from lindm.io import files
 from lindm.text import load_template
+from lindm_experiments import decisions
+from lindm_experiments.decisions import FULL, QUICK, SMOKE, Config
+from lindm_experiments.harness.statistics import FAIL, INCONCLUSIVE, PASS
+from lindm_experiments.lib import language_models
 
 
 @pytest.fixture(scope="module")
@@ -214,24 +216,25 @@ def test_what_cannot_be_run_is_refused_by_name(change, said):
 
 
 def test_a_model_that_is_not_there_is_named_with_its_remedy():
-    with pytest.raises(files.Stop, match=r"model must be tiny or the directory of a model; got nowhere .*make smollm2") as stop:
+    with pytest.raises(LindmError, match=r"model must be tiny or the directory of a model; got nowhere .*make smollm2") as stop:
         decisions.measure(replace(FULL, model="nowhere"), decisions.points(FULL)[0])
-    assert stop.value.code == files.DATA
+    assert isinstance(stop.value, DataError)
 
 
 def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path):
-    from lindm.llm import preparing, weights
-    from lindm.llm.sharding import make_mesh
+    from lindm.llm.io import weights
+    from lindm.llm.parallel.sharding import make_mesh
+    from lindm.llm.sft import setup
 
-    with language.quietly():
+    with language_models.quietly():
         recipe = decisions.Recipe(tasks=8, demos=1, seed=3)
-        data = language.make(tmp_path / "data", language.law("pomdp", 2), recipe)
-        asked = language.options(language.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
+        data = language_models.make(tmp_path / "data", language_models.law("pomdp", 2), recipe)
+        asked = language_models.options(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
         import jax
 
         mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
-        there = weights.load(language.before(asked, tmp_path / "before"), mesh=mesh)
-        here = preparing.build(preparing.prepare(asked))
+        there = weights.load(language_models.before(asked, tmp_path / "before"), mesh=mesh)
+        here = setup.build(setup.prepare(asked))
         from flax import nnx
 
         for a, b in zip(jax.tree.leaves(nnx.state(there)), jax.tree.leaves(nnx.state(here)), strict=True):

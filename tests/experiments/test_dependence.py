@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dependence
+from lindm_experiments import dependence
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import apparatus, depth
-from lindm.attention.layer import ReducedAttention
+from lindm.icl.attention import ReducedAttention
 from lindm.problems.linear_mdp import onehot_family
 from lindm.types import Prompt
+from lindm_experiments import depth
+from lindm_experiments.lib import linear_mdps
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def test_smoke_gives_every_verdict_and_figure(records):
 def test_the_bias_is_the_error_of_the_repeated_layer_on_population_moments_in_numpy(records):
     cfg = depth.SMOKE
     family = depth.world(cfg)
-    pools = apparatus.task_pool(jax.random.split(jax.random.key(cfg.base_seed), 7)[0], family)
-    Psi = np.asarray(apparatus.pool_moment(pools))
+    pools = linear_mdps.task_pool(jax.random.split(jax.random.key(cfg.base_seed), 7)[0], family)
+    Psi = np.asarray(linear_mdps.pool_moment(pools))
     w = np.asarray(pools[0, : depth.BLOCK])
-    x, p = np.asarray(apparatus.pairs_table(family)), np.asarray(family.design)
+    x, p = np.asarray(linear_mdps.pairs_table(family)), np.asarray(family.design)
     Lambda = (x * p[:, None]).T @ x
     K = (x * (p * np.einsum("ni,ij,nj->n", x, Psi[0], x))[:, None]).T @ x
     for i, N in enumerate(cfg.N):

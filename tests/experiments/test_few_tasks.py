@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import apparatus, few_tasks
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
+from lindm_experiments import few_tasks
+from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.lib import linear_mdps
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_predicted_risks_and_the_constant_are_those_of_numpy():
     population = rng.normal(size=(4000, 3)) + 1.0
     sets, T, N = rng.normal(size=(2, 5, 3)), np.array([2.0, 5.0]), 6
     A_T, risk_T, least, C = (np.asarray(x) for x in few_tasks.predictions(family, population, sets, T, np.float64(N)))
-    table = np.asarray(apparatus.pairs_table(family))
+    table = np.asarray(linear_mdps.pairs_table(family))
     Lambda, Psi = table.T @ table / len(table), population.T @ population / len(population)
     A, second = _numpy_layers(table, Psi, N)
     np.testing.assert_allclose(least, np.trace(Lambda @ (Psi - A @ Lambda @ Psi)), rtol=1e-9)
@@ -59,7 +60,7 @@ def test_predicted_risks_and_the_constant_are_those_of_numpy():
 def test_measured_risks_are_mean_squared_errors_of_prompts():
     """Tasks and features without chance: one vector w, one feature direction, S = x x'w."""
     family = simplex_family(jax.random.key(3), 1, 1, 2, 1)
-    x = np.asarray(apparatus.pairs_table(family))[0]
+    x = np.asarray(linear_mdps.pairs_table(family))[0]
     w = np.array([0.5, -2.0])
     layers = np.random.default_rng(1).normal(size=(3, 1, 2, 2))
     got = few_tasks.measured_risks(jax.random.key(0), family, w[None], layers, N=4, prompts=8)

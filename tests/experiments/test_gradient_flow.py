@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from experiments import gradient_flow
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
+from lindm_experiments import gradient_flow
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 CFG = gradient_flow.SMOKE
 

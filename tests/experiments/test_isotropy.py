@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import isotropy
-from experiments.isotropy import FULL, QUICK, SIMPLEX, SMOKE
 from lindm.problems.linear_mdp import onehot_family, second_moment
+from lindm_experiments import isotropy
+from lindm_experiments.isotropy import FULL, QUICK, SIMPLEX, SMOKE
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ladder
-from experiments.statistics import FAIL, PASS
-from lindm import files
-from lindm.oracles.mdp import plan_linear
+from lindm.io import files
 from lindm.problems.linear_mdp import draw_task, second_moment
+from lindm.solvers.dp import plan_linear
+from lindm_experiments import ladder
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import llm_law
-from experiments.llm_law import FULL, QUICK, SMOKE, D
-from experiments.statistics import FAIL, INCONCLUSIVE, PASS
-from lindm import files
+from lindm.io import files
+from lindm_experiments import llm_law
+from lindm_experiments.harness.statistics import FAIL, INCONCLUSIVE, PASS
+from lindm_experiments.llm_law import FULL, QUICK, SMOKE, D
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import margin
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
 from lindm.problems.linear_mdp import second_moment, simplex_family
+from lindm_experiments import margin
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

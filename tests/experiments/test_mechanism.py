@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import language, mechanism, probing
-from experiments.mechanism import SMOKE
-from experiments.probing import Asked
-from experiments.statistics import FAIL, PASS
-from lindm import files
 from lindm.datasets import Recipe
-from lindm.llm.deciding import Reader as Deciding
-from lindm.play import Asked as Question
+from lindm.evaluation.losses import Asked as Question
+from lindm.io import files
+from lindm.llm.policy import Reader as Deciding
 from lindm.problems import cassandra
 from lindm.text import COMPACT, Document, Step
+from lindm_experiments import mechanism
+from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.lib import language_models, probes
+from lindm_experiments.lib.probes import Asked
+from lindm_experiments.mechanism import SMOKE
 
 TIGER = Path(__file__).parents[1] / "lindm/problems/files/tiger.pomdp"
 
@@ -79,7 +80,7 @@ def test_a_ridge_regression_is_the_minimiser_of_its_own_cost(width):
     flat = x.reshape(-1, width) / x.reshape(-1, width).std(0)
     W = np.linalg.lstsq(np.concatenate([flat, np.sqrt(7.0) * np.eye(width)]), np.pad(y.reshape(-1, 2), ((0, width), (0, 0))))[0]
     told = Y.mean(0) + (flat @ W).reshape(Y.shape)
-    np.testing.assert_allclose(probing.Ridge(X, X).errors(Y, Y, 7.0), ((told - Y) ** 2).sum((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(probes.Ridge(X, X).errors(Y, Y, 7.0), ((told - Y) ** 2).sum((1, 2)), rtol=1e-6)
 
 
 def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
@@ -87,7 +88,7 @@ def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
     X, X_new = rng.normal(size=(80, 3, 4, 10)), rng.normal(size=(40, 3, 4, 10))
     W, stage = rng.normal(size=(10, 2)), np.array([5.0, 50.0, 500.0])[:, None]
     Y, Y_new = (x[:, :, 2] @ W + stage for x in (X, X_new))
-    found = probing.probe(X, X_new, {"it": (Y, Y_new), "none": (rng.normal(size=Y.shape), Y_new - stage)})
+    found = probes.probe(X, X_new, {"it": (Y, Y_new), "none": (rng.normal(size=Y.shape), Y_new - stage)})
     assert min(found["none"]["profile"]) > 0.9
     found = found["it"]
     assert found["layer"] == 2
@@ -102,15 +103,15 @@ def test_what_the_stage_explains_counts_as_nothing():
     X, X_new = np.ones((60, 3, 1, 4)), np.ones((30, 3, 1, 4))
     X, X_new = X + np.arange(3)[:, None, None], X_new + np.arange(3)[:, None, None]  # tells the stage and no more
     Y, Y_new = (10.0 * np.arange(3)[:, None] + rng.normal(size=(n, 3, 2)) for n in (60, 30))
-    assert probing.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] == pytest.approx(1, abs=1e-6)
+    assert probes.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] == pytest.approx(1, abs=1e-6)
 
 
 def test_a_probe_with_more_features_than_tasks_is_shrunk_until_it_does_no_harm():
     rng = np.random.default_rng(2)
     X, X_new = rng.normal(size=(40, 1, 1, 60)), rng.normal(size=(400, 1, 1, 60))
     Y, Y_new = rng.normal(size=(40, 1, 1)), rng.normal(size=(400, 1, 1))
-    assert probing.Ridge(X[:, :, 0], X_new[:, :, 0]).errors(Y, Y_new, 1.0).mean() > 2  # the least penalty
-    assert probing.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] < 1.1
+    assert probes.Ridge(X[:, :, 0], X_new[:, :, 0]).errors(Y, Y_new, 1.0).mean() > 2  # the least penalty
+    assert probes.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] < 1.1
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------
@@ -120,10 +121,12 @@ def test_a_probe_with_more_features_than_tasks_is_shrunk_until_it_does_no_harm()
 def trained(tmp_path_factory):
     """A tiny model after a few steps, and query episodes of the suite mdp."""
     room = tmp_path_factory.mktemp("mechanism")
-    with language.quietly():
-        data = language.make(room / "data", language.law("mdp", 3), Recipe(tasks=12, demos=2, seed=4))
-        run = language.fine_tuned(language.options(language.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3))
-    return probing.Reader(run / "model"), probing.read(data, frozenset({"state", "reward"}))
+    with language_models.quietly():
+        data = language_models.make(room / "data", language_models.law("mdp", 3), Recipe(tasks=12, demos=2, seed=4))
+        run = language_models.fine_tuned(
+            language_models.options(language_models.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3)
+        )
+    return probes.Reader(run / "model"), probes.read(data, frozenset({"state", "reward"}))
 
 
 def test_the_last_of_the_stream_is_what_the_model_says(trained):
@@ -177,7 +180,7 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
         def logits(self, asked):
             return np.broadcast_to([0.0, 0.0, 1.0], asked.Q.shape)
 
-    blind: probing.Reader = Blind()  # pyright: ignore
+    blind: probes.Reader = Blind()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Reversed())
         assert mechanism.renamed(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
@@ -195,7 +198,7 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
         def logits(self, stream):
             return np.broadcast_to(np.eye(3)[stream][:, None], asked.Q.shape)
 
-    copying: probing.Reader = Copying()  # pyright: ignore
+    copying: probes.Reader = Copying()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Turned())
         assert mechanism.renamed(copying, copying.logits(copying.stream(asked)), asked, 1, 0) == [1.0] * 12
@@ -208,11 +211,11 @@ def test_renaming_changes_every_name_in_demonstrations_and_query():
 
 
 def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
-    with language.quietly():
+    with language_models.quietly():
         recipe = Recipe(tasks=10, demos=2, seed=9)
-        source = language.law("mdp", 3)
-        data = language.make(tmp_path / "data", source, recipe)
-        asked = probing.read(data, frozenset({"state", "reward"}))
+        source = language_models.law("mdp", 3)
+        data = language_models.make(tmp_path / "data", source, recipe)
+        asked = probes.read(data, frozenset({"state", "reward"}))
         logits = {"before": -asked.Q, "after": 3 * asked.Q + 7}
         found = mechanism.implied(logits, asked, data, source, recipe)
     assert found["with_q"]["after"] == pytest.approx([1] * 10) and found["with_q"]["before"] == pytest.approx([-1] * 10)
@@ -274,6 +277,6 @@ def test_figures_are_drawn(records):
 
 def test_a_model_that_writes_an_action_in_several_tokens_is_refused(trained, monkeypatch):
     reader, asked = trained
-    monkeypatch.setattr(probing, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
+    monkeypatch.setattr(probes, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
     with pytest.raises(ValueError, match="model must have a token for each action"):
         reader.stream(Asked(asked.documents[:1], asked.labels[:1], asked.Q[:1], asked.rows[:1]))

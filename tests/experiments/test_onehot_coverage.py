@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from experiments import onehot_coverage as coverage
-from experiments.onehot_coverage import CENTRED_LABELS, SHIFTS, SMOKE, A, S
-from theory.mean_policy import policy_loss
+from lindm_experiments import onehot_coverage as coverage
+from lindm_experiments.onehot_coverage import CENTRED_LABELS, SHIFTS, SMOKE, A, S
+from lindm_theory.mean_policy import policy_loss
 
 
 @pytest.fixture(scope="module")

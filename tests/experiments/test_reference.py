@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import harness
-from experiments.statistics import adjust
-from lindm import files
+from lindm.io import files
+from lindm_experiments.harness import runner
+from lindm_experiments.harness.statistics import adjust
 
-HERE = Path(harness.__file__).parent
+HERE = Path(runner.__file__).parents[2]
 RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl"))
 PAGE = (HERE / "README.md").read_text(encoding="utf-8")
 
@@ -18,7 +18,7 @@ PAGE = (HERE / "README.md").read_text(encoding="utf-8")
 @pytest.fixture(params=RUNS, ids=lambda run: run.name)
 def run(request):
     config = json.loads((request.param / "config.json").read_text())
-    return harness.load(config["experiment"]), config, files.read_records(request.param)
+    return runner.load(config["experiment"]), config, files.read_records(request.param)
 
 
 def test_there_are_reference_records():
@@ -36,13 +36,13 @@ def test_they_are_of_the_full_preset_and_whole(run):
 def test_the_page_tells_their_verdicts(run):
     module, _, records = run
     told = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
-    found = {v.id: v.verdict for v in adjust(harness.decide(module, records))}
+    found = {v.id: v.verdict for v in adjust(runner.decide(module, records))}
     assert {id: told.get(id) for id in found} == found
 
 
 def test_the_page_tells_their_gaps():
     """Every row of its tables: the fine-tuned model's gap and interval, and the others' beside it."""
-    from experiments import decisions
+    from lindm_experiments import decisions
 
     records = files.read_records(HERE / "reference/decisions")
     rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
@@ -58,7 +58,7 @@ def test_the_page_tells_their_gaps():
 
 
 def test_the_page_tells_what_lengths_are_worth():
-    from experiments import llm_law
+    from lindm_experiments import llm_law
 
     records = files.read_records(HERE / "reference/llm_law")
     N, M = llm_law.lengths(records)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from experiments import nested, risk
-from experiments.laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
-from experiments.statistics import FAIL, PASS
-from lindm import files
-from lindm.attention.layer import ReducedAttention, query_columns
+from lindm.icl.attention import ReducedAttention, query_columns
+from lindm.io import files
 from lindm.types import Prompt
+from lindm_experiments import risk
+from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.lib import nested
+from lindm_experiments.lib.feature_laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
 
 SPECTRUM = 10.0 ** -(np.arange(6) / 5)
 KAPPA_10 = np.diag(6 * SPECTRUM / SPECTRUM.sum())

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import apparatus, shift
+from lindm_experiments import shift
+from lindm_experiments.lib import linear_mdps
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def test_the_predictions_are_the_risk_summed_over_tasks_and_pairs_in_numpy(recor
     cfg = shift.SMOKE
     k_pool, _, k_tasks, *_ = jax.random.split(jax.random.key(cfg.base_seed), 6)
     train, query, other = shift.world(cfg)
-    x = np.asarray(apparatus.pairs_table(train))
+    x = np.asarray(linear_mdps.pairs_table(train))
     p, q, o = (np.asarray(f.design) for f in (train, query, other))
-    pool = np.asarray(apparatus.task_pool(k_pool, train))
-    w = np.asarray(apparatus.task_pool(k_tasks, train))[:, : cfg.contexts]
+    pool = np.asarray(linear_mdps.task_pool(k_pool, train))
+    w = np.asarray(linear_mdps.task_pool(k_tasks, train))[:, : cfg.contexts]
     Lambda = (x * p[:, None]).T @ x
     predicted = dict.fromkeys(shift.KINDS, 0.0)
     M = cfg.M[0]

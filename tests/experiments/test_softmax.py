@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import softmax
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
+from lindm_experiments import softmax
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import weights
-from experiments.statistics import FAIL, PASS
-from lindm import files
+from lindm.io import files
 from lindm.problems.linear_mdp import second_moment
+from lindm_experiments import weights
+from lindm_experiments.harness.statistics import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

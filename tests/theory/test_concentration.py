@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from theory import concentration as tail
+from lindm_theory import concentration as tail
 
 
 def sums(values, weights, M):

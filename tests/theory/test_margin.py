@@ -7,7 +7,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from theory import margin
+from lindm_theory import margin
 
 
 def test_the_values_at_infinite_context_are_those_of_loops(world):

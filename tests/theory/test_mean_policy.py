@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from theory import margin as margins
-from theory import mean_policy
+from lindm_theory import margin as margins
+from lindm_theory import mean_policy
 
 # compiled once for all seeds
 rung, policy_loss = jax.jit(mean_policy.mean_policy_rung), jax.jit(mean_policy.policy_loss)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from theory import offline
+from lindm_theory import offline
 
 
 def bootstrapped(W, seed):

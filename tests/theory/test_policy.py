@@ -9,7 +9,7 @@ import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from theory import in_context, policy
+from lindm_theory import in_context, policy
 
 # compiled once: a rung is a loop of sixty steps
 span_rung, statewise, sup = jax.jit(policy.span_rung), jax.jit(policy.span_statewise_rung), jax.jit(policy.sup_rung)

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 
 from lindm.cli.models import Export, Import, Model, Show, run_export, run_model
-from lindm.files import Stop
-from tests.lindm.llm import reference, test_adapters
-from tests.lindm.llm.test_weights import everything
+from lindm.errors import LindmError
+from tests.lindm.llm import reference
+from tests.lindm.llm.io import test_peft
+from tests.lindm.llm.io.test_weights import everything
 
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were(monkeypatch):
-    monkeypatch.setattr("lindm.files.stop_on_signals", lambda: None)
+    monkeypatch.setattr("lindm.io.files.stop_on_signals", lambda: None)
 
 
 def test_a_model_is_imported_and_shown(tmp_path, capsys):
@@ -29,14 +30,14 @@ def test_a_model_is_imported_and_shown(tmp_path, capsys):
 def test_what_is_not_a_model_is_not_shown(tmp_path):
     source = reference.write(tmp_path / "source", "llama")
     (source / "model.safetensors").write_bytes(b"")
-    with pytest.raises(Stop, match="not a safetensors file"):
+    with pytest.raises(LindmError, match="not a safetensors file"):
         run_model(Model(command=Show(directory=source)))
 
 
 def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):
     source = reference.write(tmp_path / "source", "llama")
     (source / "tokenizer.json").write_text("{}")
-    factors = test_adapters.by_peft(tmp_path / "adapter", targets=("v",))
+    factors = test_peft.by_peft(tmp_path / "adapter", targets=("v",))
     run_export(Export(directory=source, out=tmp_path / "out", adapter=tmp_path / "adapter", dtype="bf16"))
     assert "llama with " in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").exists()
     name = "model.layers.2.self_attn.v_proj"

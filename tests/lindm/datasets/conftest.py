@@ -8,8 +8,8 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import Recipe
-from lindm.sources import Source
-from lindm.suites import Suite
+from lindm.families.registry import Source
+from lindm.families.suites import Suite
 from lindm.types import MDP
 
 SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)

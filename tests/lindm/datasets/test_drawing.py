@@ -6,10 +6,9 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import drawing
-from lindm.suites import Suite
+from lindm.families.suites import Suite
 from lindm.types import APOMDP
-
-from .conftest import SUITE, recipe
+from tests.lindm.datasets.conftest import SUITE, recipe
 
 CLOUDS = Suite(name="clouds", horizon=2, S=2, A=2, O=2, M=2, quality=0.8, distance=0.5, alpha=0.7)
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from lindm.datasets import export, exports, load, make, named
-from lindm.files import PREEMPTED, STORAGE, USAGE, Stop
-from lindm.sources import Source
+from lindm.errors import LindmError, Preempted, StorageError, UsageError
+from lindm.families.registry import Source
 from lindm.text import COMPACT, READABLE, Template, parse
 from lindm.types import MDP
-
-from .conftest import recipe
+from tests.lindm.datasets.conftest import recipe
 
 
 def lines(path):
@@ -190,7 +189,7 @@ def test_out_may_be_relative(made, tmp_path, monkeypatch, to):
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)
-@pytest.mark.parametrize("interruption", [Stop(PREEMPTED, "stopped by SIGTERM"), KeyboardInterrupt()], ids=["stop", "key"])
+@pytest.mark.parametrize("interruption", [Preempted("stopped by SIGTERM"), KeyboardInterrupt()], ids=["stop", "key"])
 def test_an_interrupted_export_leaves_nothing(made, tmp_path, to, interruption):
     def progress(done, total):
         if done == 7:
@@ -215,7 +214,7 @@ def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, func
             nonlocal count
             count += event == "line"
             if count > n:
-                raise Stop(PREEMPTED, "stopped by SIGTERM")
+                raise Preempted("stopped by SIGTERM")
             return line
 
         before = sys.gettrace()
@@ -223,8 +222,8 @@ def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, func
         try:
             export(made.mdp, to, out)
             break
-        except Stop as e:
-            assert e.code == PREEMPTED
+        except LindmError as e:
+            assert isinstance(e, Preempted)
             stops += 1
         finally:
             sys.settrace(before)
@@ -237,12 +236,12 @@ def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, func
 
 def test_nothing_is_replaced_and_nothing_is_left_half_done(made, tmp_path):
     (tmp_path / "messages.jsonl").write_text("mine")
-    with pytest.raises(Stop, match=r"messages\.jsonl is there already") as e:
+    with pytest.raises(LindmError, match=r"messages\.jsonl is there already") as e:
         export(made.mdp, "trl", tmp_path)
-    assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == ["messages.jsonl"]
-    with pytest.raises(Stop, match="cannot write") as e:
+    assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == ["messages.jsonl"]
+    with pytest.raises(LindmError, match="cannot write") as e:
         export(made.mdp, "trl", tmp_path / "messages.jsonl" / "out")
-    assert e.value.code == STORAGE
+    assert isinstance(e.value, StorageError)
 
 
 def test_a_damaged_dataset_is_not_exported(made, tmp_path):
@@ -251,7 +250,7 @@ def test_a_damaged_dataset_is_not_exported(made, tmp_path):
     with (tmp_path / "episodes-00002.jsonl").open("a") as f:
         f.write("{}\n")
     for to in exports.FORMATS:
-        with pytest.raises(Stop, match=r"episodes-00002\.jsonl is damaged"):
+        with pytest.raises(LindmError, match=r"episodes-00002\.jsonl is damaged"):
             export(tmp_path, to, tmp_path / "out")
         assert list((tmp_path / "out").iterdir()) == []
 
@@ -285,7 +284,7 @@ def test_minari_loads_every_episode(made, tmp_path, monkeypatch, name):
         np.testing.assert_array_equal(episode.infos["Q"], [*row["Q"], [0] * len(row["Q"][0])])
         assert episode.infos["certificate"].tolist() == [*row["certificate"], -1]
         assert episode.infos["regret"].tolist() == [*row["regret"], 0]
-    with pytest.raises(Stop, match="is there already"):
+    with pytest.raises(LindmError, match="is there already"):
         export(directory, "minari", tmp_path)
 
 
@@ -295,7 +294,7 @@ def test_minari_is_told_what_it_needs(made, tmp_path, monkeypatch):
     (path,) = export(made.mdp, "minari", tmp_path, dataset_id="mine-v3")
     assert (path / "data").is_dir() and [p.name for p in tmp_path.iterdir()] == ["mine-v3"]
     monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(Stop, match=r"pip install 'lindm\[minari\]'"):
+    with pytest.raises(LindmError, match=r"pip install 'lindm\[minari\]'"):
         export(made.mdp, "minari", tmp_path, dataset_id="other-v0")
 
 

@@ -9,10 +9,9 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import episodes_of, load, problem_of
-from lindm.files import DATA, Stop
+from lindm.errors import DataError, LindmError
 from lindm.types import APOMDP, MDP, POMDP
-
-from .conftest import recipe
+from tests.lindm.datasets.conftest import recipe
 
 
 def same(x, y):
@@ -128,20 +127,20 @@ def test_damage_is_named_by_its_file(made, tmp_path, name):
     data = bytearray((tmp_path / name).read_bytes())
     data[-20] ^= 1
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(Stop, match=name) as e:
+    with pytest.raises(LindmError, match=name) as e:
         list(load(tmp_path))
-    assert e.value.code == DATA
+    assert isinstance(e.value, DataError)
     (tmp_path / name).unlink()
-    with pytest.raises(Stop, match=f"cannot read .*{name}|not finished"):
+    with pytest.raises(LindmError, match=f"cannot read .*{name}|not finished"):
         list(load(tmp_path))
 
 
 def test_what_is_no_dataset_is_refused(tmp_path):
     for text in ("[1]", "{", '{"config": {"format": "another"}}'):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(Stop, match=r"manifest\.json: not") as e:
+        with pytest.raises(LindmError, match=r"manifest\.json: not") as e:
             list(load(tmp_path))
-        assert e.value.code == DATA
+        assert isinstance(e.value, DataError)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lindm import datasets, files
+from lindm import datasets
 from lindm.datasets import drawing, shards
 from lindm.datasets.shards import make
-from lindm.files import PREEMPTED, STORAGE, USAGE, Stop
-
-from .conftest import SUITE, fixed_mdp, recipe
+from lindm.errors import LindmError, Preempted, StorageError, UsageError
+from lindm.io import files
+from tests.lindm.datasets.conftest import SUITE, fixed_mdp, recipe
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -62,7 +62,7 @@ def test_a_finished_dataset_is_left_alone(tmp_path, source, reference):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from experiments.harness import settle_xla
+from lindm_experiments.harness.runner import settle_xla
 settle_xla()
 import jax
 jax.config.update("jax_enable_x64", True)
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, so
     left = {p.name for p in out.iterdir()}
     assert "tasks-00001.parquet" in left and "episodes-00001.jsonl" not in left and "manifest.json" not in left
     assert any(name.endswith(files.TEMPORARY) for name in left)
-    with pytest.raises(Stop, match="not finished"):
+    with pytest.raises(LindmError, match="not finished"):
         next(datasets.load(out))
     with (out / "progress.jsonl").open("a") as f:
         f.write('{"point": {"shard": "000')  # a torn line too
@@ -130,14 +130,14 @@ def test_a_run_that_is_stopped_anywhere_goes_on(tmp_path, source, reference, mon
 
 
 def stopped(*args, **kwargs):
-    raise Stop(PREEMPTED, "stopped by SIGTERM")
+    raise Preempted("stopped by SIGTERM")
 
 
 def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, reference):
     out = tmp_path / "d"
-    with pytest.raises(Stop) as e:
+    with pytest.raises(LindmError) as e:
         make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
-    assert e.value.code == PREEMPTED
+    assert isinstance(e.value, Preempted)
     left = {p.name for p in out.iterdir()}
     assert "progress.jsonl" in left and not any(name.startswith(".") for name in left)
     assert make(out, source, RECIPE).kept == 1
@@ -148,13 +148,13 @@ def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, referenc
 def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, monkeypatch, place):
     """The handler may raise anywhere, also where a file that cannot be read would be passed over."""
     out = tmp_path / "d"
-    with pytest.raises(Stop):
+    with pytest.raises(LindmError):
         make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
     before = contents(out)
     monkeypatch.setattr(files if place == "read_lines" else shards, place, stopped)
-    with pytest.raises(Stop) as e:
+    with pytest.raises(LindmError) as e:
         make(out, source, RECIPE)
-    assert e.value.code == PREEMPTED and contents(out) == before
+    assert isinstance(e.value, Preempted) and contents(out) == before
     monkeypatch.undo()
     assert make(out, source, RECIPE).kept == 1 and contents(out) == reference
 
@@ -193,10 +193,12 @@ def test_a_missing_and_a_truncated_file_are_made_again(tmp_path, source, referen
 
 def test_another_configuration_is_refused_and_the_difference_shown(tmp_path, made, source):
     before = contents(made.mdp)
-    with pytest.raises(Stop, match=r"recipe.query_epsilon is 0.5 there and 0.2 here, recipe.seed is 0 there and 1 here;") as e:
+    with pytest.raises(
+        LindmError, match=r"recipe.query_epsilon is 0.5 there and 0.2 here, recipe.seed is 0 there and 1 here;"
+    ) as e:
         make(made.mdp, source, recipe(seed=1))
-    assert e.value.code == USAGE
-    with pytest.raises(Stop, match=r"source.problem.sha256 is "):
+    assert isinstance(e.value, UsageError)
+    with pytest.raises(LindmError, match=r"source.problem.sha256 is "):
         make(made.mdp, jax.tree.map(lambda x: x[..., ::-1], source.problem), RECIPE)
     assert contents(made.mdp) == before
 
@@ -208,24 +210,26 @@ def test_other_versions_may_read_a_dataset_but_not_go_on_with_it(tmp_path, sourc
     monkeypatch.setattr(shards, "_versions", lambda: json.loads((out / "config.json").read_text())["versions"] | {"jax": "9"})
     assert make(out, source, RECIPE).made == 0 and contents(out) == before
     (out / "tasks-00000.jsonl").unlink()
-    with pytest.raises(Stop, match=r'jax is "0\.\d+\.\d+.*" there and "9" here'):
+    with pytest.raises(LindmError, match=r'jax is "0\.\d+\.\d+.*" there and "9" here'):
         make(out, source, RECIPE)
 
 
 def test_a_directory_with_other_files_is_left_as_it_is(tmp_path, source):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(Stop, match=r"is not empty and holds no dataset \(thesis.tex\)") as e:
+    with pytest.raises(LindmError, match=r"is not empty and holds no dataset \(thesis.tex\)") as e:
         make(tmp_path, source, RECIPE)
-    assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json"])
 @pytest.mark.parametrize("content", ['{"lr": 3e-4}', '{"config": {"format": 1}}', "{}", "[1]", "lr: 3e-4"])
 def test_a_directory_with_files_of_the_same_name_is_left_as_it_is(tmp_path, source, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(Stop, match=r"holds something that is not a dataset and is not touched: .*; choose another --out") as e:
+    with pytest.raises(
+        LindmError, match=r"holds something that is not a dataset and is not touched: .*; choose another --out"
+    ) as e:
         make(tmp_path, source, RECIPE)
-    assert e.value.code == USAGE and [p.name for p in tmp_path.iterdir()] == [name]
+    assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
 
 
@@ -240,19 +244,19 @@ def test_files_of_a_user_in_a_dataset_survive(tmp_path, source):
 
 def test_a_place_that_cannot_be_written_is_exit_7(tmp_path, source):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Stop, match="cannot write") as e:
+    with pytest.raises(LindmError, match="cannot write") as e:
         make(tmp_path / "file" / "d", source, RECIPE)
-    assert e.value.code == STORAGE
+    assert isinstance(e.value, StorageError)
 
 
 def test_a_second_writer_is_refused(tmp_path, source):
-    with files.sole_writer(tmp_path / "d"), pytest.raises(Stop, match="written by another process"):
+    with files.sole_writer(tmp_path / "d"), pytest.raises(LindmError, match="written by another process"):
         make(tmp_path / "d", source, RECIPE)
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, source, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(Stop, match=r"pip install 'lindm\[data\]'"):
+    with pytest.raises(LindmError, match=r"pip install 'lindm\[data\]'"):
         make(tmp_path / "d", source, RECIPE)
     assert not (tmp_path / "d").exists()
 

@@ -10,11 +10,12 @@ from flax import nnx
 
 from lindm import datasets
 from lindm.datasets import Recipe
-from lindm.llm import records, weights
-from lindm.llm.architecture import Architecture
-from lindm.llm.decoder import Decoder
-from lindm.llm.vocabulary import small_tokenizer
-from lindm.suites import Suite
+from lindm.families.suites import Suite
+from lindm.llm.config import Architecture
+from lindm.llm.io import weights
+from lindm.llm.model import Decoder
+from lindm.llm.sft import examples
+from lindm.llm.train_tokenizer import small_tokenizer
 
 SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
 SIZES = {"width": 32, "depth": 2, "K": 2, "groups": 1, "head": 16, "mlp": 64, "tied": True, "length": 256, "spread": 0.4}
@@ -48,7 +49,7 @@ def micro(tmp_path_factory, brute) -> Micro:
     pieces = []
     for name in ("mdp", "hidden", "cloud"):
         how = datasets.telling(root / name, datasets.read_manifest(root / name), None, name == "mdp", False)
-        pieces += [piece.text for _, _, found, _ in records.documents(root / name, how) for piece in found]
+        pieces += [piece.text for _, _, found, _ in examples.documents(root / name, how) for piece in found]
     tokenizer = small_tokenizer(pieces, 320)
     tokenizer.save_pretrained(str(root / "tokenizer"))
     architecture = Architecture(family="llama", vocabulary=len(tokenizer), **SIZES)

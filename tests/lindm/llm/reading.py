@@ -5,8 +5,8 @@ import numpy as np
 from flax import nnx
 
 from lindm import datasets
+from lindm.evaluation.losses import world
 from lindm.llm.tokens import action_tokens, encode, prefix
-from lindm.play import world
 from lindm.text import Document, render
 
 LENGTH = 192

@@ -4,11 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.files import DATA, Stop
+from lindm.errors import DataError, LindmError
 from lindm.llm.chats import chat_example, chat_text
 from lindm.llm.tokens import audit, decode
-
-from .small import CHATML, KINDS, TURNS, byte_level, trained_texts
+from tests.lindm.llm.small import CHATML, KINDS, TURNS, byte_level, trained_texts
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,9 +76,9 @@ def turn(content: str, role: str = "assistant") -> dict:
     ],
 )
 def test_bad_messages_are_refused_by_name(messages, why):
-    with pytest.raises(Stop, match=f"^rows.jsonl:7: {why}") as e:
+    with pytest.raises(LindmError, match=f"^rows.jsonl:7: {why}") as e:
         chat_example(KINDS["bytes"](), messages, "rows.jsonl:7")
-    assert e.value.code == DATA
+    assert isinstance(e.value, DataError)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_bad_messages_are_refused_by_name(messages, why):
 )
 def test_a_template_that_does_not_fit_is_refused(template, why):
     messages = [turn("hi", "user"), turn("a b c"), turn("ho", "user"), turn("d")]
-    with pytest.raises(Stop, match=f"^row 1: {why}"):
+    with pytest.raises(LindmError, match=f"^row 1: {why}"):
         chat_example(byte_level(template), messages, "row 1")
 
 

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lindm.llm import adapters, gguf, lora, weights
-from tests.lindm.llm import reference, test_gguf
-from tests.lindm.llm.test_weights import everything
+from lindm.llm import lora
+from lindm.llm.io import gguf, weights
+from lindm.llm.io import peft as adapters
+from tests.lindm.llm import reference
+from tests.lindm.llm.io import test_gguf
+from tests.lindm.llm.io.test_weights import everything
 
 torch = pytest.importorskip("torch", reason="needs torch: make parity")
 transformers = pytest.importorskip("transformers")

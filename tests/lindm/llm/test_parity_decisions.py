@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lindm.llm import preparing, sft, weights
-from lindm.llm.deciding import Reader
-from lindm.llm.options import Sft
+from lindm.evaluation.losses import play, world
+from lindm.llm.io import weights
+from lindm.llm.policy import Reader
+from lindm.llm.sft import setup, trainer
+from lindm.llm.sft.options import Sft
 from lindm.llm.tokens import load_tokenizer
-from lindm.play import play, world
 from tests.lindm.llm.reading import read_whole, told
 
 torch = pytest.importorskip("torch", reason="needs torch: make parity")
@@ -36,7 +37,7 @@ def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
     options = Sft(
         model=micro.model, data=micro.hidden, out=tmp_path / "out", steps=4, eval_tasks=0, method=method, learning_rate=5e-3
     )
-    assert sft.run(options) == 0
+    assert trainer.run(options) == 0
     directory = tmp_path / "out" / "model"
     worlds, demos, template = told(micro.mdp, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -53,10 +54,10 @@ def test_a_given_run_decides_alike_in_torch():
     given = json.loads((out / "config.json").read_text())["options"]
     paths = {k: Path(v) for k, v in given.items() if k in ("data", "out", "model", "eval_data") and v is not None}
     options = dataclasses.replace(Sft(**(given | paths)), mesh="data=1,fsdp=8")
-    decisions = preparing.prepare(dataclasses.replace(options, batch=8)).decisions
+    decisions = setup.prepare(dataclasses.replace(options, batch=8)).decisions
     assert decisions is not None
     tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
-    worlds = [world(preparing.datasets.problem_of(task), decisions.rewards) for task in tasks]
+    worlds = [world(setup.datasets.problem_of(task), decisions.rewards) for task in tasks]
     A = tasks[0]["n_actions"]
     whole, scores, _ = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
     wanted = play(worlds, whole(demos), episodes=2, listed=64)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.llm.decoder import NARROWEST, STRIPES, causal_attention, trained_product
+from lindm.llm.model import NARROWEST, STRIPES, causal_attention, trained_product
 
 RNG = np.random.default_rng(0)
 

@@ -10,22 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lindm.files import DATA, Stop
+from lindm.errors import DataError, LindmError
 from lindm.llm import tokens
-from lindm.llm.tokens import (
-    action_tokens,
-    audit,
-    completion_example,
-    decode,
-    document_example,
-    encode,
-    load_tokenizer,
-    prefix,
-)
-from lindm.llm.vocabulary import small_tokenizer
+from lindm.llm.tokens import action_tokens, audit, completion_example, decode, document_example, encode, load_tokenizer, prefix
+from lindm.llm.train_tokenizer import small_tokenizer
 from lindm.text import COMPACT, READABLE, Document, Step, Template, action_spans, render, text
-
-from .small import KINDS, byte_level, trained_texts
+from tests.lindm.llm.small import KINDS, byte_level, trained_texts
 
 WORDS = Template(
     name="words", step=("|", "{state}", "{action}", ":{reward}"), closing="\n", states="{}", actions=(" go", " good", " wait")
@@ -84,26 +74,26 @@ def test_text_that_a_vocabulary_takes_for_a_control_token_is_refused():
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     assert [decode(tokenizer, ids) for ids in encode(tokenizer, ["</s", "x"])] == ["</s", "x"]
-    with pytest.raises(Stop, match="tokenizer cannot write '</s>': it would become the control token '</s>'"):
+    with pytest.raises(LindmError, match="tokenizer cannot write '</s>': it would become the control token '</s>'"):
         encode(tokenizer, ["</s>"])
 
 
 def test_what_a_tokenizer_cannot_write_is_shown():
     lossy = byte_level(normalizer=normalizers.NFC())
     assert encode(lossy, ["caf\u00e9"])
-    with pytest.raises(Stop, match=r"tokenizer cannot write 'cafe\u0301': its tokens read 'caf\u00e9'") as e:
+    with pytest.raises(LindmError, match=r"tokenizer cannot write 'cafe\u0301': its tokens read 'caf\u00e9'") as e:
         encode(lossy, ["fine", "cafe\u0301"])
-    assert e.value.code == DATA
-    with pytest.raises(Stop, match="text must be what UTF-8 can encode"):
+    assert isinstance(e.value, DataError)
+    with pytest.raises(LindmError, match="text must be what UTF-8 can encode"):
         encode(KINDS["bytes"](), ["\ud800"])
-    with pytest.raises(Stop, match=r"tokenizer cannot write 'a▁b': its tokens read 'a b'"):
+    with pytest.raises(LindmError, match=r"tokenizer cannot write 'a▁b': its tokens read 'a b'"):
         encode(KINDS["prepend"](), ["a▁b"])
 
 
 def test_a_tokenizer_of_words_is_refused():
     backend = Tokenizer(models.WordLevel({"x": 0, "a": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(Stop, match="tokenizer must write texts piece by piece"):
+    with pytest.raises(LindmError, match="tokenizer must write texts piece by piece"):
         encode(PreTrainedTokenizerFast(tokenizer_object=backend), ["x"])
 
 
@@ -141,10 +131,10 @@ def test_an_action_that_begins_another_is_refused(names):
     if not clash:
         assert len(action_tokens(tokenizer, template, len(names))) == len(names)
         return
-    with pytest.raises(Stop, match="actions must have tokens of which none begins another's") as e:
+    with pytest.raises(LindmError, match="actions must have tokens of which none begins another's") as e:
         action_tokens(tokenizer, template, len(names))
     shown = [name for name in names if f"{name!r} is [" in e.value.message]
-    assert e.value.code == DATA and any(a != b and b.startswith(a) for a in shown for b in shown)
+    assert isinstance(e.value, DataError) and any(a != b and b.startswith(a) for a in shown for b in shown)
 
 
 # --- documents
@@ -238,14 +228,14 @@ def test_a_completion_and_its_end_are_trained_behind_the_prompt_as_anyone_would_
 def test_an_empty_prompt_needs_something_in_front_of_the_completion():
     example = completion_example(KINDS["bytes with a beginning"](), "", "x", "here")
     assert trained_texts(KINDS["bytes with a beginning"](), example) == ["x<|im_end|>"] and len(example.ids) == 3
-    with pytest.raises(Stop, match="here: nothing stands in front of the first token that is trained"):
+    with pytest.raises(LindmError, match="here: nothing stands in front of the first token that is trained"):
         completion_example(KINDS["bytes"](), "", "x", "here")
     assert trained_texts(KINDS["bytes"](), completion_example(KINDS["bytes"](), "x", "", "")) == ["<|im_end|>"]
 
 
 def test_a_tokenizer_without_an_end_has_no_completions():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
-    with pytest.raises(Stop, match="here: the tokenizer has no token that ends a sequence"):
+    with pytest.raises(LindmError, match="here: the tokenizer has no token that ends a sequence"):
         completion_example(tokenizer, "x", "y", "here")
 
 
@@ -285,13 +275,13 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(kind, family, tmp_path):
 
 
 def test_where_there_is_no_tokenizer_the_directory_is_named(tmp_path):
-    with pytest.raises(Stop, match=f"there is no tokenizer in {tmp_path / 'nothing'}: it is not a directory") as e:
+    with pytest.raises(LindmError, match=f"there is no tokenizer in {tmp_path / 'nothing'}: it is not a directory") as e:
         load_tokenizer(tmp_path / "nothing")
-    assert e.value.code == DATA
-    with pytest.raises(Stop, match=f"there is no tokenizer in {tmp_path}"):
+    assert isinstance(e.value, DataError)
+    with pytest.raises(LindmError, match=f"there is no tokenizer in {tmp_path}"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(Stop, match=f"there is no tokenizer in {tmp_path}"):
+    with pytest.raises(LindmError, match=f"there is no tokenizer in {tmp_path}"):
         load_tokenizer(tmp_path)
 
 
@@ -303,8 +293,8 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     try:
         load_tokenizer(tmp_path)
-    except Stop as e:
-        assert e.code == DATA and str(tmp_path) in e.message
+    except LindmError as e:
+        assert isinstance(e, DataError) and str(tmp_path) in e.message
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,12 +9,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm.llm import sharding
-from lindm.llm.architecture import Architecture
-from lindm.llm.decoder import Decoder
+from lindm.llm.config import Architecture
 from lindm.llm.lora import add_lora
-from lindm.llm.packing import Batch
-from lindm.llm.step import Computing, Optimisation, State, initial, jitted, make_step, shardings
+from lindm.llm.model import Decoder
+from lindm.llm.parallel import sharding
+from lindm.llm.sft.packing import Batch
+from lindm.llm.sft.step import Computing, Optimisation, State, initial, jitted, make_step, shardings
 
 TINY = Architecture(
     family="llama", vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=64, epsilon=1e-5, spread=0.3, qkv_bias=True

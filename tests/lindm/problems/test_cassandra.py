@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.files import DATA, Stop
+from lindm.errors import DataError, LindmError
 from lindm.problems import cassandra
 from lindm.problems.cassandra import Model, cloud, parse, read, to_pomdp, write
 
@@ -27,9 +27,9 @@ def model(entries: str, preamble: str = PREAMBLE) -> Model:
 
 
 def refusal(text: str) -> str:
-    with pytest.raises(Stop) as caught:
+    with pytest.raises(LindmError) as caught:
         parse(text, "f.pomdp")
-    assert caught.value.code == DATA
+    assert isinstance(caught.value, DataError)
     return str(caught.value)
 
 
@@ -468,9 +468,9 @@ def survives(text: str) -> None:
         warnings.simplefilter("ignore", UserWarning)
         try:
             parse(text, "f.pomdp")
-        except Stop as stop:
+        except LindmError as stop:
             found = re.match(r"f\.pomdp:(\d+): \S", stop.message)
-            assert stop.code == DATA and found and 1 <= int(found[1]) <= text.count("\n") + 1, stop.message
+            assert isinstance(stop, DataError) and found and 1 <= int(found[1]) <= text.count("\n") + 1, stop.message
 
 
 def test_the_text_to_break_is_whole():
@@ -508,9 +508,9 @@ def test_a_file_that_is_none_is_refused(tmp_path):
         (tmp_path / "latin.pomdp", r"latin\.pomdp:2: expected text in UTF-8; got the byte 0xf6"),
         (tmp_path / "empty.pomdp", r"empty\.pomdp:1: the file is empty"),
     ):
-        with pytest.raises(Stop, match=rule) as caught:
+        with pytest.raises(LindmError, match=rule) as caught:
             read(path)
-        assert caught.value.code == DATA
+        assert isinstance(caught.value, DataError)
 
 
 @pytest.mark.parametrize(
@@ -680,7 +680,7 @@ def test_models_of_one_problem_go_together_and_others_are_refused_by_name():
         ("observations: u v", "observations: u v w", "^two: observations must be as in one"),
     ):
         text = "discount: 0.9\nstates: a b c\nactions: x y\nobservations: u v\nT: * identity\nO: * uniform"
-        with pytest.raises(Stop, match=rule):
+        with pytest.raises(LindmError, match=rule):
             cloud([parse(text), parse(text.replace(old, new))], ["one", "two"], 3)
     other = Model(**{**one.__dict__, "discount": 0.5})
     assert np.array_equal(cloud([one, other], ["one", "two"], 2, 0.8)[1].r[1], 0.8 * one.r)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.oracles.mdp import plan_linear
 from lindm.problems.linear_mdp import carry, linear_mdp, onehot_family, second_moment, simplex_family
 from lindm.problems.linear_mdp import draw_task as eager_draw_task
 from lindm.problems.linear_mdp import tabulate as eager_tabulate
+from lindm.solvers.dp import plan_linear
 
 draw_task, tabulate = jax.jit(eager_draw_task), jax.jit(eager_tabulate)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.oracles.mdp import backward_induction, occupancy
 from lindm.problems.mdp import draw_mdp, draw_stationary_mdp, mdp, over_stages, simplex_rows
+from lindm.solvers.dp import backward_induction, occupancy
 
 S, A, H = 3, 2, 2
 

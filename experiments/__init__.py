@@ -1,1 +1,0 @@
-"""Where what is measured (`lindm`) meets what is predicted (`theory`): one question per module."""

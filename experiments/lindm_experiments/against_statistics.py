@@ -1,0 +1,392 @@
+"""When is the attention layer better than statistics on the same context, and by how much?
+
+Gaussian features, Lambda = Psi = I, label noise sigma, the layer trained for the test length (N = M). Both risks are known
+exactly,
+
+    layer   d c/(c + M),  c = d + 1 + sigma^2
+    OLS     d sigma^2/(M - d - 1)  for M >= d + 2,      d - M + M sigma^2/(d - M - 1)  for M <= d - 2 (shortest solution)
+
+and comparing them is elementary algebra (ours): the layer is better if and only if
+
+    sigma^2 > sqrt(M (d + 1)) - (d + 1)   (M >= d + 2),        sigma^2 > sqrt(d (M + 1)) - (M + 1)   (M <= d - 2).
+
+It wins on short or noisy contexts, where OLS has no prior. The ridge regression of the same prior (Bayes) is the best predictor
+linear in y *for every single context X*, and one layer is linear in y: the layer never beats it, on no law of features and tasks.
+
+In real linear MDPs the same contexts go to ridge, OLS and two Bayes predictors, and as many transitions (s, a, r, s') with the
+same noise on r to LSVI and PEVI; what counts is the exact suboptimality of the greedy policy. There the tasks have a mean, and to
+a layer that does not look at X'X the mean times the sampling noise of X'X is label noise. So the paper's layer loses to nearly
+everything; the same layer on labels minus their prior mean is close to Bayes wherever label noise dominates, and better there
+than what ignores the prior.
+
+    lindm run against_statistics --preset quick      about 20 s on 2 cores
+    lindm verify --only against-statistics
+
+Expected: the boundary where it is predicted; no context on which the layer beats Bayes; on centred labels a layer that beats OLS,
+ridge and LSVI on short contexts and loses to OLS on long clean ones.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from lindm.icl.attention import ReducedAttention, pad
+from lindm.icl.prompts import draw_pairs, transitions
+from lindm.icl.trainer import train_many
+from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.problems.regression import draw_regression
+from lindm.solvers.rollout import cumulative
+from lindm.validate import count, nonnegative
+from lindm_experiments.harness.criteria import judge, judge_count
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, COLORS, DIVERGING, GREY, MARKERS, MEASURED, RED, SEED
+from lindm_experiments.lib import linear_mdps
+from lindm_experiments.lib.predictor_risks import (
+    AFFINE,
+    BAYES,
+    CENTRED,
+    DATA_ONLY,
+    LAYER,
+    METHODS,
+    boundary,
+    layer_risk,
+    losses,
+    ols_risk,
+    risks,
+)
+from lindm_theory.in_context import optimal_weights
+
+CLAIMS = ("against-statistics", "against-statistics/bayes", "against-statistics/small-context", "against-statistics/raw-labels")
+D = 8  # features of the Gaussian problem
+S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2023000
+    contexts: int = 4096  # Gaussian contexts of every length
+    M_gauss: tuple[int, ...] = (2, 16, 32, 64)
+    sigma_gauss: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    M_trained: tuple[int, ...] = ()  # lengths at which the layer of the Gaussian problem is trained, not taken as A_N
+    tasks: int = 256  # MDPs
+    M: tuple[int, ...] = (8, 16, 32, 64, 128)
+    sigma: tuple[float, ...] = (0.1, 0.3, 1.0)
+    small: tuple[int, float] = (8, 0.3)  # M and sigma of `small-context`, where the layers are trained
+    pool: int = 4096
+    steps: int = 400
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "contexts", "tasks", "pool", "steps"):
+            count(getattr(self, name), name)
+        for name in ("M_gauss", "M"):
+            for M in getattr(self, name) or (0,):
+                count(M, name)
+        for name in ("sigma_gauss", "sigma"):
+            for sigma in getattr(self, name) or (-1.0,):
+                nonnegative(sigma, name)
+                if sigma == 0:
+                    raise ValueError(f"{name} must be positive: at sigma = 0 least squares is exact from M = d on; got {sigma}")
+        if any(abs(M - D) < 2 for M in self.M_gauss):
+            raise ValueError(f"M_gauss must keep a distance of 2 from d = {D}, where OLS has no finite risk; got {self.M_gauss}")
+        if not set(self.M_trained) <= set(self.M_gauss):
+            raise ValueError(f"M_trained must be among M_gauss = {self.M_gauss}; got {self.M_trained}")
+        if self.small[0] not in self.M or self.small[1] not in self.sigma:
+            raise ValueError(f"small must be a cell of M x sigma; got {self.small}")
+
+
+QUICK = Config()
+FULL = Config(
+    seeds=10,
+    M_gauss=(2, 3, 4, 12, 16, 24, 32, 64, 128),
+    sigma_gauss=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    M_trained=(2, 16),
+    tasks=512,
+    M=(8, 12, 16, 24, 32, 64, 128, 256),
+    sigma=(0.03, 0.1, 0.3, 1.0, 3.0),
+    pool=16384,
+    steps=1500,
+)
+SMOKE = Config(
+    seeds=2,
+    contexts=256,
+    M_gauss=(2, 16),
+    sigma_gauss=(1.0,),
+    M_trained=(2,),
+    tasks=16,
+    M=(8, 16),
+    sigma=(0.3,),
+    pool=256,
+    steps=50,
+)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+# --- Gaussian regression -------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("contexts", "longest"))
+def grams(key: Array, M: Array, contexts: int, longest: int) -> Array:
+    """X'X [contexts, m, D, D] of the first M of `longest` Gaussian features."""
+    x = jax.random.normal(key, (contexts, longest, D))
+    used = (jnp.arange(longest)[None] < M[:, None]).astype(x.dtype)
+    return jnp.einsum("mi,cid,cie->cmde", used, x, x)
+
+
+@lru_cache
+def _gaussian_draw(longest: int, batch: int):
+    """The draw of a Gaussian training batch of n <= longest pairs and noise sigma, both traced."""
+
+    def draw(key: Array, root: Array, n: Array, sigma: Array):
+        keys = jax.random.split(key, batch)
+        prompt, target, _ = jax.vmap(lambda k: draw_regression(k, root, root, longest, 8, sigma))(keys)
+        return pad(prompt, n), target
+
+    return draw
+
+
+def gaussian_layers(key: Array, cells: list[tuple[int, float]], steps: int) -> np.ndarray:
+    """Layers [cells, D, D] trained for the length and noise of each cell."""
+    n = len(cells)
+    if n == 0:
+        return np.zeros((0, D, D))
+    data = (
+        jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (n, D, D)),
+        jnp.asarray([M for M, _ in cells]),
+        jnp.asarray([s for _, s in cells], jnp.float32),
+    )
+    draw = _gaussian_draw(max(M for M, _ in cells), 64)
+    layers, _ = train_many(ReducedAttention(D), draw, jax.random.split(key, n), steps=steps, data=data, learning_rate=0.03)
+    return np.asarray(layers.A[...][:, 0], float)
+
+
+def gaussian_part(cfg: Config, key: Array) -> list[dict]:
+    """The (M, sigma) cells of the Gaussian problem."""
+    k_contexts, k_train = jax.random.split(key)
+    G = grams(k_contexts, jnp.asarray(cfg.M_gauss), contexts=cfg.contexts, longest=max(cfg.M_gauss))
+    where = [(M, s) for M in cfg.M_trained for s in cfg.sigma_gauss]
+    Ahat = dict(zip(where, gaussian_layers(k_train, where, cfg.steps), strict=True))
+    I, cells = jnp.eye(D), []
+    for i, M in enumerate(cfg.M_gauss):
+        exact = [M / (M + D + 1 + sigma**2) * np.eye(D) for sigma in cfg.sigma_gauss]
+        layers = jnp.asarray(np.stack([Ahat.get((M, sigma), A) for sigma, A in zip(cfg.sigma_gauss, exact, strict=True)]))
+        out = risks(G[:, i], layers, jnp.asarray(float(M)), I, jnp.asarray(cfg.sigma_gauss), I)
+        beaten = (out[LAYER] < out[BAYES] * (1 - 1e-9)).sum(0)
+        for k, sigma in enumerate(cfg.sigma_gauss):
+            cells.append(
+                {
+                    "M": M,
+                    "sigma": sigma,
+                    "trained": (M, sigma) in Ahat,
+                    "risk": {name: float(v[:, k].mean()) for name, v in out.items()},
+                    "layer_exact": layer_risk(M, sigma, D),
+                    "ols_exact": ols_risk(M, sigma, D),
+                    "boundary": boundary(M, D),
+                    "beats_bayes": int(beaten[k]),
+                    "n": cfg.contexts,
+                }
+            )
+    return cells
+
+
+# --- linear MDPs -----------------------------------------------------------------------------------------------------------
+
+
+def family() -> Family:
+    """One feature map for all seeds; rewards in [0, 1], as PEVI asks for."""
+    return simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0)
+
+
+@partial(jax.jit, static_argnames=("tests", "pool", "longest"))
+def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int):
+    """Test tasks (MDP, Plan, w), their contexts (x [tests, H, longest, d], r, phi(s', .), two noises), a pool [H, pool, d]."""
+    k_tasks, k_pairs, k_steps, k_noise = jax.random.split(key, 4)
+    task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
+    mdp, plan = jax.tree.map(lambda leaf: leaf[:tests], (jax.vmap(tabulate)(task), plan))
+    pairs = draw_pairs(k_pairs, cumulative(family.design), (tests, H, longest))
+    x, r, after = jax.vmap(lambda k, m, i: transitions(k, m, family.phi, i))(jax.random.split(k_steps, tests), mdp, pairs)
+    noise = jax.random.normal(k_noise, (2, tests, H, longest))
+    return (mdp, plan, w[:tests], (x, r, after, noise[0], noise[1])), jnp.moveaxis(w[tests:], 1, 0)
+
+
+@jax.jit
+def closed_forms(family: Family, Psi: Array, N: Array, sigma: Array) -> Array:
+    """A_N [H, d, d] under label noise sigma."""
+    Lambda = second_moment(family)
+    K = linear_mdps.fourth_moments(family, Psi)
+    return jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, N, sigma**2 * Lambda))(Psi, K)
+
+
+@jax.jit
+def mdp_grams(x: Array, M: Array) -> Array:
+    """X'X [tasks, H, d, d] of the first M pairs."""
+    used = (jnp.arange(x.shape[2]) < M).astype(x.dtype)
+    return jnp.einsum("i,thid,thie->thde", used, x, x)
+
+
+def mdp_part(cfg: Config, key: Array) -> list[dict]:
+    """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell `small` both layers are trained."""
+    k_world, k_train = jax.random.split(key)
+    world = family()
+    worlds, pool = draw_worlds(k_world, world, cfg.tasks, cfg.pool, max(cfg.M))
+    Psi, mean, Lambda = linear_mdps.pool_moment(pool), pool.mean(1), second_moment(world)
+    covariance = Psi - jnp.asarray(mean)[:, :, None] * jnp.asarray(mean)[:, None, :]
+    train = partial(linear_mdps.trained_layers, steps=cfg.steps, learning_rate=0.1, batch=128)
+    raw = train(k_train, world, pool, *cfg.small)
+    deviation = train(k_train, world, pool - mean[:, None], *cfg.small)
+    cells = []
+    for M in cfg.M:
+        G = mdp_grams(worlds[3][0], jnp.asarray(float(M)))
+        for sigma in cfg.sigma:
+            at = (jnp.asarray(float(M)), jnp.asarray(sigma))
+            small = (M, sigma) == tuple(cfg.small)
+            layers = raw if small else closed_forms(world, Psi, *at)
+            lost = losses(world, worlds, layers, deviation if small else closed_forms(world, covariance, *at), Psi, mean, *at)
+            by_stage = [risks(G[:, h], layers[h][None], at[0], Psi[h], at[1][None], Lambda) for h in range(H)]
+            cells.append(
+                {
+                    "M": M,
+                    "sigma": sigma,
+                    "trained": small,
+                    "loss": {m: float(v.mean()) for m, v in lost.items()},
+                    "risk": {m: float(sum(out[m].mean() for out in by_stage)) for m in (LAYER, "OLS", BAYES)},
+                    "beats_bayes": sum(int((out[LAYER] < out[BAYES] * (1 - 1e-9)).sum()) for out in by_stage),
+                    "n": cfg.tasks * H,
+                }
+            )
+    return cells
+
+
+# --- the experiment ----------------------------------------------------------------------------------------------------
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    k_gauss, k_mdp = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
+    return {"d": D, "gaussian": gaussian_part(cfg, k_gauss), "mdp": mdp_part(cfg, k_mdp), "small": list(cfg.small)}
+
+
+def _small(record: dict) -> dict[str, float]:
+    M, sigma = record["small"]
+    return next(c["loss"] for c in record["mdp"] if c["M"] == M and c["sigma"] == sigma)
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    n_cells = len(records[0]["gaussian"])
+    ratio = [
+        [c["risk"][LAYER] / c["risk"]["OLS"] * c["ols_exact"] / c["layer_exact"] for c in (r["gaussian"][i] for r in records)]
+        for i in range(n_cells)
+    ]
+    wins = sum((c["risk"][LAYER] < c["risk"]["OLS"]) == (c["sigma"] ** 2 > c["boundary"]) for r in records for c in r["gaussian"])
+    cells = [c for r in records for c in (*r["gaussian"], *r["mdp"])]
+    seen = sum(c["n"] for c in cells)
+    rivals = ("OLS", "ridge, lambda = 1", "LSVI")
+
+    def against(layer: str) -> list[list[float]]:
+        return [[_small(r)[layer] / _small(r)[m] for r in records] for m in rivals]
+
+    def named(ratios: list[list[float]]) -> str:
+        return ", ".join(f"{m} {np.mean(v):.2f}" for m, v in zip(rivals, ratios, strict=True))
+
+    M, sigma = records[0]["small"]
+    centred, raw = against(CENTRED), against(LAYER)
+    return [
+        judge(
+            "against-statistics",
+            *ratio,
+            figure="map",
+            note=f"the better one is the predicted one in {wins} of {n_cells * len(records)} cells",
+        ),
+        judge_count("against-statistics/bayes", sum(c["beats_bayes"] for c in cells), seen, seeds=len(records), figure="map"),
+        judge(
+            "against-statistics/small-context", *centred, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(centred)}"
+        ),
+        judge("against-statistics/raw-labels", *raw, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(raw)}"),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"map": _map(records), "methods": _methods(records)}
+
+
+def _grid(records: list[dict], part: str, value) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(M, sigma, mean over seeds of value(cell) [sigma, M])."""
+    M = sorted({c["M"] for c in records[0][part]})
+    sigma = sorted({c["sigma"] for c in records[0][part]})
+    table = [[np.mean([value(c) for r in records for c in r[part] if (c["M"], c["sigma"]) == (m, s)]) for m in M] for s in sigma]
+    return np.array(M), np.array(sigma), np.array(table)
+
+
+def _map(records: list[dict]) -> Figure:
+    """log2 of layer / rival over (M, sigma): blue where the layer is better."""
+    figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 7.0))
+
+    def best(c: dict, layer: str, rivals: tuple[str, ...]) -> float:
+        return np.log2(c["loss"][layer] / min(c["loss"][m] for m in rivals))
+
+    panels = (
+        (
+            "gaussian",
+            lambda c: np.log2(c["risk"][LAYER] / c["risk"]["OLS"]),
+            f"Gaussian, d = {records[0]['d']}: risk, layer / OLS; black: boundary",
+        ),
+        ("mdp", lambda c: best(c, LAYER, DATA_ONLY), "MDPs: loss, layer / best of OLS, ridge, LSVI, PEVI"),
+        ("mdp", lambda c: best(c, CENTRED, DATA_ONLY), "MDPs: the same, layer on centred labels"),
+        ("mdp", lambda c: best(c, CENTRED, (BAYES, AFFINE)), "MDPs: layer on centred labels / best Bayes"),
+    )
+    for axis, (part, value, title) in zip(axes.flat, panels, strict=True):
+        M, sigma, table = _grid(records, part, value)
+        mesh = axis.imshow(table, origin="lower", aspect="auto", cmap=DIVERGING, norm=TwoSlopeNorm(0, -3, 3))
+        for i in range(len(sigma)):
+            for j in range(len(M)):
+                ink = "white" if abs(table[i, j]) > 2 else "black"
+                axis.text(j, i + 0.27, f"{2 ** table[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
+        if part == "gaussian" and len(sigma) > 1:
+            at = np.log(np.maximum([boundary(m, records[0]["d"]) for m in M], 1e-9)) / 2
+            rows = np.interp(at, np.log(sigma), np.arange(len(sigma)), left=-1, right=len(sigma))
+            axis.hlines(rows, np.arange(len(M)) - 0.5, np.arange(len(M)) + 0.5, color="black", linewidth=2)
+            axis.set_ylim(-0.5, len(sigma) - 0.5)
+        axis.set_xticks(range(len(M)), [str(m) for m in M])
+        axis.set_yticks(range(len(sigma)), [f"{s:g}" for s in sigma])
+        axis.grid(visible=False)
+        axis.set(xlabel="pairs in the prompt M (= N)", ylabel="label noise sigma", title=title)
+    figure.colorbar(mesh, ax=axes, label="log2 of the ratio written in the cells; blue: the layer is better", shrink=0.7)
+    return figure
+
+
+def _methods(records: list[dict]) -> Figure:
+    """Suboptimality of every method over M, one panel for each noise level; thin lines are seeds."""
+    sigmas = sorted({c["sigma"] for c in records[0]["mdp"]})
+    figure, axes = pyplot.subplots(1, len(sigmas), figsize=(4.1 * len(sigmas) + 1.6, 4.2), sharey=True, squeeze=False)
+    colors = (BLUE, BLUE, *COLORS[1:6], "#8B6B00", COLORS[5], GREY)
+    for axis, sigma in zip(axes[0], sigmas, strict=True):
+        M = sorted({c["M"] for c in records[0]["mdp"]})
+        for method, color, marker in zip(METHODS, colors, ("o", *MARKERS, "x", "+"), strict=True):
+            cells = [{(c["M"], c["sigma"]): c["loss"] for c in r["mdp"]} for r in records]
+            curves = np.array([[loss[m, sigma][method] for m in M] for loss in cells])
+            for curve in curves:
+                axis.plot(M, curve, color=color, marker="", **SEED)
+            dashed = "--" if method == "layer on its own targets" else ":" if method == CENTRED else "-"
+            axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, linestyle=dashed, label=method)
+        if sigma == records[0]["small"][1]:
+            for layer in (LAYER, CENTRED):
+                values = [_small(r)[layer] for r in records]
+                at = [records[0]["small"][0]] * len(values)
+                label = "layers trained here" if layer == LAYER else None
+                axis.plot(at, values, **(MEASURED | {"marker": "_", "markersize": 12}), color=RED, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="pairs in the prompt M (= N)", title=f"noise sigma = {sigma:g}")
+        axis.set_xticks(M, [str(m) for m in M])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("suboptimality of the greedy policy")
+    named = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0, -1].legend(named.values(), named.keys(), fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure

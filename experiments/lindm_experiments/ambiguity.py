@@ -1,0 +1,483 @@
+"""What does an attitude to ambiguity do to decisions and to values?
+
+At every stage nature takes the worst model of a cloud with probability alpha and the best one otherwise. Two kinds of problem:
+random clouds of three models (the first two of them are the clouds of two), and `prostate`, the surveillance of a cancer as four
+centres see it, over five years, with rewards that are stand-ins and are therefore drawn around their defaults, every draw
+together with its mirror image. All answers are exact, by the belief tree; a tree of five years is feasible because four
+observations a year tell as much as the nine of `prostate` (`told_apart`).
+
+Over the whole horizon nature moves once, alpha min_m V_m + (1 - alpha) max_m V_m. Histories hold the model, so that what is done
+after the first step is chosen for each model apart, and the best pure policy is worth max_a [alpha min_m Q_m(a) + (1 - alpha)
+max_m Q_m(a)], with Q_m of model m alone.
+
+    lindm run ambiguity --preset quick      about 12 s on 2 cores
+    lindm verify --only ambiguity
+
+Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most clouds
+do not. The policy that is optimal stage by stage is often not optimal over the whole horizon, but loses little. Whoever fears
+the worst centre takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.evaluation.exact import fixed_model_value, whole_horizon_value
+from lindm.problems.apomdp import CENTRES, draw_apomdp, prostate, single
+from lindm.random import flat
+from lindm.solvers import tree
+from lindm.types import APOMDP
+from lindm.validate import count, fraction
+from lindm_experiments.harness.criteria import judge, judge_count
+from lindm_experiments.harness.statistics import Verdict, clopper_pearson
+from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, GREY, MARKERS, MEASURED, ORANGE, PURPLE, RED, SEED
+
+CLAIMS = (
+    "ambiguity/monotone",
+    "ambiguity/stagewise",
+    "ambiguity/convex",
+    "ambiguity/not-convex",
+    "ambiguity/whole-horizon",
+    "ambiguity/whole-horizon-loss",
+    "ambiguity/biopsies",
+)
+ROUNDING = 1e-10  # relative to the most that two policies can differ by
+SHORT = 3  # stages of a random cloud where many values of it are needed
+ATTITUDE = r"attitude $\alpha$ (0: the best case, 1: the worst)"
+YEARS_LEFT = (2, 3, 4)  # with one year to go nobody takes a biopsy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2041000
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    clouds: int = 8
+    distance: float = 0.6  # between the models of a random cloud
+    segments: int = 8  # of beliefs, for each cloud; convexity is tried on them
+    beliefs: int = 17  # on a segment
+    policies: int = 256  # random ones, for each cloud
+    years: int = 5
+    pairs: int = 1  # draws of the stand-ins, each with its mirror image
+    spread: float = 0.2  # of the stand-ins around their defaults
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "clouds", "segments", "policies", "pairs"):
+            count(getattr(self, name), name)
+        count(self.beliefs, "beliefs", least=3)
+        count(self.years, "years", least=2)
+        fraction(self.distance, "distance")
+        fraction(self.spread, "spread")
+        if (
+            list(self.alphas) != sorted(set(self.alphas))
+            or (*self.alphas[:1], *self.alphas[-1:]) != (0, 1)
+            or 0.5 not in self.alphas
+        ):
+            raise ValueError(f"alphas must rise from 0 to 1 and hold 1/2; got {self.alphas}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, alphas=tuple(k / 10 for k in range(11)), clouds=16, policies=512, pairs=2)
+SMOKE = Config(seeds=2, alphas=(0.0, 0.5, 1.0), clouds=2, segments=2, beliefs=5, policies=8, years=3)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [*({"seed": s} for s in range(cfg.seeds)), {"thresholds": "prostate"}]
+
+
+# --- problems ------------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="clouds")
+def draw_clouds(key: Array, distance: Array, clouds: int) -> APOMDP:
+    """A stack of so many random clouds of three models."""
+    return jax.vmap(lambda k: draw_apomdp(k, S=3, A=2, O=2, H=4, M=3, distance=distance))(jax.random.split(key, clouds))
+
+
+def shortened(problem: APOMDP, stages: int) -> APOMDP:
+    """The same without its later stages; of one problem, whose kernels are the same at every stage."""
+    return replace(problem, cloud=replace(problem.cloud, r=problem.cloud.r[:, :stages]))
+
+
+def told_apart(problem: APOMDP) -> APOMDP:
+    """`prostate` with four observations a year: a finding, or the bin of PSA without one.
+
+    The action tells `null` and `negative` apart, and after a finding the state is known: nothing is lost but histories.
+    """
+    kept = np.zeros((9, 4))
+    for bin in range(3):
+        kept[3 * bin : 3 * bin + 3, [bin, 3, bin]] = np.eye(3)  # negative, positive, null
+        kept[3 * bin, bin] = kept[3 * bin + 2, bin] = 1
+    return replace(problem, cloud=replace(problem.cloud, O=problem.cloud.O @ kept))
+
+
+def drawn_stand_ins(rng: np.random.Generator, pairs: int, spread: float) -> list[dict[str, float]]:
+    """The losses of `prostate` times factors in [1 - spread, 1 + spread]; draw and mirror image follow each other."""
+    factors = rng.uniform(-spread, spread, (pairs, 1, 3)) * np.array([1.0, -1.0])[:, None] + 1
+    defaults = {"biopsy_loss": 0.05, "untreated_loss": 0.2, "treated_loss": 0.07}
+    return [dict(zip(defaults, row.tolist(), strict=True)) for row in factors.reshape(-1, 3) * list(defaults.values())]
+
+
+def span(problem: APOMDP) -> Array:
+    """The most that two policies can differ by []."""
+    r = problem.cloud.r
+    return (r.max((0, 2, 3)) - r.min((0, 2, 3))).sum()
+
+
+def with_start(problem: APOMDP, belief: Array) -> APOMDP:
+    """Every model starts from one belief [S]."""
+    return replace(problem, cloud=replace(problem.cloud, rho=jnp.broadcast_to(belief, problem.cloud.rho.shape)))
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[str, Array]:
+    """What is optimal stage by stage under each of the attitudes [n], which rise, and what that policy is worth otherwise.
+
+    `counted` [M, H, S, A] is added up over an episode beside the rewards. Returns `value` [n]; `models` [n, M], the policy's
+    value where model m is the truth, and `counts` [n, M] likewise; `alone` [M], the best that model m allows; `whole` and `best`
+    [n], the policy's whole-horizon value and that of the best pure policy; `rises` [n], at how many of the `histories` [n] the
+    value is above that of the attitude before.
+    """
+    cloud, M = problem.cloud, len(problem.cloud.r)
+    first = jax.vmap(lambda model: tree.tree(single(model)).Q[0])(cloud)  # [M, A]
+
+    def step(before: Array, alpha: Array) -> tuple[Array, dict[str, Array]]:
+        here = replace(problem, alpha=alpha)
+        table = tree.tree(here)
+        policy, V = tree.optimal_policy(here, table), table.Q.max(-1)
+
+        def by_model(r: Array) -> Array:
+            rewarded = replace(here, cloud=replace(cloud, r=r))
+            return jnp.stack([fixed_model_value(rewarded, policy, m) for m in range(M)])
+
+        models, counts = jax.vmap(by_model)(jnp.stack([cloud.r, jnp.zeros_like(cloud.r) if counted is None else counted]))
+        return V, {
+            "value": V[0],
+            "models": models,
+            "counts": counts,
+            "whole": tree.mixed(alpha, models, 0),
+            "best": tree.mixed(alpha, first, 0).max(),
+            "rises": (before + ROUNDING * span(problem) < V).sum(),
+            "histories": (V != 0).sum(),  # rewards are positive: only what cannot happen has the value zero
+        }
+
+    found = jax.lax.scan(step, jnp.full(tree.histories(problem), jnp.inf), alphas)[1]
+    return found | {"alone": first.max(-1)}
+
+
+@jax.jit
+def sweep_many(problems: APOMDP, alphas: Array) -> dict[str, Array]:
+    return jax.lax.map(lambda problem: sweep(problem, alphas), problems)
+
+
+@partial(jax.jit, static_argnames="policies")
+def moving_at_every_stage(key: Array, problem: APOMDP, policies: int) -> Array:
+    """Stage-wise minus whole-horizon value of random policies over histories [policies, 2], in the worst and in the best case.
+
+    A policy's probabilities are far from even: most of its choices are nearly pure.
+    """
+    B, A = tree.branching(problem), problem.cloud.r.shape[-1]
+
+    def one(key: Array) -> Array:
+        keys = jax.random.split(key, problem.cloud.r.shape[1])
+        logits = [4.0 * flat(jax.random.normal, k, (B**t, A), problem.alpha.dtype) for t, k in enumerate(keys)]
+        policy = tuple(jax.nn.softmax(x) for x in logits)
+
+        def difference(alpha: Array) -> Array:
+            here = replace(problem, alpha=alpha)
+            return tree.policy_value(here, policy) - whole_horizon_value(here, policy)
+
+        return jax.vmap(difference)(jnp.array([1.0, 0.0]))
+
+    return jax.vmap(one)(jax.random.split(key, policies))
+
+
+@jax.jit
+def along_segments(problem: APOMDP, alphas: Array, beliefs: Array) -> Array:
+    """Values [alphas, segments, points] from common beliefs [segments, points, S], relative to the span."""
+
+    def value(alpha: Array, belief: Array) -> Array:
+        return tree.value(with_start(replace(problem, alpha=alpha), belief))
+
+    each = jax.vmap(value, (None, 0))
+    return jax.lax.map(lambda a: jax.lax.map(lambda line: each(a, line), beliefs), alphas) / span(problem)
+
+
+@jax.jit
+def biopsy_advantage(problem: APOMDP, alphas: Array, beliefs: Array) -> Array:
+    """Q(biopsy) - Q(defer) [years left, alphas, beliefs] in the first year, all models at one of the beliefs [n, S]."""
+    r = problem.cloud.r
+
+    def advantage(years: Array, alpha: Array, belief: Array) -> Array:
+        watched = jnp.where((jnp.arange(r.shape[1]) < years)[None, :, None, None], r, 0.0)
+        here = replace(problem, alpha=alpha, cloud=replace(problem.cloud, r=watched))
+        Q = tree.tree(with_start(here, belief)).Q[0]
+        return Q[1] - Q[0]
+
+    over_beliefs = jax.vmap(advantage, (None, None, 0))
+    years = jnp.array(YEARS_LEFT)
+    return jax.lax.map(lambda K: jax.lax.map(lambda a: over_beliefs(K, a, beliefs), alphas), years)
+
+
+def segments_of_beliefs(rng: np.random.Generator, shape: tuple[int, int], points: int, S: int) -> np.ndarray:
+    """Evenly spaced beliefs [*shape, points, S] between random ends."""
+    ends = rng.dirichlet(np.ones(S), (*shape, 2))
+    t = np.linspace(0, 1, points)[:, None]
+    return (1 - t) * ends[..., :1, :] + t * ends[..., 1:, :]
+
+
+def bends(values: np.ndarray) -> np.ndarray:
+    """Second differences along the last axis: one below zero, and the value is not convex."""
+    return values[..., 2:] - 2 * values[..., 1:-1] + values[..., :-2]
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    alphas = np.array(cfg.alphas)
+    if "seed" not in point:
+        return thresholds(cfg, alphas)
+    k_clouds, k_policies = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
+    rng = np.random.default_rng(cfg.base_seed + point["seed"])
+    clouds = draw_clouds(k_clouds, np.float64(cfg.distance), clouds=cfg.clouds)
+    swept = {k: np.asarray(v) for k, v in sweep_many(clouds, alphas).items()}
+    spans = np.asarray(jax.vmap(span)(clouds))
+    lines = segments_of_beliefs(rng, (cfg.clouds, cfg.segments), cfg.beliefs, 3)
+    gaps, values = [], []
+    for i, key in enumerate(jax.random.split(k_policies, cfg.clouds)):
+        three = shortened(jax.tree.map(lambda x, i=i: x[i], clouds), SHORT)
+        two = replace(three, cloud=jax.tree.map(lambda x: x[:2], three.cloud))
+        gaps.append(np.asarray(moving_at_every_stage(key, three, policies=cfg.policies)) / spans[i])
+        values.append([np.asarray(along_segments(problem, alphas, lines[i])) for problem in (two, three)])
+    bent = [bends(np.array([v[k] for v in values])) for k in (0, 1)]  # [clouds, alphas, segments, points - 2]
+    gap, convex = np.array(gaps), alphas <= 0.5
+    above = np.array([v[1] - np.linspace(v[1][..., 0], v[1][..., -1], cfg.beliefs, axis=-1) for v in values])  # their chords
+    cloud, segment = np.unravel_index((above[:, -1] - above[:, 0]).max(-1).argmax(), above.shape[:3:2])
+    watched = [surveillance(cfg, alphas, stand_ins) for stand_ins in drawn_stand_ins(rng, cfg.pairs, cfg.spread)]
+    loss = (swept["best"] - swept["whole"]) / spans[:, None]
+    return {
+        "alphas": list(cfg.alphas),
+        "rises": int(swept["rises"].sum() + sum(w["rises"] for w in watched)),
+        "histories": int(swept["histories"][:, 0].sum() + sum(w["histories"] for w in watched)),
+        "policies": gap[..., 0].size,
+        "wrong_way": int(((gap[..., 0] > ROUNDING) | (gap[..., 1] < -ROUNDING)).sum()),
+        "price": [float(gap[..., k].mean()) for k in (0, 1)],
+        "triples": bent[0][:, convex].size,
+        "concave_triples": int((bent[0][:, convex] < -ROUNDING).sum()),
+        "clouds": cfg.clouds,
+        "not_convex": [(x < -ROUNDING).any((2, 3)).sum(0).tolist() for x in bent],
+        "example": above[cloud, :, segment].tolist(),  # where the attitude bends the value most
+        "loss": loss.tolist(),  # [clouds, alphas]
+        "ahead": ((swept["whole"] - swept["value"]) / spans[:, None]).mean(0).tolist(),
+        "prostate": {k: np.mean([w[k] for w in watched], 0).tolist() for k in watched[0]},
+    }
+
+
+def surveillance(cfg: Config, alphas: np.ndarray, stand_ins: dict[str, float]) -> dict[str, np.ndarray]:
+    """`sweep` of `prostate`, with what is told of it; biopsies are counted until the cancer is found."""
+    problem = told_apart(prostate(cfg.years, **stand_ins))
+    biopsies = np.zeros(problem.cloud.r.shape)
+    biopsies[..., :2, 1] = 1
+    found = {k: np.asarray(v) for k, v in sweep(problem, alphas, biopsies).items()}
+    return {k: found[k] for k in ("value", "whole", "models")} | {
+        "biopsies": found["counts"],
+        "loss": (found["best"] - found["whole"]) / float(span(problem)),
+        "regret": found["alone"] - found["models"],
+        "rises": found["rises"].sum(),
+        "histories": found["histories"][0],
+    }
+
+
+def thresholds(cfg: Config, alphas: np.ndarray) -> dict:
+    """With the stand-ins at their defaults: what a biopsy brings in the first year, by belief."""
+    high_risk = np.linspace(0, 0.6, 25)
+    beliefs = np.stack([1 - high_risk, high_risk, np.zeros_like(high_risk)], 1)
+    problem = told_apart(prostate(YEARS_LEFT[-1]))
+    advantage = biopsy_advantage(problem, alphas, beliefs)
+    return {"alphas": list(cfg.alphas), "high_risk": high_risk.tolist(), "advantage": np.asarray(advantage).tolist()}
+
+
+# --- verdicts and figures ------------------------------------------------------------------------------------------------
+
+
+def _seeded(records: list[dict]) -> list[dict]:
+    return [r for r in records if "seed" in r["point"]]
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    seeded = _seeded(records)
+    total = {k: sum(r[k] for r in seeded) for k, v in seeded[0].items() if isinstance(v, int)}
+    losses = np.concatenate([r["loss"] for r in seeded])  # [clouds, alphas]
+    two, three = np.sum([r["not_convex"] for r in seeded], 0)
+    worst, best = np.mean([r["price"] for r in seeded], 0)
+    by_attitude = np.array([np.mean(r["prostate"]["biopsies"], 1) for r in seeded])
+    regret = np.max([r["prostate"]["regret"] for r in seeded])
+
+    def none_of(claim: str, violations: int, n: int, figure: str, note: str) -> Verdict:
+        return judge_count(claim, int(violations), n, seeds=len(seeded), figure=figure, note=note)
+
+    return [
+        none_of("ambiguity/monotone", total["rises"], total["histories"], "attitude", f"{len(two)} attitudes from 0 to 1"),
+        none_of(
+            "ambiguity/stagewise",
+            total["wrong_way"],
+            total["policies"],
+            "criteria",
+            f"a move at every stage is worth {worst:+.1%} of the span at alpha = 1, {best:+.1%} at alpha = 0",
+        ),
+        none_of(
+            "ambiguity/convex",
+            total["concave_triples"],
+            total["triples"],
+            "convexity",
+            f"at alpha = 1 the value of {two[-1]} of {total['clouds']} clouds of two is not convex",
+        ),
+        none_of(
+            "ambiguity/not-convex",
+            three[-1],
+            total["clouds"],
+            "convexity",
+            f"by alpha, not convex of {total['clouds']}: {', '.join(map(str, three))}",
+        ),
+        none_of(
+            "ambiguity/whole-horizon",
+            (losses > ROUNDING).any(1).sum(),
+            total["clouds"],
+            "criteria",
+            f"largest loss {losses.max():.1%} of the span",
+        ),
+        judge(
+            "ambiguity/whole-horizon-loss",
+            [np.mean(r["loss"]) for r in seeded],
+            [np.mean(r["prostate"]["loss"]) for r in seeded],
+            figure="criteria",
+        ),
+        judge(
+            "ambiguity/biopsies",
+            by_attitude[:, -1] - by_attitude[:, 0],
+            figure="attitude",
+            note=f"{by_attitude[:, 0].mean():.2f} at alpha = 0, {by_attitude[:, -1].mean():.2f} at alpha = 1; where one centre "
+            f"is the truth, a policy loses at most {365.25 * regret:.1f} quality-adjusted days",
+        ),
+    ]
+
+
+def _crossing(x: np.ndarray, y: np.ndarray) -> float:
+    """Where y first rises above zero, on a straight line; nan if it does not."""
+    for i in range(1, len(x)):
+        if y[i - 1] <= 0 < y[i]:
+            return float(x[i - 1] - y[i - 1] * (x[i] - x[i - 1]) / (y[i] - y[i - 1]))
+    return float("nan")
+
+
+def _named(axis, x: float, ends: list[float], names: list[str], colors: list[str]) -> None:
+    """Names beside the ends of lines, pushed apart where they would overlap."""
+    low, high = axis.get_ylim()
+    order, apart = np.argsort(ends), 0.05 * (high - low)
+    places = np.array(ends)[order]
+    for _ in range(50):
+        push = np.maximum(apart - np.diff(places), 0) / 2
+        places[1:] += push
+        places[:-1] -= push
+    for i, y in zip(order, places, strict=True):
+        axis.annotate(names[i], (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=colors[i])
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"attitude": _attitude(records), "convexity": _convexity(records), "criteria": _criteria(records)}
+
+
+def _attitude(records: list[dict]) -> Figure:
+    seeded, (first_year,) = _seeded(records), [r for r in records if "advantage" in r]
+    alphas = np.array(seeded[0]["alphas"])
+    mean = {k: np.mean([r["prostate"][k] for r in seeded], 0) for k in ("value", "whole", "models", "biopsies")}
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.2))
+    centres = [RED, GREEN, PURPLE, ORANGE]
+    with_room = {"xlabel": ATTITUDE, "xlim": (-0.03, 1.2), "xticks": np.linspace(0, 1, 6)}
+    for m, color in enumerate(centres):
+        left.plot(alphas, mean["models"][:, m], color=color, linewidth=1.0, marker="")
+        for r in seeded:
+            middle.plot(alphas, np.array(r["prostate"]["biopsies"])[:, m], color=color, marker="", **SEED)
+        middle.plot(alphas, mean["biopsies"][:, m], color=color, **(EXACT | {"marker": MARKERS[m]}))
+    for r in seeded:
+        left.plot(alphas, r["prostate"]["value"], color=BLUE, marker="", **SEED)
+    left.plot(alphas, mean["value"], color=BLUE, label="nature moves every year", **(EXACT | {"marker": "o", "linewidth": 2.2}))
+    left.plot(alphas, mean["whole"], color=GREY, label="nature moves once", linestyle="--", marker="")
+    left.plot([], [], color=GREY, linewidth=1.0, marker="", label="one centre is the truth")
+    left.set(ylabel="quality-adjusted years", title="What the optimal policy is worth", **with_room)
+    left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
+    _named(left, 1.0, list(mean["models"][-1]), list(CENTRES), centres)
+    middle.set(
+        ylabel="expected biopsies until the cancer is found", title="What it does, by the centre that is the truth", **with_room
+    )
+    _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTRES), centres)
+    x = np.array(first_year["high_risk"])
+    for i, (years, color) in enumerate(zip(YEARS_LEFT, COLORS, strict=False)):
+        border = [_crossing(x, np.array(row)) for row in first_year["advantage"][i]]
+        right.plot(alphas, border, color=color, **(EXACT | {"marker": MARKERS[i]}))
+        place = (0.5, float(np.interp(0.5, alphas, border)))
+        right.annotate(f"{years} years left", place, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=color)
+    right.set(xlabel=ATTITUDE, ylabel="probability of high risk", title="Above the line a biopsy is taken", ylim=(0, 0.55))
+    return figure
+
+
+def _convexity(records: list[dict]) -> Figure:
+    seeded = _seeded(records)
+    alphas, n = np.array(seeded[0]["alphas"]), sum(r["clouds"] for r in seeded)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
+    counts = np.sum([r["not_convex"] for r in seeded], 0)
+    for M, row, color, shift in zip((2, 3), counts, (BLUE, RED), (-0.006, 0.006), strict=True):
+        ends = np.array([clopper_pearson(int(k), n) for k in row])
+        style = MEASURED | {"marker": "os"[M - 2], "capsize": 2}
+        left.errorbar(alphas + shift, row / n, np.abs(ends.T - row / n), color=color, label=f"{M} models", **style)
+    left.axvline(0.5, color=GREY, linestyle=":", marker="")
+    theorem = "two models are convex\nup to here: theorem"
+    left.annotate(theorem, (0.5, 0.3), (-6, 0), textcoords="offset points", ha="right", fontsize=8, color=GREY)
+    left.set(xlabel=ATTITUDE, ylabel="share of clouds", title=f"Value seen not to be convex, {n} random clouds", ylim=(-0.03, 1))
+    left.legend(loc="center left", bbox_to_anchor=(0.0, 0.6))
+    example = max((np.array(r["example"]) for r in seeded), key=lambda e: (e[-1] - e[0]).max())
+    t, shades = np.linspace(0, 1, example.shape[1]), pyplot.get_cmap("viridis")
+    for i in np.unique(np.linspace(0, len(alphas) - 1, 5).round().astype(int)):
+        label = rf"$\alpha$ = {alphas[i]:g}"
+        right.plot(t, example[i], color=shades(0.9 * alphas[i]), label=label, linewidth=1.6, marker="")
+    right.axhline(0.0, color=GREY, linewidth=0.8, marker="")
+    right.set(
+        xlabel="along a segment of beliefs",
+        ylabel="value above its chord / span",
+        title="Three models: from convex to concave",
+    )
+    right.legend(fontsize=8)
+    return figure
+
+
+def _criteria(records: list[dict]) -> Figure:
+    seeded = _seeded(records)
+    alphas = np.array(seeded[0]["alphas"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
+    losses = 100 * np.array([r["loss"] for r in seeded])  # [seeds, clouds, alphas]
+    for one in losses.reshape(-1, len(alphas)):
+        left.plot(alphas, one, color=BLUE, marker="", **SEED)
+    left.plot(alphas, losses.mean((0, 1)), color=BLUE, label="random clouds, mean", **(EXACT | {"marker": "o"}))
+    surveyed = 100 * np.mean([r["prostate"]["loss"] for r in seeded], 0)
+    left.plot(alphas, surveyed, color=RED, label="prostate, mean", **(EXACT | {"marker": "s"}))
+    left.set(xlabel=ATTITUDE, ylabel="loss, % of the span", title="Stage-wise optimal policy where nature moves once")
+    left.set_yscale("symlog", linthresh=0.1)
+    left.set_ylim(0, None)
+    left.legend(fontsize=8)
+    ahead = 100 * np.array([r["ahead"] for r in seeded])
+    for one in ahead:
+        right.plot(alphas, one, color=BLUE, marker="", **SEED)
+    right.plot(alphas, ahead.mean(0), color=BLUE, label="optimal policy, random clouds", **(EXACT | {"marker": "o"}))
+    worst, best = -100 * np.mean([r["price"] for r in seeded], 0)
+    right.plot([1.0, 0.0], [worst, best], color=ORANGE, label="random policies", **(MEASURED | {"marker": "D"}))
+    right.axhline(0.0, color=GREY, linewidth=0.8, marker="")
+    right.set(xlabel=ATTITUDE, ylabel="% of the span", title="Value where nature moves once - at every stage")
+    right.legend(fontsize=8)
+    return figure

@@ -1,0 +1,406 @@
+"""Do the certified bounds contain the exact answer, how wide are they, and what are labels made of them worth?
+
+Random clouds of three models, any attitude, and the first model of each as a POMDP, of a size at which the belief tree is exact.
+At the histories of demonstrations, where labels are asked for, HSVI (POMDPs) and the net (both kinds) give bounds of every action
+value, with several efforts. A label is an action with a certificate or with a bound of what it can lose; both are held against
+the exact action values. Widths are relative to sum_h (max r_h - min r_h), the most that two policies can differ by.
+
+The tiger (Kaelbling, Littman, Cassandra, Artif. Intell. 101, 1998: a growl is heard right with 0.85, discount 0.95) shows the
+same over all beliefs. One growl moves the logarithm of the odds by a constant, so on a grid of its fractions dynamic programming
+is exact for every horizon (`tiger_answers`), without a tree. The tiger comes in the size of the random problems, with states
+that do not occur and an observation of probability zero, and shares their compiled programs.
+
+    lindm run belief_bounds --preset quick      about 12 s on 2 cores
+    lindm verify --only belief-bounds
+
+Expected: no bound and no label is violated; widths fall by orders of magnitude with the effort, and nearly all labels of the
+largest one are certified. (The bands of the last two claims were fixed on other seeds.)
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lindm.problems.apomdp import draw_apomdp, single
+from lindm.problems.pomdp import pomdp
+from lindm.solvers import hsvi, net, tree
+from lindm.solvers.rollout import demonstrate
+from lindm.solvers.solve import Tables, advance, label, q_bounds, solve
+from lindm.types import APOMDP, CERTIFIED, POMDP
+from lindm.validate import count, nonnegative
+from lindm_experiments.harness.criteria import judge, judge_count
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
+
+CLAIMS = ("belief-bounds", "belief-bounds/labels", "belief-bounds/narrow", "belief-bounds/certified")
+S, A, O, H, M = 4, 3, 3, 5, 3
+ROUNDING = 1e-9  # relative to the most that two policies can differ by
+EPSILON = 0.3  # share of random actions in the demonstrations
+ACTION_COLORS = ("#DDDDDD", ORANGE, BLUE)
+METHODS = ("HSVI, POMDPs", "net, POMDPs", "net, clouds")
+HEARD, DISCOUNT = 0.85, 0.95
+HORIZONS = (1, 2, 3, 5, 10)
+PARTS, GROWLS = 40, 5  # the tiger's beliefs: fractions of a growl, and how many growls they reach to either side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2042000
+    clouds: int = 6
+    episodes: int = 24  # on every cloud
+    trials: int = 64  # of HSVI at most
+    tolerances: tuple[float, ...] = (0.1, 0.01, 1e-3, 1e-4, 0.0)  # at which it stops; 0: all trials
+    points: tuple[int, ...] = (16, 128, 1024)  # of the net
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "clouds", "episodes", "trials"):
+            count(getattr(self, name), name)
+        for name, rising in (("tolerances", False), ("points", True)):
+            values = getattr(self, name)
+            if not values or list(values) != sorted(set(values), reverse=not rising):
+                raise ValueError(f"{name} must {'rise' if rising else 'fall'}, at least one; got {values}")
+        nonnegative(self.tolerances[-1], "tolerances")
+        count(self.points[0], "points")
+
+
+QUICK = Config()
+FULL = Config(
+    seeds=10,
+    clouds=8,
+    trials=128,
+    tolerances=(0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 0.0),
+    points=(16, 64, 256, 1024, 2048),
+)
+SMOKE = Config(seeds=2, clouds=1, episodes=4, trials=4, tolerances=(0.1, 0.0), points=(8, 16))
+
+
+def points(cfg: Config) -> list[dict]:
+    return [*({"seed": s} for s in range(cfg.seeds)), {"problem": "tiger"}]
+
+
+# --- problems and exact answers --------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Visited:
+    """A problem, and the exact answer wherever its demonstrations went."""
+
+    problem: APOMDP
+    history: Array  # [..., H, n] number within the stage
+    beliefs: Array  # [..., H, n, M, S]
+    Q: Array  # [..., H, n, A] exact
+
+
+@partial(jax.jit, static_argnames=("clouds", "episodes"))
+def draw_visited(key: Array, clouds: int, episodes: int) -> tuple[Visited, Visited]:
+    """Clouds and their first models as POMDPs, stacked, along the same demonstrations around the cloud's optimal policy."""
+
+    def one(key: Array) -> tuple[Visited, Visited]:
+        k_draw, k_alpha, k_walk = jax.random.split(key, 3)
+        cloud = draw_apomdp(k_draw, S, A, O, H, M, alpha=jax.random.uniform(k_alpha))
+        solution = solve(cloud, "tree")
+        taken, _ = demonstrate(k_walk, cloud, solution, episodes, EPSILON)
+        assert isinstance(solution.tables, tree.Tree) and taken.m is not None and taken.o is not None
+        alone = single(jax.tree.map(lambda x: x[0], cloud.cloud))
+        return (
+            visited(cloud, solution.tables, taken.a, taken.m, taken.o),
+            visited(alone, tree.tree(alone), taken.a, jnp.zeros_like(taken.m), taken.o),
+        )
+
+    return jax.lax.map(one, jax.random.split(key, clouds))
+
+
+def visited(problem: APOMDP, table: tree.Tree, a: Array, m: Array, o: Array) -> Visited:
+    """The histories, beliefs and exact action values along episodes [n, H]."""
+    B = tree.branching(problem)
+    first = jnp.array([tree.first_history(B, t) for t in range(H)])
+
+    def one(a: Array, m: Array, o: Array):
+        def step(carry, at):
+            t, *taken = at
+            return advance(problem, t, *carry, *taken), (*carry, table.Q[first[t] + carry[0]])
+
+        return jax.lax.scan(step, (jnp.int32(0), problem.cloud.rho), (jnp.arange(H), a, m, o))[1]
+
+    return Visited(problem=problem, **dict(zip(("history", "beliefs", "Q"), jax.vmap(one, out_axes=1)(a, m, o), strict=True)))
+
+
+def tiger() -> POMDP:
+    """Listen, open the left door, open the right door; states: the tiger is left, right, and two that never are."""
+    listen, anew = np.eye(S), np.eye(S)
+    anew[:2, :2] = 0.5
+    growl, silent = np.zeros((S, O)), np.zeros((S, O))
+    growl[:2, :2] = [[HEARD, 1 - HEARD], [1 - HEARD, HEARD]]
+    silent[:2, :2] = 0.5
+    growl[2:, 2] = silent[2:, 2] = 1
+    r = np.array([[-1.0, -100, 10], [-1, 10, -100], [-1, -1, -1], [-1, -1, -1]])
+    P = np.stack([listen, anew, anew], 1)
+    return pomdp(P, np.stack([growl, silent, silent]), r, [0.5, 0.5, 0, 0], horizon=H, discount=DISCOUNT)
+
+
+def tiger_beliefs() -> np.ndarray:
+    """That the tiger is left [n]: the odds after -GROWLS .. GROWLS growls from the left, in fractions of a growl."""
+    return _left(np.arange(-PARTS * GROWLS, PARTS * GROWLS + 1))
+
+
+def _left(parts: np.ndarray) -> np.ndarray:
+    return 1 / (1 + ((1 - HEARD) / HEARD) ** (parts / PARTS))
+
+
+def tiger_answers(horizon: int) -> np.ndarray:
+    """Exact action values [horizon, n, A] at `tiger_beliefs`, with 1 .. horizon stages to go."""
+    reach = PARTS * (GROWLS + horizon)
+    V, kept = np.zeros(2 * reach + 1), []
+    for _ in range(horizon):
+        middle, reach = V[reach], reach - PARTS
+        b = _left(np.arange(-reach, reach + 1))
+        growl = HEARD * b + (1 - HEARD) * (1 - b)
+        listen = -1 + DISCOUNT * (growl * V[2 * PARTS :] + (1 - growl) * V[: -2 * PARTS])
+        Q = np.stack([listen, 10 - 110 * b + DISCOUNT * middle, 110 * b - 100 + DISCOUNT * middle], -1)
+        V = Q.max(-1)
+        kept.append(Q[reach - PARTS * GROWLS : reach + PARTS * GROWLS + 1])
+    return np.stack(kept)
+
+
+def tiger_visited() -> Visited:
+    """The tiger at all its beliefs: stage t of H is the first one of H - t stages, discounted t times."""
+    left = tiger_beliefs()
+    beliefs = np.stack([left, 1 - left, 0 * left, 0 * left], -1)[None, :, None]
+    Q = tiger_answers(H)[::-1] * DISCOUNT ** np.arange(H)[:, None, None]
+    return Visited(
+        problem=single(tiger()),
+        history=jnp.broadcast_to(jnp.arange(len(left)), (H, len(left))),
+        beliefs=jnp.broadcast_to(jnp.asarray(beliefs), (H, len(left), 1, S)),
+        Q=jnp.asarray(Q),
+    )
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def bounds_at(problem: APOMDP, tables: Tables, beliefs: Array) -> dict[str, Array]:
+    """Bounds of the action values at beliefs [H, n, M, S], and the label made of them: `lower`, `upper` [H, n, A], the rest
+    [H, n]."""
+
+    def one(t: Array, belief: Array) -> dict[str, Array]:
+        lower, upper, _ = q_bounds(problem, tables, t, jnp.int32(0), belief)
+        found = label(lower, upper, exact=False)
+        certified = found.certificate == CERTIFIED
+        return {"lower": lower, "upper": upper, "action": found.action, "certified": certified, "regret": found.regret}
+
+    return jax.lax.map(lambda at: jax.vmap(one, (None, 0))(*at), (jnp.arange(H), beliefs))
+
+
+def solved_by_hsvi(problem: APOMDP, trials: int, tolerance: float) -> tuple[hsvi.Bounds, int]:
+    """Its bounds of a cloud of one model, and the trials that they took."""
+    bounds = hsvi.hsvi(jax.tree.map(lambda x: x[0], problem.cloud), trials=trials, tolerance=tolerance)
+    return bounds, int(bounds.trials)
+
+
+def solved_by_net(problem: APOMDP, points: int) -> tuple[net.Net, int]:
+    """A net with so many slots, used or not, so that all of a size share one compiled program; and its largest layer."""
+    found = net.net(problem, points=points)
+
+    def filled(array: Array) -> np.ndarray:
+        x = np.asarray(array)
+        return np.concatenate([x, np.repeat(x[:, :1], points - x.shape[1], 1)], 1)
+
+    layers = {name: filled(getattr(found, name)) for name in ("beliefs", "lower", "upper", "radius", "slope_low", "slope_high")}
+    return replace(found, **layers), int(found.points.max())
+
+
+def alike(problem: APOMDP) -> APOMDP:
+    """A cloud of one model as one of M equal models: the same answers, and the programs of the clouds."""
+    return replace(problem, cloud=jax.tree.map(lambda x: jnp.repeat(x, M, 0), problem.cloud))
+
+
+def span(problem: APOMDP) -> float:
+    """The most that two policies can differ by."""
+    r = np.asarray(problem.cloud.r)
+    return float((r.max((0, 2, 3)) - r.min((0, 2, 3))).sum())
+
+
+def held_against(seen: Visited, found: dict[str, Array]) -> dict[str, float]:
+    """Counts over different histories, and means over all steps, of one method at the histories of one problem."""
+    scale, Q = span(seen.problem), np.asarray(seen.Q)
+    lower, upper, action, certified, regret = (np.asarray(found[k]) for k in ("lower", "upper", "action", "certified", "regret"))
+    outside = ((lower - Q > ROUNDING * scale) | (Q - upper > ROUNDING * scale)).any(-1)
+    lost = Q.max(-1) - np.take_along_axis(Q, action[..., None], -1)[..., 0]
+    misled = lost - regret > ROUNDING * scale
+    new = np.zeros(outside.shape, bool)
+    for t, numbers in enumerate(np.asarray(seen.history)):
+        new[t, np.unique(numbers, return_index=True)[1]] = True
+    width = (upper.max(-1) - lower.max(-1)) / scale
+    return {
+        "intervals": int(new.sum()),
+        "violated": int((new & outside).sum()),
+        "certificates": int((new & certified).sum()),
+        "misled": int((new & misled).sum()),
+        "certified": float(certified.mean()),
+        "width": float(width[0].mean()),
+    }
+
+
+def answers(cfg: Config, cloud: Visited, alone: Visited) -> dict[str, list[dict[str, float]]]:
+    """Each method with each effort, on one cloud and on its first model."""
+    out: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    for tolerance in cfg.tolerances:
+        tables, trials = solved_by_hsvi(alone.problem, cfg.trials, tolerance)
+        out[METHODS[0]].append({"effort": trials} | held_against(alone, bounds_at(alone.problem, tables, alone.beliefs)))
+    for n in cfg.points:
+        tables, layer = solved_by_net(alone.problem, n)
+        found = bounds_at(alike(alone.problem), tables, jnp.repeat(alone.beliefs, M, 2))
+        out[METHODS[1]].append({"effort": layer} | held_against(alone, found))
+        tables, layer = solved_by_net(cloud.problem, n)
+        out[METHODS[2]].append({"effort": layer} | held_against(cloud, bounds_at(cloud.problem, tables, cloud.beliefs)))
+    return out
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    if "seed" not in point:
+        return measure_tiger(cfg)
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    clouds, alone = draw_visited(key, clouds=cfg.clouds, episodes=cfg.episodes)
+    each = [answers(cfg, *(jax.tree.map(lambda x, i=i: x[i], seen) for seen in (clouds, alone))) for i in range(cfg.clouds)]
+    # [problems, efforts] of everything, by method
+    return {
+        "methods": {name: {k: [[e[k] for e in a[name]] for a in each] for k in each[0][name][0]} for name in METHODS},
+    }
+
+
+def measure_tiger(cfg: Config) -> dict:
+    """HSVI with every effort and the net with the smallest, at all beliefs and horizons; exact values and actions to be shown."""
+    seen = tiger_visited()
+    efforts: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS[:2]}
+    bounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in efforts}
+
+    def keep(name: str, effort: int, found: dict[str, Array]) -> None:
+        efforts[name].append({"effort": effort} | held_against(seen, found))
+        bounds[name].append({k: np.asarray(found[k][0].max(-1)).tolist() for k in ("lower", "upper")})
+
+    for tolerance in cfg.tolerances:
+        tables, trials = solved_by_hsvi(seen.problem, cfg.trials, tolerance)
+        keep(METHODS[0], trials, bounds_at(seen.problem, tables, seen.beliefs))
+    tables, layer = solved_by_net(seen.problem, cfg.points[0])
+    keep(METHODS[1], layer, bounds_at(alike(seen.problem), tables, jnp.repeat(seen.beliefs, M, 2)))
+    Q = tiger_answers(HORIZONS[-1])[np.array(HORIZONS) - 1]
+    return {
+        "methods": {name: {k: [[e[k] for e in found]] for k in found[0]} for name, found in efforts.items()},
+        "left": tiger_beliefs().tolist(),
+        "values": Q.max(-1).tolist(),
+        "actions": Q.argmax(-1).tolist(),
+        "bounds": bounds,
+        "span": span(seen.problem),
+    }
+
+
+# --- verdicts and figures ------------------------------------------------------------------------------------------------
+
+
+def _seeded(records: list[dict]) -> list[dict]:
+    return [r for r in records if "seed" in r["point"]]
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    seeded = _seeded(records)
+
+    def total(name: str) -> int:
+        return int(sum(np.sum(method[name]) for r in records for method in r["methods"].values()))
+
+    def last(name: str) -> list[list[float]]:
+        """Of each method its mean over problems at the largest effort, [methods][seeds]."""
+        return [[float(np.mean(r["methods"][m][name], 0)[-1]) for r in seeded] for m in METHODS]
+
+    widths, certified, certificates = last("width"), last("certified"), total("certificates")
+    listed = [", ".join(f"{m} {np.mean(v):.3g}" for m, v in zip(METHODS, part, strict=True)) for part in (widths, certified)]
+    intervals = total("intervals")
+    return [
+        judge_count("belief-bounds", total("violated"), intervals, seeds=len(seeded), figure="widths"),
+        judge_count(
+            "belief-bounds/labels",
+            total("misled"),
+            intervals,
+            seeds=len(seeded),
+            figure="widths",
+            note=f"{certificates} of the labels are certificates",
+        ),
+        judge("belief-bounds/narrow", *widths, figure="widths", note=listed[0]),
+        judge("belief-bounds/certified", *certified, figure="widths", note=listed[1]),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    (shown,) = [r for r in records if "left" in r]
+    return {"tiger": _tiger(shown), "widths": _widths(_seeded(records))}
+
+
+def _tiger(shown: dict) -> Figure:
+    left, values, actions = (np.array(shown[k]) for k in ("left", "values", "actions"))
+    figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 6.0), sharex=True, height_ratios=(2.2, 1))
+    (curves, band), (strips, widths) = axes
+    middle = values[:, len(left) // 2]
+    for V, horizon, color in zip(values, HORIZONS, COLORS, strict=False):
+        at = V[len(left) // 2]
+        crowded = ((middle > at) & (middle < at + 1)).any()
+        curves.plot(left, V, color=color, marker="", **EXACT)
+        curves.annotate(f"{horizon}", (0.5, at), xytext=(0, -10 if crowded else 3), textcoords="offset points", ha="center",
+                        fontsize=8, color=color)  # fmt: skip
+    edges = np.concatenate([[0.0], (left[1:] + left[:-1]) / 2, [1.0]])
+    for row, done in enumerate(actions):
+        ends = np.array([row - 0.36, row + 0.36])
+        strips.pcolormesh(edges, ends, done[None], cmap=ListedColormap(ACTION_COLORS), vmin=0, vmax=len(ACTION_COLORS) - 1)
+    strips.set_yticks(range(len(HORIZONS)), [str(h) for h in HORIZONS])
+    strips.grid(False)
+    strips.set(xlabel="belief that the tiger is left", ylabel="decisions left", ylim=(len(HORIZONS) - 0.4, -0.6))
+    handles = [Rectangle((0, 0), 1, 1, color=c) for c in ACTION_COLORS]
+    names = ("listen", "open the left door", "open the right door")
+    curves.set(ylabel="value", title="Exact value, and optimal action below, by decisions left")
+    curves.legend(handles, names, fontsize=8, loc="upper center")
+    trials = shown["methods"][METHODS[0]]["effort"][0]
+    several = next((i for i, n in enumerate(trials) if n >= 5), len(trials) - 1)
+    for name, effort, color in ((METHODS[0], 0, SKY), (METHODS[0], several, BLUE), (METHODS[1], 0, GREEN)):
+        lower, upper = (np.array(shown["bounds"][name][effort][k]) for k in ("lower", "upper"))
+        n = shown["methods"][name]["effort"][0][effort]
+        told = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"net, {n} points"
+        if name == METHODS[0]:
+            band.fill_between(left, lower, upper, color=color, alpha=0.45, linewidth=0, label=told)
+        widths.plot(left, (upper - lower) / shown["span"], color=color, label=told, marker="", **EXACT)
+    band.plot(left, values[HORIZONS.index(H)], color="black", label="exact", marker="", **(EXACT | {"linewidth": 1.1}))
+    band.set(title=f"Certified bounds, {H} decisions left, solved from 1/2")
+    band.legend(fontsize=8, loc="upper center")
+    widths.set(xlabel="belief that the tiger is left", ylabel="width / span", xlim=(0, 1), yscale="log", ylim=(1e-5, 1))
+    widths.legend(fontsize=7, loc="lower left")
+    return figure
+
+
+def _widths(seeded: list[dict]) -> Figure:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
+    for name, color, marker in zip(METHODS, (BLUE, GREEN, RED), "os^", strict=True):
+        found = {k: np.array([np.mean(r["methods"][name][k], 0) for r in seeded]) for k in ("effort", "width", "certified")}
+        effort = found["effort"].mean(0)
+        for axis, values in ((left, np.maximum(found["width"], 1e-16)), (right, 100 * found["certified"])):
+            for one, x in zip(values, found["effort"], strict=True):
+                axis.plot(x, one, color=color, marker="", **SEED)
+            axis.plot(effort, values.mean(0), color=color, label=name, **(EXACT | {"marker": marker}))
+    left.set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-6, 1),
+        xlabel="trials of HSVI, points of the net",
+        ylabel="width at the start / span",
+        title="How wide the bounds are",
+    )
+    left.legend(fontsize=8)
+    right.set(xscale="log", xlabel="trials of HSVI, points of the net", ylabel="%", title="Steps with a certified action")
+    return figure

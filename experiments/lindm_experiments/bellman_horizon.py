@@ -1,0 +1,229 @@
+"""What does it cost to have no oracle, and how does that price grow with the horizon?
+
+The layer is given its own targets: y = r + max_a Qhat_{h+1}(s', a), stage by stage from the end, in-context least-squares value
+iteration. With e_h = sup |T Qhat_{h+1} - Qhat_h| one can bound the loss by carrying every error through all earlier stages,
+2 sum_h sum_{h' >= h} e_{h'} (of order H^2 at equal e_h), or by [JYW]'s decomposition, 2 sum_h e_h (of order H). Both are
+theorems; the first is not the price. To see the order itself, the same problems are also solved with an error of equal size
+injected at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one long problem are a problem of horizon H, so
+one backward pass shows every horizon.
+
+    lindm run bellman_horizon --preset quick      about 8 s on 2 cores
+    lindm verify --only bellman-horizon
+
+Expected: no violation of any bound; at equal one-stage errors the loss grows like H, so an H^2 price is refuted. In context the
+loss is close to that of oracle labels, for every horizon.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.icl.prompts import bellman_labels, bellman_moments, draw_pairs, noise_moment
+from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.random import flat
+from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.rollout import cumulative
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge, judge_count
+from lindm_experiments.harness.statistics import Verdict, slopes
+from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory import offline
+from lindm_theory.feature_laws import design_fourth
+from lindm_theory.in_context import optimal_weights
+
+CLAIMS = ("bellman-horizon", "bellman-horizon/linear", "bellman-horizon/quadratic-price")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2011000
+    tasks: int = 4096  # half of them give the moments from which the layers follow, half are tested
+    M: int = 64  # pairs in every context, in training and test
+    horizon: int = 16
+    epsilon: float = 0.3  # size of the injected one-stage error; rewards are in [-1, 1]
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "M"):
+            count(getattr(self, name), name)
+        count(self.horizon, "horizon", least=4)
+        if not 0 < self.epsilon < float("inf"):
+            raise ValueError(f"epsilon must be finite and positive; got {self.epsilon}")
+        if count(self.tasks, "tasks", least=4) % 2:
+            raise ValueError(f"tasks must be even (half for the moments, half for the test); got {self.tasks}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, tasks=8192, horizon=32)
+SMOKE = Config(seeds=2, tasks=32, M=16, horizon=4)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+@partial(jax.jit, static_argnames=("tasks", "M"))
+def backward_pass(key: Array, family: Family, tasks: int, M: int):
+    """In-context value iteration on many tasks at once: (MDPs, plans, Qhat bootstrapped, Qhat by oracle labels).
+
+    Both Qhat [tasks, H, S, A] come from contexts at the same pairs. The layer of a stage is the best one for its own label law,
+    whose moments are those of the first half of the tasks, exact over the design and the next state.
+    """
+    k_tasks, k_stages = jax.random.split(key)
+    problems, plans, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tasks))
+    mdps = jax.vmap(tabulate)(problems)
+    Lambda, table, cdf = second_moment(family), linear_mdps.pairs_table(family), cumulative(family.design)
+    half = tasks // 2
+
+    def layer(targets: Array, noise: Array) -> Array:
+        Psi = jnp.einsum("ni,nj->ij", targets[:half], targets[:half]) / half
+        return optimal_weights(Lambda, Psi, design_fourth(table, family.design, Psi), M, noise)
+
+    def estimate(A: Array, idx: Array, y: Array) -> Array:
+        S = jnp.einsum("nm,nmd->nd", y, table[idx]) / M
+        return jnp.einsum("sai,ij,nj->nsa", family.phi, A, S)
+
+    def stage(Q_next: Array, inputs):
+        h, k = inputs
+        k_pairs, k_labels = jax.random.split(k)
+        idx = draw_pairs(k_pairs, cdf, (tasks, M))
+        y = jax.vmap(bellman_labels, (0, 0, None, 0, 0))(jax.random.split(k_labels, tasks), mdps, h, idx, Q_next)
+        targets = problems.theta[:, h] + jnp.einsum("nds,ns->nd", problems.mu[:, h], Q_next.max(-1))
+        variance = jax.vmap(bellman_moments, (0, None, 0))(mdps, h, Q_next)[1]
+        noise = noise_moment(family.phi, family.design, variance[:half].mean(0))
+        Q = estimate(layer(targets, noise), idx, y)
+        by_oracle = estimate(layer(w[:, h], jnp.zeros_like(noise)), idx, jnp.einsum("nmd,nd->nm", table[idx], w[:, h]))
+        return Q, (Q, by_oracle)
+
+    H = family.theta_low.shape[0]
+    inputs = (jnp.arange(H), jax.random.split(k_stages, H))
+    _, (Q, by_oracle) = jax.lax.scan(stage, jnp.zeros_like(plans.Q[:, 0]), inputs, reverse=True)
+    return jax.tree.map(lambda x: x[half:], (mdps, plans, jnp.moveaxis(Q, 0, 1), jnp.moveaxis(by_oracle, 0, 1)))
+
+
+@jax.jit
+def injected_losses(key: Array, mdps, plans, epsilon: Array) -> Array:
+    """Exact losses [tasks, H] by horizon of value iteration whose every backup is off by +-epsilon, signs at random."""
+
+    def one(k: Array, mdp, plan) -> Array:
+        def stage(V: Array, inputs):
+            P, r, signs = inputs
+            Q = r + P @ V + epsilon * signs
+            return Q.max(-1), Q
+
+        signs = flat(jax.random.rademacher, k, mdp.r.shape, mdp.r.dtype)
+        _, Q = jax.lax.scan(stage, jnp.zeros_like(mdp.rho), (mdp.P, mdp.r, signs), reverse=True)
+        return ((plan.V - policy_value(mdp, greedy(Q))) @ mdp.rho)[::-1]
+
+    return jax.vmap(one)(jax.random.split(key, len(plans.V)), mdps, plans)
+
+
+def _to_go(x: Array) -> Array:
+    """[..., H] -> sums from each stage to the end, in the order of the horizon 1, 2, ..., H."""
+    return jnp.cumsum(x[..., ::-1], axis=-1)
+
+
+@jax.jit
+def losses_and_bounds(mdps, plans, Q: Array, by_oracle: Array) -> dict[str, Array]:
+    """For every test task and horizon 1..H, all [tasks, H]: exact loss of both policies, and the bounds on the first."""
+
+    def one(mdp, plan, Q: Array, by_oracle: Array) -> dict[str, Array]:
+        def loss(q: Array) -> Array:
+            return ((plan.V - policy_value(mdp, greedy(q))) @ mdp.rho)[::-1]
+
+        residual = offline.bellman_residual(mdp.P, mdp.r, Q)
+        e = jnp.abs(residual).max((1, 2))
+        span = residual.max((1, 2)) - residual.min((1, 2))
+        return {
+            "bellman": loss(Q),
+            "oracle": loss(by_oracle),
+            "error": _to_go(e) / jnp.arange(1, len(e) + 1),
+            "span": _to_go(span),
+            "linear": 2 * _to_go(e),
+            "quadratic": jnp.stack([offline.quadratic_bound(e[len(e) - H :]) for H in range(1, len(e) + 1)]),
+            "scale": jnp.maximum(1.0, jnp.abs(plan.V).max(-1))[::-1],
+        }
+
+    return jax.vmap(one)(mdps, plans, Q, by_oracle)
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    family = simplex_family(jax.random.key(0), 6, 3, 4, cfg.horizon, feature_power=3.0, power=2.0, low=-1.0, high=1.0)
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    mdps, plans, Q, by_oracle = backward_pass(key, family, tasks=cfg.tasks, M=cfg.M)
+    out = losses_and_bounds(mdps, plans, Q, by_oracle)
+    out["injected"] = injected_losses(jax.random.fold_in(key, 1), mdps, plans, jnp.asarray(cfg.epsilon))
+    tolerance = 1e-9 * out["scale"]
+    names = ("bellman", "oracle", "injected", "error", "span", "linear", "quadratic")
+    return {
+        "horizons": list(range(1, cfg.horizon + 1)),
+        "mean": {name: out[name].mean(0) for name in names},
+        "epsilon": cfg.epsilon,
+        "n": len(out["bellman"]),
+        # the horizons of one task are not independent of each other: a task counts once
+        "violations": {
+            name: int((out["bellman"] > out[name] + tolerance).any(1).sum()) for name in ("span", "linear", "quadratic")
+        },
+    }
+
+
+def _price_slope(record: dict) -> float:
+    """Log-log slope in H of the loss at equal one-stage errors, over the last two octaves of H."""
+    H = np.array(record["horizons"])
+    far = H[-1] // 4 <= H
+    return float(slopes(H[far], np.array(record["mean"]["injected"])[far])[0])
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    n = sum(r["n"] for r in records)
+    broken = min(n, sum(sum(r["violations"].values()) for r in records))
+    price = [_price_slope(r) for r in records]
+    last = {k: np.mean([r["mean"][k][-1] for r in records]) for k in records[0]["mean"]}
+    tight = ", ".join(f"{k} {last[k] / last['bellman']:.3g}" for k in ("span", "linear", "quadratic"))
+    longest = records[0]["horizons"][-1]
+    against = f"at H = {longest} {last['bellman'] / last['oracle']:.2g} times the loss with oracle labels"
+    return [
+        judge_count(
+            "bellman-horizon", broken, n, seeds=len(records), figure="horizon", note=f"bound/truth at H = {longest}: {tight}"
+        ),
+        judge("bellman-horizon/linear", price, figure="horizon", note=against),
+        judge("bellman-horizon/quadratic-price", price, figure="horizon"),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    H = np.array(records[0]["horizons"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
+    for name, color, label in (("bellman", BLUE, "labels bootstrapped"), ("oracle", GREEN, "labels by the oracle")):
+        curves = np.array([r["mean"][name] for r in records])
+        for curve in curves:
+            left.plot(H, curve, color=color, marker="", **SEED)
+        left.plot(H, curves.mean(0), color=color, label=f"measured, {label}", **EXACT)
+    bounds = (
+        ("span", ORANGE, r"$\sum_h$ span $l_h$"),
+        ("linear", RED, r"$2\sum_h e_h$"),
+        ("quadratic", GREY, r"$2\sum_h\sum_{h'\geq h} e_{h'}$"),
+    )
+    for name, color, label in bounds:
+        left.plot(H, np.mean([r["mean"][name] for r in records], 0), color=color, label=label, marker="", **BOUND)
+    left.set(xscale="log", yscale="log", xlabel="horizon H", ylabel="loss of value", title="Loss and bounds without an oracle")
+    left.legend(fontsize=8)
+    curves = np.array([r["mean"]["injected"] for r in records]) / records[0]["epsilon"]
+    for curve in curves:
+        right.plot(H, curve, color=BLUE, marker="", **SEED)
+    mean = curves.mean(0)
+    right.plot(H, mean, color=BLUE, label="measured", **EXACT)
+    for power, style in ((1, "--"), (2, ":")):
+        right.plot(H, mean[-1] * (H / H[-1]) ** power, color=GREY, linestyle=style, marker="", label=f"slope {power}")
+    right.set(
+        xscale="log", yscale="log", xlabel="horizon H", ylabel="loss / one-stage error", title="Equal errors at every stage"
+    )
+    right.legend(fontsize=8)
+    return {"horizon": figure}

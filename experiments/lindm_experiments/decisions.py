@@ -1,0 +1,352 @@
+"""Does fine-tuning on the oracle's decisions close the gap of a language model, and where does it stop helping?
+
+    lindm run decisions --preset full
+    lindm verify --only sft-beats-icl sft-beats-cloning horizon partial-observation ambiguity ood format behaviour-context
+
+A cell is a suite at a horizon. In each, a model is fine-tuned (`lindm sft`) on tasks of the suite, and then it, the same model
+before that (ICL: it has the demonstrations in its context and no more) and the classical policies of `lindm eval` face the same
+new tasks, in distribution and out of it. Values are gaps, V* - V^pi over V* - V^random, of each task; exact, but for MDPs, where
+a language model is a policy over histories and is asked at those of sampled episodes (the same for all that are asked).
+
+    oracle demonstrations      the demonstrations in the context are the oracle's, as in [ZAS]
+    worse demonstrations       they are by the oracle with every second action random, and tell their rewards; labels of the
+                               oracle are what is trained, and stand nowhere in the text
+    another format             asked in texts that it was not trained in: other symbols in the same places, and sentences
+
+Demonstrations: five where the state is hidden. Where it is seen two, because five of the oracle's show nearly every state, and
+nothing is left to be gained. An ambiguous task has 6^(H-1) histories at its last stage and a policy's value needs all of them:
+so the horizons end at 4 there.
+
+The unit is the task: one model is trained in each cell (seeds = 1), so an interval tells how well the gap of *this* model is
+known. How gaps vary from one training to the next takes more seeds.
+
+The quick preset takes a tiny model from nothing and one cell. What that cannot decide is left open.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.datasets import Recipe
+from lindm.evaluation.compare import compare
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge, undecided
+from lindm_experiments.harness.statistics import Verdict, mean_ci
+from lindm_experiments.harness.style import COLORS, GREY, MARKERS
+from lindm_experiments.lib import language_models
+
+CLAIMS = (
+    "sft-beats-icl",
+    "sft-beats-cloning",
+    "horizon",
+    "partial-observation",
+    "ambiguity",
+    "ood",
+    "format",
+    "behaviour-context",
+)
+SUITES = ("mdp", "pomdp", "apomdp")
+LISTED = 256  # histories of a last stage that are all asked
+EPISODES = 4  # sampled of a task with more
+EPSILON = 0.5  # random actions in worse demonstrations
+DEMOS = {"mdp": 2, "pomdp": 5, "apomdp": 5}
+SEEN = ("oracle", "random", "bc", "certainty-equivalence", "lsvi", "pevi", "layer")
+HIDDEN = ("oracle", "random", "bc", "certainty-equivalence", "qmdp")
+RENAMED = {
+    "name": "renamed",
+    "episode": "#",
+    "step": ["\n", "{state}", "{action}", "{model}", "{observation}", ":{reward}"],
+    "closing": "\n",
+    "actions": [" X", " Y", " Z"],
+    "states": ["k", "m", "n", "p", "q"],
+    "models": "{}",
+    "observations": ["+", "-"],
+}
+FORMATS = ("renamed", "readable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 1
+    """trainings of a cell, each on tasks of its own"""
+    base_seed: int = 900_000
+    model: str = "models/SmolLM2-135M-Instruct"
+    """a model's directory, or tiny"""
+    mdp: tuple[int, ...] = (4, 8, 16)
+    """horizons"""
+    pomdp: tuple[int, ...] = (4, 6, 8)
+    apomdp: tuple[int, ...] = (2, 3, 4)
+    tasks: int = 50
+    """new tasks of a cell and split"""
+    train: int = 256
+    """tasks to train on"""
+    steps: int = 60
+    batch: int = 2
+    rate: float = 5e-4
+    """peak learning rate"""
+    more: bool = True
+    """measure worse demonstrations (at the middle horizons) and other formats (at the shortest) too"""
+
+    def __post_init__(self):
+        for name in ("seeds", "tasks", "train", "steps", "batch"):
+            count(getattr(self, name), name)
+        for name in SUITES:
+            horizons = getattr(self, name)
+            if tuple(sorted(set(horizons))) != tuple(horizons) or any(h < 1 for h in horizons):
+                raise ValueError(f"{name} must be increasing horizons >= 1; got {horizons}")
+        if not any(getattr(self, name) for name in SUITES):
+            raise ValueError("mdp, pomdp, apomdp must not all be empty")
+        branches = (cloud := language_models.law("apomdp", 1)).M * cloud.O
+        if any(branches ** (h - 1) > LISTED for h in self.apomdp):
+            raise ValueError(f"apomdp must be horizons with at most {LISTED} histories at the last stage; got {self.apomdp}")
+        if self.more and self.model == language_models.TINY:
+            raise ValueError("more must be False for a tiny model, whose vocabulary is that of one format; got True")
+
+
+FULL = Config()
+# many small steps: to look up in the context what was done there is learned late and all at once, after some number of steps
+QUICK = Config(model=language_models.TINY, mdp=(), pomdp=(2,), apomdp=(), train=7000, steps=900, batch=8, rate=1e-3, more=False)
+SMOKE = Config(
+    model=language_models.TINY,
+    mdp=(),
+    pomdp=(2,),
+    apomdp=(),
+    tasks=4,
+    train=32,
+    steps=3,
+    batch=8,
+    rate=1e-3,
+    more=False,
+    base_seed=7,
+)
+
+
+def points(cfg: Config) -> list[dict]:
+    """The middle horizons first: what is known of every suite early is what most claims need."""
+    found = []
+    for seed in range(cfg.seeds):
+        cells = [(name, getattr(cfg, name)) for name in SUITES if getattr(cfg, name)]
+        every = [(n, h, h == middle(hs), "oracle") for n, hs in cells for h in hs]
+        if cfg.more:
+            every += [(n, middle(hs), False, "worse") for n, hs in cells]
+        every.sort(key=lambda cell: not cell[2])
+        found += [{"suite": n, "horizon": h, "demos": demos, "seed": seed} for n, h, _, demos in every]
+    return found
+
+
+def middle(horizons: Sequence[int]) -> int:
+    return horizons[len(horizons) // 2]
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    language_models.check(cfg.model)
+    name, horizon, worse = point["suite"], point["horizon"], point["demos"] == "worse"
+    how = {"demos": DEMOS[name], "behaviour": "epsilon" if worse else "oracle", "epsilon": EPSILON}
+    seed = cfg.base_seed + 2 * point["seed"]
+    with tempfile.TemporaryDirectory() as directory, language_models.quietly():
+        room = Path(directory)
+        data = language_models.make(room / "train", language_models.law(name, horizon), Recipe(tasks=cfg.train, seed=seed, **how))
+        training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
+        rewards = "shown" if worse else "auto"
+        asked = language_models.options(cfg.model, data, room / "run", rewards=rewards, **training)
+        models = {"icl": language_models.before(asked, room / "before"), "sft": language_models.fine_tuned(asked)}
+        told = {f"{kind}:{path}": kind for kind, path in models.items()}
+
+        def faced(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
+            where = room / split
+            recipe = Recipe(tasks=cfg.tasks, seed=seed + 1, **how)
+            limits = {"episodes": EPISODES, "listed": LISTED, "template": template, "rewards": rewards}
+            rows = compare(where, language_models.law(name, horizon, split), recipe, [*policies, *told], **limits)
+            known = {policy: policy for policy in policies} | told
+            return {known[row["policy"]]: _kept(row) for row in rows}
+
+        policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behaviour"] if worse else []))
+        found = {"id": faced("id", policies)} | ({} if worse else {"ood": faced("ood", policies)})
+        if cfg.more and not worse and horizon == getattr(cfg, name)[0]:
+            (room / "renamed.json").write_text(json.dumps(RENAMED))
+            paths = {"renamed": str(room / "renamed.json"), "readable": "readable"}
+            found |= {form: faced("id", (), paths[form]) for form in FORMATS}
+    return {"rows": found}
+
+
+def _kept(row: dict) -> dict:
+    kept = {key: row[key] for key in ("gap_of_value", "action_agreement", "invalid", "method")}
+    return {"gaps": [round(gap, 6) for gap in row["gaps"]]} | {
+        key: round(value, 6) if isinstance(value, float) else value for key, value in kept.items()
+    }
+
+
+# --- what follows --------------------------------------------------------------------------------------------------------------
+
+
+def gaps(
+    records: list[dict], policy: str, suite: str, *, horizon: int | None = None, part: str = "id", demos: str = "oracle"
+) -> np.ndarray:
+    """Gaps of all tasks of a suite (at a horizon), in one order for every policy; `part`: a split or a format."""
+    found = [
+        r["rows"][part][policy]["gaps"]
+        for r in sorted(records, key=lambda r: (r["point"]["horizon"], r["point"]["seed"]))
+        if (r["point"]["suite"], r["point"]["demos"]) == (suite, demos)
+        and horizon in (None, r["point"]["horizon"])
+        and policy in r["rows"].get(part, {})
+    ]
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def horizons(records: list[dict], suite: str) -> list[int]:
+    return sorted({r["point"]["horizon"] for r in records if r["point"]["suite"] == suite})
+
+
+def suites_of(records: list[dict]) -> list[str]:
+    return [name for name in SUITES if horizons(records, name)]
+
+
+def _said(parts: dict[str, Sequence[float]]) -> str:
+    return ", ".join(f"{name} {' / '.join(f'{100 * v:.1f}' for v in values)} %" for name, values in parts.items())
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    known = suites_of(records)
+
+    def against(id: str, rival: str, share: float, part: str = "id") -> Verdict:
+        """Does what it loses stay below a share of what the rival loses, on every suite?"""
+        mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", rival))
+        means = {n: (mine[n].mean(), theirs[n].mean()) for n in known}
+        return judge(id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {rival}: {_said(means)}")
+
+    def advantage(suite: str, horizon: int | None = None) -> np.ndarray:
+        return gaps(records, "icl", suite, horizon=horizon) - gaps(records, "sft", suite, horizon=horizon)
+
+    several = [n for n in known if len(horizons(records, n)) > 1]
+    ends = {n: [advantage(n, h) for h in (horizons(records, n)[0], horizons(records, n)[-1])] for n in several}
+    verdicts = [against("sft-beats-icl", "icl", 0.25), against("sft-beats-cloning", "bc", 1.0)]
+    if several:
+        note = f"ICL - SFT, shortest / longest: {_said({n: [v.mean() for v in e] for n, e in ends.items()})}"
+        verdicts.append(judge("horizon", *(long - short for short, long in ends.values()), figure="gaps", note=note))
+    else:
+        verdicts.append(undecided("horizon", "one horizon was measured"))
+    for id, easier, harder in (("partial-observation", "mdp", "pomdp"), ("ambiguity", "pomdp", "apomdp")):
+        if easier in known and harder in known:
+            pair = [advantage(n) for n in (easier, harder)]
+            n = min(map(len, pair))
+            note = f"ICL - SFT, {easier} / {harder}: {_said({'': [v.mean() for v in pair]}).strip()}"
+            verdicts.append(judge(id, pair[1][:n] - pair[0][:n], figure="gaps", note=note))
+        else:
+            verdicts.append(undecided(id, f"{easier} and {harder} were not both measured"))
+    verdicts.append(against("ood", "icl", 0.5, "ood"))
+    told = [(n, form) for n in known for form in FORMATS if len(gaps(records, "sft", n, part=form))]
+    if told:
+        both = {key: [gaps(records, policy, key[0], part=key[1]) for policy in ("sft", "icl")] for key in told}
+        note = f"SFT / ICL: {_said({' '.join(key): [v.mean() for v in values] for key, values in both.items()})}"
+        verdicts.append(judge("format", *(mine - 0.5 * theirs for mine, theirs in both.values()), figure="formats", note=note))
+    else:
+        verdicts.append(undecided("format", "one format was measured"))
+    worse = [n for n in known if len(gaps(records, "sft", n, demos="worse"))]
+    if worse:
+        mine = {n: gaps(records, "sft", n, demos="worse") for n in worse}
+        rivals = {n: [gaps(records, policy, n, demos="worse") for policy in ("behaviour", "bc", "icl")] for n in worse}
+        parts = [mine[n] - theirs for n in worse for theirs in rivals[n][:2]]
+        means = {n: [v.mean() for v in (mine[n], *rivals[n])] for n in worse}
+        note = f"SFT / behaviour / bc / ICL: {_said(means)}"
+        verdicts.append(judge("behaviour-context", *parts, figure="formats", note=note))
+    else:
+        verdicts.append(undecided("behaviour-context", "worse demonstrations were not measured"))
+    return verdicts
+
+
+def table(records: list[dict]) -> list[dict]:
+    """The table: a row for every cell, part and policy; gaps with their 95 % intervals over tasks."""
+    rows = []
+    for record in records:
+        point = record["point"]
+        for part, policies in record["rows"].items():
+            for policy, found in policies.items():
+                mean, (low, high) = mean_ci(found["gaps"])
+                row = {key: point[key] for key in ("suite", "horizon", "demos")} | {"part": part, "policy": policy}
+                row |= {"gap": mean, "low": low, "high": high, "n": len(found["gaps"])}
+                rows.append(row | {key: found[key] for key in ("gap_of_value", "action_agreement", "invalid", "method")})
+    return rows
+
+
+LINES = {  # policy -> label, colour, marker
+    "icl": ("as it comes (ICL)", COLORS[1], "s"),
+    "sft": ("fine-tuned (SFT)", COLORS[0], "o"),
+    "bc": ("majority of the demonstrations", COLORS[2], "^"),
+    "certainty-equivalence": ("certainty equivalence", COLORS[3], "D"),
+    "lsvi": ("LSVI", COLORS[4], "v"),
+    "qmdp": ("QMDP (model known)", COLORS[5], "P"),
+}
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    figures = {"gaps": _over_horizons(records)}
+    if any("renamed" in r["rows"] or r["point"]["demos"] == "worse" for r in records):
+        figures["formats"] = _bars(records)
+    return figures
+
+
+def _over_horizons(records: list[dict]) -> Figure:
+    """Gap over the horizon: a column for each suite, a row for each split."""
+    known = suites_of(records)
+    figure, axes = pyplot.subplots(
+        2, len(known), figsize=(3.9 * len(known) + 0.6, 6.4), sharey="row", sharex="col", squeeze=False
+    )
+    for row, (split, about) in enumerate((("id", "in distribution"), ("ood", "out of distribution"))):
+        for axis, suite in zip(axes[row], known, strict=True):
+            at = horizons(records, suite)
+            for shift, (policy, (label, color, marker)) in enumerate(LINES.items()):
+                values = [gaps(records, policy, suite, horizon=h, part=split) for h in at]
+                if not all(map(len, values)):
+                    continue
+                means, ends = zip(*(mean_ci(v) for v in values), strict=True)
+                error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
+                x = np.arange(len(at)) + 0.05 * (shift - 2.5)
+                axis.errorbar(x, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label, linewidth=1.2)
+            axis.axhline(100, color=GREY, linestyle=":", marker="", label="random play")
+            axis.axhline(0, color="#444444", linewidth=0.8, marker="")
+            axis.set_xticks(range(len(at)), [str(h) for h in at])
+            axis.set_title(f"{suite}, {about}")
+        axes[row][0].set_ylabel("gap, % of random play's")
+        axes[row][0].set_yscale("symlog", linthresh=2)
+        axes[row][0].set_ylim(-1, 130)
+        axes[row][0].set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
+    for axis in axes[-1]:
+        axis.set_xlabel("horizon")
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _bars(records: list[dict]) -> Figure:
+    """Gaps in formats that were not trained, and from worse demonstrations."""
+    known = suites_of(records)
+    figure, axes = pyplot.subplots(1, len(known), figsize=(3.9 * len(known) + 0.6, 3.8), sharey=True, squeeze=False)
+    for axis, suite in zip(axes[0], known, strict=True):
+        shortest = horizons(records, suite)[0]
+        groups = [("as trained", {"part": "id", "horizon": shortest}, ("sft", "icl"))]
+        groups += [(form, {"part": form}, ("sft", "icl")) for form in FORMATS]
+        groups.append(("worse demos", {"part": "id", "demos": "worse"}, ("sft", "icl", "bc", "behaviour")))
+        for x, (_, where, policies) in enumerate(groups):
+            for i, policy in enumerate(policies):
+                values = gaps(records, policy, suite, **where)
+                if not len(values):
+                    continue
+                mean, (low, high) = mean_ci(values)
+                label, color, marker = LINES.get(policy, ("who made the demonstrations", COLORS[6], MARKERS[6]))
+                ends = [[100 * (mean - low)], [100 * (high - mean)]]
+                axis.errorbar(
+                    [x + 0.16 * (i - 1)], [100 * mean], ends, color=color, marker=marker, capsize=2, linestyle="none", label=label
+                )
+        axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name, _, _ in groups])
+        axis.set_title(suite)
+        axis.axhline(0, color="#444444", linewidth=0.8, marker="")
+    axes[0][0].set_ylabel("gap, % of random play's")
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    return figure

@@ -1,0 +1,392 @@
+"""What is a context worth when it is one long trajectory instead of independent pairs?
+
+Two linear MDPs with time-homogeneous dynamics, a fixed behaviour policy, and random rewards; the labels are Q*_1 of the pairs.
+`stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one, round and round. A context is a piece
+of the chain of pairs, started from its stationary law; a logger that samples faster than the system moves sees the lazy chain
+stick I + (1 - stick) K. The features are carried to the same covariance under each stationary law, so that only the dependence
+differs. Theory sums the pairs exactly (lindm_theory.feature_laws.chain_moments) and gives, for any layer,
+
+    risk = tr(Lq A V A') + bias,   V = E[S S'] - Lambda Psi Lambda,   M_eff = tr(Lq A V_1 A') / tr(Lq A V A'),
+
+and the layer that is best on such contexts, by its own normal equations.
+
+    lindm run dependence --preset quick      about 25 s on 2 cores
+    lindm verify --only dependence
+
+Expected: points on the exact lines for the layer trained on independent pairs, the layers trained on trajectories, and contexts
+pooled from several trajectories; M_eff far below M where the chain is slow. But not in general: where the dynamics turn,
+successive pairs cover the space evenly and a trajectory is worth *more* than independent pairs.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.icl.attention import ReducedAttention, query_columns
+from lindm.icl.prompts import chain, oracle_labels, pair_kernel, stationary
+from lindm.icl.trainer import train_many
+from lindm.problems.linear_mdp import carry, linear_mdp, simplex_family, tabulate
+from lindm.problems.mdp import simplex_rows
+from lindm.problems.regression import covariance
+from lindm.solvers.dp import plan_linear
+from lindm.types import LinearMDP, Prompt
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREY, MARKERS, MEASURED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory.feature_laws import chain_moments, design_fourth, design_moment, effective_sample_size, independent_copies
+from lindm_theory.in_context import moment_risk, pair_variance, solve_normal_equations
+
+CLAIMS = ("dependence", "dependence/slow", "dependence/turning", "dependence/weights")
+S, A, D, H = 10, 2, 4, 3  # states, actions, features, stages
+BLOCK = 256  # contexts in flight
+SERVES = 8  # tasks for every chain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2022000
+    contexts: int = 28672
+    M: tuple[int, ...] = (8, 32, 128)
+    N: int = 32  # pairs in a context of training
+    copies: int = 4  # trajectories of N pairs pooled into one context
+    stick: tuple[float, ...] = (0.0, 0.5, 0.8)  # laziness of the chain of `stay`
+    stay: float = 6.0  # how strongly an aggregate of states leads to its own states, or to those of the next
+    kappa: float = 3.0
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "contexts", "N", "copies", "steps"):
+            count(getattr(self, name), name)
+        if self.contexts % BLOCK:
+            raise ValueError(f"contexts must be a multiple of {BLOCK}; got {self.contexts}")
+        if not 2 <= self.copies <= 8:
+            raise ValueError(f"copies must be between 2 and 8; got {self.copies}")
+        if not self.M or min(self.M) < 1 or list(self.M) != sorted(set(self.M)) or self.N not in self.M:
+            raise ValueError(f"M must hold rising lengths from 1 on, N = {self.N} among them; got {self.M}")
+        if not self.stick or self.stick[0] != 0 or list(self.stick) != sorted(set(self.stick)) or self.stick[-1] >= 1:
+            raise ValueError(f"stick must hold rising probabilities from 0 on, below 1; got {self.stick}")
+        if not 1 <= self.stay < float("inf"):
+            raise ValueError(f"stay must be a finite power >= 1; got {self.stay}")
+        if not 1 <= self.kappa < float("inf"):
+            raise ValueError(f"kappa must be a finite condition number >= 1; got {self.kappa}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, contexts=32768, M=(8, 16, 32, 64, 128, 256), stick=(0.0, 0.3, 0.5, 0.7, 0.8, 0.9), steps=3000)
+SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), N=8, stick=(0.0, 0.8), steps=20)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One case: a law of contexts. Stacked over cases in `worlds`."""
+
+    phi: Array  # [S*A, d]
+    start: Array  # [S*A] stationary law
+    kernel: Array  # [S*A, S*A]
+    mu: Array  # [d, S]
+    back: Array  # [d, d], takes simplex coordinates to those of phi
+
+
+def names(cfg: Config) -> list[str]:
+    """The cases, in the order of `worlds`."""
+    return ["independent", *(f"stay, stick {s:g}" for s in cfg.stick), "turn"]
+
+
+def worlds(cfg: Config) -> World:
+    """All cases, stacked. The same for all seeds: the two MDPs are the subject, not a sample."""
+    k_state, k_pair, k_policy = jax.random.split(jax.random.key(1), 3)
+    # each state belongs mostly to one aggregate, whatever the action
+    phi = 0.9 * simplex_rows(k_state, (S, 1, D), 3.0) + 0.1 * simplex_rows(k_pair, (S, A, D), 1.0)
+    policy = simplex_rows(k_policy, (S, A), 1.0)
+    frame = simplex_family(k_state, S, A, D, H, low=-1.0, high=1.0)
+
+    def dynamics(ahead: int) -> tuple[World, Array]:
+        member = phi.mean(1).T ** cfg.stay  # [d, S]
+        mu = jnp.roll(member, -ahead, axis=0)
+        mu = mu / mu.sum(1, keepdims=True)
+        # the front door checks that <phi, mu> is a kernel
+        P = tabulate(linear_mdp(phi, mu[None], jnp.zeros((1, D)))).P[0]
+        kernel = pair_kernel(P, policy)
+        start = stationary(kernel)
+        family = carry(replace(frame, phi=phi, design=start), covariance(D, cfg.kappa))
+        return World(phi=linear_mdps.pairs_table(family), start=start, kernel=kernel, mu=mu, back=family.back), start
+
+    stay, start = dynamics(0)
+    turn, _ = dynamics(1)
+    one = jnp.eye(S * A)
+    cases = [
+        replace(stay, kernel=jnp.broadcast_to(start[None, :], one.shape)),
+        *(replace(stay, kernel=s * one + (1 - s) * stay.kernel) for s in cfg.stick),
+        turn,
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *cases)
+
+
+@partial(jax.jit, static_argnames="tasks")
+def draw_tasks(key: Array, worlds: World, tasks: int) -> Array:
+    """Q*_1 weights w [C, tasks, d] for random rewards on the dynamics of every case."""
+
+    def case(at) -> Array:
+        k, world = at
+        phi = world.phi.reshape(S, A, D)
+        mu = jnp.broadcast_to(world.back @ world.mu, (H, D, S))
+
+        def one(k: Array) -> Array:
+            theta = jax.random.uniform(k, (H, D), minval=-1.0, maxval=1.0)
+            return plan_linear(LinearMDP(phi=phi, mu=mu, theta=theta @ world.back.T, rho=jnp.full(S, 1.0 / S)))[1][0]
+
+        return jax.vmap(one)(jax.random.split(k, tasks))
+
+    return jax.lax.map(case, (jax.random.split(key, len(worlds.phi)), worlds))
+
+
+@partial(jax.jit, static_argnames=("longest", "piece", "copies"))
+def context_moments(
+    key: Array, worlds: World, w: Array, lengths: Array, longest: int, piece: int, copies: int
+) -> tuple[Array, Array]:
+    """(E[S S'], E[S w']) [C, L + 1, d, d] over contexts of every case: one trajectory cut to each of the L lengths, and last
+    `copies` pieces of `piece` pairs pooled.  w [C, n, d], a task for every context."""
+    used = (jnp.arange(longest)[None, :] < lengths[:, None]) / lengths[:, None]
+    pooled = (jnp.arange(longest) < piece) / piece
+
+    def grams(k: Array, world: World) -> tuple[Array, Array]:
+        x = world.phi[chain(k, world.kernel, world.start, longest)]
+        weighted = jnp.concatenate([used, pooled[None]])
+        G = jnp.einsum("lm,mi,mj->lij", weighted, x, x, optimize=[(0, 1), (0, 1)])
+        return G[:-1], G[-1]
+
+    def case(at) -> tuple[Array, Array]:
+        k, world, w = at
+
+        def block(at) -> tuple[Array, Array]:
+            keys, w = at
+            G, piece_G = jax.vmap(grams, (0, None))(keys, world)
+            # independent chains pooled in groups of which no two share more than one chain
+            joined = jnp.stack([jnp.roll(piece_G, 2**r - 1, axis=0) for r in range(copies)]).mean(0)
+            G = jnp.concatenate([G, joined[:, None]], axis=1)
+            several = jnp.repeat(w.reshape(-1, SERVES, D), SERVES, axis=0)  # every chain serves several tasks
+            S_M = jnp.einsum("nlij,nrj->lnri", G, several)
+            return jnp.einsum("lnri,lnrj->lij", S_M, S_M) / SERVES, jnp.einsum("lnri,nrj->lij", S_M, several) / SERVES
+
+        blocks = jax.lax.map(block, (jax.random.split(k, len(w)).reshape(-1, BLOCK), w.reshape(-1, BLOCK, D)))
+        return jax.tree.map(lambda m: m.sum(0) / len(w), blocks)
+
+    return jax.lax.map(case, (jax.random.split(key, len(w)), worlds, w))
+
+
+@partial(jax.jit, static_argnames="length")
+def exact_moments(worlds: World, Psi: Array, length: int) -> tuple[Array, Array]:
+    """(E[G], E[G Psi G]) of a trajectory of `length` pairs for every case, [C, d, d] each."""
+    return jax.vmap(lambda v, P: chain_moments(v.kernel, v.start, v.phi, P, length))(worlds, Psi)
+
+
+@jax.jit
+def exact(A: Array, worlds: World, Psi: Array, mean: Array, second: Array) -> dict[str, Array]:
+    """Risk of the layers A [C, d, d] and M_eff [C], from E[G], E[G Psi G] [C, d, d] of the contexts."""
+
+    def case(A: Array, v: World, P: Array, mean: Array, second: Array) -> dict[str, Array]:
+        Lambda = design_moment(v.phi, v.start)
+        V = second - mean @ P @ mean
+        V_1 = pair_variance(Lambda, P, design_fourth(v.phi, v.start, P))
+        return {"risk": moment_risk(A, mean, P, V, Lambda).total, "size": effective_sample_size(A, V_1, V, Lambda)}
+
+    return jax.vmap(case)(A, worlds, Psi, mean, second)
+
+
+@jax.jit
+def measured(A: Array, worlds: World, Psi: Array, SS: Array, Sw: Array) -> dict[str, Array]:
+    """The same from moments over contexts drawn: E|L^(1/2)(A S - w)|^2, and M_eff from E|L^(1/2) A (S - L w)|^2."""
+
+    def case(A: Array, v: World, P: Array, SS: Array, Sw: Array) -> dict[str, Array]:
+        Lambda = design_moment(v.phi, v.start)
+        spread = SS - Sw @ Lambda - Lambda @ Sw.T + Lambda @ P @ Lambda
+        V_1 = pair_variance(Lambda, P, design_fourth(v.phi, v.start, P))
+        cross = A @ Sw
+        return {
+            "risk": jnp.trace(Lambda @ (A @ SS @ A.T - cross - cross.T + P)),
+            "size": effective_sample_size(A, V_1, spread, Lambda),
+        }
+
+    return jax.vmap(case)(A, worlds, Psi, SS, Sw)
+
+
+def draw_training(key: Array, world: World, pool: Array, length: Array) -> tuple[Prompt, Array]:
+    """128 chains of one case, each for several tasks of the pool; the queries' law enters exactly, by d columns.
+    `length` is there for its shape [N]."""
+    which, k = jax.random.split(key)
+    w = pool[jax.random.randint(which, (128 * 4,), 0, len(pool))]
+    idx = jax.vmap(lambda q: chain(q, world.kernel, world.start, length.shape[0]))(jax.random.split(k, 128))
+    x = jnp.repeat(world.phi[idx], 4, axis=0)
+    query = jnp.broadcast_to(query_columns(design_moment(world.phi, world.start)), (len(w), D, D))
+    return Prompt(x=x, y=oracle_labels(x, w), query=query), oracle_labels(query, w)
+
+
+def trained(key: Array, worlds: World, pool: Array, cfg: Config) -> Array:
+    """Reduced layers [C, d, d], each trained in float32 on the contexts of its own case."""
+    cases = len(pool)
+    data = linear_mdps.single_precision((worlds, pool, jnp.zeros((cases, cfg.N))))
+    layers, _ = train_many(
+        ReducedAttention(D), draw_training, jax.random.split(key, cases), steps=cfg.steps, data=data, learning_rate=0.1
+    )
+    return layers.A[...][:, 0].astype(pool.dtype)
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    k_pool, k_train, k_test = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 3)
+    cases, all_names = worlds(cfg), names(cfg)
+    pool = draw_tasks(k_pool, cases, tasks=cfg.contexts)
+    Psi = jnp.einsum("cni,cnj->cij", pool, pool) / cfg.contexts
+    moments = {M: exact_moments(cases, Psi, M) for M in cfg.M}
+    Lambda = moments[cfg.N][0]  # stationary: E[G] is the second moment
+    best = jax.vmap(solve_normal_equations)(Lambda @ Psi, moments[cfg.N][1])
+    own = trained(k_train, cases, pool, cfg)
+    # the `stay` cases share features and law of tasks, so that one layer trained on independent pairs serves all of them;
+    # `turn` gets the closed form of its own
+    turn = jax.tree.map(lambda x: x[-1:], cases)
+    free = replace(turn, kernel=jnp.broadcast_to(turn.start[:, None, :], turn.kernel.shape))
+    plain_turn = solve_normal_equations(Lambda[-1] @ Psi[-1], exact_moments(free, Psi[-1:], cfg.N)[1][0])
+    plain = jnp.broadcast_to(own[0], own.shape).at[-1].set(plain_turn)
+    SS, Sw = context_moments(k_test, cases, pool, jnp.asarray(cfg.M, float), longest=cfg.M[-1], piece=cfg.N, copies=cfg.copies)
+    pooled = jax.vmap(independent_copies, (0, 0, 0, None))(moments[cfg.N][0], moments[cfg.N][1], Psi, cfg.copies)
+    laws = [(M, *moments[M]) for M in cfg.M] + [(cfg.N * cfg.copies, Lambda, pooled)]
+    cells = []
+    for i, (M, mean, second) in enumerate(laws):
+        found = {k: measured(L, cases, Psi, SS[:, i], Sw[:, i]) for k, L in (("plain", plain), ("own", own))}
+        told = {k: exact(L, cases, Psi, mean, second) for k, L in (("plain", plain), ("own", own))}
+        cells += [
+            {
+                "case": name,
+                "M": M,
+                "pooled": i == len(cfg.M),
+                "measured": {k: float(v["risk"][c]) for k, v in found.items()},
+                "exact": {k: float(v["risk"][c]) for k, v in told.items()},
+                "size": [float(found["plain"]["size"][c]), float(told["plain"]["size"][c])],
+            }
+            for c, name in enumerate(all_names)
+        ]
+    return {
+        "N": cfg.N,
+        "copies": cfg.copies,
+        "names": all_names,
+        "stick": list(cfg.stick),
+        "cells": cells,
+        "weights_error": (jnp.linalg.norm(own - best, axis=(1, 2)) / jnp.linalg.norm(best, axis=(1, 2))).tolist(),
+        "apart": (jnp.linalg.norm(best - plain, axis=(1, 2)) / jnp.linalg.norm(best, axis=(1, 2))).tolist(),
+    }
+
+
+def _cell(record: dict, case: str, M: int, pooled: bool = False) -> dict:
+    return next(c for c in record["cells"] if (c["case"], c["M"], c["pooled"]) == (case, M, pooled))
+
+
+def _keys(records: list[dict]) -> list[tuple[str, int, bool]]:
+    return [(c["case"], c["M"], c["pooled"]) for c in records[0]["cells"]]
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    first = records[0]
+    found = {key: [_cell(r, *key) for r in records] for key in _keys(records)}
+    ratios = [[c["measured"][k] / c["exact"][k] for c in cells] for cells in found.values() for k in ("plain", "own")]
+    sizes = [[c["size"][0] / c["size"][1] for c in cells] for cells in found.values()]
+
+    def share(chosen) -> list[list[float]]:
+        return [[c["size"][0] / c["M"] for c in cells] for key, cells in found.items() if chosen(*key)]
+
+    slow = share(lambda case, M, pooled: case.startswith("stay") and not pooled)
+    turning = share(lambda case, M, pooled: case == "turn" and not pooled)
+    weights = np.array([r["weights_error"] for r in records])
+    sticky = first["names"][-2]
+    at_N = [_cell(r, sticky, first["N"]) for r in records]
+    apart = np.mean([r["apart"][-2] for r in records])
+    gain = np.mean([c["measured"]["own"] / c["measured"]["plain"] for c in at_N])
+    return [
+        judge(
+            "dependence", *ratios, *sizes, figure="dependence", note=f"{len(ratios)} risks and {len(sizes)} M_eff, worst shown"
+        ),
+        judge(
+            "dependence/slow",
+            *slow,
+            figure="dependence",
+            note=f"from {np.mean(slow, 1).min():.2g} to {np.mean(slow, 1).max():.2g}",
+        ),
+        judge("dependence/turning", *turning, figure="dependence"),
+        judge(
+            "dependence/weights",
+            *weights.T,
+            figure="risk",
+            note=f"{sticky}: {apart:.0%} away from the layer of independent pairs, risk x {gain:.2f}",
+        ),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"dependence": _sizes(records), "risk": _risks(records)}
+
+
+def _lengths(records: list[dict]) -> list[int]:
+    return sorted({c["M"] for c in records[0]["cells"] if not c["pooled"]})
+
+
+def _sizes(records: list[dict]) -> Figure:
+    """M_eff / M over M for every case, and over the stickiness of the chain."""
+    first, M = records[0], _lengths(records)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 4.2))
+    for name, color, marker in zip(first["names"], (GREY, *COLORS * 2), MARKERS * 2, strict=False):
+        shares = np.array([[np.array(_cell(r, name, m)["size"]) / m for m in M] for r in records])
+        left.plot(M, shares[:, :, 1].mean(0), color=color, marker="", label=name, **EXACT)
+        for seed in shares:
+            left.plot(M, seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
+    left.axhline(1.0, color=GREY, linestyle=":", linewidth=1.0)
+    left.set(xscale="log", yscale="log", xlabel="pairs in the context M", ylabel="effective share  $M_{eff}$ / M")
+    left.set_xticks(M, [str(m) for m in M])
+    left.set_xticks([], minor=True)
+    left.set_title("What one pair of a trajectory is worth")
+    left.legend(fontsize=8)
+    names = [f"stay, stick {s:g}" for s in first["stick"]]
+    longest = first["N"] * first["copies"]
+    groups = [(M[-1], False, BLUE, "o", f"one trajectory of {M[-1]} pairs")]
+    groups.append((longest, True, COLORS[1], "s", f"{first['copies']} trajectories of {first['N']} pairs"))
+    for m, pooled, color, marker, label in groups:
+        shares = np.array([[np.array(_cell(r, n, m, pooled)["size"]) / m for n in names] for r in records])
+        right.plot(first["stick"], shares[:, :, 1].mean(0), color=color, marker="", label=label, **EXACT)
+        for seed in shares:
+            right.plot(first["stick"], seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
+    right.set(yscale="log", xlabel="chance that the chain stays where it is", title="Slower chains, and pooling")
+    right.legend(fontsize=8)
+    return figure
+
+
+def _risks(records: list[dict]) -> Figure:
+    """Risk over M of the layer trained on independent pairs and of the one trained on the trajectories themselves."""
+    first, M = records[0], _lengths(records)
+    chosen = [first["names"][0], first["names"][1], first["names"][-2], first["names"][-1]]
+    figure, axes = pyplot.subplots(1, len(chosen), figsize=(3.1 * len(chosen), 3.6), sharey=True)
+    for axis, name in zip(axes, chosen, strict=True):
+        for k, color, marker, label in (("plain", BLUE, "o", "independent pairs"), ("own", COLORS[1], "s", "such contexts")):
+            cells = [[_cell(r, name, m) for m in M] for r in records]
+            axis.plot(
+                M, np.mean([[c["exact"][k] for c in row] for row in cells], 0), color=color, marker="", **EXACT, label=label
+            )
+            for row in cells:
+                axis.plot(M, [c["measured"][k] for c in row], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
+        axis.axvline(first["N"], color=GREY, linestyle=":", linewidth=1.0)
+        axis.set(xscale="log", yscale="log", xlabel="pairs in the context M", title=name)
+        axis.set_xticks(M, [str(m) for m in M])
+        axis.set_xticks([], minor=True)
+    axes[0].set_ylabel("risk of Qhat")
+    axes[-1].legend(title=f"trained at N = {first['N']} on", fontsize=8, title_fontsize=8)
+    return figure

@@ -1,0 +1,439 @@
+"""Does repeating the layer remove its bias, and what does it cost?
+
+A layer trained at length N is applied again and again, w <- w + A (S - G w) from w = 0 (equal blocks of a deep reduced layer).
+On a very long context G = Lambda and the bias after k layers is |(I - A Lambda)^k Psi^(1/2)|^2: geometric in k. On a context of M
+pairs the error is -(I - A G_M)^k w plus what label noise adds. Without noise depth then removes the *estimation* error as well,
+wherever the spectral radius of I - A G_M is below one, and multiplies it where it is above: short contexts see the same few pairs
+too often, A is too large a step for them. On one-hot features the mean is known exactly,
+
+    risk = sum_i q_i psi_i E[(1 - a_i n_i/M)^(2k)],  n_i ~ Bin(M, rho_i),
+
+and tends to infinity in k for *every* M once some a_i > 2: depth that helps is bounded, the bound grows with M. With noise the
+limit on long contexts is least squares. A deep layer whose blocks are trained together, on contexts of the length of training,
+avoids all that.
+
+    lindm run depth --preset quick      about 25 s on 2 cores
+    lindm verify --only depth
+
+Expected: points on the exact lines; risks that fall with depth on long contexts and rise on short ones; least squares at the end.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.icl.attention import ReducedAttention, pad, query_columns
+from lindm.icl.prompts import draw_pairs, noisy_labels, oracle_labels
+from lindm.icl.trainer import train, train_many
+from lindm.problems.linear_mdp import Family, carry, draw_task, onehot_family, second_moment, simplex_family
+from lindm.problems.regression import covariance
+from lindm.solvers.rollout import cumulative
+from lindm.types import Prompt
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, SEED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory.in_context import onehot_gamma
+from lindm_theory.robustness import depth_bias, onehot_depth_risk
+
+CLAIMS = ("depth", "depth/small-context", "depth/estimation", "depth/least-squares", "depth/trained")
+D = 5
+LIMIT = 64  # layers that stand for infinitely many
+SETTLED = 0.8  # spectral radius from which on LIMIT layers are as good as infinitely many: 0.8^64 < 1e-6
+SHOWN = 12  # layers to which the exact curves of the one-hot panel are drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 3023000
+    N: tuple[int, ...] = (4, 16, 64)
+    layers: int = 6
+    M_long: int = 65536
+    long_contexts: int = 16
+    M: tuple[int, ...] = (8, 32, 128, 512)  # finite contexts, for the layer of the largest N
+    contexts: int = 2048
+    sigma: float = 0.5  # label noise, where there is any
+    N_onehot: int = 16
+    M_onehot: tuple[int, ...] = (8, 32)
+    layers_onehot: int = 3
+    contexts_onehot: int = 524288
+    deep: tuple[int, ...] = (3,)  # depths of the layers whose blocks are trained together
+    kappa: float = 3.0
+    steps: int = 800
+
+    def __post_init__(self) -> None:
+        for name in (
+            "seeds",
+            "layers",
+            "M_long",
+            "long_contexts",
+            "contexts",
+            "layers_onehot",
+            "contexts_onehot",
+            "N_onehot",
+            "steps",
+        ):
+            count(getattr(self, name), name)
+        for name in ("contexts", "contexts_onehot"):
+            if getattr(self, name) % BLOCK:
+                raise ValueError(f"{name} must be a multiple of {BLOCK}; got {getattr(self, name)}")
+        for name in ("N", "M", "M_onehot", "deep"):
+            values = getattr(self, name)
+            if not values or min(values) < 1 or list(values) != sorted(set(values)):
+                raise ValueError(f"{name} must hold rising numbers from 1 on; got {values}")
+        if self.layers < 2 or self.deep[0] < 2 or self.deep[-1] > self.layers:
+            raise ValueError(f"deep must lie between 2 and layers = {self.layers}; got {self.deep}")
+        if not 0 < self.sigma < float("inf"):
+            raise ValueError(f"sigma must be positive and finite; got {self.sigma}")
+        if not 1 <= self.kappa < float("inf"):
+            raise ValueError(f"kappa must be a finite condition number >= 1; got {self.kappa}")
+
+
+BLOCK = 1024  # contexts in flight
+QUICK = Config()
+FULL = Config(
+    seeds=10,
+    N=(4, 16, 64),
+    long_contexts=64,
+    M=(8, 16, 32, 64, 128, 512),
+    contexts=8192,
+    M_onehot=(8, 16, 32, 64),
+    contexts_onehot=1 << 19,
+    deep=(2, 3, 4),
+    steps=2000,
+)
+SMOKE = Config(
+    seeds=2, N=(4, 8), M_long=1024, long_contexts=2, M=(8, 64), contexts=1024, M_onehot=(8, 32), contexts_onehot=4096, steps=200
+)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+def world(cfg: Config) -> Family:
+    """One feature map for all seeds; the first of the four stages is the one studied."""
+    base = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)
+    return carry(base, covariance(D, cfg.kappa))
+
+
+def path(blocks: Array, G: Array, S: Array) -> Array:
+    """w after every layer, [k, d]: w <- w + A_j (S - G w) from zero; blocks [k, d, d], G [d, d], S [d]."""
+
+    def layer(w: Array, A: Array) -> tuple[Array, Array]:
+        w = w + A @ (S - G @ w)
+        return w, w
+
+    return jax.lax.scan(layer, jnp.zeros_like(S), blocks)[1]
+
+
+@partial(jax.jit, static_argnames=("contexts", "length", "layers"))
+def long_bias(key: Array, family: Family, A: Array, w: Array, contexts: int, length: int, layers: int) -> Array:
+    """Risk [R, layers] of A [R, d, d] repeated, on very long noiseless contexts; every context serves all tasks w [n, d]."""
+    x_all, cdf, Lambda = linear_mdps.pairs_table(family), cumulative(family.design), second_moment(family)
+
+    def context(k: Array) -> Array:
+        x = x_all[draw_pairs(k, cdf, length)]
+        G = x.T @ x / length
+
+        def risk(A: Array) -> Array:
+            blocks = jnp.broadcast_to(A, (layers, D, D))
+            e = jax.vmap(lambda w: path(blocks, G, G @ w) - w[None, :])(w)
+            return jnp.einsum("nki,ij,nkj->k", e, Lambda, e) / len(w)
+
+        return jax.vmap(risk)(A)
+
+    return jax.lax.map(context, jax.random.split(key, contexts)).mean(0)
+
+
+@partial(jax.jit, static_argnames=("longest",))
+def finite_contexts(
+    key: Array, family: Family, stacks: tuple[Array, ...], w: Array, lengths: Array, sigma: Array, longest: int
+) -> tuple[tuple[Array, ...], Array, Array]:
+    """Contexts of L lengths, one task w [n, d] each: squared errors [n, L, k] after every layer of each stack [k, d, d] of
+    blocks, of least squares [n, L], and G [n, L, d, d]."""
+    x_all, cdf, Lambda = linear_mdps.pairs_table(family), cumulative(family.design), second_moment(family)
+    used = (jnp.arange(longest)[None, :] < lengths[:, None]) / lengths[:, None]
+
+    def context(at) -> tuple[tuple[Array, ...], Array, Array]:
+        k, w = at
+        which, label = jax.random.split(k)
+        x = x_all[draw_pairs(which, cdf, longest)]
+        y = noisy_labels(label, x, w, sigma)
+        G = jnp.einsum("lm,mi,mj->lij", used, x, x, optimize=[(0, 1), (0, 1)])
+        S = used @ (y[:, None] * x)
+
+        def error(v: Array) -> Array:
+            return jnp.einsum("...i,ij,...j->...", v, Lambda, v)
+
+        deep = tuple(error(jax.vmap(lambda G, S, b=b: path(b, G, S))(G, S) - w[None, None, :]) for b in stacks)
+        return deep, error(jnp.linalg.solve(G, S[..., None])[..., 0] - w[None, :]), G
+
+    return jax.lax.map(context, (jax.random.split(key, len(w)), w), batch_size=256)
+
+
+@partial(jax.jit, static_argnames=("contexts", "longest", "layers"))
+def onehot_risk(key: Array, family: Family, a: Array, w: Array, lengths: Array, contexts: int, longest: int, layers: int):
+    """Risk [L, layers] of diag(a) repeated on noiseless tabular contexts, each serving all tasks w [n, d]."""
+    cdf = cumulative(family.design)
+    used = jnp.arange(longest)[None, :] < lengths[:, None]
+    eye = jnp.eye(len(a))
+
+    psi = jnp.square(w).mean(0)
+
+    def context(k: Array) -> Array:
+        seen = eye[draw_pairs(k, cdf, longest)]
+        left = 1.0 - a[None, :] * (used @ seen) / lengths[:, None]
+        powers = jnp.cumprod(jnp.broadcast_to(left, (layers, *left.shape)), axis=0)
+        return jnp.einsum("kli,i->lk", jnp.square(powers), family.design * psi)
+
+    def block(k: Array) -> Array:
+        return jax.vmap(context)(jax.random.split(k, BLOCK)).mean(0)
+
+    return jax.lax.map(block, jax.random.split(key, contexts // BLOCK)).mean(0)
+
+
+def draw_training(key: Array, family: Family, pool: Array, n: Array, longest: Array) -> tuple[Prompt, Array]:
+    """128 sets of n noiseless pairs, cut from the shape of `longest`, each labelled for two tasks; the queries' law enters
+    exactly, by d columns."""
+    which, k = jax.random.split(key)
+    w = pool[jax.random.randint(which, (256,), 0, len(pool))]
+    pairs = draw_pairs(k, cumulative(family.design), (128, longest.shape[0]))
+    x = linear_mdps.pairs_table(family)[jnp.repeat(pairs, 2, axis=0)]
+    query = jnp.broadcast_to(query_columns(second_moment(family)), (256, D, D))
+    return pad(Prompt(x=x, y=oracle_labels(x, w), query=query), n), oracle_labels(query, w)
+
+
+def single_layers(key: Array, family: Family, pool: Array, cfg: Config) -> Array:
+    """Layers of depth 1 [R, d, d], one for every N, trained in float32."""
+    runs = len(cfg.N)
+    data = (family, pool, jnp.asarray(cfg.N, float), jnp.zeros(cfg.N[-1]))
+    data = jax.tree.map(lambda x: jnp.broadcast_to(x, (runs, *x.shape)) if x.shape != (runs,) else x, data)
+    layers, _ = train_many(
+        ReducedAttention(D),
+        draw_training,
+        jax.random.split(key, runs),
+        steps=cfg.steps,
+        data=linear_mdps.single_precision(data),
+        learning_rate=0.1,
+    )
+    return layers.A[...][:, 0].astype(pool.dtype)
+
+
+def deep_layer(key: Array, family: Family, pool: Array, cfg: Config, depth: int) -> Array:
+    """Blocks [depth, d, d] trained together at the largest N, in float32, from small random ones."""
+    start, k = jax.random.split(key)
+    data = linear_mdps.single_precision((family, pool, jnp.asarray(float(cfg.N[-1])), jnp.zeros(cfg.N[-1])))
+    layer = ReducedAttention(D, depth, rngs=nnx.Rngs(start), scale=0.3)
+    layer, _ = train(layer, draw_training, k, steps=cfg.steps, data=data, learning_rate=0.03, clip=1.0)
+    return layer.A[...].astype(pool.dtype)
+
+
+@partial(jax.jit, static_argnames="layers")
+def exact_bias(A: Array, Lambda: Array, Psi: Array, layers: int) -> Array:
+    """Bias [R, layers] of A [R, d, d] repeated 1, 2, ... times."""
+    return jnp.stack([jax.vmap(lambda A, k=k: depth_bias(A, Lambda, Psi, Lambda, k))(A) for k in range(1, layers + 1)], axis=1)
+
+
+@partial(jax.jit, static_argnames="M")
+def exact_onehot(a: Array, rho: Array, psi: Array, M: int) -> Array:
+    """Risk [SHOWN] of diag(a) repeated 1, 2, ... times on tabular contexts of M pairs."""
+    return jax.vmap(lambda k: onehot_depth_risk(a, rho, psi, rho, M, k))(jnp.arange(1, SHOWN + 1))
+
+
+@partial(jax.jit, static_argnames="tasks")
+def last_stage_tasks(key: Array, family: Family, tasks: int) -> Array:
+    """w [tasks, d] of the last stage: the reward weights themselves."""
+    return jax.vmap(lambda k: draw_task(k, family).theta[-1])(jax.random.split(key, tasks))
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    k_pool, k_train, k_deep, k_long, k_clean, k_noisy, k_onehot = jax.random.split(key, 7)
+    family = world(cfg)
+    pools = linear_mdps.task_pool(k_pool, family)
+    pool, Lambda = pools[0], second_moment(family)
+    A = jnp.stack([linear_mdps.closed_form_layers(family, linear_mdps.pool_moment(pools), float(N))[0] for N in cfg.N])
+    Ahat = single_layers(k_train, family, pool, cfg)
+
+    w = pool[:BLOCK]
+    bias = long_bias(k_long, family, Ahat, w, contexts=cfg.long_contexts, length=cfg.M_long, layers=cfg.layers)
+    Psi = w.T @ w / len(w)
+    told = exact_bias(A, Lambda, Psi, layers=cfg.layers)
+
+    repeated = jnp.broadcast_to(Ahat[-1], (LIMIT, D, D))
+    blocks = {k: deep_layer(jax.random.fold_in(k_deep, k), family, pool, cfg, k) for k in cfg.deep}
+    stacks = (repeated, *blocks.values())
+    lengths = jnp.asarray((*cfg.M, cfg.N[-1]), float)
+    sums = partial(finite_contexts, family=family, stacks=stacks, w=pool[: cfg.contexts], lengths=lengths, longest=cfg.M[-1])
+    (clean, *deep), _, G = sums(k_clean, sigma=0.0)
+    (noisy, *_), squares, G_noisy = sums(k_noisy, sigma=cfg.sigma)
+
+    def radius(G: Array) -> np.ndarray:
+        return np.abs(np.linalg.eigvals(np.eye(D) - np.asarray(Ahat[-1]) @ np.asarray(G))).max(-1)
+
+    inside = radius(G) < 1  # [n, L]
+    stable = radius(G_noisy) < SETTLED
+    clean, noisy = np.asarray(clean), np.asarray(noisy)
+    finite = [
+        {
+            "M": M,
+            "share": float(1 - inside[:, i].mean()),
+            "clean": clean[:, i, : cfg.layers].mean(0).tolist(),
+            "median": np.median(clean[:, i, : cfg.layers], 0).tolist(),
+            "inside": clean[inside[:, i], i, : cfg.layers].mean(0).tolist() if inside[:, i].any() else None,
+            "noisy": noisy[:, i, : cfg.layers].mean(0).tolist(),
+            "stable": float(stable[:, i].mean()),
+            "limit": [float(noisy[stable[:, i], i, -1].mean()), float(np.asarray(squares)[stable[:, i], i].mean())]
+            if stable[:, i].any()
+            else None,
+        }
+        for i, M in enumerate(cfg.M)
+    ]
+    tabular = onehot_family(3, 2, 1, low=-1.0, high=1.0)  # the last stage of any horizon: w = theta, centred
+    theta = last_stage_tasks(k_onehot, tabular, tasks=BLOCK)
+    a = 1.0 / jnp.diagonal(onehot_gamma(tabular.design, float(cfg.N_onehot)))
+    longest = cfg.M_onehot[-1]
+    lengths = jnp.asarray(cfg.M_onehot, float)
+    onehot = onehot_risk(k_onehot, tabular, a, theta, lengths, cfg.contexts_onehot, longest, cfg.layers_onehot)
+    psi = jnp.square(theta).mean(0)
+    told_onehot = [exact_onehot(a, tabular.design, psi, M=M).tolist() for M in cfg.M_onehot]
+    return {
+        "N": list(cfg.N),
+        "M_long": cfg.M_long,
+        "sigma": cfg.sigma,
+        "bias": {"measured": bias.tolist(), "exact": told.tolist()},
+        "finite": finite,
+        "deep": {
+            str(k): {
+                "repeated": float(clean[:, -1, k - 1].mean()),
+                "single": float(clean[:, -1, 0].mean()),
+                "trained": np.asarray(d)[:, -1].mean(0).tolist(),
+            }
+            for k, d in zip(cfg.deep, deep, strict=True)
+        },
+        "onehot": {"M": list(cfg.M_onehot), "a": float(a[0]), "measured": onehot.tolist(), "exact": told_onehot},
+        "weights_error": (jnp.linalg.norm(Ahat - A, axis=(1, 2)) / jnp.linalg.norm(A, axis=(1, 2))).tolist(),
+    }
+
+
+def _per_layer(record: dict, which: str) -> np.ndarray:
+    """Contraction of the squared bias per layer, [R, layers - 1]: the geometric mean over the layers from the second on."""
+    b = np.array(record["bias"][which])
+    return (b[:, 1:] / b[:, :1]) ** (1.0 / np.arange(1, b.shape[1]))
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    first = records[0]
+    ratio = np.array([_per_layer(r, "measured") / _per_layer(r, "exact") for r in records])
+    found = np.array([r["onehot"]["measured"] for r in records])
+    told = np.array([np.array(r["onehot"]["exact"])[:, : found.shape[2]] for r in records])
+    finite = range(len(first["finite"]))
+    # contexts in which the iteration converges: the whole risk, estimation error included, falls from the first layer to the last
+    converge = [i for i in finite if all(r["finite"][i]["inside"] for r in records)]
+    falls = [[r["finite"][i]["inside"][-1] / r["finite"][i]["inside"][0] for r in records] for i in converge]
+    settled = [i for i in finite if all(r["finite"][i]["stable"] >= 0.25 for r in records)]
+    limits = [[r["finite"][i]["limit"][0] / r["finite"][i]["limit"][1] for r in records] for i in settled]
+    depths = list(first["deep"])
+    together = [[r["deep"][k]["trained"][-1] / r["deep"][k]["repeated"] for r in records] for k in depths]
+    nothing = [[2.0] * len(records)]  # no context on which the iteration converges: the claim is not shown
+    short = [r["finite"][converge[0] if converge else 0] for r in records]
+    blown = np.mean([f["clean"][-1] / f["inside"][-1] for f in short]) if converge else np.inf
+    rates = np.mean([_per_layer(r, "exact")[:, -1] for r in records], 0)
+    return [
+        judge(
+            "depth",
+            *np.moveaxis(ratio, 0, -1).reshape(-1, len(records)),
+            figure="bias",
+            note="squared bias x "
+            + ", ".join(f"{v:.2g} (N = {N})" for N, v in zip(first["N"], rates, strict=True))
+            + " per layer",
+        ),
+        judge(
+            "depth/small-context",
+            *np.moveaxis(found / told, 0, -1).reshape(-1, len(records)),
+            figure="finite",
+            note=f"a = {first['onehot']['a']:.2g}: exact risk at M = {first['onehot']['M'][0]} x "
+            f"{told[0, 0, -1] / told[0, 0, 0]:.3g} from 1 to {found.shape[2]} layers",
+        ),
+        judge(
+            "depth/estimation",
+            *(falls or nothing),
+            figure="finite",
+            note=f"M = {short[0]['M']}: radius > 1 in {np.mean([f['share'] for f in short]):.1%} of the contexts, "
+            f"which multiply the mean risk by {blown:.3g} at {len(short[0]['clean'])} layers",
+        ),
+        judge("depth/least-squares", *(limits or nothing), figure="finite", note=f"at {LIMIT} layers, radius < {SETTLED}"),
+        judge("depth/trained", *together, figure="finite", note=f"depth {', '.join(depths)}, M = N = {first['N'][-1]}"),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"bias": _bias(records), "finite": _finite(records)}
+
+
+def _bias(records: list[dict]) -> Figure:
+    """Squared bias over the depth k, one colour for each N."""
+    first = records[0]
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
+    for i, (N, color, marker) in enumerate(zip(first["N"], COLORS, MARKERS, strict=False)):
+        layers = np.arange(1, len(first["bias"]["exact"][i]) + 1)
+        exact = np.mean([r["bias"]["exact"][i] for r in records], 0)
+        axis.plot(layers, exact, color=color, marker="", label=f"N = {N}", **EXACT)
+        for r in records:
+            axis.plot(layers, r["bias"]["measured"][i], color=color, alpha=0.6, **MEASURED | {"marker": marker})
+    axis.set(yscale="log", xlabel="layers k", ylabel="squared bias  $|(I - A_N\\Lambda)^k\\,\\Psi^{1/2}|^2$")
+    axis.set_xticks(range(1, len(first["bias"]["exact"][0]) + 1))
+    axis.set_title(f"Depth contracts the bias: points at M = {first['M_long']}, lines exact")
+    axis.legend(title="trained at")
+    return figure
+
+
+def _finite(records: list[dict]) -> Figure:
+    """Risk over the depth for several M: without noise, with noise, and tabular with the exact curve."""
+    first = records[0]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12.6, 4.2))
+    layers = np.arange(1, len(first["finite"][0]["clean"]) + 1)
+    for i, (f, color, marker) in enumerate(zip(first["finite"], COLORS, MARKERS, strict=False)):
+        share = np.mean([r["finite"][i]["share"] for r in records])
+        for axis, what in ((axes[0], "clean"), (axes[1], "noisy")):
+            curves = np.array([r["finite"][i][what] for r in records])
+            for curve in curves:
+                axis.plot(layers, curve, color=color, marker="", **SEED)
+            label = f"M = {f['M']}" + (f", {share:.1%} diverge" if what == "clean" and share > 0 else "")
+            axis.plot(layers, curves.mean(0), color=color, **MEASURED | {"marker": marker, "linestyle": "-"}, label=label)
+        if f["limit"] is not None and min(r["finite"][i]["stable"] for r in records) >= 0.25:
+            limit = np.mean([r["finite"][i]["limit"][1] for r in records])
+            axes[1].axhline(limit, color=color, **BOUND, marker="")
+        if share > 0 and all(r["finite"][i]["inside"] for r in records):
+            inside = np.mean([r["finite"][i]["inside"] for r in records], 0)
+            axes[0].plot(layers, inside, color=color, marker="", **BOUND, label=f"M = {f['M']}, the others")
+    deep = [(int(k), np.mean([r["deep"][k]["trained"][-1] for r in records])) for k in first["deep"]]
+    axes[0].plot(*zip(*deep, strict=True), marker="*", markersize=13, color=GREEN, linestyle="none", markeredgecolor="black")
+    axes[0].plot([], [], marker="*", markersize=10, color=GREEN, linestyle="none", label=f"trained deep, M = {first['N'][-1]}")
+    N = first["N"][-1]
+    axes[0].set_title(f"No label noise (N = {N})")
+    axes[1].set_title(f"Label noise σ = {first['sigma']:g}; dashes: least squares")
+    axes[2].set_title(f"Tabular, a = {first['onehot']['a']:.2g}: exact lines")
+    for i, (M, color, marker) in enumerate(zip(first["onehot"]["M"], COLORS, MARKERS, strict=False)):
+        exact = np.mean([r["onehot"]["exact"][i] for r in records], 0)
+        axes[2].plot(np.arange(1, len(exact) + 1), exact, color=color, marker="", label=f"M = {M}", **EXACT)
+        for r in records:
+            seen = r["onehot"]["measured"][i]
+            axes[2].plot(np.arange(1, len(seen) + 1), seen, color=color, alpha=0.6, **MEASURED | {"marker": marker})
+    for axis in axes:
+        axis.set(yscale="log", xlabel="layers k")
+        axis.legend(fontsize=8, loc="lower left" if axis is axes[0] else "best")
+    bottom, top = axes[0].get_ylim()
+    axes[0].set_ylim(bottom / 30, top)  # room for the legend
+    axes[0].set_ylabel("risk of Qhat")
+    return figure

@@ -1,0 +1,216 @@
+"""How a number over seeds becomes a verdict.
+
+The seed is the unit: instances, tasks and prompts are averaged inside a seed, and intervals are Student t over seeds. (In a
+simulation of nominal 95 % intervals for a log-log slope over 3, 5, 10 and 20 seeds, t over per-seed slopes covered .95
+throughout; a percentile bootstrap .75 to .92; least squares on seed means .88. `tests/experiments/harness/test_statistics.py`
+repeats the first of these.)
+
+A claim is a composite hypothesis "the mean lies in [lo, hi]", and both directions are tested:
+
+    p_pass   evidence against "outside the band"   two one-sided tests (TOST): max( P[T > (m - lo)/se], P[T > (hi - m)/se] )
+    p_fail   evidence against "inside the band"    two-sided: 2 min( P[T > (m - hi)/se], P[T > (lo - m)/se] )
+
+PASS when p_pass <= 5 %, FAIL when p_fail <= 5 %, else INCONCLUSIVE. At p_pass = 5 % the 90 % interval just fits into the
+band; at p_fail = 5 % the 95 % interval just leaves it. Whichever state is the true one, only one of the two directions can
+be an error, so the error rate of a verdict is 5 % and Holm's step-down over all claims (`adjust`) bounds the chance of any
+wrong verdict in a report by 5 %. Fewer than `min_seeds` seeds decide nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+LEVEL = 0.05
+PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+OPEN = "OPEN"  # what a criterion expects where theory predicts nothing: any verdict is a result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the data say about one hypothesis; `verdict` follows from the two p-values."""
+
+    measured: float
+    ci: tuple[float, float]  # two-sided 95 %
+    n: int  # seeds (t intervals) or instances (counts)
+    p_pass: float
+    p_fail: float
+    enough: bool = True  # at least the required number of seeds
+
+    @property
+    def verdict(self) -> str:
+        if not self.enough:
+            return INCONCLUSIVE
+        return PASS if self.p_pass <= LEVEL else FAIL if self.p_fail <= LEVEL else INCONCLUSIVE
+
+    @property
+    def p(self) -> float:
+        """p-value of the verdict given; of the nearer one when there is none."""
+        return {PASS: self.p_pass, FAIL: self.p_fail}.get(self.verdict, min(self.p_pass, self.p_fail))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One row of the report: a claim id with what was measured and what follows."""
+
+    id: str
+    measured: float | None
+    ci: tuple[float, float]
+    n: int
+    verdict: str
+    p: float
+    predicted: float | str | None = None
+    figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
+    note: str = ""
+
+
+def as_expected(row: Mapping[str, Any]) -> bool:
+    """Whether a row of verdicts.json has the verdict that its criterion expects; an open one has it always."""
+    return row["expected"] in (OPEN, row["verdict"])
+
+
+def conclude(
+    id: str, decision: Decision, *, predicted: float | str | None = None, figure: str | None = None, note: str = ""
+) -> Verdict:
+    """Decision -> Verdict of claim `id`."""
+    d = decision
+    return Verdict(
+        id=id, measured=d.measured, ci=d.ci, n=d.n, verdict=d.verdict, p=d.p, predicted=predicted, figure=figure, note=note
+    )
+
+
+def _sample(values: ArrayLike) -> np.ndarray:
+    v = np.asarray(values, dtype=float)
+    if v.ndim != 1 or v.size == 0 or not np.isfinite(v).all():
+        raise ValueError(f"values must be one finite number per seed; got {v!r}")
+    return v
+
+
+def _mean_se(v: np.ndarray) -> tuple[float, float]:
+    return float(v.mean()), float(v.std(ddof=1) / np.sqrt(v.size)) if v.size > 1 else float("inf")
+
+
+def mean_ci(values: ArrayLike, level: float = LEVEL) -> tuple[float, tuple[float, float]]:
+    """Mean of per-seed values and its two-sided (1 - level) t-interval; infinite with one seed."""
+    v = _sample(values)
+    mean, se = _mean_se(v)
+    if v.size == 1:
+        return mean, (-float("inf"), float("inf"))
+    half = float(stats.t.ppf(1 - level / 2, v.size - 1)) * se
+    return mean, (mean - half, mean + half)
+
+
+def slopes(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+    """Log-log least-squares slope of each seed: x[P] > 0, y[seeds, P] > 0 -> slope[seeds]."""
+    lx, ly = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
+    if lx.ndim != 1 or lx.size < 2 or ly.shape[1] != lx.size:
+        raise ValueError(f"y must have one row per seed and one column per x (at least 2); got x{lx.shape}, y{ly.shape}")
+    if not ((lx > 0).all() and (ly > 0).all() and np.isfinite(ly).all()):
+        raise ValueError("x and y must be positive and finite: a slope in logarithms is asked for")
+    lx = np.log(lx) - np.log(lx).mean()
+    return (np.log(ly) @ lx) / float(lx @ lx)
+
+
+def equivalence(values: ArrayLike, lo: float, hi: float, *, min_seeds: int = 5) -> Decision:
+    """Does the mean over seeds lie in [lo, hi]? TOST for yes, a two-sided t-test for no; infinite ends give one-sided tests."""
+    if not lo <= hi:
+        raise ValueError(f"lo must not exceed hi; got lo={lo}, hi={hi}")
+    v = _sample(values)
+    mean, se = _mean_se(v)
+    _, ci = mean_ci(v)
+    if v.size == 1:
+        above, below = 1.0, 1.0  # one seed says nothing about the mean
+        over, under = 1.0, 1.0
+    elif se == 0:
+        above, below = float(mean < lo), float(mean > hi)
+        over, under = float(mean <= hi), float(mean >= lo)
+    else:
+        tail = stats.t(v.size - 1).sf
+        above, below = float(tail((mean - lo) / se)), float(tail((hi - mean) / se))
+        over, under = float(tail((mean - hi) / se)), float(tail((lo - mean) / se))
+    two_sided = 2.0 if np.isfinite(lo) and np.isfinite(hi) else 1.0
+    return Decision(
+        measured=mean,
+        ci=ci,
+        n=v.size,
+        p_pass=max(above, below),
+        p_fail=min(1.0, two_sided * min(over, under)),
+        enough=v.size >= min_seeds,
+    )
+
+
+def at_most(values: ArrayLike, limit: float, *, min_seeds: int = 5) -> Decision:
+    """Is the mean over seeds <= limit?"""
+    return equivalence(values, -float("inf"), limit, min_seeds=min_seeds)
+
+
+def at_least(values: ArrayLike, limit: float, *, min_seeds: int = 5) -> Decision:
+    """Is the mean over seeds >= limit?"""
+    return equivalence(values, limit, float("inf"), min_seeds=min_seeds)
+
+
+def clopper_pearson(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Exact two-sided (1 - level) interval of a binomial rate."""
+    if not 0 <= count <= n or n < 1:
+        raise ValueError(f"count must lie in 0..n with n >= 1; got count={count}, n={n}")
+    lo = float(stats.beta.ppf(level / 2, count, n - count + 1)) if count > 0 else 0.0
+    hi = float(stats.beta.ppf(1 - level / 2, count + 1, n - count)) if count < n else 1.0
+    return lo, hi
+
+
+def rate_at_most(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds: int = 5) -> Decision:
+    """Is the probability of a violation <= rate? Exact binomial tails (one-sided Clopper-Pearson) on n independent instances."""
+    lo, hi = clopper_pearson(count, n)
+    return Decision(
+        measured=count / n,
+        ci=(lo, hi),
+        n=n,
+        p_pass=float(stats.binom.cdf(count, n, rate)),
+        p_fail=float(stats.binom.sf(count - 1, n, rate)),
+        enough=seeds >= min_seeds,
+    )
+
+
+def no_violations(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds: int = 5) -> Decision:
+    """Does a statement that admits no exception hold on all n instances? One violation refutes it; with none, the
+    Clopper-Pearson upper limit of the violation rate must not exceed `rate` (so n must be large enough to say so)."""
+    d = rate_at_most(count, n, rate, seeds=seeds, min_seeds=min_seeds)
+    return d if count == 0 else replace(d, p_pass=1.0, p_fail=0.0, enough=True)
+
+
+def all_of(decisions: Sequence[Decision]) -> Decision:
+    """A claim made of parts: PASS when every part passes (intersection-union: no correction needed), FAIL when some part
+    fails (Bonferroni over the parts). Shows the numbers of the part that is least favourable to PASS."""
+    if not decisions:
+        raise ValueError("decisions must not be empty")
+    worst = max(decisions, key=lambda d: (d.p_pass, -d.p_fail))
+    return replace(
+        worst, p_fail=min(1.0, len(decisions) * min(d.p_fail for d in decisions)), enough=all(d.enough for d in decisions)
+    )
+
+
+def holm(ps: ArrayLike) -> np.ndarray:
+    """Holm's adjusted p-values (step-down; controls the family-wise error under any dependence)."""
+    p = np.asarray(ps, dtype=float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)))
+    adjusted = np.empty_like(p)
+    adjusted[order] = stepped
+    return adjusted
+
+
+def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Holm over all claims: a verdict that does not survive at 5 % becomes INCONCLUSIVE; p becomes the adjusted p. A claim
+    without data was not tested and does not count."""
+    tested = iter(holm([v.p for v in verdicts if v.n]))
+    out = []
+    for v in verdicts:
+        p = next(tested) if v.n else v.p
+        if v.verdict != INCONCLUSIVE and p > LEVEL:
+            lost = f"{v.verdict} alone (p = {v.p:.2g}), not after Holm"
+            v = replace(v, verdict=INCONCLUSIVE, note="; ".join(filter(None, [v.note, lost])))
+        out.append(replace(v, p=float(p)))
+    return out

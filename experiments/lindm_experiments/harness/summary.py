@@ -1,0 +1,240 @@
+"""Experiments, evaluations of policies and training runs on one page, and its tables as CSV and LaTeX.
+
+    lindm report DIR [DIR ...] --out report
+
+A directory is of `lindm verify` or `lindm run` (verdicts.json), `lindm eval --out` (eval.json) or `lindm sft` (metrics.jsonl
+beside a model's options), or holds such directories. Nothing is measured here: every number is read from what those commands
+wrote.
+"""
+
+import base64
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lindm.errors import DataError
+from lindm.io import files
+from lindm.io import manifest as provenance
+from lindm.llm.sft import metrics
+from lindm_experiments.harness.report import number, page, read_json, run_of, section
+from lindm_experiments.harness.runner import as_csv
+
+Row = dict[str, Any]
+
+
+class Found(NamedTuple):
+    """Directories by what they hold."""
+
+    verify: list[Path]
+    evaluations: list[Path]
+    training: list[Path]
+
+
+def _is_training(directory: Path) -> bool:
+    return (directory / "metrics.jsonl").is_file() and "options" in read_json(directory / "config.json")
+
+
+KINDS: dict[str, Callable[[Path], bool]] = {
+    "verify": lambda d: (d / "verdicts.json").is_file(),
+    "evaluations": lambda d: (d / "eval.json").is_file(),
+    "training": _is_training,
+}
+
+
+def find(directories: Sequence[Path]) -> Found:
+    """What the directories, or those in them, hold. DataError for one that holds nothing to report."""
+    found = Found([], [], [])
+    for directory in directories:
+        inside = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
+        held = [(kind, d) for d in (directory, *inside) for kind, holds in KINDS.items() if d.is_dir() and holds(d)]
+        if ("verify", directory) in held:  # has the verdicts of what is in it
+            held = [(kind, d) for kind, d in held if kind != "verify" or d == directory]
+        if not held:
+            known = "verdicts.json (lindm verify, lindm run), eval.json (lindm eval --out) or a run of lindm sft"
+            raise DataError(f"DIR must hold {known}; got {directory}")
+        for kind, one in held:
+            if one not in (listed := getattr(found, kind)):
+                listed.append(one)
+    return found
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def _of(directory: Path, directories: Sequence[Path]) -> Row:
+    """The column that tells runs apart, where there are several."""
+    return {} if len(directories) == 1 else {"run": str(directory)}
+
+
+def claims(directories: Sequence[Path]) -> list[Row]:
+    rows = []
+    for directory in directories:
+        for row in read_json(directory / "verdicts.json")["claims"]:
+            low, high = row["ci"]
+            kept = _of(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
+            rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
+    return rows
+
+
+def own_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
+    """What experiments say in tables of their own: name -> the rows of all runs."""
+    found: dict[str, list[Row]] = {}
+    for directory in directories:
+        for name in dict.fromkeys(row["experiment"] for row in read_json(directory / "verdicts.json")["claims"]):
+            path = run_of(directory, name) / "table.csv"
+            if path.is_file():
+                rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+                run = _of(directory, directories)
+                found.setdefault(name, []).extend(run | {k: _value(v) for k, v in row.items()} for row in rows)
+    return found
+
+
+def _value(cell: str) -> float | int | str | None:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell or None
+
+
+def evaluations(directories: Sequence[Path]) -> list[Row]:
+    rows = []
+    for directory in directories:
+        for row in read_json(directory / "eval.json"):
+            low, high = row["ci"] or (None, None)
+            kept = _of(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
+            rows.append(
+                kept
+                | {"low": low, "high": high}
+                | {k: row.get(k) for k in ("gap_of_value", "action_agreement", "invalid", "n", "method")}
+            )
+    return rows
+
+
+def training(directories: Sequence[Path]) -> list[Row]:
+    rows = []
+    for directory in directories:
+        options = read_json(directory / "config.json")["options"]
+        records = metrics.read(directory)
+        looked = [r for r in records if r["kind"] == "eval"]
+        first, last = (looked[0], looked[-1]) if looked else ({}, {})
+        rows.append(
+            {
+                "run": str(directory),
+                "model": options["model"] or f"preset {options['preset']}",
+                "method": options["method"],
+                "data": options["data"],
+                "steps": max((r["step"] for r in records), default=0),
+                "loss before": first.get("loss"),
+                "loss after": last.get("loss"),
+                "gap before": first.get("gap"),
+                "gap after": last.get("gap"),
+                "majority": last.get("vote_gap"),
+            }
+        )
+    return rows
+
+
+ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def as_latex(rows: Sequence[Row]) -> str:
+    """A tabular for the package booktabs."""
+
+    def cell(value: Any) -> str:
+        return "".join(ESCAPES.get(c, c) for c in number(value if isinstance(value, (str, float, int)) else None))
+
+    names = list(rows[0])
+    numeric = [all(isinstance(row[name], (float, int, type(None))) for row in rows) for name in names]
+    lines = [rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in numeric)}}}", r"\toprule"]
+    lines += [" & ".join(map(cell, names)) + r" \\", r"\midrule"]
+    lines += [" & ".join(cell(row[name]) for name in names) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------
+
+
+def picture(rows: Sequence[Row]) -> bytes:
+    """Gaps of all policies, with intervals: a panel for every suite, horizon and split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from lindm_experiments.harness.style import COLORS, MEASURED, STYLE
+
+    known = [row for row in rows if row["gap"] is not None]
+    cells = list(dict.fromkeys((r["suite"], r["horizon"], r["split"]) for r in known))
+    names = list(dict.fromkeys(r["policy"] for r in known))
+    columns = min(3, len(cells))
+    height = -(-len(cells) // columns)
+    with pyplot.rc_context(STYLE):  # pyright: ignore
+        size = (4.3 * columns + 1.2, (0.9 + 0.28 * len(names)) * height)
+        figure, axes = pyplot.subplots(height, columns, figsize=size, sharey=True, squeeze=False)
+        for axis, cell in zip(axes.flat, cells, strict=False):
+            for row in known:
+                if (row["suite"], row["horizon"], row["split"]) == cell:
+                    y, gap = -names.index(row["policy"]), 100 * row["gap"]
+                    ends = [[gap - 100 * row["low"]], [100 * row["high"] - gap]]
+                    axis.errorbar([gap], [y], xerr=ends, color=COLORS[0], capsize=2, **MEASURED)
+            suite, horizon, split = cell
+            axis.set(title=f"{suite}, horizon {horizon}" + (f", {split}" if split else ""), xlabel="gap, % of random play's")
+            axis.set_yticks([-i for i in range(len(names))], [name if len(name) < 32 else f"...{name[-28:]}" for name in names])
+            axis.axvline(0, color="#444444", linewidth=0.8, marker="")
+        for axis in axes.flat[len(cells) :]:
+            axis.set_visible(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def write(directories: Sequence[Path], out: Path) -> list[Path]:
+    """OUT/index.html and OUT/tables/*.csv, *.tex; their paths."""
+    found = find(directories)
+    own = own_tables(found.verify)
+    tables = {"claims": claims(found.verify)} | own
+    tables |= {"evaluations": evaluations(found.evaluations), "training": training(found.training)}
+    tables = {name: rows for name, rows in tables.items() if rows}
+    written: dict[Path, str] = {}
+    for name, rows in tables.items():
+        written[out / "tables" / f"{name}.csv"] = as_csv(rows)
+        written[out / "tables" / f"{name}.tex"] = as_latex(rows)
+    verified = []
+    for directory in found.verify:
+        rows = read_json(directory / "verdicts.json")["claims"]
+        names = dict.fromkeys(row["experiment"] for row in rows)
+        sections = [section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
+        verified.append({"directory": str(directory), "rows": rows, "sections": sections})
+    runs = [
+        {
+            "name": str(directory),
+            "options": read_json(directory / "config.json")["options"],
+            "curves": _picture_of(directory / "curves.png"),
+        }
+        for directory in found.training
+    ]
+    manifests = [(str(d), read_json(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
+    written[out / "index.html"] = page(
+        "overview.html.jinja",
+        tables=tables,
+        own=list(own),
+        verified=verified,
+        runs=runs,
+        decided=base64.b64encode(picture(tables["evaluations"])).decode() if "evaluations" in tables else None,
+        manifests=[(name, manifest) for name, manifest in manifests if manifest],
+        here=provenance.provenance(),
+    )
+    with files.storage(out):
+        (out / "tables").mkdir(parents=True, exist_ok=True)
+    for path, content in written.items():
+        files.write_atomic(path, content)
+    return list(written)
+
+
+def _picture_of(path: Path) -> str | None:
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None

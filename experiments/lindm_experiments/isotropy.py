@@ -1,0 +1,401 @@
+"""When does the training length N change what a policy does, and does the condition number kappa of eq. (6) matter to it?
+
+The greedy policy does not see a positive factor of Qhat, nor a term that is the same for all actions. Where A_N = alpha_N I +
+beta_N 11' (one-hot features, uniform design, exchangeable tasks, centred or not; contextual bandits with Gaussian or
+hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) charges a bias that falls
+as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
+
+And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leaves Qhat as it is. The same MDPs carried to kappa =
+1, 10, 100 have the same policy, though eq. (6)'s kappa term, which presumes Psi = I, grows by that factor. What counts is the
+spectrum of R^-1 Lambda Psi Lambda (`lindm_theory.in_context.modes`).
+
+    lindm run isotropy --preset quick      about 15 s on 2 cores
+    lindm verify --only isotropy
+
+Expected: not one action differs over N or kappa in the isotropic families; about one in seven does on simplex features.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.icl.attention import ReducedAttention, pad
+from lindm.icl.prompts import draw_pairs, oracle_labels, training_prompt
+from lindm.icl.trainer import train_many
+from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
+from lindm.problems.regression import covariance
+from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.rollout import cumulative
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge, judge_count
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory.feature_laws import design_fourth, gaussian_fourth
+from lindm_theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
+
+CLAIMS = ("isotropy", "isotropy/anisotropic", "isotropy/sign-symmetry", "isotropy/coordinates")
+ISOTROPIC = ("one-hot, rewards in [0, 1]", "one-hot, rewards in [-1, 1]")
+SIMPLEX = "simplex"
+LAWS = ("Gaussian", "signed axes", "sign-symmetric only")  # of the bandits' features
+S, A, d, H = 12, 3, 6, 4  # sizes of the MDPs
+D, CANDIDATES = 4, 4  # features and actions of a bandit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2021000
+    tasks: int = 256  # MDPs of every family, each with one context a stage
+    rounds: int = 512  # bandits of every law, each with one context and one decision
+    N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+    M: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    N_trained: tuple[int, ...] = (4, 16)
+    kappa: tuple[int, ...] = (1, 10, 100)
+    pool: int = 4096  # tasks that Psi is the moment of and that layers are trained on
+    steps: int = 400
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tasks", "rounds", "steps", "pool"):
+            count(getattr(self, name), name)
+        for name in ("N", "M", "N_trained", "kappa"):
+            values = getattr(self, name)
+            if len(values) < 2 or list(values) != sorted(set(values)) or values[0] < 1:
+                raise ValueError(f"{name} must hold at least two rising numbers >= 1; got {values}")
+
+
+QUICK = Config()
+FULL = Config(
+    seeds=10,
+    tasks=1024,
+    rounds=4096,
+    N=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    M=(2, 4, 8, 16, 32, 64, 128, 256, 512),
+    N_trained=(4, 32),
+    kappa=(1, 10, 100, 1000),
+    pool=16384,
+    steps=2000,
+)
+SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+def families() -> dict[str, Family]:
+    """Hard and soft aggregation of the same size, under the same law of (theta, mu): only the features differ.
+
+    One feature map for all seeds. Hard aggregation is the one-hot case: the pairs share d cells in equal parts, the actions of a
+    state lie in different cells (with d = S*A it is the tabular MDP).
+    """
+    soft = simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0, low=-1.0, high=1.0)
+    cell = (np.arange(S)[:, None] + (d // A) * np.arange(A)[None]) % d
+    hard = replace(soft, phi=jnp.asarray(np.eye(d)[cell]))
+    positive = replace(hard, theta_low=jnp.zeros((H, d)), theta_high=jnp.ones((H, d)))
+    return {ISOTROPIC[0]: positive, ISOTROPIC[1]: hard, SIMPLEX: soft}
+
+
+# --- MDPs --------------------------------------------------------------------------------------------------------------
+
+
+def exchangeable(Psi: Array) -> Array:
+    """The mean of P' Psi P over all permutations P: a I + b 11', exactly of that form.  [..., d, d] -> the same."""
+    d = Psi.shape[-1]
+    on = jnp.trace(Psi, axis1=-2, axis2=-1) / d
+    off = (Psi.sum((-2, -1)) - d * on) / (d * (d - 1))
+    return jnp.where(jnp.eye(d, dtype=bool), on[..., None, None], off[..., None, None])
+
+
+@partial(jax.jit, static_argnames=("tests", "pool", "longest"))
+def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int):
+    """Test tasks (MDP, Plan, w [tests, H, d]), the pairs idx [tests, H, longest] of their contexts, and a pool [H, pool, d]."""
+    k_tasks, k_pairs = jax.random.split(key)
+    task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
+    mdp, plan = jax.tree.map(lambda leaf: leaf[:tests], (jax.vmap(tabulate)(task), plan))
+    pairs = draw_pairs(k_pairs, cumulative(family.design), (tests, w.shape[1], longest))
+    return (mdp, plan, w[:tests], pairs), jnp.moveaxis(w[tests:], 1, 0)
+
+
+@jax.jit
+def policies(family: Family, worlds, layers: Array, M: Array) -> tuple[Array, Array]:
+    """Exact loss [tasks, n, m + 1] and actions [tasks, n, m + 1, H, S] of n layers [n, H, d, d] on contexts of lengths M [m].
+
+    All layers read the same contexts, a shorter context is the beginning of a longer one, and the last column is the limit of
+    infinite contexts, S = Lambda w.
+    """
+    Lambda = second_moment(family)
+
+    def one(world) -> tuple[Array, Array]:
+        mdp, plan, w, pairs = world
+        x = linear_mdps.pairs_table(family)[pairs]
+        used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
+        S = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)
+        S = jnp.concatenate([S, (w @ Lambda)[None]])
+        pihat = greedy(jnp.einsum("sai,nhij,mhj->nmhsa", family.phi, layers, S))
+        value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat.reshape(-1, *plan.pi.shape))
+        return (mdp.rho @ plan.V[0] - value).reshape(pihat.shape[:2]), pihat
+
+    return jax.lax.map(one, worlds, batch_size=32)
+
+
+@jax.jit
+def predict(family: Family, pool: Array, symmetric: Array, N: Array, M: Array) -> dict[str, Array]:
+    """A_N [n, H, d, d], its squared bias [n], where bias = estimation [m], and Theorem 2's constant of the bias [], over all
+    stages together; from Psi of a pool [H, tasks, d], made exchangeable if `symmetric`."""
+    Lambda = second_moment(family)
+    Psi = linear_mdps.pool_moment(pool)
+    Psi = jnp.where(symmetric, exchangeable(Psi), Psi)
+    K = linear_mdps.fourth_moments(family, Psi)
+    A = jax.vmap(lambda n: jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, n))(Psi, K))(N)
+    bias = jax.vmap(jax.vmap(lambda A, P, K: risk(A, Lambda, P, K, 1.0, Lambda).bias), (0, None, None))(A, Psi, K)
+    x, q = jax.vmap(lambda P, K: modes(Lambda, P, K, Lambda))(Psi, K)
+    constant = jax.vmap(lambda P, K: general_bound(Lambda, P, K, 1.0, 1.0, Lambda).bias)(Psi, K)
+    balance = jax.vmap(lambda m: balance_length(x.ravel(), q.ravel(), m))(M)
+    return {"A": A, "bias": bias.sum(1), "balance": balance, "constant": constant.sum()}
+
+
+@lru_cache
+def _draw(longest: int, batch: int, queries: int):
+    """The draw of a training batch of n <= longest pairs, n traced: one program for all N."""
+
+    def draw(key: Array, family: Family, pool: Array, n: Array):
+        which, prompts = jax.random.split(key)
+        w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
+        one = partial(training_prompt, phi=family.phi, cdf=cumulative(family.design), n=longest, queries=queries)
+        prompt, target = jax.vmap(lambda k, w: one(k, w=w))(jax.random.split(prompts, batch), w)
+        return pad(prompt, n), target
+
+    return draw
+
+
+def trained(key: Array, family: Family, pool: Array, N: tuple[int, ...], steps: int) -> Array:
+    """Layers [len(N), H, d, d] trained in float32 on the tasks of `pool` [H, tasks, d], all lengths and stages at once."""
+    H, _, d = pool.shape
+    runs = len(N) * H
+    family, pool = linear_mdps.single_precision((family, pool))
+    data = (
+        jax.tree.map(lambda x: np.broadcast_to(x, (runs, *x.shape)), family),
+        np.tile(pool, (len(N), 1, 1)),
+        np.repeat(np.asarray(N), H),
+    )
+    layers, _ = train_many(
+        ReducedAttention(d), _draw(max(N), 64, 8), jax.random.split(key, runs), steps=steps, data=data, learning_rate=0.3
+    )
+    return layers.A[...][:, 0].reshape(len(N), H, d, d).astype(float)
+
+
+def differing(actions: np.ndarray) -> int:
+    """How many decisions are not the same for every layer; actions [tasks, n, ...] with the layers on axis 1."""
+    return int((actions != actions[:, -1:]).any(1).sum())
+
+
+def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
+    """The plane of one family, by closed form and by training."""
+    k_world, k_train = jax.random.split(key)
+    worlds, pool = draw_worlds(k_world, family, cfg.tasks, cfg.pool, cfg.M[-1])
+    # the rows of mu and the entries of theta are i.i.d.: on one-hot features the true Psi is exchangeable
+    N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
+    predicted = predict(family, pool, jnp.asarray(name != SIMPLEX), N, M)
+    layers, n = np.asarray(predicted["A"]), len(cfg.N)
+    Ahat = trained(k_train, family, pool, cfg.N_trained, cfg.steps)
+    loss, actions = policies(family, worlds, jnp.concatenate([layers[:n], Ahat]), M)
+    loss, actions = np.asarray(loss.mean(0)), np.asarray(actions)
+    exact, hat = actions[:, :n], actions[:, n:]
+    share = (exact != exact[:, -1:]).mean((0, 3, 4))
+    off = np.linalg.norm(Ahat - layers[n:], axis=(2, 3)) / np.linalg.norm(layers[n:], axis=(2, 3))
+    return {
+        "loss": loss[:n, :-1].tolist(),
+        "share": share[:, :-1].tolist(),
+        "share_limit": share[:, -1].tolist(),
+        "differing": differing(exact),
+        "decisions": exact[:, 0].size,
+        "trained_loss": loss[n:, :-1].tolist(),
+        "trained_share": (hat[:, 0] != hat[:, -1]).mean((0, 2, 3))[:-1].tolist(),
+        "weights_error": off.max(1).tolist(),
+        "bias": predicted["bias"][:n].tolist(),
+        "paper_bias": [len(pool) * float(paper_bound(second_moment(family), 1.0, float(n)).bias) for n in cfg.N],
+        "balance": predicted["balance"].tolist(),
+    }
+
+
+def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
+    """The same tasks, pairs and labels in coordinates of several condition numbers: Psi, A_N and Qhat computed in each."""
+    actions, paper, ours, loss = [], [], [], []
+    N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
+    for kappa in cfg.kappa:
+        C = covariance(d, float(kappa))
+        there = carry(family, C)
+        worlds, pool = draw_worlds(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
+        predicted = predict(there, pool, jnp.asarray(False), N, M)
+        lost, chosen = policies(there, worlds, predicted["A"], M)
+        actions.append(np.asarray(chosen))
+        loss.append(float(lost.mean()))
+        paper.append(float(paper_bound(C, 1.0, 1.0).bias))
+        ours.append(float(predicted["constant"]))
+    stacked = np.stack(actions, axis=1)
+    return {"differing": differing(stacked), "decisions": stacked[:, 0].size, "paper": paper, "theorem": ours, "loss": loss}
+
+
+# --- contextual bandits ------------------------------------------------------------------------------------------------
+
+
+def bandit_law(name: str) -> np.ndarray:
+    """Support [n, D] of a law with Lambda = I, every point equally likely."""
+    if name == "signed axes":  # invariant under permutations and sign changes
+        axes = np.sqrt(D) * np.eye(D)
+        return np.concatenate([axes, -axes])
+    # independent entries +-1 (two of them) and 0, 0, +-sqrt 2: sign-symmetric, Lambda = I, but K(I) = diag(4, 4, 5, 5)
+    sides = [np.array([-1.0, 1.0])] * 2 + [np.array([-np.sqrt(2.0), 0.0, 0.0, np.sqrt(2.0)])] * 2
+    return np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, D)
+
+
+def of_bandit(cfg: Config, name: str, seed: int) -> dict:
+    """Actions over N of a contextual bandit whose features follow one law; tasks w ~ N(0, I), labels without noise."""
+    rng = np.random.default_rng([cfg.base_seed, seed, LAWS.index(name)])
+    I, longest = jnp.eye(D), cfg.M[-1]
+    shape = (cfg.rounds, longest + CANDIDATES)
+    if name == "Gaussian":
+        features, K = rng.standard_normal((*shape, D)), gaussian_fourth(I, I)
+    else:
+        support = bandit_law(name)
+        features = support[rng.integers(len(support), size=shape)]
+        K = design_fourth(jnp.asarray(support), jnp.full(len(support), 1.0 / len(support)), I)
+    layers = np.stack([optimal_weights(I, I, K, float(n)) for n in cfg.N])
+    w = rng.standard_normal((cfg.rounds, D))
+    x, candidates = features[:, :longest], features[:, longest:]
+    used = (np.arange(longest)[None] < np.array(cfg.M)[:, None]) / np.array(cfg.M)[:, None]
+    S = np.einsum("mi,ri,rid->rmd", used, np.einsum("rid,rd->ri", x, w), x, optimize=True)
+    actions = np.asarray(greedy(jnp.asarray(np.einsum("rki,nij,rmj->rnmk", candidates, layers, S, optimize=True))))
+    return {
+        "share": (actions != actions[:, -1:]).mean((0, 2)).tolist(),
+        "differing": differing(actions),
+        "decisions": actions[:, 0].size,
+    }
+
+
+# --- the experiment ----------------------------------------------------------------------------------------------------
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    key, seed, worlds = jax.random.key(cfg.base_seed + point["seed"]), point["seed"], families()
+    return {
+        "N": list(cfg.N),
+        "M": list(cfg.M),
+        "N_trained": list(cfg.N_trained),
+        "kappa": list(cfg.kappa),
+        "families": {n: of_family(cfg, n, f, jax.random.fold_in(key, i)) for i, (n, f) in enumerate(worlds.items())},
+        "coordinates": of_coordinates(cfg, worlds[SIMPLEX], jax.random.fold_in(key, 2)),
+        "bandits": {n: of_bandit(cfg, n, seed) for n in LAWS},
+    }
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    seeds = len(records)
+    same = [r["families"][n] for r in records for n in ISOTROPIC] + [r["bandits"][n] for r in records for n in LAWS[:2]]
+    signs = [r["bandits"][LAWS[2]] for r in records]
+    carried = [r["coordinates"] for r in records]
+
+    def counted(id: str, cells: list[dict], figure: str, note: str = "") -> Verdict:
+        changed, n = sum(c["differing"] for c in cells), sum(c["decisions"] for c in cells)
+        return judge_count(id, changed, n, seeds=seeds, figure=figure, note=note)
+
+    free = max(r["families"][n]["trained_share"][-1] for r in records for n in ISOTROPIC)
+    growth = carried[0]["paper"]
+    ours = [max(c["theorem"]) / min(c["theorem"]) - 1 for c in carried]
+    return [
+        counted("isotropy", same, "actions", f"trained layers differ in at most {free:.2%} of actions"),
+        judge("isotropy/anisotropic", [r["families"][SIMPLEX]["share"][0][-1] for r in records], figure="actions"),
+        counted("isotropy/sign-symmetry", signs, "actions"),
+        counted(
+            "isotropy/coordinates",
+            carried,
+            "actions",
+            f"eq. (6) grows by {growth[-1] / growth[0]:.3g}, its generalisation by {max(ours):.1e}",
+        ),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"plane": _plane(records), "actions": _actions(records)}
+
+
+def _plane(records: list[dict]) -> Figure:
+    """Suboptimality over (M, N): the mean over seeds above, every seed at three context lengths below."""
+    first = records[0]
+    N, M, Nt = np.array(first["N"]), np.array(first["M"]), first["N_trained"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10.4, 7.6), height_ratios=(1.25, 1))
+    for column, (name, word) in enumerate(((ISOTROPIC[1], "isotropic"), (SIMPLEX, "anisotropic"))):
+        cells = [r["families"][name] for r in records]
+        loss = np.mean([c["loss"] for c in cells], 0)
+        top, below = axes[0, column], axes[1, column]
+        mesh = top.pcolormesh(M, N, np.log10(loss), shading="nearest", rasterized=True)
+        lines = top.contour(M, N, np.log10(loss), levels=8, colors="white", linewidths=0.7, linestyles="-")
+        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7, inline=False)
+        balance = np.mean([c["balance"] for c in cells], 0)
+        inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
+        top.plot(M[inside], balance[inside], color=RED, **EXACT, marker="", label="bias = estimation (exact)")
+        top.plot(M, M, color="black", **BOUND, marker="", label="N = M: least risk of Qhat")
+        top.set(xscale="log", yscale="log", title=f"{name}: {word}", ylabel="pairs in a training prompt N")
+        top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
+        top.grid(visible=False)
+        top.legend(loc="lower right" if column else "upper left", fontsize=8, frameon=True, framealpha=0.85)
+        bar = figure.colorbar(mesh, ax=top)
+        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if loss.min() <= t <= loss.max()]
+        bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
+        bar.set_label("suboptimality")
+        for color, at in zip(COLORS, (0, len(M) // 2, len(M) - 1), strict=False):
+            for c in cells:
+                below.plot(N, np.array(c["loss"])[:, at], color=color, marker="", **SEED)
+                below.plot(Nt, np.array(c["trained_loss"])[:, at], color=color, **MEASURED, alpha=0.6)
+            below.plot(N, loss[:, at], color=color, marker="", **EXACT, label=f"M = {M[at]}")
+        below.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="suboptimality")
+        below.legend(fontsize=8, ncols=3, title="line: closed form; points: trained layer", title_fontsize=8, loc="upper center")
+        below.set_ylim(loss.min() / 1.6, loss.max() * 4)
+    for axis in axes[0]:
+        axis.set_xlabel("pairs in a test prompt M")
+    return figure
+
+
+def _actions(records: list[dict]) -> Figure:
+    """How many actions N changes, what is charged for N, and the same in other coordinates."""
+    first = records[0]
+    N, kappa = np.array(first["N"]), np.array(first["kappa"])
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.0))
+    M = first["M"][-1]
+    series = [(n, [np.array(r["families"][n]["share"])[:, -1] for r in records]) for n in (*ISOTROPIC, SIMPLEX)]
+    series += [(f"bandit, {n}", [np.array(r["bandits"][n]["share"]) for r in records]) for n in LAWS]
+    for (name, shares), color, marker in zip(series, COLORS, "os^Dv*", strict=False):
+        for share in shares:
+            left.plot(N, 100 * share, color=color, marker="", **SEED)
+        left.plot(N, 100 * np.mean(shares, 0), color=color, marker=marker, markersize=4.5, linestyle="none", label=name)
+    limit = np.mean([r["families"][SIMPLEX]["share_limit"] for r in records], 0)
+    left.plot(N, 100 * limit, color=COLORS[2], **EXACT, marker="", label="simplex, M = infinity (exact)")
+    left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions in %", ylim=(-0.8, None))
+    left.set_title(f"Actions that differ from those at N = {N[-1]}")
+    left.legend(fontsize=7.5, title=f"MDPs at M = {M}", title_fontsize=7.5)
+    for name, color in ((ISOTROPIC[1], BLUE), (SIMPLEX, GREEN)):
+        for r in records:
+            middle.plot(N, r["families"][name]["bias"], color=color, marker="", **SEED)
+        middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, marker="", label=name)
+        middle.plot(
+            N, first["families"][name]["paper_bias"], color=color, **BOUND, marker="", label="  eq. (6), which presumes Psi = I"
+        )
+    middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
+    middle.legend(fontsize=8, title="What is charged for N")
+    for key, color, label in (("paper", GREY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
+        values = np.array([r["coordinates"][key] for r in records])
+        right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, marker="", label=label)
+    for r in records:
+        loss = np.array(r["coordinates"]["loss"])
+        right.plot(kappa, loss / loss[0], color=BLUE, **MEASURED, alpha=0.6)
+    right.plot([], [], color=BLUE, **MEASURED, label="suboptimality, measured")
+    right.set(xscale="log", yscale="log", xlabel="condition number of the coordinates, kappa", ylabel="relative to kappa = 1")
+    right.legend(fontsize=8, title="The same MDPs in other coordinates")
+    return figure

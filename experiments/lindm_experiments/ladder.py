@@ -1,0 +1,284 @@
+"""How far is each bound from the truth, all the way from one policy's exact loss to the theorem that needs no data?
+
+A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
+rungs of theory/lindm_theory/policy.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation + optimisation,
+and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation refutes it. How
+loose it is shows in the waterfall.
+
+    lindm run ladder --preset quick      about 20 s on 2 cores
+    lindm verify --only identity ladder expected-bound high-probability-bound
+
+Expected: no violation at all; the mean policy two to ten times tighter than rung 4, rung 5 loosest by far.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family, tabulate
+from lindm.solvers.dp import greedy, occupancy, policy_value
+from lindm.validate import count
+from lindm_experiments.harness.criteria import criterion, judge, judge_count
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, GREEN, GREY, ORANGE, RED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory import concentration, mean_policy, policy
+from lindm_theory.in_context import context_second_moment, risk
+
+CLAIMS = ("identity", "ladder", "expected-bound", "expected-bound/mean-policy", "high-probability-bound")
+PER_POLICY = ("1s", "1", "1b", "2", "3")  # rungs that must hold for every single policy
+NAMES = {
+    "truth": "truth",
+    "1s": "1 span, scale per state",
+    "1b": "1b margin",
+    "1": "1 span, scale per stage",
+    "2": "2 sup norm",
+    "3": "3 bias + estimation + optimisation",
+    "6": "6 mean policy",
+    "4t": "4 expected, tightened",
+    "4": "4 expected",
+    "5": "5 high probability",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 207000
+    tasks: int = 352  # policies for every family and context length
+    N: int = 64
+    M: tuple[int, ...] = (16, 128)
+    half_width: float = 0.5  # label noise is uniform on +- half_width
+    delta: float = 0.1
+    steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tasks", "N", "steps"):
+            count(getattr(self, name), name)
+        for M in self.M or (0,):
+            count(M, "M")
+        if not 0 <= self.half_width < float("inf"):
+            raise ValueError(f"half_width must be finite and not negative; got {self.half_width}")
+        if self.delta != criterion("high-probability-bound").hi:
+            raise ValueError(f"delta must be the level of the claim, {criterion('high-probability-bound').hi}; got {self.delta}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, tasks=512, M=(8, 32, 128, 512), steps=2000)
+SMOKE = Config(seeds=2, tasks=16, M=(8,), steps=20)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+def families(key: Array) -> dict[str, Family]:
+    return {
+        "simplex": simplex_family(key, 12, 3, 5, 4, feature_power=2.0),
+        "simplex, centred rewards": simplex_family(key, 12, 3, 5, 4, feature_power=2.0, low=-1.0, high=1.0),
+        "one-hot": onehot_family(4, 3, 4, low=-1.0, high=1.0),
+    }
+
+
+@partial(jax.jit, static_argnames=("tasks", "longest"))
+def rungs_of_tasks(
+    key: Array, family: Family, A: Array, Ahat: Array, M: Array, half_width: Array, delta: Array, tasks: int, longest: int
+) -> dict[str, Array]:
+    """Exact loss and every rung, [tasks] each, of the policies that Ahat gives on fresh tasks and contexts."""
+    Lambda = second_moment(family)
+    noise = {"noise_bound": half_width, "noise_variance": half_width**2 / 3}
+
+    def one(k: Array) -> dict[str, Array]:
+        k_task, k_context = jax.random.split(k)
+        task, plan, w = linear_mdps.draw_oracle(k_task, family)
+        mdp = tabulate(task)
+        S = linear_mdps.context_sums(k_context, family, w, M, half_width, longest)
+        Qhat = linear_mdps.action_values(family, Ahat, S)
+        pihat = greedy(Qhat)
+        d = occupancy(mdp, pihat)
+        bias, estimation = policy.error_parts(family.phi, A, Lambda, w, S)
+        optimisation = linear_mdps.action_values(family, Ahat - A, S)
+        bound, c = policy.span_rung(d, plan.Q, Qhat)
+        gap = plan.V[..., None] - plan.Q
+        caps = mean_policy.action_caps(
+            mean_policy.flip_probability(*mean_policy.difference_moments(family.phi, Ahat, w, family.design, **noise), M)
+        )
+        return {
+            "truth": mdp.rho @ (plan.V[0] - policy_value(mdp, pihat)[0]),
+            "0": policy.loss_identity(d, plan.Q, pihat),
+            "1s": policy.span_statewise_rung(d, plan.Q, Qhat),
+            "1": bound,
+            "1b": policy.margin_rung(d, plan.Q, Qhat, c),
+            "2": policy.sup_rung(d, plan.Q, Qhat),
+            "3": policy.decomposed_rung(d, bias, estimation, optimisation),
+            "5": concentration.high_probability_rung(family.phi, Ahat, w, family.design, M, delta, Lambda, **noise),
+            "6": mean_policy.mean_policy_rung(mdp.P, gap, mdp.rho, caps),
+            "scale": jnp.maximum(1.0, jnp.abs(plan.V).max()),
+        }
+
+    return jax.lax.map(one, jax.random.split(key, tasks), batch_size=32)
+
+
+@jax.jit
+def rungs_on_average(family: Family, Ahat: Array, Psi: Array, M: Array, half_width: Array) -> tuple[Array, Array]:
+    """Rung 4 and its tightened form: no task, no context, only moments."""
+    Lambda = second_moment(family)
+    noise = half_width**2 / 3 * Lambda
+    K = linear_mdps.fourth_moments(family, Psi)
+
+    def stage(A: Array, P: Array, K: Array) -> tuple[Array, Array, Array]:
+        parts = risk(A, Lambda, P, K, M, Lambda, noise)
+        ESS = context_second_moment(Lambda, P, K, M, noise)
+        return parts.estimation, parts.bias, policy.scale_free_risk(A, Lambda @ P, ESS, P, Lambda)
+
+    estimation, bias, free = jax.vmap(stage)(Ahat, Psi, K)
+    return (
+        policy.expected_rung(policy.feature_norm(family.phi, Lambda), estimation, bias),
+        policy.expected_rung_tight(policy.difference_norm(family.phi, Lambda), free, jnp.zeros_like(free)),
+    )
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    k_features, k_pool, k_train, k_test = jax.random.split(key, 4)
+    half_width, delta = jnp.asarray(cfg.half_width), jnp.asarray(cfg.delta)
+    sigma = cfg.half_width / 3**0.5
+    cells = []
+    for name, family in families(k_features).items():
+        pool = linear_mdps.task_pool(k_pool, family)
+        Psi = linear_mdps.pool_moment(pool)
+        A = linear_mdps.closed_form_layers(family, Psi, float(cfg.N), sigma)
+        Ahat = linear_mdps.trained_layers(k_train, family, pool, cfg.N, sigma, steps=cfg.steps, learning_rate=0.3, batch=128)
+        for M in cfg.M:
+            k = jax.random.fold_in(k_test, M)
+            out = rungs_of_tasks(
+                k, family, A, Ahat, jnp.asarray(float(M)), half_width, delta, tasks=cfg.tasks, longest=max(cfg.M)
+            )
+            tolerance = 1e-9 * out["scale"]
+            expected, tight = rungs_on_average(family, Ahat, Psi, jnp.asarray(float(M)), half_width)
+            means = {r: out[r].mean() for r in ("truth", *PER_POLICY, "5", "6")} | {"4": expected, "4t": tight}
+            cells.append(
+                {
+                    "family": name,
+                    "M": M,
+                    "n": cfg.tasks,
+                    "mean": {r: float(v) for r, v in means.items()},
+                    "identity_error": float((jnp.abs(out["truth"] - out["0"]) / out["scale"]).max()),
+                    "identity_off": int((jnp.abs(out["truth"] - out["0"]) > 1e-12 * out["scale"]).sum()),
+                    "violations": {r: int((out["truth"] > out[r] + tolerance).sum()) for r in (*PER_POLICY, "5")},
+                    "weights_error": float(jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)),
+                }
+            )
+    return {"cells": cells, "N": cfg.N}
+
+
+def _total(records: list[dict], value) -> int:
+    return sum(value(c) for r in records for c in r["cells"])
+
+
+def _largest_ratio(records: list[dict], top: str, bottom: str) -> list[float]:
+    return [max(c["mean"][top] / c["mean"][bottom] for c in r["cells"]) for r in records]
+
+
+def _tightness(records: list[dict], rungs: tuple[str, ...]) -> str:
+    """Bound / truth, the median over all cells and seeds, for each rung."""
+    ratio = {r: np.median([c["mean"][r] / c["mean"]["truth"] for x in records for c in x["cells"]]) for r in rungs}
+    return "bound/truth: " + ", ".join(f"rung {r} {v:.3g}" for r, v in ratio.items())
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    n, seeds = _total(records, lambda c: c["n"]), len(records)
+    broken = {r: _total(records, lambda c, r=r: c["violations"][r]) for r in (*PER_POLICY, "5")}
+    worst = max(c["identity_error"] for r in records for c in r["cells"])
+    return [
+        judge_count(
+            "identity",
+            _total(records, lambda c: c["identity_off"]),
+            n,
+            seeds=seeds,
+            figure="waterfall",
+            note=f"largest {worst:.1e}",
+        ),
+        # a policy that breaks two rungs counts twice: only zero passes, so the count need not be exact
+        judge_count(
+            "ladder",
+            min(n, sum(broken[r] for r in PER_POLICY)),
+            n,
+            seeds=seeds,
+            figure="waterfall",
+            note=_tightness(records, PER_POLICY),
+        ),
+        judge("expected-bound", _largest_ratio(records, "truth", "4"), figure="waterfall", note=_tightness(records, ("4", "4t"))),
+        judge(
+            "expected-bound/mean-policy",
+            _largest_ratio(records, "truth", "6"),
+            _largest_ratio(records, "6", "4"),
+            figure="waterfall",
+            note=_tightness(records, ("6",)),
+        ),
+        judge_count(
+            "high-probability-bound",
+            broken["5"],
+            n,
+            seeds=seeds,
+            exact=False,
+            figure="waterfall",
+            note=_tightness(records, ("5",)),
+        ),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"waterfall": _waterfall(records), "growth": _growth(records)}
+
+
+def _waterfall(records: list[dict]) -> Figure:
+    """One panel a family at the middle context length: the truth and every bound on a logarithmic axis, seeds as ticks."""
+    names = list(dict.fromkeys(c["family"] for c in records[0]["cells"]))
+    lengths = sorted({c["M"] for c in records[0]["cells"]})
+    M = lengths[len(lengths) // 2]
+    color = {"truth": BLUE, "6": GREEN, "4t": ORANGE, "4": ORANGE, "5": RED}
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4.0 * len(names) + 1.5, 4.2), sharey=True, squeeze=False)
+    rows = list(NAMES)
+    for axis, name in zip(axes[0], names, strict=True):
+        values = np.array(
+            [[c["mean"][r] for r in rows] for x in records for c in x["cells"] if c["family"] == name and c["M"] == M]
+        )
+        mean = values.mean(0)
+        left = mean.min() / 3
+        for i, r in enumerate(rows):
+            axis.barh(i, mean[i] - left, left=left, color=color.get(r, GREY), height=0.66)
+            axis.plot(values[:, i], np.full(len(values), i), "|", color="black", markersize=8, alpha=0.6)
+            times = "" if r == "truth" else f"  ×{mean[i] / mean[0]:.3g}"
+            axis.text(mean[i] * 1.15, i, f"{mean[i]:.3g}{times}", va="center", fontsize=8)
+        axis.set(xscale="log", xlim=(left, mean.max() * 12), title=f"{name}, M = {M}", xlabel="loss of value")
+        axis.set_yticks(range(len(rows)), [NAMES[r] for r in rows])
+        axis.grid(axis="y", visible=False)
+        axis.invert_yaxis()  # shared: the last call decides
+    if len(names) % 2 == 0:
+        axes[0, 0].invert_yaxis()
+    figure.suptitle(f"What a bound costs: exact suboptimality and the ladder above it (N = {records[0]['N']})", x=0.01, ha="left")
+    return figure
+
+
+def _growth(records: list[dict]) -> Figure:
+    """The rungs over the context length M, one panel a family."""
+    names = list(dict.fromkeys(c["family"] for c in records[0]["cells"]))
+    lengths = sorted({c["M"] for c in records[0]["cells"]})
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4.0 * len(names), 3.8), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for r in ("truth", "1s", "1", "2", "6", "4", "5"):
+            values = [
+                [next(c["mean"][r] for c in x["cells"] if c["family"] == name and c["M"] == M) for M in lengths] for x in records
+            ]
+            axis.plot(lengths, np.mean(values, 0), label=NAMES[r], linestyle="-" if r == "truth" else "--")
+        axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title=name)
+    axes[0, 0].set_ylabel("loss of value")
+    axes[0, -1].legend(fontsize=8)
+    return figure

@@ -1,0 +1,304 @@
+r"""Does the error of a trained transformer split as the theory says, into a part of the test context M and one of the training
+length N?
+
+    lindm run llm_law
+    lindm verify --only llm-law
+
+A task is a decision problem of one stage: Q* of d state-action pairs, each uniform on [0, 1]. Its context is M pairs with their
+returns, y ~ Bernoulli(Q*), and what is asked is Q*. Three readers see the same contexts:
+
+    transformer   the decoder of `lindm.llm`, two layers of width 64, from nothing: a token for each (pair, return), as in the
+                  prompt of [ZAS], then one for each pair asked about. Trained at N by cross-entropy against Q*, tested at every M
+    layer         linear attention trained at N, in closed form: its risk is lindm_theory.in_context.risk, to the last digit
+    Bayes         (1 + sum y) / (2 + n) for a pair seen n times: no reader can do better
+
+Of the layer, risk(M, N) = estimation(N) / M + bias(N), exactly. Of the transformer the same is asked as a regression on 1/M for
+each N: what share of the variance over M does it leave? Then each part by itself: at M = N how near is it to Bayes, and beyond N,
+what is lost against Bayes for having been trained at N?
+
+The same of a real language model (full preset): SmolLM2, fine-tuned at N demonstrations of the suite pomdp and asked at M.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.datasets import Recipe
+from lindm.evaluation.compare import compare
+from lindm.llm.config import Architecture
+from lindm.llm.model import Decoder
+from lindm.llm.sft.step import Optimisation
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge, undecided
+from lindm_experiments.harness.statistics import Verdict, mean_ci
+from lindm_experiments.harness.style import COLORS, EXACT, GREY, MARKERS
+from lindm_experiments.lib import language_models
+from lindm_theory.in_context import optimal_weights, risk
+
+CLAIMS = ("llm-law", "llm-law/estimation", "llm-law/bias", "llm-law/language")
+D = 6  # pairs
+BATCH = 64
+BLOCK = 256  # test contexts at once
+SMALL = Architecture(
+    family="llama", vocabulary=3 * D, width=64, depth=2, K=4, groups=4, head=16, mlp=128, tied=False, length=2048, spread=0.125
+)
+RATE = 3e-3
+SUITE, HORIZON = "pomdp", 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int
+    base_seed: int = 920_000
+    N: tuple[int, ...] = (4, 16, 64)
+    """training lengths"""
+    M: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    """test lengths"""
+    steps: int = 800
+    contexts: int = 4096
+    """to test on"""
+    model: str = ""
+    """a language model's directory; none: the transformers alone"""
+    demos: tuple[int, ...] = (2, 8)
+    """demonstrations that the language model is trained at"""
+    asked: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """and asked at"""
+    tasks: int = 50
+    tuning: int = 60
+    """steps of two documents"""
+
+    def __post_init__(self):
+        for name in ("seeds", "steps", "contexts", "tasks", "tuning"):
+            count(getattr(self, name), name)
+        for name in ("N", "M", "demos", "asked"):
+            values = getattr(self, name)
+            if len(values) < 2 or tuple(sorted(set(values))) != tuple(values) or values[0] < 1:
+                raise ValueError(f"{name} must be at least two increasing numbers >= 1; got {values}")
+        if not set(self.N) <= set(self.M):
+            raise ValueError(f"M must hold every N, {self.N}; got {self.M}")
+        if self.contexts % BLOCK:
+            raise ValueError(f"contexts must be a multiple of {BLOCK}; got {self.contexts}")
+
+
+FULL = Config(seeds=10, model="models/SmolLM2-135M-Instruct")
+QUICK = Config(seeds=5, N=(4, 16), M=(2, 4, 8, 16, 32), steps=200, contexts=2048)
+SMOKE = Config(seeds=1, N=(2, 4), M=(2, 4), steps=5, contexts=256)
+
+
+def points(cfg: Config) -> list[dict]:
+    seeds = [cfg.base_seed + s for s in range(cfg.seeds)]
+    found = [{"seed": s, "reader": "transformer", "N": N} for s in seeds for N in cfg.N]
+    return found + ([{"seed": cfg.base_seed, "reader": "language model", "N": N} for N in cfg.demos] if cfg.model else [])
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    if point["reader"] == "language model":
+        return {"gaps": _language(cfg, point)}
+    with jax.enable_x64(False):
+        k_train, k_test = jax.random.split(jax.random.key(point["seed"]))
+        weights = train(jax.random.fold_in(k_train, point["N"]), point["N"], cfg.steps)
+        found = {M: tested(weights, jax.random.fold_in(k_test, M), M, cfg.contexts) for M in cfg.M}
+    layer = exact_layer(point["N"], cfg.M)
+    return {
+        "rows": [
+            {"M": M, "transformer": float(found[M][0]), "bayes": float(found[M][1]), "layer": float(layer[i])}
+            for i, M in enumerate(cfg.M)
+        ]
+    }
+
+
+# --- one stage ---------------------------------------------------------------------------------------------------------------
+
+
+def draw(key: Array, contexts: int, length: int) -> tuple[Array, Array, Array]:
+    """Q* [contexts, d], the pairs [contexts, length] and their returns, 0 or 1, of the same shape."""
+    k_task, k_pair, k_return = jax.random.split(key, 3)
+    Q = jax.random.uniform(k_task, (contexts, D))
+    pairs = jax.random.randint(k_pair, (contexts, length), 0, D)
+    y = jax.random.uniform(k_return, (contexts, length)) < jnp.take_along_axis(Q, pairs, axis=1)
+    return Q, pairs, y.astype(jnp.int32)
+
+
+def tokens(pairs: Array, y: Array) -> Array:
+    """Contexts [n, M] as token numbers [n, M + d]: what was seen, and then every pair as a question."""
+    asked = jnp.broadcast_to(2 * D + jnp.arange(D), (len(pairs), D))
+    return jnp.concatenate([2 * pairs + y, asked], axis=1)
+
+
+def logits(model: Decoder, ids: Array) -> Array:
+    """log odds of a return of 1 [n, d] for every pair."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    found = model.logits(model.hidden(ids, positions)[:, -D:])
+    return found[..., 1] - found[..., 0]
+
+
+@partial(jax.jit, static_argnames=("N", "steps"))
+def train(key: Array, N: int, steps: int) -> nnx.State:
+    """Weights after so many steps on fresh contexts of N pairs."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(SMALL, nnx.Rngs(0))))
+    k_weights, k_data = jax.random.split(key)
+    weights = nnx.state(Decoder(SMALL, nnx.Rngs(k_weights)))
+    optimizer = Optimisation(steps=steps, learning_rate=RATE, floor=0.0).optimizer()
+
+    def loss(weights: nnx.State, k: Array) -> Array:
+        Q, pairs, y = draw(k, BATCH, N)
+        odds = logits(nnx.merge(graphdef, weights), tokens(pairs, y))
+        return optax.sigmoid_binary_cross_entropy(odds, Q).mean()
+
+    def step(carry: tuple, k: Array) -> tuple[tuple, None]:
+        weights, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(weights, k), state, weights)
+        return (optax.apply_updates(weights, updates), state), None
+
+    return jax.lax.scan(step, (weights, optimizer.init(weights)), jax.random.split(k_data, steps))[0][0]
+
+
+@partial(jax.jit, static_argnames=("M", "contexts"))
+def tested(weights: nnx.State, key: Array, M: int, contexts: int) -> tuple[Array, Array]:
+    """Mean squared errors of the transformer's estimate of Q* and of Bayes', on the same contexts of M pairs."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(SMALL, nnx.Rngs(0))))
+
+    def block(k: Array) -> tuple[Array, Array]:
+        Q, pairs, y = draw(k, BLOCK, M)
+        seen = jax.nn.one_hot(pairs, D)
+        bayes = (1 + jnp.einsum("nmd,nm->nd", seen, y.astype(Q.dtype))) / (2 + seen.sum(1))
+        mine = jax.nn.sigmoid(logits(nnx.merge(graphdef, weights), tokens(pairs, y)))
+        return ((mine - Q) ** 2).mean(), ((bayes - Q) ** 2).mean()
+
+    mine, bayes = jax.lax.map(block, jax.random.split(key, contexts // BLOCK))
+    return mine.mean(), bayes.mean()
+
+
+def exact_layer(N: int, M: tuple[int, ...]) -> np.ndarray:
+    """Risk at each M of the layer trained at N. Labels are centred, w = Q* - 1/2, so Psi = I / 12 and the noise of a return has
+    variance E Q*(1 - Q*) = 1/6 whatever the pair."""
+    eye = jnp.eye(D)
+    Lambda, Psi, K, noise = eye / D, eye / 12, eye / (12 * D), eye / (6 * D)
+    A = optimal_weights(Lambda, Psi, K, N, noise)
+    return np.array([risk(A, Lambda, Psi, K, m, Lambda, noise).total for m in M])
+
+
+# --- a language model ---------------------------------------------------------------------------------------------------------
+
+
+def _language(cfg: Config, point: dict) -> dict:
+    """Gaps of every task at every number of demonstrations asked at, of the model trained at N."""
+    language_models.check(cfg.model)
+    seed = point["seed"]
+    with tempfile.TemporaryDirectory() as directory, language_models.quietly():
+        room, law = Path(directory), language_models.law(SUITE, HORIZON)
+        data = language_models.make(room / "train", law, Recipe(tasks=256, demos=point["N"], seed=seed))
+        how = {"steps": cfg.tuning, "batch": 2, "learning_rate": 5e-4}
+        run = language_models.fine_tuned(language_models.options(cfg.model, data, room / "run", **how))
+        found = {}
+        for M in cfg.asked:
+            recipe = Recipe(tasks=cfg.tasks, demos=M, seed=seed + 1)
+            (row,) = compare(room / f"asked-{M}", law, recipe, [f"sft:{run}"])
+            found[str(M)] = [round(gap, 6) for gap in row["gaps"]]
+    return found
+
+
+# --- what follows --------------------------------------------------------------------------------------------------------------
+
+
+def risks(records: list[dict], reader: str) -> np.ndarray:
+    """Risks [seeds, N, M]."""
+    mine = [r for r in records if r["point"]["reader"] == "transformer"]
+    seeds = sorted({r["point"]["seed"] for r in mine})
+    lengths = sorted({r["point"]["N"] for r in mine})
+    at = {(r["point"]["seed"], r["point"]["N"]): [row[reader] for row in r["rows"]] for r in mine}
+    return np.array([[at[s, N] for N in lengths] for s in seeds])
+
+
+def lengths(records: list[dict]) -> tuple[list[int], list[int]]:
+    mine = [r for r in records if r["point"]["reader"] == "transformer"]
+    return sorted({r["point"]["N"] for r in mine}), [row["M"] for row in mine[0]["rows"]]
+
+
+def told(records: list[dict]) -> dict[int, dict[int, list[float]]]:
+    """Gaps of the language model: N -> M -> a gap of every task, in increasing order."""
+    mine = sorted((r for r in records if r["point"]["reader"] == "language model"), key=lambda r: r["point"]["N"])
+    return {r["point"]["N"]: {int(m): r["gaps"][m] for m in sorted(r["gaps"], key=int)} for r in mine}
+
+
+def unexplained(table: np.ndarray, M: Sequence[int]) -> np.ndarray:
+    """Share of the variance over M that the best a / M + b leaves, mean over N: [..., N, M] -> [...]."""
+    design = np.stack([1 / np.asarray(M, float), np.ones(len(M))], axis=-1)
+    fitted = table @ (design @ np.linalg.pinv(design)).T
+    spread = ((table - table.mean(-1, keepdims=True)) ** 2).sum(-1)
+    return (((table - fitted) ** 2).sum(-1) / spread).mean(-1)
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    mine, layer, bayes = (risks(records, reader) for reader in ("transformer", "layer", "bayes"))
+    N, M = lengths(records)
+    own = [M.index(n) for n in N]  # where a reader is asked at the length that it was trained at
+    near = [np.mean([x[:, i, m] / bayes[:, i, m] for i, m in enumerate(own)], axis=0) for x in (mine, layer)]
+    lost = [(x - bayes)[:, :, -1] for x in (mine, layer)]
+    ends = [" to ".join(f"{v:.2g}" for v in x.mean(0)[[0, -1]]) for x in lost]
+    verdicts = [
+        judge(
+            "llm-law",
+            unexplained(mine, M),
+            figure="risk",
+            note=f"layer {unexplained(layer, M).mean():.1g}, Bayes {unexplained(bayes, M).mean():.2g}",
+        ),
+        judge("llm-law/estimation", near[0], figure="risk", note=f"layer {near[1].mean():.3f}"),
+        judge(
+            "llm-law/bias",
+            lost[0][:, -1] - lost[0][:, 0],
+            figure="risk",
+            note=f"risk beyond Bayes at M = {M[-1]}, N = {N[0]} to {N[-1]}: transformer {ends[0]}, layer {ends[1]}",
+        ),
+    ]
+    asked = told(records)
+    if not asked:
+        return [*verdicts, undecided("llm-law/language", "no language model was measured")]
+    few, many = asked[min(asked)], asked[max(asked)]
+    said = "; ".join(f"N = {n}: " + ", ".join(f"{100 * np.mean(v):.1f}" for v in gaps.values()) for n, gaps in asked.items())
+    difference = np.array(many[max(many)]) - np.array(few[max(few)])
+    note = f"gaps in % at M = {', '.join(map(str, few))}: {said}"
+    return [*verdicts, judge("llm-law/language", difference, figure="language", note=note)]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    N, M = lengths(records)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 4.2), sharey=True)
+    for axis, reader in zip(axes, ("transformer", "layer"), strict=True):
+        for n, values, color, marker in zip(N, np.moveaxis(risks(records, reader), 1, 0), COLORS, MARKERS, strict=False):
+            axis.plot(M, values.mean(0), color=color, label=f"trained at N = {n}", **EXACT | {"marker": marker})
+            axis.fill_between(M, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+        axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GREY, linestyle=":", marker="", label="Bayes")
+        axis.set(xscale="log", yscale="log", xlabel="pairs in the context M")
+        axis.set_xticks(M, [str(m) for m in M])
+        axis.set_xticks([], minor=True)
+        axis.set_title("a transformer, trained" if reader == "transformer" else "the layer, exact")
+    axes[0].set_ylabel("E (Qhat - Q*)²")
+    axes[0].legend()
+    figures = {"risk": figure}
+    if asked := told(records):
+        figure, axis = pyplot.subplots()
+        for (n, gaps), color, marker in zip(asked.items(), COLORS, MARKERS, strict=False):
+            at = list(gaps)
+            means, ends = zip(*(mean_ci(v) for v in gaps.values()), strict=True)
+            error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
+            label = f"fine-tuned at {n}"
+            axis.errorbar(at, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label)
+        axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="gap, % of random play's")
+        axis.set_xticks(at, [str(m) for m in at])
+        axis.set_xticks([], minor=True)
+        axis.set_title(f"A language model on {SUITE}, horizon {HORIZON}")
+        axis.legend()
+        figures["language"] = figure
+    return figures

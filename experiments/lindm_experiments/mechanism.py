@@ -1,0 +1,333 @@
+r"""Is it the mechanism that the theory says: does a fine-tuned language model hold Q*, whose mistakes does it make, and do names
+matter to it?
+
+    lindm run mechanism --preset full
+    lindm verify --only probe implied-q invariance
+
+Looked at is the residual stream in front of each action of the query episodes of new tasks.
+
+    probe       Ridge regressions of Q*(h, .), of the advantage Q* - max Q* and of the belief from the stream, a regression for
+                each layer; before fine-tuning and after, of the same architecture with random weights (untrained), and with the
+                targets of tasks exchanged (shuffled). Values are squared errors on new tasks over those of the mean of the stage,
+                so 1 is nothing, and that early stages are worth more explains none of it.
+    implied-q   The logits of the actions against Q*, and what is wrong with them against what is wrong with two estimates from
+                the same demonstrations: ridge (LSVI) and the theory's linear attention layer, trained on other tasks. All are
+                centred over the actions of a state and scaled to Q* by one factor each.
+    invariance  The same episodes with states and actions renamed at random: is the decision the same action?
+
+Two worlds: `mdp`, a new task in each text (what can be known of Q* is in the demonstrations), and the tiger of Kaelbling, Littman
+and Cassandra (1998), one problem whose state is hidden, where the belief is a known function of the history.
+
+The unit is the task, or the episode of the tiger; one model is trained in each world.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm import datasets
+from lindm.datasets import Recipe
+from lindm.evaluation import policies
+from lindm.evaluation.losses import double_precision
+from lindm.evaluation.policies import Tasks
+from lindm.families.registry import Source
+from lindm.families.suites import Suite
+from lindm.text import Document, Step
+from lindm.types import POMDP
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge
+from lindm_experiments.harness.statistics import Verdict, mean_ci
+from lindm_experiments.harness.style import COLORS, GREY, MARKERS
+from lindm_experiments.lib import language_models
+from lindm_experiments.lib.probes import Asked, Reader, probe, read
+
+CLAIMS = (
+    "probe",
+    "probe/q",
+    "probe/belief",
+    "probe/control",
+    "implied-q",
+    "implied-q/mistakes",
+    "invariance",
+    "invariance/gain",
+)
+WORLDS = ("mdp", "tiger")
+DEMOS = {"mdp": 2, "tiger": 3}
+NOISE = 0.2  # random actions in the tiger's demonstrations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 1
+    """trainings in each world"""
+    base_seed: int = 930_000
+    model: str = "models/SmolLM2-135M-Instruct"
+    """a model's directory, or tiny"""
+    mdp: int = 8
+    """horizons"""
+    tiger: int = 5
+    tasks: int = 60
+    """new tasks"""
+    probe: int = 200
+    """tasks behind the probes"""
+    renamings: int = 2
+    """of each task"""
+    train: int = 256
+    steps: int = 60
+    batch: int = 2
+    rate: float = 5e-4
+
+    def __post_init__(self):
+        for name in ("seeds", "mdp", "tiger", "tasks", "renamings", "train", "steps", "batch"):
+            count(getattr(self, name), name)
+        count(self.probe, "probe", 8)
+
+
+FULL = Config()
+QUICK = Config(
+    model=language_models.TINY, mdp=3, tiger=4, train=512, steps=60, batch=16, rate=2e-3, tasks=50, probe=100, renamings=1
+)
+SMOKE = Config(model=language_models.TINY, mdp=2, tiger=2, train=16, steps=2, batch=8, tasks=4, probe=8, renamings=1)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"world": world, "seed": seed} for seed in range(cfg.seeds) for world in WORLDS]
+
+
+def tiger(horizon: int) -> POMDP:
+    """Listen (-1, right with probability 0.85) or open a door: 10, or -100 where the tiger is, and it starts anew."""
+    P = np.full((1, 2, 3, 2), 0.5)
+    P[0, :, 0] = np.eye(2)
+    O = np.full((1, 3, 2, 2), 0.5)
+    O[0, 0] = [[0.85, 0.15], [0.15, 0.85]]
+    r = np.array([[-1.0, -100.0, 10.0], [-1.0, 10.0, -100.0]])
+    return POMDP(P=P, O=O, r=np.tile(r, (horizon, 1, 1)), rho=np.full(2, 0.5))  # pyright: ignore
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    language_models.check(cfg.model)
+    name, seed = point["world"], cfg.base_seed + 3 * point["seed"]
+    H, K = getattr(cfg, name), DEMOS[name]
+    with tempfile.TemporaryDirectory() as directory, language_models.quietly():
+        room = Path(directory)
+        source = language_models.law("mdp", H) if name == "mdp" else Source(problem=tiger(H))
+        how = {"demos": K} | ({} if name == "mdp" else {"behaviour": "epsilon", "epsilon": NOISE})
+        parts = (("train", cfg.train, 0), ("probe", cfg.probe, 1), ("new", cfg.tasks, 2))
+        data = {part: language_models.make(room / part, source, Recipe(tasks=n, seed=seed + i, **how)) for part, n, i in parts}
+        training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
+        asked = language_models.options(cfg.model, data["train"], room / "run", **training)
+        before, after = language_models.before(asked, room / "before"), language_models.fine_tuned(asked) / "model"
+        shown = frozenset({"state", "reward"} if name == "mdp" else {"observation"})
+        known, new = read(data["probe"], shown), read(data["new"], shown)
+        readers = {"before": Reader(before), "after": Reader(after)}
+        if cfg.model != language_models.TINY:
+            readers["untrained"] = Reader(before, untrained=seed)
+        streams = {who: (reader.stream(known), reader.stream(new)) for who, reader in readers.items()}
+        found: dict[str, Any] = {"probes": probes(streams, known, new, seed, tiger(H) if name == "tiger" else None)}
+        if name == "mdp":
+            logits = {who: readers[who].logits(streams[who][1]) for who in ("before", "after")}
+            found["implied"] = implied(logits, new, data["new"], source, Recipe(tasks=cfg.tasks, seed=seed + 2, **how))
+            found["same"] = {who: renamed(readers[who], logits[who], new, cfg.renamings, seed) for who in logits}
+    return found
+
+
+# --- probes -------------------------------------------------------------------------------------------------------------------
+
+
+def beliefs(problem: POMDP, rows: Sequence[dict]) -> np.ndarray:
+    """P(state | what was done and observed before) [n, H, S]."""
+    P, O, rho = (np.asarray(x) for x in (problem.P, problem.O, problem.rho))
+    found = []
+    for row in rows:
+        b, told = rho, [rho]
+        for a, o in zip(row["action"][:-1], row["observation"][:-1], strict=True):
+            b = (b @ P[0, :, a]) * O[0, a, :, o]
+            b = b / b.sum()
+            told.append(b)
+        found.append(told)
+    return np.array(found)
+
+
+def probes(
+    streams: dict[str, tuple[np.ndarray, np.ndarray]], known: Asked, new: Asked, seed: int, problem: POMDP | None
+) -> dict[str, Any]:
+    """`probe` of each target and reader, and with the targets of tasks exchanged."""
+    targets = {
+        "q": (known.Q, new.Q),
+        "advantage": tuple(Q - Q.max(-1, keepdims=True) for Q in (known.Q, new.Q)),
+    }
+    if problem is not None:
+        targets["belief"] = tuple(beliefs(problem, asked.rows)[..., :-1] for asked in (known, new))
+    rng = np.random.default_rng(seed)
+    order = [rng.permutation(len(asked.Q)) for asked in (known, new)]
+    exchanged = {f"{name} exchanged": (Y[order[0]], Y_new[order[1]]) for name, (Y, Y_new) in targets.items()}
+    found = {who: probe(*stream, targets | (exchanged if who == "after" else {})) for who, stream in streams.items()}
+    return {
+        name: {who: found[who][name] for who in streams} | {"shuffled": found["after"][f"{name} exchanged"]} for name in targets
+    }
+
+
+# --- implied Q, and names ---------------------------------------------------------------------------------------------------
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    return x - x.mean(-1, keepdims=True)
+
+
+def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, recipe: Recipe) -> dict[str, Any]:
+    """Of each task: how the logits go with Q*, and how what is wrong with them goes with what is wrong with either estimate."""
+    with double_precision():
+        loaded = list(datasets.load(data))
+        everything = frozenset({"state", "reward"})
+        tasks = Tasks(
+            problems=[datasets.problem_of(task) for task, _ in loaded],
+            demonstrations=[datasets.document(rows[:-1], rows[-1], everything).demonstrations for _, rows in loaded],
+            source=source,
+            recipe=recipe,
+        )
+        tables = {"ridge": policies.value_iteration(tasks, pessimistic=False), "layer": policies.layer(tasks)}
+    states = np.array([row["state"] for row in new.rows])  # [n, H]
+    n, H = states.shape
+    at = (np.arange(n)[:, None], np.arange(H)[None], states)
+    values = {who: centred(np.asarray(Q)[at]) for who, Q in tables.items()} | {k: centred(v) for k, v in logits.items()}
+    Q = centred(new.Q)
+    wrong = {who: v * ((v * Q).sum() / (v * v).sum()) - Q for who, v in values.items()}
+
+    def along(x: np.ndarray, y: np.ndarray) -> list[float]:
+        """Correlation within each task; 0 where one of the two is constant."""
+        top, bottom = (x * y).sum((1, 2)), np.sqrt((x**2).sum((1, 2)) * (y**2).sum((1, 2)))
+        return np.round(np.divide(top, bottom, out=np.zeros(n), where=bottom > 0), 5).tolist()
+
+    least = Q.max(-1, keepdims=True) - 1e-9
+    best = least <= Q
+    chosen = {who: v.argmax(-1) for who, v in values.items()}
+    mistaken = {who: ~np.take_along_axis(best, a[..., None], -1)[..., 0] for who, a in chosen.items()}
+    shared = {
+        who: {
+            other: [int((mistaken[who] & mistaken[other]).sum()), int((mistaken[who] & (chosen[who] == chosen[other])).sum())]
+            for other in tables
+        }
+        for who in logits
+    }
+    return {
+        "with_q": {who: along(v, Q) for who, v in values.items()},
+        "mistakes_with": {who: {other: along(wrong[who], wrong[other]) for other in tables} for who in logits},
+        "decisions": n * H,
+        "mistakes": {who: int(m.sum()) for who, m in mistaken.items()},
+        "shared": shared,  # of a model's mistakes: where the other errs too, and where it takes the same action
+    }
+
+
+def renamed(reader: Reader, logits: np.ndarray, new: Asked, times: int, seed: int) -> list[float]:
+    """Of each task, how often the decision is the same action when states and actions have other names."""
+    rng = np.random.default_rng(seed)
+    n, _, A = new.Q.shape
+    S = 1 + max(step.state for one in new.documents for steps in (*one.demonstrations, one.query) for step in steps)
+    same = np.zeros(n)
+    for _ in range(times):
+        names = [(rng.permutation(S), rng.permutation(A)) for _ in range(n)]
+        documents = [_told(one, *name) for one, name in zip(new.documents, names, strict=True)]
+        labels = [[[int(a[x]) for x in row] for row in rows] for rows, (_, a) in zip(new.labels, names, strict=True)]
+        other = reader.logits(reader.stream(Asked(documents, labels, new.Q, new.rows)))
+        back = np.stack([x[:, a] for x, (_, a) in zip(other, names, strict=True)])
+        same += (back.argmax(-1) == logits.argmax(-1)).mean(-1) / times
+    return np.round(same, 5).tolist()
+
+
+def _told(document: Document, states: np.ndarray, actions: np.ndarray) -> Document:
+    def steps(row: Sequence[Step]) -> tuple[Step, ...]:
+        return tuple(replace(s, state=int(states[s.state]), action=int(actions[s.action])) for s in row)
+
+    return Document(tuple(map(steps, document.demonstrations)), steps(document.query))
+
+
+# --- what follows --------------------------------------------------------------------------------------------------------------
+
+
+def _joined(records: list[dict], world: str, *path: str) -> np.ndarray:
+    """Values of all tasks of a world, of every training; empty where there are none."""
+    found = []
+    for record in records:
+        if record["point"]["world"] == world:
+            value = record
+            for key in path:
+                value = value[key]
+            found.append(value)
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    def errors(world: str, target: str, who: str, of: str = "errors") -> np.ndarray:
+        return _joined(records, world, "probes", target, who, of)
+
+    def told(world: str, target: str) -> str:
+        readers = next(r for r in records if r["point"]["world"] == world)["probes"][target]
+        return "R²: " + ", ".join(f"{who} {1 - np.mean(x['errors']):.2f} (layer {x['layer']})" for who, x in readers.items())
+
+    verdicts = [
+        judge(id, errors("mdp", t, "before") - errors("mdp", t, "after"), figure="probe", note=told("mdp", t))
+        for id, t in (("probe", "advantage"), ("probe/q", "q"))
+    ]
+    verdicts.append(judge("probe/belief", errors("tiger", "belief", "after"), figure="probe", note=told("tiger", "belief")))
+    # tasks differ in the size of Q*, so each stands beside the mean's error on that task
+    asked = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"))
+    shuffled = [errors(w, t, "shuffled", "of_mean") - errors(w, t, "shuffled") for w, t in asked]
+    verdicts.append(judge("probe/control", *shuffled, figure="probe"))
+    of = next(r for r in records if r["point"]["world"] == "mdp")["implied"]
+    along = {who: np.mean(v) for who, v in of["with_q"].items()}
+    said = ", ".join(f"{who} {v:.2f}" for who, v in along.items())
+    verdicts.append(judge("implied-q", _joined(records, "mdp", "implied", "with_q", "after"), figure="implied-q", note=said))
+    layer, ridge = (_joined(records, "mdp", "implied", "mistakes_with", "after", other) for other in ("layer", "ridge"))
+    n, shared = of["mistakes"]["after"], of["shared"]["after"]
+    said = f"layer {layer.mean():.2f}, ridge {ridge.mean():.2f}; of {n} mistakes in {of['decisions']}, the same action: "
+    said += ", ".join(f"{other} {same}" for other, (_, same) in shared.items())
+    verdicts.append(judge("implied-q/mistakes", layer - ridge, figure="implied-q", note=said))
+    after, before = (_joined(records, "mdp", "same", who) for who in ("after", "before"))
+    said = f"before {before.mean():.1%}, after {after.mean():.1%}"
+    verdicts.append(judge("invariance", after, figure="implied-q", note=said))
+    verdicts.append(judge("invariance/gain", after - before, figure="implied-q", note=said))
+    return verdicts
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"probe": _profiles(records), "implied-q": _implied(records)}
+
+
+def _profiles(records: list[dict]) -> Figure:
+    """R² of each layer."""
+    panels = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"), ("tiger", "advantage"))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True)
+    for axis, (world, target) in zip(axes, panels, strict=True):
+        for record in (r for r in records if r["point"]["world"] == world):
+            for (who, found), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
+                shown = 1 - np.array(found["profile"])
+                axis.plot(np.maximum(shown, -0.2), color=color, marker=marker, markersize=3, linewidth=1.2, label=who)
+        axis.axhline(0, color=GREY, linestyle=":", marker="")
+        axis.set(xlabel="layer", title=f"{world}: {target}")
+    axes[0].set_ylabel("R² on new tasks, beyond the stage")
+    axes[0].legend()
+    return figure
+
+
+def _implied(records: list[dict]) -> Figure:
+    figure, axes = pyplot.subplots(1, 3, figsize=(11.0, 3.6))
+    with_q = {who: _joined(records, "mdp", "implied", "with_q", who) for who in ("before", "after", "ridge", "layer")}
+    errors = {other: _joined(records, "mdp", "implied", "mistakes_with", "after", other) for other in ("ridge", "layer")}
+    same = {who: _joined(records, "mdp", "same", who) for who in ("before", "after")}
+    titles = ("with Q*: correlation", "mistakes of the model with those of", "same decision under other names")
+    for axis, values, title in zip(axes, (with_q, errors, same), titles, strict=True):
+        for i, (_, v) in enumerate(values.items()):
+            mean, (low, high) = mean_ci(v)
+            x = i + np.linspace(-0.15, 0.15, len(v))
+            axis.plot(x, v, color=GREY, markersize=2, marker=".", linestyle="")
+            axis.errorbar([i], [mean], [[mean - low], [high - mean]], color=COLORS[0], marker="o", capsize=3)
+        axis.set_xticks(range(len(values)), list(values))
+        axis.set_title(title)
+        axis.axhline(0, color="#444444", linewidth=0.8, marker="")
+    return figure

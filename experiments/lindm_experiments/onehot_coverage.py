@@ -1,0 +1,336 @@
+"""What does the layer do with an action that the prompt does not contain?
+
+One-hot features and labels without noise: S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is diagonal
+and puts Qhat = 0 where n_i = 0: an unseen action beats every seen one when values are negative, none when they are positive.
+Whether it is picked depends on counts and signs alone, so the rate is exact: 0, 1, and for centred values a sum over the counts.
+(In the last stage of centred tasks, where signs are fair coins, it is E 2^-k with k the number of seen actions.) The counts also
+give the law of the action, hence, contexts of different stages being independent, the *exact* expected loss
+(`lindm_theory.mean_policy`).
+
+The three worlds differ by a constant added to every reward, which changes no decision of an optimal policy and every decision of
+the layer. Does training on the real, uncentred tasks cure it? Then A_N = alpha I + beta 11', and the unseen action is imputed
+beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate stays 1.
+What helps is to centre the labels by their prior mean.
+
+    lindm run onehot_coverage --preset quick      about 15 s on 2 cores
+    lindm verify --only onehot-coverage
+
+Expected: rates 0 and 1 to the last decision, the exact curve between; centred labels lose less than raw ones of either sign.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import lgamma
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.icl.attention import ReducedAttention
+from lindm.icl.prompts import draw_pairs, oracle_labels
+from lindm.icl.trainer import train_many
+from lindm.problems.linear_mdp import Family, onehot_family, tabulate
+from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.rollout import cumulative
+from lindm.types import Prompt
+from lindm.validate import count
+from lindm_experiments.harness.criteria import judge
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory.mean_policy import policy_loss
+
+CLAIMS = ("onehot-coverage", "onehot-coverage/loss", "onehot-coverage/imputation", "onehot-coverage/centring")
+SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centred": (-0.5, 0.5)}  # reward boxes: one world, shifted
+CENTRED_LABELS = "labels minus prior mean"
+S, A, H = 4, 3, 3
+NEGLIGIBLE = 1e-10  # counts less likely than this are left out of the enumeration; `lost_mass` says what that leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 2022000
+    tasks: int = 64
+    contexts: int = 48  # of every task; each shows every stage once
+    M: tuple[int, ...] = (6, 12, 24, 48)
+    N: int = 16
+    pool: int = 2048  # training tasks
+    steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tasks", "contexts", "N", "pool", "steps"):
+            count(getattr(self, name), name)
+        if not self.M or list(self.M) != sorted(set(self.M)) or self.M[0] < 1:
+            raise ValueError(f"M must hold rising context lengths >= 1; got {self.M}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, tasks=96, contexts=96, M=(3, 6, 12, 24, 48), pool=8192, steps=2000)
+SMOKE = Config(seeds=2, tasks=8, contexts=8, M=(4, 8), pool=256, steps=100)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+@partial(jax.jit, static_argnames=("tests", "pool", "contexts", "longest"))
+def draw_worlds(key: Array, family: Family, tests: int, pool: int, contexts: int, longest: int):
+    """Test tasks (MDP, Plan, w [tests, H, d]), pairs [tests, contexts, H, longest], and training vectors [H, pool, d]."""
+    k_tasks, k_pairs = jax.random.split(key)
+    task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
+    mdp, plan = jax.tree.map(lambda leaf: leaf[:tests], (jax.vmap(tabulate)(task), plan))
+    pairs = draw_pairs(k_pairs, cumulative(family.design), (tests, contexts, w.shape[1], longest))
+    return (mdp, plan, w[:tests], pairs), jnp.moveaxis(w[tests:], 1, 0)
+
+
+@jax.jit
+def policies(family: Family, worlds, layers: Array, centre: Array, M: Array) -> tuple[Array, Array, Array]:
+    """What n layers [n, H, d, d] do when they are shown labels y - centre, centre [n, H].
+
+    Returns loss [tasks, n, m], the mean over contexts; actions [tasks, contexts, n, m, H, S]; and which pairs were seen
+    [tasks, contexts, m, H, S, A]. A constant added to all of Qhat changes no action, so centred labels need nothing added back.
+    """
+
+    def one(world) -> tuple[Array, Array, Array]:
+        mdp, plan, w, pairs = world
+
+        def context(idx: Array) -> tuple[Array, Array, Array]:
+            x = linear_mdps.pairs_table(family)[idx]
+            used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
+            share = jnp.einsum("mi,hid->mhd", used, x)  # n_i / M
+            S_M = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)[None] - centre[:, None, :, None] * share[None]
+            pihat = greedy(jnp.einsum("sai,nhij,nmhj->nmhsa", family.phi, layers, S_M))
+            value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat.reshape(-1, *plan.pi.shape))
+            loss = (mdp.rho @ plan.V[0] - value).reshape(pihat.shape[:2])
+            return loss, pihat, jnp.einsum("sad,mhd->mhsa", family.phi, share) > 0
+
+        loss, pihat, seen = jax.vmap(context)(pairs)
+        return loss.mean(0), pihat, seen
+
+    return jax.lax.map(one, worlds)
+
+
+@lru_cache
+def _draw(n: int, batch: int):
+    """The draw of a training batch; the same object on every call, so that nothing compiles twice.
+
+    Every pair is a query once: with a uniform design that is the expectation over queries, without its noise.
+    """
+
+    def draw(key: Array, family: Family, pool: Array):
+        which, pairs = jax.random.split(key)
+        w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
+        table = linear_mdps.pairs_table(family)
+        x = table[draw_pairs(pairs, cumulative(family.design), (batch, n))]
+        query = jnp.broadcast_to(table, (batch, *table.shape))
+        return Prompt(x=x, y=oracle_labels(x, w), query=query), oracle_labels(query, w)
+
+    return draw
+
+
+def trained(key: Array, family: Family, pools: np.ndarray, N: int, steps: int) -> Array:
+    """One layer [runs, d, d] for each pool of task vectors [runs, tasks, d], trained in float32."""
+    runs, _, d = pools.shape
+    family, pools = linear_mdps.single_precision((family, jnp.asarray(pools)))
+    stacked = jax.tree.map(lambda x: np.broadcast_to(x, (runs, *x.shape)), family)
+    layers, _ = train_many(
+        ReducedAttention(d), _draw(N, 256), jax.random.split(key, runs), steps=steps, data=(stacked, pools), learning_rate=0.1
+    )
+    return layers.A[...][:, 0].astype(float)
+
+
+# --- exact, from the counts alone ----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def action_counts(M: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often the A actions of one state are drawn among M pairs of a uniform design: counts [k, A], probabilities [k]."""
+    grid = np.stack(np.meshgrid(*[np.arange(min(M, 40) + 1)] * A, indexing="ij"), -1).reshape(-1, A)
+    rows = grid[grid.sum(1) <= M]
+    rest = M - rows.sum(1)
+    logs = np.array([lgamma(n + 1) for n in range(M + 1)])
+    p = np.exp(logs[M] - logs[rows].sum(1) - logs[rest] - rows.sum(1) * np.log(S * A) + rest * np.log(1 - 1 / S))
+    return rows[p > NEGLIGIBLE], p[p > NEGLIGIBLE]
+
+
+def exact_actions(Q: np.ndarray, M: int) -> tuple[np.ndarray, float]:
+    """The law pibar [..., A] of argmax_a n_a Q_a (lowest index among ties), Q [..., A], and the rate of picking an unseen action
+    where some action of the state was seen and some was not, over all leading axes."""
+    counts, p = action_counts(M)
+    value = counts * Q[..., None, :]
+    pick = np.argmax(value >= value.max(-1, keepdims=True) - 1e-9, -1)
+    law = np.stack([((pick == a) * p).sum(-1) for a in range(A)], -1)
+    mixed = p * ((counts > 0).any(1) & (counts == 0).any(1))
+    unseen = np.take_along_axis(np.broadcast_to(counts == 0, value.shape), pick[..., None], -1)[..., 0]
+    return law / p.sum(), float((unseen * mixed).sum(-1).mean() / mixed.sum())
+
+
+def sign_law(M: int) -> float:
+    """The rate E[2^-k | mixed] of picking an unseen action when the signs of k seen ones are fair coins."""
+    counts, p = action_counts(M)
+    k = (counts > 0).sum(1)
+    mixed = (k > 0) & (k < A)
+    return float((p * 0.5**k)[mixed].sum() / p[mixed].sum())
+
+
+exact_loss = jax.jit(jax.vmap(policy_loss, (0, 0, None, 0)))
+
+
+def exact(worlds, centre: np.ndarray, cfg: Config) -> tuple[list[float], list[float]]:
+    """Rate of picking unseen actions and mean loss over the tasks, for every M, from the counts."""
+    mdp, plan, _, _ = worlds
+    rates, losses = [], []
+    for M in cfg.M:
+        law, rate = exact_actions(np.asarray(plan.Q) - centre[None, :, None, None], M)
+        rates.append(rate)
+        losses.append(float(exact_loss(mdp.P, plan.V[..., None] - plan.Q, mdp.rho[0], law).mean()))
+    return rates, losses
+
+
+# --- the experiment ----------------------------------------------------------------------------------------------------
+
+
+def unseen_rate(actions: np.ndarray, seen: np.ndarray) -> list[float]:
+    """For every M: among states with seen and unseen actions, how often an unseen one is picked.
+    actions [tasks, contexts, m, H, S], seen [tasks, contexts, m, H, S, A]."""
+    picked = np.take_along_axis(seen, actions[..., None], -1)[..., 0]
+    mixed = seen.any(-1) & ~seen.all(-1)
+    return ((~picked & mixed).sum((0, 1, 3, 4)) / mixed.sum((0, 1, 3, 4))).tolist()
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    k_world, k_train = jax.random.split(key)
+    families = {name: onehot_family(S, A, H, low=low, high=high) for name, (low, high) in SHIFTS.items()}
+    # the same key for all three: the same kernels, contexts and reward ranks
+    drawn = {n: draw_worlds(k_world, f, cfg.tasks, cfg.pool, cfg.contexts, cfg.M[-1]) for n, f in families.items()}
+    d = S * A
+    rng = np.random.default_rng([cfg.base_seed, point["seed"]])
+    gaussian = rng.standard_normal((cfg.pool, d))
+    # whitened: a pool whose Psi is I exactly, or its sampling error would stay in the weights however long the training
+    gaussian = gaussian @ np.linalg.inv(np.linalg.cholesky(gaussian.T @ gaussian / cfg.pool)).T
+    pools = np.concatenate([gaussian[None], drawn["negative"][1]])
+    Ahat = np.asarray(trained(k_train, families["centred"], pools, cfg.N, cfg.steps))
+    plain, real = np.broadcast_to(Ahat[0], (H, d, d)), Ahat[1:]  # trained on w ~ N(0, I), as in the paper, and on real tasks
+    diagonal = np.broadcast_to(np.eye(d), (H, d, d))  # any A_N of Psi = I, up to a factor
+    on = np.trace(real, axis1=1, axis2=2) / d
+    beta = (real.sum((1, 2)) - d * on) / (d * (d - 1))
+    symmetric = (on - beta)[:, None, None] * np.eye(d)[None] + beta[:, None, None]  # alpha I + beta 11': what training tends to
+    worlds_out = {}
+    # centred labels are the same numbers in all three worlds
+    rate_centred, expected_centred = exact(drawn["centred"][0], np.asarray(drawn["centred"][1]).mean((1, 2)), cfg)
+    for name, family in families.items():
+        worlds, pool = drawn[name]
+        prior = np.asarray(pool).mean((1, 2))
+        zero = np.zeros(H)
+        layers = jnp.asarray(np.stack([diagonal, plain, real, symmetric, diagonal]))
+        centre = jnp.asarray(np.stack([zero, zero, zero, zero, prior]))
+        loss, actions, seen = (np.asarray(a) for a in policies(family, worlds, layers, centre, jnp.asarray(cfg.M, float)))
+        rate, expected = exact(worlds, zero, cfg)
+        last = actions[..., 0, :, -1:, :], seen[..., -1:, :, :]
+        worlds_out[name] = {
+            "rate": {
+                "diagonal": unseen_rate(actions[:, :, 0], seen),
+                "trained": unseen_rate(actions[:, :, 1], seen),
+                "real": unseen_rate(actions[:, :, 2], seen),
+                CENTRED_LABELS: unseen_rate(actions[:, :, 4], seen),
+                "last stage": unseen_rate(*last),
+            },
+            "rate_exact": {"raw": rate, CENTRED_LABELS: rate_centred},
+            "loss": {
+                "diagonal": loss[:, 0].mean(0).tolist(),
+                "trained": loss[:, 1].mean(0).tolist(),
+                "real": loss[:, 2].mean(0).tolist(),
+                CENTRED_LABELS: loss[:, 4].mean(0).tolist(),
+            },
+            "loss_exact": {"raw": expected, CENTRED_LABELS: expected_centred},
+            "imputed_differs": int((actions[:, :, 3] != actions[:, :, 0]).sum()),
+            "decisions": int(actions[:, :, 0].size),
+        }
+    return {
+        "M": list(cfg.M),
+        "worlds": worlds_out,
+        "alpha_beta": [(on - beta).tolist(), beta.tolist()],  # of the layer trained on negative tasks, for every stage
+        "off_diagonal": float(np.abs(Ahat[0] - np.diag(np.diag(Ahat[0]))).max() / np.diag(Ahat[0]).mean()),
+        "sign_law": [sign_law(M) for M in cfg.M],
+        "lost_mass": float(1 - action_counts(cfg.M[-1])[1].sum()),
+    }
+
+
+def _mean(record: dict, world: str, *path: str) -> float:
+    value = record["worlds"][world]
+    for step in path:
+        value = value[step]
+    return float(np.mean(value))
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    off = [[_mean(r, n, "rate", "trained") - _mean(r, n, "rate_exact", "raw") for r in records] for n in SHIFTS]
+    coin = np.mean([r["worlds"]["centred"]["rate"]["last stage"] for r in records])
+    raw = [[_mean(r, n, "loss", "diagonal") / _mean(r, n, "loss_exact", "raw") for r in records] for n in SHIFTS]
+    fixed = [[_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss_exact", CENTRED_LABELS) for r in records] for n in SHIFTS]
+    law = np.mean([r["sign_law"] for r in records])
+    differ = sum(r["worlds"][n]["imputed_differs"] for r in records for n in SHIFTS)
+    total = sum(r["worlds"][n]["decisions"] for r in records for n in SHIFTS)
+    rates = {n: np.mean([_mean(r, n, "rate", "trained") for r in records]) for n in SHIFTS}
+    gain = [
+        [_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss", "diagonal") for r in records] for n in ("positive", "negative")
+    ]
+    note = ", ".join(f"{n} {v:.3g}" for n, v in rates.items())
+    return [
+        judge(
+            "onehot-coverage",
+            *off,
+            figure="unseen",
+            note=f"rates: {note}; last stage, centred {coin:.3f}, E 2^-k = {law:.3f}",
+        ),
+        judge("onehot-coverage/loss", *raw, *fixed, figure="unseen"),
+        judge(
+            "onehot-coverage/imputation",
+            [_mean(r, "negative", "rate", "real") for r in records],
+            figure="unseen",
+            note=f"alpha I + beta 11' and alpha I differ in {differ} of {total} actions",
+        ),
+        judge("onehot-coverage/centring", *gain, figure="unseen"),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    M = np.array(records[0]["M"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.3))
+    color = dict(zip(SHIFTS, (RED, BLUE, GREEN), strict=True))
+
+    def draw(axis, world: str, kind: str, measured: str, predicted: str, color: str, label: str, marker: str) -> None:
+        cells = [r["worlds"][world] for r in records]
+        for c in cells:
+            axis.plot(M, c[kind][measured], **(MEASURED | {"marker": marker}), color=color, alpha=0.5)
+        mean = np.mean([c[f"{kind}_exact"][predicted] for c in cells], 0)
+        axis.plot(M, mean, **EXACT, marker="", color=color)
+        axis.plot([], [], **EXACT, marker=marker, color=color, label=label)
+
+    for world in SHIFTS:
+        low, high = SHIFTS[world]
+        box = f"rewards in [{low:g}, {high:g}]"
+        draw(left, world, "rate", "trained", "raw", color[world], box, "o")
+        draw(right, world, "loss", "diagonal", "raw", color[world], box, "o")
+    for r in records:
+        left.plot(M, r["worlds"]["negative"]["rate"]["real"], linestyle="none", marker="s", mfc="none", color=GREY, markersize=8)
+        left.plot(M, r["worlds"]["negative"]["rate"][CENTRED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)
+    left.plot([], [], linestyle="none", marker="s", mfc="none", color=GREY, markersize=8, label="[-1, 0], trained on these tasks")
+    exact_centred = np.mean([r["worlds"]["negative"]["rate_exact"][CENTRED_LABELS] for r in records], 0)
+    left.plot(M, exact_centred, **EXACT, marker="", color=PURPLE)
+    draw(right, "negative", "loss", CENTRED_LABELS, CENTRED_LABELS, PURPLE, f"any of them, {CENTRED_LABELS}", "o")
+    left.plot([], [], **EXACT, marker="o", color=PURPLE, label=f"[-1, 0], {CENTRED_LABELS}")
+    left.set(xscale="log", ylim=(-0.04, 1.04), xlabel="pairs in the test prompt M", ylabel="share of decisions")
+    left.set_title("An unseen action is picked (some seen, some not)")
+    right.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality")
+    right.set_title("What it costs: the same MDPs, shifted rewards")
+    for axis in (left, right):
+        axis.set_xticks(M, [str(m) for m in M])
+        axis.minorticks_off()
+        axis.legend(fontsize=8, title="points: measured, every seed; lines: exact", title_fontsize=8)
+    return {"unseen": figure}

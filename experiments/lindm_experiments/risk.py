@@ -1,0 +1,408 @@
+"""How large is the error of Qhat, in its two parts, and what becomes of the paper's bound outside its own setting?
+
+Reduced layers are trained for several lengths N and laws of features: Gaussian (three condition numbers), the first stage of a
+simplex linear MDP with noisy oracle labels, one-hot, and two laws outside eq. (6): noisy labels and heavy tails (x = 0 with
+probability 1 - p, else N(0, Lambda/p): the same covariance). Their squared errors on fresh contexts and fresh tasks stand beside
+estimation(M, N) + bias(N), exact for the trained weights and for A_N, and beside eq. (6).
+
+    lindm run risk --preset quick      about 15 s on 2 cores
+    lindm verify --only q-risk estimation-slope training-length-slope paper-bound
+
+Expected: the exact risk within 3 % in every cell; slopes -1 in M and -2 in N; eq. (6) holds in its setting, by a factor that
+grows with kappa, and fails under label noise and heavy tails, where the same bound with K(Psi) in it (`every-law`) holds.
+
+What is left to chance. Queries enter only through Lambda_q and tasks only through Psi: the layer answers for `query_columns`,
+whose mean squared error is the expectation over queries, and the prediction is for the Psi of the very tasks that were drawn. One
+strip of pairs is cut into contexts of every length. The bias at large N is far below the sampling error of training, of which
+almost all is the second moment of the training features, Gbar - Lambda. So it is measured on one very long context, all features
+that the layer was trained on: Gbar in place of Lambda takes out the error the two have in common, a control variate (it moves the
+mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and so is the optimisation error.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lindm.validate import count, nonnegative
+from lindm_experiments.harness.criteria import judge
+from lindm_experiments.harness.statistics import Verdict, slopes
+from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREY, MARKERS
+from lindm_experiments.lib.feature_laws import (
+    HEAVY,
+    LAWS,
+    MATCHED,
+    NOISY,
+    ONEHOT,
+    SIMPLEX,
+    D,
+    Law,
+    draw_tasks,
+    fourth,
+    moment,
+    named_laws,
+)
+from lindm_experiments.lib.nested import fit, measured, seen_moment
+from lindm_theory.in_context import (
+    context_second_moment,
+    gaussian_risk,
+    general_bound,
+    modes,
+    optimal_weights,
+    optimisation_error,
+    paper_bound,
+    risk,
+)
+
+CLAIMS = (
+    "q-risk",
+    "estimation-slope",
+    "training-length-slope",
+    "paper-bound",
+    "paper-bound/label-noise",
+    "paper-bound/onehot-gamma",
+    "paper-bound/heavy-tails",
+    "paper-bound/every-law",
+)
+JUDGED = (*MATCHED, SIMPLEX, ONEHOT)  # q-risk and estimation-slope
+LONG = (MATCHED[0], ONEHOT)  # training-length-slope: where N x >= 20 is in reach (see `lindm_theory.in_context.modes`)
+DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: least squares on all that was seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 203100
+    N: tuple[int, ...] = (4, 16, 64)
+    M: tuple[int, ...] = (4, 16, 64)
+    N_slope: tuple[int, ...] = (168, 336, 672)  # (1 + N x) >= 25 in every mode: the exact slope is within 4 % of -2
+    groups: int = 1536  # of TASKS tasks with four strips of max(M) pairs, for every law
+    steps: int = 600
+    batch: int = 16  # strips of max(N) pairs a step
+    steps_slope: int = 256
+    sigma: float = 2.0  # label noise of the law that has it
+    sigma_mdp: float = 0.3
+    present: float = 0.25  # p of the heavy tails
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "groups", "steps", "batch", "steps_slope"):
+            count(getattr(self, name), name)
+        for name in ("N", "M", "N_slope"):
+            lengths = getattr(self, name)
+            if len(lengths) < 2 or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+                raise ValueError(f"{name} must hold at least two rising lengths; got {lengths}")
+            if any(lengths[-1] % n for n in lengths):
+                raise ValueError(f"{name} must hold divisors of its last length: strips are cut; got {lengths}")
+        nonnegative(self.sigma, "sigma")
+        nonnegative(self.sigma_mdp, "sigma_mdp")
+        if not 0 < self.present <= 1:
+            raise ValueError(f"present must be a probability above 0; got {self.present}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, N=(4, 8, 16, 32, 64, 128), M=(4, 8, 16, 32, 64, 128), groups=3072, steps=1200, steps_slope=512)
+SMOKE = Config(seeds=2, N=(4, 8), M=(4, 8), N_slope=(8, 16), groups=8, steps=10, batch=4, steps_slope=4)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+@jax.jit
+def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M: Array) -> dict[str, Array]:
+    """All that theory says of one law: exact risks of Ahat and of A_N on these tasks, bounds [N, M]; weights [N]; modes [d]."""
+
+    def second(tasks: Array) -> Array:
+        w = tasks.reshape(-1, D)
+        return w.T @ w / len(w)
+
+    Lambda, Psi, test = moment(law), second(training), second(tested)
+    K, K_test, noise = fourth(law, Psi), fourth(law, test), law.sigma**2 * moment(law)
+
+    def length(n: Array, Ahat: Array) -> dict[str, Array]:
+        A = optimal_weights(Lambda, Psi, K, n, noise)
+        B = context_second_moment(Lambda, Psi, K, n, noise)
+
+        def at(m: Array) -> dict[str, Array]:
+            own, best = (risk(W, Lambda, test, K_test, m, Lambda, noise) for W in (Ahat, A))
+            return {
+                "own_estimation": own.estimation,
+                "own_bias": own.bias,
+                "best_estimation": best.estimation,
+                "best_bias": best.bias,
+                "gaussian": gaussian_risk(Lambda, m, n, law.sigma).total,
+                "bound": paper_bound(Lambda, m, n).total,
+                "every_law": general_bound(Lambda, Psi, K, m, n, Lambda, noise).total,
+            }
+
+        optimisation = optimisation_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
+        weights = jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)
+        return jax.vmap(at)(M) | {"optimisation": optimisation, "weights": weights}
+
+    x, q = modes(Lambda, Psi, K, Lambda, noise)
+    return jax.vmap(length)(N, Ahat) | {"modes": x, "mode_weights": q}
+
+
+def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
+    """Squared error [N] of layers A [N, d, d] on a context with second moment G and labels without noise, Psi = I.
+
+    All that a layer sees of the context of a task w is S = G w, and the mean of ||A G w - w||^2_Lambda is a trace.
+    """
+    miss = A @ G - np.eye(D)
+    return np.einsum("ij,njk,nik->n", Lambda, miss, miss).tolist()
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    key = jax.random.key(cfg.base_seed + point["seed"])
+    k_tasks, k_fit, k_test, k_long = jax.random.split(key, 4)
+    law = named_laws(cfg.sigma, cfg.sigma_mdp, cfg.present)
+    training, tested = draw_tasks(k_tasks, cfg.groups)
+    Ahat, _ = fit(
+        k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3, average=0.75
+    )
+    N, M = (np.asarray(lengths, float) for lengths in (cfg.N, cfg.M))
+    cells = {}
+    for i, name in enumerate(LAWS):
+        error, variance = measured(jax.random.fold_in(k_test, i), law[name], Ahat[i], tested[name], cfg.M)
+        theory = predicted(law[name], training[name], tested[name], Ahat[i], N, M)
+        cells[name] = {"risk": error.tolist(), "variance": variance.tolist()} | {k: v.tolist() for k, v in theory.items()}
+    return {"N": list(cfg.N), "M": list(cfg.M), "cells": cells, "long": _long(cfg, k_long, law)}
+
+
+def _long(cfg: Config, key: Array, law: dict[str, Law]) -> dict:
+    """The squared bias of layers trained at large N, on all tasks of a frame with Psi = I for every context."""
+    chosen = [law[name] for name in LONG]
+    frame = [D**0.5 * np.eye(D)[None] for _ in chosen]
+    sizes = {"lengths": cfg.N_slope, "batch": cfg.batch}
+    Ahat, seen = fit(key, chosen, frame, **sizes, steps=cfg.steps_slope, average=0.75, optimizer=DESCENT)
+    G = np.asarray(seen_moment(*seen, **sizes, steps=cfg.steps_slope), float)
+    out = {}
+    for name, A, Gbar in zip(LONG, np.asarray(Ahat), G, strict=True):
+        Lambda = np.asarray(moment(law[name]))
+        out[name] = {"bias": bias_on(Gbar, A, Lambda), "at_Lambda": bias_on(Lambda, A, Lambda)}
+    return {"N": list(cfg.N_slope), "laws": out}
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def _cells(records: list[dict], law: str, *names: str) -> np.ndarray:
+    """Sum of the named entries of one law: [seeds, N, M]."""
+    return np.sum([[r["cells"][law][name] for r in records] for name in names], axis=0)
+
+
+def _each(ratio: np.ndarray) -> list[np.ndarray]:
+    """One array of per-seed values for every cell: [seeds, ...] -> list of [seeds]."""
+    return list(ratio.reshape(len(ratio), -1).T)
+
+
+def _largest(records: list[dict], law: str, numerator: tuple[str, ...], bound: str) -> np.ndarray:
+    """The largest risk / bound of the grid, [seeds]."""
+    return (_cells(records, law, *numerator) / _cells(records, law, bound)).max((1, 2))
+
+
+def _tightness(records: list[dict], law: str, bound: str) -> str:
+    ratio = _cells(records, law, bound) / _cells(records, law, "risk")
+    return f"{law} {ratio.min():.3g} to {ratio.max():.3g}"
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    own, best = ("own_estimation", "own_bias"), ("best_estimation", "best_bias")
+    ratios = [
+        v for law in JUDGED for exact in (best, own) for v in _each(_cells(records, law, "risk") / _cells(records, law, *exact))
+    ]
+    M, N_long = records[0]["M"], records[0]["long"]["N"]
+    in_M = [slopes(M, v) for law in JUDGED for v in np.moveaxis(_cells(records, law, "variance"), 1, 0)]
+    long = {k: [slopes(N_long, [r["long"]["laws"][law][k] for r in records]) for law in LONG] for k in ("bias", "at_Lambda")}
+    long["exact"] = [slopes(N_long, _exact(records, law, np.array(N_long))) for law in LONG]
+    off = max(np.max(r["cells"][law]["optimisation"]) for r in records for law in JUDGED)
+    shown = {k: " and ".join(f"{v.mean():.3f}" for v in values) for k, values in long.items()}
+    matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), best)]
+    on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
+    return [
+        judge(
+            "q-risk",
+            *ratios,
+            figure="error",
+            note=f"{len(ratios)} cells, worst shown; optimisation error <= {off:.1%} of the risk",
+        ),
+        judge("estimation-slope", *in_M, figure="estimation", note=f"M = {M[0]} to {M[-1]}, {len(in_M)} layers, worst shown"),
+        judge(
+            "training-length-slope",
+            *long["bias"],
+            figure="bias",
+            note=f"{' and '.join(LONG)}, N = {N_long[0]} to {N_long[-1]}: A_N {shown['exact']}, trained {shown['bias']}, "
+            f"at Lambda (training's sampling error included) {shown['at_Lambda']}",
+        ),
+        judge(
+            "paper-bound",
+            *matched,
+            figure="bound",
+            note="bound/risk: " + "; ".join(_tightness(records, law, "bound") for law in MATCHED),
+        ),
+        judge("paper-bound/label-noise", _largest(records, NOISY, ("risk",), "bound"), figure="bound"),
+        judge(
+            "paper-bound/onehot-gamma",
+            *_each(_cells(records, ONEHOT, "risk") / _cells(records, ONEHOT, "gaussian")),
+            figure="error",
+            note=f"as an inequality eq. (6) still holds there: risk/bound <= {on_onehot.max():.2f}",
+        ),
+        judge("paper-bound/heavy-tails", _largest(records, HEAVY, ("risk",), "bound"), figure="bound"),
+        judge(
+            "paper-bound/every-law",
+            *(_largest(records, law, ("risk",), "every_law") for law in LAWS),
+            figure="bound",
+            note="bound/risk: " + "; ".join(_tightness(records, law, "every_law") for law in LAWS),
+        ),
+    ]
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"error": _error(records), "estimation": _estimation(records), "bias": _bias(records), "bound": _bound(records)}
+
+
+def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.inf) -> np.ndarray:
+    """Exact risk of A_N from the modes of the first seed; N and M broadcast, M = infinity leaves the bias."""
+    x, q = (np.array(records[0]["cells"][law][k]) for k in ("modes", "mode_weights"))
+    n = np.asarray(N, float)[..., None]
+    return (q * (n**2 * x / np.asarray(M, float)[..., None] + 1) / (1 + n * x) ** 2).sum(-1)
+
+
+def _seeds(axis, x, values: np.ndarray, i: int, label: str = "") -> None:
+    """One marker for every seed: values [seeds, x]."""
+    for k, row in enumerate(values):
+        axis.plot(
+            x,
+            row,
+            linestyle="none",
+            marker=MARKERS[i],
+            color=COLORS[i],
+            markersize=4.5,
+            alpha=0.55,
+            label=label if k == 0 else "",
+        )
+
+
+def _log_ticks(axis, values: np.ndarray) -> None:
+    """A logarithmic x axis that names the values that were run, and only those."""
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{v:g}" for v in values])
+    axis.minorticks_off()
+
+
+def _colors(records: list[dict]) -> list[tuple[int, int]]:
+    """(index, N) of at most five lengths of the grid, for one colour each."""
+    N = records[0]["N"]
+    return list(enumerate(N))[:: max(1, -(-len(N) // 5))]
+
+
+def _error(records: list[dict]) -> Figure:
+    """Q error over M: trained layers, the exact curve of A_N, and the bound that is claimed for the law."""
+    M = np.array(records[0]["M"])
+    fine = np.geomspace(M[0], M[-1], 60)
+    panels = ((MATCHED[0], "bound"), (MATCHED[1], "bound"), (SIMPLEX, "every_law"), (ONEHOT, "gaussian"))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13.6, 3.9))
+    for axis, (law, other) in zip(axes, panels, strict=True):
+        for color, (i, N) in enumerate(_colors(records)):
+            _seeds(axis, M, _cells(records, law, "risk")[:, i], color, f"trained at N = {N}")
+            axis.plot(fine, _exact(records, law, np.full(60, N), fine), color=COLORS[color], marker="", **EXACT)
+            style = {"linestyle": ":"} if other == "gaussian" else BOUND
+            axis.plot(M, _cells(records, law, other)[0, i], color=COLORS[color], marker="", **style)
+        axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
+        _log_ticks(axis, M)
+    axes[0].set_ylabel("mean squared error of Qhat")
+    for kind, label in (
+        ("-", "exact, A_N"),
+        ("--", "eq. (6); simplex: its form for every law"),
+        (":", "predicted by the Gaussian Γ"),
+    ):
+        axes[0].plot([], [], color=GREY, linestyle=kind, marker="", label=label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
+    return figure
+
+
+def _estimation(records: list[dict]) -> Figure:
+    """The variance of Qhat over the contexts of a task, one panel a law."""
+    M = np.array(records[0]["M"])
+    laws = (MATCHED[0], MATCHED[2], SIMPLEX, ONEHOT)
+    figure, axes = pyplot.subplots(1, len(laws), figsize=(13.6, 3.6))
+    for axis, law in zip(axes, laws, strict=True):
+        for color, (i, N) in enumerate(_colors(records)):
+            _seeds(axis, M, _cells(records, law, "variance")[:, i], color, f"N = {N}")
+            exact = _cells(records, law, "best_estimation")[0, i]
+            axis.plot(M, exact, color=COLORS[color], marker="", **EXACT)
+        axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
+        _log_ticks(axis, M)
+    axes[0].set_ylabel("estimation error: variance of Qhat\nover the contexts of a task")
+    axes[0].legend(fontsize=8.5, title="trained; line exact (slope -1)", title_fontsize=8.5)
+    return figure
+
+
+def _bias(records: list[dict]) -> Figure:
+    """Squared bias over N: all laws over the whole range, and the range of the slope."""
+    N, long = np.array(records[0]["N"]), np.array(records[0]["long"]["N"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2))
+    fine = np.geomspace(N[0], 4 * long[-1], 200)
+    for i, law in enumerate((*MATCHED, SIMPLEX, ONEHOT)):
+        bias = _cells(records, law, "risk")[:, :, -1] - _cells(records, law, "variance")[:, :, -1]
+        _seeds(left, N, np.where(bias > 0, bias, np.nan), i, law)
+        left.plot(fine, _exact(records, law, fine), color=COLORS[i], marker="", **EXACT)
+        if law in LONG:
+            _seeds(left, long, np.array([r["long"]["laws"][law]["bias"] for r in records]), i)
+    guide = fine[fine > 60]
+    left.plot(
+        guide,
+        4 * _exact(records, MATCHED[2], guide[-1:]) * (guide[-1] / guide) ** 2,
+        color=GREY,
+        marker="",
+        label="slope -2",
+        **BOUND,
+    )
+    left.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat")
+    left.set_title("Measured (points) and exact (lines)")
+    left.legend(fontsize=8.5)
+    wide = np.geomspace(0.9 * long[0], 1.1 * long[-1], 50)
+    for law in LONG:
+        i = JUDGED.index(law)
+        limit = _exact(records, law, np.array([1e9]))[0] * 1e18  # of N^2 bias
+        for k, fill, shift in (("at_Lambda", "none", 1.02), ("bias", COLORS[i], 0.98)):
+            look = {"color": COLORS[i], "marker": MARKERS[i], "markerfacecolor": fill, "alpha": 0.7}
+            for r in records:
+                right.plot(long * shift, np.array(r["long"]["laws"][law][k]) * long**2 / limit, linestyle="none", **look)
+        right.plot(wide, _exact(records, law, wide) * wide**2 / limit, color=COLORS[i], marker="", label=law, **EXACT)
+    for fill, label in ((GREY, "trained, on all its features"), ("none", "trained, at Λ")):
+        right.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor=fill, label=label)
+    right.set(
+        xlabel="pairs in a training prompt N", ylabel="N² × squared bias / its limit", title="The range of the slope: flat is -2"
+    )
+    _log_ticks(right, long)
+    right.legend(fontsize=8.5)
+    return figure
+
+
+def _bound(records: list[dict]) -> Figure:
+    """Risk over bound for the longest training length: eq. (6), and its form for every law."""
+    M = np.array(records[0]["M"])
+    figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.0), sharey=True)
+    for axis, bound, title in zip(axes, ("bound", "every_law"), ("eq. (6)", "the same with K(Ψ) and noise in it"), strict=True):
+        chosen = tuple(law for law in LAWS if law != SIMPLEX) if bound == "bound" else LAWS
+        for law in chosen:
+            i = LAWS.index(law)
+            ratio = (_cells(records, law, "risk") / _cells(records, law, bound))[:, -1]
+            _seeds(axis, M, ratio, i, law)
+            exact = _cells(records, law, "best_estimation", "best_bias") / _cells(records, law, bound)
+            axis.plot(M, exact[0, -1], color=COLORS[i], marker="", **EXACT)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
+        _log_ticks(axis, M)
+    axes[0].set_ylabel("risk / bound (above 1: violated)")
+    axes[1].legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -1,0 +1,471 @@
+"""Does training find the closed form A_N, whatever the law of the features, and where does the full layer end?
+
+Three laws. `gaussian`: regression with x ~ N(0, Lambda), w ~ N(0, I). `one-hot`: tabular MDPs, one layer a stage, trained on a
+large pool of tasks whose second moment Psi is known exactly. `simplex`: linear MDPs with simplex features, one layer a stage,
+every step on tasks never seen before; there Psi, and with it A_N, is a Monte Carlo estimate from another pool, and `psi_error`
+says how far that alone moves A_N. Beside A_N stand the paper's Gaussian Gamma^-1 (no Psi in it) and the Gaussian formula given
+the right Psi, so that it shows how much of the distance is due to the tasks and how much to the features.
+
+The full layer is trained twice, from the paper's initialisation: on `gaussian` by plain gradient descent, whose limit theory
+knows for U and u apart (Adam finds u U but does not conserve u^2 - ||U||^2, which is what fixes the two factors); and on the
+first stage of `simplex`, where tasks have a mean and the blocks v and z therefore leak; on short prompts, because what a mean is
+worth is of lower order in 1/N.
+
+    lindm run weights --preset quick      about 25 s on 2 cores
+    lindm verify --only weights
+
+Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; the Gaussian Gamma^-1 nowhere near off Gaussian features; a
+full layer whose risk is below the reduced one's where tasks have a mean.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from scipy.optimize import minimize
+
+from lindm.icl.attention import FullAttention, ReducedAttention, query_columns
+from lindm.icl.prompts import draw_pairs
+from lindm.icl.trainer import train
+from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family
+from lindm.problems.regression import covariance
+from lindm.solvers.rollout import cumulative
+from lindm.types import Prompt
+from lindm.validate import count
+from lindm_experiments.harness.criteria import criterion, judge
+from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, SEED
+from lindm_experiments.lib import linear_mdps
+from lindm_theory import gradient_flow
+from lindm_theory.feature_laws import design_fourth, gaussian_fourth
+from lindm_theory.in_context import gaussian_gamma, optimal_weights
+
+CLAIMS = ("weights", "weights/full-limit", "weights/paper-gamma", "weights/leak")
+LAWS = ("gaussian", "one-hot", "simplex")
+SCALE = 0.5  # s of the paper's initialisation
+DESCENT = optax.sgd(0.02)  # made once: optax objects are compared by identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 5
+    base_seed: int = 201000
+    N: int = 32
+    N_leak: int = 4  # pairs that the full layer sees on `simplex`: what a mean is worth falls quickly with N
+    batch: int = 256
+    chunk: int = 100  # steps between two looks at the weights
+    chunks: int = 6
+    chunks_descent: int = 10  # gradient descent has no second moments to scale it: more steps
+    pool: int = 64 * linear_mdps.BLOCK  # tasks behind Psi
+    prompts: int = 1 << 14  # for the gain of the full layer
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "N", "N_leak", "batch", "chunk", "prompts"):
+            count(getattr(self, name), name)
+        for name in ("chunks", "chunks_descent"):
+            count(getattr(self, name), name, least=2)
+        if self.N_leak > self.N:
+            raise ValueError(f"N_leak must not exceed N = {self.N}; got {self.N_leak}")
+        if self.pool % (2 * linear_mdps.BLOCK) or self.pool < self.prompts:
+            raise ValueError(f"pool must be a multiple of {2 * linear_mdps.BLOCK}, at least prompts; got {self.pool}")
+
+
+QUICK = Config()
+FULL = Config(seeds=10, batch=512, chunk=250, chunks=8, chunks_descent=6, pool=128 * linear_mdps.BLOCK, prompts=1 << 17)
+SMOKE = Config(seeds=2, batch=32, chunk=10, chunks=2, chunks_descent=2, pool=2 * linear_mdps.BLOCK, prompts=512)
+
+
+def points(cfg: Config) -> list[dict]:
+    return [{"seed": s} for s in range(cfg.seeds)]
+
+
+@jax.jit
+def families(key: Array) -> dict[str, Family]:
+    return {"one-hot": onehot_family(3, 2, 3), "simplex": simplex_family(key, 10, 3, 4, 3, feature_power=3.0)}
+
+
+class Stages(nnx.Module):
+    """A reduced layer for every stage and a full one beside the first: one draw of tasks a step serves them all.
+
+    A prompt holds the contexts of the H stages one after the other, and the columns that every layer is asked for; the answers
+    are those of the full layer, then those of the H reduced ones. H = 1 for the regression.
+    """
+
+    def __init__(self, d: int, H: int, seed: int, pairs: int):
+        self.d, self.H, self.pairs = d, H, pairs  # the full layer sees the first `pairs` pairs only
+        self.full = FullAttention(d, rngs=nnx.Rngs(seed), scale=SCALE)
+        self.reduced = nnx.vmap(lambda _: ReducedAttention(d))(jnp.arange(H))  # A [H, 1, d, d]
+
+    def __call__(self, prompt: Prompt) -> Array:
+        stages = Prompt(
+            x=prompt.x.reshape(self.H, -1, self.d),
+            y=prompt.y.reshape(self.H, -1),
+            query=jnp.broadcast_to(prompt.query[: self.d], (self.H, self.d, self.d)),
+        )
+        graph, state = nnx.split(self.reduced)
+        answers = jax.vmap(lambda s, p: nnx.merge(graph, s)(p))(state, stages)
+        first = Prompt(x=stages.x[0, : self.pairs], y=stages.y[0, : self.pairs], query=stages.query[0])
+        return jnp.concatenate([self.full(first), answers.ravel()])
+
+    def weights(self) -> np.ndarray:
+        """A [H, d, d] of the reduced layers."""
+        return np.asarray(self.reduced.A[...][:, 0], dtype=float)
+
+
+def _prompts(x: Array, w: Array, columns: Array) -> tuple[Prompt, Array]:
+    """Noiseless prompts from contexts x [B, H, N, d] and tasks w [B, H, d]; the columns stand for random queries exactly."""
+    B, H, N, d = x.shape
+    y = jnp.einsum("bhnd,bhd->bhn", x, w)
+    target = jnp.einsum("qd,bhd->bhq", columns, w)
+    prompt = Prompt(
+        x=x.reshape(B, H * N, d),
+        y=y.reshape(B, H * N),
+        query=jnp.broadcast_to(jnp.tile(columns, (H + 1, 1)), (B, (H + 1) * d, d)),
+    )
+    return prompt, jnp.concatenate([target[:, :1], target], axis=1).reshape(B, -1)
+
+
+# numbers are drawn as one flat vector and reshaped: the same numbers, compiled several times faster
+
+
+@lru_cache
+def _gaussian(N: int, batch: int) -> Callable:
+    def draw(key: Array, root: Array, columns: Array):
+        features, task = jax.random.split(key)
+        d = len(root)
+        x = jax.random.normal(features, (batch * N * d,), root.dtype).reshape(batch, 1, N, d) @ root.T
+        w = jax.random.normal(task, (batch * d,), root.dtype).reshape(batch, 1, d)
+        return _prompts(x, w, columns)
+
+    return draw
+
+
+def _contexts(key: Array, family: Family, H: int, n: int, batch: int) -> Array:
+    """Features [batch, H, n, d] of i.i.d. pairs."""
+    pairs = draw_pairs(key, cumulative(family.design), batch * H * n)
+    return linear_mdps.pairs_table(family)[pairs].reshape(batch, H, n, -1)
+
+
+@lru_cache
+def _fresh(N: int, batch: int) -> Callable:
+    def draw(key: Array, family: Family, columns: Array):
+        tasks, pairs = jax.random.split(key)
+        w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family)[2])(jax.random.split(tasks, batch))
+        return _prompts(_contexts(pairs, family, w.shape[1], N, batch), w, columns)
+
+    return draw
+
+
+@lru_cache
+def _pooled(N: int, batch: int) -> Callable:
+    def draw(key: Array, family: Family, columns: Array, pool: Array):
+        tasks, pairs = jax.random.split(key)
+        w = pool[:, jax.random.randint(tasks, (batch,), 0, pool.shape[1])].swapaxes(0, 1)
+        return _prompts(_contexts(pairs, family, w.shape[1], N, batch), w, columns)
+
+    return draw
+
+
+def fit(
+    key: Array, layer: Stages, draw: Callable, data: tuple, chunk: int, chunks: int, optimizer: Any
+) -> tuple[Stages, list[np.ndarray]]:
+    """Train in pieces (optimizer None: Adam), to look at the weights between them: the layer and A [H, d, d] after each piece.
+
+    Adam's rate falls geometrically from piece to piece; the last piece returns the mean of its iterates.
+    """
+    path = []
+    for i, k in enumerate(jax.random.split(key, chunks)):
+        last = i == chunks - 1
+        layer, _ = train(
+            layer,
+            draw,
+            k,
+            steps=chunk,
+            data=data,
+            learning_rate=0.5 * 0.02 ** (i / (chunks - 1)),
+            warmup=0.02 if i else 0.1,
+            average=0.8 if last else 0.25,
+            optimizer=optimizer,
+        )
+        path.append(layer.weights())
+    return layer, path
+
+
+@jax.jit
+def closed_forms(family: Family, pool: Array, N: Array) -> tuple[Array, Array, Array]:
+    """A [4, H, d, d], from Psi of the pool, of its first half, of its second half, and from the pool by the Gaussian formula for
+    K; the paper's Gamma [d, d], which knows no Psi; the features' Lambda [d, d]."""
+    Lambda, table = second_moment(family), linear_mdps.pairs_table(family)
+    H, n, d = pool.shape
+    first, second = (jnp.einsum("hni,hnj->hij", half, half) / (n // 2) for half in (pool[:, : n // 2], pool[:, n // 2 :]))
+    Psi = jnp.stack([(first + second) / 2, first, second]).reshape(3 * H, d, d)
+    K = jax.vmap(lambda P: design_fourth(table, family.design, P))(Psi)
+    gaussian = jax.vmap(lambda P: gaussian_fourth(Lambda, P))(Psi[:H])
+    A = jax.vmap(lambda P, K: optimal_weights(Lambda, P, K, N))(jnp.concatenate([Psi, Psi[:H]]), jnp.concatenate([K, gaussian]))
+    return A.reshape(4, H, d, d), gaussian_gamma(Lambda, N), Lambda
+
+
+def relative(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """||A - B||_F / ||B||_F over the last two axes."""
+    return np.linalg.norm(A - B, axis=(-2, -1)) / np.linalg.norm(B, axis=(-2, -1))
+
+
+def measure_gaussian(cfg: Config, key: Array, seed: int) -> dict:
+    Lambda = np.asarray(covariance(4, 2.0))
+    root = np.sqrt(Lambda)  # diagonal
+    layer = Stages(4, 1, seed, cfg.N)
+    gamma = gaussian_gamma(Lambda, cfg.N)
+    gradient_flow.initial(np.eye(4), SCALE, gamma)  # raises if the scale of the layer breaks [ZFB] Assumption 3.3
+    data = linear_mdps.single_precision((root, query_columns(Lambda)))
+    layer, path = fit(key, layer, _gaussian(cfg.N, cfg.batch), data, cfg.chunk, cfg.chunks_descent, DESCENT)
+    A = np.linalg.inv(np.asarray(gamma))
+    U, u = (np.asarray(x, dtype=float) for x in gradient_flow.limit(A))
+    full = {name: np.asarray(getattr(layer.full, name)[0], dtype=float) for name in ("U", "u", "v", "z")}
+    return {
+        "law": "gaussian",
+        "learned": path[-1].tolist(),
+        "A_N": A[None].tolist(),
+        "gamma_inverse": A.tolist(),
+        "path": [relative(p, A[None]).tolist() for p in path],
+        "full": {
+            "U": full["U"].tolist(),
+            "u": float(full["u"]),
+            "U_limit": U.tolist(),
+            "u_limit": float(u),
+            "v": float(np.linalg.norm(full["v"])),
+            "z": float(np.linalg.norm(full["z"])),
+            "conserved": float(gradient_flow.conserved(full["U"], full["u"])),
+        },
+    }
+
+
+def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int) -> tuple[dict, Stages, Array]:
+    k_pool, k_train = jax.random.split(key)
+    H, d = family.theta_low.shape
+    pool = linear_mdps.task_pool(k_pool, family, cfg.pool)
+    (A, half, other, gaussian), gamma, Lambda = (np.asarray(x) for x in closed_forms(family, pool, np.float64(cfg.N)))
+    columns = np.sqrt(d) * np.linalg.cholesky(Lambda).T
+    draw, data = (_fresh, (family, columns)) if name == "simplex" else (_pooled, (family, columns, pool))
+    layer, path = fit(
+        k_train,
+        Stages(d, H, seed, cfg.N_leak),
+        draw(cfg.N, cfg.batch),
+        linear_mdps.single_precision(data),
+        cfg.chunk,
+        cfg.chunks,
+        None,
+    )
+    record = {
+        "law": name,
+        "learned": path[-1].tolist(),
+        "A_N": A.tolist(),
+        "gamma_inverse": np.linalg.inv(gamma).tolist(),
+        "gaussian_form": gaussian.tolist(),
+        # half the distance of two halves has the spread of the whole; a pool that is trained on is its own population
+        "psi_error": (relative(half, other) / 2).tolist() if name == "simplex" else [0.0] * H,
+        "path": [relative(p, A).tolist() for p in path],
+    }
+    return record, layer, pool
+
+
+@partial(jax.jit, static_argnames="graph")
+def _losses(graph, state, reduced: Array, key: Array, family: Family, w: Array, length: Array) -> Array:
+    """Mean squared errors [2] of a full layer and of a reduced one on the same prompts of tasks w [P, d], len(length) pairs."""
+    x = _contexts(key, family, 1, len(length), len(w))
+    prompts, target = _prompts(x, w[:, None], query_columns(second_moment(family)))
+    d = w.shape[-1]
+    prompts, target = Prompt(x=prompts.x, y=prompts.y, query=prompts.query[:, :d]), target[:, :d]
+    layers = (nnx.merge(graph, state), ReducedAttention(d, A=reduced))
+    return jnp.stack([jnp.mean(jnp.square(jax.vmap(layer)(prompts) - target)) for layer in layers])
+
+
+@jax.jit
+def _leak_risk(b: Array, family: Family, Psi: Array, mean: Array, N: Array) -> tuple[Array, Array]:
+    """Least risk [] of the layer what = A (S + G b) on tasks of moments Psi and mean, and its A; b = 0: the reduced layer."""
+    Lambda, table = second_moment(family), linear_mdps.pairs_table(family)
+    A, cross = gradient_flow.leak_weights(b, Lambda, Psi, mean, lambda P: design_fourth(table, family.design, P), N)
+    return jnp.trace(Lambda @ (Psi - A @ cross)), A
+
+
+def measure_leak(cfg: Config, family: Family, layer: Stages, pool: Array, key: Array) -> dict:
+    """What the blocks v and z of the full layer are worth at the first stage of a family whose tasks have a mean."""
+    w = np.asarray(pool[0])
+    zero = np.zeros(w.shape[1])
+    moments = family, w.T @ w / len(w), w.mean(0), np.float64(cfg.N_leak)
+    reduced_risk, A = _leak_risk(zero, *moments)
+    least = minimize(lambda b: float(_leak_risk(b, *moments)[0]), zero, method="BFGS", options={"gtol": 1e-7})
+    graph, state = nnx.split(layer.full)
+    full, reduced = _losses(graph, state, A, key, family, w[: cfg.prompts], np.zeros(cfg.N_leak))
+    return {
+        "v": float(np.linalg.norm(layer.full.v)),
+        "z": float(np.linalg.norm(layer.full.z)),
+        "u": float(layer.full.u[0]),
+        "risk_full": float(full),
+        "risk_reduced": float(reduced),
+        "predicted_reduced": float(reduced_risk),
+        "predicted_v_only": float(least.fun),
+    }
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    seed = cfg.base_seed + point["seed"]
+    k_features, k_gauss, k_leak, *keys = jax.random.split(jax.random.key(seed), 5)
+    laws = [measure_gaussian(cfg, k_gauss, seed)]
+    for key, (name, family) in zip(keys, families(k_features).items(), strict=True):
+        record, layer, pool = measure_family(cfg, name, family, key, seed)
+        laws.append(record)
+    leak = measure_leak(cfg, family, layer, pool, k_leak)
+    return {"laws": laws, "leak": leak, "N": cfg.N, "N_leak": cfg.N_leak, "chunk": cfg.chunk}
+
+
+def _of(record: dict, law: str) -> dict:
+    return next(x for x in record["laws"] if x["law"] == law)
+
+
+def _distances(records: list[dict], law: str, to: str) -> np.ndarray:
+    """Relative distances [seeds, H] of the learned weights to the matrix named `to`."""
+    rows = [_of(r, law) for r in records]
+    return np.array([relative(np.array(x["learned"]), np.broadcast_to(x[to], np.shape(x["learned"]))) for x in rows])
+
+
+def _percent(values) -> str:
+    return f"{100 * float(np.mean(values)):.3g} %"
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    worst = {law: _distances(records, law, "A_N").max(1) for law in LAWS}
+    psi = np.mean([max(_of(r, "simplex")["psi_error"]) for r in records])
+    full = [_of(r, "gaussian")["full"] for r in records]
+    off_U = [float(np.linalg.norm(np.subtract(f["U"], f["U_limit"])) / np.linalg.norm(f["U_limit"])) for f in full]
+    off_u = [abs(f["u"] - f["u_limit"]) / f["u_limit"] for f in full]
+    # the stage nearest to Gamma^-1: the reading that is kindest to the claim
+    paper = {law: _distances(records, law, "gamma_inverse").min(1) for law in LAWS[1:]}
+    form = {law: _distances(records, law, "gaussian_form").min(1) for law in LAWS[1:]}
+    leak = [r["leak"] for r in records]
+    allowed = np.mean([x["predicted_v_only"] / x["predicted_reduced"] for x in leak])
+    return [
+        judge(
+            "weights",
+            *worst.values(),
+            figure="learned",
+            note="worst stage: "
+            + ", ".join(f"{k} {_percent(v)}" for k, v in worst.items())
+            + f"; of which Psi unknown {_percent(psi)}",
+        ),
+        judge(
+            "weights/full-limit",
+            off_U,
+            off_u,
+            figure="full",
+            note=f"U {_percent(off_U)}, u {_percent(off_u)}; |v| {np.mean([f['v'] for f in full]):.2g}, |z| "
+            f"{np.mean([f['z'] for f in full]):.2g}",
+        ),
+        judge(
+            "weights/paper-gamma",
+            *paper.values(),
+            figure="learned",
+            note="nearest stage: "
+            + ", ".join(f"{k} {_percent(v)} (Gaussian formula with the right Psi {_percent(form[k])})" for k, v in paper.items()),
+        ),
+        judge(
+            "weights/leak",
+            [x["risk_full"] / x["risk_reduced"] for x in leak],
+            figure="full",
+            note=f"N = {records[0]['N_leak']}; with v alone, exact: {allowed:.3f}; |v| {np.mean([x['v'] for x in leak]):.2g}, "
+            f"|z| {np.mean([x['z'] for x in leak]):.2g}",
+        ),
+    ]
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return {"learned": _learned(records), "full": _full(records)}
+
+
+def _learned(records: list[dict]) -> Figure:
+    """Heat maps of the first seed and first stage, one row a law; beside them the error on the way, every seed."""
+    figure = pyplot.figure(figsize=(12.4, 7.6))
+    grid = figure.add_gridspec(3, 5, width_ratios=(1, 1, 1, 1, 1.9))
+    for row, law in enumerate(LAWS):
+        x = _of(records[0], law)
+        learned, A, gamma = np.array(x["learned"][0]), np.array(x["A_N"][0]), np.array(x["gamma_inverse"])
+        top = float(np.abs(A).max())
+        maps = (
+            ("learned", learned),
+            ("$A_N$", A),
+            ("20 × (learned − $A_N$)", 20 * (learned - A)),
+            ("Gaussian $\\Gamma^{-1}$, own scale", gamma),
+        )
+        for column, (title, matrix) in enumerate(maps):
+            axis = figure.add_subplot(grid[row, column])
+            limit = float(np.abs(matrix).max()) if column == 3 else top
+            image = axis.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
+            axis.grid(False)
+            far = float(relative(matrix, A)) if column in (0, 3) else None
+            axis.set_xlabel("" if far is None else f"{far:.2%} from $A_N$" if far < 0.1 else f"{far:.0%} from $A_N$", fontsize=9)
+            if column == 0:
+                axis.set_ylabel(law if law == "gaussian" else f"{law}, stage 1")
+            if column >= 2:
+                figure.colorbar(image, ax=axis, shrink=0.75)
+        axis = figure.add_subplot(grid[row, 4])
+        _way(axis, records, law)
+        if row == 0:
+            axis.set_title("error over training")
+        if row == len(LAWS) - 1:
+            axis.set_xlabel("training steps")
+    figure.suptitle(f"What is learned on prompts of N = {records[0]['N']} pairs, and the closed form", x=0.01, ha="left")
+    return figure
+
+
+def _way(axis, records: list[dict], law: str) -> None:
+    """Relative error at the end of every piece: thin, a seed; thick, the mean of a stage; dashed, distances that stay."""
+    paths = np.array([_of(r, law)["path"] for r in records])  # [seeds, pieces, H]
+    steps = records[0]["chunk"] * np.arange(1, paths.shape[1] + 1)
+    for h in range(paths.shape[2]):
+        for one in paths[:, :, h]:
+            axis.plot(steps, one, color=COLORS[h], marker="", **SEED)
+        axis.plot(steps, paths[:, :, h].mean(0), color=COLORS[h], marker=MARKERS[h], label=f"stage {h + 1}", linestyle="none")
+    axis.axhline(criterion("weights").hi, color=GREY, label="criterion", **BOUND, marker="")
+    far = _distances(records, law, "gamma_inverse")
+    if law != "gaussian":
+        axis.axhline(far.mean(), color="black", linestyle=":", marker="", label="distance to $\\Gamma^{-1}$")
+    axis.set(yscale="log", ylim=(2e-3, 20), ylabel="$\\|\\hat A - A_N\\|_F/\\|A_N\\|_F$")
+    axis.legend(fontsize=7, ncols=3, loc="upper right")
+
+
+def _full(records: list[dict]) -> Figure:
+    """Left: every entry of U and u against the limit of gradient flow. Right: what the blocks v and z are worth."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
+    full = [_of(r, "gaussian")["full"] for r in records]
+    ends = np.array([f["u_limit"] for f in full] + [0.0])
+    left.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, label="equal", **EXACT, marker="")
+    for i, f in enumerate(full):
+        left.plot(np.ravel(f["U_limit"]), np.ravel(f["U"]), "o", color=BLUE, label="entries of U" if i == 0 else None, alpha=0.6)
+        left.plot(f["u_limit"], f["u"], "s", color=COLORS[1], label="u" if i == 0 else None, alpha=0.6)
+    left.set(xlabel="limit of gradient flow", ylabel="trained", title="Full layer, gaussian features")
+    left.legend()
+    rows = (
+        ("best reduced layer,\nexact = 1; measured", "risk_reduced", "predicted_reduced"),
+        ("best layer with v,\nexact", None, "predicted_v_only"),
+        ("full layer (v and z),\nmeasured", "risk_full", None),
+    )
+    for i, (_, measured, exact) in enumerate(rows):
+        for x in (r["leak"] for r in records):
+            if exact:
+                right.plot([i - 0.25, i + 0.25], [x[exact] / x["predicted_reduced"]] * 2, color=COLORS[i], marker="", **EXACT)
+            if measured:  # the full layer against the reduced one on the same prompts: most of the noise is common
+                base = x["risk_reduced"] if measured == "risk_full" else x["predicted_reduced"]
+                right.plot(i, x[measured] / base, "o", color=COLORS[i], alpha=0.7)
+    right.set_xticks(range(len(rows)), [r[0] for r in rows], fontsize=8)
+    title = f"Simplex, stage 1, N = {records[0]['N_leak']}: tasks have a mean"
+    right.set(ylabel="risk / risk of the best reduced layer", title=title, xlim=(-0.6, len(rows) - 0.4))
+    return figure

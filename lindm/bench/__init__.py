@@ -1,0 +1,1 @@
+"""Benchmarks behind `lindm bench`: each measures lindm beside another implementation."""

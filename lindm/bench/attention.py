@@ -1,0 +1,265 @@
+"""`lindm bench attention [--json]`: what does training cost, and how does the cost grow?
+
+Both sides train the same layer (full linear attention from the paper's start) on the same law (x ~ N(0, I), w ~ N(0, I), fresh
+tasks every step, one query per context) with the same Adam, schedule and batch. The peer is PyTorch written plainly: a
+`torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
+is the same loop with the layer in our moment form: what is left of the ratio then is the loop and not the algebra.
+
+Costs, processes and rows are those of `lindm.bench.timing`; compilation is a row of its own. Memory is the growth of the peak resident
+set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer is null.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, show, timed
+from lindm.icl.attention import FullAttention
+from lindm.icl.trainer import train
+from lindm.random import normal
+from lindm.types import Prompt
+
+Shape = tuple[int, int, int]  # batch, d, N
+
+HEADLINE: Shape = (64, 5, 20)
+BATCHES = (16, 64, 256, 1024)
+DIMENSIONS = (5, 10, 20, 40)
+LENGTHS = (20, 80, 320, 1280)
+LENGTH_BATCH = 8  # the plain peer holds several batch x N x N arrays
+MEMORY: Shape = (32, 5, 1280)
+BUDGETS = (200, 400, 800, 1600, 3200)  # steps; each is a whole run with its own schedule
+SEEDS = 5
+SCALE, RATE, WARMUP = 0.3, 0.03, 0.05
+
+MODULE = "lindm.bench.attention"
+PLAIN = "plain PyTorch"
+MOMENTS = "PyTorch in moment form"
+MISSING = "torch (not installed)"
+
+
+# ---------------------------------------------------------------------------------------------------------------- exact risk
+
+
+def exact_risk(W_KQ: np.ndarray, W_PV: np.ndarray, n: int) -> float:
+    """E (yhat_q - <w, x_q>)^2 of a full layer of depth 1, [d+1, d+1] each, when x, x_q, w ~ N(0, I_d) and labels are noiseless.
+
+    yhat_q = (B' S + e)' x_q with B = u U + v z' (odd in w, like the target) and e = U' G v + u c z (even in w), so the risk is
+    E ||B' S - w||^2 + E ||e||^2, by the fourth moments of a Gaussian
+
+        E[S S'] = (1 + (d+1)/n) I,    E[G v v' G] = (1 + 1/n) v v' + |v|^2/n I,    E[c G] = (d + 2/n) I,
+        E[c^2] = (1 + 2/n) d (d + 2).
+    """
+    d = len(W_KQ) - 1
+    W_KQ, W_PV = W_KQ.astype(np.float64), W_PV.astype(np.float64)
+    U, z, v, u = W_KQ[:d, :d], W_KQ[d, :d], W_PV[d, :d], W_PV[d, d]
+    B = u * U + np.outer(v, z)
+    odd = (1 + (d + 1) / n) * np.sum(B**2) - 2 * np.trace(B) + d
+    even = (1 + 1 / n) * np.sum((U.T @ v) ** 2) + np.sum(v**2) / n * np.sum(U**2)
+    even += 2 * u * (d + 2 / n) * (z @ U.T @ v) + u**2 * (1 + 2 / n) * d * (d + 2) * np.sum(z**2)
+    return float(odd + even)
+
+
+def optimal_risk(d: int, n: int) -> float:
+    """The least risk, at A_N = Gamma^{-1} = I / (1 + (d+1)/n) and v = z = 0."""
+    return d - d / (1 + (d + 1) / n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- ours
+
+
+@functools.cache
+def gaussian_draw(batch: int, d: int, n: int) -> Callable[[Array], tuple[Prompt, Array]]:
+    """`draw(key)` of the bench: every array is drawn by itself and whole, so that nothing is sliced out of a larger one."""
+
+    def draw(key: Array) -> tuple[Prompt, Array]:
+        context, rest = jax.random.split(key)
+        x, (w, query) = normal(context, (batch, n, d)), normal(rest, (2, batch, d))
+        prompt = Prompt(x=x, y=jnp.einsum("bnd,bd->bn", x, w), query=query[:, None])
+        return prompt, jnp.sum(query * w, axis=-1)[:, None]
+
+    return draw
+
+
+def run_ours(shape: Shape, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Train once; the weights W_KQ, W_PV [d+1, d+1]."""
+    layer = FullAttention(shape[1], scale=SCALE)
+    key = jax.random.key(seed)
+    layer, _ = train(layer, gaussian_draw(*shape), key, steps=steps, learning_rate=RATE, warmup=WARMUP, average=0.0)
+    return np.asarray(layer.W_KQ[0]), np.asarray(layer.W_PV[0])
+
+
+# ------------------------------------------------------------------------------------------------------------------- the peer
+
+
+def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The same training in PyTorch, as one would write it; `plain=False` puts the layer in moment form."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    batch, d, n = shape
+
+    class LinearAttention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            W_KQ, W_PV = torch.zeros(d + 1, d + 1), torch.zeros(d + 1, d + 1)
+            W_KQ[:d, :d], W_PV[d, d] = SCALE * torch.eye(d) / math.sqrt(d), SCALE
+            self.W_KQ, self.W_PV = torch.nn.Parameter(W_KQ), torch.nn.Parameter(W_PV)
+            self.register_buffer("mask", torch.cat([torch.ones(n), torch.zeros(1)])[:, None])
+
+        def forward(self, x, y, query):
+            if not plain:
+                context = torch.cat([x, y[:, :, None]], dim=2)
+                Z = context.transpose(1, 2) @ context / n
+                row = self.W_PV[-1] @ Z @ self.W_KQ
+                return (row[:, :d] * query).sum(dim=1)
+            columns = torch.cat([x, query[:, None]], dim=1)
+            labels = torch.cat([y, torch.zeros(len(y), 1)], dim=1)
+            E = torch.cat([columns, labels[:, :, None]], dim=2).transpose(1, 2)
+            attention = self.mask * (E.transpose(1, 2) @ self.W_KQ @ E) / n
+            return (E + self.W_PV @ E @ attention)[:, -1, -1]
+
+    model = LinearAttention()
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.99))
+
+    def schedule(t: int) -> float:
+        done = (t + 1) / (steps + 1)
+        return min(done / WARMUP, 1) * 0.5 * (1 + math.cos(math.pi * max(done - WARMUP, 0) / (1 - WARMUP)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for _ in range(steps):
+        x, w, query = torch.randn(batch, n, d), torch.randn(batch, d), torch.randn(batch, d)
+        y, target = (x @ w[:, :, None])[:, :, 0], (query * w).sum(dim=1)
+        loss = torch.nn.functional.mse_loss(model(x, y, query), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return model.W_KQ.detach().numpy(), model.W_PV.detach().numpy()
+
+
+# --------------------------------------------------------------------------------------------------------------- measurements
+
+Run = Callable[[Shape, int, int], tuple[np.ndarray, np.ndarray]]
+SIDES: dict[str, Run] = {"ours": run_ours, "torch": torch_run, "moments": functools.partial(torch_run, plain=False)}
+
+
+def step_seconds(run: Run, shape: Shape, target: float = 0.25, repeats: int = 3) -> float:
+    """CPU-seconds of one training step: the best of several runs of about `target` seconds each.
+
+    The length of a run is part of a compiled program, so it is guessed from the size of the work instead of measured.
+    """
+    steps = int(np.clip(target * 1e8 / (shape[0] * shape[1] * (shape[2] + 20)), 20, 500)) if run is run_ours else None
+    if steps is None:
+        steps = max(3, min(200, int(target / max(cpu_seconds(lambda: run(shape, 3, 0)) / 3, 1e-6))))
+    run(shape, steps, 0)
+    return cpu_seconds(lambda: run(shape, steps, 0), repeats) / steps
+
+
+def time_to_optimum(run: Run, shape: Shape, excess: float = 0.01) -> dict[str, float | None]:
+    """The smallest budget after which the exact risk is within `excess` of the optimum for every seed, and its median cost.
+
+    None where no budget suffices.
+    """
+    _, d, n = shape
+    for steps in BUDGETS:
+        run(shape, steps, 0)  # compilation, where there is one
+        costs, risks = [], []
+        for seed in range(1, SEEDS + 1):
+            cost, weights = timed(functools.partial(run, shape, steps, seed))
+            costs.append(cost)
+            risks.append(exact_risk(*weights, n))
+        if max(risks) <= (1 + excess) * optimal_risk(d, n):
+            return {"steps": steps, "seconds": float(np.median(costs)), "worst": max(risks) / optimal_risk(d, n) - 1}
+    return {"steps": None, "seconds": None, "worst": None}
+
+
+def measure(side: str) -> dict[str, Any]:
+    """All timings of one side (`ours`, `torch`, `moments`), in this process."""
+    run = SIDES[side]
+    batch, d, n = HEADLINE
+    first = cpu_seconds(lambda: run(HEADLINE, 50, 0))
+    again = cpu_seconds(lambda: run(HEADLINE, 50, 0), repeats=3)
+    out: dict[str, Any] = {
+        "start": max(first - again, 0.0),
+        "batch": [step_seconds(run, (b, d, n)) for b in BATCHES],
+        "length": [step_seconds(run, (LENGTH_BATCH, d, m)) for m in LENGTHS],
+        "optimum": time_to_optimum(run, HEADLINE),
+    }
+    if side != "moments":
+        out["dimension"] = [step_seconds(run, (batch, k, n)) for k in DIMENSIONS]
+    return out
+
+
+def memory(side: str) -> dict[str, Any]:
+    """MiB by which the peak resident set grows while one side trains at `MEMORY`."""
+    run = SIDES[side]
+    run((2, 2, 2), 2, 0)  # libraries, allocators and the compiler are not the layer's memory
+    return {"memory": peak_growth(lambda: run(MEMORY, 3, 0))}
+
+
+def rows(ours: dict[str, Any], peer: dict[str, Any] | None, strong: dict[str, Any] | None) -> list[Row]:
+    """The table, from the measurements of both sides."""
+    batch, d, n = HEADLINE
+    name = PLAIN if peer else MISSING
+    table: list[Row] = []
+
+    def add(work: str, value: Callable[[dict], float | None], unit: str, better: int, other=peer, other_name=name) -> None:
+        table.append(row(work, value(ours), value(other) if other else None, other_name, unit, better))
+
+    for i, b in enumerate(BATCHES):
+        add(f"train, d={d}, N={n}, batch {b}", lambda r, i=i, b=b: b / r["batch"][i], "contexts/CPU-s", MORE)
+    i = BATCHES.index(batch)
+    strong_name = MOMENTS if strong else MISSING
+    add(f"train, d={d}, N={n}, batch {batch}", lambda r: batch / r["batch"][i], "contexts/CPU-s", MORE, strong, strong_name)
+    add(f"train, d={d}, N={LENGTHS[-1]}, batch {LENGTH_BATCH}", lambda r: LENGTH_BATCH / r["length"][-1], "contexts/CPU-s", MORE)
+    add("compile and first call", lambda r: r["start"], "CPU-s", NEITHER)
+    goal = f"to within 1 % of the optimal loss, d={d}, N={n}, batch {batch}"
+    add(goal, lambda r: r["optimum"]["seconds"], "CPU-s", LESS)
+    add(goal, lambda r: r["optimum"]["seconds"], "CPU-s", LESS, strong, strong_name)
+    add(goal, lambda r: r["optimum"]["steps"], "steps", NEITHER)
+    span = f"{LENGTHS[0]}..{LENGTHS[-1]}"
+    add(f"growth with N in {span}: exponent", lambda r: exponent(LENGTHS, r["length"]), "d log CPU-s / d log N", NEITHER)
+    add(
+        f"growth with N in {LENGTHS[-2]}..{LENGTHS[-1]}: exponent",
+        lambda r: exponent(LENGTHS[-2:], r["length"][-2:]),
+        "d log CPU-s / d log N",
+        NEITHER,
+    )
+    span = f"{DIMENSIONS[0]}..{DIMENSIONS[-1]}"
+    add(f"growth with d in {span}: exponent", lambda r: exponent(DIMENSIONS, r["dimension"]), "d log CPU-s / d log d", NEITHER)
+    span = f"{BATCHES[0]}..{BATCHES[-1]}"
+    add(
+        f"growth with tasks per step in {span}: exponent",
+        lambda r: exponent(BATCHES, r["batch"]),
+        "d log CPU-s / d log B",
+        NEITHER,
+    )
+    add(f"peak memory, d={MEMORY[1]}, N={MEMORY[2]}, batch {MEMORY[0]}", lambda r: r["memory"], "MiB", LESS)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------- processes, output
+
+
+def _side(side: str) -> dict[str, Any]:
+    return {**in_worker(MODULE, side, "time"), **in_worker(MODULE, side, "memory")}
+
+
+def main(json: bool = False) -> int:
+    """Run the bench and print its rows, as a table or as JSON. Takes about two minutes."""
+    installed = importlib.util.find_spec("torch") is not None
+    peer, strong = (_side("torch"), _side("moments")) if installed else (None, None)
+    show(rows(_side("ours"), peer, strong), json)
+    return 0
+
+
+if __name__ == "__main__":
+    answer(lambda side, task: measure(side) if task == "time" else memory(side))

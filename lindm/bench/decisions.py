@@ -1,0 +1,165 @@
+"""`lindm bench decisions [--json]`: what does a decision of a language model cost, beside `transformers.generate`?
+
+A model of SmolLM2-135M's shape (random weights) is asked in f32 what to do in MDPs of the suite `mdp`, five demonstrations each,
+at every step of sampled episodes. Ours is `lindm.llm.policy`: the demonstrations are read once a task, a history is what its
+parent was and one step more, the actions are scored. The peer reads the whole prompt again for every decision, one at a time,
+as evaluation scripts do: `generate` with one new token, held to the action tokens so that both answer the same question. It is
+timed on every `STRIDE`-th of the same decisions, spread over tasks and stages, and must give the same answers. Costs and rows are
+those of `lindm.bench.timing`; compilation is a row of its own.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json as json_module
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from lindm import datasets
+from lindm.bench.sft import MISSING, MODEL
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
+from lindm.evaluation.losses import Asked, double_precision, play, world
+from lindm.families.suites import suite
+from lindm.llm.io import weights
+from lindm.llm.model import Decoder
+from lindm.llm.policy import Reader
+from lindm.llm.sft import examples
+from lindm.llm.tokens import load_tokenizer
+from lindm.llm.train_tokenizer import LEAST, small_tokenizer
+from lindm.text import COMPACT
+
+MODULE = "lindm.bench.decisions"
+TASKS, DEMOS, EPISODES, HORIZON = 4, 5, 8, 8
+STRIDE = 7
+# a token a byte, and one for an action: texts are then as long as with SmolLM2's own tokenizer, about 370 tokens
+TEMPLATE = dataclasses.replace(COMPACT, name="letters", actions=("A", "B", "C"))
+QUESTIONS = "questions.json"
+
+
+def _telling(data: Path) -> datasets.Telling:
+    return datasets.telling(data, datasets.read_manifest(data), TEMPLATE, True, False)
+
+
+def prepare(directory: Path) -> None:
+    """A model, its tokenizer and a dataset."""
+    with double_precision():
+        datasets.make(directory / "data", suite("mdp", HORIZON), datasets.Recipe(tasks=TASKS, demos=DEMOS))
+    how = _telling(directory / "data")
+    pieces = (piece.text for _, _, found, _ in examples.documents(directory / "data", how) for piece in found)
+    small_tokenizer(pieces, LEAST).save_pretrained(str(directory / "tokenizer"))
+    weights.save(Decoder(MODEL, nnx.Rngs(0)), directory / "model", like=directory / "tokenizer")
+
+
+def run_ours(directory: Path) -> dict[str, Any]:
+    """CPU-seconds a decision and of compiling; leaves the questions and our answers for the peer."""
+    how = _telling(directory / "data")
+    loaded = list(datasets.load(directory / "data"))
+    A, H = loaded[0][0]["n_actions"], loaded[0][0]["horizon"]
+    with double_precision():
+        worlds = [world(datasets.problem_of(task), rewards=True) for task, _ in loaded]
+    demos = [datasets.document(rows[:-1], rows[-1], how.shown).demonstrations for _, rows in loaded]
+    reader = Reader(weights.load(directory / "model"), load_tokenizer(directory / "model"), how.template, A, jnp.float32)
+
+    def decide() -> list[tuple[int, Asked, int]]:
+        policy, found = reader.policy(demos, H), []
+
+        def noted(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
+            chosen = policy(stage, level)
+            found.extend(
+                (i, a, c) for i, (asks, cs) in enumerate(zip(level, chosen, strict=True)) for a, c in zip(asks, cs, strict=True)
+            )
+            return chosen
+
+        play(worlds, noted, episodes=EPISODES, listed=0)
+        return found
+
+    first, answered = timed(decide)
+    cost = cpu_seconds(decide, 2)
+    questions = [[*reader._front(demos[i]), *reader._query(asked.steps)] for i, asked, _ in answered[::STRIDE]]
+    actions = [tokens[0] for tokens in reader.actions]
+    assert max(map(len, reader.actions)) == 1
+    given = {"actions": actions, "questions": questions, "answers": [chosen for *_, chosen in answered[::STRIDE]]}
+    (directory / QUESTIONS).write_text(json_module.dumps(given))
+    tokens = sum(map(len, questions)) / len(questions)
+    return {"cost": cost / len(answered), "compile": first - cost, "decisions": len(answered), "tokens": tokens}
+
+
+def run_torch(directory: Path) -> dict[str, Any]:
+    """CPU-seconds a decision, and how many answers are the same."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    given = json_module.loads((directory / QUESTIONS).read_text())
+    model = LlamaForCausalLM.from_pretrained(directory / "model", attn_implementation="sdpa", dtype=torch.float32)
+    model.eval()
+    how = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    answers: list[int] = []
+
+    def decide() -> None:
+        answers.clear()
+        with torch.inference_mode():
+            for ids in given["questions"]:
+                prompt = torch.tensor([ids])
+                out = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    prefix_allowed_tokens_fn=lambda batch, so_far: given["actions"],
+                    **how,
+                )
+                answers.append(given["actions"].index(int(out[0, -1])))
+
+    cost = cpu_seconds(decide, 2)
+    same = sum(a == b for a, b in zip(answers, given["answers"], strict=True))
+    return {"cost": cost / len(answers), "same": same, "asked": len(answers)}
+
+
+def measure(side: str, directory: str) -> dict[str, Any]:
+    """One side in this process: its outcome, and MiB at the peak."""
+    found: dict[str, Any] = {}
+    run = run_ours if side == "ours" else run_torch
+    memory = peak_growth(lambda: found.update(run(Path(directory))))
+    return found | {"memory": memory}
+
+
+def rows(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> list[Row]:
+    """The table. RuntimeError where the sides decide differently: they would not have done the same work."""
+    if peer is not None and peer["same"] != peer["asked"]:
+        raise RuntimeError(f"{name} and ours differ in {peer['asked'] - peer['same']} of {peer['asked']} decisions")
+    work = f"{ours['decisions']} decisions in {TASKS} tasks, prompts of {ours['tokens']:.0f} tokens"
+
+    def of(key: str) -> float | None:
+        return peer[key] if peer is not None else None
+
+    rate = None if peer is None else 1 / peer["cost"]
+    return [
+        row(work, 1 / ours["cost"], rate, name, "decisions/CPU-s", MORE),
+        row(f"{work}: peak memory", ours["memory"], of("memory"), name, "MiB", LESS),
+        row(f"{work}: compile", ours["compile"], None, name, "CPU-s", NEITHER),
+        row("answers compared, all the same", ours["decisions"], of("asked"), name, "decisions", NEITHER),
+    ]
+
+
+def main(json: bool = False) -> int:
+    """Run the bench and print its rows, as a table or as JSON. Takes about two minutes and 3 GB of memory."""
+    installed = all(importlib.util.find_spec(library) is not None for library in ("torch", "transformers"))
+    name = MISSING
+    if installed:
+        name = (
+            f"generate of transformers {importlib.metadata.version('transformers')}, torch {importlib.metadata.version('torch')}"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(Path(temporary))
+        ours = in_worker(MODULE, "ours", temporary)
+        peer = in_worker(MODULE, "torch", temporary) if installed else None
+    show(rows(ours, peer, name), json)
+    return 0
+
+
+if __name__ == "__main__":
+    answer(measure)

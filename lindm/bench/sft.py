@@ -1,0 +1,275 @@
+"""`lindm bench sft [--json]`: what does a step of fine-tuning cost, beside transformers and torch?
+
+A model of the shape of SmolLM2-135M (random weights: the cost does not depend on them) is trained in f32 on documents of the
+shape of a decision dataset, 32 labels in 251 tokens, two to a step. Ours is the program of `lindm.llm.sft.step`, exactly as
+`lindm sft` runs it, and once more with all of a layer computed again in the backward pass, and with nothing. The peer is
+`LlamaForCausalLM` with scaled-dot-product attention, which keeps everything, its own loss with -100 where there is no label,
+clipping and the fused AdamW; adapters are peft's where it is installed. Both sides read the same file of weights and train on
+the same sequences, and the loss of the first step must agree to 1e-4.
+
+The usual recipe makes one prompt and one completion of every decision: each is the end of a sequence of its own, its prefix of
+the document. Decisions a CPU-second under both recipes are compared. Of a document's decisions, four stand for all: the
+middles of four equal parts, since a sequence costs as its length. No side pads there: ours packs two prefixes into a row, the
+peer takes the same prefix of two documents at once.
+
+Costs, processes and rows are those of `lindm.bench.timing`; a process is one side in one way, from loading the weights on, so its
+peak memory is that of weights, optimizer and activations together, ours with the compiler's. Compilation is a row of its own.
+The share of the peak counts the work that must be done (no recomputation, the vocabulary at labels alone) on both sides, over
+what f32 matrix products reach in the same process as ours. Where torch is not installed the peer is null.
+"""
+
+import importlib.metadata
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
+from lindm.llm.config import Architecture, Rope
+from lindm.llm.io import weights
+from lindm.llm.lora import TARGETS, add_lora
+from lindm.llm.model import Decoder
+from lindm.llm.parallel import sharding
+from lindm.llm.parallel.chips import measured_peak
+from lindm.llm.sft import packing
+from lindm.llm.sft.evaluator import flops_of_step
+from lindm.llm.sft.step import Computing, Optimisation, initial, jitted, make_step, shardings
+from lindm.llm.tokens import Example
+
+MODULE = "lindm.bench.sft"
+MODEL = Architecture(
+    family="llama",
+    vocabulary=49152,
+    width=576,
+    depth=30,
+    K=9,
+    groups=3,
+    head=64,
+    mlp=1536,
+    rope=Rope(theta=100_000.0),
+    epsilon=1e-5,
+    tied=True,
+)
+ROWS, TOKENS, LABELS = 2, 251, 32  # a step, and a document of the mdp suite
+PLACES = np.round(np.linspace(4, TOKENS - 2, LABELS)).astype(int)  # what stands before an action
+STRATA = (4, 12, 19, 27)  # decisions that stand for all of a document's
+RANK, ALPHA, RATE = 16, 32.0, 1e-4
+WARM_UP, REPEATS = 1, 3
+METHODS = ("full", "lora")
+WAYS = ("selective", "full", "none", "one")  # what is computed again, documents whole; one decision a sequence
+AGREE = 1e-4
+MISSING = "torch (not installed)"
+PEERS = ("transformers", "torch", "peft")
+
+
+def documents() -> np.ndarray:
+    """Token ids [ROWS, TOKENS]."""
+    return np.random.default_rng(0).integers(0, MODEL.vocabulary, (ROWS, TOKENS), np.int32)
+
+
+def sequences(way: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The batches of the peer, one a step, ids and labels [rows, T] as transformers takes them: -100 where nothing is trained."""
+    found = []
+    for places in PLACES[list(STRATA), None] if way == "one" else [PLACES]:
+        ids = documents()[:, : places[-1] + 2]
+        labels = np.full_like(ids, -100)
+        labels[:, places + 1] = ids[:, places + 1]
+        found.append((ids, labels))
+    return found
+
+
+def rows_of(way: str) -> list[list[Example]]:
+    """Our rows: what `sequences` has, from its first document alone where a sequence has one decision, packed."""
+    examples = []
+    for ids, labels in sequences(way):
+        for i, y in list(zip(ids, labels, strict=True))[: 1 if way == "one" else ROWS]:
+            target = np.append(np.where(y[1:] >= 0, y[1:], -1), -1).astype(np.int32)
+            end = int(np.nonzero(target >= 0)[0][-1]) + 1 if way == "one" else len(i)
+            examples.append(Example(i[:end], target[:end], "bench"))
+    lengths = [len(e.ids) for e in examples]
+    return [[examples[i] for i in row] for row in packing.pack(lengths, -(-TOKENS // 64) * 64 if way == "one" else TOKENS)]
+
+
+# --- ours ---------------------------------------------------------------------------------------------------------------
+
+
+def run_ours(method: str, way: str, directory: Path) -> dict[str, Any]:
+    """Train as `lindm sft` does: seconds of a step (the best of some), of the compilation, and the loss of the first step."""
+    rows = rows_of(way)
+    mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+    model = weights.load(directory, mesh=mesh)
+    if method == "lora":
+        add_lora(model, RANK, ALPHA, jax.random.key(0))
+    optimizer = Optimisation(steps=1000, learning_rate=RATE).optimizer()
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    del model
+    lies = shardings(jax.eval_shape(lambda p: initial(p, optimizer), params), frozen, mesh)
+    step = jitted(make_step(graphdef, optimizer, Computing(remat="selective" if way == "one" else way), mesh), lies)
+    filled = packing.fill(rows, *packing.shape_of(rows))
+    batch = jax.tree.map(lambda x: sharding.place(x[None], lies[2]), filled)
+    stop = sharding.place(np.zeros(1, np.int32), lies[3])
+    state = jax.jit(lambda p: initial(p, optimizer), out_shardings=lies[0])(params)
+    del params
+    compiling, compiled = timed(lambda: step.lower(state, frozen, batch, stop).compile())
+    losses: list[float] = []
+
+    def once() -> None:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch, stop)
+        losses.append(float(metrics.loss))
+
+    cpu_seconds(once, WARM_UP)
+    return {"compile": compiling, "step": cpu_seconds(once, REPEATS), "loss": losses[0]}
+
+
+# --- the peer -------------------------------------------------------------------------------------------------------------
+
+
+def run_torch(method: str, way: str, directory: Path) -> dict[str, Any]:
+    """The same with transformers and torch; a step of the way `one` is the four of `sequences` together."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
+    model.config.use_cache = False
+    if method == "lora":
+        model = _adapted(model)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+    batches = [tuple(torch.from_numpy(x.astype(np.int64)) for x in batch) for batch in sequences(way)]
+    losses: list[float] = []
+
+    def once() -> None:
+        for ids, labels in batches:
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+
+    cpu_seconds(once, WARM_UP)
+    return {"step": cpu_seconds(once, REPEATS), "loss": losses[0]}
+
+
+def _adapted(model: Any) -> Any:
+    """peft's adapters on the seven linear layers; where it is not installed, adapters written plainly."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    names = [f"{name}_proj" for name in TARGETS]
+    if importlib.util.find_spec("peft") is not None:
+        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
+
+        return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM"))
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: Any):
+            super().__init__()
+            self.base = base
+            self.a = torch.nn.Linear(base.in_features, RANK, bias=False)
+            self.b = torch.nn.Linear(RANK, base.out_features, bias=False)
+            torch.nn.init.zeros_(self.b.weight)
+
+        def forward(self, x: Any) -> Any:
+            return self.base(x) + self.b(self.a(x)) * (ALPHA / RANK)
+
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name in names:
+                if hasattr(part, name):
+                    setattr(part, name, Adapted(getattr(part, name)))
+    return model
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+def measure(side: str, method: str, way: str, directory: str) -> dict[str, Any]:
+    """One side (`ours`, `torch`) in one way, in this process: the outcome of its run, MiB at the peak, and the machine's peak."""
+    found: dict[str, Any] = {}
+    run = run_ours if side == "ours" else run_torch
+    memory = peak_growth(lambda: found.update(run(method, way, Path(directory))))
+    return found | {"memory": memory, "peak": measured_peak(seconds=1.0, clock=time.process_time)}
+
+
+Sides = dict[tuple[str, str], dict[str, Any]]
+"""What was measured, by method and way."""
+
+
+def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
+    """The table. RuntimeError where the sides' first losses differ: they would not have done the same work."""
+    table: list[Row] = []
+    tokens, shape = ROWS * TOKENS, f"{ROWS} x {TOKENS} tokens"
+    sized = packing.shape_of(rows_of("selective"))
+    for method in METHODS:
+        name, what = names[method], "full" if method == "full" else f"LoRA r{RANK}"
+        mine, theirs = ours[method, "selective"], peer.get((method, "selective"))
+        _agree(mine, theirs, name)
+        work = f"{what} f32, {shape}"
+        useful = flops_of_step(MODEL, method, ROWS, *sized)
+
+        def add(text: str, mine: float, value: Callable[[dict], float], unit: str, better: int, theirs=theirs, name=name) -> None:
+            table.append(row(text, mine, value(theirs) if theirs else None, name, unit, better))
+
+        for way in WAYS[:3]:
+            text, one = work if way == WAYS[0] else f"{work}, remat {way}", ours[method, way]
+            add(text, tokens / one["step"], lambda r: tokens / r["step"], "tokens/CPU-s", MORE)
+            add(f"{text}: peak memory", one["memory"], lambda r: r["memory"], "MiB", LESS)
+            at_peak = useful / one["peak"]  # seconds
+            add(f"{text}: of the matmul peak", at_peak / one["step"], lambda r, s=at_peak: s / r["step"], "share", MORE)
+            table.append(row(f"{text}: compile", one["compile"], None, name, "CPU-s", NEITHER))
+        add(f"{work}: loss of the first step", mine["loss"], lambda r: r["loss"], "nats", NEITHER)
+    labels = ROWS * LABELS / ours["full", "selective"]["step"]
+    single, theirs = ours["full", "one"], peer.get(("full", "one"))
+    work = f"full f32, a document's {LABELS} decisions in one sequence"
+    table.append(row(work, labels, len(STRATA) / single["step"], "ours, one decision a sequence", "decisions/CPU-s", MORE))
+    them = ROWS * len(STRATA) / theirs["step"] if theirs else None
+    name = f"{names['full']}, one decision a sequence" if theirs else MISSING
+    table.append(row(work, labels, them, name, "decisions/CPU-s", MORE))
+    return table
+
+
+def _agree(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> None:
+    if peer is not None and not abs(ours["loss"] - peer["loss"]) <= AGREE:
+        raise RuntimeError(f"{name} and ours found other losses at the first step: {peer['loss']} and {ours['loss']}")
+
+
+def _names(installed: dict[str, str | None]) -> dict[str, str]:
+    """The peer of each method, with versions."""
+    if not (installed["transformers"] and installed["torch"]):
+        return dict.fromkeys(METHODS, MISSING)
+    core = f"transformers {installed['transformers']}, torch {installed['torch']}"
+    return {"full": core, "lora": f"peft {installed['peft']}, {core}" if installed["peft"] else f"plain adapters, {core}"}
+
+
+def _version(library: str) -> str | None:
+    return importlib.metadata.version(library) if importlib.util.find_spec(library) is not None else None
+
+
+def main(json: bool = False) -> int:
+    """Run the bench and print its rows, as a table or as JSON. Takes about five minutes and 5 GB of memory."""
+    names = _names({library: _version(library) for library in PEERS})
+    ours: Sides = {}
+    peer: Sides = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "model"
+        weights.save(Decoder(MODEL, nnx.Rngs(0)), directory)
+        for method, way in (*((m, w) for m in METHODS for w in WAYS[:3]), ("full", "one")):
+            ours[method, way] = in_worker(MODULE, "ours", method, way, str(directory))
+            if way in ("selective", "one") and names[method] != MISSING:  # side by side in time, too
+                peer[method, way] = in_worker(MODULE, "torch", method, way, str(directory))
+    show(rows(ours, peer, names), json)
+    return 0
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,109 @@
+"""`lindm doctor`: is this machine ready? One line per check, exit 1 when one fails."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+LOCKS = Path(__file__).parents[2] / "requirements"
+FREE_GB = 1.0
+
+
+class Check(NamedTuple):
+    """What was looked at, whether it is as needed, and what was found."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def locked_versions(lock: Path) -> dict[str, str]:
+    """Package -> version of a hashed lock."""
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def check_lock() -> Check:
+    lock = LOCKS / f"py{sys.version_info.major}{sys.version_info.minor}.txt"
+    if not lock.exists():
+        return Check(
+            "lock", True, f"none for Python {sys.version_info.major}.{sys.version_info.minor} here; nothing to compare with"
+        )
+    wrong = []
+    for package, version in locked_versions(lock).items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed != version:
+            wrong.append(f"{package} {installed}, locked {version}")
+    shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return Check("lock", not wrong, shown or f"as in {lock.name}")
+
+
+def check_jax() -> list[Check]:
+    try:
+        import jax
+        import jax.numpy as jnp
+
+        jax.config.update("jax_enable_x64", True)
+        devices = jax.devices()
+        dtype = jnp.zeros(1).dtype
+    except Exception as e:
+        return [Check("jax", False, f"{type(e).__name__}: {e}")]
+    return [
+        Check("devices", bool(devices), ", ".join(str(d) for d in devices)),
+        Check("64-bit floats", dtype == "float64", f"jax gives {dtype}"),
+    ]
+
+
+def check_output(directory: Path) -> list[Check]:
+    here = next(p for p in [directory.resolve(), *directory.resolve().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=here):
+            writable = Check("output", True, f"{here} is writable")
+    except OSError as e:
+        writable = Check("output", False, f"{here}: {e.strerror}")
+    free = shutil.disk_usage(here).free / 1e9
+    return [writable, Check("free disk", free >= FREE_GB, f"{free:.1f} GB (needs {FREE_GB:g})")]
+
+
+def check_fonts() -> Check:
+    try:
+        from matplotlib import font_manager
+
+        return Check("fonts", True, Path(font_manager.findfont("DejaVu Sans", fallback_to_default=False)).name)
+    except Exception as e:
+        return Check("fonts", False, f"{type(e).__name__}: {e}")
+
+
+def checks(directory: Path) -> list[Check]:
+    """Everything that is looked at; `directory` is where results would go."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    versions = []
+    for package in ("lindm", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib"):
+        try:
+            versions.append(Check(package, True, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(Check(package, False, "not installed"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [
+        Check("python", sys.version_info >= (3, 11), f"{version} (needs >= 3.11)"),
+        *versions,
+        check_lock(),
+        *check_jax(),
+        Check("cores", True, str(cores)),
+        *check_output(directory),
+        check_fonts(),
+    ]
+
+
+def main(directory: Path) -> int:
+    """Print the checks; 0 when all is well, 1 when not."""
+    found = checks(directory)
+    for check in found:
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
+    return int(not all(check.ok for check in found))

@@ -1,0 +1,1 @@
+"""Policies, their exact losses, and the comparison behind `lindm eval`."""

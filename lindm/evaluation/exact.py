@@ -1,0 +1,80 @@
+"""What a policy loses, exactly.
+
+For an ambiguous problem three criteria exist, and they are different problems under different names:
+
+    stage-wise alpha-maxmin     `oracles.tree.policy_value`: nature moves at every stage; the problem's own, what oracles solve
+    whole-horizon alpha-maxmin  `whole_horizon_value`: alpha min_m V_m + (1 - alpha) max_m V_m, nature moves once
+    a fixed true model          `fixed_model_value`: V_m, where m makes every step
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lindm.solvers import tree
+from lindm.solvers.dp import backward_induction, policy_value
+from lindm.types import APOMDP, MDP, Measurement
+
+
+def suboptimality(mdp: MDP, pi: Array) -> Array:
+    """V*_1 - V^pi_1 [] averaged over the first state, by dynamic programming; pi as in `policy_value`."""
+    return mdp.rho @ (backward_induction(mdp).V[0] - policy_value(mdp, pi)[0])
+
+
+def measurement(values: Array) -> Measurement:
+    """Mean and standard error of values [n, ...] over independent instances; raises `ValueError` for fewer than two."""
+    n = values.shape[0]
+    if n < 2:
+        raise ValueError(f"values must hold at least two instances for a standard error; got {n}")
+    return Measurement(gap=values.mean(0), sem=values.std(0, ddof=1) / jnp.sqrt(n), n=n)
+
+
+# --- ambiguous problems ----------------------------------------------------------------------------------------------------
+
+
+def fixed_model_value(problem: APOMDP, policy: tree.Policy, m: int) -> Array:
+    """V_m [] of a policy over histories when model m makes every step; the policy is told so, as its histories hold the model."""
+    tree.check_shapes(problem, policy)
+    return tree.policy_value(_only(problem, m), _restricted(problem, policy, m))
+
+
+def whole_horizon_value(problem: APOMDP, policy: tree.Policy) -> Array:
+    """alpha min_m V_m + (1 - alpha) max_m V_m [], V_m by `fixed_model_value`."""
+    values = jnp.stack([fixed_model_value(problem, policy, m) for m in range(len(problem.cloud.r))])
+    return tree.mixed(problem.alpha, values, 0)
+
+
+def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
+    """A policy over histories of (a, o) alone as one over histories of (a, m, o): it does not look at the model.
+
+    Its stage t has (A O)^t histories, numbered like those of a POMDP.
+    """
+    M, _, A, _, O = problem.cloud.O.shape
+    tree.check_shapes(APOMDP(cloud=jax.tree.map(lambda x: x[:1], problem.cloud), alpha=problem.alpha), policy)
+    tables = []
+    for t, table in enumerate(policy):
+        steps = np.indices((A, M, O)).reshape(3, -1)
+        seen, index = steps[0] * O + steps[2], np.zeros(1, int)
+        for k in range(t):  # the last step is the most significant
+            index = (seen[:, None] * (A * O) ** k + index).reshape(-1)
+        tables.append(table[index])
+    return tuple(tables)
+
+
+def _only(problem: APOMDP, m: int) -> APOMDP:
+    M = len(problem.cloud.r)
+    if not 0 <= m < M:
+        raise ValueError(f"m must be the number of a model from 0 to {M - 1}; got {m}")
+    return APOMDP(cloud=jax.tree.map(lambda x: x[m : m + 1], problem.cloud), alpha=problem.alpha)
+
+
+def _restricted(problem: APOMDP, policy: tree.Policy, m: int) -> tree.Policy:
+    """The rows of a policy over histories in which every model is m."""
+    M, _, A, _, O = problem.cloud.O.shape
+    steps = ((np.arange(A)[:, None] * M + m) * O + np.arange(O)).reshape(-1)
+    tables, index = [], np.zeros(1, int)
+    for t, table in enumerate(policy):
+        tables.append(table[index])
+        index = (steps[:, None] * (A * M * O) ** t + index).reshape(-1)
+    return tuple(tables)

@@ -1,0 +1,1 @@
+"""Files on disk: atomic writes, directories, locks, signals, manifests, progress."""

@@ -1,0 +1,1 @@
+"""Clusters: job scripts, Ray, and plans of memory and time for hardware that is not present."""

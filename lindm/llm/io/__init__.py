@@ -1,0 +1,1 @@
+"""Model files: Hugging Face directories, safetensors, GGUF and PEFT adapters."""

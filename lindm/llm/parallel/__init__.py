@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, shardings, several processes, the supervisor, chips."""

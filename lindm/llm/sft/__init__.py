@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: options, examples, packing, loss, step, trainer, checkpoints."""

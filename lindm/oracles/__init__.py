@@ -1,1 +1,0 @@
-"""Exact answers: what no learner can beat."""

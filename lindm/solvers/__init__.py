@@ -1,0 +1,1 @@
+"""Exact and certified solvers: dynamic programming, the belief tree, HSVI, the belief net."""

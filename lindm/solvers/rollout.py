@@ -1,0 +1,140 @@
+"""Behaviour policies at work: rollouts in batch, every index drawn by inverse CDF from one uniform number."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from lindm import validate
+from lindm.random import flat
+from lindm.solvers import tree
+from lindm.solvers.dp import greedy
+from lindm.solvers.solve import Solution, advance, label, labels, q_bounds
+from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, Problem, at_stage
+
+
+def cumulative(p: Array) -> Array:
+    """Running sums of weights p[..., n] that never rise at an index of weight zero, whatever the order of summation.
+
+    XLA associates long cumulative sums (from a few hundred entries on) as a tree, so that sums over the same entries differ in
+    the last bit from one index to the next; a draw could then fall on an impossible index. The running maximum repairs it.
+    Negative weights (rounding in <phi, mu>) count as zero. The last entry need not be one: draws are scaled by it.
+    """
+    sums = jnp.cumsum(jnp.maximum(p, 0), axis=-1)
+    return jax.lax.cummax(jnp.where(p > 0, sums, 0), axis=p.ndim - 1)
+
+
+def invert(cdf: Array, u: Array) -> Array:
+    """Indices with cdf[i-1] <= u * cdf[-1] < cdf[i], one for each uniform number u in [0, 1).
+
+    Args:
+        cdf: [n] shared by all u, or [..., n] one for each; u: [...].
+    Returns: int32 [...].
+    """
+    if cdf.ndim == 1:
+        return jnp.searchsorted(cdf, u * cdf[-1], side="right", method="scan_unrolled").astype(jnp.int32)
+    # with a row for each number, counting comparisons beats a search made of gathers
+    return jnp.sum(cdf <= (u * cdf[..., -1])[..., None], axis=-1, dtype=jnp.int32)
+
+
+def act(pi: Array, s: Array, u: Array) -> Array:
+    """Actions [...] in states s[...] under a stage's policy: int [S], or [S, A] probabilities."""
+    return pi[s].astype(jnp.int32) if pi.ndim == 1 else invert(cumulative(pi)[s], u)
+
+
+def step(P: Array, s: Array, a: Array, u: Array) -> Array:
+    """Next states [...] from a stage's kernel P[S, A, S]; sums the rows needed, or the whole table once if it is smaller."""
+    rows = cumulative(P[s, a]) if s.size < P.shape[0] * P.shape[1] else cumulative(P)[s, a]
+    return invert(rows, u)
+
+
+def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
+    """n independent episodes of a behaviour policy.
+
+    Args:
+        pi: [H, S] int actions, or [H, S, A] probabilities.
+    Returns: Episodes with s, a [n, H] int32 and mean rewards r [n, H].
+    """
+    validate.count(n, "n")
+    H = mdp.r.shape[0]
+    key_start, key_rest = jax.random.split(key)
+    start = invert(cumulative(mdp.rho), jax.random.uniform(key_start, (n,), mdp.rho.dtype))
+    u = flat(jax.random.uniform, key_rest, (2, H, n), mdp.P.dtype)
+
+    def stage(s, at):
+        h, r, policy, u_act, u_step = at
+        a = act(policy, s, u_act)
+        return step(at_stage(mdp.P, h), s, a, u_step), (s, a, r[s, a])
+
+    _, (s, a, r) = jax.lax.scan(stage, start, (jnp.arange(H), mdp.r, pi, u[0], u[1]))
+    return Episodes(s=s.T, a=a.T, r=r.T)
+
+
+# --- around the oracle ---------------------------------------------------------------------------------------------------
+
+
+def demonstrate(
+    key: Array, problem: Problem, solution: Solution, n: int, epsilon: ArrayLike, nature: ArrayLike | None = None
+) -> tuple[Episodes, Labels]:
+    """n episodes of a behaviour around the oracle, every step labelled by it.
+
+    At each step the behaviour takes a uniformly random action with probability `epsilon` and the oracle's otherwise:
+    0 is the oracle, 1 is uniform.
+
+    Args:
+      solution: of this problem, by `lindm.solvers.solve.solve`.
+      epsilon: in [0, 1].
+      nature: the model [] that makes every step of an APOMDP. If None nature plays the problem's own game: against the action
+        taken it has the worst model of the oracle's continuation with probability alpha, and the best one otherwise.
+    Returns: Episodes [n, H] (an MDP has no m and o, a POMDP no m) and their Labels.
+    Raises: ValueError: a number is out of its range (traced ones are not looked at), or `nature` is given where it has no choice.
+    """
+    validate.count(n, "n")
+    validate.fraction(epsilon, "epsilon")
+    if nature is not None:
+        if not isinstance(problem, APOMDP):
+            raise ValueError("nature must be left out where there is one model")
+        M = len(problem.cloud.r)
+        if not isinstance(nature, Tracer) and not 0 <= int(jnp.asarray(nature)) < M:
+            raise ValueError(f"nature must be a model from 0 to {M - 1}; got {nature}")
+    if isinstance(problem, MDP):
+        assert isinstance(solution.tables, Plan)
+        A = problem.r.shape[-1]
+        best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
+        episodes = rollout(key, problem, best + jnp.asarray(epsilon, best.dtype) * (1 / A - best), n)
+        return episodes, labels(problem, solution, episodes)
+    episodes, found = _around(key, tree.as_cloud(problem), solution, n, epsilon, nature)
+    return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), found
+
+
+def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, nature) -> tuple[Episodes, Labels]:
+    _, H, _, A = problem.cloud.r.shape
+    u = flat(jax.random.uniform, key, (n, H, 6), problem.cloud.rho.dtype)
+
+    def one(u: Array):
+        def step(carry, at):
+            history, beliefs, s = carry
+            t, (u_mix, u_act, u_model, u_start, u_next, u_seen) = at
+            lower, upper, G = q_bounds(problem, solution.tables, t, history, beliefs)
+            found = label(lower, upper, solution.exact)
+            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), found.action)
+            if nature is None:
+                m = jnp.where(u_model < problem.alpha, G[a].argmin(), G[a].argmax()).astype(jnp.int32)
+            else:
+                m = jnp.asarray(nature, jnp.int32)
+            # the first state is drawn when its law is known: from rho of the model that nature took
+            s = jnp.where(t == 0, invert(cumulative(problem.cloud.rho[m]), u_start), s)
+            here = jax.tree.map(lambda x: x[m], problem.cloud)
+            following = invert(cumulative(at_stage(here.P, t)[s, a]), u_next)
+            o = invert(cumulative(at_stage(here.O, t)[a, following]), u_seen)
+            made = Episodes(s=s, a=a, r=here.r[t, s, a], m=m, o=o)
+            return (*advance(problem, t, history, beliefs, a, m, o), following), (made, found)
+
+        zero = jnp.zeros((), jnp.int32)
+        stages = (jnp.arange(H), tuple(u.T))
+        return jax.lax.scan(step, (zero, problem.cloud.rho, zero), stages)[1]
+
+    return jax.vmap(one)(u)

@@ -1,0 +1,213 @@
+"""The table and the page: complete, self-contained, escaped, and honest about what is not as expected."""
+
+import dataclasses
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+import lindm_experiments
+from lindm.errors import DataError, LindmError, StorageError
+from lindm.io import files
+from lindm_experiments.harness.criteria import CRITERIA, criterion, fingerprint, judge, judge_count, undecided
+from lindm_experiments.harness.executor import Outcome
+from lindm_experiments.harness.report import label, number, prose, redraw, score, table, write_report
+from lindm_experiments.harness.runner import discover
+from lindm_experiments.harness.statistics import FAIL, OPEN, PASS, as_expected
+from lindm_experiments.harness.verify import COST, exit_code_of, select, summarise
+
+GOOD = judge("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], figure="toy")
+CONTROL = judge("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])
+
+
+def summary(*verdicts, message=""):
+    outcome = Outcome(experiment="toy", verdicts=list(verdicts), code=int(bool(message)), message=message)
+    return summarise([outcome], {"toy": ["q-risk", "controls/swap"]}, "quick", 1.5)
+
+
+def printed(content, width=160) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(content))
+    console.file.close()
+    return console.export_text()
+
+
+@pytest.fixture
+def directory(tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(lindm_experiments, "__path__", [*lindm_experiments.__path__, str(finished.parent / "lab")])
+    shutil.copytree(finished, tmp_path / "toy")
+    files.write_json(tmp_path / "verdicts.json", summary(GOOD, CONTROL))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, where it links to, and whether its tags close."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str | None] = []
+        self.links: list[str | None] = []
+        self.ids: list[str | None] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.fetched += [v for k, v in attrs if k in ("src", "srcset", "data") and v]
+        self.fetched += [values["href"]] if tag == "link" else []
+        self.links += [values["href"]] if tag == "a" else []
+        self.ids += [values["id"]] if "id" in values else []
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_table_shows_every_claim_with_prediction_interval_criterion_and_verdict():
+    text = printed(summary(GOOD, CONTROL))
+    for word in ("q-risk", "controls/swap", "measured / predicted", "[0.99", "n=5", "PASS", "FAIL, as", "expected"):
+        assert word in text
+    assert ">>" not in text and max(map(len, text.splitlines())) <= 160
+
+
+def test_an_unexpected_verdict_stands_out_without_colours():
+    text = printed(summary(judge("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
+    assert ">> FAIL" in text
+
+
+def test_a_claim_that_was_not_decided_is_said_to_be_so():
+    content = summary(message="toy: worker died (signal 9)")
+    assert [c["verdict"] for c in content["claims"]] == ["INCONCLUSIVE"] * 2
+    assert content["claims"][0]["note"] == "toy: worker died (signal 9)"
+    assert "INCONCLUSIVE" in printed(content)
+
+
+def test_open_questions_take_no_power_from_predictions_nor_the_other_way():
+    """A prediction at p = 0.04 is alone in its family, however many questions are asked beside it."""
+    weak = dataclasses.replace(GOOD, p=0.04)
+    asked = ["sft-beats-icl", "ood", "horizon"]
+    questions = [dataclasses.replace(GOOD, id=id, p=p) for id, p in zip(asked, (0.02, 0.04, 1.0), strict=True)]
+    questions[2] = undecided("horizon", "not measured")
+    outcome = Outcome(experiment="toy", verdicts=[weak, *questions])
+    rows = summarise([outcome], {"toy": ["q-risk", *asked]}, "quick", 1.0)["claims"]
+    assert [row["verdict"] for row in rows] == [PASS, PASS, PASS, "INCONCLUSIVE"]
+    assert [row["p"] for row in rows] == [0.04, 0.04, 0.04, 1.0]  # 2 x 0.02, and not 3 x: one was not measured
+    assert exit_code_of([outcome], rows) == 0
+
+
+def test_the_costs_name_experiments_that_exist():
+    assert COST.keys() <= discover().keys()
+
+
+def test_the_exit_code_is_0_only_if_every_verdict_is_the_expected_one():
+    good = Outcome(experiment="toy", verdicts=[GOOD, CONTROL])
+    assert exit_code_of([good], summary(GOOD, CONTROL)["claims"]) == 0
+    surprising = judge("controls/swap", [1.0, 1.001, 0.999, 1.0, 1.0])
+    assert exit_code_of([good], summary(GOOD, surprising)["claims"]) == 1
+    assert exit_code_of([good, Outcome(experiment="b", error=StorageError("full"))], summary(GOOD, CONTROL)["claims"]) == 7
+
+
+def test_a_main_claim_stands_for_its_sub_claims():
+    known = {"a": ("weights", "weights/sub"), "b": ("weights-other", "q-risk")}
+    assert select(["weights"], known) == {"a": ["weights", "weights/sub"]}
+    assert select(["weights/sub", "q-risk"], known) == {"a": ["weights/sub"], "b": ["q-risk"]}
+    assert select([], known) == {"a": ["weights", "weights/sub"], "b": ["weights-other", "q-risk"]}
+    with pytest.raises(LindmError, match="weights/sub"):
+        select(["weight"], known)
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(directory):
+    source = write_report(directory).read_text()
+    page = Page(source)
+    assert page.open == []
+    assert page.fetched and all(str(v).startswith("data:image/png;base64,") for v in page.fetched)
+    assert not re.search(r"https?://|@import|url\(", source)
+    assert {link[1:] for link in page.links if link and link.startswith("#")} <= set(page.ids)
+
+
+def test_the_page_holds_verdicts_figures_configuration_and_provenance(directory):
+    source = write_report(directory).read_text()
+    for word in ("q-risk", "FAIL, as expected", "Does a toy", "seeds = 6", "Provenance", "jax", "2 of 2 claims as expected"):
+        assert word in source
+
+
+def test_what_is_shown_on_the_page_is_escaped(directory):
+    content = json.loads((directory / "verdicts.json").read_text())
+    content["claims"][0]["note"] = "<script>alert(1)</script>{{ 7 * 7 }}"
+    content["claims"][0]["predicted"] = 'a < b & "c"'
+    files.write_json(directory / "verdicts.json", content)
+    source = write_report(directory).read_text()
+    assert "<script>" not in source and "&lt;script&gt;alert(1)&lt;/script&gt;{{ 7 * 7 }}" in source
+    assert "a &lt; b &amp;" in source
+
+
+def test_a_page_of_an_experiment_that_died_still_opens(tmp_path):
+    files.write_json(tmp_path / "verdicts.json", summary(message="toy: worker died (signal 9)"))
+    source = write_report(tmp_path).read_text()
+    assert "worker died" in source and "0 of 2 claims as expected" in source
+
+
+def test_redrawing_without_records_is_exit_3(tmp_path):
+    with pytest.raises(LindmError) as stop:
+        redraw(tmp_path)
+    assert isinstance(stop.value, DataError)
+
+
+def test_an_interval_that_is_not_finite_is_null_in_json():
+    row = summary(judge("q-risk", [1.0]), CONTROL)["claims"][0]
+    assert row["ci"] == [None, None] and row["verdict"] == "INCONCLUSIVE"
+    files.canonical(row)
+
+
+def test_prose_keeps_indented_lines_as_they_stand():
+    assert prose("A question\nin two lines?\n\n    a command\n\nMore:\n    x  = 1") == [
+        ("p", "A question in two lines?"),
+        ("pre", "a command"),
+        ("p", "More:"),
+        ("pre", "x  = 1"),
+    ]
+
+
+def test_numbers_and_labels_are_short():
+    assert number(0.123456) == "0.1235" and number(None) == "-" and number("-1 in M") == "-1 in M"
+    assert label({"verdict": "FAIL", "expected": "PASS"}) == "FAIL (expected PASS)"
+    for verdict in (PASS, FAIL, "INCONCLUSIVE"):  # whatever is found is a result
+        assert label({"verdict": verdict, "expected": OPEN}) == f"{verdict}, open"
+        assert as_expected({"verdict": verdict, "expected": OPEN})
+        assert as_expected({"verdict": verdict, "expected": PASS}) == (verdict == PASS)
+
+
+def test_the_score_counts_predictions_and_open_questions_apart():
+    good, bad, opened = ({"verdict": FAIL, "expected": expected} for expected in (FAIL, PASS, OPEN))
+    assert score([good, bad, good]) == "2 of 3 claims as expected"
+    assert score([good, opened]) == "1 of 1 claims as expected, 1 open question"
+    assert score([opened, opened]) == "2 open questions"
+
+
+def test_criteria_have_unique_ids_bands_and_statements_of_one_sentence():
+    assert len({c.id for c in CRITERIA}) == len(CRITERIA)
+    for c in CRITERIA:
+        assert c.lo <= c.hi and c.lo < float("inf") and c.hi > -float("inf"), c.id
+        assert c.min_seeds >= 5 and c.expected in (PASS, FAIL, OPEN), c.id
+        assert c.statement.endswith(".") and c.predicted and c.criterion and c.source, c.id
+        assert "{" not in c.criterion, c.id
+
+
+def test_an_unknown_claim_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"claim must be one of weights, .*; got 'wieghts'"):
+        criterion("wieghts")
+
+
+def test_the_fingerprint_depends_on_the_claims_and_not_on_their_order():
+    assert fingerprint(["q-risk", "weights"]) == fingerprint(["weights", "q-risk"]) != fingerprint(["weights"])
+
+
+def test_counts_are_judged_against_the_largest_admissible_rate():
+    assert judge_count("identity", 0, 20_000, seeds=5).verdict == "PASS"
+    assert judge_count("identity", 0, 20_000, seeds=4).verdict == "INCONCLUSIVE"
+    assert judge_count("identity", 1, 20_000, seeds=5).verdict == "FAIL"
+    assert judge_count("high-probability-bound", 20, 2000, seeds=5, exact=False).verdict == "PASS"

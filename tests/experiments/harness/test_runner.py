@@ -1,0 +1,271 @@
+"""Faults, each with a real process: kills, torn lines, second writers, changed configurations, NaN, full disks."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lindm.errors import DataError, LindmError, StorageError
+from lindm.io import files
+from lindm_experiments.harness import runner
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """What must be the same however often a run was interrupted."""
+    return {name: (directory / name).read_bytes() for name in ("records.jsonl", "config.json", "toy.png", "toy.pdf")}
+
+
+def wait_for(path: Path, lines: int = 1, seconds: float = 30) -> None:
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not get {lines} lines")
+
+
+def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
+    code, out, err = lab.lindm("run", "toy", "--out", "r")
+    assert code == 0, err
+    run = lab.directory / "r"
+    names = {p.name for p in run.iterdir()}
+    drawn = {"toy.png", "toy.pdf", "verdicts.json", "report.html"}
+    assert names == {"records.jsonl", "config.json", "metrics.jsonl", "manifest.json"} | drawn
+    records = files.read_records(run)
+    assert [r["point"]["seed"] for r in records] == list(range(6))
+    assert "seconds" not in records[0]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["outputs"]["records.jsonl"] == files.sha256(run / "records.jsonl")
+    assert manifest["config"]["seeds"] == 6
+    assert "q-risk" in out and "FAIL, as expected" in out
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(lab):
+    options = ("run", "toy", "--seeds", "60", "--pause", "0.04")
+    assert lab.lindm(*options, "--out", "whole")[0] == 0
+    moments, kills = random.Random(0), 0
+    for _ in range(60):
+        process = lab.start(*options, "--out", "killed")
+        try:
+            process.communicate(timeout=moments.uniform(0.7, 1.8) if kills < 6 else 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        if process.returncode == 0:
+            break
+    assert kills >= 3
+    assert content(lab.directory / "killed") == content(lab.directory / "whole")
+    assert not list((lab.directory / "killed").glob(".*"))
+
+
+def test_a_torn_last_line_is_measured_again(lab, finished):
+    shutil.copytree(finished, lab.directory / "torn")
+    path = lab.directory / "torn" / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:57])
+    assert lab.lindm("run", "toy", "--out", "torn")[0] == 0
+    assert content(lab.directory / "torn") == content(finished)
+    metrics = files.read_lines(lab.directory / "torn" / "metrics.jsonl")
+    assert len(metrics) == 6 + 3  # only the missing points were measured again
+
+
+def test_points_missing_in_the_middle_are_filled_in_order(lab, finished):
+    shutil.copytree(finished, lab.directory / "holes")
+    path = lab.directory / "holes" / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:1] + lines[3:5]))
+    assert lab.lindm("run", "toy", "--out", "holes")[0] == 0
+    assert content(lab.directory / "holes") == content(finished)
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"no point": 1}'])
+def test_a_bad_line_is_exit_3_with_file_and_line(lab, finished, line):
+    shutil.copytree(finished, lab.directory / "r")
+    path = lab.directory / "r" / "records.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(LindmError) as stop:
+        files.read_records(lab.directory / "r")
+    assert isinstance(stop.value, DataError) and "records.jsonl:2:" in stop.value.message
+
+
+def test_a_record_that_is_there_twice_is_exit_3(lab, finished):
+    shutil.copytree(finished, lab.directory / "r")
+    path = lab.directory / "r" / "records.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    code, _, err = lab.lindm("run", "toy", "--out", "r")
+    assert code == 3 and "there twice" in err
+
+
+def test_another_configuration_is_refused_with_the_difference(lab, finished):
+    shutil.copytree(finished, lab.directory / "r")
+    before = content(lab.directory / "r")
+    code, _, err = lab.lindm("run", "toy", "--out", "r", "--seeds", "7")
+    assert code == 2 and "config.seeds: 6 -> 7" in err
+    assert content(lab.directory / "r") == before
+    assert lab.lindm("run", "toy", "--out", "r", "--seeds", "7", "--fresh")[0] == 0
+
+
+def test_another_code_is_refused(lab, finished):
+    shutil.copytree(finished, lab.directory / "r")
+    source = lab.directory / "lab" / "toy.py"
+    source.write_text(source.read_text().replace("1e-3 * r", "2e-3 * r"))
+    code, _, err = lab.lindm("run", "toy", "--out", "r")
+    assert code == 2 and "code: " in err
+
+
+def test_fresh_keeps_files_that_are_not_ours(lab, finished):
+    shutil.copytree(finished, lab.directory / "r")
+    for name in ("notes.txt", ".hidden.yaml"):
+        (lab.directory / "r" / name).write_text("mine")
+    assert lab.lindm("run", "toy", "--out", "r", "--fresh")[0] == 0
+    assert all((lab.directory / "r" / name).read_text() == "mine" for name in ("notes.txt", ".hidden.yaml"))
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(lab):
+    with files.sole_writer(lab.directory / "r"):
+        code, _, err = lab.lindm("run", "toy", "--out", "r")
+    assert code == 2 and "another process" in err
+    assert lab.lindm("run", "toy", "--out", "r")[0] == 0
+
+
+def test_a_non_finite_record_is_exit_5_and_not_written(lab):
+    code, _, err = lab.lindm("run", "toy", "--out", "r", "--nan-at", "2")
+    assert code == 5
+    assert '"seed":2' in err and "curve.50 = nan" in err
+    assert len(files.read_records(lab.directory / "r")) == 2
+
+
+def test_a_directory_that_cannot_be_written_is_exit_7(lab):
+    (lab.directory / "file").write_text("")
+    for command in (("run", "toy"), ("verify", "--preset", "smoke")):
+        code, _, err = lab.lindm(*command, "--out", "file/below")
+        assert code == 7 and "file" in err
+
+
+def test_a_full_disk_is_exit_7_and_leaves_whole_lines(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"point":{}}\n')
+    files.append_line(path, '{"point":{"a":1}}')
+    assert path.read_text() == '{"point":{}}\n{"point":{"a":1}}\n'
+    if os.path.exists("/dev/full"):
+        with pytest.raises(LindmError) as stop:
+            files.append_line(Path("/dev/full"), "x")
+        assert isinstance(stop.value, StorageError)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_exit_75_and_the_run_resumes(lab, signum):
+    options = ("--seeds", "8", "--pause", "0.3")
+    process = lab.start("run", "toy", "--out", "r", *options)
+    wait_for(lab.directory / "r" / "records.jsonl", 2)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and "resumes" in err
+    assert lab.lindm("run", "toy", "--out", "r", *options)[0] == 0
+    assert len(files.read_records(lab.directory / "r")) == 8
+
+
+def test_an_error_in_an_experiment_is_one_line_and_a_log(lab):
+    code, _, err = lab.lindm("run", "toy", "--out", "r", "--raise-at", "1")
+    assert code == 1 and "the toy is broken" in err and "Traceback" not in err
+    assert "RuntimeError: the toy is broken" in (lab.directory / "r" / "error.log").read_text()
+
+
+def test_verify_decides_every_claim_and_resumes(lab):
+    code, out, err = lab.lindm("verify", "--preset", "quick", "--out", "v")
+    assert code == 0, err + out
+    verdicts = json.loads((lab.directory / "v" / "verdicts.json").read_text())
+    assert {"preset", "wall_s", "claims"} <= verdicts.keys()
+    keys = {"id", "statement", "source", "predicted", "measured", "ci", "n", "criterion", "verdict", "expected", "figure"}
+    assert all(keys <= c.keys() for c in verdicts["claims"])
+    assert [(c["id"], c["verdict"]) for c in verdicts["claims"]] == [("q-risk", "PASS"), ("controls/swap", "FAIL")]
+    assert (lab.directory / "v" / "report.html").exists() and (lab.directory / "v" / "manifest.json").exists()
+    before = content(lab.directory / "v" / "toy")
+    assert lab.lindm("verify", "--preset", "quick", "--out", "v")[0] == 0
+    assert content(lab.directory / "v" / "toy") == before
+
+
+def test_verify_of_one_claim_shows_only_that_claim(lab):
+    code, out, _ = lab.lindm("verify", "--out", "v", "--only", "controls")
+    assert code == 0 and "controls/swap" in out and "exactly" not in out
+
+
+def test_too_few_seeds_decide_nothing(lab):
+    code, out, _ = lab.lindm("verify", "--out", "v", "--seeds", "4")
+    assert code == 1 and "INCONCLUSIVE" in out
+
+
+def test_a_worker_that_dies_takes_only_its_own_claims(lab):
+    source = (lab.directory / "lab" / "toy.py").read_text()
+    (lab.directory / "lab" / "other.py").write_text(
+        source.replace('("q-risk", "controls/swap")', '("few-tasks",)')
+        .replace("TOY_DIES", "OTHER")
+        .replace('        judge("controls/swap", [r["swapped"] for r in records]),\n', "")
+        .replace('judge("q-risk", [r["ratio"]', 'judge("few-tasks", [-r["ratio"]')
+    )
+    code, out, _ = lab.lindm("verify", "--out", "v", TOY_DIES="1")
+    assert code == 1 and "worker died (signal 9)" in out
+    claims = {c["id"]: c for c in json.loads((lab.directory / "v" / "verdicts.json").read_text())["claims"]}
+    assert claims["few-tasks"]["verdict"] == "PASS"
+    assert claims["q-risk"]["measured"] is None and claims["q-risk"]["verdict"] == "INCONCLUSIVE"
+    assert lab.lindm("verify", "--out", "v")[0] == 0
+
+
+def test_verify_killed_with_its_workers_resumes(lab):
+    source = lab.directory / "lab" / "toy.py"
+    source.write_text(source.read_text().replace("pause: float = 0.0", "pause: float = 0.2"))
+    assert lab.lindm("verify", "--out", "whole")[0] == 0
+    for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
+        process = lab.start("verify", "--out", "v")
+        records = lab.directory / "v" / "toy" / "records.jsonl"
+        wait_for(records, 1 if signum == signal.SIGKILL else records.read_bytes().count(b"\n") + 1)
+        process.send_signal(signum)
+        process.communicate(timeout=30)
+        assert process.returncode == code
+    assert lab.lindm("verify", "--out", "v")[0] == 0
+    assert content(lab.directory / "v" / "toy") == content(lab.directory / "whole" / "toy")
+
+
+def test_plot_redraws_from_the_records_alone(lab):
+    lab.lindm("verify", "--out", "v")
+    before = content(lab.directory / "v" / "toy")
+    for name in ("toy.png", "toy.pdf"):
+        (lab.directory / "v" / "toy" / name).unlink()
+    (lab.directory / "v" / "report.html").unlink()
+    assert lab.lindm("plot", "v")[0] == 0
+    assert content(lab.directory / "v" / "toy") == before
+    assert (lab.directory / "v" / "report.html").exists()
+
+
+def test_differences_name_the_field():
+    old = {"config": {"a": 1, "b": [1]}, "preset": "quick"}
+    new = {"config": {"a": 2, "b": [1]}, "preset": "full"}
+    assert runner.differences(old, new) == ["config.a: 1 -> 2", 'preset: "quick" -> "full"']
+    assert runner.differences(old, old) == []
+
+
+def test_non_finite_values_are_found_wherever_they_are():
+    assert files.non_finite({"a": [1.0, {"b": float("inf")}]}) == "a.1.b = inf"
+    assert files.non_finite({"a": [1.0, 2], "b": "nan", "c": None}) is None
+
+
+def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_atomic(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(LindmError) as stop:
+        files.write_atomic(path, "new")
+    assert isinstance(stop.value, StorageError) and path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]

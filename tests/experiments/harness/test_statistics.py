@@ -1,0 +1,150 @@
+"""Intervals by simulation, binomial limits by scipy and by enumeration, Holm by its textbook example."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lindm_experiments.harness.statistics import (
+    FAIL,
+    INCONCLUSIVE,
+    PASS,
+    adjust,
+    all_of,
+    at_least,
+    at_most,
+    clopper_pearson,
+    conclude,
+    equivalence,
+    holm,
+    mean_ci,
+    no_violations,
+    rate_at_most,
+    slopes,
+)
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_the_t_interval_over_per_seed_slopes_covers_95_percent(seeds):
+    rng = np.random.default_rng(seeds)
+    x = np.array([4.0, 8.0, 16.0, 32.0])
+    runs = 2000
+    noise = rng.normal(scale=0.1, size=(runs, seeds, x.size)) + rng.normal(scale=0.2, size=(runs, seeds, 1)) * np.log(x)
+    covered = 0
+    for run in noise:
+        _, (lo, hi) = mean_ci(slopes(x, 3 / x * np.exp(run)))
+        covered += lo <= -1 <= hi
+    assert abs(covered / runs - 0.95) < 5 * np.sqrt(0.95 * 0.05 / runs)
+
+
+def test_slopes_agree_with_polyfit():
+    rng = np.random.default_rng(0)
+    x, y = np.array([1.0, 2.0, 5.0, 9.0]), rng.uniform(0.1, 3, size=(6, 4))
+    expected = [np.polyfit(np.log(x), np.log(row), 1)[0] for row in y]
+    np.testing.assert_allclose(slopes(x, y), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("y", [[1.0, 0.0], [1.0, -1.0], [1.0, np.inf]])
+def test_a_slope_of_what_has_no_logarithm_is_refused(y):
+    with pytest.raises(ValueError, match="positive and finite"):
+        slopes([1, 2], [y])
+
+
+@pytest.mark.parametrize("mean, verdict", [(0.0, PASS), (3.0, FAIL), (-3.0, FAIL), (1.0, INCONCLUSIVE)])
+def test_equivalence_decides_by_where_the_interval_lies(mean, verdict):
+    values = mean + 0.1 * np.array([-1.0, 1, -1, 1, -1, 1])
+    assert equivalence(values, -1, 1).verdict == verdict
+
+
+@given(st.floats(-2, 2), st.integers(5, 12), st.integers(0, 1000))
+def test_equivalence_is_the_90_percent_interval_inside_or_the_95_percent_interval_outside(mean, n, seed):
+    values = np.random.default_rng(seed).normal(mean, 0.5, size=n)
+    d = equivalence(values, -1, 1)
+    (lo90, hi90), (lo95, hi95) = mean_ci(values, 0.10)[1], mean_ci(values, 0.05)[1]
+    expected = PASS if lo90 >= -1 and hi90 <= 1 else FAIL if lo95 > 1 or hi95 < -1 else INCONCLUSIVE
+    assert d.verdict == expected and d.ci == (lo95, hi95)
+
+
+def test_the_error_rate_at_the_edge_of_the_band_is_5_percent():
+    rng = np.random.default_rng(1)
+    runs = 4000
+    passed = sum(equivalence(1 + 0.1 * rng.normal(size=6), -1, 1).verdict == PASS for _ in range(runs))
+    assert abs(passed / runs - 0.05) < 5 * np.sqrt(0.05 * 0.95 / runs)
+
+
+def test_one_sided_tests_agree_with_scipy():
+    values = np.random.default_rng(2).normal(0.3, 1, size=9)
+    below = float(np.asarray(stats.ttest_1samp(values, 1.0, alternative="less"))[1])
+    above = float(np.asarray(stats.ttest_1samp(values, 1.0, alternative="greater"))[1])
+    np.testing.assert_allclose(at_most(values, 1.0).p_pass, below, rtol=1e-12)
+    np.testing.assert_allclose(at_most(values, 1.0).p_fail, above, rtol=1e-12)
+    np.testing.assert_allclose(at_least(values, 1.0).p_pass, above, rtol=1e-12)
+
+
+def test_fewer_seeds_than_asked_for_decide_nothing():
+    assert equivalence([0.0, 0.1, 0.0, 0.1], -1, 1, min_seeds=5).verdict == INCONCLUSIVE
+    assert equivalence([9.0, 9.1, 9.0, 9.1], -1, 1, min_seeds=5).verdict == INCONCLUSIVE
+    assert equivalence([0.0], -1, 1, min_seeds=1).verdict == INCONCLUSIVE
+
+
+def test_equal_values_in_every_seed_are_decided_without_a_variance():
+    assert equivalence([0.5] * 5, 0, 1).verdict == PASS and equivalence([0.5] * 5, 0, 1).p == 0
+    assert equivalence([1.0] * 5, 0, 1).verdict == PASS
+    assert equivalence([2.0] * 5, 0, 1).verdict == FAIL and equivalence([2.0] * 5, 0, 1).p == 0
+
+
+@pytest.mark.parametrize("values", [[1.0, float("nan")], [], [[1.0]]])
+def test_values_that_are_not_one_finite_number_per_seed_are_refused(values):
+    with pytest.raises(ValueError, match="one finite number per seed"):
+        equivalence(values, 0, 1)
+
+
+@pytest.mark.parametrize("count, n", [(0, 10), (3, 10), (10, 10), (7, 1000)])
+def test_clopper_pearson_agrees_with_scipy(count, n):
+    expected = stats.binomtest(count, n).proportion_ci(method="exact")
+    np.testing.assert_allclose(clopper_pearson(count, n), (expected.low, expected.high), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3])
+def test_clopper_pearson_covers_at_least_95_percent_by_enumeration(rate):
+    n = 40
+    inside = [lo <= rate <= hi for lo, hi in (clopper_pearson(k, n) for k in range(n + 1))]
+    assert stats.binom.pmf(np.arange(n + 1), n, rate)[inside].sum() >= 0.95
+
+
+def test_no_violations_needs_enough_instances_and_one_violation_refutes():
+    assert no_violations(0, 10_000, 1e-3).verdict == PASS
+    assert no_violations(0, 1000, 1e-3).verdict == INCONCLUSIVE
+    assert no_violations(1, 10**9, 1e-3).verdict == FAIL
+
+
+def test_a_rate_is_judged_by_its_exact_binomial_tails():
+    assert rate_at_most(20, 1000, 0.1).verdict == PASS
+    assert rate_at_most(100, 1000, 0.1).verdict == INCONCLUSIVE
+    assert rate_at_most(200, 1000, 0.1).verdict == FAIL
+    expected = stats.binomtest(80, 1000, 0.1, alternative="less").pvalue
+    np.testing.assert_allclose(rate_at_most(80, 1000, 0.1).p_pass, expected, rtol=1e-12)
+
+
+def test_a_claim_of_parts_passes_with_all_and_fails_with_one():
+    good, bad, open_ = equivalence([0.0, 0.1] * 3, -1, 1), equivalence([3.0, 3.1] * 3, -1, 1), equivalence([0.9, 1.1] * 3, -1, 1)
+    assert all_of([good, good]).verdict == PASS
+    assert all_of([good, bad]).verdict == FAIL and all_of([good, bad]).measured == bad.measured
+    assert all_of([good, open_]).verdict == INCONCLUSIVE
+    np.testing.assert_allclose(all_of([bad, good]).p_fail, 2 * bad.p_fail)
+
+
+def test_holm_agrees_with_the_worked_example():
+    # p = .01, .04, .03, .005 with four hypotheses (Wikipedia, "Holm-Bonferroni method"): only .005 and .01 are rejected at 5 %
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert holm([]).shape == (0,)
+
+
+def test_a_verdict_that_does_not_survive_holm_becomes_inconclusive():
+    weak = equivalence([0.0, 0.9, -0.9, 1.3, -1.3, 0.0], -1, 1)
+    strong = equivalence([0.0, 0.01] * 3, -1, 1)
+    assert weak.verdict == PASS and weak.p > 0.025
+    after = adjust([conclude("a", weak), conclude("b", strong), conclude("c", weak)])
+    assert [v.verdict for v in after] == [INCONCLUSIVE, PASS, INCONCLUSIVE]
+    assert "not after Holm" in after[0].note

@@ -1,0 +1,134 @@
+"""One page of everything: what is found, what the tables say, and that the page shows it all and fetches nothing."""
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+
+import lindm_experiments
+from lindm.cli import main
+from lindm.errors import DataError, LindmError
+from lindm.io import files
+from lindm_experiments.harness import summary as overview
+from lindm_experiments.harness.runner import JUDGED
+from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
+
+ROW = {"suite": "pomdp", "horizon": 6, "split": "id", "policy": "bc", "gap": 0.25, "ci": [0.2, 0.3], "gap_of_value": 0.1}
+ROW |= {"gap_of_value_ci": [0.05, 0.15], "n": 3, "action_agreement": 0.75, "method": "exact", "invalid": None}
+MODEL = ROW | {"policy": "sft:runs/<a_b>&c", "gap": 0.02, "ci": [0.0, 0.04], "invalid": 0.125, "split": "ood"}
+NONE = {"suite": "apomdp", "horizon": 5, "split": None, "policy": "x", "gap": None, "ci": None, "n": 0}
+NONE |= {"method": "none", "invalid": None}
+
+
+@pytest.fixture
+def work(tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(lindm_experiments, "__path__", [*lindm_experiments.__path__, str(finished.parent / "lab")])
+    shutil.copytree(finished, tmp_path / "verified" / "toy")
+    for name in JUDGED:
+        (tmp_path / "verified" / "toy" / name).unlink()
+    files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL))
+    (tmp_path / "more" / "run").mkdir(parents=True)
+    (tmp_path / "more" / "eval").mkdir()
+    files.write_json(tmp_path / "more" / "eval" / "eval.json", [ROW, MODEL, NONE])
+    options = {"model": None, "preset": "tiny", "method": "full", "data": "data/x", "steps": None}
+    files.write_json(tmp_path / "more" / "run" / "config.json", {"options": options})
+    looked = [{"step": s, "kind": "eval", "loss": 2.0 - s, "gap": 0.5 - s / 10, "vote_gap": 0.3} for s in (0, 1)]
+    lines = [looked[0], {"step": 1, "kind": "train", "loss": 1.5}, looked[1]]
+    (tmp_path / "more" / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_what_directories_hold_is_found_in_them_or_one_below(work):
+    found = overview.find([work / "verified", work / "more", work / "more" / "eval"])
+    assert found.verify == [work / "verified"]
+    assert found.evaluations == [work / "more" / "eval"] and found.training == [work / "more" / "run"]
+    with pytest.raises(LindmError, match=r"DIR must hold verdicts.json .* or a run of lindm sft; got .*toy") as e:
+        overview.find([work / "verified", work / "verified" / "toy"])
+    assert isinstance(e.value, DataError)
+    with pytest.raises(LindmError, match="got nowhere"):
+        overview.find([work / "verified", overview.Path("nowhere")])
+
+
+def test_tables_have_what_the_commands_wrote(work):
+    overview.write([work / "verified", work / "more"], work / "report")
+    read = {p.stem: list(csv.DictReader(io.StringIO(p.read_text()))) for p in (work / "report" / "tables").glob("*.csv")}
+    assert [row["id"] for row in read["claims"]] == ["q-risk", "controls/swap"]
+    first = read["claims"][0]
+    assert float(first["low"]) <= float(first["measured"]) <= float(first["high"]) and first["verdict"] == "PASS"
+    assert [(r["policy"], r["gap"], r["low"], r["invalid"]) for r in read["evaluations"]] == [
+        ("bc", "0.25", "0.2", ""),
+        ("sft:runs/<a_b>&c", "0.02", "0.0", "0.125"),
+        ("x", "", "", ""),
+    ]
+    (run,) = read["training"]
+    assert (run["model"], run["steps"], run["loss before"], run["loss after"]) == ("preset tiny", "1", "2.0", "1.0")
+    assert (run["gap before"], run["gap after"], run["majority"]) == ("0.5", "0.4", "0.3")
+
+
+def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, finished):
+    shutil.copytree(finished, work / "runs" / "toy")
+    (work / "runs" / "toy" / "table.csv").write_text("policy,gap,n\nbc,0.25,3\nsft,,3\n")
+    overview.write([work / "runs"], work / "report")
+    rows = list(csv.DictReader(io.StringIO((work / "report" / "tables" / "toy.csv").read_text())))
+    assert rows == [{"policy": "bc", "gap": "0.25", "n": "3"}, {"policy": "sft", "gap": "", "n": "3"}]
+    assert r"sft & - & 3 \\" in (work / "report" / "tables" / "toy.tex").read_text()
+    source = (work / "report" / "index.html").read_text()
+    assert 'id="toy"' in source and 'href="tables/toy.csv"' in source and "controls/swap" in source
+    assert len([v for v in Page(source).fetched if v]) == 1, "the toy's figure"
+
+
+def test_tables_of_several_runs_tell_which_one(work, finished):
+    for name in ("one", "two"):
+        shutil.copytree(finished, work / name)
+        (work / name / "table.csv").write_text(f"policy,gap\n{name},0.5\n")
+    rows = overview.own_tables([work / "one", work / "two"])["toy"]
+    assert [(row["run"], row["policy"], row["gap"]) for row in rows] == [
+        (str(work / "one"), "one", 0.5),
+        (str(work / "two"), "two", 0.5),
+    ]
+    told = overview.claims([work / "one", work / "two"])
+    assert [(row["run"], row["id"]) for row in told] == [
+        (str(work / name), id) for name in ("one", "two") for id in ("q-risk", "controls/swap")
+    ]
+    assert {row["run"] for row in overview.evaluations([work / "more" / "eval"] * 2)} == {str(work / "more" / "eval")}
+
+
+def test_the_verdicts_of_a_verification_are_counted_once(work, finished):
+    shutil.copytree(finished, work / "verified" / "again")
+    assert overview.find([work / "verified"]).verify == [work / "verified"]
+
+
+def test_latex_is_escaped_and_has_a_cell_for_every_value(work):
+    text = overview.as_latex(overview.evaluations([work / "more" / "eval"]))
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 4 and {line.count(" & ") for line in lines} == {11}
+    assert r"sft:runs/<a\_b>\&c" in text and r"gap\_of\_value" in text
+    assert text.startswith(r"\begin{tabular}{lrllrrrrrrrl}") and " - " in lines[1]
+
+
+def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
+    assert main(["report", str(work / "verified"), str(work / "more"), "--out", str(work / "report")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert str(work / "report" / "index.html") in printed and len(printed) == 7
+    source = (work / "report" / "index.html").read_text()
+    page = Page(source)
+    assert not page.open and all(value.startswith("data:image/png") for value in page.fetched if value)
+    assert len([v for v in page.fetched if v]) >= 2, "decisions and the toy's figure"
+    for link in page.links:
+        assert link and (link[1:] in page.ids if link.startswith("#") else (work / "report" / link).is_file()), link
+    assert "sft:runs/&lt;a_b&gt;&amp;c" in source and "<a_b>" not in source
+    assert "2 of 2 claims as expected" in source and "0.125" in source
+
+
+def test_parts_that_are_not_there_are_left_out(work):
+    overview.write([work / "more" / "run"], work / "report")
+    source = (work / "report" / "index.html").read_text()
+    assert sorted(p.name for p in (work / "report" / "tables").iterdir()) == ["training.csv", "training.tex"]
+    assert 'id="claims"' not in source and 'id="evaluations"' not in source and 'id="training"' in source
+
+
+def test_without_a_directory_there_is_one_line(capsys):
+    assert main(["report"]) == 2
+    assert "DIR" in capsys.readouterr().err

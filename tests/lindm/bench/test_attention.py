@@ -1,0 +1,117 @@
+"""The bench must measure the same work on both sides, against a risk that is exact."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lindm.bench import attention, timing
+from lindm.icl.attention import FullAttention
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+def dense_weights(d, seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(d + 1, d + 1)) / d, rng.normal(size=(d + 1, d + 1)) / d
+
+
+def test_the_exact_risk_is_the_monte_carlo_risk_of_the_layer():
+    d, n, batch = 3, 6, 400_000
+    W_KQ, W_PV = dense_weights(d, 0)
+    layer = FullAttention(d, dtype=jnp.float64)
+    layer.W_KQ[...], layer.W_PV[...] = jnp.asarray(W_KQ)[None], jnp.asarray(W_PV)[None]
+    prompt, target = attention.gaussian_draw(batch, d, n)(jax.random.key(0))
+    squares = np.asarray((jax.jit(jax.vmap(layer))(prompt) - target) ** 2, np.float64)
+    assert abs(squares.mean() - attention.exact_risk(W_KQ, W_PV, n)) < 5 * squares.std() / np.sqrt(batch)
+
+
+def test_no_weights_do_better_than_the_optimal_risk_and_the_inverse_of_gamma_attains_it():
+    d, n = 5, 20
+    W_KQ, W_PV = np.zeros((d + 1, d + 1)), np.zeros((d + 1, d + 1))
+    W_KQ[:d, :d], W_PV[d, d] = np.eye(d) / (1 + (d + 1) / n), 1.0
+    assert attention.exact_risk(W_KQ, W_PV, n) == pytest.approx(attention.optimal_risk(d, n), rel=1e-12)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        step = 0.1 * rng.normal(size=(2, d + 1, d + 1))
+        assert attention.exact_risk(W_KQ + step[0], W_PV + step[1], n) > attention.optimal_risk(d, n)
+
+
+def test_training_as_in_the_bench_comes_within_one_percent_of_the_optimal_loss():
+    _, d, n = attention.HEADLINE
+    risk = attention.exact_risk(*attention.run_ours(attention.HEADLINE, 1600, 1), n)
+    assert attention.optimal_risk(d, n) < risk < 1.01 * attention.optimal_risk(d, n)
+
+
+def a_measurement(cost):
+    return {
+        "start": 2.0,
+        "batch": [cost * b for b in attention.BATCHES],
+        "length": [cost * n for n in attention.LENGTHS],
+        "dimension": [cost * d for d in attention.DIMENSIONS],
+        "optimum": {"steps": 800, "seconds": cost, "worst": 0.005},
+        "memory": 10 * cost,
+    }
+
+
+def test_rows_say_how_many_times_better_ours_is():
+    table = attention.rows(a_measurement(1.0), a_measurement(20.0), a_measurement(4.0))
+    assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
+    for row in table:
+        if row["unit"] in ("contexts/CPU-s", "MiB") or ("optimal loss" in row["work"] and row["unit"] == "CPU-s"):
+            assert row["ratio"] == pytest.approx(4.0 if row["peer_name"] == attention.MOMENTS else 20.0)
+        else:
+            assert row["ratio"] is None
+    exponents = [row for row in table if "exponent" in row["work"]]
+    assert len(exponents) == 4 and all(row["ours"] == pytest.approx(1.0) for row in exponents)
+
+
+def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "_side", lambda side: a_measurement(1.0))
+    assert attention.main(json=True) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == attention.MISSING for row in table)
+    assert attention.main() == 0
+    assert "contexts/CPU-s" in capsys.readouterr().out
+
+
+def test_a_budget_that_does_not_suffice_is_null_and_not_a_number_out_of_the_air():
+    def never(shape, steps, seed):
+        return np.zeros((6, 6)), np.zeros((6, 6))
+
+    assert attention.time_to_optimum(never, attention.HEADLINE) == {"steps": None, "seconds": None, "worst": None}
+    table = attention.rows(
+        {**a_measurement(1.0), "optimum": attention.time_to_optimum(never, attention.HEADLINE)}, a_measurement(2.0), None
+    )
+    assert [row["ratio"] for row in table if "optimal loss" in row["work"]] == [None] * 3
+
+
+@pytest.mark.parity
+@needs_torch
+def test_the_torch_layers_are_the_layer_of_the_bench():
+    """After no step at a rate of zero, and after many: both peers find what ours finds."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    state = torch.random.get_rng_state()
+    try:
+        _, d, n = attention.HEADLINE
+        for plain in (True, False):
+            risk = attention.exact_risk(*attention.torch_run(attention.HEADLINE, 1600, 1, plain), n)
+            assert attention.optimal_risk(d, n) < risk < 1.01 * attention.optimal_risk(d, n)
+        plain, moments = (attention.torch_run((8, 3, 6), 30, 2, plain) for plain in (True, False))
+        for a, b in zip(plain, moments, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    finally:
+        torch.random.set_rng_state(state)
+
+
+@pytest.mark.parity
+@needs_torch
+def test_memory_is_measured_in_processes_of_their_own_and_the_plain_peer_holds_the_score_matrix():
+    batch, _, n = attention.MEMORY
+    assert timing.in_worker(attention.MODULE, "torch", "memory")["memory"] > batch * n * n * 4 / 2**20
+    assert timing.in_worker(attention.MODULE, "ours", "memory")["memory"] < batch * n * n * 4 / 2**20

@@ -1,0 +1,242 @@
+"""The door: how fast it opens, and what it says to what it cannot take."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lindm.cli import doctor, main
+from lindm_experiments.harness import runner
+
+MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
+
+
+def lindm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lindm", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_help_answers_in_under_a_second():
+    seconds = []
+    for _ in range(3):  # the best of three: other processes may be using the machine
+        start = time.perf_counter()
+        done = lindm("--help")
+        seconds.append(time.perf_counter() - start)
+        known = ["verify", "run", "plot", "doctor", "solve", "data", "model", "sft", "export", "plan", "launch", "bench"]
+        assert done.returncode == 0 and all(word in done.stdout for word in known)
+    assert min(seconds) < 1
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, lindm.cli\n"
+        "try: lindm.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'optax', 'scipy', 'numpy', 'matplotlib', 'transformers', 'orbax', 'ray', 'torch'}\n"
+        "heavy &= sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["verify", "--only", "nonsense"], "--only must name claims"),
+        (["verify", "--preset", "huge"], "--preset must be one of quick, full; got 'huge'"),
+        (["verify", "--seeds", "-1"], "--seeds must be >= 1; got -1"),
+        (["verify", "--seeds", "many"], "Error parsing --seeds"),
+        (["verify", "--workers", "0"], "--workers must be >= 1; got 0"),
+        (["verify", "--colour", "red"], "--colour"),
+        (["run", "nonsense"], "EXPERIMENT must be one of"),
+        (["bench", "nonsense"], "WHAT must be attention, oracles, sft or decisions; got 'nonsense'"),
+        (["sft", "--data", "d", "--out", "o"], "lindm: error: one of model and preset must be given"),
+        (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny; got 'huge'"),
+        (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--rank", "1"], "must be given together"),
+        (["launch", "nonsense", "--", "--preset", "tiny"], "LAUNCHER must be one of slurm, tpu, gke, ray; got 'nonsense'"),
+        (["launch", "slurm", "--nodes", "2"], "the options of lindm sft must follow a --"),
+        (["solve", "a.pomdp"], "--horizon"),
+        (["solve", "--horizon", "3"], "FILE must name at least one .pomdp file"),
+        (["solve", "prostate", "--horizon", "0"], "horizon must be a whole number of at least 1; got 0"),
+        (["solve", "prostate", "--horizon", "2", "--alpha", "2"], "alpha must be"),
+        (["solve", "prostate", "--horizon", "2", "--method", "magic"], "method must be one of auto, tree, hsvi, net"),
+        (["solve", "prostate", "--horizon", "2", "--method", "hsvi"], "method hsvi needs one model"),
+        (["solve", "a.pomdp", "b.pomdp", "--horizon", "2"], "alpha must be given for several files"),
+        (["data", "make", "mdp", "--demos", "2", "--out", "x"], "--tasks"),
+        (["data", "make", "mdp", "--tasks", "0", "--demos", "2", "--out", "x"], "tasks must be a whole number of at least 1"),
+        (
+            [*MAKE, "--horizon", "5"],
+            "must be one of 4, 8, 16; got 5",
+        ),
+        (
+            [*MAKE, "--split", "test"],
+            "split must be one of id, ood",
+        ),
+        ([*MAKE, "--alpha", "1"], "left out for a suite"),
+        (
+            ["data", "make", "maze", "--tasks", "1", "--demos", "2", "--out", "x"],
+            "SUITE must be one of mdp, pomdp",
+        ),
+        (["data", "make", "--tasks", "1", "--demos", "2", "--out", "x"], "SUITE must be one of mdp, pomdp"),
+        (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x"], "horizon must be given"),
+        (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x", "--split", "ood"], "split must be left out"),
+        (
+            [*MAKE, "--behaviour", "wild"],
+            "behaviour must be one of",
+        ),
+        ([*MAKE, "--epsilon", "2"], "epsilon must be"),
+        (["plot"], "lindm plot"),
+    ],
+)
+def test_a_usage_error_is_exit_2_and_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("lindm: error: ") and error.count("\n") == 1
+
+
+def test_a_directory_without_records_is_exit_3(tmp_path, capsys):
+    assert main(["plot", str(tmp_path)]) == 3
+    assert "DIR must hold records.jsonl" in capsys.readouterr().err
+
+
+def test_an_unknown_claim_is_answered_with_the_known_ones(capsys):
+    main(["verify", "--only", "nonsense"])
+    error = capsys.readouterr().err
+    owned = [claim for claims in runner.discover().values() for claim in claims]
+    assert all(claim in error for claim in owned) and "'nonsense'" in error
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __import__("lindm").__version__
+
+
+def test_doctor_looks_at_versions_devices_precision_disk_and_fonts(tmp_path, capsys):
+    code = main(["doctor", "--out", str(tmp_path / "not" / "there")])
+    lines = capsys.readouterr().out.splitlines()
+    named = {line[6:20].strip() for line in lines}
+    assert {"python", "jax", "lock", "devices", "64-bit floats", "cores", "output", "free disk", "fonts"} <= named
+    assert code == int(any(line.startswith("FAIL") for line in lines))
+    assert not (tmp_path / "not").exists()
+
+
+def test_doctor_names_a_package_that_is_not_as_locked(tmp_path, monkeypatch):
+    lock = tmp_path / f"py{sys.version_info.major}{sys.version_info.minor}.txt"
+    lock.write_text("numpy==0.0.1 \\\n    --hash=sha256:00\nnot-a-package==1.0 \\\n    --hash=sha256:00\n")
+    monkeypatch.setattr(doctor, "LOCKS", tmp_path)
+    check = doctor.check_lock()
+    assert not check.ok and "locked 0.0.1" in check.found and "not-a-package missing" in check.found
+
+
+def test_doctor_says_so_when_results_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert not doctor.check_output(tmp_path / "file" / "below")[0].ok
+
+
+def test_the_debug_switch_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("LINDM_DEBUG", "1")
+    with pytest.raises(Exception, match="EXPERIMENT must be one of"):
+        main(["run", "nonsense"])
+
+
+def test_bench_json_is_passed_on(monkeypatch, capsys):
+    import types
+
+    bench = types.ModuleType("lindm.bench.attention")
+    bench.main = lambda as_json: print(json.dumps([{"json": as_json}]))  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "lindm.bench.attention", bench)
+    monkeypatch.setattr("lindm.bench.attention", bench, raising=False)
+    assert main(["bench", "attention", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"json": True}]
+
+
+# --- solve and data
+
+
+TIGER = Path(__file__).parents[1] / "problems" / "files" / "tiger.pomdp"
+
+
+def test_solve_prints_the_value_its_bounds_and_the_first_action_by_name(capsys):
+    assert main(["solve", str(TIGER), "--horizon", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer) == {"value", "lower", "upper", "method", "seconds", "first_action"}
+    assert abs(answer["value"] - 2.3098) < 1e-6 and answer["lower"] == answer["upper"] == answer["value"]
+    assert answer["method"] == "tree" and answer["first_action"] == "listen" and answer["seconds"] > 0
+    assert main(["solve", str(TIGER), "--horizon", "3", "--method", "hsvi", "--discount", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "certified to lie in [" in said and "first action  listen" in said and "hsvi" in said
+
+
+def test_several_files_are_solved_as_a_cloud(tmp_path, capsys):
+    deaf = tmp_path / "deaf.pomdp"
+    deaf.write_text(TIGER.read_text().replace("0.85", "0.7").replace("0.15", "0.3"))
+    values = []
+    for alpha in ("0", "1"):
+        assert main(["solve", str(TIGER), str(deaf), "--horizon", "3", "--alpha", alpha, "--json"]) == 0
+        values.append(json.loads(capsys.readouterr().out)["value"])
+    assert values[0] > values[1]  # in the best case nature's help is worth something
+
+
+def test_a_bad_file_is_exit_3_with_its_line(tmp_path, capsys):
+    bad = tmp_path / "bad.pomdp"
+    bad.write_text(TIGER.read_text().replace("0.85", "0.95", 1))
+    assert main(["solve", str(bad), "--horizon", "3"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith(f"lindm: error: {bad}:") and error.count("\n") == 1
+    assert main(["solve", str(tmp_path / "none.pomdp"), "--horizon", "3"]) == 3
+    assert "none.pomdp" in capsys.readouterr().err
+
+
+def test_rows_that_nearly_sum_to_one_are_warned_of(tmp_path, capsys):
+    near = tmp_path / "near.pomdp"
+    near.write_text(TIGER.read_text().replace("0.85", "0.850001", 1))
+    assert main(["solve", str(near), "--horizon", "1"]) == 0
+    assert capsys.readouterr().err.startswith(f"lindm: warning: {near}:")
+
+
+def test_a_suite_may_be_written_to_a_directory_of_its_own_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for kept in ("1 shards made, 0 kept", "0 shards made, 1 kept"):
+        assert main(["data", "make", "mdp", "--horizon", "4", "--tasks", "2", "--demos", "1", "--out", "mdp"]) == 0
+        assert kept in capsys.readouterr().out
+
+
+def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
+    out, made = tmp_path / "data", ["data", "make", str(TIGER), "--horizon", "3", "--tasks", "2", "--demos", "2"]
+    assert main([*made, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"2 tasks in {out}: 1 shards made, 0 kept\n"
+    rows = [json.loads(line) for line in (out / "episodes-00000.jsonl").read_text().splitlines()]
+    assert [(r["task"], r["role"]) for r in rows] == [(t, role) for t in (0, 1) for role in ("demo", "demo", "query")]
+    assert main([*made, "--out", str(out)]) == 0 and "0 shards made" in capsys.readouterr().out
+    assert main([*made, "--out", str(out), "--seed", "5"]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert main(["data", "export", str(out), "--to", "trl", "--names", "--out", str(tmp_path / "trl")]) == 0
+    first = json.loads((tmp_path / "trl" / "prompt_completion.jsonl").read_text().splitlines()[0])
+    assert first["completion"] == " listen" and "listen" in first["prompt"]
+    assert main(["data", "export", str(out), "--to", "nonsense", "--out", str(tmp_path / "x")]) == 2
+    assert "to must be one of trl, minari" in capsys.readouterr().err
+    assert main(["data", "export", str(tmp_path / "nothing"), "--to", "trl", "--out", str(tmp_path / "x")]) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_path, number):
+    def make(out):
+        words = ["data", "make", "mdp", "--horizon", "4", "--tasks", "30000", "--demos", "1", "--out", str(out)]
+        return subprocess.Popen([sys.executable, "-m", "lindm", *words], stderr=subprocess.PIPE, text=True)
+
+    process = make(tmp_path / "data")
+    while process.poll() is None and not (tmp_path / "data" / "progress.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    *progress, last = error.splitlines()  # on a busy machine there is a line of progress every ten seconds
+    assert process.returncode == 75 and last.startswith("lindm: error: stopped")
+    assert all(line.startswith("tasks: ") for line in progress)
+    assert not list((tmp_path / "data").glob(".*"))
+    assert (tmp_path / "data" / "progress.jsonl").exists() and not (tmp_path / "data" / "manifest.json").exists()

@@ -1,0 +1,154 @@
+"""Greedy policies and their exact loss."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lindm.evaluation import exact
+from lindm.evaluation.exact import measurement
+from lindm.solvers import tree
+from lindm.types import MDP
+
+suboptimality = jax.jit(exact.suboptimality)
+
+S, A, H = 4, 3, 3
+
+
+def numpy_mdp(seed: int):
+    rng = np.random.default_rng(seed)
+    return rng.dirichlet(np.ones(S), (H, S, A)), rng.normal(size=(H, S, A)), rng.dirichlet(np.ones(S))
+
+
+def as_mdp(P, r, rho) -> MDP:
+    return MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray(rho))
+
+
+def test_suboptimality_is_the_best_value_less_the_policys_over_all_policies():
+    P, r, rho = (array[:2, :2, :2, :2] if array.ndim == 4 else array for array in numpy_mdp(0))
+    P, r, rho = P / P.sum(-1, keepdims=True), r[:2, :2, :2], rho[:2] / rho[:2].sum()
+    values = {}
+    for choice in itertools.product(range(2), repeat=4):
+        pi, V = np.array(choice).reshape(2, 2), np.zeros(2)
+        for h in reversed(range(2)):
+            V = np.array([r[h, s, pi[h, s]] + P[h, s, pi[h, s]] @ V for s in range(2)])
+        values[choice] = rho @ V
+    best = max(values.values())
+    for choice, value in values.items():
+        loss = suboptimality(as_mdp(P, r, rho), jnp.asarray(choice).reshape(2, 2))
+        assert loss.shape == ()
+        assert float(loss) == pytest.approx(best - value, abs=1e-12)
+
+
+def test_mixing_policies_mixes_their_loss_at_one_state():
+    # only the first stage is mixed, so that the loss is linear in the mixture
+    P, r, rho = numpy_mdp(1)
+    mdp, pi = as_mdp(P, r, rho), np.zeros((H, S), int)
+    other = pi.copy()
+    other[0] = 1
+    weights = 0.3 * np.eye(A)[pi] + 0.7 * np.eye(A)[other]
+    mixed = float(suboptimality(mdp, jnp.asarray(weights)))
+    parts = [float(suboptimality(mdp, jnp.asarray(each))) for each in (pi, other)]
+    assert mixed == pytest.approx(0.3 * parts[0] + 0.7 * parts[1], rel=1e-12)
+
+
+def test_suboptimality_under_vmap_is_a_loop():
+    problems = [as_mdp(*numpy_mdp(seed)) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    pi = jnp.asarray(np.random.default_rng(0).integers(0, A, (3, H, S)))
+    got = jax.jit(jax.vmap(suboptimality))(stack, pi)
+    for i in range(3):
+        assert float(got[i]) == pytest.approx(float(suboptimality(problems[i], pi[i])), rel=1e-12)
+
+
+def test_a_measurement_is_the_mean_and_its_standard_error():
+    values = np.random.default_rng(0).normal(size=(7, 2))
+    result = measurement(jnp.asarray(values))
+    np.testing.assert_allclose(result.gap, values.mean(0), rtol=1e-12)
+    deviations = values - values.mean(0)
+    np.testing.assert_allclose(result.sem, np.sqrt((deviations**2).sum(0) / 6 / 7), rtol=1e-12)
+    assert result.n == 7
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_instance_has_no_standard_error(count):
+    with pytest.raises(ValueError, match="values must hold at least two instances"):
+        measurement(jnp.zeros((count, 3)))
+
+
+# --- ambiguous problems
+
+
+def table_policy(world, seed):
+    rng = np.random.default_rng(seed)
+    B = world.A * world.M * world.obs
+    policy = [rng.dirichlet(np.ones(world.A), B**t) for t in range(world.H)]
+
+    def act(t, history):
+        return policy[t][sum(((a * world.M + m) * world.obs + o) * B**k for k, (a, m, o) in enumerate(history))]
+
+    return tuple(jnp.asarray(table) for table in policy), act
+
+
+def fixed_value(world, m, act, b, t=0, history=()):
+    """V_m by plain recursion: model m at every step."""
+    total = 0.0
+    for a, p_a in enumerate(act(t, history)):
+        total += p_a * float(b @ world.r[m, t, :, a])
+        for o in range(world.obs):
+            p, after = world.step(b, t, a, m, o)
+            if p > 0 and t + 1 < world.H:
+                total += p_a * p * fixed_value(world, m, act, after, t + 1, (*history, (a, m, o)))
+    return total
+
+
+def test_the_value_under_a_fixed_model_and_over_the_whole_horizon_are_those_of_plain_recursion(brute):
+    world = brute.random(21, M=3, H=3, alpha=0.3)
+    policy, act = table_policy(world, 0)
+    wanted = [fixed_value(world, m, act, world.rho[m]) for m in range(3)]
+    found = [exact.fixed_model_value(world.problem(), policy, m) for m in range(3)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    whole = 0.3 * min(wanted) + 0.7 * max(wanted)
+    np.testing.assert_allclose(exact.whole_horizon_value(world.problem(), policy), whole, rtol=1e-12)
+
+
+def test_the_three_criteria_are_different_problems(brute):
+    problem = brute.random(22, M=2, H=3, alpha=1.0).problem()
+    policy = tree.optimal_policy(problem, tree.tree(problem))
+    stagewise, whole = float(tree.policy_value(problem, policy)), float(exact.whole_horizon_value(problem, policy))
+    assert stagewise < whole - 1e-3  # nature that moves at every stage is the stronger enemy
+
+
+def test_a_policy_that_does_not_look_at_the_model_acts_alike_under_all_of_them(brute):
+    world = brute.random(23, A=2, M=3, O=2, H=3)
+    rng = np.random.default_rng(1)
+    blind = [rng.dirichlet(np.ones(2), 4**t) for t in range(3)]
+    lifted = exact.without_models(world.problem(), tuple(jnp.asarray(table) for table in blind))
+    checked = tree.checked_policy(world.problem(), lifted)
+
+    def act(t, history):
+        return blind[t][sum((a * 2 + o) * 4**k for k, (a, _, o) in enumerate(history))]
+
+    np.testing.assert_allclose(tree.policy_value(world.problem(), checked), world.V(list(world.rho), 0, (), act), rtol=1e-12)
+    for m in range(3):
+        model = brute(*(x[m : m + 1] for x in (world.P, world.O, world.r, world.rho)), 0.0).problem()
+        alone = tree.policy_value(model, tuple(jnp.asarray(table) for table in blind))
+        np.testing.assert_allclose(exact.fixed_model_value(world.problem(), lifted, m), alone, rtol=1e-12)
+
+
+def test_a_model_that_is_not_there_is_refused(brute):
+    problem = brute.random(0, M=2, H=1).problem()
+    with pytest.raises(ValueError, match="m must be the number of a model from 0 to 1; got 2"):
+        exact.fixed_model_value(problem, tree.uniform_policy(problem), 2)
+
+
+def test_a_policy_over_other_histories_is_refused_and_not_misread(brute):
+    problem = brute.random(0, A=2, M=3, O=2, H=3).problem()
+    blind = tuple(jnp.zeros(4**t, jnp.int32) for t in range(3))
+    for criterion in (exact.whole_horizon_value, lambda p, pi: exact.fixed_model_value(p, pi, 0)):
+        with pytest.raises(ValueError, match=r"policy\[1\] must have shape \[histories\] = \(12\); got \(4,\)"):
+            criterion(problem, blind)
+    with pytest.raises(ValueError, match=r"policy\[1\] must have shape \[histories\] = \(4\); got \(12,\)"):
+        exact.without_models(problem, tree.optimal_policy(problem, tree.tree(problem)))

@@ -1,0 +1,442 @@
+"""Contexts against counts, enumeration and numpy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lindm.icl import prompts
+from lindm.solvers import rollout as rollouts
+from lindm.types import MDP
+
+# compiled once for each shape; an eager scan is compiled again at every call
+rollout = jax.jit(rollouts.rollout, static_argnames="n")
+return_labels = jax.jit(prompts.return_labels)
+return_moments = jax.jit(prompts.return_moments)
+invert = jax.jit(rollouts.invert)
+cumulative = jax.jit(rollouts.cumulative)
+
+S, A, H, D = 4, 3, 3, 5
+
+
+def numpy_mdp(seed: int, sparse: bool = False):
+    rng = np.random.default_rng(seed)
+    P = rng.dirichlet(np.ones(S), (H, S, A))
+    if sparse:
+        P[..., ::2] = 0
+        P /= P.sum(-1, keepdims=True)
+    return P, rng.normal(size=(H, S, A)), rng.dirichlet(np.ones(S))
+
+
+def as_mdp(P, r, rho) -> MDP:
+    return MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray(rho))
+
+
+def assert_frequencies(drawn, law):
+    """Every frequency within five standard errors of the law, and none where the law has no mass."""
+    n = np.size(drawn)
+    counts = np.bincount(np.ravel(drawn), minlength=len(law))
+    assert len(counts) == len(law)
+    assert (np.abs(counts / n - law) <= 5 * np.sqrt(law * (1 - law) / n) + 1e-12).all()
+
+
+def all_returns(P, r, rho, h, s, a, pi):
+    """Every (probability, return-to-go) after (s, a) at stage h under deterministic pi, by walking the tree."""
+    if h == H - 1:
+        return [(1.0, r[h, s, a])]
+    return [(P[h, s, a, t] * p, r[h, s, a] + g) for t in range(S) for p, g in all_returns(P, r, rho, h + 1, t, pi[h + 1, t], pi)]
+
+
+# --- inverse CDF
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6), n=st.sampled_from([1, 40, 1000]), single=st.booleans())
+def test_no_pair_of_probability_zero_is_ever_drawn(seed, n, single):
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=n) ** 4 * (rng.uniform(size=n) < 0.5)
+    if weights.sum() == 0:
+        weights[-1] = 1.0
+    design = (weights / weights.sum()).astype(np.float32 if single else np.float64)
+    for cdf in (prompts.design_cdf(design), cumulative(jnp.asarray(design))):
+        assert cdf.dtype == design.dtype
+        edges = [0.0, np.nextafter(cdf.dtype.type(1), cdf.dtype.type(0)), *np.asarray(cdf) / np.asarray(cdf)[-1]]
+        edge = np.array([min(e, edges[1]) for e in edges], cdf.dtype)
+        for u in (edge, np.nextafter(edge, cdf.dtype.type(0)).clip(0)):
+            shared = np.asarray(invert(cdf, jnp.asarray(u)))
+            assert (shared < n).all()
+            assert (design[shared] > 0).all()
+            rows = jnp.broadcast_to(cdf, (len(u), n))
+            np.testing.assert_array_equal(invert(rows, jnp.asarray(u)), shared)
+
+
+def test_a_last_entry_below_one_does_not_lead_past_the_table():
+    cdf = jnp.asarray([0.5, 0.9, 0.9], jnp.float32)  # a sum that rounding left short of one, and an impossible last pair
+    u = jnp.asarray([0.0, 0.5, 0.99999, np.nextafter(np.float32(1), np.float32(0))], jnp.float32)
+    np.testing.assert_array_equal(invert(cdf, u), [0, 0, 1, 1])
+
+
+def test_pairs_are_drawn_with_the_frequencies_of_the_design():
+    design = np.array([0.0, 0.4, 0.05, 0.0, 0.25, 0.3, 0.0])
+    idx = prompts.draw_pairs(jax.random.key(0), prompts.design_cdf(design), 50_000)
+    assert idx.dtype == jnp.int32
+    assert_frequencies(idx, design)
+
+
+def test_pairs_drawn_in_a_shape_are_independent_between_its_rows():
+    idx = np.asarray(prompts.draw_pairs(jax.random.key(1), prompts.design_cdf(np.full(3, 1 / 3)), (2, 30_000)))
+    assert idx.shape == (2, 30_000)
+    assert_frequencies(idx[0] * 3 + idx[1], np.full(9, 1 / 9))
+
+
+@pytest.mark.parametrize(
+    ("design", "rule"),
+    [
+        ([0.5, np.nan], "design must be finite"),
+        ([0.5, np.inf], "design must be finite"),
+        ([1.5, -0.5], "design .*below zero"),
+        ([0.5, 0.4], "design must sum to one"),
+        ([], "design"),
+    ],
+)
+def test_a_design_that_is_no_law_is_refused(design, rule):
+    with pytest.raises(ValueError, match=rule):
+        prompts.design_cdf(np.array(design))
+
+
+# --- rollouts
+
+
+def test_episodes_have_the_stagewise_law_of_all_enumerated_paths():
+    P, r, rho = numpy_mdp(0, sparse=True)
+    pi = np.random.default_rng(1).dirichlet(np.ones(A), (H, S))
+    law = np.zeros((H, S * A))
+    for path in itertools.product(range(S * A), repeat=H):
+        s, a = np.divmod(path, A)
+        p = rho[s[0]] * pi[0, s[0], a[0]]
+        for h in range(1, H):
+            p *= P[h - 1, s[h - 1], a[h - 1], s[h]] * pi[h, s[h], a[h]]
+        for h in range(H):
+            law[h, path[h]] += p
+    n = 40_000
+    episodes = rollout(jax.random.key(2), as_mdp(P, r, rho), jnp.asarray(pi), n)
+    assert episodes.s.shape == episodes.a.shape == episodes.r.shape == (n, H)
+    assert episodes.s.dtype == episodes.a.dtype == jnp.int32
+    for h in range(H):
+        assert_frequencies(episodes.s[:, h] * A + episodes.a[:, h], law[h])
+    np.testing.assert_array_equal(episodes.r, r[np.arange(H), episodes.s, episodes.a])
+
+
+def test_the_next_state_follows_the_kernel_of_the_pair_before_it():
+    P, r, rho = numpy_mdp(3)
+    episodes = rollout(jax.random.key(0), as_mdp(P, r, rho), jnp.full((H, S, A), 1 / A), 60_000)
+    s, a = np.asarray(episodes.s), np.asarray(episodes.a)
+    for state, action in itertools.product(range(S), range(A)):
+        after = s[(s[:, 1] == state) & (a[:, 1] == action), 2]
+        assert_frequencies(after, P[1, state, action])
+
+
+def test_integer_and_one_hot_policies_give_the_same_episodes():
+    mdp = as_mdp(*numpy_mdp(4))
+    pi = np.random.default_rng(0).integers(0, A, (H, S))
+    for key in jax.random.split(jax.random.key(0), 3):
+        one = rollout(key, mdp, jnp.asarray(pi), 50)
+        two = rollout(key, mdp, jnp.asarray(np.eye(A)[pi]), 50)
+        np.testing.assert_array_equal(one.s, two.s)
+        np.testing.assert_array_equal(one.a, two.a)
+
+
+def test_few_and_many_episodes_use_kernels_summed_by_row_and_by_table_alike():
+    mdp = as_mdp(*numpy_mdp(5))
+    idx = jnp.tile(jnp.arange(S * A, dtype=jnp.int32), 3)
+    many = prompts.next_states(jax.random.key(0), mdp, 1, idx)
+    u = jax.random.uniform(jax.random.key(0), idx.shape)
+    cdf = np.cumsum(np.asarray(mdp.P)[1].reshape(S * A, S), -1)[np.asarray(idx)]
+    np.testing.assert_array_equal(many, (cdf <= np.asarray(u)[:, None]).sum(-1))
+    few = rollouts.step(mdp.P[1], idx[:5] // A, idx[:5] % A, u[:5])
+    np.testing.assert_array_equal(few, many[:5])
+
+
+def test_trajectory_pairs_are_the_pairs_of_the_rollout():
+    mdp = as_mdp(*numpy_mdp(6))
+    pi = jnp.full((H, S, A), 1 / A)
+    idx = prompts.trajectory_pairs(jax.random.key(7), mdp, pi, 20)
+    episodes = rollout(jax.random.key(7), mdp, pi, 20)
+    assert idx.shape == (H, 20)
+    for h, i in itertools.product(range(H), range(20)):
+        assert divmod(int(idx[h, i]), A) == (int(episodes.s[i, h]), int(episodes.a[i, h]))
+
+
+def test_a_stack_of_mdps_is_a_loop_over_them():
+    problems = [numpy_mdp(seed) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[as_mdp(*p) for p in problems])
+    keys = jax.random.split(jax.random.key(0), 3)
+    pi = jnp.zeros((H, S), jnp.int32)
+    stacked = jax.jit(jax.vmap(lambda k, m: rollouts.rollout(k, m, pi, 8)))(keys, stack)
+    for i, problem in enumerate(problems):
+        one = rollout(keys[i], as_mdp(*problem), pi, 8)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), one)
+
+
+# --- one long trajectory
+
+
+def test_the_pair_kernel_is_transition_then_action():
+    P, _, _ = numpy_mdp(8)
+    pi = np.random.default_rng(0).dirichlet(np.ones(A), S)
+    kernel = np.asarray(prompts.pair_kernel(jnp.asarray(P[0]), jnp.asarray(pi)))
+    for i, j in itertools.product(range(S * A), repeat=2):
+        assert kernel[i, j] == pytest.approx(P[0, i // A, i % A, j // A] * pi[j // A, j % A], rel=1e-14)
+
+
+def test_the_stationary_law_is_what_powers_of_the_kernel_tend_to():
+    kernel = np.random.default_rng(0).dirichlet(np.ones(7), 7)
+    law = prompts.stationary(jnp.asarray(kernel))
+    np.testing.assert_allclose(law, np.linalg.matrix_power(kernel, 200)[0], rtol=1e-12)
+
+
+def test_a_chain_starts_and_moves_by_its_laws():
+    kernel = np.random.default_rng(1).dirichlet(np.ones(5) * 0.5, 5)
+    kernel[2] = [0, 0, 0, 1, 0]
+    start = np.array([0.0, 0.7, 0.3, 0.0, 0.0])
+    keys = jax.random.split(jax.random.key(0), 4_000)
+    idx = np.asarray(jax.vmap(lambda k: prompts.chain(k, jnp.asarray(kernel), jnp.asarray(start), 12))(keys))
+    assert idx.shape == (4_000, 12)
+    assert idx.dtype == np.int32
+    assert_frequencies(idx[:, 0], start)
+    for i in range(5):
+        assert_frequencies(idx[:, 1:][idx[:, :-1] == i], kernel[i])
+
+
+def test_a_chain_of_length_one_is_its_first_pair():
+    assert prompts.chain(jax.random.key(0), jnp.eye(3), jnp.asarray([0.0, 1.0, 0.0]), 1).tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5])
+def test_numbers_of_draws_that_are_no_counts_are_refused(bad):
+    with pytest.raises(ValueError, match="n must be a whole number"):
+        rollout(jax.random.key(0), as_mdp(*numpy_mdp(0)), jnp.zeros((H, S), jnp.int32), bad)
+    with pytest.raises(ValueError, match="length must be a whole number"):
+        prompts.chain(jax.random.key(0), jnp.eye(3), jnp.ones(3) / 3, bad)
+
+
+# --- labels
+
+
+def test_oracle_labels_are_inner_products():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 6, D)), rng.normal(size=(2, D))
+    want = [[x[h, i] @ w[h] for i in range(6)] for h in range(2)]
+    np.testing.assert_allclose(prompts.oracle_labels(jnp.asarray(x), jnp.asarray(w)), want, rtol=1e-12)
+
+
+def test_gaussian_noise_has_mean_zero_the_given_deviation_and_gaussian_kurtosis():
+    n, sigma = 100_000, 0.7
+    x, w = jnp.ones((n, 1)), jnp.asarray([2.0])
+    noise = np.asarray(prompts.noisy_labels(jax.random.key(0), x, w, sigma)) - 2.0
+    assert abs(noise.mean()) < 5 * sigma / np.sqrt(n)
+    assert abs(noise.var() - sigma**2) < 5 * sigma**2 * np.sqrt(2 / n)
+    assert abs((noise**4).mean() / sigma**4 - 3) < 5 * np.sqrt(96 / n)
+
+
+def test_bounded_noise_stays_inside_and_is_uniform():
+    n, b = 100_000, 0.3
+    noise = np.asarray(prompts.bounded_labels(jax.random.key(0), jnp.zeros((n, 1)), jnp.ones(1), b))
+    assert (np.abs(noise) <= b).all()
+    assert abs(noise.mean()) < 5 * b / np.sqrt(3 * n)
+    assert abs((noise**2).mean() - b**2 / 3) < 5 * np.sqrt(4 / 45) * b**2 / np.sqrt(n)
+
+
+def test_return_moments_are_those_of_the_enumerated_tree():
+    P, r, rho = numpy_mdp(10)
+    pi = np.random.default_rng(2).integers(0, A, (H, S))
+    Q, Var = return_moments(as_mdp(P, r, rho), jnp.asarray(pi))
+    for h, s, a in itertools.product(range(H), range(S), range(A)):
+        p, g = np.array(all_returns(P, r, rho, h, s, a, pi)).T
+        assert Q[h, s, a] == pytest.approx(p @ g, rel=1e-12, abs=1e-12)
+        assert Var[h, s, a] == pytest.approx(p @ (g - p @ g) ** 2, rel=1e-10, abs=1e-12)
+
+
+def test_return_moments_of_a_mixed_policy_follow_the_second_moment_recursion():
+    P, r, rho = numpy_mdp(11)
+    pi = np.random.default_rng(3).dirichlet(np.ones(A), (H, S))
+    first, second = np.zeros(S), np.zeros(S)
+    Q, Var = return_moments(as_mdp(P, r, rho), jnp.asarray(pi))
+    for h in reversed(range(H)):
+        q1 = r[h] + P[h] @ first
+        q2 = r[h] ** 2 + 2 * r[h] * (P[h] @ first) + P[h] @ second
+        np.testing.assert_allclose(Q[h], q1, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(Var[h], q2 - q1**2, rtol=1e-8, atol=1e-10)
+        first, second = (pi[h] * q1).sum(-1), (pi[h] * q2).sum(-1)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_return_labels_have_the_exact_mean_and_variance_at_every_stage(mixed):
+    mdp = as_mdp(*numpy_mdp(12))
+    rng = np.random.default_rng(4)
+    pi = jnp.asarray(rng.dirichlet(np.ones(A), (H, S)) if mixed else rng.integers(0, A, (H, S)))
+    Q, Var = (np.asarray(m).reshape(H, S * A) for m in return_moments(mdp, pi))
+    n = 8_000
+    idx = jnp.broadcast_to(jnp.arange(S * A, dtype=jnp.int32), (n, S * A))
+    for h in range(H):
+        y = np.asarray(return_labels(jax.random.key(h), mdp, pi, h, idx))
+        sem = np.sqrt(Var[h] / n)
+        assert (np.abs(y.mean(0) - Q[h]) <= 5 * sem + 1e-12).all()
+        fourth = ((y - Q[h]) ** 4).mean(0)
+        assert (np.abs(((y - Q[h]) ** 2).mean(0) - Var[h]) <= 5 * np.sqrt(fourth / n) + 1e-12).all()
+
+
+def test_return_labels_take_a_stage_for_each_pair():
+    mdp = as_mdp(*numpy_mdp(13))
+    pi = jnp.zeros((H, S), jnp.int32)
+    idx = jnp.tile(jnp.arange(S * A, dtype=jnp.int32), (H, 1))
+    y = return_labels(jax.random.key(0), mdp, pi, jnp.arange(H)[:, None], idx)
+    np.testing.assert_allclose(y[-1], np.asarray(mdp.r)[-1].ravel(), rtol=1e-12)  # nothing is random at the last stage
+    # at a deterministic kernel the return is the value
+    P = np.zeros((H, S, A, S))
+    P[..., 1] = 1.0
+    fixed = MDP(P=jnp.asarray(P), r=mdp.r, rho=mdp.rho)
+    y = return_labels(jax.random.key(0), fixed, pi, jnp.arange(H)[:, None], idx)
+    r = np.asarray(mdp.r)
+    want = [[r[h].ravel()[i] + sum(r[k, 1, 0] for k in range(h + 1, H)) for i in range(S * A)] for h in range(H)]
+    np.testing.assert_allclose(y, want, rtol=1e-12)
+
+
+def test_bellman_labels_have_their_exact_moments_and_support():
+    P, r, rho = numpy_mdp(14)
+    mdp, Q_next = as_mdp(P, r, rho), np.random.default_rng(5).normal(size=(S, A))
+    n, h = 8_000, 1
+    idx = jnp.broadcast_to(jnp.arange(S * A, dtype=jnp.int32), (n, S * A))
+    y = np.asarray(prompts.bellman_labels(jax.random.key(0), mdp, h, idx, jnp.asarray(Q_next)))
+    support = r[h].reshape(-1, 1) + Q_next.max(-1)
+    assert (np.abs(y[..., None] - support[None]).min(-1) < 1e-12).all()
+    mean, variance = (np.asarray(m).ravel() for m in prompts.bellman_moments(mdp, h, jnp.asarray(Q_next)))
+    V = Q_next.max(-1)
+    np.testing.assert_allclose(mean, (r[h] + P[h] @ V).ravel(), rtol=1e-12)
+    np.testing.assert_allclose(variance, (P[h] @ V**2 - (P[h] @ V) ** 2).ravel(), rtol=1e-10, atol=1e-13)
+    assert (np.abs(y.mean(0) - mean) <= 5 * np.sqrt(variance / n)).all()
+
+
+def test_the_noise_moment_is_the_mean_of_squared_noise_times_outer_products():
+    rng = np.random.default_rng(6)
+    phi, design, variance = rng.normal(size=(S, A, D)), rng.dirichlet(np.ones(S * A)), rng.exponential(size=(S, A))
+    want = sum(
+        design[s * A + a] * variance[s, a] * np.outer(phi[s, a], phi[s, a]) for s, a in itertools.product(range(S), range(A))
+    )
+    got = prompts.noise_moment(jnp.asarray(phi), jnp.asarray(design), jnp.asarray(variance))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_transitions_hold_the_reward_and_the_features_of_a_possible_next_state():
+    P, r, rho = numpy_mdp(15, sparse=True)
+    phi = np.random.default_rng(0).normal(size=(S, A, D))
+    idx = prompts.draw_pairs(jax.random.key(0), prompts.design_cdf(np.full(S * A, 1 / (S * A))), (H, 200))
+    x, reward, after = prompts.transitions(jax.random.key(1), as_mdp(P, r, rho), jnp.asarray(phi), idx)
+    s, a = np.divmod(np.asarray(idx), A)
+    np.testing.assert_array_equal(x, phi[s, a])
+    np.testing.assert_array_equal(reward, r[np.arange(H)[:, None], s, a])
+    landed = (np.asarray(after)[:, :, None] == phi[None, None]).all((-1, -2)).argmax(-1)
+    np.testing.assert_array_equal(after, phi[landed])
+    assert (P[np.arange(H)[:, None], s, a, landed] > 0).all()
+
+
+# --- prompts
+
+
+def prompt_arrays(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(S, A, D)), rng.normal(size=(H, D)), rng.dirichlet(np.ones(S * A))
+
+
+def test_stage_prompts_pair_every_label_with_its_own_features_and_ask_for_every_pair():
+    phi, w, design = prompt_arrays()
+    cdf = prompts.design_cdf(design)
+    prompt = prompts.stage_prompts(jax.random.key(0), jnp.asarray(phi), cdf, H, 30, prompts.oracle_law(jnp.asarray(w)))
+    assert prompt.x.shape == (H, 30, D)
+    assert prompt.y.shape == (H, 30)
+    assert prompt.query.shape == (H, S * A, D)
+    for h in range(H):
+        np.testing.assert_allclose(prompt.y[h], np.asarray(prompt.x)[h] @ w[h], rtol=1e-12, atol=1e-12)
+        for s, a in itertools.product(range(S), range(A)):
+            np.testing.assert_array_equal(prompt.query[h, s * A + a], phi[s, a])
+
+
+def test_contexts_of_different_stages_are_drawn_independently():
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    labels = prompts.oracle_law(jnp.zeros((2, 1)))
+    code = jnp.arange(3.0).reshape(3, 1, 1)
+    cdf = prompts.design_cdf(np.full(3, 1 / 3))
+    x = jax.vmap(lambda k: prompts.stage_prompts(k, code, cdf, 2, 1, labels).x)(keys)
+    first, second = np.asarray(x)[:, :, 0, 0].astype(int).T
+    assert_frequencies(first * 3 + second, np.full(9, 1 / 9))
+
+
+@pytest.mark.parametrize("law", ["noisy", "bounded", "return"])
+def test_label_laws_of_a_task_are_centred_on_the_oracle(law):
+    P, r, rho = numpy_mdp(16)
+    mdp = as_mdp(P, r, rho)
+    phi = np.eye(S * A).reshape(S, A, S * A)
+    pi = jnp.zeros((H, S), jnp.int32)
+    Q = np.asarray(return_moments(mdp, pi)[0]).reshape(H, S * A)
+    w = jnp.asarray(Q)  # one-hot features: the weights are the table
+    labels = {
+        "noisy": prompts.noisy_law(w, 0.5),
+        "bounded": prompts.bounded_law(w, 0.5),
+        "return": prompts.return_law(mdp, pi),
+    }[law]
+    idx = jnp.asarray(np.random.default_rng(0).integers(0, S * A, (H, 9)), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 5_000)
+    y = np.asarray(jax.vmap(lambda k: prompts.label_pairs(k, jnp.asarray(phi), idx, labels).y)(keys))
+    want = np.take_along_axis(Q, np.asarray(idx), -1)
+    assert (np.abs(y.mean(0) - want) <= 5 * y.std(0) / np.sqrt(len(y)) + 1e-9).all()
+
+
+def test_a_training_prompt_has_noiseless_targets_and_separate_queries():
+    phi, w, design = prompt_arrays()
+    cdf = prompts.design_cdf(design)
+    draw = jax.vmap(lambda k: prompts.training_prompt(k, jnp.asarray(phi), jnp.asarray(w[0]), cdf, 6, 4, sigma=0.5))
+    prompt, target = draw(jax.random.split(jax.random.key(0), 5_000))
+    assert (prompt.x.shape, prompt.y.shape, prompt.query.shape) == ((5_000, 6, D), (5_000, 6), (5_000, 4, D))
+    np.testing.assert_allclose(target, np.asarray(prompt.query) @ w[0], rtol=1e-12, atol=1e-12)
+    noise = np.asarray(prompt.y) - np.asarray(prompt.x) @ w[0]
+    assert abs(noise.var() - 0.25) < 5 * 0.25 * np.sqrt(2 / noise.size)
+    clean, _ = prompts.training_prompt(jax.random.key(0), jnp.asarray(phi), jnp.asarray(w[0]), cdf, 6, 4)
+    np.testing.assert_allclose(clean.y, np.asarray(clean.x) @ w[0], rtol=1e-12)
+
+
+def test_single_precision_in_is_single_precision_out():
+    phi, w, design = (jnp.asarray(v, jnp.float32) for v in prompt_arrays())
+    prompt = prompts.stage_prompts(jax.random.key(0), phi, rollouts.cumulative(design), H, 5, prompts.noisy_law(w, 0.1))
+    training, target = prompts.training_prompt(jax.random.key(0), phi, w[0], rollouts.cumulative(design), 5, 2, 0.1)
+    mdp = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), as_mdp(*numpy_mdp(0)))
+    episodes = rollout(jax.random.key(0), mdp, jnp.full((H, S, A), 1 / A, jnp.float32), 4)
+    y = return_labels(jax.random.key(0), mdp, jnp.zeros((H, S), jnp.int32), 0, jnp.arange(5, dtype=jnp.int32))
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((prompt, training, target, episodes.r, y))}
+    assert dtypes == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "query", "rule"),
+    [
+        (np.zeros(3), np.zeros(3), np.zeros((1, 3)), "x must have shape"),
+        (np.zeros((0, 3)), np.zeros(0), np.zeros((1, 3)), "x must have shape"),
+        (np.zeros((4, 3)), np.zeros(3), np.zeros((1, 3)), "y must hold one label for each row of x"),
+        (np.zeros((4, 3)), np.zeros(4), np.zeros((1, 2)), "query must have shape"),
+        (np.zeros((4, 3)), np.zeros(4), np.zeros(3), "query must have shape"),
+        (np.full((4, 3), np.nan), np.zeros(4), np.zeros((1, 3)), "x must be finite"),
+        (np.zeros((4, 3)), np.full(4, np.inf), np.zeros((1, 3)), "y must be finite"),
+        (np.zeros((4, 3)), np.zeros(4), np.full((1, 3), np.nan), "query must be finite"),
+    ],
+)
+def test_a_prompt_made_by_hand_is_checked(x, y, query, rule):
+    with pytest.raises(ValueError, match=rule):
+        prompts.stage_prompt(x, y, query)
+
+
+def test_a_good_prompt_made_by_hand_is_accepted():
+    prompt = prompts.stage_prompt(np.ones((4, 3)), np.ones(4), np.ones((2, 3)))
+    assert prompt.x.shape == (4, 3)

@@ -1,0 +1,531 @@
+"""Weights in and out: every tensor in its place, whatever it is held in and wherever it lies; what is not sound is refused."""
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
+
+from lindm.errors import DataError, LindmError, StorageError, UsageError
+from lindm.io import files
+from lindm.llm import lora
+from lindm.llm.config import read_architecture
+from lindm.llm.io import safetensors_files, weights
+from lindm.llm.model import Decoder
+from lindm.llm.parallel.sharding import make_mesh
+from tests.lindm.llm import reference
+
+NAMES = reference.FAMILIES
+
+
+def arrays(model):
+    """Every array of a model, by its path."""
+    return {".".join(map(str, keys)): np.asarray(leaf[...]) for keys, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def equal(ours, theirs):
+    a, b = arrays(ours), arrays(theirs)
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def everything(directory):
+    """The tensors of a directory, read by safetensors."""
+    return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k]) for k in ours)
+
+
+# --- in --------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_tensor_comes_to_lie_in_its_place(tmp_path):
+    w, m = reference.weights("qwen3"), weights.load(reference.write(tmp_path, "qwen3"))
+    places = {
+        **{f"self_attn.{p}_proj.weight": (f"{p}.kernel", True) for p in "qkvo"},
+        **{f"mlp.{p}_proj.weight": (f"{p}.kernel", True) for p in ("gate", "up", "down")},
+        **{"self_attn.q_norm.weight": ("norm_q.weight", False), "self_attn.k_norm.weight": ("norm_k.weight", False)},
+        **{"input_layernorm.weight": ("norm_attention.weight", False)},
+        **{"post_attention_layernorm.weight": ("norm_mlp.weight", False)},
+    }
+    found = arrays(m)
+    assert np.array_equal(found["embedding"], w["model.embed_tokens.weight"])
+    assert np.array_equal(found["head"], w["lm_head.weight"].T) and np.array_equal(found["norm.weight"], w["model.norm.weight"])
+    for theirs, (ours, turned) in places.items():
+        for i in range(3):
+            value = w[f"model.layers.{i}.{theirs}"]
+            assert np.array_equal(found[f"blocks.{ours}"][i], value.T if turned else value)
+    assert len(found) == 3 + len(places)
+
+
+def test_biases_come_to_lie_in_their_place(tmp_path):
+    w, found = reference.weights("llama"), arrays(weights.load(reference.write(tmp_path, "llama")))
+    for theirs, ours in {"self_attn.o_proj": "o", "self_attn.k_proj": "k", "mlp.down_proj": "down"}.items():
+        assert np.array_equal(found[f"blocks.{ours}.bias"], np.stack([w[f"model.layers.{i}.{theirs}.bias"] for i in range(3)]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_what_is_loaded_is_a_decoder_like_a_new_one(tmp_path, name):
+    loaded = weights.load(reference.write(tmp_path, name))
+    new = Decoder(read_architecture(tmp_path), nnx.Rngs(0))
+    assert nnx.graphdef(loaded) == nnx.graphdef(new)
+    assert all(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(nnx.state(loaded)))
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16])
+def test_files_in_sixteen_bits_are_read(tmp_path, kind):
+    rounded = {k: v.astype(kind).astype(np.float32) for k, v in reference.weights("smollm").items()}
+    half = weights.load(reference.write(tmp_path / "a", "smollm", dtype=kind))
+    assert equal(half, weights.load(reference.write(tmp_path / "b", "smollm", rounded)))
+    if kind is ml_dtypes.bfloat16:
+        narrow = arrays(weights.load(tmp_path / "a", dtype=jnp.bfloat16))
+        assert all(
+            x.dtype == ml_dtypes.bfloat16 and np.array_equal(x.astype(np.float32), arrays(half)[k]) for k, x in narrow.items()
+        )
+
+
+def test_a_model_in_several_files_is_the_same(tmp_path):
+    one = weights.load(reference.write(tmp_path / "a", "mistral"))
+    assert equal(one, weights.load(reference.write(tmp_path / "b", "mistral", shards=3)))
+
+
+def test_each_device_reads_its_own_part_and_no_more(tmp_path, monkeypatch):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    read, opened = [], safetensors_files.opened
+
+    class Slice:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getitem__(self, index):
+            read.append(self.inner[index].size)
+            return self.inner[index]
+
+    class File:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def get_slice(self, name):
+            return Slice(self.inner.get_slice(name))
+
+    whole = weights.load(reference.write(tmp_path, "qwen3"))
+    known = weights.check(tmp_path, whole.architecture)
+    monkeypatch.setattr(weights, "check", lambda *_: known)
+    monkeypatch.setattr(safetensors_files, "opened", lambda file: File(opened(file)))
+    cut = weights.load(tmp_path, mesh=mesh)
+    assert equal(cut, whole)
+    assert sum(read) == whole.architecture.parameters  # `data` holds the same twice, and it is read once
+    assert max(read) == 48 * 20 // 4  # a quarter of the embedding
+    assert cut.blocks.q.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+    assert cut.blocks.down.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp"))
+    assert cut.embedding[...].addressable_shards[0].data.shape == (24, 10)
+
+
+@pytest.mark.parametrize(
+    "base, kind", [("bf16", np.float32), ("int8", np.float32), ("int8", ml_dtypes.bfloat16), ("nf4", np.float32)]
+)
+def test_kernels_in_fewer_bits_are_those_of_the_whole_model(tmp_path, base, kind):
+    directory = reference.write(tmp_path, "wide", dtype=kind)
+    wanted = lora.quantise(weights.load(directory), base)
+    for mesh in (None, make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])):
+        found = weights.load(directory, mesh=mesh, base=base)
+        assert equal(found, wanted) and nnx.graphdef(found) == nnx.graphdef(wanted)
+        assert isinstance(found.embedding, nnx.Param) and isinstance(found.blocks.norm_mlp.weight, nnx.Param)
+    if base != "bf16":
+        assert found.blocks.o.kernel.q[...].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    directory = reference.write(tmp_path, "llama")
+    monkeypatch.setattr(weights, "_part", None)
+    with pytest.raises(ValueError, match="base must be one of f32, bf16, int8, nf4; got 'fp8'"):
+        weights.load(directory, base="fp8")
+    with pytest.raises(ValueError, match="nf4 needs kernels whose inputs are a multiple of 64; got 24"):
+        weights.load(directory, base="nf4")
+    with pytest.raises(ValueError, match=r"mesh must divide embedding \[61, 24\]: tensor=2 does not divide 61"):
+        weights.load(directory, mesh=make_mesh({"tensor": 2, "fsdp": 4}))
+
+
+# --- what is not sound -----------------------------------------------------------------------------------------------------
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def changed(directory, name="llama", remove=None, **put):
+    found = reference.weights(name) | {k.replace("__", "."): v for k, v in put.items()}
+    found.pop(remove, None)
+    return reference.write(directory, name, found)
+
+
+def refused(directory, message):
+    with pytest.raises(LindmError, match=message) as e:
+        weights.load(directory)
+    assert isinstance(e.value, DataError)
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path):
+    refused(changed(tmp_path, remove=Q), f"lacks the tensor {Q}")
+    refused(changed(tmp_path, remove="lm_head.weight"), "lacks the tensor lm_head.weight")
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    found = reference.weights("llama")
+    found[Q] = np.ascontiguousarray(found[Q][:, :-1])
+    refused(reference.write(tmp_path, "llama", found), rf"model.safetensors: {Q} must be \[24, 24\]; got \[24, 23\]")
+
+
+def test_a_tensor_too_many_is_named(tmp_path):
+    found = reference.weights("smollm") | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
+    refused(
+        reference.write(tmp_path, "smollm", found), "holds model.layers.0.self_attn.q_proj.bias, which this architecture does"
+    )
+
+
+def test_frequencies_and_the_tied_head_again_are_no_tensors_too_many(tmp_path):
+    found = reference.weights("smollm")
+    plain = weights.load(reference.write(tmp_path / "a", "smollm"))
+    found |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    found |= {"lm_head.weight": found["model.embed_tokens.weight"].copy()}
+    assert equal(weights.load(reference.write(tmp_path / "b", "smollm", found)), plain)
+    found["lm_head.weight"][66, 23] += 1
+    refused(
+        reference.write(tmp_path / "b", "smollm", found), "lm_head.weight differs from the embedding, although config.json says"
+    )
+    found["lm_head.weight"] = found["lm_head.weight"][:60]
+    refused(reference.write(tmp_path / "b", "smollm", found), "lm_head.weight differs from the embedding")
+
+
+@pytest.mark.parametrize("kind, spelled", [(np.float64, "F64"), (np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
+def test_another_dtype_is_named(tmp_path, kind, spelled):
+    found = reference.weights("llama")
+    found[Q] = found[Q].astype(kind)
+    reference.write(tmp_path, "llama")
+    save_file(found, tmp_path / "model.safetensors")
+    refused(tmp_path, f"model.safetensors: {Q} must be held as one of F32, BF16, F16; got {spelled}")
+
+
+def test_a_model_of_pickles_is_refused(tmp_path):
+    reference.write(tmp_path, "llama")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "has neither model.safetensors nor .*; pytorch_model.bin is a pickle, which is never read")
+    (tmp_path / "pytorch_model.bin").unlink()
+    refused(tmp_path, "has neither model.safetensors nor model.safetensors.index.json$")
+
+
+def index_of(directory, change):
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    return directory
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda m: m.update({Q: FIRST if m[Q] == SECOND else SECOND}),
+            rf"holds {Q}, which is in model-0000.-of-00002.safetensors",
+        ),
+        (lambda m: m.pop(Q), f"holds {Q}, which is nowhere according to model.safetensors.index.json"),
+        (lambda m: m.update({"another": FIRST}), "model-00001-of-00002.safetensors lacks another, which .* says is there"),
+        (lambda m: m.update({Q: "model-00003-of-00002.safetensors"}), "model-00003-of-00002.safetensors is missing; .* names it"),
+        (lambda m: m.update({Q: "../x.safetensors"}), "weight_map must name .safetensors files of its own directory; got '../x"),
+        (
+            lambda m: m.update({Q: "/etc/passwd"}),
+            "weight_map must name .safetensors files of its own directory; got '/etc/passwd'",
+        ),
+        (lambda m: m.update({Q: "pytorch_model.bin"}), "weight_map must name .safetensors files .* got 'pytorch_model.bin'"),
+        (lambda m: m.update({Q: "..\0.safetensors"}), "weight_map must name .safetensors files of its own directory"),
+        (lambda m: m.update({Q: 3}), f"weight_map must name .safetensors files of its own directory; got 3 for {Q}"),
+        (lambda m: m.clear(), "weight_map must be an object with an entry for each tensor"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
+    refused(index_of(reference.write(tmp_path, "llama", shards=2), change), message)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 10**6])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    reference.write(tmp_path, "llama", shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    refused(tmp_path, "model.safetensors.index.json: ")
+
+
+def header(entries, n=None, data=b"\0" * 64):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if n is None else n) + text + data
+
+
+def entry(begin, end, shape=(4,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04",
+        b"PK\x03\x04 a zip",
+        header({}, n=2**63),
+        header({}, n=90_000_000),
+        header({"a": entry(0, 16), "b": entry(8, 24)}),  # one over the other
+        header({"a": entry(0, 2**62)}),
+        header({"a": entry(0, 16, shape=(2**62, 2**62))}),
+        header({"a": entry(0, -16)}),
+        header({"a": entry(0, 16, dtype="PICKLE")}),
+        header({"a": entry(0, 64, shape=(3,))}),
+        header([1]),
+        header({"a": entry(0, 16)}),  # and then bytes that belong to nothing
+    ],
+)
+def test_a_hostile_file_is_refused_without_a_crash(tmp_path, content):
+    reference.write(tmp_path, "llama")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    refused(tmp_path, "model.safetensors: not a safetensors file that can be read: ")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    reference.write(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    for n in (7, 8, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:n])
+        refused(tmp_path, "model.safetensors: not a safetensors file that can be read: ")
+
+
+# --- out -------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_no_token_ends_a_text(tmp_path):
+    """Left out of a config.json, the special tokens would be those of the first Llama."""
+    weights.save(weights.load(reference.write(tmp_path / "a", "llama")), tmp_path / "b")
+    config = AutoConfig.from_pretrained(tmp_path / "b")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_is_what_was_loaded(tmp_path, name):
+    original = reference.write(tmp_path / "a", name, eos_token_id=[1, 2], pad_token_id=0)
+    m = weights.load(original)
+    weights.save(m, tmp_path / "b", like=original)
+    assert same(everything(tmp_path / "b"), reference.weights(name))
+    assert equal(weights.load(tmp_path / "b"), m) and nnx.graphdef(weights.load(tmp_path / "b")) == nnx.graphdef(m)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["dtype"], config["eos_token_id"], config["pad_token_id"]) == ("float32", [1, 2], 0)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_file_over_the_limit_becomes_several(tmp_path):
+    m = weights.load(reference.write(tmp_path / "a", "qwen3"))
+    weights.save(m, tmp_path / "b", limit=9_000)
+    names = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
+    n = len(names)
+    assert n > 2 and names == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    held = [sum(x.nbytes for x in load_file(tmp_path / "b" / name).values()) for name in names]
+    assert max(held) <= 9_000 and all(a + b > 9_000 for a, b in itertools.pairwise(held))
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * m.architecture.parameters
+    assert {k: v for k, v in index["weight_map"].items()} == {k: f for f in names for k in load_file(tmp_path / "b" / f)}
+    assert same(everything(tmp_path / "b"), reference.weights("qwen3"))
+
+
+def test_a_tensor_over_the_limit_has_a_file_of_its_own(tmp_path):
+    m = weights.load(reference.write(tmp_path / "a", "smollm"))
+    weights.save(m, tmp_path / "b", limit=1)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == len(reference.weights("smollm"))
+    assert equal(weights.load(tmp_path / "b"), m)
+
+
+def test_bfloat16_is_rounded_to_the_nearest(tmp_path):
+    m = weights.load(reference.write(tmp_path / "a", "llama"))
+    weights.save(m, tmp_path / "b", dtype="bf16")
+    found = everything(tmp_path / "b")
+    assert {x.dtype for x in found.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert same({k: v.astype(np.float32) for k, v in found.items()}, reference.bfloat16(reference.weights("llama")))
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="dtype must be one of f32, bf16; got 'f16'"):
+        weights.save(m, tmp_path / "c", dtype="f16")
+
+
+@pytest.mark.parametrize("base", ["f32", "int8"])
+def test_adapters_are_merged_on_the_way_out(tmp_path, base):
+    """W + (alpha / rank) B A, in the orientation of the file."""
+    directory = reference.write(tmp_path / "a", "wide")
+    m = lora.add_lora(weights.load(directory, base=base), 2, 6.0, jax.random.key(0), ("q", "down"))
+    rng, factors = np.random.default_rng(5), {}
+    for name in ("q", "down"):
+        linear = getattr(m.blocks, name)
+        linear.b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.b[...].shape), jnp.float32)))
+        factors[name] = np.asarray(linear.a[...], np.float64), np.asarray(linear.b[...], np.float64)
+    weights.save(m, tmp_path / "b")
+    found, true = everything(tmp_path / "b"), reference.weights("wide")
+    for key, value in true.items():
+        module = key.split(".")[-2].removesuffix("_proj")
+        if base == "int8" and key.endswith("_proj.weight"):
+            scale = np.abs(value).max(axis=1, keepdims=True) / np.float32(127)
+            value = np.round(value / scale) * scale
+        if module in factors:
+            a, b = (x[int(key.split(".")[2])] for x in factors[module])
+            value = value + 3 * (a @ b).T
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=2e-6 * max(np.abs(value).max(), 1))
+    assert m.blocks.q.a is not None  # the model itself is left as it was
+
+
+def test_a_model_in_parts_is_saved_as_the_whole_one(tmp_path):
+    directory = reference.write(tmp_path / "a", "qwen3")
+    weights.save(weights.load(directory, mesh=make_mesh({"fsdp": 4, "tensor": 2})), tmp_path / "b")
+    assert same(everything(tmp_path / "b"), reference.weights("qwen3"))
+
+
+def test_the_text_goes_along_and_nothing_else(tmp_path):
+    original = reference.write(tmp_path / "a", "llama")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling.py", "optimizer.bin"):
+        (original / name).write_text(name)
+    weights.save(weights.load(original), tmp_path / "b", like=original, extra_config={"eos_token_id": 7})
+    names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "tokenizer.json"
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 7
+
+
+# --- a directory appears whole or not at all -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path):
+    return weights.load(reference.write(tmp_path / "model", "qwen2"))
+
+
+def test_what_is_there_is_not_touched(tmp_path, model):
+    (tmp_path / "out").mkdir()
+    weights.save(model, tmp_path / "out")  # an empty directory is nothing
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").resolve().mkdir()
+    (tmp_path / "nowhere" / "thesis.tex").write_text("mine")
+    for name in ("out", "file", "link"):
+        with pytest.raises(LindmError, match=f"{name} is there already and is not touched; choose another --out") as e:
+            weights.save(model, tmp_path / name)
+        assert isinstance(e.value, UsageError)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "model", "nowhere", "out"]
+
+
+def test_a_disk_that_is_full_is_exit_7_and_leaves_nothing(tmp_path, model):
+    """The operating system refuses, in the middle of the weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(LindmError, match=r"cannot write .*model.safetensors: File too large") as e:
+            weights.save(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(e.value, StorageError) and [p.name for p in tmp_path.iterdir()] == ["model"]
+    weights.save(model, tmp_path / "out")
+
+
+def test_a_place_that_is_no_directory_is_exit_7(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LindmError, match="cannot write") as e:
+        weights.save(model, tmp_path / "file" / "out")
+    assert isinstance(e.value, StorageError)
+
+
+def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, monkeypatch):
+    left = tmp_path / f".out.abc{files.TEMPORARY}"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    (tmp_path / f".out2.abc{files.TEMPORARY}").mkdir()  # of another directory
+    seen, write = [], safetensors_files.write
+
+    def watching(directory, *rest):
+        seen.extend(p.name for p in tmp_path.iterdir())
+        if len(seen) < 10:  # a second writer, while the first one writes
+            weights.save(model, tmp_path / "out")
+            assert directory.is_dir()
+        return write(directory, *rest)
+
+    monkeypatch.setattr(safetensors_files, "write", watching)
+    with pytest.raises(LindmError, match="cannot write"):  # the second was faster, and what it wrote stays
+        weights.save(model, tmp_path / "out")
+    assert left.name not in seen and equal(weights.load(tmp_path / "out"), model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out2.abc{files.TEMPORARY}", "model", "out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lindm.llm import weights
+model = weights.load(Path(sys.argv[1]))
+os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+weights.save(model, Path(sys.argv[2]))
+"""
+ROOT = str(Path(__file__).parents[4])
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_could_be_taken_for_a_model(tmp_path, model):
+    """At the last moment: everything is written, and it is not there yet."""
+    child = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "out")]
+    done = subprocess.run(child, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(f".out.*{files.TEMPORARY}"))) == 1
+    weights.save(model, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"] and equal(weights.load(tmp_path / "out"), model)
+
+
+TWO = """
+import sys
+import jax
+rank, port, source, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+from pathlib import Path
+from lindm.llm import weights
+from lindm.llm.parallel.sharding import make_mesh
+model = weights.load(Path(source), mesh=make_mesh({"fsdp": 2, "tensor": 2}))
+assert not model.blocks.q.kernel[...].is_fully_addressable
+weights.save(model, Path(out))
+try:
+    weights.save(model, Path(out))
+except LindmError as e:
+    sys.exit(40 + exit_code(e))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_each_read_their_part_and_one_writes(tmp_path):
+    """And where the one cannot write, both stop with its code."""
+    directory = reference.write(tmp_path / "a", "qwen3")
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = "--xla_force_host_platform_device_count=2"
+    env = os.environ | {"PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", TWO]
+    rest = [str(port), str(directory), str(tmp_path / "b")]
+    both = [subprocess.Popen([*command, str(r), *rest], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    said = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both] == [40 + 2] * 2, said
+    assert same(everything(tmp_path / "b"), reference.weights("qwen3"))

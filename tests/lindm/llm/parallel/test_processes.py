@@ -1,0 +1,376 @@
+"""Several operating system processes as one run: the same numbers, and what is left when one of them is lost."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lindm.llm.parallel import processes as distributed
+from lindm.llm.parallel import supervisor
+from tests.lindm.llm import tiny
+
+ROOT = Path(__file__).parents[4]
+HEARTBEAT = 3
+
+# a process of a run: `lindm sft` begins and ends like this; after so many steps it waits, in a collective or in Python, or ends
+CHILD = """
+import os, signal, sys, time
+kind, devices, coordinator, processes, rank, heartbeat, patience, then = sys.argv[1:9]
+if kind == "guarded":
+    from lindm.llm.parallel.supervisor import guard
+    guard()
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+from lindm_experiments.harness.runner import settle_xla
+settle_xla()
+import jax, json
+from lindm import files
+from lindm.llm import distributed, sharding
+distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), int(patience)
+files.stop_on_signals()
+files.note_signals()
+def say(**what):
+    print(json.dumps(what), flush=True)
+say(waits=True)
+if coordinator == "environment":
+    distributed.start()
+else:
+    distributed.start(coordinator, int(processes), int(rank))
+watch = jax.config.jax_enable_preemption_service
+say(pid=os.getpid(), rank=jax.process_index(), processes=jax.process_count(), devices=len(jax.devices()), watch=watch)
+from tests.lindm.llm import tiny
+try:
+    if then == "train":
+        mesh = sharding.make_mesh({"fsdp": len(jax.devices()) // 2, "tensor": 2})
+        say(metrics=tiny.train([tiny.batch(i) for i in range(3)], mesh).metrics)
+    elif then == "meet":
+        distributed.barrier("all are here")
+    elif then == "idle":
+        say(step=0)
+        time.sleep(100)
+    elif then == "steps":
+        state = 0
+        for step in range(1, 2000):
+            asked = distributed.together(lambda: tiny.largest(int(files.asked_to_stop())))
+            if asked or step == 3:
+                say(step=step, noted=files.asked_to_stop(), asked=asked)
+            if asked:
+                sys.exit(75)
+            time.sleep(0.02)
+except LindmError as e:
+    print(e, file=sys.stderr)
+    sys.exit(exit_code(e))
+"""
+
+
+class Said(NamedTuple):
+    process: subprocess.Popen
+    out: Path
+    err: Path
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.read_text().splitlines() if line.startswith("{")]
+
+    def wait_for(self, key: str, seconds: float = 120) -> dict:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := [line for line in self.lines() if key in line]:
+                return found[0]
+            assert self.process.poll() is None, self.err.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"no {key} within {seconds} s: {self.out.read_text()} {self.err.read_text()}")
+
+
+def free_port(low: int = 0, high: int = 1) -> int:
+    """A port that is free now; with `low` and `high`, in that range."""
+    for port in range(low, high):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return s.getsockname()[1]
+    raise AssertionError("no free port")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(then, ...) -> the processes; whatever is left of them is killed at the end."""
+    started = []
+
+    def start(then, *, ranks=(0, 1), processes=2, kind="guarded", devices=1, environments=None, patience=60):
+        coordinator = "environment" if environments else f"127.0.0.1:{free_port()}"
+        for rank in ranks:
+            out, err = tmp_path / f"{rank}.out", tmp_path / f"{rank}.err"
+            words = [kind, str(devices), coordinator, str(processes), str(rank), str(HEARTBEAT), str(patience), then]
+            environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+            environment |= {"PYTHONPATH": str(ROOT)} | (environments[rank] if environments else {})
+            with out.open("w") as o, err.open("w") as e:
+                process = subprocess.Popen([sys.executable, "-c", CHILD, *words], stdout=o, stderr=e, env=environment, cwd=ROOT)
+            started.append(Said(process, out, err))
+        return started
+
+    yield start
+    for said in started:
+        said.process.kill()
+        for line in said.lines():
+            if "pid" in line:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(line["pid"], signal.SIGKILL)
+        said.process.wait()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_train_as_one_device_does(run):
+    said = run("train", devices=4)
+    found = [s.wait_for("metrics")["metrics"] for s in said]
+    assert [s.process.wait(60) for s in said] == [0, 0]
+    for rank, s in enumerate(said):
+        assert s.lines()[1] | {"pid": 0} == {"pid": 0, "rank": rank, "processes": 2, "devices": 8, "watch": False}
+    alone = tiny.train([tiny.batch(i) for i in range(3)]).metrics
+    assert found[0] == found[1]
+    for there, here in zip(found[0], alone, strict=True):
+        assert there["loss"] == pytest.approx(here["loss"], abs=1e-5) and there["norm"] == pytest.approx(here["norm"], rel=1e-5)
+        assert (there["labels"], there["accuracy"]) == (here["labels"], here["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim, then", [(1, "steps"), (0, "steps"), (1, "idle"), (0, "idle")])
+def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(run, victim, then):
+    said = run(then)
+    pids = [s.wait_for("pid")["pid"] for s in said]
+    for s in said:
+        s.wait_for("step")
+    said[victim].process.kill()
+    start = time.monotonic()
+    other = said[1 - victim]
+    assert other.process.wait(HEARTBEAT + 60) == 8, other.err.read_text()
+    assert time.monotonic() - start < HEARTBEAT + 5
+    assert f"lindm: error: lost process {victim}" in other.err.read_text().splitlines()[-1]
+    assert all(ended(pid) for pid in pids)  # nobody trains on without a parent
+
+
+@pytest.mark.slow
+def test_when_a_process_stops_answering_the_other_ends_too(run):
+    said = run("steps")
+    pid = said[1].wait_for("pid")["pid"]
+    for s in said:
+        s.wait_for("step")
+    os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    assert said[0].process.wait(HEARTBEAT + 60) == 8
+    assert time.monotonic() - start < HEARTBEAT + 5
+    assert "lindm: error: lost process 1" in said[0].err.read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_without_a_guard_the_others_end_too_but_by_abort(run):
+    said = run("steps", kind="alone")
+    for s in said:
+        s.wait_for("step")
+    said[1].process.kill()
+    assert said[0].process.wait(HEARTBEAT + 60) == -signal.SIGABRT
+    assert supervisor.verdict(said[0].err.read_text()) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_to_one_process_stops_all_after_the_same_step(run, asked):
+    """The signal was noted before `start`, and jax's own watch for it must not take it away."""
+    said = run("steps")
+    for s in said:
+        s.wait_for("step")
+    said[asked].process.terminate()
+    assert [s.process.wait(60) for s in said] == [75, 75]
+    last = [s.lines()[-1] for s in said]
+    assert last[0]["step"] == last[1]["step"] and all(line["asked"] for line in last)
+    assert [line["noted"] for line in last] == [rank == asked for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
+    (said,) = run("steps", ranks=(rank,), patience=3)
+    assert said.process.wait(120) == 8
+    assert "the processes did not find each other" in said.err.read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_others_can_be_stopped(run):
+    (said,) = run("steps", ranks=(1,), patience=100)
+    said.wait_for("waits")
+    time.sleep(1)
+    said.process.terminate()
+    assert said.process.wait(10) == 75
+    assert "stopped by SIGTERM; the same command resumes" in said.err.read_text()
+
+
+@pytest.mark.slow
+def test_processes_that_slurm_starts_find_each_other_by_their_environment(run):
+    port = free_port(65535 - 2**12 + 1, 65535)  # jax takes one by the job's number
+    environments = [
+        {
+            "SLURM_JOB_ID": str(7 * 2**12 + port - (65535 - 2**12 + 1)),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_NODES": "2",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": "0",
+        }
+        for rank in range(2)
+    ]
+    said = run("meet", environments=environments)
+    for rank, s in enumerate(said):
+        assert s.process.wait(120) == 0, s.err.read_text()
+        assert s.lines()[1]["rank"] == rank and s.lines()[1]["processes"] == 2
+
+
+# --- who is beside this process ------------------------------------------------------------------------------------------
+
+SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment, found",
+    [
+        ({}, None),
+        (SLURM, "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),  # the batch script itself
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "ompi"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "tpu"),
+    ],
+)
+def test_a_launcher_is_known_by_what_it_sets(environment, found):
+    assert supervisor.launcher(environment | {"JAX_PLATFORMS": "cpu"}) == found
+
+
+@pytest.mark.parametrize(
+    "environment, devices",
+    [
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "8", "SLURM_GPUS_ON_NODE": "4"}, None),  # a process for each
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"}, None),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
+    ],
+)
+def test_the_only_process_of_a_node_of_slurm_takes_all_its_gpus(environment, devices):
+    assert distributed.devices_of_slurm(environment) == devices
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("a:1", None, None), "coordinator, processes and rank must be given together; got a:1, None and None"),
+        ((None, 2, 0), "must be given together"),
+        (("a", 2, 0), "coordinator must be host:port; got 'a'"),
+        (("a b:1", 2, 0), "coordinator must be host:port"),
+        (("a:1", 2, 2), "rank must be from 0 to 1; got 2"),
+        (("a:1", 2, -1), "rank must be from 0 to 1; got -1"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        distributed.start(*arguments)
+
+
+def test_a_process_that_was_started_alone_joins_nobody(monkeypatch):
+    monkeypatch.setattr(distributed, "_initialize", lambda **_: pytest.fail("a socket would be opened"))
+    for name in ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.start()
+    distributed.start("127.0.0.1:1", 1, 0)
+    distributed.barrier("nobody else")
+
+
+# --- the parent of a process ---------------------------------------------------------------------------------------------
+
+GUARDED = """
+import sys
+from lindm.llm.parallel.supervisor import guard
+guard()
+import os, signal, threading, time
+print("out", flush=True); print("err", file=sys.stderr, flush=True)
+"""
+
+
+def guarded(rest: str, **settings) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", GUARDED + rest], capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize("code", [0, 3, 75])
+def test_a_guarded_process_ends_as_it_would_alone(code):
+    done = guarded(f"sys.exit({code})")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "out\n", "err\n")
+
+
+def test_a_guarded_process_that_dies_of_something_else_says_of_what():
+    killed = guarded("os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed.returncode == 128 + 9 and killed.stderr == "err\nlindm: error: ended by SIGKILL\n"
+    aborted = guarded("os.abort()")
+    assert aborted.returncode == 128 + 6 and "lindm: error: ended by SIGABRT" in aborted.stderr
+
+
+def test_a_guarded_process_gets_the_signals_and_everything_that_it_says_comes_out():
+    said = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    said += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(20)"
+    assert guarded(said).returncode == 75
+    many = guarded("sys.stderr.write('x' * 300_000); sys.stderr.flush(); os._exit(4)")
+    assert many.returncode == 4 and many.stderr == "err\n" + "x" * 300_000
+
+
+def test_a_guarded_process_does_not_wait_for_what_it_left_behind():
+    start = time.monotonic()
+    done = guarded("import subprocess; subprocess.Popen(['sleep', '30'], stdout=subprocess.DEVNULL); os._exit(0)")
+    assert done.returncode == 0 and time.monotonic() - start < 10
+
+
+BEFORE = """E1128 01:02:08.899440   11253 coordination_service.cc:1549] [1] Use error polling to propagate the following error:
+UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
+{}
+The tasks have crashed. Check the task logs for an earlier error [type.googleapis.com/tensorflow.CoordinationServiceError='']
+"""
+LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JAX distributed service detected fatal errors. "
+
+
+@pytest.mark.parametrize(
+    "said, named",
+    [
+        (BEFORE.format("1") + LAST, "lost process 1:"),
+        (BEFORE.format("1\n12") + LAST, "lost process 1, 12:"),
+        (BEFORE.format("/job:jax_worker/replica:0/task:3") + LAST, "lost process 3:"),
+        (LAST + "Barrier failed because: UNAVAILABLE: Task 2 heartbeat timeout.", "lost process 2:"),
+        (LAST + "Some timed out task names:\n0\n [type.googleapis", "lost process 0:"),
+        (LAST + "UNAVAILABLE: Either the leader task was preempted/died", "lost process 0, which coordinates:"),
+        (
+            LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/Heartbeat",
+            "lost process 0, which coordinates:",
+        ),
+        (LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/RegisterTask", "did not find each other"),
+        (LAST + "something new", "lost another process:"),
+    ],
+)
+def test_what_the_coordination_service_says_names_the_lost_process(said, named):
+    assert named in (supervisor.verdict(said) or "")
+
+
+def test_an_abort_of_something_else_is_no_lost_process():
+    assert supervisor.verdict("F1128 Check failed: x == y. The leader task was here") is None
+    assert supervisor.verdict("") is None

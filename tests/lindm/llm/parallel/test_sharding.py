@@ -1,0 +1,176 @@
+"""Where weights lie, and that it changes nothing: every mesh of eight devices trains as one device does."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from lindm.llm.lora import add_lora, quantise
+from lindm.llm.model import Decoder
+from lindm.llm.parallel import sharding
+from lindm.llm.parallel.sharding import make_mesh, parse_mesh, spec_of
+from lindm.llm.sft import step
+from tests.lindm.llm import tiny
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh({"fsdp": 4, "tensor": 2})
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return tiny.train([tiny.batch(i) for i in range(2)])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=lambda sizes: ",".join(f"{k}={v}" for k, v in sizes.items()),
+)
+def test_a_mesh_trains_as_one_device_does(sizes, alone):
+    found = tiny.train([tiny.batch(i) for i in range(2)], make_mesh(sizes))
+    for there, here in zip(found.metrics, alone.metrics, strict=True):
+        assert there["loss"] == pytest.approx(here["loss"], rel=1e-5) and there["norm"] == pytest.approx(here["norm"], rel=1e-5)
+        assert (there["labels"], there["accuracy"]) == (here["labels"], here["accuracy"])
+    for path, weight in alone.after.items():  # AdamW's first steps are of size one whatever the gradient: rounding grows
+        np.testing.assert_allclose(found.after[path], weight, atol=2e-4)
+
+
+def test_adapters_over_a_base_in_few_bits_train_on_a_mesh_as_on_one_device():
+    architecture = tiny.TINY.__class__(**(vars(tiny.TINY) | {"width": 64, "K": 8, "mlp": 128}))  # nf4 needs blocks of 64
+
+    def model() -> Decoder:
+        return quantise(tiny.decoder(architecture=architecture), "nf4")
+
+    batches = [tiny.batch(i) for i in range(2)]
+    here = tiny.train(batches, model=model(), lora=4)
+    there = tiny.train(batches, make_mesh({"fsdp": 4, "tensor": 2}), model=model(), lora=4)
+    for one, other in zip(here.metrics, there.metrics, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+
+# what the layout is to be, written out: (path, shape, axes), for a model of the largest variety
+WANTED = [
+    ("embedding", (64, 32), ("tensor", "fsdp")),
+    ("head", (32, 64), ("fsdp", "tensor")),
+    ("norm.weight", (32,), ()),
+    ("blocks.norm_attention.weight", (2, 32), ()),
+    ("blocks.norm_q.weight", (2, 8), ()),
+    ("blocks.q.kernel", (2, 32, 32), (None, "fsdp", "tensor")),
+    ("blocks.k.kernel", (2, 32, 16), (None, "fsdp", "tensor")),
+    ("blocks.gate.kernel", (2, 32, 64), (None, "fsdp", "tensor")),
+    ("blocks.o.kernel", (2, 32, 32), (None, "tensor", "fsdp")),
+    ("blocks.down.kernel", (2, 64, 32), (None, "tensor", "fsdp")),
+    ("blocks.v.bias", (2, 16), (None, "tensor")),
+    ("blocks.up.bias", (2, 64), (None, "tensor")),
+    ("blocks.o.bias", (2, 32), ()),  # added to the residual stream, which every device has whole
+    ("blocks.down.bias", (2, 32), ()),
+    ("blocks.q.a", (2, 32, 3), (None, "fsdp", None)),
+    ("blocks.q.b", (2, 3, 32), (None, None, "tensor")),
+    ("blocks.down.a", (2, 64, 3), (None, "tensor", None)),
+    ("blocks.down.b", (2, 3, 32), (None, None, "fsdp")),
+    ("blocks.q.kernel.q", (2, 16, 32), (None, "fsdp", "tensor")),  # nf4: two inputs to a byte
+    ("blocks.q.kernel.scale", (2, 1, 32), (None, None, "tensor")),  # one block of inputs, which fsdp does not divide
+    ("blocks.o.kernel.scale", (2, 8, 32), (None, "tensor", "fsdp")),
+]
+
+
+@pytest.mark.parametrize("path, shape, axes", WANTED, ids=[path for path, _, _ in WANTED])
+def test_every_weight_lies_as_it_should(path, shape, axes, mesh):
+    assert spec_of(path, shape, mesh) == PartitionSpec(*axes)
+
+
+def test_the_table_knows_every_matrix_of_a_model_with_everything_in_it(mesh):
+    varied = tiny.TINY.__class__(**(vars(tiny.TINY) | {"o_bias": True, "mlp_bias": True, "qk_norm": True}))
+    model = add_lora(tiny.decoder(architecture=varied), 4, 8.0, jax.random.key(0))
+    state = nnx.state(model)
+    placed = jax.tree_util.tree_flatten_with_path(sharding.state_shardings(state, mesh))[0]
+    whole = {sharding.path_of(keys) for keys, where in placed if where.is_fully_replicated}
+    norms = {f"blocks.norm_{name}.weight" for name in ("attention", "mlp", "q", "k")} | {"norm.weight"}
+    assert whole == norms | {"blocks.o.bias", "blocks.down.bias"}
+    assert len(placed) == len(jax.tree.leaves(state)) == 6 + 7 * 4 + 2 - 1
+
+
+def test_moments_lie_as_the_weights_that_they_belong_to(mesh):
+    model = add_lora(tiny.decoder(), 4, 8.0, jax.random.key(0))
+    _, params, frozen = nnx.split(model, nnx.Param, ...)
+    optimizer = step.Optimisation(steps=3).optimizer()
+    state = jax.eval_shape(lambda p: step.initial(p, optimizer), params)
+    lies, still, batch, stop = step.shardings(state, frozen, mesh)
+    by_path = {sharding.path_of(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(lies.params)[0]}
+    adam = next(x for x in jax.tree.leaves(lies.opt, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) if hasattr(x, "mu"))
+    for moment in (adam.mu, adam.nu):
+        found = {sharding.path_of(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(moment)[0]}
+        assert found == by_path
+    assert adam.count.is_fully_replicated and lies.step.is_fully_replicated
+    assert batch.spec == PartitionSpec(None, ("data", "fsdp")) and math.prod(stop.shard_shape((8,))) == 1
+    assert any(not where.is_fully_replicated for where in jax.tree.leaves(still))
+
+
+def test_a_weight_is_cut_into_equal_parts_that_make_up_the_whole(mesh):
+    array = np.arange(2 * 32 * 16, dtype=np.float32).reshape(2, 32, 16)
+    where = jax.sharding.NamedSharding(mesh, spec_of("blocks.q.kernel", array.shape, mesh))
+    placed = sharding.place(array, where)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 8, 8)}
+    np.testing.assert_array_equal(np.asarray(placed), array)
+
+
+# --- meshes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, sizes",
+    [
+        ("fsdp=8,tensor=2", {"data": 1, "fsdp": 8, "tensor": 2}),
+        ("data=2", {"data": 2, "fsdp": 1, "tensor": 1}),
+        (" fsdp = 4 ", {"data": 1, "fsdp": 4, "tensor": 1}),
+        ("", {"data": 1, "fsdp": 1, "tensor": 1}),
+    ],
+)
+def test_a_mesh_is_read(text, sizes):
+    assert parse_mesh(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["rows=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=2.5", "fsdp=2;tensor=2", "=2"])
+def test_what_is_no_mesh_is_refused(text):
+    with pytest.raises(ValueError, match="mesh must be of the form fsdp=8,tensor=2 with axes data, fsdp, tensor; got"):
+        parse_mesh(text)
+
+
+def test_a_mesh_uses_all_devices():
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4} and mesh.size == 8
+    with pytest.raises(ValueError, match="mesh must use all 8 devices; data=1,fsdp=2,tensor=2 is for 4"):
+        make_mesh({"fsdp": 2, "tensor": 2})
+
+
+def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_its_name(mesh):
+    with pytest.raises(ValueError, match=r"mesh must divide blocks\.q\.kernel \[2, 30, 32\]: fsdp=4 does not divide 30"):
+        spec_of("blocks.q.kernel", (2, 30, 32), mesh)
+    with pytest.raises(ValueError, match=r"mesh must divide embedding \[63, 32\]: tensor=2 does not divide 63"):
+        spec_of("embedding", (63, 32), mesh)
+    with pytest.raises(ValueError, match=r"blocks\.q\.kernel\.q"):
+        spec_of("blocks.q.kernel.q", (2, 6, 32), mesh)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    sharding.check_batch(8, mesh)
+    with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp = 4; got 6"):
+        sharding.check_batch(6, mesh)
+
+
+def test_the_path_of_a_leaf_is_the_same_in_a_state_and_in_what_mirrors_it():
+    state = nnx.state(tiny.decoder())
+    paths = [sharding.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    assert "blocks.q.kernel" in paths and "embedding" in paths and "norm.weight" in paths
+    mirror = jax.tree.map(jnp.zeros_like, {"mu": state})
+    assert {sharding.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(mirror)[0]} == {f"mu.{p}" for p in paths}

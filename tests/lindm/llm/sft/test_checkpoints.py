@@ -1,0 +1,205 @@
+"""A checkpoint is whole or not there, survives another mesh bit by bit, and a damaged one is never restored."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lindm.errors import CheckpointError, LindmError, StorageError
+from lindm.llm.parallel.sharding import make_mesh
+from lindm.llm.sft import checkpoints
+
+
+def arrays(step=0):
+    rng = np.random.default_rng(step)
+    return {
+        "kernel": rng.normal(size=(16, 8)).astype(np.float32),
+        "bits": rng.integers(0, 255, (8, 4)).astype(np.uint8),
+        "half": rng.normal(size=(8, 8)).astype(jnp.bfloat16),
+        "step": np.int32(step),
+    }
+
+
+SPECS = {"kernel": ("fsdp", "tensor"), "bits": ("fsdp",), "half": (None, "tensor"), "step": ()}
+
+
+def lying(mesh):
+    return {k: NamedSharding(mesh, PartitionSpec(*spec)) for k, spec in SPECS.items()}
+
+
+def placed(values, mesh):
+    return {k: jax.device_put(v, s) for (k, v), s in zip(values.items(), lying(mesh).values(), strict=True)}
+
+
+def template(mesh):
+    return {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=lying(mesh)[k]) for k, v in arrays().items()}
+
+
+def mesh_of(fsdp, tensor):
+    return make_mesh({"fsdp": fsdp, "tensor": tensor}, jax.devices()[: fsdp * tensor])
+
+
+def same(found, wanted):
+    for k, v in wanted.items():
+        assert np.asarray(found[k]).tobytes() == np.asarray(v).tobytes(), k
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 3 and 6 on a mesh of eight; copied by each test that harms them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for step in (3, 6):
+        checkpoints.save(root, step, placed(arrays(step), mesh_of(4, 2)), {"best": 0.5 * step}, keep=2)
+    return root
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 1), (2, 2), (1, 2), (8, 1)])
+def test_what_was_saved_on_eight_devices_is_restored_bit_by_bit_on_others(saved, fsdp, tensor):
+    mesh = mesh_of(fsdp, tensor)
+    found = checkpoints.restore(saved, template(mesh))
+    assert (found.step, found.host, found.skipped) == (6, {"best": 3.0}, ())
+    same(found.state, arrays(6))
+    assert all(found.state[k].sharding == lying(mesh)[k] for k in SPECS)
+
+
+def test_where_nothing_was_written_there_is_nothing(tmp_path):
+    assert checkpoints.restore(tmp_path / "none", template(mesh_of(1, 1))) is None
+
+
+def test_only_the_newest_are_kept_and_nothing_else_is_left(copied):
+    mesh = mesh_of(1, 1)
+    checkpoints.save(copied, 9, placed(arrays(9), mesh), {}, keep=2)
+    assert sorted(p.name for p in copied.iterdir()) == ["00000006", "00000009"]
+
+
+def every_file(directory):
+    return sorted(p.relative_to(directory) for p in (directory / "00000006").rglob("*") if p.is_file())
+
+
+def test_one_flipped_bit_in_any_file_is_seen_and_the_step_before_is_used(copied):
+    names = every_file(copied)
+    assert len(names) > 6
+    for name in names:
+        path = copied / name
+        good = path.read_bytes()
+        if not good:
+            continue
+        bad = bytearray(good)
+        bad[len(bad) // 2] ^= 1
+        path.write_bytes(bad)
+        found = checkpoints.restore(copied, template(mesh_of(1, 1)))
+        assert found.step == 3 and "00000006" in found.skipped[0], name
+        same(found.state, arrays(3))
+        path.write_bytes(good)
+    assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
+
+
+@pytest.mark.parametrize("harm", ["missing", "empty", "truncated"])
+def test_a_file_that_is_missing_empty_or_cut_is_seen(copied, harm):
+    for name in every_file(copied):
+        path = copied / name
+        good = path.read_bytes()
+        if len(good) < 2:
+            continue
+        path.unlink() if harm == "missing" else path.write_bytes(b"" if harm == "empty" else good[: len(good) // 2])
+        assert checkpoints.fault_of(copied / "00000006") is not None, name
+        path.write_bytes(good)
+
+
+def test_when_no_step_is_intact_it_says_what_is_wrong_with_each(copied):
+    (copied / "00000006" / "manifest.json").write_text("{")
+    (copied / "00000003" / "host.json").unlink()
+    with pytest.raises(LindmError) as stop:
+        checkpoints.restore(copied, template(mesh_of(1, 1)))
+    assert isinstance(stop.value, CheckpointError)
+    assert "00000006: its manifest is damaged" in str(stop.value) and "host.json is missing" in str(stop.value)
+
+
+def test_a_damaged_step_is_written_again(copied):
+    (copied / "00000006" / "host.json").unlink()
+    checkpoints.save(copied, 6, placed(arrays(6), mesh_of(1, 1)), {"best": 1.0}, keep=2)
+    assert checkpoints.restore(copied, template(mesh_of(1, 1))).host == {"best": 1.0}
+
+
+@pytest.mark.parametrize("where", ["writer", "manifest", "rename"])
+def test_a_disk_that_refuses_is_exit_7_and_leaves_what_was_there(copied, monkeypatch, where):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if where == "writer":
+        monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", refuse)
+    elif where == "manifest":
+        monkeypatch.setattr(checkpoints.files.os, "fsync", refuse)
+    else:
+        monkeypatch.setattr(checkpoints.os, "replace", refuse)
+    with pytest.raises(LindmError) as stop:
+        checkpoints.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
+    monkeypatch.undo()
+    assert isinstance(stop.value, StorageError) and "No space left" in str(stop.value)
+    assert sorted(p.name for p in copied.iterdir()) == ["00000003", "00000006"]
+    assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
+
+
+KILLED = """
+import os, signal, sys
+import jax.numpy as jnp
+from pathlib import Path
+from lindm.llm import checkpoints as c
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def then_die(work):
+    def both(*a, **k):
+        work(*a, **k)
+        die()
+    return both
+
+phase, directory = sys.argv[1], Path(sys.argv[2])
+places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_sums"), "sync": (c, "_sync")}
+places |= {"rename": (c.os, "replace"), "removal": (c, "remove")}
+owner, name = places[phase.split("-")[0]]
+work = getattr(owner, name)
+deadly = then_die(work) if phase.endswith("-after") else die
+if name == "replace":  # of the step itself, not of the files in it
+    setattr(owner, name, lambda a, b: deadly(a, b) if Path(b).name.isdigit() else work(a, b))
+else:
+    setattr(owner, name, deadly)
+c.save(directory, 9, {"x": jnp.arange(8.0, dtype=jnp.float32)}, {}, keep=1)
+"""
+
+
+PHASES = ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "phase", ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
+)
+def test_killed_in_any_phase_of_a_save_there_is_the_old_or_the_new_step(tmp_path, phase):
+    mesh = mesh_of(1, 1)
+    whole = NamedSharding(mesh, PartitionSpec())
+    like = {"x": jax.ShapeDtypeStruct((8,), np.float32, sharding=whole)}
+    checkpoints.save(tmp_path, 5, {"x": jnp.ones(8, jnp.float32)}, {}, keep=1)
+    done = subprocess.run([sys.executable, "-c", KILLED, phase, str(tmp_path)], env={**os.environ, "XLA_FLAGS": ""}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    found = checkpoints.restore(tmp_path, like)
+    assert found.step == (9 if phase in ("rename-after", "removal") else 5)
+    np.testing.assert_array_equal(found.state["x"], np.arange(8.0) if found.step == 9 else np.ones(8))
+    checkpoints.save(tmp_path, 12, {"x": jnp.zeros(8, jnp.float32)}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["00000012"]
+    assert json.loads((tmp_path / "00000012" / "manifest.json").read_text())["step"] == 12

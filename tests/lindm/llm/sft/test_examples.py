@@ -1,0 +1,293 @@
+"""What trains: documents that read back as the rows they are of, files row by row, and every bad row by its line."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lindm import datasets
+from lindm.errors import DataError, LindmError
+from lindm.llm.sft.examples import documents, examples, held_out, split
+from lindm.llm.tokens import decode
+from lindm.text import COMPACT, READABLE, Template, parse
+from tests.lindm.datasets.conftest import SUITE, fixed_mdp, recipe
+from tests.lindm.llm.small import TURNS, byte_level, dummy_space, trained_texts
+
+TOKENIZER = byte_level()
+RECIPE = recipe(tasks=5, demos=2, queries=2, query_epsilon=0.5, shard=3)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    out = tmp_path_factory.mktemp("suite")
+    datasets.make(out, SUITE, RECIPE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_names(tmp_path_factory):
+    out = tmp_path_factory.mktemp("names")
+    datasets.make(out, fixed_mdp(), RECIPE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cloud(brute, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cloud")
+    datasets.make(out, brute.random(5, S=2, A=2, O=2, M=2, H=3, alpha=0.7).problem(), RECIPE)
+    return out
+
+
+def queries(directory):
+    """(task, demonstrations, query) as the rows have them, in order."""
+    for i, (_, rows) in enumerate(datasets.load(directory)):
+        demos = [row for row in rows if row["role"] == "demo"]
+        yield from ((i, demos, row) for row in rows if row["role"] == "query")
+
+
+def trained(tokenizer, example) -> list[str]:
+    return [decode(tokenizer, [t]) for t in example.target.tolist() if t >= 0]
+
+
+@pytest.mark.parametrize("template", ["compact", "readable"])
+@pytest.mark.parametrize("supervise", ["all", "query"])
+def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, template, supervise):
+    found = examples(suite, TOKENIZER, template=template, supervise=supervise)
+    rows = list(queries(suite))
+    assert len(found) == len(rows) == 10
+    for n, (example, (task, demos, query)) in enumerate(zip(found, rows, strict=True)):
+        text = decode(TOKENIZER, example.ids.tolist())
+        document = parse(text, {"compact": COMPACT, "readable": READABLE}[template])
+        for steps, row in zip((*document.demonstrations, document.query), (*demos, query), strict=True):
+            assert [(s.state, s.action, s.reward) for s in steps] == list(
+                zip(row["state"], row["action"], row["reward"], strict=True)
+            )
+        labelled = (*demos, query) if supervise == "all" else (query,)
+        assert trained(TOKENIZER, example) == [f" {'AB'[label]}" for row in labelled for label in row["label"]]
+        assert (example.source, example.group) == (f"{suite}: task {task}, query {n % 2}", task)
+
+
+def test_actions_that_the_oracle_would_not_take_are_in_the_text_and_their_labels_in_the_targets(suite):
+    differ = 0
+    for example, (_, _, query) in zip(examples(suite, TOKENIZER, supervise="query"), queries(suite), strict=True):
+        places = np.flatnonzero(example.target >= 0)
+        taken = [decode(TOKENIZER, [t]) for t in example.ids[places + 1].tolist()]
+        assert taken == [f" {'AB'[a]}" for a in query["action"]]
+        differ += sum(a != b for a, b in zip(taken, trained(TOKENIZER, example), strict=True))
+    assert differ > 3
+
+
+def test_rewards_and_names_are_options(with_names):
+    text = decode(TOKENIZER, examples(with_names, TOKENIZER, rewards=False)[0].ids.tolist())
+    assert re.fullmatch(r"(#(\n[012] [ABC]){4}\n?){3}", text)
+    example = examples(with_names, TOKENIZER, names=True)[0]
+    text = decode(TOKENIZER, example.ids.tolist())
+    assert set(re.findall(r"The state is (\w+)", text)) <= {"left", "middle", "right"} and "The reward is" in text
+    assert set(re.findall(r"The decision is (\w+)", text)) <= {"wait", "go", "turn"}
+    words = set("".join(trained(TOKENIZER, example)).split())  # of a label of several tokens as much as the text agrees with
+    assert words and all(any(name.startswith(word) for name in ("wait", "go", "turn")) for word in words)
+
+
+def test_a_hidden_state_is_in_no_document(cloud):
+    tokenizer = dummy_space()
+    text = decode(tokenizer, examples(cloud, tokenizer, template="readable")[0].ids.tolist())
+    assert "The state is" not in text and "Nature takes model" in text and "The observation is" in text
+
+
+def test_a_template_may_be_a_file_or_a_template(suite, tmp_path):
+    own = {"name": "own", "step": ["|", "{state}", "{action}"], "closing": "\n", "states": "{}", "actions": ["x", "y"]}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    found = examples(suite, TOKENIZER, template=str(tmp_path / "own.json"))
+    assert [e.ids.tolist() for e in found] == [e.ids.tolist() for e in examples(suite, TOKENIZER, template=Template(**own))]
+    assert set(trained(TOKENIZER, found[0])) <= {"x", "y"}
+    with pytest.raises(LindmError, match=r"cannot read none\.json"):
+        examples(suite, TOKENIZER, template="none.json")
+
+
+def test_tasks_can_be_a_part_and_progress_is_told(suite):
+    whole, told = examples(suite, TOKENIZER), []
+    part = examples(suite, TOKENIZER, first=1, last=4, progress=lambda done, total: told.append((done, total)))
+    assert [e.ids.tolist() for e in part] == [e.ids.tolist() for e in whole[2:8]] and {e.group for e in part} == {1, 2, 3}
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    for bounds in ({"first": 5}, {"first": 3, "last": 3}, {"last": 6}):
+        with pytest.raises(ValueError, match="first and last must be of the 5 tasks, the first before the last"):
+            examples(suite, TOKENIZER, **bounds)
+
+
+def test_the_documents_of_a_dataset_are_those_that_train(suite):
+    how = datasets.telling(suite, datasets.read_manifest(suite), None, False, False)
+    found = list(documents(suite, how, (2, None)))
+    assert [(task, query) for task, query, _, _ in found] == [(t, q) for t in (2, 3, 4) for q in (0, 1)]
+    texts = [decode(TOKENIZER, e.ids.tolist()) for e in examples(suite, TOKENIZER, rewards=False, first=2)]
+    assert ["".join(piece.text for piece in pieces) for _, _, pieces, _ in found] == texts
+    rows = [(*demos, query) for task, demos, query in queries(suite) if task >= 2]
+    assert [labels for *_, labels in found] == [[row["label"] for row in each] for each in rows]
+
+
+# --- files
+
+
+def written(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "A"}]}
+
+
+def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
+    path = written(
+        tmp_path / "rows.jsonl",
+        {"prompt": "#\n0", "completion": " A", "id": 7},
+        "",
+        CHAT,
+        {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
+    )
+    found = examples(path, TOKENIZER)
+    assert [decode(TOKENIZER, [t for t in e.target.tolist() if t >= 0]) for e in found] == [" A<|im_end|>"] + ["A<|im_end|>"] * 2
+    assert [(e.source, e.group) for e in found] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
+    assert [e.ids.tolist() for e in examples(path, TOKENIZER, first=1, last=2)] == [found[1].ids.tolist()]
+
+
+def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_trained(tmp_path):
+    path = written(tmp_path / "rows.jsonl", {"prompt": TURNS[:3], "completion": TURNS[3:]}, {"messages": TURNS})
+    part, whole = examples(path, TOKENIZER)
+    assert trained_texts(TOKENIZER, part) == ["B or C<|im_end|>"]
+    assert trained_texts(TOKENIZER, whole) == ["A<|im_end|>", "B or C<|im_end|>"] and part.ids.tolist() == whole.ids.tolist()
+
+
+def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_path):
+    prompts, conversations = datasets.export(suite, "trl", tmp_path)
+    labels = [label for _, _, query in queries(suite) for label in query["label"]]
+    found = examples(prompts, TOKENIZER)
+    assert ["".join(trained(TOKENIZER, e)) for e in found] == [f" {'AB'[label]}<|im_end|>" for label in labels]
+    answers = "".join("".join(trained(TOKENIZER, e)) for e in examples(conversations, TOKENIZER))
+    assert answers == "".join(f"{'AB'[label]}<|im_end|>" for label in labels)
+
+
+GOOD = {"prompt": "x", "completion": " A"}
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ("{", "not JSON: "),
+        ("[" * 100_000, "not JSON: "),
+        ('{"prompt": "x", "completion": "\xff"}'.encode("latin-1"), "not JSON: "),
+        ([1], "a row must be an object; got list"),
+        ({"prompt": "x"}, 'a row must have the keys "prompt" and "completion", or the key "messages"; got \'prompt\''),
+        ({"text": "x"}, 'a row must have the keys "prompt" and "completion", or the key "messages"; got \'text\''),
+        ({}, 'a row must have the keys "prompt" and "completion", or the key "messages"; got none'),
+        (GOOD | CHAT, 'a row must have the keys "prompt" and "completion", or the key "messages"'),
+        ({"prompt": 1, "completion": "A"}, "prompt and completion must both be texts or both be lists of messages"),
+        ({"prompt": "x", "completion": None}, "prompt and completion must both be texts or both be lists of messages"),
+        ({"prompt": "", "completion": ""}, "prompt and completion must not both be empty"),
+        ({"prompt": [], "completion": []}, "prompt and completion must not both be empty"),
+        ({"prompt": "\ud800", "completion": "A"}, "text must be what UTF-8 can encode"),
+        ({"messages": "hi"}, "messages must be a list of messages; got 'hi'"),
+        ({"messages": []}, "messages must be a list of messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "there is nothing to train in it"),
+        ({"messages": [{"role": "user"}]}, "message 0 must be an object with texts role and content"),
+        (CHAT | {"tools": [{}]}, "tools must be left out: it has no effect here"),
+        ({"prompt": "y" * 40, "completion": "A"}, "must have at most 20 tokens, the length of a sequence; got 42"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, why):
+    path = written(tmp_path / "rows.jsonl", GOOD)
+    with path.open("ab") as f:
+        f.write(row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode())
+    assert len(examples(path, TOKENIZER, last=1, length=20)) == 1
+    with pytest.raises(LindmError, match=f"^{re.escape(f'{path}:2: {why}')}") as e:
+        examples(path, TOKENIZER, length=20)
+    assert isinstance(e.value, DataError)
+
+
+def test_a_document_that_is_too_long_is_named_by_its_task_and_query(suite):
+    sizes = [len(e.ids) for e in examples(suite, TOKENIZER)]
+    assert len(examples(suite, TOKENIZER, length=max(sizes))) == 10
+    n, (task, query) = sizes[0], (0, 0)
+    with pytest.raises(LindmError, match=f": task {task}, query {query}: must have at most {n - 1} tokens, .*; got {n}") as e:
+        examples(suite, TOKENIZER, length=n - 1)
+    assert isinstance(e.value, DataError)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows_is_no_success(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(LindmError, match=r"rows\.jsonl has no rows") as e:
+        examples(tmp_path / "rows.jsonl", TOKENIZER)
+    assert isinstance(e.value, DataError)
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.jsonl", "rows.json", "", "folder.jsonl"])
+def test_anything_else_is_told_what_would_be_accepted(tmp_path, name):
+    written(tmp_path / "rows.json", GOOD)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, or a \.jsonl file with rows .*; got /"):
+        examples(tmp_path / name, TOKENIZER)
+
+
+def test_an_unfinished_dataset_is_refused(suite, tmp_path):
+    (tmp_path / "config.json").write_bytes((suite / "config.json").read_bytes())
+    with pytest.raises(LindmError, match="is not finished") as e:
+        examples(tmp_path, TOKENIZER)
+    assert isinstance(e.value, DataError)
+
+
+@pytest.mark.parametrize("option", [{"template": "compact"}, {"rewards": False}, {"names": True}, {"supervise": "query"}])
+def test_an_option_of_datasets_is_refused_for_a_file(tmp_path, option):
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} must be left out for a \.jsonl file"):
+        examples(written(tmp_path / "rows.jsonl", GOOD), TOKENIZER, **option)
+
+
+def test_numbers_that_make_no_sense_are_refused(suite):
+    for option, least in (("first", 0), ("last", 1), ("length", 1)):
+        with pytest.raises(ValueError, match=f"{option} must be at least {least}; got {least - 1}"):
+            examples(suite, TOKENIZER, **{option: least - 1})
+    with pytest.raises(ValueError, match="supervise must be one of all, query; got 'demos'"):
+        examples(suite, TOKENIZER, supervise="demos")
+
+
+# --- held out
+
+
+def test_a_task_is_never_on_both_sides(suite):
+    found = examples(suite, TOKENIZER)
+    for seed in range(5):
+        train, held = held_out(found, 0.4, seed)
+        assert len(held) == 4 and Counter(e.group for e in held) == dict.fromkeys({e.group for e in held}, 2)
+        assert not {e.group for e in train} & {e.group for e in held}
+        assert sorted(map(id, train + held)) == sorted(map(id, found))
+        assert [id(e) for e in held_out(found, 0.4, seed)[1]] == [id(e) for e in held]
+    assert len({tuple(e.source for e in held_out(found, 0.4, seed)[1]) for seed in range(5)}) > 1
+    last = found[-6:]  # of tasks 2, 3 and 4
+    train, held = held_out(last, 0.4, 0)
+    assert len(train) == 4 and len(held) == 2 and not {e.group for e in train} & {e.group for e in held}
+
+
+@given(n=st.integers(1, 60), fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**64 - 1))
+def test_a_split_has_every_number_once_and_the_fraction_asked_for(n, fraction, seed):
+    if fraction and n - max(round(fraction * n), 1) < 1:
+        with pytest.raises(ValueError, match="fraction must leave something to train"):
+            split(n, fraction, seed)
+        return
+    rest, held = split(n, fraction, seed)
+    assert sorted(rest + held) == list(range(n)) and (rest, held) == (sorted(rest), sorted(held))
+    assert abs(len(held) - fraction * n) <= 0.5 or len(held) == 1
+    assert bool(held) == bool(fraction) and split(n, fraction, seed) == (rest, held)
+
+
+def test_every_number_is_held_out_about_equally_often():
+    counts = np.bincount([i for seed in range(2000) for i in split(10, 0.3, seed)[1]], minlength=10)
+    np.testing.assert_allclose(counts, 600, atol=5 * np.sqrt(2000 * 0.3 * 0.7))
+
+
+def test_a_fraction_must_be_one():
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="fraction must be at least 0 and below 1"):
+            split(10, fraction, 0)

@@ -1,0 +1,134 @@
+"""What is read from a config.json, what is written back, and what is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lindm.errors import DataError, LindmError
+from lindm.llm.config import Architecture, Rope, architecture, read_architecture, to_config
+from tests.lindm.llm.reference import CONFIGS, FAMILIES
+
+
+def read(name, **changes):
+    return architecture(CONFIGS[name] | changes, "config.json")
+
+
+def test_every_size_is_where_it_belongs():
+    assert read("llama") == Architecture(
+        **{"family": "llama", "vocabulary": 61, "width": 24, "depth": 3, "K": 4, "groups": 2, "head": 6, "mlp": 40},
+        rope=Rope(theta=100.0, kind="llama3", factor=4.0, low=1.0, high=4.0, original=32),
+        **{"epsilon": 1e-5, "tied": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "length": 256},
+    )
+    qwen3 = read("qwen3", initializer_range=0.5)
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.windows, qwen3.spread, qwen3.head) == (True, False, (6, 0, 6), 0.5, 8)
+
+
+def test_a_head_is_the_width_over_the_heads_unless_it_is_said():
+    assert (read("smollm").head, read("mistral").head) == (8, 8) and read("mistral").width // read("mistral").K == 8
+    assert read("qwen3").head == 8 and read("qwen3").width // read("qwen3").K == 5
+
+
+def test_the_keys_of_both_versions_of_transformers_are_read():
+    assert read("smollm").rope == Rope(theta=100_000.0)
+    scaling = {"type": "linear", "factor": 2.0}
+    assert read("smollm", rope_scaling=scaling).rope == Rope(theta=100_000.0, kind="linear", factor=2.0)
+    old = {k: v for k, v in CONFIGS["llama"].items() if k != "rope_parameters"}
+    scaling = {k: v for k, v in CONFIGS["llama"]["rope_parameters"].items() if k != "rope_theta"}
+    assert architecture(old | {"rope_theta": 100.0, "rope_scaling": scaling}, "config.json") == read("llama")
+
+
+def test_windows_are_for_the_layers_that_slide():
+    assert read("mistral").windows == (5, 5) and read("mistral", sliding_window=None).windows == ()
+    assert read("qwen2").windows == ()  # the size is there, the switch is off
+    assert read("qwen2", use_sliding_window=True, max_window_layers=1).windows == (0, 4)
+    assert read("qwen3", layer_types=["full_attention"] * 3).windows == ()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_written_is_read_again(tmp_path, name):
+    a = read(name)
+    (tmp_path / "config.json").write_text(json.dumps(to_config(a, dtype="float32", eos_token_id=2)))
+    assert read_architecture(tmp_path) == a == read_architecture(tmp_path / "config.json")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["eos_token_id"] == 2 and config["rope_theta"] == config["rope_parameters"]["rope_theta"] == a.rope.theta
+    del config["rope_parameters"]  # as version 4 reads it
+    assert architecture(config, "config.json") == a
+
+
+def test_the_number_of_parameters_of_models_that_are_known():
+    smol = read("smollm", vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    smol = to_config(smol) | {"intermediate_size": 1536, "head_dim": 64}
+    assert architecture(smol, "config.json").parameters == 134_515_008
+    llama = read_architecture(Path(__file__).parent / "files" / "llama-3-8b")  # the sizes that Meta published
+    assert llama.parameters == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("llama", {"model_type": "gpt2"}, "config.json: model_type must be one of llama, mistral, qwen2, qwen3; got 'gpt2'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "config.json: quantization_config is not known for the family llama"),
+        ("llama", {"logit_scale": 0.5}, "config.json: logit_scale is not known"),
+        ("llama", {"auto_map": {"AutoModel": "evil.Model"}}, "config.json: auto_map asks for code"),
+        ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act must be silu; got 'gelu'"),
+        ("llama", {"pretraining_tp": 2}, "config.json: pretraining_tp must be 1; got 2"),
+        ("llama", {"num_key_value_heads": 3}, "config.json: K must be a multiple of groups; got 4 and 3"),
+        ("llama", {"head_dim": 7}, "config.json: .* even"),
+        ("qwen2", {"num_hidden_layers": 10**12}, "config.json: num_hidden_layers must be at most 4096; got 1000000000000"),
+        ("qwen2", {"rms_norm_eps": None}, "config.json: "),
+        ("qwen2", {"rms_norm_eps": -1.0}, "config.json: epsilon must be between 0 and 1; got -1.0"),
+        ("qwen2", {"rms_norm_eps": float("inf")}, "config.json: epsilon must be between 0 and 1; got inf"),
+        ("qwen2", {"num_attention_heads": 0}, "config.json: K must be a positive integer; got 0"),
+        (
+            "llama",
+            {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"factor": [1]}},
+            r"factor of the rotations .* got \[1\]",
+        ),
+        ("llama", {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"high_freq_factor": 1.0}}, "low must be below high"),
+        ("qwen2", {"rope_theta": -10.0}, "config.json: theta of the rotations must be a positive number; got -10.0"),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": "much"}}, "config.json: "),
+        ("qwen2", {"rope_parameters": [3]}, "config.json: "),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type must be one of .*'yarn'",
+        ),
+        ("smollm", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type must be one of .*'dynamic'"),
+        ("smollm", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 3}}, "rope parameters mscale are not known"),
+        ("mistral", {"sliding_window": -1}, "config.json: sliding_window must be a positive integer; got -1"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "config.json: "),
+        ("qwen3", {"layer_types": ["full_attention"]}, "config.json: "),
+        ("qwen2", {"hidden_size": "16"}, "config.json: "),
+        ("qwen2", {"intermediate_size": 0}, "config.json: mlp must be a positive integer; got 0"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(name, changes, message):
+    with pytest.raises(LindmError, match=message) as e:
+        read(name, **changes)
+    assert isinstance(e.value, DataError)
+
+
+def test_what_is_empty_or_leaves_the_logits_alone_is_not_refused():
+    assert read("llama", quantization_config=None, use_cache=True, eos_token_id=[1, 2], torch_dtype="float16") == read("llama")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff", '{"model_type": ["llama"]}', "[" * 10**6])
+def test_a_file_that_is_no_config_is_exit_3(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(LindmError, match=r"config.json: ") as e:
+        read_architecture(tmp_path)
+    assert isinstance(e.value, DataError)
+
+
+def test_a_directory_without_a_config_is_exit_3(tmp_path):
+    with pytest.raises(LindmError, match=r"cannot read .*config.json: No such file") as e:
+        read_architecture(tmp_path)
+    assert isinstance(e.value, DataError)
+
+
+def test_sizes_that_cannot_be_are_refused_where_they_are_born():
+    sizes = {"family": "llama", "vocabulary": 1, "width": 2, "depth": 1, "K": 2, "groups": 1, "head": 2, "mlp": 1}
+    for change, message in ({"depth": 0}, "depth must be at least 1; got 0"), ({"groups": 3}, "K must be"), ({"head": 3}, "even"):
+        with pytest.raises(ValueError, match=message):
+            Architecture(**sizes | change)

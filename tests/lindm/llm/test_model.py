@@ -1,0 +1,200 @@
+"""The decoder against the forward pass in plain numpy (`reference`): whole, packed, cached, behind a prefix, in bfloat16."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lindm.llm.config import Architecture, Rope, scaled_frequencies
+from lindm.llm.io.weights import load
+from lindm.llm.model import Decoder, abstract
+from tests.lindm.llm import reference
+
+NAMES = reference.FAMILIES
+T = 14  # two rows of so many tokens nearly everywhere: programs are shared
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return functools.cache(lambda name: load(reference.write(tmp_path_factory.mktemp(name), name)))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "remat", "unroll"))
+def _logits(graphdef, state, ids, positions, segments, **options):
+    model = nnx.merge(graphdef, state)
+    return model.logits(model.hidden(ids, positions, segments, **options))
+
+
+def logits(model, ids, positions=None, segments=None, **options):
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if positions is None else positions
+    ids, positions = jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32)
+    return np.asarray(_logits(*nnx.split(model), ids, positions, segments, **options))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="unroll")
+def _extend(graphdef, state, ids, start, cache, shared, unroll):
+    model = nnx.merge(graphdef, state)
+    hidden, cache = model.extend(ids, start, cache, shared, unroll=unroll)
+    return model.logits(hidden), cache
+
+
+def extend(model, ids, start, cache, shared=None, unroll=False):
+    found, cache = _extend(
+        *nnx.split(model), jnp.asarray(ids, jnp.int32), jnp.asarray(start, jnp.int32), cache, shared, unroll=unroll
+    )
+    return np.asarray(found), cache
+
+
+def tokens(name, *shape, seed=1):
+    return np.random.default_rng(seed).integers(0, reference.CONFIGS[name]["vocab_size"], shape)
+
+
+def true(name, ids):
+    return reference.logits(name, reference.weights(name), ids)
+
+
+def close(found, true, tolerance=3e-6):
+    """Relative to the largest logit."""
+    np.testing.assert_allclose(found, true, rtol=0, atol=tolerance * np.abs(true).max())
+
+
+def changed_at(name, ids, at):
+    other = ids.copy()
+    other[0, at] = (ids[0, at] + 1) % reference.CONFIGS[name]["vocab_size"]
+    return other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_logits_are_those_of_plain_numpy(model, name):
+    ids = tokens(name, 2, T)
+    wanted = np.stack([true(name, row) for row in ids])
+    found = logits(model(name), ids)
+    assert found.dtype == np.float32 and np.ptp(wanted) > 5  # nothing is checked by logits that are all alike
+    close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_other_rotations_are_those_of_plain_numpy(tmp_path, monkeypatch, kind):
+    rope = {"rope_type": kind, "rope_theta": 50.0} | ({"factor": 3.0} if kind == "linear" else {})
+    monkeypatch.setitem(reference.CONFIGS, "qwen2", reference.CONFIGS["qwen2"] | {"rope_parameters": rope})
+    ids = tokens("qwen2", 2, T)
+    close(logits(load(reference.write(tmp_path, "qwen2")), ids)[1], true("qwen2", ids[1]))
+
+
+def test_the_frequencies_of_llama_3_1():
+    """Theta 500000, head 128: short wavelengths are kept, long ones divided by eight, and it goes over from one to the other."""
+    rope = Rope(theta=500_000.0, kind="llama3", factor=8.0, low=1.0, high=4.0, original=8192)
+    found, plain = np.array(scaled_frequencies(rope, 128)), 500_000.0 ** -(np.arange(64) / 64)
+    config = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = {"rope_parameters": config | {"original_max_position_embeddings": 8192}}
+    np.testing.assert_allclose(found, reference.frequencies(config, 128), rtol=1e-12)
+    ratio = plain / found
+    # 2 pi theta^(i/64) < 2048 for i < 28.2, and > 8192 for i > 34.99
+    assert np.allclose(ratio[:29], 1) and np.allclose(ratio[35:], 8) and np.all(np.diff(ratio[28:36]) > 0)
+    np.testing.assert_allclose(scaled_frequencies(Rope(theta=500_000.0), 128), plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_sees_nothing_that_comes_later(model, name):
+    ids = tokens(name, 2, T)
+    before, after = logits(model(name), ids), logits(model(name), changed_at(name, ids, 7))
+    assert np.array_equal(before[0, :7], after[0, :7]) and np.array_equal(before[1], after[1])
+    assert np.any(before[0, 7:12] != after[0, 7:12], axis=-1).all()
+
+
+def test_a_window_hides_what_is_further_back(model):
+    """Two layers of 5 keys see 8 tokens back and no further."""
+    ids = tokens("mistral", 2, T)
+    before, after = logits(model("mistral"), ids), logits(model("mistral"), changed_at("mistral", ids, 3))
+    assert np.any(before != after, axis=-1)[0].tolist() == [False] * 3 + [True] * 9 + [False] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_documents_are_documents_of_their_own(model, name):
+    ends = (6, 9, T)
+    ids, segments = tokens(name, 2, T), np.repeat(np.arange(3), np.diff((0, *ends)))
+    positions = np.arange(T) - np.array((0, *ends))[segments]
+    placed = np.tile(positions, (2, 1)), jnp.asarray(np.tile(segments, (2, 1)), jnp.int32)
+    packed = logits(model(name), ids, *placed)
+    for start, end in zip((0, *ends[:-1]), ends, strict=True):
+        close(packed[1, start:end], true(name, ids[1, start:end]))
+    other = logits(model(name), changed_at(name, ids, 2), *placed)
+    assert np.array_equal(other[0, 6:], packed[0, 6:]) and not np.array_equal(other[0, 2:6], packed[0, 2:6])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_scanned_unrolled_and_computed_again_are_the_same(model, name):
+    ids = tokens(name, 2, T)
+    plain = logits(model(name), ids)
+    for options in ({"unroll": True}, {"remat": "full"}, {"remat": "selective"}):
+        close(logits(model(name), ids, **options), plain, 1e-6)
+
+
+def test_the_gradient_does_not_depend_on_remat(model):
+    graphdef, state = nnx.split(model("smollm"))
+    ids = jnp.asarray(tokens("smollm", 2, 8), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
+
+    def loss(state, remat):
+        model = nnx.merge(graphdef, state)
+        return jax.nn.logsumexp(model.logits(model.hidden(ids, positions, remat=remat)), axis=-1).sum()
+
+    none, *others = (jax.jit(jax.grad(loss), static_argnums=1)(state, remat) for remat in ("none", "selective", "full"))
+    for other in others:
+        for a, b in zip(jax.tree.leaves(none), jax.tree.leaves(other), strict=True):
+            close(np.asarray(b), np.asarray(a), 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_one_at_a_time_are_tokens_all_at_once(model, name):
+    """Rows of different lengths: what a shorter row was padded with is overwritten, and never attended to."""
+    m, ids, at = model(name), tokens(name, 2, T), np.array([8, 5])
+    wanted = [true(name, row) for row in ids]
+    found, cache = extend(m, ids[:, :8], np.zeros(2), m.empty_cache(2, 16))
+    for r in range(2):
+        close(found[r, : at[r]], wanted[r][: at[r]])
+    for step in range(6):
+        found, cache = extend(m, ids[np.arange(2), at][:, None], at, cache, unroll=name == "qwen3" and step > 2)
+        for r in range(2):
+            close(found[r, 0], wanted[r][at[r]])
+        at = at + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_rows_that_share_a_prefix_read_it_from_one_cache(model, name):
+    """Two prefixes of different lengths, two rows behind each; windows reach back into the prefix."""
+    m, prefixes, rows = model(name), tokens(name, 2, 7), tokens(name, 4, 6, seed=2)
+    lengths = (7, 4)
+    _, shared = extend(m, prefixes, np.zeros(2), m.empty_cache(2, 7))
+    shared = (shared, jnp.asarray(lengths, jnp.int32))
+    first, cache = extend(m, rows[:, :4], np.zeros(4), m.empty_cache(4, 6), shared)
+    second, _ = extend(m, rows[:, 4:], np.full(4, 4), cache, shared)
+    for r, found in enumerate(np.concatenate([first, second], axis=1)):
+        n = lengths[r // 2]
+        close(found, true(name, np.concatenate([prefixes[r // 2, :n], rows[r]]))[n:])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bfloat16_is_close(model, name):
+    ids = tokens(name, 2, T)
+    found = logits(model(name), ids, dtype=jnp.bfloat16)
+    assert found.dtype == np.float32 and not np.array_equal(found, logits(model(name), ids))
+    close(found[0], true(name, ids[0]), 0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_parameters_is_counted(model, name):
+    held = sum(x.size for x in reference.weights(name).values())
+    assert model(name).architecture.parameters == held
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model(name)))) == held
+
+
+def test_the_abstract_decoder_is_the_decoder_without_its_numbers():
+    a = Architecture(family="qwen3", vocabulary=11, width=8, depth=2, K=2, groups=1, head=4, mlp=12, qk_norm=True)
+    graphdef, state = nnx.split(Decoder(a, nnx.Rngs(0)))
+    graphdef_, state_ = nnx.split(abstract(a))
+    assert graphdef == graphdef_
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), state_)
