@@ -1,9 +1,9 @@
 """Does training with small steps follow the ordinary differential equation of gradient flow?
 
 The full layer, with all of W_KQ and W_PV free, starts where [ZFB] let it start (U = s Theta Theta', u = s, v = z = 0) and takes
-steps of stochastic gradient descent on fresh Gaussian tasks. Beside it runs the equation of theory/lindm_theory/gradient_flow.py for U and u
-alone. A step of length r of the layer is the time r of the flow. What remains between the two, over the whole way and in all
-blocks, must vanish with r: like r where the steps are too coarse, like sqrt(r) where the noise of the batches is left.
+steps of stochastic gradient descent on fresh Gaussian tasks. Beside it runs the equation of theory/lindm_theory/gradient_flow.py
+for U and u alone. A step of length r of the layer is the time r of the flow. What remains between the two, over the whole way
+and in all blocks, must vanish with r: like r where the steps are too coarse, like sqrt(r) where the noise of the batches is left.
 
     lindm run gradient_flow --preset quick      about 10 s on 2 cores
     lindm verify --only gradient-flow

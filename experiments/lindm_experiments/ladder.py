@@ -1,9 +1,9 @@
 """How far is each bound from the truth, all the way from one policy's exact loss to the theorem that needs no data?
 
 A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
-rungs of theory/lindm_theory/policy.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation + optimisation,
-and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation refutes it. How
-loose it is shows in the waterfall.
+rungs of theory/lindm_theory/policy.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation +
+optimisation, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
+refutes it. How loose it is shows in the waterfall.
 
     lindm run ladder --preset quick      about 20 s on 2 cores
     lindm verify --only identity ladder expected-bound high-probability-bound

@@ -9,9 +9,9 @@ pairs from five tests:
     scale      x -> c x in the contexts, labels follow: S, hence Qhat, is multiplied by c^2
     spectrum   contexts from another design, so another Lambda with another condition number; same queries as in training
 
-The exact risk of section 4 and theory/lindm_theory/robustness.py answers all five. The first three fall as 1/M to the bias of training; the
-last two end on a floor ||(A L_test - I) Psi^{1/2}||^2 that no context removes. Yet c^2 Qhat has the same greedy policy: the risk
-explodes and the policy does not notice.
+The exact risk of section 4 and theory/lindm_theory/robustness.py answers all five. The first three fall as 1/M to the bias of
+training; the last two end on a floor ||(A L_test - I) Psi^{1/2}||^2 that no context removes. Yet c^2 Qhat has the same greedy
+policy: the risk explodes and the policy does not notice.
 
     lindm run shift --preset quick      about 25 s on 2 cores
     lindm verify --only shift

@@ -5,8 +5,9 @@ tasks every step, one query per context) with the same Adam, schedule and batch.
 `torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
 is the same loop with the layer in our moment form: what is left of the ratio then is the loop and not the algebra.
 
-Costs, processes and rows are those of `lindm.bench.timing`; compilation is a row of its own. Memory is the growth of the peak resident
-set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer is null.
+Costs, processes and rows are those of `lindm.bench.timing`; compilation is a row of its own. Memory is the growth of the peak
+resident set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer
+is null.
 """
 
 import functools

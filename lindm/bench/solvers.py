@@ -14,8 +14,8 @@ values of every history (in batches of 10, one table of which is 56 MB). The pee
 level by level over the histories, normalised beliefs, one model at a time; it is run on a few models and scaled to the batch.
 Leaves are the histories of the last stage.
 
-Costs, processes and rows are those of `lindm.bench.timing`; compilation and the first call are rows of their own. Memory is the growth
-of the peak resident set while solving, after libraries are loaded, models are built and solvers are compiled.
+Costs, processes and rows are those of `lindm.bench.timing`; compilation and the first call are rows of their own. Memory is the
+growth of the peak resident set while solving, after libraries are loaded, models are built and solvers are compiled.
 Both sides are held to the same values before anything is printed.
 """
 

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from lindm.io.tables import format_table
+
 Row = dict[str, Any]
 Outcome = TypeVar("Outcome")
 
@@ -117,9 +119,7 @@ def show(table: Sequence[Row], as_json: bool) -> None:
     shown = [("work", "ours", "peer", "ratio", "unit", "peer is")]
     for r in table:
         shown.append((r["work"], _number(r["ours"]), _number(r["peer"]), _number(r["ratio"]), r["unit"], r["peer_name"]))
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for line in shown:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(format_table(shown))
 
 
 def _number(value: float | None) -> str:

@@ -153,7 +153,7 @@ def _verify(command: Verify) -> int:
 
 
 def _run(experiment: str, rest: Sequence[str]) -> int:
-    from lindm.io import files
+    from lindm.io import files, signals
     from lindm_experiments.harness import runner
     from lindm_experiments.harness.executor import Job, configure, perform
 
@@ -179,7 +179,7 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
         kw_only=True,
     )
     asked = _parse(options, rest, f"lindm run {experiment}", module.__doc__)
-    files.stop_on_signals()
+    signals.stop_on_signals()
     from rich.console import Console
 
     from lindm_experiments.harness.progress import show_progress
@@ -204,22 +204,22 @@ def _run(experiment: str, rest: Sequence[str]) -> int:
 
 
 def _plot(directory: Path) -> int:
-    from lindm.io import files
+    from lindm.io import signals
     from lindm_experiments.harness.report import redraw
 
-    files.stop_on_signals()
+    signals.stop_on_signals()
     for path in redraw(directory):
         print(path)
     return 0
 
 
 def _report(command: Report) -> int:
-    from lindm.io import files
+    from lindm.io import signals
     from lindm_experiments.harness.summary import write
 
     if not command.directories:
         raise ValueError("DIR must name at least one directory")
-    files.stop_on_signals()
+    signals.stop_on_signals()
     for path in write(command.directories, command.out):
         print(path)
     return 0

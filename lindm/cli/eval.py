@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from lindm.io.progress import told
+from lindm.io.progress import progress_bar
+from lindm.io.tables import format_row
 
 SEED = 1_000_000  # far from what training data are made with, so that tasks are new
 
@@ -53,9 +54,9 @@ class Eval:
 
 
 def run_eval(command: Eval) -> int:
-    from lindm.io import files
+    from lindm.io import files, signals
 
-    files.stop_on_signals()
+    signals.stop_on_signals()
     from lindm import validate
     from lindm.cli.problems import source_of
     from lindm.datasets import Recipe
@@ -70,15 +71,15 @@ def run_eval(command: Eval) -> int:
 
     about = compare.described(source)
     what = [" ".join(command.suite), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
-    head = [f"{', '.join(what)}; {recipe.tasks} tasks, {recipe.demos} demonstrations each", _line(HEAD)]
+    head = [f"{', '.join(what)}; {recipe.tasks} tasks, {recipe.demos} demonstrations each", format_row(HEAD, WIDTHS)]
 
     def finished(row: dict) -> None:
         if not command.json:
-            print("\n".join([*head, _line(_cells(row))]), flush=True)
+            print("\n".join([*head, format_row(_cells(row), WIDTHS)]), flush=True)
             head.clear()
 
     kept = tempfile.TemporaryDirectory() if command.out is None else nullcontext(str(command.out))
-    with kept as directory, told("tasks") as tell:
+    with kept as directory, progress_bar("tasks") as tell:
         how: dict[str, Any] = {"template": command.template, "rewards": command.rewards}
         how |= {"episodes": command.episodes, "tell": tell, "finished": finished}
         rows = compare.compare(Path(directory) / "data", source, recipe, command.policy, **how)
@@ -111,7 +112,3 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["method"],
         f"{row['decisions_per_s']:,.1f}",
     )
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()

@@ -55,7 +55,7 @@ def run_model(command: Model) -> int:
 
 
 def run_import(command: Import) -> int:
-    from lindm.io.files import stop_on_signals
+    from lindm.io.signals import stop_on_signals
     from lindm.llm.io.import_model import import_model
 
     stop_on_signals()
@@ -88,7 +88,7 @@ def run_show(command: Show) -> int:
 
 
 def run_export(command: Export) -> int:
-    from lindm.io.files import stop_on_signals
+    from lindm.io.signals import stop_on_signals
     from lindm.llm.io.peft import load_adapter
     from lindm.llm.io.weights import load, save
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lindm.io.tables import format_table
+
 if TYPE_CHECKING:
     from lindm.llm.cluster.plan import Job, Limits
     from lindm.llm.cluster.plan import Plan as Planned
@@ -55,7 +57,7 @@ class Plan:
 
 
 def run_plan(command: Plan) -> int:
-    from lindm.io.files import stop_on_signals
+    from lindm.io.signals import stop_on_signals
 
     stop_on_signals()
     if command.topology != "host":
@@ -93,10 +95,10 @@ def run_plan(command: Plan) -> int:
     for line in _introduced(job, command.topology, len(devices), limits):
         print(line)
     print()
-    _table([_HEAD, *(_row(p, job) for p in found)])
+    print(format_table([_HEAD, *(_row(p, job) for p in found)]))
     if found[0].work is not None:
         print(f"\nWhat a device sends in a step, with {plan.named(found[0].mesh)}:")
-        _table(_messages(found[0]))
+        print(format_table(_messages(found[0])))
     print()
     for line in _notes(found, flops, plan.HEADROOM):
         print(line)
@@ -170,9 +172,3 @@ def _notes(found: list["Planned"], flops: float, headroom: float) -> list[str]:
 
             notes.append(f"{named(p.mesh)} was refused: {p.refusal}")
     return notes
-
-
-def _table(lines: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lindm.io.progress import told
+from lindm.io.progress import progress_bar
 
 if TYPE_CHECKING:
     from lindm.families.registry import Source
@@ -114,7 +114,7 @@ def _double_precision() -> None:
 
 def run_solve(command: Solve) -> int:
     from lindm.families.registry import named
-    from lindm.io.files import stop_on_signals
+    from lindm.io.signals import stop_on_signals
 
     start = time.perf_counter()
     stop_on_signals()
@@ -161,9 +161,9 @@ def source_of(
 
 
 def run_make(command: Make) -> int:
-    from lindm.io import files
+    from lindm.io import signals
 
-    files.stop_on_signals()
+    signals.stop_on_signals()
     _double_precision()
     from lindm import datasets
 
@@ -178,7 +178,7 @@ def run_make(command: Make) -> int:
         seed=command.seed,
     )
     source = source_of(command.source, command.horizon, command.split, command.discount, command.alpha)
-    with told("tasks") as progress:
+    with progress_bar("tasks") as progress:
         made = datasets.make(command.out, source, recipe, progress=progress)
     for name in made.damaged:
         print(f"lindm: warning: {name} was not as it had been written and was made again", file=sys.stderr)
@@ -188,13 +188,13 @@ def run_make(command: Make) -> int:
 
 def run_export(command: Export) -> int:
     from lindm import datasets, text
-    from lindm.io import files
+    from lindm.io import signals
 
-    files.stop_on_signals()
+    signals.stop_on_signals()
     shipped = {"compact": text.COMPACT, "readable": text.READABLE}
     name = command.template
     template = None if name is None else shipped.get(name) or text.load_template(name)
-    with told("tasks") as progress:
+    with progress_bar("tasks") as progress:
         written = datasets.export(
             command.directory,
             command.to,

@@ -42,7 +42,7 @@ import numpy as np
 
 from lindm.datasets.reading import load, read_manifest
 from lindm.errors import UsageError
-from lindm.io import files
+from lindm.io import directories, files
 from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, render, text
 from lindm.text.grammar import TABLES, Ambiguous
 
@@ -83,8 +83,8 @@ def export(
     Raises:
       ValueError: an unknown format, or an option that it has no use for; names of a dataset that has none, or that texts cannot
         be read back with; a template without a field that the problem needs, or with too few symbols.
-      LindmError: the dataset is not finished or damaged (3); `out` holds what would be written, or a package is missing (2); `out`
-        cannot be written (7).
+      LindmError: the dataset is not finished or damaged (3); `out` holds what would be written, or a package is missing (2);
+        `out` cannot be written (7).
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
@@ -173,7 +173,7 @@ def _trl(directory: Path, manifest: dict, out: Path, how: Telling, system: str, 
     sizes, total = manifest["config"]["source"]["sizes"], manifest["config"]["recipe"]["tasks"]
     symbols = [symbol(how.template, a) for a in range(sizes["n_actions"])]
     paths = [out / "prompt_completion.jsonl", out / "messages.jsonl"]
-    with files.sole_writer(out), _new_files(*paths) as (prompts, conversations):
+    with directories.sole_writer(out), _new_files(*paths) as (prompts, conversations):
         for _, episodes in _told(directory, total, progress):
             demos = [row for row in episodes if row["role"] == "demo"]
             for row in (row for row in episodes if row["role"] == "query"):
@@ -239,10 +239,10 @@ def _new_files(*paths: Path) -> Iterator[list[IO[str]]]:
         if path.exists():
             raise UsageError(f"{path} is there already and is not replaced; choose another --out")
     # a signal may raise between any two lines: the names are known before there is a file, and kept before it gets its place
-    partial = [path.with_name(f".{path.name}{files.TEMPORARY}") for path in paths]
+    partial = [path.with_name(f".{path.name}{files.TEMPORARY_SUFFIX}") for path in paths]
     opened: list[IO[str]] = []
     placed: list[Path] = []
-    with files.storage(paths[0].parent):
+    with files.storage_errors(paths[0].parent):
         try:
             for path in partial:
                 opened.append(path.open("w", encoding="utf-8", newline="\n"))
@@ -295,7 +295,7 @@ def _minari(directory: Path, manifest: dict, out: Path, dataset_id: str, progres
                 yield EpisodeBuffer(options=where, **_transitions(row, sizes, seen))
 
     target, partial = out / dataset_id, out / f".{dataset_id}.lindm-partial"
-    with files.sole_writer(out), files.storage(target):
+    with directories.sole_writer(out), files.storage_errors(target):
         if target.exists():
             raise UsageError(f"{target} is there already and is not replaced; choose another --out or another dataset_id")
         try:

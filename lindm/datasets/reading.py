@@ -27,7 +27,7 @@ ORACLE = {"label": "action", "Q": "Q", "certificate": "certificate", "regret": "
 
 def sealed(value: dict) -> dict:
     """With its own SHA-256."""
-    return value | {"seal": hashlib.sha256(files.canonical(value).encode()).hexdigest()}
+    return value | {"seal": hashlib.sha256(files.canonical_json(value).encode()).hexdigest()}
 
 
 def unsealed(value: dict) -> dict | None:
@@ -36,24 +36,12 @@ def unsealed(value: dict) -> dict | None:
     return bare if value == sealed(bare) else None
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return value
-
-
 def read_manifest(directory: Path) -> dict:
     """The manifest of a finished dataset; DataError where there is none."""
     path = directory / MANIFEST
     if not path.exists() and (directory / CONFIG).exists():
         raise DataError(f"{directory} is not finished: make it again with the same options, and it goes on where it was")
-    manifest = read_json(path)
+    manifest = files.read_json(path)
     if not isinstance(config := manifest.get("config"), dict) or config.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a dataset in the format {FORMAT}")
     if unsealed(manifest) is None:

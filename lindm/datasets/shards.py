@@ -26,11 +26,11 @@ import numpy as np
 from lindm import __version__
 from lindm.datasets.card import card
 from lindm.datasets.drawing import Drawing, Draws, Recipe
-from lindm.datasets.reading import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_json, read_manifest, sealed, unsealed
+from lindm.datasets.reading import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_manifest, sealed, unsealed
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
-from lindm.io import files
+from lindm.io import directories, files
 from lindm.types import APOMDP, CERTIFICATES, POMDP, Problem
 
 ROLES = ("demo", "query")
@@ -75,7 +75,7 @@ def make(
     drawing = Drawing(source.problem if isinstance(source, Source) else source, recipe)
     names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, Source) else {}
     config = _config(drawing, {part: given for part, given in names.items() if given}, license)
-    with files.sole_writer(out):
+    with directories.sole_writer(out):
         versions, made_before = _opened(out, config), _journal(out)
         plan = _plan(drawing)
         damaged = tuple(n for record in made_before.values() for n, file in record["files"].items() if not _intact(out / n, file))
@@ -88,13 +88,13 @@ def make(
         tell(done, recipe.tasks)
         for name, (first, last) in missing.items():
             records[name] = _write_shard(out, name, drawing, first, last, lambda at, n=done - first: tell(n + at, recipe.tasks))
-            files.append_line(out / JOURNAL, files.canonical(sealed(records[name])))
+            files.append_line(out / JOURNAL, files.canonical_json(sealed(records[name])))
             done += last - first
         manifest = _manifest(config, versions, [records[name] for name in plan])
         _settle(out / CONFIG, _pretty({"config": config, "versions": versions}))
         _settle(out / CARD, card(manifest))
         _settle(out / MANIFEST, _pretty(manifest))
-        with files.storage(out / JOURNAL):
+        with files.storage_errors(out / JOURNAL):
             (out / JOURNAL).unlink(missing_ok=True)
     made = len(missing.keys() - {"problem"})
     return Made(manifest=manifest, kept=len(plan.keys() - {"problem"}) - made, made=made, damaged=damaged)
@@ -151,7 +151,7 @@ def _opened(out: Path, config: dict) -> dict[str, str]:
         versions = _versions()
         files.write_atomic(path, _pretty({"config": config, "versions": versions}))
         return versions
-    there = _if_good(lambda: read_manifest(out)) or _if_good(lambda: read_json(path)) or {}  # what is sealed is believed first
+    there = _if_good(lambda: read_manifest(out)) or _if_good(lambda: files.read_json(path)) or {}
     if not isinstance(there.get("config"), dict) or there["config"].get("format") != FORMAT:
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
         raise UsageError(f"{out} holds something that is not a dataset and is not touched: {why}; choose another --out")
@@ -188,10 +188,10 @@ def _plan(drawing: Drawing) -> dict[str, tuple[int, int]]:
 def _journal(out: Path) -> dict[str, dict]:
     """Everything that is known to have been finished, by name. What cannot be read or has no valid seal does not count."""
     manifest = _if_good(lambda: read_manifest(out))
-    lines = _if_good(lambda: files.read_lines(out / JOURNAL, repair=True))
+    lines = _if_good(lambda: files.read_json_lines(out / JOURNAL, repair=True))
     if lines is None:
         lines = []
-        with files.storage(out / JOURNAL):
+        with files.storage_errors(out / JOURNAL):
             (out / JOURNAL).unlink(missing_ok=True)
     records: list[dict] = [*(manifest["shards"] if manifest else ()), *(record for line in lines if (record := unsealed(line)))]
     return {record["point"]["shard"]: record for record in records}

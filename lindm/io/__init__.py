@@ -1,1 +1,1 @@
-"""Files on disk: atomic writes, directories, locks, signals, manifests, progress."""
+"""Input and output: files, directories and locks, signals, manifests, progress, tables."""

@@ -1,4 +1,4 @@
-"""What a reader needs in order to repeat a run: versions, commit, machine, flags, and the SHA-256 of everything written."""
+"""Provenance of a run, to repeat it: versions, commit, machine, flags, and the SHA-256 of every file that it wrote."""
 
 import contextlib
 import importlib.metadata
@@ -11,19 +11,19 @@ from typing import Any
 
 from lindm.io.files import sha256, write_json
 
-HERE = Path(__file__).parent
+PACKAGE = Path(__file__).parent
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
 def provenance() -> dict:
-    """Versions, commit, machine and flags: what a reader needs in order to repeat a run."""
+    """Versions, git commit, platform, devices and flags of this process."""
     versions = {}
     for package in ("lindm", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

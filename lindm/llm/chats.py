@@ -38,8 +38,8 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict], ask: bool = False)
 def chat_example(tokenizer: Tokenizer, messages: Sequence[dict], source: str, group: int = 0, since: int = 0) -> Example:
     """A conversation that trains the answers, from message number `since` on, with the token that ends each of them.
 
-    DataError, naming the source: what is no message, the name of a control token in one, or a template that writes what is in front
-    of an answer otherwise than it asked for it.
+    DataError, naming the source: what is no message, the name of a control token in one, or a template that writes what is in
+    front of an answer otherwise than it asked for it.
     """
     with naming(source):
         _check_messages(tokenizer, messages)

@@ -252,8 +252,8 @@ def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, sourc
     """A prompt whose completion is trained, and that it ends there.
 
     The prompt is encoded as a whole, with what the tokenizer puts in front: as whoever asks the trained model will encode it.
-    DataError, naming the source: a text cannot be written, the tokenizer has no token that ends a sequence, or nothing would stand
-    in front of the completion.
+    DataError, naming the source: a text cannot be written, the tokenizer has no token that ends a sequence, or nothing would
+    stand in front of the completion.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{source}: the tokenizer has no token that ends a sequence, with which a completion must end")

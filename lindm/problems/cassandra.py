@@ -76,8 +76,8 @@ def parse(text: str, name: str = "<text>") -> Model:
     Rows that miss one by at most `SUM_TOLERANCE` are scaled to one, with a single `UserWarning`. Without `start` it is uniform.
 
     Raises:
-      LindmError: exit code 3, "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are refused
-        (where rewards depend on the observation, S*S*O counts as a table).
+      LindmError: exit code 3, "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are
+        refused (where rewards depend on the observation, S*S*O counts as a table).
     """
     preamble, entries, last = _sections(text, name)
     labels = {word: _labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
@@ -162,8 +162,8 @@ def cloud(models: Sequence[Model], names: Sequence[str], horizon: int, discount:
     """`to_pomdp` of several models of one problem, as `apomdp` takes them.
 
     Raises:
-      LindmError: exit code 3, where the states, actions, observations or (with `discount` None) discounts are not those of the first
-        model; the message has the name, from `names`, of the file that differs.
+      LindmError: exit code 3, where the states, actions, observations or (with `discount` None) discounts are not those of the
+        first model; the message has the name, from `names`, of the file that differs.
     """
     if not models or len(models) != len(names):
         raise ValueError(f"models must be at least one, each with its name; got {len(models)} models and {len(names)} names")

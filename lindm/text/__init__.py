@@ -150,7 +150,7 @@ def parse(text: str, template: Template) -> Document:
 
 
 def load_template(path: str | Path) -> Template:
-    """A template from a JSON or a TOML file that holds the arguments of `Template`. DataError with path:line where it does not."""
+    """A template from a JSON or TOML file with the arguments of `Template`. DataError, with path:line, where it is not one."""
     path, source = Path(path), ""
     arguments = [field.name for field in dataclasses.fields(Template) if field.init]
     try:

@@ -21,7 +21,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.plain(ambiguity.measure(ambiguity.SMOKE, p)) for p in ambiguity.points(ambiguity.SMOKE)]
+    raw = [{"point": p} | files.to_jsonable(ambiguity.measure(ambiguity.SMOKE, p)) for p in ambiguity.points(ambiguity.SMOKE)]
     return json.loads(json.dumps(raw))
 
 

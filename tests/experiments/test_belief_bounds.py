@@ -24,7 +24,7 @@ def records() -> list[dict]:
 
 
 def _measured() -> list[dict]:
-    raw = [{"point": p} | files.plain(belief_bounds.measure(CFG, p)) for p in belief_bounds.points(CFG)]
+    raw = [{"point": p} | files.to_jsonable(belief_bounds.measure(CFG, p)) for p in belief_bounds.points(CFG)]
     return json.loads(json.dumps(raw))
 
 

@@ -16,7 +16,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(exp.measure(exp.SMOKE, p)) for p in exp.points(exp.SMOKE)]
+    return [{"point": p} | files.to_jsonable(exp.measure(exp.SMOKE, p)) for p in exp.points(exp.SMOKE)]
 
 
 def _many(records: list[dict], power: float) -> list[dict]:

@@ -41,7 +41,7 @@ def test_an_experiment_opens_with_its_question_and_its_command(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_points_are_different_json_objects_and_grow_with_the_seeds(name):
     module = importlib.import_module(f"lindm_experiments.{name}")
-    points = [files.canonical(p) for p in module.points(module.SMOKE)]
+    points = [files.canonical_json(p) for p in module.points(module.SMOKE)]
     more = module.points(dataclasses.replace(module.SMOKE, seeds=module.SMOKE.seeds + 1))
     assert len(set(points)) == len(points) > 0
     assert len(more) > len(points)

@@ -15,7 +15,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(controls.measure(controls.SMOKE, p)) for p in controls.points(controls.SMOKE)]
+    return [{"point": p} | files.to_jsonable(controls.measure(controls.SMOKE, p)) for p in controls.points(controls.SMOKE)]
 
 
 def _ideal() -> list[dict]:

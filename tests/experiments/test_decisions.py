@@ -18,7 +18,7 @@ from lindm_experiments.lib import language_models
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(decisions.measure(SMOKE, p)) for p in decisions.points(SMOKE)]
+    return [{"point": p} | files.to_jsonable(decisions.measure(SMOKE, p)) for p in decisions.points(SMOKE)]
 
 
 def test_a_record_holds_every_policy_on_the_same_new_tasks(records):
@@ -37,8 +37,8 @@ def test_a_record_holds_every_policy_on_the_same_new_tasks(records):
 
 def test_a_record_is_the_same_again(records):
     (point,) = decisions.points(SMOKE)
-    again = {"point": point} | files.plain(decisions.measure(SMOKE, point))
-    assert files.canonical(again) == files.canonical(records[0])
+    again = {"point": point} | files.to_jsonable(decisions.measure(SMOKE, point))
+    assert files.canonical_json(again) == files.canonical_json(records[0])
 
 
 @pytest.mark.parametrize("suite", decisions.SUITES)

@@ -16,7 +16,7 @@ from lindm_experiments.lib import linear_mdps
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.plain(few_tasks.measure(few_tasks.SMOKE, p)) for p in few_tasks.points(few_tasks.SMOKE)]
+    raw = [{"point": p} | files.to_jsonable(few_tasks.measure(few_tasks.SMOKE, p)) for p in few_tasks.points(few_tasks.SMOKE)]
     return json.loads(json.dumps(raw))
 
 

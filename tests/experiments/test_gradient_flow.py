@@ -18,7 +18,7 @@ CFG = gradient_flow.SMOKE
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(gradient_flow.measure(CFG, p)) for p in gradient_flow.points(CFG)]
+    return [{"point": p} | files.to_jsonable(gradient_flow.measure(CFG, p)) for p in gradient_flow.points(CFG)]
 
 
 def _field(theta: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(ladder.measure(ladder.SMOKE, p)) for p in ladder.points(ladder.SMOKE)]
+    return [{"point": p} | files.to_jsonable(ladder.measure(ladder.SMOKE, p)) for p in ladder.points(ladder.SMOKE)]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lindm_experiments.llm_law import FULL, QUICK, SMOKE, D
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(llm_law.measure(SMOKE, p)) for p in llm_law.points(SMOKE)]
+    return [{"point": p} | files.to_jsonable(llm_law.measure(SMOKE, p)) for p in llm_law.points(SMOKE)]
 
 
 def test_a_record_holds_the_three_readers(records):

@@ -16,7 +16,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(margin.measure(margin.SMOKE, p)) for p in margin.points(margin.SMOKE)]
+    return [{"point": p} | files.to_jsonable(margin.measure(margin.SMOKE, p)) for p in margin.points(margin.SMOKE)]
 
 
 def _ideal(steep: float, free: float, floor: float) -> list[dict]:

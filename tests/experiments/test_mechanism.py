@@ -27,7 +27,7 @@ TIGER = Path(__file__).parents[1] / "lindm/problems/files/tiger.pomdp"
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(mechanism.measure(SMOKE, p)) for p in mechanism.points(SMOKE)]
+    return [{"point": p} | files.to_jsonable(mechanism.measure(SMOKE, p)) for p in mechanism.points(SMOKE)]
 
 
 def test_a_record_holds_every_part(records):

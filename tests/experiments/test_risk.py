@@ -23,7 +23,7 @@ KAPPA_10 = np.diag(6 * SPECTRUM / SPECTRUM.sum())
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(risk.measure(risk.SMOKE, p)) for p in risk.points(risk.SMOKE)]
+    return [{"point": p} | files.to_jsonable(risk.measure(risk.SMOKE, p)) for p in risk.points(risk.SMOKE)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.plain(softmax.measure(softmax.SMOKE, p)) for p in softmax.points(softmax.SMOKE)]
+    return [{"point": p} | files.to_jsonable(softmax.measure(softmax.SMOKE, p)) for p in softmax.points(softmax.SMOKE)]
 
 
 def _many(records: list[dict], risks: dict[str, list[float]]) -> list[dict]:

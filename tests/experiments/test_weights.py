@@ -15,7 +15,7 @@ from lindm_experiments.harness.statistics import FAIL, PASS
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.plain(weights.measure(weights.SMOKE, p)) for p in weights.points(weights.SMOKE)]
+    raw = [{"point": p} | files.to_jsonable(weights.measure(weights.SMOKE, p)) for p in weights.points(weights.SMOKE)]
     return json.loads(json.dumps(raw))
 
 

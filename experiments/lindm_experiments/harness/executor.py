@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError
-from lindm.io import files, manifest
+from lindm.io import files, manifest, signals
 from lindm_experiments.harness import runner
 from lindm_experiments.harness.statistics import Verdict
 
@@ -76,7 +76,7 @@ def perform(job: Job, progress: Callable[[int, int], None], cfg: Any = None) -> 
     except MemoryError:
         error = OutOfMemoryError(f"{job.experiment}: out of memory")
     except Exception as e:
-        if files.asked_to_stop():
+        if signals.stop_requested():
             error = Preempted("stopped; the same command resumes")
         else:
             kind = OutOfMemoryError if "RESOURCE_EXHAUSTED" in str(e) else LindmError
@@ -100,7 +100,7 @@ def _follow_parent() -> None:
 
 def _work(pipe: Connection) -> None:
     runner.settle_xla()
-    files.stop_on_signals()
+    signals.stop_on_signals()
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         while (job := pipe.recv()) is not None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lindm.errors import DataError
-from lindm.io import files
+from lindm.io import directories, files
 from lindm.io import manifest as provenance
 from lindm_experiments.harness import runner
 from lindm_experiments.harness.statistics import OPEN, as_expected
@@ -126,7 +126,7 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         }
         for path in sorted(run.glob("*.png"))
     ]
-    seconds = [line.get("seconds", 0.0) for line in files.read_lines(run / "metrics.jsonl")]
+    seconds = [line.get("seconds", 0.0) for line in files.read_json_lines(run / "metrics.jsonl")]
     doc = prose(_docstring(experiment))
     config = read_json(run / "config.json")
     return {
@@ -138,7 +138,7 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         "config": config.get("config", {}),
         "code": config.get("code", ""),
         "criteria": config.get("criteria", ""),
-        "records": len(files.read_lines(run / "records.jsonl")),
+        "records": len(files.read_json_lines(run / "records.jsonl")),
         "seconds": sum(seconds),
         "manifest": read_json(run / "manifest.json"),
     }
@@ -187,7 +187,7 @@ def write_report(directory: Path) -> Path:
 
 
 def redraw(directory: Path) -> list[Path]:
-    """Draw again what `lindm run` or `lindm verify` drew there, from the records; the files written. DataError without records."""
+    """Draw figures and report of a run directory again, from its records; the files written. DataError without records."""
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
         raise DataError(f"DIR must hold records.jsonl, or directories that do; got {directory}")
@@ -198,7 +198,7 @@ def redraw(directory: Path) -> list[Path]:
             raise DataError(f"{run / 'config.json'} must name the experiment")
         records = files.read_records(run)
         module = runner.load(experiment)
-        with files.sole_writer(run):
+        with directories.sole_writer(run):
             written += [run / f"{name}.{ending}" for name in runner.draw(module, records, run) for ending in ("png", "pdf")]
             provenance.write_manifest(
                 run, **{k: v for k, v in read_json(run / "manifest.json").items() if k in ("experiment", "preset", "config")}

@@ -29,18 +29,18 @@ from typing import Any
 import lindm
 import lindm_experiments
 from lindm.errors import DataError, NonFiniteError, Preempted, UsageError
+from lindm.io.directories import sole_writer
 from lindm.io.files import (
     append_line,
-    asked_to_stop,
-    canonical,
-    non_finite,
-    plain,
-    read_lines,
-    sole_writer,
-    storage,
+    canonical_json,
+    find_non_finite,
+    read_json_lines,
+    storage_errors,
+    to_jsonable,
     write_atomic,
     write_json,
 )
+from lindm.io.signals import stop_requested
 from lindm_experiments.harness.criteria import fingerprint
 from lindm_experiments.harness.statistics import Verdict
 
@@ -103,7 +103,8 @@ def code_fingerprint(name: str) -> str:
 def settle_xla(alone: bool = False) -> None:
     """Settings of XLA for every run, before jax is imported; flags of the user win.
 
-    One thread a process, unless it is alone: the processes of `harness.executor` are the parallelism. Optimisation level 1: most of a quick run is compiling, which takes a third less time at this level, and the compiled programs are as fast (0 makes them
+    One thread a process, unless it is alone: the processes of `harness.executor` are the parallelism. Optimisation level 1: most
+    of a quick run is compiling, which takes a third less time at this level, and the compiled programs are as fast (0 makes them
     slow).
     """
     ours = "--xla_backend_optimization_level=1"
@@ -126,7 +127,7 @@ def describe(module: ModuleType, cfg: Any, preset: str) -> dict:
     return {
         "experiment": name,
         "preset": preset,
-        "config": json.loads(canonical(asdict(cfg))),
+        "config": json.loads(canonical_json(asdict(cfg))),
         "criteria": fingerprint(module.CLAIMS),
         "code": code_fingerprint(name),
     }
@@ -170,19 +171,20 @@ def run(
 ) -> list[dict]:
     """Measure the points of `cfg` that `directory` does not hold yet; all records, in the order of the points.
 
-    `progress(done, total)` is called before the first and after each point. NonFiniteError, before anything of it is written, when
-    a record is not finite; StorageError when the disk refuses; UsageError when the directory holds another run or is being written.
+    `progress(done, total)` is called before the first and after each point. NonFiniteError, before anything of it is written,
+    when a record is not finite; StorageError when the disk refuses; UsageError when the directory holds another run or is being
+    written.
     """
     with sole_writer(directory):
         claim_directory(directory, describe(module, cfg, preset))
         path = directory / "records.jsonl"
         points = module.points(cfg)
-        keys = [canonical(p) for p in points]
+        keys = [canonical_json(p) for p in points]
         if len(set(keys)) != len(keys):
             raise DataError(f"{module.__name__}.points gives the same point twice")
         records: dict[str, dict] = {}
-        for number, record in enumerate(read_lines(path, repair=True), start=1):
-            key = canonical(record["point"])
+        for number, record in enumerate(read_json_lines(path, repair=True), start=1):
+            key = canonical_json(record["point"])
             if key in records or key not in keys:
                 raise DataError(
                     f"{path}:{number}: the point {key} is {'there twice' if key in records else 'not one of this run'}"
@@ -193,21 +195,21 @@ def run(
         for key, point in zip(keys, points, strict=True):
             if key in records:
                 continue
-            if asked_to_stop():
+            if stop_requested():
                 raise Preempted("stopped; the same command resumes")
             started = time.perf_counter()
-            record = {"point": point} | plain(module.measure(cfg, point))
-            if where := non_finite(record):
+            record = {"point": point} | to_jsonable(module.measure(cfg, point))
+            if where := find_non_finite(record):
                 raise NonFiniteError(f"not finite in {module.__name__}, point {key}: {where}; nothing of this point was written")
-            line = canonical(record)
+            line = canonical_json(record)
             append_line(path, line)
             seconds = round(time.perf_counter() - started, 4)
-            append_line(directory / "metrics.jsonl", canonical({"point": point, "seconds": seconds}))
+            append_line(directory / "metrics.jsonl", canonical_json({"point": point, "seconds": seconds}))
             records[key] = json.loads(line)
             progress(len(records), len(points))
         ordered = [records[k] for k in keys]
         if not in_order:  # points were missing in the middle: same content as a run in order
-            write_atomic(path, "".join(canonical(r) + "\n" for r in ordered))
+            write_atomic(path, "".join(canonical_json(r) + "\n" for r in ordered))
         return ordered
 
 
@@ -215,7 +217,7 @@ def start_over(directory: Path) -> None:
     """Remove what an earlier run wrote into `directory`, and nothing else."""
     if not directory.exists():
         return
-    with sole_writer(directory), storage(directory):
+    with sole_writer(directory), storage_errors(directory):
         for pattern in WRITTEN:
             for path in directory.glob(pattern):
                 path.unlink()

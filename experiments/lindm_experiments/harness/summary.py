@@ -229,7 +229,7 @@ def write(directories: Sequence[Path], out: Path) -> list[Path]:
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance.provenance(),
     )
-    with files.storage(out):
+    with files.storage_errors(out):
         (out / "tables").mkdir(parents=True, exist_ok=True)
     for path, content in written.items():
         files.write_atomic(path, content)

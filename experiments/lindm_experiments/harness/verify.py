@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lindm.errors import Preempted, UsageError
 from lindm.exit_codes import exit_code
-from lindm.io import files, manifest
+from lindm.io import files, manifest, signals
 from lindm_experiments.harness import runner
 from lindm_experiments.harness.criteria import criterion, fingerprint
 from lindm_experiments.harness.executor import Job, Outcome, run_all
@@ -103,9 +103,9 @@ def verify(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be >= 1; got {workers}")
     chosen = select(only, runner.discover())
-    with files.storage(out):
+    with files.storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    files.stop_on_signals()
+    signals.stop_on_signals()
     jobs = [Job(experiment=name, preset=preset, directory=out / name, seeds=seeds, fresh=fresh) for name in chosen]
     jobs.sort(key=lambda job: -COST.get(job.experiment, 1.0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from lindm.datasets import Recipe
 from lindm.errors import DataError
 from lindm.evaluation.losses import double_precision
 from lindm.families.suites import Suite, suite
-from lindm.io import files
+from lindm.io import signals
 from lindm.llm.io import weights
 from lindm.llm.sft import setup, trainer
 from lindm.llm.sft.options import Sft
@@ -62,7 +62,7 @@ def options(model: str, data: Path, out: Path, **how: Any) -> Sft:
 def fine_tuned(asked: Sft) -> Path:
     """The directory of a finished run. Its checkpoints are removed: it is not resumed."""
     trainer.run(asked)
-    files.stop_on_signals()  # training only notes them; nothing is unsaved any more
+    signals.stop_on_signals()  # training only notes them; nothing is unsaved any more
     shutil.rmtree(asked.out / trainer.CHECKPOINTS, ignore_errors=True)
     return asked.out
 

@@ -26,7 +26,7 @@ BETA = 0.1  # PEVI's penalty: the theorem's own constant makes every value zero 
 
 
 def layer_risk(M: int, sigma: float, dim: int) -> float:
-    """E |A_M S_M - w|^2 for x ~ N(0, I_dim), E w w' = I: lindm_theory.in_context.gaussian_risk at N = M, where A_M = M/(M + c) I."""
+    """E |A_M S_M - w|^2 for x ~ N(0, I_dim), E w w' = I: `lindm_theory.in_context.gaussian_risk`, N = M, A_M = M/(M + c) I."""
     c = dim + 1 + sigma**2
     return dim * c / (c + M)
 

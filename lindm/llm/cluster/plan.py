@@ -1,9 +1,9 @@
 r"""Whether a fine-tuning step fits a machine that is not here, and what it would have to do there.
 
-The step is the one that `lindm sft` runs (`lindm.llm.sft.step`), lowered from shapes alone and compiled by XLA for the devices of a
-TPU slice, or for those of this machine. The compiler says what memory a device needs; `lindm.llm.cluster.program_cost` reads from its program
-how many operations, bytes and messages a step takes. Over what a chip can do at most (`lindm.llm.parallel.chips`, and `LINKS`) that
-gives the time that no step can be shorter than: a bound, no prediction.
+The step is the one that `lindm sft` runs (`lindm.llm.sft.step`), lowered from shapes alone and compiled by XLA for the devices
+of a TPU slice, or for those of this machine. The compiler says what memory a device needs; `lindm.llm.cluster.program_cost` reads
+from its program how many operations, bytes and messages a step takes. Over what a chip can do at most
+(`lindm.llm.parallel.chips`, and `LINKS`) that gives the time that no step can be shorter than: a bound, no prediction.
 
 A plan fits if XLA compiled it (it refuses what exceeds the memory it may use) and it leaves `HEADROOM` of the device's memory
 free: the runtime, evaluation and fragments need some.

@@ -1,8 +1,8 @@
 r"""What one run of a compiled program does: matrix products, memory traffic, and what its devices send each other.
 
 XLA's own `cost_analysis` counts the body of a loop once, and a decoder is one loop over its layers. So the text of the optimised
-program is read (`lindm.llm.cluster.hlo`): from ENTRY down, every computation is met as often as it runs, `while` bodies as often as they
-turn. The text is that of one device; so are all numbers.
+program is read (`lindm.llm.cluster.hlo`): from ENTRY down, every computation is met as often as it runs, `while` bodies as often
+as they turn. The text is that of one device; so are all numbers.
 
     flops     2 m n k of every product (dot, convolution, library call), inside fusions too; elementwise work is not counted
     bytes     what every operation outside fusions reads and writes in main memory; a slice that is read or written in place

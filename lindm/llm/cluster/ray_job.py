@@ -2,7 +2,8 @@
 
 Ray Train places the workers, on as many hosts, and tells each its number; everything else is the training that any other
 launcher starts. Ray's own preparation of JAX is left out: it does nothing for CPUs, where each worker would silently train a
-model of its own, so the workers always find each other by `lindm.llm.parallel.processes.start`, at the address of the first of them.
+model of its own, so the workers always find each other by `lindm.llm.parallel.processes.start`, at the address of the first of
+them.
 
 A worker that is lost ends the others. Training then begins again in new workers, from its last checkpoint, so often as it may.
 """

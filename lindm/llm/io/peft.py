@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from lindm.errors import DataError, LindmError
-from lindm.io.directories import appearing
+from lindm.io.directories import atomic_directory
 from lindm.io.files import write_json
 from lindm.llm.config import read_config
 from lindm.llm.io import safetensors_files
@@ -71,7 +71,7 @@ def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
                 yield gathered(linear.b[...][layer]).T
 
     def write(stream: Iterator[np.ndarray]) -> None:
-        with appearing(directory) as temporary:
+        with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, config)
             safetensors_files.write_one(temporary / FILE, shapes, stream, "f32")
 

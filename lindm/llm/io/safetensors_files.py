@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lindm.errors import DataError
 from lindm.io.directories import sync
-from lindm.io.files import storage, write_json
+from lindm.io.files import storage_errors, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LIMIT = 5 * 10**9  # bytes of one file
@@ -140,7 +140,7 @@ def write_one(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterato
         header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [at, at := at + math.prod(shape) * kind.itemsize]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
-    with storage(path):
+    with storage_errors(path):
         with path.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for name, shape in shapes.items():

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from lindm.errors import DataError
 from lindm.exit_codes import error_of, exit_code
-from lindm.io.directories import appearing, copy
+from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
 from lindm.llm.config import CONFIG, Architecture, read_architecture, read_config, to_config
 from lindm.llm.io import safetensors_files
@@ -53,7 +53,8 @@ def load(directory: Path, *, mesh: Mesh | None = None, base: str = "f32", dtype:
 
     Raises:
       ValueError: a base that is not known or does not fit the kernels, a mesh that does not divide a weight.
-      LindmError: 3, naming file and tensor or key, for a directory that does not hold exactly this architecture in f32, bf16 or f16.
+      LindmError: 3, naming file and tensor or key, for a directory that does not hold exactly this architecture in f32, bf16 or
+        f16.
     """
     if base not in BASES:
         raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}")
@@ -203,11 +204,11 @@ def save(
     config = to_config(model.architecture, **ids | {"dtype": TORCH[dtype]} | (extra_config or {}))
 
     def write(values: Iterator[np.ndarray]) -> None:
-        with appearing(directory) as temporary:
+        with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, config)
             for name in BESIDE if like is not None else ():
                 if like is not None and (like / name).is_file():
-                    copy(like / name, temporary / name)
+                    copy_file(like / name, temporary / name)
             safetensors_files.write(temporary, {t.name: t.shape for t in wanted}, values, dtype, limit)
 
     by_the_first(directory, _values(model, wanted), write)

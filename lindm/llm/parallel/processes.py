@@ -5,7 +5,8 @@ set in the environment, and `jax.distributed.initialize` reads the rest there. A
 
 A process that dies is noticed by the coordination service after `HEARTBEAT` seconds (at once if it was the one that coordinates),
 or sooner by a collective that finds the connection closed. They cannot go on: the arrays they hold are parts of a whole. jax then
-ends the others by `abort`; what the parent of `lindm.llm.parallel.supervisor` makes of that is exit code 8 and the name of the missing one.
+ends the others by `abort`; what the parent of `lindm.llm.parallel.supervisor` makes of that is exit code 8 and the name of the
+missing one.
 """
 
 import contextlib

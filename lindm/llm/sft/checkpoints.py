@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from lindm.errors import CheckpointError, LindmError, StorageError
 from lindm.io import files
 from lindm.io.directories import sync
-from lindm.io.files import TEMPORARY
+from lindm.io.files import TEMPORARY_SUFFIX
 from lindm.llm.parallel.processes import barrier, together
 
 STATE, HOST, MANIFEST = "state", "host.json", "manifest.json"
@@ -51,10 +51,10 @@ def save(directory: Path, step: int, state: Any, host: dict[str, Any], keep: int
     Raises:
       LindmError: the disk refuses (7), in every process; what was there before is intact and nothing half-written is left.
     """
-    hidden, final = directory / f".{name_of(step)}{TEMPORARY}", directory / name_of(step)
+    hidden, final = directory / f".{name_of(step)}{TEMPORARY_SUFFIX}", directory / name_of(step)
     first = jax.process_index() == 0
     if first:
-        with files.storage(directory):
+        with files.storage_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         clean(directory)
     barrier(f"before step {step}")
@@ -64,7 +64,7 @@ def save(directory: Path, step: int, state: Any, host: dict[str, Any], keep: int
         if first:
             files.write_json(hidden / HOST, host)
             files.write_json(hidden / MANIFEST, {"step": step, "files": _sums(hidden)})
-            with files.storage(final):
+            with files.storage_errors(final):
                 _sync(hidden)
                 shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
                 os.replace(hidden, final)
@@ -83,16 +83,16 @@ def save(directory: Path, step: int, state: Any, host: dict[str, Any], keep: int
 
 def remove(path: Path) -> None:
     """A step goes at once: under a hidden name first, so that a half-removed one is never taken for a step."""
-    hidden = path.with_name(f".{path.name}{TEMPORARY}")
+    hidden = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(hidden, ignore_errors=True)
-    with files.storage(path):
+    with files.storage_errors(path):
         os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def clean(directory: Path) -> None:
     """Remove what a killed writer left."""
-    for leftover in directory.glob(f".*{TEMPORARY}"):
+    for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from lindm.datasets import problem_of
 from lindm.evaluation.losses import Asked, Played, Policy, double_precision, play_all, quality, vote, world
-from lindm.io import files
+from lindm.io import signals
 from lindm.llm.config import Architecture
 from lindm.llm.parallel import sharding
 from lindm.llm.policy import Reader
@@ -111,7 +111,7 @@ class Evaluator:
 
 
 def _go_on() -> None:
-    if files.asked_to_stop() and jax.process_count() == 1:
+    if signals.stop_requested() and jax.process_count() == 1:
         raise Interrupted
 
 

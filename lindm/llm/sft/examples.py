@@ -54,8 +54,8 @@ def examples(
     Raises:
       ValueError: data of another kind, an option that they have no use for, no example between first and last, and the errors
         of `lindm.datasets.export`.
-      LindmError: bad data (3), naming the file and the line, or the task and the query: not JSON, a missing key, a wrong type, nothing
-        to train on, too long, or what the tokenizer cannot write.
+      LindmError: bad data (3), naming the file and the line, or the task and the query: not JSON, a missing key, a wrong type,
+        nothing to train on, too long, or what the tokenizer cannot write.
     """
     for name, n, least in (("first", first, 0), ("last", last, 1), ("length", length, 1)):
         if n is not None and n < least:

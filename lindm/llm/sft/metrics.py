@@ -154,7 +154,7 @@ def draw(directory: Path, records: list[dict[str, Any]]) -> list[Path]:
         right.set(xlabel="step", ylabel="optimality gap, % of random play's", ylim=(0, None))
         right.legend(frameon=False)
     paths = [directory / f"curves.{kind}" for kind in ("png", "pdf")]
-    with files.storage(directory):
+    with files.storage_errors(directory):
         for path in paths:
             figure.savefig(path, dpi=150, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     plt.close(figure)

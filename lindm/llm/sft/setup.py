@@ -165,7 +165,7 @@ def _examples(options: Sft, data: Path, tokenizer: Tokenizer, how: datasets.Tell
     """Of a file, whatever options it has no use for are refused there."""
     rewards = options.rewards != "hidden" if how is None else rewards_told(options.rewards, datasets.read_manifest(data))
     told = {"template": options.template, "rewards": rewards, "names": options.names, "supervise": options.supervise}
-    with progress.told("reading") if jax.process_index() == 0 else contextlib.nullcontext() as tell:
+    with progress.progress_bar("reading") if jax.process_index() == 0 else contextlib.nullcontext() as tell:
         return records.examples(data, tokenizer, **told, length=length, progress=tell)
 
 

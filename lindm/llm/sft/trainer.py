@@ -27,7 +27,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from lindm.errors import NonFiniteError, OutOfMemoryError, Preempted, UsageError
-from lindm.io import files, manifest
+from lindm.io import directories, files, manifest, signals
 from lindm.llm.io import peft, weights
 from lindm.llm.parallel import chips, processes, sharding
 from lindm.llm.sft import checkpoints, packing
@@ -54,10 +54,10 @@ class Host(NamedTuple):
 
 def run(options: Sft) -> int:
     """Train, evaluate, export; 0. Ends by `LindmError` with the exit codes of the command line."""
-    files.stop_on_signals()
+    signals.stop_on_signals()
     processes.start(options.coordinator, options.processes, options.rank)
     first = jax.process_index() == 0
-    with files.sole_writer(options.out) if first else contextlib.nullcontext():
+    with directories.sole_writer(options.out) if first else contextlib.nullcontext():
         if options.fresh and first:
             _start_over(options.out)
         processes.barrier("the directory is ours")
@@ -69,7 +69,7 @@ def run(options: Sft) -> int:
 def _start_over(out: Path) -> None:
     for name in OURS:
         path = out / name
-        with files.storage(path):
+        with files.storage_errors(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -110,7 +110,7 @@ def _train(prepared: Prepared, first: bool) -> int:
     step = jitted(make_step(graphdef, optimizer, prepared.computing, mesh), lies)
     feed = _Feed(prepared, lies[2], lies[3])
     compiled = _compiled(step, template, frozen, feed)
-    files.note_signals()  # from here on there is work to save
+    signals.note_signals()  # from here on there is work to save
     found = checkpoints.restore(out / CHECKPOINTS, template)
     if found is None:
         state, host, done = jax.jit(lambda p: initial(p, optimizer), out_shardings=lies[0])(params), Host(), 0
@@ -201,7 +201,7 @@ class _Run:
         host = host._replace(looked=done)
         if not values:
             return host
-        if (where := files.non_finite(values)) is not None:
+        if (where := files.find_non_finite(values)) is not None:
             raise NonFiniteError(f"the evaluation after step {done} is not finite: {where}")
         self.book.write("eval", done, **values)
         self.progress.say(f"step {done} of {self.total}: {self.evaluate.tell(values)}")
@@ -228,7 +228,7 @@ class _Feed:
         digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(filled))).hexdigest()[:16]
         shaped = jax.tree.map(lambda x: x.reshape(options.accumulate, options.batch, *x.shape[1:]), filled)
         batch = jax.tree.map(lambda x: sharding.place(x, self.batch), shaped)
-        flag = np.full(self.prepared.mesh.size, files.asked_to_stop(), np.int32)
+        flag = np.full(self.prepared.mesh.size, signals.stop_requested(), np.int32)
         return batch, sharding.place(flag, self.stop), digest
 
     def tokens(self, step: int) -> int:

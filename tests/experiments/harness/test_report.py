@@ -160,7 +160,7 @@ def test_redrawing_without_records_is_exit_3(tmp_path):
 def test_an_interval_that_is_not_finite_is_null_in_json():
     row = summary(judge("q-risk", [1.0]), CONTROL)["claims"][0]
     assert row["ci"] == [None, None] and row["verdict"] == "INCONCLUSIVE"
-    files.canonical(row)
+    files.canonical_json(row)
 
 
 def test_prose_keeps_indented_lines_as_they_stand():

@@ -1,7 +1,6 @@
 """Faults, each with a real process: kills, torn lines, second writers, changed configurations, NaN, full disks."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lindm.errors import DataError, LindmError, StorageError
-from lindm.io import files
+from lindm.errors import DataError, LindmError
+from lindm.io import directories, files
 from lindm_experiments.harness import runner
 
 
@@ -73,7 +72,7 @@ def test_a_torn_last_line_is_measured_again(lab, finished):
     path.write_bytes(b"".join(lines[:3]) + lines[3][:57])
     assert lab.lindm("run", "toy", "--out", "torn")[0] == 0
     assert content(lab.directory / "torn") == content(finished)
-    metrics = files.read_lines(lab.directory / "torn" / "metrics.jsonl")
+    metrics = files.read_json_lines(lab.directory / "torn" / "metrics.jsonl")
     assert len(metrics) == 6 + 3  # only the missing points were measured again
 
 
@@ -131,7 +130,7 @@ def test_fresh_keeps_files_that_are_not_ours(lab, finished):
 
 
 def test_a_second_writer_is_refused_until_the_first_is_gone(lab):
-    with files.sole_writer(lab.directory / "r"):
+    with directories.sole_writer(lab.directory / "r"):
         code, _, err = lab.lindm("run", "toy", "--out", "r")
     assert code == 2 and "another process" in err
     assert lab.lindm("run", "toy", "--out", "r")[0] == 0
@@ -149,17 +148,6 @@ def test_a_directory_that_cannot_be_written_is_exit_7(lab):
     for command in (("run", "toy"), ("verify", "--preset", "smoke")):
         code, _, err = lab.lindm(*command, "--out", "file/below")
         assert code == 7 and "file" in err
-
-
-def test_a_full_disk_is_exit_7_and_leaves_whole_lines(tmp_path):
-    path = tmp_path / "records.jsonl"
-    path.write_text('{"point":{}}\n')
-    files.append_line(path, '{"point":{"a":1}}')
-    assert path.read_text() == '{"point":{}}\n{"point":{"a":1}}\n'
-    if os.path.exists("/dev/full"):
-        with pytest.raises(LindmError) as stop:
-            files.append_line(Path("/dev/full"), "x")
-        assert isinstance(stop.value, StorageError)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -251,21 +239,3 @@ def test_differences_name_the_field():
     new = {"config": {"a": 2, "b": [1]}, "preset": "full"}
     assert runner.differences(old, new) == ["config.a: 1 -> 2", 'preset: "quick" -> "full"']
     assert runner.differences(old, old) == []
-
-
-def test_non_finite_values_are_found_wherever_they_are():
-    assert files.non_finite({"a": [1.0, {"b": float("inf")}]}) == "a.1.b = inf"
-    assert files.non_finite({"a": [1.0, 2], "b": "nan", "c": None}) is None
-
-
-def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    files.write_atomic(path, "old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(LindmError) as stop:
-        files.write_atomic(path, "new")
-    assert isinstance(stop.value, StorageError) and path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]

@@ -13,7 +13,7 @@ from tests.lindm.llm.io.test_weights import everything
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were(monkeypatch):
-    monkeypatch.setattr("lindm.io.files.stop_on_signals", lambda: None)
+    monkeypatch.setattr("lindm.io.signals.stop_on_signals", lambda: None)
 
 
 def test_a_model_is_imported_and_shown(tmp_path, capsys):

@@ -20,7 +20,7 @@ from lindm import datasets
 from lindm.datasets import drawing, shards
 from lindm.datasets.shards import make
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
-from lindm.io import files
+from lindm.io import directories, files
 from tests.lindm.datasets.conftest import SUITE, fixed_mdp, recipe
 
 
@@ -68,7 +68,6 @@ import jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, sys.argv[1])
 from tests.lindm.datasets.conftest import fixed_mdp, recipe
-from lindm import files
 from lindm.datasets.shards import make
 replace = os.replace
 def dying(source, target):
@@ -88,7 +87,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, so
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     left = {p.name for p in out.iterdir()}
     assert "tasks-00001.parquet" in left and "episodes-00001.jsonl" not in left and "manifest.json" not in left
-    assert any(name.endswith(files.TEMPORARY) for name in left)
+    assert any(name.endswith(files.TEMPORARY_SUFFIX) for name in left)
     with pytest.raises(LindmError, match="not finished"):
         next(datasets.load(out))
     with (out / "progress.jsonl").open("a") as f:
@@ -144,14 +143,14 @@ def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, referenc
     assert contents(out) == reference
 
 
-@pytest.mark.parametrize("place", ["read_manifest", "read_json", "read_lines"])
+@pytest.mark.parametrize("place", ["read_manifest", "read_json", "read_json_lines"])
 def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, monkeypatch, place):
     """The handler may raise anywhere, also where a file that cannot be read would be passed over."""
     out = tmp_path / "d"
     with pytest.raises(LindmError):
         make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
     before = contents(out)
-    monkeypatch.setattr(files if place == "read_lines" else shards, place, stopped)
+    monkeypatch.setattr(files if place in ("read_json", "read_json_lines") else shards, place, stopped)
     with pytest.raises(LindmError) as e:
         make(out, source, RECIPE)
     assert isinstance(e.value, Preempted) and contents(out) == before
@@ -250,7 +249,7 @@ def test_a_place_that_cannot_be_written_is_exit_7(tmp_path, source):
 
 
 def test_a_second_writer_is_refused(tmp_path, source):
-    with files.sole_writer(tmp_path / "d"), pytest.raises(LindmError, match="written by another process"):
+    with directories.sole_writer(tmp_path / "d"), pytest.raises(LindmError, match="written by another process"):
         make(tmp_path / "d", source, RECIPE)
 
 

@@ -126,7 +126,7 @@ def test_what_is_there_is_not_touched(tmp_path, packed):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     for one in (source, *packed):
-        refused(one, tmp_path / "out", "out is there already and is not touched; choose another --out", UsageError)
+        refused(one, tmp_path / "out", "out already exists and is not replaced; choose another --out", UsageError)
     assert left(tmp_path / "out") == ["mine"]
 
 

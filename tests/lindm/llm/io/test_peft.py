@@ -200,7 +200,7 @@ def test_there_must_be_adapters_to_save_and_room_for_them(tmp_path, llama):
         peft.save_adapter(weights.load(llama), tmp_path / "out", "base")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
-    with pytest.raises(LindmError, match="out is there already and is not touched") as e:
+    with pytest.raises(LindmError, match="out already exists and is not replaced") as e:
         peft.save_adapter(adapted(llama), tmp_path / "out", "base")
     assert isinstance(e.value, UsageError)
 

@@ -427,7 +427,7 @@ def test_what_is_there_is_not_touched(tmp_path, model):
     (tmp_path / "link").resolve().mkdir()
     (tmp_path / "nowhere" / "thesis.tex").write_text("mine")
     for name in ("out", "file", "link"):
-        with pytest.raises(LindmError, match=f"{name} is there already and is not touched; choose another --out") as e:
+        with pytest.raises(LindmError, match=f"{name} already exists and is not replaced; choose another --out") as e:
             weights.save(model, tmp_path / name)
         assert isinstance(e.value, UsageError)
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -455,10 +455,10 @@ def test_a_place_that_is_no_directory_is_exit_7(tmp_path, model):
 
 
 def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, monkeypatch):
-    left = tmp_path / f".out.abc{files.TEMPORARY}"
+    left = tmp_path / f".out.abc{files.TEMPORARY_SUFFIX}"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
-    (tmp_path / f".out2.abc{files.TEMPORARY}").mkdir()  # of another directory
+    (tmp_path / f".out2.abc{files.TEMPORARY_SUFFIX}").mkdir()  # of another directory
     seen, write = [], safetensors_files.write
 
     def watching(directory, *rest):
@@ -472,7 +472,7 @@ def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, m
     with pytest.raises(LindmError, match="cannot write"):  # the second was faster, and what it wrote stays
         weights.save(model, tmp_path / "out")
     assert left.name not in seen and equal(weights.load(tmp_path / "out"), model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out2.abc{files.TEMPORARY}", "model", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out2.abc{files.TEMPORARY_SUFFIX}", "model", "out"]
 
 
 KILLED = """
@@ -491,7 +491,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_could_be_taken_for_a_model(
     child = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(child, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(f".out.*{files.TEMPORARY}"))) == 1
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(f".out.*{files.TEMPORARY_SUFFIX}"))) == 1
     weights.save(model, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"] and equal(weights.load(tmp_path / "out"), model)
 

@@ -32,11 +32,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from lindm_experiments.harness.runner import settle_xla
 settle_xla()
 import jax, json
-from lindm import files
+from lindm.io import signals
 from lindm.llm import distributed, sharding
 distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), int(patience)
-files.stop_on_signals()
-files.note_signals()
+signals.stop_on_signals()
+signals.note_signals()
 def say(**what):
     print(json.dumps(what), flush=True)
 say(waits=True)
@@ -59,9 +59,9 @@ try:
     elif then == "steps":
         state = 0
         for step in range(1, 2000):
-            asked = distributed.together(lambda: tiny.largest(int(files.asked_to_stop())))
+            asked = distributed.together(lambda: tiny.largest(int(signals.stop_requested())))
             if asked or step == 3:
-                say(step=step, noted=files.asked_to_stop(), asked=asked)
+                say(step=step, noted=signals.stop_requested(), asked=asked)
             if asked:
                 sys.exit(75)
             time.sleep(0.02)

@@ -139,7 +139,7 @@ def test_two_processes_that_are_stopped_and_killed_end_with_the_bits_of_two_that
     assert pair.codes() == [0, 0], [path.read_text() for path in pair.said]
     assert "resumed at step" in pair.said[0].read_text()
     assert result(out) == result(reference)
-    assert not list(out.rglob(f"*{files.TEMPORARY}*"))
+    assert not list(out.rglob(f"*{files.TEMPORARY_SUFFIX}*"))
 
 
 def test_two_processes_train_as_one_does(micro, reference, tmp_path):

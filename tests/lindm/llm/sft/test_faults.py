@@ -76,7 +76,7 @@ def result(out):
 
 
 def leftovers(out):
-    return [p for p in out.rglob(f"*{files.TEMPORARY}*")]
+    return [p for p in out.rglob(f"*{files.TEMPORARY_SUFFIX}*")]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from lindm import datasets
 from lindm.errors import DataError, LindmError, NonFiniteError, OutOfMemoryError, Preempted, UsageError
-from lindm.io import files
+from lindm.io import files, signals
 from lindm.llm.io import peft, weights
 from lindm.llm.sft import checkpoints, metrics, trainer
 from lindm.llm.sft.options import Sft
@@ -138,11 +138,11 @@ def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_r
 
     def interrupted(self, params, frozen):
         if asked["evaluations"] == step // 2:
-            files._asked_to_stop = True
+            signals._stop_requested = True
         asked["evaluations"] += 1
         return work(self, params, frozen)
 
-    monkeypatch.setattr(files, "_asked_to_stop", False)
+    monkeypatch.setattr(signals, "_stop_requested", False)
     monkeypatch.setattr(trainer.Evaluator, name, interrupted)
     with pytest.raises(LindmError) as stop:
         trainer.run(options(micro, tmp_path / "out", **INTERRUPTED))

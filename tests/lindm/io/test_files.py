@@ -1,0 +1,51 @@
+"""Files that survive interruptions: atomic writes, whole lines, values that JSON can hold."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lindm.errors import DataError, LindmError, StorageError
+from lindm.io import files
+
+
+def test_a_full_disk_is_exit_7_and_leaves_whole_lines(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"point":{}}\n')
+    files.append_line(path, '{"point":{"a":1}}')
+    assert path.read_text() == '{"point":{}}\n{"point":{"a":1}}\n'
+    if os.path.exists("/dev/full"):
+        with pytest.raises(LindmError) as stop:
+            files.append_line(Path("/dev/full"), "x")
+        assert isinstance(stop.value, StorageError)
+
+
+def test_non_finite_values_are_found_wherever_they_are():
+    assert files.find_non_finite({"a": [1.0, {"b": float("inf")}]}) == "a.1.b = inf"
+    assert files.find_non_finite({"a": [1.0, 2], "b": "nan", "c": None}) is None
+
+
+def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_atomic(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(LindmError) as stop:
+        files.write_atomic(path, "new")
+    assert isinstance(stop.value, StorageError) and path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "cannot read"), ("{", "not JSON"), ("[1]", "not a JSON object")], ids=["missing", "torn", "list"]
+)
+def test_a_file_that_is_no_json_object_is_a_data_error_with_its_path(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=f"{message}.*a.json|a.json: {message}"):
+        files.read_json(path)
+    files.write_json(path, {"b": 1})
+    assert files.read_json(path) == {"b": 1}
