@@ -1,0 +1,344 @@
+"""Run independent tasks in worker processes: on this machine, or on a Ray cluster.
+
+    results = run_tasks(measure, tasks, executor="local", workers=4)
+
+Only the calling process has results, so it is the only writer of files: a worker that is killed loses the task that it was
+running, the others continue, and a new worker takes its place. Workers end with the calling process, however it ends; they
+ignore SIGINT and SIGTERM, which the calling process handles.
+
+Each worker is a `concurrent.futures` executor of one process (one of several breaks with its first process), or an actor of Ray.
+"""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError
+
+Executor = Literal["serial", "local", "ray"]
+HELP_AFTER = 20.0  # seconds: about what a second worker costs that imports and compiles what the first one has compiled
+
+
+class WorkerDied(LindmError):
+    """The process of a task was killed, or crashed below Python."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """The value that a task returned, or the error that ended it (with its traceback where the error was not expected)."""
+
+    value: Any = None
+    error: LindmError | None = None
+    traceback: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvent:
+    """Task number `index` started (no result yet) or ended."""
+
+    index: int
+    result: TaskResult | None = None
+
+
+def available_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    *,
+    executor: Executor = "local",
+    workers: int | None = None,
+    initializer: Callable[[], None] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    on_event: Callable[[TaskEvent], None] | None = None,
+) -> list[TaskResult | None]:
+    """`function(task)` of every task, in the order of the tasks. Arguments as in `TaskPool` and `TaskPool.run`."""
+    with TaskPool(executor, workers, initializer) as pool:
+        return pool.run(function, tasks, groups=groups, on_event=on_event)
+
+
+class TaskPool:
+    """Worker processes that live until the `with` block ends.
+
+    Args:
+      executor: "local" (processes on this machine), "ray" (actors on the cluster at RAY_ADDRESS, or on a local one that is
+        started and stopped here) or "serial" (no workers: tasks run in this process).
+      workers: number of processes; default: one for each core of this machine, or of the cluster.
+      initializer: called in every worker before it imports the function.
+
+    Raises:
+      UsageError: for an unknown executor, fewer than one worker, or Ray that is not installed.
+    """
+
+    def __init__(
+        self, executor: Executor = "local", workers: int | None = None, initializer: Callable[[], None] | None = None
+    ) -> None:
+        if executor not in ("serial", "local", "ray"):
+            raise UsageError(f"executor must be local or ray; got {executor!r}")
+        if workers is not None and workers < 1:
+            raise UsageError(f"workers must be >= 1; got {workers}")
+        self.executor, self.workers, self.initializer = executor, workers, initializer
+        self._slots: list[_Slot] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "TaskPool":
+        if self.executor == "serial":
+            self._slots = [_SerialSlot()]
+        elif self.executor == "local":
+            self._slots = [_LocalSlot(self.initializer) for _ in range(self.workers or available_cores())]
+        else:
+            cores = self._stack.enter_context(_ray_cluster(self.workers))
+            self._slots = [_RaySlot(self.initializer) for _ in range(self.workers or cores)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self._slots:
+            slot.stop()
+        self._stack.close()
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        *,
+        groups: Sequence[Hashable] | None = None,
+        on_event: Callable[[TaskEvent], None] | None = None,
+    ) -> list[TaskResult | None]:
+        """`function(task)` of every task, in the order of the tasks.
+
+        Args:
+          function: a function at the top of a module; tasks and values can be pickled.
+          groups: tasks of one group share what a process imports and compiles. A worker stays with its group, and then
+            takes the next group. When no group is left, it helps a group that would take more than HELP_AFTER seconds.
+            Default: every task is its own group.
+          on_event: called in this process when a task starts and when it ends; an exception that it raises ends the run.
+
+        After an error that the function raised, the waiting tasks of its group are skipped: their result is None. A worker that
+        dies costs its one task.
+        """
+        queue = _Queue(groups if groups is not None else range(len(tasks)))
+        results: list[TaskResult | None] = [None] * len(tasks)
+        running: dict[Future, tuple[_Slot, int]] = {}
+        notify = on_event or (lambda event: None)
+        idle = list(self._slots)
+        while True:
+            for slot in list(idle):
+                if (index := queue.take(slot.group)) is not None:
+                    idle.remove(slot)
+                    slot.group = queue.groups[index]
+                    notify(TaskEvent(index=index))
+                    running[slot.submit(function, tasks[index])] = slot, index
+            if not running:
+                return results
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                slot, index = running.pop(future)
+                result = results[index] = slot.result(future)
+                queue.end(index, result)
+                notify(TaskEvent(index=index, result=result))
+                idle.append(slot)
+
+
+class _Queue:
+    """The waiting tasks by group, in order."""
+
+    def __init__(self, groups: Sequence[Hashable]) -> None:
+        self.groups = groups
+        self.waiting: dict[Hashable, deque[int]] = {}
+        for index, group in enumerate(groups):
+            self.waiting.setdefault(group, deque()).append(index)
+        self.seconds: dict[Hashable, float] = {}  # of the last task of a group
+        self.new = deque(self.waiting)
+
+    def take(self, group: Hashable) -> int | None:
+        """The next task for a worker whose last task was of `group`; None where it would not help."""
+        if not self.waiting.get(group):
+            if self.new:
+                group = self.new.popleft()
+            else:
+                left = {g: seconds * len(self.waiting[g]) for g, seconds in self.seconds.items()}
+                group = max(left, key=left.__getitem__, default=None)
+                if left.get(group, 0.0) <= HELP_AFTER:
+                    return None
+        elif group in self.new:
+            self.new.remove(group)
+        return self.waiting[group].popleft()
+
+    def end(self, index: int, result: TaskResult) -> None:
+        self.seconds[self.groups[index]] = result.seconds
+        if result.error is not None and not isinstance(result.error, WorkerDied):
+            self.waiting[self.groups[index]].clear()
+
+
+def _call(function: Callable[[Any], Any], task: Any) -> TaskResult:
+    """Run one task; errors become data, since not every exception can be pickled."""
+    started = time.perf_counter()
+    try:
+        return TaskResult(value=function(task), seconds=time.perf_counter() - started)
+    except Preempted:
+        raise
+    except LindmError as e:
+        return TaskResult(error=e)
+    except MemoryError:
+        return TaskResult(error=OutOfMemoryError("out of memory"))
+    except Exception as e:
+        kind = OutOfMemoryError if "RESOURCE_EXHAUSTED" in str(e) else LindmError
+        first = (str(e).splitlines() or [""])[0]
+        return TaskResult(error=kind(f"{type(e).__name__}: {first}"), traceback=traceback.format_exc())
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------------
+
+
+class _Slot(Protocol):
+    """A place for one worker, which is started with the first task and again after its death."""
+
+    group: Hashable
+
+    def submit(self, function: Callable[[Any], Any], task: Any) -> Future: ...
+
+    def result(self, future: Future) -> TaskResult: ...
+
+    def stop(self) -> None: ...
+
+
+class _SerialSlot:
+    group: Hashable = None
+
+    def submit(self, function: Callable[[Any], Any], task: Any) -> Future:
+        future: Future = Future()
+        future.set_result(_call(function, task))
+        return future
+
+    def result(self, future: Future) -> TaskResult:
+        return future.result()
+
+    def stop(self) -> None:
+        pass
+
+
+def _start_worker(initializer: Callable[[], None] | None) -> None:
+    """First call in a worker process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer:
+        initializer()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _LocalSlot:
+    def __init__(self, initializer: Callable[[], None] | None) -> None:
+        self.group: Hashable = None
+        self._initializer = initializer
+        self._pool: ProcessPoolExecutor | None = None
+        self._process: Any = None
+
+    def submit(self, function: Callable[[Any], Any], task: Any) -> Future:
+        if self._pool is not None:
+            return self._pool.submit(_call, function, task)
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer,))
+        before = multiprocessing.active_children()
+        future = self._pool.submit(_call, function, task)
+        self._process = next(p for p in multiprocessing.active_children() if p not in before)
+        return future
+
+    def result(self, future: Future) -> TaskResult:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            assert self._pool is not None
+            self._pool.shutdown(wait=True)
+            self._pool, code = None, self._process.exitcode
+            return TaskResult(error=WorkerDied(f"worker died ({f'signal {-code}' if code < 0 else f'exit {code}'})"))
+
+    def stop(self) -> None:
+        """Kill the process: a worker has nothing to save, and the clean-up of jax at exit takes time."""
+        if self._pool is not None:
+            self._process.kill()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+@contextlib.contextmanager
+def _ray_cluster(workers: int | None) -> Iterator[int]:
+    """A connection to the cluster at RAY_ADDRESS, or a local cluster; the number of its cores."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError as e:
+        raise UsageError("executor ray needs the package ray: pip install 'lindm[ray]'") from e
+    connected = ray.is_initialized()
+    if not connected:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        address = os.environ.get("RAY_ADDRESS")
+        cores = {} if address else {"num_cpus": workers or available_cores(), "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="warning", **cores)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray replaces them
+                signal.signal(number, handler)
+    try:
+        yield int(ray.cluster_resources()["CPU"])
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+class _RayWorker:
+    def __init__(self, initializer: Callable[[], None] | None) -> None:
+        if initializer:
+            initializer()
+
+    def call(self, function: Callable[[Any], Any], task: Any) -> TaskResult:
+        return _call(function, task)
+
+
+class _RaySlot:
+    def __init__(self, initializer: Callable[[], None] | None) -> None:
+        self.group: Hashable = None
+        self._initializer = initializer
+        self._actor: Any = None
+
+    def submit(self, function: Callable[[Any], Any], task: Any) -> Future:
+        import ray
+
+        if self._actor is None:
+            self._actor = ray.remote(num_cpus=1, max_restarts=0)(_RayWorker).remote(self._initializer)
+        return self._actor.call.remote(function, task).future()
+
+    def result(self, future: Future) -> TaskResult:
+        import ray
+
+        try:
+            return future.result()
+        except ray.exceptions.RayActorError:
+            self._actor = None
+            return TaskResult(error=WorkerDied("worker died"))
+
+    def stop(self) -> None:
+        import ray
+
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None

@@ -1,0 +1,167 @@
+"""Killed workers, killed parents, errors: only the running task is lost, and nothing is written afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lindm.errors import DataError, LindmError, UsageError
+from lindm.io import executor
+from lindm.io.executor import TaskPool, TaskResult, WorkerDied, run_tasks
+
+
+def work(task):
+    kind, value = task
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exit":
+        os._exit(3)
+    if kind == "data":
+        raise DataError("bad input")
+    if kind == "bug":
+        raise RuntimeError(f"bug {value}\nmore")
+    if kind == "pid":
+        return os.getpid()
+    if kind == "env":
+        return os.environ.get("EXECUTOR_TEST")
+    return value**2
+
+
+def prepare():
+    os.environ["EXECUTOR_TEST"] = "set"
+
+
+def values(results):
+    return [None if r is None else r.value for r in results]
+
+
+@pytest.mark.parametrize("kind", ["serial", "local"])
+def test_values_come_in_the_order_of_the_tasks(kind):
+    tasks = [("square", i) for i in range(7)]
+    assert values(run_tasks(work, tasks, executor=kind, workers=2)) == [i**2 for i in range(7)]
+    assert run_tasks(work, [], executor=kind, workers=2) == []
+
+
+def test_a_worker_that_dies_costs_its_one_task():
+    tasks = [("square", 2), ("kill", 0), ("square", 3), ("exit", 0), ("square", 4)]
+    results = run_tasks(work, tasks, workers=2, groups=[0] * 5)
+    assert values(results) == [4, None, 9, None, 16]
+    assert all(isinstance(results[i].error, WorkerDied) for i in (1, 3))
+    assert (results[1].error.message, results[3].error.message) == ("worker died (signal 9)", "worker died (exit 3)")
+
+
+@pytest.mark.parametrize("kind", ["serial", "local"])
+def test_an_error_is_returned_and_ends_its_group_only(kind):
+    tasks = [("bug", 1), ("square", 2), ("data", 0), ("square", 3)]
+    results = run_tasks(work, tasks, executor=kind, workers=1, groups=["a", "a", "b", "c"])
+    assert results[0].error.message == "RuntimeError: bug 1" and "RuntimeError: bug 1\nmore" in results[0].traceback
+    assert results[1] is None
+    assert isinstance(results[2].error, DataError) and results[2].error.message == "bad input" and not results[2].traceback
+    assert results[3].value == 9
+
+
+def test_events_report_every_start_and_end():
+    events = []
+    run_tasks(work, [("square", i) for i in range(4)], workers=2, on_event=events.append)
+    assert Counter(e.index for e in events if e.result is None) == Counter(range(4))
+    assert {e.index: e.result.value for e in events if e.result} == {i: i**2 for i in range(4)}
+
+
+def test_an_exception_of_the_caller_ends_the_workers():
+    pids = []
+
+    def stop(event):
+        if event.result:
+            pids.append(event.result.value)
+            raise LindmError("stop")
+
+    with pytest.raises(LindmError, match="stop"):
+        run_tasks(work, [("pid", 0)] * 4, workers=1, on_event=stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_workers_live_as_long_as_the_pool_and_are_initialized():
+    with TaskPool("local", 1, prepare) as pool:
+        first, second = (values(pool.run(work, [("pid", 0), ("env", 0)])) for _ in range(2))
+    assert first == second and first[1] == "set" and first[0] != os.getpid()
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(UsageError, match="executor must be local or ray; got 'threads'"):
+        TaskPool("threads")  # pyright: ignore
+    with pytest.raises(UsageError, match="workers must be >= 1; got 0"):
+        TaskPool("local", 0)
+
+
+def test_a_worker_stays_with_its_group_and_helps_only_where_much_is_left(monkeypatch):
+    monkeypatch.setattr(executor, "HELP_AFTER", 20.0)
+    queue = executor._Queue(["a", "a", "a", "b", "b"])
+    assert (queue.take(None), queue.take(None)) == (0, 3)  # two workers, two groups
+    queue.end(3, TaskResult(seconds=1.0))
+    assert queue.take("b") == 4
+    queue.end(4, TaskResult(seconds=1.0))
+    assert queue.take("b") is None  # how long "a" takes is not known yet
+    queue.end(0, TaskResult(seconds=9.0))
+    assert queue.take("b") is None and queue.take("a") == 1  # 18 seconds are left: a second worker would not help
+    queue = executor._Queue(["a", "a", "a"])
+    assert queue.take(None) == 0
+    queue.end(0, TaskResult(seconds=11.0))
+    assert queue.take("b") == 1  # 22 seconds are left
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from lindm.io import files
+from lindm.io.executor import run_tasks
+
+def write(task):
+    for i in range(200):
+        with open(task, "a") as f:
+            f.write(f"{{i}}\\n")
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    files.stop_on_signals()
+    try:
+        run_tasks(write, ["a.txt", "b.txt"], workers=2)
+    except files.Preempted:
+        sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
+def test_workers_do_not_write_after_the_parent_has_ended(tmp_path, number, code):
+    (tmp_path / "slow.py").write_text(SLOW.format(here=str(Path(executor.__file__).parents[2])))
+    process = subprocess.Popen([sys.executable, "slow.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    deadline = time.monotonic() + 60
+    while not all(p.exists() for p in paths) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in err, err
+    time.sleep(0.5)
+    sizes = [p.stat().st_size for p in paths]
+    time.sleep(0.5)
+    assert sizes == [p.stat().st_size for p in paths]
+
+
+@pytest.mark.parity
+def test_ray_gives_the_same_results_and_survives_a_killed_worker(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    tasks = [("square", 2), ("kill", 0), ("square", 3), ("data", 0), ("env", 0)]
+    with TaskPool("ray", 2, prepare) as pool:
+        results = pool.run(work, tasks, groups=[0, 0, 0, 1, 2])
+        again = pool.run(work, [("square", i) for i in range(5)])
+    assert values(results) == [4, None, 9, None, "set"]
+    assert isinstance(results[1].error, WorkerDied) and isinstance(results[3].error, DataError)
+    assert values(again) == [i**2 for i in range(5)]
