@@ -119,7 +119,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from lindm.io import files
+from lindm.errors import Preempted
+from lindm.io import signals
 from lindm.io.executor import run_tasks
 
 def write(task):
@@ -129,10 +130,10 @@ def write(task):
         time.sleep(0.05)
 
 if __name__ == "__main__":
-    files.stop_on_signals()
+    signals.stop_on_signals()
     try:
         run_tasks(write, ["a.txt", "b.txt"], workers=2)
-    except files.Preempted:
+    except Preempted:
         sys.exit(75)
 """
 
