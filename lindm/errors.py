@@ -3,6 +3,9 @@
 The command line turns each class into an exit code (`lindm.exit_codes`).
 """
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class LindmError(Exception):
     """Base class: a failure with a message that a user can act on."""
@@ -45,3 +48,14 @@ class LostPeerError(LindmError):
 
 class Preempted(LindmError):
     """A signal asked the run to stop; everything finished is on disk and the same command resumes."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to end a message with: the known words that are nearest to a misspelled one; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def unknown(name: str, got: str, known: Sequence[str]) -> str:
+    """The message for a word that is none of those known."""
+    return f"{name} must be one of {', '.join(known)}; got {got!r}{did_you_mean(got, known)}"

@@ -6,11 +6,22 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lindm.cli.arguments import Command
+
 LOCKS = Path(__file__).parents[2] / "requirements"
 FREE_GB = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check versions, devices, precision, disk, fonts and the lock."""
+
+    out: Path = Path("results")
+    """Directory that results would be written to."""
 
 
 class Check(NamedTuple):
@@ -101,9 +112,12 @@ def checks(directory: Path) -> list[Check]:
     ]
 
 
-def main(directory: Path) -> int:
-    """Print the checks; 0 when all is well, 1 when not."""
-    found = checks(directory)
-    for check in found:
+def run(options: Doctor) -> int:
+    """Print the checks; 0 when all are ok, 1 when one fails."""
+    results = checks(options.out)
+    for check in results:
         print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
-    return int(not all(check.ok for check in found))
+    return int(not all(check.ok for check in results))
+
+
+COMMAND = Command(name="doctor", options=Doctor, run=run, examples=("lindm doctor",))

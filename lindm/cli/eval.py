@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
+from lindm.cli.arguments import Command, Positional, Repeated
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
@@ -18,78 +17,82 @@ SEED = 1_000_000  # far from what training data are made with, so that tasks are
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """What policies lose on held-out tasks of a suite, or on a problem of your own, exactly where that can be."""
+    """Evaluate policies on the same held-out tasks: the normalized optimality gap, exact where that can be computed."""
 
-    suite: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """mdp, pomdp or apomdp; or prostate, or a .pomdp file (several form a cloud)"""
-    policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """oracle, random, behaviour, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; once or more"""
+    problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
+    """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
+    policy: Annotated[tuple[str, ...], Repeated("POLICY")]
+    """oracle, random, behavior, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; may be
+    given several times."""
     tasks: int = 50
+    """Number of tasks."""
     demos: int = 5
-    """demonstrations of each task"""
+    """Number of demonstrations of each task."""
     horizon: int | None = None
-    """number of stages [default: the middle one of a suite's three; needed by a file]"""
+    """Number of stages; required for a file. [default: the middle one of a suite's three]"""
     split: str = "id"
-    """of a suite: id or ood"""
+    """Split of a suite: id (in distribution) or ood (out of distribution)."""
     discount: float | None = None
-    """of a file, in place of its own"""
+    """Discount factor, in place of the file's."""
     alpha: float | None = None
-    """of a cloud: 1 is the worst case, 0 the best"""
-    behaviour: str = "oracle"
-    """of the demonstrations: oracle, epsilon or uniform"""
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    behavior: str = "oracle"
+    """Behavior policy of the demonstrations: oracle, epsilon or uniform."""
     epsilon: float = 0.2
-    """share of random actions of the behaviour epsilon"""
+    """Probability of a random action of the behavior policy epsilon."""
     episodes: int = 8
-    """sampled of a task, where a policy's histories are too many"""
+    """Number of sampled episodes of a task that has too many histories to evaluate them all."""
     template: str | None = None
-    """of language models' texts, as of `lindm sft` [default: as the model was trained]"""
+    """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
     rewards: str | None = None
-    """in language models' texts, as of `lindm sft`: shown, hidden or auto [default: as the model was trained]"""
+    """Rewards in the texts of language models: shown, hidden or auto. [default: as the model was trained]"""
     seed: int = SEED
-    """of the tasks; not that of data that a model was trained on"""
+    """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""
     out: Path | None = None
-    """where the tasks and eval.json go [default: nothing is kept]"""
+    """Directory of the tasks and eval.json. [default: nothing is kept]"""
     json: bool = False
-    """print one JSON list"""
+    """Print one JSON list."""
 
 
-def run_eval(command: Eval) -> int:
+def run(options: Eval) -> int:
     from lindm.io import files, signals
 
     signals.stop_on_signals()
     from lindm import validate
-    from lindm.cli.problems import source_of
+    from lindm.cli.problems import problem_or_suite
     from lindm.datasets import Recipe
     from lindm.evaluation import compare
     from lindm.evaluation.losses import double_precision
     from lindm.io import manifest
 
-    validate.count(command.episodes, "episodes")
+    validate.count(options.episodes, "episodes")
     with double_precision():
-        source = source_of(command.suite, command.horizon, command.split, command.discount, command.alpha)
-    recipe = Recipe(**{name: getattr(command, name) for name in ("tasks", "demos", "behaviour", "epsilon", "seed")})
+        source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
+    recipe = Recipe(
+        tasks=options.tasks, demos=options.demos, behaviour=options.behavior, epsilon=options.epsilon, seed=options.seed
+    )
 
     about = compare.described(source)
-    what = [" ".join(command.suite), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
+    what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
     head = [f"{', '.join(what)}; {recipe.tasks} tasks, {recipe.demos} demonstrations each", format_row(HEAD, WIDTHS)]
 
     def finished(row: dict) -> None:
-        if not command.json:
+        if not options.json:
             print("\n".join([*head, format_row(_cells(row), WIDTHS)]), flush=True)
             head.clear()
 
-    kept = tempfile.TemporaryDirectory() if command.out is None else nullcontext(str(command.out))
+    kept = tempfile.TemporaryDirectory() if options.out is None else nullcontext(str(options.out))
     with kept as directory, progress_bar("tasks") as tell:
-        how: dict[str, Any] = {"template": command.template, "rewards": command.rewards}
-        how |= {"episodes": command.episodes, "tell": tell, "finished": finished}
-        rows = compare.compare(Path(directory) / "data", source, recipe, command.policy, **how)
-    if command.out is not None:
-        files.write_json(command.out / "eval.json", rows)
-        manifest.write_manifest(command.out, options={k: str(v) for k, v in asdict(command).items()})
-    if command.json:
+        how: dict[str, Any] = {"template": options.template, "rewards": options.rewards}
+        how |= {"episodes": options.episodes, "tell": tell, "finished": finished}
+        rows = compare.compare(Path(directory) / "data", source, recipe, options.policy, **how)
+    if options.out is not None:
+        files.write_json(options.out / "eval.json", rows)
+        manifest.write_manifest(options.out, options={k: str(v) for k, v in asdict(options).items()})
+    if options.json:
         print(json_module.dumps([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
-    elif command.out is not None:
-        print(command.out / "eval.json", file=sys.stderr)
+    elif options.out is not None:
+        print(options.out / "eval.json", file=sys.stderr)
     return 0
 
 
@@ -112,3 +115,16 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["method"],
         f"{row['decisions_per_s']:,.1f}",
     )
+
+
+COMMAND = Command(
+    name="eval",
+    options=Eval,
+    run=run,
+    examples=(
+        "lindm eval pomdp --policy oracle --policy qmdp --policy random",
+        "lindm eval mdp --split ood --policy sft:runs/tiny --policy bc --out results/eval",
+        "lindm eval tiger.pomdp --horizon 6 --policy qmdp",
+    ),
+    sections={"horizon": "Problem and demonstrations", "episodes": "Evaluation"},
+)

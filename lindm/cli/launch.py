@@ -2,35 +2,31 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import tyro
-
+from lindm.cli import sft
+from lindm.cli.arguments import Command, parse
 from lindm.llm.cluster.jobs import Gke, Job, Ray, Slurm, Tpu, check_options, job_file
-from lindm.llm.sft.options import Sft
 
-LAUNCHERS: dict[str, type[Job]] = {"slurm": Slurm, "tpu": Tpu, "gke": Gke, "ray": Ray}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Print a job file that runs `lindm sft` on many hosts: lindm launch LAUNCHER [its options] -- [options of lindm sft]."""
-
-    launcher: tyro.conf.Positional[str]
-    """slurm, tpu, gke or ray; `lindm launch LAUNCHER --help` lists its own options"""
+SUMMARY = "Print a job file that runs `lindm sft` on many hosts"
 
 
-def run_launch(launcher: str, rest: Sequence[str]) -> int:
-    """Print the file; `rest` is what stood after the launcher."""
-    from lindm.cli import _parse
-
-    if launcher not in LAUNCHERS:
-        raise ValueError(f"LAUNCHER must be one of {', '.join(LAUNCHERS)}; got {launcher!r}")
-    cut = rest.index("--") if "--" in rest else len(rest)
-    kind, words = LAUNCHERS[launcher], rest[cut + 1 :]
-    job = _parse(kind, rest[:cut], f"lindm launch {launcher}", kind.__doc__)
+def run(job: Job, words: Sequence[str]) -> int:
+    """Print the file; `words` are the options of `lindm sft`."""
     if not words:
         raise ValueError("the options of lindm sft must follow a --: lindm launch ... -- --model DIR --data DIR --out DIR")
-    check_options(job, _parse(Sft, words, "lindm sft", None), words)
+    check_options(job, parse(sft.COMMAND, words), words)
     sys.stdout.write(job_file(job, words))
     return 0
+
+
+def _command(name: str, options: type[Job], words: str) -> Command:
+    example = f"lindm launch {name} {words} -- --model /lindm/model --data /lindm/data --out /lindm/run"
+    return Command(name=f"launch {name}", options=options, run=run, rest="-- OPTIONS OF LINDM SFT", examples=(example,))
+
+
+COMMANDS = {
+    "slurm": _command("slurm", Slurm, "--nodes 4 --gpus-per-node 8"),
+    "tpu": _command("tpu", Tpu, "--topology v5e:4x4 --zone us-west4-a --shared 10.0.0.2:/share"),
+    "gke": _command("gke", Gke, "--topology v5e:4x4 --image registry/lindm:1 --claim disk"),
+    "ray": _command("ray", Ray, "--workers 4 --image registry/lindm:1 --claim disk"),
+}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lindm.cli.arguments import Command
 from lindm.io.tables import format_table
 
 if TYPE_CHECKING:
@@ -28,39 +29,40 @@ QUIET = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Whether a fine-tuning step fits a machine, and what it takes there: the step of `lindm sft`, compiled and not run."""
+    """Compile the step of `lindm sft` for a machine without running it: does it fit, and what does it take there?"""
 
     model: Path
-    """a Hugging Face directory, or a config.json: weights are not read"""
+    """A Hugging Face directory, or a config.json; weights are not read."""
     topology: str
-    """a TPU slice such as v5e:4x4, v6e:2x4 or v5p:2x2x4 (extra: tpu); or host, this machine's devices"""
+    """A TPU slice such as v5e:4x4, v6e:2x4 or v5p:2x2x4 (extra: tpu); or host, the devices of this machine."""
     batch: int
-    """rows of a micro-batch, over all devices"""
+    """Rows of a micro-batch, over all devices."""
     seq: int
-    """tokens of a row"""
+    """Tokens per row."""
     labels: int = 64
-    """tokens of a row that are trained, at most"""
+    """Maximum number of tokens per row that are trained."""
     accumulate: int = 1
-    """micro-batches of a step"""
+    """Micro-batches per step."""
     method: str = "full"
-    """full, lora, or qlora"""
+    """full, lora or qlora."""
     lora_rank: int = 16
+    """Rank of the adapters."""
     base: str | None = None
-    """of lora and qlora, what the base weights are held in: f32, bf16, int8 or nf4 [default: f32, and nf4 with qlora]"""
+    """Storage of the base weights with lora and qlora: f32, bf16, int8 or nf4. [default: f32, and nf4 with qlora]"""
     remat: str = "selective"
-    """activations computed again in the backward pass: full (all, least memory), selective (all but products with
-    weights) or none"""
+    """Activations that the backward pass computes again: full (all, least memory), selective (all but products with
+    weights) or none."""
     mesh: str | None = None
-    """axes data, fsdp and tensor, such as fsdp=8,tensor=2 [default: up to six that make sense are compared]"""
+    """Sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]"""
     json: bool = False
-    """print one JSON object"""
+    """Print one JSON object."""
 
 
-def run_plan(command: Plan) -> int:
+def run(options: Plan) -> int:
     from lindm.io.signals import stop_on_signals
 
     stop_on_signals()
-    if command.topology != "host":
+    if options.topology != "host":
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -68,31 +70,31 @@ def run_plan(command: Plan) -> int:
     from lindm.llm.config import read_architecture
     from lindm.llm.parallel.sharding import parse_mesh
 
-    sizes = parse_mesh(command.mesh) if command.mesh else None
-    architecture = read_architecture(command.model)
-    devices = plan.devices_of(command.topology)
+    sizes = parse_mesh(options.mesh) if options.mesh else None
+    architecture = read_architecture(options.model)
+    devices = plan.devices_of(options.topology)
     job = plan.Job(
         architecture=architecture,
-        batch=command.batch,
-        seq=command.seq,
-        labels=command.labels,
-        accumulate=command.accumulate,
-        method=command.method,
-        lora_rank=command.lora_rank,
-        base=command.base or ("nf4" if command.method == "qlora" else "f32"),
+        batch=options.batch,
+        seq=options.seq,
+        labels=options.labels,
+        accumulate=options.accumulate,
+        method=options.method,
+        lora_rank=options.lora_rank,
+        base=options.base or ("nf4" if options.method == "qlora" else "f32"),
         dtype="f32" if devices[0].platform == "cpu" else "bf16",
-        remat=command.remat,
+        remat=options.remat,
     )
     limits = plan.limits_of(devices)
     meshes = [sizes] if sizes else plan.sensible(job, devices)
     found = plan.plans(job, devices, limits, meshes, lambda line: print(line, file=sys.stderr, flush=True))
     flops = plan.model_flops(job) / len(devices)
-    if command.json:
-        about = {"topology": command.topology, "devices": len(devices), "limits": limits._asdict(), "headroom": plan.HEADROOM}
+    if options.json:
+        about = {"topology": options.topology, "devices": len(devices), "limits": limits._asdict(), "headroom": plan.HEADROOM}
         about |= {"model_flops": flops, "step": _step(job), "plans": [plan.described(p) for p in found]}
         print(json_module.dumps(about))
         return 0
-    for line in _introduced(job, command.topology, len(devices), limits):
+    for line in _introduced(job, options.topology, len(devices), limits):
         print(line)
     print()
     print(format_table([_HEAD, *(_row(p, job) for p in found)]))
@@ -172,3 +174,12 @@ def _notes(found: list["Planned"], flops: float, headroom: float) -> list[str]:
 
             notes.append(f"{named(p.mesh)} was refused: {p.refusal}")
     return notes
+
+
+COMMAND = Command(
+    name="plan",
+    options=Plan,
+    run=run,
+    examples=("lindm plan --model models/llama-3-8b --topology v5e:4x4 --batch 16 --seq 2048 --method lora",),
+    sections={"labels": "Step", "mesh": "Output"},
+)

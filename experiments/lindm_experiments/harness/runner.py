@@ -28,7 +28,7 @@ from typing import Any
 
 import lindm
 import lindm_experiments
-from lindm.errors import DataError, NonFiniteError, Preempted, UsageError
+from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, unknown
 from lindm.io.directories import sole_writer
 from lindm.io.files import (
     append_line,
@@ -72,11 +72,16 @@ def discover() -> dict[str, tuple[str, ...]]:
     return found
 
 
+def find(name: str) -> Path:
+    """The source of an experiment; UsageError with the known names when there is none."""
+    if name not in discover():
+        raise UsageError(unknown("EXPERIMENT", name, list(discover())))
+    return modules()[name]
+
+
 def load(name: str) -> ModuleType:
     """Import one experiment with 64-bit floats on; UsageError with the known names when there is none."""
-    known = discover()
-    if name not in known:
-        raise UsageError(f"EXPERIMENT must be one of {', '.join(known)}; got {name!r}")
+    find(name)
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_enable_x64", True)
     else:

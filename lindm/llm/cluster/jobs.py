@@ -285,7 +285,7 @@ def entrypoint(job: Workers, words: Sequence[str]) -> list[str]:
     """The command that trains on Ray."""
     given = ["--workers", str(job.workers)] if job.topology is None else ["--topology", job.topology]
     given += ["--cpus", str(job.cpus), "--gpus", str(job.gpus), "--restarts", str(job.restarts)]
-    return ["python", "-m", "lindm.llm.cluster.ray_job", *given, "--", *words]
+    return ["python", "-m", "lindm.cli.ray_job", *given, "--", *words]
 
 
 def _rendered(name: str, values: dict[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""`lindm sft` by Ray: python -m lindm.llm.cluster.ray_job --workers 4 --cpus 8 -- --model DIR --data DIR --out DIR
+"""`lindm sft` by Ray: python -m lindm.cli.ray_job --workers 4 --cpus 8 -- --model DIR --data DIR --out DIR
 
 Ray Train places the workers, on as many hosts, and tells each its number; everything else is the training that any other
 launcher starts. Ray's own preparation of JAX is left out: it does nothing for CPUs, where each worker would silently train a
@@ -12,16 +12,13 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from lindm.errors import LindmError, LostPeerError, Preempted, UsageError
-from lindm.exit_codes import exit_code
-from lindm.llm.cluster.jobs import RAY_TYPES, Workers, check_options, slice_of
+from lindm.llm.cluster.jobs import RAY_TYPES, Workers, slice_of
 from lindm.llm.sft.options import Sft
 
 Loop = Callable[[dict[str, Any]], None]
@@ -150,22 +147,3 @@ def _chain(e: BaseException | None) -> Iterator[BaseException]:
 
 def _line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[-1][:300]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command line: what Ray gives, --, and the options of `lindm sft`."""
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    words = list(arguments[cut + 1 :])
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
-    job = tyro.cli(Workers, args=list(arguments[:cut]), prog="python -m lindm.llm.cluster.ray_job", config=config)
-    options = tyro.cli(Sft, args=words, prog="python -m lindm.llm.cluster.ray_job ... --", config=config)
-    check_options(job, options, words)
-    return run(job, options)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (LindmError, ValueError) as e:
-        print(f"lindm: error: {e}", file=sys.stderr)
-        sys.exit(exit_code(e))

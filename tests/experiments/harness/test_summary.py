@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import lindm_experiments
-from lindm.cli import main
+from lindm.cli.main import main
 from lindm.errors import DataError, LindmError
 from lindm.io import files
 from lindm_experiments.harness import summary as overview

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lindm import datasets
-from lindm.cli import main
+from lindm.cli.main import main
 from lindm.datasets import Recipe
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation import compare
@@ -117,12 +117,12 @@ def test_tasks_that_a_run_was_trained_on_are_refused(run, tmp_path):
 )
 def test_what_is_no_policy_is_refused_in_one_line(capsys, names, code, said):
     arguments = [word for name in names for word in ("--policy", name)]
-    assert main(["eval", "--suite", "mdp", "--horizon", "4", "--tasks", "1", "--demos", "1", *arguments]) == code
+    assert main(["eval", "mdp", "--horizon", "4", "--tasks", "1", "--demos", "1", *arguments]) == code
     assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
-    tiger = ["eval", "--suite", "tests/lindm/problems/files/tiger.pomdp", "--horizon", "4", "--tasks", "3", "--demos", "2"]
+    tiger = ["eval", "tests/lindm/problems/files/tiger.pomdp", "--horizon", "4", "--tasks", "3", "--demos", "2"]
     assert main([*tiger, "--policy", "random", "--policy", "qmdp", "--policy", "bc", "--json"]) == 0
     random, qmdp, bc = json.loads(capsys.readouterr().out)
     assert (random["suite"], random["horizon"], random["split"]) == ("pomdp", 4, None)
@@ -134,16 +134,16 @@ def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
     "arguments, said",
     [
         (
-            "--suite prostate --horizon 8",
+            "prostate --horizon 8",
             r"horizon must be short enough that all histories fit in 2 GiB; they need 606,291",
         ),
-        ("--suite nothing", "SUITE must be one of mdp, pomdp, apomdp, prostate, or .pomdp files; got 'nothing'"),
-        ("--suite prostate", "horizon must be given for a problem that is not a suite"),
-        ("--suite mdp --horizon 5", "horizon of the suite mdp must be one of 4, 8, 16; got 5"),
-        ("--suite mdp --alpha 0.5", "discount and alpha must be left out for a suite"),
-        ("--suite mdp --episodes 0", "episodes must be"),
-        ("--suite mdp --tasks 0", "tasks must be"),
-        ("--suite mdp --template readable", "template must be left out without a language model; got 'readable'"),
+        ("nothing", "PROBLEM must be one of mdp, pomdp, apomdp, prostate, a .pomdp file; got 'nothing'"),
+        ("prostate", "horizon must be given for a problem that is not a suite"),
+        ("mdp --horizon 5", "horizon of the suite mdp must be one of 4, 8, 16; got 5"),
+        ("mdp --alpha 0.5", "discount and alpha must be left out for a suite"),
+        ("mdp --episodes 0", "episodes must be"),
+        ("mdp --tasks 0", "tasks must be"),
+        ("mdp --template readable", "template must be left out without a language model; got 'readable'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_printed(capsys, arguments, said):
@@ -155,7 +155,6 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_printed(capsys, 
 def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, capsys):
     arguments = [
         "eval",
-        "--suite",
         "pomdp",
         "--horizon",
         "4",

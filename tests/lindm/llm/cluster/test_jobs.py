@@ -11,7 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.cli import _parse, launch, main
+from lindm.cli import launch, sft
+from lindm.cli.arguments import parse, run_command
+from lindm.cli.main import main
 from lindm.llm.cluster.jobs import SHAPES, Gke, Ray, Slurm, Tpu, Workers, check_options, entrypoint, job_file, slice_of
 from lindm.llm.sft.options import Sft
 
@@ -279,7 +281,7 @@ def test_the_shell_hands_python_the_very_words_on_ray(stage, words):
     stage.set()
     (document,) = yaml.safe_load_all(job_file(RAY, words))
     assert stage.run(["sh", "-c", document["spec"]["entrypoint"]]).returncode == 0
-    assert stage.words[:3] == ["-m", "lindm.llm.cluster.ray_job", "--workers"]
+    assert stage.words[:3] == ["-m", "lindm.cli.ray_job", "--workers"]
     assert stage.words[stage.words.index("--") + 1 :] == words
 
 
@@ -462,7 +464,7 @@ def test_what_cannot_be_launched_is_refused(kind, options, said):
 
 def refused(job, *words: str) -> str:
     with pytest.raises(ValueError) as caught:
-        check_options(job, _parse(Sft, words, "lindm sft", None), words)
+        check_options(job, parse(sft.COMMAND, words), words)
     return str(caught.value)
 
 
@@ -478,18 +480,18 @@ def test_options_that_a_job_may_not_have_are_refused():
 
 @pytest.mark.parametrize("job", [TPU, GKE, RAY], ids=lambda job: type(job).__name__)
 def test_paths_that_not_every_host_sees_are_refused(job):
-    check_options(job, _parse(Sft, [*WORDS, "--eval-data", "/lindm/more"], "lindm sft", None), WORDS)
+    check_options(job, parse(sft.COMMAND, [*WORDS, "--eval-data", "/lindm/more"]), WORDS)
     for i, name in ((1, "model"), (3, "data"), (5, "out")):
         for path in ("relative", "/home/me", "/lindm/../etc", "/lindmx"):
             assert f"{name} must be a path below /lindm" in refused(job, *WORDS[:i], path, *WORDS[i + 1 :])
     assert "template must be a path below /lindm" in refused(job, *WORDS, "--template", "mine.json")
 
 
-def test_the_door_prints_the_file_and_nothing_else(capsys):
-    assert launch.run_launch("slurm", ["--nodes", "4", "--", *WORDS]) == 0
+def test_the_command_prints_the_file_and_nothing_else(capsys):
+    assert run_command(launch.COMMANDS["slurm"], ["--nodes", "4", "--", *WORDS]) == 0
     assert capsys.readouterr().out == job_file(SLURM, WORDS)
     given = ["--workers", "2", "--cpus", "4", "--image", RAY.image, "--claim", "runs"]
-    assert launch.run_launch("ray", [*given, "--", *WORDS]) == 0
+    assert run_command(launch.COMMANDS["ray"], [*given, "--", *WORDS]) == 0
     assert capsys.readouterr().out == job_file(RAY, WORDS)
 
 
@@ -505,22 +507,22 @@ def test_the_door_prints_the_file_and_nothing_else(capsys):
         (["--node", "3", "--", *WORDS], "--node"),
     ],
 )
-def test_options_that_are_wrong_are_refused_as_their_own_doors_do(words, said, capsys):
+def test_wrong_options_are_refused_as_by_lindm_sft_itself(words, said, capsys):
     with pytest.raises(ValueError, match=said):
-        launch.run_launch("slurm", ["--nodes", "4", *words])
+        run_command(launch.COMMANDS["slurm"], ["--nodes", "4", *words])
     assert capsys.readouterr().out == ""
 
 
-def test_the_door_knows_the_launchers(capsys):
+def test_the_command_line_knows_the_launchers(capsys):
     assert main(["launch", "slurm", "--nodes", "4", "--", *WORDS]) == 0
     assert capsys.readouterr().out == job_file(SLURM, WORDS)
     assert main(["launch", "slurm", "--nodes", "0", "--", *WORDS]) == 2
     assert capsys.readouterr().err == "lindm: error: nodes must be at least 1; got 0\n"
 
 
-def test_an_unknown_launcher_is_refused():
-    with pytest.raises(ValueError, match="LAUNCHER must be one of slurm, tpu, gke, ray; got 'pbs'"):
-        launch.run_launch("pbs", ["--nodes", "4", "--", *WORDS])
+def test_an_unknown_launcher_is_refused(capsys):
+    assert main(["launch", "pbs", "--nodes", "4", "--", *WORDS]) == 2
+    assert "lindm launch has the commands slurm, tpu, gke, ray; got 'pbs'" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_imported():

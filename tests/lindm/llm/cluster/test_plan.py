@@ -287,7 +287,7 @@ def asked(config, **options):
 
 def test_the_command_prints_a_table_of_what_it_found(config, capsys, monkeypatch, cut):
     monkeypatch.setattr(plan, "compile_plan", lambda job, mesh, limits: replace(cut, mesh={**mesh.shape}))
-    assert cli.run_plan(asked(config, mesh="fsdp=8", method="lora", lora_rank=4, accumulate=2)) == 0
+    assert cli.run(asked(config, mesh="fsdp=8", method="lora", lora_rank=4, accumulate=2)) == 0
     out, err = capsys.readouterr()
     assert "compiling fsdp=8 (1 of 1)" in err
     assert "lora: adapters of rank 4 over f32 weights" in out and "2 x 8 rows x 32 tokens, 8 labels a row, f32" in out
@@ -296,7 +296,7 @@ def test_the_command_prints_a_table_of_what_it_found(config, capsys, monkeypatch
 
 
 def test_the_command_prints_one_json_object(config, capsys):
-    assert cli.run_plan(asked(config.parent, mesh="fsdp=4,tensor=2", method="qlora", lora_rank=4, json=True)) == 0
+    assert cli.run(asked(config.parent, mesh="fsdp=4,tensor=2", method="qlora", lora_rank=4, json=True)) == 0
     said = json.loads(capsys.readouterr().out)
     (one,) = said["plans"]
     assert one["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and one["fits"]
@@ -310,7 +310,7 @@ def test_the_command_prints_one_json_object(config, capsys):
 def test_a_plan_that_was_refused_has_a_row_too(config, capsys, monkeypatch):
     refused = plan.Plan(mesh={"fsdp": 8}, fits=False, refusal="too much", needs=int(21.5 * GIB))
     monkeypatch.setattr(plan, "plans", lambda *a: [refused])
-    assert cli.run_plan(asked(config, mesh="fsdp=8")) == 0
+    assert cli.run(asked(config, mesh="fsdp=8")) == 0
     out = capsys.readouterr().out
     assert "21.50" in out and "fsdp=8 was refused: too much" in out
 

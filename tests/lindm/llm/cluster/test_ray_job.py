@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lindm.cli import main
+from lindm.cli import ray_job as cli
+from lindm.cli.arguments import run_command
+from lindm.cli.main import main
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, Preempted, UsageError
 from lindm.exit_codes import exit_code
 from lindm.llm.cluster import jobs, ray_job
@@ -108,11 +110,11 @@ def test_the_command_line_is_that_of_the_job_file(monkeypatch):
     words = ["--preset", "tiny", "--data", "a b", "--out", "$o"]
     for job in (Workers(workers=3, cpus=2, gpus=1, restarts=0), Workers(topology="v6e:4x4", cpus=7)):
         python, flag, module, *arguments = jobs.entrypoint(job, words)
-        assert (python, flag, module) == ("python", "-m", "lindm.llm.cluster.ray_job")
-        assert ray_job.main(arguments) == 0
+        assert (python, flag, module) == ("python", "-m", "lindm.cli.ray_job")
+        assert run_command(cli.COMMAND, arguments) == 0
         assert asked.pop() == (job, Sft(preset="tiny", data=Path("a b"), out=Path("$o")))
     with pytest.raises(ValueError, match="fresh must be left out"):
-        ray_job.main(["--workers", "1", "--", *words, "--fresh"])
+        run_command(cli.COMMAND, ["--workers", "1", "--", *words, "--fresh"])
 
 
 # --- Ray itself ------------------------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ def test_fine_tuning_on_two_workers_is_that_of_one_process(cluster, tmp_path):
     command = [sys.executable, "-m", "lindm", "sft", *words, "--out", str(here)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert ray_job.main(["--workers", "2", "--", *words, "--out", str(there)]) == 0
+    assert run_command(cli.COMMAND, ["--workers", "2", "--", *words, "--out", str(there)]) == 0
 
     def losses(out: Path) -> list[float]:
         lines = (out / "metrics.jsonl").read_text().splitlines()

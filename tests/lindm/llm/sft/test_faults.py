@@ -26,7 +26,7 @@ def watch(event, arguments):
         import os
         os._exit(99)
 sys.addaudithook(watch)
-from lindm.cli import main
+from lindm.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,0 +1,133 @@
+"""`lindm data`: labeled episodes on disk, and their exports."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lindm.cli.arguments import Command, Positional
+from lindm.io.progress import progress_bar
+
+SUMMARY = "Make labeled episodes, or export them for other tools"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Make:
+    """Write labeled episodes: Parquet and JSONL with a data card and a manifest. A run that is killed resumes."""
+
+    problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
+    """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
+    tasks: int
+    """Number of tasks."""
+    demos: int
+    """Number of demonstrations of each task."""
+    out: Path
+    """Directory of the data."""
+    queries: int = 1
+    """Number of query episodes of each task."""
+    horizon: int | None = None
+    """Number of stages; required for a file. [default: the middle one of a suite's three]"""
+    split: str = "id"
+    """Split of a suite: id (in distribution) or ood (out of distribution)."""
+    seed: int = 0
+    """Seed; the same seed gives the same bytes."""
+    behavior: str = "oracle"
+    """Behavior policy of the demonstrations: oracle, epsilon or uniform."""
+    query_behavior: str = "epsilon"
+    """Behavior policy of the queries: oracle, epsilon or uniform."""
+    epsilon: float = 0.2
+    """Probability of a random action of the behavior policy epsilon."""
+    discount: float | None = None
+    """Discount factor, in place of the file's."""
+    alpha: float | None = None
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Export data for other tools."""
+
+    directory: Annotated[Path, Positional("DIR")]
+    """A directory of `lindm data make`."""
+    to: str
+    """trl (prompt/completion and messages, for SFTTrainer) or minari."""
+    out: Path
+    """Directory of the export."""
+    template: str | None = None
+    """Template of the text (trl): compact, readable, or a JSON or TOML file. [default: compact, readable with --names]"""
+    names: bool = False
+    """Use the problem's own names in the text (trl)."""
+    without_rewards: bool = False
+    """Leave the rewards out of the text (trl)."""
+
+
+def run_make(options: Make) -> int:
+    from lindm.io import signals
+
+    signals.stop_on_signals()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from lindm import datasets
+    from lindm.cli.problems import problem_or_suite
+
+    recipe = datasets.Recipe(
+        tasks=options.tasks,
+        demos=options.demos,
+        queries=options.queries,
+        behaviour=options.behavior,
+        epsilon=options.epsilon,
+        query_behaviour=options.query_behavior,
+        query_epsilon=options.epsilon,
+        seed=options.seed,
+    )
+    source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
+    with progress_bar("tasks") as progress:
+        made = datasets.make(options.out, source, recipe, progress=progress)
+    for name in made.damaged:
+        print(f"lindm: warning: {name} was damaged and was made again", file=sys.stderr)
+    print(f"{options.tasks} tasks in {options.out}: {made.made} shards made, {made.kept} kept")
+    return 0
+
+
+def run_export(options: Export) -> int:
+    from lindm import datasets, text
+    from lindm.io import signals
+
+    signals.stop_on_signals()
+    shipped = {"compact": text.COMPACT, "readable": text.READABLE}
+    name = options.template
+    template = None if name is None else shipped.get(name) or text.load_template(name)
+    with progress_bar("tasks") as progress:
+        written = datasets.export(
+            options.directory,
+            options.to,
+            options.out,
+            template=template,
+            rewards=not options.without_rewards,
+            names=options.names,
+            progress=progress,
+        )
+    for path in written:
+        print(path)
+    return 0
+
+
+COMMANDS = {
+    "make": Command(
+        name="data make",
+        options=Make,
+        run=run_make,
+        examples=(
+            "lindm data make pomdp --tasks 1000 --demos 5 --out data/pomdp",
+            "lindm data make tiger.pomdp --horizon 6 --tasks 200 --demos 5 --out data/tiger",
+        ),
+        sections={"queries": "Problem and episodes"},
+    ),
+    "export": Command(
+        name="data export",
+        options=Export,
+        run=run_export,
+        examples=("lindm data export data/pomdp --to trl --out data/trl",),
+    ),
+}

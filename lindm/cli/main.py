@@ -1,0 +1,115 @@
+"""`lindm`: find the command, parse its options, run it, turn an error into an exit code.
+
+A command's module is imported when it is asked for, and imports what is heavy when it runs, so that help answers at once.
+
+Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 4 no usable checkpoint, 5 not finite, 6 out of memory,
+7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes).
+LINDM_DEBUG=1 shows the traceback of an error.
+"""
+
+import importlib
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+
+from lindm.cli.arguments import WIDTH, run_command
+from lindm.errors import LindmError, UsageError, did_you_mean
+from lindm.exit_codes import exit_code
+
+DESCRIPTION = (
+    "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
+)
+GROUPS = {
+    "Claims and experiments": ("verify", "run", "plot", "report"),
+    "Decision problems and data": ("solve", "data"),
+    "Language models and policies": ("model", "sft", "eval", "export"),
+    "Machines": ("doctor", "plan", "launch", "bench"),
+}
+NAMES = tuple(name for names in GROUPS.values() for name in names)
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command. It has COMMAND, or COMMANDS by the second word, or `run` for a list of words."""
+    return importlib.import_module(f"lindm.cli.{name}")
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    """Two columns, the second wrapped to the width of the terminal."""
+    width = max(40, min(shutil.get_terminal_size((80, 24)).columns, WIDTH))
+    first = max(map(len, rows)) + 4
+    lines = []
+    for name, text in rows.items():
+        wrapped = textwrap.wrap(text, width - first, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"  {name:<{first - 2}}{wrapped[0]}", *(" " * first + line for line in wrapped[1:])]
+    return lines
+
+
+def _summary(name: str) -> str:
+    module = module_of(name)
+    return module.COMMAND.summary if hasattr(module, "COMMAND") else module.SUMMARY
+
+
+def overview() -> str:
+    """The page of `lindm --help`."""
+    width = max(40, min(shutil.get_terminal_size((80, 24)).columns, WIDTH))
+    lines = ["usage: lindm COMMAND [OPTIONS]", "", *textwrap.wrap(DESCRIPTION, width)]
+    for title, names in GROUPS.items():
+        lines += ["", f"{title}:", *_table({name: _summary(name) for name in names})]
+    lines += ["", "Options:", *_table({"--version": "Print the version.", "-h, --help": "Show this page."})]
+    lines += ["", "`lindm COMMAND --help` describes a command. LINDM_DEBUG=1 shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def _group(name: str, module: ModuleType) -> str:
+    """The page of a command that has commands of its own."""
+    rows = {second: command.summary for second, command in module.COMMANDS.items()}
+    lines = [f"usage: lindm {name} COMMAND [OPTIONS]", "", f"{module.SUMMARY}.", "", "Commands:", *_table(rows)]
+    return "\n".join([*lines, "", f"`lindm {name} COMMAND --help` describes a command."])
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        from lindm import __version__
+
+        print(__version__)
+        return 0
+    name, rest = words[0], list(words[1:])
+    if name not in NAMES:
+        what = "option" if name.startswith("-") else "command"
+        raise UsageError(f"lindm has no {what} {name}{did_you_mean(name, NAMES)}; lindm --help lists the commands")
+    module = module_of(name)
+    if hasattr(module, "COMMANDS"):
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_group(name, module))
+            return 0
+        if rest[0] not in module.COMMANDS:
+            known = ", ".join(module.COMMANDS)
+            raise UsageError(f"lindm {name} has the commands {known}; got {rest[0]!r}{did_you_mean(rest[0], module.COMMANDS)}")
+        return run_command(module.COMMANDS[rest[0]], rest[1:])
+    if hasattr(module, "COMMAND"):
+        return run_command(module.COMMAND, rest)
+    return module.run(rest)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Call `run`; an error is printed in one line and becomes an exit code."""
+    try:
+        return run()
+    except Exception as e:
+        if os.environ.get("LINDM_DEBUG") == "1":
+            raise
+        hint = "" if isinstance(e, LindmError | ValueError) else f"{type(e).__name__}: "
+        print(f"lindm: error: {hint}{e}", file=sys.stderr)
+        return exit_code(e)

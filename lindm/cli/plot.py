@@ -1,0 +1,28 @@
+"""`lindm plot`: the figures of a run directory, drawn again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lindm.cli.arguments import Command, Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Redraw the figures and the report of a run directory from its records alone."""
+
+    directory: Annotated[Path, Positional("DIR")]
+    """A directory written by `lindm run` or `lindm verify`."""
+
+
+def run(options: Plot) -> int:
+    from lindm.io import signals
+    from lindm_experiments.harness.report import redraw
+
+    signals.stop_on_signals()
+    for path in redraw(options.directory):
+        print(path)
+    return 0
+
+
+COMMAND = Command(name="plot", options=Plot, run=run, examples=("lindm plot results/quick",))

@@ -1,0 +1,30 @@
+"""`lindm report`: one page of several runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lindm.cli.arguments import Command, Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one page about verifications, evaluations and training runs. Its tables are written as CSV and LaTeX, too."""
+
+    directories: Annotated[tuple[Path, ...], Positional("DIR")]
+    """Directories of `lindm verify`, `lindm eval --out` or `lindm sft`, or directories that contain such directories."""
+    out: Path = Path("report")
+    """Directory of the page."""
+
+
+def run(options: Report) -> int:
+    from lindm.io import signals
+    from lindm_experiments.harness.summary import write
+
+    signals.stop_on_signals()
+    for path in write(options.directories, options.out):
+        print(path)
+    return 0
+
+
+COMMAND = Command(name="report", options=Report, run=run, examples=("lindm report results/quick runs --out report",))

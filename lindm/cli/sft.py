@@ -1,0 +1,34 @@
+"""`lindm sft`: fine-tune a language model."""
+
+import os
+
+from lindm.cli.arguments import Command
+from lindm.llm.sft.options import Sft
+
+
+def run(options: Sft) -> int:
+    from lindm.llm.parallel import supervisor
+
+    if (options.processes or 1) > 1 or (options.coordinator is None and supervisor.launcher(dict(os.environ))):
+        supervisor.guard()  # before the first thread is started: training goes on in a child process
+    from lindm.llm.sft import trainer
+
+    return trainer.run(options)
+
+
+COMMAND = Command(
+    name="sft",
+    options=Sft,
+    run=run,
+    examples=(
+        "lindm sft --preset tiny --data data/pomdp --out runs/tiny",
+        "lindm sft --model models/SmolLM2-135M-Instruct --data data/pomdp --out runs/lora --method lora",
+    ),
+    sections={
+        "method": "Training method",
+        "supervise": "Data and text",
+        "steps": "Optimization",
+        "eval_every": "Evaluation and checkpoints",
+        "mesh": "Devices and processes",
+    },
+)

@@ -1,0 +1,69 @@
+"""`lindm solve`: the value of a decision problem and its best first action."""
+
+import json as json_module
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+from lindm.cli.arguments import Command, Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solve:
+    """Compute the value of a decision problem, with bounds, and the best first action."""
+
+    files: Annotated[tuple[str, ...], Positional("PROBLEM")]
+    """A .pomdp file, or prostate. Several files are the models of an ambiguous POMDP."""
+    horizon: int
+    """Number of stages."""
+    discount: float | None = None
+    """Discount factor, in place of the file's."""
+    alpha: float | None = None
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    method: str = "auto"
+    """auto (exact if the belief tree fits in 2 GiB, certified bounds otherwise), tree, hsvi or net."""
+    effort: int | None = None
+    """Trials of hsvi [default: 256] or points of the net [default: 20000]."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(options: Solve) -> int:
+    from lindm.cli.problems import warnings_as_lines
+    from lindm.families.registry import named
+    from lindm.io.signals import stop_on_signals
+
+    start = time.perf_counter()
+    stop_on_signals()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    with warnings_as_lines():
+        source = named(options.files, options.horizon, options.discount, options.alpha)
+    from lindm.solvers.solve import first_action, solve
+
+    solution = solve(source.problem, options.method, effort=options.effort)
+    action = source.actions[int(first_action(source.problem, solution))]
+    value, lower, upper = (float(x) for x in (solution.value, solution.lower, solution.upper))
+    seconds = time.perf_counter() - start
+    if options.json:
+        answer = {"value": value, "lower": lower, "upper": upper, "method": solution.method}
+        print(json_module.dumps({**answer, "seconds": round(seconds, 3), "first_action": action}))
+        return 0
+    bounds = "exact" if solution.exact else f"certified to lie in [{lower:.10g}, {upper:.10g}]"
+    print(f"value         {value:.10g}  ({bounds})")
+    print(f"first action  {action}")
+    print(f"method        {solution.method}, {seconds:.1f} s")
+    return 0
+
+
+COMMAND = Command(
+    name="solve",
+    options=Solve,
+    run=run,
+    examples=(
+        "lindm solve tiger.pomdp --horizon 10",
+        "lindm solve good.pomdp bad.pomdp --horizon 5 --alpha 0.8",
+        "lindm solve prostate --horizon 4 --json",
+    ),
+)

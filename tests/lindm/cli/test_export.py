@@ -1,0 +1,31 @@
+"""`lindm export`, without the process around it."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lindm.cli.export import Export, run
+from tests.lindm.llm import reference
+from tests.lindm.llm.io import test_peft
+from tests.lindm.llm.io.test_weights import everything
+
+
+@pytest.fixture(autouse=True)
+def no_signal_handlers(monkeypatch):
+    monkeypatch.setattr("lindm.io.signals.stop_on_signals", lambda: None)
+
+
+def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):
+    source = reference.write(tmp_path / "source", "llama")
+    (source / "tokenizer.json").write_text("{}")
+    factors = test_peft.by_peft(tmp_path / "adapter", targets=("v",))
+    run(Export(directory=source, out=tmp_path / "out", adapter=tmp_path / "adapter", dtype="bf16"))
+    assert "llama with " in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").exists()
+    name = "model.layers.2.self_attn.v_proj"
+    a, b = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    merged = reference.weights("llama")[f"{name}.weight"] + 4 * b @ a
+    found = everything(tmp_path / "out")[f"{name}.weight"]
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), merged, rtol=2**-8)
+    run(Export(directory=source, out=tmp_path / "plain"))
+    assert np.array_equal(everything(tmp_path / "plain")[f"{name}.weight"], reference.weights("llama")[f"{name}.weight"])
