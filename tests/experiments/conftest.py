@@ -112,7 +112,7 @@ def build_lab(directory: Path) -> Lab:
     # the machinery is a part of the same package: import it first, then let only the toy be found
     (directory / "door.py").write_text(
         "import sys\n\n"
-        "import experiments\nimport lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n\n"
+        "import lindm_experiments\nimport lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n\n"
         f"lindm_experiments.__path__[:] = [{str(experiments)!r}]\n"
         "from lindm.cli import main\n\n"
         'if __name__ == "__main__":\n    sys.exit(main())\n'

@@ -158,7 +158,7 @@ KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
 from pathlib import Path
-from lindm.llm import checkpoints as c
+from lindm.llm.sft import checkpoints as c
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
