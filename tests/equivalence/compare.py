@@ -69,7 +69,8 @@ def files(directory: Path) -> dict[str, Path]:
     return {
         p.relative_to(directory).as_posix(): p
         for p in sorted(kept)
-        if (p.parent.name in ("solve", "eval") or p.name.startswith(kinds)) and not ("runs/" in p.as_posix() and p.name.startswith("metrics"))
+        if (p.parent.name in ("solve", "eval") or p.name.startswith(kinds))
+        and not ("runs/" in p.as_posix() and p.name.startswith("metrics"))
     }
 
 

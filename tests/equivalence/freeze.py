@@ -14,10 +14,28 @@ import sys
 from pathlib import Path
 
 FILES = Path(__file__).parents[1] / "lindm" / "problems" / "files"
-EXPERIMENTS = (
-    "against_statistics ambiguity belief_bounds bellman_horizon controls decisions dependence depth few_tasks gradient_flow "
-    "isotropy ladder llm_law margin mechanism onehot_coverage risk shift softmax weights"
-).split()
+EXPERIMENTS = [
+    "against_statistics",
+    "ambiguity",
+    "belief_bounds",
+    "bellman_horizon",
+    "controls",
+    "decisions",
+    "dependence",
+    "depth",
+    "few_tasks",
+    "gradient_flow",
+    "isotropy",
+    "ladder",
+    "llm_law",
+    "margin",
+    "mechanism",
+    "onehot_coverage",
+    "risk",
+    "shift",
+    "softmax",
+    "weights",
+]
 SUITES = {"mdp": "4", "pomdp": "4", "apomdp": "3"}
 SOLVE = {"tiger": "5", "1d": "6", "4x3": "4"}
 

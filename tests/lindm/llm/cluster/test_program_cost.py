@@ -221,7 +221,7 @@ ENTRY %main (a.0: bf16[8,32], a.1: bf16[4,16,64], a.2: bf16[4,24,64]) -> bf16[32
   %last.2 = bf16[32,32]{1,0} get-tuple-element(%while.1), index=3
   ROOT %fusion.2 = bf16[32,32]{1,0} fusion(%last.1, %last.2), kind=kCustom, calls=%end
 }
-"""  # noqa: E501
+"""
 
 SMALL, LARGE, ROWS, NEAR, OUT = 2 * 8 * 32, 2 * 32 * 32, 2 * 4 * 16 * 64, 2 * 4 * 24 * 64, 2 * 4 * 16 * 24
 
