@@ -55,9 +55,9 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
         ]
 
     monkeypatch.setattr(decisions, "compare", compare)
-    monkeypatch.setattr(decisions.language, "make", lambda data, source, recipe: data)
-    monkeypatch.setattr(decisions.language, "before", lambda asked, out: out)
-    monkeypatch.setattr(decisions.language, "fine_tuned", lambda options: asked.append(options) or options.out)
+    monkeypatch.setattr(decisions.language_models, "make", lambda data, source, recipe: data)
+    monkeypatch.setattr(decisions.language_models, "before", lambda asked, out: out)
+    monkeypatch.setattr(decisions.language_models, "fine_tuned", lambda options: asked.append(options) or options.out)
     found = decisions.measure(SMOKE, {"suite": suite, "horizon": 2, "demos": demos, "seed": 0})
     (options,) = asked
     assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}

@@ -153,8 +153,8 @@ def test_the_estimated_model_is_that_of_the_counts(monkeypatch):
     )
     problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((2, 2, 2)), np.array([0.5, 0.5]))
     tasks = Tasks(problems=[problem], demonstrations=[demos], source=problem, recipe=Recipe(tasks=1))
-    planned, plan = [], policies.mdp.backward_induction
-    monkeypatch.setattr(policies.mdp, "backward_induction", lambda estimate: planned.append(estimate) or plan(estimate))
+    planned, plan = [], policies.dp.backward_induction
+    monkeypatch.setattr(policies.dp, "backward_induction", lambda estimate: planned.append(estimate) or plan(estimate))
     (table,) = policies.certainty_equivalence(tasks)
     (estimate,) = planned
     # the average reward, 0.4, counts once everywhere: (0,0) was 1, .5 and .6, (0,1) was .3, (1,0) and (1,1) were 0

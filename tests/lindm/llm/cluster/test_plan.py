@@ -276,7 +276,7 @@ def test_without_the_compiler_of_tpus_the_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.hardware, "measured_peak", lambda: 8e9)
+    monkeypatch.setattr(plan.chips, "measured_peak", lambda: 8e9)
     (tmp_path / "config.json").write_text(json.dumps(to_config(TINY)))
     return tmp_path / "config.json"
 

@@ -32,8 +32,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from lindm_experiments.harness.runner import settle_xla
 settle_xla()
 import jax, json
+from lindm.errors import LindmError
+from lindm.exit_codes import exit_code
 from lindm.io import signals
-from lindm.llm import distributed, sharding
+from lindm.llm.parallel import processes as distributed
+from lindm.llm.parallel import sharding
 distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), int(patience)
 signals.stop_on_signals()
 signals.note_signals()

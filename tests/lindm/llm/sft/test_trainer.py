@@ -257,7 +257,7 @@ def test_a_document_longer_than_a_row_is_named(micro, tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_exit_6_before_it_is_taken(micro, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.hardware, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(trainer.chips, "available_memory", lambda device: 1000)
     with pytest.raises(LindmError, match=r"does not fit in memory.*--batch.*lindm plan") as stop:
         trainer.run(options(micro, tmp_path / "out"))
     assert isinstance(stop.value, OutOfMemoryError)
