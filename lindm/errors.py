@@ -1,6 +1,6 @@
-"""Errors that lindm raises on purpose. Each class says what kind of thing went wrong; the message says what and where.
+"""Errors with a message that a user can act on. The class is the kind of failure; the message names what and where.
 
-The command line turns each class into an exit code (`lindm.exit_codes`).
+The command line turns each class into an exit code (`lindm.cli.exit_codes`).
 """
 
 import difflib
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 class LindmError(Exception):
-    """Base class: a failure with a message that a user can act on."""
+    """Base class of all of them; by itself, a failure of no other kind."""
 
     def __init__(self, message: str = ""):
         super().__init__(message)
@@ -19,15 +19,15 @@ class LindmError(Exception):
 
 
 class UsageError(LindmError, ValueError):
-    """An argument is wrong, or does not fit what the output directory holds."""
+    """An argument is wrong, or does not fit the content of the output directory."""
 
 
 class DataError(LindmError):
-    """An input file is missing, damaged or wrong; the message names the file and, where there is one, the line."""
+    """An input file is missing, damaged or invalid; the message names the file and, where there is one, the line."""
 
 
 class CheckpointError(LindmError):
-    """A run has checkpoints and none of them can be used."""
+    """A run has checkpoints, but none of them can be used."""
 
 
 class NonFiniteError(LindmError):
@@ -47,7 +47,7 @@ class LostPeerError(LindmError):
 
 
 class Preempted(LindmError):
-    """A signal asked the run to stop; everything finished is on disk and the same command resumes."""
+    """A signal stopped the run. What was finished is on disk, and the same command resumes."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -59,3 +59,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def unknown(name: str, got: str, known: Sequence[str]) -> str:
     """The message for a word that is none of those known."""
     return f"{name} must be one of {', '.join(known)}; got {got!r}{did_you_mean(got, known)}"
+
+
+KINDS: tuple[type[LindmError], ...] = (
+    LindmError,
+    UsageError,
+    DataError,
+    CheckpointError,
+    NonFiniteError,
+    OutOfMemoryError,
+    StorageError,
+    LostPeerError,
+    Preempted,
+)
+"""The classes by number, for a process that can tell another process a number alone."""
+
+
+def kind_number(error: BaseException) -> int:
+    """The number of an error's class in `KINDS`; a plain ValueError is a `UsageError`, any other exception a `LindmError`."""
+    if isinstance(error, LindmError):
+        return max(number for number, kind in enumerate(KINDS) if isinstance(error, kind))
+    return KINDS.index(UsageError) if isinstance(error, ValueError) else 0

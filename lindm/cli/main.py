@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 from lindm.cli.arguments import WIDTH, run_command
+from lindm.cli.exit_codes import exit_code
 from lindm.errors import LindmError, UsageError, did_you_mean
-from lindm.exit_codes import exit_code
 
 DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."

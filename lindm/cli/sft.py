@@ -3,6 +3,7 @@
 import os
 
 from lindm.cli.arguments import Command
+from lindm.cli.exit_codes import EXIT_CODES
 from lindm.llm.sft.options import Sft
 
 
@@ -10,7 +11,7 @@ def run(options: Sft) -> int:
     from lindm.llm.parallel import supervisor
 
     if (options.processes or 1) > 1 or (options.coordinator is None and supervisor.launcher(dict(os.environ))):
-        supervisor.guard()  # before the first thread is started: training goes on in a child process
+        supervisor.guard(EXIT_CODES)  # before the first thread is started: training goes on in a child process
     from lindm.llm.sft import trainer
 
     return trainer.run(options)

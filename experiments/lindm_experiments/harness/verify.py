@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from lindm.cli.exit_codes import exit_code
 from lindm.errors import Preempted, UsageError
-from lindm.exit_codes import exit_code
 from lindm.io import files, manifest, signals
 from lindm_experiments.harness import runner
 from lindm_experiments.harness.criteria import criterion, fingerprint

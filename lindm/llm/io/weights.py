@@ -20,8 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from lindm.errors import DataError
-from lindm.exit_codes import error_of, exit_code
+from lindm.errors import KINDS, DataError, kind_number
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
 from lindm.llm.config import CONFIG, Architecture, read_architecture, read_config, to_config
@@ -225,10 +224,10 @@ def by_the_first(directory: Path, values: Iterable[np.ndarray], write: Callable[
     if jax.process_count() > 1:
         for _ in stream:  # also those that the first did not come to take: gathering needs everybody
             pass
-        code = 0 if problem is None else exit_code(problem)
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-        if code and problem is None:
-            raise error_of(code)(f"process 0 could not write {directory}")
+        kind = -1 if problem is None else kind_number(problem)
+        kind = int(multihost_utils.broadcast_one_to_all(np.int32(kind)))
+        if kind >= 0 and problem is None:
+            raise KINDS[kind](f"process 0 could not write {directory}")
     if problem is not None:
         raise problem
 

@@ -13,11 +13,11 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from lindm.errors import LostPeerError, Preempted
-from lindm.exit_codes import EXIT_CODES
 
 TAIL = 1 << 16  # bytes at the end of what the child said that are looked at
 FATAL = "JAX distributed service detected fatal errors"
@@ -40,7 +40,7 @@ def launcher(environment: dict[str, str]) -> str | None:
     return "tpu" if chips and meant and environment.get("TPU_SKIP_MDS_QUERY") != "1" else None
 
 
-def guard() -> None:
+def guard(exit_codes: Mapping[type[Exception], int]) -> None:
     """Go on in a child; this process watches it, and ends (SystemExit) as it ends. To be called before any thread is started."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -65,7 +65,7 @@ def guard() -> None:
         signal.signal(number, forward)
     status, tail = _listen(heard, child)
     os.close(alive)
-    raise SystemExit(_code(status, tail.decode(errors="replace")))
+    raise SystemExit(_code(status, tail.decode(errors="replace"), exit_codes))
 
 
 def _end_with(pipe: int) -> None:
@@ -96,15 +96,15 @@ def _pass_on(data: bytes) -> None:
             data = data[os.write(2, data) :]
 
 
-def _code(status: int, said: str) -> int:
+def _code(status: int, said: str, exit_codes: Mapping[type[Exception], int]) -> int:
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
     code, why = 128 + number, f"ended by {signal.Signals(number).name}"
     if number in (signal.SIGTERM, signal.SIGINT):  # whoever has something to save does not die of these
-        code, why = EXIT_CODES[Preempted], f"stopped by {signal.Signals(number).name}; the same command resumes"
+        code, why = exit_codes[Preempted], f"stopped by {signal.Signals(number).name}; the same command resumes"
     elif number == signal.SIGABRT and (lost := verdict(said)):
-        code, why = EXIT_CODES[LostPeerError], lost
+        code, why = exit_codes[LostPeerError], lost
     _pass_on(f"lindm: error: {why}\n".encode())
     return code
 

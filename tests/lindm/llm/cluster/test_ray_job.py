@@ -11,9 +11,9 @@ import pytest
 
 from lindm.cli import ray_job as cli
 from lindm.cli.arguments import run_command
+from lindm.cli.exit_codes import exit_code
 from lindm.cli.main import main
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, Preempted, UsageError
-from lindm.exit_codes import exit_code
 from lindm.llm.cluster import jobs, ray_job
 from lindm.llm.cluster.jobs import Workers
 from lindm.llm.sft.options import Sft

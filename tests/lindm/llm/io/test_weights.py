@@ -478,7 +478,7 @@ def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, m
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lindm.llm.io import weights
+from lindm.llm import weights
 model = weights.load(Path(sys.argv[1]))
 os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 weights.save(model, Path(sys.argv[2]))
@@ -502,8 +502,8 @@ import jax
 rank, port, source, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 from pathlib import Path
+from lindm.cli.exit_codes import exit_code
 from lindm.errors import LindmError
-from lindm.exit_codes import exit_code
 from lindm.llm.io import weights
 from lindm.llm.parallel.sharding import make_mesh
 model = weights.load(Path(source), mesh=make_mesh({"fsdp": 2, "tensor": 2}))

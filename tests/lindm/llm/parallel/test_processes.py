@@ -26,7 +26,8 @@ import os, signal, sys, time
 kind, devices, coordinator, processes, rank, heartbeat, patience, then = sys.argv[1:9]
 if kind == "guarded":
     from lindm.llm.parallel.supervisor import guard
-    guard()
+    from lindm.cli.exit_codes import EXIT_CODES
+    guard(EXIT_CODES)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 from lindm_experiments.harness.runner import settle_xla
@@ -307,7 +308,8 @@ def test_a_process_that_was_started_alone_joins_nobody(monkeypatch):
 GUARDED = """
 import sys
 from lindm.llm.parallel.supervisor import guard
-guard()
+from lindm.cli.exit_codes import EXIT_CODES
+guard(EXIT_CODES)
 import os, signal, threading, time
 print("out", flush=True); print("err", file=sys.stderr, flush=True)
 """

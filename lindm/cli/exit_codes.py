@@ -1,9 +1,16 @@
-"""Exit codes of the command line: one number for each class of error."""
+"""Exit codes of the command line: one number for each class of error.
+
+0 success              4 no usable checkpoint     8 another process of the run was lost
+1 a claim failed, or   5 NaN or infinity          75 stopped by a signal, saved: the same command resumes
+  an unknown error     6 out of memory
+2 usage                7 disk full or not writable
+3 data
+"""
 
 from lindm import errors
 
 FAILED = 1
-EXIT_CODES: dict[type[BaseException], int] = {
+EXIT_CODES: dict[type[Exception], int] = {
     errors.UsageError: 2,
     errors.DataError: 3,
     errors.CheckpointError: 4,
@@ -14,11 +21,6 @@ EXIT_CODES: dict[type[BaseException], int] = {
     errors.Preempted: 75,
     ValueError: 2,
 }
-
-
-def error_of(code: int) -> type[errors.LindmError]:
-    """The class of error that has an exit code: how one process tells another what went wrong."""
-    return next((kind for kind, n in EXIT_CODES.items() if n == code and issubclass(kind, errors.LindmError)), errors.LindmError)
 
 
 def exit_code(error: BaseException) -> int:

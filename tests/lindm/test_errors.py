@@ -1,0 +1,28 @@
+"""Errors have a class each, and a number by which another process learns the class."""
+
+import pytest
+
+from lindm import errors
+from lindm.cli.exit_codes import EXIT_CODES, FAILED, exit_code
+
+
+def classes():
+    return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LindmError)]
+
+
+def test_every_class_has_a_number_and_an_exit_code_of_its_own():
+    assert set(errors.KINDS) == set(classes())
+    codes = [exit_code(kind("message")) for kind in errors.KINDS]
+    assert len(set(codes)) == len(codes) and codes[0] == FAILED
+    assert {kind for kind in EXIT_CODES if kind is not ValueError} == set(errors.KINDS[1:])
+
+
+@pytest.mark.parametrize("kind", errors.KINDS)
+def test_a_number_gives_the_class_back(kind):
+    assert errors.KINDS[errors.kind_number(kind("message"))] is kind
+
+
+def test_other_exceptions_are_usage_errors_or_unknown():
+    assert errors.KINDS[errors.kind_number(ValueError())] is errors.UsageError
+    assert errors.KINDS[errors.kind_number(OSError())] is errors.LindmError
+    assert exit_code(ValueError()) == 2 and exit_code(OSError()) == FAILED
