@@ -34,7 +34,7 @@ from lindm_experiments.harness.runner import settle_xla
 settle_xla()
 import jax, json
 from lindm.errors import LindmError
-from lindm.exit_codes import exit_code
+from lindm.cli.exit_codes import exit_code
 from lindm.io import signals
 from lindm.llm.parallel import processes as distributed
 from lindm.llm.parallel import sharding
