@@ -114,7 +114,7 @@ def build_lab(directory: Path) -> Lab:
         "import sys\n\n"
         "import lindm_experiments\nimport lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n\n"
         f"lindm_experiments.__path__[:] = [{str(experiments)!r}]\n"
-        "from lindm.cli import main\n\n"
+        "from lindm.cli.main import main\n\n"
         'if __name__ == "__main__":\n    sys.exit(main())\n'
     )
     return Lab(directory)
