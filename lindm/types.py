@@ -29,6 +29,18 @@ class MDP:
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
 
+    @property
+    def horizon(self) -> int:
+        return self.r.shape[-3]
+
+    @property
+    def num_states(self) -> int:
+        return self.r.shape[-2]
+
+    @property
+    def num_actions(self) -> int:
+        return self.r.shape[-1]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,22 @@ class POMDP:
     O: Array  # [..., H|1, A, S, O] probability of the observation after an action, given the state it led to
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
+
+    @property
+    def horizon(self) -> int:
+        return self.r.shape[-3]
+
+    @property
+    def num_states(self) -> int:
+        return self.r.shape[-2]
+
+    @property
+    def num_actions(self) -> int:
+        return self.r.shape[-1]
+
+    @property
+    def num_observations(self) -> int:
+        return self.O.shape[-1]
 
 
 @jax.tree_util.register_dataclass
@@ -56,8 +84,28 @@ class APOMDP:
     the belief under model m is the model's own rho_m.
     """
 
-    cloud: POMDP  # the models: every field has an axis M in front of the problem's own axes, P [..., M, H|1, S, A, S], ...
+    models: POMDP  # every field has an axis M in front of the problem's own axes: P [..., M, H|1, S, A, S], ...
     alpha: Array  # [...] in [0, 1]: 1 is the worst case, 0 the best
+
+    @property
+    def horizon(self) -> int:
+        return self.models.horizon
+
+    @property
+    def num_states(self) -> int:
+        return self.models.num_states
+
+    @property
+    def num_actions(self) -> int:
+        return self.models.num_actions
+
+    @property
+    def num_observations(self) -> int:
+        return self.models.num_observations
+
+    @property
+    def num_models(self) -> int:
+        return self.models.r.shape[-4]
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +117,22 @@ class LinearMDP:
     mu: Array  # [..., H, d, S] one signed measure over next states for each feature
     theta: Array  # [..., H, d] reward weights
     rho: Array  # [..., S] law of the first state
+
+    @property
+    def horizon(self) -> int:
+        return self.theta.shape[-2]
+
+    @property
+    def num_states(self) -> int:
+        return self.phi.shape[-3]
+
+    @property
+    def num_actions(self) -> int:
+        return self.phi.shape[-2]
+
+    @property
+    def num_features(self) -> int:
+        return self.phi.shape[-1]
 
 
 @jax.tree_util.register_dataclass
@@ -118,16 +182,6 @@ class Prompt:
     x: Array  # [..., N, d] features of the labelled pairs
     y: Array  # [..., N] labels
     query: Array  # [..., Q, d] features whose label is asked for
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """A measured quantity: mean over n independent instances and its standard error."""
-
-    gap: Array  # [...] mean
-    sem: Array  # [...] standard error of the mean
-    n: int
 
 
 def at_stage(x: Array, h: ArrayLike) -> Array:

@@ -102,7 +102,7 @@ def draw_clouds(key: Array, distance: Array, clouds: int) -> APOMDP:
 
 def shortened(problem: APOMDP, stages: int) -> APOMDP:
     """The same without its later stages; of one problem, whose kernels are the same at every stage."""
-    return replace(problem, cloud=replace(problem.cloud, r=problem.cloud.r[:, :stages]))
+    return replace(problem, models=replace(problem.models, r=problem.models.r[:, :stages]))
 
 
 def told_apart(problem: APOMDP) -> APOMDP:
@@ -114,7 +114,7 @@ def told_apart(problem: APOMDP) -> APOMDP:
     for bin in range(3):
         kept[3 * bin : 3 * bin + 3, [bin, 3, bin]] = np.eye(3)  # negative, positive, null
         kept[3 * bin, bin] = kept[3 * bin + 2, bin] = 1
-    return replace(problem, cloud=replace(problem.cloud, O=problem.cloud.O @ kept))
+    return replace(problem, models=replace(problem.models, O=problem.models.O @ kept))
 
 
 def drawn_stand_ins(rng: np.random.Generator, pairs: int, spread: float) -> list[dict[str, float]]:
@@ -126,13 +126,13 @@ def drawn_stand_ins(rng: np.random.Generator, pairs: int, spread: float) -> list
 
 def span(problem: APOMDP) -> Array:
     """The most that two policies can differ by []."""
-    r = problem.cloud.r
+    r = problem.models.r
     return (r.max((0, 2, 3)) - r.min((0, 2, 3))).sum()
 
 
 def with_start(problem: APOMDP, belief: Array) -> APOMDP:
     """Every model starts from one belief [S]."""
-    return replace(problem, cloud=replace(problem.cloud, rho=jnp.broadcast_to(belief, problem.cloud.rho.shape)))
+    return replace(problem, models=replace(problem.models, rho=jnp.broadcast_to(belief, problem.models.rho.shape)))
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
     [n], the policy's whole-horizon value and that of the best pure policy; `rises` [n], at how many of the `histories` [n] the
     value is above that of the attitude before.
     """
-    cloud, M = problem.cloud, len(problem.cloud.r)
+    cloud, M = problem.models, problem.num_models
     first = jax.vmap(lambda model: tree.tree(single(model)).Q[0])(cloud)  # [M, A]
 
     def step(before: Array, alpha: Array) -> tuple[Array, dict[str, Array]]:
@@ -156,7 +156,7 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
         policy, V = tree.optimal_policy(here, table), table.Q.max(-1)
 
         def by_model(r: Array) -> Array:
-            rewarded = replace(here, cloud=replace(cloud, r=r))
+            rewarded = replace(here, models=replace(cloud, r=r))
             return jnp.stack([fixed_model_value(rewarded, policy, m) for m in range(M)])
 
         models, counts = jax.vmap(by_model)(jnp.stack([cloud.r, jnp.zeros_like(cloud.r) if counted is None else counted]))
@@ -185,10 +185,10 @@ def moving_at_every_stage(key: Array, problem: APOMDP, policies: int) -> Array:
 
     A policy's probabilities are far from even: most of its choices are nearly pure.
     """
-    B, A = tree.branching(problem), problem.cloud.r.shape[-1]
+    B, A = tree.branching(problem), problem.num_actions
 
     def one(key: Array) -> Array:
-        keys = jax.random.split(key, problem.cloud.r.shape[1])
+        keys = jax.random.split(key, problem.horizon)
         logits = [4.0 * flat(jax.random.normal, k, (B**t, A), problem.alpha.dtype) for t, k in enumerate(keys)]
         policy = tuple(jax.nn.softmax(x) for x in logits)
 
@@ -215,11 +215,11 @@ def along_segments(problem: APOMDP, alphas: Array, beliefs: Array) -> Array:
 @jax.jit
 def biopsy_advantage(problem: APOMDP, alphas: Array, beliefs: Array) -> Array:
     """Q(biopsy) - Q(defer) [years left, alphas, beliefs] in the first year, all models at one of the beliefs [n, S]."""
-    r = problem.cloud.r
+    r = problem.models.r
 
     def advantage(years: Array, alpha: Array, belief: Array) -> Array:
         watched = jnp.where((jnp.arange(r.shape[1]) < years)[None, :, None, None], r, 0.0)
-        here = replace(problem, alpha=alpha, cloud=replace(problem.cloud, r=watched))
+        here = replace(problem, alpha=alpha, models=replace(problem.models, r=watched))
         Q = tree.tree(with_start(here, belief)).Q[0]
         return Q[1] - Q[0]
 
@@ -253,7 +253,7 @@ def measure(cfg: Config, point: dict) -> dict:
     gaps, values = [], []
     for i, key in enumerate(jax.random.split(k_policies, cfg.clouds)):
         three = shortened(jax.tree.map(lambda x, i=i: x[i], clouds), SHORT)
-        two = replace(three, cloud=jax.tree.map(lambda x: x[:2], three.cloud))
+        two = replace(three, models=jax.tree.map(lambda x: x[:2], three.models))
         gaps.append(np.asarray(moving_at_every_stage(key, three, policies=cfg.policies)) / spans[i])
         values.append([np.asarray(along_segments(problem, alphas, lines[i])) for problem in (two, three)])
     bent = [bends(np.array([v[k] for v in values])) for k in (0, 1)]  # [clouds, alphas, segments, points - 2]
@@ -283,7 +283,7 @@ def measure(cfg: Config, point: dict) -> dict:
 def surveillance(cfg: Config, alphas: np.ndarray, stand_ins: dict[str, float]) -> dict[str, np.ndarray]:
     """`sweep` of `prostate`, with what is told of it; biopsies are counted until the cancer is found."""
     problem = told_apart(prostate(cfg.years, **stand_ins))
-    biopsies = np.zeros(problem.cloud.r.shape)
+    biopsies = np.zeros(problem.models.r.shape)
     biopsies[..., :2, 1] = 1
     found = {k: np.asarray(v) for k, v in sweep(problem, alphas, biopsies).items()}
     return {k: found[k] for k in ("value", "whole", "models")} | {

@@ -111,7 +111,7 @@ def draw_visited(key: Array, clouds: int, episodes: int) -> tuple[Visited, Visit
         solution = solve(cloud, "tree")
         taken, _ = demonstrate(k_walk, cloud, solution, episodes, EPSILON)
         assert isinstance(solution.tables, tree.Tree) and taken.m is not None and taken.o is not None
-        alone = single(jax.tree.map(lambda x: x[0], cloud.cloud))
+        alone = single(jax.tree.map(lambda x: x[0], cloud.models))
         return (
             visited(cloud, solution.tables, taken.a, taken.m, taken.o),
             visited(alone, tree.tree(alone), taken.a, jnp.zeros_like(taken.m), taken.o),
@@ -130,7 +130,7 @@ def visited(problem: APOMDP, table: tree.Tree, a: Array, m: Array, o: Array) -> 
             t, *taken = at
             return advance(problem, t, *carry, *taken), (*carry, table.Q[first[t] + carry[0]])
 
-        return jax.lax.scan(step, (jnp.int32(0), problem.cloud.rho), (jnp.arange(H), a, m, o))[1]
+        return jax.lax.scan(step, (jnp.int32(0), problem.models.rho), (jnp.arange(H), a, m, o))[1]
 
     return Visited(problem=problem, **dict(zip(("history", "beliefs", "Q"), jax.vmap(one, out_axes=1)(a, m, o), strict=True)))
 
@@ -204,7 +204,7 @@ def bounds_at(problem: APOMDP, tables: Tables, beliefs: Array) -> dict[str, Arra
 
 def solved_by_hsvi(problem: APOMDP, trials: int, tolerance: float) -> tuple[hsvi.Bounds, int]:
     """Its bounds of a cloud of one model, and the trials that they took."""
-    bounds = hsvi.hsvi(jax.tree.map(lambda x: x[0], problem.cloud), trials=trials, tolerance=tolerance)
+    bounds = hsvi.hsvi(jax.tree.map(lambda x: x[0], problem.models), trials=trials, tolerance=tolerance)
     return bounds, int(bounds.trials)
 
 
@@ -222,12 +222,12 @@ def solved_by_net(problem: APOMDP, points: int) -> tuple[net.Net, int]:
 
 def alike(problem: APOMDP) -> APOMDP:
     """A cloud of one model as one of M equal models: the same answers, and the programs of the clouds."""
-    return replace(problem, cloud=jax.tree.map(lambda x: jnp.repeat(x, M, 0), problem.cloud))
+    return replace(problem, models=jax.tree.map(lambda x: jnp.repeat(x, M, 0), problem.models))
 
 
 def span(problem: APOMDP) -> float:
     """The most that two policies can differ by."""
-    r = np.asarray(problem.cloud.r)
+    r = np.asarray(problem.models.r)
     return float((r.max((0, 2, 3)) - r.min((0, 2, 3))).sum())
 
 

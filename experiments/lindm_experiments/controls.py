@@ -114,7 +114,7 @@ def identity_errors(key: Array, family: Family, policies: int) -> tuple[Array, A
         k_task, k_policy = jax.random.split(k)
         task, plan, _ = linear_mdps.draw_oracle(k_task, family)
         mdp = tabulate(task)
-        pi = jax.random.randint(k_policy, plan.pi.shape, 0, mdp.r.shape[-1], jnp.int32)
+        pi = jax.random.randint(k_policy, plan.pi.shape, 0, mdp.num_actions, jnp.int32)
         d = occupancy(mdp, pi)
         loss = mdp.rho @ (plan.V[0] - policy_value(mdp, pi)[0])
         scale = jnp.maximum(1.0, jnp.abs(plan.V).max())

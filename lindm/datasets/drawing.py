@@ -17,10 +17,11 @@ from jax import Array
 
 from lindm import validate
 from lindm.families.suites import Suite, draw_task
+from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
 from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import BUDGET, Solution, method_for, solve
-from lindm.types import APOMDP, MDP, Episodes, Labels, Problem
+from lindm.types import MDP, Episodes, Labels, Problem
 
 BEHAVIOURS = ("oracle", "epsilon", "uniform")
 BLOCK = 16  # tasks of one compiled call
@@ -101,7 +102,7 @@ class Drawing:
     @property
     def shard(self) -> int:
         """Tasks of a file: the recipe's, or what keeps a shard in tens of megabytes. A matter of sizes alone, not of `tasks`."""
-        H, _, A = (self.like.cloud if isinstance(self.like, APOMDP) else self.like).r.shape[-3:]
+        H, A = self.like.horizon, self.like.num_actions
         arrays = sum(x.size for x in jax.tree.leaves(self.like)) if isinstance(self.source, Suite) else 0
         fits = SHARD_BYTES // (8 * (arrays + self.episodes * H * (A + 7)))
         return self.recipe.shard or min(LARGEST_SHARD, max(1, fits))
@@ -154,10 +155,10 @@ def _worth(problem: Problem, solution: Solution) -> dict[str, Array]:
     """Scalars of a task; what a uniform policy is worth only where that costs no more than the solution did."""
     found = {"value": solution.value, "lower": solution.lower, "upper": solution.upper}
     if isinstance(problem, MDP):
-        uniform = jnp.full_like(problem.r, 1 / problem.r.shape[-1])
+        uniform = jnp.full_like(problem.r, 1 / problem.num_actions)
         found["uniform_value"] = problem.rho @ dp.policy_value(problem, uniform)[0]
     elif solution.exact:
-        found["uniform_value"] = tree.uniform_value(tree.as_cloud(problem))
+        found["uniform_value"] = tree.uniform_value(as_apomdp(problem))
     return found
 
 

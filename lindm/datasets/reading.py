@@ -84,7 +84,7 @@ def problem_of(task: Mapping[str, Any]) -> Problem:
     arrays = {k: jnp.asarray(np.array(task[k], float).reshape(np.array(task[f"{k}_shape"]))) for k in present}
     if task["kind"] == "mdp":
         return MDP(**arrays)
-    return POMDP(**arrays) if task["kind"] == "pomdp" else APOMDP(cloud=POMDP(**arrays), alpha=jnp.asarray(task["alpha"]))
+    return POMDP(**arrays) if task["kind"] == "pomdp" else APOMDP(models=POMDP(**arrays), alpha=jnp.asarray(task["alpha"]))
 
 
 def episodes_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Episodes, Labels]:

@@ -31,7 +31,7 @@ from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
 from lindm.io import directories, files
-from lindm.types import APOMDP, CERTIFICATES, POMDP, Problem
+from lindm.types import APOMDP, CERTIFICATES, MDP, Problem
 
 ROLES = ("demo", "query")
 JOURNAL, CARD = "progress.jsonl", "README.md"
@@ -128,12 +128,12 @@ def _config(drawing: Drawing, names: dict[str, list[str]], license: str) -> dict
 
 def _sizes(problem: Problem) -> dict[str, Any]:
     """Kind, horizon and sizes, as they stand in a row of a task."""
-    one = problem.cloud if isinstance(problem, APOMDP) else problem
-    H, S, A = one.r.shape[-3:]
-    sizes = {"kind": type(problem).__name__.lower(), "horizon": H, "n_states": S, "n_actions": A}
-    if isinstance(one, POMDP):
-        sizes["n_observations"] = one.O.shape[-1]
-    return sizes | ({"n_models": len(one.r)} if isinstance(problem, APOMDP) else {})
+    sizes = {"horizon": problem.horizon, "n_states": problem.num_states, "n_actions": problem.num_actions}
+    if not isinstance(problem, MDP):
+        sizes["n_observations"] = problem.num_observations
+    if isinstance(problem, APOMDP):
+        sizes["n_models"] = problem.num_models
+    return {"kind": type(problem).__name__.lower()} | sizes
 
 
 def _versions() -> dict[str, str]:
@@ -224,7 +224,7 @@ def _write_shard(out: Path, name: str, drawing: Drawing, first: int, last: int, 
 
 def _arrays(problems: Problem) -> Table:
     """The arrays of problems [n, ...], flattened, each with its shape."""
-    one = problems.cloud if isinstance(problems, APOMDP) else problems
+    one = problems.models if isinstance(problems, APOMDP) else problems
     parts: Table = {}
     for field in fields(one):
         x = np.asarray(getattr(one, field.name), np.float64)

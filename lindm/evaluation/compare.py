@@ -28,9 +28,10 @@ from lindm.evaluation.policies import Answers, Tasks
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
 from lindm.llm.sft.options import REWARDS
+from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
 from lindm.solvers.solve import BUDGET
-from lindm.types import APOMDP, MDP, Problem
+from lindm.types import MDP, Problem
 
 LISTED = 2048  # histories of a stage of a task that a policy is asked at
 AT_ONCE = 256  # that a language model is asked in one call, and 16 times as many for the others
@@ -137,7 +138,7 @@ def described(source: Suite | Source) -> dict[str, Any]:
     if isinstance(source, Suite):
         return {"suite": source.name, "horizon": source.horizon, "split": source.split}
     kind, one = type(source.problem).__name__.lower(), source.problem
-    return {"suite": kind, "horizon": (one.cloud if isinstance(one, APOMDP) else one).r.shape[-3], "split": None}
+    return {"suite": kind, "horizon": one.horizon, "split": None}
 
 
 def _fits(problem: Problem) -> None:
@@ -145,7 +146,7 @@ def _fits(problem: Problem) -> None:
     if isinstance(problem, MDP):
         return
     with double_precision():
-        needed = tree.memory_bytes(tree.as_cloud(problem))
+        needed = tree.memory_bytes(as_apomdp(problem))
     if needed > BUDGET:
         room = f"{BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
         raise ValueError(f"horizon must be short enough that all histories fit in {room}")

@@ -14,20 +14,12 @@ from jax import Array
 
 from lindm.solvers import tree
 from lindm.solvers.dp import backward_induction, policy_value
-from lindm.types import APOMDP, MDP, Measurement
+from lindm.types import APOMDP, MDP
 
 
 def suboptimality(mdp: MDP, pi: Array) -> Array:
     """V*_1 - V^pi_1 [] averaged over the first state, by dynamic programming; pi as in `policy_value`."""
     return mdp.rho @ (backward_induction(mdp).V[0] - policy_value(mdp, pi)[0])
-
-
-def measurement(values: Array) -> Measurement:
-    """Mean and standard error of values [n, ...] over independent instances; raises `ValueError` for fewer than two."""
-    n = values.shape[0]
-    if n < 2:
-        raise ValueError(f"values must hold at least two instances for a standard error; got {n}")
-    return Measurement(gap=values.mean(0), sem=values.std(0, ddof=1) / jnp.sqrt(n), n=n)
 
 
 # --- ambiguous problems ----------------------------------------------------------------------------------------------------
@@ -41,7 +33,7 @@ def fixed_model_value(problem: APOMDP, policy: tree.Policy, m: int) -> Array:
 
 def whole_horizon_value(problem: APOMDP, policy: tree.Policy) -> Array:
     """alpha min_m V_m + (1 - alpha) max_m V_m [], V_m by `fixed_model_value`."""
-    values = jnp.stack([fixed_model_value(problem, policy, m) for m in range(len(problem.cloud.r))])
+    values = jnp.stack([fixed_model_value(problem, policy, m) for m in range(problem.num_models)])
     return tree.mixed(problem.alpha, values, 0)
 
 
@@ -50,8 +42,8 @@ def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
 
     Its stage t has (A O)^t histories, numbered like those of a POMDP.
     """
-    M, _, A, _, O = problem.cloud.O.shape
-    tree.check_shapes(APOMDP(cloud=jax.tree.map(lambda x: x[:1], problem.cloud), alpha=problem.alpha), policy)
+    M, A, O = problem.num_models, problem.num_actions, problem.num_observations
+    tree.check_shapes(APOMDP(models=jax.tree.map(lambda x: x[:1], problem.models), alpha=problem.alpha), policy)
     tables = []
     for t, table in enumerate(policy):
         steps = np.indices((A, M, O)).reshape(3, -1)
@@ -63,15 +55,15 @@ def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
 
 
 def _only(problem: APOMDP, m: int) -> APOMDP:
-    M = len(problem.cloud.r)
+    M = problem.num_models
     if not 0 <= m < M:
         raise ValueError(f"m must be the number of a model from 0 to {M - 1}; got {m}")
-    return APOMDP(cloud=jax.tree.map(lambda x: x[m : m + 1], problem.cloud), alpha=problem.alpha)
+    return APOMDP(models=jax.tree.map(lambda x: x[m : m + 1], problem.models), alpha=problem.alpha)
 
 
 def _restricted(problem: APOMDP, policy: tree.Policy, m: int) -> tree.Policy:
     """The rows of a policy over histories in which every model is m."""
-    M, _, A, _, O = problem.cloud.O.shape
+    M, A, O = problem.num_models, problem.num_actions, problem.num_observations
     steps = ((np.arange(A)[:, None] * M + m) * O + np.arange(O)).reshape(-1)
     tables, index = [], np.zeros(1, int)
     for t, table in enumerate(policy):

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
 from lindm.text import Step
 from lindm.types import APOMDP, MDP, POMDP, Problem
@@ -77,7 +78,7 @@ class _States:
 
     def __init__(self, problem: MDP, rewards: bool):
         plan = dp.backward_induction(problem)
-        A = problem.r.shape[-1]
+        A = problem.num_actions
         uniform = dp.policy_value(problem, jnp.full(problem.r.shape, 1 / A, problem.r.dtype))
         self.problem = problem
         self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
@@ -118,9 +119,9 @@ class _Histories:
     """A POMDP or an ambiguous one: histories of actions, models and observations, numbered as in `lindm.solvers.tree`."""
 
     def __init__(self, problem: POMDP | APOMDP):
-        cloud = tree.as_cloud(problem)
-        self.cloud, self.branches, self.ambiguous = cloud, tree.branching(cloud), isinstance(problem, APOMDP)
-        self.table, self.horizon = np.asarray(tree.tree(cloud).Q), cloud.cloud.r.shape[1]
+        cloud = as_apomdp(problem)
+        self.apomdp, self.branches, self.ambiguous = cloud, tree.branching(cloud), isinstance(problem, APOMDP)
+        self.table, self.horizon = np.asarray(tree.tree(cloud).Q), cloud.horizon
         self.optimal, self.uniform = float(self.table[0].max()), float(tree.uniform_value(cloud))
         self.K = [np.asarray(tree.kernel(cloud, t)) for t in range(self.horizon)]
 
@@ -130,7 +131,7 @@ class _Histories:
 
     def start(self, sampled: np.random.Generator | None, episodes: int) -> list[Node]:
         n = 1 if sampled is None else episodes
-        return [Node(0, 1 / n, 0, (Step(None),), np.asarray(self.cloud.cloud.rho)) for _ in range(n)]
+        return [Node(0, 1 / n, 0, (Step(None),), np.asarray(self.apomdp.models.rho)) for _ in range(n)]
 
     def expand(self, node: Node, a: int, sampled: np.random.Generator | None) -> list[Node]:
         assert node.belief is not None
@@ -155,8 +156,8 @@ class _Histories:
         return self.table[tree.first_history(self.branches, node.stage) + node.at]
 
     def tabled(self, table: Any) -> Played:
-        value = float(tree.policy_value(self.cloud, tuple(map(jnp.asarray, table))))
-        belief = np.asarray(self.cloud.cloud.rho)[None]  # [histories, M, S], not normalised
+        value = float(tree.policy_value(self.apomdp, tuple(map(jnp.asarray, table))))
+        belief = np.asarray(self.apomdp.models.rho)[None]  # [histories, M, S], not normalised
         weight, right, reached = np.ones(1), 0.0, 0.0
         for t in range(self.horizon):
             first = tree.first_history(self.branches, t)
@@ -167,7 +168,7 @@ class _Histories:
             if t + 1 < self.horizon:
                 K = self.K[t]
                 belief = np.einsum("amosu,nms->amonu", K, belief).reshape(-1, 1, K.shape[-1])
-                belief = np.broadcast_to(belief, (len(belief), *self.cloud.cloud.rho.shape))
+                belief = np.broadcast_to(belief, (len(belief), *self.apomdp.models.rho.shape))
                 shape = (*K.shape[:3], len(weight))
                 weight = np.broadcast_to((weight[:, None] * weights).T[:, None, None], shape).reshape(-1)
         return Played(gap=self.optimal - value, agreement=right / reached, optimal=self.optimal, uniform=self.uniform, exact=True)
@@ -246,7 +247,7 @@ def play(
         gap = float(lost[i])
         if isinstance(world, _Histories) and world.ambiguous:
             with double_precision():
-                gap = world.optimal - float(tree.policy_value(world.cloud, tuple(map(jnp.asarray, tables[i]))))
+                gap = world.optimal - float(tree.policy_value(world.apomdp, tuple(map(jnp.asarray, tables[i]))))
         share = float(agreed[i] / reached[i])
         found.append(Played(gap=gap, agreement=share, optimal=world.optimal, uniform=world.uniform, exact=every[i]))
     return found

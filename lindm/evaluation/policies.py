@@ -30,6 +30,7 @@ from lindm.datasets.drawing import Drawing
 from lindm.evaluation.losses import Asked, Policy, double_precision, vote
 from lindm.families.suites import Suite
 from lindm.icl import predictors
+from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
 from lindm.text import Step
 from lindm.types import APOMDP, MDP, POMDP, Problem
@@ -75,7 +76,7 @@ def oracle(tasks: Tasks) -> list[Any]:
     def table(problem: Problem) -> Any:
         if isinstance(problem, MDP):
             return np.asarray(dp.greedy(dp.backward_induction(problem).Q))
-        cloud = tree.as_cloud(problem)
+        cloud = as_apomdp(problem)
         return tuple(map(np.asarray, tree.optimal_policy(cloud, tree.tree(cloud))))
 
     return once_each(tasks.problems, table)
@@ -84,7 +85,7 @@ def oracle(tasks: Tasks) -> list[Any]:
 def behaviour(tasks: Tasks) -> list[Any]:
     """Tables of probabilities [..., A]."""
     epsilon = tasks.recipe.exploration[0]
-    return [_mixed(table, epsilon, _actions(problem)) for table, problem in zip(oracle(tasks), tasks.problems, strict=True)]
+    return [_mixed(table, epsilon, problem.num_actions) for table, problem in zip(oracle(tasks), tasks.problems, strict=True)]
 
 
 def random(tasks: Tasks) -> list[Any]:
@@ -92,8 +93,8 @@ def random(tasks: Tasks) -> list[Any]:
 
     def table(problem: Problem) -> Any:
         if isinstance(problem, MDP):
-            return np.full(problem.r.shape, 1 / _actions(problem))
-        return tuple(map(np.asarray, tree.uniform_policy(tree.as_cloud(problem))))
+            return np.full(problem.r.shape, 1 / problem.num_actions)
+        return tuple(map(np.asarray, tree.uniform_policy(as_apomdp(problem))))
 
     return once_each(tasks.problems, table)
 
@@ -109,13 +110,9 @@ def _mdp(problem: Problem) -> MDP:
     return problem
 
 
-def _actions(problem: Problem) -> int:
-    return (problem.cloud if isinstance(problem, APOMDP) else problem).r.shape[-1]
-
-
 def bc(tasks: Tasks) -> list[Any] | Answers:
     """Tables [H, S] of an MDP; answers otherwise."""
-    A = _actions(tasks.problems[0])
+    A = tasks.problems[0].num_actions
     if not tasks.seen:
         return Answers(tasks.demonstrations, lambda demonstrations: vote(demonstrations, A))
     H, S, _ = _mdp(tasks.problems[0]).r.shape
@@ -231,8 +228,8 @@ def likeliest_state(tasks: Tasks) -> Answers:
     """`certainty-equivalence` where the state is hidden; of a cloud, the mean of its models and of the beliefs under them."""
 
     def rule(cloud: APOMDP) -> Rule:
-        mean = jax.tree.map(lambda x: x.mean(0, keepdims=True), cloud.cloud)
-        Q = seen_values(APOMDP(cloud=mean, alpha=cloud.alpha))[:, 0]
+        mean = jax.tree.map(lambda x: x.mean(0, keepdims=True), cloud.models)
+        Q = seen_values(APOMDP(models=mean, alpha=cloud.alpha))[:, 0]
         return lambda belief, stage: Q[stage, int(belief.mean(0).argmax())]
 
     return _believing(tasks, rule)
@@ -241,8 +238,8 @@ def likeliest_state(tasks: Tasks) -> Answers:
 def _believing(tasks: Tasks, rule: Callable[[APOMDP], Rule]) -> Answers:
     def policy(problems: Sequence[POMDP | APOMDP]) -> Policy:
         with double_precision():
-            clouds = [jax.tree.map(np.asarray, tree.as_cloud(problem)) for problem in problems]
-            kernels = [[np.asarray(tree.kernel(cloud, t)) for t in range(cloud.cloud.r.shape[1])] for cloud in clouds]
+            clouds = [jax.tree.map(np.asarray, as_apomdp(problem)) for problem in problems]
+            kernels = [[np.asarray(tree.kernel(cloud, t)) for t in range(cloud.horizon)] for cloud in clouds]
         rules = [rule(cloud) for cloud in clouds]
         beliefs: list[list[np.ndarray]] = []  # of each task, at the histories of the last stage
 
@@ -250,7 +247,7 @@ def _believing(tasks: Tasks, rule: Callable[[APOMDP], Rule]) -> Answers:
             nonlocal beliefs
             now = []
             for i, asks in enumerate(level):
-                start, K = clouds[i].cloud.rho, kernels[i][stage - 1]
+                start, K = clouds[i].models.rho, kernels[i][stage - 1]
                 now.append([_updated(K, beliefs[i][asked.parent], asked) if stage else start for asked in asks])
             beliefs = now
             return [[int(score(belief, stage).argmax()) for belief in of] for score, of in zip(rules, now, strict=True)]
@@ -270,11 +267,11 @@ def _updated(K: np.ndarray, belief: np.ndarray, asked: Asked) -> np.ndarray:
 
 def seen_values(cloud: APOMDP) -> np.ndarray:
     """Q [H, M, S, A] under each model if the state were seen: V_h = max_a of the alpha-maxmin over the models."""
-    M, H, S, A = cloud.cloud.r.shape
+    M, H, S, A = cloud.models.r.shape
     Q, V = np.zeros((H, M, S, A)), np.zeros(S)
     for h in reversed(range(H)):
-        P = cloud.cloud.P[:, h if cloud.cloud.P.shape[1] > 1 else 0]
-        Q[h] = cloud.cloud.r[:, h] + P @ V
+        P = cloud.models.P[:, h if cloud.models.P.shape[1] > 1 else 0]
+        Q[h] = cloud.models.r[:, h] + P @ V
         V = _maxmin(cloud, Q[h]).max(-1)
     return Q
 

@@ -59,7 +59,7 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
     if alpha is None and len(words) > 1:
         raise ValueError("alpha must be given for several files, which form a cloud: 1 is the worst case, 0 the best")
     models = [cassandra.read(word) for word in words]
-    pomdps = cassandra.cloud(models, words, horizon, discount)
+    pomdps = cassandra.to_pomdps(models, words, horizon, discount)
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
     if len(words) == 1:
         return Source(problem=pomdps[0], **names)

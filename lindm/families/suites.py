@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm import validate
-from lindm.problems.apomdp import draw_apomdp
+from lindm.problems.apomdp import as_apomdp, draw_apomdp
 from lindm.problems.mdp import draw_stationary_mdp
 from lindm.problems.pomdp import draw_pomdp
 from lindm.solvers import tree
@@ -104,7 +104,7 @@ def draw_task(key: Array, suite: Suite) -> Problem:
     task = candidate(tried - 1)
     fault = jnp.where(gap < suite.gap * (1 - 1e-9), jnp.nan, 0)
     if isinstance(task, APOMDP):
-        return replace(task, cloud=replace(task.cloud, r=task.cloud.r + fault))
+        return replace(task, models=replace(task.models, r=task.models.r + fault))
     return replace(task, r=task.r + fault)
 
 
@@ -123,12 +123,12 @@ def action_gap(problem: Problem) -> Array:
     """The least lead [] of the best action over the second best, where it matters (see above); infinite for a single action."""
     if isinstance(problem, MDP):
         return _lead(backward_induction(problem).Q).min()
-    cloud = tree.as_cloud(problem)
-    B, A = tree.branching(cloud), cloud.cloud.r.shape[-1]
+    cloud = as_apomdp(problem)
+    B, A = tree.branching(cloud), cloud.num_actions
     table = tree.tree(cloud)
     history, gap = jnp.zeros(1, jnp.int32), jnp.asarray(inf)
-    U = cloud.cloud.rho[None]  # [n, M, S]: the belief under each model, all alike but at the first stage
-    for t in range(cloud.cloud.r.shape[1]):
+    U = cloud.models.rho[None]  # [n, M, S]: the belief under each model, all alike but at the first stage
+    for t in range(cloud.horizon):
         Q = tree.stage_Q(table, t, B)[history]
         met = U.sum(-1).max(-1) >= REACH
         gap = jnp.minimum(gap, jnp.where(met, _lead(Q), inf).min())
@@ -137,7 +137,7 @@ def action_gap(problem: Problem) -> Array:
         seen = jnp.arange(B // A, dtype=jnp.int32)[None]
         steps = (action[:, None] * (B // A) + seen) * B**t + history[:, None]
         history, U = steps.reshape(-1), U.reshape(-1, 1, U.shape[-1])
-        U = jnp.broadcast_to(U, (len(U), cloud.cloud.rho.shape[0], U.shape[-1]))
+        U = jnp.broadcast_to(U, (len(U), cloud.models.rho.shape[0], U.shape[-1]))
     return gap
 
 

@@ -71,7 +71,7 @@ def trajectory_pairs(key: Array, mdp: MDP, pi: Array, n: int) -> Array:
     and depend on each other. Contexts that must be independent over stages need one key per stage.
     """
     episodes = rollout(key, mdp, pi, n)
-    return (episodes.s * mdp.r.shape[-1] + episodes.a).T
+    return (episodes.s * mdp.num_actions + episodes.a).T
 
 
 def pair_kernel(P: Array, pi: Array) -> Array:
@@ -145,10 +145,10 @@ def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> 
         idx: [...] pairs taken at stage h.
     Returns: y [...]. Rewards are the mean rewards of the MDP: all randomness is in the next states and actions.
     """
-    A = mdp.r.shape[-1]
+    A = mdp.num_actions
     stages = jnp.broadcast_to(jnp.asarray(h, jnp.int32), idx.shape)
     s0, a0 = idx // A, idx % A
-    u = flat(jax.random.uniform, key, (2, mdp.r.shape[0], *idx.shape), mdp.P.dtype)
+    u = flat(jax.random.uniform, key, (2, mdp.horizon, *idx.shape), mdp.P.dtype)
 
     # every pair waits at (s0, a0) until its own stage comes; all stages then cost one scan
     def stage(carry, at):
@@ -159,14 +159,14 @@ def return_labels(key: Array, mdp: MDP, pi: Array, h: ArrayLike, idx: Array) -> 
         total = total + jnp.where(stages <= k, r[s, a], 0)
         return (step(at_stage(mdp.P, k), s, a, u_step), total), None
 
-    steps = (jnp.arange(mdp.r.shape[0], dtype=jnp.int32), mdp.r, pi, u[0], u[1])
+    steps = (jnp.arange(mdp.horizon, dtype=jnp.int32), mdp.r, pi, u[0], u[1])
     (_, total), _ = jax.lax.scan(stage, (s0, jnp.zeros(idx.shape, mdp.r.dtype)), steps)
     return total
 
 
 def next_states(key: Array, mdp: MDP, h: ArrayLike, idx: Array) -> Array:
     """One next state for each pair idx[...] at stage h (a number): int32 [...]."""
-    A = mdp.r.shape[-1]
+    A = mdp.num_actions
     return step(at_stage(mdp.P, h), idx // A, idx % A, flat(jax.random.uniform, key, idx.shape, mdp.P.dtype))
 
 
@@ -210,7 +210,7 @@ def return_moments(mdp: MDP, pi: Array) -> tuple[Array, Array]:
 
     Returns: Q [H, S, A] and Var [H, S, A] under pi ([H, S] int or [H, S, A] probabilities).
     """
-    probabilities = jax.nn.one_hot(pi, mdp.r.shape[-1], dtype=mdp.r.dtype) if pi.ndim == 2 else pi
+    probabilities = jax.nn.one_hot(pi, mdp.num_actions, dtype=mdp.r.dtype) if pi.ndim == 2 else pi
 
     def stage(carry, at):
         V, var = carry
@@ -225,7 +225,7 @@ def return_moments(mdp: MDP, pi: Array) -> tuple[Array, Array]:
         return (V, var), (Q, Var)
 
     zero = jnp.zeros(mdp.rho.shape, mdp.r.dtype)
-    _, (Q, Var) = jax.lax.scan(stage, (zero, zero), (jnp.arange(mdp.r.shape[0]), mdp.r, probabilities), reverse=True)
+    _, (Q, Var) = jax.lax.scan(stage, (zero, zero), (jnp.arange(mdp.horizon), mdp.r, probabilities), reverse=True)
     return Q, Var
 
 

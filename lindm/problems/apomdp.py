@@ -69,13 +69,18 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
 
     cloud = jax.tree.map(stack, *checked)
     dtype = jnp.result_type(*jax.tree.leaves(cloud))
-    return APOMDP(cloud=jax.tree.map(lambda x: x.astype(dtype), cloud), alpha=jnp.asarray(alpha, dtype))
+    return APOMDP(models=jax.tree.map(lambda x: x.astype(dtype), cloud), alpha=jnp.asarray(alpha, dtype))
 
 
 def single(model: POMDP, alpha: ArrayLike = 1.0) -> APOMDP:
     """The POMDP as a cloud of one model: the attitude (in [0, 1], may be traced) has nothing to choose from."""
     validate.fraction(alpha, "alpha")
-    return APOMDP(cloud=jax.tree.map(lambda x: x[None], model), alpha=jnp.asarray(alpha, model.r.dtype))
+    return APOMDP(models=jax.tree.map(lambda x: x[None], model), alpha=jnp.asarray(alpha, model.r.dtype))
+
+
+def as_apomdp(problem: POMDP | APOMDP) -> APOMDP:
+    """A POMDP as an APOMDP with one model; an APOMDP is returned unchanged."""
+    return single(problem) if isinstance(problem, POMDP) else problem
 
 
 def draw_apomdp(
@@ -122,7 +127,7 @@ def draw_apomdp(
         r=jnp.broadcast_to(drawn.r[:1], drawn.r[1:].shape),
         rho=drawn.rho[1:],
     )
-    return APOMDP(cloud=cloud, alpha=jnp.asarray(alpha, share.dtype))
+    return APOMDP(models=cloud, alpha=jnp.asarray(alpha, share.dtype))
 
 
 def prostate(
@@ -176,7 +181,7 @@ def prostate(
         r=jnp.broadcast_to(over_stages(jnp.asarray(r, dtype), H, discount), (len(CENTRES), H, 3, 2)),
         rho=jnp.asarray(rho, dtype),
     )
-    return APOMDP(cloud=cloud, alpha=jnp.asarray(alpha, dtype))
+    return APOMDP(models=cloud, alpha=jnp.asarray(alpha, dtype))
 
 
 def optimistic(problem: APOMDP) -> POMDP:
@@ -189,7 +194,7 @@ def optimistic(problem: APOMDP) -> POMDP:
     """
     if float(problem.alpha) != 0:
         raise ValueError(f"alpha must be 0; got {float(problem.alpha)}")
-    rho, cloud = _common_start(problem), problem.cloud
+    rho, cloud = _common_start(problem), problem.models
     M, H, S, A = cloud.r.shape
     return POMDP(
         P=jnp.moveaxis(cloud.P, 0, 3).reshape(-1, S, A * M, S),
@@ -208,7 +213,7 @@ def mixture(problem: APOMDP) -> POMDP:
     Raises:
       ValueError: M is not 2, alpha is above 1/2, or the models differ in rho. (Values are looked at: not under `jit`.)
     """
-    cloud, alpha = problem.cloud, problem.alpha
+    cloud, alpha = problem.models, problem.alpha
     M, H, S, A = cloud.r.shape
     if M != 2:
         raise ValueError(f"the cloud must have two models; got {M}")
@@ -226,8 +231,8 @@ def mixture(problem: APOMDP) -> POMDP:
 
 
 def _common_start(problem: APOMDP) -> Array:
-    rho = np.asarray(problem.cloud.rho)
+    rho = np.asarray(problem.models.rho)
     if (rho != rho[0]).any():
         m = int((rho != rho[0]).any(-1).argmax())
         raise ValueError(f"the models must agree in rho; got {rho[0].tolist()} of model 0 and {rho[m].tolist()} of model {m}")
-    return problem.cloud.rho[0]
+    return problem.models.rho[0]

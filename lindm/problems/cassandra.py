@@ -158,7 +158,7 @@ def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP
     return POMDP(**{name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()})
 
 
-def cloud(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
+def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
     """`to_pomdp` of several models of one problem, as `apomdp` takes them.
 
     Raises:

@@ -49,12 +49,12 @@ def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
 
 
 def _stages(mdp: MDP) -> Array:
-    return jnp.arange(mdp.r.shape[0])
+    return jnp.arange(mdp.horizon)
 
 
 def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     """pi [H, S] of action indices, or [H, S, A] of probabilities, as probabilities."""
-    A = mdp.r.shape[-1]
+    A = mdp.num_actions
     return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
 
 

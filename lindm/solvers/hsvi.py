@@ -112,7 +112,7 @@ def _blind(problem: POMDP) -> Array:
         V = problem.r[h] + jnp.einsum("sat,ta->sa", at_stage(problem.P, h), V)
         return V, V.T
 
-    return lax.scan(stage, jnp.zeros_like(problem.r[0]), jnp.arange(len(problem.r)), reverse=True)[1]
+    return lax.scan(stage, jnp.zeros_like(problem.r[0]), jnp.arange(problem.horizon), reverse=True)[1]
 
 
 def _informed(problem: POMDP) -> Array:
@@ -124,7 +124,7 @@ def _informed(problem: POMDP) -> Array:
         C = problem.r[h] + after.max(-1).sum(-1)
         return C, C
 
-    return lax.scan(stage, jnp.zeros_like(problem.r[0]), jnp.arange(len(problem.r)), reverse=True)[1]
+    return lax.scan(stage, jnp.zeros_like(problem.r[0]), jnp.arange(problem.horizon), reverse=True)[1]
 
 
 def _ratios(u: Array, points: Array) -> Array:
@@ -208,7 +208,7 @@ def _descend(problem: POMDP, bounds: Bounds, k: Array) -> Array:
 
 def _ascend(problem: POMDP, bounds: Bounds, k: Array, beliefs: Array) -> Bounds:
     """Back up the beliefs [H-1, S] of trial k from the last to the first, each into slot k of its stage."""
-    A = problem.r.shape[-1]
+    A = problem.num_actions
 
     def step(bounds: Bounds, at: tuple[Array, Array]):
         h, b = at

@@ -93,7 +93,7 @@ def net(problem: APOMDP, *, points: int = POINTS) -> Net:
     Errors: ValueError if points is not a whole number above zero, or for a stack of problems.
     """
     count(points, "points")
-    cloud = problem.cloud
+    cloud = problem.models
     if cloud.r.ndim != 4:
         raise ValueError(f"problem must be a single one, with rewards [M, H, S, A]; got rewards of shape {cloud.r.shape}")
     r, rho = np.asarray(cloud.r, np.float64).transpose(1, 0, 3, 2), np.asarray(cloud.rho, np.float64)
@@ -197,8 +197,8 @@ def _many_value_bounds(size: int, batched, *arguments):
 
 def memory_bytes(problem: APOMDP, points: int) -> int:
     """What `net` needs at most, in bytes: two copies of its arrays, the links between layers, the work on one layer."""
-    M, _, S, A = problem.cloud.r.shape
-    H, children = problem.cloud.r.shape[1], M * A * problem.cloud.O.shape[-1]
+    M, H, S, A = problem.models.r.shape
+    children = M * A * problem.num_observations
     sizes = [1]
     for _ in range(H - 1):
         sizes.append(min(points, sizes[-1] * children))
@@ -213,7 +213,7 @@ def memory_bytes(problem: APOMDP, points: int) -> int:
 
 def _kernel(problem: APOMDP, h: int) -> np.ndarray:
     """K [M, A, O, S, S]: the probability of an observation and of the next state."""
-    P, O = (np.asarray(part, np.float64) for part in (problem.cloud.P, problem.cloud.O))
+    P, O = (np.asarray(part, np.float64) for part in (problem.models.P, problem.models.O))
     return np.einsum("msax,maxo->maosx", P[:, h if P.shape[1] > 1 else 0], O[:, h if O.shape[1] > 1 else 0])
 
 

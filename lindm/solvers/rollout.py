@@ -9,8 +9,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from lindm import validate
+from lindm.problems.apomdp import as_apomdp
 from lindm.random import flat
-from lindm.solvers import tree
 from lindm.solvers.dp import greedy
 from lindm.solvers.solve import Solution, advance, label, labels, q_bounds
 from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, Problem, at_stage
@@ -59,7 +59,7 @@ def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
     Returns: Episodes with s, a [n, H] int32 and mean rewards r [n, H].
     """
     validate.count(n, "n")
-    H = mdp.r.shape[0]
+    H = mdp.horizon
     key_start, key_rest = jax.random.split(key)
     start = invert(cumulative(mdp.rho), jax.random.uniform(key_start, (n,), mdp.rho.dtype))
     u = flat(jax.random.uniform, key_rest, (2, H, n), mdp.P.dtype)
@@ -97,22 +97,22 @@ def demonstrate(
     if nature is not None:
         if not isinstance(problem, APOMDP):
             raise ValueError("nature must be left out where there is one model")
-        M = len(problem.cloud.r)
+        M = problem.num_models
         if not isinstance(nature, Tracer) and not 0 <= int(jnp.asarray(nature)) < M:
             raise ValueError(f"nature must be a model from 0 to {M - 1}; got {nature}")
     if isinstance(problem, MDP):
         assert isinstance(solution.tables, Plan)
-        A = problem.r.shape[-1]
+        A = problem.num_actions
         best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
         episodes = rollout(key, problem, best + jnp.asarray(epsilon, best.dtype) * (1 / A - best), n)
         return episodes, labels(problem, solution, episodes)
-    episodes, found = _around(key, tree.as_cloud(problem), solution, n, epsilon, nature)
+    episodes, found = _around(key, as_apomdp(problem), solution, n, epsilon, nature)
     return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), found
 
 
 def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, nature) -> tuple[Episodes, Labels]:
-    _, H, _, A = problem.cloud.r.shape
-    u = flat(jax.random.uniform, key, (n, H, 6), problem.cloud.rho.dtype)
+    H, A = problem.horizon, problem.num_actions
+    u = flat(jax.random.uniform, key, (n, H, 6), problem.models.rho.dtype)
 
     def one(u: Array):
         def step(carry, at):
@@ -126,8 +126,8 @@ def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, na
             else:
                 m = jnp.asarray(nature, jnp.int32)
             # the first state is drawn when its law is known: from rho of the model that nature took
-            s = jnp.where(t == 0, invert(cumulative(problem.cloud.rho[m]), u_start), s)
-            here = jax.tree.map(lambda x: x[m], problem.cloud)
+            s = jnp.where(t == 0, invert(cumulative(problem.models.rho[m]), u_start), s)
+            here = jax.tree.map(lambda x: x[m], problem.models)
             following = invert(cumulative(at_stage(here.P, t)[s, a]), u_next)
             o = invert(cumulative(at_stage(here.O, t)[a, following]), u_seen)
             made = Episodes(s=s, a=a, r=here.r[t, s, a], m=m, o=o)
@@ -135,6 +135,6 @@ def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, na
 
         zero = jnp.zeros((), jnp.int32)
         stages = (jnp.arange(H), tuple(u.T))
-        return jax.lax.scan(step, (zero, problem.cloud.rho, zero), stages)[1]
+        return jax.lax.scan(step, (zero, problem.models.rho, zero), stages)[1]
 
     return jax.vmap(one)(u)

@@ -23,6 +23,7 @@ from jax import Array
 from jax.core import Tracer
 
 from lindm import validate
+from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, hsvi, net, tree
 from lindm.types import APOMDP, BOUNDED, CERTIFIED, EXACT, MDP, Episodes, Labels, Plan, Problem
 
@@ -54,11 +55,10 @@ def method_for(problem: Problem, budget: int = BUDGET) -> str:
     """What `solve` takes by itself: decided by the sizes alone."""
     if isinstance(problem, MDP):
         return "backward induction"
-    cloud = tree.as_cloud(problem)
-    M, H = cloud.cloud.r.shape[:2]
-    if H <= STAGES and tree.memory_bytes(cloud) <= budget:
+    cloud = as_apomdp(problem)
+    if cloud.horizon <= STAGES and tree.memory_bytes(cloud) <= budget:
         return "tree"
-    return "hsvi" if M == 1 else "net"
+    return "hsvi" if cloud.num_models == 1 else "net"
 
 
 def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: int | None = None) -> Solution:
@@ -91,7 +91,7 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: 
         plan = dp.backward_induction(problem)
         value = problem.rho @ plan.V[0]
         return Solution(value=value, lower=value, upper=value, tables=plan, method=chosen)
-    cloud = tree.as_cloud(problem)
+    cloud = as_apomdp(problem)
     if chosen == "tree":
         need = tree.memory_bytes(cloud)
         if need > budget:
@@ -103,9 +103,9 @@ def solve(problem: Problem, method: str = "auto", budget: int = BUDGET, effort: 
             raise ValueError("method net runs on the host, not under jit or vmap; got a traced problem")
         points = _affordable(lambda points: net.memory_bytes(cloud, points), effort, net.POINTS, budget)
         return _solution(cloud, net.net(cloud, points=points), chosen)
-    if len(cloud.cloud.r) != 1:
-        raise ValueError(f"method hsvi needs one model, whose value is convex; got a cloud of {len(cloud.cloud.r)}")
-    model = jax.tree.map(lambda x: x[0], cloud.cloud)
+    if cloud.num_models != 1:
+        raise ValueError(f"method hsvi needs one model, whose value is convex; got a cloud of {cloud.num_models}")
+    model = jax.tree.map(lambda x: x[0], cloud.models)
     trials = _affordable(lambda trials: hsvi.memory_bytes(model, trials), effort, hsvi.TRIALS, budget)
     return _solution(cloud, hsvi.hsvi(model, trials=trials), chosen)
 
@@ -130,13 +130,13 @@ def first_action(problem: Problem, solution: Solution) -> Array:
     """The oracle's action [] at the start, where nothing has been seen; an MDP has one for each state, in `solution.tables`."""
     if isinstance(problem, MDP):
         raise ValueError("problem must be a POMDP or an APOMDP: the first action of an MDP depends on its first state")
-    return dp.greedy(_at_start(tree.as_cloud(problem), solution.tables)[0])
+    return dp.greedy(_at_start(as_apomdp(problem), solution.tables)[0])
 
 
 @jax.jit
 def _at_start(problem: APOMDP, tables: Tables) -> tuple[Array, Array]:
     """Bounds of Q at the start: lower [A], upper [A]."""
-    lower, upper, _ = q_bounds(problem, tables, 0, jnp.zeros((), jnp.int32), problem.cloud.rho)
+    lower, upper, _ = q_bounds(problem, tables, 0, jnp.zeros((), jnp.int32), problem.models.rho)
     return lower, upper
 
 
@@ -150,7 +150,7 @@ def q_bounds(problem: APOMDP, tables: Tables, t, history: Array, beliefs: Array)
       t: stage, may be traced; history: [] its number within the stage (only a tree asks for it);
       beliefs: [M, S] the belief under each model, all rows alike but at the first stage.
     """
-    H = problem.cloud.r.shape[1]
+    H = problem.horizon
     K, r = tree.kernel(problem, t), tree.rewards(problem, t)
     child = jnp.einsum("amosu,ms->amou", K, beliefs)
     mass = child.sum(-1)
@@ -179,9 +179,8 @@ def q_bounds(problem: APOMDP, tables: Tables, t, history: Array, beliefs: Array)
 
 def advance(problem: APOMDP, t, history: Array, beliefs: Array, a: Array, m: Array, o: Array) -> tuple[Array, Array]:
     """The history's number and the beliefs [M, S] one step (a, m, o) later."""
-    M, _, A, _, O = problem.cloud.O.shape
-    H = problem.cloud.r.shape[1]
-    powers = [(A * M * O) ** k for k in range(H)]
+    M, O = problem.num_models, problem.num_observations
+    powers = [tree.branching(problem) ** k for k in range(problem.horizon)]
     # numbers that no tree could hold are not needed: they may wrap
     places = jnp.array([p if p < 2**31 else 0 for p in powers], jnp.int32)
     u = beliefs[m] @ tree.kernel(problem, t)[a, m, o]
@@ -207,11 +206,11 @@ def labels(problem: Problem, solution: Solution, episodes: Episodes) -> Labels:
     """
     if isinstance(problem, MDP):
         assert isinstance(solution.tables, Plan)
-        Q = solution.tables.Q[jnp.arange(problem.r.shape[0]), episodes.s]
+        Q = solution.tables.Q[jnp.arange(problem.horizon), episodes.s]
         zero = jnp.zeros(Q.shape[:-1], Q.dtype)
-        action = dp.greedy(solution.tables.Q)[jnp.arange(problem.r.shape[0]), episodes.s]
+        action = dp.greedy(solution.tables.Q)[jnp.arange(problem.horizon), episodes.s]
         return Labels(action=action, Q=Q, certificate=zero.astype(jnp.int8), regret=zero)
-    cloud = tree.as_cloud(problem)
+    cloud = as_apomdp(problem)
     m = jnp.zeros_like(episodes.a) if episodes.m is None else episodes.m
     assert episodes.o is not None
     flat = [jnp.asarray(x, jnp.int32).reshape(-1, x.shape[-1]) for x in (episodes.a, m, episodes.o)]
@@ -227,7 +226,7 @@ def _labels(problem: APOMDP, solution: Solution, a: Array, m: Array, o: Array) -
             lower, upper, _ = q_bounds(problem, solution.tables, t, *carry)
             return advance(problem, t, *carry, *taken), label(lower, upper, solution.exact)
 
-        start = (jnp.zeros((), jnp.int32), problem.cloud.rho)
+        start = (jnp.zeros((), jnp.int32), problem.models.rho)
         return jax.lax.scan(step, start, (jnp.arange(a.shape[0]), a, m, o))[1]
 
     return jax.vmap(one)(a, m, o)

@@ -27,9 +27,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm import validate
-from lindm.problems.apomdp import single
 from lindm.solvers.dp import greedy
-from lindm.types import APOMDP, POMDP, at_stage
+from lindm.types import APOMDP, at_stage
 
 CACHE = 1 << 18  # bytes of the last stage of a block of subtrees
 
@@ -50,15 +49,9 @@ class Tree:
     Q: Array  # [..., histories of all stages, A], stage after stage (`first_history`)
 
 
-def as_cloud(problem: POMDP | APOMDP) -> APOMDP:
-    """A POMDP as a cloud of one model; an APOMDP as it is."""
-    return single(problem) if isinstance(problem, POMDP) else problem
-
-
 def branching(problem: APOMDP) -> int:
     """A M O: the number of ways in which a history goes on."""
-    M, _, A, _, O = problem.cloud.O.shape
-    return A * M * O
+    return problem.num_actions * problem.num_models * problem.num_observations
 
 
 def first_history(branches: int, t: int) -> int:
@@ -68,12 +61,12 @@ def first_history(branches: int, t: int) -> int:
 
 def histories(problem: APOMDP) -> int:
     """The number of histories of all stages."""
-    return first_history(branching(problem), problem.cloud.r.shape[1])
+    return first_history(branching(problem), problem.horizon)
 
 
 def memory_bytes(problem: APOMDP) -> int:
     """What `tree` holds at its largest, in double precision: the table, its stages before they are joined, and copies between."""
-    return 4 * 8 * problem.cloud.r.shape[-1] * histories(problem)
+    return 4 * 8 * problem.num_actions * histories(problem)
 
 
 def stage_Q(tree: Tree, t: int, branches: int) -> Array:
@@ -85,18 +78,18 @@ def stage_Q(tree: Tree, t: int, branches: int) -> Array:
 def optimal_policy(problem: APOMDP, tree: Tree) -> Policy:
     """An optimal action at every history, lowest index among ties: one int32 array [histories] a stage."""
     B = branching(problem)
-    return tuple(jax.vmap(greedy)(stage_Q(tree, t, B)) for t in range(problem.cloud.r.shape[1]))
+    return tuple(jax.vmap(greedy)(stage_Q(tree, t, B)) for t in range(problem.horizon))
 
 
 def uniform_policy(problem: APOMDP) -> Policy:
     """Every action with the same probability, at every history."""
-    H, A = problem.cloud.r.shape[1], problem.cloud.r.shape[-1]
-    return tuple(jnp.full((branching(problem) ** t, A), 1 / A, problem.cloud.r.dtype) for t in range(H))
+    H, A = problem.horizon, problem.num_actions
+    return tuple(jnp.full((branching(problem) ** t, A), 1 / A, problem.models.r.dtype) for t in range(H))
 
 
 def history_index(problem: APOMDP, a: Array, m: Array, o: Array) -> Array:
     """The number of a history within its stage: steps a, m, o [..., t] -> int32 [...]."""
-    M, _, _, _, O = problem.cloud.O.shape
+    M, O = problem.num_models, problem.num_observations
     if branching(problem) ** a.shape[-1] > 2**31:
         raise ValueError(f"a must have few enough steps for 32 bits; got {a.shape[-1]} with {branching(problem)} branches each")
     place = branching(problem) ** jnp.arange(a.shape[-1], dtype=jnp.int32)
@@ -108,14 +101,14 @@ def history_index(problem: APOMDP, a: Array, m: Array, o: Array) -> Array:
 
 def kernel(problem: APOMDP, t: int) -> Array:
     """K [A, M, O, S, S] of stage t: probability of the next state and of the observation."""
-    P = jax.vmap(lambda x: at_stage(x, t))(problem.cloud.P)
-    O = jax.vmap(lambda x: at_stage(x, t))(problem.cloud.O)
+    P = jax.vmap(lambda x: at_stage(x, t))(problem.models.P)
+    O = jax.vmap(lambda x: at_stage(x, t))(problem.models.O)
     return jnp.einsum("msau,mauo->amosu", P, O)
 
 
 def rewards(problem: APOMDP, t: int) -> Array:
     """r [A, M, S] of stage t."""
-    return problem.cloud.r[:, t].transpose(2, 0, 1)
+    return problem.models.r[:, t].transpose(2, 0, 1)
 
 
 def mixed(alpha: Array, G: Array, axis: int) -> Array:
@@ -142,7 +135,7 @@ def _children(problem: APOMDP, U: Array, t: int) -> Array:
 
 def _last(problem: APOMDP, U: Array) -> tuple[Array, Array]:
     """Q [A, A M O n] of the last stage and the histories' probabilities [A M O n], from U [S, n] one stage before."""
-    H = problem.cloud.r.shape[1]
+    H = problem.horizon
     K, r = kernel(problem, H - 2), rewards(problem, H - 1)
     G = _weighted(jnp.einsum("amosu,bnu->bnamos", K, r), U)  # [A, M, A, M, O, n]
     Q = mixed(problem.alpha, G, 1)
@@ -158,7 +151,7 @@ def _backed_up(problem: APOMDP, U: Array, V: Array, t: int) -> Array:
 
 def _below(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
     """V [n] at histories of stage t >= 1 with U [S, n]; with `keep`, normalised Q [A, n] of this stage and of all below it."""
-    H = problem.cloud.r.shape[1]
+    H = problem.horizon
     mass = U.sum(0)
     if t == H - 1:
         Q, deeper = mixed(problem.alpha, _weighted(rewards(problem, t), U), 1), []
@@ -177,13 +170,13 @@ def _normalised(Q: Array, mass: Array) -> Array:
 
 def _block(problem: APOMDP, t: int) -> int:
     """How many subtrees of stage t fit the cache together; 0 if not even one does."""
-    A, M, B, H = problem.cloud.r.shape[-1], len(problem.cloud.r), branching(problem), problem.cloud.r.shape[1]
+    A, M, B, H = problem.num_actions, problem.num_models, branching(problem), problem.horizon
     return CACHE // (8 * A * M * B ** max(H - 1 - t, 0))
 
 
 def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
     """`_below` in blocks that stay in cache."""
-    n, H = U.shape[1], problem.cloud.r.shape[1]
+    n, H = U.shape[1], problem.horizon
     block = _block(problem, t)
     if block >= n or t == H - 1:
         return _below(problem, U, t, keep, choose)
@@ -203,10 +196,10 @@ def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> 
 
 def _root(problem: APOMDP, keep: bool, choose: Choice = BEST) -> tuple[Array, list[Array]]:
     """Q [A] at the start, where the belief under model m is rho_m, and with `keep` the normalised Q of all later stages."""
-    rho = problem.cloud.rho
+    rho = problem.models.rho
     G = jnp.einsum("ams,ms->am", rewards(problem, 0), rho)
     deeper: list[Array] = []
-    if problem.cloud.r.shape[1] > 1:
+    if problem.horizon > 1:
         K = kernel(problem, 0)
         U = jnp.einsum("amosu,ms->uamo", K, rho)
         V, deeper = _subtrees(problem, U.reshape(len(U), -1), 1, keep, choose)
@@ -238,7 +231,7 @@ def tree(problem: APOMDP) -> Tree:
 
 def check_shapes(problem: APOMDP, policy: Policy) -> None:
     """ValueError if a policy over histories has the wrong number of stages or a stage of the wrong shape."""
-    H, A = problem.cloud.r.shape[1], problem.cloud.r.shape[-1]
+    H, A = problem.horizon, problem.num_actions
     if len(policy) != H:
         raise ValueError(f"policy must have one array for each of the {H} stages; got {len(policy)}")
     for t, table in enumerate(policy):
@@ -249,7 +242,7 @@ def check_shapes(problem: APOMDP, policy: Policy) -> None:
 def checked_policy(problem: APOMDP, policy: Policy) -> Policy:
     """A policy over histories whose every stage has the right shape and holds actions or probabilities; ValueError if not."""
     check_shapes(problem, policy)
-    A = problem.cloud.r.shape[-1]
+    A = problem.num_actions
     for t, table in enumerate(policy):
         name = f"policy[{t}]"
         if jnp.issubdtype(table.dtype, jnp.integer):
@@ -280,9 +273,9 @@ def policy_value(problem: APOMDP, policy: Policy) -> Array:
             return chosen(policy[t], mixed(problem.alpha, _weighted(rewards(problem, t), U), 1))
         return chosen(policy[t], _backed_up(problem, U, below(_children(problem, U, t), t + 1), t))
 
-    G = jnp.einsum("ams,ms->am", rewards(problem, 0), problem.cloud.rho)
+    G = jnp.einsum("ams,ms->am", rewards(problem, 0), problem.models.rho)
     if len(policy) > 1:
         K = kernel(problem, 0)
-        U = jnp.einsum("amosu,ms->uamo", K, problem.cloud.rho)
+        U = jnp.einsum("amosu,ms->uamo", K, problem.models.rho)
         G = G + below(U.reshape(len(U), -1), 1).reshape(K.shape[:3]).sum(-1)
     return chosen(next(iter(policy)), mixed(problem.alpha, G, 1)[:, None])[0]

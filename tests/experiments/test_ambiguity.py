@@ -34,7 +34,7 @@ def test_it_runs_and_decides_and_draws_what_it_says(records):
 def test_four_observations_a_year_tell_as_much_as_nine():
     problem = prostate(3, alpha=0.3)
     fewer = ambiguity.told_apart(problem)
-    np.testing.assert_allclose(fewer.cloud.O.sum(-1), 1, rtol=1e-15)
+    np.testing.assert_allclose(fewer.models.O.sum(-1), 1, rtol=1e-15)
     np.testing.assert_allclose(tree.value(fewer), tree.value(problem), rtol=1e-13)
 
 
@@ -53,7 +53,7 @@ def _cloud(seed: int = 3) -> APOMDP:
     rng = np.random.default_rng(seed)
     P, O = rng.dirichlet(np.ones(3), (2, 1, 3, 2)), rng.dirichlet(np.ones(2), (2, 1, 2, 3))
     arrays = {"P": P, "O": O, "r": rng.uniform(size=(2, 2, 3, 2)), "rho": rng.dirichlet(np.ones(3), 2)}
-    return APOMDP(cloud=POMDP(**{k: jnp.asarray(x) for k, x in arrays.items()}), alpha=jnp.asarray(0.5))
+    return APOMDP(models=POMDP(**{k: jnp.asarray(x) for k, x in arrays.items()}), alpha=jnp.asarray(0.5))
 
 
 def test_the_best_whole_horizon_value_is_that_of_all_pure_policies():
@@ -76,8 +76,8 @@ def test_the_best_whole_horizon_value_is_that_of_all_pure_policies():
 
 def test_a_sweep_is_the_recursion_of_numpy():
     problem, alphas = _cloud(), np.array([0.0, 0.4, 1.0])
-    swept = {k: np.asarray(v) for k, v in ambiguity.sweep(problem, alphas, jnp.ones(problem.cloud.r.shape)).items()}
-    P, O, r, rho = (np.asarray(getattr(problem.cloud, k)) for k in ("P", "O", "r", "rho"))
+    swept = {k: np.asarray(v) for k, v in ambiguity.sweep(problem, alphas, jnp.ones(problem.models.r.shape)).items()}
+    P, O, r, rho = (np.asarray(getattr(problem.models, k)) for k in ("P", "O", "r", "rho"))
     K = np.einsum("msat,mato->maost", P[:, 0], O[:, 0])
     np.testing.assert_allclose(swept["counts"], 2, rtol=1e-13)  # a one for every stage
     for i, alpha in enumerate(alphas):

@@ -53,14 +53,14 @@ def test_the_tigers_grid_is_the_tree_at_every_belief():
     Q = belief_bounds.tiger_answers(belief_bounds.H)[-1]
     for i in (0, 37, 211, len(left) - 3):
         start = jnp.array([[left[i], 1 - left[i], 0, 0]])
-        moved = replace(problem, cloud=replace(problem.cloud, rho=start))
+        moved = replace(problem, models=replace(problem.models, rho=start))
         np.testing.assert_allclose(tree.tree(moved).Q[0], Q[i], rtol=1e-12)
 
 
 def test_what_was_visited_has_the_answers_of_one_step_of_numpy(seen):
     """At the last two stages, from the beliefs alone; both problems went through the same actions and observations."""
     for visited in seen:
-        cloud, alpha = visited.problem.cloud, visited.problem.alpha
+        cloud, alpha = visited.problem.models, visited.problem.alpha
         K = np.einsum("msat,mato->maost", cloud.P[:, 0], cloud.O[:, 0])
 
         def mixed(G: np.ndarray, alpha=alpha) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_a_filled_net_and_equal_models_change_no_bound(seen):
     for a, b in zip(net.value_bounds(filled, 2, beliefs), net.value_bounds(plain, 2, beliefs), strict=True):
         np.testing.assert_array_equal(a, b)
     alike = belief_bounds.alike(alone.problem)
-    assert alike.cloud.r.shape[0] == belief_bounds.M
+    assert alike.num_models == belief_bounds.M
     np.testing.assert_allclose(belief_bounds.span(alike), belief_bounds.span(alone.problem), rtol=1e-15)
 
 

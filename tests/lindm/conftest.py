@@ -28,7 +28,7 @@ class Brute:
 
     def problem(self) -> APOMDP:
         cloud = POMDP(P=jnp.asarray(self.P), O=jnp.asarray(self.O), r=jnp.asarray(self.r), rho=jnp.asarray(self.rho))
-        return APOMDP(cloud=cloud, alpha=jnp.asarray(self.alpha))
+        return APOMDP(models=cloud, alpha=jnp.asarray(self.alpha))
 
     def step(self, b, t, a, m, o):
         """Probability of o and the next belief."""

@@ -24,7 +24,7 @@ def test_labels_with_bounds_say_so(tmp_path):
         problem = datasets.problem_of(task)
         assert isinstance(problem, APOMDP)
         # a problem of two stages by hand: every history of the first step
-        P, O, r, rho = (np.asarray(x) for x in (problem.cloud.P, problem.cloud.O, problem.cloud.r, problem.cloud.rho))
+        P, O, r, rho = (np.asarray(x) for x in (problem.models.P, problem.models.O, problem.models.r, problem.models.rho))
 
         def mix(G, alpha=float(problem.alpha)):
             return alpha * G.min(0) + (1 - alpha) * G.max(0)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lindm.evaluation import exact
-from lindm.evaluation.exact import measurement
 from lindm.solvers import tree
 from lindm.types import MDP
 
@@ -61,21 +60,6 @@ def test_suboptimality_under_vmap_is_a_loop():
     got = jax.jit(jax.vmap(suboptimality))(stack, pi)
     for i in range(3):
         assert float(got[i]) == pytest.approx(float(suboptimality(problems[i], pi[i])), rel=1e-12)
-
-
-def test_a_measurement_is_the_mean_and_its_standard_error():
-    values = np.random.default_rng(0).normal(size=(7, 2))
-    result = measurement(jnp.asarray(values))
-    np.testing.assert_allclose(result.gap, values.mean(0), rtol=1e-12)
-    deviations = values - values.mean(0)
-    np.testing.assert_allclose(result.sem, np.sqrt((deviations**2).sum(0) / 6 / 7), rtol=1e-12)
-    assert result.n == 7
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_one_instance_has_no_standard_error(count):
-    with pytest.raises(ValueError, match="values must hold at least two instances"):
-        measurement(jnp.zeros((count, 3)))
 
 
 # --- ambiguous problems

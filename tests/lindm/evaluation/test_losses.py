@@ -9,6 +9,7 @@ import pytest
 
 from lindm.evaluation import losses as playing
 from lindm.evaluation.losses import Played, vote
+from lindm.problems.apomdp import as_apomdp
 from lindm.problems.mdp import mdp
 from lindm.solvers import tree
 from lindm.text import Step
@@ -89,7 +90,7 @@ def test_the_loss_under_hidden_states_and_ambiguity_is_that_of_plain_recursion(b
     problem = world.problem()
     ambiguous = M > 1
     if not ambiguous:
-        problem = jax.tree.map(lambda x: x[0], problem.cloud)
+        problem = jax.tree.map(lambda x: x[0], problem.models)
         assert isinstance(problem, POMDP)
 
     def act(t, history):
@@ -107,7 +108,7 @@ def test_the_loss_under_hidden_states_and_ambiguity_is_that_of_plain_recursion(b
 
 def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_one_is_left_out(brute):
     world = brute.random(4, S=3, A=2, O=2, M=1, H=4)
-    problem = jax.tree.map(lambda x: x[0], world.problem().cloud)
+    problem = jax.tree.map(lambda x: x[0], world.problem().models)
     exact = play([problem], arbitrary(2))[0].gap
     gaps = np.array([play([problem], arbitrary(2), episodes=40, seed=s, listed=1)[0].gap for s in range(60)])
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
@@ -117,8 +118,8 @@ def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_on
 
 
 def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):
-    problem = jax.tree.map(lambda x: x[0], brute.random(6, S=3, A=2, O=2, M=1, H=3).problem().cloud)
-    cloud = tree.as_cloud(problem)
+    problem = jax.tree.map(lambda x: x[0], brute.random(6, S=3, A=2, O=2, M=1, H=3).problem().models)
+    cloud = as_apomdp(problem)
     best = tree.optimal_policy(cloud, tree.tree(cloud))
 
     def answer(stage, level):

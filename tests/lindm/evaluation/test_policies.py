@@ -15,6 +15,7 @@ from lindm.evaluation import policies
 from lindm.evaluation.losses import tabled, world
 from lindm.evaluation.policies import Answers, Tasks
 from lindm.families.suites import Suite
+from lindm.problems.apomdp import as_apomdp
 from lindm.problems.mdp import mdp
 from lindm.problems.pomdp import draw_pomdp
 from lindm.solvers import tree
@@ -62,8 +63,8 @@ def tables(tasks, name):
 
 def number(problem, steps):
     """Of a history within its stage."""
-    cloud = tree.as_cloud(problem)
-    M, _, _, _, O = cloud.cloud.O.shape
+    cloud = as_apomdp(problem)
+    M, _, _, _, O = cloud.models.O.shape
     return sum(
         ((s.action * M + (s.model or 0)) * O + s.observation) * tree.branching(cloud) ** t for t, s in enumerate(steps[:-1])
     )
@@ -78,9 +79,9 @@ def asking(problem, table):
 
 def random_table(problem, rng):
     if isinstance(problem, MDP):
-        return rng.integers(0, problem.r.shape[-1], problem.r.shape[:2])
-    cloud = tree.as_cloud(problem)
-    _, H, _, A = cloud.cloud.r.shape
+        return rng.integers(0, problem.num_actions, problem.r.shape[:2])
+    cloud = as_apomdp(problem)
+    _, H, _, A = cloud.models.r.shape
     return tuple(rng.integers(0, A, tree.branching(cloud) ** t) for t in range(H))
 
 
@@ -223,7 +224,7 @@ def test_where_observations_tell_the_state_both_rules_are_optimal():
 def test_qmdp_maximises_what_would_be_worth_if_the_state_were_seen(brute, M, alpha):
     small = brute.random(7, S=3, A=2, O=2, M=M, H=3, alpha=alpha)
     problem = small.problem()
-    cloud = jax.tree.map(np.asarray, problem.cloud)
+    cloud = jax.tree.map(np.asarray, problem.models)
 
     def seen(t, s):
         """Value of a state that is seen, and its action values under each model."""

@@ -49,14 +49,14 @@ def test_several_files_are_a_cloud_named_after_them(coins):
     source = named(coins, horizon=2, alpha=0.25)
     assert isinstance(source.problem, APOMDP) and float(source.problem.alpha) == 0.25
     assert source.models == ("fair", "foggy")
-    np.testing.assert_array_equal(source.problem.cloud.O[:, 0, 0, 0], [[0.75, 0.25], [0.5, 0.5]])
+    np.testing.assert_array_equal(source.problem.models.O[:, 0, 0, 0], [[0.75, 0.25], [0.5, 0.5]])
 
 
 def test_a_shipped_problem_goes_by_its_name():
     source = named(["prostate"], horizon=4, alpha=0.3)
     wanted = prostate(4, 0.3)
     assert isinstance(source.problem, APOMDP)
-    np.testing.assert_array_equal(source.problem.cloud.r, wanted.cloud.r)
+    np.testing.assert_array_equal(source.problem.models.r, wanted.models.r)
     assert source.models == CENTRES and source.actions == PROSTATE_ACTIONS
 
 

@@ -19,7 +19,7 @@ def test_a_suite_has_three_horizons_and_two_splits_of_one_size(name, kind):
         for split in suites.SPLITS:
             task = jax.eval_shape(partial(suites.draw_task, suite=suites.suite(name, horizon, split)), jax.random.key(0))
             assert isinstance(task, kind)
-            r = task.cloud.r if isinstance(task, APOMDP) else task.r
+            r = task.models.r if isinstance(task, APOMDP) else task.r
             assert r.shape[-3] == horizon
     assert suites.suite(name).horizon == suites.HORIZONS[name][1]
     assert suites.suite(name, split="ood") != suites.suite(name)
@@ -70,7 +70,7 @@ def test_every_task_keeps_the_gap_and_has_rewards_in_round_numbers(name):
     tasks = jax.jit(lambda keys: jax.lax.map(lambda key: suites.draw_task(key, suite), keys))(keys)
     gaps = jax.jit(lambda tasks: jax.lax.map(suites.action_gap, tasks))(tasks)
     assert (np.asarray(gaps) >= suite.gap * (1 - 1e-9)).all()
-    r = np.asarray(tasks.cloud.r if name == "apomdp" else tasks.r)
+    r = np.asarray(tasks.models.r if name == "apomdp" else tasks.r)
     np.testing.assert_allclose(r / suite.step, np.round(r / suite.step), atol=1e-9)
     assert r.min() < 0 and r.min() >= suite.low and r.max() <= suite.high
     assert len({x.tobytes() for x in r}) == 20

@@ -43,7 +43,7 @@ def micro(tmp_path_factory, brute) -> Micro:
     root = tmp_path_factory.mktemp("micro")
     recipe = Recipe(tasks=24, demos=2, queries=2, query_epsilon=0.5)
     clouds = [brute.random(5, S=2, A=2, O=2, M=m, H=3, alpha=0.7, same_start=True).problem() for m in (1, 2)]
-    single = type(clouds[0].cloud)(**{k: getattr(clouds[0].cloud, k)[0] for k in ("P", "O", "r", "rho")})
+    single = type(clouds[0].models)(**{k: getattr(clouds[0].models, k)[0] for k in ("P", "O", "r", "rho")})
     for name, source in (("mdp", SUITE), ("hidden", single), ("cloud", clouds[1])):
         datasets.make(root / name, source, recipe)
     pieces = []

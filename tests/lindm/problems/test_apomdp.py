@@ -45,7 +45,7 @@ def action_values(cloud, alpha, b, h=0):
 
 
 def value(problem: APOMDP) -> float:
-    return float(action_values(problem.cloud, float(problem.alpha), np.asarray(problem.cloud.rho)).max())
+    return float(action_values(problem.models, float(problem.alpha), np.asarray(problem.models.rho)).max())
 
 
 def pomdp_value(problem: POMDP) -> float:
@@ -79,12 +79,12 @@ def test_models_come_back_as_they_were_given():
     problem = apomdp(members, 0.25)
     assert float(problem.alpha) == 0.25
     for m, member in enumerate(members):
-        jax.tree.map(lambda x, y, m=m: np.testing.assert_array_equal(x[m], y), problem.cloud, member)
+        jax.tree.map(lambda x, y, m=m: np.testing.assert_array_equal(x[m], y), problem.models, member)
 
 
 def test_a_single_stage_is_repeated_where_another_model_has_all_stages():
     flat, full = models(1, 1)[0], models(2, 1, (H, H))[0]
-    cloud = apomdp([flat, full], 1).cloud
+    cloud = apomdp([flat, full], 1).models
     assert cloud.P.shape == (2, H, S, A, S) and cloud.O.shape == (2, H, A, S, O)
     for h in range(H):
         np.testing.assert_array_equal(cloud.P[0, h], flat.P[0])
@@ -130,7 +130,7 @@ def test_models_of_different_shapes_are_refused_by_index():
 def test_a_single_model_has_the_value_of_its_pomdp_whatever_the_attitude(seed, alpha):
     member = models(seed, 1)[0]
     problem = single(member, alpha)
-    apomdp([jax.tree.map(lambda x: x[0], problem.cloud)], problem.alpha)
+    apomdp([jax.tree.map(lambda x: x[0], problem.models)], problem.alpha)
     assert value(problem) == pytest.approx(pomdp_value(member), rel=1e-12, abs=1e-12)
 
 
@@ -149,7 +149,7 @@ def drawn(key, distance, c, quality):
 @given(seed=st.integers(0, 10**6), distance=st.floats(0.0, 1.0), c=st.floats(0.01, 100.0), quality=st.floats(0.0, 1.0))
 def test_drawn_clouds_pass_the_door_and_models_are_no_further_apart_than_asked(seed, distance, c, quality):
     problem = drawn(jax.random.key(seed), distance, c, quality)
-    cloud = problem.cloud
+    cloud = problem.models
     again = apomdp([jax.tree.map(lambda x, m=m: x[m], cloud) for m in range(3)], problem.alpha)
     jax.tree.map(np.testing.assert_array_equal, again, problem)
     assert cloud.P.shape == (3, 1, 3, 2, 3) and cloud.O.shape == (3, 1, 2, 3, 2) and cloud.r.shape == (3, 2, 3, 2)
@@ -162,7 +162,7 @@ def test_drawn_clouds_pass_the_door_and_models_are_no_further_apart_than_asked(s
 
 
 def test_models_move_apart_in_proportion_to_the_distance_from_a_common_centre():
-    clouds = {d: drawn(jax.random.key(6), d, 1.0, 0.2).cloud for d in (0.0, 0.25, 1.0)}
+    clouds = {d: drawn(jax.random.key(6), d, 1.0, 0.2).models for d in (0.0, 0.25, 1.0)}
     for name in ("P", "O"):
         near, some, far = (np.asarray(getattr(clouds[d], name)) for d in (0.0, 0.25, 1.0))
         np.testing.assert_array_equal(near, np.broadcast_to(near[:1], near.shape))
@@ -172,7 +172,7 @@ def test_models_move_apart_in_proportion_to_the_distance_from_a_common_centre():
 
 def test_models_at_distance_one_are_independent():
     keys = jax.random.split(jax.random.key(7), 4_000)
-    P = np.asarray(jax.jit(jax.vmap(lambda key: drawn(key, 1.0, 0.5, 0.0)))(keys).cloud.P)
+    P = np.asarray(jax.jit(jax.vmap(lambda key: drawn(key, 1.0, 0.5, 0.0)))(keys).models.P)
     assert abs(np.corrcoef(P[:, 0, 0, 0, 0, 0], P[:, 1, 0, 0, 0, 0])[0, 1]) < 5 / np.sqrt(len(P))
     squares = (P[:, 1, 0, 0, 0, 0] - 1 / 3) ** 2  # and each has the variance of Beta(c, 2c), 2 / (9 (3c + 1))
     assert abs(squares.mean() - 4 / 45) < 5 * squares.std() / np.sqrt(len(P))
@@ -187,7 +187,7 @@ def test_numbers_of_a_cloud_may_be_traced():
 def test_random_clouds_come_in_single_precision():
     problem = draw_apomdp(jax.random.key(0), S, A, O, H, M, concentration=0.01, discount=0.9, dtype=jnp.float32)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float32"}
-    apomdp([jax.tree.map(lambda x, m=m: x[m], problem.cloud) for m in range(M)], problem.alpha)
+    apomdp([jax.tree.map(lambda x, m=m: x[m], problem.models) for m in range(M)], problem.alpha)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def year(centre: str, s: int, a: str):
 
 
 def test_a_year_of_surveillance_goes_as_the_story_goes():
-    cloud = prostate(2).cloud
+    cloud = prostate(2).models
     for m, centre in enumerate(CENTRES):
         for s in range(3):
             for a, action in enumerate(PROSTATE_ACTIONS):
@@ -294,17 +294,17 @@ def test_a_year_of_surveillance_goes_as_the_story_goes():
 
 def test_the_cloud_of_four_centres_passes_the_door_with_its_names_and_stand_in_rewards():
     problem = prostate(4, 1.0, discount=0.5, biopsy_loss=0.1, untreated_loss=0.3, treated_loss=0.2)
-    apomdp([jax.tree.map(lambda x, m=m: x[m], problem.cloud) for m in range(4)], problem.alpha)
-    assert problem.cloud.P.shape == (len(CENTRES), 1, len(PROSTATE_STATES), len(PROSTATE_ACTIONS), len(PROSTATE_STATES))
-    assert problem.cloud.O.shape[-1] == len(set(PROSTATE_OBSERVATIONS)) == 9
-    np.testing.assert_allclose(problem.cloud.rho, [[1 - x, x, 0] for x in (0.0583, 0.0809, 0.0774, 0.0653)], rtol=1e-12)
+    apomdp([jax.tree.map(lambda x, m=m: x[m], problem.models) for m in range(4)], problem.alpha)
+    assert problem.models.P.shape == (len(CENTRES), 1, len(PROSTATE_STATES), len(PROSTATE_ACTIONS), len(PROSTATE_STATES))
+    assert problem.models.O.shape[-1] == len(set(PROSTATE_OBSERVATIONS)) == 9
+    np.testing.assert_allclose(problem.models.rho, [[1 - x, x, 0] for x in (0.0583, 0.0809, 0.0774, 0.0653)], rtol=1e-12)
     for m in range(4):
-        np.testing.assert_allclose(problem.cloud.r[m, 1], np.array([[1, 0.9], [0.7, 0.6], [0.8, 0.7]]) / 2, rtol=1e-12)
+        np.testing.assert_allclose(problem.models.r[m, 1], np.array([[1, 0.9], [0.7, 0.6], [0.8, 0.7]]) / 2, rtol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_when_to_biopsy_depends_on_what_was_seen(alpha):
-    cloud = prostate(4, alpha).cloud
+    cloud = prostate(4, alpha).models
     rho = np.asarray(cloud.rho)
     first = action_values(cloud, alpha, rho)
     assert first[0] > first[1] + 1e-3  # waiting is best at the start

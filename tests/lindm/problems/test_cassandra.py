@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lindm.errors import DataError, LindmError
 from lindm.problems import cassandra
-from lindm.problems.cassandra import Model, cloud, parse, read, to_pomdp, write
+from lindm.problems.cassandra import Model, parse, read, to_pomdp, to_pomdps, write
 
 FILES = Path(__file__).parent / "files"
 PREAMBLE = "discount: 0.9\nvalues: reward\nstates: a b c\nactions: x y\nobservations: u v\n"
@@ -671,7 +671,7 @@ def test_a_horizon_or_a_discount_that_is_none_is_refused(horizon, discount, name
 
 def test_models_of_one_problem_go_together_and_others_are_refused_by_name():
     one, two = parse(RICH), parse(RICH.replace("0.85 0.15", "0.75 0.25"))
-    problems = cloud([one, two], ["one", "two"], 3)
+    problems = to_pomdps([one, two], ["one", "two"], 3)
     assert len(problems) == 2 and problems[1].O[0, 1, 0, 0] == 0.75 and problems[0].r.shape == (3, S, A)
     for old, new, rule in (
         ("actions: x y", "actions: x y z", r"^two: actions must be as in one, .*'x', 'y'.*; got .*'z'"),
@@ -681,12 +681,12 @@ def test_models_of_one_problem_go_together_and_others_are_refused_by_name():
     ):
         text = "discount: 0.9\nstates: a b c\nactions: x y\nobservations: u v\nT: * identity\nO: * uniform"
         with pytest.raises(LindmError, match=rule):
-            cloud([parse(text), parse(text.replace(old, new))], ["one", "two"], 3)
+            to_pomdps([parse(text), parse(text.replace(old, new))], ["one", "two"], 3)
     other = Model(**{**one.__dict__, "discount": 0.5})
-    assert np.array_equal(cloud([one, other], ["one", "two"], 2, 0.8)[1].r[1], 0.8 * one.r)
+    assert np.array_equal(to_pomdps([one, other], ["one", "two"], 2, 0.8)[1].r[1], 0.8 * one.r)
     for models, names in (([], []), ([one], ["one", "two"])):
         with pytest.raises(ValueError, match="models must be at least one"):
-            cloud(models, names, 3)
+            to_pomdps(models, names, 3)
 
 
 def test_the_words_of_the_format_are_all_refused_as_names():

@@ -27,7 +27,7 @@ class Cloud(NamedTuple):
 
     def problem(self) -> APOMDP:
         P, O, r, rho = (jnp.asarray(part) for part in self[:4])
-        return APOMDP(cloud=POMDP(P=P, O=O, r=r, rho=rho), alpha=jnp.asarray(self.alpha))
+        return APOMDP(models=POMDP(P=P, O=O, r=r, rho=rho), alpha=jnp.asarray(self.alpha))
 
 
 def random_cloud(seed: int, S: int, A: int, O: int, M: int, H: int) -> Cloud:

@@ -27,7 +27,7 @@ def test_the_oracle_earns_its_value_in_the_game_that_nature_plays(brute, alpha):
 
 def test_a_uniform_behaviour_earns_the_value_of_the_uniform_policy_of_a_pomdp(brute):
     cloud = brute.random(12, M=1, H=4).problem()
-    problem = jax.tree.map(lambda x: x[0], cloud.cloud)
+    problem = jax.tree.map(lambda x: x[0], cloud.models)
     episodes, labels = demonstrate(jax.random.key(1), problem, solve(problem), 20_000, 1.0)
     assert episodes.m is None and isinstance(problem, POMDP)
     five_errors(np.asarray(episodes.r.sum(-1)), tree.policy_value(cloud, tree.uniform_policy(cloud)))
@@ -115,6 +115,6 @@ def test_numbers_out_of_their_range_are_refused(brute, n, epsilon, nature, rule)
 
 
 def test_nature_has_no_choice_among_one_model(brute):
-    problem = jax.tree.map(lambda x: x[0], brute.random(0, M=1, H=1).problem().cloud)
+    problem = jax.tree.map(lambda x: x[0], brute.random(0, M=1, H=1).problem().models)
     with pytest.raises(ValueError, match="nature must be left out where there is one model"):
         rollout.demonstrate(jax.random.key(0), problem, solve(problem), 1, 0.0, 0)

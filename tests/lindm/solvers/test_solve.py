@@ -14,7 +14,7 @@ demonstrate = jax.jit(rollout.demonstrate, static_argnames="n")
 
 
 def first_model(problem) -> POMDP:
-    return jax.tree.map(lambda x: x[0], problem.cloud)
+    return jax.tree.map(lambda x: x[0], problem.models)
 
 
 @pytest.fixture

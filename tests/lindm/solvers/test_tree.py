@@ -135,7 +135,7 @@ def test_a_revealed_mdp_has_the_mdps_value_at_every_known_state():
 
 def test_one_model_makes_the_attitude_idle(brute):
     world = brute.random(2, M=1, H=4)
-    values = [tree.value(APOMDP(cloud=world.problem().cloud, alpha=jnp.asarray(alpha))) for alpha in (0.0, 0.3, 1.0)]
+    values = [tree.value(APOMDP(models=world.problem().models, alpha=jnp.asarray(alpha))) for alpha in (0.0, 0.3, 1.0)]
     assert len({float(v) for v in values}) == 1
 
 
@@ -151,20 +151,20 @@ def test_two_models_and_a_bold_attitude_are_a_pomdp(brute, alpha):
 
 
 def test_the_value_falls_with_the_attitude_and_lies_between_the_extremes(brute):
-    cloud = brute.random(9, M=3, H=3).problem().cloud
-    values = [float(tree.value(APOMDP(cloud=cloud, alpha=jnp.asarray(a)))) for a in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    cloud = brute.random(9, M=3, H=3).problem().models
+    values = [float(tree.value(APOMDP(models=cloud, alpha=jnp.asarray(a)))) for a in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert values == sorted(values, reverse=True) and values[0] > values[-1]
 
 
 def test_the_value_is_positively_homogeneous_in_belief_and_reward(brute):
     world = brute.random(10, M=2, H=3, alpha=0.4)
     problem = world.problem()
-    cloud = problem.cloud
+    cloud = problem.models
     for factor in (0.5, 3.0):
         scaled = type(cloud)(P=cloud.P, O=cloud.O, r=cloud.r, rho=factor * cloud.rho)
-        close(tree.value(APOMDP(cloud=scaled, alpha=problem.alpha)), factor * tree.value(problem))
+        close(tree.value(APOMDP(models=scaled, alpha=problem.alpha)), factor * tree.value(problem))
         rewarded = type(cloud)(P=cloud.P, O=cloud.O, r=factor * cloud.r, rho=cloud.rho)
-        close(tree.value(APOMDP(cloud=rewarded, alpha=problem.alpha)), factor * tree.value(problem))
+        close(tree.value(APOMDP(models=rewarded, alpha=problem.alpha)), factor * tree.value(problem))
 
 
 def test_some_clouds_of_three_models_have_a_value_that_is_not_convex(brute):
@@ -203,9 +203,10 @@ def test_a_tree_takes_no_more_memory_than_it_says():
     code = (
         "import resource, jax; jax.config.update('jax_enable_x64', True)\n"
         "from lindm.solvers import tree\n"
+        "from lindm.problems.apomdp import as_apomdp\n"
         "from lindm.problems.pomdp import draw_pomdp\n"
         "def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "p = tree.as_cloud(draw_pomdp(jax.random.key(0), 3, 2, 2, 12))\n"
+        "p = as_apomdp(draw_pomdp(jax.random.key(0), 3, 2, 2, 12))\n"
         "before = peak(); tree.tree(p).Q.block_until_ready()\n"
         "assert tree.memory_bytes(p) > 3e8 and peak() - before < tree.memory_bytes(p), peak() - before"
     )
