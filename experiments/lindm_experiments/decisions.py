@@ -33,7 +33,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import compare
 from lindm.validate import count
 from lindm_experiments.harness.criteria import judge, undecided
@@ -147,11 +147,13 @@ def middle(horizons: Sequence[int]) -> int:
 def measure(cfg: Config, point: dict) -> dict:
     language_models.check(cfg.model)
     name, horizon, worse = point["suite"], point["horizon"], point["demos"] == "worse"
-    how = {"demos": DEMOS[name], "behaviour": "epsilon" if worse else "oracle", "epsilon": EPSILON}
+    how = {"demos": DEMOS[name], "behavior": "epsilon" if worse else "oracle", "epsilon": EPSILON}
     seed = cfg.base_seed + 2 * point["seed"]
     with tempfile.TemporaryDirectory() as directory, language_models.quietly():
         room = Path(directory)
-        data = language_models.make(room / "train", language_models.law(name, horizon), Recipe(tasks=cfg.train, seed=seed, **how))
+        data = language_models.make(
+            room / "train", language_models.law(name, horizon), DatasetConfig(tasks=cfg.train, seed=seed, **how)
+        )
         training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
         rewards = "shown" if worse else "auto"
         asked = language_models.options(cfg.model, data, room / "run", rewards=rewards, **training)
@@ -160,7 +162,7 @@ def measure(cfg: Config, point: dict) -> dict:
 
         def faced(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
             where = room / split
-            recipe = Recipe(tasks=cfg.tasks, seed=seed + 1, **how)
+            recipe = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **how)
             limits = {"episodes": EPISODES, "listed": LISTED, "template": template, "rewards": rewards}
             rows = compare(where, language_models.law(name, horizon, split), recipe, [*policies, *told], **limits)
             known = {policy: policy for policy in policies} | told

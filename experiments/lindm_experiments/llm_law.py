@@ -34,7 +34,7 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import compare
 from lindm.llm.config import Architecture
 from lindm.llm.model import Decoder
@@ -198,12 +198,12 @@ def _language(cfg: Config, point: dict) -> dict:
     seed = point["seed"]
     with tempfile.TemporaryDirectory() as directory, language_models.quietly():
         room, law = Path(directory), language_models.law(SUITE, HORIZON)
-        data = language_models.make(room / "train", law, Recipe(tasks=256, demos=point["N"], seed=seed))
+        data = language_models.make(room / "train", law, DatasetConfig(tasks=256, demos=point["N"], seed=seed))
         how = {"steps": cfg.tuning, "batch": 2, "learning_rate": 5e-4}
         run = language_models.fine_tuned(language_models.options(cfg.model, data, room / "run", **how))
         found = {}
         for M in cfg.asked:
-            recipe = Recipe(tasks=cfg.tasks, demos=M, seed=seed + 1)
+            recipe = DatasetConfig(tasks=cfg.tasks, demos=M, seed=seed + 1)
             (row,) = compare(room / f"asked-{M}", law, recipe, [f"sft:{run}"])
             found[str(M)] = [round(gap, 6) for gap in row["gaps"]]
     return found

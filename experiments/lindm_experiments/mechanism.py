@@ -32,7 +32,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm import datasets
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.evaluation import policies
 from lindm.evaluation.losses import double_precision
 from lindm.evaluation.policies import Tasks
@@ -117,9 +117,11 @@ def measure(cfg: Config, point: dict) -> dict:
     with tempfile.TemporaryDirectory() as directory, language_models.quietly():
         room = Path(directory)
         source = language_models.law("mdp", H) if name == "mdp" else Source(problem=tiger(H))
-        how = {"demos": K} | ({} if name == "mdp" else {"behaviour": "epsilon", "epsilon": NOISE})
+        how = {"demos": K} | ({} if name == "mdp" else {"behavior": "epsilon", "epsilon": NOISE})
         parts = (("train", cfg.train, 0), ("probe", cfg.probe, 1), ("new", cfg.tasks, 2))
-        data = {part: language_models.make(room / part, source, Recipe(tasks=n, seed=seed + i, **how)) for part, n, i in parts}
+        data = {
+            part: language_models.make(room / part, source, DatasetConfig(tasks=n, seed=seed + i, **how)) for part, n, i in parts
+        }
         training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
         asked = language_models.options(cfg.model, data["train"], room / "run", **training)
         before, after = language_models.before(asked, room / "before"), language_models.fine_tuned(asked) / "model"
@@ -132,7 +134,7 @@ def measure(cfg: Config, point: dict) -> dict:
         found: dict[str, Any] = {"probes": probes(streams, known, new, seed, tiger(H) if name == "tiger" else None)}
         if name == "mdp":
             logits = {who: readers[who].logits(streams[who][1]) for who in ("before", "after")}
-            found["implied"] = implied(logits, new, data["new"], source, Recipe(tasks=cfg.tasks, seed=seed + 2, **how))
+            found["implied"] = implied(logits, new, data["new"], source, DatasetConfig(tasks=cfg.tasks, seed=seed + 2, **how))
             found["same"] = {who: renamed(readers[who], logits[who], new, cfg.renamings, seed) for who in logits}
     return found
 
@@ -180,7 +182,7 @@ def centred(x: np.ndarray) -> np.ndarray:
     return x - x.mean(-1, keepdims=True)
 
 
-def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, recipe: Recipe) -> dict[str, Any]:
+def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, recipe: DatasetConfig) -> dict[str, Any]:
     """Of each task: how the logits go with Q*, and how what is wrong with them goes with what is wrong with either estimate."""
     with double_precision():
         loaded = list(datasets.load(data))

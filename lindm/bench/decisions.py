@@ -48,7 +48,7 @@ def _telling(data: Path) -> datasets.Telling:
 def prepare(directory: Path) -> None:
     """A model, its tokenizer and a dataset."""
     with double_precision():
-        datasets.make(directory / "data", suite("mdp", HORIZON), datasets.Recipe(tasks=TASKS, demos=DEMOS))
+        datasets.make(directory / "data", suite("mdp", HORIZON), datasets.DatasetConfig(tasks=TASKS, demos=DEMOS))
     how = _telling(directory / "data")
     pieces = (piece.text for _, _, found, _ in examples.documents(directory / "data", how) for piece in found)
     small_tokenizer(pieces, LEAST).save_pretrained(str(directory / "tokenizer"))

@@ -71,13 +71,13 @@ def run_make(options: Make) -> int:
     from lindm import datasets
     from lindm.cli.problems import problem_or_suite
 
-    recipe = datasets.Recipe(
+    recipe = datasets.DatasetConfig(
         tasks=options.tasks,
         demos=options.demos,
         queries=options.queries,
-        behaviour=options.behavior,
+        behavior=options.behavior,
         epsilon=options.epsilon,
-        query_behaviour=options.query_behavior,
+        query_behavior=options.query_behavior,
         query_epsilon=options.epsilon,
         seed=options.seed,
     )

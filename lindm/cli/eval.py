@@ -60,7 +60,7 @@ def run(options: Eval) -> int:
     signals.stop_on_signals()
     from lindm import validate
     from lindm.cli.problems import problem_or_suite
-    from lindm.datasets import Recipe
+    from lindm.datasets import DatasetConfig
     from lindm.evaluation import compare
     from lindm.evaluation.losses import double_precision
     from lindm.io import manifest
@@ -68,8 +68,8 @@ def run(options: Eval) -> int:
     validate.count(options.episodes, "episodes")
     with double_precision():
         source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
-    recipe = Recipe(
-        tasks=options.tasks, demos=options.demos, behaviour=options.behavior, epsilon=options.epsilon, seed=options.seed
+    recipe = DatasetConfig(
+        tasks=options.tasks, demos=options.demos, behavior=options.behavior, epsilon=options.epsilon, seed=options.seed
     )
 
     about = compare.described(source)

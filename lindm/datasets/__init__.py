@@ -1,15 +1,15 @@
 """Labelled episodes on disk: made, read again, and handed to other tools."""
 
-from lindm.datasets.drawing import BEHAVIOURS, Recipe
 from lindm.datasets.exports import FORMATS, Telling, document, export, named, symbol, telling
-from lindm.datasets.reading import episodes_of, load, problem_of, read_manifest
-from lindm.datasets.shards import Made, make
+from lindm.datasets.generate import BEHAVIORS, DatasetConfig
+from lindm.datasets.reader import episodes_of, load, problem_of, read_manifest
+from lindm.datasets.writer import Made, make
 
 __all__ = [
-    "BEHAVIOURS",
+    "BEHAVIORS",
     "FORMATS",
+    "DatasetConfig",
     "Made",
-    "Recipe",
     "Telling",
     "document",
     "episodes_of",

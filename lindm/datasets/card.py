@@ -106,8 +106,8 @@ def card(manifest: dict) -> str:
     counts = {"tasks": totals["tasks"], "episodes": totals["episodes"], "labelled steps": totals["steps"]}
     counts |= {f"labels: {name}": f"{n / totals['steps']:.2%}" for name, n in totals["certificates"].items()}
     counts |= {MEANS[k]: f"{totals[k]:.6g}" for k in MEANS if k in totals and not (exact and k in ("mean_lower", "mean_upper"))}
-    demos = ACTS[recipe["behaviour"]].format(recipe["epsilon"])
-    queries = ACTS[recipe["query_behaviour"]].format(recipe["query_epsilon"])
+    demos = ACTS[recipe["behavior"]].format(recipe["epsilon"])
+    queries = ACTS[recipe["query_behavior"]].format(recipe["query_epsilon"])
     absent = set() if kind == "apomdp" else {"model", "alpha", "n_models"}
     absent |= {"observation", "O", "O_shape", "n_observations"} if kind == "mdp" else set()
     absent |= set() if exact else {"uniform_value"}

@@ -40,7 +40,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lindm.datasets.reading import load, read_manifest
+from lindm.datasets.reader import load, read_manifest
 from lindm.errors import UsageError
 from lindm.io import directories, files
 from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, render, text
@@ -303,10 +303,10 @@ def _minari(directory: Path, manifest: dict, out: Path, dataset_id: str, progres
             partial.mkdir()
             place = (partial / "data").resolve()  # Minari's get_size joins a relative path to itself
             storage = MinariStorage.new(place, Discrete(seen + 1), Discrete(sizes["n_actions"]), data_format="hdf5")
-            about = f"{recipe['tasks']} tasks, of each {recipe['demos']} demonstrations (by {recipe['behaviour']}) and "
-            about += f"{recipe['queries']} queries (by {recipe['query_behaviour']}), with the oracle's label at every step"
+            about = f"{recipe['tasks']} tasks, of each {recipe['demos']} demonstrations (by {recipe['behavior']}) and "
+            about += f"{recipe['queries']} queries (by {recipe['query_behavior']}), with the oracle's label at every step"
             facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}
-            storage.update_metadata(facts | {"algorithm_name": recipe["behaviour"], "made_from": manifest["seal"]})
+            storage.update_metadata(facts | {"algorithm_name": recipe["behavior"], "made_from": manifest["seal"]})
             storage.update_episodes(episodes())
             os.replace(partial, target)
         except BaseException:

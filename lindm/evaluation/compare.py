@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lindm import datasets
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.errors import DataError, UsageError
 from lindm.evaluation import policies
 from lindm.evaluation.losses import Played, Policy, double_precision, play_all, quality, tabled, world
@@ -58,7 +58,7 @@ def _check(names: Sequence[str], seen: bool) -> None:
 def compare(
     data: Path,
     source: Suite | Source,
-    recipe: Recipe,
+    recipe: DatasetConfig,
     names: Sequence[str],
     *,
     episodes: int = 8,
@@ -223,7 +223,7 @@ def _language_model(
     return reader, Answers(demonstrations, lambda some: reader.policy(some, task["horizon"])), "reward" in how.shown
 
 
-def _held_out(run: Path, source: Suite | Source, recipe: Recipe) -> None:
+def _held_out(run: Path, source: Suite | Source, recipe: DatasetConfig) -> None:
     """UsageError where the run was trained on tasks of the same law and seed, which are the same tasks."""
     config = json.loads((run / "config.json").read_text())["options"]
     trained = Path(config["data"])

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.datasets import Recipe
-from lindm.datasets.drawing import Drawing
+from lindm.datasets import DatasetConfig
+from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation.losses import Asked, Policy, double_precision, vote
 from lindm.families.suites import Suite
 from lindm.icl import predictors
@@ -57,7 +57,7 @@ class Tasks:
     problems: Sequence[Problem]
     demonstrations: Sequence[Episodes]  # of each; with rewards
     source: Suite | Problem
-    recipe: Recipe
+    recipe: DatasetConfig
 
     @property
     def seen(self) -> bool:
@@ -179,7 +179,9 @@ def layer(tasks: Tasks) -> list[np.ndarray]:
     where training of the layer ends (`lindm.icl.prompts`, `theory/notes`): A = E[Q* S'] E[S S']^-1, pseudo-inverse where a pair
     never occurs.
     """
-    drawing = Drawing(tasks.source, Recipe(tasks=TASKS, demos=tasks.recipe.demos, behaviour=tasks.recipe.behaviour, seed=SEED))
+    drawing = TaskGenerator(
+        tasks.source, DatasetConfig(tasks=TASKS, demos=tasks.recipe.demos, behavior=tasks.recipe.behavior, seed=SEED)
+    )
     problems, _, (episodes, _) = drawing.draw(0, TASKS, lambda done: None)
     if not isinstance(problems, MDP):
         raise ValueError("policy layer needs tasks that differ; got a source whose every task is the same problem")

@@ -62,7 +62,7 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
     (options,) = asked
     assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}
     for recipe, policies, _ in faced:
-        assert (recipe.behaviour, recipe.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
+        assert (recipe.behavior, recipe.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
         assert ("behaviour" in policies) == (demos == "worse")
     assert found["rows"].keys() == ({"id"} if demos == "worse" else {"id", "ood"})
 
@@ -227,7 +227,7 @@ def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path
     from lindm.llm.sft import setup
 
     with language_models.quietly():
-        recipe = decisions.Recipe(tasks=8, demos=1, seed=3)
+        recipe = decisions.DatasetConfig(tasks=8, demos=1, seed=3)
         data = language_models.make(tmp_path / "data", language_models.law("pomdp", 2), recipe)
         asked = language_models.options(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
         import jax

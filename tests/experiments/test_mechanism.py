@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.evaluation.losses import Asked as Question
 from lindm.io import files
 from lindm.llm.policy import Reader as Deciding
@@ -122,7 +122,7 @@ def trained(tmp_path_factory):
     """A tiny model after a few steps, and query episodes of the suite mdp."""
     room = tmp_path_factory.mktemp("mechanism")
     with language_models.quietly():
-        data = language_models.make(room / "data", language_models.law("mdp", 3), Recipe(tasks=12, demos=2, seed=4))
+        data = language_models.make(room / "data", language_models.law("mdp", 3), DatasetConfig(tasks=12, demos=2, seed=4))
         run = language_models.fine_tuned(
             language_models.options(language_models.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3)
         )
@@ -212,7 +212,7 @@ def test_renaming_changes_every_name_in_demonstrations_and_query():
 
 def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
     with language_models.quietly():
-        recipe = Recipe(tasks=10, demos=2, seed=9)
+        recipe = DatasetConfig(tasks=10, demos=2, seed=9)
         source = language_models.law("mdp", 3)
         data = language_models.make(tmp_path / "data", source, recipe)
         asked = probes.read(data, frozenset({"state", "reward"}))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lindm import datasets
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.errors import DataError
 from lindm.evaluation.losses import double_precision
 from lindm.families.suites import Suite, suite
@@ -41,7 +41,7 @@ def law(name: str, horizon: int, split: str = "id") -> Suite:
     return replace(suite(name, split=split), horizon=horizon)
 
 
-def make(data: Path, source: Suite, recipe: Recipe) -> Path:
+def make(data: Path, source: Suite, recipe: DatasetConfig) -> Path:
     with double_precision():
         datasets.make(data, source, recipe)
     return data

@@ -88,7 +88,7 @@ def test_help_imports_nothing_heavy():
         (["data", "make", "a.pomdp", "--tasks", "1", "--demos", "2", "--out", "x", "--split", "ood"], "split must be left out"),
         (
             [*MAKE, "--behavior", "wild"],
-            "behaviour must be one of",
+            "behavior must be one of",
         ),
         ([*MAKE, "--epsilon", "2"], "epsilon must be"),
         (["plot"], "lindm plot"),

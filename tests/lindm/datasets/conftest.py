@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lindm import datasets
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
 from lindm.types import MDP
@@ -22,8 +22,8 @@ def fixed_mdp() -> Source:
     return Source(problem=problem, states=("left", "middle", "right"), actions=("wait", "go", "turn"))
 
 
-def recipe(**changes) -> Recipe:
-    return Recipe(**{"tasks": 10, "demos": 4, "queries": 2, "shard": 4} | changes)
+def recipe(**changes) -> DatasetConfig:
+    return DatasetConfig(**{"tasks": 10, "demos": 4, "queries": 2, "shard": 4} | changes)
 
 
 class Datasets:

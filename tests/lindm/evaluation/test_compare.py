@@ -7,7 +7,7 @@ import pytest
 
 from lindm import datasets
 from lindm.cli.main import main
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation import compare
 from lindm.llm.sft import trainer
@@ -15,7 +15,7 @@ from lindm.llm.sft.options import Sft
 from lindm.text import COMPACT
 from tests.lindm.llm.conftest import SUITE
 
-RECIPE = Recipe(tasks=5, demos=2, seed=11)
+RECIPE = DatasetConfig(tasks=5, demos=2, seed=11)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_texts_that_are_too_long_for_the_model_are_refused(micro, tmp_path):
     with pytest.raises(
         LindmError, match=r"policy icl:.*: texts must have at most the 256 tokens of the model; the longest has about \d+"
     ) as e:
-        compare.compare(tmp_path / "data", SUITE, Recipe(tasks=1, demos=30, seed=4), [f"icl:{micro.model}"])
+        compare.compare(tmp_path / "data", SUITE, DatasetConfig(tasks=1, demos=30, seed=4), [f"icl:{micro.model}"])
     assert isinstance(e.value, DataError)
 
 
@@ -99,7 +99,7 @@ def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(t
 
 def test_tasks_that_a_run_was_trained_on_are_refused(run, tmp_path):
     with pytest.raises(LindmError, match=r"seed must not be 0: .* was trained on these tasks") as e:
-        compare.compare(tmp_path / "data", SUITE, Recipe(tasks=5, demos=2), [f"sft:{run}"])
+        compare.compare(tmp_path / "data", SUITE, DatasetConfig(tasks=5, demos=2), [f"sft:{run}"])
     assert isinstance(e.value, UsageError) and not (tmp_path / "data").exists()
 
 

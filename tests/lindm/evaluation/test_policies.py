@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lindm import datasets
-from lindm.datasets import Recipe
-from lindm.datasets.drawing import Drawing
+from lindm.datasets import DatasetConfig
+from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import losses as playing
 from lindm.evaluation import policies
 from lindm.evaluation.losses import tabled, world
@@ -29,7 +29,7 @@ ALL = frozenset({"state", "model", "observation", "reward"})
 
 
 def tasks_of(tmp_path_factory, suite, **changes) -> Tasks:
-    recipe = Recipe(**({"tasks": 6, "demos": 3, "behaviour": "epsilon", "seed": 3} | changes))
+    recipe = DatasetConfig(**({"tasks": 6, "demos": 3, "behavior": "epsilon", "seed": 3} | changes))
     path = tmp_path_factory.mktemp(suite.name)
     datasets.make(path, suite, recipe)
     loaded = list(datasets.load(path))
@@ -129,7 +129,7 @@ def test_the_oracle_loses_nothing_random_play_everything_and_behaviour_its_share
 def test_of_an_ambiguous_problem_random_play_is_worth_what_the_recursion_says(brute):
     small = brute.random(2, S=2, A=2, O=2, M=2, H=3, alpha=0.6)
     problem = small.problem()
-    tables = policies.random(Tasks(problems=[problem], demonstrations=[()], source=problem, recipe=Recipe(tasks=1)))
+    tables = policies.random(Tasks(problems=[problem], demonstrations=[()], source=problem, recipe=DatasetConfig(tasks=1)))
     V = small.V(list(small.rho), 0, (), lambda t, h: np.full(small.A, 1 / small.A))
     found = tabled(world(problem), tables[0])
     assert found.optimal - found.gap == pytest.approx(V, rel=1e-12) and found.relative == pytest.approx(1)
@@ -153,7 +153,7 @@ def test_the_estimated_model_is_that_of_the_counts(monkeypatch):
         (Step(0, state=0, reward=0.6), Step(0, state=1, reward=0.0)),
     )
     problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((2, 2, 2)), np.array([0.5, 0.5]))
-    tasks = Tasks(problems=[problem], demonstrations=[demos], source=problem, recipe=Recipe(tasks=1))
+    tasks = Tasks(problems=[problem], demonstrations=[demos], source=problem, recipe=DatasetConfig(tasks=1))
     planned, plan = [], policies.dp.backward_induction
     monkeypatch.setattr(policies.dp, "backward_induction", lambda estimate: planned.append(estimate) or plan(estimate))
     (table,) = policies.certainty_equivalence(tasks)
@@ -170,14 +170,14 @@ def test_the_estimated_model_is_that_of_the_counts(monkeypatch):
 
 @pytest.mark.parametrize("name", ["certainty-equivalence", "lsvi", "pevi"])
 def test_with_enough_demonstrations_of_everything_planning_finds_the_optimum(tmp_path_factory, name):
-    many = tasks_of(tmp_path_factory, replace(SEEN, gap=0.05), tasks=4, demos=300, behaviour="uniform")
+    many = tasks_of(tmp_path_factory, replace(SEEN, gap=0.05), tasks=4, demos=300, behavior="uniform")
     assert np.mean([one.relative for one in played(many, name)]) < 0.02
 
 
 def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monkeypatch):
     monkeypatch.setattr(policies, "TASKS", 64)
     found = tables(seen, "layer")
-    drawing = Drawing(SEEN, Recipe(tasks=64, demos=3, behaviour="epsilon", seed=policies.SEED))
+    drawing = TaskGenerator(SEEN, DatasetConfig(tasks=64, demos=3, behavior="epsilon", seed=policies.SEED))
     problems, _, (episodes, _) = drawing.draw(0, 64, lambda done: None)
     assert isinstance(problems, MDP)
 
@@ -209,7 +209,7 @@ def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monke
 
 
 def of_problem(problem):
-    return Tasks(problems=[problem], demonstrations=[()], source=problem, recipe=Recipe(tasks=1))
+    return Tasks(problems=[problem], demonstrations=[()], source=problem, recipe=DatasetConfig(tasks=1))
 
 
 def test_where_observations_tell_the_state_both_rules_are_optimal():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lindm import datasets
-from lindm.datasets import Recipe
+from lindm.datasets import DatasetConfig
 from lindm.families.suites import Suite
 from lindm.llm.config import Architecture
 from lindm.llm.io import weights
@@ -41,7 +41,7 @@ def forgotten():
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory, brute) -> Micro:
     root = tmp_path_factory.mktemp("micro")
-    recipe = Recipe(tasks=24, demos=2, queries=2, query_epsilon=0.5)
+    recipe = DatasetConfig(tasks=24, demos=2, queries=2, query_epsilon=0.5)
     clouds = [brute.random(5, S=2, A=2, O=2, M=m, H=3, alpha=0.7, same_start=True).problem() for m in (1, 2)]
     single = type(clouds[0].models)(**{k: getattr(clouds[0].models, k)[0] for k in ("P", "O", "r", "rho")})
     for name, source in (("mdp", SUITE), ("hidden", single), ("cloud", clouds[1])):

@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from lindm import datasets
-from lindm.datasets import drawing, shards
-from lindm.datasets.shards import make
+from lindm.datasets import generate, writer
+from lindm.datasets.writer import make
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
 from lindm.io import directories, files
 from tests.lindm.datasets.conftest import SUITE, fixed_mdp, recipe
@@ -68,7 +68,7 @@ import jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, sys.argv[1])
 from tests.lindm.datasets.conftest import fixed_mdp, recipe
-from lindm.datasets.shards import make
+from lindm.datasets.writer import make
 replace = os.replace
 def dying(source, target):
     if Path(target).name == "episodes-00001.jsonl":  # the shard has its tasks and not its episodes
@@ -150,7 +150,7 @@ def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, m
     with pytest.raises(LindmError):
         make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
     before = contents(out)
-    monkeypatch.setattr(files if place in ("read_json", "read_json_lines") else shards, place, stopped)
+    monkeypatch.setattr(files if place in ("read_json", "read_json_lines") else writer, place, stopped)
     with pytest.raises(LindmError) as e:
         make(out, source, RECIPE)
     assert isinstance(e.value, Preempted) and contents(out) == before
@@ -164,7 +164,7 @@ def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, m
 def test_a_flipped_bit_is_found_and_repaired(tmp_path, source, reference, monkeypatch, name):
     out = tmp_path / "d"
     if name == "progress.jsonl":  # a run that did not come to its manifest
-        monkeypatch.setattr(shards, "card", lambda manifest: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(writer, "card", lambda manifest: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make(out, source, RECIPE)
         monkeypatch.undo()
@@ -206,7 +206,7 @@ def test_other_versions_may_read_a_dataset_but_not_go_on_with_it(tmp_path, sourc
     out = tmp_path / "d"
     make(out, source, RECIPE)
     before = contents(out)
-    monkeypatch.setattr(shards, "_versions", lambda: json.loads((out / "config.json").read_text())["versions"] | {"jax": "9"})
+    monkeypatch.setattr(writer, "_versions", lambda: json.loads((out / "config.json").read_text())["versions"] | {"jax": "9"})
     assert make(out, source, RECIPE).made == 0 and contents(out) == before
     (out / "tasks-00000.jsonl").unlink()
     with pytest.raises(LindmError, match=r'jax is "0\.\d+\.\d+.*" there and "9" here'):
@@ -279,7 +279,7 @@ def test_parquet_and_json_lines_say_the_same(made):
 
 
 def test_one_shard_at_a_time_is_in_memory(tmp_path, source, monkeypatch):
-    alive, draw = [], drawing.Drawing.draw
+    alive, draw = [], generate.TaskGenerator.draw
 
     def watched(self, first, last, tick):
         assert not any(ref() is not None for ref in alive)
@@ -288,15 +288,15 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path, source, monkeypatch):
         assert len(drawn[2][0].s) == last - first <= 4
         return drawn
 
-    monkeypatch.setattr(drawing.Drawing, "draw", watched)
+    monkeypatch.setattr(generate.TaskGenerator, "draw", watched)
     make(tmp_path / "d", source, RECIPE)
     assert len(alive) == 3
 
 
 def test_a_shard_is_sized_by_its_bytes_and_not_by_the_number_of_tasks():
     for n in (1, 10**6):
-        assert drawing.Drawing(SUITE, recipe(tasks=n, shard=None)).shard == 256
-    big = drawing.Drawing(SUITE, recipe(demos=40_000, shard=None))
+        assert generate.TaskGenerator(SUITE, recipe(tasks=n, shard=None)).shard == 256
+    big = generate.TaskGenerator(SUITE, recipe(demos=40_000, shard=None))
     assert 1 <= big.shard < 256 and big.shard * 40_002 * 3 * 9 * 8 <= 2**26
 
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from lindm import __version__
 from lindm.datasets.card import card
-from lindm.datasets.drawing import Drawing, Draws, Recipe
-from lindm.datasets.reading import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_manifest, sealed, unsealed
+from lindm.datasets.generate import DatasetConfig, Draws, TaskGenerator
+from lindm.datasets.reader import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_manifest, sealed, unsealed
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
@@ -55,7 +55,7 @@ class Made:
 def make(
     out: Path,
     source: Suite | Source | Problem,
-    recipe: Recipe,
+    recipe: DatasetConfig,
     *,
     license: str = "apache-2.0",
     progress: Callable[[int, int], None] | None = None,
@@ -72,7 +72,7 @@ def make(
       LindmError: `out` holds something else or is being written (2), cannot be written (7); a needed package is missing (2).
     """
     _arrow()
-    drawing = Drawing(source.problem if isinstance(source, Source) else source, recipe)
+    drawing = TaskGenerator(source.problem if isinstance(source, Source) else source, recipe)
     names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, Source) else {}
     config = _config(drawing, {part: given for part, given in names.items() if given}, license)
     with directories.sole_writer(out):
@@ -103,7 +103,7 @@ def make(
 # --- what a run is ---------------------------------------------------------------------------------------------------------
 
 
-def _config(drawing: Drawing, names: dict[str, list[str]], license: str) -> dict:
+def _config(drawing: TaskGenerator, names: dict[str, list[str]], license: str) -> dict:
     sizes = _sizes(drawing.like)
     for part, given in names.items():
         wanted = sizes.get(PARTS[part], 0)
@@ -178,7 +178,7 @@ def _difference(there: Any, asked: Any, at: str = "") -> str:
     return f"{at} is {json.dumps(there)} there and {json.dumps(asked)} here"
 
 
-def _plan(drawing: Drawing) -> dict[str, tuple[int, int]]:
+def _plan(drawing: TaskGenerator) -> dict[str, tuple[int, int]]:
     """The pieces of a dataset, by name, and their tasks."""
     n, size = drawing.recipe.tasks, drawing.shard
     shards = {f"{k:05d}": (first, min(first + size, n)) for k, first in enumerate(range(0, n, size))}
@@ -204,7 +204,7 @@ def _intact(path: Path, file: dict) -> bool:
 # --- writing ---------------------------------------------------------------------------------------------------------------
 
 
-def _write_shard(out: Path, name: str, drawing: Drawing, first: int, last: int, tick: Callable[[int], None]) -> dict:
+def _write_shard(out: Path, name: str, drawing: TaskGenerator, first: int, last: int, tick: Callable[[int], None]) -> dict:
     """Write the files of a piece; its record."""
     record: dict[str, Any] = {"point": {"shard": name}, "tasks": last - first}
     if name == "problem":
@@ -233,7 +233,7 @@ def _arrays(problems: Problem) -> Table:
     return parts | ({"alpha": np.asarray(problems.alpha, np.float64)} if isinstance(problems, APOMDP) else {})
 
 
-def _rows(drawing: Drawing, first: int, drawn: Draws) -> Table:
+def _rows(drawing: TaskGenerator, first: int, drawn: Draws) -> Table:
     """A row per episode."""
     _, _, (episodes, found) = drawn
     n, counts = len(episodes.a), (drawing.recipe.demos, drawing.recipe.queries)

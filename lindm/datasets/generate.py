@@ -23,7 +23,7 @@ from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import BUDGET, Solution, method_for, solve
 from lindm.types import MDP, Episodes, Labels, Problem
 
-BEHAVIOURS = ("oracle", "epsilon", "uniform")
+BEHAVIORS = ("oracle", "epsilon", "uniform")
 BLOCK = 16  # tasks of one compiled call
 LARGEST_SHARD, SHARD_BYTES = 256, 1 << 26
 
@@ -32,7 +32,7 @@ Draws = tuple[Problem | None, dict[str, np.ndarray], tuple[Episodes, Labels]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class DatasetConfig:
     """How much is drawn, and who acts."""
 
     tasks: int
@@ -40,10 +40,10 @@ class Recipe:
     """demonstration episodes of a task"""
     queries: int = 1
     """query episodes of a task"""
-    behaviour: str = "oracle"
+    behavior: str = "oracle"
     """who makes the demonstrations: oracle, epsilon (with probability epsilon a uniform action, else the oracle's) or uniform"""
     epsilon: float = 0.2
-    query_behaviour: str = "epsilon"
+    query_behavior: str = "epsilon"
     """who makes the queries; a learner's own mistakes lead off the oracle's path, so labels are wanted there too"""
     query_epsilon: float = 0.2
     seed: int = 0
@@ -61,9 +61,9 @@ class Recipe:
             raise ValueError(f"seed must be below 2^32 and tasks below 2^31; got {self.seed} and {self.tasks}")
         if self.shard is not None:
             validate.count(self.shard, "shard")
-        for name in ("behaviour", "query_behaviour"):
-            if getattr(self, name) not in BEHAVIOURS:
-                raise ValueError(f"{name} must be one of {', '.join(BEHAVIOURS)}; got {getattr(self, name)!r}")
+        for name in ("behavior", "query_behavior"):
+            if getattr(self, name) not in BEHAVIORS:
+                raise ValueError(f"{name} must be one of {', '.join(BEHAVIORS)}; got {getattr(self, name)!r}")
         validate.fraction(self.epsilon, "epsilon")
         validate.fraction(self.query_epsilon, "query_epsilon")
 
@@ -71,16 +71,16 @@ class Recipe:
     def exploration(self) -> tuple[float, float]:
         """The probability of a uniform action, in demonstrations and in queries."""
         demos, queries = (
-            {"oracle": 0.0, "epsilon": epsilon, "uniform": 1.0}[behaviour]
-            for behaviour, epsilon in ((self.behaviour, self.epsilon), (self.query_behaviour, self.query_epsilon))
+            {"oracle": 0.0, "epsilon": epsilon, "uniform": 1.0}[behavior]
+            for behavior, epsilon in ((self.behavior, self.epsilon), (self.query_behavior, self.query_epsilon))
         )
         return demos, queries
 
 
-class Drawing:
+class TaskGenerator:
     """The tasks of a source, a range at a time. A fixed problem is solved once, when it is first asked for."""
 
-    def __init__(self, source: Suite | Problem, recipe: Recipe):
+    def __init__(self, source: Suite | Problem, recipe: DatasetConfig):
         if not isinstance(source, Suite):
             source = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), source)
         self.source: Suite | Problem = source

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lindm import datasets
-from lindm.datasets import drawing
+from lindm.datasets import generate
 from lindm.families.suites import Suite
 from lindm.types import APOMDP
 from tests.lindm.datasets.conftest import SUITE, recipe
@@ -38,12 +38,12 @@ def test_labels_with_bounds_say_so(tmp_path):
 
 
 def test_a_suite_without_tasks_is_an_error_and_not_a_file_of_nan(tmp_path, monkeypatch):
-    real = drawing._drawn
+    real = generate._drawn
 
     def nothing_found(*args):
         return jax.tree.map(lambda x: x * np.nan, real(*args))
 
-    monkeypatch.setattr(drawing, "_drawn", nothing_found)
+    monkeypatch.setattr(generate, "_drawn", nothing_found)
     with pytest.raises(ValueError, match=r"no task 0 to 3 of the source Suite\(name='small'.*its gap is too large"):
         datasets.make(tmp_path / "d", SUITE, recipe())
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["config.json"]

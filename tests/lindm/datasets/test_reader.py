@@ -80,9 +80,9 @@ def test_labels_of_a_cloud_are_those_of_the_recursion_at_the_history(made):
     )
 
 
-def test_behaviours_behave_as_they_are_named(made, tmp_path):
+def test_behaviors_behave_as_they_are_named(made, tmp_path):
     """The label is taken with probability 1 by the oracle, 1 - e + e/A by epsilon, 1/A by uniform."""
-    A, how = 3, {"behaviour": "uniform", "query_behaviour": "epsilon", "query_epsilon": 0.3}
+    A, how = 3, {"behavior": "uniform", "query_behavior": "epsilon", "query_epsilon": 0.3}
     datasets.make(tmp_path / "d", made.sources["mdp"], recipe(tasks=200, shard=None, **how))
     agreed = {"demo": [], "query": []}
     for _, rows in load(tmp_path / "d"):
@@ -151,8 +151,8 @@ def test_what_is_no_dataset_is_refused(tmp_path):
         ({"queries": 1.5}, "queries must be"),
         ({"epsilon": 1.1}, "epsilon must be a number in"),
         ({"query_epsilon": -0.1}, "query_epsilon must be a number in"),
-        ({"behaviour": "expert"}, "behaviour must be one of oracle, epsilon, uniform; got 'expert'"),
-        ({"query_behaviour": "greedy"}, "query_behaviour must be one of"),
+        ({"behavior": "expert"}, "behavior must be one of oracle, epsilon, uniform; got 'expert'"),
+        ({"query_behavior": "greedy"}, "query_behavior must be one of"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**32}, "seed must be below"),
         ({"shard": 0}, "shard must be"),
