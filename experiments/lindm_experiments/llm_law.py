@@ -38,7 +38,7 @@ from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import compare
 from lindm.llm.config import Architecture
 from lindm.llm.model import Decoder
-from lindm.llm.sft.step import Optimisation
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.validate import count
 from lindm_experiments.harness.criteria import judge, undecided
 from lindm_experiments.harness.statistics import Verdict, mean_ci
@@ -149,7 +149,7 @@ def train(key: Array, N: int, steps: int) -> nnx.State:
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(SMALL, nnx.Rngs(0))))
     k_weights, k_data = jax.random.split(key)
     weights = nnx.state(Decoder(SMALL, nnx.Rngs(k_weights)))
-    optimizer = Optimisation(steps=steps, learning_rate=RATE, floor=0.0).optimizer()
+    optimizer = make_optimizer(OptimizerConfig(steps=steps, learning_rate=RATE, floor=0.0))
 
     def loss(weights: nnx.State, k: Array) -> Array:
         Q, pairs, y = draw(k, BATCH, N)

@@ -39,7 +39,9 @@ from lindm.llm.parallel import sharding
 from lindm.llm.parallel.chips import measured_peak
 from lindm.llm.sft import packing
 from lindm.llm.sft.evaluator import flops_of_step
-from lindm.llm.sft.step import Computing, Optimisation, initial, jitted, make_step, shardings
+from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
+from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import Example
 
 MODULE = "lindm.bench.sft"
@@ -106,15 +108,17 @@ def run_ours(method: str, way: str, directory: Path) -> dict[str, Any]:
     model = weights.load(directory, mesh=mesh)
     if method == "lora":
         add_lora(model, RANK, ALPHA, jax.random.key(0))
-    optimizer = Optimisation(steps=1000, learning_rate=RATE).optimizer()
+    optimizer = make_optimizer(OptimizerConfig(steps=1000, learning_rate=RATE))
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     del model
-    lies = shardings(jax.eval_shape(lambda p: initial(p, optimizer), params), frozen, mesh)
-    step = jitted(make_step(graphdef, optimizer, Computing(remat="selective" if way == "one" else way), mesh), lies)
-    filled = packing.fill(rows, *packing.shape_of(rows))
-    batch = jax.tree.map(lambda x: sharding.place(x[None], lies[2]), filled)
-    stop = sharding.place(np.zeros(1, np.int32), lies[3])
-    state = jax.jit(lambda p: initial(p, optimizer), out_shardings=lies[0])(params)
+    shardings = step_shardings(jax.eval_shape(lambda p: init_train_state(p, optimizer), params), frozen, mesh)
+    step = jit_train_step(
+        make_train_step(graphdef, optimizer, ComputeConfig(remat="selective" if way == "one" else way), mesh), shardings
+    )
+    filled = packing.make_batch(rows, *packing.batch_shape(rows))
+    batch = jax.tree.map(lambda x: sharding.shard_array(x[None], shardings.batch), filled)
+    stop = sharding.shard_array(np.zeros(1, np.int32), shardings.stop_flags)
+    state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
     del params
     compiling, compiled = timed(lambda: step.lower(state, frozen, batch, stop).compile())
     losses: list[float] = []
@@ -209,7 +213,7 @@ def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
     """The table. RuntimeError where the sides' first losses differ: they would not have done the same work."""
     table: list[Row] = []
     tokens, shape = ROWS * TOKENS, f"{ROWS} x {TOKENS} tokens"
-    sized = packing.shape_of(rows_of("selective"))
+    sized = packing.batch_shape(rows_of("selective"))
     for method in METHODS:
         name, what = names[method], "full" if method == "full" else f"LoRA r{RANK}"
         mine, theirs = ours[method, "selective"], peer.get((method, "selective"))

@@ -4,10 +4,10 @@ import os
 
 from lindm.cli.arguments import Command
 from lindm.cli.exit_codes import EXIT_CODES
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 
 
-def run(options: Sft) -> int:
+def run(options: SFTConfig) -> int:
     from lindm.llm.parallel import supervisor
 
     if (options.processes or 1) > 1 or (options.coordinator is None and supervisor.launcher(dict(os.environ))):
@@ -19,7 +19,7 @@ def run(options: Sft) -> int:
 
 COMMAND = Command(
     name="sft",
-    options=Sft,
+    options=SFTConfig,
     run=run,
     examples=(
         "lindm sft --preset tiny --data data/pomdp --out runs/tiny",

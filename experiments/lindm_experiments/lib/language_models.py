@@ -19,7 +19,7 @@ from lindm.families.suites import Suite, suite
 from lindm.io import signals
 from lindm.llm.io import weights
 from lindm.llm.sft import setup, trainer
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 
 TINY = "tiny"  # in place of a model's directory: one from nothing, with a vocabulary of its own
 
@@ -53,13 +53,13 @@ def check(model: str) -> None:
         raise DataError(f"model must be {TINY} or the directory of a model; got {model} (make smollm2 brings SmolLM2)")
 
 
-def options(model: str, data: Path, out: Path, **how: Any) -> Sft:
+def options(model: str, data: Path, out: Path, **how: Any) -> SFTConfig:
     """Of a training run on all of the data: every weight of a tiny model, adapters of a given one."""
     start = {"preset": TINY} if model == TINY else {"model": Path(model), "method": "lora"}
-    return Sft(data=data, out=out, held_out=0.0, eval_tasks=0, **start, **how)
+    return SFTConfig(data=data, out=out, held_out=0.0, eval_tasks=0, **start, **how)
 
 
-def fine_tuned(asked: Sft) -> Path:
+def fine_tuned(asked: SFTConfig) -> Path:
     """The directory of a finished run. Its checkpoints are removed: it is not resumed."""
     trainer.run(asked)
     signals.stop_on_signals()  # training only notes them; nothing is unsaved any more
@@ -67,7 +67,7 @@ def fine_tuned(asked: Sft) -> Path:
     return asked.out
 
 
-def before(asked: Sft, out: Path) -> Path:
+def before(asked: SFTConfig, out: Path) -> Path:
     """The model that the run starts from, as a directory."""
     if asked.model is not None:
         return asked.model

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import lindm
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 
 MOUNT = "/lindm"  # where a job that brings its own disk finds it
 GRACE = 120  # seconds between being told to stop and being killed
@@ -234,7 +234,7 @@ def _printable(what: str, word: str) -> None:
             raise ValueError(f"{what} must have no U+{ord(character):04X}, which a job file cannot carry; got {word!r}")
 
 
-def check_options(job: Job | Workers, options: Sft, words: Sequence[str]) -> None:
+def check_options(job: Job | Workers, options: SFTConfig, words: Sequence[str]) -> None:
     """Whether `lindm sft`, so asked, can be started by a job, and started again.
 
     Args:

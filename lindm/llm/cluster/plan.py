@@ -30,11 +30,13 @@ from lindm.llm.config import Architecture
 from lindm.llm.lora import BASES, add_lora, quantise
 from lindm.llm.model import REMATS, Decoder
 from lindm.llm.parallel import chips
-from lindm.llm.parallel.sharding import AXES, check_batch, make_mesh
+from lindm.llm.parallel.sharding import AXES, check_batch_size, make_mesh
 from lindm.llm.sft.evaluator import flops_of_step
+from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.options import METHODS
 from lindm.llm.sft.packing import Batch
-from lindm.llm.sft.step import Computing, Optimisation, State, initial, jitted, make_step, shardings
+from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 
 HEADROOM = 0.05
 TRIED = 6  # meshes that are compiled where none is asked for
@@ -167,8 +169,8 @@ class Program(NamedTuple):
     """A step that can be lowered, and the shapes of what it takes: state, frozen weights, batch, stop."""
 
     step: Any
-    arguments: tuple[State, nnx.State, Batch, jax.ShapeDtypeStruct]
-    lies: tuple[Any, ...]  # how they lie
+    arguments: tuple[TrainState, nnx.State, Batch, jax.ShapeDtypeStruct]
+    shardings: tuple[Any, ...]  # how they lie
 
 
 def abstract(job: Job) -> Decoder:
@@ -190,19 +192,23 @@ def program(job: Job, mesh: Mesh) -> Program:
     Raises:
       ValueError: the mesh does not divide a weight or the batch.
     """
-    check_batch(job.batch, mesh)
+    check_batch_size(job.batch, mesh)
     graphdef, params, frozen = nnx.split(abstract(job), nnx.Param, ...)
-    optimizer = Optimisation(steps=1000).optimizer()
-    state = jax.eval_shape(lambda p: initial(p, optimizer), params)
-    lies = shardings(state, frozen, mesh)
-    computing = Computing(dtype=jnp.bfloat16 if job.dtype == "bf16" else jnp.float32, remat=job.remat)
+    optimizer = make_optimizer(OptimizerConfig(steps=1000))
+    state = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
+    shardings = step_shardings(state, frozen, mesh)
+    compute = ComputeConfig(dtype=jnp.bfloat16 if job.dtype == "bf16" else jnp.float32, remat=job.remat)
 
     def ints(*sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
     whole, few = ((job.accumulate, job.batch, n) for n in (job.seq, job.labels))
-    batch = Batch(ids=ints(*whole), positions=ints(*whole), segments=ints(*whole), at=ints(*few), target=ints(*few))
-    return Program(jitted(make_step(graphdef, optimizer, computing, mesh), lies), (state, frozen, batch, ints(mesh.size)), lies)
+    batch = Batch(ids=ints(*whole), positions=ints(*whole), segments=ints(*whole), label_positions=ints(*few), targets=ints(*few))
+    return Program(
+        jit_train_step(make_train_step(graphdef, optimizer, compute, mesh), shardings),
+        (state, frozen, batch, ints(mesh.size)),
+        shardings,
+    )
 
 
 def compile_plan(job: Job, mesh: Mesh, limits: Limits) -> Plan:
@@ -271,11 +277,11 @@ def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
         sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
         mesh = make_mesh(sizes, devices)
         try:
-            check_batch(job.batch, mesh)
-            lies = shardings(*state[:2], mesh)
+            check_batch_size(job.batch, mesh)
+            shardings = step_shardings(*state[:2], mesh)
         except ValueError:
             continue
-        held = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in _pairs(state[:2], lies[:2]))
+        held = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in _pairs(state[:2], shardings[:2]))
         found.append((held, sizes))
     if not found:
         raise ValueError(
@@ -290,8 +296,8 @@ def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
     return ordered[:TRIED]
 
 
-def _pairs(values: Any, lies: Any) -> list[tuple[Any, Any]]:
-    return list(zip(jax.tree.leaves(values), jax.tree.leaves(lies), strict=True))
+def _pairs(values: Any, shardings: Any) -> list[tuple[Any, Any]]:
+    return list(zip(jax.tree.leaves(values), jax.tree.leaves(shardings), strict=True))
 
 
 def _guess(job: Job, held: int, sizes: dict[str, int]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lindm.errors import LindmError, LostPeerError, Preempted, UsageError
 from lindm.llm.cluster.jobs import RAY_TYPES, Workers, slice_of
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 
 Loop = Callable[[dict[str, Any]], None]
 
@@ -49,7 +49,7 @@ def meet() -> tuple[str, int, int]:
     return str(collective.broadcast_from_rank_zero(address)), get_context().get_world_size(), rank
 
 
-def run(job: Workers, options: Sft, loop: Loop = train) -> int:
+def run(job: Workers, options: SFTConfig, loop: Loop = train) -> int:
     """Train on Ray; 0.
 
     Raises:
@@ -91,7 +91,7 @@ def run(job: Workers, options: Sft, loop: Loop = train) -> int:
     raise lost
 
 
-def absolute(options: Sft) -> Sft:
+def absolute(options: SFTConfig) -> SFTConfig:
     """Workers stand in other directories."""
     changed: dict[str, Any] = {
         field.name: path.absolute()

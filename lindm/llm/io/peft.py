@@ -24,7 +24,7 @@ from lindm.llm.io.tensor_names import MODULES
 from lindm.llm.io.weights import by_the_first, gathered
 from lindm.llm.lora import TARGETS, add_lora, linears
 from lindm.llm.model import Decoder
-from lindm.llm.parallel.sharding import place, spec_of
+from lindm.llm.parallel.sharding import shard_array, weight_spec
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 USED = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "fan_in_fan_out", "target_modules"}
@@ -99,8 +99,10 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
         for leaf in ("A", "B"):
             layers = [f.get_tensor(_key(i, name, leaf)).astype(np.float32).T for i in range(model.architecture.depth)]
             stacked = np.stack(layers)
-            spec = None if mesh is None else NamedSharding(mesh, spec_of(f"blocks.{name}.{leaf.lower()}", stacked.shape, mesh))
-            array = jnp.asarray(stacked) if spec is None else place(stacked, spec)
+            spec = (
+                None if mesh is None else NamedSharding(mesh, weight_spec(f"blocks.{name}.{leaf.lower()}", stacked.shape, mesh))
+            )
+            array = jnp.asarray(stacked) if spec is None else shard_array(stacked, spec)
             setattr(linear, leaf.lower(), nnx.data(nnx.Param(array)))
     return model
 

@@ -30,7 +30,7 @@ from lindm.llm.io.tensor_names import HEAD, TOP, Tensor
 from lindm.llm.io.tensor_names import tensors as expected
 from lindm.llm.lora import BASES, held
 from lindm.llm.model import Decoder, Linear, abstract
-from lindm.llm.parallel.sharding import path_of, spec_of
+from lindm.llm.parallel.sharding import weight_path, weight_spec
 
 BESIDE = (  # what a model's directory may have beside weights and architecture: its text, and how it is asked to generate
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -124,13 +124,13 @@ class _Plan:
         def lies(path: str, shape: tuple[int, ...]) -> Sharding:
             if mesh is None:
                 return SingleDeviceSharding(jax.local_devices()[0])
-            return NamedSharding(mesh, spec_of(path, shape, mesh))
+            return NamedSharding(mesh, weight_spec(path, shape, mesh))
 
         self.sharding = lies(path, self.shape)
         if self.base in ("int8", "nf4"):
             kernel = jax.ShapeDtypeStruct(self.shape, jnp.float32)
             self.graphdef, shapes = nnx.split(nnx.eval_shape(lambda k: held(k, base), kernel))
-            self.parts = jax.tree_util.tree_map_with_path(lambda k, leaf: lies(f"{path}.{path_of(k)}", leaf.shape), shapes)
+            self.parts = jax.tree_util.tree_map_with_path(lambda k, leaf: lies(f"{path}.{weight_path(k)}", leaf.shape), shapes)
 
     def fill(self, part: list[Tensor], stored: dict[str, Stored]) -> None:
         """Read the weight into the model. The files are mapped only for so long: what was read does not stay in memory."""

@@ -1,8 +1,8 @@
-"""Which axis of which weight lies on which axis of the mesh: one table.
+"""Mesh and shardings: one table maps the axes of every weight to the axes of the mesh.
 
-Mesh axes: `data` (whole copies of the model), `fsdp` (weights cut, gathered where they are used; batches cut as well), `tensor`
-(heads and the perceptron's hidden units cut). A batch is cut along `data` and `fsdp` together. Everything that is not in the
-table (norms, biases of the residual stream) is whole on every device.
+Mesh axes: `data` (replicas of the model), `fsdp` (weights are sharded and gathered where they are used; batches are sharded too)
+and `tensor` (attention heads and hidden units of the MLP are sharded). The rows of a batch are sharded over `data` and `fsdp`
+together. Weights that are not in the table (norms, biases of the residual stream) are replicated.
 """
 
 import math
@@ -15,14 +15,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # the first axis of a batch, or of activations
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))  # rows of a batch or of activations
 
-INTO, OUT_OF = (None, "fsdp", "tensor"), (None, "tensor", "fsdp")  # kernels [depth, in, out] that begin, and end, a cut part
-RULES: dict[str, tuple[str | None, ...]] = {
+# kernels [num_layers, in, out]: the first shards its outputs over `tensor`, the second its inputs
+COLUMN_PARALLEL, ROW_PARALLEL = (None, "fsdp", "tensor"), (None, "tensor", "fsdp")
+WEIGHT_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", "fsdp"),
     "head": ("fsdp", "tensor"),
-    **{f"blocks.{name}.kernel": INTO for name in ("q", "k", "v", "gate", "up")},
-    **{f"blocks.{name}.kernel": OUT_OF for name in ("o", "down")},
+    **{f"blocks.{name}.kernel": COLUMN_PARALLEL for name in ("q", "k", "v", "gate", "up")},
+    **{f"blocks.{name}.kernel": ROW_PARALLEL for name in ("o", "down")},
     **{f"blocks.{name}.bias": (None, "tensor") for name in ("q", "k", "v", "gate", "up")},
     **{f"blocks.{name}.a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
     **{f"blocks.{name}.b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
@@ -32,7 +33,11 @@ RULES: dict[str, tuple[str | None, ...]] = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes of the axes from "fsdp=8,tensor=2"; ValueError for what is not of that form."""
+    """The axis sizes of "fsdp=8,tensor=2"; axes that are not named have size 1.
+
+    Raises:
+      ValueError: another form, an unknown axis, or a size below 1.
+    """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
@@ -43,24 +48,32 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices; ValueError where their number is not the product of the sizes."""
+    """A mesh over the devices [default: all devices].
+
+    Raises:
+      ValueError: the product of the sizes is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
-    wanted = [sizes.get(axis, 1) for axis in AXES]
-    if math.prod(wanted) != len(devices):
-        text = ",".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
-        raise ValueError(f"mesh must use all {len(devices)} devices; {text} is for {math.prod(wanted)}")
-    return jax.make_mesh(tuple(wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    if math.prod(shape) != len(devices):
+        text = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"mesh must use all {len(devices)} devices; {text} uses {math.prod(shape)}")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the weight at a path such as blocks.q.kernel lies; ValueError where the mesh does not divide it."""
+def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition spec of the weight at a path such as blocks.q.kernel.
+
+    Raises:
+      ValueError: a mesh axis does not divide the axis of the weight that is sharded over it.
+    """
     parts = path.split(".")
-    packed = parts[-1] if parts[-2:-1] == ["kernel"] else None  # q or scale of a kernel held in fewer bits
-    rule = RULES.get(".".join(parts[:-1]) if packed else path, ())
+    quantized = parts[-1] if parts[-2:-1] == ["kernel"] else None  # q or scale of a quantized kernel
+    rule = WEIGHT_AXES.get(".".join(parts[:-1]) if quantized else path, ())
     axes: list[str | None] = []
     for size, axis in zip(shape, rule, strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            if packed == "scale":  # small, and its inputs are counted in blocks
+            if quantized == "scale":  # small, and its input axis counts blocks
                 axis = None
             else:
                 raise ValueError(f"mesh must divide {path} {list(shape)}: {axis}={mesh.shape[axis]} does not divide {size}")
@@ -68,28 +81,32 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """blocks.q.kernel of the keys of a leaf of an nnx state, or of an optimizer's state that mirrors it."""
+def weight_path(keys: Sequence[Any]) -> str:
+    """The path (blocks.q.kernel) of a leaf of an nnx state, or of an optimizer state that mirrors it, from its tree keys."""
     names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in keys]
     return ".".join(name for name in names if name != "value")
 
 
-def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """A `NamedSharding` in the place of each weight."""
+def weight_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """A `NamedSharding` for each weight."""
 
-    def one(keys, leaf):
-        return NamedSharding(mesh, spec_of(path_of(keys), leaf.shape, mesh))
+    def sharding(keys, leaf):
+        return NamedSharding(mesh, weight_spec(weight_path(keys), leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(one, state)
-
-
-def check_batch(rows: int, mesh: Mesh) -> None:
-    """ValueError where the rows of a batch cannot be cut along data and fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
-        raise ValueError(f"batch must be a multiple of data x fsdp = {ways}; got {rows}")
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host's array on the mesh; every process has the whole of it and takes its own part."""
+def check_batch_size(rows: int, mesh: Mesh) -> None:
+    """Check that the rows of a batch can be sharded over data and fsdp.
+
+    Raises:
+      ValueError: `rows` is no multiple of data x fsdp.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise ValueError(f"batch must be a multiple of data x fsdp = {shards}; got {rows}")
+
+
+def shard_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array on the mesh. Every process passes the whole array and keeps its own shards."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -14,8 +14,8 @@ from lindm.llm.config import Architecture
 from lindm.llm.parallel import sharding
 from lindm.llm.policy import Reader
 from lindm.llm.sft import packing
+from lindm.llm.sft.loss import lm_loss
 from lindm.llm.sft.setup import Prepared
-from lindm.llm.sft.step import sums
 
 EPISODES = 8  # sampled of a task whose histories are too many
 LISTED = 512  # histories of a stage of a task that are not too many
@@ -36,8 +36,8 @@ class Evaluator:
     def __init__(self, prepared: Prepared, graphdef: Any):
         self.prepared, self.graphdef = prepared, graphdef
         self.batches = list(self._batches())
-        computing, mesh = prepared.computing, prepared.mesh
-        self.sums = jax.jit(lambda params, frozen, batch: sums(nnx.merge(graphdef, params, frozen), batch, computing, mesh))
+        compute, mesh = prepared.compute, prepared.mesh
+        self.eval_loss = jax.jit(lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh))
         self.baseline: dict[str, float] | None = None
         if prepared.decisions is not None:
             with double_precision():
@@ -51,7 +51,7 @@ class Evaluator:
             totals = []
             for batch in self.batches:
                 _go_on()
-                totals.append(jax.device_get(self.sums(params, frozen, batch)))
+                totals.append(jax.device_get(self.eval_loss(params, frozen, batch)))
             labels = sum(int((e.target >= 0).sum()) for row in self.prepared.held for e in row)
             found["loss"] = float(sum(float(loss) for loss, _ in totals) / labels)
             found["accuracy"] = float(sum(float(right) for _, right in totals) / labels)
@@ -62,17 +62,17 @@ class Evaluator:
     def _batches(self):
         """All held-out rows, in batches of one shape."""
         p, mesh = self.prepared, self.prepared.mesh
-        lies = NamedSharding(mesh, sharding.ROWS)
+        batch_sharding = NamedSharding(mesh, sharding.BATCH_SPEC)
         for at in range(0, len(p.held), p.options.batch):
             rows = p.held[at : at + p.options.batch]
-            filled = packing.fill([*rows, *[[]] * (p.options.batch - len(rows))], p.T, p.L)
-            yield jax.tree.map(lambda x: sharding.place(x, lies), filled)
+            filled = packing.make_batch([*rows, *[[]] * (p.options.batch - len(rows))], p.T, p.L)
+            yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), filled)
 
     def _decide(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         p = self.prepared
         assert p.decisions is not None
         A, horizon = p.decisions.tasks[0]["n_actions"], p.decisions.tasks[0]["horizon"]
-        reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.template, A, p.computing.dtype)
+        reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.template, A, p.compute.dtype)
 
         def policy(demonstrations: Any) -> Policy:
             answer = reader.policy(demonstrations, horizon)

@@ -16,7 +16,7 @@ from typing import Any
 from lindm import datasets
 from lindm.errors import DataError
 from lindm.llm.chats import chat_example
-from lindm.llm.sft.packing import permutation
+from lindm.llm.sft.packing import philox_permutation
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, completion_example, document_example
 from lindm.text import COMPACT, READABLE, Piece, Template, load_template, render
 
@@ -93,7 +93,7 @@ def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     k = max(round(fraction * n), 1) if fraction else 0
     if n - k < 1:
         raise ValueError(f"fraction must leave something to train; {fraction} of {n} leaves nothing")
-    drawn = permutation(n, seed, HOLDING_OUT)
+    drawn = philox_permutation(n, seed, HOLDING_OUT)
     return sorted(drawn[k:].tolist()), sorted(drawn[:k].tolist())
 
 

@@ -2,7 +2,7 @@
 
 Short examples share a row: each is a segment, attention stays within it, and its positions start at 0, so it trains as if it had
 the row to itself. Which examples share a row is settled once, so that one compiled program serves every step: best fit, longest
-first, at most 11/9 of the fewest rows possible. Only the positions that train carry logits; `at` names them.
+first, at most 11/9 of the fewest rows possible. Only the positions that train carry logits; `label_positions` holds them.
 
 The order of the rows is a function of the seed and the step and of nothing else, so a resumed run goes on with what would have
 come, at once. Each epoch is a permutation of all rows, sorted by random bits of a Philox generator with the key (seed, epoch);
@@ -29,8 +29,8 @@ class Batch:
     ids: Array | np.ndarray  # [R, T]
     positions: Array | np.ndarray  # [R, T] within the example
     segments: Array | np.ndarray  # [R, T] number of the example in its row
-    at: Array | np.ndarray  # [R, L] positions whose hidden state predicts
-    target: Array | np.ndarray  # [R, L] what it predicts; -1 where a row has fewer
+    label_positions: Array | np.ndarray  # [R, L] positions whose hidden state predicts
+    targets: Array | np.ndarray  # [R, L] what it predicts; -1 where a row has fewer
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -53,12 +53,12 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def alone(lengths: Sequence[int]) -> list[list[int]]:
+def one_per_row(lengths: Sequence[int]) -> list[list[int]]:
     """A row for each example."""
     return [[i] for i in range(len(lengths))]
 
 
-def shape_of(rows: Iterable[Sequence[Example]], T: int | None = None) -> tuple[int, int]:
+def batch_shape(rows: Iterable[Sequence[Example]], T: int | None = None) -> tuple[int, int]:
     """(T, L) that hold every row, T rounded up to a multiple of 64 unless it is given, L to one of 8.
 
     Raises:
@@ -77,7 +77,7 @@ def _rounded(n: int, unit: int) -> int:
     return -(-max(n, 1) // unit) * unit
 
 
-def fill(rows: Sequence[Sequence[Example]], T: int, L: int) -> Batch:
+def make_batch(rows: Sequence[Sequence[Example]], T: int, L: int) -> Batch:
     """The batch of these rows, as numpy arrays; a row may be empty. ValueError where a row does not fit."""
     R = len(rows)
     ids, positions, segments = (np.full((R, T), blank, np.int32) for blank in (0, 0, -1))
@@ -95,10 +95,10 @@ def fill(rows: Sequence[Sequence[Example]], T: int, L: int) -> Batch:
             at[r, labels:upto], target[r, labels:upto] = start + places, example.target[places]
             start, labels = end, upto
         positions[r, start:] = np.arange(T - start)
-    return Batch(ids=ids, positions=positions, segments=segments, at=at, target=target)
+    return Batch(ids=ids, positions=positions, segments=segments, label_positions=at, targets=target)
 
 
-def permutation(n: int, seed: int, number: int) -> np.ndarray:
+def philox_permutation(n: int, seed: int, number: int) -> np.ndarray:
     """0 .. n-1 [n] sorted by the raw bits of a Philox generator, which are the same in every version of numpy.
 
     Raises:
@@ -109,7 +109,7 @@ def permutation(n: int, seed: int, number: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(n), kind="stable")
 
 
-def stream(n_rows: int, rows_per_step: int, seed: int) -> Callable[[int], np.ndarray]:
+def batch_order(n_rows: int, rows_per_step: int, seed: int) -> Callable[[int], np.ndarray]:
     """step -> the rows [rows_per_step] of that step; the rows of all steps, put together, are epoch after epoch.
 
     Raises:
@@ -117,8 +117,8 @@ def stream(n_rows: int, rows_per_step: int, seed: int) -> Callable[[int], np.nda
     """
     if n_rows < 1 or rows_per_step < 1:
         raise ValueError(f"n_rows and rows_per_step must be at least 1; got {n_rows} and {rows_per_step}")
-    permutation(0, seed, 0)  # a bad seed is refused now
-    epoch = functools.lru_cache(maxsize=2)(lambda number: permutation(n_rows, seed, number))
+    philox_permutation(0, seed, 0)  # a bad seed is refused now
+    epoch = functools.lru_cache(maxsize=2)(lambda number: philox_permutation(n_rows, seed, number))
 
     def rows(step: int) -> np.ndarray:
         if step < 0:

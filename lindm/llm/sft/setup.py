@@ -26,8 +26,9 @@ from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import examples as records
 from lindm.llm.sft import packing
-from lindm.llm.sft.options import Sft
-from lindm.llm.sft.step import Computing, Optimisation
+from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.optimizer import OptimizerConfig
+from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import Example, Tokenizer, load_tokenizer
 from lindm.llm.train_tokenizer import small_tokenizer
 from lindm.text import Step, Template
@@ -63,7 +64,7 @@ class Decisions:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    options: Sft
+    options: SFTConfig
     tokenizer: Tokenizer
     architecture: Architecture
     train: list[list[Example]]  # rows
@@ -71,13 +72,13 @@ class Prepared:
     T: int
     L: int
     mesh: Mesh
-    computing: Computing
-    optimisation: Optimisation
+    compute: ComputeConfig
+    optimizer_config: OptimizerConfig
     decisions: Decisions | None
     inputs: dict[str, Any]  # what identifies data and model
 
 
-def prepare(options: Sft) -> Prepared:
+def prepare(options: SFTConfig) -> Prepared:
     """Read, check and lay out; nothing is allocated on a device.
 
     Raises:
@@ -107,10 +108,10 @@ def prepare(options: Sft) -> Prepared:
         train, held = records.held_out(every, options.held_out, options.seed)
     room = options.seq or max(len(e.ids) for e in (*train, *held))
     train_rows, held_rows = (_rows(part, room, options.pack) for part in (train, held))
-    T, L = packing.shape_of([*train_rows, *held_rows], options.seq)
+    T, L = packing.batch_shape([*train_rows, *held_rows], options.seq)
     sizes = sharding.parse_mesh(options.mesh) if options.mesh else {"fsdp": len(jax.devices())}
     mesh = sharding.make_mesh(sizes)
-    sharding.check_batch(options.batch, mesh)
+    sharding.check_batch_size(options.batch, mesh)
     accelerated = jax.devices()[0].platform != "cpu"
     wide = {"f32": jnp.float32, "bf16": jnp.bfloat16, "auto": jnp.bfloat16 if accelerated else jnp.float32}[options.dtype]
     steps = options.steps or (TINY_STEPS if options.preset else None)
@@ -125,8 +126,8 @@ def prepare(options: Sft) -> Prepared:
         T=T,
         L=L,
         mesh=mesh,
-        computing=Computing(dtype=wide, remat=options.remat or ("none" if options.preset else "selective")),
-        optimisation=Optimisation(
+        compute=ComputeConfig(dtype=wide, remat=options.remat or ("none" if options.preset else "selective")),
+        optimizer_config=OptimizerConfig(
             steps=steps,
             learning_rate=rate,
             warmup=options.warmup,
@@ -140,13 +141,13 @@ def prepare(options: Sft) -> Prepared:
 
 def _rows(examples: Sequence[Example], room: int, pack: bool) -> list[list[Example]]:
     lengths = [len(e.ids) for e in examples]
-    return [[examples[i] for i in row] for row in (packing.pack(lengths, room) if pack else packing.alone(lengths))]
+    return [[examples[i] for i in row] for row in (packing.pack(lengths, room) if pack else packing.one_per_row(lengths))]
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
 
 
-def _telling(options: Sft, data: Path | None = None) -> datasets.Telling | None:
+def _telling(options: SFTConfig, data: Path | None = None) -> datasets.Telling | None:
     """How a dataset's episodes become text; None for a file, which has texts of its own."""
     data = data or options.data
     if not data.is_dir():
@@ -161,7 +162,7 @@ def rewards_told(word: str, manifest: dict) -> bool:
     return word == "shown" or (word == "auto" and manifest["config"]["source"]["sizes"]["kind"] == "mdp")
 
 
-def _examples(options: Sft, data: Path, tokenizer: Tokenizer, how: datasets.Telling | None, length: int) -> list[Example]:
+def _examples(options: SFTConfig, data: Path, tokenizer: Tokenizer, how: datasets.Telling | None, length: int) -> list[Example]:
     """Of a file, whatever options it has no use for are refused there."""
     rewards = options.rewards != "hidden" if how is None else rewards_told(options.rewards, datasets.read_manifest(data))
     told = {"template": options.template, "rewards": rewards, "names": options.names, "supervise": options.supervise}
@@ -169,7 +170,7 @@ def _examples(options: Sft, data: Path, tokenizer: Tokenizer, how: datasets.Tell
         return records.examples(data, tokenizer, **told, length=length, progress=tell)
 
 
-def _own_vocabulary(options: Sft, how: datasets.Telling | None) -> Tokenizer:
+def _own_vocabulary(options: SFTConfig, how: datasets.Telling | None) -> Tokenizer:
     """A small tokenizer for the texts of a dataset."""
     if how is None:
         raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {options.data}")
@@ -177,7 +178,7 @@ def _own_vocabulary(options: Sft, how: datasets.Telling | None) -> Tokenizer:
     return small_tokenizer((piece.text for _, _, pieces, _ in every for piece in pieces), TINY.vocabulary)
 
 
-def _decisions(options: Sft, how: datasets.Telling | None, held: Sequence[Example]) -> Decisions | None:
+def _decisions(options: SFTConfig, how: datasets.Telling | None, held: Sequence[Example]) -> Decisions | None:
     """The first held-out tasks of a dataset, if decisions are to be measured."""
     if how is None or not options.eval_tasks or not held:
         return None
@@ -192,7 +193,7 @@ def _decisions(options: Sft, how: datasets.Telling | None, held: Sequence[Exampl
     return Decisions(tasks=tasks, demonstrations=demonstrations, template=how.template, rewards="reward" in how.shown)
 
 
-def _inputs(options: Sft) -> dict[str, Any]:
+def _inputs(options: SFTConfig) -> dict[str, Any]:
     """SHA-256 of what goes in."""
     found: dict[str, Any] = {}
     for name, path in (("data", options.data), ("eval_data", options.eval_data)):
@@ -212,10 +213,10 @@ def build(prepared: Prepared) -> Decoder:
     options, mesh = prepared.options, prepared.mesh
     if options.model is None:
         graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(prepared.architecture, nnx.Rngs(0))))
-        lies = sharding.state_shardings(shapes, mesh)
-        draw = jax.jit(lambda key: nnx.state(Decoder(prepared.architecture, nnx.Rngs(key))), out_shardings=lies)
+        shardings = sharding.weight_shardings(shapes, mesh)
+        draw = jax.jit(lambda key: nnx.state(Decoder(prepared.architecture, nnx.Rngs(key))), out_shardings=shardings)
         return nnx.merge(graphdef, draw(jax.random.key(options.seed)))
-    model = weights.load(options.model, mesh=mesh, base=options.held_base)
+    model = weights.load(options.model, mesh=mesh, base=options.base_format)
     if options.method != "full":
         add_lora(model, options.lora_rank, options.lora_alpha, jax.random.key(options.seed))
     return model

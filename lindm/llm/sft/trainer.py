@@ -33,9 +33,10 @@ from lindm.llm.parallel import chips, processes, sharding
 from lindm.llm.sft import checkpoints, packing
 from lindm.llm.sft import metrics as journal
 from lindm.llm.sft.evaluator import Evaluator, Interrupted, flops_of_step
-from lindm.llm.sft.options import Sft, differences
+from lindm.llm.sft.optimizer import make_optimizer
+from lindm.llm.sft.options import SFTConfig, config_differences
 from lindm.llm.sft.setup import Prepared, build, prepare
-from lindm.llm.sft.step import State, initial, jitted, make_step, shardings
+from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import audit
 
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
@@ -52,7 +53,7 @@ class Host(NamedTuple):
     worse: int = 0  # evaluations since
 
 
-def run(options: Sft) -> int:
+def run(options: SFTConfig) -> int:
     """Train, evaluate, export; 0. Ends by `LindmError` with the exit codes of the command line."""
     signals.stop_on_signals()
     processes.start(options.coordinator, options.processes, options.rank)
@@ -76,12 +77,12 @@ def _start_over(out: Path) -> None:
 def _same_run(prepared: Prepared, first: bool) -> None:
     """UsageError if the directory holds a run with other settings or other data; otherwise the settings are written there."""
     options, path = prepared.options, prepared.options.out / CONFIG
-    config = {"options": options.plain(), "inputs": prepared.inputs}
+    config = {"options": options.to_json(), "inputs": prepared.inputs}
     if path.exists():
         there = json.loads(path.read_bytes())
-        found = differences(there.get("options", {}), config["options"])
+        found = config_differences(there.get("options", {}), config["options"])
         if there.get("inputs") != config["inputs"]:
-            found += differences(there.get("inputs", {}), config["inputs"])
+            found += config_differences(there.get("inputs", {}), config["inputs"])
         if found:
             raise UsageError(f"{options.out} holds another run: {'; '.join(found)}; choose another --out, or --fresh")
     elif first:
@@ -95,25 +96,25 @@ def _same_run(prepared: Prepared, first: bool) -> None:
 
 
 def _train(prepared: Prepared, first: bool) -> int:
-    options, mesh, total = prepared.options, prepared.mesh, prepared.optimisation.steps
+    options, mesh, total = prepared.options, prepared.mesh, prepared.optimizer_config.steps
     out = options.out
     if first:
         _introduce(prepared)
     model = build(prepared)
-    optimizer = prepared.optimisation.optimizer()
+    optimizer = make_optimizer(prepared.optimizer_config)
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     del model
-    shapes = jax.eval_shape(lambda p: initial(p, optimizer), params)
-    lies = shardings(shapes, frozen, mesh)
-    params, frozen = _placed(params, lies[0].params), _placed(frozen, lies[1])
-    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies[0])
-    step = jitted(make_step(graphdef, optimizer, prepared.computing, mesh), lies)
-    feed = _Feed(prepared, lies[2], lies[3])
+    shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
+    shardings = step_shardings(shapes, frozen, mesh)
+    params, frozen = _placed(params, shardings.state.params), _placed(frozen, shardings.frozen)
+    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings.state)
+    step = jit_train_step(make_train_step(graphdef, optimizer, prepared.compute, mesh), shardings)
+    feed = _Feed(prepared, shardings.batch, shardings.stop_flags)
     compiled = _compiled(step, template, frozen, feed)
     signals.note_signals()  # from here on there is work to save
     found = checkpoints.restore(out / CHECKPOINTS, template)
     if found is None:
-        state, host, done = jax.jit(lambda p: initial(p, optimizer), out_shardings=lies[0])(params), Host(), 0
+        state, host, done = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params), Host(), 0
     else:
         state, host, done = found.state, Host(**found.host), found.step
     del params
@@ -152,7 +153,7 @@ class _Run:
         self.eval_every = self.options.eval_every or max(1, -(-total // 4))
         self.save_every = self.options.save_every or self.eval_every
 
-    def go(self, state: State, frozen: nnx.State, host: Host, done: int) -> tuple[State, Host, int]:
+    def go(self, state: TrainState, frozen: nnx.State, host: Host, done: int) -> tuple[TrainState, Host, int]:
         saved, asked = done, False
         while True:
             if not asked:
@@ -173,13 +174,13 @@ class _Run:
             done += 1
             asked = asked and done < self.total
 
-    def _step(self, state: State, frozen: nnx.State, done: int, saved: int) -> tuple[State, bool]:
+    def _step(self, state: TrainState, frozen: nnx.State, done: int, saved: int) -> tuple[TrainState, bool]:
         """One step, told and written down; and whether any process was asked to stop."""
         begun = time.perf_counter()
         batch, stop, digest = self.feed(done)
         state, metrics = self.compiled(state, frozen, batch, stop)
         metrics = processes.together(lambda: jax.device_get(metrics))
-        loss, norm, labels = float(metrics.loss), float(metrics.norm), int(metrics.labels)
+        loss, norm, labels = float(metrics.loss), float(metrics.grad_norm), int(metrics.num_labels)
         if not metrics.finite:
             where = ", ".join(self.feed.sources(done)[:4])
             kept = f"nothing of it was kept, and step {saved} is saved" if saved else "nothing of it was kept"
@@ -193,7 +194,7 @@ class _Run:
     def _patient_no_more(self, host: Host) -> bool:
         return self.options.patience is not None and host.worse >= self.options.patience
 
-    def _look(self, state: State, frozen: nnx.State, host: Host, done: int) -> Host:
+    def _look(self, state: TrainState, frozen: nnx.State, host: Host, done: int) -> Host:
         """Where it is time, evaluate, tell, and remember whether it was better."""
         if host.looked == done or (done % self.eval_every and done < self.total):
             return host
@@ -219,17 +220,17 @@ class _Feed:
     def __init__(self, prepared: Prepared, batch: NamedSharding, stop: NamedSharding):
         self.prepared, self.batch, self.stop = prepared, batch, stop
         self.rows = prepared.options.batch * prepared.options.accumulate
-        self.order = packing.stream(len(prepared.train), self.rows, prepared.options.seed)
+        self.order = packing.batch_order(len(prepared.train), self.rows, prepared.options.seed)
 
     def __call__(self, step: int) -> tuple[packing.Batch, jax.Array, str]:
         """The batch [accumulation, rows, ...] of a step, the flags, and the batch's SHA-256: a resumed run must see it again."""
         options = self.prepared.options
-        filled = packing.fill([self.prepared.train[i] for i in self.order(step)], self.prepared.T, self.prepared.L)
+        filled = packing.make_batch([self.prepared.train[i] for i in self.order(step)], self.prepared.T, self.prepared.L)
         digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(filled))).hexdigest()[:16]
         shaped = jax.tree.map(lambda x: x.reshape(options.accumulate, options.batch, *x.shape[1:]), filled)
-        batch = jax.tree.map(lambda x: sharding.place(x, self.batch), shaped)
+        batch = jax.tree.map(lambda x: sharding.shard_array(x, self.batch), shaped)
         flag = np.full(self.prepared.mesh.size, signals.stop_requested(), np.int32)
-        return batch, sharding.place(flag, self.stop), digest
+        return batch, sharding.shard_array(flag, self.stop), digest
 
     def tokens(self, step: int) -> int:
         """Tokens of the documents of a step, without what fills up rows."""
@@ -239,16 +240,16 @@ class _Feed:
         return [e.source for i in self.order(step) for e in self.prepared.train[i]]
 
 
-def _placed(state: nnx.State, lies: nnx.State) -> nnx.State:
-    """Every weight where it belongs; what lies there already is not touched."""
+def _placed(state: nnx.State, shardings: nnx.State) -> nnx.State:
+    """Every weight where it belongs; arrays with that sharding are not copied."""
 
     def one(x: jax.Array, s: NamedSharding) -> jax.Array:
-        return x if x.sharding.is_equivalent_to(s, x.ndim) else sharding.place(np.asarray(x), s)
+        return x if x.sharding.is_equivalent_to(s, x.ndim) else sharding.shard_array(np.asarray(x), s)
 
-    return jax.tree.map(one, state, lies)
+    return jax.tree.map(one, state, shardings)
 
 
-def _compiled(step: Any, template: State, frozen: nnx.State, feed: _Feed) -> Any:
+def _compiled(step: Any, template: TrainState, frozen: nnx.State, feed: _Feed) -> Any:
     """The step as a program, after a look at whether it fits."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, *feed(0)[:2]))
     try:
@@ -291,7 +292,7 @@ def _introduce(prepared: Prepared) -> None:
         f"model     {a.family}, {a.parameters:,} weights, {a.depth} layers of width {a.width}; method {options.method}",
         f"data      {documents}, {tokens:,} tokens, {labels:,} of them trained; rows of {prepared.T} tokens",
         f"held out  {held}{decisions}",
-        f"steps     {prepared.optimisation.steps:,} of {rows}; mesh {dict(prepared.mesh.shape)}",
+        f"steps     {prepared.optimizer_config.steps:,} of {rows}; mesh {dict(prepared.mesh.shape)}",
     ]
     console = Console(stderr=True)
     for line in (*lines, "", audit(examples[0], prepared.tokenizer, 600), ""):

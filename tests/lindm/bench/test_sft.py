@@ -43,7 +43,7 @@ def test_one_decision_a_sequence_has_one_label_each_and_neither_side_pads_much()
     assert all((target >= 0).sum() == 1 and target[-1] >= 0 for _, target in ours)
     assert len(ours) == len(sft.STRATA) and labelled_texts(ours) == labelled_texts(theirs("one", documents=1))
     assert set(labelled_texts(ours)) <= set(labelled_texts(theirs("selective")))
-    T, _ = packing.shape_of(rows)
+    T, _ = packing.batch_shape(rows)
     assert len(rows) == 2 and T == 256 and sum(len(ids) for ids, _ in ours) > 0.95 * len(rows) * T
 
 

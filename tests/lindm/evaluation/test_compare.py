@@ -11,7 +11,7 @@ from lindm.datasets import DatasetConfig
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation import compare
 from lindm.llm.sft import trainer
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 from lindm.text import COMPACT
 from tests.lindm.llm.conftest import SUITE
 
@@ -21,7 +21,7 @@ RECIPE = DatasetConfig(tasks=5, demos=2, seed=11)
 @pytest.fixture(scope="module")
 def run(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    assert trainer.run(Sft(model=micro.model, data=micro.mdp, out=out, steps=2, eval_tasks=0, rewards="hidden")) == 0
+    assert trainer.run(SFTConfig(model=micro.model, data=micro.mdp, out=out, steps=2, eval_tasks=0, rewards="hidden")) == 0
     return out
 
 

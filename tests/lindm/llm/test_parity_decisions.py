@@ -12,7 +12,7 @@ from lindm.evaluation.losses import play, world
 from lindm.llm.io import weights
 from lindm.llm.policy import Reader
 from lindm.llm.sft import setup, trainer
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import load_tokenizer
 from tests.lindm.llm.reading import read_whole, told
 
@@ -34,7 +34,7 @@ def torch_logits(directory):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
-    options = Sft(
+    options = SFTConfig(
         model=micro.model, data=micro.hidden, out=tmp_path / "out", steps=4, eval_tasks=0, method=method, learning_rate=5e-3
     )
     assert trainer.run(options) == 0
@@ -53,7 +53,7 @@ def test_a_given_run_decides_alike_in_torch():
     out = Path(os.environ["LINDM_RUN"])
     given = json.loads((out / "config.json").read_text())["options"]
     paths = {k: Path(v) for k, v in given.items() if k in ("data", "out", "model", "eval_data") and v is not None}
-    options = dataclasses.replace(Sft(**(given | paths)), mesh="data=1,fsdp=8")
+    options = dataclasses.replace(SFTConfig(**(given | paths)), mesh="data=1,fsdp=8")
     decisions = setup.prepare(dataclasses.replace(options, batch=8)).decisions
     assert decisions is not None
     tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]

@@ -13,8 +13,10 @@ from lindm.llm.config import Architecture
 from lindm.llm.lora import add_lora
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
+from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.packing import Batch
-from lindm.llm.sft.step import Computing, Optimisation, State, initial, jitted, make_step, shardings
+from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 
 TINY = Architecture(
     family="llama", vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=64, epsilon=1e-5, spread=0.3, qkv_bias=True
@@ -40,8 +42,8 @@ def batch(
         "ids": rng.integers(0, vocabulary, (*shape, T)),
         "positions": np.where(order < cut, order, order - cut),
         "segments": (order >= cut).astype(int),
-        "at": np.where(target >= 0, at, 0),
-        "target": target,
+        "label_positions": np.where(target >= 0, at, 0),
+        "targets": target,
     }
     return Batch(**{name: x.astype(np.int32) for name, x in arrays.items()})
 
@@ -53,12 +55,12 @@ class Trained(NamedTuple):
     before: dict[str, np.ndarray]  # trained weights by path
     after: dict[str, np.ndarray]
     frozen: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # the others, before and after
-    states: tuple[State, State]  # everything that steps change, before and after, as numpy arrays
+    states: tuple[TrainState, TrainState]  # everything that steps change, before and after, as numpy arrays
 
 
 def weights(state: nnx.State) -> dict[str, np.ndarray]:
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {sharding.path_of(keys): np.array(leaf) for keys, leaf in flat if leaf.is_fully_addressable}
+    return {sharding.weight_path(keys): np.array(leaf) for keys, leaf in flat if leaf.is_fully_addressable}
 
 
 def train(
@@ -66,7 +68,7 @@ def train(
     mesh: Mesh | None = None,
     model: Decoder | None = None,
     lora: int = 0,
-    computing: Computing | None = None,
+    compute: ComputeConfig | None = None,
     stops: list[Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     **settings: Any,
@@ -75,29 +77,29 @@ def train(
 
     Args:
       stops: what this process puts into the flags of each step.
-      optimizer: in place of that of `Optimisation`, whose `settings` are the rest.
+      optimizer: in place of that of `OptimizerConfig`, whose `settings` are the rest.
     """
     mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
     model = decoder() if model is None else model
     if lora:
         add_lora(model, lora, 2.0 * lora, jax.random.key(7))
-    optimisation = Optimisation(**({"steps": 2 * len(batches), "learning_rate": 1e-2} | settings))
-    optimizer = optimizer or optimisation.optimizer()
+    optimizer_config = OptimizerConfig(**({"steps": 2 * len(batches), "learning_rate": 1e-2} | settings))
+    optimizer = optimizer or make_optimizer(optimizer_config)
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
-    state = initial(params, optimizer)
-    lies = shardings(state, frozen, mesh)
+    state = init_train_state(params, optimizer)
+    shardings = step_shardings(state, frozen, mesh)
 
     def put(tree: Any, where: Any) -> Any:
-        return jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), tree, where)
+        return jax.tree.map(lambda x, s: sharding.shard_array(np.asarray(x), s), tree, where)
 
     before, still, first = weights(params), weights(frozen), jax.tree.map(np.array, state)
-    state, frozen = put(state, lies[0]), put(frozen, lies[1])
-    step = jitted(make_step(graphdef, optimizer, computing or Computing(), mesh), lies)
+    state, frozen = put(state, shardings.state), put(frozen, shardings.frozen)
+    step = jit_train_step(make_train_step(graphdef, optimizer, compute or ComputeConfig(), mesh), shardings)
     metrics, compiled = [], None
     for i, one in enumerate(batches):
-        placed = jax.tree.map(lambda x: sharding.place(x, lies[2]), one)
+        placed = jax.tree.map(lambda x: sharding.shard_array(x, shardings.batch), one)
         stop = np.broadcast_to(np.int32(stops[i] if stops else 0), mesh.size)
-        stop = sharding.place(stop, lies[3])
+        stop = sharding.shard_array(stop, shardings.stop_flags)
         if compiled is None:  # five times faster without optimisations, which are not needed at this size
             compiled = step.lower(state, frozen, placed, stop).compile(compiler_options={"xla_backend_optimization_level": 0})
         state, found = compiled(state, frozen, placed, stop)
@@ -110,4 +112,4 @@ def largest(value: int) -> int:
     """The largest of what the processes bring, by the reduction that a step's flag goes through."""
     mesh = sharding.make_mesh({"data": len(jax.devices())})
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    return int(jax.jit(jnp.max)(sharding.place(np.full(mesh.size, value, np.int32), everywhere)))
+    return int(jax.jit(jnp.max)(sharding.shard_array(np.full(mesh.size, value, np.int32), everywhere)))

@@ -15,7 +15,7 @@ from lindm.cli import launch, sft
 from lindm.cli.arguments import parse, run_command
 from lindm.cli.main import main
 from lindm.llm.cluster.jobs import SHAPES, Gke, Ray, Slurm, Tpu, Workers, check_options, entrypoint, job_file, slice_of
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 
 WORDS = ["--model", "/lindm/model", "--data", "/lindm/data", "--out", "/lindm/run"]
 SLURM = Slurm(nodes=4)
@@ -470,7 +470,7 @@ def refused(job, *words: str) -> str:
 
 def test_options_that_a_job_may_not_have_are_refused():
     here = ["--model", "m", "--data", "d", "--out", "o"]
-    check_options(SLURM, Sft(model=Path("m"), data=Path("d"), out=Path("o")), here)
+    check_options(SLURM, SFTConfig(model=Path("m"), data=Path("d"), out=Path("o")), here)
     assert "coordinator must be left out" in refused(SLURM, *here, "--coordinator", "a:1")
     assert "rank must be left out" in refused(SLURM, *here, "--rank", "0")
     assert "fresh must be left out" in refused(SLURM, *here, "--fresh")

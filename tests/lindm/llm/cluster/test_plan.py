@@ -17,8 +17,10 @@ from lindm.llm.config import Architecture, to_config
 from lindm.llm.lora import add_lora, quantise
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
+from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.packing import Batch
-from lindm.llm.sft.step import Computing, Optimisation, initial, jitted, make_step, shardings
+from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step, step_shardings
 
 TINY = Architecture(family="llama", vocabulary=96, width=64, depth=2, K=4, groups=2, head=16, mlp=128, length=128)
 JOB = plan.Job(architecture=TINY, batch=4, seq=32, labels=8, dtype="f32", lora_rank=4)
@@ -126,17 +128,17 @@ def batch_of(job, seed=0):
     order = np.broadcast_to(np.arange(job.seq), shape).astype(np.int32)
     ids, target = (rng.integers(0, job.architecture.vocabulary, s).astype(np.int32) for s in (shape, few))
     at = np.broadcast_to(np.arange(job.labels), few).astype(np.int32)
-    return Batch(ids=ids, positions=order, segments=np.zeros(shape, np.int32), at=at, target=target)
+    return Batch(ids=ids, positions=order, segments=np.zeros(shape, np.int32), label_positions=at, targets=target)
 
 
 def test_the_program_of_a_plan_trains_and_is_that_of_a_run(program_in_parts):
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     graphdef, params, frozen = nnx.split(Decoder(TINY, nnx.Rngs(0)), nnx.Param, ...)
-    optimizer = Optimisation(steps=1000).optimizer()
-    state = initial(params, optimizer)
-    lies = shardings(state, frozen, mesh)
-    step = jitted(make_step(graphdef, optimizer, Computing(), mesh), lies)
-    given = jax.device_put((state, frozen, batch_of(JOB), np.zeros(4, np.int32)), lies)
+    optimizer = make_optimizer(OptimizerConfig(steps=1000))
+    state = init_train_state(params, optimizer)
+    shardings = step_shardings(state, frozen, mesh)
+    step = jit_train_step(make_train_step(graphdef, optimizer, ComputeConfig(), mesh), shardings)
+    given = jax.device_put((state, frozen, batch_of(JOB), np.zeros(4, np.int32)), shardings)
     theirs = step.lower(*given)
     assert theirs.as_text() == lowered(JOB, fsdp=2, tensor=2).as_text()
     after, metrics = program_in_parts(*given)  # takes the state's memory

@@ -16,9 +16,9 @@ from lindm.cli.main import main
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, Preempted, UsageError
 from lindm.llm.cluster import jobs, ray_job
 from lindm.llm.cluster.jobs import Workers
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 
-OPTIONS = Sft(preset="tiny", data=Path("data"), out=Path("out"))
+OPTIONS = SFTConfig(preset="tiny", data=Path("data"), out=Path("out"))
 
 
 def test_a_worker_gets_what_was_asked_for():
@@ -47,7 +47,7 @@ def test_a_worker_is_offline_and_computes_where_it_was_asked_to(monkeypatch):
 
 def test_paths_mean_the_same_in_a_worker_that_stands_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = ray_job.absolute(Sft(model=Path("m"), data=Path("/d"), out=Path("o"), template="mine.json"))
+    found = ray_job.absolute(SFTConfig(model=Path("m"), data=Path("/d"), out=Path("o"), template="mine.json"))
     assert (found.model, found.data, found.out, found.template) == (
         tmp_path / "m",
         Path("/d"),
@@ -112,7 +112,7 @@ def test_the_command_line_is_that_of_the_job_file(monkeypatch):
         python, flag, module, *arguments = jobs.entrypoint(job, words)
         assert (python, flag, module) == ("python", "-m", "lindm.cli.ray_job")
         assert run_command(cli.COMMAND, arguments) == 0
-        assert asked.pop() == (job, Sft(preset="tiny", data=Path("a b"), out=Path("$o")))
+        assert asked.pop() == (job, SFTConfig(preset="tiny", data=Path("a b"), out=Path("$o")))
     with pytest.raises(ValueError, match="fresh must be left out"):
         run_command(cli.COMMAND, ["--workers", "1", "--", *words, "--fresh"])
 
@@ -194,7 +194,7 @@ def test_two_workers_are_two_processes_of_one_run_and_a_lost_one_is_replaced(clu
         (out / f"{rank}.json").write_text(json.dumps(said | {"offline": os.environ["HF_HUB_OFFLINE"]}))
         jax.distributed.shutdown()
 
-    options = Sft(preset="tiny", data=tmp_path, out=tmp_path)
+    options = SFTConfig(preset="tiny", data=tmp_path, out=tmp_path)
     assert ray_job.run(Workers(workers=2, restarts=1), options, loop) == 0
     assert (tmp_path / "killed").exists() and not (tmp_path / ".ray").exists()
     for rank in range(2):
@@ -219,7 +219,7 @@ def test_what_a_worker_says_ends_the_run_without_another_attempt(cluster, tmp_pa
         time.sleep(60)
 
     with pytest.raises(LindmError, match="not JSON") as caught:
-        ray_job.run(Workers(workers=2, restarts=3), Sft(preset="tiny", data=tmp_path, out=tmp_path), loop)
+        ray_job.run(Workers(workers=2, restarts=3), SFTConfig(preset="tiny", data=tmp_path, out=tmp_path), loop)
     assert isinstance(caught.value, DataError) and sorted((tmp_path / "attempts").read_text()) == ["0", "1"]
 
 

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 from lindm.llm.lora import add_lora, quantise
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
-from lindm.llm.parallel.sharding import make_mesh, parse_mesh, spec_of
+from lindm.llm.parallel.sharding import make_mesh, parse_mesh, weight_spec
 from lindm.llm.sft import step
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from tests.lindm.llm import tiny
 
 
@@ -85,15 +86,15 @@ WANTED = [
 
 @pytest.mark.parametrize("path, shape, axes", WANTED, ids=[path for path, _, _ in WANTED])
 def test_every_weight_lies_as_it_should(path, shape, axes, mesh):
-    assert spec_of(path, shape, mesh) == PartitionSpec(*axes)
+    assert weight_spec(path, shape, mesh) == PartitionSpec(*axes)
 
 
 def test_the_table_knows_every_matrix_of_a_model_with_everything_in_it(mesh):
     varied = tiny.TINY.__class__(**(vars(tiny.TINY) | {"o_bias": True, "mlp_bias": True, "qk_norm": True}))
     model = add_lora(tiny.decoder(architecture=varied), 4, 8.0, jax.random.key(0))
     state = nnx.state(model)
-    placed = jax.tree_util.tree_flatten_with_path(sharding.state_shardings(state, mesh))[0]
-    whole = {sharding.path_of(keys) for keys, where in placed if where.is_fully_replicated}
+    placed = jax.tree_util.tree_flatten_with_path(sharding.weight_shardings(state, mesh))[0]
+    whole = {sharding.weight_path(keys) for keys, where in placed if where.is_fully_replicated}
     norms = {f"blocks.norm_{name}.weight" for name in ("attention", "mlp", "q", "k")} | {"norm.weight"}
     assert whole == norms | {"blocks.o.bias", "blocks.down.bias"}
     assert len(placed) == len(jax.tree.leaves(state)) == 6 + 7 * 4 + 2 - 1
@@ -102,23 +103,27 @@ def test_the_table_knows_every_matrix_of_a_model_with_everything_in_it(mesh):
 def test_moments_lie_as_the_weights_that_they_belong_to(mesh):
     model = add_lora(tiny.decoder(), 4, 8.0, jax.random.key(0))
     _, params, frozen = nnx.split(model, nnx.Param, ...)
-    optimizer = step.Optimisation(steps=3).optimizer()
-    state = jax.eval_shape(lambda p: step.initial(p, optimizer), params)
-    lies, still, batch, stop = step.shardings(state, frozen, mesh)
-    by_path = {sharding.path_of(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(lies.params)[0]}
-    adam = next(x for x in jax.tree.leaves(lies.opt, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) if hasattr(x, "mu"))
+    optimizer = make_optimizer(OptimizerConfig(steps=3))
+    state = jax.eval_shape(lambda p: step.init_train_state(p, optimizer), params)
+    shardings, still, batch, stop = step.step_shardings(state, frozen, mesh)
+    by_path = {sharding.weight_path(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(shardings.params)[0]}
+    adam = next(
+        x
+        for x in jax.tree.leaves(shardings.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+        if hasattr(x, "mu")
+    )
     for moment in (adam.mu, adam.nu):
-        found = {sharding.path_of(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(moment)[0]}
+        found = {sharding.weight_path(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(moment)[0]}
         assert found == by_path
-    assert adam.count.is_fully_replicated and lies.step.is_fully_replicated
+    assert adam.count.is_fully_replicated and shardings.step.is_fully_replicated
     assert batch.spec == PartitionSpec(None, ("data", "fsdp")) and math.prod(stop.shard_shape((8,))) == 1
     assert any(not where.is_fully_replicated for where in jax.tree.leaves(still))
 
 
 def test_a_weight_is_cut_into_equal_parts_that_make_up_the_whole(mesh):
     array = np.arange(2 * 32 * 16, dtype=np.float32).reshape(2, 32, 16)
-    where = jax.sharding.NamedSharding(mesh, spec_of("blocks.q.kernel", array.shape, mesh))
-    placed = sharding.place(array, where)
+    where = jax.sharding.NamedSharding(mesh, weight_spec("blocks.q.kernel", array.shape, mesh))
+    placed = sharding.shard_array(array, where)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 8, 8)}
     np.testing.assert_array_equal(np.asarray(placed), array)
 
@@ -154,23 +159,25 @@ def test_a_mesh_uses_all_devices():
 
 def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_its_name(mesh):
     with pytest.raises(ValueError, match=r"mesh must divide blocks\.q\.kernel \[2, 30, 32\]: fsdp=4 does not divide 30"):
-        spec_of("blocks.q.kernel", (2, 30, 32), mesh)
+        weight_spec("blocks.q.kernel", (2, 30, 32), mesh)
     with pytest.raises(ValueError, match=r"mesh must divide embedding \[63, 32\]: tensor=2 does not divide 63"):
-        spec_of("embedding", (63, 32), mesh)
+        weight_spec("embedding", (63, 32), mesh)
     with pytest.raises(ValueError, match=r"blocks\.q\.kernel\.q"):
-        spec_of("blocks.q.kernel.q", (2, 6, 32), mesh)
+        weight_spec("blocks.q.kernel.q", (2, 6, 32), mesh)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    sharding.check_batch(8, mesh)
+    sharding.check_batch_size(8, mesh)
     with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp = 4; got 6"):
-        sharding.check_batch(6, mesh)
+        sharding.check_batch_size(6, mesh)
 
 
 def test_the_path_of_a_leaf_is_the_same_in_a_state_and_in_what_mirrors_it():
     state = nnx.state(tiny.decoder())
-    paths = [sharding.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    paths = [sharding.weight_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
     assert "blocks.q.kernel" in paths and "embedding" in paths and "norm.weight" in paths
     mirror = jax.tree.map(jnp.zeros_like, {"mu": state})
-    assert {sharding.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(mirror)[0]} == {f"mu.{p}" for p in paths}
+    assert {sharding.weight_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(mirror)[0]} == {
+        f"mu.{p}" for p in paths
+    }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lindm.llm.config import Architecture
 from lindm.llm.model import Decoder
 from lindm.llm.sft import packing
-from lindm.llm.sft.packing import Batch, alone, fill, pack, permutation, shape_of, stream
+from lindm.llm.sft.packing import Batch, batch_order, batch_shape, make_batch, one_per_row, pack, philox_permutation
 from lindm.llm.tokens import Example, action_tokens, decode, document_example
 from lindm.text import COMPACT, Document, Step, render
 from tests.lindm.llm.small import byte_level
@@ -58,7 +58,7 @@ def test_an_example_that_is_longer_than_a_row_is_refused():
         pack([3, 9], 8)
     with pytest.raises(ValueError, match="got 0 for example 0"):
         pack([0], 8)
-    assert pack([], 8) == [] and alone([3, 9, 1]) == [[0], [1], [2]]
+    assert pack([], 8) == [] and one_per_row([3, 9, 1]) == [[0], [1], [2]]
 
 
 # --- batches
@@ -78,12 +78,12 @@ def some_examples(rng, n: int, longest: int = 9) -> list[Example]:
 
 def test_a_batch_is_the_examples_one_after_the_other():
     a, b = example([5, 6, 7], [-1, 8, 9]), example([3, 4], [2, -1])
-    batch = fill([[a, b], [b], []], 7, 4)
+    batch = make_batch([[a, b], [b], []], 7, 4)
     np.testing.assert_array_equal(batch.ids, [[5, 6, 7, 3, 4, 0, 0], [3, 4, 0, 0, 0, 0, 0], [0] * 7])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]])
     np.testing.assert_array_equal(batch.segments, [[0, 0, 0, 1, 1, -1, -1], [0, 0, -1, -1, -1, -1, -1], [-1] * 7])
-    np.testing.assert_array_equal(batch.at, [[1, 2, 3, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.target, [[8, 9, 2, -1], [2, -1, -1, -1], [-1, -1, -1, -1]])
+    np.testing.assert_array_equal(batch.label_positions, [[1, 2, 3, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.targets, [[8, 9, 2, -1], [2, -1, -1, -1], [-1, -1, -1, -1]])
 
 
 @given(seed=st.integers(0, 10**6))
@@ -91,13 +91,13 @@ def test_every_token_and_every_target_of_a_plan_is_in_its_batch_once(seed):
     rng = np.random.default_rng(seed)
     examples = some_examples(rng, int(rng.integers(1, 12)))
     rows = [[examples[i] for i in row] for row in pack([len(e.ids) for e in examples], 16)]
-    T, L = shape_of(rows)
-    batch = fill(rows, T, L)
-    assert all(x.dtype == np.int32 for x in (batch.ids, batch.positions, batch.segments, batch.at, batch.target))
-    assert batch.ids.shape == (len(rows), T) and batch.at.shape == batch.target.shape == (len(rows), L)
+    T, L = batch_shape(rows)
+    batch = make_batch(rows, T, L)
+    assert all(x.dtype == np.int32 for x in (batch.ids, batch.positions, batch.segments, batch.label_positions, batch.targets))
+    assert batch.ids.shape == (len(rows), T) and batch.label_positions.shape == batch.targets.shape == (len(rows), L)
     for r, row in enumerate(rows):
-        targets = {int(p): int(t) for p, t in zip(batch.at[r], batch.target[r], strict=True) if t >= 0}
-        assert len(targets) == (batch.target[r] >= 0).sum()
+        targets = {int(p): int(t) for p, t in zip(batch.label_positions[r], batch.targets[r], strict=True) if t >= 0}
+        assert len(targets) == (batch.targets[r] >= 0).sum()
         t = 0
         for k, e in enumerate(row):
             for i, (token, target) in enumerate(zip(e.ids, e.target, strict=True)):
@@ -109,19 +109,19 @@ def test_every_token_and_every_target_of_a_plan_is_in_its_batch_once(seed):
 
 def test_one_shape_holds_the_whole_plan():
     rows = [[example([1] * 40, [1] * 3 + [-1] * 37)] * 2, [example([1] * 3, [1] * 3)] * 3]
-    assert shape_of(rows) == (128, 16) and shape_of(rows, 80) == (80, 16)
-    assert shape_of([[example([1], [-1])]]) == (64, 8)
+    assert batch_shape(rows) == (128, 16) and batch_shape(rows, 80) == (80, 16)
+    assert batch_shape([[example([1], [-1])]]) == (64, 8)
     with pytest.raises(ValueError, match="T must be at least 80, the length of the longest row; got 79"):
-        shape_of(rows, 79)
+        batch_shape(rows, 79)
     with pytest.raises(ValueError, match="rows must not be empty"):
-        shape_of([])
+        batch_shape([])
 
 
 def test_a_row_that_does_not_fit_is_named():
     row = [example([1] * 5, [1] * 5)]
     for T, L in ((4, 8), (8, 4)):
         with pytest.raises(ValueError, match=f"rows must have at most T = {T} tokens and L = {L} targets; row 1 has 5 and 5"):
-            fill([[], row], T, L)
+            make_batch([[], row], T, L)
 
 
 # --- what shares a row does not meet
@@ -145,8 +145,8 @@ def test_what_shares_a_row_computes_what_it_would_alone():
     examples = some_examples(np.random.default_rng(3), 12)
     rows = pack([len(e.ids) for e in examples], 24)
     assert max(len(row) for row in rows) > 2
-    packed = run()(fill([[examples[i] for i in row] for row in rows], 24, 24))
-    single = run()(fill([[e] for e in examples], 24, 24))
+    packed = run()(make_batch([[examples[i] for i in row] for row in rows], 24, 24))
+    single = run()(make_batch([[e] for e in examples], 24, 24))
     for r, row in enumerate(rows):
         start = 0
         for i in row:
@@ -159,20 +159,20 @@ def test_a_changed_example_changes_no_bit_of_another_in_its_row():
     rng = np.random.default_rng(4)
     a, b, c = (example(rng.integers(1, 53, n), [-1] * n) for n in (9, 7, 6))
     other = example((a.ids + 1) % 53, [-1] * 9)
-    before, after = (run()(fill([[first, b, c]], 24, 8))[0] for first in (a, other))
+    before, after = (run()(make_batch([[first, b, c]], 24, 8))[0] for first in (a, other))
     assert np.abs(before[:9] - after[:9]).max() > 0.1
     assert before[9:].tobytes() == after[9:].tobytes()
 
 
 def test_filling_up_a_row_changes_no_bit_of_it():
     a = some_examples(np.random.default_rng(5), 1)[0]
-    batch = fill([[a]], 24, 16)
+    batch = make_batch([[a]], 24, 16)
     changed = Batch(
         ids=np.where(batch.segments < 0, 7, batch.ids),
         positions=batch.positions,
         segments=batch.segments,
-        at=batch.at,
-        target=batch.target,
+        label_positions=batch.label_positions,
+        targets=batch.targets,
     )
     n = len(a.ids)
     assert run()(batch)[0, :n].tobytes() == run()(changed)[0, :n].tobytes()
@@ -189,9 +189,9 @@ def test_in_a_batch_of_documents_the_trained_tokens_spell_the_labels_and_nothing
         answers.append("".join(f" {'ABC'[a]}" for row in labels for a in row))
         prompts.append("".join(p.text for p in pieces if p.action is None))
     rows = pack([len(e.ids) for e in examples], 80)
-    batch = fill([[examples[i] for i in row] for row in rows], 96, 32)
+    batch = make_batch([[examples[i] for i in row] for row in rows], 96, 32)
     for r, row in enumerate(rows):
-        at, target = (x[r][batch.target[r] >= 0] for x in (batch.at, batch.target))
+        at, target = (x[r][batch.targets[r] >= 0] for x in (batch.label_positions, batch.targets))
         np.testing.assert_array_equal(batch.ids[r][at + 1], target)
         assert len(set(at.tolist())) == len(at)
         assert decode(tokenizer, target.tolist()) == "".join(answers[i] for i in row)
@@ -204,7 +204,7 @@ def test_in_a_batch_of_documents_the_trained_tokens_spell_the_labels_and_nothing
 
 @given(n=st.integers(1, 30), size=st.integers(1, 40), seed=st.integers(0, 2**64 - 1))
 def test_every_epoch_has_every_row_once_and_batches_go_on_over_its_end(n, size, seed):
-    rows = stream(n, size, seed)
+    rows = batch_order(n, size, seed)
     steps = -(-3 * n // size)
     flat = np.concatenate([rows(step) for step in range(steps)])
     assert flat.shape == (steps * size,)
@@ -216,10 +216,10 @@ def test_after_a_resume_at_any_step_the_stream_is_the_same():
     def digest(rows, steps) -> str:
         return hashlib.sha256(b"".join(rows(step).astype("<i8").tobytes() for step in steps)).hexdigest()
 
-    whole = stream(23, 5, 7)
+    whole = batch_order(23, 5, 7)
     for start in range(30):
         first = hashlib.sha256(b"".join(whole(step).astype("<i8").tobytes() for step in range(start)))
-        again = stream(23, 5, 7)  # of another process
+        again = batch_order(23, 5, 7)  # of another process
         first.update(b"".join(again(step).astype("<i8").tobytes() for step in range(start, 30)))
         assert first.hexdigest() == digest(whole, range(30))
     # pinned: the same on every machine and with every numpy
@@ -228,26 +228,28 @@ def test_after_a_resume_at_any_step_the_stream_is_the_same():
 
 def test_to_resume_takes_no_longer_at_a_late_step(monkeypatch):
     drawn = []
-    monkeypatch.setattr(packing, "permutation", lambda n, seed, number: drawn.append(number) or permutation(n, seed, number))
-    rows = stream(100, 30, 0)
+    monkeypatch.setattr(
+        packing, "permutation", lambda n, seed, number: drawn.append(number) or philox_permutation(n, seed, number)
+    )
+    rows = batch_order(100, 30, 0)
     drawn.clear()
     rows(10**15)
     assert len(set(drawn)) <= 2 and len(drawn) <= 2
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(stream(20, 20, seed)(step).tolist()) for seed in range(10) for step in range(10)}
+    orders = {tuple(batch_order(20, 20, seed)(step).tolist()) for seed in range(10) for step in range(10)}
     assert len(orders) == 100
-    first = np.bincount([stream(8, 8, seed)(0)[0] for seed in range(4000)], minlength=8)
+    first = np.bincount([batch_order(8, 8, seed)(0)[0] for seed in range(4000)], minlength=8)
     np.testing.assert_allclose(first, 500, atol=5 * np.sqrt(4000 / 8 * 7 / 8))
 
 
 def test_what_is_no_stream_is_refused():
     for n, size in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="n_rows and rows_per_step must be at least 1"):
-            stream(n, size, 0)
+            batch_order(n, size, 0)
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=r"seed must be at least 0 and below 2\^64"):
-            stream(1, 1, seed)
+            batch_order(1, 1, seed)
     with pytest.raises(ValueError, match="step must be at least 0; got -1"):
-        stream(1, 1, 0)(-1)
+        batch_order(1, 1, 0)(-1)

@@ -10,9 +10,10 @@ import pytest
 
 from lindm.llm.io import weights
 from lindm.llm.parallel.sharding import make_mesh
-from lindm.llm.sft import step
+from lindm.llm.sft import loss
+from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from lindm.llm.sft.packing import Batch
-from lindm.llm.sft.step import Computing, Optimisation
 from tests.lindm.llm import reference, tiny
 
 SGD = optax.sgd(1.0)  # a step's change is then the gradient itself, with the sign turned
@@ -33,7 +34,7 @@ def close(one: dict, other: dict, share: float) -> bool:
 
 def documents(batch: Batch):
     """(ids, labels) of every document of a batch [accumulate, rows, ...]; labels: (place, token)."""
-    arrays = [x.reshape(-1, x.shape[-1]) for x in (batch.ids, batch.segments, batch.at, batch.target)]
+    arrays = [x.reshape(-1, x.shape[-1]) for x in (batch.ids, batch.segments, batch.label_positions, batch.targets)]
     for ids, segments, at, target in zip(*arrays, strict=True):
         for segment in np.unique(segments):
             (places,) = np.nonzero(segments == segment)
@@ -69,7 +70,7 @@ def model(request, directory):
     likely = [
         int(np.argmax(reference.logits(name, tensors, ids)[place])) for ids, labels in documents(batch) for place, _ in labels
     ]
-    batch.target[0, 0, 0] = likely[0]  # so that something is right
+    batch.targets[0, 0, 0] = likely[0]  # so that something is right
     found = tiny.train([batch], model=weights.load(where), optimizer=SGD)
     return name, tensors, batch, found
 
@@ -79,10 +80,10 @@ def test_the_loss_is_that_of_the_full_logits(model):
     loss, accuracy, count = expected(name, tensors, batch)
     (metrics,) = found.metrics
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert metrics["labels"] == count == 6 and metrics["finite"] and metrics["stop"] == 0
+    assert metrics["num_labels"] == count == 6 and metrics["finite"] and metrics["stop"] == 0
     assert metrics["accuracy"] == pytest.approx(accuracy) and accuracy > 0
     norm = math.sqrt(sum((g**2).sum() for g in gradient(found).values()))
-    assert metrics["norm"] == pytest.approx(norm, rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert int(found.states[1].step) == 1
 
 
@@ -128,8 +129,10 @@ def whole():
 
 def same(found: tiny.Trained, whole: tiny.Trained) -> None:
     one, other = found.metrics[0], whole.metrics[0]
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-6) and one["norm"] == pytest.approx(other["norm"], rel=1e-6)
-    assert (one["labels"], one["accuracy"]) == (other["labels"], pytest.approx(other["accuracy"], rel=1e-6))
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-6) and one["grad_norm"] == pytest.approx(
+        other["grad_norm"], rel=1e-6
+    )
+    assert (one["num_labels"], one["accuracy"]) == (other["num_labels"], pytest.approx(other["accuracy"], rel=1e-6))
     assert close(gradient(found), gradient(whole), 1e-6)
 
 
@@ -141,15 +144,15 @@ def test_accumulation_is_the_big_batch_though_the_parts_have_different_shares_of
 
 def test_packed_documents_train_as_they_do_alone(whole):
     batch, found = whole
-    T, L = batch.ids.shape[-1], batch.at.shape[-1]
+    T, L = batch.ids.shape[-1], batch.label_positions.shape[-1]
     rows = list(documents(batch))
-    alone = {name: np.zeros((1, len(rows), n), np.int32) for name, n in (("ids", T), ("at", L), ("target", L))}
-    alone["target"] -= 1
+    alone = {name: np.zeros((1, len(rows), n), np.int32) for name, n in (("ids", T), ("label_positions", L), ("targets", L))}
+    alone["targets"] -= 1
     segments = np.full_like(alone["ids"], -1)
     for r, (ids, labels) in enumerate(rows):
         alone["ids"][0, r, : len(ids)], segments[0, r, : len(ids)] = ids, 0
         for i, (place, token) in enumerate(labels):
-            alone["at"][0, r, i], alone["target"][0, r, i] = place, token
+            alone["label_positions"][0, r, i], alone["targets"][0, r, i] = place, token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), segments.shape)
     same(tiny.train([Batch(**alone, positions=positions, segments=segments)], optimizer=SGD), found)
 
@@ -157,18 +160,18 @@ def test_packed_documents_train_as_they_do_alone(whole):
 @pytest.mark.parametrize("chunk", [2, 5])
 def test_labels_in_chunks_give_the_same_loss(whole, chunk, monkeypatch):
     batch, found = whole
-    monkeypatch.setattr(step, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", chunk)
     same(tiny.train([batch], optimizer=SGD), found)
 
 
 def test_activations_that_are_kept_give_the_same_gradient(whole):
     batch, found = whole
-    same(tiny.train([batch], optimizer=SGD, computing=Computing(remat="none")), found)
+    same(tiny.train([batch], optimizer=SGD, compute=ComputeConfig(remat="none")), found)
 
 
 def test_activations_in_bf16_leave_weights_and_gradients_in_f32_and_nearly_where_they_were(whole):
     batch, found = whole
-    half = tiny.train([batch], optimizer=SGD, computing=Computing(dtype=jnp.bfloat16))
+    half = tiny.train([batch], optimizer=SGD, compute=ComputeConfig(dtype=jnp.bfloat16))
     assert half.metrics[0]["loss"] == pytest.approx(found.metrics[0]["loss"], rel=0.02)
     assert half.metrics[0]["loss"] != found.metrics[0]["loss"] and close(gradient(half), gradient(found), 0.1)
     assert {w.dtype for w in half.after.values()} == {np.dtype("float32")}
@@ -179,15 +182,15 @@ def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary_and_wha
     model, batch = tiny.decoder(), tiny.batch(2, labels=(5, 4, 0, 0, 1, 0, 0, 0))
     assert model.head is not None
     model.head[...] = jnp.zeros_like(model.head[...])
-    batch.target[0, 0, :3] = 0
+    batch.targets[0, 0, :3] = 0
     (found,) = tiny.train([batch], model=model).metrics
-    assert found["loss"] == pytest.approx(math.log(64), rel=1e-6) and found["labels"] == 10
-    assert found["accuracy"] == pytest.approx((batch.target == 0).sum() / 10)
+    assert found["loss"] == pytest.approx(math.log(64), rel=1e-6) and found["num_labels"] == 10
+    assert found["accuracy"] == pytest.approx((batch.targets == 0).sum() / 10)
 
 
 def test_a_batch_without_labels_changes_nothing_but_the_count_of_steps():
     found = tiny.train([tiny.batch(0, labels=(0,) * 8)])
-    assert found.metrics[0] == {"loss": 0.0, "accuracy": 0.0, "labels": 0, "norm": 0.0, "finite": True, "stop": 0}
+    assert found.metrics[0] == {"loss": 0.0, "accuracy": 0.0, "num_labels": 0, "grad_norm": 0.0, "finite": True, "stop": 0}
     assert all((found.after[path] == found.before[path]).all() for path in found.before) and int(found.states[1].step) == 1
 
 
@@ -207,7 +210,7 @@ def rate(s: int, steps: int, peak: float, warmup: float, floor: float) -> float:
     "steps, warmup, floor", [(10, 0.1, 0.1), (10, 0.0, 0.0), (10, 0.35, 0.5), (1, 0.1, 0.1), (2, 0.9, 1.0), (7, 0.99, 0)]
 )
 def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(steps, warmup, floor):
-    schedule = Optimisation(steps=steps, learning_rate=0.3, warmup=warmup, floor=floor).schedule()
+    schedule = learning_rate_schedule(OptimizerConfig(steps=steps, learning_rate=0.3, warmup=warmup, floor=floor))
     found = [float(schedule(s)) for s in range(steps)]
     assert found == pytest.approx([rate(s, steps, 0.3, warmup, floor) for s in range(steps)], rel=1e-6)
     assert max(found) == pytest.approx(0.3) and all(x > 0 for x in found)
@@ -219,12 +222,12 @@ def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
     shapes["blocks"] = {"q": {"kernel": (2, 3, 3), "bias": (2, 3), "a": (2, 3, 1), "b": (2, 1, 3)}, "norm_q": {"weight": (2, 3)}}
     decayed = {"embedding", "head", "blocks.q.kernel", "blocks.q.a", "blocks.q.b"}
     settings = {"steps": 5, "learning_rate": 0.1, "weight_decay": 0.3, "clip": 2.0, "beta1": 0.8, "beta2": 0.9, "warmup": 0.4}
-    optimisation = Optimisation(**settings)
+    optimizer_config = OptimizerConfig(**settings)
     params = jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
     paths = [".".join(k.key for k in keys) for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     mine = dict(zip(paths, (x.astype(float) for x in jax.tree.leaves(params)), strict=True))
     first, second = ({path: np.zeros_like(w) for path, w in mine.items()} for _ in range(2))
-    optimizer, params = optimisation.optimizer(), jax.tree.map(jnp.asarray, params)
+    optimizer, params = make_optimizer(optimizer_config), jax.tree.map(jnp.asarray, params)
     state = optimizer.init(params)
     for s in range(5):
         size = (0.05, 1.0, 3.0, 0.2, 10.0)[s]  # the norm is below the clip in two of the steps
@@ -259,7 +262,7 @@ def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
 )
 def test_a_setting_out_of_its_range_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        Optimisation(**({"steps": 3} | changes))
+        OptimizerConfig(**({"steps": 3} | changes))
 
 
 # --- what a step leaves alone --------------------------------------------------------------------------------------------------

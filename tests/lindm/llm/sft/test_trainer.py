@@ -14,7 +14,7 @@ from lindm.errors import DataError, LindmError, NonFiniteError, OutOfMemoryError
 from lindm.io import files, signals
 from lindm.llm.io import peft, weights
 from lindm.llm.sft import checkpoints, metrics, trainer
-from lindm.llm.sft.options import Sft
+from lindm.llm.sft.options import SFTConfig
 from lindm.llm.sft.setup import prepare
 from lindm.llm.tokens import load_tokenizer
 
@@ -28,9 +28,9 @@ def own_signals():
         signal.signal(s, handler)
 
 
-def options(micro, out, **changes) -> Sft:
+def options(micro, out, **changes) -> SFTConfig:
     given = {"model": micro.model, "data": micro.mdp, "out": out, "steps": 6, "eval_tasks": 2, "held_out": 0.2} | changes
-    return Sft(**given)
+    return SFTConfig(**given)
 
 
 def logits(model, ids):
