@@ -3,9 +3,9 @@ r"""The language-model loss: cross-entropy of the next token at the labeled posi
     loss = - sum_i log p(target_i | tokens before it) / number of targets
 
 Only labeled positions meet the vocabulary: their hidden states are gathered first, and logits exist for at most `LOGITS_CHUNK`
-positions of a row at a time, so no array of batch x tokens x vocabulary is ever allocated. `lm_loss` returns the sum; the caller
-divides by the number of labels of the whole step, so gradient accumulation gives the gradient of the large batch whatever share of
-the labels each micro-batch has.
+positions of a row at a time, so no array of batch x tokens x vocabulary is ever allocated. `lm_loss` returns the sum; the step
+divides it by the number of labels in all micro-batches, so gradient accumulation gives the gradient of the large batch even where
+micro-batches have different numbers of labels.
 """
 
 from collections.abc import Callable

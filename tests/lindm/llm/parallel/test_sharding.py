@@ -153,7 +153,7 @@ def test_what_is_no_mesh_is_refused(text):
 def test_a_mesh_uses_all_devices():
     mesh = make_mesh({"data": 2, "tensor": 4})
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4} and mesh.size == 8
-    with pytest.raises(ValueError, match="mesh must use all 8 devices; data=1,fsdp=2,tensor=2 is for 4"):
+    with pytest.raises(ValueError, match="mesh must use all 8 devices; data=1,fsdp=2,tensor=2 uses 4"):
         make_mesh({"fsdp": 2, "tensor": 2})
 
 
@@ -178,6 +178,5 @@ def test_the_path_of_a_leaf_is_the_same_in_a_state_and_in_what_mirrors_it():
     paths = [sharding.weight_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
     assert "blocks.q.kernel" in paths and "embedding" in paths and "norm.weight" in paths
     mirror = jax.tree.map(jnp.zeros_like, {"mu": state})
-    assert {sharding.weight_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(mirror)[0]} == {
-        f"mu.{p}" for p in paths
-    }
+    mirrored = jax.tree_util.tree_flatten_with_path(mirror)[0]
+    assert {sharding.weight_path(keys) for keys, _ in mirrored} == {f"mu.{p}" for p in paths}

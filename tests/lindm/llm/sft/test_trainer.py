@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_kept(micro, tmp_pat
 
 
 def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(micro, finished, tmp_path):
-    with pytest.raises(LindmError, match=r"learning_rate is 0\.005 there and 0\.01 here.*--fresh") as stop:
+    with pytest.raises(LindmError, match=r"learning_rate was 0\.005 and is now 0\.01.*--fresh") as stop:
         trainer.run(options(micro, finished, steps=30, learning_rate=1e-2))
     assert isinstance(stop.value, UsageError)
     other = tmp_path / "model"
@@ -205,7 +205,7 @@ def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(mi
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     settings["options"]["model"] = str(other)
     (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(LindmError, match=r"model is .* there and .* here"):
+    with pytest.raises(LindmError, match=r"model was .* and is now .*"):
         trainer.run(options(micro, tmp_path / "out", model=other, steps=30, learning_rate=5e-3))
 
 
@@ -234,7 +234,7 @@ def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"held_out": 1.0}, r"held_out must be in \[0, 1\); got 1.0"),
         ({"seq": 10_000}, "seq must be at most the 256 tokens of the model; got 10000"),
-        ({"mesh": "fsdp=3"}, "mesh must use all 8 devices; data=1,fsdp=3,tensor=1 is for 3"),
+        ({"mesh": "fsdp=3"}, "mesh must use all 8 devices; data=1,fsdp=3,tensor=1 uses 3"),
         ({"mesh": "rows=8"}, "mesh must be of the form fsdp=8,tensor=2"),
         ({"mesh": "tensor=8"}, "mesh must divide"),
         ({"batch": 6}, "batch must be a multiple of data x fsdp = 8; got 6"),
