@@ -4,6 +4,8 @@ import dataclasses
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lindm.errors import unknown
+
 
 def check_choices(config: Any) -> None:
     """Check every field of a dataclass whose type is a `Literal`, or a `Literal` or None.
@@ -20,4 +22,4 @@ def check_choices(config: Any) -> None:
         literals = [option for option in options if get_origin(option) is Literal]
         allowed = [choice for literal in literals for choice in get_args(literal)]
         if literals and value not in allowed:
-            raise ValueError(f"{field.name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+            raise ValueError(unknown(field.name, str(value), allowed))

@@ -147,8 +147,10 @@ def test_two_processes_of_four_devices_train_as_one_device_does(run):
     alone = tiny.train([tiny.batch(i) for i in range(3)]).metrics
     assert found[0] == found[1]
     for there, here in zip(found[0], alone, strict=True):
-        assert there["loss"] == pytest.approx(here["loss"], abs=1e-5) and there["norm"] == pytest.approx(here["norm"], rel=1e-5)
-        assert (there["labels"], there["accuracy"]) == (here["labels"], here["accuracy"])
+        assert there["loss"] == pytest.approx(here["loss"], abs=1e-5) and there["grad_norm"] == pytest.approx(
+            here["grad_norm"], rel=1e-5
+        )
+        assert (there["num_labels"], there["accuracy"]) == (here["num_labels"], here["accuracy"])
 
 
 @pytest.mark.slow
