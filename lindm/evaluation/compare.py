@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lindm import datasets
 from lindm.datasets import DatasetConfig
@@ -27,7 +27,7 @@ from lindm.evaluation.losses import Played, Policy, double_precision, play_all, 
 from lindm.evaluation.policies import Answers, Tasks
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
-from lindm.llm.sft.options import REWARDS
+from lindm.llm.sft.options import Rewards
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
 from lindm.solvers.solve import BUDGET
@@ -89,8 +89,8 @@ def compare(
             _held_out(Path(name[4:]), source, recipe)
     if not isinstance(law, Suite):
         _fits(law)
-    if rewards is not None and rewards not in REWARDS:
-        raise ValueError(f"rewards must be one of {', '.join(REWARDS)}; got {rewards!r}")
+    if rewards is not None and rewards not in get_args(Rewards):
+        raise ValueError(f"rewards must be one of {', '.join(get_args(Rewards))}; got {rewards!r}")
     told = {key: value for key, value in (("template", template), ("rewards", rewards)) if value is not None}
     if told and not any(":" in name for name in names):
         raise ValueError(f"{next(iter(told))} must be left out without a language model; got {next(iter(told.values()))!r}")

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,18 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from lindm.choices import check_choices
 from lindm.errors import UsageError
 from lindm.llm.cluster.program_cost import Work, work
 from lindm.llm.config import Architecture
 from lindm.llm.lora import BASES, add_lora, quantise
-from lindm.llm.model import REMATS, Decoder
+from lindm.llm.model import Decoder
 from lindm.llm.parallel import chips
 from lindm.llm.parallel.sharding import AXES, check_batch_size, make_mesh
 from lindm.llm.sft.evaluator import flops_of_step
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
-from lindm.llm.sft.options import METHODS
+from lindm.llm.sft.options import BaseFormat, Method, Remat
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 
@@ -56,11 +57,11 @@ class Job:
     seq: int  # tokens of a row
     labels: int = 64  # of a row, at most
     accumulate: int = 1
-    method: str = "full"
+    method: Method = "full"
     lora_rank: int = 16
-    base: str = "f32"
-    dtype: str = "bf16"  # of the activations
-    remat: str = "selective"
+    base: BaseFormat = "f32"
+    dtype: Literal["f32", "bf16"] = "bf16"  # of the activations
+    remat: Remat = "selective"
 
     def __post_init__(self):
         for name in ("batch", "seq", "labels", "accumulate", "lora_rank"):
@@ -70,14 +71,9 @@ class Job:
             limit = f"at least labels = {self.labels} and at most the model's {self.architecture.length}"
             raise ValueError(f"seq must be {limit}; got {self.seq}")
         bases = {"full": ("f32",), "lora": BASES, "qlora": ("int8", "nf4")}
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        check_choices(self)
         if self.base not in bases[self.method]:
             raise ValueError(f"base must be one of {', '.join(bases[self.method])} with method {self.method}; got {self.base!r}")
-        if self.remat not in REMATS:
-            raise ValueError(f"remat must be one of {', '.join(REMATS)}; got {self.remat!r}")
-        if self.dtype not in ("f32", "bf16"):
-            raise ValueError(f"dtype must be f32 or bf16; got {self.dtype!r}")
 
 
 class Memory(NamedTuple):

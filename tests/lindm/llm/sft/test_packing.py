@@ -229,7 +229,7 @@ def test_after_a_resume_at_any_step_the_stream_is_the_same():
 def test_to_resume_takes_no_longer_at_a_late_step(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        packing, "permutation", lambda n, seed, number: drawn.append(number) or philox_permutation(n, seed, number)
+        packing, "philox_permutation", lambda n, seed, number: drawn.append(number) or philox_permutation(n, seed, number)
     )
     rows = batch_order(100, 30, 0)
     drawn.clear()
