@@ -12,7 +12,7 @@ from lindm_experiments.harness.statistics import adjust
 
 HERE = Path(runner.__file__).parents[2]
 RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl"))
-PAGE = (HERE / "README.md").read_text(encoding="utf-8")
+PAGE = (HERE.parent / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: run.name)
