@@ -46,7 +46,7 @@ def test_the_page_tells_their_gaps():
 
     records = files.read_records(HERE / "reference/decisions")
     rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
-    number = r"(-?\d+\.\d)"
+    number = r"(-?\d\.\d{3})"
     row = rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|"
     found = re.findall(row, PAGE, re.MULTILINE)
     assert len(found) == 18
@@ -54,7 +54,7 @@ def test_the_page_tells_their_gaps():
         part = "id" if i < 9 else "ood"
         sft, icl, bc = (rows[suite, int(horizon), part, policy] for policy in ("sft", "icl", "bc"))
         wanted = [sft["gap"], sft["low"], sft["high"], icl["gap"], bc["gap"]]
-        assert values == [f"{100 * v:.1f}" for v in wanted], (suite, horizon, part)
+        assert values == [f"{v:.3f}" for v in wanted], (suite, horizon, part)
 
 
 def test_the_page_tells_what_lengths_are_worth():
@@ -69,5 +69,5 @@ def test_the_page_tells_what_lengths_are_worth():
             cells = [f"**{cell}**" if m == n else cell for m, cell in zip(M, cells, strict=True)]
             assert f"| {n} | {who} | {' | '.join(cells)} |" in PAGE
     for n, gaps in llm_law.told(records).items():
-        cells = [f"{100 * sum(values) / len(values):.1f}" for values in gaps.values()]
+        cells = [f"{sum(values) / len(values):.3f}" for values in gaps.values()]
         assert f"| {n} demonstrations | {' | '.join(cells)} |" in PAGE
