@@ -83,7 +83,9 @@ def test_the_code_of_a_page_runs(page, tmp_path):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_code_is_executed_or_says_why_not(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page)), "a fence is not closed, or not at the start of a line"
+    assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page)), (
+        "a fence is not closed, or not at the start of a line"
+    )
     for block in blocks(page):
         assert block.language, f"a block of {page} has no language: {block.text[:80]}"
         if block.note.startswith("not executed"):
