@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_arg
 
 from lindm.errors import UsageError, did_you_mean, unknown
 
-WIDTH = 100  # columns of a help page at most
+MIN_WIDTH, MAX_WIDTH = 40, 100  # columns of a help page
 NO_DEFAULT = object()
 
 
@@ -111,11 +111,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help lists all options")
 
 
+def page_width() -> int:
+    """Columns of a help page: those of the terminal, within limits."""
+    return max(MIN_WIDTH, min(shutil.get_terminal_size((80, 24)).columns, MAX_WIDTH))
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
-        columns = shutil.get_terminal_size((80, 24)).columns
-        width = max(40, min(columns, WIDTH))
-        super().__init__(prog, max_help_position=min(32, width // 3), width=width)
+        super().__init__(prog, max_help_position=min(32, page_width() // 3), width=page_width())
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lindm.cli.arguments import Command, Positional
 from lindm.io.progress import progress_bar
@@ -27,14 +27,14 @@ class Make:
     """Number of query episodes of each task."""
     horizon: int | None = None
     """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: str = "id"
-    """Split of a suite: id (in distribution) or ood (out of distribution)."""
+    split: Literal["id", "ood"] = "id"
+    """Split of a suite: in distribution or out of distribution."""
     seed: int = 0
     """Seed; the same seed gives the same bytes."""
-    behavior: str = "oracle"
-    """Behavior policy of the demonstrations: oracle, epsilon or uniform."""
-    query_behavior: str = "epsilon"
-    """Behavior policy of the queries: oracle, epsilon or uniform."""
+    behavior: Literal["oracle", "epsilon", "uniform"] = "oracle"
+    """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
+    query_behavior: Literal["oracle", "epsilon", "uniform"] = "epsilon"
+    """Behavior policy of the queries; epsilon is the oracle with random actions."""
     epsilon: float = 0.2
     """Probability of a random action of the behavior policy epsilon."""
     discount: float | None = None
@@ -49,8 +49,8 @@ class Export:
 
     directory: Annotated[Path, Positional("DIR")]
     """A directory of `lindm data make`."""
-    to: str
-    """trl (prompt/completion and messages, for SFTTrainer) or minari."""
+    to: Literal["trl", "minari"]
+    """trl writes prompt/completion and messages for SFTTrainer, minari an offline RL dataset."""
     out: Path
     """Directory of the export."""
     template: str | None = None

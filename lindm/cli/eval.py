@@ -6,7 +6,7 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lindm.cli.arguments import Command, Positional, Repeated
 from lindm.io.progress import progress_bar
@@ -30,22 +30,22 @@ class Eval:
     """Number of demonstrations of each task."""
     horizon: int | None = None
     """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: str = "id"
-    """Split of a suite: id (in distribution) or ood (out of distribution)."""
+    split: Literal["id", "ood"] = "id"
+    """Split of a suite: in distribution or out of distribution."""
     discount: float | None = None
     """Discount factor, in place of the file's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
-    behavior: str = "oracle"
-    """Behavior policy of the demonstrations: oracle, epsilon or uniform."""
+    behavior: Literal["oracle", "epsilon", "uniform"] = "oracle"
+    """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
     epsilon: float = 0.2
     """Probability of a random action of the behavior policy epsilon."""
     episodes: int = 8
     """Number of sampled episodes of a task that has too many histories to evaluate them all."""
     template: str | None = None
     """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
-    rewards: str | None = None
-    """Rewards in the texts of language models: shown, hidden or auto. [default: as the model was trained]"""
+    rewards: Literal["shown", "hidden", "auto"] | None = None
+    """Rewards in the texts of language models. [default: as the model was trained]"""
     seed: int = SEED
     """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""
     out: Path | None = None

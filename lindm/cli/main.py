@@ -9,13 +9,12 @@ LINDM_DEBUG=1 shows the traceback of an error.
 
 import importlib
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
-from lindm.cli.arguments import WIDTH, run_command
+from lindm.cli.arguments import page_width, run_command
 from lindm.cli.exit_codes import exit_code
 from lindm.errors import LindmError, UsageError, did_you_mean
 
@@ -36,14 +35,18 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(f"lindm.cli.{name}")
 
 
+def _wrap(text: str, indent: int = 0) -> list[str]:
+    """Lines of the width of the terminal."""
+    return textwrap.wrap(text, page_width() - indent, break_long_words=False, break_on_hyphens=False)
+
+
 def _table(rows: Mapping[str, str]) -> list[str]:
-    """Two columns, the second wrapped to the width of the terminal."""
-    width = max(40, min(shutil.get_terminal_size((80, 24)).columns, WIDTH))
-    first = max(map(len, rows)) + 4
+    """Two columns, the second wrapped."""
+    indent = max(map(len, rows)) + 4
     lines = []
     for name, text in rows.items():
-        wrapped = textwrap.wrap(text, width - first, break_long_words=False, break_on_hyphens=False) or [""]
-        lines += [f"  {name:<{first - 2}}{wrapped[0]}", *(" " * first + line for line in wrapped[1:])]
+        first, *rest = _wrap(text, indent)
+        lines += [f"  {name:<{indent - 2}}{first}", *(" " * indent + line for line in rest)]
     return lines
 
 
@@ -54,20 +57,19 @@ def _summary(name: str) -> str:
 
 def overview() -> str:
     """The page of `lindm --help`."""
-    width = max(40, min(shutil.get_terminal_size((80, 24)).columns, WIDTH))
-    lines = ["usage: lindm COMMAND [OPTIONS]", "", *textwrap.wrap(DESCRIPTION, width)]
+    lines = ["usage: lindm COMMAND [OPTIONS]", "", *_wrap(DESCRIPTION)]
     for title, names in GROUPS.items():
         lines += ["", f"{title}:", *_table({name: _summary(name) for name in names})]
     lines += ["", "Options:", *_table({"--version": "Print the version.", "-h, --help": "Show this page."})]
-    lines += ["", "`lindm COMMAND --help` describes a command. LINDM_DEBUG=1 shows the traceback of an error."]
-    return "\n".join(lines)
+    footer = "`lindm COMMAND --help` describes a command. LINDM_DEBUG=1 shows the traceback of an error."
+    return "\n".join([*lines, "", *_wrap(footer)])
 
 
 def _group(name: str, module: ModuleType) -> str:
     """The page of a command that has commands of its own."""
     rows = {second: command.summary for second, command in module.COMMANDS.items()}
-    lines = [f"usage: lindm {name} COMMAND [OPTIONS]", "", f"{module.SUMMARY}.", "", "Commands:", *_table(rows)]
-    return "\n".join([*lines, "", f"`lindm {name} COMMAND --help` describes a command."])
+    lines = [f"usage: lindm {name} COMMAND [OPTIONS]", "", *_wrap(f"{module.SUMMARY}."), "", "Commands:", *_table(rows)]
+    return "\n".join([*lines, "", *_wrap(f"`lindm {name} COMMAND --help` describes a command.")])
 
 
 def _dispatch(words: Sequence[str]) -> int:

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from lindm.cli.arguments import Option, options_of_source, parse_options, parser_of
 
+PRESETS = Literal["quick", "full", "smoke"]
 SUMMARY = "Run one experiment"
 DESCRIPTION = "Run one experiment, decide its claims and write its report. A run that is killed resumes."
 
@@ -32,7 +34,7 @@ def run_experiment(experiment: str, words: Sequence[str]) -> int:
     source = path.read_text(encoding="utf-8")
     own = options_of_source(source, preset)
     common = [
-        Option(name="preset", type=str, default=preset, help="quick, full or smoke: the defaults of the experiment's options."),
+        Option(name="preset", type=PRESETS, default=preset, help="Defaults of the options below."),
         Option(name="out", type=Path, default=Path("results") / f"{experiment}-{preset}", help="Directory of the run."),
         Option(name="fresh", type=bool, default=False, help="Remove what an earlier run wrote to the same directory."),
     ]

@@ -3,7 +3,7 @@
 import json as json_module
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lindm.cli.arguments import Command, Positional
 
@@ -20,8 +20,8 @@ class Solve:
     """Discount factor, in place of the file's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
-    method: str = "auto"
-    """auto (exact if the belief tree fits in 2 GiB, certified bounds otherwise), tree, hsvi or net."""
+    method: Literal["auto", "tree", "hsvi", "net"] = "auto"
+    """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise."""
     effort: int | None = None
     """Trials of hsvi [default: 256] or points of the net [default: 20000]."""
     json: bool = False

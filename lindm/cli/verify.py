@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lindm.cli.arguments import Command
 
@@ -10,8 +11,8 @@ from lindm.cli.arguments import Command
 class Verify:
     """Run the experiments and give every claim a verdict. Writes verdicts.json and report.html; a run that is killed resumes."""
 
-    preset: str = "quick"
-    """quick (minutes) or full (the ranges that a paper would show)."""
+    preset: Literal["quick", "full", "smoke"] = "quick"
+    """quick (minutes), full (the ranges that a paper would show) or smoke (seconds, decides nothing)."""
     out: Path | None = None
     """Directory of the results. [default: results/PRESET]"""
     only: tuple[str, ...] = ()

@@ -26,3 +26,14 @@ def test_other_exceptions_are_usage_errors_or_unknown():
     assert errors.KINDS[errors.kind_number(ValueError())] is errors.UsageError
     assert errors.KINDS[errors.kind_number(OSError())] is errors.LindmError
     assert exit_code(ValueError()) == 2 and exit_code(OSError()) == FAILED
+
+
+@pytest.mark.parametrize(
+    "word, suggestion", [("verfy", "; did you mean verify?"), ("runn", "; did you mean run?"), ("xyzzy", ""), ("", "")]
+)
+def test_a_misspelled_word_has_the_nearest_known_one_as_a_suggestion(word, suggestion):
+    assert errors.did_you_mean(word, ("verify", "run", "plot")) == suggestion
+
+
+def test_the_message_for_an_unknown_word_names_the_argument_the_choices_and_the_word():
+    assert errors.unknown("suite", "mpd", ("mdp", "pomdp")) == "suite must be one of mdp, pomdp; got 'mpd'; did you mean mdp?"
