@@ -44,9 +44,8 @@ from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tab
 from lindm.problems.regression import draw_regression
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
-from lindm_experiments.harness.criteria import judge, judge_count
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, COLORS, DIVERGING, GREY, MARKERS, MEASURED, RED, SEED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.lib.predictor_risks import (
     AFFINE,
@@ -63,7 +62,6 @@ from lindm_experiments.lib.predictor_risks import (
 )
 from lindm_theory.in_context import optimal_weights
 
-CLAIMS = ("against-statistics", "against-statistics/bayes", "against-statistics/small-context", "against-statistics/raw-labels")
 D = 8  # features of the Gaussian problem
 S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
 
@@ -300,17 +298,17 @@ def check(records: list[dict]) -> list[Verdict]:
     M, sigma = records[0]["small"]
     centred, raw = against(CENTRED), against(LAYER)
     return [
-        judge(
+        mean_verdict(
             "against-statistics",
             *ratio,
             figure="map",
             note=f"the better one is the predicted one in {wins} of {n_cells * len(records)} cells",
         ),
-        judge_count("against-statistics/bayes", sum(c["beats_bayes"] for c in cells), seen, seeds=len(records), figure="map"),
-        judge(
+        count_verdict("against-statistics/bayes", sum(c["beats_bayes"] for c in cells), seen, seeds=len(records), figure="map"),
+        mean_verdict(
             "against-statistics/small-context", *centred, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(centred)}"
         ),
-        judge("against-statistics/raw-labels", *raw, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(raw)}"),
+        mean_verdict("against-statistics/raw-labels", *raw, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(raw)}"),
     ]
 
 

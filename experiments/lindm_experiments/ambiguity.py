@@ -34,19 +34,10 @@ from lindm.random import flat
 from lindm.solvers import tree
 from lindm.types import APOMDP
 from lindm.validate import count, fraction
-from lindm_experiments.harness.criteria import judge, judge_count
-from lindm_experiments.harness.statistics import Verdict, clopper_pearson
+from lindm_experiments.harness.statistics import clopper_pearson
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, GREY, MARKERS, MEASURED, ORANGE, PURPLE, RED, SEED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
-CLAIMS = (
-    "ambiguity/monotone",
-    "ambiguity/stagewise",
-    "ambiguity/convex",
-    "ambiguity/not-convex",
-    "ambiguity/whole-horizon",
-    "ambiguity/whole-horizon-loss",
-    "ambiguity/biopsies",
-)
 ROUNDING = 1e-10  # relative to the most that two policies can differ by
 SHORT = 3  # stages of a random cloud where many values of it are needed
 ATTITUDE = r"attitude $\alpha$ (0: the best case, 1: the worst)"
@@ -321,7 +312,7 @@ def check(records: list[dict]) -> list[Verdict]:
     regret = np.max([r["prostate"]["regret"] for r in seeded])
 
     def none_of(claim: str, violations: int, n: int, figure: str, note: str) -> Verdict:
-        return judge_count(claim, int(violations), n, seeds=len(seeded), figure=figure, note=note)
+        return count_verdict(claim, int(violations), n, seeds=len(seeded), figure=figure, note=note)
 
     return [
         none_of("ambiguity/monotone", total["rises"], total["histories"], "attitude", f"{len(two)} attitudes from 0 to 1"),
@@ -353,13 +344,13 @@ def check(records: list[dict]) -> list[Verdict]:
             "criteria",
             f"largest loss {losses.max():.1%} of the span",
         ),
-        judge(
+        mean_verdict(
             "ambiguity/whole-horizon-loss",
             [np.mean(r["loss"]) for r in seeded],
             [np.mean(r["prostate"]["loss"]) for r in seeded],
             figure="criteria",
         ),
-        judge(
+        mean_verdict(
             "ambiguity/biopsies",
             by_attitude[:, -1] - by_attitude[:, 0],
             figure="attitude",

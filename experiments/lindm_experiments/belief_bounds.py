@@ -36,11 +36,9 @@ from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import Tables, advance, label, q_bounds, solve
 from lindm.types import APOMDP, CERTIFIED, POMDP
 from lindm.validate import count, nonnegative
-from lindm_experiments.harness.criteria import judge, judge_count
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
-CLAIMS = ("belief-bounds", "belief-bounds/labels", "belief-bounds/narrow", "belief-bounds/certified")
 S, A, O, H, M = 4, 3, 3, 5, 3
 ROUNDING = 1e-9  # relative to the most that two policies can differ by
 EPSILON = 0.3  # share of random actions in the demonstrations
@@ -326,8 +324,8 @@ def check(records: list[dict]) -> list[Verdict]:
     listed = [", ".join(f"{m} {np.mean(v):.3g}" for m, v in zip(METHODS, part, strict=True)) for part in (widths, certified)]
     intervals = total("intervals")
     return [
-        judge_count("belief-bounds", total("violated"), intervals, seeds=len(seeded), figure="widths"),
-        judge_count(
+        count_verdict("belief-bounds", total("violated"), intervals, seeds=len(seeded), figure="widths"),
+        count_verdict(
             "belief-bounds/labels",
             total("misled"),
             intervals,
@@ -335,8 +333,8 @@ def check(records: list[dict]) -> list[Verdict]:
             figure="widths",
             note=f"{certificates} of the labels are certificates",
         ),
-        judge("belief-bounds/narrow", *widths, figure="widths", note=listed[0]),
-        judge("belief-bounds/certified", *certified, figure="widths", note=listed[1]),
+        mean_verdict("belief-bounds/narrow", *widths, figure="widths", note=listed[0]),
+        mean_verdict("belief-bounds/certified", *certified, figure="widths", note=listed[1]),
     ]
 
 

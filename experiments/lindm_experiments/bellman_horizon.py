@@ -30,15 +30,13 @@ from lindm.random import flat
 from lindm.solvers.dp import greedy, policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge, judge_count
-from lindm_experiments.harness.statistics import Verdict, slopes
+from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import offline
 from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import optimal_weights
-
-CLAIMS = ("bellman-horizon", "bellman-horizon/linear", "bellman-horizon/quadratic-price")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +188,11 @@ def check(records: list[dict]) -> list[Verdict]:
     longest = records[0]["horizons"][-1]
     against = f"at H = {longest} {last['bellman'] / last['oracle']:.2g} times the loss with oracle labels"
     return [
-        judge_count(
+        count_verdict(
             "bellman-horizon", broken, n, seeds=len(records), figure="horizon", note=f"bound/truth at H = {longest}: {tight}"
         ),
-        judge("bellman-horizon/linear", price, figure="horizon", note=against),
-        judge("bellman-horizon/quadratic-price", price, figure="horizon"),
+        mean_verdict("bellman-horizon/linear", price, figure="horizon", note=against),
+        mean_verdict("bellman-horizon/quadratic-price", price, figure="horizon"),
     ]
 
 

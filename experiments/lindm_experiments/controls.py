@@ -27,15 +27,13 @@ from lindm.random import flat
 from lindm.solvers.dp import occupancy, policy_value
 from lindm.types import Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import criterion, judge, judge_count
-from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.style import BLUE, GREY, RED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import gaussian_fourth
 from lindm_theory.in_context import gaussian_gamma, risk
 from lindm_theory.policy import loss_identity
-
-CLAIMS = ("controls/swap", "controls/horizon", "controls/leak", "controls/untrained", "controls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +163,7 @@ def measure(cfg: Config, point: dict) -> dict:
 
 
 def _inside(claim: str, value: float) -> bool:
-    c = criterion(claim)
+    c = get_claim(claim)
     return c.lo <= value <= c.hi
 
 
@@ -186,13 +184,13 @@ def check(records: list[dict]) -> list[Verdict]:
 
     n = sum(r["policies"] for r in records)
     return [
-        judge("controls/swap", values("swap", "mutant"), figure="controls", note=beside("swap")),
-        judge_count(
+        mean_verdict("controls/swap", values("swap", "mutant"), figure="controls", note=beside("swap")),
+        count_verdict(
             "controls/horizon", sum(values("horizon", "mutant")), n, seeds=len(records), figure="controls", note=beside("horizon")
         ),
-        judge("controls/leak", values("leak", "mutant"), figure="controls", note=beside("leak")),
-        judge("controls/untrained", values("untrained", "mutant"), figure="controls", note=beside("untrained")),
-        judge("controls", [float(_turned(r)) for r in records], figure="controls"),
+        mean_verdict("controls/leak", values("leak", "mutant"), figure="controls", note=beside("leak")),
+        mean_verdict("controls/untrained", values("untrained", "mutant"), figure="controls", note=beside("untrained")),
+        mean_verdict("controls", [float(_turned(r)) for r in records], figure="controls"),
     ]
 
 
@@ -209,7 +207,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for i, (who, color) in enumerate((("honest", BLUE), ("mutant", RED))):
             y = [r[name][who] / scale for r in records]
             axis.plot(np.full(len(y), i) + np.linspace(-0.12, 0.12, len(y)), y, "o", color=color)
-        c = criterion(claim)
+        c = get_claim(claim)
         axis.axhspan(max(c.lo, 0), c.hi, color=GREY, alpha=0.25, lw=0)
         axis.set_xticks([0, 1], ["honest", "mutant"])
         axis.set(xlim=(-0.5, 1.5), ylabel=label, title=f"{title} ({claim})")

@@ -1,7 +1,7 @@
 """Does fine-tuning on the oracle's decisions close the gap of a language model, and where does it stop helping?
 
     lindm run decisions --preset full
-    lindm verify --only sft-beats-icl sft-beats-cloning horizon partial-observation ambiguity ood format behaviour-context
+    lindm verify --only sft-beats-icl sft-beats-cloning horizon partial-observation ambiguity ood format behavior-context
 
 A cell is a suite at a horizon. In each, a model is fine-tuned (`lindm sft`) on tasks of the suite, and then it, the same model
 before that (ICL: it has the demonstrations in its context and no more) and the classical policies of `lindm eval` face the same
@@ -36,21 +36,11 @@ from matplotlib.figure import Figure
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import compare
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge, undecided
-from lindm_experiments.harness.statistics import Verdict, mean_ci
+from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, GREY, MARKERS
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 
-CLAIMS = (
-    "sft-beats-icl",
-    "sft-beats-cloning",
-    "horizon",
-    "partial-observation",
-    "ambiguity",
-    "ood",
-    "format",
-    "behaviour-context",
-)
 SUITES = ("mdp", "pomdp", "apomdp")
 LISTED = 256  # histories of a last stage that are all asked
 EPISODES = 4  # sampled of a task with more
@@ -220,7 +210,9 @@ def check(records: list[dict]) -> list[Verdict]:
         """Does what it loses stay below a share of what the rival loses, on every suite?"""
         mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", rival))
         means = {n: (mine[n].mean(), theirs[n].mean()) for n in known}
-        return judge(id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {rival}: {_said(means)}")
+        return mean_verdict(
+            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {rival}: {_said(means)}"
+        )
 
     def advantage(suite: str, horizon: int | None = None) -> np.ndarray:
         return gaps(records, "icl", suite, horizon=horizon) - gaps(records, "sft", suite, horizon=horizon)
@@ -230,7 +222,7 @@ def check(records: list[dict]) -> list[Verdict]:
     verdicts = [against("sft-beats-icl", "icl", 0.25), against("sft-beats-cloning", "bc", 1.0)]
     if several:
         note = f"ICL - SFT, shortest / longest: {_said({n: [v.mean() for v in e] for n, e in ends.items()})}"
-        verdicts.append(judge("horizon", *(long - short for short, long in ends.values()), figure="gaps", note=note))
+        verdicts.append(mean_verdict("horizon", *(long - short for short, long in ends.values()), figure="gaps", note=note))
     else:
         verdicts.append(undecided("horizon", "one horizon was measured"))
     for id, easier, harder in (("partial-observation", "mdp", "pomdp"), ("ambiguity", "pomdp", "apomdp")):
@@ -238,7 +230,7 @@ def check(records: list[dict]) -> list[Verdict]:
             pair = [advantage(n) for n in (easier, harder)]
             n = min(map(len, pair))
             note = f"ICL - SFT, {easier} / {harder}: {_said({'': [v.mean() for v in pair]}).strip()}"
-            verdicts.append(judge(id, pair[1][:n] - pair[0][:n], figure="gaps", note=note))
+            verdicts.append(mean_verdict(id, pair[1][:n] - pair[0][:n], figure="gaps", note=note))
         else:
             verdicts.append(undecided(id, f"{easier} and {harder} were not both measured"))
     verdicts.append(against("ood", "icl", 0.5, "ood"))
@@ -246,7 +238,9 @@ def check(records: list[dict]) -> list[Verdict]:
     if told:
         both = {key: [gaps(records, policy, key[0], part=key[1]) for policy in ("sft", "icl")] for key in told}
         note = f"SFT / ICL: {_said({' '.join(key): [v.mean() for v in values] for key, values in both.items()})}"
-        verdicts.append(judge("format", *(mine - 0.5 * theirs for mine, theirs in both.values()), figure="formats", note=note))
+        verdicts.append(
+            mean_verdict("format", *(mine - 0.5 * theirs for mine, theirs in both.values()), figure="formats", note=note)
+        )
     else:
         verdicts.append(undecided("format", "one format was measured"))
     worse = [n for n in known if len(gaps(records, "sft", n, demos="worse"))]
@@ -256,9 +250,9 @@ def check(records: list[dict]) -> list[Verdict]:
         parts = [mine[n] - theirs for n in worse for theirs in rivals[n][:2]]
         means = {n: [v.mean() for v in (mine[n], *rivals[n])] for n in worse}
         note = f"SFT / behaviour / bc / ICL: {_said(means)}"
-        verdicts.append(judge("behaviour-context", *parts, figure="formats", note=note))
+        verdicts.append(mean_verdict("behavior-context", *parts, figure="formats", note=note))
     else:
-        verdicts.append(undecided("behaviour-context", "worse demonstrations were not measured"))
+        verdicts.append(undecided("behavior-context", "worse demonstrations were not measured"))
     return verdicts
 
 

@@ -37,14 +37,12 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREY, MARKERS, MEASURED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import chain_moments, design_fourth, design_moment, effective_sample_size, independent_copies
 from lindm_theory.in_context import moment_risk, pair_variance, solve_normal_equations
 
-CLAIMS = ("dependence", "dependence/slow", "dependence/turning", "dependence/weights")
 S, A, D, H = 10, 2, 4, 3  # states, actions, features, stages
 BLOCK = 256  # contexts in flight
 SERVES = 8  # tasks for every chain
@@ -314,17 +312,17 @@ def check(records: list[dict]) -> list[Verdict]:
     apart = np.mean([r["apart"][-2] for r in records])
     gain = np.mean([c["measured"]["own"] / c["measured"]["plain"] for c in at_N])
     return [
-        judge(
+        mean_verdict(
             "dependence", *ratios, *sizes, figure="dependence", note=f"{len(ratios)} risks and {len(sizes)} M_eff, worst shown"
         ),
-        judge(
+        mean_verdict(
             "dependence/slow",
             *slow,
             figure="dependence",
             note=f"from {np.mean(slow, 1).min():.2g} to {np.mean(slow, 1).max():.2g}",
         ),
-        judge("dependence/turning", *turning, figure="dependence"),
-        judge(
+        mean_verdict("dependence/turning", *turning, figure="dependence"),
+        mean_verdict(
             "dependence/weights",
             *weights.T,
             figure="risk",

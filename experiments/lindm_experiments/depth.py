@@ -37,14 +37,12 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, SEED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import onehot_gamma
 from lindm_theory.robustness import depth_bias, onehot_depth_risk
 
-CLAIMS = ("depth", "depth/small-context", "depth/estimation", "depth/least-squares", "depth/trained")
 D = 5
 LIMIT = 64  # layers that stand for infinitely many
 SETTLED = 0.8  # spectral radius from which on LIMIT layers are as good as infinitely many: 0.8^64 < 1e-6
@@ -350,7 +348,7 @@ def check(records: list[dict]) -> list[Verdict]:
     blown = np.mean([f["clean"][-1] / f["inside"][-1] for f in short]) if converge else np.inf
     rates = np.mean([_per_layer(r, "exact")[:, -1] for r in records], 0)
     return [
-        judge(
+        mean_verdict(
             "depth",
             *np.moveaxis(ratio, 0, -1).reshape(-1, len(records)),
             figure="bias",
@@ -358,22 +356,22 @@ def check(records: list[dict]) -> list[Verdict]:
             + ", ".join(f"{v:.2g} (N = {N})" for N, v in zip(first["N"], rates, strict=True))
             + " per layer",
         ),
-        judge(
+        mean_verdict(
             "depth/small-context",
             *np.moveaxis(found / told, 0, -1).reshape(-1, len(records)),
             figure="finite",
             note=f"a = {first['onehot']['a']:.2g}: exact risk at M = {first['onehot']['M'][0]} x "
             f"{told[0, 0, -1] / told[0, 0, 0]:.3g} from 1 to {found.shape[2]} layers",
         ),
-        judge(
+        mean_verdict(
             "depth/estimation",
             *(falls or nothing),
             figure="finite",
             note=f"M = {short[0]['M']}: radius > 1 in {np.mean([f['share'] for f in short]):.1%} of the contexts, "
             f"which multiply the mean risk by {blown:.3g} at {len(short[0]['clean'])} layers",
         ),
-        judge("depth/least-squares", *(limits or nothing), figure="finite", note=f"at {LIMIT} layers, radius < {SETTLED}"),
-        judge("depth/trained", *together, figure="finite", note=f"depth {', '.join(depths)}, M = N = {first['N'][-1]}"),
+        mean_verdict("depth/least-squares", *(limits or nothing), figure="finite", note=f"at {LIMIT} layers, radius < {SETTLED}"),
+        mean_verdict("depth/trained", *together, figure="finite", note=f"depth {', '.join(depths)}, M = N = {first['N'][-1]}"),
     ]
 
 

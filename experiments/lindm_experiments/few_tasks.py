@@ -31,15 +31,14 @@ from lindm.problems.linear_mdp import Family, second_moment, simplex_family
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict, slopes
+from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREY, MEASURED, RED, SEED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import context_second_moment, optimal_weights, risk
 from lindm_theory.robustness import few_task_coefficient, few_task_score
 
-CLAIMS = ("few-tasks", "few-tasks/exact")
 LAWS = ("MDP tasks", "gaussian tasks, same $\\Psi$")
 
 
@@ -223,13 +222,13 @@ def check(records: list[dict]) -> list[Verdict]:
     needed = [f"{tasks_needed(T, excess[i], 0.1):.3g} measured, {10 * law[i]:.3g} by C/T" for i in range(2)]
     ratios = np.array([_ratios(r) for r in records])
     return [
-        judge(
+        mean_verdict(
             "few-tasks",
             [_slope(r, 0) for r in records],
             figure="few_tasks",
             note=f"tasks for 10 % excess: {needed[0]} (MDP), {needed[1]} (gaussian tasks)",
         ),
-        judge(
+        mean_verdict(
             "few-tasks/exact",
             *ratios.reshape(len(records), -1).T,
             figure="few_tasks",

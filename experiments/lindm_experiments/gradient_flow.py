@@ -31,14 +31,12 @@ from lindm.icl.trainer import train
 from lindm.problems.regression import covariance, draw_regression
 from lindm.types import Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREY, MARKERS, SEED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory import gradient_flow as flow
 from lindm_theory.feature_laws import gaussian_fourth
 from lindm_theory.in_context import context_second_moment, optimal_weights
 
-CLAIMS = ("gradient-flow",)
 SUBSTEPS = 8  # Runge-Kutta steps in the longest step of the layer
 DESCENT = optax.sgd(0.5)  # on a loss without the factor 1/2 of the papers: one step is one gradient of theirs
 
@@ -184,7 +182,7 @@ def check(records: list[dict]) -> list[Verdict]:
         f"by length of step: {apart}; v and z up to {leak[:, -1].max():.2%}; u^2 - ||U||^2, kept at zero by "
         f"the flow and lowered by noise: {lost:+.2%} of u^2 at the end; the flow is {records[0]['left']:.1%} from its limit"
     )
-    return [judge("gradient-flow", distance[:, -1], figure="paths", note=note)]
+    return [mean_verdict("gradient-flow", distance[:, -1], figure="paths", note=note)]
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:

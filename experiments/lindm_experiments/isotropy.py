@@ -33,14 +33,12 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import greedy, policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge, judge_count
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import design_fourth, gaussian_fourth
 from lindm_theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
 
-CLAIMS = ("isotropy", "isotropy/anisotropic", "isotropy/sign-symmetry", "isotropy/coordinates")
 ISOTROPIC = ("one-hot, rewards in [0, 1]", "one-hot, rewards in [-1, 1]")
 SIMPLEX = "simplex"
 LAWS = ("Gaussian", "signed axes", "sign-symmetric only")  # of the bandits' features
@@ -304,14 +302,14 @@ def check(records: list[dict]) -> list[Verdict]:
 
     def counted(id: str, cells: list[dict], figure: str, note: str = "") -> Verdict:
         changed, n = sum(c["differing"] for c in cells), sum(c["decisions"] for c in cells)
-        return judge_count(id, changed, n, seeds=seeds, figure=figure, note=note)
+        return count_verdict(id, changed, n, seeds=seeds, figure=figure, note=note)
 
     free = max(r["families"][n]["trained_share"][-1] for r in records for n in ISOTROPIC)
     growth = carried[0]["paper"]
     ours = [max(c["theorem"]) / min(c["theorem"]) - 1 for c in carried]
     return [
         counted("isotropy", same, "actions", f"trained layers differ in at most {free:.2%} of actions"),
-        judge("isotropy/anisotropic", [r["families"][SIMPLEX]["share"][0][-1] for r in records], figure="actions"),
+        mean_verdict("isotropy/anisotropic", [r["families"][SIMPLEX]["share"][0][-1] for r in records], figure="actions"),
         counted("isotropy/sign-symmetry", signs, "actions"),
         counted(
             "isotropy/coordinates",

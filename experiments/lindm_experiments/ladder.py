@@ -24,14 +24,13 @@ from matplotlib.figure import Figure
 from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import greedy, occupancy, policy_value
 from lindm.validate import count
-from lindm_experiments.harness.criteria import criterion, judge, judge_count
-from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.style import BLUE, GREEN, GREY, ORANGE, RED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import concentration, mean_policy, policy
 from lindm_theory.in_context import context_second_moment, risk
 
-CLAIMS = ("identity", "ladder", "expected-bound", "expected-bound/mean-policy", "high-probability-bound")
 PER_POLICY = ("1s", "1", "1b", "2", "3")  # rungs that must hold for every single policy
 NAMES = {
     "truth": "truth",
@@ -65,8 +64,8 @@ class Config:
             count(M, "M")
         if not 0 <= self.half_width < float("inf"):
             raise ValueError(f"half_width must be finite and not negative; got {self.half_width}")
-        if self.delta != criterion("high-probability-bound").hi:
-            raise ValueError(f"delta must be the level of the claim, {criterion('high-probability-bound').hi}; got {self.delta}")
+        if self.delta != get_claim("high-probability-bound").hi:
+            raise ValueError(f"delta must be the level of the claim, {get_claim('high-probability-bound').hi}; got {self.delta}")
 
 
 QUICK = Config()
@@ -197,7 +196,7 @@ def check(records: list[dict]) -> list[Verdict]:
     broken = {r: _total(records, lambda c, r=r: c["violations"][r]) for r in (*PER_POLICY, "5")}
     worst = max(c["identity_error"] for r in records for c in r["cells"])
     return [
-        judge_count(
+        count_verdict(
             "identity",
             _total(records, lambda c: c["identity_off"]),
             n,
@@ -206,7 +205,7 @@ def check(records: list[dict]) -> list[Verdict]:
             note=f"largest {worst:.1e}",
         ),
         # a policy that breaks two rungs counts twice: only zero passes, so the count need not be exact
-        judge_count(
+        count_verdict(
             "ladder",
             min(n, sum(broken[r] for r in PER_POLICY)),
             n,
@@ -214,15 +213,17 @@ def check(records: list[dict]) -> list[Verdict]:
             figure="waterfall",
             note=_tightness(records, PER_POLICY),
         ),
-        judge("expected-bound", _largest_ratio(records, "truth", "4"), figure="waterfall", note=_tightness(records, ("4", "4t"))),
-        judge(
+        mean_verdict(
+            "expected-bound", _largest_ratio(records, "truth", "4"), figure="waterfall", note=_tightness(records, ("4", "4t"))
+        ),
+        mean_verdict(
             "expected-bound/mean-policy",
             _largest_ratio(records, "truth", "6"),
             _largest_ratio(records, "6", "4"),
             figure="waterfall",
             note=_tightness(records, ("6",)),
         ),
-        judge_count(
+        count_verdict(
             "high-probability-bound",
             broken["5"],
             n,

@@ -40,13 +40,12 @@ from lindm.llm.config import Architecture
 from lindm.llm.model import Decoder
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge, undecided
-from lindm_experiments.harness.statistics import Verdict, mean_ci
+from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, EXACT, GREY, MARKERS
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 from lindm_theory.in_context import optimal_weights, risk
 
-CLAIMS = ("llm-law", "llm-law/estimation", "llm-law/bias", "llm-law/language")
 D = 6  # pairs
 BATCH = 64
 BLOCK = 256  # test contexts at once
@@ -248,14 +247,14 @@ def check(records: list[dict]) -> list[Verdict]:
     lost = [(x - bayes)[:, :, -1] for x in (mine, layer)]
     ends = [" to ".join(f"{v:.2g}" for v in x.mean(0)[[0, -1]]) for x in lost]
     verdicts = [
-        judge(
+        mean_verdict(
             "llm-law",
             unexplained(mine, M),
             figure="risk",
             note=f"layer {unexplained(layer, M).mean():.1g}, Bayes {unexplained(bayes, M).mean():.2g}",
         ),
-        judge("llm-law/estimation", near[0], figure="risk", note=f"layer {near[1].mean():.3f}"),
-        judge(
+        mean_verdict("llm-law/estimation", near[0], figure="risk", note=f"layer {near[1].mean():.3f}"),
+        mean_verdict(
             "llm-law/bias",
             lost[0][:, -1] - lost[0][:, 0],
             figure="risk",
@@ -269,7 +268,7 @@ def check(records: list[dict]) -> list[Verdict]:
     said = "; ".join(f"N = {n}: " + ", ".join(f"{100 * np.mean(v):.1f}" for v in gaps.values()) for n, gaps in asked.items())
     difference = np.array(many[max(many)]) - np.array(few[max(few)])
     note = f"gaps in % at M = {', '.join(map(str, few))}: {said}"
-    return [*verdicts, judge("llm-law/language", difference, figure="language", note=note)]
+    return [*verdicts, mean_verdict("llm-law/language", difference, figure="language", note=note)]
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:

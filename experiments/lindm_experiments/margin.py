@@ -24,15 +24,14 @@ from matplotlib.figure import Figure
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import greedy, policy_value
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict, slopes
+from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, RED, SEED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import margin as margins
 from lindm_theory import mean_policy, policy
 from lindm_theory.in_context import risk
 
-CLAIMS = ("margin", "margin/floor", "margin/no-gap")
 ENOUGH = 20  # losses seen at a length, for its mean to be known to about a quarter
 
 
@@ -202,9 +201,9 @@ def check(records: list[dict]) -> list[Verdict]:
     free = [float(slopes(r["M_free"], r["curves"]["no gap"])[0]) for r in records]
     stays = [r["curves"]["floor"][-1] / r["floor_predicted"] for r in records]
     return [
-        judge("margin", steep, figure="margin", note=f"smallest gap {min(r['smallest_gap'] for r in records):.2f}"),
-        judge("margin/floor", stays, figure="margin"),
-        judge("margin/no-gap", free, figure="margin"),
+        mean_verdict("margin", steep, figure="margin", note=f"smallest gap {min(r['smallest_gap'] for r in records):.2f}"),
+        mean_verdict("margin/floor", stays, figure="margin"),
+        mean_verdict("margin/no-gap", free, figure="margin"),
     ]
 
 

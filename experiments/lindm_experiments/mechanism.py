@@ -41,22 +41,12 @@ from lindm.families.suites import Suite
 from lindm.text import Document, Step
 from lindm.types import POMDP
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict, mean_ci
+from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, GREY, MARKERS
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
 from lindm_experiments.lib.probes import Asked, Reader, probe, read
 
-CLAIMS = (
-    "probe",
-    "probe/q",
-    "probe/belief",
-    "probe/control",
-    "implied-q",
-    "implied-q/mistakes",
-    "invariance",
-    "invariance/gain",
-)
 WORLDS = ("mdp", "tiger")
 DEMOS = {"mdp": 2, "tiger": 3}
 NOISE = 0.2  # random actions in the tiger's demonstrations
@@ -273,27 +263,31 @@ def check(records: list[dict]) -> list[Verdict]:
         return "R²: " + ", ".join(f"{who} {1 - np.mean(x['errors']):.2f} (layer {x['layer']})" for who, x in readers.items())
 
     verdicts = [
-        judge(id, errors("mdp", t, "before") - errors("mdp", t, "after"), figure="probe", note=told("mdp", t))
+        mean_verdict(id, errors("mdp", t, "before") - errors("mdp", t, "after"), figure="probe", note=told("mdp", t))
         for id, t in (("probe", "advantage"), ("probe/q", "q"))
     ]
-    verdicts.append(judge("probe/belief", errors("tiger", "belief", "after"), figure="probe", note=told("tiger", "belief")))
+    verdicts.append(
+        mean_verdict("probe/belief", errors("tiger", "belief", "after"), figure="probe", note=told("tiger", "belief"))
+    )
     # tasks differ in the size of Q*, so each stands beside the mean's error on that task
     asked = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"))
     shuffled = [errors(w, t, "shuffled", "of_mean") - errors(w, t, "shuffled") for w, t in asked]
-    verdicts.append(judge("probe/control", *shuffled, figure="probe"))
+    verdicts.append(mean_verdict("probe/control", *shuffled, figure="probe"))
     of = next(r for r in records if r["point"]["world"] == "mdp")["implied"]
     along = {who: np.mean(v) for who, v in of["with_q"].items()}
     said = ", ".join(f"{who} {v:.2f}" for who, v in along.items())
-    verdicts.append(judge("implied-q", _joined(records, "mdp", "implied", "with_q", "after"), figure="implied-q", note=said))
+    verdicts.append(
+        mean_verdict("implied-q", _joined(records, "mdp", "implied", "with_q", "after"), figure="implied-q", note=said)
+    )
     layer, ridge = (_joined(records, "mdp", "implied", "mistakes_with", "after", other) for other in ("layer", "ridge"))
     n, shared = of["mistakes"]["after"], of["shared"]["after"]
     said = f"layer {layer.mean():.2f}, ridge {ridge.mean():.2f}; of {n} mistakes in {of['decisions']}, the same action: "
     said += ", ".join(f"{other} {same}" for other, (_, same) in shared.items())
-    verdicts.append(judge("implied-q/mistakes", layer - ridge, figure="implied-q", note=said))
+    verdicts.append(mean_verdict("implied-q/mistakes", layer - ridge, figure="implied-q", note=said))
     after, before = (_joined(records, "mdp", "same", who) for who in ("after", "before"))
     said = f"before {before.mean():.1%}, after {after.mean():.1%}"
-    verdicts.append(judge("invariance", after, figure="implied-q", note=said))
-    verdicts.append(judge("invariance/gain", after - before, figure="implied-q", note=said))
+    verdicts.append(mean_verdict("invariance", after, figure="implied-q", note=said))
+    verdicts.append(mean_verdict("invariance/gain", after - before, figure="implied-q", note=said))
     return verdicts
 
 

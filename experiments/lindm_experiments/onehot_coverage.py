@@ -37,13 +37,11 @@ from lindm.solvers.dp import greedy, policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.mean_policy import policy_loss
 
-CLAIMS = ("onehot-coverage", "onehot-coverage/loss", "onehot-coverage/imputation", "onehot-coverage/centring")
 SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centred": (-0.5, 0.5)}  # reward boxes: one world, shifted
 CENTRED_LABELS = "labels minus prior mean"
 S, A, H = 4, 3, 3
@@ -282,20 +280,20 @@ def check(records: list[dict]) -> list[Verdict]:
     ]
     note = ", ".join(f"{n} {v:.3g}" for n, v in rates.items())
     return [
-        judge(
+        mean_verdict(
             "onehot-coverage",
             *off,
             figure="unseen",
             note=f"rates: {note}; last stage, centred {coin:.3f}, E 2^-k = {law:.3f}",
         ),
-        judge("onehot-coverage/loss", *raw, *fixed, figure="unseen"),
-        judge(
+        mean_verdict("onehot-coverage/loss", *raw, *fixed, figure="unseen"),
+        mean_verdict(
             "onehot-coverage/imputation",
             [_mean(r, "negative", "rate", "real") for r in records],
             figure="unseen",
             note=f"alpha I + beta 11' and alpha I differ in {differ} of {total} actions",
         ),
-        judge("onehot-coverage/centring", *gain, figure="unseen"),
+        mean_verdict("onehot-coverage/centering", *gain, figure="unseen"),
     ]
 
 

@@ -30,9 +30,9 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.validate import count, nonnegative
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict, slopes
+from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREY, MARKERS
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib.feature_laws import (
     HEAVY,
     LAWS,
@@ -59,16 +59,6 @@ from lindm_theory.in_context import (
     risk,
 )
 
-CLAIMS = (
-    "q-risk",
-    "estimation-slope",
-    "training-length-slope",
-    "paper-bound",
-    "paper-bound/label-noise",
-    "paper-bound/onehot-gamma",
-    "paper-bound/heavy-tails",
-    "paper-bound/every-law",
-)
 JUDGED = (*MATCHED, SIMPLEX, ONEHOT)  # q-risk and estimation-slope
 LONG = (MATCHED[0], ONEHOT)  # training-length-slope: where N x >= 20 is in reach (see `lindm_theory.in_context.modes`)
 DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: least squares on all that was seen
@@ -225,35 +215,37 @@ def check(records: list[dict]) -> list[Verdict]:
     matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), best)]
     on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
     return [
-        judge(
+        mean_verdict(
             "q-risk",
             *ratios,
             figure="error",
             note=f"{len(ratios)} cells, worst shown; optimisation error <= {off:.1%} of the risk",
         ),
-        judge("estimation-slope", *in_M, figure="estimation", note=f"M = {M[0]} to {M[-1]}, {len(in_M)} layers, worst shown"),
-        judge(
+        mean_verdict(
+            "estimation-slope", *in_M, figure="estimation", note=f"M = {M[0]} to {M[-1]}, {len(in_M)} layers, worst shown"
+        ),
+        mean_verdict(
             "training-length-slope",
             *long["bias"],
             figure="bias",
             note=f"{' and '.join(LONG)}, N = {N_long[0]} to {N_long[-1]}: A_N {shown['exact']}, trained {shown['bias']}, "
             f"at Lambda (training's sampling error included) {shown['at_Lambda']}",
         ),
-        judge(
+        mean_verdict(
             "paper-bound",
             *matched,
             figure="bound",
             note="bound/risk: " + "; ".join(_tightness(records, law, "bound") for law in MATCHED),
         ),
-        judge("paper-bound/label-noise", _largest(records, NOISY, ("risk",), "bound"), figure="bound"),
-        judge(
+        mean_verdict("paper-bound/label-noise", _largest(records, NOISY, ("risk",), "bound"), figure="bound"),
+        mean_verdict(
             "paper-bound/onehot-gamma",
             *_each(_cells(records, ONEHOT, "risk") / _cells(records, ONEHOT, "gaussian")),
             figure="error",
             note=f"as an inequality eq. (6) still holds there: risk/bound <= {on_onehot.max():.2f}",
         ),
-        judge("paper-bound/heavy-tails", _largest(records, HEAVY, ("risk",), "bound"), figure="bound"),
-        judge(
+        mean_verdict("paper-bound/heavy-tails", _largest(records, HEAVY, ("risk",), "bound"), figure="bound"),
+        mean_verdict(
             "paper-bound/every-law",
             *(_largest(records, law, ("risk",), "every_law") for law in LAWS),
             figure="bound",

@@ -36,15 +36,13 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import greedy
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge, judge_count
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import Prediction, risk
 from lindm_theory.robustness import scale_shift, shift_floor
 
-CLAIMS = ("shift", "shift/floor", "shift/scale-policy")
 KINDS = ("none", "query", "noise", "scale", "spectrum")
 FLOORS = ("scale", "spectrum")  # what M does not remove
 BLOCK = 64  # contexts in flight
@@ -285,13 +283,13 @@ def check(records: list[dict]) -> list[Verdict]:
     explodes = np.mean([max(p["error"][name] for name in scales) / p["error"]["1"] for p in policies])
     wrong = {k: np.mean([p["wrong"][k] for p in policies]) for k in ("1", "spectrum")}
     return [
-        judge(
+        mean_verdict(
             "shift",
             *ratios,
             figure="shift",
             note=f"{len(KINDS)} kinds, worst shown; ||Ahat - A_N|| <= {max(r['weights_error'] for r in records):.1%}",
         ),
-        judge(
+        mean_verdict(
             "shift/floor",
             *floors,
             figure="shift",
@@ -299,7 +297,7 @@ def check(records: list[dict]) -> list[Verdict]:
             + ", ".join(f"{k} {v:.3g}" for k, v in costs.items())
             + f"; estimation left at M = {records[0]['M_long']}: {share:.1%}",
         ),
-        judge_count(
+        count_verdict(
             "shift/scale-policy",
             changed,
             sum(p["n"] for p in policies),

@@ -30,12 +30,9 @@ from lindm.icl.attention import ReducedAttention, SoftmaxAttention, sinusoidal
 from lindm.icl.trainer import train
 from lindm.problems.regression import draw_regression
 from lindm.validate import count
-from lindm_experiments.harness.criteria import judge
-from lindm_experiments.harness.statistics import Verdict
 from lindm_experiments.harness.style import BLUE, COLORS, GREY, SEED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
-
-CLAIMS = ("softmax", "softmax/linear-ahead", "softmax/positions", "softmax/learned-positions", "softmax/learned-positions-break")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +138,13 @@ def check(records: list[dict]) -> list[Verdict]:
     trivial = [_at(r, "softmax", 1) / r["d"] for r in records]  # predicting zero has risk tr(Lambda Psi) = d
     deeper = np.mean([_at(r, "softmax, 2 blocks", 1) / _at(r, "softmax", 1) for r in records])
     return [
-        judge("softmax", trivial, gain("softmax"), figure="softmax", note=f"two blocks: {deeper:.2f} times the risk of one"),
-        judge("softmax/linear-ahead", behind, figure="softmax"),
-        judge("softmax/positions", gain("softmax, fixed positions"), figure="softmax"),
-        judge("softmax/learned-positions", lost, figure="softmax"),
-        judge("softmax/learned-positions-break", gain("softmax, learned positions"), figure="softmax"),
+        mean_verdict(
+            "softmax", trivial, gain("softmax"), figure="softmax", note=f"two blocks: {deeper:.2f} times the risk of one"
+        ),
+        mean_verdict("softmax/linear-ahead", behind, figure="softmax"),
+        mean_verdict("softmax/positions", gain("softmax, fixed positions"), figure="softmax"),
+        mean_verdict("softmax/learned-positions", lost, figure="softmax"),
+        mean_verdict("softmax/learned-positions-break", gain("softmax, learned positions"), figure="softmax"),
     ]
 
 

@@ -41,15 +41,14 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm.validate import count
-from lindm_experiments.harness.criteria import criterion, judge
-from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, SEED
+from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import gradient_flow
 from lindm_theory.feature_laws import design_fourth, gaussian_fourth
 from lindm_theory.in_context import gaussian_gamma, optimal_weights
 
-CLAIMS = ("weights", "weights/full-limit", "weights/paper-gamma", "weights/leak")
 LAWS = ("gaussian", "one-hot", "simplex")
 SCALE = 0.5  # s of the paper's initialisation
 DESCENT = optax.sgd(0.02)  # made once: optax objects are compared by identity
@@ -353,7 +352,7 @@ def check(records: list[dict]) -> list[Verdict]:
     leak = [r["leak"] for r in records]
     allowed = np.mean([x["predicted_v_only"] / x["predicted_reduced"] for x in leak])
     return [
-        judge(
+        mean_verdict(
             "weights",
             *worst.values(),
             figure="learned",
@@ -361,7 +360,7 @@ def check(records: list[dict]) -> list[Verdict]:
             + ", ".join(f"{k} {_percent(v)}" for k, v in worst.items())
             + f"; of which Psi unknown {_percent(psi)}",
         ),
-        judge(
+        mean_verdict(
             "weights/full-limit",
             off_U,
             off_u,
@@ -369,14 +368,14 @@ def check(records: list[dict]) -> list[Verdict]:
             note=f"U {_percent(off_U)}, u {_percent(off_u)}; |v| {np.mean([f['v'] for f in full]):.2g}, |z| "
             f"{np.mean([f['z'] for f in full]):.2g}",
         ),
-        judge(
+        mean_verdict(
             "weights/paper-gamma",
             *paper.values(),
             figure="learned",
             note="nearest stage: "
             + ", ".join(f"{k} {_percent(v)} (Gaussian formula with the right Psi {_percent(form[k])})" for k, v in paper.items()),
         ),
-        judge(
+        mean_verdict(
             "weights/leak",
             [x["risk_full"] / x["risk_reduced"] for x in leak],
             figure="full",
@@ -434,7 +433,7 @@ def _way(axis, records: list[dict], law: str) -> None:
         for one in paths[:, :, h]:
             axis.plot(steps, one, color=COLORS[h], marker="", **SEED)
         axis.plot(steps, paths[:, :, h].mean(0), color=COLORS[h], marker=MARKERS[h], label=f"stage {h + 1}", linestyle="none")
-    axis.axhline(criterion("weights").hi, color=GREY, label="criterion", **BOUND, marker="")
+    axis.axhline(get_claim("weights").hi, color=GREY, label="criterion", **BOUND, marker="")
     far = _distances(records, law, "gamma_inverse")
     if law != "gaussian":
         axis.axhline(far.mean(), color="black", linestyle=":", marker="", label="distance to $\\Gamma^{-1}$")

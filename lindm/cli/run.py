@@ -69,7 +69,7 @@ def run_experiment(experiment: str, words: Sequence[str]) -> int:
         end(outcome)
     if outcome.error:
         raise outcome.error
-    summary = summarise([outcome], {experiment: list(module.CLAIMS)}, preset, outcome.seconds)
+    summary = summarise([outcome], {experiment: list(runner.discover()[experiment])}, preset, outcome.seconds)
     files.write_json(out / "verdicts.json", summary)
     write_report(out)
     console.print(table(summary))

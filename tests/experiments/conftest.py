@@ -21,9 +21,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from lindm_experiments.harness.criteria import judge
-
-CLAIMS = ("q-risk", "controls/swap")
+from lindm_experiments.harness.verdicts import mean_verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +62,8 @@ def measure(cfg, point):
 
 def check(records):
     return [
-        judge("q-risk", [r["ratio"] for r in records], figure="toy"),
-        judge("controls/swap", [r["swapped"] for r in records]),
+        mean_verdict("q-risk", [r["ratio"] for r in records], figure="toy"),
+        mean_verdict("controls/swap", [r["swapped"] for r in records]),
     ]
 
 
@@ -111,8 +109,14 @@ def build_lab(directory: Path) -> Lab:
     (experiments / "toy.py").write_text(TOY)
     # the machinery is a part of the same package: import it first, then let only the toy be found
     (directory / "door.py").write_text(
-        "import sys\n\n"
-        "import lindm_experiments\nimport lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n\n"
+        "import sys\nfrom pathlib import Path\n\n"
+        "from dataclasses import replace\n\n"
+        "import lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n"
+        "from lindm_experiments.harness.claims import CLAIMS\n\n"
+        'owners = {"q-risk": "toy", "controls/swap": "toy", "few-tasks": "other"}\n'
+        "kept = {k: replace(CLAIMS[k], experiment=v) for k, v in owners.items()}\n"
+        "CLAIMS.clear()\n"
+        f"CLAIMS.update({{k: c for k, c in kept.items() if Path({str(experiments)!r}, c.experiment + '.py').exists()}})\n"
         f"lindm_experiments.__path__[:] = [{str(experiments)!r}]\n"
         "from lindm.cli.main import main\n\n"
         'if __name__ == "__main__":\n    sys.exit(main())\n'

@@ -16,7 +16,7 @@ from lindm.problems.apomdp import prostate
 from lindm.solvers import tree
 from lindm.types import APOMDP, POMDP
 from lindm_experiments import ambiguity
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def records() -> list[dict]:
 
 def test_it_runs_and_decides_and_draws_what_it_says(records):
     verdicts = ambiguity.check(records)
-    assert tuple(v.id for v in verdicts) == ambiguity.CLAIMS
+    assert tuple(v.id for v in verdicts) == claim_ids("ambiguity")
     assert {v.figure for v in verdicts} == set(ambiguity.plot(records))
 
 
@@ -148,7 +148,7 @@ def test_verdicts_follow_the_records_and_every_mutant_turns_one(records):
         mutants = _many(records)
         for r in mutants[:5]:
             change(r)
-        return ambiguity.check(mutants)[ambiguity.CLAIMS.index(f"ambiguity/{claim}")].verdict
+        return ambiguity.check(mutants)[claim_ids("ambiguity").index(f"ambiguity/{claim}")].verdict
 
     assert verdict("monotone", lambda r: r.update(rises=1)) == FAIL
     assert verdict("stagewise", lambda r: r.update(wrong_way=1)) == FAIL

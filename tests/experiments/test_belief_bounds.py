@@ -13,7 +13,7 @@ from lindm.io import files
 from lindm.problems.apomdp import single
 from lindm.solvers import net, tree
 from lindm_experiments import belief_bounds
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
 CFG = belief_bounds.SMOKE
 
@@ -37,7 +37,7 @@ def seen():
 
 def test_it_runs_and_decides_and_draws_what_it_says(records):
     verdicts = belief_bounds.check(records)
-    assert tuple(v.id for v in verdicts) == belief_bounds.CLAIMS
+    assert tuple(v.id for v in verdicts) == claim_ids("belief_bounds")
     assert {v.figure for v in verdicts} <= set(belief_bounds.plot(records))
 
 

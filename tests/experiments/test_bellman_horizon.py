@@ -11,7 +11,7 @@ import pytest
 from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import bellman_horizon as exp
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS
 
 
 @pytest.fixture(scope="module")

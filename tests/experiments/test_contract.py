@@ -10,7 +10,7 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments.harness import runner
-from lindm_experiments.harness.criteria import CRITERIA
+from lindm_experiments.harness.claims import CLAIMS
 
 EXPERIMENTS = runner.discover()
 OF_ONE_MODEL = ("decisions", "mechanism")  # one language model is trained; the unit is the task
@@ -54,6 +54,10 @@ def test_a_number_of_seeds_below_one_is_refused_by_name(name):
         dataclasses.replace(module.SMOKE, seeds=0)
 
 
+def test_the_experiments_are_the_modules_with_a_measurement():
+    assert sorted(EXPERIMENTS) == sorted(name for name, path in runner.modules().items() if "\ndef measure(" in path.read_text())
+
+
 def test_every_claim_is_decided_by_exactly_one_experiment():
     owned = Counter(claim for claims in EXPERIMENTS.values() for claim in claims)
-    assert owned == Counter(c.id for c in CRITERIA)
+    assert owned == Counter(CLAIMS.keys())

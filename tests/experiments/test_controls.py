@@ -10,7 +10,7 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments import controls
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def _ideal() -> list[dict]:
 
 def test_mutants_fail_and_together_they_pass():
     verdicts = {v.id: v.verdict for v in controls.check(_ideal())}
-    assert verdicts == dict.fromkeys(controls.CLAIMS, FAIL) | {"controls": PASS}
+    assert verdicts == dict.fromkeys(claim_ids("controls"), FAIL) | {"controls": PASS}
 
 
 @pytest.mark.parametrize(("name", "who", "value"), [("swap", "mutant", 1.0), ("leak", "honest", 0.9), ("horizon", "honest", 1)])

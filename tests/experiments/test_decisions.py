@@ -12,7 +12,7 @@ from lindm.io import files
 from lindm.text import load_template
 from lindm_experiments import decisions
 from lindm_experiments.decisions import FULL, QUICK, SMOKE, Config
-from lindm_experiments.harness.statistics import FAIL, INCONCLUSIVE, PASS
+from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids
 from lindm_experiments.lib import language_models
 
 
@@ -107,18 +107,18 @@ def verdicts(records: list[dict]) -> dict[str, str]:
 
 def test_the_verdicts_follow_the_gaps():
     found = verdicts(made(GOOD))
-    assert found == dict.fromkeys(decisions.CLAIMS, PASS)
+    assert found == dict.fromkeys(claim_ids("decisions"), PASS)
 
 
 @pytest.mark.parametrize(
     "suite, policy, gap, fails",
     [
         ("pomdp", "sft", 0.15, {"sft-beats-icl"}),
-        ("mdp", "bc", 0.0, {"sft-beats-cloning", "behaviour-context"}),
+        ("mdp", "bc", 0.0, {"sft-beats-cloning", "behavior-context"}),
         ("mdp", "icl", 0.6, {"partial-observation"}),
         ("apomdp", "icl", 0.3, {"ambiguity"}),
-        ("apomdp", "behaviour", 0.0, {"behaviour-context"}),
-        ("mdp", "sft", 0.35, {"sft-beats-icl", "sft-beats-cloning", "ood", "format", "behaviour-context"}),
+        ("apomdp", "behaviour", 0.0, {"behavior-context"}),
+        ("mdp", "sft", 0.35, {"sft-beats-icl", "sft-beats-cloning", "ood", "format", "behavior-context"}),
     ],
 )
 def test_one_bad_number_fails_its_claims_and_no_other(suite, policy, gap, fails):
@@ -150,7 +150,7 @@ def test_out_of_distribution_and_formats_have_claims_of_their_own():
 
 def test_a_run_of_one_cell_leaves_open_what_it_did_not_measure(records):
     found = {v.id: v for v in decisions.check(records)}
-    for id in ("horizon", "partial-observation", "ambiguity", "format", "behaviour-context"):
+    for id in ("horizon", "partial-observation", "ambiguity", "format", "behavior-context"):
         assert (found[id].verdict, found[id].measured, found[id].n) == (INCONCLUSIVE, None, 0)
         assert "measured" in found[id].note
     assert found["sft-beats-icl"].n == SMOKE.tasks

@@ -14,6 +14,7 @@ from lindm.icl.attention import ReducedAttention
 from lindm.problems.linear_mdp import onehot_family
 from lindm.types import Prompt
 from lindm_experiments import depth
+from lindm_experiments.harness.claims import claim_ids
 from lindm_experiments.lib import linear_mdps
 
 
@@ -41,7 +42,7 @@ def on_the_lines(record: dict, seeds: int = 8) -> list[dict]:
 
 def test_smoke_gives_every_verdict_and_figure(records):
     verdicts = depth.check(on_the_lines(records[0]))
-    assert [v.id for v in verdicts] == list(depth.CLAIMS)
+    assert [v.id for v in verdicts] == list(claim_ids("depth"))
     assert [v.verdict for v in verdicts] == ["PASS"] * 5
     assert set(depth.plot(records)) == {v.figure for v in verdicts}
 

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from lindm.io import files
 from lindm_experiments import gradient_flow
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS
 
 CFG = gradient_flow.SMOKE
 

@@ -11,7 +11,7 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments import llm_law
-from lindm_experiments.harness.statistics import FAIL, INCONCLUSIVE, PASS
+from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids
 from lindm_experiments.llm_law import FULL, QUICK, SMOKE, D
 
 
@@ -115,7 +115,7 @@ def test_the_verdicts_follow_the_risks():
     # a line in 1/M that meets Bayes' risk at M = N
     law = lambda N, M: 1 / (N + 12) + (1 / M - 1 / N) * 0.05  # noqa: E731
     found = verdicts(made(law, good))
-    assert found == dict.fromkeys(llm_law.CLAIMS, PASS)
+    assert found == dict.fromkeys(claim_ids("llm_law"), PASS)
     found = verdicts(made(lambda N, M: 1 / (M + 12) + 0.05 * (N == 16), {2: good[8], 8: good[2]}))
     assert found["llm-law/bias"] == FAIL and found["llm-law/language"] == FAIL and found["llm-law/estimation"] == FAIL
     assert verdicts(made(lambda N, M: 0.1 + 0.05 * (M in (4, 16))))["llm-law"] == FAIL

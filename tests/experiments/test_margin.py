@@ -11,7 +11,7 @@ import pytest
 from lindm.io import files
 from lindm.problems.linear_mdp import second_moment, simplex_family
 from lindm_experiments import margin
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def _ideal(steep: float, free: float, floor: float) -> list[dict]:
 
 def test_the_verdicts_follow_the_slopes():
     good = {v.id: v.verdict for v in margin.check(_ideal(-3.0, -1.0, 1.0))}
-    assert good == dict.fromkeys(margin.CLAIMS, PASS)
+    assert good == dict.fromkeys(claim_ids("margin"), PASS)
     bad = {v.id: v.verdict for v in margin.check(_ideal(-0.5, -0.5, 0.5))}
-    assert bad == dict.fromkeys(margin.CLAIMS, FAIL)
+    assert bad == dict.fromkeys(claim_ids("margin"), FAIL)
 
 
 def test_lengths_at_which_hardly_a_loss_was_seen_are_not_fitted():

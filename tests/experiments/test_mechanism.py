@@ -17,7 +17,7 @@ from lindm.llm.policy import Reader as Deciding
 from lindm.problems import cassandra
 from lindm.text import COMPACT, Document, Step
 from lindm_experiments import mechanism
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.lib import language_models, probes
 from lindm_experiments.lib.probes import Asked
 from lindm_experiments.mechanism import SMOKE
@@ -268,7 +268,7 @@ def verdicts(records: list[dict]) -> dict[str, str]:
 )
 def test_the_verdicts_follow_the_numbers(records, values, fails):
     found = verdicts(made(records, **values))
-    assert found == {id: FAIL if id in fails else PASS for id in mechanism.CLAIMS}
+    assert found == {id: FAIL if id in fails else PASS for id in claim_ids("mechanism")}
 
 
 def test_figures_are_drawn(records):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lindm_experiments import onehot_coverage as coverage
+from lindm_experiments.harness.claims import claim_ids
 from lindm_experiments.onehot_coverage import CENTRED_LABELS, SHIFTS, SMOKE, A, S
 from lindm_theory.mean_policy import policy_loss
 
@@ -20,7 +21,7 @@ def records() -> list[dict]:
 
 
 def test_a_smoke_run_gives_every_claim_and_the_figure(records):
-    assert tuple(v.id for v in coverage.check(records)) == coverage.CLAIMS
+    assert tuple(v.id for v in coverage.check(records)) == claim_ids("onehot_coverage")
     assert set(coverage.plot(records)) == {"unseen"}
 
 
@@ -112,7 +113,7 @@ def test_a_loss_that_is_off_and_a_cure_that_works_are_seen(records):
     verdicts = {v.id: v.verdict for v in coverage.check(broken)}
     assert verdicts["onehot-coverage/loss"] == "FAIL"
     assert verdicts["onehot-coverage/imputation"] == "PASS"  # it is expected to fail
-    assert verdicts["onehot-coverage/centring"] == "FAIL"
+    assert verdicts["onehot-coverage/centering"] == "FAIL"
 
 
 @pytest.mark.parametrize("change", [{"tasks": 0}, {"M": ()}, {"M": (8, 4)}, {"steps": -1}])

@@ -8,7 +8,7 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments.harness import runner
-from lindm_experiments.harness.statistics import adjust
+from lindm_experiments.harness.verdicts import adjust
 
 HERE = Path(runner.__file__).parents[2]
 RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl"))

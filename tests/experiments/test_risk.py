@@ -13,7 +13,7 @@ from lindm.icl.attention import ReducedAttention, query_columns
 from lindm.io import files
 from lindm.types import Prompt
 from lindm_experiments import risk
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.lib import nested
 from lindm_experiments.lib.feature_laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
 
@@ -178,7 +178,7 @@ def _verdicts(records: list[dict]) -> dict[str, str]:
 
 def test_the_verdicts_of_ideal_records_are_the_expected_ones(records):
     fails = {"paper-bound/label-noise", "paper-bound/onehot-gamma", "paper-bound/heavy-tails"}
-    assert _verdicts(_ideal(records)) == {c: FAIL if c in fails else PASS for c in risk.CLAIMS}
+    assert _verdicts(_ideal(records)) == {c: FAIL if c in fails else PASS for c in claim_ids("risk")}
 
 
 @pytest.mark.parametrize(

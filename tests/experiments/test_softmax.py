@@ -8,7 +8,7 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments import softmax
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_the_verdicts_follow_the_risks(records):
         "softmax, learned positions": [2.0, 1.5],
         "softmax, fixed positions": [2.0, 4.0],
     }
-    wanted = dict.fromkeys(softmax.CLAIMS, PASS) | {"softmax/learned-positions-break": FAIL}
+    wanted = dict.fromkeys(claim_ids("softmax"), PASS) | {"softmax/learned-positions-break": FAIL}
     assert {v.id: v.verdict for v in softmax.check(_many(records, good))} == wanted
     bad = {
         "linear": [2.0, 0.5],

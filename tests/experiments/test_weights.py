@@ -10,7 +10,7 @@ import pytest
 from lindm.io import files
 from lindm.problems.linear_mdp import second_moment
 from lindm_experiments import weights
-from lindm_experiments.harness.statistics import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def records() -> list[dict]:
 
 def test_it_runs_and_decides_and_draws_what_it_says(records):
     verdicts = weights.check(records)
-    assert tuple(v.id for v in verdicts) == weights.CLAIMS
+    assert tuple(v.id for v in verdicts) == claim_ids("weights")
     figures = weights.plot(records)
     assert {v.figure for v in verdicts} <= set(figures)
 

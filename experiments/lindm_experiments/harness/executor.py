@@ -17,7 +17,7 @@ from typing import Any
 from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError
 from lindm.io import files, manifest, signals
 from lindm_experiments.harness import runner
-from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.verdicts import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from lindm.errors import DataError
 from lindm.io import directories, files
 from lindm.io import manifest as provenance
 from lindm_experiments.harness import runner
-from lindm_experiments.harness.statistics import OPEN, as_expected
+from lindm_experiments.harness.claims import OPEN
+from lindm_experiments.harness.verdicts import as_expected
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,6 +1,6 @@
 """Runs an experiment and survives being interrupted. It knows no science.
 
-An experiment is any module of this directory with `CLAIMS` and `measure`. A run directory holds
+An experiment is any module of this directory that claims.toml names. A run directory holds
 
     config.json     what was asked: configuration, preset, fingerprints of the criteria and of the code; another one is refused
     records.jsonl   the result: one line per point, appended and synced; no time in it, so that a killed and resumed run
@@ -10,7 +10,6 @@ An experiment is any module of this directory with `CLAIMS` and `measure`. A run
     *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table, too
 """
 
-import ast
 import csv
 import hashlib
 import importlib
@@ -41,8 +40,8 @@ from lindm.io.files import (
     write_json,
 )
 from lindm.io.signals import stop_requested
-from lindm_experiments.harness.criteria import fingerprint
-from lindm_experiments.harness.statistics import Verdict
+from lindm_experiments.harness.claims import CLAIMS, claim_ids, claims_hash
+from lindm_experiments.harness.verdicts import Verdict
 
 HERE = Path(__file__).parent
 JUDGED = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
@@ -58,18 +57,8 @@ def modules() -> dict[str, Path]:
 
 
 def discover() -> dict[str, tuple[str, ...]]:
-    """Name of each experiment -> the claims it decides. Reads the sources; importing them would import jax."""
-    found = {}
-    for name, path in modules().items():
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        if not any(isinstance(node, ast.FunctionDef) and node.name == "measure" for node in tree.body):
-            continue
-        for node in tree.body:
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            value = getattr(node, "value", None)
-            if isinstance(target, ast.Name) and target.id == "CLAIMS" and value is not None:
-                found[name] = tuple(ast.literal_eval(value))
-    return found
+    """Name of each experiment -> the claims it decides."""
+    return {name: claim_ids(name) for name in dict.fromkeys(c.experiment for c in CLAIMS.values())}
 
 
 def find(name: str) -> Path:
@@ -133,7 +122,7 @@ def describe(module: ModuleType, cfg: Any, preset: str) -> dict:
         "experiment": name,
         "preset": preset,
         "config": json.loads(canonical_json(asdict(cfg))),
-        "criteria": fingerprint(module.CLAIMS),
+        "criteria": claims_hash(claim_ids(name)),
         "code": code_fingerprint(name),
     }
 
@@ -231,8 +220,9 @@ def start_over(directory: Path) -> None:
 def decide(module: ModuleType, records: list[dict]) -> list[Verdict]:
     """The verdicts of the records, one for each claim of the experiment, before any correction for their number."""
     verdicts = list(module.check(records))
-    if sorted(v.id for v in verdicts) != sorted(module.CLAIMS):
-        raise ValueError(f"check must decide each of {sorted(module.CLAIMS)} once; got {sorted(v.id for v in verdicts)}")
+    expected = sorted(claim_ids(module.__name__.rpartition(".")[2]))
+    if sorted(v.id for v in verdicts) != expected:
+        raise ValueError(f"check must decide each of {expected} once; got {sorted(v.id for v in verdicts)}")
     return verdicts
 
 

@@ -1,4 +1,4 @@
-"""How a number over seeds becomes a verdict.
+"""Tests of a mean over seeds against a band, and of a count of violations against a rate.
 
 The seed is the unit: instances, tasks and prompts are averaged inside a seed, and intervals are Student t over seeds. (In a
 simulation of nominal 95 % intervals for a log-log slope over 3, 5, 10 and 20 seeds, t over per-seed slopes covered .95
@@ -12,21 +12,20 @@ A claim is a composite hypothesis "the mean lies in [lo, hi]", and both directio
 
 PASS when p_pass <= 5 %, FAIL when p_fail <= 5 %, else INCONCLUSIVE. At p_pass = 5 % the 90 % interval just fits into the
 band; at p_fail = 5 % the 95 % interval just leaves it. Whichever state is the true one, only one of the two directions can
-be an error, so the error rate of a verdict is 5 % and Holm's step-down over all claims (`adjust`) bounds the chance of any
-wrong verdict in a report by 5 %. Fewer than `min_seeds` seeds decide nothing.
+be an error, so the error rate of a verdict is 5 % and Holm's step-down over all claims (`verdicts.adjust`) bounds the chance of
+any wrong verdict in a report by 5 %. Fewer than `min_seeds` seeds decide nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS
+
 LEVEL = 0.05
-PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
-OPEN = "OPEN"  # what a criterion expects where theory predicts nothing: any verdict is a result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,36 +49,6 @@ class Decision:
     def p(self) -> float:
         """p-value of the verdict given; of the nearer one when there is none."""
         return {PASS: self.p_pass, FAIL: self.p_fail}.get(self.verdict, min(self.p_pass, self.p_fail))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """One row of the report: a claim id with what was measured and what follows."""
-
-    id: str
-    measured: float | None
-    ci: tuple[float, float]
-    n: int
-    verdict: str
-    p: float
-    predicted: float | str | None = None
-    figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
-    note: str = ""
-
-
-def as_expected(row: Mapping[str, Any]) -> bool:
-    """Whether a row of verdicts.json has the verdict that its criterion expects; an open one has it always."""
-    return row["expected"] in (OPEN, row["verdict"])
-
-
-def conclude(
-    id: str, decision: Decision, *, predicted: float | str | None = None, figure: str | None = None, note: str = ""
-) -> Verdict:
-    """Decision -> Verdict of claim `id`."""
-    d = decision
-    return Verdict(
-        id=id, measured=d.measured, ci=d.ci, n=d.n, verdict=d.verdict, p=d.p, predicted=predicted, figure=figure, note=note
-    )
 
 
 def _sample(values: ArrayLike) -> np.ndarray:
@@ -200,17 +169,3 @@ def holm(ps: ArrayLike) -> np.ndarray:
     adjusted = np.empty_like(p)
     adjusted[order] = stepped
     return adjusted
-
-
-def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Holm over all claims: a verdict that does not survive at 5 % becomes INCONCLUSIVE; p becomes the adjusted p. A claim
-    without data was not tested and does not count."""
-    tested = iter(holm([v.p for v in verdicts if v.n]))
-    out = []
-    for v in verdicts:
-        p = next(tested) if v.n else v.p
-        if v.verdict != INCONCLUSIVE and p > LEVEL:
-            lost = f"{v.verdict} alone (p = {v.p:.2g}), not after Holm"
-            v = replace(v, verdict=INCONCLUSIVE, note="; ".join(filter(None, [v.note, lost])))
-        out.append(replace(v, p=float(p)))
-    return out

@@ -14,11 +14,11 @@ from lindm.cli.exit_codes import exit_code
 from lindm.errors import Preempted, UsageError
 from lindm.io import files, manifest, signals
 from lindm_experiments.harness import runner
-from lindm_experiments.harness.criteria import criterion, fingerprint
+from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
 from lindm_experiments.harness.executor import Job, Outcome, run_all
 from lindm_experiments.harness.progress import show_progress
 from lindm_experiments.harness.report import score, table, write_report
-from lindm_experiments.harness.statistics import INCONCLUSIVE, OPEN, Verdict, adjust, as_expected
+from lindm_experiments.harness.verdicts import Verdict, adjust, as_expected
 
 # Rough share of the work, only to start the longest first (an experiment not named here counts 1).
 COST: dict[str, float] = {"decisions": 10.0, "llm_law": 5.0, "mechanism": 4.0}
@@ -39,7 +39,7 @@ def select(only: Sequence[str], known: dict[str, tuple[str, ...]]) -> dict[str, 
 
 def entry(claim: str, experiment: str, verdict: Verdict | None, note: str = "") -> dict[str, Any]:
     """One claim as verdicts.json holds it; without a verdict it was not decided, for the reason in `note`."""
-    c = criterion(claim)
+    c = get_claim(claim)
     row: dict[str, Any] = {
         "id": claim,
         "statement": c.statement,
@@ -70,13 +70,13 @@ def summarise(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset:
     """The content of verdicts.json, in the order of the criteria. Holm over all predictions decided here, and over all open
     questions, which are another family: to ask more of them must not take power from the predictions."""
     decided = [v for o in outcomes for v in o.verdicts if v.id in chosen[o.experiment]]
-    families = [[v for v in decided if (criterion(v.id).expected == OPEN) == is_open] for is_open in (False, True)]
+    families = [[v for v in decided if (get_claim(v.id).expected == OPEN) == is_open] for is_open in (False, True)]
     by_id = {v.id: v for family in families for v in adjust(family)}
     rows = [entry(claim, o.experiment, by_id.get(claim), note=o.message) for o in outcomes for claim in chosen[o.experiment]]
     return {
         "preset": preset,
         "wall_s": round(wall_s, 2),
-        "criteria": fingerprint([r["id"] for r in rows]),
+        "criteria": claims_hash([r["id"] for r in rows]),
         "seconds": {o.experiment: round(o.seconds, 2) for o in outcomes},
         "claims": rows,
     }

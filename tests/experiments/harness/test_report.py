@@ -12,19 +12,20 @@ from rich.console import Console
 import lindm_experiments
 from lindm.errors import DataError, LindmError, StorageError
 from lindm.io import files
-from lindm_experiments.harness.criteria import CRITERIA, criterion, fingerprint, judge, judge_count, undecided
+from lindm_experiments.harness.claims import CLAIMS, FAIL, OPEN, PASS, claims_hash, get_claim
 from lindm_experiments.harness.executor import Outcome
 from lindm_experiments.harness.report import label, number, prose, redraw, score, table, write_report
 from lindm_experiments.harness.runner import discover
-from lindm_experiments.harness.statistics import FAIL, OPEN, PASS, as_expected
+from lindm_experiments.harness.verdicts import as_expected, count_verdict, mean_verdict, undecided
 from lindm_experiments.harness.verify import COST, exit_code_of, select, summarise
 
-GOOD = judge("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], figure="toy")
-CONTROL = judge("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])
+GOOD = mean_verdict("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], figure="toy")
+CONTROL = mean_verdict("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])
 
 
 def summary(*verdicts, message=""):
-    outcome = Outcome(experiment="toy", verdicts=list(verdicts), code=int(bool(message)), message=message)
+    error = LindmError(message) if message else None
+    outcome = Outcome(experiment="toy", verdicts=list(verdicts), error=error)
     return summarise([outcome], {"toy": ["q-risk", "controls/swap"]}, "quick", 1.5)
 
 
@@ -75,7 +76,7 @@ def test_the_table_shows_every_claim_with_prediction_interval_criterion_and_verd
 
 
 def test_an_unexpected_verdict_stands_out_without_colours():
-    text = printed(summary(judge("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
+    text = printed(summary(mean_verdict("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
     assert ">> FAIL" in text
 
 
@@ -106,7 +107,7 @@ def test_the_costs_name_experiments_that_exist():
 def test_the_exit_code_is_0_only_if_every_verdict_is_the_expected_one():
     good = Outcome(experiment="toy", verdicts=[GOOD, CONTROL])
     assert exit_code_of([good], summary(GOOD, CONTROL)["claims"]) == 0
-    surprising = judge("controls/swap", [1.0, 1.001, 0.999, 1.0, 1.0])
+    surprising = mean_verdict("controls/swap", [1.0, 1.001, 0.999, 1.0, 1.0])
     assert exit_code_of([good], summary(GOOD, surprising)["claims"]) == 1
     assert exit_code_of([good, Outcome(experiment="b", error=StorageError("full"))], summary(GOOD, CONTROL)["claims"]) == 7
 
@@ -158,7 +159,7 @@ def test_redrawing_without_records_is_exit_3(tmp_path):
 
 
 def test_an_interval_that_is_not_finite_is_null_in_json():
-    row = summary(judge("q-risk", [1.0]), CONTROL)["claims"][0]
+    row = summary(mean_verdict("q-risk", [1.0]), CONTROL)["claims"][0]
     assert row["ci"] == [None, None] and row["verdict"] == "INCONCLUSIVE"
     files.canonical_json(row)
 
@@ -188,9 +189,9 @@ def test_the_score_counts_predictions_and_open_questions_apart():
     assert score([opened, opened]) == "2 open questions"
 
 
-def test_criteria_have_unique_ids_bands_and_statements_of_one_sentence():
-    assert len({c.id for c in CRITERIA}) == len(CRITERIA)
-    for c in CRITERIA:
+def test_claims_have_unique_ids_bands_and_statements_of_one_sentence():
+    assert len({c.id for c in CLAIMS.values()}) == len(CLAIMS)
+    for c in CLAIMS.values():
         assert c.lo <= c.hi and c.lo < float("inf") and c.hi > -float("inf"), c.id
         assert c.min_seeds >= 5 and c.expected in (PASS, FAIL, OPEN), c.id
         assert c.statement.endswith(".") and c.predicted and c.criterion and c.source, c.id
@@ -198,16 +199,16 @@ def test_criteria_have_unique_ids_bands_and_statements_of_one_sentence():
 
 
 def test_an_unknown_claim_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"claim must be one of weights, .*; got 'wieghts'"):
-        criterion("wieghts")
+    with pytest.raises(ValueError, match=r"claim must be one of against-statistics, .*; got 'wieghts'"):
+        get_claim("wieghts")
 
 
 def test_the_fingerprint_depends_on_the_claims_and_not_on_their_order():
-    assert fingerprint(["q-risk", "weights"]) == fingerprint(["weights", "q-risk"]) != fingerprint(["weights"])
+    assert claims_hash(["q-risk", "weights"]) == claims_hash(["weights", "q-risk"]) != claims_hash(["weights"])
 
 
 def test_counts_are_judged_against_the_largest_admissible_rate():
-    assert judge_count("identity", 0, 20_000, seeds=5).verdict == "PASS"
-    assert judge_count("identity", 0, 20_000, seeds=4).verdict == "INCONCLUSIVE"
-    assert judge_count("identity", 1, 20_000, seeds=5).verdict == "FAIL"
-    assert judge_count("high-probability-bound", 20, 2000, seeds=5, exact=False).verdict == "PASS"
+    assert count_verdict("identity", 0, 20_000, seeds=5).verdict == "PASS"
+    assert count_verdict("identity", 0, 20_000, seeds=4).verdict == "INCONCLUSIVE"
+    assert count_verdict("identity", 1, 20_000, seeds=5).verdict == "FAIL"
+    assert count_verdict("high-probability-bound", 20, 2000, seeds=5, exact=False).verdict == "PASS"

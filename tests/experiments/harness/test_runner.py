@@ -195,10 +195,9 @@ def test_too_few_seeds_decide_nothing(lab):
 def test_a_worker_that_dies_takes_only_its_own_claims(lab):
     source = (lab.directory / "lab" / "toy.py").read_text()
     (lab.directory / "lab" / "other.py").write_text(
-        source.replace('("q-risk", "controls/swap")', '("few-tasks",)')
-        .replace("TOY_DIES", "OTHER")
-        .replace('        judge("controls/swap", [r["swapped"] for r in records]),\n', "")
-        .replace('judge("q-risk", [r["ratio"]', 'judge("few-tasks", [-r["ratio"]')
+        source.replace("TOY_DIES", "OTHER")
+        .replace('        mean_verdict("controls/swap", [r["swapped"] for r in records]),\n', "")
+        .replace('mean_verdict("q-risk", [r["ratio"]', 'mean_verdict("few-tasks", [-r["ratio"]')
     )
     code, out, _ = lab.lindm("verify", "--out", "v", TOY_DIES="1")
     assert code == 1 and "worker died (signal 9)" in out

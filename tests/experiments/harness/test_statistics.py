@@ -6,16 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS
 from lindm_experiments.harness.statistics import (
-    FAIL,
-    INCONCLUSIVE,
-    PASS,
-    adjust,
     all_of,
     at_least,
     at_most,
     clopper_pearson,
-    conclude,
     equivalence,
     holm,
     mean_ci,
@@ -23,6 +19,7 @@ from lindm_experiments.harness.statistics import (
     rate_at_most,
     slopes,
 )
+from lindm_experiments.harness.verdicts import adjust, to_verdict
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -145,6 +142,6 @@ def test_a_verdict_that_does_not_survive_holm_becomes_inconclusive():
     weak = equivalence([0.0, 0.9, -0.9, 1.3, -1.3, 0.0], -1, 1)
     strong = equivalence([0.0, 0.01] * 3, -1, 1)
     assert weak.verdict == PASS and weak.p > 0.025
-    after = adjust([conclude("a", weak), conclude("b", strong), conclude("c", weak)])
+    after = adjust([to_verdict("a", weak), to_verdict("b", strong), to_verdict("c", weak)])
     assert [v.verdict for v in after] == [INCONCLUSIVE, PASS, INCONCLUSIVE]
     assert "not after Holm" in after[0].note

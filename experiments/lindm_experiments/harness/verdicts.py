@@ -1,0 +1,98 @@
+"""Verdicts on claims: what an experiment's `check` returns, and Holm's correction over all of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, get_claim
+from lindm_experiments.harness.statistics import (
+    LEVEL,
+    Decision,
+    all_of,
+    equivalence,
+    holm,
+    no_violations,
+    rate_at_most,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One row of the report: a claim id with what was measured and what follows."""
+
+    id: str
+    measured: float | None
+    ci: tuple[float, float]
+    n: int
+    verdict: str
+    p: float
+    predicted: float | str | None = None
+    figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
+    note: str = ""
+
+
+def as_expected(row: Mapping[str, Any]) -> bool:
+    """Whether a row of verdicts.json has the verdict that its claim expects; an open one has it always."""
+    return row["expected"] in (OPEN, row["verdict"])
+
+
+def to_verdict(
+    id: str, decision: Decision, *, predicted: float | str | None = None, figure: str | None = None, note: str = ""
+) -> Verdict:
+    """Decision -> Verdict of claim `id`."""
+    d = decision
+    return Verdict(
+        id=id, measured=d.measured, ci=d.ci, n=d.n, verdict=d.verdict, p=d.p, predicted=predicted, figure=figure, note=note
+    )
+
+
+def undecided(id: str, why: str) -> Verdict:
+    """The verdict on claim `id` where a run does not measure what it is about."""
+    return Verdict(
+        id=id, measured=None, ci=(-inf, inf), n=0, verdict=INCONCLUSIVE, p=1.0, predicted=get_claim(id).predicted, note=why
+    )
+
+
+def mean_verdict(
+    id: str, *values: ArrayLike, predicted: float | str | None = None, figure: str | None = None, note: str = ""
+) -> Verdict:
+    """Test per-seed values against the band of claim `id`. Several arrays are several parts (laws, families): all must hold."""
+    c = get_claim(id)
+    parts = [equivalence(v, c.lo, c.hi, min_seeds=c.min_seeds) for v in values]
+    return to_verdict(id, all_of(parts), predicted=c.predicted if predicted is None else predicted, figure=figure, note=note)
+
+
+def count_verdict(
+    id: str,
+    count: int,
+    n: int,
+    *,
+    seeds: int,
+    exact: bool = True,
+    predicted: float | str | None = None,
+    figure: str | None = None,
+    note: str = "",
+) -> Verdict:
+    """Test `count` violations among `n` instances over `seeds` seeds against the largest admissible rate, `hi` of claim `id`.
+    `exact`: the statement admits no exception; otherwise `hi` is the fraction that it admits."""
+    c = get_claim(id)
+    test = no_violations if exact else rate_at_most
+    decision: Decision = test(count, n, c.hi, seeds=seeds, min_seeds=c.min_seeds)
+    return to_verdict(id, decision, predicted=c.predicted if predicted is None else predicted, figure=figure, note=note)
+
+
+def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Holm over all claims: a verdict that does not survive at 5 % becomes INCONCLUSIVE; p becomes the adjusted p. A claim
+    without data was not tested and does not count."""
+    tested = iter(holm([v.p for v in verdicts if v.n]))
+    out = []
+    for v in verdicts:
+        p = next(tested) if v.n else v.p
+        if v.verdict != INCONCLUSIVE and p > LEVEL:
+            lost = f"{v.verdict} alone (p = {v.p:.2g}), not after Holm"
+            v = replace(v, verdict=INCONCLUSIVE, note="; ".join(filter(None, [v.note, lost])))
+        out.append(replace(v, p=float(p)))
+    return out
