@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import compare
-from lindm.llm.config import Architecture
+from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.validate import count
@@ -49,8 +49,18 @@ from lindm_theory.in_context import optimal_weights, risk
 D = 6  # pairs
 BATCH = 64
 BLOCK = 256  # test contexts at once
-SMALL = Architecture(
-    family="llama", vocabulary=3 * D, width=64, depth=2, K=4, groups=4, head=16, mlp=128, tied=False, length=2048, spread=0.125
+SMALL = ModelConfig(
+    model_type="llama",
+    vocab_size=3 * D,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    intermediate_size=128,
+    tie_word_embeddings=False,
+    max_position_embeddings=2048,
+    init_std=0.125,
 )
 RATE = 3e-3
 SUITE, HORIZON = "pomdp", 4
@@ -138,7 +148,7 @@ def tokens(pairs: Array, y: Array) -> Array:
 def logits(model: Decoder, ids: Array) -> Array:
     """log odds of a return of 1 [n, d] for every pair."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    found = model.logits(model.hidden(ids, positions)[:, -D:])
+    found = model.logits(model.last_hidden_state(ids, positions)[:, -D:])
     return found[..., 1] - found[..., 0]
 
 

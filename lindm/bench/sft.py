@@ -31,7 +31,7 @@ import numpy as np
 from flax import nnx
 
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
-from lindm.llm.config import Architecture, Rope
+from lindm.llm.config import ModelConfig, RopeParameters
 from lindm.llm.io import weights
 from lindm.llm.lora import TARGETS, add_lora
 from lindm.llm.model import Decoder
@@ -45,18 +45,18 @@ from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step
 from lindm.llm.tokens import Example
 
 MODULE = "lindm.bench.sft"
-MODEL = Architecture(
-    family="llama",
-    vocabulary=49152,
-    width=576,
-    depth=30,
-    K=9,
-    groups=3,
-    head=64,
-    mlp=1536,
-    rope=Rope(theta=100_000.0),
-    epsilon=1e-5,
-    tied=True,
+MODEL = ModelConfig(
+    model_type="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    rope_parameters=RopeParameters(rope_theta=100_000.0),
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
 )
 ROWS, TOKENS, LABELS = 2, 251, 32  # a step, and a document of the mdp suite
 PLACES = np.round(np.linspace(4, TOKENS - 2, LABELS)).astype(int)  # what stands before an action
@@ -72,7 +72,7 @@ PEERS = ("transformers", "torch", "peft")
 
 def documents() -> np.ndarray:
     """Token ids [ROWS, TOKENS]."""
-    return np.random.default_rng(0).integers(0, MODEL.vocabulary, (ROWS, TOKENS), np.int32)
+    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, TOKENS), np.int32)
 
 
 def sequences(way: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -37,7 +37,7 @@ def run(options: Export) -> int:
     if options.adapter is not None:
         load_adapter(model, options.adapter)
     save(model, options.out, like=directory, dtype=options.dtype)
-    print(f"{model.architecture.family} with {model.architecture.parameters:,} parameters in {options.out}")
+    print(f"{model.config.model_type} with {model.config.num_parameters:,} parameters in {options.out}")
     return 0
 
 

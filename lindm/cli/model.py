@@ -35,26 +35,27 @@ def run_import(options: Import) -> int:
 
     stop_on_signals()
     imported = import_model(options.source, options.out, options.revision)
-    print(f"{imported.architecture.family} with {imported.parameters:,} parameters in {options.out}: {', '.join(imported.files)}")
+    config, files = imported.config, ", ".join(imported.files)
+    print(f"{config.model_type} with {config.num_parameters:,} parameters in {options.out}: {files}")
     return 0
 
 
 def run_show(options: Show) -> int:
-    from lindm.llm.config import read_architecture
+    from lindm.llm.config import read_model_config
     from lindm.llm.io.weights import check
 
-    a = read_architecture(options.directory)
-    stored = check(options.directory, a).values()
-    seen = sorted({w for w in a.windows if w})
+    config = read_model_config(options.directory)
+    stored = check(options.directory, config).values()
+    seen = sorted({w for w in config.sliding_windows if w})
     rows = {
-        "family": a.family,
-        "parameters": f"{a.parameters:,}",
-        "layers": a.depth,
-        "width": f"{a.width}, perceptron {a.mlp}",
-        "heads": f"{a.K} of size {a.head}, keys and values {a.groups}",
-        "vocabulary": f"{a.vocabulary:,}, output {'tied' if a.tied else 'of its own'}",
-        "length": f"{a.length:,} tokens" + (f", windows of {', '.join(map(str, seen))}" if seen else ""),
-        "positions": f"rotary {a.rope.kind}, theta {a.rope.theta:g}",
+        "family": config.model_type,
+        "parameters": f"{config.num_parameters:,}",
+        "layers": config.num_layers,
+        "width": f"{config.hidden_size}, perceptron {config.intermediate_size}",
+        "heads": f"{config.num_heads} of size {config.head_dim}, keys and values {config.num_kv_heads}",
+        "vocabulary": f"{config.vocab_size:,}, output {'tied' if config.tie_word_embeddings else 'of its own'}",
+        "length": f"{config.max_position_embeddings:,} tokens" + (f", windows of {', '.join(map(str, seen))}" if seen else ""),
+        "positions": f"rotary {config.rope_parameters.rope_type}, theta {config.rope_parameters.rope_theta:g}",
         "weights": f"{', '.join(sorted({s.dtype for s in stored}))} in {len({s.file for s in stored})} files",
     }
     for name, value in rows.items():

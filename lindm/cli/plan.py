@@ -67,14 +67,14 @@ def run(options: Plan) -> int:
             os.environ.setdefault(name, value)
         os.environ["JAX_PLATFORMS"] = "cpu"
     from lindm.llm.cluster import plan
-    from lindm.llm.config import read_architecture
+    from lindm.llm.config import read_model_config
     from lindm.llm.parallel.sharding import parse_mesh
 
     sizes = parse_mesh(options.mesh) if options.mesh else None
-    architecture = read_architecture(options.model)
+    model_config = read_model_config(options.model)
     devices = plan.devices_of(options.topology)
     job = plan.Job(
-        architecture=architecture,
+        model_config=model_config,
         batch=options.batch,
         seq=options.seq,
         labels=options.labels,
@@ -109,7 +109,7 @@ def run(options: Plan) -> int:
 
 def _step(job: "Job") -> dict[str, Any]:
     names = ("batch", "seq", "labels", "accumulate", "method", "base", "dtype", "remat")
-    step = {name: getattr(job, name) for name in names} | {"parameters": job.architecture.parameters}
+    step = {name: getattr(job, name) for name in names} | {"parameters": job.model_config.num_parameters}
     return step | ({} if job.method == "full" else {"lora_rank": job.lora_rank})
 
 
@@ -122,7 +122,7 @@ def _introduced(job: "Job", topology: str, devices: int, limits: "Limits") -> li
     can += [f"{limits.bandwidth / 1e9:.0f} GB/s memory"] if limits.bandwidth else []
     can += [f"{limits.links / 1e9:.0f} GB/s links"] if limits.links else []
     return [
-        f"{job.architecture.family}, {job.architecture.parameters / 1e9:.3g} G parameters; {job.method}: {how}",
+        f"{job.model_config.model_type}, {job.model_config.num_parameters / 1e9:.3g} G parameters; {job.method}: {how}",
         f"a step: {parts}{job.batch} rows x {job.seq} tokens, {job.labels} labels a row, {job.dtype} activations{kept}",
         f"{topology}: {devices} x {limits.kind}, each {', '.join(can)}",
     ]

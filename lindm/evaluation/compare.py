@@ -216,7 +216,7 @@ def _language_model(
     task = loaded[0][0]
     reader = Reader(model, load_tokenizer(directory), how.template, task["n_actions"], dtype)
     demonstrations = [_demonstrations(rows, how.shown) for _, rows in loaded]
-    if (needed := reader.longest(demonstrations)) > (room := model.architecture.length):
+    if (needed := reader.longest(demonstrations)) > (room := model.config.max_position_embeddings):
         raise DataError(
             f"policy {kind}:{path}: texts must have at most the {room} tokens of the model; the longest has about {needed}"
         )

@@ -1,41 +1,62 @@
-"""What a decoder computes, read from the `config.json` of a Hugging Face directory; everything that would change it is refused
-by name.
+"""Sizes and switches of a decoder, read from the `config.json` of a Hugging Face model directory and written back.
 
-The file is normalised by transformers' `AutoConfig`, which knows both the older keys (`rope_theta`, `rope_scaling`) and those of
-version 5 (`rope_parameters`). `AutoConfig` keeps keys that it does not know, so the file itself is read too: a key that is
-neither used here nor known to leave the logits alone is refused unless its value is empty, false or zero.
+What differs between model families is in one table, `FAMILIES`: a new family is one entry there (and, if it computes something
+new, a switch of `ModelConfig` that `lindm.llm.model` reads).
+
+transformers' `AutoConfig` fills in defaults and converts the keys of version 4 (`rope_theta`, `rope_scaling`) to those of
+version 5 (`rope_parameters`). It accepts unknown keys, so the file itself is checked too: a key that is neither supported here
+nor known to leave the logits unchanged raises an error unless its value is empty, false or zero.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from lindm.errors import DataError, LindmError
+from lindm.errors import DataError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CONFIG = "config.json"
-DEEPEST = 2**12  # layers: the names of all tensors are written down before any is read
+MAX_LAYERS = 2**12  # the names of all tensors are built before any tensor is read
+RopeType = Literal["default", "linear", "llama3"]
+Remat = Literal["full", "selective", "none"]
+"""What the backward pass recomputes: everything but one activation per layer (full); attention, norms and nonlinearities, but no
+product with weights (selective); nothing (none)."""
+BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
+"""Storage of the frozen kernels under low-rank adapters (`lindm.llm.lora`)."""
 
-USED = {
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What distinguishes one model family (`model_type` of config.json) from the others."""
+
+    architecture: str  # class in transformers
+    qkv_bias: bool = False  # q, k and v have biases whatever config.json says
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    bias_keys: tuple[str, ...] = ()  # keys of config.json that switch further biases on
+    window_switch: bool = False  # `sliding_window` counts only with `use_sliding_window`
+    gguf_heads: Literal["interleaved", "halves"] | None = "halves"  # row order of q and k in GGUF; None: no such family there
+
+
+FAMILIES = {
+    "llama": Family(architecture="LlamaForCausalLM", bias_keys=("attention_bias", "mlp_bias"), gguf_heads="interleaved"),
+    "mistral": Family(architecture="MistralForCausalLM", gguf_heads=None),  # llama.cpp calls it llama
+    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, window_switch=True),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, bias_keys=("attention_bias",), window_switch=True),
+}
+
+SUPPORTED_KEYS = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window"),
     *("max_window_layers", "layer_types", "pretraining_tp", "initializer_range"),
 }
-# what does not enter the logits: identity, tokens, and settings of another library's training and generation
-HARMLESS = {
+# keys that do not affect the logits: identity, special tokens, settings of other libraries' training and generation
+IGNORED_KEYS = {
     *("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
     *("torch_dtype", "dtype", "transformers_version", "transformers.js_config", "use_cache", "attention_dropout"),
-    *(
-        "_name_or_path",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "unsloth_version",
-        "unsloth_fixed",
-    ),
+    *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash"),
+    *("unsloth_version", "unsloth_fixed"),
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
     *("return_dict", "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "is_llama_config"),
     *("model_max_length", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "rope_interleaved"),
@@ -43,79 +64,102 @@ HARMLESS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions. `kind` default: theta alone; linear: positions over `factor`; llama3: long wavelengths over `factor`."""
+class RopeParameters:
+    """Rotary position embedding; the fields are the keys of `rope_parameters` in config.json.
 
-    theta: float = 10_000.0
-    kind: str = "default"
+    rope_type default: rope_theta alone; linear: positions divided by `factor`; llama3: long wavelengths divided by `factor`.
+    """
+
+    rope_theta: float = 10_000.0
+    rope_type: RopeType = "default"
     factor: float = 1.0
-    low: float = 1.0  # llama3: wavelengths above original / low are divided by factor,
-    high: float = 4.0  # those below original / high are kept, and between the two it is blended
-    original: int = 8192
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_position_embeddings / low_freq_factor are scaled,
+    high_freq_factor: float = 4.0  # those below original_max_position_embeddings / high_freq_factor are not; blended in between
+    original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        for field in ("theta", "factor", "low", "high", "original"):
-            value = getattr(self, field)
+        if self.rope_type not in get_args(RopeType):
+            raise ValueError(f"rope_type must be one of {', '.join(get_args(RopeType))}; got {self.rope_type!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "rope_type":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{field} of the rotations must be a positive number; got {value!r}")
-        if self.low >= self.high:
-            raise ValueError(f"low must be below high; got {self.low} and {self.high}")
+                raise ValueError(f"{field.name} must be a positive number; got {value!r}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            got = f"{self.low_freq_factor} and {self.high_freq_factor}"
+            raise ValueError(f"low_freq_factor must be below high_freq_factor; got {got}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `rope_parameters` of config.json: the keys that this rope_type uses."""
+        keys = ("rope_type", "rope_theta", *_ROPE_KEYS[self.rope_type])
+        return {key: getattr(self, key) for key in keys}
+
+
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Sizes and switches of a decoder; hashable, static under `jit`."""
+class ModelConfig:
+    """Sizes and switches of a decoder, named as in config.json; hashable, static under `jit`."""
 
-    family: str
-    vocabulary: int
-    width: int
-    depth: int
-    K: int  # query heads
-    groups: int  # key and value heads, each shared by K / groups query heads
-    head: int  # size of one head
-    mlp: int
-    rope: Rope = Rope()
-    epsilon: float = 1e-6  # of the root mean square norms
-    tied: bool = False  # the output is read off the embedding's own rows
+    model_type: str  # a key of FAMILIES
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int  # query heads
+    num_kv_heads: int  # key and value heads, each shared by num_heads / num_kv_heads query heads
+    head_dim: int
+    intermediate_size: int
+    rope_parameters: RopeParameters = RopeParameters()
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False  # the output layer is the transposed embedding
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int, ...] = ()  # keys that each layer sees, itself included; 0: all; () for all layers: all
-    length: int = 2048  # of the longest sequence that it was made for
-    spread: float = 0.02  # of the weights' initial law
+    sliding_windows: tuple[int, ...] = ()  # of each layer, number of keys that a query sees, its own included; 0, (): all
+    max_position_embeddings: int = 2048
+    init_std: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self):
-        for field in ("vocabulary", "width", "depth", "K", "groups", "head", "mlp", "length"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        for field in (*sizes, "max_position_embeddings"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
-        if self.K % self.groups:
-            raise ValueError(f"K must be a multiple of groups; got {self.K} and {self.groups}")
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon must be between 0 and 1; got {self.epsilon}")
-        if self.head % 2:
-            raise ValueError(f"head must be even, positions turn its halves; got {self.head}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps must be between 0 and 1; got {self.rms_norm_eps}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, because the rotary embedding pairs its halves; got {self.head_dim}")
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Number of weights."""
-        q, kv = self.K * self.head, 2 * self.groups * self.head
-        block = self.width * (2 * q + kv) + 3 * self.width * self.mlp + 2 * self.width
-        block += (q + kv) * self.qkv_bias + self.width * self.o_bias + (2 * self.mlp + self.width) * self.mlp_bias
-        block += 2 * self.head * self.qk_norm
-        return self.depth * block + self.width + self.vocabulary * self.width * (1 if self.tied else 2)
+        q, kv = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * q + kv) + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        layer += (q + kv) * self.qkv_bias + self.hidden_size * self.o_bias
+        layer += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias + 2 * self.head_dim * self.qk_norm
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + self.hidden_size + embeddings
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """The architecture of a Hugging Face directory, or of a `config.json` itself. DataError, naming file and key, if it is not
-    ours.
+def read_model_config(path: Path) -> ModelConfig:
+    """The configuration in a Hugging Face model directory, or in a config.json itself.
+
+    Raises: DataError, naming file and key, if the file is damaged or the model is not of a supported family.
     """
-    path = directory / CONFIG if directory.is_dir() else directory
-    return architecture(read_config(path), str(path))
+    path = path / CONFIG if path.is_dir() else path
+    return parse_model_config(read_config_json(path), str(path))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; DataError where it is not one."""
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises: DataError if the file cannot be read or holds something else."""
     try:
         raw = json.loads(path.read_bytes())
     except OSError as e:
@@ -127,62 +171,61 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def architecture(raw: dict[str, Any], source: str) -> Architecture:
-    """The architecture of the content of a config.json, which `source` names in errors."""
+def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
+    """The configuration from the content of a config.json; errors (DataError) name its `source`."""
 
-    def refuse(key: str, rule: str) -> LindmError:
+    def error(key: str, rule: str) -> DataError:
         return DataError(f"{source}: {key} {rule}; got {raw.get(key)!r}")
 
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise refuse("model_type", f"must be one of {', '.join(FAMILIES)}")
+    model_type = raw.get("model_type")
+    if model_type not in tuple(FAMILIES):  # a tuple: the value may be unhashable
+        raise error("model_type", f"must be one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
     if "auto_map" in raw:
-        raise refuse("auto_map", "asks for code that comes with the model, which is never run")
-    for key in sorted(raw.keys() - USED - HARMLESS):
+        raise error("auto_map", "asks for code that comes with the model, which is never run")
+    for key in sorted(raw.keys() - SUPPORTED_KEYS - IGNORED_KEYS):
         if raw[key]:
-            raise refuse(key, f"is not known for the family {family} and may change what the model computes")
-    if isinstance(raw.get("num_hidden_layers"), int) and raw["num_hidden_layers"] > DEEPEST:
-        raise refuse("num_hidden_layers", f"must be at most {DEEPEST}")
-    config = _normalised(raw, source)
+            raise error(key, f"is not known for the family {model_type} and may change what the model computes")
+    if isinstance(raw.get("num_hidden_layers"), int) and raw["num_hidden_layers"] > MAX_LAYERS:
+        raise error("num_hidden_layers", f"must be at most {MAX_LAYERS}")
+    config = _with_defaults(raw, source)
     if config["hidden_act"] != "silu":
-        raise refuse("hidden_act", "must be silu")
+        raise error("hidden_act", "must be silu")
     if config.get("pretraining_tp", 1) not in (1, None):
-        raise refuse("pretraining_tp", "must be 1")
-    width, K, depth = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    bias = bool(config.get("attention_bias", False))
-    sizes = {
-        "vocabulary": config["vocab_size"],
-        "width": width,
-        "depth": depth,
-        "K": K,
-        "groups": config.get("num_key_value_heads") or K,
-        "head": config.get("head_dim") or (width // K if K else 0),
-        "mlp": config["intermediate_size"],
-        "length": config["max_position_embeddings"],
-    }
+        raise error("pretraining_tp", "must be 1")
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    config["head_dim"] = config.get("head_dim") or (config["hidden_size"] // heads if heads else 0)
+    sizes = {name: config[key] for name, key in _RENAMED.items()}
+    same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings")
+    sizes |= {key: config[key] for key in same}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise DataError(f"{source}: {name} must be a positive integer; got {size!r}")
+            raise DataError(f"{source}: {_RENAMED.get(name, name)} must be a positive integer; got {size!r}")
+    attention_bias = bool(config.get("attention_bias", False))
     try:
-        return Architecture(
-            family=family,
+        return ModelConfig(
+            model_type=model_type,
             **sizes,
-            rope=_rope(config, source),
-            epsilon=float(config["rms_norm_eps"]),
-            tied=bool(config["tie_word_embeddings"]),
-            qkv_bias=bias or family == "qwen2",
-            o_bias=bias,
+            rope_parameters=_rope_parameters(config, source),
+            rms_norm_eps=float(config["rms_norm_eps"]),
+            tie_word_embeddings=bool(config["tie_word_embeddings"]),
+            qkv_bias=attention_bias or family.qkv_bias,
+            o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            windows=_windows(config, family, depth, source),
-            spread=float(config.get("initializer_range", 0.02)),
+            qk_norm=family.qk_norm,
+            sliding_windows=_sliding_windows(config, family, source),
+            init_std=float(config.get("initializer_range", 0.02)),
         )
     except (TypeError, ValueError) as e:
         raise DataError(f"{source}: {e}") from e
 
 
-def _normalised(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """As transformers 5 writes it, defaults filled in."""
+_RENAMED = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+
+
+def _with_defaults(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """The configuration as transformers 5 writes it, defaults filled in."""
     from transformers import AutoConfig
 
     given = {k: v for k, v in raw.items() if k not in ("model_type", "transformers_version", "architectures")}
@@ -192,100 +235,95 @@ def _normalised(raw: dict[str, Any], source: str) -> dict[str, Any]:
         raise DataError(f"{source}: transformers does not accept it: {' '.join(str(e).split())}") from e
 
 
-def _rope(config: dict[str, Any], source: str) -> Rope:
+def _rope_parameters(config: dict[str, Any], source: str) -> RopeParameters:
     given = dict(config.get("rope_parameters") or {})
     if config.get("rope_scaling"):  # a key of version 4 that was not converted
         given |= config["rope_scaling"]
-    kind = given.pop("rope_type", given.pop("type", "default"))
+    rope_type = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     theta = given.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    keys = {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high"}
-    keys |= {"original_max_position_embeddings": "original"}
-    wanted = {"default": (), "linear": ("factor",), "llama3": tuple(keys)}
-    if kind not in wanted:
-        raise DataError(f"{source}: rope_type must be one of {', '.join(wanted)}; got {kind!r}")
+    if rope_type not in tuple(_ROPE_KEYS):
+        raise DataError(f"{source}: rope_type must be one of {', '.join(_ROPE_KEYS)}; got {rope_type!r}")
     if given.get("partial_rotary_factor", 1.0) == 1.0:
         given.pop("partial_rotary_factor", None)
-    if missing := set(wanted[kind]) - given.keys():
-        raise DataError(f"{source}: rope_type {kind} needs {', '.join(sorted(missing))}")
-    if unknown := {k for k in given.keys() - set(wanted[kind]) if given[k] is not None and k not in keys}:
-        raise DataError(f"{source}: rope parameters {', '.join(sorted(unknown))} are not known for rope_type {kind}")
-    return Rope(theta=float(theta), kind=kind, **{keys[k]: given[k] for k in wanted[kind]})
+    keys = _ROPE_KEYS[rope_type]
+    if missing := set(keys) - given.keys():
+        raise DataError(f"{source}: rope_type {rope_type} needs {', '.join(sorted(missing))}")
+    unused = _ROPE_KEYS["llama3"]  # harmless with another rope_type
+    if unknown := {k for k in given.keys() - set(keys) if given[k] is not None and k not in unused}:
+        raise DataError(f"{source}: rope parameters {', '.join(sorted(unknown))} are not known for rope_type {rope_type}")
+    return RopeParameters(rope_theta=float(theta), rope_type=rope_type, **{key: given[key] for key in keys})
 
 
-def _windows(config: dict[str, Any], family: str, depth: int, source: str) -> tuple[int, ...]:
-    """How many keys each layer sees: transformers says so by `layer_types`, by `max_window_layers`, or by one window for all."""
-    window = config.get("sliding_window")
-    if not window or (family.startswith("qwen") and not config.get("use_sliding_window")):
+def _sliding_windows(config: dict[str, Any], family: Family, source: str) -> tuple[int, ...]:
+    """The window of each layer: transformers gives it by `layer_types`, by `max_window_layers`, or one window for all layers."""
+    window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if not window or (family.window_switch and not config.get("use_sliding_window")):
         return ()
     if not isinstance(window, int) or window < 1:
         raise DataError(f"{source}: sliding_window must be a positive integer; got {window!r}")
     kinds = config.get("layer_types")
     if kinds is None:
-        kinds = ["sliding_attention"] * depth
-    if len(kinds) != depth or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise DataError(f"{source}: layer_types must name sliding_attention or full_attention for {depth} layers; got {kinds!r}")
+        kinds = ["sliding_attention"] * num_layers
+    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        rule = f"must name sliding_attention or full_attention for {num_layers} layers"
+        raise DataError(f"{source}: layer_types {rule}; got {kinds!r}")
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
 
-def to_config(architecture: Architecture, **extra: Any) -> dict[str, Any]:
-    """The content of a config.json from which `architecture` reads the same again, with the rotations as both transformers 5 and
-    its version 4 ask for them: what reads only the older keys would otherwise take its own default."""
-    a, rope = architecture, architecture.rope
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low, "high_freq_factor": rope.high}
-        parameters |= {"original_max_position_embeddings": rope.original}
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[a.family]
-    config: dict[str, Any] = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": a.family,
-        "vocab_size": a.vocabulary,
-        "hidden_size": a.width,
-        "intermediate_size": a.mlp,
-        "num_hidden_layers": a.depth,
-        "num_attention_heads": a.K,
-        "num_key_value_heads": a.groups,
-        "head_dim": a.head,
-        "hidden_act": "silu",
-        "max_position_embeddings": a.length,
-        "rms_norm_eps": a.epsilon,
-        "tie_word_embeddings": a.tied,
-        "rope_parameters": parameters,
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"},
-        "initializer_range": a.spread,
-    }
-    if a.family in ("llama", "qwen3"):
-        config["attention_bias"] = a.o_bias
-    if a.family == "llama":
-        config["mlp_bias"] = a.mlp_bias
-    if a.family == "mistral":
-        config["sliding_window"] = a.windows[0] if a.windows else None
-    elif a.windows:
-        config |= {"use_sliding_window": True, "sliding_window": max(a.windows)}
-        config["layer_types"] = ["sliding_attention" if w else "full_attention" for w in a.windows]
-    return config | extra
+def to_config_json(config: ModelConfig, **extra: Any) -> dict[str, Any]:
+    """The content of a config.json from which `parse_model_config` reads `config` again; `extra` keys are added.
 
-
-def scaled_frequencies(rope: Rope, head: int) -> list[float]:
-    """Angle per position of each pair of coordinates [head / 2], in double precision.
-
-    llama3 (Llama 3.1's own scaling): with wavelength 2 pi / f, a frequency f is kept where the wavelength is below
-    original / high, divided by factor where it is above original / low, and in between blended linearly in original / wavelength.
+    The rotary parameters are written under the keys of transformers 5 and under those of version 4, because a reader that knows
+    only the older keys would otherwise use its defaults.
     """
-    found = []
-    for i in range(head // 2):
-        f = rope.theta ** (-2 * i / head)
-        if rope.kind == "linear":
+    family, rope = FAMILIES[config.model_type], config.rope_parameters.to_json()
+    content: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "initializer_range": config.init_std,
+    }
+    content |= {key: {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}[key] for key in family.bias_keys}
+    windows = config.sliding_windows
+    if config.model_type == "mistral":
+        content["sliding_window"] = windows[0] if windows else None
+    elif windows:
+        content |= {"use_sliding_window": True, "sliding_window": max(windows)}
+        content["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    return content | extra
+
+
+def rope_frequencies(rope: RopeParameters, head_dim: int) -> list[float]:
+    """Angle per position of each pair of coordinates [head_dim / 2], in double precision.
+
+    llama3 (the scaling of Llama 3.1), with n = original_max_position_embeddings: a frequency f of wavelength 2 pi / f is kept
+    where the wavelength is below n / high_freq_factor, divided by `factor` where it is above n / low_freq_factor, and in between
+    blended linearly in n / wavelength.
+    """
+    frequencies = []
+    for i in range(head_dim // 2):
+        f = rope.rope_theta ** (-2 * i / head_dim)
+        if rope.rope_type == "linear":
             f /= rope.factor
-        elif rope.kind == "llama3":
+        elif rope.rope_type == "llama3":
             wavelength = 2 * math.pi / f
-            blend = (rope.original / wavelength - rope.low) / (rope.high - rope.low)
-            blend = min(max(blend, 0.0), 1.0)
+            blend = rope.original_max_position_embeddings / wavelength - rope.low_freq_factor
+            blend = min(max(blend / (rope.high_freq_factor - rope.low_freq_factor), 0.0), 1.0)
             f = (1 - blend) * f / rope.factor + blend * f
-        found.append(f)
-    return found
+        frequencies.append(f)
+    return frequencies

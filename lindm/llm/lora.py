@@ -9,6 +9,7 @@ scale for each 64 inputs of an output. They are put together again in the dtype 
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lindm.llm.model import Decoder, Frozen, Linear
+from lindm.llm.config import BaseFormat
+from lindm.llm.model import Decoder, FrozenParam, Linear
 
-BASES = ("f32", "bf16", "int8", "nf4")
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 BLOCK = 64  # inputs that share a scale of nf4
 # quantiles of N(0, 1), zero among them, scaled to [-1, 1] (Dettmers et al., 2023, appendix E)
@@ -33,20 +34,20 @@ NF4 = np.array(
 )
 
 
-class Int8(nnx.Module):
+class Int8Kernel(nnx.Module):
     """A kernel as int8 and a scale for each output: [..., in, out] as q times scale."""
 
     def __init__(self, kernel: Array):
         largest = jnp.abs(kernel).max(axis=-2, keepdims=True).astype(jnp.float32)
         scale = jnp.where(largest > 0, largest / 127, 1)
-        self.q = Frozen(jnp.round(kernel / scale).astype(jnp.int8))
-        self.scale = Frozen(scale)
+        self.codes = FrozenParam(jnp.round(kernel / scale).astype(jnp.int8))
+        self.scale = FrozenParam(scale)
 
-    def dense(self, dtype: DTypeLike) -> Array:
-        return (self.q[...].astype(jnp.float32) * self.scale[...]).astype(dtype)
+    def dequantize(self, dtype: DTypeLike) -> Array:
+        return (self.codes[...].astype(jnp.float32) * self.scale[...]).astype(dtype)
 
 
-class Nf4(nnx.Module):
+class NF4Kernel(nnx.Module):
     """A kernel as numbers of `NF4`, two to a byte (even input low), and a scale for each `BLOCK` inputs of an output."""
 
     def __init__(self, kernel: Array):
@@ -58,11 +59,11 @@ class Nf4(nnx.Module):
         scale = jnp.where(largest > 0, largest, 1)
         middles = jnp.asarray((NF4[1:] + NF4[:-1]) / 2)
         index = jnp.searchsorted(middles, blocks / scale).astype(jnp.uint8).reshape(*lead, n_in // 2, 2, n_out)
-        self.q = Frozen(index[..., 0, :] | (index[..., 1, :] << 4))
-        self.scale = Frozen(scale[..., 0, :])
+        self.codes = FrozenParam(index[..., 0, :] | (index[..., 1, :] << 4))
+        self.scale = FrozenParam(scale[..., 0, :])
 
-    def dense(self, dtype: DTypeLike) -> Array:
-        q, scale = self.q[...], self.scale[...]
+    def dequantize(self, dtype: DTypeLike) -> Array:
+        q, scale = self.codes[...], self.scale[...]
         *lead, half, n_out = q.shape
 
         def values(index: Array) -> Array:
@@ -82,16 +83,16 @@ def _levels(index: Array) -> Array:
     return found[0]
 
 
-Held = nnx.Variable | Int8 | Nf4
+FrozenKernel = nnx.Variable | Int8Kernel | NF4Kernel
 
 
-def held(kernel: Array, base: str) -> Held:
+def quantize_kernel(kernel: Array, base: BaseFormat) -> FrozenKernel:
     """A frozen kernel [..., in, out] in the given base; ValueError where it cannot be held so."""
-    if base not in BASES:
-        raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}")
+    if base not in get_args(BaseFormat):
+        raise ValueError(f"base must be one of {', '.join(get_args(BaseFormat))}; got {base!r}")
     if base in ("int8", "nf4"):
-        return Int8(kernel) if base == "int8" else Nf4(kernel)
-    return Frozen(kernel.astype(jnp.bfloat16 if base == "bf16" else jnp.float32))
+        return Int8Kernel(kernel) if base == "int8" else NF4Kernel(kernel)
+    return FrozenParam(kernel.astype(jnp.bfloat16 if base == "bf16" else jnp.float32))
 
 
 def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
@@ -116,25 +117,25 @@ def add_lora(model: Decoder, rank: int, alpha: float, key: Array, targets: tuple
             depth, n_in, n_out = linear.shape
             bound = 1 / math.sqrt(n_in)
             a = jax.random.uniform(jax.random.fold_in(key, i), (depth, n_in, rank), jnp.float32, -bound, bound)
-            linear.a = nnx.data(nnx.Param(a))
-            linear.b = nnx.data(nnx.Param(jnp.zeros((depth, rank, n_out), jnp.float32)))
-            linear.scale = alpha / rank
+            linear.lora_a = nnx.data(nnx.Param(a))
+            linear.lora_b = nnx.data(nnx.Param(jnp.zeros((depth, rank, n_out), jnp.float32)))
+            linear.lora_scale = alpha / rank
     return model
 
 
-def quantise(model: Decoder, base: str) -> Decoder:
+def quantize(model: Decoder, base: BaseFormat) -> Decoder:
     """Hold every kernel of the blocks as `base`, in place; frozen from then on."""
     for _, linear in linears(model):
-        linear.kernel = nnx.data(held(linear.kernel[...], base))
+        linear.kernel = nnx.data(quantize_kernel(linear.kernel[...], base))
     return model
 
 
 def freeze(model: nnx.Module) -> None:
-    """Every `Param` becomes `Frozen`, in place."""
+    """Every `Param` becomes `FrozenParam`, in place."""
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
             if isinstance(value, nnx.Param):
-                setattr(module, name, nnx.data(Frozen(value[...])))
+                setattr(module, name, nnx.data(FrozenParam(value[...])))
 
 
 def merge_lora(model: Decoder) -> Decoder:
@@ -142,13 +143,15 @@ def merge_lora(model: Decoder) -> Decoder:
     merged = nnx.merge(*nnx.split(model))
     for _, linear in linears(merged):
         kernel = linear.kernel
-        dense = kernel[...].astype(jnp.float32) if isinstance(kernel, nnx.Variable) else kernel.dense(jnp.float32)
-        if linear.a is not None and linear.b is not None:
-            dense = dense + linear.scale * jnp.matmul(linear.a[...], linear.b[...], precision=jax.lax.Precision.HIGHEST)
+        dense = kernel[...].astype(jnp.float32) if isinstance(kernel, nnx.Variable) else kernel.dequantize(jnp.float32)
+        if linear.lora_a is not None and linear.lora_b is not None:
+            dense = dense + linear.lora_scale * jnp.matmul(
+                linear.lora_a[...], linear.lora_b[...], precision=jax.lax.Precision.HIGHEST
+            )
         linear.kernel = nnx.data(nnx.Param(dense))
-        linear.a, linear.b, linear.scale = nnx.data(None), nnx.data(None), 1.0
+        linear.lora_a, linear.lora_b, linear.lora_scale = nnx.data(None), nnx.data(None), 1.0
     for _, module in list(nnx.iter_modules(merged)):
         for name, value in list(vars(module).items()):
-            if isinstance(value, Frozen):
+            if isinstance(value, FrozenParam):
                 setattr(module, name, nnx.data(nnx.Param(value[...])))
     return merged

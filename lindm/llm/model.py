@@ -1,365 +1,318 @@
-r"""The decoder of the Llama family: Llama 3, SmolLM2, Mistral, Qwen2, Qwen3, in one file.
+r"""The decoder of the Llama family (Llama 3, SmolLM2, Mistral, Qwen2, Qwen3) in Flax NNX.
 
-    x = embedding[ids]
-    depth times:   x += O attention(rope(Q norm(x)), rope(K norm(x)), V norm(x))
-                   x += D (silu(G norm(x)) * (U norm(x)))
-    logits = head norm(x)
+    x = embedding[input_ids]
+    for each layer:   x += O attention(rope(Q norm(x)), rope(K norm(x)), V norm(x))
+                      x += Down (silu(Gate norm(x)) * (Up norm(x)))
+    logits = lm_head norm(x)
 
-The blocks are one `Block` whose every weight has an axis of layers in front, [depth, in, out], and one `lax.scan` over it: it
-compiles in a time that does not grow with the depth. `remat` says what the backward pass computes again: "full" all but one
-activation a layer, "selective" attention, norms and nonlinearities but no product with weights, "none" nothing. `unroll` takes
-the scan apart again, which is faster where one token is decoded at a time. Weights are multiplied as x @ W, so a kernel is
-[in, out], the transpose of what torch holds.
+All layers are one `DecoderLayer` whose weights have a leading axis of layers, [num_layers, in, out], and one `lax.scan` runs over
+it: compile time does not grow with the number of layers. `unroll` unrolls the scan, which is faster where one token is decoded
+at a time. `remat` selects what the backward pass recomputes. Weights are multiplied as x @ W, so a kernel is [in, out], the
+transpose of a torch weight.
 
-Precision: weights are cast to the dtype of the activations where they are used, so f32 master weights compute in bf16 if asked
-to; norms, rotary angles, the softmax and the log-likelihoods are in f32 always.
+Precision: weights are cast to the dtype of the activations where they are used, so float32 master weights can compute in
+bfloat16. Norms, rotary angles, the softmax and the logits are always in float32.
 
-Sizes here: B rows, T tokens, C slots of a cache, D width, K query heads, G groups (key and value heads), E size of a head, V
-vocabulary.
+Shapes: B rows, T tokens, S slots of a key-value cache, D hidden_size, N query heads, K key-value heads, H head_dim, V vocab_size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lindm.llm.config import Architecture, scaled_frequencies
+from lindm.llm.attention import AttentionMask, KVCache, apply_rope, cached_attention, causal_attention, causal_mask
+from lindm.llm.config import ModelConfig, Remat, rope_frequencies
 
-Constrain = Callable[[Array], Array]
-"""What pins activations [B, T, ...] to a sharding; the identity on one device."""
+ShardingConstraint = Callable[[Array], Array]
+"""Constrains the sharding of an array; the identity on one device."""
 
-
-REMATS = ("full", "selective", "none")
-PRODUCT = "product"  # of activations with a layer's weights: most of its arithmetic
-STRIPES, NARROWEST = 4, 128  # of queries, when a whole sequence attends to itself: how many at most, and how wide at least
+MATMUL = "matmul"  # checkpoint name of the products with weights, which are most of the arithmetic
 
 
-class Frozen(nnx.Variable):
+class FrozenParam(nnx.Variable):
     """A weight that is not trained."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Cache:
-    """Keys and values of the tokens so far; slot j holds position j. What lies beyond a row's tokens is never attended to."""
-
-    k: Array  # [depth, B, C, G, E]
-    v: Array  # [depth, B, C, G, E]
-
-
 class Linear(nnx.Module):
-    """y = x W + b, and + scale (x A) B where a low-rank update was added (`lindm.llm.lora`); every weight [depth, ...]."""
+    """y = x W + b, plus lora_scale (x A) B if an adapter was added (`lindm.llm.lora`); every weight is [num_layers, ...]."""
 
-    def __init__(self, depth: int, n_in: int, n_out: int, bias: bool, spread: float, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.kernel: Any = nnx.data(nnx.Param(spread * jax.random.normal(rngs.params(), (depth, n_in, n_out), dtype)))
-        self.bias = nnx.data(nnx.Param(jnp.zeros((depth, n_out), dtype)) if bias else None)
-        self.a: Any = nnx.data(None)  # [depth, in, rank]
-        self.b: Any = nnx.data(None)  # [depth, rank, out]
-        self.scale = 1.0
-        self.shape = (depth, n_in, n_out)  # of the kernel, whatever it is held in
+    def __init__(self, num_layers: int, n_in: int, n_out: int, bias: bool, init_std: float, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.kernel: Any = nnx.data(nnx.Param(init_std * jax.random.normal(rngs.params(), (num_layers, n_in, n_out), dtype)))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((num_layers, n_out), dtype)) if bias else None)
+        self.lora_a: Any = nnx.data(None)  # [num_layers, in, rank]
+        self.lora_b: Any = nnx.data(None)  # [num_layers, rank, out]
+        self.lora_scale = 1.0
+        self.shape = (num_layers, n_in, n_out)  # of the kernel, quantized or not
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel
         if isinstance(kernel, nnx.Param):
-            y = trained_product(x, kernel[...].astype(x.dtype))
+            y = trained_matmul(x, kernel[...].astype(x.dtype))
         else:
-            y = x @ (kernel[...].astype(x.dtype) if isinstance(kernel, nnx.Variable) else kernel.dense(x.dtype))
+            y = x @ (kernel[...].astype(x.dtype) if isinstance(kernel, nnx.Variable) else kernel.dequantize(x.dtype))
         if self.bias is not None:
-            y = y + _along_last(self.bias[...].astype(x.dtype), y)
-        if self.a is not None and self.b is not None:
-            low = trained_product(x, self.a[...].astype(x.dtype)) * self.scale  # where it is narrow
-            y = y + trained_product(low, self.b[...].astype(x.dtype))
-        return checkpoint_name(y, PRODUCT)
+            y = y + _align_last(self.bias[...].astype(x.dtype), y)
+        if self.lora_a is not None and self.lora_b is not None:
+            low_rank = trained_matmul(x, self.lora_a[...].astype(x.dtype)) * self.lora_scale  # scaled where it is narrow
+            y = y + trained_matmul(low_rank, self.lora_b[...].astype(x.dtype))
+        return checkpoint_name(y, MATMUL)
 
 
-class Norm(nnx.Module):
-    """Root mean square norm, in f32."""
+class RMSNorm(nnx.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
 
-    def __init__(self, shape: tuple[int, ...], epsilon: float, dtype: DTypeLike):
+    def __init__(self, shape: tuple[int, ...], eps: float, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones(shape, dtype))
-        self.epsilon = epsilon
+        self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return _along_last(self.weight[...].astype(x.dtype), x) * wide.astype(x.dtype)
+        normalized = x.astype(jnp.float32)
+        normalized = normalized * jax.lax.rsqrt(jnp.mean(normalized * normalized, axis=-1, keepdims=True) + self.eps)
+        return _align_last(self.weight[...].astype(x.dtype), x) * normalized.astype(x.dtype)
 
 
-class Block(nnx.Module):
-    """Attention and the gated perceptron, all layers of them stacked."""
+class DecoderLayer(nnx.Module):
+    """Attention and the gated MLP; the weights of all layers are stacked."""
 
-    def __init__(self, a: Architecture, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
+        layers, hidden, head_dim = config.num_layers, config.hidden_size, config.head_dim
+        queries, keys, inner = config.num_heads * head_dim, config.num_kv_heads * head_dim, config.intermediate_size
+
         def linear(n_in: int, n_out: int, bias: bool) -> Linear:
-            return Linear(a.depth, n_in, n_out, bias, a.spread, rngs, dtype)
+            return Linear(layers, n_in, n_out, bias, config.init_std, rngs, dtype)
 
-        self.norm_attention = Norm((a.depth, a.width), a.epsilon, dtype)
-        self.q = linear(a.width, a.K * a.head, a.qkv_bias)
-        self.k = linear(a.width, a.groups * a.head, a.qkv_bias)
-        self.v = linear(a.width, a.groups * a.head, a.qkv_bias)
-        self.o = linear(a.K * a.head, a.width, a.o_bias)
-        self.norm_q = nnx.data(Norm((a.depth, a.head), a.epsilon, dtype) if a.qk_norm else None)
-        self.norm_k = nnx.data(Norm((a.depth, a.head), a.epsilon, dtype) if a.qk_norm else None)
-        self.norm_mlp = Norm((a.depth, a.width), a.epsilon, dtype)
-        self.gate = linear(a.width, a.mlp, a.mlp_bias)
-        self.up = linear(a.width, a.mlp, a.mlp_bias)
-        self.down = linear(a.mlp, a.width, a.mlp_bias)
-        self.head = a.head
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm((layers, size), config.rms_norm_eps, dtype)
+
+        self.norm_attention = norm(hidden)
+        self.q = linear(hidden, queries, config.qkv_bias)
+        self.k = linear(hidden, keys, config.qkv_bias)
+        self.v = linear(hidden, keys, config.qkv_bias)
+        self.o = linear(queries, hidden, config.o_bias)
+        self.norm_q = nnx.data(norm(head_dim) if config.qk_norm else None)
+        self.norm_k = nnx.data(norm(head_dim) if config.qk_norm else None)
+        self.norm_mlp = norm(hidden)
+        self.gate = linear(hidden, inner, config.mlp_bias)
+        self.up = linear(hidden, inner, config.mlp_bias)
+        self.down = linear(inner, hidden, config.mlp_bias)
+        self.head_dim = head_dim
 
     def __call__(
         self,
         x: Array,
-        turn: tuple[Array, Array],
+        rope: tuple[Array, Array],
         masks: tuple[Array, ...],
-        cache: Cache | None,
-        shared: Cache | None,
+        cache: KVCache | None,
+        prefix: KVCache | None,
         start: Array | None,
-    ) -> tuple[Array, Cache | None]:
-        """One layer (its weights without the axis of layers): x [B, T, D] -> the same, and the layer's keys and values.
+    ) -> tuple[Array, KVCache | None]:
+        """One layer (its weights without the axis of layers): x [B, T, D] -> the same shape, and the layer's cache.
 
         Args:
-          turn: cosines and sines [B, T, E/2];
-          masks: which keys a query sees: [B, T, T]; or with a cache [B, T, C], and with a shared one [B, T, P] too;
-          cache: this layer's keys and values [B, C, G, E], or None; shared: [N, P, G, E] of what B/N rows each have in front;
-          start: [B] the slot of the first token, with a cache.
+          rope: cosines and sines [B, T, H/2].
+          masks: attention masks of the keys of this call [B, T, T]; or, with a cache, of its slots [B, T, S] and, with a prefix,
+            of the prefix's slots too.
+          cache: this layer's keys and values [B, S, K, H], or None.
+          prefix: this layer's keys and values [P, S', K, H] of P prefixes, each shared by B/P consecutive rows, or None.
+          start: [B] slot of the first token, with a cache.
         """
         h = self.norm_attention(x)
-        q, k, v = (f(h).reshape(*h.shape[:2], -1, self.head) for f in (self.q, self.k, self.v))
+        q, k, v = (f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k = rotated(q, turn), rotated(k, turn)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is None:
-            attended, kept = causal_attention(q, k, v, masks[0]), None
+            attended = causal_attention(q, k, v, masks[0])
         else:
             assert start is not None
-            write = jax.vmap(lambda held, new, at: jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=0))
-            kept = Cache(k=write(cache.k, k.astype(cache.k.dtype), start), v=write(cache.v, v.astype(cache.v.dtype), start))
-            attended = attention(q, [(kept, masks[0])] if shared is None else [(kept, masks[0]), (shared, masks[1])])
+            write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis=0))
+            cache = KVCache(
+                keys=write(cache.keys, k.astype(cache.keys.dtype), start),
+                values=write(cache.values, v.astype(cache.values.dtype), start),
+            )
+            parts = (cache,) if prefix is None else (cache, prefix)
+            attended = cached_attention(q, list(zip(parts, masks, strict=True)))
         x = x + self.o(attended.reshape(*h.shape[:2], -1))
         h = self.norm_mlp(x)
         x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
-        return x, kept
+        return x, cache
+
+
+def _identity(x: Array) -> Array:
+    return x
 
 
 class Decoder(nnx.Module):
     """Token ids -> hidden states -> logits."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        a = architecture
-        self.architecture = a
-        self.embedding = nnx.Param(a.spread * jax.random.normal(rngs.params(), (a.vocabulary, a.width), dtype))
-        self.blocks = Block(a, rngs, dtype)
-        self.norm = Norm((a.width,), a.epsilon, dtype)
-        head = None if a.tied else nnx.Param(a.spread * jax.random.normal(rngs.params(), (a.width, a.vocabulary), dtype))
-        self.head = nnx.data(head)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        def matrix(*shape: int) -> nnx.Param:
+            return nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, dtype))
 
-    def hidden(
+        self.config = config
+        self.embedding = matrix(config.vocab_size, config.hidden_size)
+        self.blocks = DecoderLayer(config, rngs, dtype)
+        self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
+        self.lm_head = nnx.data(None if config.tie_word_embeddings else matrix(config.hidden_size, config.vocab_size))
+
+    def last_hidden_state(
         self,
-        ids: Array,
+        input_ids: Array,
         positions: Array,
-        segments: Array | None = None,
+        segment_ids: Array | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
-        remat: str = "none",
+        remat: Remat = "none",
         unroll: bool = False,
-        constrain: Constrain = lambda x: x,
-        found: Constrain = lambda x: x,
+        constrain: ShardingConstraint = _identity,
+        constrain_embedded: ShardingConstraint = _identity,
     ) -> Array:
-        """Hidden states [B, T, D] after the last norm; token t sees the tokens before it of its own segment, and itself.
+        """Hidden states [B, T, D] after the final norm; a token attends to itself and to the tokens before it in its segment.
 
         Args:
-          ids: [B, T] token numbers; positions: [B, T] within the document;
-          segments: [B, T] which document of its row a token belongs to (packing); None: one document a row.
-          dtype: of the activations; remat: one of `REMATS`.
-          constrain: applied to the activations between layers; found: to the rows of the embedding, before that.
+          input_ids: [B, T]; positions: [B, T] within the document.
+          segment_ids: [B, T] document that a token of a packed row belongs to; None: one document per row.
+          dtype: of the activations.
+          constrain: applied to the activations between layers; constrain_embedded: to the embedded tokens, before that.
         """
-        x = constrain(found(self.embedding[...][ids].astype(dtype)))
-        sight = [_causal(positions, segments)]
-        x, _ = self._through(x, positions, sight, None, None, None, remat, unroll, constrain)
+        x = constrain(constrain_embedded(self.embedding[...][input_ids].astype(dtype)))
+        mask = causal_mask(positions, segment_ids)
+        x, _, _ = self._apply_layers(x, positions, [mask], remat=remat, unroll=unroll, constrain=constrain)
         return self.norm(x)
 
-    def stream(self, ids: Array, positions: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
-        """The residual stream [depth + 1, B, T, D]: the embeddings, and what each layer makes of them before the last norm.
+    def hidden_states(self, input_ids: Array, positions: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
+        """The residual stream [num_layers + 1, B, T, D]: the embedded tokens and the output of each layer, before the final norm.
 
-        Args: ids, positions: [B, T], as of `hidden`.
+        Args: input_ids, positions: [B, T].
         """
-        x = self.embedding[...][ids].astype(dtype)
-        sight = [_causal(positions, None)]
-        _, (_, after) = self._through(x, positions, sight, None, None, None, "none", False, lambda x: x, traced=True)
-        return jnp.concatenate([x[None], after])
+        x = self.embedding[...][input_ids].astype(dtype)
+        _, _, outputs = self._apply_layers(x, positions, [causal_mask(positions, None)], output_hidden_states=True)
+        return jnp.concatenate([x[None], outputs])
 
-    def extend(
+    def forward_with_cache(
         self,
-        ids: Array,
+        input_ids: Array,
         start: Array,
-        cache: Cache,
-        shared: tuple[Cache, Array] | None = None,
+        cache: KVCache,
+        prefix: tuple[KVCache, Array] | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
         unroll: bool = True,
-    ) -> tuple[Array, Cache]:
-        """Hidden states [B, T, D] of T more tokens, and the cache with them.
+    ) -> tuple[Array, KVCache]:
+        """Hidden states [B, T, D] of T further tokens after the final norm, and the cache with their keys and values.
 
         Args:
-          ids: [B, T]; rows of different lengths end in any tokens, which the next call overwrites.
-          start: [B] tokens that the cache holds of each row, at most C - T.
-          shared: what rows have in front of that: the caches of N prefixes [depth, N, P, ...] and their lengths [N]; the first
-            B/N rows continue the first prefix, and so on. They are read, not copied.
+          input_ids: [B, T]; rows of different lengths are padded at the end with any tokens, which the next call overwrites.
+          start: [B] number of tokens of each row in the cache, at most S - T.
+          prefix: what precedes the rows: the caches of P prefixes [num_layers, P, ...] and their lengths [P]. The first B/P rows
+            continue the first prefix, and so on. A prefix is read, not copied.
         """
-        slots = jnp.arange(cache.k.shape[2])
-        own = start[:, None] + jnp.arange(ids.shape[1])[None]  # [B, T]
+        chex.assert_rank([input_ids, start, cache.keys], [2, 1, 5])
+        slots = jnp.arange(cache.keys.shape[2])
+        own = start[:, None] + jnp.arange(input_ids.shape[1])[None]  # [B, T]
         distance = own[:, :, None] - slots[None, None, :]
-        sight, positions, held = [(distance >= 0, distance)], own, None
-        if shared is not None:
-            held, lengths = shared
-            length = jnp.repeat(lengths, ids.shape[0] // lengths.shape[0])
+        masks, positions, prefix_cache = [AttentionMask(distance >= 0, distance)], own, None
+        if prefix is not None:
+            prefix_cache, lengths = prefix
+            length = jnp.repeat(lengths, input_ids.shape[0] // lengths.shape[0])
             positions = own + length[:, None]
-            before = jnp.arange(held.k.shape[2])
-            mask = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*ids.shape, len(before)))
-            sight.append((mask, positions[:, :, None] - before[None, None, :]))
-        x = self.embedding[...][ids].astype(dtype)
-        x, (cache, _) = self._through(x, positions, sight, cache, held, start, "none", unroll, lambda x: x)
+            before = jnp.arange(prefix_cache.keys.shape[2])
+            visible = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*input_ids.shape, len(before)))
+            masks.append(AttentionMask(visible, positions[:, :, None] - before[None, None, :]))
+        x = self.embedding[...][input_ids].astype(dtype)
+        x, cache, _ = self._apply_layers(x, positions, masks, cache=cache, prefix=prefix_cache, start=start, unroll=unroll)
         return self.norm(x), cache
 
-    def empty_cache(self, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
-        """Room for `slots` tokens in each of `rows` rows."""
-        a = self.architecture
-        shape = (a.depth, rows, slots, a.groups, a.head)
-        return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    def init_cache(self, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+        """An empty cache with `slots` tokens for each of `rows` rows."""
+        shape = (self.config.num_layers, rows, slots, self.config.num_kv_heads, self.config.head_dim)
+        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
-    def logits(self, hidden: Array, constrain: Constrain = lambda x: x) -> Array:
-        """[..., D] -> [..., V] in f32; `constrain` pins the head [D, V]."""
-        head = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.matmul(hidden, constrain(head.astype(hidden.dtype)), preferred_element_type=jnp.float32)
+    def logits(self, hidden: Array, constrain: ShardingConstraint = _identity) -> Array:
+        """[..., D] -> [..., V] in float32; `constrain` is applied to the output matrix [D, V]."""
+        kernel = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+        return jnp.matmul(hidden, constrain(kernel.astype(hidden.dtype)), preferred_element_type=jnp.float32)
 
-    def _through(
-        self, x, positions, sight, cache, shared, start, remat, unroll, constrain, traced=False
-    ) -> tuple[Array, tuple[Any, Any]]:
-        """All layers: the last one's output, and of each its cache and, if traced, its output.
+    def _apply_layers(
+        self,
+        x: Array,
+        positions: Array,
+        masks: Sequence[AttentionMask],
+        *,
+        cache: KVCache | None = None,
+        prefix: KVCache | None = None,
+        start: Array | None = None,
+        remat: Remat = "none",
+        unroll: bool = False,
+        constrain: ShardingConstraint = _identity,
+        output_hidden_states: bool = False,
+    ) -> tuple[Array, Any, Any]:
+        """The output of the last layer [B, T, D], the cache, and, if wanted, the outputs of all layers [num_layers, B, T, D].
 
-        `sight`: for the keys of this call or of the cache, and of the shared cache, the mask and the distance.
+        masks: of the keys of this call or of the cache, and, with a prefix, of the prefix.
         """
-        a = self.architecture
+        config = self.config
         angles = positions[..., None].astype(jnp.float32)
-        angles = angles * _along_last(jnp.array(scaled_frequencies(a.rope, a.head), jnp.float32), angles)
-        turn = jnp.cos(angles), jnp.sin(angles)
-        windows = jnp.array(a.windows or [0] * a.depth, jnp.int32)
+        frequencies = jnp.array(rope_frequencies(config.rope_parameters, config.head_dim), jnp.float32)
+        angles = angles * _align_last(frequencies, angles)
+        rope = jnp.cos(angles), jnp.sin(angles)
+        windows = jnp.array(config.sliding_windows or [0] * config.num_layers, jnp.int32)
         graphdef, weights = nnx.split(self.blocks)
 
-        def layer(x: Array, at):
-            weights, window, held, common = at
-            seen = tuple(mask & ((window == 0) | (far < window)) if a.windows else mask for mask, far in sight)
-            x, kept = nnx.merge(graphdef, weights)(x, turn, seen, held, common, start)
-            return constrain(x), (kept, x if traced else None)
+        def layer(x: Array, inputs):
+            weights, window, layer_cache, layer_prefix = inputs
+            visible = tuple(
+                mask.visible & ((window == 0) | (mask.distance < window)) if config.sliding_windows else mask.visible
+                for mask in masks
+            )
+            x, layer_cache = nnx.merge(graphdef, weights)(x, rope, visible, layer_cache, layer_prefix, start)
+            return constrain(x), (layer_cache, x if output_hidden_states else None)
 
-        kept = jax.checkpoint_policies.save_only_these_names(*((PRODUCT,) if remat == "selective" else ()))
-        body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
-        return jax.lax.scan(body, x, (weights, windows, cache, shared), unroll=a.depth if unroll else 1)
-
-
-def _causal(positions: Array, segments: Array | None) -> tuple[Array, Array]:
-    """Of tokens that attend among themselves: whether one sees the other, and how far it is [B, T, T]."""
-    order = jnp.arange(positions.shape[1])
-    mask = (order[None, :] <= order[:, None])[None]
-    if segments is not None:
-        mask = mask & (segments[:, :, None] == segments[:, None, :])
-    mask = jnp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))
-    return mask, positions[:, :, None] - positions[:, None, :]
+        saved = jax.checkpoint_policies.save_only_these_names(*((MATMUL,) if remat == "selective" else ()))
+        body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=saved)
+        inputs = (weights, windows, cache, prefix)
+        x, (cache, outputs) = jax.lax.scan(body, x, inputs, unroll=config.num_layers if unroll else 1)
+        return x, cache, outputs
 
 
 @jax.custom_vjp
-def trained_product(x: Array, kernel: Array) -> Array:
-    """x @ kernel: [..., in], [in, out] -> [..., out], with the kernel's gradient written as one contraction of x with g.
+def trained_matmul(x: Array, kernel: Array) -> Array:
+    """x @ kernel: [..., in], [in, out] -> [..., out], with the gradient of the kernel as one contraction of x with g.
 
-    What differentiation makes of it by itself is the transpose of g x, for which XLA on CPUs first copies g into another order
-    and then multiplies in a slow one. A kernel that is not trained does without: this keeps x for the backward pass.
+    Automatic differentiation gives the transpose of g x instead, for which XLA on CPUs first copies g into another layout and
+    then multiplies in a slow one. Kernels that are not trained use a plain product, because this one keeps x for the backward
+    pass.
     """
     return x @ kernel
 
 
-def _product_kept(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _trained_matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _product_gradients(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = kept
+def _trained_matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
     rows = tuple(range(x.ndim - 1))
-    if x.shape[-1] > 8 * g.shape[-1]:  # into few columns: XLA copies its left factor into another order, so let that be g
+    if x.shape[-1] > 8 * g.shape[-1]:  # few output columns: XLA copies the left factor into another layout, and g is the smaller
         return g @ kernel.T, jnp.tensordot(g, x, axes=(rows, rows)).T
     return g @ kernel.T, jnp.tensordot(x, g, axes=(rows, rows))
 
 
-trained_product.defvjp(_product_kept, _product_gradients)
+trained_matmul.defvjp(_trained_matmul_forward, _trained_matmul_backward)
 
 
-def causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """softmax(q k / sqrt(E)) v where no token sees a later one: q [B, T, K, E], k, v [B, T, G, E], mask [B, T, T] -> as q.
-
-    The queries go in up to `STRIPES` stripes, and a stripe meets the keys up to its own end alone. The heads of a group are
-    rows of one product, with the keys and values that they share.
-    """
-    T = q.shape[1]
-    size = max(NARROWEST, -(-T // STRIPES))
-    stripes = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        stripes.append(_stripe(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end]))
-    return jnp.concatenate(stripes, axis=1)
-
-
-def _stripe(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """T queries [B, T, K, E] over C keys [B, C, G, E], as the mask [B, T, C] lets them."""
-    (B, T, K, E), (C, G) = q.shape, k.shape[1:3]
-    rows = q.reshape(B, T, G, K // G, E).transpose(0, 2, 3, 1, 4).reshape(B, G, K // G * T, E)
-    scores = jnp.einsum("bgre,bcge->bgrc", rows, k, preferred_element_type=jnp.float32) * E**-0.5
-    scores = jnp.where(mask[:, None, None], scores.reshape(B, G, K // G, T, C), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, K // G * T, C)
-    out = jnp.einsum("bgrc,bcge->bgre", weights, v)
-    return out.reshape(B, G, K // G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, K, E)
-
-
-def attention(q: Array, parts: Sequence[tuple[Cache, Array]]) -> Array:
-    """softmax(q k / sqrt(E)) v over the keys of all parts together: q [B, T, K, E] -> the same.
-
-    A part is one layer's keys and values [N, C, G, E], shared by B/N rows each, and its mask [B, T, C].
-    """
-    (B, T, K, E), dtype = q.shape, q.dtype
-    q = q.astype(jnp.float32) * E**-0.5
-    scores, sizes = [], []
-    for cache, mask in parts:
-        N, C, G, _ = cache.k.shape
-        rows = q.reshape(N, B // N * T, G, K // G, E)
-        score = jnp.einsum("nrgie,ncge->nrgic", rows, cache.k.astype(jnp.float32))
-        score = jnp.where(mask.reshape(N, B // N * T, 1, 1, C), score, jnp.finfo(jnp.float32).min)
-        scores.append(score.reshape(B, T, K, C))
-        sizes.append(C)
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    total = jnp.zeros((B, T, K, E), jnp.float32)
-    for (cache, _), weight in zip(parts, jnp.split(weights, np.cumsum(sizes)[:-1].tolist(), axis=-1), strict=True):
-        N, C, G, _ = cache.v.shape
-        rows = weight.reshape(N, B // N * T, G, K // G, C)
-        total = total + jnp.einsum("nrgic,ncge->nrgie", rows, cache.v.astype(jnp.float32)).reshape(B, T, K, E)
-    return total.astype(dtype)
-
-
-def rotated(x: Array, turn: tuple[Array, Array]) -> Array:
-    """Coordinate i and i + E/2 of x [B, T, heads, E] turned by the i-th angle of the token's position."""
-    cos, sin = (t[:, :, None, :] for t in turn)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
-def _along_last(weight: Array, like: Array) -> Array:
-    """[n] against [..., n], without implicit rank promotion."""
+def _align_last(weight: Array, like: Array) -> Array:
+    """[n] reshaped to broadcast against [..., n] without implicit rank promotion."""
     return weight.reshape(*(1,) * (like.ndim - 1), -1)
 
 
-def abstract(architecture: Architecture, dtype: DTypeLike = jnp.float32) -> Decoder:
-    """The decoder with shapes in the place of weights: nothing is allocated."""
-    return nnx.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0), dtype))
+def abstract_decoder(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Decoder:
+    """The decoder with shapes in place of weights: nothing is allocated."""
+    return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype))

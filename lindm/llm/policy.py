@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from lindm.evaluation.losses import Asked, Policy
-from lindm.llm.model import Cache, Decoder
+from lindm.llm.attention import KVCache
+from lindm.llm.model import Decoder
 from lindm.llm.tokens import action_tokens, encode, prefix
 from lindm.text import Document, Step, Template, render
 
@@ -98,7 +99,7 @@ class Reader:
         first = max((len(text) for asks in texts for text in asks), default=1)
         return horizon * (3 * first + max(map(len, self.actions)) + BUCKET)
 
-    def _scores(self, hidden: Array, cache: Cache, shared: tuple[Cache, np.ndarray], ends: np.ndarray) -> tuple[Array, Array]:
+    def _scores(self, hidden: Array, cache: KVCache, shared: tuple[KVCache, np.ndarray], ends: np.ndarray) -> tuple[Array, Array]:
         """log p of each action [rows, A], and whether the likeliest tokens spell one [rows]; hidden: the state in front of it."""
         log_p = _log_p(self.graphdef, self.weights, hidden)
         firsts = np.array([tokens[0] for tokens in self.actions])
@@ -140,29 +141,29 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _grown(cache: Cache, slots: int) -> Cache:
+def _grown(cache: KVCache, slots: int) -> KVCache:
     """With room for at least so many tokens."""
-    short = _rounded(max(slots - cache.k.shape[2], 0))
+    short = _rounded(max(slots - cache.keys.shape[2], 0))
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0), (0, 0))), cache) if short else cache
 
 
-def _empty(graphdef, weights, rows: int, room: int, dtype: DTypeLike) -> Cache:
-    return nnx.merge(graphdef, weights).empty_cache(rows, room, dtype)
+def _empty(graphdef, weights, rows: int, room: int, dtype: DTypeLike) -> KVCache:
+    return nnx.merge(graphdef, weights).init_cache(rows, room, dtype)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _read(graphdef, weights, ids: Array, dtype: DTypeLike) -> Cache:
+def _read(graphdef, weights, ids: Array, dtype: DTypeLike) -> KVCache:
     """The cache of whole prefixes [N, P]."""
     model = nnx.merge(graphdef, weights)
     start = jnp.zeros(ids.shape[0], jnp.int32)
-    return model.extend(ids, start, model.empty_cache(*ids.shape, dtype), dtype=dtype, unroll=False)[1]
+    return model.forward_with_cache(ids, start, model.init_cache(*ids.shape, dtype), dtype=dtype, unroll=False)[1]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames="cache")
-def _extend(graphdef, weights, ids, starts, counts, cache: Cache, shared, dtype: DTypeLike) -> tuple[Array, Cache]:
+def _extend(graphdef, weights, ids, starts, counts, cache: KVCache, shared, dtype: DTypeLike) -> tuple[Array, KVCache]:
     """Hidden states [rows, D] at the last of the `counts` new tokens of each row, and the cache."""
     model = nnx.merge(graphdef, weights)
-    hidden, cache = model.extend(ids, starts, cache, shared, dtype=dtype, unroll=False)
+    hidden, cache = model.forward_with_cache(ids, starts, cache, shared, dtype=dtype, unroll=False)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
@@ -174,11 +175,11 @@ def _log_p(graphdef, weights, hidden: Array) -> Array:
 
 @partial(jax.jit, static_argnames=("graphdef", "n", "dtype"))
 def _log_p_of(
-    graphdef, weights, ids, starts, cache: Cache, shared, after: Array, n: int, dtype: DTypeLike
+    graphdef, weights, ids, starts, cache: KVCache, shared, after: Array, n: int, dtype: DTypeLike
 ) -> tuple[Array, Array]:
     """log p [rows] of after[:n], each token given the ids before it, and whether each is the likeliest."""
     model = nnx.merge(graphdef, weights)
-    hidden, _ = model.extend(ids, starts, cache, shared, dtype=dtype, unroll=False)
+    hidden, _ = model.forward_with_cache(ids, starts, cache, shared, dtype=dtype, unroll=False)
     log_p = jax.nn.log_softmax(model.logits(hidden[:, :n]))
     chosen = jnp.take_along_axis(log_p, jnp.broadcast_to(after[None, :n, None], (*log_p.shape[:2], 1)), axis=-1)
     return chosen.sum((1, 2)), (log_p.argmax(-1) == after[None, :n]).all(-1)

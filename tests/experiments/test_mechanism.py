@@ -134,9 +134,9 @@ def test_the_last_of_the_stream_is_what_the_model_says(trained):
     model = nnx.merge(reader.graphdef, reader.weights)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 9)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    stream = model.stream(ids, positions)
+    stream = model.hidden_states(ids, positions)
     assert stream.shape == (5, 2, 9, 160)
-    np.testing.assert_allclose(model.norm(stream[-1]), model.hidden(ids, positions), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model.norm(stream[-1]), model.last_hidden_state(ids, positions), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(stream[0], model.embedding[...][ids], rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from lindm import datasets
-from lindm.llm.config import read_architecture
+from lindm.llm.config import read_model_config
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
@@ -51,7 +51,7 @@ class Reader:
         if untrained is None:
             model = weights.load(directory, mesh=make_mesh({"fsdp": 1}, jax.devices()[:1]))
         else:
-            model = Decoder(read_architecture(directory), nnx.Rngs(untrained))
+            model = Decoder(read_model_config(directory), nnx.Rngs(untrained))
         self.graphdef, self.weights = nnx.split(model)
 
     def stream(self, asked: Asked) -> np.ndarray:
@@ -83,7 +83,7 @@ class Reader:
 @partial(jax.jit, static_argnames="graphdef")
 def _stream(graphdef, weights, ids: Array, at: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    found = nnx.merge(graphdef, weights).stream(ids, positions)  # [depth + 1, B, T, D]
+    found = nnx.merge(graphdef, weights).hidden_states(ids, positions)  # [depth + 1, B, T, D]
     return jnp.take_along_axis(found, at[None, :, :, None], axis=2).transpose(1, 2, 0, 3)
 
 

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,15 @@ from jax.sharding import Mesh
 from lindm.choices import check_choices
 from lindm.errors import UsageError
 from lindm.llm.cluster.program_cost import Work, work
-from lindm.llm.config import Architecture
-from lindm.llm.lora import BASES, add_lora, quantise
+from lindm.llm.config import BaseFormat, ModelConfig, Remat
+from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import chips
 from lindm.llm.parallel.sharding import AXES, check_batch_size, make_mesh
 from lindm.llm.sft.evaluator import flops_of_step
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
-from lindm.llm.sft.options import BaseFormat, Method, Remat
+from lindm.llm.sft.options import Method
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 
@@ -52,7 +52,7 @@ LINKS |= {"TPU v4": 300e9}
 class Job:
     """One step of a run."""
 
-    architecture: Architecture
+    model_config: ModelConfig
     batch: int  # rows of a micro-batch, over all devices
     seq: int  # tokens of a row
     labels: int = 64  # of a row, at most
@@ -67,10 +67,10 @@ class Job:
         for name in ("batch", "seq", "labels", "accumulate", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.labels <= self.seq <= self.architecture.length:
-            limit = f"at least labels = {self.labels} and at most the model's {self.architecture.length}"
+        if not self.labels <= self.seq <= self.model_config.max_position_embeddings:
+            limit = f"at least labels = {self.labels} and at most the model's {self.model_config.max_position_embeddings}"
             raise ValueError(f"seq must be {limit}; got {self.seq}")
-        bases = {"full": ("f32",), "lora": BASES, "qlora": ("int8", "nf4")}
+        bases = {"full": ("f32",), "lora": get_args(BaseFormat), "qlora": ("int8", "nf4")}
         check_choices(self)
         if self.base not in bases[self.method]:
             raise ValueError(f"base must be one of {', '.join(bases[self.method])} with method {self.method}; got {self.base!r}")
@@ -173,9 +173,9 @@ def abstract(job: Job) -> Decoder:
     """The model of a job with shapes in the place of weights."""
 
     def build() -> Decoder:
-        model = Decoder(job.architecture, nnx.Rngs(0), jnp.float32)
+        model = Decoder(job.model_config, nnx.Rngs(0), jnp.float32)
         if job.method != "full":
-            quantise(model, job.base)
+            quantize(model, job.base)
             add_lora(model, job.lora_rank, 2.0 * job.lora_rank, jax.random.key(0))
         return model
 
@@ -265,10 +265,10 @@ def sensible(job: Job, devices: Sequence[Any]) -> list[dict[str, int]]:
     Raises:
       ValueError: none does.
     """
-    n, a, found = len(devices), job.architecture, []
+    n, config, found = len(devices), job.model_config, []
     state = program(job, make_mesh({}, devices[:1])).arguments
     for data, fsdp, tensor in itertools.product(range(1, n + 1), repeat=3):
-        if data * fsdp * tensor != n or tensor > 8 or a.groups % tensor or a.K % tensor:
+        if data * fsdp * tensor != n or tensor > 8 or config.num_kv_heads % tensor or config.num_heads % tensor:
             continue
         sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
         mesh = make_mesh(sizes, devices)
@@ -298,23 +298,30 @@ def _pairs(values: Any, shardings: Any) -> list[tuple[Any, Any]]:
 
 def _guess(job: Job, held: int, sizes: dict[str, int]) -> float:
     """Bytes on a device, roughly: what is held, weights as they are computed with, gradients, activations, logits."""
-    a, tensor, width = job.architecture, sizes["tensor"], 2 if job.dtype == "bf16" else 4
-    shard = a.parameters / (sizes["fsdp"] * tensor)
+    config, tensor, width = job.model_config, sizes["tensor"], 2 if job.dtype == "bf16" else 4
+    shard = config.num_parameters / (sizes["fsdp"] * tensor)
     rows = job.batch / (sizes["data"] * sizes["fsdp"])
-    layer = rows * job.seq * width * (4 * a.mlp / tensor + 6 * a.width) + 12 * rows * a.K / tensor * job.seq**2
-    products = (2 * a.mlp + (a.K + 2 * a.groups) * a.head) / tensor + a.width
-    one = rows * job.seq * width * (a.width + (products if job.remat == "selective" else 0))
-    kept = layer * a.depth if job.remat == "none" else one * a.depth + layer
-    head = a.vocabulary / (tensor * sizes["fsdp"]) * (a.width * width + 8 * job.batch / sizes["data"] * job.labels)
+    layer = (
+        rows * job.seq * width * (4 * config.intermediate_size / tensor + 6 * config.hidden_size)
+        + 12 * rows * config.num_heads / tensor * job.seq**2
+    )
+    products = (
+        2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    ) / tensor + config.hidden_size
+    one = rows * job.seq * width * (config.hidden_size + (products if job.remat == "selective" else 0))
+    kept = layer * config.num_layers if job.remat == "none" else one * config.num_layers + layer
+    head = (
+        config.vocab_size / (tensor * sizes["fsdp"]) * (config.hidden_size * width + 8 * job.batch / sizes["data"] * job.labels)
+    )
     return held + shard * (width + 4 * (job.method == "full")) + kept + head
 
 
 def _wire(job: Job, sizes: dict[str, int]) -> float:
     """Bytes that a device sends, roughly: weights gathered three times, gradients once, and activations of a tensor axis."""
-    a, rows = job.architecture, job.batch / (sizes["data"] * sizes["fsdp"])
+    config, rows = job.model_config, job.batch / (sizes["data"] * sizes["fsdp"])
     times = 3 * (sizes["fsdp"] > 1) + (job.method == "full") * (1 + (sizes["data"] > 1))
-    weights = times * 2.0 * a.parameters / sizes["tensor"]
-    return job.accumulate * (weights + (sizes["tensor"] > 1) * 12 * a.depth * rows * job.seq * a.width * 2.0)
+    weights = times * 2.0 * config.num_parameters / sizes["tensor"]
+    return job.accumulate * (weights + (sizes["tensor"] > 1) * 12 * config.num_layers * rows * job.seq * config.hidden_size * 2.0)
 
 
 def plans(
@@ -344,7 +351,7 @@ def named(sizes: dict[str, int]) -> str:
 
 def model_flops(job: Job) -> float:
     """Operations of the model's own arithmetic in a step over all devices, by formula; recomputation is not counted."""
-    return job.accumulate * flops_of_step(job.architecture, job.method, job.batch, job.seq, job.labels)
+    return job.accumulate * flops_of_step(job.model_config, job.method, job.batch, job.seq, job.labels)
 
 
 def described(p: Plan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gguf.quants import dequantize
 
 from lindm.errors import DataError, LindmError
 from lindm.io.files import storage_errors, write_json
-from lindm.llm.config import CONFIG, Architecture, Rope, architecture, scaled_frequencies, to_config
+from lindm.llm.config import CONFIG, ModelConfig, RopeParameters, parse_model_config, rope_frequencies, to_config_json
 from lindm.llm.io import safetensors_files as tensors
 from lindm.llm.io.gguf_tokenizer import tokenizer
 from lindm.llm.io.tensor_names import Tensor
@@ -74,7 +74,7 @@ class Gguf:
         return dequantize(raw.reshape(*blocks.shape[:-1], -1), blocks.kind).reshape(blocks.shape)
 
 
-def convert(path: Path, directory: Path) -> Architecture:
+def convert(path: Path, directory: Path) -> ModelConfig:
     """Write the model of a .gguf file to a directory, in f32, with its tokenizer and chat template, one tensor after another.
 
     Raises:
@@ -83,14 +83,14 @@ def convert(path: Path, directory: Path) -> Architecture:
     file = read(path)
     _check_kinds(file)
     try:
-        found = architecture_of(file)
+        found = model_config_of(file)
     except (TypeError, ValueError) as e:  # a number where a text should be, and the like
         raise DataError(f"{file.source}: its metadata are not sound: {e}") from e
     wanted = {t.name: t for t in expected(found)}
     _check(file, wanted)
-    text = tokenizer(file.metadata, file.source, found.vocabulary)
+    text = tokenizer(file.metadata, file.source, found.vocab_size)
     ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    write_json(directory / CONFIG, to_config(found, dtype="float32", **ids))
+    write_json(directory / CONFIG, to_config_json(found, dtype="float32", **ids))
     with storage_errors(directory):
         text.save_pretrained(directory)
     said = directory / "tokenizer_config.json"
@@ -100,8 +100,8 @@ def convert(path: Path, directory: Path) -> Architecture:
     return found
 
 
-def _values(file: Gguf, found: Architecture, wanted: dict[str, Tensor]) -> Iterator[np.ndarray]:
-    heads = {"blocks.q": found.K, "blocks.k": found.groups} if found.family in INTERLEAVED else {}
+def _values(file: Gguf, found: ModelConfig, wanted: dict[str, Tensor]) -> Iterator[np.ndarray]:
+    heads = {"blocks.q": found.num_heads, "blocks.k": found.num_kv_heads} if found.model_type in INTERLEAVED else {}
     for name, tensor in wanted.items():
         value = file.read(_their_name(name))
         owner, _, leaf = tensor.path.rpartition(".")
@@ -142,8 +142,8 @@ def _check_kinds(file: Gguf) -> None:
 # --- what the metadata say -------------------------------------------------------------------------------------------------
 
 
-def architecture_of(file: Gguf) -> Architecture:
-    """The architecture, with everything that is not known refused by name."""
+def model_config_of(file: Gguf) -> ModelConfig:
+    """The configuration, with everything that is not known refused by name."""
     metadata, source = file.metadata, file.source
     family = metadata.get("general.architecture")
     if family not in FAMILIES:
@@ -179,7 +179,7 @@ def architecture_of(file: Gguf) -> Architecture:
         raw |= {"attention_bias": "attn_q" in biases, "mlp_bias": "ffn_gate" in biases}
     elif family == "qwen3":
         raw["attention_bias"] = "attn_q" in biases
-    return architecture(raw, source)
+    return parse_model_config(raw, source)
 
 
 def _rope(file: Gguf, given: dict[str, Any], head: int) -> dict[str, Any]:
@@ -197,11 +197,15 @@ def _rope(file: Gguf, given: dict[str, Any], head: int) -> dict[str, Any]:
 def _llama3(file: Gguf, theta: float, head: int) -> dict[str, Any]:
     """The scaling whose factors the file holds: Llama 3.1's, for which the largest of them is the only free number."""
     held = file.read(FACTORS)
-    rope = Rope(theta=theta, kind="llama3", factor=_shortest(held.max()))
-    plain, scaled = (np.array(scaled_frequencies(r, head)) for r in (Rope(theta=theta), rope))
+    rope = RopeParameters(rope_theta=theta, rope_type="llama3", factor=_shortest(held.max()))
+    plain, scaled = (np.array(rope_frequencies(r, head)) for r in (RopeParameters(rope_theta=theta), rope))
     if held.shape != plain.shape or not np.allclose(held, plain / scaled, rtol=1e-5):
         raise DataError(f"{file.source}: {FACTORS} holds factors that are not those of Llama 3.1's scaling")
-    sizes = {"low_freq_factor": rope.low, "high_freq_factor": rope.high, "original_max_position_embeddings": rope.original}
+    sizes = {
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
+    }
     return {"rope_type": "llama3", "rope_theta": theta, "factor": rope.factor} | sizes
 
 

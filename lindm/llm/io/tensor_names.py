@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lindm.llm.config import Architecture
-from lindm.llm.model import abstract
+from lindm.llm.config import ModelConfig
+from lindm.llm.model import abstract_decoder
 
-TOP = {"embedding": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head": "lm_head.weight"}
+TOP = {"embedding": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "lm_head": "lm_head.weight"}
 MODULES = {
     "norm_attention": "input_layernorm",
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
@@ -20,7 +20,7 @@ MODULES = {
     "norm_mlp": "post_attention_layernorm",
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
-HEAD = TOP["head"]
+HEAD = TOP["lm_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +34,24 @@ class Tensor:
     turned: bool  # the file has the transpose
 
 
-def tensors(architecture: Architecture) -> Iterator[Tensor]:
+def tensors(model_config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor that a file of this architecture has, in the order of computation, layer after layer."""
-    _, state = nnx.split(abstract(architecture))
+    _, state = nnx.split(abstract_decoder(model_config))
     shapes = {".".join(map(str, keys)): leaf.shape for keys, leaf in nnx.to_flat_state(state)}
     yield _tensor("embedding", shapes, None)
-    for layer in range(architecture.depth):
+    for layer in range(model_config.num_layers):
         for module in MODULES:
             for leaf in ("weight", "kernel", "bias"):
                 if (path := f"blocks.{module}.{leaf}") in shapes:
                     yield _tensor(path, shapes, layer)
     yield _tensor("norm.weight", shapes, None)
-    if not architecture.tied:
-        yield _tensor("head", shapes, None)
+    if not model_config.tie_word_embeddings:
+        yield _tensor("lm_head", shapes, None)
 
 
 def _tensor(path: str, shapes: dict[str, tuple[int, ...]], layer: int | None) -> Tensor:
     shape = shapes[path] if layer is None else shapes[path][1:]
-    turned = path == "head" or path.endswith(".kernel")
+    turned = path == "lm_head" or path.endswith(".kernel")
     return Tensor(name=name(path, layer), shape=shape[::-1] if turned else shape, path=path, layer=layer, turned=turned)
 
 

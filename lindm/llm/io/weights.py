@@ -10,7 +10,7 @@ and the first one writes what all gather.
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,16 @@ from jax.typing import DTypeLike
 from lindm.errors import KINDS, DataError, kind_number
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
-from lindm.llm.config import CONFIG, Architecture, read_architecture, read_config, to_config
+from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_config_json, read_model_config, to_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import DTYPES, READABLE, Stored
 from lindm.llm.io.tensor_names import HEAD, TOP, Tensor
 from lindm.llm.io.tensor_names import tensors as expected
-from lindm.llm.lora import BASES, held
-from lindm.llm.model import Decoder, Linear, abstract
+from lindm.llm.lora import quantize_kernel
+from lindm.llm.model import Decoder, Linear, abstract_decoder
 from lindm.llm.parallel.sharding import weight_path, weight_spec
 
-BESIDE = (  # what a model's directory may have beside weights and architecture: its text, and how it is asked to generate
+BESIDE = (  # what a model's directory may have beside weights and configuration: its text, and how it is asked to generate
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
@@ -42,7 +42,7 @@ TORCH = {"f32": "float32", "bf16": "bfloat16"}
 # --- in --------------------------------------------------------------------------------------------------------------------
 
 
-def load(directory: Path, *, mesh: Mesh | None = None, base: str = "f32", dtype: DTypeLike = jnp.float32) -> Decoder:
+def load(directory: Path, *, mesh: Mesh | None = None, base: BaseFormat = "f32", dtype: DTypeLike = jnp.float32) -> Decoder:
     """The decoder of a Hugging Face directory.
 
     Args:
@@ -55,13 +55,13 @@ def load(directory: Path, *, mesh: Mesh | None = None, base: str = "f32", dtype:
       LindmError: 3, naming file and tensor or key, for a directory that does not hold exactly this architecture in f32, bf16 or
         f16.
     """
-    if base not in BASES:
-        raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}")
-    architecture = read_architecture(directory)
-    stored = check(directory, architecture)
-    model = abstract(architecture, dtype)
+    if base not in get_args(BaseFormat):
+        raise ValueError(f"base must be one of {', '.join(get_args(BaseFormat))}; got {base!r}")
+    model_config = read_model_config(directory)
+    stored = check(directory, model_config)
+    model = abstract_decoder(model_config, dtype)
     parts: dict[str, list[Tensor]] = {}
-    for tensor in expected(architecture):
+    for tensor in expected(model_config):
         parts.setdefault(tensor.path, []).append(tensor)
     plans = {path: _Plan(model, path, mesh, base) for path in parts}  # all of them, before the first is read
     for path, plan in plans.items():
@@ -69,13 +69,13 @@ def load(directory: Path, *, mesh: Mesh | None = None, base: str = "f32", dtype:
     return model
 
 
-def check(directory: Path, architecture: Architecture) -> dict[str, Stored]:
+def check(directory: Path, model_config: ModelConfig) -> dict[str, Stored]:
     """The tensors of a directory, from their headers, if they are those of the architecture; DataError, naming one, otherwise."""
     stored = safetensors_files.inventory(directory)
     for name, there in stored.items():
         if there.dtype not in READABLE:
             raise DataError(f"{there.file}: {name} must be held as one of {', '.join(READABLE)}; got {there.dtype}")
-    wanted = {tensor.name: tensor for tensor in expected(architecture)}
+    wanted = {tensor.name: tensor for tensor in expected(model_config)}
     for name, tensor in wanted.items():
         if name not in stored:
             raise DataError(f"{directory} lacks the tensor {name}")
@@ -114,7 +114,7 @@ def _part(part: list[Tensor], files: dict[str, Any], dtype: DTypeLike, index: tu
 class _Plan:
     """Where one weight of the abstract model comes to lie, and as what."""
 
-    def __init__(self, model: Decoder, path: str, mesh: Mesh | None, base: str):
+    def __init__(self, model: Decoder, path: str, mesh: Mesh | None, base: BaseFormat):
         *owners, self.leaf = path.split(".")
         self.owner = functools.reduce(getattr, owners, model)
         self.variable: nnx.Variable = getattr(self.owner, self.leaf)
@@ -129,7 +129,7 @@ class _Plan:
         self.sharding = lies(path, self.shape)
         if self.base in ("int8", "nf4"):
             kernel = jax.ShapeDtypeStruct(self.shape, jnp.float32)
-            self.graphdef, shapes = nnx.split(nnx.eval_shape(lambda k: held(k, base), kernel))
+            self.graphdef, shapes = nnx.split(nnx.eval_shape(lambda k: quantize_kernel(k, base), kernel))
             self.parts = jax.tree_util.tree_map_with_path(lambda k, leaf: lies(f"{path}.{weight_path(k)}", leaf.shape), shapes)
 
     def fill(self, part: list[Tensor], stored: dict[str, Stored]) -> None:
@@ -143,7 +143,7 @@ class _Plan:
         if self.base == "f32":
             self.variable.set_value(read(self.variable.get_value().dtype))
         elif self.base == "bf16":
-            setattr(self.owner, self.leaf, nnx.data(held(read(jnp.bfloat16), "bf16")))
+            setattr(self.owner, self.leaf, nnx.data(quantize_kernel(read(jnp.bfloat16), "bf16")))
         else:
             kernel = read(jnp.bfloat16 if kinds == {"BF16"} else jnp.float32)
             leaves, treedef = jax.tree.flatten(self.parts)
@@ -152,11 +152,11 @@ class _Plan:
 
 
 @functools.cache
-def _packing(base: str, treedef: Any, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], nnx.State]:
+def _packing(base: BaseFormat, treedef: Any, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], nnx.State]:
     """From a kernel to the parts of what holds it, one layer after another."""
 
     def packed(kernel: jax.Array) -> nnx.State:
-        return jax.lax.map(lambda layer: nnx.state(held(layer, base)), kernel)
+        return jax.lax.map(lambda layer: nnx.state(quantize_kernel(layer, base)), kernel)
 
     return jax.jit(packed, out_shardings=jax.tree.unflatten(treedef, shardings))
 
@@ -197,10 +197,10 @@ def save(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    wanted = list(expected(model.architecture))
-    known = read_config(like / CONFIG) if like is not None and (like / CONFIG).exists() else {}
+    wanted = list(expected(model.config))
+    known = read_config_json(like / CONFIG) if like is not None and (like / CONFIG).exists() else {}
     ids = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}  # left out, they would be 1 and 2
-    config = to_config(model.architecture, **ids | {"dtype": TORCH[dtype]} | (extra_config or {}))
+    config = to_config_json(model.config, **ids | {"dtype": TORCH[dtype]} | (extra_config or {}))
 
     def write(values: Iterator[np.ndarray]) -> None:
         with atomic_directory(directory) as temporary:
@@ -250,11 +250,11 @@ def _merged(graphdef: nnx.GraphDef[Linear], state: nnx.State, layer: jax.Array) 
     """W + (alpha / rank) A B of one layer [in, out], in f32."""
     linear = nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], state))
     kernel = linear.kernel
-    dense = kernel[...].astype(jnp.float32) if isinstance(kernel, nnx.Variable) else kernel.dense(jnp.float32)
-    if linear.a is None or linear.b is None:
+    dense = kernel[...].astype(jnp.float32) if isinstance(kernel, nnx.Variable) else kernel.dequantize(jnp.float32)
+    if linear.lora_a is None or linear.lora_b is None:
         return dense
-    a, b = (x[...].astype(jnp.float32) for x in (linear.a, linear.b))
-    return dense + linear.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    a, b = (x[...].astype(jnp.float32) for x in (linear.lora_a, linear.lora_b))
+    return dense + linear.lora_scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def gathered(array: jax.Array) -> np.ndarray:

@@ -21,14 +21,14 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))  # rows of a batch or of activation
 COLUMN_PARALLEL, ROW_PARALLEL = (None, "fsdp", "tensor"), (None, "tensor", "fsdp")
 WEIGHT_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", "fsdp"),
-    "head": ("fsdp", "tensor"),
+    "lm_head": ("fsdp", "tensor"),
     **{f"blocks.{name}.kernel": COLUMN_PARALLEL for name in ("q", "k", "v", "gate", "up")},
     **{f"blocks.{name}.kernel": ROW_PARALLEL for name in ("o", "down")},
     **{f"blocks.{name}.bias": (None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"blocks.{name}.a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
-    **{f"blocks.{name}.b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"blocks.{name}.a": (None, "tensor", None) for name in ("o", "down")},
-    **{f"blocks.{name}.b": (None, None, "fsdp") for name in ("o", "down")},
+    **{f"blocks.{name}.lora_a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
+    **{f"blocks.{name}.lora_b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"blocks.{name}.lora_a": (None, "tensor", None) for name in ("o", "down")},
+    **{f"blocks.{name}.lora_b": (None, None, "fsdp") for name in ("o", "down")},
 }
 
 
@@ -68,7 +68,7 @@ def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
       ValueError: a mesh axis does not divide the axis of the weight that is sharded over it.
     """
     parts = path.split(".")
-    quantized = parts[-1] if parts[-2:-1] == ["kernel"] else None  # q or scale of a quantized kernel
+    quantized = parts[-1] if parts[-2:-1] == ["kernel"] else None  # codes or scale of a quantized kernel
     rule = WEIGHT_AXES.get(".".join(parts[:-1]) if quantized else path, ())
     axes: list[str | None] = []
     for size, axis in zip(shape, rule, strict=False):

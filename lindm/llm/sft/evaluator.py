@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from lindm.datasets import problem_of
 from lindm.evaluation.losses import Asked, Played, Policy, double_precision, play_all, quality, vote, world
 from lindm.io import signals
-from lindm.llm.config import Architecture
+from lindm.llm.config import ModelConfig
 from lindm.llm.parallel import sharding
 from lindm.llm.policy import Reader
 from lindm.llm.sft import packing
@@ -115,14 +115,14 @@ def _go_on() -> None:
         raise Interrupted
 
 
-def flops_of_step(a: Architecture, method: str, rows: int, T: int, L: int) -> float:
+def flops_of_step(config: ModelConfig, method: str, rows: int, T: int, L: int) -> float:
     """Floating point operations of the model's own arithmetic in one step, recomputation not counted.
 
     Matrices of the blocks: 2 a token and weight forward, and as many backward for each of the two gradients, of which adapters
     need one; attention over all T keys; the head at labelled positions only.
     """
-    q, kv = a.K * a.head, a.groups * a.head
-    weights = a.depth * (a.width * (2 * q + 2 * kv) + 3 * a.width * a.mlp)
-    attention = a.depth * 4 * T * q
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = config.num_layers * (config.hidden_size * (2 * q + 2 * kv) + 3 * config.hidden_size * config.intermediate_size)
+    attention = config.num_layers * 4 * T * q
     times = 3 if method == "full" else 2
-    return rows * (T * (times * 2 * weights + 3 * attention) + L * times * 2 * a.width * a.vocabulary)
+    return rows * (T * (times * 2 * weights + 3 * attention) + L * times * 2 * config.hidden_size * config.vocab_size)

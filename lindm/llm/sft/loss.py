@@ -19,9 +19,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from lindm.llm.config import Remat
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import BATCH_SPEC
-from lindm.llm.sft.options import Remat
 from lindm.llm.sft.packing import Batch
 
 LOGITS_CHUNK = 256  # labeled positions of a row whose logits exist at once
@@ -51,14 +51,14 @@ def lm_loss(model: Decoder, batch: Batch, compute: ComputeConfig, mesh: Mesh | N
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
-    hidden = model.hidden(
+    hidden = model.last_hidden_state(
         jnp.asarray(batch.ids),
         jnp.asarray(batch.positions),
         jnp.asarray(batch.segments),
         dtype=compute.dtype,
         remat=compute.remat,
         constrain=constrain(*BATCH_SPEC),
-        found=constrain("data", None, "fsdp"),  # as the columns of the table; an all-to-all then shards the rows
+        constrain_embedded=constrain("data", None, "fsdp"),  # as the columns of the table; an all-to-all then shards the rows
     )
     label_positions = jnp.maximum(batch.label_positions, 0)
     hidden = jnp.take_along_axis(hidden, label_positions[:, :, None], axis=1)

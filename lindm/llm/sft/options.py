@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lindm.choices import check_choices
+from lindm.llm.config import BaseFormat, Remat
 
 Method = Literal["full", "lora", "qlora"]
-BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
-Remat = Literal["full", "selective", "none"]
 Rewards = Literal["auto", "shown", "hidden"]
 Supervise = Literal["all", "query"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them

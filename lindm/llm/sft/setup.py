@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from lindm import datasets
 from lindm.errors import DataError
 from lindm.io import files, progress
-from lindm.llm.config import Architecture, read_architecture
+from lindm.llm.config import ModelConfig, read_model_config
 from lindm.llm.io import weights
 from lindm.llm.lora import add_lora
 from lindm.llm.model import Decoder
@@ -34,18 +34,18 @@ from lindm.llm.train_tokenizer import small_tokenizer
 from lindm.text import Step, Template
 
 PASSES = 3  # over the data, where no number of steps is given
-TINY = Architecture(  # 1.4 million weights
-    family="llama",
-    vocabulary=512,
-    width=160,
-    depth=4,
-    K=5,
-    groups=5,
-    head=32,
-    mlp=480,
-    tied=True,
-    length=2048,
-    spread=0.08,  # 1 / sqrt(width): far more than large models begin with, and many times faster here
+TINY = ModelConfig(  # 1.4 million weights
+    model_type="llama",
+    vocab_size=512,
+    hidden_size=160,
+    num_layers=4,
+    num_heads=5,
+    num_kv_heads=5,
+    head_dim=32,
+    intermediate_size=480,
+    tie_word_embeddings=True,
+    max_position_embeddings=2048,
+    init_std=0.08,  # 1 / sqrt(width): far more than large models begin with, and many times faster here
 )
 TINY_STEPS = 500
 RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3}
@@ -66,7 +66,7 @@ class Decisions:
 class Prepared:
     options: SFTConfig
     tokenizer: Tokenizer
-    architecture: Architecture
+    model_config: ModelConfig
     train: list[list[Example]]  # rows
     held: list[list[Example]]
     T: int
@@ -88,19 +88,19 @@ def prepare(options: SFTConfig) -> Prepared:
     how = _telling(options)
     data = options.data
     if options.preset == "tiny":
-        tokenizer, architecture = _own_vocabulary(options, how), TINY
-        architecture = replace(architecture, vocabulary=len(tokenizer))
+        tokenizer, model_config = _own_vocabulary(options, how), TINY
+        model_config = replace(model_config, vocab_size=len(tokenizer))
     else:
         assert options.model is not None
-        architecture = read_architecture(options.model)
+        model_config = read_model_config(options.model)
         tokenizer = load_tokenizer(options.model)
-        weights.check(options.model, architecture)
-        if len(tokenizer) > architecture.vocabulary:
-            rule = f"must have at most the {architecture.vocabulary} tokens of the model; got {len(tokenizer)}"
+        weights.check(options.model, model_config)
+        if len(tokenizer) > model_config.vocab_size:
+            rule = f"must have at most the {model_config.vocab_size} tokens of the model; got {len(tokenizer)}"
             raise DataError(f"{options.model}: the tokenizer {rule}")
-    length = min(options.seq or architecture.length, architecture.length)
-    if options.seq is not None and options.seq > architecture.length:
-        raise ValueError(f"seq must be at most the {architecture.length} tokens of the model; got {options.seq}")
+    length = min(options.seq or model_config.max_position_embeddings, model_config.max_position_embeddings)
+    if options.seq is not None and options.seq > model_config.max_position_embeddings:
+        raise ValueError(f"seq must be at most the {model_config.max_position_embeddings} tokens of the model; got {options.seq}")
     every = _examples(options, data, tokenizer, how, length)
     if options.eval_data is not None:
         train, held = every, _examples(options, options.eval_data, tokenizer, _telling(options, options.eval_data), length)
@@ -120,7 +120,7 @@ def prepare(options: SFTConfig) -> Prepared:
     return Prepared(
         options=options,
         tokenizer=tokenizer,
-        architecture=architecture,
+        model_config=model_config,
         train=train_rows,
         held=held_rows,
         T=T,
@@ -175,7 +175,7 @@ def _own_vocabulary(options: SFTConfig, how: datasets.Telling | None) -> Tokeniz
     if how is None:
         raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {options.data}")
     every = records.documents(options.data, how)
-    return small_tokenizer((piece.text for _, _, pieces, _ in every for piece in pieces), TINY.vocabulary)
+    return small_tokenizer((piece.text for _, _, pieces, _ in every for piece in pieces), TINY.vocab_size)
 
 
 def _decisions(options: SFTConfig, how: datasets.Telling | None, held: Sequence[Example]) -> Decisions | None:
@@ -212,9 +212,9 @@ def build(prepared: Prepared) -> Decoder:
     """The model before its first step, on the mesh."""
     options, mesh = prepared.options, prepared.mesh
     if options.model is None:
-        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(prepared.architecture, nnx.Rngs(0))))
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(prepared.model_config, nnx.Rngs(0))))
         shardings = sharding.weight_shardings(shapes, mesh)
-        draw = jax.jit(lambda key: nnx.state(Decoder(prepared.architecture, nnx.Rngs(key))), out_shardings=shardings)
+        draw = jax.jit(lambda key: nnx.state(Decoder(prepared.model_config, nnx.Rngs(key))), out_shardings=shardings)
         return nnx.merge(graphdef, draw(jax.random.key(options.seed)))
     model = weights.load(options.model, mesh=mesh, base=options.base_format)
     if options.method != "full":

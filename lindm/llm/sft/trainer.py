@@ -119,7 +119,7 @@ def _train(prepared: Prepared, first: bool) -> int:
         state, host, done = found.state, Host(**found.host), found.step
     del params
     gc.collect()
-    flops = flops_of_step(prepared.architecture, prepared.options.method, feed.rows, prepared.T, prepared.L)
+    flops = flops_of_step(prepared.model_config, prepared.options.method, feed.rows, prepared.T, prepared.L)
     progress = journal.Progress(total, done, flops, chips.peak_of(jax.devices()), quiet=not first)
     book = journal.Journal(out, done, host.looked, options.tensorboard, writes=first)
     evaluate = Evaluator(prepared, graphdef)
@@ -281,15 +281,16 @@ def _introduce(prepared: Prepared) -> None:
     """What is about to be trained, and one example with its labels marked."""
     from rich.console import Console
 
-    options, a = prepared.options, prepared.architecture
+    options, config = prepared.options, prepared.model_config
     examples = [e for row in prepared.train for e in row]
     labels = sum(int((e.target >= 0).sum()) for e in examples)
     tokens, documents = sum(len(e.ids) for e in examples), f"{len(examples):,} documents"
     held = f"{sum(len(row) for row in prepared.held):,} documents"
     decisions = f", decisions on {len(prepared.decisions.tasks)} tasks" if prepared.decisions else ""
     rows = f"{options.accumulate} x {options.batch} rows" if options.accumulate > 1 else f"{options.batch} rows"
+    model = f"{config.model_type}, {config.num_parameters:,} weights, {config.num_layers} layers of width {config.hidden_size}"
     lines = [
-        f"model     {a.family}, {a.parameters:,} weights, {a.depth} layers of width {a.width}; method {options.method}",
+        f"model     {model}; method {options.method}",
         f"data      {documents}, {tokens:,} tokens, {labels:,} of them trained; rows of {prepared.T} tokens",
         f"held out  {held}{decisions}",
         f"steps     {prepared.optimizer_config.steps:,} of {rows}; mesh {dict(prepared.mesh.shape)}",

@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 
 from lindm.bench import decisions as bench
-from lindm.llm.config import Architecture
+from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 
-SMALL = Architecture(
-    family="llama", vocabulary=320, width=64, depth=2, K=4, groups=2, head=16, mlp=128, tied=True, length=512, spread=0.3
+SMALL = ModelConfig(
+    model_type="llama",
+    vocab_size=320,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    tie_word_embeddings=True,
+    max_position_embeddings=512,
+    init_std=0.3,
 )
 torch_missing = importlib.util.find_spec("torch") is None
 
@@ -37,7 +47,7 @@ def test_our_answers_are_those_of_reading_every_prompt_whole(asked):
     model = weights.load(directory / "model")
     for ids, answer in zip(given["questions"], given["answers"], strict=True):
         positions = jnp.arange(len(ids), dtype=jnp.int32)[None]
-        logits = np.asarray(model.logits(model.hidden(jnp.asarray([ids], jnp.int32), positions)))[0, -1]
+        logits = np.asarray(model.logits(model.last_hidden_state(jnp.asarray([ids], jnp.int32), positions)))[0, -1]
         assert logits[given["actions"]].argmax() == answer
 
 

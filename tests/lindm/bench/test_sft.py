@@ -13,7 +13,18 @@ from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.sft import packing
 
-SMALL = dataclasses.replace(sft.MODEL, vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=48, length=512, spread=0.3)
+SMALL = dataclasses.replace(
+    sft.MODEL,
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position_embeddings=512,
+    init_std=0.3,
+)
 torch_missing = any(importlib.util.find_spec(library) is None for library in ("torch", "transformers"))
 
 

@@ -11,14 +11,24 @@ from flax import nnx
 from lindm import datasets
 from lindm.datasets import DatasetConfig
 from lindm.families.suites import Suite
-from lindm.llm.config import Architecture
+from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.sft import examples
 from lindm.llm.train_tokenizer import small_tokenizer
 
 SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
-SIZES = {"width": 32, "depth": 2, "K": 2, "groups": 1, "head": 16, "mlp": 64, "tied": True, "length": 256, "spread": 0.4}
+SIZES = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 256,
+    "init_std": 0.4,
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,6 @@ def micro(tmp_path_factory, brute) -> Micro:
         pieces += [piece.text for _, _, found, _ in examples.documents(root / name, how) for piece in found]
     tokenizer = small_tokenizer(pieces, 320)
     tokenizer.save_pretrained(str(root / "tokenizer"))
-    architecture = Architecture(family="llama", vocabulary=len(tokenizer), **SIZES)
-    weights.save(Decoder(architecture, nnx.Rngs(0), jnp.float32), root / "model", like=root / "tokenizer")
+    model_config = ModelConfig(model_type="llama", vocab_size=len(tokenizer), **SIZES)
+    weights.save(Decoder(model_config, nnx.Rngs(0), jnp.float32), root / "model", like=root / "tokenizer")
     return Micro(model=root / "model", mdp=root / "mdp", hidden=root / "hidden", cloud=root / "cloud")

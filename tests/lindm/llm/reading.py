@@ -26,7 +26,7 @@ def told(directory, n):
 
 @nnx.jit
 def forward(model, ids):
-    return model.logits(model.hidden(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None]))[0]
+    return model.logits(model.last_hidden_state(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None]))[0]
 
 
 def logits_of(model):

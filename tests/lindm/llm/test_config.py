@@ -6,62 +6,98 @@ from pathlib import Path
 import pytest
 
 from lindm.errors import DataError, LindmError
-from lindm.llm.config import Architecture, Rope, architecture, read_architecture, to_config
+from lindm.llm.config import ModelConfig, RopeParameters, parse_model_config, read_model_config, to_config_json
 from tests.lindm.llm.reference import CONFIGS, FAMILIES
 
 
 def read(name, **changes):
-    return architecture(CONFIGS[name] | changes, "config.json")
+    return parse_model_config(CONFIGS[name] | changes, "config.json")
 
 
 def test_every_size_is_where_it_belongs():
-    assert read("llama") == Architecture(
-        **{"family": "llama", "vocabulary": 61, "width": 24, "depth": 3, "K": 4, "groups": 2, "head": 6, "mlp": 40},
-        rope=Rope(theta=100.0, kind="llama3", factor=4.0, low=1.0, high=4.0, original=32),
-        **{"epsilon": 1e-5, "tied": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "length": 256},
+    assert read("llama") == ModelConfig(
+        **{
+            "model_type": "llama",
+            "vocab_size": 61,
+            "hidden_size": 24,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 6,
+            "intermediate_size": 40,
+        },
+        rope_parameters=RopeParameters(
+            rope_theta=100.0,
+            rope_type="llama3",
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+        **{
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+            "max_position_embeddings": 256,
+        },
     )
     qwen3 = read("qwen3", initializer_range=0.5)
-    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.windows, qwen3.spread, qwen3.head) == (True, False, (6, 0, 6), 0.5, 8)
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.sliding_windows, qwen3.init_std, qwen3.head_dim) == (
+        True,
+        False,
+        (6, 0, 6),
+        0.5,
+        8,
+    )
 
 
 def test_a_head_is_the_width_over_the_heads_unless_it_is_said():
-    assert (read("smollm").head, read("mistral").head) == (8, 8) and read("mistral").width // read("mistral").K == 8
-    assert read("qwen3").head == 8 and read("qwen3").width // read("qwen3").K == 5
+    assert (read("smollm").head_dim, read("mistral").head_dim) == (8, 8) and read("mistral").hidden_size // read(
+        "mistral"
+    ).num_heads == 8
+    assert read("qwen3").head_dim == 8 and read("qwen3").hidden_size // read("qwen3").num_heads == 5
 
 
 def test_the_keys_of_both_versions_of_transformers_are_read():
-    assert read("smollm").rope == Rope(theta=100_000.0)
+    assert read("smollm").rope_parameters == RopeParameters(rope_theta=100_000.0)
     scaling = {"type": "linear", "factor": 2.0}
-    assert read("smollm", rope_scaling=scaling).rope == Rope(theta=100_000.0, kind="linear", factor=2.0)
+    assert read("smollm", rope_scaling=scaling).rope_parameters == RopeParameters(
+        rope_theta=100_000.0, rope_type="linear", factor=2.0
+    )
     old = {k: v for k, v in CONFIGS["llama"].items() if k != "rope_parameters"}
     scaling = {k: v for k, v in CONFIGS["llama"]["rope_parameters"].items() if k != "rope_theta"}
-    assert architecture(old | {"rope_theta": 100.0, "rope_scaling": scaling}, "config.json") == read("llama")
+    assert parse_model_config(old | {"rope_theta": 100.0, "rope_scaling": scaling}, "config.json") == read("llama")
 
 
 def test_windows_are_for_the_layers_that_slide():
-    assert read("mistral").windows == (5, 5) and read("mistral", sliding_window=None).windows == ()
-    assert read("qwen2").windows == ()  # the size is there, the switch is off
-    assert read("qwen2", use_sliding_window=True, max_window_layers=1).windows == (0, 4)
-    assert read("qwen3", layer_types=["full_attention"] * 3).windows == ()
+    assert read("mistral").sliding_windows == (5, 5) and read("mistral", sliding_window=None).sliding_windows == ()
+    assert read("qwen2").sliding_windows == ()  # the size is there, the switch is off
+    assert read("qwen2", use_sliding_window=True, max_window_layers=1).sliding_windows == (0, 4)
+    assert read("qwen3", layer_types=["full_attention"] * 3).sliding_windows == ()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_written_is_read_again(tmp_path, name):
     a = read(name)
-    (tmp_path / "config.json").write_text(json.dumps(to_config(a, dtype="float32", eos_token_id=2)))
-    assert read_architecture(tmp_path) == a == read_architecture(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(to_config_json(a, dtype="float32", eos_token_id=2)))
+    assert read_model_config(tmp_path) == a == read_model_config(tmp_path / "config.json")
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["eos_token_id"] == 2 and config["rope_theta"] == config["rope_parameters"]["rope_theta"] == a.rope.theta
+    assert (
+        config["eos_token_id"] == 2
+        and config["rope_theta"] == config["rope_parameters"]["rope_theta"] == a.rope_parameters.rope_theta
+    )
     del config["rope_parameters"]  # as version 4 reads it
-    assert architecture(config, "config.json") == a
+    assert parse_model_config(config, "config.json") == a
 
 
 def test_the_number_of_parameters_of_models_that_are_known():
     smol = read("smollm", vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
-    smol = to_config(smol) | {"intermediate_size": 1536, "head_dim": 64}
-    assert architecture(smol, "config.json").parameters == 134_515_008
-    llama = read_architecture(Path(__file__).parent / "files" / "llama-3-8b")  # the sizes that Meta published
-    assert llama.parameters == 8_030_261_248
+    smol = to_config_json(smol) | {"intermediate_size": 1536, "head_dim": 64}
+    assert parse_model_config(smol, "config.json").num_parameters == 134_515_008
+    llama = read_model_config(Path(__file__).parent / "files" / "llama-3-8b")  # the sizes that Meta published
+    assert llama.num_parameters == 8_030_261_248
 
 
 @pytest.mark.parametrize(
@@ -73,20 +109,24 @@ def test_the_number_of_parameters_of_models_that_are_known():
         ("llama", {"auto_map": {"AutoModel": "evil.Model"}}, "config.json: auto_map asks for code"),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act must be silu; got 'gelu'"),
         ("llama", {"pretraining_tp": 2}, "config.json: pretraining_tp must be 1; got 2"),
-        ("llama", {"num_key_value_heads": 3}, "config.json: K must be a multiple of groups; got 4 and 3"),
+        ("llama", {"num_key_value_heads": 3}, "config.json: num_heads must be a multiple of num_kv_heads; got 4 and 3"),
         ("llama", {"head_dim": 7}, "config.json: .* even"),
         ("qwen2", {"num_hidden_layers": 10**12}, "config.json: num_hidden_layers must be at most 4096; got 1000000000000"),
         ("qwen2", {"rms_norm_eps": None}, "config.json: "),
-        ("qwen2", {"rms_norm_eps": -1.0}, "config.json: epsilon must be between 0 and 1; got -1.0"),
-        ("qwen2", {"rms_norm_eps": float("inf")}, "config.json: epsilon must be between 0 and 1; got inf"),
-        ("qwen2", {"num_attention_heads": 0}, "config.json: K must be a positive integer; got 0"),
+        ("qwen2", {"rms_norm_eps": -1.0}, "config.json: rms_norm_eps must be between 0 and 1; got -1.0"),
+        ("qwen2", {"rms_norm_eps": float("inf")}, "config.json: rms_norm_eps must be between 0 and 1; got inf"),
+        ("qwen2", {"num_attention_heads": 0}, "config.json: num_attention_heads must be a positive integer; got 0"),
         (
             "llama",
             {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"factor": [1]}},
-            r"factor of the rotations .* got \[1\]",
+            r"factor must .* got \[1\]",
         ),
-        ("llama", {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"high_freq_factor": 1.0}}, "low must be below high"),
-        ("qwen2", {"rope_theta": -10.0}, "config.json: theta of the rotations must be a positive number; got -10.0"),
+        (
+            "llama",
+            {"rope_parameters": CONFIGS["llama"]["rope_parameters"] | {"high_freq_factor": 1.0}},
+            "low_freq_factor must be below high_freq_factor",
+        ),
+        ("qwen2", {"rope_theta": -10.0}, "config.json: rope_theta must be a positive number; got -10.0"),
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": "much"}}, "config.json: "),
         ("qwen2", {"rope_parameters": [3]}, "config.json: "),
         (
@@ -100,7 +140,7 @@ def test_the_number_of_parameters_of_models_that_are_known():
         ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "config.json: "),
         ("qwen3", {"layer_types": ["full_attention"]}, "config.json: "),
         ("qwen2", {"hidden_size": "16"}, "config.json: "),
-        ("qwen2", {"intermediate_size": 0}, "config.json: mlp must be a positive integer; got 0"),
+        ("qwen2", {"intermediate_size": 0}, "config.json: intermediate_size must be a positive integer; got 0"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(name, changes, message):
@@ -117,18 +157,31 @@ def test_what_is_empty_or_leaves_the_logits_alone_is_not_refused():
 def test_a_file_that_is_no_config_is_exit_3(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(LindmError, match=r"config.json: ") as e:
-        read_architecture(tmp_path)
+        read_model_config(tmp_path)
     assert isinstance(e.value, DataError)
 
 
 def test_a_directory_without_a_config_is_exit_3(tmp_path):
     with pytest.raises(LindmError, match=r"cannot read .*config.json: No such file") as e:
-        read_architecture(tmp_path)
+        read_model_config(tmp_path)
     assert isinstance(e.value, DataError)
 
 
 def test_sizes_that_cannot_be_are_refused_where_they_are_born():
-    sizes = {"family": "llama", "vocabulary": 1, "width": 2, "depth": 1, "K": 2, "groups": 1, "head": 2, "mlp": 1}
-    for change, message in ({"depth": 0}, "depth must be at least 1; got 0"), ({"groups": 3}, "K must be"), ({"head": 3}, "even"):
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": 1,
+        "hidden_size": 2,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 2,
+        "intermediate_size": 1,
+    }
+    for change, message in (
+        ({"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ({"num_kv_heads": 3}, "num_heads must be"),
+        ({"head_dim": 3}, "even"),
+    ):
         with pytest.raises(ValueError, match=message):
-            Architecture(**sizes | change)
+            ModelConfig(**sizes | change)

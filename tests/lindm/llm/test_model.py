@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lindm.llm.config import Architecture, Rope, scaled_frequencies
+from lindm.llm.config import ModelConfig, RopeParameters, rope_frequencies
 from lindm.llm.io.weights import load
-from lindm.llm.model import Decoder, abstract
+from lindm.llm.model import Decoder, abstract_decoder
 from tests.lindm.llm import reference
 
 NAMES = reference.FAMILIES
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "remat", "unroll"))
 def _logits(graphdef, state, ids, positions, segments, **options):
     model = nnx.merge(graphdef, state)
-    return model.logits(model.hidden(ids, positions, segments, **options))
+    return model.logits(model.last_hidden_state(ids, positions, segments, **options))
 
 
 def logits(model, ids, positions=None, segments=None, **options):
@@ -37,7 +37,7 @@ def logits(model, ids, positions=None, segments=None, **options):
 @functools.partial(jax.jit, static_argnums=0, static_argnames="unroll")
 def _extend(graphdef, state, ids, start, cache, shared, unroll):
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.extend(ids, start, cache, shared, unroll=unroll)
+    hidden, cache = model.forward_with_cache(ids, start, cache, shared, unroll=unroll)
     return model.logits(hidden), cache
 
 
@@ -86,15 +86,22 @@ def test_other_rotations_are_those_of_plain_numpy(tmp_path, monkeypatch, kind):
 
 def test_the_frequencies_of_llama_3_1():
     """Theta 500000, head 128: short wavelengths are kept, long ones divided by eight, and it goes over from one to the other."""
-    rope = Rope(theta=500_000.0, kind="llama3", factor=8.0, low=1.0, high=4.0, original=8192)
-    found, plain = np.array(scaled_frequencies(rope, 128)), 500_000.0 ** -(np.arange(64) / 64)
+    rope = RopeParameters(
+        rope_theta=500_000.0,
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    found, plain = np.array(rope_frequencies(rope, 128)), 500_000.0 ** -(np.arange(64) / 64)
     config = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = {"rope_parameters": config | {"original_max_position_embeddings": 8192}}
     np.testing.assert_allclose(found, reference.frequencies(config, 128), rtol=1e-12)
     ratio = plain / found
     # 2 pi theta^(i/64) < 2048 for i < 28.2, and > 8192 for i > 34.99
     assert np.allclose(ratio[:29], 1) and np.allclose(ratio[35:], 8) and np.all(np.diff(ratio[28:36]) > 0)
-    np.testing.assert_allclose(scaled_frequencies(Rope(theta=500_000.0), 128), plain, rtol=1e-12)
+    np.testing.assert_allclose(rope_frequencies(RopeParameters(rope_theta=500_000.0), 128), plain, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,7 +147,7 @@ def test_the_gradient_does_not_depend_on_remat(model):
 
     def loss(state, remat):
         model = nnx.merge(graphdef, state)
-        return jax.nn.logsumexp(model.logits(model.hidden(ids, positions, remat=remat)), axis=-1).sum()
+        return jax.nn.logsumexp(model.logits(model.last_hidden_state(ids, positions, remat=remat)), axis=-1).sum()
 
     none, *others = (jax.jit(jax.grad(loss), static_argnums=1)(state, remat) for remat in ("none", "selective", "full"))
     for other in others:
@@ -153,7 +160,7 @@ def test_tokens_one_at_a_time_are_tokens_all_at_once(model, name):
     """Rows of different lengths: what a shorter row was padded with is overwritten, and never attended to."""
     m, ids, at = model(name), tokens(name, 2, T), np.array([8, 5])
     wanted = [true(name, row) for row in ids]
-    found, cache = extend(m, ids[:, :8], np.zeros(2), m.empty_cache(2, 16))
+    found, cache = extend(m, ids[:, :8], np.zeros(2), m.init_cache(2, 16))
     for r in range(2):
         close(found[r, : at[r]], wanted[r][: at[r]])
     for step in range(6):
@@ -168,9 +175,9 @@ def test_rows_that_share_a_prefix_read_it_from_one_cache(model, name):
     """Two prefixes of different lengths, two rows behind each; windows reach back into the prefix."""
     m, prefixes, rows = model(name), tokens(name, 2, 7), tokens(name, 4, 6, seed=2)
     lengths = (7, 4)
-    _, shared = extend(m, prefixes, np.zeros(2), m.empty_cache(2, 7))
+    _, shared = extend(m, prefixes, np.zeros(2), m.init_cache(2, 7))
     shared = (shared, jnp.asarray(lengths, jnp.int32))
-    first, cache = extend(m, rows[:, :4], np.zeros(4), m.empty_cache(4, 6), shared)
+    first, cache = extend(m, rows[:, :4], np.zeros(4), m.init_cache(4, 6), shared)
     second, _ = extend(m, rows[:, 4:], np.full(4, 4), cache, shared)
     for r, found in enumerate(np.concatenate([first, second], axis=1)):
         n = lengths[r // 2]
@@ -188,13 +195,23 @@ def test_bfloat16_is_close(model, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_number_of_parameters_is_counted(model, name):
     held = sum(x.size for x in reference.weights(name).values())
-    assert model(name).architecture.parameters == held
+    assert model(name).config.num_parameters == held
     assert sum(x.size for x in jax.tree.leaves(nnx.state(model(name)))) == held
 
 
 def test_the_abstract_decoder_is_the_decoder_without_its_numbers():
-    a = Architecture(family="qwen3", vocabulary=11, width=8, depth=2, K=2, groups=1, head=4, mlp=12, qk_norm=True)
+    a = ModelConfig(
+        model_type="qwen3",
+        vocab_size=11,
+        hidden_size=8,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        intermediate_size=12,
+        qk_norm=True,
+    )
     graphdef, state = nnx.split(Decoder(a, nnx.Rngs(0)))
-    graphdef_, state_ = nnx.split(abstract(a))
+    graphdef_, state_ = nnx.split(abstract_decoder(a))
     assert graphdef == graphdef_
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), state_)

@@ -53,7 +53,7 @@ def their_greedy(model, prompt, n):
 def _logits(graphdef, state, ids):
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    return model.logits(model.hidden(ids, positions))
+    return model.logits(model.last_hidden_state(ids, positions))
 
 
 def logits(model, ids):
@@ -63,7 +63,7 @@ def logits(model, ids):
 @functools.partial(jax.jit, static_argnums=0)
 def _next(graphdef, state, ids, start, cache):
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.extend(ids, start, cache, unroll=False)
+    hidden, cache = model.forward_with_cache(ids, start, cache, unroll=False)
     found = model.logits(hidden)
     return found, jnp.argmax(found[:, -1:], axis=-1).astype(jnp.int32), cache
 
@@ -72,7 +72,7 @@ def greedy(model, prompt, n):
     """n tokens, one at a time behind a cache; and the logits of the prompt and of every token but the last."""
     graphdef, state = nnx.split(model)
     rows, length = prompt.shape
-    cache = model.empty_cache(rows, length + n)
+    cache = model.init_cache(rows, length + n)
     found, token, cache = _next(graphdef, state, jnp.asarray(prompt, jnp.int32), jnp.zeros(rows, jnp.int32), cache)
     chosen, seen = [token], [found]
     for t in range(n - 1):
@@ -163,7 +163,7 @@ def adapted(directory, targets=lora.TARGETS):
     rng = np.random.default_rng(3)
     for name, linear in lora.linears(model):
         if name in targets:
-            linear.b = nnx.data(nnx.Param(jnp.asarray(0.3 * rng.normal(size=linear.b[...].shape), jnp.float32)))
+            linear.lora_b = nnx.data(nnx.Param(jnp.asarray(0.3 * rng.normal(size=linear.lora_b[...].shape), jnp.float32)))
     return model
 
 

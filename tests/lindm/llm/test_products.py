@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.llm.model import NARROWEST, STRIPES, causal_attention, trained_product
+from lindm.llm.attention import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, causal_attention
+from lindm.llm.model import trained_matmul
 
 RNG = np.random.default_rng(0)
 
@@ -23,7 +24,7 @@ def softmaxed(q, k, v, mask):
     return out
 
 
-@pytest.mark.parametrize("T", [5, NARROWEST, NARROWEST + 3, STRIPES * NARROWEST + 6])
+@pytest.mark.parametrize("T", [5, MIN_QUERY_BLOCK, MIN_QUERY_BLOCK + 3, MAX_QUERY_BLOCKS * MIN_QUERY_BLOCK + 6])
 def test_attention_in_stripes_is_attention(T):
     B, K, G, E = 1, 4, 2, 4
     q, k, v = (RNG.normal(size=(B, T, heads, E)).astype(np.float32) for heads in (K, G, G))
@@ -48,7 +49,7 @@ def test_attention_in_bfloat16_keeps_its_softmax_in_single_precision():
 def test_the_product_and_both_its_gradients_are_sums_over_all_rows(lead):
     n_in, n_out = 3, 4
     x, kernel, g = (RNG.normal(size=s).astype(np.float32) for s in ((*lead, n_in), (n_in, n_out), (*lead, n_out)))
-    y, back = jax.vjp(trained_product, jnp.asarray(x), jnp.asarray(kernel))
+    y, back = jax.vjp(trained_matmul, jnp.asarray(x), jnp.asarray(kernel))
     of_x, of_kernel = back(jnp.asarray(g))
     expected_x, expected_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
     for row in np.ndindex(*lead):

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm.llm.config import Architecture
+from lindm.llm.config import ModelConfig
 from lindm.llm.lora import add_lora
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
@@ -18,13 +18,23 @@ from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 
-TINY = Architecture(
-    family="llama", vocabulary=64, width=32, depth=2, K=4, groups=2, head=8, mlp=64, epsilon=1e-5, spread=0.3, qkv_bias=True
+TINY = ModelConfig(
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    rms_norm_eps=1e-5,
+    init_std=0.3,
+    qkv_bias=True,
 )
 
 
-def decoder(seed: int = 0, architecture: Architecture = TINY) -> Decoder:
-    return Decoder(architecture, nnx.Rngs(seed), jnp.float32)
+def decoder(seed: int = 0, model_config: ModelConfig = TINY) -> Decoder:
+    return Decoder(model_config, nnx.Rngs(seed), jnp.float32)
 
 
 def batch(

@@ -13,8 +13,8 @@ from flax import nnx
 from lindm.cli import plan as cli
 from lindm.errors import LindmError, UsageError
 from lindm.llm.cluster import plan
-from lindm.llm.config import Architecture, to_config
-from lindm.llm.lora import add_lora, quantise
+from lindm.llm.config import ModelConfig, to_config_json
+from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
 from lindm.llm.sft.loss import ComputeConfig
@@ -22,8 +22,18 @@ from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step, step_shardings
 
-TINY = Architecture(family="llama", vocabulary=96, width=64, depth=2, K=4, groups=2, head=16, mlp=128, length=128)
-JOB = plan.Job(architecture=TINY, batch=4, seq=32, labels=8, dtype="f32", lora_rank=4)
+TINY = ModelConfig(
+    model_type="llama",
+    vocab_size=96,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    max_position_embeddings=128,
+)
+JOB = plan.Job(model_config=TINY, batch=4, seq=32, labels=8, dtype="f32", lora_rank=4)
 LIMITS = plan.Limits("a chip", 2**30, 1e12, 1e11, 1e10)
 GIB = 2**30
 
@@ -61,12 +71,16 @@ def held(job):
 
 def arithmetic(job, forward):
     """Operations of a step by hand, every matrix product of the forward pass so often."""
-    a, tokens = job.architecture, job.batch * job.seq
-    heads = a.K * a.head
-    kernels = 2 * a.width * heads + 2 * a.width * a.groups * a.head + 3 * a.width * a.mlp
-    blocks = a.depth * 2 * tokens * kernels
-    scores = a.depth * job.batch * 2 * (2 * heads * job.seq**2)
-    return blocks * forward, scores * forward, 2 * job.batch * job.labels * a.width * a.vocabulary * 3
+    config, tokens = job.model_config, job.batch * job.seq
+    heads = config.num_heads * config.head_dim
+    kernels = (
+        2 * config.hidden_size * heads
+        + 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+        + 3 * config.hidden_size * config.intermediate_size
+    )
+    blocks = config.num_layers * 2 * tokens * kernels
+    scores = config.num_layers * job.batch * 2 * (2 * heads * job.seq**2)
+    return blocks * forward, scores * forward, 2 * job.batch * job.labels * config.hidden_size * config.vocab_size * 3
 
 
 # --- what a plan says ------------------------------------------------------------------------------------------------------
@@ -84,7 +98,9 @@ def test_a_step_without_recomputation_takes_three_times_the_forward_products_of_
 def test_recomputation_adds_a_forward_pass_of_the_blocks_or_of_attention_alone(full):
     blocks, scores, head = arithmetic(JOB, 4)
     found = planned(replace(JOB, remat="full"))
-    last = TINY.depth * 2 * JOB.batch * JOB.seq * TINY.width * TINY.mlp  # no gradient needs what the last product gives
+    last = (
+        TINY.num_layers * 2 * JOB.batch * JOB.seq * TINY.hidden_size * TINY.intermediate_size
+    )  # no gradient needs what the last product gives
     assert blocks + scores + head - last <= 1.01 * found.work.flops <= 1.02 * (blocks + scores + head)
     assert full.work.flops == pytest.approx(blocks * 3 / 4 + scores + head, rel=0.02)
 
@@ -93,7 +109,7 @@ def test_devices_share_work_and_weights_and_talk_to_each_other(full, cut):
     assert full.work.listed() == [] and cut.work.listed()
     assert {c.kind for c in cut.work.listed()} >= {"all-gather", "all-reduce"}
     assert cut.work.flops == pytest.approx(full.work.flops / 4, rel=0.05)
-    weights = 3 * 4 * TINY.parameters  # masters and two moments
+    weights = 3 * 4 * TINY.num_parameters  # masters and two moments
     assert weights <= full.memory.arguments <= 1.02 * weights
     assert weights / 4 <= cut.memory.arguments <= 1.1 * weights / 4
     assert full.seconds["links"] == 0 and cut.seconds["links"] == cut.work.sent / 1e10
@@ -101,7 +117,7 @@ def test_devices_share_work_and_weights_and_talk_to_each_other(full, cut):
 
 def test_adapters_leave_most_arguments_frozen_and_few_bits_make_them_small(full):
     lora, few = replace(JOB, method="lora"), replace(JOB, method="qlora", base="nf4")
-    kernels = TINY.depth * TINY.width * (2 * 64 + 2 * 32 + 3 * TINY.mlp)
+    kernels = TINY.num_layers * TINY.hidden_size * (2 * 64 + 2 * 32 + 3 * TINY.intermediate_size)
     assert full.memory.arguments == held(JOB)
     assert held(lora) < 0.6 * held(JOB)
     assert held(lora) - held(few) == kernels * 4 - kernels / 2 - kernels * 4 / 64
@@ -126,7 +142,7 @@ def batch_of(job, seed=0):
     rng = np.random.default_rng(seed)
     shape, few = (job.accumulate, job.batch, job.seq), (job.accumulate, job.batch, job.labels)
     order = np.broadcast_to(np.arange(job.seq), shape).astype(np.int32)
-    ids, target = (rng.integers(0, job.architecture.vocabulary, s).astype(np.int32) for s in (shape, few))
+    ids, target = (rng.integers(0, job.model_config.vocab_size, s).astype(np.int32) for s in (shape, few))
     at = np.broadcast_to(np.arange(job.labels), few).astype(np.int32)
     return Batch(ids=ids, positions=order, segments=np.zeros(shape, np.int32), label_positions=at, targets=target)
 
@@ -143,7 +159,7 @@ def test_the_program_of_a_plan_trains_and_is_that_of_a_run(program_in_parts):
     assert theirs.as_text() == lowered(JOB, fsdp=2, tensor=2).as_text()
     after, metrics = program_in_parts(*given)  # takes the state's memory
     assert bool(metrics.finite) and int(after.step) == 1 and int(metrics.labels) == JOB.batch * JOB.labels
-    assert abs(float(metrics.loss) - np.log(TINY.vocabulary)) < 0.1
+    assert abs(float(metrics.loss) - np.log(TINY.vocab_size)) < 0.1
     after, again = program_in_parts(after, *given[1:])
     assert float(again.loss) < float(metrics.loss)
 
@@ -152,7 +168,7 @@ def test_the_program_of_a_plan_trains_and_is_that_of_a_run(program_in_parts):
 def test_the_shapes_of_a_plan_are_those_of_a_model(base):
     job = replace(JOB, method="lora", base=base)
     model = Decoder(TINY, nnx.Rngs(0))
-    add_lora(quantise(model, base), job.lora_rank, 2.0 * job.lora_rank, jax.random.key(0))
+    add_lora(quantize(model, base), job.lora_rank, 2.0 * job.lora_rank, jax.random.key(0))
     real, shapes = (nnx.split(m, nnx.Param, ...) for m in (model, plan.abstract(job)))
     assert real[0] == shapes[0]
     for ours, theirs in zip(shapes[1:], real[1:], strict=True):
@@ -167,7 +183,7 @@ def test_sensible_meshes_use_all_devices_and_divide_heads_and_batch():
     assert 1 < len(found) <= plan.TRIED
     for sizes in found:
         assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
-        assert TINY.groups % sizes["tensor"] == 0 and JOB.batch % (sizes["data"] * sizes["fsdp"]) == 0
+        assert TINY.num_kv_heads % sizes["tensor"] == 0 and JOB.batch % (sizes["data"] * sizes["fsdp"]) == 0
     assert found == [s for i, s in enumerate(found) if s not in found[:i]]
     with pytest.raises(ValueError, match="batch must be a multiple"):
         plan.sensible(replace(JOB, batch=3), jax.devices())
@@ -279,7 +295,7 @@ def test_without_the_compiler_of_tpus_the_extra_is_named(monkeypatch):
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.chips, "measured_peak", lambda: 8e9)
-    (tmp_path / "config.json").write_text(json.dumps(to_config(TINY)))
+    (tmp_path / "config.json").write_text(json.dumps(to_config_json(TINY)))
     return tmp_path / "config.json"
 
 
@@ -305,7 +321,7 @@ def test_the_command_prints_one_json_object(config, capsys):
     assert one["memory"]["peak"] == sum(one["memory"][k] for k in ("arguments", "outputs", "temporaries", "code"))
     assert one["sent"] == pytest.approx(sum(c["sent"] for c in one["collectives"])) and one["seconds"]["compute"] > 0
     assert said["step"]["method"] == "qlora" and said["step"]["base"] == "nf4" and said["step"]["lora_rank"] == 4
-    assert said["devices"] == 8 and said["limits"]["flops"] == 1e9 and said["step"]["parameters"] == TINY.parameters
+    assert said["devices"] == 8 and said["limits"]["flops"] == 1e9 and said["step"]["parameters"] == TINY.num_parameters
     assert one["flops"] >= said["model_flops"] > 0
 
 
@@ -329,8 +345,8 @@ def test_a_slice_of_tpus_is_planned_for_without_one(monkeypatch, method, base):
     devices = plan.devices_of("v5e:2x2")
     limits = plan.limits_of(devices)
     assert (len(devices), limits.memory, limits.links) == (4, 16 * GIB, 200e9)
-    wide = replace(TINY, width=256, head=64, mlp=512, vocabulary=1024)
-    job = replace(JOB, architecture=wide, batch=8, seq=128, dtype="bf16", method=method, base=base)
+    wide = replace(TINY, hidden_size=256, head_dim=64, intermediate_size=512, vocab_size=1024)
+    job = replace(JOB, model_config=wide, batch=8, seq=128, dtype="bf16", method=method, base=base)
     mesh = make_mesh({"fsdp": 4}, devices)
     with jax.enable_x64(False):  # as the command runs; a TPU has no 64-bit counters
         found = plan.compile_plan(job, mesh, limits)

@@ -70,7 +70,7 @@ def their_name(name):
 
 
 def write(path, name, found=None, kind=None, tokens=byte_level, vocabulary=None, change=lambda w: None, skip=()):
-    """A .gguf file of a model of `reference`; kernels quantised as `kind`."""
+    """A .gguf file of a model of `reference`; kernels quantized as `kind`."""
     config = reference.CONFIGS[name]
     family, (width, heads, groups, head) = config["model_type"], reference.sizes(config)
     found = reference.weights(name) if found is None else found
@@ -130,19 +130,19 @@ def refused(tmp_path, message, *args, **options):
 def test_every_tensor_comes_back(tmp_path, monkeypatch, name):
     if name == "qwen3":  # llama.cpp knows no windows of it
         monkeypatch.setitem(reference.CONFIGS, name, reference.CONFIGS[name] | {"use_sliding_window": False})
-    architecture, out = converted(tmp_path, name)
+    model_config, out = converted(tmp_path, name)
     found, wanted = everything(out), reference.weights(name)
     assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
     hugging = reference.write(tmp_path / "hf", name)
-    assert architecture == weights.read_architecture(hugging) == weights.read_architecture(out)
-    assert weights.load(out).architecture == architecture
+    assert model_config == weights.read_model_config(hugging) == weights.read_model_config(out)
+    assert weights.load(out).config == model_config
 
 
 def test_biases_of_a_llama_come_back_in_order(tmp_path, monkeypatch):
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
     monkeypatch.setitem(reference.CONFIGS, "llama", reference.CONFIGS["llama"] | plain)
-    architecture, out = converted(tmp_path, "llama")
-    assert architecture.qkv_bias and architecture.mlp_bias and not architecture.tied
+    model_config, out = converted(tmp_path, "llama")
+    assert model_config.qkv_bias and model_config.mlp_bias and not model_config.tie_word_embeddings
     found, wanted = everything(out), reference.weights("llama")
     assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
 
@@ -188,8 +188,12 @@ def test_positions_divided_by_a_factor_are_known(tmp_path):
         writer.add_rope_scaling_type(package.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
 
-    architecture, _ = converted(tmp_path, "smollm", change=change)
-    assert (architecture.rope.kind, architecture.rope.factor, architecture.rope.theta) == ("linear", 4.0, 100_000.0)
+    model_config, _ = converted(tmp_path, "smollm", change=change)
+    assert (
+        model_config.rope_parameters.rope_type,
+        model_config.rope_parameters.factor,
+        model_config.rope_parameters.rope_theta,
+    ) == ("linear", 4.0, 100_000.0)
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +212,7 @@ def directories(tmp_path):
             lambda w: w.add_string("llama.attention.key_length", "8"),
             "llama.attention.value_length|its metadata are not sound|size of a head",
         ),
-        (lambda w: w.add_tensor("rope_freqs.weight", np.full(4, np.nan, np.float32)), "factor of the rotations .* got nan"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(4, np.nan, np.float32)), "factor must .* got nan"),
         (lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.int32)), "rope_freqs.weight is held as I32"),
         (lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.zeros(3, np.float32)), "holds the tensor blk.0.attn_sinks.weight"),
         (lambda w: w.add_tensor("blk.1.attn_q.bias", np.zeros(24, np.float32)), "holds the tensor blk.1.attn_q.bias"),

@@ -55,8 +55,8 @@ def test_a_directory_is_copied_without_what_runs(tmp_path, shards):
     kept |= {p.name for p in source.glob("model[.-]*")}
     assert set(imported.files) == kept == set(left(tmp_path / "out"))
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in kept)
-    assert imported.parameters == sum(x.size for x in reference.weights("llama").values())
-    assert imported.architecture == weights.read_architecture(source)
+    assert imported.config.num_parameters == sum(x.size for x in reference.weights("llama").values())
+    assert imported.config == weights.read_model_config(source)
     assert left(tmp_path) == ["out", "source"]
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.llm import lora
 from lindm.llm.io import peft, weights
-from lindm.llm.model import Frozen
+from lindm.llm.model import FrozenParam
 from lindm.llm.parallel.sharding import make_mesh
 from tests.lindm.llm import reference
 
@@ -26,7 +26,7 @@ def adapted(directory, targets=("q", "v", "up"), rank=3, alpha=6.0):
     rng = np.random.default_rng(3)
     for name, linear in lora.linears(model):
         if name in targets:
-            linear.b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.b[...].shape), jnp.float32)))
+            linear.lora_b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.lora_b[...].shape), jnp.float32)))
     return model
 
 
@@ -56,7 +56,7 @@ def llama(tmp_path):
 def logits(model, ids):
     ids = jnp.asarray(ids[None], jnp.int32)
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    return np.asarray(jax.jit(lambda i, p: model.logits(model.hidden(i, p)))(ids, positions))[0]
+    return np.asarray(jax.jit(lambda i, p: model.logits(model.last_hidden_state(i, p)))(ids, positions))[0]
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -73,8 +73,8 @@ def test_an_adapter_adds_b_a_to_the_weights(tmp_path, llama, rs):
     assert np.abs(true - reference.logits("llama", reference.weights("llama"), ids)).max() > 1
     np.testing.assert_allclose(logits(model, ids), true, rtol=0, atol=1e-5 * np.abs(true).max())
     kinds = {".".join(map(str, keys)): type(leaf) for keys, leaf in nnx.to_flat_state(nnx.state(model))}
-    assert all((kind is nnx.Param) == path.endswith((".a", ".b")) for path, kind in kinds.items())
-    assert kinds["blocks.q.kernel"] is Frozen
+    assert all((kind is nnx.Param) == path.endswith((".lora_a", ".lora_b")) for path, kind in kinds.items())
+    assert kinds["blocks.q.kernel"] is FrozenParam
 
 
 def test_what_is_saved_is_what_peft_expects(tmp_path, llama):
@@ -85,8 +85,8 @@ def test_what_is_saved_is_what_peft_expects(tmp_path, llama):
     for i in range(3):
         for name, module in HIDDEN.items():
             linear, key = getattr(model.blocks, name), f"base_model.model.model.layers.{i}.{module}"
-            assert np.array_equal(found[f"{key}.lora_A.weight"], np.asarray(linear.a[...])[i].T)
-            assert np.array_equal(found[f"{key}.lora_B.weight"], np.asarray(linear.b[...])[i].T)
+            assert np.array_equal(found[f"{key}.lora_A.weight"], np.asarray(linear.lora_a[...])[i].T)
+            assert np.array_equal(found[f"{key}.lora_B.weight"], np.asarray(linear.lora_b[...])[i].T)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6, "org/base")
     assert config["target_modules"] == ["q_proj", "v_proj", "up_proj"] and config["peft_type"] == "LORA"
@@ -101,10 +101,10 @@ def test_what_is_saved_is_loaded_again(tmp_path, mesh):
     again = peft.load_adapter(weights.load(directory, mesh=mesh, base="int8"), tmp_path / "out", mesh=mesh)
     for name, linear in lora.linears(again):
         there = getattr(model.blocks, name)
-        assert np.array_equal(linear.a[...], there.a[...]) and np.array_equal(linear.b[...], there.b[...])
-        assert linear.scale == there.scale == 1.5
+        assert np.array_equal(linear.lora_a[...], there.lora_a[...]) and np.array_equal(linear.lora_b[...], there.lora_b[...])
+        assert linear.lora_scale == there.lora_scale == 1.5
     if mesh:
-        assert getattr(again.blocks.down.a[...].sharding, "spec", None) == PartitionSpec(None, "tensor", None)
+        assert getattr(again.blocks.down.lora_a[...].sharding, "spec", None) == PartitionSpec(None, "tensor", None)
         peft.save_adapter(again, tmp_path / "again", "base")
         file = "adapter_model.safetensors"
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
@@ -115,7 +115,7 @@ def test_an_adapter_in_sixteen_bits_is_read(tmp_path, llama):
     save_file(found, tmp_path / "a" / "adapter_model.safetensors")
     model = peft.load_adapter(weights.load(llama), tmp_path / "a")
     key = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
-    assert model.blocks.up.b[...].dtype == jnp.float32 and np.array_equal(model.blocks.up.b[...][2].T, found[key])
+    assert model.blocks.up.lora_b[...].dtype == jnp.float32 and np.array_equal(model.blocks.up.lora_b[...][2].T, found[key])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_pickled_or_missing_adapter_is_refused(tmp_path, llama):
     (tmp_path / "adapter" / "adapter_model.bin").unlink()
     with pytest.raises(LindmError, match=r"adapter_model.safetensors: not a safetensors file that can be read"):
         peft.load_adapter(model, tmp_path / "adapter")
-    assert model.blocks.q.a is None and isinstance(
+    assert model.blocks.q.lora_a is None and isinstance(
         model.embedding, nnx.Param
     )  # a model is changed only by an adapter that is sound
 
@@ -208,9 +208,9 @@ def test_there_must_be_adapters_to_save_and_room_for_them(tmp_path, llama):
 def test_nf4_is_the_nearest_level_of_its_block_by_a_table_of_its_own():
     """Level by level in float64, from the packed bytes: even inputs in the low half of a byte."""
     kernel = np.random.default_rng(3).normal(size=(2, 128, 6)).astype(np.float32)
-    packed = lora.Nf4(jnp.asarray(kernel))
-    q, scale = np.asarray(packed.q[...]), np.asarray(packed.scale[...], np.float64)
-    dense = np.asarray(packed.dense(jnp.float32))
+    packed = lora.NF4Kernel(jnp.asarray(kernel))
+    q, scale = np.asarray(packed.codes[...]), np.asarray(packed.scale[...], np.float64)
+    dense = np.asarray(packed.dequantize(jnp.float32))
     levels = np.asarray(lora.NF4, np.float64)
     for layer, i, o in np.ndindex(*kernel.shape):
         byte = int(q[layer, i // 2, o])

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 from lindm.errors import DataError, LindmError, StorageError, UsageError
 from lindm.io import files
 from lindm.llm import lora
-from lindm.llm.config import read_architecture
+from lindm.llm.config import read_model_config
 from lindm.llm.io import safetensors_files, weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
@@ -84,7 +84,7 @@ def test_biases_come_to_lie_in_their_place(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_what_is_loaded_is_a_decoder_like_a_new_one(tmp_path, name):
     loaded = weights.load(reference.write(tmp_path, name))
-    new = Decoder(read_architecture(tmp_path), nnx.Rngs(0))
+    new = Decoder(read_model_config(tmp_path), nnx.Rngs(0))
     assert nnx.graphdef(loaded) == nnx.graphdef(new)
     assert all(isinstance(leaf, nnx.Param) for _, leaf in nnx.to_flat_state(nnx.state(loaded)))
 
@@ -126,12 +126,12 @@ def test_each_device_reads_its_own_part_and_no_more(tmp_path, monkeypatch):
             return Slice(self.inner.get_slice(name))
 
     whole = weights.load(reference.write(tmp_path, "qwen3"))
-    known = weights.check(tmp_path, whole.architecture)
+    known = weights.check(tmp_path, whole.config)
     monkeypatch.setattr(weights, "check", lambda *_: known)
     monkeypatch.setattr(safetensors_files, "opened", lambda file: File(opened(file)))
     cut = weights.load(tmp_path, mesh=mesh)
     assert equal(cut, whole)
-    assert sum(read) == whole.architecture.parameters  # `data` holds the same twice, and it is read once
+    assert sum(read) == whole.config.num_parameters  # `data` holds the same twice, and it is read once
     assert max(read) == 48 * 20 // 4  # a quarter of the embedding
     assert cut.blocks.q.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
     assert cut.blocks.down.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp"))
@@ -143,13 +143,13 @@ def test_each_device_reads_its_own_part_and_no_more(tmp_path, monkeypatch):
 )
 def test_kernels_in_fewer_bits_are_those_of_the_whole_model(tmp_path, base, kind):
     directory = reference.write(tmp_path, "wide", dtype=kind)
-    wanted = lora.quantise(weights.load(directory), base)
+    wanted = lora.quantize(weights.load(directory), base)
     for mesh in (None, make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])):
         found = weights.load(directory, mesh=mesh, base=base)
         assert equal(found, wanted) and nnx.graphdef(found) == nnx.graphdef(wanted)
         assert isinstance(found.embedding, nnx.Param) and isinstance(found.blocks.norm_mlp.weight, nnx.Param)
     if base != "bf16":
-        assert found.blocks.o.kernel.q[...].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+        assert found.blocks.o.kernel.codes[...].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_read(tmp_path, monkeypatch):
@@ -346,7 +346,7 @@ def test_a_file_over_the_limit_becomes_several(tmp_path):
     held = [sum(x.nbytes for x in load_file(tmp_path / "b" / name).values()) for name in names]
     assert max(held) <= 9_000 and all(a + b > 9_000 for a, b in itertools.pairwise(held))
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * m.architecture.parameters
+    assert index["metadata"]["total_size"] == 4 * m.config.num_parameters
     assert {k: v for k, v in index["weight_map"].items()} == {k: f for f in names for k in load_file(tmp_path / "b" / f)}
     assert same(everything(tmp_path / "b"), reference.weights("qwen3"))
 
@@ -377,8 +377,8 @@ def test_adapters_are_merged_on_the_way_out(tmp_path, base):
     rng, factors = np.random.default_rng(5), {}
     for name in ("q", "down"):
         linear = getattr(m.blocks, name)
-        linear.b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.b[...].shape), jnp.float32)))
-        factors[name] = np.asarray(linear.a[...], np.float64), np.asarray(linear.b[...], np.float64)
+        linear.lora_b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.lora_b[...].shape), jnp.float32)))
+        factors[name] = np.asarray(linear.lora_a[...], np.float64), np.asarray(linear.lora_b[...], np.float64)
     weights.save(m, tmp_path / "b")
     found, true = everything(tmp_path / "b"), reference.weights("wide")
     for key, value in true.items():
@@ -390,7 +390,7 @@ def test_adapters_are_merged_on_the_way_out(tmp_path, base):
             a, b = (x[int(key.split(".")[2])] for x in factors[module])
             value = value + 3 * (a @ b).T
         np.testing.assert_allclose(found[key], value, rtol=0, atol=2e-6 * max(np.abs(value).max(), 1))
-    assert m.blocks.q.a is not None  # the model itself is left as it was
+    assert m.blocks.q.lora_a is not None  # the model itself is left as it was
 
 
 def test_a_model_in_parts_is_saved_as_the_whole_one(tmp_path):
@@ -478,7 +478,7 @@ def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, m
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lindm.llm import weights
+from lindm.llm.io import weights
 model = weights.load(Path(sys.argv[1]))
 os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 weights.save(model, Path(sys.argv[2]))

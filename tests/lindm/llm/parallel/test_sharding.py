@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from lindm.llm.lora import add_lora, quantise
+from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
 from lindm.llm.parallel.sharding import make_mesh, parse_mesh, weight_spec
@@ -46,10 +46,12 @@ def test_a_mesh_trains_as_one_device_does(sizes, alone):
 
 
 def test_adapters_over_a_base_in_few_bits_train_on_a_mesh_as_on_one_device():
-    architecture = tiny.TINY.__class__(**(vars(tiny.TINY) | {"width": 64, "K": 8, "mlp": 128}))  # nf4 needs blocks of 64
+    model_config = tiny.TINY.__class__(
+        **(vars(tiny.TINY) | {"hidden_size": 64, "num_heads": 8, "intermediate_size": 128})
+    )  # nf4 needs blocks of 64
 
     def model() -> Decoder:
-        return quantise(tiny.decoder(architecture=architecture), "nf4")
+        return quantize(tiny.decoder(model_config=model_config), "nf4")
 
     batches = [tiny.batch(i) for i in range(2)]
     here = tiny.train(batches, model=model(), lora=4)
@@ -63,7 +65,7 @@ def test_adapters_over_a_base_in_few_bits_train_on_a_mesh_as_on_one_device():
 # what the layout is to be, written out: (path, shape, axes), for a model of the largest variety
 WANTED = [
     ("embedding", (64, 32), ("tensor", "fsdp")),
-    ("head", (32, 64), ("fsdp", "tensor")),
+    ("lm_head", (32, 64), ("fsdp", "tensor")),
     ("norm.weight", (32,), ()),
     ("blocks.norm_attention.weight", (2, 32), ()),
     ("blocks.norm_q.weight", (2, 8), ()),
@@ -76,10 +78,10 @@ WANTED = [
     ("blocks.up.bias", (2, 64), (None, "tensor")),
     ("blocks.o.bias", (2, 32), ()),  # added to the residual stream, which every device has whole
     ("blocks.down.bias", (2, 32), ()),
-    ("blocks.q.a", (2, 32, 3), (None, "fsdp", None)),
-    ("blocks.q.b", (2, 3, 32), (None, None, "tensor")),
-    ("blocks.down.a", (2, 64, 3), (None, "tensor", None)),
-    ("blocks.down.b", (2, 3, 32), (None, None, "fsdp")),
+    ("blocks.q.lora_a", (2, 32, 3), (None, "fsdp", None)),
+    ("blocks.q.lora_b", (2, 3, 32), (None, None, "tensor")),
+    ("blocks.down.lora_a", (2, 64, 3), (None, "tensor", None)),
+    ("blocks.down.lora_b", (2, 3, 32), (None, None, "fsdp")),
     ("blocks.q.kernel.q", (2, 16, 32), (None, "fsdp", "tensor")),  # nf4: two inputs to a byte
     ("blocks.q.kernel.scale", (2, 1, 32), (None, None, "tensor")),  # one block of inputs, which fsdp does not divide
     ("blocks.o.kernel.scale", (2, 8, 32), (None, "tensor", "fsdp")),
@@ -93,7 +95,7 @@ def test_every_weight_lies_as_it_should(path, shape, axes, mesh):
 
 def test_the_table_knows_every_matrix_of_a_model_with_everything_in_it(mesh):
     varied = tiny.TINY.__class__(**(vars(tiny.TINY) | {"o_bias": True, "mlp_bias": True, "qk_norm": True}))
-    model = add_lora(tiny.decoder(architecture=varied), 4, 8.0, jax.random.key(0))
+    model = add_lora(tiny.decoder(model_config=varied), 4, 8.0, jax.random.key(0))
     state = nnx.state(model)
     placed = jax.tree_util.tree_flatten_with_path(sharding.weight_shardings(state, mesh))[0]
     whole = {sharding.weight_path(keys) for keys, where in placed if where.is_fully_replicated}

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.llm.config import Architecture
+from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
 from lindm.llm.sft import packing
 from lindm.llm.sft.packing import Batch, batch_order, batch_shape, make_batch, one_per_row, pack, philox_permutation
@@ -126,7 +126,17 @@ def test_a_row_that_does_not_fit_is_named():
 
 # --- what shares a row does not meet
 
-TINY = Architecture(family="llama", vocabulary=53, width=16, depth=2, K=2, groups=1, head=8, mlp=24, spread=0.1)
+TINY = ModelConfig(
+    model_type="llama",
+    vocab_size=53,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    init_std=0.1,
+)
 
 
 @cache
@@ -136,7 +146,7 @@ def run():
     @nnx.jit
     def logits(ids, positions, segments):
         model = nnx.merge(graphdef, state)
-        return model.logits(model.hidden(ids, positions, segments))
+        return model.logits(model.last_hidden_state(ids, positions, segments))
 
     return lambda batch: np.asarray(logits(*(jnp.asarray(x) for x in (batch.ids, batch.positions, batch.segments))))
 

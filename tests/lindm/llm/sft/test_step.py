@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_the_full_logits(model):
 
 PLACES = {  # of ours: tensors of a file, a layer each, and whether they are turned
     "embedding": (["model.embed_tokens.weight"], False),
-    "head": (["lm_head.weight"], True),
+    "lm_head": (["lm_head.weight"], True),
     "norm.weight": (["model.norm.weight"], False),
     "blocks.q.kernel": ([f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)], True),
     "blocks.v.kernel": ([f"model.layers.{i}.self_attn.v_proj.weight" for i in range(3)], True),
@@ -179,8 +179,8 @@ def test_activations_in_bf16_leave_weights_and_gradients_in_f32_and_nearly_where
 def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary_and_what_is_no_label_is_never_right():
     """All logits are the same, so the first token is the most likely one: in slots without a label too."""
     model, batch = tiny.decoder(), tiny.batch(2, labels=(5, 4, 0, 0, 1, 0, 0, 0))
-    assert model.head is not None
-    model.head[...] = jnp.zeros_like(model.head[...])
+    assert model.lm_head is not None
+    model.lm_head[...] = jnp.zeros_like(model.lm_head[...])
     batch.targets[0, 0, :3] = 0
     (found,) = tiny.train([batch], model=model).metrics
     assert found["loss"] == pytest.approx(math.log(64), rel=1e-6) and found["num_labels"] == 10
@@ -217,9 +217,9 @@ def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(steps, warmup, floor):
 
 def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
     rng = np.random.default_rng(0)
-    shapes = {"embedding": (4, 3), "head": (3, 4), "norm": {"weight": (3,)}}
+    shapes = {"embedding": (4, 3), "lm_head": (3, 4), "norm": {"weight": (3,)}}
     shapes["blocks"] = {"q": {"kernel": (2, 3, 3), "bias": (2, 3), "a": (2, 3, 1), "b": (2, 1, 3)}, "norm_q": {"weight": (2, 3)}}
-    decayed = {"embedding", "head", "blocks.q.kernel", "blocks.q.a", "blocks.q.b"}
+    decayed = {"embedding", "lm_head", "blocks.q.kernel", "blocks.q.lora_a", "blocks.q.lora_b"}
     settings = {"steps": 5, "learning_rate": 0.1, "weight_decay": 0.3, "clip": 2.0, "beta1": 0.8, "beta2": 0.9, "warmup": 0.4}
     optimizer_config = OptimizerConfig(**settings)
     params = jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
@@ -282,7 +282,7 @@ def test_the_first_step_of_adapters_changes_b_alone():
     found = tiny.train([tiny.batch(0)], lora=3)
     for name in found.after:
         changed = (found.after[name] != found.before[name]).any()
-        assert changed == name.endswith(".b"), name
+        assert changed == name.endswith(".lora_b"), name
 
 
 def test_a_loss_that_is_not_finite_is_told():

@@ -35,7 +35,7 @@ def options(micro, out, **changes) -> SFTConfig:
 
 def logits(model, ids):
     ids = jnp.asarray(ids, jnp.int32)[None]
-    return np.asarray(model.logits(model.hidden(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None])))
+    return np.asarray(model.logits(model.last_hidden_state(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None])))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,108 @@
+"""Attention of the decoder: rotary position embedding, causal attention, and attention over a key-value cache.
+
+Shapes: B rows, T tokens, S slots of a key-value cache, P shared prefixes, N query heads, K key-value heads, H head_dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK = 4, 128  # of causal attention: largest number of blocks of queries, smallest size of one
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of the tokens so far; slot j has position j. Slots behind a row's last token are never attended to."""
+
+    keys: Array  # [num_layers, B, S, K, H]
+    values: Array  # [num_layers, B, S, K, H]
+
+
+class AttentionMask(NamedTuple):
+    """Which keys each query may attend to, before a layer's sliding window is applied."""
+
+    visible: Array  # [B, T, S] bool
+    distance: Array  # [B, T, S] position of the query minus position of the key
+
+
+def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotary position embedding: coordinates i and i + H/2 of x [B, T, heads, H] rotated by the i-th angle of the position.
+
+    rope: cosines and sines [B, T, H/2] of the angles.
+    """
+    B, T, _, H = x.shape
+    chex.assert_shape(rope, (B, T, H // 2))
+    cos, sin = (t[:, :, None, :] for t in rope)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def causal_mask(positions: Array, segment_ids: Array | None) -> AttentionMask:
+    """Tokens [B, T] attend to themselves and to earlier tokens of the same segment: a mask [B, T, T]."""
+    order = jnp.arange(positions.shape[1])
+    visible = (order[None, :] <= order[:, None])[None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    visible = jnp.broadcast_to(visible, (positions.shape[0], *visible.shape[1:]))
+    return AttentionMask(visible, positions[:, :, None] - positions[:, None, :])
+
+
+def causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """softmax(q k / sqrt(H)) v over no later token: q [B, T, N, H], k, v [B, T, K, H], mask [B, T, T] -> as q.
+
+    The queries are cut into up to `MAX_QUERY_BLOCKS` blocks, and a block meets only the keys up to its own end. The query heads
+    that share a key-value head are rows of one product.
+    """
+    B, T, _, H = q.shape
+    chex.assert_shape([k, v], (B, T, None, H))
+    chex.assert_shape(mask, (B, T, T))
+    size = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
+    query_blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        query_blocks.append(_attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end]))
+    return jnp.concatenate(query_blocks, axis=1)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Queries [B, T, N, H] over keys and values [B, S, K, H] under a mask [B, T, S]."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    scores = jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, N // K, T, S), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, N // K * T, S)
+    out = jnp.einsum("bkrs,bskh->bkrh", weights, v)
+    return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def cached_attention(q: Array, parts: Sequence[tuple[KVCache, Array]]) -> Array:
+    """softmax(q k / sqrt(H)) v over the keys of all parts together: q [B, T, N, H] -> the same shape.
+
+    A part is one layer's keys and values [P, S, K, H], each shared by B/P consecutive rows, and its mask [B, T, S].
+    """
+    (B, T, N, H), dtype = q.shape, q.dtype
+    q = q.astype(jnp.float32) * H**-0.5
+    scores, sizes = [], []
+    for cache, mask in parts:
+        P, S, K, _ = cache.keys.shape
+        chex.assert_shape([cache.keys, cache.values], (P, S, K, H))
+        chex.assert_shape(mask, (B, T, S))
+        rows = q.reshape(P, B // P * T, K, N // K, H)
+        score = jnp.einsum("prkgh,pskh->prkgs", rows, cache.keys.astype(jnp.float32))
+        score = jnp.where(mask.reshape(P, B // P * T, 1, 1, S), score, jnp.finfo(jnp.float32).min)
+        scores.append(score.reshape(B, T, N, S))
+        sizes.append(S)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    total = jnp.zeros((B, T, N, H), jnp.float32)
+    for (cache, _), weight in zip(parts, jnp.split(weights, np.cumsum(sizes)[:-1].tolist(), axis=-1), strict=True):
+        P, S, K, _ = cache.values.shape
+        rows = weight.reshape(P, B // P * T, K, N // K, S)
+        total = total + jnp.einsum("prkgs,pskh->prkgh", rows, cache.values.astype(jnp.float32)).reshape(B, T, N, H)
+    return total.astype(dtype)
