@@ -23,7 +23,12 @@ from jax.typing import ArrayLike
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class MDP:
-    """Finite-horizon tabular MDP; rewards and kernels may change with the stage."""
+    """Finite-horizon tabular MDP; rewards and kernels may change with the stage.
+
+    >>> problem = ld.make("mdp", horizon=4).problem
+    >>> isinstance(problem, ld.MDP), problem.horizon, problem.num_actions
+    (True, 4, 3)
+    """
 
     P: Array  # [..., H|1, S, A, S] probability of the next state
     r: Array  # [..., H, S, A] mean reward
@@ -45,7 +50,12 @@ class MDP:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class POMDP:
-    """Finite-horizon POMDP; the first action is chosen at the belief rho, before anything is seen."""
+    """Finite-horizon POMDP; the first action is chosen at the belief rho, before anything is observed.
+
+    >>> problem = ld.read_pomdp("tiger.pomdp", horizon=4).problem
+    >>> isinstance(problem, ld.POMDP), problem.num_states, problem.num_observations
+    (True, 2, 2)
+    """
 
     P: Array  # [..., H|1, S, A, S] probability of the next state
     O: Array  # [..., H|1, A, S, O] probability of the observation after an action, given the state it led to
@@ -82,6 +92,10 @@ class APOMDP:
     so at every stage nature takes, against the chosen action, the worst model with probability alpha and the best otherwise; the
     decision-maker learns which (its belief moves by that model), and a history is a sequence of (a, m, o). At the first stage
     the belief under model m is the model's own rho_m.
+
+    >>> problem = ld.make("prostate", horizon=3).problem
+    >>> isinstance(problem, ld.APOMDP), problem.num_models, float(problem.alpha)
+    (True, 4, 0.5)
     """
 
     models: POMDP  # every field has an axis M in front of the problem's own axes: P [..., M, H|1, S, A, S], ...
@@ -111,7 +125,12 @@ class APOMDP:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LinearMDP:
-    """Linear MDP (Jin, Yang, Wang, Jordan, COLT 2020): r_h = <phi, theta_h>, P_h(s'|.) = <phi, mu_h(s')>."""
+    """Linear MDP (Jin, Yang, Wang, Jordan, COLT 2020): r_h = <phi, theta_h>, P_h(s'|.) = <phi, mu_h(s')>.
+
+    >>> problem = ld.linear_mdp([[[1.0, 0.0]], [[0.0, 1.0]]], [[[0, 1], [1, 0]]] * 2, [[0.0, 1.0]] * 2)
+    >>> isinstance(problem, ld.LinearMDP), problem.num_features
+    (True, 2)
+    """
 
     phi: Array  # [..., S, A, d] feature map
     mu: Array  # [..., H, d, S] one signed measure over next states for each feature

@@ -15,13 +15,27 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def warnings_as_lines() -> Iterator[None]:
+def _warnings_as_lines() -> Iterator[None]:
     """Prints the warnings of the parser of problem files on stderr, one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
     for warning in caught:
         print(f"lindm: warning: {warning.message}", file=sys.stderr)
+
+
+def read_problem(words: Sequence[str], horizon: int, discount: float | None, alpha: float | None) -> "Source":
+    """One problem, in double precision: .pomdp files, or the name of a problem that ships with lindm.
+
+    Raises:
+      ValueError: the words name no problem, or an option does not apply.
+      DataError: a file is wrong.
+    """
+    from lindm.evaluation.losses import double_precision
+    from lindm.families import registry
+
+    with _warnings_as_lines(), double_precision():
+        return registry.named(words, horizon, discount, alpha)
 
 
 def problem_or_suite(
@@ -47,5 +61,4 @@ def problem_or_suite(
         raise ValueError(f"split must be left out for a single problem, which has one distribution; got {split!r}")
     if horizon is None:
         raise ValueError("horizon must be given for a problem that is not a suite")
-    with warnings_as_lines():
-        return registry.named(words, horizon, discount, alpha)
+    return read_problem(words, horizon, discount, alpha)

@@ -12,7 +12,7 @@ from lindm.cli.arguments import Command, Positional
 class Solve:
     """Compute the value of a decision problem, with bounds, and the best first action."""
 
-    files: Annotated[tuple[str, ...], Positional("PROBLEM")]
+    problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
     """A .pomdp file, or prostate. Several files are the models of an ambiguous POMDP."""
     horizon: int
     """Number of stages."""
@@ -29,29 +29,22 @@ class Solve:
 
 
 def run(options: Solve) -> int:
-    from lindm.cli.problems import warnings_as_lines
-    from lindm.families.registry import named
     from lindm.io.signals import stop_on_signals
 
     start = time.perf_counter()
     stop_on_signals()
-    import jax
+    from lindm.api import solve
+    from lindm.cli.problems import read_problem
 
-    jax.config.update("jax_enable_x64", True)
-    with warnings_as_lines():
-        source = named(options.files, options.horizon, options.discount, options.alpha)
-    from lindm.solvers.solve import first_action, solve
-
-    solution = solve(source.problem, options.method, effort=options.effort)
-    action = source.actions[int(first_action(source.problem, solution))]
-    value, lower, upper = (float(x) for x in (solution.value, solution.lower, solution.upper))
-    seconds = time.perf_counter() - start
+    source = read_problem(options.problem, options.horizon, options.discount, options.alpha)
+    solution = solve(source, options.method, effort=options.effort)
+    action, seconds = solution.first_action, time.perf_counter() - start
     if options.json:
-        answer = {"value": value, "lower": lower, "upper": upper, "method": solution.method}
+        answer = {"value": solution.value, "lower": solution.lower, "upper": solution.upper, "method": solution.method}
         print(json_module.dumps({**answer, "seconds": round(seconds, 3), "first_action": action}))
         return 0
-    bounds = "exact" if solution.exact else f"certified to lie in [{lower:.10g}, {upper:.10g}]"
-    print(f"value         {value:.10g}  ({bounds})")
+    bounds = "exact" if solution.exact else f"certified to lie in [{solution.lower:.10g}, {solution.upper:.10g}]"
+    print(f"value         {solution.value:.10g}  ({bounds})")
     print(f"first action  {action}")
     print(f"method        {solution.method}, {seconds:.1f} s")
     return 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lindm import validate
+from lindm.errors import did_you_mean
 from lindm.problems import cassandra
 from lindm.problems.apomdp import CENTRES, PROSTATE_ACTIONS, PROSTATE_OBSERVATIONS, PROSTATE_STATES, apomdp, prostate
 from lindm.types import Problem
@@ -53,7 +54,8 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
         )
     for word in words:
         if not Path(word).suffix and not Path(word).is_file():
-            raise ValueError(f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(SHIPPED)})")
+            known = f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(SHIPPED)})"
+            raise ValueError(known + did_you_mean(word, SHIPPED))
     if alpha is not None and len(words) == 1:
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")
     if alpha is None and len(words) > 1:

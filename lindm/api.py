@@ -1,0 +1,290 @@
+"""The functions behind `import lindm as ld`: problems, solutions, data, models and evaluations. The commands call them, too.
+
+Decision problems are made and solved in double precision on the CPU, whatever the process is set to, and its settings stay as
+they are. The examples run in a directory that holds `tiger.pomdp`.
+"""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from lindm.errors import unknown
+from lindm.evaluation.losses import double_precision
+from lindm.families import registry, suites
+from lindm.families.registry import Source
+from lindm.families.suites import Suite
+from lindm.problems import apomdp as apomdps
+from lindm.problems import linear_mdp as linear_mdps
+from lindm.problems import mdp as mdps
+from lindm.problems import pomdp as pomdps
+from lindm.solvers import solution_file
+from lindm.solvers import solve as solvers
+from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NAMES = ("states", "actions", "observations", "models")
+
+# --- problems ----------------------------------------------------------------------------------------------------------------
+
+
+def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, alpha: float | None = None) -> Source:
+    """Read a problem from a file in Cassandra's `.pomdp` format; several files are the models of an ambiguous POMDP.
+
+    Args:
+      horizon: number of stages.
+      discount: in (0, 1], in place of the file's.
+      alpha: attitude to ambiguity, required for several files: 1 is the worst case over the models, 0 the best.
+
+    Returns:
+      The problem in `.problem`, with the names of its states, actions, observations and models.
+
+    Raises:
+      ValueError: an argument is out of range or missing.
+      DataError: a file is wrong; names the file and the line.
+
+    >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=4)
+    >>> tiger.actions
+    ('listen', 'open-left', 'open-right')
+    >>> tiger.problem.horizon, tiger.problem.num_states
+    (4, 2)
+    """
+    with double_precision():
+        return registry.named([str(path) for path in paths], horizon, discount, alpha)
+
+
+def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
+    """Make an MDP from arrays, and check them.
+
+    Args:
+      P: [H|1, S, A, S] probabilities of the next state.
+      r: [H, S, A] mean rewards.
+      rho: [S] distribution of the first state.
+
+    Raises:
+      ValueError: names the argument, the rule and what was got.
+
+    >>> stay_or_swap = [[[[1, 0], [0, 1]], [[0, 1], [1, 0]]]]
+    >>> ld.solve(ld.mdp(stay_or_swap, [[[0, 0], [1, 1]]] * 3, [1, 0])).value
+    2.0
+    """
+    with double_precision():
+        return mdps.mdp(P, r, rho)
+
+
+def pomdp(
+    P: ArrayLike, O: ArrayLike, r: ArrayLike, rho: ArrayLike, *, horizon: int | None = None, discount: float = 1.0
+) -> POMDP:
+    """Make a POMDP from arrays, and check them.
+
+    Args:
+      P: [S, A, S] or [H|1, S, A, S] probabilities of the next state.
+      O: [A, S, O] or [H|1, A, S, O] probabilities of the observation, by the action and the next state.
+      r: [S, A] (then `horizon` is required) or [H, S, A] mean rewards, not discounted.
+      rho: [S] distribution of the first state.
+      discount: in (0, 1].
+
+    Raises:
+      ValueError: names the argument, the rule and what was got.
+
+    >>> P = [[[1, 0]], [[0, 1]]]
+    >>> ld.pomdp(P, [[[0.9, 0.1], [0.1, 0.9]]], [[0], [1]], [0.5, 0.5], horizon=2).num_observations
+    2
+    """
+    with double_precision():
+        return pomdps.pomdp(P, O, r, rho, horizon=horizon, discount=discount)
+
+
+def apomdp(models: "Sequence[POMDP]", alpha: float) -> APOMDP:
+    """Make an ambiguous POMDP from models of the same sizes.
+
+    Args:
+      alpha: attitude to ambiguity: 1 is the worst case over the models, 0 the best.
+
+    Raises:
+      ValueError: names the model, the argument, the rule and what was got.
+
+    >>> models = [ld.pomdp([[[1]]], [[[1]]], [[reward]], [1], horizon=2) for reward in (1.0, 3.0)]
+    >>> ld.solve(ld.apomdp(models, alpha=0.25)).value
+    5.0
+    """
+    with double_precision():
+        return apomdps.apomdp(models, alpha)
+
+
+def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike | None = None) -> LinearMDP:
+    """Make a linear MDP from its features, and check that its kernel is one.
+
+    Args:
+      phi: [S, A, d] features.
+      mu: [H, d, S] measures over next states.
+      theta: [H, d] reward weights.
+      rho: [S] distribution of the first state. [default: uniform]
+
+    Raises:
+      ValueError: a shape is wrong, a value is not finite, or <phi(s, a), mu_h> is no distribution.
+
+    >>> problem = ld.linear_mdp([[[1.0, 0.0]], [[0.0, 1.0]]], [[[0, 1], [1, 0]]] * 2, [[0.0, 1.0]] * 2)
+    >>> ld.solve(problem).value
+    1.0
+    """
+    with double_precision():
+        return linear_mdps.linear_mdp(phi, mu, theta, rho)
+
+
+def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] = "id", **sizes: Any) -> Suite:
+    """A named distribution of random problems, for `make_dataset` and `evaluate`.
+
+    Args:
+      name: mdp, pomdp or apomdp.
+      horizon: one of the suite's three. [default: the middle one]
+      split: in distribution, or out of distribution.
+      sizes: other fields of `Suite`, such as S, A, O, M.
+
+    Raises:
+      ValueError: an unknown name, horizon, split or field.
+
+    >>> ld.suite("pomdp", horizon=4, split="ood").quality
+    0.8
+    """
+    known = [field.name for field in fields(Suite)]
+    if wrong := [size for size in sizes if size not in known]:
+        raise ValueError(unknown("a size of a suite", wrong[0], known))
+    return replace(suites.suite(name, horizon, split), **sizes)
+
+
+def make(name: str, *, seed: int = 0, **sizes: Any) -> Source:
+    """A problem by name: one that ships with lindm, or one drawn from a suite.
+
+    Args:
+      name: prostate, or a suite: mdp, pomdp or apomdp.
+      seed: of the draw from a suite.
+      sizes: horizon, discount and alpha of prostate; the arguments of `suite`.
+
+    Raises:
+      ValueError: an unknown name or size.
+
+    >>> ld.make("pomdp", horizon=4, seed=3).problem.num_states
+    4
+    >>> ld.make("prostate", horizon=3).actions[:2]
+    ('defer', 'biopsy')
+    """
+    if name in suites.NAMES:
+        with double_precision():
+            return Source(problem=suites.draw_task(jax.random.key(seed), suite(name, **sizes)))
+    if name not in registry.SHIPPED:
+        raise ValueError(unknown("name", name, (*suites.NAMES, *registry.SHIPPED)))
+    with double_precision():
+        return registry.named([name], **sizes)
+
+
+# --- solutions ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A solved problem.
+
+    >>> solution = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=4))
+    >>> solution.method, solution.exact, solution.first_action
+    ('tree', True, 'listen')
+    """
+
+    source: Source
+    solution: solvers.Solution  # the tables of the method
+
+    @property
+    def problem(self) -> Problem:
+        """The problem."""
+        return self.source.problem
+
+    @property
+    def value(self) -> float:
+        """Optimal expected total reward: exact, or the middle of the bounds."""
+        return float(self.solution.value)
+
+    @property
+    def lower(self) -> float:
+        """Certified lower bound of the value."""
+        return float(self.solution.lower)
+
+    @property
+    def upper(self) -> float:
+        """Certified upper bound of the value."""
+        return float(self.solution.upper)
+
+    @property
+    def method(self) -> str:
+        """Backward induction, tree, hsvi or net."""
+        return self.solution.method
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bounds are the value itself."""
+        return self.solution.exact
+
+    @property
+    def first_action(self) -> int | str:
+        """The best first action, by name where actions have names. ValueError for an MDP, where it depends on the state."""
+        with double_precision():
+            action = int(solvers.first_action(self.problem, self.solution))
+        return self.source.actions[action] if self.source.actions else action
+
+    def save(self, path: str | Path) -> None:
+        """Write the problem and its solution to one .npz file, which `load_solution` reads.
+
+        >>> ld.solve(ld.read_pomdp("tiger.pomdp", horizon=3)).save("tiger.npz")
+        >>> ld.load_solution("tiger.npz").first_action
+        'listen'
+        """
+        names = {part: getattr(self.source, part) for part in NAMES}
+        solution_file.save_solution(Path(path), self.problem, self.solution, names)
+
+
+def load_solution(path: str | Path) -> Solution:
+    """Read a file of `Solution.save`. DataError where it is none.
+
+    >>> ld.solve(ld.make("mdp", horizon=4)).save("mdp.npz")
+    >>> ld.load_solution("mdp.npz").method
+    'backward induction'
+    """
+    with double_precision():
+        problem, solution, names = solution_file.load_solution(Path(path))
+    return Solution(source=Source(problem=problem, **names), solution=solution)
+
+
+def solve(
+    problem: Source | Problem | LinearMDP,
+    method: Literal["auto", "tree", "hsvi", "net"] = "auto",
+    *,
+    effort: int | None = None,
+) -> Solution:
+    """The value of a problem with bounds, and its best actions.
+
+    Args:
+      method: auto is exact where the belief tree fits in 2 GiB, and gives certified bounds otherwise.
+      effort: trials of hsvi [default: 256] or points of the net [default: 20,000].
+
+    Raises:
+      ValueError: the method does not fit the problem, or its tables do not fit in memory.
+
+    >>> solution = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=3))
+    >>> round(solution.value, 4), solution.lower == solution.upper
+    (2.3098, True)
+    """
+    source = named(problem)
+    with double_precision():
+        return Solution(source=source, solution=solvers.solve(source.problem, method, effort=effort))
+
+
+def named(problem: Source | Problem | LinearMDP) -> Source:
+    """A problem with names, in double precision."""
+    with double_precision():
+        problem = linear_mdps.tabulate(problem) if isinstance(problem, LinearMDP) else problem
+        source = problem if isinstance(problem, Source) else Source(problem=problem)
+        return replace(source, problem=jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), source.problem))

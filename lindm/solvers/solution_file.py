@@ -1,0 +1,65 @@
+"""Solutions on disk: one .npz file with the problem, the tables of the method, and a header with the version of the format."""
+
+import dataclasses
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lindm.errors import DataError
+from lindm.io import files
+from lindm.solvers import hsvi, net, tree
+from lindm.solvers.solve import Solution
+from lindm.types import APOMDP, MDP, POMDP, Plan, Problem
+
+FORMAT = 1
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, net.Net, Solution)}
+
+
+def save_solution(path: Path, problem: Problem, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:
+    """Write a solved problem to `path`, atomically; `names`: of states, actions, observations and models."""
+    arrays: dict[str, np.ndarray] = {}
+    header = {"format": FORMAT, "problem": _store(problem, "problem", arrays), "solution": _store(solution, "solution", arrays)}
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.array(json.dumps(header | {"names": names})), **arrays)  # pyright: ignore[reportArgumentType]
+    files.write_atomic(path, buffer.getvalue())
+
+
+def load_solution(path: Path) -> tuple[Problem, Solution, dict[str, tuple[str, ...]]]:
+    """Read a file of `save_solution`. DataError where it is none, or one of another version."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            header = json.loads(str(stored["header"]))
+            if header["format"] != FORMAT:
+                raise DataError(f"{path}: format {header['format']} of a solution; this version reads format {FORMAT}")
+            problem, solution = (_restore(header[part], part, stored) for part in ("problem", "solution"))
+            return problem, solution, {part: tuple(names) for part, names in header["names"].items()}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise DataError(f"{path}: not a solution of `lindm`: {e}") from e
+
+
+def _store(value: Any, at: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Put the arrays of a nested dataclass into `arrays`; its kinds and texts."""
+    described: dict[str, Any] = {"kind": type(value).__name__}
+    for field in dataclasses.fields(value):
+        part, key = getattr(value, field.name), f"{at}.{field.name}"
+        if isinstance(part, str):
+            described[field.name] = part
+        elif dataclasses.is_dataclass(part):
+            described[field.name] = _store(part, key, arrays)
+        else:
+            arrays[key] = np.asarray(part)
+    return described
+
+
+def _restore(described: dict[str, Any], at: str, stored: Any) -> Any:
+    kind, values = KINDS[described["kind"]], {}
+    for field in dataclasses.fields(kind):
+        part, key = described.get(field.name), f"{at}.{field.name}"
+        is_kind = isinstance(part, dict)
+        values[field.name] = _restore(part, key, stored) if is_kind else part if part is not None else jnp.asarray(stored[key])
+    return kind(**values)

@@ -1,0 +1,71 @@
+"""The public surface: what `import lindm as ld` costs, and that the example of every name runs."""
+
+import ast
+import doctest
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import lindm as ld
+
+TIGER = Path(__file__).parent / "problems" / "files" / "tiger.pomdp"
+OBJECTS = [name for name in ld.PUBLIC if callable(getattr(ld, name))]
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_import_is_fast_and_imports_nothing_else():
+    code = "import sys, time\nbefore, start = set(sys.modules), time.process_time()\nimport lindm as ld\n"
+    code += "print(time.process_time() - start)\n"
+    code += "assert not [m for m in set(sys.modules) - before if m.startswith(('jax', 'numpy', 'lindm.'))]"
+    assert min(float(run(code)) for _ in range(3)) < 0.1
+
+
+def test_every_name_completes_and_an_unknown_name_is_an_attribute_error():
+    assert set(ld.PUBLIC) <= set(dir(ld)) and set(ld.PUBLIC) <= set(ld.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ld.nothing  # noqa: B018
+
+
+def test_type_checkers_see_the_names_that_exist():
+    tree = ast.parse(inspect.getsource(ld))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            whole = f"{node.module}.{alias.name}"
+            seen[alias.asname] = whole
+    assert seen == {name: target.replace(":", ".") for name, target in ld.PUBLIC.items()}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_the_example_of_a_name_runs(name, tmp_path, monkeypatch):
+    shutil.copy(TIGER, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    value = getattr(ld, name)
+    found = [t for t in doctest.DocTestFinder(recurse=True).find(value, name, globs={"ld": ld}) if t.examples]
+    assert inspect.getdoc(value) and found, f"{name} has no example"
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        for test in found:
+            result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
+            assert result.failed == 0
+
+
+def test_double_precision_needs_no_flag_and_changes_none():
+    code = "import lindm as ld, jax, jax.numpy as jnp\n"
+    code += f"solution = ld.solve(ld.read_pomdp({str(TIGER)!r}, horizon=5))\n"
+    code += "assert solution.solution.value.dtype == 'float64' and abs(solution.value - 0) > 1\n"
+    code += "assert not jax.config.jax_enable_x64 and jnp.zeros(1).dtype == 'float32'\n"
+    code += "print(solution.value)"
+    with jax.enable_x64(True):
+        assert float(run(code)) == pytest.approx(ld.solve(ld.read_pomdp(TIGER, horizon=5)).value, rel=1e-12)
