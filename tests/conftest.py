@@ -30,3 +30,46 @@ def no_figure_is_left():
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+# --- CPU-seconds of each test: the clock of a shared machine says little -------------------------------------------------
+
+CPU_SECONDS = "cpu_seconds"
+SLOWEST = 15
+
+
+def _cpu_seconds() -> float:
+    """User and system time of this process and of its finished children."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    started = _cpu_seconds()
+    item.user_properties.append((CPU_SECONDS, started))
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "teardown":
+        started = dict(item.user_properties)[CPU_SECONDS]
+        report.user_properties = [(CPU_SECONDS, round(_cpu_seconds() - started, 2))]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The tests that cost most, with what their fixtures cost; a test of more than five CPU-seconds is marked or has a reason."""
+    reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", None) == "teardown"]
+    reports += [r for r in terminalreporter.stats.get("", []) if getattr(r, "when", None) == "teardown"]
+    costs = sorted({(dict(r.user_properties).get(CPU_SECONDS, 0.0), r.nodeid) for r in reports}, reverse=True)
+    if costs:
+        terminalreporter.section(
+            f"CPU-seconds: {sum(c for c, _ in costs):.0f} in all, the slowest {SLOWEST} of {len(costs)} tests"
+        )
+        for seconds, name in costs[:SLOWEST]:
+            terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+        if path := os.environ.get("LINDM_TEST_COSTS"):
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(f"{seconds}\t{name}\n" for seconds, name in costs)
