@@ -11,7 +11,8 @@ SOURCES = sorted(p.relative_to(ROOT) for top in ("lindm", "theory", "experiments
 
 # the floors of lindm, from the ground up; packages of one floor do not import each other
 FLOORS = (
-    ("lindm.errors", "lindm.choices"),
+    ("lindm.errors",),
+    ("lindm.choices",),
     ("lindm.types", "lindm.random", "lindm.io"),
     ("lindm.validate", "lindm.text"),
     ("lindm.problems",),
