@@ -258,7 +258,9 @@ def check(records: list[dict]) -> list[Verdict]:
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    return {"error": _error(records), "estimation": _estimation(records), "bias": _bias(records), "bound": _bound(records)}
+    return {"error": _error(records), "estimation": _estimation(records), "bias": _bias(records), "bound": _bound(records)} | {
+        "split": _split(records)
+    }
 
 
 def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.inf) -> np.ndarray:
@@ -377,6 +379,33 @@ def _bias(records: list[dict]) -> Figure:
     )
     _log_ticks(right, long)
     right.legend(fontsize=8.5)
+    return figure
+
+
+def _split(records: list[dict]) -> Figure:
+    """The two parts of the risk on simplex features: estimation error over M, bias over N, and the bound on each.
+
+    The bounds are the two terms of Theorem 2 in theory/notes/in-context.md, which hold for every law of features; in the modes x_i
+    with weights q_i they are sum q_i / (x_i M) and sum q_i / (x_i N)^2.
+    """
+    M, N = np.array(records[0]["M"]), np.array(records[0]["N"])
+    x, q = (np.array(records[0]["cells"][SIMPLEX][k]) for k in ("modes", "mode_weights"))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.0))
+    for color, (i, length) in enumerate(_colors(records)):
+        _seeds(left, M, _cells(records, SIMPLEX, "variance")[:, i], color, f"trained at N = {length}")
+        left.plot(M, _cells(records, SIMPLEX, "best_estimation")[0, i], color=COLORS[color], marker="", **EXACT)
+    left.plot(M, (q / x).sum() / M, color=GREY, marker="", label="bound for every N", **BOUND)
+    left.set(xlabel="pairs in the test prompt M", ylabel="estimation error of Qhat", title="Estimation error")
+    bias = _cells(records, SIMPLEX, "risk")[:, :, -1] - _cells(records, SIMPLEX, "variance")[:, :, -1]
+    fine = np.geomspace(N[0], N[-1], 100)
+    _seeds(right, N, np.where(bias > 0, bias, np.nan), 0, "trained layer, one point per seed")
+    right.plot(fine, _exact(records, SIMPLEX, fine), color=COLORS[0], marker="", label="exact", **EXACT)
+    right.plot(fine, (q / x**2).sum() / fine**2, color=GREY, marker="", label="bound", **BOUND)
+    right.set(xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat", title="Training-length bias")
+    for axis, lengths in ((left, M), (right, N)):
+        axis.set_yscale("log")
+        _log_ticks(axis, lengths)
+        axis.legend(fontsize=8.5)
     return figure
 
 
