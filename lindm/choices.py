@@ -6,6 +6,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lindm.errors import unknown
 
+Behavior = Literal["oracle", "epsilon", "uniform"]
+"""Behavior policy: the oracle; the oracle with a uniformly random action with probability epsilon; uniformly random actions."""
+
+Rewards = Literal["auto", "shown", "hidden"]
+"""Rewards in a text: auto shows them where the state is observed."""
+
+Split = Literal["id", "ood"]
+"""Split of a suite: in distribution or out of distribution."""
+
+ExportFormat = Literal["trl", "minari"]
+"""Other tools that datasets are exported for."""
+
 
 def check_choices(config: Any) -> None:
     """Check every field of a dataclass whose type is a `Literal`, or a `Literal` or None.

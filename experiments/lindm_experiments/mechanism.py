@@ -31,8 +31,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm import datasets
-from lindm.datasets import DatasetConfig
+from lindm.datasets import Dataset, DatasetConfig
 from lindm.evaluation import policies
 from lindm.evaluation.losses import double_precision
 from lindm.evaluation.policies import Tasks
@@ -138,7 +137,7 @@ def beliefs(problem: POMDP, rows: Sequence[dict]) -> np.ndarray:
     found = []
     for row in rows:
         b, told = rho, [rho]
-        for a, o in zip(row["action"][:-1], row["observation"][:-1], strict=True):
+        for a, o in zip(row.action[:-1], row.observation[:-1], strict=True):
             b = (b @ P[0, :, a]) * O[0, a, :, o]
             b = b / b.sum()
             told.append(b)
@@ -175,16 +174,15 @@ def centred(x: np.ndarray) -> np.ndarray:
 def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, recipe: DatasetConfig) -> dict[str, Any]:
     """Of each task: how the logits go with Q*, and how what is wrong with them goes with what is wrong with either estimate."""
     with double_precision():
-        loaded = list(datasets.load(data))
-        everything = frozenset({"state", "reward"})
+        loaded = Dataset(data).load()
         tasks = Tasks(
-            problems=[datasets.problem_of(task) for task, _ in loaded],
-            demonstrations=[datasets.document(rows[:-1], rows[-1], everything).demonstrations for _, rows in loaded],
+            problems=[task.problem() for task in loaded],
+            demonstrations=[[episode.steps() for episode in task.demonstrations] for task in loaded],
             source=source,
             recipe=recipe,
         )
         tables = {"ridge": policies.value_iteration(tasks, pessimistic=False), "layer": policies.layer(tasks)}
-    states = np.array([row["state"] for row in new.rows])  # [n, H]
+    states = np.array([row.state for row in new.rows])  # [n, H]
     n, H = states.shape
     at = (np.arange(n)[:, None], np.arange(H)[None], states)
     values = {who: centred(np.asarray(Q)[at]) for who, Q in tables.items()} | {k: centred(v) for k, v in logits.items()}

@@ -20,15 +20,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from lindm import datasets
 from lindm.bench.sft import MISSING, MODEL
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
+from lindm.datasets import Dataset, DatasetConfig, documents, make_dataset, text_format
 from lindm.evaluation.losses import Asked, double_precision, play, world
 from lindm.families.suites import suite
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.policy import Reader
-from lindm.llm.sft import examples
 from lindm.llm.tokens import load_tokenizer
 from lindm.llm.train_tokenizer import LEAST, small_tokenizer
 from lindm.text import COMPACT
@@ -41,29 +40,25 @@ TEMPLATE = dataclasses.replace(COMPACT, name="letters", actions=("A", "B", "C"))
 QUESTIONS = "questions.json"
 
 
-def _telling(data: Path) -> datasets.Telling:
-    return datasets.telling(data, datasets.read_manifest(data), TEMPLATE, True, False)
-
-
 def prepare(directory: Path) -> None:
     """A model, its tokenizer and a dataset."""
     with double_precision():
-        datasets.make(directory / "data", suite("mdp", HORIZON), datasets.DatasetConfig(tasks=TASKS, demos=DEMOS))
-    how = _telling(directory / "data")
-    pieces = (piece.text for _, _, found, _ in examples.documents(directory / "data", how) for piece in found)
+        make_dataset(directory / "data", suite("mdp", HORIZON), DatasetConfig(tasks=TASKS, demos=DEMOS))
+    dataset = Dataset(directory / "data")
+    pieces = (piece.text for _, _, found in documents(dataset, text_format(dataset, TEMPLATE)) for piece in found)
     small_tokenizer(pieces, LEAST).save_pretrained(str(directory / "tokenizer"))
     weights.save(Decoder(MODEL, nnx.Rngs(0)), directory / "model", like=directory / "tokenizer")
 
 
 def run_ours(directory: Path) -> dict[str, Any]:
     """CPU-seconds a decision and of compiling; leaves the questions and our answers for the peer."""
-    how = _telling(directory / "data")
-    loaded = list(datasets.load(directory / "data"))
-    A, H = loaded[0][0]["n_actions"], loaded[0][0]["horizon"]
+    dataset = Dataset(directory / "data")
+    text, A, H = text_format(dataset, TEMPLATE), dataset.num_actions, dataset.horizon
+    dataset.load()
     with double_precision():
-        worlds = [world(datasets.problem_of(task), rewards=True) for task, _ in loaded]
-    demos = [datasets.document(rows[:-1], rows[-1], how.shown).demonstrations for _, rows in loaded]
-    reader = Reader(weights.load(directory / "model"), load_tokenizer(directory / "model"), how.template, A, jnp.float32)
+        worlds = [world(problem, rewards=True) for problem in dataset.problems()]
+    demos = [text.demonstrations(task) for task in dataset]
+    reader = Reader(weights.load(directory / "model"), load_tokenizer(directory / "model"), text.template, A, jnp.float32)
 
     def decide() -> list[tuple[int, Asked, int]]:
         policy, found = reader.policy(demos, H), []

@@ -3,8 +3,9 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from lindm.choices import Behavior, ExportFormat, Rewards, Split
 from lindm.cli.arguments import Command, Positional
 from lindm.io.progress import progress_bar
 
@@ -27,13 +28,13 @@ class Make:
     """Number of query episodes of each task."""
     horizon: int | None = None
     """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: Literal["id", "ood"] = "id"
+    split: Split = "id"
     """Split of a suite: in distribution or out of distribution."""
     seed: int = 0
     """Seed; the same seed gives the same bytes."""
-    behavior: Literal["oracle", "epsilon", "uniform"] = "oracle"
+    behavior: Behavior = "oracle"
     """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
-    query_behavior: Literal["oracle", "epsilon", "uniform"] = "epsilon"
+    query_behavior: Behavior = "epsilon"
     """Behavior policy of the queries; epsilon is the oracle with random actions."""
     epsilon: float = 0.2
     """Probability of a random action of the behavior policy epsilon."""
@@ -49,7 +50,7 @@ class Export:
 
     directory: Annotated[Path, Positional("DIR")]
     """A directory of `lindm data make`."""
-    to: Literal["trl", "minari"]
+    to: ExportFormat
     """trl writes prompt/completion and messages for SFTTrainer, minari an offline RL dataset."""
     out: Path
     """Directory of the export."""
@@ -57,8 +58,8 @@ class Export:
     """Template of the text (trl): compact, readable, or a JSON or TOML file. [default: compact, readable with --names]"""
     names: bool = False
     """Use the problem's own names in the text (trl)."""
-    without_rewards: bool = False
-    """Leave the rewards out of the text (trl)."""
+    rewards: Rewards = "shown"
+    """Rewards in the text (trl): shown, hidden, or auto (shown where the state is observed)."""
 
 
 def run_make(options: Make) -> int:
@@ -71,7 +72,7 @@ def run_make(options: Make) -> int:
     from lindm import datasets
     from lindm.cli.problems import problem_or_suite
 
-    recipe = datasets.DatasetConfig(
+    config = datasets.DatasetConfig(
         tasks=options.tasks,
         demos=options.demos,
         queries=options.queries,
@@ -83,7 +84,7 @@ def run_make(options: Make) -> int:
     )
     source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
     with progress_bar("tasks") as progress:
-        made = datasets.make(options.out, source, recipe, progress=progress)
+        made = datasets.make_dataset(options.out, source, config, progress=progress)
     for name in made.damaged:
         print(f"lindm: warning: {name} was damaged and was made again", file=sys.stderr)
     print(f"{options.tasks} tasks in {options.out}: {made.made} shards made, {made.kept} kept")
@@ -91,20 +92,17 @@ def run_make(options: Make) -> int:
 
 
 def run_export(options: Export) -> int:
-    from lindm import datasets, text
+    from lindm import datasets
     from lindm.io import signals
 
     signals.stop_on_signals()
-    shipped = {"compact": text.COMPACT, "readable": text.READABLE}
-    name = options.template
-    template = None if name is None else shipped.get(name) or text.load_template(name)
     with progress_bar("tasks") as progress:
         written = datasets.export(
             options.directory,
             options.to,
             options.out,
-            template=template,
-            rewards=not options.without_rewards,
+            template=options.template,
+            rewards=options.rewards,
             names=options.names,
             progress=progress,
         )

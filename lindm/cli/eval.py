@@ -6,8 +6,9 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+from lindm.choices import Behavior, Rewards, Split
 from lindm.cli.arguments import Command, Positional, Repeated
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
@@ -30,13 +31,13 @@ class Eval:
     """Number of demonstrations of each task."""
     horizon: int | None = None
     """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: Literal["id", "ood"] = "id"
+    split: Split = "id"
     """Split of a suite: in distribution or out of distribution."""
     discount: float | None = None
     """Discount factor, in place of the file's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
-    behavior: Literal["oracle", "epsilon", "uniform"] = "oracle"
+    behavior: Behavior = "oracle"
     """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
     epsilon: float = 0.2
     """Probability of a random action of the behavior policy epsilon."""
@@ -44,7 +45,7 @@ class Eval:
     """Number of sampled episodes of a task that has too many histories to evaluate them all."""
     template: str | None = None
     """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
-    rewards: Literal["shown", "hidden", "auto"] | None = None
+    rewards: Rewards | None = None
     """Rewards in the texts of language models. [default: as the model was trained]"""
     seed: int = SEED
     """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""

@@ -1,24 +1,26 @@
-"""Labelled episodes on disk: made, read again, and handed to other tools."""
+"""Labeled episodes on disk: written, read, turned into text, and exported for other tools."""
 
-from lindm.datasets.exports import FORMATS, Telling, document, export, named, symbol, telling
-from lindm.datasets.generate import BEHAVIORS, DatasetConfig
-from lindm.datasets.reader import episodes_of, load, problem_of, read_manifest
-from lindm.datasets.writer import Made, make
+from lindm.datasets.columns import Episode, Task, episodes_of, problem_of
+from lindm.datasets.config import DatasetConfig
+from lindm.datasets.exports import FORMATS, export
+from lindm.datasets.reader import Dataset, is_dataset
+from lindm.datasets.text import REWARDS, TextFormat, documents, text_format
+from lindm.datasets.writer import MakeResult, make_dataset
 
 __all__ = [
-    "BEHAVIORS",
     "FORMATS",
+    "REWARDS",
+    "Dataset",
     "DatasetConfig",
-    "Made",
-    "Telling",
-    "document",
+    "Episode",
+    "MakeResult",
+    "Task",
+    "TextFormat",
+    "documents",
     "episodes_of",
     "export",
-    "load",
-    "make",
-    "named",
+    "is_dataset",
+    "make_dataset",
     "problem_of",
-    "read_manifest",
-    "symbol",
-    "telling",
+    "text_format",
 ]

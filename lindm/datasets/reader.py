@@ -1,98 +1,125 @@
-"""Datasets read again: verified against the manifest, tasks and episodes as rows and as nouns. Needs no pyarrow.
+"""Datasets read from disk, verified against the manifest. Needs no pyarrow.
 
-What is to be trusted carries a seal, the SHA-256 of the rest of it; the manifest has the SHA-256 of every other file.
+The manifest carries a checksum of itself, and the SHA-256 of every other file.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
+from lindm.datasets.columns import Episode, Kind, Task, task_of
+from lindm.datasets.config import DatasetConfig
 from lindm.errors import DataError
 from lindm.io import files
-from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Problem
+from lindm.types import Problem
 
 FORMAT = "lindm-dataset-1"
 CONFIG, MANIFEST = "config.json", "manifest.json"
 ENDINGS = (".jsonl", ".parquet")
-# columns of the episodes and the fields that they hold
-STEPS = {"state": "s", "model": "m", "observation": "o", "action": "a", "reward": "r"}
-ORACLE = {"label": "action", "Q": "Q", "certificate": "certificate", "regret": "regret"}
 
 
-def sealed(value: dict) -> dict:
-    """With its own SHA-256."""
-    return value | {"seal": hashlib.sha256(files.canonical_json(value).encode()).hexdigest()}
+class Dataset:
+    """A finished dataset. Its manifest is read once; tasks are read and verified when they are reached.
+
+        for task in Dataset(directory):       # one shard in memory at a time
+            task.problem(), task.demonstrations, task.queries
+        tasks = dataset.load()                # all tasks in memory, read once
+
+    Raises:
+      DataError: the dataset is not finished; a file is missing or is not what was written. The message names the file.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.manifest = read_manifest(directory)
+        self._tasks: list[Task] | None = None
+        config = self.manifest["config"]
+        self.config = DatasetConfig(**config["dataset"])
+        self.suite: dict[str, Any] | None = config["source"].get("suite")  # None: all tasks are one fixed problem
+        self.names: dict[str, list[str]] = config["names"]  # of states, actions, observations, models; empty where there are none
+        self.checksum: str = self.manifest["checksum"]
+        sizes = config["source"]["sizes"]
+        self.kind: Kind = sizes["kind"]
+        self.horizon: int = sizes["horizon"]
+        self.num_states: int = sizes["num_states"]
+        self.num_actions: int = sizes["num_actions"]
+        self.num_observations: int = sizes.get("num_observations", 0)
+        self.num_models: int = sizes.get("num_models", 0)
+
+    def __len__(self) -> int:
+        """Number of tasks."""
+        return self.config.tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        """Every task, in order; floats are those that were written, to the last bit."""
+        return self._read() if self._tasks is None else iter(self._tasks)
+
+    def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Task]:
+        """All tasks, kept in memory: the files are read at the first call alone. `progress` is called with (tasks read, tasks)."""
+        if self._tasks is None:
+            tasks = []
+            for task in self._read():
+                tasks.append(task)
+                progress(len(tasks), len(self))
+            self._tasks = tasks
+        return self._tasks
+
+    def problems(self) -> list[Problem]:
+        """The problem of every task, in the precision that JAX has now; one and the same object where all tasks are one problem."""
+        if self.suite is not None:
+            return [task.problem() for task in self]
+        return [next(iter(self)).problem()] * len(self)
+
+    def _read(self) -> Iterator[Task]:
+        common: dict = {}
+        for record in self.manifest["shards"]:
+            if (name := record["point"]["shard"]) == "problem":
+                (common,) = self._rows("problem", record)
+                continue
+            episodes = [Episode(**row) for row in self._rows(f"episodes-{name}", record)]
+            each = len(episodes) // record["tasks"]
+            for i, row in enumerate(self._rows(f"tasks-{name}", record)):
+                yield task_of(row | common, episodes[i * each : (i + 1) * each])
+
+    def _rows(self, stem: str, record: dict) -> list[dict]:
+        path = self.directory / (name := f"{stem}{ENDINGS[0]}")
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise DataError(f"cannot read {path}: {e.strerror}") from e
+        if hashlib.sha256(data).hexdigest() != record["files"][name]["sha256"]:
+            raise DataError(
+                f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
+            )
+        return [json.loads(line) for line in data.splitlines()]
 
 
-def unsealed(value: dict) -> dict | None:
-    """What was sealed; None if it is not what it was."""
-    bare = {key: v for key, v in value.items() if key != "seal"}
-    return bare if value == sealed(bare) else None
+def is_dataset(path: Path) -> bool:
+    """Whether a path is a directory that could hold a dataset, finished or not."""
+    return path.is_dir() and any((path / name).exists() for name in (CONFIG, MANIFEST))
 
 
 def read_manifest(directory: Path) -> dict:
     """The manifest of a finished dataset; DataError where there is none."""
     path = directory / MANIFEST
     if not path.exists() and (directory / CONFIG).exists():
-        raise DataError(f"{directory} is not finished: make it again with the same options, and it goes on where it was")
+        raise DataError(f"{directory} is not finished: make it again with the same options, and it resumes")
     manifest = files.read_json(path)
     if not isinstance(config := manifest.get("config"), dict) or config.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a dataset in the format {FORMAT}")
-    if unsealed(manifest) is None:
-        raise DataError(f"{path} is damaged: its seal does not fit; make the dataset again and it is repaired")
+    if verified(manifest) is None:
+        raise DataError(f"{path} is damaged: its checksum is wrong; make the dataset again and it is repaired")
     return manifest
 
 
-def load(directory: Path) -> Iterator[tuple[dict, list[dict]]]:
-    """Every task of a finished dataset with its episodes, in order: rows as dicts, floats to the last bit. Needs no pyarrow.
-
-    The files are verified as they are reached. DataError, naming the file, where one is missing or is not what was written.
-    """
-    records = {record["point"]["shard"]: record for record in read_manifest(directory)["shards"]}
-    common: dict = {}
-    for name, record in records.items():
-        if name == "problem":
-            (common,) = _read_rows(directory, "problem", record)
-            continue
-        episodes = _read_rows(directory, f"episodes-{name}", record)
-        each = len(episodes) // record["tasks"]
-        for i, task in enumerate(_read_rows(directory, f"tasks-{name}", record)):
-            yield task | common, episodes[i * each : (i + 1) * each]
+def with_checksum(value: dict) -> dict:
+    """A JSON object with the SHA-256 of itself."""
+    return value | {"checksum": hashlib.sha256(files.canonical_json(value).encode()).hexdigest()}
 
 
-def _read_rows(directory: Path, stem: str, record: dict) -> list[dict]:
-    name = f"{stem}{ENDINGS[0]}"
-    path = directory / name
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
-    if hashlib.sha256(data).hexdigest() != record["files"][name]["sha256"]:
-        raise DataError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired")
-    return [json.loads(line) for line in data.splitlines()]
-
-
-def problem_of(task: Mapping[str, Any]) -> Problem:
-    """The problem of a row of `load`, or of the Parquet files (for a fixed problem, joined with its one row)."""
-    present = [field.name for field in fields(POMDP) if field.name in task]
-    arrays = {k: jnp.asarray(np.array(task[k], float).reshape(np.array(task[f"{k}_shape"]))) for k in present}
-    if task["kind"] == "mdp":
-        return MDP(**arrays)
-    return POMDP(**arrays) if task["kind"] == "pomdp" else APOMDP(models=POMDP(**arrays), alpha=jnp.asarray(task["alpha"]))
-
-
-def episodes_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Episodes, Labels]:
-    """Episodes and labels [n, H] of rows of one dataset, as numpy arrays."""
-
-    def stacked(columns: Mapping[str, str]) -> dict[str, Any]:
-        kinds = {"reward": np.float64, "Q": np.float64, "regret": np.float64, "certificate": np.int8}
-        present = {column: field for column, field in columns.items() if column in rows[0]}
-        return {field: np.array([row[column] for row in rows], kinds.get(column, np.int32)) for column, field in present.items()}
-
-    return Episodes(**stacked(STEPS)), Labels(**stacked(ORACLE))
+def verified(value: dict) -> dict | None:
+    """The object without its checksum; None if the checksum is wrong."""
+    bare = {key: v for key, v in value.items() if key != "checksum"}
+    return bare if value == with_checksum(bare) else None

@@ -1,13 +1,13 @@
-"""Shards of labelled episodes: written, found intact, or made again.
+"""Writes datasets in shards, and resumes or repairs them.
 
-    OUT/tasks-00000.parquet, .jsonl       a row per task: the whole problem as arrays, its value and bounds
+    OUT/tasks-00000.parquet, .jsonl       a row per task: the problem as arrays, its value and bounds
     OUT/episodes-00000.parquet, .jsonl    a row per episode: task after task, its demonstrations and then its queries
     OUT/problem.parquet, .jsonl           where all tasks are one fixed problem: its arrays, once
     OUT/config.json, manifest.json, README.md
 
-One shard is in memory at a time. When it is finished its SHA-256 goes to a journal; what is not in the journal, or not intact,
-is made again. At the end the journal becomes the manifest. On one machine with one set of versions the bytes depend on the source
-and the recipe alone, not on how often the run was interrupted: no file names a time, a place or a machine.
+The SHA-256 of a finished shard goes to a journal; a shard that is not in the journal, or not intact, is made again. At the end
+the journal becomes the manifest. On one machine with one set of versions the bytes depend on the source and the config alone, not
+on interruptions or on the number of processes: no file contains a time, a place or a machine.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,143 +25,138 @@ import numpy as np
 
 from lindm import __version__
 from lindm.datasets.card import card
-from lindm.datasets.generate import DatasetConfig, Draws, TaskGenerator
-from lindm.datasets.reader import CONFIG, ENDINGS, FORMAT, MANIFEST, ORACLE, STEPS, read_manifest, sealed, unsealed
+from lindm.datasets.columns import LABEL_COLUMNS, ROLES, STEP_COLUMNS, VALUES, problem_columns, sizes_of
+from lindm.datasets.config import DatasetConfig
+from lindm.datasets.generate import Generated, TaskGenerator
+from lindm.datasets.reader import CONFIG, ENDINGS, FORMAT, MANIFEST, read_manifest, verified, with_checksum
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
 from lindm.io import directories, files
-from lindm.types import APOMDP, CERTIFICATES, MDP, Problem
+from lindm.types import CERTIFICATES, Problem
 
-ROLES = ("demo", "query")
 JOURNAL, CARD = "progress.jsonl", "README.md"
-WORTH = ("value", "lower", "upper", "uniform_value")
-PARTS = {"states": "n_states", "actions": "n_actions", "observations": "n_observations", "models": "n_models"}
+PARTS = ("states", "actions", "observations", "models")
 
 Table = dict[str, Any]
 """Columns by name, all of one length n: a list of n strings, or an array [n], [n, k] or [n, k, l]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What `make` did."""
+class MakeResult:
+    """What `make_dataset` did."""
 
     manifest: dict
-    kept: int  # shards that were there, intact
+    kept: int  # shards that existed and were intact
     made: int
-    damaged: tuple[str, ...]  # files that had been finished but were not what they had been; they are made again
+    damaged: tuple[str, ...]  # files that had been finished but had changed; they are made again
 
 
-def make(
+def make_dataset(
     out: Path,
     source: Suite | Source | Problem,
-    recipe: DatasetConfig,
+    config: DatasetConfig,
     *,
-    license: str = "apache-2.0",
-    progress: Callable[[int, int], None] | None = None,
-) -> Made:
-    """Write the dataset to the directory `out`, or finish or repair the one that is there.
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MakeResult:
+    """Write a dataset to the directory `out`, or finish or repair the one that is there.
 
     Args:
       source: a suite, whose every task is another problem; or one problem, which is then every task, with or without names.
-      license: of the data, as the data card states it.
-      progress: hears (tasks done, tasks in all).
+      progress: called with (tasks done, tasks in all).
 
     Raises:
       ValueError: names that do not fit the problem; a suite whose gap no task has; a method that does not fit.
-      LindmError: `out` holds something else or is being written (2), cannot be written (7); a needed package is missing (2).
+      UsageError: `out` holds something else or is being written; a needed package is missing.
+      StorageError: `out` cannot be written.
     """
     _arrow()
-    drawing = TaskGenerator(source.problem if isinstance(source, Source) else source, recipe)
+    generator = TaskGenerator(source.problem if isinstance(source, Source) else source, config)
     names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, Source) else {}
-    config = _config(drawing, {part: given for part, given in names.items() if given}, license)
+    described = _description(generator, {part: given for part, given in names.items() if given})
     with directories.sole_writer(out):
-        versions, made_before = _opened(out, config), _journal(out)
-        plan = _plan(drawing)
-        damaged = tuple(n for record in made_before.values() for n, file in record["files"].items() if not _intact(out / n, file))
-        records = {name: record for name, record in made_before.items() if not record["files"].keys() & set(damaged)}
+        versions, finished = _open(out, described), _finished_shards(out)
+        plan = _plan(generator)
+        damaged = tuple(n for record in finished.values() for n, file in record["files"].items() if not _intact(out / n, file))
+        records = {name: record for name, record in finished.items() if not record["files"].keys() & set(damaged)}
         missing = {name: tasks for name, tasks in plan.items() if name not in records}
         if missing and versions != (here := _versions()):
             raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
         done = sum(record["tasks"] for record in records.values())
-        tell = progress or (lambda done, total: None)
-        tell(done, recipe.tasks)
+        progress(done, config.tasks)
         for name, (first, last) in missing.items():
-            records[name] = _write_shard(out, name, drawing, first, last, lambda at, n=done - first: tell(n + at, recipe.tasks))
-            files.append_line(out / JOURNAL, files.canonical_json(sealed(records[name])))
+            shard = make_shard(generator, name, first, last, lambda at, n=done - first: progress(n + at, config.tasks))
+            records[name] = _write_shard(out, *shard)
+            del shard
             done += last - first
-        manifest = _manifest(config, versions, [records[name] for name in plan])
-        _settle(out / CONFIG, _pretty({"config": config, "versions": versions}))
-        _settle(out / CARD, card(manifest))
-        _settle(out / MANIFEST, _pretty(manifest))
+        manifest = _manifest(described, versions, [records[name] for name in plan])
+        _write_changed(out / CONFIG, _pretty({"config": described, "versions": versions}))
+        _write_changed(out / CARD, card(manifest))
+        _write_changed(out / MANIFEST, _pretty(manifest))
         with files.storage_errors(out / JOURNAL):
             (out / JOURNAL).unlink(missing_ok=True)
-    made = len(missing.keys() - {"problem"})
-    return Made(manifest=manifest, kept=len(plan.keys() - {"problem"}) - made, made=made, damaged=damaged)
+    made_shards = len(missing.keys() - {"problem"})
+    kept = len(plan.keys() - {"problem"}) - made_shards
+    return MakeResult(manifest=manifest, kept=kept, made=made_shards, damaged=damaged)
 
 
-# --- what a run is ---------------------------------------------------------------------------------------------------------
+# --- what a dataset is -----------------------------------------------------------------------------------------------------
 
 
-def _config(drawing: TaskGenerator, names: dict[str, list[str]], license: str) -> dict:
-    sizes = _sizes(drawing.like)
+def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
+    """Everything that the bytes depend on, as config.json and the manifest hold it."""
+    sizes = sizes_of(generator.example)
     for part, given in names.items():
-        wanted = sizes.get(PARTS[part], 0)
+        wanted = sizes.get(f"num_{part}", 0)
         if len(given) != wanted or len(set(given)) != wanted:
             raise ValueError(f"names of {part} must be {wanted} that differ; got {given}")
-    if isinstance(drawing.source, Suite):
-        source = {"suite": asdict(drawing.source)}
+    if isinstance(generator.source, Suite):
+        source = {"suite": asdict(generator.source)}
     else:
-        bytes_of = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(drawing.source))
-        source = {"problem": {"sha256": hashlib.sha256(bytes_of).hexdigest()}}
+        arrays = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(generator.source))
+        source = {"problem": {"sha256": hashlib.sha256(arrays).hexdigest()}}
     return {
         "format": FORMAT,
         "source": source | {"sizes": sizes},
-        "recipe": asdict(drawing.recipe),
-        "oracle": drawing.method,
-        "shard": drawing.shard,
+        "dataset": asdict(generator.config),
+        "oracle": generator.method,
+        "shard_size": generator.shard_size,
         "precision": str(jnp.result_type(float)),
         "names": names,
-        "license": license,
     }
 
 
-def _sizes(problem: Problem) -> dict[str, Any]:
-    """Kind, horizon and sizes, as they stand in a row of a task."""
-    sizes = {"horizon": problem.horizon, "n_states": problem.num_states, "n_actions": problem.num_actions}
-    if not isinstance(problem, MDP):
-        sizes["n_observations"] = problem.num_observations
-    if isinstance(problem, APOMDP):
-        sizes["n_models"] = problem.num_models
-    return {"kind": type(problem).__name__.lower()} | sizes
-
-
 def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "pyarrow")}
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "pyarrow")}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"lindm": __version__, "python": python, "backend": jax.default_backend()} | found
+    return {"lindm": __version__, "python": python, "backend": jax.default_backend()} | packages
 
 
-def _opened(out: Path, config: dict) -> dict[str, str]:
-    """The versions that began the run in `out`, which begins now if nothing is there. UsageError if something else is."""
+def _open(out: Path, described: dict) -> dict[str, str]:
+    """The versions that began the dataset in `out`, which begins now if `out` is empty.
+
+    Raises:
+      UsageError: `out` holds something else.
+    """
     path = out / CONFIG
     if not path.exists() and not (out / MANIFEST).exists():
         if foreign := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
             raise UsageError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another --out")
         versions = _versions()
-        files.write_atomic(path, _pretty({"config": config, "versions": versions}))
+        files.write_atomic(path, _pretty({"config": described, "versions": versions}))
         return versions
-    there = _if_good(lambda: read_manifest(out)) or _if_good(lambda: files.read_json(path)) or {}
+    # the manifest has a checksum, so it goes before the config
+    there = _or_none(lambda: read_manifest(out)) or _or_none(lambda: files.read_json(path)) or {}
     if not isinstance(there.get("config"), dict) or there["config"].get("format") != FORMAT:
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
-        raise UsageError(f"{out} holds something that is not a dataset and is not touched: {why}; choose another --out")
-    if there["config"] != config:
-        raise UsageError(f"{out} holds another dataset: {_difference(there['config'], config)}; choose another --out")
+        raise UsageError(f"{out} holds something that is not a dataset and is not replaced: {why}; choose another --out")
+    if there["config"] != described:
+        raise UsageError(f"{out} holds another dataset: {_difference(there['config'], described)}; choose another --out")
     return there.get("versions", {})
 
 
-def _if_good(read: Callable[[], Any]) -> Any:
-    """What is read; None where it is missing or damaged. The Stop of a signal, which may come anywhere, is not caught."""
+def _or_none(read: Callable[[], Any]) -> Any:
+    """The value of `read`; None where a file is missing or damaged. Other errors pass: a signal may raise anywhere."""
     try:
         return read()
     except LindmError as e:
@@ -170,30 +165,30 @@ def _if_good(read: Callable[[], Any]) -> Any:
         return None
 
 
-def _difference(there: Any, asked: Any, at: str = "") -> str:
+def _difference(there: Any, here: Any, at: str = "") -> str:
     """Every leaf in which two JSON values differ."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        keys = [k for k in there | asked if there.get(k) != asked.get(k)]
-        return ", ".join(_difference(there.get(k), asked.get(k), f"{at}.{k}".lstrip(".")) for k in keys)
-    return f"{at} is {json.dumps(there)} there and {json.dumps(asked)} here"
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [k for k in there | here if there.get(k) != here.get(k)]
+        return ", ".join(_difference(there.get(k), here.get(k), f"{at}.{k}".lstrip(".")) for k in keys)
+    return f"{at} is {json.dumps(there)} there and {json.dumps(here)} here"
 
 
-def _plan(drawing: TaskGenerator) -> dict[str, tuple[int, int]]:
-    """The pieces of a dataset, by name, and their tasks."""
-    n, size = drawing.recipe.tasks, drawing.shard
+def _plan(generator: TaskGenerator) -> dict[str, tuple[int, int]]:
+    """The tasks of every shard by its name; `problem` holds a fixed problem."""
+    n, size = generator.config.tasks, generator.shard_size
     shards = {f"{k:05d}": (first, min(first + size, n)) for k, first in enumerate(range(0, n, size))}
-    return shards if isinstance(drawing.source, Suite) else {"problem": (0, 0)} | shards
+    return shards if isinstance(generator.source, Suite) else {"problem": (0, 0)} | shards
 
 
-def _journal(out: Path) -> dict[str, dict]:
-    """Everything that is known to have been finished, by name. What cannot be read or has no valid seal does not count."""
-    manifest = _if_good(lambda: read_manifest(out))
-    lines = _if_good(lambda: files.read_json_lines(out / JOURNAL, repair=True))
+def _finished_shards(out: Path) -> dict[str, dict]:
+    """The records of all shards that were finished, by name, without records that are damaged."""
+    manifest = _or_none(lambda: read_manifest(out))
+    lines = _or_none(lambda: files.read_json_lines(out / JOURNAL, repair=True))
     if lines is None:
         lines = []
         with files.storage_errors(out / JOURNAL):
             (out / JOURNAL).unlink(missing_ok=True)
-    records: list[dict] = [*(manifest["shards"] if manifest else ()), *(record for line in lines if (record := unsealed(line)))]
+    records: list[dict] = [*(manifest["shards"] if manifest else ()), *(record for line in lines if (record := verified(line)))]
     return {record["point"]["shard"]: record for record in records}
 
 
@@ -201,64 +196,60 @@ def _intact(path: Path, file: dict) -> bool:
     return path.is_file() and path.stat().st_size == file["bytes"] and files.sha256(path) == file["sha256"]
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------
+# --- shards ----------------------------------------------------------------------------------------------------------------
 
 
-def _write_shard(out: Path, name: str, drawing: TaskGenerator, first: int, last: int, tick: Callable[[int], None]) -> dict:
-    """Write the files of a piece; its record."""
+def make_shard(
+    generator: TaskGenerator, name: str, first: int, last: int, progress: Callable[[int], None] = lambda done: None
+) -> tuple[dict, dict[str, bytes]]:
+    """The record of a shard, and the contents of its files by name; nothing is written."""
     record: dict[str, Any] = {"point": {"shard": name}, "tasks": last - first}
     if name == "problem":
-        one = jax.tree.map(lambda x: np.asarray(x)[None], drawing.source)
-        return record | {"files": _write(out, "problem", _arrays(one))}
-    drawn = drawing.draw(first, last, tick)
-    problems, worth, (_, found) = drawn
-    n, worth = last - first, {k: worth[k] for k in WORTH if k in worth}
-    tasks: Table = {"task": np.arange(first, last)}
-    tasks |= {k: [v] * n if k == "kind" else np.full(n, v) for k, v in _sizes(drawing.like).items()}
-    tasks |= worth | {"method": [drawing.method] * n} | ({} if problems is None else _arrays(problems))
-    record["certificates"] = [int((found.certificate == c).sum()) for c in range(len(CERTIFICATES))]
-    record["sums"] = {k: float(x.sum()) for k, x in worth.items()}
-    written = _write(out, f"tasks-{name}", tasks) | _write(out, f"episodes-{name}", _rows(drawing, first, drawn))
-    return record | {"files": written}
+        tables = {"problem": problem_columns(jax.tree.map(lambda x: np.asarray(x)[None], generator.source))}
+    else:
+        generated, n = generator.generate(first, last, progress), last - first
+        values = {name: generated.values[name] for name in VALUES if name in generated.values}
+        tasks: Table = {"task": np.arange(first, last)}
+        tasks |= {k: [v] * n if k == "kind" else np.full(n, v) for k, v in sizes_of(generator.example).items()}
+        tasks |= values | {"method": [generator.method] * n}
+        tasks |= {} if generated.problems is None else problem_columns(generated.problems)
+        record["certificates"] = [int((generated.labels.certificate == c).sum()) for c in range(len(CERTIFICATES))]
+        record["sums"] = {name: float(x.sum()) for name, x in values.items()}
+        tables = {f"tasks-{name}": tasks, f"episodes-{name}": _episode_table(generator, first, generated)}
+    contents: dict[str, bytes] = {}
+    record["files"] = {}
+    for stem, table in tables.items():
+        columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
+        rows = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
+        lines = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows).encode()
+        for ending, data in zip(ENDINGS, (lines, _parquet(table)), strict=True):
+            contents[f"{stem}{ending}"] = data
+            file = {"rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            record["files"][f"{stem}{ending}"] = file
+    return record, contents
 
 
-def _arrays(problems: Problem) -> Table:
-    """The arrays of problems [n, ...], flattened, each with its shape."""
-    one = problems.models if isinstance(problems, APOMDP) else problems
-    parts: Table = {}
-    for field in fields(one):
-        x = np.asarray(getattr(one, field.name), np.float64)
-        parts[field.name] = x.reshape(len(x), -1)
-        parts[f"{field.name}_shape"] = np.tile(x.shape[1:], (len(x), 1))
-    return parts | ({"alpha": np.asarray(problems.alpha, np.float64)} if isinstance(problems, APOMDP) else {})
+def _write_shard(out: Path, record: dict, contents: dict[str, bytes]) -> dict:
+    """Write the files of a shard and then its line of the journal; the record."""
+    for name, data in contents.items():
+        files.write_atomic(out / name, data)
+    files.append_line(out / JOURNAL, files.canonical_json(with_checksum(record)))
+    return record
 
 
-def _rows(drawing: TaskGenerator, first: int, drawn: Draws) -> Table:
+def _episode_table(generator: TaskGenerator, first: int, generated: Generated) -> Table:
     """A row per episode."""
-    _, _, (episodes, found) = drawn
-    n, counts = len(episodes.a), (drawing.recipe.demos, drawing.recipe.queries)
-    rows: Table = {
-        "task": np.repeat(np.arange(first, first + n), drawing.episodes),
+    n, counts = len(generated.episodes.a), (generator.config.demos, generator.config.queries)
+    table: Table = {
+        "task": np.repeat(np.arange(first, first + n), generator.num_episodes),
         "episode": np.tile(np.concatenate([np.arange(k) for k in counts]), n),
         "role": [role for role, k in zip(ROLES, counts, strict=True) for _ in range(k)] * n,
     }
-    for of, columns in ((episodes, STEPS), (found, ORACLE)):
-        for column, field in columns.items():
-            if (x := getattr(of, field)) is not None:
-                rows[column] = x.reshape(-1, *x.shape[2:])
-    return rows
-
-
-def _write(out: Path, stem: str, table: Table) -> dict[str, dict]:
-    """A table as JSON lines and as Parquet, under their names."""
-    columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
-    rows = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
-    written = {}
-    lines = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows).encode()
-    for ending, data in zip(ENDINGS, (lines, _parquet(table)), strict=True):
-        files.write_atomic(out / f"{stem}{ending}", data)
-        written[f"{stem}{ending}"] = {"rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return written
+    for arrays, columns in ((generated.episodes, STEP_COLUMNS), (generated.labels, LABEL_COLUMNS)):
+        for name, column in columns.items():
+            if (x := getattr(arrays, column.field)) is not None:
+                table[name] = x.reshape(-1, *x.shape[2:])
+    return table
 
 
 def _arrow() -> Any:
@@ -280,25 +271,25 @@ def _parquet(table: Table) -> bytes:
         return pa.ListArray.from_arrays(starts, nested(np.ascontiguousarray(x).reshape(-1, *x.shape[2:])))
 
     sink = pa.BufferOutputStream()
-    whole = pa.table({name: nested(x) for name, x in table.items()})
-    pa.parquet.write_table(whole, sink, compression="zstd", version="2.6", row_group_size=len(whole))
+    arrow = pa.table({name: nested(x) for name, x in table.items()})
+    pa.parquet.write_table(arrow, sink, compression="zstd", version="2.6", row_group_size=len(arrow))
     return sink.getvalue().to_pybytes()
 
 
-def _manifest(config: dict, versions: dict, records: list[dict]) -> dict:
+def _manifest(described: dict, versions: dict, records: list[dict]) -> dict:
     shards = [record for record in records if record["point"]["shard"] != "problem"]
     steps = {name: sum(r["certificates"][c] for r in shards) for c, name in enumerate(CERTIFICATES)}
-    n, each = config["recipe"]["tasks"], config["recipe"]["demos"] + config["recipe"]["queries"]
+    n, each = described["dataset"]["tasks"], described["dataset"]["demos"] + described["dataset"]["queries"]
     means = {f"mean_{k}": sum(record["sums"][k] for record in shards) / n for k in shards[0]["sums"]}
     totals = {"tasks": n, "episodes": n * each, "steps": sum(steps.values()), "certificates": steps} | means
-    return sealed({"config": config, "versions": versions, "totals": totals, "shards": records})
+    return with_checksum({"config": described, "versions": versions, "totals": totals, "shards": records})
 
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def _settle(path: Path, content: str) -> None:
-    """Written where it is not there already: a finished dataset may lie where nothing can be written."""
+def _write_changed(path: Path, content: str) -> None:
+    """Write a file unless it has this content already: a finished dataset may be in a place that is not writable."""
     if not path.is_file() or path.read_bytes() != content.encode():
         files.write_atomic(path, content)

@@ -19,15 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from lindm import datasets
-from lindm.datasets import DatasetConfig
+from lindm.choices import Rewards
+from lindm.datasets import Dataset, DatasetConfig, make_dataset, text_format
 from lindm.errors import DataError, UsageError
 from lindm.evaluation import policies
 from lindm.evaluation.losses import Played, Policy, double_precision, play_all, quality, tabled, world
 from lindm.evaluation.policies import Answers, Tasks
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
-from lindm.llm.sft.options import Rewards
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
 from lindm.solvers.solve import BUDGET
@@ -95,12 +94,11 @@ def compare(
     if told and not any(":" in name for name in names):
         raise ValueError(f"{next(iter(told))} must be left out without a language model; got {next(iter(told.values()))!r}")
     with double_precision():
-        datasets.make(data, source, recipe, progress=tell)
-        loaded = list(datasets.load(data))
-        problems = [datasets.problem_of(task) for task, _ in (loaded if isinstance(law, Suite) else loaded[:1])]
-    problems = problems if isinstance(law, Suite) else problems * len(loaded)
-    everything = frozenset({"state", "model", "observation", "reward"})
-    demos = [_demonstrations(rows, everything) for _, rows in loaded]
+        make_dataset(data, source, recipe, progress=tell)
+        dataset = Dataset(data)
+        dataset.load()
+        problems = dataset.problems()
+    demos = [[episode.steps() for episode in task.demonstrations] for task in dataset]
     tasks = Tasks(problems=problems, demonstrations=demos, source=law, recipe=recipe)
     worlds = {False: policies.once_each(problems, world)}
     found, limits = [], {"episodes": episodes, "listed": listed}
@@ -108,7 +106,7 @@ def compare(
         kind, _, path = name.partition(":")
         begun, asked = time.perf_counter(), [0]
         if path:
-            reader, answers, shown = _language_model(kind, Path(path), data, loaded, told)
+            reader, answers, shown = _language_model(kind, Path(path), dataset, told)
             if shown not in worlds:
                 worlds[shown] = policies.once_each(problems, lambda problem, shown=shown: world(problem, shown))
             played = _asked(worlds[shown], answers, asked, recipe.seed, AT_ONCE, **limits)
@@ -180,11 +178,6 @@ def _asked(
     return play_all(worlds, answers.given, counting, episodes=episodes, seed=seed, listed=listed, at_once=at_once)
 
 
-def _demonstrations(rows: Sequence[dict], shown: frozenset[str]) -> Any:
-    demos = [row for row in rows if row["role"] == "demo"]
-    return datasets.document(demos, rows[-1], shown).demonstrations
-
-
 # --- language models -------------------------------------------------------------------------------------------------------
 
 
@@ -192,9 +185,7 @@ def _model(kind: str, path: Path) -> Path:
     return path / "model" if kind == "sft" else path
 
 
-def _language_model(
-    kind: str, path: Path, data: Path, loaded: Sequence[tuple[dict, list[dict]]], told: Mapping[str, Any]
-) -> tuple[Any, Answers, bool]:
+def _language_model(kind: str, path: Path, dataset: Dataset, told: Mapping[str, Any]) -> tuple[Any, Answers, bool]:
     """The reader of a model, its policy, and whether it is told rewards; `told` goes before what it was trained with."""
     import jax
     import jax.numpy as jnp
@@ -202,25 +193,21 @@ def _language_model(
     from lindm.llm.io import weights
     from lindm.llm.parallel.sharding import make_mesh
     from lindm.llm.policy import Reader
-    from lindm.llm.sft import examples, setup
     from lindm.llm.tokens import load_tokenizer
 
     options = json.loads((path / "config.json").read_text())["options"] if kind == "sft" else {}
     options |= told
-    manifest = datasets.read_manifest(data)
-    rewards = setup.rewards_told(options.get("rewards", "auto"), manifest)
-    how = datasets.telling(data, manifest, examples.template_of(options.get("template")), rewards, options.get("names", False))
+    text = text_format(dataset, options.get("template"), options.get("rewards", "auto"), options.get("names", False))
     directory, device = _model(kind, path), jax.devices()[:1]
     dtype = jnp.float32 if device[0].platform == "cpu" else jnp.bfloat16
     model = weights.load(directory, mesh=make_mesh({"fsdp": 1}, device))
-    task = loaded[0][0]
-    reader = Reader(model, load_tokenizer(directory), how.template, task["n_actions"], dtype)
-    demonstrations = [_demonstrations(rows, how.shown) for _, rows in loaded]
+    reader = Reader(model, load_tokenizer(directory), text.template, dataset.num_actions, dtype)
+    demonstrations = [text.demonstrations(task) for task in dataset]
     if (needed := reader.longest(demonstrations)) > (room := model.config.max_position_embeddings):
         raise DataError(
             f"policy {kind}:{path}: texts must have at most the {room} tokens of the model; the longest has about {needed}"
         )
-    return reader, Answers(demonstrations, lambda some: reader.policy(some, task["horizon"])), "reward" in how.shown
+    return reader, Answers(demonstrations, lambda some: reader.policy(some, dataset.horizon)), text.shows_rewards
 
 
 def _held_out(run: Path, source: Suite | Source, recipe: DatasetConfig) -> None:
@@ -229,8 +216,7 @@ def _held_out(run: Path, source: Suite | Source, recipe: DatasetConfig) -> None:
     trained = Path(config["data"])
     if not (trained / "manifest.json").is_file():
         return  # a file, or no longer there: nothing to compare with
-    made = datasets.read_manifest(trained)["config"]
-    law = made["source"].get("suite")  # of one problem, there is no other task
-    same = isinstance(source, Suite) and law == json.loads(json.dumps(asdict(source)))
-    if same and made["recipe"]["seed"] == recipe.seed:
+    dataset = Dataset(trained)
+    same = isinstance(source, Suite) and dataset.suite == json.loads(json.dumps(asdict(source)))
+    if same and dataset.config.seed == recipe.seed:
         raise UsageError(f"seed must not be {recipe.seed}: {run} was trained on these tasks ({trained})")

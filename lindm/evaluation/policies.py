@@ -179,10 +179,10 @@ def layer(tasks: Tasks) -> list[np.ndarray]:
     where training of the layer ends (`lindm.icl.prompts`, `theory/notes`): A = E[Q* S'] E[S S']^-1, pseudo-inverse where a pair
     never occurs.
     """
-    drawing = TaskGenerator(
+    generator = TaskGenerator(
         tasks.source, DatasetConfig(tasks=TASKS, demos=tasks.recipe.demos, behavior=tasks.recipe.behavior, seed=SEED)
     )
-    problems, _, (episodes, _) = drawing.draw(0, TASKS, lambda done: None)
+    problems, _, episodes, _ = generator.generate(0, TASKS)
     if not isinstance(problems, MDP):
         raise ValueError("policy layer needs tasks that differ; got a source whose every task is the same problem")
     _, H, S, A = problems.r.shape

@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lindm.datasets import symbol
 from lindm.errors import DataError, LindmError
 from lindm.text import Piece, Template
 
@@ -119,7 +118,7 @@ def action_tokens(tokenizer: Tokenizer, template: Template, A: int) -> tuple[tup
       ValueError: the template has fewer symbols.
       LindmError: the tokens of one symbol are those of another, or their beginning, so a decision could not be read off (3).
     """
-    symbols = [symbol(template, a) for a in range(A)]
+    symbols = [template.action_symbol(a) for a in range(A)]
     tokens = tuple(tuple(ids) for ids in encode(tokenizer, symbols))
     order = sorted(range(A), key=lambda a: tokens[a])
     for a, b in itertools.pairwise(order):  # a beginning sorts just before one of its continuations

@@ -92,6 +92,10 @@ class Template:
         grammar = Grammar(self.name, self.opening, self.episode, self.step, self.closing, symbols)
         object.__setattr__(self, "grammar", grammar)
 
+    def action_symbol(self, action: int) -> str:
+        """How an action is written; ValueError for an index without a symbol."""
+        return self.grammar.spell("action", action, "query[0]")
+
 
 def render(document: Document, template: Template) -> tuple[Piece, ...]:
     """The pieces of a document, none of them empty; those of a history begin those of each of its continuations.
@@ -187,3 +191,10 @@ def _line(source: str, error: Exception) -> int:
 
 
 COMPACT, READABLE = (load_template(Path(__file__).parents[1] / "templates" / f"{name}.json") for name in ("compact", "readable"))
+
+
+def find_template(template: str | Template | None) -> Template | None:
+    """A template by its name (compact or readable) or by the path of its file; DataError where the file holds none."""
+    if isinstance(template, str):
+        return {"compact": COMPACT, "readable": READABLE}.get(template) or load_template(template)
+    return template

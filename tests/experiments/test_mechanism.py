@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,13 +57,13 @@ def test_the_tiger_is_the_tiger_of_the_file():
 def test_a_belief_is_the_conditional_law_over_all_paths():
     problem = mechanism.tiger(4)
     P, O, rho = problem.P[0], problem.O[0], problem.rho
-    row = {"action": [0, 0, 1, 0], "observation": [1, 1, 0, 1]}
+    row = SimpleNamespace(action=[0, 0, 1, 0], observation=[1, 1, 0, 1])
     for t, belief in enumerate(mechanism.beliefs(problem, [row])[0]):
         mass = np.zeros(2)
         for path in product(range(2), repeat=t + 1):
             p = rho[path[0]]
             for i in range(t):
-                a, o = row["action"][i], row["observation"][i]
+                a, o = row.action[i], row.observation[i]
                 p *= P[path[i], a, path[i + 1]] * O[a, path[i + 1], o]
             mass[path[-1]] += p
         np.testing.assert_allclose(belief, mass / mass.sum(), rtol=1e-12)

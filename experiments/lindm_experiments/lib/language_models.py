@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from lindm import datasets
-from lindm.datasets import DatasetConfig
+from lindm.datasets import DatasetConfig, make_dataset
 from lindm.errors import DataError
 from lindm.evaluation.losses import double_precision
 from lindm.families.suites import Suite, suite
@@ -43,7 +42,7 @@ def law(name: str, horizon: int, split: str = "id") -> Suite:
 
 def make(data: Path, source: Suite, recipe: DatasetConfig) -> Path:
     with double_precision():
-        datasets.make(data, source, recipe)
+        make_dataset(data, source, recipe)
     return data
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from lindm import datasets
+from lindm.datasets import Dataset, Episode, TextFormat
 from lindm.llm.config import read_model_config
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
@@ -30,17 +30,18 @@ class Asked(NamedTuple):
     documents: list[Document]
     labels: list[list[list[int]]]  # of each document, episode by episode, the query last
     Q: np.ndarray  # [n, H, A]
-    rows: list[dict]  # the queries
+    rows: list[Episode]  # the queries
 
 
 def read(data: Path, shown: frozenset[str]) -> Asked:
     documents, labels, queries = [], [], []
-    for _, episodes in datasets.load(data):
-        demos, query = [row for row in episodes if row["role"] == "demo"], episodes[-1]
-        documents.append(datasets.document(demos, query, shown))
-        labels.append([row["label"] for row in (*demos, query)])
+    text = TextFormat(COMPACT, shown)
+    for task in Dataset(data):
+        query = task.queries[-1]
+        documents.append(text.document(task, query))
+        labels.append([episode.label for episode in (*task.demonstrations, query)])
         queries.append(query)
-    return Asked(documents, labels, np.array([row["Q"] for row in queries]), queries)
+    return Asked(documents, labels, np.array([episode.Q for episode in queries]), queries)
 
 
 class Reader:

@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.datasets import problem_of
 from lindm.evaluation.losses import Asked, Played, Policy, double_precision, play_all, quality, vote, world
 from lindm.io import signals
 from lindm.llm.config import ModelConfig
@@ -41,8 +40,8 @@ class Evaluator:
         self.baseline: dict[str, float] | None = None
         if prepared.decisions is not None:
             with double_precision():
-                problems = [problem_of(task) for task in prepared.decisions.tasks]
-            self.worlds = [world(problem, prepared.decisions.rewards) for problem in problems]
+                problems = [task.problem() for task in prepared.decisions.tasks]
+            self.worlds = [world(problem, prepared.decisions.text.shows_rewards) for problem in problems]
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         """loss and accuracy of the held-out labels; gap, its interval, and what belongs to it, if decisions are measured."""
@@ -71,8 +70,8 @@ class Evaluator:
     def _decide(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         p = self.prepared
         assert p.decisions is not None
-        A, horizon = p.decisions.tasks[0]["n_actions"], p.decisions.tasks[0]["horizon"]
-        reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.template, A, p.compute.dtype)
+        A, horizon = p.decisions.tasks[0].num_actions, p.decisions.tasks[0].horizon
+        reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.text.template, A, p.compute.dtype)
 
         def policy(demonstrations: Any) -> Policy:
             answer = reader.policy(demonstrations, horizon)

@@ -13,57 +13,60 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lindm import datasets
+from lindm.choices import Rewards
+from lindm.datasets import Dataset, TextFormat, is_dataset, text_format
 from lindm.errors import DataError
 from lindm.llm.chats import chat_example
 from lindm.llm.sft.packing import philox_permutation
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, completion_example, document_example
-from lindm.text import COMPACT, READABLE, Piece, Template, load_template, render
+from lindm.text import Template
 
-SHIPPED = {"compact": COMPACT, "readable": READABLE}
 ACCEPTED = 'a directory of `lindm data make`, or a .jsonl file with rows {"prompt", "completion"} or {"messages"}'
 # keys of a row by which other trainers change what a chat template writes
 UNUSED = ("tools", "documents", "chat_template_kwargs", "images")
 HOLDING_OUT = 2**64 - 1  # the number of a permutation that is no epoch's
 
-Progress = Callable[[int, int], None] | None
+Progress = Callable[[int, int], None]
 
 
 def examples(
-    data: Path,
+    data: Path | Dataset,
     tokenizer: Tokenizer,
     *,
     template: str | Template | None = None,
-    rewards: bool = True,
+    rewards: Rewards = "auto",
     names: bool = False,
     supervise: str = "all",
     first: int | None = None,
     last: int | None = None,
     length: int | None = None,
-    progress: Progress = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Example]:
     """All examples of `data`, in order; each has its task, or its row, as its group.
 
     Args:
-      template: compact, readable, or the path of one [default: compact, readable with names]; rewards, names: whether documents
-        tell rewards, and the problem's own names. These and `supervise` (of `document_example`) are for datasets alone.
+      template, rewards, names: of a dataset, as in `lindm.datasets.text_format`.
+      supervise: of a dataset, as in `document_example`.
       first, last: tasks, or rows, from `first` on and before `last`, counted from 0 [default: all].
       length: tokens that an example may have [default: any number].
       progress: hears (done, total) of tasks or rows.
 
     Raises:
       ValueError: data of another kind, an option that they have no use for, no example between first and last, and the errors
-        of `lindm.datasets.export`.
+        of `lindm.datasets.text_format`.
       LindmError: bad data (3), naming the file and the line, or the task and the query: not JSON, a missing key, a wrong type,
         nothing to train on, too long, or what the tokenizer cannot write.
     """
     for name, n, least in (("first", first, 0), ("last", last, 1), ("length", length, 1)):
         if n is not None and n < least:
             raise ValueError(f"{name} must be at least {least}; got {n}")
-    if data.is_dir() and any((data / name).exists() for name in ("config.json", "manifest.json")):
-        found = _documents(data, tokenizer, template_of(template), rewards, names, supervise, (first, last), progress)
+    if not isinstance(data, Dataset) and is_dataset(data):
+        data = Dataset(data)
+    if isinstance(data, Dataset):
+        text = text_format(data, template, rewards, names)
+        found = _dataset_examples(data, tokenizer, text, supervise, (first, last), progress)
     elif data.is_file() and data.suffix == ".jsonl":
-        of_datasets = {"template": template, "rewards": None if rewards else rewards, "names": names or None}
+        of_datasets = {"template": template, "rewards": rewards if rewards == "hidden" else None, "names": names or None}
         of_datasets["supervise"] = None if supervise == "all" else supervise
         for option, got in of_datasets.items():
             if got is not None:
@@ -115,44 +118,25 @@ def _between(bounds: tuple[int | None, int | None], n: int, what: str) -> range:
 # --- datasets -----------------------------------------------------------------------------------------------------------------
 
 
-def template_of(template: str | Template | None) -> Template | None:
-    """A template by its name or its path; DataError where the file holds none."""
-    return (SHIPPED.get(template) or load_template(template)) if isinstance(template, str) else template
-
-
-def _documents(
-    directory: Path,
+def _dataset_examples(
+    dataset: Dataset,
     tokenizer: Tokenizer,
-    template: Template | None,
-    rewards: bool,
-    names: bool,
+    text: TextFormat,
     supervise: str,
     bounds: tuple[int | None, int | None],
     progress: Progress,
 ) -> Iterator[Example]:
-    manifest = datasets.read_manifest(directory)
-    how = datasets.telling(directory, manifest, template, rewards, names)
-    actions = action_tokens(tokenizer, how.template, manifest["config"]["source"]["sizes"]["n_actions"])
-    for task, query, pieces, labels in documents(directory, how, bounds, progress):
-        yield document_example(tokenizer, pieces, labels, actions, supervise, f"{directory}: task {task}, query {query}", task)
-
-
-def documents(
-    directory: Path, how: datasets.Telling, bounds: tuple[int | None, int | None] = (None, None), progress: Progress = None
-) -> Iterator[tuple[int, int, tuple[Piece, ...], list[list[int]]]]:
-    """Task, query, pieces and labels [episode][step] of every document of a dataset, those of the query last."""
-    tasks = _between(bounds, datasets.read_manifest(directory)["config"]["recipe"]["tasks"], "tasks")
-    for i, (_, episodes) in enumerate(datasets.load(directory)):
-        if i not in tasks:
+    actions = action_tokens(tokenizer, text.template, dataset.num_actions)
+    numbers = _between(bounds, len(dataset), "tasks")
+    for i, task in enumerate(dataset):
+        if i not in numbers:
             continue
-        if progress:
-            progress(i - tasks.start, len(tasks))
-        demos, queries = ([row for row in episodes if row["role"] == role] for role in ("demo", "query"))
-        for q, query in enumerate(queries):
-            pieces = render(datasets.document(demos, query, how.shown), how.template)
-            yield i, q, pieces, [row["label"] for row in (*demos, query)]
-    if progress:
-        progress(len(tasks), len(tasks))
+        progress(i - numbers.start, len(numbers))
+        for q, query in enumerate(task.queries):
+            labels = [episode.label for episode in (*task.demonstrations, query)]
+            source = f"{dataset.directory}: task {i}, query {q}"
+            yield document_example(tokenizer, text.pieces(task, query), labels, actions, supervise, source, i)
+    progress(len(numbers), len(numbers))
 
 
 # --- files --------------------------------------------------------------------------------------------------------------------
@@ -167,12 +151,10 @@ def _rows(path: Path, tokenizer: Tokenizer, bounds: tuple[int | None, int | None
         raise DataError(f"{path} has no rows")
     rows = _between(bounds, len(lines), "rows")
     for i in rows:
-        if progress:
-            progress(i - rows.start, len(rows))
+        progress(i - rows.start, len(rows))
         number, line = lines[i]
         yield _of_row(tokenizer, line, f"{path}:{number}", i)
-    if progress:
-        progress(len(rows), len(rows))
+    progress(len(rows), len(rows))
 
 
 def _of_row(tokenizer: Tokenizer, line: bytes, source: str, group: int) -> Example:

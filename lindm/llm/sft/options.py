@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.choices import check_choices
+from lindm.choices import Rewards, check_choices
 from lindm.llm.config import BaseFormat, Remat
 
 Method = Literal["full", "lora", "qlora"]
-Rewards = Literal["auto", "shown", "hidden"]
 Supervise = Literal["all", "query"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them
 CHANGEABLE_ON_RESUME = {

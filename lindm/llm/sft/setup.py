@@ -6,7 +6,7 @@ alone; so they are the same in every process and in every resumed run.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm import datasets
+from lindm.datasets import Dataset, Task, TextFormat, documents, text_format
 from lindm.errors import DataError
-from lindm.io import files, progress
+from lindm.io import files
+from lindm.io.progress import progress_bar
 from lindm.llm.config import ModelConfig, read_model_config
 from lindm.llm.io import weights
 from lindm.llm.lora import add_lora
@@ -31,7 +32,7 @@ from lindm.llm.sft.optimizer import OptimizerConfig
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import Example, Tokenizer, load_tokenizer
 from lindm.llm.train_tokenizer import small_tokenizer
-from lindm.text import Step, Template
+from lindm.text import Step
 
 PASSES = 3  # over the data, where no number of steps is given
 TINY = ModelConfig(  # 1.4 million weights
@@ -56,10 +57,13 @@ TINY_RATE = 1e-3
 class Decisions:
     """Held-out tasks on which the model's decisions are measured."""
 
-    tasks: list[dict]  # rows of `datasets.load`
-    demonstrations: list[tuple[tuple[Step, ...], ...]]
-    template: Template
-    rewards: bool
+    tasks: list[Task]
+    text: TextFormat
+
+    @property
+    def demonstrations(self) -> list[tuple[tuple[Step, ...], ...]]:
+        """Of each task, as the texts show them."""
+        return [self.text.demonstrations(task) for task in self.tasks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +89,12 @@ def prepare(options: SFTConfig) -> Prepared:
       ValueError: an option that does not fit the data, the model or the machine.
       LindmError: bad data (3), with file and line.
     """
-    how = _telling(options)
-    data = options.data
+    data = {"data": _open(options.data)}
+    if options.eval_data is not None:
+        data["eval_data"] = _open(options.eval_data)
+    text = _text_format(options, data["data"])
     if options.preset == "tiny":
-        tokenizer, model_config = _own_vocabulary(options, how), TINY
+        tokenizer, model_config = _own_vocabulary(data["data"], text), TINY
         model_config = replace(model_config, vocab_size=len(tokenizer))
     else:
         assert options.model is not None
@@ -101,11 +107,11 @@ def prepare(options: SFTConfig) -> Prepared:
     length = min(options.seq or model_config.max_position_embeddings, model_config.max_position_embeddings)
     if options.seq is not None and options.seq > model_config.max_position_embeddings:
         raise ValueError(f"seq must be at most the {model_config.max_position_embeddings} tokens of the model; got {options.seq}")
-    every = _examples(options, data, tokenizer, how, length)
-    if options.eval_data is not None:
-        train, held = every, _examples(options, options.eval_data, tokenizer, _telling(options, options.eval_data), length)
+    train = _examples(options, data["data"], tokenizer, length)
+    if "eval_data" in data:
+        held = _examples(options, data["eval_data"], tokenizer, length)
     else:
-        train, held = records.held_out(every, options.held_out, options.seed)
+        train, held = records.held_out(train, options.held_out, options.seed)
     room = options.seq or max(len(e.ids) for e in (*train, *held))
     train_rows, held_rows = (_rows(part, room, options.pack) for part in (train, held))
     T, L = packing.batch_shape([*train_rows, *held_rows], options.seq)
@@ -134,8 +140,8 @@ def prepare(options: SFTConfig) -> Prepared:
             weight_decay=options.weight_decay,
             clip=options.clip,
         ),
-        decisions=_decisions(options, how, held),
-        inputs=_inputs(options),
+        decisions=_decisions(options, data.get("eval_data", data["data"]), text, held),
+        inputs=_inputs(options, data),
     )
 
 
@@ -147,58 +153,56 @@ def _rows(examples: Sequence[Example], room: int, pack: bool) -> list[list[Examp
 # --- data ------------------------------------------------------------------------------------------------------------------
 
 
-def _telling(options: SFTConfig, data: Path | None = None) -> datasets.Telling | None:
+def _open(path: Path) -> Dataset | Path:
+    """A dataset with all its tasks in memory, so that its files are read once; any other path as it is."""
+    if not path.is_dir():
+        return path
+    dataset = Dataset(path)
+    with _progress("reading") as progress:
+        dataset.load(progress)
+    return dataset
+
+
+def _progress(name: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    if jax.process_index() == 0:
+        return progress_bar(name)
+    return contextlib.nullcontext(lambda done, total: None)
+
+
+def _text_format(options: SFTConfig, data: Dataset | Path) -> TextFormat | None:
     """How a dataset's episodes become text; None for a file, which has texts of its own."""
-    data = data or options.data
-    if not data.is_dir():
+    if not isinstance(data, Dataset):
         return None
-    manifest = datasets.read_manifest(data)
-    template = records.template_of(options.template)
-    return datasets.telling(data, manifest, template, rewards_told(options.rewards, manifest), options.names)
+    return text_format(data, options.template, options.rewards, options.names)
 
 
-def rewards_told(word: str, manifest: dict) -> bool:
-    """Whether texts of a dataset tell the rewards: shown, hidden, or auto, where the state is seen."""
-    return word == "shown" or (word == "auto" and manifest["config"]["source"]["sizes"]["kind"] == "mdp")
+def _examples(options: SFTConfig, data: Dataset | Path, tokenizer: Tokenizer, length: int) -> list[Example]:
+    """All examples; options that do not apply to a file raise an error."""
+    text = {"template": options.template, "rewards": options.rewards, "names": options.names}
+    with _progress("tokenizing") as progress:
+        return records.examples(data, tokenizer, **text, supervise=options.supervise, length=length, progress=progress)
 
 
-def _examples(options: SFTConfig, data: Path, tokenizer: Tokenizer, how: datasets.Telling | None, length: int) -> list[Example]:
-    """Of a file, whatever options it has no use for are refused there."""
-    rewards = options.rewards != "hidden" if how is None else rewards_told(options.rewards, datasets.read_manifest(data))
-    told = {"template": options.template, "rewards": rewards, "names": options.names, "supervise": options.supervise}
-    with progress.progress_bar("reading") if jax.process_index() == 0 else contextlib.nullcontext() as tell:
-        return records.examples(data, tokenizer, **told, length=length, progress=tell)
-
-
-def _own_vocabulary(options: SFTConfig, how: datasets.Telling | None) -> Tokenizer:
+def _own_vocabulary(data: Dataset | Path, text: TextFormat | None) -> Tokenizer:
     """A small tokenizer for the texts of a dataset."""
-    if how is None:
-        raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {options.data}")
-    every = records.documents(options.data, how)
-    return small_tokenizer((piece.text for _, _, pieces, _ in every for piece in pieces), TINY.vocab_size)
+    if not isinstance(data, Dataset) or text is None:
+        raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {data}")
+    return small_tokenizer((piece.text for _, _, pieces in documents(data, text) for piece in pieces), TINY.vocab_size)
 
 
-def _decisions(options: SFTConfig, how: datasets.Telling | None, held: Sequence[Example]) -> Decisions | None:
+def _decisions(options: SFTConfig, data: Dataset | Path, text: TextFormat | None, held: Sequence[Example]) -> Decisions | None:
     """The first held-out tasks of a dataset, if decisions are to be measured."""
-    if how is None or not options.eval_tasks or not held:
+    if not isinstance(data, Dataset) or text is None or not options.eval_tasks or not held:
         return None
     wanted = set(sorted({e.group for e in held})[: options.eval_tasks])
-    tasks, demonstrations = [], []
-    for i, (task, episodes) in enumerate(datasets.load(options.eval_data or options.data)):
-        if i in wanted:
-            demos = [row for row in episodes if row["role"] == "demo"]
-            query = next(row for row in episodes if row["role"] == "query")
-            tasks.append(task)
-            demonstrations.append(datasets.document(demos, query, how.shown).demonstrations)
-    return Decisions(tasks=tasks, demonstrations=demonstrations, template=how.template, rewards="reward" in how.shown)
+    return Decisions(tasks=[task for i, task in enumerate(data) if i in wanted], text=text)
 
 
-def _inputs(options: SFTConfig) -> dict[str, Any]:
-    """SHA-256 of what goes in."""
-    found: dict[str, Any] = {}
-    for name, path in (("data", options.data), ("eval_data", options.eval_data)):
-        if path is not None:
-            found[name] = datasets.read_manifest(path)["seal"] if path.is_dir() else files.sha256(path)
+def _inputs(options: SFTConfig, data: dict[str, Dataset | Path]) -> dict[str, Any]:
+    """SHA-256 of the input files."""
+    found: dict[str, Any] = {
+        name: each.checksum if isinstance(each, Dataset) else files.sha256(each) for name, each in data.items()
+    }
     if options.model is not None:
         inside = sorted(p for p in options.model.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
         found["model"] = {p.name: files.sha256(p) for p in inside}

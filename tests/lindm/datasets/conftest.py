@@ -22,8 +22,8 @@ def fixed_mdp() -> Source:
     return Source(problem=problem, states=("left", "middle", "right"), actions=("wait", "go", "turn"))
 
 
-def recipe(**changes) -> DatasetConfig:
-    return DatasetConfig(**{"tasks": 10, "demos": 4, "queries": 2, "shard": 4} | changes)
+def config(**changes) -> DatasetConfig:
+    return DatasetConfig(**{"tasks": 10, "demos": 4, "queries": 2, "shard_size": 4} | changes)
 
 
 class Datasets:
@@ -35,7 +35,7 @@ class Datasets:
         self.sources = {"suite": SUITE, "mdp": fixed_mdp(), "cloud": self.brute.problem()}
 
     def _made(self, name):
-        datasets.make(self.root / name, self.sources[name], recipe(query_epsilon=0.5))
+        datasets.make_dataset(self.root / name, self.sources[name], config(query_epsilon=0.5))
         return self.root / name
 
     @cached_property

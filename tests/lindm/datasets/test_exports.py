@@ -7,17 +7,19 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.datasets import export, exports, load, make, named
+from lindm.datasets import Dataset, Episode, export, exports, make_dataset
+from lindm.datasets.text import with_names
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
 from lindm.families.registry import Source
-from lindm.text import COMPACT, READABLE, Template, parse
+from lindm.text import COMPACT, READABLE, Document, Template, parse, render
 from lindm.types import MDP
-from tests.lindm.datasets.conftest import recipe
+from tests.lindm.datasets.conftest import config
 
 
 def lines(path):
@@ -25,16 +27,15 @@ def lines(path):
 
 
 def queries(directory):
-    for task, rows in load(directory):
-        demos = [row for row in rows if row["role"] == "demo"]
-        yield from ((task, demos, row) for row in rows if row["role"] == "query")
+    for task in Dataset(directory):
+        yield from ((task, task.demonstrations, query) for query in task.queries)
 
 
 def shown(row, steps, cloud):
     """What the first steps of an episode look like in a document; of a hidden state's rewards only demonstrations tell."""
     keys = {"model": "model", "observation": "observation"} if cloud else {"state": "state"}
-    keys |= {"action": "action"} | ({} if cloud and row["role"] == "query" else {"reward": "reward"})
-    return [{k: row[c][t] for k, c in keys.items()} for t in range(steps)]
+    keys |= {"action": "action"} | ({} if cloud and row.role == "query" else {"reward": "reward"})
+    return [{k: getattr(row, c)[t] for k, c in keys.items()} for t in range(steps)]
 
 
 def told(steps):
@@ -50,14 +51,14 @@ def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is
     assert paths == [tmp_path / "prompt_completion.jsonl", tmp_path / "messages.jsonl"]
     rows = iter(lines(paths[0]))
     for _, demos, query in queries(directory):
-        for t, label in enumerate(query["label"]):
+        for t, label in enumerate(query.label):
             row = next(rows)
             assert set(row) == {"prompt", "completion"}
             asked, answered = parse(row["prompt"], template), parse(row["prompt"] + row["completion"] + end, template)
-            assert [told(episode) for episode in asked.demonstrations] == [shown(d, len(d["action"]), cloud) for d in demos]
+            assert [told(episode) for episode in asked.demonstrations] == [shown(d, len(d.action), cloud) for d in demos]
             *history, last = asked.query
             assert told(history) == shown(query, t, cloud)
-            assert last.action is None and last.state == (None if cloud else query["state"][t])
+            assert last.action is None and last.state == (None if cloud else query.state[t])
             assert answered.query[-1] == replace(last, action=label)
     assert next(rows, None) is None
 
@@ -66,7 +67,7 @@ def test_a_conversation_says_what_happened_and_its_answers_are_the_labels(made, 
     _, path = export(made.mdp, "trl", tmp_path)
     rows, deviations = iter(lines(path)), 0
     for _, demos, query in queries(made.mdp):
-        labels, length = list(query["label"]), 0
+        labels, length = list(query.label), 0
         while labels:
             system, *turns = next(rows)["messages"]
             assert system == {"role": "system", "content": exports.SYSTEM}
@@ -78,22 +79,22 @@ def test_a_conversation_says_what_happened_and_its_answers_are_the_labels(made, 
             assert len(document.demonstrations) == len(demos)
             *history, last = document.query
             assert told(history) == shown(query, length - 1, False)
-            assert last.action == query["label"][length - 1] and last.state == query["state"][length - 1]
+            assert last.action == query.label[length - 1] and last.state == query.state[length - 1]
             answers = ["ABC".index(turn["content"]) for turn in turns[1::2]]
             assert answers == [labels.pop(0) for _ in answers]
             if labels:
-                assert query["action"][length - 1] != last.action
+                assert query.action[length - 1] != last.action
                 deviations += 1
     assert next(rows, None) is None and deviations > 5
 
 
 def test_the_oracles_own_query_is_one_conversation(made, tmp_path):
-    row = {"action": [0, 1, 1], "label": [0, 1, 1], "reward": [0.5, 1.0, 2.0], "state": [0, 1, 2], "role": "query"}
-    pieces = exports.render(exports.Document((), exports._steps(row, {"state", "action", "reward"})), COMPACT)
+    row = episode(action=[0, 1, 1], label=[0, 1, 1], reward=[0.5, 1.0, 2.0], state=[0, 1, 2])
+    pieces = render(Document((), row.steps()), COMPACT)
     (turns,) = exports._conversations(pieces, 0, row)
     assert turns == ["#\n0", 0, ":0.5\n1", 1, ":1.0\n2", 1]
-    row["action"] = [0, 0, 1]
-    pieces = exports.render(exports.Document((), exports._steps(row, {"state", "action", "reward"})), COMPACT)
+    row = replace(row, action=[0, 0, 1])
+    pieces = render(Document((), row.steps()), COMPACT)
     first, second = exports._conversations(pieces, 0, row)
     assert first == ["#\n0", 0, ":0.5\n1", 1] and second == ["#\n0 A:0.5\n1 A:1.0\n2", 1]
 
@@ -104,12 +105,12 @@ def test_a_hidden_state_is_in_no_text(made, tmp_path):
 
 
 def test_rewards_names_and_the_system_message_are_options(made, tmp_path):
-    paths = export(made.mdp, "trl", tmp_path, template=READABLE, rewards=False, names=True, system="")
+    paths = export(made.mdp, "trl", tmp_path, template=READABLE, rewards="hidden", names=True, system="")
     text = paths[0].read_text()
     assert "reward" not in text and {row["completion"] for row in lines(paths[0])} <= {" wait", " go", " turn"}
     assert set(re.findall(r"The state is (\w+)", text)) == {"left", "middle", "right"}
     assert all(row["messages"][0]["role"] == "user" for row in lines(paths[1]))
-    template = named(READABLE, {"states": ["left", "middle", "right"], "actions": ["wait", "go", "turn"]})
+    template = with_names(READABLE, {"states": ["left", "middle", "right"], "actions": ["wait", "go", "turn"]})
     assert parse(lines(paths[0])[0]["prompt"], template).demonstrations
 
 
@@ -136,7 +137,7 @@ def many(actions, **names):
 
 def test_a_problem_with_more_actions_than_symbols_is_refused_before_anything_is_written(tmp_path):
     directory = tmp_path / "many"
-    make(directory, many(30), recipe(tasks=1))
+    make_dataset(directory, many(30), config(tasks=1))
     for template in (None, READABLE):
         told = rf"template '{template.name if template else 'compact'}' has 26 action symbols and the dataset 30 actions; "
         with pytest.raises(ValueError, match=f"^{told}use a template of your own$"):
@@ -158,16 +159,16 @@ def test_names_are_told_in_whole_words(made, tmp_path):
 def test_names_that_can_be_read_in_two_ways_are_refused_with_what_to_do(tmp_path):
     names = {"actions": ["up", "up:1.0"]}
     with pytest.raises(ValueError, match=r"^with names .* is ambiguous: .*; try another template, such as readable$"):
-        named(COMPACT, names)
-    assert named(READABLE, names).actions == (" up", " up:1.0")
+        with_names(COMPACT, names)
+    assert with_names(READABLE, names).actions == (" up", " up:1.0")
     with pytest.raises(ValueError, match=r"'readable' is ambiguous: .*; try a template of your own$"):
-        named(READABLE, {"actions": ["up", "up.\nThe decision is up"]})
+        with_names(READABLE, {"actions": ["up", "up.\nThe decision is up"]})
 
 
 def test_options_without_use_are_refused(made, tmp_path):
     for option, told in (
         ({"names": True}, "names must be left out for minari, which has no text; got True"),
-        ({"rewards": False}, "rewards must be True for minari, which has no text to leave them out of; got False"),
+        ({"rewards": "hidden"}, "rewards must be left out for minari, which has no text; got 'hidden'"),
         ({"template": READABLE}, "template must be left out for minari, which has no text; got 'readable'"),
         ({"system": ""}, "system must be left out for minari, which has no text; got ''"),
     ):
@@ -236,7 +237,7 @@ def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, func
 
 def test_nothing_is_replaced_and_nothing_is_left_half_done(made, tmp_path):
     (tmp_path / "messages.jsonl").write_text("mine")
-    with pytest.raises(LindmError, match=r"messages\.jsonl is there already") as e:
+    with pytest.raises(LindmError, match=r"messages\.jsonl already exists") as e:
         export(made.mdp, "trl", tmp_path)
     assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == ["messages.jsonl"]
     with pytest.raises(LindmError, match="cannot write") as e:
@@ -268,23 +269,23 @@ def test_minari_loads_every_episode(made, tmp_path, monkeypatch, name):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     dataset = minari.load_dataset(path.name)
     assert path.name == ("lindm-mdp-4-v0" if name == "mdp" else "lindm-apomdp-3-v0")
-    expected = [(task, row) for task, rows in load(directory) for row in rows]
+    expected = [(task, row) for task in Dataset(directory) for row in task.episodes]
     assert dataset.total_episodes == len(expected) == 60
     assert dataset.action_space.n == (3 if name == "mdp" else 2) and dataset.observation_space.n == (4 if name == "mdp" else 5)
     facts = list(dataset.storage.get_episode_metadata(range(60)))
     for (task, row), episode, fact in zip(expected, dataset, facts, strict=True):
-        H = len(row["action"])
-        assert fact["options"] == {"task": task["task"], "role": row["role"]}
-        pairs = zip(row.get("model", ()), row.get("observation", ()), strict=True)
-        seen = [*row["state"], 3] if name == "mdp" else [4, *(2 * m + o for m, o in pairs)]
+        H = len(row.action)
+        assert fact["options"] == {"task": task.task, "role": row.role}
+        pairs = zip(row.model or (), row.observation or (), strict=True)
+        seen = [*row.state, 3] if name == "mdp" else [4, *(2 * m + o for m, o in pairs)]
         assert episode.observations.tolist() == seen
-        assert episode.actions.tolist() == row["action"] and episode.rewards.tolist() == row["reward"]
+        assert episode.actions.tolist() == row.action and episode.rewards.tolist() == row.reward
         assert episode.terminations.tolist() == [False] * (H - 1) + [True] and not episode.truncations.any()
-        assert episode.infos["label"].tolist() == [*row["label"], -1] and episode.infos["state"].tolist() == [*row["state"], -1]
-        np.testing.assert_array_equal(episode.infos["Q"], [*row["Q"], [0] * len(row["Q"][0])])
-        assert episode.infos["certificate"].tolist() == [*row["certificate"], -1]
-        assert episode.infos["regret"].tolist() == [*row["regret"], 0]
-    with pytest.raises(LindmError, match="is there already"):
+        assert episode.infos["label"].tolist() == [*row.label, -1] and episode.infos["state"].tolist() == [*row.state, -1]
+        np.testing.assert_array_equal(episode.infos["Q"], [*row.Q, [0] * len(row.Q[0])])
+        assert episode.infos["certificate"].tolist() == [*row.certificate, -1]
+        assert episode.infos["regret"].tolist() == [*row.regret, 0]
+    with pytest.raises(LindmError, match="already exists"):
         export(directory, "minari", tmp_path)
 
 
@@ -298,8 +299,13 @@ def test_minari_is_told_what_it_needs(made, tmp_path, monkeypatch):
         export(made.mdp, "minari", tmp_path, dataset_id="other-v0")
 
 
+def episode(**columns):
+    H = len(columns["action"])
+    rest = {"task": 0, "episode": 0, "role": "query", "Q": [[0.0, 0.0]] * H, "certificate": [0] * H, "regret": [0.0] * H}
+    return Episode(**(rest | columns))
+
+
 def test_a_pomdp_starts_with_nothing_seen():
-    row = {"action": [0, 1], "observation": [1, 0], "state": [0, 0], "reward": [0.0, 1.0], "label": [0, 1]}
-    row |= {"Q": [[0.0, 0.0]] * 2, "certificate": [0, 0], "regret": [0.0, 0.0]}
-    sizes = {"kind": "pomdp", "n_actions": 2, "n_observations": 2}
+    row = episode(action=[0, 1], observation=[1, 0], state=[0, 0], reward=[0.0, 1.0], label=[0, 1])
+    sizes = SimpleNamespace(kind="pomdp", num_actions=2, num_observations=2)
     assert exports._transitions(row, sizes, 2)["observations"].tolist() == [2, 1, 0]

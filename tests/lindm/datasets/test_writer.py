@@ -18,10 +18,10 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import generate, writer
-from lindm.datasets.writer import make
+from lindm.datasets.writer import make_dataset
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
 from lindm.io import directories, files
-from tests.lindm.datasets.conftest import SUITE, fixed_mdp, recipe
+from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -38,11 +38,11 @@ def reference(made):
     return contents(made.mdp)
 
 
-RECIPE = recipe(query_epsilon=0.5)
+CONFIG = config(query_epsilon=0.5)
 
 
 def test_two_runs_write_the_same_bytes(tmp_path, source, reference):
-    result = make(tmp_path / "again", source, RECIPE)
+    result = make_dataset(tmp_path / "again", source, CONFIG)
     assert contents(tmp_path / "again") == reference
     assert result.made == 3 and result.kept == 0 and result.damaged == ()
     names = {"config.json", "manifest.json", "README.md", "problem.jsonl", "problem.parquet"}
@@ -51,10 +51,10 @@ def test_two_runs_write_the_same_bytes(tmp_path, source, reference):
 
 
 def test_a_finished_dataset_is_left_alone(tmp_path, source, reference):
-    make(tmp_path / "d", source, RECIPE)
+    make_dataset(tmp_path / "d", source, CONFIG)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
     told = []
-    result = make(tmp_path / "d", source, RECIPE, progress=lambda done, total: told.append((done, total)))
+    result = make_dataset(tmp_path / "d", source, CONFIG, progress=lambda done, total: told.append((done, total)))
     assert (result.made, result.kept) == (0, 3) and told == [(10, 10)]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()} == before
 
@@ -67,15 +67,15 @@ settle_xla()
 import jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, sys.argv[1])
-from tests.lindm.datasets.conftest import fixed_mdp, recipe
-from lindm.datasets.writer import make
+from tests.lindm.datasets.conftest import fixed_mdp, config
+from lindm.datasets.writer import make_dataset
 replace = os.replace
 def dying(source, target):
     if Path(target).name == "episodes-00001.jsonl":  # the shard has its tasks and not its episodes
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = dying
-make(Path(sys.argv[2]), fixed_mdp(), recipe(query_epsilon=0.5))
+make_dataset(Path(sys.argv[2]), fixed_mdp(), config(query_epsilon=0.5))
 """
 
 
@@ -89,10 +89,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, so
     assert "tasks-00001.parquet" in left and "episodes-00001.jsonl" not in left and "manifest.json" not in left
     assert any(name.endswith(files.TEMPORARY_SUFFIX) for name in left)
     with pytest.raises(LindmError, match="not finished"):
-        next(datasets.load(out))
+        datasets.Dataset(out)
     with (out / "progress.jsonl").open("a") as f:
         f.write('{"point": {"shard": "000')  # a torn line too
-    result = make(out, source, RECIPE)
+    result = make_dataset(out, source, CONFIG)
     assert (result.kept, result.made) == (1, 2)
     assert contents(out) == reference
 
@@ -121,7 +121,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on(tmp_path, source, reference, mon
     for allowed in (0, 1, 2, 3, 2, 1, 4, 5, 5, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1):
         left = allowed
         try:
-            make(out, source, RECIPE)
+            make_dataset(out, source, CONFIG)
             break
         except Stopped:
             stops += 1
@@ -135,11 +135,11 @@ def stopped(*args, **kwargs):
 def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, reference):
     out = tmp_path / "d"
     with pytest.raises(LindmError) as e:
-        make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
+        make_dataset(out, source, CONFIG, progress=lambda done, total: stopped() if done > 4 else None)
     assert isinstance(e.value, Preempted)
     left = {p.name for p in out.iterdir()}
     assert "progress.jsonl" in left and not any(name.startswith(".") for name in left)
-    assert make(out, source, RECIPE).kept == 1
+    assert make_dataset(out, source, CONFIG).kept == 1
     assert contents(out) == reference
 
 
@@ -148,14 +148,14 @@ def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, m
     """The handler may raise anywhere, also where a file that cannot be read would be passed over."""
     out = tmp_path / "d"
     with pytest.raises(LindmError):
-        make(out, source, RECIPE, progress=lambda done, total: stopped() if done > 4 else None)
+        make_dataset(out, source, CONFIG, progress=lambda done, total: stopped() if done > 4 else None)
     before = contents(out)
     monkeypatch.setattr(files if place in ("read_json", "read_json_lines") else writer, place, stopped)
     with pytest.raises(LindmError) as e:
-        make(out, source, RECIPE)
+        make_dataset(out, source, CONFIG)
     assert isinstance(e.value, Preempted) and contents(out) == before
     monkeypatch.undo()
-    assert make(out, source, RECIPE).kept == 1 and contents(out) == reference
+    assert make_dataset(out, source, CONFIG).kept == 1 and contents(out) == reference
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,14 @@ def test_a_flipped_bit_is_found_and_repaired(tmp_path, source, reference, monkey
     if name == "progress.jsonl":  # a run that did not come to its manifest
         monkeypatch.setattr(writer, "card", lambda manifest: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            make(out, source, RECIPE)
+            make_dataset(out, source, CONFIG)
         monkeypatch.undo()
     else:
-        make(out, source, RECIPE)
+        make_dataset(out, source, CONFIG)
     data = bytearray((out / name).read_bytes())
     data[len(data) // 2] ^= 4
     (out / name).write_bytes(data)
-    result = make(out, source, RECIPE)
+    result = make_dataset(out, source, CONFIG)
     assert contents(out) == reference
     if name not in ("progress.jsonl", "manifest.json"):
         assert result.damaged == (name,) and (result.kept, result.made) == ((3, 0) if name == "problem.jsonl" else (2, 1))
@@ -181,42 +181,42 @@ def test_a_flipped_bit_is_found_and_repaired(tmp_path, source, reference, monkey
 
 def test_a_missing_and_a_truncated_file_are_made_again(tmp_path, source, reference):
     out = tmp_path / "d"
-    make(out, source, RECIPE)
+    make_dataset(out, source, CONFIG)
     (out / "episodes-00000.jsonl").unlink()
     with (out / "tasks-00002.parquet").open("r+b") as f:
         f.truncate(100)
     (out / "README.md").unlink()
-    assert make(out, source, RECIPE).made == 2
+    assert make_dataset(out, source, CONFIG).made == 2
     assert contents(out) == reference
 
 
 def test_another_configuration_is_refused_and_the_difference_shown(tmp_path, made, source):
     before = contents(made.mdp)
     with pytest.raises(
-        LindmError, match=r"recipe.query_epsilon is 0.5 there and 0.2 here, recipe.seed is 0 there and 1 here;"
+        LindmError, match=r"dataset.query_epsilon is 0.5 there and 0.2 here, dataset.seed is 0 there and 1 here;"
     ) as e:
-        make(made.mdp, source, recipe(seed=1))
+        make_dataset(made.mdp, source, config(seed=1))
     assert isinstance(e.value, UsageError)
     with pytest.raises(LindmError, match=r"source.problem.sha256 is "):
-        make(made.mdp, jax.tree.map(lambda x: x[..., ::-1], source.problem), RECIPE)
+        make_dataset(made.mdp, jax.tree.map(lambda x: x[..., ::-1], source.problem), CONFIG)
     assert contents(made.mdp) == before
 
 
 def test_other_versions_may_read_a_dataset_but_not_go_on_with_it(tmp_path, source, monkeypatch):
     out = tmp_path / "d"
-    make(out, source, RECIPE)
+    make_dataset(out, source, CONFIG)
     before = contents(out)
     monkeypatch.setattr(writer, "_versions", lambda: json.loads((out / "config.json").read_text())["versions"] | {"jax": "9"})
-    assert make(out, source, RECIPE).made == 0 and contents(out) == before
+    assert make_dataset(out, source, CONFIG).made == 0 and contents(out) == before
     (out / "tasks-00000.jsonl").unlink()
     with pytest.raises(LindmError, match=r'jax is "0\.\d+\.\d+.*" there and "9" here'):
-        make(out, source, RECIPE)
+        make_dataset(out, source, CONFIG)
 
 
 def test_a_directory_with_other_files_is_left_as_it_is(tmp_path, source):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(LindmError, match=r"is not empty and holds no dataset \(thesis.tex\)") as e:
-        make(tmp_path, source, RECIPE)
+        make_dataset(tmp_path, source, CONFIG)
     assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -225,50 +225,50 @@ def test_a_directory_with_other_files_is_left_as_it_is(tmp_path, source):
 def test_a_directory_with_files_of_the_same_name_is_left_as_it_is(tmp_path, source, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(
-        LindmError, match=r"holds something that is not a dataset and is not touched: .*; choose another --out"
+        LindmError, match=r"holds something that is not a dataset and is not replaced: .*; choose another --out"
     ) as e:
-        make(tmp_path, source, RECIPE)
+        make_dataset(tmp_path, source, CONFIG)
     assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
 
 
 def test_files_of_a_user_in_a_dataset_survive(tmp_path, source):
     out = tmp_path / "d"
-    make(out, source, RECIPE)
+    make_dataset(out, source, CONFIG)
     (out / "notes.txt").write_text("mine")
     (out / "tasks-00000.jsonl").unlink()
-    make(out, source, RECIPE)
+    make_dataset(out, source, CONFIG)
     assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_a_place_that_cannot_be_written_is_exit_7(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(LindmError, match="cannot write") as e:
-        make(tmp_path / "file" / "d", source, RECIPE)
+        make_dataset(tmp_path / "file" / "d", source, CONFIG)
     assert isinstance(e.value, StorageError)
 
 
 def test_a_second_writer_is_refused(tmp_path, source):
     with directories.sole_writer(tmp_path / "d"), pytest.raises(LindmError, match="written by another process"):
-        make(tmp_path / "d", source, RECIPE)
+        make_dataset(tmp_path / "d", source, CONFIG)
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, source, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(LindmError, match=r"pip install 'lindm\[data\]'"):
-        make(tmp_path / "d", source, RECIPE)
+        make_dataset(tmp_path / "d", source, CONFIG)
     assert not (tmp_path / "d").exists()
 
 
 def test_names_must_fit_the_problem(tmp_path, source):
     for part, names in (("states", ("a", "b")), ("actions", ("a", "a", "b")), ("models", ("m",))):
         with pytest.raises(ValueError, match=f"names of {part} must be"):
-            make(tmp_path / "d", replace(source, **{part: names}), RECIPE)
+            make_dataset(tmp_path / "d", replace(source, **{part: names}), CONFIG)
 
 
 def test_parquet_and_json_lines_say_the_same(made):
     for directory in (made.suite, made.mdp, made.cloud):
-        manifest = datasets.read_manifest(directory)
+        manifest = datasets.Dataset(directory).manifest
         for record in manifest["shards"]:
             for name, file in record["files"].items():
                 assert file["sha256"] == hashlib.sha256((directory / name).read_bytes()).hexdigest()
@@ -279,33 +279,33 @@ def test_parquet_and_json_lines_say_the_same(made):
 
 
 def test_one_shard_at_a_time_is_in_memory(tmp_path, source, monkeypatch):
-    alive, draw = [], generate.TaskGenerator.draw
+    alive, draw = [], generate.TaskGenerator.generate
 
     def watched(self, first, last, tick):
         assert not any(ref() is not None for ref in alive)
         drawn = draw(self, first, last, tick)
-        alive.append(weakref.ref(drawn[2][0].s))
-        assert len(drawn[2][0].s) == last - first <= 4
+        alive.append(weakref.ref(drawn.episodes.s))
+        assert len(drawn.episodes.s) == last - first <= 4
         return drawn
 
-    monkeypatch.setattr(generate.TaskGenerator, "draw", watched)
-    make(tmp_path / "d", source, RECIPE)
+    monkeypatch.setattr(generate.TaskGenerator, "generate", watched)
+    make_dataset(tmp_path / "d", source, CONFIG)
     assert len(alive) == 3
 
 
 def test_a_shard_is_sized_by_its_bytes_and_not_by_the_number_of_tasks():
     for n in (1, 10**6):
-        assert generate.TaskGenerator(SUITE, recipe(tasks=n, shard=None)).shard == 256
-    big = generate.TaskGenerator(SUITE, recipe(demos=40_000, shard=None))
-    assert 1 <= big.shard < 256 and big.shard * 40_002 * 3 * 9 * 8 <= 2**26
+        assert generate.TaskGenerator(SUITE, config(tasks=n, shard_size=None)).shard_size == 256
+    big = generate.TaskGenerator(SUITE, config(demos=40_000, shard_size=None))
+    assert 1 <= big.shard_size < 256 and big.shard_size * 40_002 * 3 * 9 * 8 <= 2**26
 
 
 def test_a_suite_is_drawn_by_its_task_numbers(made, tmp_path):
     """A longer run begins with a shorter one: the same tasks, and the same files where these are full."""
-    make(tmp_path / "d", SUITE, recipe(tasks=6, query_epsilon=0.5))
-    short, long = list(datasets.load(tmp_path / "d")), list(datasets.load(made.suite))
+    make_dataset(tmp_path / "d", SUITE, config(tasks=6, query_epsilon=0.5))
+    short, long = (datasets.Dataset(path).load() for path in (tmp_path / "d", made.suite))
     assert len(short) == 6 and short == long[:6]
-    assert len({json.dumps(task["P"]) for task, _ in long}) == 10  # and every task is another one
+    assert len({json.dumps(task.arrays["P"]) for task in long}) == 10  # and every task is another one
     for name in ("tasks-00000.parquet", "episodes-00000.jsonl"):
         assert (tmp_path / "d" / name).read_bytes() == (made.suite / name).read_bytes()
 
@@ -338,10 +338,10 @@ def test_the_card_says_that_a_label_need_not_be_the_argmax_of_Q(made):
 
 
 def test_the_totals_are_those_of_the_rows(made):
-    totals = datasets.read_manifest(made.cloud)["totals"]
-    rows = list(datasets.load(made.cloud))
-    steps = [c for _, episodes in rows for row in episodes for c in row["certificate"]]
+    totals = datasets.Dataset(made.cloud).manifest["totals"]
+    tasks = datasets.Dataset(made.cloud).load()
+    steps = [c for task in tasks for row in task.episodes for c in row.certificate]
     assert totals["steps"] == len(steps) == 10 * 6 * 3 and totals["episodes"] == 60
     assert totals["certificates"] == {"exact": len(steps), "certified": 0, "bounded": 0}
-    np.testing.assert_allclose(totals["mean_value"], np.mean([task["value"] for task, _ in rows]), rtol=1e-12)
-    assert "| labelled steps | 180 |" in (made.cloud / "README.md").read_text()
+    np.testing.assert_allclose(totals["mean_value"], np.mean([task.value for task in tasks]), rtol=1e-12)
+    assert "| labeled steps | 180 |" in (made.cloud / "README.md").read_text()

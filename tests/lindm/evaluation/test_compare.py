@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-from lindm import datasets
 from lindm.cli.main import main
-from lindm.datasets import DatasetConfig
+from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation import compare
 from lindm.llm.sft import trainer
@@ -50,17 +49,17 @@ def test_only_language_models_can_answer_what_is_no_action(rows):
 
 def test_a_model_is_asked_as_it_was_trained(micro, run, tmp_path):
     """The run was not told the rewards, and is not told them here."""
-    datasets.make(tmp_path, SUITE, RECIPE)
-    loaded = list(datasets.load(tmp_path))
+    make_dataset(tmp_path, SUITE, RECIPE)
+    dataset = Dataset(tmp_path)
     parts = ["\n", "{state}", "{action}", ":{reward}"]
     turned = {"name": "turned", "episode": "#", "step": parts, "closing": "\n", "actions": [" B", " C", " A"], "states": "{}"}
     (tmp_path / "turned.json").write_text(json.dumps(turned))
     for kind, path, told in (("icl", micro.model, True), ("sft", run, False)):
-        reader, answers, rewards = compare._language_model(kind, path, tmp_path, loaded, {})
+        reader, answers, rewards = compare._language_model(kind, path, dataset, {})
         assert rewards is told and (answers.given[0][0][0].reward is not None) is told
         assert reader.template == COMPACT
         other = {"template": str(tmp_path / "turned.json"), "rewards": "hidden" if told else "shown"}
-        reader, answers, rewards = compare._language_model(kind, path, tmp_path, loaded, other)
+        reader, answers, rewards = compare._language_model(kind, path, dataset, other)
         assert rewards is not told and (answers.given[0][0][0].reward is not None) is not told
         assert reader.template.name == "turned"
 

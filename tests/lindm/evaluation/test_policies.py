@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm import datasets
-from lindm.datasets import DatasetConfig
+from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import losses as playing
 from lindm.evaluation import policies
@@ -25,16 +24,15 @@ from lindm.types import APOMDP, MDP
 SEEN = Suite(name="seen", horizon=3, S=3, A=2, concentration=0.5, gap=0.02)
 HIDDEN = replace(SEEN, name="hidden", O=2, quality=0.8)
 CLOUD = replace(HIDDEN, name="cloud", M=2, distance=0.3, alpha=0.7)
-ALL = frozenset({"state", "model", "observation", "reward"})
 
 
 def tasks_of(tmp_path_factory, suite, **changes) -> Tasks:
     recipe = DatasetConfig(**({"tasks": 6, "demos": 3, "behavior": "epsilon", "seed": 3} | changes))
     path = tmp_path_factory.mktemp(suite.name)
-    datasets.make(path, suite, recipe)
-    loaded = list(datasets.load(path))
-    demos = [datasets.document([r for r in rows if r["role"] == "demo"], rows[-1], ALL).demonstrations for _, rows in loaded]
-    return Tasks(problems=[datasets.problem_of(t) for t, _ in loaded], demonstrations=demos, source=suite, recipe=recipe)
+    make_dataset(path, suite, recipe)
+    loaded = Dataset(path).load()
+    demos = [[episode.steps() for episode in task.demonstrations] for task in loaded]
+    return Tasks(problems=[task.problem() for task in loaded], demonstrations=demos, source=suite, recipe=recipe)
 
 
 @pytest.fixture(scope="module", params=[SEEN, HIDDEN, CLOUD], ids=lambda s: s.name)
@@ -177,8 +175,8 @@ def test_with_enough_demonstrations_of_everything_planning_finds_the_optimum(tmp
 def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monkeypatch):
     monkeypatch.setattr(policies, "TASKS", 64)
     found = tables(seen, "layer")
-    drawing = TaskGenerator(SEEN, DatasetConfig(tasks=64, demos=3, behavior="epsilon", seed=policies.SEED))
-    problems, _, (episodes, _) = drawing.draw(0, 64, lambda done: None)
+    generator = TaskGenerator(SEEN, DatasetConfig(tasks=64, demos=3, behavior="epsilon", seed=policies.SEED))
+    problems, _, episodes, _ = generator.generate(0, 64)
     assert isinstance(problems, MDP)
 
     def statistic(s, a, r, h):

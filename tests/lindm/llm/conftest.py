@@ -14,7 +14,6 @@ from lindm.families.suites import Suite
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
-from lindm.llm.sft import examples
 from lindm.llm.train_tokenizer import small_tokenizer
 
 SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
@@ -51,15 +50,16 @@ def forgotten():
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory, brute) -> Micro:
     root = tmp_path_factory.mktemp("micro")
-    recipe = DatasetConfig(tasks=24, demos=2, queries=2, query_epsilon=0.5)
+    config = DatasetConfig(tasks=24, demos=2, queries=2, query_epsilon=0.5)
     clouds = [brute.random(5, S=2, A=2, O=2, M=m, H=3, alpha=0.7, same_start=True).problem() for m in (1, 2)]
     single = type(clouds[0].models)(**{k: getattr(clouds[0].models, k)[0] for k in ("P", "O", "r", "rho")})
     for name, source in (("mdp", SUITE), ("hidden", single), ("cloud", clouds[1])):
-        datasets.make(root / name, source, recipe)
+        datasets.make_dataset(root / name, source, config)
     pieces = []
     for name in ("mdp", "hidden", "cloud"):
-        how = datasets.telling(root / name, datasets.read_manifest(root / name), None, name == "mdp", False)
-        pieces += [piece.text for _, _, found, _ in examples.documents(root / name, how) for piece in found]
+        dataset = datasets.Dataset(root / name)
+        texts = datasets.documents(dataset, datasets.text_format(dataset))
+        pieces += [piece.text for _, _, found in texts for piece in found]
     tokenizer = small_tokenizer(pieces, 320)
     tokenizer.save_pretrained(str(root / "tokenizer"))
     model_config = ModelConfig(model_type="llama", vocab_size=len(tokenizer), **SIZES)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lindm import datasets
+from lindm.datasets import Dataset, text_format
 from lindm.evaluation.losses import world
 from lindm.llm.tokens import action_tokens, encode, prefix
 from lindm.text import Document, render
@@ -14,14 +14,11 @@ LENGTH = 192
 
 def told(directory, n):
     """Worlds, demonstrations and the way in which the first n tasks of a dataset are told."""
-    rewards = "mdp" in directory.name
-    how = datasets.telling(directory, datasets.read_manifest(directory), None, rewards, False)
-    worlds, demonstrations = [], []
-    for task, episodes in list(datasets.load(directory))[:n]:
-        demos = [row for row in episodes if row["role"] == "demo"]
-        worlds.append(world(datasets.problem_of(task), rewards))
-        demonstrations.append(datasets.document(demos, episodes[-1], how.shown).demonstrations)
-    return worlds, demonstrations, how.template
+    dataset = Dataset(directory)
+    text = text_format(dataset)
+    tasks = dataset.load()[:n]
+    worlds = [world(task.problem(), text.shows_rewards) for task in tasks]
+    return worlds, [text.demonstrations(task) for task in tasks], text.template
 
 
 @nnx.jit

@@ -57,10 +57,10 @@ def test_a_given_run_decides_alike_in_torch():
     decisions = setup.prepare(dataclasses.replace(options, batch=8)).decisions
     assert decisions is not None
     tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
-    worlds = [world(setup.datasets.problem_of(task), decisions.rewards) for task in tasks]
-    A = tasks[0]["n_actions"]
-    whole, scores, _ = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
+    worlds = [world(task.problem(), decisions.text.shows_rewards) for task in tasks]
+    A = tasks[0].num_actions
+    whole, scores, _ = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.text.template, A)
     wanted = play(worlds, whole(demos), episodes=2, listed=64)
     assert len(scores) > 30
-    reader = Reader(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.template, A)
-    assert play(worlds, reader.policy(demos, tasks[0]["horizon"]), episodes=2, listed=64) == wanted
+    reader = Reader(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.text.template, A)
+    assert play(worlds, reader.policy(demos, tasks[0].horizon), episodes=2, listed=64) == wanted

@@ -12,42 +12,41 @@ from hypothesis import strategies as st
 
 from lindm import datasets
 from lindm.errors import DataError, LindmError
-from lindm.llm.sft.examples import documents, examples, held_out, split
+from lindm.llm.sft.examples import examples, held_out, split
 from lindm.llm.tokens import decode
 from lindm.text import COMPACT, READABLE, Template, parse
-from tests.lindm.datasets.conftest import SUITE, fixed_mdp, recipe
+from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 from tests.lindm.llm.small import TURNS, byte_level, dummy_space, trained_texts
 
 TOKENIZER = byte_level()
-RECIPE = recipe(tasks=5, demos=2, queries=2, query_epsilon=0.5, shard=3)
+CONFIG = config(tasks=5, demos=2, queries=2, query_epsilon=0.5, shard_size=3)
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     out = tmp_path_factory.mktemp("suite")
-    datasets.make(out, SUITE, RECIPE)
+    datasets.make_dataset(out, SUITE, CONFIG)
     return out
 
 
 @pytest.fixture(scope="module")
 def with_names(tmp_path_factory):
     out = tmp_path_factory.mktemp("names")
-    datasets.make(out, fixed_mdp(), RECIPE)
+    datasets.make_dataset(out, fixed_mdp(), CONFIG)
     return out
 
 
 @pytest.fixture(scope="module")
 def cloud(brute, tmp_path_factory):
     out = tmp_path_factory.mktemp("cloud")
-    datasets.make(out, brute.random(5, S=2, A=2, O=2, M=2, H=3, alpha=0.7).problem(), RECIPE)
+    datasets.make_dataset(out, brute.random(5, S=2, A=2, O=2, M=2, H=3, alpha=0.7).problem(), CONFIG)
     return out
 
 
 def queries(directory):
     """(task, demonstrations, query) as the rows have them, in order."""
-    for i, (_, rows) in enumerate(datasets.load(directory)):
-        demos = [row for row in rows if row["role"] == "demo"]
-        yield from ((i, demos, row) for row in rows if row["role"] == "query")
+    for task in datasets.Dataset(directory):
+        yield from ((task.task, task.demonstrations, query) for query in task.queries)
 
 
 def trained(tokenizer, example) -> list[str]:
@@ -64,11 +63,9 @@ def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, templa
         text = decode(TOKENIZER, example.ids.tolist())
         document = parse(text, {"compact": COMPACT, "readable": READABLE}[template])
         for steps, row in zip((*document.demonstrations, document.query), (*demos, query), strict=True):
-            assert [(s.state, s.action, s.reward) for s in steps] == list(
-                zip(row["state"], row["action"], row["reward"], strict=True)
-            )
+            assert [(s.state, s.action, s.reward) for s in steps] == list(zip(row.state, row.action, row.reward, strict=True))
         labelled = (*demos, query) if supervise == "all" else (query,)
-        assert trained(TOKENIZER, example) == [f" {'AB'[label]}" for row in labelled for label in row["label"]]
+        assert trained(TOKENIZER, example) == [f" {'AB'[label]}" for row in labelled for label in row.label]
         assert (example.source, example.group) == (f"{suite}: task {task}, query {n % 2}", task)
 
 
@@ -77,13 +74,13 @@ def test_actions_that_the_oracle_would_not_take_are_in_the_text_and_their_labels
     for example, (_, _, query) in zip(examples(suite, TOKENIZER, supervise="query"), queries(suite), strict=True):
         places = np.flatnonzero(example.target >= 0)
         taken = [decode(TOKENIZER, [t]) for t in example.ids[places + 1].tolist()]
-        assert taken == [f" {'AB'[a]}" for a in query["action"]]
+        assert taken == [f" {'AB'[a]}" for a in query.action]
         differ += sum(a != b for a, b in zip(taken, trained(TOKENIZER, example), strict=True))
     assert differ > 3
 
 
 def test_rewards_and_names_are_options(with_names):
-    text = decode(TOKENIZER, examples(with_names, TOKENIZER, rewards=False)[0].ids.tolist())
+    text = decode(TOKENIZER, examples(with_names, TOKENIZER, rewards="hidden")[0].ids.tolist())
     assert re.fullmatch(r"(#(\n[012] [ABC]){4}\n?){3}", text)
     example = examples(with_names, TOKENIZER, names=True)[0]
     text = decode(TOKENIZER, example.ids.tolist())
@@ -120,13 +117,11 @@ def test_tasks_can_be_a_part_and_progress_is_told(suite):
 
 
 def test_the_documents_of_a_dataset_are_those_that_train(suite):
-    how = datasets.telling(suite, datasets.read_manifest(suite), None, False, False)
-    found = list(documents(suite, how, (2, None)))
-    assert [(task, query) for task, query, _, _ in found] == [(t, q) for t in (2, 3, 4) for q in (0, 1)]
-    texts = [decode(TOKENIZER, e.ids.tolist()) for e in examples(suite, TOKENIZER, rewards=False, first=2)]
-    assert ["".join(piece.text for piece in pieces) for _, _, pieces, _ in found] == texts
-    rows = [(*demos, query) for task, demos, query in queries(suite) if task >= 2]
-    assert [labels for *_, labels in found] == [[row["label"] for row in each] for each in rows]
+    dataset = datasets.Dataset(suite)
+    found = list(datasets.documents(dataset, datasets.text_format(dataset, rewards="hidden")))
+    assert [(task.task, query) for task, query, _ in found] == [(t, q) for t in range(5) for q in (0, 1)]
+    texts = [decode(TOKENIZER, e.ids.tolist()) for e in examples(dataset, TOKENIZER, rewards="hidden")]
+    assert ["".join(piece.text for piece in pieces) for _, _, pieces in found] == texts
 
 
 # --- files
@@ -163,7 +158,7 @@ def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_traine
 
 def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_path):
     prompts, conversations = datasets.export(suite, "trl", tmp_path)
-    labels = [label for _, _, query in queries(suite) for label in query["label"]]
+    labels = [label for _, _, query in queries(suite) for label in query.label]
     found = examples(prompts, TOKENIZER)
     assert ["".join(trained(TOKENIZER, e)) for e in found] == [f" {'AB'[label]}<|im_end|>" for label in labels]
     answers = "".join("".join(trained(TOKENIZER, e)) for e in examples(conversations, TOKENIZER))

@@ -55,7 +55,7 @@ def test_a_run_learns_and_writes_what_it_says(micro, finished, capsys):
     assert names == {"config.json", "metrics.jsonl", "checkpoints", "model", "manifest.json", "curves.png", "curves.pdf"}
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["outputs"]["model/model.safetensors"] == files.sha256(finished / "model" / "model.safetensors")
-    assert manifest["inputs"]["data"] == datasets.read_manifest(micro.mdp)["seal"]
+    assert manifest["inputs"]["data"] == datasets.Dataset(micro.mdp).checksum
 
 
 def test_the_exported_model_is_the_one_of_the_last_checkpoint_with_its_tokenizer(micro, finished):
