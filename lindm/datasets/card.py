@@ -15,8 +15,8 @@ OBSERVED = """\
 """
 AMBIGUOUS = """\
 - The arrays have one more axis in front, over the models. At every stage nature plays against the chosen action: with
-  probability `alpha` it takes the worst model of the oracle's continuation, otherwise the best one. The stage's reward, next state
-  and observation are that model's, and the column `model` names it. Values are values of this game, a stage-wise
+  probability `alpha` it takes the worst model of the oracle's continuation, otherwise the best one. The stage's reward, next
+  state and observation are that model's, and the column `model` names it. Values are values of this game, a stage-wise
   alpha-maxmin: `V = max_a [alpha min_m G_m + (1 - alpha) max_m G_m]`, with `G_m` the value of the action under model `m`.
 """
 LICENSE = "apache-2.0"
@@ -101,7 +101,7 @@ that knows the problem, the oracle's action values, and a certificate that says 
 ## How it was made
 
 Demonstrations are made by {demos}; queries by {queries}. The oracle is `{config["oracle"]}`.
-Task i draws from `fold_in(key({options["seed"]}), i)`, so a run with more tasks begins with these; for held-out tasks take another
+The key of task i is `fold_in(key({options["seed"]}), i)`: a dataset with more tasks begins with these; held-out tasks need another
 seed. `manifest.json` has the versions, and the SHA-256 and the number of rows of every file. Made by
 lindm {manifest["versions"]["lindm"]} from
 

@@ -1,8 +1,8 @@
 """The columns of a dataset: their names, meanings and types, and the rows as dataclasses.
 
 To add a column of episodes, add a field to `Episodes` or `Labels` (`lindm.types`), an entry to `STEP_COLUMNS` or `LABEL_COLUMNS`,
-and a field to `Episode`: writer, reader and data card follow. To add a column of tasks, add an entry to `TASK_COLUMNS`, a field to
-`Task`, and its value to `make_shard` in `lindm.datasets.writer`.
+and a field to `Episode`: writer, reader and data card follow. To add a column of tasks, add an entry to `TASK_COLUMNS`, a field
+to `Task`, and its value to `make_shard` in `lindm.datasets.writer`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -92,7 +92,7 @@ STEP_FIELDS = frozenset({"state", "model", "observation", "reward"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """A row of the table of episodes. Columns over steps are lists of length H; their meaning: `STEP_COLUMNS`, `LABEL_COLUMNS`."""
+    """A row of the table of episodes. Columns over steps are lists of length H; meanings: `STEP_COLUMNS`, `LABEL_COLUMNS`."""
 
     task: int
     episode: int

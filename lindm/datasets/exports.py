@@ -140,7 +140,7 @@ def _prompts(pieces: Sequence[Piece], query: int, labels: Sequence[int]) -> Iter
 
 
 def _conversations(pieces: Sequence[Piece], query: int, episode: Episode) -> Iterator[list[str | int]]:
-    """Turns of the user (text) and of the assistant (a label). After an action that was not the label a new conversation begins."""
+    """Turns of the user (text) and of the assistant (a label); a new conversation after an action that was not the label."""
     turns: list[str | int] = []
     since = 0
     for place, action, label in zip(_action_places(pieces, query), episode.action, episode.label, strict=True):
@@ -233,8 +233,8 @@ def _minari(dataset: Dataset, out: Path, dataset_id: str, progress: Progress) ->
             partial.mkdir()
             place = (partial / "data").resolve()  # Minari's get_size joins a relative path to itself
             storage = MinariStorage.new(place, Discrete(num_seen + 1), Discrete(dataset.num_actions), data_format="hdf5")
-            about = f"{config.tasks} tasks, of each {config.demos} demonstrations (by {config.behavior}) and {config.queries} queries "
-            about += f"(by {config.query_behavior}), with the oracle's label at every step"
+            about = f"{config.tasks} tasks, of each {config.demos} demonstrations (by {config.behavior}) and "
+            about += f"{config.queries} queries (by {config.query_behavior}), with the oracle's label at every step"
             facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}
             storage.update_metadata(facts | {"algorithm_name": config.behavior, "made_from": dataset.checksum})
             storage.update_episodes(episodes())

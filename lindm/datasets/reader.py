@@ -57,7 +57,7 @@ class Dataset:
         return self._read() if self._tasks is None else iter(self._tasks)
 
     def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Task]:
-        """All tasks, kept in memory: the files are read at the first call alone. `progress` is called with (tasks read, tasks)."""
+        """All tasks, kept in memory: the first call reads the files. `progress` is called with (tasks read, tasks in all)."""
         if self._tasks is None:
             tasks = []
             for task in self._read():
@@ -67,7 +67,7 @@ class Dataset:
         return self._tasks
 
     def problems(self) -> list[Problem]:
-        """The problem of every task, in the precision that JAX has now; one and the same object where all tasks are one problem."""
+        """The problem of every task, in the precision that JAX has now; one object where all tasks are one problem."""
         if self.suite is not None:
             return [task.problem() for task in self]
         return [next(iter(self)).problem()] * len(self)

@@ -234,7 +234,7 @@ def test_an_unfinished_dataset_is_refused(suite, tmp_path):
     assert isinstance(e.value, DataError)
 
 
-@pytest.mark.parametrize("option", [{"template": "compact"}, {"rewards": False}, {"names": True}, {"supervise": "query"}])
+@pytest.mark.parametrize("option", [{"template": "compact"}, {"rewards": "hidden"}, {"names": True}, {"supervise": "query"}])
 def test_an_option_of_datasets_is_refused_for_a_file(tmp_path, option):
     with pytest.raises(ValueError, match=rf"{next(iter(option))} must be left out for a \.jsonl file"):
         examples(written(tmp_path / "rows.jsonl", GOOD), TOKENIZER, **option)
