@@ -8,9 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["MPLBACKEND"] = "Agg"
 
-from lindm_experiments.harness.runner import settle_xla
+from lindm_experiments.harness.xla import configure_xla
 
-settle_xla()  # the tests run what a run runs
+configure_xla()  # the tests run what a run runs
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

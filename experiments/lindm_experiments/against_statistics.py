@@ -126,10 +126,6 @@ SMOKE = Config(
 )
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 # --- Gaussian regression -------------------------------------------------------------------------------------------------
 
 

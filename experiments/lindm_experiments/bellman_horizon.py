@@ -63,10 +63,6 @@ FULL = Config(seeds=10, tasks=8192, horizon=32)
 SMOKE = Config(seeds=2, tasks=32, M=16, horizon=4)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @partial(jax.jit, static_argnames=("tasks", "M"))
 def backward_pass(key: Array, family: Family, tasks: int, M: int):
     """In-context value iteration on many tasks at once: (MDPs, plans, Qhat bootstrapped, Qhat by oracle labels).

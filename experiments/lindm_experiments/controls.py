@@ -63,10 +63,6 @@ FULL = Config(seeds=10, prompts=1 << 17, policies=8192, steps=2000)
 SMOKE = Config(seeds=2, prompts=256, policies=16, steps=20, batch=16)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 def _contexts(key: Array, tasks: Array, n: int) -> tuple[Prompt, Array]:
     """Prompts of n standard Gaussian pairs, one for each task [B, d]; d query columns stand for random queries exactly."""
     d = tasks.shape[-1]

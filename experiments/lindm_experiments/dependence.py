@@ -83,10 +83,6 @@ FULL = Config(seeds=10, contexts=32768, M=(8, 16, 32, 64, 128, 256), stick=(0.0,
 SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), N=8, stick=(0.0, 0.8), steps=20)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class World:

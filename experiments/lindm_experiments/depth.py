@@ -114,10 +114,6 @@ SMOKE = Config(
 )
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 def world(cfg: Config) -> Family:
     """One feature map for all seeds; the first of the four stages is the one studied."""
     base = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)

@@ -72,10 +72,6 @@ FULL = Config(seeds=10, T=(1, 2, 4, 8, 16, 32, 64, 128, 256), steps=500, batch=1
 SMOKE = Config(seeds=2, T=(2, 8, 16), sets=2, sets_gaussian=2, steps=10, batch=16, pool=linear_mdps.BLOCK, prompts=512)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @lru_cache
 def _draw(N: int, batch: int) -> Callable:
     def draw(key: Array, phi: Array, columns: Array, tasks: Array, T: Array):

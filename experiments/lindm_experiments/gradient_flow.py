@@ -72,10 +72,6 @@ FULL = Config(seeds=10, rates=(0.08, 0.04, 0.02, 0.01, 0.005, 0.0025), batch=256
 SMOKE = Config(seeds=2, steps=5, looks=2, rates=(0.08, 0.04), batch=8)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 def problem(cfg: Config) -> tuple[Array, Array, Array]:
     """Lambda, B = E[S S'] and A_N of the Gaussian law with Psi = I, [d, d] each."""
     Lambda, Psi = covariance(cfg.d, cfg.kappa), jnp.eye(cfg.d)

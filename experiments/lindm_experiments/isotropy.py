@@ -83,10 +83,6 @@ FULL = Config(
 SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 def families() -> dict[str, Family]:
     """Hard and soft aggregation of the same size, under the same law of (theta, mu): only the features differ.
 

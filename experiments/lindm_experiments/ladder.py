@@ -73,10 +73,6 @@ FULL = Config(seeds=10, tasks=512, M=(8, 32, 128, 512), steps=2000)
 SMOKE = Config(seeds=2, tasks=16, M=(8,), steps=20)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 def families(key: Array) -> dict[str, Family]:
     return {
         "simplex": simplex_family(key, 12, 3, 5, 4, feature_power=2.0),

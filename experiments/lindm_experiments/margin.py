@@ -75,10 +75,6 @@ FULL = Config(
 SMOKE = Config(seeds=2, candidates=1024, free_tasks=256, contexts=16, M=(8, 16), M_free=(16, 32), steps=20)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @partial(jax.jit, static_argnames="tasks")
 def draw_tasks(key: Array, family: Family, tasks: int):
     """So many solved tasks, as MDPs: (MDP, Plan, w), each with a leading axis."""

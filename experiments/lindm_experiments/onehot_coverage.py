@@ -71,10 +71,6 @@ FULL = Config(seeds=10, tasks=96, contexts=96, M=(3, 6, 12, 24, 48), pool=8192, 
 SMOKE = Config(seeds=2, tasks=8, contexts=8, M=(4, 8), pool=256, steps=100)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @partial(jax.jit, static_argnames=("tests", "pool", "contexts", "longest"))
 def draw_worlds(key: Array, family: Family, tests: int, pool: int, contexts: int, longest: int):
     """Test tasks (MDP, Plan, w [tests, H, d]), pairs [tests, contexts, H, longest], and training vectors [H, pool, d]."""

@@ -99,10 +99,6 @@ FULL = Config(seeds=10, N=(4, 8, 16, 32, 64, 128), M=(4, 8, 16, 32, 64, 128), gr
 SMOKE = Config(seeds=2, N=(4, 8), M=(4, 8), N_slope=(8, 16), groups=8, steps=10, batch=4, steps_slope=4)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @jax.jit
 def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M: Array) -> dict[str, Array]:
     """All that theory says of one law: exact risks of Ahat and of A_N on these tasks, bounds [N, M]; weights [N]; modes [d]."""

@@ -95,10 +95,6 @@ FULL = Config(seeds=10, contexts=32768, M=(4, 8, 16, 32, 64, 128, 256), contexts
 SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), contexts_long=256, M_long=64, policies=32, steps=20)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 def world(cfg: Config) -> tuple[Family, Family, Family]:
     """The family of training, the same one with the queries' design, and with the other contexts' design.
 

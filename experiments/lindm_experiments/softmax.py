@@ -59,10 +59,6 @@ FULL = Config(seeds=10, times=(1, 2, 4, 8), steps=2000, tests=4096)
 SMOKE = Config(seeds=2, times=(1, 2), steps=10, batch=8, tests=16)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @lru_cache
 def _draw(n: int, batch: int, queries: int):
     """The draw function of one set of sizes: one object, so that nothing compiles twice."""

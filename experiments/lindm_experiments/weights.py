@@ -83,10 +83,6 @@ FULL = Config(seeds=10, batch=512, chunk=250, chunks=8, chunks_descent=6, pool=1
 SMOKE = Config(seeds=2, batch=32, chunk=10, chunks=2, chunks_descent=2, pool=2 * linear_mdps.BLOCK, prompts=512)
 
 
-def points(cfg: Config) -> list[dict]:
-    return [{"seed": s} for s in range(cfg.seeds)]
-
-
 @jax.jit
 def families(key: Array) -> dict[str, Family]:
     return {"one-hot": onehot_family(3, 2, 3), "simplex": simplex_family(key, 10, 3, 4, 3, feature_power=3.0)}

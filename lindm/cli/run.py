@@ -1,8 +1,6 @@
 """`lindm run`: one experiment, with options of its own."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,68 +8,64 @@ from lindm.cli.arguments import Option, options_of_source, parse_options, parser
 
 PRESETS = Literal["quick", "full", "smoke"]
 SUMMARY = "Run one experiment"
-DESCRIPTION = "Run one experiment, decide its claims and write its report. A run that is killed resumes."
+DESCRIPTION = (
+    "Run one experiment, decide its claims and write its report. A run that is killed resumes. "
+    "EXPERIMENT is a name of the list below, or a Python file with its claims in a TOML file beside it (mine.py, mine.toml)."
+)
 
 
 def run(words: Sequence[str]) -> int:
-    if not words or words[0].startswith("-"):
-        options = [Option(name="experiment", type=str, help="")]
-        parse_options(parser_of("lindm run EXPERIMENT", DESCRIPTION, options), options, words)
+    if not words or words[0] == "--list":
+        print(list_experiments())
+        return 0
+    if words[0].startswith("-"):
+        options = [
+            Option(name="experiment", type=str, help=""),
+            Option(name="list", type=bool, default=False, help="List the experiments."),
+        ]
+        parse_options(parser_of("lindm run EXPERIMENT", f"{DESCRIPTION}\n\n{list_experiments()}", options), options, words)
     return run_experiment(words[0], words[1:])
 
 
-def run_experiment(experiment: str, words: Sequence[str]) -> int:
-    """Parse the options of an experiment, which are the fields of its `Config`, and run it."""
-    from lindm_experiments.harness import runner
+def list_experiments() -> str:
+    """A table of the experiments of the package: name, minutes of the quick preset, question."""
+    import textwrap
 
-    path = runner.find(experiment)
+    from lindm_experiments.harness.experiments import experiment_names, find_experiment
+
+    lines = [f"{'experiment':<20}{'minutes':>8}  question"]
+    for name in experiment_names():
+        experiment = find_experiment(name)
+        question = " ".join(experiment.docstring.split("\n\n")[0].split())
+        first, *more = textwrap.wrap(question, 90) or [""]
+        lines += [f"{name:<20}{experiment.minutes:>8.1f}  {first}", *(" " * 30 + line for line in more)]
+    return "\n".join([*lines, "", "`lindm run EXPERIMENT --help` describes an experiment and its options."])
+
+
+def run_experiment(reference: str, words: Sequence[str]) -> int:
+    """Parse the options of an experiment, which are the fields of its `Config`, and run it."""
+    from lindm_experiments.harness.experiments import find_experiment
+
+    experiment = find_experiment(reference)
     preset = "quick"
     for i, word in enumerate(words):  # the preset gives the defaults of all other options, so it is read first
         if word == "--preset" and i + 1 < len(words):
             preset = words[i + 1]
         elif word.startswith("--preset="):
             preset = word.partition("=")[2]
-    source = path.read_text(encoding="utf-8")
-    own = options_of_source(source, preset)
+    own = options_of_source(experiment.path.read_text(encoding="utf-8"), preset)
     common = [
         Option(name="preset", type=PRESETS, default=preset, help="Defaults of the options below."),
-        Option(name="out", type=Path, default=Path("results") / f"{experiment}-{preset}", help="Directory of the run."),
+        Option(name="out", type=Path, default=Path("results") / f"{experiment.name}-{preset}", help="Directory of the run."),
         Option(name="fresh", type=bool, default=False, help="Remove what an earlier run wrote to the same directory."),
     ]
-    import ast
-
-    description = ast.get_docstring(ast.parse(source)) or ""
     sections = {own[0].name: "Configuration"} if own else {}
-    parser = parser_of(f"lindm run {experiment}", description, [*common, *own], sections=sections)
+    parser = parser_of(f"lindm run {reference}", experiment.docstring, [*common, *own], sections=sections)
     given = parse_options(parser, [*common, *own], words)
     out, fresh = given.pop("out", common[1].default), given.pop("fresh", False)
     given.pop("preset", None)
 
-    runner.settle_xla(alone=True)
-    from lindm.io import files, signals
-    from lindm_experiments.harness.executor import Job, configure, perform
+    from lindm.cli.verify import report_result
+    from lindm_experiments.harness.verify import run_experiment
 
-    module = runner.load(experiment)
-    config = replace(configure(module, preset, None), **given)
-    signals.stop_on_signals()
-    from rich.console import Console
-
-    from lindm_experiments.harness.progress import show_progress
-    from lindm_experiments.harness.report import table, write_report
-    from lindm_experiments.harness.verify import exit_code_of, summarise
-
-    console = Console(file=sys.stdout)  # this one, also while an experiment turns what it calls away from it
-    console = console if console.is_terminal else Console(file=sys.stdout, width=160)
-    job = Job(experiment=experiment, preset=preset, directory=out, fresh=fresh)
-    with show_progress(console, 1) as (start, point, end):
-        start(job)
-        outcome = perform(job, lambda done, total: point(experiment, done, total), cfg=config)
-        end(outcome)
-    if outcome.error:
-        raise outcome.error
-    summary = summarise([outcome], {experiment: list(runner.discover()[experiment])}, preset, outcome.seconds)
-    files.write_json(out / "verdicts.json", summary)
-    write_report(out)
-    console.print(table(summary))
-    console.print(f"records, figures and report.html: {out}", markup=False)
-    return exit_code_of([outcome], summary["claims"])
+    return report_result(run_experiment(experiment, preset, out, given, fresh))

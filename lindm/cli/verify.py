@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lindm.cli.arguments import Command
+from lindm.cli.exit_codes import exit_code
+
+if TYPE_CHECKING:
+    from lindm_experiments.harness.verify import Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,15 +16,19 @@ class Verify:
     """Run the experiments and give every claim a verdict. Writes verdicts.json and report.html; a run that is killed resumes."""
 
     preset: Literal["quick", "full", "smoke"] = "quick"
-    """quick (minutes), full (the ranges that a paper would show) or smoke (seconds, decides nothing)."""
+    """quick (minutes), full (the ranges that a paper would show) or smoke (seconds; decides nothing)."""
     out: Path | None = None
     """Directory of the results. [default: results/PRESET]"""
+    experiments: tuple[str, ...] = ()
+    """Experiments to run, by name or as Python files with their claims beside them. [default: all of lindm's]"""
     only: tuple[str, ...] = ()
     """Claims to decide, by id; a main id includes its sub-claims. [default: all]"""
     seeds: int | None = None
     """Number of seeds, in place of the preset's."""
     fresh: bool = False
     """Remove what earlier runs of these experiments wrote to the same directory."""
+    executor: Literal["local", "ray"] = "local"
+    """Where the workers are: processes of this machine, or the Ray cluster at RAY_ADDRESS (a local one without it)."""
     workers: int | None = None
     """Number of worker processes. [default: one per core]"""
 
@@ -29,7 +37,37 @@ def run(options: Verify) -> int:
     from lindm_experiments.harness.verify import verify
 
     out = Path("results") / options.preset if options.out is None else options.out
-    return verify(options.preset, out, options.only, options.seeds, options.fresh, options.workers)
+    result = verify(
+        options.preset,
+        out,
+        experiments=options.experiments,
+        only=options.only,
+        seeds=options.seeds,
+        fresh=options.fresh,
+        executor=options.executor,
+        workers=options.workers,
+    )
+    return report_result(result)
+
+
+def report_result(result: "Verification") -> int:
+    """Print the summary of a verification; its exit code."""
+    from rich.console import Console
+
+    from lindm_experiments.harness.report import print_next, print_summary
+
+    console = Console()
+    print_summary(result.summary, console)
+    print_next(result.summary, result.directory, [o.message for o in result.outcomes if o.error], console)
+    return exit_code_of(result)
+
+
+def exit_code_of(result: "Verification") -> int:
+    """The first experiment that could not finish gives the code; otherwise 0 if every verdict is an expected one, 1 if not."""
+    from lindm_experiments.harness.verdicts import as_expected
+
+    errors = [exit_code(o.error) for o in result.outcomes if o.error]
+    return errors[0] if errors else int(not all(map(as_expected, result.summary["claims"])))
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""A toy experiment in a directory of its own, and a door that knows it: faults are tested with real processes."""
+"""A toy experiment outside the package: faults are tested with real processes."""
 
 import os
 import subprocess
@@ -62,8 +62,8 @@ def measure(cfg, point):
 
 def check(records):
     return [
-        mean_verdict("q-risk", [r["ratio"] for r in records], figure="toy"),
-        mean_verdict("controls/swap", [r["swapped"] for r in records]),
+        mean_verdict("toy-ratio", [r["ratio"] for r in records], figure="toy"),
+        mean_verdict("toy-control/swap", [r["swapped"] for r in records]),
     ]
 
 
@@ -77,17 +77,44 @@ def plot(records):
 '''
 
 
+TOY_CLAIMS = """
+[[claim]]
+id = "toy-ratio"
+statement = "The ratio is one, exactly."
+source = "toy"
+predicted = "measured / predicted = 1"
+criterion = "mean ratio over seeds within [{lo}, {hi}]"
+lo = 0.97
+hi = 1.03
+
+[[claim]]
+id = "toy-control/swap"
+statement = "The ratio is one after a swap."
+source = "negative control"
+predicted = "measured / predicted differs from 1"
+criterion = "mean ratio over seeds within [{lo}, {hi}]"
+lo = 0.97
+hi = 1.03
+expected = "FAIL"
+"""
+
+
 @dataclass(frozen=True)
 class Lab:
-    """Where the toy lives; `lindm(...)` runs the command line there in a process of its own."""
+    """A directory with `lab/toy.py` and `lab/toy.toml`; `lindm(...)` runs the command line there in a process of its own.
+
+    The word `toy` stands for the file of the toy, and `verify` runs the experiments of `lab`, unless others are named.
+    """
 
     directory: Path
 
     def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)} | environment
-        command = [sys.executable, str(self.directory / "door.py"), *map(str, arguments)]
+        words = ["lab/toy.py" if word == "toy" else str(word) for word in arguments]
+        if words[0] == "verify" and "--experiments" not in words:
+            words += ["--experiments", *(f"lab/{p.name}" for p in sorted((self.directory / "lab").glob("*.py")))]
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "lindm", *words],
             cwd=self.directory,
             env=env,
             stdout=subprocess.PIPE,
@@ -104,29 +131,15 @@ class Lab:
 
 
 def build_lab(directory: Path) -> Lab:
-    experiments = directory / "lab"
-    experiments.mkdir()
-    (experiments / "toy.py").write_text(TOY)
-    # the machinery is a part of the same package: import it first, then let only the toy be found
-    (directory / "door.py").write_text(
-        "import sys\nfrom pathlib import Path\n\n"
-        "from dataclasses import replace\n\n"
-        "import lindm_experiments.harness.style\nimport lindm_experiments.harness.verify\n"
-        "from lindm_experiments.harness.claims import CLAIMS\n\n"
-        'owners = {"q-risk": "toy", "controls/swap": "toy", "few-tasks": "other"}\n'
-        "kept = {k: replace(CLAIMS[k], experiment=v) for k, v in owners.items()}\n"
-        "CLAIMS.clear()\n"
-        f"CLAIMS.update({{k: c for k, c in kept.items() if Path({str(experiments)!r}, c.experiment + '.py').exists()}})\n"
-        f"lindm_experiments.__path__[:] = [{str(experiments)!r}]\n"
-        "from lindm.cli.main import main\n\n"
-        'if __name__ == "__main__":\n    sys.exit(main())\n'
-    )
+    (directory / "lab").mkdir()
+    (directory / "lab" / "toy.py").write_text(TOY)
+    (directory / "lab" / "toy.toml").write_text(TOY_CLAIMS)
     return Lab(directory)
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
-    """A directory with `toy.py`, the only experiment of a command line started there."""
+    """A directory with the toy, the only experiment of a `verify` started there."""
     return build_lab(tmp_path)
 
 

@@ -13,6 +13,7 @@ from lindm.types import Prompt
 from lindm_experiments import against_statistics as against
 from lindm_experiments.against_statistics import SMOKE, D
 from lindm_experiments.harness.claims import claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import predictor_risks
 from lindm_experiments.lib.predictor_risks import BAYES, CENTRED, LAYER
 from lindm_theory.in_context import gaussian_risk
@@ -20,7 +21,7 @@ from lindm_theory.in_context import gaussian_risk
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    point = against.points(SMOKE)[0]
+    point = points_of(against, SMOKE)[0]
     record = json.loads(json.dumps({"point": point} | against.measure(SMOKE, point)))
     return [record | {"point": {"seed": s}} for s in range(5)]
 

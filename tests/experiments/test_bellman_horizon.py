@@ -12,11 +12,12 @@ from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import bellman_horizon as exp
 from lindm_experiments.harness.claims import FAIL, PASS
+from lindm_experiments.harness.experiments import points_of
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(exp.measure(exp.SMOKE, p)) for p in exp.points(exp.SMOKE)]
+    return [{"point": p} | files.to_jsonable(exp.measure(exp.SMOKE, p)) for p in points_of(exp, exp.SMOKE)]
 
 
 def _many(records: list[dict], power: float) -> list[dict]:

@@ -1,25 +1,22 @@
 """Every experiment is the same few names, says how to run it, and owns claims that exist."""
 
-import ast
 import dataclasses
-import importlib
-import inspect
 from collections import Counter
 
 import pytest
 
 from lindm.io import files
-from lindm_experiments.harness import runner
 from lindm_experiments.harness.claims import CLAIMS
+from lindm_experiments.harness.experiments import PACKAGE, experiment_names, find_experiment, load, points_of
 
-EXPERIMENTS = runner.discover()
+EXPERIMENTS = experiment_names()
 OF_ONE_MODEL = ("decisions", "mechanism")  # one language model is trained; the unit is the task
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_has_its_names(name):
-    module = importlib.import_module(f"lindm_experiments.{name}")
-    assert all(callable(getattr(module, f)) for f in ("points", "measure", "check", "plot"))
+    module = load(name)
+    assert all(callable(getattr(module, f)) for f in ("measure", "check", "plot"))
     for cfg in (module.QUICK, module.FULL, module.SMOKE):
         assert isinstance(cfg, module.Config)
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -33,31 +30,31 @@ def test_an_experiment_has_its_names(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_opens_with_its_question_and_its_command(name):
-    doc = ast.get_docstring(ast.parse(inspect.getsource(importlib.import_module(f"lindm_experiments.{name}")))) or ""
+    doc = find_experiment(name).docstring
     assert "?" in doc.split("\n\n")[0]
     assert f"lindm run {name}" in doc
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_points_are_different_json_objects_and_grow_with_the_seeds(name):
-    module = importlib.import_module(f"lindm_experiments.{name}")
-    points = [files.canonical_json(p) for p in module.points(module.SMOKE)]
-    more = module.points(dataclasses.replace(module.SMOKE, seeds=module.SMOKE.seeds + 1))
+    module = load(name)
+    points = [files.canonical_json(p) for p in points_of(module, module.SMOKE)]
+    more = points_of(module, dataclasses.replace(module.SMOKE, seeds=module.SMOKE.seeds + 1))
     assert len(set(points)) == len(points) > 0
     assert len(more) > len(points)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_number_of_seeds_below_one_is_refused_by_name(name):
-    module = importlib.import_module(f"lindm_experiments.{name}")
+    module = load(name)
     with pytest.raises(ValueError, match="seeds"):
         dataclasses.replace(module.SMOKE, seeds=0)
 
 
 def test_the_experiments_are_the_modules_with_a_measurement():
-    assert sorted(EXPERIMENTS) == sorted(name for name, path in runner.modules().items() if "\ndef measure(" in path.read_text())
+    assert sorted(EXPERIMENTS) == sorted(p.stem for p in PACKAGE.glob("*.py") if "\ndef measure(" in p.read_text())
 
 
 def test_every_claim_is_decided_by_exactly_one_experiment():
-    owned = Counter(claim for claims in EXPERIMENTS.values() for claim in claims)
+    owned = Counter(claim for name in EXPERIMENTS for claim in find_experiment(name).claims)
     assert owned == Counter(CLAIMS.keys())

@@ -11,11 +11,12 @@ import pytest
 from lindm.io import files
 from lindm_experiments import controls
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.experiments import points_of
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(controls.measure(controls.SMOKE, p)) for p in controls.points(controls.SMOKE)]
+    return [{"point": p} | files.to_jsonable(controls.measure(controls.SMOKE, p)) for p in points_of(controls, controls.SMOKE)]
 
 
 def _ideal() -> list[dict]:

@@ -9,11 +9,12 @@ import pytest
 
 from lindm_experiments import dependence
 from lindm_experiments.harness.claims import claim_ids
+from lindm_experiments.harness.experiments import points_of
 
 
 @pytest.fixture(scope="module")
 def records():
-    return [{"point": p} | dependence.measure(dependence.SMOKE, p) for p in dependence.points(dependence.SMOKE)]
+    return [{"point": p} | dependence.measure(dependence.SMOKE, p) for p in points_of(dependence, dependence.SMOKE)]
 
 
 def on_the_lines(record: dict, seeds: int = 8) -> list[dict]:

@@ -15,12 +15,13 @@ from lindm.problems.linear_mdp import onehot_family
 from lindm.types import Prompt
 from lindm_experiments import depth
 from lindm_experiments.harness.claims import claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import linear_mdps
 
 
 @pytest.fixture(scope="module")
 def records():
-    return [{"point": p} | depth.measure(depth.SMOKE, p) for p in depth.points(depth.SMOKE)]
+    return [{"point": p} | depth.measure(depth.SMOKE, p) for p in points_of(depth, depth.SMOKE)]
 
 
 def on_the_lines(record: dict, seeds: int = 8) -> list[dict]:

@@ -11,12 +11,13 @@ from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import few_tasks
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import linear_mdps
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(few_tasks.measure(few_tasks.SMOKE, p)) for p in few_tasks.points(few_tasks.SMOKE)]
+    raw = [{"point": p} | files.to_jsonable(few_tasks.measure(few_tasks.SMOKE, p)) for p in points_of(few_tasks, few_tasks.SMOKE)]
     return json.loads(json.dumps(raw))
 
 

@@ -11,13 +11,14 @@ import pytest
 from lindm.problems.linear_mdp import onehot_family, second_moment
 from lindm_experiments import isotropy
 from lindm_experiments.harness.claims import claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.isotropy import FULL, QUICK, SIMPLEX, SMOKE
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
     """Five records: the one smoke seed that was measured, five times."""
-    point = isotropy.points(SMOKE)[0]
+    point = points_of(isotropy, SMOKE)[0]
     record = json.loads(json.dumps({"point": point} | isotropy.measure(SMOKE, point)))
     return [record | {"point": {"seed": s}} for s in range(5)]
 

@@ -13,11 +13,12 @@ from lindm.problems.linear_mdp import draw_task, second_moment
 from lindm.solvers.dp import plan_linear
 from lindm_experiments import ladder
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.experiments import points_of
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(ladder.measure(ladder.SMOKE, p)) for p in ladder.points(ladder.SMOKE)]
+    return [{"point": p} | files.to_jsonable(ladder.measure(ladder.SMOKE, p)) for p in points_of(ladder, ladder.SMOKE)]
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ from lindm.io import files
 from lindm.problems.linear_mdp import second_moment, simplex_family
 from lindm_experiments import margin
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.experiments import points_of
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(margin.measure(margin.SMOKE, p)) for p in margin.points(margin.SMOKE)]
+    return [{"point": p} | files.to_jsonable(margin.measure(margin.SMOKE, p)) for p in points_of(margin, margin.SMOKE)]
 
 
 def _ideal(steep: float, free: float, floor: float) -> list[dict]:

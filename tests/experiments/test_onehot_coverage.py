@@ -9,13 +9,14 @@ import pytest
 
 from lindm_experiments import onehot_coverage as coverage
 from lindm_experiments.harness.claims import claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.onehot_coverage import CENTRED_LABELS, SHIFTS, SMOKE, A, S
 from lindm_theory.mean_policy import policy_loss
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    point = coverage.points(SMOKE)[0]
+    point = points_of(coverage, SMOKE)[0]
     record = json.loads(json.dumps({"point": point} | coverage.measure(SMOKE, point)))
     return [record | {"point": {"seed": s}} for s in range(5)]
 

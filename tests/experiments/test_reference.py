@@ -2,15 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from lindm.io import files
-from lindm_experiments.harness import runner
+from lindm_experiments.harness.experiments import PACKAGE, load, points_of
+from lindm_experiments.harness.runner import verdicts_of
 from lindm_experiments.harness.verdicts import adjust
 
-HERE = Path(runner.__file__).parents[2]
+HERE = PACKAGE.parent
 RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl"))
 PAGE = (HERE.parent / "docs" / "results.md").read_text(encoding="utf-8")
 
@@ -18,7 +18,7 @@ PAGE = (HERE.parent / "docs" / "results.md").read_text(encoding="utf-8")
 @pytest.fixture(params=RUNS, ids=lambda run: run.name)
 def run(request):
     config = json.loads((request.param / "config.json").read_text())
-    return runner.load(config["experiment"]), config, files.read_records(request.param)
+    return load(config["experiment"]), config, files.read_records(request.param)
 
 
 def test_there_are_reference_records():
@@ -30,13 +30,13 @@ def test_they_are_of_the_full_preset_and_whole(run):
     assert config["preset"] == "full"
     asked = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["config"].items()})
     assert asked == module.FULL
-    assert [r["point"] for r in records] == module.points(module.FULL)
+    assert [r["point"] for r in records] == points_of(module, module.FULL)
 
 
 def test_the_page_tells_their_verdicts(run):
     module, _, records = run
     told = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
-    found = {v.id: v.verdict for v in adjust(runner.decide(module, records))}
+    found = {v.id: v.verdict for v in adjust(verdicts_of(module, records))}
     assert {id: told.get(id) for id in found} == found
 
 

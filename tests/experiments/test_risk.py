@@ -14,6 +14,7 @@ from lindm.io import files
 from lindm.types import Prompt
 from lindm_experiments import risk
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import nested
 from lindm_experiments.lib.feature_laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
 
@@ -23,7 +24,7 @@ KAPPA_10 = np.diag(6 * SPECTRUM / SPECTRUM.sum())
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(risk.measure(risk.SMOKE, p)) for p in risk.points(risk.SMOKE)]
+    return [{"point": p} | files.to_jsonable(risk.measure(risk.SMOKE, p)) for p in points_of(risk, risk.SMOKE)]
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import pytest
 
 from lindm_experiments import shift
 from lindm_experiments.harness.claims import claim_ids
+from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import linear_mdps
 
 
 @pytest.fixture(scope="module")
 def records():
-    return [{"point": p} | shift.measure(shift.SMOKE, p) for p in shift.points(shift.SMOKE)]
+    return [{"point": p} | shift.measure(shift.SMOKE, p) for p in points_of(shift, shift.SMOKE)]
 
 
 def on_the_lines(record: dict, seeds: int = 8) -> list[dict]:

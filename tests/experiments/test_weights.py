@@ -11,11 +11,12 @@ from lindm.io import files
 from lindm.problems.linear_mdp import second_moment
 from lindm_experiments import weights
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.experiments import points_of
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(weights.measure(weights.SMOKE, p)) for p in weights.points(weights.SMOKE)]
+    raw = [{"point": p} | files.to_jsonable(weights.measure(weights.SMOKE, p)) for p in points_of(weights, weights.SMOKE)]
     return json.loads(json.dumps(raw))
 
 

@@ -70,7 +70,8 @@ def read_claims(path: Path, experiment: str | None = None) -> dict[str, Claim]:
     return claims
 
 
-CLAIMS: dict[str, Claim] = read_claims(Path(__file__).parents[1] / "claims.toml")
+PACKAGE_CLAIMS = Path(__file__).parents[1] / "claims.toml"
+CLAIMS: dict[str, Claim] = read_claims(PACKAGE_CLAIMS)
 
 
 def add_claims(claims: dict[str, Claim]) -> None:

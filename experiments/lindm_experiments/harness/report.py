@@ -1,45 +1,43 @@
-"""One table on the screen and one page to send on, both from verdicts.json and the run directories alone."""
+"""The summary on the screen and the report page, both from verdicts.json and the run directories alone."""
 
-import ast
 import base64
-import inspect
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console
+from rich.text import Text
 
 from lindm.errors import DataError
 from lindm.io import directories, files
 from lindm.io import manifest as provenance
-from lindm_experiments.harness import runner
-from lindm_experiments.harness.claims import OPEN
+from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
+from lindm_experiments.harness.experiments import PACKAGE, Experiment, load
+from lindm_experiments.harness.runner import draw
 from lindm_experiments.harness.verdicts import as_expected
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def number(value: float | str | None) -> str:
+def format_number(value: float | str | None) -> str:
     """Four significant digits; a dash for what was not measured."""
     if isinstance(value, str):
         return value
     return "-" if value is None else f"{value:.4g}"
 
 
-def interval(ci: list[float | None]) -> str:
-    low, high = (("-inf", "inf")[i] if end is None else number(end) for i, end in enumerate(ci))
+def format_interval(ci: list[float | None]) -> str:
+    low, high = (("-inf", "inf")[i] if end is None else format_number(end) for i, end in enumerate(ci))
     return f"[{low}, {high}]"
 
 
-def measured(row: dict[str, Any]) -> str:
-    return "-" if row["measured"] is None else f"{number(row['measured'])} {interval(row['ci'])}"
+def format_measured(row: dict[str, Any]) -> str:
+    """Estimate and interval."""
+    return "-" if row["measured"] is None else f"{format_number(row['measured'])} {format_interval(row['ci'])}"
 
 
-def label(row: dict[str, Any]) -> str:
+def verdict_label(row: dict[str, Any]) -> str:
     """The verdict, with a word when it is not simply a PASS that was expected."""
     if row["expected"] == OPEN:
         return f"{row['verdict']}, open"
@@ -48,7 +46,7 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['verdict']} (expected {row['expected']})"
 
 
-def score(rows: Sequence[dict[str, Any]]) -> str:
+def count_expected(rows: Sequence[dict[str, Any]]) -> str:
     """How many claims are as expected, and how many expect nothing."""
     decided = [row for row in rows if row["expected"] != OPEN]
     parts = [f"{sum(map(as_expected, decided))} of {len(decided)} claims as expected"] if decided else []
@@ -57,28 +55,53 @@ def score(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """One row per claim; what is not as expected stands out."""
-    t = Table(title=f"preset {summary['preset']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, ratio in (
-        ("claim", 4),
-        ("statement", 8),
-        ("predicted", 5),
-        ("measured [95 %]", 5),
-        ("criterion", 6),
-        ("verdict", 4),
-    ):
-        t.add_column(heading, ratio=None if heading == "claim" else ratio, no_wrap=heading == "claim", overflow="fold")
+GROUPS = {PASS: "Predictions", FAIL: "Statements that must fail", OPEN: "Open questions (any verdict is a result)"}
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """One line for each claim: id, verdict, measured against predicted; grouped by what is expected, with counts."""
+    rows = summary["claims"]
+    cells = [
+        (
+            ("   " if as_expected(r) else ">> ") + r["id"],
+            verdict_label(r),
+            f"{format_measured(r)}  n={r['n']}",
+            format_number(r["predicted"]),
+        )
+        for r in rows
+    ]
+    widths = [max(map(len, column)) for column in list(zip(*cells, strict=True))[:3]]
+    for expected, heading in GROUPS.items():
+        group = [(row, cell) for row, cell in zip(rows, cells, strict=True) if row["expected"] == expected]
+        if not group:
+            continue
+        good = sum(as_expected(row) for row, _ in group)
+        count = f"{len(group)}" if expected == OPEN else f"{good} of {len(group)} as expected"
+        console.print(f"{heading}: {count}", style="bold", highlight=False)
+        for row, (id, verdict, value, predicted) in group:
+            style = "cyan" if expected == OPEN else "green" if as_expected(row) else "bold red"
+            line = Text(f"{id:<{widths[0]}}  ").append(f"{verdict:<{widths[1]}}", style=style)
+            line.append(f"  {value:<{widths[2]}}  predicted: {predicted}")
+            if console.is_terminal:
+                line.truncate(console.width, overflow="ellipsis")
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+def print_next(summary: dict[str, Any], directory: Path, errors: Sequence[str], console: Console) -> None:
+    """The counts, the errors, and for each claim that is not as expected what to look at."""
+    console.print(f"{count_expected(summary['claims'])}, {summary['wall_s']:.0f} s", style="bold", highlight=False)
+    for error in errors:
+        console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
     for row in summary["claims"]:
-        good = as_expected(row)
-        style = "cyan" if row["expected"] == OPEN else "green" if good else "bold red"
-        cells = [row["id"], row["statement"], number(row["predicted"]), f"{measured(row)}  n={row['n']}", row["criterion"]]
-        mark = "" if good else ">> "
-        t.add_row(*map(escape, cells), f"[{style}]{escape(mark + label(row))}[/]", style=None if good else "bold")
-    return t
+        if not as_expected(row):
+            figure = f"; figure: {directory / row['figure']}" if row["figure"] else ""
+            more = "; more seeds may decide it (--seeds)" if row["verdict"] == INCONCLUSIVE and row["n"] else ""
+            text = f"not as expected: {row['id']}: {verdict_label(row)}; {row['criterion']}{more}{figure}"
+            console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
-def prose(doc: str) -> list[tuple[str, str]]:
+def docstring_blocks(doc: str) -> list[tuple[str, str]]:
     """A docstring as ("p" | "pre", text) blocks: what is indented is kept as it stands."""
     blocks: list[tuple[str, str]] = []
     for part in re.split(r"\n\s*\n", doc.strip("\n")):
@@ -95,30 +118,19 @@ def prose(doc: str) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in blocks if text]
 
 
-def _docstring(experiment: str) -> str:
-    source = runner.modules().get(experiment)
-    tree = ast.parse(source.read_text(encoding="utf-8")) if source else None
-    return inspect.cleandoc(ast.get_docstring(tree) or "") if tree else ""
+def read_json_if_exists(path: Path) -> dict:
+    """The object in a JSON file; an empty one where there is no file."""
+    return files.read_json(path) if path.exists() else {}
 
 
-def read_json(path: Path) -> Any:
-    """What a file holds; an empty object where there is none. DataError where it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
-
-
-def run_of(directory: Path, experiment: str) -> Path:
+def run_directory(directory: Path, experiment: str) -> Path:
     """Where the records of an experiment are, in a directory of `lindm verify` or of `lindm run`."""
     return run if (run := directory / experiment).is_dir() else directory
 
 
-def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
+def experiment_section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page shows of one experiment."""
-    run = run_of(directory, experiment)
+    run = run_directory(directory, experiment)
     figures = [
         {
             "name": path.stem,
@@ -128,8 +140,9 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         for path in sorted(run.glob("*.png"))
     ]
     seconds = [line.get("seconds", 0.0) for line in files.read_json_lines(run / "metrics.jsonl")]
-    doc = prose(_docstring(experiment))
-    config = read_json(run / "config.json")
+    config, manifest = (read_json_if_exists(run / f"{name}.json") for name in ("config", "manifest"))
+    source = Path(manifest.get("source", PACKAGE / f"{experiment}.py"))
+    doc = docstring_blocks(Experiment(name=experiment, path=source).docstring) if source.is_file() else []
     return {
         "name": experiment,
         "question": doc[0][1] if doc else "",
@@ -141,26 +154,26 @@ def section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> d
         "criteria": config.get("criteria", ""),
         "records": len(files.read_json_lines(run / "records.jsonl")),
         "seconds": sum(seconds),
-        "manifest": read_json(run / "manifest.json"),
+        "manifest": manifest,
     }
 
 
-def page(template: str, **values: Any) -> str:
+def render_template(template: str, **values: Any) -> str:
     """A page of this directory. Everything that is shown goes through autoescape."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     how = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **how)
-    environment.filters |= {"number": number, "score": score}
+    environment.filters |= {"number": format_number, "count_expected": count_expected}
     environment.tests |= {"as_expected": as_expected}
     return environment.get_template(template).render(**values)
 
 
-def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
+def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
     """The page of one verification."""
     rows = summary["claims"]
-    return page(
+    return render_template(
         "report.html.jinja",
         summary=summary,
         rows=rows,
@@ -169,41 +182,46 @@ def render(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: 
         unexpected=[r for r in rows if not as_expected(r)],
         controls=[r for r in rows if r["expected"] == "FAIL"],
         opened=any(r["expected"] == OPEN for r in rows),
-        measured=measured,
-        label=label,
+        format_measured=format_measured,
+        verdict_label=verdict_label,
     )
 
 
 def write_report(directory: Path) -> Path:
     """report.html of a directory of `lindm verify` or `lindm run`; DataError without a verdicts.json."""
-    summary = read_json(directory / "verdicts.json")
+    summary = read_json_if_exists(directory / "verdicts.json")
     if not summary:
         raise DataError(f"no verdicts in {directory / 'verdicts.json'}")
     names = list(dict.fromkeys(row["experiment"] for row in summary["claims"]))
-    sections = [section(directory, name, [r for r in summary["claims"] if r["experiment"] == name]) for name in names]
+    sections = [experiment_section(directory, name, [r for r in summary["claims"] if r["experiment"] == name]) for name in names]
     manifest = next((s["manifest"] for s in sections if s["manifest"]), provenance.provenance())
     path = directory / "report.html"
-    files.write_atomic(path, render(summary, sections, manifest))
+    files.write_atomic(path, render_report(summary, sections, manifest))
     return path
 
 
 def redraw(directory: Path) -> list[Path]:
-    """Draw figures and report of a run directory again, from its records; the files written. DataError without records."""
+    """Draw the figures of a directory of `lindm run` or `lindm verify` again, from its records; the files written.
+
+    Raises:
+      DataError: no records, or a config.json without the name of its experiment.
+    """
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
         raise DataError(f"DIR must hold records.jsonl, or directories that do; got {directory}")
     written: list[Path] = []
     for run in runs:
-        experiment = read_json(run / "config.json").get("experiment")
-        if experiment is None:
+        config, manifest = (read_json_if_exists(run / f"{name}.json") for name in ("config", "manifest"))
+        if "experiment" not in config:
             raise DataError(f"{run / 'config.json'} must name the experiment")
         records = files.read_records(run)
-        module = runner.load(experiment)
+        module = load(manifest.get("source", config["experiment"]))
         with directories.sole_writer(run):
-            written += [run / f"{name}.{ending}" for name in runner.draw(module, records, run) for ending in ("png", "pdf")]
-            provenance.write_manifest(
-                run, **{k: v for k, v in read_json(run / "manifest.json").items() if k in ("experiment", "preset", "config")}
-            )
+            for name, content in draw(module, records).items():
+                files.write_atomic(run / name, content)
+                written.append(run / name)
+            kept = ("experiment", "preset", "config", "source")
+            provenance.write_manifest(run, **{k: v for k, v in manifest.items() if k in kept})
     if (directory / "verdicts.json").exists():
         written.append(write_report(directory))
     return written

@@ -1,130 +1,190 @@
-"""Runs an experiment and survives being interrupted. It knows no science.
+"""Runs experiments in worker processes; this process alone writes their run directories.
 
-An experiment is any module of this directory that claims.toml names. A run directory holds
+A run directory holds
 
-    config.json     what was asked: configuration, preset, fingerprints of the criteria and of the code; another one is refused
-    records.jsonl   the result: one line per point, appended and synced; no time in it, so that a killed and resumed run
+    config.json     the configuration, the preset, hashes of the claims and of the code; a run with other ones is refused
+    records.jsonl   the result: one line for each point, appended and synced; no time in it, so that a killed and resumed run
                     ends with the same bytes as an uninterrupted one
-    metrics.jsonl   how long each point took
+    metrics.jsonl   the seconds that each point took
     manifest.json   versions, git commit, devices, seeds, SHA-256 of the outputs
-    *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table, too
+    *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table
 """
 
+import contextlib
 import csv
-import hashlib
-import importlib
-import importlib.metadata
 import io
 import json
-import os
-import sys
-import time
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import lindm
-import lindm_experiments
-from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, unknown
+from lindm.errors import DataError, LindmError, NonFiniteError, UsageError
 from lindm.io.directories import sole_writer
+from lindm.io.executor import Executor, TaskEvent, TaskPool, TaskResult
 from lindm.io.files import (
     append_line,
     canonical_json,
     find_non_finite,
+    read_json,
     read_json_lines,
     storage_errors,
     to_jsonable,
     write_atomic,
     write_json,
 )
-from lindm.io.signals import stop_requested
-from lindm_experiments.harness.claims import CLAIMS, claim_ids, claims_hash
+from lindm.io.manifest import provenance, write_manifest
+from lindm.io.signals import raise_if_stopped
+from lindm_experiments.harness.claims import claim_ids, claims_hash
+from lindm_experiments.harness.experiments import Experiment, load, name_of, points_of, preset_config
+from lindm_experiments.harness.fingerprint import code_fingerprint
 from lindm_experiments.harness.verdicts import Verdict
+from lindm_experiments.harness.xla import configure_xla
 
-HERE = Path(__file__).parent
-JUDGED = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
-WRITTEN = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *JUDGED, "*.png", "*.pdf")
-
-
-# --- discovery ----------------------------------------------------------------
+RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
+OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *RUN_REPORTS)
 
 
-def modules() -> dict[str, Path]:
-    """Every module at the top of the package `lindm_experiments`, by name."""
-    return {path.stem: path for directory in lindm_experiments.__path__ for path in sorted(Path(directory).glob("*.py"))}
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One experiment to run; `config` are the fields of its Config that differ from the preset's."""
+
+    experiment: Experiment
+    preset: str
+    directory: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
 
-def discover() -> dict[str, tuple[str, ...]]:
-    """Name of each experiment -> the claims it decides."""
-    return {name: claim_ids(name) for name in dict.fromkeys(c.experiment for c in CLAIMS.values())}
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a job: its verdicts, or the error that ended it."""
+
+    experiment: str
+    error: LindmError | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def message(self) -> str:
+        return "" if self.error is None else self.error.message
 
 
-def find(name: str) -> Path:
-    """The source of an experiment; UsageError with the known names when there is none."""
-    if name not in discover():
-        raise UsageError(unknown("EXPERIMENT", name, list(discover())))
-    return modules()[name]
+# --- tasks: what workers do. They read and write no file of a run -----------------------------------------------------------
 
 
-def load(name: str) -> ModuleType:
-    """Import one experiment with 64-bit floats on; UsageError with the known names when there is none."""
-    find(name)
-    if "jax" in sys.modules:
-        sys.modules["jax"].config.update("jax_enable_x64", True)
-    else:
-        os.environ["JAX_ENABLE_X64"] = "1"
-    return importlib.import_module(f"lindm_experiments.{name}")
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What has to be measured for a job."""
+
+    description: dict  # the content of config.json
+    config: dict[str, Any]  # the fields of the experiment's Config
+    points: list[dict]
 
 
-def code_fingerprint(name: str) -> str:
-    """SHA-256 over the sources that a record of this experiment can depend on."""
-    root = Path(lindm.__file__).parents[1]
-    sources = {p.relative_to(root).as_posix(): p for top in ("lindm", "theory/lindm_theory") for p in (root / top).rglob("*.py")}
-    sources |= {p.relative_to(root).as_posix(): p for p in (root / "lindm/templates").glob("*.json")}
-    idle = ("__main__.py", "files.py")
-    sources = {k: p for k, p in sources.items() if p.name not in idle and p.parent.name not in ("cli", "bench")}
-    others = discover().keys() - {name}
-    sources |= {f"experiments/{stem}": p for stem, p in modules().items() if stem not in others}
-    sources |= {f"experiments/lib/{p.stem}": p for p in sorted((HERE.parent / "lib").glob("*.py"))}
-    digest = hashlib.sha256()
-    for key, path in sorted(sources.items()):
-        digest.update(key.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    reference: str
+    config: dict[str, Any]
+    point: dict
 
 
-def settle_xla(alone: bool = False) -> None:
-    """Settings of XLA for every run, before jax is imported; flags of the user win.
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What follows from all records of a run."""
 
-    One thread a process, unless it is alone: the processes of `harness.executor` are the parallelism. Optimisation level 1: most
-    of a quick run is compiling, which takes a third less time at this level, and the compiled programs are as fast (0 makes them
-    slow).
-    """
-    ours = "--xla_backend_optimization_level=1"
-    if not alone:
-        ours += " --xla_cpu_multi_thread_eigen=false"
-        for name in ("NPROC", "PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ.setdefault(name, "1")
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        # the newer emitters take almost twice as long to compile and the programs are no faster; later versions have only them
-        ours += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{ours} {os.environ.get('XLA_FLAGS', '')}".strip()
+    verdicts: list[Verdict]
+    files: dict[str, bytes]
+    provenance: dict
 
 
-# --- the run ------------------------------------------------------------------
+def plan(job: Job) -> Plan:
+    """The configuration and the points of a job. UsageError where an option is out of range."""
+    module = load(job.experiment.reference)
+    try:
+        config = replace(preset_config(module, job.preset), **job.config)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    points = points_of(module, config)
+    if len({canonical_json(p) for p in points}) != len(points):
+        raise DataError(f"{job.experiment.name}: points gives the same point twice")
+    return Plan(description=describe(job.experiment, config, job.preset), config=dict(vars(config)), points=points)
 
 
-def describe(module: ModuleType, cfg: Any, preset: str) -> dict:
-    """What config.json holds."""
-    name = module.__name__.rpartition(".")[2]
+def describe(experiment: Experiment, config: Any, preset: str) -> dict:
+    """The content of config.json."""
     return {
-        "experiment": name,
+        "experiment": experiment.name,
         "preset": preset,
-        "config": json.loads(canonical_json(asdict(cfg))),
-        "criteria": claims_hash(claim_ids(name)),
-        "code": code_fingerprint(name),
+        "config": json.loads(canonical_json(asdict(config))),
+        "criteria": claims_hash(experiment.claims),
+        "code": code_fingerprint(experiment),
     }
+
+
+def measure(task: Point) -> str:
+    """The record of a point, as a line of records.jsonl. NonFiniteError where a number is not finite."""
+    module = load(task.reference)
+    record = {"point": task.point} | to_jsonable(module.measure(module.Config(**task.config), task.point))
+    if where := find_non_finite(record):
+        point = canonical_json(task.point)
+        raise NonFiniteError(f"not finite at point {point}: {where}; nothing of this point was written")
+    return canonical_json(record)
+
+
+def conclude(task: tuple[str, list[dict]]) -> Conclusion:
+    """Verdicts, figures and table of the records of an experiment."""
+    reference, records = task
+    module = load(reference)
+    return Conclusion(verdicts=verdicts_of(module, records), files=draw(module, records), provenance=provenance())
+
+
+def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
+    """The verdicts of the records, one for each claim of the experiment, before any correction for their number."""
+    verdicts = list(module.check(records))
+    expected = sorted(claim_ids(name_of(module)))
+    if sorted(v.id for v in verdicts) != expected:
+        raise ValueError(f"check must decide each of {expected} once; got {sorted(v.id for v in verdicts)}")
+    return verdicts
+
+
+def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
+    """File name -> content: figures of the records as PNG and PDF, and table.csv where the experiment has a table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from lindm_experiments.harness.style import STYLE
+
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
+    files: dict[str, bytes] = {}
+    with pyplot.rc_context(STYLE):  # pyright: ignore
+        for name, figure in module.plot(records).items():
+            for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes
+                files[f"{name}.{ending}"] = buffer.getvalue()
+            pyplot.close(figure)
+    if hasattr(module, "table"):
+        files["table.csv"] = as_csv(module.table(records)).encode()
+    return files
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with equal keys as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# --- run directories ---------------------------------------------------------------------------------------------------------
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -140,121 +200,192 @@ def differences(old: dict, new: dict) -> list[str]:
     return lines
 
 
-def claim_directory(directory: Path, wanted: dict) -> None:
-    """Write config.json, or check that the one there asks for the same; UsageError with the differences when not."""
-    path = directory / "config.json"
-    if not path.exists():
-        return write_json(path, wanted)
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
-    if changed := differences(there, wanted):
-        raise UsageError(
-            f"{directory} holds another run ({'; '.join(changed)}): choose another --out, or start over with --fresh",
-        )
+class RunDirectory:
+    """A run directory that this process has locked.
 
-
-def run(
-    module: ModuleType,
-    cfg: Any,
-    directory: Path,
-    *,
-    preset: str = "custom",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict]:
-    """Measure the points of `cfg` that `directory` does not hold yet; all records, in the order of the points.
-
-    `progress(done, total)` is called before the first and after each point. NonFiniteError, before anything of it is written,
-    when a record is not finite; StorageError when the disk refuses; UsageError when the directory holds another run or is being
-    written.
+    Raises:
+      UsageError: the directory holds another run.
+      DataError: config.json or records.jsonl is damaged.
+      StorageError: the disk is full or not writable.
     """
-    with sole_writer(directory):
-        claim_directory(directory, describe(module, cfg, preset))
-        path = directory / "records.jsonl"
-        points = module.points(cfg)
-        keys = [canonical_json(p) for p in points]
-        if len(set(keys)) != len(keys):
-            raise DataError(f"{module.__name__}.points gives the same point twice")
-        records: dict[str, dict] = {}
-        for number, record in enumerate(read_json_lines(path, repair=True), start=1):
+
+    def __init__(self, job: Job, plan: Plan) -> None:
+        self.job, self.plan = job, plan
+        self.path = job.directory
+        self.keys = [canonical_json(p) for p in plan.points]
+        if job.fresh:
+            remove_outputs(self.path)
+        config = self.path / "config.json"
+        if not config.exists():
+            write_json(config, plan.description)
+        elif changed := differences(read_json(config), plan.description):
+            raise UsageError(
+                f"{self.path} holds another run ({'; '.join(changed)}): choose another --out, or start over with --fresh"
+            )
+        self.lines: dict[str, str] = {}
+        for number, record in enumerate(read_json_lines(self.path / "records.jsonl", repair=True), start=1):
             key = canonical_json(record["point"])
-            if key in records or key not in keys:
-                raise DataError(
-                    f"{path}:{number}: the point {key} is {'there twice' if key in records else 'not one of this run'}"
-                )
-            records[key] = record
-        in_order = list(records) == keys[: len(records)]
-        progress(len(records), len(points))
-        for key, point in zip(keys, points, strict=True):
-            if key in records:
-                continue
-            if stop_requested():
-                raise Preempted("stopped; the same command resumes")
-            started = time.perf_counter()
-            record = {"point": point} | to_jsonable(module.measure(cfg, point))
-            if where := find_non_finite(record):
-                raise NonFiniteError(f"not finite in {module.__name__}, point {key}: {where}; nothing of this point was written")
-            line = canonical_json(record)
-            append_line(path, line)
-            seconds = round(time.perf_counter() - started, 4)
-            append_line(directory / "metrics.jsonl", canonical_json({"point": point, "seconds": seconds}))
-            records[key] = json.loads(line)
-            progress(len(records), len(points))
-        ordered = [records[k] for k in keys]
-        if not in_order:  # points were missing in the middle: same content as a run in order
-            write_atomic(path, "".join(canonical_json(r) + "\n" for r in ordered))
-        return ordered
+            if key in self.lines or key not in self.keys:
+                what = "there twice" if key in self.lines else "not one of this run"
+                raise DataError(f"{self.path / 'records.jsonl'}:{number}: the point {key} is {what}")
+            self.lines[key] = canonical_json(record)
+
+    @property
+    def missing(self) -> list[dict]:
+        """The points without a record."""
+        return [p for key, p in zip(self.keys, self.plan.points, strict=True) if key not in self.lines]
+
+    def append(self, point: dict, line: str, seconds: float) -> None:
+        """Write the record of a point."""
+        append_line(self.path / "records.jsonl", line)
+        append_line(self.path / "metrics.jsonl", canonical_json({"point": point, "seconds": round(seconds, 4)}))
+        self.lines[canonical_json(point)] = line
+
+    def records(self) -> list[dict]:
+        """All records, in the order of the points; the file is put into this order too."""
+        if list(self.lines) != self.keys:
+            write_atomic(self.path / "records.jsonl", "".join(self.lines[key] + "\n" for key in self.keys))
+        return [json.loads(self.lines[key]) for key in self.keys]
+
+    def finish(self, conclusion: Conclusion) -> None:
+        """Write figures, table and manifest."""
+        for name, content in conclusion.files.items():
+            write_atomic(self.path / name, content)
+        (self.path / "error.log").unlink(missing_ok=True)
+        experiment = self.job.experiment
+        source = {"source": str(experiment.path)} if experiment.outside else {}
+        run = {"experiment": experiment.name, "preset": self.job.preset, "config": self.plan.description["config"]} | source
+        write_manifest(self.path, **conclusion.provenance, **run)
 
 
-def start_over(directory: Path) -> None:
+def remove_outputs(directory: Path) -> None:
     """Remove what an earlier run wrote into `directory`, and nothing else."""
-    if not directory.exists():
-        return
-    with sole_writer(directory), storage_errors(directory):
-        for pattern in WRITTEN:
+    with storage_errors(directory):
+        for pattern in (*OUTPUTS, "*.png", "*.pdf"):
             for path in directory.glob(pattern):
                 path.unlink()
 
 
-def decide(module: ModuleType, records: list[dict]) -> list[Verdict]:
-    """The verdicts of the records, one for each claim of the experiment, before any correction for their number."""
-    verdicts = list(module.check(records))
-    expected = sorted(claim_ids(module.__name__.rpartition(".")[2]))
-    if sorted(v.id for v in verdicts) != expected:
-        raise ValueError(f"check must decide each of {expected} once; got {sorted(v.id for v in verdicts)}")
-    return verdicts
+# --- the run -----------------------------------------------------------------------------------------------------------------
 
 
-def draw(module: ModuleType, records: list[dict], directory: Path) -> list[str]:
-    """Figures of the records as PNG and PDF, and table.csv where the experiment has a table; the names of the figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import logging
-
-    from matplotlib import pyplot
-
-    from lindm_experiments.harness.style import STYLE
-
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
-
-    with pyplot.rc_context(STYLE):  # pyright: ignore
-        figures = module.plot(records)
-        for name, figure in figures.items():
-            for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes
-                write_atomic(directory / f"{name}.{ending}", buffer.getvalue())
-            pyplot.close(figure)
-    if hasattr(module, "table"):
-        write_atomic(directory / "table.csv", as_csv(module.table(records)))
-    return list(figures)
+Started = Callable[[str, int, int], None]  # experiment, points with a record, points
+Ended = Callable[[Outcome], None]
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def run_experiments(
+    jobs: Sequence[Job],
+    *,
+    executor: Executor = "local",
+    workers: int | None = None,
+    on_point: Started = lambda name, done, total: None,
+    on_end: Ended = lambda outcome: None,
+) -> list[Outcome]:
+    """Measure the points without a record, decide the claims and draw; the outcomes, in the order of the jobs.
+
+    An error ends its own experiment. A worker that dies costs its point; the other points of the experiment are measured.
+    `on_point` is called when a point starts and when it ends, `on_end` when an experiment has its verdicts or its first error.
+    """
+    state = _State(jobs, on_point, on_end)
+    with contextlib.ExitStack() as locks, TaskPool(executor, workers, configure_xla) as pool:
+        for job, result in zip(jobs, pool.run(plan, jobs), strict=True):
+            state.open(job, result, locks)
+        tasks = [(name, point) for name, run in state.runs.items() for point in run.missing]
+        points = [
+            Point(reference=state.runs[name].job.experiment.reference, config=state.runs[name].plan.config, point=point)
+            for name, point in tasks
+        ]
+
+        def on_event(event: TaskEvent) -> None:
+            raise_if_stopped()
+            state.measured(*tasks[event.index], event.result)
+
+        pool.run(measure, points, groups=[name for name, _ in tasks], on_event=on_event)
+        records = state.complete_records()
+        for name, result in zip(records, pool.run(conclude, list(records.values())), strict=True):
+            state.concluded(name, result)
+    return [state.outcome(job.experiment.name) for job in jobs]
+
+
+class _State:
+    """The runs and errors of one call of `run_experiments`."""
+
+    def __init__(self, jobs: Sequence[Job], on_point: Started, on_end: Ended) -> None:
+        self.on_point, self.on_end = on_point, on_end
+        self.directories = {job.experiment.name: job.directory for job in jobs}
+        self.runs: dict[str, RunDirectory] = {}
+        self.errors: dict[str, LindmError] = {}
+        self.verdicts: dict[str, list[Verdict]] = {}
+        self.seconds = dict.fromkeys(self.directories, 0.0)
+
+    def outcome(self, name: str) -> Outcome:
+        return Outcome(
+            experiment=name,
+            error=self.errors.get(name),
+            verdicts=self.verdicts.get(name, []),
+            seconds=self.seconds[name],
+        )
+
+    def fail(self, name: str, error: LindmError, traceback: str = "") -> None:
+        """Note the first error of an experiment; the traceback of an unexpected one goes to error.log."""
+        if name in self.errors:
+            return
+        message = error.message
+        if traceback:
+            log = self.directories[name] / "error.log"
+            try:
+                write_atomic(log, traceback)
+                message += f" (traceback in {log})"
+            except LindmError as unwritable:
+                error, message = unwritable, unwritable.message
+        self.errors[name] = type(error)(f"{name}: {message}")
+        self.on_end(self.outcome(name))
+
+    def open(self, job: Job, result: TaskResult | None, locks: contextlib.ExitStack) -> None:
+        name = job.experiment.name
+        assert result is not None
+        if result.error is not None:
+            return self.fail(name, result.error, result.traceback)
+        try:
+            locks.enter_context(sole_writer(job.directory))
+            run = self.runs[name] = RunDirectory(job, result.value)
+        except LindmError as e:
+            return self.fail(name, e)
+        self.on_point(name, len(run.lines), len(run.keys))
+
+    def measured(self, name: str, point: dict, result: TaskResult | None) -> None:
+        run = self.runs[name]
+        if result is not None:
+            self.seconds[name] += result.seconds
+            try:
+                if result.error is None:
+                    run.append(point, result.value, result.seconds)
+                else:
+                    self.fail(name, result.error, result.traceback)
+            except LindmError as e:
+                self.fail(name, e)
+        self.on_point(name, len(run.lines), len(run.keys))
+
+    def complete_records(self) -> dict[str, tuple[str, list[dict]]]:
+        """Experiment -> its reference and its records, for those without an error."""
+        complete = {}
+        for name, run in self.runs.items():
+            if name not in self.errors:
+                try:
+                    complete[name] = run.job.experiment.reference, run.records()
+                except LindmError as e:
+                    self.fail(name, e)
+        return complete
+
+    def concluded(self, name: str, result: TaskResult | None) -> None:
+        assert result is not None
+        self.seconds[name] += result.seconds
+        try:
+            if result.error is None:
+                self.runs[name].finish(result.value)
+                self.verdicts[name] = result.value.verdicts
+            else:
+                self.fail(name, result.error, result.traceback)
+        except LindmError as e:
+            self.fail(name, e)
+        self.on_end(self.outcome(name))

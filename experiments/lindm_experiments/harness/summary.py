@@ -18,7 +18,13 @@ from lindm.errors import DataError
 from lindm.io import files
 from lindm.io import manifest as provenance
 from lindm.llm.sft import metrics
-from lindm_experiments.harness.report import number, page, read_json, run_of, section
+from lindm_experiments.harness.report import (
+    experiment_section,
+    format_number,
+    read_json_if_exists,
+    render_template,
+    run_directory,
+)
 from lindm_experiments.harness.runner import as_csv
 
 Row = dict[str, Any]
@@ -33,7 +39,7 @@ class Found(NamedTuple):
 
 
 def _is_training(directory: Path) -> bool:
-    return (directory / "metrics.jsonl").is_file() and "options" in read_json(directory / "config.json")
+    return (directory / "metrics.jsonl").is_file() and "options" in read_json_if_exists(directory / "config.json")
 
 
 KINDS: dict[str, Callable[[Path], bool]] = {
@@ -71,7 +77,7 @@ def _of(directory: Path, directories: Sequence[Path]) -> Row:
 def claims(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in read_json(directory / "verdicts.json")["claims"]:
+        for row in read_json_if_exists(directory / "verdicts.json")["claims"]:
             low, high = row["ci"]
             kept = _of(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
             rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
@@ -82,8 +88,8 @@ def own_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
     """What experiments say in tables of their own: name -> the rows of all runs."""
     found: dict[str, list[Row]] = {}
     for directory in directories:
-        for name in dict.fromkeys(row["experiment"] for row in read_json(directory / "verdicts.json")["claims"]):
-            path = run_of(directory, name) / "table.csv"
+        for name in dict.fromkeys(row["experiment"] for row in read_json_if_exists(directory / "verdicts.json")["claims"]):
+            path = run_directory(directory, name) / "table.csv"
             if path.is_file():
                 rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
                 run = _of(directory, directories)
@@ -103,7 +109,7 @@ def _value(cell: str) -> float | int | str | None:
 def evaluations(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in read_json(directory / "eval.json"):
+        for row in read_json_if_exists(directory / "eval.json"):
             low, high = row["ci"] or (None, None)
             kept = _of(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
             rows.append(
@@ -117,7 +123,7 @@ def evaluations(directories: Sequence[Path]) -> list[Row]:
 def training(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        options = read_json(directory / "config.json")["options"]
+        options = read_json_if_exists(directory / "config.json")["options"]
         records = metrics.read(directory)
         looked = [r for r in records if r["kind"] == "eval"]
         first, last = (looked[0], looked[-1]) if looked else ({}, {})
@@ -145,7 +151,7 @@ def as_latex(rows: Sequence[Row]) -> str:
     """A tabular for the package booktabs."""
 
     def cell(value: Any) -> str:
-        return "".join(ESCAPES.get(c, c) for c in number(value if isinstance(value, (str, float, int)) else None))
+        return "".join(ESCAPES.get(c, c) for c in format_number(value if isinstance(value, (str, float, int)) else None))
 
     names = list(rows[0])
     numeric = [all(isinstance(row[name], (float, int, type(None))) for row in rows) for name in names]
@@ -206,20 +212,20 @@ def write(directories: Sequence[Path], out: Path) -> list[Path]:
         written[out / "tables" / f"{name}.tex"] = as_latex(rows)
     verified = []
     for directory in found.verify:
-        rows = read_json(directory / "verdicts.json")["claims"]
+        rows = read_json_if_exists(directory / "verdicts.json")["claims"]
         names = dict.fromkeys(row["experiment"] for row in rows)
-        sections = [section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
+        sections = [experiment_section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
         verified.append({"directory": str(directory), "rows": rows, "sections": sections})
     runs = [
         {
             "name": str(directory),
-            "options": read_json(directory / "config.json")["options"],
+            "options": read_json_if_exists(directory / "config.json")["options"],
             "curves": _picture_of(directory / "curves.png"),
         }
         for directory in found.training
     ]
-    manifests = [(str(d), read_json(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
-    written[out / "index.html"] = page(
+    manifests = [(str(d), read_json_if_exists(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
+    written[out / "index.html"] = render_template(
         "overview.html.jinja",
         tables=tables,
         own=list(own),

@@ -1,43 +1,121 @@
-"""`lindm verify`: every experiment, one verdict for every claim, one table, one report."""
+"""`lindm verify` and `lindm run`: one verdict for every claim, verdicts.json and a report."""
 
-import os
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lindm.cli.exit_codes import exit_code
-from lindm.errors import Preempted, UsageError
+from lindm.errors import UsageError, unknown
 from lindm.io import files, manifest, signals
-from lindm_experiments.harness import runner
+from lindm.io.executor import Executor
+from lindm.io.progress import Progress, Task, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
-from lindm_experiments.harness.executor import Job, Outcome, run_all
-from lindm_experiments.harness.progress import show_progress
-from lindm_experiments.harness.report import score, table, write_report
-from lindm_experiments.harness.verdicts import Verdict, adjust, as_expected
+from lindm_experiments.harness.experiments import Experiment, experiment_names, find_experiment, select_claims
+from lindm_experiments.harness.report import write_report
+from lindm_experiments.harness.runner import Job, Outcome, run_experiments
+from lindm_experiments.harness.verdicts import Verdict, adjust
+from lindm_experiments.harness.xla import configure_xla
 
-# Rough share of the work, only to start the longest first (an experiment not named here counts 1).
-COST: dict[str, float] = {"decisions": 10.0, "llm_law": 5.0, "mechanism": 4.0}
-
-
-def select(only: Sequence[str], known: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
-    """Experiment -> the claims asked for. A main id stands for its sub-claims too; no ids at all for everything."""
-    claims = [c for owned in known.values() for c in owned]
-    for wanted in only:
-        if not any(c == wanted or c.startswith(f"{wanted}/") for c in claims):
-            raise UsageError(f"--only must name claims out of {', '.join(sorted(claims))}; got {wanted!r}")
-    chosen = {
-        name: [c for c in owned if not only or any(c == w or c.startswith(f"{w}/") for w in only)]
-        for name, owned in known.items()
-    }
-    return {name: owned for name, owned in chosen.items() if owned}
+FORMAT = 1  # of verdicts.json
 
 
-def entry(claim: str, experiment: str, verdict: Verdict | None, note: str = "") -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What `verify` and `run_experiment` return: the content of verdicts.json, where it is, and how each experiment ended."""
+
+    summary: dict[str, Any]
+    directory: Path
+    outcomes: list[Outcome]
+
+
+def verify(
+    preset: str,
+    out: Path,
+    *,
+    experiments: Sequence[str] = (),
+    only: Sequence[str] = (),
+    seeds: int | None = None,
+    fresh: bool = False,
+    workers: int | None = None,
+    executor: Executor = "local",
+) -> Verification:
+    """Run what decides the claims; write verdicts.json, manifest.json and report.html.
+
+    Args:
+      preset: quick, full or smoke.
+      out: directory of the results, with a run directory for each experiment.
+      experiments: names of the package's experiments, or files from outside; default: all of the package.
+      only: ids of claims; a main id includes its sub-claims; default: all.
+      seeds: number of seeds, in place of the preset's.
+
+    Raises:
+      UsageError: an unknown preset, claim or experiment.
+      Preempted: after a signal; the same call resumes.
+    """
+    started = time.perf_counter()
+    if preset not in ("quick", "full", "smoke"):
+        raise UsageError(unknown("--preset", preset, ["quick", "full"]))
+    for name, number in (("--seeds", seeds), ("--workers", workers)):
+        if number is not None and number < 1:
+            raise UsageError(f"{name} must be >= 1; got {number}")
+    known = {e.name: e for e in map(find_experiment, experiments or experiment_names())}
+    chosen = select_claims({name: e.claims for name, e in known.items()}, only)
+    with files.storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    config = {} if seeds is None else {"seeds": seeds}
+    jobs = [Job(experiment=known[e], preset=preset, directory=out / e, config=config, fresh=fresh) for e in chosen]
+    jobs.sort(key=lambda job: -job.experiment.minutes)
+    outcomes = run_with_progress(jobs, executor, workers)
+    outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
+    summary = summarize(outcomes, chosen, preset, time.perf_counter() - started)
+    write_verdicts(out, summary)
+    manifest.write_manifest(out, preset=preset, seeds=seeds, only=list(only), criteria=summary["criteria"])
+    return Verification(summary=summary, directory=out, outcomes=outcomes)
+
+
+def run_experiment(experiment: Experiment, preset: str, out: Path, config: dict[str, Any], fresh: bool = False) -> Verification:
+    """Run one experiment in this process; write its records, figures, verdicts.json and report.html.
+
+    `config` are the fields of its Config that differ from the preset's. Raises the error that ended the run.
+    """
+    configure_xla(single_process=True)
+    job = Job(experiment=experiment, preset=preset, directory=out, config=config, fresh=fresh)
+    (outcome,) = run_with_progress([job], "serial", None)
+    if outcome.error:
+        raise outcome.error
+    summary = summarize([outcome], {experiment.name: list(experiment.claims)}, preset, outcome.seconds)
+    write_verdicts(out, summary)
+    return Verification(summary=summary, directory=out, outcomes=[outcome])
+
+
+def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | None) -> list[Outcome]:
+    """Run the jobs with a bar for each experiment, and one line for each that ends."""
+    signals.stop_on_signals()
+    console = Console(file=sys.stderr)  # also while an experiment redirects what it calls
+    with Progress(console) as progress:
+        total = progress.add("experiments", total=len(jobs))
+        tasks: dict[str, Task] = {}
+
+        def on_point(name: str, done: int, points: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add(name, total=points, done=done)
+            tasks[name].update(done)
+
+        def on_end(outcome: Outcome) -> None:
+            if (task := tasks.pop(outcome.experiment, None)) is not None:
+                task.remove()
+            total.update(total.done + 1)
+            progress.print(f"{outcome.experiment}: {outcome.message or 'done'}, {format_seconds(outcome.seconds)}")
+
+        return run_experiments(jobs, executor=executor, workers=workers, on_point=on_point, on_end=on_end)
+
+
+def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str = "") -> dict[str, Any]:
     """One claim as verdicts.json holds it; without a verdict it was not decided, for the reason in `note`."""
     c = get_claim(claim)
     row: dict[str, Any] = {
@@ -66,14 +144,18 @@ def entry(claim: str, experiment: str, verdict: Verdict | None, note: str = "") 
     return row
 
 
-def summarise(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset: str, wall_s: float) -> dict[str, Any]:
-    """The content of verdicts.json, in the order of the criteria. Holm over all predictions decided here, and over all open
-    questions, which are another family: to ask more of them must not take power from the predictions."""
+def summarize(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset: str, wall_s: float) -> dict[str, Any]:
+    """The content of verdicts.json, in the order of the outcomes; `chosen`: experiment -> claims.
+
+    Holm's correction runs over all predictions decided here, and separately over all open questions: more open questions do not
+    take power from the predictions.
+    """
     decided = [v for o in outcomes for v in o.verdicts if v.id in chosen[o.experiment]]
     families = [[v for v in decided if (get_claim(v.id).expected == OPEN) == is_open] for is_open in (False, True)]
     by_id = {v.id: v for family in families for v in adjust(family)}
-    rows = [entry(claim, o.experiment, by_id.get(claim), note=o.message) for o in outcomes for claim in chosen[o.experiment]]
+    rows = [verdict_row(c, o.experiment, by_id.get(c), note=o.message) for o in outcomes for c in chosen[o.experiment]]
     return {
+        "format": FORMAT,
         "preset": preset,
         "wall_s": round(wall_s, 2),
         "criteria": claims_hash([r["id"] for r in rows]),
@@ -82,49 +164,7 @@ def summarise(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset:
     }
 
 
-def exit_code_of(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> int:
-    """The first experiment that could not finish gives the code; otherwise 0 if every verdict is an expected one, 1 if not."""
-    stopped = next((exit_code(o.error) for o in outcomes if o.error), 0)
-    return stopped or int(not all(map(as_expected, rows)))
-
-
-def verify(
-    preset: str, out: Path, only: Sequence[str] = (), seeds: int | None = None, fresh: bool = False, workers: int | None = None
-) -> int:
-    """Run what decides the claims, write verdicts.json, manifest.json and report.html, print the table; the exit code."""
-    started = time.perf_counter()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    if preset not in ("quick", "full", "smoke"):
-        raise UsageError(f"--preset must be one of quick, full; got {preset!r}")
-    if seeds is not None and seeds < 1:
-        raise UsageError(f"--seeds must be >= 1; got {seeds}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be >= 1; got {workers}")
-    chosen = select(only, runner.discover())
-    with files.storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    signals.stop_on_signals()
-    jobs = [Job(experiment=name, preset=preset, directory=out / name, seeds=seeds, fresh=fresh) for name in chosen]
-    jobs.sort(key=lambda job: -COST.get(job.experiment, 1.0))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with show_progress(console, len(jobs)) as (on_start, on_point, on_end):
-        outcomes = run_all(jobs, workers or cores, on_start, on_point, on_end)
-    outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
-    summary = summarise(outcomes, chosen, preset, time.perf_counter() - started)
-    if any(isinstance(o.error, Preempted) for o in outcomes):
-        raise Preempted("stopped; the same command resumes")
-    files.write_json(out / "verdicts.json", summary)
-    write_report(out)
-    manifest.write_manifest(out, preset=preset, seeds=seeds, only=list(only), criteria=summary["criteria"])
-    console.print(table(summary))
-    rows = summary["claims"]
-    unexpected = [r["id"] for r in rows if not as_expected(r)]
-    console.print(f"{score(rows)}, {summary['wall_s']:.0f} s; report: {out / 'report.html'}")
-    for o in outcomes:
-        if o.message:
-            console.print(f"error: {o.message}", style="bold red", markup=False)
-    if unexpected:
-        console.print(f"not as expected: {', '.join(unexpected)}", style="bold red", markup=False)
-    return exit_code_of(outcomes, rows)
+def write_verdicts(directory: Path, summary: dict[str, Any]) -> None:
+    """Write verdicts.json and report.html."""
+    files.write_json(directory / "verdicts.json", summary)
+    write_report(directory)

@@ -5,19 +5,29 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-import lindm_experiments
+from lindm.cli.verify import exit_code_of
 from lindm.errors import DataError, LindmError, StorageError
 from lindm.io import files
 from lindm_experiments.harness.claims import CLAIMS, FAIL, OPEN, PASS, claims_hash, get_claim
-from lindm_experiments.harness.executor import Outcome
-from lindm_experiments.harness.report import label, number, prose, redraw, score, table, write_report
-from lindm_experiments.harness.runner import discover
+from lindm_experiments.harness.experiments import select_claims
+from lindm_experiments.harness.report import (
+    count_expected,
+    docstring_blocks,
+    format_number,
+    print_next,
+    print_summary,
+    redraw,
+    verdict_label,
+    write_report,
+)
+from lindm_experiments.harness.runner import Outcome
 from lindm_experiments.harness.verdicts import as_expected, count_verdict, mean_verdict, undecided
-from lindm_experiments.harness.verify import COST, exit_code_of, select, summarise
+from lindm_experiments.harness.verify import Verification, summarize
 
 GOOD = mean_verdict("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], figure="toy")
 CONTROL = mean_verdict("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])
@@ -26,19 +36,19 @@ CONTROL = mean_verdict("controls/swap", [2.0, 2.001, 1.999, 2.0, 2.0])
 def summary(*verdicts, message=""):
     error = LindmError(message) if message else None
     outcome = Outcome(experiment="toy", verdicts=list(verdicts), error=error)
-    return summarise([outcome], {"toy": ["q-risk", "controls/swap"]}, "quick", 1.5)
+    return summarize([outcome], {"toy": ["q-risk", "controls/swap"]}, "quick", 1.5)
 
 
 def printed(content, width=160) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(content))
+    print_summary(content, console)
+    print_next(content, Path("v"), [], console)
     console.file.close()
     return console.export_text()
 
 
 @pytest.fixture
-def directory(tmp_path, finished, monkeypatch):
-    monkeypatch.setattr(lindm_experiments, "__path__", [*lindm_experiments.__path__, str(finished.parent / "lab")])
+def directory(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "toy")
     files.write_json(tmp_path / "verdicts.json", summary(GOOD, CONTROL))
     return tmp_path
@@ -77,7 +87,7 @@ def test_the_table_shows_every_claim_with_prediction_interval_criterion_and_verd
 
 def test_an_unexpected_verdict_stands_out_without_colours():
     text = printed(summary(mean_verdict("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
-    assert ">> FAIL" in text
+    assert ">> q-risk" in text and "FAIL (expected PASS)" in text
 
 
 def test_a_claim_that_was_not_decided_is_said_to_be_so():
@@ -94,31 +104,31 @@ def test_open_questions_take_no_power_from_predictions_nor_the_other_way():
     questions = [dataclasses.replace(GOOD, id=id, p=p) for id, p in zip(asked, (0.02, 0.04, 1.0), strict=True)]
     questions[2] = undecided("horizon", "not measured")
     outcome = Outcome(experiment="toy", verdicts=[weak, *questions])
-    rows = summarise([outcome], {"toy": ["q-risk", *asked]}, "quick", 1.0)["claims"]
+    rows = summarize([outcome], {"toy": ["q-risk", *asked]}, "quick", 1.0)["claims"]
     assert [row["verdict"] for row in rows] == [PASS, PASS, PASS, "INCONCLUSIVE"]
     assert [row["p"] for row in rows] == [0.04, 0.04, 0.04, 1.0]  # 2 x 0.02, and not 3 x: one was not measured
-    assert exit_code_of([outcome], rows) == 0
+    assert exit_code([outcome], {"claims": rows}) == 0
 
 
-def test_the_costs_name_experiments_that_exist():
-    assert COST.keys() <= discover().keys()
+def exit_code(outcomes, content) -> int:
+    return exit_code_of(Verification(summary=content, directory=Path("v"), outcomes=outcomes))
 
 
 def test_the_exit_code_is_0_only_if_every_verdict_is_the_expected_one():
     good = Outcome(experiment="toy", verdicts=[GOOD, CONTROL])
-    assert exit_code_of([good], summary(GOOD, CONTROL)["claims"]) == 0
+    assert exit_code([good], summary(GOOD, CONTROL)) == 0
     surprising = mean_verdict("controls/swap", [1.0, 1.001, 0.999, 1.0, 1.0])
-    assert exit_code_of([good], summary(GOOD, surprising)["claims"]) == 1
-    assert exit_code_of([good, Outcome(experiment="b", error=StorageError("full"))], summary(GOOD, CONTROL)["claims"]) == 7
+    assert exit_code([good], summary(GOOD, surprising)) == 1
+    assert exit_code([good, Outcome(experiment="b", error=StorageError("full"))], summary(GOOD, CONTROL)) == 7
 
 
 def test_a_main_claim_stands_for_its_sub_claims():
     known = {"a": ("weights", "weights/sub"), "b": ("weights-other", "q-risk")}
-    assert select(["weights"], known) == {"a": ["weights", "weights/sub"]}
-    assert select(["weights/sub", "q-risk"], known) == {"a": ["weights/sub"], "b": ["q-risk"]}
-    assert select([], known) == {"a": ["weights", "weights/sub"], "b": ["weights-other", "q-risk"]}
+    assert select_claims(known, ["weights"]) == {"a": ["weights", "weights/sub"]}
+    assert select_claims(known, ["weights/sub", "q-risk"]) == {"a": ["weights/sub"], "b": ["q-risk"]}
+    assert select_claims(known, []) == {"a": ["weights", "weights/sub"], "b": ["weights-other", "q-risk"]}
     with pytest.raises(LindmError, match="weights/sub"):
-        select(["weight"], known)
+        select_claims(known, ["weight"])
 
 
 def test_the_page_is_well_formed_and_fetches_nothing(directory):
@@ -165,7 +175,7 @@ def test_an_interval_that_is_not_finite_is_null_in_json():
 
 
 def test_prose_keeps_indented_lines_as_they_stand():
-    assert prose("A question\nin two lines?\n\n    a command\n\nMore:\n    x  = 1") == [
+    assert docstring_blocks("A question\nin two lines?\n\n    a command\n\nMore:\n    x  = 1") == [
         ("p", "A question in two lines?"),
         ("pre", "a command"),
         ("p", "More:"),
@@ -174,19 +184,19 @@ def test_prose_keeps_indented_lines_as_they_stand():
 
 
 def test_numbers_and_labels_are_short():
-    assert number(0.123456) == "0.1235" and number(None) == "-" and number("-1 in M") == "-1 in M"
-    assert label({"verdict": "FAIL", "expected": "PASS"}) == "FAIL (expected PASS)"
+    assert format_number(0.123456) == "0.1235" and format_number(None) == "-" and format_number("-1 in M") == "-1 in M"
+    assert verdict_label({"verdict": "FAIL", "expected": "PASS"}) == "FAIL (expected PASS)"
     for verdict in (PASS, FAIL, "INCONCLUSIVE"):  # whatever is found is a result
-        assert label({"verdict": verdict, "expected": OPEN}) == f"{verdict}, open"
+        assert verdict_label({"verdict": verdict, "expected": OPEN}) == f"{verdict}, open"
         assert as_expected({"verdict": verdict, "expected": OPEN})
         assert as_expected({"verdict": verdict, "expected": PASS}) == (verdict == PASS)
 
 
 def test_the_score_counts_predictions_and_open_questions_apart():
     good, bad, opened = ({"verdict": FAIL, "expected": expected} for expected in (FAIL, PASS, OPEN))
-    assert score([good, bad, good]) == "2 of 3 claims as expected"
-    assert score([good, opened]) == "1 of 1 claims as expected, 1 open question"
-    assert score([opened, opened]) == "2 open questions"
+    assert count_expected([good, bad, good]) == "2 of 3 claims as expected"
+    assert count_expected([good, opened]) == "1 of 1 claims as expected, 1 open question"
+    assert count_expected([opened, opened]) == "2 open questions"
 
 
 def test_claims_have_unique_ids_bands_and_statements_of_one_sentence():

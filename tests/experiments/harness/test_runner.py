@@ -42,7 +42,7 @@ def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["outputs"]["records.jsonl"] == files.sha256(run / "records.jsonl")
     assert manifest["config"]["seeds"] == 6
-    assert "q-risk" in out and "FAIL, as expected" in out
+    assert "toy-ratio" in out and "FAIL, as expected" in out
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(lab):
@@ -175,7 +175,7 @@ def test_verify_decides_every_claim_and_resumes(lab):
     assert {"preset", "wall_s", "claims"} <= verdicts.keys()
     keys = {"id", "statement", "source", "predicted", "measured", "ci", "n", "criterion", "verdict", "expected", "figure"}
     assert all(keys <= c.keys() for c in verdicts["claims"])
-    assert [(c["id"], c["verdict"]) for c in verdicts["claims"]] == [("q-risk", "PASS"), ("controls/swap", "FAIL")]
+    assert [(c["id"], c["verdict"]) for c in verdicts["claims"]] == [("toy-ratio", "PASS"), ("toy-control/swap", "FAIL")]
     assert (lab.directory / "v" / "report.html").exists() and (lab.directory / "v" / "manifest.json").exists()
     before = content(lab.directory / "v" / "toy")
     assert lab.lindm("verify", "--preset", "quick", "--out", "v")[0] == 0
@@ -183,8 +183,8 @@ def test_verify_decides_every_claim_and_resumes(lab):
 
 
 def test_verify_of_one_claim_shows_only_that_claim(lab):
-    code, out, _ = lab.lindm("verify", "--out", "v", "--only", "controls")
-    assert code == 0 and "controls/swap" in out and "exactly" not in out
+    code, out, _ = lab.lindm("verify", "--out", "v", "--only", "toy-control")
+    assert code == 0 and "toy-control/swap" in out and "exactly" not in out
 
 
 def test_too_few_seeds_decide_nothing(lab):
@@ -192,19 +192,18 @@ def test_too_few_seeds_decide_nothing(lab):
     assert code == 1 and "INCONCLUSIVE" in out
 
 
-def test_a_worker_that_dies_takes_only_its_own_claims(lab):
-    source = (lab.directory / "lab" / "toy.py").read_text()
-    (lab.directory / "lab" / "other.py").write_text(
-        source.replace("TOY_DIES", "OTHER")
-        .replace('        mean_verdict("controls/swap", [r["swapped"] for r in records]),\n', "")
-        .replace('mean_verdict("q-risk", [r["ratio"]', 'mean_verdict("few-tasks", [-r["ratio"]')
-    )
+def test_a_worker_that_dies_costs_its_own_point(lab):
+    source, claims = ((lab.directory / "lab" / f"toy.{kind}").read_text() for kind in ("py", "toml"))
+    (lab.directory / "lab" / "other.py").write_text(source.replace("TOY_DIES", "OTHER").replace('"toy-', '"other-'))
+    (lab.directory / "lab" / "other.toml").write_text(claims.replace('"toy-', '"other-'))
     code, out, _ = lab.lindm("verify", "--out", "v", TOY_DIES="1")
     assert code == 1 and "worker died (signal 9)" in out
     claims = {c["id"]: c for c in json.loads((lab.directory / "v" / "verdicts.json").read_text())["claims"]}
-    assert claims["few-tasks"]["verdict"] == "PASS"
-    assert claims["q-risk"]["measured"] is None and claims["q-risk"]["verdict"] == "INCONCLUSIVE"
+    assert claims["other-ratio"]["verdict"] == "PASS"
+    assert claims["toy-ratio"]["measured"] is None and claims["toy-ratio"]["verdict"] == "INCONCLUSIVE"
+    assert [r["point"]["seed"] for r in files.read_records(lab.directory / "v" / "toy")] == [0, 1, 2, 4, 5]
     assert lab.lindm("verify", "--out", "v")[0] == 0
+    assert [r["point"]["seed"] for r in files.read_records(lab.directory / "v" / "toy")] == list(range(6))
 
 
 def test_verify_killed_with_its_workers_resumes(lab):

@@ -7,12 +7,11 @@ import shutil
 
 import pytest
 
-import lindm_experiments
 from lindm.cli.main import main
 from lindm.errors import DataError, LindmError
 from lindm.io import files
 from lindm_experiments.harness import summary as overview
-from lindm_experiments.harness.runner import JUDGED
+from lindm_experiments.harness.runner import RUN_REPORTS
 from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
 
 ROW = {"suite": "pomdp", "horizon": 6, "split": "id", "policy": "bc", "gap": 0.25, "ci": [0.2, 0.3], "gap_of_value": 0.1}
@@ -23,10 +22,9 @@ NONE |= {"method": "none", "invalid": None}
 
 
 @pytest.fixture
-def work(tmp_path, finished, monkeypatch):
-    monkeypatch.setattr(lindm_experiments, "__path__", [*lindm_experiments.__path__, str(finished.parent / "lab")])
+def work(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "verified" / "toy")
-    for name in JUDGED:
+    for name in RUN_REPORTS:
         (tmp_path / "verified" / "toy" / name).unlink()
     files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL))
     (tmp_path / "more" / "run").mkdir(parents=True)

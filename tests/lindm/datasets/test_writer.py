@@ -62,8 +62,8 @@ def test_a_finished_dataset_is_left_alone(tmp_path, source, reference):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from lindm_experiments.harness.runner import settle_xla
-settle_xla()
+from lindm_experiments.harness.xla import configure_xla
+configure_xla()
 import jax
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, sys.argv[1])
@@ -82,7 +82,7 @@ make_dataset(Path(sys.argv[2]), fixed_mdp(), config(query_epsilon=0.5))
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, source, reference):
     root, out = Path(__file__).parents[3], tmp_path / "d"
     env = os.environ | {"PYTHONPATH": str(root)}
-    # conftest.py has put the settings of XLA there, which settle_xla puts there again: the same ones twice are the same ones
+    # conftest.py has put the settings of XLA there, which configure_xla puts there again: the same ones twice are the same ones
     child = subprocess.run([sys.executable, "-c", CHILD, str(root), str(out)], env=env, capture_output=True, timeout=120)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     left = {p.name for p in out.iterdir()}

@@ -30,8 +30,8 @@ if kind == "guarded":
     guard(EXIT_CODES)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-from lindm_experiments.harness.runner import settle_xla
-settle_xla()
+from lindm_experiments.harness.xla import configure_xla
+configure_xla()
 import jax, json
 from lindm.errors import LindmError
 from lindm.cli.exit_codes import exit_code

@@ -1,0 +1,147 @@
+"""Finding experiments: modules of this package, and Python files from outside with their claims in a TOML file beside them.
+
+An experiment is a module with
+
+    Config       a frozen dataclass; its fields are the options of `lindm run`, `seeds` and `base_seed` among them
+    QUICK, FULL, SMOKE    presets: instances of Config
+    points(cfg)  JSON objects, one for each record; default: {"seed": s} for every seed
+    measure(cfg, point)   the record of a point: a dict of numbers and lists, all finite
+    check(records)        a Verdict for each claim of the experiment
+    plot(records)         figures by name
+    table(records)        optional: rows for table.csv
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lindm.errors import UsageError, unknown
+from lindm_experiments.harness.claims import PACKAGE_CLAIMS, add_claims, claim_ids, read_claims
+
+PACKAGE = PACKAGE_CLAIMS.parent
+MINUTES: dict[str, float] = tomllib.loads(PACKAGE_CLAIMS.read_text(encoding="utf-8"))["minutes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment by name and source; `outside` the package it is loaded from its file."""
+
+    name: str
+    path: Path
+    outside: bool = False
+
+    @property
+    def reference(self) -> str:
+        """What finds it again, in another process too."""
+        return str(self.path) if self.outside else self.name
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """The ids of the claims that it decides."""
+        return claim_ids(self.name)
+
+    @property
+    def docstring(self) -> str:
+        """The module's docstring, read without importing the module."""
+        return inspect.cleandoc(ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or "")
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of the quick preset on one core, compilation included; 1 where they are not known."""
+        return MINUTES.get(self.name, 1.0)
+
+
+def experiment_names() -> tuple[str, ...]:
+    """The experiments of the package."""
+    return tuple(MINUTES)
+
+
+def find_experiment(reference: str) -> Experiment:
+    """An experiment by the name of a module of the package, or by the path of a Python file outside it.
+
+    The claims of a file are read from the TOML file beside it. UsageError for an unknown name, DataError for bad claims.
+    """
+    path = Path(reference)
+    if path.suffix != ".py" and os.sep not in reference:
+        if reference not in MINUTES:
+            raise UsageError(unknown("EXPERIMENT", reference, experiment_names()) + ", or name a Python file: path/to/mine.py")
+        return Experiment(name=reference, path=PACKAGE / f"{reference}.py")
+    path = path.absolute()
+    if not path.is_file():
+        raise UsageError(f"EXPERIMENT must be a Python file or one of {', '.join(experiment_names())}; got {reference!r}")
+    if path.parent == PACKAGE:
+        return find_experiment(path.stem)
+    if path.stem in MINUTES or not path.stem.isidentifier():
+        raise UsageError(f"the file of an experiment must have a name of its own that is a Python identifier; got {reference!r}")
+    add_claims(read_claims(path.with_suffix(".toml"), path.stem))
+    return Experiment(name=path.stem, path=path, outside=True)
+
+
+def load(reference: str) -> ModuleType:
+    """Import an experiment with 64-bit floats on."""
+    experiment = find_experiment(reference)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_enable_x64", True)
+    else:
+        os.environ["JAX_ENABLE_X64"] = "1"
+    name = f"lindm_experiments.{experiment.name}"
+    if not experiment.outside:
+        return importlib.import_module(name)
+    if name in sys.modules and sys.modules[name].__file__ == str(experiment.path):
+        return sys.modules[name]
+    directory = str(experiment.path.parent)
+    if directory not in sys.path:  # last, so that its files can import each other and shadow nothing
+        sys.path.append(directory)
+    spec = importlib.util.spec_from_file_location(name, experiment.path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def name_of(module: ModuleType) -> str:
+    """The name of an experiment's module."""
+    return module.__name__.rpartition(".")[2]
+
+
+def preset_config(module: ModuleType, preset: str, seeds: int | None = None) -> Any:
+    """The Config of a preset, with another number of seeds where it is given; UsageError when out of range."""
+    presets = {"quick": module.QUICK, "full": module.FULL, "smoke": module.SMOKE}
+    if preset not in presets:
+        raise UsageError(unknown("--preset", preset, list(presets)))
+    try:
+        return presets[preset] if seeds is None else replace(presets[preset], seeds=seeds)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+
+
+def points_of(module: ModuleType, cfg: Any) -> list[dict]:
+    """The points of a configuration: those of the experiment, or one for each seed."""
+    return module.points(cfg) if hasattr(module, "points") else [{"seed": s} for s in range(cfg.seeds)]
+
+
+def select_claims(known: Mapping[str, Sequence[str]], only: Sequence[str]) -> dict[str, list[str]]:
+    """Experiment -> its claims among those of `only`. A main id stands for its sub-claims too; no ids at all for every claim."""
+
+    def matches(claim: str, id: str) -> bool:
+        return claim == id or claim.startswith(f"{id}/")
+
+    claims = [c for owned in known.values() for c in owned]
+    for id in only:
+        if not any(matches(c, id) for c in claims):
+            raise UsageError(unknown("--only", id, claims))
+    chosen = {name: [c for c in owned if not only or any(matches(c, i) for i in only)] for name, owned in known.items()}
+    return {name: owned for name, owned in chosen.items() if owned}
