@@ -12,7 +12,7 @@ import pytest
 
 from lindm.cli import doctor
 from lindm.cli.main import main
-from lindm_experiments.harness import runner
+from lindm_experiments.harness.claims import CLAIMS
 
 MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
 
@@ -181,8 +181,7 @@ def test_a_directory_without_records_is_exit_3(tmp_path, capsys):
 def test_an_unknown_claim_is_answered_with_the_known_ones(capsys):
     main(["verify", "--only", "nonsense"])
     error = capsys.readouterr().err
-    owned = [claim for claims in runner.discover().values() for claim in claims]
-    assert all(claim in error for claim in owned) and "'nonsense'" in error
+    assert all(claim in error for claim in CLAIMS) and "'nonsense'" in error
 
 
 def test_version(capsys):
