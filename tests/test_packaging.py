@@ -41,10 +41,10 @@ def test_folders_beside_a_script_break_nothing(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text(
         "import experiments, theory, lindm\n"
-        "from lindm_experiments.harness import experiments\n"
+        "from lindm_experiments.harness.experiments import experiment_names\n"
         "import lindm_theory.policy\n"
         "assert experiments.OWNER == 'the user, experiments' and theory.OWNER == 'the user, theory'\n"
-        "assert 'risk' in experiments.experiment_names()\n"
+        "assert 'risk' in experiment_names()\n"
         "import lindm.cli.main\n"
         "assert lindm.cli.main.main(['run', 'risk', '--preset', 'nonsense']) == 2\n"
     )

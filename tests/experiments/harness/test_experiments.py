@@ -1,0 +1,91 @@
+"""Experiments are found by name or by file; claims of a file are beside it, and are checked."""
+
+import shutil
+
+import pytest
+
+from lindm.errors import DataError, UsageError
+from lindm_experiments.harness import claims
+from lindm_experiments.harness.experiments import PACKAGE, experiment_names, find_experiment, load, points_of
+
+
+@pytest.fixture
+def own_claims(monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", dict(claims.CLAIMS))
+
+
+def test_a_name_and_the_file_of_an_experiment_of_the_package_are_the_same():
+    assert find_experiment("risk") == find_experiment(str(PACKAGE / "risk.py"))
+    assert len(experiment_names()) == 20 and find_experiment("risk").minutes < 5
+
+
+@pytest.mark.parametrize(
+    "reference, message",
+    [
+        ("riks", r"EXPERIMENT must be one of .*got 'riks'; did you mean risk"),
+        ("nowhere/mine.py", "must be a Python file or one of"),
+    ],
+)
+def test_an_unknown_experiment_is_answered_with_the_known_ones(reference, message):
+    with pytest.raises(UsageError, match=message):
+        find_experiment(reference)
+
+
+def test_a_file_outside_brings_its_claims(lab, own_claims):
+    experiment = find_experiment(str(lab.directory / "lab" / "toy.py"))
+    assert experiment.outside and experiment.claims == ("toy-ratio", "toy-control/swap")
+    assert claims.get_claim("toy-ratio").criterion == "mean ratio over seeds within [0.97, 1.03]"
+    module = load(experiment.reference)
+    assert load(experiment.reference) is module and module.__name__ == "lindm_experiments.toy"
+
+
+def test_points_are_one_for_each_seed_by_default(lab, own_claims):
+    source = (lab.directory / "lab" / "toy.py").read_text()
+    start, end = source.index("def points"), source.index("def measure")
+    (lab.directory / "lab" / "plain.py").write_text(source[:start] + source[end:])
+    shutil.copy(lab.directory / "lab" / "toy.toml", lab.directory / "lab" / "plain.toml")
+    module = load(str(lab.directory / "lab" / "plain.py"))
+    assert points_of(module, module.SMOKE) == [{"seed": 0}, {"seed": 1}]
+
+
+def test_a_file_with_a_name_or_a_claim_of_the_package_is_refused(lab, own_claims):
+    shutil.copy(lab.directory / "lab" / "toy.py", lab.directory / "risk.py")
+    with pytest.raises(UsageError, match="a name of its own"):
+        find_experiment(str(lab.directory / "risk.py"))
+    toml = lab.directory / "lab" / "toy.toml"
+    toml.write_text(toml.read_text().replace('"toy-ratio"', '"q-risk"'))
+    with pytest.raises(UsageError, match="claim 'q-risk' is one of experiment risk"):
+        find_experiment(str(lab.directory / "lab" / "toy.py"))
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("lo = 0.97\n", 'lo = "low"\n', r"toy-ratio: wrong or unknown: \['lo'\]"),
+        ("lo = 0.97\n", "low = 0.97\n", r"toy-ratio: wrong or unknown: \['low'\]"),
+        ('source = "toy"\n', "", r"toy-ratio: .*missing: \['source'\]"),
+        ("lo = 0.97\nhi = 1.03\n", "", "toy-ratio: lo and hi must be a band"),
+        ('expected = "FAIL"', 'expected = "fail"', "toy-control/swap: expected must be PASS, FAIL or OPEN"),
+        ('"toy-control/swap"', '"toy-ratio"', "toy-ratio is there twice"),
+        ("[[claim]]", "[[claim", "not a TOML file"),
+        ("[{lo}, {hi}]", "[{low}]", "toy-ratio"),
+    ],
+)
+def test_a_wrong_claim_is_named_with_its_file(lab, old, new, message):
+    toml = lab.directory / "lab" / "toy.toml"
+    toml.write_text(toml.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=f"toy.toml: .*{message}|toy.toml: {message}"):
+        find_experiment(str(lab.directory / "lab" / "toy.py"))
+
+
+def test_an_experiment_without_claims_is_told_where_they_belong(lab):
+    (lab.directory / "lab" / "toy.toml").unlink()
+    code, _, err = lab.lindm("run", "toy")
+    assert code == 3 and "toy.toml: no such file" in err
+
+
+def test_the_list_of_experiments_has_a_line_and_minutes_for_each(lab):
+    for words in (("run",), ("run", "--list")):
+        code, out, err = lab.lindm(*words)
+        assert code == 0, err
+        assert all(f"\n{name} " in out for name in experiment_names()) and "question" in out
