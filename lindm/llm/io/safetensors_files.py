@@ -1,15 +1,15 @@
-"""Safetensors files: what a directory holds, found and checked from the headers alone; and files written tensor by tensor.
+"""Safetensors files: reading the headers of a directory, and writing files tensor by tensor.
 
-The format: eight bytes with the length of a JSON header (name -> dtype, shape, offsets), the header, the tensors' bytes in a row.
-`safetensors` itself refuses headers that do not fit their file; nothing is allocated before that.
+The format: eight bytes with the length of a JSON header (name -> dtype, shape, offsets), the header, the bytes of the tensors.
+`safetensors` itself raises an error for a header that does not fit its file; nothing is allocated before that.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -18,72 +18,74 @@ from safetensors import SafetensorError, safe_open
 from lindm.errors import DataError
 from lindm.io.directories import sync
 from lindm.io.files import storage_errors, write_json
+from lindm.io.progress import Progress
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LIMIT = 5 * 10**9  # bytes of one file
-READABLE = ("F32", "BF16", "F16")
-DTYPES: dict[str, tuple[str, np.dtype]] = {
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+READABLE_DTYPES = ("F32", "BF16", "F16")
+FileDtype = Literal["f32", "bf16"]
+_DTYPES: dict[str, tuple[str, np.dtype]] = {  # name in safetensors, and in numpy
     "f32": ("F32", np.dtype(np.float32)),
     "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A tensor of a file, not read."""
+class StoredTensor:
+    """A tensor of a file, from its header."""
 
     file: Path
-    dtype: str  # as safetensors spells it
+    dtype: str  # the name in safetensors
     shape: tuple[int, ...]
 
 
-def opened(file: Path) -> Any:
-    """The open file; DataError where it is missing or is not what it says."""
+def open_file(file: Path) -> Any:
+    """The open file. Raises: DataError if it is missing or damaged."""
     try:
         return safe_open(file, "numpy")
     except (SafetensorError, OSError) as e:
         raise DataError(f"{file}: not a safetensors file that can be read: {e}") from e
 
 
-def held_in(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, by name."""
-    with opened(file) as f:
+    with open_file(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-        return {n: Stored(file=file, dtype=str(s.get_dtype()), shape=tuple(s.get_shape())) for n, s in slices.items()}
+        return {n: StoredTensor(file=file, dtype=str(s.get_dtype()), shape=tuple(s.get_shape())) for n, s in slices.items()}
 
 
-def inventory(directory: Path) -> dict[str, Stored]:
-    """The tensors of a Hugging Face directory, by name, of one file or of all that its index names.
+def read_directory_headers(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face directory, by name: of its one file, or of all files that its index names.
 
     Raises:
-      LindmError: 3, naming file and key, for what is missing, damaged, not where the index says, or a pickle.
+      DataError: a tensor or file is missing, damaged, in another file than the index says, or a pickle; names file and key.
     """
-    if (directory / SINGLE).exists():
-        return held_in(directory / SINGLE)
-    index = directory / INDEX
+    if (directory / SINGLE_FILE).exists():
+        return read_header(directory / SINGLE_FILE)
+    index = directory / INDEX_FILE
     if not index.exists():
         pickles = sorted(p.name for ending in ("bin", "pt", "pth") for p in directory.glob(f"*.{ending}"))
         why = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
-        raise DataError(f"{directory} has neither {SINGLE} nor {INDEX}{why}")
-    places = _places(index)
+        raise DataError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{why}")
+    places = _weight_map(index)
     names = sorted(set(places.values()))
     for file in names:
         if not (directory / file).is_file():
             raise DataError(f"{directory / file} is missing; {index.name} names it")
-    found: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in names:
-        for name, stored in held_in(directory / file).items():
+        for name, stored in read_header(directory / file).items():
             if places.get(name) != file:
-                said = f"in {places[name]}" if name in places else "nowhere"
-                raise DataError(f"{directory / file} holds {name}, which is {said} according to {index.name}")
-            found[name] = stored
-    if missing := sorted(places.keys() - found.keys()):
+                place = f"in {places[name]}" if name in places else "nowhere"
+                raise DataError(f"{directory / file} has {name}, which is {place} according to {index.name}")
+            tensors[name] = stored
+    if missing := sorted(places.keys() - tensors.keys()):
         raise DataError(f"{directory / places[missing[0]]} lacks {missing[0]}, which {index.name} says is there")
-    return found
+    return tensors
 
 
-def _places(index: Path) -> dict[str, str]:
-    """Tensor name -> file name; a file is a plain name, so that nothing outside the directory is ever opened."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. File names have no directories, so that nothing outside the directory is opened."""
     try:
         places = json.loads(index.read_bytes())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
@@ -96,50 +98,56 @@ def _places(index: Path) -> dict[str, str]:
     return places
 
 
-def write(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterable[np.ndarray], dtype: str, limit: int
-) -> list[str]:
-    """Safetensors files with an index where one would be over the limit; one tensor is in memory at a time.
+def write_shards(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterable[np.ndarray], dtype: FileDtype, max_shard_bytes: int
+) -> None:
+    """Write one safetensors file, or several with an index; one tensor is in memory at a time.
 
     Args:
-      values: the tensors, in the order of `shapes`, whatever their dtype; dtype: f32 or bf16, of the files;
-      limit: bytes of one file, more only where one tensor has more.
-
-    Returns:
-      The names of the files written.
+      values: the tensors in the order of `shapes`, of any dtype; dtype: of the files.
+      max_shard_bytes: largest size of one file; a larger tensor has a file of its own.
     """
-    size = DTYPES[dtype][1].itemsize
+    size = _DTYPES[dtype][1].itemsize
     shards: list[dict[str, tuple[int, ...]]] = []
-    filled = limit + 1
+    filled = max_shard_bytes + 1
     for name, shape in shapes.items():
         n = math.prod(shape) * size
-        if filled + n > limit:
+        if filled + n > max_shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = shape
         filled += n
-    one = len(shards) == 1
-    names = [SINGLE if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    stream = iter(values)
-    for file, shard in zip(names, shards, strict=True):
-        write_one(directory / file, shard, stream, dtype)
-    if one:
-        return names
-    places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    total = sum(math.prod(shape) * size for shape in shapes.values())
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    return [*names, INDEX]
+    single = len(shards) == 1
+    names = [SINGLE_FILE if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    with Progress() as progress:
+        stream = _counted(values, progress.add("write tensors", total=len(shapes)).update)
+        for file, shard in zip(names, shards, strict=True):
+            write_file(directory / file, shard, stream, dtype)
+    if not single:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(math.prod(shape) * size for shape in shapes.values())
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def write_one(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterator[np.ndarray], dtype: str) -> None:
-    """One file; takes as many values as there are shapes."""
-    spelled, kind = DTYPES[dtype]
+def _counted(values: Iterable[np.ndarray], update: Callable[[int], None]) -> Iterator[np.ndarray]:
+    for done, value in enumerate(values):
+        update(done)
+        yield value
+
+
+def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterator[np.ndarray], dtype: FileDtype) -> None:
+    """Write one file; takes as many values as there are shapes."""
+    dtype_name, numpy_dtype = _DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [at, at := at + math.prod(shape) * kind.itemsize]}
+        header[name] = {
+            "dtype": dtype_name,
+            "shape": list(shape),
+            "data_offsets": [at, at := at + math.prod(shape) * numpy_dtype.itemsize],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     with storage_errors(path):
         with path.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
@@ -147,5 +155,5 @@ def write_one(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterato
                 value = next(values)
                 if value.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
-                f.write(np.ascontiguousarray(value, dtype=kind).reshape(-1).view(np.uint8).data)
+                f.write(np.ascontiguousarray(value, dtype=numpy_dtype).reshape(-1).view(np.uint8).data)
         sync(path)

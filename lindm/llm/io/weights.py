@@ -1,10 +1,9 @@
 """Weights from a Hugging Face directory into a decoder, and from a decoder into such a directory.
 
-Loading: everything is checked against the architecture from the files' headers, before any weight is read. Then one weight after
-another is read, each device's part of it straight from the slices of the files where it lies; kernels that are to be held in
-fewer bits are converted as they come, so that neither a file nor the model is ever in memory twice. Saving goes tensor by tensor
-too, adapters merged on the way, and the directory appears whole or not at all. With several processes each reads its own parts,
-and the first one writes what all gather.
+Loading first checks the headers of the files against the configuration. Then it reads one weight after another, each device its
+own shard from slices of the files; kernels are quantized as they are read. So neither a file nor the model is in memory twice.
+Saving writes tensor by tensor, merges adapters on the way, and renames the finished directory into place. With several processes
+each reads its own shards; all take part in gathering, and the first one writes.
 """
 
 import functools
@@ -23,155 +22,167 @@ from jax.typing import DTypeLike
 from lindm.errors import KINDS, DataError, kind_number
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
+from lindm.io.progress import Progress
 from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_config_json, read_model_config, to_config_json
 from lindm.llm.io import safetensors_files
-from lindm.llm.io.safetensors_files import DTYPES, READABLE, Stored
-from lindm.llm.io.tensor_names import HEAD, TOP, Tensor
-from lindm.llm.io.tensor_names import tensors as expected
-from lindm.llm.lora import quantize_kernel
+from lindm.llm.io.safetensors_files import READABLE_DTYPES, FileDtype, StoredTensor
+from lindm.llm.io.tensor_names import TOP_LEVEL, TensorSpec, tensor_specs
+from lindm.llm.lora import dense_kernel, quantize_kernel
 from lindm.llm.model import Decoder, Linear, abstract_decoder
 from lindm.llm.parallel.sharding import weight_path, weight_spec
 
-BESIDE = (  # what a model's directory may have beside weights and configuration: its text, and how it is asked to generate
+COMPANION_FILES = (  # tokenizer and generation settings that a model directory may have beside weights and configuration
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-TORCH = {"f32": "float32", "bf16": "bfloat16"}
+TORCH_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
-# --- in --------------------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------------
 
 
 def load(directory: Path, *, mesh: Mesh | None = None, base: BaseFormat = "f32", dtype: DTypeLike = jnp.float32) -> Decoder:
     """The decoder of a Hugging Face directory.
 
     Args:
-      mesh: where the weights lie (`lindm.llm.parallel.sharding`); None: whole on one device.
-      base: what the kernels of the blocks are held in, f32, bf16, int8 or nf4; they are frozen unless it is f32.
-      dtype: of everything else, and of the kernels where base is f32.
+      mesh: devices that the weights are sharded over (`lindm.llm.parallel.sharding`); None: one device.
+      base: storage format of the kernels of the layers; they are frozen unless it is f32.
+      dtype: of all other weights, and of the kernels where base is f32.
 
     Raises:
-      ValueError: a base that is not known or does not fit the kernels, a mesh that does not divide a weight.
-      LindmError: 3, naming file and tensor or key, for a directory that does not hold exactly this architecture in f32, bf16 or
-        f16.
+      ValueError: an unknown base, or one that does not fit the kernels; a mesh that does not divide a weight.
+      DataError: the directory does not have exactly the tensors of its configuration in f32, bf16 or f16; names file and
+        tensor or key.
     """
     if base not in get_args(BaseFormat):
         raise ValueError(f"base must be one of {', '.join(get_args(BaseFormat))}; got {base!r}")
-    model_config = read_model_config(directory)
-    stored = check(directory, model_config)
-    model = abstract_decoder(model_config, dtype)
-    parts: dict[str, list[Tensor]] = {}
-    for tensor in expected(model_config):
-        parts.setdefault(tensor.path, []).append(tensor)
-    plans = {path: _Plan(model, path, mesh, base) for path in parts}  # all of them, before the first is read
-    for path, plan in plans.items():
-        plan.fill(parts[path], stored)
+    config = read_model_config(directory)
+    stored = check_tensors(directory, config)
+    model = abstract_decoder(config, dtype)
+    specs: dict[str, list[TensorSpec]] = {}
+    for spec in tensor_specs(config):
+        specs.setdefault(spec.path, []).append(spec)
+    loaders = {path: _WeightLoader(model, path, mesh, base) for path in specs}  # all checked before the first is read
+    with Progress(quiet=jax.process_index() > 0) as progress:
+        task = progress.add("load weights", total=len(loaders))
+        for done, (path, loader) in enumerate(loaders.items(), start=1):
+            loader.load(specs[path], stored)
+            task.update(done)
     return model
 
 
-def check(directory: Path, model_config: ModelConfig) -> dict[str, Stored]:
-    """The tensors of a directory, from their headers, if they are those of the architecture; DataError, naming one, otherwise."""
-    stored = safetensors_files.inventory(directory)
-    for name, there in stored.items():
-        if there.dtype not in READABLE:
-            raise DataError(f"{there.file}: {name} must be held as one of {', '.join(READABLE)}; got {there.dtype}")
-    wanted = {tensor.name: tensor for tensor in expected(model_config)}
-    for name, tensor in wanted.items():
+def check_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of a directory, from their headers. Raises: DataError, naming one, if they are not those of `config`."""
+    stored = safetensors_files.read_directory_headers(directory)
+    for name, tensor in stored.items():
+        if tensor.dtype not in READABLE_DTYPES:
+            raise DataError(f"{tensor.file}: {name} must be of dtype {', '.join(READABLE_DTYPES)}; got {tensor.dtype}")
+    specs = {spec.name: spec for spec in tensor_specs(config)}
+    for name, spec in specs.items():
         if name not in stored:
             raise DataError(f"{directory} lacks the tensor {name}")
-        if stored[name].shape != tensor.shape:
-            raise DataError(f"{stored[name].file}: {name} must be {list(tensor.shape)}; got {list(stored[name].shape)}")
-    for name in sorted(stored.keys() - wanted.keys()):
-        if name == HEAD:  # of a tied model: transformers unties it where the two differ
-            _check_tied(stored[HEAD], stored[TOP["embedding"]])
-        elif not name.endswith("rotary_emb.inv_freq"):  # follows from the config
-            raise DataError(f"{stored[name].file}: holds {name}, which this architecture does not have")
+        if stored[name].shape != spec.shape:
+            raise DataError(f"{stored[name].file}: {name} must be {list(spec.shape)}; got {list(stored[name].shape)}")
+    lm_head, embedding = TOP_LEVEL["lm_head"], TOP_LEVEL["embedding"]
+    for name in sorted(stored.keys() - specs.keys()):
+        if name == lm_head:  # of a tied model: transformers unties it where the two differ
+            _check_tied(stored[lm_head], stored[embedding])
+        elif not name.endswith("rotary_emb.inv_freq"):  # follows from the configuration
+            raise DataError(f"{stored[name].file}: has the tensor {name}, which this model does not have")
     return stored
 
 
-def _check_tied(head: Stored, embedding: Stored) -> None:
-    ours, theirs = (safetensors_files.opened(s.file).get_slice(n) for s, n in ((head, HEAD), (embedding, TOP["embedding"])))
+def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+    a, b = (
+        safetensors_files.open_file(tensor.file).get_slice(TOP_LEVEL[path])
+        for tensor, path in ((head, "lm_head"), (embedding, "embedding"))
+    )
     rows, step = embedding.shape[0], 4096
-    parts = (slice(at, min(at + step, rows)) for at in range(0, rows, step))
-    if head.shape != embedding.shape or not all(np.array_equal(ours[part], theirs[part]) for part in parts):
-        raise DataError(f"{head.file}: {HEAD} differs from the embedding, although {CONFIG} says tie_word_embeddings")
+    chunks = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    if head.shape != embedding.shape or not all(np.array_equal(a[chunk], b[chunk]) for chunk in chunks):
+        name = TOP_LEVEL["lm_head"]
+        raise DataError(f"{head.file}: {name} differs from the embedding, although {CONFIG} says tie_word_embeddings")
 
 
-def _part(part: list[Tensor], files: dict[str, Any], dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
-    """The slices of a weight of ours, [layers, in, out] where it is stacked, from the tensors of the files."""
-    inner = index if part[0].layer is None else index[1:]
-    rows = part if part[0].layer is None else part[index[0]]
+def _read_slice(specs: list[TensorSpec], files: dict[str, Any], dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of one weight of the decoder ([layers, in, out] if it is stacked) from the tensors of the files."""
+    stacked = specs[0].layer is not None
+    inner = index[1:] if stacked else index
     out: np.ndarray | None = None
-    for i, tensor in enumerate(rows):
-        value = files[tensor.name].get_slice(tensor.name)[tuple(inner[::-1] if tensor.turned else inner)]
-        value = value.T if tensor.turned else value
-        out = np.empty((len(rows), *value.shape), dtype) if out is None else out
+    layers = specs[index[0]] if stacked else specs
+    for i, spec in enumerate(layers):
+        value = files[spec.name].get_slice(spec.name)[tuple(inner[::-1] if spec.transposed else inner)]
+        value = value.T if spec.transposed else value
+        out = np.empty((len(layers), *value.shape), dtype) if out is None else out
         out[i] = value
     assert out is not None
-    return out[0] if part[0].layer is None else out
+    return out if stacked else out[0]
 
 
-class _Plan:
-    """Where one weight of the abstract model comes to lie, and as what."""
+class _WeightLoader:
+    """Reads one weight of the decoder: its place in the abstract model, its sharding and its format."""
 
     def __init__(self, model: Decoder, path: str, mesh: Mesh | None, base: BaseFormat):
         *owners, self.leaf = path.split(".")
         self.owner = functools.reduce(getattr, owners, model)
         self.variable: nnx.Variable = getattr(self.owner, self.leaf)
-        self.base = base if self.leaf == "kernel" else "f32"
+        self.base: BaseFormat = base if self.leaf == "kernel" else "f32"
         self.shape = self.variable.get_value().shape
 
-        def lies(path: str, shape: tuple[int, ...]) -> Sharding:
+        def sharding_of(path: str, shape: tuple[int, ...]) -> Sharding:
             if mesh is None:
                 return SingleDeviceSharding(jax.local_devices()[0])
             return NamedSharding(mesh, weight_spec(path, shape, mesh))
 
-        self.sharding = lies(path, self.shape)
+        self.sharding = sharding_of(path, self.shape)
         if self.base in ("int8", "nf4"):
             kernel = jax.ShapeDtypeStruct(self.shape, jnp.float32)
             self.graphdef, shapes = nnx.split(nnx.eval_shape(lambda k: quantize_kernel(k, base), kernel))
-            self.parts = jax.tree_util.tree_map_with_path(lambda k, leaf: lies(f"{path}.{weight_path(k)}", leaf.shape), shapes)
+            self.quantized_shardings = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: sharding_of(f"{path}.{weight_path(keys)}", leaf.shape), shapes
+            )
 
-    def fill(self, part: list[Tensor], stored: dict[str, Stored]) -> None:
-        """Read the weight into the model. The files are mapped only for so long: what was read does not stay in memory."""
-        kinds, opened = {stored[t.name].dtype for t in part}, functools.cache(safetensors_files.opened)
-        files = {t.name: opened(stored[t.name].file) for t in part}
+    def load(self, specs: list[TensorSpec], stored: dict[str, StoredTensor]) -> None:
+        """Read the weight into the model. Files are mapped only meanwhile, so what was read does not stay in memory."""
+        dtypes, open_file = {stored[s.name].dtype for s in specs}, functools.cache(safetensors_files.open_file)
+        files = {s.name: open_file(stored[s.name].file) for s in specs}
 
         def read(dtype: DTypeLike) -> jax.Array:
-            return jax.make_array_from_callback(self.shape, self.sharding, _once(functools.partial(_part, part, files, dtype)))
+            read_slice = _cache_slices(functools.partial(_read_slice, specs, files, dtype))
+            return jax.make_array_from_callback(self.shape, self.sharding, read_slice)
 
         if self.base == "f32":
             self.variable.set_value(read(self.variable.get_value().dtype))
         elif self.base == "bf16":
             setattr(self.owner, self.leaf, nnx.data(quantize_kernel(read(jnp.bfloat16), "bf16")))
         else:
-            kernel = read(jnp.bfloat16 if kinds == {"BF16"} else jnp.float32)
-            leaves, treedef = jax.tree.flatten(self.parts)
-            packed = _packing(self.base, treedef, tuple(leaves))(kernel)
-            setattr(self.owner, self.leaf, nnx.data(nnx.merge(self.graphdef, packed)))
+            kernel = read(jnp.bfloat16 if dtypes == {"BF16"} else jnp.float32)
+            leaves, treedef = jax.tree.flatten(self.quantized_shardings)
+            quantized = _quantizer(self.base, treedef, tuple(leaves))(kernel)
+            setattr(self.owner, self.leaf, nnx.data(nnx.merge(self.graphdef, quantized)))
 
 
 @functools.cache
-def _packing(base: BaseFormat, treedef: Any, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], nnx.State]:
-    """From a kernel to the parts of what holds it, one layer after another."""
+def _quantizer(base: BaseFormat, treedef: Any, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], nnx.State]:
+    """From a stacked kernel to the state of the quantized one, layer by layer."""
 
-    def packed(kernel: jax.Array) -> nnx.State:
+    def quantize(kernel: jax.Array) -> nnx.State:
         return jax.lax.map(lambda layer: nnx.state(quantize_kernel(layer, base)), kernel)
 
-    return jax.jit(packed, out_shardings=jax.tree.unflatten(treedef, shardings))
+    return jax.jit(quantize, out_shardings=jax.tree.unflatten(treedef, shardings))
 
 
-def _once(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """Devices that hold the same part share what was read."""
+def _cache_slices(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """Devices with the same shard share one read."""
     known: dict[str, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def read_once(index: tuple[slice, ...]) -> np.ndarray:
         return known[key] if (key := str(index)) in known else known.setdefault(key, read(index))
 
-    return part
+    return read_once
 
 
-# --- out -------------------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -179,42 +190,44 @@ def save(
     directory: Path,
     *,
     like: Path | None = None,
-    dtype: str = "f32",
-    limit: int = safetensors_files.LIMIT,
-    extra_config: dict[str, Any] | None = None,
+    dtype: FileDtype = "f32",
+    max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads; adapters are merged, packed kernels put together.
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads; adapters are merged, quantized kernels dequantized.
 
     Args:
-      directory: where it appears, whole, at the end.
-      like: the directory the model came from: its tokenizer, its generation_config.json and its special tokens go along.
-      dtype: f32 or bf16, of the files; limit: bytes of one file.
-      extra_config: further keys of config.json.
+      directory: appears at the end, complete.
+      like: directory of the original model; its tokenizer, generation_config.json and special token ids are copied.
+      dtype: of the files; max_shard_bytes: largest size of one file.
 
     Raises:
-      ValueError: another dtype.
-      LindmError: 2 where something is there already, 7 where the disk refuses; nothing is left behind then.
+      ValueError: an unknown dtype.
+      UsageError: the directory exists and is not empty.
+      StorageError: the disk is full or not writable. Nothing is left behind.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    wanted = list(expected(model.config))
-    known = read_config_json(like / CONFIG) if like is not None and (like / CONFIG).exists() else {}
-    ids = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}  # left out, they would be 1 and 2
-    config = to_config_json(model.config, **ids | {"dtype": TORCH[dtype]} | (extra_config or {}))
+    if dtype not in get_args(FileDtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(FileDtype))}; got {dtype!r}")
+    specs = list(tensor_specs(model.config))
+    original = read_config_json(like / CONFIG) if like is not None and (like / CONFIG).exists() else {}
+    ids = {
+        f"{name}_token_id": original.get(f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }  # absent, they would be 1 and 2
+    config = to_config_json(model.config, **ids, dtype=TORCH_DTYPES[dtype])
 
     def write(values: Iterator[np.ndarray]) -> None:
         with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, config)
-            for name in BESIDE if like is not None else ():
+            for name in COMPANION_FILES if like is not None else ():
                 if like is not None and (like / name).is_file():
                     copy_file(like / name, temporary / name)
-            safetensors_files.write(temporary, {t.name: t.shape for t in wanted}, values, dtype, limit)
+            shapes = {spec.name: spec.shape for spec in specs}
+            safetensors_files.write_shards(temporary, shapes, values, dtype, max_shard_bytes)
 
-    by_the_first(directory, _values(model, wanted), write)
+    write_on_first_process(directory, _tensor_values(model, specs), write)
 
 
-def by_the_first(directory: Path, values: Iterable[np.ndarray], write: Callable[[Iterator[np.ndarray]], None]) -> None:
-    """The first process writes; the others take their part in gathering the values, and fail where it failed."""
+def write_on_first_process(directory: Path, values: Iterable[np.ndarray], write: Callable[[Iterator[np.ndarray]], None]) -> None:
+    """Write on the first process; the others take part in gathering the values and fail if the first one failed."""
     stream, problem = iter(values), None
     if jax.process_index() == 0:
         try:
@@ -222,7 +235,7 @@ def by_the_first(directory: Path, values: Iterable[np.ndarray], write: Callable[
         except Exception as e:
             problem = e
     if jax.process_count() > 1:
-        for _ in stream:  # also those that the first did not come to take: gathering needs everybody
+        for _ in stream:  # the values that the first process did not reach too: gathering needs all processes
             pass
         kind = -1 if problem is None else kind_number(problem)
         kind = int(multihost_utils.broadcast_one_to_all(np.int32(kind)))
@@ -232,33 +245,32 @@ def by_the_first(directory: Path, values: Iterable[np.ndarray], write: Callable[
         raise problem
 
 
-def _values(model: Decoder, wanted: Iterable[Tensor]) -> Iterator[np.ndarray]:
+def _tensor_values(model: Decoder, specs: Iterable[TensorSpec]) -> Iterator[np.ndarray]:
     """The tensors of a file, one after another, on the host."""
-    for tensor in wanted:
-        *owners, leaf = tensor.path.split(".")
+    for spec in specs:
+        *owners, leaf = spec.path.split(".")
         owner = functools.reduce(getattr, owners, model)
         if leaf == "kernel":
             graphdef, state = nnx.split(owner)
-            value = gathered(_merged(graphdef, state, np.int32(tensor.layer or 0)))
+            value = gather_to_host(_merged_kernel(graphdef, state, np.int32(spec.layer or 0)))
         else:
-            value = gathered(getattr(owner, leaf)[...] if tensor.layer is None else getattr(owner, leaf)[...][tensor.layer])
-        yield value.T if tensor.turned else value
+            value = gather_to_host(getattr(owner, leaf)[...] if spec.layer is None else getattr(owner, leaf)[...][spec.layer])
+        yield value.T if spec.transposed else value
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _merged(graphdef: nnx.GraphDef[Linear], state: nnx.State, layer: jax.Array) -> jax.Array:
-    """W + (alpha / rank) A B of one layer [in, out], in f32."""
+def _merged_kernel(graphdef: nnx.GraphDef[Linear], state: nnx.State, layer: jax.Array) -> jax.Array:
+    """W + (alpha / rank) A B of one layer [in, out], in float32."""
     linear = nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], state))
-    kernel = linear.kernel
-    dense = kernel[...].astype(jnp.float32) if isinstance(kernel, nnx.Variable) else kernel.dequantize(jnp.float32)
+    kernel = dense_kernel(linear)
     if linear.lora_a is None or linear.lora_b is None:
-        return dense
+        return kernel
     a, b = (x[...].astype(jnp.float32) for x in (linear.lora_a, linear.lora_b))
-    return dense + linear.lora_scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return kernel + linear.lora_scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def gathered(array: jax.Array) -> np.ndarray:
-    """The whole of an array, on every process."""
+def gather_to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, on every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

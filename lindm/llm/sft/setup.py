@@ -100,7 +100,7 @@ def prepare(options: SFTConfig) -> Prepared:
         assert options.model is not None
         model_config = read_model_config(options.model)
         tokenizer = load_tokenizer(options.model)
-        weights.check(options.model, model_config)
+        weights.check_tensors(options.model, model_config)
         if len(tokenizer) > model_config.vocab_size:
             rule = f"must have at most the {model_config.vocab_size} tokens of the model; got {len(tokenizer)}"
             raise DataError(f"{options.model}: the tokenizer {rule}")

