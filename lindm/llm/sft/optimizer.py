@@ -9,7 +9,7 @@ import optax
 
 from lindm.llm.parallel.sharding import weight_path
 
-MATRICES = ("kernel", "embedding", "head", "a", "b")  # names of the weights that are matrices
+MATRICES = ("kernel", "embedding", "lm_head", "lora_a", "lora_b")  # names of the weights that are matrices
 
 
 @dataclass(frozen=True, kw_only=True)

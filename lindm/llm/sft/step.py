@@ -117,7 +117,7 @@ def train_state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
     def moment(keys: Any, leaf: Any) -> NamedSharding:
         names = weight_path(keys).split(".")
         for start in range(len(names)):  # the path of the weight is the end of the path of its moment
-            if names[start] in ("blocks", "embedding", "head"):
+            if names[start] in ("blocks", "embedding", "lm_head"):
                 return NamedSharding(mesh, weight_spec(".".join(names[start:]), leaf.shape, mesh))
         return replicated
 

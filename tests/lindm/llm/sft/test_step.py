@@ -218,7 +218,10 @@ def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(steps, warmup, floor):
 def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
     rng = np.random.default_rng(0)
     shapes = {"embedding": (4, 3), "lm_head": (3, 4), "norm": {"weight": (3,)}}
-    shapes["blocks"] = {"q": {"kernel": (2, 3, 3), "bias": (2, 3), "a": (2, 3, 1), "b": (2, 1, 3)}, "norm_q": {"weight": (2, 3)}}
+    shapes["blocks"] = {
+        "q": {"kernel": (2, 3, 3), "bias": (2, 3), "lora_a": (2, 3, 1), "lora_b": (2, 1, 3)},
+        "norm_q": {"weight": (2, 3)},
+    }
     decayed = {"embedding", "lm_head", "blocks.q.kernel", "blocks.q.lora_a", "blocks.q.lora_b"}
     settings = {"steps": 5, "learning_rate": 0.1, "weight_decay": 0.3, "clip": 2.0, "beta1": 0.8, "beta2": 0.9, "warmup": 0.4}
     optimizer_config = OptimizerConfig(**settings)
@@ -269,7 +272,7 @@ def test_a_setting_out_of_its_range_is_refused(changes, said):
 
 def test_with_adapters_nothing_else_changes():
     found = tiny.train([tiny.batch(i) for i in range(3)], lora=3, weight_decay=0.1)
-    names = [f"blocks.{name}.{half}" for name in ("q", "k", "v", "o", "gate", "up", "down") for half in "ab"]
+    names = [f"blocks.{name}.lora_{half}" for name in ("q", "k", "v", "o", "gate", "up", "down") for half in "ab"]
     assert sorted(found.after) == sorted(names)
     assert all(np.abs(found.after[name] - found.before[name]).max() > 1e-4 for name in names)
     still, after = found.frozen
