@@ -12,32 +12,40 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm import icl as icl
-    from lindm.api import Solution as Solution
-    from lindm.api import apomdp as apomdp
-    from lindm.api import linear_mdp as linear_mdp
-    from lindm.api import load_solution as load_solution
-    from lindm.api import make as make
-    from lindm.api import mdp as mdp
-    from lindm.api import pomdp as pomdp
-    from lindm.api import read_pomdp as read_pomdp
-    from lindm.api import solve as solve
-    from lindm.api import suite as suite
+    from lindm.api.data import export_dataset as export_dataset
+    from lindm.api.data import make_dataset as make_dataset
+    from lindm.api.models import Run as Run
+    from lindm.api.models import export as export
+    from lindm.api.models import finetune as finetune
+    from lindm.api.models import import_model as import_model
+    from lindm.api.models import job_file as job_file
+    from lindm.api.models import plan as plan
+    from lindm.api.problems import apomdp as apomdp
+    from lindm.api.problems import linear_mdp as linear_mdp
+    from lindm.api.problems import make as make
+    from lindm.api.problems import mdp as mdp
+    from lindm.api.problems import pomdp as pomdp
+    from lindm.api.problems import read_pomdp as read_pomdp
+    from lindm.api.problems import suite as suite
+    from lindm.api.solutions import Solution as Solution
+    from lindm.api.solutions import load_solution as load_solution
+    from lindm.api.solutions import solve as solve
     from lindm.evaluation import policies as policies
     from lindm.types import APOMDP as APOMDP
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
     from lindm.types import LinearMDP as LinearMDP
 
+_DEFINED = {
+    "lindm.api.problems": ("apomdp", "linear_mdp", "make", "mdp", "pomdp", "read_pomdp", "suite"),
+    "lindm.api.solutions": ("Solution", "load_solution", "solve"),
+    "lindm.api.data": ("make_dataset", "export_dataset"),
+    "lindm.api.models": ("Run", "export", "finetune", "import_model", "job_file", "plan"),
+    "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),
+}
 # name -> module, or module:attribute, where it is defined
 PUBLIC = {
-    **{name: f"lindm.types:{name}" for name in ("APOMDP", "LinearMDP", "MDP", "POMDP")},
-    **{
-        name: f"lindm.api:{name}"
-        for name in (
-            *("Solution", "apomdp"),
-            *("linear_mdp", "load_solution", "make", "mdp", "pomdp", "read_pomdp", "solve", "suite"),
-        )
-    },
+    **{name: f"{module}:{name}" for module, names in _DEFINED.items() for name in names},
     "icl": "lindm.icl",
     "policies": "lindm.evaluation.policies",
 }

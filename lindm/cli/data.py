@@ -66,25 +66,24 @@ def run_make(options: Make) -> int:
     from lindm.io import signals
 
     signals.stop_on_signals()
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    from lindm import datasets
+    from lindm.api.data import make_dataset
     from lindm.cli.problems import problem_or_suite
 
-    config = datasets.DatasetConfig(
-        tasks=options.tasks,
-        demos=options.demos,
-        queries=options.queries,
-        behavior=options.behavior,
-        epsilon=options.epsilon,
-        query_behavior=options.query_behavior,
-        query_epsilon=options.epsilon,
-        seed=options.seed,
-    )
-    source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
+    problem = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
     with progress_bar("tasks") as progress:
-        made = datasets.make_dataset(options.out, source, config, progress=progress)
+        made = make_dataset(
+            problem,
+            options.out,
+            tasks=options.tasks,
+            demos=options.demos,
+            queries=options.queries,
+            behavior=options.behavior,
+            epsilon=options.epsilon,
+            query_behavior=options.query_behavior,
+            query_epsilon=options.epsilon,
+            seed=options.seed,
+            progress=progress,
+        )
     for name in made.damaged:
         print(f"lindm: warning: {name} was damaged and was made again", file=sys.stderr)
     print(f"{options.tasks} tasks in {options.out}: {made.made} shards made, {made.kept} kept")
@@ -92,18 +91,18 @@ def run_make(options: Make) -> int:
 
 
 def run_export(options: Export) -> int:
-    from lindm import datasets
+    from lindm.api.data import export_dataset
     from lindm.io import signals
 
     signals.stop_on_signals()
     with progress_bar("tasks") as progress:
-        written = datasets.export(
+        written = export_dataset(
             options.directory,
-            options.to,
             options.out,
+            to=options.to,
             template=options.template,
-            rewards=options.rewards,
             names=options.names,
+            rewards=options.rewards,
             progress=progress,
         )
     for path in written:

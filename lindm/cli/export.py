@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lindm.cli.arguments import Command, Positional
-from lindm.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +22,12 @@ class Export:
 
 
 def run(options: Export) -> int:
+    from lindm.api.models import export
     from lindm.io.signals import stop_on_signals
-    from lindm.llm.io.peft import load_adapter
-    from lindm.llm.io.weights import load, save
 
     stop_on_signals()
-    directory = options.directory
-    if (directory / "metrics.jsonl").exists():  # a run of `lindm sft` keeps its model in model/
-        if not (directory / "model").is_dir():
-            raise DataError(f"{directory} is a run that is not finished; the same `lindm sft` command resumes it")
-        directory = directory / "model"
-    model = load(directory)
-    if options.adapter is not None:
-        load_adapter(model, options.adapter)
-    save(model, options.out, like=directory, dtype=options.dtype)
-    print(f"{model.config.model_type} with {model.config.num_parameters:,} parameters in {options.out}")
+    config = export(options.directory, options.out, adapter=options.adapter, dtype=options.dtype)
+    print(f"{config.model_type} with {config.num_parameters:,} parameters in {options.out}")
     return 0
 
 

@@ -66,35 +66,30 @@ def run(options: Plan) -> int:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         os.environ["JAX_PLATFORMS"] = "cpu"
+    from lindm.api.models import plan as plan_step
     from lindm.llm.cluster import plan
-    from lindm.llm.config import read_model_config
-    from lindm.llm.parallel.sharding import parse_mesh
 
-    sizes = parse_mesh(options.mesh) if options.mesh else None
-    model_config = read_model_config(options.model)
-    devices = plan.devices_of(options.topology)
-    job = plan.Job(
-        model_config=model_config,
+    result = plan_step(
+        options.model,
         batch=options.batch,
         seq=options.seq,
+        topology=options.topology,
+        mesh=options.mesh,
+        base=options.base,
+        method=options.method,
         labels=options.labels,
         accumulate=options.accumulate,
-        method=options.method,
         lora_rank=options.lora_rank,
-        base=options.base or ("nf4" if options.method == "qlora" else "f32"),
-        dtype="f32" if devices[0].platform == "cpu" else "bf16",
         remat=options.remat,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    limits = plan.limits_of(devices)
-    meshes = [sizes] if sizes else plan.sensible(job, devices)
-    found = plan.plans(job, devices, limits, meshes, lambda line: print(line, file=sys.stderr, flush=True))
-    flops = plan.model_flops(job) / len(devices)
+    job, limits, found, flops = result.step, result.limits, result.plans, result.model_flops
     if options.json:
-        about = {"topology": options.topology, "devices": len(devices), "limits": limits._asdict(), "headroom": plan.HEADROOM}
+        about = {"topology": options.topology, "devices": result.devices, "limits": limits._asdict(), "headroom": plan.HEADROOM}
         about |= {"model_flops": flops, "step": _step(job), "plans": [plan.described(p) for p in found]}
         print(json_module.dumps(about))
         return 0
-    for line in _introduced(job, options.topology, len(devices), limits):
+    for line in _introduced(job, options.topology, result.devices, limits):
         print(line)
     print()
     print(format_table([_HEAD, *(_row(p, job) for p in found)]))

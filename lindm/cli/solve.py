@@ -33,7 +33,7 @@ def run(options: Solve) -> int:
 
     start = time.perf_counter()
     stop_on_signals()
-    from lindm.api import solve
+    from lindm.api.solutions import solve
     from lindm.cli.problems import read_problem
 
     source = read_problem(options.problem, options.horizon, options.discount, options.alpha)

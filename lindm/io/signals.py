@@ -1,8 +1,9 @@
 """SIGTERM and SIGINT: how a run that is asked to stop ends cleanly."""
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from lindm.errors import Preempted
@@ -23,6 +24,20 @@ def stop_on_signals() -> None:
 def note_signals() -> None:
     """SIGTERM and SIGINT only set the flag of `stop_requested` from now on. For work that has to be saved first."""
     _set_handlers(_set_flag)
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Put the handlers back at the end and forget a signal that arrived, so that a notebook can go on after a run was stopped."""
+    global _stop_requested
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        _stop_requested = False
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before:
+                signal.signal(number, handler)
 
 
 def raise_if_stopped() -> None:

@@ -1,6 +1,7 @@
 """The public surface: what `import lindm as ld` costs, and that the example of every name runs."""
 
 import ast
+import contextlib
 import doctest
 import inspect
 import shutil
@@ -48,17 +49,27 @@ def test_type_checkers_see_the_names_that_exist():
     assert seen == {name: target.replace(":", ".") for name, target in ld.PUBLIC.items()}
 
 
-@pytest.mark.parametrize("name", OBJECTS)
-def test_the_example_of_a_name_runs(name, tmp_path, monkeypatch):
-    shutil.copy(TIGER, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    value = getattr(ld, name)
-    found = [t for t in doctest.DocTestFinder(recurse=True).find(value, name, globs={"ld": ld}) if t.examples]
-    assert inspect.getdoc(value) and found, f"{name} has no example"
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """What the examples work with."""
+    work = tmp_path_factory.mktemp("examples")
+    shutil.copy(TIGER, work)
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        for test in found:
-            result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
-            assert result.failed == 0
+        ld.make_dataset(ld.suite("mdp", horizon=4), work / "data", tasks=6, demos=2)
+        with contextlib.chdir(work):
+            ld.finetune("data", "run", preset="tiny", steps=2, eval_tasks=0)
+    return work
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_the_example_of_a_name_runs(name, directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    value = getattr(ld, name)
+    examples = [t for t in doctest.DocTestFinder(recurse=True).find(value, name, globs={"ld": ld}) if t.examples]
+    assert inspect.getdoc(value) and examples, f"{name} has no example"
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        for example in examples:
+            assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_double_precision_needs_no_flag_and_changes_none():

@@ -223,6 +223,7 @@ class Ray(Workers):
 
 
 Job = Slurm | Tpu | Gke | Ray
+LAUNCHERS: dict[str, type[Job]] = {"slurm": Slurm, "tpu": Tpu, "gke": Gke, "ray": Ray}
 
 # --- the options of lindm sft --------------------------------------------------------------------------------------------
 

@@ -1,10 +1,6 @@
-"""The functions behind `import lindm as ld`: problems, solutions, data, models and evaluations. The commands call them, too.
+"""Decision problems from files, arrays and names, in double precision."""
 
-Decision problems are made and solved in double precision on the CPU, whatever the process is set to, and its settings stay as
-they are. The examples run in a directory that holds `tiger.pomdp`.
-"""
-
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,16 +17,10 @@ from lindm.problems import apomdp as apomdps
 from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
-from lindm.solvers import solution_file
-from lindm.solvers import solve as solvers
 from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-NAMES = ("states", "actions", "observations", "models")
-
-# --- problems ----------------------------------------------------------------------------------------------------------------
 
 
 def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, alpha: float | None = None) -> Source:
@@ -183,106 +173,7 @@ def make(name: str, *, seed: int = 0, **sizes: Any) -> Source:
         return registry.named([name], **sizes)
 
 
-# --- solutions ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solution:
-    """A solved problem.
-
-    >>> solution = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=4))
-    >>> solution.method, solution.exact, solution.first_action
-    ('tree', True, 'listen')
-    """
-
-    source: Source
-    solution: solvers.Solution  # the tables of the method
-
-    @property
-    def problem(self) -> Problem:
-        """The problem."""
-        return self.source.problem
-
-    @property
-    def value(self) -> float:
-        """Optimal expected total reward: exact, or the middle of the bounds."""
-        return float(self.solution.value)
-
-    @property
-    def lower(self) -> float:
-        """Certified lower bound of the value."""
-        return float(self.solution.lower)
-
-    @property
-    def upper(self) -> float:
-        """Certified upper bound of the value."""
-        return float(self.solution.upper)
-
-    @property
-    def method(self) -> str:
-        """Backward induction, tree, hsvi or net."""
-        return self.solution.method
-
-    @property
-    def exact(self) -> bool:
-        """Whether the bounds are the value itself."""
-        return self.solution.exact
-
-    @property
-    def first_action(self) -> int | str:
-        """The best first action, by name where actions have names. ValueError for an MDP, where it depends on the state."""
-        with double_precision():
-            action = int(solvers.first_action(self.problem, self.solution))
-        return self.source.actions[action] if self.source.actions else action
-
-    def save(self, path: str | Path) -> None:
-        """Write the problem and its solution to one .npz file, which `load_solution` reads.
-
-        >>> ld.solve(ld.read_pomdp("tiger.pomdp", horizon=3)).save("tiger.npz")
-        >>> ld.load_solution("tiger.npz").first_action
-        'listen'
-        """
-        names = {part: getattr(self.source, part) for part in NAMES}
-        solution_file.save_solution(Path(path), self.problem, self.solution, names)
-
-
-def load_solution(path: str | Path) -> Solution:
-    """Read a file of `Solution.save`. DataError where it is none.
-
-    >>> ld.solve(ld.make("mdp", horizon=4)).save("mdp.npz")
-    >>> ld.load_solution("mdp.npz").method
-    'backward induction'
-    """
-    with double_precision():
-        problem, solution, names = solution_file.load_solution(Path(path))
-    return Solution(source=Source(problem=problem, **names), solution=solution)
-
-
-def solve(
-    problem: Source | Problem | LinearMDP,
-    method: Literal["auto", "tree", "hsvi", "net"] = "auto",
-    *,
-    effort: int | None = None,
-) -> Solution:
-    """The value of a problem with bounds, and its best actions.
-
-    Args:
-      method: auto is exact where the belief tree fits in 2 GiB, and gives certified bounds otherwise.
-      effort: trials of hsvi [default: 256] or points of the net [default: 20,000].
-
-    Raises:
-      ValueError: the method does not fit the problem, or its tables do not fit in memory.
-
-    >>> solution = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=3))
-    >>> round(solution.value, 4), solution.lower == solution.upper
-    (2.3098, True)
-    """
-    source = named(problem)
-    with double_precision():
-        return Solution(source=source, solution=solvers.solve(source.problem, method, effort=effort))
-
-
-def named(problem: Source | Problem | LinearMDP) -> Source:
+def as_source(problem: Source | Problem | LinearMDP) -> Source:
     """A problem with names, in double precision."""
     with double_precision():
         problem = linear_mdps.tabulate(problem) if isinstance(problem, LinearMDP) else problem

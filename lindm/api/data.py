@@ -1,0 +1,79 @@
+"""Datasets of labeled episodes, and the comparison of policies."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lindm import datasets
+from lindm.api.problems import as_source
+from lindm.choices import ExportFormat, Rewards
+from lindm.datasets import DatasetConfig, MakeResult
+from lindm.evaluation.losses import double_precision
+from lindm.families.registry import Source
+from lindm.families.suites import Suite
+from lindm.types import LinearMDP, Problem
+
+Progress = Callable[[int, int], None]  # called with (tasks done, tasks in all)
+
+
+def make_dataset(
+    problem: Suite | Source | Problem | LinearMDP,
+    out: str | Path,
+    *,
+    tasks: int,
+    demos: int,
+    progress: Progress = lambda done, total: None,
+    **config: Any,
+) -> MakeResult:
+    """Write labeled episodes to a directory, or finish or repair the dataset that is there.
+
+    Args:
+      problem: a suite, of which every task is another problem, or one problem.
+      tasks, demos: number of tasks, and of demonstrations of each.
+      config: other fields of `DatasetConfig`, such as queries, behavior, epsilon and seed.
+
+    Returns:
+      What was done: `.manifest`, and the numbers of shards that were made and kept.
+
+    Raises:
+      ValueError: an argument is out of range.
+      UsageError: the directory holds another dataset.
+
+    >>> made = ld.make_dataset(ld.suite("mdp", horizon=4), "more", tasks=3, demos=2, seed=1)
+    >>> made.made, made.kept
+    (1, 0)
+    """
+    with double_precision():
+        source = problem if isinstance(problem, Suite) else as_source(problem)
+        return datasets.make_dataset(Path(out), source, DatasetConfig(tasks=tasks, demos=demos, **config), progress=progress)
+
+
+def export_dataset(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    to: ExportFormat = "trl",
+    template: str | None = None,
+    names: bool = False,
+    rewards: Rewards = "shown",
+    progress: Progress = lambda done, total: None,
+) -> list[Path]:
+    """Write a dataset in the format of another tool.
+
+    Args:
+      to: trl (prompt/completion and messages, for SFTTrainer) or minari.
+      template: compact, readable, or a JSON or TOML file. [default: compact, readable with `names`]
+      names: use the problem's own names in the text.
+      rewards: shown, hidden, or auto (shown where the state is observed).
+
+    Returns:
+      The files.
+
+    Raises:
+      ValueError: an option does not apply to the format or to the dataset.
+      DataError: the dataset is not finished or damaged.
+
+    >>> [path.name for path in ld.export_dataset("data", "trl")]
+    ['prompt_completion.jsonl', 'messages.jsonl']
+    """
+    return datasets.export(Path(directory), to, Path(out), template=template, rewards=rewards, names=names, progress=progress)

