@@ -381,8 +381,8 @@ def _bias(records: list[dict]) -> Figure:
 def _split(records: list[dict]) -> Figure:
     """The two parts of the risk on simplex features: estimation error over M, bias over N, and the bound on each.
 
-    The bounds are the two terms of Theorem 2 in theory/notes/in-context.md, which hold for every law of features; in the modes x_i
-    with weights q_i they are sum q_i / (x_i M) and sum q_i / (x_i N)^2.
+    The bounds are the two terms of Theorem 2 in theory/notes/in-context.md, which hold for every law of features; in the modes
+    x_i with weights q_i they are sum q_i / (x_i M) and sum q_i / (x_i N)^2.
     """
     M, N = np.array(records[0]["M"]), np.array(records[0]["N"])
     x, q = (np.array(records[0]["cells"][SIMPLEX][k]) for k in ("modes", "mode_weights"))
