@@ -29,7 +29,7 @@ from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.policy import Reader
 from lindm.llm.tokens import load_tokenizer
-from lindm.llm.train_tokenizer import LEAST, small_tokenizer
+from lindm.llm.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from lindm.text import COMPACT
 
 MODULE = "lindm.bench.decisions"
@@ -46,7 +46,7 @@ def prepare(directory: Path) -> None:
         make_dataset(directory / "data", suite("mdp", HORIZON), DatasetConfig(tasks=TASKS, demos=DEMOS))
     dataset = Dataset(directory / "data")
     pieces = (piece.text for _, _, found in documents(dataset, text_format(dataset, TEMPLATE)) for piece in found)
-    small_tokenizer(pieces, LEAST).save_pretrained(str(directory / "tokenizer"))
+    train_tokenizer(pieces, MIN_VOCAB_SIZE).save_pretrained(str(directory / "tokenizer"))
     weights.save(Decoder(MODEL, nnx.Rngs(0)), directory / "model", like=directory / "tokenizer")
 
 

@@ -1,9 +1,9 @@
-"""Conversations that train their answers.
+"""Training examples of conversations: the answers of the assistant are trained.
 
-A conversation is what the tokenizer's chat template makes of it. An answer begins where the template asks for one (the messages
-so far and the generation prompt) and ends with its first control token; a newline that the template writes behind that is not
-trained: a model that answers has stopped there. The control tokens are all the template's: a message with the name of one is
-refused. A template that asks for today's date is told a fixed day, because data must not depend on a clock.
+The tokenizer's chat template renders a conversation. An answer starts after the generation prompt and ends with its first
+control token; a newline that the template writes after that is not trained, because a model has stopped generating by then.
+Control tokens come from the template alone: a message that contains the name of one raises an error. A template that asks for
+today's date gets a fixed date, because data must not depend on the clock.
 """
 
 import datetime
@@ -11,92 +11,96 @@ from collections.abc import Sequence
 from typing import Any
 
 from lindm.errors import DataError
-from lindm.llm.tokens import Example, Tokenizer, example_of, facts_of, naming, short, tokens_of
+from lindm.llm.tokens import Example, Tokenizer, encode_whole, make_example, name_source, shorten, tokenizer_info
 
-DAY = datetime.datetime(2024, 7, 26)  # the one that Llama 3.1's template itself falls back to
-# templates are given no functions, so the day is written by a macro of the same name
-CLOCK = "".join(
-    f" | replace('{code}', '{DAY.strftime(code)}')" for code in ("%d", "%b", "%B", "%m", "%Y", "%y", "%A", "%H", "%M")
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)  # the default of the template of Llama 3.1
+# templates get no functions, so a macro of the same name formats the date
+STRFTIME_MACRO = "".join(
+    f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in ("%d", "%b", "%B", "%m", "%Y", "%y", "%A", "%H", "%M")
 )
-CLOCK = f"{{% macro strftime_now(form) %}}{{{{ form{CLOCK} }}}}{{% endmacro %}}\n"
+STRFTIME_MACRO = f"{{% macro strftime_now(form) %}}{{{{ form{STRFTIME_MACRO} }}}}{{% endmacro %}}\n"
 
 
-def chat_text(tokenizer: Tokenizer, messages: Sequence[dict], ask: bool = False) -> str:
-    """What the chat template makes of messages, with `ask` up to where an answer begins. DataError where it refuses them."""
+def apply_chat_template(tokenizer: Tokenizer, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
+    """The conversation as text. Raises: DataError if there is no chat template or it raises an error."""
     try:
         template = tokenizer.get_chat_template()
-        template = (CLOCK if "strftime_now" in template else "") + template
+        template = (STRFTIME_MACRO if "strftime_now" in template else "") + template
         return str(
-            tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=ask)
+            tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
     except Exception as e:  # a template may raise anything
         if tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template") from e
-        raise DataError(f"the chat template does not take it: {e}") from e
+        raise DataError(f"the chat template raises an error: {e}") from e
 
 
-def chat_example(tokenizer: Tokenizer, messages: Sequence[dict], source: str, group: int = 0, since: int = 0) -> Example:
-    """A conversation that trains the answers, from message number `since` on, with the token that ends each of them.
+def chat_example(tokenizer: Tokenizer, messages: Sequence[dict], source: str, group: int = 0, first_trained: int = 0) -> Example:
+    """The example of a conversation; trains assistant messages from number `first_trained` on with their end-of-turn tokens.
 
-    DataError, naming the source: what is no message, the name of a control token in one, or a template that writes what is in
-    front of an answer otherwise than it asked for it.
+    Raises: DataError, naming the source, for an invalid message, the name of a control token in a message, or a template that
+    renders a prompt differently from the conversation up to it.
     """
-    with naming(source):
+    with name_source(source):
         _check_messages(tokenizer, messages)
-        whole = chat_text(tokenizer, messages)
-        answers = [
-            _answer(tokenizer, messages, i, whole) for i, m in enumerate(messages) if m["role"] == "assistant" and i >= since
-        ]
-        ids, trained, at = [], {}, 0
-        for k, end in enumerate([*(place for answer in answers for place in answer), len(whole)]):
-            upto = _extended(tokenizer, ids, whole, at, end)
-            if k % 2:
-                trained |= {place - 1: upto[place] for place in range(len(ids), len(upto))}
-            ids, at = upto, end
-    return example_of(ids, trained, source, group)
+        whole = apply_chat_template(tokenizer, messages)
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_trained]
+        spans = [_answer_span(tokenizer, messages, i, whole) for i in numbers]
+        ids, targets, at = [], {}, 0
+        for k, end in enumerate([*(place for span in spans for place in span), len(whole)]):
+            longer = _extend_ids(tokenizer, ids, whole, at, end)
+            if k % 2:  # an answer; prompts and answers alternate
+                targets |= {place - 1: longer[place] for place in range(len(ids), len(longer))}
+            ids, at = longer, end
+    return make_example(ids, targets, source, group)
 
 
-def _extended(tokenizer: Tokenizer, ids: list[int], text: str, at: int, end: int) -> list[int]:
-    """The tokens of text[:end], of which those of text[:at] are given and stay.
+def _extend_ids(tokenizer: Tokenizer, ids: list[int], text: str, at: int, end: int) -> list[int]:
+    """The token ids of text[:end], given those of text[:at], which are kept.
 
-    They are those of the whole text, unless one of those would reach over the place `at`: what a model is asked with ends there
-    all the same, so there a token ends too. What is in front of a control token has no effect on what is behind it.
+    They are those of the whole text unless one of its tokens would extend over `at`: a prompt ends there, so a token must end
+    there too. Text before a control token does not affect the tokens after it.
     """
-    facts = facts_of(tokenizer)
-    last = max((m.start() for m in facts.pattern.finditer(text, 0, at)), default=0)
-    before = next((i for i in reversed(range(len(ids))) if ids[i] in facts.controls), 0)
-    (part,) = tokens_of(tokenizer, [text[last:end]], controls=True)
+    info = tokenizer_info(tokenizer)
+    last = max((m.start() for m in info.control_pattern.finditer(text, 0, at)), default=0)
+    before = next((i for i in reversed(range(len(ids))) if ids[i] in info.control_tokens), 0)
+    (part,) = encode_whole(tokenizer, [text[last:end]], parse_control_tokens=True)
     if part[: len(ids) - before] == ids[before:]:
         return ids[:before] + part
-    (part,) = tokens_of(tokenizer, [facts.anchor + text[at:end]], controls=True)
-    return ids + part[len(facts.front) :]
+    (part,) = encode_whole(tokenizer, [info.anchor + text[at:end]], parse_control_tokens=True)
+    return ids + part[len(info.anchor_ids) :]
 
 
 def _check_messages(tokenizer: Tokenizer, messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"messages must be a list of messages; got {short(str(messages))}")
+        raise DataError(f"messages must be a list of messages; got {shorten(str(messages))}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"message {i} must be an object with texts role and content; got {short(str(message))}")
+            raise DataError(f"message {i} must be an object with the strings role and content; got {shorten(str(message))}")
         for key, text in message.items():
-            if found := facts_of(tokenizer).pattern.search(str(text)):
+            if found := tokenizer_info(tokenizer).control_pattern.search(str(text)):
                 raise DataError(f"message {i} has the name of a control token in its {key}: {found[0]!r}")
     if messages[0]["role"] == "assistant":
-        raise DataError("message 0 must not be an answer: nothing was asked")
+        raise DataError("message 0 must not be of the assistant")
 
 
-def _answer(tokenizer: Tokenizer, messages: Sequence[dict], i: int, whole: str) -> tuple[int, int]:
-    """Where the answer of message i starts and ends in the whole text, its end of turn included."""
-    asked, told = chat_text(tokenizer, messages[:i], ask=True), whole
+def _answer_span(tokenizer: Tokenizer, messages: Sequence[dict], i: int, whole: str) -> tuple[int, int]:
+    """Start and end of the answer of message i in the whole text, end-of-turn token included."""
+    prompt, through = apply_chat_template(tokenizer, messages[:i], add_generation_prompt=True), whole
     if i < len(messages) - 1:
-        told = chat_text(tokenizer, messages[: i + 1])
-    if not whole.startswith(asked):
-        raise DataError(f"the chat template asks for message {i} with another text than the conversation has in front of it")
-    start, delimited = len(asked), whole.startswith(told)  # some templates write the last answer otherwise than those before
-    end_of_turn = facts_of(tokenizer).pattern.search(whole, start, len(told) if delimited else len(whole))
+        through = apply_chat_template(tokenizer, messages[: i + 1])
+    if not whole.startswith(prompt):
+        raise DataError(f"the chat template renders the prompt of message {i} differently from the conversation up to it")
+    start, delimited = (
+        len(prompt),
+        whole.startswith(through),
+    )  # some templates render the last answer differently from earlier ones
+    end_of_turn = tokenizer_info(tokenizer).control_pattern.search(whole, start, len(through) if delimited else len(whole))
     if end_of_turn is None and not delimited:
-        raise DataError(f"the chat template writes no control token behind message {i}, so where it ends cannot be told")
-    end = end_of_turn.end() if end_of_turn else len(told)
+        raise DataError(f"the chat template writes no control token after message {i}, so its end is unknown")
+    end = end_of_turn.end() if end_of_turn else len(through)
     if messages[i]["content"].strip() not in whole[start:end]:
-        raise DataError(f"the chat template does not write message {i} as it is, in one piece and in front of its end of turn")
+        raise DataError(f"the chat template does not render message {i} unchanged, in one piece before its end-of-turn token")
     return start, end

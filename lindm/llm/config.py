@@ -22,6 +22,8 @@ RopeType = Literal["default", "linear", "llama3"]
 Remat = Literal["full", "selective", "none"]
 """What the backward pass recomputes: everything but one activation per layer (full); attention, norms and nonlinearities, but no
 product with weights (selective); nothing (none)."""
+Supervise = Literal["all", "query"]
+"""Trained steps of a document: those of the demonstrations and the query (all), or of the query alone (query)."""
 BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
 """Storage of the frozen kernels under low-rank adapters (`lindm.llm.lora`)."""
 

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from lindm.evaluation.losses import Asked, Policy
 from lindm.llm.attention import KVCache
 from lindm.llm.model import Decoder
-from lindm.llm.tokens import action_tokens, encode, prefix
+from lindm.llm.tokens import action_tokens, document_prefix, encode
 from lindm.text import Document, Step, Template, render
 
 BUCKET = 4  # tokens of a call are a multiple of this, so that few programs are compiled
@@ -87,7 +87,7 @@ class Reader:
 
     def _front(self, episodes: Sequence[Sequence[Step]]) -> list[int]:
         pieces = [piece.text for piece in render(Document(tuple(map(tuple, episodes))), self.template)]
-        return [*prefix(self.tokenizer), *_joined(encode(self.tokenizer, pieces))]
+        return [*document_prefix(self.tokenizer), *_joined(encode(self.tokenizer, pieces))]
 
     def _query(self, steps: Sequence[Step]) -> list[int]:
         """The tokens of an episode in progress, behind what opens it (which the demonstrations' text holds)."""

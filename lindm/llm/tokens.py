@@ -1,15 +1,15 @@
-"""Text as token ids, and which token is to be predicted where.
+"""Texts as token ids, and training examples with a target token at every position.
 
-A text is encoded piece by piece, each by itself: the tokens of a history are the first tokens of each of its continuations, and
-where the answers are is known by construction. Many tokenizers put a space in front of a text; with those a piece is encoded
-behind an anchor, whose tokens are cut off again. Every distinct piece is decoded once: what a tokenizer cannot write is refused.
-What looks like a control token in a piece is text; control tokens come from chat templates (`chats.py`), from what a tokenizer
-itself puts in front of a document, and from the end of a completion, and from nowhere else.
+A text is encoded piece by piece. So the tokens of a history are a prefix of the tokens of each of its continuations, and the
+positions of the answers are known by construction. Some tokenizers put a space in front of every text; with those a piece is
+encoded after an anchor, whose tokens are removed again. Every distinct piece is decoded once for a check: a piece that the
+tokenizer cannot represent raises an error. The name of a control token within a piece is plain text; control tokens come only
+from chat templates (`chats.py`), from the tokenizer's own prefix of a document, and from the end of a completion.
 
-An `Example` has a target at every position: the token to be predicted after it, -1 where nothing is trained. Let a step's action
-be written c_1 .. c_k and the oracle's l_1 .. l_m. Then l_1 is trained in front of the action, and l_(j+1) behind c_j as long as
-c_1 .. c_j = l_1 .. l_j; where the two part, the text does not go on as the label would, and nothing more is trained. So where
-actions are single tokens every label is trained, whoever acted.
+The target of a position is the token to predict after it, -1 where nothing is trained. Let the tokens of a step's action be c_1
+.. c_k and those of the label (the oracle's action) l_1 .. l_m. Then l_1 is the target in front of the action, and l_(j+1) the
+target at c_j as long as c_1 .. c_j = l_1 .. l_j; where the two differ, the text does not continue as the label would, and no
+further token is trained. So with actions of a single token every label is trained, whichever policy acted.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from lindm.errors import DataError, LindmError
+from lindm.llm.config import Supervise
 from lindm.text import Piece, Template
 
 if TYPE_CHECKING:
@@ -32,43 +33,42 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any  # transformers takes seconds to import
 
-SUPERVISE = ("all", "query")
-ANCHORS = ("", "\n", "a", ".")  # of the first that does, "" being none
+ANCHORS = ("", "\n", "a", ".")  # the first that works is used; "": no anchor
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A text that trains."""
+    """A text with its targets."""
 
     ids: np.ndarray  # [n] int32
-    target: np.ndarray  # [n] int32: the token to be predicted after each position, -1 where nothing is trained
-    source: str  # what it was made of, for a reader
-    group: int = 0  # examples of one group are never parted when some are held out
+    target: np.ndarray  # [n] int32: the token to predict after each position, -1 where nothing is trained
+    source: str  # origin of the text, for messages
+    group: int = 0  # examples of one group are held out together
 
 
 @dataclass(eq=False)
-class Facts:
-    """Of a tokenizer, to which it holds no reference."""
+class TokenizerInfo:
+    """Properties of a tokenizer that are determined at its first use. Has no reference to the tokenizer."""
 
-    anchor: str  # what a piece is encoded behind
-    front: list[int]  # its tokens
-    controls: dict[int, str]  # the control tokens by their ids
-    pattern: re.Pattern[str]  # of their names
-    pieces: dict[str, list[int]]  # the tokens of those that came
-    fronts: tuple[list[int], list[int]] | None = None  # of `_fronts`
+    anchor: str  # text that a piece is encoded after
+    anchor_ids: list[int]
+    control_tokens: dict[int, str]  # names by token id
+    control_pattern: re.Pattern[str]  # matches the names
+    encoded: dict[str, list[int]]  # token ids of the pieces so far
+    prefixes: tuple[list[int], list[int]] | None = None  # see `_prefixes`
 
 
-_FACTS: WeakKeyDictionary[Any, Facts] = WeakKeyDictionary()
+_INFO: WeakKeyDictionary[Any, TokenizerInfo] = WeakKeyDictionary()
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, from its files alone. DataError, naming the directory, where there is none."""
+    """The tokenizer of a Hugging Face directory, from its files alone. Raises: DataError, naming the directory."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not directory.is_dir():
         raise DataError(f"there is no tokenizer in {directory}: it is not a directory")
     try:
-        # beside a config.json of Qwen2, AutoTokenizer would put Qwen2's own rules in the place of those in tokenizer.json
+        # with a config.json of Qwen2, AutoTokenizer would replace the rules of tokenizer.json by its own
         kind = PreTrainedTokenizerFast if _is_generic(directory) else AutoTokenizer
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # it raises many kinds
@@ -80,7 +80,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _is_generic(directory: Path) -> bool:
-    """Whether tokenizer.json says everything, because the class beside it adds nothing."""
+    """Whether the tokenizer class adds nothing to tokenizer.json."""
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_bytes()) if path.exists() and (directory / "tokenizer.json").exists() else {}
     return config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -90,120 +90,122 @@ def _is_generic(directory: Path) -> bool:
 
 
 def encode(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[list[int]]:
-    """The token ids of every piece, the same wherever it stands; put together they decode to the pieces put together.
+    """The token ids of every piece, whatever precedes it; concatenated they decode to the concatenated pieces.
 
-    What stands in front of a whole document (`prefix`) is not among them. DataError shows a piece that cannot be written.
+    The prefix of a document (`document_prefix`) is not included. Raises: DataError, with a piece that cannot be represented.
     """
-    cache = facts_of(tokenizer).pieces
+    cache = tokenizer_info(tokenizer).encoded
     if new := [piece for piece in dict.fromkeys(pieces) if piece not in cache]:
-        cache.update(zip(new, _encoded(tokenizer, new), strict=True))
+        cache.update(zip(new, _encode(tokenizer, new), strict=True))
     return [list(cache[piece]) for piece in pieces]
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of ids from anywhere in a document, control tokens by their names."""
-    facts = facts_of(tokenizer)
-    return _decoded(tokenizer, [*facts.front, *ids]).removeprefix(facts.anchor)
+    """The text of token ids from anywhere in a document; control tokens appear as their names."""
+    info = tokenizer_info(tokenizer)
+    return _decode(tokenizer, [*info.anchor_ids, *ids]).removeprefix(info.anchor)
 
 
-def prefix(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that a tokenizer puts in front of a document: the beginning of a sequence, a space, both or neither."""
-    return list(_fronts(tokenizer)[1])
+def document_prefix(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a tokenizer puts in front of a document: the BOS token, a space, both or neither."""
+    return list(_prefixes(tokenizer)[1])
 
 
-def action_tokens(tokenizer: Tokenizer, template: Template, A: int) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each of A action symbols.
+def action_tokens(tokenizer: Tokenizer, template: Template, num_actions: int) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each of the first `num_actions` action symbols.
 
     Raises:
       ValueError: the template has fewer symbols.
-      LindmError: the tokens of one symbol are those of another, or their beginning, so a decision could not be read off (3).
+      DataError: the tokens of one symbol are equal to, or a prefix of, those of another, so a decision would be ambiguous.
     """
-    symbols = [template.action_symbol(a) for a in range(A)]
+    symbols = [template.action_symbol(a) for a in range(num_actions)]
     tokens = tuple(tuple(ids) for ids in encode(tokenizer, symbols))
-    order = sorted(range(A), key=lambda a: tokens[a])
-    for a, b in itertools.pairwise(order):  # a beginning sorts just before one of its continuations
+    order = sorted(range(num_actions), key=lambda a: tokens[a])
+    for a, b in itertools.pairwise(order):  # a prefix sorts just before one of its continuations
         if tokens[b][: len(tokens[a])] == tokens[a]:
-            tells = f"{symbols[a]!r} is {list(tokens[a])} and {symbols[b]!r} is {list(tokens[b])}"
-            raise DataError(f"actions must have tokens of which none begins another's: with this tokenizer {tells}")
+            clash = f"{symbols[a]!r} is {list(tokens[a])} and {symbols[b]!r} is {list(tokens[b])}"
+            raise DataError(f"the tokens of an action must not be a prefix of another's: with this tokenizer {clash}")
     return tokens
 
 
-def facts_of(tokenizer: Tokenizer) -> Facts:
-    """What is found out about a tokenizer when it is first used."""
-    if (facts := _FACTS.get(tokenizer)) is None:
+def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
+    """The properties of a tokenizer, determined at its first use."""
+    if (info := _INFO.get(tokenizer)) is None:
         controls = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         longest_first = sorted(controls.values(), key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        anchor, front = _found_anchor(tokenizer)
-        facts = _FACTS[tokenizer] = Facts(anchor, front, controls, pattern, {})
-    return facts
+        anchor, anchor_ids = _find_anchor(tokenizer)
+        info = _INFO[tokenizer] = TokenizerInfo(anchor, anchor_ids, controls, pattern, {})
+    return info
 
 
-def _found_anchor(tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The first anchor behind which pieces are written as they stand: twice the tokens, twice the text."""
+def _find_anchor(tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The first anchor after which pieces can be concatenated: the tokens twice decode to the text twice."""
     for anchor in ANCHORS:
-        front, *found = tokens_of(tokenizer, [anchor, f"{anchor}x", f"{anchor} x"])
+        anchor_ids, *encoded = encode_whole(tokenizer, [anchor, f"{anchor}x", f"{anchor} x"])
         if all(
-            ids[: len(front)] == front and _decoded(tokenizer, ids + ids[len(front) :]) == f"{anchor}{probe}{probe}"
-            for probe, ids in zip(("x", " x"), found, strict=True)
+            ids[: len(anchor_ids)] == anchor_ids and _decode(tokenizer, ids + ids[len(anchor_ids) :]) == f"{anchor}{probe}{probe}"
+            for probe, ids in zip(("x", " x"), encoded, strict=True)
         ):
-            return anchor, front
+            return anchor, anchor_ids
     raise DataError(
-        f"tokenizer must write texts piece by piece so that they can be read back; {type(tokenizer).__name__} does not"
+        f"the tokenizer must represent texts piece by piece so that they decode to the same; {type(tokenizer).__name__} does not"
     )
 
 
-def _fronts(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What a tokenizer, left to itself, puts in front of a text's own tokens, and of the tokens of its pieces."""
-    facts = facts_of(tokenizer)
-    if facts.fronts is None:
-        found: list[list[list[int]]] = [[], []]
+def _prefixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts in front of the tokens of a whole text, and in front of those of its first piece."""
+    info = tokenizer_info(tokenizer)
+    if info.prefixes is None:
+        prefixes: list[list[list[int]]] = [[], []]
         for text in ("\n", "#", "0", "x"):  # with some of them a space in front may be one token
             whole: Any = tokenizer(text, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
-            for own, fronts in zip((tokens_of(tokenizer, [text])[0], _encoded(tokenizer, [text])[0]), found, strict=True):
+            for own, found in zip((encode_whole(tokenizer, [text])[0], _encode(tokenizer, [text])[0]), prefixes, strict=True):
                 places = [i for i in range(len(whole)) if list(whole[i : i + len(own)]) == own]
-                fronts += [list(whole[:i]) for i in places[:1]]
-        if not found[0]:
-            raise DataError(f"tokenizer must put its control tokens around a text; {type(tokenizer).__name__} does not")
-        facts.fronts = found[0][0], (found[1] or found[0])[0]
-    return facts.fronts
+                found += [list(whole[:i]) for i in places[:1]]
+        if not prefixes[0]:
+            raise DataError(f"the tokenizer must put its control tokens around a text; {type(tokenizer).__name__} does not")
+        info.prefixes = prefixes[0][0], (prefixes[1] or prefixes[0])[0]
+    return info.prefixes
 
 
-def tokens_of(tokenizer: Tokenizer, texts: list[str], controls: bool = False) -> list[list[int]]:
-    """The tokens of whole texts, nothing added; whether names of control tokens are control tokens."""
+def encode_whole(tokenizer: Tokenizer, texts: list[str], parse_control_tokens: bool = False) -> list[list[int]]:
+    """The token ids of whole texts, without prefix or end; names of control tokens are text unless `parse_control_tokens`."""
     for text in texts:
         if text != text.encode(errors="replace").decode():
-            raise DataError(f"text must be what UTF-8 can encode; got {short(text)}")
-    found: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=not controls, verbose=False)["input_ids"]
-    return [list(ids) for ids in found]
+            raise DataError(f"text must be encodable as UTF-8; got {shorten(text)}")
+    options = {"add_special_tokens": False, "split_special_tokens": not parse_control_tokens, "verbose": False}
+    encoded: Any = tokenizer(texts, **options)["input_ids"]
+    return [list(ids) for ids in encoded]
 
 
-def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _encoded(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
-    """Every piece behind the anchor, which is cut off, and read back."""
-    facts = facts_of(tokenizer)
-    cut, found = len(facts.front), []
-    for piece, ids in zip(pieces, tokens_of(tokenizer, [facts.anchor + piece for piece in pieces]), strict=True):
-        if control := [facts.controls[i] for i in ids[cut:] if i in facts.controls]:
-            raise DataError(f"tokenizer cannot write {short(piece)}: it would become the control token {control[0]!r}")
-        back = _decoded(tokenizer, ids)
-        if ids[:cut] != facts.front or back != facts.anchor + piece:
-            raise DataError(f"tokenizer cannot write {short(piece)}: its tokens read {short(back.removeprefix(facts.anchor))}")
-        found.append(ids[cut:])
-    return found
+def _encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
+    """The token ids of every piece, encoded after the anchor and checked by decoding."""
+    info = tokenizer_info(tokenizer)
+    cut, encoded = len(info.anchor_ids), []
+    for piece, ids in zip(pieces, encode_whole(tokenizer, [info.anchor + piece for piece in pieces]), strict=True):
+        if control := [info.control_tokens[i] for i in ids[cut:] if i in info.control_tokens]:
+            raise DataError(f"the tokenizer cannot represent {shorten(piece)}: it becomes the control token {control[0]!r}")
+        back = _decode(tokenizer, ids)
+        if ids[:cut] != info.anchor_ids or back != info.anchor + piece:
+            decoded = shorten(back.removeprefix(info.anchor))
+            raise DataError(f"the tokenizer cannot represent {shorten(piece)}: its tokens decode to {decoded}")
+        encoded.append(ids[cut:])
+    return encoded
 
 
-def short(text: str) -> str:
-    """A text as an error message shows it."""
+def shorten(text: str) -> str:
+    """The repr of a text, shortened for an error message."""
     return repr(text) if len(text) <= 60 else f"{text[:40]!r}...{text[-15:]!r}"
 
 
 @contextlib.contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Errors about data begin with what they are about."""
+def name_source(source: str) -> Iterator[None]:
+    """Put the source of the data in front of the message of an error."""
     try:
         yield
     except LindmError as e:
@@ -218,77 +220,78 @@ def document_example(
     pieces: Sequence[Piece],
     labels: Sequence[Sequence[int]],
     actions: Sequence[Sequence[int]],
-    supervise: str,
+    supervise: Supervise,
     source: str,
     group: int = 0,
 ) -> Example:
-    """A rendered document that trains its labels.
+    """The example of a rendered document.
 
     Args:
-      pieces: of `lindm.text.render`; labels: [episode][step] the oracle's actions, of the query last.
-      actions: the tokens of every action, of `action_tokens`.
-      supervise: all (every step of every demonstration and of the query) or query (those of the query alone).
+      pieces: from `lindm.text.render`; labels: [episode][step] actions of the oracle, those of the query last.
+      actions: the tokens of every action, from `action_tokens`.
+      supervise: train every step of the demonstrations and of the query (all), or the steps of the query alone (query).
 
     Raises:
-      ValueError: an unknown value of supervise. LindmError: a piece cannot be written (3).
+      ValueError: an unknown value of supervise. DataError: the tokenizer cannot represent a piece.
     """
-    if supervise not in SUPERVISE:
-        raise ValueError(f"supervise must be one of {', '.join(SUPERVISE)}; got {supervise!r}")
-    with naming(source):
-        ids, tokens = prefix(tokenizer), encode(tokenizer, [piece.text for piece in pieces])
+    if supervise not in get_args(Supervise):
+        raise ValueError(f"supervise must be one of {', '.join(get_args(Supervise))}; got {supervise!r}")
+    with name_source(source):
+        ids, tokens = document_prefix(tokenizer), encode(tokenizer, [piece.text for piece in pieces])
     query, trained = len(labels) - 1, {}
     for piece, taken in zip(pieces, tokens, strict=True):
         if piece.action is not None and piece.step is not None and (supervise == "all" or piece.episode == query):
             for j, token in enumerate(actions[labels[piece.episode][piece.step]]):
-                trained[len(ids) - 1 + j] = token  # there is text in front of every action
+                trained[len(ids) - 1 + j] = token  # an action is never the first piece
                 if taken[j : j + 1] != [token]:
                     break
         ids += taken
-    return example_of(ids, trained, source, group)
+    return make_example(ids, trained, source, group)
 
 
 def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, source: str, group: int = 0) -> Example:
-    """A prompt whose completion is trained, and that it ends there.
+    """The example of a prompt and a completion: the completion and the EOS token are trained.
 
-    The prompt is encoded as a whole, with what the tokenizer puts in front: as whoever asks the trained model will encode it.
-    DataError, naming the source: a text cannot be written, the tokenizer has no token that ends a sequence, or nothing would
-    stand in front of the completion.
+    The prompt is encoded as a whole, with the tokenizer's prefix, as a user of the trained model would encode it.
+    Raises: DataError, naming the source, if a text cannot be represented, the tokenizer has no EOS token, or no token precedes
+    the completion.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{source}: the tokenizer has no token that ends a sequence, with which a completion must end")
-    with naming(source):
-        (asked,), (answer,) = _encoded(tokenizer, [prompt]), _encoded(tokenizer, [completion])
-        if facts_of(tokenizer).anchor:  # as a text begins, a space may be put in front of it
-            (asked,) = tokens_of(tokenizer, [prompt])
-        ids = _fronts(tokenizer)[0] + asked
-    answer = [*answer, tokenizer.eos_token_id]
-    return example_of(ids + answer, {len(ids) - 1 + j: token for j, token in enumerate(answer)}, source, group)
+        raise DataError(f"{source}: the tokenizer has no EOS token, with which a completion must end")
+    with name_source(source):
+        (prompt_ids,), (completion_ids,) = _encode(tokenizer, [prompt]), _encode(tokenizer, [completion])
+        if tokenizer_info(tokenizer).anchor:  # the tokenizer may put a space in front of a whole text
+            (prompt_ids,) = encode_whole(tokenizer, [prompt])
+        ids = _prefixes(tokenizer)[0] + prompt_ids
+    completion_ids = [*completion_ids, tokenizer.eos_token_id]
+    targets = {len(ids) - 1 + j: token for j, token in enumerate(completion_ids)}
+    return make_example(ids + completion_ids, targets, source, group)
 
 
-def example_of(ids: list[int], trained: dict[int, int], source: str, group: int) -> Example:
-    """These ids with the tokens that are to be predicted after some places."""
-    if -1 in trained:
-        raise DataError(f"{source}: nothing stands in front of the first token that is trained")
+def make_example(ids: list[int], targets: dict[int, int], source: str, group: int) -> Example:
+    """The example of token ids and of the targets at some positions."""
+    if -1 in targets:
+        raise DataError(f"{source}: no token precedes the first trained one")
     target = np.full(len(ids), -1, np.int32)
-    target[list(trained)] = list(trained.values())
+    target[list(targets)] = list(targets.values())
     return Example(np.array(ids, np.int32), target, source, group)
 
 
-def audit(example: Example, tokenizer: Tokenizer, width: int = 2000) -> str:
-    """An example for a reader: what is trained stands in [[ ]], with != and what the text has there if that is something else.
+def format_example(example: Example, tokenizer: Tokenizer, width: int = 2000) -> str:
+    """An example as text, with the trained tokens in [[ ]]; [[label != text]] where the text differs from the label.
 
-    Of a long text about `width` characters are shown, its beginning and its end. Control characters are shown by their escapes.
+    Of a long text the first and the last width / 2 characters are shown. Control characters are escaped.
     """
-    ids, wanted = example.ids.tolist(), [-1, *example.target.tolist()[:-1]]
+    ids, labels = example.ids.tolist(), [-1, *example.target.tolist()[:-1]]
     parts = []
     for (trained, _), group in itertools.groupby(
-        range(len(ids)), key=lambda i: (wanted[i] >= 0, i if wanted[i] not in (-1, ids[i]) else -1)
+        range(len(ids)), key=lambda i: (labels[i] >= 0, i if labels[i] not in (-1, ids[i]) else -1)
     ):
         places = list(group)
-        text, label = decode(tokenizer, [ids[i] for i in places]), decode(tokenizer, [wanted[i] for i in places if trained])
+        text, label = decode(tokenizer, [ids[i] for i in places]), decode(tokenizer, [labels[i] for i in places if trained])
         parts.append(f"[[{text}]]" if label == text else f"[[{label} != {text}]]" if trained else text)
     text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in "".join(parts))
     if len(text) > width:
         half = width // 2
         text = f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
-    return f"{example.source}: {len(ids)} tokens, {sum(w >= 0 for w in wanted)} of them trained\n{text}"
+    return f"{example.source}: {len(ids)} tokens, {sum(w >= 0 for w in labels)} of them trained\n{text}"

@@ -1,7 +1,7 @@
-"""A tokenizer of one's own, for models that start from nothing.
+"""Training of a small tokenizer, for randomly initialized models.
 
-Byte-pair encoding over bytes, so that every text can be written. Its words are the pieces of documents: with room enough, each
-piece that comes twice (a state with what is around it, an action, a reward) is one token, and a step is three.
+Byte-level BPE, so that every text can be represented. Merges stay within the pieces of documents: with a large enough vocabulary,
+each piece that occurs twice (a state with its surroundings, an action, a reward) is one token, and a step is three tokens.
 """
 
 from collections.abc import Iterable
@@ -12,33 +12,33 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerFast = Any  # transformers takes seconds to import
 
-END = "<|end|>"
-LEAST = 256 + 1  # every byte, and the end
+EOS_TOKEN = "<|end|>"
+MIN_VOCAB_SIZE = 256 + 1  # every byte, and the EOS token
 
 
-def small_tokenizer(pieces: Iterable[str], size: int) -> "PreTrainedTokenizerFast":
-    """A tokenizer with at most `size` tokens, the same for the same pieces; <|end|> ends a sequence, and nothing begins one.
+def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """A tokenizer with at most `vocab_size` tokens, determined by the pieces; its EOS token is <|end|>, and it has no BOS token.
 
     Args:
-      pieces: of rendered documents, as often as they come. `save_pretrained` writes what `load_tokenizer` reads.
+      pieces: of rendered documents, repetitions included.
 
     Raises:
-      ValueError: a size without room for every byte and the end.
+      ValueError: vocab_size is too small for every byte and the EOS token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if size < LEAST:
-        raise ValueError(f"size must be at least {LEAST}, for every byte and {END}; got {size}")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, for every byte and {EOS_TOKEN}; got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,  # what comes once (a reward with many digits) is spelt in parts that come again
-        special_tokens=[END],
+        vocab_size=vocab_size,
+        min_frequency=2,  # a piece that occurs once (a reward with many digits) is split into parts that occur again
+        special_tokens=[EOS_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(iter(pieces), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)

@@ -176,7 +176,7 @@ def _of_row(tokenizer: Tokenizer, line: bytes, source: str, group: int) -> Examp
     if not prompt and not completion:
         raise DataError(f"{source}: prompt and completion must not both be empty")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return chat_example(tokenizer, [*prompt, *completion], source, group, since=len(prompt))
+        return chat_example(tokenizer, [*prompt, *completion], source, group, first_trained=len(prompt))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise DataError(f"{source}: prompt and completion must both be texts or both be lists of messages")
     return completion_example(tokenizer, prompt, completion, source, group)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lindm.choices import Rewards, check_choices
-from lindm.llm.config import BaseFormat, Remat
+from lindm.llm.config import BaseFormat, Remat, Supervise
 
 Method = Literal["full", "lora", "qlora"]
-Supervise = Literal["all", "query"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them
 CHANGEABLE_ON_RESUME = {
     "out",

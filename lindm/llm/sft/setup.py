@@ -31,7 +31,7 @@ from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import Example, Tokenizer, load_tokenizer
-from lindm.llm.train_tokenizer import small_tokenizer
+from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
 
 PASSES = 3  # over the data, where no number of steps is given
@@ -187,7 +187,7 @@ def _own_vocabulary(data: Dataset | Path, text: TextFormat | None) -> Tokenizer:
     """A small tokenizer for the texts of a dataset."""
     if not isinstance(data, Dataset) or text is None:
         raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {data}")
-    return small_tokenizer((piece.text for _, _, pieces in documents(data, text) for piece in pieces), TINY.vocab_size)
+    return train_tokenizer((piece.text for _, _, pieces in documents(data, text) for piece in pieces), TINY.vocab_size)
 
 
 def _decisions(options: SFTConfig, data: Dataset | Path, text: TextFormat | None, held: Sequence[Example]) -> Decisions | None:

@@ -37,7 +37,7 @@ from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import SFTConfig, config_differences
 from lindm.llm.sft.setup import Prepared, build, prepare
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
-from lindm.llm.tokens import audit
+from lindm.llm.tokens import format_example
 
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
 OURS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, "metrics.jsonl", "manifest.json", "curves.png", "curves.pdf", "events")
@@ -296,7 +296,7 @@ def _introduce(prepared: Prepared) -> None:
         f"steps     {prepared.optimizer_config.steps:,} of {rows}; mesh {dict(prepared.mesh.shape)}",
     ]
     console = Console(stderr=True)
-    for line in (*lines, "", audit(examples[0], prepared.tokenizer, 600), ""):
+    for line in (*lines, "", format_example(examples[0], prepared.tokenizer, 600), ""):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from lindm.families.suites import Suite
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
-from lindm.llm.train_tokenizer import small_tokenizer
+from lindm.llm.train_tokenizer import train_tokenizer
 
 SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
 SIZES = {
@@ -60,7 +60,7 @@ def micro(tmp_path_factory, brute) -> Micro:
         dataset = datasets.Dataset(root / name)
         texts = datasets.documents(dataset, datasets.text_format(dataset))
         pieces += [piece.text for _, _, found in texts for piece in found]
-    tokenizer = small_tokenizer(pieces, 320)
+    tokenizer = train_tokenizer(pieces, 320)
     tokenizer.save_pretrained(str(root / "tokenizer"))
     model_config = ModelConfig(model_type="llama", vocab_size=len(tokenizer), **SIZES)
     weights.save(Decoder(model_config, nnx.Rngs(0), jnp.float32), root / "model", like=root / "tokenizer")

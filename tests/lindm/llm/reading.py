@@ -6,7 +6,7 @@ from flax import nnx
 
 from lindm.datasets import Dataset, text_format
 from lindm.evaluation.losses import world
-from lindm.llm.tokens import action_tokens, encode, prefix
+from lindm.llm.tokens import action_tokens, document_prefix, encode
 from lindm.text import Document, render
 
 LENGTH = 192
@@ -43,7 +43,7 @@ def read_whole(logits_of, tokenizer, template, A):
                 row = []
                 for asked in asks:
                     pieces = [p.text for p in render(Document(tuple(map(tuple, episodes)), asked.steps), template)]
-                    ids = [*prefix(tokenizer), *(i for piece in encode(tokenizer, pieces) for i in piece)]
+                    ids = [*document_prefix(tokenizer), *(i for piece in encode(tokenizer, pieces) for i in piece)]
                     scores, spells = [], []
                     for tokens in actions:
                         logits = np.asarray(logits_of([*ids, *tokens]), np.float64)

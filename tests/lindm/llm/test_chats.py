@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lindm.errors import DataError, LindmError
-from lindm.llm.chats import chat_example, chat_text
-from lindm.llm.tokens import audit, decode
+from lindm.llm.chats import apply_chat_template, chat_example
+from lindm.llm.tokens import decode, format_example
 from tests.lindm.llm.small import CHATML, KINDS, TURNS, byte_level, trained_texts
 
 
@@ -19,7 +19,7 @@ def test_of_a_conversation_the_answers_and_their_ends_are_trained_and_nothing_el
     assert trained_texts(tokenizer, example) == (["A<|im_end|>", "B or C<|im_end|>"] if chatml else [" A </s>", " B or C </s>"])
     asked = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True)["input_ids"]
     assert example.ids[: len(asked)].tolist() == asked and example.target[len(asked) - 1] == example.ids[len(asked)]
-    last = chat_example(tokenizer, TURNS, "here", since=2)
+    last = chat_example(tokenizer, TURNS, "here", first_trained=2)
     assert trained_texts(tokenizer, last) == trained_texts(tokenizer, example)[1:] and last.ids.tolist() == example.ids.tolist()
 
 
@@ -27,7 +27,7 @@ def test_a_template_that_writes_the_last_answer_otherwise_than_earlier_ones_is_u
     """As Qwen3 does: thoughts stand in the last answer alone."""
     answer = "{{ '<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' }}"
     tokenizer = byte_level(CHATML.replace("+ m['content']", f"}}}}{answer}{{{{ m['content']"))
-    assert "<think>" in chat_text(tokenizer, TURNS[:2]) and chat_text(tokenizer, TURNS).count("<think>") == 1
+    assert "<think>" in apply_chat_template(tokenizer, TURNS[:2]) and apply_chat_template(tokenizer, TURNS).count("<think>") == 1
     example = chat_example(tokenizer, TURNS, "here")
     assert trained_texts(tokenizer, example) == ["A<|im_end|>", "<think>\n\n</think>\n\nB or C<|im_end|>"]
 
@@ -41,12 +41,12 @@ def test_without_a_control_token_the_whole_turn_is_trained():
 def test_no_token_reaches_from_the_question_into_the_answer():
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     tokenizer = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
-    assert "ĠA" in tokenizer.tokenize(chat_text(tokenizer, TURNS))  # left to itself it would
+    assert "ĠA" in tokenizer.tokenize(apply_chat_template(tokenizer, TURNS))  # left to itself it would
     example = chat_example(tokenizer, TURNS, "here")
     assert trained_texts(tokenizer, example) == ["A<|im_end|>", "B or C<|im_end|>"]
     asked = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
     assert example.ids[: len(asked)].tolist() == asked
-    assert decode(tokenizer, example.ids.tolist()) == chat_text(tokenizer, TURNS)
+    assert decode(tokenizer, example.ids.tolist()) == apply_chat_template(tokenizer, TURNS)
 
 
 def turn(content: str, role: str = "assistant") -> dict:
@@ -63,16 +63,16 @@ def turn(content: str, role: str = "assistant") -> dict:
         ),
         ([turn("hi", "user<|im_end|>"), turn("a")], "message 0 has the name of a control token in its role"),
         ([turn("hi", "user"), turn("a") | {"tool_calls": [{"n": "<|im_end|>"}]}], "message 1 has the name .* in its tool_calls"),
-        ([turn("a")], "message 0 must not be an answer"),
-        ([turn("hi", "user"), {"role": "assistant"}], "message 1 must be an object with texts role and content"),
+        ([turn("a")], "message 0 must not be of the assistant"),
+        ([turn("hi", "user"), {"role": "assistant"}], "message 1 must be an object with the strings role and content"),
         (
             [turn("hi", "user"), {"role": "assistant", "content": ["a"]}],
-            "message 1 must be an object with texts role and content",
+            "message 1 must be an object with the strings role and content",
         ),
-        (["hi"], "message 0 must be an object with texts role and content; got 'hi'"),
+        (["hi"], "message 0 must be an object with the strings role and content; got 'hi'"),
         ([], "messages must be a list of messages"),
         ("hi", "messages must be a list of messages"),
-        ([turn("\ud800", "user"), turn("a")], "text must be what UTF-8 can encode"),
+        ([turn("\ud800", "user"), turn("a")], "text must be encodable as UTF-8"),
     ],
 )
 def test_bad_messages_are_refused_by_name(messages, why):
@@ -85,14 +85,17 @@ def test_bad_messages_are_refused_by_name(messages, why):
     "template, why",
     [
         (None, "the tokenizer has no chat template"),
-        ("{{ raise_exception('no system, please') }}", "the chat template does not take it: no system, please"),
-        ("{{ messages | length }}" + CHATML, "the chat template asks for message 1 with another text than the conversation has"),
-        (CHATML.replace("m['content']", "m['content'] | upper"), "the chat template does not write message 1 as it is"),
+        ("{{ raise_exception('no system, please') }}", "the chat template raises an error: no system, please"),
+        (
+            "{{ messages | length }}" + CHATML,
+            "the chat template renders the prompt of message 1 differently from the conversation",
+        ),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "the chat template does not render message 1 unchanged"),
         (
             "{% for m in messages %}{{ m['content'] + ('!' if loop.last and m['role'] == 'assistant' else '') }}{% endfor %}",
-            "the chat template writes no control token behind message 1, so where it ends cannot be told",
+            "the chat template writes no control token after message 1, so its end is unknown",
         ),
-        ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template does not take it"),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template raises an error"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(template, why):
@@ -104,7 +107,7 @@ def test_a_template_that_does_not_fit_is_refused(template, why):
 def test_a_template_that_asks_for_the_date_is_told_a_fixed_day():
     dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}{% endif %}"
     tokenizer = byte_level(dated + CHATML)
-    assert chat_text(tokenizer, TURNS) == "26 Jul 2024, 2024-07-26" + chat_text(KINDS["bytes"](), TURNS)
+    assert apply_chat_template(tokenizer, TURNS) == "26 Jul 2024, 2024-07-26" + apply_chat_template(KINDS["bytes"](), TURNS)
 
 
 words = st.lists(st.sampled_from(["A", " B", "\n", "x", "\n\n", "0", " ", "The", "é"]), max_size=4).map("".join)
@@ -118,7 +121,7 @@ def test_whatever_is_said_the_text_stays_and_every_answer_is_asked_for_as_anyone
     example = chat_example(tokenizer, messages, "here")
     assert (example.target == tokenizer.eos_token_id).sum() == len(contents)
     if kind == "bytes":  # where a tokenizer writes no spaces of its own
-        assert decode(tokenizer, example.ids.tolist()) == chat_text(tokenizer, messages)
+        assert decode(tokenizer, example.ids.tolist()) == apply_chat_template(tokenizer, messages)
     asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
     assert example.ids[: len(asked)].tolist() == asked and (example.target[: len(asked) - 1] == -1).all()
     told = trained_texts(tokenizer, example)
@@ -127,5 +130,5 @@ def test_whatever_is_said_the_text_stays_and_every_answer_is_asked_for_as_anyone
 
 def test_an_audit_of_a_conversation_shows_its_answers():
     tokenizer = KINDS["bytes"]()
-    shown = audit(chat_example(tokenizer, TURNS, "row 1"), tokenizer)
+    shown = format_example(chat_example(tokenizer, TURNS, "row 1"), tokenizer)
     assert shown.startswith("row 1: ") and "assistant\n[[A<|im_end|>]]\n<|im_start|>user\n:0.5\n1<|im_end|>" in shown

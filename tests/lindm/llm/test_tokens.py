@@ -12,8 +12,17 @@ from transformers import PreTrainedTokenizerFast
 
 from lindm.errors import DataError, LindmError
 from lindm.llm import tokens
-from lindm.llm.tokens import action_tokens, audit, completion_example, decode, document_example, encode, load_tokenizer, prefix
-from lindm.llm.train_tokenizer import small_tokenizer
+from lindm.llm.tokens import (
+    action_tokens,
+    completion_example,
+    decode,
+    document_example,
+    document_prefix,
+    encode,
+    format_example,
+    load_tokenizer,
+)
+from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import COMPACT, READABLE, Document, Step, Template, action_spans, render, text
 from tests.lindm.llm.small import KINDS, byte_level, trained_texts
 
@@ -43,7 +52,7 @@ def test_a_document_comes_back_from_its_tokens(kind, template):
     pieces = render(a_document(0)[0], template)
     ids = list(itertools.chain(*encode(tokenizer, [piece.text for piece in pieces])))
     assert decode(tokenizer, ids) == text(pieces)
-    assert tokenizer.decode(prefix(tokenizer) + ids, skip_special_tokens=True) == text(pieces)
+    assert tokenizer.decode(document_prefix(tokenizer) + ids, skip_special_tokens=True) == text(pieces)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,41 +83,41 @@ def test_text_that_a_vocabulary_takes_for_a_control_token_is_refused():
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     assert [decode(tokenizer, ids) for ids in encode(tokenizer, ["</s", "x"])] == ["</s", "x"]
-    with pytest.raises(LindmError, match="tokenizer cannot write '</s>': it would become the control token '</s>'"):
+    with pytest.raises(LindmError, match="the tokenizer cannot represent '</s>': it becomes the control token '</s>'"):
         encode(tokenizer, ["</s>"])
 
 
 def test_what_a_tokenizer_cannot_write_is_shown():
     lossy = byte_level(normalizer=normalizers.NFC())
     assert encode(lossy, ["caf\u00e9"])
-    with pytest.raises(LindmError, match=r"tokenizer cannot write 'cafe\u0301': its tokens read 'caf\u00e9'") as e:
+    with pytest.raises(LindmError, match=r"the tokenizer cannot represent 'cafe\u0301': its tokens decode to 'caf\u00e9'") as e:
         encode(lossy, ["fine", "cafe\u0301"])
     assert isinstance(e.value, DataError)
-    with pytest.raises(LindmError, match="text must be what UTF-8 can encode"):
+    with pytest.raises(LindmError, match="text must be encodable as UTF-8"):
         encode(KINDS["bytes"](), ["\ud800"])
-    with pytest.raises(LindmError, match=r"tokenizer cannot write 'a▁b': its tokens read 'a b'"):
+    with pytest.raises(LindmError, match=r"the tokenizer cannot represent 'a▁b': its tokens decode to 'a b'"):
         encode(KINDS["prepend"](), ["a▁b"])
 
 
 def test_a_tokenizer_of_words_is_refused():
     backend = Tokenizer(models.WordLevel({"x": 0, "a": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(LindmError, match="tokenizer must write texts piece by piece"):
+    with pytest.raises(LindmError, match="the tokenizer must represent texts piece by piece"):
         encode(PreTrainedTokenizerFast(tokenizer_object=backend), ["x"])
 
 
 def test_every_distinct_piece_is_encoded_once(monkeypatch):
     tokenizer, asked = byte_level(), []
     encode(tokenizer, ["x"])
-    whole = tokens.tokens_of
-    monkeypatch.setattr(tokens, "tokens_of", lambda t, texts, *args: asked.extend(texts) or whole(t, texts, *args))
+    whole = tokens.encode_whole
+    monkeypatch.setattr(tokens, "encode_whole", lambda t, texts, *args: asked.extend(texts) or whole(t, texts, *args))
     first = encode(tokenizer, ["#", " A", "#", " A", "x"])
     first[0].append(0)  # what was handed out is nobody else's
     assert encode(tokenizer, [" A", "#"]) == [first[1], first[2]] and asked == ["#", " A"]
 
 
 def test_what_stands_in_front_of_a_document_is_found():
-    found = {kind: KINDS[kind]().convert_ids_to_tokens(prefix(KINDS[kind]())) for kind in KINDS}
+    found = {kind: KINDS[kind]().convert_ids_to_tokens(document_prefix(KINDS[kind]())) for kind in KINDS}
     space = ["<s>", "▁"]
     assert found == {"bytes": [], "bytes with a beginning": ["<|begin|>"], "prepend": space, "metaspace": space}
 
@@ -131,7 +140,7 @@ def test_an_action_that_begins_another_is_refused(names):
     if not clash:
         assert len(action_tokens(tokenizer, template, len(names))) == len(names)
         return
-    with pytest.raises(LindmError, match="actions must have tokens of which none begins another's") as e:
+    with pytest.raises(LindmError, match="the tokens of an action must not be a prefix of another's") as e:
         action_tokens(tokenizer, template, len(names))
     shown = [name for name in names if f"{name!r} is [" in e.value.message]
     assert isinstance(e.value, DataError) and any(a != b and b.startswith(a) for a in shown for b in shown)
@@ -149,7 +158,7 @@ def test_the_characters_of_the_actions_say_what_is_trained(kind, supervise, temp
     document, labels = a_document(3)
     pieces = render(document, template)
     example = document_example(tokenizer, pieces, labels, action_tokens(tokenizer, template, 3), supervise, "here")
-    front = len(prefix(tokenizer))
+    front = len(document_prefix(tokenizer))
     ends = np.cumsum([len(decode(tokenizer, [i])) for i in example.ids[front:].tolist()])
     assert ends[-1] == len(text(pieces))
     starts = [0, *ends[:-1].tolist()]
@@ -228,14 +237,14 @@ def test_a_completion_and_its_end_are_trained_behind_the_prompt_as_anyone_would_
 def test_an_empty_prompt_needs_something_in_front_of_the_completion():
     example = completion_example(KINDS["bytes with a beginning"](), "", "x", "here")
     assert trained_texts(KINDS["bytes with a beginning"](), example) == ["x<|im_end|>"] and len(example.ids) == 3
-    with pytest.raises(LindmError, match="here: nothing stands in front of the first token that is trained"):
+    with pytest.raises(LindmError, match="here: no token precedes the first trained one"):
         completion_example(KINDS["bytes"](), "", "x", "here")
     assert trained_texts(KINDS["bytes"](), completion_example(KINDS["bytes"](), "x", "", "")) == ["<|im_end|>"]
 
 
 def test_a_tokenizer_without_an_end_has_no_completions():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
-    with pytest.raises(LindmError, match="here: the tokenizer has no token that ends a sequence"):
+    with pytest.raises(LindmError, match="here: the tokenizer has no EOS token"):
         completion_example(tokenizer, "x", "y", "here")
 
 
@@ -247,13 +256,13 @@ def test_an_audit_shows_what_is_trained():
     pieces = render(Document((), (Step(action=0, state=0, reward=0.5), Step(action=1, state=1))), COMPACT)
     example = document_example(tokenizer, pieces, [[0, 2]], action_tokens(tokenizer, COMPACT, 3), "all", "task 0")
     shown = f"task 0: {len(example.ids)} tokens, 2 of them trained\n<|begin|>#\n0[[ A]]:0.5\n1[[ C !=  B]]"
-    assert audit(example, tokenizer) == shown
+    assert format_example(example, tokenizer) == shown
 
 
 def test_an_audit_leaves_out_the_middle_and_shows_control_characters_harmlessly():
     tokenizer = KINDS["bytes"]()
     example = completion_example(tokenizer, "\x1b[2J" + "x" * 5000, " A", "row 1")
-    shown = audit(example, tokenizer, width=100)
+    shown = format_example(example, tokenizer, width=100)
     assert "\\x1b[2J" in shown and "\x1b" not in shown and len(shown) < 250 and shown.endswith("[[ A<|im_end|>]]")
     assert "\n[... 4" in shown
 
@@ -270,7 +279,7 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(kind, family, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     again = load_tokenizer(tmp_path)
     pieces = ["#", "\n3", " A", ":0.35", "</s>", "é"]
-    assert encode(again, pieces) == encode(tokenizer, pieces) and prefix(again) == prefix(tokenizer)
+    assert encode(again, pieces) == encode(tokenizer, pieces) and document_prefix(again) == document_prefix(tokenizer)
     assert again.chat_template == tokenizer.chat_template
 
 
@@ -300,6 +309,6 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
 
 def test_the_own_tokenizer_serves_too():
     pieces = render(a_document(1)[0], COMPACT)
-    tokenizer = small_tokenizer([piece.text for piece in pieces] * 2, 400)
-    assert prefix(tokenizer) == [] and encode(tokenizer, ["<|end|>"]) != [[tokenizer.eos_token_id]]
+    tokenizer = train_tokenizer([piece.text for piece in pieces] * 2, 400)
+    assert document_prefix(tokenizer) == [] and encode(tokenizer, ["<|end|>"]) != [[tokenizer.eos_token_id]]
     assert trained_texts(tokenizer, completion_example(tokenizer, "#", " A", "")) == [" A<|end|>"]

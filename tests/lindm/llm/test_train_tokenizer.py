@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lindm.llm.config import FAMILIES
-from lindm.llm.tokens import action_tokens, decode, encode, load_tokenizer, prefix
-from lindm.llm.train_tokenizer import LEAST, small_tokenizer
+from lindm.llm.tokens import action_tokens, decode, document_prefix, encode, load_tokenizer
+from lindm.llm.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from lindm.text import COMPACT, READABLE, Document, Step, render
 
 ROOT = Path(__file__).parents[3]
@@ -29,12 +29,12 @@ def pieces_of(template, seed: int = 0, documents: int = 20) -> list[str]:
     return [p.text for _ in range(documents) for p in render(Document((episode(), episode()), episode()), template)]
 
 
-SMALL = small_tokenizer(pieces_of(COMPACT), 512)
+SMALL = train_tokenizer(pieces_of(COMPACT), 512)
 
 
 @pytest.mark.parametrize("template", [COMPACT, READABLE], ids=lambda t: t.name)
 def test_every_piece_is_one_token_and_a_step_is_three(template):
-    tokenizer = small_tokenizer(pieces_of(template), 600)
+    tokenizer = train_tokenizer(pieces_of(template), 600)
     others = pieces_of(template, seed=1)  # other documents of the same law
     assert {len(ids) for ids in encode(tokenizer, others)} == {1}
     assert all(len(ids) == 1 for ids in action_tokens(tokenizer, template, 3))
@@ -52,21 +52,21 @@ def test_any_text_comes_back(text):
 
 
 def test_a_document_ends_with_its_own_token_and_begins_with_none():
-    assert (SMALL.eos_token, SMALL.bos_token, prefix(SMALL)) == ("<|end|>", None, [])
+    assert (SMALL.eos_token, SMALL.bos_token, document_prefix(SMALL)) == ("<|end|>", None, [])
     assert SMALL("<|end|>")["input_ids"] == [SMALL.eos_token_id]
 
 
 def test_it_has_at_most_the_size_asked_for():
     words = [f"word number {i}" for i in range(300)] * 2
-    assert len(small_tokenizer(words, 400)) == 400
+    assert len(train_tokenizer(words, 400)) == 400
     assert len(SMALL) < 300  # as many as there are pieces, and what they are made of
-    assert len(small_tokenizer([], LEAST)) == LEAST
+    assert len(train_tokenizer([], MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
     with pytest.raises(ValueError, match=r"size must be at least 257, for every byte and <\|end\|>; got 256"):
-        small_tokenizer(words, 256)
+        train_tokenizer(words, 256)
 
 
 def test_what_comes_once_takes_no_room():
-    tokenizer = small_tokenizer([*pieces_of(COMPACT), ":0.123456789"], 600)
+    tokenizer = train_tokenizer([*pieces_of(COMPACT), ":0.123456789"], 600)
     assert ":0.123456789" not in tokenizer.get_vocab() and ":0.5" in tokenizer.get_vocab()
 
 
