@@ -94,7 +94,8 @@ def print_next(summary: dict[str, Any], directory: Path, errors: Sequence[str], 
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
     for row in summary["claims"]:
         if not as_expected(row):
-            figure = f"; figure: {directory / row['figure']}" if row["figure"] else ""
+            drawn = run_directory(directory, row["experiment"]) / Path(row["figure"] or "").name
+            figure = f"; figure: {drawn}" if row["figure"] else ""
             more = "; more seeds may decide it (--seeds)" if row["verdict"] == INCONCLUSIVE and row["n"] else ""
             text = f"not as expected: {row['id']}: {verdict_label(row)}; {row['criterion']}{more}{figure}"
             console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)

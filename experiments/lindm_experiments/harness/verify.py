@@ -98,7 +98,7 @@ def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | No
     signals.stop_on_signals()
     console = Console(file=sys.stderr)  # also while an experiment redirects what it calls
     with Progress(console) as progress:
-        total = progress.add("experiments", total=len(jobs))
+        total = progress.add("experiments", total=len(jobs)) if len(jobs) > 1 else None
         tasks: dict[str, Task] = {}
 
         def on_point(name: str, done: int, points: int) -> None:
@@ -109,7 +109,8 @@ def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | No
         def on_end(outcome: Outcome) -> None:
             if (task := tasks.pop(outcome.experiment, None)) is not None:
                 task.remove()
-            total.update(total.done + 1)
+            if total is not None:
+                total.update(total.done + 1)
             progress.print(f"{outcome.experiment}: {outcome.message or 'done'}, {format_seconds(outcome.seconds)}")
 
         return run_experiments(jobs, executor=executor, workers=workers, on_point=on_point, on_end=on_end)

@@ -237,3 +237,31 @@ def test_differences_name_the_field():
     new = {"config": {"a": 2, "b": [1]}, "preset": "full"}
     assert runner.differences(old, new) == ["config.a: 1 -> 2", 'preset: "quick" -> "full"']
     assert runner.differences(old, old) == []
+
+
+@pytest.mark.parity
+def test_ray_gives_the_same_records_and_a_killed_worker_costs_its_point(lab):
+    pytest.importorskip("ray")
+    assert lab.lindm("verify", "--out", "local")[0] == 0
+    code, out, err = lab.lindm("verify", "--executor", "ray", "--workers", "2", "--out", "ray")
+    assert code == 0, err + out
+    assert content(lab.directory / "ray" / "toy") == content(lab.directory / "local" / "toy")
+    code, out, _ = lab.lindm("verify", "--executor", "ray", "--workers", "2", "--out", "killed", TOY_DIES="1")
+    assert code == 1 and "worker died" in out
+    assert len(files.read_records(lab.directory / "killed" / "toy")) == 5
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_and_change_no_record(lab):
+    """Twice with one cache directory: the second run reads what the first one stored."""
+    run = ("run", "controls", "--preset", "smoke")
+    cache = lab.directory / "cache"
+    stored = []
+    for out in ("first", "second"):
+        code, _, err = lab.lindm(*run, "--out", out, JAX_COMPILATION_CACHE_DIR=str(cache))
+        assert code in (0, 1), err
+        stored.append({p.name for p in cache.iterdir() if p.name.endswith("-cache")})
+    assert stored[0] and stored[1] == stored[0]
+    assert lab.lindm(*run, "--out", "without", JAX_ENABLE_COMPILATION_CACHE="0")[0] in (0, 1)
+    records = [(lab.directory / out / "records.jsonl").read_bytes() for out in ("first", "second", "without")]
+    assert records[0] == records[1] == records[2]
