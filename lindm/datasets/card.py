@@ -101,7 +101,7 @@ that knows the problem, the oracle's action values, and a certificate that says 
 ## How it was made
 
 Demonstrations are made by {demos}; queries by {queries}. The oracle is `{config["oracle"]}`.
-The key of task i is `fold_in(key({options["seed"]}), i)`: a dataset with more tasks begins with these; held-out tasks need
+The key of task i is `fold_in(key({options["seed"]}), i)`: a dataset with more tasks begins with these, and held-out tasks need
 another seed. `manifest.json` has the versions, and the SHA-256 and the number of rows of every file. Made by
 lindm {manifest["versions"]["lindm"]} from
 
