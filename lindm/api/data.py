@@ -11,6 +11,7 @@ from lindm.datasets import DatasetConfig, MakeResult
 from lindm.evaluation.losses import double_precision
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
+from lindm.io.executor import Executor
 from lindm.types import LinearMDP, Problem
 
 Progress = Callable[[int, int], None]  # called with (tasks done, tasks in all)
@@ -22,6 +23,8 @@ def make_dataset(
     *,
     tasks: int,
     demos: int,
+    executor: Executor = "serial",
+    workers: int | None = None,
     progress: Progress = lambda done, total: None,
     **config: Any,
 ) -> MakeResult:
@@ -30,6 +33,7 @@ def make_dataset(
     Args:
       problem: a suite, of which every task is another problem, or one problem.
       tasks, demos: number of tasks, and of demonstrations of each.
+      executor, workers: where shards are made: in this process (serial), in processes of this machine (local) or on a Ray cluster.
       config: other fields of `DatasetConfig`, such as queries, behavior, epsilon and seed.
 
     Returns:
@@ -45,7 +49,8 @@ def make_dataset(
     """
     with double_precision():
         source = problem if isinstance(problem, Suite) else as_source(problem)
-        return datasets.make_dataset(Path(out), source, DatasetConfig(tasks=tasks, demos=demos, **config), progress=progress)
+        described = DatasetConfig(tasks=tasks, demos=demos, **config)
+        return datasets.make_dataset(Path(out), source, described, executor=executor, workers=workers, progress=progress)
 
 
 def export_dataset(

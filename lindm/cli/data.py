@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lindm.choices import Behavior, ExportFormat, Rewards, Split
 from lindm.cli.arguments import Command, Positional
@@ -42,6 +42,10 @@ class Make:
     """Discount factor, in place of the file's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    executor: Literal["local", "ray"] = "local"
+    """Where the workers are: processes of this machine, or the Ray cluster at RAY_ADDRESS (a local one without it)."""
+    workers: int | None = None
+    """Number of worker processes. [default: one per core; a small dataset is made in one process]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,8 @@ def run_make(options: Make) -> int:
             query_behavior=options.query_behavior,
             query_epsilon=options.epsilon,
             seed=options.seed,
+            executor=options.executor,
+            workers=options.workers,
             progress=progress,
         )
     for name in made.damaged:

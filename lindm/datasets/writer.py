@@ -25,21 +25,20 @@ import numpy as np
 
 from lindm import __version__
 from lindm.datasets.card import card
-from lindm.datasets.columns import LABEL_COLUMNS, ROLES, STEP_COLUMNS, VALUES, problem_columns, sizes_of
+from lindm.datasets.columns import sizes_of
 from lindm.datasets.config import DatasetConfig
-from lindm.datasets.generate import Generated, TaskGenerator
-from lindm.datasets.reader import CONFIG, ENDINGS, FORMAT, MANIFEST, read_manifest, verified, with_checksum
+from lindm.datasets.generate import TaskGenerator
+from lindm.datasets.reader import CONFIG, FORMAT, MANIFEST, read_manifest, verified, with_checksum
+from lindm.datasets.shards import import_pyarrow, make_shards
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import Source
 from lindm.families.suites import Suite
 from lindm.io import directories, files
+from lindm.io.executor import Executor
 from lindm.types import CERTIFICATES, Problem
 
 JOURNAL, CARD = "progress.jsonl", "README.md"
 PARTS = ("states", "actions", "observations", "models")
-
-Table = dict[str, Any]
-"""Columns by name, all of one length n: a list of n strings, or an array [n], [n, k] or [n, k, l]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +56,15 @@ def make_dataset(
     source: Suite | Source | Problem,
     config: DatasetConfig,
     *,
+    executor: Executor = "serial",
+    workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MakeResult:
     """Write a dataset to the directory `out`, or finish or repair the one that is there.
 
     Args:
       source: a suite, whose every task is another problem; or one problem, which is then every task, with or without names.
+      executor, workers: where shards are made: in this process (serial), in workers on this machine (local) or on a Ray cluster.
       progress: called with (tasks done, tasks in all).
 
     Raises:
@@ -70,7 +72,7 @@ def make_dataset(
       UsageError: `out` holds something else or is being written; a needed package is missing.
       StorageError: `out` cannot be written.
     """
-    _arrow()
+    import_pyarrow()
     generator = TaskGenerator(source.problem if isinstance(source, Source) else source, config)
     names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, Source) else {}
     described = _description(generator, {part: given for part, given in names.items() if given})
@@ -84,11 +86,14 @@ def make_dataset(
             raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
         done = sum(record["tasks"] for record in records.values())
         progress(done, config.tasks)
-        for name, (first, last) in missing.items():
-            shard = make_shard(generator, name, first, last, lambda at, n=done - first: progress(n + at, config.tasks))
-            records[name] = _write_shard(out, *shard)
-            del shard
-            done += last - first
+
+        def write(record: dict, contents: dict[str, bytes]) -> None:
+            records[record["point"]["shard"]] = _write_shard(out, record, contents)
+
+        def report(made: int) -> None:
+            progress(done + made, config.tasks)
+
+        make_shards(generator, missing, write, executor=executor, workers=workers, progress=report)
         manifest = _manifest(described, versions, [records[name] for name in plan])
         _write_changed(out / CONFIG, _pretty({"config": described, "versions": versions}))
         _write_changed(out / CARD, card(manifest))
@@ -199,81 +204,12 @@ def _intact(path: Path, file: dict) -> bool:
 # --- shards ----------------------------------------------------------------------------------------------------------------
 
 
-def make_shard(
-    generator: TaskGenerator, name: str, first: int, last: int, progress: Callable[[int], None] = lambda done: None
-) -> tuple[dict, dict[str, bytes]]:
-    """The record of a shard, and the contents of its files by name; nothing is written."""
-    record: dict[str, Any] = {"point": {"shard": name}, "tasks": last - first}
-    if name == "problem":
-        tables = {"problem": problem_columns(jax.tree.map(lambda x: np.asarray(x)[None], generator.source))}
-    else:
-        generated, n = generator.generate(first, last, progress), last - first
-        values = {name: generated.values[name] for name in VALUES if name in generated.values}
-        tasks: Table = {"task": np.arange(first, last)}
-        tasks |= {k: [v] * n if k == "kind" else np.full(n, v) for k, v in sizes_of(generator.example).items()}
-        tasks |= values | {"method": [generator.method] * n}
-        tasks |= {} if generated.problems is None else problem_columns(generated.problems)
-        record["certificates"] = [int((generated.labels.certificate == c).sum()) for c in range(len(CERTIFICATES))]
-        record["sums"] = {name: float(x.sum()) for name, x in values.items()}
-        tables = {f"tasks-{name}": tasks, f"episodes-{name}": _episode_table(generator, first, generated)}
-    contents: dict[str, bytes] = {}
-    record["files"] = {}
-    for stem, table in tables.items():
-        columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
-        rows = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
-        lines = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows).encode()
-        for ending, data in zip(ENDINGS, (lines, _parquet(table)), strict=True):
-            contents[f"{stem}{ending}"] = data
-            file = {"rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            record["files"][f"{stem}{ending}"] = file
-    return record, contents
-
-
 def _write_shard(out: Path, record: dict, contents: dict[str, bytes]) -> dict:
     """Write the files of a shard and then its line of the journal; the record."""
     for name, data in contents.items():
         files.write_atomic(out / name, data)
     files.append_line(out / JOURNAL, files.canonical_json(with_checksum(record)))
     return record
-
-
-def _episode_table(generator: TaskGenerator, first: int, generated: Generated) -> Table:
-    """A row per episode."""
-    n, counts = len(generated.episodes.a), (generator.config.demos, generator.config.queries)
-    table: Table = {
-        "task": np.repeat(np.arange(first, first + n), generator.num_episodes),
-        "episode": np.tile(np.concatenate([np.arange(k) for k in counts]), n),
-        "role": [role for role, k in zip(ROLES, counts, strict=True) for _ in range(k)] * n,
-    }
-    for arrays, columns in ((generated.episodes, STEP_COLUMNS), (generated.labels, LABEL_COLUMNS)):
-        for name, column in columns.items():
-            if (x := getattr(arrays, column.field)) is not None:
-                table[name] = x.reshape(-1, *x.shape[2:])
-    return table
-
-
-def _arrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UsageError(f"Parquet files need pyarrow: pip install 'lindm[data]' ({e})") from e
-    return pyarrow
-
-
-def _parquet(table: Table) -> bytes:
-    pa = _arrow()
-
-    def nested(x: Any) -> Any:
-        if isinstance(x, list) or x.ndim == 1:
-            return pa.array(x)
-        starts = pa.array(np.arange(0, len(x) * x.shape[1] + 1, x.shape[1], dtype=np.int32))
-        return pa.ListArray.from_arrays(starts, nested(np.ascontiguousarray(x).reshape(-1, *x.shape[2:])))
-
-    sink = pa.BufferOutputStream()
-    arrow = pa.table({name: nested(x) for name, x in table.items()})
-    pa.parquet.write_table(arrow, sink, compression="zstd", version="2.6", row_group_size=len(arrow))
-    return sink.getvalue().to_pybytes()
 
 
 def _manifest(described: dict, versions: dict, records: list[dict]) -> dict:
