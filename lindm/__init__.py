@@ -35,12 +35,17 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
     from lindm.types import LinearMDP as LinearMDP
+    from lindm_experiments.harness.public import redraw as redraw
+    from lindm_experiments.harness.public import report as report
+    from lindm_experiments.harness.public import run_experiment as run_experiment
+    from lindm_experiments.harness.public import verify as verify
 
 _DEFINED = {
     "lindm.api.problems": ("apomdp", "linear_mdp", "make", "mdp", "pomdp", "read_pomdp", "suite"),
     "lindm.api.solutions": ("Solution", "load_solution", "solve"),
     "lindm.api.data": ("make_dataset", "export_dataset"),
     "lindm.api.models": ("Run", "export", "finetune", "import_model", "job_file", "plan"),
+    "lindm_experiments.harness.public": ("redraw", "report", "run_experiment", "verify"),
     "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),
 }
 # name -> module, or module:attribute, where it is defined

@@ -6,6 +6,8 @@ The command line turns each class into an exit code (`lindm.cli.exit_codes`).
 import difflib
 from collections.abc import Iterable, Sequence
 
+SHOWN = 12  # a longer list of choices is left out of a message that has a suggestion
+
 
 class LindmError(Exception):
     """Base class of all of them; by itself, a failure of no other kind."""
@@ -58,7 +60,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def unknown(name: str, got: str, known: Sequence[str]) -> str:
     """The message for a word that is none of those known."""
-    return f"{name} must be one of {', '.join(known)}; got {got!r}{did_you_mean(got, known)}"
+    near = did_you_mean(got, known)
+    if near and len(known) > SHOWN:
+        return f"{name} {got!r} is not known{near}"
+    return f"{name} must be one of {', '.join(known)}; got {got!r}{near}"
 
 
 KINDS: tuple[type[LindmError], ...] = (

@@ -116,6 +116,21 @@ def page_width() -> int:
     return max(MIN_WIDTH, min(shutil.get_terminal_size((80, 24)).columns, MAX_WIDTH))
 
 
+def wrap(text: str, indent: int = 0) -> list[str]:
+    """Lines that fit a page; words are not broken."""
+    return textwrap.wrap(text, page_width() - indent, break_long_words=False, break_on_hyphens=False)
+
+
+def two_columns(rows: Mapping[str, str]) -> list[str]:
+    """Lines of a table of two columns, the second wrapped."""
+    indent = max(map(len, rows)) + 4
+    lines = []
+    for name, text in rows.items():
+        first, *rest = wrap(text, indent) or [""]
+        lines += [f"  {name:<{indent - 2}}{first}", *(" " * indent + line for line in rest)]
+    return lines
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=min(32, page_width() // 3), width=page_width())

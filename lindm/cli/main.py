@@ -3,18 +3,19 @@
 A command's module is imported when it is asked for, and imports what is heavy when it runs, so that help answers at once.
 
 Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 4 no usable checkpoint, 5 not finite, 6 out of memory,
-7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes).
+7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes),
+141 the reader of the output closed it.
 LINDM_DEBUG=1 shows the traceback of an error.
 """
 
 import importlib
 import os
+import signal
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from lindm.cli.arguments import page_width, run_command
+from lindm.cli.arguments import run_command, two_columns, wrap
 from lindm.cli.exit_codes import exit_code
 from lindm.errors import LindmError, UsageError, did_you_mean
 
@@ -35,21 +36,6 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(f"lindm.cli.{name}")
 
 
-def _wrap(text: str, indent: int = 0) -> list[str]:
-    """Lines of the width of the terminal."""
-    return textwrap.wrap(text, page_width() - indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _table(rows: Mapping[str, str]) -> list[str]:
-    """Two columns, the second wrapped."""
-    indent = max(map(len, rows)) + 4
-    lines = []
-    for name, text in rows.items():
-        first, *rest = _wrap(text, indent)
-        lines += [f"  {name:<{indent - 2}}{first}", *(" " * indent + line for line in rest)]
-    return lines
-
-
 def _summary(name: str) -> str:
     module = module_of(name)
     return module.COMMAND.summary if hasattr(module, "COMMAND") else module.SUMMARY
@@ -57,19 +43,19 @@ def _summary(name: str) -> str:
 
 def overview() -> str:
     """The page of `lindm --help`."""
-    lines = ["usage: lindm COMMAND [OPTIONS]", "", *_wrap(DESCRIPTION)]
+    lines = ["usage: lindm COMMAND [OPTIONS]", "", *wrap(DESCRIPTION)]
     for title, names in GROUPS.items():
-        lines += ["", f"{title}:", *_table({name: _summary(name) for name in names})]
-    lines += ["", "Options:", *_table({"--version": "Print the version.", "-h, --help": "Show this page."})]
+        lines += ["", f"{title}:", *two_columns({name: _summary(name) for name in names})]
+    lines += ["", "Options:", *two_columns({"--version": "Print the version.", "-h, --help": "Show this page."})]
     footer = "`lindm COMMAND --help` describes a command. LINDM_DEBUG=1 shows the traceback of an error."
-    return "\n".join([*lines, "", *_wrap(footer)])
+    return "\n".join([*lines, "", *wrap(footer)])
 
 
 def _group(name: str, module: ModuleType) -> str:
     """The page of a command that has commands of its own."""
     rows = {second: command.summary for second, command in module.COMMANDS.items()}
-    lines = [f"usage: lindm {name} COMMAND [OPTIONS]", "", *_wrap(f"{module.SUMMARY}."), "", "Commands:", *_table(rows)]
-    return "\n".join([*lines, "", *_wrap(f"`lindm {name} COMMAND --help` describes a command.")])
+    lines = [f"usage: lindm {name} COMMAND [OPTIONS]", "", *wrap(f"{module.SUMMARY}."), "", "Commands:", *two_columns(rows)]
+    return "\n".join([*lines, "", *wrap(f"`lindm {name} COMMAND --help` describes a command.")])
 
 
 def _dispatch(words: Sequence[str]) -> int:
@@ -108,7 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`; an error is printed in one line and becomes an exit code."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as e:
         if os.environ.get("LINDM_DEBUG") == "1":
             raise

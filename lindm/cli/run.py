@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lindm.cli.arguments import Option, options_of_source, parse_options, parser_of
+from lindm.cli.arguments import Option, options_of_source, parse_options, parser_of, two_columns
 
 PRESETS = Literal["quick", "full", "smoke"]
 SUMMARY = "Run one experiment"
@@ -29,17 +29,12 @@ def run(words: Sequence[str]) -> int:
 
 def list_experiments() -> str:
     """A table of the experiments of the package: name, minutes of the quick preset, question."""
-    import textwrap
-
     from lindm_experiments.harness.experiments import experiment_names, find_experiment
 
-    lines = [f"{'experiment':<20}{'minutes':>8}  question"]
-    for name in experiment_names():
-        experiment = find_experiment(name)
-        question = " ".join(experiment.docstring.split("\n\n")[0].split())
-        first, *more = textwrap.wrap(question, 90) or [""]
-        lines += [f"{name:<20}{experiment.minutes:>8.1f}  {first}", *(" " * 30 + line for line in more)]
-    return "\n".join([*lines, "", "`lindm run EXPERIMENT --help` describes an experiment and its options."])
+    rows = {f"{'experiment':<20}minutes": "question"}
+    for experiment in map(find_experiment, experiment_names()):
+        rows[f"{experiment.name:<20}{experiment.minutes:>7.1f}"] = " ".join(experiment.docstring.split("\n\n")[0].split())
+    return "\n".join([*two_columns(rows), "", "`lindm run EXPERIMENT --help` describes an experiment and its options."])
 
 
 def run_experiment(reference: str, words: Sequence[str]) -> int:
@@ -66,6 +61,6 @@ def run_experiment(reference: str, words: Sequence[str]) -> int:
     given.pop("preset", None)
 
     from lindm.cli.verify import report_result
-    from lindm_experiments.harness.verify import run_experiment
+    from lindm_experiments.harness.public import run_experiment
 
-    return report_result(run_experiment(experiment, preset, out, given, fresh))
+    return report_result(run_experiment(reference, preset, out, fresh=fresh, **given))

@@ -34,12 +34,11 @@ class Verify:
 
 
 def run(options: Verify) -> int:
-    from lindm_experiments.harness.verify import verify
+    from lindm_experiments.harness.public import verify
 
-    out = Path("results") / options.preset if options.out is None else options.out
     result = verify(
         options.preset,
-        out,
+        options.out,
         experiments=options.experiments,
         only=options.only,
         seeds=options.seeds,

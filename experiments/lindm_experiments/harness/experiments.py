@@ -73,7 +73,9 @@ def find_experiment(reference: str) -> Experiment:
     path = Path(reference)
     if path.suffix != ".py" and os.sep not in reference:
         if reference not in MINUTES:
-            raise UsageError(unknown("EXPERIMENT", reference, experiment_names()) + ", or name a Python file: path/to/mine.py")
+            raise UsageError(
+                unknown("EXPERIMENT", reference, experiment_names()) + " (a file outside the package: path/to/mine.py)"
+            )
         return Experiment(name=reference, path=PACKAGE / f"{reference}.py")
     path = path.absolute()
     if not path.is_file():

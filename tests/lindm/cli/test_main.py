@@ -13,6 +13,7 @@ import pytest
 from lindm.cli import doctor
 from lindm.cli.main import main
 from lindm_experiments.harness.claims import CLAIMS
+from lindm_experiments.harness.experiments import experiment_names
 
 MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
 
@@ -312,3 +313,19 @@ def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_pat
     assert all(line.startswith("tasks: ") for line in progress)
     assert not list((tmp_path / "data").glob(".*"))
     assert (tmp_path / "data" / "progress.jsonl").exists() and not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_experiments_are_listed_with_their_minutes_and_questions(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["run"], ["run", "--list"]):
+        assert main(words) == 0
+        page = capsys.readouterr().out
+        assert all(f"\n  {name} " in page for name in experiment_names())
+        assert "  risk                    0." in page and "How large is the error of Qhat" in page
+        assert max(map(len, page.splitlines())) <= 80
+
+
+def test_a_reader_that_closes_the_output_ends_the_command_without_a_word():
+    command = f"{sys.executable} -m lindm run | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141")
