@@ -132,6 +132,6 @@ def report(directories: Sequence[str | Path], out: str | Path = "report") -> lis
       DataError: a directory holds none of these.
 
     >>> sorted(path.name for path in ld.report(["run"], "report"))
-    ['report.html', 'training.csv', 'training.tex']
+    ['index.html', 'training.csv', 'training.tex']
     """
     return summary.write([Path(directory) for directory in directories], Path(out))
