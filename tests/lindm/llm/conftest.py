@@ -1,4 +1,4 @@
-"""A micro model, its tokenizer, and small labelled datasets: made once, used by every test of training and of decisions."""
+"""A micro model, its tokenizer and small datasets, shared by the tests of training and of policies."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decisions the slow way: every text is read from its beginning, one at a time, by whatever gives logits."""
+"""A reference policy: encodes every text as a whole, one at a time, without a cache."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ def forward(model, ids):
 
 
 def logits_of(model):
-    """ids -> logits; what fills a text up to the one compiled length comes after it, where it is not seen."""
+    """ids -> logits; texts are padded at the end to one compiled length, and no token attends to the padding."""
     return lambda ids: forward(model, jnp.asarray([[*ids, *[0] * (LENGTH - len(ids))]], jnp.int32))[: len(ids)]
 
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that models come with: byte-level, and two that put a space in front of a text."""
+"""Small tokenizers of the common kinds: byte-level, and two that put a space in front of a text."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""Conversations: answers and their ends are trained, nothing else is, and control tokens are the template's alone."""
+"""Examples of conversations: answers and end-of-turn tokens are trained; control tokens come from the template alone."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from tests.lindm.llm.small import CHATML, KINDS, TURNS, byte_level, trained_text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_a_conversation_the_answers_and_their_ends_are_trained_and_nothing_else(kind):
+def test_answers_and_their_end_of_turn_tokens_are_trained_and_nothing_else(kind):
     tokenizer = KINDS[kind]()
     example = chat_example(tokenizer, TURNS, "here")
     assert example.ids.tolist() == tokenizer.apply_chat_template(TURNS)["input_ids"]
@@ -23,7 +23,7 @@ def test_of_a_conversation_the_answers_and_their_ends_are_trained_and_nothing_el
     assert trained_texts(tokenizer, last) == trained_texts(tokenizer, example)[1:] and last.ids.tolist() == example.ids.tolist()
 
 
-def test_a_template_that_writes_the_last_answer_otherwise_than_earlier_ones_is_understood():
+def test_a_template_may_render_the_last_answer_differently():
     """As Qwen3 does: thoughts stand in the last answer alone."""
     answer = "{{ '<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' }}"
     tokenizer = byte_level(CHATML.replace("+ m['content']", f"}}}}{answer}{{{{ m['content']"))
@@ -38,7 +38,7 @@ def test_without_a_control_token_the_whole_turn_is_trained():
     assert trained_texts(tokenizer, chat_example(tokenizer, TURNS, "here")) == ["A\n", "B or C\n"]
 
 
-def test_no_token_reaches_from_the_question_into_the_answer():
+def test_no_token_spans_the_prompt_and_the_answer():
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     tokenizer = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     assert "ĠA" in tokenizer.tokenize(apply_chat_template(tokenizer, TURNS))  # left to itself it would
@@ -75,7 +75,7 @@ def turn(content: str, role: str = "assistant") -> dict:
         ([turn("\ud800", "user"), turn("a")], "text must be encodable as UTF-8"),
     ],
 )
-def test_bad_messages_are_refused_by_name(messages, why):
+def test_invalid_messages_raise_an_error_that_names_them(messages, why):
     with pytest.raises(LindmError, match=f"^rows.jsonl:7: {why}") as e:
         chat_example(KINDS["bytes"](), messages, "rows.jsonl:7")
     assert isinstance(e.value, DataError)
@@ -98,13 +98,13 @@ def test_bad_messages_are_refused_by_name(messages, why):
         ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template raises an error"),
     ],
 )
-def test_a_template_that_does_not_fit_is_refused(template, why):
+def test_an_unsuitable_template_raises_an_error(template, why):
     messages = [turn("hi", "user"), turn("a b c"), turn("ho", "user"), turn("d")]
     with pytest.raises(LindmError, match=f"^row 1: {why}"):
         chat_example(byte_level(template), messages, "row 1")
 
 
-def test_a_template_that_asks_for_the_date_is_told_a_fixed_day():
+def test_templates_get_a_fixed_date():
     dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}{% endif %}"
     tokenizer = byte_level(dated + CHATML)
     assert apply_chat_template(tokenizer, TURNS) == "26 Jul 2024, 2024-07-26" + apply_chat_template(KINDS["bytes"](), TURNS)
@@ -115,7 +115,7 @@ words = st.lists(st.sampled_from(["A", " B", "\n", "x", "\n\n", "0", " ", "The",
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 @given(contents=st.lists(st.tuples(words, words), min_size=1, max_size=3))
-def test_whatever_is_said_the_text_stays_and_every_answer_is_asked_for_as_anyone_would(kind, contents):
+def test_any_conversation_keeps_its_text_and_its_prompts_are_those_of_the_template(kind, contents):
     tokenizer = KINDS[kind]()
     messages = [m for asked, told in contents for m in (turn(asked, "user"), turn(told))]
     example = chat_example(tokenizer, messages, "here")
@@ -128,7 +128,7 @@ def test_whatever_is_said_the_text_stays_and_every_answer_is_asked_for_as_anyone
     assert [text.strip().removesuffix(tokenizer.eos_token).strip() for text in told] == [answer.strip() for _, answer in contents]
 
 
-def test_an_audit_of_a_conversation_shows_its_answers():
+def test_a_formatted_conversation_marks_its_answers():
     tokenizer = KINDS["bytes"]()
     shown = format_example(chat_example(tokenizer, TURNS, "row 1"), tokenizer)
     assert shown.startswith("row 1: ") and "assistant\n[[A<|im_end|>]]\n<|im_start|>user\n:0.5\n1<|im_end|>" in shown

@@ -1,4 +1,4 @@
-"""What is read from a config.json, what is written back, and what is refused by name."""
+"""Reading and writing of config.json, and errors that name the key."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def read(name, **changes):
     return parse_model_config(CONFIGS[name] | changes, "config.json")
 
 
-def test_every_size_is_where_it_belongs():
+def test_every_key_of_config_json_is_read_into_its_field():
     assert read("llama") == ModelConfig(
         **{
             "model_type": "llama",
@@ -53,7 +53,7 @@ def test_every_size_is_where_it_belongs():
     )
 
 
-def test_a_head_is_the_width_over_the_heads_unless_it_is_said():
+def test_head_dim_defaults_to_hidden_size_over_num_heads():
     assert (read("smollm").head_dim, read("mistral").head_dim) == (8, 8) and read("mistral").hidden_size // read(
         "mistral"
     ).num_heads == 8
@@ -71,7 +71,7 @@ def test_the_keys_of_both_versions_of_transformers_are_read():
     assert parse_model_config(old | {"rope_theta": 100.0, "rope_scaling": scaling}, "config.json") == read("llama")
 
 
-def test_windows_are_for_the_layers_that_slide():
+def test_sliding_windows_apply_to_sliding_layers_only():
     assert read("mistral").sliding_windows == (5, 5) and read("mistral", sliding_window=None).sliding_windows == ()
     assert read("qwen2").sliding_windows == ()  # the size is there, the switch is off
     assert read("qwen2", use_sliding_window=True, max_window_layers=1).sliding_windows == (0, 4)
@@ -79,7 +79,7 @@ def test_windows_are_for_the_layers_that_slide():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_written_is_read_again(tmp_path, name):
+def test_a_written_config_is_read_back(tmp_path, name):
     a = read(name)
     (tmp_path / "config.json").write_text(json.dumps(to_config_json(a, dtype="float32", eos_token_id=2)))
     assert read_model_config(tmp_path) == a == read_model_config(tmp_path / "config.json")
@@ -92,7 +92,7 @@ def test_what_is_written_is_read_again(tmp_path, name):
     assert parse_model_config(config, "config.json") == a
 
 
-def test_the_number_of_parameters_of_models_that_are_known():
+def test_num_parameters_of_published_models():
     smol = read("smollm", vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
     smol = to_config_json(smol) | {"intermediate_size": 1536, "head_dim": 64}
     assert parse_model_config(smol, "config.json").num_parameters == 134_515_008
@@ -143,31 +143,31 @@ def test_the_number_of_parameters_of_models_that_are_known():
         ("qwen2", {"intermediate_size": 0}, "config.json: intermediate_size must be a positive integer; got 0"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(name, changes, message):
+def test_an_unknown_key_or_value_raises_an_error_that_names_it(name, changes, message):
     with pytest.raises(LindmError, match=message) as e:
         read(name, **changes)
     assert isinstance(e.value, DataError)
 
 
-def test_what_is_empty_or_leaves_the_logits_alone_is_not_refused():
+def test_empty_values_and_keys_without_effect_are_accepted():
     assert read("llama", quantization_config=None, use_cache=True, eos_token_id=[1, 2], torch_dtype="float16") == read("llama")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\xff", '{"model_type": ["llama"]}', "[" * 10**6])
-def test_a_file_that_is_no_config_is_exit_3(tmp_path, content):
+def test_a_damaged_config_is_a_data_error(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(LindmError, match=r"config.json: ") as e:
         read_model_config(tmp_path)
     assert isinstance(e.value, DataError)
 
 
-def test_a_directory_without_a_config_is_exit_3(tmp_path):
+def test_a_directory_without_a_config_is_a_data_error(tmp_path):
     with pytest.raises(LindmError, match=r"cannot read .*config.json: No such file") as e:
         read_model_config(tmp_path)
     assert isinstance(e.value, DataError)
 
 
-def test_sizes_that_cannot_be_are_refused_where_they_are_born():
+def test_invalid_sizes_raise_an_error():
     sizes = {
         "model_type": "llama",
         "vocab_size": 1,

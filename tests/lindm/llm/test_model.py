@@ -10,7 +10,7 @@ from flax import nnx
 
 from lindm.llm.config import ModelConfig, RopeParameters, rope_frequencies
 from lindm.llm.io.weights import load
-from lindm.llm.model import Decoder, abstract_decoder
+from lindm.llm.model import Decoder, abstract_decoder, trained_matmul
 from tests.lindm.llm import reference
 
 NAMES = reference.FAMILIES
@@ -68,7 +68,7 @@ def changed_at(name, ids, at):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_logits_are_those_of_plain_numpy(model, name):
+def test_logits_equal_those_of_plain_numpy(model, name):
     ids = tokens(name, 2, T)
     wanted = np.stack([true(name, row) for row in ids])
     found = logits(model(name), ids)
@@ -77,14 +77,14 @@ def test_the_logits_are_those_of_plain_numpy(model, name):
 
 
 @pytest.mark.parametrize("kind", ["default", "linear"])
-def test_other_rotations_are_those_of_plain_numpy(tmp_path, monkeypatch, kind):
+def test_default_and_linear_rope_equal_plain_numpy(tmp_path, monkeypatch, kind):
     rope = {"rope_type": kind, "rope_theta": 50.0} | ({"factor": 3.0} if kind == "linear" else {})
     monkeypatch.setitem(reference.CONFIGS, "qwen2", reference.CONFIGS["qwen2"] | {"rope_parameters": rope})
     ids = tokens("qwen2", 2, T)
     close(logits(load(reference.write(tmp_path, "qwen2")), ids)[1], true("qwen2", ids[1]))
 
 
-def test_the_frequencies_of_llama_3_1():
+def test_rope_frequencies_of_llama_3_1():
     """Theta 500000, head 128: short wavelengths are kept, long ones divided by eight, and it goes over from one to the other."""
     rope = RopeParameters(
         rope_theta=500_000.0,
@@ -105,14 +105,14 @@ def test_the_frequencies_of_llama_3_1():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_token_sees_nothing_that_comes_later(model, name):
+def test_a_token_attends_to_no_later_token(model, name):
     ids = tokens(name, 2, T)
     before, after = logits(model(name), ids), logits(model(name), changed_at(name, ids, 7))
     assert np.array_equal(before[0, :7], after[0, :7]) and np.array_equal(before[1], after[1])
     assert np.any(before[0, 7:12] != after[0, 7:12], axis=-1).all()
 
 
-def test_a_window_hides_what_is_further_back(model):
+def test_a_sliding_window_hides_earlier_tokens(model):
     """Two layers of 5 keys see 8 tokens back and no further."""
     ids = tokens("mistral", 2, T)
     before, after = logits(model("mistral"), ids), logits(model("mistral"), changed_at("mistral", ids, 3))
@@ -120,7 +120,7 @@ def test_a_window_hides_what_is_further_back(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_documents_are_documents_of_their_own(model, name):
+def test_packed_documents_do_not_attend_to_each_other(model, name):
     ends = (6, 9, T)
     ids, segments = tokens(name, 2, T), np.repeat(np.arange(3), np.diff((0, *ends)))
     positions = np.arange(T) - np.array((0, *ends))[segments]
@@ -133,7 +133,7 @@ def test_packed_documents_are_documents_of_their_own(model, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_scanned_unrolled_and_computed_again_are_the_same(model, name):
+def test_scan_unroll_and_remat_give_the_same_logits(model, name):
     ids = tokens(name, 2, T)
     plain = logits(model(name), ids)
     for options in ({"unroll": True}, {"remat": "full"}, {"remat": "selective"}):
@@ -156,7 +156,7 @@ def test_the_gradient_does_not_depend_on_remat(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_one_at_a_time_are_tokens_all_at_once(model, name):
+def test_decoding_with_a_cache_equals_the_full_forward_pass(model, name):
     """Rows of different lengths: what a shorter row was padded with is overwritten, and never attended to."""
     m, ids, at = model(name), tokens(name, 2, T), np.array([8, 5])
     wanted = [true(name, row) for row in ids]
@@ -171,7 +171,7 @@ def test_tokens_one_at_a_time_are_tokens_all_at_once(model, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_rows_that_share_a_prefix_read_it_from_one_cache(model, name):
+def test_rows_share_the_cache_of_their_prefix(model, name):
     """Two prefixes of different lengths, two rows behind each; windows reach back into the prefix."""
     m, prefixes, rows = model(name), tokens(name, 2, 7), tokens(name, 4, 6, seed=2)
     lengths = (7, 4)
@@ -185,7 +185,7 @@ def test_rows_that_share_a_prefix_read_it_from_one_cache(model, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_bfloat16_is_close(model, name):
+def test_bfloat16_activations_give_close_logits(model, name):
     ids = tokens(name, 2, T)
     found = logits(model(name), ids, dtype=jnp.bfloat16)
     assert found.dtype == np.float32 and not np.array_equal(found, logits(model(name), ids))
@@ -193,13 +193,13 @@ def test_bfloat16_is_close(model, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_number_of_parameters_is_counted(model, name):
+def test_num_parameters_equals_the_number_of_weights(model, name):
     held = sum(x.size for x in reference.weights(name).values())
     assert model(name).config.num_parameters == held
     assert sum(x.size for x in jax.tree.leaves(nnx.state(model(name)))) == held
 
 
-def test_the_abstract_decoder_is_the_decoder_without_its_numbers():
+def test_the_abstract_decoder_has_the_structure_and_shapes_of_a_decoder():
     a = ModelConfig(
         model_type="qwen3",
         vocab_size=11,
@@ -215,3 +215,18 @@ def test_the_abstract_decoder_is_the_decoder_without_its_numbers():
     graphdef_, state_ = nnx.split(abstract_decoder(a))
     assert graphdef == graphdef_
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), state_)
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 5)])
+def test_trained_matmul_and_its_gradients_are_sums_over_all_rows(lead):
+    rng, n_in, n_out = np.random.default_rng(0), 3, 4
+    x, kernel, g = (rng.normal(size=s).astype(np.float32) for s in ((*lead, n_in), (n_in, n_out), (*lead, n_out)))
+    y, back = jax.vjp(trained_matmul, jnp.asarray(x), jnp.asarray(kernel))
+    of_x, of_kernel = back(jnp.asarray(g))
+    expected_x, expected_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
+    for row in np.ndindex(*lead):
+        np.testing.assert_allclose(y[row], x[row].astype(float) @ kernel, atol=1e-5)
+        expected_x[row] = kernel.astype(float) @ g[row]
+        expected_kernel += np.outer(x[row].astype(float), g[row])
+    np.testing.assert_allclose(of_x, expected_x, atol=1e-5)
+    np.testing.assert_allclose(of_kernel, expected_kernel, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The decoder beside torch: models of every family from transformers to here and back, adapters through peft, and a real model.
+"""Parity with torch: models of every family loaded from and saved for transformers, adapters of peft, and a real model.
 
 The real one is SmolLM2-135M-Instruct: the directory in LINDM_SMOLLM2, or models/SmolLM2-135M-Instruct (`make smollm2`); the .gguf
 file or wheel that it was imported from in LINDM_SMOLLM2_SOURCE, or models/*.whl.
@@ -107,7 +107,7 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_of_transformers_has_the_same_logits_and_words_here(pair, name):
+def test_a_transformers_model_has_the_same_logits_and_greedy_tokens_here(pair, name):
     """48 tokens: longer than every window, and than what the scaled rotations were made for."""
     model, directory = pair(name)
     ours, ids = weights.load(directory), tokens(name, 2, 48)
@@ -121,7 +121,7 @@ def test_a_model_of_transformers_has_the_same_logits_and_words_here(pair, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_from_here_has_the_same_logits_and_words_there(pair, tmp_path, name):
+def test_an_exported_model_has_the_same_logits_and_greedy_tokens_in_transformers(pair, tmp_path, name):
     model, directory = pair(name)
     ours, ids = weights.load(directory), tokens(name, 2, 48)
     weights.save(ours, tmp_path / "out", max_shard_bytes=20_000)
@@ -149,7 +149,7 @@ def test_bfloat16_files_are_read_as_torch_reads_them(pair, tmp_path, name):
 @pytest.mark.parametrize(
     "rope", [{"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e6}]
 )
-def test_other_rotations_are_the_same(tmp_path, monkeypatch, rope):
+def test_other_rope_types_are_the_same(tmp_path, monkeypatch, rope):
     monkeypatch.setitem(reference.CONFIGS, "qwen2", reference.CONFIGS["qwen2"] | {"rope_parameters": rope})
     directory, ids = reference.write(tmp_path, "qwen2"), tokens("qwen2", 2, 24)
     np.testing.assert_allclose(logits(weights.load(directory), ids), their_logits(theirs(directory), ids), rtol=0, atol=1e-4)
@@ -168,7 +168,7 @@ def adapted(directory, targets=lora.TARGET_MODULES):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_merged_model_computes_there_what_the_adapted_one_does_here(pair, tmp_path, name):
+def test_a_merged_model_in_transformers_equals_the_adapted_one(pair, tmp_path, name):
     _, directory = pair(name)
     model, ids = adapted(directory), tokens(name, 2, 24)
     weights.save(model, tmp_path / "out")
@@ -178,7 +178,7 @@ def test_a_merged_model_computes_there_what_the_adapted_one_does_here(pair, tmp_
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), lora.TARGET_MODULES])
-def test_peft_loads_an_adapter_from_here(pair, tmp_path, targets):
+def test_peft_loads_a_saved_adapter(pair, tmp_path, targets):
     peft = pytest.importorskip("peft")
     _, directory = pair("llama")
     model, ids = adapted(directory, targets), tokens("llama", 2, 24)
@@ -191,7 +191,7 @@ def test_peft_loads_an_adapter_from_here(pair, tmp_path, targets):
 @pytest.mark.parametrize(
     "options", [{"target_modules": "all-linear"}, {"target_modules": ["k_proj", "down_proj"], "use_rslora": True}]
 )
-def test_an_adapter_of_peft_is_loaded_here(pair, tmp_path, options):
+def test_an_adapter_saved_by_peft_is_loaded(pair, tmp_path, options):
     peft = pytest.importorskip("peft")
     _, directory = pair("qwen3")
     config = peft.LoraConfig(r=4, lora_alpha=10, init_lora_weights=False, task_type="CAUSAL_LM", **options)
@@ -233,7 +233,7 @@ PROMPTS = (
 )
 
 
-def test_the_logits_and_words_of_a_real_model_are_the_same(smollm2, record_property):
+def test_logits_and_greedy_tokens_of_a_real_model_are_the_same(smollm2, record_property):
     model, ours = theirs(smollm2), weights.load(smollm2)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     for text in PROMPTS:

@@ -1,4 +1,4 @@
-"""What a run exports decides alike in transformers and torch; the micro model always, SmolLM2's run where one is named."""
+"""An exported run makes the same decisions in transformers with torch: a micro model, and a given run of SmolLM2."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def torch_logits(directory):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
+def test_the_exported_model_decides_the_same_in_torch(micro, tmp_path, method):
     options = SFTConfig(
         model=micro.model, data=micro.hidden, out=tmp_path / "out", steps=4, eval_tasks=0, method=method, learning_rate=5e-3
     )
@@ -49,7 +49,7 @@ def test_the_exported_model_decides_alike_in_torch(micro, tmp_path, method):
 
 
 @pytest.mark.skipif("LINDM_RUN" not in os.environ, reason="LINDM_RUN names no run of `lindm sft`")
-def test_a_given_run_decides_alike_in_torch():
+def test_a_given_run_decides_the_same_in_torch():
     out = Path(os.environ["LINDM_RUN"])
     given = json.loads((out / "config.json").read_text())["options"]
     paths = {k: Path(v) for k, v in given.items() if k in ("data", "out", "model", "eval_data") and v is not None}

@@ -1,4 +1,4 @@
-"""Tokens: texts come back, answers are where the characters say, and nothing in a text is a control token."""
+"""Encoding of pieces, examples of documents and completions, and loading of tokenizers."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def a_document(seed: int, K: int = 3, H: int = 4, A: int = 3) -> tuple[Document,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", [COMPACT, READABLE, WORDS], ids=lambda t: t.name)
-def test_a_document_comes_back_from_its_tokens(kind, template):
+def test_the_tokens_of_a_document_decode_to_it(kind, template):
     tokenizer = KINDS[kind]()
     pieces = render(a_document(0)[0], template)
     ids = list(itertools.chain(*encode(tokenizer, [piece.text for piece in pieces])))
@@ -57,7 +57,7 @@ def test_a_document_comes_back_from_its_tokens(kind, template):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(pieces=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=5))
-def test_any_text_in_any_pieces_comes_back(kind, pieces):
+def test_any_text_in_any_pieces_is_decoded_unchanged(kind, pieces):
     tokenizer = KINDS[kind]()
     if kind in ("prepend", "metaspace"):
         pieces = [piece.replace("▁", "_") for piece in pieces]  # the one character that these cannot tell from a space
@@ -77,7 +77,7 @@ def test_names_of_control_tokens_in_a_text_are_text(kind):
             assert tokenizer.convert_tokens_to_ids(name) in tokenizer(piece)["input_ids"]  # left to itself it would be
 
 
-def test_text_that_a_vocabulary_takes_for_a_control_token_is_refused():
+def test_text_that_becomes_a_control_token_raises_an_error():
     words = ["</s>", "a", *"</s>x. \n"]
     backend = Tokenizer(models.BPE({w: i for i, w in enumerate(dict.fromkeys(words))}, [], ignore_merges=True))
     backend.decoder = decoders.Fuse()
@@ -87,7 +87,7 @@ def test_text_that_a_vocabulary_takes_for_a_control_token_is_refused():
         encode(tokenizer, ["</s>"])
 
 
-def test_what_a_tokenizer_cannot_write_is_shown():
+def test_a_piece_that_cannot_be_represented_is_shown():
     lossy = byte_level(normalizer=normalizers.NFC())
     assert encode(lossy, ["caf\u00e9"])
     with pytest.raises(LindmError, match=r"the tokenizer cannot represent 'cafe\u0301': its tokens decode to 'caf\u00e9'") as e:
@@ -99,7 +99,7 @@ def test_what_a_tokenizer_cannot_write_is_shown():
         encode(KINDS["prepend"](), ["a▁b"])
 
 
-def test_a_tokenizer_of_words_is_refused():
+def test_a_word_level_tokenizer_raises_an_error():
     backend = Tokenizer(models.WordLevel({"x": 0, "a": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(LindmError, match="the tokenizer must represent texts piece by piece"):
@@ -116,7 +116,7 @@ def test_every_distinct_piece_is_encoded_once(monkeypatch):
     assert encode(tokenizer, [" A", "#"]) == [first[1], first[2]] and asked == ["#", " A"]
 
 
-def test_what_stands_in_front_of_a_document_is_found():
+def test_the_document_prefix_of_every_kind_of_tokenizer():
     found = {kind: KINDS[kind]().convert_ids_to_tokens(document_prefix(KINDS[kind]())) for kind in KINDS}
     space = ["<s>", "▁"]
     assert found == {"bytes": [], "bytes with a beginning": ["<|begin|>"], "prepend": space, "metaspace": space}
@@ -133,7 +133,7 @@ def test_every_action_has_its_tokens():
 
 
 @given(names=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=4, unique=True))
-def test_an_action_that_begins_another_is_refused(names):
+def test_an_action_that_is_a_prefix_of_another_raises_an_error(names):
     template = Template(name="t", step=("|", "{action}"), closing=";", actions=tuple(names))
     clash = any(a != b and b.startswith(a) for a in names for b in names)
     tokenizer = KINDS["bytes"]()  # of these letters every character is a token
@@ -152,7 +152,7 @@ def test_an_action_that_begins_another_is_refused(names):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("supervise", ["all", "query"])
 @pytest.mark.parametrize("template", [COMPACT, READABLE], ids=lambda t: t.name)
-def test_the_characters_of_the_actions_say_what_is_trained(kind, supervise, template):
+def test_trained_tokens_are_those_of_the_action_characters(kind, supervise, template):
     """Every token has its place in the text; one that begins where an action does is predicted, the label in its place."""
     tokenizer = KINDS[kind]()
     document, labels = a_document(3)
@@ -205,7 +205,7 @@ def test_supervise_must_be_known():
         document_example(KINDS["bytes"](), (), [[]], (), "demos", "")
 
 
-def test_the_tokens_of_a_history_begin_those_of_its_continuations():
+def test_the_tokens_of_a_history_are_a_prefix_of_those_of_its_continuations():
     tokenizer = KINDS["prepend"]()
     document, labels = a_document(5)
     actions = action_tokens(tokenizer, COMPACT, 3)
@@ -220,7 +220,7 @@ def test_the_tokens_of_a_history_begin_those_of_its_continuations():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_completion_and_its_end_are_trained_behind_the_prompt_as_anyone_would_encode_it(kind):
+def test_a_completion_and_its_eos_token_are_trained_after_the_prompt(kind):
     tokenizer = KINDS[kind]()
     for prompt in ("The state is 3. The", "\n0", " x"):
         example = completion_example(tokenizer, prompt, " A</s><|im_end|>.", "here")
@@ -234,7 +234,7 @@ def test_a_completion_and_its_end_are_trained_behind_the_prompt_as_anyone_would_
     assert tokenizer.eos_token_id not in hostile.ids[:-1]
 
 
-def test_an_empty_prompt_needs_something_in_front_of_the_completion():
+def test_an_empty_prompt_needs_a_bos_token():
     example = completion_example(KINDS["bytes with a beginning"](), "", "x", "here")
     assert trained_texts(KINDS["bytes with a beginning"](), example) == ["x<|im_end|>"] and len(example.ids) == 3
     with pytest.raises(LindmError, match="here: no token precedes the first trained one"):
@@ -242,7 +242,7 @@ def test_an_empty_prompt_needs_something_in_front_of_the_completion():
     assert trained_texts(KINDS["bytes"](), completion_example(KINDS["bytes"](), "x", "", "")) == ["<|im_end|>"]
 
 
-def test_a_tokenizer_without_an_end_has_no_completions():
+def test_a_completion_needs_an_eos_token():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
     with pytest.raises(LindmError, match="here: the tokenizer has no EOS token"):
         completion_example(tokenizer, "x", "y", "here")
@@ -251,7 +251,7 @@ def test_a_tokenizer_without_an_end_has_no_completions():
 # --- for a reader
 
 
-def test_an_audit_shows_what_is_trained():
+def test_a_formatted_example_marks_the_trained_tokens():
     tokenizer = KINDS["bytes with a beginning"]()
     pieces = render(Document((), (Step(action=0, state=0, reward=0.5), Step(action=1, state=1))), COMPACT)
     example = document_example(tokenizer, pieces, [[0, 2]], action_tokens(tokenizer, COMPACT, 3), "all", "task 0")
@@ -259,7 +259,7 @@ def test_an_audit_shows_what_is_trained():
     assert format_example(example, tokenizer) == shown
 
 
-def test_an_audit_leaves_out_the_middle_and_shows_control_characters_harmlessly():
+def test_a_formatted_example_is_shortened_and_escaped():
     tokenizer = KINDS["bytes"]()
     example = completion_example(tokenizer, "\x1b[2J" + "x" * 5000, " A", "row 1")
     shown = format_example(example, tokenizer, width=100)
@@ -272,7 +272,7 @@ def test_an_audit_leaves_out_the_middle_and_shows_control_characters_harmlessly(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", [None, "llama", "mistral", "qwen2", "qwen3"])
-def test_a_saved_tokenizer_is_loaded_as_it_was(kind, family, tmp_path):
+def test_a_saved_tokenizer_is_loaded_unchanged(kind, family, tmp_path):
     tokenizer = KINDS[kind]()
     tokenizer.save_pretrained(tmp_path)
     if family:
@@ -283,7 +283,7 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(kind, family, tmp_path):
     assert again.chat_template == tokenizer.chat_template
 
 
-def test_where_there_is_no_tokenizer_the_directory_is_named(tmp_path):
+def test_a_directory_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(LindmError, match=f"there is no tokenizer in {tmp_path / 'nothing'}: it is not a directory") as e:
         load_tokenizer(tmp_path / "nothing")
     assert isinstance(e.value, DataError)
@@ -307,7 +307,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_own_tokenizer_serves_too():
+def test_a_trained_tokenizer_encodes_documents_and_completions():
     pieces = render(a_document(1)[0], COMPACT)
     tokenizer = train_tokenizer([piece.text for piece in pieces] * 2, 400)
     assert document_prefix(tokenizer) == [] and encode(tokenizer, ["<|end|>"]) != [[tokenizer.eos_token_id]]

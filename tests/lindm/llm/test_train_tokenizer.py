@@ -1,4 +1,4 @@
-"""The own tokenizer: one token a piece where there is room, any text at all, the same every time."""
+"""The trained tokenizer: one token per repeated piece, any text, and the same result every time."""
 
 import subprocess
 import sys
@@ -40,23 +40,23 @@ def test_every_piece_is_one_token_and_a_step_is_three(template):
     assert all(len(ids) == 1 for ids in action_tokens(tokenizer, template, 3))
 
 
-def test_what_was_never_seen_is_written_too():
+def test_unseen_text_is_represented():
     for piece in (" Z", ":-1.25e-09", "\n4711", "Zürich 🂡", "<|end|>", "\x00"):
         (ids,) = encode(SMALL, [piece])
         assert decode(SMALL, ids) == piece and SMALL.eos_token_id not in ids
 
 
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1))
-def test_any_text_comes_back(text):
+def test_any_text_is_decoded_unchanged(text):
     assert decode(SMALL, encode(SMALL, [text])[0]) == text
 
 
-def test_a_document_ends_with_its_own_token_and_begins_with_none():
+def test_the_tokenizer_has_an_eos_token_and_no_bos_token():
     assert (SMALL.eos_token, SMALL.bos_token, document_prefix(SMALL)) == ("<|end|>", None, [])
     assert SMALL("<|end|>")["input_ids"] == [SMALL.eos_token_id]
 
 
-def test_it_has_at_most_the_size_asked_for():
+def test_the_vocabulary_has_at_most_the_given_size():
     words = [f"word number {i}" for i in range(300)] * 2
     assert len(train_tokenizer(words, 400)) == 400
     assert len(SMALL) < 300  # as many as there are pieces, and what they are made of
@@ -65,7 +65,7 @@ def test_it_has_at_most_the_size_asked_for():
         train_tokenizer(words, 256)
 
 
-def test_what_comes_once_takes_no_room():
+def test_a_piece_that_occurs_once_gets_no_token():
     tokenizer = train_tokenizer([*pieces_of(COMPACT), ":0.123456789"], 600)
     assert ":0.123456789" not in tokenizer.get_vocab() and ":0.5" in tokenizer.get_vocab()
 
@@ -81,7 +81,7 @@ def test_the_same_pieces_give_the_same_vocabulary_in_another_process():
 
 
 @pytest.mark.parametrize("family", [None, *FAMILIES])
-def test_saved_it_is_loaded_as_it_was(tmp_path, family):
+def test_a_saved_trained_tokenizer_is_loaded_unchanged(tmp_path, family):
     SMALL.save_pretrained(tmp_path)
     if family:
         (tmp_path / "config.json").write_text(f'{{"model_type": "{family}"}}')

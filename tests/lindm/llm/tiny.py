@@ -1,4 +1,4 @@
-"""A decoder of nine thousand weights, batches without meaning, and the training step on them: on one device or on any mesh."""
+"""A decoder with nine thousand weights, random batches, and the training step on one device or on a mesh."""
 
 from typing import Any, NamedTuple
 

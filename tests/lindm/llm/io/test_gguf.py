@@ -1,4 +1,4 @@
-"""GGUF files by the `gguf` package's own writer, rows interleaved as llama.cpp does, against the tensors they were made of."""
+"""Conversion of GGUF files, which the `gguf` package writes with interleaved rows as llama.cpp does."""
 
 import json
 import struct
@@ -127,7 +127,7 @@ def refused(tmp_path, message, *args, **options):
 
 
 @pytest.mark.parametrize("name", ["smollm", "wide", "qwen2", "qwen3"])
-def test_every_tensor_comes_back(tmp_path, monkeypatch, name):
+def test_every_tensor_is_converted_unchanged(tmp_path, monkeypatch, name):
     if name == "qwen3":  # llama.cpp knows no windows of it
         monkeypatch.setitem(reference.CONFIGS, name, reference.CONFIGS[name] | {"use_sliding_window": False})
     model_config, out = converted(tmp_path, name)
@@ -138,7 +138,7 @@ def test_every_tensor_comes_back(tmp_path, monkeypatch, name):
     assert weights.load(out).config == model_config
 
 
-def test_biases_of_a_llama_come_back_in_order(tmp_path, monkeypatch):
+def test_biases_of_a_llama_are_converted_in_order(tmp_path, monkeypatch):
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
     monkeypatch.setitem(reference.CONFIGS, "llama", reference.CONFIGS["llama"] | plain)
     model_config, out = converted(tmp_path, "llama")
@@ -147,7 +147,7 @@ def test_biases_of_a_llama_come_back_in_order(tmp_path, monkeypatch):
     assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
 
 
-def test_eight_bits_are_put_together(tmp_path):
+def test_q8_tensors_are_dequantized(tmp_path):
     """Q8_0: of each 32 numbers of a row, a scale in half precision and 32 integers."""
     _, out = converted(tmp_path, "wide", kind=Kind.Q8_0)
     key = "model.layers.1.mlp.down_proj.weight"
@@ -165,7 +165,7 @@ def test_eight_bits_are_put_together(tmp_path):
     )
 
 
-def test_the_scaling_of_llama_3_1_is_known_by_its_factors(tmp_path):
+def test_the_rope_scaling_of_llama_3_1_is_recognized_by_its_factors(tmp_path):
     head = 24
     config = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config |= {"original_max_position_embeddings": 8192}
@@ -183,7 +183,7 @@ def test_the_scaling_of_llama_3_1_is_known_by_its_factors(tmp_path):
         refused(tmp_path / "x", "rope_freqs.weight has factors that are not", name, change=lambda w: change(w, factors * 1.01))
 
 
-def test_positions_divided_by_a_factor_are_known(tmp_path):
+def test_linear_rope_scaling_is_read(tmp_path):
     def change(writer):
         writer.add_rope_scaling_type(package.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
@@ -218,18 +218,18 @@ def directories(tmp_path):
         (lambda w: w.add_tensor("blk.1.attn_q.bias", np.zeros(24, np.float32)), "has the tensor blk.1.attn_q.bias"),
     ],
 )
-def test_what_would_change_the_model_is_refused_by_name(tmp_path, change, message):
+def test_metadata_that_would_change_the_model_raise_an_error(tmp_path, change, message):
     refused(tmp_path, f"m.gguf: .*{message}", "smollm", change=change)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_a_missing_key_or_tensor_is_named(tmp_path):
     refused(tmp_path, "lacks llama.block_count", "smollm", skip=("block_count",))
     found = reference.weights("smollm")
     del found["model.layers.1.mlp.up_proj.weight"]
     refused(tmp_path / "x", "lacks the tensor blk.1.ffn_up.weight", "smollm", found)
 
 
-def test_another_architecture_is_named(tmp_path, monkeypatch):
+def test_an_unknown_architecture_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(reference.CONFIGS, "smollm", reference.CONFIGS["smollm"] | {"model_type": "gemma"})
     refused(tmp_path, "general.architecture must be one of llama, qwen2, qwen3; got 'gemma'", "smollm")
 
@@ -239,12 +239,12 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
     refused(tmp_path, r"blk.1.ffn_up.weight must be \[36, 24\]; got \[35, 24\]", "smollm", found)
 
 
-def test_a_kind_of_tensor_without_numbers_is_named(tmp_path):
+def test_a_type_that_cannot_be_dequantized_is_named(tmp_path):
     found = reference.weights("smollm") | {"model.norm.weight": np.ones(24, np.int32)}
     refused(tmp_path, "output_norm.weight is of type I32, which cannot be dequantized", "smollm", found)
 
 
-def test_any_damage_is_refused_and_never_a_crash(tmp_path):
+def test_a_damaged_file_is_a_data_error_and_never_a_crash(tmp_path):
     """Truncated at every length of the header and beyond, and with counts and lengths that no file can hold."""
     path = write(tmp_path / "m.gguf", "smollm")
     content = path.read_bytes()
@@ -265,7 +265,7 @@ def test_any_damage_is_refused_and_never_a_crash(tmp_path):
             assert isinstance(e, DataError) and "m.gguf" in e.message
 
 
-def test_what_is_no_gguf_file_is_refused(tmp_path):
+def test_another_file_is_a_data_error(tmp_path):
     for content in (
         b"",
         b"GGUF",
@@ -290,7 +290,7 @@ def spelled(directory, text, **options):
     return tokenizer.convert_ids_to_tokens(ids), tokenizer.decode(ids)
 
 
-def test_bytes_are_merged_and_digits_stand_alone(tmp_path):
+def test_byte_level_bpe_splits_digits(tmp_path):
     _, out = converted(tmp_path, "smollm")
     assert spelled(out, "hello world") == (["hello", "Ġw", "o", "r", "l", "d"], "hello world")
     assert spelled(out, "x  12") == (["x", "ĠĠ", "1", "2"], "x  12")
@@ -314,14 +314,14 @@ def test_bytes_are_merged_and_digits_stand_alone(tmp_path):
         ("tekken", ["x", "Ġ", "Ġ", "1", "2"], True),
     ],
 )
-def test_text_is_split_as_the_model_learned_it(tmp_path, pre, pieces, begins):
+def test_every_pre_tokenizer_splits_text_as_the_original(tmp_path, pre, pieces, begins):
     _, out = converted(tmp_path, "smollm", tokens=lambda w: byte_level(w, pre))
     first = ["<|im_start|>"] if begins else []
     assert spelled(out, "x  12")[0] == first + pieces
     assert spelled(out, "x  12", add_special_tokens=False) == (pieces, "x  12")
 
 
-def test_the_file_says_whether_a_text_begins_with_a_token(tmp_path):
+def test_add_bos_token_is_read_from_the_file(tmp_path):
     _, out = converted(tmp_path, "smollm", tokens=lambda w: byte_level(w, "llama-bpe", begins=False))
     assert spelled(out, "he")[0] == ["he"]
     (tmp_path / "x" / "out").mkdir()
@@ -347,7 +347,7 @@ def sentence_piece(writer, **options):
         writer.add_add_space_prefix(False)
 
 
-def test_sentence_pieces_are_merged_best_first(tmp_path):
+def test_sentencepiece_merges_the_best_pair_first(tmp_path):
     """bc has a better score than ab, so abc is a + bc; a space goes in front; what is no piece is bytes."""
     _, out = converted(tmp_path, "smollm", tokens=sentence_piece)
     assert spelled(out, "abc", add_special_tokens=False) == (["▁a", "bc"], "abc")
@@ -380,11 +380,11 @@ def test_sentence_pieces_are_merged_best_first(tmp_path):
         ),
     ],
 )
-def test_a_tokenizer_that_is_not_known_is_refused_by_name(tmp_path, tokens, message):
+def test_an_unknown_tokenizer_raises_an_error_that_names_the_key(tmp_path, tokens, message):
     refused(tmp_path, message, "smollm", tokens=tokens)
 
 
-def test_merges_of_what_is_no_token_are_refused(tmp_path):
+def test_merges_of_unknown_tokens_raise_an_error(tmp_path):
     def tokens(writer, merges=("a b",), eos=0):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")

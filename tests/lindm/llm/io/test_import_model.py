@@ -1,4 +1,4 @@
-"""Models from directories, GGUF files, wheels and (made up) hubs."""
+"""Import from directories, GGUF files, wheels and a simulated hub."""
 
 import json
 import zipfile
@@ -38,7 +38,7 @@ def left(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_directory_is_copied_without_what_runs(tmp_path, shards):
+def test_a_directory_is_copied_without_code(tmp_path, shards):
     source = reference.write(tmp_path / "source", "llama", shards=shards)
     for name in (
         "tokenizer.json",
@@ -71,7 +71,7 @@ def test_a_gguf_file_and_a_wheel_become_the_same_directory(tmp_path, packed):
     assert left(tmp_path) == ["a", "b", "small-1.0-py3-none-any.whl", "small.gguf"]
 
 
-def test_a_name_in_a_wheel_leads_nowhere(tmp_path, packed):
+def test_a_file_name_in_a_wheel_cannot_leave_the_directory(tmp_path, packed):
     file, _ = packed
     path = wheel(tmp_path / "evil.whl", {"../../../evil.gguf": file.read_bytes()})
     before = left(tmp_path)
@@ -87,7 +87,7 @@ def refused(source, out, message, kind=DataError):
     assert isinstance(e.value, kind) and left(out.parent) == there
 
 
-def test_a_wheel_that_is_not_sound_is_refused(tmp_path, packed):
+def test_a_damaged_wheel_is_a_data_error(tmp_path, packed):
     file, good = packed
     out, content = tmp_path / "out", file.read_bytes()
     none = wheel(tmp_path / "none.whl", {"a.py": b""})
@@ -112,7 +112,7 @@ def test_a_wheel_that_is_not_sound_is_refused(tmp_path, packed):
     refused(tmp_path / "damaged.whl", out, "damaged.whl: the wheel cannot be unpacked")
 
 
-def test_a_directory_that_is_not_sound_is_refused(tmp_path):
+def test_a_damaged_directory_is_a_data_error(tmp_path):
     source = reference.write(tmp_path / "source", "llama", logit_scale=2.0)
     refused(source, tmp_path / "out", "config.json: logit_scale is not known")
     found = reference.weights("llama")
@@ -123,7 +123,7 @@ def test_a_directory_that_is_not_sound_is_refused(tmp_path):
     refused(source, tmp_path / "out", "pytorch_model.bin is a pickle, which is never read")
 
 
-def test_what_is_there_is_not_touched(tmp_path, packed):
+def test_an_existing_directory_is_not_changed(tmp_path, packed):
     source = reference.write(tmp_path / "source", "llama")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -132,7 +132,7 @@ def test_what_is_there_is_not_touched(tmp_path, packed):
     assert left(tmp_path / "out") == ["mine"]
 
 
-def test_a_disk_without_room_is_exit_7(tmp_path, packed, monkeypatch):
+def test_a_full_disk_is_a_storage_error(tmp_path, packed, monkeypatch):
     _, wheel = packed
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     refused(wheel, tmp_path / "out", "no room for small/small.Q8.gguf, [0-9]+ bytes", StorageError)
@@ -156,12 +156,12 @@ def test_a_stopped_import_leaves_nothing(tmp_path, packed, monkeypatch):
         ("org/name", "", "revision must be given for a model on the hub"),
     ],
 )
-def test_a_source_of_no_known_form_is_refused(tmp_path, source, revision, message):
+def test_an_unknown_source_is_a_value_error(tmp_path, source, revision, message):
     with pytest.raises(ValueError, match=message):
         import_model(source, tmp_path / "out", revision)
 
 
-def test_a_revision_and_a_file_of_another_kind_are_refused(tmp_path):
+def test_a_revision_of_a_local_source_and_another_file_are_value_errors(tmp_path):
     source = reference.write(tmp_path / "source", "llama")
     with pytest.raises(ValueError, match="revision must be left out for a source on this disk; got 'main'"):
         import_model(str(source), tmp_path / "out", "main")
@@ -172,7 +172,7 @@ def test_a_revision_and_a_file_of_another_kind_are_refused(tmp_path):
 # --- the hub, made up ------------------------------------------------------------------------------------------------------
 
 
-def test_the_network_is_not_asked_where_it_may_not_be(tmp_path, monkeypatch):
+def test_the_network_is_not_used_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(
@@ -182,7 +182,7 @@ def test_the_network_is_not_asked_where_it_may_not_be(tmp_path, monkeypatch):
     assert isinstance(e.value, UsageError)
 
 
-def test_only_what_is_needed_is_fetched_and_nothing_that_runs(tmp_path, monkeypatch):
+def test_only_weights_tokenizer_and_documents_are_fetched(tmp_path, monkeypatch):
     source, asked = reference.write(tmp_path / "cache", "llama"), {}
     blobs = tmp_path / "blobs"
     blobs.mkdir()
@@ -205,7 +205,7 @@ def test_only_what_is_needed_is_fetched_and_nothing_that_runs(tmp_path, monkeypa
     assert kept == list(wanted)
 
 
-def test_what_a_hub_refuses_is_one_line(tmp_path, monkeypatch):
+def test_an_error_of_the_hub_is_one_line(tmp_path, monkeypatch):
     def download(name, **options):
         raise OSError("no such revision")
 

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's own format, against the merged weights in plain numpy."""
+"""Adapters in the format of PEFT, against merged weights in plain numpy."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_an_adapter_adds_b_a_to_the_weights(tmp_path, llama, rs):
     assert kinds["blocks.q.kernel"] is FrozenParam
 
 
-def test_what_is_saved_is_what_peft_expects(tmp_path, llama):
+def test_a_saved_adapter_has_the_format_of_peft(tmp_path, llama):
     model = adapted(llama)
     peft.save_adapter(model, tmp_path / "out", "org/base")
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -93,7 +93,7 @@ def test_what_is_saved_is_what_peft_expects(tmp_path, llama):
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}])
-def test_what_is_saved_is_loaded_again(tmp_path, mesh):
+def test_a_saved_adapter_is_loaded_unchanged(tmp_path, mesh):
     directory = reference.write(tmp_path / "model", "wide")
     model = adapted(directory, targets=lora.TARGET_MODULES, alpha=4.5)
     peft.save_adapter(model, tmp_path / "out", "base")
@@ -134,7 +134,7 @@ def test_an_adapter_in_sixteen_bits_is_read(tmp_path, llama):
         ({"lora_alpha": "8"}, "lora_alpha must be a number; got '8'"),
     ],
 )
-def test_what_is_more_than_a_low_rank_update_is_refused_by_name(tmp_path, llama, config, message):
+def test_anything_but_a_low_rank_update_raises_an_error_that_names_the_key(tmp_path, llama, config, message):
     by_peft(tmp_path / "adapter", **config)
     with pytest.raises(LindmError, match=message) as e:
         peft.load_adapter(weights.load(llama), tmp_path / "adapter")
@@ -170,7 +170,7 @@ LAYER = "base_model.model.model.layers"
         (lambda f: f.clear(), "has no tensors"),
     ],
 )
-def test_tensors_of_another_model_are_refused_by_name(tmp_path, llama, change, message):
+def test_tensors_of_another_model_raise_an_error_that_names_them(tmp_path, llama, change, message):
     found = by_peft(tmp_path / "adapter")
     change(found)
     save_file(found, tmp_path / "adapter" / "adapter_model.safetensors")
@@ -179,7 +179,7 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path, llama, change, m
     assert isinstance(e.value, DataError)
 
 
-def test_a_pickled_or_missing_adapter_is_refused(tmp_path, llama):
+def test_a_pickled_or_missing_adapter_is_a_data_error(tmp_path, llama):
     model = weights.load(llama)
     with pytest.raises(LindmError, match=r"cannot read .*adapter_config.json"):
         peft.load_adapter(model, tmp_path / "nowhere")
@@ -195,7 +195,7 @@ def test_a_pickled_or_missing_adapter_is_refused(tmp_path, llama):
     )  # a model is changed only by an adapter that is sound
 
 
-def test_there_must_be_adapters_to_save_and_room_for_them(tmp_path, llama):
+def test_saving_needs_adapters_and_an_empty_directory(tmp_path, llama):
     with pytest.raises(ValueError, match="model must have adapters"):
         peft.save_adapter(weights.load(llama), tmp_path / "out", "base")
     (tmp_path / "out").mkdir()
@@ -205,7 +205,7 @@ def test_there_must_be_adapters_to_save_and_room_for_them(tmp_path, llama):
     assert isinstance(e.value, UsageError)
 
 
-def test_nf4_is_the_nearest_level_of_its_block_by_a_table_of_its_own():
+def test_nf4_codes_are_the_nearest_levels_of_their_block():
     """Level by level in float64, from the packed bytes: even inputs in the low half of a byte."""
     kernel = np.random.default_rng(3).normal(size=(2, 128, 6)).astype(np.float32)
     packed = lora.NF4Kernel(jnp.asarray(kernel))

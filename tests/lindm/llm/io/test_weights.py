@@ -1,4 +1,4 @@
-"""Weights in and out: every tensor in its place, whatever it is held in and wherever it lies; what is not sound is refused."""
+"""Loading and saving of weights: every tensor, format and sharding; damaged directories raise errors."""
 
 import contextlib
 import itertools
@@ -56,7 +56,7 @@ def same(ours, theirs):
 # --- in --------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_tensor_comes_to_lie_in_its_place(tmp_path):
+def test_every_tensor_is_loaded_into_its_weight(tmp_path):
     w, m = reference.weights("qwen3"), weights.load(reference.write(tmp_path, "qwen3"))
     places = {
         **{f"self_attn.{p}_proj.weight": (f"{p}.kernel", True) for p in "qkvo"},
@@ -77,14 +77,14 @@ def test_every_tensor_comes_to_lie_in_its_place(tmp_path):
     assert len(found) == 3 + len(places)
 
 
-def test_biases_come_to_lie_in_their_place(tmp_path):
+def test_biases_are_loaded_into_their_weights(tmp_path):
     w, found = reference.weights("llama"), arrays(weights.load(reference.write(tmp_path, "llama")))
     for theirs, ours in {"self_attn.o_proj": "o", "self_attn.k_proj": "k", "mlp.down_proj": "down"}.items():
         assert np.array_equal(found[f"blocks.{ours}.bias"], np.stack([w[f"model.layers.{i}.{theirs}.bias"] for i in range(3)]))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_what_is_loaded_is_a_decoder_like_a_new_one(tmp_path, name):
+def test_a_loaded_decoder_has_the_structure_of_a_new_one(tmp_path, name):
     loaded = weights.load(reference.write(tmp_path, name))
     new = Decoder(read_model_config(tmp_path), nnx.Rngs(0))
     assert nnx.graphdef(loaded) == nnx.graphdef(new)
@@ -143,7 +143,7 @@ def test_each_device_reads_its_own_part_and_no_more(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "base, kind", [("bf16", np.float32), ("int8", np.float32), ("int8", ml_dtypes.bfloat16), ("nf4", np.float32)]
 )
-def test_kernels_in_fewer_bits_are_those_of_the_whole_model(tmp_path, base, kind):
+def test_kernels_quantized_while_loading_equal_those_quantized_afterwards(tmp_path, base, kind):
     directory = reference.write(tmp_path, "wide", dtype=kind)
     wanted = lora.quantize(weights.load(directory), base)
     for mesh in (None, make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])):
@@ -154,7 +154,7 @@ def test_kernels_in_fewer_bits_are_those_of_the_whole_model(tmp_path, base, kind
         assert found.blocks.o.kernel.codes[...].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
 
 
-def test_what_cannot_be_asked_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+def test_invalid_arguments_raise_an_error_before_any_weight_is_read(tmp_path, monkeypatch):
     directory = reference.write(tmp_path, "llama")
     monkeypatch.setattr(weights, "_read_slice", None)
     with pytest.raises(ValueError, match="base must be one of f32, bf16, int8, nf4; got 'fp8'"):
@@ -182,7 +182,7 @@ def refused(directory, message):
     assert isinstance(e.value, DataError)
 
 
-def test_a_tensor_that_is_missing_is_named(tmp_path):
+def test_a_missing_tensor_is_named(tmp_path):
     refused(changed(tmp_path, remove=Q), f"lacks the tensor {Q}")
     refused(changed(tmp_path, remove="lm_head.weight"), "lacks the tensor lm_head.weight")
 
@@ -193,14 +193,14 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
     refused(reference.write(tmp_path, "llama", found), rf"model.safetensors: {Q} must be \[24, 24\]; got \[24, 23\]")
 
 
-def test_a_tensor_too_many_is_named(tmp_path):
+def test_an_unexpected_tensor_is_named(tmp_path):
     found = reference.weights("smollm") | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
     refused(
         reference.write(tmp_path, "smollm", found), "has the tensor model.layers.0.self_attn.q_proj.bias, which this model does"
     )
 
 
-def test_frequencies_and_the_tied_head_again_are_no_tensors_too_many(tmp_path):
+def test_rotary_frequencies_and_an_equal_tied_head_are_accepted(tmp_path):
     found = reference.weights("smollm")
     plain = weights.load(reference.write(tmp_path / "a", "smollm"))
     found |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
@@ -223,7 +223,7 @@ def test_another_dtype_is_named(tmp_path, kind, spelled):
     refused(tmp_path, f"model.safetensors: {Q} must be of dtype F32, BF16, F16; got {spelled}")
 
 
-def test_a_model_of_pickles_is_refused(tmp_path):
+def test_a_pickled_model_is_a_data_error(tmp_path):
     reference.write(tmp_path, "llama")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     refused(tmp_path, "has neither model.safetensors nor .*; pytorch_model.bin is a pickle, which is never read")
@@ -263,12 +263,12 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
         (lambda m: m.clear(), "weight_map must be an object with an entry for each tensor"),
     ],
 )
-def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
+def test_an_index_that_does_not_match_its_files_is_a_data_error(tmp_path, change, message):
     refused(index_of(reference.write(tmp_path, "llama", shards=2), change), message)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 10**6])
-def test_an_index_that_is_none_is_refused(tmp_path, content):
+def test_an_invalid_index_is_a_data_error(tmp_path, content):
     reference.write(tmp_path, "llama", shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(content)
     refused(tmp_path, "model.safetensors.index.json: ")
@@ -301,13 +301,13 @@ def entry(begin, end, shape=(4,), dtype="F32"):
         header({"a": entry(0, 16)}),  # and then bytes that belong to nothing
     ],
 )
-def test_a_hostile_file_is_refused_without_a_crash(tmp_path, content):
+def test_a_hostile_file_is_a_data_error_and_not_a_crash(tmp_path, content):
     reference.write(tmp_path, "llama")
     (tmp_path / "model.safetensors").write_bytes(content)
     refused(tmp_path, "model.safetensors: not a safetensors file that can be read: ")
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_a_truncated_file_is_a_data_error(tmp_path):
     reference.write(tmp_path, "llama")
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()
@@ -319,7 +319,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 # --- out -------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_tokenizer_no_token_ends_a_text(tmp_path):
+def test_without_an_original_model_the_special_token_ids_are_null(tmp_path):
     """Left out of a config.json, the special tokens would be those of the first Llama."""
     weights.save(weights.load(reference.write(tmp_path / "a", "llama")), tmp_path / "b")
     config = AutoConfig.from_pretrained(tmp_path / "b")
@@ -327,7 +327,7 @@ def test_without_a_tokenizer_no_token_ends_a_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_saved_is_what_was_loaded(tmp_path, name):
+def test_saved_tensors_equal_the_loaded_ones(tmp_path, name):
     original = reference.write(tmp_path / "a", name, eos_token_id=[1, 2], pad_token_id=0)
     m = weights.load(original)
     weights.save(m, tmp_path / "b", like=original)
@@ -339,7 +339,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_file_over_the_limit_becomes_several(tmp_path):
+def test_a_model_over_the_shard_size_is_written_in_several_files(tmp_path):
     m = weights.load(reference.write(tmp_path / "a", "qwen3"))
     weights.save(m, tmp_path / "b", max_shard_bytes=9_000)
     names = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
@@ -353,7 +353,7 @@ def test_a_file_over_the_limit_becomes_several(tmp_path):
     assert same(everything(tmp_path / "b"), reference.weights("qwen3"))
 
 
-def test_a_tensor_over_the_limit_has_a_file_of_its_own(tmp_path):
+def test_a_tensor_over_the_shard_size_has_a_file_of_its_own(tmp_path):
     m = weights.load(reference.write(tmp_path / "a", "smollm"))
     weights.save(m, tmp_path / "b", max_shard_bytes=1)
     assert len(list((tmp_path / "b").glob("*.safetensors"))) == len(reference.weights("smollm"))
@@ -372,7 +372,7 @@ def test_bfloat16_is_rounded_to_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["f32", "int8"])
-def test_adapters_are_merged_on_the_way_out(tmp_path, base):
+def test_adapters_are_merged_when_a_model_is_saved(tmp_path, base):
     """W + (alpha / rank) B A, in the orientation of the file."""
     directory = reference.write(tmp_path / "a", "wide")
     m = lora.add_lora(weights.load(directory, base=base), 2, 6.0, jax.random.key(0), ("q", "down"))
@@ -395,13 +395,13 @@ def test_adapters_are_merged_on_the_way_out(tmp_path, base):
     assert m.blocks.q.lora_a is not None  # the model itself is left as it was
 
 
-def test_a_model_in_parts_is_saved_as_the_whole_one(tmp_path):
+def test_a_sharded_model_is_saved_as_the_whole_one(tmp_path):
     directory = reference.write(tmp_path / "a", "qwen3")
     weights.save(weights.load(directory, mesh=make_mesh({"fsdp": 4, "tensor": 2})), tmp_path / "b")
     assert same(everything(tmp_path / "b"), reference.weights("qwen3"))
 
 
-def test_the_text_goes_along_and_nothing_else(tmp_path):
+def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     original = reference.write(tmp_path / "a", "llama")
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling.py", "optimizer.bin"):
         (original / name).write_text(name)
@@ -422,7 +422,7 @@ def model(tmp_path):
     return weights.load(reference.write(tmp_path / "model", "qwen2"))
 
 
-def test_what_is_there_is_not_touched(tmp_path, model):
+def test_an_existing_directory_is_not_changed(tmp_path, model):
     (tmp_path / "out").mkdir()
     weights.save(model, tmp_path / "out")  # an empty directory is nothing
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -438,7 +438,7 @@ def test_what_is_there_is_not_touched(tmp_path, model):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "model", "nowhere", "out"]
 
 
-def test_a_disk_that_is_full_is_exit_7_and_leaves_nothing(tmp_path, model):
+def test_a_full_disk_is_a_storage_error_and_nothing_is_left_behind(tmp_path, model):
     """The operating system refuses, in the middle of the weights."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -451,14 +451,14 @@ def test_a_disk_that_is_full_is_exit_7_and_leaves_nothing(tmp_path, model):
     weights.save(model, tmp_path / "out")
 
 
-def test_a_place_that_is_no_directory_is_exit_7(tmp_path, model):
+def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(LindmError, match="cannot write") as e:
         weights.save(model, tmp_path / "file" / "out")
     assert isinstance(e.value, StorageError)
 
 
-def test_what_a_writer_that_was_killed_left_behind_is_removed(tmp_path, model, monkeypatch):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path, model, monkeypatch):
     left = tmp_path / f".out.abc{files.TEMPORARY_SUFFIX}"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
@@ -490,7 +490,7 @@ weights.save(model, Path(sys.argv[2]))
 ROOT = str(Path(__file__).parents[4])
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_could_be_taken_for_a_model(tmp_path, model):
+def test_a_killed_writer_leaves_no_partial_model(tmp_path, model):
     """At the last moment: everything is written, and it is not there yet."""
     child = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(child, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, timeout=120)
@@ -521,7 +521,7 @@ except LindmError as e:
 
 
 @pytest.mark.slow
-def test_two_processes_each_read_their_part_and_one_writes(tmp_path):
+def test_two_processes_read_their_shards_and_one_writes(tmp_path):
     """And where the one cannot write, both stop with its code."""
     directory = reference.write(tmp_path / "a", "qwen3")
     with contextlib.closing(socket.socket()) as s:

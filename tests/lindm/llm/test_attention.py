@@ -1,4 +1,4 @@
-"""The two products that fine-tuning spends its time in, written by hand for speed: against loops of plain numpy."""
+"""Attention in blocks of queries against loops of plain numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lindm.llm.attention import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, causal_attention
-from lindm.llm.model import trained_matmul
 
 RNG = np.random.default_rng(0)
 
@@ -25,7 +24,7 @@ def softmaxed(q, k, v, mask):
 
 
 @pytest.mark.parametrize("T", [5, MIN_QUERY_BLOCK, MIN_QUERY_BLOCK + 3, MAX_QUERY_BLOCKS * MIN_QUERY_BLOCK + 6])
-def test_attention_in_stripes_is_attention(T):
+def test_attention_in_query_blocks_equals_attention(T):
     B, K, G, E = 1, 4, 2, 4
     q, k, v = (RNG.normal(size=(B, T, heads, E)).astype(np.float32) for heads in (K, G, G))
     segments = np.sort(RNG.integers(0, 3, (B, T)), axis=1)  # three documents in a row
@@ -43,18 +42,3 @@ def test_attention_in_bfloat16_keeps_its_softmax_in_single_precision():
     found = causal_attention(q, k, v, jnp.asarray(mask))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found, softmaxed(*(np.asarray(x, np.float32) for x in (q, k, v)), mask), atol=0.03)
-
-
-@pytest.mark.parametrize("lead", [(7,), (2, 5)])
-def test_the_product_and_both_its_gradients_are_sums_over_all_rows(lead):
-    n_in, n_out = 3, 4
-    x, kernel, g = (RNG.normal(size=s).astype(np.float32) for s in ((*lead, n_in), (n_in, n_out), (*lead, n_out)))
-    y, back = jax.vjp(trained_matmul, jnp.asarray(x), jnp.asarray(kernel))
-    of_x, of_kernel = back(jnp.asarray(g))
-    expected_x, expected_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
-    for row in np.ndindex(*lead):
-        np.testing.assert_allclose(y[row], x[row].astype(float) @ kernel, atol=1e-5)
-        expected_x[row] = kernel.astype(float) @ g[row]
-        expected_kernel += np.outer(x[row].astype(float), g[row])
-    np.testing.assert_allclose(of_x, expected_x, atol=1e-5)
-    np.testing.assert_allclose(of_kernel, expected_kernel, atol=1e-5)
