@@ -161,7 +161,7 @@ class Plan:
 
     V: Array  # [..., H, S] optimal value with the stages h..H to go
     Q: Array  # [..., H, S, A] optimal action value
-    pi: Array  # [..., H, S] int32, an optimal action (the first of the largest; labels take `oracles.mdp.greedy`)
+    pi: Array  # [..., H, S] int32, argmax_a Q, without the tolerance of `lindm.solvers.ties`
 
 
 @jax.tree_util.register_dataclass

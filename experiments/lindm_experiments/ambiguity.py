@@ -29,9 +29,11 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.evaluation.exact import fixed_model_value, whole_horizon_value
-from lindm.problems.apomdp import CENTRES, draw_apomdp, prostate, single
+from lindm.families.prostate import CENTERS, prostate
+from lindm.problems.apomdp import alpha_maxmin, draw_apomdp, single
 from lindm.random import flat
 from lindm.solvers import tree
+from lindm.solvers.belief import branching, num_histories
 from lindm.types import APOMDP
 from lindm.validate import count, fraction
 from lindm_experiments.harness.statistics import clopper_pearson
@@ -155,13 +157,13 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
             "value": V[0],
             "models": models,
             "counts": counts,
-            "whole": tree.mixed(alpha, models, 0),
-            "best": tree.mixed(alpha, first, 0).max(),
+            "whole": alpha_maxmin(alpha, models, 0),
+            "best": alpha_maxmin(alpha, first, 0).max(),
             "rises": (before + ROUNDING * span(problem) < V).sum(),
             "histories": (V != 0).sum(),  # rewards are positive: only what cannot happen has the value zero
         }
 
-    found = jax.lax.scan(step, jnp.full(tree.histories(problem), jnp.inf), alphas)[1]
+    found = jax.lax.scan(step, jnp.full(num_histories(problem), jnp.inf), alphas)[1]
     return found | {"alone": first.max(-1)}
 
 
@@ -176,7 +178,7 @@ def moving_at_every_stage(key: Array, problem: APOMDP, policies: int) -> Array:
 
     A policy's probabilities are far from even: most of its choices are nearly pure.
     """
-    B, A = tree.branching(problem), problem.num_actions
+    B, A = branching(problem), problem.num_actions
 
     def one(key: Array) -> Array:
         keys = jax.random.split(key, problem.horizon)
@@ -404,11 +406,11 @@ def _attitude(records: list[dict]) -> Figure:
     left.plot([], [], color=GREY, linewidth=1.0, marker="", label="one centre is the truth")
     left.set(ylabel="quality-adjusted years", title="What the optimal policy is worth", **with_room)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
-    _named(left, 1.0, list(mean["models"][-1]), list(CENTRES), centres)
+    _named(left, 1.0, list(mean["models"][-1]), list(CENTERS), centres)
     middle.set(
         ylabel="expected biopsies until the cancer is found", title="What it does, by the centre that is the truth", **with_room
     )
-    _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTRES), centres)
+    _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centres)
     x = np.array(first_year["high_risk"])
     for i, (years, color) in enumerate(zip(YEARS_LEFT, COLORS, strict=False)):
         border = [_crossing(x, np.array(row)) for row in first_year["advantage"][i]]

@@ -32,8 +32,9 @@ from matplotlib.patches import Rectangle
 from lindm.problems.apomdp import draw_apomdp, single
 from lindm.problems.pomdp import pomdp
 from lindm.solvers import hsvi, net, tree
+from lindm.solvers.belief import advance, branching, first_history
 from lindm.solvers.rollout import demonstrate
-from lindm.solvers.solve import Tables, advance, label, q_bounds, solve
+from lindm.solvers.solve import Tables, label, q_bounds, solve
 from lindm.types import APOMDP, CERTIFIED, POMDP
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
@@ -107,7 +108,7 @@ def draw_visited(key: Array, clouds: int, episodes: int) -> tuple[Visited, Visit
         k_draw, k_alpha, k_walk = jax.random.split(key, 3)
         cloud = draw_apomdp(k_draw, S, A, O, H, M, alpha=jax.random.uniform(k_alpha))
         solution = solve(cloud, "tree")
-        taken, _ = demonstrate(k_walk, cloud, solution, episodes, EPSILON)
+        taken, _ = demonstrate(k_walk, solution, episodes, EPSILON)
         assert isinstance(solution.tables, tree.Tree) and taken.m is not None and taken.o is not None
         alone = single(jax.tree.map(lambda x: x[0], cloud.models))
         return (
@@ -120,8 +121,8 @@ def draw_visited(key: Array, clouds: int, episodes: int) -> tuple[Visited, Visit
 
 def visited(problem: APOMDP, table: tree.Tree, a: Array, m: Array, o: Array) -> Visited:
     """The histories, beliefs and exact action values along episodes [n, H]."""
-    B = tree.branching(problem)
-    first = jnp.array([tree.first_history(B, t) for t in range(H)])
+    B = branching(problem)
+    first = jnp.array([first_history(B, t) for t in range(H)])
 
     def one(a: Array, m: Array, o: Array):
         def step(carry, at):

@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 from lindm.icl.prompts import bellman_labels, bellman_moments, draw_pairs, noise_moment
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.random import flat
-from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
+from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED

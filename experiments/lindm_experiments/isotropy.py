@@ -30,8 +30,9 @@ from lindm.icl.prompts import draw_pairs, oracle_labels, training_prompt
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
 from lindm.problems.regression import covariance
-from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
+from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict

@@ -22,7 +22,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family, tabulate
-from lindm.solvers.dp import greedy, occupancy, policy_value
+from lindm.solvers.dp import occupancy, policy_value
+from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.style import BLUE, GREEN, GREY, ORANGE, RED

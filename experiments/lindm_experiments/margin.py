@@ -22,7 +22,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
-from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.dp import policy_value
+from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, RED, SEED

@@ -35,7 +35,7 @@ from lindm.datasets import Dataset, DatasetConfig
 from lindm.evaluation import policies
 from lindm.evaluation.losses import double_precision
 from lindm.evaluation.policies import Tasks
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.text import Document, Step
 from lindm.types import POMDP
@@ -105,7 +105,7 @@ def measure(cfg: Config, point: dict) -> dict:
     H, K = getattr(cfg, name), DEMOS[name]
     with tempfile.TemporaryDirectory() as directory, language_models.quietly():
         room = Path(directory)
-        source = language_models.law("mdp", H) if name == "mdp" else Source(problem=tiger(H))
+        source = language_models.law("mdp", H) if name == "mdp" else NamedProblem(problem=tiger(H))
         how = {"demos": K} | ({} if name == "mdp" else {"behavior": "epsilon", "epsilon": NOISE})
         parts = (("train", cfg.train, 0), ("probe", cfg.probe, 1), ("new", cfg.tasks, 2))
         data = {

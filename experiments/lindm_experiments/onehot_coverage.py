@@ -33,8 +33,9 @@ from lindm.icl.attention import ReducedAttention
 from lindm.icl.prompts import draw_pairs, oracle_labels
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, onehot_family, tabulate
-from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
+from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm.validate import count
 from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED

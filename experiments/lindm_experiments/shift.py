@@ -33,8 +33,8 @@ from matplotlib.figure import Figure
 from lindm.icl.prompts import draw_pairs, oracle_labels
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family
 from lindm.problems.regression import covariance
-from lindm.solvers.dp import greedy
 from lindm.solvers.rollout import cumulative
+from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict

@@ -9,7 +9,7 @@ from lindm.api.problems import as_source
 from lindm.choices import ExportFormat, Rewards
 from lindm.datasets import DatasetConfig, MakeResult
 from lindm.evaluation.losses import double_precision
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.executor import Executor
 from lindm.types import LinearMDP, Problem
@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]  # called with (tasks done, tasks in all)
 
 
 def make_dataset(
-    problem: Suite | Source | Problem | LinearMDP,
+    problem: Suite | NamedProblem | Problem | LinearMDP,
     out: str | Path,
     *,
     tasks: int,

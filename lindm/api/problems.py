@@ -1,6 +1,6 @@
 """Decision problems from files, arrays and names, in double precision."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lindm.errors import unknown
 from lindm.evaluation.losses import double_precision
 from lindm.families import registry, suites
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems import apomdp as apomdps
 from lindm.problems import linear_mdp as linear_mdps
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, alpha: float | None = None) -> Source:
+def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
     """Read a problem from a file in Cassandra's `.pomdp` format; several files are the models of an ambiguous POMDP.
 
     Args:
@@ -45,7 +44,7 @@ def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, 
     (4, 2)
     """
     with double_precision():
-        return registry.named([str(path) for path in paths], horizon, discount, alpha)
+        return registry.load_problem([str(path) for path in paths], horizon, discount, alpha)
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
@@ -142,13 +141,10 @@ def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] 
     >>> ld.suite("pomdp", horizon=4, split="ood").quality
     0.8
     """
-    known = [field.name for field in fields(Suite)]
-    if wrong := [size for size in sizes if size not in known]:
-        raise ValueError(unknown("a size of a suite", wrong[0], known))
-    return replace(suites.suite(name, horizon, split), **sizes)
+    return suites.suite(name, horizon, split, **sizes)
 
 
-def make(name: str, *, seed: int = 0, **sizes: Any) -> Source:
+def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
     """A problem by name: one that ships with lindm, or one drawn from a suite.
 
     Args:
@@ -164,18 +160,13 @@ def make(name: str, *, seed: int = 0, **sizes: Any) -> Source:
     >>> ld.make("prostate", horizon=3).actions[:2]
     ('defer', 'biopsy')
     """
-    if name in suites.NAMES:
-        with double_precision():
-            return Source(problem=suites.draw_task(jax.random.key(seed), suite(name, **sizes)))
-    if name not in registry.SHIPPED:
-        raise ValueError(unknown("name", name, (*suites.NAMES, *registry.SHIPPED)))
     with double_precision():
-        return registry.named([name], **sizes)
+        return registry.make(name, seed=seed, **sizes)
 
 
-def as_source(problem: Source | Problem | LinearMDP) -> Source:
+def as_source(problem: NamedProblem | Problem | LinearMDP) -> NamedProblem:
     """A problem with names, in double precision."""
     with double_precision():
         problem = linear_mdps.tabulate(problem) if isinstance(problem, LinearMDP) else problem
-        source = problem if isinstance(problem, Source) else Source(problem=problem)
+        source = problem if isinstance(problem, NamedProblem) else NamedProblem(problem=problem)
         return replace(source, problem=jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), source.problem))

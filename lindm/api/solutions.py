@@ -6,7 +6,7 @@ from typing import Literal
 
 from lindm.api.problems import as_source
 from lindm.evaluation.losses import double_precision
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.solvers import solution_file
 from lindm.solvers import solve as solvers
 from lindm.types import LinearMDP, Problem
@@ -23,7 +23,7 @@ class Solution:
     ('tree', True, 'listen')
     """
 
-    source: Source
+    source: NamedProblem
     solution: solvers.Solution  # the tables of the method
 
     @property
@@ -60,8 +60,14 @@ class Solution:
     def first_action(self) -> int | str:
         """The best first action, by name where actions have names. ValueError for an MDP, where it depends on the state."""
         with double_precision():
-            action = int(solvers.first_action(self.problem, self.solution))
+            action = int(solvers.first_action(self.solution))
         return self.source.actions[action] if self.source.actions else action
+
+    @property
+    def policy(self) -> "SolutionPolicy":
+        """The greedy policy of the solution."""
+        with double_precision():
+            return SolutionPolicy(policy=self.solution.policy)
 
     def save(self, path: str | Path) -> None:
         """Write the problem and its solution to one .npz file, which `load_solution` reads.
@@ -71,7 +77,37 @@ class Solution:
         'listen'
         """
         names = {part: getattr(self.source, part) for part in NAMES}
-        solution_file.save_solution(Path(path), self.problem, self.solution, names)
+        solution_file.save_solution(Path(path), self.solution, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolutionPolicy:
+    """A policy that acts on its memory of a history: the state of an MDP, the belief otherwise.
+
+    >>> policy = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=4)).policy
+    >>> memory = policy.init()
+    >>> action = policy.action(memory)
+    >>> memory = policy.update(memory, action, 1)
+    >>> action, policy.action(memory)
+    (0, 0)
+    """
+
+    policy: solvers.StatePolicy | solvers.BeliefPolicy
+
+    def init(self, *state: int) -> Any:
+        """The memory at the start; the argument is the first state of an MDP."""
+        with double_precision():
+            return self.policy.init(*state)
+
+    def action(self, memory: Any) -> int:
+        """The index of the action."""
+        with double_precision():
+            return int(self.policy.action(memory))
+
+    def update(self, memory: Any, action: int, *observed: int) -> Any:
+        """The memory after an action and what followed: the next state, or the observation and (of an APOMDP) the model."""
+        with double_precision():
+            return self.policy.update(memory, action, *observed)
 
 
 def load_solution(path: str | Path) -> Solution:
@@ -82,12 +118,12 @@ def load_solution(path: str | Path) -> Solution:
     'backward induction'
     """
     with double_precision():
-        problem, solution, names = solution_file.load_solution(Path(path))
-    return Solution(source=Source(problem=problem, **names), solution=solution)
+        solution, names = solution_file.load_solution(Path(path))
+    return Solution(source=NamedProblem(problem=solution.problem, **names), solution=solution)
 
 
 def solve(
-    problem: Source | Problem | LinearMDP,
+    problem: NamedProblem | Problem | LinearMDP,
     method: Literal["auto", "tree", "hsvi", "net"] = "auto",
     *,
     effort: int | None = None,

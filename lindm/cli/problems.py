@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lindm.errors import unknown
 
 if TYPE_CHECKING:
-    from lindm.families.registry import Source
+    from lindm.families.registry import NamedProblem
     from lindm.families.suites import Suite
 
 
@@ -24,7 +24,7 @@ def _warnings_as_lines() -> Iterator[None]:
         print(f"lindm: warning: {warning.message}", file=sys.stderr)
 
 
-def read_problem(words: Sequence[str], horizon: int, discount: float | None, alpha: float | None) -> "Source":
+def read_problem(words: Sequence[str], horizon: int, discount: float | None, alpha: float | None) -> "NamedProblem":
     """One problem, in double precision: .pomdp files, or the name of a problem that ships with lindm.
 
     Raises:
@@ -35,12 +35,12 @@ def read_problem(words: Sequence[str], horizon: int, discount: float | None, alp
     from lindm.families import registry
 
     with _warnings_as_lines(), double_precision():
-        return registry.named(words, horizon, discount, alpha)
+        return registry.load_problem(words, horizon, discount, alpha)
 
 
 def problem_or_suite(
     words: Sequence[str], horizon: int | None, split: str, discount: float | None, alpha: float | None
-) -> "Suite | Source":
+) -> "Suite | NamedProblem":
     """A suite by its name, or one problem: the name of a problem that ships with lindm, or .pomdp files.
 
     Raises:
@@ -53,9 +53,9 @@ def problem_or_suite(
         if discount is not None or alpha is not None:
             raise ValueError("discount and alpha must be left out for a suite, which has its own")
         return suites.suite(words[0], horizon, split)
-    known = (*suites.NAMES, *registry.SHIPPED)
+    known = (*suites.NAMES, *registry.NAMED_PROBLEMS)
     for word in words:
-        if not Path(word).suffix and not Path(word).is_file() and (word not in registry.SHIPPED or len(words) > 1):
+        if not Path(word).suffix and not Path(word).is_file() and (word not in registry.NAMED_PROBLEMS or len(words) > 1):
             raise ValueError(unknown("PROBLEM", word, (*known, "a .pomdp file")))
     if split != "id":
         raise ValueError(f"split must be left out for a single problem, which has one distribution; got {split!r}")

@@ -18,7 +18,7 @@ from lindm.families.suites import Suite, draw_task
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
 from lindm.solvers.rollout import demonstrate
-from lindm.solvers.solve import Solution, method_for, solve
+from lindm.solvers.solve import Method, Solution, method_for, solve
 from lindm.types import MDP, Episodes, Labels, Problem
 
 BLOCK = 16  # tasks of one compiled call
@@ -53,7 +53,7 @@ class TaskGenerator:
             jnp.array(np.concatenate([np.arange(n) for n in counts])),
             jnp.array(np.repeat(config.exploration, counts)),
         )
-        self._solved: tuple[Problem, Solution, dict[str, Array]] | None = None
+        self._solved: tuple[Solution, dict[str, Array]] | None = None
 
     @property
     def shard_size(self) -> int:
@@ -75,16 +75,16 @@ class TaskGenerator:
             if not isinstance(self.source, Suite):
                 if self._solved is None:
                     solution = solve(self.source, self.config.method)
-                    self._solved = self.source, solution, _values(self.source, solution)
-                problem, solution, values = self._solved
-                rollouts = _rollout_block(self.key, at, stop, self._rollouts, problem, solution)
+                    self._solved = solution, _values(solution)
+                solution, values = self._solved
+                rollouts = _rollout_block(self.key, at, stop, self._rollouts, solution)
                 part = Generated(None, jax.tree.map(lambda x: jnp.broadcast_to(x, BLOCK), values), *rollouts)
             elif self.method == "net":  # solved on the host, one task at a time
                 stop = at + 1
                 problem = _draw_problem(self.key, at, self.source)
                 solution = solve(problem, self.config.method)
-                rollouts = _rollout_block(self.key, at, stop, self._rollouts, problem, solution)
-                part = Generated(*jax.tree.map(lambda x: x[None], (problem, _values(problem, solution))), *rollouts)
+                rollouts = _rollout_block(self.key, at, stop, self._rollouts, solution)
+                part = Generated(*jax.tree.map(lambda x: x[None], (problem, _values(solution))), *rollouts)
             else:
                 part = _task_block(self.key, at, stop, self._rollouts, self.source, self.config.method)
             part = jax.tree.map(lambda x, n=stop - at: np.asarray(x)[:n], part)
@@ -101,18 +101,19 @@ def _keys(key: Array, i: Array) -> Array:
     return jax.random.split(jax.random.fold_in(key, i))
 
 
-def _rollout(key: Array, problem: Problem, solution: Solution, rollouts: tuple[Array, ...]) -> tuple[Episodes, Labels]:
+def _rollout(key: Array, solution: Solution, rollouts: tuple[Array, ...]) -> tuple[Episodes, Labels]:
     """Episodes and labels [n, H] of rollouts (role, number, epsilon) [n]."""
 
     def episode(role: Array, number: Array, epsilon: Array):
         own = jax.random.fold_in(jax.random.fold_in(key, role), number)
-        return jax.tree.map(lambda x: x[0], demonstrate(own, problem, solution, 1, epsilon))
+        return jax.tree.map(lambda x: x[0], demonstrate(own, solution, 1, epsilon))
 
     return jax.vmap(episode)(*rollouts)
 
 
-def _values(problem: Problem, solution: Solution) -> dict[str, Array]:
+def _values(solution: Solution) -> dict[str, Array]:
     """Value and bounds of a task; the value of the uniform policy only where it costs no more than the solution did."""
+    problem = solution.problem
     values = {"value": solution.value, "lower": solution.lower, "upper": solution.upper}
     if isinstance(problem, MDP):
         uniform = jnp.full_like(problem.r, 1 / problem.num_actions)
@@ -129,21 +130,19 @@ def _map_block(function: Callable[[Array], Any], first: Array, last: Array) -> A
 
 
 @partial(jax.jit, static_argnames=("suite", "method"))
-def _task_block(key: Array, first: Array, last: Array, rollouts: tuple[Array, ...], suite: Suite, method: str) -> Generated:
+def _task_block(key: Array, first: Array, last: Array, rollouts: tuple[Array, ...], suite: Suite, method: Method) -> Generated:
     def task(i: Array) -> Generated:
         problem_key, episode_key = _keys(key, i)
         problem = draw_task(problem_key, suite)
         solution = solve(problem, method)
-        return Generated(problem, _values(problem, solution), *_rollout(episode_key, problem, solution, rollouts))
+        return Generated(problem, _values(solution), *_rollout(episode_key, solution, rollouts))
 
     return _map_block(task, first, last)
 
 
 @jax.jit
-def _rollout_block(
-    key: Array, first: Array, last: Array, rollouts: tuple[Array, ...], problem: Problem, solution: Solution
-) -> Any:
-    return _map_block(lambda i: _rollout(_keys(key, i)[1], problem, solution, rollouts), first, last)
+def _rollout_block(key: Array, first: Array, last: Array, rollouts: tuple[Array, ...], solution: Solution) -> Any:
+    return _map_block(lambda i: _rollout(_keys(key, i)[1], solution, rollouts), first, last)
 
 
 @partial(jax.jit, static_argnames="suite")

@@ -31,7 +31,7 @@ from lindm.datasets.generate import TaskGenerator
 from lindm.datasets.reader import CONFIG, FORMAT, MANIFEST, read_manifest, verified, with_checksum
 from lindm.datasets.shards import import_pyarrow, make_shards
 from lindm.errors import DataError, LindmError, UsageError
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io import directories, files
 from lindm.io.executor import Executor
@@ -53,7 +53,7 @@ class MakeResult:
 
 def make_dataset(
     out: Path,
-    source: Suite | Source | Problem,
+    source: Suite | NamedProblem | Problem,
     config: DatasetConfig,
     *,
     executor: Executor = "serial",
@@ -73,8 +73,8 @@ def make_dataset(
       StorageError: `out` cannot be written.
     """
     import_pyarrow()
-    generator = TaskGenerator(source.problem if isinstance(source, Source) else source, config)
-    names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, Source) else {}
+    generator = TaskGenerator(source.problem if isinstance(source, NamedProblem) else source, config)
+    names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, NamedProblem) else {}
     described = _description(generator, {part: given for part, given in names.items() if given})
     with directories.sole_writer(out):
         versions, finished = _open(out, described), _finished_shards(out)

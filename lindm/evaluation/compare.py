@@ -25,11 +25,11 @@ from lindm.errors import DataError, UsageError
 from lindm.evaluation import policies
 from lindm.evaluation.losses import Played, Policy, double_precision, play_all, quality, tabled, world
 from lindm.evaluation.policies import Answers, Tasks
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
-from lindm.solvers.solve import BUDGET
+from lindm.solvers.solve import MEMORY_BUDGET
 from lindm.types import MDP, Problem
 
 LISTED = 2048  # histories of a stage of a task that a policy is asked at
@@ -56,7 +56,7 @@ def _check(names: Sequence[str], seen: bool) -> None:
 
 def compare(
     data: Path,
-    source: Suite | Source,
+    source: Suite | NamedProblem,
     recipe: DatasetConfig,
     names: Sequence[str],
     *,
@@ -81,7 +81,7 @@ def compare(
       ValueError: a policy that these tasks do not have; a horizon whose histories do not fit in memory.
       LindmError: bad models or data (3), or a run that was trained on these very tasks (2).
     """
-    law = source.problem if isinstance(source, Source) else source
+    law = source.problem if isinstance(source, NamedProblem) else source
     _check(names, law.O == 0 if isinstance(law, Suite) else isinstance(law, MDP))
     for name in names:
         if name.startswith("sft:"):
@@ -131,7 +131,7 @@ def _rows(table: Any) -> int:
     return sum(len(stage) for stage in table)
 
 
-def described(source: Suite | Source) -> dict[str, Any]:
+def described(source: Suite | NamedProblem) -> dict[str, Any]:
     """What a row says of its tasks; the suite of a problem of its own is its kind."""
     if isinstance(source, Suite):
         return {"suite": source.name, "horizon": source.horizon, "split": source.split}
@@ -145,8 +145,8 @@ def _fits(problem: Problem) -> None:
         return
     with double_precision():
         needed = tree.memory_bytes(as_apomdp(problem))
-    if needed > BUDGET:
-        room = f"{BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
+    if needed > MEMORY_BUDGET:
+        room = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
         raise ValueError(f"horizon must be short enough that all histories fit in {room}")
 
 
@@ -210,7 +210,7 @@ def _language_model(kind: str, path: Path, dataset: Dataset, told: Mapping[str, 
     return reader, Answers(demonstrations, lambda some: reader.policy(some, dataset.horizon)), text.shows_rewards
 
 
-def _held_out(run: Path, source: Suite | Source, recipe: DatasetConfig) -> None:
+def _held_out(run: Path, source: Suite | NamedProblem, recipe: DatasetConfig) -> None:
     """UsageError where the run was trained on tasks of the same law and seed, which are the same tasks."""
     config = json.loads((run / "config.json").read_text())["options"]
     trained = Path(config["data"])

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers import tree
+from lindm.solvers.belief import child_history, step_index
 from lindm.solvers.dp import backward_induction, policy_value
 from lindm.types import APOMDP, MDP
 
@@ -34,7 +36,7 @@ def fixed_model_value(problem: APOMDP, policy: tree.Policy, m: int) -> Array:
 def whole_horizon_value(problem: APOMDP, policy: tree.Policy) -> Array:
     """alpha min_m V_m + (1 - alpha) max_m V_m [], V_m by `fixed_model_value`."""
     values = jnp.stack([fixed_model_value(problem, policy, m) for m in range(problem.num_models)])
-    return tree.mixed(problem.alpha, values, 0)
+    return alpha_maxmin(problem.alpha, values, 0)
 
 
 def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
@@ -43,13 +45,14 @@ def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
     Its stage t has (A O)^t histories, numbered like those of a POMDP.
     """
     M, A, O = problem.num_models, problem.num_actions, problem.num_observations
-    tree.check_shapes(APOMDP(models=jax.tree.map(lambda x: x[:1], problem.models), alpha=problem.alpha), policy)
+    one = _only(problem, 0)
+    tree.check_shapes(one, policy)
     tables = []
     for t, table in enumerate(policy):
-        steps = np.indices((A, M, O)).reshape(3, -1)
-        seen, index = steps[0] * O + steps[2], np.zeros(1, int)
-        for k in range(t):  # the last step is the most significant
-            index = (seen[:, None] * (A * O) ** k + index).reshape(-1)
+        a, _, o = np.indices((A, M, O)).reshape(3, -1)
+        index = np.zeros(1, int)
+        for k in range(t):
+            index = child_history(one, k, index, step_index(one, a, 0, o)[:, None]).reshape(-1)
         tables.append(table[index])
     return tuple(tables)
 
@@ -63,10 +66,10 @@ def _only(problem: APOMDP, m: int) -> APOMDP:
 
 def _restricted(problem: APOMDP, policy: tree.Policy, m: int) -> tree.Policy:
     """The rows of a policy over histories in which every model is m."""
-    M, A, O = problem.num_models, problem.num_actions, problem.num_observations
-    steps = ((np.arange(A)[:, None] * M + m) * O + np.arange(O)).reshape(-1)
+    a, o = np.indices((problem.num_actions, problem.num_observations)).reshape(2, -1)
+    steps = step_index(problem, a, m, o)
     tables, index = [], np.zeros(1, int)
     for t, table in enumerate(policy):
         tables.append(table[index])
-        index = (steps[:, None] * (A * M * O) ** t + index).reshape(-1)
+        index = child_history(problem, t, index, steps[:, None]).reshape(-1)
     return tuple(tables)

@@ -29,6 +29,8 @@ import numpy as np
 
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
+from lindm.solvers.belief import branching, child_history, children, first_history, joint_kernel, normalize, step_index
+from lindm.solvers.ties import optimal_actions
 from lindm.text import Step
 from lindm.types import APOMDP, MDP, POMDP, Problem
 
@@ -83,6 +85,7 @@ class _States:
         self.problem = problem
         self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
         self.table, self.rewards, self.horizon = np.asarray(plan.Q), rewards, len(self.r)
+        self.best = optimal_actions(self.table)
         self.optimal, self.uniform = float(self.rho @ plan.V[0]), float(self.rho @ uniform[0])
 
     def most(self) -> int:
@@ -101,14 +104,15 @@ class _States:
         nexts = [(s, p) for s, p in enumerate(law) if p > 0] if sampled is None else [(_draw(sampled, law), 1.0)]
         return [Node(node.stage + 1, node.weight * float(p), s, (*past, Step(None, state=s))) for s, p in nexts]
 
-    def Q(self, node: Node) -> np.ndarray:
-        return self.table[node.stage, node.at]
+    def Q(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
+        """Q* [A], and which actions are optimal [A]."""
+        return self.table[node.stage, node.at], self.best[node.stage, node.at]
 
     def tabled(self, table: Any) -> Played:
         table = np.asarray(table)
         reach = np.asarray(dp.occupancy(self.problem, jnp.asarray(table)))
         value = self.rho @ np.asarray(dp.policy_value(self.problem, jnp.asarray(table)))[0]
-        right = sum(float(reach[h] @ _agreed(self.table[h], table[h])[1]) for h in range(self.horizon))
+        right = sum(float(reach[h] @ _agreed(self.best[h], table[h])[1]) for h in range(self.horizon))
         agreement = right / float(reach.sum())
         return Played(
             gap=self.optimal - float(value), agreement=agreement, optimal=self.optimal, uniform=self.uniform, exact=True
@@ -120,10 +124,11 @@ class _Histories:
 
     def __init__(self, problem: POMDP | APOMDP):
         cloud = as_apomdp(problem)
-        self.apomdp, self.branches, self.ambiguous = cloud, tree.branching(cloud), isinstance(problem, APOMDP)
+        self.apomdp, self.branches, self.ambiguous = cloud, branching(cloud), isinstance(problem, APOMDP)
         self.table, self.horizon = np.asarray(tree.tree(cloud).Q), cloud.horizon
+        self.best = optimal_actions(self.table, per_row=True)
         self.optimal, self.uniform = float(self.table[0].max()), float(tree.uniform_value(cloud))
-        self.K = [np.asarray(tree.kernel(cloud, t)) for t in range(self.horizon)]
+        self.K = [np.asarray(joint_kernel(cloud, t)) for t in range(self.horizon)]
 
     def most(self) -> int:
         _, M, O = self.K[0].shape[:3]
@@ -137,8 +142,7 @@ class _Histories:
         assert node.belief is not None
         K = self.K[node.stage][a]  # [M, O, S, S]
         M, O = K.shape[:2]
-        joint = np.einsum("mosu,ms->mou", K, node.belief)
-        mass = joint.sum(-1)
+        beliefs, mass = normalize(children(K, node.belief))
         if sampled is None:
             nexts = [(m, o) for m in range(M) for o in range(O) if mass[m, o] > 0]
         else:
@@ -146,22 +150,24 @@ class _Histories:
         found = []
         for m, o in nexts:
             step = Step(a, model=m if self.ambiguous else None, observation=o)
-            at = node.at + ((a * M + m) * O + o) * self.branches**node.stage
+            at = child_history(self.apomdp, node.stage, node.at, step_index(self.apomdp, a, m, o))
             weight = node.weight * (float(mass[m, o]) if sampled is None else 1.0)
-            belief = np.broadcast_to(joint[m, o] / mass[m, o], node.belief.shape)
+            belief = np.broadcast_to(beliefs[m, o], node.belief.shape)
             found.append(Node(node.stage + 1, weight, at, (*node.steps[:-1], step, Step(None)), belief))
         return found
 
-    def Q(self, node: Node) -> np.ndarray:
-        return self.table[tree.first_history(self.branches, node.stage) + node.at]
+    def Q(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
+        """Q* [A], and which actions are optimal [A]."""
+        row = first_history(self.branches, node.stage) + node.at
+        return self.table[row], self.best[row]
 
     def tabled(self, table: Any) -> Played:
         value = float(tree.policy_value(self.apomdp, tuple(map(jnp.asarray, table))))
         belief = np.asarray(self.apomdp.models.rho)[None]  # [histories, M, S], not normalised
         weight, right, reached = np.ones(1), 0.0, 0.0
         for t in range(self.horizon):
-            first = tree.first_history(self.branches, t)
-            weights, agreed = _agreed(self.table[first : first + self.branches**t], np.asarray(table[t]))
+            first = first_history(self.branches, t)
+            weights, agreed = _agreed(self.best[first : first + self.branches**t], np.asarray(table[t]))
             mass = belief.sum(-1).max(-1)
             met = weight * ((mass > 0) if self.ambiguous else mass)
             right, reached = right + float(met @ agreed), reached + float(met.sum())
@@ -227,11 +233,11 @@ def play(
                 tables[i].append(np.zeros(ambiguous.branches**t if nodes else 0, np.int32))  # what is not reached does not matter
             children: list[Node] = []
             for number, (node, action) in enumerate(zip(nodes, actions, strict=True)):
-                a, Q = int(action), world.Q(node)
+                a, (Q, best) = int(action), world.Q(node)
                 loss = float(Q.max() - Q[a])
                 lost[i] += node.weight * loss
                 weight = 1.0 if ambiguous else node.weight
-                agreed[i] += weight * bool(_best(Q)[a])
+                agreed[i] += weight * bool(best[a])
                 reached[i] += weight
                 if ambiguous:
                     tables[i][t][node.at] = a
@@ -282,15 +288,10 @@ def tabled(world: World, table: Any) -> Played:
         return world.tabled(table)
 
 
-def _best(Q: np.ndarray) -> np.ndarray:
-    """Which actions are optimal ones, to rounding: Q [..., A] -> bool, the same."""
-    return Q.max(-1, keepdims=True) - Q <= 1e-12 * np.maximum(1.0, np.abs(Q).max(-1, keepdims=True))
-
-
-def _agreed(Q: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [n, A] of a table's rows, and of each row that its action is an optimal one [n]; Q [n, A]."""
-    weights = np.eye(Q.shape[-1])[table] if np.issubdtype(table.dtype, np.integer) else table
-    return weights, (weights * _best(Q)).sum(-1)
+def _agreed(best: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, A] of a table's rows, and of each row that its action is an optimal one [n]; best [n, A] bool."""
+    weights = np.eye(best.shape[-1])[table] if np.issubdtype(table.dtype, np.integer) else table
+    return weights, (weights * best).sum(-1)
 
 
 def quality(played: Sequence[Played]) -> dict[str, Any]:

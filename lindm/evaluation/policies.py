@@ -30,8 +30,9 @@ from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation.losses import Asked, Policy, double_precision, vote
 from lindm.families.suites import Suite
 from lindm.icl import predictors
-from lindm.problems.apomdp import as_apomdp
-from lindm.solvers import dp, tree
+from lindm.problems.apomdp import alpha_maxmin, as_apomdp
+from lindm.solvers import dp, ties, tree
+from lindm.solvers.belief import joint_kernel, update_belief
 from lindm.text import Step
 from lindm.types import APOMDP, MDP, POMDP, Problem
 
@@ -75,7 +76,7 @@ def oracle(tasks: Tasks) -> list[Any]:
 
     def table(problem: Problem) -> Any:
         if isinstance(problem, MDP):
-            return np.asarray(dp.greedy(dp.backward_induction(problem).Q))
+            return np.asarray(ties.greedy(dp.backward_induction(problem).Q))
         cloud = as_apomdp(problem)
         return tuple(map(np.asarray, tree.optimal_policy(cloud, tree.tree(cloud))))
 
@@ -150,7 +151,7 @@ def certainty_equivalence(tasks: Tasks) -> list[np.ndarray]:
             r=jnp.broadcast_to(jnp.asarray(rewards / n), (H, S, A)),
             rho=problem.rho,
         )
-        found.append(np.asarray(dp.greedy(dp.backward_induction(estimate).Q)))
+        found.append(np.asarray(ties.greedy(dp.backward_induction(estimate).Q)))
     return found
 
 
@@ -203,7 +204,7 @@ def layer(tasks: Tasks) -> list[np.ndarray]:
 
 def greedy(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Actions [H, S] of values [H, S, A]."""
-    return [np.asarray(dp.greedy(jnp.asarray(Q))) for Q in tables]
+    return [np.asarray(ties.greedy(jnp.asarray(Q))) for Q in tables]
 
 
 def _pairs(s: np.ndarray, a: np.ndarray, y: np.ndarray, S: int, A: int) -> np.ndarray:
@@ -221,7 +222,7 @@ Rule = Callable[[np.ndarray, int], np.ndarray]
 def qmdp(tasks: Tasks) -> Answers:
     def rule(cloud: APOMDP) -> Rule:
         Q = seen_values(cloud)
-        return lambda belief, stage: _maxmin(cloud, np.einsum("ms,msa->ma", belief, Q[stage]))
+        return lambda belief, stage: alpha_maxmin(cloud.alpha, np.einsum("ms,msa->ma", belief, Q[stage]), 0)
 
     return _believing(tasks, rule)
 
@@ -241,7 +242,7 @@ def _believing(tasks: Tasks, rule: Callable[[APOMDP], Rule]) -> Answers:
     def policy(problems: Sequence[POMDP | APOMDP]) -> Policy:
         with double_precision():
             clouds = [jax.tree.map(np.asarray, as_apomdp(problem)) for problem in problems]
-            kernels = [[np.asarray(tree.kernel(cloud, t)) for t in range(cloud.horizon)] for cloud in clouds]
+            kernels = [[np.asarray(joint_kernel(cloud, t)) for t in range(cloud.horizon)] for cloud in clouds]
         rules = [rule(cloud) for cloud in clouds]
         beliefs: list[list[np.ndarray]] = []  # of each task, at the histories of the last stage
 
@@ -262,9 +263,7 @@ def _believing(tasks: Tasks, rule: Callable[[APOMDP], Rule]) -> Answers:
 def _updated(K: np.ndarray, belief: np.ndarray, asked: Asked) -> np.ndarray:
     """The belief [M, S] after the last step of a history, the same under every model; K [A, M, O, S, S]."""
     last = asked.steps[-2]
-    m = last.model or 0
-    joint = belief[m] @ K[last.action, m, last.observation]
-    return np.broadcast_to(joint / joint.sum(), belief.shape)
+    return update_belief(K, belief, last.action, last.model or 0, last.observation)
 
 
 def seen_values(cloud: APOMDP) -> np.ndarray:
@@ -274,13 +273,8 @@ def seen_values(cloud: APOMDP) -> np.ndarray:
     for h in reversed(range(H)):
         P = cloud.models.P[:, h if cloud.models.P.shape[1] > 1 else 0]
         Q[h] = cloud.models.r[:, h] + P @ V
-        V = _maxmin(cloud, Q[h]).max(-1)
+        V = alpha_maxmin(cloud.alpha, Q[h], 0).max(-1)
     return Q
-
-
-def _maxmin(cloud: APOMDP, values: np.ndarray) -> np.ndarray:
-    """Over the first axis, the models."""
-    return cloud.alpha * values.min(0) + (1 - cloud.alpha) * values.max(0)
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------------

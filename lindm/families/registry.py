@@ -1,21 +1,25 @@
-"""A decision problem with the names of its parts, from what a user types: `.pomdp` files, or a problem that ships with lindm."""
+"""Problems by name: `make` for a suite or a problem that ships with lindm, `load_problem` for `.pomdp` files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from lindm import validate
-from lindm.errors import did_you_mean
+from lindm.errors import did_you_mean, unknown
+from lindm.families import prostate, suites
 from lindm.problems import cassandra
-from lindm.problems.apomdp import CENTRES, PROSTATE_ACTIONS, PROSTATE_OBSERVATIONS, PROSTATE_STATES, apomdp, prostate
+from lindm.problems.apomdp import apomdp
 from lindm.types import Problem
 
-SHIPPED = ("prostate",)
+NAMED_PROBLEMS = ("prostate",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """One problem; names in the order of the indices, empty where the problem has no such part or its parts have no names."""
+class NamedProblem:
+    """A problem and the names of its parts in the order of the indices; empty where the problem or the file has no such names."""
 
     problem: Problem
     states: tuple[str, ...] = ()
@@ -24,17 +28,43 @@ class Source:
     models: tuple[str, ...] = ()
 
 
-def named(words: Sequence[str], horizon: int, discount: float | None = None, alpha: float | None = None) -> Source:
-    """The problem that `words` name: one file, several files that form a cloud, or the name of a shipped problem.
+def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
+    """A problem by name: a task of a suite, or a problem that ships with lindm.
+
+    Args:
+      name: mdp, pomdp or apomdp (`lindm.families.suites`), or prostate (`lindm.families.prostate`).
+      seed: of the task of a suite.
+      sizes: the arguments of `suites.suite`, or those of `prostate`.
+
+    Raises:
+      ValueError: an unknown name or size, or a size out of its range.
+    """
+    if name in suites.NAMES:
+        return NamedProblem(problem=suites.draw_task(jax.random.key(seed), suites.suite(name, **sizes)))
+    if name not in NAMED_PROBLEMS:
+        raise ValueError(unknown("name", name, (*suites.NAMES, *NAMED_PROBLEMS)))
+    if wrong := [size for size in sizes if size not in prostate.OPTIONS]:
+        raise ValueError(unknown("an option of prostate", wrong[0], prostate.OPTIONS))
+    return NamedProblem(
+        problem=prostate.prostate(**sizes),
+        states=prostate.STATES,
+        actions=prostate.ACTIONS,
+        observations=prostate.OBSERVATIONS,
+        models=prostate.CENTERS,
+    )
+
+
+def load_problem(words: Sequence[str], horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
+    """One `.pomdp` file as a POMDP, several files as the models of an APOMDP, or a problem of `NAMED_PROBLEMS`.
 
     Args:
       horizon: stages, at least one.
-      discount: in (0, 1]; None takes the file's own, and 0.97 for `prostate`.
-      alpha: attitude to the models of a cloud, in [0, 1]; needed by several files, refused for one; None is 0.5 for `prostate`.
+      discount: in (0, 1]; None is the file's own, and 0.97 for `prostate`.
+      alpha: attitude to ambiguity, in [0, 1]; required for several files, an error for one file; None is 0.5 for `prostate`.
 
     Raises:
-      ValueError: an argument is out of its range, or missing.
-      lindm.io.LindmError: a file is wrong (exit code 3), with its line.
+      ValueError: an argument is missing or out of its range.
+      DataError: a file is missing or wrong; the message names the line.
     """
     validate.count(horizon, "horizon")
     if discount is not None and not 0 < discount <= 1:
@@ -42,29 +72,24 @@ def named(words: Sequence[str], horizon: int, discount: float | None = None, alp
     if alpha is not None:
         validate.fraction(alpha, "alpha")
     if not words:
-        raise ValueError("FILE must name at least one .pomdp file, or a problem: " + ", ".join(SHIPPED))
-    if len(words) == 1 and words[0] in SHIPPED and not Path(words[0]).is_file():
-        cloud = prostate(horizon, 0.5 if alpha is None else alpha, discount=0.97 if discount is None else discount)
-        return Source(
-            problem=cloud,
-            states=PROSTATE_STATES,
-            actions=PROSTATE_ACTIONS,
-            observations=PROSTATE_OBSERVATIONS,
-            models=CENTRES,
-        )
+        raise ValueError("FILE must name at least one .pomdp file, or a problem: " + ", ".join(NAMED_PROBLEMS))
+    if len(words) == 1 and words[0] in NAMED_PROBLEMS and not Path(words[0]).is_file():
+        given = {"discount": discount, "alpha": alpha}
+        return make(words[0], horizon=horizon, **{name: value for name, value in given.items() if value is not None})
     for word in words:
         if not Path(word).suffix and not Path(word).is_file():
-            known = f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(SHIPPED)})"
-            raise ValueError(known + did_you_mean(word, SHIPPED))
+            known = f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(NAMED_PROBLEMS)})"
+            raise ValueError(known + did_you_mean(word, NAMED_PROBLEMS))
     if alpha is not None and len(words) == 1:
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")
     if alpha is None and len(words) > 1:
-        raise ValueError("alpha must be given for several files, which form a cloud: 1 is the worst case, 0 the best")
+        raise ValueError("alpha must be given for several files, which are models of one APOMDP: 1 is the worst case, 0 the best")
     models = [cassandra.read(word) for word in words]
     pomdps = cassandra.to_pomdps(models, words, horizon, discount)
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
     if len(words) == 1:
-        return Source(problem=pomdps[0], **names)
+        return NamedProblem(problem=pomdps[0], **names)
     assert alpha is not None
     stems = tuple(Path(word).stem for word in words)
-    return Source(problem=apomdp(pomdps, alpha), models=stems if len(set(stems)) == len(stems) else tuple(words), **names)
+    unique = len(set(stems)) == len(stems)
+    return NamedProblem(problem=apomdp(pomdps, alpha), models=stems if unique else tuple(words), **names)

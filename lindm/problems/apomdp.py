@@ -12,6 +12,7 @@ carry m, since what is observed depends on it. Both need the models to agree on 
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +21,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lindm import validate
-from lindm.problems.mdp import over_stages
 from lindm.problems.pomdp import draw_pomdp, pomdp
 from lindm.types import APOMDP, POMDP
-
-PROSTATE_STATES = ("low-risk", "high-risk", "treated")
-PROSTATE_ACTIONS = ("defer", "biopsy")
-PROSTATE_OBSERVATIONS = tuple(f"psa-{bin}-{result}" for bin in (1, 2, 3) for result in ("negative", "positive", "null"))
-CENTRES = ("JH", "UCSF", "UofT", "PRIAS")
-# per centre: high risk at the start (misclassified), progression in a year, sensitivity of a biopsy
-_RATES = ((0.0583, 0.0691, 0.7184), (0.0809, 0.1217, 0.7431), (0.0774, 0.1016, 0.7949), (0.0653, 0.0841, 0.7614))
-# per centre: law of the three bins of PSA at low and at high risk
-_PSA = (
-    ((0.3552, 0.4311, 0.2137), (0.2868, 0.4706, 0.2426)),
-    ((0.0768, 0.5680, 0.3552), (0.0678, 0.5736, 0.3586)),
-    ((0.4573, 0.3422, 0.2005), (0.3312, 0.2368, 0.4320)),
-    ((0.1361, 0.5357, 0.3282), (0.1094, 0.5501, 0.3405)),
-)
 
 
 def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
@@ -81,6 +67,16 @@ def single(model: POMDP, alpha: ArrayLike = 1.0) -> APOMDP:
 def as_apomdp(problem: POMDP | APOMDP) -> APOMDP:
     """A POMDP as an APOMDP with one model; an APOMDP is returned unchanged."""
     return single(problem) if isinstance(problem, POMDP) else problem
+
+
+def alpha_maxmin(alpha: ArrayLike, values: Any, axis: int) -> Any:
+    """alpha min_m values + (1 - alpha) max_m values over the axis of the models; with one model its value, to the last bit.
+
+    Accepts numpy and JAX arrays.
+    """
+    if values.shape[axis] == 1:
+        return values.squeeze(axis)
+    return alpha * values.min(axis) + (1 - alpha) * values.max(axis)
 
 
 def draw_apomdp(
@@ -128,60 +124,6 @@ def draw_apomdp(
         rho=drawn.rho[1:],
     )
     return APOMDP(models=cloud, alpha=jnp.asarray(alpha, share.dtype))
-
-
-def prostate(
-    horizon: int = 10,
-    alpha: ArrayLike = 0.5,
-    *,
-    discount: ArrayLike = 0.97,
-    biopsy_loss: float = 0.05,
-    untreated_loss: float = 0.2,
-    treated_loss: float = 0.07,
-) -> APOMDP:
-    """Active surveillance of prostate cancer as seen by four centres (`CENTRES`); a stage is a year.
-
-    Rates and laws of PSA are those of Li and Denton (Multi-model POMDPs, 2023, Tables 5-6). The state `treated` is ours: a
-    positive biopsy ends the surveillance, and nothing leads back. The rewards are ours too, stand-ins in quality-adjusted life
-    years; values are not to be compared with the paper's.
-
-    Within a year the disease moves first (low to high risk), then a biopsy, if it was chosen, finds high risk with its
-    sensitivity and leads to `treated`; it never errs on low risk. What is observed is the bin of PSA and the result (null exactly
-    after `defer`). Treated patients keep the PSA of high risk, which makes the year of the finding right; afterwards the state is
-    known and what is observed, `positive` after every further biopsy, tells nothing.
-
-    Args:
-      horizon: years, at least one.
-      alpha: in [0, 1]. May be traced, as `discount` may.
-      biopsy_loss: of a biopsy, in whatever state.
-      untreated_loss, treated_loss: of a year at high risk, and of a year after the treatment.
-
-    Raises:
-      ValueError: a number is out of its range.
-    """
-    H = validate.count(horizon, "horizon")
-    validate.fraction(alpha, "alpha")
-    names = ("biopsy_loss", "untreated_loss", "treated_loss")
-    for loss, name in zip((biopsy_loss, untreated_loss, treated_loss), names, strict=True):
-        validate.nonnegative(loss, name)
-    P, O = np.zeros((len(CENTRES), 1, 3, 2, 3)), np.zeros((len(CENTRES), 1, 2, 3, 3, 3))
-    for m, ((_, onset, found), (low, high)) in enumerate(zip(_RATES, _PSA, strict=True)):
-        progress = np.array([[1 - onset, onset, 0], [0, 1, 0], [0, 0, 1]])
-        biopsy = np.array([[1, 0, 0], [0, 1 - found, found], [0, 0, 1]])
-        P[m, 0, :, 0], P[m, 0, :, 1] = progress, progress @ biopsy
-        negative, positive, null = np.eye(3)
-        for s, (psa, result) in enumerate(((low, negative), (high, negative), (high, positive))):
-            O[m, 0, 0, s], O[m, 0, 1, s] = np.outer(psa, null), np.outer(psa, result)
-    r = np.array([1.0, 1 - untreated_loss, 1 - treated_loss])[:, None] - np.array([0.0, biopsy_loss])
-    rho = np.array([(1 - missed, missed, 0) for missed, _, _ in _RATES])
-    dtype = jnp.result_type(float)
-    cloud = POMDP(
-        P=jnp.asarray(P, dtype),
-        O=jnp.asarray(O.reshape(*O.shape[:4], 9), dtype),
-        r=jnp.broadcast_to(over_stages(jnp.asarray(r, dtype), H, discount), (len(CENTRES), H, 3, 2)),
-        rho=jnp.asarray(rho, dtype),
-    )
-    return APOMDP(models=cloud, alpha=jnp.asarray(alpha, dtype))
 
 
 def optimistic(problem: APOMDP) -> POMDP:

@@ -82,19 +82,6 @@ def occupancy(mdp: MDP, pi: Array) -> Array:
     return jax.lax.scan(stage, mdp.rho, (_stages(mdp), _as_stochastic(mdp, pi)))[1]
 
 
-def greedy(Q: Array, tolerance: float = 1e-12) -> Array:
-    """The greedy action [..., S] (int32) of Q [..., S, A]: the lowest index among those within tolerance of the best.
-
-    The tolerance is relative to the largest |max_a Q| of the stage (over the last axis but one), which sets the size of the
-    rounding in all its states: a positive factor of Q never changes an action, and a tie of values near zero is still a tie. The
-    value of an action that nobody takes, however forbidding, blurs nothing. Without a tolerance rounding would break ties, and
-    break them differently on different machines.
-    """
-    V = Q.max(-1, keepdims=True)
-    slack = tolerance * jnp.abs(V).max(-2 if Q.ndim > 1 else -1, keepdims=True)
-    return jnp.argmax(V - slack <= Q, axis=-1).astype(jnp.int32)
-
-
 def solve_many(solver: Callable, problems, *args, batch_size: int | None = None):
     """Map `solver` over the leading axis of `problems` (and of `args`), a few at a time.
 

@@ -53,6 +53,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from lindm.solvers.belief import joint_kernel
 from lindm.types import APOMDP, at_stage
 from lindm.validate import count
 
@@ -98,7 +99,7 @@ def net(problem: APOMDP, *, points: int = POINTS) -> Net:
         raise ValueError(f"problem must be a single one, with rewards [M, H, S, A]; got rewards of shape {cloud.r.shape}")
     r, rho = np.asarray(cloud.r, np.float64).transpose(1, 0, 3, 2), np.asarray(cloud.rho, np.float64)
     alpha, H, (M, S) = float(problem.alpha), len(r), rho.shape
-    K = [_kernel(problem, h) for h in range(max(cloud.P.shape[1], cloud.O.shape[1]))]
+    K = [np.asarray(joint_kernel(problem, h)).swapaxes(0, 1) for h in range(max(cloud.P.shape[1], cloud.O.shape[1]))]
     K = K * H if len(K) == 1 else K
     low, high, lipschitz = _everywhere(K, r)
 
@@ -208,13 +209,7 @@ def memory_bytes(problem: APOMDP, points: int) -> int:
     return arrays + links + 8 * (8 * S + 8) * children * max(sizes[:-1], default=1)
 
 
-# --- the cloud
-
-
-def _kernel(problem: APOMDP, h: int) -> np.ndarray:
-    """K [M, A, O, S, S]: the probability of an observation and of the next state."""
-    P, O = (np.asarray(part, np.float64) for part in (problem.models.P, problem.models.O))
-    return np.einsum("msax,maxo->maosx", P[:, h if P.shape[1] > 1 else 0], O[:, h if O.shape[1] > 1 else 0])
+# --- slopes of a difference
 
 
 def _rise(d: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

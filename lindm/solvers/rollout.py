@@ -1,4 +1,4 @@
-"""Behaviour policies at work: rollouts in batch, every index drawn by inverse CDF from one uniform number."""
+"""Rollouts of behavior policies in batch. Every index is drawn by inverse CDF from one uniform number."""
 
 from dataclasses import replace
 
@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 from lindm import validate
 from lindm.problems.apomdp import as_apomdp
 from lindm.random import flat
-from lindm.solvers.dp import greedy
-from lindm.solvers.solve import Solution, advance, label, labels, q_bounds
-from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, Problem, at_stage
+from lindm.solvers.belief import advance
+from lindm.solvers.solve import Solution, label, labels, q_bounds
+from lindm.solvers.ties import greedy
+from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, at_stage
 
 
 def cumulative(p: Array) -> Array:
@@ -52,7 +53,7 @@ def step(P: Array, s: Array, a: Array, u: Array) -> Array:
 
 
 def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
-    """n independent episodes of a behaviour policy.
+    """n independent episodes of a behavior policy.
 
     Args:
         pi: [H, S] int actions, or [H, S, A] probabilities.
@@ -73,30 +74,34 @@ def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
     return Episodes(s=s.T, a=a.T, r=r.T)
 
 
-# --- around the oracle ---------------------------------------------------------------------------------------------------
+# --- demonstrations -------------------------------------------------------------------------------------------------------
 
 
 def demonstrate(
-    key: Array, problem: Problem, solution: Solution, n: int, epsilon: ArrayLike, nature: ArrayLike | None = None
+    key: Array, solution: Solution, n: int, epsilon: ArrayLike, nature: ArrayLike | None = None
 ) -> tuple[Episodes, Labels]:
-    """n episodes of a behaviour around the oracle, every step labelled by it.
+    """n labeled episodes of an epsilon-greedy behavior policy around the optimal policy.
 
-    At each step the behaviour takes a uniformly random action with probability `epsilon` and the oracle's otherwise:
-    0 is the oracle, 1 is uniform.
+    At each step the behavior policy takes a uniformly random action with probability `epsilon` and the solution's action
+    otherwise: 0 is the optimal policy, 1 the uniform one.
 
     Args:
-      solution: of this problem, by `lindm.solvers.solve.solve`.
       epsilon: in [0, 1].
-      nature: the model [] that makes every step of an APOMDP. If None nature plays the problem's own game: against the action
-        taken it has the worst model of the oracle's continuation with probability alpha, and the best one otherwise.
-    Returns: Episodes [n, H] (an MDP has no m and o, a POMDP no m) and their Labels.
-    Raises: ValueError: a number is out of its range (traced ones are not looked at), or `nature` is given where it has no choice.
+      nature: the model [] that makes every step of an APOMDP. If None, nature plays the game of the APOMDP: against the action
+        taken it picks the worst model, under optimal continuation, with probability alpha, and the best one otherwise.
+
+    Returns:
+      Episodes [n, H] (an MDP has no m and o, a POMDP no m) and their Labels.
+
+    Raises:
+      ValueError: a number is out of its range (traced ones are not checked), or `nature` is given for a problem with one model.
     """
+    problem = solution.problem
     validate.count(n, "n")
     validate.fraction(epsilon, "epsilon")
     if nature is not None:
         if not isinstance(problem, APOMDP):
-            raise ValueError("nature must be left out where there is one model")
+            raise ValueError("nature must be left out for a problem with one model")
         M = problem.num_models
         if not isinstance(nature, Tracer) and not 0 <= int(jnp.asarray(nature)) < M:
             raise ValueError(f"nature must be a model from 0 to {M - 1}; got {nature}")
@@ -105,12 +110,12 @@ def demonstrate(
         A = problem.num_actions
         best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
         episodes = rollout(key, problem, best + jnp.asarray(epsilon, best.dtype) * (1 / A - best), n)
-        return episodes, labels(problem, solution, episodes)
-    episodes, found = _around(key, as_apomdp(problem), solution, n, epsilon, nature)
-    return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), found
+        return episodes, labels(solution, episodes)
+    episodes, labeled = _demonstrate(key, as_apomdp(problem), solution, n, epsilon, nature)
+    return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), labeled
 
 
-def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, nature) -> tuple[Episodes, Labels]:
+def _demonstrate(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, nature) -> tuple[Episodes, Labels]:
     H, A = problem.horizon, problem.num_actions
     u = flat(jax.random.uniform, key, (n, H, 6), problem.models.rho.dtype)
 
@@ -119,19 +124,19 @@ def _around(key: Array, problem: APOMDP, solution: Solution, n: int, epsilon, na
             history, beliefs, s = carry
             t, (u_mix, u_act, u_model, u_start, u_next, u_seen) = at
             lower, upper, G = q_bounds(problem, solution.tables, t, history, beliefs)
-            found = label(lower, upper, solution.exact)
-            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), found.action)
+            labeled = label(lower, upper, solution.exact)
+            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), labeled.action)
             if nature is None:
                 m = jnp.where(u_model < problem.alpha, G[a].argmin(), G[a].argmax()).astype(jnp.int32)
             else:
                 m = jnp.asarray(nature, jnp.int32)
-            # the first state is drawn when its law is known: from rho of the model that nature took
+            # the first state is drawn after nature's first choice: from rho of that model
             s = jnp.where(t == 0, invert(cumulative(problem.models.rho[m]), u_start), s)
             here = jax.tree.map(lambda x: x[m], problem.models)
             following = invert(cumulative(at_stage(here.P, t)[s, a]), u_next)
             o = invert(cumulative(at_stage(here.O, t)[a, following]), u_seen)
-            made = Episodes(s=s, a=a, r=here.r[t, s, a], m=m, o=o)
-            return (*advance(problem, t, history, beliefs, a, m, o), following), (made, found)
+            taken = Episodes(s=s, a=a, r=here.r[t, s, a], m=m, o=o)
+            return (*advance(problem, t, history, beliefs, a, m, o), following), (taken, labeled)
 
         zero = jnp.zeros((), jnp.int32)
         stages = (jnp.arange(H), tuple(u.T))

@@ -14,30 +14,30 @@ from lindm.errors import DataError
 from lindm.io import files
 from lindm.solvers import hsvi, net, tree
 from lindm.solvers.solve import Solution
-from lindm.types import APOMDP, MDP, POMDP, Plan, Problem
+from lindm.types import APOMDP, MDP, POMDP, Plan
 
 FORMAT = 1
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, net.Net, Solution)}
 
 
-def save_solution(path: Path, problem: Problem, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:
+def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:
     """Write a solved problem to `path`, atomically; `names`: of states, actions, observations and models."""
     arrays: dict[str, np.ndarray] = {}
-    header = {"format": FORMAT, "problem": _store(problem, "problem", arrays), "solution": _store(solution, "solution", arrays)}
+    header = {"format": FORMAT, "solution": _store(solution, "solution", arrays)}
     buffer = io.BytesIO()
     np.savez(buffer, header=np.array(json.dumps(header | {"names": names})), **arrays)  # pyright: ignore[reportArgumentType]
     files.write_atomic(path, buffer.getvalue())
 
 
-def load_solution(path: Path) -> tuple[Problem, Solution, dict[str, tuple[str, ...]]]:
+def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
     """Read a file of `save_solution`. DataError where it is none, or one of another version."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
             if header["format"] != FORMAT:
                 raise DataError(f"{path}: format {header['format']} of a solution; this version reads format {FORMAT}")
-            problem, solution = (_restore(header[part], part, stored) for part in ("problem", "solution"))
-            return problem, solution, {part: tuple(names) for part, names in header["names"].items()}
+            solution = _restore(header["solution"], "solution", stored)
+            return solution, {part: tuple(names) for part, names in header["names"].items()}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise DataError(f"{path}: not a solution of `lindm`: {e}") from e
 

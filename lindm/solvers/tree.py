@@ -1,21 +1,20 @@
-r"""Exact answers by the unnormalised belief tree, for POMDPs and ambiguous ones alike: einsums only, no division, no sampling.
+r"""Exact solution of POMDPs and APOMDPs by the tree of unnormalized beliefs: einsums only, no division, no sampling.
 
-A history is a sequence of steps (a, m, o): the action, the model that nature took, the observation (a POMDP is a cloud of one
-model). Its unnormalised belief U, the joint law of the history and the present state, needs one product per step,
+The unnormalized belief U(h) of a history h (`lindm.solvers.belief`) is the joint law of the history and the present state. It
+needs one product a step,
 
-    U(h a m o) = U(h) K_m[a, o],     K_m[a, o, s, s'] = P_m[s, a, s'] O_m[a, s', o],     U() = rho_m under model m,
+    U(h a m o) = U(h) K_m[a, o],     U() = rho_m under model m,
 
-and the values, which are positively homogeneous in U, come back up the tree with no normalisation on the way:
+and the values, which are positively homogeneous in U, are computed backward without any normalization:
 
     G_m(h, a) = U(h) . r_m(., a) + sum_o V(h a m o),
     Q(h, a)   = alpha min_m G_m(h, a) + (1 - alpha) max_m G_m(h, a),      V(h) = max_a Q(h, a).
 
-The value of any policy over histories is the same recursion with its action (or its mixture) in the place of the maximum.
+The value of any policy over histories is the same recursion with the policy's action, or the mean under its action probabilities,
+in place of the maximum.
 
-Histories of stage t are numbered 0 .. (A M O)^t - 1, the last step most significant: step d = (a M + m) O + o after history i
-makes history i + d (A M O)^t. That way the histories of one stage are the fast axis of every array, all arithmetic runs along
-it, and no array is permuted. From a stage on whose subtrees fit a core's cache, subtrees are done one block at a time; the last
-stage's beliefs are never formed, its rewards are pulled back one step instead: r -> K r.
+Arithmetic runs along the histories of one stage, the fast axis of every array. Where subtrees fit the cache of a core, they are
+computed one block at a time. The beliefs of the last stage are never formed: its rewards are pulled back one step, r -> K r.
 """
 
 from collections.abc import Callable
@@ -27,46 +26,32 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm import validate
-from lindm.solvers.dp import greedy
-from lindm.types import APOMDP, at_stage
+from lindm.problems.apomdp import alpha_maxmin
+from lindm.solvers.belief import branching, first_history, joint_kernel, num_histories, stage_rewards
+from lindm.solvers.ties import greedy
+from lindm.types import APOMDP
 
-CACHE = 1 << 18  # bytes of the last stage of a block of subtrees
+CACHE_BYTES = 1 << 18  # size of the last stage of a block of subtrees
 
 Policy = tuple[Array, ...]
-"""One array a stage: actions [histories] (int) or probabilities [histories, A]; `branching` ** t histories at stage t."""
-
+"""One array for each stage: actions [histories] (int) or probabilities [histories, A]; stage t has branching^t histories."""
 
 Choice = Callable[[Array], Array]
-"""Q [A, n] -> V [n]: what is made of the action values, the same at every history."""
+"""Q [A, n] -> V [n]: the value of a history from its action values."""
 BEST: Choice = partial(jnp.max, axis=0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """Q* at every history, normalised by the history's probability; zero where that is zero."""
+    """Q* at every history, normalized by the history's probability; zero where that is zero."""
 
     Q: Array  # [..., histories of all stages, A], stage after stage (`first_history`)
 
 
-def branching(problem: APOMDP) -> int:
-    """A M O: the number of ways in which a history goes on."""
-    return problem.num_actions * problem.num_models * problem.num_observations
-
-
-def first_history(branches: int, t: int) -> int:
-    """The row of `Tree.Q` at which stage t begins; with t = H, the number of all histories."""
-    return (branches**t - 1) // (branches - 1) if branches > 1 else t
-
-
-def histories(problem: APOMDP) -> int:
-    """The number of histories of all stages."""
-    return first_history(branching(problem), problem.horizon)
-
-
 def memory_bytes(problem: APOMDP) -> int:
-    """What `tree` holds at its largest, in double precision: the table, its stages before they are joined, and copies between."""
-    return 4 * 8 * problem.num_actions * histories(problem)
+    """Peak memory of `tree` in double precision: the table, its stages before they are joined, and copies."""
+    return 4 * 8 * problem.num_actions * num_histories(problem)
 
 
 def stage_Q(tree: Tree, t: int, branches: int) -> Array:
@@ -76,50 +61,22 @@ def stage_Q(tree: Tree, t: int, branches: int) -> Array:
 
 
 def optimal_policy(problem: APOMDP, tree: Tree) -> Policy:
-    """An optimal action at every history, lowest index among ties: one int32 array [histories] a stage."""
+    """The greedy action (`lindm.solvers.ties`) at every history: one int32 array [histories] for each stage."""
     B = branching(problem)
-    return tuple(jax.vmap(greedy)(stage_Q(tree, t, B)) for t in range(problem.horizon))
+    return tuple(greedy(stage_Q(tree, t, B), per_row=True) for t in range(problem.horizon))
 
 
 def uniform_policy(problem: APOMDP) -> Policy:
-    """Every action with the same probability, at every history."""
+    """The same probability for every action, at every history."""
     H, A = problem.horizon, problem.num_actions
     return tuple(jnp.full((branching(problem) ** t, A), 1 / A, problem.models.r.dtype) for t in range(H))
-
-
-def history_index(problem: APOMDP, a: Array, m: Array, o: Array) -> Array:
-    """The number of a history within its stage: steps a, m, o [..., t] -> int32 [...]."""
-    M, O = problem.num_models, problem.num_observations
-    if branching(problem) ** a.shape[-1] > 2**31:
-        raise ValueError(f"a must have few enough steps for 32 bits; got {a.shape[-1]} with {branching(problem)} branches each")
-    place = branching(problem) ** jnp.arange(a.shape[-1], dtype=jnp.int32)
-    return jnp.sum(((a * M + m) * O + o) * jnp.broadcast_to(place, a.shape), axis=-1, dtype=jnp.int32)
 
 
 # --- the recursion -----------------------------------------------------------------------------------------------------
 
 
-def kernel(problem: APOMDP, t: int) -> Array:
-    """K [A, M, O, S, S] of stage t: probability of the next state and of the observation."""
-    P = jax.vmap(lambda x: at_stage(x, t))(problem.models.P)
-    O = jax.vmap(lambda x: at_stage(x, t))(problem.models.O)
-    return jnp.einsum("msau,mauo->amosu", P, O)
-
-
-def rewards(problem: APOMDP, t: int) -> Array:
-    """r [A, M, S] of stage t."""
-    return problem.models.r[:, t].transpose(2, 0, 1)
-
-
-def mixed(alpha: Array, G: Array, axis: int) -> Array:
-    """alpha min_m G + (1 - alpha) max_m G along the axis of the models; of one model G itself, to the last bit."""
-    if G.shape[axis] == 1:
-        return G.squeeze(axis)
-    return alpha * G.min(axis) + (1 - alpha) * G.max(axis)
-
-
 def _weighted(coefficients: Array, U: Array) -> Array:
-    """sum_s coefficients[..., s] U[s, n] -> [..., n], as a fused sum: too few states for a matrix product."""
+    """sum_s coefficients[..., s] U[s, n] -> [..., n], as a fused sum: there are too few states for a matrix product."""
     U = U.reshape(*(1,) * (coefficients.ndim - 1), *U.shape)
     total = coefficients[..., 0, None] * U[..., 0, :]
     for s in range(1, coefficients.shape[-1]):
@@ -129,49 +86,49 @@ def _weighted(coefficients: Array, U: Array) -> Array:
 
 def _children(problem: APOMDP, U: Array, t: int) -> Array:
     """U [S, n] of stage t -> [S, A M O n] of stage t + 1."""
-    K = kernel(problem, t)
+    K = joint_kernel(problem, t)
     return _weighted(K.transpose(4, 0, 1, 2, 3), U).reshape(K.shape[-1], -1)
 
 
 def _last(problem: APOMDP, U: Array) -> tuple[Array, Array]:
     """Q [A, A M O n] of the last stage and the histories' probabilities [A M O n], from U [S, n] one stage before."""
     H = problem.horizon
-    K, r = kernel(problem, H - 2), rewards(problem, H - 1)
+    K, r = joint_kernel(problem, H - 2), stage_rewards(problem, H - 1)
     G = _weighted(jnp.einsum("amosu,bnu->bnamos", K, r), U)  # [A, M, A, M, O, n]
-    Q = mixed(problem.alpha, G, 1)
+    Q = alpha_maxmin(problem.alpha, G, 1)
     return Q.reshape(len(Q), -1), _weighted(K.sum(-1), U).reshape(-1)
 
 
 def _backed_up(problem: APOMDP, U: Array, V: Array, t: int) -> Array:
     """Q [A, n] at histories with U [S, n], from V [A M O n] of their children."""
-    r = rewards(problem, t)
+    r = stage_rewards(problem, t)
     G = _weighted(r, U) + V.reshape(*r.shape[:2], -1, U.shape[1]).sum(2)
-    return mixed(problem.alpha, G, 1)
+    return alpha_maxmin(problem.alpha, G, 1)
 
 
 def _below(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
-    """V [n] at histories of stage t >= 1 with U [S, n]; with `keep`, normalised Q [A, n] of this stage and of all below it."""
+    """V [n] at histories of stage t >= 1 with U [S, n]; with `keep`, normalized Q [A, n] of this stage and of all below it."""
     H = problem.horizon
     mass = U.sum(0)
     if t == H - 1:
-        Q, deeper = mixed(problem.alpha, _weighted(rewards(problem, t), U), 1), []
+        Q, deeper = alpha_maxmin(problem.alpha, _weighted(stage_rewards(problem, t), U), 1), []
     elif t == H - 2:
         Q_last, mass_last = _last(problem, U)
-        Q, deeper = _backed_up(problem, U, choose(Q_last), t), [_normalised(Q_last, mass_last)] if keep else []
+        Q, deeper = _backed_up(problem, U, choose(Q_last), t), [_normalized(Q_last, mass_last)] if keep else []
     else:
         V, deeper = _below(problem, _children(problem, U, t), t + 1, keep, choose)
         Q = _backed_up(problem, U, V, t)
-    return choose(Q), [_normalised(Q, mass), *deeper] if keep else []
+    return choose(Q), [_normalized(Q, mass), *deeper] if keep else []
 
 
-def _normalised(Q: Array, mass: Array) -> Array:
+def _normalized(Q: Array, mass: Array) -> Array:
     return jnp.where(mass[None] > 0, Q / jnp.where(mass > 0, mass, 1)[None], 0)
 
 
 def _block(problem: APOMDP, t: int) -> int:
-    """How many subtrees of stage t fit the cache together; 0 if not even one does."""
+    """The number of subtrees of stage t that fit the cache together; 0 if one does not."""
     A, M, B, H = problem.num_actions, problem.num_models, branching(problem), problem.horizon
-    return CACHE // (8 * A * M * B ** max(H - 1 - t, 0))
+    return CACHE_BYTES // (8 * A * M * B ** max(H - 1 - t, 0))
 
 
 def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
@@ -185,26 +142,26 @@ def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> 
     if block == 0:
         V, deeper = _subtrees(problem, _children(problem, U, t), t + 1, keep, choose)
         Q = _backed_up(problem, U, V, t)
-        return choose(Q), [_normalised(Q, U.sum(0)), *deeper] if keep else []
+        return choose(Q), [_normalized(Q, U.sum(0)), *deeper] if keep else []
     while n % block:  # blocks of one size
         block -= 1
     V, deeper = jax.lax.map(lambda u: _below(problem, u, t, keep, choose), U.reshape(len(U), -1, block).swapaxes(0, 1))
-    # [blocks, A, steps of the subtree, block] -> the block's place is just above its own histories
+    # [blocks, A, steps of the subtree, block] -> histories of the block are the lowest digits, the block comes next
     joined = [Q.reshape(*Q.shape[:2], -1, block).transpose(1, 2, 0, 3).reshape(Q.shape[1], -1) for Q in deeper]
     return V.reshape(-1), joined
 
 
 def _root(problem: APOMDP, keep: bool, choose: Choice = BEST) -> tuple[Array, list[Array]]:
-    """Q [A] at the start, where the belief under model m is rho_m, and with `keep` the normalised Q of all later stages."""
+    """Q [A] at the start, where the belief under model m is rho_m, and with `keep` the normalized Q of all later stages."""
     rho = problem.models.rho
-    G = jnp.einsum("ams,ms->am", rewards(problem, 0), rho)
+    G = jnp.einsum("ams,ms->am", stage_rewards(problem, 0), rho)
     deeper: list[Array] = []
     if problem.horizon > 1:
-        K = kernel(problem, 0)
+        K = joint_kernel(problem, 0)
         U = jnp.einsum("amosu,ms->uamo", K, rho)
         V, deeper = _subtrees(problem, U.reshape(len(U), -1), 1, keep, choose)
         G = G + V.reshape(K.shape[:3]).sum(-1)
-    return mixed(problem.alpha, G, 1), deeper
+    return alpha_maxmin(problem.alpha, G, 1), deeper
 
 
 @jax.jit
@@ -215,13 +172,13 @@ def value(problem: APOMDP) -> Array:
 
 @jax.jit
 def uniform_value(problem: APOMDP) -> Array:
-    """V [] of taking every action with the same probability: `policy_value` of `uniform_policy`, without its tables."""
+    """V [] of the uniformly random policy: `policy_value` of `uniform_policy`, without its tables."""
     return _root(problem, keep=False, choose=partial(jnp.mean, axis=0))[0].mean()
 
 
 @jax.jit
 def tree(problem: APOMDP) -> Tree:
-    """Q* at every history; memory as `memory_bytes` says."""
+    """Q* at every history; `memory_bytes` gives the memory."""
     Q, deeper = _root(problem, keep=True)
     return Tree(Q=jnp.concatenate([Q[:, None], *deeper], axis=1).T)
 
@@ -240,7 +197,7 @@ def check_shapes(problem: APOMDP, policy: Policy) -> None:
 
 
 def checked_policy(problem: APOMDP, policy: Policy) -> Policy:
-    """A policy over histories whose every stage has the right shape and holds actions or probabilities; ValueError if not."""
+    """The policy, if every stage has the right shape and holds actions or probabilities. ValueError if not."""
     check_shapes(problem, policy)
     A = problem.num_actions
     for t, table in enumerate(policy):
@@ -255,11 +212,10 @@ def checked_policy(problem: APOMDP, policy: Policy) -> Policy:
 
 @jax.jit
 def policy_value(problem: APOMDP, policy: Policy) -> Array:
-    """V^pi [] at the start of a policy over histories (`checked_policy` checks one): the same recursion, its action for the max.
+    """V^pi [] at the start of a policy over histories: V^pi(h) = sum_a pi(a | h) Q^pi(h, a).
 
-    A mixture is drawn after nature's choice is fixed for each action: V^pi(h) = sum_a pi(a | h) Q^pi(h, a).
+    A random action is drawn after nature has fixed its choice for each action. `checked_policy` checks the values of a policy.
     """
-
     check_shapes(problem, policy)
 
     def chosen(table: Array, Q: Array) -> Array:
@@ -270,12 +226,12 @@ def policy_value(problem: APOMDP, policy: Policy) -> Array:
 
     def below(U: Array, t: int) -> Array:
         if t == len(policy) - 1:
-            return chosen(policy[t], mixed(problem.alpha, _weighted(rewards(problem, t), U), 1))
+            return chosen(policy[t], alpha_maxmin(problem.alpha, _weighted(stage_rewards(problem, t), U), 1))
         return chosen(policy[t], _backed_up(problem, U, below(_children(problem, U, t), t + 1), t))
 
-    G = jnp.einsum("ams,ms->am", rewards(problem, 0), problem.models.rho)
+    G = jnp.einsum("ams,ms->am", stage_rewards(problem, 0), problem.models.rho)
     if len(policy) > 1:
-        K = kernel(problem, 0)
+        K = joint_kernel(problem, 0)
         U = jnp.einsum("amosu,ms->uamo", K, problem.models.rho)
         G = G + below(U.reshape(len(U), -1), 1).reshape(K.shape[:3]).sum(-1)
-    return chosen(next(iter(policy)), mixed(problem.alpha, G, 1)[:, None])[0]
+    return chosen(next(iter(policy)), alpha_maxmin(problem.alpha, G, 1)[:, None])[0]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lindm.evaluation.exact import whole_horizon_value
+from lindm.families.prostate import prostate
 from lindm.io import files
-from lindm.problems.apomdp import prostate
 from lindm.solvers import tree
 from lindm.types import APOMDP, POMDP
 from lindm_experiments import ambiguity

@@ -14,7 +14,8 @@ from jax import Array
 from lindm.icl import predictors
 from lindm.icl.prompts import oracle_labels
 from lindm.problems.linear_mdp import Family
-from lindm.solvers.dp import greedy, policy_value
+from lindm.solvers.dp import policy_value
+from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm_experiments.lib import linear_mdps
 

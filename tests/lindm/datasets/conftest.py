@@ -8,18 +8,18 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import DatasetConfig
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.types import MDP
 
 SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
 
 
-def fixed_mdp() -> Source:
+def fixed_mdp() -> NamedProblem:
     rng = np.random.default_rng(7)
     P, r = rng.dirichlet(np.ones(3), (1, 3, 3)), rng.normal(size=(4, 3, 3)).round(2)
     problem = MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray([0.5, 0.25, 0.25]))
-    return Source(problem=problem, states=("left", "middle", "right"), actions=("wait", "go", "turn"))
+    return NamedProblem(problem=problem, states=("left", "middle", "right"), actions=("wait", "go", "turn"))
 
 
 def config(**changes) -> DatasetConfig:

@@ -16,7 +16,7 @@ import pytest
 from lindm.datasets import Dataset, Episode, export, exports, make_dataset
 from lindm.datasets.text import with_names
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
-from lindm.families.registry import Source
+from lindm.families.registry import NamedProblem
 from lindm.text import COMPACT, READABLE, Document, Template, parse, render
 from lindm.types import MDP
 from tests.lindm.datasets.conftest import config
@@ -132,7 +132,7 @@ def test_a_template_must_show_what_the_problem_needs_and_have_its_symbols(made, 
 def many(actions, **names):
     """A problem with many actions."""
     r = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, actions)))
-    return Source(problem=MDP(P=jnp.full((1, 2, actions, 2), 0.5), r=r, rho=jnp.asarray([0.5, 0.5])), **names)
+    return NamedProblem(problem=MDP(P=jnp.full((1, 2, actions, 2), 0.5), r=r, rho=jnp.asarray([0.5, 0.5])), **names)
 
 
 def test_a_problem_with_more_actions_than_symbols_is_refused_before_anything_is_written(tmp_path):

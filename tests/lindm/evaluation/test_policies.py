@@ -17,7 +17,7 @@ from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp
 from lindm.problems.mdp import mdp
 from lindm.problems.pomdp import draw_pomdp
-from lindm.solvers import tree
+from lindm.solvers.belief import branching
 from lindm.text import Step
 from lindm.types import APOMDP, MDP
 
@@ -63,9 +63,7 @@ def number(problem, steps):
     """Of a history within its stage."""
     cloud = as_apomdp(problem)
     M, _, _, _, O = cloud.models.O.shape
-    return sum(
-        ((s.action * M + (s.model or 0)) * O + s.observation) * tree.branching(cloud) ** t for t, s in enumerate(steps[:-1])
-    )
+    return sum(((s.action * M + (s.model or 0)) * O + s.observation) * branching(cloud) ** t for t, s in enumerate(steps[:-1]))
 
 
 def asking(problem, table):
@@ -80,7 +78,7 @@ def random_table(problem, rng):
         return rng.integers(0, problem.num_actions, problem.r.shape[:2])
     cloud = as_apomdp(problem)
     _, H, _, A = cloud.models.r.shape
-    return tuple(rng.integers(0, A, tree.branching(cloud) ** t) for t in range(H))
+    return tuple(rng.integers(0, A, branching(cloud) ** t) for t in range(H))
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------------

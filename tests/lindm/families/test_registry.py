@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lindm.errors import DataError, LindmError
-from lindm.families.registry import named
-from lindm.problems.apomdp import CENTRES, PROSTATE_ACTIONS, prostate
+from lindm.families.prostate import ACTIONS, CENTERS, prostate
+from lindm.families.registry import load_problem
 from lindm.types import APOMDP, POMDP
 
 COIN = """discount: 0.5
@@ -35,35 +35,35 @@ def coins(tmp_path):
 
 
 def test_one_file_is_a_pomdp_with_its_names_and_its_discount(coins):
-    source = named(coins[:1], horizon=3)
+    source = load_problem(coins[:1], horizon=3)
     assert isinstance(source.problem, POMDP) and source.problem.r.shape == (3, 2, 2)
     assert (source.states, source.actions, source.observations) == (("heads", "tails"), ("look", "call"), ("shiny", "dull"))
     assert source.models == ()
     np.testing.assert_array_equal(source.problem.r[:, 0, 1], [1, 0.5, 0.25])
-    undiscounted = named(coins[:1], 3, discount=1.0).problem
+    undiscounted = load_problem(coins[:1], 3, discount=1.0).problem
     assert isinstance(undiscounted, POMDP)
     np.testing.assert_array_equal(undiscounted.r[:, 0, 1], [1, 1, 1])
 
 
 def test_several_files_are_a_cloud_named_after_them(coins):
-    source = named(coins, horizon=2, alpha=0.25)
+    source = load_problem(coins, horizon=2, alpha=0.25)
     assert isinstance(source.problem, APOMDP) and float(source.problem.alpha) == 0.25
     assert source.models == ("fair", "foggy")
     np.testing.assert_array_equal(source.problem.models.O[:, 0, 0, 0], [[0.75, 0.25], [0.5, 0.5]])
 
 
 def test_a_shipped_problem_goes_by_its_name():
-    source = named(["prostate"], horizon=4, alpha=0.3)
+    source = load_problem(["prostate"], horizon=4, alpha=0.3)
     wanted = prostate(4, 0.3)
     assert isinstance(source.problem, APOMDP)
     np.testing.assert_array_equal(source.problem.models.r, wanted.models.r)
-    assert source.models == CENTRES and source.actions == PROSTATE_ACTIONS
+    assert source.models == CENTERS and source.actions == ACTIONS
 
 
 def test_a_file_of_that_name_comes_first(coins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prostate").write_text(Path(coins[0]).read_text())
-    assert isinstance(named(["prostate"], horizon=1).problem, POMDP)
+    assert isinstance(load_problem(["prostate"], horizon=1).problem, POMDP)
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,19 @@ def test_a_file_of_that_name_comes_first(coins, tmp_path, monkeypatch):
 )
 def test_arguments_are_checked_before_a_file_is_read(words, options, rule):
     with pytest.raises(ValueError, match=rule):
-        named(words, **{"horizon": 2, **options})
+        load_problem(words, **{"horizon": 2, **options})
 
 
 def test_files_of_one_stem_keep_their_paths_apart(coins, tmp_path):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "fair.pomdp"
     twin.write_text(Path(coins[1]).read_text())
-    assert named([coins[0], str(twin)], horizon=1, alpha=1.0).models == (coins[0], str(twin))
+    assert load_problem([coins[0], str(twin)], horizon=1, alpha=1.0).models == (coins[0], str(twin))
 
 
 def test_models_of_different_problems_are_no_cloud(coins, tmp_path):
     other = tmp_path / "other.pomdp"
     other.write_text(COIN.format(p=0.5, q=0.5).replace("call", "bet"))
     with pytest.raises(LindmError, match=r"other.pomdp: actions must be as in") as stop:
-        named([coins[0], str(other)], horizon=1, alpha=1.0)
+        load_problem([coins[0], str(other)], horizon=1, alpha=1.0)
     assert isinstance(stop.value, DataError)

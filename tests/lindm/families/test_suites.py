@@ -77,7 +77,7 @@ def test_every_task_keeps_the_gap_and_has_rewards_in_round_numbers(name):
 
 
 def test_a_gap_that_no_task_has_shows_as_nan(monkeypatch):
-    monkeypatch.setattr(suites, "TRIES", 5)
+    monkeypatch.setattr(suites, "MAX_CANDIDATES", 5)
     greedy = replace(suites.suite("mdp", 4), gap=5.0)
     task = suites.draw_task(jax.random.key(0), greedy)
     assert isinstance(task, MDP) and np.isnan(np.asarray(task.r)).all()

@@ -20,7 +20,7 @@ def five_errors(sample, mean):
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_the_oracle_earns_its_value_in_the_game_that_nature_plays(brute, alpha):
     problem = brute.random(11, S=3, A=2, O=2, M=3, H=3, alpha=alpha).problem()
-    episodes, labels = demonstrate(jax.random.key(0), problem, solve(problem), 20_000, 0.0)
+    episodes, labels = demonstrate(jax.random.key(0), solve(problem), 20_000, 0.0)
     np.testing.assert_array_equal(episodes.a, labels.action)
     five_errors(np.asarray(episodes.r.sum(-1)), tree.value(problem))
 
@@ -28,7 +28,7 @@ def test_the_oracle_earns_its_value_in_the_game_that_nature_plays(brute, alpha):
 def test_a_uniform_behaviour_earns_the_value_of_the_uniform_policy_of_a_pomdp(brute):
     cloud = brute.random(12, M=1, H=4).problem()
     problem = jax.tree.map(lambda x: x[0], cloud.models)
-    episodes, labels = demonstrate(jax.random.key(1), problem, solve(problem), 20_000, 1.0)
+    episodes, labels = demonstrate(jax.random.key(1), solve(problem), 20_000, 1.0)
     assert episodes.m is None and isinstance(problem, POMDP)
     five_errors(np.asarray(episodes.r.sum(-1)), tree.policy_value(cloud, tree.uniform_policy(cloud)))
     assert abs((np.asarray(episodes.a) != np.asarray(labels.action)).mean() - 0.5) < 0.02
@@ -36,7 +36,7 @@ def test_a_uniform_behaviour_earns_the_value_of_the_uniform_policy_of_a_pomdp(br
 
 def test_epsilon_is_the_share_of_random_actions(brute):
     problem = brute.random(13, A=2, M=2, H=4).problem()
-    episodes, labels = demonstrate(jax.random.key(2), problem, solve(problem), 10_000, 0.3)
+    episodes, labels = demonstrate(jax.random.key(2), solve(problem), 10_000, 0.3)
     five_errors((np.asarray(episodes.a) != np.asarray(labels.action)).mean(-1), 0.15)  # half of them hit by chance
 
 
@@ -45,7 +45,7 @@ def test_under_a_fixed_model_the_oracle_earns_its_value_under_that_model(brute):
     solution = solve(problem)
     policy = tree.optimal_policy(problem, solution.tables)
     for m in range(3):
-        episodes, _ = demonstrate(jax.random.key(m), problem, solution, 20_000, 0.0, jnp.asarray(m))
+        episodes, _ = demonstrate(jax.random.key(m), solution, 20_000, 0.0, jnp.asarray(m))
         assert (np.asarray(episodes.m) == m).all()
         five_errors(np.asarray(episodes.r.sum(-1)), fixed_model_value(problem, policy, m))
 
@@ -53,7 +53,7 @@ def test_under_a_fixed_model_the_oracle_earns_its_value_under_that_model(brute):
 def test_every_step_has_the_oracles_answer_at_its_own_history(brute):
     world = brute.random(15, S=3, A=2, O=2, M=2, H=3, alpha=0.6, staged=True)
     problem = world.problem()
-    episodes, labels = demonstrate(jax.random.key(3), problem, solve(problem), 30, 0.7)
+    episodes, labels = demonstrate(jax.random.key(3), solve(problem), 30, 0.7)
     steps = [np.asarray(x) for x in (episodes.a, episodes.m, episodes.o)]
     for k in range(30):
         beliefs, history = list(world.rho), ()
@@ -71,7 +71,7 @@ def test_every_step_has_the_oracles_answer_at_its_own_history(brute):
 def test_nature_takes_the_worst_model_with_the_probability_of_the_attitude(brute):
     world = brute.random(16, M=3, H=2, alpha=0.7)
     problem = world.problem()
-    episodes, _ = demonstrate(jax.random.key(4), problem, solve(problem), 20_000, 1.0)
+    episodes, _ = demonstrate(jax.random.key(4), solve(problem), 20_000, 1.0)
     first, taken = np.asarray(episodes.a[:, 0]), np.asarray(episodes.m[:, 0])
     for a in range(world.A):
         G = world.G(list(world.rho), 0, (), a)
@@ -89,7 +89,7 @@ def test_an_mdp_is_demonstrated_and_labelled_at_its_states():
         rho=jnp.asarray(rng.dirichlet(np.ones(S))),
     )
     solution = solve(problem)
-    episodes, labels = demonstrate(jax.random.key(5), problem, solution, 20_000, 0.25)
+    episodes, labels = demonstrate(jax.random.key(5), solution, 20_000, 0.25)
     Q = np.asarray(dp.backward_induction(problem).Q)
     stages = np.arange(H)
     np.testing.assert_array_equal(labels.Q, Q[stages, np.asarray(episodes.s)])
@@ -111,10 +111,10 @@ def test_an_mdp_is_demonstrated_and_labelled_at_its_states():
 def test_numbers_out_of_their_range_are_refused(brute, n, epsilon, nature, rule):
     problem = brute.random(0, M=2, H=1).problem()
     with pytest.raises(ValueError, match=rule):
-        rollout.demonstrate(jax.random.key(0), problem, solve(problem), n, epsilon, nature)
+        rollout.demonstrate(jax.random.key(0), solve(problem), n, epsilon, nature)
 
 
 def test_nature_has_no_choice_among_one_model(brute):
     problem = jax.tree.map(lambda x: x[0], brute.random(0, M=1, H=1).problem().models)
-    with pytest.raises(ValueError, match="nature must be left out where there is one model"):
-        rollout.demonstrate(jax.random.key(0), problem, solve(problem), 1, 0.0, 0)
+    with pytest.raises(ValueError, match="nature must be left out for a problem with one model"):
+        rollout.demonstrate(jax.random.key(0), solve(problem), 1, 0.0, 0)

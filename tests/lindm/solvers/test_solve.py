@@ -79,8 +79,8 @@ def test_labels_from_bounds_keep_their_promise(brute, method):
     for seed in range(4):
         problem = first_model(brute.random(40 + seed, S=4, A=3, O=3, M=1, H=4).problem())
         exact, bounded = solve(problem), solve(problem, method, effort=1)  # as little as can be: labels of the net are wrong
-        episodes, truth = demonstrate(jax.random.key(0), problem, exact, 200, 1.0)
-        found = labels(problem, bounded, episodes)
+        episodes, truth = demonstrate(jax.random.key(0), exact, 200, 1.0)
+        found = labels(bounded, episodes)
         best = np.asarray(truth.Q).max(-1)
         chosen = np.take_along_axis(np.asarray(truth.Q), np.asarray(found.action)[..., None], -1)[..., 0]
         certificate, regret = np.asarray(found.certificate), np.asarray(found.regret)
@@ -95,8 +95,8 @@ def test_labels_from_bounds_keep_their_promise(brute, method):
 def test_labels_of_given_episodes_are_those_of_the_rollout(small, brute):
     for problem in (first_model(small.problem()), brute.random(32, M=2, H=3).problem()):
         solution = solve(problem)
-        episodes, found = demonstrate(jax.random.key(1), problem, solution, 50, 0.5)
-        again = labels(problem, solution, episodes)
+        episodes, found = demonstrate(jax.random.key(1), solution, 50, 0.5)
+        again = labels(solution, episodes)
         np.testing.assert_array_equal(again.action, found.action)
         np.testing.assert_array_equal(again.Q, found.Q)
         assert (np.asarray(again.certificate) == EXACT).all()
@@ -106,7 +106,7 @@ def test_the_first_action_is_the_best_one_before_anything_is_seen(brute):
     for seed in range(5):
         world = brute.random(seed, M=2, H=3)
         problem = world.problem()
-        assert int(first_action(problem, solve(problem))) == int(np.argmax(world.Q(list(world.rho), 0)))
+        assert int(first_action(solve(problem))) == int(np.argmax(world.Q(list(world.rho), 0)))
 
 
 def test_solve_under_jit_and_map_is_solve(brute):
@@ -147,8 +147,8 @@ def test_what_nobody_does_does_not_blur_what_is_done():
     r = jnp.asarray([[[0.2, 0.9, -1e12]]])
     problem = POMDP(P=jnp.ones((1, 1, 3, 1)), O=jnp.ones((1, 3, 1, 1)), r=r, rho=jnp.ones(1))
     solution = solve(problem)
-    assert int(first_action(problem, solution)) == 1 and float(solution.value) == 0.9
-    _, found = demonstrate(jax.random.key(0), problem, solution, 3, 1.0)
+    assert int(first_action(solution)) == 1 and float(solution.value) == 0.9
+    _, found = demonstrate(jax.random.key(0), solution, 3, 1.0)
     assert (np.asarray(found.action) == 1).all()
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_done_is_refused(brute):
         solve(cloud, "magic")
     with pytest.raises(ValueError, match="method must fit the budget of 10 bytes; a tree of this problem takes"):
         solve(cloud, "tree", budget=10)
-    with pytest.raises(ValueError, match=r"hsvi needs one model.*got a cloud of 2"):
+    with pytest.raises(ValueError, match=r"hsvi needs one model.*got an APOMDP with 2"):
         solve(cloud, "hsvi")
     with pytest.raises(ValueError, match=r"effort must be left out where the answer is exact \(tree\); got 5"):
         solve(cloud, effort=5)
@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_refused(brute):
     with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
         solve(mdp, "tree")
     with pytest.raises(ValueError, match="the first action of an MDP depends on its first state"):
-        first_action(mdp, solve(mdp))
+        first_action(solve(mdp))
     with pytest.raises(ValueError, match="method net runs on the host, not under jit or vmap"):
         jax.jit(lambda p: solve(p, "net").value)(cloud)
     with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; a tree of this problem takes more than 2\^60"):

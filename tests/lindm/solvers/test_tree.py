@@ -13,6 +13,7 @@ from lindm.problems import cassandra
 from lindm.problems.apomdp import mixture, optimistic, single
 from lindm.problems.pomdp import reveal
 from lindm.solvers import dp, tree
+from lindm.solvers.belief import history_index, num_histories
 from lindm.types import APOMDP, MDP
 
 CASES = [
@@ -60,7 +61,7 @@ def test_the_value_is_that_of_plain_recursion(brute, case):
 def test_the_action_values_at_every_history_are_those_of_plain_recursion(brute, case):
     world = brute.random(7, **case)
     table, B = tree.tree(world.problem()), world.A * world.M * world.obs
-    assert table.Q.shape == (tree.histories(world.problem()), world.A)
+    assert table.Q.shape == (num_histories(world.problem()), world.A)
     for t in range(world.H):
         Q, seen = tree.stage_Q(table, t, B), np.zeros(B**t, bool)
         for history, beliefs in world.histories(t):
@@ -73,7 +74,7 @@ def test_blocks_of_any_size_give_the_same_tree(brute, monkeypatch):
     problem = brute.random(1, S=3, A=2, O=2, M=1, H=7).problem()
     whole = tree.tree(problem).Q
     for cache in (0, 1 << 9, 3 << 10, 1 << 14):
-        monkeypatch.setattr(tree, "CACHE", cache)
+        monkeypatch.setattr(tree, "CACHE_BYTES", cache)
         jax.clear_caches()
         close(tree.tree(problem).Q, whole)
         close(tree.value(problem), whole[0].max())
@@ -118,7 +119,7 @@ def test_histories_are_numbered_with_the_last_step_most_significant(brute):
     rng = np.random.default_rng(0)
     steps = np.stack([rng.integers(0, n, (5, 3)) for n in (2, 2, 3)])
     wanted = [index(world, list(zip(*steps[:, k], strict=True))) for k in range(5)]
-    np.testing.assert_array_equal(tree.history_index(world.problem(), *steps), wanted)
+    np.testing.assert_array_equal(history_index(world.problem(), *steps), wanted)
 
 
 # --- reductions
@@ -218,7 +219,7 @@ def test_a_history_too_long_for_its_number_is_refused(brute):
     problem = brute.random(0, A=2, M=2, O=3, H=2).problem()
     steps = np.zeros((1, 10), np.int32)
     with pytest.raises(ValueError, match="a must have few enough steps for 32 bits; got 10 with 12 branches each"):
-        tree.history_index(problem, steps, steps, steps)
+        history_index(problem, steps, steps, steps)
 
 
 # --- values that others published

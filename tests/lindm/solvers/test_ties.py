@@ -1,4 +1,4 @@
-"""The greedy action and its tie rule."""
+"""The tie rule and the greedy action."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.solvers import dp
+from lindm.solvers import ties
 
-greedy = jax.jit(dp.greedy)
+greedy = jax.jit(ties.greedy)
 
 S, A, H = 4, 3, 3
 
@@ -41,6 +41,31 @@ def test_the_tolerance_is_relative_to_the_largest_magnitude():
     assert int(greedy(jnp.asarray([0.2, 0.9, -1e12]))) == 1
     assert int(greedy(jnp.asarray([100.0, 100.0 + 50 * eps]))) == 0
     assert int(greedy(jnp.asarray([100.0, 100.0 + 200 * eps]))) == 1
+
+
+def test_values_of_different_size_are_no_tie_however_small_both_are():
+    for Q in ([1e-13, 0.0], [3e-300, 1e-300], [-1e-13, 0.0], [0.0, -1e-30]):
+        best = np.arange(2) == np.argmax(Q)
+        np.testing.assert_array_equal(ties.optimal_actions(np.array(Q)), best)
+        np.testing.assert_array_equal(ties.optimal_actions(jnp.asarray(Q)), best)
+
+
+def test_all_tied_actions_are_optimal_and_numpy_agrees_with_jax():
+    rng = np.random.default_rng(0)
+    Q = rng.integers(0, 3, (5, 200, A)) + rng.choice([0.0, 1e-14], (5, 200, A))
+    optimal = ties.optimal_actions(Q)
+    np.testing.assert_array_equal(optimal, np.round(Q) == np.round(Q).max(-1, keepdims=True))
+    np.testing.assert_array_equal(ties.optimal_actions(jnp.asarray(Q)), optimal)
+    action = ties.greedy(Q)
+    assert isinstance(action, np.ndarray) and action.dtype == np.int32
+    np.testing.assert_array_equal(action, greedy(jnp.asarray(Q)))
+
+
+def test_rows_that_are_stages_of_their_own_have_a_scale_of_their_own():
+    Q = np.array([[0.0, 1e-8], [1e6, 0.0]])
+    np.testing.assert_array_equal(ties.optimal_actions(Q), [[True, True], [True, False]])
+    np.testing.assert_array_equal(ties.optimal_actions(Q, per_row=True), [[False, True], [True, False]])
+    np.testing.assert_array_equal(ties.greedy(jnp.asarray(Q), per_row=True), jax.vmap(greedy)(jnp.asarray(Q)))
 
 
 def test_the_largest_value_of_the_stage_sets_the_rounding_of_all_its_states():
