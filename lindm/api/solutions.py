@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lindm.api.problems import as_source
 from lindm.evaluation.losses import double_precision
