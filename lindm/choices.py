@@ -12,6 +12,9 @@ Behavior = Literal["oracle", "epsilon", "uniform"]
 Rewards = Literal["auto", "shown", "hidden"]
 """Rewards in a text: auto shows them where the state is observed."""
 
+Supervise = Literal["all", "query"]
+"""Trained steps of a text: those of the demonstrations and of the query (all), or of the query alone (query)."""
+
 Split = Literal["id", "ood"]
 """Split of a suite: in distribution or out of distribution."""
 

@@ -93,10 +93,8 @@ def _answer_span(tokenizer: Tokenizer, messages: Sequence[dict], i: int, whole: 
         through = apply_chat_template(tokenizer, messages[: i + 1])
     if not whole.startswith(prompt):
         raise DataError(f"the chat template renders the prompt of message {i} differently from the conversation up to it")
-    start, delimited = (
-        len(prompt),
-        whole.startswith(through),
-    )  # some templates render the last answer differently from earlier ones
+    start = len(prompt)
+    delimited = whole.startswith(through)  # some templates render the last answer differently from earlier ones
     end_of_turn = tokenizer_info(tokenizer).control_pattern.search(whole, start, len(through) if delimited else len(whole))
     if end_of_turn is None and not delimited:
         raise DataError(f"the chat template writes no control token after message {i}, so its end is unknown")

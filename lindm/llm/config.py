@@ -10,11 +10,12 @@ nor known to leave the logits unchanged raises an error unless its value is empt
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from lindm.errors import DataError
+from lindm.choices import check_choices
+from lindm.errors import DataError, unknown
 
 CONFIG = "config.json"
 MAX_LAYERS = 2**12  # the names of all tensors are built before any tensor is read
@@ -22,8 +23,6 @@ RopeType = Literal["default", "linear", "llama3"]
 Remat = Literal["full", "selective", "none"]
 """What the backward pass recomputes: everything but one activation per layer (full); attention, norms and nonlinearities, but no
 product with weights (selective); nothing (none)."""
-Supervise = Literal["all", "query"]
-"""Trained steps of a document: those of the demonstrations and the query (all), or of the query alone (query)."""
 BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
 """Storage of the frozen kernels under low-rank adapters (`lindm.llm.lora`)."""
 
@@ -65,6 +64,14 @@ IGNORED_KEYS = {
 }
 
 
+# keys of rope_parameters beside rope_type and rope_theta
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeParameters:
     """Rotary position embedding; the fields are the keys of `rope_parameters` in config.json.
@@ -80,14 +87,11 @@ class RopeParameters:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        if self.rope_type not in get_args(RopeType):
-            raise ValueError(f"rope_type must be one of {', '.join(get_args(RopeType))}; got {self.rope_type!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "rope_type":
-                continue
+        check_choices(self)
+        for name in ("rope_theta", *_ROPE_KEYS["llama3"]):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{field.name} must be a positive number; got {value!r}")
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
         if self.low_freq_factor >= self.high_freq_factor:
             got = f"{self.low_freq_factor} and {self.high_freq_factor}"
             raise ValueError(f"low_freq_factor must be below high_freq_factor; got {got}")
@@ -96,13 +100,6 @@ class RopeParameters:
         """The object `rope_parameters` of config.json: the keys that this rope_type uses."""
         keys = ("rope_type", "rope_theta", *_ROPE_KEYS[self.rope_type])
         return {key: getattr(self, key) for key in keys}
-
-
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +126,8 @@ class ModelConfig:
     init_std: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self):
+        if self.model_type not in FAMILIES:
+            raise ValueError(unknown("model_type", self.model_type, tuple(FAMILIES)))
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
         for field in (*sizes, "max_position_embeddings"):
             if getattr(self, field) < 1:

@@ -24,8 +24,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from lindm.choices import Supervise
 from lindm.errors import DataError, LindmError
-from lindm.llm.config import Supervise
 from lindm.text import Piece, Template
 
 if TYPE_CHECKING:

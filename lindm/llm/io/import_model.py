@@ -39,8 +39,8 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
 
     Raises:
       ValueError: another source; a revision that is missing for a hub id, or given for a local source.
-      LindmError: 2 where something is at `out` already, or the network may not be asked; 3 for a model that is damaged or not of
-        a family that is known; 7 where the disk refuses.
+      UsageError: `out` exists and is not empty, or the network is switched off.
+      DataError: the model is damaged or of an unknown family. StorageError: the disk is full or not writable.
     """
     path = Path(source)
     if path.exists():

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.choices import Rewards, check_choices
-from lindm.llm.config import BaseFormat, Remat, Supervise
+from lindm.choices import Rewards, Supervise, check_choices
+from lindm.llm.config import BaseFormat, Remat
 
 Method = Literal["full", "lora", "qlora"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them

@@ -182,6 +182,7 @@ def test_invalid_sizes_raise_an_error():
         ({"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ({"num_kv_heads": 3}, "num_heads must be"),
         ({"head_dim": 3}, "even"),
+        ({"model_type": "lama"}, "model_type must be one of .*; got 'lama'; did you mean llama"),
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig(**sizes | change)
