@@ -256,9 +256,10 @@ def test_compiled_programs_are_kept_and_change_no_record(lab):
     """Twice with one cache directory: the second run reads what the first one stored."""
     run = ("run", "controls", "--preset", "smoke")
     cache = lab.directory / "cache"
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     stored = []
     for out in ("first", "second"):
-        code, _, err = lab.lindm(*run, "--out", out, JAX_COMPILATION_CACHE_DIR=str(cache))
+        code, _, err = lab.lindm(*run, "--out", out, **kept)
         assert code in (0, 1), err
         stored.append({p.name for p in cache.iterdir() if p.name.endswith("-cache")})
     assert stored[0] and stored[1] == stored[0]
