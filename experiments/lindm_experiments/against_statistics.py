@@ -44,6 +44,7 @@ from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tab
 from lindm.problems.regression import draw_regression
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, COLORS, DIVERGING, GREY, MARKERS, MEASURED, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -82,8 +83,7 @@ class Config:
     steps: int = 400
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "contexts", "tasks", "pool", "steps"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "contexts", "tasks", "pool", "steps")
         for name in ("M_gauss", "M"):
             for M in getattr(self, name) or (0,):
                 count(M, name)

@@ -35,7 +35,8 @@ from lindm.random import flat
 from lindm.solvers import tree
 from lindm.solvers.belief import branching, num_histories
 from lindm.types import APOMDP
-from lindm.validate import count, fraction
+from lindm.validate import fraction
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.statistics import clopper_pearson
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, GREY, MARKERS, MEASURED, ORANGE, PURPLE, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
@@ -61,10 +62,9 @@ class Config:
     spread: float = 0.2  # of the stand-ins around their defaults
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "clouds", "segments", "policies", "pairs"):
-            count(getattr(self, name), name)
-        count(self.beliefs, "beliefs", least=3)
-        count(self.years, "years", least=2)
+        check_counts(self, "seeds", "clouds", "segments", "policies", "pairs")
+        check_counts(self, "beliefs", least=3)
+        check_counts(self, "years", least=2)
         fraction(self.distance, "distance")
         fraction(self.spread, "spread")
         if (

@@ -37,6 +37,7 @@ from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import Tables, label, q_bounds, solve
 from lindm.types import APOMDP, CERTIFIED, POMDP
 from lindm.validate import count, nonnegative
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
@@ -61,8 +62,7 @@ class Config:
     points: tuple[int, ...] = (16, 128, 1024)  # of the net
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "clouds", "episodes", "trials"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "clouds", "episodes", "trials")
         for name, rising in (("tolerances", False), ("points", True)):
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values), reverse=not rising):

@@ -31,6 +31,7 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_positive
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
@@ -50,11 +51,9 @@ class Config:
     epsilon: float = 0.3  # size of the injected one-stage error; rewards are in [-1, 1]
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "M"):
-            count(getattr(self, name), name)
-        count(self.horizon, "horizon", least=4)
-        if not 0 < self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be finite and positive; got {self.epsilon}")
+        check_counts(self, "seeds", "M")
+        check_counts(self, "horizon", least=4)
+        check_positive(self, "epsilon")
         if count(self.tasks, "tasks", least=4) % 2:
             raise ValueError(f"tasks must be even (half for the moments, half for the test); got {self.tasks}")
 

@@ -26,8 +26,8 @@ from lindm.problems.linear_mdp import Family, simplex_family, tabulate
 from lindm.random import flat
 from lindm.solvers.dp import occupancy, policy_value
 from lindm.types import Prompt
-from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, GREY, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -50,8 +50,7 @@ class Config:
     batch: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "d", "N", "M", "leaked", "prompts", "policies", "steps", "batch"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "d", "N", "M", "leaked", "prompts", "policies", "steps", "batch")
         if self.N == self.M:
             raise ValueError(f"M must differ from N, or exchanging them changes nothing; got {self.M}")
         if self.prompts & (self.prompts - 1):

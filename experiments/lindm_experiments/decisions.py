@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import compare
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, GREY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
@@ -84,12 +84,8 @@ class Config:
     """measure worse demonstrations (at the middle horizons) and other formats (at the shortest) too"""
 
     def __post_init__(self):
-        for name in ("seeds", "tasks", "train", "steps", "batch"):
-            count(getattr(self, name), name)
-        for name in SUITES:
-            horizons = getattr(self, name)
-            if tuple(sorted(set(horizons))) != tuple(horizons) or any(h < 1 for h in horizons):
-                raise ValueError(f"{name} must be increasing horizons >= 1; got {horizons}")
+        check_counts(self, "seeds", "tasks", "train", "steps", "batch")
+        check_rising(self, *SUITES, length=0)
         if not any(getattr(self, name) for name in SUITES):
             raise ValueError("mdp, pomdp, apomdp must not all be empty")
         branches = (cloud := language_models.law("apomdp", 1)).M * cloud.O

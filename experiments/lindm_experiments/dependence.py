@@ -36,7 +36,7 @@ from lindm.problems.mdp import simplex_rows
 from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
-from lindm.validate import count
+from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_rising
 from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREY, MARKERS, MEASURED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -62,20 +62,16 @@ class Config:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "contexts", "N", "copies", "steps"):
-            count(getattr(self, name), name)
-        if self.contexts % BLOCK:
-            raise ValueError(f"contexts must be a multiple of {BLOCK}; got {self.contexts}")
+        check_counts(self, "seeds", "contexts", "N", "copies", "steps")
+        check_multiples(self, BLOCK, "contexts")
         if not 2 <= self.copies <= 8:
             raise ValueError(f"copies must be between 2 and 8; got {self.copies}")
-        if not self.M or min(self.M) < 1 or list(self.M) != sorted(set(self.M)) or self.N not in self.M:
-            raise ValueError(f"M must hold rising lengths from 1 on, N = {self.N} among them; got {self.M}")
+        check_rising(self, "M")
+        if self.N not in self.M:
+            raise ValueError(f"M must hold N = {self.N}; got {self.M}")
         if not self.stick or self.stick[0] != 0 or list(self.stick) != sorted(set(self.stick)) or self.stick[-1] >= 1:
             raise ValueError(f"stick must hold rising probabilities from 0 on, below 1; got {self.stick}")
-        if not 1 <= self.stay < float("inf"):
-            raise ValueError(f"stay must be a finite power >= 1; got {self.stay}")
-        if not 1 <= self.kappa < float("inf"):
-            raise ValueError(f"kappa must be a finite condition number >= 1; got {self.kappa}")
+        check_at_least(self, 1, "stay", "kappa")
 
 
 QUICK = Config()

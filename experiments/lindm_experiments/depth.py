@@ -36,7 +36,7 @@ from lindm.problems.linear_mdp import Family, carry, draw_task, onehot_family, s
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
-from lindm.validate import count
+from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_positive, check_rising
 from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -69,7 +69,8 @@ class Config:
     steps: int = 800
 
     def __post_init__(self) -> None:
-        for name in (
+        check_counts(
+            self,
             "seeds",
             "layers",
             "M_long",
@@ -79,21 +80,13 @@ class Config:
             "contexts_onehot",
             "N_onehot",
             "steps",
-        ):
-            count(getattr(self, name), name)
-        for name in ("contexts", "contexts_onehot"):
-            if getattr(self, name) % BLOCK:
-                raise ValueError(f"{name} must be a multiple of {BLOCK}; got {getattr(self, name)}")
-        for name in ("N", "M", "M_onehot", "deep"):
-            values = getattr(self, name)
-            if not values or min(values) < 1 or list(values) != sorted(set(values)):
-                raise ValueError(f"{name} must hold rising numbers from 1 on; got {values}")
+        )
+        check_multiples(self, BLOCK, "contexts", "contexts_onehot")
+        check_rising(self, "N", "M", "M_onehot", "deep")
         if self.layers < 2 or self.deep[0] < 2 or self.deep[-1] > self.layers:
             raise ValueError(f"deep must lie between 2 and layers = {self.layers}; got {self.deep}")
-        if not 0 < self.sigma < float("inf"):
-            raise ValueError(f"sigma must be positive and finite; got {self.sigma}")
-        if not 1 <= self.kappa < float("inf"):
-            raise ValueError(f"kappa must be a finite condition number >= 1; got {self.kappa}")
+        check_positive(self, "sigma")
+        check_at_least(self, 1, "kappa")
 
 
 BLOCK = 1024  # contexts in flight

@@ -30,7 +30,7 @@ from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREY, MEASURED, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
@@ -57,10 +57,8 @@ class Config:
     prompts: int = 1 << 16  # fresh tasks on which the layers are tried
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "N", "sets", "sets_gaussian", "steps", "batch", "prompts", "fit_from"):
-            count(getattr(self, name), name)
-        if len(self.T) < 2 or list(self.T) != sorted(set(self.T)) or self.T[0] < 1:
-            raise ValueError(f"T must hold at least two rising numbers of tasks; got {self.T}")
+        check_counts(self, "seeds", "N", "sets", "sets_gaussian", "steps", "batch", "prompts", "fit_from")
+        check_rising(self, "T", length=2)
         if sum(self.fit_from <= T for T in self.T) < 2:
             raise ValueError(f"fit_from must leave at least two values of T; got {self.fit_from} with T = {self.T}")
         if self.pool % linear_mdps.BLOCK or self.pool < self.T[-1]:

@@ -30,7 +30,7 @@ from lindm.icl.attention import FullAttention, query_columns
 from lindm.icl.trainer import train
 from lindm.problems.regression import covariance, draw_regression
 from lindm.types import Prompt
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREY, MARKERS, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory import gradient_flow as flow
@@ -55,8 +55,7 @@ class Config:
     batch: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "d", "N", "steps", "looks", "batch"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "d", "N", "steps", "looks", "batch")
         covariance(self.d, self.kappa)
         rates = np.array(self.rates)
         if len(rates) < 2 or not (rates > 0).all() or not np.allclose(rates[0] / rates, np.round(rates[0] / rates)):

@@ -33,7 +33,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -61,12 +61,8 @@ class Config:
     steps: int = 400
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tasks", "rounds", "steps", "pool"):
-            count(getattr(self, name), name)
-        for name in ("N", "M", "N_trained", "kappa"):
-            values = getattr(self, name)
-            if len(values) < 2 or list(values) != sorted(set(values)) or values[0] < 1:
-                raise ValueError(f"{name} must hold at least two rising numbers >= 1; got {values}")
+        check_counts(self, "seeds", "tasks", "rounds", "steps", "pool")
+        check_rising(self, "N", "M", "N_trained", "kappa", length=2)
 
 
 QUICK = Config()

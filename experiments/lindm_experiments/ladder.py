@@ -26,6 +26,7 @@ from lindm.solvers.dp import occupancy, policy_value
 from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, GREEN, GREY, ORANGE, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -59,8 +60,7 @@ class Config:
     steps: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tasks", "N", "steps"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "tasks", "N", "steps")
         for M in self.M or (0,):
             count(M, "M")
         if not 0 <= self.half_width < float("inf"):

@@ -39,7 +39,7 @@ from lindm.evaluation.compare import compare
 from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, EXACT, GREY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
@@ -88,16 +88,11 @@ class Config:
     """steps of two documents"""
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "contexts", "tasks", "tuning"):
-            count(getattr(self, name), name)
-        for name in ("N", "M", "demos", "asked"):
-            values = getattr(self, name)
-            if len(values) < 2 or tuple(sorted(set(values))) != tuple(values) or values[0] < 1:
-                raise ValueError(f"{name} must be at least two increasing numbers >= 1; got {values}")
+        check_counts(self, "seeds", "steps", "contexts", "tasks", "tuning")
+        check_rising(self, "N", "M", "demos", "asked", length=2)
         if not set(self.N) <= set(self.M):
             raise ValueError(f"M must hold every N, {self.N}; got {self.M}")
-        if self.contexts % BLOCK:
-            raise ValueError(f"contexts must be a multiple of {BLOCK}; got {self.contexts}")
+        check_multiples(self, BLOCK, "contexts")
 
 
 FULL = Config(seeds=10, model="models/SmolLM2-135M-Instruct")

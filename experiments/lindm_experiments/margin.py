@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
@@ -51,16 +51,12 @@ class Config:
     steps: int = 800
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "candidates", "chosen", "contexts", "N", "N_small", "steps"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "candidates", "chosen", "contexts", "N", "N_small", "steps")
         if self.candidates % linear_mdps.BLOCK or self.candidates < self.chosen:
             raise ValueError(f"candidates must be a multiple of {linear_mdps.BLOCK}, at least chosen; got {self.candidates}")
         if not 1 <= self.free_tasks <= self.candidates:
             raise ValueError(f"free_tasks must be between 1 and candidates = {self.candidates}; got {self.free_tasks}")
-        for name in ("M", "M_free"):
-            lengths = getattr(self, name)
-            if len(lengths) < 2 or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
-                raise ValueError(f"{name} must hold at least two rising lengths; got {lengths}")
+        check_rising(self, "M", "M_free", length=2)
 
 
 QUICK = Config()

@@ -39,7 +39,7 @@ from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.text import Document, Step
 from lindm.types import POMDP
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, GREY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
@@ -73,9 +73,8 @@ class Config:
     rate: float = 5e-4
 
     def __post_init__(self):
-        for name in ("seeds", "mdp", "tiger", "tasks", "renamings", "train", "steps", "batch"):
-            count(getattr(self, name), name)
-        count(self.probe, "probe", 8)
+        check_counts(self, "seeds", "mdp", "tiger", "tasks", "renamings", "train", "steps", "batch")
+        check_counts(self, "probe", least=8)
 
 
 FULL = Config()

@@ -37,7 +37,7 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.types import Prompt
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -61,10 +61,8 @@ class Config:
     steps: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tasks", "contexts", "N", "pool", "steps"):
-            count(getattr(self, name), name)
-        if not self.M or list(self.M) != sorted(set(self.M)) or self.M[0] < 1:
-            raise ValueError(f"M must hold rising context lengths >= 1; got {self.M}")
+        check_counts(self, "seeds", "tasks", "contexts", "N", "pool", "steps")
+        check_rising(self, "M")
 
 
 QUICK = Config()

@@ -29,7 +29,8 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.validate import count, nonnegative
+from lindm.validate import nonnegative
+from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
@@ -80,12 +81,10 @@ class Config:
     present: float = 0.25  # p of the heavy tails
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "groups", "steps", "batch", "steps_slope"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "groups", "steps", "batch", "steps_slope")
+        check_rising(self, "N", "M", "N_slope", length=2)
         for name in ("N", "M", "N_slope"):
             lengths = getattr(self, name)
-            if len(lengths) < 2 or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
-                raise ValueError(f"{name} must hold at least two rising lengths; got {lengths}")
             if any(lengths[-1] % n for n in lengths):
                 raise ValueError(f"{name} must hold divisors of its last length: strips are cut; got {lengths}")
         nonnegative(self.sigma, "sigma")

@@ -35,7 +35,7 @@ from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_fami
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
-from lindm.validate import count
+from lindm_experiments.harness.config import check_at_least, check_counts, check_positive, check_rising
 from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -69,25 +69,22 @@ class Config:
     steps: int = 800
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "contexts", "contexts_long", "M_long", "policies", "N", "steps"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "contexts", "contexts_long", "M_long", "policies", "N", "steps")
         for name in ("contexts", "contexts_long"):
             if getattr(self, name) % (BLOCK * SERVES) or getattr(self, name) > TASKS:
                 raise ValueError(f"{name} must be a multiple of {BLOCK * SERVES}, at most {TASKS}; got {getattr(self, name)}")
         if self.policies > TASKS:
             raise ValueError(f"policies must be at most {TASKS}; got {self.policies}")
-        if not self.M or min(self.M) < 1 or list(self.M) != sorted(set(self.M)) or self.M[-1] >= self.M_long:
-            raise ValueError(f"M must hold rising lengths from 1 on, below M_long = {self.M_long}; got {self.M}")
-        for name in ("sigma", "c"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        check_rising(self, "M")
+        if self.M[-1] >= self.M_long:
+            raise ValueError(f"M must be below M_long = {self.M_long}; got {self.M}")
+        check_positive(self, "sigma", "c")
         if len(self.scales) < 2 or 1.0 not in self.scales or not all(0 < c < math.inf for c in self.scales):
             raise ValueError(f"scales must hold 1 and at least one other positive, finite number; got {self.scales}")
         for name in ("tilt_query", "tilt_context"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) != 0):
                 raise ValueError(f"{name} must be finite and not zero; got {getattr(self, name)}")
-        if not 1 <= self.kappa < math.inf:
-            raise ValueError(f"kappa must be a finite condition number >= 1; got {self.kappa}")
+        check_at_least(self, 1, "kappa")
 
 
 QUICK = Config()

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from lindm.icl.attention import ReducedAttention, SoftmaxAttention, sinusoidal
 from lindm.icl.trainer import train
 from lindm.problems.regression import draw_regression
-from lindm.validate import count
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, COLORS, GREY, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
@@ -48,8 +48,7 @@ class Config:
     tests: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "d", "N", "steps", "batch", "queries", "tests"):
-            count(getattr(self, name), name)
+        check_counts(self, "seeds", "d", "N", "steps", "batch", "queries", "tests")
         if len(self.times) < 2 or self.times[0] != 1 or list(self.times) != sorted(set(self.times)):
             raise ValueError(f"times must rise from 1 to a longer length; got {self.times}")
 

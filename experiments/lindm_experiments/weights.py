@@ -40,8 +40,8 @@ from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simp
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
-from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
+from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -68,10 +68,8 @@ class Config:
     prompts: int = 1 << 14  # for the gain of the full layer
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "N", "N_leak", "batch", "chunk", "prompts"):
-            count(getattr(self, name), name)
-        for name in ("chunks", "chunks_descent"):
-            count(getattr(self, name), name, least=2)
+        check_counts(self, "seeds", "N", "N_leak", "batch", "chunk", "prompts")
+        check_counts(self, "chunks", "chunks_descent", least=2)
         if self.N_leak > self.N:
             raise ValueError(f"N_leak must not exceed N = {self.N}; got {self.N_leak}")
         if self.pool % (2 * linear_mdps.BLOCK) or self.pool < self.prompts:

@@ -157,7 +157,7 @@ def test_points_end_with_the_language_model():
     "change, said",
     [
         ({"seeds": 0}, "seeds must be a whole number"),
-        ({"N": (4,)}, "N must be at least two increasing numbers"),
+        ({"N": (4,)}, "N must hold at least 2 rising numbers"),
         ({"N": (4, 5)}, "M must hold every N"),
         ({"contexts": 100}, "contexts must be a multiple of 256; got 100"),
     ],
