@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.data import export_dataset as export_dataset
     from lindm.api.data import make_dataset as make_dataset
     from lindm.api.models import Run as Run
+    from lindm.api.models import describe_model as describe_model
     from lindm.api.models import export as export
     from lindm.api.models import finetune as finetune
     from lindm.api.models import import_model as import_model
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.solutions import Solution as Solution
     from lindm.api.solutions import load_solution as load_solution
     from lindm.api.solutions import solve as solve
+    from lindm.cli.doctor import doctor as doctor
     from lindm.evaluation import policies as policies
     from lindm.types import APOMDP as APOMDP
     from lindm.types import MDP as MDP
@@ -44,7 +46,8 @@ _DEFINED = {
     "lindm.api.problems": ("apomdp", "linear_mdp", "make", "mdp", "pomdp", "read_pomdp", "suite"),
     "lindm.api.solutions": ("Solution", "load_solution", "solve"),
     "lindm.api.data": ("make_dataset", "export_dataset"),
-    "lindm.api.models": ("Run", "export", "finetune", "import_model", "job_file", "plan"),
+    "lindm.api.models": ("Run", "describe_model", "export", "finetune", "import_model", "job_file", "plan"),
+    "lindm.cli.doctor": ("doctor",),
     "lindm_experiments.harness.public": ("redraw", "report", "run_experiment", "verify"),
     "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),
 }

@@ -33,7 +33,8 @@ def make_dataset(
     Args:
       problem: a suite, of which every task is another problem, or one problem.
       tasks, demos: number of tasks, and of demonstrations of each.
-      executor, workers: where shards are made: in this process (serial), in processes of this machine (local) or on a Ray cluster.
+      executor, workers: where shards are made: in this process (serial), in processes of this machine (local) or on a Ray
+        cluster.
       config: other fields of `DatasetConfig`, such as queries, behavior, epsilon and seed.
 
     Returns:

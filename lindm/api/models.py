@@ -129,6 +129,34 @@ def import_model(source: str | Path, out: str | Path, *, revision: str | None = 
     return module.import_model(str(source), Path(out), revision)
 
 
+def describe_model(directory: str | Path) -> dict[str, str]:
+    """What the directory of a model holds, read from its headers and checked against its config.
+
+    Raises:
+      DataError: the model is damaged, or of an unknown family.
+
+    >>> ld.describe_model("run/model")["family"]
+    'llama'
+    """
+    from lindm.llm.config import read_model_config
+    from lindm.llm.io.weights import check_tensors
+
+    config = read_model_config(Path(directory))
+    stored = check_tensors(Path(directory), config).values()
+    windows = ", ".join(map(str, sorted({w for w in config.sliding_windows if w})))
+    return {
+        "family": config.model_type,
+        "parameters": f"{config.num_parameters:,}",
+        "layers": str(config.num_layers),
+        "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
+        "heads": f"{config.num_heads} of size {config.head_dim}, {config.num_kv_heads} key-value heads",
+        "vocabulary": f"{config.vocab_size:,}, output layer {'tied' if config.tie_word_embeddings else 'not tied'}",
+        "context": f"{config.max_position_embeddings:,} tokens" + (f", sliding window {windows}" if windows else ""),
+        "rope": f"{config.rope_parameters.rope_type}, theta {config.rope_parameters.rope_theta:g}",
+        "weights": f"{', '.join(sorted({s.dtype for s in stored}))} in {len({s.file for s in stored})} files",
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """What the step of a fine-tuning takes on a machine, for one or several meshes; those that fit first, fastest first."""

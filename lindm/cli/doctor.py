@@ -1,4 +1,4 @@
-"""`lindm doctor`: is this machine ready? One line per check, exit 1 when one fails."""
+"""`lindm doctor`: is this machine ready? One line for each check; exit code 1 where one fails."""
 
 import importlib.metadata
 import os
@@ -25,11 +25,11 @@ class Doctor:
 
 
 class Check(NamedTuple):
-    """What was looked at, whether it is as needed, and what was found."""
+    """One check, whether it passed, and what the machine has."""
 
     name: str
     ok: bool
-    found: str
+    result: str
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
@@ -60,9 +60,9 @@ def check_jax() -> list[Check]:
         import jax
         import jax.numpy as jnp
 
-        jax.config.update("jax_enable_x64", True)
         devices = jax.devices()
-        dtype = jnp.zeros(1).dtype
+        with jax.enable_x64(True):
+            dtype = jnp.zeros(1).dtype
     except Exception as e:
         return [Check("jax", False, f"{type(e).__name__}: {e}")]
     return [
@@ -91,8 +91,15 @@ def check_fonts() -> Check:
         return Check("fonts", False, f"{type(e).__name__}: {e}")
 
 
-def checks(directory: Path) -> list[Check]:
-    """Everything that is looked at; `directory` is where results would go."""
+def doctor(directory: str | Path = "results") -> list[Check]:
+    """Check versions, devices, precision, disk, fonts and the lock.
+
+    Args:
+      directory: that results would be written to.
+
+    >>> [check.name for check in ld.doctor()][:3]
+    ['python', 'lindm', 'jax']
+    """
     version = ".".join(map(str, sys.version_info[:3]))
     versions = []
     for package in ("lindm", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib"):
@@ -107,16 +114,16 @@ def checks(directory: Path) -> list[Check]:
         check_lock(),
         *check_jax(),
         Check("cores", True, str(cores)),
-        *check_output(directory),
+        *check_output(Path(directory)),
         check_fonts(),
     ]
 
 
 def run(options: Doctor) -> int:
     """Print the checks; 0 when all are ok, 1 when one fails."""
-    results = checks(options.out)
+    results = doctor(options.out)
     for check in results:
-        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.result}")
     return int(not all(check.ok for check in results))
 
 

@@ -30,36 +30,20 @@ class Show:
 
 
 def run_import(options: Import) -> int:
+    from lindm.api.models import import_model
     from lindm.io.signals import stop_on_signals
-    from lindm.llm.io.import_model import import_model
 
     stop_on_signals()
-    imported = import_model(options.source, options.out, options.revision)
+    imported = import_model(options.source, options.out, revision=options.revision)
     config, files = imported.config, ", ".join(imported.files)
     print(f"{config.model_type} with {config.num_parameters:,} parameters in {options.out}: {files}")
     return 0
 
 
 def run_show(options: Show) -> int:
-    from lindm.llm.config import read_model_config
-    from lindm.llm.io.weights import check_tensors
+    from lindm.api.models import describe_model
 
-    config = read_model_config(options.directory)
-    stored = check_tensors(options.directory, config).values()
-    seen = sorted({w for w in config.sliding_windows if w})
-    rows = {
-        "family": config.model_type,
-        "parameters": f"{config.num_parameters:,}",
-        "layers": config.num_layers,
-        "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
-        "heads": f"{config.num_heads} of size {config.head_dim}, {config.num_kv_heads} key-value heads",
-        "vocabulary": f"{config.vocab_size:,}, output layer {'tied' if config.tie_word_embeddings else 'not tied'}",
-        "context": f"{config.max_position_embeddings:,} tokens"
-        + (f", sliding window {', '.join(map(str, seen))}" if seen else ""),
-        "rope": f"{config.rope_parameters.rope_type}, theta {config.rope_parameters.rope_theta:g}",
-        "weights": f"{', '.join(sorted({s.dtype for s in stored}))} in {len({s.file for s in stored})} files",
-    }
-    for name, value in rows.items():
+    for name, value in describe_model(options.directory).items():
         print(f"{name:<12}{value}")
     return 0
 

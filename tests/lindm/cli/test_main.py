@@ -204,7 +204,7 @@ def test_doctor_names_a_package_that_is_not_as_locked(tmp_path, monkeypatch):
     lock.write_text("numpy==0.0.1 \\\n    --hash=sha256:00\nnot-a-package==1.0 \\\n    --hash=sha256:00\n")
     monkeypatch.setattr(doctor, "LOCKS", tmp_path)
     check = doctor.check_lock()
-    assert not check.ok and "locked 0.0.1" in check.found and "not-a-package missing" in check.found
+    assert not check.ok and "locked 0.0.1" in check.result and "not-a-package missing" in check.result
 
 
 def test_doctor_says_so_when_results_cannot_be_written(tmp_path):
