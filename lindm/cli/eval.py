@@ -88,7 +88,7 @@ def run(options: Eval) -> int:
         how |= {"episodes": options.episodes, "tell": tell, "finished": finished}
         rows = compare.compare(Path(directory) / "data", source, recipe, options.policy, **how)
     if options.out is not None:
-        files.write_json(options.out / "eval.json", rows)
+        files.write_json(options.out / "eval.json", {"rows": rows}, format="lindm-eval-1")
         manifest.write_manifest(options.out, options={k: str(v) for k, v in asdict(options).items()})
     if options.json:
         print(json_module.dumps([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))

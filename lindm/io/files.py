@@ -53,8 +53,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file by indented JSON with sorted keys."""
+def write_json(path: Path, value: Any, format: str | None = None) -> None:
+    """Replace a file by indented JSON with sorted keys; `format` is the version of its format, such as lindm-manifest-1."""
+    value = value if format is None else {"format": format} | value
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -79,8 +80,8 @@ def append_line(path: Path, line: str) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict:
-    """A file that holds one JSON object. DataError where it does not."""
+def read_json(path: Path, format: str | None = None) -> dict:
+    """A file that holds one JSON object. DataError where it does not, or where it has another `format`."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:
@@ -89,6 +90,8 @@ def read_json(path: Path) -> dict:
         raise DataError(f"{path}: not JSON: {e}") from e
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
+    if format is not None and (got := value.get("format")) != format:
+        raise DataError(f"{path}: must have the format {format!r}; got {got!r}")
     return value
 
 

@@ -16,7 +16,7 @@ from lindm.solvers import hsvi, net, tree
 from lindm.solvers.solve import Solution
 from lindm.types import APOMDP, MDP, POMDP, Plan
 
-FORMAT = 1
+FORMAT = "lindm-solution-1"
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, net.Net, Solution)}
 
 
@@ -35,7 +35,7 @@ def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
             if header["format"] != FORMAT:
-                raise DataError(f"{path}: format {header['format']} of a solution; this version reads format {FORMAT}")
+                raise DataError(f"{path}: must have the format {FORMAT!r}; got {header['format']!r}")
             solution = _restore(header["solution"], "solution", stored)
             return solution, {part: tuple(names) for part, names in header["names"].items()}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:

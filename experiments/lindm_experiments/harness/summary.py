@@ -109,7 +109,7 @@ def _value(cell: str) -> float | int | str | None:
 def evaluations(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in read_json_if_exists(directory / "eval.json"):
+        for row in read_json_if_exists(directory / "eval.json")["rows"]:
             low, high = row["ci"] or (None, None)
             kept = _of(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
             rows.append(

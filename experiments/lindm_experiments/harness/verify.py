@@ -21,7 +21,7 @@ from lindm_experiments.harness.runner import Job, Outcome, run_experiments
 from lindm_experiments.harness.verdicts import Verdict, adjust
 from lindm_experiments.harness.xla import configure_xla
 
-FORMAT = 1  # of verdicts.json
+FORMAT = "lindm-verdicts-1"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from lindm.io.directories import sync
 from lindm.io.files import TEMPORARY_SUFFIX
 from lindm.llm.parallel.processes import barrier, together
 
+FORMAT = "lindm-checkpoint-1"
 STATE, HOST, MANIFEST = "state", "host.json", "manifest.json"
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of every save
 
@@ -63,7 +64,7 @@ def save(directory: Path, step: int, state: Any, host: dict[str, Any], keep: int
             together(lambda: writer.save((hidden / STATE).absolute(), args=ocp.args.StandardSave(state)))
         if first:
             files.write_json(hidden / HOST, host)
-            files.write_json(hidden / MANIFEST, {"step": step, "files": _sums(hidden)})
+            files.write_json(hidden / MANIFEST, {"step": step, "files": _sums(hidden)}, format=FORMAT)
             with files.storage_errors(final):
                 _sync(hidden)
                 shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
@@ -130,6 +131,8 @@ def fault_of(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         wanted = dict(manifest["files"])
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']!r}, not {FORMAT!r}"
         if manifest["step"] != int(path.name):
             return "its manifest is of another step"
     except OSError as e:

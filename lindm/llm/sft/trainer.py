@@ -15,7 +15,6 @@ the same step, so all save the same one.
 import contextlib
 import gc
 import hashlib
-import json
 import shutil
 import time
 from pathlib import Path
@@ -39,6 +38,7 @@ from lindm.llm.sft.setup import Prepared, build, prepare
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import format_example
 
+FORMAT = "lindm-sft-1"  # of config.json
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
 OURS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, "metrics.jsonl", "manifest.json", "curves.png", "curves.pdf", "events")
 OURS += ("tokenizer",)  # of a model from nothing
@@ -79,7 +79,7 @@ def _same_run(prepared: Prepared, first: bool) -> None:
     options, path = prepared.options, prepared.options.out / CONFIG
     config = {"options": options.to_json(), "inputs": prepared.inputs}
     if path.exists():
-        there = json.loads(path.read_bytes())
+        there = files.read_json(path, format=FORMAT)
         found = config_differences(there.get("options", {}), config["options"])
         if there.get("inputs") != config["inputs"]:
             found += config_differences(there.get("inputs", {}), config["inputs"])
@@ -88,7 +88,7 @@ def _same_run(prepared: Prepared, first: bool) -> None:
     elif first:
         if foreign := sorted(p.name for p in options.out.iterdir() if p.name not in OURS and not p.name.startswith(".")):
             raise UsageError(f"{options.out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
-        files.write_json(path, config)
+        files.write_json(path, config, format=FORMAT)
     processes.barrier("settings")
 
 

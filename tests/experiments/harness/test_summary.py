@@ -29,7 +29,7 @@ def work(tmp_path, finished):
     files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL))
     (tmp_path / "more" / "run").mkdir(parents=True)
     (tmp_path / "more" / "eval").mkdir()
-    files.write_json(tmp_path / "more" / "eval" / "eval.json", [ROW, MODEL, NONE])
+    files.write_json(tmp_path / "more" / "eval" / "eval.json", {"rows": [ROW, MODEL, NONE]})
     options = {"model": None, "preset": "tiny", "method": "full", "data": "data/x", "steps": None}
     files.write_json(tmp_path / "more" / "run" / "config.json", {"options": options})
     looked = [{"step": s, "kind": "eval", "loss": 2.0 - s, "gap": 0.5 - s / 10, "vote_gap": 0.3} for s in (0, 1)]

@@ -44,5 +44,5 @@ def test_another_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="not a solution"):
         ld.load_solution(tmp_path / "nothing.npz")
     np.savez(path, header=np.array(json.dumps({"format": 99})))
-    with pytest.raises(DataError, match="format 99 of a solution; this version reads format 1"):
+    with pytest.raises(DataError, match="must have the format 'lindm-solution-1'; got 99"):
         ld.load_solution(path)

@@ -77,7 +77,7 @@ def test_no_task_is_both_trained_and_held_out_and_decisions_are_measured_on_held
     prepared = prepare(options(micro, tmp_path))
     train, held = ({e.group for row in rows for e in row} for rows in (prepared.train, prepared.held))
     assert train and held and not train & held and train | held == set(range(24))
-    assert {task["task"] for task in prepared.decisions.tasks} <= held
+    assert {task.task for task in prepared.decisions.tasks} <= held
 
 
 @pytest.mark.parametrize("method, base", [("lora", None), ("qlora", "int8")])
@@ -160,7 +160,7 @@ def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_r
 @pytest.mark.parametrize("kind", ["hidden", "cloud"])
 def test_rewards_are_not_told_where_they_could_tell_of_the_state(micro, tmp_path, kind):
     prepared = prepare(options(micro, tmp_path, data=getattr(micro, kind)))
-    assert not prepared.decisions.rewards
+    assert not prepared.decisions.text.shows_rewards
     text = prepared.tokenizer.decode(prepared.train[0][0].ids.tolist())
     assert ":" not in text and ":" in prepare(options(micro, tmp_path)).tokenizer.decode(
         prepare(options(micro, tmp_path)).train[0][0].ids.tolist()
