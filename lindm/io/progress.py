@@ -75,7 +75,9 @@ class Task:
 
 
 class Progress:
-    """A display of tasks, on stderr by default. `quiet` shows nothing."""
+    """A display of tasks, on stderr by default. `quiet` shows nothing, and so does a display within another one."""
+
+    _open = 0  # displays of this process
 
     def __init__(self, console: "Console | None" = None, quiet: bool = False):
         from rich.console import Console
@@ -91,11 +93,14 @@ class Progress:
         self._timer.daemon = True
 
     def __enter__(self) -> "Progress":
+        self.quiet = self.quiet or Progress._open > 0
+        Progress._open += 1
         if self.console.is_terminal and not self.quiet:
             self._timer.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        Progress._open -= 1
         self._timer.cancel()
         with self._lock:
             if self._live is not None:

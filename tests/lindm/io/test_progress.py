@@ -78,6 +78,17 @@ def test_lines_that_stay_are_printed_and_quiet_prints_none(clock, stream):
     assert lines(stream) == ["step [1] of 2"]
 
 
+def test_a_display_within_another_shows_nothing(clock, stream):
+    with Progress(Console(file=stream, width=200)) as outer:
+        with Progress(Console(file=stream, width=200)) as inner:
+            clock.now += 60
+            inner.add("weights").update(1, 2)
+        outer.print("loaded")
+    with Progress(Console(file=stream, width=200)) as alone:
+        alone.print("alone again")
+    assert lines(stream) == ["loaded", "alone again"]
+
+
 def test_a_terminal_shows_a_bar_after_the_silent_seconds_and_removes_it(stream, monkeypatch):
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
     console = Console(file=stream, width=100, force_terminal=True)

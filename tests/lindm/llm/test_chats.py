@@ -24,7 +24,7 @@ def test_answers_and_their_end_of_turn_tokens_are_trained_and_nothing_else(kind)
 
 
 def test_a_template_may_render_the_last_answer_differently():
-    """As Qwen3 does: thoughts stand in the last answer alone."""
+    """As Qwen3 does: only the last answer has a thinking block."""
     answer = "{{ '<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' }}"
     tokenizer = byte_level(CHATML.replace("+ m['content']", f"}}}}{answer}{{{{ m['content']"))
     assert "<think>" in apply_chat_template(tokenizer, TURNS[:2]) and apply_chat_template(tokenizer, TURNS).count("<think>") == 1

@@ -107,13 +107,13 @@ def test_a_word_level_tokenizer_raises_an_error():
 
 
 def test_every_distinct_piece_is_encoded_once(monkeypatch):
-    tokenizer, asked = byte_level(), []
+    tokenizer, encoded = byte_level(), []
     encode(tokenizer, ["x"])
     whole = tokens.encode_whole
-    monkeypatch.setattr(tokens, "encode_whole", lambda t, texts, *args: asked.extend(texts) or whole(t, texts, *args))
+    monkeypatch.setattr(tokens, "encode_whole", lambda t, texts, *args: encoded.extend(texts) or whole(t, texts, *args))
     first = encode(tokenizer, ["#", " A", "#", " A", "x"])
-    first[0].append(0)  # what was handed out is nobody else's
-    assert encode(tokenizer, [" A", "#"]) == [first[1], first[2]] and asked == ["#", " A"]
+    first[0].append(0)  # the returned lists are copies
+    assert encode(tokenizer, [" A", "#"]) == [first[1], first[2]] and encoded == ["#", " A"]
 
 
 def test_the_document_prefix_of_every_kind_of_tokenizer():

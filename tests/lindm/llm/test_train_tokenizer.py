@@ -59,7 +59,7 @@ def test_the_tokenizer_has_an_eos_token_and_no_bos_token():
 def test_the_vocabulary_has_at_most_the_given_size():
     words = [f"word number {i}" for i in range(300)] * 2
     assert len(train_tokenizer(words, 400)) == 400
-    assert len(SMALL) < 300  # as many as there are pieces, and what they are made of
+    assert len(SMALL) < 300  # the bytes, the pieces and their parts
     assert len(train_tokenizer([], MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
     with pytest.raises(ValueError, match=r"size must be at least 257, for every byte and <\|end\|>; got 256"):
         train_tokenizer(words, 256)

@@ -19,7 +19,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def alphabet():
-    """The characters by which byte-level BPE writes the 256 bytes: those that can be seen stand for themselves."""
+    """The characters that byte-level BPE uses for the 256 bytes: printable ones are themselves."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in seen]
     return {**{b: chr(b) for b in seen}, **{b: chr(256 + i) for i, b in enumerate(rest)}}

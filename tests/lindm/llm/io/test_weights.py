@@ -439,7 +439,7 @@ def test_an_existing_directory_is_not_changed(tmp_path, model):
 
 
 def test_a_full_disk_is_a_storage_error_and_nothing_is_left_behind(tmp_path, model):
-    """The operating system refuses, in the middle of the weights."""
+    """The write fails in the middle of the weights."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
