@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -247,6 +248,21 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+@contextlib.contextmanager
+def _script_not_imported(function: Callable[[Any], Any]) -> Iterator[None]:
+    """A new worker imports the script of this process, which would start its work again where the script has no
+    `if __name__ == "__main__":`. It does not need the script unless the function is defined there.
+    """
+    main = sys.modules["__main__"]
+    names = () if function.__module__ == "__main__" else ("__spec__", "__file__")
+    hidden = {name: main.__dict__[name] for name in names if name in main.__dict__}
+    main.__dict__.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)
+
+
 class _LocalSlot:
     def __init__(self, initializer: Callable[[], None] | None) -> None:
         self.group: Hashable = None
@@ -260,7 +276,8 @@ class _LocalSlot:
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer,))
         before = multiprocessing.active_children()
-        future = self._pool.submit(_call, function, task)
+        with _script_not_imported(function):
+            future = self._pool.submit(_call, function, task)
         self._process = next(p for p in multiprocessing.active_children() if p not in before)
         return future
 

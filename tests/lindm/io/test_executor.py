@@ -155,6 +155,16 @@ def test_workers_do_not_write_after_the_parent_has_ended(tmp_path, number, code)
     assert sizes == [p.stat().st_size for p in paths]
 
 
+def test_a_script_without_a_main_guard_runs_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\nfrom lindm.io.executor import run_tasks\n\n"
+        "print([r.value for r in run_tasks(math.sqrt, [4.0, 9.0], workers=2)], __file__)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == f"[2.0, 3.0] {script}\n", done.stderr
+
+
 @pytest.mark.parity
 def test_ray_gives_the_same_results_and_survives_a_killed_worker(monkeypatch):
     pytest.importorskip("ray")
