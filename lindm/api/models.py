@@ -14,7 +14,7 @@ from lindm.llm.config import ModelConfig
 from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
 
 if TYPE_CHECKING:
-    from lindm.llm.cluster.plan import Job, Limits
+    from lindm.llm.cluster.plan import DeviceLimits, StepSpec
     from lindm.llm.cluster.plan import Plan as MeshPlan
     from lindm.llm.io.import_model import ImportedModel
 
@@ -71,7 +71,7 @@ def finetune(
 
     config = sft_config(data=data, out=out, model=model, preset=preset, **options)
     with signals.restored(), contextlib.redirect_stdout(sys.stderr):
-        trainer.run(config)
+        trainer.train(config)
     return Run(directory=config.out)
 
 
@@ -159,13 +159,13 @@ def describe_model(directory: str | Path) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What the step of a fine-tuning takes on a machine, for one or several meshes; those that fit first, fastest first."""
+    """The training step on a machine, for one or several meshes: those that fit first, then the fastest."""
 
-    step: "Job"  # what is compiled
+    step: "StepSpec"
     topology: str
     devices: int
-    limits: "Limits"  # of a device
-    model_flops: float  # of the model's own arithmetic, a device
+    limits: "DeviceLimits"  # of one device
+    model_flops: float  # of the model's own arithmetic, per device
     plans: "list[MeshPlan]"
 
 
@@ -189,7 +189,7 @@ def plan(
       seq: tokens per row.
       topology: a TPU slice such as v5e:4x4 (extra: tpu), or host, the devices of this machine.
       mesh: sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]
-      step: other fields of `lindm.llm.cluster.plan.Job`, such as labels, accumulate, lora_rank and remat.
+      step: other fields of `lindm.llm.cluster.plan.StepSpec`, such as labels, accumulate, lora_rank and remat.
 
     Raises:
       ValueError: a topology, mesh or size that does not exist or does not fit.
@@ -204,8 +204,8 @@ def plan(
 
     sizes = parse_mesh(mesh) if mesh else None
     config = read_model_config(Path(model))
-    devices = planner.devices_of(topology)
-    job = planner.Job(
+    devices = planner.topology_devices(topology)
+    spec = planner.StepSpec(
         model_config=config,
         batch=batch,
         seq=seq,
@@ -214,15 +214,15 @@ def plan(
         dtype="f32" if devices[0].platform == "cpu" else "bf16",
         **step,
     )
-    limits = planner.limits_of(devices)
-    meshes = [sizes] if sizes else planner.sensible(job, devices)
+    limits = planner.device_limits(devices)
+    meshes = [sizes] if sizes else planner.candidate_meshes(spec, devices)
     return StepPlan(
-        step=job,
+        step=spec,
         topology=topology,
         devices=len(devices),
         limits=limits,
-        model_flops=planner.model_flops(job) / len(devices),
-        plans=planner.plans(job, devices, limits, meshes, progress),
+        model_flops=planner.model_flops(spec) / len(devices),
+        plans=planner.compile_plans(spec, devices, limits, meshes, progress),
     )
 
 

@@ -36,9 +36,9 @@ from lindm.llm.io import weights
 from lindm.llm.lora import TARGET_MODULES, add_lora
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
-from lindm.llm.parallel.chips import measured_peak
+from lindm.llm.parallel.devices import measured_peak_flops
 from lindm.llm.sft import packing
-from lindm.llm.sft.evaluator import flops_of_step
+from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step, step_shardings
@@ -202,7 +202,7 @@ def measure(side: str, method: str, way: str, directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     run = run_ours if side == "ours" else run_torch
     memory = peak_growth(lambda: found.update(run(method, way, Path(directory))))
-    return found | {"memory": memory, "peak": measured_peak(seconds=1.0, clock=time.process_time)}
+    return found | {"memory": memory, "peak": measured_peak_flops(seconds=1.0, clock=time.process_time)}
 
 
 Sides = dict[tuple[str, str], dict[str, Any]]
@@ -219,7 +219,7 @@ def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
         mine, theirs = ours[method, "selective"], peer.get((method, "selective"))
         _agree(mine, theirs, name)
         work = f"{what} f32, {shape}"
-        useful = flops_of_step(MODEL, method, ROWS, *sized)
+        useful = train_step_flops(MODEL, method, ROWS, *sized)
 
         def add(text: str, mine: float, value: Callable[[dict], float], unit: str, better: int, theirs=theirs, name=name) -> None:
             table.append(row(text, mine, value(theirs) if theirs else None, name, unit, better))

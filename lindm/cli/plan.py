@@ -1,4 +1,4 @@
-"""`lindm plan`: does a fine-tuning step fit a TPU slice, and what would it have to do there? Compiled here, without a TPU."""
+"""`lindm plan`: memory and least time of a training step on a TPU slice, compiled without a TPU."""
 
 import json as json_module
 import os
@@ -11,11 +11,12 @@ from lindm.cli.arguments import Command
 from lindm.io.tables import format_table
 
 if TYPE_CHECKING:
-    from lindm.llm.cluster.plan import Job, Limits
-    from lindm.llm.cluster.plan import Plan as Planned
+    from lindm.llm.cluster.plan import DeviceLimits, StepSpec
+    from lindm.llm.cluster.plan import Plan as MeshPlan
+    from lindm.llm.cluster.program_cost import Collective, ProgramCost
 
 GIB = 2**30
-# a process that only compiles for TPUs looks for none, asks no metadata server, takes no lock, and is not warned of all that
+# a process that only compiles for TPUs must not search for devices, query a metadata server, take a lock, or print warnings
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -83,91 +84,91 @@ def run(options: Plan) -> int:
         remat=options.remat,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    job, limits, found, flops = result.step, result.limits, result.plans, result.model_flops
+    spec, limits, plans = result.step, result.limits, result.plans
     if options.json:
-        about = {"topology": options.topology, "devices": result.devices, "limits": limits._asdict(), "headroom": plan.HEADROOM}
-        about |= {"model_flops": flops, "step": _step(job), "plans": [plan.described(p) for p in found]}
-        print(json_module.dumps(about))
+        values = {"topology": options.topology, "devices": result.devices, "limits": limits._asdict(), "headroom": plan.HEADROOM}
+        values |= {"model_flops": result.model_flops, "step": _step(spec), "plans": [plan.plan_to_json(p) for p in plans]}
+        print(json_module.dumps(values))
         return 0
-    for line in _introduced(job, options.topology, result.devices, limits):
+    for line in _description(spec, options.topology, result.devices, limits):
         print(line)
     print()
-    print(format_table([_HEAD, *(_row(p, job) for p in found)]))
-    if found[0].work is not None:
-        print(f"\nWhat a device sends in a step, with {plan.named(found[0].mesh)}:")
-        print(format_table(_messages(found[0])))
+    print(format_table([HEADER, *(_row(p, spec) for p in plans)]))
+    if plans[0].cost is not None:
+        print(f"\nCommunication per device and step with {plan.format_mesh(plans[0].mesh)}:")
+        print(format_table(_collectives(plans[0].cost)))
     print()
-    for line in _notes(found, flops, plan.HEADROOM):
+    for line in _notes(plans, result.model_flops, plan.HEADROOM):
         print(line)
     return 0
 
 
-def _step(job: "Job") -> dict[str, Any]:
+def _step(spec: "StepSpec") -> dict[str, Any]:
     names = ("batch", "seq", "labels", "accumulate", "method", "base", "dtype", "remat")
-    step = {name: getattr(job, name) for name in names} | {"parameters": job.model_config.num_parameters}
-    return step | ({} if job.method == "full" else {"lora_rank": job.lora_rank})
+    step = {name: getattr(spec, name) for name in names} | {"parameters": spec.model_config.num_parameters}
+    return step | ({} if spec.method == "full" else {"lora_rank": spec.lora_rank})
 
 
-def _introduced(job: "Job", topology: str, devices: int, limits: "Limits") -> list[str]:
-    how = "all weights" if job.method == "full" else f"adapters of rank {job.lora_rank} over {job.base} weights"
-    kept = f", remat {job.remat}"
-    parts = f"{job.accumulate} x " if job.accumulate > 1 else ""
-    can = [f"{limits.flops / 1e12:.3g} TFLOP/s"]
-    can += [f"{limits.memory / GIB:.1f} GiB"] if limits.memory else []
-    can += [f"{limits.bandwidth / 1e9:.0f} GB/s memory"] if limits.bandwidth else []
-    can += [f"{limits.links / 1e9:.0f} GB/s links"] if limits.links else []
+def _description(spec: "StepSpec", topology: str, num_devices: int, limits: "DeviceLimits") -> list[str]:
+    """Three lines: model and method, step, devices."""
+    trained = "all weights" if spec.method == "full" else f"adapters of rank {spec.lora_rank} over {spec.base} weights"
+    rows = f"{spec.accumulate} x {spec.batch} rows" if spec.accumulate > 1 else f"{spec.batch} rows"
+    rates = [f"{limits.peak_flops / 1e12:.3g} TFLOP/s"]
+    rates += [f"{limits.memory / GIB:.1f} GiB"] if limits.memory else []
+    rates += [f"{limits.memory_bandwidth / 1e9:.0f} GB/s memory"] if limits.memory_bandwidth else []
+    rates += [f"{limits.link_bandwidth / 1e9:.0f} GB/s links"] if limits.link_bandwidth else []
+    size = f"{spec.model_config.num_parameters / 1e9:.3g} G parameters"
     return [
-        f"{job.model_config.model_type}, {job.model_config.num_parameters / 1e9:.3g} G parameters; {job.method}: {how}",
-        f"a step: {parts}{job.batch} rows x {job.seq} tokens, {job.labels} labels a row, {job.dtype} activations{kept}",
-        f"{topology}: {devices} x {limits.kind}, each {', '.join(can)}",
+        f"model    {spec.model_config.model_type}, {size}; {spec.method}: {trained}",
+        f"step     {rows} x {spec.seq} tokens, {spec.labels} labels per row, {spec.dtype} activations, remat {spec.remat}",
+        f"devices  {topology}: {num_devices} x {limits.device_kind}, each {', '.join(rates)}",
     ]
 
 
-_HEAD = ("mesh", "fits", "peak GiB", "arguments", "temporaries", "outputs", "code")
-_HEAD += ("TFLOP", "GB moved", "GB sent", "ms compute", "ms memory", "ms links", "ms at least", "tokens/s at most")
+HEADER = ("mesh", "fits", "peak GiB", "arguments", "temporaries", "outputs", "code")
+HEADER += ("TFLOP", "GB memory", "GB sent", "ms compute", "ms memory", "ms links", "min. ms", "max. tokens/s")
 
 
-def _row(p: "Planned", job: "Job") -> tuple[str, ...]:
-    from lindm.llm.cluster.plan import named
+def _row(plan: "MeshPlan", spec: "StepSpec") -> tuple[str, ...]:
+    from lindm.llm.cluster.plan import format_mesh
 
-    if p.memory is None or p.work is None or p.seconds is None:
-        return (named(p.mesh), "no", f"{p.needs / GIB:.2f}" if p.needs else "refused", *("-" for _ in _HEAD[3:]))
-    memory = (f"{x / GIB:.2f}" for x in (p.memory.peak, *p.memory))
-    work = f"{p.work.flops / 1e12:.3g}", f"{p.work.bytes / 1e9:.3g}", f"{p.work.sent / 1e9:.3g}"
-    times = (f"{1e3 * p.seconds[name]:.3g}" if name in p.seconds else "-" for name in ("compute", "memory", "links"))
-    ordered = dict(zip(("peak", "arguments", "outputs", "temporaries", "code"), memory, strict=True))
-    shown = (ordered[name] for name in ("peak", "arguments", "temporaries", "outputs", "code"))
-    rate = job.accumulate * job.batch * job.seq / p.bound
-    return (named(p.mesh), "yes" if p.fits else "no", *shown, *work, *times, f"{1e3 * p.bound:.3g}", f"{rate:,.0f}")
-
-
-def _messages(p: "Planned") -> list[tuple[str, ...]]:
-    assert p.work is not None
-    kinds: dict[tuple[str, int], list[float]] = {}
-    for c in p.work.listed():
-        total = kinds.setdefault((c.kind, c.group), [0.0, 0.0])
-        total[0], total[1] = total[0] + c.count, total[1] + c.sent
-    lines = [("kind", "devices", "count", "GB", "largest")]
-    for (kind, group), (count, sent) in sorted(kinds.items(), key=lambda k: -k[1][1]):
-        largest = next(c for c in p.work.listed() if (c.kind, c.group) == (kind, group))
-        lines.append((kind, str(group), f"{count:.0f}", f"{sent / 1e9:.3g}", f"{largest.count:.0f} x {largest.shape}"))
-    return lines if len(lines) > 1 else [("nothing",)]
+    mesh, memory, cost, bounds = format_mesh(plan.mesh), plan.memory, plan.cost, plan.time_bounds
+    if memory is None or cost is None or bounds is None:
+        needed = f"{plan.required_bytes / GIB:.2f}" if plan.required_bytes else "refused"
+        return (mesh, "no", needed, *("-" for _ in HEADER[3:]))
+    gib = (f"{x / GIB:.2f}" for x in (memory.peak, memory.arguments, memory.temporaries, memory.outputs, memory.code))
+    costs = f"{cost.flops / 1e12:.3g}", f"{cost.memory_bytes / 1e9:.3g}", f"{cost.sent_bytes / 1e9:.3g}"
+    times = (f"{1e3 * bounds[name]:.3g}" if name in bounds else "-" for name in ("compute", "memory", "links"))
+    rate = spec.accumulate * spec.batch * spec.seq / plan.bound_seconds
+    return (mesh, "yes" if plan.fits else "no", *gib, *costs, *times, f"{1e3 * plan.bound_seconds:.3g}", f"{rate:,.0f}")
 
 
-def _notes(found: list["Planned"], flops: float, headroom: float) -> list[str]:
+def _collectives(cost: "ProgramCost") -> list[tuple[str, ...]]:
+    """The rows of a table: collectives by kind and group size, those that send most first."""
+    groups: dict[tuple[str, int], list[Collective]] = {}
+    for c in cost.collectives:
+        groups.setdefault((c.kind, c.group_size), []).append(c)
+    rows = [("kind", "devices", "count", "GB", "largest")]
+    for (kind, size), members in sorted(groups.items(), key=lambda g: -sum(c.sent_bytes for c in g[1])):
+        count, sent = sum(c.count for c in members), sum(c.sent_bytes for c in members)
+        rows.append((kind, str(size), f"{count:.0f}", f"{sent / 1e9:.3g}", f"{members[0].count:.0f} x {members[0].shape}"))
+    return rows if len(rows) > 1 else [("none",)]
+
+
+def _notes(plans: list["MeshPlan"], model_flops: float, headroom: float) -> list[str]:
     notes = [
-        f"fits: XLA compiled it and its peak leaves {100 * headroom:.0f} % of the memory free, for the runtime and evaluation",
+        f"fits: XLA compiled the step and its peak leaves {100 * headroom:.0f} % of the memory free, for runtime and evaluation",
         "TFLOP: products of the compiled program on one device, recomputation included; "
-        f"the model's own arithmetic is {flops / 1e12:.3g}",
-        "ms: what no step can be shorter than at the peak rates of the data sheet; a bound, not a prediction",
+        f"the model's own arithmetic is {model_flops / 1e12:.3g}",
+        "min. ms: lower bound on the time of a step at the peak rates of the data sheet, not a prediction",
     ]
-    if any(p.work is not None and p.work.unread for p in found):
-        notes.append("some loops of the program say nothing of their turns and are counted once: the bounds are lower still")
-    for p in found:
+    if any(p.cost is not None and p.cost.unknown_loops for p in plans):
+        notes.append("some loops have an unknown trip count and count once: the true bounds are higher")
+    for p in plans:
         if p.refusal:
-            from lindm.llm.cluster.plan import named
+            from lindm.llm.cluster.plan import format_mesh
 
-            notes.append(f"{named(p.mesh)} was refused: {p.refusal}")
+            notes.append(f"{format_mesh(p.mesh)} was refused: {p.refusal}")
     return notes
 
 

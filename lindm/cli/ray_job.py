@@ -1,4 +1,4 @@
-"""The command inside a Ray job: python -m lindm.cli.ray_job --workers 4 --cpus 8 -- --model DIR --data DIR --out DIR"""
+"""The command of a Ray job: python -m lindm.cli.ray_job --workers 4 --cpus 8 -- --model DIR --data DIR --out DIR"""
 
 import sys
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from lindm.cli import sft
 from lindm.cli.arguments import Command, parse, run_command
 from lindm.cli.main import guarded
-from lindm.llm.cluster.jobs import Workers, check_options
+from lindm.llm.cluster.jobs import RayWorkers, check_options
 
 
-def run(job: Workers, words: Sequence[str]) -> int:
+def run(job: RayWorkers, words: Sequence[str]) -> int:
     """Train on the workers of Ray; `words` are the options of `lindm sft`."""
     options = parse(sft.COMMAND, words)
     check_options(job, options, words)
@@ -18,7 +18,7 @@ def run(job: Workers, words: Sequence[str]) -> int:
     return ray_job.run(job, options)
 
 
-COMMAND = Command(name="ray_job", options=Workers, run=run, rest="-- OPTIONS OF LINDM SFT")
+COMMAND = Command(name="ray_job", options=RayWorkers, run=run, rest="-- OPTIONS OF LINDM SFT")
 
 if __name__ == "__main__":
     sys.exit(guarded(lambda: run_command(COMMAND, sys.argv[1:])))

@@ -10,11 +10,11 @@ from lindm.llm.sft.options import SFTConfig
 def run(options: SFTConfig) -> int:
     from lindm.llm.parallel import supervisor
 
-    if (options.processes or 1) > 1 or (options.coordinator is None and supervisor.launcher(dict(os.environ))):
-        supervisor.guard(EXIT_CODES)  # before the first thread is started: training goes on in a child process
+    if (options.processes or 1) > 1 or (options.coordinator is None and supervisor.detect_launcher(dict(os.environ))):
+        supervisor.supervise(EXIT_CODES)  # before the first thread is started: training goes on in a child process
     from lindm.llm.sft import trainer
 
-    return trainer.run(options)
+    return trainer.train(options)
 
 
 COMMAND = Command(

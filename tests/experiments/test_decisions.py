@@ -234,7 +234,7 @@ def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path
 
         mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
         there = weights.load(language_models.before(asked, tmp_path / "before"), mesh=mesh)
-        here = setup.build(setup.prepare(asked))
+        here = setup.build_model(setup.setup_training(asked))
         from flax import nnx
 
         for a, b in zip(jax.tree.leaves(nnx.state(there)), jax.tree.leaves(nnx.state(here)), strict=True):

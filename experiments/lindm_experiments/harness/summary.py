@@ -124,7 +124,7 @@ def training(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
         options = read_json_if_exists(directory / "config.json")["options"]
-        records = metrics.read(directory)
+        records = metrics.read_metrics(directory)
         looked = [r for r in records if r["kind"] == "eval"]
         first, last = (looked[0], looked[-1]) if looked else ({}, {})
         rows.append(
@@ -138,7 +138,7 @@ def training(directories: Sequence[Path]) -> list[Row]:
                 "loss after": last.get("loss"),
                 "gap before": first.get("gap"),
                 "gap after": last.get("gap"),
-                "majority": last.get("vote_gap"),
+                "majority": last.get("bc_gap"),
             }
         )
     return rows

@@ -60,7 +60,7 @@ def options(model: str, data: Path, out: Path, **how: Any) -> SFTConfig:
 
 def fine_tuned(asked: SFTConfig) -> Path:
     """The directory of a finished run. Its checkpoints are removed: it is not resumed."""
-    trainer.run(asked)
+    trainer.train(asked)
     signals.stop_on_signals()  # training only notes them; nothing is unsaved any more
     shutil.rmtree(asked.out / trainer.CHECKPOINTS, ignore_errors=True)
     return asked.out
@@ -70,8 +70,8 @@ def before(asked: SFTConfig, out: Path) -> Path:
     """The model that the run starts from, as a directory."""
     if asked.model is not None:
         return asked.model
-    prepared = setup.prepare(asked)
+    prepared = setup.setup_training(asked)
     tokenizer = out.with_name(f"{out.name}-tokenizer")
     prepared.tokenizer.save_pretrained(str(tokenizer))
-    weights.save(setup.build(prepared), out, like=tokenizer)
+    weights.save(setup.build_model(prepared), out, like=tokenizer)
     return out

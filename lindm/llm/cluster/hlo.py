@@ -1,11 +1,11 @@
-"""The text of a compiled program of XLA, taken apart: computations, instructions, shapes.
+"""A parser for the text of a compiled XLA program (HLO): computations, instructions, shapes, trip counts of loops.
 
     %name (parameter: f32[4]) -> f32[4] {
       ROOT %y.1 = f32[4]{0:T(128)S(1)} multiply(%x.2, %x.2), attribute=value, ...
     }
 
-Layouts say where an array lies: `S(n)` with n above 0 is a memory on the chip (of a TPU: vector memory, scalars, flags), 5 the
-host's; without it, the device's main memory.
+A layout gives the memory space of an array: `S(n)` with n above 0 is memory on the chip (of a TPU: vector memory, scalars,
+flags), except 5, which is host memory; without it, the array is in the main memory of the device.
 """
 
 import math
@@ -17,48 +17,56 @@ _LEAF = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 
 
 class Shape(NamedTuple):
-    kind: str
+    """One array."""
+
+    dtype: str
     dims: tuple[int, ...]
-    near: bool  # in a memory on the chip
+    on_chip: bool  # in memory on the chip
 
     @property
-    def elements(self) -> int:
+    def num_elements(self) -> int:
         return math.prod(self.dims)
 
     @property
-    def bytes(self) -> float:
-        bits = re.search(r"\d+", self.kind)  # of pred and token there are none
-        return self.elements * (int(bits[0]) / 8 if bits else float(self.kind == "pred"))
+    def num_bytes(self) -> float:
+        bits = re.search(r"\d+", self.dtype)  # pred and token have none
+        return self.num_elements * (int(bits[0]) / 8 if bits else float(self.dtype == "pred"))
 
 
 class Instruction(NamedTuple):
+    """One instruction of a computation."""
+
     name: str
-    op: str
-    shapes: tuple[Shape, ...]  # of the result; of a tuple, all leaves
-    operands: tuple[str, ...]
-    text: str  # what stands between the brackets of the operands
-    rest: str  # attributes
-    root: bool
+    opcode: str
+    shapes: tuple[Shape, ...]  # of the result; all leaves of a tuple
+    operands: tuple[str, ...]  # names
+    operand_text: str  # the text between the parentheses
+    attributes: str  # the text after the parentheses
+    is_root: bool
 
 
 Computation = dict[str, Instruction]
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one that is run."""
+def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations by name, and the name of the entry computation.
+
+    Raises:
+      ValueError: no entry computation.
+    """
     computations: dict[str, Computation] = {}
-    entry, here = "", None
+    entry, computation = "", None
     for line in text.splitlines():
-        if here is None:
+        if computation is None:
             if header := _HEADER.match(line):
-                here = computations.setdefault(header[2], {})
+                computation = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
         elif line.startswith("}"):
-            here = None
+            computation = None
         elif " = " in line and (instruction := _instruction(line)):
-            here[instruction.name] = instruction
+            computation[instruction.name] = instruction
     if not entry:
-        raise ValueError("text must be an optimised program with an ENTRY computation")
+        raise ValueError("text must be an optimized program with an ENTRY computation")
     return computations, entry
 
 
@@ -76,7 +84,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the bracket that opens at `begin` closes."""
+    """The position of the parenthesis that closes the one at `begin`."""
     depth = 0
     for i in range(begin, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -89,73 +97,82 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     def one(kind: str, dims: str, layout: str) -> Shape:
         space = re.search(r"S\((\d+)\)", layout or "")
         sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
-        return Shape(kind, sizes, space is not None and space[1] not in ("0", "5"))  # 5: the host's
+        return Shape(kind, sizes, space is not None and space[1] not in ("0", "5"))  # 5: host memory
 
     return tuple(one(*leaf) for leaf in _LEAF.findall(text))
 
 
-def root_of(computation: Computation) -> Instruction:
-    return next(i for i in computation.values() if i.root)
+def root_instruction(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.is_root)
 
 
-def attribute(i: Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.\-]+)", i.rest)
-    if found is None:
-        raise ValueError(f"the operation {i.name} ({i.op}) must have {name}; got {i.rest[:200]!r}")
-    return found[1]
+def get_attribute(i: Instruction, name: str) -> str:
+    """The value of an attribute such as body=%name; ValueError where there is none."""
+    match = re.search(rf"\b{name}=%?([\w.\-]+)", i.attributes)
+    if match is None:
+        raise ValueError(f"the instruction {i.name} ({i.opcode}) must have {name}; got {i.attributes[:200]!r}")
+    return match[1]
 
 
-def end_of(here: Computation, name: str) -> Instruction:
-    """What a value is, through copies."""
-    i = here[name]
-    while i.op in ("copy", "bitcast", "copy-done", "copy-start", "convert") and i.operands and i.operands[0] in here:
-        i = here[i.operands[0]]
+def skip_copies(computation: Computation, name: str) -> Instruction:
+    """The instruction that computes a value, through copies, bitcasts and conversions."""
+    i = computation[name]
+    while i.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert") and i.operands and i.operands[0] in computation:
+        i = computation[i.operands[0]]
     return i
 
 
 # --- loops -------------------------------------------------------------------------------------------------------------------
 
 
-def turns_of(loop: Instruction, here: Computation, computations: dict[str, Computation]) -> int | None:
-    """How often the body of a `while` runs: as XLA noted, or from a counter whose start, step and limit are constants.
+def trip_count(loop: Instruction, computation: Computation, computations: dict[str, Computation]) -> int | None:
+    """How often the body of a `while` runs: XLA's known_trip_count, or from a counter with constant start, step and limit.
 
-    XLA:TPU notes nothing, and unrolls what it overlaps with messages, so that steps above one occur. None: neither is there.
+    XLA:TPU writes no known_trip_count, and unrolls loops that overlap with communication, so steps above one occur.
+
+    Returns:
+      None where the trip count is unknown.
     """
-    if known := re.search(r'known_trip_count[^\d}]*"?n"?[:=]\s*"?(\d+)', loop.rest):
+    if known := re.search(r'known_trip_count[^\d}]*"?n"?[:=]\s*"?(\d+)', loop.attributes):
         return int(known[1])
-    condition, body = (computations[attribute(loop, name)] for name in ("condition", "body"))
-    condition, test = _inlined(condition, root_of(condition), computations)
-    if test.op != "compare" or "direction=LT" not in test.rest:
+    condition, body = (computations[get_attribute(loop, name)] for name in ("condition", "body"))
+    condition, test = _inline_fusion(condition, root_instruction(condition), computations)
+    if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
-    counter, limit = (end_of(condition, name) for name in test.operands)
-    if counter.op != "get-tuple-element" or limit.op != "constant":
+    counter, limit = (skip_copies(condition, name) for name in test.operands)
+    if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
         return None
-    place, given, kept = int(attribute(counter, "index")), end_of(here, loop.operands[0]), root_of(body)
-    if given.op != "tuple" or kept.op != "tuple":
+    index, initial, result = (
+        int(get_attribute(counter, "index")),
+        skip_copies(computation, loop.operands[0]),
+        root_instruction(body),
+    )
+    if initial.opcode != "tuple" or result.opcode != "tuple":
         return None
-    start, step = end_of(here, given.operands[place]), _step(body, kept.operands[place], place, computations)
-    if start.op != "constant" or not step:
+    start = skip_copies(computation, initial.operands[index])
+    step = _counter_step(body, result.operands[index], index, computations)
+    if start.opcode != "constant" or not step:
         return None
-    return max(0, -(-(int(limit.text) - int(start.text)) // step))
+    return max(0, -(-(int(limit.operand_text) - int(start.operand_text)) // step))
 
 
-def _step(body: Computation, name: str, place: int, computations: dict[str, Computation]) -> int | None:
-    """What is added to the counter in a turn."""
-    body, i = _inlined(body, end_of(body, name), computations)
-    if i.op != "add":
+def _counter_step(body: Computation, name: str, index: int, computations: dict[str, Computation]) -> int | None:
+    """What one iteration adds to the counter; None: no constant."""
+    body, i = _inline_fusion(body, skip_copies(body, name), computations)
+    if i.opcode != "add":
         return None
-    ends = [end_of(body, operand) for operand in i.operands]
-    steps = [int(e.text) for e in ends if e.op == "constant"]
-    counters = [e for e in ends if e.op == "get-tuple-element" and int(attribute(e, "index")) == place]
+    terms = [skip_copies(body, operand) for operand in i.operands]
+    steps = [int(e.operand_text) for e in terms if e.opcode == "constant"]
+    counters = [e for e in terms if e.opcode == "get-tuple-element" and int(get_attribute(e, "index")) == index]
     return steps[0] if len(steps) == len(counters) == 1 else None
 
 
-def _inlined(outer: Computation, i: Instruction, computations: dict[str, Computation]) -> tuple[Computation, Instruction]:
-    """Of a fusion, the computation inside and its root, with what the fusion was given in the place of parameters."""
-    if i.op != "fusion":
+def _inline_fusion(outer: Computation, i: Instruction, computations: dict[str, Computation]) -> tuple[Computation, Instruction]:
+    """The computation inside a fusion, with the fusion's operands in place of its parameters, and its root instruction."""
+    if i.opcode != "fusion":
         return outer, i
-    inner = dict(computations[attribute(i, "calls")])
+    inner = dict(computations[get_attribute(i, "calls")])
     for name, own in list(inner.items()):
-        if own.op == "parameter":
-            inner[name] = end_of(outer, i.operands[int(own.text)])
-    return inner, root_of(inner)
+        if own.opcode == "parameter":
+            inner[name] = skip_copies(outer, i.operands[int(own.operand_text)])
+    return inner, root_instruction(inner)

@@ -1,14 +1,16 @@
-r"""What one run of a compiled program does: matrix products, memory traffic, and what its devices send each other.
+r"""The cost of a compiled program: matrix products, memory traffic, and communication between devices.
 
-XLA's own `cost_analysis` counts the body of a loop once, and a decoder is one loop over its layers. So the text of the optimised
-program is read (`lindm.llm.cluster.hlo`): from ENTRY down, every computation is met as often as it runs, `while` bodies as often
-as they turn. The text is that of one device; so are all numbers.
+XLA's own `cost_analysis` counts the body of a loop once, and a decoder is one loop over its layers. So the text of the optimized
+program is parsed (`lindm.llm.cluster.hlo`): from the entry computation down, every computation counts as often as it runs, bodies
+of `while` loops as often as they iterate. The text is the program of one device, so all numbers are per device.
 
-    flops     2 m n k of every product (dot, convolution, library call), inside fusions too; elementwise work is not counted
-    bytes     what every operation outside fusions reads and writes in main memory; a slice that is read or written in place
-              counts as the slice, and what a TPU keeps in its vector memory costs nothing
-    sent      by a device, with the algorithms that send least: to gather shards of s bytes on n devices s (n - 1), to reduce and
-              scatter, or exchange, arrays of S bytes S (n - 1) / n, to reduce them everywhere 2 S (n - 1) / n, to pass on s
+    flops          2 m n k of every product (dot, convolution, library call), inside fusions too; elementwise operations are not
+                   counted
+    memory_bytes   what every operation outside fusions reads and writes in main memory; a slice that is read or written in place
+                   counts as the slice, and arrays that a TPU keeps in its vector memory cost nothing
+    sent_bytes     what a device sends, with the algorithms that send least: all-gather of shards of s bytes on n devices
+                   s (n - 1); reduce-scatter and all-to-all of arrays of S bytes S (n - 1) / n; all-reduce 2 S (n - 1) / n;
+                   permute s
 """
 
 import math
@@ -17,181 +19,220 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lindm.llm.cluster.hlo import Computation, Instruction, Shape, attribute, end_of, parse, root_of, turns_of
+from lindm.llm.cluster.hlo import (
+    Computation,
+    Instruction,
+    Shape,
+    get_attribute,
+    parse_hlo,
+    root_instruction,
+    skip_copies,
+    trip_count,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# these move nothing: names for what is there already, the ends of what began elsewhere, and what holds other operations
-STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "while"}
-STILL |= {"conditional", "call", "opt-barrier", "optimization-barrier", "add-dependency", "async-start", "async-update"}
-STILL_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound")
-BEGUN = "AsyncCollectiveStart"  # a collective that runs beside several fusions is written in each of them; it begins in one
+# operations without traffic of their own: aliases, the ends of asynchronous operations, and operations that call computations
+NO_TRAFFIC = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "while",
+}
+NO_TRAFFIC |= {"conditional", "call", "opt-barrier", "optimization-barrier", "add-dependency", "async-start", "async-update"}
+NO_TRAFFIC_CALLS = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+    "AssumeGatherIndicesInBound",
+)
+ASYNC_START = "AsyncCollectiveStart"  # a collective that overlaps with several fusions appears in each; it starts in one of them
 
 
 class Collective(NamedTuple):
+    """All collectives of one kind and shape in one run of the program."""
+
     kind: str
-    group: int  # devices that take part in one
-    shape: str  # of what a device puts in, "bf16[1,256,4096]"
-    count: float  # a run
-    sent: float  # bytes a device and run, all of them together
+    group_size: int  # devices that take part
+    shape: str  # of a device's input, "bf16[1,256,4096]"
+    count: float  # per run
+    sent_bytes: float  # per device and run, all of them together
 
 
 @dataclass
-class Work:
-    """Of one device and one run of the program."""
+class ProgramCost:
+    """The cost of one run of the program on one device."""
 
     flops: float = 0.0
-    bytes: float = 0.0
-    collectives: dict[tuple[str, int, str], tuple[float, float]] = field(default_factory=dict)
-    unread: int = 0  # loops whose turns could not be read and are counted once
+    memory_bytes: float = 0.0
+    # (kind, group size, shape) -> (count, bytes)
+    totals: dict[tuple[str, int, str], tuple[float, float]] = field(default_factory=dict)
+    unknown_loops: int = 0  # loops whose trip count is unknown; they count once
 
     @property
-    def sent(self) -> float:
-        return sum(sent for _, sent in self.collectives.values())
+    def sent_bytes(self) -> float:
+        return sum(sent for _, sent in self.totals.values())
 
-    def listed(self) -> list[Collective]:
+    @property
+    def collectives(self) -> list[Collective]:
         """The collectives, those that send most first."""
-        found = [Collective(*key, count, sent) for key, (count, sent) in self.collectives.items()]
-        return sorted(found, key=lambda c: (-c.sent, c.kind, c.shape))
+        collectives = [Collective(*key, count, sent) for key, (count, sent) in self.totals.items()]
+        return sorted(collectives, key=lambda c: (-c.sent_bytes, c.kind, c.shape))
 
 
-def work(text: str, loops: bool = True) -> Work:
-    """What a run of an optimised program does, from `compiled.as_text()`; without `loops`, every body once, as XLA counts."""
-    return _Reader(text, loops).total()
+def program_cost(text: str, loops: bool = True) -> ProgramCost:
+    """The cost of an optimized program, from `compiled.as_text()`; without `loops`, every loop body counts once, as in XLA."""
+    return _CostCounter(text, loops).total()
 
 
-class _Reader:
+class _CostCounter:
     def __init__(self, text: str, loops: bool):
-        self.computations, self.entry = parse(text)
+        self.computations, self.entry = parse_hlo(text)
         self.loops = loops
         partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
         self.devices = int(partitions[1]) if partitions else 1
-        self.begun = {_channel(i) for c in self.computations.values() if _starts(c) for i in c.values() if _collective(i.op)}
-        self.read: dict[str, dict[int, float]] = {}
+        self.started = {
+            _channel(i) for c in self.computations.values() if _has_async_start(c) for i in c.values() if _collective(i.opcode)
+        }
+        self.reads: dict[str, dict[int, float]] = {}
 
-    def total(self) -> Work:
-        found = Work()
-        self._add(found, self.entry, 1.0, fused=False)
-        return found
+    def total(self) -> ProgramCost:
+        cost = ProgramCost()
+        self._add(cost, self.entry, 1.0, fused=False)
+        return cost
 
-    def _add(self, found: Work, name: str, times: float, fused: bool) -> None:
-        here = self.computations[name]
-        for i in here.values():
-            found.flops += times * _flops(i, here)
-            if (kind := _collective(i.op)) and (_channel(i) not in self.begun or _starts(here)):
-                self._collect(found, kind, i, here, times)
+    def _add(self, cost: ProgramCost, name: str, times: float, fused: bool) -> None:
+        computation = self.computations[name]
+        for i in computation.values():
+            cost.flops += times * _flops(i, computation)
+            if (kind := _collective(i.opcode)) and (_channel(i) not in self.started or _has_async_start(computation)):
+                self._add_collective(cost, kind, i, computation, times)
             if not fused:
-                found.bytes += times * self._traffic(i, here)
-            for called, turns in self._called(found, i, here):
-                self._add(found, called, times * turns, fused or i.op in ("fusion", "custom-call"))
+                cost.memory_bytes += times * self._traffic(i, computation)
+            for called, trips in self._called(cost, i, computation):
+                self._add(cost, called, times * trips, fused or i.opcode in ("fusion", "custom-call"))
 
-    def _called(self, found: Work, i: Instruction, here: Computation) -> Iterator[tuple[str, float]]:
-        """The computations that an operation runs, and how often; those that combine two numbers are not among them."""
-        if i.op == "while":
-            turns = turns_of(i, here, self.computations) if self.loops else 1
-            found.unread += turns is None
-            yield attribute(i, "body"), turns or 1
-        elif i.op in ("fusion", "call", "async-start", "custom-call", "conditional"):
-            names = re.findall(r"(?:calls|to_apply|\w+_computation)=%([\w.\-]+)", i.rest)
-            branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+    def _called(self, cost: ProgramCost, i: Instruction, computation: Computation) -> Iterator[tuple[str, float]]:
+        """The computations that an instruction runs, and how often; reduction functions are not among them."""
+        if i.opcode == "while":
+            trips = trip_count(i, computation, self.computations) if self.loops else 1
+            cost.unknown_loops += trips is None
+            yield get_attribute(i, "body"), trips or 1
+        elif i.opcode in ("fusion", "call", "async-start", "custom-call", "conditional"):
+            names = re.findall(r"(?:calls|to_apply|\w+_computation)=%([\w.\-]+)", i.attributes)
+            branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
             names += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
-            yield from ((name, 1.0) for name in names)  # of a conditional, all branches: at most what it does
+            yield from ((name, 1.0) for name in names)  # all branches of a conditional: an upper bound
 
-    # --- what devices send each other ---
+    # --- communication ---
 
-    def _collect(self, found: Work, kind: str, i: Instruction, here: Computation, times: float) -> None:
-        shapes = [s for name in i.operands if name in here for s in here[name].shapes]
-        size, n = sum(s.bytes for s in shapes), self._group(i)
-        ways = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
-        largest = max(shapes, key=lambda s: s.bytes)
-        what = f"{largest.kind}[{','.join(map(str, largest.dims))}]" + (f" and {len(shapes) - 1} more" if len(shapes) > 1 else "")
-        count, sent = found.collectives.get((kind, n, what), (0.0, 0.0))
-        found.collectives[kind, n, what] = count + times, sent + times * size * ways.get(kind, (n - 1) / n)
+    def _add_collective(self, cost: ProgramCost, kind: str, i: Instruction, computation: Computation, times: float) -> None:
+        shapes = [s for name in i.operands if name in computation for s in computation[name].shapes]
+        size, n = sum(s.num_bytes for s in shapes), self._group_size(i)
+        sent_share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
+        largest = max(shapes, key=lambda s: s.num_bytes)
+        shape = f"{largest.dtype}[{','.join(map(str, largest.dims))}]" + (
+            f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        )
+        count, sent = cost.totals.get((kind, n, shape), (0.0, 0.0))
+        cost.totals[kind, n, shape] = count + times, sent + times * size * sent_share.get(kind, (n - 1) / n)
 
-    def _group(self, i: Instruction) -> int:
-        """Devices that take part in one collective; of what is passed on, all."""
-        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.rest):
+    def _group_size(self, i: Instruction) -> int:
+        """Number of devices that take part in one collective; all devices in a permute."""
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes):
             return listed[1].count(",") + 1
-        if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", i.rest):
+        if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", i.attributes):
             return int(tiled[1])
-        if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{,]*\{([^}]*)\}", i.rest):
+        if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{,]*\{([^}]*)\}", i.attributes):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # of a cut axis, the part that takes part
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # of a split axis, the part that takes part
             return math.prod(int(part or sizes[axis]) for axis, part in axes)
         return self.devices
 
     # --- memory ---
 
-    def _traffic(self, i: Instruction, here: Computation) -> float:
-        if i.op in STILL or i.op.endswith("-done") or (i.op == "custom-call" and any(c in i.rest for c in STILL_CALLS)):
+    def _traffic(self, i: Instruction, computation: Computation) -> float:
+        """Bytes that an instruction outside fusions reads and writes in main memory."""
+        if (
+            i.opcode in NO_TRAFFIC
+            or i.opcode.endswith("-done")
+            or (i.opcode == "custom-call" and any(c in i.attributes for c in NO_TRAFFIC_CALLS))
+        ):
             return 0.0
-        given = [here[name] for name in i.operands if name in here]
-        if i.op in ("copy-start", "slice-start"):  # (what is read, what is written, ...) in either order, one may be near
-            read, written = given[0].shapes[0], min(i.shapes[:2], key=lambda s: s.bytes)
-            near = i.shapes[0].near if i.op == "copy-start" else i.shapes[1].near
-            return written.bytes * ((not read.near) + (not near))
-        if i.op == "fusion":
-            return self._fused_traffic(i, given)
-        if i.op in ("dynamic-slice", "slice", "gather"):
-            return 2 * _far(i.shapes)
-        if i.op in ("dynamic-update-slice", "scatter"):
-            return 2 * sum(_far(g.shapes) for g in given[1 if i.op == "dynamic-update-slice" else 2 :][:1])
-        results = i.shapes[1:2] if i.op.endswith("-start") else i.shapes
-        return _far(results) + sum(_far(g.shapes) for g in given)
+        operands = [computation[name] for name in i.operands if name in computation]
+        if i.opcode in ("copy-start", "slice-start"):  # (source, destination, ...) in either order; one may be on the chip
+            source, destination = operands[0].shapes[0], min(i.shapes[:2], key=lambda s: s.num_bytes)
+            on_chip = i.shapes[0].on_chip if i.opcode == "copy-start" else i.shapes[1].on_chip
+            return destination.num_bytes * ((not source.on_chip) + (not on_chip))
+        if i.opcode == "fusion":
+            return self._fused_traffic(i, operands)
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _main_memory_bytes(i.shapes)
+        if i.opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * sum(_main_memory_bytes(g.shapes) for g in operands[1 if i.opcode == "dynamic-update-slice" else 2 :][:1])
+        results = i.shapes[1:2] if i.opcode.endswith("-start") else i.shapes
+        return _main_memory_bytes(results) + sum(_main_memory_bytes(g.shapes) for g in operands)
 
-    def _fused_traffic(self, i: Instruction, given: list[Instruction]) -> float:
-        name = attribute(i, "calls")
-        total, inner, read = 0.0, self.computations[name], self._reads(name)
-        for number, g in enumerate(given):
-            total += min(_far(g.shapes), read.get(number, 0.0))
-        roots = [root_of(inner)]
-        if roots[0].op == "tuple":
+    def _fused_traffic(self, i: Instruction, operands: list[Instruction]) -> float:
+        """Bytes that a fusion reads and writes in main memory."""
+        name = get_attribute(i, "calls")
+        total, inner, reads = 0.0, self.computations[name], self._parameter_reads(name)
+        for number, g in enumerate(operands):
+            total += min(_main_memory_bytes(g.shapes), reads.get(number, 0.0))
+        roots = [root_instruction(inner)]
+        if roots[0].opcode == "tuple":
             roots = [inner[name] for name in roots[0].operands]
-        if _starts(inner):
-            return total + sum(_far(c.shapes) for c in inner.values() if _collective(c.op))
+        if _has_async_start(inner):
+            return total + sum(_main_memory_bytes(c.shapes) for c in inner.values() if _collective(c.opcode))
         for root, shape in zip(roots, i.shapes, strict=False):
-            end = end_of(inner, root.name)
-            if end.op == "dynamic-update-slice" and not shape.near:  # into what is there already
-                total += inner[end.operands[1]].shapes[0].bytes
-            elif end.op not in ("parameter", "custom-call") and not _collective(
-                end.op
-            ):  # which are passed on, or began elsewhere
-                total += _far([shape])
+            end = skip_copies(inner, root.name)
+            if end.opcode == "dynamic-update-slice" and not shape.on_chip:  # in place
+                total += inner[end.operands[1]].shapes[0].num_bytes
+            elif end.opcode not in ("parameter", "custom-call") and not _collective(
+                end.opcode
+            ):  # passed through, or started elsewhere
+                total += _main_memory_bytes([shape])
         return total
 
-    def _reads(self, name: str) -> dict[int, float]:
-        """Bytes that a fused computation reads of each parameter: all, unless every use takes a slice or writes one."""
-        if name in self.read:
-            return self.read[name]
+    def _parameter_reads(self, name: str) -> dict[int, float]:
+        """Bytes that a fused computation reads of each parameter: all, unless every use reads or writes a slice."""
+        if name in self.reads:
+            return self.reads[name]
         inner = self.computations[name]
         users: dict[str, list[Instruction]] = {}
         for user in inner.values():
             for operand in dict.fromkeys(user.operands):
                 users.setdefault(operand, []).append(user)
 
-        def of(value: Instruction) -> float:
+        def bytes_read(value: Instruction) -> float:
             total = 0.0
             for user in users.get(value.name, []):
                 first = user.operands[0] == value.name
-                if user.op == "bitcast":
-                    total += of(user)
-                elif user.op in ("dynamic-slice", "slice", "gather") and first:
-                    total += user.shapes[0].bytes
-                elif user.op == "fusion":
-                    inside = self._reads(attribute(user, "calls"))
+                if user.opcode == "bitcast":
+                    total += bytes_read(user)
+                elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
+                    total += user.shapes[0].num_bytes
+                elif user.opcode == "fusion":
+                    inside = self._parameter_reads(get_attribute(user, "calls"))
                     total += sum(inside.get(k, 0.0) for k, operand in enumerate(user.operands) if operand == value.name)
-                elif user.op in ("tuple", "custom-call") or (user.op == "dynamic-update-slice" and first):
-                    continue  # passed on, or written in place
-                elif not _collective(user.op) or _channel(user) not in self.begun or _starts(inner):
-                    return value.shapes[0].bytes
-            return min(total, value.shapes[0].bytes)
+                elif user.opcode in ("tuple", "custom-call") or (user.opcode == "dynamic-update-slice" and first):
+                    continue  # passed through, or written in place
+                elif not _collective(user.opcode) or _channel(user) not in self.started or _has_async_start(inner):
+                    return value.shapes[0].num_bytes
+            return min(total, value.shapes[0].num_bytes)
 
-        self.read[name] = {int(p.text): of(p) for p in inner.values() if p.op == "parameter"}
-        return self.read[name]
+        self.reads[name] = {int(p.operand_text): bytes_read(p) for p in inner.values() if p.opcode == "parameter"}
+        return self.reads[name]
 
 
-def _far(shapes: Iterable[Shape]) -> float:
-    """Bytes in main memory."""
-    return sum(s.bytes for s in shapes if not s.near)
+def _main_memory_bytes(shapes: Iterable[Shape]) -> float:
+    """Bytes of the arrays that are in main memory."""
+    return sum(s.num_bytes for s in shapes if not s.on_chip)
 
 
 def _collective(op: str) -> str | None:
@@ -200,47 +241,47 @@ def _collective(op: str) -> str | None:
 
 
 def _channel(i: Instruction) -> str | None:
-    found = re.search(r"channel_id=(\d+)", i.rest)
-    return found[1] if found else None
+    match = re.search(r"channel_id=(\d+)", i.attributes)
+    return match[1] if match else None
 
 
-def _starts(computation: Computation) -> bool:
-    return any(i.op == "custom-call" and BEGUN in i.rest for i in computation.values())
+def _has_async_start(computation: Computation) -> bool:
+    return any(i.opcode == "custom-call" and ASYNC_START in i.attributes for i in computation.values())
 
 
 # --- products ----------------------------------------------------------------------------------------------------------------
 
 
-def _flops(i: Instruction, here: Computation) -> float:
-    if i.op == "convolution":
-        return _convolution(i, here[i.operands[0]].shapes[0], here[i.operands[1]].shapes[0])
-    library = i.op == "custom-call" and re.search(r'custom_call_target="[^"]*(matmul|gemm|dot)', i.rest)
-    if i.op != "dot" and not library:
+def _flops(i: Instruction, computation: Computation) -> float:
+    if i.opcode == "convolution":
+        return _convolution_flops(i, computation[i.operands[0]].shapes[0], computation[i.operands[1]].shapes[0])
+    library = i.opcode == "custom-call" and re.search(r'custom_call_target="[^"]*(matmul|gemm|dot)', i.attributes)
+    if i.opcode != "dot" and not library:
         return 0.0
-    summed = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', i.rest)
-    left = here[i.operands[0]].shapes[0].dims
-    axes = [int(d) for d in summed[1].replace('"', "").split(",") if d] if summed else [len(left) - 1]
-    return 2.0 * i.shapes[0].elements * math.prod(left[axis] for axis in axes)
+    contracting = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', i.attributes)
+    left = computation[i.operands[0]].shapes[0].dims
+    axes = [int(d) for d in contracting[1].replace('"', "").split(",") if d] if contracting else [len(left) - 1]
+    return 2.0 * i.shapes[0].num_elements * math.prod(left[axis] for axis in axes)
 
 
-def _convolution(i: Instruction, left: Shape, right: Shape) -> float:
-    """Products that fall inside the padding are not counted: XLA:TPU writes batched products as convolutions with much of it."""
-    lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    window = re.search(r"window=\{([^}]*)\}", i.rest)
-    given = dict(part.split("=") for part in window[1].split()) if window else {}
+def _convolution_flops(i: Instruction, left: Shape, right: Shape) -> float:
+    """Products with padding are not counted: XLA:TPU writes batched products as convolutions with much padding."""
+    lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    sizes = dict(part.split("=") for part in window[1].split()) if window else {}
     result = i.shapes[0]
     pairs = 1
     for axis in (c for c in lhs if c.isdigit()):
         n, m, size = left.dims[lhs.index(axis)], result.dims[out.index(axis)], right.dims[rhs.index(axis)]
 
-        def at(name: str, default: str, axis: str = axis) -> str:
-            return given[name].split("x")[int(axis)] if name in given else default
+        def window_field(name: str, default: str, axis: str = axis) -> str:
+            return sizes[name].split("x")[int(axis)] if name in sizes else default
 
-        stride, low = int(at("stride", "1")), int(at("pad", "0_0").split("_")[0])
-        spread, hole = int(at("rhs_dilate", "1")), int(at("lhs_dilate", "1"))
-        places = (o * stride + k * spread - low for o in range(m) for k in range(size))
-        pairs *= sum(0 <= p < (n - 1) * hole + 1 and p % hole == 0 for p in places)
-    groups = re.search(r"batch_group_count=(\d+)", i.rest)
+        stride, low = int(window_field("stride", "1")), int(window_field("pad", "0_0").split("_")[0])
+        rhs_dilation, lhs_dilation = int(window_field("rhs_dilate", "1")), int(window_field("lhs_dilate", "1"))
+        positions = (o * stride + k * rhs_dilation - low for o in range(m) for k in range(size))
+        pairs *= sum(0 <= p < (n - 1) * lhs_dilation + 1 and p % lhs_dilation == 0 for p in positions)
+    groups = re.search(r"batch_group_count=(\d+)", i.attributes)
     batch = left.dims[lhs.index("b")] / (int(groups[1]) if groups else 1)
     features = right.dims[rhs.index("i")]  # of one group
     return 2.0 * pairs * batch * features * result.dims[out.index("f")]

@@ -1,83 +1,187 @@
-"""What a chip can do: its memory, and the most floating point operations a second that matrix products reach on it."""
+"""Facts about chips, in one table: speed, memory, bandwidth, and for TPUs the slices that can be had and what they are called.
 
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+The figures are those of the makers' data sheets. Nothing heavy is imported here: the command line reads this module.
+"""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-
-class Chip(NamedTuple):
-    """Public figures of one device, as jax counts devices."""
-
-    kind: str  # as jax names it
-    memory: int  # bytes
-    peak: float  # bf16 operations a second
-    bandwidth: float  # of its memory, bytes a second
-
+import math
+import re
+from dataclasses import dataclass
 
 GIB = 1 << 30
-# from the makers' data sheets; a v5p or v4 device is a whole chip, a v5e or v6e device too
-CHIPS = (
-    Chip("TPU v4", 32 * GIB, 275e12, 1.2e12),
-    Chip("TPU v5 lite", 16 * GIB, 197e12, 0.82e12),
-    Chip("TPU v5e", 16 * GIB, 197e12, 0.82e12),
-    Chip("TPU v5p", 95 * GIB, 459e12, 2.77e12),
-    Chip("TPU v5", 95 * GIB, 459e12, 2.77e12),
-    Chip("TPU v6 lite", 32 * GIB, 918e12, 1.64e12),
-    Chip("TPU v6e", 32 * GIB, 918e12, 1.64e12),
-    Chip("NVIDIA A100", 80 * GIB, 312e12, 2.0e12),
-    Chip("NVIDIA H100", 80 * GIB, 989e12, 3.35e12),
-    Chip("NVIDIA H200", 141 * GIB, 989e12, 4.8e12),
+# slices of v5e and v6e, and of v5p, in chips
+SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SLICES_3D = (
+    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    *("8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"),
 )
 
 
-def chip_of(device: Any) -> Chip | None:
-    """The chip of a device; None for CPUs and for what is not in the table."""
-    kind = str(getattr(device, "device_kind", ""))
-    fits = [chip for chip in CHIPS if kind.lower().startswith(chip.kind.lower())]
-    return max(fits, key=lambda chip: len(chip.kind), default=None)
+@dataclass(frozen=True, kw_only=True)
+class TPUGeneration:
+    """How a generation of TPUs is offered. Hosts have four chips; a slice of at most `single_host` chips is one host."""
+
+    slices: tuple[str, ...]
+    """shapes of a slice, in chips"""
+    single_host: int
+    gke_accelerator: str
+    """label of GKE's nodes"""
+    runtime: str
+    """runtime version of Cloud TPU machines"""
+    accelerator_prefix: str
+    """of the accelerator type of Cloud TPU, followed by a count"""
+    counts_per_chip: int = 1
+    """what that count is per chip: Cloud TPU counts the cores of v5p"""
+    ray_type: str
+    """accelerator type of Ray"""
+
+    @property
+    def dimensions(self) -> int:
+        return self.slices[0].count("x") + 1
 
 
-def measured_peak(n: int = 1536, seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> float:
-    """f32 operations a second of n x n matrix products on the default device, the best of some; for CPUs, which have no table.
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device, as jax counts devices: a v4 or v5p device is a whole chip of two cores."""
 
-    `clock`: whose seconds; `time.process_time` counts those of all cores.
+    name: str
+    device_kinds: tuple[str, ...]
+    """jax's names begin with one of these"""
+    memory: int
+    """bytes"""
+    peak_flops: float
+    """bf16 floating-point operations per second"""
+    memory_bandwidth: float
+    """bytes per second"""
+    link_bandwidth: float | None = None
+    """bytes per second that a chip can send over all its links together; None: not known"""
+    tpu: TPUGeneration | None = None
+    """None: no TPU, or one for which no slices are offered here"""
+
+
+CHIPS = (
+    Chip(
+        name="v4",
+        device_kinds=("TPU v4",),
+        memory=32 * GIB,
+        peak_flops=275e12,
+        memory_bandwidth=1.2e12,
+        link_bandwidth=300e9,
+    ),
+    Chip(
+        name="v5e",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        memory=16 * GIB,
+        peak_flops=197e12,
+        memory_bandwidth=0.82e12,
+        link_bandwidth=200e9,
+        tpu=TPUGeneration(
+            slices=SLICES_2D,
+            single_host=8,
+            gke_accelerator="tpu-v5-lite-podslice",
+            runtime="v2-alpha-tpuv5-lite",
+            accelerator_prefix="v5litepod",
+            ray_type="TPU-V5LITEPOD",
+        ),
+    ),
+    Chip(
+        name="v6e",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        memory=32 * GIB,
+        peak_flops=918e12,
+        memory_bandwidth=1.64e12,
+        link_bandwidth=400e9,
+        tpu=TPUGeneration(
+            slices=SLICES_2D,
+            single_host=8,
+            gke_accelerator="tpu-v6e-slice",
+            runtime="v2-alpha-tpuv6e",
+            accelerator_prefix="v6e",
+            ray_type="TPU-V6E",
+        ),
+    ),
+    Chip(
+        name="v5p",
+        device_kinds=("TPU v5p", "TPU v5"),
+        memory=95 * GIB,
+        peak_flops=459e12,
+        memory_bandwidth=2.77e12,
+        link_bandwidth=600e9,
+        tpu=TPUGeneration(
+            slices=SLICES_3D,
+            single_host=4,
+            gke_accelerator="tpu-v5p-slice",
+            runtime="v2-alpha-tpuv5",
+            accelerator_prefix="v5p",
+            counts_per_chip=2,
+            ray_type="TPU-V5P",
+        ),
+    ),
+    Chip(name="A100", device_kinds=("NVIDIA A100",), memory=80 * GIB, peak_flops=312e12, memory_bandwidth=2.0e12),
+    Chip(name="H100", device_kinds=("NVIDIA H100",), memory=80 * GIB, peak_flops=989e12, memory_bandwidth=3.35e12),
+    Chip(name="H200", device_kinds=("NVIDIA H200",), memory=141 * GIB, peak_flops=989e12, memory_bandwidth=4.8e12),
+)
+TPU_GENERATIONS = {chip.name: chip.tpu for chip in CHIPS if chip.tpu is not None}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip with this jax device kind, by the longest prefix; None for CPUs and for chips that are not in the table."""
+    matches = [
+        (len(prefix), i)
+        for i, chip in enumerate(CHIPS)
+        for prefix in chip.device_kinds
+        if device_kind.lower().startswith(prefix.lower())
+    ]
+    return CHIPS[max(matches)[1]] if matches else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TPUSlice:
+    """Connected TPU chips and the hosts that they belong to."""
+
+    generation: TPUGeneration
+    shape: str
+    """such as 4x4"""
+    num_chips: int
+    num_hosts: int
+
+    @property
+    def chips_per_host(self) -> int:
+        return self.num_chips // self.num_hosts
+
+    @property
+    def accelerator_type(self) -> str:
+        """Of Cloud TPU, such as v5litepod-16."""
+        return f"{self.generation.accelerator_prefix}-{self.generation.counts_per_chip * self.num_chips}"
+
+
+def parse_topology(topology: str) -> TPUSlice:
+    """The slice of a topology such as v5e:4x4.
+
+    Raises:
+      ValueError: no such slice; lists those that there are.
     """
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), jnp.float32)
-    product = jax.jit(lambda a, b: a @ b)
-    product(x, x).block_until_ready()
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = clock()
-        product(x, x).block_until_ready()
-        best = max(best, 2 * n**3 / (clock() - start))
-    return best
+    name, _, shape = topology.partition(":")
+    generation = TPU_GENERATIONS.get(name)
+    if generation is None or shape not in generation.slices:
+        known = "; ".join(f"{name}:{', '.join(g.slices)}" for name, g in TPU_GENERATIONS.items())
+        raise ValueError(f"topology must be one of {known}; got {topology!r}")
+    chips = math.prod(map(int, shape.split("x")))
+    return TPUSlice(
+        generation=generation, shape=shape, num_chips=chips, num_hosts=1 if chips <= generation.single_host else chips // 4
+    )
 
 
-def peak_of(devices: list[Any]) -> float:
-    """Operations a second of all these devices together; virtual CPU devices share one machine."""
-    chip = chip_of(devices[0])
-    return len(devices) * chip.peak if chip else measured_peak()
+def topology_sizes(topology: str) -> tuple[int, ...]:
+    """The sizes of the sides of a topology such as v5e:4x4. Any sizes are accepted: the TPU compiler knows which exist.
 
-
-def available_memory(device: Any) -> int | None:
-    """Bytes that can still be taken on a device; None where nothing tells."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    if device.platform == "cpu":
-        return host_memory()
-    return chip.memory if (chip := chip_of(device)) else None
-
-
-def host_memory() -> int | None:
-    """Bytes that this machine's processes can still take (Linux)."""
-    try:
-        with open("/proc/meminfo") as f:
-            line = next(line for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    return int(line.split()[1]) * 1024
+    Raises:
+      ValueError: an unknown generation, or another number of sides than its slices have.
+    """
+    name, _, shape = topology.partition(":")
+    generation = TPU_GENERATIONS.get(name)
+    if generation is None or not re.fullmatch(r"\d+(x\d+)" + "{" + str(generation.dimensions - 1) + "}", shape):
+        raise ValueError(
+            "topology must be host, or a slice such as v5e:4x4, v6e:2x4 (chips along two sides) or v5p:2x2x4 (three); "
+            f"got {topology!r}"
+        )
+    return tuple(map(int, shape.split("x")))

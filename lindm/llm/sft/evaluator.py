@@ -1,6 +1,6 @@
-"""What is measured during training: the held-out loss, and what the model's decisions lose on held-out tasks."""
+"""Evaluation during training: the held-out loss, and the optimality gap of the model's decisions on held-out tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,119 +9,114 @@ from jax.sharding import NamedSharding
 
 from lindm.evaluation.losses import Asked, Played, Policy, double_precision, play_all, quality, vote, world
 from lindm.io import signals
-from lindm.llm.config import ModelConfig
 from lindm.llm.parallel import sharding
 from lindm.llm.policy import Reader
 from lindm.llm.sft import packing
 from lindm.llm.sft.loss import lm_loss
-from lindm.llm.sft.setup import Prepared
+from lindm.llm.sft.setup import TrainingSetup
 
-EPISODES = 8  # sampled of a task whose histories are too many
-LISTED = 512  # histories of a stage of a task that are not too many
-AT_ONCE = 256  # histories that are asked about in one call, unless a single task has more: their caches take memory
+ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
+MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
+HISTORIES_PER_CALL = 256  # maximum per call to the model, unless a single task has more: their KV caches take memory
 
 
-class Interrupted(Exception):
-    """An evaluation was left because this run was asked to stop."""
+class EvaluationInterrupted(Exception):
+    """The evaluation was left because the run was asked to stop."""
 
 
 class Evaluator:
-    """Evaluations of one run: always on the same rows, tasks and episodes.
+    """Evaluates a run, always on the same rows, tasks and episodes.
 
-    One that lasts must not keep a process that is asked to stop from saving, so it is left; among several processes it goes on
-    to its end, since all of them must do the same.
+    A long evaluation must not keep a process that is asked to stop from saving, so a single process leaves it. With several
+    processes it is finished, since all of them must do the same.
     """
 
-    def __init__(self, prepared: Prepared, graphdef: Any):
-        self.prepared, self.graphdef = prepared, graphdef
+    def __init__(self, setup: TrainingSetup, graphdef: Any):
+        self.setup, self.graphdef = setup, graphdef
         self.batches = list(self._batches())
-        compute, mesh = prepared.compute, prepared.mesh
+        self.num_labels = sum(int((e.target >= 0).sum()) for row in setup.eval_rows for e in row)
+        compute, mesh = setup.compute, setup.mesh
         self.eval_loss = jax.jit(lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh))
         self.baseline: dict[str, float] | None = None
-        if prepared.decisions is not None:
+        if setup.decision_tasks is not None:
             with double_precision():
-                problems = [task.problem() for task in prepared.decisions.tasks]
-            self.worlds = [world(problem, prepared.decisions.text.shows_rewards) for problem in problems]
+                problems = [task.problem() for task in setup.decision_tasks.tasks]
+            self.worlds = [world(problem, setup.decision_tasks.text.shows_rewards) for problem in problems]
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
-        """loss and accuracy of the held-out labels; gap, its interval, and what belongs to it, if decisions are measured."""
-        found: dict[str, Any] = {}
+        """loss and accuracy of the held-out labels; where decisions are evaluated, also the normalized optimality gap, its
+        interval and `bc_gap`, the gap of the majority vote of the demonstrations.
+
+        Raises:
+          EvaluationInterrupted: the run was asked to stop.
+        """
+        values: dict[str, Any] = {}
         if self.batches:
             totals = []
             for batch in self.batches:
-                _go_on()
+                _raise_if_interrupted()
                 totals.append(jax.device_get(self.eval_loss(params, frozen, batch)))
-            labels = sum(int((e.target >= 0).sum()) for row in self.prepared.held for e in row)
-            found["loss"] = float(sum(float(loss) for loss, _ in totals) / labels)
-            found["accuracy"] = float(sum(float(right) for _, right in totals) / labels)
-        if self.prepared.decisions is not None:
-            found |= self._decide(params, frozen)
-        return found
+            values["loss"] = float(sum(float(loss) for loss, _ in totals) / self.num_labels)
+            values["accuracy"] = float(sum(float(correct) for _, correct in totals) / self.num_labels)
+        if self.setup.decision_tasks is not None:
+            values |= self._evaluate_decisions(params, frozen)
+        return values
 
-    def _batches(self):
+    def _batches(self) -> Iterator[packing.Batch]:
         """All held-out rows, in batches of one shape."""
-        p, mesh = self.prepared, self.prepared.mesh
-        batch_sharding = NamedSharding(mesh, sharding.BATCH_SPEC)
-        for at in range(0, len(p.held), p.options.batch):
-            rows = p.held[at : at + p.options.batch]
-            filled = packing.make_batch([*rows, *[[]] * (p.options.batch - len(rows))], p.T, p.L)
-            yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), filled)
+        s = self.setup
+        rows_per_batch, batch_sharding = s.config.batch, NamedSharding(s.mesh, sharding.BATCH_SPEC)
+        for start in range(0, len(s.eval_rows), rows_per_batch):
+            rows = s.eval_rows[start : start + rows_per_batch]
+            batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, s.max_labels)
+            yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), batch)
 
-    def _decide(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
-        p = self.prepared
-        assert p.decisions is not None
-        A, horizon = p.decisions.tasks[0].num_actions, p.decisions.tasks[0].horizon
-        reader = Reader(nnx.merge(self.graphdef, params, frozen), p.tokenizer, p.decisions.text.template, A, p.compute.dtype)
+    def _evaluate_decisions(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
+        s = self.setup
+        assert s.decision_tasks is not None
+        task, template = s.decision_tasks.tasks[0], s.decision_tasks.text.template
+        A, horizon = task.num_actions, task.horizon
+        reader = Reader(nnx.merge(self.graphdef, params, frozen), s.tokenizer, template, A, s.compute.dtype)
 
-        def policy(demonstrations: Any) -> Policy:
-            answer = reader.policy(demonstrations, horizon)
+        def model_policy(demonstrations: Any) -> Policy:
+            policy = reader.policy(demonstrations, horizon)
 
-            def unless_asked(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
-                _go_on()
-                return answer(stage, level)
+            def interruptible(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
+                _raise_if_interrupted()
+                return policy(stage, level)
 
-            return unless_asked
+            return interruptible
 
-        played = self._played(policy)
+        played = self._played(model_policy)
         if not played:
             return {}
         if self.baseline is None:
-            self.baseline = {"vote_gap": quality(self._played(lambda demos: vote(demos, A)))["gap"]}
+            self.baseline = {"bc_gap": quality(self._played(lambda demos: vote(demos, A)))["gap"]}
         return quality(played) | self.baseline
 
     def _played(self, policy: Any) -> list[Played]:
-        """What a policy loses on each task, a few tasks at a time; ambiguous tasks with too many histories are left out."""
-        d, seed = self.prepared.decisions, self.prepared.options.seed
-        assert d is not None
-        how = {"episodes": EPISODES, "seed": seed, "listed": LISTED, "at_once": AT_ONCE}
-        return [one for one in play_all(self.worlds, d.demonstrations, policy, **how) if one is not None]
-
-    def tell(self, values: dict[str, Any]) -> str:
-        parts = []
-        if "loss" in values:
-            parts.append(f"held-out loss {values['loss']:.4g}, accuracy {values['accuracy']:.1%}")
-        if "gap" in values:
-            low, high = values["gap_ci"]
-            parts.append(
-                f"gap {values['gap']:.2%} of random play's [{low:.2%}, {high:.2%}] ({values['method']}, n={values['n']})"
-            )
-            parts.append(f"majority of the demonstrations {values['vote_gap']:.2%}")
-        return "; ".join(parts)
+        """The outcome of a policy on each task, a few tasks at a time; ambiguous tasks with too many histories are left out."""
+        tasks, seed = self.setup.decision_tasks, self.setup.config.seed
+        assert tasks is not None
+        limits = {"episodes": ROLLOUTS_PER_TASK, "listed": MAX_EXACT_HISTORIES, "at_once": HISTORIES_PER_CALL}
+        played = play_all(self.worlds, tasks.demonstrations, policy, seed=seed, **limits)
+        return [outcome for outcome in played if outcome is not None]
 
 
-def _go_on() -> None:
+def summarize(values: dict[str, Any]) -> str:
+    """One line about an evaluation."""
+    parts = []
+    if "loss" in values:
+        parts.append(f"held-out loss {values['loss']:.4g}, accuracy {values['accuracy']:.1%}")
+    if "gap" in values:
+        low, high = values["gap_ci"]
+        parts.append(
+            f"normalized optimality gap {values['gap']:.4f} [{low:.4f}, {high:.4f}] "
+            f"({values['method']}, {values['n']} tasks; bc {values['bc_gap']:.4f})"
+        )
+    return "; ".join(parts)
+
+
+def _raise_if_interrupted() -> None:
     if signals.stop_requested() and jax.process_count() == 1:
-        raise Interrupted
-
-
-def flops_of_step(config: ModelConfig, method: str, rows: int, T: int, L: int) -> float:
-    """Floating point operations of the model's own arithmetic in one step, recomputation not counted.
-
-    Matrices of the blocks: 2 a token and weight forward, and as many backward for each of the two gradients, of which adapters
-    need one; attention over all T keys; the head at labelled positions only.
-    """
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    weights = config.num_layers * (config.hidden_size * (2 * q + 2 * kv) + 3 * config.hidden_size * config.intermediate_size)
-    attention = config.num_layers * 4 * T * q
-    times = 3 if method == "full" else 2
-    return rows * (T * (times * 2 * weights + 3 * attention) + L * times * 2 * config.hidden_size * config.vocab_size)
+        raise EvaluationInterrupted

@@ -1,177 +1,202 @@
-"""What trains: labelled datasets and JSON-lines files, read to the end and checked before anything is trained.
+"""Training examples from labeled datasets and JSON-lines files, read to the end and checked before training.
 
-    a directory of `lindm data make`   a document for each query of each task: the task's demonstrations, then that query, every
-                                       step with its action; the labels are the oracle's
-    a .jsonl file, a row a line        {"prompt", "completion"}, texts or lists of messages; or {"messages"}, a conversation:
-                                       {"role", "content"} each, whose assistant's turns are trained
+    a directory of `lindm data make`   one document per query of each task: the demonstrations of the task, then the query, every
+                                       step with its action; the labels are the oracle's actions
+    a .jsonl file, one row per line    {"prompt", "completion"}, texts or lists of messages; or {"messages"}, a conversation of
+                                       {"role", "content"}, whose assistant turns are trained
 
-Some examples may be held out: of a dataset whole tasks, whose demonstrations are shared by their queries, of a file single rows.
+Examples are held out by group: whole tasks of a dataset, whose queries share demonstrations, or single rows of a file.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lindm.choices import Rewards
-from lindm.datasets import Dataset, TextFormat, is_dataset, text_format
+from lindm.datasets import Dataset, Task, documents, is_dataset, text_format
+from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
 from lindm.llm.chats import chat_example
+from lindm.llm.sft.options import Supervise
 from lindm.llm.sft.packing import philox_permutation
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, completion_example, document_example
-from lindm.text import Template
+from lindm.text import Piece, Template
 
 ACCEPTED = 'a directory of `lindm data make`, or a .jsonl file with rows {"prompt", "completion"} or {"messages"}'
-# keys of a row by which other trainers change what a chat template writes
-UNUSED = ("tools", "documents", "chat_template_kwargs", "images")
-HOLDING_OUT = 2**64 - 1  # the number of a permutation that is no epoch's
+# keys with which other trainers change what a chat template writes
+UNSUPPORTED = ("tools", "documents", "chat_template_kwargs", "images")
+HELD_OUT = 2**64 - 1  # number of the permutation that selects held-out groups; no epoch has it
 
 Progress = Callable[[int, int], None]
+TaskDocument = tuple[Task, int, tuple[Piece, ...]]
+"""A task, the number of one of its queries, and the text of that query with the demonstrations."""
 
 
-def examples(
+def open_data(path: Path) -> Dataset | Path:
+    """The dataset in a directory, or the path of a .jsonl file.
+
+    Raises:
+      ValueError: neither of them.
+      DataError: the dataset is not finished or damaged.
+    """
+    if is_dataset(path):
+        return Dataset(path)
+    if path.is_file() and path.suffix == ".jsonl":
+        return path
+    raise ValueError(f"data must be {ACCEPTED}; got {path}")
+
+
+def load_examples(
     data: Path | Dataset,
     tokenizer: Tokenizer,
     *,
     template: str | Template | None = None,
     rewards: Rewards = "auto",
     names: bool = False,
-    supervise: str = "all",
-    first: int | None = None,
-    last: int | None = None,
-    length: int | None = None,
+    supervise: Supervise = "all",
+    max_tokens: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> list[Example]:
-    """All examples of `data`, in order; each has its task, or its row, as its group.
+    """All examples of `data`, in order. The group of an example is its task or its row.
 
     Args:
       template, rewards, names: of a dataset, as in `lindm.datasets.text_format`.
       supervise: of a dataset, as in `document_example`.
-      first, last: tasks, or rows, from `first` on and before `last`, counted from 0 [default: all].
-      length: tokens that an example may have [default: any number].
-      progress: hears (done, total) of tasks or rows.
+      max_tokens: maximum length of an example [default: any].
+      progress: called with (done, total) tasks or rows.
 
     Raises:
-      ValueError: data of another kind, an option that they have no use for, no example between first and last, and the errors
-        of `lindm.datasets.text_format`.
-      LindmError: bad data (3), naming the file and the line, or the task and the query: not JSON, a missing key, a wrong type,
-        nothing to train on, too long, or what the tokenizer cannot write.
+      ValueError: data of another kind, an option that does not apply to it, and the errors of `lindm.datasets.text_format`.
+      DataError: bad data, with file and line, or task and query: not JSON, a missing key, a wrong type, no labels, too long, or
+        text that the tokenizer cannot encode.
     """
-    for name, n, least in (("first", first, 0), ("last", last, 1), ("length", length, 1)):
-        if n is not None and n < least:
-            raise ValueError(f"{name} must be at least {least}; got {n}")
-    if not isinstance(data, Dataset) and is_dataset(data):
-        data = Dataset(data)
-    if isinstance(data, Dataset):
-        text = text_format(data, template, rewards, names)
-        found = _dataset_examples(data, tokenizer, text, supervise, (first, last), progress)
-    elif data.is_file() and data.suffix == ".jsonl":
-        of_datasets = {"template": template, "rewards": rewards if rewards == "hidden" else None, "names": names or None}
-        of_datasets["supervise"] = None if supervise == "all" else supervise
-        for option, got in of_datasets.items():
-            if got is not None:
-                raise ValueError(f"{option} must be left out for a .jsonl file, which has its own texts and answers; got {got!r}")
-        found = _rows(data, tokenizer, (first, last), progress)
-    else:
-        raise ValueError(f"data must be {ACCEPTED}; got {data}")
-    return [_fit(example, length) for example in found]
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
+    data = data if isinstance(data, Dataset) else open_data(data)
+    if isinstance(data, Path):
+        check_file_options(template, rewards, names, supervise)
+        return file_examples(data, read_file(data), tokenizer, max_tokens, progress)
+    text = text_format(data, template, rewards, names)
+    return dataset_examples(data, read_documents(data, text, progress), tokenizer, text.template, supervise, max_tokens)
 
 
-def held_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(what trains, what is held out): whole groups, `split` by the seed."""
+def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples: whole groups, by `split_indices`."""
     groups = list(dict.fromkeys(example.group for example in examples))
-    _, held = split(len(groups), fraction, seed)
-    out = {groups[i] for i in held}
-    return [e for e in examples if e.group not in out], [e for e in examples if e.group in out]
+    _, held_out = split_indices(len(groups), fraction, seed)
+    held_out_groups = {groups[i] for i in held_out}
+    train, evaluation = [], []
+    for example in examples:
+        (evaluation if example.group in held_out_groups else train).append(example)
+    return train, evaluation
 
 
-def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """0 .. n-1 in two, each in order: the rest, and the nearest number to `fraction` n that was drawn, at least one if any.
+def split_indices(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split 0 .. n-1 at random into (training, held-out) indices, each sorted; round(fraction * n) are held out, at least one if
+    the fraction is not 0.
 
     Raises:
-      ValueError: a fraction that is not at least 0 and below 1, or of which nothing would be left to train.
+      ValueError: the fraction is not in [0, 1), or nothing would be left to train on.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be at least 0 and below 1; got {fraction}")
     k = max(round(fraction * n), 1) if fraction else 0
     if n - k < 1:
         raise ValueError(f"fraction must leave something to train; {fraction} of {n} leaves nothing")
-    drawn = philox_permutation(n, seed, HOLDING_OUT)
-    return sorted(drawn[k:].tolist()), sorted(drawn[:k].tolist())
+    order = philox_permutation(n, seed, HELD_OUT)
+    return sorted(order[k:].tolist()), sorted(order[:k].tolist())
 
 
-def _fit(example: Example, length: int | None) -> Example:
+def _checked(example: Example, max_tokens: int | None) -> Example:
     if not (example.target >= 0).any():
-        raise DataError(f"{example.source}: there is nothing to train in it")
-    if length is not None and (n := len(example.ids)) > length:
-        raise DataError(f"{example.source}: must have at most {length} tokens, the length of a sequence; got {n}")
+        raise DataError(f"{example.source}: no label to train on")
+    if max_tokens is not None and (n := len(example.ids)) > max_tokens:
+        raise DataError(f"{example.source}: must have at most {max_tokens} tokens, the length of a row; got {n}")
     return example
-
-
-def _between(bounds: tuple[int | None, int | None], n: int, what: str) -> range:
-    first, last = bounds[0] or 0, n if bounds[1] is None else bounds[1]
-    if not first < last <= n:
-        raise ValueError(f"first and last must be of the {n} {what}, the first before the last; got {first} and {last}")
-    return range(first, last)
 
 
 # --- datasets -----------------------------------------------------------------------------------------------------------------
 
 
-def _dataset_examples(
+def read_documents(dataset: Dataset, text: TextFormat, progress: Progress) -> Iterator[TaskDocument]:
+    """`lindm.datasets.documents` with progress: (done, total) tasks."""
+    for task, query, pieces in documents(dataset, text):
+        if query == 0:
+            progress(task.task, len(dataset))
+        yield task, query, pieces
+    progress(len(dataset), len(dataset))
+
+
+def dataset_examples(
     dataset: Dataset,
+    task_documents: Iterable[TaskDocument],
     tokenizer: Tokenizer,
-    text: TextFormat,
-    supervise: str,
-    bounds: tuple[int | None, int | None],
-    progress: Progress,
-) -> Iterator[Example]:
-    actions = action_tokens(tokenizer, text.template, dataset.num_actions)
-    numbers = _between(bounds, len(dataset), "tasks")
-    for i, task in enumerate(dataset):
-        if i not in numbers:
-            continue
-        progress(i - numbers.start, len(numbers))
-        for q, query in enumerate(task.queries):
-            labels = [episode.label for episode in (*task.demonstrations, query)]
-            source = f"{dataset.directory}: task {i}, query {q}"
-            yield document_example(tokenizer, text.pieces(task, query), labels, actions, supervise, source, i)
-    progress(len(numbers), len(numbers))
+    template: Template,
+    supervise: Supervise,
+    max_tokens: int | None,
+) -> list[Example]:
+    """The examples of the documents of a dataset; each document is tokenized once."""
+    actions = action_tokens(tokenizer, template, dataset.num_actions)
+    examples = []
+    for task, query, pieces in task_documents:
+        labels = [episode.label for episode in (*task.demonstrations, task.queries[query])]
+        source = f"{dataset.directory}: task {task.task}, query {query}"
+        example = document_example(tokenizer, pieces, labels, actions, supervise, source, task.task)
+        examples.append(_checked(example, max_tokens))
+    return examples
 
 
 # --- files --------------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, tokenizer: Tokenizer, bounds: tuple[int | None, int | None], progress: Progress) -> Iterator[Example]:
+def check_file_options(template: str | Template | None, rewards: Rewards, names: bool, supervise: Supervise) -> None:
+    """Raise ValueError for options that do not apply to a .jsonl file."""
+    options = {"template": template, "rewards": rewards if rewards == "hidden" else None, "names": names or None}
+    options["supervise"] = None if supervise == "all" else supervise
+    for option, got in options.items():
+        if got is not None:
+            raise ValueError(f"{option} must be left out for a .jsonl file, which has its own texts and answers; got {got!r}")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file; DataError where it cannot be read."""
     try:
-        lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), start=1) if line.strip()]
+        return path.read_bytes()
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}") from e
+
+
+def file_examples(
+    path: Path, content: bytes, tokenizer: Tokenizer, max_tokens: int | None, progress: Progress = lambda done, total: None
+) -> list[Example]:
+    """The examples of a .jsonl file with this content."""
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{path} has no rows")
-    rows = _between(bounds, len(lines), "rows")
-    for i in rows:
-        progress(i - rows.start, len(rows))
-        number, line = lines[i]
-        yield _of_row(tokenizer, line, f"{path}:{number}", i)
-    progress(len(rows), len(rows))
+    examples = []
+    for i, (number, line) in enumerate(lines):
+        progress(i, len(lines))
+        examples.append(_checked(_row_example(tokenizer, line, f"{path}:{number}", i), max_tokens))
+    progress(len(lines), len(lines))
+    return examples
 
 
-def _of_row(tokenizer: Tokenizer, line: bytes, source: str, group: int) -> Example:
+def _row_example(tokenizer: Tokenizer, line: bytes, source: str, group: int) -> Example:
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise DataError(f"{source}: not JSON: {e}") from e
     if not isinstance(row, dict):
         raise DataError(f"{source}: a row must be an object; got {type(row).__name__}")
-    if unused := [key for key in UNUSED if row.get(key)]:
-        raise DataError(f"{source}: {unused[0]} must be left out: it has no effect here")
+    if unsupported := [key for key in UNSUPPORTED if row.get(key)]:
+        raise DataError(f"{source}: {unsupported[0]} must be left out: it has no effect here")
     keys = {key for key in ("messages", "prompt", "completion") if key in row}
     if keys == {"messages"}:
         return chat_example(tokenizer, row["messages"], source, group)
     if keys != {"prompt", "completion"}:
-        had = ", ".join(map(repr, row)) or "none"
-        raise DataError(f'{source}: a row must have the keys "prompt" and "completion", or the key "messages"; got {had}')
+        got = ", ".join(map(repr, row)) or "none"
+        raise DataError(f'{source}: a row must have the keys "prompt" and "completion", or the key "messages"; got {got}')
     prompt, completion = row["prompt"], row["completion"]
     if not prompt and not completion:
         raise DataError(f"{source}: prompt and completion must not both be empty")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lindm.llm.parallel.sharding import weight_path
+from lindm.llm.parallel.sharding import WEIGHT_AXES, weight_path
 
-MATRICES = ("kernel", "embedding", "lm_head", "lora_a", "lora_b")  # names of the weights that are matrices
+MATRICES = {path for path in WEIGHT_AXES if not path.endswith(".bias")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,4 +74,4 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> Any:
 
 def is_matrix(params: Any) -> Any:
     """A tree of booleans: which weights are matrices. By name, since stacked norms and biases have two axes too."""
-    return jax.tree_util.tree_map_with_path(lambda keys, _: weight_path(keys).rpartition(".")[2] in MATRICES, params)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: weight_path(keys) in MATRICES, params)

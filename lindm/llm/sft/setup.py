@@ -1,22 +1,23 @@
-"""Everything that a run of `lindm sft` needs before its first step, checked before any time is spent on weights.
+"""Setup of a run: everything that `lindm sft` needs before its first step, checked before weights are loaded.
 
-The tokenizer, the examples and their rows, the shape of a batch, the mesh and the schedule follow from the options and the data
-alone; so they are the same in every process and in every resumed run.
+Tokenizer, examples and rows, batch shape, mesh and schedule follow from the options and the data alone, so they are the same in
+every process and in every resumed run. Each data file and each manifest is read once, and each document is tokenized once.
 """
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm.datasets import Dataset, Task, TextFormat, documents, text_format
+from lindm.datasets import Dataset, Task, TextFormat, text_format
 from lindm.errors import DataError
 from lindm.io import files
 from lindm.io.progress import progress_bar
@@ -25,17 +26,28 @@ from lindm.llm.io import weights
 from lindm.llm.lora import add_lora
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
-from lindm.llm.sft import examples as records
 from lindm.llm.sft import packing
+from lindm.llm.sft.examples import (
+    TaskDocument,
+    check_file_options,
+    dataset_examples,
+    file_examples,
+    hold_out,
+    open_data,
+    read_documents,
+    read_file,
+    split_indices,
+)
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig
-from lindm.llm.sft.options import SFTConfig
+from lindm.llm.sft.options import Method, SFTConfig
 from lindm.llm.tokens import Example, Tokenizer, load_tokenizer
 from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
 
-PASSES = 3  # over the data, where no number of steps is given
-TINY = ModelConfig(  # 1.4 million weights
+DEFAULT_EPOCHS = 3
+DEFAULT_LEARNING_RATES: dict[Method, float] = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3}
+TINY = ModelConfig(  # 1.4 million parameters
     model_type="llama",
     vocab_size=512,
     hidden_size=160,
@@ -46,16 +58,15 @@ TINY = ModelConfig(  # 1.4 million weights
     intermediate_size=480,
     tie_word_embeddings=True,
     max_position_embeddings=2048,
-    init_std=0.08,  # 1 / sqrt(width): far more than large models begin with, and many times faster here
+    init_std=0.08,  # 1 / sqrt(hidden_size): far more than in large models; this model then learns many times faster
 )
 TINY_STEPS = 500
-RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3}
-TINY_RATE = 1e-3
+TINY_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """Held-out tasks on which the model's decisions are measured."""
+class DecisionTasks:
+    """Held-out tasks on which the model's decisions are evaluated."""
 
     tasks: list[Task]
     text: TextFormat
@@ -67,160 +78,174 @@ class Decisions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    options: SFTConfig
+class TrainingSetup:
+    """Everything that a run needs before its first step."""
+
+    config: SFTConfig
     tokenizer: Tokenizer
     model_config: ModelConfig
-    train: list[list[Example]]  # rows
-    held: list[list[Example]]
-    T: int
-    L: int
+    train_rows: list[list[Example]]
+    eval_rows: list[list[Example]]
+    seq_len: int  # tokens per row
+    max_labels: int  # per row
     mesh: Mesh
     compute: ComputeConfig
-    optimizer_config: OptimizerConfig
-    decisions: Decisions | None
-    inputs: dict[str, Any]  # what identifies data and model
+    optimizer: OptimizerConfig
+    decision_tasks: DecisionTasks | None
+    inputs: dict[str, Any]  # SHA-256 of data and model
 
 
-def prepare(options: SFTConfig) -> Prepared:
-    """Read, check and lay out; nothing is allocated on a device.
+def setup_training(config: SFTConfig) -> TrainingSetup:
+    """Read and check data and model; nothing is allocated on a device.
 
     Raises:
       ValueError: an option that does not fit the data, the model or the machine.
-      LindmError: bad data (3), with file and line.
+      DataError: bad data, with file and line.
     """
-    data = {"data": _open(options.data)}
-    if options.eval_data is not None:
-        data["eval_data"] = _open(options.eval_data)
-    text = _text_format(options, data["data"])
-    if options.preset == "tiny":
-        tokenizer, model_config = _own_vocabulary(data["data"], text), TINY
-        model_config = replace(model_config, vocab_size=len(tokenizer))
+    tokenizer, model_config = (None, TINY) if config.model is None else _read_model(config.model)
+    if config.seq is not None and config.seq > model_config.max_position_embeddings:
+        raise ValueError(f"seq must be at most the {model_config.max_position_embeddings} tokens of the model; got {config.seq}")
+    max_tokens = config.seq or model_config.max_position_embeddings
+    if config.eval_data is None:
+        data = evaluation = _load(config, config.data, tokenizer, max_tokens, config.held_out)
+        train_examples, eval_examples = hold_out(data.examples, config.held_out, config.seed)
     else:
-        assert options.model is not None
-        model_config = read_model_config(options.model)
-        tokenizer = load_tokenizer(options.model)
-        weights.check_tensors(options.model, model_config)
-        if len(tokenizer) > model_config.vocab_size:
-            rule = f"must have at most the {model_config.vocab_size} tokens of the model; got {len(tokenizer)}"
-            raise DataError(f"{options.model}: the tokenizer {rule}")
-    length = min(options.seq or model_config.max_position_embeddings, model_config.max_position_embeddings)
-    if options.seq is not None and options.seq > model_config.max_position_embeddings:
-        raise ValueError(f"seq must be at most the {model_config.max_position_embeddings} tokens of the model; got {options.seq}")
-    train = _examples(options, data["data"], tokenizer, length)
-    if "eval_data" in data:
-        held = _examples(options, data["eval_data"], tokenizer, length)
-    else:
-        train, held = records.held_out(train, options.held_out, options.seed)
-    room = options.seq or max(len(e.ids) for e in (*train, *held))
-    train_rows, held_rows = (_rows(part, room, options.pack) for part in (train, held))
-    T, L = packing.batch_shape([*train_rows, *held_rows], options.seq)
-    sizes = sharding.parse_mesh(options.mesh) if options.mesh else {"fsdp": len(jax.devices())}
-    mesh = sharding.make_mesh(sizes)
-    sharding.check_batch_size(options.batch, mesh)
-    accelerated = jax.devices()[0].platform != "cpu"
-    wide = {"f32": jnp.float32, "bf16": jnp.bfloat16, "auto": jnp.bfloat16 if accelerated else jnp.float32}[options.dtype]
-    steps = options.steps or (TINY_STEPS if options.preset else None)
-    steps = steps or math.ceil(PASSES * len(train_rows) / (options.batch * options.accumulate))
-    rate = options.learning_rate or (TINY_RATE if options.preset else RATES[options.method])
-    return Prepared(
-        options=options,
-        tokenizer=tokenizer,
-        model_config=model_config,
-        train=train_rows,
-        held=held_rows,
-        T=T,
-        L=L,
+        data = _load(config, config.data, tokenizer, max_tokens, None)
+        evaluation = _load(config, config.eval_data, data.tokenizer, max_tokens, 1.0)
+        train_examples, eval_examples = data.examples, evaluation.examples
+    row_tokens = config.seq or max(len(e.ids) for e in (*train_examples, *eval_examples))
+    train_rows, eval_rows = (_make_rows(part, row_tokens, config.pack) for part in (train_examples, eval_examples))
+    seq_len, max_labels = packing.batch_shape([*train_rows, *eval_rows], config.seq)
+    mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh) if config.mesh else {"fsdp": len(jax.devices())})
+    sharding.check_batch_size(config.batch, mesh)
+    inputs: dict[str, Any] = {"data": data.sha256}
+    if config.eval_data is not None:
+        inputs["eval_data"] = evaluation.sha256
+    if config.model is not None:
+        inputs["model"] = _model_hashes(config.model)
+    return TrainingSetup(
+        config=config,
+        tokenizer=data.tokenizer,
+        model_config=replace(model_config, vocab_size=len(data.tokenizer)) if config.preset else model_config,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        seq_len=seq_len,
+        max_labels=max_labels,
         mesh=mesh,
-        compute=ComputeConfig(dtype=wide, remat=options.remat or ("none" if options.preset else "selective")),
-        optimizer_config=OptimizerConfig(
-            steps=steps,
-            learning_rate=rate,
-            warmup=options.warmup,
-            weight_decay=options.weight_decay,
-            clip=options.clip,
-        ),
-        decisions=_decisions(options, data.get("eval_data", data["data"]), text, held),
-        inputs=_inputs(options, data),
+        compute=ComputeConfig(dtype=_dtype(config.dtype), remat=config.remat or ("none" if config.preset else "selective")),
+        optimizer=_optimizer_config(config, len(train_rows)),
+        decision_tasks=evaluation.decision_tasks,
+        inputs=inputs,
     )
 
 
-def _rows(examples: Sequence[Example], room: int, pack: bool) -> list[list[Example]]:
+def _optimizer_config(config: SFTConfig, num_rows: int) -> OptimizerConfig:
+    default_steps = TINY_STEPS if config.preset else math.ceil(DEFAULT_EPOCHS * num_rows / (config.batch * config.accumulate))
+    default_rate = TINY_LEARNING_RATE if config.preset else DEFAULT_LEARNING_RATES[config.method]
+    return OptimizerConfig(
+        steps=config.steps or default_steps,
+        learning_rate=config.learning_rate or default_rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+    )
+
+
+def _dtype(name: str) -> Any:
+    """dtype of the activations; auto is bf16 on accelerators."""
+    if name == "auto":
+        name = "f32" if jax.devices()[0].platform == "cpu" else "bf16"
+    return jnp.float32 if name == "f32" else jnp.bfloat16
+
+
+def _make_rows(examples: Sequence[Example], row_tokens: int, pack: bool) -> list[list[Example]]:
     lengths = [len(e.ids) for e in examples]
-    return [[examples[i] for i in row] for row in (packing.pack(lengths, room) if pack else packing.one_per_row(lengths))]
+    rows = packing.pack(lengths, row_tokens) if pack else packing.one_per_row(lengths)
+    return [[examples[i] for i in row] for row in rows]
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> Dataset | Path:
-    """A dataset with all its tasks in memory, so that its files are read once; any other path as it is."""
-    if not path.is_dir():
-        return path
-    dataset = Dataset(path)
-    with _progress("reading") as progress:
-        dataset.load(progress)
-    return dataset
+class LoadedData(NamedTuple):
+    """What one pass over the data of `--data` or `--eval-data` gives."""
+
+    tokenizer: Tokenizer
+    examples: list[Example]
+    decision_tasks: DecisionTasks | None
+    sha256: str
 
 
-def _progress(name: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
-    if jax.process_index() == 0:
-        return progress_bar(name)
-    return contextlib.nullcontext(lambda done, total: None)
+def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens: int, held_out: float | None) -> LoadedData:
+    """Read data; without a tokenizer, one is trained on the texts of the dataset.
+
+    Args:
+      held_out: fraction of the tasks that is held out; decisions are evaluated on the first of these. None: on no task.
+    """
+    data = open_data(path)
+    if tokenizer is None and not isinstance(data, Dataset):
+        raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
+    no_progress = contextlib.nullcontext(lambda done, total: None)
+    with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
+        if isinstance(data, Path):
+            check_file_options(config.template, config.rewards, config.names, config.supervise)
+            content = read_file(data)
+            examples = file_examples(data, content, tokenizer, max_tokens, progress)
+            return LoadedData(tokenizer, examples, None, hashlib.sha256(content).hexdigest())
+        text = text_format(data, config.template, config.rewards, config.names)
+        evaluated = _evaluated_tasks(config, len(data), held_out)
+        tasks: list[Task] = []
+
+        def collect_tasks(documents: Iterator[TaskDocument]) -> Iterator[TaskDocument]:
+            for task, query, pieces in documents:
+                if query == 0 and task.task in evaluated:
+                    tasks.append(task)
+                yield task, query, pieces
+
+        documents = collect_tasks(read_documents(data, text, progress))
+        if tokenizer is None:
+            documents = list(documents)
+            tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), TINY.vocab_size)
+        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, max_tokens)
+    return LoadedData(tokenizer, examples, DecisionTasks(tasks=tasks, text=text) if tasks else None, data.checksum)
 
 
-def _text_format(options: SFTConfig, data: Dataset | Path) -> TextFormat | None:
-    """How a dataset's episodes become text; None for a file, which has texts of its own."""
-    if not isinstance(data, Dataset):
-        return None
-    return text_format(data, options.template, options.rewards, options.names)
-
-
-def _examples(options: SFTConfig, data: Dataset | Path, tokenizer: Tokenizer, length: int) -> list[Example]:
-    """All examples; options that do not apply to a file raise an error."""
-    text = {"template": options.template, "rewards": options.rewards, "names": options.names}
-    with _progress("tokenizing") as progress:
-        return records.examples(data, tokenizer, **text, supervise=options.supervise, length=length, progress=progress)
-
-
-def _own_vocabulary(data: Dataset | Path, text: TextFormat | None) -> Tokenizer:
-    """A small tokenizer for the texts of a dataset."""
-    if not isinstance(data, Dataset) or text is None:
-        raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {data}")
-    return train_tokenizer((piece.text for _, _, pieces in documents(data, text) for piece in pieces), TINY.vocab_size)
-
-
-def _decisions(options: SFTConfig, data: Dataset | Path, text: TextFormat | None, held: Sequence[Example]) -> Decisions | None:
-    """The first held-out tasks of a dataset, if decisions are to be measured."""
-    if not isinstance(data, Dataset) or text is None or not options.eval_tasks or not held:
-        return None
-    wanted = set(sorted({e.group for e in held})[: options.eval_tasks])
-    return Decisions(tasks=[task for i, task in enumerate(data) if i in wanted], text=text)
-
-
-def _inputs(options: SFTConfig, data: dict[str, Dataset | Path]) -> dict[str, Any]:
-    """SHA-256 of the input files."""
-    found: dict[str, Any] = {
-        name: each.checksum if isinstance(each, Dataset) else files.sha256(each) for name, each in data.items()
-    }
-    if options.model is not None:
-        inside = sorted(p for p in options.model.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
-        found["model"] = {p.name: files.sha256(p) for p in inside}
-    return found
+def _evaluated_tasks(config: SFTConfig, num_tasks: int, held_out: float | None) -> set[int]:
+    """The first `eval_tasks` held-out tasks."""
+    if held_out is None:
+        return set()
+    tasks = list(range(num_tasks)) if held_out == 1 else split_indices(num_tasks, held_out, config.seed)[1]
+    return set(tasks[: config.eval_tasks])
 
 
 # --- model -----------------------------------------------------------------------------------------------------------------
 
 
-def build(prepared: Prepared) -> Decoder:
-    """The model before its first step, on the mesh."""
-    options, mesh = prepared.options, prepared.mesh
-    if options.model is None:
-        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(prepared.model_config, nnx.Rngs(0))))
+def _read_model(directory: Path) -> tuple[Tokenizer, ModelConfig]:
+    """Tokenizer and config of a base model, checked against its weights."""
+    model_config, tokenizer = read_model_config(directory), load_tokenizer(directory)
+    weights.check_tensors(directory, model_config)
+    if len(tokenizer) > model_config.vocab_size:
+        rule = f"must have at most the {model_config.vocab_size} tokens of the model; got {len(tokenizer)}"
+        raise DataError(f"{directory}: the tokenizer {rule}")
+    return tokenizer, model_config
+
+
+def _model_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of the files of a base model."""
+    suffixes = (".json", ".safetensors", ".jinja", ".model")
+    return {p.name: files.sha256(p) for p in sorted(directory.iterdir()) if p.suffix in suffixes}
+
+
+def build_model(setup: TrainingSetup) -> Decoder:
+    """The model before its first step, on the mesh: randomly initialized, or the base model with new adapters."""
+    config, mesh = setup.config, setup.mesh
+    if config.model is None:
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(setup.model_config, nnx.Rngs(0))))
         shardings = sharding.weight_shardings(shapes, mesh)
-        draw = jax.jit(lambda key: nnx.state(Decoder(prepared.model_config, nnx.Rngs(key))), out_shardings=shardings)
-        return nnx.merge(graphdef, draw(jax.random.key(options.seed)))
-    model = weights.load(options.model, mesh=mesh, base=options.base_format)
-    if options.method != "full":
-        add_lora(model, options.lora_rank, options.lora_alpha, jax.random.key(options.seed))
+        init = jax.jit(lambda key: nnx.state(Decoder(setup.model_config, nnx.Rngs(key))), out_shardings=shardings)
+        return nnx.merge(graphdef, init(jax.random.key(config.seed)))
+    model = weights.load(config.model, mesh=mesh, base=config.base_format)
+    if config.method != "full":
+        add_lora(model, config.lora_rank, config.lora_alpha, jax.random.key(config.seed))
     return model

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lindm.llm.parallel.sharding import BATCH_SPEC, weight_path, weight_shardings, weight_spec
+from lindm.llm.parallel.sharding import BATCH_SPEC, WEIGHT_AXES, weight_path, weight_shardings, weight_spec
 from lindm.llm.sft.loss import ComputeConfig, lm_loss
 from lindm.llm.sft.packing import Batch
 
@@ -117,8 +117,8 @@ def train_state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
     def moment(keys: Any, leaf: Any) -> NamedSharding:
         names = weight_path(keys).split(".")
         for start in range(len(names)):  # the path of the weight is the end of the path of its moment
-            if names[start] in ("blocks", "embedding", "lm_head"):
-                return NamedSharding(mesh, weight_spec(".".join(names[start:]), leaf.shape, mesh))
+            if (path := ".".join(names[start:])) in WEIGHT_AXES:
+                return NamedSharding(mesh, weight_spec(path, leaf.shape, mesh))
         return replicated
 
     opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)

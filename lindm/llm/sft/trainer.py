@@ -1,20 +1,19 @@
 """Supervised fine-tuning: the run behind `lindm sft`.
 
-    OUT/config.json      options and the SHA-256 of data and model: a resumed run must have the same
-    OUT/metrics.jsonl    a line a step, and a line an evaluation
+    OUT/config.json      format version, options, and SHA-256 of data and model: a resumed run must have the same
+    OUT/metrics.jsonl    one line per step and per evaluation
     OUT/checkpoints/     what the run resumes from
-    OUT/best/            with patience: the step with the lowest held-out loss
-    OUT/model/           the result, a Hugging Face directory; OUT/adapter/ too where adapters were trained
+    OUT/best/            with patience: the checkpoint with the lowest held-out loss
+    OUT/model/           the result, a Hugging Face directory; also OUT/adapter/ where adapters were trained
     OUT/curves.png, .pdf, manifest.json
 
-A run that is killed at any moment goes on from its last checkpoint and ends with the same bits; one that is asked to stop saves
-first and ends with exit code 75, leaving an evaluation to the run that resumes. Every process asks for the stop flag of all in
-the same step, so all save the same one.
+A run that is killed at any moment resumes from its last checkpoint and ends with the same bits. A run that is asked to stop saves
+first and raises `Preempted`; an evaluation is left to the run that resumes. All processes reduce their stop flags in every step,
+so all save the same step.
 """
 
 import contextlib
 import gc
-import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -25,300 +24,278 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import NonFiniteError, OutOfMemoryError, Preempted, UsageError
-from lindm.io import directories, files, manifest, signals
+from lindm.errors import NonFiniteError, Preempted, UsageError
+from lindm.io import directories, files, signals
+from lindm.io.manifest import write_manifest
+from lindm.io.progress import Progress, Task
 from lindm.llm.io import peft, weights
-from lindm.llm.parallel import chips, processes, sharding
-from lindm.llm.sft import checkpoints, packing
-from lindm.llm.sft import metrics as journal
-from lindm.llm.sft.evaluator import Evaluator, Interrupted, flops_of_step
+from lindm.llm.parallel import devices, processes, sharding
+from lindm.llm.sft import checkpoints
+from lindm.llm.sft.batches import BatchLoader
+from lindm.llm.sft.compilation import compile_train_step
+from lindm.llm.sft.evaluator import EvaluationInterrupted, Evaluator, summarize
+from lindm.llm.sft.flops import train_step_flops
+from lindm.llm.sft.metrics import METRICS, MetricsLogger, Throughput, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import SFTConfig, config_differences
-from lindm.llm.sft.setup import Prepared, build, prepare
+from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import format_example
 
 FORMAT = "lindm-sft-1"  # of config.json
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
-OURS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, "metrics.jsonl", "manifest.json", "curves.png", "curves.pdf", "events")
-OURS += ("tokenizer",)  # of a model from nothing
+TOKENIZER = "tokenizer"  # of a randomly initialized model, until the model is written
+OUTPUTS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, TOKENIZER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events")
 
 
-class Host(NamedTuple):
-    """What the host remembers between steps, beside the state."""
+class EvalHistory(NamedTuple):
+    """What the evaluations so far have found; part of a checkpoint."""
 
-    looked: int = -1  # the step after which it was evaluated last
-    best: float | None = None  # held-out loss
+    last_step: int = -1  # step of the last evaluation
+    best_loss: float | None = None  # lowest held-out loss
     best_step: int = 0
-    worse: int = 0  # evaluations since
+    evals_since_best: int = 0
 
 
-def run(options: SFTConfig) -> int:
-    """Train, evaluate, export; 0. Ends by `LindmError` with the exit codes of the command line."""
+def train(config: SFTConfig) -> int:
+    """Train, evaluate and export; 0.
+
+    Raises:
+      LindmError: of the kind of the failure (`lindm.errors`).
+    """
     signals.stop_on_signals()
-    processes.start(options.coordinator, options.processes, options.rank)
-    first = jax.process_index() == 0
-    with directories.sole_writer(options.out) if first else contextlib.nullcontext():
-        if options.fresh and first:
-            _start_over(options.out)
-        processes.barrier("the directory is ours")
-        prepared = prepare(options)
-        _same_run(prepared, first)
-        return _train(prepared, first)
+    processes.initialize(config.coordinator, config.processes, config.rank)
+    is_main = jax.process_index() == 0
+    with directories.sole_writer(config.out) if is_main else contextlib.nullcontext():
+        if config.fresh and is_main:
+            _remove_outputs(config.out)
+        processes.barrier("output directory")
+        setup = setup_training(config)
+        _check_same_run(setup, is_main)
+        with Progress(quiet=not is_main) as progress:
+            _run(setup, is_main, progress)
+    return 0
 
 
-def _start_over(out: Path) -> None:
-    for name in OURS:
+def _remove_outputs(out: Path) -> None:
+    for name in OUTPUTS:
         path = out / name
         with files.storage_errors(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _same_run(prepared: Prepared, first: bool) -> None:
-    """UsageError if the directory holds a run with other settings or other data; otherwise the settings are written there."""
-    options, path = prepared.options, prepared.options.out / CONFIG
-    config = {"options": options.to_json(), "inputs": prepared.inputs}
+def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
+    """Write config.json, or compare with the one that is there.
+
+    Raises:
+      UsageError: OUT holds a run with other settings or data, or other files.
+    """
+    out, path = setup.config.out, setup.config.out / CONFIG
+    config = {"options": setup.config.to_json(), "inputs": setup.inputs}
     if path.exists():
-        there = files.read_json(path, format=FORMAT)
-        found = config_differences(there.get("options", {}), config["options"])
-        if there.get("inputs") != config["inputs"]:
-            found += config_differences(there.get("inputs", {}), config["inputs"])
-        if found:
-            raise UsageError(f"{options.out} holds another run: {'; '.join(found)}; choose another --out, or --fresh")
-    elif first:
-        if foreign := sorted(p.name for p in options.out.iterdir() if p.name not in OURS and not p.name.startswith(".")):
-            raise UsageError(f"{options.out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
+        old = files.read_json(path, format=FORMAT)
+        differences = [
+            *config_differences(old.get("options", {}), config["options"]),
+            *config_differences(old.get("inputs", {}), config["inputs"]),
+        ]
+        if differences:
+            raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
+    elif is_main:
+        if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
+            raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
         files.write_json(path, config, format=FORMAT)
     processes.barrier("settings")
 
 
-# --- training --------------------------------------------------------------------------------------------------------------
-
-
-def _train(prepared: Prepared, first: bool) -> int:
-    options, mesh, total = prepared.options, prepared.mesh, prepared.optimizer_config.steps
-    out = options.out
-    if first:
-        _introduce(prepared)
-    model = build(prepared)
-    optimizer = make_optimizer(prepared.optimizer_config)
-    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
-    del model
+def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
+    """Build, compile, restore, train, export."""
+    config, out, total = setup.config, setup.config.out, setup.optimizer.steps
+    _print_setup(setup, progress)
+    optimizer = make_optimizer(setup.optimizer)
+    graphdef, params, frozen = nnx.split(build_model(setup), nnx.Param, ...)
     shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
-    shardings = step_shardings(shapes, frozen, mesh)
-    params, frozen = _placed(params, shardings.state.params), _placed(frozen, shardings.frozen)
+    shardings = step_shardings(shapes, frozen, setup.mesh)
+    params, frozen = _reshard(params, shardings.state.params), _reshard(frozen, shardings.frozen)
     template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings.state)
-    step = jit_train_step(make_train_step(graphdef, optimizer, prepared.compute, mesh), shardings)
-    feed = _Feed(prepared, shardings.batch, shardings.stop_flags)
-    compiled = _compiled(step, template, frozen, feed)
+    loader = BatchLoader(setup, shardings.batch, shardings.stop_flags)
+    train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh), shardings)
+    compiled_step = compile_train_step(train_step, template, frozen, loader.load(0)[0], loader.stop_flags())
     signals.note_signals()  # from here on there is work to save
-    found = checkpoints.restore(out / CHECKPOINTS, template)
-    if found is None:
-        state, host, done = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params), Host(), 0
+    checkpoint = checkpoints.restore(out / CHECKPOINTS, template)
+    if checkpoint is None:
+        state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
+        history, step = EvalHistory(), 0
     else:
-        state, host, done = found.state, Host(**found.host), found.step
+        state, history, step = checkpoint.state, EvalHistory(**checkpoint.progress), checkpoint.step
+        for reason in checkpoint.skipped:
+            progress.print(f"skipped a damaged checkpoint: {reason}")
+        progress.print(f"resumed at step {step} of {total}")
     del params
     gc.collect()
-    flops = flops_of_step(prepared.model_config, prepared.options.method, feed.rows, prepared.T, prepared.L)
-    progress = journal.Progress(total, done, flops, chips.peak_of(jax.devices()), quiet=not first)
-    book = journal.Journal(out, done, host.looked, options.tensorboard, writes=first)
-    evaluate = Evaluator(prepared, graphdef)
-    if found is not None:
-        for line in (*(f"damaged and left out: {reason}" for reason in found.skipped), f"resumed at step {done} of {total}"):
-            progress.say(line)
-    run = _Run(prepared, compiled, feed, evaluate, book, progress, total)
+    logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main)
+    evaluator = Evaluator(setup, graphdef)
+    loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, progress.add("train", total, step))
     try:
-        state, host, done = run.go(state, frozen, host, done)
+        state, history, step = loop.run(state, frozen, history, step)
     finally:
-        progress.close()
-        book.close()
-    if options.patience is not None and (best := checkpoints.restore(out / BEST, template)) is not None:
+        logger.close()
+    if config.patience is not None and (best := checkpoints.restore(out / BEST, template)) is not None:
         state = best.state
-    _export(prepared, nnx.merge(graphdef, state.params, frozen), first)
-    if first:
-        records = journal.read(out)
-        journal.draw(out, records)
+    _export(setup, nnx.merge(graphdef, state.params, frozen), is_main)
+    if is_main:
+        records = read_metrics(out)
+        plot_curves(out, records)
         shutil.rmtree(out / BEST, ignore_errors=True)
-        _summary(prepared, records, host, done)
-    processes.barrier("done")
-    return 0
+        last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
+        write_manifest(out, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
+        print(f"model: {out / MODEL}")
+    processes.barrier("end")
 
 
-class _Run:
-    """The loop, with everything that it needs and that does not change."""
+def _reshard(state: nnx.State, shardings: nnx.State) -> nnx.State:
+    """Every weight with its sharding; a weight that has it already is not copied."""
 
-    def __init__(self, prepared: Prepared, compiled: Any, feed: "_Feed", evaluate: Evaluator, book, progress, total: int):
-        self.options, self.compiled, self.feed = prepared.options, compiled, feed
-        self.evaluate, self.book, self.progress, self.total = evaluate, book, progress, total
-        self.eval_every = self.options.eval_every or max(1, -(-total // 4))
-        self.save_every = self.options.save_every or self.eval_every
-
-    def go(self, state: TrainState, frozen: nnx.State, host: Host, done: int) -> tuple[TrainState, Host, int]:
-        saved, asked = done, False
-        while True:
-            if not asked:
-                try:
-                    host = self._look(state, frozen, host, done)
-                except Interrupted:
-                    asked = True
-            last = done == self.total or self._patient_no_more(host)
-            if done > saved and (last or asked or done % self.save_every == 0):
-                checkpoints.save(self.options.out / CHECKPOINTS, done, state, host._asdict(), self.options.keep)
-                saved = done
-            if asked:
-                kept = f"saved step {saved} of {self.total}" if saved else "nothing was trained yet"
-                raise Preempted(f"asked to stop: {kept}; the same command resumes")
-            if last:
-                return state, host, done
-            state, asked = self._step(state, frozen, done, saved)
-            done += 1
-            asked = asked and done < self.total
-
-    def _step(self, state: TrainState, frozen: nnx.State, done: int, saved: int) -> tuple[TrainState, bool]:
-        """One step, told and written down; and whether any process was asked to stop."""
-        begun = time.perf_counter()
-        batch, stop, digest = self.feed(done)
-        state, metrics = self.compiled(state, frozen, batch, stop)
-        metrics = processes.together(lambda: jax.device_get(metrics))
-        loss, norm, labels = float(metrics.loss), float(metrics.grad_norm), int(metrics.num_labels)
-        if not metrics.finite:
-            where = ", ".join(self.feed.sources(done)[:4])
-            kept = f"nothing of it was kept, and step {saved} is saved" if saved else "nothing of it was kept"
-            what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
-            raise NonFiniteError(f"step {done + 1} is not finite ({what}); its batch begins with {where}; {kept}")
-        self.progress.step(time.perf_counter() - begun, self.feed.tokens(done), labels, loss)
-        values = {"loss": loss, "accuracy": float(metrics.accuracy), "norm": norm, "labels": labels, "batch": digest}
-        self.book.write("train", done + 1, **values)
-        return state, bool(metrics.stop)
-
-    def _patient_no_more(self, host: Host) -> bool:
-        return self.options.patience is not None and host.worse >= self.options.patience
-
-    def _look(self, state: TrainState, frozen: nnx.State, host: Host, done: int) -> Host:
-        """Where it is time, evaluate, tell, and remember whether it was better."""
-        if host.looked == done or (done % self.eval_every and done < self.total):
-            return host
-        values = self.evaluate(state.params, frozen)
-        host = host._replace(looked=done)
-        if not values:
-            return host
-        if (where := files.find_non_finite(values)) is not None:
-            raise NonFiniteError(f"the evaluation after step {done} is not finite: {where}")
-        self.book.write("eval", done, **values)
-        self.progress.say(f"step {done} of {self.total}: {self.evaluate.tell(values)}")
-        if (loss := values.get("loss")) is None or self.options.patience is None:
-            return host
-        if host.best is not None and loss >= host.best:
-            return host._replace(worse=host.worse + 1)
-        checkpoints.save(self.options.out / BEST, done, state, {}, keep=1)
-        return Host(looked=done, best=loss, best_step=done, worse=0)
-
-
-class _Feed:
-    """Batches on the mesh, by step; and the flag by which a process asks all to stop."""
-
-    def __init__(self, prepared: Prepared, batch: NamedSharding, stop: NamedSharding):
-        self.prepared, self.batch, self.stop = prepared, batch, stop
-        self.rows = prepared.options.batch * prepared.options.accumulate
-        self.order = packing.batch_order(len(prepared.train), self.rows, prepared.options.seed)
-
-    def __call__(self, step: int) -> tuple[packing.Batch, jax.Array, str]:
-        """The batch [accumulation, rows, ...] of a step, the flags, and the batch's SHA-256: a resumed run must see it again."""
-        options = self.prepared.options
-        filled = packing.make_batch([self.prepared.train[i] for i in self.order(step)], self.prepared.T, self.prepared.L)
-        digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(filled))).hexdigest()[:16]
-        shaped = jax.tree.map(lambda x: x.reshape(options.accumulate, options.batch, *x.shape[1:]), filled)
-        batch = jax.tree.map(lambda x: sharding.shard_array(x, self.batch), shaped)
-        flag = np.full(self.prepared.mesh.size, signals.stop_requested(), np.int32)
-        return batch, sharding.shard_array(flag, self.stop), digest
-
-    def tokens(self, step: int) -> int:
-        """Tokens of the documents of a step, without what fills up rows."""
-        return sum(len(e.ids) for i in self.order(step) for e in self.prepared.train[i])
-
-    def sources(self, step: int) -> list[str]:
-        return [e.source for i in self.order(step) for e in self.prepared.train[i]]
-
-
-def _placed(state: nnx.State, shardings: nnx.State) -> nnx.State:
-    """Every weight where it belongs; arrays with that sharding are not copied."""
-
-    def one(x: jax.Array, s: NamedSharding) -> jax.Array:
+    def reshard(x: jax.Array, s: NamedSharding) -> jax.Array:
         return x if x.sharding.is_equivalent_to(s, x.ndim) else sharding.shard_array(np.asarray(x), s)
 
-    return jax.tree.map(one, state, shardings)
+    return jax.tree.map(reshard, state, shardings)
 
 
-def _compiled(step: Any, template: TrainState, frozen: nnx.State, feed: _Feed) -> Any:
-    """The step as a program, after a look at whether it fits."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, *feed(0)[:2]))
-    try:
-        compiled = step.lower(template, *shapes).compile()
-    except Exception as e:
-        if "RESOURCE_EXHAUSTED" in str(e):
-            raise OutOfMemoryError(_too_large(str(e).strip().splitlines()[0][:300])) from e
-        raise
-    memory, device = compiled.memory_analysis(), jax.local_devices()[0]
-    free = chips.available_memory(device)
-    if memory is not None and free is not None:
-        share = len(jax.local_devices()) if device.platform == "cpu" else 1  # virtual devices share one memory
-        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(template)) if device.platform == "cpu" else 0
-        need = share * memory.temp_size_in_bytes + (state or memory.argument_size_in_bytes)
-        if need > free:
-            raise OutOfMemoryError(_too_large(f"it takes {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"))
-    return compiled
+# --- the loop --------------------------------------------------------------------------------------------------------------
 
 
-def _too_large(why: str) -> str:
-    ways = "a smaller --batch with --accumulate, --method lora or qlora, or more devices (`lindm plan` tells what fits)"
-    return f"the training step does not fit in memory: {why}; try {ways}"
+class TrainLoop:
+    """Steps, evaluations and checkpoints."""
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        compiled_step: Any,
+        loader: BatchLoader,
+        evaluator: Evaluator,
+        logger: MetricsLogger,
+        progress: Progress,
+        task: Task,
+    ):
+        self.config, self.compiled_step, self.loader, self.evaluator = setup.config, compiled_step, loader, evaluator
+        self.logger, self.progress, self.task, self.total = logger, progress, task, setup.optimizer.steps
+        self.eval_every = self.config.eval_every or max(1, -(-self.total // 4))
+        self.save_every = self.config.save_every or self.eval_every
+        flops = train_step_flops(setup.model_config, self.config.method, loader.rows_per_step, setup.seq_len, setup.max_labels)
+        self.throughput = Throughput(flops, devices.peak_flops(jax.devices()))
+
+    def run(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> tuple[TrainState, EvalHistory, int]:
+        """Train until the last step, or until patience ends.
+
+        Raises:
+          Preempted: the run was asked to stop, and has saved.
+        """
+        saved, stop = step, False
+        while True:
+            if not stop:
+                try:
+                    history = self._maybe_evaluate(state, frozen, history, step)
+                except EvaluationInterrupted:
+                    stop = True
+            done = step == self.total or self._out_of_patience(history)
+            if step > saved and (done or stop or step % self.save_every == 0):
+                checkpoints.save(self.config.out / CHECKPOINTS, step, state, history._asdict(), self.config.keep)
+                saved = step
+            if stop:
+                kept = f"saved step {saved} of {self.total}" if saved else "no step was finished yet"
+                raise Preempted(f"stopped by a signal: {kept}; the same command resumes")
+            if done:
+                return state, history, step
+            state, stop = self._train_step(state, frozen, step, saved)
+            step += 1
+            stop = stop and step < self.total
+
+    def _train_step(self, state: TrainState, frozen: nnx.State, step: int, saved: int) -> tuple[TrainState, bool]:
+        """One step, logged; and whether any process was asked to stop."""
+        start = time.perf_counter()
+        batch, digest = self.loader.load(step)
+        state, device_metrics = self.compiled_step(state, frozen, batch, self.loader.stop_flags())
+        with processes.detect_lost_peer():
+            metrics = jax.device_get(device_metrics)
+        loss, grad_norm, num_labels = float(metrics.loss), float(metrics.grad_norm), int(metrics.num_labels)
+        examples = self.loader.examples(step)
+        if not metrics.finite:
+            sources = ", ".join(example.source for example in examples[:4])
+            kept = f"the last checkpoint is step {saved}" if saved else "there is no checkpoint"
+            values = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+            raise NonFiniteError(f"step {step + 1} is not finite ({values}); its batch starts with {sources}; {kept}")
+        self.throughput.update(time.perf_counter() - start, sum(len(e.ids) for e in examples), num_labels)
+        self.task.update(step + 1, detail=", ".join(filter(None, (f"loss {loss:.4g}", str(self.throughput)))))
+        self.logger.log(
+            "train",
+            step + 1,
+            loss=loss,
+            accuracy=float(metrics.accuracy),
+            grad_norm=grad_norm,
+            num_labels=num_labels,
+            batch_sha256=digest,
+        )
+        return state, bool(metrics.stop)
+
+    def _out_of_patience(self, history: EvalHistory) -> bool:
+        return self.config.patience is not None and history.evals_since_best >= self.config.patience
+
+    def _maybe_evaluate(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> EvalHistory:
+        """Evaluate and log if an evaluation is due after this step."""
+        if history.last_step == step or (step % self.eval_every and step < self.total):
+            return history
+        values = self.evaluator(state.params, frozen)
+        history = history._replace(last_step=step)
+        if not values:
+            return history
+        if (path := files.find_non_finite(values)) is not None:
+            raise NonFiniteError(f"the evaluation after step {step} is not finite: {path}")
+        self.logger.log("eval", step, **values)
+        self.progress.print(f"step {step} of {self.total}: {summarize(values)}")
+        if (loss := values.get("loss")) is None or self.config.patience is None:
+            return history
+        if history.best_loss is not None and loss >= history.best_loss:
+            return history._replace(evals_since_best=history.evals_since_best + 1)
+        checkpoints.save(self.config.out / BEST, step, state, {}, keep=1)
+        return EvalHistory(last_step=step, best_loss=loss, best_step=step)
 
 
-# --- before and after -------------------------------------------------------------------------------------------------------
+# --- before and after ------------------------------------------------------------------------------------------------------
 
 
-def _introduce(prepared: Prepared) -> None:
-    """What is about to be trained, and one example with its labels marked."""
-    from rich.console import Console
-
-    options, config = prepared.options, prepared.model_config
-    examples = [e for row in prepared.train for e in row]
+def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
+    """Print what will be trained, and one example with its labels marked."""
+    config, m = setup.config, setup.model_config
+    examples = [e for row in setup.train_rows for e in row]
     labels = sum(int((e.target >= 0).sum()) for e in examples)
-    tokens, documents = sum(len(e.ids) for e in examples), f"{len(examples):,} documents"
-    held = f"{sum(len(row) for row in prepared.held):,} documents"
-    decisions = f", decisions on {len(prepared.decisions.tasks)} tasks" if prepared.decisions else ""
-    rows = f"{options.accumulate} x {options.batch} rows" if options.accumulate > 1 else f"{options.batch} rows"
-    model = f"{config.model_type}, {config.num_parameters:,} weights, {config.num_layers} layers of width {config.hidden_size}"
-    lines = [
-        f"model     {model}; method {options.method}",
-        f"data      {documents}, {tokens:,} tokens, {labels:,} of them trained; rows of {prepared.T} tokens",
-        f"held out  {held}{decisions}",
-        f"steps     {prepared.optimizer_config.steps:,} of {rows}; mesh {dict(prepared.mesh.shape)}",
-    ]
-    console = Console(stderr=True)
-    for line in (*lines, "", format_example(examples[0], prepared.tokenizer, 600), ""):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    tokens = sum(len(e.ids) for e in examples)
+    held_out = sum(len(row) for row in setup.eval_rows)
+    decisions = f"; decisions on {len(setup.decision_tasks.tasks)} tasks" if setup.decision_tasks else ""
+    rows = f"{config.accumulate} x {config.batch} rows" if config.accumulate > 1 else f"{config.batch} rows"
+    start = "randomly initialized" if config.model is None else str(config.model)
+    for line in (
+        f"model     {m.model_type}, {m.num_parameters:,} parameters, {m.num_layers} layers, hidden size {m.hidden_size}; {start}",
+        f"method    {config.method}, {setup.optimizer.steps:,} steps of {rows}, mesh {dict(setup.mesh.shape)}",
+        f"data      {len(examples):,} documents, {tokens:,} tokens, {labels:,} labels; rows of {setup.seq_len} tokens",
+        f"held out  {held_out:,} documents{decisions}",
+        "",
+        format_example(examples[0], setup.tokenizer, 600),
+        "",
+    ):
+        progress.print(line)
 
 
-def _export(prepared: Prepared, model: Any, first: bool) -> None:
-    """The model as others read it; what an earlier, finished run of the same settings left is the same and stays."""
-    out, options = prepared.options.out, prepared.options
-    like = options.model
-    if like is None:
-        like = out / "tokenizer"
-        if first:
-            prepared.tokenizer.save_pretrained(str(like))
+def _export(setup: TrainingSetup, model: Any, is_main: bool) -> None:
+    """Write the model as a Hugging Face directory. An export of an earlier, finished run of the same settings is the same."""
+    config, out = setup.config, setup.config.out
+    base = config.model or out / TOKENIZER
+    if config.model is None:
+        if is_main:
+            setup.tokenizer.save_pretrained(str(base))
         processes.barrier("tokenizer")
     if not (out / MODEL).exists():
-        weights.save(model, out / MODEL, like=like)
-    if options.method != "full" and not (out / ADAPTER).exists():
-        peft.save_adapter(model, out / ADAPTER, str(options.model))
-    if options.model is None and first:
-        shutil.rmtree(like, ignore_errors=True)
-
-
-def _summary(prepared: Prepared, records: list[dict], host: Host, done: int) -> None:
-    out = prepared.options.out
-    last = [r for r in records if r["kind"] == "eval"][-1:]
-    manifest.write_manifest(out, inputs=prepared.inputs, steps=done, best_step=host.best_step, last=last[0] if last else None)
-    print(f"model: {out / MODEL}")
+        weights.save(model, out / MODEL, like=base)
+    if config.method != "full" and not (out / ADAPTER).exists():
+        peft.save_adapter(model, out / ADAPTER, str(config.model))
+    if config.model is None and is_main:
+        shutil.rmtree(base, ignore_errors=True)

@@ -32,7 +32,7 @@ def work(tmp_path, finished):
     files.write_json(tmp_path / "more" / "eval" / "eval.json", {"rows": [ROW, MODEL, NONE]})
     options = {"model": None, "preset": "tiny", "method": "full", "data": "data/x", "steps": None}
     files.write_json(tmp_path / "more" / "run" / "config.json", {"options": options})
-    looked = [{"step": s, "kind": "eval", "loss": 2.0 - s, "gap": 0.5 - s / 10, "vote_gap": 0.3} for s in (0, 1)]
+    looked = [{"step": s, "kind": "eval", "loss": 2.0 - s, "gap": 0.5 - s / 10, "bc_gap": 0.3} for s in (0, 1)]
     lines = [looked[0], {"step": 1, "kind": "train", "loss": 1.5}, looked[1]]
     (tmp_path / "more" / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path

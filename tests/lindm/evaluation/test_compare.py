@@ -20,7 +20,7 @@ RECIPE = DatasetConfig(tasks=5, demos=2, seed=11)
 @pytest.fixture(scope="module")
 def run(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    assert trainer.run(SFTConfig(model=micro.model, data=micro.mdp, out=out, steps=2, eval_tasks=0, rewards="hidden")) == 0
+    assert trainer.train(SFTConfig(model=micro.model, data=micro.mdp, out=out, steps=2, eval_tasks=0, rewards="hidden")) == 0
     return out
 
 

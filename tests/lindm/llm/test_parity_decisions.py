@@ -37,7 +37,7 @@ def test_the_exported_model_decides_the_same_in_torch(micro, tmp_path, method):
     options = SFTConfig(
         model=micro.model, data=micro.hidden, out=tmp_path / "out", steps=4, eval_tasks=0, method=method, learning_rate=5e-3
     )
-    assert trainer.run(options) == 0
+    assert trainer.train(options) == 0
     directory = tmp_path / "out" / "model"
     worlds, demos, template = told(micro.mdp, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -54,7 +54,7 @@ def test_a_given_run_decides_the_same_in_torch():
     given = json.loads((out / "config.json").read_text())["options"]
     paths = {k: Path(v) for k, v in given.items() if k in ("data", "out", "model", "eval_data") and v is not None}
     options = dataclasses.replace(SFTConfig(**(given | paths)), mesh="data=1,fsdp=8")
-    decisions = setup.prepare(dataclasses.replace(options, batch=8)).decisions
+    decisions = setup.setup_training(dataclasses.replace(options, batch=8)).decision_tasks
     assert decisions is not None
     tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
     worlds = [world(task.problem(), decisions.text.shows_rewards) for task in tasks]

@@ -33,19 +33,19 @@ TINY = ModelConfig(
     intermediate_size=128,
     max_position_embeddings=128,
 )
-JOB = plan.Job(model_config=TINY, batch=4, seq=32, labels=8, dtype="f32", lora_rank=4)
-LIMITS = plan.Limits("a chip", 2**30, 1e12, 1e11, 1e10)
+JOB = plan.StepSpec(model_config=TINY, batch=4, seq=32, labels=8, dtype="f32", lora_rank=4)
+LIMITS = plan.DeviceLimits("a chip", 2**30, 1e12, 1e11, 1e10)
 GIB = 2**30
 
 
 def lowered(job, **sizes):
     n = int(np.prod(list(sizes.values()) or [1]))
-    found = plan.program(job, make_mesh(sizes, jax.devices()[:n]))
+    found = plan.step_program(job, make_mesh(sizes, jax.devices()[:n]))
     return found.step.lower(*found.arguments)
 
 
 def planned(job, **sizes):
-    return plan.read(lowered(job, **sizes).compile(), sizes, LIMITS)
+    return plan.plan_from_compiled(lowered(job, **sizes).compile(), sizes, LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def program_in_parts():
 
 @pytest.fixture(scope="module")
 def cut(program_in_parts):
-    return plan.read(program_in_parts, {"fsdp": 2, "tensor": 2}, LIMITS)
+    return plan.plan_from_compiled(program_in_parts, {"fsdp": 2, "tensor": 2}, LIMITS)
 
 
 def held(job):
     """Bytes of what a step takes, on one device."""
-    found = plan.program(job, make_mesh({}, jax.devices()[:1]))
+    found = plan.step_program(job, make_mesh({}, jax.devices()[:1]))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found.arguments))
 
 
@@ -89,8 +89,8 @@ def arithmetic(job, forward):
 def test_a_step_without_recomputation_takes_three_times_the_forward_products_of_every_micro_batch():
     job = replace(JOB, remat="none", accumulate=3)
     found = planned(job)
-    assert found.work is not None and found.work.unread == 0
-    assert found.work.flops == pytest.approx(3 * sum(arithmetic(JOB, 3)), rel=0.01)
+    assert found.cost is not None and found.cost.unknown_loops == 0
+    assert found.cost.flops == pytest.approx(3 * sum(arithmetic(JOB, 3)), rel=0.01)
     assert plan.model_flops(job) == pytest.approx(3 * sum(arithmetic(JOB, 3)))
     assert found.memory is not None and found.memory.arguments == held(job) == held(JOB) + 2 * 4 * (3 * 4 * 32 + 2 * 4 * 8)
 
@@ -101,18 +101,18 @@ def test_recomputation_adds_a_forward_pass_of_the_blocks_or_of_attention_alone(f
     last = (
         TINY.num_layers * 2 * JOB.batch * JOB.seq * TINY.hidden_size * TINY.intermediate_size
     )  # no gradient needs what the last product gives
-    assert blocks + scores + head - last <= 1.01 * found.work.flops <= 1.02 * (blocks + scores + head)
-    assert full.work.flops == pytest.approx(blocks * 3 / 4 + scores + head, rel=0.02)
+    assert blocks + scores + head - last <= 1.01 * found.cost.flops <= 1.02 * (blocks + scores + head)
+    assert full.cost.flops == pytest.approx(blocks * 3 / 4 + scores + head, rel=0.02)
 
 
 def test_devices_share_work_and_weights_and_talk_to_each_other(full, cut):
-    assert full.work.listed() == [] and cut.work.listed()
-    assert {c.kind for c in cut.work.listed()} >= {"all-gather", "all-reduce"}
-    assert cut.work.flops == pytest.approx(full.work.flops / 4, rel=0.05)
+    assert full.cost.collectives == [] and cut.cost.collectives
+    assert {c.kind for c in cut.cost.collectives} >= {"all-gather", "all-reduce"}
+    assert cut.cost.flops == pytest.approx(full.cost.flops / 4, rel=0.05)
     weights = 3 * 4 * TINY.num_parameters  # masters and two moments
     assert weights <= full.memory.arguments <= 1.02 * weights
     assert weights / 4 <= cut.memory.arguments <= 1.1 * weights / 4
-    assert full.seconds["links"] == 0 and cut.seconds["links"] == cut.work.sent / 1e10
+    assert full.time_bounds["links"] == 0 and cut.time_bounds["links"] == cut.cost.sent_bytes / 1e10
 
 
 def test_adapters_leave_most_arguments_frozen_and_few_bits_make_them_small(full):
@@ -124,15 +124,15 @@ def test_adapters_leave_most_arguments_frozen_and_few_bits_make_them_small(full)
 
 
 def test_the_bound_is_the_slowest_of_the_three(full):
-    work = full.work
-    assert full.seconds == {"compute": work.flops / 1e12, "memory": work.bytes / 1e11, "links": work.sent / 1e10}
-    assert full.bound == max(full.seconds.values())
+    work = full.cost
+    assert full.time_bounds == {"compute": work.flops / 1e12, "memory": work.memory_bytes / 1e11, "links": work.sent_bytes / 1e10}
+    assert full.bound_seconds == max(full.time_bounds.values())
 
 
 def test_what_fills_more_than_the_headroom_leaves_does_not_fit(full, program_in_parts, cut):
     assert full.fits and full.memory.peak > 0
     for room, fits in ((cut.memory.peak / (1 - plan.HEADROOM) + 1, True), (cut.memory.peak * 1.04, False)):
-        assert plan.read(program_in_parts, {}, LIMITS._replace(memory=int(room))).fits is fits
+        assert plan.plan_from_compiled(program_in_parts, {}, LIMITS._replace(memory=int(room))).fits is fits
 
 
 # --- the step is the one that trains -----------------------------------------------------------------------------------------
@@ -154,11 +154,11 @@ def test_the_program_of_a_plan_trains_and_is_that_of_a_run(program_in_parts):
     state = init_train_state(params, optimizer)
     shardings = step_shardings(state, frozen, mesh)
     step = jit_train_step(make_train_step(graphdef, optimizer, ComputeConfig(), mesh), shardings)
-    given = jax.device_put((state, frozen, batch_of(JOB), np.zeros(4, np.int32)), shardings)
+    given = jax.device_put((state, frozen, batch_of(JOB), np.zeros(4, np.int32)), tuple(shardings))
     theirs = step.lower(*given)
     assert theirs.as_text() == lowered(JOB, fsdp=2, tensor=2).as_text()
     after, metrics = program_in_parts(*given)  # takes the state's memory
-    assert bool(metrics.finite) and int(after.step) == 1 and int(metrics.labels) == JOB.batch * JOB.labels
+    assert bool(metrics.finite) and int(after.step) == 1 and int(metrics.num_labels) == JOB.batch * JOB.labels
     assert abs(float(metrics.loss) - np.log(TINY.vocab_size)) < 0.1
     after, again = program_in_parts(after, *given[1:])
     assert float(again.loss) < float(metrics.loss)
@@ -169,7 +169,7 @@ def test_the_shapes_of_a_plan_are_those_of_a_model(base):
     job = replace(JOB, method="lora", base=base)
     model = Decoder(TINY, nnx.Rngs(0))
     add_lora(quantize(model, base), job.lora_rank, 2.0 * job.lora_rank, jax.random.key(0))
-    real, shapes = (nnx.split(m, nnx.Param, ...) for m in (model, plan.abstract(job)))
+    real, shapes = (nnx.split(m, nnx.Param, ...) for m in (model, plan.abstract_model(job)))
     assert real[0] == shapes[0]
     for ours, theirs in zip(shapes[1:], real[1:], strict=True):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(lambda x: (x.shape, x.dtype), theirs)
@@ -179,22 +179,22 @@ def test_the_shapes_of_a_plan_are_those_of_a_model(base):
 
 
 def test_sensible_meshes_use_all_devices_and_divide_heads_and_batch():
-    found = plan.sensible(JOB, jax.devices())
-    assert 1 < len(found) <= plan.TRIED
+    found = plan.candidate_meshes(JOB, jax.devices())
+    assert 1 < len(found) <= plan.MAX_MESHES
     for sizes in found:
         assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
         assert TINY.num_kv_heads % sizes["tensor"] == 0 and JOB.batch % (sizes["data"] * sizes["fsdp"]) == 0
     assert found == [s for i, s in enumerate(found) if s not in found[:i]]
     with pytest.raises(ValueError, match="batch must be a multiple"):
-        plan.sensible(replace(JOB, batch=3), jax.devices())
+        plan.candidate_meshes(replace(JOB, batch=3), jax.devices())
 
 
 def test_the_mesh_that_training_takes_if_told_nothing_is_always_compared(monkeypatch):
-    monkeypatch.setattr(plan, "TRIED", 1)
+    monkeypatch.setattr(plan, "MAX_MESHES", 1)
     few = replace(JOB, batch=8)
-    assert {"data": 1, "fsdp": 8, "tensor": 1} in plan.sensible(few, jax.devices())
-    monkeypatch.setattr(plan, "_wire", lambda job, sizes: sizes["fsdp"])  # as if it sent most
-    assert plan.sensible(few, jax.devices())[-1] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert {"data": 1, "fsdp": 8, "tensor": 1} in plan.candidate_meshes(few, jax.devices())
+    monkeypatch.setattr(plan, "_estimated_sent_bytes", lambda job, sizes: sizes["fsdp"])  # as if it sent most
+    assert plan.candidate_meshes(few, jax.devices())[-1] == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 def test_plans_that_fit_come_first_and_then_the_fastest(monkeypatch, full):
@@ -202,12 +202,12 @@ def test_plans_that_fit_come_first_and_then_the_fastest(monkeypatch, full):
 
     def compiled(job, mesh, limits):
         fits, seconds = next(outcomes)
-        return replace(full, fits=fits, seconds={"compute": seconds})
+        return replace(full, fits=fits, time_bounds={"compute": seconds})
 
     monkeypatch.setattr(plan, "compile_plan", compiled)
     told = []
-    found = plan.plans(JOB, jax.devices(), LIMITS, [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 8}], told.append)
-    assert [(p.fits, p.bound) for p in found] == [(True, 2.0), (True, 3.0), (False, 1.0)]
+    found = plan.compile_plans(JOB, jax.devices(), LIMITS, [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 8}], told.append)
+    assert [(p.fits, p.bound_seconds) for p in found] == [(True, 2.0), (True, 3.0), (False, 1.0)]
     assert told[1] == "compiling fsdp=4,tensor=2 (2 of 3)"
 
 
@@ -234,17 +234,17 @@ class Refusing:
     ],
 )
 def test_a_program_that_is_refused_for_its_memory_is_an_answer(monkeypatch, message, needs):
-    found = plan.program(JOB, make_mesh({}, jax.devices()[:1]))
-    monkeypatch.setattr(plan, "program", lambda job, mesh: found._replace(step=Refusing(message)))
+    found = plan.step_program(JOB, make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(plan, "step_program", lambda job, mesh: found._replace(step=Refusing(message)))
     answer = plan.compile_plan(JOB, make_mesh({}, jax.devices()[:1]), LIMITS)
-    assert not answer.fits and answer.memory is None and answer.bound == np.inf
-    assert answer.refusal == message.splitlines()[0] and answer.needs == (needs and int(needs))
-    assert json.loads(json.dumps(plan.described(answer), allow_nan=False))["refusal"] == answer.refusal
+    assert not answer.fits and answer.memory is None and answer.bound_seconds == np.inf
+    assert answer.refusal == message.splitlines()[0] and answer.required_bytes == (needs and int(needs))
+    assert json.loads(json.dumps(plan.plan_to_json(answer), allow_nan=False))["refusal"] == answer.refusal
 
 
 def test_another_failure_of_the_compiler_is_not_taken_for_an_answer(monkeypatch):
-    found = plan.program(JOB, make_mesh({}, jax.devices()[:1]))
-    monkeypatch.setattr(plan, "program", lambda job, mesh: found._replace(step=Refusing("INTERNAL: something else")))
+    found = plan.step_program(JOB, make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(plan, "step_program", lambda job, mesh: found._replace(step=Refusing("INTERNAL: something else")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         plan.compile_plan(JOB, make_mesh({}, jax.devices()[:1]), LIMITS)
 
@@ -259,7 +259,7 @@ def test_another_failure_of_the_compiler_is_not_taken_for_an_answer(monkeypatch)
         ({"method": "adapters"}, "method must be one of full, lora, qlora; got 'adapters'"),
         ({"base": "nf4"}, "base must be one of f32 with method full; got 'nf4'"),
         ({"method": "qlora", "base": "bf16"}, "base must be one of int8, nf4 with method qlora; got 'bf16'"),
-        ({"dtype": "f16"}, "dtype must be f32 or bf16; got 'f16'"),
+        ({"dtype": "f16"}, "dtype must be one of f32, bf16; got 'f16'"),
     ],
 )
 def test_a_job_that_no_run_could_have_is_refused(change, says):
@@ -273,19 +273,19 @@ def test_a_mesh_that_divides_neither_batch_nor_weights_is_refused():
     with pytest.raises(ValueError, match=r"mesh must divide blocks\.\w+\.kernel .* tensor=3 does not divide"):
         lowered(JOB, tensor=3)
     with pytest.raises(ValueError, match="mesh must use all 8 devices"):
-        plan.plans(JOB, jax.devices(), LIMITS, [{"fsdp": 2}])
+        plan.compile_plans(JOB, jax.devices(), LIMITS, [{"fsdp": 2}])
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5p:4x4", "v5e:2x2x2", "tpu", "v5e:4x4 "])
 def test_a_topology_that_is_none_is_refused_with_the_known_forms(name):
     with pytest.raises(ValueError, match=r"v5e:4x4, v6e:2x4 .* v5p:2x2x4 \(three\); got '"):
-        plan.devices_of(name)
+        plan.topology_devices(name)
 
 
 def test_without_the_compiler_of_tpus_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LindmError) as e:
-        plan.devices_of("v5e:4x4")
+        plan.topology_devices("v5e:4x4")
     assert isinstance(e.value, UsageError) and "pip install 'lindm[tpu]'" in str(e.value)
 
 
@@ -294,7 +294,7 @@ def test_without_the_compiler_of_tpus_the_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.chips, "measured_peak", lambda: 8e9)
+    monkeypatch.setattr(plan, "measured_peak_flops", lambda: 8e9)
     (tmp_path / "config.json").write_text(json.dumps(to_config_json(TINY)))
     return tmp_path / "config.json"
 
@@ -308,7 +308,7 @@ def test_the_command_prints_a_table_of_what_it_found(config, capsys, monkeypatch
     assert cli.run(asked(config, mesh="fsdp=8", method="lora", lora_rank=4, accumulate=2)) == 0
     out, err = capsys.readouterr()
     assert "compiling fsdp=8 (1 of 1)" in err
-    assert "lora: adapters of rank 4 over f32 weights" in out and "2 x 8 rows x 32 tokens, 8 labels a row, f32" in out
+    assert "lora: adapters of rank 4 over f32 weights" in out and "2 x 8 rows x 32 tokens, 8 labels per row, f32" in out
     row = next(line for line in out.splitlines() if line.startswith("fsdp=8"))
     assert row.split()[1] == "yes" and "all-gather" in out and "not a prediction" in out
 
@@ -319,15 +319,17 @@ def test_the_command_prints_one_json_object(config, capsys):
     (one,) = said["plans"]
     assert one["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and one["fits"]
     assert one["memory"]["peak"] == sum(one["memory"][k] for k in ("arguments", "outputs", "temporaries", "code"))
-    assert one["sent"] == pytest.approx(sum(c["sent"] for c in one["collectives"])) and one["seconds"]["compute"] > 0
+    assert (
+        one["sent_bytes"] == pytest.approx(sum(c["sent_bytes"] for c in one["collectives"])) and one["time_bounds"]["compute"] > 0
+    )
     assert said["step"]["method"] == "qlora" and said["step"]["base"] == "nf4" and said["step"]["lora_rank"] == 4
-    assert said["devices"] == 8 and said["limits"]["flops"] == 1e9 and said["step"]["parameters"] == TINY.num_parameters
+    assert said["devices"] == 8 and said["limits"]["peak_flops"] == 1e9 and said["step"]["parameters"] == TINY.num_parameters
     assert one["flops"] >= said["model_flops"] > 0
 
 
 def test_a_plan_that_was_refused_has_a_row_too(config, capsys, monkeypatch):
-    refused = plan.Plan(mesh={"fsdp": 8}, fits=False, refusal="too much", needs=int(21.5 * GIB))
-    monkeypatch.setattr(plan, "plans", lambda *a: [refused])
+    refused = plan.Plan(mesh={"fsdp": 8}, fits=False, refusal="too much", required_bytes=int(21.5 * GIB))
+    monkeypatch.setattr(plan, "compile_plans", lambda *a: [refused])
     assert cli.run(asked(config, mesh="fsdp=8")) == 0
     out = capsys.readouterr().out
     assert "21.50" in out and "fsdp=8 was refused: too much" in out
@@ -342,23 +344,23 @@ def test_a_plan_that_was_refused_has_a_row_too(config, capsys, monkeypatch):
 def test_a_slice_of_tpus_is_planned_for_without_one(monkeypatch, method, base):
     for name, value in cli.QUIET.items():
         monkeypatch.setenv(name, value)
-    devices = plan.devices_of("v5e:2x2")
-    limits = plan.limits_of(devices)
-    assert (len(devices), limits.memory, limits.links) == (4, 16 * GIB, 200e9)
+    devices = plan.topology_devices("v5e:2x2")
+    limits = plan.device_limits(devices)
+    assert (len(devices), limits.memory, limits.link_bandwidth) == (4, 16 * GIB, 200e9)
     wide = replace(TINY, hidden_size=256, head_dim=64, intermediate_size=512, vocab_size=1024)
     job = replace(JOB, model_config=wide, batch=8, seq=128, dtype="bf16", method=method, base=base)
     mesh = make_mesh({"fsdp": 4}, devices)
     with jax.enable_x64(False):  # as the command runs; a TPU has no 64-bit counters
         found = plan.compile_plan(job, mesh, limits)
-        program = plan.program(job, mesh)
+        program = plan.step_program(job, mesh)
         done = program.step.lower(*program.arguments).compile()
-    assert found.fits and found.work is not None and found.work.unread == 0 and found.work.sent > 0
-    once = plan.work(done.as_text(), loops=False).flops
+    assert found.fits and found.cost is not None and found.cost.unknown_loops == 0 and found.cost.sent_bytes > 0
+    once = plan.program_cost(done.as_text(), loops=False).flops
     assert once == pytest.approx(done.cost_analysis()["flops"], rel=0.15)  # which counts elementwise work too
     if method == "full":
         blocks, scores, head = arithmetic(job, 4)
         most = (blocks * 3 / 4 + scores + head) / 4
-        assert 0.98 * most <= found.work.flops <= 1.05 * most
+        assert 0.98 * most <= found.cost.flops <= 1.05 * most
 
 
 @pytest.mark.parity
@@ -366,7 +368,7 @@ def test_a_slice_of_tpus_is_planned_for_without_one(monkeypatch, method, base):
 def test_slices_that_do_not_exist_are_refused_and_the_smallest_does(monkeypatch):
     for name, value in cli.QUIET.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="topology v5e:3x3 is not one that exists"):
-        plan.devices_of("v5e:3x3")
-    assert len(plan.devices_of("v5e:1x1")) == 1
+    with pytest.raises(ValueError, match="topology v5e:3x3 does not exist"):
+        plan.topology_devices("v5e:3x3")
+    assert len(plan.topology_devices("v5e:1x1")) == 1
     assert jnp.zeros(1).devices() <= set(jax.devices())  # nothing of this is where arrays go

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lindm.llm.cluster.hlo import parse
-from lindm.llm.cluster.program_cost import work
+from lindm.llm.cluster.hlo import parse_hlo
+from lindm.llm.cluster.program_cost import program_cost
 
 P = PartitionSpec
 
@@ -25,24 +25,24 @@ def chain(x, layers):
 
 def test_the_body_of_a_loop_counts_as_often_as_it_turns():
     text = compiled(chain, (32, 64), (7, 64, 64)).as_text()
-    assert work(text).flops == 7 * 2 * 32 * 64 * 64
-    assert work(text, loops=False).flops == 2 * 32 * 64 * 64
-    assert work(text).unread == 0
+    assert program_cost(text).flops == 7 * 2 * 32 * 64 * 64
+    assert program_cost(text, loops=False).flops == 2 * 32 * 64 * 64
+    assert program_cost(text).unknown_loops == 0
 
 
 def test_loops_within_loops_multiply():
     def twice(x, layers):
         return jax.lax.fori_loop(0, 5, lambda _, x: chain(x, layers), x)
 
-    assert work(compiled(twice, (16, 32), (3, 32, 32)).as_text()).flops == 5 * 3 * 2 * 16 * 32 * 32
+    assert program_cost(compiled(twice, (16, 32), (3, 32, 32)).as_text()).flops == 5 * 3 * 2 * 16 * 32 * 32
 
 
 def test_a_loop_whose_turns_depend_on_the_data_is_counted_once_and_said_to_be_unread():
     def until(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 1e6, lambda x: x @ w, x)
 
-    counted = work(compiled(until, (32, 32), (32, 32)).as_text())
-    assert (counted.flops, counted.unread) == (2 * 32**3, 1)
+    counted = program_cost(compiled(until, (32, 32), (32, 32)).as_text())
+    assert (counted.flops, counted.unknown_loops) == (2 * 32**3, 1)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_loop_whose_turns_depend_on_the_data_is_counted_once_and_said_to_be_un
 )
 def test_products_of_any_shape_are_counted(equation, left, right, flops):
     program = compiled(lambda a, b: jnp.einsum(equation, a, b), left, right)
-    assert work(program.as_text()).flops == flops
+    assert program_cost(program.as_text()).flops == flops
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_convolutions_count_what_does_not_fall_into_the_padding_as_xla_does(opti
     groups = options.get("feature_group_count", 1)
     program = compiled(lambda a, b: jax.lax.conv_general_dilated(a, b, **options), (2, 4, 9, 8), (6, 4 // groups, 3, 2))
     said = program.cost_analysis()
-    assert said is not None and work(program.as_text()).flops == said["flops"]
+    assert said is not None and program_cost(program.as_text()).flops == said["flops"]
 
 
 def test_without_loops_products_and_traffic_are_what_xla_counts():
@@ -82,11 +82,11 @@ def test_without_loops_products_and_traffic_are_what_xla_counts():
         return (x * x).sum()
 
     program = compiled(jax.grad(unrolled, argnums=1), (64, 128), (3, 128, 128))
-    counted, said = work(program.as_text()), program.cost_analysis()
+    counted, said = program_cost(program.as_text()), program.cost_analysis()
     assert said is not None
     assert counted.flops == (3 + 3 + 2) * 2 * 64 * 128 * 128  # forward, weights, and inputs but the first
     assert counted.flops == pytest.approx(said["flops"], rel=0.02)  # which counts elementwise work too
-    assert counted.bytes == pytest.approx(said["bytes accessed"], rel=0.05)
+    assert counted.memory_bytes == pytest.approx(said["bytes accessed"], rel=0.05)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def test_without_loops_products_and_traffic_are_what_xla_counts():
 
 def test_a_slice_that_a_loop_takes_of_stacked_weights_is_not_the_whole_stack():
     n, k = 16, 128
-    counted = work(compiled(chain, (8, k), (n, k, k)).as_text())
-    assert n * k * k * 4 <= counted.bytes <= 4 * n * k * k * 4  # each layer is read once, perhaps copied first
+    counted = program_cost(compiled(chain, (8, k), (n, k, k)).as_text())
+    assert n * k * k * 4 <= counted.memory_bytes <= 4 * n * k * k * 4  # each layer is read once, perhaps copied first
 
 
 def test_what_a_loop_writes_into_a_stack_is_not_the_whole_stack():
@@ -103,7 +103,7 @@ def test_what_a_loop_writes_into_a_stack_is_not_the_whole_stack():
         return jax.lax.scan(lambda x, _: (x * 1.5, x), x, None, length=64)[1]
 
     size = 4 * 4096
-    assert 64 * size <= work(compiled(outputs, (4096,)).as_text()).bytes <= 10 * 64 * size
+    assert 64 * size <= program_cost(compiled(outputs, (4096,)).as_text()).memory_bytes <= 10 * 64 * size
 
 
 # --- messages --------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def exchanged(f, *shapes, sizes=(8,), names=("x",), specs):
     inside, outside = specs
     mapped = jax.shard_map(f, mesh=mesh, in_specs=inside, out_specs=outside, check_vma=False)
     lies = tuple(NamedSharding(mesh, s) for s in inside)
-    return work(compiled(mapped, *shapes, in_shardings=lies).as_text())
+    return program_cost(compiled(mapped, *shapes, in_shardings=lies).as_text())
 
 
 SHARD = 16 * 32 * 4  # bytes of f32[16, 32]
@@ -132,26 +132,26 @@ SHARD = 16 * 32 * 4  # bytes of f32[16, 32]
 )
 def test_what_a_device_sends(f, spec, kind, sent):
     counted = exchanged(f, (128, 32), specs=((P("x"),), spec))
-    (one,) = counted.listed()
-    assert (one.kind, one.count) == (kind, 1) and counted.sent == pytest.approx(sent)
-    assert one.group == 8
+    (one,) = counted.collectives
+    assert (one.kind, one.count) == (kind, 1) and counted.sent_bytes == pytest.approx(sent)
+    assert one.group_size == 8
 
 
 @pytest.mark.parametrize("axis, group", [("x", 2), ("y", 4), (("x", "y"), 8)])
 def test_the_devices_of_a_message_are_those_of_its_axes(axis, group):
     specs = ((P("x", "y"),), P("x", "y"))
     counted = exchanged(lambda x: jax.lax.psum(x, axis), (32, 128), sizes=(2, 4), names=("x", "y"), specs=specs)
-    assert [c.group for c in counted.listed()] == [group]
-    assert counted.sent == pytest.approx(2 * (group - 1) / group * SHARD)
+    assert [c.group_size for c in counted.collectives] == [group]
+    assert counted.sent_bytes == pytest.approx(2 * (group - 1) / group * SHARD)
 
 
 def test_messages_of_a_loop_are_sent_every_turn_and_one_device_sends_none():
     def step(x, w):
         return jax.lax.scan(lambda x, w: (jax.lax.psum(x @ w, "x"), None), x, w)[0]
 
-    (one,) = exchanged(step, (16, 32), (5, 32, 32), specs=((P(), P()), P())).listed()
+    (one,) = exchanged(step, (16, 32), (5, 32, 32), specs=((P(), P()), P())).collectives
     assert one.count == 5 and one.shape == "f32[16,32]"
-    assert work(compiled(chain, (8, 16), (2, 16, 16)).as_text()).listed() == []
+    assert program_cost(compiled(chain, (8, 16), (2, 16, 16)).as_text()).collectives == []
 
 
 # --- what XLA:TPU writes ---------------------------------------------------------------------------------------------------
@@ -227,39 +227,44 @@ SMALL, LARGE, ROWS, NEAR, OUT = 2 * 8 * 32, 2 * 32 * 32, 2 * 4 * 16 * 64, 2 * 4 
 
 
 def test_a_batched_product_of_a_tpu_is_one_product_for_each_of_the_batch_and_turns_follow_from_the_counter():
-    assert work(TPU).flops == 4 * (4 * 2 * 16 * 24 * 64)
-    assert work(TPU, loops=False).flops == 4 * 2 * 16 * 24 * 64
-    assert work(TPU).unread == 0
-    assert work(TPU.replace("constant(12)", "constant(13)")).flops == work(TPU).flops  # 2, 5, 8, 11
-    assert work(TPU.replace("constant(12)", "constant(15)")).flops / work(TPU).flops == 5 / 4
-    assert work(TPU.replace("direction=LT", "direction=GT")).unread == 1
+    assert program_cost(TPU).flops == 4 * (4 * 2 * 16 * 24 * 64)
+    assert program_cost(TPU, loops=False).flops == 4 * 2 * 16 * 24 * 64
+    assert program_cost(TPU).unknown_loops == 0
+    assert program_cost(TPU.replace("constant(12)", "constant(13)")).flops == program_cost(TPU).flops  # 2, 5, 8, 11
+    assert program_cost(TPU.replace("constant(12)", "constant(15)")).flops / program_cost(TPU).flops == 5 / 4
+    assert program_cost(TPU.replace("direction=LT", "direction=GT")).unknown_loops == 1
 
 
 def test_a_gather_that_runs_beside_others_is_one_gather_and_what_is_passed_on_is_counted_every_turn():
-    gather, permute = sorted(work(TPU).listed(), key=lambda c: c.kind)
-    assert (gather.kind, gather.group, gather.shape, gather.count) == ("all-gather", 4, "bf16[8,32]", 1)
-    assert gather.sent == 3 * SMALL
-    assert (permute.kind, permute.shape, permute.count, permute.sent) == ("collective-permute", "bf16[4,16,64]", 4, 4 * ROWS)
+    gather, permute = sorted(program_cost(TPU).collectives, key=lambda c: c.kind)
+    assert (gather.kind, gather.group_size, gather.shape, gather.count) == ("all-gather", 4, "bf16[8,32]", 1)
+    assert gather.sent_bytes == 3 * SMALL
+    assert (permute.kind, permute.shape, permute.count, permute.sent_bytes) == (
+        "collective-permute",
+        "bf16[4,16,64]",
+        4,
+        4 * ROWS,
+    )
 
 
 def test_vector_memory_costs_nothing_and_what_is_carried_through_is_not_read_again():
     begin = SMALL + LARGE
     copy = NEAR  # read only: it arrives in vector memory
     turn = (ROWS + OUT) + (ROWS + ROWS) + 3 * 4  # the product, the message, the counter
-    assert work(TPU).bytes == begin + copy + 4 * turn
+    assert program_cost(TPU).memory_bytes == begin + copy + 4 * turn
 
 
 def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
-        parse("HloModule nothing\n")
+        parse_hlo("HloModule nothing\n")
 
 
 def test_shapes_are_read_with_their_kind_size_and_place():
-    computations, entry = parse(TPU)
+    computations, entry = parse_hlo(TPU)
     assert entry == "main" and set(computations) == {"begin", "beside", "end", "body", "condition", "main"}
     shapes = computations["main"]["copy-start.1"].shapes
-    assert [s.near for s in shapes] == [True, False, True]
-    assert shapes[0].bytes == np.zeros((4, 24, 64), np.float16).nbytes
+    assert [s.on_chip for s in shapes] == [True, False, True]
+    assert shapes[0].num_bytes == np.zeros((4, 24, 64), np.float16).nbytes
     kinds = "%a (x: s4[8]) -> s4[8] {\n  ROOT %x = (s4[8]{0}, pred[3]{0}, f8e4m3fn[5]{0}, c64[2]{0}, token[]) parameter(0)\n}\n"
-    (leaf,) = parse("ENTRY " + kinds)[0]["a"].values()
-    assert [s.bytes for s in leaf.shapes] == [4, 3, 5, 16, 0]
+    (leaf,) = parse_hlo("ENTRY " + kinds)[0]["a"].values()
+    assert [s.num_bytes for s in leaf.shapes] == [4, 3, 5, 16, 0]

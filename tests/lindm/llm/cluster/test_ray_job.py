@@ -15,18 +15,23 @@ from lindm.cli.exit_codes import exit_code
 from lindm.cli.main import main
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, Preempted, UsageError
 from lindm.llm.cluster import jobs, ray_job
-from lindm.llm.cluster.jobs import Workers
+from lindm.llm.cluster.jobs import RayWorkers
+from lindm.llm.parallel.chips import TPU_GENERATIONS, parse_topology
 from lindm.llm.sft.options import SFTConfig
 
 OPTIONS = SFTConfig(preset="tiny", data=Path("data"), out=Path("out"))
 
 
 def test_a_worker_gets_what_was_asked_for():
-    assert ray_job.scaling(Workers(workers=3)) == {"num_workers": 3, "use_gpu": False, "resources_per_worker": {"CPU": 1}}
-    assert ray_job.scaling(Workers(workers=2, cpus=8, gpus=4)) == {
+    assert ray_job.scaling_config(RayWorkers(workers=3)) == {
+        "num_workers": 3,
+        "use_gpu": False,
+        "resources_per_worker": {"CPU": 1},
+    }
+    assert ray_job.scaling_config(RayWorkers(workers=2, cpus=8, gpus=4)) == {
         **{"num_workers": 2, "use_gpu": True, "resources_per_worker": {"CPU": 8, "GPU": 4}},
     }
-    assert ray_job.scaling(Workers(topology="v5e:4x4", cpus=24)) == {
+    assert ray_job.scaling_config(RayWorkers(topology="v5e:4x4", cpus=24)) == {
         **{"num_workers": 4, "use_tpu": True, "topology": "4x4", "accelerator_type": "TPU-V5LITEPOD"},
         "resources_per_worker": {"CPU": 24, "TPU": 4},
     }
@@ -37,24 +42,25 @@ def test_a_worker_is_offline_and_computes_where_it_was_asked_to(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "s3cr3t")
     found = [
-        ray_job.environment(Workers(**asked)) for asked in ({"workers": 1}, {"workers": 1, "gpus": 1}, {"topology": "v5e:2x2"})
+        ray_job.worker_environment(RayWorkers(**asked))
+        for asked in ({"workers": 1}, {"workers": 1, "gpus": 1}, {"topology": "v5e:2x2"})
     ]
     assert [env["JAX_PLATFORMS"] for env in found] == ["cpu", "cuda,cpu", "tpu,cpu"]
     assert all(env["HF_HUB_OFFLINE"] == "1" and "s3cr3t" not in env.values() for env in found)
     monkeypatch.setenv("JAX_PLATFORMS", "rocm,cpu")
-    assert ray_job.environment(Workers(workers=1))["JAX_PLATFORMS"] == "rocm,cpu"
+    assert ray_job.worker_environment(RayWorkers(workers=1))["JAX_PLATFORMS"] == "rocm,cpu"
 
 
 def test_paths_mean_the_same_in_a_worker_that_stands_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = ray_job.absolute(SFTConfig(model=Path("m"), data=Path("/d"), out=Path("o"), template="mine.json"))
+    found = ray_job.with_absolute_paths(SFTConfig(model=Path("m"), data=Path("/d"), out=Path("o"), template="mine.json"))
     assert (found.model, found.data, found.out, found.template) == (
         tmp_path / "m",
         Path("/d"),
         tmp_path / "o",
         f"{tmp_path}/mine.json",
     )
-    assert ray_job.absolute(OPTIONS).template is None and ray_job.absolute(OPTIONS).model is None
+    assert ray_job.with_absolute_paths(OPTIONS).template is None and ray_job.with_absolute_paths(OPTIONS).model is None
 
 
 class Failed(Exception):
@@ -93,14 +99,14 @@ def wrapped(e: Exception) -> Exception:
     ],
 )
 def test_an_error_of_ray_becomes_the_exit_code_of_what_caused_it(error, code, said):
-    found = ray_job.cause(error)
+    found = ray_job.find_cause(error)
     assert exit_code(found) == code and said in str(found)
 
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(LindmError, match=r"pip install 'lindm\[ray\]'") as caught:
-        ray_job.run(Workers(workers=2), OPTIONS)
+        ray_job.run(RayWorkers(workers=2), OPTIONS)
     assert isinstance(caught.value, UsageError)
 
 
@@ -108,7 +114,7 @@ def test_the_command_line_is_that_of_the_job_file(monkeypatch):
     asked = []
     monkeypatch.setattr(ray_job, "run", lambda job, options: asked.append((job, options)) or 0)
     words = ["--preset", "tiny", "--data", "a b", "--out", "$o"]
-    for job in (Workers(workers=3, cpus=2, gpus=1, restarts=0), Workers(topology="v6e:4x4", cpus=7)):
+    for job in (RayWorkers(workers=3, cpus=2, gpus=1, restarts=0), RayWorkers(topology="v6e:4x4", cpus=7)):
         python, flag, module, *arguments = jobs.entrypoint(job, words)
         assert (python, flag, module) == ("python", "-m", "lindm.cli.ray_job")
         assert run_command(cli.COMMAND, arguments) == 0
@@ -153,14 +159,14 @@ def test_ray_counts_the_hosts_of_a_slice_as_we_do():
     from ray.train import ScalingConfig  # pyright: ignore[reportMissingImports]
     from ray.util.tpu import get_tpu_worker_resources  # pyright: ignore[reportMissingImports]
 
-    for generation, shapes in jobs.SHAPES.items():
-        for shape in shapes:
-            tpu = jobs.slice_of(f"{generation}:{shape}")
-            hosts, resources = get_tpu_worker_resources(topology=shape, accelerator_type=jobs.RAY_TYPES[generation])
-            assert (hosts, resources["TPU"]) == (tpu.hosts, tpu.per_host), (generation, shape)
-            asked = ScalingConfig(**ray_job.scaling(Workers(topology=f"{generation}:{shape}")))
-            assert asked.num_workers == tpu.hosts and asked.num_tpus_per_worker == tpu.per_host
-    assert ScalingConfig(**ray_job.scaling(Workers(workers=2, gpus=3))).num_gpus_per_worker == 3
+    for name, generation in TPU_GENERATIONS.items():
+        for shape in generation.slices:
+            tpu = parse_topology(f"{name}:{shape}")
+            hosts, resources = get_tpu_worker_resources(topology=shape, accelerator_type=generation.ray_type)
+            assert (hosts, resources["TPU"]) == (tpu.num_hosts, tpu.chips_per_host), (name, shape)
+            asked = ScalingConfig(**ray_job.scaling_config(RayWorkers(topology=f"{name}:{shape}")))
+            assert asked.num_workers == tpu.num_hosts and asked.num_tpus_per_worker == tpu.chips_per_host
+    assert ScalingConfig(**ray_job.scaling_config(RayWorkers(workers=2, gpus=3))).num_gpus_per_worker == 3
 
 
 @mark
@@ -176,13 +182,13 @@ def test_two_workers_are_two_processes_of_one_run_and_a_lost_one_is_replaced(clu
         import jax
         import jax.numpy as jnp
 
-        from lindm.llm.cluster.ray_job import meet
+        from lindm.llm.cluster.ray_job import find_peers
         from lindm.llm.parallel import processes as distributed
 
-        distributed.HEARTBEAT = 5
+        distributed.HEARTBEAT_TIMEOUT = 5
         out = Path(config["options"].out)
-        coordinator, processes, rank = meet()
-        distributed.start(coordinator, processes, rank)
+        coordinator, processes, rank = find_peers()
+        distributed.initialize(coordinator, processes, rank)
         if rank == 1 and not (out / "killed").exists():
             (out / "killed").write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -195,7 +201,7 @@ def test_two_workers_are_two_processes_of_one_run_and_a_lost_one_is_replaced(clu
         jax.distributed.shutdown()
 
     options = SFTConfig(preset="tiny", data=tmp_path, out=tmp_path)
-    assert ray_job.run(Workers(workers=2, restarts=1), options, loop) == 0
+    assert ray_job.run(RayWorkers(workers=2, restarts=1), options, loop) == 0
     assert (tmp_path / "killed").exists() and not (tmp_path / ".ray").exists()
     for rank in range(2):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -209,9 +215,9 @@ def test_what_a_worker_says_ends_the_run_without_another_attempt(cluster, tmp_pa
         import time
         from pathlib import Path
 
-        from lindm.llm.cluster.ray_job import meet
+        from lindm.llm.cluster.ray_job import find_peers
 
-        rank = meet()[2]
+        rank = find_peers()[2]
         with Path(config["options"].out, "attempts").open("a") as f:
             f.write(f"{rank}")
         if rank == 1:
@@ -219,7 +225,7 @@ def test_what_a_worker_says_ends_the_run_without_another_attempt(cluster, tmp_pa
         time.sleep(60)
 
     with pytest.raises(LindmError, match="not JSON") as caught:
-        ray_job.run(Workers(workers=2, restarts=3), SFTConfig(preset="tiny", data=tmp_path, out=tmp_path), loop)
+        ray_job.run(RayWorkers(workers=2, restarts=3), SFTConfig(preset="tiny", data=tmp_path, out=tmp_path), loop)
     assert isinstance(caught.value, DataError) and sorted((tmp_path / "attempts").read_text()) == ["0", "1"]
 
 

@@ -25,9 +25,9 @@ CHILD = """
 import os, signal, sys, time
 kind, devices, coordinator, processes, rank, heartbeat, patience, then = sys.argv[1:9]
 if kind == "guarded":
-    from lindm.llm.parallel.supervisor import guard
+    from lindm.llm.parallel.supervisor import supervise
     from lindm.cli.exit_codes import EXIT_CODES
-    guard(EXIT_CODES)
+    supervise(EXIT_CODES)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 from lindm_experiments.harness.xla import configure_xla
@@ -38,16 +38,16 @@ from lindm.cli.exit_codes import exit_code
 from lindm.io import signals
 from lindm.llm.parallel import processes as distributed
 from lindm.llm.parallel import sharding
-distributed.HEARTBEAT, distributed.PATIENCE = int(heartbeat), int(patience)
+distributed.HEARTBEAT_TIMEOUT, distributed.INITIALIZATION_TIMEOUT = int(heartbeat), int(patience)
 signals.stop_on_signals()
 signals.note_signals()
 def say(**what):
     print(json.dumps(what), flush=True)
 say(waits=True)
 if coordinator == "environment":
-    distributed.start()
+    distributed.initialize()
 else:
-    distributed.start(coordinator, int(processes), int(rank))
+    distributed.initialize(coordinator, int(processes), int(rank))
 watch = jax.config.jax_enable_preemption_service
 say(pid=os.getpid(), rank=jax.process_index(), processes=jax.process_count(), devices=len(jax.devices()), watch=watch)
 from tests.lindm.llm import tiny
@@ -63,7 +63,8 @@ try:
     elif then == "steps":
         state = 0
         for step in range(1, 2000):
-            asked = distributed.together(lambda: tiny.largest(int(signals.stop_requested())))
+            with distributed.detect_lost_peer():
+                asked = tiny.largest(int(signals.stop_requested()))
             if asked or step == 3:
                 say(step=step, noted=signals.stop_requested(), asked=asked)
             if asked:
@@ -189,7 +190,7 @@ def test_without_a_guard_the_others_end_too_but_by_abort(run):
         s.wait_for("step")
     said[1].process.kill()
     assert said[0].process.wait(HEARTBEAT + 60) == -signal.SIGABRT
-    assert supervisor.verdict(said[0].err.read_text()) is not None
+    assert supervisor.diagnose_abort(said[0].err.read_text()) is not None
 
 
 @pytest.mark.slow
@@ -264,7 +265,7 @@ SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "
     ],
 )
 def test_a_launcher_is_known_by_what_it_sets(environment, found):
-    assert supervisor.launcher(environment | {"JAX_PLATFORMS": "cpu"}) == found
+    assert supervisor.detect_launcher(environment | {"JAX_PLATFORMS": "cpu"}) == found
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_a_launcher_is_known_by_what_it_sets(environment, found):
     ],
 )
 def test_the_only_process_of_a_node_of_slurm_takes_all_its_gpus(environment, devices):
-    assert distributed.devices_of_slurm(environment) == devices
+    assert distributed.slurm_device_ids(environment) == devices
 
 
 @pytest.mark.parametrize(
@@ -293,15 +294,15 @@ def test_the_only_process_of_a_node_of_slurm_takes_all_its_gpus(environment, dev
 )
 def test_an_address_that_is_none_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
-        distributed.start(*arguments)
+        distributed.initialize(*arguments)
 
 
 def test_a_process_that_was_started_alone_joins_nobody(monkeypatch):
     monkeypatch.setattr(distributed, "_initialize", lambda **_: pytest.fail("a socket would be opened"))
     for name in ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    distributed.start()
-    distributed.start("127.0.0.1:1", 1, 0)
+    distributed.initialize()
+    distributed.initialize("127.0.0.1:1", 1, 0)
     distributed.barrier("nobody else")
 
 
@@ -309,9 +310,9 @@ def test_a_process_that_was_started_alone_joins_nobody(monkeypatch):
 
 GUARDED = """
 import sys
-from lindm.llm.parallel.supervisor import guard
+from lindm.llm.parallel.supervisor import supervise
 from lindm.cli.exit_codes import EXIT_CODES
-guard(EXIT_CODES)
+supervise(EXIT_CODES)
 import os, signal, threading, time
 print("out", flush=True); print("err", file=sys.stderr, flush=True)
 """
@@ -365,19 +366,19 @@ LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JA
         (BEFORE.format("/job:jax_worker/replica:0/task:3") + LAST, "lost process 3:"),
         (LAST + "Barrier failed because: UNAVAILABLE: Task 2 heartbeat timeout.", "lost process 2:"),
         (LAST + "Some timed out task names:\n0\n [type.googleapis", "lost process 0:"),
-        (LAST + "UNAVAILABLE: Either the leader task was preempted/died", "lost process 0, which coordinates:"),
+        (LAST + "UNAVAILABLE: Either the leader task was preempted/died", "lost process 0, the coordinator:"),
         (
             LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/Heartbeat",
-            "lost process 0, which coordinates:",
+            "lost process 0, the coordinator:",
         ),
         (LAST + "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/RegisterTask", "did not find each other"),
         (LAST + "something new", "lost another process:"),
     ],
 )
 def test_what_the_coordination_service_says_names_the_lost_process(said, named):
-    assert named in (supervisor.verdict(said) or "")
+    assert named in (supervisor.diagnose_abort(said) or "")
 
 
 def test_an_abort_of_something_else_is_no_lost_process():
-    assert supervisor.verdict("F1128 Check failed: x == y. The leader task was here") is None
-    assert supervisor.verdict("") is None
+    assert supervisor.diagnose_abort("F1128 Check failed: x == y. The leader task was here") is None
+    assert supervisor.diagnose_abort("") is None

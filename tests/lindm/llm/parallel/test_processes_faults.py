@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from lindm.io import files
-from lindm.llm.parallel.processes import HEARTBEAT
+from lindm.llm.parallel.processes import HEARTBEAT_TIMEOUT
 from lindm.llm.sft import checkpoints
 from tests.lindm.llm.parallel.test_processes import ROOT, ended, free_port
 
@@ -97,7 +97,7 @@ def reference(start, tmp_path_factory):
 
 def result(out: Path) -> dict[str, str]:
     """What two runs must have in common to the last byte."""
-    step = out / "checkpoints" / checkpoints.name_of(checkpoints.steps(out / "checkpoints")[-1])
+    step = out / "checkpoints" / checkpoints.checkpoint_name(checkpoints.checkpoint_steps(out / "checkpoints")[-1])
     return {
         "model": files.sha256(out / "model" / "model.safetensors"),
         "metrics": (out / "metrics.jsonl").read_text(),
@@ -119,7 +119,7 @@ def test_two_processes_that_are_stopped_and_killed_end_with_the_bits_of_two_that
     pair.processes[1].send_signal(signal.SIGTERM)
     begun = time.monotonic()
     assert pair.codes(60) == [75, 75] and time.monotonic() - begun < 30
-    stopped = checkpoints.steps(out / "checkpoints")[-1]
+    stopped = checkpoints.checkpoint_steps(out / "checkpoints")[-1]
     assert all(f"saved step {stopped} of {STEPS}; the same command resumes" in line for line in pair.lines())
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == stopped
 
@@ -130,8 +130,8 @@ def test_two_processes_that_are_stopped_and_killed_end_with_the_bits_of_two_that
         theirs = children(pair.processes[victim])
         pair.processes[victim].kill()
         begun = time.monotonic()
-        assert pair.processes[1 - victim].wait(HEARTBEAT + 60) == 8
-        assert time.monotonic() - begun < HEARTBEAT + 5
+        assert pair.processes[1 - victim].wait(HEARTBEAT_TIMEOUT + 60) == 8
+        assert time.monotonic() - begun < HEARTBEAT_TIMEOUT + 5
         assert f"lindm: error: lost process {victim}" in pair.lines()[1 - victim]
         assert theirs and all(ended(pid) for pid in theirs)
 

@@ -71,7 +71,7 @@ def copied(saved, tmp_path):
 def test_what_was_saved_on_eight_devices_is_restored_bit_by_bit_on_others(saved, fsdp, tensor):
     mesh = mesh_of(fsdp, tensor)
     found = checkpoints.restore(saved, template(mesh))
-    assert (found.step, found.host, found.skipped) == (6, {"best": 3.0}, ())
+    assert (found.step, found.progress, found.skipped) == (6, {"best": 3.0}, ())
     same(found.state, arrays(6))
     assert all(found.state[k].sharding == lying(mesh)[k] for k in SPECS)
 
@@ -116,23 +116,23 @@ def test_a_file_that_is_missing_empty_or_cut_is_seen(copied, harm):
         if len(good) < 2:
             continue
         path.unlink() if harm == "missing" else path.write_bytes(b"" if harm == "empty" else good[: len(good) // 2])
-        assert checkpoints.fault_of(copied / "00000006") is not None, name
+        assert checkpoints.find_damage(copied / "00000006") is not None, name
         path.write_bytes(good)
 
 
 def test_when_no_step_is_intact_it_says_what_is_wrong_with_each(copied):
     (copied / "00000006" / "manifest.json").write_text("{")
-    (copied / "00000003" / "host.json").unlink()
+    (copied / "00000003" / "progress.json").unlink()
     with pytest.raises(LindmError) as stop:
         checkpoints.restore(copied, template(mesh_of(1, 1)))
     assert isinstance(stop.value, CheckpointError)
-    assert "00000006: its manifest is damaged" in str(stop.value) and "host.json is missing" in str(stop.value)
+    assert "00000006: its manifest is damaged" in str(stop.value) and "progress.json is missing" in str(stop.value)
 
 
 def test_a_damaged_step_is_written_again(copied):
-    (copied / "00000006" / "host.json").unlink()
+    (copied / "00000006" / "progress.json").unlink()
     checkpoints.save(copied, 6, placed(arrays(6), mesh_of(1, 1)), {"best": 1.0}, keep=2)
-    assert checkpoints.restore(copied, template(mesh_of(1, 1))).host == {"best": 1.0}
+    assert checkpoints.restore(copied, template(mesh_of(1, 1))).progress == {"best": 1.0}
 
 
 @pytest.mark.parametrize("where", ["writer", "manifest", "rename"])
@@ -170,8 +170,8 @@ def then_die(work):
     return both
 
 phase, directory = sys.argv[1], Path(sys.argv[2])
-places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_sums"), "sync": (c, "_sync")}
-places |= {"rename": (c.os, "replace"), "removal": (c, "remove")}
+places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_hashes")}
+places |= {"sync": (c, "_sync_below"), "rename": (c.os, "replace"), "removal": (c, "remove")}
 owner, name = places[phase.split("-")[0]]
 work = getattr(owner, name)
 deadly = then_die(work) if phase.endswith("-after") else die

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lindm import datasets
 from lindm.errors import DataError, LindmError
-from lindm.llm.sft.examples import examples, held_out, split
+from lindm.llm.sft.examples import hold_out, load_examples, split_indices
 from lindm.llm.tokens import decode
 from lindm.text import COMPACT, READABLE, Template, parse
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
@@ -56,7 +56,7 @@ def trained(tokenizer, example) -> list[str]:
 @pytest.mark.parametrize("template", ["compact", "readable"])
 @pytest.mark.parametrize("supervise", ["all", "query"])
 def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, template, supervise):
-    found = examples(suite, TOKENIZER, template=template, supervise=supervise)
+    found = load_examples(suite, TOKENIZER, template=template, supervise=supervise)
     rows = list(queries(suite))
     assert len(found) == len(rows) == 10
     for n, (example, (task, demos, query)) in enumerate(zip(found, rows, strict=True)):
@@ -71,7 +71,7 @@ def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, templa
 
 def test_actions_that_the_oracle_would_not_take_are_in_the_text_and_their_labels_in_the_targets(suite):
     differ = 0
-    for example, (_, _, query) in zip(examples(suite, TOKENIZER, supervise="query"), queries(suite), strict=True):
+    for example, (_, _, query) in zip(load_examples(suite, TOKENIZER, supervise="query"), queries(suite), strict=True):
         places = np.flatnonzero(example.target >= 0)
         taken = [decode(TOKENIZER, [t]) for t in example.ids[places + 1].tolist()]
         assert taken == [f" {'AB'[a]}" for a in query.action]
@@ -80,9 +80,9 @@ def test_actions_that_the_oracle_would_not_take_are_in_the_text_and_their_labels
 
 
 def test_rewards_and_names_are_options(with_names):
-    text = decode(TOKENIZER, examples(with_names, TOKENIZER, rewards="hidden")[0].ids.tolist())
+    text = decode(TOKENIZER, load_examples(with_names, TOKENIZER, rewards="hidden")[0].ids.tolist())
     assert re.fullmatch(r"(#(\n[012] [ABC]){4}\n?){3}", text)
-    example = examples(with_names, TOKENIZER, names=True)[0]
+    example = load_examples(with_names, TOKENIZER, names=True)[0]
     text = decode(TOKENIZER, example.ids.tolist())
     assert set(re.findall(r"The state is (\w+)", text)) <= {"left", "middle", "right"} and "The reward is" in text
     assert set(re.findall(r"The decision is (\w+)", text)) <= {"wait", "go", "turn"}
@@ -92,35 +92,31 @@ def test_rewards_and_names_are_options(with_names):
 
 def test_a_hidden_state_is_in_no_document(cloud):
     tokenizer = dummy_space()
-    text = decode(tokenizer, examples(cloud, tokenizer, template="readable")[0].ids.tolist())
+    text = decode(tokenizer, load_examples(cloud, tokenizer, template="readable")[0].ids.tolist())
     assert "The state is" not in text and "Nature takes model" in text and "The observation is" in text
 
 
 def test_a_template_may_be_a_file_or_a_template(suite, tmp_path):
     own = {"name": "own", "step": ["|", "{state}", "{action}"], "closing": "\n", "states": "{}", "actions": ["x", "y"]}
     (tmp_path / "own.json").write_text(json.dumps(own))
-    found = examples(suite, TOKENIZER, template=str(tmp_path / "own.json"))
-    assert [e.ids.tolist() for e in found] == [e.ids.tolist() for e in examples(suite, TOKENIZER, template=Template(**own))]
+    found = load_examples(suite, TOKENIZER, template=str(tmp_path / "own.json"))
+    assert [e.ids.tolist() for e in found] == [e.ids.tolist() for e in load_examples(suite, TOKENIZER, template=Template(**own))]
     assert set(trained(TOKENIZER, found[0])) <= {"x", "y"}
     with pytest.raises(LindmError, match=r"cannot read none\.json"):
-        examples(suite, TOKENIZER, template="none.json")
+        load_examples(suite, TOKENIZER, template="none.json")
 
 
-def test_tasks_can_be_a_part_and_progress_is_told(suite):
-    whole, told = examples(suite, TOKENIZER), []
-    part = examples(suite, TOKENIZER, first=1, last=4, progress=lambda done, total: told.append((done, total)))
-    assert [e.ids.tolist() for e in part] == [e.ids.tolist() for e in whole[2:8]] and {e.group for e in part} == {1, 2, 3}
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    for bounds in ({"first": 5}, {"first": 3, "last": 3}, {"last": 6}):
-        with pytest.raises(ValueError, match="first and last must be of the 5 tasks, the first before the last"):
-            examples(suite, TOKENIZER, **bounds)
+def test_progress_is_called_with_the_tasks_that_are_done(suite):
+    calls = []
+    load_examples(suite, TOKENIZER, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
 
 def test_the_documents_of_a_dataset_are_those_that_train(suite):
     dataset = datasets.Dataset(suite)
     found = list(datasets.documents(dataset, datasets.text_format(dataset, rewards="hidden")))
     assert [(task.task, query) for task, query, _ in found] == [(t, q) for t in range(5) for q in (0, 1)]
-    texts = [decode(TOKENIZER, e.ids.tolist()) for e in examples(dataset, TOKENIZER, rewards="hidden")]
+    texts = [decode(TOKENIZER, e.ids.tolist()) for e in load_examples(dataset, TOKENIZER, rewards="hidden")]
     assert ["".join(piece.text for piece in pieces) for _, _, pieces in found] == texts
 
 
@@ -143,15 +139,14 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
         CHAT,
         {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
     )
-    found = examples(path, TOKENIZER)
+    found = load_examples(path, TOKENIZER)
     assert [decode(TOKENIZER, [t for t in e.target.tolist() if t >= 0]) for e in found] == [" A<|im_end|>"] + ["A<|im_end|>"] * 2
     assert [(e.source, e.group) for e in found] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
-    assert [e.ids.tolist() for e in examples(path, TOKENIZER, first=1, last=2)] == [found[1].ids.tolist()]
 
 
 def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_trained(tmp_path):
     path = written(tmp_path / "rows.jsonl", {"prompt": TURNS[:3], "completion": TURNS[3:]}, {"messages": TURNS})
-    part, whole = examples(path, TOKENIZER)
+    part, whole = load_examples(path, TOKENIZER)
     assert trained_texts(TOKENIZER, part) == ["B or C<|im_end|>"]
     assert trained_texts(TOKENIZER, whole) == ["A<|im_end|>", "B or C<|im_end|>"] and part.ids.tolist() == whole.ids.tolist()
 
@@ -159,9 +154,9 @@ def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_traine
 def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_path):
     prompts, conversations = datasets.export(suite, "trl", tmp_path)
     labels = [label for _, _, query in queries(suite) for label in query.label]
-    found = examples(prompts, TOKENIZER)
+    found = load_examples(prompts, TOKENIZER)
     assert ["".join(trained(TOKENIZER, e)) for e in found] == [f" {'AB'[label]}<|im_end|>" for label in labels]
-    answers = "".join("".join(trained(TOKENIZER, e)) for e in examples(conversations, TOKENIZER))
+    answers = "".join("".join(trained(TOKENIZER, e)) for e in load_examples(conversations, TOKENIZER))
     assert answers == "".join(f"{'AB'[label]}<|im_end|>" for label in labels)
 
 
@@ -186,28 +181,28 @@ GOOD = {"prompt": "x", "completion": " A"}
         ({"prompt": "\ud800", "completion": "A"}, "text must be what UTF-8 can encode"),
         ({"messages": "hi"}, "messages must be a list of messages; got 'hi'"),
         ({"messages": []}, "messages must be a list of messages"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "there is nothing to train in it"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no label to train on"),
         ({"messages": [{"role": "user"}]}, "message 0 must be an object with texts role and content"),
         (CHAT | {"tools": [{}]}, "tools must be left out: it has no effect here"),
-        ({"prompt": "y" * 40, "completion": "A"}, "must have at most 20 tokens, the length of a sequence; got 42"),
+        ({"prompt": "y" * 40, "completion": "A"}, "must have at most 20 tokens, the length of a row; got 42"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, why):
     path = written(tmp_path / "rows.jsonl", GOOD)
+    assert len(load_examples(path, TOKENIZER, max_tokens=20)) == 1
     with path.open("ab") as f:
         f.write(row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode())
-    assert len(examples(path, TOKENIZER, last=1, length=20)) == 1
     with pytest.raises(LindmError, match=f"^{re.escape(f'{path}:2: {why}')}") as e:
-        examples(path, TOKENIZER, length=20)
+        load_examples(path, TOKENIZER, max_tokens=20)
     assert isinstance(e.value, DataError)
 
 
 def test_a_document_that_is_too_long_is_named_by_its_task_and_query(suite):
-    sizes = [len(e.ids) for e in examples(suite, TOKENIZER)]
-    assert len(examples(suite, TOKENIZER, length=max(sizes))) == 10
+    sizes = [len(e.ids) for e in load_examples(suite, TOKENIZER)]
+    assert len(load_examples(suite, TOKENIZER, max_tokens=max(sizes))) == 10
     n, (task, query) = sizes[0], (0, 0)
     with pytest.raises(LindmError, match=f": task {task}, query {query}: must have at most {n - 1} tokens, .*; got {n}") as e:
-        examples(suite, TOKENIZER, length=n - 1)
+        load_examples(suite, TOKENIZER, max_tokens=n - 1)
     assert isinstance(e.value, DataError)
 
 
@@ -215,7 +210,7 @@ def test_a_document_that_is_too_long_is_named_by_its_task_and_query(suite):
 def test_a_file_without_rows_is_no_success(tmp_path, content):
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(LindmError, match=r"rows\.jsonl has no rows") as e:
-        examples(tmp_path / "rows.jsonl", TOKENIZER)
+        load_examples(tmp_path / "rows.jsonl", TOKENIZER)
     assert isinstance(e.value, DataError)
 
 
@@ -224,44 +219,43 @@ def test_anything_else_is_told_what_would_be_accepted(tmp_path, name):
     written(tmp_path / "rows.json", GOOD)
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, or a \.jsonl file with rows .*; got /"):
-        examples(tmp_path / name, TOKENIZER)
+        load_examples(tmp_path / name, TOKENIZER)
 
 
 def test_an_unfinished_dataset_is_refused(suite, tmp_path):
     (tmp_path / "config.json").write_bytes((suite / "config.json").read_bytes())
     with pytest.raises(LindmError, match="is not finished") as e:
-        examples(tmp_path, TOKENIZER)
+        load_examples(tmp_path, TOKENIZER)
     assert isinstance(e.value, DataError)
 
 
 @pytest.mark.parametrize("option", [{"template": "compact"}, {"rewards": "hidden"}, {"names": True}, {"supervise": "query"}])
 def test_an_option_of_datasets_is_refused_for_a_file(tmp_path, option):
     with pytest.raises(ValueError, match=rf"{next(iter(option))} must be left out for a \.jsonl file"):
-        examples(written(tmp_path / "rows.jsonl", GOOD), TOKENIZER, **option)
+        load_examples(written(tmp_path / "rows.jsonl", GOOD), TOKENIZER, **option)
 
 
 def test_numbers_that_make_no_sense_are_refused(suite):
-    for option, least in (("first", 0), ("last", 1), ("length", 1)):
-        with pytest.raises(ValueError, match=f"{option} must be at least {least}; got {least - 1}"):
-            examples(suite, TOKENIZER, **{option: least - 1})
+    with pytest.raises(ValueError, match="max_tokens must be at least 1; got 0"):
+        load_examples(suite, TOKENIZER, max_tokens=0)
     with pytest.raises(ValueError, match="supervise must be one of all, query; got 'demos'"):
-        examples(suite, TOKENIZER, supervise="demos")
+        load_examples(suite, TOKENIZER, supervise="demos")
 
 
 # --- held out
 
 
 def test_a_task_is_never_on_both_sides(suite):
-    found = examples(suite, TOKENIZER)
+    found = load_examples(suite, TOKENIZER)
     for seed in range(5):
-        train, held = held_out(found, 0.4, seed)
+        train, held = hold_out(found, 0.4, seed)
         assert len(held) == 4 and Counter(e.group for e in held) == dict.fromkeys({e.group for e in held}, 2)
         assert not {e.group for e in train} & {e.group for e in held}
         assert sorted(map(id, train + held)) == sorted(map(id, found))
-        assert [id(e) for e in held_out(found, 0.4, seed)[1]] == [id(e) for e in held]
-    assert len({tuple(e.source for e in held_out(found, 0.4, seed)[1]) for seed in range(5)}) > 1
+        assert [id(e) for e in hold_out(found, 0.4, seed)[1]] == [id(e) for e in held]
+    assert len({tuple(e.source for e in hold_out(found, 0.4, seed)[1]) for seed in range(5)}) > 1
     last = found[-6:]  # of tasks 2, 3 and 4
-    train, held = held_out(last, 0.4, 0)
+    train, held = hold_out(last, 0.4, 0)
     assert len(train) == 4 and len(held) == 2 and not {e.group for e in train} & {e.group for e in held}
 
 
@@ -269,20 +263,20 @@ def test_a_task_is_never_on_both_sides(suite):
 def test_a_split_has_every_number_once_and_the_fraction_asked_for(n, fraction, seed):
     if fraction and n - max(round(fraction * n), 1) < 1:
         with pytest.raises(ValueError, match="fraction must leave something to train"):
-            split(n, fraction, seed)
+            split_indices(n, fraction, seed)
         return
-    rest, held = split(n, fraction, seed)
+    rest, held = split_indices(n, fraction, seed)
     assert sorted(rest + held) == list(range(n)) and (rest, held) == (sorted(rest), sorted(held))
     assert abs(len(held) - fraction * n) <= 0.5 or len(held) == 1
-    assert bool(held) == bool(fraction) and split(n, fraction, seed) == (rest, held)
+    assert bool(held) == bool(fraction) and split_indices(n, fraction, seed) == (rest, held)
 
 
 def test_every_number_is_held_out_about_equally_often():
-    counts = np.bincount([i for seed in range(2000) for i in split(10, 0.3, seed)[1]], minlength=10)
+    counts = np.bincount([i for seed in range(2000) for i in split_indices(10, 0.3, seed)[1]], minlength=10)
     np.testing.assert_allclose(counts, 600, atol=5 * np.sqrt(2000 * 0.3 * 0.7))
 
 
 def test_a_fraction_must_be_one():
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="fraction must be at least 0 and below 1"):
-            split(10, fraction, 0)
+            split_indices(10, fraction, 0)

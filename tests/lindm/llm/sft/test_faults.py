@@ -66,12 +66,12 @@ def wait_for(condition, process, out, patience=180):
 
 def result(out):
     """What two runs must have in common to the last byte."""
-    last = checkpoints.steps(out / "checkpoints")[-1]
+    last = checkpoints.checkpoint_steps(out / "checkpoints")[-1]
     return {
         "model": files.sha256(out / "model" / "model.safetensors"),
         "metrics": (out / "metrics.jsonl").read_text(),
         "step": last,
-        "host": (out / "checkpoints" / checkpoints.name_of(last) / "host.json").read_text(),
+        "host": (out / "checkpoints" / checkpoints.checkpoint_name(last) / "host.json").read_text(),
     }
 
 
@@ -100,7 +100,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(micro, reference, t
         time.sleep(rng.random() / 20)
         process.kill()
         process.wait()
-        found = checkpoints.steps(out / "checkpoints")
+        found = checkpoints.checkpoint_steps(out / "checkpoints")
         assert not found or found[-1] >= kept, "a step that was saved is not lost"
         done = json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-2])["step"]
         assert done - (found[-1] if found else 0) <= EVERY + 1, "at most one interval is lost"
@@ -119,7 +119,7 @@ def test_asked_to_stop_it_saves_and_ends_with_75_within_seconds(micro, reference
     process.send_signal(signal.SIGTERM)
     code, said = process.wait(60), out.with_suffix(".said").read_text()
     assert code == 75 and time.monotonic() - begun < 30, said
-    saved = checkpoints.steps(out / "checkpoints")[-1]
+    saved = checkpoints.checkpoint_steps(out / "checkpoints")[-1]
     assert f"saved step {saved} of {STEPS}; the same command resumes" in said
     assert json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-1])["step"] == saved
     process = start(micro, out)  # and before training begins there is nothing to save
@@ -134,7 +134,7 @@ def test_a_flipped_bit_sends_it_back_one_checkpoint_and_no_intact_one_is_exit_4(
     out = tmp_path / "out"
     shutil.copytree(reference, out)
     shutil.rmtree(out / "model")
-    newest, before = (out / "checkpoints" / checkpoints.name_of(s) for s in (STEPS, STEPS - EVERY))
+    newest, before = (out / "checkpoints" / checkpoints.checkpoint_name(s) for s in (STEPS, STEPS - EVERY))
     for step in (newest, before):
         path = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         data = bytearray(path.read_bytes())
@@ -152,7 +152,7 @@ def test_a_flipped_bit_sends_it_back_one_checkpoint_and_no_intact_one_is_exit_4(
             data = bytearray((newest / "host.json").read_bytes())
             (newest / "host.json").write_bytes(data[:-3])
     assert done.returncode == 4 and "no usable checkpoint" in done.stderr
-    assert all(checkpoints.name_of(s) in done.stderr for s in (STEPS, STEPS - EVERY))
+    assert all(checkpoints.checkpoint_name(s) in done.stderr for s in (STEPS, STEPS - EVERY))
 
 
 def test_a_second_writer_is_refused_and_the_lock_of_a_killed_one_is_free(micro, tmp_path):
@@ -181,8 +181,8 @@ def test_a_full_disk_is_exit_7_and_with_room_it_goes_on(micro, reference, small_
     out = small_disk / "out"
     done = run(micro, out, "--keep", "2")
     assert done.returncode == 7 and "No space left" in done.stderr, done.stderr
-    found = checkpoints.steps(out / "checkpoints")
-    assert all(checkpoints.fault_of(out / "checkpoints" / checkpoints.name_of(s)) is None for s in found)
+    found = checkpoints.checkpoint_steps(out / "checkpoints")
+    assert all(checkpoints.find_damage(out / "checkpoints" / checkpoints.checkpoint_name(s)) is None for s in found)
     assert not leftovers(out / "checkpoints")
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     done = run(micro, out, "--keep", "2")

@@ -54,7 +54,7 @@ def test_long_examples_come_first():
 
 
 def test_an_example_that_is_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="lengths must be at least 1 and at most room = 8; got 9 for example 1"):
+    with pytest.raises(ValueError, match="lengths must be at least 1 and at most max_tokens = 8; got 9 for example 1"):
         pack([3, 9], 8)
     with pytest.raises(ValueError, match="got 0 for example 0"):
         pack([0], 8)
@@ -111,7 +111,7 @@ def test_one_shape_holds_the_whole_plan():
     rows = [[example([1] * 40, [1] * 3 + [-1] * 37)] * 2, [example([1] * 3, [1] * 3)] * 3]
     assert batch_shape(rows) == (128, 16) and batch_shape(rows, 80) == (80, 16)
     assert batch_shape([[example([1], [-1])]]) == (64, 8)
-    with pytest.raises(ValueError, match="T must be at least 80, the length of the longest row; got 79"):
+    with pytest.raises(ValueError, match="seq_len must be at least 80, the length of the longest row; got 79"):
         batch_shape(rows, 79)
     with pytest.raises(ValueError, match="rows must not be empty"):
         batch_shape([])
@@ -120,7 +120,9 @@ def test_one_shape_holds_the_whole_plan():
 def test_a_row_that_does_not_fit_is_named():
     row = [example([1] * 5, [1] * 5)]
     for T, L in ((4, 8), (8, 4)):
-        with pytest.raises(ValueError, match=f"rows must have at most T = {T} tokens and L = {L} targets; row 1 has 5 and 5"):
+        with pytest.raises(
+            ValueError, match=f"rows must have at most seq_len = {T} tokens and max_labels = {L} labels; row 1 has 5 and 5"
+        ):
             make_batch([[], row], T, L)
 
 
@@ -256,7 +258,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 def test_what_is_no_stream_is_refused():
     for n, size in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="n_rows and rows_per_step must be at least 1"):
+        with pytest.raises(ValueError, match="num_rows and rows_per_step must be at least 1"):
             batch_order(n, size, 0)
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=r"seed must be at least 0 and below 2\^64"):

@@ -13,9 +13,9 @@ from lindm import datasets
 from lindm.errors import DataError, LindmError, NonFiniteError, OutOfMemoryError, Preempted, UsageError
 from lindm.io import files, signals
 from lindm.llm.io import peft, weights
-from lindm.llm.sft import checkpoints, metrics, trainer
+from lindm.llm.sft import checkpoints, compilation, metrics, trainer
 from lindm.llm.sft.options import SFTConfig
-from lindm.llm.sft.setup import prepare
+from lindm.llm.sft.setup import setup_training
 from lindm.llm.tokens import load_tokenizer
 
 
@@ -41,12 +41,12 @@ def logits(model, ids):
 @pytest.fixture(scope="module")
 def finished(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    assert trainer.run(options(micro, out, steps=30, learning_rate=5e-3)) == 0
+    assert trainer.train(options(micro, out, steps=30, learning_rate=5e-3)) == 0
     return out
 
 
 def test_a_run_learns_and_writes_what_it_says(micro, finished, capsys):
-    records = metrics.read(finished)
+    records = metrics.read_metrics(finished)
     train, looked = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
     assert [r["step"] for r in train] == list(range(1, 31)) and [r["step"] for r in looked] == [0, 8, 16, 24, 30]
     assert looked[-1]["loss"] < 0.5 * looked[0]["loss"]
@@ -62,52 +62,55 @@ def test_the_exported_model_is_the_one_of_the_last_checkpoint_with_its_tokenizer
     model = weights.load(finished / "model")
     start = weights.load(micro.model)
     assert np.abs(logits(model, range(12)) - logits(start, range(12))).max() > 0.1
-    step = checkpoints.steps(finished / "checkpoints")[-1]
-    assert step == 30 and checkpoints.fault_of(finished / "checkpoints" / checkpoints.name_of(step)) is None
+    step = checkpoints.checkpoint_steps(finished / "checkpoints")[-1]
+    assert step == 30 and checkpoints.find_damage(finished / "checkpoints" / checkpoints.checkpoint_name(step)) is None
     assert load_tokenizer(finished / "model").get_vocab() == load_tokenizer(micro.model).get_vocab()
 
 
 def test_a_finished_run_does_nothing_more_and_keeps_its_bytes(micro, finished):
     before = files.sha256(finished / "model" / "model.safetensors"), (finished / "metrics.jsonl").read_bytes()
-    assert trainer.run(options(micro, finished, steps=30, learning_rate=5e-3)) == 0
+    assert trainer.train(options(micro, finished, steps=30, learning_rate=5e-3)) == 0
     assert before == (files.sha256(finished / "model" / "model.safetensors"), (finished / "metrics.jsonl").read_bytes())
 
 
 def test_no_task_is_both_trained_and_held_out_and_decisions_are_measured_on_held_out_ones(micro, tmp_path):
-    prepared = prepare(options(micro, tmp_path))
-    train, held = ({e.group for row in rows for e in row} for rows in (prepared.train, prepared.held))
+    prepared = setup_training(options(micro, tmp_path))
+    train, held = ({e.group for row in rows for e in row} for rows in (prepared.train_rows, prepared.eval_rows))
     assert train and held and not train & held and train | held == set(range(24))
-    assert {task.task for task in prepared.decisions.tasks} <= held
+    assert {task.task for task in prepared.decision_tasks.tasks} <= held
 
 
 @pytest.mark.parametrize("method, base", [("lora", None), ("qlora", "int8")])
 def test_adapters_are_trained_the_base_is_not_and_both_exports_compute_the_same(micro, tmp_path, method, base):
     run = options(micro, tmp_path / "out", method=method, base=base, lora_rank=4, learning_rate=1e-2)
-    assert trainer.run(run) == 0
+    assert trainer.train(run) == 0
     merged, start = weights.load(tmp_path / "out" / "model"), weights.load(micro.model)
     apart = weights.load(micro.model, base=base or "f32")
     peft.load_adapter(apart, tmp_path / "out" / "adapter")
     np.testing.assert_allclose(logits(merged, range(9)), logits(apart, range(9)), atol=2e-4)
     np.testing.assert_array_equal(merged.embedding[...], start.embedding[...])
     assert np.abs(logits(merged, range(9)) - logits(start, range(9))).max() > 1e-3
-    found = metrics.read(tmp_path / "out")
+    found = metrics.read_metrics(tmp_path / "out")
     assert [r["loss"] for r in found if r["kind"] == "eval"][-1] < next(r["loss"] for r in found if r["kind"] == "eval")
 
 
 def test_packing_and_accumulation_are_of_the_same_documents(micro, tmp_path):
-    alone, packed = prepare(options(micro, tmp_path)), prepare(options(micro, tmp_path, pack=True, seq=192, accumulate=2))
-    assert len(packed.train) < len(alone.train) and packed.T == 192
-    sources = [sorted(e.source for row in p.train for e in row) for p in (alone, packed)]
+    alone, packed = (
+        setup_training(options(micro, tmp_path)),
+        setup_training(options(micro, tmp_path, pack=True, seq=192, accumulate=2)),
+    )
+    assert len(packed.train_rows) < len(alone.train_rows) and packed.seq_len == 192
+    sources = [sorted(e.source for row in p.train_rows for e in row) for p in (alone, packed)]
     assert sources[0] == sources[1]
-    assert trainer.run(options(micro, tmp_path / "out", pack=True, seq=192, accumulate=2, steps=2)) == 0
-    first = next(r for r in metrics.read(tmp_path / "out") if r["kind"] == "train")
-    assert first["labels"] > 16 * 3
+    assert trainer.train(options(micro, tmp_path / "out", pack=True, seq=192, accumulate=2, steps=2)) == 0
+    first = next(r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "train")
+    assert first["num_labels"] > 16 * 3
 
 
 def test_patience_stops_early_and_keeps_the_best_model(micro, tmp_path):
     run = options(micro, tmp_path / "out", learning_rate=0.3, patience=1, eval_every=1, steps=20, eval_tasks=0)
-    assert trainer.run(run) == 0
-    looked = [r for r in metrics.read(tmp_path / "out") if r["kind"] == "eval"]
+    assert trainer.train(run) == 0
+    looked = [r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "eval"]
     assert len(looked) < 20 and looked[-1]["loss"] >= min(r["loss"] for r in looked)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     best = min(looked, key=lambda r: r["loss"])["step"]
@@ -124,8 +127,8 @@ INTERRUPTED = {"steps": 4, "eval_every": 2, "save_every": 3}
 @pytest.fixture(scope="module")
 def uninterrupted(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    assert trainer.run(options(micro, out, **INTERRUPTED)) == 0
-    return metrics.read(out)
+    assert trainer.train(options(micro, out, **INTERRUPTED)) == 0
+    return metrics.read_metrics(out)
 
 
 @pytest.mark.parametrize("where, step", [("decisions", 0), ("loss", 2), ("decisions", 4)])
@@ -133,7 +136,7 @@ def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_r
     micro, uninterrupted, tmp_path, monkeypatch, where, step
 ):
     asked = {"evaluations": 0}
-    name = "_decide" if where == "decisions" else "__call__"
+    name = "_evaluate_decisions" if where == "decisions" else "__call__"
     work = getattr(trainer.Evaluator, name)
 
     def interrupted(self, params, frozen):
@@ -145,28 +148,28 @@ def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_r
     monkeypatch.setattr(signals, "_stop_requested", False)
     monkeypatch.setattr(trainer.Evaluator, name, interrupted)
     with pytest.raises(LindmError) as stop:
-        trainer.run(options(micro, tmp_path / "out", **INTERRUPTED))
-    assert isinstance(stop.value, Preempted) and checkpoints.steps(tmp_path / "out" / "checkpoints")[-1:] == (
+        trainer.train(options(micro, tmp_path / "out", **INTERRUPTED))
+    assert isinstance(stop.value, Preempted) and checkpoints.checkpoint_steps(tmp_path / "out" / "checkpoints")[-1:] == (
         [step] if step else []
     )
-    assert not any(r["kind"] == "eval" and r["step"] == step for r in metrics.read(tmp_path / "out"))
+    assert not any(r["kind"] == "eval" and r["step"] == step for r in metrics.read_metrics(tmp_path / "out"))
     monkeypatch.undo()
-    assert trainer.run(options(micro, tmp_path / "out", **INTERRUPTED)) == 0
-    assert metrics.read(tmp_path / "out") == uninterrupted
-    assert trainer.run(options(micro, tmp_path / "out", **INTERRUPTED)) == 0, "and once more, finished"
-    assert metrics.read(tmp_path / "out") == uninterrupted
+    assert trainer.train(options(micro, tmp_path / "out", **INTERRUPTED)) == 0
+    assert metrics.read_metrics(tmp_path / "out") == uninterrupted
+    assert trainer.train(options(micro, tmp_path / "out", **INTERRUPTED)) == 0, "and once more, finished"
+    assert metrics.read_metrics(tmp_path / "out") == uninterrupted
 
 
 @pytest.mark.parametrize("kind", ["hidden", "cloud"])
 def test_rewards_are_not_told_where_they_could_tell_of_the_state(micro, tmp_path, kind):
-    prepared = prepare(options(micro, tmp_path, data=getattr(micro, kind)))
-    assert not prepared.decisions.text.shows_rewards
-    text = prepared.tokenizer.decode(prepared.train[0][0].ids.tolist())
-    assert ":" not in text and ":" in prepare(options(micro, tmp_path)).tokenizer.decode(
-        prepare(options(micro, tmp_path)).train[0][0].ids.tolist()
+    prepared = setup_training(options(micro, tmp_path, data=getattr(micro, kind)))
+    assert not prepared.decision_tasks.text.shows_rewards
+    text = prepared.tokenizer.decode(prepared.train_rows[0][0].ids.tolist())
+    assert ":" not in text and ":" in setup_training(options(micro, tmp_path)).tokenizer.decode(
+        setup_training(options(micro, tmp_path)).train_rows[0][0].ids.tolist()
     )
-    assert trainer.run(options(micro, tmp_path / "out", data=getattr(micro, kind), steps=1)) == 0
-    looked = [r for r in metrics.read(tmp_path / "out") if r["kind"] == "eval"]
+    assert trainer.train(options(micro, tmp_path / "out", data=getattr(micro, kind), steps=1)) == 0
+    looked = [r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "eval"]
     assert looked[-1]["method"] == "exact" and np.isfinite(looked[-1]["gap"])
 
 
@@ -174,8 +177,8 @@ def test_prompts_and_completions_train_too(micro, tmp_path):
     rows = [{"prompt": f"#\n{i % 3}", "completion": " AB"[i % 2 :][:2]} for i in range(40)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert trainer.run(options(micro, tmp_path / "out", data=data, steps=3)) == 0
-    looked = [r for r in metrics.read(tmp_path / "out") if r["kind"] == "eval"]
+    assert trainer.train(options(micro, tmp_path / "out", data=data, steps=3)) == 0
+    looked = [r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "eval"]
     assert "gap" not in looked[-1] and looked[-1]["loss"] < looked[0]["loss"]
 
 
@@ -184,18 +187,20 @@ def test_prompts_and_completions_train_too(micro, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_kept(micro, tmp_path):
     with pytest.raises(LindmError) as stop:
-        trainer.run(
+        trainer.train(
             options(micro, tmp_path / "out", learning_rate=1e30, clip=1e30, steps=6, save_every=1, eval_every=6, warmup=0.0)
         )
     assert isinstance(stop.value, NonFiniteError)
     assert "is not finite" in str(stop.value) and "task " in str(stop.value), "it names the records of the batch"
     assert not (tmp_path / "out" / "model").exists()
-    assert len(checkpoints.steps(tmp_path / "out" / "checkpoints")) == max(r["step"] for r in metrics.read(tmp_path / "out"))
+    assert len(checkpoints.checkpoint_steps(tmp_path / "out" / "checkpoints")) == max(
+        r["step"] for r in metrics.read_metrics(tmp_path / "out")
+    )
 
 
 def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(micro, finished, tmp_path):
     with pytest.raises(LindmError, match=r"learning_rate was 0\.005 and is now 0\.01.*--fresh") as stop:
-        trainer.run(options(micro, finished, steps=30, learning_rate=1e-2))
+        trainer.train(options(micro, finished, steps=30, learning_rate=1e-2))
     assert isinstance(stop.value, UsageError)
     other = tmp_path / "model"
     shutil.copytree(micro.model, other)
@@ -206,20 +211,20 @@ def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(mi
     settings["options"]["model"] = str(other)
     (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(LindmError, match=r"model was .* and is now .*"):
-        trainer.run(options(micro, tmp_path / "out", model=other, steps=30, learning_rate=5e-3))
+        trainer.train(options(micro, tmp_path / "out", model=other, steps=30, learning_rate=5e-3))
 
 
 def test_fresh_starts_over(micro, tmp_path):
     out = tmp_path / "out"
-    assert trainer.run(options(micro, out, steps=2)) == 0
-    assert trainer.run(options(micro, out, steps=3, fresh=True)) == 0
-    assert max(r["step"] for r in metrics.read(out)) == 3
+    assert trainer.train(options(micro, out, steps=2)) == 0
+    assert trainer.train(options(micro, out, steps=3, fresh=True)) == 0
+    assert max(r["step"] for r in metrics.read_metrics(out)) == 3
 
 
 def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(LindmError, match="is not empty and holds no run"):
-        trainer.run(options(micro, tmp_path))
+        trainer.train(options(micro, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -246,18 +251,18 @@ def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
 )
 def test_what_cannot_be_is_refused_by_name(micro, tmp_path, changes, message):
     with pytest.raises((ValueError, LindmError), match=message):
-        trainer.run(options(micro, tmp_path / "out", **changes))
+        trainer.train(options(micro, tmp_path / "out", **changes))
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_a_document_longer_than_a_row_is_named(micro, tmp_path):
     with pytest.raises(LindmError, match=r"task 0, query 0.*must have at most 16 tokens") as stop:
-        trainer.run(options(micro, tmp_path / "out", seq=16))
+        trainer.train(options(micro, tmp_path / "out", seq=16))
     assert isinstance(stop.value, DataError)
 
 
 def test_a_step_that_does_not_fit_is_exit_6_before_it_is_taken(micro, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.chips, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(compilation.devices, "available_memory", lambda device: 1000)
     with pytest.raises(LindmError, match=r"does not fit in memory.*--batch.*lindm plan") as stop:
-        trainer.run(options(micro, tmp_path / "out"))
+        trainer.train(options(micro, tmp_path / "out"))
     assert isinstance(stop.value, OutOfMemoryError)

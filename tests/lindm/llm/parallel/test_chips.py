@@ -1,0 +1,71 @@
+"""The table of chips against the makers' pages, and what is looked up in it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lindm.llm.parallel.chips import CHIPS, TPU_GENERATIONS, find_chip, parse_topology, topology_sizes
+
+
+@pytest.mark.parametrize(
+    "topology, chips, hosts, accelerator",
+    [
+        ("v5e:1x1", 1, 1, "v5litepod-1"),
+        ("v5e:2x4", 8, 1, "v5litepod-8"),
+        ("v5e:4x4", 16, 4, "v5litepod-16"),
+        ("v6e:2x2", 4, 1, "v6e-4"),
+        ("v6e:16x16", 256, 64, "v6e-256"),
+        ("v5p:2x2x1", 4, 1, "v5p-8"),
+        ("v5p:2x2x2", 8, 2, "v5p-16"),
+        ("v5p:4x4x4", 64, 16, "v5p-128"),
+        ("v5p:8x16x16", 2048, 512, "v5p-4096"),
+        ("v5p:16x16x24", 6144, 1536, "v5p-12288"),
+    ],
+)
+def test_a_slice_has_the_chips_and_hosts_of_the_makers_table(topology, chips, hosts, accelerator):
+    found = parse_topology(topology)
+    assert (found.num_chips, found.num_hosts, found.accelerator_type) == (chips, hosts, accelerator)
+    assert found.chips_per_host * hosts == chips
+
+
+def test_no_two_shapes_of_a_generation_have_as_many_chips():
+    """So the type of a Cloud TPU, which only counts, means the shape that was asked for."""
+    for name, generation in TPU_GENERATIONS.items():
+        assert len({parse_topology(f"{name}:{shape}").accelerator_type for shape in generation.slices}) == len(generation.slices)
+
+
+@pytest.mark.parametrize(
+    "device_kind, name",
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("cpu", None),
+        ("TPU v9", None),
+    ],
+)
+def test_a_chip_is_found_by_the_longest_prefix_of_what_jax_calls_it(device_kind, name):
+    chip = find_chip(device_kind)
+    assert (chip and chip.name) == name
+
+
+def test_names_and_device_kinds_are_unique_and_every_generation_has_a_link_bandwidth():
+    kinds = [kind for chip in CHIPS for kind in chip.device_kinds]
+    assert len(set(kinds)) == len(kinds) and len({chip.name for chip in CHIPS}) == len(CHIPS)
+    assert set(TPU_GENERATIONS) == {"v5e", "v6e", "v5p"}
+    assert all(chip.link_bandwidth for chip in CHIPS if chip.tpu)
+
+
+def test_the_sizes_of_a_topology_need_not_be_those_of_a_slice_that_is_offered():
+    assert topology_sizes("v5e:3x5") == (3, 5) and topology_sizes("v5p:2x2x1") == (2, 2, 1)
+
+
+def test_the_table_imports_nothing_heavy():
+    code = "import sys, lindm.llm.parallel.chips; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
