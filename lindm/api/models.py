@@ -178,7 +178,7 @@ def plan(
     mesh: str | None = None,
     base: BaseFormat | None = None,
     method: Method = "full",
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, mesh: None,
     **step: Any,
 ) -> StepPlan:
     """Compile the step of `finetune` for a machine without running it: does it fit, and what does it take there?
@@ -189,6 +189,7 @@ def plan(
       seq: tokens per row.
       topology: a TPU slice such as v5e:4x4 (extra: tpu), or host, the devices of this machine.
       mesh: sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]
+      progress: called with the number of meshes compiled, that of all, and the mesh that comes next.
       step: other fields of `lindm.llm.cluster.plan.StepSpec`, such as labels, accumulate, lora_rank and remat.
 
     Raises:

@@ -2,13 +2,14 @@
 
 import json as json_module
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lindm.cli.arguments import Command
+from lindm.io.progress import Progress
 from lindm.io.tables import format_table
+from lindm.llm.sft.options import BaseFormat, Method, Remat
 
 if TYPE_CHECKING:
     from lindm.llm.cluster.plan import DeviceLimits, StepSpec
@@ -44,13 +45,13 @@ class Plan:
     """Maximum number of tokens per row that are trained."""
     accumulate: int = 1
     """Micro-batches per step."""
-    method: str = "full"
-    """full, lora or qlora."""
+    method: Method = "full"
+    """Train all weights, or adapters; qlora quantizes the base weights."""
     lora_rank: int = 16
     """Rank of the adapters."""
-    base: str | None = None
-    """Storage of the base weights with lora and qlora: f32, bf16, int8 or nf4. [default: f32, and nf4 with qlora]"""
-    remat: str = "selective"
+    base: BaseFormat | None = None
+    """Storage format of the base weights with lora and qlora. [default: f32, and nf4 with qlora]"""
+    remat: Remat = "selective"
     """Activations that the backward pass computes again: full (all, least memory), selective (all but products with
     weights) or none."""
     mesh: str | None = None
@@ -70,20 +71,22 @@ def run(options: Plan) -> int:
     from lindm.api.models import plan as plan_step
     from lindm.llm.cluster import plan
 
-    result = plan_step(
-        options.model,
-        batch=options.batch,
-        seq=options.seq,
-        topology=options.topology,
-        mesh=options.mesh,
-        base=options.base,
-        method=options.method,
-        labels=options.labels,
-        accumulate=options.accumulate,
-        lora_rank=options.lora_rank,
-        remat=options.remat,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    with Progress() as progress:
+        task = progress.add("meshes compiled")
+        result = plan_step(
+            options.model,
+            batch=options.batch,
+            seq=options.seq,
+            topology=options.topology,
+            mesh=options.mesh,
+            base=options.base,
+            method=options.method,
+            labels=options.labels,
+            accumulate=options.accumulate,
+            lora_rank=options.lora_rank,
+            remat=options.remat,
+            progress=task.update,
+        )
     spec, limits, plans = result.step, result.limits, result.plans
     if options.json:
         values = {"topology": options.topology, "devices": result.devices, "limits": limits._asdict(), "headroom": plan.HEADROOM}

@@ -338,20 +338,20 @@ def compile_plans(
     devices: Sequence[Any],
     limits: DeviceLimits,
     meshes: Sequence[dict[str, int]],
-    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, mesh: None,
 ) -> list[Plan]:
     """The plan of every mesh: those that fit first, then by their lower bound on time.
 
     Args:
-      report: called with a line of progress before each compilation.
+      progress: called with the number of plans made, that of all, and the mesh that is compiled next.
 
     Raises:
       ValueError: a mesh that does not fit the devices, the weights or the batch.
     """
     plans = []
     built = [make_mesh(sizes, devices) for sizes in meshes]  # all of them first: each compilation takes a minute
-    for number, mesh in enumerate(built, start=1):
-        report(f"compiling {format_mesh(dict(mesh.shape))} ({number} of {len(built)})")
+    for mesh in built:
+        progress(len(plans), len(built), format_mesh(dict(mesh.shape)))
         plans.append(compile_plan(spec, mesh, limits))
     return sorted(plans, key=lambda p: (not p.fits, p.bound_seconds))
 

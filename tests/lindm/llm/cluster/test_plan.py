@@ -206,9 +206,11 @@ def test_plans_that_fit_come_first_and_then_the_fastest(monkeypatch, full):
 
     monkeypatch.setattr(plan, "compile_plan", compiled)
     told = []
-    found = plan.compile_plans(JOB, jax.devices(), LIMITS, [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 8}], told.append)
+    found = plan.compile_plans(
+        JOB, jax.devices(), LIMITS, [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 8}], lambda *given: told.append(given)
+    )
     assert [(p.fits, p.bound_seconds) for p in found] == [(True, 2.0), (True, 3.0), (False, 1.0)]
-    assert told[1] == "compiling fsdp=4,tensor=2 (2 of 3)"
+    assert told[1] == (1, 3, "fsdp=4,tensor=2")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------
@@ -305,9 +307,10 @@ def asked(config, **options):
 
 def test_the_command_prints_a_table_of_what_it_found(config, capsys, monkeypatch, cut):
     monkeypatch.setattr(plan, "compile_plan", lambda job, mesh, limits: replace(cut, mesh={**mesh.shape}))
+    monkeypatch.setattr("lindm.io.progress.SILENT_SECONDS", 0)
     assert cli.run(asked(config, mesh="fsdp=8", method="lora", lora_rank=4, accumulate=2)) == 0
     out, err = capsys.readouterr()
-    assert "compiling fsdp=8 (1 of 1)" in err
+    assert "meshes compiled: 0 of 1, fsdp=8" in err
     assert "lora: adapters of rank 4 over f32 weights" in out and "2 x 8 rows x 32 tokens, 8 labels per row, f32" in out
     row = next(line for line in out.splitlines() if line.startswith("fsdp=8"))
     assert row.split()[1] == "yes" and "all-gather" in out and "not a prediction" in out
