@@ -134,4 +134,4 @@ def report(directories: Sequence[str | Path], out: str | Path = "report") -> lis
     >>> sorted(path.name for path in ld.report(["run"], "report"))
     ['index.html', 'training.csv', 'training.tex']
     """
-    return summary.write([Path(directory) for directory in directories], Path(out))
+    return summary.write_summary([Path(directory) for directory in directories], Path(out))

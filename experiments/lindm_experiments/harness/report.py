@@ -38,7 +38,7 @@ def format_measured(row: dict[str, Any]) -> str:
 
 
 def verdict_label(row: dict[str, Any]) -> str:
-    """The verdict, with a word when it is not simply a PASS that was expected."""
+    """The verdict, and the expectation unless it is an expected PASS."""
     if row["expected"] == OPEN:
         return f"{row['verdict']}, open"
     if as_expected(row):
@@ -47,11 +47,11 @@ def verdict_label(row: dict[str, Any]) -> str:
 
 
 def count_expected(rows: Sequence[dict[str, Any]]) -> str:
-    """How many claims are as expected, and how many expect nothing."""
+    """The numbers of claims with the expected verdict and of open questions, as text."""
     decided = [row for row in rows if row["expected"] != OPEN]
     parts = [f"{sum(map(as_expected, decided))} of {len(decided)} claims as expected"] if decided else []
-    if asked := len(rows) - len(decided):
-        parts.append("1 open question" if asked == 1 else f"{asked} open questions")
+    if n_open := len(rows) - len(decided):
+        parts.append("1 open question" if n_open == 1 else f"{n_open} open questions")
     return ", ".join(parts)
 
 
@@ -93,17 +93,17 @@ def print_next(summary: dict[str, Any], directory: Path, errors: Sequence[str], 
     for error in errors:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
     for row in summary["claims"]:
-        if not as_expected(row):
+        if not as_expected(row) and row["n"]:  # otherwise an error above says why
             drawn = run_directory(directory, row["experiment"]) / Path(row["figure"] or "").name
             figure = f"; figure: {drawn}" if row["figure"] else ""
-            more = "; more seeds may decide it (--seeds)" if row["verdict"] == INCONCLUSIVE and row["n"] else ""
+            more = "; more seeds may decide it (--seeds)" if row["verdict"] == INCONCLUSIVE else ""
             text = f"not as expected: {row['id']}: {verdict_label(row)}; {row['criterion']}{more}{figure}"
             console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {directory / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def docstring_blocks(doc: str) -> list[tuple[str, str]]:
-    """A docstring as ("p" | "pre", text) blocks: what is indented is kept as it stands."""
+    """A docstring as ("p" | "pre", text) blocks; indented lines are kept as they are."""
     blocks: list[tuple[str, str]] = []
     for part in re.split(r"\n\s*\n", doc.strip("\n")):
         indented = [line.startswith("    ") for line in part.splitlines()]
@@ -125,12 +125,12 @@ def read_json_if_exists(path: Path) -> dict:
 
 
 def run_directory(directory: Path, experiment: str) -> Path:
-    """Where the records of an experiment are, in a directory of `lindm verify` or of `lindm run`."""
+    """The run directory of an experiment, in a directory of `lindm verify` or of `lindm run`."""
     return run if (run := directory / experiment).is_dir() else directory
 
 
 def experiment_section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page shows of one experiment."""
+    """The values that the report shows of one experiment."""
     run = run_directory(directory, experiment)
     figures = [
         {
@@ -160,19 +160,19 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
 
 
 def render_template(template: str, **values: Any) -> str:
-    """A page of this directory. Everything that is shown goes through autoescape."""
+    """Render a template of this package. Values are escaped."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    how = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=loader, **how)
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, **options)
     environment.filters |= {"number": format_number, "count_expected": count_expected}
     environment.tests |= {"as_expected": as_expected}
     return environment.get_template(template).render(**values)
 
 
 def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
-    """The page of one verification."""
+    """The HTML of the report of a verification."""
     rows = summary["claims"]
     return render_template(
         "report.html.jinja",
@@ -182,7 +182,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
         provenance=provenance,
         unexpected=[r for r in rows if not as_expected(r)],
         controls=[r for r in rows if r["expected"] == "FAIL"],
-        opened=any(r["expected"] == OPEN for r in rows),
+        has_open=any(r["expected"] == OPEN for r in rows),
         format_measured=format_measured,
         verdict_label=verdict_label,
     )

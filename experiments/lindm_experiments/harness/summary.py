@@ -2,9 +2,9 @@
 
     lindm report DIR [DIR ...] --out report
 
-A directory is of `lindm verify` or `lindm run` (verdicts.json), `lindm eval --out` (eval.json) or `lindm sft` (metrics.jsonl
-beside a model's options), or holds such directories. Nothing is measured here: every number is read from what those commands
-wrote.
+DIR is a directory of `lindm verify` or `lindm run` (verdicts.json), of `lindm eval --out` (eval.json) or of `lindm sft`
+(metrics.jsonl and the options of a training run), or contains such directories. Every number is read from the files of these
+commands.
 """
 
 import base64
@@ -30,10 +30,10 @@ from lindm_experiments.harness.runner import as_csv
 Row = dict[str, Any]
 
 
-class Found(NamedTuple):
-    """Directories by what they hold."""
+class Inputs(NamedTuple):
+    """Directories by their content."""
 
-    verify: list[Path]
+    verifications: list[Path]
     evaluations: list[Path]
     training: list[Path]
 
@@ -43,58 +43,58 @@ def _is_training(directory: Path) -> bool:
 
 
 KINDS: dict[str, Callable[[Path], bool]] = {
-    "verify": lambda d: (d / "verdicts.json").is_file(),
+    "verifications": lambda d: (d / "verdicts.json").is_file(),
     "evaluations": lambda d: (d / "eval.json").is_file(),
     "training": _is_training,
 }
 
 
-def find(directories: Sequence[Path]) -> Found:
-    """What the directories, or those in them, hold. DataError for one that holds nothing to report."""
-    found = Found([], [], [])
+def find_inputs(directories: Sequence[Path]) -> Inputs:
+    """The inputs among the directories and their children. DataError for a directory without any."""
+    inputs = Inputs([], [], [])
     for directory in directories:
         inside = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
-        held = [(kind, d) for d in (directory, *inside) for kind, holds in KINDS.items() if d.is_dir() and holds(d)]
-        if ("verify", directory) in held:  # has the verdicts of what is in it
-            held = [(kind, d) for kind, d in held if kind != "verify" or d == directory]
-        if not held:
+        contents = [(kind, d) for d in (directory, *inside) for kind, holds in KINDS.items() if d.is_dir() and holds(d)]
+        if ("verifications", directory) in contents:  # its verdicts include those of its children
+            contents = [(kind, d) for kind, d in contents if kind != "verifications" or d == directory]
+        if not contents:
             known = "verdicts.json (lindm verify, lindm run), eval.json (lindm eval --out) or a run of lindm sft"
             raise DataError(f"DIR must hold {known}; got {directory}")
-        for kind, one in held:
-            if one not in (listed := getattr(found, kind)):
+        for kind, one in contents:
+            if one not in (listed := getattr(inputs, kind)):
                 listed.append(one)
-    return found
+    return inputs
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def _of(directory: Path, directories: Sequence[Path]) -> Row:
-    """The column that tells runs apart, where there are several."""
+def _run_column(directory: Path, directories: Sequence[Path]) -> Row:
+    """The column that distinguishes several runs; none for a single run."""
     return {} if len(directories) == 1 else {"run": str(directory)}
 
 
-def claims(directories: Sequence[Path]) -> list[Row]:
+def claim_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
         for row in read_json_if_exists(directory / "verdicts.json")["claims"]:
             low, high = row["ci"]
-            kept = _of(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
+            kept = _run_column(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
             rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
     return rows
 
 
-def own_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
-    """What experiments say in tables of their own: name -> the rows of all runs."""
-    found: dict[str, list[Row]] = {}
+def experiment_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
+    """Name of an experiment -> the rows of its table.csv in all runs."""
+    tables: dict[str, list[Row]] = {}
     for directory in directories:
         for name in dict.fromkeys(row["experiment"] for row in read_json_if_exists(directory / "verdicts.json")["claims"]):
             path = run_directory(directory, name) / "table.csv"
             if path.is_file():
                 rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-                run = _of(directory, directories)
-                found.setdefault(name, []).extend(run | {k: _value(v) for k, v in row.items()} for row in rows)
-    return found
+                run = _run_column(directory, directories)
+                tables.setdefault(name, []).extend(run | {k: _value(v) for k, v in row.items()} for row in rows)
+    return tables
 
 
 def _value(cell: str) -> float | int | str | None:
@@ -106,12 +106,12 @@ def _value(cell: str) -> float | int | str | None:
     return cell or None
 
 
-def evaluations(directories: Sequence[Path]) -> list[Row]:
+def evaluation_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
         for row in read_json_if_exists(directory / "eval.json")["rows"]:
             low, high = row["ci"] or (None, None)
-            kept = _of(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
+            kept = _run_column(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
             rows.append(
                 kept
                 | {"low": low, "high": high}
@@ -120,13 +120,13 @@ def evaluations(directories: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def training(directories: Sequence[Path]) -> list[Row]:
+def training_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
         options = read_json_if_exists(directory / "config.json")["options"]
         records = metrics.read_metrics(directory)
-        looked = [r for r in records if r["kind"] == "eval"]
-        first, last = (looked[0], looked[-1]) if looked else ({}, {})
+        evaluated = [r for r in records if r["kind"] == "eval"]
+        first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
         rows.append(
             {
                 "run": str(directory),
@@ -164,8 +164,8 @@ def as_latex(rows: Sequence[Row]) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------------
 
 
-def picture(rows: Sequence[Row]) -> bytes:
-    """Gaps of all policies, with intervals: a panel for every suite, horizon and split."""
+def draw_gaps(rows: Sequence[Row]) -> bytes:
+    """The gaps of all policies with their intervals, one panel for each suite, horizon and split."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,11 +184,11 @@ def picture(rows: Sequence[Row]) -> bytes:
         for axis, cell in zip(axes.flat, cells, strict=False):
             for row in known:
                 if (row["suite"], row["horizon"], row["split"]) == cell:
-                    y, gap = -names.index(row["policy"]), 100 * row["gap"]
-                    ends = [[gap - 100 * row["low"]], [100 * row["high"] - gap]]
+                    y, gap = -names.index(row["policy"]), row["gap"]
+                    ends = [[gap - row["low"]], [row["high"] - gap]]
                     axis.errorbar([gap], [y], xerr=ends, color=COLORS[0], capsize=2, **MEASURED)
             suite, horizon, split = cell
-            axis.set(title=f"{suite}, horizon {horizon}" + (f", {split}" if split else ""), xlabel="gap, % of random play's")
+            axis.set(title=f"{suite}, horizon {horizon}" + (f", {split}" if split else ""), xlabel="normalized optimality gap")
             axis.set_yticks([-i for i in range(len(names))], [name if len(name) < 32 else f"...{name[-28:]}" for name in names])
             axis.axvline(0, color="#444444", linewidth=0.8, marker="")
         for axis in axes.flat[len(cells) :]:
@@ -199,39 +199,41 @@ def picture(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def write(directories: Sequence[Path], out: Path) -> list[Path]:
-    """OUT/index.html and OUT/tables/*.csv, *.tex; their paths."""
-    found = find(directories)
-    own = own_tables(found.verify)
-    tables = {"claims": claims(found.verify)} | own
-    tables |= {"evaluations": evaluations(found.evaluations), "training": training(found.training)}
+def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
+    """Write OUT/index.html and OUT/tables/*.csv and *.tex; their paths."""
+    inputs = find_inputs(directories)
+    own = experiment_tables(inputs.verifications)
+    tables = {"claims": claim_rows(inputs.verifications)} | own
+    tables |= {"evaluations": evaluation_rows(inputs.evaluations), "training": training_rows(inputs.training)}
     tables = {name: rows for name, rows in tables.items() if rows}
     written: dict[Path, str] = {}
     for name, rows in tables.items():
         written[out / "tables" / f"{name}.csv"] = as_csv(rows)
         written[out / "tables" / f"{name}.tex"] = as_latex(rows)
-    verified = []
-    for directory in found.verify:
+    verifications = []
+    for directory in inputs.verifications:
         rows = read_json_if_exists(directory / "verdicts.json")["claims"]
         names = dict.fromkeys(row["experiment"] for row in rows)
         sections = [experiment_section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
-        verified.append({"directory": str(directory), "rows": rows, "sections": sections})
+        verifications.append({"directory": str(directory), "rows": rows, "sections": sections})
     runs = [
         {
             "name": str(directory),
             "options": read_json_if_exists(directory / "config.json")["options"],
-            "curves": _picture_of(directory / "curves.png"),
+            "curves": _encoded_image(directory / "curves.png"),
         }
-        for directory in found.training
+        for directory in inputs.training
     ]
-    manifests = [(str(d), read_json_if_exists(d / "manifest.json")) for d in (*found.verify, *found.evaluations, *found.training)]
+    manifests = [
+        (str(d), read_json_if_exists(d / "manifest.json")) for d in (*inputs.verifications, *inputs.evaluations, *inputs.training)
+    ]
     written[out / "index.html"] = render_template(
-        "overview.html.jinja",
+        "summary.html.jinja",
         tables=tables,
-        own=list(own),
-        verified=verified,
+        experiment_tables=list(own),
+        verifications=verifications,
         runs=runs,
-        decided=base64.b64encode(picture(tables["evaluations"])).decode() if "evaluations" in tables else None,
+        gap_figure=base64.b64encode(draw_gaps(tables["evaluations"])).decode() if "evaluations" in tables else None,
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance.provenance(),
     )
@@ -242,5 +244,5 @@ def write(directories: Sequence[Path], out: Path) -> list[Path]:
     return list(written)
 
 
-def _picture_of(path: Path) -> str | None:
+def _encoded_image(path: Path) -> str | None:
     return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None

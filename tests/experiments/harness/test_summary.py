@@ -10,7 +10,7 @@ import pytest
 from lindm.cli.main import main
 from lindm.errors import DataError, LindmError
 from lindm.io import files
-from lindm_experiments.harness import summary as overview
+from lindm_experiments.harness import summary as pages
 from lindm_experiments.harness.runner import RUN_REPORTS
 from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
 
@@ -39,18 +39,18 @@ def work(tmp_path, finished):
 
 
 def test_what_directories_hold_is_found_in_them_or_one_below(work):
-    found = overview.find([work / "verified", work / "more", work / "more" / "eval"])
-    assert found.verify == [work / "verified"]
+    found = pages.find_inputs([work / "verified", work / "more", work / "more" / "eval"])
+    assert found.verifications == [work / "verified"]
     assert found.evaluations == [work / "more" / "eval"] and found.training == [work / "more" / "run"]
     with pytest.raises(LindmError, match=r"DIR must hold verdicts.json .* or a run of lindm sft; got .*toy") as e:
-        overview.find([work / "verified", work / "verified" / "toy"])
+        pages.find_inputs([work / "verified", work / "verified" / "toy"])
     assert isinstance(e.value, DataError)
     with pytest.raises(LindmError, match="got nowhere"):
-        overview.find([work / "verified", overview.Path("nowhere")])
+        pages.find_inputs([work / "verified", pages.Path("nowhere")])
 
 
 def test_tables_have_what_the_commands_wrote(work):
-    overview.write([work / "verified", work / "more"], work / "report")
+    pages.write_summary([work / "verified", work / "more"], work / "report")
     read = {p.stem: list(csv.DictReader(io.StringIO(p.read_text()))) for p in (work / "report" / "tables").glob("*.csv")}
     assert [row["id"] for row in read["claims"]] == ["q-risk", "controls/swap"]
     first = read["claims"][0]
@@ -68,12 +68,12 @@ def test_tables_have_what_the_commands_wrote(work):
 def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, finished):
     shutil.copytree(finished, work / "runs" / "toy")
     (work / "runs" / "toy" / "table.csv").write_text("policy,gap,n\nbc,0.25,3\nsft,,3\n")
-    overview.write([work / "runs"], work / "report")
+    pages.write_summary([work / "runs"], work / "report")
     rows = list(csv.DictReader(io.StringIO((work / "report" / "tables" / "toy.csv").read_text())))
     assert rows == [{"policy": "bc", "gap": "0.25", "n": "3"}, {"policy": "sft", "gap": "", "n": "3"}]
     assert r"sft & - & 3 \\" in (work / "report" / "tables" / "toy.tex").read_text()
     source = (work / "report" / "index.html").read_text()
-    assert 'id="toy"' in source and 'href="tables/toy.csv"' in source and "controls/swap" in source
+    assert 'id="toy"' in source and 'href="tables/toy.csv"' in source and "toy-control/swap" in source
     assert len([v for v in Page(source).fetched if v]) == 1, "the toy's figure"
 
 
@@ -81,25 +81,25 @@ def test_tables_of_several_runs_tell_which_one(work, finished):
     for name in ("one", "two"):
         shutil.copytree(finished, work / name)
         (work / name / "table.csv").write_text(f"policy,gap\n{name},0.5\n")
-    rows = overview.own_tables([work / "one", work / "two"])["toy"]
+    rows = pages.experiment_tables([work / "one", work / "two"])["toy"]
     assert [(row["run"], row["policy"], row["gap"]) for row in rows] == [
         (str(work / "one"), "one", 0.5),
         (str(work / "two"), "two", 0.5),
     ]
-    told = overview.claims([work / "one", work / "two"])
-    assert [(row["run"], row["id"]) for row in told] == [
-        (str(work / name), id) for name in ("one", "two") for id in ("q-risk", "controls/swap")
+    rows = pages.claim_rows([work / "one", work / "two"])
+    assert [(row["run"], row["id"]) for row in rows] == [
+        (str(work / name), id) for name in ("one", "two") for id in ("toy-ratio", "toy-control/swap")
     ]
-    assert {row["run"] for row in overview.evaluations([work / "more" / "eval"] * 2)} == {str(work / "more" / "eval")}
+    assert {row["run"] for row in pages.evaluation_rows([work / "more" / "eval"] * 2)} == {str(work / "more" / "eval")}
 
 
 def test_the_verdicts_of_a_verification_are_counted_once(work, finished):
     shutil.copytree(finished, work / "verified" / "again")
-    assert overview.find([work / "verified"]).verify == [work / "verified"]
+    assert pages.find_inputs([work / "verified"]).verifications == [work / "verified"]
 
 
 def test_latex_is_escaped_and_has_a_cell_for_every_value(work):
-    text = overview.as_latex(overview.evaluations([work / "more" / "eval"]))
+    text = pages.as_latex(pages.evaluation_rows([work / "more" / "eval"]))
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(lines) == 4 and {line.count(" & ") for line in lines} == {11}
     assert r"sft:runs/<a\_b>\&c" in text and r"gap\_of\_value" in text
@@ -121,7 +121,7 @@ def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
 
 
 def test_parts_that_are_not_there_are_left_out(work):
-    overview.write([work / "more" / "run"], work / "report")
+    pages.write_summary([work / "more" / "run"], work / "report")
     source = (work / "report" / "index.html").read_text()
     assert sorted(p.name for p in (work / "report" / "tables").iterdir()) == ["training.csv", "training.tex"]
     assert 'id="claims"' not in source and 'id="evaluations"' not in source and 'id="training"' in source
