@@ -30,86 +30,90 @@ class SFTConfig:
     """Fine-tune a language model on labeled decisions or on prompts and completions. An interrupted run resumes."""
 
     data: Path
-    """a directory of `lindm data make`, or a .jsonl file with rows {"prompt", "completion"} or {"messages"}"""
+    """A directory of `lindm data make`, or a .jsonl file with rows {"prompt", "completion"} or {"messages"}."""
     out: Path
-    """directory of the run; the model is written to OUT/model"""
+    """Directory of the run; the model is written to OUT/model."""
     model: Path | None = None
-    """base model: a Hugging Face directory (see `lindm model import`)"""
+    """Base model: a Hugging Face directory (see `lindm model import`)."""
     preset: Literal["tiny"] | None = None
-    """tiny: a randomly initialized model of about a million weights with its own vocabulary; replaces --model"""
+    """In place of --model: a randomly initialized model of about a million weights with its own vocabulary."""
     fresh: bool = False
-    """start over: remove what an earlier run wrote to OUT"""
+    """Remove what an earlier run wrote to OUT."""
 
     # method
     method: Method = "full"
-    """full (all weights), lora, or qlora (adapters over a quantized base model)"""
+    """Train all weights, adapters, or adapters over a quantized base model."""
     lora_rank: int = 16
+    """Rank of the adapters."""
     lora_alpha: float = 32.0
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
     base: BaseFormat | None = None
-    """storage format of the base weights with lora and qlora [default: f32 with lora, nf4 with qlora]"""
+    """Storage format of the base weights with lora and qlora. [default: f32 with lora, nf4 with qlora]"""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
-    """of the activations [default: bf16 on accelerators, f32 on CPUs]; the trained weights are always f32"""
+    """Type of the activations; trained weights are always f32. [default: bf16 on accelerators, f32 on CPUs]"""
     remat: Remat | None = None
-    """activations that the backward pass recomputes: full (all, least memory), selective (all but products with
-    weights) or none [default: selective; none with a preset]"""
+    """Activations that the backward pass recomputes: all (least memory), all but products with weights, or none.
+    [default: selective; none with a preset]"""
 
     # data
     supervise: Supervise = "all"
-    """trained actions of a dataset: all (of demonstrations and query) or query"""
+    """Actions of a dataset that are trained: those of demonstrations and queries, or of queries alone."""
     template: str | None = None
-    """text template: compact, readable, or a JSON or TOML file [default: compact; readable with --names]"""
+    """Template of the text: compact, readable, or a JSON or TOML file. [default: compact; readable with --names]"""
     names: bool = False
-    """use the problem's own names in the text"""
+    """Use the problem's own names in the text."""
     rewards: Rewards = "auto"
-    """rewards in the text: shown, hidden, or auto (shown only where the state is observed)"""
+    """Rewards in the text; auto shows them only where the state is observed."""
     seq: int | None = None
-    """tokens per row [default: length of the longest document]"""
+    """Tokens per row. [default: length of the longest document]"""
     pack: bool = False
-    """pack several documents into a row; they do not attend to each other"""
+    """Pack several documents into a row; they do not attend to each other."""
     held_out: float = 0.1
-    """fraction of the tasks (or rows) held out for evaluation"""
+    """Fraction of the tasks (or rows) that is held out for evaluation."""
     eval_data: Path | None = None
-    """evaluate on this data in place of a held-out fraction of the training data"""
+    """Evaluate on this data in place of a held-out fraction of the training data."""
 
     # optimization
     steps: int | None = None
-    """[default: three epochs; 500 steps with --preset tiny]"""
+    """Number of steps. [default: three epochs; 500 steps with --preset tiny]"""
     batch: int = 8
-    """rows per micro-batch, over all devices"""
+    """Rows per micro-batch, over all devices."""
     accumulate: int = 1
-    """micro-batches per step (gradient accumulation)"""
+    """Micro-batches per step (gradient accumulation)."""
     learning_rate: float | None = None
-    """peak [default: 2e-4; 1e-3 with adapters or a preset]"""
+    """Peak learning rate. [default: 2e-4; 1e-3 with adapters or a preset]"""
     warmup: float = 0.1
-    """fraction of the steps"""
+    """Warm-up, as a fraction of the steps."""
     weight_decay: float = 0.0
+    """Weight decay of the matrices."""
     clip: float = 1.0
-    """maximum global norm of the gradient"""
+    """Maximum global norm of the gradient."""
     seed: int = 0
+    """Seed of initial weights, held-out tasks and data order."""
 
     # evaluation and checkpoints
     eval_every: int | None = None
-    """steps between evaluations [default: a quarter of the steps]"""
+    """Steps between evaluations. [default: a quarter of the steps]"""
     eval_tasks: int = 16
-    """held-out tasks on which the model's decisions are evaluated; 0: evaluate the loss only"""
+    """Number of held-out tasks on which decisions are evaluated; 0 evaluates the loss only."""
     patience: int | None = None
-    """stop after this many evaluations without a lower held-out loss, and keep the best model"""
+    """Stop after this many evaluations without a lower held-out loss, and keep the best model."""
     save_every: int | None = None
-    """steps between checkpoints [default: as eval_every]"""
+    """Steps between checkpoints. [default: as --eval-every]"""
     keep: int = 2
-    """number of checkpoints that are kept"""
+    """Number of checkpoints that are kept."""
     tensorboard: bool = False
-    """also write TensorBoard events (extra: track)"""
+    """Write TensorBoard events as well (extra: track)."""
 
     # devices and processes
     mesh: str | None = None
-    """axes data, fsdp and tensor, such as fsdp=8,tensor=2 [default: fsdp over all devices]"""
+    """Sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: fsdp over all devices]"""
     coordinator: str | None = None
-    """host:port of process 0; not needed with SLURM, Open MPI and TPU hosts, which are detected"""
+    """HOST:PORT of process 0; not needed with SLURM, Open MPI and TPU hosts, which are detected."""
     processes: int | None = None
-    """number of processes"""
+    """Number of processes."""
     rank: int | None = None
-    """number of this process, from 0"""
+    """Number of this process, from 0."""
 
     def __post_init__(self):
         if (self.model is None) == (self.preset is None):
