@@ -1,21 +1,21 @@
-"""`lindm bench sft [--json]`: what does a step of fine-tuning cost, beside transformers and torch?
+"""`lindm bench sft [--json]`: the cost of a fine-tuning step, beside transformers and torch.
 
 A model of the shape of SmolLM2-135M (random weights: the cost does not depend on them) is trained in f32 on documents of the
-shape of a decision dataset, 32 labels in 251 tokens, two to a step. Ours is the program of `lindm.llm.sft.step`, exactly as
-`lindm sft` runs it, and once more with all of a layer computed again in the backward pass, and with nothing. The peer is
-`LlamaForCausalLM` with scaled-dot-product attention, which keeps everything, its own loss with -100 where there is no label,
-clipping and the fused AdamW; adapters are peft's where it is installed. Both sides read the same file of weights and train on
-the same sequences, and the loss of the first step must agree to 1e-4.
+shape of a decision dataset: 32 labels in 251 tokens, two documents per step. Ours is the program of `lindm.llm.sft.step`, as
+`lindm sft` runs it, with each of the three remat settings. The peer is `LlamaForCausalLM` with scaled-dot-product attention,
+which keeps all activations, its own loss with -100 for tokens without a label, clipping and the fused AdamW; adapters are peft's
+where it is installed. Both sides read the same weights and train on the same sequences, and the loss of the first step must agree
+to 1e-4.
 
-The usual recipe makes one prompt and one completion of every decision: each is the end of a sequence of its own, its prefix of
-the document. Decisions a CPU-second under both recipes are compared. Of a document's decisions, four stand for all: the
-middles of four equal parts, since a sequence costs as its length. No side pads there: ours packs two prefixes into a row, the
-peer takes the same prefix of two documents at once.
+The usual recipe makes one prompt and one completion of every decision: each is the end of a sequence of its own, a prefix of the
+document. Decisions per CPU-second of both recipes are compared. Four decisions represent all of a document: the middles of four
+equal parts, since the cost of a sequence grows with its length. Neither side pads: ours packs two prefixes into a row, the peer
+takes the same prefix of two documents at once.
 
-Costs, processes and rows are those of `lindm.bench.timing`; a process is one side in one way, from loading the weights on, so its
-peak memory is that of weights, optimizer and activations together, ours with the compiler's. Compilation is a row of its own.
-The share of the peak counts the work that must be done (no recomputation, the vocabulary at labels alone) on both sides, over
-what f32 matrix products reach in the same process as ours. Where torch is not installed the peer is null.
+Costs, processes and rows are those of `lindm.bench.timing`. A process measures one side in one variant, from loading the weights
+on, so its peak memory covers weights, optimizer and activations, and ours the compiler too. Compilation is a row of its own. The
+share of the matmul peak counts the necessary work (no recomputation, logits at labels only) on both sides, relative to the rate
+of f32 matrix products in the same process. Where torch is not installed the peer is null.
 """
 
 import importlib.metadata
@@ -58,52 +58,52 @@ MODEL = ModelConfig(
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
 )
-ROWS, TOKENS, LABELS = 2, 251, 32  # a step, and a document of the mdp suite
-PLACES = np.round(np.linspace(4, TOKENS - 2, LABELS)).astype(int)  # what stands before an action
-STRATA = (4, 12, 19, 27)  # decisions that stand for all of a document's
+ROWS, TOKENS, LABELS = 2, 251, 32  # per step; tokens and labels of a document of the mdp suite
+LABEL_POSITIONS = np.round(np.linspace(4, TOKENS - 2, LABELS)).astype(int)  # positions that predict an action
+SAMPLED_DECISIONS = (4, 12, 19, 27)  # decisions that represent all of a document
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
 WARM_UP, REPEATS = 1, 3
 METHODS = ("full", "lora")
-WAYS = ("selective", "full", "none", "one")  # what is computed again, documents whole; one decision a sequence
-AGREE = 1e-4
+VARIANTS = ("selective", "full", "none", "single")  # remat setting with whole documents; one decision per sequence
+LOSS_TOLERANCE = 1e-4
 MISSING = "torch (not installed)"
 PEERS = ("transformers", "torch", "peft")
 
 
-def documents() -> np.ndarray:
+def token_ids() -> np.ndarray:
     """Token ids [ROWS, TOKENS]."""
     return np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, TOKENS), np.int32)
 
 
-def sequences(way: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The batches of the peer, one a step, ids and labels [rows, T] as transformers takes them: -100 where nothing is trained."""
-    found = []
-    for places in PLACES[list(STRATA), None] if way == "one" else [PLACES]:
-        ids = documents()[:, : places[-1] + 2]
+def peer_batches(variant: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The batches of the peer, one per step: ids and labels [rows, T] as in transformers, -100 for tokens without a label."""
+    batches = []
+    for positions in LABEL_POSITIONS[list(SAMPLED_DECISIONS), None] if variant == "single" else [LABEL_POSITIONS]:
+        ids = token_ids()[:, : positions[-1] + 2]
         labels = np.full_like(ids, -100)
-        labels[:, places + 1] = ids[:, places + 1]
-        found.append((ids, labels))
-    return found
+        labels[:, positions + 1] = ids[:, positions + 1]
+        batches.append((ids, labels))
+    return batches
 
 
-def rows_of(way: str) -> list[list[Example]]:
-    """Our rows: what `sequences` has, from its first document alone where a sequence has one decision, packed."""
+def packed_rows(variant: str) -> list[list[Example]]:
+    """Our packed rows of the same sequences; with one decision per sequence, of the first document only."""
     examples = []
-    for ids, labels in sequences(way):
-        for i, y in list(zip(ids, labels, strict=True))[: 1 if way == "one" else ROWS]:
+    for ids, labels in peer_batches(variant):
+        for i, y in list(zip(ids, labels, strict=True))[: 1 if variant == "single" else ROWS]:
             target = np.append(np.where(y[1:] >= 0, y[1:], -1), -1).astype(np.int32)
-            end = int(np.nonzero(target >= 0)[0][-1]) + 1 if way == "one" else len(i)
+            end = int(np.nonzero(target >= 0)[0][-1]) + 1 if variant == "single" else len(i)
             examples.append(Example(i[:end], target[:end], "bench"))
     lengths = [len(e.ids) for e in examples]
-    return [[examples[i] for i in row] for row in packing.pack(lengths, -(-TOKENS // 64) * 64 if way == "one" else TOKENS)]
+    return [[examples[i] for i in row] for row in packing.pack(lengths, -(-TOKENS // 64) * 64 if variant == "single" else TOKENS)]
 
 
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(method: str, way: str, directory: Path) -> dict[str, Any]:
-    """Train as `lindm sft` does: seconds of a step (the best of some), of the compilation, and the loss of the first step."""
-    rows = rows_of(way)
+def run_ours(method: str, variant: str, directory: Path) -> dict[str, Any]:
+    """Train as `lindm sft` does: CPU-seconds of a step (the best of several) and of compilation, and the first loss."""
+    rows = packed_rows(variant)
     mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
     model = weights.load(directory, mesh=mesh)
     if method == "lora":
@@ -113,7 +113,8 @@ def run_ours(method: str, way: str, directory: Path) -> dict[str, Any]:
     del model
     shardings = step_shardings(jax.eval_shape(lambda p: init_train_state(p, optimizer), params), frozen, mesh)
     step = jit_train_step(
-        make_train_step(graphdef, optimizer, ComputeConfig(remat="selective" if way == "one" else way), mesh), shardings
+        make_train_step(graphdef, optimizer, ComputeConfig(remat="selective" if variant == "single" else variant), mesh),
+        shardings,
     )
     filled = packing.make_batch(rows, *packing.batch_shape(rows))
     batch = jax.tree.map(lambda x: sharding.shard_array(x[None], shardings.batch), filled)
@@ -135,8 +136,8 @@ def run_ours(method: str, way: str, directory: Path) -> dict[str, Any]:
 # --- the peer -------------------------------------------------------------------------------------------------------------
 
 
-def run_torch(method: str, way: str, directory: Path) -> dict[str, Any]:
-    """The same with transformers and torch; a step of the way `one` is the four of `sequences` together."""
+def run_torch(method: str, variant: str, directory: Path) -> dict[str, Any]:
+    """The same with transformers and torch; a step of the variant `single` runs all four batches of `peer_batches`."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
 
@@ -144,11 +145,11 @@ def run_torch(method: str, way: str, directory: Path) -> dict[str, Any]:
     model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
     model.config.use_cache = False
     if method == "lora":
-        model = _adapted(model)
+        model = _with_adapters(model)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
-    batches = [tuple(torch.from_numpy(x.astype(np.int64)) for x in batch) for batch in sequences(way)]
+    batches = [tuple(torch.from_numpy(x.astype(np.int64)) for x in batch) for batch in peer_batches(variant)]
     losses: list[float] = []
 
     def once() -> None:
@@ -164,8 +165,8 @@ def run_torch(method: str, way: str, directory: Path) -> dict[str, Any]:
     return {"step": cpu_seconds(once, REPEATS), "loss": losses[0]}
 
 
-def _adapted(model: Any) -> Any:
-    """peft's adapters on the seven linear layers; where it is not installed, adapters written plainly."""
+def _with_adapters(model: Any) -> Any:
+    """peft's adapters on the seven linear layers; where peft is not installed, plain adapters."""
     import torch  # pyright: ignore[reportMissingImports]
 
     names = [f"{name}_proj" for name in TARGET_MODULES]
@@ -174,7 +175,7 @@ def _adapted(model: Any) -> Any:
 
         return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM"))
 
-    class Adapted(torch.nn.Module):
+    class LoRALinear(torch.nn.Module):
         def __init__(self, base: Any):
             super().__init__()
             self.base = base
@@ -190,42 +191,42 @@ def _adapted(model: Any) -> Any:
         for part in (layer.self_attn, layer.mlp):
             for name in names:
                 if hasattr(part, name):
-                    setattr(part, name, Adapted(getattr(part, name)))
+                    setattr(part, name, LoRALinear(getattr(part, name)))
     return model
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, method: str, way: str, directory: str) -> dict[str, Any]:
-    """One side (`ours`, `torch`) in one way, in this process: the outcome of its run, MiB at the peak, and the machine's peak."""
-    found: dict[str, Any] = {}
+def measure(side: str, method: str, variant: str, directory: str) -> dict[str, Any]:
+    """One side (`ours`, `torch`) in one variant, in this process: its costs, peak memory in MiB, and the peak FLOP/s."""
+    result: dict[str, Any] = {}
     run = run_ours if side == "ours" else run_torch
-    memory = peak_growth(lambda: found.update(run(method, way, Path(directory))))
-    return found | {"memory": memory, "peak": measured_peak_flops(seconds=1.0, clock=time.process_time)}
+    memory = peak_growth(lambda: result.update(run(method, variant, Path(directory))))
+    return result | {"memory": memory, "peak": measured_peak_flops(seconds=1.0, clock=time.process_time)}
 
 
 Sides = dict[tuple[str, str], dict[str, Any]]
-"""What was measured, by method and way."""
+"""Measurements by method and variant."""
 
 
 def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
-    """The table. RuntimeError where the sides' first losses differ: they would not have done the same work."""
+    """The table. RuntimeError where the losses of the first step differ: the sides did not do the same work."""
     table: list[Row] = []
     tokens, shape = ROWS * TOKENS, f"{ROWS} x {TOKENS} tokens"
-    sized = packing.batch_shape(rows_of("selective"))
+    shape_of_batch = packing.batch_shape(packed_rows("selective"))
     for method in METHODS:
         name, what = names[method], "full" if method == "full" else f"LoRA r{RANK}"
         mine, theirs = ours[method, "selective"], peer.get((method, "selective"))
-        _agree(mine, theirs, name)
+        _check_losses(mine, theirs, name)
         work = f"{what} f32, {shape}"
-        useful = train_step_flops(MODEL, method, ROWS, *sized)
+        useful = train_step_flops(MODEL, method, ROWS, *shape_of_batch)
 
         def add(text: str, mine: float, value: Callable[[dict], float], unit: str, better: int, theirs=theirs, name=name) -> None:
             table.append(row(text, mine, value(theirs) if theirs else None, name, unit, better))
 
-        for way in WAYS[:3]:
-            text, one = work if way == WAYS[0] else f"{work}, remat {way}", ours[method, way]
+        for variant in VARIANTS[:3]:
+            text, one = work if variant == VARIANTS[0] else f"{work}, remat {variant}", ours[method, variant]
             add(text, tokens / one["step"], lambda r: tokens / r["step"], "tokens/CPU-s", MORE)
             add(f"{text}: peak memory", one["memory"], lambda r: r["memory"], "MiB", LESS)
             at_peak = useful / one["peak"]  # seconds
@@ -233,21 +234,23 @@ def rows(ours: Sides, peer: Sides, names: dict[str, str]) -> list[Row]:
             table.append(row(f"{text}: compile", one["compile"], None, name, "CPU-s", NEITHER))
         add(f"{work}: loss of the first step", mine["loss"], lambda r: r["loss"], "nats", NEITHER)
     labels = ROWS * LABELS / ours["full", "selective"]["step"]
-    single, theirs = ours["full", "one"], peer.get(("full", "one"))
+    single, theirs = ours["full", "single"], peer.get(("full", "single"))
     work = f"full f32, a document's {LABELS} decisions in one sequence"
-    table.append(row(work, labels, len(STRATA) / single["step"], "ours, one decision a sequence", "decisions/CPU-s", MORE))
-    them = ROWS * len(STRATA) / theirs["step"] if theirs else None
-    name = f"{names['full']}, one decision a sequence" if theirs else MISSING
+    table.append(
+        row(work, labels, len(SAMPLED_DECISIONS) / single["step"], "ours, one decision per sequence", "decisions/CPU-s", MORE)
+    )
+    them = ROWS * len(SAMPLED_DECISIONS) / theirs["step"] if theirs else None
+    name = f"{names['full']}, one decision per sequence" if theirs else MISSING
     table.append(row(work, labels, them, name, "decisions/CPU-s", MORE))
     return table
 
 
-def _agree(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> None:
-    if peer is not None and not abs(ours["loss"] - peer["loss"]) <= AGREE:
-        raise RuntimeError(f"{name} and ours found other losses at the first step: {peer['loss']} and {ours['loss']}")
+def _check_losses(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> None:
+    if peer is not None and not abs(ours["loss"] - peer["loss"]) <= LOSS_TOLERANCE:
+        raise RuntimeError(f"{name} and ours have different losses at the first step: {peer['loss']} and {ours['loss']}")
 
 
-def _names(installed: dict[str, str | None]) -> dict[str, str]:
+def _peer_names(installed: dict[str, str | None]) -> dict[str, str]:
     """The peer of each method, with versions."""
     if not (installed["transformers"] and installed["torch"]):
         return dict.fromkeys(METHODS, MISSING)
@@ -261,16 +264,16 @@ def _version(library: str) -> str | None:
 
 def main(json: bool = False) -> int:
     """Run the bench and print its rows, as a table or as JSON. Takes about five minutes and 5 GB of memory."""
-    names = _names({library: _version(library) for library in PEERS})
+    names = _peer_names({library: _version(library) for library in PEERS})
     ours: Sides = {}
     peer: Sides = {}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"
         weights.save(Decoder(MODEL, nnx.Rngs(0)), directory)
-        for method, way in (*((m, w) for m in METHODS for w in WAYS[:3]), ("full", "one")):
-            ours[method, way] = in_worker(MODULE, "ours", method, way, str(directory))
-            if way in ("selective", "one") and names[method] != MISSING:  # side by side in time, too
-                peer[method, way] = in_worker(MODULE, "torch", method, way, str(directory))
+        for method, variant in (*((m, w) for m in METHODS for w in VARIANTS[:3]), ("full", "single")):
+            ours[method, variant] = in_worker(MODULE, "ours", method, variant, str(directory))
+            if variant in ("selective", "single") and names[method] != MISSING:  # right after ours
+                peer[method, variant] = in_worker(MODULE, "torch", method, variant, str(directory))
     show(rows(ours, peer, names), json)
     return 0
 

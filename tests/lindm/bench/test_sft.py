@@ -35,33 +35,33 @@ def labelled_texts(rows):
     return sorted((*ids[: t + 1], int(target[t])) for ids, target in rows for t in np.flatnonzero(target >= 0))
 
 
-def theirs(way, documents=sft.ROWS):
+def theirs(variant, documents=sft.ROWS):
     """ids and targets of the peer's batches, a label moved to the position that predicts it."""
-    for ids, labels in sft.sequences(way):
+    for ids, labels in sft.peer_batches(variant):
         for i, y in zip(ids[:documents], labels[:documents], strict=True):
             yield i.tolist(), np.append(np.where(y[1:] == -100, -1, y[1:]), -1)
 
 
 def test_a_document_has_32_labels_in_251_tokens_and_both_sides_train_the_same():
-    ours = [(e.ids.tolist(), e.target) for row in sft.rows_of("selective") for e in row]
+    ours = [(e.ids.tolist(), e.target) for row in sft.packed_rows("selective") for e in row]
     assert [(len(ids), int((target >= 0).sum())) for ids, target in ours] == [(251, 32)] * 2
     assert labelled_texts(ours) == labelled_texts(theirs("selective"))
 
 
 def test_one_decision_a_sequence_has_one_label_each_and_neither_side_pads_much():
-    rows = sft.rows_of("one")
+    rows = sft.packed_rows("single")
     ours = [(e.ids.tolist(), e.target) for row in rows for e in row]
     assert all((target >= 0).sum() == 1 and target[-1] >= 0 for _, target in ours)
-    assert len(ours) == len(sft.STRATA) and labelled_texts(ours) == labelled_texts(theirs("one", documents=1))
+    assert len(ours) == len(sft.SAMPLED_DECISIONS) and labelled_texts(ours) == labelled_texts(theirs("single", documents=1))
     assert set(labelled_texts(ours)) <= set(labelled_texts(theirs("selective")))
     T, _ = packing.batch_shape(rows)
     assert len(rows) == 2 and T == 256 and sum(len(ids) for ids, _ in ours) > 0.95 * len(rows) * T
 
 
 def test_the_four_decisions_stand_for_all_of_a_document():
-    lengths = sft.PLACES + 1
-    assert len(set(sft.PLACES)) == sft.LABELS and sft.PLACES.max() == sft.TOKENS - 2
-    assert np.mean(lengths[list(sft.STRATA)]) == pytest.approx(np.mean(lengths), rel=0.01)
+    lengths = sft.LABEL_POSITIONS + 1
+    assert len(set(sft.LABEL_POSITIONS)) == sft.LABELS and sft.LABEL_POSITIONS.max() == sft.TOKENS - 2
+    assert np.mean(lengths[list(sft.SAMPLED_DECISIONS)]) == pytest.approx(np.mean(lengths), rel=0.01)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_peer_starts_from_the_same_loss(small, monkeypatch, plain):
         monkeypatch.setattr(sft.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     ours = sft.run_ours("full", "selective", small)["loss"]
     for method in sft.METHODS:
-        assert sft.run_torch(method, "selective", small)["loss"] == pytest.approx(ours, abs=sft.AGREE)
+        assert sft.run_torch(method, "selective", small)["loss"] == pytest.approx(ours, abs=sft.LOSS_TOLERANCE)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_the_peer_starts_from_the_same_loss(small, monkeypatch, plain):
 def measured(cost):
     """Sides that take so many seconds for a step whatever they do."""
     one = {"compile": 2.0, "step": cost, "loss": 10.5, "memory": 100 * cost, "peak": 1e12}
-    return {(method, way): one for method in sft.METHODS for way in sft.WAYS}
+    return {(method, variant): one for method in sft.METHODS for variant in sft.VARIANTS}
 
 
 NAMES = {"full": "a peer", "lora": "another"}
@@ -123,19 +123,19 @@ def test_decisions_are_counted_by_their_labels():
 def test_sides_that_found_other_losses_are_not_compared():
     peer = measured(6.0)
     peer["lora", "selective"] = peer["lora", "selective"] | {"loss": 10.5002}
-    with pytest.raises(RuntimeError, match="another and ours found other losses"):
+    with pytest.raises(RuntimeError, match="another and ours have different losses"):
         sft.rows(measured(2.0), peer, NAMES)
     peer["lora", "selective"] = peer["lora", "selective"] | {"loss": float("nan")}
-    with pytest.raises(RuntimeError, match="other losses"):
+    with pytest.raises(RuntimeError, match="different losses"):
         sft.rows(measured(2.0), peer, NAMES)
 
 
 def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
     asked = []
 
-    def worker(module, side, method, way, directory):
-        asked.append((side, method, way))
-        return measured(2.0)[method, way]
+    def worker(module, side, method, variant, directory):
+        asked.append((side, method, variant))
+        return measured(2.0)[method, variant]
 
     monkeypatch.setattr(sft, "MODEL", SMALL)
     monkeypatch.setattr(sft, "in_worker", worker)
@@ -151,6 +151,6 @@ def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, ca
 def test_the_peer_is_named_with_its_versions():
     core = "transformers 5.1, torch 2.2"
     installed = {"transformers": "5.1", "torch": "2.2", "peft": "0.3"}
-    assert sft._names(installed) == {"full": core, "lora": f"peft 0.3, {core}"}
-    assert sft._names(installed | {"peft": None})["lora"] == f"plain adapters, {core}"
-    assert set(sft._names(installed | {"torch": None}).values()) == {sft.MISSING}
+    assert sft._peer_names(installed) == {"full": core, "lora": f"peft 0.3, {core}"}
+    assert sft._peer_names(installed | {"peft": None})["lora"] == f"plain adapters, {core}"
+    assert set(sft._peer_names(installed | {"torch": None}).values()) == {sft.MISSING}
