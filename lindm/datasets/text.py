@@ -15,7 +15,7 @@ from lindm.datasets.columns import Episode, Task
 from lindm.datasets.reader import Dataset
 from lindm.errors import unknown
 from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, find_template, render
-from lindm.text.grammar import TABLES, Ambiguous
+from lindm.text.grammar import SYMBOL_ARGUMENTS, Ambiguous
 
 REWARDS: tuple[Rewards, ...] = get_args(Rewards)
 NEEDED = {"mdp": ("state",), "pomdp": ("observation",), "apomdp": ("model", "observation")}
@@ -85,7 +85,7 @@ def text_format(
         shown -= {"state"}
     if rewards == "hidden" or (rewards == "auto" and dataset.kind != "mdp"):
         shown -= {"reward"}
-    for field, part in TABLES.items():
+    for field, part in SYMBOL_ARGUMENTS.items():
         table, n = getattr(template, part), getattr(dataset, f"num_{part}")
         if field in shown and isinstance(table, tuple) and len(table) < n:  # a pattern has a symbol for every index
             use = "names or a template of your own" if part in dataset.names else "a template of your own"

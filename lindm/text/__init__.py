@@ -1,20 +1,20 @@
-r"""Episodes as text, and back: the text of a document is read back exactly, and where its actions are is known by construction.
+r"""Episodes as text, and back: documents are parsed exactly, and the positions of their actions are known by construction.
 
-A document is K demonstrations and a query, the episode in progress. A `Template` (data, never code) says how it is written:
+A document is K demonstrations and a query, the episode in progress. A `Template` (data, never code) defines its text:
 
-    opening  ( episode  step*  closing )^K  episode  step*  [ an open step: a step up to its action ]
+    opening  ( episode  step*  closing )^K  episode  step*  [ open step: a step up to its action ]
 
-The query is never closed, so the pieces of a history are the first pieces of each of its continuations: tokenised piece by piece,
-so are its tokens, and one key-value cache of the demonstrations serves every query. For the sake of those tokens an action symbol
-brings its own leading space (most byte-pair vocabularies have " A" as one token), and no space may stand in front of {action}.
+The query is never closed, so the pieces of a history are the first pieces of each of its continuations. Tokenized piece by
+piece, so are its tokens, and one key-value cache of the demonstrations serves every query. An action symbol contains its own
+leading space, because most byte-pair vocabularies have " A" as one token; no space may stand in front of {action}.
 
-`step` is a list of parts with at most one field each: {state} in front of {action}; {model}, {observation}, {reward} behind it. A
-part with a field is left out where the step does not have that field; a part without one always stands, and so does the part of
-the action (an open step stops where the symbol would start). One template serves MDPs, POMDPs and ambiguous POMDPs, with rewards
-or without. Symbols are names, taken as they are, or a pattern such as "s{}" whose hole is the index in decimal; everywhere but in
-names a literal brace is doubled. Rewards are written by `repr`: every bit comes back.
+`step` is a list of parts with at most one field each: {state} in front of {action}; {model}, {observation}, {reward} behind it.
+A part with a field is left out where the step does not have that field. A part without a field, and the part of the action, are
+always written; an open step ends where the symbol of the action would start. So one template serves MDPs, POMDPs and ambiguous
+POMDPs, with rewards or without. Symbols are names, taken literally, or a pattern such as "s{}" whose hole is the index in
+decimal; a literal brace is doubled except in names. Rewards are written by `repr`, so every bit is preserved.
 
-A template whose texts could be read in two ways is refused when it is built (the criterion, and why it suffices: `grammar.py`).
+A template is refused when it is built if one of its texts could be read in two ways (criterion and proof: `grammar.py`).
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lindm.errors import DataError
-from lindm.text.grammar import FIELDS, TABLES, Grammar, Part, Symbols
+from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS, Grammar, Part, Symbols
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One decision; what a problem does not have, or does not show, is None."""
+    """One decision. None for what the problem does not have or the text does not show."""
 
-    action: int | None  # None in an open step, the last one of a query: the question
-    state: int | None = None  # seen before the action
-    model: int | None = None  # the model of the cloud that nature took, after the action
+    action: int | None  # None in an open step, which is the last step of a query
+    state: int | None = None  # observed before the action
+    model: int | None = None  # the model that nature took, after the action
     observation: int | None = None  # after the action
     reward: float | None = None
 
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How documents are written; ValueError, naming the argument, where they could not be read back."""
+    """How documents are written. ValueError, naming the argument, if they could not be parsed exactly."""
 
     name: str
     opening: str = ""  # once, before everything
@@ -75,11 +75,11 @@ class Template:
     grammar: Grammar = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        for argument in ("name", "opening", "episode", "closing", "step", *TABLES.values()):
+        for argument in ("name", "opening", "episode", "closing", "step", *SYMBOL_ARGUMENTS.values()):
             value = getattr(self, argument)
             if value is None and argument in ("states", "models", "observations"):
                 continue
-            if isinstance(value, list | tuple) and argument in ("step", *TABLES.values()):
+            if isinstance(value, list | tuple) and argument in ("step", *SYMBOL_ARGUMENTS.values()):
                 texts = tuple(value)
                 object.__setattr__(self, argument, texts)  # a list may come from a file
             elif argument == "step":
@@ -88,17 +88,17 @@ class Template:
                 texts = (value,)
             if not all(isinstance(t, str) and t == t.encode(errors="replace").decode() for t in texts):
                 raise ValueError(f"{argument} must hold text, and only what UTF-8 can encode, got {value!r}")
-        symbols = {field: getattr(self, argument) for field, argument in TABLES.items()}
+        symbols = {field: getattr(self, argument) for field, argument in SYMBOL_ARGUMENTS.items()}
         grammar = Grammar(self.name, self.opening, self.episode, self.step, self.closing, symbols)
         object.__setattr__(self, "grammar", grammar)
 
     def action_symbol(self, action: int) -> str:
         """How an action is written; ValueError for an index without a symbol."""
-        return self.grammar.spell("action", action, "query[0]")
+        return self.grammar.write("action", action, "query[0]")
 
 
 def render(document: Document, template: Template) -> tuple[Piece, ...]:
-    """The pieces of a document, none of them empty; those of a history begin those of each of its continuations.
+    """The pieces of a document, none of them empty. The pieces of a history are the first pieces of each of its continuations.
 
     ValueError names the step that has a field which the template does not show, an index without a symbol, a reward that is not
     finite, or no action although it is not the last step of the query.
@@ -106,7 +106,7 @@ def render(document: Document, template: Template) -> tuple[Piece, ...]:
     grammar, last = template.grammar, len(document.demonstrations)
     pieces = []
     for e, steps in enumerate((*document.demonstrations, document.query)):
-        pieces.append(Piece(grammar.turn if e else grammar.opening, None, e, None))
+        pieces.append(Piece(grammar.separator if e else grammar.opening, None, e, None))
         for t, step in enumerate(steps):
             where = f"query[{t}]" if e == last else f"demonstrations[{e}][{t}]"
             has = {field for field in FIELDS if getattr(step, field) is not None}
@@ -114,7 +114,7 @@ def render(document: Document, template: Template) -> tuple[Piece, ...]:
                 raise ValueError(f"{where}.{min(unknown)} has no place in the steps of template {template.name!r}, got {step}")
             pieces.append(Piece(_write(grammar, grammar.before, step, where), None, e, t))
             if step.action is not None:
-                pieces.append(Piece(grammar.spell("action", step.action, where), operator.index(step.action), e, t))
+                pieces.append(Piece(grammar.write("action", step.action, where), operator.index(step.action), e, t))
                 pieces.append(Piece(_write(grammar, grammar.after, step, where), None, e, t))
             elif e < last or t < len(steps) - 1 or has - {"state"}:
                 raise ValueError(f"{where}.action may be None in the last step of the query only, nothing after it, got {step}")
@@ -122,12 +122,12 @@ def render(document: Document, template: Template) -> tuple[Piece, ...]:
 
 
 def _write(grammar: Grammar, parts: list[Part], step: Step, where: str) -> str:
-    """The parts that stand in a step."""
+    """The text of some parts of a step."""
     texts = []
     for front, field, back in parts:
         value = getattr(step, field) if field else None
         if not field or value is not None:
-            texts += [front, grammar.spell(field, value, where) if field else "", back]
+            texts += [front, grammar.write(field, value, where) if field else "", back]
     return "".join(texts)
 
 

@@ -1,19 +1,19 @@
-r"""The grammar of a template: which texts it writes, and that none of them has two readings.
+r"""The grammar of a template: which texts it writes, and a proof that each has one reading.
 
 The template becomes a nondeterministic automaton over characters, without empty moves: a chain for a text, a tree for a list of
-names, a loop for the digits of an index, and for rewards an automaton that reads a little more than `repr` writes,
+names, a loop for the digits of an index, and for rewards an automaton that accepts slightly more than `repr` writes,
 
     -?(0|[1-9][0-9]*)\.(0|[0-9]*[1-9])(e[+-][0-9]{2,3})?   or   -?[1-9]e[+-][0-9]{2,3}.
 
-One loop over steps and over the texts that part episodes reads demonstrations and query alike; a text may end where a step may
-begin, and just before an action. A document is then an accepting path with its characters, and another document differs in one
-of the two, because (i) some text stands before the action of every step, so that a question differs from no question and two
-steps do not touch, and (ii) closing and episode are not both empty. So two documents have the same text only if two accepting
-paths do; then there is a way, in the product of the automaton with itself, from the pair of starts over a pair of different nodes
-to a pair of accepting nodes. A template with such a way is refused, and the error shows the text of a shortest one.
+One loop over steps and over the texts that separate episodes reads demonstrations and the query alike; a text may end where a
+step may begin, and just before an action. So a document is an accepting path with its characters. Two different documents
+differ in one of the two, because (i) every step has text in front of its action, so that an open step differs from no step and
+two steps are never adjacent, and (ii) closing and episode are not both empty. So two documents have the same text only if two
+accepting paths do; then the product of the automaton with itself has a path from the pair of starts, over a pair of different
+nodes, to a pair of accepting nodes. A template with such a path is refused, and the error shows the text of a shortest one.
 
-Without such a way the text read so far reaches every node on at most one path (each node leads on to an accepting one). Reading
-keeps, for each reached node, the one before it, and needs no search; a text of n characters takes O(n) steps.
+Without such a path the text read so far reaches every node on at most one path (each node leads on to an accepting one).
+Parsing keeps, for each reached node, the node before it, and needs no search: a text of n characters takes O(n) steps.
 """
 
 import math
@@ -23,8 +23,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-TABLES = {"state": "states", "action": "actions", "model": "models", "observation": "observations"}
-FIELDS = (*TABLES, "reward")
+SYMBOL_ARGUMENTS = {"state": "states", "action": "actions", "model": "models", "observation": "observations"}
+FIELDS = (*SYMBOL_ARGUMENTS, "reward")
 Symbols = tuple[str, ...] | str
 Spans = list[list[dict[str, tuple[int, int]]]]  # where each field of each step of each episode is
 
@@ -41,8 +41,8 @@ class Part(NamedTuple):
     back: str
 
 
-def cut(text: str, argument: str, fields: Iterable[str]) -> Part:
-    """The one place where braces are read. ValueError for a single brace, a second field and a field that is not in `fields`."""
+def split_field(text: str, argument: str, fields: Iterable[str]) -> Part:
+    """A text cut at its field. ValueError for a single brace, a second field, or a field that is not in `fields`."""
     texts, found = [""], []
     for i, token in enumerate(re.split(r"(\{\{|\}\}|\{[^{}]*\}|[{}])", text)):
         if i % 2 == 0 or token in ("{{", "}}"):
@@ -56,7 +56,7 @@ def cut(text: str, argument: str, fields: Iterable[str]) -> Part:
     return Part(texts[0], found[0], texts[1]) if found else Part(texts[0], None, "")
 
 
-class Table:
+class SymbolTable:
     """The symbols of one field: names, or the index in decimal between two fixed texts."""
 
     def __init__(self, argument: str, symbols: Symbols | None):
@@ -65,7 +65,7 @@ class Table:
         if symbols is None:
             raise ValueError(f"{argument} must be given: step has a field that needs them")
         if isinstance(symbols, str):
-            self.front, hole, self.back = cut(symbols, argument, ("",))
+            self.front, hole, self.back = split_field(symbols, argument, ("",))
             if hole is None:
                 raise ValueError(f"{argument} must be a list of names or a pattern with the hole {{}}, got {symbols!r}")
         elif not symbols or "" in symbols or len(set(symbols)) < len(symbols):
@@ -73,14 +73,14 @@ class Table:
         else:
             self.index = {name: i for i, name in enumerate(symbols)}
 
-    def spell(self, index: int) -> str:
+    def write(self, index: int) -> str:
         return f"{self.front}{index}{self.back}" if self.names is None else self.names[index]
 
     def read(self, symbol: str) -> int:
         return int(symbol[len(self.front) : len(symbol) - len(self.back)]) if self.names is None else self.index[symbol]
 
     def __str__(self) -> str:
-        some = [self.spell(i) for i in range(4 if self.names is None else min(4, len(self.names)))]
+        some = [self.write(i) for i in range(4 if self.names is None else min(4, len(self.names)))]
         more = self.names is None or len(some) < len(self.names)
         return f"one of the {self.argument} {', '.join(map(repr, some))}{', ...' * more}"
 
@@ -98,17 +98,17 @@ REWARD = (
 
 
 class Grammar:
-    """What `lindm.text` needs of a template; ValueError, naming the argument, where a text could have two readings."""
+    """Writes and parses the texts of a template. ValueError, naming the argument, where a text could have two readings."""
 
     def __init__(
         self, name: str, opening: str, episode: str, step: tuple[str, ...], closing: str, symbols: dict[str, Symbols | None]
     ):
         texts = {"opening": opening, "episode": episode, "closing": closing}
-        texts = {argument: cut(text, argument, ()).front for argument, text in texts.items()}
-        self.opening, self.turn = texts["opening"] + texts["episode"], texts["closing"] + texts["episode"]
-        if not self.turn:
+        texts = {argument: split_field(text, argument, ()).front for argument, text in texts.items()}
+        self.opening, self.separator = texts["opening"] + texts["episode"], texts["closing"] + texts["episode"]
+        if not self.separator:
             raise ValueError("closing and episode must not both be empty: nothing would part an episode from the next")
-        parts = [cut(part, "step", FIELDS) for part in step]
+        parts = [split_field(part, "step", FIELDS) for part in step]
         fields = [part.field for part in parts if part.field]
         k = next((i for i, part in enumerate(parts) if part.field == "action"), -1)
         led = [part.field for part in parts[:k] if part.field] in ([], ["state"]) and "state" not in fields[1:]
@@ -122,19 +122,21 @@ class Grammar:
         if not always:
             raise ValueError(f"step must have text that stands before {{action}} without {{state}} too, got {step!r}")
         if always.endswith(" ") or "".join(part.front + (part.field or "") + part.back for part in self.before).endswith(" "):
-            raise ValueError(f"step must not have a space just before {{action}}: it belongs to the actions, got {step!r}")
-        for field, argument in TABLES.items():
+            raise ValueError(f"step must not have a space just before {{action}}: it incoming to the actions, got {step!r}")
+        for field, argument in SYMBOL_ARGUMENTS.items():
             if field not in fields and symbols[field] is not None:
                 raise ValueError(f"{argument} must not be given: step has no {{{field}}}")
-        self.tables = {field: Table(TABLES[field], symbols[field]) for field in TABLES if field in fields}
+        self.tables = {
+            field: SymbolTable(SYMBOL_ARGUMENTS[field], symbols[field]) for field in SYMBOL_ARGUMENTS if field in fields
+        }
         self._build()
-        if found := self._two_readings():
-            one, other = (self._describe(found[0], path) for path in found[1:])
+        if found := self._find_ambiguity():
+            one, other = (self._describe_reading(found[0], path) for path in found[1:])
             raise Ambiguous(f"template {name!r} is ambiguous: {found[0]!r} can be read as {one} and as {other}")
 
     # --- values and symbols
 
-    def spell(self, field: str, value: Any, where: str) -> str:
+    def write(self, field: str, value: Any, where: str) -> str:
         """The symbol of a value; ValueError, naming `where` it is, if it has none."""
         if field == "reward":
             try:
@@ -152,7 +154,7 @@ class Grammar:
         size = len(table.names) if table.names else 10**18  # a pattern has no last symbol; numerals stay within 64 bits
         if not 0 <= index < size:
             raise ValueError(f"{where}.{field} must be an index of {table.argument}, which has {size} symbols, got {index}")
-        return table.spell(index)
+        return table.write(index)
 
     def read(self, text: str) -> list[list[dict[str, Any]]]:
         """The fields of every step of every episode, the query last. ValueError "line:column: expected ..., got ..."."""
@@ -160,10 +162,10 @@ class Grammar:
         for i, c in enumerate(text):
             links.append({v: u for u in links[-1] for v in self.moves[u].get(c, ())})
             if not links[-1]:
-                raise self._stuck(text, i, self._following(links[-2]))
+                raise self._syntax_error(text, i, self._expected(links[-2]))
         path = [node for node in links[-1] if node in self.accepting]
         if not path:
-            raise self._stuck(text, len(text), self._following(links[-1]))
+            raise self._syntax_error(text, len(text), self._expected(links[-1]))
         for link in reversed(links[1:]):
             path.append(link[path[-1]])
         episodes = self._spans(path[::-1])
@@ -173,31 +175,31 @@ class Grammar:
         symbol = text[start:end]
         try:
             value = float(symbol) if field == "reward" else self.tables[field].read(symbol)
-            if self.spell(field, value, "") == symbol:
+            if self.write(field, value, "") == symbol:
                 return value
         except ValueError:  # no value has this symbol
             pass
-        raise self._stuck(text, start, [self._words(field)])
+        raise self._syntax_error(text, start, [self._describe_field(field)])
 
-    def _words(self, field: str) -> str:
+    def _describe_field(self, field: str) -> str:
         return str(self.tables.get(field, "a finite number as `repr` writes it"))
 
-    def _stuck(self, text: str, i: int, expected: Iterable[str]) -> ValueError:
+    def _syntax_error(self, text: str, i: int, expected: Iterable[str]) -> ValueError:
         place = f"{text.count(chr(10), 0, i) + 1}:{i - text.rfind(chr(10), 0, i)}"
         got = repr(text[i : i + 12]) if i < len(text) else "the end of the text"
         return ValueError(f"{place}: expected {' or '.join(dict.fromkeys(expected))}, got {got}")
 
-    def _following(self, nodes: Iterable[int]) -> list[str]:
-        """What may come next, in words."""
-        words = [self.belongs[v][0] for u in nodes for targets in self.moves[u].values() for v in targets]
+    def _expected(self, nodes: Iterable[int]) -> list[str]:
+        """Descriptions of what may come next."""
+        words = [self.incoming[v][0] for u in nodes for targets in self.moves[u].values() for v in targets]
         return [*words, *["the end of the text"] * any(u in self.accepting for u in nodes)]
 
-    # --- the automaton: `moves[node][character]` are the nodes that follow; `belongs[node]` tells of the character that leads to
-    # the node: (words for an error message, its field or None, whether it is before the action of a step)
+    # --- the automaton: `moves[node][character]` are the next nodes; `incoming[node]` describes the character to a node:
+    # (words for an error message, its field or None, whether it is before the action of a step)
 
     def _node(self, words: str, field: str | None, before: bool) -> int:
         self.moves.append({})
-        self.belongs.append((words, field, before))
+        self.incoming.append((words, field, before))
         return len(self.moves) - 1
 
     def _link(self, sources: Iterable[int], characters: str, target: int) -> None:
@@ -206,7 +208,7 @@ class Grammar:
                 self.moves[source].setdefault(c, []).append(target)
 
     def _chain(self, sources: set[int], text: str, words: str, field: str | None = None, before: bool = False) -> set[int]:
-        """One node for each character, the first one from any of the sources; where it ends."""
+        """One node for each character, linked from all sources; returns the last nodes."""
         for c in text:
             target = self._node(words, field, before)
             self._link(sources, c, target)
@@ -214,9 +216,9 @@ class Grammar:
         return sources
 
     def _symbols(self, sources: set[int], field: str, before: bool) -> set[int]:
-        """Every symbol of a field, from any of the sources; where they end."""
+        """Every symbol of a field, linked from all sources; returns the last nodes."""
         table = self.tables.get(field)
-        words = self._words(field)
+        words = self._describe_field(field)
         if table and table.names:
             tree, end = {"": sources}, self._node(words, field, before)
             for name in table.names:
@@ -233,7 +235,7 @@ class Grammar:
         return self._chain({node for name, node in nodes.items() if name.endswith("!")}, back, words, field, before)
 
     def _sequence(self, sources: set[int], parts: list[Part], before: bool) -> set[int]:
-        """Parts in a row, those with a field optional."""
+        """Parts in sequence; a part with a field is optional."""
         for front, field, back in parts:
             ends = self._chain(sources, front, repr(front), None, before)
             if field:
@@ -243,33 +245,35 @@ class Grammar:
 
     def _build(self) -> None:
         self.moves: list[dict[str, list[int]]] = []
-        self.belongs: list[tuple[str, str | None, bool]] = []
-        (fresh,) = self._chain({self._node("", None, False)}, self.opening, repr(self.opening))  # the first episode begins here
-        asked = self._sequence({fresh}, self.before, True)
-        ends = self._sequence(self._symbols(asked, "action", False), self.after, False)
-        (self.turned,) = self._chain({fresh}, self.turn, repr(self.turn))  # and here every other one
-        for end in (*ends, self.turned):  # what follows a step or a turn is what follows the opening
-            for c, targets in self.moves[fresh].items():
+        self.incoming: list[tuple[str, str | None, bool]] = []
+        (step_start,) = self._chain(
+            {self._node("", None, False)}, self.opening, repr(self.opening)
+        )  # the first episode starts here
+        open_ends = self._sequence({step_start}, self.before, True)
+        ends = self._sequence(self._symbols(open_ends, "action", False), self.after, False)
+        (self.episode_start,) = self._chain({step_start}, self.separator, repr(self.separator))  # every other episode starts here
+        for end in (*ends, self.episode_start):  # a step or an episode start continues as the opening does
+            for c, targets in self.moves[step_start].items():
                 self.moves[end].setdefault(c, []).extend(targets)
-        self.accepting = {fresh, self.turned} | asked | ends
+        self.accepting = {step_start, self.episode_start} | open_ends | ends
 
-    def _two_readings(self) -> tuple[str, list[int], list[int]] | None:
-        """A shortest text with two accepting paths, and the paths; None where no text has two."""
-        came: dict[tuple[int, int, bool], Any] = {(0, 0, False): None}
-        queue = deque(came)
+    def _find_ambiguity(self) -> tuple[str, list[int], list[int]] | None:
+        """A shortest text with two accepting paths, and the two paths; None if every text has one path."""
+        previous: dict[tuple[int, int, bool], Any] = {(0, 0, False): None}
+        queue = deque(previous)
         while queue:
             here = p, q, parted = queue.popleft()
             if parted and {p, q} <= self.accepting:
                 way = [(here, "")]
-                while came[way[-1][0]]:
-                    way.append(came[way[-1][0]])
+                while previous[way[-1][0]]:
+                    way.append(previous[way[-1][0]])
                 way.reverse()
                 return "".join(c for _, c in way), [p for (p, _, _), _ in way], [q for (_, q, _), _ in way]
             for c in (c for c in self.moves[p] if c in self.moves[q]):
                 for v in self.moves[p][c]:
                     for w in self.moves[q][c]:
-                        if (following := (v, w, parted or v != w)) not in came:
-                            came[following] = here, c
+                        if (following := (v, w, parted or v != w)) not in previous:
+                            previous[following] = here, c
                             queue.append(following)
         return None
 
@@ -277,17 +281,17 @@ class Grammar:
         episodes: Spans = [[]]
         for i in range(len(self.opening), len(path) - 1):
             here, following = path[i], path[i + 1]
-            _, field, before = self.belongs[following]
-            if following == self.turned:
+            _, field, before = self.incoming[following]
+            if following == self.episode_start:
                 episodes.append([])
-            elif before and not self.belongs[here][2]:
+            elif before and not self.incoming[here][2]:
                 episodes[-1].append({})
             if field:
                 step = episodes[-1][-1]
                 step[field] = step.get(field, (i, i))[0], i + 1
         return episodes
 
-    def _describe(self, text: str, path: list[int]) -> str:
+    def _describe_reading(self, text: str, path: list[int]) -> str:
         def brief(step: dict[str, tuple[int, int]]) -> str:
             return "(" + " ".join(f"{field} {text[i:j]!r}" for field, (i, j) in step.items()) + ")"
 
