@@ -142,12 +142,12 @@ def test_a_module_says_what_it_is_and_a_library_module_stays_under_400_lines(pat
 @pytest.mark.parametrize(
     "source, module",
     [
-        ("import lindm_theory.policy", "lindm.evaluation.exact"),
+        ("import lindm_theory.policy", "lindm.evaluation.losses"),
         ("from lindm_theory import policy", "lindm.problems.mdp"),
         ("from lindm.types import MDP", "lindm_theory.policy"),
         ("def f():\n    from lindm import evaluation", "lindm.solvers.dp"),
         ("from lindm.icl.attention import FullAttention", "lindm.families.suites"),
-        ("from ..evaluation import exact", "lindm.problems.mdp"),
+        ("from ..evaluation import losses", "lindm.problems.mdp"),
         ("import numpy as np", "lindm_theory.in_context"),
         ("from jax import random", "lindm_theory.in_context"),
         ("import jax\nx = jax.random.normal(jax.random.key(0))", "lindm_theory.in_context"),
@@ -155,7 +155,7 @@ def test_a_module_says_what_it_is_and_a_library_module_stays_under_400_lines(pat
         ("import torch", "lindm.icl.attention"),
         ("import pickle", "lindm_experiments.harness.runner"),
         ("eval('1')", "lindm_experiments.harness.runner"),
-        ("from lindm_experiments import harness", "lindm.evaluation.exact"),
+        ("from lindm_experiments import harness", "lindm.evaluation.losses"),
         ("from jax._src import core", "lindm.types"),
     ],
 )

@@ -28,12 +28,12 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.evaluation.exact import fixed_model_value, whole_horizon_value
 from lindm.families.prostate import CENTERS, prostate
 from lindm.problems.apomdp import alpha_maxmin, draw_apomdp, single
 from lindm.random import flat
 from lindm.solvers import tree
 from lindm.solvers.belief import branching, num_histories
+from lindm.solvers.criteria import fixed_model_value, whole_horizon_value
 from lindm.types import APOMDP
 from lindm.validate import fraction
 from lindm_experiments.harness.config import check_counts

@@ -34,7 +34,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
-from lindm.evaluation.compare import compare
+from lindm.evaluation.compare import PolicyResult, evaluate
+from lindm.llm.named_policies import PoliciesByName
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.style import COLORS, GREY, MARKERS
@@ -42,7 +43,7 @@ from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 
 SUITES = ("mdp", "pomdp", "apomdp")
-LISTED = 256  # histories of a last stage that are all asked
+MAX_HISTORIES = 256  # histories of a last stage that are all asked
 EPISODES = 4  # sampled of a task with more
 EPSILON = 0.5  # random actions in worse demonstrations
 DEMOS = {"mdp": 2, "pomdp": 5, "apomdp": 5}
@@ -89,8 +90,10 @@ class Config:
         if not any(getattr(self, name) for name in SUITES):
             raise ValueError("mdp, pomdp, apomdp must not all be empty")
         branches = (cloud := language_models.law("apomdp", 1)).M * cloud.O
-        if any(branches ** (h - 1) > LISTED for h in self.apomdp):
-            raise ValueError(f"apomdp must be horizons with at most {LISTED} histories at the last stage; got {self.apomdp}")
+        if any(branches ** (h - 1) > MAX_HISTORIES for h in self.apomdp):
+            raise ValueError(
+                f"apomdp must be horizons with at most {MAX_HISTORIES} histories at the last stage; got {self.apomdp}"
+            )
         if self.more and self.model == language_models.TINY:
             raise ValueError("more must be False for a tiny model, whose vocabulary is that of one format; got True")
 
@@ -144,17 +147,18 @@ def measure(cfg: Config, point: dict) -> dict:
         rewards = "shown" if worse else "auto"
         asked = language_models.options(cfg.model, data, room / "run", rewards=rewards, **training)
         models = {"icl": language_models.before(asked, room / "before"), "sft": language_models.fine_tuned(asked)}
-        told = {f"{kind}:{path}": kind for kind, path in models.items()}
 
         def faced(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
             where = room / split
             recipe = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **how)
-            limits = {"episodes": EPISODES, "listed": LISTED, "template": template, "rewards": rewards}
-            rows = compare(where, language_models.law(name, horizon, split), recipe, [*policies, *told], **limits)
-            known = {policy: policy for policy in policies} | told
-            return {known[row["policy"]]: _kept(row) for row in rows}
+            source = language_models.law(name, horizon, split)
+            known = {policy: policy for policy in policies} | {f"{kind}:{path}": kind for kind, path in models.items()}
+            named = PoliciesByName(tuple(known), source, recipe, template=template, rewards=rewards)
+            limits = {"episodes": EPISODES, "max_histories": MAX_HISTORIES}
+            results = evaluate(source, named, dataset=recipe, data=where, **limits)
+            return {known[result.policy]: _kept(result) for result in results}
 
-        policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behaviour"] if worse else []))
+        policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behavior"] if worse else []))
         found = {"id": faced("id", policies)} | ({} if worse else {"ood": faced("ood", policies)})
         if cfg.more and not worse and horizon == getattr(cfg, name)[0]:
             (room / "renamed.json").write_text(json.dumps(RENAMED))
@@ -163,9 +167,9 @@ def measure(cfg: Config, point: dict) -> dict:
     return {"rows": found}
 
 
-def _kept(row: dict) -> dict:
-    kept = {key: row[key] for key in ("gap_of_value", "action_agreement", "invalid", "method")}
-    return {"gaps": [round(gap, 6) for gap in row["gaps"]]} | {
+def _kept(result: PolicyResult) -> dict:
+    kept = {key: getattr(result, key) for key in ("gap_of_value", "action_agreement", "invalid", "method")}
+    return {"gaps": [round(gap, 6) for gap in result.gaps if gap is not None]} | {
         key: round(value, 6) if isinstance(value, float) else value for key, value in kept.items()
     }
 
@@ -242,10 +246,10 @@ def check(records: list[dict]) -> list[Verdict]:
     worse = [n for n in known if len(gaps(records, "sft", n, demos="worse"))]
     if worse:
         mine = {n: gaps(records, "sft", n, demos="worse") for n in worse}
-        rivals = {n: [gaps(records, policy, n, demos="worse") for policy in ("behaviour", "bc", "icl")] for n in worse}
+        rivals = {n: [gaps(records, policy, n, demos="worse") for policy in ("behavior", "bc", "icl")] for n in worse}
         parts = [mine[n] - theirs for n in worse for theirs in rivals[n][:2]]
         means = {n: [v.mean() for v in (mine[n], *rivals[n])] for n in worse}
-        note = f"SFT / behaviour / bc / ICL: {_said(means)}"
+        note = f"SFT / behavior / bc / ICL: {_said(means)}"
         verdicts.append(mean_verdict("behavior-context", *parts, figure="formats", note=note))
     else:
         verdicts.append(undecided("behavior-context", "worse demonstrations were not measured"))
@@ -323,7 +327,7 @@ def _bars(records: list[dict]) -> Figure:
         shortest = horizons(records, suite)[0]
         groups = [("as trained", {"part": "id", "horizon": shortest}, ("sft", "icl"))]
         groups += [(form, {"part": form}, ("sft", "icl")) for form in FORMATS]
-        groups.append(("worse demos", {"part": "id", "demos": "worse"}, ("sft", "icl", "bc", "behaviour")))
+        groups.append(("worse demos", {"part": "id", "demos": "worse"}, ("sft", "icl", "bc", "behavior")))
         for x, (_, where, policies) in enumerate(groups):
             for i, policy in enumerate(policies):
                 values = gaps(records, policy, suite, **where)

@@ -35,9 +35,10 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
-from lindm.evaluation.compare import compare
+from lindm.evaluation.compare import evaluate
 from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
+from lindm.llm.policy import load_policy
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
 from lindm_experiments.harness.statistics import mean_ci
@@ -208,8 +209,8 @@ def _language(cfg: Config, point: dict) -> dict:
         found = {}
         for M in cfg.asked:
             recipe = DatasetConfig(tasks=cfg.tasks, demos=M, seed=seed + 1)
-            (row,) = compare(room / f"asked-{M}", law, recipe, [f"sft:{run}"])
-            found[str(M)] = [round(gap, 6) for gap in row["gaps"]]
+            (result,) = evaluate(law, {"sft": load_policy(run)}, dataset=recipe)
+            found[str(M)] = [round(gap, 6) for gap in result.gaps if gap is not None]
     return found
 
 

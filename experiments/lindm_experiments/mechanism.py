@@ -33,8 +33,8 @@ from matplotlib.figure import Figure
 
 from lindm.datasets import Dataset, DatasetConfig
 from lindm.evaluation import policies
-from lindm.evaluation.losses import double_precision
-from lindm.evaluation.policies import Tasks
+from lindm.evaluation.compare import read_tasks
+from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.text import Document, Step
@@ -173,14 +173,9 @@ def centred(x: np.ndarray) -> np.ndarray:
 def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, recipe: DatasetConfig) -> dict[str, Any]:
     """Of each task: how the logits go with Q*, and how what is wrong with them goes with what is wrong with either estimate."""
     with double_precision():
-        loaded = Dataset(data).load()
-        tasks = Tasks(
-            problems=[task.problem() for task in loaded],
-            demonstrations=[[episode.steps() for episode in task.demonstrations] for task in loaded],
-            source=source,
-            recipe=recipe,
-        )
-        tables = {"ridge": policies.value_iteration(tasks, pessimistic=False), "layer": policies.layer(tasks)}
+        tasks = read_tasks(Dataset(data))
+        estimators = {"ridge": policies.lsvi(), "layer": policies.layer(source, recipe)}
+        tables = {name: estimator.action_values(tasks) for name, estimator in estimators.items()}
     states = np.array([row.state for row in new.rows])  # [n, H]
     n, H = states.shape
     at = (np.arange(n)[:, None], np.arange(H)[None], states)

@@ -8,7 +8,7 @@ from lindm import datasets
 from lindm.api.problems import as_source
 from lindm.choices import ExportFormat, Rewards
 from lindm.datasets import DatasetConfig, MakeResult
-from lindm.evaluation.losses import double_precision
+from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.executor import Executor

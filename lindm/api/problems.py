@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lindm.evaluation.losses import double_precision
+from lindm.evaluation.environments import double_precision
 from lindm.families import registry, suites
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite

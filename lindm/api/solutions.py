@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lindm.api.problems import as_source
-from lindm.evaluation.losses import double_precision
+from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
 from lindm.solvers import solution_file
 from lindm.solvers import solve as solvers

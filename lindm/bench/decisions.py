@@ -17,18 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from lindm.bench.sft import MISSING, MODEL
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
 from lindm.datasets import Dataset, DatasetConfig, documents, make_dataset, text_format
-from lindm.evaluation.losses import Asked, double_precision, play, world
+from lindm.evaluation.compare import read_tasks
+from lindm.evaluation.environments import Task, double_precision
+from lindm.evaluation.losses import evaluate_policy
+from lindm.evaluation.policy import Observation
 from lindm.families.suites import suite
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
-from lindm.llm.policy import Reader
-from lindm.llm.tokens import load_tokenizer
+from lindm.llm.policy import LanguageModelPolicy
+from lindm.llm.tokens import action_tokens, load_tokenizer
 from lindm.llm.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from lindm.text import COMPACT
 
@@ -50,38 +52,43 @@ def prepare(directory: Path) -> None:
     weights.save(Decoder(MODEL, nnx.Rngs(0)), directory / "model", like=directory / "tokenizer")
 
 
+class _Recording(LanguageModelPolicy):
+    """Keeps the text of every decision and the action taken."""
+
+    def init(self, tasks: Sequence[Task]):
+        self.taken: list[tuple[list[int], int]] = []
+        state = super().init(tasks)
+        return state, [self.prompt(task, state.text) for task in tasks]
+
+    def step(self, state: Any, observation: Observation):
+        state, texts = state
+        parents = observation.parent if observation.stage else observation.task
+        texts = [[*texts[parent], *self.new_tokens(observation, row, state.text)] for row, parent in enumerate(parents)]
+        state, probabilities = super().step(state, observation)
+        self.taken += zip(texts, probabilities.argmax(-1).tolist(), strict=True)
+        return (state, texts), probabilities
+
+
 def run_ours(directory: Path) -> dict[str, Any]:
     """CPU-seconds a decision and of compiling; leaves the questions and our answers for the peer."""
     dataset = Dataset(directory / "data")
-    text, A, H = text_format(dataset, TEMPLATE), dataset.num_actions, dataset.horizon
-    dataset.load()
-    with double_precision():
-        worlds = [world(problem, rewards=True) for problem in dataset.problems()]
-    demos = [text.demonstrations(task) for task in dataset]
-    reader = Reader(weights.load(directory / "model"), load_tokenizer(directory / "model"), text.template, A, jnp.float32)
+    tasks = read_tasks(dataset)
+    model = weights.load(directory / "model"), load_tokenizer(directory / "model"), text_format(dataset, TEMPLATE)
+    policy, recording = LanguageModelPolicy(*model), _Recording(*model)
 
-    def decide() -> list[tuple[int, Asked, int]]:
-        policy, found = reader.policy(demos, H), []
+    def decide(policy: LanguageModelPolicy = policy) -> int:
+        losses = evaluate_policy(tasks, policy, episodes=EPISODES, max_histories=0)
+        return sum(loss.decisions for loss in losses if loss is not None)
 
-        def noted(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
-            chosen = policy(stage, level)
-            found.extend(
-                (i, a, c) for i, (asks, cs) in enumerate(zip(level, chosen, strict=True)) for a, c in zip(asks, cs, strict=True)
-            )
-            return chosen
-
-        play(worlds, noted, episodes=EPISODES, listed=0)
-        return found
-
-    first, answered = timed(decide)
+    first, decisions = timed(decide)
     cost = cpu_seconds(decide, 2)
-    questions = [[*reader._front(demos[i]), *reader._query(asked.steps)] for i, asked, _ in answered[::STRIDE]]
-    actions = [tokens[0] for tokens in reader.actions]
-    assert max(map(len, reader.actions)) == 1
-    given = {"actions": actions, "questions": questions, "answers": [chosen for *_, chosen in answered[::STRIDE]]}
+    decide(recording)
+    actions = [tokens[0] for tokens in action_tokens(recording.tokenizer, TEMPLATE, dataset.num_actions)]
+    questions, answers = zip(*recording.taken[::STRIDE], strict=True)
+    given = {"actions": actions, "questions": questions, "answers": answers}
     (directory / QUESTIONS).write_text(json_module.dumps(given))
     tokens = sum(map(len, questions)) / len(questions)
-    return {"cost": cost / len(answered), "compile": first - cost, "decisions": len(answered), "tokens": tokens}
+    return {"cost": cost / decisions, "compile": first - cost, "decisions": decisions, "tokens": tokens}
 
 
 def run_torch(directory: Path) -> dict[str, Any]:

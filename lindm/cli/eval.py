@@ -2,18 +2,17 @@
 
 import json as json_module
 import sys
-import tempfile
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from lindm.choices import Behavior, Rewards, Split
 from lindm.cli.arguments import Command, Positional, Repeated
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
-SEED = 1_000_000  # far from what training data are made with, so that tasks are new
+if TYPE_CHECKING:
+    from lindm.evaluation.compare import PolicyResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +21,9 @@ class Eval:
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
     """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
-    policy: Annotated[tuple[str, ...], Repeated("POLICY")]
+    policy: Annotated[tuple[str, ...], Repeated("POLICY")] = ()
     """oracle, random, behavior, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; may be
-    given several times."""
+    given several times. [default: all that the problem has and that are cheap]"""
     tasks: int = 50
     """Number of tasks."""
     demos: int = 5
@@ -47,7 +46,7 @@ class Eval:
     """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
     rewards: Rewards | None = None
     """Rewards in the texts of language models. [default: as the model was trained]"""
-    seed: int = SEED
+    seed: int = 1_000_000
     """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""
     out: Path | None = None
     """Directory of the tasks and eval.json. [default: nothing is kept]"""
@@ -62,9 +61,11 @@ def run(options: Eval) -> int:
     from lindm import validate
     from lindm.cli.problems import problem_or_suite
     from lindm.datasets import DatasetConfig
-    from lindm.evaluation import compare
-    from lindm.evaluation.losses import double_precision
+    from lindm.evaluation.compare import PolicyResult, describe, evaluate
+    from lindm.evaluation.environments import double_precision
+    from lindm.evaluation.policies import default_policies
     from lindm.io import manifest
+    from lindm.llm.named_policies import PoliciesByName
 
     validate.count(options.episodes, "episodes")
     with double_precision():
@@ -73,20 +74,24 @@ def run(options: Eval) -> int:
         tasks=options.tasks, demos=options.demos, behavior=options.behavior, epsilon=options.epsilon, seed=options.seed
     )
 
-    about = compare.described(source)
+    about = describe(source)
     what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
     head = [f"{', '.join(what)}; {recipe.tasks} tasks, {recipe.demos} demonstrations each", format_row(HEAD, WIDTHS)]
 
-    def finished(row: dict) -> None:
+    def show(result: PolicyResult) -> None:
         if not options.json:
-            print("\n".join([*head, format_row(_cells(row), WIDTHS)]), flush=True)
+            print("\n".join([*head, format_row(_cells(result), WIDTHS)]), flush=True)
             head.clear()
 
-    kept = tempfile.TemporaryDirectory() if options.out is None else nullcontext(str(options.out))
-    with kept as directory, progress_bar("tasks") as tell:
-        how: dict[str, Any] = {"template": options.template, "rewards": options.rewards}
-        how |= {"episodes": options.episodes, "tell": tell, "finished": finished}
-        rows = compare.compare(Path(directory) / "data", source, recipe, options.policy, **how)
+    names = options.policy or default_policies(source)
+    policies = PoliciesByName(names, source, recipe, template=options.template, rewards=options.rewards)
+
+    data = None if options.out is None else options.out / "data"
+    with progress_bar("tasks") as progress:
+        results = evaluate(
+            source, policies, dataset=recipe, data=data, episodes=options.episodes, progress=progress, on_result=show
+        )
+    rows = [asdict(result) for result in results]
     if options.out is not None:
         files.write_json(options.out / "eval.json", {"rows": rows}, format="lindm-eval-1")
         manifest.write_manifest(options.out, options={k: str(v) for k, v in asdict(options).items()})
@@ -97,24 +102,24 @@ def run(options: Eval) -> int:
     return 0
 
 
-HEAD = ("policy", "gap", "95 %", "of V*", "agreement", "invalid", "n", "method", "decisions/s")
-WIDTHS = (40, 8, 20, 8, 9, 7, 4, 8, 12)
+HEAD = ("policy", "normalized gap", "95 %", "of V*", "agreement", "invalid", "n", "method", "decisions/s")
+WIDTHS = (40, 14, 18, 8, 9, 7, 4, 8, 12)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    if row["gap"] is None:
-        return (row["policy"], "-", "-", "-", "-", "-", "0", row["method"], "-")
-    low, high = row["ci"]
+def _cells(result: "PolicyResult") -> tuple[str, ...]:
+    if result.gap is None or result.ci is None:
+        return (result.policy, "-", "-", "-", "-", "-", "0", result.method, "-")
+    low, high = result.ci
     return (
-        row["policy"],
-        f"{row['gap']:.2%}",
-        f"[{low:.2%}, {high:.2%}]",
-        f"{row['gap_of_value']:.2%}",
-        f"{row['action_agreement']:.1%}",
-        "-" if row["invalid"] is None else f"{row['invalid']:.1%}",
-        str(row["n"]),
-        row["method"],
-        f"{row['decisions_per_s']:,.1f}",
+        result.policy,
+        f"{result.gap:.4f}",
+        f"[{low:.4f}, {high:.4f}]",
+        f"{result.gap_of_value:.2%}",
+        f"{result.action_agreement:.1%}",
+        "-" if result.invalid is None else f"{result.invalid:.1%}",
+        str(result.n),
+        result.method,
+        f"{result.decisions_per_s:,.1f}",
     )
 
 

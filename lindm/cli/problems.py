@@ -31,7 +31,7 @@ def read_problem(words: Sequence[str], horizon: int, discount: float | None, alp
       ValueError: the words name no problem, or an option does not apply.
       DataError: a file is wrong.
     """
-    from lindm.evaluation.losses import double_precision
+    from lindm.evaluation.environments import double_precision
     from lindm.families import registry
 
     with _warnings_as_lines(), double_precision():

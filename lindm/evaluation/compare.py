@@ -1,30 +1,22 @@
-"""Policies on the same held-out tasks: what each loses, exactly where it can be (`lindm eval`).
+"""The comparison behind `lindm eval`: several policies on the same new tasks, a result for each.
 
-A row of the result is one policy:
-
-    gap            (V* - V^pi) / (V* - V^random), mean over tasks; ci: 95 % by a t-distribution over tasks
-    gap_of_value   (V* - V^pi) / |V*|, and its ci
-    action_agreement, n, invalid (of a language model: how often its unconstrained answer is no action), decisions_per_s
-    method         exact, or rollout: the mean over episodes of exact one-step losses; the same seeds for every policy
-
-What is known as a table is evaluated by dynamic programming. Other policies are asked at the histories that they reach, all of
-them where a task has at most `LISTED`. A language model's answer in an MDP depends on the whole episode, so it is a policy over
-histories there too, and those are soon too many.
+Every task of a suite is another problem; of one problem, the tasks differ by their demonstrations. Each problem is solved once,
+for all policies.
 """
 
-import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from lindm.choices import Rewards
-from lindm.datasets import Dataset, DatasetConfig, make_dataset, text_format
-from lindm.errors import DataError, UsageError
-from lindm.evaluation import policies
-from lindm.evaluation.losses import Played, Policy, double_precision, play_all, quality, tabled, world
-from lindm.evaluation.policies import Answers, Tasks
+from lindm.datasets import Dataset, DatasetConfig, make_dataset
+from lindm.datasets.columns import STEP_FIELDS
+from lindm.evaluation.environments import Task, double_precision, make_tasks
+from lindm.evaluation.losses import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
+from lindm.evaluation.policies import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp
@@ -32,191 +24,123 @@ from lindm.solvers import tree
 from lindm.solvers.solve import MEMORY_BUDGET
 from lindm.types import MDP, Problem
 
-LISTED = 2048  # histories of a stage of a task that a policy is asked at
-AT_ONCE = 256  # that a language model is asked in one call, and 16 times as many for the others
-MODELS = ("icl", "sft")
+SEED = 1_000_000  # of the tasks: far from what training data are made with, so that tasks are new
+TASKS = DatasetConfig(tasks=50, seed=SEED)
 
 
-def _check(names: Sequence[str], seen: bool) -> None:
-    """ValueError for a name that no policy of such tasks has; DataError where a model is not there."""
-    for name in names:
-        kind, colon, path = name.partition(":")
-        if not colon:
-            policies.known(name, seen)
-            continue
-        if kind not in MODELS or not path:
-            raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
-        if kind == "sft" and not (Path(path) / "config.json").is_file():
-            raise DataError(f"policy {name}: {path} holds no run of `lindm sft`")
-        if not (model := _model(kind, Path(path))).is_dir():
-            raise DataError(f"policy {name}: {model} is not there" + (": the run is not finished" if kind == "sft" else ""))
-    if double := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ValueError(f"policy must be given once; got {double[0]!r} twice")
+@dataclass(frozen=True, kw_only=True)
+class PolicyResult:
+    """One policy on all tasks; what cannot be evaluated is None. Intervals are 95 %, by a t-distribution over tasks."""
+
+    suite: str  # its name, or the kind of a problem: mdp, pomdp or apomdp
+    horizon: int
+    split: str | None  # of a suite: id or ood
+    policy: str
+    gap: float | None = None  # normalized optimality gap (V* - V^pi) / (V* - V^random), mean over tasks
+    ci: list[float] | None = None
+    gap_of_value: float | None = None  # (V* - V^pi) / |V*|, mean over tasks
+    gap_of_value_ci: list[float] | None = None
+    n: int = 0  # tasks
+    action_agreement: float | None = None  # how often the action is an optimal one
+    method: str  # exact, or rollout: the mean over episodes of exact one-step losses; or why there is no value
+    gaps: list[float | None]  # normalized optimality gap of each task
+    invalid: float | None  # of a language model: how often its likeliest tokens are no action
+    decisions_per_s: float
 
 
-def compare(
-    data: Path,
-    source: Suite | NamedProblem,
-    recipe: DatasetConfig,
-    names: Sequence[str],
+def evaluate(
+    source: Suite | NamedProblem | Problem,
+    policies: Mapping[str, Any] | Sequence[str] | None = None,
     *,
+    dataset: DatasetConfig = TASKS,
+    data: Path | None = None,
     episodes: int = 8,
-    listed: int = LISTED,
-    template: str | None = None,
-    rewards: str | None = None,
-    tell: Callable[[int, int], None] = lambda done, total: None,
-    finished: Callable[[dict], None] = lambda row: None,
-) -> list[dict]:
-    """A row for each policy on the tasks of a recipe; the dataset is made, or found, in `data`.
-
-    Every task of a suite is another problem; of one problem, the tasks differ by their demonstrations.
+    max_histories: int = MAX_HISTORIES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_result: Callable[[PolicyResult], None] = lambda result: None,
+) -> list[PolicyResult]:
+    """A result for each policy on the tasks of a dataset.
 
     Args:
-      episodes: of a task, sampled where a policy is asked and a task has more than `listed` histories at its last stage.
-      template, rewards: of the texts that language models read, as of `lindm sft` [default: as the model was trained, or as
-        `lindm sft` would].
-      tell: hears (tasks made, tasks in all); finished: hears every row.
+      source: a suite, whose tasks are problems of their own, or one problem.
+      policies: by name, each a policy of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history;
+        or names of `lindm.evaluation.policies.POLICIES` [default: all of these that are cheap]. A mapping is read one policy at
+        a time.
+      dataset: how many tasks and demonstrations, and by whom.
+      data: directory where the dataset is made, or is already [default: a temporary one].
+      episodes: sampled of a task where a policy reaches more than `max_histories` histories at the last stage.
+      progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Raises:
       ValueError: a policy that these tasks do not have; a horizon whose histories do not fit in memory.
-      LindmError: bad models or data (3), or a run that was trained on these very tasks (2).
     """
-    law = source.problem if isinstance(source, NamedProblem) else source
-    _check(names, law.O == 0 if isinstance(law, Suite) else isinstance(law, MDP))
-    for name in names:
-        if name.startswith("sft:"):
-            _held_out(Path(name[4:]), source, recipe)
-    if not isinstance(law, Suite):
-        _fits(law)
-    if rewards is not None and rewards not in get_args(Rewards):
-        raise ValueError(f"rewards must be one of {', '.join(get_args(Rewards))}; got {rewards!r}")
-    told = {key: value for key, value in (("template", template), ("rewards", rewards)) if value is not None}
-    if told and not any(":" in name for name in names):
-        raise ValueError(f"{next(iter(told))} must be left out without a language model; got {next(iter(told.values()))!r}")
+    names = default_policies(source) if policies is None else tuple(policies)
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"policy must be given once; got {twice[0]!r} twice")
+    if not isinstance(policies, Mapping):
+        policies = {name: make_policy(name, source, dataset) for name in names}
+    if not isinstance(source, Suite):
+        check_memory(source.problem if isinstance(source, NamedProblem) else source)
+    kept = tempfile.TemporaryDirectory() if data is None else nullcontext(str(data))
+    with kept as directory:
+        with double_precision():
+            make_dataset(Path(directory), source, dataset, progress=progress)
+        tasks = read_tasks(Dataset(Path(directory)))
+    about, results = describe(source), []
+    for name in policies:
+        policy = policies[name]
+        start = time.perf_counter()
+        losses = evaluate_policy(tasks, policy, episodes=episodes, seed=dataset.seed, max_histories=max_histories)
+        result = _result(about, name, losses, max_histories, time.perf_counter() - start)
+        results.append(result)
+        on_result(result)
+    return results
+
+
+def read_tasks(dataset: Dataset) -> list[Task]:
+    """The tasks of a dataset; their demonstrations show all that is observed in them, and rewards."""
+    shown = STEP_FIELDS if dataset.kind == "mdp" else STEP_FIELDS - {"state"}
+    dataset.load()
     with double_precision():
-        make_dataset(data, source, recipe, progress=tell)
-        dataset = Dataset(data)
-        dataset.load()
         problems = dataset.problems()
-    demos = [[episode.steps() for episode in task.demonstrations] for task in dataset]
-    tasks = Tasks(problems=problems, demonstrations=demos, source=law, recipe=recipe)
-    worlds = {False: policies.once_each(problems, world)}
-    found, limits = [], {"episodes": episodes, "listed": listed}
-    for name in names:
-        kind, _, path = name.partition(":")
-        begun, asked = time.perf_counter(), [0]
-        if path:
-            reader, answers, shown = _language_model(kind, Path(path), dataset, told)
-            if shown not in worlds:
-                worlds[shown] = policies.once_each(problems, lambda problem, shown=shown: world(problem, shown))
-            played = _asked(worlds[shown], answers, asked, recipe.seed, AT_ONCE, **limits)
-        else:
-            reader, policy = None, policies.policy(name, tasks)
-            if isinstance(policy, Answers):
-                played = _asked(worlds[False], policy, asked, recipe.seed, 16 * AT_ONCE, **limits)
-            else:
-                played = [tabled(one, table) for one, table in zip(worlds[False], policy, strict=True)]
-                asked[0] = sum(_rows(table) for table in policy)
-        seconds = time.perf_counter() - begun
-        row = described(source) | _row(name, played, listed)
-        row["invalid"] = None if reader is None else reader.invalid / max(reader.answered, 1)
-        row["decisions_per_s"] = asked[0] / seconds
-        found.append(row)
-        finished(row)
-    return found
+    demonstrations = [[episode.steps(shown) for episode in task.demonstrations] for task in dataset]
+    return make_tasks(problems, demonstrations, dataset.names)
 
 
-def _rows(table: Any) -> int:
-    """Decisions that a table holds."""
-    return sum(len(stage) for stage in table)
-
-
-def described(source: Suite | NamedProblem) -> dict[str, Any]:
-    """What a row says of its tasks; the suite of a problem of its own is its kind."""
+def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:
+    """Suite (of a problem its kind), horizon and split."""
     if isinstance(source, Suite):
         return {"suite": source.name, "horizon": source.horizon, "split": source.split}
-    kind, one = type(source.problem).__name__.lower(), source.problem
-    return {"suite": kind, "horizon": one.horizon, "split": None}
+    problem = source.problem if isinstance(source, NamedProblem) else source
+    return {"suite": kind_of(problem), "horizon": problem.horizon, "split": None}
 
 
-def _fits(problem: Problem) -> None:
-    """ValueError where the table over all histories does not fit."""
+def check_memory(problem: Problem) -> None:
+    """ValueError where the action values at all histories do not fit in memory."""
     if isinstance(problem, MDP):
         return
     with double_precision():
         needed = tree.memory_bytes(as_apomdp(problem))
     if needed > MEMORY_BUDGET:
-        room = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
-        raise ValueError(f"horizon must be short enough that all histories fit in {room}")
+        limit = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
+        raise ValueError(f"horizon must be short enough that all histories fit in {limit}")
 
 
-def _row(name: str, played: Sequence[Played | None], listed: int) -> dict[str, Any]:
-    known = [one for one in played if one is not None]
-    row: dict[str, Any] = {"policy": name}
-    if not known:
-        return row | {"gap": None, "ci": None, "n": 0, "method": f"none: every task has more than {listed} histories"}
-    found = quality(known)
-    row |= {"gap": found["gap"], "ci": found["gap_ci"], "gap_of_value": found["gap_of_value"]}
-    row |= {"gap_of_value_ci": found["gap_of_value_ci"], "n": found["n"], "action_agreement": found["agreement"]}
-    return row | {"method": found["method"], "gaps": [None if one is None else one.relative for one in played]}
-
-
-def _asked(
-    worlds: Sequence[Any], answers: Answers, asked: list[int], seed: int, at_once: int, *, episodes: int, listed: int
-) -> list[Played | None]:
-    """Played by asking, with the questions counted."""
-
-    def counting(given: Sequence[Any]) -> Policy:
-        answer = answers.policy(given)
-
-        def counted(stage: int, level: list[list[Any]]) -> Sequence[Sequence[int]]:
-            asked[0] += sum(map(len, level))
-            return answer(stage, level)
-
-        return counted
-
-    return play_all(worlds, answers.given, counting, episodes=episodes, seed=seed, listed=listed, at_once=at_once)
-
-
-# --- language models -------------------------------------------------------------------------------------------------------
-
-
-def _model(kind: str, path: Path) -> Path:
-    return path / "model" if kind == "sft" else path
-
-
-def _language_model(kind: str, path: Path, dataset: Dataset, told: Mapping[str, Any]) -> tuple[Any, Answers, bool]:
-    """The reader of a model, its policy, and whether it is told rewards; `told` goes before what it was trained with."""
-    import jax
-    import jax.numpy as jnp
-
-    from lindm.llm.io import weights
-    from lindm.llm.parallel.sharding import make_mesh
-    from lindm.llm.policy import Reader
-    from lindm.llm.tokens import load_tokenizer
-
-    options = json.loads((path / "config.json").read_text())["options"] if kind == "sft" else {}
-    options |= told
-    text = text_format(dataset, options.get("template"), options.get("rewards", "auto"), options.get("names", False))
-    directory, device = _model(kind, path), jax.devices()[:1]
-    dtype = jnp.float32 if device[0].platform == "cpu" else jnp.bfloat16
-    model = weights.load(directory, mesh=make_mesh({"fsdp": 1}, device))
-    reader = Reader(model, load_tokenizer(directory), text.template, dataset.num_actions, dtype)
-    demonstrations = [text.demonstrations(task) for task in dataset]
-    if (needed := reader.longest(demonstrations)) > (room := model.config.max_position_embeddings):
-        raise DataError(
-            f"policy {kind}:{path}: texts must have at most the {room} tokens of the model; the longest has about {needed}"
-        )
-    return reader, Answers(demonstrations, lambda some: reader.policy(some, dataset.horizon)), text.shows_rewards
-
-
-def _held_out(run: Path, source: Suite | NamedProblem, recipe: DatasetConfig) -> None:
-    """UsageError where the run was trained on tasks of the same law and seed, which are the same tasks."""
-    config = json.loads((run / "config.json").read_text())["options"]
-    trained = Path(config["data"])
-    if not (trained / "manifest.json").is_file():
-        return  # a file, or no longer there: nothing to compare with
-    dataset = Dataset(trained)
-    same = isinstance(source, Suite) and dataset.suite == json.loads(json.dumps(asdict(source)))
-    if same and dataset.config.seed == recipe.seed:
-        raise UsageError(f"seed must not be {recipe.seed}: {run} was trained on these tasks ({trained})")
+def _result(
+    about: Mapping[str, Any], name: str, losses: Sequence[PolicyLoss | None], max_histories: int, seconds: float
+) -> PolicyResult:
+    known = [loss for loss in losses if loss is not None]
+    decisions = sum(loss.decisions for loss in known)
+    found: dict[str, Any] = {"method": f"none: every task has more than {max_histories} histories"}
+    if known:
+        found = summarize(known)
+        found["ci"], found["action_agreement"] = found.pop("gap_ci"), found.pop("agreement")
+    counts = [loss.invalid for loss in known if loss.invalid is not None]
+    return PolicyResult(
+        **about,
+        **found,
+        policy=name,
+        gaps=[None if loss is None else loss.normalized_gap for loss in losses],
+        invalid=sum(counts) / max(decisions, 1) if counts else None,
+        decisions_per_s=decisions / seconds,
+    )

@@ -1,303 +1,230 @@
-r"""What a policy over texts loses on a problem: it is asked at the histories that it reaches, all of one stage at once.
+r"""What a policy loses on tasks: exactly, over all histories that it reaches, or over those of sampled episodes.
 
-A policy sees the history, as steps that a template can write, and answers with an action. What it loses against the optimal
-value is, by the performance difference identity (Kakade, Langford, 2002),
+What a policy loses against the optimal value is, by the performance difference identity (Kakade, Langford, 2002),
 
-    V* - V^pi = sum_h E_{history_h ~ pi} [ max_a Q*_h(history_h, a) - Q*_h(history_h, pi(history_h)) ],
+    V* - V^pi = sum_h E_{history_h ~ pi} [ max_a Q*_h(history_h, a) - sum_a pi(a | history_h) Q*_h(history_h, a) ],
 
-an expectation of exact one-step losses. Where the histories that the policy reaches are few they are all asked, each with its
-probability, and the loss is exact; otherwise the expectation is taken over sampled episodes: an estimate that is far less noisy
-than returns, and without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the
-identity does not hold; there the policy's answers fill a table over all histories, and the recursion of `lindm.solvers.tree`
-gives its value.
-
-The policy is not told the rewards where the state is hidden: they could tell it of the state what the oracle does not know, and
-the difference to the oracle would no longer be a loss.
-
-A policy that is known as a table, over stages and states of an MDP or over histories (`tree.Policy`), needs no asking: `tabled`
-has its loss by dynamic programming.
+an expectation of exact one-step losses. Where the histories that the policy reaches are few it is stepped at all of them, each
+with its probability, and the loss is exact; histories of an MDP that end in the same state are one where the policy acts on the
+state alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate that is far less noisy than
+returns, and without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the identity
+does not hold; there the policy's actions fill a table over all histories, and the recursion of `lindm.solvers.tree` gives its
+value.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.problems.apomdp import as_apomdp
-from lindm.solvers import dp, tree
-from lindm.solvers.belief import branching, child_history, children, first_history, joint_kernel, normalize, step_index
-from lindm.solvers.ties import optimal_actions
-from lindm.text import Step
-from lindm.types import APOMDP, MDP, POMDP, Problem
+from lindm.evaluation.environments import (
+    NO_HISTORIES,
+    BeliefEnvironment,
+    Environment,
+    Histories,
+    MDPEnvironment,
+    Task,
+    double_precision,
+)
+from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy
+from lindm.solvers import tree
 
-LISTED = 2048  # histories of one stage of one task that are all asked
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One history at which the policy is asked."""
-
-    parent: int  # which history of the stage before it continues; -1 at the first stage
-    steps: tuple[Step, ...]  # of the episode so far; the last one is open
-
-
-Policy = Callable[[int, list[list[Asked]]], Sequence[Sequence[int]]]
-"""(stage, the histories of each task) -> an action for each. Stages come in order, from 0, once."""
+MAX_HISTORIES = 2048  # of one stage of one task that a policy is stepped at
+SEEN = ("state", "action", "model", "observation", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Played:
+class PolicyLoss:
     """What a policy loses on one task, in units of reward."""
 
-    gap: float  # V* - V^pi
-    agreement: float  # how often it takes an optimal action, over the histories it reaches
-    optimal: float  # V*
-    uniform: float  # V of uniformly random actions
+    suboptimality: float  # V* - V^pi
+    agreement: float  # how often it takes an optimal action, over the histories that it reaches
+    optimal_value: float  # V*
+    uniform_value: float  # V of uniformly random actions
     exact: bool
+    decisions: int  # histories at which the policy was stepped
+    invalid: int | None = None  # of a language model: at how many its likeliest tokens were no action
 
     @property
-    def relative(self) -> float:
-        """The gap as a share of what random play loses."""
-        return self.gap / (self.optimal - self.uniform)
+    def normalized_gap(self) -> float:
+        """The normalized optimality gap: 0 is optimal, 1 is the uniformly random policy."""
+        return self.suboptimality / (self.optimal_value - self.uniform_value)
 
 
-@dataclass(frozen=True)
-class Node:
-    stage: int
-    weight: float  # probability, or one over the number of episodes
-    at: int  # the state, or the number of the history within its stage
-    steps: tuple[Step, ...]
-    belief: np.ndarray | None = None
-    parent: int = -1
+def evaluate_policy(
+    tasks: Sequence[Task], policy: Any, *, episodes: int = 8, seed: int = 0, max_histories: int = MAX_HISTORIES
+) -> list[PolicyLoss | None]:
+    """What a policy loses on each task. Tasks must have one kind, horizon and number of actions.
+
+    Args:
+      policy: of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history.
+      episodes: sampled of a task with more than `max_histories` histories at its last stage; task i draws them from (seed, i).
+    Returns: None for a task of an APOMDP with more than `max_histories`.
+
+    Raises:
+      ValueError: tasks of several horizons, or what the policy returns is not action probabilities [n, A].
+    """
+    policy = as_policy(policy)
+    if len(horizons := {task.known.horizon for task in tasks}) > 1:
+        raise ValueError(f"tasks must have one horizon; got {sorted(horizons)}")
+    limit = None if getattr(policy, "exhaustive", False) else max_histories
+
+    def histories(env: Environment) -> int:
+        """About how many of a task the policy is stepped at together."""
+        if _merges(policy, env):
+            return env.num_states
+        n = env.num_histories()
+        if limit is None:
+            return n * env.num_actions ** (env.horizon - 1)  # it may be stochastic
+        return n if n <= limit else episodes
+
+    together = max(1, getattr(policy, "batch_size", BATCH_SIZE) // max((histories(task.known) for task in tasks), default=1))
+    found: list[PolicyLoss | None] = []
+    for first in range(0, len(tasks), together):
+        found += _evaluate(tasks[first : first + together], policy, episodes, [seed, first], limit)
+    return found
 
 
-class _States:
-    """An MDP: histories end in the state that is seen."""
+def _merges(policy: Any, env: Environment) -> bool:
+    return isinstance(env, MDPEnvironment) and getattr(policy, "markov", False)
 
-    def __init__(self, problem: MDP, rewards: bool):
-        plan = dp.backward_induction(problem)
-        A = problem.num_actions
-        uniform = dp.policy_value(problem, jnp.full(problem.r.shape, 1 / A, problem.r.dtype))
-        self.problem = problem
-        self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
-        self.table, self.rewards, self.horizon = np.asarray(plan.Q), rewards, len(self.r)
-        self.best = optimal_actions(self.table)
-        self.optimal, self.uniform = float(self.rho @ plan.V[0]), float(self.rho @ uniform[0])
 
-    def most(self) -> int:
-        return int((self.rho > 0).sum()) * int((self.P > 0).sum(-1).max()) ** (self.horizon - 1)
+class _Walk:
+    """The histories of one task, stage by stage, and what the policy has lost there so far."""
 
-    def start(self, sampled: np.random.Generator | None, episodes: int) -> list[Node]:
-        if sampled is None:
-            return [Node(0, float(p), s, (Step(None, state=s),)) for s, p in enumerate(self.rho) if p > 0]
-        states = [_draw(sampled, self.rho) for _ in range(episodes)]
-        return [Node(0, 1 / episodes, s, (Step(None, state=s),)) for s in states]
+    def __init__(self, env: Environment, merges: bool, limit: int | None, exact: bool, episodes: int, seeds: Sequence[int]):
+        self.env, self.merges, self.limit, self.exact = env, merges, limit, exact
+        self.evaluated = exact or not env.ambiguous
+        self.rng = None if exact else np.random.default_rng(seeds)
+        self.rng_of_actions = np.random.default_rng([*seeds, 1])  # so that a policy that draws none has the same episodes
+        self.at = env.start(self.rng, episodes) if self.evaluated else NO_HISTORIES
+        self.lost = self.agreed = self.reached = 0.0
+        self.decisions, self.invalid = 0, None
+        self.table: list[np.ndarray] = []  # of an ambiguous problem
 
-    def expand(self, node: Node, a: int, sampled: np.random.Generator | None) -> list[Node]:
-        law = self.P[min(node.stage, len(self.P) - 1), node.at, a]
-        reward = float(self.r[node.stage, node.at, a]) if self.rewards else None
-        past = (*node.steps[:-1], Step(a, state=node.at, reward=reward))
-        nexts = [(s, p) for s, p in enumerate(law) if p > 0] if sampled is None else [(_draw(sampled, law), 1.0)]
-        return [Node(node.stage + 1, node.weight * float(p), s, (*past, Step(None, state=s))) for s, p in nexts]
+    def step(self, stage: int, probabilities: np.ndarray, invalid: np.ndarray | None) -> None:
+        env, at = self.env, self.at
+        Q, optimal = env.Q_at(stage, at)
+        weight = at.weight
+        self.lost += float(weight @ (Q.max(-1) - (probabilities * Q).sum(-1)))
+        self.agreed += float(weight @ (probabilities * optimal).sum(-1))
+        self.reached += float(weight.sum())
+        self.decisions += len(at)
+        if invalid is not None:
+            self.invalid = (self.invalid or 0) + int(invalid.sum())
+        if isinstance(env, BeliefEnvironment) and env.ambiguous:
+            self.table.append(_table(env.branching**stage, at, probabilities))
+        if stage + 1 == env.horizon:
+            return
+        actions = probabilities.argmax(-1)
+        if self.rng is not None and (probabilities.max(-1) < 1).any():
+            u = self.rng_of_actions.random(len(at))
+            cdf = probabilities.cumsum(-1)
+            actions = (cdf <= (u * cdf[:, -1])[:, None]).sum(-1)
+        self.at = env.step(stage, at, probabilities, self.rng, actions)
+        if self.merges:
+            assert isinstance(env, MDPEnvironment)
+            self.at = env.merged(self.at)
+        elif self.exact and self.limit is not None and len(self.at) > self.limit:
+            self.at, self.evaluated = NO_HISTORIES, False  # a stochastic policy reaches too many
 
-    def Q(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
-        """Q* [A], and which actions are optimal [A]."""
-        return self.table[node.stage, node.at], self.best[node.stage, node.at]
-
-    def tabled(self, table: Any) -> Played:
-        table = np.asarray(table)
-        reach = np.asarray(dp.occupancy(self.problem, jnp.asarray(table)))
-        value = self.rho @ np.asarray(dp.policy_value(self.problem, jnp.asarray(table)))[0]
-        right = sum(float(reach[h] @ _agreed(self.best[h], table[h])[1]) for h in range(self.horizon))
-        agreement = right / float(reach.sum())
-        return Played(
-            gap=self.optimal - float(value), agreement=agreement, optimal=self.optimal, uniform=self.uniform, exact=True
+    def result(self) -> PolicyLoss | None:
+        env = self.env
+        if not self.evaluated:
+            return None
+        suboptimality = self.lost
+        if isinstance(env, BeliefEnvironment) and env.ambiguous:
+            with double_precision():
+                value = tree.policy_value(env.apomdp, tuple(map(jnp.asarray, self.table)))
+            suboptimality = env.optimal_value - float(value)
+        return PolicyLoss(
+            suboptimality=suboptimality,
+            agreement=self.agreed / self.reached,
+            optimal_value=env.optimal_value,
+            uniform_value=env.uniform_value,
+            exact=self.exact,
+            decisions=self.decisions,
+            invalid=self.invalid,
         )
 
 
-class _Histories:
-    """A POMDP or an ambiguous one: histories of actions, models and observations, numbered as in `lindm.solvers.tree`."""
-
-    def __init__(self, problem: POMDP | APOMDP):
-        cloud = as_apomdp(problem)
-        self.apomdp, self.branches, self.ambiguous = cloud, branching(cloud), isinstance(problem, APOMDP)
-        self.table, self.horizon = np.asarray(tree.tree(cloud).Q), cloud.horizon
-        self.best = optimal_actions(self.table, per_row=True)
-        self.optimal, self.uniform = float(self.table[0].max()), float(tree.uniform_value(cloud))
-        self.K = [np.asarray(joint_kernel(cloud, t)) for t in range(self.horizon)]
-
-    def most(self) -> int:
-        _, M, O = self.K[0].shape[:3]
-        return (M * O) ** (self.horizon - 1)
-
-    def start(self, sampled: np.random.Generator | None, episodes: int) -> list[Node]:
-        n = 1 if sampled is None else episodes
-        return [Node(0, 1 / n, 0, (Step(None),), np.asarray(self.apomdp.models.rho)) for _ in range(n)]
-
-    def expand(self, node: Node, a: int, sampled: np.random.Generator | None) -> list[Node]:
-        assert node.belief is not None
-        K = self.K[node.stage][a]  # [M, O, S, S]
-        M, O = K.shape[:2]
-        beliefs, mass = normalize(children(K, node.belief))
-        if sampled is None:
-            nexts = [(m, o) for m in range(M) for o in range(O) if mass[m, o] > 0]
-        else:
-            nexts = [divmod(_draw(sampled, mass.reshape(-1)), O)]
-        found = []
-        for m, o in nexts:
-            step = Step(a, model=m if self.ambiguous else None, observation=o)
-            at = child_history(self.apomdp, node.stage, node.at, step_index(self.apomdp, a, m, o))
-            weight = node.weight * (float(mass[m, o]) if sampled is None else 1.0)
-            belief = np.broadcast_to(beliefs[m, o], node.belief.shape)
-            found.append(Node(node.stage + 1, weight, at, (*node.steps[:-1], step, Step(None)), belief))
-        return found
-
-    def Q(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
-        """Q* [A], and which actions are optimal [A]."""
-        row = first_history(self.branches, node.stage) + node.at
-        return self.table[row], self.best[row]
-
-    def tabled(self, table: Any) -> Played:
-        value = float(tree.policy_value(self.apomdp, tuple(map(jnp.asarray, table))))
-        belief = np.asarray(self.apomdp.models.rho)[None]  # [histories, M, S], not normalised
-        weight, right, reached = np.ones(1), 0.0, 0.0
-        for t in range(self.horizon):
-            first = first_history(self.branches, t)
-            weights, agreed = _agreed(self.best[first : first + self.branches**t], np.asarray(table[t]))
-            mass = belief.sum(-1).max(-1)
-            met = weight * ((mass > 0) if self.ambiguous else mass)
-            right, reached = right + float(met @ agreed), reached + float(met.sum())
-            if t + 1 < self.horizon:
-                K = self.K[t]
-                belief = np.einsum("amosu,nms->amonu", K, belief).reshape(-1, 1, K.shape[-1])
-                belief = np.broadcast_to(belief, (len(belief), *self.apomdp.models.rho.shape))
-                shape = (*K.shape[:3], len(weight))
-                weight = np.broadcast_to((weight[:, None] * weights).T[:, None, None], shape).reshape(-1)
-        return Played(gap=self.optimal - value, agreement=right / reached, optimal=self.optimal, uniform=self.uniform, exact=True)
-
-
-@contextlib.contextmanager
-def double_precision() -> Iterator[None]:
-    """Oracles compute in double precision and on the CPU, whatever the model beside them computes in."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
-
-
-def _draw(rng: np.random.Generator, law: np.ndarray) -> int:
-    cdf = np.cumsum(law)
-    return int(np.searchsorted(cdf, rng.random() * cdf[-1], side="right"))
-
-
-World = _States | _Histories
-
-
-def world(problem: Problem, rewards: bool = False) -> World:
-    """A problem solved, ready to be played any number of times; `rewards`: whether the steps of an MDP tell them."""
-    with double_precision():
-        return _States(problem, rewards) if isinstance(problem, MDP) else _Histories(problem)
-
-
-def asked_at_once(world: World, episodes: int, listed: int = LISTED) -> int:
-    """At most so many histories of the world are asked about at one stage."""
-    return most if (most := world.most()) <= listed else episodes
-
-
-def play(
-    worlds: Sequence[World], policy: Policy, *, episodes: int = 8, seed: int = 0, first: int = 0, listed: int = LISTED
-) -> list[Played | None]:
-    """What the policy loses on each world, all of one horizon; the tasks are asked together, stage by stage.
-
-    Args:
-      episodes: sampled where a task has more than `listed` histories at its last stage; world i draws them from
-        (seed, first + i), so that some worlds at a time are played as all of them would be.
-    Returns: None for an ambiguous problem that has more than `listed`.
-    """
-    if len({world.horizon for world in worlds}) != 1:
-        raise ValueError(f"worlds must have one horizon; got {sorted({world.horizon for world in worlds})}")
-    every = [world.most() <= listed for world in worlds]
-    lists = [e or not (isinstance(w, _Histories) and w.ambiguous) for e, w in zip(every, worlds, strict=True)]
-    rngs = [None if e else np.random.default_rng([seed, first + i]) for i, e in enumerate(every)]
-    level = [w.start(rng, episodes) if ok else [] for w, rng, ok in zip(worlds, rngs, lists, strict=True)]
-    lost, agreed, reached = np.zeros(len(worlds)), np.zeros(len(worlds)), np.zeros(len(worlds))
-    tables: list[list[np.ndarray]] = [[] for _ in worlds]
-    for t in range(worlds[0].horizon):
-        answers = policy(t, [[Asked(node.parent, node.steps) for node in nodes] for nodes in level])
-        following: list[list[Node]] = []
-        for i, (world, nodes, actions) in enumerate(zip(worlds, level, answers, strict=True)):
-            ambiguous = world if isinstance(world, _Histories) and world.ambiguous else None
-            if ambiguous:
-                tables[i].append(np.zeros(ambiguous.branches**t if nodes else 0, np.int32))  # what is not reached does not matter
-            children: list[Node] = []
-            for number, (node, action) in enumerate(zip(nodes, actions, strict=True)):
-                a, (Q, best) = int(action), world.Q(node)
-                loss = float(Q.max() - Q[a])
-                lost[i] += node.weight * loss
-                weight = 1.0 if ambiguous else node.weight
-                agreed[i] += weight * bool(best[a])
-                reached[i] += weight
-                if ambiguous:
-                    tables[i][t][node.at] = a
-                if t + 1 < world.horizon:
-                    children += [_child(child, number) for child in world.expand(node, a, rngs[i])]
-            following.append(children)
-        level = following
-    found: list[Played | None] = []
-    for i, (world, ok) in enumerate(zip(worlds, lists, strict=True)):
-        if not ok:
-            found.append(None)
-            continue
-        gap = float(lost[i])
-        if isinstance(world, _Histories) and world.ambiguous:
-            with double_precision():
-                gap = world.optimal - float(tree.policy_value(world.apomdp, tuple(map(jnp.asarray, tables[i]))))
-        share = float(agreed[i] / reached[i])
-        found.append(Played(gap=gap, agreement=share, optimal=world.optimal, uniform=world.uniform, exact=every[i]))
+def _evaluate(
+    tasks: Sequence[Task], policy: Any, episodes: int, seeds: list[int], limit: int | None, sampled: bool = False
+) -> list[PolicyLoss | None]:
+    """`evaluate_policy` of tasks that are stepped together; `seeds`: the seed and the number of the first task."""
+    walks = []
+    for i, env in enumerate(task.known for task in tasks):
+        merges = _merges(policy, env)
+        exact = not sampled and (merges or limit is None or env.num_histories() <= limit)
+        walks.append(_Walk(env, merges, limit, exact, episodes, [seeds[0], seeds[1] + i]))
+    if any(walk.evaluated for walk in walks):
+        state, before = policy.init(tasks), np.zeros(len(walks), int)
+        for stage in range(tasks[0].known.horizon):
+            counts = np.array([len(walk.at) for walk in walks])
+            if not counts.any():
+                break
+            observation = _observation(stage, walks, before)
+            state, probabilities = policy.step(state, observation)
+            probabilities = _checked(probabilities, len(observation), tasks[0].known.num_actions)
+            invalid = getattr(state, "invalid", None)  # [n], of a language model
+            parts = np.cumsum(counts)[:-1]
+            flags = [None] * len(walks) if invalid is None else np.split(np.asarray(invalid), parts)
+            for walk, rows, flag in zip(walks, np.split(probabilities, parts), flags, strict=True):
+                if len(walk.at):
+                    walk.step(stage, rows, flag)
+            before = counts
+    found = [walk.result() for walk in walks]
+    for i, (walk, task) in enumerate(zip(walks, tasks, strict=True)):
+        if found[i] is None and not walk.env.ambiguous:
+            (found[i],) = _evaluate([task], policy, episodes, [seeds[0], seeds[1] + i], limit, sampled=True)
     return found
 
 
-def play_all(
-    worlds: Sequence[World],
-    given: Sequence[Any],
-    policy: Callable[[Sequence[Any]], Policy],
-    *,
-    episodes: int,
-    seed: int,
-    listed: int,
-    at_once: int,
-) -> list[Played | None]:
-    """`play` of a policy made from what is given of each task; about `at_once` histories are asked at a time."""
-    together = max(1, at_once // max(asked_at_once(one, episodes, listed) for one in worlds))
-    found: list[Played | None] = []
-    for at in range(0, len(worlds), together):
-        some = slice(at, at + together)
-        found += play(worlds[some], policy(given[some]), episodes=episodes, seed=seed, first=at, listed=listed)
+def _observation(stage: int, walks: Sequence[_Walk], before: np.ndarray) -> Observation:
+    """The histories of all tasks as one observation; `before`: how many each task had at the stage before."""
+    offsets = np.concatenate([[0], np.cumsum(before)[:-1]]) if stage else np.zeros(len(walks), int)
+    levels = [(i, walk.at) for i, walk in enumerate(walks) if len(walk.at)]
+
+    def joined(name: str) -> np.ndarray | None:
+        parts = [getattr(at, name) for _, at in levels]
+        return None if not parts or parts[0] is None else np.concatenate(parts)
+
+    return Observation(
+        stage=stage,
+        task=np.concatenate([np.zeros(0, int), *(np.full(len(at), i) for i, at in levels)]),
+        parent=np.concatenate([np.zeros(0, int), *(at.parent + offsets[i] for i, at in levels)]),
+        **{name: joined(name) for name in SEEN},
+    )
+
+
+def _checked(probabilities: Any, n: int, num_actions: int) -> np.ndarray:
+    found = np.asarray(probabilities, float)
+    if found.shape != (n, num_actions):
+        raise ValueError(f"a policy must return action probabilities of shape {(n, num_actions)}; got {found.shape}")
+    if not ((found >= 0).all() and np.allclose(found.sum(-1), 1, atol=1e-6)):
+        row = int((~((found >= 0).all(-1) & np.isclose(found.sum(-1), 1, atol=1e-6))).argmax())
+        raise ValueError(f"action probabilities must not be negative and sum to 1; got {found[row].tolist()}")
     return found
 
 
-def tabled(world: World, table: Any) -> Played:
-    """What a policy given as a table loses, exactly.
-
-    Args:
-      table: of an MDP actions [H, S] or probabilities [H, S, A]; otherwise a `tree.Policy`: at every history of each stage.
-    """
-    with double_precision():
-        return world.tabled(table)
-
-
-def _agreed(best: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [n, A] of a table's rows, and of each row that its action is an optimal one [n]; best [n, A] bool."""
-    weights = np.eye(best.shape[-1])[table] if np.issubdtype(table.dtype, np.integer) else table
-    return weights, (weights * best).sum(-1)
+def _table(size: int, at: Histories, probabilities: np.ndarray) -> np.ndarray:
+    """A stage of a `tree.Policy` [size] or [size, A]; what is not reached does not matter."""
+    if (probabilities.max(-1) == 1).all():
+        table = np.zeros(size, np.int32)
+        table[at.index] = probabilities.argmax(-1)
+    else:
+        table = np.zeros((size, probabilities.shape[-1]))
+        table[at.index] = probabilities
+    return table
 
 
-def quality(played: Sequence[Played]) -> dict[str, Any]:
+def summarize(losses: Sequence[PolicyLoss]) -> dict[str, Any]:
     """Means over tasks, with 95 % intervals by a t-distribution over tasks.
 
-    gap: (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|; agreement: how often the action is an optimal one.
+    gap: the normalized optimality gap, (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|; agreement: how often the
+    action is an optimal one; method: exact or rollout.
     """
     from scipy import stats
 
@@ -307,44 +234,11 @@ def quality(played: Sequence[Played]) -> dict[str, Any]:
             half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
         return one, [one - half, one + half]
 
-    gap, gap_ci = mean([one.relative for one in played])
-    share, share_ci = mean([one.gap / abs(one.optimal) for one in played])
+    gap, gap_ci = mean([one.normalized_gap for one in losses])
+    share, share_ci = mean([one.suboptimality / abs(one.optimal_value) for one in losses])
     return {
         **{"gap": gap, "gap_ci": gap_ci, "gap_of_value": share, "gap_of_value_ci": share_ci},
-        "agreement": float(np.mean([one.agreement for one in played])),
-        "n": len(played),
-        "method": "exact" if all(one.exact for one in played) else "rollout",
+        "agreement": float(np.mean([one.agreement for one in losses])),
+        "n": len(losses),
+        "method": "exact" if all(one.exact for one in losses) else "rollout",
     }
-
-
-def _child(node: Node, parent: int) -> Node:
-    return Node(node.stage, node.weight, node.at, node.steps, node.belief, parent)
-
-
-def vote(demonstrations: Sequence[Sequence[Sequence[Step]]], A: int) -> Policy:
-    """The policy that does what the demonstrations of the task did most often where the same was seen last.
-
-    What is seen last is the state, or the model and the observation of the step before; where no demonstration saw the same, what
-    they did most often at all. Ties go to the lowest action.
-    """
-
-    def seen(steps: Sequence[Step], t: int) -> tuple:
-        before = (None, None) if t == 0 else (steps[t - 1].model, steps[t - 1].observation)
-        return (steps[t].state, *before)
-
-    counts: list[dict[tuple, np.ndarray]] = []
-    for episodes in demonstrations:
-        found: dict[tuple, np.ndarray] = {}
-        for steps in episodes:
-            for t, step in enumerate(steps):
-                for key in (seen(steps, t), ()):
-                    found.setdefault(key, np.zeros(A))[step.action] += 1
-        counts.append(found)
-
-    def answer(stage: int, level: list[list[Asked]]) -> list[list[int]]:
-        return [
-            [int(found.get(seen(asked.steps, stage), found[()]).argmax()) for asked in asks]
-            for found, asks in zip(counts, level, strict=True)
-        ]
-
-    return answer

@@ -1,14 +1,18 @@
-"""A language model as a policy: it is asked at all histories of a stage at once, and actions are scored, not sampled.
+"""A language model as a policy: all histories of a stage are read together, and actions are scored, not sampled.
 
-The demonstrations of a task are read once; every history that is asked about shares their keys and values and carries only those
-of its own steps, which it takes over from the history that it continues. The action is the one whose tokens are likeliest; an
-action of one token needs no more than the logits at the end of the history. How often the likeliest of all tokens would have
-been no action is counted beside it.
+The demonstrations of a task are read once; every history shares their keys and values and has only those of its own steps, which
+it takes over from the history that it continues. The action is the one whose tokens are likeliest; an action of one token needs
+no more than the logits at the end of the history. Beside it stands whether the likeliest of all tokens would have been no action.
+
+`load_policy` reads a run of `lindm sft` or a model's directory.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,97 +22,165 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from lindm.evaluation.losses import Asked, Policy
+from lindm import validate
+from lindm.choices import Rewards
+from lindm.datasets import Dataset, TextFormat, text_format
+from lindm.datasets.columns import sizes_of
+from lindm.errors import DataError, unknown
+from lindm.evaluation.environments import Task
+from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.llm.attention import KVCache
+from lindm.llm.io import weights
 from lindm.llm.model import Decoder
-from lindm.llm.tokens import action_tokens, document_prefix, encode
-from lindm.text import Document, Step, Template, render
+from lindm.llm.parallel.sharding import make_mesh
+from lindm.llm.tokens import action_tokens, document_prefix, encode, load_tokenizer
+from lindm.text import Document, Step, Template, find_template, render
 
 BUCKET = 4  # tokens of a call are a multiple of this, so that few programs are compiled
 
 
-class Reader:
-    """Histories as tokens, and what a model makes of them."""
+class TextOptions(NamedTuple):
+    """How the episodes of a task become text, where that depends on the task: the options of `lindm.datasets.text_format`."""
 
-    def __init__(self, model: Decoder, tokenizer: Any, template: Template, A: int, dtype: DTypeLike = jnp.float32):
+    template: str | Template | None = None
+    rewards: Rewards = "auto"
+    names: bool = False
+
+
+class _State(NamedTuple):
+    """n histories that the model has read."""
+
+    text: TextFormat
+    actions: Sequence[Sequence[int]]  # the tokens of each action
+    horizon: int
+    shared: tuple[KVCache, np.ndarray]  # of the demonstrations of each task, and their lengths in tokens
+    cache: KVCache | None = None  # of the histories' own tokens; rows of one task are neighbors, as many for each task
+    row: np.ndarray = np.zeros(1, int)  # [n] row of the cache of each history
+    length: np.ndarray = np.zeros(1, np.int32)  # [n] own tokens of each history
+    invalid: np.ndarray = np.zeros(1, bool)  # [n] whether the likeliest of all tokens are no action
+
+
+class LanguageModelPolicy(Policy):
+    """A decoder that reads the demonstrations and the history as text, and scores the tokens of every action.
+
+    Args:
+      model, tokenizer: of one vocabulary.
+      text: how episodes are written.
+      name: of the model, in errors.
+      training: the dataset that it was trained on: the sizes and names of tasks whose problem is not known.
+      temperature: 0 takes the likeliest action; otherwise probabilities are proportional to p(tokens)^(1/temperature).
+      dtype: of the computation.
+    """
+
+    batch_size = 256  # caches take memory
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Any,
+        text: TextFormat | TextOptions,
+        *,
+        name: str = "the model",
+        training: Dataset | None = None,
+        temperature: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        self.temperature = validate.nonnegative(temperature, "temperature")
+        self.name, self.training, self.max_length = name, training, model.config.max_position_embeddings
         self.graphdef, self.weights = nnx.split(model)
-        self.tokenizer, self.template, self.dtype = tokenizer, template, dtype
-        self.actions = action_tokens(tokenizer, template, A)
-        self.answered = self.invalid = 0  # how often it was asked, and how often its unconstrained answer was no action
+        self.tokenizer, self.text, self.dtype = tokenizer, text, dtype
 
-    def policy(self, demonstrations: Sequence[Sequence[Sequence[Step]]], horizon: int) -> Policy:
-        """The model's answers on tasks with these demonstrations (tasks, episodes, steps), all of them asked together."""
-        fronts = [self._front(episodes) for episodes in demonstrations]
-        longest = _rounded(max(map(len, fronts)))
-        lengths = np.array([len(front) for front in fronts], np.int32)
-        ids = np.zeros((len(fronts), longest), np.int32)
-        for row, front in zip(ids, fronts, strict=True):
-            row[: len(front)] = front
-        shared = _read(self.graphdef, self.weights, ids, self.dtype), lengths
-        told: list[list[list[int]]] = []  # per task, what each history of the last stage has told so far
-        held: list[Any] = [None, 0]  # the caches of the last stage, and histories a task
+    def init(self, tasks: Sequence[Task]) -> _State:
+        about = self._about(tasks[0])
+        text = self.text if isinstance(self.text, TextFormat) else text_format(about, *self.text)
+        prompts = [self.prompt(task, text) for task in tasks]
+        longest = max(self._longest(task, prompt) for task, prompt in zip(tasks, prompts, strict=True))
+        if longest > self.max_length:
+            rule = f"texts must have at most the {self.max_length} tokens of the model"
+            raise DataError(f"{self.name}: {rule}; the longest has about {longest}")
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        ids = np.zeros((len(prompts), _rounded(int(lengths.max()))), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return _State(
+            text=text,
+            actions=action_tokens(self.tokenizer, text.template, about.num_actions),
+            horizon=about.horizon,
+            shared=(_read(self.graphdef, self.weights, ids, self.dtype), lengths),
+        )
 
-        def answer(stage: int, level: list[list[Asked]]) -> list[list[int]]:
-            nonlocal told
-            texts = [[self._query(asked.steps) for asked in asks] for asks in level]
-            before = [[told[i][a.parent] if a.parent >= 0 else [] for a in asks] for i, asks in enumerate(level)]
-            for asks, olds in zip(texts, before, strict=True):
-                for text, old in zip(asks, olds, strict=True):
-                    assert text[: len(old)] == old  # pieces of a history begin those of its continuations
-            each = _power(max(1, max(map(len, level))))
-            new = [[text[len(old) :] for text, old in zip(t, b, strict=True)] for t, b in zip(texts, before, strict=True)]
-            width = _rounded(max((len(x) for rows in new for x in rows), default=1))
-            rows = np.zeros((len(level), each, width), np.int32)
-            counts, starts, parents = (np.zeros((len(level), each), np.int32) for _ in range(3))
-            for i, task in enumerate(new):
-                for j, tokens in enumerate(task):
-                    rows[i, j, : len(tokens)] = tokens
-                    counts[i, j], starts[i, j] = len(tokens), len(before[i][j])
-                    parents[i, j] = i * held[1] + max(level[i][j].parent, 0)
-            if held[0] is None:
-                room = _rounded(self._room(horizon, texts) + BUCKET)
-                cache = _empty(self.graphdef, self.weights, len(level) * each, room, self.dtype)
-            else:
-                cache = _grown(jax.tree.map(lambda x: x[:, parents.reshape(-1)], held[0]), int((starts + width).max()))
-            flat = (rows.reshape(-1, width), starts.reshape(-1), counts.reshape(-1))
-            hidden, cache = _extend(self.graphdef, self.weights, *flat, cache, shared, self.dtype)
-            scores, free = self._scores(hidden, cache, shared, flat[1] + flat[2])
-            best, valid = (_on_host(x).reshape(len(level), each) for x in (scores.argmax(-1), free))
-            for i, asks in enumerate(level):
-                self.answered, self.invalid = self.answered + len(asks), self.invalid + int((~valid[i, : len(asks)]).sum())
-            told, held[:] = texts, [cache, each]
-            return [best[i, : len(asks)].tolist() for i, asks in enumerate(level)]
+    def step(self, state: _State, observation: Observation) -> tuple[_State, np.ndarray]:
+        tokens = [self.new_tokens(observation, row, state.text) for row in range(len(observation))]
+        tasks, lengths = len(state.shared[1]), np.array([len(x) for x in tokens], np.int32)
+        counts = np.bincount(observation.task, minlength=tasks)
+        each = _power(int(counts.max()))  # rows of the cache for each task: few sizes, so that few programs are compiled
+        row = observation.task * each + np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+        width = _rounded(int(lengths.max()))
+        ids, starts, ends = np.zeros((tasks * each, width), np.int32), *np.zeros((2, tasks * each), np.int32)
+        for i, new in zip(row, tokens, strict=True):
+            ids[i, : len(new)] = new
+        if state.cache is None:
+            slots = _rounded(self._room(state, int(lengths.max())) + BUCKET)
+            cache = nnx.merge(self.graphdef, self.weights).init_cache(len(ids), slots, self.dtype)
+        else:
+            parents = np.zeros(len(ids), int)
+            parents[row] = state.row[observation.parent]
+            starts[row] = state.length[observation.parent]
+            cache = _grown(jax.tree.map(lambda x: x[:, parents], state.cache), int(starts.max()) + width)
+        ends[row] = starts[row] + lengths
+        hidden, cache = _extend(self.graphdef, self.weights, ids, starts, ends - starts, cache, state.shared, self.dtype)
+        scores, valid = (_on_host(x)[row] for x in self._scores(hidden, cache, state, ends))
+        new_state = state._replace(cache=cache, row=row, length=ends[row], invalid=~valid)
+        if self.temperature == 0:
+            return new_state, one_hot(scores.argmax(-1), len(state.actions))
+        weights = np.exp((scores - scores.max(-1, keepdims=True)).astype(float) / self.temperature)
+        return new_state, weights / weights.sum(-1, keepdims=True)
 
-        return answer
-
-    def longest(self, demonstrations: Sequence[Sequence[Sequence[Step]]]) -> int:
-        """Tokens of the longest text, about: of each task's demonstrations, and of one more episode like them."""
-        return max(-(-len(self._front(episodes)) * (len(episodes) + 1) // len(episodes)) for episodes in demonstrations)
-
-    def _front(self, episodes: Sequence[Sequence[Step]]) -> list[int]:
-        pieces = [piece.text for piece in render(Document(tuple(map(tuple, episodes))), self.template)]
+    def prompt(self, task: Task, text: TextFormat) -> list[int]:
+        """The tokens of a task's demonstrations, and of what opens the episode in progress."""
+        episodes = tuple(tuple(_shown(step, text.fields) for step in steps) for steps in task.demonstrations)
+        pieces = [piece.text for piece in render(Document(episodes), text.template)]
         return [*document_prefix(self.tokenizer), *_joined(encode(self.tokenizer, pieces))]
 
-    def _query(self, steps: Sequence[Step]) -> list[int]:
-        """The tokens of an episode in progress, behind what opens it (which the demonstrations' text holds)."""
-        pieces = [piece.text for piece in render(Document((), tuple(steps)), self.template) if piece.step is not None]
-        return _joined(encode(self.tokenizer, pieces))
+    def new_tokens(self, observation: Observation, row: int, text: TextFormat) -> list[int]:
+        """The tokens of a history behind those of its parent: the action taken, what followed, the step up to the next one."""
+        steps = [_shown(observation.open_step(row), text.query_fields)]
+        if observation.stage:
+            steps.insert(0, _shown(observation.last_step(row), text.query_fields))
+        pieces = [piece for piece in render(Document((), tuple(steps)), text.template) if piece.step is not None]
+        if observation.stage:  # what stands in front of the action taken has been read
+            taken = next(i for i, piece in enumerate(pieces) if piece.action is not None)
+            pieces = pieces[taken:]
+        return _joined(encode(self.tokenizer, [piece.text for piece in pieces]))
 
-    def _room(self, horizon: int, texts: list[list[list[int]]]) -> int:
+    def _about(self, task: Task) -> Any:
+        """The facts of a dataset of this task: kind, horizon, sizes and names."""
+        if task.environment is not None:
+            sizes = {"num_observations": 0, "num_models": 0} | sizes_of(task.environment.problem)
+            return SimpleNamespace(**sizes, names=task.names, directory=self.name)
+        if self.training is None:
+            raise ValueError(f"problem must be given: the dataset that {self.name} was trained on is not known, or is gone")
+        return self.training
+
+    def _longest(self, task: Task, prompt: Sequence[int]) -> int:
+        """Tokens of the longest text, about: of the demonstrations and one more episode like them."""
+        n = max(len(task.demonstrations), 1)
+        return -(-len(prompt) * (n + 1) // n)
+
+    def _room(self, state: _State, first: int) -> int:
         """Tokens of a whole episode, judged by its first step; the cache grows where that is too few."""
-        first = max((len(text) for asks in texts for text in asks), default=1)
-        return horizon * (3 * first + max(map(len, self.actions)) + BUCKET)
+        return state.horizon * (3 * first + max(map(len, state.actions)) + BUCKET)
 
-    def _scores(self, hidden: Array, cache: KVCache, shared: tuple[KVCache, np.ndarray], ends: np.ndarray) -> tuple[Array, Array]:
+    def _scores(self, hidden: Array, cache: KVCache, state: _State, ends: np.ndarray) -> tuple[Array, Array]:
         """log p of each action [rows, A], and whether the likeliest tokens spell one [rows]; hidden: the state in front of it."""
         log_p = _log_p(self.graphdef, self.weights, hidden)
-        firsts = np.array([tokens[0] for tokens in self.actions])
-        scores, spelt = log_p[:, firsts], log_p.argmax(-1)[:, None] == firsts[None]
-        if max(map(len, self.actions)) == 1:
-            return scores, spelt.any(-1)
+        firsts = np.array([tokens[0] for tokens in state.actions])
+        scores, spelled = log_p[:, firsts], log_p.argmax(-1)[:, None] == firsts[None]
+        if max(map(len, state.actions)) == 1:
+            return scores, spelled.any(-1)
         columns, spells = [], []
-        for a, tokens in enumerate(self.actions):
-            score, spell = scores[:, a], spelt[:, a]
+        for a, tokens in enumerate(state.actions):
+            score, spell = scores[:, a], spelled[:, a]
             if len(tokens) > 1:
                 width = _rounded(len(tokens) - 1)
                 ids = np.zeros((hidden.shape[0], width), np.int32)
@@ -116,12 +188,86 @@ class Reader:
                 room = _grown(cache, int(ends.max()) + width)
                 after = np.array([*tokens[1:], *[0] * (width - len(tokens) + 1)], np.int32)
                 rest, likeliest = _log_p_of(
-                    self.graphdef, self.weights, ids, ends, room, shared, after, len(tokens) - 1, self.dtype
+                    self.graphdef, self.weights, ids, ends, room, state.shared, after, len(tokens) - 1, self.dtype
                 )
                 score, spell = score + rest, spell & likeliest
             columns.append(score)
             spells.append(spell)
         return jnp.stack(columns, axis=-1), jnp.stack(spells, axis=-1).any(-1)
+
+
+def load_policy(
+    directory: str | Path,
+    *,
+    template: str | None = None,
+    rewards: str | None = None,
+    temperature: float = 0.0,
+    name: str | None = None,
+) -> LanguageModelPolicy:
+    """The policy of a run of `lindm sft`, or of a model in a directory of Hugging Face's format.
+
+    Args:
+      template, rewards: of the texts, as of `lindm sft` [default: as the run was trained, or as `lindm sft` would train].
+      temperature: 0 takes the likeliest action.
+      name: of the model, in errors [default: the directory].
+
+    Example:
+      policy = load_policy("runs/x")
+      policy.act(demonstrations, history)  # probabilities [A]
+
+    Raises:
+      ValueError: a template or a word for rewards that does not exist.
+      DataError: the directory holds no model, or a damaged one.
+    """
+    directory = Path(directory)
+    options = run_options(directory) or {}
+    options |= {key: value for key, value in (("template", template), ("rewards", rewards)) if value is not None}
+    text = TextOptions(find_template(options.get("template")), options.get("rewards", "auto"), options.get("names", False))
+    check_rewards(text.rewards)
+    path, device = model_directory(directory), jax.devices()[:1]
+    return LanguageModelPolicy(
+        weights.load(path, mesh=make_mesh({"fsdp": 1}, device)),
+        load_tokenizer(path),
+        text,
+        name=name or str(directory),
+        training=training_data(options),
+        temperature=temperature,
+        dtype=jnp.float32 if device[0].platform == "cpu" else jnp.bfloat16,
+    )
+
+
+def model_directory(directory: Path) -> Path:
+    """The model of a run of `lindm sft`, or the directory itself. DataError where there is none."""
+    run = run_options(directory) is not None
+    model = directory / "model" if run else directory
+    if not model.is_dir():
+        raise DataError(f"{model} is not there" + (": the run is not finished" if run else ""))
+    return model
+
+
+def run_options(directory: Path) -> dict[str, Any] | None:
+    """The options of a run of `lindm sft`; None for another directory."""
+    path = directory / "config.json"
+    return json.loads(path.read_text()).get("options") if path.is_file() else None
+
+
+def training_data(options: Mapping[str, Any]) -> Dataset | None:
+    """The dataset that a run was trained on, where it is a dataset and still there."""
+    data = Path(options.get("data", ""))
+    return Dataset(data) if (data / "manifest.json").is_file() else None
+
+
+def check_rewards(word: str) -> None:
+    """ValueError for what is not one of `Rewards`."""
+    if word not in get_args(Rewards):
+        raise ValueError(unknown("rewards", word, get_args(Rewards)))
+
+
+def _shown(step: Step, fields: frozenset[str]) -> Step:
+    """The step with those of its fields that the text shows."""
+    return Step(
+        step.action, **{name: getattr(step, name) for name in ("state", "model", "observation", "reward") if name in fields}
+    )
 
 
 def _on_host(x: Array) -> np.ndarray:
@@ -145,10 +291,6 @@ def _grown(cache: KVCache, slots: int) -> KVCache:
     """With room for at least so many tokens."""
     short = _rounded(max(slots - cache.keys.shape[2], 0))
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0), (0, 0))), cache) if short else cache
-
-
-def _empty(graphdef, weights, rows: int, room: int, dtype: DTypeLike) -> KVCache:
-    return nnx.merge(graphdef, weights).init_cache(rows, room, dtype)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "dtype"))

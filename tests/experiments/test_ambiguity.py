@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.evaluation.exact import whole_horizon_value
 from lindm.families.prostate import prostate
 from lindm.io import files
 from lindm.solvers import tree
+from lindm.solvers.criteria import whole_horizon_value
 from lindm.types import APOMDP, POMDP
 from lindm_experiments import ambiguity
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids

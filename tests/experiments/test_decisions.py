@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lindm.errors import DataError, LindmError
+from lindm.evaluation.compare import PolicyResult
 from lindm.io import files
 from lindm.text import load_template
 from lindm_experiments import decisions
@@ -47,14 +48,16 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
     """In training and in what is asked, alike; labels reach a text as the actions of its demonstrations alone."""
     asked, faced = [], []
 
-    def compare(where, source, recipe, policies, **limits):
-        faced.append((recipe, policies, limits["rewards"]))
-        return [
-            {"policy": p, "gaps": [0.0], **dict.fromkeys(("gap_of_value", "action_agreement", "invalid", "method"))}
-            for p in policies
-        ]
+    def named(names, source, dataset, template, rewards):
+        faced.append((dataset, names, rewards))
+        return names
 
-    monkeypatch.setattr(decisions, "compare", compare)
+    def evaluate(source, policies, dataset, **how):
+        about = {"suite": suite, "horizon": 0, "split": None, "method": "exact", "invalid": None, "decisions_per_s": 1.0}
+        return [PolicyResult(policy=policy, gaps=[0.0], **about) for policy in policies]
+
+    monkeypatch.setattr(decisions, "PoliciesByName", named)
+    monkeypatch.setattr(decisions, "evaluate", evaluate)
     monkeypatch.setattr(decisions.language_models, "make", lambda data, source, recipe: data)
     monkeypatch.setattr(decisions.language_models, "before", lambda asked, out: out)
     monkeypatch.setattr(decisions.language_models, "fine_tuned", lambda options: asked.append(options) or options.out)
@@ -63,7 +66,7 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
     assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}
     for recipe, policies, _ in faced:
         assert (recipe.behavior, recipe.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
-        assert ("behaviour" in policies) == (demos == "worse")
+        assert ("behavior" in policies) == (demos == "worse")
     assert found["rows"].keys() == ({"id"} if demos == "worse" else {"id", "ood"})
 
 
@@ -95,9 +98,9 @@ def made(gaps: dict[str, dict[str, float]], n: int = 60) -> list[dict]:
 
 
 GOOD = {
-    "mdp": {"sft": 0.02, "icl": 0.2, "bc": 0.1, "behaviour": 0.3},
-    "pomdp": {"sft": 0.03, "icl": 0.4, "bc": 0.3, "behaviour": 0.3},
-    "apomdp": {"sft": 0.03, "icl": 0.5, "bc": 0.3, "behaviour": 0.3},
+    "mdp": {"sft": 0.02, "icl": 0.2, "bc": 0.1, "behavior": 0.3},
+    "pomdp": {"sft": 0.03, "icl": 0.4, "bc": 0.3, "behavior": 0.3},
+    "apomdp": {"sft": 0.03, "icl": 0.5, "bc": 0.3, "behavior": 0.3},
 }
 
 
@@ -117,7 +120,7 @@ def test_the_verdicts_follow_the_gaps():
         ("mdp", "bc", 0.0, {"sft-beats-cloning", "behavior-context"}),
         ("mdp", "icl", 0.6, {"partial-observation"}),
         ("apomdp", "icl", 0.3, {"ambiguity"}),
-        ("apomdp", "behaviour", 0.0, {"behavior-context"}),
+        ("apomdp", "behavior", 0.0, {"behavior-context"}),
         ("mdp", "sft", 0.35, {"sft-beats-icl", "sft-beats-cloning", "ood", "format", "behavior-context"}),
     ],
 )

@@ -1,20 +1,22 @@
 """Probes, implied Q and names: each part against another route, and what follows from the records."""
 
 import copy
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from lindm.datasets import DatasetConfig
-from lindm.evaluation.losses import Asked as Question
+from lindm.evaluation.environments import make_tasks
+from lindm.evaluation.policy import Observation
+from lindm.families.suites import draw_task
 from lindm.io import files
-from lindm.llm.policy import Reader as Deciding
+from lindm.llm.policy import LanguageModelPolicy, TextOptions
 from lindm.problems import cassandra
 from lindm.text import COMPACT, Document, Step
 from lindm_experiments import mechanism
@@ -145,15 +147,16 @@ def test_the_logits_decide_as_the_policy_that_is_evaluated(trained):
     """`lindm eval` reads with a cache, history by history; here whole documents are read at once."""
     reader, asked = trained
     logits = reader.logits(reader.stream(asked))
-    deciding = Deciding(nnx.merge(reader.graphdef, reader.weights), reader.tokenizer, COMPACT, 3)
-    answer = deciding.policy([one.demonstrations for one in asked.documents], 3)
+    policy = LanguageModelPolicy(nnx.merge(reader.graphdef, reader.weights), reader.tokenizer, TextOptions(COMPACT))
+    problem = draw_task(jax.random.key(0), language_models.law("mdp", 3))  # of the same sizes
+    tasks = make_tasks([problem] * len(asked.documents), [one.demonstrations for one in asked.documents])
+    state, rows = policy.init(tasks), np.arange(len(tasks))
     for stage in range(3):
-        level = []
-        for one in asked.documents:
-            open_step = replace(one.query[stage], action=None, reward=None)
-            level.append([Question(0 if stage else -1, (*one.query[:stage], open_step))])
-        chosen = [row[0] for row in answer(stage, level)]
-        assert chosen == logits[:, stage].argmax(-1).tolist()
+        seen = {"state": np.array([one.query[stage].state for one in asked.documents])}
+        if stage:
+            seen |= {k: np.array([getattr(one.query[stage - 1], k) for one in asked.documents]) for k in ("action", "reward")}
+        state, probabilities = policy.step(state, Observation(stage=stage, task=rows, parent=rows, **seen))
+        assert (probabilities.argmax(-1) == logits[:, stage].argmax(-1)).all()
 
 
 def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):

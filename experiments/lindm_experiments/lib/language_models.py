@@ -13,7 +13,7 @@ import jax
 
 from lindm.datasets import DatasetConfig, make_dataset
 from lindm.errors import DataError
-from lindm.evaluation.losses import double_precision
+from lindm.evaluation.environments import double_precision
 from lindm.families.suites import Suite, suite
 from lindm.io import signals
 from lindm.llm.io import weights

@@ -1,23 +1,25 @@
 """Evaluation during training: the held-out loss, and the optimality gap of the model's decisions on held-out tasks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.evaluation.losses import Asked, Played, Policy, double_precision, play_all, quality, vote, world
+from lindm.evaluation import losses
+from lindm.evaluation.environments import double_precision, make_tasks
+from lindm.evaluation.policies import BC
+from lindm.evaluation.policy import Observation, Policy
 from lindm.io import signals
 from lindm.llm.parallel import sharding
-from lindm.llm.policy import Reader
+from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
 from lindm.llm.sft.loss import lm_loss
 from lindm.llm.sft.setup import TrainingSetup
 
 ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
 MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
-HISTORIES_PER_CALL = 256  # maximum per call to the model, unless a single task has more: their KV caches take memory
 
 
 class EvaluationInterrupted(Exception):
@@ -41,7 +43,7 @@ class Evaluator:
         if setup.decision_tasks is not None:
             with double_precision():
                 problems = [task.problem() for task in setup.decision_tasks.tasks]
-            self.worlds = [world(problem, setup.decision_tasks.text.shows_rewards) for problem in problems]
+            self.tasks = make_tasks(problems, setup.decision_tasks.demonstrations)
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         """loss and accuracy of the held-out labels; where decisions are evaluated, also the normalized optimality gap, its
@@ -74,33 +76,28 @@ class Evaluator:
     def _evaluate_decisions(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         s = self.setup
         assert s.decision_tasks is not None
-        task, template = s.decision_tasks.tasks[0], s.decision_tasks.text.template
-        A, horizon = task.num_actions, task.horizon
-        reader = Reader(nnx.merge(self.graphdef, params, frozen), s.tokenizer, template, A, s.compute.dtype)
-
-        def model_policy(demonstrations: Any) -> Policy:
-            policy = reader.policy(demonstrations, horizon)
-
-            def interruptible(stage: int, level: list[list[Asked]]) -> Sequence[Sequence[int]]:
-                _raise_if_interrupted()
-                return policy(stage, level)
-
-            return interruptible
-
-        played = self._played(model_policy)
-        if not played:
+        model = nnx.merge(self.graphdef, params, frozen)
+        policy = _InterruptiblePolicy(model, s.tokenizer, s.decision_tasks.text, dtype=s.compute.dtype)
+        found = self._losses(policy)
+        if not found:
             return {}
         if self.baseline is None:
-            self.baseline = {"bc_gap": quality(self._played(lambda demos: vote(demos, A)))["gap"]}
-        return quality(played) | self.baseline
+            self.baseline = {"bc_gap": losses.summarize(self._losses(BC()))["gap"]}
+        return losses.summarize(found) | self.baseline
 
-    def _played(self, policy: Any) -> list[Played]:
-        """The outcome of a policy on each task, a few tasks at a time; ambiguous tasks with too many histories are left out."""
-        tasks, seed = self.setup.decision_tasks, self.setup.config.seed
-        assert tasks is not None
-        limits = {"episodes": ROLLOUTS_PER_TASK, "listed": MAX_EXACT_HISTORIES, "at_once": HISTORIES_PER_CALL}
-        played = play_all(self.worlds, tasks.demonstrations, policy, seed=seed, **limits)
-        return [outcome for outcome in played if outcome is not None]
+    def _losses(self, policy: Policy) -> list[losses.PolicyLoss]:
+        """What a policy loses on each task; ambiguous tasks with too many histories are left out."""
+        limits = {"episodes": ROLLOUTS_PER_TASK, "max_histories": MAX_EXACT_HISTORIES}
+        found = losses.evaluate_policy(self.tasks, policy, seed=self.setup.config.seed, **limits)
+        return [loss for loss in found if loss is not None]
+
+
+class _InterruptiblePolicy(LanguageModelPolicy):
+    """Stops between two stages where the run is asked to stop."""
+
+    def step(self, state: Any, observation: Observation):
+        _raise_if_interrupted()
+        return super().step(state, observation)
 
 
 def summarize(values: dict[str, Any]) -> str:

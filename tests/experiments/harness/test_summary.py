@@ -62,7 +62,7 @@ def test_tables_have_what_the_commands_wrote(work):
     ]
     (run,) = read["training"]
     assert (run["model"], run["steps"], run["loss before"], run["loss after"]) == ("preset tiny", "1", "2.0", "1.0")
-    assert (run["gap before"], run["gap after"], run["majority"]) == ("0.5", "0.4", "0.3")
+    assert (run["gap before"], run["gap after"], run["bc"]) == ("0.5", "0.4", "0.3")
 
 
 def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, finished):

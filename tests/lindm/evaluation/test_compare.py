@@ -1,117 +1,94 @@
-"""`lindm eval`: rows of policies on the same tasks, a model before and after training among them, and what is refused."""
+"""`lindm eval`: results of policies on the same tasks, what each problem costs, and what is refused."""
 
 import json
 import re
 
+import jax
 import pytest
 
 from lindm.cli.main import main
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
-from lindm.errors import DataError, LindmError, UsageError
-from lindm.evaluation import compare
-from lindm.llm.sft import trainer
-from lindm.llm.sft.options import SFTConfig
-from lindm.text import COMPACT
+from lindm.evaluation import environments
+from lindm.evaluation.compare import evaluate, read_tasks
+from lindm.evaluation.policies import POLICIES, default_policies, kind_of
+from lindm.families.suites import Suite, draw_task
 from tests.lindm.llm.conftest import SUITE
 
-RECIPE = DatasetConfig(tasks=5, demos=2, seed=11)
+DATASET = DatasetConfig(tasks=3, demos=2, seed=11)
+POMDP = Suite(name="hidden", horizon=3, S=3, A=2, O=2, concentration=0.5, quality=0.8)
 
 
-@pytest.fixture(scope="module")
-def run(micro, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    assert trainer.train(SFTConfig(model=micro.model, data=micro.mdp, out=out, steps=2, eval_tasks=0, rewards="hidden")) == 0
-    return out
+@pytest.mark.parametrize("suite", [SUITE, POMDP], ids=["mdp", "pomdp"])
+def test_each_problem_is_solved_once_for_all_policies(suite, monkeypatch):
+    """`layer` and certainty equivalence solve others, of the training tasks and the estimated ones."""
+    module, name = (environments.dp, "backward_induction") if suite.O == 0 else (environments.tree, "tree")
+    solve, solved = getattr(module, name), []
+
+    def counting(problem):
+        if not isinstance(problem.rho if suite.O == 0 else problem.alpha, jax.core.Tracer):
+            solved.append(problem)
+        return solve(problem)
+
+    monkeypatch.setattr(module, name, counting)
+    names = [n for n, info in POLICIES.items() if kind_of(suite) in info.kinds and n not in ("layer", "certainty-equivalence")]
+    results = evaluate(suite, names, dataset=DATASET)
+    assert len(results) == len(names) and len(solved) == DATASET.tasks
 
 
-@pytest.fixture(scope="module")
-def rows(micro, run, tmp_path_factory):
-    names = ["oracle", "random", "bc", f"icl:{micro.model}", f"sft:{run}"]
-    told = []
-    found = compare.compare(tmp_path_factory.mktemp("data"), SUITE, RECIPE, names, finished=told.append)
-    assert told == found and [row["policy"] for row in found] == names
-    return found
+@pytest.mark.parametrize("suite", [SUITE, POMDP], ids=["mdp", "pomdp"])
+def test_results_are_those_of_double_precision_whatever_the_precision_is(suite):
+    names = default_policies(suite)
+    wanted = evaluate(suite, names, dataset=DATASET)
+    with jax.enable_x64(False):
+        found = evaluate(suite, names, dataset=DATASET)
+    assert [result.gaps for result in found] == [result.gaps for result in wanted]
 
 
-def test_every_policy_has_a_row_of_the_same_tasks(rows):
-    for row in rows:
-        assert (row["suite"], row["horizon"], row["split"], row["n"], row["method"]) == ("small", 3, "id", 5, "exact")
-        assert len(row["gaps"]) == 5 and row["ci"][0] <= row["gap"] <= row["ci"][1]
-        assert row["gap"] == pytest.approx(sum(row["gaps"]) / 5) and row["decisions_per_s"] > 0
-        assert 0 <= row["action_agreement"] <= 1 + 1e-9
-    assert abs(rows[0]["gap"]) < 1e-12 and rows[1]["gap"] == pytest.approx(1)
+def test_one_problem_is_solved_once_for_all_tasks(tmp_path):
+    problem = draw_task(jax.random.key(0), POMDP)
+    make_dataset(tmp_path, problem, DATASET)
+    tasks = read_tasks(Dataset(tmp_path))
+    assert len({id(task.environment) for task in tasks}) == 1 and len({str(task.demonstrations) for task in tasks}) > 1
 
 
-def test_only_language_models_can_answer_what_is_no_action(rows):
-    assert [row["invalid"] is None for row in rows] == [True, True, True, False, False]
-    assert all(0 <= row["invalid"] <= 1 for row in rows[3:])
+def test_without_names_the_cheap_policies_are_evaluated():
+    results = evaluate(POMDP, dataset=DATASET)
+    assert tuple(result.policy for result in results) == default_policies(POMDP)
+    assert [result.policy for result in results if result.method != "exact"] == []
 
 
-def test_a_model_is_asked_as_it_was_trained(micro, run, tmp_path):
-    """The run was not told the rewards, and is not told them here."""
-    make_dataset(tmp_path, SUITE, RECIPE)
-    dataset = Dataset(tmp_path)
-    parts = ["\n", "{state}", "{action}", ":{reward}"]
-    turned = {"name": "turned", "episode": "#", "step": parts, "closing": "\n", "actions": [" B", " C", " A"], "states": "{}"}
-    (tmp_path / "turned.json").write_text(json.dumps(turned))
-    for kind, path, told in (("icl", micro.model, True), ("sft", run, False)):
-        reader, answers, rewards = compare._language_model(kind, path, dataset, {})
-        assert rewards is told and (answers.given[0][0][0].reward is not None) is told
-        assert reader.template == COMPACT
-        other = {"template": str(tmp_path / "turned.json"), "rewards": "hidden" if told else "shown"}
-        reader, answers, rewards = compare._language_model(kind, path, dataset, other)
-        assert rewards is not told and (answers.given[0][0][0].reward is not None) is not told
-        assert reader.template.name == "turned"
+def test_a_function_and_an_object_with_init_and_step_are_policies():
+    class Second:
+        def init(self, tasks):
+            return 0
 
+        def step(self, state, observation):
+            probabilities = [[0.0, 1.0]] * len(observation.task)
+            return state + 1, probabilities
 
-def test_what_texts_tell_is_refused_where_nobody_reads_them(tmp_path):
-    for option, value in (("template", "readable"), ("rewards", "shown")):
-        with pytest.raises(ValueError, match=f"{option} must be left out without a language model; got '{value}'"):
-            compare.compare(tmp_path / "data", SUITE, RECIPE, ["oracle", "bc"], **{option: value})
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_word_for_rewards_that_is_none_is_refused(micro, tmp_path):
-    with pytest.raises(ValueError, match="rewards must be one of auto, shown, hidden; got 'some'"):
-        compare.compare(tmp_path / "data", SUITE, RECIPE, ["oracle", f"icl:{micro.model}"], rewards="some")
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_task_with_more_histories_than_listed_is_sampled(micro, tmp_path):
-    (row,) = compare.compare(tmp_path / "data", SUITE, RECIPE, [f"icl:{micro.model}"], listed=1, episodes=2)
-    assert row["method"] == "rollout"
-
-
-def test_texts_that_are_too_long_for_the_model_are_refused(micro, tmp_path):
-    with pytest.raises(
-        LindmError, match=r"policy icl:.*: texts must have at most the 256 tokens of the model; the longest has about \d+"
-    ) as e:
-        compare.compare(tmp_path / "data", SUITE, DatasetConfig(tasks=1, demos=30, seed=4), [f"icl:{micro.model}"])
-    assert isinstance(e.value, DataError)
+    mine = {"function": lambda demonstrations, history: 1, "object": Second()}
+    function, second = evaluate(POMDP, mine, dataset=DATASET)
+    assert function.gaps == second.gaps and function.gap > 0 and function.invalid is None
+    with pytest.raises(TypeError, match="policy must have init and step, or be a function"):
+        evaluate(POMDP, {"mine": 3}, dataset=DATASET)
 
 
 def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(tmp_path):
-    with pytest.raises(ValueError, match="where the state is seen; got 'qmdp'"):
-        compare.compare(tmp_path / "data", SUITE, RECIPE, ["oracle", "qmdp"])
+    with pytest.raises(ValueError, match="for an MDP; got 'qmdp'"):
+        evaluate(SUITE, ["oracle", "qmdp"], dataset=DATASET, data=tmp_path / "data")
     assert not (tmp_path / "data").exists()
-
-
-def test_tasks_that_a_run_was_trained_on_are_refused(run, tmp_path):
-    with pytest.raises(LindmError, match=r"seed must not be 0: .* was trained on these tasks") as e:
-        compare.compare(tmp_path / "data", SUITE, DatasetConfig(tasks=5, demos=2), [f"sft:{run}"])
-    assert isinstance(e.value, UsageError) and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
     "names, code, said",
     [
-        (["clever"], 2, "policy must be one of oracle, random, .*icl:MODELDIR, sft:RUNDIR where the state is seen; got 'clever'"),
+        (["clever"], 2, "policy must be one of oracle, random, .*icl:MODELDIR, sft:RUNDIR for an MDP; got 'clever'"),
         (["bc", "oracle", "bc"], 2, "policy must be given once; got 'bc' twice"),
         (["llm:models/x"], 2, "policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got 'llm:models/x'"),
         (["icl:"], 2, "where it has a colon; got 'icl:'"),
         (["icl:nowhere"], 3, "policy icl:nowhere: nowhere is not there"),
         (["sft:nowhere"], 3, "policy sft:nowhere: nowhere holds no run of `lindm sft`"),
-        (["qmdp"], 2, "policy must be one of oracle, .* where the state is seen; got 'qmdp'"),
+        (["qmdp"], 2, "policy must be one of oracle, .* for an MDP; got 'qmdp'"),
     ],
 )
 def test_what_is_no_policy_is_refused_in_one_line(capsys, names, code, said):

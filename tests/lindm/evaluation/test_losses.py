@@ -1,4 +1,4 @@
-"""What a policy over texts loses: by plain recursion over histories in the test, by sampling, and by the tree's own tables."""
+"""What a policy loses: by plain recursion over histories in the test, by sampling, and by the tree's own tables."""
 
 import hashlib
 
@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.evaluation import losses as playing
-from lindm.evaluation.losses import Played, vote
+from lindm.evaluation.environments import double_precision, make_tasks
+from lindm.evaluation.losses import PolicyLoss, evaluate_policy
+from lindm.evaluation.policies import BC
+from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.problems.apomdp import as_apomdp
 from lindm.problems.mdp import mdp
 from lindm.solvers import tree
@@ -17,23 +19,23 @@ from lindm.types import POMDP
 
 
 def coin(*facts, of):
-    """An arbitrary but fixed choice that depends on everything that is told."""
+    """An arbitrary but fixed choice that depends on everything that is seen."""
     return hashlib.sha256(repr(facts).encode()).digest()[0] % of
 
 
-def play(problems, policy, rewards=False, **how) -> list[Played]:
-    """Where every problem can be played."""
-    found = playing.play([playing.world(problem, rewards) for problem in problems], policy, **how)
+def evaluate(problems, policy, **how) -> list[PolicyLoss]:
+    """Where every problem can be evaluated."""
+    found = evaluate_policy(make_tasks(problems, [()] * len(problems)), policy, **how)
     assert all(one is not None for one in found)
     return [one for one in found if one is not None]
 
 
-def told(steps):
-    return tuple((s.action, s.state, s.model, s.observation, s.reward) for s in steps)
+def fields(steps, rewards=True):
+    return tuple((s.action, s.state, s.model, s.observation, s.reward if rewards else None) for s in steps)
 
 
-def arbitrary(A):
-    return lambda stage, level: [[coin(told(asked.steps), of=A) for asked in asks] for asks in level]
+def arbitrary(A, rewards=True):
+    return lambda demonstrations, history: coin(fields(history, rewards), of=A)
 
 
 def random_mdp(seed, S=3, A=2, H=3):
@@ -47,7 +49,7 @@ def value_of(P, r, rho, A, rewards):
     H, S = r.shape[:2]
 
     def after(t, s, past):
-        a = coin(told((*past, Step(None, state=s))), of=A)
+        a = coin(fields((*past, Step(None, state=s))), of=A)
         total = r[t, s, a]
         if t + 1 < H:
             seen = (*past, Step(a, state=s, reward=float(r[t, s, a]) if rewards else None))
@@ -67,21 +69,23 @@ def best_of(P, r, rho):
 @pytest.mark.parametrize("rewards", [False, True])
 def test_the_loss_of_a_policy_of_an_mdp_is_that_of_plain_recursion(rewards):
     problems, arrays = zip(*(random_mdp(seed) for seed in range(3)), strict=True)
-    for played, (P, r, rho) in zip(play(problems, arbitrary(2), rewards=rewards), arrays, strict=True):
-        assert played.exact
-        np.testing.assert_allclose(played.optimal, best_of(P, r, rho), rtol=1e-12)
-        np.testing.assert_allclose(played.gap, best_of(P, r, rho) - value_of(P, r, rho, 2, rewards), rtol=1e-10, atol=1e-12)
-        assert played.relative > 0
+    for loss, (P, r, rho) in zip(evaluate(problems, arbitrary(2, rewards)), arrays, strict=True):
+        assert loss.exact
+        np.testing.assert_allclose(loss.optimal_value, best_of(P, r, rho), rtol=1e-12)
+        wanted = best_of(P, r, rho) - value_of(P, r, rho, 2, rewards)
+        np.testing.assert_allclose(loss.suboptimality, wanted, rtol=1e-10, atol=1e-12)
+        assert loss.normalized_gap > 0 and loss.decisions == 3 + 9 + 27
 
 
 def test_sampled_episodes_estimate_the_same_loss():
     problem, (P, r, rho) = random_mdp(5)
     exact = best_of(P, r, rho) - value_of(P, r, rho, 2, False)
-    found = [play([problem], arbitrary(2), episodes=50, seed=seed, listed=0)[0] for seed in range(60)]
-    gaps = np.array([one.gap for one in found])
+    policy = arbitrary(2, rewards=False)
+    found = [evaluate([problem], policy, episodes=50, seed=seed, max_histories=0)[0] for seed in range(60)]
+    gaps = np.array([one.suboptimality for one in found])
     assert not any(one.exact for one in found)
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    assert play([problem], arbitrary(2), episodes=50, seed=3, listed=0)[0] == found[3]
+    assert evaluate([problem], policy, episodes=50, seed=3, max_histories=0)[0] == found[3]
 
 
 @pytest.mark.parametrize("M, alpha", [(1, 0.5), (2, 0.7), (2, 0.0), (3, 1.0)])
@@ -95,26 +99,28 @@ def test_the_loss_under_hidden_states_and_ambiguity_is_that_of_plain_recursion(b
 
     def act(t, history):
         steps = [Step(a, model=m if ambiguous else None, observation=o) for a, m, o in history]
-        return np.eye(world.A)[coin(told((*steps, Step(None))), of=world.A)]
+        return np.eye(world.A)[coin(fields((*steps, Step(None))), of=world.A)]
 
-    (played,) = play([problem], arbitrary(world.A))
+    (loss,) = evaluate([problem], arbitrary(world.A))
     V, best = world.V(list(world.rho), 0, (), act), world.V(list(world.rho), 0)
-    assert played.exact
-    np.testing.assert_allclose(played.gap, best - V, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(played.optimal, best, rtol=1e-12)
+    assert loss.exact
+    np.testing.assert_allclose(loss.suboptimality, best - V, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(loss.optimal_value, best, rtol=1e-12)
     uniform = world.V(list(world.rho), 0, (), lambda t, h: np.full(world.A, 1 / world.A))
-    np.testing.assert_allclose(played.uniform, uniform, rtol=1e-12)
+    np.testing.assert_allclose(loss.uniform_value, uniform, rtol=1e-12)
 
 
 def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_one_is_left_out(brute):
     world = brute.random(4, S=3, A=2, O=2, M=1, H=4)
     problem = jax.tree.map(lambda x: x[0], world.problem().models)
-    exact = play([problem], arbitrary(2))[0].gap
-    gaps = np.array([play([problem], arbitrary(2), episodes=40, seed=s, listed=1)[0].gap for s in range(60)])
+    exact = evaluate([problem], arbitrary(2))[0].suboptimality
+    found = [evaluate([problem], arbitrary(2), episodes=40, seed=s, max_histories=1)[0] for s in range(60)]
+    gaps = np.array([loss.suboptimality for loss in found])
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    ambiguous = playing.world(brute.random(4, S=2, A=2, O=2, M=2, H=3).problem())
-    assert playing.play([ambiguous], arbitrary(2), listed=3) == [None]
-    assert playing.asked_at_once(ambiguous, 5, listed=3) == 5 and playing.asked_at_once(ambiguous, 5, listed=16) == 16
+    ambiguous = make_tasks([brute.random(4, S=2, A=2, O=2, M=2, H=3).problem()], [()])
+    assert evaluate_policy(ambiguous, arbitrary(2), max_histories=3) == [None]
+    (loss,) = evaluate_policy(ambiguous, arbitrary(2), max_histories=16)
+    assert loss is not None and loss.decisions == 1 + 4 + 16
 
 
 def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):
@@ -122,57 +128,116 @@ def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):
     cloud = as_apomdp(problem)
     best = tree.optimal_policy(cloud, tree.tree(cloud))
 
-    def answer(stage, level):
-        number = [
-            [sum((s.action * 2 + s.observation) * 4**t for t, s in enumerate(a.steps[:-1])) for a in asks] for asks in level
-        ]
-        return [[int(best[stage][i]) for i in row] for row in number]
+    def act(demonstrations, history):
+        number = sum((s.action * 2 + s.observation) * 4**t for t, s in enumerate(history[:-1]))
+        return int(best[len(history) - 1][number])
 
-    for listed in (2048, 1):
-        played = play([problem], answer, listed=listed)[0]
-        assert abs(played.gap) < 1e-12 and played.agreement == 1
+    for max_histories in (2048, 1):
+        loss = evaluate([problem], act, max_histories=max_histories)[0]
+        assert abs(loss.suboptimality) < 1e-12 and loss.agreement == pytest.approx(1, rel=1e-12)
 
 
 def test_a_history_continues_the_one_that_it_names():
     problem, _ = random_mdp(1)
     before: list = []
 
-    def answer(stage, level):
-        (asks,) = level
-        for asked in asks:
-            assert len(asked.steps) == stage + 1 and asked.steps[-1].action is None
-            if stage:
-                parent, own = before[asked.parent], asked.steps
-                assert own[: stage - 1] == parent[:-1] and own[stage - 1].state == parent[-1].state
-        before[:] = [asked.steps for asked in asks]
-        return [[0] * len(asks)]
+    class Recorder(Policy):
+        """The last observed states and actions of every history, by nothing but the rows of the parents."""
 
-    play([problem], answer)
-    assert len(before) == 27
+        def init(self, tasks):
+            return [()]
+
+        def step(self, state, observation: Observation):
+            assert observation.state is not None and (observation.task == 0).all()
+            new = list(observation.state)
+            if observation.action is not None:
+                new = list(zip(observation.action, observation.state, strict=True))
+            histories = [(*state[parent], x) for parent, x in zip(observation.parent, new, strict=True)]
+            before[:] = histories
+            return histories, np.tile([1.0, 0.0], (len(histories), 1))
+
+    evaluate([problem], Recorder())
+    assert len(set(before)) == len(before) == 27
+
+
+@pytest.mark.parametrize("max_histories", [10_000, 30, 1])
+def test_a_stochastic_policy_loses_what_plain_recursion_says_and_is_sampled_where_it_reaches_too_many(max_histories):
+    problem, (P, r, rho) = random_mdp(4)
+
+    def law(history):
+        p = 0.1 + 0.8 * coin(fields(history, rewards=False), of=7) / 6
+        return np.array([p, 1 - p])
+
+    def value(t, s, past):
+        history = (*past, Step(None, state=s))
+        total = law(history) @ r[t, s]
+        if t + 1 < 3:
+            for a, p in enumerate(law(history)):
+                total += p * sum(P[t, s, a, u] * value(t + 1, u, (*past, Step(a, state=s))) for u in range(3))
+        return total
+
+    wanted = best_of(P, r, rho) - sum(rho[s] * value(0, s, ()) for s in range(3))
+    found = [
+        evaluate([problem], lambda demonstrations, history: law(history), episodes=40, seed=seed, max_histories=max_histories)[0]
+        for seed in range(1 if max_histories == 10_000 else 40)
+    ]
+    gaps = np.array([loss.suboptimality for loss in found])
+    if max_histories == 10_000:
+        assert found[0].exact and found[0].decisions == 3 + 3 * 6 + 3 * 6 * 6
+        np.testing.assert_allclose(gaps, wanted, rtol=1e-12)
+    else:
+        assert not any(loss.exact for loss in found)
+        assert abs(gaps.mean() - wanted) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
+
+
+def test_tasks_are_evaluated_in_batches_as_alone():
+    problems, _ = zip(*(random_mdp(seed) for seed in range(5)), strict=True)
+    calls = []
+
+    class Batched(FunctionPolicy):
+        batch_size = 8
+
+        def init(self, tasks):
+            calls.append(len(tasks))
+            return tasks, [()] * 1
+
+    found = evaluate(problems, Batched(arbitrary(2)), episodes=4, seed=7, max_histories=1)
+    assert calls == [2, 2, 1] and found == evaluate(problems, arbitrary(2), episodes=4, seed=7, max_histories=1)
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [([0.5, 0.6], r"must not be negative and sum to 1; got \[0.5, 0.6\]"), ([1.0], r"shape \(3, 2\); got \(3, 1\)")],
+)
+def test_what_are_no_probabilities_is_refused(answer, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate([random_mdp(0)[0]], lambda demonstrations, history: answer)
 
 
 def test_computing_stays_double_whatever_the_model_computes_in():
     problem, (P, r, rho) = random_mdp(2)
     jax.config.update("jax_enable_x64", False)
     try:
-        with playing.double_precision():
+        with double_precision():
             assert jnp.zeros(1).dtype == np.float64
         assert jnp.zeros(1).dtype == np.float32
-        played = play([problem], arbitrary(2))[0]
+        loss = evaluate([problem], arbitrary(2))[0]
     finally:
         jax.config.update("jax_enable_x64", True)
-    np.testing.assert_allclose(played.optimal, best_of(P, r, rho), rtol=1e-12)
+    np.testing.assert_allclose(loss.optimal_value, best_of(P, r, rho), rtol=1e-12)
 
 
-def test_the_vote_does_what_the_demonstrations_did_most():
+def test_bc_does_what_the_demonstrations_did_most():
     def episode(*pairs):
         return tuple(Step(a, state=s) for s, a in pairs)
 
-    demos = [[episode((0, 1), (1, 0), (0, 1)), episode((0, 2), (1, 2), (1, 2))]]
-    level = [[playing.Asked(-1, (Step(None, state=s),)) for s in (0, 1, 5)]]
-    assert vote(demos, 3)(0, level) == [[1, 2, 2]]  # state 5 was never seen: what they did most often at all
+    problem, _ = random_mdp(0, S=6, A=3)
+    demonstrations = [episode((0, 1), (1, 0), (0, 1)), episode((0, 2), (1, 2), (1, 2))]
+    wanted = {0: 1, 1: 2, 5: 2}  # state 5 was never seen: what they did most often at all
+    for state, action in wanted.items():
+        assert BC().act(demonstrations, [Step(None, state=state)], problem).argmax() == action
 
 
 def test_problems_of_two_horizons_are_refused():
-    with pytest.raises(ValueError, match=r"worlds must have one horizon; got \[2, 3\]"):
-        play([random_mdp(0, H=2)[0], random_mdp(0, H=3)[0]], arbitrary(2))
+    with pytest.raises(ValueError, match=r"tasks must have one horizon; got \[2, 3\]"):
+        evaluate([random_mdp(0, H=2)[0], random_mdp(0, H=3)[0]], arbitrary(2))

@@ -5,20 +5,18 @@ import numpy as np
 from flax import nnx
 
 from lindm.datasets import Dataset, text_format
-from lindm.evaluation.losses import world
+from lindm.evaluation.compare import read_tasks
+from lindm.evaluation.policy import FunctionPolicy
 from lindm.llm.tokens import action_tokens, document_prefix, encode
-from lindm.text import Document, render
+from lindm.text import Document, Step, render
 
 LENGTH = 192
 
 
-def told(directory, n):
-    """Worlds, demonstrations and the way in which the first n tasks of a dataset are told."""
+def tasks_of(directory, n):
+    """The first n tasks of a dataset, and how it is written."""
     dataset = Dataset(directory)
-    text = text_format(dataset)
-    tasks = dataset.load()[:n]
-    worlds = [world(task.problem(), text.shows_rewards) for task in tasks]
-    return worlds, [text.demonstrations(task) for task in tasks], text.template
+    return read_tasks(dataset)[:n], text_format(dataset)
 
 
 @nnx.jit
@@ -31,32 +29,28 @@ def logits_of(model):
     return lambda ids: forward(model, jnp.asarray([[*ids, *[0] * (LENGTH - len(ids))]], jnp.int32))[: len(ids)]
 
 
-def read_whole(logits_of, tokenizer, template, A):
-    """The policy of `logits_of(ids) -> [n, V]`, the scores of all that it was asked, and whether free text would be an action."""
-    actions = action_tokens(tokenizer, template, A)
-    asked_for, spelt = [], []
+def read_whole(logits_of, tokenizer, text, A):
+    """The policy of `logits_of(ids) -> [n, V]`, the scores of all histories, and whether free text would be an action."""
+    actions = action_tokens(tokenizer, text.template, A)
+    all_scores, spelled = [], []
 
-    def of(demos):
-        def answer(stage, level):
-            found = []
-            for episodes, asks in zip(demos, level, strict=True):
-                row = []
-                for asked in asks:
-                    pieces = [p.text for p in render(Document(tuple(map(tuple, episodes)), asked.steps), template)]
-                    ids = [*document_prefix(tokenizer), *(i for piece in encode(tokenizer, pieces) for i in piece)]
-                    scores, spells = [], []
-                    for tokens in actions:
-                        logits = np.asarray(logits_of([*ids, *tokens]), np.float64)
-                        log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-                        rows = log_p[len(ids) - 1 : len(ids) - 1 + len(tokens)]
-                        scores.append(sum(row[token] for row, token in zip(rows, tokens, strict=True)))
-                        spells.append(all(row.argmax() == token for row, token in zip(rows, tokens, strict=True)))
-                    asked_for.append(scores)
-                    spelt.append(any(spells))
-                    row.append(int(np.argmax(scores)))
-                found.append(row)
-            return found
+    def shown(steps, names):
+        return tuple(Step(step.action, **{name: getattr(step, name) for name in names - {"action"}}) for step in steps)
 
-        return answer
+    def act(demonstrations, history):
+        episodes = tuple(shown(steps, text.fields) for steps in demonstrations)
+        document = Document(episodes, shown(history, text.query_fields))
+        pieces = [piece.text for piece in render(document, text.template)]
+        ids = [*document_prefix(tokenizer), *(i for piece in encode(tokenizer, pieces) for i in piece)]
+        scores, spells = [], []
+        for tokens in actions:
+            logits = np.asarray(logits_of([*ids, *tokens]), np.float64)
+            log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+            rows = log_p[len(ids) - 1 : len(ids) - 1 + len(tokens)]
+            scores.append(sum(row[token] for row, token in zip(rows, tokens, strict=True)))
+            spells.append(all(row.argmax() == token for row, token in zip(rows, tokens, strict=True)))
+        all_scores.append(scores)
+        spelled.append(any(spells))
+        return int(np.argmax(scores))
 
-    return of, asked_for, spelt
+    return FunctionPolicy(act), all_scores, spelled

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lindm.evaluation.losses import play, world
+from lindm.evaluation.environments import make_tasks
+from lindm.evaluation.losses import evaluate_policy
 from lindm.llm.io import weights
-from lindm.llm.policy import Reader
+from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import setup, trainer
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import load_tokenizer
-from tests.lindm.llm.reading import read_whole, told
+from tests.lindm.llm.reading import read_whole, tasks_of
 
 torch = pytest.importorskip("torch", reason="needs torch: make parity")
 transformers = pytest.importorskip("transformers")
@@ -39,13 +40,14 @@ def test_the_exported_model_decides_the_same_in_torch(micro, tmp_path, method):
     )
     assert trainer.train(options) == 0
     directory = tmp_path / "out" / "model"
-    worlds, demos, template = told(micro.mdp, 3)
+    tasks, text = tasks_of(micro.mdp, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    whole, scores, _ = read_whole(torch_logits(directory), tokenizer, template, 2)
-    wanted = play(worlds, whole(demos))
+    whole, scores, _ = read_whole(torch_logits(directory), tokenizer, text, 2)
+    wanted = evaluate_policy(tasks, whole)
     assert len({int(np.argmax(s)) for s in scores}) == 2
     model = weights.load(directory)
-    assert play(worlds, Reader(model, load_tokenizer(directory), template, 2).policy(demos, 3)) == wanted
+    found = evaluate_policy(tasks, LanguageModelPolicy(model, load_tokenizer(directory), text))
+    assert [dataclasses.replace(loss, invalid=None) for loss in found] == wanted
 
 
 @pytest.mark.skipif("LINDM_RUN" not in os.environ, reason="LINDM_RUN names no run of `lindm sft`")
@@ -56,11 +58,11 @@ def test_a_given_run_decides_the_same_in_torch():
     options = dataclasses.replace(SFTConfig(**(given | paths)), mesh="data=1,fsdp=8")
     decisions = setup.setup_training(dataclasses.replace(options, batch=8)).decision_tasks
     assert decisions is not None
-    tasks, demos = decisions.tasks[:4], decisions.demonstrations[:4]
-    worlds = [world(task.problem(), decisions.text.shows_rewards) for task in tasks]
-    A = tasks[0].num_actions
-    whole, scores, _ = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.text.template, A)
-    wanted = play(worlds, whole(demos), episodes=2, listed=64)
+    tasks = make_tasks([task.problem() for task in decisions.tasks[:4]], decisions.demonstrations[:4])
+    policy = LanguageModelPolicy(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.text)
+    A = tasks[0].known.num_actions
+    whole, scores, _ = read_whole(torch_logits(out / "model"), load_tokenizer(out / "model"), decisions.text, A)
+    limits = {"episodes": 2, "max_histories": 64}
+    wanted = evaluate_policy(tasks, whole, **limits)
     assert len(scores) > 30
-    reader = Reader(weights.load(out / "model"), load_tokenizer(out / "model"), decisions.text.template, A)
-    assert play(worlds, reader.policy(demos, tasks[0].horizon), episodes=2, listed=64) == wanted
+    assert [dataclasses.replace(loss, invalid=None) for loss in evaluate_policy(tasks, policy, **limits)] == wanted

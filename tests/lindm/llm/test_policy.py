@@ -1,57 +1,200 @@
 """A model's decisions: what shared caches and batches answer is what one full reading of each text answers."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from lindm.evaluation.losses import play
+from lindm.datasets import Dataset, DatasetConfig, make_dataset
+from lindm.errors import DataError, LindmError, UsageError
+from lindm.evaluation.compare import evaluate, read_tasks
+from lindm.evaluation.losses import evaluate_policy
+from lindm.evaluation.policy import Observation
 from lindm.llm.io import weights
-from lindm.llm.policy import Reader
+from lindm.llm.named_policies import PoliciesByName
+from lindm.llm.policy import LanguageModelPolicy, load_policy
+from lindm.llm.sft import trainer
+from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import action_tokens, load_tokenizer
-from tests.lindm.llm.reading import logits_of, read_whole, told
+from lindm.text import COMPACT, Step
+from tests.lindm.llm.conftest import SUITE
+from tests.lindm.llm.reading import logits_of, read_whole, tasks_of
 
 
-def recorded(reader, demos, horizon):
-    """The reader's policy, and the scores of all that it is asked, in the order of the histories."""
-    last, scores, work, policy = [], [], reader._scores, reader.policy(demos, horizon)
+class Recorded(LanguageModelPolicy):
+    """Keeps the scores of all histories, in their order."""
 
-    def noted(*arguments):
-        last[:] = [work(*arguments)]
-        return last[0]
+    def init(self, tasks):
+        self.scores = []
+        return super().init(tasks)
 
-    def answer(stage, level):
-        found = policy(stage, level)
-        rows = np.asarray(last[0][0]).reshape(len(level), -1, last[0][0].shape[-1])
-        scores.extend(row.tolist() for asks, row in zip(level, rows, strict=True) for row in row[: len(asks)])
-        return found
+    def _scores(self, *arguments):
+        self.last = super()._scores(*arguments)
+        return self.last
 
-    reader._scores = noted
-    return answer, scores
+    def step(self, state, observation):
+        state, probabilities = super().step(state, observation)
+        self.scores += np.asarray(self.last[0])[state.row].tolist()
+        return state, probabilities
 
 
-def agree(model, tokenizer, worlds, demos, template):
-    """Both ways of asking give the same scores at the same histories, and so the same answers."""
-    whole, wanted, spelt = read_whole(logits_of(model), tokenizer, template, 2)
-    reader = Reader(model, tokenizer, template, 2)
-    policy, found = recorded(reader, demos, 3)
-    assert play(worlds, policy) == play(worlds, whole(demos))
-    assert len(found) == len(wanted) > 3 and np.ptp([a - b for a, b in wanted]) > 0.01, "histories must matter"
-    np.testing.assert_allclose(found, wanted, atol=2e-4)
-    assert (reader.answered, reader.invalid) == (len(spelt), spelt.count(False))
-    return spelt
+def agree(model, tokenizer, tasks, text):
+    """Both ways of reading give the same scores at the same histories, and so the same decisions."""
+    whole, wanted, spelled = read_whole(logits_of(model), tokenizer, text, 2)
+    policy = Recorded(model, tokenizer, text)
+    losses = evaluate_policy(tasks, policy)
+    assert [dataclasses.replace(loss, invalid=None) for loss in losses] == evaluate_policy(tasks, whole)
+    assert len(policy.scores) == len(wanted) > 3 and np.ptp([a - b for a, b in wanted]) > 0.01, "histories must matter"
+    np.testing.assert_allclose(policy.scores, wanted, atol=2e-4)
+    decisions, invalid = sum(loss.decisions for loss in losses), sum(loss.invalid for loss in losses)
+    assert (decisions, invalid) == (len(spelled), spelled.count(False))
+    return spelled
 
 
 @pytest.mark.parametrize("kind, n", [("mdp", 2), ("hidden", 3), ("cloud", 2)])
 def test_answers_are_those_of_reading_every_text_from_its_beginning(micro, kind, n):
-    worlds, demos, template = told(getattr(micro, kind), n)
-    agree(weights.load(micro.model), load_tokenizer(micro.model), worlds, demos, template)
+    tasks, text = tasks_of(getattr(micro, kind), n)
+    agree(weights.load(micro.model), load_tokenizer(micro.model), tasks, text)
 
 
 def test_actions_of_several_tokens_are_scored_to_their_end(micro):
-    worlds, demos, template = told(micro.mdp, 1)
+    tasks, text = tasks_of(micro.mdp, 1)
     model, tokenizer = weights.load(micro.model), load_tokenizer(micro.model)
-    long = dataclasses.replace(template, name="long", actions=(" Axy", " Axzw"))
+    long = dataclasses.replace(text.template, name="long", actions=(" Axy", " Axzw"))
     tokens = action_tokens(tokenizer, long, 2)
     assert min(map(len, tokens)) > 1 and len({len(t) for t in tokens}) == 2 and tokens[0][0] == tokens[1][0]
-    agree(model, tokenizer, worlds, demos, long)
+    agree(model, tokenizer, tasks, dataclasses.replace(text, template=long))
+
+
+def test_a_state_can_be_continued_in_several_ways(micro):
+    """No step changes the state that it was given."""
+    (task, *_), _ = tasks_of(micro.mdp, 1)
+    policy = load_policy(micro.model, temperature=1.0)
+    one, zero = np.ones(1, int), np.zeros(1, int)
+    first = Observation(stage=0, task=zero, parent=zero, state=zero)
+    state, _ = policy.step(policy.init([task]), first)
+
+    def following(action, reward):
+        seen = {"state": one, "action": np.array([action]), "reward": np.array([reward])}
+        return policy.step(state, Observation(stage=1, task=zero, parent=zero, **seen))[1]
+
+    before = following(0, 0.5)
+    other = following(1, 0.25)
+    np.testing.assert_array_equal(following(0, 0.5), before)
+    assert np.abs(other - before).max() > 1e-6
+    history = [Step(0, state=0, reward=0.5), Step(None, state=1)]
+    np.testing.assert_allclose(policy.act(task.demonstrations, history, task.known.problem), before[0], atol=1e-6)
+
+
+# --- models by directory and by name ---------------------------------------------------------------------------------------
+
+
+DATASET = DatasetConfig(tasks=5, demos=2, seed=11)
+
+
+@pytest.fixture(scope="module")
+def run(micro, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert trainer.train(SFTConfig(model=micro.model, data=micro.mdp, out=out, steps=2, eval_tasks=0, rewards="hidden")) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(micro, run, tmp_path_factory):
+    names = ["oracle", "random", "bc", f"icl:{micro.model}", f"sft:{run}"]
+    heard = []
+    policies = PoliciesByName(names, SUITE, DATASET)
+    found = evaluate(SUITE, policies, dataset=DATASET, data=tmp_path_factory.mktemp("data"), on_result=heard.append)
+    assert heard == found and [result.policy for result in found] == names
+    return found
+
+
+def test_every_policy_has_a_result_of_the_same_tasks(results):
+    for result in results:
+        assert (result.suite, result.horizon, result.split, result.n, result.method) == ("small", 3, "id", 5, "exact")
+        assert len(result.gaps) == 5 and result.ci[0] <= result.gap <= result.ci[1]
+        assert result.gap == pytest.approx(sum(result.gaps) / 5) and result.decisions_per_s > 0
+        assert 0 <= result.action_agreement <= 1 + 1e-9
+    assert abs(results[0].gap) < 1e-12 and results[1].gap == pytest.approx(1)
+
+
+def test_only_language_models_can_answer_what_is_no_action(results):
+    assert [result.invalid is None for result in results] == [True, True, True, False, False]
+    assert all(0 <= result.invalid <= 1 for result in results[3:])
+
+
+def test_a_run_and_its_functions_give_the_same_results_by_name_and_by_directory(run, results, tmp_path):
+    policy = load_policy(run)
+
+    def function(demonstrations, history):
+        return policy.act(demonstrations, history)
+
+    found = evaluate(SUITE, {"sft": policy, "function": function}, dataset=DATASET, data=tmp_path / "data")
+    assert [result.gaps for result in found] == [results[4].gaps] * 2
+    assert found[0].invalid == results[4].invalid and found[1].invalid is None
+
+
+def test_a_model_reads_texts_as_it_was_trained(micro, run, tmp_path):
+    """The run was not shown rewards, and is not shown them here."""
+    make_dataset(tmp_path, SUITE, DATASET)
+    (task, *_) = read_tasks(Dataset(tmp_path))
+    parts = ["\n", "{state}", "{action}", ":{reward}"]
+    turned = {"name": "turned", "episode": "#", "step": parts, "closing": "\n", "actions": [" B", " C", " A"], "states": "{}"}
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    for directory, shown in ((micro.model, True), (run, False)):
+        text = load_policy(directory).init([task]).text
+        assert text.shows_rewards is shown and text.template == COMPACT
+        other = {"template": str(tmp_path / "turned.json"), "rewards": "hidden" if shown else "shown"}
+        text = load_policy(directory, **other).init([task]).text
+        assert text.shows_rewards is not shown and text.template.name == "turned"
+
+
+def test_a_temperature_gives_the_models_own_probabilities(micro, run):
+    (task, *_), _ = tasks_of(micro.mdp, 1)
+    history = [Step(None, state=0)]
+    warm, cold = (load_policy(run, temperature=t).act(task.demonstrations, history) for t in (1.0, 0.0))
+    assert cold.tolist() in ([1.0, 0.0], [0.0, 1.0]) and cold.argmax() == warm.argmax() and 0 < warm.min() < 0.5
+    assert warm.sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"problem must be given: the dataset that .* was trained on is not known, or is gone"):
+        load_policy(micro.model).act(task.demonstrations, history)
+
+
+def test_a_language_model_is_read_when_its_turn_comes(micro):
+    policies = PoliciesByName([f"icl:{micro.model}", "bc"], SUITE, DATASET)
+    assert list(policies) == [f"icl:{micro.model}", "bc"] and len(policies) == 2
+    assert policies[f"icl:{micro.model}"] is not policies[f"icl:{micro.model}"]
+    with pytest.raises(KeyError):
+        policies["oracle"]
+
+
+def test_options_of_texts_are_refused_where_nobody_reads_them():
+    for option, value in (("template", "readable"), ("rewards", "shown")):
+        with pytest.raises(ValueError, match=f"{option} must be left out without a language model; got '{value}'"):
+            PoliciesByName(["oracle", "bc"], SUITE, DATASET, **{option: value})
+
+
+def test_a_word_for_rewards_that_is_none_is_refused(micro):
+    with pytest.raises(ValueError, match="rewards must be one of auto, shown, hidden; got 'some'"):
+        PoliciesByName(["oracle", f"icl:{micro.model}"], SUITE, DATASET, rewards="some")
+
+
+def test_a_task_with_too_many_histories_is_sampled(micro):
+    policies = {"icl": load_policy(micro.model)}
+    (result,) = evaluate(SUITE, policies, dataset=DATASET, max_histories=1, episodes=2)
+    assert result.method == "rollout"
+
+
+def test_texts_that_are_too_long_for_the_model_are_refused(micro):
+    dataset = DatasetConfig(tasks=1, demos=30, seed=4)
+    with pytest.raises(
+        LindmError, match=r"policy icl:.*: texts must have at most the 256 tokens of the model; the longest has about \d+"
+    ) as e:
+        evaluate(SUITE, PoliciesByName([f"icl:{micro.model}"], SUITE, dataset), dataset=dataset)
+    assert isinstance(e.value, DataError)
+
+
+def test_tasks_that_a_run_was_trained_on_are_refused(run):
+    with pytest.raises(LindmError, match=r"seed must not be 0: .* was trained on these tasks") as e:
+        PoliciesByName([f"sft:{run}"], SUITE, DatasetConfig(tasks=5, demos=2))
+    assert isinstance(e.value, UsageError)

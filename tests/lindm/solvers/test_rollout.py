@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.evaluation.exact import fixed_model_value
 from lindm.solvers import dp, rollout, tree
+from lindm.solvers.criteria import fixed_model_value
 from lindm.solvers.solve import solve
 from lindm.types import EXACT, MDP, POMDP
 

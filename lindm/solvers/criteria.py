@@ -1,8 +1,8 @@
-"""What a policy loses, exactly.
+"""What a policy is worth, exactly: its suboptimality in an MDP, and three criteria of an ambiguous problem.
 
-For an ambiguous problem three criteria exist, and they are different problems under different names:
+The three are different problems under different names:
 
-    stage-wise alpha-maxmin     `oracles.tree.policy_value`: nature moves at every stage; the problem's own, what oracles solve
+    stage-wise alpha-maxmin     `lindm.solvers.tree.policy_value`: nature moves at every stage; the problem's own, what is solved
     whole-horizon alpha-maxmin  `whole_horizon_value`: alpha min_m V_m + (1 - alpha) max_m V_m, nature moves once
     a fixed true model          `fixed_model_value`: V_m, where m makes every step
 """

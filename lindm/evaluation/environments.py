@@ -1,0 +1,256 @@
+r"""Solved problems as environments: which histories a policy reaches, with which probability, and Q* at each of them.
+
+A history ends where an action is due. Of an MDP it is summed up by the state; of a POMDP or an APOMDP it is a sequence of steps
+(a, m, o), numbered within its stage as in `lindm.solvers.belief`. The histories of one stage of one task are rows of `Histories`,
+children in the order of their parents.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lindm.problems.apomdp import as_apomdp
+from lindm.solvers import dp, tree
+from lindm.solvers.belief import branching, child_history, children, first_history, joint_kernel, normalize, step_index
+from lindm.solvers.ties import optimal_actions
+from lindm.text import Step
+from lindm.types import APOMDP, MDP, POMDP, Problem
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Solvers compute in double precision and on the CPU, whatever the model beside them computes in."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Histories:
+    """n histories of one stage of one task; what a problem does not have, or a first stage has not yet, is None."""
+
+    weight: np.ndarray  # [n] probability of the history; 1/episodes in a rollout; of an APOMDP that of its actions alone
+    index: np.ndarray  # [n] the state of an MDP, or the number of the history within its stage
+    parent: np.ndarray  # [n] row of the history of the stage before that this one continues
+    belief: np.ndarray | None = None  # [n, M, S] of a hidden state, under each model
+    state: np.ndarray | None = None  # [n] the state, where it is observed
+    action: np.ndarray | None = None  # [n] of the step before, as the next three
+    model: np.ndarray | None = None  # [n]
+    observation: np.ndarray | None = None  # [n]
+    reward: np.ndarray | None = None  # [n], where the state is observed
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
+NO_HISTORIES = Histories(weight=np.zeros(0), index=np.zeros(0, int), parent=np.zeros(0, int))
+
+
+class MDPEnvironment:
+    """An MDP, solved when Q* is first needed."""
+
+    ambiguous = False
+
+    def __init__(self, problem: MDP):
+        self.problem = problem
+        self.horizon, self.num_states, self.num_actions = problem.horizon, problem.num_states, problem.num_actions
+        self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
+
+    @cached_property
+    def Q(self) -> np.ndarray:
+        """Q* [H, S, A]."""
+        with double_precision():
+            return np.asarray(dp.backward_induction(self.problem).Q)
+
+    @cached_property
+    def optimal(self) -> np.ndarray:
+        """Which actions are optimal [H, S, A]."""
+        return optimal_actions(self.Q)
+
+    @cached_property
+    def optimal_value(self) -> float:
+        return float(self.rho @ self.Q[0].max(-1))
+
+    @cached_property
+    def uniform_value(self) -> float:
+        """The value of uniformly random actions."""
+        with double_precision():
+            uniform = jnp.full(self.problem.r.shape, 1 / self.num_actions, self.problem.r.dtype)
+            return float(self.rho @ np.asarray(dp.policy_value(self.problem, uniform)[0]))
+
+    def num_histories(self) -> int:
+        """At most so many histories of the last stage are reached by a deterministic policy."""
+        return int((self.rho > 0).sum()) * int((self.P > 0).sum(-1).max()) ** (self.horizon - 1)
+
+    def start(self, rng: np.random.Generator | None, episodes: int) -> Histories:
+        """The histories of the first stage: all of them, or those of sampled episodes."""
+        if rng is None:
+            states = np.flatnonzero(self.rho > 0)
+            weight = self.rho[states].astype(float)
+        else:
+            states = _sample(np.broadcast_to(self.rho, (episodes, self.num_states)), rng)
+            weight = np.full(episodes, 1 / episodes)
+        return Histories(weight=weight, index=states, state=states, parent=np.zeros(len(states), int))
+
+    def step(
+        self, stage: int, at: Histories, probabilities: np.ndarray, rng: np.random.Generator | None, actions: np.ndarray
+    ) -> Histories:
+        """The histories one stage later, by action probabilities [n, A]; in a rollout `actions` [n] are taken."""
+        P = self.P[min(stage, len(self.P) - 1)]
+        if rng is None:
+            joint = probabilities[:, :, None] * P[at.index]
+            parent, action, state = np.nonzero(joint > 0)
+            weight = at.weight[parent] * joint[parent, action, state]
+        else:
+            parent, action = np.arange(len(at)), actions
+            state, weight = _sample(P[at.index, actions], rng), at.weight
+        reward = self.r[stage, at.index[parent], action]
+        return Histories(weight=weight, index=state, parent=parent, state=state, action=action, reward=reward)
+
+    def merged(self, histories: Histories) -> Histories:
+        """Histories that end in the same state as the first of them, which is all that a Markov policy needs."""
+        weight = np.bincount(histories.index, histories.weight, self.num_states)
+        first = np.unique(histories.index, return_index=True)[1]
+        return jax.tree.map(lambda x: x[first], replace(histories, weight=weight[histories.index]))
+
+    def Q_at(self, stage: int, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+        """Q* [n, A], and which actions are optimal [n, A]."""
+        return self.Q[stage, histories.index], self.optimal[stage, histories.index]
+
+
+class BeliefEnvironment:
+    """A POMDP or an APOMDP, solved when Q* is first needed."""
+
+    def __init__(self, problem: POMDP | APOMDP):
+        self.problem, self.ambiguous = problem, isinstance(problem, APOMDP)
+        self.apomdp = as_apomdp(problem)
+        self.num_models, self.horizon, self.num_states, self.num_actions = self.apomdp.models.r.shape
+        self.num_observations = self.apomdp.num_observations
+        self.branching = branching(self.apomdp)
+
+    @cached_property
+    def Q(self) -> np.ndarray:
+        """Q* [histories of all stages, A]."""
+        with double_precision():
+            return np.asarray(tree.tree(self.apomdp).Q)
+
+    @cached_property
+    def kernels(self) -> list[np.ndarray]:
+        """K [A, M, O, S, S] of each stage."""
+        with double_precision():
+            return [np.asarray(joint_kernel(self.apomdp, t)) for t in range(self.horizon)]
+
+    @cached_property
+    def rho(self) -> np.ndarray:
+        """The belief [M, S] at the start."""
+        return np.asarray(self.apomdp.models.rho)
+
+    @cached_property
+    def optimal_value(self) -> float:
+        return float(self.Q[0].max())
+
+    @cached_property
+    def uniform_value(self) -> float:
+        """The value of uniformly random actions."""
+        with double_precision():
+            return float(tree.uniform_value(self.apomdp))
+
+    def num_histories(self) -> int:
+        """At most so many histories of the last stage are reached by a deterministic policy."""
+        return (self.num_models * self.num_observations) ** (self.horizon - 1)
+
+    def start(self, rng: np.random.Generator | None, episodes: int) -> Histories:
+        """The history of the first stage, which is empty, once or for each sampled episode."""
+        n = 1 if rng is None else episodes
+        belief = np.broadcast_to(self.rho, (n, *self.rho.shape))
+        return Histories(weight=np.full(n, 1 / n), index=np.zeros(n, int), parent=np.zeros(n, int), belief=belief)
+
+    def step(
+        self, stage: int, at: Histories, probabilities: np.ndarray, rng: np.random.Generator | None, actions: np.ndarray
+    ) -> Histories:
+        """The histories one stage later, by action probabilities [n, A]; in a rollout `actions` [n] are taken."""
+        assert at.belief is not None
+        O, taken, found = self.num_observations, np.zeros_like(probabilities, bool), []
+        if rng is None:
+            taken = probabilities > 0
+        else:
+            taken[np.arange(len(at)), actions] = True
+        for a in range(self.num_actions):
+            rows = np.flatnonzero(taken[:, a])
+            found.append((rows, np.full(len(rows), a), children(self.kernels[stage][a], at.belief[rows])))
+        parents, chosen, joints = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.argsort(parents, kind="stable")  # by history, then by action
+        parents, chosen, joints = parents[order], chosen[order], joints[order]
+        beliefs, mass = normalize(joints)  # [rows, M, O, S] and [rows, M, O]
+        if rng is None:
+            row, m, o = np.nonzero(mass > 0)
+            weight = at.weight[parents] * probabilities[parents, chosen]
+            weight = weight[row] if self.ambiguous else weight[row] * mass[row, m, o]
+        else:
+            row = np.arange(len(parents))
+            m, o = np.divmod(_sample(mass.reshape(len(mass), -1), rng), O)
+            weight = at.weight
+        belief, parent, action = beliefs[row, m, o], parents[row], chosen[row]
+        return Histories(
+            weight=weight,
+            index=child_history(self.apomdp, stage, at.index[parent], step_index(self.apomdp, action, m, o)),
+            parent=parent,
+            belief=np.broadcast_to(belief[:, None], (len(row), *self.rho.shape)),
+            action=action,
+            model=m if self.ambiguous else None,
+            observation=o,
+        )
+
+    def Q_at(self, stage: int, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+        """Q* [n, A], and which actions are optimal [n, A]."""
+        Q = self.Q[first_history(self.branching, stage) + histories.index]
+        return Q, optimal_actions(Q, per_row=True)
+
+
+Environment = MDPEnvironment | BeliefEnvironment
+
+
+def environment(problem: Problem) -> Environment:
+    """The environment of a problem in double precision; it is solved when its Q* is first needed, once."""
+    with double_precision():
+        return MDPEnvironment(problem) if isinstance(problem, MDP) else BeliefEnvironment(problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a policy may know before it acts: the problem, demonstrations of it, and the names of its parts."""
+
+    environment: Environment | None  # None: the problem is not known
+    demonstrations: Sequence[Sequence[Step]] = ()  # episodes, with rewards
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of states, actions, observations and models
+
+    @property
+    def known(self) -> Environment:
+        """The environment. ValueError where the problem is not known."""
+        if self.environment is None:
+            raise ValueError("problem must be given: this policy computes from it; got None")
+        return self.environment
+
+
+def make_tasks(
+    problems: Sequence[Problem],
+    demonstrations: Sequence[Sequence[Sequence[Step]]],
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> list[Task]:
+    """A task for each problem and its demonstrations; tasks of the same problem share one environment."""
+    environments = {key: environment(problem) for key, problem in {id(problem): problem for problem in problems}.items()}
+    return [
+        Task(environment=environments[id(problem)], demonstrations=episodes, names=names or {})
+        for problem, episodes in zip(problems, demonstrations, strict=True)
+    ]
+
+
+def _sample(laws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An index [n] from each row of weights [n, k], by inverse CDF of one uniform number each."""
+    cdf = np.cumsum(laws, axis=-1)
+    return (cdf <= (rng.random(len(laws)) * cdf[:, -1])[:, None]).sum(-1)

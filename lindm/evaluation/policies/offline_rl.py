@@ -1,0 +1,43 @@
+"""Least-squares value iteration (LSVI) on the demonstrations' transitions, and its pessimistic form (PEVI)."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from lindm.evaluation.environments import Task
+from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
+from lindm.icl import predictors
+
+LAM = 1.0  # ridge penalty of the regressions
+BETA = 1.0  # of PEVI's bonus, the rewards scaled to [0, 1]: its theory asks for more, and would then never leave zero
+
+
+class LSVI(TablePolicy):
+    """One feature for each state and action; rewards are scaled to [0, 1] by each task's own.
+
+    Kernels and rewards are taken not to change with the stage, as in the suites, so every transition serves every stage.
+    """
+
+    pessimistic = False
+
+    def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+        found = []
+        for task in tasks:
+            H, S, A = mdp_of(task).problem.r.shape
+            s, a, r, u = transitions(task.demonstrations).T
+            low, high = r.min(), r.max()
+            phi = np.eye(S * A).reshape(S, A, S * A)
+            x = np.repeat(phi[s.astype(int), a.astype(int)][None], H, axis=0)
+            x[: H - 1, u < 0] = 0  # the next state of an episode's last step is not known; only the last stage needs none
+            after = np.repeat(phi[u.astype(int)][None], H, axis=0)
+            scaled = np.repeat(((r - low) / (high - low if high > low else 1.0))[None], H, axis=0)
+            given = (*map(jnp.asarray, (phi, x, scaled, after)), LAM)
+            found.append(np.asarray(predictors.pevi(*given, BETA) if self.pessimistic else predictors.lsvi(*given)[0]))
+        return found
+
+
+class PEVI(LSVI):
+    """LSVI less a bonus for uncertainty, clipped (Jin, Yang, Wang, 2021)."""
+
+    pessimistic = True

@@ -1,0 +1,76 @@
+"""The oracle, the uniformly random policy, and the behavior policy between the two that makes demonstrations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lindm import validate
+from lindm.evaluation.environments import Environment, MDPEnvironment, Task, double_precision
+from lindm.evaluation.policy import Observation, Policy, one_hot
+from lindm.solvers import ties, tree
+from lindm.solvers.belief import child_history, step_index
+
+
+class Oracle(Policy):
+    """An optimal action at every history, the lowest index among ties; the state is the numbers of the histories."""
+
+    markov = exhaustive = True
+
+    def init(self, tasks: Sequence[Task]) -> tuple[list[Environment], list[Any], np.ndarray]:
+        environments = [task.known for task in tasks]
+        tables = {id(env): optimal_table(env) for env in {id(env): env for env in environments}.values()}
+        return environments, [tables[id(env)] for env in environments], np.zeros(1, int)
+
+    def step(self, state, observation: Observation):
+        environments, tables, before = state
+        index = np.zeros(len(observation), int) if observation.state is None else observation.state
+        actions = np.zeros(len(observation), int)
+        for i, env in enumerate(environments):
+            rows = np.flatnonzero(observation.task == i)
+            if not isinstance(env, MDPEnvironment) and observation.stage:
+                assert observation.action is not None and observation.observation is not None
+                a, o = observation.action[rows], observation.observation[rows]
+                m = np.zeros_like(a) if observation.model is None else observation.model[rows]
+                parents = before[observation.parent[rows]]
+                index[rows] = child_history(env.apomdp, observation.stage - 1, parents, step_index(env.apomdp, a, m, o))
+            actions[rows] = tables[i][observation.stage][index[rows]]
+        return (environments, tables, index), one_hot(actions, environments[0].num_actions)
+
+
+def optimal_table(env: Environment) -> Sequence[np.ndarray]:
+    """An optimal action at every history of each stage: [S] of an MDP, [histories] otherwise."""
+    with double_precision():
+        if isinstance(env, MDPEnvironment):
+            return ties.greedy(env.Q)
+        return tuple(map(np.asarray, tree.optimal_policy(env.apomdp, tree.Tree(Q=jnp.asarray(env.Q)))))
+
+
+class Random(Policy):
+    """Every action with the same probability."""
+
+    markov = exhaustive = True
+
+    def init(self, tasks: Sequence[Task]) -> int:
+        return tasks[0].known.num_actions
+
+    def step(self, state, observation: Observation):
+        return state, np.full((len(observation), state), 1 / state)
+
+
+class Behavior(Policy):
+    """The oracle, but with probability epsilon a uniformly random action."""
+
+    markov = exhaustive = True
+
+    def __init__(self, epsilon: float = 0.2):
+        validate.fraction(epsilon, "epsilon")
+        self.epsilon, self.oracle = epsilon, Oracle()
+
+    def init(self, tasks: Sequence[Task]) -> Any:
+        return self.oracle.init(tasks)
+
+    def step(self, state, observation: Observation):
+        state, best = self.oracle.step(state, observation)
+        return state, (1 - self.epsilon) * best + self.epsilon / best.shape[-1]

@@ -1,0 +1,61 @@
+"""Certainty equivalence: an estimate is taken for the truth.
+
+In an MDP the kernel and the rewards are estimated from the demonstrations; where the state is hidden the model is known and the
+state is estimated.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lindm.evaluation.environments import MDPEnvironment, Task
+from lindm.evaluation.policies.beliefs import LikeliestState
+from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
+from lindm.evaluation.policy import Episodes, Observation, Policy
+from lindm.solvers import dp
+from lindm.types import MDP
+
+
+class CertaintyEquivalence(Policy):
+    """`EstimatedModel` of an MDP, `LikeliestState` of a POMDP or an APOMDP."""
+
+    markov = True
+
+    def init(self, tasks: Sequence[Task]) -> tuple[Policy, Any]:
+        policy = EstimatedModel() if isinstance(tasks[0].known, MDPEnvironment) else LikeliestState()
+        return policy, policy.init(tasks)
+
+    def step(self, state, observation: Observation):
+        policy, own = state
+        own, probabilities = policy.step(own, observation)
+        return (policy, own), probabilities
+
+
+class EstimatedModel(TablePolicy):
+    """Planning in the MDP of the demonstrations' relative frequencies and average rewards."""
+
+    def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+        estimates = [estimate(mdp_of(task).problem, task.demonstrations) for task in tasks]
+        return [np.asarray(dp.backward_induction(estimated).Q) for estimated in estimates]
+
+
+def estimate(problem: MDP, demonstrations: Episodes) -> MDP:
+    """The kernel and the rewards that the demonstrations show, in an MDP of the sizes and the first state's law of `problem`.
+
+    One transition to every state alike, and one average reward, are added to what was seen of each state and action.
+    """
+    H, S, A = problem.r.shape
+    s, a, r, u = transitions(demonstrations).T
+    at = (s.astype(int), a.astype(int))
+    counts, rewards, n = np.full((S, A, S), 1 / S), np.full((S, A), r.mean()), np.ones((S, A))
+    np.add.at(rewards, at, r)
+    np.add.at(n, at, 1)
+    known = u >= 0
+    np.add.at(counts, (at[0][known], at[1][known], u[known].astype(int)), 1)
+    return MDP(
+        P=jnp.asarray(counts / counts.sum(-1, keepdims=True))[None],
+        r=jnp.broadcast_to(jnp.asarray(rewards / n), (H, S, A)),
+        rho=problem.rho,
+    )

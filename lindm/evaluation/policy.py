@@ -1,0 +1,143 @@
+"""The protocol of everything that decides: solvers' policies, heuristics, language models and a user's own function.
+
+    state = policy.init(tasks)
+    state, probabilities = policy.step(state, observation)         observation of stage 0, 1, 2, ...
+
+`step` takes all histories of one stage of all tasks together and returns action probabilities [n, A]. What a policy remembers of
+a history (a belief, tokens and their keys and values, the steps themselves) is a row of its state, and `observation.parent` names
+the row of the history that each history continues. Several histories may continue the same one, and none: so a policy takes the
+rows of the parents (`state[observation.parent]`) and never changes a state in place.
+
+A function `f(demonstrations, history)` that returns an action or the probabilities of all actions is a policy, too
+(`as_policy`), and so is any object with `init` and `step`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lindm.evaluation.environments import Task, environment
+from lindm.text import Step
+from lindm.types import Problem
+
+Episodes = Sequence[Sequence[Step]]
+BATCH_SIZE = 4096  # histories of a call, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What n histories have seen since the stage before; None for what the problem does not have, or stage 0 has not yet.
+
+    Histories of one task are neighbors, tasks in order. Where the state is hidden there are no rewards: they could tell something
+    of it that an optimal policy does not know.
+    """
+
+    stage: int
+    task: np.ndarray  # [n] index of the task among those given to `init`
+    parent: np.ndarray  # [n] row, at the stage before, of the history that this one continues; 0 at stage 0
+    state: np.ndarray | None = None  # [n] the state now, where it is observed
+    action: np.ndarray | None = None  # [n] the action of the step before
+    model: np.ndarray | None = None  # [n] the model that nature took then
+    observation: np.ndarray | None = None  # [n] what was observed then
+    reward: np.ndarray | None = None  # [n] the reward of that step
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def last_step(self, row: int, state: int | None = None) -> Step:
+        """The step before of one history, of which the state is not part; stages from 1 on."""
+        fields = {name: getattr(self, name) for name in ("model", "observation", "reward")}
+        given = {name: values[row].item() for name, values in fields.items() if values is not None}
+        assert self.action is not None
+        return Step(int(self.action[row]), state=state, **given)
+
+    def open_step(self, row: int) -> Step:
+        """The step now, whose action is due."""
+        return Step(None, state=None if self.state is None else int(self.state[row]))
+
+
+class Policy:
+    """A policy of the protocol. Subclasses define `init` and `step`, both without side effects on states."""
+
+    markov = False  # in an MDP it acts on the stage and the state alone: the evaluation merges histories that end in one state
+    exhaustive = False  # it is evaluated at every history that it reaches, however many there are: they cost next to nothing
+    batch_size = BATCH_SIZE
+
+    def init(self, tasks: Sequence[Task]) -> Any:
+        """The state before stage 0 of tasks of one kind, horizon and sizes."""
+        raise NotImplementedError
+
+    def step(self, state: Any, observation: Observation) -> tuple[Any, np.ndarray]:
+        """The state at these histories, and the probabilities [n, A] of the actions."""
+        raise NotImplementedError
+
+    def act(self, demonstrations: Episodes, history: Sequence[Step], problem: Problem | None = None) -> np.ndarray:
+        """The probabilities [A] of the actions at one history.
+
+        Args:
+          demonstrations: episodes of the problem, as steps.
+          history: the steps of the episode in progress; the last one is open, `Step(None, state=s)`.
+          problem: needed by policies that compute from it.
+
+        Raises:
+          ValueError: the history does not end in an open step, or the policy needs the problem.
+        """
+        return act(self, demonstrations, history, problem)
+
+
+def act(policy: Any, demonstrations: Episodes, history: Sequence[Step], problem: Problem | None = None) -> np.ndarray:
+    """`Policy.act` of any policy."""
+    if not history or history[-1].action is not None or any(step.action is None for step in history[:-1]):
+        raise ValueError(f"history must be steps with actions and, at the end, an open one, Step(None, ...); got {list(history)}")
+    policy = as_policy(policy)
+    state = policy.init([Task(environment=None if problem is None else environment(problem), demonstrations=demonstrations)])
+    zero, probabilities = np.zeros(1, int), np.zeros((1, 0))
+    for t, step in enumerate(history):
+        seen = {"state": step.state}
+        if t:
+            seen |= {name: getattr(history[t - 1], name) for name in ("action", "model", "observation", "reward")}
+        arrays = {name: np.array([value]) for name, value in seen.items() if value is not None}
+        state, probabilities = policy.step(state, Observation(stage=t, task=zero, parent=zero, **arrays))
+    return probabilities[0]
+
+
+class FunctionPolicy(Policy):
+    """A function of demonstrations and history; the state is the steps of every history."""
+
+    def __init__(self, function: Callable[[Episodes, Sequence[Step]], Any]):
+        self.function = function
+
+    def init(self, tasks: Sequence[Task]) -> tuple[Sequence[Task], list[tuple[Step, ...]]]:
+        return tasks, [()]
+
+    def step(self, state, observation: Observation):
+        tasks, before = state
+        histories = []
+        for row, parent in enumerate(observation.parent):
+            past = before[parent]
+            if observation.stage:
+                past = (*past[:-1], observation.last_step(row, past[-1].state))
+            histories.append((*past, observation.open_step(row)))
+        answers = []
+        for task, history in zip(observation.task, histories, strict=True):
+            answer = np.asarray(self.function(tasks[task].demonstrations, history))
+            if answer.ndim == 0:
+                answer = one_hot(answer.astype(int)[None], tasks[task].known.num_actions)[0]
+            answers.append(answer)
+        return (tasks, histories), np.array(answers, float)
+
+
+def as_policy(policy: Any) -> Any:
+    """A policy as it is, and a function as a policy. TypeError for what is neither."""
+    if hasattr(policy, "init") and hasattr(policy, "step"):
+        return policy
+    if callable(policy):
+        return FunctionPolicy(policy)
+    raise TypeError(f"policy must have init and step, or be a function of demonstrations and history; got {policy!r}")
+
+
+def one_hot(actions: np.ndarray, num_actions: int) -> np.ndarray:
+    """Probabilities [..., A] of certain actions [...]."""
+    return np.eye(num_actions)[actions]

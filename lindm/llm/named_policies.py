@@ -1,0 +1,87 @@
+"""Policies by the names of `lindm eval`: those of `lindm.evaluation.policies`, and language models (icl:MODELDIR, sft:RUNDIR)."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lindm.datasets import DatasetConfig
+from lindm.errors import DataError, UsageError
+from lindm.evaluation.policies import check_name, make_policy
+from lindm.evaluation.policy import Policy
+from lindm.families.registry import NamedProblem
+from lindm.families.suites import Suite
+from lindm.llm.policy import check_rewards, load_policy, model_directory, run_options, training_data
+from lindm.types import Problem
+
+
+class PoliciesByName(Mapping[str, Policy]):
+    """The policies of `lindm eval` by name; a language model is read each time it is looked up, and not kept here.
+
+    Args:
+      names: of `lindm.evaluation.policies.POLICIES`, `icl:MODELDIR` or `sft:RUNDIR`.
+      source, dataset: of the tasks.
+      template, rewards: of language models' texts, as of `load_policy`.
+
+    Raises:
+      ValueError: a name that no policy of such tasks has, twice the same, or an option without a language model.
+      DataError: a model that is not there. UsageError: a run that was trained on these very tasks.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        source: Suite | NamedProblem | Problem,
+        dataset: DatasetConfig,
+        *,
+        template: str | None = None,
+        rewards: str | None = None,
+    ):
+        self.source = source
+        self.names, self.dataset, self.options = tuple(names), dataset, {"template": template, "rewards": rewards}
+        for name in names:
+            kind, colon, path = name.partition(":")
+            if not colon:
+                check_name(name, source)
+                continue
+            if kind not in ("icl", "sft") or not path:
+                raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
+            if kind == "sft" and run_options(Path(path)) is None:
+                raise DataError(f"policy {name}: {path} holds no run of `lindm sft`")
+            try:
+                model_directory(Path(path))
+            except DataError as e:
+                raise DataError(f"policy {name}: {e.message}") from e
+            if kind == "sft":
+                check_not_trained_on(Path(path), source, dataset)
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ValueError(f"policy must be given once; got {twice[0]!r} twice")
+        if rewards is not None:
+            check_rewards(rewards)
+        given = [(option, value) for option, value in self.options.items() if value is not None]
+        if given and not any(":" in name for name in names):
+            raise ValueError(f"{given[0][0]} must be left out without a language model; got {given[0][1]!r}")
+
+    def __getitem__(self, name: str) -> Policy:
+        if name not in self.names:
+            raise KeyError(name)
+        path = name.partition(":")[2]
+        if path:
+            return load_policy(path, name=f"policy {name}", **self.options)
+        return make_policy(name, self.source, self.dataset)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def check_not_trained_on(run: Path, source: Suite | NamedProblem | Problem, dataset: DatasetConfig) -> None:
+    """UsageError where a run was trained on tasks of the same suite and seed, which are the same tasks."""
+    options = run_options(run) or {}
+    if (trained := training_data(options)) is None:
+        return  # a file, or no longer there: nothing to compare with
+    same = isinstance(source, Suite) and trained.suite == json.loads(json.dumps(asdict(source)))  # one problem is always the same
+    if same and trained.config.seed == dataset.seed:
+        raise UsageError(f"seed must not be {dataset.seed}: {run} was trained on these tasks ({options['data']})")
