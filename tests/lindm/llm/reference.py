@@ -1,7 +1,7 @@
-"""Small models of every family as a Hugging Face file has them, and the logits in plain numpy, in double precision, head by head.
+"""Small models of every family in the format of Hugging Face, and their logits in plain numpy, in double precision, head by head.
 
-Shares no code with `lindm.llm`: names and shapes are written down again, rotations are products of complex numbers, one query
-at a time attends to the keys it may see.
+Shares no code with `lindm.llm`: names and shapes are repeated here, the rotary embedding is a product of complex numbers, and one
+query at a time attends to its keys.
 """
 
 import json
@@ -20,7 +20,7 @@ CONFIGS = {
             "original_max_position_embeddings": 32,
         },
     },
-    "smollm": {  # as version 4 of transformers wrote it
+    "smollm": {  # as written by version 4 of transformers
         **{"model_type": "llama", "vocab_size": 67, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2},
         **{"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
         **{
@@ -71,7 +71,7 @@ CONFIGS = {
         },
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "wide": {  # every size a multiple of what formats of fewer bits ask for
+    "wide": {  # sizes are multiples of the block size of quantized formats
         **{"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5},
         **{"rope_theta": 500.0, "tie_word_embeddings": False, "hidden_act": "silu"},
@@ -81,44 +81,48 @@ FAMILIES = tuple(name for name in CONFIGS if name != "wide")
 
 
 def sizes(config):
-    """Width, heads, groups, size of a head."""
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    return width, heads, config["num_key_value_heads"], config.get("head_dim") or width // heads
+    """Hidden size, query heads, key-value heads, head size."""
+    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
+    return hidden_size, heads, config["num_key_value_heads"], config.get("head_dim") or hidden_size // heads
 
 
 def weights(name, seed=0):
     """Random tensors of a configuration, by their names in a file."""
     config, rng = CONFIGS[name], np.random.default_rng(seed)
-    family, mlp = config["model_type"], config["intermediate_size"]
-    width, heads, groups, head = sizes(config)
-    found = {}
+    family, inner_size = config["model_type"], config["intermediate_size"]
+    hidden_size, heads, kv_heads, head_dim = sizes(config)
+    drawn = {}
 
-    def draw(key, *shape, around=0.0, spread=0.1):
-        found[key] = (around + spread * rng.normal(size=shape)).astype(np.float32)
+    def draw(key, *shape, mean=0.0, std=0.1):
+        drawn[key] = (mean + std * rng.normal(size=shape)).astype(np.float32)
 
-    draw("model.embed_tokens.weight", config["vocab_size"], width, spread=1.0)
+    draw("model.embed_tokens.weight", config["vocab_size"], hidden_size, std=1.0)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        draw(f"{layer}.input_layernorm.weight", width, around=1.0)
-        draw(f"{layer}.post_attention_layernorm.weight", width, around=1.0)
-        for part, n in (("q", heads), ("k", groups), ("v", groups)):
-            draw(f"{layer}.self_attn.{part}_proj.weight", n * head, width, spread=0.4)
+        draw(f"{layer}.input_layernorm.weight", hidden_size, mean=1.0)
+        draw(f"{layer}.post_attention_layernorm.weight", hidden_size, mean=1.0)
+        for part, n in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            draw(f"{layer}.self_attn.{part}_proj.weight", n * head_dim, hidden_size, std=0.4)
             if family == "qwen2" or config.get("attention_bias"):
-                draw(f"{layer}.self_attn.{part}_proj.bias", n * head, spread=0.5)
-        draw(f"{layer}.self_attn.o_proj.weight", width, heads * head, spread=0.3)
+                draw(f"{layer}.self_attn.{part}_proj.bias", n * head_dim, std=0.5)
+        draw(f"{layer}.self_attn.o_proj.weight", hidden_size, heads * head_dim, std=0.3)
         if config.get("attention_bias"):
-            draw(f"{layer}.self_attn.o_proj.bias", width)
+            draw(f"{layer}.self_attn.o_proj.bias", hidden_size)
         if family == "qwen3":
-            draw(f"{layer}.self_attn.q_norm.weight", head, around=1.0, spread=0.3)
-            draw(f"{layer}.self_attn.k_norm.weight", head, around=1.0, spread=0.3)
-        for part, (n_out, n_in) in {"gate": (mlp, width), "up": (mlp, width), "down": (width, mlp)}.items():
-            draw(f"{layer}.mlp.{part}_proj.weight", n_out, n_in, spread=0.3)
+            draw(f"{layer}.self_attn.q_norm.weight", head_dim, mean=1.0, std=0.3)
+            draw(f"{layer}.self_attn.k_norm.weight", head_dim, mean=1.0, std=0.3)
+        for part, (n_out, n_in) in {
+            "gate": (inner_size, hidden_size),
+            "up": (inner_size, hidden_size),
+            "down": (hidden_size, inner_size),
+        }.items():
+            draw(f"{layer}.mlp.{part}_proj.weight", n_out, n_in, std=0.3)
             if config.get("mlp_bias"):
                 draw(f"{layer}.mlp.{part}_proj.bias", n_out)
-    draw("model.norm.weight", width, around=1.0)
+    draw("model.norm.weight", hidden_size, mean=1.0)
     if not config["tie_word_embeddings"]:
-        draw("lm_head.weight", config["vocab_size"], width, spread=0.5)
-    return found
+        draw("lm_head.weight", config["vocab_size"], hidden_size, std=0.5)
+    return drawn
 
 
 def write(directory, name, tensors=None, dtype=np.float32, shards=1, **changes):
@@ -140,7 +144,7 @@ def write(directory, name, tensors=None, dtype=np.float32, shards=1, **changes):
 
 
 def bfloat16(tensors):
-    """The same numbers, rounded to what bfloat16 can hold."""
+    """The same numbers, rounded to bfloat16."""
     return {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in tensors.items()}
 
 
@@ -151,14 +155,14 @@ def norm(x, weight, epsilon):
     return x / np.sqrt(np.mean(x**2) + epsilon) * weight
 
 
-def frequencies(config, head):
+def frequencies(config, head_dim):
     rope = config.get("rope_parameters", {"rope_theta": config.get("rope_theta")})
-    found = []
-    for i in range(head // 2):
-        frequency = 1.0 / rope["rope_theta"] ** (2 * i / head)
+    scaled = []
+    for i in range(head_dim // 2):
+        frequency = 1.0 / rope["rope_theta"] ** (2 * i / head_dim)
         if rope.get("rope_type") == "linear":
             frequency /= rope["factor"]
-        if rope.get("rope_type") == "llama3":  # as the paper's code has it, by wavelengths
+        if rope.get("rope_type") == "llama3":  # by wavelengths, as in the code of the paper
             original, factor = rope["original_max_position_embeddings"], rope["factor"]
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             wavelength = 2 * np.pi / frequency
@@ -167,18 +171,18 @@ def frequencies(config, head):
             elif wavelength >= original / high:
                 smooth = (original / wavelength - low) / (high - low)
                 frequency = (1 - smooth) * frequency / factor + smooth * frequency
-        found.append(frequency)
-    return np.array(found)
+        scaled.append(frequency)
+    return np.array(scaled)
 
 
-def rotated(x, position, frequency):
+def apply_rope(x, position, frequency):
     half = len(x) // 2
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequency)
     return np.concatenate([z.real, z.imag])
 
 
 def window(config, layer):
-    """Keys that a layer sees; None: all."""
+    """Number of keys that a query of a layer attends to; None: all."""
     size = config.get("sliding_window")
     if config["model_type"].startswith("qwen"):
         sliding = config.get("layer_types", [""] * config["num_hidden_layers"])[layer] == "sliding_attention"
@@ -190,8 +194,8 @@ def logits(name, tensors, ids):
     """[T] tokens of one document -> [T, V]."""
     config = CONFIGS[name]
     w = {k: v.astype(np.float64) for k, v in tensors.items()}
-    _, heads, groups, head = sizes(config)
-    epsilon, frequency = config["rms_norm_eps"], frequencies(config, head)
+    _, heads, kv_heads, head_dim = sizes(config)
+    epsilon, frequency = config["rms_norm_eps"], frequencies(config, head_dim)
 
     def linear(key, x):
         return w[f"{key}.weight"] @ x + w.get(f"{key}.bias", 0.0)
@@ -202,17 +206,17 @@ def logits(name, tensors, ids):
         keys, values, after = [], [], []
         for t, token in enumerate(x):
             h = norm(token, w[f"{layer}.input_layernorm.weight"], epsilon)
-            q, k, v = (linear(f"{layer}.self_attn.{p}_proj", h).reshape(-1, head) for p in "qkv")
+            q, k, v = (linear(f"{layer}.self_attn.{p}_proj", h).reshape(-1, head_dim) for p in "qkv")
             if f"{layer}.self_attn.q_norm.weight" in w:
                 q = [norm(one, w[f"{layer}.self_attn.q_norm.weight"], epsilon) for one in q]
                 k = [norm(one, w[f"{layer}.self_attn.k_norm.weight"], epsilon) for one in k]
-            keys.append([rotated(one, t, frequency) for one in k])
+            keys.append([apply_rope(one, t, frequency) for one in k])
             values.append(v)
             first = 0 if seen is None else max(0, t - seen + 1)
             mixed = []
             for j in range(heads):
-                turned, g = rotated(q[j], t, frequency), j // (heads // groups)
-                scores = np.array([turned @ keys[s][g] / np.sqrt(head) for s in range(first, t + 1)])
+                rotated, g = apply_rope(q[j], t, frequency), j // (heads // kv_heads)
+                scores = np.array([rotated @ keys[s][g] / np.sqrt(head_dim) for s in range(first, t + 1)])
                 share = np.exp(scores - scores.max())
                 mixed.append(sum(a * values[s][g] for a, s in zip(share / share.sum(), range(first, t + 1), strict=True)))
             token = token + linear(f"{layer}.self_attn.o_proj", np.concatenate(mixed))
