@@ -1,0 +1,85 @@
+"""What the texts of a dataset show, decided in one place; and a dataset whose files are read once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lindm.datasets import Dataset, documents, is_dataset, text_format
+from lindm.text import COMPACT, READABLE, Step, text
+
+
+@pytest.mark.parametrize(
+    "name, rewards, in_demonstrations, in_query",
+    [
+        ("mdp", "auto", True, True),
+        ("mdp", "shown", True, True),
+        ("mdp", "hidden", False, False),
+        ("cloud", "auto", False, False),
+        ("cloud", "shown", True, False),  # a reward may reveal of a hidden state what no label uses
+        ("cloud", "hidden", False, False),
+    ],
+)
+def test_rewards_are_shown_where_the_option_and_the_problem_allow(made, name, rewards, in_demonstrations, in_query):
+    dataset = Dataset(getattr(made, name))
+    how, task = text_format(dataset, rewards=rewards), dataset.load()[0]
+    assert how.shows_rewards is in_demonstrations and ("reward" in how.query_fields) is in_query
+    document = how.document(task, task.queries[0])
+    assert all((step.reward is not None) is in_demonstrations for steps in document.demonstrations for step in steps)
+    assert all((step.reward is not None) is in_query for step in document.query)
+    assert how.demonstrations(task) == document.demonstrations
+
+
+def test_an_episode_in_progress_is_shown_as_the_query_of_a_document(made):
+    for name in ("mdp", "cloud"):
+        dataset = Dataset(getattr(made, name))
+        task = dataset.load()[0]
+        for rewards in ("shown", "hidden"):
+            how = text_format(dataset, rewards=rewards)
+            assert how.query_steps(task.queries[0].steps()) == how.document(task, task.queries[0]).query
+    assert how.query_steps([Step(None, state=1)]) == (Step(None),)
+
+
+def test_the_template_has_a_name_a_path_or_a_default(made):
+    dataset = Dataset(made.mdp)
+    assert text_format(dataset).template == COMPACT and text_format(dataset, "readable").template == READABLE
+    assert text_format(dataset, names=True).template == replace(
+        READABLE, states=("left", "middle", "right"), actions=(" wait", " go", " turn")
+    )
+    with pytest.raises(ValueError, match=r"^rewards must be one of auto, shown, hidden; got 'some'"):
+        text_format(dataset, rewards="some")
+
+
+def test_documents_are_those_of_every_query_in_order(made):
+    dataset = Dataset(made.suite)
+    how = text_format(dataset)
+    found = list(documents(dataset, how))
+    assert [(task.task, number) for task, number, _ in found] == [(t, q) for t in range(10) for q in range(2)]
+    task, number, pieces = found[3]
+    assert text(pieces) == text(how.pieces(task, task.queries[number]))
+
+
+def test_files_are_read_when_tasks_are_reached_and_once_after_load(made, monkeypatch):
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or real(self))
+    dataset, seen = Dataset(made.suite), []
+    assert read == ["manifest.json"] and len(dataset) == 10
+    next(iter(dataset))
+    assert read[1:] == ["episodes-00000.jsonl", "tasks-00000.jsonl"]
+    read.clear()
+    tasks = dataset.load(lambda done, total: seen.append((done, total)))
+    assert len(read) == 6 and seen == [(n, 10) for n in range(1, 11)]
+    assert dataset.load() is tasks and list(dataset) == tasks and len(dataset.problems()) == 10
+    assert len(read) == 6
+
+
+def test_a_handle_knows_the_sizes_the_config_and_the_names(made):
+    dataset = Dataset(made.mdp)
+    assert (dataset.kind, dataset.horizon, dataset.num_states, dataset.num_actions) == ("mdp", 4, 3, 3)
+    assert dataset.config.demos == 4 and dataset.suite is None and dataset.names["actions"] == ["wait", "go", "turn"]
+    problems = dataset.problems()
+    assert len(problems) == 10 and all(problem is problems[0] for problem in problems)
+    suite, cloud = Dataset(made.suite), Dataset(made.cloud)
+    assert suite.suite["name"] == "small" and suite.checksum != dataset.checksum
+    assert (cloud.kind, cloud.num_observations, cloud.num_models) == ("apomdp", 2, 2)
+    assert is_dataset(made.suite) and not is_dataset(made.suite / "manifest.json") and not is_dataset(made.root)

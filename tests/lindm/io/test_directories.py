@@ -1,0 +1,72 @@
+"""Directories that are written as a whole, and one writer at a time."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lindm.errors import StorageError, UsageError
+from lindm.io import directories
+from lindm.io.directories import atomic_directory, copy_file, sole_writer
+from lindm.io.files import TEMPORARY_SUFFIX
+
+
+def test_a_directory_appears_as_a_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("part")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()  # an empty directory may exist
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("whole")
+        assert list((tmp_path / "out").iterdir()) == []
+    assert (tmp_path / "out" / "a").read_text() == "whole" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_directory_with_files_is_not_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="already exists and is not replaced; choose another --out"), atomic_directory(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_writer_is_not_disturbed(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from lindm.io.directories import atomic_directory\n"
+        "with atomic_directory(Path(sys.argv[1])) as t: (t / 'a').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert done.returncode == -signal.SIGKILL and len(list(tmp_path.glob(f".out.*{TEMPORARY_SUFFIX}"))) == 1
+    with atomic_directory(tmp_path / "out") as first:
+        assert list(tmp_path.iterdir()) == [first]
+        with atomic_directory(tmp_path / "out") as second:
+            assert first.is_dir() and second.is_dir()
+            shutil.rmtree(second)
+            second.mkdir()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_one_writer_at_a_time_and_its_leftovers_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(directories, "LOCK_PATIENCE", 0)
+    leftover = tmp_path / f".a.json.{TEMPORARY_SUFFIX}"
+    leftover.write_text("part")
+    with sole_writer(tmp_path):
+        assert not leftover.exists()
+        with pytest.raises(UsageError, match="is being written by another process"), sole_writer(tmp_path):
+            pass
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for enter in (sole_writer, atomic_directory):
+        with pytest.raises(StorageError, match="cannot write"), enter(tmp_path / "file" / "below"):
+            pass
+    with pytest.raises(StorageError, match="cannot write"):
+        copy_file(tmp_path / "file", tmp_path / "file" / "below")
+    copy_file(tmp_path / "file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == ""
