@@ -63,7 +63,7 @@ class Config:
     N_onehot: int = 16
     M_onehot: tuple[int, ...] = (8, 32)
     layers_onehot: int = 3
-    contexts_onehot: int = 524288
+    contexts_onehot: int = 262144
     deep: tuple[int, ...] = (3,)  # depths of the layers whose blocks are trained together
     kappa: float = 3.0
     steps: int = 800

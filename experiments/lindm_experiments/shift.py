@@ -119,10 +119,14 @@ def error_moments(key: Array, family: Family, A: Array, w: Array, lengths: Array
     x_all, cdf = linear_mdps.pairs_table(family), cumulative(family.design)
     used = (jnp.arange(longest)[None, :] < lengths[:, None]) / lengths[:, None]
 
+    def noise(k: Array, shape: tuple[int, ...]) -> Array:
+        """Label noise; nothing is drawn where sigma is zero."""
+        return jax.lax.cond(sigma > 0, lambda: sigma * jax.random.normal(k, shape, w.dtype), lambda: jnp.zeros(shape, w.dtype))
+
     def context(k: Array, w: Array, A: Array) -> Array:
         which, label = jax.random.split(k)
         x = x_all[draw_pairs(which, cdf, longest)]
-        y = oracle_labels(x[None], w) + sigma * jax.random.normal(label, (1, longest), x.dtype)
+        y = oracle_labels(x[None], w) + noise(label, (1, longest))
         return jnp.einsum("lm,rm,mj->rlj", used, y, x, optimize=[(1, 2), (0, 1)]) @ A.T - w[:, None, :]
 
     def stage(at) -> Array:

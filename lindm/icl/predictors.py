@@ -14,6 +14,7 @@ A predictor sees one prompt: `vmap` outside.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +158,11 @@ def lsvi(phi: Array, x: Array, r: Array, next_phi: Array, lam: float) -> tuple[A
     Returns: Qhat [H, S, A] = <phi, w_h> and w [H, d].
     """
     _number("lam", lam, zero=False)
+    return _lsvi(phi, x, r, next_phi, lam)
 
+
+@jax.jit
+def _lsvi(phi: Array, x: Array, r: Array, next_phi: Array, lam: ArrayLike) -> tuple[Array, Array]:
     def stage(w, at):
         x, r, after = at
         target = r + jnp.max(after @ w, axis=-1)
@@ -181,6 +186,11 @@ def pevi(phi: Array, x: Array, r: Array, next_phi: Array, lam: float, beta: floa
     """
     _number("lam", lam, zero=False)
     _number("beta", beta, zero=True)
+    return _pevi(phi, x, r, next_phi, lam, beta, clip)
+
+
+@partial(jax.jit, static_argnames="clip")
+def _pevi(phi: Array, x: Array, r: Array, next_phi: Array, lam: ArrayLike, beta: ArrayLike, clip: bool) -> Array:
     H, d = x.shape[0], x.shape[-1]
 
     def pessimistic(features, w, inverse, togo):

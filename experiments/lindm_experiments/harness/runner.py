@@ -167,6 +167,8 @@ def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     with pyplot.rc_context(STYLE):  # pyright: ignore
         for name, figure in module.plot(records).items():
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the layout is computed once, not for each format
             for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes

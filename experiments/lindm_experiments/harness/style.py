@@ -32,7 +32,6 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 160,
-    "savefig.bbox": "tight",
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "mathtext.fontset": "dejavusans",

@@ -21,5 +21,7 @@ def configure_xla(single_process: bool = False) -> None:
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # the newer emitters take almost twice as long to compile and the programs are no faster; later versions have only them
         flags += " --xla_cpu_use_fusion_emitters=false"
+        if not single_process:  # a program in one piece: pieces serve several threads, and compiling them takes 15 % more time
+            flags += " --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     use_compilation_cache()

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from lindm.icl.attention import ReducedAttention
-from lindm.icl.prompts import bounded_labels, draw_pairs, training_prompt
+from lindm.icl.prompts import bounded_labels, draw_pairs, oracle_labels, training_prompt
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, draw_task, second_moment
 from lindm.solvers.dp import plan_linear
@@ -86,7 +86,9 @@ def context_sums(
     which, label = jax.random.split(key)
     x = pairs_table(family)[draw_pairs(which, cumulative(family.design), (w.shape[0], drawn))]
     used = (jnp.arange(drawn) < M).astype(w.dtype) / M
-    return jnp.einsum("m,hm,hmd->hd", used, bounded_labels(label, x, w, half_width), x)
+    without_noise = isinstance(half_width, float) and half_width == 0
+    y = oracle_labels(x, w) if without_noise else bounded_labels(label, x, w, half_width)
+    return jnp.einsum("m,hm,hmd->hd", used, y, x)
 
 
 def action_values(family: Family, A: Array, S: Array) -> Array:
