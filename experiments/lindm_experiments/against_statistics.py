@@ -45,7 +45,17 @@ from lindm.problems.regression import draw_regression
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, COLORS, DIVERGING, GREY, MARKERS, MEASURED, RED, SEED
+from lindm_experiments.harness.style import (
+    BLUE,
+    COLORS,
+    DIVERGING,
+    GREY,
+    MARKERS,
+    MEASURED,
+    RED,
+    plot_seeds,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.lib.predictor_risks import (
@@ -367,8 +377,7 @@ def _methods(records: list[dict]) -> Figure:
         for method, color, marker in zip(METHODS, colors, ("o", *MARKERS, "x", "+"), strict=True):
             cells = [{(c["M"], c["sigma"]): c["loss"] for c in r["mdp"]} for r in records]
             curves = np.array([[loss[m, sigma][method] for m in M] for loss in cells])
-            for curve in curves:
-                axis.plot(M, curve, color=color, marker="", **SEED)
+            plot_seeds(axis, M, curves, color)
             dashed = "--" if method == "layer on its own targets" else ":" if method == CENTRED else "-"
             axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, linestyle=dashed, label=method)
         if sigma == records[0]["small"][1]:
@@ -378,8 +387,7 @@ def _methods(records: list[dict]) -> Figure:
                 label = "layers trained here" if layer == LAYER else None
                 axis.plot(at, values, **(MEASURED | {"marker": "_", "markersize": 12}), color=RED, label=label)
         axis.set(xscale="log", yscale="log", xlabel="pairs in the prompt M (= N)", title=f"noise sigma = {sigma:g}")
-        axis.set_xticks(M, [str(m) for m in M])
-        axis.minorticks_off()
+        set_log_ticks(axis, M)
     axes[0, 0].set_ylabel("suboptimality of the greedy policy")
     named = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0, -1].legend(named.values(), named.keys(), fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -38,7 +38,20 @@ from lindm.types import APOMDP
 from lindm.validate import fraction
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.statistics import clopper_pearson
-from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, GREY, MARKERS, MEASURED, ORANGE, PURPLE, RED, SEED
+from lindm_experiments.harness.style import (
+    BLUE,
+    COLORS,
+    EXACT,
+    GREEN,
+    GREY,
+    MARKERS,
+    MEASURED,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    plot_seeds,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
 ROUNDING = 1e-10  # relative to the most that two policies can differ by
@@ -397,10 +410,10 @@ def _attitude(records: list[dict]) -> Figure:
     for m, color in enumerate(centres):
         left.plot(alphas, mean["models"][:, m], color=color, linewidth=1.0, marker="")
         for r in seeded:
-            middle.plot(alphas, np.array(r["prostate"]["biopsies"])[:, m], color=color, marker="", **SEED)
+            middle.plot(alphas, np.array(r["prostate"]["biopsies"])[:, m], color=color, **SEED)
         middle.plot(alphas, mean["biopsies"][:, m], color=color, **(EXACT | {"marker": MARKERS[m]}))
     for r in seeded:
-        left.plot(alphas, r["prostate"]["value"], color=BLUE, marker="", **SEED)
+        left.plot(alphas, r["prostate"]["value"], color=BLUE, **SEED)
     left.plot(alphas, mean["value"], color=BLUE, label="nature moves every year", **(EXACT | {"marker": "o", "linewidth": 2.2}))
     left.plot(alphas, mean["whole"], color=GREY, label="nature moves once", linestyle="--", marker="")
     left.plot([], [], color=GREY, linewidth=1.0, marker="", label="one centre is the truth")
@@ -455,8 +468,7 @@ def _criteria(records: list[dict]) -> Figure:
     alphas = np.array(seeded[0]["alphas"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
     losses = 100 * np.array([r["loss"] for r in seeded])  # [seeds, clouds, alphas]
-    for one in losses.reshape(-1, len(alphas)):
-        left.plot(alphas, one, color=BLUE, marker="", **SEED)
+    plot_seeds(left, alphas, losses.reshape(-1, len(alphas)), BLUE)
     left.plot(alphas, losses.mean((0, 1)), color=BLUE, label="random clouds, mean", **(EXACT | {"marker": "o"}))
     surveyed = 100 * np.mean([r["prostate"]["loss"] for r in seeded], 0)
     left.plot(alphas, surveyed, color=RED, label="prostate, mean", **(EXACT | {"marker": "s"}))
@@ -465,8 +477,7 @@ def _criteria(records: list[dict]) -> Figure:
     left.set_ylim(0, None)
     left.legend(fontsize=8)
     ahead = 100 * np.array([r["ahead"] for r in seeded])
-    for one in ahead:
-        right.plot(alphas, one, color=BLUE, marker="", **SEED)
+    plot_seeds(right, alphas, ahead, BLUE)
     right.plot(alphas, ahead.mean(0), color=BLUE, label="optimal policy, random clouds", **(EXACT | {"marker": "o"}))
     worst, best = -100 * np.mean([r["price"] for r in seeded], 0)
     right.plot([1.0, 0.0], [worst, best], color=ORANGE, label="random policies", **(MEASURED | {"marker": "D"}))

@@ -352,7 +352,7 @@ def _tiger(shown: dict) -> Figure:
     for V, horizon, color in zip(values, HORIZONS, COLORS, strict=False):
         at = V[len(left) // 2]
         crowded = ((middle > at) & (middle < at + 1)).any()
-        curves.plot(left, V, color=color, marker="", **EXACT)
+        curves.plot(left, V, color=color, **EXACT)
         curves.annotate(f"{horizon}", (0.5, at), xytext=(0, -10 if crowded else 3), textcoords="offset points", ha="center",
                         fontsize=8, color=color)  # fmt: skip
     edges = np.concatenate([[0.0], (left[1:] + left[:-1]) / 2, [1.0]])
@@ -374,8 +374,8 @@ def _tiger(shown: dict) -> Figure:
         told = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"net, {n} points"
         if name == METHODS[0]:
             band.fill_between(left, lower, upper, color=color, alpha=0.45, linewidth=0, label=told)
-        widths.plot(left, (upper - lower) / shown["span"], color=color, label=told, marker="", **EXACT)
-    band.plot(left, values[HORIZONS.index(H)], color="black", label="exact", marker="", **(EXACT | {"linewidth": 1.1}))
+        widths.plot(left, (upper - lower) / shown["span"], color=color, label=told, **EXACT)
+    band.plot(left, values[HORIZONS.index(H)], color="black", label="exact", **(EXACT | {"linewidth": 1.1}))
     band.set(title=f"Certified bounds, {H} decisions left, solved from 1/2")
     band.legend(fontsize=8, loc="upper center")
     widths.set(xlabel="belief that the tiger is left", ylabel="width / span", xlim=(0, 1), yscale="log", ylim=(1e-5, 1))
@@ -390,7 +390,7 @@ def _widths(seeded: list[dict]) -> Figure:
         effort = found["effort"].mean(0)
         for axis, values in ((left, np.maximum(found["width"], 1e-16)), (right, 100 * found["certified"])):
             for one, x in zip(values, found["effort"], strict=True):
-                axis.plot(x, one, color=color, marker="", **SEED)
+                axis.plot(x, one, color=color, **SEED)
             axis.plot(effort, values.mean(0), color=color, label=name, **(EXACT | {"marker": marker}))
     left.set(
         xscale="log",

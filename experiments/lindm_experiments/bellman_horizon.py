@@ -33,7 +33,7 @@ from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.config import check_counts, check_positive
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, SEED
+from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import offline
@@ -197,23 +197,21 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
     for name, color, label in (("bellman", BLUE, "labels bootstrapped"), ("oracle", GREEN, "labels by the oracle")):
         curves = np.array([r["mean"][name] for r in records])
-        for curve in curves:
-            left.plot(H, curve, color=color, marker="", **SEED)
-        left.plot(H, curves.mean(0), color=color, label=f"measured, {label}", **EXACT)
+        plot_seeds(left, H, curves, color)
+        left.plot(H, curves.mean(0), color=color, label=f"measured, {label}", **EXACT | {"marker": "o"})
     bounds = (
         ("span", ORANGE, r"$\sum_h$ span $l_h$"),
         ("linear", RED, r"$2\sum_h e_h$"),
         ("quadratic", GREY, r"$2\sum_h\sum_{h'\geq h} e_{h'}$"),
     )
     for name, color, label in bounds:
-        left.plot(H, np.mean([r["mean"][name] for r in records], 0), color=color, label=label, marker="", **BOUND)
+        left.plot(H, np.mean([r["mean"][name] for r in records], 0), color=color, label=label, **BOUND)
     left.set(xscale="log", yscale="log", xlabel="horizon H", ylabel="loss of value", title="Loss and bounds without an oracle")
     left.legend(fontsize=8)
     curves = np.array([r["mean"]["injected"] for r in records]) / records[0]["epsilon"]
-    for curve in curves:
-        right.plot(H, curve, color=BLUE, marker="", **SEED)
+    plot_seeds(right, H, curves, BLUE)
     mean = curves.mean(0)
-    right.plot(H, mean, color=BLUE, label="measured", **EXACT)
+    right.plot(H, mean, color=BLUE, label="measured", **EXACT | {"marker": "o"})
     for power, style in ((1, "--"), (2, ":")):
         right.plot(H, mean[-1] * (H / H[-1]) ** power, color=GREY, linestyle=style, marker="", label=f"slope {power}")
     right.set(

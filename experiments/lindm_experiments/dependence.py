@@ -37,7 +37,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_rising
-from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREY, MARKERS, MEASURED
+from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREY, MARKERS, MEASURED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import chain_moments, design_fourth, design_moment, effective_sample_size, independent_copies
@@ -337,13 +337,12 @@ def _sizes(records: list[dict]) -> Figure:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 4.2))
     for name, color, marker in zip(first["names"], (GREY, *COLORS * 2), MARKERS * 2, strict=False):
         shares = np.array([[np.array(_cell(r, name, m)["size"]) / m for m in M] for r in records])
-        left.plot(M, shares[:, :, 1].mean(0), color=color, marker="", label=name, **EXACT)
+        left.plot(M, shares[:, :, 1].mean(0), color=color, label=name, **EXACT)
         for seed in shares:
             left.plot(M, seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
     left.axhline(1.0, color=GREY, linestyle=":", linewidth=1.0)
     left.set(xscale="log", yscale="log", xlabel="pairs in the context M", ylabel="effective share  $M_{eff}$ / M")
-    left.set_xticks(M, [str(m) for m in M])
-    left.set_xticks([], minor=True)
+    set_log_ticks(left, M)
     left.set_title("What one pair of a trajectory is worth")
     left.legend(fontsize=8)
     names = [f"stay, stick {s:g}" for s in first["stick"]]
@@ -352,7 +351,7 @@ def _sizes(records: list[dict]) -> Figure:
     groups.append((longest, True, COLORS[1], "s", f"{first['copies']} trajectories of {first['N']} pairs"))
     for m, pooled, color, marker, label in groups:
         shares = np.array([[np.array(_cell(r, n, m, pooled)["size"]) / m for n in names] for r in records])
-        right.plot(first["stick"], shares[:, :, 1].mean(0), color=color, marker="", label=label, **EXACT)
+        right.plot(first["stick"], shares[:, :, 1].mean(0), color=color, label=label, **EXACT)
         for seed in shares:
             right.plot(first["stick"], seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
     right.set(yscale="log", xlabel="chance that the chain stays where it is", title="Slower chains, and pooling")
@@ -368,15 +367,12 @@ def _risks(records: list[dict]) -> Figure:
     for axis, name in zip(axes, chosen, strict=True):
         for k, color, marker, label in (("plain", BLUE, "o", "independent pairs"), ("own", COLORS[1], "s", "such contexts")):
             cells = [[_cell(r, name, m) for m in M] for r in records]
-            axis.plot(
-                M, np.mean([[c["exact"][k] for c in row] for row in cells], 0), color=color, marker="", **EXACT, label=label
-            )
+            axis.plot(M, np.mean([[c["exact"][k] for c in row] for row in cells], 0), color=color, **EXACT, label=label)
             for row in cells:
                 axis.plot(M, [c["measured"][k] for c in row], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
         axis.axvline(first["N"], color=GREY, linestyle=":", linewidth=1.0)
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M", title=name)
-        axis.set_xticks(M, [str(m) for m in M])
-        axis.set_xticks([], minor=True)
+        set_log_ticks(axis, M)
     axes[0].set_ylabel("risk of Qhat")
     axes[-1].legend(title=f"trained at N = {first['N']} on", fontsize=8, title_fontsize=8)
     return figure

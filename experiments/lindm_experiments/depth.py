@@ -37,7 +37,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_positive, check_rising
-from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, SEED
+from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import onehot_gamma
@@ -375,7 +375,7 @@ def _bias(records: list[dict]) -> Figure:
     for i, (N, color, marker) in enumerate(zip(first["N"], COLORS, MARKERS, strict=False)):
         layers = np.arange(1, len(first["bias"]["exact"][i]) + 1)
         exact = np.mean([r["bias"]["exact"][i] for r in records], 0)
-        axis.plot(layers, exact, color=color, marker="", label=f"N = {N}", **EXACT)
+        axis.plot(layers, exact, color=color, label=f"N = {N}", **EXACT)
         for r in records:
             axis.plot(layers, r["bias"]["measured"][i], color=color, alpha=0.6, **MEASURED | {"marker": marker})
     axis.set(yscale="log", xlabel="layers k", ylabel="squared bias  $|(I - A_N\\Lambda)^k\\,\\Psi^{1/2}|^2$")
@@ -394,16 +394,15 @@ def _finite(records: list[dict]) -> Figure:
         share = np.mean([r["finite"][i]["share"] for r in records])
         for axis, what in ((axes[0], "clean"), (axes[1], "noisy")):
             curves = np.array([r["finite"][i][what] for r in records])
-            for curve in curves:
-                axis.plot(layers, curve, color=color, marker="", **SEED)
+            plot_seeds(axis, layers, curves, color)
             label = f"M = {f['M']}" + (f", {share:.1%} diverge" if what == "clean" and share > 0 else "")
             axis.plot(layers, curves.mean(0), color=color, **MEASURED | {"marker": marker, "linestyle": "-"}, label=label)
         if f["limit"] is not None and min(r["finite"][i]["stable"] for r in records) >= 0.25:
             limit = np.mean([r["finite"][i]["limit"][1] for r in records])
-            axes[1].axhline(limit, color=color, **BOUND, marker="")
+            axes[1].axhline(limit, color=color, **BOUND)
         if share > 0 and all(r["finite"][i]["inside"] for r in records):
             inside = np.mean([r["finite"][i]["inside"] for r in records], 0)
-            axes[0].plot(layers, inside, color=color, marker="", **BOUND, label=f"M = {f['M']}, the others")
+            axes[0].plot(layers, inside, color=color, **BOUND, label=f"M = {f['M']}, the others")
     deep = [(int(k), np.mean([r["deep"][k]["trained"][-1] for r in records])) for k in first["deep"]]
     axes[0].plot(*zip(*deep, strict=True), marker="*", markersize=13, color=GREEN, linestyle="none", markeredgecolor="black")
     axes[0].plot([], [], marker="*", markersize=10, color=GREEN, linestyle="none", label=f"trained deep, M = {first['N'][-1]}")
@@ -413,7 +412,7 @@ def _finite(records: list[dict]) -> Figure:
     axes[2].set_title(f"Tabular, a = {first['onehot']['a']:.2g}: exact lines")
     for i, (M, color, marker) in enumerate(zip(first["onehot"]["M"], COLORS, MARKERS, strict=False)):
         exact = np.mean([r["onehot"]["exact"][i] for r in records], 0)
-        axes[2].plot(np.arange(1, len(exact) + 1), exact, color=color, marker="", label=f"M = {M}", **EXACT)
+        axes[2].plot(np.arange(1, len(exact) + 1), exact, color=color, label=f"M = {M}", **EXACT)
         for r in records:
             seen = r["onehot"]["measured"][i]
             axes[2].plot(np.arange(1, len(seen) + 1), seen, color=color, alpha=0.6, **MEASURED | {"marker": marker})

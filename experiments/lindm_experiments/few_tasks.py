@@ -32,7 +32,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREY, MEASURED, RED, SEED
+from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREY, MEASURED, RED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import design_fourth
@@ -237,12 +237,11 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     for i, (name, color) in enumerate(zip(LAWS, (BLUE, RED), strict=True)):
         measured = np.array([np.array(r["excess"][i]) / r["least"] for r in records])
         exact = np.array([np.array(r["predicted"][i]) / r["least"] - 1 for r in records])
-        for one in exact:
-            left.plot(T, one, color=color, marker="", **SEED)
-        left.plot(T, exact.mean(0), color=color, label=f"{name}: $A_N(\\Psi_T)$, exact", marker="", **EXACT)
+        plot_seeds(left, T, exact, color)
+        left.plot(T, exact.mean(0), color=color, label=f"{name}: $A_N(\\Psi_T)$, exact", **EXACT)
         left.plot(T, measured.mean(0), color=color, label=f"{name}: trained", **(MEASURED | {"marker": "os"[i]}))
         first_order = np.mean([r["C"][i] / r["least"] for r in records])
-        left.plot(T, first_order / T, color=color, label=f"{name}: $C/T$", marker="", **BOUND)
+        left.plot(T, first_order / T, color=color, label=f"{name}: $C/T$", **BOUND)
         for k, r in enumerate(records):
             label = name if k == 0 else None
             right.plot(T * (1 + 0.06 * i), _ratios(r)[i], color=color, label=label, **(MEASURED | {"marker": "os"[i]}))
@@ -255,7 +254,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="Excess risk",
     )
     left.legend(fontsize=7)
-    right.axhline(1.0, color=GREY, marker="", **EXACT)
+    right.axhline(1.0, color=GREY, **EXACT)
     right.set(
         xscale="log",
         xlabel="distinct tasks in training T",

@@ -31,7 +31,7 @@ from lindm.icl.trainer import train
 from lindm.problems.regression import covariance, draw_regression
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREY, MARKERS, SEED
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREY, MARKERS, SEED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory import gradient_flow as flow
 from lindm_theory.feature_laws import gaussian_fourth
@@ -188,7 +188,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14.4, 4.2), width_ratios=(1.35, 1, 1))
     curve = np.array(flow_["path"])
     for k, i in enumerate(shown):
-        left.plot(flow_["time"], curve[:, i], color=COLORS[k], marker="", **EXACT)
+        left.plot(flow_["time"], curve[:, i], color=COLORS[k], **EXACT)
         for r in records:
             run = r["runs"][-1]
             every = max(1, len(run["time"]) // 16)
@@ -197,8 +197,8 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         left.plot([], [], color=COLORS[k], marker=MARKERS[k], label=names[i])
     for r in records:
         run = r["runs"][-1]
-        left.plot(run["time"], np.array(run["path"])[:, d * d + 1 :], color=GREY, marker="", **SEED)
-    left.plot([], [], color=GREY, marker="", label="v, z", **SEED)
+        left.plot(run["time"], np.array(run["path"])[:, d * d + 1 :], color=GREY, **SEED)
+    left.plot([], [], color=GREY, label="v, z", **SEED)
     left.set(
         xlabel="time of the flow",
         ylabel="parameter",
@@ -207,7 +207,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     left.legend(fontsize=8.5, ncols=2)
     for k, run in enumerate(records[0]["runs"]):
         for r in records:
-            middle.plot(r["runs"][k]["time"], r["runs"][k]["distance"], color=COLORS[k % 7], marker="", **SEED)
+            middle.plot(r["runs"][k]["time"], r["runs"][k]["distance"], color=COLORS[k % 7], **SEED)
         mean = np.mean([r["runs"][k]["distance"] for r in records], axis=0)
         middle.plot(run["time"], mean, color=COLORS[k % 7], marker="", label=f"step {run['rate']:g}")
     middle.set(xlabel="time of the flow", ylabel="distance / length of the way", title="Layer and flow apart", ylim=(0, None))
@@ -221,10 +221,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for row in values:
             right.plot(rates, row, linestyle="none", marker=marker, color=color, markersize=4.5, alpha=0.6)
         right.plot([], [], linestyle="none", marker=marker, color=color, label=label)
-    right.plot(rates, distance[:, 0].mean() * rates / rates[0], color=BLUE, marker="", label="slope 1", **BOUND)
+    right.plot(rates, distance[:, 0].mean() * rates / rates[0], color=BLUE, label="slope 1", **BOUND)
     right.plot(rates, distance[:, 0].mean() * (rates / rates[0]) ** 0.5, color=BLUE, marker="", linestyle=":", label="slope 1/2")
     right.set(xscale="log", yscale="log", xlabel="length of a step", title="It vanishes with the step")
-    right.set_xticks(rates, [f"{r:g}" for r in rates])
-    right.minorticks_off()
+    set_log_ticks(right, rates)
     right.legend(fontsize=8.5)
     return {"paths": figure}

@@ -331,8 +331,8 @@ def _plane(records: list[dict]) -> Figure:
         top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7, inline=False)
         balance = np.mean([c["balance"] for c in cells], 0)
         inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
-        top.plot(M[inside], balance[inside], color=RED, **EXACT, marker="", label="bias = estimation (exact)")
-        top.plot(M, M, color="black", **BOUND, marker="", label="N = M: least risk of Qhat")
+        top.plot(M[inside], balance[inside], color=RED, **EXACT, label="bias = estimation (exact)")
+        top.plot(M, M, color="black", **BOUND, label="N = M: least risk of Qhat")
         top.set(xscale="log", yscale="log", title=f"{name}: {word}", ylabel="pairs in a training prompt N")
         top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
         top.grid(visible=False)
@@ -343,9 +343,9 @@ def _plane(records: list[dict]) -> Figure:
         bar.set_label("suboptimality")
         for color, at in zip(COLORS, (0, len(M) // 2, len(M) - 1), strict=False):
             for c in cells:
-                below.plot(N, np.array(c["loss"])[:, at], color=color, marker="", **SEED)
+                below.plot(N, np.array(c["loss"])[:, at], color=color, **SEED)
                 below.plot(Nt, np.array(c["trained_loss"])[:, at], color=color, **MEASURED, alpha=0.6)
-            below.plot(N, loss[:, at], color=color, marker="", **EXACT, label=f"M = {M[at]}")
+            below.plot(N, loss[:, at], color=color, **EXACT, label=f"M = {M[at]}")
         below.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="suboptimality")
         below.legend(fontsize=8, ncols=3, title="line: closed form; points: trained layer", title_fontsize=8, loc="upper center")
         below.set_ylim(loss.min() / 1.6, loss.max() * 4)
@@ -364,25 +364,23 @@ def _actions(records: list[dict]) -> Figure:
     series += [(f"bandit, {n}", [np.array(r["bandits"][n]["share"]) for r in records]) for n in LAWS]
     for (name, shares), color, marker in zip(series, COLORS, "os^Dv*", strict=False):
         for share in shares:
-            left.plot(N, 100 * share, color=color, marker="", **SEED)
+            left.plot(N, 100 * share, color=color, **SEED)
         left.plot(N, 100 * np.mean(shares, 0), color=color, marker=marker, markersize=4.5, linestyle="none", label=name)
     limit = np.mean([r["families"][SIMPLEX]["share_limit"] for r in records], 0)
-    left.plot(N, 100 * limit, color=COLORS[2], **EXACT, marker="", label="simplex, M = infinity (exact)")
+    left.plot(N, 100 * limit, color=COLORS[2], **EXACT, label="simplex, M = infinity (exact)")
     left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions in %", ylim=(-0.8, None))
     left.set_title(f"Actions that differ from those at N = {N[-1]}")
     left.legend(fontsize=7.5, title=f"MDPs at M = {M}", title_fontsize=7.5)
     for name, color in ((ISOTROPIC[1], BLUE), (SIMPLEX, GREEN)):
         for r in records:
-            middle.plot(N, r["families"][name]["bias"], color=color, marker="", **SEED)
-        middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, marker="", label=name)
-        middle.plot(
-            N, first["families"][name]["paper_bias"], color=color, **BOUND, marker="", label="  eq. (6), which presumes Psi = I"
-        )
+            middle.plot(N, r["families"][name]["bias"], color=color, **SEED)
+        middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, label=name)
+        middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, label="  eq. (6), which presumes Psi = I")
     middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
     middle.legend(fontsize=8, title="What is charged for N")
     for key, color, label in (("paper", GREY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
         values = np.array([r["coordinates"][key] for r in records])
-        right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, marker="", label=label)
+        right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, label=label)
     for r in records:
         loss = np.array(r["coordinates"]["loss"])
         right.plot(kappa, loss / loss[0], color=BLUE, **MEASURED, alpha=0.6)

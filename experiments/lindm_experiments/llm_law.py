@@ -42,7 +42,7 @@ from lindm.llm.policy import load_policy
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, EXACT, GREY, MARKERS
+from lindm_experiments.harness.style import COLORS, EXACT, GREY, MARKERS, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 from lindm_theory.in_context import optimal_weights, risk
@@ -286,8 +286,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             axis.fill_between(M, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
         axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GREY, linestyle=":", marker="", label="Bayes")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M")
-        axis.set_xticks(M, [str(m) for m in M])
-        axis.set_xticks([], minor=True)
+        set_log_ticks(axis, M)
         axis.set_title("a transformer, trained" if reader == "transformer" else "the layer, exact")
     axes[0].set_ylabel("E (Qhat - Q*)²")
     axes[0].legend()
@@ -301,8 +300,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             label = f"fine-tuned at {n}"
             axis.errorbar(at, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label)
         axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="gap, % of random play's")
-        axis.set_xticks(at, [str(m) for m in at])
-        axis.set_xticks([], minor=True)
+        set_log_ticks(axis, at)
         axis.set_title(f"A language model on {SUITE}, horizon {HORIZON}")
         axis.legend()
         figures["language"] = figure

@@ -208,18 +208,18 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     def draw(axis, x, name, color, label) -> np.ndarray:
         curves = np.array([r["curves"][name] for r in records])
         for curve in curves:
-            axis.plot(x, np.where(curve > 1e-9, curve, np.nan), color=color, marker="", **SEED)
+            axis.plot(x, np.where(curve > 1e-9, curve, np.nan), color=color, **SEED)
         mean = curves.mean(0)
-        axis.plot(x, np.where(mean > 1e-9, mean, np.nan), color=color, label=label, **EXACT)
+        axis.plot(x, np.where(mean > 1e-9, mean, np.nan), color=color, label=label, **EXACT | {"marker": "o"})
         return mean
 
     draw(left, M, "gap", BLUE, "measured, tasks with a gap")
     for name, color, label in (("mean policy", GREEN, "mean-policy bound"), ("rung 4", GREY, "rung 4")):
-        left.plot(M, np.mean([r["curves"][name] for r in records], 0), color=color, label=label, **BOUND, marker="")
+        left.plot(M, np.mean([r["curves"][name] for r in records], 0), color=color, label=label, **BOUND)
     left.set(yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="An action gap: exponential in M")
     left.legend(fontsize=8)
     mean = draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
-    right.plot(free, mean[0] * free[0] / np.array(free), color=GREY, label="slope -1", **BOUND, marker="")
+    right.plot(free, mean[0] * free[0] / np.array(free), color=GREY, label="slope -1", **BOUND)
     right.plot(free, mean[0] * (free[0] / np.array(free)) ** 0.5, color=GREY, label="slope -1/2", linestyle=":", marker="")
     draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}")
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")

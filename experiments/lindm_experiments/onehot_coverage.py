@@ -38,7 +38,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED
+from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.mean_policy import policy_loss
@@ -302,8 +302,8 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for c in cells:
             axis.plot(M, c[kind][measured], **(MEASURED | {"marker": marker}), color=color, alpha=0.5)
         mean = np.mean([c[f"{kind}_exact"][predicted] for c in cells], 0)
-        axis.plot(M, mean, **EXACT, marker="", color=color)
-        axis.plot([], [], **EXACT, marker=marker, color=color, label=label)
+        axis.plot(M, mean, **EXACT, color=color)
+        axis.plot([], [], **EXACT | {"marker": marker}, color=color, label=label)
 
     for world in SHIFTS:
         low, high = SHIFTS[world]
@@ -315,15 +315,14 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         left.plot(M, r["worlds"]["negative"]["rate"][CENTRED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)
     left.plot([], [], linestyle="none", marker="s", mfc="none", color=GREY, markersize=8, label="[-1, 0], trained on these tasks")
     exact_centred = np.mean([r["worlds"]["negative"]["rate_exact"][CENTRED_LABELS] for r in records], 0)
-    left.plot(M, exact_centred, **EXACT, marker="", color=PURPLE)
+    left.plot(M, exact_centred, **EXACT, color=PURPLE)
     draw(right, "negative", "loss", CENTRED_LABELS, CENTRED_LABELS, PURPLE, f"any of them, {CENTRED_LABELS}", "o")
-    left.plot([], [], **EXACT, marker="o", color=PURPLE, label=f"[-1, 0], {CENTRED_LABELS}")
+    left.plot([], [], **EXACT | {"marker": "o"}, color=PURPLE, label=f"[-1, 0], {CENTRED_LABELS}")
     left.set(xscale="log", ylim=(-0.04, 1.04), xlabel="pairs in the test prompt M", ylabel="share of decisions")
     left.set_title("An unseen action is picked (some seen, some not)")
     right.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality")
     right.set_title("What it costs: the same MDPs, shifted rewards")
     for axis in (left, right):
-        axis.set_xticks(M, [str(m) for m in M])
-        axis.minorticks_off()
+        set_log_ticks(axis, M)
         axis.legend(fontsize=8, title="points: measured, every seed; lines: exact", title_fontsize=8)
     return {"unseen": figure}

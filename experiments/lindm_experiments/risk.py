@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from lindm.validate import nonnegative
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREY, MARKERS
+from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREY, MARKERS, plot_markers, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib.feature_laws import (
     HEAVY,
@@ -265,28 +265,6 @@ def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.i
     return (q * (n**2 * x / np.asarray(M, float)[..., None] + 1) / (1 + n * x) ** 2).sum(-1)
 
 
-def _seeds(axis, x, values: np.ndarray, i: int, label: str = "") -> None:
-    """One marker for every seed: values [seeds, x]."""
-    for k, row in enumerate(values):
-        axis.plot(
-            x,
-            row,
-            linestyle="none",
-            marker=MARKERS[i],
-            color=COLORS[i],
-            markersize=4.5,
-            alpha=0.55,
-            label=label if k == 0 else "",
-        )
-
-
-def _log_ticks(axis, values: np.ndarray) -> None:
-    """A logarithmic x axis that names the values that were run, and only those."""
-    axis.set_xscale("log")
-    axis.set_xticks(values, [f"{v:g}" for v in values])
-    axis.minorticks_off()
-
-
 def _colors(records: list[dict]) -> list[tuple[int, int]]:
     """(index, N) of at most five lengths of the grid, for one colour each."""
     N = records[0]["N"]
@@ -301,12 +279,12 @@ def _error(records: list[dict]) -> Figure:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13.6, 3.9))
     for axis, (law, other) in zip(axes, panels, strict=True):
         for color, (i, N) in enumerate(_colors(records)):
-            _seeds(axis, M, _cells(records, law, "risk")[:, i], color, f"trained at N = {N}")
-            axis.plot(fine, _exact(records, law, np.full(60, N), fine), color=COLORS[color], marker="", **EXACT)
-            style = {"linestyle": ":"} if other == "gaussian" else BOUND
-            axis.plot(M, _cells(records, law, other)[0, i], color=COLORS[color], marker="", **style)
+            plot_markers(axis, M, _cells(records, law, "risk")[:, i], COLORS[color], MARKERS[color], f"trained at N = {N}")
+            axis.plot(fine, _exact(records, law, np.full(60, N), fine), color=COLORS[color], **EXACT)
+            style = {"linestyle": ":", "marker": ""} if other == "gaussian" else BOUND
+            axis.plot(M, _cells(records, law, other)[0, i], color=COLORS[color], **style)
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
-        _log_ticks(axis, M)
+        set_log_ticks(axis, M)
     axes[0].set_ylabel("mean squared error of Qhat")
     for kind, label in (
         ("-", "exact, A_N"),
@@ -325,11 +303,11 @@ def _estimation(records: list[dict]) -> Figure:
     figure, axes = pyplot.subplots(1, len(laws), figsize=(13.6, 3.6))
     for axis, law in zip(axes, laws, strict=True):
         for color, (i, N) in enumerate(_colors(records)):
-            _seeds(axis, M, _cells(records, law, "variance")[:, i], color, f"N = {N}")
+            plot_markers(axis, M, _cells(records, law, "variance")[:, i], COLORS[color], MARKERS[color], f"N = {N}")
             exact = _cells(records, law, "best_estimation")[0, i]
-            axis.plot(M, exact, color=COLORS[color], marker="", **EXACT)
+            axis.plot(M, exact, color=COLORS[color], **EXACT)
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
-        _log_ticks(axis, M)
+        set_log_ticks(axis, M)
     axes[0].set_ylabel("estimation error: variance of Qhat\nover the contexts of a task")
     axes[0].legend(fontsize=8.5, title="trained; line exact (slope -1)", title_fontsize=8.5)
     return figure
@@ -342,16 +320,15 @@ def _bias(records: list[dict]) -> Figure:
     fine = np.geomspace(N[0], 4 * long[-1], 200)
     for i, law in enumerate((*MATCHED, SIMPLEX, ONEHOT)):
         bias = _cells(records, law, "risk")[:, :, -1] - _cells(records, law, "variance")[:, :, -1]
-        _seeds(left, N, np.where(bias > 0, bias, np.nan), i, law)
-        left.plot(fine, _exact(records, law, fine), color=COLORS[i], marker="", **EXACT)
+        plot_markers(left, N, np.where(bias > 0, bias, np.nan), COLORS[i], MARKERS[i], law)
+        left.plot(fine, _exact(records, law, fine), color=COLORS[i], **EXACT)
         if law in LONG:
-            _seeds(left, long, np.array([r["long"]["laws"][law]["bias"] for r in records]), i)
+            plot_markers(left, long, np.array([r["long"]["laws"][law]["bias"] for r in records]), COLORS[i], MARKERS[i])
     guide = fine[fine > 60]
     left.plot(
         guide,
         4 * _exact(records, MATCHED[2], guide[-1:]) * (guide[-1] / guide) ** 2,
         color=GREY,
-        marker="",
         label="slope -2",
         **BOUND,
     )
@@ -366,13 +343,13 @@ def _bias(records: list[dict]) -> Figure:
             look = {"color": COLORS[i], "marker": MARKERS[i], "markerfacecolor": fill, "alpha": 0.7}
             for r in records:
                 right.plot(long * shift, np.array(r["long"]["laws"][law][k]) * long**2 / limit, linestyle="none", **look)
-        right.plot(wide, _exact(records, law, wide) * wide**2 / limit, color=COLORS[i], marker="", label=law, **EXACT)
+        right.plot(wide, _exact(records, law, wide) * wide**2 / limit, color=COLORS[i], label=law, **EXACT)
     for fill, label in ((GREY, "trained, on all its features"), ("none", "trained, at Λ")):
         right.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor=fill, label=label)
     right.set(
         xlabel="pairs in a training prompt N", ylabel="N² × squared bias / its limit", title="The range of the slope: flat is -2"
     )
-    _log_ticks(right, long)
+    set_log_ticks(right, long)
     right.legend(fontsize=8.5)
     return figure
 
@@ -387,19 +364,21 @@ def _split(records: list[dict]) -> Figure:
     x, q = (np.array(records[0]["cells"][SIMPLEX][k]) for k in ("modes", "mode_weights"))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.0))
     for color, (i, length) in enumerate(_colors(records)):
-        _seeds(left, M, _cells(records, SIMPLEX, "variance")[:, i], color, f"trained at N = {length}")
-        left.plot(M, _cells(records, SIMPLEX, "best_estimation")[0, i], color=COLORS[color], marker="", **EXACT)
-    left.plot(M, (q / x).sum() / M, color=GREY, marker="", label="bound for every N", **BOUND)
+        plot_markers(
+            left, M, _cells(records, SIMPLEX, "variance")[:, i], COLORS[color], MARKERS[color], f"trained at N = {length}"
+        )
+        left.plot(M, _cells(records, SIMPLEX, "best_estimation")[0, i], color=COLORS[color], **EXACT)
+    left.plot(M, (q / x).sum() / M, color=GREY, label="bound for every N", **BOUND)
     left.set(xlabel="pairs in the test prompt M", ylabel="estimation error of Qhat", title="Estimation error")
     bias = _cells(records, SIMPLEX, "risk")[:, :, -1] - _cells(records, SIMPLEX, "variance")[:, :, -1]
     fine = np.geomspace(N[0], N[-1], 100)
-    _seeds(right, N, np.where(bias > 0, bias, np.nan), 0, "trained layer, one point per seed")
-    right.plot(fine, _exact(records, SIMPLEX, fine), color=COLORS[0], marker="", label="exact", **EXACT)
-    right.plot(fine, (q / x**2).sum() / fine**2, color=GREY, marker="", label="bound", **BOUND)
+    plot_markers(right, N, np.where(bias > 0, bias, np.nan), COLORS[0], MARKERS[0], "trained layer, one point per seed")
+    right.plot(fine, _exact(records, SIMPLEX, fine), color=COLORS[0], label="exact", **EXACT)
+    right.plot(fine, (q / x**2).sum() / fine**2, color=GREY, label="bound", **BOUND)
     right.set(xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat", title="Training-length bias")
     for axis, lengths in ((left, M), (right, N)):
         axis.set_yscale("log")
-        _log_ticks(axis, lengths)
+        set_log_ticks(axis, lengths)
         axis.legend(fontsize=8.5)
     return figure
 
@@ -413,12 +392,12 @@ def _bound(records: list[dict]) -> Figure:
         for law in chosen:
             i = LAWS.index(law)
             ratio = (_cells(records, law, "risk") / _cells(records, law, bound))[:, -1]
-            _seeds(axis, M, ratio, i, law)
+            plot_markers(axis, M, ratio, COLORS[i], MARKERS[i], law)
             exact = _cells(records, law, "best_estimation", "best_bias") / _cells(records, law, bound)
-            axis.plot(M, exact[0, -1], color=COLORS[i], marker="", **EXACT)
+            axis.plot(M, exact[0, -1], color=COLORS[i], **EXACT)
         axis.axhline(1, color="black", linewidth=1)
         axis.set(yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
-        _log_ticks(axis, M)
+        set_log_ticks(axis, M)
     axes[0].set_ylabel("risk / bound (above 1: violated)")
     axes[1].legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

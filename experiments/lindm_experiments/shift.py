@@ -327,9 +327,9 @@ def _over_length(records: list[dict]) -> Figure:
         curve = np.mean([[*r["exact"][kind], r["long"]["exact"][kind]] for r in records], 0)
         grid = np.geomspace(M[0], M[-1], 100)
         estimation = (curve[0] - floor) * M[0]  # exact risk = floor + estimation / M
-        axis.plot(grid, floor + estimation / grid, color=color, marker="", label=names[kind], **EXACT)
+        axis.plot(grid, floor + estimation / grid, color=color, label=names[kind], **EXACT)
         if kind in (*FLOORS, "none"):
-            axis.axhline(floor, color=color, alpha=0.8, **BOUND, marker="")
+            axis.axhline(floor, color=color, alpha=0.8, **BOUND)
         for r in records:
             axis.plot(M, [*r["measured"][kind], r["long"]["measured"][kind]], color=color, **MEASURED | {"marker": marker})
     axis.set(

@@ -30,7 +30,7 @@ from lindm.icl.attention import ReducedAttention, SoftmaxAttention, sinusoidal
 from lindm.icl.trainer import train
 from lindm.problems.regression import draw_regression
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, COLORS, GREY, SEED
+from lindm_experiments.harness.style import BLUE, COLORS, GREY, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
 
@@ -150,15 +150,13 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         panels = (left, right) if name == "softmax" else (right if "positions" in name else left,)
         curves = np.array([r["risk"][name] for r in records])
         for axis in panels:
-            for curve in curves:
-                axis.plot(M, curve, color=COLORS[i], marker="", **SEED)
+            plot_seeds(axis, M, curves, COLORS[i])
             axis.plot(M, curves.mean(0), color=COLORS[i], label=name)
     left.plot(M, records[0]["exact"], color=BLUE, linestyle=":", marker="", label="linear, exact")
     for axis, title in ((left, "Linear and softmax, one and two blocks"), (right, "Softmax with and without positions")):
         axis.axvline(N, color=GREY, linewidth=0.8, linestyle="--")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M (dashed: training length N)", title=title)
-        axis.set_xticks(M, [str(m) for m in M], minor=False)
-        axis.minorticks_off()
+        set_log_ticks(axis, M)
         axis.legend(fontsize=8)
     left.set_ylabel("mean squared error")
     return {"softmax": figure}

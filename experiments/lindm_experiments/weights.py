@@ -42,7 +42,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, SEED
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import gradient_flow
@@ -424,10 +424,9 @@ def _way(axis, records: list[dict], law: str) -> None:
     paths = np.array([_of(r, law)["path"] for r in records])  # [seeds, pieces, H]
     steps = records[0]["chunk"] * np.arange(1, paths.shape[1] + 1)
     for h in range(paths.shape[2]):
-        for one in paths[:, :, h]:
-            axis.plot(steps, one, color=COLORS[h], marker="", **SEED)
+        plot_seeds(axis, steps, paths[:, :, h], COLORS[h])
         axis.plot(steps, paths[:, :, h].mean(0), color=COLORS[h], marker=MARKERS[h], label=f"stage {h + 1}", linestyle="none")
-    axis.axhline(get_claim("weights").hi, color=GREY, label="criterion", **BOUND, marker="")
+    axis.axhline(get_claim("weights").hi, color=GREY, label="criterion", **BOUND)
     far = _distances(records, law, "gamma_inverse")
     if law != "gaussian":
         axis.axhline(far.mean(), color="black", linestyle=":", marker="", label="distance to $\\Gamma^{-1}$")
@@ -440,7 +439,7 @@ def _full(records: list[dict]) -> Figure:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
     full = [_of(r, "gaussian")["full"] for r in records]
     ends = np.array([f["u_limit"] for f in full] + [0.0])
-    left.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, label="equal", **EXACT, marker="")
+    left.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, label="equal", **EXACT)
     for i, f in enumerate(full):
         left.plot(np.ravel(f["U_limit"]), np.ravel(f["U"]), "o", color=BLUE, label="entries of U" if i == 0 else None, alpha=0.6)
         left.plot(f["u_limit"], f["u"], "s", color=COLORS[1], label="u" if i == 0 else None, alpha=0.6)
@@ -454,7 +453,7 @@ def _full(records: list[dict]) -> Figure:
     for i, (_, measured, exact) in enumerate(rows):
         for x in (r["leak"] for r in records):
             if exact:
-                right.plot([i - 0.25, i + 0.25], [x[exact] / x["predicted_reduced"]] * 2, color=COLORS[i], marker="", **EXACT)
+                right.plot([i - 0.25, i + 0.25], [x[exact] / x["predicted_reduced"]] * 2, color=COLORS[i], **EXACT)
             if measured:  # the full layer against the reduced one on the same prompts: most of the noise is common
                 base = x["risk_reduced"] if measured == "risk_full" else x["predicted_reduced"]
                 right.plot(i, x[measured] / base, "o", color=COLORS[i], alpha=0.7)

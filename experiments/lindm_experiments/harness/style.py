@@ -1,8 +1,9 @@
-"""One look for all figures: readable in print and in black and white, safe for colour-blind readers.
+"""The style of all figures: readable in print and in black and white, safe for color-blind readers.
 
-Colours: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash.
+Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from cycler import cycler
@@ -22,9 +23,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 
 MEASURED: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4.5}  # what was measured: points
-EXACT: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6}  # what theory predicts exactly: a line
-BOUND: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4}  # what theory only bounds: a dashed line
-SEED: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35}  # one seed: every seed is shown
+EXACT: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6, "marker": ""}  # what theory predicts exactly: a line
+BOUND: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4, "marker": ""}  # what theory only bounds: a dashed line
+SEED: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35, "marker": ""}  # one seed: every seed is shown
 
 
 STYLE: dict[str, Any] = {
@@ -54,3 +55,24 @@ STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
 }
+
+
+def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:
+    """One thin line for each seed."""
+    for curve in curves:
+        axis.plot(x, curve, color=color, **SEED)
+
+
+def plot_markers(axis: Any, x: Any, curves: Iterable[Any], color: str, marker: str, label: str = "") -> None:
+    """Markers without lines for each seed, with one label for all."""
+    style = MEASURED | {"marker": marker, "color": color, "alpha": 0.55}
+    for number, curve in enumerate(curves):
+        axis.plot(x, curve, label="" if number else label, **style)
+
+
+def set_log_ticks(axis: Any, values: Iterable[float]) -> None:
+    """A logarithmic x axis with ticks at the measured values alone."""
+    values = list(values)
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{v:g}" for v in values])
+    axis.xaxis.minorticks_off()
