@@ -24,7 +24,8 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.icl.prompts import bellman_labels, bellman_moments, draw_pairs, noise_moment
+from lindm.icl.label_laws import bellman_labels, bellman_moments, noise_moment
+from lindm.icl.prompts import draw_pairs
 from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
 from lindm.random import flat
 from lindm.solvers.dp import policy_value

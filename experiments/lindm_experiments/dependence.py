@@ -29,7 +29,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, query_columns
-from lindm.icl.prompts import chain, oracle_labels, pair_kernel, stationary
+from lindm.icl.label_laws import oracle_labels
+from lindm.icl.prompts import chain, pair_kernel, stationary
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import carry, linear_mdp, simplex_family, tabulate
 from lindm.problems.mdp import simplex_rows

@@ -30,7 +30,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, pad, query_columns
-from lindm.icl.prompts import draw_pairs, noisy_labels, oracle_labels
+from lindm.icl.label_laws import noisy_labels, oracle_labels
+from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train, train_many
 from lindm.problems.linear_mdp import Family, carry, draw_task, onehot_family, second_moment, simplex_family
 from lindm.problems.regression import covariance

@@ -26,7 +26,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, pad
-from lindm.icl.prompts import draw_pairs, oracle_labels, training_prompt
+from lindm.icl.label_laws import oracle_labels
+from lindm.icl.prompts import draw_pairs, training_prompt
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
 from lindm.problems.regression import covariance

@@ -30,7 +30,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention
-from lindm.icl.prompts import draw_pairs, oracle_labels
+from lindm.icl.label_laws import oracle_labels
+from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, onehot_family, tabulate
 from lindm.solvers.dp import policy_value

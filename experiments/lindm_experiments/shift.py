@@ -30,7 +30,8 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.icl.prompts import draw_pairs, oracle_labels
+from lindm.icl.label_laws import oracle_labels
+from lindm.icl.prompts import draw_pairs
 from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative

@@ -1,4 +1,4 @@
-"""The from-scratch attention layer (Flax NNX), its trainer and its bench."""
+"""In-context learning: the attention layer (Flax NNX) and its trainer; prompts, label laws and baseline predictors."""
 
 from lindm.icl.attention import FullAttention, ReducedAttention, SoftmaxAttention, embed, moments, pad, query_columns, sinusoidal
 from lindm.icl.trainer import predict_many, train, train_many

@@ -1,4 +1,4 @@
-r"""Which function of a prompt does an attention layer compute?
+r"""Attention layers that map one prompt to predictions: linear (reduced and full) and softmax.
 
 The embedding matrix of one prompt has d+1 rows, N context columns and Q query columns,
 
@@ -6,7 +6,7 @@ The embedding matrix of one prompt has d+1 rows, N context columns and Q query c
         [ y_1 ... y_N    0  ...  0  ],
 
 and one block of linear self-attention [Zhang, Frei, Bartlett, JMLR 2024] with the mask of
-[Ahn, Cheng, Daneshmand, Sra, NeurIPS 2023] (a query column is never a key) adds to it
+[Ahn, Cheng, Daneshmand, Sra, NeurIPS 2023] (query columns are never keys) adds to it
 
     F(E) = W_PV E_ctx (E_ctx' W_KQ E) / N = W_PV Z W_KQ E,        Z = E_ctx E_ctx' / N = [ G  S  ]
                                                                                          [ S' c  ].
@@ -15,13 +15,13 @@ The N x N matrix of scores is never built: Z is (d+1) x (d+1), so the cost is li
 any number of query columns shares one context.
 
 Depth. Every block subtracts its increment, E <- E - F(E), from the context and the query columns, and the prediction is minus
-what the blocks have written into the label row of the query column. At depth 1 that is F(E)_{d+1,q}, the prediction of the
+the sum of what the blocks add to the label row of the query column. At depth 1 that is F(E)_{d+1,q}, the prediction of the
 papers. In general each block is E <- B E with B = I - W_PV Z W_KQ, hence Z <- B Z B': the whole network is a recursion on
 (d+1) x (d+1) matrices. Where only the blocks U of W_KQ and u of W_PV are non-zero, the label row carries residuals
 y_i - x_i' w of the regression weights w <- w + A (S - G w), A = (u U)': k blocks are k preconditioned gradient steps.
 
-`ReducedAttention` has that A for its parameter, `FullAttention` all of W_PV and W_KQ; `SoftmaxAttention` puts a softmax over the
-context where linear attention has the plain average. All three map one `Prompt` (x[N,d], y[N], query[Q,d]) to yhat[Q];
+The parameter of `ReducedAttention` is that A, those of `FullAttention` are W_PV and W_KQ; `SoftmaxAttention` has a softmax over
+the context in place of the average. All three map one `Prompt` (x[N,d], y[N], query[Q,d]) to yhat[Q];
 `jax.vmap` outside.
 """
 
@@ -44,16 +44,16 @@ def embed(prompt: Prompt) -> tuple[Array, Array]:
 
 
 def moments(prompt: Prompt) -> Array:
-    """Z[d+1,d+1] = E_ctx E_ctx' / N: all that a linear layer sees of a context."""
+    """Z[d+1,d+1] = E_ctx E_ctx' / N: the only statistic of a context that a linear layer uses."""
     context, _ = embed(prompt)
     return context @ context.T / context.shape[1]
 
 
 def pad(prompt: Prompt, n: Array | int) -> Prompt:
-    """The first `n` pairs of a prompt in the shape of all N, so that several lengths share one compiled program.
+    """The first `n` pairs of a prompt, padded to all N, so that several lengths share one compiled program.
 
-    Pairs from the n-th on become zero and the rest is multiplied by sqrt(N/n), which leaves Z as if the prompt had n pairs. Exact
-    for the linear layers, at any depth, because Z is all that they see; wrong for `SoftmaxAttention`, where a zero column is
+    Pairs from the n-th on become zero and the others are multiplied by sqrt(N/n), which gives the Z of a prompt of n pairs.
+    Exact for the linear layers at any depth, because they use Z alone; wrong for `SoftmaxAttention`, where a zero column is
     still a key. `n` may be traced (1 <= n <= N, not checked then); x[...,N,d] and y[...,N] may have leading axes.
     """
     total = prompt.y.shape[-1]
@@ -68,8 +68,8 @@ def pad(prompt: Prompt, n: Array | int) -> Prompt:
 def query_columns(Lambda_q: Array) -> Array:
     """Query columns [d, d] whose second moment is `Lambda_q` exactly: the rows of sqrt(d) L', with L L' = Lambda_q.
 
-    A linear layer is linear in the query, so the mean of (yhat - target)^2 over these d columns *is* the expectation over random
-    queries with that second moment: the loss without the noise of the queries and without the cost of drawing them.
+    A linear layer is linear in the query, so the mean of (yhat - target)^2 over these d columns equals the expectation over
+    random queries with that second moment, without sampling noise.
     """
     return math.sqrt(Lambda_q.shape[0]) * jnp.linalg.cholesky(Lambda_q).T
 
@@ -80,7 +80,7 @@ class ReducedAttention(nnx.Module):
     Args:
         d: number of features.
         depth: number of blocks.
-        A: initial matrices [depth, d, d], or [d, d] for all blocks alike; zero if not given. From depth 2 on, equal blocks are a
+        A: initial matrices [depth, d, d], or [d, d] for all blocks; zero if not given. From depth 2 on, equal blocks are a
             saddle of the risk: start from unequal ones (`rngs` and `scale`).
         rngs, scale: instead of `A`, independent entries N(0, scale^2 / d).
         dtype: of the parameters, unless `A` has its own.
@@ -114,7 +114,7 @@ class ReducedAttention(nnx.Module):
         blocks = self.A[...]
         S = prompt.x.T @ prompt.y / n
         w = blocks[0] @ S
-        if self.depth > 1:  # G costs d times what S costs, and the first step from w = 0 does not need it
+        if self.depth > 1:  # G costs d times as much as S, and the first step from w = 0 does not need it
             G = prompt.x.T @ prompt.x / n
             for k in range(1, self.depth):
                 w = w + blocks[k] @ (S - G @ w)
@@ -122,7 +122,7 @@ class ReducedAttention(nnx.Module):
 
 
 class _Embedding(nnx.Module):
-    """The parameters W_KQ, W_PV [depth, d+1, d+1], the initialisation of [ZFB] Assumption 3.3, and names for the blocks.
+    """The parameters W_KQ, W_PV [depth, d+1, d+1], the initialization of [ZFB] Assumption 3.3, and names for the blocks.
 
     U = s Theta Theta' with ||Theta Theta'||_F = 1, u = s, all else zero. Theta is Gaussian if `rngs` is given, else a multiple of
     the identity (U = s I / sqrt(d)). [ZFB] prove convergence for s^2 ||Gamma||_op sqrt(d) < 2.
@@ -142,31 +142,31 @@ class _Embedding(nnx.Module):
 
     @property
     def U(self) -> Array:
-        """[..., depth, d, d]: how a query's features look at the features of the keys."""
+        """[..., depth, d, d]: scores of a query's features against the keys' features."""
         return self.W_KQ[...][..., : self.d, : self.d]
 
     @property
     def z(self) -> Array:
-        """[..., depth, d]: how a query's features look at the labels of the keys. Zero at the start."""
+        """[..., depth, d]: scores of a query's features against the keys' labels. Zero at initialization."""
         return self.W_KQ[...][..., self.d, : self.d]
 
     @property
     def v(self) -> Array:
-        """[..., depth, d]: what a key's features write into the label row. Zero at the start."""
+        """[..., depth, d]: weight of a key's features in the label row. Zero at initialization."""
         return self.W_PV[...][..., self.d, : self.d]
 
     @property
     def u(self) -> Array:
-        """[..., depth]: what a key's label writes into the label row."""
+        """[..., depth]: weight of a key's label in the label row."""
         return self.W_PV[...][..., self.d, self.d]
 
     @property
     def A(self) -> Array:
-        """[..., depth, d, d]: (u U)', the matrix of the reduced layer that this layer is where v = z = 0."""
+        """[..., depth, d, d]: (u U)', the matrix of the reduced layer that this layer equals where v = z = 0."""
         return self.u[..., None, None] * jnp.swapaxes(self.U, -1, -2)
 
     def leak(self) -> Array:
-        """[..., depth]: sqrt(||v||^2 + ||z||^2), zero as long as the layer is a reduced one."""
+        """[..., depth]: sqrt(||v||^2 + ||z||^2), zero where the layer equals a reduced one."""
         return jnp.sqrt(jnp.sum(self.v**2, axis=-1) + jnp.sum(self.z**2, axis=-1))
 
 
@@ -179,7 +179,7 @@ class FullAttention(_Embedding):
         d: number of features.
         depth: number of blocks.
         rngs: for Theta; without it Theta is a multiple of the identity.
-        scale: s of the initialisation.
+        scale: s of the initialization.
         dtype: of the parameters.
     """
 
@@ -208,24 +208,24 @@ class FullAttention(_Embedding):
             B = jnp.eye(self.d + 1, dtype=Z.dtype) - W_PV[k] @ Z @ W_KQ[k]
             query = B @ query
             Z = B @ Z @ B.T  # E_ctx <- B E_ctx
-        return (W_PV[-1, -1] @ Z @ W_KQ[-1]) @ query - query[-1]  # of the last increment only the label row is read
+        return (W_PV[-1, -1] @ Z @ W_KQ[-1]) @ query - query[-1]  # only the label row of the last increment is needed
 
 
 class SoftmaxAttention(_Embedding):
-    """Softmax attention on the same embedding, through the same interface:
+    """Softmax attention on the same embedding, with the same interface:
 
         F(E) = W_PV E_ctx softmax(E_ctx' W_KQ E),       softmax over the N context columns.
 
     A query attends to N keys at any depth (cost N Q); from depth 2 on the context columns attend to each other (cost N^2).
-    Linearised at W_KQ = 0 it is the label mean plus linear attention on centred pairs.
+    Linearized at W_KQ = 0 it is the label mean plus linear attention on centered pairs.
 
     Args:
-        positions: table [P, d+1] added to the columns: row i to pair i, row N to every query (they all come right after the
-            context). A prompt of more than P - 1 pairs is refused. Rows past the training length never receive a gradient, so
-            a table from `sinusoidal` or a random one shows what a longer prompt does to positions that were never trained.
-            What the table writes into the label row of a query is not counted as prediction.
+        positions: table [P, d+1] added to the columns: row i to pair i, row N to every query (all of them follow
+            the context). A prompt of more than P - 1 pairs raises an error. Rows beyond the training length receive no gradient,
+            so a longer prompt has positions that were never trained. What the table adds to the label row of a query is not
+            part of the prediction.
         train_positions: whether the table is a parameter (learned absolute positions) or fixed.
-        The rest as in `FullAttention`.
+        The others as in `FullAttention`.
     """
 
     def __init__(

@@ -1,16 +1,16 @@
-"""What statistics would do with the same context, under the layer's own signature: predict(prompt) -> yhat[Q].
+"""Baseline predictors with the signature of the attention layer: predict(prompt) -> yhat[Q].
 
-One evaluator then serves the trained layer, its closed form and the estimators. With X [N, d], y [N] and a query x_q:
+With X [N, d], y [N] and a query x_q:
 
-    closed form   yhat = x_q' A S,  S = X'y / N                     one attention layer, A = A_N or any other matrix
-    iterated      w <- w + A (S - G w),  G = X'X / N                 the same layer repeated
+    closed form   yhat = x_q' A S,  S = X'y / N                     one attention layer with A = A_N or another matrix
+    iterated      w <- w + A (S - G w),  G = X'X / N                 the same layer, applied repeatedly
     ridge         w = (X'X + lam I)^-1 X'y
-    OLS           w = pinv(X) y                                      the shortest of the least-squares solutions
+    OLS           w = pinv(X) y                                      the least-squares solution of minimum norm
     Bayes         w = m + Psi X'(X Psi X' + sigma^2 I)^-1 (y - X m)   posterior mean for w ~ N(m, Psi)
 
-and, where transitions are seen instead of labels of Q*, value iteration fitted backwards: LSVI and its pessimistic form PEVI
-return Qhat [H, S, A]; `bootstrap` does the same with any predictor in the place of ridge regression.
-A predictor sees one prompt: `vmap` outside.
+Where the data are transitions and not labels of Q*, value iteration is fitted backward: LSVI and its pessimistic form PEVI return
+Qhat [H, S, A], and `bootstrap` does the same with any predictor in place of ridge regression.
+A predictor takes one prompt: `vmap` outside.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from lindm import validate
-from lindm.icl.prompts import bellman_labels, draw_pairs
+from lindm.icl.label_laws import bellman_labels
+from lindm.icl.prompts import draw_pairs
 from lindm.types import MDP, Prompt
 
 Predictor = Callable[[Prompt], Array]
@@ -39,7 +40,7 @@ def _number(name: str, value: float, *, zero: bool) -> None:
 
 
 def _finite(name: str, value: ArrayLike) -> Array:
-    """Checked at the door; weights that are being traced (differentiated, picked by a traced stage) pass as they are."""
+    """A checked array; traced weights (differentiated, or selected by a traced stage) are not checked."""
     return jnp.asarray(value) if isinstance(value, Tracer) else validate.finite(value, name)
 
 
@@ -60,7 +61,7 @@ def closed_form(A: ArrayLike) -> Predictor:
 
 
 def iterated(A: ArrayLike, steps: int) -> Predictor:
-    """The closed form repeated: w <- w + A (S - G w) from zero. steps = 1 is `closed_form`; A = I step is gradient descent."""
+    """`steps` steps of w <- w + A (S - G w) from zero. One step is `closed_form`; A a multiple of I is gradient descent."""
     A = _square("A", A)
     validate.count(steps, "steps")
 
@@ -87,12 +88,12 @@ def ridge(lam: float) -> Predictor:
 
 
 def ols() -> Predictor:
-    """Least squares, the shortest solution where there are many (N < d, or repeated one-hot pairs): w = pinv(X) y."""
+    """Least squares w = pinv(X) y, the solution of minimum norm where there are many (N < d, or repeated one-hot pairs)."""
     return lambda prompt: prompt.query @ jnp.linalg.lstsq(prompt.x, prompt.y)[0]
 
 
 def bayes(Psi: ArrayLike, sigma: float, mean: ArrayLike | None = None) -> Predictor:
-    """Posterior mean of <x_q, w> for w ~ N(mean, Psi) and labels with noise N(0, sigma^2): the best any predictor can do there.
+    """Posterior mean of <x_q, w> for w ~ N(mean, Psi) and labels with noise N(0, sigma^2): the Bayes-optimal predictor.
 
     For other laws of w with these moments it is the best predictor affine in y given X.
 
@@ -130,9 +131,9 @@ def bayes(Psi: ArrayLike, sigma: float, mean: ArrayLike | None = None) -> Predic
 
 
 def random(key: Array) -> Predictor:
-    """yhat_q ~ N(0, 1), fresh for every context: a greedy policy made of it picks actions uniformly at random.
+    """yhat_q ~ N(0, 1), drawn for every context: its greedy policy takes uniformly random actions.
 
-    The context's own bits are folded into the key, so that contexts under `vmap` do not all get the same numbers.
+    The bits of the context are folded into the key, so contexts under `vmap` get different numbers.
     """
 
     def predict(prompt: Prompt) -> Array:
@@ -193,36 +194,36 @@ def pevi(phi: Array, x: Array, r: Array, next_phi: Array, lam: float, beta: floa
 def _pevi(phi: Array, x: Array, r: Array, next_phi: Array, lam: ArrayLike, beta: ArrayLike, clip: bool) -> Array:
     H, d = x.shape[0], x.shape[-1]
 
-    def pessimistic(features, w, inverse, togo):
+    def pessimistic(features, w, inverse, stages_to_go):
         bonus = jnp.sqrt(jnp.maximum(jnp.einsum("...d,de,...e->...", features, inverse, features), 0))
         Q = features @ w - beta * bonus
-        return jnp.clip(Q, 0, togo) if clip else Q
+        return jnp.clip(Q, 0, stages_to_go) if clip else Q
 
     def stage(carry, at):
         w, inverse = carry
-        x, r, after, togo = at
+        x, r, after, stages_to_go = at
         # at the last stage w = 0 and inverse = 0: the value after the horizon is zero
-        target = r + jnp.max(pessimistic(after, w, inverse, togo - 1), axis=-1)
+        target = r + jnp.max(pessimistic(after, w, inverse, stages_to_go - 1), axis=-1)
         inverse = jnp.linalg.inv(x.T @ x + lam * jnp.eye(d, dtype=x.dtype))
         w = inverse @ (target @ x)
-        return (w, inverse), pessimistic(phi, w, inverse, togo)
+        return (w, inverse), pessimistic(phi, w, inverse, stages_to_go)
 
-    togo = jnp.arange(H, 0, -1).astype(x.dtype)
+    stages_to_go = jnp.arange(H, 0, -1).astype(x.dtype)
     start = (jnp.zeros(d, x.dtype), jnp.zeros((d, d), x.dtype))
-    return jax.lax.scan(stage, start, (x, r, next_phi, togo), reverse=True)[1]
+    return jax.lax.scan(stage, start, (x, r, next_phi, stages_to_go), reverse=True)[1]
 
 
 def bootstrap(
     key: Array, mdp: MDP, phi: Array, cdf: Array, n: int, predict: Callable[[Array, Prompt], Array], idx: Array | None = None
 ) -> Array:
-    """Value iteration in context: stage h is predicted from labels r + max_a Qhat_{h+1}(s', a), its own estimate one stage on.
+    """Value iteration in context: stage h is predicted from labels r + max_a Qhat_{h+1}(s', a), the estimate of the next stage.
 
-    With `ridge` this is LSVI; with the attention layer, the layer without an oracle.
+    With `ridge` this is LSVI; with the attention layer it is the layer without an oracle.
 
     Args:
         phi: [S, A, d]; cdf: [S*A] of the design; n: pairs in each stage's context.
         predict: (h, prompt) -> yhat; h is a traced stage, to pick the weights of the stage: `lambda h, p: closed_form(A[h])(p)`.
-        idx: [H, n] pairs to use instead of i.i.d. draws from the design.
+        idx: [H, n] pairs, in place of i.i.d. draws from the design.
     Returns: Qhat [H, S, A].
     """
     H, S, A = mdp.r.shape

@@ -1,13 +1,13 @@
-r"""Training on fresh tasks: one compiled loop, no Python between the steps.
+r"""Training of attention layers on new tasks at every step, in one compiled loop.
 
-The loss is the mean of (yhat - target)^2 over a batch of prompts and their queries, every step draws new tasks. For the reduced
-layer at depth 1 it is a quadratic in A with curvature Lambda_q (x) E[S S'], whose condition number is about cond(Lambda)^3 when
-tasks are isotropic: it is the small directions of Lambda that are slow, and A_N is largest there. Three things get the last
-percent: Adam (scale-free), a learning rate that falls to zero (cosine, after a short warm-up), and the average of the iterates
-over the last part of the run (Polyak, Juditsky 1992), which takes out most of the sampling noise that is left.
+The loss is the mean of (yhat - target)^2 over a batch of prompts and their queries. For the reduced layer at depth 1 it is a
+quadratic in A with curvature Lambda_q (x) E[S S'], whose condition number is about cond(Lambda)^3 when tasks are isotropic: the
+directions of small eigenvalues of Lambda are slow, and A_N is largest there. Three measures reach the optimum to a percent:
+Adam (scale-free), a learning rate that falls to zero (cosine, after a short warm-up), and the average of the iterates over the
+last part of the run (Polyak, Juditsky 1992), which removes most of the remaining sampling noise.
 
-What is compiled depends on the structure of the layer, `draw`, `steps`, `optimizer` and the shapes of `data`, not on the values:
-pass everything that changes from seed to seed and from point to point through `data` and keep `draw` a module-level function.
+The compiled program depends on the structure of the layer, `draw`, `steps`, `optimizer` and the shapes of `data`, not on values:
+pass everything that changes between seeds and points through `data`, and keep `draw` a module-level function.
 
     def draw(key, root, n):                                 # n may be traced: see lindm.icl.attention.pad
         prompt, target, _ = ...                             # batch axis first: x[B,N,d], y[B,N], query[B,Q,d], target[B,Q]
@@ -48,21 +48,22 @@ def train(
     clip: float | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Layer, Array]:
-    """Train a copy of `layer` on fresh batches and return it with the loss of every step.
+    """Train a copy of `layer` and return it with the loss of every step.
 
     Args:
         layer: any module that maps one `Prompt` to yhat[Q]; its `nnx.Param`s are trained, in their own dtype. Not modified.
-        draw: `draw(key, *data) -> (Prompt, target[B,Q])`, the prompt with a leading batch axis. What it returns is cast to the
-            dtype of the parameters; drawing in that dtype in the first place is faster.
+        draw: `draw(key, *data) -> (Prompt, target[B,Q])`, the prompt with a leading batch axis. Both are cast to the
+            dtype of the parameters; drawing in that dtype is faster.
         key: PRNG key. Step t draws with `fold_in(key, t)`.
         steps: number of steps, >= 1.
-        data: pytrees handed on to `draw`; their values do not trigger a new compilation.
+        data: pytrees passed to `draw`; new values do not trigger a new compilation.
         learning_rate: peak of the schedule (linear warm-up, cosine to zero), > 0.
         warmup: fraction of the steps, in [0, 1).
-        average: the result is the mean of the iterates over this last fraction of the steps, in [0, 1); 0 gives the last one.
+        average: fraction of the steps, in [0, 1), at the end of the run, over which iterates are averaged; 0 returns the last
+          one.
         clip: largest global norm of a gradient, > 0; none if not given.
-        optimizer: in place of Adam with the schedule (`learning_rate`, `warmup` and `clip` are then not used). Optax builds a new
-            object on every call: make it once, or every call compiles again.
+        optimizer: in place of Adam with the schedule (`learning_rate`, `warmup` and `clip` are then not used). Pass one object
+            to all calls: a new one compiles again.
 
     Returns:
         The trained layer and losses[steps], each taken before the step's update.
@@ -91,15 +92,15 @@ def train_many(
     clip: float | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Layer, Array]:
-    """`train` for R runs at once (seeds, stages, lengths, problems), all from the same initial layer.
+    """`train` for R runs in parallel (seeds, stages, lengths, problems), all from the same initial layer.
 
     Args:
         keys: [R] PRNG keys.
         data: as in `train`, every leaf with a leading axis R.
-        The rest as in `train`, the same for all runs.
+        The others as in `train`, the same for all runs.
 
     Returns:
-        A layer whose parameters have a leading axis R (read them as they are; to predict, `predict_many`), and losses[R, steps].
+        A layer whose parameters have a leading axis R (`predict_many` makes predictions of it), and losses[R, steps].
     """
     options = _options(steps, learning_rate, warmup, average, clip, optimizer)
     runs = keys.shape[0] if keys.ndim else 0
@@ -150,7 +151,7 @@ def _loss(params, graphdef, rest, prompt: Prompt, target: Array) -> Array:
 def _run(graphdef, draw, params, rest, key, data, learning_rate, warmup, average, clip, *, steps, optimizer):
     dtype = jax.tree.leaves(params)[0].dtype
     restore = lambda p: p  # noqa: E731
-    if optimizer is None:  # Adam works entry by entry: one vector instead of a tree halves the number of small operations
+    if optimizer is None:  # Adam is entrywise: one vector in place of a tree halves the number of small operations
         optimizer = _adam(learning_rate, warmup, clip, steps)
         params, restore = ravel_pytree(params)
 
@@ -161,7 +162,7 @@ def _run(graphdef, draw, params, rest, key, data, learning_rate, warmup, average
         loss, grads = jax.value_and_grad(lambda p: _loss(restore(p), graphdef, rest, *batch))(params)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        # mean over the iterates after `first`; before that the weight is 1 and `mean` is the last iterate
+        # the mean over the iterates after `first`; before it the weight is 1 and `mean` is the last iterate
         first = jnp.minimum(steps * (1 - average), steps - 1)
         weight = (1 / jnp.maximum(t + 1 - jnp.floor(first), 1)).astype(dtype)
         mean = jax.tree.map(lambda m, p: m + weight * (p - m), mean, params)
@@ -173,7 +174,7 @@ def _run(graphdef, draw, params, rest, key, data, learning_rate, warmup, average
 
 def _adam(learning_rate, warmup, clip, steps: int) -> optax.GradientTransformation:
     def schedule(t):
-        t = (t + 1) / (steps + 1)  # neither the first nor the last step is wasted on a zero rate
+        t = (t + 1) / (steps + 1)  # the rate is positive at the first and at the last step
         rise = jnp.minimum(t / jnp.maximum(warmup, 1e-9), 1)
         fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.maximum(t - warmup, 0) / (1 - warmup)))
         return learning_rate * rise * fall

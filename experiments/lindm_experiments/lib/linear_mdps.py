@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 
 from lindm.icl.attention import ReducedAttention
-from lindm.icl.prompts import bounded_labels, draw_pairs, oracle_labels, training_prompt
+from lindm.icl.label_laws import bounded_labels, oracle_labels
+from lindm.icl.prompts import draw_pairs, training_prompt
 from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import Family, draw_task, second_moment
 from lindm.solvers.dp import plan_linear

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm.icl import predictors
-from lindm.icl.prompts import oracle_labels
+from lindm.icl.label_laws import oracle_labels
 from lindm.problems.linear_mdp import Family
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.icl import predictors
+from lindm.icl import label_laws, predictors
 from lindm.icl import prompts as contexts
 from lindm.types import MDP, Prompt
 
@@ -112,7 +112,7 @@ def test_bayes_has_the_smallest_error_on_its_own_prior():
         k1, k2, k3, k4 = jax.random.split(key, 4)
         x, w = jax.random.normal(k1, (N, D)), root @ jax.random.normal(k2, (D,))
         query = jax.random.normal(k3, (1, D))
-        prompt = Prompt(x=x, y=contexts.noisy_labels(k4, x, w, sigma), query=query)
+        prompt = Prompt(x=x, y=label_laws.noisy_labels(k4, x, w, sigma), query=query)
         rivals = (predictors.bayes(Psi, sigma), predictors.ridge(sigma**2), predictors.ols(), predictors.closed_form(np.eye(D)))
         return jnp.stack([(predict(prompt) - query @ w)[0] ** 2 for predict in rivals])
 
@@ -296,7 +296,7 @@ def test_bootstrap_with_ridge_is_lsvi_on_the_same_transitions():
     cdf = contexts.design_cdf(np.full(S * A, 1 / (S * A)))
     Q = predictors.bootstrap(key, mdp, jnp.asarray(phi), cdf, n, lambda h, prompt: predictors.ridge(lam)(prompt), idx)
     keys = jax.random.split(jax.random.split(key)[1], H)  # the keys of the stages' labels
-    states = [contexts.next_states(keys[h], mdp, h, idx[h]) for h in range(H)]
+    states = [label_laws.next_states(keys[h], mdp, h, idx[h]) for h in range(H)]
     x = phi.reshape(S * A, D)[np.asarray(idx)]
     r = np.asarray(mdp.r).reshape(H, S * A)[np.arange(H)[:, None], np.asarray(idx)]
     want, _ = predictors.lsvi(*map(jnp.asarray, (phi, x, r, phi[np.asarray(states)])), lam=lam)

@@ -1,4 +1,4 @@
-"""Contexts against counts, enumeration and numpy."""
+"""Pairs, episodes and prompts against counts, enumeration and numpy."""
 
 import itertools
 
@@ -9,14 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.icl import prompts
+from lindm.icl import label_laws, prompts
 from lindm.solvers import rollout as rollouts
 from lindm.types import MDP
 
 # compiled once for each shape; an eager scan is compiled again at every call
 rollout = jax.jit(rollouts.rollout, static_argnames="n")
-return_labels = jax.jit(prompts.return_labels)
-return_moments = jax.jit(prompts.return_moments)
 invert = jax.jit(rollouts.invert)
 cumulative = jax.jit(rollouts.cumulative)
 
@@ -42,13 +40,6 @@ def assert_frequencies(drawn, law):
     counts = np.bincount(np.ravel(drawn), minlength=len(law))
     assert len(counts) == len(law)
     assert (np.abs(counts / n - law) <= 5 * np.sqrt(law * (1 - law) / n) + 1e-12).all()
-
-
-def all_returns(P, r, rho, h, s, a, pi):
-    """Every (probability, return-to-go) after (s, a) at stage h under deterministic pi, by walking the tree."""
-    if h == H - 1:
-        return [(1.0, r[h, s, a])]
-    return [(P[h, s, a, t] * p, r[h, s, a] + g) for t in range(S) for p, g in all_returns(P, r, rho, h + 1, t, pi[h + 1, t], pi)]
 
 
 # --- inverse CDF
@@ -153,7 +144,7 @@ def test_integer_and_one_hot_policies_give_the_same_episodes():
 def test_few_and_many_episodes_use_kernels_summed_by_row_and_by_table_alike():
     mdp = as_mdp(*numpy_mdp(5))
     idx = jnp.tile(jnp.arange(S * A, dtype=jnp.int32), 3)
-    many = prompts.next_states(jax.random.key(0), mdp, 1, idx)
+    many = label_laws.next_states(jax.random.key(0), mdp, 1, idx)
     u = jax.random.uniform(jax.random.key(0), idx.shape)
     cdf = np.cumsum(np.asarray(mdp.P)[1].reshape(S * A, S), -1)[np.asarray(idx)]
     np.testing.assert_array_equal(many, (cdf <= np.asarray(u)[:, None]).sum(-1))
@@ -224,113 +215,6 @@ def test_numbers_of_draws_that_are_no_counts_are_refused(bad):
         prompts.chain(jax.random.key(0), jnp.eye(3), jnp.ones(3) / 3, bad)
 
 
-# --- labels
-
-
-def test_oracle_labels_are_inner_products():
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(2, 6, D)), rng.normal(size=(2, D))
-    want = [[x[h, i] @ w[h] for i in range(6)] for h in range(2)]
-    np.testing.assert_allclose(prompts.oracle_labels(jnp.asarray(x), jnp.asarray(w)), want, rtol=1e-12)
-
-
-def test_gaussian_noise_has_mean_zero_the_given_deviation_and_gaussian_kurtosis():
-    n, sigma = 100_000, 0.7
-    x, w = jnp.ones((n, 1)), jnp.asarray([2.0])
-    noise = np.asarray(prompts.noisy_labels(jax.random.key(0), x, w, sigma)) - 2.0
-    assert abs(noise.mean()) < 5 * sigma / np.sqrt(n)
-    assert abs(noise.var() - sigma**2) < 5 * sigma**2 * np.sqrt(2 / n)
-    assert abs((noise**4).mean() / sigma**4 - 3) < 5 * np.sqrt(96 / n)
-
-
-def test_bounded_noise_stays_inside_and_is_uniform():
-    n, b = 100_000, 0.3
-    noise = np.asarray(prompts.bounded_labels(jax.random.key(0), jnp.zeros((n, 1)), jnp.ones(1), b))
-    assert (np.abs(noise) <= b).all()
-    assert abs(noise.mean()) < 5 * b / np.sqrt(3 * n)
-    assert abs((noise**2).mean() - b**2 / 3) < 5 * np.sqrt(4 / 45) * b**2 / np.sqrt(n)
-
-
-def test_return_moments_are_those_of_the_enumerated_tree():
-    P, r, rho = numpy_mdp(10)
-    pi = np.random.default_rng(2).integers(0, A, (H, S))
-    Q, Var = return_moments(as_mdp(P, r, rho), jnp.asarray(pi))
-    for h, s, a in itertools.product(range(H), range(S), range(A)):
-        p, g = np.array(all_returns(P, r, rho, h, s, a, pi)).T
-        assert Q[h, s, a] == pytest.approx(p @ g, rel=1e-12, abs=1e-12)
-        assert Var[h, s, a] == pytest.approx(p @ (g - p @ g) ** 2, rel=1e-10, abs=1e-12)
-
-
-def test_return_moments_of_a_mixed_policy_follow_the_second_moment_recursion():
-    P, r, rho = numpy_mdp(11)
-    pi = np.random.default_rng(3).dirichlet(np.ones(A), (H, S))
-    first, second = np.zeros(S), np.zeros(S)
-    Q, Var = return_moments(as_mdp(P, r, rho), jnp.asarray(pi))
-    for h in reversed(range(H)):
-        q1 = r[h] + P[h] @ first
-        q2 = r[h] ** 2 + 2 * r[h] * (P[h] @ first) + P[h] @ second
-        np.testing.assert_allclose(Q[h], q1, rtol=1e-11, atol=1e-12)
-        np.testing.assert_allclose(Var[h], q2 - q1**2, rtol=1e-8, atol=1e-10)
-        first, second = (pi[h] * q1).sum(-1), (pi[h] * q2).sum(-1)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_return_labels_have_the_exact_mean_and_variance_at_every_stage(mixed):
-    mdp = as_mdp(*numpy_mdp(12))
-    rng = np.random.default_rng(4)
-    pi = jnp.asarray(rng.dirichlet(np.ones(A), (H, S)) if mixed else rng.integers(0, A, (H, S)))
-    Q, Var = (np.asarray(m).reshape(H, S * A) for m in return_moments(mdp, pi))
-    n = 8_000
-    idx = jnp.broadcast_to(jnp.arange(S * A, dtype=jnp.int32), (n, S * A))
-    for h in range(H):
-        y = np.asarray(return_labels(jax.random.key(h), mdp, pi, h, idx))
-        sem = np.sqrt(Var[h] / n)
-        assert (np.abs(y.mean(0) - Q[h]) <= 5 * sem + 1e-12).all()
-        fourth = ((y - Q[h]) ** 4).mean(0)
-        assert (np.abs(((y - Q[h]) ** 2).mean(0) - Var[h]) <= 5 * np.sqrt(fourth / n) + 1e-12).all()
-
-
-def test_return_labels_take_a_stage_for_each_pair():
-    mdp = as_mdp(*numpy_mdp(13))
-    pi = jnp.zeros((H, S), jnp.int32)
-    idx = jnp.tile(jnp.arange(S * A, dtype=jnp.int32), (H, 1))
-    y = return_labels(jax.random.key(0), mdp, pi, jnp.arange(H)[:, None], idx)
-    np.testing.assert_allclose(y[-1], np.asarray(mdp.r)[-1].ravel(), rtol=1e-12)  # nothing is random at the last stage
-    # at a deterministic kernel the return is the value
-    P = np.zeros((H, S, A, S))
-    P[..., 1] = 1.0
-    fixed = MDP(P=jnp.asarray(P), r=mdp.r, rho=mdp.rho)
-    y = return_labels(jax.random.key(0), fixed, pi, jnp.arange(H)[:, None], idx)
-    r = np.asarray(mdp.r)
-    want = [[r[h].ravel()[i] + sum(r[k, 1, 0] for k in range(h + 1, H)) for i in range(S * A)] for h in range(H)]
-    np.testing.assert_allclose(y, want, rtol=1e-12)
-
-
-def test_bellman_labels_have_their_exact_moments_and_support():
-    P, r, rho = numpy_mdp(14)
-    mdp, Q_next = as_mdp(P, r, rho), np.random.default_rng(5).normal(size=(S, A))
-    n, h = 8_000, 1
-    idx = jnp.broadcast_to(jnp.arange(S * A, dtype=jnp.int32), (n, S * A))
-    y = np.asarray(prompts.bellman_labels(jax.random.key(0), mdp, h, idx, jnp.asarray(Q_next)))
-    support = r[h].reshape(-1, 1) + Q_next.max(-1)
-    assert (np.abs(y[..., None] - support[None]).min(-1) < 1e-12).all()
-    mean, variance = (np.asarray(m).ravel() for m in prompts.bellman_moments(mdp, h, jnp.asarray(Q_next)))
-    V = Q_next.max(-1)
-    np.testing.assert_allclose(mean, (r[h] + P[h] @ V).ravel(), rtol=1e-12)
-    np.testing.assert_allclose(variance, (P[h] @ V**2 - (P[h] @ V) ** 2).ravel(), rtol=1e-10, atol=1e-13)
-    assert (np.abs(y.mean(0) - mean) <= 5 * np.sqrt(variance / n)).all()
-
-
-def test_the_noise_moment_is_the_mean_of_squared_noise_times_outer_products():
-    rng = np.random.default_rng(6)
-    phi, design, variance = rng.normal(size=(S, A, D)), rng.dirichlet(np.ones(S * A)), rng.exponential(size=(S, A))
-    want = sum(
-        design[s * A + a] * variance[s, a] * np.outer(phi[s, a], phi[s, a]) for s, a in itertools.product(range(S), range(A))
-    )
-    got = prompts.noise_moment(jnp.asarray(phi), jnp.asarray(design), jnp.asarray(variance))
-    np.testing.assert_allclose(got, want, rtol=1e-12)
-
-
 def test_transitions_hold_the_reward_and_the_features_of_a_possible_next_state():
     P, r, rho = numpy_mdp(15, sparse=True)
     phi = np.random.default_rng(0).normal(size=(S, A, D))
@@ -355,7 +239,7 @@ def prompt_arrays(seed: int = 0):
 def test_stage_prompts_pair_every_label_with_its_own_features_and_ask_for_every_pair():
     phi, w, design = prompt_arrays()
     cdf = prompts.design_cdf(design)
-    prompt = prompts.stage_prompts(jax.random.key(0), jnp.asarray(phi), cdf, H, 30, prompts.oracle_law(jnp.asarray(w)))
+    prompt = prompts.stage_prompts(jax.random.key(0), jnp.asarray(phi), cdf, H, 30, label_laws.oracle_law(jnp.asarray(w)))
     assert prompt.x.shape == (H, 30, D)
     assert prompt.y.shape == (H, 30)
     assert prompt.query.shape == (H, S * A, D)
@@ -367,7 +251,7 @@ def test_stage_prompts_pair_every_label_with_its_own_features_and_ask_for_every_
 
 def test_contexts_of_different_stages_are_drawn_independently():
     keys = jax.random.split(jax.random.key(0), 20_000)
-    labels = prompts.oracle_law(jnp.zeros((2, 1)))
+    labels = label_laws.oracle_law(jnp.zeros((2, 1)))
     code = jnp.arange(3.0).reshape(3, 1, 1)
     cdf = prompts.design_cdf(np.full(3, 1 / 3))
     x = jax.vmap(lambda k: prompts.stage_prompts(k, code, cdf, 2, 1, labels).x)(keys)
@@ -381,12 +265,12 @@ def test_label_laws_of_a_task_are_centred_on_the_oracle(law):
     mdp = as_mdp(P, r, rho)
     phi = np.eye(S * A).reshape(S, A, S * A)
     pi = jnp.zeros((H, S), jnp.int32)
-    Q = np.asarray(return_moments(mdp, pi)[0]).reshape(H, S * A)
+    Q = np.asarray(label_laws.return_moments(mdp, pi)[0]).reshape(H, S * A)
     w = jnp.asarray(Q)  # one-hot features: the weights are the table
     labels = {
-        "noisy": prompts.noisy_law(w, 0.5),
-        "bounded": prompts.bounded_law(w, 0.5),
-        "return": prompts.return_law(mdp, pi),
+        "noisy": label_laws.noisy_law(w, 0.5),
+        "bounded": label_laws.bounded_law(w, 0.5),
+        "return": label_laws.return_law(mdp, pi),
     }[law]
     idx = jnp.asarray(np.random.default_rng(0).integers(0, S * A, (H, 9)), jnp.int32)
     keys = jax.random.split(jax.random.key(0), 5_000)
@@ -410,11 +294,11 @@ def test_a_training_prompt_has_noiseless_targets_and_separate_queries():
 
 def test_single_precision_in_is_single_precision_out():
     phi, w, design = (jnp.asarray(v, jnp.float32) for v in prompt_arrays())
-    prompt = prompts.stage_prompts(jax.random.key(0), phi, rollouts.cumulative(design), H, 5, prompts.noisy_law(w, 0.1))
+    prompt = prompts.stage_prompts(jax.random.key(0), phi, rollouts.cumulative(design), H, 5, label_laws.noisy_law(w, 0.1))
     training, target = prompts.training_prompt(jax.random.key(0), phi, w[0], rollouts.cumulative(design), 5, 2, 0.1)
     mdp = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), as_mdp(*numpy_mdp(0)))
     episodes = rollout(jax.random.key(0), mdp, jnp.full((H, S, A), 1 / A, jnp.float32), 4)
-    y = return_labels(jax.random.key(0), mdp, jnp.zeros((H, S), jnp.int32), 0, jnp.arange(5, dtype=jnp.int32))
+    y = label_laws.return_labels(jax.random.key(0), mdp, jnp.zeros((H, S), jnp.int32), 0, jnp.arange(5, dtype=jnp.int32))
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((prompt, training, target, episodes.r, y))}
     assert dtypes == {"float32"}
 
