@@ -1,26 +1,26 @@
-r"""Random arrays at a fraction of the price: on a CPU most of a training step is the drawing of its pairs.
+r"""Faster random arrays on a CPU, where drawing the pairs takes most of a training step.
 
 `flat` draws one long vector and reshapes it. The numbers are the same (to rounding), but XLA compiles a sampler of a shape with
 several axes several times slower (2.9 s against 0.2 s for four axes), and the compiled loop runs slower where the last axis is
 short.
 
-`normal` is Gaussian noise at a quarter of the price. `jax.random.normal` in float32 throws half of every Threefry block away,
-inverts the error function, and fails to vectorise when the last axis is short. Here both words of a block are used, and Box
-and Muller's transform (1958) makes two variates of them,
+`normal` is Gaussian noise at a quarter of the cost. `jax.random.normal` in float32 discards half of every Threefry block, inverts
+the error function, and fails to vectorize when the last axis is short. Here both words of a block are used, and the transform of
+Box and Muller (1958) makes two variates of them,
 
     r = sqrt(-2 log U),   z = r sin(2 pi V),  r cos(2 pi V),
 
 with U on a grid of 2^-23 in (0, 1] and the angle as a point of a half circle (23 bits) and a sign (1 bit). On a half circle sine
-and cosine are short polynomials, which XLA vectorises. Same generator, same independence of streams; other numbers than
-`jax.random.normal` gives for the same key.
+and cosine are short polynomials, which XLA vectorizes. The generator and the independence of streams are those of
+`jax.random.normal`; the numbers for the same key differ.
 
-`dirichlet` normalises independent gamma variates of shape c. One of shape a >= 1 comes by rejection (Marsaglia and Tsang, ACM
-Trans. Math. Softw. 26, 2000): with d = a - 1/3, y = N(0, 1) / (3 sqrt d) and a standard exponential E,
+`dirichlet` normalizes independent gamma variates of shape c. A gamma of shape a >= 1 is drawn by rejection (Marsaglia and
+Tsang, ACM Trans. Math. Softw. 26, 2000): with d = a - 1/3, y = N(0, 1) / (3 sqrt d) and a standard exponential E,
 
     d (1 + y)^3  is accepted if y > -1 and  E > 3 d (y - y^2/2 + y^3/3 - log(1 + y)),
 
-which at least 95 of 100 are. Below shape one, a gamma of shape c + 1 times U^(1/c) has shape c. Everything stays in logarithms,
-where U^(1/c) is -E/c and cannot underflow, and the factor d, common to a row, is left out.
+at least 95 of 100 are. For c < 1, a gamma of shape c + 1 times U^(1/c) has shape c. All of it is computed in logarithms, where
+U^(1/c) is -E/c and cannot underflow; the factor d, common to a row, is left out.
 """
 
 import math
@@ -68,7 +68,7 @@ def dirichlet(key: Array, concentration: ArrayLike, shape: tuple[int, ...], dtyp
 
     Args:
       concentration: [], may be traced. Below one a row has few large entries, one is flat on the simplex, above one rows are near
-        uniform. What is not a finite number above zero gives rows of NaN.
+        uniform. Other values than finite numbers above zero give rows of NaN.
       shape: at least one axis.
 
     Raises:
@@ -90,7 +90,7 @@ def dirichlet(key: Array, concentration: ArrayLike, shape: tuple[int, ...], dtyp
         accepted = -jnp.log1p(-for_test) > 3 * d * (y - y * y / 2 + y * y * y / 3 - log)
         return jnp.where(accepted, 3 * log, jnp.nan)
 
-    few = min(size, size // 16 + 16)  # the first round rejects less than 5 in 100; the others work on what is left
+    few = min(size, size // 16 + 16)  # the first round rejects less than 5 in 100; later rounds draw those again
 
     def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i, logs = carry
@@ -98,7 +98,7 @@ def dirichlet(key: Array, concentration: ArrayLike, shape: tuple[int, ...], dtyp
         return i + 1, logs.at[at].set(propose(jax.random.uniform(keys[i], (2 * few,), dtype)), mode="drop")
 
     u = jax.random.uniform(keys[0], (3 * size,), dtype)
-    # rounds end by themselves; the limit is for a concentration that no proposal satisfies
+    # the limit ends the loop for a concentration that no proposal satisfies
     _, logs = lax.while_loop(
         lambda carry: (carry[0] < _ROUNDS) & jnp.isnan(carry[1]).any(), again, (jnp.int32(1), propose(u[: 2 * size]))
     )

@@ -1,16 +1,15 @@
-"""The nouns: every type that crosses a module boundary.
+"""The data types that modules exchange: problems, plans, episodes, labels, prompts.
 
-Dimension key, used in every docstring and error message:
-`S` states, `A` actions, `O` observations, `M` models of a cloud (in contexts: pairs in a test prompt), `H` horizon, `d` features,
-`N` pairs in a training prompt, `Q` query columns. Sizes are shapes, never fields, and a stack of problems is the same type with
-leading axes.
+Dimension key of all docstrings and error messages: `S` states, `A` actions, `O` observations, `M` models of an APOMDP (in the
+theory: pairs in a test prompt), `H` horizon, `d` features, `N` pairs in a training prompt, `Q` query columns. Sizes are shapes,
+read by properties, and a stack of problems is the same type with leading axes.
 
-`H|1` is an axis over the stages that may have length one where nothing changes with the stage (`at_stage` reads both). The
-horizon is the length of the rewards' axis. There is no discount: gamma^h is folded into the rewards, so values and action values
-of any stage are as of the first one, and what a decision costs at stage h is what it takes from the value at the start.
+`H|1` is an axis over the stages whose length is one where nothing changes with the stage (`at_stage` reads both). The horizon
+is the length of the axis of the rewards. There is no discount factor: gamma^h is folded into the rewards, so values and action
+values of every stage are discounted to the first one, and the loss of a decision at stage h is its loss of value at the start.
 
-A noun does not check its fields when it is built: `vmap`, `jit` and `tree.map` build it from tracers and from placeholders.
-The checks live where a noun is born from a user's arrays (`lindm.problems`).
+The types do not check their fields: `vmap`, `jit` and `tree.map` build them from tracers and placeholders. The functions of
+`lindm.problems` that take a user's arrays check them.
 """
 
 from dataclasses import dataclass
@@ -82,16 +81,17 @@ class POMDP:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class APOMDP:
-    r"""Ambiguous POMDP (Saghafian, J. Econ. Theory 178, 2018): a cloud of models and an attitude.
+    r"""Ambiguous POMDP (Saghafian, J. Econ. Theory 178, 2018): a set of models and an attitude to ambiguity.
 
-    The convention is this project's own, a stage-wise alpha-maxmin: with G_m(b, a) the value of action a under model m,
+    The criterion here is a stage-wise alpha-maxmin, a convention of this project: with G_m(b, a) the value of action a under
+    model m,
 
         V_t(b) = max_a [ alpha min_m G_m(b, a) + (1 - alpha) max_m G_m(b, a) ],
         G_m(b, a) = b r_m(., a) + sum_o |b K_m[a, o]|_1 V_{t+1}(tau_m(b, a, o)),   K_m[a, o, s, s'] = P_m[s, a, s'] O_m[a, s', o]
 
-    so at every stage nature takes, against the chosen action, the worst model with probability alpha and the best otherwise; the
-    decision-maker learns which (its belief moves by that model), and a history is a sequence of (a, m, o). At the first stage
-    the belief under model m is the model's own rho_m.
+    so at every stage nature takes, after the action, the worst model with probability alpha and the best one otherwise. The
+    decision maker observes which (the belief is updated by that model), and a history is a sequence of (a, m, o). At the first
+    stage the belief under model m is rho_m.
 
     >>> problem = ld.make("prostate", horizon=3).problem
     >>> isinstance(problem, ld.APOMDP), problem.num_models, float(problem.alpha)
@@ -157,7 +157,7 @@ class LinearMDP:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What backward induction returns."""
+    """The result of backward induction."""
 
     V: Array  # [..., H, S] optimal value with the stages h..H to go
     Q: Array  # [..., H, S, A] optimal action value
@@ -167,7 +167,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """Rollouts of one behaviour policy; what a problem does not have is None."""
+    """Rollouts of a behavior policy; None for what the problem does not have."""
 
     s: Array  # [..., H] int32 states, before the action
     a: Array  # [..., H] int32 actions
@@ -179,28 +179,28 @@ class Episodes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What the oracle says at every step of some episodes."""
+    """The solution's labels at every step of some episodes."""
 
-    action: Array  # [..., H] int32, the oracle's action
-    Q: Array  # [..., H, A] its action values (the middle of its bounds where it has bounds)
+    action: Array  # [..., H] int32, the greedy action (`lindm.solvers.ties`)
+    Q: Array  # [..., H, A] action values, or the middle of their bounds
     certificate: Array  # [..., H] int8: `EXACT`, `CERTIFIED` (no other action can be better) or `BOUNDED`
-    regret: Array  # [..., H] at most this much is lost by the oracle's action at this step; 0 where exact or certified
+    regret: Array  # [..., H] upper bound of the action's loss at this step; 0 where exact or certified
 
 
 Problem = MDP | POMDP | APOMDP
 
 EXACT, CERTIFIED, BOUNDED = 0, 1, 2
-CERTIFICATES = ("exact", "certified", "bounded")  # the names, in the order of the numbers
+CERTIFICATES = ("exact", "certified", "bounded")  # names, in the order of the numbers
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One stage of one task as a predictor sees it: labelled pairs and the points to predict."""
+    """The input of a predictor for one stage of one task: labeled pairs and query points."""
 
-    x: Array  # [..., N, d] features of the labelled pairs
+    x: Array  # [..., N, d] features of the labeled pairs
     y: Array  # [..., N] labels
-    query: Array  # [..., Q, d] features whose label is asked for
+    query: Array  # [..., Q, d] features whose labels are predicted
 
 
 def at_stage(x: Array, h: ArrayLike) -> Array:

@@ -1,6 +1,6 @@
-"""The rules that every array of a problem obeys, checked once, where a user's arrays come in.
+"""Checks of a user's arrays and numbers.
 
-Each check returns its argument as a JAX array or raises `ValueError` with the argument's name, the rule and what was got.
+Each check of an array returns it as a JAX array, or raises `ValueError` with the name of the argument, the rule and the value.
 """
 
 import math
@@ -11,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-# Rows that are off by rounding in single precision pass; a row that is off by a digit does not.
+# admits rounding in single precision, not an error in a digit
 SUM_TOLERANCE = 1e-6
 
 
@@ -83,7 +83,7 @@ def nonnegative(value: float, name: str) -> float:
 
 
 def positive(value: ArrayLike, name: str) -> None:
-    """A finite number above zero. A traced number passes unseen, here and in the next two rules."""
+    """A finite number above zero. Traced numbers are not checked, here and in the next two functions."""
     if not (isinstance(value, Tracer) or 0 < _number(value) < math.inf):
         raise ValueError(f"{name} must be a finite number above zero; got {value}")
 
@@ -101,13 +101,13 @@ def discount(value: ArrayLike) -> None:
 
 
 def _number(value: ArrayLike) -> float:
-    """NaN, which no rule lets pass, for what is not one real number."""
+    """The value of a scalar; NaN, which fails every rule, for anything else."""
     array = np.asarray(value)
     return float(array) if array.ndim == 0 and array.dtype.kind in "iuf" else math.nan
 
 
 def interval(low: float, high: float) -> None:
-    """Two finite ends in their order."""
+    """Two finite numbers, low <= high."""
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"low and high must be finite; got low = {low}, high = {high}")
     if high < low:

@@ -1,13 +1,14 @@
-r"""Clouds of POMDPs with an attitude (`APOMDP`): checked, made of one model, drawn at random, and one from medicine.
+r"""Ambiguous POMDPs (`APOMDP`): checked, from one model, random; and two kinds that are equivalent to POMDPs.
 
-Two kinds of cloud are POMDPs in disguise. With G_m the action value under model m,
+With G_m the action value under model m,
 
     alpha = 0:               max_a max_m G_m(b, a)                                               actions (a, m)
     M = 2, alpha <= 1/2:     max_a max_k [ (1 - alpha) G_k(b, a) + alpha G_{1-k}(b, a) ]         actions (a, k)
 
 because alpha min + (1 - alpha) max puts the larger weight on the larger value. In the second, nature moves by model k with
-probability 1 - alpha and by the other one otherwise, and it is seen which: observations are pairs (m, o), and the state has to
-carry m, since what is observed depends on it. Both need the models to agree on the first state's law: a POMDP has one belief.
+probability 1 - alpha and by the other model otherwise, and the model is observed: observations are pairs (m, o), and the state
+carries m, since the law of the observation depends on it. Both require models with the same first-state law: a POMDP has one
+belief.
 """
 
 from collections.abc import Sequence
@@ -53,13 +54,13 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
         shape = max((x.shape for x in leaves), key=lambda shape: shape[0])
         return jnp.stack([jnp.broadcast_to(x, shape) for x in leaves])
 
-    cloud = jax.tree.map(stack, *checked)
-    dtype = jnp.result_type(*jax.tree.leaves(cloud))
-    return APOMDP(models=jax.tree.map(lambda x: x.astype(dtype), cloud), alpha=jnp.asarray(alpha, dtype))
+    stacked = jax.tree.map(stack, *checked)
+    dtype = jnp.result_type(*jax.tree.leaves(stacked))
+    return APOMDP(models=jax.tree.map(lambda x: x.astype(dtype), stacked), alpha=jnp.asarray(alpha, dtype))
 
 
 def single(model: POMDP, alpha: ArrayLike = 1.0) -> APOMDP:
-    """The POMDP as a cloud of one model: the attitude (in [0, 1], may be traced) has nothing to choose from."""
+    """A POMDP as an APOMDP with one model, whose value does not depend on alpha (in [0, 1], may be traced)."""
     validate.fraction(alpha, "alpha")
     return APOMDP(models=jax.tree.map(lambda x: x[None], model), alpha=jnp.asarray(alpha, model.r.dtype))
 
@@ -97,9 +98,9 @@ def draw_apomdp(
     discount: ArrayLike = 1.0,
     dtype=None,
 ) -> APOMDP:
-    """A random cloud around a centre of `draw_pomdp`, with the rewards and the first state's law of the centre.
+    """Random models around a center of `draw_pomdp`, with the rewards and the first-state law of the center.
 
-        P_m = (1 - distance) P_centre + distance P'_m,    O_m the same,    P'_m, O'_m drawn like the centre's
+        P_m = (1 - distance) P_center + distance P'_m,    O_m the same,    P'_m, O'_m drawn like the center's
 
     so that rows of any two models are at most `distance` apart in total variation.
 
@@ -115,59 +116,59 @@ def draw_apomdp(
 
     numbers = {"concentration": concentration, "quality": quality, "low": low, "high": high, "step": step, "discount": discount}
     draw = partial(draw_pomdp, S=S, A=A, O=O, H=H, dtype=dtype, **numbers)
-    drawn = jax.vmap(draw)(jax.random.split(key, 1 + M))  # the centre and the others
+    drawn = jax.vmap(draw)(jax.random.split(key, 1 + M))  # the center and the others
     share = jnp.asarray(distance, drawn.P.dtype)
-    cloud = POMDP(
+    models = POMDP(
         P=(1 - share) * drawn.P[:1] + share * drawn.P[1:],
         O=(1 - share) * drawn.O[:1] + share * drawn.O[1:],
         r=jnp.broadcast_to(drawn.r[:1], drawn.r[1:].shape),
         rho=drawn.rho[1:],
     )
-    return APOMDP(models=cloud, alpha=jnp.asarray(alpha, share.dtype))
+    return APOMDP(models=models, alpha=jnp.asarray(alpha, share.dtype))
 
 
 def optimistic(problem: APOMDP) -> POMDP:
-    """The POMDP of a cloud with alpha = 0: whoever acts chooses the model too.
+    """The POMDP of an APOMDP with alpha = 0: the decision maker chooses the model, too.
 
-    Action a*M + m is action a under model m; histories keep their numbers, (a*M + m)*O + o for a step.
+    Action a*M + m is action a under model m; the numbers of histories do not change: (a*M + m)*O + o for a step.
 
     Raises:
-      ValueError: alpha is not 0, or the models differ in rho. (Values are looked at: not under `jit`.)
+      ValueError: alpha is not 0, or the models differ in rho. (Values are checked: not under `jit`.)
     """
     if float(problem.alpha) != 0:
         raise ValueError(f"alpha must be 0; got {float(problem.alpha)}")
-    rho, cloud = _common_start(problem), problem.models
-    M, H, S, A = cloud.r.shape
+    rho, models = _common_start(problem), problem.models
+    M, H, S, A = models.r.shape
     return POMDP(
-        P=jnp.moveaxis(cloud.P, 0, 3).reshape(-1, S, A * M, S),
-        O=jnp.moveaxis(cloud.O, 0, 2).reshape(-1, A * M, *cloud.O.shape[-2:]),
-        r=jnp.moveaxis(cloud.r, 0, 3).reshape(H, S, A * M),
+        P=jnp.moveaxis(models.P, 0, 3).reshape(-1, S, A * M, S),
+        O=jnp.moveaxis(models.O, 0, 2).reshape(-1, A * M, *models.O.shape[-2:]),
+        r=jnp.moveaxis(models.r, 0, 3).reshape(H, S, A * M),
         rho=rho,
     )
 
 
 def mixture(problem: APOMDP) -> POMDP:
-    """The POMDP of a cloud of two models with alpha <= 1/2.
+    """The POMDP of an APOMDP with two models and alpha <= 1/2.
 
     Action a*2 + k is action a, with weight 1 - alpha on model k; observation m*O + o is o under model m; state s*2 + m is s,
-    reached under model m (the first state, under neither, counts as m = 0).
+    reached under model m (m = 0 for the first state).
 
     Raises:
-      ValueError: M is not 2, alpha is above 1/2, or the models differ in rho. (Values are looked at: not under `jit`.)
+      ValueError: M is not 2, alpha is above 1/2, or the models differ in rho. (Values are checked: not under `jit`.)
     """
-    cloud, alpha = problem.models, problem.alpha
-    M, H, S, A = cloud.r.shape
+    models, alpha = problem.models, problem.alpha
+    M, H, S, A = models.r.shape
     if M != 2:
-        raise ValueError(f"the cloud must have two models; got {M}")
+        raise ValueError(f"problem must have two models; got {M}")
     if float(alpha) > 0.5:
         raise ValueError(f"alpha must be at most 1/2; got {float(alpha)}")
-    rho, O, one = _common_start(problem), cloud.O.shape[-1], jnp.eye(2, dtype=cloud.P.dtype)
+    rho, O, one = _common_start(problem), models.O.shape[-1], jnp.eye(2, dtype=models.P.dtype)
     weight = alpha + (1 - 2 * alpha) * one  # [k, m]
-    P = jnp.einsum("km,mhsat,n->hsnaktm", weight, cloud.P, jnp.ones(2, one.dtype))
+    P = jnp.einsum("km,mhsat,n->hsnaktm", weight, models.P, jnp.ones(2, one.dtype))
     return POMDP(
         P=P.reshape(-1, S * 2, A * 2, S * 2),
-        O=jnp.einsum("mhato,mn,k->haktmno", cloud.O, one, jnp.ones(2, one.dtype)).reshape(-1, A * 2, S * 2, 2 * O),
-        r=jnp.einsum("km,mhsa,n->hsnak", weight, cloud.r, jnp.ones(2, one.dtype)).reshape(H, S * 2, A * 2),
+        O=jnp.einsum("mhato,mn,k->haktmno", models.O, one, jnp.ones(2, one.dtype)).reshape(-1, A * 2, S * 2, 2 * O),
+        r=jnp.einsum("km,mhsa,n->hsnak", weight, models.r, jnp.ones(2, one.dtype)).reshape(H, S * 2, A * 2),
         rho=jnp.einsum("s,n->sn", rho, one[0]).reshape(S * 2),
     )
 

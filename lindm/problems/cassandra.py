@@ -1,12 +1,12 @@
-r"""POMDPs in Cassandra's `.pomdp` format, in and out.
+r"""POMDPs in Cassandra's `.pomdp` format: read and write.
 
 A file is a preamble (`discount`, `values`, `states`, `actions`, `observations` and an optional `start`, in any order), then
 entries: `T: a : s : s'` for P(s' | s, a), `O: a : s' : o` for P(o | a, s'), `R: a : s : s' : o` for the reward. An entry may
 leave its last places out and give a row or a matrix (or a word: `uniform`, `identity`, `reset` for the law of the first state);
-`*` stands for all; a later entry replaces an earlier one number by number; what is never written is zero. Line ends mean nothing,
-except to a comment (#). Rules and tolerance are those of the parser of pomdp-solve (A. R. Cassandra), which reads the same files.
+`*` stands for all; a later entry replaces an earlier one number by number; the default is zero. Line ends have no meaning
+except in a comment (#). Rules and tolerance are those of the parser of pomdp-solve (A. R. Cassandra), which reads the same files.
 
-A `Model` keeps what planning needs, with the expected reward (negated where the file counts costs)
+A `Model` holds the arrays of planning, with the expected reward (negated where the file gives costs)
 
     r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o).
 """
@@ -26,8 +26,8 @@ from lindm.errors import DataError, LindmError
 from lindm.types import POMDP
 
 ENTRIES, NAMES = 50_000_000, 1_000_000  # the largest tables (400 MB) and the longest list of names that are read
-SUM_TOLERANCE = 1e-5  # a row further from one is refused; 0.333333 three times is not
-ROUNDING = 1e-12  # a row this close to one is left as it is, to the last bit
+SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
+ROUNDING = 1e-12  # a row this close to one is not changed
 
 HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R")
 RESERVED = frozenset((*HEADERS, "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
@@ -44,7 +44,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A POMDP as a file has it: names, and numpy arrays in double precision that hold at every stage."""
+    """A The POMDP of a file: names, and numpy arrays in double precision for every stage."""
 
     states: tuple[str, ...]
     actions: tuple[str, ...]
@@ -57,7 +57,7 @@ class Model:
 
 
 def read(path: str | Path) -> Model:
-    """The model in a file (UTF-8). Raises `LindmError` (exit code 3) as `parse` does, or when the file cannot be read."""
+    """The model in a file (UTF-8). DataError as in `parse`, or when the file cannot be read."""
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as e:
@@ -71,12 +71,12 @@ def read(path: str | Path) -> Model:
 
 
 def parse(text: str, name: str = "<text>") -> Model:
-    """The model in a text that errors call `name`.
+    """The model in a text; `name` is its name in error messages.
 
     Rows that miss one by at most `SUM_TOLERANCE` are scaled to one, with a single `UserWarning`. Without `start` it is uniform.
 
     Raises:
-      LindmError: exit code 3, "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are
+      DataError: "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are
         refused (where rewards depend on the observation, S*S*O counts as a table).
     """
     preamble, entries, last = _sections(text, name)
@@ -96,7 +96,7 @@ def parse(text: str, name: str = "<text>") -> Model:
     off: list[tuple[int, str]] = []  # the rows that were scaled, with their lines
     at = preamble.get("start", last)
     start = _start(at, index["states"]) if "start" in preamble else np.full(S, 1 / S)
-    _normalise(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
+    _normalize(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
     lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
     rewards = []
@@ -108,7 +108,7 @@ def parse(text: str, name: str = "<text>") -> Model:
             tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
     for word, table in tables.items():
         title = f"{word} of action {{!r}}, state {{!r}}".format
-        _normalise(table, lines[word], lambda a, s, t=title: t(names["actions"][a], names["states"][s]), last, off)
+        _normalize(table, lines[word], lambda a, s, t=title: t(names["actions"][a], names["states"][s]), last, off)
     if off:
         line, row = min(off)
         more = f" (and {len(off) - 1} more that miss it)" if len(off) > 1 else ""
@@ -159,11 +159,11 @@ def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP
 
 
 def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
-    """`to_pomdp` of several models of one problem, as `apomdp` takes them.
+    """`to_pomdp` of several models of one problem, the argument of `apomdp`.
 
     Raises:
-      LindmError: exit code 3, where the states, actions, observations or (with `discount` None) discounts are not those of the
-        first model; the message has the name, from `names`, of the file that differs.
+      DataError: where the states, actions, observations or (with `discount` None) discounts are not those of the
+        first model; the message names the file, by `names`.
     """
     if not models or len(models) != len(names):
         raise ValueError(f"models must be at least one, each with its name; got {len(models)} models and {len(names)} names")
@@ -237,7 +237,7 @@ def _only(section: _Section, rule: str, fits: Callable[[str], bool]) -> str:
 
 
 def _labels(section: _Section) -> Sequence[int | str]:
-    """The names, or the indices of a count: a range, so that nothing of that size is made before the size is accepted."""
+    """The names, or the indices of a count: a range, so that a large count allocates nothing before it is checked."""
     words = section.words or [""]
     if len(words) == 1 and (words[0] == "" or NUMBER.fullmatch(words[0])):
         if not INDEX.fullmatch(words[0]) or not 1 <= int(words[0]) <= NAMES:
@@ -344,7 +344,7 @@ def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarra
     return where, _numbers(section, at, shape)
 
 
-def _normalise(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Section, off: list[tuple[int, str]]) -> None:
+def _normalize(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Section, off: list[tuple[int, str]]) -> None:
     """Rows [A, S, ...] that are nearly distributions become so, in place; others are refused, with the line that wrote them."""
     sums = rows.sum(-1)
     error = np.abs(sums - 1)
@@ -359,7 +359,7 @@ def _normalise(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Sect
 
 
 def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray]], T: np.ndarray, O: np.ndarray) -> np.ndarray:
-    """r [S, A] from the entries in their order, one action at a time; what no entry tells apart has an axis of length one."""
+    """r [S, A] from the entries in their order, one action at a time; an axis on which no entry depends has length one."""
     A, S, n = O.shape
     by_o = [entry for entry, where, values in rewards if where[3] != ALL or values.shape[3] > 1]
     by_next = by_o or [entry for entry, where, values in rewards if where[2] != ALL or values.shape[2] > 1]
@@ -374,7 +374,7 @@ def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray
         for s in range(S):
             weight = T[a, s, :, None] * (O[a] if by_o else 1.0) if by_next else np.ones((1, 1))
             possible = table[s][weight > 0]
-            # a reward that nothing can change is itself, to the last bit
+            # a reward that is the same everywhere is exact
             r[s, a] = possible[0] if (possible == possible[0]).all() else (weight * table[s]).sum()
     return r
 

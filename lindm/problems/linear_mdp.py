@@ -2,13 +2,13 @@
 
     r_h(s, a) = <phi(s, a), theta_h>,     P_h(s' | s, a) = <phi(s, a), mu_h(s')>
 
-A *family* fixes what a learner knows (features, design) and the law of what it does not (theta, mu). Features are
-probability vectors, so mixing d rows of mu always gives a kernel: a soft state aggregation. For any invertible T
+A *family* fixes the features and the design, which a learner knows, and the law of theta and mu, which it does not know.
+Features are probability vectors, so mixing d rows of mu always gives a kernel: a soft state aggregation. For any invertible T
 
     phi -> T phi,     theta -> T^-T theta,     mu -> T^-T mu
 
 is the same MDP in other coordinates, and T = C^{1/2} Lambda^{-1/2} makes E[phi phi'] = C exactly (`carry`): any spectrum and
-any condition number, with real dynamics behind it. One-hot features are the tabular MDP.
+any condition number, with valid dynamics. One-hot features are the tabular MDP.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from lindm.types import MDP, LinearMDP
 class Family:
     """A law of linear MDPs that share their features."""
 
-    phi: Array  # [S, A, d] features as the learner sees them
+    phi: Array  # [S, A, d] features in the learner's coordinates
     design: Array  # [S*A] law of the (s, a) pairs of contexts and queries
     rho: Array  # [S] law of the first state
     theta_low: Array  # [H, d] box of the reward weights, in simplex coordinates
@@ -50,7 +50,7 @@ def simplex_family(
     low: float = 0.0,
     high: float = 1.0,
 ) -> Family:
-    """Random simplex features (drawn once, from `key`), uniform design, rewards theta ~ U[low, high]^d at every stage."""
+    """Random simplex features (drawn from `key`), uniform design, rewards theta ~ U[low, high]^d at every stage."""
     for value, name in ((S, "S"), (A, "A"), (d, "d"), (H, "H")):
         validate.count(value, name)
     validate.nonnegative(feature_power, "feature_power")
@@ -96,7 +96,7 @@ def carry(family: Family, C: ArrayLike) -> Family:
     d = family.phi.shape[-1]
     validate.shaped(C, (d, d), "C", "d, d")
     Lambda = validate.covariance(second_moment(family), "the features' second moment")
-    # Any root of C serves; Cholesky factors keep T and its inverse exact to rounding.
+    # Any root of C will do; Cholesky factors keep T and its inverse exact to rounding.
     T = jnp.linalg.cholesky(C) @ jnp.linalg.inv(jnp.linalg.cholesky(Lambda))
     return replace(family, phi=family.phi @ T.T, back=jnp.linalg.inv(T).T @ family.back)
 
@@ -112,7 +112,7 @@ def draw_task(key: Array, family: Family) -> LinearMDP:
 
 
 def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike | None = None) -> LinearMDP:
-    """A linear MDP built by hand, checked: its kernel must be one.
+    """A linear MDP from arrays, checked: its kernel must be a kernel.
 
     Args:
       phi: [S, A, d] features.
@@ -138,7 +138,7 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
 
 
 def tabulate(problem: LinearMDP) -> MDP:
-    """The same decision problem without its features."""
+    """The MDP of a linear MDP: the same problem without features."""
     return MDP(
         P=jnp.einsum("sad,hdt->hsat", problem.phi, problem.mu),
         r=jnp.einsum("sad,hd->hsa", problem.phi, problem.theta),

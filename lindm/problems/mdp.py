@@ -1,4 +1,4 @@
-"""Tabular finite-horizon MDPs: checked when a user brings one, drawn at random otherwise."""
+"""Tabular finite-horizon MDPs: checked, from a user's arrays, or random."""
 
 import math
 
@@ -30,25 +30,25 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     validate.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
     validate.shaped(rho, (S,), "rho", "S")
     P, rho = validate.distribution(P, "P"), validate.distribution(rho, "rho")
-    # one precision, the widest: a scan over stages carries values made of all three
+    # one dtype, the widest: a scan over stages carries values computed from all three
     dtype = jnp.result_type(P, r, rho)
     return MDP(P=P.astype(dtype), r=r.astype(dtype), rho=rho.astype(dtype))
 
 
 def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0, dtype=None) -> Array:
-    """Random probability vectors along the last axis: exponentials raised to `power`, normalised.
+    """Random probability vectors along the last axis: exponentials raised to `power`, normalized.
 
     Power 1 is the flat Dirichlet law; a larger power concentrates a row on few entries, power 0 makes it uniform.
     JAX's Dirichlet sampler is a rejection loop over gammas and costs ten to a hundred times more on a CPU.
     """
     dtype = dtype or jnp.result_type(float)
     exponentials = flat(jax.random.exponential, key, shape, dtype)
-    # the power is taken as a factor of the logarithm: nothing over- or underflows, and with a traced power it is faster
+    # as a factor of the logarithm the power neither over- nor underflows, and a traced power is faster
     return jax.nn.softmax(jnp.asarray(power, dtype) * jnp.log(exponentials + jnp.finfo(dtype).tiny), axis=-1)
 
 
 def draw_mdp(key: Array, S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0, dtype=None) -> MDP:
-    """A random MDP whose rows are `simplex_rows` and whose rewards are uniform in [low, high]; starts anywhere."""
+    """A random MDP whose rows are `simplex_rows` and whose rewards are uniform in [low, high]; the first state is uniform."""
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
         validate.count(value, name)
     validate.nonnegative(power, "power")
@@ -75,13 +75,13 @@ def draw_stationary_mdp(
     discount: ArrayLike = 1.0,
     dtype=None,
 ) -> MDP:
-    """A random MDP with one kernel and one reward table for all stages; starts anywhere.
+    """A random MDP with one kernel and one reward table for all stages; the first state is uniform.
 
     Args:
       concentration: of the Dirichlet law of the rows of P [1, S, A, S], above zero: small for nearly deterministic moves, large
         for nearly uniform ones. May be traced.
-      low, high, step: rewards are uniform in [low, high] if `step` is 0, else every multiple of `step` in there is equally likely
-        (numbers that are short in a text).
+      low, high, step: rewards are uniform in [low, high] if `step` is 0, else every multiple of `step` in the interval is
+        equally likely (numbers that are short in text).
       discount: in (0, 1], folded into the rewards of later stages. May be traced.
 
     Raises:
@@ -100,7 +100,7 @@ def draw_stationary_mdp(
 
 
 def over_stages(r: Array, H: int, discount: ArrayLike = 1.0) -> Array:
-    """discount^h r_h: rewards [H, S, A] as of the start, from a table [S, A] that serves every stage or from [H, S, A]."""
+    """Discounted rewards discount^h r_h [H, S, A], from [H, S, A] or from a table [S, A] for all stages."""
     validate.discount(discount)
     return jnp.asarray(discount, r.dtype) ** jnp.arange(H, dtype=r.dtype)[:, None, None] * jnp.broadcast_to(r, (H, *r.shape[-2:]))
 
@@ -110,10 +110,10 @@ def _rewards(key: Array, shape: tuple[int, ...], low: float, high: float, step: 
     validate.nonnegative(step, "step")
     if not step:
         return flat(jax.random.uniform, key, shape, dtype, low, high)
-    # an end that is itself a multiple counts, whatever the rounding of its quotient
+    # an end that is a multiple of step counts, whatever the rounding of the quotient
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     if first > last:
         raise ValueError(f"step must have a multiple between low = {low} and high = {high}; got {step}")
-    # decimals as they are written: 0.3, where 3 * 0.1 is 0.30000000000000004
+    # the nearest decimals: 0.3, where 3 * 0.1 is 0.30000000000000004
     levels = np.array([float(f"{k * step:.12g}") for k in range(first, last + 1)])
     return jnp.asarray(levels, dtype)[flat(jax.random.randint, key, shape, 0, len(levels))]

@@ -1,6 +1,6 @@
-"""Finite-horizon POMDPs: checked when a user brings one, made of an MDP that hides nothing, drawn at random otherwise.
+"""Finite-horizon POMDPs: checked, from a user's arrays; from an MDP; or random.
 
-The observation comes after the action, from the state it led to: P(s', o | s, a) = P[s, a, s'] O[a, s', o]. A discount gamma is
+The observation depends on the action and on the state it leads to: P(s', o | s, a) = P[s, a, s'] O[a, s', o]. A discount gamma is
 folded into the rewards, r_h <- gamma^h r_h.
 """
 
@@ -23,9 +23,9 @@ def pomdp(
     Args:
       P: [S, A, S] or [H|1, S, A, S], each row over the last axis a distribution.
       O: [A, S, O] or [H|1, A, S, O], the same; indexed by the action taken and the state it led to.
-      r: [S, A], the same at every stage (then `horizon` is required), or [H, S, A]; finite, and not discounted yet.
+      r: [S, A], the same at every stage (then `horizon` is required), or [H, S, A]; finite, not discounted.
       rho: [S], a distribution.
-      horizon: H; has to agree with the arrays that have an axis of stages.
+      horizon: H; must agree with the arrays that have an axis of stages.
       discount: in (0, 1].
 
     Raises:
@@ -46,9 +46,9 @@ def pomdp(
     validate.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
     validate.shaped(O, (1 if O.shape[:1] == (1,) else H, A, S, None), "O", "H|1, A, S, O")
     validate.shaped(rho, (S,), "rho", "S")
-    # what is below zero by rounding is zero: certified bounds rest on it
+    # values below zero by rounding become zero: certified bounds require it
     P, O, rho = (jnp.maximum(validate.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
-    # one precision, the widest that is switched on: certificates are worth nothing in less
+    # one dtype, the widest that is enabled: certificates need double precision
     dtype = jnp.promote_types(jnp.result_type(P, O, r, rho), jnp.result_type(float))
     return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=over_stages(r.astype(dtype), H, discount), rho=rho.astype(dtype))
 
@@ -78,11 +78,11 @@ def draw_pomdp(
     discount: ArrayLike = 1.0,
     dtype=None,
 ) -> POMDP:
-    """A random POMDP: the process of `draw_stationary_mdp`, and behind it observations that are true with probability `quality`.
+    """A random POMDP: the process of `draw_stationary_mdp`, with observations that are true with probability `quality`.
 
         O[a, s', o] = quality [o = s' mod O] + (1 - quality) noise[a, o],    noise[a] a flat Dirichlet row
 
-    The noise of an action is one row for all states: quality 0 tells nothing at all, and quality 1 with O >= S tells the state.
+    The noise of an action is one row for all states: quality 0 is uninformative, and quality 1 with O >= S determines the state.
 
     Args:
       quality: in [0, 1]. May be traced, as `concentration` and `discount` may.

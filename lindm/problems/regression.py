@@ -2,7 +2,7 @@
 
     x ~ N(0, Lambda),   w ~ N(0, Psi),   y = <x, w> + sigma * N(0, 1)
 
-There is no MDP behind it: it is the matched case in which every closed form is known.
+No MDP has this law; it is the matched case in which every closed form is known.
 """
 
 import math
@@ -38,7 +38,7 @@ def covariance(d: int, kappa: float, trace: float | None = None) -> Array:
 
 
 def square_root(Lambda: ArrayLike, name: str = "Lambda") -> Array:
-    """The Cholesky factor [d, d] of a checked covariance: what `draw_regression` takes."""
+    """The Cholesky factor [d, d] of a checked covariance: the argument of `draw_regression`."""
     return jnp.linalg.cholesky(check_covariance(Lambda, name))
 
 
@@ -49,9 +49,9 @@ def draw_regression(key: Array, Lambda_sqrt: Array, Psi_sqrt: Array, n: int, que
       key: PRNG key.
       Lambda_sqrt: [d, d], any root with Lambda = L L'; also fixes the dtype.
       Psi_sqrt: [d, d], the same for the second moment of the task vector.
-      n: number of labelled pairs.
+      n: number of labeled pairs.
       queries: number of query columns.
-      sigma: standard deviation of the label noise; the targets carry none.
+      sigma: standard deviation of the label noise; the targets are noiseless.
 
     Returns:
       (Prompt, target [queries], w [d]).

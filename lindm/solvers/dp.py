@@ -1,8 +1,8 @@
-"""Exact dynamic programming for finite-horizon MDPs, one at a time; `solve_many` keeps a large stack in cache.
+"""Dynamic programming for finite-horizon MDPs, one problem per call; `solve_many` maps a solver over a stack.
 
     Q_h(s, a) = r_h(s, a) + sum_{s'} P_h(s' | s, a) V_{h+1}(s'),   V_h = max_a Q_h,   V_{H+1} = 0
 
-No discount: a stage index and a finite horizon take its place (fold gamma^h into the rewards if you have one).
+There is no discount factor: fold gamma^h into the rewards.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from jax import Array
 
 from lindm.types import MDP, LinearMDP, Plan, at_stage
 
-BATCH_BYTES = 48 << 10  # of problems that `solve_many` takes together on a CPU: the innermost cache of a core
+BATCH_BYTES = 48 << 10  # of the problems that `solve_many` solves together on a CPU: the first-level cache of a core
 
 
 @jax.jit
 def backward_induction(mdp: MDP) -> Plan:
-    """Optimal values, action values and an optimal policy (lowest index among ties) of one MDP."""
+    """Optimal values, action values and an optimal policy (argmax) of one MDP."""
 
     def stage(V_next: Array, h_r: tuple[Array, Array]):
         h, r = h_r
         Q = r + at_stage(mdp.P, h) @ V_next
         return Q.max(-1), Q
 
-    last = mdp.r[-1]  # nothing follows, so nothing is multiplied
+    last = mdp.r[-1]  # no stage follows: no product
     before = jax.lax.scan(stage, last.max(-1), (_stages(mdp)[:-1], mdp.r[:-1]), reverse=True)[1]
     Q = jnp.concatenate([before, last[None]])
     return Plan(V=Q.max(-1), Q=Q, pi=Q.argmax(-1).astype(jnp.int32))
@@ -53,7 +53,7 @@ def _stages(mdp: MDP) -> Array:
 
 
 def _as_stochastic(mdp: MDP, pi: Array) -> Array:
-    """pi [H, S] of action indices, or [H, S, A] of probabilities, as probabilities."""
+    """Probabilities [H, S, A] of a policy given as action indices [H, S] or as probabilities."""
     A = mdp.num_actions
     return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
 
@@ -85,21 +85,21 @@ def occupancy(mdp: MDP, pi: Array) -> Array:
 def solve_many(solver: Callable, problems, *args, batch_size: int | None = None):
     """Map `solver` over the leading axis of `problems` (and of `args`), a few at a time.
 
-    On a CPU a problem should meet its stages in cache: a plain `vmap` streams the whole stack through memory once a stage, and
-    XLA makes a slow loop of a stack of products of a matrix and a vector. So large problems are done one at a time (at S = 50 in
-    a third of the time that `vmap` takes) and small ones share batches of `BATCH_BYTES`, which spreads the cost of a loop's steps
-    (at S = 3, a third of the time of one at a time). On an accelerator the whole stack is one `vmap`.
+    On a CPU a problem should stay in cache for all its stages: `vmap` reads the whole stack from memory at every stage, and XLA
+    compiles a stack of matrix-vector products to a slow loop. So large problems are solved one at a time (at S = 50 in a third of
+    the time of `vmap`), and small ones in batches of `BATCH_BYTES`, which share the cost of a loop step (at S = 3 in a third of
+    the time of one at a time). On an accelerator the whole stack is one `vmap`.
 
     Args:
-      batch_size: how many at a time, where the rule does not fit: for a solver that holds much more than its problem. A number
-        that does not divide the stack copies it.
+      batch_size: problems solved together, for a solver that needs much more memory than its problem. A number that does
+        not divide the stack copies it.
     """
     count = len(jax.tree.leaves(problems)[0])
     if batch_size is None:
         bytes_each = sum(leaf.nbytes for leaf in jax.tree.leaves((problems, args))) // max(count, 1)
         most = min(BATCH_BYTES // max(bytes_each, 1), count) if jax.default_backend() == "cpu" else count
         batch_size = next((size for size in range(most, 1, -1) if count % size == 0), 1)
-    if batch_size == 1:  # no batch axis of length one: with it XLA would not see the product of one matrix and one vector
+    if batch_size == 1:  # without a batch axis of length one, XLA compiles a matrix-vector product
         return jax.lax.map(lambda both: solver(both[0], *both[1]), (problems, args))
     if batch_size >= count:
         return jax.vmap(solver)(problems, *args)

@@ -1,39 +1,39 @@
 r"""Certified bounds for POMDPs by heuristic search value iteration (Smith and Simmons, UAI 2004 and 2005), over a finite horizon.
 
-V_h(b) = max_a Q_h(b, a) of a belief b at stage h is convex and, written for unnormalised beliefs, positively homogeneous, so no
-bound below ever divides by the probability of an observation: with u = b K[a, o],
+V_h(b) = max_a Q_h(b, a) of a belief b at stage h is convex and, written for unnormalized beliefs, positively homogeneous, so no
+bound divides by the probability of an observation: with u = b K[a, o],
 
     Q_h(b, a) = b . r_h(., a) + sum_o V_{h+1}(b K_h[a, o]),      K_h[a, o, s, s'] = P_h[s, a, s'] O_h[a, s', o].
 
-Lower bound: max over alpha vectors. A backup at b takes for each (a, o) the vector that is best at b K[a, o] and keeps the best
-action; whatever the vectors are, the result is the value of a policy, hence a bound everywhere. The first A vectors of a stage
+Lower bound: max over alpha vectors. A backup at b takes for each (a, o) the vector that is best at b K[a, o], and keeps the best
+action; for any vectors the result is the value of a policy, hence a lower bound everywhere. The first A vectors of a stage
 are the policies "always a".
 
 Upper bound: for each action a convex, homogeneous function known at the corners e_s and at some beliefs p_i,
 
     Q_h(u, a) <= u . C_h(., a) - max_i ratio_i [p_i . C_h(., a) - q_i(a)]^+,      ratio_i = min_{s: p_i(s) > 0} u(s) / p_i(s).
 
-That is the sawtooth of Hauskrecht (JAIR 13, 2000), taken action by action: max_a min_i is never above the usual min_i max_a, and
-costs no more, because a backup of V knows all its actions. C starts as the fast informed bound (same source),
+That is the sawtooth of Hauskrecht (JAIR 13, 2000), applied to each action: max_a min_i is at most the usual min_i max_a, at the
+same cost, because a backup of V computes all actions. C starts as the fast informed bound (same source),
 
     C_h(s, a) = r_h(s, a) + sum_o max_a' sum_s' K_h[a, o, s, s'] C_{h+1}(s', a').
 
-With one stage to go both bounds are the rewards: exact.
+At the last stage both bounds are the rewards, which are exact.
 
-Trial k goes down from rho by the action with the best upper bound and by the observation with the widest gap weighted with its
+Trial k descends from rho by the action with the best upper bound and by the observation with the widest gap weighted with its
 probability, then backs up its beliefs from the last to the first: one alpha vector and one point a stage. Every second trial
-leaves the greedy action at a third of its stages, because labels are asked for along the episodes of a behaviour and not only
-at rho. After 1, 2, 4, 8, ... trials all upper bounds, those at corners too, are backed up once more with what is known by then
-(so a number of trials that is a power of two ends on fresh ones). Nothing is ever dropped: bounds only tighten with the trials,
-up to rounding.
+takes another than the greedy action at a third of its stages, because labels are needed along the episodes of a behavior policy
+and not only at rho. After 1, 2, 4, 8, ... trials all upper bounds, also those at the corners, are backed up once more (so a
+number of trials that is a power of two ends with a refresh). Nothing is dropped: bounds only tighten with the trials, up to
+rounding.
 
 Measured along uniform actions (200 episodes each of twelve random models S = 5, A = 3, O = 3, H = 10), share of steps whose
 action is certified by one step of lookahead, mean width of the value's bounds there, and relative gap at rho:
 
                             64 trials (0.04 s)       256 trials (0.25 s)
-    as it is                95 %, 9e-3, 1.3e-3       97 %, 3e-3, 1.6e-4
+    as implemented          95 %, 9e-3, 1.3e-3       97 %, 3e-3, 1.6e-4
     all trials greedy       92 %, 1e-2, 7e-4         93 %, 1e-2, 7e-5
-    corners left alone      92 %, 1e-2, 1.9e-3       96 %, 5e-3, 2.4e-4
+    corners not refreshed   92 %, 1e-2, 1.9e-3       96 %, 5e-3, 2.4e-4
 """
 
 from dataclasses import dataclass, replace
@@ -48,17 +48,17 @@ from lindm import validate
 from lindm.types import POMDP, at_stage
 
 TRIALS = 256
-BLOCK = 32  # slots that are looked at together
+BLOCK = 32  # slots that are evaluated together
 # steps of an additive recurrence that fills the unit square evenly: powers of the real root of x^3 = x + 1, inverted
 STEPS = (0.7548776662466927, 0.5698402909980532)
 GOLDEN = 0.6180339887498949
-LEAVE = 1 / 3  # share of the stages at which a trial that explores takes another action than the greedy one
+EXPLORE = 1 / 3  # share of the stages at which a trial that explores takes another action than the greedy one
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Bounds of the value at every stage and belief; unused slots cannot win.
+    """Bounds of the value at every stage and belief; unused slots have no effect.
 
     The last stage is exact and uses no slot.
     """
@@ -73,7 +73,7 @@ class Bounds:
 def memory_bytes(problem: POMDP, trials: int = TRIALS) -> int:
     """Bytes of the `Bounds` of one problem: H (2 N S + N A + 2 S A) numbers for N trials.
 
-    Beyond that a run needs about A O (S + BLOCK) + A^2 O S numbers; the kernels K are never formed.
+    A run needs about A O (S + BLOCK) + A^2 O S more numbers; the kernels K are never formed.
     """
     H, S, A = problem.r.shape[-3:]
     return problem.r.dtype.itemsize * H * (2 * trials * S + trials * A + 2 * S * A) + 4
@@ -83,10 +83,10 @@ def hsvi(problem: POMDP, *, trials: int = TRIALS, tolerance: float = 0.0) -> Bou
     """Bounds of the value of one POMDP.
 
     Args:
-      problem: without leading axes; on a CPU `lax.map` over a stack takes a third of the time of `vmap`.
-      trials: at most so many (static); one slot each at every stage but the last.
-      tolerance: stop as soon as the gap at rho is below this fraction of sum_h (max r_h - min r_h), more than which no two
-        policies can differ by. With 0 all trials are used: a closed gap at rho says little about other beliefs.
+      problem: without leading axes; for a stack, `lax.map` on a CPU takes a third of the time of `vmap`.
+      trials: maximum number (static); each uses one slot at every stage but the last.
+      tolerance: stop when the gap at rho is below this fraction of sum_h (max r_h - min r_h), the largest possible difference of
+        two policies. With 0 all trials are used: a closed gap at rho does not close it at other beliefs.
 
     Raises:
       ValueError: `trials` is below one, or `tolerance` negative.
@@ -98,7 +98,7 @@ def hsvi(problem: POMDP, *, trials: int = TRIALS, tolerance: float = 0.0) -> Bou
 def value_bounds(bounds: Bounds, h: ArrayLike, beliefs: Array) -> tuple[Array, Array]:
     """Lower and upper bound [...] of V_h at beliefs [..., S], which need not be normalised; h from 0 to H-1, may be traced."""
     flat = beliefs.reshape(-1, beliefs.shape[-1])
-    lower, upper, _ = _look(bounds, h, bounds.points.shape[1], flat)
+    lower, upper, _ = _evaluate(bounds, h, bounds.points.shape[1], flat)
     return lower.reshape(beliefs.shape[:-1]), upper.reshape(beliefs.shape[:-1])
 
 
@@ -106,7 +106,7 @@ def value_bounds(bounds: Bounds, h: ArrayLike, beliefs: Array) -> tuple[Array, A
 
 
 def _blind(problem: POMDP) -> Array:
-    """The values [H, A, S] of "always a"."""
+    """The values [H, A, S] of the policies "always a"."""
 
     def stage(V: Array, h: Array):
         V = problem.r[h] + jnp.einsum("sat,ta->sa", at_stage(problem.P, h), V)
@@ -132,7 +132,7 @@ def _ratios(u: Array, points: Array) -> Array:
 
     def state(ratio: Array, at: tuple[Array, Array]):
         u, p = at
-        # a cheap product instead of n N quotients; beyond the support inf, added after it: inf * 0 would be NaN
+        # a product instead of n N quotients; inf beyond the support is added afterward, since inf * 0 is NaN
         inverse = jnp.where(p > 0, 1 / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 0)
         return jnp.minimum(ratio, u[:, None] * inverse[None] + jnp.where(p > 0, 0, jnp.inf)[None]), None
 
@@ -140,10 +140,10 @@ def _ratios(u: Array, points: Array) -> Array:
     return lax.scan(state, whole, (u.T, points.T))[0]
 
 
-def _look(bounds: Bounds, h: ArrayLike, count: ArrayLike, u: Array) -> tuple[Array, Array, Array]:
-    """Lower bound, upper bound and the number of the best alpha vector [n] at unnormalised beliefs u [n, S] of stage h.
+def _evaluate(bounds: Bounds, h: ArrayLike, count: ArrayLike, u: Array) -> tuple[Array, Array, Array]:
+    """Lower bound, upper bound and the number of the best alpha vector [n] at unnormalized beliefs u [n, S] of stage h.
 
-    Only the first `count` slots are looked at, a block at a time; where the slots run out a block overlaps the one before.
+    Only the first `count` slots are evaluated, in blocks; the last block may overlap the one before.
     """
     alphas, corners, points, values = (at_stage(x, h) for x in (bounds.alphas, bounds.corners, bounds.points, bounds.values))
     A, N = corners.shape[-1], len(points)
@@ -172,7 +172,7 @@ def _look(bounds: Bounds, h: ArrayLike, count: ArrayLike, u: Array) -> tuple[Arr
 
 
 def _children(problem: POMDP, h: Array, b: Array) -> Array:
-    """The unnormalised beliefs b K_h [A, O, S] after each action and observation."""
+    """The unnormalized beliefs b K_h [A, O, S] after each action and observation."""
     P, O = at_stage(problem.P, h), at_stage(problem.O, h)
     return jnp.einsum("s,sat->at", b, P)[:, None] * O.swapaxes(1, 2)
 
@@ -180,7 +180,7 @@ def _children(problem: POMDP, h: Array, b: Array) -> Array:
 def _lookahead(problem: POMDP, bounds: Bounds, h: Array, count: ArrayLike, b: Array) -> tuple[Array, Array, Array]:
     """Lower bound, upper bound and best alpha vector [A, O] at the children of one belief b [S] of stage h < H-1."""
     u = _children(problem, h, b)
-    lower, upper, best = (x.reshape(u.shape[:-1]) for x in _look(bounds, h + 1, count, u.reshape(-1, u.shape[-1])))
+    lower, upper, best = (x.reshape(u.shape[:-1]) for x in _evaluate(bounds, h + 1, count, u.reshape(-1, u.shape[-1])))
     return lower, upper, best
 
 
@@ -193,11 +193,11 @@ def _descend(problem: POMDP, bounds: Bounds, k: Array) -> Array:
         lower, upper, _ = _lookahead(problem, bounds, h, k, b)
         a = (b @ problem.r[h] + upper.sum(-1)).argmax()
         leave, other = ((k // 2 * jnp.asarray(x, b.dtype) + h * jnp.asarray(GOLDEN, b.dtype)) % 1 for x in STEPS)
-        leave = (leave < LEAVE) & (k % 2 == 1)
+        leave = (leave < EXPLORE) & (k % 2 == 1)
         a = jnp.where(leave, a + 1 + (other * (A - 1)).astype(a.dtype), a) % A
         u = _children(problem, h, b)[a]
         mass = u.sum(-1)
-        # both bounds are homogeneous: the gap is weighted already; of closed gaps the likeliest
+        # both bounds are homogeneous, so the gap is weighted already; among closed gaps the likeliest
         score = jnp.maximum(upper[a] - lower[a], 0) + jnp.finfo(b.dtype).eps * scale * mass
         o = jnp.where(mass > 0, score, -1).argmax()
         return u[o] / mass[o], u[o] / mass[o]
@@ -243,7 +243,7 @@ def _refresh(problem: POMDP, bounds: Bounds, count: Array) -> Bounds:
 
 
 def _span(r: Array) -> Array:
-    """No two policies differ by more: sum_h (max r_h - min r_h)."""
+    """sum_h (max r_h - min r_h), the largest possible difference of two policies."""
     return (r.max((-1, -2)) - r.min((-1, -2))).sum()
 
 
@@ -272,5 +272,5 @@ def _hsvi(problem: POMDP, trials: int, tolerance: ArrayLike) -> Bounds:
         gap = bounds.values[0].min(0).max() - (bounds.alphas[0] @ problem.rho).max()
         return lax.cond(jnp.maximum(gap, 0) < tolerance * _span(problem.r), lambda k, x: x, trial, k, bounds)
 
-    # a counted loop: the trial's number stays one number under vmap, and slots are slices and not gathers
+    # a counted loop: under vmap the trial's number is not batched, and slots are slices, not gathers
     return lax.fori_loop(jnp.int32(0), jnp.int32(trials), unless_done, start)

@@ -1,9 +1,10 @@
 r"""Certified bounds of an APOMDP's value that need no convexity: a layered net of beliefs with intervals and slopes.
 
-A cloud of three models (or of two with alpha > 1/2) has a value that is not convex: alpha-vectors do not bound it from below nor
-interpolation from above. A net asks for continuity alone. Layer h holds beliefs that cover every belief reachable at stage h:
-the children of layer h - 1 under every (a, m, o), merged in cells of a grid. Backward, a child takes the interval of its cell's
-point, widened by the most that the value can change between the two. With every reachable belief in the net the answer is exact.
+The value of an APOMDP with three models (or with two and alpha > 1/2) is not convex: alpha vectors do not bound it from below,
+nor interpolation from above. A net requires continuity alone. Layer h holds beliefs that cover every belief reachable at stage
+h: the children of layer h - 1 under every (a, m, o), merged in cells of a grid. Backward, a child takes the interval of its
+cell's point, widened by the largest possible change of the value between the two. If every reachable belief is in the net, the
+value is exact.
 
 **Slopes.** Extend V_h to the cone x >= 0 by the recursion itself; every step of it is positively homogeneous, so
 V(x) = |x|_1 V(x / |x|_1). With F_m(x, a) = x r_m(., a) + sum_o V_{h+1}(x K_m[a, o]) it reads
@@ -21,27 +22,28 @@ that can be in force somewhere in X, of alpha slopes(F_m) + (1 - alpha) slopes(F
 
 - all x >= 0, where anything can be in force: high_h(s) = max_{m,a} [r_m(s, a) + sum_{o,s'} K_m[a,o,s,s'] high_{h+1}(s')], and low
   with min. Hence V_h(b) - V_h(g) <= (b - g)^+ high - (b - g)^- low, and b low <= V_h(b) <= b high;
-- the cone over a ball |b - g|_1 <= R about a point g of the net. A model (an action) that loses at g by more than the ball allows
+- the cone over a ball |b - g|_1 <= R about a point g of the net. A model (an action) that is worse at g by more than the ball
+allows
   is never in force: the difference of two functions with slopes in [l, w] and [l*, w*] changes by at most
   R/2 (max_s (w - l*) - min_s (l - w*)) within it, since d sums to zero. Where one a, m, m' is left all the way down, low = high,
-  V_h is linear on the ball and merging costs nothing; what it costs elsewhere is the size of the kinks in the ball.
+  V_h is linear on the ball and merging costs nothing; elsewhere it costs the size of the kinks in the ball.
 
 That x K_m[a, o] stays in the ball of its cell's point g' is checked, not assumed: for x = g + d, |d|_1 <= R, k_s = |K[s]|_1,
 
     | x K - |x K|_1 g' |_1 <= | g K - |g K|_1 g' |_1 + R/2 max_{i,j} (c_i + c_j),   c_s = | K[s] - k_s g' |_1,
     |x K|_1 >= |g K|_1 - R/2 (max_s k_s - min_s k_s).
 
-Where it fails the slopes of all x >= 0 are used: the radii decide how tight the bounds are, never whether they hold.
+Where it fails the slopes of all x >= 0 are used: the radii determine how tight the bounds are, not their validity.
 
 **In l1.** Also V_h(b) - V_h(g) <= lipschitz_h |b - g|_1: b - g is a sum of moves of mass from j to i, |b - g|_1 / 2 in all, thus
 
     2 lipschitz_h = max_{m,a,i,j} ( r_i - r_j + sum_o change of V_{h+1} along D_o ),   D_o = K_m[a, o, i] - K_m[a, o, j],
 
 and along D with masses p, q of its two parts V_{h+1} changes by at most rise(D; low, high), and by at most
-2 lipschitz_{h+1} min(p, q) + (p - q)^+ max high - (q - p)^+ min low, which is where mixing kernels forget. (Charging the spread
+2 lipschitz_{h+1} min(p, q) + (p - q)^+ max high - (q - p)^+ min low, which accounts for mixing kernels. (Charging the spread
 max high - min low for all that moves gives the simpler (span r + Dobrushin coefficient of (o, s') given s  x  spread) / 2.)
 
-All of this in exact arithmetic; rounding (1e-13 relative in double precision) is not counted.
+All of this holds in exact arithmetic; rounding (1e-13 relative in double precision) is not accounted for.
 """
 
 from dataclasses import dataclass
@@ -57,16 +59,16 @@ from lindm.solvers.belief import joint_kernel
 from lindm.types import APOMDP, at_stage
 from lindm.validate import count
 
-POINTS = 20_000  # a stage, where no other number is asked for
-FINEST = 40  # beliefs that agree to 2^-40 = 9e-13 are one
-SLACK = 1e-12  # relative: a rival that ties with the winner up to rounding stays in
-QUERIES_AT_ONCE = 8  # their distances to 20 000 points still fit in a cache
+POINTS = 20_000  # of a stage, by default
+FINEST = 40  # beliefs that agree to 2^-40 = 9e-13 are merged
+SLACK = 1e-12  # relative: rivals that tie up to rounding are kept
+QUERY_BATCH = 8  # their distances to 20 000 points still fit in a cache
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """Beliefs, intervals of their values, slopes around them. A stage with fewer than n different points repeats its first one.
+    """Beliefs, intervals of their values, slopes around them. A stage with fewer than n points repeats its first one.
 
     Stage 0 holds the rho_m of the models, each with the interval of the one value at the start.
     """
@@ -84,22 +86,23 @@ class Net:
 
 
 def net(problem: APOMDP, *, points: int = POINTS) -> Net:
-    """Intervals at no more than `points` beliefs a stage, for any number of models and any attitude; not for `jit`.
+    """Intervals at no more than `points` beliefs a stage, for any number of models and any alpha; host code, not for `jit`.
 
     Where no stage has more than `points` reachable beliefs the intervals close (to rounding). Otherwise cells are of the size
-    points^(-1/(S-1)), and the intervals as wide as the kinks in them: good for S <= 3, true for every S. Time and memory grow
-    with H points M A O S; see `memory_bytes`. n is the most points that a stage has, rounded up by an eighth at most, so that
-    problems alike share one compiled `value_bounds`.
+    points^(-1/(S-1)), and the intervals as wide as the kinks in them: narrow for S <= 3, valid for every S. Time and memory grow
+    with H points M A O S; see `memory_bytes`. n is the largest number of points of a stage, rounded up by at most an
+    eighth, so that similar problems share one compiled `value_bounds`.
 
-    Errors: ValueError if points is not a whole number above zero, or for a stack of problems.
+    Raises:
+      ValueError: points is not a whole number above zero, or for a stack of problems.
     """
     count(points, "points")
-    cloud = problem.models
-    if cloud.r.ndim != 4:
-        raise ValueError(f"problem must be a single one, with rewards [M, H, S, A]; got rewards of shape {cloud.r.shape}")
-    r, rho = np.asarray(cloud.r, np.float64).transpose(1, 0, 3, 2), np.asarray(cloud.rho, np.float64)
+    models = problem.models
+    if models.r.ndim != 4:
+        raise ValueError(f"problem must be a single one, with rewards [M, H, S, A]; got rewards of shape {models.r.shape}")
+    r, rho = np.asarray(models.r, np.float64).transpose(1, 0, 3, 2), np.asarray(models.rho, np.float64)
     alpha, H, (M, S) = float(problem.alpha), len(r), rho.shape
-    K = [np.asarray(joint_kernel(problem, h)).swapaxes(0, 1) for h in range(max(cloud.P.shape[1], cloud.O.shape[1]))]
+    K = [np.asarray(joint_kernel(problem, h)).swapaxes(0, 1) for h in range(max(models.P.shape[1], models.O.shape[1]))]
     K = K * H if len(K) == 1 else K
     low, high, lipschitz = _everywhere(K, r)
 
@@ -130,7 +133,7 @@ def net(problem: APOMDP, *, points: int = POINTS) -> Net:
 
     return Net(
         beliefs=padded(layers),
-        lower=padded([np.minimum(v.lower, v.upper) for v in V]),  # they may cross by a rounding where they meet
+        lower=padded([np.minimum(v.lower, v.upper) for v in V]),  # rounding may cross them where they are equal
         upper=padded([np.maximum(v.lower, v.upper) for v in V]),
         radius=padded(balls),
         slope_low=padded([v.low for v in V]),
@@ -145,10 +148,11 @@ def net(problem: APOMDP, *, points: int = POINTS) -> Net:
 def value_bounds(net: Net, h: ArrayLike, beliefs: Array) -> tuple[Array, Array]:
     """Lower and upper bounds [...] of V_h at any beliefs [..., S], reachable or not; h from 1 to H - 1, traced or not.
 
-    The best over all points of the net, a few queries at a time, under `vmap` too (over beliefs it is as good as a leading axis).
+    The best bounds over all points of the net, in batches of queries; `vmap` over beliefs costs no more than a leading axis.
     About 20 n S operations a query: 0.1 ms for 20 000 points.
 
-    Errors: ValueError if h is a Python integer outside of 1 .. H - 1.
+    Raises:
+      ValueError: h is a Python integer outside of 1 .. H - 1.
     """
     H = net.beliefs.shape[-3]
     if isinstance(h, int) and not 1 <= h < H:
@@ -164,7 +168,7 @@ def _value_bounds(net: Net, h: Array, beliefs: Array) -> tuple[Array, Array]:
     low, high, lipschitz = at_stage(net.low, h), at_stage(net.high, h), at_stage(net.lipschitz, h)
 
     def some(b: Array) -> tuple[Array, Array]:
-        # written out over the states: a sum over a short axis costs ten times as much
+        # a loop over the states: a sum over a short axis costs ten times as much
         d = [b[:, s, None] - g[s][None] for s in range(S)]  # each [queries, n]
         distance = sum((abs(each) for each in d), jnp.zeros(()))
         fall, rise = _change(d, list(low), list(high))
@@ -176,15 +180,15 @@ def _value_bounds(net: Net, h: Array, beliefs: Array) -> tuple[Array, Array]:
         return jnp.maximum((lower + fall).max(-1), b @ low), jnp.minimum((upper + rise).min(-1), b @ high)
 
     flat = beliefs.reshape(-1, S)
-    missing = -len(flat) % QUERIES_AT_ONCE
-    chunks = jnp.concatenate([flat, jnp.zeros((missing, S), flat.dtype)]).reshape(-1, QUERIES_AT_ONCE, S)
+    missing = -len(flat) % QUERY_BATCH
+    chunks = jnp.concatenate([flat, jnp.zeros((missing, S), flat.dtype)]).reshape(-1, QUERY_BATCH, S)
     bounds = [part.reshape(-1)[: len(flat)].reshape(beliefs.shape[:-1]) for part in jax.lax.map(some, chunks)]
-    return jnp.minimum(*bounds), jnp.maximum(*bounds)  # in their order also where they meet
+    return jnp.minimum(*bounds), jnp.maximum(*bounds)  # ordered also where rounding crosses them
 
 
 @_value_bounds.def_vmap
 def _many_value_bounds(size: int, batched, *arguments):
-    """More beliefs are more queries; other nets or stages come one after the other: side by side they would not fit in memory."""
+    """Batched beliefs are more queries; batched nets or stages are evaluated one after the other, to limit memory."""
     if not any(jax.tree.leaves(batched[:2])):
         return _value_bounds(*arguments), (True, True)
     leaves, tree = jax.tree.flatten(arguments)
@@ -197,7 +201,7 @@ def _many_value_bounds(size: int, batched, *arguments):
 
 
 def memory_bytes(problem: APOMDP, points: int) -> int:
-    """What `net` needs at most, in bytes: two copies of its arrays, the links between layers, the work on one layer."""
+    """Peak bytes of `net`: two copies of its arrays, the links between layers, the work on one layer."""
     M, H, S, A = problem.models.r.shape
     children = M * A * problem.num_observations
     sizes = [1]
@@ -251,10 +255,10 @@ def _children(x: np.ndarray, K: np.ndarray) -> np.ndarray:
 
 def next_layer(x: np.ndarray, K: np.ndarray, ball: np.ndarray, reach: float, points: int):
     """The merged children of a layer: beliefs [n', S], the radii of their balls, and for every child its cell and whether the
-    image of its parent's ball stays in the ball of the cell's point; and the longest way from a child to its cell's point.
+    image of its parent's ball stays in the ball of the cell's point; and the largest distance from a child to its cell's point.
 
-    A ball takes in the images of its parents' balls, but no more than the merges so far make up for: the child of a rare
-    observation can be moved far by a small step of its parent, and should not make everybody's ball a large one.
+    A ball contains the images of its parents' balls, but its radius is at most the merging distance so far: the child of a rare
+    observation can move far for a small step of its parent, and should not enlarge all balls.
     """
     u = _children(x, K)
     mass = u.sum(-1)
@@ -277,7 +281,7 @@ def next_layer(x: np.ndarray, K: np.ndarray, ball: np.ndarray, reach: float, poi
     needed = np.where(least > 0, apart / np.where(least > 0, least, 1), np.where(apart > 0, np.inf, 0))
     balls = np.zeros(len(beliefs))
     np.maximum.at(balls, member, np.minimum(needed[seen], reach + merged))
-    balls = balls * (1 + 1e-9) + 2.0**-FINEST  # a child on the rim is in, whichever way its distance is rounded
+    balls = balls * (1 + 1e-9) + 2.0**-FINEST  # a child on the boundary is inside, whatever the rounding of its distance
     return beliefs, balls, (cell, needed <= balls[cell]), merged
 
 
@@ -297,10 +301,10 @@ def merge(beliefs: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _keys(beliefs: np.ndarray, level: int) -> np.ndarray:
-    """One number a cell; every level halves the cells along one of the first S - 1 coordinates.
+    """One number for each cell; every level halves the cells along one of the first S - 1 coordinates.
 
-    The grid is shifted off the round numbers, where rounding would part equal beliefs. Two cells with the same number (one pair
-    in 2^64) are merged, which costs tightness and not truth: distances are taken, not assumed.
+    The grid is shifted off round numbers, where rounding would separate equal beliefs. Two cells with the same number (one pair
+    in 2^64) are merged, which costs tightness and not validity: distances are computed, not assumed.
     """
     axes = beliefs.shape[1] - 1
     keys = np.zeros(len(beliefs), np.uint64)
@@ -366,6 +370,6 @@ def _mixed(alpha: float, F: Near, ball: np.ndarray) -> Near:
 
 
 def _like(x: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """x with an axis in second place and at the end, as many as it takes."""
+    """x with a second axis and trailing axes of length one, to broadcast against the array."""
     x = x[:, None]
     return x.reshape(x.shape + (1,) * (array.ndim - x.ndim))

@@ -243,7 +243,7 @@ def test_reductions_are_refused_where_they_do_not_hold():
     with pytest.raises(ValueError, match=r"alpha must be at most 1/2; got 0.6"):
         mixture(apomdp(models(0), 0.6))
     for count in (1, 3):
-        with pytest.raises(ValueError, match=f"the cloud must have two models; got {count}"):
+        with pytest.raises(ValueError, match=f"problem must have two models; got {count}"):
             mixture(apomdp(models(0, count), 0.2))
     for reduce in (optimistic, mixture):
         with pytest.raises(ValueError, match=r"the models must agree in rho; got .* of model 0 and .* of model 1"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.solvers.hsvi import Bounds, _look, hsvi, memory_bytes, value_bounds
+from lindm.solvers.hsvi import Bounds, _evaluate, hsvi, memory_bytes, value_bounds
 from lindm.types import POMDP
 
 KINDS = ("dense", "sparse", "deterministic")
@@ -159,7 +159,7 @@ def test_the_bounds_are_the_stated_functions_of_their_tables():
             if p.any():
                 cut = np.maximum(cut, (b[p > 0] / p[p > 0]).min() * (p @ corners[0] - q))
         assert up == pytest.approx((b @ corners[0] - cut).max(), rel=1e-12)
-    best = _look(bounds, 0, N, jnp.asarray(beliefs))[2]
+    best = _evaluate(bounds, 0, N, jnp.asarray(beliefs))[2]
     np.testing.assert_array_equal(best, (beliefs @ alphas[0].T).argmax(-1))
 
 
