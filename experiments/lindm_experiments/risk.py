@@ -55,7 +55,7 @@ from lindm_theory.in_context import (
     general_bound,
     modes,
     optimal_weights,
-    optimisation_error,
+    optimization_error,
     paper_bound,
     risk,
 )
@@ -125,7 +125,7 @@ def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M
                 "every_law": general_bound(Lambda, Psi, K, m, n, Lambda, noise).total,
             }
 
-        optimisation = optimisation_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
+        optimisation = optimization_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
         weights = jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)
         return jax.vmap(at)(M) | {"optimisation": optimisation, "weights": weights}
 

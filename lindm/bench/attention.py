@@ -1,9 +1,9 @@
-"""`lindm bench attention [--json]`: what does training cost, and how does the cost grow?
+"""`lindm bench attention [--json]`: the cost of training an attention layer, and its growth.
 
 Both sides train the same layer (full linear attention from the paper's start) on the same law (x ~ N(0, I), w ~ N(0, I), fresh
 tasks every step, one query per context) with the same Adam, schedule and batch. The peer is PyTorch written plainly: a
 `torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
-is the same loop with the layer in our moment form: what is left of the ratio then is the loop and not the algebra.
+is the same loop with the layer in moment form: the remaining ratio is due to the loop and not to the algebra.
 
 Costs, processes and rows are those of `lindm.bench.timing`; compilation is a row of its own. Memory is the growth of the peak
 resident set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer
@@ -77,7 +77,7 @@ def optimal_risk(d: int, n: int) -> float:
 
 @functools.cache
 def gaussian_draw(batch: int, d: int, n: int) -> Callable[[Array], tuple[Prompt, Array]]:
-    """`draw(key)` of the bench: every array is drawn by itself and whole, so that nothing is sliced out of a larger one."""
+    """`draw(key)` of the bench: every array is drawn separately, so that none is a slice of a larger one."""
 
     def draw(key: Array) -> tuple[Prompt, Array]:
         context, rest = jax.random.split(key)
@@ -100,7 +100,7 @@ def run_ours(shape: Shape, steps: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The same training in PyTorch, as one would write it; `plain=False` puts the layer in moment form."""
+    """The same training in plain PyTorch; `plain=False` has the layer in moment form."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
@@ -155,7 +155,7 @@ SIDES: dict[str, Run] = {"ours": run_ours, "torch": torch_run, "moments": functo
 def step_seconds(run: Run, shape: Shape, target: float = 0.25, repeats: int = 3) -> float:
     """CPU-seconds of one training step: the best of several runs of about `target` seconds each.
 
-    The length of a run is part of a compiled program, so it is guessed from the size of the work instead of measured.
+    The number of steps is part of the compiled program, so it is estimated from the size of the work and not measured.
     """
     steps = int(np.clip(target * 1e8 / (shape[0] * shape[1] * (shape[2] + 20)), 20, 500)) if run is run_ours else None
     if steps is None:
@@ -202,7 +202,7 @@ def measure(side: str) -> dict[str, Any]:
 def memory(side: str) -> dict[str, Any]:
     """MiB by which the peak resident set grows while one side trains at `MEMORY`."""
     run = SIDES[side]
-    run((2, 2, 2), 2, 0)  # libraries, allocators and the compiler are not the layer's memory
+    run((2, 2, 2), 2, 0)  # loads libraries, allocators and the compiler, which do not count
     return {"memory": peak_growth(lambda: run(MEMORY, 3, 0))}
 
 

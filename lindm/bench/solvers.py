@@ -1,22 +1,22 @@
-"""`lindm bench oracles [--json]`: what does an exact answer cost, and how does the cost grow?
+"""`lindm bench solvers [--json]`: the cost of exact solutions, and its growth.
 
-MDPs. Batches of random models (flat Dirichlet rows, A = 5, H = 20, one kernel and one reward for all stages, double precision) at
-four numbers of states, in batches too large for any cache. The peers, quantecon and pymdptoolbox, are timed in three ways: the
-solver alone, objects built before (the kindest, and the one to judge by); building and solving; and with the action values too.
-They return values and a policy; ours returns the action values of every stage as well, which labels are made of, so that all
-three rows have the same figure of ours. A peer gets the action values by one matrix product for all stages at once. A peer's
-arrays are in its own order before the clock starts. Neither peer takes rewards or kernels that change with the stage; ours reads
-an [H, S, A] array of rewards even here, where it repeats itself. Every side reads the whole kernel, 8 A S^2 bytes, once a stage:
-from S = 100 on that is what all of them wait for, and no ratio can be large.
+MDPs. Batches of random models (flat Dirichlet rows, A = 5, H = 20, one kernel and one reward for all stages, double precision)
+at four numbers of states, in batches too large for any cache. The peers, quantecon and pymdptoolbox, are timed in three ways:
+the solver alone, objects built before (the most favorable, and the one to judge by); building and solving; and with the action
+values. They return values and a policy; ours always returns the action values of every stage, which labels need, so all three
+rows have the same figure for ours. A peer gets the action values by one matrix product for all stages at once. Peers get arrays
+in their own order, made before the timing. Neither peer takes rewards or kernels that change with the stage; ours reads an [H,
+S, A] array of rewards even here, where it is constant. Every side reads the whole kernel, 8 A S^2 bytes, once per stage: from S
+= 100 on memory bandwidth bounds all sides, and no ratio can be large.
 
 POMDPs. A batch of 1,000 random models with S = 3, A = 2, O = 2 by the belief tree: the value at the start alone, and the action
 values of every history (in batches of 10, one table of which is 56 MB). The peer is the textbook's recursion in numpy, below:
-level by level over the histories, normalised beliefs, one model at a time; it is run on a few models and scaled to the batch.
+level by level over the histories, normalized beliefs, one model at a time; it is run on a few models and scaled to the batch.
 Leaves are the histories of the last stage.
 
 Costs, processes and rows are those of `lindm.bench.timing`; compilation and the first call are rows of their own. Memory is the
 growth of the peak resident set while solving, after libraries are loaded, models are built and solvers are compiled.
-Both sides are held to the same values before anything is printed.
+The values of both sides are compared before the table is printed.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ MODELS = {20: 2000, 50: 400, 100: 128, 200: 48}  # states -> models of a batch: 
 TREE_SIZE = (3, 2, 2)  # S, A, O
 TREES = 1000
 HORIZONS = (4, 5, 6, 7, 8, 9, 10)
-TABLES = 10  # models whose action values are held together
+TABLES = 10  # models whose action values are in memory together
 SAMPLE = {4: 100, 5: 100, 6: 50, 7: 25, 8: 10, 9: 5, 10: 3}  # horizon -> models that the textbook's recursion is run on
 REPEATS = 7
 CHECKED = 3  # models whose values both sides must agree on
@@ -90,7 +90,7 @@ def our_mdps(S: int, count: int) -> MDP:
 
 
 def our_pomdps(count: int, horizon: int) -> APOMDP:
-    """The stack [count] of `pomdp_models`, as clouds of one model."""
+    """The stack [count] of `pomdp_models`, as APOMDPs with one model."""
     P, O, r, rho = pomdp_models(count)
     rewards = np.broadcast_to(r[:, None], (count, horizon, *r.shape[1:]))
     stack = POMDP(P=jnp.asarray(P)[:, None], O=jnp.asarray(O)[:, None], r=jnp.asarray(rewards), rho=jnp.asarray(rho))
@@ -118,7 +118,7 @@ def measure_our_trees() -> dict[str, Any]:
         for name, solver, problems in (("value", tree.value, stack), ("Q", tree.tree, few)):
             lowered = jax.jit(lambda stack, solver=solver: solve_many(solver, stack, batch_size=1)).lower(problems)
             out["compile"][name], solve = timed(lowered.compile)  # of the longest horizon, which comes last
-            answers = jax.block_until_ready(solve(problems))  # a first call, which finds its memory
+            answers = jax.block_until_ready(solve(problems))  # a first call, which allocates memory
             total = cpu_seconds(lambda solve=solve, problems=problems: solve(problems), 2 if problems is stack else REPEATS)
             out[name].append(total * TREES / len(problems.alpha))
             if problems is stack:
@@ -219,7 +219,7 @@ def measure_textbook() -> dict[str, Any]:
 def measure(side: str, task: str) -> dict[str, Any]:
     """One measurement in this process: sides `ours`, `numpy` and the peers; tasks `mdp`, `tree`, `mdp memory`, `tree memory`."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both peers complain, once a model, of a problem without a discount
+        warnings.simplefilter("ignore")  # both peers warn, for every model, of a problem without a discount
         if task == "mdp memory":
             return {"memory": _mdp_memory(side)}
         if task == "tree memory":
@@ -273,7 +273,7 @@ def _version(peer: str) -> str | None:
 
 def _agree(ours: list[float], peer: list[float], name: str) -> None:
     if not np.allclose(ours, peer, rtol=1e-9, atol=0):
-        raise RuntimeError(f"{name} and ours found other values: {peer} and {ours}")
+        raise RuntimeError(f"{name} and ours have different values: {peer} and {ours}")
 
 
 def rows(

@@ -1,13 +1,13 @@
-"""What the benches share: CPU-seconds, processes pinned to a core, peak memory, growth exponents, and the table.
+"""Shared by the benchmarks: CPU-seconds, processes pinned to a core, peak memory, growth exponents, and the table.
 
-Costs are CPU-seconds of a process (`time.process_time`), the best of several repeats: what else a machine does only ever adds.
-Every side of a comparison is measured in a process of its own, pinned to one core and with its thread pools at one thread,
-because idle threads burn CPU time without doing work. A row of a bench has
+Costs are CPU-seconds of a process (`time.process_time`), the best of several repeats, because other load only adds to them. Each
+side of a comparison is measured in its own process, pinned to one core and with one thread in every pool, because idle threads
+use CPU time. A row of a benchmark has
 
     work, ours, peer, peer_name, ratio, unit
 
-where `ratio` says how many times better ours is (rates: ours / peer; costs: peer / ours), null for counts and exponents; the
-peer is null where its library is not installed.
+where `ratio` is the factor by which ours is better (rates: ours / peer; costs: peer / ours), null for counts and exponents. The
+peer is null if its library is not installed.
 """
 
 import contextlib
@@ -27,31 +27,31 @@ import numpy as np
 from lindm.io.tables import format_table
 
 Row = dict[str, Any]
-Outcome = TypeVar("Outcome")
+Result = TypeVar("Result")
 
-MORE, LESS, NEITHER = 1, -1, 0  # which way a quantity is better; of neither there is no ratio
+MORE, LESS, NEITHER = 1, -1, 0  # the better direction of a quantity; NEITHER has no ratio
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 # --- one measurement ---------------------------------------------------------------------------------------------------
 
 
-def timed(work: Callable[[], Outcome]) -> tuple[float, Outcome]:
-    """CPU-seconds of `work()`, including what it left to be computed, and what it returned."""
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """CPU-seconds of `work()`, asynchronous computation included, and its result."""
     start = time.process_time()
-    outcome = jax.block_until_ready(work())
-    return time.process_time() - start, outcome
+    result = jax.block_until_ready(work())
+    return time.process_time() - start, result
 
 
 def cpu_seconds(work: Callable[[], Any], repeats: int = 1) -> float:
-    """CPU-seconds of `work()`, the best of so many calls."""
+    """CPU-seconds of `work()`, the best of `repeats` calls."""
     return min(timed(work)[0] for _ in range(repeats))
 
 
 def peak() -> float:
     """Peak resident set of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: what getrusage reports there is at least the peak of the process that started this one
+    if status.exists():  # Linux: getrusage reports at least the peak of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
@@ -60,7 +60,7 @@ def peak() -> float:
 def peak_growth(work: Callable[[], Any]) -> float:
     """MiB by which the resident set grows, at its peak, while `work()` runs.
 
-    Linux lets the peak be set back to what is held now; elsewhere what came before can hide a part of the growth.
+    On Linux the peak is reset first; elsewhere an earlier peak can hide part of the growth.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -78,10 +78,10 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def in_worker(module: str, *arguments: str) -> dict[str, Any]:
-    """What `python -m module arguments...` prints as its last line, a JSON object; the module calls `answer`.
+    """The JSON object that `python -m module arguments...` prints as its last line; the module calls `answer`.
 
     Raises:
-      RuntimeError: the process failed; with the end of what it wrote to stderr.
+      RuntimeError: the process failed; the message has the end of its stderr.
     """
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -90,14 +90,14 @@ def in_worker(module: str, *arguments: str) -> dict[str, Any]:
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode != 0:
-        asked = " ".join(arguments)
-        raise RuntimeError(f"the bench process `{asked}` failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        command = " ".join(arguments)
+        raise RuntimeError(f"the bench process `{command}` failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def answer(measurement: Callable[..., dict[str, Any]]) -> None:
-    """The worker's side: pin this process to one core, measure as the command line asks, print the outcome."""
-    if hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the cores it may use
+    """In the worker: pin this process to one core, run the measurement by the command line, and print the result."""
+    if hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the available cores
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(json.dumps(measurement(*sys.argv[1:])))
 
@@ -106,7 +106,7 @@ def answer(measurement: Callable[..., dict[str, Any]]) -> None:
 
 
 def row(work: str, ours: float | None, peer: float | None, peer_name: str, unit: str, better: int) -> Row:
-    """One row; `better` is `MORE`, `LESS` or `NEITHER`. Beside nothing, or beside zero, there is no ratio."""
+    """One row; `better` is `MORE`, `LESS` or `NEITHER`. No ratio without a peer, or to zero."""
     ratio = (ours / peer) ** better if ours and peer and better != NEITHER else None
     return {"work": work, "ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ratio, "unit": unit}
 

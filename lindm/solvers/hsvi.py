@@ -96,7 +96,7 @@ def hsvi(problem: POMDP, *, trials: int = TRIALS, tolerance: float = 0.0) -> Bou
 
 @jax.jit
 def value_bounds(bounds: Bounds, h: ArrayLike, beliefs: Array) -> tuple[Array, Array]:
-    """Lower and upper bound [...] of V_h at beliefs [..., S], which need not be normalised; h from 0 to H-1, may be traced."""
+    """Lower and upper bound [...] of V_h at beliefs [..., S], which need not be normalized; h from 0 to H-1, may be traced."""
     flat = beliefs.reshape(-1, beliefs.shape[-1])
     lower, upper, _ = _evaluate(bounds, h, bounds.points.shape[1], flat)
     return lower.reshape(beliefs.shape[:-1]), upper.reshape(beliefs.shape[:-1])

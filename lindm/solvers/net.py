@@ -249,7 +249,7 @@ def _everywhere(K: list[np.ndarray], r: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _children(x: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """x K: unnormalised beliefs [n, M, A, O, S]."""
+    """x K: unnormalized beliefs [n, M, A, O, S]."""
     return np.einsum("nms,maosx->nmaox", x, K)
 
 

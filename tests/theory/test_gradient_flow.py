@@ -91,7 +91,7 @@ def test_the_limit_is_balanced_and_multiplies_to_the_weights():
     np.testing.assert_allclose(flow.conserved(U, u), 0.0, atol=1e-12)
 
 
-def test_the_paper_initialisation_is_balanced_and_its_assumption_is_checked():
+def test_the_paper_initialization_is_balanced_and_its_assumption_is_checked():
     Theta = np.random.default_rng(0).normal(size=(3, 3))
     U, u = flow.initial(jnp.asarray(Theta), 0.5, jnp.eye(3))
     np.testing.assert_allclose(flow.conserved(U, u), 0.0, atol=1e-12)

@@ -28,7 +28,7 @@ def enumerate_contexts(D, w, N):
 
 
 def two_tasks(D):
-    """Two equally likely tasks (not centred) and their second moment."""
+    """Two equally likely tasks (not centered) and their second moment."""
     rng = np.random.default_rng(11)
     tasks = rng.normal(size=(2, D.phi.shape[1])) + 0.5
     return tasks, sum(np.outer(w, w) for w in tasks) / 2
@@ -76,7 +76,7 @@ def test_the_risk_of_any_weights_under_any_query_law_is_that_of_all_contexts(des
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_closed_form_minimises_the_risk_whatever_the_query_law(design, seed):
+def test_the_closed_form_minimizes_the_risk_whatever_the_query_law(design, seed):
     D = design(seed)
     A = np.asarray(theory.optimal_weights(D.Lambda, D.Psi, D.K, 6, D.noise))
     B = np.asarray(theory.context_second_moment(D.Lambda, D.Psi, D.K, 6, D.noise))
@@ -119,7 +119,7 @@ def test_the_gaussian_form_of_the_risk_is_the_general_one(Lambda, N, M, sigma):
     np.testing.assert_allclose([general.estimation, general.bias], [special.estimation, special.bias], rtol=1e-11)
 
 
-def test_at_equal_lengths_the_excess_of_other_weights_is_the_optimisation_error_alone(design):
+def test_at_equal_lengths_the_excess_of_other_weights_is_the_optimization_error_alone(design):
     D = design(2)
     N, rng = 7, np.random.default_rng(2)
     A = theory.optimal_weights(D.Lambda, D.Psi, D.K, N, D.noise)
@@ -130,8 +130,8 @@ def test_at_equal_lengths_the_excess_of_other_weights_is_the_optimisation_error_
             theory.risk(Ahat, D.Lambda, D.Psi, D.K, M, D.Lambda, D.noise).total
             - theory.risk(A, D.Lambda, D.Psi, D.K, M, D.Lambda, D.noise).total
         )
-        square = theory.optimisation_error(Ahat, A, B, D.Lambda)
-        cross = theory.optimisation_cross(Ahat, A, D.Lambda @ D.Psi, B, D.Lambda)
+        square = theory.optimization_error(Ahat, A, B, D.Lambda)
+        cross = theory.optimization_cross(Ahat, A, D.Lambda @ D.Psi, B, D.Lambda)
         np.testing.assert_allclose(excess, square + cross, rtol=1e-9)
         assert (abs(cross) < 1e-12) == (M == N)
 

@@ -117,14 +117,14 @@ def test_the_parts_add_up_and_rung_3_is_above_rung_2(world, seed):
     A, Ahat, S = rng.normal(size=(3, 3, 3)), rng.normal(size=(3, 3, 3)), rng.normal(size=(3, 3))
     Qhat = np.einsum("sai,hij,hj->hsa", W.phi, Ahat, S)
     bias, estimation = policy.error_parts(*map(jnp.asarray, (W.phi, A, Lambda, W.w, S)))
-    optimisation = np.einsum("sai,hij,hj->hsa", W.phi, Ahat - A, S)
-    np.testing.assert_allclose(bias + estimation + optimisation, Qhat - W.Qstar, atol=1e-12)
+    optimization = np.einsum("sai,hij,hj->hsa", W.phi, Ahat - A, S)
+    np.testing.assert_allclose(bias + estimation + optimization, Qhat - W.Qstar, atol=1e-12)
     occupancy = W.occupancy(Qhat.argmax(-1))
     two = policy.sup_rung(jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
-    three = policy.decomposed_rung(jnp.asarray(occupancy), bias, estimation, jnp.asarray(optimisation))
+    three = policy.decomposed_rung(jnp.asarray(occupancy), bias, estimation, jnp.asarray(optimization))
     assert two <= three + 1e-12
     expected = 2 * sum(
-        occupancy[h, s] * sum(abs(np.asarray(part)[h, s]).max() for part in (bias, estimation, optimisation))
+        occupancy[h, s] * sum(abs(np.asarray(part)[h, s]).max() for part in (bias, estimation, optimization))
         for h in range(3)
         for s in range(4)
     )
@@ -207,3 +207,10 @@ def test_the_rungs_work_under_vmap(world):
     for rung in (statewise, sup, margin_rung, lambda *x: span_rung(*x)[0]):
         batched = jax.jit(jax.vmap(rung))(occupancy, Q, Qhat)
         np.testing.assert_allclose(batched, [rung(*x) for x in zip(occupancy, Q, Qhat, strict=True)], atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6])
+def test_the_gap_scales_with_the_rewards_however_small_they_are(scale):
+    Q = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 3)))
+    tied = Q.at[0, 0].set(jnp.asarray([1.0, 1.0 + 1e-12, 0.5]))
+    np.testing.assert_allclose(policy.strict_gap(scale * tied), scale * policy.strict_gap(tied), rtol=1e-12)

@@ -1,7 +1,7 @@
-"""Tail bounds: how often one context of M pairs misleads.
+"""Tail bounds for the mean of the M pairs of one context.
 
-All are for the mean of M independent copies of a bounded variable; `margin` is the mean of what has to stay positive (for
-instance the expected Qhat(s, a*) - Qhat(s, a)), and a margin that is not positive gives the trivial bound 1.
+All bounds are for the mean of M independent copies of a bounded variable. `margin` is the expectation of the quantity that must
+stay positive (for instance Qhat(s, a*) - Qhat(s, a)); a margin that is not positive gives the trivial bound 1.
 """
 
 import jax
@@ -12,7 +12,7 @@ from lindm_theory.feature_laws import Number, design_moment
 
 
 def smale_zhou(b: Array, v: Array, M: Number, delta: Number) -> Array:
-    """2 b log(2/delta)/M + sqrt(2 v log(2/delta)/M): with probability 1 - delta it is above ||mean of M centred z||.
+    """2 b log(2/delta)/M + sqrt(2 v log(2/delta)/M): with probability 1 - delta it is above ||mean of M centered z||.
 
     Hilbert space, ||z|| <= b, E||z||^2 <= v: [SZ] Lemma 2, after Pinelis.  Any common shape.
     """

@@ -1,6 +1,6 @@
-"""Moments of the context: everything that the closed forms need to know about where the features come from.
+"""Moments of the context: all that the closed forms need of the law of the features.
 
-A law of features enters the theory through three numbers only: Lambda = E[x x'], the linear map Psi -> K(Psi) = E[x x' Psi x x'],
+A law of features enters the theory through three quantities: Lambda = E[x x'], the linear map Psi -> K(Psi) = E[x x' Psi x x'],
 and the noise moment E[eps^2 x x']. All three are second moments under a reweighted law, because x x' Psi x x' = (x' Psi x) x x'.
 A context whose pairs depend on one another (one trajectory) enters through (1/N^2) sum_ij E[x_i x_i' Psi x_j x_j'] instead.
 """

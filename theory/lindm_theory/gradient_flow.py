@@ -1,13 +1,13 @@
-"""Where gradient flow goes, and the way it takes there.
+"""Gradient flow of the linear attention layer: its limit and its path.
 
 The layer with v = z = 0 predicts x_q' (u U)' S_N; its loss is E (S'(uU) x_q - w'x_q)^2 / 2. With B = E[S_N S_N'] and
 E[S_N w'] = Lambda Psi, gradient flow is
 
     dU/dt = -(u^2 B U Lq - u Lambda Psi Lq),      du/dt = -(u tr(B U Lq U') - tr(Lambda Psi Lq U')),
 
-which conserves u^2 - ||U||_F^2. For gaussian x and Psi = I, B = Gamma Lambda and this is [ZFB] Lemma 5.2. Started from the
-initialisation of [ZFB] (u = s, U = s Theta Theta') it ends at u U = A_N', u = ||A_N||_F^{1/2}, for *every* law of features as
-long as it starts below the loss of the zero network (ours; notes/gradient-flow.md).
+which conserves u^2 - ||U||_F^2. For Gaussian x and Psi = I, B = Gamma Lambda and this is [ZFB] Lemma 5.2. Started from the
+initialization of [ZFB] (u = s, U = s Theta Theta') it ends at u U = A_N', u = ||A_N||_F^{1/2}, for *every* law of features if
+it starts below the loss of the zero network (ours; notes/gradient-flow.md).
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def initial(Theta: Array, scale: float, Gamma: Array) -> tuple[Array, Array]:
 def loss_above_zero_network(U: Array, u: Array, B: Array, ESw: Array, Lambda_q: Array) -> Array:
     """Loss at (U, u) minus the loss of the zero network: u^2 tr(B U Lq U')/2 - u tr(ESw Lq U').  -> [].
 
-    Negative at a start with u^2 = ||U||_F^2, u > 0 is all that convergence to A_N needs, for every law (ours). For gaussian x
+    Negative at a start with u^2 = ||U||_F^2, u > 0 is all that convergence to A_N needs, for every law (ours). For Gaussian x
     and Psi = I this is s^2 tr(Gamma Lambda T Lambda T) < 2 tr(Lambda^2 T), T = Theta Theta'; s^2 ||Gamma||_op < 2 implies it,
     so the sqrt(d) of [ZFB] Assumption 3.3 is not needed.
     """
@@ -112,7 +112,7 @@ def leak_weights(
 ) -> tuple[Array, Array]:
     """Best A for what = A (S + G b), the layer with block v = u b, and E[(S + G b) w'] (ours).  b, mean [d] -> two [d, d].
 
-    b acts as a shift of every task to w + b. The loss E||what - w||^2_{Lq} is tr(Lq (Psi - A E[(S + G b) w'])): minimise it over
+    b acts as a shift of every task to w + b. The loss E||what - w||^2_{Lq} is tr(Lq (Psi - A E[(S + G b) w'])): minimize it over
     b for what the full layer can gain from a prior mean; b = 0 is the reduced layer.
     """
     moved = Psi + jnp.outer(mean, b) + jnp.outer(b, mean) + jnp.outer(b, b)

@@ -1,6 +1,6 @@
 """The closed form of the trained layer and the exact error of its predictions.
 
-A context of N pairs (x_i, y_i), y_i = x_i'w + eps_i, is read through S_N = (1/N) sum y_i x_i, and the layer predicts x_q' A S_N.
+A context of N pairs (x_i, y_i), y_i = x_i'w + eps_i, enters through S_N = (1/N) sum y_i x_i, and the layer predicts x_q' A S_N.
 With Lambda = E[x x'], Psi = E[w w'], K = E[x x' Psi x x'] and the noise moment V = E[eps^2 x x'],
 
     E[S_N S_N'] = (1 - 1/N) Lambda Psi Lambda + (K + V) / N,      E[S_N w'] = Lambda Psi,
@@ -49,7 +49,7 @@ def context_second_moment(Lambda: Array, Psi: Array, K: Array, N: Number, noise:
 def solve_normal_equations(ESw: Array, ESS: Array) -> Array:
     """The best A from E[S w'] and E[S S']: A E[S S'] = E[S w']'.  [d, d], [d, d] -> [d, d].
 
-    For covariances that differ from task to task and for dependent contexts: the moments may come from anywhere.
+    For covariances that differ from task to task and for dependent contexts: any moments can be used.
     """
     return jnp.linalg.solve(ESS, ESw).T
 
@@ -98,23 +98,23 @@ def gaussian_risk(Lambda: Array, M: Number, N: Number, sigma: Number = 0.0) -> P
     return Prediction(jnp.trace(once @ once @ (gamma_M - Lambda)), jnp.trace(Lambda @ miss @ miss))
 
 
-def optimisation_error(Ahat: Array, A: Array, second_moment: Array, Lambda_q: Array) -> Array:
-    """tr(Lq (Ahat - A) E[S S'] (Ahat - A)'): what weights that are not optimal cost (ours).  All [d, d].
+def optimization_error(Ahat: Array, A: Array, second_moment: Array, Lambda_q: Array) -> Array:
+    """tr(Lq (Ahat - A) E[S S'] (Ahat - A)'): the excess risk of weights Ahat (ours).  All [d, d].
 
     With A = A_N and second_moment = E[S_N S_N'] this is the whole excess risk at M = N, because w - A_N S_N is orthogonal to
-    S_N. At M != N there is also `optimisation_cross`.
+    S_N. At M != N there is also `optimization_cross`.
     """
     off = Ahat - A
     return jnp.trace(Lambda_q @ off @ second_moment @ off.T)
 
 
-def optimisation_cross(Ahat: Array, A: Array, ESw: Array, second_moment: Array, Lambda_q: Array) -> Array:
+def optimization_cross(Ahat: Array, A: Array, ESw: Array, second_moment: Array, Lambda_q: Array) -> Array:
     """2 tr(Lq (Ahat - A)(E[S_M S_M'] A' - E[S w'])): zero at M = N, the only other term of the excess at M != N (ours)."""
     return 2.0 * jnp.trace(Lambda_q @ (Ahat - A) @ (second_moment @ A.T - ESw))
 
 
 def paper_bound(Lambda: Array, M: Number, N: Number) -> Prediction:
-    """(d+1) tr(Lambda)/M + (1 + 2d + d^2 kappa) tr(Lambda)/N^2: gaussian x, Psi = I, no noise.  [ZAS] eq. (6), [ZFB] Cor. 4.3."""
+    """(d+1) tr(Lambda)/M + (1 + 2d + d^2 kappa) tr(Lambda)/N^2: Gaussian x, Psi = I, no noise.  [ZAS] eq. (6), [ZFB] Cor. 4.3."""
     d = len(Lambda)
     spectrum = jnp.linalg.eigvalsh(Lambda)
     trace = jnp.trace(Lambda)
@@ -129,7 +129,7 @@ def general_bound(
         risk(M, N) <= tr(Lq C)/M + tr(Lq C Psi^{-1} C)/N^2,
 
     for every M and N, both parts separately, and with the right constants: est * M -> tr(Lq C) as N -> infinity and
-    bias * N^2 -> tr(Lq C Psi^{-1} C), both from below. For gaussian x, Psi = I, no noise: (d+1) tr(Lambda)/M as in eq. (6) and
+    bias * N^2 -> tr(Lq C Psi^{-1} C), both from below. For Gaussian x, Psi = I, no noise: (d+1) tr(Lambda)/M as in eq. (6) and
     (1 + 2d) tr(Lambda) + tr(Lambda)^2 tr(Lambda^{-1}) over N^2, which eq. (6) relaxes by tr(Lambda) tr(Lambda^{-1}) <= d^2 kappa.
     All matrices [d, d].
     """
@@ -138,7 +138,7 @@ def general_bound(
 
 
 def modes(Lambda: Array, Psi: Array, K: Array, Lambda_q: Array, noise: Array | None = None) -> tuple[Array, Array]:
-    """The d numbers that hold the whole theory (ours): signal-to-noise x[d] of each mode and its weight q[d].
+    """The modes (ours): the signal-to-noise ratio x[d] of each mode and its weight q[d], which determine the risk.
 
     With Psi = F F' and X = F' Lambda R^{-1} Lambda F = V diag(x) V', q = diag(V' F' Lq F V). R must be positive definite. Then
 

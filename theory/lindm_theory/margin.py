@@ -1,7 +1,8 @@
-"""The margin: what the bias alone does to a policy, and what the distribution of gaps does to the slope in M.
+"""The margin: the effect of the bias on a policy, and of the distribution of gaps on the slope in M.
 
-As M grows, Qhat_h -> phi' A_h Lambda w_h, the bias-greedy values. Where they rank an optimal action strictly first, the chance of
-a wrong choice falls exponentially in M; where they do not, no context helps.  Proofs: notes/policy.md.
+As M grows, Qhat_h -> phi' A_h Lambda w_h, the bias-greedy values. Where they rank an optimal action strictly first, the
+probability of a wrong action falls exponentially in M; where they do not, no context length corrects it.  Proofs:
+notes/policy.md.
 """
 
 import jax
@@ -26,7 +27,7 @@ def bias_margin(values: Array, Qstar: Array, tolerance: float = 1e-9) -> Array:
     values, Qstar [..., A] -> [...]: positive where the right action survives the bias, negative where the bias flips it for
     every M, infinite where every action is optimal.
     """
-    level = tolerance * jnp.maximum(1.0, jnp.max(jnp.abs(Qstar)))
+    level = tolerance * jnp.max(jnp.abs(Qstar))
     optimal = Qstar >= jnp.max(Qstar, axis=-1, keepdims=True) - level
     right = jnp.max(jnp.where(optimal, values, -jnp.inf), axis=-1)
     wrong = jnp.max(jnp.where(optimal, -jnp.inf, values), axis=-1)

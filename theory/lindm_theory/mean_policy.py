@@ -4,7 +4,7 @@ V^pi is linear in the rule of every stage separately. If the contexts of differe
 pihat_1, ..., pihat_H are independent, and the mean over contexts of V^pihat is V^pibar with pibar_h(a|s) = P(pihat_h(s) = a): an
 equality. So E SubOpt is at most the largest loss of any policy with pi_h(a|s) <= cap_h(s,a), for any upper bounds cap on those
 probabilities, and dynamic programming finds that maximum. Caps come from the exact mean and variance of Qhat(s,b) - Qhat(s,a).
-Caps in {0, 1} turn the same programme into a bound that holds with high probability.  Proofs: notes/policy.md.
+Caps in {0, 1} turn the same program into a bound that holds with high probability.  Proofs: notes/policy.md.
 """
 
 import jax
@@ -127,7 +127,7 @@ def decay_exponent(gap: Array, margin: Array, variance: Array, bound: Array, tol
 
     E SubOpt <= H (A - 1) max(gap) exp(-M exponent): the margin claim. Zero when the bias alone leaves some wrong action possible.
     """
-    level = tolerance * jnp.maximum(1.0, jnp.max(gap))
+    level = tolerance * jnp.max(gap)
     positive = margin > 0
     rate = jnp.where(positive, bernstein_exponent(jnp.where(positive, margin, 1.0), variance, bound), 0.0)
     return jnp.min(jnp.where(gap > level, jnp.max(rate, axis=-1), jnp.inf))

@@ -1,4 +1,4 @@
-"""Without an oracle: labels r + max_a Qhat_{h+1}(s', a) (in-context least-squares value iteration), and pessimism.
+"""Labels without an oracle: r + max_a Qhat_{h+1}(s', a) (in-context least-squares value iteration), and pessimism.
 
 Residual of a stage: l_h = T_h Vhat_{h+1} - Qhat_h with (T_h V)(s,a) = r_h(s,a) + P_h(.|s,a)'V, Vhat_h = max_a Qhat_h and
 Vhat_{H+1} = 0.
@@ -6,7 +6,7 @@ The decomposition of [JYW] Lemma 3.1, for pihat greedy in Qhat, is an equality:
 
     V*_1 - V^pihat_1 = sum_h E_{pi*}[l_h] - sum_h E_{pihat}[l_h] - sum_h E_{pi*}[Vhat_h(s) - Qhat_h(s, a)],
 
-and the last sum is not negative. So errors of the stages *add up*; they are not carried through all earlier stages.
+and the last sum is not negative. So errors of the stages add up; they are not multiplied through earlier stages.
 Proofs: notes/offline.md.
 """
 

@@ -1,7 +1,7 @@
 """From Qhat to the policy: a ladder of upper bounds on V*_1 - V^pihat_1, from the identity down to rung 4.
 
 Every function takes the arrays of one task; `vmap` over tasks. Arrays: occupancy [H, S] is d_h^pihat, Qstar and Qhat [H, S, A],
-pihat [H, S] integer and greedy in Qhat (ties broken anyhow). D_h = Qhat_h - Q*_h. The rungs on whole contexts (mean policy,
+pihat [H, S] integer and greedy in Qhat (any tie rule). D_h = Qhat_h - Q*_h. The rungs on whole contexts (mean policy,
 high probability) are in `theory/lindm_theory/mean_policy.py` and `theory/lindm_theory/concentration.py`. Proofs: notes/policy.md.
 """
 
@@ -41,7 +41,7 @@ def loss_identity(occupancy: Array, Qstar: Array, pihat: Array) -> Array:
 
 
 def best_scale(weights: Array, Qstar: Array, Qhat: Array, steps: int = 60) -> Array:
-    """c >= 0 that minimises f(c) = sum_s weights_s span_a(c Qhat(s,.) - Q*(s,.)).  weights [S], Q [S, A] -> [].
+    """c >= 0 that minimizes f(c) = sum_s weights_s span_a(c Qhat(s,.) - Q*(s,.)).  weights [S], Q [S, A] -> [].
 
     f is convex and piecewise linear, and f(c) >= f(0) once c >= 2 f(0) / sum_s weights_s span Qhat(s,.): bisection of its
     subgradient on that interval. c = 1 is among the candidates, so rung 1 never exceeds rung 2. Every c >= 0 gives a valid bound.
@@ -73,7 +73,7 @@ def best_scale(weights: Array, Qstar: Array, Qhat: Array, steps: int = 60) -> Ar
 def span_rung(occupancy: Array, Qstar: Array, Qhat: Array) -> tuple[Array, Array]:
     """Rung 1 (ours): sum_h min_{c_h >= 0} E_{d_h^pihat} span_a(c_h Qhat_h - Q*_h).  -> bound [], c [H].
 
-    Greedy is blind to a positive scale and to any function of s, and so is this bound.
+    The greedy policy does not depend on a positive scale or on a function of s, nor does this bound.
     """
     c = jax.vmap(best_scale)(occupancy, Qstar, Qhat)
     return jnp.sum(occupancy * _span(c[:, None, None] * Qhat - Qstar)), c
@@ -98,10 +98,11 @@ def _statewise_scale(Qstar: Array, Qhat: Array) -> Array:
 def strict_gap(Qstar: Array, tolerance: float = 1e-9) -> Array:
     """Delta(s): V*(s) minus the value of the best *strictly* worse action (ours).  [..., A] -> [...]; infinity if there is none.
 
-    Actions within tolerance * max(1, max|Q*|) of the best count as optimal: a tie broken by rounding must not pass for a gap.
+    Actions within tolerance * max|Q*| of the best are optimal: a tie broken by rounding is not a gap, at any scale of the
+    rewards.
     """
     gap = jnp.max(Qstar, axis=-1, keepdims=True) - Qstar
-    level = tolerance * jnp.maximum(1.0, jnp.max(jnp.abs(Qstar)))
+    level = tolerance * jnp.max(jnp.abs(Qstar))
     return jnp.min(jnp.where(gap > level, gap, jnp.inf), axis=-1)
 
 
@@ -121,7 +122,7 @@ def margin_statewise_rung(occupancy: Array, Qstar: Array, Qhat: Array) -> Array:
 
 def _margin(occupancy: Array, Qstar: Array, spans: Array) -> Array:
     # the slack keeps a span that equals the gap up to rounding inside the indicator, so that the bound stays one
-    slack = 1e-9 * jnp.maximum(1.0, jnp.max(jnp.abs(Qstar)))
+    slack = 1e-9 * jnp.max(jnp.abs(Qstar))
     return jnp.sum(occupancy * jnp.where(spans >= strict_gap(Qstar) - slack, spans, 0.0))
 
 
@@ -133,7 +134,7 @@ def sup_rung(occupancy: Array, Qstar: Array, Qhat: Array) -> Array:
 def error_parts(phi: Array, A: Array, Lambda: Array, w: Array, S: Array) -> tuple[Array, Array]:
     """phi'(A_h Lambda_h - I) w_h and phi' A_h (S_h - Lambda_h w_h): they sum to D_h when Qhat_h = phi' A_h S_h.
 
-    phi [S, A, d], A [H, d, d], Lambda [d, d] or [H, d, d], w and S [H, d] -> two arrays [H, S, A]. The optimisation part of
+    phi [S, A, d], A [H, d, d], Lambda [d, d] or [H, d, d], w and S [H, d] -> two arrays [H, S, A]. The optimization part of
     weights Ahat is phi'(Ahat_h - A_h) S_h.
     """
     mean = jnp.einsum("hij,hj->hi", jnp.broadcast_to(Lambda, A.shape), w)
@@ -142,9 +143,9 @@ def error_parts(phi: Array, A: Array, Lambda: Array, w: Array, S: Array) -> tupl
     return jnp.einsum("sad,hd->hsa", phi, bias), jnp.einsum("sad,hd->hsa", phi, estimation)
 
 
-def decomposed_rung(occupancy: Array, bias: Array, estimation: Array, optimisation: Array | None = None) -> Array:
-    """Rung 3: 2 sum_h E_{d_h^pihat}[max_a |bias| + max_a |estimation| (+ max_a |optimisation|)], parts [H, S, A].  -> []."""
-    parts = [bias, estimation] if optimisation is None else [bias, estimation, optimisation]
+def decomposed_rung(occupancy: Array, bias: Array, estimation: Array, optimization: Array | None = None) -> Array:
+    """Rung 3: 2 sum_h E_{d_h^pihat}[max_a |bias| + max_a |estimation| (+ max_a |optimization|)], parts [H, S, A].  -> []."""
+    parts = [bias, estimation] if optimization is None else [bias, estimation, optimization]
     return 2.0 * sum((jnp.sum(occupancy * jnp.max(jnp.abs(part), axis=-1)) for part in parts), jnp.zeros((), bias.dtype))
 
 
@@ -164,8 +165,8 @@ def expected_rung_tight(span: Array, estimation: Array, bias: Array) -> Array:
 def scale_free_risk(A: Array, ESw: Array, ESS: Array, Psi: Array, Lambda_q: Array) -> Array:
     """min_c E ||c A S - w||^2_{Lq} = tr(Lq Psi) - max(tr(Lq A ESw), 0)^2 / tr(Lq A ESS A') (ours).  All [d, d] -> [].
 
-    ESw = E[S w'], ESS = E[S S'] of the test contexts. Greedy does not see c, so this may stand for est + bias in the tightened
-    rung 4, which then charges nothing for a bias that only rescales Qhat.
+    ESw = E[S w'], ESS = E[S S'] of the test contexts. The greedy policy does not depend on c, so this can replace est + bias in
+    the tightened rung 4, which then charges nothing for a bias that only rescales Qhat.
     """
     agreement = jnp.maximum(jnp.trace(Lambda_q @ A @ ESw), 0.0)
     return jnp.trace(Lambda_q @ Psi) - jnp.square(agreement) / jnp.trace(Lambda_q @ A @ ESS @ A.T)

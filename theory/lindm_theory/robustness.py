@@ -1,4 +1,4 @@
-"""Depth, shift and few tasks: what happens off the path of section 4.
+"""Depth, distribution shift and few training tasks.
 
 Derivations: notes/dependence-depth-shift.md.
 """

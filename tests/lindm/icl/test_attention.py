@@ -98,7 +98,7 @@ def test_reduced_attention_takes_preconditioned_gradient_steps(depth):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_full_attention_as_initialised_is_the_reduced_layer_with_its_matrix_a(depth):
+def test_full_attention_as_initialized_is_the_reduced_layer_with_its_matrix_a(depth):
     full = FullAttention(d, depth, rngs=nnx.Rngs(0), scale=0.7, dtype=jnp.float64)
     reduced = ReducedAttention(d, depth, A=full.A)
     np.testing.assert_allclose(full(a_prompt()), reduced(a_prompt()), rtol=1e-12)
@@ -107,7 +107,7 @@ def test_full_attention_as_initialised_is_the_reduced_layer_with_its_matrix_a(de
 
 @pytest.mark.parametrize("rngs", [None, nnx.Rngs(3)])
 @pytest.mark.parametrize("layer", [FullAttention, SoftmaxAttention])
-def test_the_initialisation_is_that_of_zhang_frei_bartlett(layer, rngs):
+def test_the_initialization_is_that_of_zhang_frei_bartlett(layer, rngs):
     layer = layer(d, 2, rngs=rngs, scale=0.5, dtype=jnp.float64)
     for U, u, z, v in zip(layer.U, layer.u, layer.z, layer.v, strict=True):
         assert np.linalg.norm(U) == pytest.approx(0.5, rel=1e-12)
@@ -163,7 +163,7 @@ def test_linear_layers_do_not_see_the_order_of_the_pairs_and_positions_do():
     assert np.abs(placed(prompt) - placed(turned)).max() > 1e-3
 
 
-def test_small_softmax_attention_is_linear_attention_on_centred_pairs():
+def test_small_softmax_attention_is_linear_attention_on_centered_pairs():
     # softmax(s)_i = (1 + s_i - mean s) / N + O(s^2), so F = u (mean y + cov(y, x) U x_q)
     layer, prompt = SoftmaxAttention(d, scale=1e-4, dtype=jnp.float64), a_prompt()
     x, y, query = (np.asarray(a) for a in (prompt.x, prompt.y, prompt.query))

@@ -260,7 +260,7 @@ def test_contexts_of_different_stages_are_drawn_independently():
 
 
 @pytest.mark.parametrize("law", ["noisy", "bounded", "return"])
-def test_label_laws_of_a_task_are_centred_on_the_oracle(law):
+def test_label_laws_of_a_task_are_centered_on_the_oracle(law):
     P, r, rho = numpy_mdp(16)
     mdp = as_mdp(P, r, rho)
     phi = np.eye(S * A).reshape(S, A, S * A)

@@ -570,7 +570,7 @@ def test_the_tolerance_is_that_of_pomdp_solve(row, off):
 
 
 def tree_value(m: Model, gamma: float, horizon: int) -> float:
-    """The best expected discounted reward: recursion over normalised beliefs, which are remembered."""
+    """The best expected discounted reward: recursion over normalized beliefs, which are remembered."""
     seen: dict = {}
 
     def value(b: np.ndarray, left: int) -> float:

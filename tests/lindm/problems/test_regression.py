@@ -37,7 +37,7 @@ def test_shapes_are_those_of_the_contract(drawn):
     assert w.shape == (TASKS, D)
 
 
-def test_features_and_queries_are_centred_with_second_moment_lambda(drawn):
+def test_features_and_queries_are_centered_with_second_moment_lambda(drawn):
     prompt, _, _ = drawn
     for points in (prompt.x[:, 1], prompt.query[:, 0]):
         assert_mean(points, np.zeros(D))
@@ -51,7 +51,7 @@ def test_fourth_moments_are_gaussian_by_isserlis(drawn):
     assert_mean(sampled, 2 * LAMBDA @ PSI @ LAMBDA + np.trace(PSI @ LAMBDA) * LAMBDA)
 
 
-def test_task_vectors_are_centred_with_second_moment_psi(drawn):
+def test_task_vectors_are_centered_with_second_moment_psi(drawn):
     w = drawn[2]
     assert_mean(w, np.zeros(D))
     assert_mean(w[:, :, None] * w[:, None, :], PSI)

@@ -235,7 +235,7 @@ def test_the_largest_of_functions_that_bend_as_their_slopes_allow_keeps_to_its_s
         return (at + np.where(bent > 0, ends.max(0).sum(-1), ends.min(0).sum(-1))).max(1)
 
     for i, j in itertools.permutations(range(S), 2):
-        way = (np.eye(S)[i] - np.eye(S)[j]) * ball[:, None] / 2  # from the centre to the rim
+        way = (np.eye(S)[i] - np.eye(S)[j]) * ball[:, None] / 2  # from the center to the rim
         d = np.array([0.5, 0.99, 1.0])[:, None, None] * way
         for here, there in itertools.combinations((0 * way, *d), 2):
             step = there - here

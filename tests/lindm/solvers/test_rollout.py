@@ -25,7 +25,7 @@ def test_the_oracle_earns_its_value_in_the_game_that_nature_plays(brute, alpha):
     five_errors(np.asarray(episodes.r.sum(-1)), tree.value(problem))
 
 
-def test_a_uniform_behaviour_earns_the_value_of_the_uniform_policy_of_a_pomdp(brute):
+def test_a_uniform_behavior_earns_the_value_of_the_uniform_policy_of_a_pomdp(brute):
     cloud = brute.random(12, M=1, H=4).problem()
     problem = jax.tree.map(lambda x: x[0], cloud.models)
     episodes, labels = demonstrate(jax.random.key(1), solve(problem), 20_000, 1.0)
@@ -80,7 +80,7 @@ def test_nature_takes_the_worst_model_with_the_probability_of_the_attitude(brute
         five_errors(taken_here == np.argmax(G), 0.3)
 
 
-def test_an_mdp_is_demonstrated_and_labelled_at_its_states():
+def test_an_mdp_is_demonstrated_and_labeled_at_its_states():
     rng = np.random.default_rng(0)
     S, A, H = 4, 3, 5
     problem = MDP(
