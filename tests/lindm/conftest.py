@@ -1,4 +1,4 @@
-"""Ambiguous problems by brute force: plain recursion over histories in numpy, normalised beliefs, no table of any kind."""
+"""Ambiguous problems by brute force: plain recursion over histories in numpy, with normalized beliefs and no tables."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from lindm.types import APOMDP, POMDP
 
 
 class Brute:
-    """A cloud as numpy arrays: P [M, H|1, S, A, S], O [M, H|1, A, S, O], r [M, H, S, A], rho [M, S]; what follows from them."""
+    """An APOMDP as numpy arrays: P [M, H|1, S, A, S], O [M, H|1, A, S, O], r [M, H, S, A], rho [M, S]; its values and policies."""
 
     def __init__(self, P, O, r, rho, alpha):
         self.P, self.O, self.r, self.rho, self.alpha = (np.asarray(x, float) for x in (P, O, r, rho, alpha))
@@ -27,8 +27,8 @@ class Brute:
         return cls(P, Z, r, np.repeat(rho[:1], M, 0) if same_start else rho, alpha)
 
     def problem(self) -> APOMDP:
-        cloud = POMDP(P=jnp.asarray(self.P), O=jnp.asarray(self.O), r=jnp.asarray(self.r), rho=jnp.asarray(self.rho))
-        return APOMDP(models=cloud, alpha=jnp.asarray(self.alpha))
+        models = POMDP(P=jnp.asarray(self.P), O=jnp.asarray(self.O), r=jnp.asarray(self.r), rho=jnp.asarray(self.rho))
+        return APOMDP(models=models, alpha=jnp.asarray(self.alpha))
 
     def step(self, b, t, a, m, o):
         """Probability of o and the next belief."""

@@ -1,4 +1,4 @@
-"""Small worlds in numpy: what the predictions are compared with shares no code with them."""
+"""Small problems in numpy, which share no code with the predictions that are compared with them."""
 
 from dataclasses import dataclass
 

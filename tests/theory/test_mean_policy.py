@@ -92,7 +92,7 @@ def test_the_moments_of_the_differences_are_those_of_enumeration(world, noise):
             np.testing.assert_allclose([m[h, s, a, b] for m in got], expected, atol=1e-10)
 
 
-def test_the_greedy_filling_solves_the_linear_programme(world):
+def test_the_greedy_filling_solves_the_linear_program(world):
     W = world(5)
     rng = np.random.default_rng(5)
     caps = np.minimum(rng.uniform(0.1, 0.9, size=W.r.shape), 1.0)

@@ -75,7 +75,7 @@ def test_the_rungs_are_those_of_loops(world, seed):
     np.testing.assert_allclose(sup(*args), two, rtol=1e-12)
 
 
-def test_rung_1_does_not_see_a_positive_scale_and_a_shift_of_each_state_and_rung_2_does(world):
+def test_rung_1_is_invariant_to_a_positive_scale_and_a_shift_of_each_state_and_rung_2_is_not(world):
     W = world(0)
     occupancy = W.occupancy(W.Qstar.argmax(-1))
     Qhat = 0.1 * W.Qstar + np.random.default_rng(0).normal(size=(3, 4, 1))

@@ -1,4 +1,4 @@
-"""The bench must measure the same work on both sides, against a risk that is exact."""
+"""The benchmark measures the same work on both sides, against an exact risk."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Both sides of the bench solve the same problems, and its rows say so."""
+"""Both sides of the benchmark solve the same problems."""
 
 import importlib.util
 import itertools
@@ -63,7 +63,7 @@ def test_action_values_from_a_peers_values_are_those_of_backward_induction():
 
 
 def test_the_textbook_recursion_is_the_sum_over_all_ways_that_a_plan_can_go():
-    """Enumeration over plans and paths of two stages, with unnormalised probabilities."""
+    """Enumeration over plans and paths of two stages, with unnormalized probabilities."""
     P, O, r, rho = (arrays[0] for arrays in solvers.pomdp_models(1))
     S, A, n = solvers.TREE_SIZE
     best = -np.inf
@@ -125,7 +125,7 @@ def a_table():
     return solvers.rows(mdps(1.0), trees(1.0), {"quantecon": mdps(3.0), "pymdptoolbox": None}, trees(5.0), NAMES)
 
 
-def test_every_row_has_the_fields_of_a_bench_and_says_how_many_times_better_ours_is():
+def test_every_row_has_the_fields_of_a_benchmark_and_the_factor_by_which_ours_is_better():
     table = a_table()
     assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
     assert len({(row["work"], row["peer_name"]) for row in table}) == len(table)

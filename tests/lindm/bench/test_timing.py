@@ -1,4 +1,4 @@
-"""What both benches measure with."""
+"""Measurement functions of the benchmarks."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def test_the_cost_is_that_of_the_best_call_and_counts_every_one():
     assert 0 < few < timing.cpu_seconds(lambda: sum(range(2_000_000)))
 
 
-def test_a_timed_call_gives_back_what_it_found():
+def test_a_timed_call_returns_its_result():
     seconds, found = timing.timed(lambda: {"x": np.arange(3), "y": jnp.ones(2)})
     assert seconds >= 0
     np.testing.assert_array_equal(found["x"], [0, 1, 2])
@@ -45,7 +45,7 @@ print(peak_growth(lambda: np.ones((64, 1 << 17)).sum()), peak_growth(lambda: Non
     assert 60 < large < 100 and none < 10 and peak > large
 
 
-def test_a_ratio_says_how_many_times_better_ours_is():
+def test_a_ratio_is_the_factor_by_which_ours_is_better():
     assert timing.row("w", 6.0, 2.0, "p", "1/s", timing.MORE)["ratio"] == 3
     assert timing.row("w", 6.0, 2.0, "p", "s", timing.LESS)["ratio"] == pytest.approx(1 / 3)
     assert timing.row("w", 6.0, 2.0, "p", "steps", timing.NEITHER)["ratio"] is None

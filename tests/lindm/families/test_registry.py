@@ -1,4 +1,4 @@
-"""Problems by what a user types."""
+"""Problems from files and names."""
 
 from pathlib import Path
 
@@ -45,14 +45,14 @@ def test_one_file_is_a_pomdp_with_its_names_and_its_discount(coins):
     np.testing.assert_array_equal(undiscounted.r[:, 0, 1], [1, 1, 1])
 
 
-def test_several_files_are_a_cloud_named_after_them(coins):
+def test_several_files_are_an_apomdp_with_models_named_after_them(coins):
     source = load_problem(coins, horizon=2, alpha=0.25)
     assert isinstance(source.problem, APOMDP) and float(source.problem.alpha) == 0.25
     assert source.models == ("fair", "foggy")
     np.testing.assert_array_equal(source.problem.models.O[:, 0, 0, 0], [[0.75, 0.25], [0.5, 0.5]])
 
 
-def test_a_shipped_problem_goes_by_its_name():
+def test_a_problem_that_ships_with_lindm_has_a_name():
     source = load_problem(["prostate"], horizon=4, alpha=0.3)
     wanted = prostate(4, 0.3)
     assert isinstance(source.problem, APOMDP)
@@ -90,7 +90,7 @@ def test_files_of_one_stem_keep_their_paths_apart(coins, tmp_path):
     assert load_problem([coins[0], str(twin)], horizon=1, alpha=1.0).models == (coins[0], str(twin))
 
 
-def test_models_of_different_problems_are_no_cloud(coins, tmp_path):
+def test_models_of_different_problems_raise_an_error(coins, tmp_path):
     other = tmp_path / "other.pomdp"
     other.write_text(COIN.format(p=0.5, q=0.5).replace("call", "bet"))
     with pytest.raises(LindmError, match=r"other.pomdp: actions must be as in") as stop:

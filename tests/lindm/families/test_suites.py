@@ -1,4 +1,4 @@
-"""Named suites: their sizes, their splits and the gap that every task of theirs keeps."""
+"""Suites: their sizes, their splits and the action gap of every task."""
 
 from dataclasses import replace
 from functools import partial
@@ -48,13 +48,13 @@ def numpy_lead(world):
     return lead
 
 
-def test_the_action_gap_is_the_least_lead_that_the_oracles_play_meets(brute):
+def test_the_action_gap_is_the_smallest_one_on_histories_of_the_optimal_policy(brute):
     for seed in range(4):
         world = brute.random(seed, S=3, A=3, O=2, M=2, H=3, alpha=0.4)
         np.testing.assert_allclose(action_gap(world.problem()), numpy_lead(world), rtol=1e-9)
 
 
-def test_the_action_gap_of_an_mdp_is_its_least_lead_anywhere():
+def test_the_action_gap_of_an_mdp_is_the_smallest_one_over_all_states():
     Q = np.random.default_rng(0).normal(size=(3, 4, 3))
     steady = jnp.broadcast_to(jnp.eye(4)[:, None], (1, 4, 3, 4)) * 0 + 0.25
     r = Q.copy()
@@ -64,7 +64,7 @@ def test_the_action_gap_of_an_mdp_is_its_least_lead_anywhere():
 
 
 @pytest.mark.parametrize("name", suites.NAMES)
-def test_every_task_keeps_the_gap_and_has_rewards_in_round_numbers(name):
+def test_every_task_has_the_gap_and_rewards_in_round_numbers(name):
     suite = suites.suite(name, suites.HORIZONS[name][0], "ood")
     keys = jax.random.split(jax.random.key(1), 20)
     tasks = jax.jit(lambda keys: jax.lax.map(lambda key: suites.draw_task(key, suite), keys))(keys)
@@ -101,6 +101,6 @@ def test_a_single_action_has_no_rival():
         (("mdp", 4, "test"), "split must be one of id, ood; got 'test'"),
     ],
 )
-def test_unknown_suites_horizons_and_splits_are_refused(arguments, rule):
+def test_unknown_suites_horizons_and_splits_raise_an_error(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         suites.suite(*arguments)

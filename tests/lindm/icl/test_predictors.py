@@ -194,7 +194,7 @@ def test_weights_may_be_traced_so_that_gradients_pass():
         (lambda: predictors.bayes(np.eye(2), 0.1, np.array([0.0, np.inf])), "mean must be finite"),
     ],
 )
-def test_predictors_out_of_range_are_refused_by_name(build, rule):
+def test_predictors_out_of_range_raise_an_error_that_names_them(build, rule):
     with pytest.raises(ValueError, match=rule):
         build()
 
@@ -311,7 +311,7 @@ def test_bootstrap_hands_every_stage_its_own_index():
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan])
-def test_value_iteration_refuses_a_penalty_that_leaves_the_system_singular(bad):
+def test_a_penalty_that_leaves_the_system_singular_raises_an_error(bad):
     data = tuple(map(jnp.asarray, offline(0)))
     with pytest.raises(ValueError, match="lam must be finite and greater than 0"):
         predictors.lsvi(*data, lam=bad)

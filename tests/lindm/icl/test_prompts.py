@@ -94,7 +94,7 @@ def test_pairs_drawn_in_a_shape_are_independent_between_its_rows():
         ([], "design"),
     ],
 )
-def test_a_design_that_is_no_law_is_refused(design, rule):
+def test_a_design_that_is_no_law_raises_an_error(design, rule):
     with pytest.raises(ValueError, match=rule):
         prompts.design_cdf(np.array(design))
 
@@ -208,7 +208,7 @@ def test_a_chain_of_length_one_is_its_first_pair():
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5])
-def test_numbers_of_draws_that_are_no_counts_are_refused(bad):
+def test_numbers_of_draws_that_are_no_counts_raise_an_error(bad):
     with pytest.raises(ValueError, match="n must be a whole number"):
         rollout(jax.random.key(0), as_mdp(*numpy_mdp(0)), jnp.zeros((H, S), jnp.int32), bad)
     with pytest.raises(ValueError, match="length must be a whole number"):

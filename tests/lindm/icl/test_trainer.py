@@ -114,14 +114,14 @@ def test_softmax_attention_trains_through_the_same_interface():
     assert losses[-20:].mean() < 0.7 * losses[0]
 
 
-def test_query_columns_have_the_second_moment_they_are_asked_for():
+def test_query_columns_have_the_given_second_moment():
     a = np.random.default_rng(0).normal(size=(4, 4))
     Lambda = a @ a.T + np.eye(4)
     columns = np.asarray(query_columns(jnp.asarray(Lambda)))
     np.testing.assert_allclose(columns.T @ columns / 4, Lambda, rtol=1e-12)
 
 
-def test_many_runs_at_once_are_the_runs_one_by_one():
+def test_parallel_runs_equal_single_runs():
     keys, ns = jax.random.split(jax.random.key(5), 3), jnp.array([4, 9, N])
     roots = jnp.stack([F32(s) * jnp.eye(2, dtype=F32) for s in (0.5, 1.0, 1.5)])
     many, losses = train_many(ReducedAttention(2), draw_gaussian, keys, steps=20, data=(roots, ns))
@@ -226,7 +226,7 @@ def test_a_wrong_option_is_named_with_its_rule(options, rule):
         train(ReducedAttention(2), draw_gaussian, jax.random.key(0), **{"steps": 3, "data": f32(np.eye(2))} | options)
 
 
-def test_a_draw_and_data_that_do_not_fit_are_refused():
+def test_a_draw_and_data_that_do_not_fit_raise_an_error():
     with pytest.raises(ValueError, match=r"draw must return target\[B,Q\]"):
         train(ReducedAttention(2), draw_badly, jax.random.key(0), steps=3)
     with pytest.raises(ValueError, match="data must have the leading axis R = 2"):

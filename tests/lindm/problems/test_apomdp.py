@@ -1,4 +1,4 @@
-"""Clouds: the door, the laws of random ones, the problem from medicine, and the two POMDPs in disguise.
+"""Ambiguous POMDPs: their checks, the laws of random ones, and the two kinds that are equivalent to POMDPs.
 
 Values come from the definition, by a recursion over beliefs in numpy that keeps one belief per model.
 """
@@ -87,33 +87,33 @@ def test_a_single_stage_is_repeated_where_another_model_has_all_stages():
     np.testing.assert_array_equal(cloud.P[1], full.P)
 
 
-def test_models_of_mixed_precision_become_one_cloud():
+def test_models_of_mixed_precision_become_one_apomdp():
     first, second = models(3)
     problem = apomdp([jax.tree.map(lambda x: x.astype(jnp.float32), first), second], 0.5)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float64"}
 
 
-def test_no_model_is_refused():
+def test_an_apomdp_without_models_raises_an_error():
     with pytest.raises(ValueError, match="models must hold at least one POMDP; got none"):
         apomdp([], 0.5)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, np.nan, [0.5, 0.5]])
-def test_an_attitude_out_of_range_is_refused(alpha):
+def test_alpha_out_of_range_raises_an_error(alpha):
     for make in (lambda: apomdp(models(0), alpha), lambda: single(models(0)[0], alpha)):
         with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]; got"):
             make()
 
 
 @pytest.mark.parametrize("name", ["P", "O", "rho"])
-def test_a_broken_model_is_refused_by_its_index_and_field(name):
+def test_a_broken_model_raises_an_error_with_its_index_and_field(name):
     members = models(4, 3)
     members[2] = dataclasses.replace(members[2], **{name: 2 * getattr(members[2], name)})
     with pytest.raises(ValueError, match=rf"^model 2: each row of {name} must sum to one"):
         apomdp(members, 0.5)
 
 
-def test_models_of_different_shapes_are_refused_by_index():
+def test_models_of_different_shapes_raise_an_error_with_index():
     longer = dataclasses.replace(models(5)[0], r=jnp.zeros((H + 1, S, A)))
     with pytest.raises(ValueError, match=r"same shapes: r of model 1 has \(4, 2, 2\), of model 0 \(3, 2, 2\)"):
         apomdp([models(5)[0], longer], 0.5)
@@ -122,7 +122,7 @@ def test_models_of_different_shapes_are_refused_by_index():
 
 
 @given(seed=st.integers(0, 10**6), alpha=st.floats(0.0, 1.0))
-def test_a_single_model_has_the_value_of_its_pomdp_whatever_the_attitude(seed, alpha):
+def test_a_single_model_has_the_value_of_its_pomdp_for_every_alpha(seed, alpha):
     member = models(seed, 1)[0]
     problem = single(member, alpha)
     apomdp([jax.tree.map(lambda x: x[0], problem.models)], problem.alpha)
@@ -142,7 +142,7 @@ def drawn(key, distance, c, quality):
 
 
 @given(seed=st.integers(0, 10**6), distance=st.floats(0.0, 1.0), c=st.floats(0.01, 100.0), quality=st.floats(0.0, 1.0))
-def test_drawn_clouds_pass_the_door_and_models_are_no_further_apart_than_asked(seed, distance, c, quality):
+def test_random_apomdps_are_valid_and_their_models_are_within_the_distance(seed, distance, c, quality):
     problem = drawn(jax.random.key(seed), distance, c, quality)
     cloud = problem.models
     again = apomdp([jax.tree.map(lambda x, m=m: x[m], cloud) for m in range(3)], problem.alpha)
@@ -173,13 +173,13 @@ def test_models_at_distance_one_are_independent():
     assert abs(squares.mean() - 4 / 45) < 5 * squares.std() / np.sqrt(len(P))
 
 
-def test_numbers_of_a_cloud_may_be_traced():
+def test_numbers_of_a_random_apomdp_may_be_traced():
     traced = drawn(jax.random.key(0), 0.3, 0.5, 0.9)
     one = draw_apomdp(jax.random.key(0), 3, 2, 2, 2, 3, alpha=0.7, distance=0.3, concentration=0.5, quality=0.9, discount=0.9)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-300), traced, one)
 
 
-def test_random_clouds_come_in_single_precision():
+def test_random_apomdps_can_be_in_single_precision():
     problem = draw_apomdp(jax.random.key(0), S, A, O, H, M, concentration=0.01, discount=0.9, dtype=jnp.float32)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(problem)} == {"float32"}
     apomdp([jax.tree.map(lambda x, m=m: x[m], problem.models) for m in range(M)], problem.alpha)
@@ -195,7 +195,7 @@ def test_random_clouds_come_in_single_precision():
         ({"quality": 2.0}, "quality must be a number in"),
     ],
 )
-def test_random_clouds_out_of_range_are_refused_by_name(arguments, rule):
+def test_arguments_of_a_random_apomdp_out_of_range_raise_an_error_that_names_them(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         draw_apomdp(jax.random.key(0), **({"S": S, "A": A, "O": O, "H": H, "M": M} | arguments))
 
@@ -204,7 +204,7 @@ def test_random_clouds_out_of_range_are_refused_by_name(arguments, rule):
 
 
 @given(seed=st.integers(0, 10**6), count=st.sampled_from([1, 2, 3]), stages=st.sampled_from([(1, 1), (H, 1), (1, H), (H, H)]))
-def test_the_best_case_of_a_cloud_is_a_pomdp_over_pairs_of_action_and_model(seed, count, stages):
+def test_the_best_case_is_a_pomdp_over_pairs_of_action_and_model(seed, count, stages):
     problem = apomdp(models(seed, count, stages), 0.0)
     reduced = optimistic(problem)
     checked(reduced)
@@ -220,7 +220,7 @@ def test_two_models_and_an_attitude_of_at_most_a_half_are_a_pomdp(seed, alpha, s
     assert pomdp_value(reduced) == pytest.approx(value(problem), rel=1e-12, abs=1e-12)
 
 
-def test_actions_states_and_observations_of_the_reductions_are_numbered_as_promised():
+def test_actions_states_and_observations_of_the_reductions_are_numbered_as_documented():
     # three observations: no two axes that could be exchanged have the same length
     first, second = models(8, O=3)
     best, both = optimistic(apomdp([first, second], 0.0)), mixture(apomdp([first, second], 0.25))
@@ -237,7 +237,7 @@ def test_actions_states_and_observations_of_the_reductions_are_numbered_as_promi
     np.testing.assert_array_equal(both.rho[::2], first.rho)
 
 
-def test_reductions_are_refused_where_they_do_not_hold():
+def test_reductions_raise_an_error_where_they_do_not_hold():
     with pytest.raises(ValueError, match=r"alpha must be 0; got 0.1"):
         optimistic(apomdp(models(0), 0.1))
     with pytest.raises(ValueError, match=r"alpha must be at most 1/2; got 0.6"):

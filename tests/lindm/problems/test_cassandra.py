@@ -1,4 +1,4 @@
-"""Every form of the format against arrays made by hand, random models there and back, broken files, and known values."""
+"""Every form of the format against arrays made by hand, round trips of random models, broken files, and known values."""
 
 import itertools
 import re
@@ -428,7 +428,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("old, new, line, rule", BROKEN, ids=range(len(BROKEN)))
-def test_a_broken_file_is_refused_with_its_line_and_what_was_expected(old, new, line, rule):
+def test_a_broken_file_raises_an_error_with_its_line_and_what_was_expected(old, new, line, rule):
     assert FINE.count(old) == 1
     message = refusal(FINE.replace(old, new))
     assert message.startswith(f"f.pomdp:{line}: ") and rule in message, message
@@ -478,7 +478,7 @@ def test_the_text_to_break_is_whole():
     assert np.array_equal(got.P[:, 0], [[0, 0, 1], [0.5, 0, 0.5], [1 / 3, 1 / 3, 1 / 3]])
 
 
-def test_a_text_cut_anywhere_or_short_of_a_token_or_a_line_is_read_or_refused():
+def test_a_truncated_text_is_read_or_raises_an_error():
     tokens, lines = re.split(r"(\s+)", RICH), RICH.splitlines(keepends=True)
     for end in range(0, len(RICH), 2):
         survives(RICH[:end])
@@ -489,7 +489,7 @@ def test_a_text_cut_anywhere_or_short_of_a_token_or_a_line_is_read_or_refused():
 
 @settings(max_examples=150)
 @given(data=st.data())
-def test_a_text_with_anything_changed_is_read_or_refused(data):
+def test_a_changed_text_is_read_or_raises_an_error(data):
     tokens = re.split(r"(\s+|:)", RICH)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(tokens) - 1))
@@ -498,7 +498,7 @@ def test_a_text_with_anything_changed_is_read_or_refused(data):
     survives("".join(tokens))
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_not_text_raises_an_error(tmp_path):
     (tmp_path / "latin.pomdp").write_bytes("discount: 1\n# größe\n".encode("latin-1"))
     (tmp_path / "empty.pomdp").write_bytes(b"")
     for path, rule in (
@@ -516,7 +516,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "counts", ["states: 100000000\nactions: 1", "states: 7000\nactions: 2", "states: 1000000\nactions: 1000000"]
 )
-def test_an_absurd_size_is_refused_before_there_is_memory_for_it(counts):
+def test_an_absurd_size_raises_an_error_before_memory_is_allocated(counts):
     tracemalloc.start()
     message = refusal(f"discount: 1\n{counts}\nobservations: 1000000\nT: * identity O: * uniform")
     peak = tracemalloc.get_traced_memory()[1]
@@ -664,12 +664,12 @@ def test_a_model_becomes_a_problem_with_the_discount_in_its_rewards(discount, ga
     "horizon, discount, name",
     [(0, None, "horizon"), (2.5, None, "horizon"), (3, 0, "discount"), (3, 1.1, "discount"), (3, float("nan"), "discount")],
 )
-def test_a_horizon_or_a_discount_that_is_none_is_refused(horizon, discount, name):
+def test_an_invalid_horizon_or_discount_raises_an_error(horizon, discount, name):
     with pytest.raises(ValueError, match=f"^{name} must"):
         to_pomdp(parse(RICH), horizon, discount)
 
 
-def test_models_of_one_problem_go_together_and_others_are_refused_by_name():
+def test_models_of_one_problem_fit_together_and_others_raise_an_error_that_names_them():
     one, two = parse(RICH), parse(RICH.replace("0.85 0.15", "0.75 0.25"))
     problems = to_pomdps([one, two], ["one", "two"], 3)
     assert len(problems) == 2 and problems[1].O[0, 1, 0, 0] == 0.75 and problems[0].r.shape == (3, S, A)
@@ -689,6 +689,6 @@ def test_models_of_one_problem_go_together_and_others_are_refused_by_name():
             to_pomdps(models, names, 3)
 
 
-def test_the_words_of_the_format_are_all_refused_as_names():
+def test_reserved_words_of_the_format_are_not_names():
     for word in cassandra.RESERVED:
         assert "word of the format" in refusal(FINE.replace("states: a b c", f"states: a b c {word}"))

@@ -1,4 +1,4 @@
-"""Linear MDPs: the families, the change of coordinates, and the door for problems built by hand."""
+"""Linear MDPs: the families, the change of coordinates, and the checks of a user's arrays."""
 
 import itertools
 from dataclasses import replace
@@ -134,7 +134,7 @@ def test_a_family_in_single_precision_gives_tasks_in_single_precision(family):
         ({"high": float("inf")}, "low and high must be finite"),
     ],
 )
-def test_families_out_of_range_are_refused_by_name(arguments, rule):
+def test_families_out_of_range_raise_an_error_that_names_them(arguments, rule):
     sizes = {"S": S, "A": A, "H": H} | arguments
     with pytest.raises(ValueError, match=rule):
         onehot_family(**sizes)
@@ -142,7 +142,7 @@ def test_families_out_of_range_are_refused_by_name(arguments, rule):
         simplex_family(jax.random.key(0), d=D, **sizes)
 
 
-def test_a_family_of_no_features_is_refused():
+def test_a_family_of_no_features_raises_an_error():
     with pytest.raises(ValueError, match="d must be a whole number"):
         simplex_family(jax.random.key(0), S, A, 0, H)
     with pytest.raises(ValueError, match="feature_power must be finite"):
@@ -153,7 +153,7 @@ def test_a_family_of_no_features_is_refused():
 
 
 @pytest.mark.parametrize("kappa", [1.0, 10.0, 1e4])
-def test_carried_features_have_exactly_the_covariance_asked_for(family, kappa):
+def test_carried_features_have_exactly_the_given_covariance(family, kappa):
     C = random_covariance(1, kappa)
     design = jnp.asarray(np.random.default_rng(2).dirichlet(np.ones(S * A)))
     for start in (family, replace(family, design=design)):
@@ -182,7 +182,7 @@ def test_carrying_twice_is_carrying_once(family):
 
 
 @given(seed=st.integers(0, 10**6))
-def test_any_invertible_change_of_coordinates_is_the_same_problem_at_the_door(seed):
+def test_any_invertible_change_of_coordinates_gives_the_same_valid_problem(seed):
     arrays = by_hand(seed)
     T = np.random.default_rng(seed + 1).normal(size=(D, D)) + 3 * np.eye(D)
     back = np.linalg.inv(T).T
@@ -202,7 +202,7 @@ def test_any_invertible_change_of_coordinates_is_the_same_problem_at_the_door(se
         (np.ones(D), "C must be a square matrix"),
     ],
 )
-def test_a_covariance_that_is_none_is_refused(family, C, rule):
+def test_a_covariance_that_is_none_raises_an_error(family, C, rule):
     with pytest.raises(ValueError, match=rule):
         carry(family, C)
 
@@ -237,7 +237,7 @@ def test_arrays_of_mixed_precision_become_one_problem_that_can_be_planned(name):
     assert plan_linear(problem)[1].shape == (H, D)
 
 
-def test_a_drawn_task_passes_the_door(family):
+def test_a_drawn_task_is_valid(family):
     for member in (family, carry(family, random_covariance(4, 100.0))):
         task = draw_task(jax.random.key(0), member)
         linear_mdp(task.phi, task.mu, task.theta, task.rho)
@@ -245,7 +245,7 @@ def test_a_drawn_task_passes_the_door(family):
 
 @pytest.mark.parametrize("name", ["phi", "mu", "theta", "rho"])
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_values_that_are_not_finite_are_refused_by_name(name, bad):
+def test_values_that_are_not_finite_raise_an_error_that_names_them(name, bad):
     arrays = by_hand(2)
     arrays[name].reshape(-1)[3] = bad
     with pytest.raises(ValueError, match=f"^{name} must be finite"):
@@ -266,19 +266,19 @@ def test_values_that_are_not_finite_are_refused_by_name(name, bad):
         ("rho", (1, S)),
     ],
 )
-def test_a_wrong_shape_is_refused_by_name(name, shape):
+def test_a_wrong_shape_raises_an_error_that_names_it(name, shape):
     with pytest.raises(ValueError, match=f"^{name} must have shape"):
         linear_mdp(**(by_hand(3) | {name: np.full(shape, 0.25)}))
 
 
-def test_a_kernel_that_does_not_sum_to_one_is_refused():
+def test_a_kernel_that_does_not_sum_to_one_raises_an_error():
     arrays = by_hand(4)
     arrays["mu"][1, 2, 0] += 0.1
     with pytest.raises(ValueError, match=r"kernel P.* must sum to one"):
         linear_mdp(**arrays)
 
 
-def test_a_kernel_with_negative_probabilities_is_refused():
+def test_a_kernel_with_negative_probabilities_raises_an_error():
     arrays = by_hand(5)
     arrays["phi"][0, 0] = [1.0, 0.0, 0.0, 0.0]
     arrays["mu"][2, 0] = [1.3, -0.3, 0.0, 0.0, 0.0]
@@ -287,6 +287,6 @@ def test_a_kernel_with_negative_probabilities_is_refused():
 
 
 @pytest.mark.parametrize(("rho", "rule"), [([0.5, 0.5, 0.5, 0, 0], "sum to one"), ([1.5, -0.5, 0, 0, 0], "below zero")])
-def test_a_start_that_is_no_distribution_is_refused(rho, rule):
+def test_a_start_that_is_no_distribution_raises_an_error(rho, rule):
     with pytest.raises(ValueError, match=f"rho must .*{rule}"):
         linear_mdp(**(by_hand(6) | {"rho": np.array(rho)}))

@@ -1,4 +1,4 @@
-"""Tabular problems: what is accepted, what is refused, and the moments of the random ones."""
+"""Tabular problems: valid and invalid arrays, and the moments of random problems."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_arrays_of_mixed_precision_become_one_problem_that_can_be_solved(name):
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), shift=st.sampled_from([-2.0, -0.01, 0.01, 2.0]), name=st.sampled_from(["P", "rho"]))
-def test_a_kernel_or_start_with_one_wrong_entry_is_refused_by_name(seed, shift, name):
+def test_a_kernel_or_start_with_one_wrong_entry_raises_an_error_that_names_it(seed, shift, name):
     broken = arrays(seed)
     flat = broken[name].reshape(-1)
     flat[seed % flat.size] += shift
@@ -53,7 +53,7 @@ def test_a_kernel_or_start_with_one_wrong_entry_is_refused_by_name(seed, shift, 
 
 @pytest.mark.parametrize("name", ["P", "r", "rho"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused_by_name(name, bad):
+def test_values_that_are_not_finite_raise_an_error_that_names_them(name, bad):
     broken = arrays()
     broken[name].reshape(-1)[-1] = bad
     with pytest.raises(ValueError, match=f"^{name} must be finite"):
@@ -72,7 +72,7 @@ def test_values_that_are_not_finite_are_refused_by_name(name, bad):
         ("rho", np.full((1, S), 1 / S)),
     ],
 )
-def test_a_wrong_shape_is_refused_by_name(name, array):
+def test_a_wrong_shape_raises_an_error_that_names_it(name, array):
     with pytest.raises(ValueError, match=f"^{name} must have shape"):
         mdp(**(arrays() | {name: array}))
 
@@ -105,7 +105,7 @@ def test_a_larger_power_concentrates_rows_and_power_zero_makes_them_uniform():
     assert largest[-1] > 0.8
 
 
-def test_drawn_problems_pass_the_door_and_stay_in_the_reward_range():
+def test_drawn_problems_are_valid_and_stay_in_the_reward_range():
     problem = draw_mdp(jax.random.key(0), S, A, H, power=2.0, low=-1.0, high=0.5)
     checked = mdp(problem.P, problem.r, problem.rho)
     assert checked.P.shape == (H, S, A, S)
@@ -136,13 +136,13 @@ def test_drawn_rewards_fill_their_range_evenly_and_stages_differ():
         ({"power": float("nan")}, "power"),
     ],
 )
-def test_random_problems_out_of_range_are_refused_by_name(arguments, rule):
+def test_random_problems_out_of_range_raise_an_error_that_names_them(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         draw_mdp(jax.random.key(0), **({"S": S, "A": A, "H": H} | arguments))
 
 
 @given(seed=st.integers(0, 10**6), c=st.floats(0.01, 100.0), discount=st.floats(0.1, 1.0), step=st.sampled_from([0.0, 0.05, 0.3]))
-def test_stationary_problems_pass_the_door_and_discount_one_table(seed, c, discount, step):
+def test_stationary_problems_are_valid_and_discount_one_table(seed, c, discount, step):
     problem = draw_stationary_mdp(
         jax.random.key(seed), S, A, 4, concentration=c, low=-1.0, high=2.0, step=step, discount=discount
     )
@@ -155,7 +155,7 @@ def test_stationary_problems_pass_the_door_and_discount_one_table(seed, c, disco
 
 
 @pytest.mark.parametrize("c", [0.2, 3.0])
-def test_stationary_kernels_have_the_moments_of_the_dirichlet_law_asked_for(c):
+def test_stationary_kernels_have_the_moments_of_the_dirichlet_law(c):
     count = 20_000
     rows = np.asarray(
         jax.vmap(lambda k: draw_stationary_mdp(k, 3, 1, 1, concentration=c).P)(jax.random.split(jax.random.key(5), count))
@@ -221,6 +221,6 @@ def test_a_table_of_rewards_serves_every_stage_and_stages_keep_their_own():
         ({"discount": "high"}, "discount must be"),
     ],
 )
-def test_stationary_problems_out_of_range_are_refused_by_name(arguments, rule):
+def test_stationary_problems_out_of_range_raise_an_error_that_names_them(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         draw_stationary_mdp(jax.random.key(0), **({"S": S, "A": A, "H": H} | arguments))

@@ -1,4 +1,4 @@
-"""POMDPs: what is accepted, what is refused, and what the random ones must do; values by a recursion over beliefs in numpy."""
+"""POMDPs: valid and invalid arrays, and the laws of random problems; values by a recursion over beliefs in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_arrays_of_mixed_precision_become_one_problem(name):
 
 
 @given(seed=st.integers(0, 10**6), shift=st.sampled_from([-2.0, -0.01, 0.01, 2.0]), name=st.sampled_from(["P", "O", "rho"]))
-def test_a_law_with_one_wrong_entry_is_refused_by_name(seed, shift, name):
+def test_a_law_with_one_wrong_entry_raises_an_error_that_names_it(seed, shift, name):
     broken = arrays(seed)
     flat = broken[name].reshape(-1)
     flat[seed % flat.size] += shift
@@ -87,7 +87,7 @@ def test_a_law_with_one_wrong_entry_is_refused_by_name(seed, shift, name):
 
 @pytest.mark.parametrize("name", ["P", "O", "r", "rho"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused_by_name(name, bad):
+def test_values_that_are_not_finite_raise_an_error_that_names_them(name, bad):
     broken = arrays()
     broken[name].reshape(-1)[-1] = bad
     with pytest.raises(ValueError, match=f"^{name} must be finite"):
@@ -111,7 +111,7 @@ def test_values_that_are_not_finite_are_refused_by_name(name, bad):
         ("rho", np.full((1, S), 1 / S)),
     ],
 )
-def test_a_wrong_shape_is_refused_by_name(name, array):
+def test_a_wrong_shape_raises_an_error_that_names_it(name, array):
     with pytest.raises(ValueError, match=f"^{name} must have shape"):
         pomdp(**(arrays() | {name: array}))
 
@@ -127,13 +127,13 @@ def test_a_wrong_shape_is_refused_by_name(name, array):
         ({"discount": 1.5}, "discount must be"),
     ],
 )
-def test_horizons_and_discounts_that_do_not_fit_are_refused(arguments, rule):
+def test_horizons_and_discounts_that_do_not_fit_raise_an_error(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         pomdp(**(arrays() | arguments))
 
 
 @pytest.mark.parametrize("draw", [draw_mdp, draw_stationary_mdp])
-def test_a_revealed_mdp_passes_the_door_and_has_the_mdps_value_at_each_known_first_state(draw):
+def test_a_revealed_mdp_is_valid_and_has_the_mdps_value_at_each_known_first_state(draw):
     mdp = draw(jax.random.key(4), S, A, H)
     problem = reveal(mdp)
     pomdp(problem.P, problem.O, problem.r, problem.rho)
@@ -151,7 +151,7 @@ def drawn(key, c, quality, discount):
 
 
 @given(seed=st.integers(0, 10**6), c=st.floats(0.01, 100.0), quality=st.floats(0.0, 1.0), discount=st.floats(0.1, 1.0))
-def test_drawn_problems_pass_the_door(seed, c, quality, discount):
+def test_drawn_problems_are_valid(seed, c, quality, discount):
     problem = drawn(jax.random.key(seed), c, quality, discount)
     checked = pomdp(problem.P, problem.O, problem.r, problem.rho)
     assert checked.P.shape == (1, S, A, S) and checked.O.shape == (1, A, S, O) and checked.r.shape == (H, S, A)
@@ -221,6 +221,6 @@ def test_random_problems_come_in_single_precision():
         ({"concentration": -1.0}, "concentration must be"),
     ],
 )
-def test_random_problems_out_of_range_are_refused_by_name(arguments, rule):
+def test_random_problems_out_of_range_raise_an_error_that_names_them(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         draw_pomdp(jax.random.key(0), **({"S": S, "A": A, "O": O, "H": H} | arguments))

@@ -98,7 +98,7 @@ def test_a_stack_of_tasks_is_a_loop_over_keys():
 
 @settings(max_examples=25)
 @given(d=st.integers(2, 8), kappa=st.floats(1.0, 1e4), trace=st.floats(0.1, 50.0))
-def test_prescribed_covariances_have_the_condition_number_and_trace_asked_for(d, kappa, trace):
+def test_prescribed_covariances_have_the_given_condition_number_and_trace(d, kappa, trace):
     values = np.linalg.eigvalsh(np.asarray(covariance(d, kappa, trace)))
     assert values[-1] / values[0] == pytest.approx(kappa, rel=1e-9)
     assert values.sum() == pytest.approx(trace, rel=1e-12)
@@ -124,7 +124,7 @@ def test_the_trace_is_the_dimension_unless_given_and_one_dimension_works():
         ((3, 2.0, float("nan")), "trace must be"),
     ],
 )
-def test_covariances_out_of_range_are_refused_by_name(arguments, rule):
+def test_covariances_out_of_range_raise_an_error_that_names_them(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         covariance(*arguments)
 
@@ -139,7 +139,7 @@ def test_a_square_root_times_its_transpose_is_the_covariance(seed, d):
 
 
 @pytest.mark.parametrize("check", [check_covariance, square_root])
-def test_a_matrix_that_is_not_positive_definite_is_refused_under_its_name(check):
+def test_a_matrix_that_is_not_positive_definite_raises_an_error_that_names_it(check):
     with pytest.raises(ValueError, match=r"^Lambda must be positive definite .* got -0.3"):
         check(np.diag([1.0, -0.3]))
     with pytest.raises(ValueError, match=r"^Psi must be symmetric"):

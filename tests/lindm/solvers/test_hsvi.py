@@ -1,4 +1,4 @@
-"""Certified bounds against an independent recursion over the belief tree, published values, and their own promises."""
+"""Certified bounds against an independent recursion over the belief tree and published values."""
 
 from dataclasses import replace
 
@@ -257,14 +257,14 @@ def test_every_second_trial_also_visits_what_never_looks_worth_a_visit():
     assert (rooms[::2] == 1).all() and (rooms[1::2] == 2).any()
 
 
-def test_a_trial_goes_where_the_value_may_be_high_and_not_where_it_surely_is():
+def test_a_trial_follows_the_upper_bound_and_not_the_lower_one():
     r = np.zeros((4, 3, 2))
     r[:, 1] = 0.8
     r[[1, 2, 3], 2, [1, 0, 1]] = 1  # better, but not by one and the same action
     assert rooms_visited(r)[0] == 2
 
 
-def test_the_memory_is_what_the_formula_says():
+def test_the_memory_is_that_of_the_formula():
     problem = model(0)
     assert memory_bytes(problem, TRIALS) == sum(x.nbytes for x in jax.tree.leaves(hsvi(problem, trials=TRIALS)))
 

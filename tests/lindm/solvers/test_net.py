@@ -1,4 +1,4 @@
-"""The certified net against an independent recursion over histories: what it says always holds, and closes where it should."""
+"""The certified net against an independent recursion over histories: bounds hold everywhere, and close where they should."""
 
 import itertools
 import tracemalloc
@@ -345,7 +345,7 @@ def test_single_precision_does_not_crash():
     assert (np.asarray(lower) <= exact + 1e-4).all() and (exact <= np.asarray(upper) + 1e-4).all()
 
 
-def test_what_cannot_be_is_refused(merged):
+def test_invalid_arguments_raise_an_error(merged):
     problem = random_cloud(0, 2, 2, 2, 1, 2).problem()
     with pytest.raises(ValueError, match="points must be a whole number of at least 1; got 0"):
         nets.net(problem, points=0)

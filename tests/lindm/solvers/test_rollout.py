@@ -1,4 +1,4 @@
-"""Demonstrations around the oracle: their law, their labels, and what they earn on the average."""
+"""Demonstrations around the optimal policy: their law, their labels and their mean return."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def five_errors(sample, mean):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_the_oracle_earns_its_value_in_the_game_that_nature_plays(brute, alpha):
+def test_the_optimal_policy_earns_its_value_in_the_game_against_nature(brute, alpha):
     problem = brute.random(11, S=3, A=2, O=2, M=3, H=3, alpha=alpha).problem()
     episodes, labels = demonstrate(jax.random.key(0), solve(problem), 20_000, 0.0)
     np.testing.assert_array_equal(episodes.a, labels.action)
@@ -40,7 +40,7 @@ def test_epsilon_is_the_share_of_random_actions(brute):
     five_errors((np.asarray(episodes.a) != np.asarray(labels.action)).mean(-1), 0.15)  # half of them hit by chance
 
 
-def test_under_a_fixed_model_the_oracle_earns_its_value_under_that_model(brute):
+def test_under_a_fixed_model_the_optimal_policy_earns_its_value_under_that_model(brute):
     problem = brute.random(14, M=3, H=3, alpha=0.5).problem()
     solution = solve(problem)
     policy = tree.optimal_policy(problem, solution.tables)
@@ -50,7 +50,7 @@ def test_under_a_fixed_model_the_oracle_earns_its_value_under_that_model(brute):
         five_errors(np.asarray(episodes.r.sum(-1)), fixed_model_value(problem, policy, m))
 
 
-def test_every_step_has_the_oracles_answer_at_its_own_history(brute):
+def test_every_step_has_the_label_of_its_own_history(brute):
     world = brute.random(15, S=3, A=2, O=2, M=2, H=3, alpha=0.6, staged=True)
     problem = world.problem()
     episodes, labels = demonstrate(jax.random.key(3), solve(problem), 30, 0.7)
@@ -108,7 +108,7 @@ def test_an_mdp_is_demonstrated_and_labeled_at_its_states():
         (1, 0.0, -1, "nature must be a model from 0 to 1; got -1"),
     ],
 )
-def test_numbers_out_of_their_range_are_refused(brute, n, epsilon, nature, rule):
+def test_numbers_out_of_their_range_raise_an_error(brute, n, epsilon, nature, rule):
     problem = brute.random(0, M=2, H=1).problem()
     with pytest.raises(ValueError, match=rule):
         rollout.demonstrate(jax.random.key(0), solve(problem), n, epsilon, nature)

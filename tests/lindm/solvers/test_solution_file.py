@@ -1,4 +1,4 @@
-"""Solutions on disk: what is read is what was written, to the last bit; other files are refused."""
+"""Solutions on disk: they are read as they were written, to the last bit; other files raise an error."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_the_names_of_actions_are_kept(tmp_path):
     assert ld.load_solution(tmp_path / "solution.npz").first_action == solution.first_action == "defer"
 
 
-def test_another_file_is_refused(tmp_path):
+def test_another_file_raises_an_error(tmp_path):
     path = tmp_path / "solution.npz"
     path.write_bytes(b"no archive")
     with pytest.raises(DataError, match="not a solution"):

@@ -1,4 +1,4 @@
-"""One call for every problem: which method it takes, what its bounds promise, and what it refuses."""
+"""`solve`: the method, the bounds, the labels, the policy and the errors."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_an_mdp_has_the_mean_of_its_first_values():
 
 
 @pytest.mark.parametrize("method", ["hsvi", "net"])
-def test_labels_from_bounds_keep_their_promise(brute, method):
+def test_labels_from_bounds_are_valid(brute, method):
     certificates, losses = [], []
     for seed in range(4):
         problem = first_model(brute.random(40 + seed, S=4, A=3, O=3, M=1, H=4).problem())
@@ -103,7 +103,7 @@ def test_labels_of_given_episodes_are_those_of_the_rollout(small, brute):
         assert (np.asarray(again.certificate) == EXACT).all()
 
 
-def test_the_first_action_is_the_best_one_before_anything_is_seen(brute):
+def test_the_first_action_is_the_best_one_before_any_observation(brute):
     for seed in range(5):
         world = brute.random(seed, M=2, H=3)
         problem = world.problem()
@@ -127,7 +127,7 @@ def test_a_certified_method_takes_no_more_than_the_budget(brute):
         solve(problem, "net", budget=1000, effort=20_000)
 
 
-def test_a_long_horizon_is_not_unrolled_unasked():
+def test_a_long_horizon_is_not_unrolled_by_default():
     steady = brute_chain(60)
     assert method_for(steady) == "hsvi" and method_for(brute_chain(40)) == "tree"
     np.testing.assert_allclose(solve(steady).value, 60.0, rtol=1e-12)
@@ -138,13 +138,13 @@ def brute_chain(H) -> POMDP:
     return POMDP(P=one, O=one, r=jnp.ones((H, 1, 1)), rho=jnp.ones(1))
 
 
-def test_single_precision_is_refused(brute):
+def test_single_precision_raises_an_error(brute):
     problem = jax.tree.map(lambda x: x.astype(jnp.float32), brute.random(0, H=2).problem())
     with pytest.raises(ValueError, match=r"double precision \(jax_enable_x64\).*; got float32"):
         solve(problem)
 
 
-def test_what_nobody_does_does_not_blur_what_is_done():
+def test_the_value_of_a_bad_action_does_not_blur_the_others():
     r = jnp.asarray([[[0.2, 0.9, -1e12]]])
     problem = POMDP(P=jnp.ones((1, 1, 3, 1)), O=jnp.ones((1, 3, 1, 1)), r=r, rho=jnp.ones(1))
     solution = solve(problem)
@@ -153,7 +153,7 @@ def test_what_nobody_does_does_not_blur_what_is_done():
     assert (np.asarray(found.action) == 1).all()
 
 
-def test_what_cannot_be_done_is_refused(brute):
+def test_methods_that_do_not_fit_raise_an_error(brute):
     cloud = brute.random(0, M=2, H=3).problem()
     with pytest.raises(ValueError, match="method must be one of auto, tree, hsvi, net; got 'magic'"):
         solve(cloud, "magic")

@@ -152,8 +152,8 @@ def test_two_models_and_a_bold_attitude_are_a_pomdp(brute, alpha):
 
 
 def test_the_value_falls_with_the_attitude_and_lies_between_the_extremes(brute):
-    cloud = brute.random(9, M=3, H=3).problem().models
-    values = [float(tree.value(APOMDP(models=cloud, alpha=jnp.asarray(a)))) for a in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    models = brute.random(9, M=3, H=3).problem().models
+    values = [float(tree.value(APOMDP(models=models, alpha=jnp.asarray(a)))) for a in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert values == sorted(values, reverse=True) and values[0] > values[-1]
 
 
@@ -168,7 +168,7 @@ def test_the_value_is_positively_homogeneous_in_belief_and_reward(brute):
         close(tree.value(APOMDP(models=rewarded, alpha=problem.alpha)), factor * tree.value(problem))
 
 
-def test_some_clouds_of_three_models_have_a_value_that_is_not_convex(brute):
+def test_some_apomdps_with_three_models_have_a_value_that_is_not_convex(brute):
     def above_chord(world):
         """How far the value at the middle of a segment of beliefs lies above the mean of its ends."""
         ends = [np.eye(2)[0], np.eye(2)[1], np.full(2, 0.5)]
@@ -182,7 +182,7 @@ def test_some_clouds_of_three_models_have_a_value_that_is_not_convex(brute):
 # --- errors
 
 
-def test_a_policy_of_the_wrong_shape_or_with_wrong_entries_is_refused(brute):
+def test_a_policy_of_the_wrong_shape_or_with_wrong_entries_raises_an_error(brute):
     problem = brute.random(0, A=2, M=2, O=2, H=2).problem()
     good = tree.uniform_policy(problem)
     assert tree.checked_policy(problem, good) is good
@@ -215,7 +215,7 @@ def test_a_tree_takes_no_more_memory_than_it_says():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_history_too_long_for_its_number_is_refused(brute):
+def test_a_history_too_long_for_its_number_raises_an_error(brute):
     problem = brute.random(0, A=2, M=2, O=3, H=2).problem()
     steps = np.zeros((1, 10), np.int32)
     with pytest.raises(ValueError, match="a must have few enough steps for 32 bits; got 10 with 12 branches each"):
