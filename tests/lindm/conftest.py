@@ -8,7 +8,7 @@ from lindm.types import APOMDP, POMDP
 
 
 class Brute:
-    """An APOMDP as numpy arrays: P [M, H|1, S, A, S], O [M, H|1, A, S, O], r [M, H, S, A], rho [M, S]; its values and policies."""
+    """An APOMDP as numpy arrays: P [M, H|1, S, A, S], O [M, H|1, A, S, O], r [M, H, S, A], rho [M, S]; its values."""
 
     def __init__(self, P, O, r, rho, alpha):
         self.P, self.O, self.r, self.rho, self.alpha = (np.asarray(x, float) for x in (P, O, r, rho, alpha))
