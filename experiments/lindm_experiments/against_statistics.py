@@ -22,8 +22,8 @@ than what ignores the prior.
     lindm run against_statistics --preset quick      about 20 s on 2 cores
     lindm verify --only against-statistics
 
-Expected: the boundary where it is predicted; no context on which the layer beats Bayes; on centred labels a layer that beats OLS,
-ridge and LSVI on short contexts and loses to OLS on long clean ones.
+Expected: the boundary where it is predicted; no context on which the layer beats Bayes; on centered labels a layer that beats
+OLS, ridge and LSVI on short contexts and loses to OLS on long clean ones.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ from lindm_experiments.harness.style import (
     BLUE,
     COLORS,
     DIVERGING,
-    GREY,
+    GRAY,
     MARKERS,
     MEASURED,
     RED,
@@ -61,7 +61,7 @@ from lindm_experiments.lib import linear_mdps
 from lindm_experiments.lib.predictor_risks import (
     AFFINE,
     BAYES,
-    CENTRED,
+    CENTERED,
     DATA_ONLY,
     LAYER,
     METHODS,
@@ -302,7 +302,7 @@ def check(records: list[dict]) -> list[Verdict]:
         return ", ".join(f"{m} {np.mean(v):.2f}" for m, v in zip(rivals, ratios, strict=True))
 
     M, sigma = records[0]["small"]
-    centred, raw = against(CENTRED), against(LAYER)
+    centered, raw = against(CENTERED), against(LAYER)
     return [
         mean_verdict(
             "against-statistics",
@@ -312,7 +312,7 @@ def check(records: list[dict]) -> list[Verdict]:
         ),
         count_verdict("against-statistics/bayes", sum(c["beats_bayes"] for c in cells), seen, seeds=len(records), figure="map"),
         mean_verdict(
-            "against-statistics/small-context", *centred, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(centred)}"
+            "against-statistics/small-context", *centered, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(centered)}"
         ),
         mean_verdict("against-statistics/raw-labels", *raw, figure="methods", note=f"M = {M}, sigma = {sigma:g}: {named(raw)}"),
     ]
@@ -344,8 +344,8 @@ def _map(records: list[dict]) -> Figure:
             f"Gaussian, d = {records[0]['d']}: risk, layer / OLS; black: boundary",
         ),
         ("mdp", lambda c: best(c, LAYER, DATA_ONLY), "MDPs: loss, layer / best of OLS, ridge, LSVI, PEVI"),
-        ("mdp", lambda c: best(c, CENTRED, DATA_ONLY), "MDPs: the same, layer on centred labels"),
-        ("mdp", lambda c: best(c, CENTRED, (BAYES, AFFINE)), "MDPs: layer on centred labels / best Bayes"),
+        ("mdp", lambda c: best(c, CENTERED, DATA_ONLY), "MDPs: the same, layer on centered labels"),
+        ("mdp", lambda c: best(c, CENTERED, (BAYES, AFFINE)), "MDPs: layer on centered labels / best Bayes"),
     )
     for axis, (part, value, title) in zip(axes.flat, panels, strict=True):
         M, sigma, table = _grid(records, part, value)
@@ -371,17 +371,17 @@ def _methods(records: list[dict]) -> Figure:
     """Suboptimality of every method over M, one panel for each noise level; thin lines are seeds."""
     sigmas = sorted({c["sigma"] for c in records[0]["mdp"]})
     figure, axes = pyplot.subplots(1, len(sigmas), figsize=(4.1 * len(sigmas) + 1.6, 4.2), sharey=True, squeeze=False)
-    colors = (BLUE, BLUE, *COLORS[1:6], "#8B6B00", COLORS[5], GREY)
+    colors = (BLUE, BLUE, *COLORS[1:6], "#8B6B00", COLORS[5], GRAY)
     for axis, sigma in zip(axes[0], sigmas, strict=True):
         M = sorted({c["M"] for c in records[0]["mdp"]})
         for method, color, marker in zip(METHODS, colors, ("o", *MARKERS, "x", "+"), strict=True):
             cells = [{(c["M"], c["sigma"]): c["loss"] for c in r["mdp"]} for r in records]
             curves = np.array([[loss[m, sigma][method] for m in M] for loss in cells])
             plot_seeds(axis, M, curves, color)
-            dashed = "--" if method == "layer on its own targets" else ":" if method == CENTRED else "-"
+            dashed = "--" if method == "layer on its own targets" else ":" if method == CENTERED else "-"
             axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, linestyle=dashed, label=method)
         if sigma == records[0]["small"][1]:
-            for layer in (LAYER, CENTRED):
+            for layer in (LAYER, CENTERED):
                 values = [_small(r)[layer] for r in records]
                 at = [records[0]["small"][0]] * len(values)
                 label = "layers trained here" if layer == LAYER else None

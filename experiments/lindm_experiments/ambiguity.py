@@ -2,7 +2,7 @@
 
 At every stage nature takes the worst model of a cloud with probability alpha and the best one otherwise. Two kinds of problem:
 random clouds of three models (the first two of them are the clouds of two), and `prostate`, the surveillance of a cancer as four
-centres see it, over five years, with rewards that are stand-ins and are therefore drawn around their defaults, every draw
+centers see it, over five years, with rewards that are stand-ins and are therefore drawn around their defaults, every draw
 together with its mirror image. All answers are exact, by the belief tree; a tree of five years is feasible because four
 observations a year tell as much as the nine of `prostate` (`told_apart`).
 
@@ -15,7 +15,7 @@ max_m Q_m(a)], with Q_m of model m alone.
 
 Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most clouds
 do not. The policy that is optimal stage by stage is often not optimal over the whole horizon, but loses little. Whoever fears
-the worst centre takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
+the worst center takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
 """
 
 from dataclasses import dataclass, replace
@@ -42,8 +42,8 @@ from lindm_experiments.harness.style import (
     BLUE,
     COLORS,
     EXACT,
+    GRAY,
     GREEN,
-    GREY,
     MARKERS,
     MEASURED,
     ORANGE,
@@ -369,7 +369,7 @@ def check(records: list[dict]) -> list[Verdict]:
             "ambiguity/biopsies",
             by_attitude[:, -1] - by_attitude[:, 0],
             figure="attitude",
-            note=f"{by_attitude[:, 0].mean():.2f} at alpha = 0, {by_attitude[:, -1].mean():.2f} at alpha = 1; where one centre "
+            note=f"{by_attitude[:, 0].mean():.2f} at alpha = 0, {by_attitude[:, -1].mean():.2f} at alpha = 1; where one center "
             f"is the truth, a policy loses at most {365.25 * regret:.1f} quality-adjusted days",
         ),
     ]
@@ -405,9 +405,9 @@ def _attitude(records: list[dict]) -> Figure:
     alphas = np.array(seeded[0]["alphas"])
     mean = {k: np.mean([r["prostate"][k] for r in seeded], 0) for k in ("value", "whole", "models", "biopsies")}
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.2))
-    centres = [RED, GREEN, PURPLE, ORANGE]
+    centers = [RED, GREEN, PURPLE, ORANGE]
     with_room = {"xlabel": ATTITUDE, "xlim": (-0.03, 1.2), "xticks": np.linspace(0, 1, 6)}
-    for m, color in enumerate(centres):
+    for m, color in enumerate(centers):
         left.plot(alphas, mean["models"][:, m], color=color, linewidth=1.0, marker="")
         for r in seeded:
             middle.plot(alphas, np.array(r["prostate"]["biopsies"])[:, m], color=color, **SEED)
@@ -415,15 +415,15 @@ def _attitude(records: list[dict]) -> Figure:
     for r in seeded:
         left.plot(alphas, r["prostate"]["value"], color=BLUE, **SEED)
     left.plot(alphas, mean["value"], color=BLUE, label="nature moves every year", **(EXACT | {"marker": "o", "linewidth": 2.2}))
-    left.plot(alphas, mean["whole"], color=GREY, label="nature moves once", linestyle="--", marker="")
-    left.plot([], [], color=GREY, linewidth=1.0, marker="", label="one centre is the truth")
+    left.plot(alphas, mean["whole"], color=GRAY, label="nature moves once", linestyle="--", marker="")
+    left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center is the truth")
     left.set(ylabel="quality-adjusted years", title="What the optimal policy is worth", **with_room)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
-    _named(left, 1.0, list(mean["models"][-1]), list(CENTERS), centres)
+    _named(left, 1.0, list(mean["models"][-1]), list(CENTERS), centers)
     middle.set(
-        ylabel="expected biopsies until the cancer is found", title="What it does, by the centre that is the truth", **with_room
+        ylabel="expected biopsies until the cancer is found", title="What it does, by the center that is the truth", **with_room
     )
-    _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centres)
+    _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centers)
     x = np.array(first_year["high_risk"])
     for i, (years, color) in enumerate(zip(YEARS_LEFT, COLORS, strict=False)):
         border = [_crossing(x, np.array(row)) for row in first_year["advantage"][i]]
@@ -443,9 +443,9 @@ def _convexity(records: list[dict]) -> Figure:
         ends = np.array([clopper_pearson(int(k), n) for k in row])
         style = MEASURED | {"marker": "os"[M - 2], "capsize": 2}
         left.errorbar(alphas + shift, row / n, np.abs(ends.T - row / n), color=color, label=f"{M} models", **style)
-    left.axvline(0.5, color=GREY, linestyle=":", marker="")
+    left.axvline(0.5, color=GRAY, linestyle=":", marker="")
     theorem = "two models are convex\nup to here: theorem"
-    left.annotate(theorem, (0.5, 0.3), (-6, 0), textcoords="offset points", ha="right", fontsize=8, color=GREY)
+    left.annotate(theorem, (0.5, 0.3), (-6, 0), textcoords="offset points", ha="right", fontsize=8, color=GRAY)
     left.set(xlabel=ATTITUDE, ylabel="share of clouds", title=f"Value seen not to be convex, {n} random clouds", ylim=(-0.03, 1))
     left.legend(loc="center left", bbox_to_anchor=(0.0, 0.6))
     example = max((np.array(r["example"]) for r in seeded), key=lambda e: (e[-1] - e[0]).max())
@@ -453,7 +453,7 @@ def _convexity(records: list[dict]) -> Figure:
     for i in np.unique(np.linspace(0, len(alphas) - 1, 5).round().astype(int)):
         label = rf"$\alpha$ = {alphas[i]:g}"
         right.plot(t, example[i], color=shades(0.9 * alphas[i]), label=label, linewidth=1.6, marker="")
-    right.axhline(0.0, color=GREY, linewidth=0.8, marker="")
+    right.axhline(0.0, color=GRAY, linewidth=0.8, marker="")
     right.set(
         xlabel="along a segment of beliefs",
         ylabel="value above its chord / span",
@@ -481,7 +481,7 @@ def _criteria(records: list[dict]) -> Figure:
     right.plot(alphas, ahead.mean(0), color=BLUE, label="optimal policy, random clouds", **(EXACT | {"marker": "o"}))
     worst, best = -100 * np.mean([r["price"] for r in seeded], 0)
     right.plot([1.0, 0.0], [worst, best], color=ORANGE, label="random policies", **(MEASURED | {"marker": "D"}))
-    right.axhline(0.0, color=GREY, linewidth=0.8, marker="")
+    right.axhline(0.0, color=GRAY, linewidth=0.8, marker="")
     right.set(xlabel=ATTITUDE, ylabel="% of the span", title="Value where nature moves once - at every stage")
     right.legend(fontsize=8)
     return figure

@@ -34,7 +34,7 @@ from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.config import check_counts, check_positive
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, ORANGE, RED, plot_seeds
+from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import offline
@@ -203,7 +203,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     bounds = (
         ("span", ORANGE, r"$\sum_h$ span $l_h$"),
         ("linear", RED, r"$2\sum_h e_h$"),
-        ("quadratic", GREY, r"$2\sum_h\sum_{h'\geq h} e_{h'}$"),
+        ("quadratic", GRAY, r"$2\sum_h\sum_{h'\geq h} e_{h'}$"),
     )
     for name, color, label in bounds:
         left.plot(H, np.mean([r["mean"][name] for r in records], 0), color=color, label=label, **BOUND)
@@ -214,7 +214,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     mean = curves.mean(0)
     right.plot(H, mean, color=BLUE, label="measured", **EXACT | {"marker": "o"})
     for power, style in ((1, "--"), (2, ":")):
-        right.plot(H, mean[-1] * (H / H[-1]) ** power, color=GREY, linestyle=style, marker="", label=f"slope {power}")
+        right.plot(H, mean[-1] * (H / H[-1]) ** power, color=GRAY, linestyle=style, marker="", label=f"slope {power}")
     right.set(
         xscale="log", yscale="log", xlabel="horizon H", ylabel="loss / one-stage error", title="Equal errors at every stage"
     )

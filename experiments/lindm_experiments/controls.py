@@ -28,7 +28,7 @@ from lindm.solvers.dp import occupancy, policy_value
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, GREY, RED
+from lindm_experiments.harness.style import BLUE, GRAY, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import gaussian_fourth
@@ -203,7 +203,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             y = [r[name][who] / scale for r in records]
             axis.plot(np.full(len(y), i) + np.linspace(-0.12, 0.12, len(y)), y, "o", color=color)
         c = get_claim(claim)
-        axis.axhspan(max(c.lo, 0), c.hi, color=GREY, alpha=0.25, lw=0)
+        axis.axhspan(max(c.lo, 0), c.hi, color=GRAY, alpha=0.25, lw=0)
         axis.set_xticks([0, 1], ["honest", "mutant"])
         axis.set(xlim=(-0.5, 1.5), ylabel=label, title=f"{title} ({claim})")
         axis.title.set_fontsize(9)

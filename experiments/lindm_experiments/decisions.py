@@ -39,7 +39,7 @@ from lindm.evaluation.compare import PolicyResult, evaluate
 from lindm.llm.named_policies import PoliciesByName
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, GREY, MARKERS
+from lindm_experiments.harness.style import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 
@@ -272,7 +272,7 @@ def table(records: list[dict]) -> list[dict]:
     return rows
 
 
-LINES = {  # policy -> label, colour, marker
+LINES = {  # policy -> label, color, marker
     "icl": ("as it comes (ICL)", COLORS[1], "s"),
     "sft": ("fine-tuned (SFT)", COLORS[0], "o"),
     "bc": ("majority of the demonstrations", COLORS[2], "^"),
@@ -306,7 +306,7 @@ def _over_horizons(records: list[dict]) -> Figure:
                 error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
                 x = np.arange(len(at)) + 0.05 * (shift - 2.5)
                 axis.errorbar(x, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label, linewidth=1.2)
-            axis.axhline(100, color=GREY, linestyle=":", marker="", label="random play")
+            axis.axhline(100, color=GRAY, linestyle=":", marker="", label="random play")
             axis.axhline(0, color="#444444", linewidth=0.8, marker="")
             axis.set_xticks(range(len(at)), [str(h) for h in at])
             axis.set_title(f"{suite}, {about}")

@@ -1,6 +1,6 @@
 """What is a context worth when it is one long trajectory instead of independent pairs?
 
-Two linear MDPs with time-homogeneous dynamics, a fixed behaviour policy, and random rewards; the labels are Q*_1 of the pairs.
+Two linear MDPs with time-homogeneous dynamics, a fixed behavior policy, and random rewards; the labels are Q*_1 of the pairs.
 `stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one, round and round. A context is a piece
 of the chain of pairs, started from its stationary law; a logger that samples faster than the system moves sees the lazy chain
 stick I + (1 - stick) K. The features are carried to the same covariance under each stationary law, so that only the dependence
@@ -38,7 +38,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_rising
-from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREY, MARKERS, MEASURED, set_log_ticks
+from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GRAY, MARKERS, MEASURED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import chain_moments, design_fourth, design_moment, effective_sample_size, independent_copies
@@ -336,12 +336,12 @@ def _sizes(records: list[dict]) -> Figure:
     """M_eff / M over M for every case, and over the stickiness of the chain."""
     first, M = records[0], _lengths(records)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 4.2))
-    for name, color, marker in zip(first["names"], (GREY, *COLORS * 2), MARKERS * 2, strict=False):
+    for name, color, marker in zip(first["names"], (GRAY, *COLORS * 2), MARKERS * 2, strict=False):
         shares = np.array([[np.array(_cell(r, name, m)["size"]) / m for m in M] for r in records])
         left.plot(M, shares[:, :, 1].mean(0), color=color, label=name, **EXACT)
         for seed in shares:
             left.plot(M, seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
-    left.axhline(1.0, color=GREY, linestyle=":", linewidth=1.0)
+    left.axhline(1.0, color=GRAY, linestyle=":", linewidth=1.0)
     left.set(xscale="log", yscale="log", xlabel="pairs in the context M", ylabel="effective share  $M_{eff}$ / M")
     set_log_ticks(left, M)
     left.set_title("What one pair of a trajectory is worth")
@@ -371,7 +371,7 @@ def _risks(records: list[dict]) -> Figure:
             axis.plot(M, np.mean([[c["exact"][k] for c in row] for row in cells], 0), color=color, **EXACT, label=label)
             for row in cells:
                 axis.plot(M, [c["measured"][k] for c in row], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
-        axis.axvline(first["N"], color=GREY, linestyle=":", linewidth=1.0)
+        axis.axvline(first["N"], color=GRAY, linestyle=":", linewidth=1.0)
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M", title=name)
         set_log_ticks(axis, M)
     axes[0].set_ylabel("risk of Qhat")

@@ -191,7 +191,7 @@ def onehot_risk(key: Array, family: Family, a: Array, w: Array, lengths: Array, 
 
 
 def draw_training(key: Array, family: Family, pool: Array, n: Array, longest: Array) -> tuple[Prompt, Array]:
-    """128 sets of n noiseless pairs, cut from the shape of `longest`, each labelled for two tasks; the queries' law enters
+    """128 sets of n noiseless pairs, cut from the shape of `longest`, each labeled for two tasks; the queries' law enters
     exactly, by d columns."""
     which, k = jax.random.split(key)
     w = pool[jax.random.randint(which, (256,), 0, len(pool))]
@@ -287,7 +287,7 @@ def measure(cfg: Config, point: dict) -> dict:
         }
         for i, M in enumerate(cfg.M)
     ]
-    tabular = onehot_family(3, 2, 1, low=-1.0, high=1.0)  # the last stage of any horizon: w = theta, centred
+    tabular = onehot_family(3, 2, 1, low=-1.0, high=1.0)  # the last stage of any horizon: w = theta, centered
     theta = last_stage_tasks(k_onehot, tabular, tasks=BLOCK)
     a = 1.0 / jnp.diagonal(onehot_gamma(tabular.design, float(cfg.N_onehot)))
     longest = cfg.M_onehot[-1]
@@ -370,7 +370,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 
 
 def _bias(records: list[dict]) -> Figure:
-    """Squared bias over the depth k, one colour for each N."""
+    """Squared bias over the depth k, one color for each N."""
     first = records[0]
     figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
     for i, (N, color, marker) in enumerate(zip(first["N"], COLORS, MARKERS, strict=False)):

@@ -32,7 +32,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREY, MEASURED, RED, plot_seeds
+from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GRAY, MEASURED, RED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import design_fourth
@@ -245,7 +245,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for k, r in enumerate(records):
             label = name if k == 0 else None
             right.plot(T * (1 + 0.06 * i), _ratios(r)[i], color=color, label=label, **(MEASURED | {"marker": "os"[i]}))
-    left.axhline(0.1, color=GREY, linestyle=":", marker="")
+    left.axhline(0.1, color=GRAY, linestyle=":", marker="")
     left.set(
         xscale="log",
         yscale="log",
@@ -254,7 +254,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="Excess risk",
     )
     left.legend(fontsize=7)
-    right.axhline(1.0, color=GREY, **EXACT)
+    right.axhline(1.0, color=GRAY, **EXACT)
     right.set(
         xscale="log",
         xlabel="distinct tasks in training T",

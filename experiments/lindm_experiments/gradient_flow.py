@@ -31,7 +31,7 @@ from lindm.icl.trainer import train
 from lindm.problems.regression import covariance, draw_regression
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREY, MARKERS, SEED, set_log_ticks
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GRAY, MARKERS, SEED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory import gradient_flow as flow
 from lindm_theory.feature_laws import gaussian_fourth
@@ -197,8 +197,8 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         left.plot([], [], color=COLORS[k], marker=MARKERS[k], label=names[i])
     for r in records:
         run = r["runs"][-1]
-        left.plot(run["time"], np.array(run["path"])[:, d * d + 1 :], color=GREY, **SEED)
-    left.plot([], [], color=GREY, label="v, z", **SEED)
+        left.plot(run["time"], np.array(run["path"])[:, d * d + 1 :], color=GRAY, **SEED)
+    left.plot([], [], color=GRAY, label="v, z", **SEED)
     left.set(
         xlabel="time of the flow",
         ylabel="parameter",
@@ -216,7 +216,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     distance, leak = _largest(records, "distance"), _largest(records, "leak")
     for values, color, marker, label in (
         (distance, BLUE, "o", "largest distance"),
-        (leak, GREY, "s", "of it v and z"),
+        (leak, GRAY, "s", "of it v and z"),
     ):
         for row in values:
             right.plot(rates, row, linestyle="none", marker=marker, color=color, markersize=4.5, alpha=0.6)

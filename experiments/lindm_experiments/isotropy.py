@@ -1,7 +1,7 @@
 """When does the training length N change what a policy does, and does the condition number kappa of eq. (6) matter to it?
 
 The greedy policy does not see a positive factor of Qhat, nor a term that is the same for all actions. Where A_N = alpha_N I +
-beta_N 11' (one-hot features, uniform design, exchangeable tasks, centred or not; contextual bandits with Gaussian or
+beta_N 11' (one-hot features, uniform design, exchangeable tasks, centered or not; contextual bandits with Gaussian or
 hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) charges a bias that falls
 as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
 
@@ -35,7 +35,7 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GREEN, GREY, MEASURED, RED, SEED
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GRAY, GREEN, MEASURED, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.feature_laws import design_fourth, gaussian_fourth
@@ -309,7 +309,7 @@ def check(records: list[dict]) -> list[Verdict]:
             "isotropy/coordinates",
             carried,
             "actions",
-            f"eq. (6) grows by {growth[-1] / growth[0]:.3g}, its generalisation by {max(ours):.1e}",
+            f"eq. (6) grows by {growth[-1] / growth[0]:.3g}, its generalization by {max(ours):.1e}",
         ),
     ]
 
@@ -379,7 +379,7 @@ def _actions(records: list[dict]) -> Figure:
         middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, label="  eq. (6), which presumes Psi = I")
     middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
     middle.legend(fontsize=8, title="What is charged for N")
-    for key, color, label in (("paper", GREY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
+    for key, color, label in (("paper", GRAY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
         values = np.array([r["coordinates"][key] for r in records])
         right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, label=label)
     for r in records:

@@ -2,7 +2,7 @@
 
 A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
 rungs of theory/lindm_theory/policy.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation +
-optimisation, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
+optimization, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
 refutes it. How loose it is shows in the waterfall.
 
     lindm run ladder --preset quick      about 20 s on 2 cores
@@ -27,7 +27,7 @@ from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, GREEN, GREY, ORANGE, RED
+from lindm_experiments.harness.style import BLUE, GRAY, GREEN, ORANGE, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import concentration, mean_policy, policy
@@ -40,7 +40,7 @@ NAMES = {
     "1b": "1b margin",
     "1": "1 span, scale per stage",
     "2": "2 sup norm",
-    "3": "3 bias + estimation + optimisation",
+    "3": "3 bias + estimation + optimization",
     "6": "6 mean policy",
     "4t": "4 expected, tightened",
     "4": "4 expected",
@@ -77,7 +77,7 @@ SMOKE = Config(seeds=2, tasks=16, M=(8,), steps=20)
 def families(key: Array) -> dict[str, Family]:
     return {
         "simplex": simplex_family(key, 12, 3, 5, 4, feature_power=2.0),
-        "simplex, centred rewards": simplex_family(key, 12, 3, 5, 4, feature_power=2.0, low=-1.0, high=1.0),
+        "simplex, centered rewards": simplex_family(key, 12, 3, 5, 4, feature_power=2.0, low=-1.0, high=1.0),
         "one-hot": onehot_family(4, 3, 4, low=-1.0, high=1.0),
     }
 
@@ -99,7 +99,7 @@ def rungs_of_tasks(
         pihat = greedy(Qhat)
         d = occupancy(mdp, pihat)
         bias, estimation = policy.error_parts(family.phi, A, Lambda, w, S)
-        optimisation = linear_mdps.action_values(family, Ahat - A, S)
+        optimization = linear_mdps.action_values(family, Ahat - A, S)
         bound, c = policy.span_rung(d, plan.Q, Qhat)
         gap = plan.V[..., None] - plan.Q
         caps = mean_policy.action_caps(
@@ -112,7 +112,7 @@ def rungs_of_tasks(
             "1": bound,
             "1b": policy.margin_rung(d, plan.Q, Qhat, c),
             "2": policy.sup_rung(d, plan.Q, Qhat),
-            "3": policy.decomposed_rung(d, bias, estimation, optimisation),
+            "3": policy.decomposed_rung(d, bias, estimation, optimization),
             "5": concentration.high_probability_rung(family.phi, Ahat, w, family.design, M, delta, Lambda, **noise),
             "6": mean_policy.mean_policy_rung(mdp.P, gap, mdp.rho, caps),
             "scale": jnp.maximum(1.0, jnp.abs(plan.V).max()),
@@ -251,7 +251,7 @@ def _waterfall(records: list[dict]) -> Figure:
         mean = values.mean(0)
         left = mean.min() / 3
         for i, r in enumerate(rows):
-            axis.barh(i, mean[i] - left, left=left, color=color.get(r, GREY), height=0.66)
+            axis.barh(i, mean[i] - left, left=left, color=color.get(r, GRAY), height=0.66)
             axis.plot(values[:, i], np.full(len(values), i), "|", color="black", markersize=8, alpha=0.6)
             times = "" if r == "truth" else f"  ×{mean[i] / mean[0]:.3g}"
             axis.text(mean[i] * 1.15, i, f"{mean[i]:.3g}{times}", va="center", fontsize=8)

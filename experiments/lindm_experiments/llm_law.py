@@ -42,7 +42,7 @@ from lindm.llm.policy import load_policy
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, EXACT, GREY, MARKERS, set_log_ticks
+from lindm_experiments.harness.style import COLORS, EXACT, GRAY, MARKERS, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 from lindm_theory.in_context import optimal_weights, risk
@@ -186,7 +186,7 @@ def tested(weights: nnx.State, key: Array, M: int, contexts: int) -> tuple[Array
 
 
 def exact_layer(N: int, M: tuple[int, ...]) -> np.ndarray:
-    """Risk at each M of the layer trained at N. Labels are centred, w = Q* - 1/2, so Psi = I / 12 and the noise of a return has
+    """Risk at each M of the layer trained at N. Labels are centered, w = Q* - 1/2, so Psi = I / 12 and the noise of a return has
     variance E Q*(1 - Q*) = 1/6 whatever the pair."""
     eye = jnp.eye(D)
     Lambda, Psi, K, noise = eye / D, eye / 12, eye / (12 * D), eye / (6 * D)
@@ -284,7 +284,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for n, values, color, marker in zip(N, np.moveaxis(risks(records, reader), 1, 0), COLORS, MARKERS, strict=False):
             axis.plot(M, values.mean(0), color=color, label=f"trained at N = {n}", **EXACT | {"marker": marker})
             axis.fill_between(M, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-        axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GREY, linestyle=":", marker="", label="Bayes")
+        axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GRAY, linestyle=":", marker="", label="Bayes")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M")
         set_log_ticks(axis, M)
         axis.set_title("a transformer, trained" if reader == "transformer" else "the layer, exact")

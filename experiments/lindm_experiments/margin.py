@@ -26,7 +26,7 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, GREY, RED, SEED
+from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import margin as margins
@@ -85,7 +85,7 @@ def draw_tasks(key: Array, family: Family, tasks: int):
 
 @partial(jax.jit, static_argnames=("contexts", "longest"))
 def losses(key: Array, family: Family, A: Array, tasks, M: Array, contexts: int, longest: int) -> Array:
-    """Exact suboptimality [tasks, contexts] on independent contexts of M oracle-labelled pairs."""
+    """Exact suboptimality [tasks, contexts] on independent contexts of M oracle-labeled pairs."""
 
     def one(task_and_key) -> Array:
         (mdp, plan, w), k = task_and_key
@@ -214,13 +214,13 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         return mean
 
     draw(left, M, "gap", BLUE, "measured, tasks with a gap")
-    for name, color, label in (("mean policy", GREEN, "mean-policy bound"), ("rung 4", GREY, "rung 4")):
+    for name, color, label in (("mean policy", GREEN, "mean-policy bound"), ("rung 4", GRAY, "rung 4")):
         left.plot(M, np.mean([r["curves"][name] for r in records], 0), color=color, label=label, **BOUND)
     left.set(yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="An action gap: exponential in M")
     left.legend(fontsize=8)
     mean = draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
-    right.plot(free, mean[0] * free[0] / np.array(free), color=GREY, label="slope -1", **BOUND)
-    right.plot(free, mean[0] * (free[0] / np.array(free)) ** 0.5, color=GREY, label="slope -1/2", linestyle=":", marker="")
+    right.plot(free, mean[0] * free[0] / np.array(free), color=GRAY, label="slope -1", **BOUND)
+    right.plot(free, mean[0] * (free[0] / np.array(free)) ** 0.5, color=GRAY, label="slope -1/2", linestyle=":", marker="")
     draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}")
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")
     right.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; flipped: a floor")

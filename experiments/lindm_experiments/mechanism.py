@@ -12,7 +12,7 @@ Looked at is the residual stream in front of each action of the query episodes o
                 so 1 is nothing, and that early stages are worth more explains none of it.
     implied-q   The logits of the actions against Q*, and what is wrong with them against what is wrong with two estimates from
                 the same demonstrations: ridge (LSVI) and the theory's linear attention layer, trained on other tasks. All are
-                centred over the actions of a state and scaled to Q* by one factor each.
+                centered over the actions of a state and scaled to Q* by one factor each.
     invariance  The same episodes with states and actions renamed at random: is the decision the same action?
 
 Two worlds: `mdp`, a new task in each text (what can be known of Q* is in the demonstrations), and the tiger of Kaelbling, Littman
@@ -41,7 +41,7 @@ from lindm.text import Document, Step
 from lindm.types import POMDP
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, GREY, MARKERS
+from lindm_experiments.harness.style import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
 from lindm_experiments.lib.probes import Asked, Reader, probe, read
@@ -166,7 +166,7 @@ def probes(
 # --- implied Q, and names ---------------------------------------------------------------------------------------------------
 
 
-def centred(x: np.ndarray) -> np.ndarray:
+def centered(x: np.ndarray) -> np.ndarray:
     return x - x.mean(-1, keepdims=True)
 
 
@@ -179,8 +179,8 @@ def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite
     states = np.array([row.state for row in new.rows])  # [n, H]
     n, H = states.shape
     at = (np.arange(n)[:, None], np.arange(H)[None], states)
-    values = {who: centred(np.asarray(Q)[at]) for who, Q in tables.items()} | {k: centred(v) for k, v in logits.items()}
-    Q = centred(new.Q)
+    values = {who: centered(np.asarray(Q)[at]) for who, Q in tables.items()} | {k: centered(v) for k, v in logits.items()}
+    Q = centered(new.Q)
     wrong = {who: v * ((v * Q).sum() / (v * v).sum()) - Q for who, v in values.items()}
 
     def along(x: np.ndarray, y: np.ndarray) -> list[float]:
@@ -296,7 +296,7 @@ def _profiles(records: list[dict]) -> Figure:
             for (who, found), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
                 shown = 1 - np.array(found["profile"])
                 axis.plot(np.maximum(shown, -0.2), color=color, marker=marker, markersize=3, linewidth=1.2, label=who)
-        axis.axhline(0, color=GREY, linestyle=":", marker="")
+        axis.axhline(0, color=GRAY, linestyle=":", marker="")
         axis.set(xlabel="layer", title=f"{world}: {target}")
     axes[0].set_ylabel("R² on new tasks, beyond the stage")
     axes[0].legend()
@@ -313,7 +313,7 @@ def _implied(records: list[dict]) -> Figure:
         for i, (_, v) in enumerate(values.items()):
             mean, (low, high) = mean_ci(v)
             x = i + np.linspace(-0.15, 0.15, len(v))
-            axis.plot(x, v, color=GREY, markersize=2, marker=".", linestyle="")
+            axis.plot(x, v, color=GRAY, markersize=2, marker=".", linestyle="")
             axis.errorbar([i], [mean], [[mean - low], [high - mean]], color=COLORS[0], marker="o", capsize=3)
         axis.set_xticks(range(len(values)), list(values))
         axis.set_title(title)

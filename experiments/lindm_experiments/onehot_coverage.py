@@ -2,20 +2,20 @@
 
 One-hot features and labels without noise: S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is diagonal
 and puts Qhat = 0 where n_i = 0: an unseen action beats every seen one when values are negative, none when they are positive.
-Whether it is picked depends on counts and signs alone, so the rate is exact: 0, 1, and for centred values a sum over the counts.
-(In the last stage of centred tasks, where signs are fair coins, it is E 2^-k with k the number of seen actions.) The counts also
+Whether it is picked depends on counts and signs alone, so the rate is exact: 0, 1, and for centered values a sum over the counts.
+(In the last stage of centered tasks, where signs are fair coins, it is E 2^-k with k the number of seen actions.) The counts also
 give the law of the action, hence, contexts of different stages being independent, the *exact* expected loss
 (`lindm_theory.mean_policy`).
 
 The three worlds differ by a constant added to every reward, which changes no decision of an optimal policy and every decision of
-the layer. Does training on the real, uncentred tasks cure it? Then A_N = alpha I + beta 11', and the unseen action is imputed
+the layer. Does training on the real, uncentered tasks cure it? Then A_N = alpha I + beta 11', and the unseen action is imputed
 beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate stays 1.
-What helps is to centre the labels by their prior mean.
+What helps is to center the labels by their prior mean.
 
     lindm run onehot_coverage --preset quick      about 15 s on 2 cores
     lindm verify --only onehot-coverage
 
-Expected: rates 0 and 1 to the last decision, the exact curve between; centred labels lose less than raw ones of either sign.
+Expected: rates 0 and 1 to the last decision, the exact curve between; centered labels lose less than raw ones of either sign.
 """
 
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.style import BLUE, EXACT, GREEN, GREY, MEASURED, PURPLE, RED, set_log_ticks
+from lindm_experiments.harness.style import BLUE, EXACT, GRAY, GREEN, MEASURED, PURPLE, RED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.mean_policy import policy_loss
 
-SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centred": (-0.5, 0.5)}  # reward boxes: one world, shifted
-CENTRED_LABELS = "labels minus prior mean"
+SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centered": (-0.5, 0.5)}  # reward boxes: one world, shifted
+CENTERED_LABELS = "labels minus prior mean"
 S, A, H = 4, 3, 3
 NEGLIGIBLE = 1e-10  # counts less likely than this are left out of the enumeration; `lost_mass` says what that leaves out
 
@@ -82,11 +82,11 @@ def draw_worlds(key: Array, family: Family, tests: int, pool: int, contexts: int
 
 
 @jax.jit
-def policies(family: Family, worlds, layers: Array, centre: Array, M: Array) -> tuple[Array, Array, Array]:
-    """What n layers [n, H, d, d] do when they are shown labels y - centre, centre [n, H].
+def policies(family: Family, worlds, layers: Array, center: Array, M: Array) -> tuple[Array, Array, Array]:
+    """What n layers [n, H, d, d] do when they are shown labels y - center, center [n, H].
 
     Returns loss [tasks, n, m], the mean over contexts; actions [tasks, contexts, n, m, H, S]; and which pairs were seen
-    [tasks, contexts, m, H, S, A]. A constant added to all of Qhat changes no action, so centred labels need nothing added back.
+    [tasks, contexts, m, H, S, A]. A constant added to all of Qhat changes no action, so centered labels need nothing added back.
     """
 
     def one(world) -> tuple[Array, Array, Array]:
@@ -96,7 +96,7 @@ def policies(family: Family, worlds, layers: Array, centre: Array, M: Array) -> 
             x = linear_mdps.pairs_table(family)[idx]
             used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
             share = jnp.einsum("mi,hid->mhd", used, x)  # n_i / M
-            S_M = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)[None] - centre[:, None, :, None] * share[None]
+            S_M = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)[None] - center[:, None, :, None] * share[None]
             pihat = greedy(jnp.einsum("sai,nhij,nmhj->nmhsa", family.phi, layers, S_M))
             value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat.reshape(-1, *plan.pi.shape))
             loss = (mdp.rho @ plan.V[0] - value).reshape(pihat.shape[:2])
@@ -174,12 +174,12 @@ def sign_law(M: int) -> float:
 exact_loss = jax.jit(jax.vmap(policy_loss, (0, 0, None, 0)))
 
 
-def exact(worlds, centre: np.ndarray, cfg: Config) -> tuple[list[float], list[float]]:
+def exact(worlds, center: np.ndarray, cfg: Config) -> tuple[list[float], list[float]]:
     """Rate of picking unseen actions and mean loss over the tasks, for every M, from the counts."""
     mdp, plan, _, _ = worlds
     rates, losses = [], []
     for M in cfg.M:
-        law, rate = exact_actions(np.asarray(plan.Q) - centre[None, :, None, None], M)
+        law, rate = exact_actions(np.asarray(plan.Q) - center[None, :, None, None], M)
         rates.append(rate)
         losses.append(float(exact_loss(mdp.P, plan.V[..., None] - plan.Q, mdp.rho[0], law).mean()))
     return rates, losses
@@ -208,22 +208,22 @@ def measure(cfg: Config, point: dict) -> dict:
     # whitened: a pool whose Psi is I exactly, or its sampling error would stay in the weights however long the training
     gaussian = gaussian @ np.linalg.inv(np.linalg.cholesky(gaussian.T @ gaussian / cfg.pool)).T
     pools = np.concatenate([gaussian[None], drawn["negative"][1]])
-    Ahat = np.asarray(trained(k_train, families["centred"], pools, cfg.N, cfg.steps))
+    Ahat = np.asarray(trained(k_train, families["centered"], pools, cfg.N, cfg.steps))
     plain, real = np.broadcast_to(Ahat[0], (H, d, d)), Ahat[1:]  # trained on w ~ N(0, I), as in the paper, and on real tasks
     diagonal = np.broadcast_to(np.eye(d), (H, d, d))  # any A_N of Psi = I, up to a factor
     on = np.trace(real, axis1=1, axis2=2) / d
     beta = (real.sum((1, 2)) - d * on) / (d * (d - 1))
     symmetric = (on - beta)[:, None, None] * np.eye(d)[None] + beta[:, None, None]  # alpha I + beta 11': what training tends to
     worlds_out = {}
-    # centred labels are the same numbers in all three worlds
-    rate_centred, expected_centred = exact(drawn["centred"][0], np.asarray(drawn["centred"][1]).mean((1, 2)), cfg)
+    # centered labels are the same numbers in all three worlds
+    rate_centered, expected_centered = exact(drawn["centered"][0], np.asarray(drawn["centered"][1]).mean((1, 2)), cfg)
     for name, family in families.items():
         worlds, pool = drawn[name]
         prior = np.asarray(pool).mean((1, 2))
         zero = np.zeros(H)
         layers = jnp.asarray(np.stack([diagonal, plain, real, symmetric, diagonal]))
-        centre = jnp.asarray(np.stack([zero, zero, zero, zero, prior]))
-        loss, actions, seen = (np.asarray(a) for a in policies(family, worlds, layers, centre, jnp.asarray(cfg.M, float)))
+        center = jnp.asarray(np.stack([zero, zero, zero, zero, prior]))
+        loss, actions, seen = (np.asarray(a) for a in policies(family, worlds, layers, center, jnp.asarray(cfg.M, float)))
         rate, expected = exact(worlds, zero, cfg)
         last = actions[..., 0, :, -1:, :], seen[..., -1:, :, :]
         worlds_out[name] = {
@@ -231,17 +231,17 @@ def measure(cfg: Config, point: dict) -> dict:
                 "diagonal": unseen_rate(actions[:, :, 0], seen),
                 "trained": unseen_rate(actions[:, :, 1], seen),
                 "real": unseen_rate(actions[:, :, 2], seen),
-                CENTRED_LABELS: unseen_rate(actions[:, :, 4], seen),
+                CENTERED_LABELS: unseen_rate(actions[:, :, 4], seen),
                 "last stage": unseen_rate(*last),
             },
-            "rate_exact": {"raw": rate, CENTRED_LABELS: rate_centred},
+            "rate_exact": {"raw": rate, CENTERED_LABELS: rate_centered},
             "loss": {
                 "diagonal": loss[:, 0].mean(0).tolist(),
                 "trained": loss[:, 1].mean(0).tolist(),
                 "real": loss[:, 2].mean(0).tolist(),
-                CENTRED_LABELS: loss[:, 4].mean(0).tolist(),
+                CENTERED_LABELS: loss[:, 4].mean(0).tolist(),
             },
-            "loss_exact": {"raw": expected, CENTRED_LABELS: expected_centred},
+            "loss_exact": {"raw": expected, CENTERED_LABELS: expected_centered},
             "imputed_differs": int((actions[:, :, 3] != actions[:, :, 0]).sum()),
             "decisions": int(actions[:, :, 0].size),
         }
@@ -264,15 +264,16 @@ def _mean(record: dict, world: str, *path: str) -> float:
 
 def check(records: list[dict]) -> list[Verdict]:
     off = [[_mean(r, n, "rate", "trained") - _mean(r, n, "rate_exact", "raw") for r in records] for n in SHIFTS]
-    coin = np.mean([r["worlds"]["centred"]["rate"]["last stage"] for r in records])
+    coin = np.mean([r["worlds"]["centered"]["rate"]["last stage"] for r in records])
     raw = [[_mean(r, n, "loss", "diagonal") / _mean(r, n, "loss_exact", "raw") for r in records] for n in SHIFTS]
-    fixed = [[_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss_exact", CENTRED_LABELS) for r in records] for n in SHIFTS]
+    fixed = [[_mean(r, n, "loss", CENTERED_LABELS) / _mean(r, n, "loss_exact", CENTERED_LABELS) for r in records] for n in SHIFTS]
     law = np.mean([r["sign_law"] for r in records])
     differ = sum(r["worlds"][n]["imputed_differs"] for r in records for n in SHIFTS)
     total = sum(r["worlds"][n]["decisions"] for r in records for n in SHIFTS)
     rates = {n: np.mean([_mean(r, n, "rate", "trained") for r in records]) for n in SHIFTS}
     gain = [
-        [_mean(r, n, "loss", CENTRED_LABELS) / _mean(r, n, "loss", "diagonal") for r in records] for n in ("positive", "negative")
+        [_mean(r, n, "loss", CENTERED_LABELS) / _mean(r, n, "loss", "diagonal") for r in records]
+        for n in ("positive", "negative")
     ]
     note = ", ".join(f"{n} {v:.3g}" for n, v in rates.items())
     return [
@@ -280,7 +281,7 @@ def check(records: list[dict]) -> list[Verdict]:
             "onehot-coverage",
             *off,
             figure="unseen",
-            note=f"rates: {note}; last stage, centred {coin:.3f}, E 2^-k = {law:.3f}",
+            note=f"rates: {note}; last stage, centered {coin:.3f}, E 2^-k = {law:.3f}",
         ),
         mean_verdict("onehot-coverage/loss", *raw, *fixed, figure="unseen"),
         mean_verdict(
@@ -312,13 +313,13 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         draw(left, world, "rate", "trained", "raw", color[world], box, "o")
         draw(right, world, "loss", "diagonal", "raw", color[world], box, "o")
     for r in records:
-        left.plot(M, r["worlds"]["negative"]["rate"]["real"], linestyle="none", marker="s", mfc="none", color=GREY, markersize=8)
-        left.plot(M, r["worlds"]["negative"]["rate"][CENTRED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)
-    left.plot([], [], linestyle="none", marker="s", mfc="none", color=GREY, markersize=8, label="[-1, 0], trained on these tasks")
-    exact_centred = np.mean([r["worlds"]["negative"]["rate_exact"][CENTRED_LABELS] for r in records], 0)
-    left.plot(M, exact_centred, **EXACT, color=PURPLE)
-    draw(right, "negative", "loss", CENTRED_LABELS, CENTRED_LABELS, PURPLE, f"any of them, {CENTRED_LABELS}", "o")
-    left.plot([], [], **EXACT | {"marker": "o"}, color=PURPLE, label=f"[-1, 0], {CENTRED_LABELS}")
+        left.plot(M, r["worlds"]["negative"]["rate"]["real"], linestyle="none", marker="s", mfc="none", color=GRAY, markersize=8)
+        left.plot(M, r["worlds"]["negative"]["rate"][CENTERED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)
+    left.plot([], [], linestyle="none", marker="s", mfc="none", color=GRAY, markersize=8, label="[-1, 0], trained on these tasks")
+    exact_centered = np.mean([r["worlds"]["negative"]["rate_exact"][CENTERED_LABELS] for r in records], 0)
+    left.plot(M, exact_centered, **EXACT, color=PURPLE)
+    draw(right, "negative", "loss", CENTERED_LABELS, CENTERED_LABELS, PURPLE, f"any of them, {CENTERED_LABELS}", "o")
+    left.plot([], [], **EXACT | {"marker": "o"}, color=PURPLE, label=f"[-1, 0], {CENTERED_LABELS}")
     left.set(xscale="log", ylim=(-0.04, 1.04), xlabel="pairs in the test prompt M", ylabel="share of decisions")
     left.set_title("An unseen action is picked (some seen, some not)")
     right.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality")

@@ -16,7 +16,7 @@ whose mean squared error is the expectation over queries, and the prediction is 
 strip of pairs is cut into contexts of every length. The bias at large N is far below the sampling error of training, of which
 almost all is the second moment of the training features, Gbar - Lambda. So it is measured on one very long context, all features
 that the layer was trained on: Gbar in place of Lambda takes out the error the two have in common, a control variate (it moves the
-mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and so is the optimisation error.
+mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and so is the optimization error.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from lindm.validate import nonnegative
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREY, MARKERS, plot_markers, set_log_ticks
+from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GRAY, MARKERS, plot_markers, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib.feature_laws import (
     HEAVY,
@@ -125,9 +125,9 @@ def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M
                 "every_law": general_bound(Lambda, Psi, K, m, n, Lambda, noise).total,
             }
 
-        optimisation = optimization_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
+        optimization = optimization_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
         weights = jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)
-        return jax.vmap(at)(M) | {"optimisation": optimisation, "weights": weights}
+        return jax.vmap(at)(M) | {"optimization": optimization, "weights": weights}
 
     x, q = modes(Lambda, Psi, K, Lambda, noise)
     return jax.vmap(length)(N, Ahat) | {"modes": x, "mode_weights": q}
@@ -205,7 +205,7 @@ def check(records: list[dict]) -> list[Verdict]:
     in_M = [slopes(M, v) for law in JUDGED for v in np.moveaxis(_cells(records, law, "variance"), 1, 0)]
     long = {k: [slopes(N_long, [r["long"]["laws"][law][k] for r in records]) for law in LONG] for k in ("bias", "at_Lambda")}
     long["exact"] = [slopes(N_long, _exact(records, law, np.array(N_long))) for law in LONG]
-    off = max(np.max(r["cells"][law]["optimisation"]) for r in records for law in JUDGED)
+    off = max(np.max(r["cells"][law]["optimization"]) for r in records for law in JUDGED)
     shown = {k: " and ".join(f"{v.mean():.3f}" for v in values) for k, values in long.items()}
     matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), best)]
     on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
@@ -214,7 +214,7 @@ def check(records: list[dict]) -> list[Verdict]:
             "q-risk",
             *ratios,
             figure="error",
-            note=f"{len(ratios)} cells, worst shown; optimisation error <= {off:.1%} of the risk",
+            note=f"{len(ratios)} cells, worst shown; optimization error <= {off:.1%} of the risk",
         ),
         mean_verdict(
             "estimation-slope", *in_M, figure="estimation", note=f"M = {M[0]} to {M[-1]}, {len(in_M)} layers, worst shown"
@@ -266,7 +266,7 @@ def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.i
 
 
 def _colors(records: list[dict]) -> list[tuple[int, int]]:
-    """(index, N) of at most five lengths of the grid, for one colour each."""
+    """(index, N) of at most five lengths of the grid, for one color each."""
     N = records[0]["N"]
     return list(enumerate(N))[:: max(1, -(-len(N) // 5))]
 
@@ -291,7 +291,7 @@ def _error(records: list[dict]) -> Figure:
         ("--", "eq. (6); simplex: its form for every law"),
         (":", "predicted by the Gaussian Γ"),
     ):
-        axes[0].plot([], [], color=GREY, linestyle=kind, marker="", label=label)
+        axes[0].plot([], [], color=GRAY, linestyle=kind, marker="", label=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
     return figure
 
@@ -328,7 +328,7 @@ def _bias(records: list[dict]) -> Figure:
     left.plot(
         guide,
         4 * _exact(records, MATCHED[2], guide[-1:]) * (guide[-1] / guide) ** 2,
-        color=GREY,
+        color=GRAY,
         label="slope -2",
         **BOUND,
     )
@@ -344,8 +344,8 @@ def _bias(records: list[dict]) -> Figure:
             for r in records:
                 right.plot(long * shift, np.array(r["long"]["laws"][law][k]) * long**2 / limit, linestyle="none", **look)
         right.plot(wide, _exact(records, law, wide) * wide**2 / limit, color=COLORS[i], label=law, **EXACT)
-    for fill, label in ((GREY, "trained, on all its features"), ("none", "trained, at Λ")):
-        right.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor=fill, label=label)
+    for fill, label in ((GRAY, "trained, on all its features"), ("none", "trained, at Λ")):
+        right.plot([], [], linestyle="none", marker="o", color=GRAY, markerfacecolor=fill, label=label)
     right.set(
         xlabel="pairs in a training prompt N", ylabel="N² × squared bias / its limit", title="The range of the slope: flat is -2"
     )
@@ -368,13 +368,13 @@ def _split(records: list[dict]) -> Figure:
             left, M, _cells(records, SIMPLEX, "variance")[:, i], COLORS[color], MARKERS[color], f"trained at N = {length}"
         )
         left.plot(M, _cells(records, SIMPLEX, "best_estimation")[0, i], color=COLORS[color], **EXACT)
-    left.plot(M, (q / x).sum() / M, color=GREY, label="bound for every N", **BOUND)
+    left.plot(M, (q / x).sum() / M, color=GRAY, label="bound for every N", **BOUND)
     left.set(xlabel="pairs in the test prompt M", ylabel="estimation error of Qhat", title="Estimation error")
     bias = _cells(records, SIMPLEX, "risk")[:, :, -1] - _cells(records, SIMPLEX, "variance")[:, :, -1]
     fine = np.geomspace(N[0], N[-1], 100)
     plot_markers(right, N, np.where(bias > 0, bias, np.nan), COLORS[0], MARKERS[0], "trained layer, one point per seed")
     right.plot(fine, _exact(records, SIMPLEX, fine), color=COLORS[0], label="exact", **EXACT)
-    right.plot(fine, (q / x**2).sum() / fine**2, color=GREY, label="bound", **BOUND)
+    right.plot(fine, (q / x**2).sum() / fine**2, color=GRAY, label="bound", **BOUND)
     right.set(xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat", title="Training-length bias")
     for axis, lengths in ((left, M), (right, N)):
         axis.set_yscale("log")

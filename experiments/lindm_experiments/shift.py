@@ -311,7 +311,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 
 
 def _over_length(records: list[dict]) -> Figure:
-    """The risk over M, one colour a kind: points for every seed, the exact curve, the floor."""
+    """The risk over M, one color a kind: points for every seed, the exact curve, the floor."""
     first = records[0]
     kappa = first["kappa"]
     names = {

@@ -30,7 +30,7 @@ from lindm.icl.attention import ReducedAttention, SoftmaxAttention, sinusoidal
 from lindm.icl.trainer import train
 from lindm.problems.regression import draw_regression
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, COLORS, GREY, plot_seeds, set_log_ticks
+from lindm_experiments.harness.style import BLUE, COLORS, GRAY, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
 
@@ -154,7 +154,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             axis.plot(M, curves.mean(0), color=COLORS[i], label=name)
     left.plot(M, records[0]["exact"], color=BLUE, linestyle=":", marker="", label="linear, exact")
     for axis, title in ((left, "Linear and softmax, one and two blocks"), (right, "Softmax with and without positions")):
-        axis.axvline(N, color=GREY, linewidth=0.8, linestyle="--")
+        axis.axvline(N, color=GRAY, linewidth=0.8, linestyle="--")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M (dashed: training length N)", title=title)
         set_log_ticks(axis, M)
         axis.legend(fontsize=8)

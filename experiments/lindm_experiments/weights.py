@@ -6,7 +6,7 @@ every step on tasks never seen before; there Psi, and with it A_N, is a Monte Ca
 says how far that alone moves A_N. Beside A_N stand the paper's Gaussian Gamma^-1 (no Psi in it) and the Gaussian formula given
 the right Psi, so that it shows how much of the distance is due to the tasks and how much to the features.
 
-The full layer is trained twice, from the paper's initialisation: on `gaussian` by plain gradient descent, whose limit theory
+The full layer is trained twice, from the paper's initialization: on `gaussian` by plain gradient descent, whose limit theory
 knows for U and u apart (Adam finds u U but does not conserve u^2 - ||U||^2, which is what fixes the two factors); and on the
 first stage of `simplex`, where tasks have a mean and the blocks v and z therefore leak; on short prompts, because what a mean is
 worth is of lower order in 1/N.
@@ -42,7 +42,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GREY, MARKERS, plot_seeds
+from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GRAY, MARKERS, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import gradient_flow
@@ -50,7 +50,7 @@ from lindm_theory.feature_laws import design_fourth, gaussian_fourth
 from lindm_theory.in_context import gaussian_gamma, optimal_weights
 
 LAWS = ("gaussian", "one-hot", "simplex")
-SCALE = 0.5  # s of the paper's initialisation
+SCALE = 0.5  # s of the paper's initialization
 DESCENT = optax.sgd(0.02)  # made once: optax objects are compared by identity
 
 
@@ -426,7 +426,7 @@ def _way(axis, records: list[dict], law: str) -> None:
     for h in range(paths.shape[2]):
         plot_seeds(axis, steps, paths[:, :, h], COLORS[h])
         axis.plot(steps, paths[:, :, h].mean(0), color=COLORS[h], marker=MARKERS[h], label=f"stage {h + 1}", linestyle="none")
-    axis.axhline(get_claim("weights").hi, color=GREY, label="criterion", **BOUND)
+    axis.axhline(get_claim("weights").hi, color=GRAY, label="criterion", **BOUND)
     far = _distances(records, law, "gamma_inverse")
     if law != "gaussian":
         axis.axhline(far.mean(), color="black", linestyle=":", marker="", label="distance to $\\Gamma^{-1}$")
@@ -439,7 +439,7 @@ def _full(records: list[dict]) -> Figure:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
     full = [_of(r, "gaussian")["full"] for r in records]
     ends = np.array([f["u_limit"] for f in full] + [0.0])
-    left.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, label="equal", **EXACT)
+    left.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GRAY, label="equal", **EXACT)
     for i, f in enumerate(full):
         left.plot(np.ravel(f["U_limit"]), np.ravel(f["U"]), "o", color=BLUE, label="entries of U" if i == 0 else None, alpha=0.6)
         left.plot(f["u_limit"], f["u"], "s", color=COLORS[1], label="u" if i == 0 else None, alpha=0.6)

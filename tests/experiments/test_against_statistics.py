@@ -15,7 +15,7 @@ from lindm_experiments.against_statistics import SMOKE, D
 from lindm_experiments.harness.claims import claim_ids
 from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import predictor_risks
-from lindm_experiments.lib.predictor_risks import BAYES, CENTRED, LAYER
+from lindm_experiments.lib.predictor_risks import BAYES, CENTERED, LAYER
 from lindm_theory.in_context import gaussian_risk
 
 
@@ -100,7 +100,7 @@ def test_tampered_records_flip_the_verdicts(records):
     assert against.check(good)[0].verdict == "PASS"
     for record in good:
         record["gaussian"][-1]["risk"][LAYER] *= 1.2
-        record["mdp"][0]["loss"][CENTRED] = 2.0
+        record["mdp"][0]["loss"][CENTERED] = 2.0
     good[2]["mdp"][0]["beats_bayes"] = 1
     verdicts = {v.id: v.verdict for v in against.check(good)}
     assert verdicts["against-statistics"] == "FAIL"

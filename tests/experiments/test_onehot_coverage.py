@@ -10,7 +10,7 @@ import pytest
 from lindm_experiments import onehot_coverage as coverage
 from lindm_experiments.harness.claims import claim_ids
 from lindm_experiments.harness.experiments import points_of
-from lindm_experiments.onehot_coverage import CENTRED_LABELS, SHIFTS, SMOKE, A, S
+from lindm_experiments.onehot_coverage import CENTERED_LABELS, SHIFTS, SMOKE, A, S
 from lindm_theory.mean_policy import policy_loss
 
 
@@ -81,7 +81,7 @@ def test_the_exact_loss_is_the_mean_loss_over_every_deterministic_policy():
 def test_measured_and_exact_agree_and_the_imputed_constant_changes_nothing(records):
     for name in SHIFTS:
         world = records[0]["worlds"][name]
-        for kind, exact in (("diagonal", "raw"), (CENTRED_LABELS, CENTRED_LABELS)):
+        for kind, exact in (("diagonal", "raw"), (CENTERED_LABELS, CENTERED_LABELS)):
             np.testing.assert_allclose(world["loss"][kind], world["loss_exact"][exact], rtol=0.3)
         assert world["imputed_differs"] == 0
     assert records[0]["worlds"]["positive"]["rate"]["diagonal"] == [0.0] * len(SMOKE.M)
@@ -91,7 +91,7 @@ def test_measured_and_exact_agree_and_the_imputed_constant_changes_nothing(recor
 def test_the_three_worlds_are_one_world_up_to_a_constant(records):
     worlds = records[0]["worlds"]
     for name in SHIFTS:
-        np.testing.assert_allclose(worlds[name]["loss"][CENTRED_LABELS], worlds["centred"]["loss"][CENTRED_LABELS], rtol=1e-9)
+        np.testing.assert_allclose(worlds[name]["loss"][CENTERED_LABELS], worlds["centered"]["loss"][CENTERED_LABELS], rtol=1e-9)
 
 
 def test_a_rate_that_is_off_refutes_the_claim(records):
@@ -110,7 +110,7 @@ def test_a_loss_that_is_off_and_a_cure_that_works_are_seen(records):
     for record in broken:
         record["worlds"]["positive"]["loss"]["diagonal"] = [2 * v for v in record["worlds"]["positive"]["loss_exact"]["raw"]]
         record["worlds"]["negative"]["rate"]["real"] = [0.1] * len(SMOKE.M)
-        record["worlds"]["negative"]["loss"][CENTRED_LABELS] = [9.0] * len(SMOKE.M)
+        record["worlds"]["negative"]["loss"][CENTERED_LABELS] = [9.0] * len(SMOKE.M)
     verdicts = {v.id: v.verdict for v in coverage.check(broken)}
     assert verdicts["onehot-coverage/loss"] == "FAIL"
     assert verdicts["onehot-coverage/imputation"] == "PASS"  # it is expected to fail

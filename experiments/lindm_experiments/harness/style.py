@@ -8,7 +8,7 @@ from typing import Any
 
 from cycler import cycler
 
-BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GREY = (
+BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GRAY = (
     "#0072B2",
     "#E69F00",
     "#009E73",
@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GREY = (
     "#F0E442",
     "#6B6B6B",
 )
-COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
+COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GRAY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 

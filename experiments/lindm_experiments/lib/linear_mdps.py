@@ -53,7 +53,7 @@ def task_pool(key: Array, family: Family, tasks: int = 32 * BLOCK) -> Array:
 
 @jax.jit
 def pool_moment(pool: Array) -> Array:
-    """Psi [H, d, d] = E[w w'] over a pool [H, tasks, d], not centred."""
+    """Psi [H, d, d] = E[w w'] over a pool [H, tasks, d], not centered."""
     return jnp.einsum("hnd,hne->hde", pool, pool) / pool.shape[1]
 
 

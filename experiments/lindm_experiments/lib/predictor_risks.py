@@ -19,10 +19,10 @@ from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm_experiments.lib import linear_mdps
 
-LAYER, CENTRED = "attention layer", "layer, centred labels"
+LAYER, CENTERED = "attention layer", "layer, centered labels"
 BAYES, AFFINE = "Bayes, second moment", "Bayes, mean and covariance"
 DATA_ONLY = ("OLS", "ridge, lambda = 1", "LSVI", "PEVI")  # methods that know nothing of the law of tasks
-METHODS = (LAYER, CENTRED, BAYES, AFFINE, *DATA_ONLY, "layer on its own targets", "uniform policy")
+METHODS = (LAYER, CENTERED, BAYES, AFFINE, *DATA_ONLY, "layer on its own targets", "uniform policy")
 BETA = 0.1  # PEVI's penalty: the theorem's own constant makes every value zero at these sample sizes
 
 
@@ -88,11 +88,11 @@ def own_targets(phi: Array, layers: Array, x: Array, r: Array, after: Array, M: 
 
 @jax.jit
 def losses(
-    family: Family, worlds, layers: Array, centred_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array
+    family: Family, worlds, layers: Array, centered_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array
 ) -> dict[str, Array]:
     """Exact suboptimality [tasks] of every method's greedy policy on the first M pairs, noise sigma on labels and rewards."""
     (H, _), (S, A, _) = mean.shape, family.phi.shape
-    centred = Psi - mean[:, :, None] * mean[:, None, :]
+    centered = Psi - mean[:, :, None] * mean[:, None, :]
     query = linear_mdps.pairs_table(family)
 
     def one(world) -> dict[str, Array]:
@@ -113,10 +113,10 @@ def losses(
 
         Qhat = {
             LAYER: by_stage(predictors.closed_form, layers * (longest / M)),
-            CENTRED: by_stage(predictors.closed_form, centred_layers * (longest / M), prompts=deviations)
+            CENTERED: by_stage(predictors.closed_form, centered_layers * (longest / M), prompts=deviations)
             + jnp.einsum("sad,hd->hsa", family.phi, mean),
             BAYES: by_stage(lambda P: predictors.bayes(P, sigma), Psi),
-            AFFINE: by_stage(lambda P, m: predictors.bayes(P, sigma, m), centred, mean),
+            AFFINE: by_stage(lambda P, m: predictors.bayes(P, sigma, m), centered, mean),
             "OLS": by_stage(predictors.ols, prompts=normal),
             "ridge, lambda = 1": by_stage(lambda: predictors.ridge(1.0)),
             "LSVI": predictors.lsvi(family.phi, x, noisy, after, 1.0)[0],

@@ -20,7 +20,7 @@ from lindm.llm.tokens import Example, action_tokens, document_example, load_toke
 from lindm.text import COMPACT, Document, render
 
 ROWS = 8  # texts of one forward pass
-PENALTIES = 10.0 ** np.arange(0, 7)  # of the ridge regressions, whose features are standardised
+PENALTIES = 10.0 ** np.arange(0, 7)  # of the ridge regressions, whose features are standardized
 HELD = 0.25  # share of the tasks behind a probe that choose its penalty and its layer
 
 
@@ -130,7 +130,7 @@ def probe(X: np.ndarray, X_new: np.ndarray, targets: Targets) -> dict[str, dict[
 
 
 class Ridge:
-    """Ridge regressions on standardised features, beside a mean for each stage; one decomposition serves every target."""
+    """Ridge regressions on standardized features, beside a mean for each stage; one decomposition serves every target."""
 
     def __init__(self, X: np.ndarray, X_new: np.ndarray):
         X, X_new = X.astype(float), X_new.astype(float)
