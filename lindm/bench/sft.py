@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -41,6 +41,7 @@ from lindm.llm.sft import packing
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
+from lindm.llm.sft.options import Method
 from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import Example
 
@@ -63,8 +64,14 @@ LABEL_POSITIONS = np.round(np.linspace(4, TOKENS - 2, LABELS)).astype(int)  # po
 SAMPLED_DECISIONS = (4, 12, 19, 27)  # decisions that represent all of a document
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
 WARM_UP, REPEATS = 1, 3
-METHODS = ("full", "lora")
-VARIANTS = ("selective", "full", "none", "single")  # remat setting with whole documents; one decision per sequence
+METHODS: tuple[Method, ...] = ("full", "lora")
+Variant = Literal["selective", "full", "none", "single"]
+VARIANTS: tuple[Variant, ...] = (
+    "selective",
+    "full",
+    "none",
+    "single",
+)  # remat setting with whole documents; one decision per sequence
 LOSS_TOLERANCE = 1e-4
 MISSING = "torch (not installed)"
 PEERS = ("transformers", "torch", "peft")
@@ -101,7 +108,7 @@ def packed_rows(variant: str) -> list[list[Example]]:
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(method: str, variant: str, directory: Path) -> dict[str, Any]:
+def run_ours(method: Method, variant: Variant, directory: Path) -> dict[str, Any]:
     """Train as `lindm sft` does: CPU-seconds of a step (the best of several) and of compilation, and the first loss."""
     rows = packed_rows(variant)
     mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
@@ -136,7 +143,7 @@ def run_ours(method: str, variant: str, directory: Path) -> dict[str, Any]:
 # --- the peer -------------------------------------------------------------------------------------------------------------
 
 
-def run_torch(method: str, variant: str, directory: Path) -> dict[str, Any]:
+def run_torch(method: Method, variant: Variant, directory: Path) -> dict[str, Any]:
     """The same with transformers and torch; a step of the variant `single` runs all four batches of `peer_batches`."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
@@ -198,7 +205,7 @@ def _with_adapters(model: Any) -> Any:
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, method: str, variant: str, directory: str) -> dict[str, Any]:
+def measure(side: Literal["ours", "torch"], method: Method, variant: Variant, directory: str) -> dict[str, Any]:
     """One side (`ours`, `torch`) in one variant, in this process: its costs, peak memory in MiB, and the peak FLOP/s."""
     result: dict[str, Any] = {}
     run = run_ours if side == "ours" else run_torch

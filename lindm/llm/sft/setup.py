@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm.datasets import Dataset, Task, TextFormat, text_format
+from lindm.datasets import Task, TextFormat, text_format
 from lindm.errors import DataError
 from lindm.io import files
 from lindm.io.progress import progress_bar
@@ -183,11 +183,11 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
       held_out: fraction of the tasks that is held out; decisions are evaluated on the first of these. None: on no task.
     """
     data = open_data(path)
-    if tokenizer is None and not isinstance(data, Dataset):
-        raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
     no_progress = contextlib.nullcontext(lambda done, total: None)
     with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
         if isinstance(data, Path):
+            if tokenizer is None:
+                raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
             check_file_options(config.template, config.rewards, config.names, config.supervise)
             content = read_file(data)
             examples = file_examples(data, content, tokenizer, max_tokens, progress)
