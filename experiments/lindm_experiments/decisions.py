@@ -152,12 +152,12 @@ def measure(cfg: Config, point: dict) -> dict:
 
         def faced(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
             where = room / split
-            recipe = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **how)
+            data_config = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **how)
             source = language_models.law(name, horizon, split)
             known = {policy: policy for policy in policies} | {f"{kind}:{path}": kind for kind, path in models.items()}
-            named = PoliciesByName(tuple(known), source, recipe, template=template, rewards=rewards)
+            named = PoliciesByName(tuple(known), source, data_config, template=template, rewards=rewards)
             limits = {"episodes": EPISODES, "max_histories": MAX_HISTORIES}
-            results = evaluate(source, named, dataset=recipe, data=where, **limits)
+            results = evaluate(source, named, dataset=data_config, data=where, **limits)
             return {known[result.policy]: _kept(result) for result in results}
 
         policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behavior"] if worse else []))

@@ -208,8 +208,8 @@ def _language(cfg: Config, point: dict) -> dict:
         run = language_models.fine_tuned(language_models.options(cfg.model, data, room / "run", **how))
         found = {}
         for M in cfg.asked:
-            recipe = DatasetConfig(tasks=cfg.tasks, demos=M, seed=seed + 1)
-            (result,) = evaluate(law, {"sft": load_policy(run)}, dataset=recipe)
+            data_config = DatasetConfig(tasks=cfg.tasks, demos=M, seed=seed + 1)
+            (result,) = evaluate(law, {"sft": load_policy(run)}, dataset=data_config)
             found[str(M)] = [round(gap, 6) for gap in result.gaps if gap is not None]
     return found
 

@@ -170,11 +170,11 @@ def centered(x: np.ndarray) -> np.ndarray:
     return x - x.mean(-1, keepdims=True)
 
 
-def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, recipe: DatasetConfig) -> dict[str, Any]:
+def implied(logits: dict[str, np.ndarray], new: Asked, data: Path, source: Suite, data_config: DatasetConfig) -> dict[str, Any]:
     """Of each task: how the logits go with Q*, and how what is wrong with them goes with what is wrong with either estimate."""
     with double_precision():
         tasks = read_tasks(Dataset(data))
-        estimators = {"ridge": policies.lsvi(), "layer": policies.layer(source, recipe)}
+        estimators = {"ridge": policies.lsvi(), "layer": policies.layer(source, data_config)}
         tables = {name: estimator.action_values(tasks) for name, estimator in estimators.items()}
     states = np.array([row.state for row in new.rows])  # [n, H]
     n, H = states.shape

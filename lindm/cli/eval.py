@@ -70,13 +70,13 @@ def run(options: Eval) -> int:
     validate.count(options.episodes, "episodes")
     with double_precision():
         source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
-    recipe = DatasetConfig(
+    data_config = DatasetConfig(
         tasks=options.tasks, demos=options.demos, behavior=options.behavior, epsilon=options.epsilon, seed=options.seed
     )
 
     about = describe(source)
     what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
-    head = [f"{', '.join(what)}; {recipe.tasks} tasks, {recipe.demos} demonstrations each", format_row(HEAD, WIDTHS)]
+    head = [f"{', '.join(what)}; {data_config.tasks} tasks, {data_config.demos} demonstrations each", format_row(HEAD, WIDTHS)]
 
     def show(result: PolicyResult) -> None:
         if not options.json:
@@ -84,12 +84,12 @@ def run(options: Eval) -> int:
             head.clear()
 
     names = options.policy or default_policies(source)
-    policies = PoliciesByName(names, source, recipe, template=options.template, rewards=options.rewards)
+    policies = PoliciesByName(names, source, data_config, template=options.template, rewards=options.rewards)
 
     data = None if options.out is None else options.out / "data"
     with progress_bar("tasks") as progress:
         results = evaluate(
-            source, policies, dataset=recipe, data=data, episodes=options.episodes, progress=progress, on_result=show
+            source, policies, dataset=data_config, data=data, episodes=options.episodes, progress=progress, on_result=show
         )
     rows = [asdict(result) for result in results]
     if options.out is not None:

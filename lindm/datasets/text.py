@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from lindm.choices import Rewards
-from lindm.datasets.columns import Episode, Task
+from lindm.datasets.columns import STEP_FIELDS, Episode, Task
 from lindm.datasets.reader import Dataset
 from lindm.errors import unknown
 from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, find_template, render
@@ -50,10 +50,18 @@ class TextFormat:
         """The text of `document`, in pieces."""
         return render(self.document(task, query), self.template)
 
+    def demonstration_steps(self, steps: Sequence[Step]) -> tuple[Step, ...]:
+        """Steps of a demonstration as a text shows them: fields that it does not show become None."""
+        return _select(steps, self.fields)
+
     def query_steps(self, steps: Sequence[Step]) -> tuple[Step, ...]:
-        """Steps of an episode in progress as a text shows them: fields that it does not show become None."""
-        hidden = {"state", "model", "observation", "reward"} - self.query_fields
-        return tuple(dataclasses.replace(step, **dict.fromkeys(hidden)) for step in steps)
+        """Steps of an episode in progress as a text shows them."""
+        return _select(steps, self.query_fields)
+
+
+def _select(steps: Sequence[Step], fields: frozenset[str]) -> tuple[Step, ...]:
+    hidden: dict[str, Any] = dict.fromkeys(STEP_FIELDS - fields)
+    return tuple(dataclasses.replace(step, **hidden) for step in steps)
 
 
 def text_format(
@@ -71,8 +79,7 @@ def text_format(
         problem needs, or with too few symbols; unknown rewards.
       DataError: the file holds no template.
     """
-    if rewards not in REWARDS:
-        raise ValueError(unknown("rewards", rewards, REWARDS))
+    check_rewards(rewards)
     template = find_template(template) or (READABLE if names else COMPACT)
     if names:
         if not dataset.names:
@@ -91,6 +98,12 @@ def text_format(
             use = "names or a template of your own" if part in dataset.names else "a template of your own"
             raise ValueError(f"template {template.name!r} has {len(table)} {field} symbols and the dataset {n} {part}; use {use}")
     return TextFormat(template, frozenset(shown))
+
+
+def check_rewards(rewards: str) -> None:
+    """ValueError for what is not one of `Rewards`."""
+    if rewards not in REWARDS:
+        raise ValueError(unknown("rewards", rewards, REWARDS))
 
 
 def with_names(template: Template, names: Mapping[str, Sequence[str]]) -> Template:

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lindm.datasets import DatasetConfig
+from lindm.datasets.text import check_rewards
 from lindm.errors import DataError, UsageError
 from lindm.evaluation.policies import check_name, make_policy
 from lindm.evaluation.policy import Policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
-from lindm.llm.policy import check_rewards, load_policy, model_directory, run_options, training_data
+from lindm.llm.policy import load_policy, model_directory, run_options, training_data
 from lindm.types import Problem
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from lindm import validate
 from lindm.choices import Rewards
 from lindm.datasets import Dataset, TextFormat, text_format
 from lindm.datasets.columns import sizes_of
-from lindm.errors import DataError, unknown
+from lindm.datasets.text import check_rewards
+from lindm.errors import DataError
 from lindm.evaluation.environments import Task
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.llm.attention import KVCache
@@ -34,7 +35,7 @@ from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
 from lindm.llm.tokens import action_tokens, document_prefix, encode, load_tokenizer
-from lindm.text import Document, Step, Template, find_template, render
+from lindm.text import Document, Template, find_template, render
 
 BUCKET = 4  # tokens of a call are a multiple of this, so that few programs are compiled
 
@@ -138,16 +139,16 @@ class LanguageModelPolicy(Policy):
 
     def prompt(self, task: Task, text: TextFormat) -> list[int]:
         """The tokens of a task's demonstrations, and of what opens the episode in progress."""
-        episodes = tuple(tuple(_shown(step, text.fields) for step in steps) for steps in task.demonstrations)
+        episodes = tuple(text.demonstration_steps(steps) for steps in task.demonstrations)
         pieces = [piece.text for piece in render(Document(episodes), text.template)]
         return [*document_prefix(self.tokenizer), *_joined(encode(self.tokenizer, pieces))]
 
     def new_tokens(self, observation: Observation, row: int, text: TextFormat) -> list[int]:
         """The tokens of a history behind those of its parent: the action taken, what followed, the step up to the next one."""
-        steps = [_shown(observation.open_step(row), text.query_fields)]
+        steps = [observation.open_step(row)]
         if observation.stage:
-            steps.insert(0, _shown(observation.last_step(row), text.query_fields))
-        pieces = [piece for piece in render(Document((), tuple(steps)), text.template) if piece.step is not None]
+            steps.insert(0, observation.last_step(row))
+        pieces = [piece for piece in render(Document((), text.query_steps(steps)), text.template) if piece.step is not None]
         if observation.stage:  # what stands in front of the action taken has been read
             taken = next(i for i, piece in enumerate(pieces) if piece.action is not None)
             pieces = pieces[taken:]
@@ -255,19 +256,6 @@ def training_data(options: Mapping[str, Any]) -> Dataset | None:
     """The dataset that a run was trained on, where it is a dataset and still there."""
     data = Path(options.get("data", ""))
     return Dataset(data) if (data / "manifest.json").is_file() else None
-
-
-def check_rewards(word: str) -> None:
-    """ValueError for what is not one of `Rewards`."""
-    if word not in get_args(Rewards):
-        raise ValueError(unknown("rewards", word, get_args(Rewards)))
-
-
-def _shown(step: Step, fields: frozenset[str]) -> Step:
-    """The step with those of its fields that the text shows."""
-    return Step(
-        step.action, **{name: getattr(step, name) for name in ("state", "model", "observation", "reward") if name in fields}
-    )
 
 
 def _on_host(x: Array) -> np.ndarray:

@@ -58,14 +58,14 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
 
     monkeypatch.setattr(decisions, "PoliciesByName", named)
     monkeypatch.setattr(decisions, "evaluate", evaluate)
-    monkeypatch.setattr(decisions.language_models, "make", lambda data, source, recipe: data)
+    monkeypatch.setattr(decisions.language_models, "make", lambda data, source, data_config: data)
     monkeypatch.setattr(decisions.language_models, "before", lambda asked, out: out)
     monkeypatch.setattr(decisions.language_models, "fine_tuned", lambda options: asked.append(options) or options.out)
     found = decisions.measure(SMOKE, {"suite": suite, "horizon": 2, "demos": demos, "seed": 0})
     (options,) = asked
     assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}
-    for recipe, policies, _ in faced:
-        assert (recipe.behavior, recipe.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
+    for data_config, policies, _ in faced:
+        assert (data_config.behavior, data_config.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
         assert ("behavior" in policies) == (demos == "worse")
     assert found["rows"].keys() == ({"id"} if demos == "worse" else {"id", "ood"})
 
@@ -230,8 +230,8 @@ def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path
     from lindm.llm.sft import setup
 
     with language_models.quietly():
-        recipe = decisions.DatasetConfig(tasks=8, demos=1, seed=3)
-        data = language_models.make(tmp_path / "data", language_models.law("pomdp", 2), recipe)
+        data_config = decisions.DatasetConfig(tasks=8, demos=1, seed=3)
+        data = language_models.make(tmp_path / "data", language_models.law("pomdp", 2), data_config)
         asked = language_models.options(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
         import jax
 

@@ -216,12 +216,12 @@ def test_renaming_changes_every_name_in_demonstrations_and_query():
 
 def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
     with language_models.quietly():
-        recipe = DatasetConfig(tasks=10, demos=2, seed=9)
+        data_config = DatasetConfig(tasks=10, demos=2, seed=9)
         source = language_models.law("mdp", 3)
-        data = language_models.make(tmp_path / "data", source, recipe)
+        data = language_models.make(tmp_path / "data", source, data_config)
         asked = probes.read(data, frozenset({"state", "reward"}))
         logits = {"before": -asked.Q, "after": 3 * asked.Q + 7}
-        found = mechanism.implied(logits, asked, data, source, recipe)
+        found = mechanism.implied(logits, asked, data, source, data_config)
     assert found["with_q"]["after"] == pytest.approx([1] * 10) and found["with_q"]["before"] == pytest.approx([-1] * 10)
     assert found["mistakes"]["after"] == 0 and found["mistakes"]["before"] == 30
     assert all(-1 <= v <= 1 for v in found["with_q"]["layer"]) and np.mean(found["with_q"]["ridge"]) > 0.3

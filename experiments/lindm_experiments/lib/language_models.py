@@ -40,9 +40,9 @@ def law(name: str, horizon: int, split: str = "id") -> Suite:
     return replace(suite(name, split=split), horizon=horizon)
 
 
-def make(data: Path, source: Suite, recipe: DatasetConfig) -> Path:
+def make(data: Path, source: Suite, data_config: DatasetConfig) -> Path:
     with double_precision():
-        make_dataset(data, source, recipe)
+        make_dataset(data, source, data_config)
     return data
 
 
