@@ -303,7 +303,7 @@ def _ray_cluster(workers: int | None) -> Iterator[int]:
     """A connection to the cluster at RAY_ADDRESS, or a local cluster; the number of its cores."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
         raise UsageError("executor ray needs the package ray: pip install 'lindm[ray]'") from e
     connected = ray.is_initialized()
@@ -338,14 +338,14 @@ class _RaySlot:
         self._actor: Any = None
 
     def submit(self, function: Callable[[Any], Any], task: Any) -> Future:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         if self._actor is None:
             self._actor = ray.remote(num_cpus=1, max_restarts=0)(_RayWorker).remote(self._initializer)
         return self._actor.call.remote(function, task).future()
 
     def result(self, future: Future) -> TaskResult:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         try:
             return future.result()
@@ -354,7 +354,7 @@ class _RaySlot:
             return TaskResult(error=WorkerDied("worker died"))
 
     def stop(self) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         if self._actor is not None:
             ray.kill(self._actor)

@@ -30,18 +30,18 @@ def sources(experiment: Experiment) -> dict[str, Path]:
     """Module (or module:data file) -> its file, for the experiment and all that it imports from these packages."""
     beside = experiment.path.parent if experiment.outside else None
     name = f"lindm_experiments.{experiment.name}"
-    found = {name: experiment.path}
+    files = {name: experiment.path}
     waiting = [(name, experiment.path)]
     while waiting:
         for imported in _imports(*waiting.pop(), beside):
             path = _path(imported, beside)
-            if path is not None and imported not in found:
-                found[imported] = path
+            if path is not None and imported not in files:
+                files[imported] = path
                 waiting.append((imported, path))
     for module, pattern in DATA.items():
-        if module in found:
-            found |= {f"{module}:{p.name}": p for p in sorted(found[module].parent.glob(pattern))}
-    return found
+        if module in files:
+            files |= {f"{module}:{p.name}": p for p in sorted(files[module].parent.glob(pattern))}
+    return files
 
 
 @functools.cache

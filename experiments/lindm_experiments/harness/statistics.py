@@ -78,7 +78,7 @@ def slopes(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     if lx.ndim != 1 or lx.size < 2 or ly.shape[1] != lx.size:
         raise ValueError(f"y must have one row per seed and one column per x (at least 2); got x{lx.shape}, y{ly.shape}")
     if not ((lx > 0).all() and (ly > 0).all() and np.isfinite(ly).all()):
-        raise ValueError("x and y must be positive and finite: a slope in logarithms is asked for")
+        raise ValueError("x and y must be positive and finite: the slope is that of their logarithms")
     lx = np.log(lx) - np.log(lx).mean()
     return (np.log(ly) @ lx) / float(lx @ lx)
 
@@ -152,7 +152,7 @@ def no_violations(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds:
 
 def all_of(decisions: Sequence[Decision]) -> Decision:
     """A claim made of parts: PASS when every part passes (intersection-union: no correction needed), FAIL when some part
-    fails (Bonferroni over the parts). Shows the numbers of the part that is least favourable to PASS."""
+    fails (Bonferroni over the parts). Shows the numbers of the part that is least favorable to PASS."""
     if not decisions:
         raise ValueError("decisions must not be empty")
     worst = max(decisions, key=lambda d: (d.p_pass, -d.p_fail))
