@@ -1,26 +1,24 @@
-r"""A dataset handed to other tools: prompts and conversations for TRL's SFTTrainer, transitions for Minari.
+r"""Datasets in the formats of other tools: prompts and conversations for TRL's SFTTrainer, transitions for Minari.
 
-`trl` writes two JSON-lines files that SFTTrainer takes as they are (`load_dataset("json", data_files=...)`):
+`trl` writes two JSON-lines files for SFTTrainer (`load_dataset("json", data_files=...)`):
 
     prompt_completion.jsonl   {"prompt", "completion"}: a row per step of a query. The prompt is the demonstrations and the query
-                              up to its next action; the completion is the symbol of the oracle's action and nothing else.
-    messages.jsonl            {"messages"}: conversations. The user tells what happened, the assistant answers with an action.
+                              up to its next action; the completion is the symbol of the oracle's action alone.
+    messages.jsonl            {"messages"}: conversations. The user describes what happened, the assistant answers with an action.
 
-The assistant's turns are the oracle's actions, whoever acted. Where the query's action is another one, what follows would be the
-consequence of an action that the conversation does not contain; so the conversation ends with that answer, and the next row tells
-the history as it was, in the user's first turn, and goes on from there. Every label is the answer of exactly one turn, and no
-conversation contradicts itself. A query made by the oracle is one row.
+The assistant's turns are the oracle's actions, also where the behavior policy took another action. In that case the following
+steps are not the consequence of the assistant's action. So the conversation ends there, and the next row has the history as it
+was, in the user's first turn, and continues. Every label is the answer of exactly one turn, and no conversation contradicts
+itself. A query made by the oracle is one row. Which fields of a step the texts show: `lindm.datasets.text`.
 
-Two settings of TRL matter: `max_length` (1024 tokens unless it is set) cuts rows at their end, where the answers are; and on
+Two settings of TRL matter: `max_length` (default 1024 tokens) truncates rows at their end, where the answers are; on
 conversations `assistant_only_loss=True` trains the answers alone, as is always done with completions.
 
-Which fields of a step the texts show: `lindm.datasets.text`.
+`minari` writes a Minari dataset with every demonstration and every query as an episode:
 
-`minari` writes a Minari dataset, every demonstration and every query an episode of it:
-
-    observations   MDP: the state, and S once the episode is over. POMDP: what was observed last, and O before anything was.
-                   APOMDP: the same of the pair m O + o, and M O before anything was. H + 1 of them, as Minari has it.
-    infos          label, Q, certificate, regret and state at every observation, at the last one, where nobody acts,
+    observations   H + 1 of them. MDP: the state, and S once the episode is over. POMDP: the last observation, and O before the
+                   first one. APOMDP: the same of the pair m O + o, and M O before the first one.
+    infos          label, Q, certificate, regret and state at every observation; at the last one, where there is no action,
                    -1, 0, -1, 0 and -1
     metadata       of an episode: its task and its role (demo or query)
 

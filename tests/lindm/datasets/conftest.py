@@ -1,4 +1,4 @@
-"""Small datasets: of a suite of MDPs, of one MDP with names, of one cloud. Each has six episodes a task: programs are shared."""
+"""Small datasets: of a suite of MDPs, of one MDP with names, of one APOMDP. Each has six episodes a task: programs are shared."""
 
 from functools import cached_property
 
@@ -32,7 +32,7 @@ class Datasets:
     def __init__(self, brute, root):
         self.root = root
         self.brute = brute.random(5, S=2, A=2, O=2, M=2, H=3, alpha=0.7)
-        self.sources = {"suite": SUITE, "mdp": fixed_mdp(), "cloud": self.brute.problem()}
+        self.sources = {"suite": SUITE, "mdp": fixed_mdp(), "apomdp": self.brute.problem()}
 
     def _made(self, name):
         datasets.make_dataset(self.root / name, self.sources[name], config(query_epsilon=0.5))
@@ -47,8 +47,8 @@ class Datasets:
         return self._made("mdp")
 
     @cached_property
-    def cloud(self):
-        return self._made("cloud")
+    def apomdp(self):
+        return self._made("apomdp")
 
 
 @pytest.fixture(scope="session")

@@ -31,22 +31,22 @@ def queries(directory):
         yield from ((task, task.demonstrations, query) for query in task.queries)
 
 
-def shown(row, steps, cloud):
+def shown(row, steps, apomdp):
     """What the first steps of an episode look like in a document; of a hidden state's rewards only demonstrations tell."""
-    keys = {"model": "model", "observation": "observation"} if cloud else {"state": "state"}
-    keys |= {"action": "action"} | ({} if cloud and row.role == "query" else {"reward": "reward"})
+    keys = {"model": "model", "observation": "observation"} if apomdp else {"state": "state"}
+    keys |= {"action": "action"} | ({} if apomdp and row.role == "query" else {"reward": "reward"})
     return [{k: getattr(row, c)[t] for k, c in keys.items()} for t in range(steps)]
 
 
-def told(steps):
+def fields_of(steps):
     fields = ("state", "model", "observation", "action", "reward")
     return [{k: getattr(step, k) for k in fields if getattr(step, k) is not None} for step in steps]
 
 
-@pytest.mark.parametrize("name", ["mdp", "cloud"])
+@pytest.mark.parametrize("name", ["mdp", "apomdp"])
 @pytest.mark.parametrize("template", [COMPACT, READABLE], ids=lambda t: t.name)
 def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is_the_label(made, tmp_path, name, template):
-    directory, cloud, end = getattr(made, name), name == "cloud", ".\n" if template is READABLE else ""
+    directory, apomdp, end = getattr(made, name), name == "apomdp", ".\n" if template is READABLE else ""
     paths = export(directory, "trl", tmp_path, template=template)
     assert paths == [tmp_path / "prompt_completion.jsonl", tmp_path / "messages.jsonl"]
     rows = iter(lines(paths[0]))
@@ -55,10 +55,10 @@ def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is
             row = next(rows)
             assert set(row) == {"prompt", "completion"}
             asked, answered = parse(row["prompt"], template), parse(row["prompt"] + row["completion"] + end, template)
-            assert [told(episode) for episode in asked.demonstrations] == [shown(d, len(d.action), cloud) for d in demos]
+            assert [fields_of(episode) for episode in asked.demonstrations] == [shown(d, len(d.action), apomdp) for d in demos]
             *history, last = asked.query
-            assert told(history) == shown(query, t, cloud)
-            assert last.action is None and last.state == (None if cloud else query.state[t])
+            assert fields_of(history) == shown(query, t, apomdp)
+            assert last.action is None and last.state == (None if apomdp else query.state[t])
             assert answered.query[-1] == replace(last, action=label)
     assert next(rows, None) is None
 
@@ -78,7 +78,7 @@ def test_a_conversation_says_what_happened_and_its_answers_are_the_labels(made, 
             document = parse(text, COMPACT)
             assert len(document.demonstrations) == len(demos)
             *history, last = document.query
-            assert told(history) == shown(query, length - 1, False)
+            assert fields_of(history) == shown(query, length - 1, False)
             assert last.action == query.label[length - 1] and last.state == query.state[length - 1]
             answers = ["ABC".index(turn["content"]) for turn in turns[1::2]]
             assert answers == [labels.pop(0) for _ in answers]
@@ -100,7 +100,7 @@ def test_the_oracles_own_query_is_one_conversation(made, tmp_path):
 
 
 def test_a_hidden_state_is_in_no_text(made, tmp_path):
-    for path in export(made.cloud, "trl", tmp_path, template=READABLE):
+    for path in export(made.apomdp, "trl", tmp_path, template=READABLE):
         assert "The state is" not in path.read_text() and "The observation is" in path.read_text()
 
 
@@ -119,10 +119,10 @@ def test_a_template_must_show_what_the_problem_needs_and_have_its_symbols(made, 
     with pytest.raises(ValueError, match=r"template must have \{state\} in its step for this dataset; 'bare' has not"):
         export(made.mdp, "trl", tmp_path, template=bare)
     with pytest.raises(ValueError, match=r"\{model\}"):
-        export(made.cloud, "trl", tmp_path, template=bare)
+        export(made.apomdp, "trl", tmp_path, template=bare)
     few = Template(name="few", step=("\n", "{state}", "?{action}"), closing=";", actions=("A", "B"), states="{}")
-    told = "template 'few' has 2 action symbols and the dataset 3 actions; use names or a template of your own"
-    with pytest.raises(ValueError, match=f"^{told}$"):
+    message = "template 'few' has 2 action symbols and the dataset 3 actions; use names or a template of your own"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         export(made.mdp, "trl", tmp_path, template=few)
     with pytest.raises(ValueError, match="to must be one of trl, minari; got 'csv'"):
         export(made.mdp, "csv", tmp_path)
@@ -139,8 +139,8 @@ def test_a_problem_with_more_actions_than_symbols_is_refused_before_anything_is_
     directory = tmp_path / "many"
     make_dataset(directory, many(30), config(tasks=1))
     for template in (None, READABLE):
-        told = rf"template '{template.name if template else 'compact'}' has 26 action symbols and the dataset 30 actions; "
-        with pytest.raises(ValueError, match=f"^{told}use a template of your own$"):
+        message = rf"template '{template.name if template else 'compact'}' has 26 action symbols and the dataset 30 actions; "
+        with pytest.raises(ValueError, match=f"^{message}use a template of your own$"):
             export(directory, "trl", tmp_path / "out", template=template)
     assert not (tmp_path / "out").exists()
     enough = Template(name="enough", step=("\n", "{state}", "?{action}", ":{reward}"), closing=";", actions="{}", states="{}")
@@ -166,18 +166,18 @@ def test_names_that_can_be_read_in_two_ways_are_refused_with_what_to_do(tmp_path
 
 
 def test_options_without_use_are_refused(made, tmp_path):
-    for option, told in (
+    for option, message in (
         ({"names": True}, "names must be left out for minari, which has no text; got True"),
         ({"rewards": "hidden"}, "rewards must be left out for minari, which has no text; got 'hidden'"),
         ({"template": READABLE}, "template must be left out for minari, which has no text; got 'readable'"),
         ({"system": ""}, "system must be left out for minari, which has no text; got ''"),
     ):
-        with pytest.raises(ValueError, match=f"^{told}$"):
+        with pytest.raises(ValueError, match=f"^{message}$"):
             export(made.mdp, "minari", tmp_path, **option)
     with pytest.raises(ValueError, match=r"^dataset_id must be left out for trl, which has none; got 'a-v0'$"):
         export(made.mdp, "trl", tmp_path, dataset_id="a-v0")
-    with pytest.raises(ValueError, match=r"^names must be left out: the dataset .*cloud has no names; got True$"):
-        export(made.cloud, "trl", tmp_path, names=True)
+    with pytest.raises(ValueError, match=r"^names must be left out: the dataset .*apomdp has no names; got True$"):
+        export(made.apomdp, "trl", tmp_path, names=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,14 +256,14 @@ def test_a_damaged_dataset_is_not_exported(made, tmp_path):
         assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["mdp", "cloud"])
+@pytest.mark.parametrize("name", ["mdp", "apomdp"])
 def test_minari_loads_every_episode(made, tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(socket, "socket", None)  # a socket would be an error
     directory = getattr(made, name)
-    told = []
-    (path,) = export(directory, "minari", tmp_path, progress=lambda done, total: told.append(done))
-    assert told == list(range(11)) and not (tmp_path / "home").exists()
+    calls = []
+    (path,) = export(directory, "minari", tmp_path, progress=lambda done, total: calls.append(done))
+    assert calls == list(range(11)) and not (tmp_path / "home").exists()
     import minari
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))

@@ -10,11 +10,11 @@ from lindm.families.suites import Suite
 from lindm.types import APOMDP
 from tests.lindm.datasets.conftest import SUITE, config
 
-CLOUDS = Suite(name="clouds", horizon=2, S=2, A=2, O=2, M=2, quality=0.8, distance=0.5, alpha=0.7)
+APOMDPS = Suite(name="apomdps", horizon=2, S=2, A=2, O=2, M=2, quality=0.8, distance=0.5, alpha=0.7)
 
 
 def test_labels_with_bounds_say_so(tmp_path):
-    datasets.make_dataset(tmp_path / "d", CLOUDS, config(tasks=2, demos=1, queries=1, method="net"))
+    datasets.make_dataset(tmp_path / "d", APOMDPS, config(tasks=2, demos=1, queries=1, method="net"))
     tasks = datasets.Dataset(tmp_path / "d").load()
     assert len(tasks) == 2 and tasks[0].arrays["P"] != tasks[1].arrays["P"]
     for task in tasks:

@@ -19,7 +19,7 @@ def same(x, y):
 
 
 def test_a_fixed_problem_comes_back_exactly_with_every_task(made):
-    for name, kind in (("mdp", MDP), ("cloud", APOMDP)):
+    for name, kind in (("mdp", MDP), ("apomdp", APOMDP)):
         source = made.sources[name]
         tasks = Dataset(getattr(made, name)).load()
         assert [task.task for task in tasks] == list(range(10))
@@ -57,9 +57,9 @@ def test_labels_of_mdps_are_those_of_backward_induction_on_the_row(made):
                     assert row.reward[h] == r[h][s, row.action[h]]
 
 
-def test_labels_of_a_cloud_are_those_of_the_recursion_at_the_history(made):
+def test_labels_of_an_apomdp_are_those_of_the_recursion_at_the_history(made):
     brute, known = made.brute, {}
-    for task in Dataset(made.cloud):
+    for task in Dataset(made.apomdp):
         assert task.method == "tree" and task.arrays["alpha"] == 0.7
         for row in task.episodes:
             history, beliefs = (), list(brute.rho)
@@ -112,7 +112,7 @@ def test_fewer_demonstrations_leave_the_others_as_they_are(made, tmp_path):
 
 
 def test_rows_stack_to_episodes_and_labels(made):
-    rows = next(iter(Dataset(made.cloud))).episodes
+    rows = next(iter(Dataset(made.apomdp))).episodes
     episodes, labels = episodes_of(rows)
     assert episodes.m is not None and episodes.o is not None
     assert episodes.s.shape == episodes.m.shape == (6, 3) and labels.Q.shape == (6, 3, 2)

@@ -15,9 +15,9 @@ from lindm.text import COMPACT, READABLE, Step, text
         ("mdp", "auto", True, True),
         ("mdp", "shown", True, True),
         ("mdp", "hidden", False, False),
-        ("cloud", "auto", False, False),
-        ("cloud", "shown", True, False),  # a reward may reveal of a hidden state what no label uses
-        ("cloud", "hidden", False, False),
+        ("apomdp", "auto", False, False),
+        ("apomdp", "shown", True, False),  # a reward may reveal of a hidden state what no label uses
+        ("apomdp", "hidden", False, False),
     ],
 )
 def test_rewards_are_shown_where_the_option_and_the_problem_allow(made, name, rewards, in_demonstrations, in_query):
@@ -31,7 +31,7 @@ def test_rewards_are_shown_where_the_option_and_the_problem_allow(made, name, re
 
 
 def test_an_episode_in_progress_is_shown_as_the_query_of_a_document(made):
-    for name in ("mdp", "cloud"):
+    for name in ("mdp", "apomdp"):
         dataset = Dataset(getattr(made, name))
         task = dataset.load()[0]
         for rewards in ("shown", "hidden"):
@@ -79,7 +79,7 @@ def test_a_handle_knows_the_sizes_the_config_and_the_names(made):
     assert dataset.config.demos == 4 and dataset.suite is None and dataset.names["actions"] == ["wait", "go", "turn"]
     problems = dataset.problems()
     assert len(problems) == 10 and all(problem is problems[0] for problem in problems)
-    suite, cloud = Dataset(made.suite), Dataset(made.cloud)
+    suite, apomdp = Dataset(made.suite), Dataset(made.apomdp)
     assert suite.suite["name"] == "small" and suite.checksum != dataset.checksum
-    assert (cloud.kind, cloud.num_observations, cloud.num_models) == ("apomdp", 2, 2)
+    assert (apomdp.kind, apomdp.num_observations, apomdp.num_models) == ("apomdp", 2, 2)
     assert is_dataset(made.suite) and not is_dataset(made.suite / "manifest.json") and not is_dataset(made.root)

@@ -53,9 +53,9 @@ def test_two_runs_write_the_same_bytes(tmp_path, source, reference):
 def test_a_finished_dataset_is_left_alone(tmp_path, source, reference):
     make_dataset(tmp_path / "d", source, CONFIG)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
-    told = []
-    result = make_dataset(tmp_path / "d", source, CONFIG, progress=lambda done, total: told.append((done, total)))
-    assert (result.made, result.kept) == (0, 3) and told == [(10, 10)]
+    calls = []
+    result = make_dataset(tmp_path / "d", source, CONFIG, progress=lambda done, total: calls.append((done, total)))
+    assert (result.made, result.kept) == (0, 3) and calls == [(10, 10)]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()} == before
 
 
@@ -267,7 +267,7 @@ def test_names_must_fit_the_problem(tmp_path, source):
 
 
 def test_parquet_and_json_lines_say_the_same(made):
-    for directory in (made.suite, made.mdp, made.cloud):
+    for directory in (made.suite, made.mdp, made.apomdp):
         manifest = datasets.Dataset(directory).manifest
         for record in manifest["shards"]:
             for name, file in record["files"].items():
@@ -312,7 +312,7 @@ def test_a_suite_is_drawn_by_its_task_numbers(made, tmp_path):
 
 def test_no_file_tells_when_or_where_it_was_made(made):
     today = datetime.date.today()
-    for directory in (made.suite, made.mdp, made.cloud):
+    for directory in (made.suite, made.mdp, made.apomdp):
         for path in directory.iterdir():
             data = path.read_bytes()
             for word in (str(directory.parent), os.uname().nodename, f"{today:%Y-%m}"):
@@ -320,7 +320,7 @@ def test_no_file_tells_when_or_where_it_was_made(made):
 
 
 def test_the_card_describes_every_column_and_no_other(made):
-    for directory in (made.suite, made.mdp, made.cloud):
+    for directory in (made.suite, made.mdp, made.apomdp):
         card = (directory / "README.md").read_text()
         for table in ("episodes", "tasks", "problem"):
             path = directory / ("problem.parquet" if table == "problem" else f"{table}-00000.parquet")
@@ -333,15 +333,15 @@ def test_the_card_describes_every_column_and_no_other(made):
 
 
 def test_the_card_says_that_a_label_need_not_be_the_argmax_of_Q(made):
-    row = next(line for line in (made.cloud / "README.md").read_text().splitlines() if line.startswith("| `label` |"))
+    row = next(line for line in (made.apomdp / "README.md").read_text().splitlines() if line.startswith("| `label` |"))
     assert "greedy in the lower bounds, so where the certificate is bounded it may differ from the argmax of Q" in row
 
 
 def test_the_totals_are_those_of_the_rows(made):
-    totals = datasets.Dataset(made.cloud).manifest["totals"]
-    tasks = datasets.Dataset(made.cloud).load()
+    totals = datasets.Dataset(made.apomdp).manifest["totals"]
+    tasks = datasets.Dataset(made.apomdp).load()
     steps = [c for task in tasks for row in task.episodes for c in row.certificate]
     assert totals["steps"] == len(steps) == 10 * 6 * 3 and totals["episodes"] == 60
     assert totals["certificates"] == {"exact": len(steps), "certified": 0, "bounded": 0}
     np.testing.assert_allclose(totals["mean_value"], np.mean([task.value for task in tasks]), rtol=1e-12)
-    assert "| labeled steps | 180 |" in (made.cloud / "README.md").read_text()
+    assert "| labeled steps | 180 |" in (made.apomdp / "README.md").read_text()
