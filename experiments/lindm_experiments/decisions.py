@@ -1,27 +1,29 @@
-"""Does fine-tuning on the oracle's decisions close the gap of a language model, and where does it stop helping?
+"""Does fine-tuning on the oracle's decisions close the optimality gap of a language model, and where does it stop helping?
 
-    lindm run decisions --preset full
+    lindm run decisions --preset quick      about 1 minute on 2 cores, a tiny model
+    lindm run decisions --preset full       SmolLM2-135M, hours
     lindm verify --only sft-beats-icl sft-beats-cloning horizon partial-observation ambiguity ood format behavior-context
 
-A cell is a suite at a horizon. In each, a model is fine-tuned (`lindm sft`) on tasks of the suite, and then it, the same model
-before that (ICL: it has the demonstrations in its context and no more) and the classical policies of `lindm eval` face the same
-new tasks, in distribution and out of it. Values are gaps, V* - V^pi over V* - V^random, of each task; exact, but for MDPs, where
-a language model is a policy over histories and is asked at those of sampled episodes (the same for all that are asked).
+A cell is a suite at a horizon. In each cell a model is fine-tuned (`lindm sft`) on tasks of the suite. Then the fine-tuned model,
+the base model (ICL: it only has the demonstrations in its context) and the classical policies of `lindm eval` act in the same new
+tasks, in and out of distribution. Values are normalized optimality gaps, (V* - V^pi) / (V* - V^random), of each task. They
+are exact, except for MDPs, where a language model is a policy over histories: there the histories are those of sampled
+episodes, the same for all language models.
 
     oracle demonstrations      the demonstrations in the context are the oracle's, as in [ZAS]
-    worse demonstrations       they are by the oracle with every second action random, and tell their rewards; labels of the
-                               oracle are what is trained, and stand nowhere in the text
-    another format             asked in texts that it was not trained in: other symbols in the same places, and sentences
+    worse demonstrations       every second action of the demonstrations is random, and their rewards are shown; the training
+                               labels are the oracle's and are not part of the text
+    another format             tested in text formats that were not trained: other symbols in the same places, and sentences
 
-Demonstrations: five where the state is hidden. Where it is seen two, because five of the oracle's show nearly every state, and
-nothing is left to be gained. An ambiguous task has 6^(H-1) histories at its last stage and a policy's value needs all of them:
-so the horizons end at 4 there.
+Number of demonstrations: five where the state is hidden, two where it is seen, because five of the oracle's show nearly every
+state and leave nothing to gain. An ambiguous task has 6^(H-1) histories at its last stage and the value of a policy needs all of
+them, so the horizons end at 4 there.
 
-The unit is the task: one model is trained in each cell (seeds = 1), so an interval tells how well the gap of *this* model is
-known. How gaps vary from one training to the next takes more seeds.
+The unit is the task: one model is trained in each cell (seeds = 1), so an interval says how well the gap of *this* model is
+known. How gaps vary from one training run to the next takes more seeds.
 
 The quick preset trains a tiny, randomly initialized model in one cell: a bandit (`pomdp` at horizon 1), whose best arm the
-demonstrations show. Claims that need other cells are undecided there.
+demonstrations show. Expected there: a gap near zero for SFT and near one for ICL. Claims that need other cells are undecided.
 """
 
 import json
@@ -44,7 +46,7 @@ from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 
 SUITES = ("mdp", "pomdp", "apomdp")
-MAX_HISTORIES = 256  # histories of a last stage that are all asked
+MAX_HISTORIES = 256  # largest number of histories at the last stage of a task that is evaluated exactly
 EPISODES = 4  # sampled of a task with more
 EPSILON = 0.5  # random actions in worse demonstrations
 DEMOS = {"mdp": 2, "pomdp": 5, "apomdp": 5}
@@ -66,16 +68,16 @@ FORMATS = ("renamed", "readable")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 1
-    """trainings of a cell, each on tasks of its own"""
+    """training runs of a cell, each on its own tasks"""
     base_seed: int = 900_000
     model: str = "models/SmolLM2-135M-Instruct"
-    """a model's directory, or tiny"""
+    """directory of a model, or tiny"""
     mdp: tuple[int, ...] = (4, 8, 16)
-    """horizons"""
+    """horizons of the suite"""
     pomdp: tuple[int, ...] = (4, 6, 8)
     apomdp: tuple[int, ...] = (2, 3, 4)
     tasks: int = 50
-    """new tasks of a cell and split"""
+    """new tasks of each cell and split"""
     train: int = 256
     """tasks to train on"""
     steps: int = 60
@@ -83,14 +85,14 @@ class Config:
     rate: float = 5e-4
     """peak learning rate"""
     more: bool = True
-    """measure worse demonstrations (at the middle horizons) and other formats (at the shortest) too"""
+    """also measure worse demonstrations (at the middle horizons) and other formats (at the shortest)"""
 
     def __post_init__(self):
         check_counts(self, "seeds", "tasks", "train", "steps", "batch")
         check_rising(self, *SUITES, length=0)
         if not any(getattr(self, name) for name in SUITES):
             raise ValueError("mdp, pomdp, apomdp must not all be empty")
-        branches = (cloud := language_models.law("apomdp", 1)).M * cloud.O
+        branches = (cloud := language_models.suite_at_horizon("apomdp", 1)).M * cloud.O
         if any(branches ** (h - 1) > MAX_HISTORIES for h in self.apomdp):
             raise ValueError(
                 f"apomdp must be horizons with at most {MAX_HISTORIES} histories at the last stage; got {self.apomdp}"
@@ -119,16 +121,16 @@ SMOKE = Config(
 
 
 def points(cfg: Config) -> list[dict]:
-    """The middle horizons first: what is known of every suite early is what most claims need."""
-    found = []
+    """The cells of every seed, the middle horizons first: most claims need one cell of every suite."""
+    cells_of_seeds = []
     for seed in range(cfg.seeds):
         cells = [(name, getattr(cfg, name)) for name in SUITES if getattr(cfg, name)]
-        every = [(n, h, h == middle(hs), "oracle") for n, hs in cells for h in hs]
+        horizons_and_demos = [(n, h, h == middle(hs), "oracle") for n, hs in cells for h in hs]
         if cfg.more:
-            every += [(n, middle(hs), False, "worse") for n, hs in cells]
-        every.sort(key=lambda cell: not cell[2])
-        found += [{"suite": n, "horizon": h, "demos": demos, "seed": seed} for n, h, _, demos in every]
-    return found
+            horizons_and_demos += [(n, middle(hs), False, "worse") for n, hs in cells]
+        horizons_and_demos.sort(key=lambda cell: not cell[2])
+        cells_of_seeds += [{"suite": n, "horizon": h, "demos": demos, "seed": seed} for n, h, _, demos in horizons_and_demos]
+    return cells_of_seeds
 
 
 def middle(horizons: Sequence[int]) -> int:
@@ -136,37 +138,39 @@ def middle(horizons: Sequence[int]) -> int:
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    language_models.check(cfg.model)
+    language_models.check_model(cfg.model)
     name, horizon, worse = point["suite"], point["horizon"], point["demos"] == "worse"
-    how = {"demos": DEMOS[name], "behavior": "epsilon" if worse else "oracle", "epsilon": EPSILON}
+    demonstrations = {"demos": DEMOS[name], "behavior": "epsilon" if worse else "oracle", "epsilon": EPSILON}
     seed = cfg.base_seed + 2 * point["seed"]
-    with tempfile.TemporaryDirectory() as directory, language_models.quietly():
-        room = Path(directory)
-        data = language_models.make(
-            room / "train", language_models.law(name, horizon), DatasetConfig(tasks=cfg.train, seed=seed, **how)
+    with tempfile.TemporaryDirectory() as directory, language_models.quiet_single_precision():
+        work = Path(directory)
+        data = language_models.make_data(
+            work / "train",
+            language_models.suite_at_horizon(name, horizon),
+            DatasetConfig(tasks=cfg.train, seed=seed, **demonstrations),
         )
         training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
         rewards = "shown" if worse else "auto"
-        asked = language_models.options(cfg.model, data, room / "run", rewards=rewards, **training)
-        models = {"icl": language_models.before(asked, room / "before"), "sft": language_models.fine_tuned(asked)}
+        config = language_models.sft_config(cfg.model, data, work / "run", rewards=rewards, **training)
+        models = {"icl": language_models.base_model(config, work / "before"), "sft": language_models.fine_tune(config)}
 
-        def faced(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
-            where = room / split
-            data_config = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **how)
-            source = language_models.law(name, horizon, split)
+        def evaluate_on(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
+            data = work / split
+            data_config = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **demonstrations)
+            source = language_models.suite_at_horizon(name, horizon, split)
             known = {policy: policy for policy in policies} | {f"{kind}:{path}": kind for kind, path in models.items()}
             named = PoliciesByName(tuple(known), source, data_config, template=template, rewards=rewards)
             limits = {"episodes": EPISODES, "max_histories": MAX_HISTORIES}
-            results = evaluate(source, named, dataset=data_config, data=where, **limits)
+            results = evaluate(source, named, dataset=data_config, data=data, **limits)
             return {known[result.policy]: _kept(result) for result in results}
 
         policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behavior"] if worse else []))
-        found = {"id": faced("id", policies)} | ({} if worse else {"ood": faced("ood", policies)})
+        rows = {"id": evaluate_on("id", policies)} | ({} if worse else {"ood": evaluate_on("ood", policies)})
         if cfg.more and not worse and horizon == getattr(cfg, name)[0]:
-            (room / "renamed.json").write_text(json.dumps(RENAMED))
-            paths = {"renamed": str(room / "renamed.json"), "readable": "readable"}
-            found |= {form: faced("id", (), paths[form]) for form in FORMATS}
-    return {"rows": found}
+            (work / "renamed.json").write_text(json.dumps(RENAMED))
+            paths = {"renamed": str(work / "renamed.json"), "readable": "readable"}
+            rows |= {form: evaluate_on("id", (), paths[form]) for form in FORMATS}
+    return {"rows": rows}
 
 
 def _kept(result: PolicyResult) -> dict:
@@ -176,7 +180,7 @@ def _kept(result: PolicyResult) -> dict:
     }
 
 
-# --- what follows --------------------------------------------------------------------------------------------------------------
+# --- verdicts and figures ----------------------------------------------------------------------------------------------------
 
 
 def gaps(
@@ -201,7 +205,7 @@ def suites_of(records: list[dict]) -> list[str]:
     return [name for name in SUITES if horizons(records, name)]
 
 
-def _said(parts: dict[str, Sequence[float]]) -> str:
+def _percentages(parts: dict[str, Sequence[float]]) -> str:
     return ", ".join(f"{name} {' / '.join(f'{100 * v:.1f}' for v in values)} %" for name, values in parts.items())
 
 
@@ -209,11 +213,11 @@ def check(records: list[dict]) -> list[Verdict]:
     known = suites_of(records)
 
     def against(id: str, rival: str, share: float, part: str = "id") -> Verdict:
-        """Does what it loses stay below a share of what the rival loses, on every suite?"""
+        """Is the gap of SFT below a share of the gap of the other policy, on every suite?"""
         mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", rival))
         means = {n: (mine[n].mean(), theirs[n].mean()) for n in known}
         return mean_verdict(
-            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {rival}: {_said(means)}"
+            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {rival}: {_percentages(means)}"
         )
 
     def advantage(suite: str, horizon: int | None = None) -> np.ndarray:
@@ -223,7 +227,7 @@ def check(records: list[dict]) -> list[Verdict]:
     ends = {n: [advantage(n, h) for h in (horizons(records, n)[0], horizons(records, n)[-1])] for n in several}
     verdicts = [against("sft-beats-icl", "icl", 0.25), against("sft-beats-cloning", "bc", 1.0)]
     if several:
-        note = f"ICL - SFT, shortest / longest: {_said({n: [v.mean() for v in e] for n, e in ends.items()})}"
+        note = f"ICL - SFT, shortest / longest: {_percentages({n: [v.mean() for v in e] for n, e in ends.items()})}"
         verdicts.append(mean_verdict("horizon", *(long - short for short, long in ends.values()), figure="gaps", note=note))
     else:
         verdicts.append(undecided("horizon", "one horizon was measured"))
@@ -231,15 +235,15 @@ def check(records: list[dict]) -> list[Verdict]:
         if easier in known and harder in known:
             pair = [advantage(n) for n in (easier, harder)]
             n = min(map(len, pair))
-            note = f"ICL - SFT, {easier} / {harder}: {_said({'': [v.mean() for v in pair]}).strip()}"
+            note = f"ICL - SFT, {easier} / {harder}: {_percentages({'': [v.mean() for v in pair]}).strip()}"
             verdicts.append(mean_verdict(id, pair[1][:n] - pair[0][:n], figure="gaps", note=note))
         else:
             verdicts.append(undecided(id, f"{easier} and {harder} were not both measured"))
     verdicts.append(against("ood", "icl", 0.5, "ood"))
-    told = [(n, form) for n in known for form in FORMATS if len(gaps(records, "sft", n, part=form))]
-    if told:
-        both = {key: [gaps(records, policy, key[0], part=key[1]) for policy in ("sft", "icl")] for key in told}
-        note = f"SFT / ICL: {_said({' '.join(key): [v.mean() for v in values] for key, values in both.items()})}"
+    formats = [(n, form) for n in known for form in FORMATS if len(gaps(records, "sft", n, part=form))]
+    if formats:
+        both = {key: [gaps(records, policy, key[0], part=key[1]) for policy in ("sft", "icl")] for key in formats}
+        note = f"SFT / ICL: {_percentages({' '.join(key): [v.mean() for v in values] for key, values in both.items()})}"
         verdicts.append(
             mean_verdict("format", *(mine - 0.5 * theirs for mine, theirs in both.values()), figure="formats", note=note)
         )
@@ -251,7 +255,7 @@ def check(records: list[dict]) -> list[Verdict]:
         rivals = {n: [gaps(records, policy, n, demos="worse") for policy in ("behavior", "bc", "icl")] for n in worse}
         parts = [mine[n] - theirs for n in worse for theirs in rivals[n][:2]]
         means = {n: [v.mean() for v in (mine[n], *rivals[n])] for n in worse}
-        note = f"SFT / behavior / bc / ICL: {_said(means)}"
+        note = f"SFT / behavior / bc / ICL: {_percentages(means)}"
         verdicts.append(mean_verdict("behavior-context", *parts, figure="formats", note=note))
     else:
         verdicts.append(undecided("behavior-context", "worse demonstrations were not measured"))
@@ -273,9 +277,9 @@ def table(records: list[dict]) -> list[dict]:
 
 
 LINES = {  # policy -> label, color, marker
-    "icl": ("as it comes (ICL)", COLORS[1], "s"),
+    "icl": ("base model (ICL)", COLORS[1], "s"),
     "sft": ("fine-tuned (SFT)", COLORS[0], "o"),
-    "bc": ("majority of the demonstrations", COLORS[2], "^"),
+    "bc": ("behavior cloning (bc)", COLORS[2], "^"),
     "certainty-equivalence": ("certainty equivalence", COLORS[3], "D"),
     "lsvi": ("LSVI", COLORS[4], "v"),
     "qmdp": ("QMDP (model known)", COLORS[5], "P"),
@@ -306,11 +310,11 @@ def _over_horizons(records: list[dict]) -> Figure:
                 error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
                 x = np.arange(len(at)) + 0.05 * (shift - 2.5)
                 axis.errorbar(x, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label, linewidth=1.2)
-            axis.axhline(100, color=GRAY, linestyle=":", marker="", label="random play")
+            axis.axhline(100, color=GRAY, linestyle=":", marker="", label="uniformly random policy")
             axis.axhline(0, color="#444444", linewidth=0.8, marker="")
             axis.set_xticks(range(len(at)), [str(h) for h in at])
             axis.set_title(f"{suite}, {about}")
-        axes[row][0].set_ylabel("gap, % of random play's")
+        axes[row][0].set_ylabel("normalized optimality gap, %")
         axes[row][0].set_yscale("symlog", linthresh=2)
         axes[row][0].set_ylim(-1, 130)
         axes[row][0].set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
@@ -336,7 +340,7 @@ def _bars(records: list[dict]) -> Figure:
                 if not len(values):
                     continue
                 mean, (low, high) = mean_ci(values)
-                label, color, marker = LINES.get(policy, ("who made the demonstrations", COLORS[6], MARKERS[6]))
+                label, color, marker = LINES.get(policy, ("demonstrator", COLORS[6], MARKERS[6]))
                 ends = [[100 * (mean - low)], [100 * (high - mean)]]
                 axis.errorbar(
                     [x + 0.16 * (i - 1)], [100 * mean], ends, color=color, marker=marker, capsize=2, linestyle="none", label=label
@@ -344,7 +348,7 @@ def _bars(records: list[dict]) -> Figure:
         axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name, _, _ in groups])
         axis.set_title(suite)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
-    axes[0][0].set_ylabel("gap, % of random play's")
+    axes[0][0].set_ylabel("normalized optimality gap, %")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     return figure

@@ -1,22 +1,26 @@
-r"""Does the error of a trained transformer split as the theory says, into a part of the test context M and one of the training
-length N?
+r"""Does the error of a trained transformer split as the theory says, into a part that depends on the length M of the test context
+and a part that depends on the training length N?
 
-    lindm run llm_law
+    lindm run llm_law --preset quick        about 1 minute on 2 cores
     lindm verify --only llm-law
 
 A task is a decision problem of one stage: Q* of d state-action pairs, each uniform on [0, 1]. Its context is M pairs with their
-returns, y ~ Bernoulli(Q*), and what is asked is Q*. Three readers see the same contexts:
+returns, y ~ Bernoulli(Q*); Q* is to be predicted. Three predictors get the same contexts:
 
-    transformer   the decoder of `lindm.llm`, two layers of width 64, from nothing: a token for each (pair, return), as in the
-                  prompt of [ZAS], then one for each pair asked about. Trained at N by cross-entropy against Q*, tested at every M
+    transformer   the decoder of `lindm.llm`, two layers of width 64, randomly initialized: a token for each (pair, return), as in
+                  the prompt of [ZAS], then a query token for each pair. Trained at N by cross-entropy against Q*, tested at
+                  every M
     layer         linear attention trained at N, in closed form: its risk is lindm_theory.in_context.risk, to the last digit
-    Bayes         (1 + sum y) / (2 + n) for a pair seen n times: no reader can do better
+    Bayes         (1 + sum y) / (2 + n) for a pair seen n times: no predictor can do better
 
-Of the layer, risk(M, N) = estimation(N) / M + bias(N), exactly. Of the transformer the same is asked as a regression on 1/M for
-each N: what share of the variance over M does it leave? Then each part by itself: at M = N how near is it to Bayes, and beyond N,
-what is lost against Bayes for having been trained at N?
+For the layer risk(M, N) = estimation(N) / M + bias(N), exactly. For the transformer a regression on 1/M for each N tests this:
+what share of the variance over M does it leave? Then each part by itself: at M = N, how near is it to Bayes, and beyond N, how
+much worse than Bayes is it for having been trained at N?
 
-The same of a real language model (full preset): SmolLM2, fine-tuned at N demonstrations of the suite pomdp and asked at M.
+The same for a language model (full preset): SmolLM2, fine-tuned at N demonstrations of the suite pomdp and tested at M.
+
+Expected: the transformer is within 2 % of Bayes at M = N, and beyond N it loses less the longer it was trained; the regression on
+1/M leaves about a tenth of the variance, so the split of the layer is not that of the transformer.
 """
 
 import tempfile
@@ -82,15 +86,15 @@ class Config:
     """a language model's directory; none: the transformers alone"""
     demos: tuple[int, ...] = (2, 8)
     """demonstrations that the language model is trained at"""
-    asked: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """and asked at"""
+    test_demos: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """demonstrations that it is tested at"""
     tasks: int = 50
     tuning: int = 60
     """steps of two documents"""
 
     def __post_init__(self):
         check_counts(self, "seeds", "steps", "contexts", "tasks", "tuning")
-        check_rising(self, "N", "M", "demos", "asked", length=2)
+        check_rising(self, "N", "M", "demos", "test_demos", length=2)
         if not set(self.N) <= set(self.M):
             raise ValueError(f"M must hold every N, {self.N}; got {self.M}")
         check_multiples(self, BLOCK, "contexts")
@@ -136,9 +140,9 @@ def draw(key: Array, contexts: int, length: int) -> tuple[Array, Array, Array]:
 
 
 def tokens(pairs: Array, y: Array) -> Array:
-    """Contexts [n, M] as token numbers [n, M + d]: what was seen, and then every pair as a question."""
-    asked = jnp.broadcast_to(2 * D + jnp.arange(D), (len(pairs), D))
-    return jnp.concatenate([2 * pairs + y, asked], axis=1)
+    """Contexts [n, M] as token numbers [n, M + d]: the context, then a query for every pair."""
+    queries = jnp.broadcast_to(2 * D + jnp.arange(D), (len(pairs), D))
+    return jnp.concatenate([2 * pairs + y, queries], axis=1)
 
 
 def logits(model: Decoder, ids: Array) -> Array:
@@ -198,23 +202,23 @@ def exact_layer(N: int, M: tuple[int, ...]) -> np.ndarray:
 
 
 def _language(cfg: Config, point: dict) -> dict:
-    """Gaps of every task at every number of demonstrations asked at, of the model trained at N."""
-    language_models.check(cfg.model)
+    """Gaps of every task at every test number of demonstrations, of the model fine-tuned at N."""
+    language_models.check_model(cfg.model)
     seed = point["seed"]
-    with tempfile.TemporaryDirectory() as directory, language_models.quietly():
-        room, law = Path(directory), language_models.law(SUITE, HORIZON)
-        data = language_models.make(room / "train", law, DatasetConfig(tasks=256, demos=point["N"], seed=seed))
+    with tempfile.TemporaryDirectory() as directory, language_models.quiet_single_precision():
+        work, suite = Path(directory), language_models.suite_at_horizon(SUITE, HORIZON)
+        data = language_models.make_data(work / "train", suite, DatasetConfig(tasks=256, demos=point["N"], seed=seed))
         how = {"steps": cfg.tuning, "batch": 2, "learning_rate": 5e-4}
-        run = language_models.fine_tuned(language_models.options(cfg.model, data, room / "run", **how))
+        run = language_models.fine_tune(language_models.sft_config(cfg.model, data, work / "run", **how))
         found = {}
-        for M in cfg.asked:
+        for M in cfg.test_demos:
             data_config = DatasetConfig(tasks=cfg.tasks, demos=M, seed=seed + 1)
-            (result,) = evaluate(law, {"sft": load_policy(run)}, dataset=data_config)
+            (result,) = evaluate(suite, {"sft": load_policy(run)}, dataset=data_config)
             found[str(M)] = [round(gap, 6) for gap in result.gaps if gap is not None]
     return found
 
 
-# --- what follows --------------------------------------------------------------------------------------------------------------
+# --- verdicts and figures ----------------------------------------------------------------------------------------------------
 
 
 def risks(records: list[dict], reader: str) -> np.ndarray:
@@ -231,7 +235,7 @@ def lengths(records: list[dict]) -> tuple[list[int], list[int]]:
     return sorted({r["point"]["N"] for r in mine}), [row["M"] for row in mine[0]["rows"]]
 
 
-def told(records: list[dict]) -> dict[int, dict[int, list[float]]]:
+def language_gaps(records: list[dict]) -> dict[int, dict[int, list[float]]]:
     """Gaps of the language model: N -> M -> a gap of every task, in increasing order."""
     mine = sorted((r for r in records if r["point"]["reader"] == "language model"), key=lambda r: r["point"]["N"])
     return {r["point"]["N"]: {int(m): r["gaps"][m] for m in sorted(r["gaps"], key=int)} for r in mine}
@@ -248,7 +252,7 @@ def unexplained(table: np.ndarray, M: Sequence[int]) -> np.ndarray:
 def check(records: list[dict]) -> list[Verdict]:
     mine, layer, bayes = (risks(records, reader) for reader in ("transformer", "layer", "bayes"))
     N, M = lengths(records)
-    own = [M.index(n) for n in N]  # where a reader is asked at the length that it was trained at
+    own = [M.index(n) for n in N]  # test length = training length
     near = [np.mean([x[:, i, m] / bayes[:, i, m] for i, m in enumerate(own)], axis=0) for x in (mine, layer)]
     lost = [(x - bayes)[:, :, -1] for x in (mine, layer)]
     ends = [" to ".join(f"{v:.2g}" for v in x.mean(0)[[0, -1]]) for x in lost]
@@ -267,13 +271,15 @@ def check(records: list[dict]) -> list[Verdict]:
             note=f"risk beyond Bayes at M = {M[-1]}, N = {N[0]} to {N[-1]}: transformer {ends[0]}, layer {ends[1]}",
         ),
     ]
-    asked = told(records)
-    if not asked:
+    by_length = language_gaps(records)
+    if not by_length:
         return [*verdicts, undecided("llm-law/language", "no language model was measured")]
-    few, many = asked[min(asked)], asked[max(asked)]
-    said = "; ".join(f"N = {n}: " + ", ".join(f"{100 * np.mean(v):.1f}" for v in gaps.values()) for n, gaps in asked.items())
+    few, many = by_length[min(by_length)], by_length[max(by_length)]
+    percentages = "; ".join(
+        f"N = {n}: " + ", ".join(f"{100 * np.mean(v):.1f}" for v in gaps.values()) for n, gaps in by_length.items()
+    )
     difference = np.array(many[max(many)]) - np.array(few[max(few)])
-    note = f"gaps in % at M = {', '.join(map(str, few))}: {said}"
+    note = f"gaps in % at M = {', '.join(map(str, few))}: {percentages}"
     return [*verdicts, mean_verdict("llm-law/language", difference, figure="language", note=note)]
 
 
@@ -291,15 +297,15 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     axes[0].set_ylabel("E (Qhat - Q*)²")
     axes[0].legend()
     figures = {"risk": figure}
-    if asked := told(records):
+    if by_length := language_gaps(records):
         figure, axis = pyplot.subplots()
-        for (n, gaps), color, marker in zip(asked.items(), COLORS, MARKERS, strict=False):
+        for (n, gaps), color, marker in zip(by_length.items(), COLORS, MARKERS, strict=False):
             at = list(gaps)
             means, ends = zip(*(mean_ci(v) for v in gaps.values()), strict=True)
             error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
             label = f"fine-tuned at {n}"
             axis.errorbar(at, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label)
-        axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="gap, % of random play's")
+        axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="normalized optimality gap, %")
         set_log_ticks(axis, at)
         axis.set_title(f"A language model on {SUITE}, horizon {HORIZON}")
         axis.legend()

@@ -272,8 +272,8 @@ def check(records: list[dict]) -> list[Verdict]:
     total = sum(r["worlds"][n]["decisions"] for r in records for n in SHIFTS)
     rates = {n: np.mean([_mean(r, n, "rate", "trained") for r in records]) for n in SHIFTS}
     gain = [
-        [_mean(r, n, "loss", CENTERED_LABELS) / _mean(r, n, "loss", "diagonal") for r in records]
-        for n in ("positive", "negative")
+        [_mean(r, name, "loss", CENTERED_LABELS) / _mean(r, name, "loss", "diagonal") for r in records]
+        for name in ("positive", "negative")
     ]
     note = ", ".join(f"{n} {v:.3g}" for n, v in rates.items())
     return [

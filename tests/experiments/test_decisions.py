@@ -58,9 +58,9 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
 
     monkeypatch.setattr(decisions, "PoliciesByName", named)
     monkeypatch.setattr(decisions, "evaluate", evaluate)
-    monkeypatch.setattr(decisions.language_models, "make", lambda data, source, data_config: data)
-    monkeypatch.setattr(decisions.language_models, "before", lambda asked, out: out)
-    monkeypatch.setattr(decisions.language_models, "fine_tuned", lambda options: asked.append(options) or options.out)
+    monkeypatch.setattr(decisions.language_models, "make_data", lambda data, source, data_config: data)
+    monkeypatch.setattr(decisions.language_models, "base_model", lambda asked, out: out)
+    monkeypatch.setattr(decisions.language_models, "fine_tune", lambda options: asked.append(options) or options.out)
     found = decisions.measure(SMOKE, {"suite": suite, "horizon": 2, "demos": demos, "seed": 0})
     (options,) = asked
     assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}
@@ -229,14 +229,14 @@ def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path
     from lindm.llm.parallel.sharding import make_mesh
     from lindm.llm.sft import setup
 
-    with language_models.quietly():
+    with language_models.quiet_single_precision():
         data_config = decisions.DatasetConfig(tasks=8, demos=1, seed=3)
-        data = language_models.make(tmp_path / "data", language_models.law("pomdp", 2), data_config)
-        asked = language_models.options(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
+        data = language_models.make_data(tmp_path / "data", language_models.suite_at_horizon("pomdp", 2), data_config)
+        asked = language_models.sft_config(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
         import jax
 
         mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
-        there = weights.load(language_models.before(asked, tmp_path / "before"), mesh=mesh)
+        there = weights.load(language_models.base_model(asked, tmp_path / "before"), mesh=mesh)
         here = setup.build_model(setup.setup_training(asked))
         from flax import nnx
 

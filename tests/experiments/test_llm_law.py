@@ -137,7 +137,7 @@ def test_the_order_of_records_does_not_matter():
 
 def test_demonstrations_are_in_the_order_of_numbers_whatever_the_file_has():
     records = made(lambda N, M: 1 / M, {8: {"1": 0.3, "16": 0.1, "2": 0.2}, 2: {"1": 0.4, "16": 0.1, "2": 0.3}})
-    assert [(n, list(gaps)) for n, gaps in llm_law.told(records).items()] == [(2, [1, 2, 16]), (8, [1, 2, 16])]
+    assert [(n, list(gaps)) for n, gaps in llm_law.language_gaps(records).items()] == [(2, [1, 2, 16]), (8, [1, 2, 16])]
     (axis,) = llm_law.plot(records)["language"].axes
     assert [list(line.get_xdata()) for line in axis.lines[:1]] == [[1, 2, 16]]
 

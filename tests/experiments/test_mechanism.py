@@ -22,7 +22,7 @@ from lindm.text import COMPACT, Document, Step
 from lindm_experiments import mechanism
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.lib import language_models, probes
-from lindm_experiments.lib.probes import Asked
+from lindm_experiments.lib.probes import Queries
 from lindm_experiments.mechanism import SMOKE
 
 TIGER = Path(__file__).parents[1] / "lindm/problems/files/tiger.pomdp"
@@ -124,12 +124,14 @@ def test_a_probe_with_more_features_than_tasks_is_shrunk_until_it_does_no_harm()
 def trained(tmp_path_factory):
     """A tiny model after a few steps, and query episodes of the suite mdp."""
     room = tmp_path_factory.mktemp("mechanism")
-    with language_models.quietly():
-        data = language_models.make(room / "data", language_models.law("mdp", 3), DatasetConfig(tasks=12, demos=2, seed=4))
-        run = language_models.fine_tuned(
-            language_models.options(language_models.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3)
+    with language_models.quiet_single_precision():
+        data = language_models.make_data(
+            room / "data", language_models.suite_at_horizon("mdp", 3), DatasetConfig(tasks=12, demos=2, seed=4)
         )
-    return probes.Reader(run / "model"), probes.read(data, frozenset({"state", "reward"}))
+        run = language_models.fine_tune(
+            language_models.sft_config(language_models.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3)
+        )
+    return probes.ProbedModel(run / "model"), probes.read_queries(data, frozenset({"state", "reward"}))
 
 
 def test_the_last_of_the_stream_is_what_the_model_says(trained):
@@ -148,7 +150,7 @@ def test_the_logits_decide_as_the_policy_that_is_evaluated(trained):
     reader, asked = trained
     logits = reader.logits(reader.stream(asked))
     policy = LanguageModelPolicy(nnx.merge(reader.graphdef, reader.weights), reader.tokenizer, TextOptions(COMPACT))
-    problem = draw_task(jax.random.key(0), language_models.law("mdp", 3))  # of the same sizes
+    problem = draw_task(jax.random.key(0), language_models.suite_at_horizon("mdp", 3))  # of the same sizes
     tasks = make_tasks([problem] * len(asked.documents), [one.demonstrations for one in asked.documents])
     state, rows = policy.init(tasks), np.arange(len(tasks))
     for stage in range(3):
@@ -173,7 +175,7 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Same())
-        assert mechanism.renamed(reader, logits, asked, 1, 0) == [1.0] * 12
+        assert mechanism.same_decisions(reader, logits, asked, 1, 0) == [1.0] * 12
 
     class Blind:
         """Decides by the index of the action alone: what it does under other names is another action."""
@@ -184,10 +186,10 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
         def logits(self, asked):
             return np.broadcast_to([0.0, 0.0, 1.0], asked.Q.shape)
 
-    blind: probes.Reader = Blind()  # pyright: ignore
+    blind: probes.ProbedModel = Blind()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Reversed())
-        assert mechanism.renamed(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
+        assert mechanism.same_decisions(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
 
     class Turned:
         def permutation(self, n):
@@ -202,24 +204,24 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
         def logits(self, stream):
             return np.broadcast_to(np.eye(3)[stream][:, None], asked.Q.shape)
 
-    copying: probes.Reader = Copying()  # pyright: ignore
+    copying: probes.ProbedModel = Copying()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Turned())
-        assert mechanism.renamed(copying, copying.logits(copying.stream(asked)), asked, 1, 0) == [1.0] * 12
+        assert mechanism.same_decisions(copying, copying.logits(copying.stream(asked)), asked, 1, 0) == [1.0] * 12
 
 
 def test_renaming_changes_every_name_in_demonstrations_and_query():
     steps = (Step(0, state=1, reward=0.5), Step(2, state=0, reward=0.25))
-    found = mechanism._told(Document((steps,), steps[:1]), np.array([2, 0, 1]), np.array([1, 2, 0]))
+    found = mechanism._rename(Document((steps,), steps[:1]), np.array([2, 0, 1]), np.array([1, 2, 0]))
     assert found == Document(((Step(1, state=0, reward=0.5), Step(0, state=2, reward=0.25)),), (Step(1, state=0, reward=0.5),))
 
 
 def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
-    with language_models.quietly():
+    with language_models.quiet_single_precision():
         data_config = DatasetConfig(tasks=10, demos=2, seed=9)
-        source = language_models.law("mdp", 3)
-        data = language_models.make(tmp_path / "data", source, data_config)
-        asked = probes.read(data, frozenset({"state", "reward"}))
+        source = language_models.suite_at_horizon("mdp", 3)
+        data = language_models.make_data(tmp_path / "data", source, data_config)
+        asked = probes.read_queries(data, frozenset({"state", "reward"}))
         logits = {"before": -asked.Q, "after": 3 * asked.Q + 7}
         found = mechanism.implied(logits, asked, data, source, data_config)
     assert found["with_q"]["after"] == pytest.approx([1] * 10) and found["with_q"]["before"] == pytest.approx([-1] * 10)
@@ -283,4 +285,4 @@ def test_a_model_that_writes_an_action_in_several_tokens_is_refused(trained, mon
     reader, asked = trained
     monkeypatch.setattr(probes, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
     with pytest.raises(ValueError, match="model must have a token for each action"):
-        reader.stream(Asked(asked.documents[:1], asked.labels[:1], asked.Q[:1], asked.rows[:1]))
+        reader.stream(Queries(asked.documents[:1], asked.labels[:1], asked.Q[:1], asked.rows[:1]))

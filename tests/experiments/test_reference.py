@@ -68,6 +68,6 @@ def test_the_page_tells_what_lengths_are_worth():
             cells = [f"{ratio:.2f}" for ratio in risks[who][i] / risks["bayes"][i]]
             cells = [f"**{cell}**" if m == n else cell for m, cell in zip(M, cells, strict=True)]
             assert f"| {n} | {who} | {' | '.join(cells)} |" in PAGE
-    for n, gaps in llm_law.told(records).items():
+    for n, gaps in llm_law.language_gaps(records).items():
         cells = [f"{sum(values) / len(values):.3f}" for values in gaps.values()]
         assert f"| {n} demonstrations | {' | '.join(cells)} |" in PAGE

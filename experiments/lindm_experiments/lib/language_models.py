@@ -1,4 +1,4 @@
-"""What the experiments with language models share: fine-tuning as `lindm sft` does it, and the model before that."""
+"""Fine-tuning for the experiments with language models: data, options and training as in `lindm sft`, and the base model."""
 
 import contextlib
 import gc
@@ -20,12 +20,12 @@ from lindm.llm.io import weights
 from lindm.llm.sft import setup, trainer
 from lindm.llm.sft.options import SFTConfig
 
-TINY = "tiny"  # in place of a model's directory: one from nothing, with a vocabulary of its own
+TINY = "tiny"  # in place of a model's directory: a small, randomly initialized model with its own vocabulary
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """In single precision, without the lines that a training run prints, and with no compiled program left behind."""
+def quiet_single_precision() -> Iterator[None]:
+    """Context in single precision that hides what a training run prints; compiled programs are dropped at its end."""
     silent = io.StringIO()
     try:
         with jax.enable_x64(False), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
@@ -35,42 +35,43 @@ def quietly() -> Iterator[None]:
         gc.collect()
 
 
-def law(name: str, horizon: int, split: str = "id") -> Suite:
-    """A suite at any horizon."""
+def suite_at_horizon(name: str, horizon: int, split: str = "id") -> Suite:
+    """The laws of a named suite at any horizon, also one that the suite does not list."""
     return replace(suite(name, split=split), horizon=horizon)
 
 
-def make(data: Path, source: Suite, data_config: DatasetConfig) -> Path:
+def make_data(data: Path, source: Suite, config: DatasetConfig) -> Path:
+    """Write a dataset to the directory `data`, in double precision; its path."""
     with double_precision():
-        make_dataset(data, source, data_config)
+        make_dataset(data, source, config)
     return data
 
 
-def check(model: str) -> None:
-    """DataError where the model is not there."""
+def check_model(model: str) -> None:
+    """Raises: DataError where there is no model in the directory `model`."""
     if model != TINY and not (Path(model) / "config.json").is_file():
         raise DataError(f"model must be {TINY} or the directory of a model; got {model} (make smollm2 brings SmolLM2)")
 
 
-def options(model: str, data: Path, out: Path, **how: Any) -> SFTConfig:
-    """Of a training run on all of the data: every weight of a tiny model, adapters of a given one."""
+def sft_config(model: str, data: Path, out: Path, **options: Any) -> SFTConfig:
+    """Options of a training run on all of the data: all weights of a tiny model, LoRA adapters of a pretrained one."""
     start = {"preset": TINY} if model == TINY else {"model": Path(model), "method": "lora"}
-    return SFTConfig(data=data, out=out, held_out=0.0, eval_tasks=0, **start, **how)
+    return SFTConfig(data=data, out=out, held_out=0.0, eval_tasks=0, **start, **options)
 
 
-def fine_tuned(asked: SFTConfig) -> Path:
-    """The directory of a finished run. Its checkpoints are removed: it is not resumed."""
-    trainer.train(asked)
-    signals.stop_on_signals()  # training only notes them; nothing is unsaved any more
-    shutil.rmtree(asked.out / trainer.CHECKPOINTS, ignore_errors=True)
-    return asked.out
+def fine_tune(config: SFTConfig) -> Path:
+    """Train; the run's directory. Its checkpoints are removed, since the run is not resumed."""
+    trainer.train(config)
+    signals.stop_on_signals()  # during training signals are only noted; now nothing is unsaved
+    shutil.rmtree(config.out / trainer.CHECKPOINTS, ignore_errors=True)
+    return config.out
 
 
-def before(asked: SFTConfig, out: Path) -> Path:
-    """The model that the run starts from, as a directory."""
-    if asked.model is not None:
-        return asked.model
-    prepared = setup.setup_training(asked)
+def base_model(config: SFTConfig, out: Path) -> Path:
+    """Directory of the model that the run starts from; a randomly initialized one is written to `out`."""
+    if config.model is not None:
+        return config.model
+    prepared = setup.setup_training(config)
     tokenizer = out.with_name(f"{out.name}-tokenizer")
     prepared.tokenizer.save_pretrained(str(tokenizer))
     weights.save(setup.build_model(prepared), out, like=tokenizer)

@@ -1,4 +1,4 @@
-"""What is in a language model in front of a decision, and what can be read from it by a linear map."""
+"""Hidden states of a language model at the token before each decision, and linear probes of them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,11 +21,11 @@ from lindm.text import COMPACT, Document, render
 
 ROWS = 8  # texts of one forward pass
 PENALTIES = 10.0 ** np.arange(0, 7)  # of the ridge regressions, whose features are standardized
-HELD = 0.25  # share of the tasks behind a probe that choose its penalty and its layer
+VALIDATION_SHARE = 0.25  # of the probe's tasks; they choose its penalty and its layer
 
 
-class Asked(NamedTuple):
-    """Query episodes of new tasks, each asked about at every stage."""
+class Queries(NamedTuple):
+    """The last query episode of each task; every stage of it is a decision."""
 
     documents: list[Document]
     labels: list[list[list[int]]]  # of each document, episode by episode, the query last
@@ -33,7 +33,8 @@ class Asked(NamedTuple):
     rows: list[Episode]  # the queries
 
 
-def read(data: Path, shown: frozenset[str]) -> Asked:
+def read_queries(data: Path, shown: frozenset[str]) -> Queries:
+    """The queries of a dataset, as texts that show the fields `shown` of each step."""
     documents, labels, queries = [], [], []
     text = TextFormat(COMPACT, shown)
     for task in Dataset(data):
@@ -41,11 +42,14 @@ def read(data: Path, shown: frozenset[str]) -> Asked:
         documents.append(text.document(task, query))
         labels.append([episode.label for episode in (*task.demonstrations, query)])
         queries.append(query)
-    return Asked(documents, labels, np.array([episode.Q for episode in queries]), queries)
+    return Queries(documents, labels, np.array([episode.Q for episode in queries]), queries)
 
 
-class Reader:
-    """A model, and what is in its stream in front of the actions of a query."""
+class ProbedModel:
+    """A language model with access to its residual stream before the actions of a query.
+
+    `untrained`: seed of random weights that replace those of the directory.
+    """
 
     def __init__(self, directory: Path, untrained: int | None = None):
         self.tokenizer = load_tokenizer(directory)
@@ -55,16 +59,16 @@ class Reader:
             model = Decoder(read_model_config(directory), nnx.Rngs(untrained))
         self.graphdef, self.weights = nnx.split(model)
 
-    def stream(self, asked: Asked) -> np.ndarray:
-        """[n, H, depth + 1, D]: the stream at the last token before each action of the query."""
-        A = asked.Q.shape[-1]
-        spelt = action_tokens(self.tokenizer, COMPACT, A)
-        if max(map(len, spelt)) > 1:
+    def stream(self, queries: Queries) -> np.ndarray:
+        """Residual stream [n, H, num_layers + 1, hidden_size] at the last token before each action of the query."""
+        A = queries.Q.shape[-1]
+        action_ids = action_tokens(self.tokenizer, COMPACT, A)
+        if max(map(len, action_ids)) > 1:
             raise ValueError("model must have a token for each action")
-        self.actions = np.array([tokens[0] for tokens in spelt])
+        self.actions = np.array([tokens[0] for tokens in action_ids])
         examples = [
-            document_example(self.tokenizer, render(one, COMPACT), labels, spelt, "query", "query")
-            for one, labels in zip(asked.documents, asked.labels, strict=True)
+            document_example(self.tokenizer, render(one, COMPACT), labels, action_ids, "query", "query")
+            for one, labels in zip(queries.documents, queries.labels, strict=True)
         ]
         T = -(-max(len(e.ids) for e in examples) // 8) * 8
         return np.concatenate([self._rows(examples[i : i + ROWS], T) for i in range(0, len(examples), ROWS)])
@@ -77,7 +81,7 @@ class Reader:
         return np.asarray(_stream(self.graphdef, self.weights, ids, at))[: len(examples)]
 
     def logits(self, stream: np.ndarray) -> np.ndarray:
-        """Of the actions [n, H, A], from `stream`."""
+        """Logits of the actions [n, H, A], from the last layer of `stream`."""
         return np.asarray(_logits(self.graphdef, self.weights, stream[:, :, -1]))[..., self.actions]
 
 
@@ -98,28 +102,28 @@ def _logits(graphdef, weights, last: Array) -> Array:
 
 
 Targets = dict[str, tuple[np.ndarray, np.ndarray]]
-"""What is to be read: of the tasks behind the probes [n, H, k], and of new ones."""
+"""Regression targets by name: those of the probe's tasks [n, H, k] and of new tasks."""
 
 
 def probe(X: np.ndarray, X_new: np.ndarray, targets: Targets) -> dict[str, dict[str, Any]]:
-    """Of each target: the errors of every layer, the layer chosen on tasks held out, and its errors on each new task.
+    """For each target: the errors of every layer, the layer chosen on validation tasks, and its errors on each new task.
 
-    X [n, H, layers, D]. Beside them are those of the mean of each stage, whose average is the unit.
+    X [n, H, layers, D]. The unit of errors is the average error of predicting the mean of the stage; `of_mean` has those errors.
     """
-    cut = len(X) - max(1, round(HELD * len(X)))
+    cut = len(X) - max(1, round(VALIDATION_SHARE * len(X)))
     of_mean = {name: ((Y_new - Y.mean(0)) ** 2).sum((1, 2)) for name, (Y, Y_new) in targets.items()}
-    # of each layer: when held out, and on new
+    # for each layer: error on validation tasks, errors on new tasks
     profile: dict[str, list[tuple[float, np.ndarray]]] = {name: [] for name in targets}
     for layer in range(X.shape[2]):
         x, x_new = X[:, :, layer], X_new[:, :, layer]
         chosen, final = Ridge(x[:cut], x[cut:]), Ridge(x, x_new)
         for name, (Y, Y_new) in targets.items():
-            held = [chosen.errors(Y[:cut], Y[cut:], penalty).mean() for penalty in PENALTIES]
-            best = int(np.argmin(held))
-            profile[name].append((float(held[best]), final.errors(Y, Y_new, PENALTIES[best]) / of_mean[name].mean()))
+            validation = [chosen.errors(Y[:cut], Y[cut:], penalty).mean() for penalty in PENALTIES]
+            best = int(np.argmin(validation))
+            profile[name].append((float(validation[best]), final.errors(Y, Y_new, PENALTIES[best]) / of_mean[name].mean()))
     found = {}
     for name, layers in profile.items():
-        layer = int(np.argmin([held for held, _ in layers]))
+        layer = int(np.argmin([error for error, _ in layers]))
         found[name] = {
             "profile": [round(float(errors.mean()), 5) for _, errors in layers],
             "layer": layer,
@@ -130,19 +134,19 @@ def probe(X: np.ndarray, X_new: np.ndarray, targets: Targets) -> dict[str, dict[
 
 
 class Ridge:
-    """Ridge regressions on standardized features, beside a mean for each stage; one decomposition serves every target."""
+    """Ridge regressions on standardized features, with a mean for each stage; one decomposition serves every target."""
 
     def __init__(self, X: np.ndarray, X_new: np.ndarray):
         X, X_new = X.astype(float), X_new.astype(float)
         x = (X - X.mean(0)).reshape(-1, X.shape[-1])
         scale = x.std(0)
-        scale[scale <= 1e-6 * scale.max()] = np.inf  # tells the stage at most
+        scale[scale <= 1e-6 * scale.max()] = np.inf  # a constant feature, or one that depends on the stage alone
         self.U, self.s, V = np.linalg.svd(x / scale, full_matrices=False)
-        self.told = ((X_new - X.mean(0)) / scale) @ V.T
+        self.projected_new = ((X_new - X.mean(0)) / scale) @ V.T
 
     def errors(self, Y: np.ndarray, Y_new: np.ndarray, penalty: float) -> np.ndarray:
         """Squared errors [n] on the new tasks."""
         mean = Y.mean(0)
         shrunk = self.s / (self.s**2 + penalty)
-        fitted = mean + self.told @ (shrunk[:, None] * (self.U.T @ (Y - mean).reshape(-1, Y.shape[-1])))
+        fitted = mean + self.projected_new @ (shrunk[:, None] * (self.U.T @ (Y - mean).reshape(-1, Y.shape[-1])))
         return ((fitted - Y_new) ** 2).sum((1, 2))
