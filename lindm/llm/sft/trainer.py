@@ -118,6 +118,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
     params, frozen = _reshard(params, shardings.state.params), _reshard(frozen, shardings.frozen)
     template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings.state)
     loader = BatchLoader(setup, shardings.batch, shardings.stop_flags)
+    task = progress.add("train", total)
+    task.update(0, detail="compiling")
     train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh), shardings)
     compiled_step = compile_train_step(train_step, template, frozen, loader.load(0)[0], loader.stop_flags())
     signals.note_signals()  # from here on there is work to save
@@ -134,7 +136,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
     gc.collect()
     logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main)
     evaluator = Evaluator(setup, graphdef)
-    loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, progress.add("train", total, step))
+    loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, task)
     try:
         state, history, step = loop.run(state, frozen, history, step)
     finally:
@@ -244,6 +246,7 @@ class TrainLoop:
         """Evaluate and log if an evaluation is due after this step."""
         if history.last_step == step or (step % self.eval_every and step < self.total):
             return history
+        self.task.update(step, detail="evaluating")
         values = self.evaluator(state.params, frozen)
         history = history._replace(last_step=step)
         if not values:
