@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm import icl as icl
     from lindm.api.data import export_dataset as export_dataset
     from lindm.api.data import make_dataset as make_dataset
+    from lindm.api.evaluation import evaluate as evaluate
     from lindm.api.models import Run as Run
     from lindm.api.models import describe_model as describe_model
     from lindm.api.models import export as export
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.solutions import solve as solve
     from lindm.cli.doctor import doctor as doctor
     from lindm.evaluation import policies as policies
+    from lindm.llm.policy import load_policy as load_policy
     from lindm.types import APOMDP as APOMDP
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
@@ -47,6 +49,8 @@ _DEFINED = {
     "lindm.api.solutions": ("Solution", "load_solution", "solve"),
     "lindm.api.data": ("make_dataset", "export_dataset"),
     "lindm.api.models": ("Run", "describe_model", "export", "finetune", "import_model", "job_file", "plan"),
+    "lindm.api.evaluation": ("evaluate",),
+    "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
     "lindm_experiments.harness.public": ("redraw", "report", "run_experiment", "verify"),
     "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),

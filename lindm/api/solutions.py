@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lindm.api.problems import as_source
 from lindm.evaluation.environments import double_precision
+from lindm.evaluation.policies.solution import SolutionPolicy
 from lindm.families.registry import NamedProblem
 from lindm.solvers import solution_file
 from lindm.solvers import solve as solvers
@@ -64,10 +65,14 @@ class Solution:
         return self.source.actions[action] if self.source.actions else action
 
     @property
-    def policy(self) -> "SolutionPolicy":
-        """The greedy policy of the solution."""
-        with double_precision():
-            return SolutionPolicy(policy=self.solution.policy)
+    def policy(self) -> SolutionPolicy:
+        """Its policy, for `evaluate`: optimal where the solution is exact, otherwise that of the best lower bound.
+
+        >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=3)
+        >>> ld.evaluate(tiger, {"tree": ld.solve(tiger).policy}, tasks=1, demos=1)["tree"].gap
+        0.0
+        """
+        return SolutionPolicy(self.solution)
 
     def save(self, path: str | Path) -> None:
         """Write the problem and its solution to one .npz file, which `load_solution` reads.
@@ -78,36 +83,6 @@ class Solution:
         """
         names = {part: getattr(self.source, part) for part in NAMES}
         solution_file.save_solution(Path(path), self.solution, names)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolutionPolicy:
-    """A policy that acts on its memory of a history: the state of an MDP, the belief otherwise.
-
-    >>> policy = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=4)).policy
-    >>> memory = policy.init()
-    >>> action = policy.action(memory)
-    >>> memory = policy.update(memory, action, 1)
-    >>> action, policy.action(memory)
-    (0, 0)
-    """
-
-    policy: solvers.StatePolicy | solvers.BeliefPolicy
-
-    def init(self, *state: int) -> Any:
-        """The memory at the start; the argument is the first state of an MDP."""
-        with double_precision():
-            return self.policy.init(*state)
-
-    def action(self, memory: Any) -> int:
-        """The index of the action."""
-        with double_precision():
-            return int(self.policy.action(memory))
-
-    def update(self, memory: Any, action: int, *observed: int) -> Any:
-        """The memory after an action and what followed: the next state, or the observation and (of an APOMDP) the model."""
-        with double_precision():
-            return self.policy.update(memory, action, *observed)
 
 
 def load_solution(path: str | Path) -> Solution:

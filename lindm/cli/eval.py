@@ -55,47 +55,43 @@ class Eval:
 
 
 def run(options: Eval) -> int:
-    from lindm.io import files, signals
+    from lindm.io import signals
 
     signals.stop_on_signals()
     from lindm import validate
+    from lindm.api.evaluation import evaluate
     from lindm.cli.problems import problem_or_suite
-    from lindm.datasets import DatasetConfig
-    from lindm.evaluation.compare import PolicyResult, describe, evaluate
-    from lindm.evaluation.environments import double_precision
-    from lindm.evaluation.policies import default_policies
-    from lindm.io import manifest
-    from lindm.llm.named_policies import PoliciesByName
+    from lindm.evaluation.compare import PolicyResult, describe
 
     validate.count(options.episodes, "episodes")
-    with double_precision():
-        source = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
-    data_config = DatasetConfig(
-        tasks=options.tasks, demos=options.demos, behavior=options.behavior, epsilon=options.epsilon, seed=options.seed
-    )
-
-    about = describe(source)
+    problem = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
+    about = describe(problem)
     what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
-    head = [f"{', '.join(what)}; {data_config.tasks} tasks, {data_config.demos} demonstrations each", format_row(HEAD, WIDTHS)]
+    head = [f"{', '.join(what)}; {options.tasks} tasks, {options.demos} demonstrations each", format_row(HEAD, WIDTHS)]
 
     def show(result: PolicyResult) -> None:
         if not options.json:
             print("\n".join([*head, format_row(_cells(result), WIDTHS)]), flush=True)
             head.clear()
 
-    names = options.policy or default_policies(source)
-    policies = PoliciesByName(names, source, data_config, template=options.template, rewards=options.rewards)
-
-    data = None if options.out is None else options.out / "data"
     with progress_bar("tasks") as progress:
         results = evaluate(
-            source, policies, dataset=data_config, data=data, episodes=options.episodes, progress=progress, on_result=show
+            problem,
+            options.policy,
+            tasks=options.tasks,
+            demos=options.demos,
+            behavior=options.behavior,
+            epsilon=options.epsilon,
+            seed=options.seed,
+            episodes=options.episodes,
+            template=options.template,
+            rewards=options.rewards,
+            out=options.out,
+            progress=progress,
+            on_result=show,
         )
-    rows = [asdict(result) for result in results]
-    if options.out is not None:
-        files.write_json(options.out / "eval.json", {"rows": rows}, format="lindm-eval-1")
-        manifest.write_manifest(options.out, options={k: str(v) for k, v in asdict(options).items()})
     if options.json:
+        rows = [asdict(result) for result in results.values()]
         print(json_module.dumps([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
     elif options.out is not None:
         print(options.out / "eval.json", file=sys.stderr)

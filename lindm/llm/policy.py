@@ -212,13 +212,15 @@ def load_policy(
       temperature: 0 takes the likeliest action.
       name: of the model, in errors [default: the directory].
 
-    Example:
-      policy = load_policy("runs/x")
-      policy.act(demonstrations, history)  # probabilities [A]
-
     Raises:
       ValueError: a template or a word for rewards that does not exist.
       DataError: the directory holds no model, or a damaged one.
+
+    >>> from lindm.text import Step
+    >>> policy = ld.load_policy("run")
+    >>> demonstration = [Step(1, state=0, reward=0.5), Step(0, state=1, reward=1.0)]
+    >>> policy.act([demonstration], [Step(None, state=0)]).tolist().count(1.0)  # probabilities of the actions
+    1
     """
     directory = Path(directory)
     options = run_options(directory) or {}

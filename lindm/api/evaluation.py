@@ -1,0 +1,81 @@
+"""The comparison of policies on new tasks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lindm.api.problems import as_source
+from lindm.choices import Behavior
+from lindm.datasets import DatasetConfig
+from lindm.evaluation import compare
+from lindm.evaluation.compare import SEED, PolicyResult
+from lindm.evaluation.policies import default_policies
+from lindm.families.registry import NamedProblem
+from lindm.families.suites import Suite
+from lindm.io import files, manifest
+from lindm.llm.named_policies import PoliciesByName
+from lindm.types import LinearMDP, Problem
+
+
+def evaluate(
+    problem: Suite | NamedProblem | Problem | LinearMDP,
+    policies: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    tasks: int = 50,
+    demos: int = 5,
+    behavior: Behavior = "oracle",
+    epsilon: float = 0.2,
+    seed: int = SEED,
+    episodes: int = 8,
+    template: str | None = None,
+    rewards: str | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_result: Callable[[PolicyResult], None] = lambda result: None,
+) -> dict[str, PolicyResult]:
+    """What policies lose on new tasks: the normalized optimality gap (0 = optimal, 1 = uniformly random policy).
+
+    Args:
+      problem: a suite, of which every task is another problem, or one problem.
+      policies: by name. A policy has `init` and `step`, or is a function of demonstrations and history. Or names of
+        `policies.POLICIES`, icl:MODELDIR or sft:RUNDIR. [default: all that the problem has and that are cheap]
+      tasks, demos: number of tasks, and of demonstrations of each.
+      behavior, epsilon: behavior policy of the demonstrations.
+      seed: of the tasks; it must differ from the seed of the data that a model was trained on.
+      episodes: sampled of a task that has too many histories to evaluate them all.
+      template, rewards: of the texts of language models that are named. [default: as the model was trained]
+      out: directory of the tasks and eval.json. [default: nothing is kept]
+      progress: called with (tasks made, tasks in all); on_result: called with every result.
+
+    Returns:
+      The result of each policy: `.gap`, its confidence interval `.ci`, `.action_agreement`, `.method` and others.
+
+    Raises:
+      ValueError: a policy that the problem does not have; an argument out of range; more histories than fit in memory.
+
+    >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=3)
+    >>> listen = lambda demonstrations, history: 0
+    >>> results = ld.evaluate(tiger, {"qmdp": ld.policies.qmdp(), "always listen": listen}, tasks=2, demos=1)
+    >>> [(name, result.gap < 0.5, result.method) for name, result in results.items()]
+    [('qmdp', True, 'exact'), ('always listen', True, 'exact')]
+    """
+    source = problem if isinstance(problem, Suite) else as_source(problem)
+    dataset = DatasetConfig(tasks=tasks, demos=demos, behavior=behavior, epsilon=epsilon, seed=seed)
+    if not isinstance(policies, Mapping):
+        policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
+    results = compare.evaluate(
+        source,
+        policies,
+        dataset=dataset,
+        data=None if out is None else Path(out) / "data",
+        episodes=episodes,
+        progress=progress,
+        on_result=on_result,
+    )
+    if out is not None:
+        rows = [asdict(result) for result in results]
+        files.write_json(Path(out) / "eval.json", {"rows": rows}, format="lindm-eval-1")
+        options = {"policies": list(policies), "episodes": episodes, "template": template, "rewards": rewards}
+        manifest.write_manifest(Path(out), options={**asdict(dataset), **options})
+    return {result.policy: result for result in results}
