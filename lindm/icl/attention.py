@@ -27,6 +27,7 @@ the context in place of the average. All three map one `Prompt` (x[N,d], y[N], q
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,6 +39,7 @@ from lindm.types import Prompt
 
 def embed(prompt: Prompt) -> tuple[Array, Array]:
     """The columns of E: context [d+1, N] with the labels in the last row, queries [d+1, Q] with a zero there."""
+    chex.assert_rank([prompt.x, prompt.y, prompt.query], [2, 1, 2])
     context = jnp.concatenate([prompt.x, prompt.y[:, None]], axis=1).T
     query = jnp.concatenate([prompt.query, jnp.zeros_like(prompt.query[:, :1])], axis=1).T
     return context, query

@@ -9,6 +9,7 @@ A pair is the flat index s * A + a. Functions are written for one task: `vmap` o
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -100,6 +101,7 @@ def return_moments(mdp: MDP, pi: Array) -> tuple[Array, Array]:
     Returns: Q [H, S, A] and Var [H, S, A] under pi ([H, S] int or [H, S, A] probabilities).
     """
     probabilities = jax.nn.one_hot(pi, mdp.num_actions, dtype=mdp.r.dtype) if pi.ndim == 2 else pi
+    chex.assert_equal_shape([probabilities, mdp.r])
 
     def stage(carry, at):
         V, var = carry
@@ -129,6 +131,7 @@ def bellman_moments(mdp: MDP, h: ArrayLike, Q_next: Array) -> tuple[Array, Array
 def noise_moment(phi: Array, design: Array, variance: Array) -> Array:
     """E[eps^2 x x'] of heteroscedastic labels: phi [S, A, d], design [S*A], variance [S, A] of the label -> [d, d]."""
     x = phi.reshape(-1, phi.shape[-1])
+    chex.assert_shape([design, variance], [x.shape[:1], phi.shape[:2]])
     return jnp.einsum("n,nd,ne->de", design * variance.ravel(), x, x)
 
 

@@ -16,6 +16,7 @@ A predictor takes one prompt: `vmap` outside.
 from collections.abc import Callable
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +149,11 @@ def random(key: Array) -> Predictor:
 # --- from transitions --------------------------------------------------------------------------------------------------
 
 
+def _check_transitions(phi: Array, x: Array, r: Array, next_phi: Array) -> None:
+    (H, n, d), A = x.shape, phi.shape[1]
+    chex.assert_shape([phi, r, next_phi], [(None, A, d), (H, n), (H, n, A, d)])
+
+
 def lsvi(phi: Array, x: Array, r: Array, next_phi: Array, lam: float) -> tuple[Array, Array]:
     """Least-squares value iteration on a data set of transitions (Bradtke, Barto 1996; Jin, Yang, Wang, Jordan, COLT 2020).
 
@@ -164,6 +170,8 @@ def lsvi(phi: Array, x: Array, r: Array, next_phi: Array, lam: float) -> tuple[A
 
 @jax.jit
 def _lsvi(phi: Array, x: Array, r: Array, next_phi: Array, lam: ArrayLike) -> tuple[Array, Array]:
+    _check_transitions(phi, x, r, next_phi)
+
     def stage(w, at):
         x, r, after = at
         target = r + jnp.max(after @ w, axis=-1)
@@ -193,6 +201,7 @@ def pevi(phi: Array, x: Array, r: Array, next_phi: Array, lam: float, beta: floa
 @partial(jax.jit, static_argnames="clip")
 def _pevi(phi: Array, x: Array, r: Array, next_phi: Array, lam: ArrayLike, beta: ArrayLike, clip: bool) -> Array:
     H, d = x.shape[0], x.shape[-1]
+    _check_transitions(phi, x, r, next_phi)
 
     def pessimistic(features, w, inverse, stages_to_go):
         bonus = jnp.sqrt(jnp.maximum(jnp.einsum("...d,de,...e->...", features, inverse, features), 0))

@@ -6,7 +6,7 @@ model, m = 0. From a belief b over the states under model m, which need not be n
     b K_m[a, o],      K_m[a, o, s, s'] = P_m[s, a, s'] O_m[a, s', o],
 
 of the observation and the next state. Its mass is the probability of the observation, and divided by its mass it is the next
-belief, whatever model nature takes afterwards. At the start the belief under model m is rho_m.
+belief under every model. At the start the belief under model m is rho_m.
 
 Histories of stage t are numbered 0 .. (A M O)^t - 1, the last step most significant: step d = (a M + m) O + o after history i of
 stage t makes history i + d (A M O)^t. The histories of one stage are then the fast axis of every array, and no array is permuted.
@@ -87,7 +87,7 @@ def child_history(problem: APOMDP, t: ArrayLike, history: Any, step: Any) -> Any
     if isinstance(t, int):
         return history + step * branching(problem) ** t
     powers = [branching(problem) ** k for k in range(problem.horizon)]
-    # no table holds histories with larger numbers than 2^31, so theirs may be wrong
+    # no table contains histories with numbers above 2^31: those may be wrong
     return history + step * jnp.array([p if p < 2**31 else 0 for p in powers], jnp.int32)[t]
 
 

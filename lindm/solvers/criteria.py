@@ -1,8 +1,8 @@
-"""What a policy is worth, exactly: its suboptimality in an MDP, and three criteria of an ambiguous problem.
+"""Exact values of policies: the suboptimality in an MDP, and three criteria of an ambiguous problem.
 
-The three are different problems under different names:
+The three criteria are different problems and have different names:
 
-    stage-wise alpha-maxmin     `lindm.solvers.tree.policy_value`: nature moves at every stage; the problem's own, what is solved
+    stage-wise alpha-maxmin     `lindm.solvers.tree.policy_value`: nature moves at every stage; `APOMDP`
     whole-horizon alpha-maxmin  `whole_horizon_value`: alpha min_m V_m + (1 - alpha) max_m V_m, nature moves once
     a fixed true model          `fixed_model_value`: V_m, where m makes every step
 """
@@ -28,7 +28,7 @@ def suboptimality(mdp: MDP, pi: Array) -> Array:
 
 
 def fixed_model_value(problem: APOMDP, policy: tree.Policy, m: int) -> Array:
-    """V_m [] of a policy over histories when model m makes every step; the policy is told so, as its histories hold the model."""
+    """V_m [] of a policy over histories when model m makes every step. Its histories contain the model."""
     tree.check_shapes(problem, policy)
     return tree.policy_value(_only(problem, m), _restricted(problem, policy, m))
 
@@ -40,7 +40,7 @@ def whole_horizon_value(problem: APOMDP, policy: tree.Policy) -> Array:
 
 
 def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
-    """A policy over histories of (a, o) alone as one over histories of (a, m, o): it does not look at the model.
+    """A policy over histories of (a, o) alone as one over histories of (a, m, o), which does not use the model.
 
     Its stage t has (A O)^t histories, numbered like those of a POMDP.
     """

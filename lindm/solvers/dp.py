@@ -7,6 +7,7 @@ There is no discount factor: fold gamma^h into the rewards.
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,6 +20,7 @@ BATCH_BYTES = 48 << 10  # of the problems that `solve_many` solves together on a
 @jax.jit
 def backward_induction(mdp: MDP) -> Plan:
     """Optimal values, action values and an optimal policy (argmax) of one MDP."""
+    _check_shapes(mdp)
 
     def stage(V_next: Array, h_r: tuple[Array, Array]):
         h, r = h_r
@@ -37,6 +39,8 @@ def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
 
     w_h = theta_h + sum_{s'} mu_h(s') V_{h+1}(s')
     """
+    H, S, A, d = problem.horizon, problem.num_states, problem.num_actions, problem.num_features
+    chex.assert_shape([problem.phi, problem.mu, problem.theta], [(S, A, d), (H, d, S), (H, d)])
 
     def stage(V_next: Array, mu_theta: tuple[Array, Array]):
         mu, theta = mu_theta
@@ -48,13 +52,23 @@ def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
     return jax.lax.scan(stage, jnp.zeros_like(problem.mu[0, 0]), (problem.mu, problem.theta), reverse=True)[1]
 
 
+def _check_shapes(mdp: MDP) -> None:
+    """AssertionError unless this is one MDP, without leading axes."""
+    H, S, A = mdp.horizon, mdp.num_states, mdp.num_actions
+    chex.assert_shape(mdp.r, (H, S, A))
+    chex.assert_shape(mdp.P, ({1, H}, S, A, S))
+    chex.assert_shape(mdp.rho, (S,))
+
+
 def _stages(mdp: MDP) -> Array:
     return jnp.arange(mdp.horizon)
 
 
 def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     """Probabilities [H, S, A] of a policy given as action indices [H, S] or as probabilities."""
+    _check_shapes(mdp)
     A = mdp.num_actions
+    chex.assert_shape(pi, mdp.r.shape[: pi.ndim])
     return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
 
 

@@ -18,7 +18,7 @@ from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, at_stage
 
 
 def cumulative(p: Array) -> Array:
-    """Running sums of weights p[..., n] that never rise at an index of weight zero, whatever the order of summation.
+    """Cumulative sums of weights p[..., n] that never rise at an index of weight zero, for any order of summation.
 
     XLA associates long cumulative sums (from a few hundred entries on) as a tree, so that sums over the same entries differ in
     the last bit from one index to the next; a draw could then fall on an impossible index. The running maximum repairs it.
@@ -37,7 +37,7 @@ def invert(cdf: Array, u: Array) -> Array:
     """
     if cdf.ndim == 1:
         return jnp.searchsorted(cdf, u * cdf[-1], side="right", method="scan_unrolled").astype(jnp.int32)
-    # with a row for each number, counting comparisons beats a search made of gathers
+    # with a row for each number, counting comparisons is faster than a search by gathers
     return jnp.sum(cdf <= (u * cdf[..., -1])[..., None], axis=-1, dtype=jnp.int32)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -153,6 +154,7 @@ def _subtrees(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> 
 
 def _root(problem: APOMDP, keep: bool, choose: Choice = BEST) -> tuple[Array, list[Array]]:
     """Q [A] at the start, where the belief under model m is rho_m, and with `keep` the normalized Q of all later stages."""
+    chex.assert_rank([problem.models.r, problem.models.rho], [4, 2])  # one problem, without leading axes
     rho = problem.models.rho
     G = jnp.einsum("ams,ms->am", stage_rewards(problem, 0), rho)
     deeper: list[Array] = []

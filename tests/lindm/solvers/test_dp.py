@@ -1,6 +1,7 @@
 """Dynamic programming against enumeration of policies and paths, Monte Carlo, and identities."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -263,3 +264,14 @@ def test_a_policy_may_come_in_another_precision_than_the_problem():
     for function in (policy_value, occupancy):
         assert function(mdp, jnp.asarray(pi)).dtype == jnp.float32
         np.testing.assert_allclose(function(mdp, jnp.asarray(pi)), function(mdp, jnp.asarray(pi, jnp.float32)), rtol=1e-6)
+
+
+def test_shapes_that_do_not_fit_raise_an_error():
+    problem = as_mdp(*numpy_mdp(0, 3, 2, 4))
+    for broken in (
+        replace(problem, rho=problem.rho[1:]),
+        replace(problem, P=problem.P[:2]),
+        jax.tree.map(lambda x: x[None], problem),
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            oracles.backward_induction(broken)
