@@ -138,7 +138,7 @@ def training_rows(directories: Sequence[Path]) -> list[Row]:
                 "loss after": last.get("loss"),
                 "gap before": first.get("gap"),
                 "gap after": last.get("gap"),
-                "majority": last.get("bc_gap"),
+                "bc": last.get("bc_gap"),
             }
         )
     return rows
