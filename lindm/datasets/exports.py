@@ -40,7 +40,7 @@ from lindm.choices import ExportFormat, Rewards
 from lindm.datasets.columns import Episode, Task
 from lindm.datasets.reader import Dataset
 from lindm.datasets.text import TextFormat, text_format
-from lindm.errors import UsageError
+from lindm.errors import UsageError, unknown
 from lindm.io import directories, files
 from lindm.text import Piece, Template, text
 
@@ -83,7 +83,7 @@ def export(
       StorageError: `out` cannot be written.
     """
     if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
+        raise ValueError(unknown("to", to, FORMATS))
     if to == "minari":
         if rewards != "shown":
             raise ValueError(f"rewards must be left out for minari, which has no text; got {rewards!r}")

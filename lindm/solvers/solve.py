@@ -25,6 +25,7 @@ from jax import Array
 from jax.core import Tracer
 
 from lindm import validate
+from lindm.errors import unknown
 from lindm.problems.apomdp import alpha_maxmin, as_apomdp
 from lindm.solvers import dp, hsvi, net, tree
 from lindm.solvers.belief import (
@@ -143,7 +144,7 @@ def solve(problem: Problem, method: Method = "auto", budget: int = MEMORY_BUDGET
     if effort is not None:
         validate.count(effort, "effort")
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        raise ValueError(unknown("method", method, METHODS))
     if any(x.dtype != np.float64 for x in jax.tree.leaves(problem)):
         got = ", ".join(sorted({x.dtype.name for x in jax.tree.leaves(problem)}))
         raise ValueError(f"problem must be in double precision (jax_enable_x64), which certificates rest on; got {got}")

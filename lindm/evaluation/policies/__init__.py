@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lindm.datasets import DatasetConfig
+from lindm.errors import did_you_mean
 from lindm.evaluation.policies.attention_layer import AttentionLayer
 from lindm.evaluation.policies.beliefs import QMDP
 from lindm.evaluation.policies.demonstrations import BC
@@ -90,7 +91,8 @@ def check_name(name: str, source: Suite | NamedProblem | Problem) -> None:
     kind = kind_of(source)
     known = [name for name, info in POLICIES.items() if kind in info.kinds]
     if name not in known:
-        raise ValueError(f"policy must be one of {', '.join((*known, *LANGUAGE_MODELS))} for an {kind.upper()}; got {name!r}")
+        rule = f"one of {', '.join((*known, *LANGUAGE_MODELS))} for an {kind.upper()}"
+        raise ValueError(f"policy must be {rule}; got {name!r}{did_you_mean(name, known)}")
 
 
 def make_policy(name: str, source: Suite | NamedProblem | Problem, dataset: DatasetConfig) -> Policy:

@@ -95,6 +95,10 @@ def test_every_help_page_is_plain_and_fits_its_terminal(words, columns, capsys, 
         ("data make pomp --tasks 1 --demos 1 --out x", "pomdp"),
         ("data make mdp --tasks 1 --demos 1 --out x --behavior orcale", "oracle"),
         ("bench solver", "solvers"),
+        ("verify --only estimation-slop", "estimation-slope"),
+        ("eval mdp --horizon 4 --policy orcale", "oracle"),
+        ("eval pmdp", "pomdp"),
+        ("solve prostat --horizon 3", "prostate"),
     ],
 )
 def test_a_misspelled_word_gets_a_suggestion(words, suggestion, capsys, tmp_path, monkeypatch):
