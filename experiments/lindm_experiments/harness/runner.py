@@ -44,7 +44,6 @@ from lindm_experiments.harness.verdicts import Verdict
 from lindm_experiments.harness.xla import configure_xla
 
 FORMAT = "lindm-run-1"  # of config.json
-CONFIG_FORMAT = 1  # of config.json
 RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
 OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *RUN_REPORTS)
 
