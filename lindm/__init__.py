@@ -61,7 +61,6 @@ PUBLIC = {
     "icl": "lindm.icl",
     "policies": "lindm.evaluation.policies",
 }
-__all__ = ["__version__", *PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
@@ -75,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *PUBLIC})

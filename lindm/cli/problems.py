@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lindm.choices import Split
 from lindm.errors import unknown
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def read_problem(words: Sequence[str], horizon: int, discount: float | None, alp
 
 
 def problem_or_suite(
-    words: Sequence[str], horizon: int | None, split: str, discount: float | None, alpha: float | None
+    words: Sequence[str], horizon: int | None, split: Split, discount: float | None, alpha: float | None
 ) -> "Suite | NamedProblem":
     """A suite by its name, or one problem: the name of a problem that ships with lindm, or .pomdp files.
 

@@ -2,6 +2,9 @@
 
 Each is computed from what a text of the task could tell: the demonstrations, here with rewards, and where the state is hidden the
 model. A new policy is a module of this package with a subclass of `Policy`, and a line in `POLICIES`.
+
+>>> ld.policies.default_policies(ld.suite("pomdp"))
+('oracle', 'random', 'bc', 'certainty-equivalence', 'qmdp')
 """
 
 from collections.abc import Callable
