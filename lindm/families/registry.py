@@ -74,7 +74,7 @@ def load_problem(words: Sequence[str], horizon: int, discount: float | None = No
     if not words:
         raise ValueError("FILE must name at least one .pomdp file, or a problem: " + ", ".join(NAMED_PROBLEMS))
     if len(words) == 1 and words[0] in NAMED_PROBLEMS and not Path(words[0]).is_file():
-        given = {"discount": discount, "alpha": alpha}
+        given: dict[str, Any] = {"discount": discount, "alpha": alpha}
         return make(words[0], horizon=horizon, **{name: value for name, value in given.items() if value is not None})
     for word in words:
         if not Path(word).suffix and not Path(word).is_file():

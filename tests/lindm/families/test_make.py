@@ -30,8 +30,8 @@ def test_prostate_takes_its_own_options_and_has_names():
 def test_unknown_names_and_options_are_named_in_the_error():
     with pytest.raises(ValueError, match=r"^name must be one of mdp, pomdp, apomdp, prostate; got 'tiger'"):
         make("tiger")
-    with pytest.raises(ValueError, match=r"^a size of a suite must be one of name, horizon, .*; got 'states'"):
-        make("mdp", states=3)
+    with pytest.raises(ValueError, match=r"^a size of a suite 'distanse' is not known; did you mean distance\?"):
+        make("mdp", distanse=0.3)
     with pytest.raises(ValueError, match=r"^an option of prostate must be one of horizon, alpha, .*; got 'discuont'"):
         make("prostate", discuont=0.9)
     with pytest.raises(ValueError, match=r"^suite must be one of mdp, pomdp, apomdp; got 'mpd'"):
