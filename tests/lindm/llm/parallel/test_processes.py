@@ -154,7 +154,7 @@ def test_two_processes_of_four_devices_train_as_one_device_does(run):
         assert (there["num_labels"], there["accuracy"]) == (here["num_labels"], here["accuracy"])
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize("victim, then", [(1, "steps"), (0, "steps"), (1, "idle"), (0, "idle")])
 def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(run, victim, then):
     said = run(then)
@@ -170,7 +170,7 @@ def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(r
     assert all(ended(pid) for pid in pids)  # nobody trains on without a parent
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 def test_when_a_process_stops_answering_the_other_ends_too(run):
     said = run("steps")
     pid = said[1].wait_for("pid")["pid"]
@@ -183,7 +183,7 @@ def test_when_a_process_stops_answering_the_other_ends_too(run):
     assert "lindm: error: lost process 1" in said[0].err.read_text().splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 def test_without_a_guard_the_others_end_too_but_by_abort(run):
     said = run("steps", kind="alone")
     for s in said:
@@ -193,7 +193,7 @@ def test_without_a_guard_the_others_end_too_but_by_abort(run):
     assert supervisor.diagnose_abort(said[0].err.read_text()) is not None
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize("asked", [0, 1])
 def test_sigterm_to_one_process_stops_all_after_the_same_step(run, asked):
     """The signal was noted before `start`, and jax's own watch for it must not take it away."""
@@ -207,7 +207,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(run, asked):
     assert [line["noted"] for line in last] == [rank == asked for rank in (0, 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
     (said,) = run("steps", ranks=(rank,), patience=3)
@@ -215,7 +215,7 @@ def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
     assert "the processes did not find each other" in said.err.read_text().splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 def test_a_process_that_waits_for_others_can_be_stopped(run):
     (said,) = run("steps", ranks=(1,), patience=100)
     said.wait_for("waits")

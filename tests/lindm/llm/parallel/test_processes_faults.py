@@ -16,7 +16,7 @@ from lindm.llm.parallel.processes import HEARTBEAT_TIMEOUT
 from lindm.llm.sft import checkpoints
 from tests.lindm.llm.parallel.test_processes import ROOT, ended, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.fault
 
 STEPS = 36
 SIZES = f"--steps {STEPS} --batch 4 --save-every 5 --eval-every 18 --eval-tasks 0 --held-out 0.2".split()

@@ -14,7 +14,7 @@ import pytest
 from lindm.io import files
 from lindm.llm.sft import checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.fault
 
 STEPS, EVERY = 40, 5
 # no socket may be connected: a run has nobody to ask
