@@ -101,7 +101,7 @@ def result(out: Path) -> dict[str, str]:
     return {
         "model": files.sha256(out / "model" / "model.safetensors"),
         "metrics": (out / "metrics.jsonl").read_text(),
-        "host": (step / "host.json").read_text(),
+        "progress": (step / "progress.json").read_text(),
     }
 
 
@@ -148,7 +148,7 @@ def test_two_processes_train_as_one_does(micro, reference, tmp_path):
     assert alone.returncode == 0, alone.stderr
     there, here = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (reference, out))
     assert [r["step"] for r in there] == [r["step"] for r in here] and len(here) == STEPS + 3
-    assert [r.get("batch") for r in there] == [r.get("batch") for r in here]
+    assert [r.get("batch_sha256") for r in there] == [r.get("batch_sha256") for r in here]
     for one, other in zip(there[:10], here[:10], strict=True):  # later on, what was rounded in other ways has grown
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 

@@ -71,7 +71,7 @@ def result(out):
         "model": files.sha256(out / "model" / "model.safetensors"),
         "metrics": (out / "metrics.jsonl").read_text(),
         "step": last,
-        "host": (out / "checkpoints" / checkpoints.checkpoint_name(last) / "host.json").read_text(),
+        "progress": (out / "checkpoints" / checkpoints.checkpoint_name(last) / "progress.json").read_text(),
     }
 
 
@@ -149,8 +149,8 @@ def test_a_flipped_bit_sends_it_back_one_checkpoint_and_no_intact_one_is_exit_4(
             )
             assert result(out) == result(reference)
             shutil.rmtree(out / "model")
-            data = bytearray((newest / "host.json").read_bytes())
-            (newest / "host.json").write_bytes(data[:-3])
+            data = bytearray((newest / "progress.json").read_bytes())
+            (newest / "progress.json").write_bytes(data[:-3])
     assert done.returncode == 4 and "no usable checkpoint" in done.stderr
     assert all(checkpoints.checkpoint_name(s) in done.stderr for s in (STEPS, STEPS - EVERY))
 
