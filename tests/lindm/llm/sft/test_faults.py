@@ -144,7 +144,7 @@ def test_a_flipped_bit_sends_it_back_one_checkpoint_and_no_intact_one_is_exit_4(
         if step == newest:
             assert (
                 done.returncode == 0
-                and "damaged and left out" in done.stderr
+                and "skipped a damaged checkpoint" in done.stderr
                 and f"resumed at step {STEPS - EVERY}" in done.stderr
             )
             assert result(out) == result(reference)
