@@ -32,3 +32,12 @@ def test_note_signals_sets_a_flag_alone():
     assert signals.stop_requested()
     with pytest.raises(Preempted):
         signals.raise_if_stopped()
+
+
+def test_handlers_and_flag_are_put_back_after_a_run_that_was_stopped():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Preempted), signals.restored():
+        signals.stop_on_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    signals.raise_if_stopped()
