@@ -57,7 +57,7 @@ class Config:
     M: tuple[int, ...] = (16, 128)
     half_width: float = 0.5  # label noise is uniform on +- half_width
     delta: float = 0.1
-    steps: int = 500
+    steps: int = 300
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "tasks", "N", "steps")
