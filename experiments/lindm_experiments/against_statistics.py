@@ -1,4 +1,4 @@
-"""When is the attention layer better than statistics on the same context, and by how much?
+"""When is the attention layer better than statistical estimators on the same context, and by how much?
 
 Gaussian features, Lambda = Psi = I, label noise sigma, the layer trained for the test length (N = M). Both risks are known
 exactly,

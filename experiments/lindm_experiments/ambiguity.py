@@ -1,21 +1,21 @@
 """What does an attitude to ambiguity do to decisions and to values?
 
-At every stage nature takes the worst model of a cloud with probability alpha and the best one otherwise. Two kinds of problem:
-random clouds of three models (the first two of them are the clouds of two), and `prostate`, the surveillance of a cancer as four
-centers see it, over five years, with rewards that are stand-ins and are therefore drawn around their defaults, every draw
-together with its mirror image. All answers are exact, by the belief tree; a tree of five years is feasible because four
-observations a year tell as much as the nine of `prostate` (`told_apart`).
+At every stage nature takes the worst model of an ambiguous POMDP with probability alpha and the best one otherwise. Two kinds of
+problem: random sets of three models (the first two of them are the sets of two), and `prostate`, active surveillance of prostate
+cancer with the models of four centers over five years. Its rewards are placeholders, so they are drawn around their defaults,
+every draw together with its mirror image. All answers are exact, by the belief tree; a tree of five years is feasible because
+four observations a year carry as much information as the nine of `prostate` (`told_apart`).
 
-Over the whole horizon nature moves once, alpha min_m V_m + (1 - alpha) max_m V_m. Histories hold the model, so that what is done
-after the first step is chosen for each model apart, and the best pure policy is worth max_a [alpha min_m Q_m(a) + (1 - alpha)
-max_m Q_m(a)], with Q_m of model m alone.
+Over the whole horizon nature moves once, alpha min_m V_m + (1 - alpha) max_m V_m. Histories contain the model, so the actions
+after the first step are chosen for each model separately, and the best pure policy is worth max_a [alpha min_m Q_m(a) + (1 -
+alpha) max_m Q_m(a)], with Q_m of model m alone.
 
     lindm run ambiguity --preset quick      about 12 s on 2 cores
     lindm verify --only ambiguity
 
 Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most clouds
-do not. The policy that is optimal stage by stage is often not optimal over the whole horizon, but loses little. Whoever fears
-the worst center takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
+do not. The policy that is optimal stage by stage is often not optimal over the whole horizon, but loses little. The worst-case
+attitude takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
 """
 
 from dataclasses import dataclass, replace

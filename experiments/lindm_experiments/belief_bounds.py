@@ -1,9 +1,9 @@
-"""Do the certified bounds contain the exact answer, how wide are they, and what are labels made of them worth?
+"""Do the certified bounds contain the exact answer, how wide are they, and how good are labels made from them?
 
-Random clouds of three models, any attitude, and the first model of each as a POMDP, of a size at which the belief tree is exact.
-At the histories of demonstrations, where labels are asked for, HSVI (POMDPs) and the net (both kinds) give bounds of every action
-value, with several efforts. A label is an action with a certificate or with a bound of what it can lose; both are held against
-the exact action values. Widths are relative to sum_h (max r_h - min r_h), the most that two policies can differ by.
+Random ambiguous POMDPs of three models, any attitude, and the first model of each as a POMDP, of a size that the belief tree
+solves exactly. At the histories of demonstrations, where labels are needed, HSVI (POMDPs) and the net (both kinds) give bounds on
+every action value, at several levels of effort. A label is an action with a certificate or with a bound on its loss; both are
+compared with the exact action values. Widths are relative to sum_h (max r_h - min r_h), the most that two policies can differ by.
 
 The tiger (Kaelbling, Littman, Cassandra, Artif. Intell. 101, 1998: a growl is heard right with 0.85, discount 0.95) shows the
 same over all beliefs. One growl moves the logarithm of the odds by a constant, so on a grid of its fractions dynamic programming

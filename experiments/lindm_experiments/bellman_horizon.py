@@ -1,17 +1,17 @@
-"""What does it cost to have no oracle, and how does that price grow with the horizon?
+"""What does it cost to have no oracle labels, and how does that cost grow with the horizon?
 
 The layer is given its own targets: y = r + max_a Qhat_{h+1}(s', a), stage by stage from the end, in-context least-squares value
 iteration. With e_h = sup |T Qhat_{h+1} - Qhat_h| one can bound the loss by carrying every error through all earlier stages,
 2 sum_h sum_{h' >= h} e_{h'} (of order H^2 at equal e_h), or by [JYW]'s decomposition, 2 sum_h e_h (of order H). Both are
-theorems; the first is not the price. To see the order itself, the same problems are also solved with an error of equal size
+theorems; the first is not tight. To see the order itself, the same problems are also solved with an error of equal size
 injected at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one long problem are a problem of horizon H, so
 one backward pass shows every horizon.
 
     lindm run bellman_horizon --preset quick      about 8 s on 2 cores
     lindm verify --only bellman-horizon
 
-Expected: no violation of any bound; at equal one-stage errors the loss grows like H, so an H^2 price is refuted. In context the
-loss is close to that of oracle labels, for every horizon.
+Expected: no violation of any bound; at equal one-stage errors the loss grows like H, so a cost of order H^2 is refuted. With
+bootstrapped labels the loss is close to that of oracle labels, for every horizon.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,13 @@
-"""Would a claim notice if the experiment behind it were wrong?
+"""Would a claim fail if the experiment behind it were wrong?
 
-Four mutants, each beside its honest twin on the same data, each judged by the very statistic and band of its claim: N and M
+Four mutants, each compared with the correct version on the same data by the statistic and band of its claim: N and M
 exchanged in the predicted risk (`q-risk`), a horizon that is off by one (`identity`), test tasks that leaked into training
-(`q-risk`), and a layer that was never trained (`weights`).
+(`q-risk`), and a layer that was not trained (`weights`).
 
     lindm run controls --preset quick      about 8 s on 2 cores
     lindm verify --only controls
 
-Expected: every mutant FAILs where its twin passes; otherwise a PASS elsewhere would mean nothing.
+Expected: every mutant FAILs where the correct version passes; otherwise a PASS elsewhere would mean nothing.
 """
 
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ def _inside(claim: str, value: float) -> bool:
 
 
 def _turned(record: dict) -> bool:
-    """Whether in this seed every honest twin meets its claim and every mutant does not."""
+    """Whether in this seed every correct version meets its claim and no mutant does."""
     claims = {"swap": "q-risk", "leak": "q-risk", "untrained": "weights"}
     pairs = [[_inside(claim, record[name][who]) for who in ("honest", "mutant")] for name, claim in claims.items()]
     pairs.append([record["horizon"][who] == 0 for who in ("honest", "mutant")])
@@ -175,7 +175,7 @@ def check(records: list[dict]) -> list[Verdict]:
         return [r[name][who] for r in records]
 
     def beside(name: str) -> str:
-        return f"honest twin {np.mean(values(name, 'honest')):.3g}"
+        return f"correct version {np.mean(values(name, 'honest')):.3g}"
 
     n = sum(r["policies"] for r in records)
     return [
@@ -204,7 +204,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             axis.plot(np.full(len(y), i) + np.linspace(-0.12, 0.12, len(y)), y, "o", color=color)
         c = get_claim(claim)
         axis.axhspan(max(c.lo, 0), c.hi, color=GRAY, alpha=0.25, lw=0)
-        axis.set_xticks([0, 1], ["honest", "mutant"])
+        axis.set_xticks([0, 1], ["correct", "mutant"])
         axis.set(xlim=(-0.5, 1.5), ylabel=label, title=f"{title} ({claim})")
         axis.title.set_fontsize(9)
     return {"controls": figure}

@@ -1,7 +1,7 @@
-"""What is a context worth when it is one long trajectory instead of independent pairs?
+"""How many independent pairs is a context worth that is one long trajectory?
 
 Two linear MDPs with time-homogeneous dynamics, a fixed behavior policy, and random rewards; the labels are Q*_1 of the pairs.
-`stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one, round and round. A context is a piece
+`stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one in a cycle. A context is a piece
 of the chain of pairs, started from its stationary law; a logger that samples faster than the system moves sees the lazy chain
 stick I + (1 - stick) K. The features are carried to the same covariance under each stationary law, so that only the dependence
 differs. Theory sums the pairs exactly (lindm_theory.feature_laws.chain_moments) and gives, for any layer,

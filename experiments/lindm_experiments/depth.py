@@ -1,6 +1,6 @@
-"""Does repeating the layer remove its bias, and what does it cost?
+"""Does repeating the layer remove its bias, and at what cost?
 
-A layer trained at length N is applied again and again, w <- w + A (S - G w) from w = 0 (equal blocks of a deep reduced layer).
+A layer trained at length N is applied repeatedly, w <- w + A (S - G w) from w = 0 (equal blocks of a deep reduced layer).
 On a very long context G = Lambda and the bias after k layers is |(I - A Lambda)^k Psi^(1/2)|^2: geometric in k. On a context of M
 pairs the error is -(I - A G_M)^k w plus what label noise adds. Without noise depth then removes the *estimation* error as well,
 wherever the spectral radius of I - A G_M is below one, and multiplies it where it is above: short contexts see the same few pairs
@@ -8,9 +8,9 @@ too often, A is too large a step for them. On one-hot features the mean is known
 
     risk = sum_i q_i psi_i E[(1 - a_i n_i/M)^(2k)],  n_i ~ Bin(M, rho_i),
 
-and tends to infinity in k for *every* M once some a_i > 2: depth that helps is bounded, the bound grows with M. With noise the
-limit on long contexts is least squares. A deep layer whose blocks are trained together, on contexts of the length of training,
-avoids all that.
+and tends to infinity in k for *every* M once some a_i > 2: the useful depth is bounded, and the bound grows with M. With noise
+the limit on long contexts is least squares. A deep layer whose blocks are trained together, on contexts of the length of
+training, avoids all that.
 
     lindm run depth --preset quick      about 25 s on 2 cores
     lindm verify --only depth

@@ -1,7 +1,7 @@
 """How many distinct tasks does training need before it is as good as training on fresh ones?
 
-Training on prompts of T given tasks (new contexts at every step) sees the second moment Psi_T = (1/T) sum w w' in the place of
-Psi, so it must end at A_N(Psi_T), and its risk on the population of tasks is known exactly. The excess over the optimum of fresh
+Training on prompts of T given tasks (new contexts at every step) replaces Psi by the second moment Psi_T = (1/T) sum w w',
+so it must converge to A_N(Psi_T), and its risk on the population of tasks is known exactly. The excess over the optimum of fresh
 tasks is quadratic in Psi_T - Psi, hence C/T, with C = E tr(Lq Z B^-1 Z') from `lindm_theory.robustness.few_task_score` for every
 law of tasks, in closed form for Gaussian ones. Both laws of tasks stand on the features of one simplex linear MDP: the vectors w
 of its first stage, and Gaussian vectors with the same Psi. Many sets of tasks are trained on at once, the sets nested in T.

@@ -1,13 +1,13 @@
-"""When does the training length N change what a policy does, and does the condition number kappa of eq. (6) matter to it?
+"""When does the training length N change the greedy policy, and does the condition number kappa of eq. (6) matter to it?
 
-The greedy policy does not see a positive factor of Qhat, nor a term that is the same for all actions. Where A_N = alpha_N I +
-beta_N 11' (one-hot features, uniform design, exchangeable tasks, centered or not; contextual bandits with Gaussian or
-hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) charges a bias that falls
-as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
+The greedy policy is invariant to a positive factor of Qhat and to a term that is the same for all actions. Where A_N = alpha_N
+I + beta_N 11' (one-hot features, uniform design, exchangeable tasks, centered or not; contextual bandits with Gaussian or
+hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) has a bias term that
+falls as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
 
-And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leaves Qhat as it is. The same MDPs carried to kappa =
-1, 10, 100 have the same policy, though eq. (6)'s kappa term, which presumes Psi = I, grows by that factor. What counts is the
-spectrum of R^-1 Lambda Psi Lambda (`lindm_theory.in_context.modes`).
+And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leaves Qhat as it is. The same MDPs transformed to
+kappa = 1, 10, 100 have the same policy, though eq. (6)'s kappa term, which presumes Psi = I, grows by that factor. The risk
+depends on the spectrum of R^-1 Lambda Psi Lambda (`lindm_theory.in_context.modes`).
 
     lindm run isotropy --preset quick      about 15 s on 2 cores
     lindm verify --only isotropy

@@ -1,11 +1,11 @@
-"""How far is each bound from the truth, all the way from one policy's exact loss to the theorem that needs no data?
+"""How loose is each bound on the suboptimality, from the exact loss of one policy to the theorem that needs no data?
 
 A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
 rungs of theory/lindm_theory/policy.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation +
 optimization, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
-refutes it. How loose it is shows in the waterfall.
+refutes it. The waterfall figure shows how loose it is.
 
-    lindm run ladder --preset quick      about 20 s on 2 cores
+    lindm run ladder --preset quick      about 20 s on 1 core
     lindm verify --only identity ladder expected-bound high-probability-bound
 
 Expected: no violation at all; the mean policy two to ten times tighter than rung 4, rung 5 loosest by far.

@@ -1,4 +1,4 @@
-"""With an action gap, does the loss of the policy fall exponentially in the context length M, and what does it do without one?
+"""Does the loss of the policy fall exponentially in the context length M where there is an action gap, and how without one?
 
 Tasks come from a small simplex family. `gap` keeps the tasks whose smallest action gap is largest, and a layer trained at a
 length N at which the bias flips none of their actions; the bounds of rung 2 and below, eq. (6) included, can only promise
@@ -8,7 +8,7 @@ a positive density and the law is 1/M. `floor` keeps the tasks that the bias fli
     lindm run margin --preset quick      about 15 s on 2 cores
     lindm verify --only margin
 
-Expected: a line that bends down for ever, one of slope -1, one that stays where the bias alone puts it.
+Expected: with a gap the slope keeps falling (below -2), without one it is -1, and the flipped tasks stay at the loss of the bias.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What does the layer do with an action that the prompt does not contain?
+"""What does the layer predict for an action that the prompt does not contain?
 
 One-hot features and labels without noise: S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is diagonal
 and puts Qhat = 0 where n_i = 0: an unseen action beats every seen one when values are negative, none when they are positive.
@@ -7,10 +7,10 @@ Whether it is picked depends on counts and signs alone, so the rate is exact: 0,
 give the law of the action, hence, contexts of different stages being independent, the *exact* expected loss
 (`lindm_theory.mean_policy`).
 
-The three worlds differ by a constant added to every reward, which changes no decision of an optimal policy and every decision of
-the layer. Does training on the real, uncentered tasks cure it? Then A_N = alpha I + beta 11', and the unseen action is imputed
-beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate stays 1.
-What helps is to center the labels by their prior mean.
+The three worlds differ by a constant added to every reward, which changes no decision of an optimal policy and every decision
+of the layer. Does training on the uncentered tasks remove the effect? Then A_N = alpha I + beta 11', and the unseen action is
+imputed beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate
+stays 1. Centering the labels by their prior mean does help.
 
     lindm run onehot_coverage --preset quick      about 15 s on 2 cores
     lindm verify --only onehot-coverage

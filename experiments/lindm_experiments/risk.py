@@ -1,4 +1,4 @@
-"""How large is the error of Qhat, in its two parts, and what becomes of the paper's bound outside its own setting?
+"""How large are the two parts of the error of Qhat, and does the paper's bound hold outside its own setting?
 
 Reduced layers are trained for several lengths N and laws of features: Gaussian (three condition numbers), the first stage of a
 simplex linear MDP with noisy oracle labels, one-hot, and two laws outside eq. (6): noisy labels and heavy tails (x = 0 with

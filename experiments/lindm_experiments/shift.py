@@ -1,4 +1,4 @@
-"""What survives when the test is not the training: other queries, noisy labels, longer features, another spectrum?
+"""How robust is the layer to a shift between training and test: queries, label noise, scale of the features, their spectrum?
 
 The layers of all stages are trained on one simplex family and one design, without label noise, and then read contexts of M
 pairs from five tests:
@@ -10,8 +10,8 @@ pairs from five tests:
     spectrum   contexts from another design, so another Lambda with another condition number; same queries as in training
 
 The exact risk of section 4 and theory/lindm_theory/robustness.py answers all five. The first three fall as 1/M to the bias of
-training; the last two end on a floor ||(A L_test - I) Psi^{1/2}||^2 that no context removes. Yet c^2 Qhat has the same greedy
-policy: the risk explodes and the policy does not notice.
+training; the last two have a floor ||(A L_test - I) Psi^{1/2}||^2 that no context length removes. Yet c^2 Qhat has the same
+greedy policy: the risk grows and no action changes.
 
     lindm run shift --preset quick      about 25 s on 2 cores
     lindm verify --only shift

@@ -1,4 +1,4 @@
-"""What changes when the linear layer becomes a softmax layer, deeper, or is told the positions of its pairs?
+"""What changes when the linear layer becomes a softmax layer, gets a second block, or gets positions of its pairs?
 
 Six layers are trained on the same Gaussian regression tasks at length N and tested at other lengths M: linear and softmax, one
 and two blocks, softmax with a learned and with a fixed sinusoidal position table. One softmax head cannot be the linear layer:
@@ -6,13 +6,13 @@ with weights U/u and values u*y it writes
 
     u mean(y) + (1/N) sum_i (y_i - mean(y)) (x_i - mean(x))' U x_q + O(1/u),
 
-so the limit u -> infinity that would make it linear also blows up the label mean, which says nothing about w.
+so the limit u -> infinity that would make it linear also blows up the label mean, which carries no information about w.
 
     lindm run softmax --preset quick      about 25 s on 2 cores
     lindm verify --only softmax
 
-Expected: softmax regresses in context and goes on improving beyond N, but stays behind the linear layer. A fixed sinusoidal table
-breaks beyond N (the risk rises); a learned one, whose rows past N were never trained, does not break, it only gains less.
+Expected: softmax regresses in context and keeps improving beyond N, but stays behind the linear layer. A fixed sinusoidal table
+breaks beyond N (the risk rises); a learned one, whose rows past N were never trained, does not break but gains less.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Does training find the closed form A_N, whatever the law of the features, and where does the full layer end?
+"""Does training converge to the closed form A_N for every law of features, and where does the full layer converge to?
 
 Three laws. `gaussian`: regression with x ~ N(0, Lambda), w ~ N(0, I). `one-hot`: tabular MDPs, one layer a stage, trained on a
 large pool of tasks whose second moment Psi is known exactly. `simplex`: linear MDPs with simplex features, one layer a stage,
@@ -14,8 +14,8 @@ worth is of lower order in 1/N.
     lindm run weights --preset quick      about 25 s on 2 cores
     lindm verify --only weights
 
-Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; the Gaussian Gamma^-1 nowhere near off Gaussian features; a
-full layer whose risk is below the reduced one's where tasks have a mean.
+Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; the Gaussian Gamma^-1 far from the trained layer on other
+features; a full layer whose risk is below the reduced one's where tasks have a mean.
 """
 
 from collections.abc import Callable
