@@ -80,6 +80,7 @@ def test_no_task_is_both_trained_and_held_out_and_decisions_are_measured_on_held
     assert {task.task for task in prepared.decision_tasks.tasks} <= held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, base", [("lora", None), ("qlora", "int8")])
 def test_adapters_are_trained_the_base_is_not_and_both_exports_compute_the_same(micro, tmp_path, method, base):
     run = options(micro, tmp_path / "out", method=method, base=base, lora_rank=4, learning_rate=1e-2)
@@ -94,6 +95,7 @@ def test_adapters_are_trained_the_base_is_not_and_both_exports_compute_the_same(
     assert [r["loss"] for r in found if r["kind"] == "eval"][-1] < next(r["loss"] for r in found if r["kind"] == "eval")
 
 
+@pytest.mark.slow
 def test_packing_and_accumulation_are_of_the_same_documents(micro, tmp_path):
     alone, packed = (
         setup_training(options(micro, tmp_path)),
@@ -131,6 +133,7 @@ def uninterrupted(micro, tmp_path_factory):
     return metrics.read_metrics(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, step", [("decisions", 0), ("loss", 2), ("decisions", 4)])
 def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_resumes(
     micro, uninterrupted, tmp_path, monkeypatch, where, step
@@ -160,6 +163,7 @@ def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_r
     assert metrics.read_metrics(tmp_path / "out") == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hidden", "cloud"])
 def test_rewards_are_not_told_where_they_could_tell_of_the_state(micro, tmp_path, kind):
     prepared = setup_training(options(micro, tmp_path, data=getattr(micro, kind)))
@@ -214,6 +218,7 @@ def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(mi
         trainer.train(options(micro, tmp_path / "out", model=other, steps=30, learning_rate=5e-3))
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(micro, tmp_path):
     out = tmp_path / "out"
     assert trainer.train(options(micro, out, steps=2)) == 0
