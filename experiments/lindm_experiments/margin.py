@@ -42,7 +42,7 @@ class Config:
     base_seed: int = 209000
     candidates: int = 8192  # tasks drawn, from which `gap` and `floor` choose
     chosen: int = 16
-    free_tasks: int = 4096  # `no gap`
+    free_tasks: int = 8192  # `no gap`
     contexts: int = 1024  # for every chosen task and M
     N: int = 64
     N_small: int = 4

@@ -237,7 +237,9 @@ def measure(cfg: Config, point: dict) -> dict:
 
     def predicted(A: Array, w: Array, M: tuple[int, ...]) -> tuple[dict[str, Array], dict[str, Array]]:
         # Psi of the very tasks drawn: exact given the tasks, so that their sampling error does not blur the ratio
-        return exact(A, linear_mdps.pool_moment(w), jnp.asarray(M, float), train, query, other, cfg.sigma, cfg.c)
+        padded = M + M[-1:] * (len(cfg.M) - len(M))  # one compiled program for both numbers of lengths
+        risks, floors = exact(A, linear_mdps.pool_moment(w), jnp.asarray(padded, float), train, query, other, cfg.sigma, cfg.c)
+        return {kind: risk[: len(M)] for kind, risk in risks.items()}, floors
 
     short, long = measured(w, k_context, cfg.M), measured(some, k_long, (cfg.M_long,))
     exact_short, _ = predicted(Ahat, w, cfg.M)
