@@ -42,7 +42,7 @@ def test_folders_beside_a_script_break_nothing(tmp_path):
     script.write_text(
         "import experiments, theory, lindm\n"
         "from lindm_experiments.harness.experiments import experiment_names\n"
-        "import lindm_theory.policy\n"
+        "import lindm_theory.policy_bounds\n"
         "assert experiments.OWNER == 'the user, experiments' and theory.OWNER == 'the user, theory'\n"
         "assert 'risk' in experiment_names()\n"
         "import lindm.cli.main\n"

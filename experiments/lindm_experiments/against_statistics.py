@@ -45,17 +45,7 @@ from lindm.problems.regression import draw_regression
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import (
-    BLUE,
-    COLORS,
-    DIVERGING,
-    GRAY,
-    MARKERS,
-    MEASURED,
-    RED,
-    plot_seeds,
-    set_log_ticks,
-)
+from lindm_experiments.harness.figures import BLUE, COLORS, DIVERGING, GRAY, MARKERS, MEASURED, RED, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.lib.predictor_risks import (

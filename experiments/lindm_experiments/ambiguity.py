@@ -33,12 +33,11 @@ from lindm.problems.apomdp import alpha_maxmin, draw_apomdp, single
 from lindm.random import flat
 from lindm.solvers import tree
 from lindm.solvers.belief import branching, num_histories
-from lindm.solvers.criteria import fixed_model_value, whole_horizon_value
+from lindm.solvers.policy_values import fixed_model_value, whole_horizon_value
 from lindm.types import APOMDP
 from lindm.validate import fraction
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.statistics import clopper_pearson
-from lindm_experiments.harness.style import (
+from lindm_experiments.harness.figures import (
     BLUE,
     COLORS,
     EXACT,
@@ -52,6 +51,7 @@ from lindm_experiments.harness.style import (
     SEED,
     plot_seeds,
 )
+from lindm_experiments.harness.statistics import clopper_pearson
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
 ROUNDING = 1e-10  # relative to the most that two policies can differ by

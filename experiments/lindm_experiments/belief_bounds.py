@@ -31,14 +31,14 @@ from matplotlib.patches import Rectangle
 
 from lindm.problems.apomdp import draw_apomdp, single
 from lindm.problems.pomdp import pomdp
-from lindm.solvers import hsvi, net, tree
+from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.belief import advance, branching, first_history
 from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import Tables, label, q_bounds, solve
 from lindm.types import APOMDP, CERTIFIED, POMDP
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
+from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
 S, A, O, H, M = 4, 3, 3, 5, 3
@@ -207,9 +207,9 @@ def solved_by_hsvi(problem: APOMDP, trials: int, tolerance: float) -> tuple[hsvi
     return bounds, int(bounds.trials)
 
 
-def solved_by_net(problem: APOMDP, points: int) -> tuple[net.Net, int]:
+def solved_by_net(problem: APOMDP, points: int) -> tuple[belief_net.Net, int]:
     """A net with so many slots, used or not, so that all of a size share one compiled program; and its largest layer."""
-    found = net.net(problem, points=points)
+    found = belief_net.net(problem, points=points)
 
     def filled(array: Array) -> np.ndarray:
         x = np.asarray(array)

@@ -33,13 +33,13 @@ from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.config import check_counts, check_positive
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, plot_seeds
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import offline
-from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import optimal_weights
+from lindm_theory.moments import design_fourth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,12 @@ from lindm.solvers.dp import occupancy, policy_value
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, GRAY, RED
+from lindm_experiments.harness.figures import BLUE, GRAY, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
-from lindm_theory.feature_laws import gaussian_fourth
 from lindm_theory.in_context import gaussian_gamma, risk
-from lindm_theory.policy import loss_identity
+from lindm_theory.moments import gaussian_fourth
+from lindm_theory.policy_bounds import loss_identity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,8 @@ from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import PolicyResult, evaluate
 from lindm.llm.named_policies import PoliciesByName
 from lindm_experiments.harness.config import check_counts, check_rising
+from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 

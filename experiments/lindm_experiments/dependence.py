@@ -4,7 +4,7 @@ Two linear MDPs with time-homogeneous dynamics, a fixed behavior policy, and ran
 `stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one in a cycle. A context is a piece
 of the chain of pairs, started from its stationary law; a logger that samples faster than the system moves sees the lazy chain
 stick I + (1 - stick) K. The features are carried to the same covariance under each stationary law, so that only the dependence
-differs. Theory sums the pairs exactly (lindm_theory.feature_laws.chain_moments) and gives, for any layer,
+differs. Theory sums the pairs exactly (lindm_theory.moments.chain_moments) and gives, for any layer,
 
     risk = tr(Lq A V A') + bias,   V = E[S S'] - Lambda Psi Lambda,   M_eff = tr(Lq A V_1 A') / tr(Lq A V A'),
 
@@ -38,11 +38,11 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_rising
-from lindm_experiments.harness.style import BLUE, COLORS, EXACT, GRAY, MARKERS, MEASURED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GRAY, MARKERS, MEASURED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
-from lindm_theory.feature_laws import chain_moments, design_fourth, design_moment, effective_sample_size, independent_copies
 from lindm_theory.in_context import moment_risk, pair_variance, solve_normal_equations
+from lindm_theory.moments import chain_moments, design_fourth, design_moment, effective_sample_size, independent_copies
 
 S, A, D, H = 10, 2, 4, 3  # states, actions, features, stages
 BLOCK = 256  # contexts in flight

@@ -38,7 +38,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_positive, check_rising
-from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, plot_seeds
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import onehot_gamma

@@ -31,12 +31,12 @@ from lindm.problems.linear_mdp import Family, second_moment, simplex_family
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, MEASURED, RED, plot_seeds
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GRAY, MEASURED, RED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
-from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import context_second_moment, optimal_weights, risk
+from lindm_theory.moments import design_fourth
 from lindm_theory.robustness import few_task_coefficient, few_task_score
 
 LAWS = ("MDP tasks", "gaussian tasks, same $\\Psi$")

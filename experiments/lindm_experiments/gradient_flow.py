@@ -32,11 +32,11 @@ from lindm.icl.trainer import train
 from lindm.problems.regression import covariance, draw_regression
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GRAY, MARKERS, SEED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, EXACT, GRAY, MARKERS, SEED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory import gradient_flow as flow
-from lindm_theory.feature_laws import gaussian_fourth
 from lindm_theory.in_context import context_second_moment, optimal_weights
+from lindm_theory.moments import gaussian_fourth
 
 SUBSTEPS = 8  # Runge-Kutta steps in the longest step of the layer
 DESCENT = optax.sgd(0.5)  # on a loss without the factor 1/2 of the papers: one step is one gradient of theirs

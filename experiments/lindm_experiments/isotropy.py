@@ -35,11 +35,11 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, EXACT, GRAY, GREEN, MEASURED, RED, SEED
+from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, EXACT, GRAY, GREEN, MEASURED, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
-from lindm_theory.feature_laws import design_fourth, gaussian_fourth
 from lindm_theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
+from lindm_theory.moments import design_fourth, gaussian_fourth
 
 ISOTROPIC = ("one-hot, rewards in [0, 1]", "one-hot, rewards in [-1, 1]")
 SIMPLEX = "simplex"

@@ -1,7 +1,7 @@
 """How loose is each bound on the suboptimality, from the exact loss of one policy to the theorem that needs no data?
 
 A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
-rungs of theory/lindm_theory/policy.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation +
+rungs of theory/lindm_theory/policy_bounds.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation +
 optimization, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
 refutes it. The waterfall figure shows how loose it is.
 
@@ -27,10 +27,10 @@ from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, GRAY, GREEN, ORANGE, RED
+from lindm_experiments.harness.figures import BLUE, GRAY, GREEN, ORANGE, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
-from lindm_theory import concentration, mean_policy, policy
+from lindm_theory import concentration, mean_policy, policy_bounds
 from lindm_theory.in_context import context_second_moment, risk
 
 PER_POLICY = ("1s", "1", "1b", "2", "3")  # rungs that must hold for every single policy
@@ -98,21 +98,21 @@ def rungs_of_tasks(
         Qhat = linear_mdps.action_values(family, Ahat, S)
         pihat = greedy(Qhat)
         d = occupancy(mdp, pihat)
-        bias, estimation = policy.error_parts(family.phi, A, Lambda, w, S)
+        bias, estimation = policy_bounds.error_parts(family.phi, A, Lambda, w, S)
         optimization = linear_mdps.action_values(family, Ahat - A, S)
-        bound, c = policy.span_rung(d, plan.Q, Qhat)
+        bound, c = policy_bounds.span_rung(d, plan.Q, Qhat)
         gap = plan.V[..., None] - plan.Q
         caps = mean_policy.action_caps(
             mean_policy.flip_probability(*mean_policy.difference_moments(family.phi, Ahat, w, family.design, **noise), M)
         )
         return {
             "truth": mdp.rho @ (plan.V[0] - policy_value(mdp, pihat)[0]),
-            "0": policy.loss_identity(d, plan.Q, pihat),
-            "1s": policy.span_statewise_rung(d, plan.Q, Qhat),
+            "0": policy_bounds.loss_identity(d, plan.Q, pihat),
+            "1s": policy_bounds.span_statewise_rung(d, plan.Q, Qhat),
             "1": bound,
-            "1b": policy.margin_rung(d, plan.Q, Qhat, c),
-            "2": policy.sup_rung(d, plan.Q, Qhat),
-            "3": policy.decomposed_rung(d, bias, estimation, optimization),
+            "1b": policy_bounds.margin_rung(d, plan.Q, Qhat, c),
+            "2": policy_bounds.sup_rung(d, plan.Q, Qhat),
+            "3": policy_bounds.decomposed_rung(d, bias, estimation, optimization),
             "5": concentration.high_probability_rung(family.phi, Ahat, w, family.design, M, delta, Lambda, **noise),
             "6": mean_policy.mean_policy_rung(mdp.P, gap, mdp.rho, caps),
             "scale": jnp.maximum(1.0, jnp.abs(plan.V).max()),
@@ -131,12 +131,12 @@ def rungs_on_average(family: Family, Ahat: Array, Psi: Array, M: Array, half_wid
     def stage(A: Array, P: Array, K: Array) -> tuple[Array, Array, Array]:
         parts = risk(A, Lambda, P, K, M, Lambda, noise)
         ESS = context_second_moment(Lambda, P, K, M, noise)
-        return parts.estimation, parts.bias, policy.scale_free_risk(A, Lambda @ P, ESS, P, Lambda)
+        return parts.estimation, parts.bias, policy_bounds.scale_free_risk(A, Lambda @ P, ESS, P, Lambda)
 
     estimation, bias, free = jax.vmap(stage)(Ahat, Psi, K)
     return (
-        policy.expected_rung(policy.feature_norm(family.phi, Lambda), estimation, bias),
-        policy.expected_rung_tight(policy.difference_norm(family.phi, Lambda), free, jnp.zeros_like(free)),
+        policy_bounds.expected_rung(policy_bounds.feature_norm(family.phi, Lambda), estimation, bias),
+        policy_bounds.expected_rung_tight(policy_bounds.difference_norm(family.phi, Lambda), free, jnp.zeros_like(free)),
     )
 
 

@@ -45,8 +45,8 @@ from lindm.llm.model import Decoder
 from lindm.llm.policy import load_policy
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
+from lindm_experiments.harness.figures import COLORS, EXACT, GRAY, MARKERS, set_log_ticks
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, EXACT, GRAY, MARKERS, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 from lindm_theory.in_context import optimal_weights, risk

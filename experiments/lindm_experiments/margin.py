@@ -25,12 +25,12 @@ from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tab
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import margin as margins
-from lindm_theory import mean_policy, policy
+from lindm_theory import mean_policy, policy_bounds
 from lindm_theory.in_context import risk
 
 ENOUGH = 20  # losses seen at a length, for its mean to be known to about a quarter
@@ -125,8 +125,8 @@ def bounds(family: Family, A: Array, Psi: Array, tasks, M: Array) -> tuple[Array
 
     Lambda = second_moment(family)
     parts = jax.vmap(lambda A, P, K: risk(A, Lambda, P, K, M, Lambda))(A, Psi, linear_mdps.fourth_moments(family, Psi))
-    L = policy.feature_norm(family.phi, Lambda)
-    return jax.vmap(one)(tasks).mean(), policy.expected_rung(L, parts.estimation, parts.bias)
+    L = policy_bounds.feature_norm(family.phi, Lambda)
+    return jax.vmap(one)(tasks).mean(), policy_bounds.expected_rung(L, parts.estimation, parts.bias)
 
 
 def measure(cfg: Config, point: dict) -> dict:
@@ -145,7 +145,7 @@ def measure(cfg: Config, point: dict) -> dict:
     def pick(order: Array):
         return jax.tree.map(lambda x: x[order[: cfg.chosen]], tasks)
 
-    smallest = jax.vmap(policy.strict_gap)(tasks[1].Q).min((1, 2))
+    smallest = jax.vmap(policy_bounds.strict_gap)(tasks[1].Q).min((1, 2))
     flips = (floor_and_margins(family, A, tasks)[1] <= 0).any((1, 2))
     # flipped tasks go last: the claim is about tasks that the bias leaves alone
     gap = pick(jnp.argsort(jnp.where(flips, 1.0, -smallest)))
@@ -175,7 +175,7 @@ def measure(cfg: Config, point: dict) -> dict:
         "N": cfg.N,
         "N_small": cfg.N_small,
         "curves": curves,
-        "smallest_gap": float(jax.vmap(policy.strict_gap)(gap[1].Q).min()),
+        "smallest_gap": float(jax.vmap(policy_bounds.strict_gap)(gap[1].Q).min()),
         "flipped_share": float(flips.mean()),
         "floor_predicted": float(floor_and_margins(family, A_small, flipped)[0].mean()),
     }

@@ -43,8 +43,8 @@ from lindm.families.suites import Suite
 from lindm.text import Document, Step
 from lindm.types import POMDP
 from lindm_experiments.harness.config import check_counts
+from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.style import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
 from lindm_experiments.lib.probes import ProbedModel, Queries, probe, read_queries

@@ -39,7 +39,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.style import BLUE, EXACT, GRAY, GREEN, MEASURED, PURPLE, RED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, MEASURED, PURPLE, RED, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.mean_policy import policy_loss

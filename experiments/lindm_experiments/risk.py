@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 
 from lindm.validate import nonnegative
 from lindm_experiments.harness.config import check_counts, check_rising
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, MARKERS, plot_markers, set_log_ticks
 from lindm_experiments.harness.statistics import slopes
-from lindm_experiments.harness.style import BOUND, COLORS, EXACT, GRAY, MARKERS, plot_markers, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib.feature_laws import (
     HEAVY,

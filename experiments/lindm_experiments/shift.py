@@ -37,11 +37,11 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_at_least, check_counts, check_positive, check_rising
-from lindm_experiments.harness.style import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
-from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import Prediction, risk
+from lindm_theory.moments import design_fourth
 from lindm_theory.robustness import scale_shift, shift_floor
 
 KINDS = ("none", "query", "noise", "scale", "spectrum")

@@ -30,7 +30,7 @@ from lindm.icl.attention import ReducedAttention, SoftmaxAttention, sinusoidal
 from lindm.icl.trainer import train
 from lindm.problems.regression import draw_regression
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, COLORS, GRAY, plot_seeds, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, COLORS, GRAY, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
 

@@ -42,12 +42,12 @@ from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.style import BLUE, BOUND, COLORS, DIVERGING, EXACT, GRAY, MARKERS, plot_seeds
+from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, DIVERGING, EXACT, GRAY, MARKERS, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import gradient_flow
-from lindm_theory.feature_laws import design_fourth, gaussian_fourth
 from lindm_theory.in_context import gaussian_gamma, optimal_weights
+from lindm_theory.moments import design_fourth, gaussian_fourth
 
 LAWS = ("gaussian", "one-hot", "simplex")
 SCALE = 0.5  # s of the paper's initialization

@@ -24,7 +24,7 @@ from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in
 from lindm.datasets import Dataset, DatasetConfig, documents, make_dataset, text_format
 from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import Task, double_precision
-from lindm.evaluation.losses import evaluate_policy
+from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
 from lindm.families.suites import suite
 from lindm.llm.io import weights

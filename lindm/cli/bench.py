@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from lindm.cli.arguments import Command, Positional
+from lindm.cli.option_parser import Command, Positional
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lindm.choices import Behavior, ExportFormat, Rewards, Split
-from lindm.cli.arguments import Command, Positional
+from lindm.cli.option_parser import Command, Positional
 from lindm.io.progress import progress_bar
 
 SUMMARY = "Make labeled episodes, or export them for other tools"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lindm.cli.arguments import Command
+from lindm.cli.option_parser import Command
 
 LOCKS = Path(__file__).parents[2] / "requirements"
 FREE_GB = 1.0

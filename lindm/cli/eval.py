@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lindm.choices import Behavior, Rewards, Split
-from lindm.cli.arguments import Command, Positional, Repeated
+from lindm.cli.option_parser import Command, Positional, Repeated
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 

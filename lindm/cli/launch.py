@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lindm.cli import sft
-from lindm.cli.arguments import Command, parse
+from lindm.cli.option_parser import Command, parse
 from lindm.llm.cluster.jobs import LAUNCHERS, Job, check_options, job_file
 
 SUMMARY = "Print a job file that runs `lindm sft` on many hosts"

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from lindm.cli.arguments import run_command, two_columns, wrap
 from lindm.cli.exit_codes import exit_code
+from lindm.cli.option_parser import run_command, two_columns, wrap
 from lindm.errors import LindmError, UsageError, did_you_mean
 
 DESCRIPTION = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lindm.cli.arguments import Command
+from lindm.cli.option_parser import Command
 from lindm.io.progress import Progress
 from lindm.io.tables import format_table
 from lindm.llm.sft.options import BaseFormat, Method, Remat

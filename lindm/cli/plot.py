@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from lindm.cli.arguments import Command, Positional
+from lindm.cli.option_parser import Command, Positional
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from lindm.cli import sft
-from lindm.cli.arguments import Command, parse, run_command
 from lindm.cli.main import guarded
+from lindm.cli.option_parser import Command, parse, run_command
 from lindm.llm.cluster.jobs import RayWorkers, check_options
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lindm.cli.arguments import Option, options_of_source, parse_options, parser_of, two_columns
+from lindm.cli.option_parser import Option, options_of_source, parse_options, parser_of, two_columns
 
 PRESETS = Literal["quick", "full", "smoke"]
 SUMMARY = "Run one experiment"

@@ -2,8 +2,8 @@
 
 import os
 
-from lindm.cli.arguments import Command
 from lindm.cli.exit_codes import EXIT_CODES
+from lindm.cli.option_parser import Command
 from lindm.llm.sft.options import SFTConfig
 
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from lindm.cli.arguments import Command, Positional
+from lindm.cli.option_parser import Command, Positional
 
 
 @dataclass(frozen=True, kw_only=True)

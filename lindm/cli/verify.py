@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lindm.cli.arguments import Command
 from lindm.cli.exit_codes import exit_code
+from lindm.cli.option_parser import Command
 
 if TYPE_CHECKING:
     from lindm_experiments.harness.verify import Verification

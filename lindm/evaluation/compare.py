@@ -15,7 +15,7 @@ from typing import Any
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
 from lindm.evaluation.environments import Task, double_precision, make_tasks
-from lindm.evaluation.losses import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
+from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.policies import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite

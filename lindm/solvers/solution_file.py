@@ -12,12 +12,14 @@ import numpy as np
 
 from lindm.errors import DataError
 from lindm.io import files
-from lindm.solvers import hsvi, net, tree
+from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.solve import Solution
 from lindm.types import APOMDP, MDP, POMDP, Plan
 
 FORMAT = "lindm-solution-1"
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, net.Net, Solution)}
+KINDS: dict[str, type] = {
+    kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, belief_net.Net, Solution)
+}
 
 
 def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:

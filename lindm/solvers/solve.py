@@ -27,7 +27,7 @@ from jax.core import Tracer
 from lindm import validate
 from lindm.errors import unknown
 from lindm.problems.apomdp import alpha_maxmin, as_apomdp
-from lindm.solvers import dp, hsvi, net, tree
+from lindm.solvers import belief_net, dp, hsvi, tree
 from lindm.solvers.belief import (
     advance,
     branching,
@@ -46,7 +46,7 @@ Method = Literal["auto", "tree", "hsvi", "net"]
 METHODS = get_args(Method)
 MAX_TREE_STAGES = 40  # for method auto: each stage of a tree is compiled by itself
 
-Tables = Plan | tree.Tree | hsvi.Bounds | net.Net
+Tables = Plan | tree.Tree | hsvi.Bounds | belief_net.Net
 
 
 @jax.tree_util.register_dataclass
@@ -175,8 +175,8 @@ def _tables(problem: APOMDP, method: str, budget: int, effort: int | None) -> Ta
     if method == "net":
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(problem)):
             raise ValueError("method net runs on the host, not under jit or vmap; got a traced problem")
-        points = _affordable(lambda points: net.memory_bytes(problem, points), effort, net.POINTS, budget)
-        return net.net(problem, points=points)
+        points = _affordable(lambda points: belief_net.memory_bytes(problem, points), effort, belief_net.POINTS, budget)
+        return belief_net.net(problem, points=points)
     if problem.num_models != 1:
         raise ValueError(f"method hsvi needs one model, whose value is convex; got an APOMDP with {problem.num_models}")
     model = jax.tree.map(lambda x: x[0], problem.models)
@@ -237,8 +237,8 @@ def q_bounds(problem: APOMDP, tables: Tables, t, history: Array, beliefs: Array)
     elif isinstance(tables, hsvi.Bounds):
         bounds = hsvi.value_bounds(tables, next_stage, belief)
     else:
-        assert isinstance(tables, net.Net)
-        bounds = net.value_bounds(tables, next_stage, belief)
+        assert isinstance(tables, belief_net.Net)
+        bounds = belief_net.value_bounds(tables, next_stage, belief)
     now = jnp.einsum("ams,ms->am", stage_rewards(problem, t), beliefs)
     G = [now + jnp.where(t + 1 < H, jnp.where(mass > 0, mass * V, 0).sum(-1), 0) for V in bounds]
     if isinstance(tables, tree.Tree):  # the number in the table, not rounded a second time

@@ -13,7 +13,7 @@ import pytest
 from lindm.families.prostate import prostate
 from lindm.io import files
 from lindm.solvers import tree
-from lindm.solvers.criteria import whole_horizon_value
+from lindm.solvers.policy_values import whole_horizon_value
 from lindm.types import APOMDP, POMDP
 from lindm_experiments import ambiguity
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids

@@ -11,7 +11,7 @@ import pytest
 
 from lindm.io import files
 from lindm.problems.apomdp import single
-from lindm.solvers import net, tree
+from lindm.solvers import belief_net, tree
 from lindm_experiments import belief_bounds
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 
@@ -91,10 +91,10 @@ def test_the_first_model_alone_starts_from_its_own_belief_and_takes_the_same_ste
 def test_a_filled_net_and_equal_models_change_no_bound(seen):
     _, alone = seen
     filled, layer = belief_bounds.solved_by_net(alone.problem, 16)
-    plain = net.net(alone.problem, points=16)
+    plain = belief_net.net(alone.problem, points=16)
     assert layer == int(plain.points.max()) <= 16 == filled.beliefs.shape[1]
     beliefs = alone.beliefs[2, :, 0]
-    for a, b in zip(net.value_bounds(filled, 2, beliefs), net.value_bounds(plain, 2, beliefs), strict=True):
+    for a, b in zip(belief_net.value_bounds(filled, 2, beliefs), belief_net.value_bounds(plain, 2, beliefs), strict=True):
         np.testing.assert_array_equal(a, b)
     alike = belief_bounds.alike(alone.problem)
     assert alike.num_models == belief_bounds.M

@@ -10,9 +10,9 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 
-from lindm_theory import feature_laws as law
 from lindm_theory import gradient_flow as flow
 from lindm_theory import in_context
+from lindm_theory import moments as law
 
 
 def moments(D, N=6):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from lindm_theory import feature_laws as law
 from lindm_theory import in_context as theory
+from lindm_theory import moments as law
 
 SPOTS = [  # Lambda, N, M, sigma, exact risk, eq. (6) where it applies
     (np.eye(5), 10, 20, 0.0, 1.289, 3.30),

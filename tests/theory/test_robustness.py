@@ -9,8 +9,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from lindm_theory import feature_laws as law
 from lindm_theory import in_context, robustness
+from lindm_theory import moments as law
 
 
 def gaussian(Lambda, N):

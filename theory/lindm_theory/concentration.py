@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm_theory.feature_laws import Number, design_moment
+from lindm_theory.moments import Number, design_moment
 
 
 def smale_zhou(b: Array, v: Array, M: Number, delta: Number) -> Array:

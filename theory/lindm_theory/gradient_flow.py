@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm_theory.feature_laws import Number
 from lindm_theory.in_context import context_second_moment, gaussian_gamma, solve_normal_equations
+from lindm_theory.moments import Number
 
 
 def vector_field(U: Array, u: Array, B: Array, ESw: Array, Lambda_q: Array) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm_theory.feature_laws import Number
+from lindm_theory.moments import Number
 
 
 @jax.tree_util.register_dataclass

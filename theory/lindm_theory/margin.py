@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm_theory.feature_laws import Number
+from lindm_theory.moments import Number
 
 
 def infinite_context_values(phi: Array, A: Array, Lambda: Array, w: Array) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lindm_theory.concentration import bernstein_exponent, bernstein_radius, bernstein_tail, cantelli, chernoff_exponent
-from lindm_theory.feature_laws import Number, pair_covariance
+from lindm_theory.moments import Number, pair_covariance
 
 
 def difference_moments(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm_theory.feature_laws import Number
 from lindm_theory.in_context import Prediction, context_second_moment, moment_risk, optimal_weights, pair_variance
+from lindm_theory.moments import Number
 
 
 def depth_bias(A: Array, Lambda: Array, Psi: Array, Lambda_q: Array, k: int) -> Array:

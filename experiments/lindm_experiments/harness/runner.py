@@ -161,7 +161,7 @@ def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from lindm_experiments.harness.style import STYLE
+    from lindm_experiments.harness.figures import STYLE
 
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
     files: dict[str, bytes] = {}

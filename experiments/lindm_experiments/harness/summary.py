@@ -171,7 +171,7 @@ def draw_gaps(rows: Sequence[Row]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from lindm_experiments.harness.style import COLORS, MEASURED, STYLE
+    from lindm_experiments.harness.figures import COLORS, MEASURED, STYLE
 
     known = [row for row in rows if row["gap"] is not None]
     cells = list(dict.fromkeys((r["suite"], r["horizon"], r["split"]) for r in known))

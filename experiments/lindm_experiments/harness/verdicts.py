@@ -8,15 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, get_claim
-from lindm_experiments.harness.statistics import (
-    LEVEL,
-    Decision,
-    all_of,
-    equivalence,
-    holm,
-    no_violations,
-    rate_at_most,
-)
+from lindm_experiments.harness.statistics import LEVEL, Decision, all_of, equivalence, holm, no_violations, rate_at_most
 
 
 @dataclass(frozen=True, kw_only=True)

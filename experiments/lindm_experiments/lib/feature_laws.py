@@ -18,7 +18,7 @@ from lindm.problems.linear_mdp import Family, carry, simplex_family
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative, invert
 from lindm_experiments.lib import linear_mdps
-from lindm_theory.feature_laws import design_fourth, design_moment, gaussian_fourth
+from lindm_theory.moments import design_fourth, design_moment, gaussian_fourth
 
 D, ROWS = 6, 36  # features, and rows of every table (12 states x 3 actions): laws of one shape can be stacked
 TASKS = 6  # tasks that share the features of a context

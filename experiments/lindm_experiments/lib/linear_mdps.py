@@ -20,8 +20,8 @@ from lindm.problems.linear_mdp import Family, draw_task, second_moment
 from lindm.solvers.dp import plan_linear
 from lindm.solvers.rollout import cumulative
 from lindm.types import LinearMDP, Plan
-from lindm_theory.feature_laws import design_fourth
 from lindm_theory.in_context import optimal_weights
+from lindm_theory.moments import design_fourth
 
 BLOCK = 1024  # tasks solved at once: more would leave the cache
 

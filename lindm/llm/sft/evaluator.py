@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.evaluation import losses
+from lindm.evaluation import optimality_gap
 from lindm.evaluation.environments import double_precision, make_tasks
 from lindm.evaluation.policies import BC
 from lindm.evaluation.policy import Observation, Policy
@@ -82,13 +82,13 @@ class Evaluator:
         if not found:
             return {}
         if self.baseline is None:
-            self.baseline = {"bc_gap": losses.summarize(self._losses(BC()))["gap"]}
-        return losses.summarize(found) | self.baseline
+            self.baseline = {"bc_gap": optimality_gap.summarize(self._losses(BC()))["gap"]}
+        return optimality_gap.summarize(found) | self.baseline
 
-    def _losses(self, policy: Policy) -> list[losses.PolicyLoss]:
+    def _losses(self, policy: Policy) -> list[optimality_gap.PolicyLoss]:
         """What a policy loses on each task; ambiguous tasks with too many histories are left out."""
         limits = {"episodes": ROLLOUTS_PER_TASK, "max_histories": MAX_EXACT_HISTORIES}
-        found = losses.evaluate_policy(self.tasks, policy, seed=self.setup.config.seed, **limits)
+        found = optimality_gap.evaluate_policy(self.tasks, policy, seed=self.setup.config.seed, **limits)
         return [loss for loss in found if loss is not None]
 
 

@@ -43,21 +43,24 @@ def tree(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "statement, modules",
     [
-        ("import lindm_theory.policy", {"lindm_theory", "lindm_theory.policy"}),
-        ("from lindm_theory import policy", {"lindm_theory", "lindm_theory.policy"}),
-        ("from lindm_theory.policy import bound", {"lindm_theory", "lindm_theory.policy"}),
+        ("import lindm_theory.policy_bounds", {"lindm_theory", "lindm_theory.policy_bounds"}),
+        ("from lindm_theory import policy", {"lindm_theory", "lindm_theory.policy_bounds"}),
+        ("from lindm_theory.policy_bounds import bound", {"lindm_theory", "lindm_theory.policy_bounds"}),
         ("from .helper import f", {"lindm_experiments", "lindm_experiments.helper"}),
-        ("def f():\n    from lindm_theory import policy", {"lindm_theory", "lindm_theory.policy"}),
-        ("import importlib\nimportlib.import_module('lindm_theory.policy')", {"lindm_theory", "lindm_theory.policy"}),
+        ("def f():\n    from lindm_theory import policy", {"lindm_theory", "lindm_theory.policy_bounds"}),
+        (
+            "import importlib\nimportlib.import_module('lindm_theory.policy_bounds')",
+            {"lindm_theory", "lindm_theory.policy_bounds"},
+        ),
         ("from lindm import solve", {"lindm", "lindm.solvers", "lindm.solvers.dp"}),
         ("import lindm as ld\nx = ld.solve(1)", {"lindm", "lindm.solvers", "lindm.solvers.dp"}),
         ("import lindm\nx = lindm.fit(1)", {"lindm", "lindm.icl"}),
         ("import numpy, os.path", set()),
-        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lindm_theory.policy", set()),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lindm_theory.policy_bounds", set()),
     ],
 )
 def test_what_a_statement_imports(tree, statement, modules):
-    tree("lindm_theory/policy.py")
+    tree("lindm_theory/policy_bounds.py")
     tree("lindm_experiments/helper.py")
     tree("lindm/solvers/__init__.py")
     tree("lindm/solvers/dp.py")
@@ -69,10 +72,10 @@ def test_what_a_statement_imports(tree, statement, modules):
 
 
 def test_a_change_counts_only_where_it_is_imported(tree):
-    tree("lindm_theory/policy.py", "from lindm_theory import deep")
+    tree("lindm_theory/policy_bounds.py", "from lindm_theory import deep")
     tree("lindm_theory/deep.py", "from lindm_theory import policy")  # a circle ends
     tree("lindm_theory/other.py")
-    tree("lindm_experiments/mine.py", "from lindm_theory.policy import bound")
+    tree("lindm_experiments/mine.py", "from lindm_theory.policy_bounds import bound")
     before = tree.code()
     tree("lindm_theory/new.py", "x = 1")
     tree("lindm_theory/other.py", "x = 2")
@@ -100,4 +103,4 @@ def test_a_file_from_outside_includes_what_is_beside_it(tmp_path):
     (tmp_path / "helper.py").write_text("x = 1\n")
     experiment = Experiment(name="mine", path=tmp_path / "mine.py", outside=True)
     sources = fingerprint.sources(experiment)
-    assert sources["helper"] == tmp_path / "helper.py" and "lindm_theory.policy" in sources
+    assert sources["helper"] == tmp_path / "helper.py" and "lindm_theory.policy_bounds" in sources

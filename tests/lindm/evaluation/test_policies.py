@@ -12,7 +12,7 @@ from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import policies
 from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import Task, make_tasks
-from lindm.evaluation.losses import evaluate_policy
+from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policies import attention_layer, planning
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.families.suites import Suite

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lindm.evaluation.environments import make_tasks
-from lindm.evaluation.losses import evaluate_policy
+from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.llm.io import weights
 from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import setup, trainer

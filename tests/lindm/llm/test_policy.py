@@ -9,7 +9,7 @@ import pytest
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation.compare import evaluate, read_tasks
-from lindm.evaluation.losses import evaluate_policy
+from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
 from lindm.llm.io import weights
 from lindm.llm.named_policies import PoliciesByName

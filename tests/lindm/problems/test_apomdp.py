@@ -12,13 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.problems.apomdp import (
-    apomdp,
-    draw_apomdp,
-    mixture,
-    optimistic,
-    single,
-)
+from lindm.problems.apomdp import apomdp, draw_apomdp, mixture, optimistic, single
 from lindm.problems.pomdp import draw_pomdp, pomdp
 from lindm.types import APOMDP, POMDP
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lindm.solvers import dp, rollout, tree
-from lindm.solvers.criteria import fixed_model_value
+from lindm.solvers.policy_values import fixed_model_value
 from lindm.solvers.solve import solve
 from lindm.types import EXACT, MDP, POMDP
 

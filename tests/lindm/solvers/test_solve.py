@@ -7,7 +7,7 @@ import pytest
 
 from lindm.problems.mdp import draw_mdp
 from lindm.solvers import dp, rollout, tree
-from lindm.solvers.net import Net
+from lindm.solvers.belief_net import Net
 from lindm.solvers.solve import first_action, labels, method_for, solve
 from lindm.types import BOUNDED, CERTIFIED, EXACT, MDP, POMDP
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lindm.cli import launch, sft
-from lindm.cli.arguments import parse, run_command
 from lindm.cli.main import main
+from lindm.cli.option_parser import parse, run_command
 from lindm.llm.cluster.jobs import GKEJob, RayJob, RayWorkers, SlurmJob, TPUJob, check_options, entrypoint, job_file
 from lindm.llm.sft.options import SFTConfig
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lindm.cli import ray_job as cli
-from lindm.cli.arguments import run_command
 from lindm.cli.exit_codes import exit_code
 from lindm.cli.main import main
+from lindm.cli.option_parser import run_command
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, Preempted, UsageError
 from lindm.llm.cluster import jobs, ray_job
 from lindm.llm.cluster.jobs import RayWorkers

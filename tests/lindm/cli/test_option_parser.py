@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from lindm.cli.arguments import Command, Positional, Repeated, options_of, options_of_source, parse, parser_of, run_command
+from lindm.cli.option_parser import Command, Positional, Repeated, options_of, options_of_source, parse, parser_of, run_command
 from lindm.errors import UsageError
 
 

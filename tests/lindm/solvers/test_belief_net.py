@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindm.solvers import net as nets
+from lindm.solvers import belief_net as nets
 from lindm.types import APOMDP, POMDP
 
 ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)

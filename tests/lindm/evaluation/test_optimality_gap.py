@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lindm.evaluation.environments import double_precision, make_tasks
-from lindm.evaluation.losses import PolicyLoss, evaluate_policy
+from lindm.evaluation.optimality_gap import PolicyLoss, evaluate_policy
 from lindm.evaluation.policies import BC
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.problems.apomdp import as_apomdp

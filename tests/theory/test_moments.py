@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm_theory import feature_laws as law
+from lindm_theory import moments as law
 
 
 def test_the_fourth_moment_of_a_finite_design_is_its_sum_over_the_support(design):

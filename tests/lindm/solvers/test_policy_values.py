@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.solvers import criteria, tree
+from lindm.solvers import policy_values, tree
 from lindm.types import MDP
 
-suboptimality = jax.jit(criteria.suboptimality)
+suboptimality = jax.jit(policy_values.suboptimality)
 
 S, A, H = 4, 3, 3
 
@@ -91,16 +91,16 @@ def test_the_value_under_a_fixed_model_and_over_the_whole_horizon_are_those_of_p
     world = brute.random(21, M=3, H=3, alpha=0.3)
     policy, act = table_policy(world, 0)
     wanted = [fixed_value(world, m, act, world.rho[m]) for m in range(3)]
-    found = [criteria.fixed_model_value(world.problem(), policy, m) for m in range(3)]
+    found = [policy_values.fixed_model_value(world.problem(), policy, m) for m in range(3)]
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     whole = 0.3 * min(wanted) + 0.7 * max(wanted)
-    np.testing.assert_allclose(criteria.whole_horizon_value(world.problem(), policy), whole, rtol=1e-12)
+    np.testing.assert_allclose(policy_values.whole_horizon_value(world.problem(), policy), whole, rtol=1e-12)
 
 
 def test_the_three_criteria_are_different_problems(brute):
     problem = brute.random(22, M=2, H=3, alpha=1.0).problem()
     policy = tree.optimal_policy(problem, tree.tree(problem))
-    stagewise, whole = float(tree.policy_value(problem, policy)), float(criteria.whole_horizon_value(problem, policy))
+    stagewise, whole = float(tree.policy_value(problem, policy)), float(policy_values.whole_horizon_value(problem, policy))
     assert stagewise < whole - 1e-3  # nature that moves at every stage is the stronger enemy
 
 
@@ -108,7 +108,7 @@ def test_a_policy_that_does_not_look_at_the_model_acts_alike_under_all_of_them(b
     world = brute.random(23, A=2, M=3, O=2, H=3)
     rng = np.random.default_rng(1)
     blind = [rng.dirichlet(np.ones(2), 4**t) for t in range(3)]
-    lifted = criteria.without_models(world.problem(), tuple(jnp.asarray(table) for table in blind))
+    lifted = policy_values.without_models(world.problem(), tuple(jnp.asarray(table) for table in blind))
     checked = tree.checked_policy(world.problem(), lifted)
 
     def act(t, history):
@@ -118,20 +118,20 @@ def test_a_policy_that_does_not_look_at_the_model_acts_alike_under_all_of_them(b
     for m in range(3):
         model = brute(*(x[m : m + 1] for x in (world.P, world.O, world.r, world.rho)), 0.0).problem()
         alone = tree.policy_value(model, tuple(jnp.asarray(table) for table in blind))
-        np.testing.assert_allclose(criteria.fixed_model_value(world.problem(), lifted, m), alone, rtol=1e-12)
+        np.testing.assert_allclose(policy_values.fixed_model_value(world.problem(), lifted, m), alone, rtol=1e-12)
 
 
 def test_a_model_that_is_not_there_is_refused(brute):
     problem = brute.random(0, M=2, H=1).problem()
     with pytest.raises(ValueError, match="m must be the number of a model from 0 to 1; got 2"):
-        criteria.fixed_model_value(problem, tree.uniform_policy(problem), 2)
+        policy_values.fixed_model_value(problem, tree.uniform_policy(problem), 2)
 
 
 def test_a_policy_over_other_histories_is_refused_and_not_misread(brute):
     problem = brute.random(0, A=2, M=3, O=2, H=3).problem()
     blind = tuple(jnp.zeros(4**t, jnp.int32) for t in range(3))
-    for criterion in (criteria.whole_horizon_value, lambda p, pi: criteria.fixed_model_value(p, pi, 0)):
+    for criterion in (policy_values.whole_horizon_value, lambda p, pi: policy_values.fixed_model_value(p, pi, 0)):
         with pytest.raises(ValueError, match=r"policy\[1\] must have shape \[histories\] = \(12\); got \(4,\)"):
             criterion(problem, blind)
     with pytest.raises(ValueError, match=r"policy\[1\] must have shape \[histories\] = \(4\); got \(12,\)"):
-        criteria.without_models(problem, tree.optimal_policy(problem, tree.tree(problem)))
+        policy_values.without_models(problem, tree.optimal_policy(problem, tree.tree(problem)))

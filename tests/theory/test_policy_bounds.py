@@ -9,11 +9,15 @@ import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm_theory import in_context, policy
+from lindm_theory import in_context, policy_bounds
 
 # compiled once: a rung is a loop of sixty steps
-span_rung, statewise, sup = jax.jit(policy.span_rung), jax.jit(policy.span_statewise_rung), jax.jit(policy.sup_rung)
-margin_rung, margin_statewise = jax.jit(policy.margin_rung), jax.jit(policy.margin_statewise_rung)
+span_rung, statewise, sup = (
+    jax.jit(policy_bounds.span_rung),
+    jax.jit(policy_bounds.span_statewise_rung),
+    jax.jit(policy_bounds.sup_rung),
+)
+margin_rung, margin_statewise = jax.jit(policy_bounds.margin_rung), jax.jit(policy_bounds.margin_statewise_rung)
 
 
 def span(x):
@@ -46,7 +50,7 @@ def test_the_identity_holds_and_every_rung_is_above_it(world, seed):
     W = world(seed)
     Qhat, pi, occupancy, loss = noisy(W, seed)
     args = (jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
-    np.testing.assert_allclose(policy.loss_identity(args[0], args[1], jnp.asarray(pi)), loss, atol=1e-12)
+    np.testing.assert_allclose(policy_bounds.loss_identity(args[0], args[1], jnp.asarray(pi)), loss, atol=1e-12)
     state, (one, c), two = statewise(*args), span_rung(*args), sup(*args)
     margin, margin_state = margin_rung(*args), margin_statewise(*args)
     tiny = 1e-10
@@ -103,10 +107,10 @@ def test_a_constant_estimate_gives_the_trivial_bound():
 
 def test_the_gap_is_taken_to_the_best_strictly_worse_action():
     Q = jnp.array([[1.0, 1.0, 0.4], [2.0, 1.5, 1.9], [1.0, 1.0 + 1e-14, 0.0], [1.0, 1.0, 1.0]])
-    np.testing.assert_allclose(policy.strict_gap(Q), [0.6, 0.1, 1.0, np.inf], atol=1e-12)
+    np.testing.assert_allclose(policy_bounds.strict_gap(Q), [0.6, 0.1, 1.0, np.inf], atol=1e-12)
     occupancy, Qstar = jnp.ones((1, 1)), jnp.array([[[1.0, 1.0, 0.0]]])
     Qhat = jnp.array([[[1.2, 1.0, 0.3]]])  # right action; the second-best gap of zero would have kept the whole span
-    assert policy.margin_rung(occupancy, Qstar, Qhat, jnp.ones(1)) == 0.0
+    assert policy_bounds.margin_rung(occupancy, Qstar, Qhat, jnp.ones(1)) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -116,12 +120,12 @@ def test_the_parts_add_up_and_rung_3_is_above_rung_2(world, seed):
     Lambda = np.einsum("sai,saj->ij", W.phi, W.phi) / 12
     A, Ahat, S = rng.normal(size=(3, 3, 3)), rng.normal(size=(3, 3, 3)), rng.normal(size=(3, 3))
     Qhat = np.einsum("sai,hij,hj->hsa", W.phi, Ahat, S)
-    bias, estimation = policy.error_parts(*map(jnp.asarray, (W.phi, A, Lambda, W.w, S)))
+    bias, estimation = policy_bounds.error_parts(*map(jnp.asarray, (W.phi, A, Lambda, W.w, S)))
     optimization = np.einsum("sai,hij,hj->hsa", W.phi, Ahat - A, S)
     np.testing.assert_allclose(bias + estimation + optimization, Qhat - W.Qstar, atol=1e-12)
     occupancy = W.occupancy(Qhat.argmax(-1))
-    two = policy.sup_rung(jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
-    three = policy.decomposed_rung(jnp.asarray(occupancy), bias, estimation, jnp.asarray(optimization))
+    two = policy_bounds.sup_rung(jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
+    three = policy_bounds.decomposed_rung(jnp.asarray(occupancy), bias, estimation, jnp.asarray(optimization))
     assert two <= three + 1e-12
     expected = 2 * sum(
         occupancy[h, s] * sum(abs(np.asarray(part)[h, s]).max() for part in (bias, estimation, optimization))
@@ -134,10 +138,11 @@ def test_the_parts_add_up_and_rung_3_is_above_rung_2(world, seed):
 def test_the_tightened_expected_rung_is_below_the_stated_one():
     L, est, bias = jnp.array([2.0, 3.0]), jnp.array([0.4, 0.1]), jnp.array([0.01, 0.3])
     np.testing.assert_allclose(
-        policy.expected_rung(L, est, bias), 2 * sum(a * (b**0.5 + c**0.5) for a, b, c in [(2.0, 0.4, 0.01), (3.0, 0.1, 0.3)])
+        policy_bounds.expected_rung(L, est, bias),
+        2 * sum(a * (b**0.5 + c**0.5) for a, b, c in [(2.0, 0.4, 0.01), (3.0, 0.1, 0.3)]),
     )
-    np.testing.assert_allclose(policy.expected_rung_tight(2 * L, est, bias), 2 * (2 * 0.41**0.5 + 3 * 0.4**0.5))
-    assert policy.expected_rung_tight(2 * L, est, bias) < policy.expected_rung(L, est, bias)
+    np.testing.assert_allclose(policy_bounds.expected_rung_tight(2 * L, est, bias), 2 * (2 * 0.41**0.5 + 3 * 0.4**0.5))
+    assert policy_bounds.expected_rung_tight(2 * L, est, bias) < policy_bounds.expected_rung(L, est, bias)
 
 
 def test_the_scale_free_risk_is_the_least_over_multiples_of_the_weights(design):
@@ -148,15 +153,15 @@ def test_the_scale_free_risk_is_the_least_over_multiples_of_the_weights(design):
         lambda c: float(in_context.risk(c * A, D.Lambda, D.Psi, D.K, M, Lq, D.noise).total), bounds=(0, 20), method="bounded"
     )
     B = in_context.context_second_moment(D.Lambda, D.Psi, D.K, M, D.noise)
-    np.testing.assert_allclose(policy.scale_free_risk(A, D.Lambda @ D.Psi, B, D.Psi, Lq), found.fun, rtol=1e-7)
-    useless = policy.scale_free_risk(-A, D.Lambda @ D.Psi, B, D.Psi, Lq)
+    np.testing.assert_allclose(policy_bounds.scale_free_risk(A, D.Lambda @ D.Psi, B, D.Psi, Lq), found.fun, rtol=1e-7)
+    useless = policy_bounds.scale_free_risk(-A, D.Lambda @ D.Psi, B, D.Psi, Lq)
     np.testing.assert_allclose(useless, np.trace(D.Psi), rtol=1e-12)
 
 
 def test_the_scale_free_risk_does_not_depend_on_the_training_length_under_isotropy():
     K = (2 + 4) * np.eye(4)
     risks = [
-        policy.scale_free_risk(
+        policy_bounds.scale_free_risk(
             in_context.optimal_weights(np.eye(4), np.eye(4), K, N),
             np.eye(4),
             in_context.context_second_moment(np.eye(4), np.eye(4), K, 8),
@@ -186,15 +191,15 @@ def test_rung_4_holds_for_the_exact_mean_over_all_contexts_and_tasks(world):
                 loss += np.prod(weights[list(context)]) / 3 * W.rho @ (Q.max(1) - Q[np.arange(3), chosen])
         risk = in_context.risk(A, Lambda, Psi, K, M, Lambda)
         est, bias = risk.estimation[None], risk.bias[None]
-        L = policy.feature_norm(W.phi, Lambda)
-        free = policy.scale_free_risk(A, Lambda @ Psi, in_context.context_second_moment(Lambda, Psi, K, M), Psi, Lambda)
-        difference = policy.difference_norm(W.phi, Lambda)
+        L = policy_bounds.feature_norm(W.phi, Lambda)
+        free = policy_bounds.scale_free_risk(A, Lambda @ Psi, in_context.context_second_moment(Lambda, Psi, K, M), Psi, Lambda)
+        difference = policy_bounds.difference_norm(W.phi, Lambda)
         ladder = [
             loss,
-            policy.expected_rung_tight(difference, free[None], jnp.zeros(1)),
-            policy.expected_rung_tight(difference, est, bias),
-            policy.expected_rung_tight(2 * L, est, bias),
-            policy.expected_rung(L, est, bias),
+            policy_bounds.expected_rung_tight(difference, free[None], jnp.zeros(1)),
+            policy_bounds.expected_rung_tight(difference, est, bias),
+            policy_bounds.expected_rung_tight(2 * L, est, bias),
+            policy_bounds.expected_rung(L, est, bias),
         ]
         assert ladder == sorted(ladder)
 
@@ -213,4 +218,4 @@ def test_the_rungs_work_under_vmap(world):
 def test_the_gap_scales_with_the_rewards_however_small_they_are(scale):
     Q = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 3)))
     tied = Q.at[0, 0].set(jnp.asarray([1.0, 1.0 + 1e-12, 0.5]))
-    np.testing.assert_allclose(policy.strict_gap(scale * tied), scale * policy.strict_gap(tied), rtol=1e-12)
+    np.testing.assert_allclose(policy_bounds.strict_gap(scale * tied), scale * policy_bounds.strict_gap(tied), rtol=1e-12)
