@@ -102,9 +102,9 @@ class Config:
 
 
 FULL = Config()
-# Horizon 1 is a bandit whose best arm the demonstrations name: a tiny model learns to look it up in about 100 steps, where an
+# Horizon 1 is a bandit whose best arm the demonstrations name: a tiny model learns to look it up in 100 steps, where an
 # observation before the decision takes ten times as many.
-QUICK = Config(model=language_models.TINY, mdp=(), pomdp=(1,), apomdp=(), train=1024, steps=128, batch=8, rate=1e-3, more=False)
+QUICK = Config(model=language_models.TINY, mdp=(), pomdp=(1,), apomdp=(), train=768, steps=96, batch=8, rate=1e-3, more=False)
 SMOKE = Config(
     model=language_models.TINY,
     mdp=(),

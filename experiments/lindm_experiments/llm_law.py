@@ -101,7 +101,7 @@ class Config:
 
 
 FULL = Config(seeds=10, model="models/SmolLM2-135M-Instruct")
-QUICK = Config(seeds=5, N=(2, 8), M=(2, 4, 8, 16), steps=160, contexts=2048)
+QUICK = Config(seeds=5, N=(2, 8), M=(2, 4, 8, 16), steps=160, contexts=1024)
 SMOKE = Config(seeds=1, N=(2, 4), M=(2, 4), steps=5, contexts=256)
 
 

@@ -84,7 +84,7 @@ class Config:
 
 FULL = Config()
 QUICK = Config(
-    model=language_models.TINY, mdp=3, tiger=3, train=512, steps=60, batch=16, rate=2e-3, tasks=50, probe=100, renamings=1
+    model=language_models.TINY, mdp=3, tiger=3, train=512, steps=60, batch=8, rate=2e-3, tasks=50, probe=100, renamings=1
 )
 SMOKE = Config(model=language_models.TINY, mdp=2, tiger=2, train=16, steps=2, batch=8, tasks=4, probe=8, renamings=1)
 
