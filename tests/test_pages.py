@@ -108,3 +108,12 @@ def test_the_readme_is_a_front_page():
 def test_a_page_with_a_wrong_command_fails(tmp_path):
     with pytest.raises(AssertionError, match="nonsense"):
         run(["bash", "-c", "lindm nonsense"], tmp_path)
+
+
+def test_every_file_that_the_map_of_changes_names_exists():
+    text = (ROOT / "docs/where-to-change-what.md").read_text(encoding="utf-8")
+    named = [name for name in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if "COMMAND" not in name]
+    missing = [
+        name for name in named if not (ROOT / name).exists() and not (ROOT / "experiments/lindm_experiments" / name).exists()
+    ]
+    assert len(named) > 30 and not missing
