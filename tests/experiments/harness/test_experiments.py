@@ -1,5 +1,6 @@
 """Experiments are found by name or by file; claims of a file are beside it, and are checked."""
 
+import re
 import shutil
 
 import pytest
@@ -22,7 +23,8 @@ def test_a_name_and_the_file_of_an_experiment_of_the_package_are_the_same():
 @pytest.mark.parametrize(
     "reference, message",
     [
-        ("riks", r"EXPERIMENT must be one of .*got 'riks'; did you mean risk"),
+        ("riks", r"EXPERIMENT 'riks' is not known; did you mean risk\? \(a file outside the package: "),
+        ("qqq", r"EXPERIMENT must be one of .*risk.*; got 'qqq'"),
         ("nowhere/mine.py", "must be a Python file or one of"),
     ],
 )
@@ -88,4 +90,4 @@ def test_the_list_of_experiments_has_a_line_and_minutes_for_each(lab):
     for words in (("run",), ("run", "--list")):
         code, out, err = lab.lindm(*words)
         assert code == 0, err
-        assert all(f"\n{name} " in out for name in experiment_names()) and "question" in out
+        assert all(re.search(rf"^ *{name} +\d+\.\d ", out, re.MULTILINE) for name in experiment_names()) and "question" in out
