@@ -22,6 +22,7 @@ def records() -> list[dict]:
     return [{"point": p} | files.to_jsonable(decisions.measure(SMOKE, p)) for p in decisions.points(SMOKE)]
 
 
+@pytest.mark.slow
 def test_a_record_holds_every_policy_on_the_same_new_tasks(records):
     (record,) = records
     assert record["point"] == {"suite": "pomdp", "horizon": 2, "demos": "oracle", "seed": 0}
@@ -36,6 +37,7 @@ def test_a_record_holds_every_policy_on_the_same_new_tasks(records):
     assert record["rows"]["id"]["bc"]["gaps"] != record["rows"]["ood"]["bc"]["gaps"]
 
 
+@pytest.mark.slow
 def test_a_record_is_the_same_again(records):
     (point,) = decisions.points(SMOKE)
     again = {"point": point} | files.to_jsonable(decisions.measure(SMOKE, point))
@@ -224,6 +226,7 @@ def test_a_model_that_is_not_there_is_named_with_its_remedy():
     assert isinstance(stop.value, DataError)
 
 
+@pytest.mark.slow
 def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path):
     from lindm.llm.io import weights
     from lindm.llm.parallel.sharding import make_mesh

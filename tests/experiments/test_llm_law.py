@@ -20,6 +20,7 @@ def records() -> list[dict]:
     return [{"point": p} | files.to_jsonable(llm_law.measure(SMOKE, p)) for p in llm_law.points(SMOKE)]
 
 
+@pytest.mark.slow
 def test_a_record_holds_the_three_readers(records):
     assert [r["point"]["N"] for r in records] == [2, 4]
     for r in records:
@@ -73,6 +74,7 @@ def test_tokens_tell_pair_and_return_and_then_ask_for_every_pair():
     assert seen.isdisjoint(range(2 * D, 3 * D))
 
 
+@pytest.mark.slow
 def test_training_learns_to_read_the_context():
     with jax.enable_x64(False):
         weights = llm_law.train(jax.random.key(0), 8, 150)

@@ -33,6 +33,7 @@ def records() -> list[dict]:
     return [{"point": p} | files.to_jsonable(mechanism.measure(SMOKE, p)) for p in mechanism.points(SMOKE)]
 
 
+@pytest.mark.slow
 def test_a_record_holds_every_part(records):
     mdp, tiger = records
     assert mdp["probes"].keys() == {"q", "advantage"} and tiger["probes"].keys() == {"q", "advantage", "belief"}
@@ -134,6 +135,7 @@ def trained(tmp_path_factory):
     return probes.ProbedModel(run / "model"), probes.read_queries(data, frozenset({"state", "reward"}))
 
 
+@pytest.mark.slow
 def test_the_last_of_the_stream_is_what_the_model_says(trained):
     reader, _ = trained
     model = nnx.merge(reader.graphdef, reader.weights)
@@ -145,6 +147,7 @@ def test_the_last_of_the_stream_is_what_the_model_says(trained):
     np.testing.assert_allclose(stream[0], model.embedding[...][ids], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_logits_decide_as_the_policy_that_is_evaluated(trained):
     """`lindm eval` reads with a cache, history by history; here whole documents are read at once."""
     reader, asked = trained
@@ -161,6 +164,7 @@ def test_the_logits_decide_as_the_policy_that_is_evaluated(trained):
         assert (probabilities.argmax(-1) == logits[:, stage].argmax(-1)).all()
 
 
+@pytest.mark.slow
 def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
     reader, asked = trained
     logits = reader.logits(reader.stream(asked))
@@ -216,6 +220,7 @@ def test_renaming_changes_every_name_in_demonstrations_and_query():
     assert found == Document(((Step(1, state=0, reward=0.5), Step(0, state=2, reward=0.25)),), (Step(1, state=0, reward=0.5),))
 
 
+@pytest.mark.slow
 def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
     with language_models.quiet_single_precision():
         data_config = DatasetConfig(tasks=10, demos=2, seed=9)
@@ -258,6 +263,7 @@ def verdicts(records: list[dict]) -> dict[str, str]:
     return {v.id: v.verdict for v in mechanism.check(records)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values, fails",
     [
@@ -277,10 +283,12 @@ def test_the_verdicts_follow_the_numbers(records, values, fails):
     assert found == {id: FAIL if id in fails else PASS for id in claim_ids("mechanism")}
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(records):
     assert mechanism.plot(records).keys() == {"probe", "implied-q"}
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_an_action_in_several_tokens_is_refused(trained, monkeypatch):
     reader, asked = trained
     monkeypatch.setattr(probes, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))

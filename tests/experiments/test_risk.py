@@ -221,7 +221,7 @@ def test_the_gaussian_gamma_would_pass_where_it_is_right(records):
 
 def test_figures_are_drawn_from_the_records(records):
     figures = risk.plot(records)
-    assert set(figures) == {"error", "estimation", "bias", "bound"}
+    assert set(figures) == {"split", "error", "estimation", "bias", "bound"}
     for figure in figures.values():
         pyplot.close(figure)
 
