@@ -77,7 +77,7 @@ KINDS: tuple[type[LindmError], ...] = (
     LostPeerError,
     Preempted,
 )
-"""The classes by number, for a process that can tell another process a number alone."""
+"""The classes by number, for processes that can send only a number to each other."""
 
 
 def kind_number(error: BaseException) -> int:

@@ -72,13 +72,13 @@ def complaints(source: str, module: str) -> list[str]:
     """What this source may not do."""
     tree = ast.parse(source)
     top = module.split(".")[0]
-    found = []
+    violations = []
     for name in imports(tree, module):
         head = name.split(".")[0]
         if head in NEVER_IMPORTED or name.startswith("jax._src"):
-            found.append(f"imports {name}")
+            violations.append(f"imports {name}")
         if head == "tests" or (head in ("torch", "peft") and module not in BENCHES):
-            found.append(f"imports {name}")
+            violations.append(f"imports {name}")
         if top == "lindm_theory" and head not in (
             "jax",
             "lindm_theory",
@@ -89,37 +89,37 @@ def complaints(source: str, module: str) -> list[str]:
             "typing",
             "fractions",
         ):
-            found.append(f"theory imports {name}")
+            violations.append(f"theory imports {name}")
         if (
             top == "lindm_theory"
             and name.startswith("jax.")
             and name.split(".")[1] not in ("numpy", "Array", "lax", "tree_util", "scipy")
         ):
-            found.append(f"theory imports {name}")
+            violations.append(f"theory imports {name}")
         if top == "lindm" and head == "lindm_theory":
-            found.append(f"lindm imports {name}")
+            violations.append(f"lindm imports {name}")
         if top == "lindm" and head == "lindm_experiments" and module != "lindm" and not module.startswith("lindm.cli"):
-            found.append(f"lindm imports {name}")
+            violations.append(f"lindm imports {name}")
         if top == "lindm" and head == "lindm" and (mine := floor(module)) and (theirs := floor(name)) and mine != theirs:
             same = LEVEL[mine] == LEVEL[theirs] and mine not in FLOORS[-1]
             if module not in BENCHES and (same or LEVEL[theirs] > LEVEL[mine]):
-                found.append(f"{mine} imports {theirs}, which is not below it")
+                violations.append(f"{mine} imports {theirs}, which is not below it")
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             dotted = ast.unparse(node)
             if dotted.startswith(("jax.random.", "jr.", "random.")) and node.attr in SLOW_SAMPLERS:
-                found.append(f"calls {dotted}")
+                violations.append(f"calls {dotted}")
             if top == "lindm_theory" and dotted.startswith("jax.random"):
-                found.append(f"theory samples: {dotted}")
+                violations.append(f"theory samples: {dotted}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NEVER_CALLED:
-            found.append(f"calls {node.func.id}")
+            violations.append(f"calls {node.func.id}")
         if (
             isinstance(node, ast.keyword)
             and node.arg in ("trust_remote_code", "allow_pickle")
             and ast.unparse(node.value) != "False"
         ):
-            found.append(f"passes {node.arg}")
-    return found
+            violations.append(f"passes {node.arg}")
+    return violations
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)

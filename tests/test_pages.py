@@ -33,12 +33,12 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    found = []
+    all_blocks = []
     for match in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
         language, _, rest = match["info"].partition(" ")
         title = re.fullmatch(r'title="([\w.-]+)"', rest)
-        found.append(Block(match["note"] or "", language, title[1] if title else "", match["text"]))
-    return found
+        all_blocks.append(Block(match["note"] or "", language, title[1] if title else "", match["text"]))
+    return all_blocks
 
 
 def commands(text: str) -> list[str]:

@@ -1,11 +1,11 @@
-"""`lindm bench decisions [--json]`: what does a decision of a language model cost, beside `transformers.generate`?
+"""`lindm bench decisions [--json]`: the cost of a decision of a language model, beside `transformers.generate`.
 
-A model of SmolLM2-135M's shape (random weights) is asked in f32 what to do in MDPs of the suite `mdp`, five demonstrations each,
-at every step of sampled episodes. Ours is `lindm.llm.policy`: the demonstrations are read once a task, a history is what its
-parent was and one step more, the actions are scored. The peer reads the whole prompt again for every decision, one at a time,
-as evaluation scripts do: `generate` with one new token, held to the action tokens so that both answer the same question. It is
-timed on every `STRIDE`-th of the same decisions, spread over tasks and stages, and must give the same answers. Costs and rows are
-those of `lindm.bench.timing`; compilation is a row of its own.
+A model of SmolLM2-135M's shape (random weights, f32) decides at every step of sampled episodes of MDPs from the suite `mdp`, with
+five demonstrations per task. Ours is `lindm.llm.policy`: the demonstrations are read once per task, a history extends the cache of
+its parent by one step, and the actions are scored. The peer reads the whole prompt again for every decision, one at a time, as
+evaluation scripts do: `generate` with one new token, restricted to the action tokens. It is timed on every `STRIDE`-th of the same
+decisions, over all tasks and stages, and must give the same answers. Costs and rows are those of `lindm.bench.timing`; compilation
+is a row of its own.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from lindm.text import COMPACT
 MODULE = "lindm.bench.decisions"
 TASKS, DEMOS, EPISODES, HORIZON = 4, 5, 8, 8
 STRIDE = 7
-# a token a byte, and one for an action: texts are then as long as with SmolLM2's own tokenizer, about 370 tokens
+# one token per byte and one per action: prompts have about 370 tokens, as with SmolLM2's own tokenizer
 TEMPLATE = dataclasses.replace(COMPACT, name="letters", actions=("A", "B", "C"))
 QUESTIONS = "questions.json"
 
@@ -47,7 +47,7 @@ def prepare(directory: Path) -> None:
     with double_precision():
         make_dataset(directory / "data", suite("mdp", HORIZON), DatasetConfig(tasks=TASKS, demos=DEMOS))
     dataset = Dataset(directory / "data")
-    pieces = (piece.text for _, _, found in documents(dataset, text_format(dataset, TEMPLATE)) for piece in found)
+    pieces = (piece.text for _, _, parts in documents(dataset, text_format(dataset, TEMPLATE)) for piece in parts)
     train_tokenizer(pieces, MIN_VOCAB_SIZE).save_pretrained(str(directory / "tokenizer"))
     weights.save(Decoder(MODEL, nnx.Rngs(0)), directory / "model", like=directory / "tokenizer")
 
@@ -70,7 +70,7 @@ class _Recording(LanguageModelPolicy):
 
 
 def run_ours(directory: Path) -> dict[str, Any]:
-    """CPU-seconds a decision and of compiling; leaves the questions and our answers for the peer."""
+    """CPU-seconds per decision and of compilation; writes the prompts and our answers to a file for the peer."""
     dataset = Dataset(directory / "data")
     tasks = read_tasks(dataset)
     model = weights.load(directory / "model"), load_tokenizer(directory / "model"), text_format(dataset, TEMPLATE)
@@ -92,7 +92,7 @@ def run_ours(directory: Path) -> dict[str, Any]:
 
 
 def run_torch(directory: Path) -> dict[str, Any]:
-    """CPU-seconds a decision, and how many answers are the same."""
+    """CPU-seconds per decision, and the number of equal answers."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
 
@@ -100,7 +100,7 @@ def run_torch(directory: Path) -> dict[str, Any]:
     given = json_module.loads((directory / QUESTIONS).read_text())
     model = LlamaForCausalLM.from_pretrained(directory / "model", attn_implementation="sdpa", dtype=torch.float32)
     model.eval()
-    how = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     answers: list[int] = []
 
     def decide() -> None:
@@ -112,27 +112,27 @@ def run_torch(directory: Path) -> dict[str, Any]:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     prefix_allowed_tokens_fn=lambda batch, so_far: given["actions"],
-                    **how,
+                    **options,
                 )
                 answers.append(given["actions"].index(int(out[0, -1])))
 
     cost = cpu_seconds(decide, 2)
     same = sum(a == b for a, b in zip(answers, given["answers"], strict=True))
-    return {"cost": cost / len(answers), "same": same, "asked": len(answers)}
+    return {"cost": cost / len(answers), "same": same, "answers": len(answers)}
 
 
 def measure(side: str, directory: str) -> dict[str, Any]:
-    """One side in this process: its outcome, and MiB at the peak."""
-    found: dict[str, Any] = {}
+    """One side, measured in this process: its outcome, and its peak memory in MiB."""
+    outcome: dict[str, Any] = {}
     run = run_ours if side == "ours" else run_torch
-    memory = peak_growth(lambda: found.update(run(Path(directory))))
-    return found | {"memory": memory}
+    memory = peak_growth(lambda: outcome.update(run(Path(directory))))
+    return outcome | {"memory": memory}
 
 
 def rows(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> list[Row]:
-    """The table. RuntimeError where the sides decide differently: they would not have done the same work."""
-    if peer is not None and peer["same"] != peer["asked"]:
-        raise RuntimeError(f"{name} and ours differ in {peer['asked'] - peer['same']} of {peer['asked']} decisions")
+    """The table. RuntimeError if the sides decide differently: they did not do the same work."""
+    if peer is not None and peer["same"] != peer["answers"]:
+        raise RuntimeError(f"{name} and ours differ in {peer['answers'] - peer['same']} of {peer['answers']} decisions")
     work = f"{ours['decisions']} decisions in {TASKS} tasks, prompts of {ours['tokens']:.0f} tokens"
 
     def of(key: str) -> float | None:
@@ -143,7 +143,7 @@ def rows(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> list[R
         row(work, 1 / ours["cost"], rate, name, "decisions/CPU-s", MORE),
         row(f"{work}: peak memory", ours["memory"], of("memory"), name, "MiB", LESS),
         row(f"{work}: compile", ours["compile"], None, name, "CPU-s", NEITHER),
-        row("answers compared, all the same", ours["decisions"], of("asked"), name, "decisions", NEITHER),
+        row("answers compared, all the same", ours["decisions"], of("answers"), name, "decisions", NEITHER),
     ]
 
 

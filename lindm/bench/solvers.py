@@ -286,26 +286,26 @@ def rows(
     """The table, from the measurements of all sides."""
     table: list[Row] = []
     sizes, longest = list(MODELS), HORIZONS[-1]
-    for peer, found in peers.items():
-        if found:
-            _agree(ours["values"], found["values"], names[peer])
+    for peer, costs in peers.items():
+        if costs:
+            _agree(ours["values"], costs["values"], names[peer])
     _agree(trees["values"], book["values"], TEXTBOOK)
 
     for way, what in WAYS.items():
         for i, S in enumerate(sizes):
-            for peer, found in peers.items():
-                theirs = 1e6 * found[way][i] if found else None
+            for peer, costs in peers.items():
+                theirs = 1e6 * costs[way][i] if costs else None
                 table.append(
                     row(f"MDP, S={S}, A={A}, H={H}: {what}", 1e6 * ours[way][i], theirs, names[peer], "CPU-us/model", LESS)
                 )
     span = f"{sizes[0]}..{sizes[-1]}"
-    for peer, found in peers.items():
-        slopes = exponent(sizes, ours["solve"]), exponent(sizes, found["solve"]) if found else None
+    for peer, costs in peers.items():
+        slopes = exponent(sizes, ours["solve"]), exponent(sizes, costs["solve"]) if costs else None
         table.append(row(f"MDP, growth with S in {span}: exponent", *slopes, names[peer], "d log CPU-s / d log S", NEITHER))
-        start = found["start"] if found else None
+        start = costs["start"] if costs else None
         table.append(row("MDP, compile and first call", ours["start"], start, names[peer], "CPU-s", NEITHER))
         work = f"MDP, S={sizes[-1]}, {MODELS[sizes[-1]]} models: peak memory"
-        table.append(row(work, ours["memory"], found["memory"] if found else None, names[peer], "MiB", LESS))
+        table.append(row(work, ours["memory"], costs["memory"] if costs else None, names[peer], "MiB", LESS))
 
     size = "S={}, A={}, O={}".format(*TREE_SIZE)
     for name, what in (("value", "value"), ("Q", "Q at every history")):

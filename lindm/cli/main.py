@@ -1,6 +1,6 @@
 """`lindm`: find the command, parse its options, run it, turn an error into an exit code.
 
-A command's module is imported when it is asked for, and imports what is heavy when it runs, so that help answers at once.
+A command's module is imported when the command is used, and imports heavy libraries only when it runs, so that help is fast.
 
 Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 4 no usable checkpoint, 5 not finite, 6 out of memory,
 7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes),

@@ -1,7 +1,7 @@
-"""The comparison behind `lindm eval`: several policies on the same new tasks, a result for each.
+"""The comparison behind `lindm eval`: several policies on the same new tasks, one result per policy.
 
-Every task of a suite is another problem; of one problem, the tasks differ by their demonstrations. Each problem is solved once,
-for all policies.
+Tasks of a suite are different problems; tasks of a single problem differ in their demonstrations. Each problem is solved once for
+all policies.
 """
 
 import tempfile
@@ -24,15 +24,15 @@ from lindm.solvers import tree
 from lindm.solvers.solve import MEMORY_BUDGET
 from lindm.types import MDP, Problem
 
-SEED = 1_000_000  # of the tasks: far from what training data are made with, so that tasks are new
+SEED = 1_000_000  # of the tasks; far from the seeds of training data, so that the tasks are new
 TASKS = DatasetConfig(tasks=50, seed=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyResult:
-    """One policy on all tasks; what cannot be evaluated is None. Intervals are 95 %, by a t-distribution over tasks."""
+    """The result of one policy on all tasks; None for values that cannot be computed. Intervals: 95 %, Student t over tasks."""
 
-    suite: str  # its name, or the kind of a problem: mdp, pomdp or apomdp
+    suite: str  # name of the suite, or the kind of a single problem: mdp, pomdp or apomdp
     horizon: int
     split: str | None  # of a suite: id or ood
     policy: str
@@ -41,10 +41,10 @@ class PolicyResult:
     gap_of_value: float | None = None  # (V* - V^pi) / |V*|, mean over tasks
     gap_of_value_ci: list[float] | None = None
     n: int = 0  # tasks
-    action_agreement: float | None = None  # how often the action is an optimal one
-    method: str  # exact, or rollout: the mean over episodes of exact one-step losses; or why there is no value
+    action_agreement: float | None = None  # share of optimal actions
+    method: str  # exact, rollout (mean over episodes of exact one-step losses), or the reason why there is no value
     gaps: list[float | None]  # normalized optimality gap of each task
-    invalid: float | None  # of a language model: how often its likeliest tokens are no action
+    invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
     decisions_per_s: float
 
 
@@ -62,17 +62,16 @@ def evaluate(
     """A result for each policy on the tasks of a dataset.
 
     Args:
-      source: a suite, whose tasks are problems of their own, or one problem.
-      policies: by name, each a policy of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history;
-        or names of `lindm.evaluation.policies.POLICIES` [default: all of these that are cheap]. A mapping is read one policy at
-        a time.
-      dataset: how many tasks and demonstrations, and by whom.
-      data: directory where the dataset is made, or is already [default: a temporary one].
-      episodes: sampled of a task where a policy reaches more than `max_histories` histories at the last stage.
+      source: a suite, whose tasks are different problems, or one problem.
+      policies: name -> a policy of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history;
+        or names of `lindm.evaluation.policies.POLICIES` [default: the cheap ones]. A mapping is read one policy at a time.
+      dataset: numbers of tasks and demonstrations, and the policy of the demonstrations.
+      data: directory of the dataset, which is generated there if it is missing [default: a temporary one].
+      episodes: number sampled for a task where a policy reaches more than `max_histories` histories at the last stage.
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Raises:
-      ValueError: a policy that these tasks do not have; a horizon whose histories do not fit in memory.
+      ValueError: a policy that does not apply to these tasks; a horizon whose histories do not fit in memory.
     """
     names = default_policies(source) if policies is None else tuple(policies)
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
@@ -98,7 +97,7 @@ def evaluate(
 
 
 def read_tasks(dataset: Dataset) -> list[Task]:
-    """The tasks of a dataset; their demonstrations show all that is observed in them, and rewards."""
+    """The tasks of a dataset; their demonstrations contain all observed fields and the rewards."""
     shown = STEP_FIELDS if dataset.kind == "mdp" else STEP_FIELDS - {"state"}
     dataset.load()
     with double_precision():
@@ -108,7 +107,7 @@ def read_tasks(dataset: Dataset) -> list[Task]:
 
 
 def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:
-    """Suite (of a problem its kind), horizon and split."""
+    """Suite (or the kind of a single problem), horizon and split."""
     if isinstance(source, Suite):
         return {"suite": source.name, "horizon": source.horizon, "split": source.split}
     problem = source.problem if isinstance(source, NamedProblem) else source
@@ -116,7 +115,7 @@ def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:
 
 
 def check_memory(problem: Problem) -> None:
-    """ValueError where the action values at all histories do not fit in memory."""
+    """ValueError if the action values at all histories do not fit in memory."""
     if isinstance(problem, MDP):
         return
     with double_precision():
@@ -131,14 +130,14 @@ def _result(
 ) -> PolicyResult:
     known = [loss for loss in losses if loss is not None]
     decisions = sum(loss.decisions for loss in known)
-    found: dict[str, Any] = {"method": f"none: every task has more than {max_histories} histories"}
+    summary: dict[str, Any] = {"method": f"none: every task has more than {max_histories} histories"}
     if known:
-        found = summarize(known)
-        found["ci"], found["action_agreement"] = found.pop("gap_ci"), found.pop("agreement")
+        summary = summarize(known)
+        summary["ci"], summary["action_agreement"] = summary.pop("gap_ci"), summary.pop("agreement")
     counts = [loss.invalid for loss in known if loss.invalid is not None]
     return PolicyResult(
         **about,
-        **found,
+        **summary,
         policy=name,
         gaps=[None if loss is None else loss.normalized_gap for loss in losses],
         invalid=sum(counts) / max(decisions, 1) if counts else None,

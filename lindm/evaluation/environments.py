@@ -1,6 +1,6 @@
-r"""Solved problems as environments: which histories a policy reaches, with which probability, and Q* at each of them.
+r"""Solved problems as environments: the histories that a policy reaches, their probabilities, and Q* at each of them.
 
-A history ends where an action is due. Of an MDP it is summed up by the state; of a POMDP or an APOMDP it is a sequence of steps
+A history ends before an action. In an MDP it is represented by the state; in a POMDP or an APOMDP it is a sequence of steps
 (a, m, o), numbered within its stage as in `lindm.solvers.belief`. The histories of one stage of one task are rows of `Histories`,
 children in the order of their parents.
 """
@@ -24,7 +24,7 @@ from lindm.types import APOMDP, MDP, POMDP, Problem
 
 @contextlib.contextmanager
 def double_precision() -> Iterator[None]:
-    """Solvers compute in double precision and on the CPU, whatever the model beside them computes in."""
+    """Solvers compute in double precision and on the CPU, independently of the precision of a model."""
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
@@ -32,14 +32,14 @@ def double_precision() -> Iterator[None]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Histories:
-    """n histories of one stage of one task; what a problem does not have, or a first stage has not yet, is None."""
+    """n histories of one stage of one task; None for fields that the problem or the first stage does not have."""
 
-    weight: np.ndarray  # [n] probability of the history; 1/episodes in a rollout; of an APOMDP that of its actions alone
+    weight: np.ndarray  # [n] probability of the history (in an APOMDP, of its actions alone); 1/episodes in a rollout
     index: np.ndarray  # [n] the state of an MDP, or the number of the history within its stage
     parent: np.ndarray  # [n] row of the history of the stage before that this one continues
-    belief: np.ndarray | None = None  # [n, M, S] of a hidden state, under each model
+    belief: np.ndarray | None = None  # [n, M, S] belief over the hidden state under each model
     state: np.ndarray | None = None  # [n] the state, where it is observed
-    action: np.ndarray | None = None  # [n] of the step before, as the next three
+    action: np.ndarray | None = None  # [n] of the step before, like the next three
     model: np.ndarray | None = None  # [n]
     observation: np.ndarray | None = None  # [n]
     reward: np.ndarray | None = None  # [n], where the state is observed
@@ -84,7 +84,7 @@ class MDPEnvironment:
             return float(self.rho @ np.asarray(dp.policy_value(self.problem, uniform)[0]))
 
     def num_histories(self) -> int:
-        """At most so many histories of the last stage are reached by a deterministic policy."""
+        """Upper limit of the number of histories of the last stage that a deterministic policy reaches."""
         return int((self.rho > 0).sum()) * int((self.P > 0).sum(-1).max()) ** (self.horizon - 1)
 
     def start(self, rng: np.random.Generator | None, episodes: int) -> Histories:
@@ -113,7 +113,7 @@ class MDPEnvironment:
         return Histories(weight=weight, index=state, parent=parent, state=state, action=action, reward=reward)
 
     def merged(self, histories: Histories) -> Histories:
-        """Histories that end in the same state as the first of them, which is all that a Markov policy needs."""
+        """One history per state, with the weight of all that end in it: sufficient for a Markov policy."""
         weight = np.bincount(histories.index, histories.weight, self.num_states)
         first = np.unique(histories.index, return_index=True)[1]
         return jax.tree.map(lambda x: x[first], replace(histories, weight=weight[histories.index]))
@@ -161,11 +161,11 @@ class BeliefEnvironment:
             return float(tree.uniform_value(self.apomdp))
 
     def num_histories(self) -> int:
-        """At most so many histories of the last stage are reached by a deterministic policy."""
+        """Upper limit of the number of histories of the last stage that a deterministic policy reaches."""
         return (self.num_models * self.num_observations) ** (self.horizon - 1)
 
     def start(self, rng: np.random.Generator | None, episodes: int) -> Histories:
-        """The history of the first stage, which is empty, once or for each sampled episode."""
+        """The empty history of the first stage, once or for each sampled episode."""
         n = 1 if rng is None else episodes
         belief = np.broadcast_to(self.rho, (n, *self.rho.shape))
         return Histories(weight=np.full(n, 1 / n), index=np.zeros(n, int), parent=np.zeros(n, int), belief=belief)
@@ -175,15 +175,15 @@ class BeliefEnvironment:
     ) -> Histories:
         """The histories one stage later, by action probabilities [n, A]; in a rollout `actions` [n] are taken."""
         assert at.belief is not None
-        O, taken, found = self.num_observations, np.zeros_like(probabilities, bool), []
+        O, taken, groups = self.num_observations, np.zeros_like(probabilities, bool), []
         if rng is None:
             taken = probabilities > 0
         else:
             taken[np.arange(len(at)), actions] = True
         for a in range(self.num_actions):
             rows = np.flatnonzero(taken[:, a])
-            found.append((rows, np.full(len(rows), a), children(self.kernels[stage][a], at.belief[rows])))
-        parents, chosen, joints = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            groups.append((rows, np.full(len(rows), a), children(self.kernels[stage][a], at.belief[rows])))
+        parents, chosen, joints = (np.concatenate(parts) for parts in zip(*groups, strict=True))
         order = np.argsort(parents, kind="stable")  # by history, then by action
         parents, chosen, joints = parents[order], chosen[order], joints[order]
         beliefs, mass = normalize(joints)  # [rows, M, O, S] and [rows, M, O]
@@ -223,7 +223,7 @@ def environment(problem: Problem) -> Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a policy may know before it acts: the problem, demonstrations of it, and the names of its parts."""
+    """The information of a policy before it acts: the problem, demonstrations, and names of states, actions, ...."""
 
     environment: Environment | None  # None: the problem is not known
     demonstrations: Sequence[Sequence[Step]] = ()  # episodes, with rewards
@@ -231,7 +231,7 @@ class Task:
 
     @property
     def known(self) -> Environment:
-        """The environment. ValueError where the problem is not known."""
+        """The environment. ValueError if the problem is not known."""
         if self.environment is None:
             raise ValueError("problem must be given: this policy computes from it; got None")
         return self.environment

@@ -1,15 +1,14 @@
-r"""What a policy loses on tasks: exactly, over all histories that it reaches, or over those of sampled episodes.
+r"""The suboptimality of a policy on tasks: exact, over all histories that it reaches, or over those of sampled episodes.
 
-What a policy loses against the optimal value is, by the performance difference identity (Kakade, Langford, 2002),
+By the performance difference identity (Kakade, Langford, 2002) the suboptimality is
 
     V* - V^pi = sum_h E_{history_h ~ pi} [ max_a Q*_h(history_h, a) - sum_a pi(a | history_h) Q*_h(history_h, a) ],
 
-an expectation of exact one-step losses. Where the histories that the policy reaches are few it is stepped at all of them, each
-with its probability, and the loss is exact; histories of an MDP that end in the same state are one where the policy acts on the
-state alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate that is far less noisy than
-returns, and without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the identity
-does not hold; there the policy's actions fill a table over all histories, and the recursion of `lindm.solvers.tree` gives its
-value.
+an expectation of exact one-step losses. If the policy reaches few histories, it is stepped at all of them, weighted by their
+probabilities, and the loss is exact; histories of an MDP that end in the same state are merged if the policy acts on the state
+alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate that is far less noisy than returns,
+and without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the identity does not
+hold; there the policy's actions fill a table over all histories, and the recursion of `lindm.solvers.tree` gives its value.
 """
 
 from collections.abc import Sequence
@@ -31,13 +30,13 @@ from lindm.evaluation.environments import (
 from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy
 from lindm.solvers import tree
 
-MAX_HISTORIES = 2048  # of one stage of one task that a policy is stepped at
+MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
 SEEN = ("state", "action", "model", "observation", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """What a policy loses on one task, in units of reward."""
+    """The suboptimality of a policy on one task, in units of reward."""
 
     suboptimality: float  # V* - V^pi
     agreement: float  # how often it takes an optimal action, over the histories that it reaches
@@ -45,7 +44,7 @@ class PolicyLoss:
     uniform_value: float  # V of uniformly random actions
     exact: bool
     decisions: int  # histories at which the policy was stepped
-    invalid: int | None = None  # of a language model: at how many its likeliest tokens were no action
+    invalid: int | None = None  # of a language model: histories at which its likeliest token was not an action
 
     @property
     def normalized_gap(self) -> float:
@@ -56,15 +55,15 @@ class PolicyLoss:
 def evaluate_policy(
     tasks: Sequence[Task], policy: Any, *, episodes: int = 8, seed: int = 0, max_histories: int = MAX_HISTORIES
 ) -> list[PolicyLoss | None]:
-    """What a policy loses on each task. Tasks must have one kind, horizon and number of actions.
+    """The suboptimality of a policy on each task. All tasks have the same kind, horizon and number of actions.
 
     Args:
       policy: of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history.
-      episodes: sampled of a task with more than `max_histories` histories at its last stage; task i draws them from (seed, i).
+      episodes: number sampled for a task with more than `max_histories` histories at its last stage; task i has the seed (seed, i).
     Returns: None for a task of an APOMDP with more than `max_histories`.
 
     Raises:
-      ValueError: tasks of several horizons, or what the policy returns is not action probabilities [n, A].
+      ValueError: tasks of several horizons, or a policy that does not return action probabilities [n, A].
     """
     policy = as_policy(policy)
     if len(horizons := {task.known.horizon for task in tasks}) > 1:
@@ -72,7 +71,7 @@ def evaluate_policy(
     limit = None if getattr(policy, "exhaustive", False) else max_histories
 
     def histories(env: Environment) -> int:
-        """About how many of a task the policy is stepped at together."""
+        """Approximate number of histories of one task at which the policy is stepped in one call."""
         if _merges(policy, env):
             return env.num_states
         n = env.num_histories()
@@ -80,11 +79,11 @@ def evaluate_policy(
             return n * env.num_actions ** (env.horizon - 1)  # it may be stochastic
         return n if n <= limit else episodes
 
-    together = max(1, getattr(policy, "batch_size", BATCH_SIZE) // max((histories(task.known) for task in tasks), default=1))
-    found: list[PolicyLoss | None] = []
-    for first in range(0, len(tasks), together):
-        found += _evaluate(tasks[first : first + together], policy, episodes, [seed, first], limit)
-    return found
+    batch = max(1, getattr(policy, "batch_size", BATCH_SIZE) // max((histories(task.known) for task in tasks), default=1))
+    losses: list[PolicyLoss | None] = []
+    for first in range(0, len(tasks), batch):
+        losses += _evaluate(tasks[first : first + batch], policy, episodes, [seed, first], limit)
+    return losses
 
 
 def _merges(policy: Any, env: Environment) -> bool:
@@ -92,13 +91,15 @@ def _merges(policy: Any, env: Environment) -> bool:
 
 
 class _Walk:
-    """The histories of one task, stage by stage, and what the policy has lost there so far."""
+    """The histories of one task, stage by stage, with the loss of the policy so far."""
 
     def __init__(self, env: Environment, merges: bool, limit: int | None, exact: bool, episodes: int, seeds: Sequence[int]):
         self.env, self.merges, self.limit, self.exact = env, merges, limit, exact
         self.evaluated = exact or not env.ambiguous
         self.rng = None if exact else np.random.default_rng(seeds)
-        self.rng_of_actions = np.random.default_rng([*seeds, 1])  # so that a policy that draws none has the same episodes
+        self.rng_of_actions = np.random.default_rng(
+            [*seeds, 1]
+        )  # its own stream: episodes do not depend on whether a policy draws actions
         self.at = env.start(self.rng, episodes) if self.evaluated else NO_HISTORIES
         self.lost = self.agreed = self.reached = 0.0
         self.decisions, self.invalid = 0, None
@@ -128,7 +129,7 @@ class _Walk:
             assert isinstance(env, MDPEnvironment)
             self.at = env.merged(self.at)
         elif self.exact and self.limit is not None and len(self.at) > self.limit:
-            self.at, self.evaluated = NO_HISTORIES, False  # a stochastic policy reaches too many
+            self.at, self.evaluated = NO_HISTORIES, False  # a stochastic policy reaches more than the limit
 
     def result(self) -> PolicyLoss | None:
         env = self.env
@@ -175,11 +176,11 @@ def _evaluate(
                 if len(walk.at):
                     walk.step(stage, rows, flag)
             before = counts
-    found = [walk.result() for walk in walks]
+    losses = [walk.result() for walk in walks]
     for i, (walk, task) in enumerate(zip(walks, tasks, strict=True)):
-        if found[i] is None and not walk.env.ambiguous:
-            (found[i],) = _evaluate([task], policy, episodes, [seeds[0], seeds[1] + i], limit, sampled=True)
-    return found
+        if losses[i] is None and not walk.env.ambiguous:
+            (losses[i],) = _evaluate([task], policy, episodes, [seeds[0], seeds[1] + i], limit, sampled=True)
+    return losses
 
 
 def _observation(stage: int, walks: Sequence[_Walk], before: np.ndarray) -> Observation:
@@ -200,17 +201,17 @@ def _observation(stage: int, walks: Sequence[_Walk], before: np.ndarray) -> Obse
 
 
 def _checked(probabilities: Any, n: int, num_actions: int) -> np.ndarray:
-    found = np.asarray(probabilities, float)
-    if found.shape != (n, num_actions):
-        raise ValueError(f"a policy must return action probabilities of shape {(n, num_actions)}; got {found.shape}")
-    if not ((found >= 0).all() and np.allclose(found.sum(-1), 1, atol=1e-6)):
-        row = int((~((found >= 0).all(-1) & np.isclose(found.sum(-1), 1, atol=1e-6))).argmax())
-        raise ValueError(f"action probabilities must not be negative and sum to 1; got {found[row].tolist()}")
-    return found
+    checked = np.asarray(probabilities, float)
+    if checked.shape != (n, num_actions):
+        raise ValueError(f"a policy must return action probabilities of shape {(n, num_actions)}; got {checked.shape}")
+    if not ((checked >= 0).all() and np.allclose(checked.sum(-1), 1, atol=1e-6)):
+        row = int((~((checked >= 0).all(-1) & np.isclose(checked.sum(-1), 1, atol=1e-6))).argmax())
+        raise ValueError(f"action probabilities must not be negative and sum to 1; got {checked[row].tolist()}")
+    return checked
 
 
 def _table(size: int, at: Histories, probabilities: np.ndarray) -> np.ndarray:
-    """A stage of a `tree.Policy` [size] or [size, A]; what is not reached does not matter."""
+    """A stage of a `tree.Policy` [size] or [size, A]; entries of histories that are not reached are arbitrary."""
     if (probabilities.max(-1) == 1).all():
         table = np.zeros(size, np.int32)
         table[at.index] = probabilities.argmax(-1)

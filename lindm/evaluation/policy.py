@@ -1,12 +1,12 @@
-"""The protocol of everything that decides: solvers' policies, heuristics, language models and a user's own function.
+"""The policy protocol of solvers' policies, heuristics, language models and a user's own function.
 
     state = policy.init(tasks)
     state, probabilities = policy.step(state, observation)         observation of stage 0, 1, 2, ...
 
-`step` takes all histories of one stage of all tasks together and returns action probabilities [n, A]. What a policy remembers of
-a history (a belief, tokens and their keys and values, the steps themselves) is a row of its state, and `observation.parent` names
-the row of the history that each history continues. Several histories may continue the same one, and none: so a policy takes the
-rows of the parents (`state[observation.parent]`) and never changes a state in place.
+`step` takes all histories of one stage of all tasks and returns action probabilities [n, A]. The memory of a policy for a history
+(a belief, cached keys and values, the steps themselves) is a row of its state, and `observation.parent` is the row of the history
+that each history continues. A history may have several continuations, or none, so a policy selects the rows of the parents
+(`state[observation.parent]`) and never changes a state in place.
 
 A function `f(demonstrations, history)` that returns an action or the probabilities of all actions is a policy, too
 (`as_policy`), and so is any object with `init` and `step`.
@@ -23,46 +23,46 @@ from lindm.text import Step
 from lindm.types import Problem
 
 Episodes = Sequence[Sequence[Step]]
-BATCH_SIZE = 4096  # histories of a call, about
+BATCH_SIZE = 4096  # approximate number of histories per call
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What n histories have seen since the stage before; None for what the problem does not have, or stage 0 has not yet.
+    """New observations of n histories since the stage before; None for fields that the problem or stage 0 does not have.
 
-    Histories of one task are neighbors, tasks in order. Where the state is hidden there are no rewards: they could tell something
-    of it that an optimal policy does not know.
+    Rows are ordered by task. If the state is hidden there are no rewards: a reward could reveal information about the state that
+    an optimal policy does not have.
     """
 
     stage: int
     task: np.ndarray  # [n] index of the task among those given to `init`
     parent: np.ndarray  # [n] row, at the stage before, of the history that this one continues; 0 at stage 0
-    state: np.ndarray | None = None  # [n] the state now, where it is observed
+    state: np.ndarray | None = None  # [n] the current state, if it is observed
     action: np.ndarray | None = None  # [n] the action of the step before
-    model: np.ndarray | None = None  # [n] the model that nature took then
-    observation: np.ndarray | None = None  # [n] what was observed then
+    model: np.ndarray | None = None  # [n] the model that nature chose in that step
+    observation: np.ndarray | None = None  # [n] the observation of that step
     reward: np.ndarray | None = None  # [n] the reward of that step
 
     def __len__(self) -> int:
         return len(self.task)
 
     def last_step(self, row: int, state: int | None = None) -> Step:
-        """The step before of one history, of which the state is not part; stages from 1 on."""
+        """The step before of one history, without its state; stages from 1 on."""
         fields = {name: getattr(self, name) for name in ("model", "observation", "reward")}
         given = {name: values[row].item() for name, values in fields.items() if values is not None}
         assert self.action is not None
         return Step(int(self.action[row]), state=state, **given)
 
     def open_step(self, row: int) -> Step:
-        """The step now, whose action is due."""
+        """The current step, whose action is not chosen yet."""
         return Step(None, state=None if self.state is None else int(self.state[row]))
 
 
 class Policy:
     """A policy of the protocol. Subclasses define `init` and `step`, both without side effects on states."""
 
-    markov = False  # in an MDP it acts on the stage and the state alone: the evaluation merges histories that end in one state
-    exhaustive = False  # it is evaluated at every history that it reaches, however many there are: they cost next to nothing
+    markov = False  # acts on stage and state alone: in an MDP, histories that end in the same state are merged
+    exhaustive = False  # is evaluated at every history that it reaches, without a limit: its steps are cheap
     batch_size = BATCH_SIZE
 
     def init(self, tasks: Sequence[Task]) -> Any:
@@ -79,7 +79,7 @@ class Policy:
         Args:
           demonstrations: episodes of the problem, as steps.
           history: the steps of the episode in progress; the last one is open, `Step(None, state=s)`.
-          problem: needed by policies that compute from it.
+          problem: required by policies that use the model.
 
         Raises:
           ValueError: the history does not end in an open step, or the policy needs the problem.
@@ -130,7 +130,7 @@ class FunctionPolicy(Policy):
 
 
 def as_policy(policy: Any) -> Any:
-    """A policy as it is, and a function as a policy. TypeError for what is neither."""
+    """A policy unchanged, or a function as a policy. TypeError for anything else."""
     if hasattr(policy, "init") and hasattr(policy, "step"):
         return policy
     if callable(policy):
@@ -139,5 +139,5 @@ def as_policy(policy: Any) -> Any:
 
 
 def one_hot(actions: np.ndarray, num_actions: int) -> np.ndarray:
-    """Probabilities [..., A] of certain actions [...]."""
+    """Probabilities [..., A] of deterministic actions [...]."""
     return np.eye(num_actions)[actions]

@@ -108,8 +108,8 @@ def return_moments(mdp: MDP, pi: Array) -> tuple[Array, Array]:
         h, r, policy = at
         P = at_stage(mdp.P, h)
         mean = P @ V
-        spread = V[None, None] - mean[..., None]
-        Var = jnp.einsum("sat,sat->sa", P, var[None, None] + spread**2)
+        deviation = V[None, None] - mean[..., None]
+        Var = jnp.einsum("sat,sat->sa", P, var[None, None] + deviation**2)
         Q = r + mean
         V = jnp.sum(policy * Q, axis=-1)
         var = jnp.sum(policy * (Var + (Q - V[:, None]) ** 2), axis=-1)

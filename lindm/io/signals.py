@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: how a run that is asked to stop ends cleanly."""
+"""SIGTERM and SIGINT: runs that get a signal end cleanly."""
 
 import contextlib
 import signal

@@ -80,8 +80,8 @@ def _check_messages(tokenizer: Tokenizer, messages: Any) -> None:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise DataError(f"message {i} must be an object with the strings role and content; got {shorten(str(message))}")
         for key, text in message.items():
-            if found := tokenizer_info(tokenizer).control_pattern.search(str(text)):
-                raise DataError(f"message {i} has the name of a control token in its {key}: {found[0]!r}")
+            if match := tokenizer_info(tokenizer).control_pattern.search(str(text)):
+                raise DataError(f"message {i} has the name of a control token in its {key}: {match[0]!r}")
     if messages[0]["role"] == "assistant":
         raise DataError("message 0 must not be of the assistant")
 

@@ -160,9 +160,9 @@ def _prefixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         prefixes: list[list[list[int]]] = [[], []]
         for text in ("\n", "#", "0", "x"):  # with some of them a space in front may be one token
             whole: Any = tokenizer(text, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
-            for own, found in zip((encode_whole(tokenizer, [text])[0], _encode(tokenizer, [text])[0]), prefixes, strict=True):
+            for own, matches in zip((encode_whole(tokenizer, [text])[0], _encode(tokenizer, [text])[0]), prefixes, strict=True):
                 places = [i for i in range(len(whole)) if list(whole[i : i + len(own)]) == own]
-                found += [list(whole[:i]) for i in places[:1]]
+                matches += [list(whole[:i]) for i in places[:1]]
         if not prefixes[0]:
             raise DataError(f"the tokenizer must put its control tokens around a text; {type(tokenizer).__name__} does not")
         info.prefixes = prefixes[0][0], (prefixes[1] or prefixes[0])[0]

@@ -199,9 +199,9 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
     words: list[str] = []
     lines: list[int] = []
     for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
-        found = TOKEN.findall(line.partition("#")[0])
-        words += found
-        lines += [number] * len(found)
+        tokens = TOKEN.findall(line.partition("#")[0])
+        words += tokens
+        lines += [number] * len(tokens)
     last = _Section(name, "", lines[-1] if lines else 1, [], [])
     if not words:
         raise last.stop("the file is empty: expected `discount: ...`, `states: ...` and so on")
@@ -286,7 +286,7 @@ def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarra
         word, sign = sign + word, ""
         value, wrong = (float(word), "") if NUMBER.fullmatch(word) else (0.0, "which is not a number")
         if wrong or len(values) == want:
-            wrong = f"expected {wanted}; found {len(values)} and then {_quote(word)}, {wrong or 'one too many'}"
+            wrong = f"expected {wanted}; got {len(values)} and then {_quote(word)}, {wrong or 'one too many'}"
         elif not np.isfinite(value):
             wrong = f"expected a finite number; got {_quote(word)}"
         elif section.word != "R" and not 0 <= value <= 1 + ROUNDING:
@@ -295,7 +295,7 @@ def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarra
             raise DataError(f"{section.source}:{line}: {wrong}")
         values.append(value)
     if sign or len(values) < want:
-        raise section.stop(f"{section.word!r} needs {wanted}; found {len(values)} up to the next entry or the end")
+        raise section.stop(f"{section.word!r} needs {wanted}; got {len(values)} up to the next entry or the end")
     return np.array(values).reshape(shape) + 0.0  # + 0.0: no -0.0
 
 
@@ -330,9 +330,9 @@ def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarra
     if not least <= given <= len(kinds) or len(words) < at:
         form, got = " : ".join(kind[:-1] for kind in kinds), " ".join(words[:at]) or "nothing"
         raise section.stop(f"{section.word!r} takes {least} to {len(kinds)} of {form}; got {_quote(got)}", at - 1)
-    found = [None if words[2 * i] == "*" else _find(section, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
+    indices = [None if words[2 * i] == "*" else _find(section, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
     free = len(kinds) - given
-    where = (*(ALL if i is None else slice(i, i + 1) for i in found), *[ALL] * free)
+    where = (*(ALL if i is None else slice(i, i + 1) for i in indices), *[ALL] * free)
     shape = (1,) * given + tuple(len(index[kind]) for kind in kinds[given:])
     word = words[at] if len(words) == at + 1 else ""
     if word == "uniform" and free and section.word != "R":

@@ -40,8 +40,8 @@ Where it fails the slopes of all x >= 0 are used: the radii determine how tight 
     2 lipschitz_h = max_{m,a,i,j} ( r_i - r_j + sum_o change of V_{h+1} along D_o ),   D_o = K_m[a, o, i] - K_m[a, o, j],
 
 and along D with masses p, q of its two parts V_{h+1} changes by at most rise(D; low, high), and by at most
-2 lipschitz_{h+1} min(p, q) + (p - q)^+ max high - (q - p)^+ min low, which accounts for mixing kernels. (Charging the spread
-max high - min low for all that moves gives the simpler (span r + Dobrushin coefficient of (o, s') given s  x  spread) / 2.)
+2 lipschitz_{h+1} min(p, q) + (p - q)^+ max high - (q - p)^+ min low, which accounts for mixing kernels. (Charging the range
+max high - min low for all mass that moves gives the simpler (span r + Dobrushin coefficient of (o, s') given s  x  range) / 2.)
 
 All of this holds in exact arithmetic; rounding (1e-13 relative in double precision) is not accounted for.
 """
@@ -61,7 +61,7 @@ from lindm.validate import count
 
 POINTS = 20_000  # of a stage, by default
 FINEST = 40  # beliefs that agree to 2^-40 = 9e-13 are merged
-SLACK = 1e-12  # relative: rivals that tie up to rounding are kept
+SLACK = 1e-12  # relative: actions that tie up to rounding are kept
 QUERY_BATCH = 8  # their distances to 20 000 points still fit in a cache
 
 

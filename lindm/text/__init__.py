@@ -184,10 +184,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _line(source: str, error: Exception) -> int:
     """The line that an error is about: its own, or that of the argument which its message begins with, or the first."""
     if isinstance(error, json.JSONDecodeError | tomllib.TOMLDecodeError):
-        return int(found[1]) if (found := re.search(r"line (\d+)", str(error))) else source.count("\n") + 1
+        return int(match[1]) if (match := re.search(r"line (\d+)", str(error))) else source.count("\n") + 1
     argument = re.escape(str(error).partition(" ")[0])
-    found = re.search(rf"""(?<!\\)"{argument}"\s*:|^\s*["']?{argument}["']?\s*=""", source, re.MULTILINE)
-    return source.count("\n", 0, found.end()) + 1 if found else 1
+    match = re.search(rf"""(?<!\\)"{argument}"\s*:|^\s*["']?{argument}["']?\s*=""", source, re.MULTILINE)
+    return source.count("\n", 0, match.end()) + 1 if match else 1
 
 
 COMPACT, READABLE = (load_template(Path(__file__).parents[1] / "templates" / f"{name}.json") for name in ("compact", "readable"))

@@ -43,17 +43,17 @@ class Part(NamedTuple):
 
 def split_field(text: str, argument: str, fields: Iterable[str]) -> Part:
     """A text cut at its field. ValueError for a single brace, a second field, or a field that is not in `fields`."""
-    texts, found = [""], []
+    texts, names = [""], []
     for i, token in enumerate(re.split(r"(\{\{|\}\}|\{[^{}]*\}|[{}])", text)):
         if i % 2 == 0 or token in ("{{", "}}"):
             texts[-1] += token[0] if i % 2 else token
-        elif len(token) == 1 or token[1:-1] not in fields or found:
+        elif len(token) == 1 or token[1:-1] not in fields or names:
             rule = f"one of {' '.join(f'{{{f}}}' for f in fields)} in each text" if fields else "no fields"
             raise ValueError(f"{argument} may hold {rule}, and literal braces doubled, got {token!r} in {text!r}")
         else:
-            found.append(token[1:-1])
+            names.append(token[1:-1])
             texts.append("")
-    return Part(texts[0], found[0], texts[1]) if found else Part(texts[0], None, "")
+    return Part(texts[0], names[0], texts[1]) if names else Part(texts[0], None, "")
 
 
 class SymbolTable:
@@ -130,9 +130,9 @@ class Grammar:
             field: SymbolTable(SYMBOL_ARGUMENTS[field], symbols[field]) for field in SYMBOL_ARGUMENTS if field in fields
         }
         self._build()
-        if found := self._find_ambiguity():
-            one, other = (self._describe_reading(found[0], path) for path in found[1:])
-            raise Ambiguous(f"template {name!r} is ambiguous: {found[0]!r} can be read as {one} and as {other}")
+        if ambiguity := self._find_ambiguity():
+            one, other = (self._describe_reading(ambiguity[0], path) for path in ambiguity[1:])
+            raise Ambiguous(f"template {name!r} is ambiguous: {ambiguity[0]!r} can be read as {one} and as {other}")
 
     # --- values and symbols
 

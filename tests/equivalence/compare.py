@@ -82,9 +82,12 @@ def main(old: Path, new: Path) -> int:
             print(f"{name}: only in the {'old' if name in there else 'new'} directory")
             worst = 1
             continue
-        found = sorted(differences(content(there[name]), content(here[name])), reverse=True, key=lambda d: d[0])
-        large = [text for size, text in found if size > TOLERANCE]
-        print(f"{name}: " + ("equal" if not found else f"{len(large)} differences" if large else f"within {found[0][0]:.1e}"))
+        deviations = sorted(differences(content(there[name]), content(here[name])), reverse=True, key=lambda d: d[0])
+        large = [text for size, text in deviations if size > TOLERANCE]
+        print(
+            f"{name}: "
+            + ("equal" if not deviations else f"{len(large)} differences" if large else f"within {deviations[0][0]:.1e}")
+        )
         for text in large[:5]:
             print(f"    {text}")
         worst |= bool(large)

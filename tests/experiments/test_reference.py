@@ -1,4 +1,4 @@
-"""The records that the page shows: what it says of them is what follows from them."""
+"""The reference records: the results page shows the numbers that follow from them."""
 
 import json
 import re
@@ -28,19 +28,19 @@ def test_there_are_reference_records():
 def test_they_are_of_the_full_preset_and_whole(run):
     module, config, records = run
     assert config["preset"] == "full"
-    asked = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["config"].items()})
-    assert asked == module.FULL
+    config_of_records = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["config"].items()})
+    assert config_of_records == module.FULL
     assert [r["point"] for r in records] == points_of(module, module.FULL)
 
 
-def test_the_page_tells_their_verdicts(run):
+def test_the_page_shows_their_verdicts(run):
     module, _, records = run
-    told = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
-    found = {v.id: v.verdict for v in adjust(verdicts_of(module, records))}
-    assert {id: told.get(id) for id in found} == found
+    shown = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
+    verdicts = {v.id: v.verdict for v in adjust(verdicts_of(module, records))}
+    assert {id: shown.get(id) for id in verdicts} == verdicts
 
 
-def test_the_page_tells_their_gaps():
+def test_the_page_shows_their_gaps():
     """Every row of its tables: the fine-tuned model's gap and interval, and the others' beside it."""
     from lindm_experiments import decisions
 
@@ -48,26 +48,26 @@ def test_the_page_tells_their_gaps():
     rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
     number = r"(-?\d\.\d{3})"
     row = rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|"
-    found = re.findall(row, PAGE, re.MULTILINE)
-    assert len(found) == 18
-    for i, (suite, horizon, *values) in enumerate(found):
+    cells_of_rows = re.findall(row, PAGE, re.MULTILINE)
+    assert len(cells_of_rows) == 18
+    for i, (suite, horizon, *values) in enumerate(cells_of_rows):
         part = "id" if i < 9 else "ood"
         sft, icl, bc = (rows[suite, int(horizon), part, policy] for policy in ("sft", "icl", "bc"))
         wanted = [sft["gap"], sft["low"], sft["high"], icl["gap"], bc["gap"]]
         assert values == [f"{v:.3f}" for v in wanted], (suite, horizon, part)
 
 
-def test_the_page_tells_what_lengths_are_worth():
+def test_the_page_shows_the_risks_by_length():
     from lindm_experiments import llm_law
 
     records = files.read_records(HERE / "reference/llm_law")
     N, M = llm_law.lengths(records)
-    risks = {who: llm_law.risks(records, who).mean(0) for who in ("transformer", "layer", "bayes")}
+    risks = {predictor: llm_law.risks(records, predictor).mean(0) for predictor in ("transformer", "layer", "bayes")}
     for i, n in enumerate(N):
-        for who in ("transformer", "layer"):
-            cells = [f"{ratio:.2f}" for ratio in risks[who][i] / risks["bayes"][i]]
+        for predictor in ("transformer", "layer"):
+            cells = [f"{ratio:.2f}" for ratio in risks[predictor][i] / risks["bayes"][i]]
             cells = [f"**{cell}**" if m == n else cell for m, cell in zip(M, cells, strict=True)]
-            assert f"| {n} | {who} | {' | '.join(cells)} |" in PAGE
+            assert f"| {n} | {predictor} | {' | '.join(cells)} |" in PAGE
     for n, gaps in llm_law.language_gaps(records).items():
         cells = [f"{sum(values) / len(values):.3f}" for values in gaps.values()]
         assert f"| {n} demonstrations | {' | '.join(cells)} |" in PAGE

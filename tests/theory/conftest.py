@@ -31,7 +31,7 @@ class Design:
 
 
 @dataclass(frozen=True)
-class World:
+class Problem:
     """A linear MDP with simplex features, solved by loops."""
 
     phi: np.ndarray  # [S, A, d]
@@ -78,7 +78,7 @@ def make_design(seed: int, n: int = 5, d: int = 3) -> Design:
     )
 
 
-def make_world(seed: int, S: int = 4, A: int = 3, d: int = 3, H: int = 3) -> World:
+def random_problem(seed: int, S: int = 4, A: int = 3, d: int = 3, H: int = 3) -> Problem:
     rng = np.random.default_rng(seed)
     phi = rng.dirichlet(0.5 * np.ones(d), size=(S, A))
     mu = rng.dirichlet(np.ones(S), size=(H, d))
@@ -90,7 +90,7 @@ def make_world(seed: int, S: int = 4, A: int = 3, d: int = 3, H: int = 3) -> Wor
         w[h] = theta[h] + mu[h] @ V
         Q[h] = r[h] + P[h] @ V
         V = Q[h].max(1)
-    return World(phi=phi, P=P, r=r, rho=rng.dirichlet(np.ones(S)), w=w, Qstar=Q)
+    return Problem(phi=phi, P=P, r=r, rho=rng.dirichlet(np.ones(S)), w=w, Qstar=Q)
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +100,6 @@ def design():
 
 
 @pytest.fixture(scope="session")
-def world():
-    """make_world(seed, S, A, d, H) -> World."""
-    return make_world
+def make_problem():
+    """random_problem(seed, S, A, d, H) -> Problem."""
+    return random_problem

@@ -113,8 +113,8 @@ def test_the_error_size_is_that_of_loops(design):
     np.testing.assert_allclose([b, v], [max(sizes), second], rtol=1e-11)
 
 
-def test_rung_5_is_the_sum_over_stages_of_its_formula(world):
-    W = world(0)
+def test_rung_5_is_the_sum_over_stages_of_its_formula(make_problem):
+    W = make_problem(0)
     rng = np.random.default_rng(0)
     weights = rng.dirichlet(np.ones(12))
     flat = W.phi.reshape(-1, 3)
@@ -135,8 +135,8 @@ def test_rung_5_is_the_sum_over_stages_of_its_formula(world):
     np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
-def test_the_norms_are_those_of_loops_and_what_greedy_sees_is_at_most_twice_the_norm(world):
-    phi = world(1).phi
+def test_the_norms_are_those_of_loops_and_what_greedy_sees_is_at_most_twice_the_norm(make_problem):
+    phi = make_problem(1).phi
     W = np.einsum("sai,saj->ij", phi, phi) / 12
     inverse = np.linalg.inv(W)
     flat = phi.reshape(-1, 3)
@@ -147,11 +147,11 @@ def test_the_norms_are_those_of_loops_and_what_greedy_sees_is_at_most_twice_the_
     assert span <= 2 * L
 
 
-def test_the_g_optimal_matrix_has_squared_norm_d(world):
-    phi = jnp.asarray(world(2, S=6, A=3, d=4).phi)
+def test_the_g_optimal_matrix_has_squared_norm_d(make_problem):
+    phi = jnp.asarray(make_problem(2, S=6, A=3, d=4).phi)
     np.testing.assert_allclose(jnp.square(tail.feature_norm(phi, tail.g_optimal_moment(phi, 5000))), 4.0, rtol=2e-3)
 
 
-def test_tails_are_batched(world):
+def test_tails_are_batched(make_problem):
     margins = jnp.array([[0.1, -0.2], [0.3, 0.0]])
     assert jax.vmap(lambda m: tail.bernstein_tail(m, jnp.ones(2), jnp.ones(2), 10))(margins).shape == (2, 2)

@@ -91,8 +91,8 @@ def test_the_closed_form_minimizes_the_risk_whatever_the_query_law(design, seed)
     def slope(flat):
         return (2 * Lq @ (flat.reshape(3, 3) @ B - D.Psi @ D.Lambda)).ravel()
 
-    found = scipy.optimize.minimize(loss, np.zeros(9), jac=slope, method="BFGS", options={"gtol": 1e-10, "maxiter": 2000})
-    np.testing.assert_allclose(found.x.reshape(3, 3), A, atol=1e-6 * np.abs(A).max() * 10)
+    minimum = scipy.optimize.minimize(loss, np.zeros(9), jac=slope, method="BFGS", options={"gtol": 1e-10, "maxiter": 2000})
+    np.testing.assert_allclose(minimum.x.reshape(3, 3), A, atol=1e-6 * np.abs(A).max() * 10)
 
 
 def test_the_gaussian_closed_form_is_the_inverse_of_the_papers_gamma():

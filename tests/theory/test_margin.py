@@ -10,8 +10,8 @@ import scipy.stats
 from lindm_theory import margin
 
 
-def test_the_values_at_infinite_context_are_those_of_loops(world):
-    W = world(0)
+def test_the_values_at_infinite_context_are_those_of_loops(make_problem):
+    W = make_problem(0)
     rng = np.random.default_rng(0)
     A, Lambda = rng.normal(size=(3, 3, 3)), np.eye(3) + 0.2
     got = margin.infinite_context_values(*map(jnp.asarray, (W.phi, A, Lambda, W.w)))
@@ -40,11 +40,11 @@ def test_the_lengths_that_flip_need_not_be_an_interval():
 
 @pytest.mark.parametrize(("density", "beta"), [(0.7, 1.0), (2.0, 2.0), (0.5, 0.5)])
 def test_the_gap_law_is_the_integral_over_the_gaps(density, beta):
-    spread, M = 0.8, 400.0
+    deviation, M = 0.8, 400.0
     exact = scipy.integrate.quad(
-        lambda g: density * beta * g ** (beta - 1) * g * scipy.stats.norm.cdf(-g * np.sqrt(M) / spread), 0, 1, epsabs=1e-14
+        lambda g: density * beta * g ** (beta - 1) * g * scipy.stats.norm.cdf(-g * np.sqrt(M) / deviation), 0, 1, epsabs=1e-14
     )[0]
-    np.testing.assert_allclose(margin.gap_law(density, beta, spread, M), exact, rtol=1e-6)
+    np.testing.assert_allclose(margin.gap_law(density, beta, deviation, M), exact, rtol=1e-6)
 
 
 def test_a_positive_density_at_zero_gives_one_over_M():

@@ -40,8 +40,8 @@ def all_contexts(W, flat, weights, A, M, h, noise=0.0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_mean_over_all_contexts_is_the_loss_of_the_mean_policy_and_the_rung_is_above_it(world, seed):
-    W = world(seed, S=2, A=2, d=2, H=2)
+def test_the_mean_over_all_contexts_is_the_loss_of_the_mean_policy_and_the_rung_is_above_it(make_problem, seed):
+    W = make_problem(seed, S=2, A=2, d=2, H=2)
     flat, weights, _, A = setting(W, seed)
     M = 3
     stages = [list(all_contexts(W, flat, weights, A, M, h)) for h in range(2)]
@@ -78,8 +78,8 @@ def test_dependent_stages_break_the_identity_of_the_mean_policy():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_the_moments_of_the_differences_are_those_of_enumeration(world, noise):
-    W = world(4, S=2, A=3, d=2, H=2)
+def test_the_moments_of_the_differences_are_those_of_enumeration(make_problem, noise):
+    W = make_problem(4, S=2, A=3, d=2, H=2)
     flat, weights, _, A = setting(W, 4)
     got = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights), noise, noise**2)
     for h in range(2):
@@ -92,8 +92,8 @@ def test_the_moments_of_the_differences_are_those_of_enumeration(world, noise):
             np.testing.assert_allclose([m[h, s, a, b] for m in got], expected, atol=1e-10)
 
 
-def test_the_greedy_filling_solves_the_linear_program(world):
-    W = world(5)
+def test_the_greedy_filling_solves_the_linear_program(make_problem):
+    W = make_problem(5)
     rng = np.random.default_rng(5)
     caps = np.minimum(rng.uniform(0.1, 0.9, size=W.r.shape), 1.0)
     U = np.zeros(4)
@@ -111,8 +111,8 @@ def test_the_greedy_filling_solves_the_linear_program(world):
     np.testing.assert_allclose(got, W.rho @ U, rtol=1e-9)
 
 
-def test_caps_of_one_give_the_worst_policy_and_caps_on_an_optimal_policy_give_zero(world):
-    W = world(6, S=2, A=2, d=2, H=2)
+def test_caps_of_one_give_the_worst_policy_and_caps_on_an_optimal_policy_give_zero(make_problem):
+    W = make_problem(6, S=2, A=2, d=2, H=2)
     worst = max(W.loss(np.array(pi).reshape(2, 2)) for pi in itertools.product(range(2), repeat=4))
     P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
     np.testing.assert_allclose(rung(P, gap, rho, jnp.ones((2, 2, 2))), worst, rtol=1e-12)
@@ -120,8 +120,8 @@ def test_caps_of_one_give_the_worst_policy_and_caps_on_an_optimal_policy_give_ze
     assert abs(rung(P, gap, rho, optimal)) < 1e-14
 
 
-def test_the_high_probability_margin_rung_holds_with_its_probability_and_reaches_zero(world):
-    W = world(7, S=2, A=2, d=2, H=2)
+def test_the_high_probability_margin_rung_holds_with_its_probability_and_reaches_zero(make_problem):
+    W = make_problem(7, S=2, A=2, d=2, H=2)
     flat, weights, Lambda, A = setting(W, 7, N=10**6)
     P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
     moments = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
@@ -146,8 +146,8 @@ def test_the_high_probability_margin_rung_holds_with_its_probability_and_reaches
     assert abs(margin_rung(P, gap, rho, *moments, 10**9, 0.05)) < 1e-12
 
 
-def test_the_decay_exponent_bounds_the_mean_loss_for_every_length(world):
-    W = world(8, S=2, A=2, d=2, H=2)
+def test_the_decay_exponent_bounds_the_mean_loss_for_every_length(make_problem):
+    W = make_problem(8, S=2, A=2, d=2, H=2)
     flat, weights, _, A = setting(W, 8, N=10**6)
     moments = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
     rate = float(mean_policy.decay_exponent(jnp.asarray(W.gap), *moments))

@@ -18,8 +18,8 @@ def bootstrapped(W, seed):
 
 
 @given(st.integers(0, 10**6))
-def test_the_decomposition_is_an_equality_and_the_bounds_hold_in_order(world, seed):
-    W = world(seed)
+def test_the_decomposition_is_an_equality_and_the_bounds_hold_in_order(make_problem, seed):
+    W = make_problem(seed)
     Qhat, residual = bootstrapped(W, seed)
     got = offline.bellman_residual(jnp.asarray(W.P), jnp.asarray(W.r), jnp.asarray(Qhat))
     np.testing.assert_allclose(got, residual, atol=1e-12)
@@ -60,8 +60,8 @@ def test_the_quadratic_form_counts_each_error_once_for_every_earlier_stage():
 
 
 @given(st.integers(0, 10**6))
-def test_pessimism_costs_at_most_twice_the_uncertainty_along_the_optimal_policy(world, seed):
-    W = world(seed)
+def test_pessimism_costs_at_most_twice_the_uncertainty_along_the_optimal_policy(make_problem, seed):
+    W = make_problem(seed)
     rng = np.random.default_rng(seed)
     Gamma = rng.uniform(0.05, 0.5, size=W.r.shape)
     H, S, _ = W.r.shape
@@ -74,8 +74,8 @@ def test_pessimism_costs_at_most_twice_the_uncertainty_along_the_optimal_policy(
     assert W.loss(Qhat.argmax(-1)) <= bound + 1e-11
 
 
-def test_the_uncertainty_of_features_is_that_of_loops(world):
-    phi = world(0).phi
+def test_the_uncertainty_of_features_is_that_of_loops(make_problem):
+    phi = make_problem(0).phi
     rng = np.random.default_rng(0)
     gram = np.stack([F @ F.T + np.eye(3) for F in rng.normal(size=(2, 3, 3))])
     got = offline.feature_uncertainty(jnp.asarray(phi), jnp.asarray(gram), 1.5)

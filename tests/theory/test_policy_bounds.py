@@ -35,19 +35,19 @@ def noisy(W, seed, scale=0.4):
 def rung_1_by_loops(W, Qhat, occupancy):
     total = 0.0
     for h in range(len(Qhat)):
-        found = scipy.optimize.minimize_scalar(
+        minimum = scipy.optimize.minimize_scalar(
             lambda c, h=h: sum(d * span(c * q - p) for d, q, p in zip(occupancy[h], Qhat[h], W.Qstar[h], strict=True)),
             bounds=(0, 50),
             method="bounded",
             options={"xatol": 1e-10},
         )
-        total += found.fun
+        total += minimum.fun
     return total
 
 
 @given(st.integers(0, 10**6))
-def test_the_identity_holds_and_every_rung_is_above_it(world, seed):
-    W = world(seed)
+def test_the_identity_holds_and_every_rung_is_above_it(make_problem, seed):
+    W = make_problem(seed)
     Qhat, pi, occupancy, loss = noisy(W, seed)
     args = (jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
     np.testing.assert_allclose(policy_bounds.loss_identity(args[0], args[1], jnp.asarray(pi)), loss, atol=1e-12)
@@ -61,8 +61,8 @@ def test_the_identity_holds_and_every_rung_is_above_it(world, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_rungs_are_those_of_loops(world, seed):
-    W = world(seed)
+def test_the_rungs_are_those_of_loops(make_problem, seed):
+    W = make_problem(seed)
     Qhat, _, occupancy, _ = noisy(W, seed)
     args = (jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
     one, c = span_rung(*args)
@@ -79,8 +79,8 @@ def test_the_rungs_are_those_of_loops(world, seed):
     np.testing.assert_allclose(sup(*args), two, rtol=1e-12)
 
 
-def test_rung_1_is_invariant_to_a_positive_scale_and_a_shift_of_each_state_and_rung_2_is_not(world):
-    W = world(0)
+def test_rung_1_is_invariant_to_a_positive_scale_and_a_shift_of_each_state_and_rung_2_is_not(make_problem):
+    W = make_problem(0)
     occupancy = W.occupancy(W.Qstar.argmax(-1))
     Qhat = 0.1 * W.Qstar + np.random.default_rng(0).normal(size=(3, 4, 1))
     args = (jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
@@ -91,8 +91,8 @@ def test_rung_1_is_invariant_to_a_positive_scale_and_a_shift_of_each_state_and_r
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_with_two_actions_the_statewise_rung_is_the_truth(world, seed):
-    W = world(seed, A=2)
+def test_with_two_actions_the_statewise_rung_is_the_truth(make_problem, seed):
+    W = make_problem(seed, A=2)
     Qhat, _, occupancy, loss = noisy(W, seed, scale=1.0)
     got = statewise(jnp.asarray(occupancy), jnp.asarray(W.Qstar), jnp.asarray(Qhat))
     np.testing.assert_allclose(got, loss, atol=1e-9)
@@ -114,8 +114,8 @@ def test_the_gap_is_taken_to_the_best_strictly_worse_action():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_parts_add_up_and_rung_3_is_above_rung_2(world, seed):
-    W = world(seed)
+def test_the_parts_add_up_and_rung_3_is_above_rung_2(make_problem, seed):
+    W = make_problem(seed)
     rng = np.random.default_rng(seed)
     Lambda = np.einsum("sai,saj->ij", W.phi, W.phi) / 12
     A, Ahat, S = rng.normal(size=(3, 3, 3)), rng.normal(size=(3, 3, 3)), rng.normal(size=(3, 3))
@@ -149,11 +149,11 @@ def test_the_scale_free_risk_is_the_least_over_multiples_of_the_weights(design):
     D = design(0)
     M, Lq = 5, np.eye(3)
     A = np.asarray(in_context.optimal_weights(D.Lambda, D.Psi, D.K, 2, D.noise))
-    found = scipy.optimize.minimize_scalar(
+    minimum = scipy.optimize.minimize_scalar(
         lambda c: float(in_context.risk(c * A, D.Lambda, D.Psi, D.K, M, Lq, D.noise).total), bounds=(0, 20), method="bounded"
     )
     B = in_context.context_second_moment(D.Lambda, D.Psi, D.K, M, D.noise)
-    np.testing.assert_allclose(policy_bounds.scale_free_risk(A, D.Lambda @ D.Psi, B, D.Psi, Lq), found.fun, rtol=1e-7)
+    np.testing.assert_allclose(policy_bounds.scale_free_risk(A, D.Lambda @ D.Psi, B, D.Psi, Lq), minimum.fun, rtol=1e-7)
     useless = policy_bounds.scale_free_risk(-A, D.Lambda @ D.Psi, B, D.Psi, Lq)
     np.testing.assert_allclose(useless, np.trace(D.Psi), rtol=1e-12)
 
@@ -173,8 +173,8 @@ def test_the_scale_free_risk_does_not_depend_on_the_training_length_under_isotro
     np.testing.assert_allclose(risks, risks[0], rtol=1e-12)
 
 
-def test_rung_4_holds_for_the_exact_mean_over_all_contexts_and_tasks(world):
-    W = world(3, S=3, A=2, d=2, H=1)
+def test_rung_4_holds_for_the_exact_mean_over_all_contexts_and_tasks(make_problem):
+    W = make_problem(3, S=3, A=2, d=2, H=1)
     flat, weights = W.phi.reshape(-1, 2), np.full(6, 1 / 6)
     Lambda = flat.T @ flat / 6
     tasks = np.array([[1.0, -0.5], [-0.3, 0.8], [0.4, 0.5]])
@@ -204,9 +204,9 @@ def test_rung_4_holds_for_the_exact_mean_over_all_contexts_and_tasks(world):
         assert ladder == sorted(ladder)
 
 
-def test_the_rungs_work_under_vmap(world):
-    worlds = [world(seed) for seed in range(3)]
-    Q = jnp.stack([jnp.asarray(W.Qstar) for W in worlds])
+def test_the_rungs_work_under_vmap(make_problem):
+    problems = [make_problem(seed) for seed in range(3)]
+    Q = jnp.stack([jnp.asarray(W.Qstar) for W in problems])
     occupancy = jnp.full((3, 3, 4), 0.25)
     Qhat = Q + 0.1
     for rung in (statewise, sup, margin_rung, lambda *x: span_rung(*x)[0]):

@@ -61,10 +61,10 @@ def chernoff_exponent(value: Array, weights: Array, noise: Array | float = 0.0, 
     """
     rare = jnp.finfo(value.dtype).tiny
     log_weights = jnp.where(weights > 0, jnp.log(jnp.maximum(weights, rare)), -jnp.inf)
-    spread = jnp.broadcast_to(jnp.asarray(noise, value.dtype), value.shape)
+    noise_bound = jnp.broadcast_to(jnp.asarray(noise, value.dtype), value.shape)
 
     def cumulant(t: Array) -> Array:
-        cosh = jnp.logaddexp(t * spread, -t * spread) - jnp.log(2.0)
+        cosh = jnp.logaddexp(t * noise_bound, -t * noise_bound) - jnp.log(2.0)
         return jax.scipy.special.logsumexp(log_weights - t * value + cosh)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -73,7 +73,7 @@ def chernoff_exponent(value: Array, weights: Array, noise: Array | float = 0.0, 
         falling = jax.grad(cumulant)(jnp.exp(middle)) < 0
         return jnp.where(falling, middle, low), jnp.where(falling, high, middle)
 
-    size = jnp.max(jnp.abs(value) + spread)
+    size = jnp.max(jnp.abs(value) + noise_bound)
     scale = jnp.log(jnp.where(size > 0, size, 1.0))
     low, high = jax.lax.fori_loop(0, steps, halve, (-scale - 12.0, -scale + 7.0))
     return jnp.maximum(-cumulant(jnp.exp((low + high) / 2)), 0.0)

@@ -33,10 +33,10 @@ def difference_moments(
         reach = side @ flat.T
         value = reach * (flat @ w)[None, None, None, :]
         mean = value @ weights
-        spread = jnp.einsum("sabi,ij,sabj->sab", side, pair_covariance(flat, weights, w, variance), side)
+        variance_of_difference = jnp.einsum("sabi,ij,sabj->sab", side, pair_covariance(flat, weights, w, variance), side)
         below = mean[..., None] - value + jnp.abs(reach) * bound[None, None, None, :]
         below = jnp.where((weights > 0)[None, None, None, :], below, 0.0)
-        return mean, jnp.maximum(spread, 0.0), jnp.max(below, axis=-1)
+        return mean, jnp.maximum(variance_of_difference, 0.0), jnp.max(below, axis=-1)
 
     return jax.vmap(stage)(A, w, bounds, variances)
 
@@ -123,7 +123,7 @@ def high_probability_margin_rung(
 
 
 def decay_exponent(gap: Array, margin: Array, variance: Array, bound: Array, tolerance: float = 1e-9) -> Array:
-    """Least Bernstein exponent over all (h, s) and strictly worse actions a, each against its best rival b (ours).  -> [].
+    """Least Bernstein exponent over all (h, s) and strictly worse actions a, each against its best alternative b (ours).  -> [].
 
     E SubOpt <= H (A - 1) max(gap) exp(-M exponent): the margin claim. Zero when the bias alone leaves some wrong action possible.
     """

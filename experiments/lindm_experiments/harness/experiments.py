@@ -41,7 +41,7 @@ class Experiment:
 
     @property
     def reference(self) -> str:
-        """What finds it again, in another process too."""
+        """The name or path by which `find_experiment` loads it, also in another process."""
         return str(self.path) if self.outside else self.name
 
     @property

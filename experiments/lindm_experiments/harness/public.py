@@ -106,10 +106,10 @@ def run_experiment(
     >>> result.summary["claims"][0]["experiment"]
     'controls'
     """
-    found = find_experiment(experiment)
-    directory = Path("results") / f"{found.name}-{preset}" if out is None else Path(out)
+    selected = find_experiment(experiment)
+    directory = Path("results") / f"{selected.name}-{preset}" if out is None else Path(out)
     with _settings_kept():
-        return harness.run_experiment(found, preset, directory, config, fresh)
+        return harness.run_experiment(selected, preset, directory, config, fresh)
 
 
 def redraw(directory: str | Path) -> list[Path]:

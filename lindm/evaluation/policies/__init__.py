@@ -1,7 +1,7 @@
-"""The policies that `lindm eval` knows by name (`POLICIES`), beside which a language model is measured.
+"""The policies that `lindm eval` knows by name (`POLICIES`), the baselines of language models.
 
-Each is computed from what a text of the task could tell: the demonstrations, here with rewards, and where the state is hidden the
-model. A new policy is a module of this package with a subclass of `Policy`, and a line in `POLICIES`.
+Each uses only information that a prompt could contain: the demonstrations with rewards and, if the state is hidden, the model. To
+add a policy, add a module with a subclass of `Policy` to this package, and an entry to `POLICIES`.
 
 >>> ld.policies.default_policies(ld.suite("pomdp"))
 ('oracle', 'random', 'bc', 'certainty-equivalence', 'qmdp')
@@ -31,12 +31,12 @@ HIDDEN: tuple[Kind, ...] = ("pomdp", "apomdp")
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyInfo:
-    """A policy that `lindm eval` knows by name."""
+    """A named policy of `lindm eval`."""
 
     summary: str  # one sentence
     make: Callable[[Any, DatasetConfig], Policy]  # for tasks of this source and dataset
-    kinds: tuple[Kind, ...] = KINDS  # the problems that have it
-    default: bool = True  # whether it is evaluated where no policy is named
+    kinds: tuple[Kind, ...] = KINDS  # kinds of problems to which it applies
+    default: bool = True  # whether it is evaluated when no policies are given
 
 
 POLICIES: dict[str, PolicyInfo] = {
@@ -48,7 +48,7 @@ POLICIES: dict[str, PolicyInfo] = {
         default=False,
     ),
     "bc": PolicyInfo(
-        summary="Majority vote of the demonstrations where the same was seen last.", make=lambda source, dataset: BC()
+        summary="Most frequent action of the demonstrations after the same last observation.", make=lambda source, dataset: BC()
     ),
     "certainty-equivalence": PolicyInfo(
         summary="Plans in the estimated MDP; where the state is hidden, takes the likeliest state for the state.",
@@ -67,7 +67,7 @@ POLICIES: dict[str, PolicyInfo] = {
         kinds=HIDDEN,
     ),
     "layer": PolicyInfo(
-        summary="One linear attention layer a stage, trained on 2048 other tasks of the suite.",
+        summary="One linear attention layer per stage, trained on 2048 other tasks of the suite.",
         make=AttentionLayer,
         kinds=("mdp",),
         default=False,

@@ -1,4 +1,4 @@
-"""One linear attention layer a stage, trained on other tasks of the same source: in-context learning of Q*."""
+"""One linear attention layer per stage, trained on other tasks of the same source: in-context learning of Q*."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,15 +14,15 @@ from lindm.families.suites import Suite
 from lindm.solvers import dp
 from lindm.types import MDP
 
-TASKS, SEED = 2048, 2**31  # that the layer is trained on: none that a seed below 2^31 draws
+TASKS, SEED = 2048, 2**31  # of the training tasks; other tasks than those of any seed below 2^31
 
 
 class AttentionLayer(TablePolicy):
     """Qhat_h = A_h S_h [S A], S_h = (1/K) sum y x over the demonstrations' pairs of stage h, y the return from there on.
 
-    A_h minimizes the squared error of Qhat_h over `TASKS` other tasks of the same suite with as many demonstrations, which is
-    where training of the layer ends (`lindm.icl.prompts`, `theory/notes`): A = E[Q* S'] E[S S']^-1, pseudo-inverse where a pair
-    never occurs.
+    A_h minimizes the squared error of Qhat_h over `TASKS` other tasks of the same suite with the same number of demonstrations,
+    the limit of training the layer (`lindm.icl.prompts`, `theory/notes`): A = E[Q* S'] E[S S']^-1, with the pseudo-inverse if a
+    pair never occurs.
     """
 
     def __init__(self, suite: Suite, dataset: DatasetConfig):
@@ -46,7 +46,7 @@ class AttentionLayer(TablePolicy):
         return cross @ np.linalg.pinv(second, hermitian=True)
 
     def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        found = []
+        values = []
         for task in tasks:
             H, S, A = mdp_of(task).problem.r.shape
             s, a, r = (
@@ -54,8 +54,8 @@ class AttentionLayer(TablePolicy):
                 for name in ("state", "action", "reward")
             )
             features = _features(s[None], a[None], r[None], S, A)[0]
-            found.append(np.einsum("hij,hj->hi", self.weights, features).reshape(H, S, A))
-        return found
+            values.append(np.einsum("hij,hj->hi", self.weights, features).reshape(H, S, A))
+        return values
 
 
 def _features(s: np.ndarray, a: np.ndarray, r: np.ndarray, S: int, A: int) -> np.ndarray:

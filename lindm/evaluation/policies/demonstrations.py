@@ -1,4 +1,4 @@
-"""Behavior cloning by majority vote (`bc`): what the demonstrations did most often where the same was seen last."""
+"""Behavior cloning (`bc`): the most frequent action of the demonstrations after the same last observation."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,11 @@ from lindm.text import Step
 
 
 class BC(Policy):
-    """The majority vote of the task's demonstrations.
+    """The most frequent action of the task's demonstrations after the same last observation.
 
-    What is seen last is the state of an MDP, otherwise the model and the observation of the step before; where no demonstration
-    saw the same, the vote is over all steps. Ties go to the lowest action. The state is a table of actions for each task.
+    The last observation is the state of an MDP, otherwise the model and the observation of the step before. If no demonstration
+    has it, the most frequent action over all steps is taken. Ties go to the lowest action. The state is a table of actions per
+    task.
     """
 
     markov = True
@@ -34,7 +35,7 @@ class BC(Policy):
 
 
 def _seen(env: Environment, m, o):
-    """The number of what was seen last: 0 is nothing yet, then come the pairs (model, observation)."""
+    """The number of the last observation: 0 for none yet, then the pairs (model, observation)."""
     assert not isinstance(env, MDPEnvironment)
     return 1 + m * env.num_observations + o
 

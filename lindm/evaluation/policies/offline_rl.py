@@ -10,19 +10,19 @@ from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
 from lindm.icl import predictors
 
 LAM = 1.0  # ridge penalty of the regressions
-BETA = 1.0  # of PEVI's bonus, the rewards scaled to [0, 1]: its theory asks for more, and would then never leave zero
+BETA = 1.0  # scale of PEVI's bonus for rewards in [0, 1]; the value of its theory is larger and makes all estimates zero
 
 
 class LSVI(TablePolicy):
-    """One feature for each state and action; rewards are scaled to [0, 1] by each task's own.
+    """LSVI with one feature per state and action; rewards are scaled to [0, 1] by the range of the task's rewards.
 
-    Kernels and rewards are taken not to change with the stage, as in the suites, so every transition serves every stage.
+    Kernels and rewards are assumed to be the same at all stages, as in the suites, so every transition is used at every stage.
     """
 
     pessimistic = False
 
     def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        found = []
+        values = []
         for task in tasks:
             H, S, A = mdp_of(task).problem.r.shape
             s, a, r, u = transitions(task.demonstrations).T
@@ -33,8 +33,8 @@ class LSVI(TablePolicy):
             after = np.repeat(phi[u.astype(int)][None], H, axis=0)
             scaled = np.repeat(((r - low) / (high - low if high > low else 1.0))[None], H, axis=0)
             given = (*map(jnp.asarray, (phi, x, scaled, after)), LAM)
-            found.append(np.asarray(predictors.pevi(*given, BETA) if self.pessimistic else predictors.lsvi(*given)[0]))
-        return found
+            values.append(np.asarray(predictors.pevi(*given, BETA) if self.pessimistic else predictors.lsvi(*given)[0]))
+        return values
 
 
 class PEVI(LSVI):

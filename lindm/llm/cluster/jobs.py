@@ -112,7 +112,7 @@ class GKEJob:
     claim: str | None = None
     """A PersistentVolumeClaim that all hosts can write to, mounted on /lindm."""
     bucket: str | None = None
-    """In place of a claim: a Cloud Storage bucket with a hierarchical namespace."""
+    """A Cloud Storage bucket with a hierarchical namespace, in place of a claim."""
     service_account: str | None = None
     """A Kubernetes service account that can write to the bucket."""
     spot: bool = False

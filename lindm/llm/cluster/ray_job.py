@@ -128,16 +128,16 @@ def worker_environment(job: RayWorkers) -> dict[str, str]:
 
 def find_cause(error: BaseException) -> LindmError:
     """The error that ended the training: one that a worker raised; otherwise a lost worker, or an unexpected error."""
-    found = [e for failure in getattr(error, "worker_failures", {}).values() for e in _chain(failure)]
-    errors = [e for e in found if isinstance(e, LindmError)]
+    causes = [e for failure in getattr(error, "worker_failures", {}).values() for e in _chain(failure)]
+    errors = [e for e in causes if isinstance(e, LindmError)]
     if errors:  # a worker that failed ends the others, which then report a lost peer
         return min(errors, key=lambda e: isinstance(e, LostPeerError))
-    value_error = next((e for e in found if isinstance(e, ValueError)), None)
+    value_error = next((e for e in causes if isinstance(e, ValueError)), None)
     if value_error is not None:
         return UsageError(str(value_error))
-    if found and type(found[0]).__module__.startswith("ray."):  # an error of Ray, not of the training: the worker died
-        return LostPeerError(f"a worker was lost: {_last_line(found[0])}")
-    return LindmError(f"{type(error).__name__}: {_last_line(found[0] if found else error)}")
+    if causes and type(causes[0]).__module__.startswith("ray."):  # an error of Ray, not of the training: the worker died
+        return LostPeerError(f"a worker was lost: {_last_line(causes[0])}")
+    return LindmError(f"{type(error).__name__}: {_last_line(causes[0] if causes else error)}")
 
 
 def _chain(e: BaseException | None) -> Iterator[BaseException]:

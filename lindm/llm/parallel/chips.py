@@ -28,9 +28,9 @@ class TPUGeneration:
     runtime: str
     """runtime version of Cloud TPU machines"""
     accelerator_prefix: str
-    """of the accelerator type of Cloud TPU, followed by a count"""
+    """prefix of the accelerator type of Cloud TPU, followed by a count"""
     counts_per_chip: int = 1
-    """what that count is per chip: Cloud TPU counts the cores of v5p"""
+    """counts per chip in the accelerator type: Cloud TPU counts the cores of v5p"""
     ray_type: str
     """accelerator type of Ray"""
 
@@ -150,7 +150,7 @@ class TPUSlice:
 
     @property
     def accelerator_type(self) -> str:
-        """Of Cloud TPU, such as v5litepod-16."""
+        """Accelerator type of Cloud TPU, such as v5litepod-16."""
         return f"{self.generation.accelerator_prefix}-{self.generation.counts_per_chip * self.num_chips}"
 
 

@@ -122,8 +122,8 @@ def _lost_peer_message(message: str) -> str | None:
     if not any(sign in message.lower() for sign in LOST_PEER_SIGNS):
         return None
     lost = sorted({int(n) for n in re.findall(r"task[:/= ]+(\d+)", message)} - {jax.process_index()})
-    who = f"process {', '.join(map(str, lost))}" if lost else "another process"
-    return f"process {jax.process_index()} lost {who}: {message.strip().splitlines()[0][:300]}"
+    peers = f"process {', '.join(map(str, lost))}" if lost else "another process"
+    return f"process {jax.process_index()} lost {peers}: {message.strip().splitlines()[0][:300]}"
 
 
 def _first_line(e: Exception) -> str:

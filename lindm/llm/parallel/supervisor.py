@@ -129,9 +129,9 @@ def diagnose_abort(stderr: str) -> str | None:
     lost = {int(n) for block, _ in lists for n in re.findall(number, block)}
     lost |= {int(n) for n in re.findall(rf"[Tt]ask {number} heartbeat timeout", stderr)}
     if lost:
-        who = f"process {', '.join(map(str, sorted(lost)))}"
+        peers = f"process {', '.join(map(str, sorted(lost)))}"
     elif "leader task" in message or "/Heartbeat" in message:
-        who = "process 0, the coordinator"
+        peers = "process 0, the coordinator"
     else:
-        who = "another process"
-    return f"lost {who}: it ended or stopped responding; the same command resumes from the last common checkpoint"
+        peers = "another process"
+    return f"lost {peers}: it ended or stopped responding; the same command resumes from the last common checkpoint"

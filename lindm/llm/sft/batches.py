@@ -1,4 +1,4 @@
-"""The batches of a run, by step, and the flag with which a process asks all processes to stop."""
+"""The batches of a run, by step, and the flag with which a process stops all processes."""
 
 import hashlib
 
@@ -30,7 +30,7 @@ class BatchLoader:
         return jax.tree.map(lambda x: sharding.shard_array(x, self.batch_sharding), shaped), digest
 
     def stop_flags(self) -> jax.Array:
-        """[devices] 1 where this process was asked to stop."""
+        """[devices] 1 if this process has to stop."""
         flags = np.full(self.setup.mesh.size, signals.stop_requested(), np.int32)
         return sharding.shard_array(flags, self.flag_sharding)
 

@@ -23,14 +23,14 @@ MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerate
 
 
 class EvaluationInterrupted(Exception):
-    """The evaluation was left because the run was asked to stop."""
+    """The evaluation was interrupted by a request to stop the run."""
 
 
 class Evaluator:
     """Evaluates a run, always on the same rows, tasks and episodes.
 
-    A long evaluation must not keep a process that is asked to stop from saving, so a single process leaves it. With several
-    processes it is finished, since all of them must do the same.
+    A long evaluation must not delay the checkpoint after a request to stop, so a single process interrupts it. Several processes
+    finish it, since all of them must do the same.
     """
 
     def __init__(self, setup: TrainingSetup, graphdef: Any):
@@ -47,10 +47,10 @@ class Evaluator:
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         """loss and accuracy of the held-out labels; where decisions are evaluated, also the normalized optimality gap, its
-        interval and `bc_gap`, the gap of the majority vote of the demonstrations.
+        interval and `bc_gap`, the gap of behavior cloning on the demonstrations.
 
         Raises:
-          EvaluationInterrupted: the run was asked to stop.
+          EvaluationInterrupted: the run has to stop.
         """
         values: dict[str, Any] = {}
         if self.batches:
@@ -78,22 +78,22 @@ class Evaluator:
         assert s.decision_tasks is not None
         model = nnx.merge(self.graphdef, params, frozen)
         policy = _InterruptiblePolicy(model, s.tokenizer, s.decision_tasks.text, dtype=s.compute.dtype)
-        found = self._losses(policy)
-        if not found:
+        results = self._losses(policy)
+        if not results:
             return {}
         if self.baseline is None:
             self.baseline = {"bc_gap": optimality_gap.summarize(self._losses(BC()))["gap"]}
-        return optimality_gap.summarize(found) | self.baseline
+        return optimality_gap.summarize(results) | self.baseline
 
     def _losses(self, policy: Policy) -> list[optimality_gap.PolicyLoss]:
         """What a policy loses on each task; ambiguous tasks with too many histories are left out."""
         limits = {"episodes": ROLLOUTS_PER_TASK, "max_histories": MAX_EXACT_HISTORIES}
-        found = optimality_gap.evaluate_policy(self.tasks, policy, seed=self.setup.config.seed, **limits)
-        return [loss for loss in found if loss is not None]
+        results = optimality_gap.evaluate_policy(self.tasks, policy, seed=self.setup.config.seed, **limits)
+        return [loss for loss in results if loss is not None]
 
 
 class _InterruptiblePolicy(LanguageModelPolicy):
-    """Stops between two stages where the run is asked to stop."""
+    """A policy that raises between two stages if the run has to stop."""
 
     def step(self, state: Any, observation: Observation):
         _raise_if_interrupted()

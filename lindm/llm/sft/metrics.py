@@ -119,7 +119,7 @@ def plot_curves(directory: Path, records: list[Record]) -> list[Path]:
         right.plot(steps, gap, "o-", ms=3, color="#1f5fa8", label="model")
         right.axhline(1, color="#b03030", lw=0.8, ls=":", label="uniformly random")
         if gaps[0].get("bc_gap") is not None:
-            right.axhline(gaps[0]["bc_gap"], color="#2a7d3f", lw=0.8, ls="--", label="bc: majority vote of demonstrations")
+            right.axhline(gaps[0]["bc_gap"], color="#2a7d3f", lw=0.8, ls="--", label="bc: behavior cloning")
         right.set(xlabel="step", ylabel="normalized optimality gap", ylim=(0, None))
         right.legend(frameon=False)
     paths = [directory / f"curves.{kind}" for kind in ("png", "pdf")]

@@ -7,7 +7,7 @@
     OUT/model/           the result, a Hugging Face directory; also OUT/adapter/ where adapters were trained
     OUT/curves.png, .pdf, manifest.json
 
-A run that is killed at any moment resumes from its last checkpoint and ends with the same bits. A run that is asked to stop saves
+A run that is killed at any moment resumes from its last checkpoint and ends with the same bits. A run that has to stop saves
 first and raises `Preempted`; an evaluation is left to the run that resumes. All processes reduce their stop flags in every step,
 so all save the same step.
 """
@@ -49,7 +49,7 @@ OUTPUTS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, TOKENIZER, METRICS, "manif
 
 
 class EvalHistory(NamedTuple):
-    """What the evaluations so far have found; part of a checkpoint."""
+    """Summary of the evaluations so far; part of a checkpoint."""
 
     last_step: int = -1  # step of the last evaluation
     best_loss: float | None = None  # lowest held-out loss
@@ -190,7 +190,7 @@ class TrainLoop:
         """Train until the last step, or until patience ends.
 
         Raises:
-          Preempted: the run was asked to stop, and has saved.
+          Preempted: the run stopped on a signal, after saving.
         """
         saved, stop = step, False
         while True:
@@ -213,7 +213,7 @@ class TrainLoop:
             stop = stop and step < self.total
 
     def _train_step(self, state: TrainState, frozen: nnx.State, step: int, saved: int) -> tuple[TrainState, bool]:
-        """One step, logged; and whether any process was asked to stop."""
+        """Run and log one step; whether any process has to stop."""
         start = time.perf_counter()
         batch, digest = self.loader.load(step)
         state, device_metrics = self.compiled_step(state, frozen, batch, self.loader.stop_flags())

@@ -98,13 +98,13 @@ def test_a_claim_that_was_not_decided_is_said_to_be_so():
 
 
 def test_open_questions_take_no_power_from_predictions_nor_the_other_way():
-    """A prediction at p = 0.04 is alone in its family, however many questions are asked beside it."""
+    """A prediction at p = 0.04 is alone in its family, for any number of open questions beside it."""
     weak = dataclasses.replace(GOOD, p=0.04)
-    asked = ["sft-beats-icl", "ood", "horizon"]
-    questions = [dataclasses.replace(GOOD, id=id, p=p) for id, p in zip(asked, (0.02, 0.04, 1.0), strict=True)]
+    open_ids = ["sft-beats-icl", "ood", "horizon"]
+    questions = [dataclasses.replace(GOOD, id=id, p=p) for id, p in zip(open_ids, (0.02, 0.04, 1.0), strict=True)]
     questions[2] = undecided("horizon", "not measured")
     outcome = Outcome(experiment="toy", verdicts=[weak, *questions])
-    rows = summarize([outcome], {"toy": ["q-risk", *asked]}, "quick", 1.0)["claims"]
+    rows = summarize([outcome], {"toy": ["q-risk", *open_ids]}, "quick", 1.0)["claims"]
     assert [row["verdict"] for row in rows] == [PASS, PASS, PASS, "INCONCLUSIVE"]
     assert [row["p"] for row in rows] == [0.04, 0.04, 0.04, 1.0]  # 2 x 0.02, and not 3 x: one was not measured
     assert exit_code([outcome], {"claims": rows}) == 0
@@ -186,7 +186,7 @@ def test_prose_keeps_indented_lines_as_they_stand():
 def test_numbers_and_labels_are_short():
     assert format_number(0.123456) == "0.1235" and format_number(None) == "-" and format_number("-1 in M") == "-1 in M"
     assert verdict_label({"verdict": "FAIL", "expected": "PASS"}) == "FAIL (expected PASS)"
-    for verdict in (PASS, FAIL, "INCONCLUSIVE"):  # whatever is found is a result
+    for verdict in (PASS, FAIL, "INCONCLUSIVE"):  # any verdict is a result
         assert verdict_label({"verdict": verdict, "expected": OPEN}) == f"{verdict}, open"
         assert as_expected({"verdict": verdict, "expected": OPEN})
         assert as_expected({"verdict": verdict, "expected": PASS}) == (verdict == PASS)

@@ -1,4 +1,4 @@
-"""One page of everything: what is found, what the tables say, and that the page shows it all and fetches nothing."""
+"""One page of everything: the inputs, the tables, and a complete page without external resources."""
 
 import csv
 import io
@@ -39,9 +39,9 @@ def work(tmp_path, finished):
 
 
 def test_what_directories_hold_is_found_in_them_or_one_below(work):
-    found = pages.find_inputs([work / "verified", work / "more", work / "more" / "eval"])
-    assert found.verifications == [work / "verified"]
-    assert found.evaluations == [work / "more" / "eval"] and found.training == [work / "more" / "run"]
+    inputs = pages.find_inputs([work / "verified", work / "more", work / "more" / "eval"])
+    assert inputs.verifications == [work / "verified"]
+    assert inputs.evaluations == [work / "more" / "eval"] and inputs.training == [work / "more" / "run"]
     with pytest.raises(LindmError, match=r"DIR must hold verdicts.json .* or a run of lindm sft; got .*toy") as e:
         pages.find_inputs([work / "verified", work / "verified" / "toy"])
     assert isinstance(e.value, DataError)

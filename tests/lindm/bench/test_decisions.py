@@ -28,22 +28,22 @@ torch_missing = importlib.util.find_spec("torch") is None
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def measured(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name, value in (("MODEL", SMALL), ("TASKS", 2), ("DEMOS", 2), ("EPISODES", 3), ("HORIZON", 4)):
         patch.setattr(bench, name, value)
     directory = tmp_path_factory.mktemp("bench")
     bench.prepare(directory)
-    found = bench.run_ours(directory)
-    yield directory, found
+    outcome = bench.run_ours(directory)
+    yield directory, outcome
     patch.undo()
 
 
-def test_our_answers_are_those_of_reading_every_prompt_whole(asked):
-    directory, found = asked
+def test_our_answers_are_those_of_reading_every_prompt_whole(measured):
+    directory, outcome = measured
     given = json.loads((directory / bench.QUESTIONS).read_text())
-    assert found["decisions"] == 2 * 3 * 4 and len(given["questions"]) == -(-24 // bench.STRIDE)
-    assert len({len(ids) for ids in given["questions"]}) > 1 and found["cost"] > 0
+    assert outcome["decisions"] == 2 * 3 * 4 and len(given["questions"]) == -(-24 // bench.STRIDE)
+    assert len({len(ids) for ids in given["questions"]}) > 1 and outcome["cost"] > 0
     model = weights.load(directory / "model")
     for ids, answer in zip(given["questions"], given["answers"], strict=True):
         positions = jnp.arange(len(ids), dtype=jnp.int32)[None]
@@ -53,16 +53,16 @@ def test_our_answers_are_those_of_reading_every_prompt_whole(asked):
 
 @pytest.mark.parity
 @pytest.mark.skipif(torch_missing, reason="torch is not installed")
-def test_the_peer_answers_the_same(asked):
-    found = bench.run_torch(asked[0])
-    assert found["same"] == found["asked"] == 4 and found["cost"] > 0
+def test_the_peer_answers_the_same(measured):
+    outcome = bench.run_torch(measured[0])
+    assert outcome["same"] == outcome["answers"] == 4 and outcome["cost"] > 0
 
 
 OURS = {"cost": 0.05, "decisions": 256, "tokens": 344.0, "memory": 200.0, "compile": 4.0}
 
 
 def test_rows_say_how_many_times_better_ours_is():
-    peer = {"cost": 1.0, "memory": 100.0, "same": 37, "asked": 37}
+    peer = {"cost": 1.0, "memory": 100.0, "same": 37, "answers": 37}
     rate, memory, compiling, compared = bench.rows(OURS, peer, "a peer")
     assert (rate["ours"], rate["peer"], rate["ratio"], rate["unit"]) == (20.0, 1.0, 20.0, "decisions/CPU-s")
     assert memory["ratio"] == 0.5 and compiling["peer"] is None and compared["peer"] == 37

@@ -72,9 +72,9 @@ def small(monkeypatch, tmp_path):
 
 
 def test_adapters_start_from_the_files_weights_as_full_training_does_whatever_is_recomputed(small):
-    found = [sft.run_ours("full", "selective", small), sft.run_ours("lora", "none", small)]
-    assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-5) and found[0]["loss"] > 4
-    assert all(one["step"] > 0 and one["compile"] > 0 for one in found)
+    runs = [sft.run_ours("full", "selective", small), sft.run_ours("lora", "none", small)]
+    assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], abs=1e-5) and runs[0]["loss"] > 4
+    assert all(one["step"] > 0 and one["compile"] > 0 for one in runs)
 
 
 @pytest.mark.parity
@@ -83,8 +83,8 @@ def test_adapters_start_from_the_files_weights_as_full_training_does_whatever_is
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_peer_starts_from_the_same_loss(small, monkeypatch, plain):
     if plain:
-        found = importlib.util.find_spec
-        monkeypatch.setattr(sft.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(sft.importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     ours = sft.run_ours("full", "selective", small)["loss"]
     for method in sft.METHODS:
         assert sft.run_torch(method, "selective", small)["loss"] == pytest.approx(ours, abs=sft.LOSS_TOLERANCE)
@@ -131,10 +131,10 @@ def test_sides_that_found_other_losses_are_not_compared():
 
 
 def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
-    asked = []
+    calls = []
 
     def worker(module, side, method, variant, directory):
-        asked.append((side, method, variant))
+        calls.append((side, method, variant))
         return measured(2.0)[method, variant]
 
     monkeypatch.setattr(sft, "MODEL", SMALL)
@@ -142,7 +142,7 @@ def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, ca
     monkeypatch.setattr(sft, "_version", lambda library: None)
     assert sft.main(json=True) == 0
     table = json.loads(capsys.readouterr().out)
-    assert {side for side, *_ in asked} == {"ours"} and len(asked) == 7
+    assert {side for side, *_ in calls} == {"ours"} and len(calls) == 7
     others = [row for row in table if not row["peer_name"].startswith("ours")]
     assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == sft.MISSING for row in others)
     assert sft.main() == 0 and "tokens/CPU-s" in capsys.readouterr().out

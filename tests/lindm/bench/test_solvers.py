@@ -50,9 +50,9 @@ def a_plain_peer(actions_first):
 def test_a_peer_is_given_our_problems_in_its_own_order(tiny, actions_first):
     ours, theirs = solvers.measure_our_mdps(), solvers.measure_peer_mdps(*a_plain_peer(actions_first), actions_first)
     np.testing.assert_allclose(ours["values"], theirs["values"], rtol=1e-12)
-    for found in (ours, theirs):
-        assert all(len(found[way]) == len(solvers.MODELS) and min(found[way]) > 0 for way in solvers.WAYS)
-        assert found["start"] >= 0
+    for costs in (ours, theirs):
+        assert all(len(costs[way]) == len(solvers.MODELS) and min(costs[way]) > 0 for way in solvers.WAYS)
+        assert costs["start"] >= 0
 
 
 def test_action_values_from_a_peers_values_are_those_of_backward_induction():
@@ -79,10 +79,10 @@ def test_the_textbook_recursion_and_the_tree_agree_at_every_history():
     horizon, (_, A, O) = 4, solvers.TREE_SIZE
     models, stack = solvers.pomdp_models(1), solvers.our_pomdps(1, horizon)
     one = jax.tree.map(lambda x: x[0], stack)
-    tables, found = solvers.textbook(*(arrays[0] for arrays in models), horizon), tree.tree(one)
+    tables, table_of_tree = solvers.textbook(*(arrays[0] for arrays in models), horizon), tree.tree(one)
     for t, table in enumerate(tables):
         # the textbook's numbering has the last step fastest, the tree's has it slowest
-        ours = np.asarray(tree.stage_Q(found, t, A * O)).reshape((A * O,) * t + (A,))
+        ours = np.asarray(tree.stage_Q(table_of_tree, t, A * O)).reshape((A * O,) * t + (A,))
         np.testing.assert_allclose(ours.transpose(*reversed(range(t)), t).reshape(-1, A), table, rtol=1e-12)
 
 
@@ -154,7 +154,7 @@ def test_exponents_and_leaves_are_those_of_the_costs():
 
 
 def test_sides_that_disagree_are_not_compared():
-    with pytest.raises(RuntimeError, match=r"quantecon 1\.2 and ours found other values"):
+    with pytest.raises(RuntimeError, match=r"quantecon 1\.2 and ours have different values"):
         solvers.rows(mdps(1.0), trees(1.0), {"quantecon": {**mdps(3.0), "values": [1.1]}}, trees(5.0), NAMES)
     with pytest.raises(RuntimeError, match="textbook recursion in numpy and ours"):
         solvers.rows(mdps(1.0), trees(1.0), {}, {**trees(5.0), "values": [2.1]}, NAMES)

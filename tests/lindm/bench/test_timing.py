@@ -28,9 +28,9 @@ def test_the_cost_is_that_of_the_best_call_and_counts_every_one():
 
 
 def test_a_timed_call_returns_its_result():
-    seconds, found = timing.timed(lambda: {"x": np.arange(3), "y": jnp.ones(2)})
+    seconds, result = timing.timed(lambda: {"x": np.arange(3), "y": jnp.ones(2)})
     assert seconds >= 0
-    np.testing.assert_array_equal(found["x"], [0, 1, 2])
+    np.testing.assert_array_equal(result["x"], [0, 1, 2])
 
 
 def test_memory_is_what_the_work_holds_at_its_peak():

@@ -24,8 +24,8 @@ def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):
     name = "model.layers.2.self_attn.v_proj"
     a, b = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     merged = reference.weights("llama")[f"{name}.weight"] + 4 * b @ a
-    found = everything(tmp_path / "out")[f"{name}.weight"]
-    assert found.dtype == ml_dtypes.bfloat16
-    np.testing.assert_allclose(found.astype(np.float32), merged, rtol=2**-8)
+    weight = everything(tmp_path / "out")[f"{name}.weight"]
+    assert weight.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(weight.astype(np.float32), merged, rtol=2**-8)
     run(Export(directory=source, out=tmp_path / "plain"))
     assert np.array_equal(everything(tmp_path / "plain")[f"{name}.weight"], reference.weights("llama")[f"{name}.weight"])

@@ -27,7 +27,7 @@ def config(**changes) -> DatasetConfig:
 
 
 class Datasets:
-    """Made when they are first asked for."""
+    """Made when a test first uses them."""
 
     def __init__(self, brute, root):
         self.root = root

@@ -32,7 +32,7 @@ def queries(directory):
 
 
 def shown(row, steps, apomdp):
-    """What the first steps of an episode look like in a document; of a hidden state's rewards only demonstrations tell."""
+    """What the first steps of an episode look like in a document; rewards of a hidden state are in the demonstrations alone."""
     keys = {"model": "model", "observation": "observation"} if apomdp else {"state": "state"}
     keys |= {"action": "action"} | ({} if apomdp and row.role == "query" else {"reward": "reward"})
     return [{k: getattr(row, c)[t] for k, c in keys.items()} for t in range(steps)]
@@ -54,12 +54,12 @@ def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is
         for t, label in enumerate(query.label):
             row = next(rows)
             assert set(row) == {"prompt", "completion"}
-            asked, answered = parse(row["prompt"], template), parse(row["prompt"] + row["completion"] + end, template)
-            assert [fields_of(episode) for episode in asked.demonstrations] == [shown(d, len(d.action), apomdp) for d in demos]
-            *history, last = asked.query
+            prompt, completed = parse(row["prompt"], template), parse(row["prompt"] + row["completion"] + end, template)
+            assert [fields_of(episode) for episode in prompt.demonstrations] == [shown(d, len(d.action), apomdp) for d in demos]
+            *history, last = prompt.query
             assert fields_of(history) == shown(query, t, apomdp)
             assert last.action is None and last.state == (None if apomdp else query.state[t])
-            assert answered.query[-1] == replace(last, action=label)
+            assert completed.query[-1] == replace(last, action=label)
     assert next(rows, None) is None
 
 

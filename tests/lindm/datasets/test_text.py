@@ -53,9 +53,9 @@ def test_the_template_has_a_name_a_path_or_a_default(made):
 def test_documents_are_those_of_every_query_in_order(made):
     dataset = Dataset(made.suite)
     how = text_format(dataset)
-    found = list(documents(dataset, how))
-    assert [(task.task, number) for task, number, _ in found] == [(t, q) for t in range(10) for q in range(2)]
-    task, number, pieces = found[3]
+    rows = list(documents(dataset, how))
+    assert [(task.task, number) for task, number, _ in rows] == [(t, q) for t in range(10) for q in range(2)]
+    task, number, pieces = rows[3]
     assert text(pieces) == text(how.pieces(task, task.queries[number]))
 
 

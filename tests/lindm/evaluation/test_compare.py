@@ -40,8 +40,8 @@ def test_results_are_those_of_double_precision_whatever_the_precision_is(suite):
     names = default_policies(suite)
     wanted = evaluate(suite, names, dataset=DATASET)
     with jax.enable_x64(False):
-        found = evaluate(suite, names, dataset=DATASET)
-    assert [result.gaps for result in found] == [result.gaps for result in wanted]
+        single_precision = evaluate(suite, names, dataset=DATASET)
+    assert [result.gaps for result in single_precision] == [result.gaps for result in wanted]
 
 
 def test_one_problem_is_solved_once_for_all_tasks(tmp_path):

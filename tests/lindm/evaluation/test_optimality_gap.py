@@ -23,11 +23,11 @@ def coin(*facts, of):
     return hashlib.sha256(repr(facts).encode()).digest()[0] % of
 
 
-def evaluate(problems, policy, **how) -> list[PolicyLoss]:
+def evaluate(problems, policy, **options) -> list[PolicyLoss]:
     """Where every problem can be evaluated."""
-    found = evaluate_policy(make_tasks(problems, [()] * len(problems)), policy, **how)
-    assert all(one is not None for one in found)
-    return [one for one in found if one is not None]
+    losses = evaluate_policy(make_tasks(problems, [()] * len(problems)), policy, **options)
+    assert all(one is not None for one in losses)
+    return [one for one in losses if one is not None]
 
 
 def fields(steps, rewards=True):
@@ -81,17 +81,17 @@ def test_sampled_episodes_estimate_the_same_loss():
     problem, (P, r, rho) = random_mdp(5)
     exact = best_of(P, r, rho) - value_of(P, r, rho, 2, False)
     policy = arbitrary(2, rewards=False)
-    found = [evaluate([problem], policy, episodes=50, seed=seed, max_histories=0)[0] for seed in range(60)]
-    gaps = np.array([one.suboptimality for one in found])
-    assert not any(one.exact for one in found)
+    losses = [evaluate([problem], policy, episodes=50, seed=seed, max_histories=0)[0] for seed in range(60)]
+    gaps = np.array([one.suboptimality for one in losses])
+    assert not any(one.exact for one in losses)
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    assert evaluate([problem], policy, episodes=50, seed=3, max_histories=0)[0] == found[3]
+    assert evaluate([problem], policy, episodes=50, seed=3, max_histories=0)[0] == losses[3]
 
 
 @pytest.mark.parametrize("M, alpha", [(1, 0.5), (2, 0.7), (2, 0.0), (3, 1.0)])
 def test_the_loss_under_hidden_states_and_ambiguity_is_that_of_plain_recursion(brute, M, alpha):
-    world = brute.random(3, S=3, A=2, O=2, M=M, H=3, alpha=alpha)
-    problem = world.problem()
+    reference = brute.random(3, S=3, A=2, O=2, M=M, H=3, alpha=alpha)
+    problem = reference.problem()
     ambiguous = M > 1
     if not ambiguous:
         problem = jax.tree.map(lambda x: x[0], problem.models)
@@ -99,23 +99,23 @@ def test_the_loss_under_hidden_states_and_ambiguity_is_that_of_plain_recursion(b
 
     def act(t, history):
         steps = [Step(a, model=m if ambiguous else None, observation=o) for a, m, o in history]
-        return np.eye(world.A)[coin(fields((*steps, Step(None))), of=world.A)]
+        return np.eye(reference.A)[coin(fields((*steps, Step(None))), of=reference.A)]
 
-    (loss,) = evaluate([problem], arbitrary(world.A))
-    V, best = world.V(list(world.rho), 0, (), act), world.V(list(world.rho), 0)
+    (loss,) = evaluate([problem], arbitrary(reference.A))
+    V, best = reference.V(list(reference.rho), 0, (), act), reference.V(list(reference.rho), 0)
     assert loss.exact
     np.testing.assert_allclose(loss.suboptimality, best - V, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(loss.optimal_value, best, rtol=1e-12)
-    uniform = world.V(list(world.rho), 0, (), lambda t, h: np.full(world.A, 1 / world.A))
+    uniform = reference.V(list(reference.rho), 0, (), lambda t, h: np.full(reference.A, 1 / reference.A))
     np.testing.assert_allclose(loss.uniform_value, uniform, rtol=1e-12)
 
 
 def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_one_is_left_out(brute):
-    world = brute.random(4, S=3, A=2, O=2, M=1, H=4)
-    problem = jax.tree.map(lambda x: x[0], world.problem().models)
+    reference = brute.random(4, S=3, A=2, O=2, M=1, H=4)
+    problem = jax.tree.map(lambda x: x[0], reference.problem().models)
     exact = evaluate([problem], arbitrary(2))[0].suboptimality
-    found = [evaluate([problem], arbitrary(2), episodes=40, seed=s, max_histories=1)[0] for s in range(60)]
-    gaps = np.array([loss.suboptimality for loss in found])
+    losses = [evaluate([problem], arbitrary(2), episodes=40, seed=s, max_histories=1)[0] for s in range(60)]
+    gaps = np.array([loss.suboptimality for loss in losses])
     assert abs(gaps.mean() - exact) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
     ambiguous = make_tasks([brute.random(4, S=2, A=2, O=2, M=2, H=3).problem()], [()])
     assert evaluate_policy(ambiguous, arbitrary(2), max_histories=3) == [None]
@@ -125,8 +125,8 @@ def test_sampled_histories_of_a_pomdp_estimate_the_same_loss_and_an_ambiguous_on
 
 def test_an_optimal_policy_loses_nothing_and_agrees_always(brute):
     problem = jax.tree.map(lambda x: x[0], brute.random(6, S=3, A=2, O=2, M=1, H=3).problem().models)
-    cloud = as_apomdp(problem)
-    best = tree.optimal_policy(cloud, tree.tree(cloud))
+    apomdp = as_apomdp(problem)
+    best = tree.optimal_policy(apomdp, tree.tree(apomdp))
 
     def act(demonstrations, history):
         number = sum((s.action * 2 + s.observation) * 4**t for t, s in enumerate(history[:-1]))
@@ -177,16 +177,16 @@ def test_a_stochastic_policy_loses_what_plain_recursion_says_and_is_sampled_wher
         return total
 
     wanted = best_of(P, r, rho) - sum(rho[s] * value(0, s, ()) for s in range(3))
-    found = [
+    losses = [
         evaluate([problem], lambda demonstrations, history: law(history), episodes=40, seed=seed, max_histories=max_histories)[0]
         for seed in range(1 if max_histories == 10_000 else 40)
     ]
-    gaps = np.array([loss.suboptimality for loss in found])
+    gaps = np.array([loss.suboptimality for loss in losses])
     if max_histories == 10_000:
-        assert found[0].exact and found[0].decisions == 3 + 3 * 6 + 3 * 6 * 6
+        assert losses[0].exact and losses[0].decisions == 3 + 3 * 6 + 3 * 6 * 6
         np.testing.assert_allclose(gaps, wanted, rtol=1e-12)
     else:
-        assert not any(loss.exact for loss in found)
+        assert not any(loss.exact for loss in losses)
         assert abs(gaps.mean() - wanted) < 5 * gaps.std(ddof=1) / np.sqrt(len(gaps))
 
 
@@ -201,20 +201,20 @@ def test_tasks_are_evaluated_in_batches_as_alone():
             calls.append(len(tasks))
             return tasks, [()] * 1
 
-    found = evaluate(problems, Batched(arbitrary(2)), episodes=4, seed=7, max_histories=1)
-    assert calls == [2, 2, 1] and found == evaluate(problems, arbitrary(2), episodes=4, seed=7, max_histories=1)
+    losses = evaluate(problems, Batched(arbitrary(2)), episodes=4, seed=7, max_histories=1)
+    assert calls == [2, 2, 1] and losses == evaluate(problems, arbitrary(2), episodes=4, seed=7, max_histories=1)
 
 
 @pytest.mark.parametrize(
-    "answer, said",
+    "answer, message",
     [([0.5, 0.6], r"must not be negative and sum to 1; got \[0.5, 0.6\]"), ([1.0], r"shape \(3, 2\); got \(3, 1\)")],
 )
-def test_what_are_no_probabilities_is_refused(answer, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_probabilities_raise_an_error(answer, message):
+    with pytest.raises(ValueError, match=message):
         evaluate([random_mdp(0)[0]], lambda demonstrations, history: answer)
 
 
-def test_computing_stays_double_whatever_the_model_computes_in():
+def test_evaluation_uses_double_precision_with_any_precision_of_the_model():
     problem, (P, r, rho) = random_mdp(2)
     jax.config.update("jax_enable_x64", False)
     try:
@@ -238,6 +238,6 @@ def test_bc_does_what_the_demonstrations_did_most():
         assert BC().act(demonstrations, [Step(None, state=state)], problem).argmax() == action
 
 
-def test_problems_of_two_horizons_are_refused():
+def test_problems_of_two_horizons_raise_an_error():
     with pytest.raises(ValueError, match=r"tasks must have one horizon; got \[2, 3\]"):
         evaluate([random_mdp(0, H=2)[0], random_mdp(0, H=3)[0]], arbitrary(2))

@@ -26,7 +26,7 @@ from lindm.types import APOMDP, MDP
 
 SEEN = Suite(name="seen", horizon=3, S=3, A=2, concentration=0.5, gap=0.02)
 HIDDEN = replace(SEEN, name="hidden", O=2, quality=0.8)
-CLOUD = replace(HIDDEN, name="cloud", M=2, distance=0.3, alpha=0.7)
+AMBIGUOUS = replace(HIDDEN, name="ambiguous", M=2, distance=0.3, alpha=0.7)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def tasks_of(tmp_path_factory, suite, **changes) -> Tasks:
     return Tasks(read_tasks(Dataset(path)), suite, dataset)
 
 
-@pytest.fixture(scope="module", params=[SEEN, HIDDEN, CLOUD], ids=lambda s: s.name)
+@pytest.fixture(scope="module", params=[SEEN, HIDDEN, AMBIGUOUS], ids=lambda s: s.name)
 def tasks(request, tmp_path_factory):
     return tasks_of(tmp_path_factory, request.param)
 
@@ -59,22 +59,22 @@ def seen(tmp_path_factory):
 
 def losses(tasks, name):
     policy = policies.make_policy(name, tasks.source, tasks.dataset)
-    found = evaluate_policy(tasks.tasks, policy, episodes=4)
-    assert all(loss is not None for loss in found)
-    return [loss for loss in found if loss is not None]
+    results = evaluate_policy(tasks.tasks, policy, episodes=4)
+    assert all(loss is not None for loss in results)
+    return [loss for loss in results if loss is not None]
 
 
 def actions_of(policy, tasks):
     """Actions [tasks, H, S] in an MDP."""
     state, env, n = policy.init(tasks), tasks[0].known, len(tasks)
     states = np.tile(np.arange(env.num_states), n)
-    found = []
+    actions = []
     for t in range(env.horizon):
         task = np.repeat(np.arange(n), env.num_states)
         observation = Observation(stage=t, task=task, parent=np.zeros_like(task), state=states)
         state, probabilities = policy.step(state, observation)
-        found.append(probabilities.argmax(-1).reshape(n, -1))
-    return np.stack(found, axis=1)
+        actions.append(probabilities.argmax(-1).reshape(n, -1))
+    return np.stack(actions, axis=1)
 
 
 def tables(tasks, name):
@@ -155,12 +155,12 @@ def test_a_mixture_is_the_mean_of_the_tables_that_are_drawn_from_it(tasks):
     def drawn(probabilities):
         return (rng.random(probabilities.shape[:-1])[..., None] > probabilities.cumsum(-1)[..., :-1]).sum(-1)
 
-    found = [evaluate(tuple(map(drawn, mixture))) for _ in range(400)]
+    results = [evaluate(tuple(map(drawn, mixture))) for _ in range(400)]
     exact = evaluate(mixture)
-    gaps = np.array([loss.suboptimality for loss in found])
+    gaps = np.array([loss.suboptimality for loss in results])
     assert abs(gaps.mean() - exact.suboptimality) < 5 * gaps.std(ddof=1) / 20 and exact.suboptimality > 0
     if isinstance(problem, MDP):  # over histories of one table the mean over draws weighs them as the mixture reaches them
-        shares = np.array([loss.agreement for loss in found])
+        shares = np.array([loss.agreement for loss in results])
         assert abs(shares.mean() - exact.agreement) < 5 * shares.std(ddof=1) / 20
 
 
@@ -220,7 +220,7 @@ def test_with_enough_demonstrations_of_everything_planning_finds_the_optimum(tmp
 
 def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monkeypatch):
     monkeypatch.setattr(attention_layer, "TASKS", 64)
-    found = tables(seen, "layer")
+    actions = tables(seen, "layer")
     generator = TaskGenerator(SEEN, DatasetConfig(tasks=64, demos=3, behavior="epsilon", seed=attention_layer.SEED))
     problems, _, episodes, _ = generator.generate(0, 64)
     assert isinstance(problems, MDP)
@@ -242,7 +242,7 @@ def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monke
                 V = Q.max(-1)
             W.append(Q.reshape(-1))
         A = np.linalg.lstsq(np.array(X), np.array(W), rcond=1e-10)[0].T
-        for table, task in zip(found, seen.tasks, strict=True):
+        for table, task in zip(actions, seen.tasks, strict=True):
             shown = (
                 [[getattr(step, k) for step in steps] for steps in task.demonstrations] for k in ("state", "action", "reward")
             )
@@ -261,7 +261,7 @@ def loss_of(problem, name):
 
 
 def test_bc_of_a_hidden_state_sees_the_observation_and_not_the_state(tmp_path_factory):
-    """The files of a dataset hold the hidden states, too: a vote in the same state would be one that no history looks up."""
+    """The files of a dataset contain the hidden states, which `bc` must not use."""
     hidden = tasks_of(tmp_path_factory, HIDDEN, tasks=8, demos=5)
     steps = 0
     for task in hidden.tasks:
@@ -276,7 +276,7 @@ def test_bc_of_a_hidden_state_sees_the_observation_and_not_the_state(tmp_path_fa
     assert steps > 0, "votes must depend on what was observed"
 
 
-def test_where_observations_tell_the_state_both_rules_are_optimal():
+def test_both_rules_are_optimal_if_observations_reveal_the_state():
     problem = draw_pomdp(jax.random.key(0), 3, 2, 3, 4, quality=1.0)
     known = replace(problem, rho=jnp.array([0.0, 1.0, 0.0]))
     for name, one in (("qmdp", problem), ("qmdp", known), ("certainty-equivalence", known)):
@@ -285,27 +285,27 @@ def test_where_observations_tell_the_state_both_rules_are_optimal():
 
 
 @pytest.mark.parametrize("M, alpha", [(1, 0.5), (2, 0.7), (3, 0.2)])
-def test_qmdp_maximizes_what_would_be_worth_if_the_state_were_observed(brute, M, alpha):
+def test_qmdp_maximizes_the_action_values_of_the_observed_state(brute, M, alpha):
     small = brute.random(7, S=3, A=2, O=2, M=M, H=3, alpha=alpha)
     problem = small.problem()
-    cloud = jax.tree.map(np.asarray, problem.models)
+    models = jax.tree.map(np.asarray, problem.models)
 
     def seen(t, s):
         """Value of a state that is seen, and its action values under each model."""
         if t == 3:
             return 0.0, np.zeros((M, 2))
-        G = np.array([[cloud.r[m, t, s, a] for a in range(2)] for m in range(M)])
+        G = np.array([[models.r[m, t, s, a] for a in range(2)] for m in range(M)])
         for m in range(M):
             for a in range(2):
-                P = cloud.P[m, t if cloud.P.shape[1] > 1 else 0, s, a]
+                P = models.P[m, t if models.P.shape[1] > 1 else 0, s, a]
                 G[m, a] += sum(P[u] * seen(t + 1, u)[0] for u in range(3))
         return (alpha * G.min(0) + (1 - alpha) * G.max(0)).max(), G
 
     def act(demonstrations, history):
-        beliefs, stage = [np.array(rho) for rho in cloud.rho], len(history) - 1
+        beliefs, stage = [np.array(rho) for rho in models.rho], len(history) - 1
         for t, step in enumerate(history[:-1]):
             m, b = step.model or 0, beliefs[step.model or 0]
-            P, O = (x[m, t if x.shape[1] > 1 else 0] for x in (cloud.P, cloud.O))
+            P, O = (x[m, t if x.shape[1] > 1 else 0] for x in (models.P, models.O))
             b = np.array(
                 [sum(b[s] * P[s, step.action, u] for s in range(3)) * O[step.action, u, step.observation] for u in range(3)]
             )
@@ -319,13 +319,13 @@ def test_qmdp_maximizes_what_would_be_worth_if_the_state_were_observed(brute, M,
     assert by_hand == loss_of(problem, "qmdp") and by_hand is not None and by_hand.exact and by_hand.suboptimality >= -1e-12
 
 
-@pytest.mark.parametrize("suite, name", [(SEEN, "qmdp"), (HIDDEN, "lsvi"), (CLOUD, "layer")])
-def test_a_policy_that_these_tasks_do_not_have_is_refused(suite, name):
+@pytest.mark.parametrize("suite, name", [(SEEN, "qmdp"), (HIDDEN, "lsvi"), (AMBIGUOUS, "layer")])
+def test_a_policy_that_does_not_apply_to_the_tasks_raises_an_error(suite, name):
     with pytest.raises(ValueError, match=f"policy must be one of oracle, random, behavior, bc, .* for an .*MDP; got '{name}'"):
         policies.make_policy(name, suite, DatasetConfig(tasks=1))
 
 
-@pytest.mark.parametrize("suite", [SEEN, HIDDEN, CLOUD], ids=lambda s: s.name)
+@pytest.mark.parametrize("suite", [SEEN, HIDDEN, AMBIGUOUS], ids=lambda s: s.name)
 def test_every_policy_of_the_table_is_made_and_the_default_ones_are_cheap(suite):
     kind = policies.kind_of(suite)
     names = [name for name, info in policies.POLICIES.items() if kind in info.kinds]

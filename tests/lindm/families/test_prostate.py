@@ -11,7 +11,9 @@ from tests.lindm.problems.test_apomdp import action_values
 
 def year(center: str, s: int, a: str):
     """Law of (next state, observation), step by step; states are numbered."""
-    onset, found = {"JH": (0.0691, 0.7184), "UCSF": (0.1217, 0.7431), "UofT": (0.1016, 0.7949), "PRIAS": (0.0841, 0.7614)}[center]
+    onset, sensitivity = {"JH": (0.0691, 0.7184), "UCSF": (0.1217, 0.7431), "UofT": (0.1016, 0.7949), "PRIAS": (0.0841, 0.7614)}[
+        center
+    ]
     low, high = {
         "JH": ([0.3552, 0.4311, 0.2137], [0.2868, 0.4706, 0.2426]),
         "UCSF": ([0.0768, 0.5680, 0.3552], [0.0678, 0.5736, 0.3586]),
@@ -27,8 +29,8 @@ def year(center: str, s: int, a: str):
             elif not ill:
                 yield 0, f"psa-{psa}-negative", p * q
             else:
-                yield 2, f"psa-{psa}-positive", p * q * found
-                yield 1, f"psa-{psa}-negative", p * q * (1 - found)
+                yield 2, f"psa-{psa}-positive", p * q * sensitivity
+                yield 1, f"psa-{psa}-negative", p * q * (1 - sensitivity)
 
 
 def test_a_year_of_surveillance_is_progression_then_biopsy_then_observation():

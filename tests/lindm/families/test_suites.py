@@ -28,30 +28,30 @@ def test_a_suite_has_three_horizons_and_two_splits_of_one_size(name, kind):
 action_gap = jax.jit(suites.action_gap)
 
 
-def numpy_lead(world):
+def numpy_lead(reference):
     """The least lead over histories that the oracle's play meets with the suites' probability, by plain recursion."""
     lead = np.inf
 
     def visit(beliefs, mass, t, history):
         nonlocal lead
-        Q = np.sort(world.Q(beliefs, t, history))
+        Q = np.sort(reference.Q(beliefs, t, history))
         if max(mass) >= suites.REACH:
             lead = min(lead, Q[-1] - Q[-2])
-        a = int(np.argmax(world.Q(beliefs, t, history)))
-        for m in range(world.M if t + 1 < world.H else 0):
-            for o in range(world.obs):
-                p, b = world.step(beliefs[m], t, a, m, o)
+        a = int(np.argmax(reference.Q(beliefs, t, history)))
+        for m in range(reference.M if t + 1 < reference.H else 0):
+            for o in range(reference.obs):
+                p, b = reference.step(beliefs[m], t, a, m, o)
                 if p * mass[m] > 0:
-                    visit([b] * world.M, [p * mass[m]] * world.M, t + 1, (*history, (a, m, o)))
+                    visit([b] * reference.M, [p * mass[m]] * reference.M, t + 1, (*history, (a, m, o)))
 
-    visit(list(world.rho), [1.0] * world.M, 0, ())
+    visit(list(reference.rho), [1.0] * reference.M, 0, ())
     return lead
 
 
 def test_the_action_gap_is_the_smallest_one_on_histories_of_the_optimal_policy(brute):
     for seed in range(4):
-        world = brute.random(seed, S=3, A=3, O=2, M=2, H=3, alpha=0.4)
-        np.testing.assert_allclose(action_gap(world.problem()), numpy_lead(world), rtol=1e-9)
+        reference = brute.random(seed, S=3, A=3, O=2, M=2, H=3, alpha=0.4)
+        np.testing.assert_allclose(action_gap(reference.problem()), numpy_lead(reference), rtol=1e-9)
 
 
 def test_the_action_gap_of_an_mdp_is_the_smallest_one_over_all_states():
@@ -59,8 +59,8 @@ def test_the_action_gap_of_an_mdp_is_the_smallest_one_over_all_states():
     steady = jnp.broadcast_to(jnp.eye(4)[:, None], (1, 4, 3, 4)) * 0 + 0.25
     r = Q.copy()
     wanted = np.sort(Q, -1)[..., -1] - np.sort(Q, -1)[..., -2]  # the next state does not depend on the action
-    found = action_gap(MDP(P=steady, r=jnp.asarray(r), rho=jnp.full(4, 0.25)))
-    np.testing.assert_allclose(found, wanted.min(), rtol=1e-12)
+    gap = action_gap(MDP(P=steady, r=jnp.asarray(r), rho=jnp.full(4, 0.25)))
+    np.testing.assert_allclose(gap, wanted.min(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", suites.NAMES)

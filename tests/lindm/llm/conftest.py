@@ -32,12 +32,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Micro:
-    """Where things are."""
+    """Directories of a small model and small datasets."""
 
     model: Path
     mdp: Path
     hidden: Path  # a POMDP
-    cloud: Path
+    ambiguous: Path  # an ambiguous POMDP
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,17 +51,17 @@ def forgotten():
 def micro(tmp_path_factory, brute) -> Micro:
     root = tmp_path_factory.mktemp("micro")
     config = DatasetConfig(tasks=24, demos=2, queries=2, query_epsilon=0.5)
-    clouds = [brute.random(5, S=2, A=2, O=2, M=m, H=3, alpha=0.7, same_start=True).problem() for m in (1, 2)]
-    single = type(clouds[0].models)(**{k: getattr(clouds[0].models, k)[0] for k in ("P", "O", "r", "rho")})
-    for name, source in (("mdp", SUITE), ("hidden", single), ("cloud", clouds[1])):
+    problems = [brute.random(5, S=2, A=2, O=2, M=m, H=3, alpha=0.7, same_start=True).problem() for m in (1, 2)]
+    single = type(problems[0].models)(**{k: getattr(problems[0].models, k)[0] for k in ("P", "O", "r", "rho")})
+    for name, source in (("mdp", SUITE), ("hidden", single), ("ambiguous", problems[1])):
         datasets.make_dataset(root / name, source, config)
     pieces = []
-    for name in ("mdp", "hidden", "cloud"):
+    for name in ("mdp", "hidden", "ambiguous"):
         dataset = datasets.Dataset(root / name)
         texts = datasets.documents(dataset, datasets.text_format(dataset))
-        pieces += [piece.text for _, _, found in texts for piece in found]
+        pieces += [piece.text for _, _, parts in texts for piece in parts]
     tokenizer = train_tokenizer(pieces, 320)
     tokenizer.save_pretrained(str(root / "tokenizer"))
     model_config = ModelConfig(model_type="llama", vocab_size=len(tokenizer), **SIZES)
     weights.save(Decoder(model_config, nnx.Rngs(0), jnp.float32), root / "model", like=root / "tokenizer")
-    return Micro(model=root / "model", mdp=root / "mdp", hidden=root / "hidden", cloud=root / "cloud")
+    return Micro(model=root / "model", mdp=root / "mdp", hidden=root / "hidden", ambiguous=root / "ambiguous")

@@ -30,15 +30,15 @@ def test_attention_in_query_blocks_equals_attention(T):
     segments = np.sort(RNG.integers(0, 3, (B, T)), axis=1)  # three documents in a row
     order = np.arange(T)
     mask = (order[None, :] <= order[:, None]) & (segments[:, :, None] == segments[:, None, :])
-    found = jax.jit(causal_attention)(q, k, v, mask)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, softmaxed(q, k, v, mask), atol=2e-6)
+    output = jax.jit(causal_attention)(q, k, v, mask)
+    assert output.dtype == jnp.float32
+    np.testing.assert_allclose(output, softmaxed(q, k, v, mask), atol=2e-6)
 
 
 def test_attention_in_bfloat16_keeps_its_softmax_in_single_precision():
     T, E = 6, 4
     q, k, v = (jnp.asarray(RNG.normal(size=(1, T, 2, E)), jnp.bfloat16) for _ in range(3))
     mask = np.tril(np.ones((1, T, T), bool))
-    found = causal_attention(q, k, v, jnp.asarray(mask))
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found, softmaxed(*(np.asarray(x, np.float32) for x in (q, k, v)), mask), atol=0.03)
+    output = causal_attention(q, k, v, jnp.asarray(mask))
+    assert output.dtype == jnp.bfloat16
+    np.testing.assert_allclose(output, softmaxed(*(np.asarray(x, np.float32) for x in (q, k, v)), mask), atol=0.03)

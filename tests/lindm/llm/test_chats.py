@@ -17,8 +17,8 @@ def test_answers_and_their_end_of_turn_tokens_are_trained_and_nothing_else(kind)
     assert example.ids.tolist() == tokenizer.apply_chat_template(TURNS)["input_ids"]
     chatml = tokenizer.chat_template == CHATML
     assert trained_texts(tokenizer, example) == (["A<|im_end|>", "B or C<|im_end|>"] if chatml else [" A </s>", " B or C </s>"])
-    asked = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True)["input_ids"]
-    assert example.ids[: len(asked)].tolist() == asked and example.target[len(asked) - 1] == example.ids[len(asked)]
+    prompt = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True)["input_ids"]
+    assert example.ids[: len(prompt)].tolist() == prompt and example.target[len(prompt) - 1] == example.ids[len(prompt)]
     last = chat_example(tokenizer, TURNS, "here", first_trained=2)
     assert trained_texts(tokenizer, last) == trained_texts(tokenizer, example)[1:] and last.ids.tolist() == example.ids.tolist()
 
@@ -44,8 +44,8 @@ def test_no_token_spans_the_prompt_and_the_answer():
     assert "ĠA" in tokenizer.tokenize(apply_chat_template(tokenizer, TURNS))  # left to itself it would
     example = chat_example(tokenizer, TURNS, "here")
     assert trained_texts(tokenizer, example) == ["A<|im_end|>", "B or C<|im_end|>"]
-    asked = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
-    assert example.ids[: len(asked)].tolist() == asked
+    prompt = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
+    assert example.ids[: len(prompt)].tolist() == prompt
     assert decode(tokenizer, example.ids.tolist()) == apply_chat_template(tokenizer, TURNS)
 
 
@@ -117,15 +117,17 @@ words = st.lists(st.sampled_from(["A", " B", "\n", "x", "\n\n", "0", " ", "The",
 @given(contents=st.lists(st.tuples(words, words), min_size=1, max_size=3))
 def test_any_conversation_keeps_its_text_and_its_prompts_are_those_of_the_template(kind, contents):
     tokenizer = KINDS[kind]()
-    messages = [m for asked, told in contents for m in (turn(asked, "user"), turn(told))]
+    messages = [m for prompt, answers in contents for m in (turn(prompt, "user"), turn(answers))]
     example = chat_example(tokenizer, messages, "here")
     assert (example.target == tokenizer.eos_token_id).sum() == len(contents)
     if kind == "bytes":  # where a tokenizer writes no spaces of its own
         assert decode(tokenizer, example.ids.tolist()) == apply_chat_template(tokenizer, messages)
-    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
-    assert example.ids[: len(asked)].tolist() == asked and (example.target[: len(asked) - 1] == -1).all()
-    told = trained_texts(tokenizer, example)
-    assert [text.strip().removesuffix(tokenizer.eos_token).strip() for text in told] == [answer.strip() for _, answer in contents]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert example.ids[: len(prompt)].tolist() == prompt and (example.target[: len(prompt) - 1] == -1).all()
+    answers = trained_texts(tokenizer, example)
+    assert [text.strip().removesuffix(tokenizer.eos_token).strip() for text in answers] == [
+        answer.strip() for _, answer in contents
+    ]
 
 
 def test_a_formatted_conversation_marks_its_answers():

@@ -42,10 +42,10 @@ def _extend(graphdef, state, ids, start, cache, shared, unroll):
 
 
 def extend(model, ids, start, cache, shared=None, unroll=False):
-    found, cache = _extend(
+    output, cache = _extend(
         *nnx.split(model), jnp.asarray(ids, jnp.int32), jnp.asarray(start, jnp.int32), cache, shared, unroll=unroll
     )
-    return np.asarray(found), cache
+    return np.asarray(output), cache
 
 
 def tokens(name, *shape, seed=1):
@@ -56,9 +56,9 @@ def true(name, ids):
     return reference.logits(name, reference.weights(name), ids)
 
 
-def close(found, true, tolerance=3e-6):
+def close(actual, true, tolerance=3e-6):
     """Relative to the largest logit."""
-    np.testing.assert_allclose(found, true, rtol=0, atol=tolerance * np.abs(true).max())
+    np.testing.assert_allclose(actual, true, rtol=0, atol=tolerance * np.abs(true).max())
 
 
 def changed_at(name, ids, at):
@@ -71,9 +71,9 @@ def changed_at(name, ids, at):
 def test_logits_equal_those_of_plain_numpy(model, name):
     ids = tokens(name, 2, T)
     wanted = np.stack([true(name, row) for row in ids])
-    found = logits(model(name), ids)
-    assert found.dtype == np.float32 and np.ptp(wanted) > 5  # nothing is checked by logits that are all alike
-    close(found, wanted)
+    actual = logits(model(name), ids)
+    assert actual.dtype == np.float32 and np.ptp(wanted) > 5  # nothing is checked by logits that are all alike
+    close(actual, wanted)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear"])
@@ -94,11 +94,11 @@ def test_rope_frequencies_of_llama_3_1():
         high_freq_factor=4.0,
         original_max_position_embeddings=8192,
     )
-    found, plain = np.array(rope_frequencies(rope, 128)), 500_000.0 ** -(np.arange(64) / 64)
+    actual, plain = np.array(rope_frequencies(rope, 128)), 500_000.0 ** -(np.arange(64) / 64)
     config = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = {"rope_parameters": config | {"original_max_position_embeddings": 8192}}
-    np.testing.assert_allclose(found, reference.frequencies(config, 128), rtol=1e-12)
-    ratio = plain / found
+    np.testing.assert_allclose(actual, reference.frequencies(config, 128), rtol=1e-12)
+    ratio = plain / actual
     # 2 pi theta^(i/64) < 2048 for i < 28.2, and > 8192 for i > 34.99
     assert np.allclose(ratio[:29], 1) and np.allclose(ratio[35:], 8) and np.all(np.diff(ratio[28:36]) > 0)
     np.testing.assert_allclose(rope_frequencies(RopeParameters(rope_theta=500_000.0), 128), plain, rtol=1e-12)
@@ -160,13 +160,13 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(model, name):
     """Rows of different lengths: what a shorter row was padded with is overwritten, and never attended to."""
     m, ids, at = model(name), tokens(name, 2, T), np.array([8, 5])
     wanted = [true(name, row) for row in ids]
-    found, cache = extend(m, ids[:, :8], np.zeros(2), m.init_cache(2, 16))
+    actual, cache = extend(m, ids[:, :8], np.zeros(2), m.init_cache(2, 16))
     for r in range(2):
-        close(found[r, : at[r]], wanted[r][: at[r]])
+        close(actual[r, : at[r]], wanted[r][: at[r]])
     for step in range(6):
-        found, cache = extend(m, ids[np.arange(2), at][:, None], at, cache, unroll=name == "qwen3" and step > 2)
+        actual, cache = extend(m, ids[np.arange(2), at][:, None], at, cache, unroll=name == "qwen3" and step > 2)
         for r in range(2):
-            close(found[r, 0], wanted[r][at[r]])
+            close(actual[r, 0], wanted[r][at[r]])
         at = at + 1
 
 
@@ -179,24 +179,24 @@ def test_rows_share_the_cache_of_their_prefix(model, name):
     shared = (shared, jnp.asarray(lengths, jnp.int32))
     first, cache = extend(m, rows[:, :4], np.zeros(4), m.init_cache(4, 6), shared)
     second, _ = extend(m, rows[:, 4:], np.full(4, 4), cache, shared)
-    for r, found in enumerate(np.concatenate([first, second], axis=1)):
+    for r, actual in enumerate(np.concatenate([first, second], axis=1)):
         n = lengths[r // 2]
-        close(found, true(name, np.concatenate([prefixes[r // 2, :n], rows[r]]))[n:])
+        close(actual, true(name, np.concatenate([prefixes[r // 2, :n], rows[r]]))[n:])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bfloat16_activations_give_close_logits(model, name):
     ids = tokens(name, 2, T)
-    found = logits(model(name), ids, dtype=jnp.bfloat16)
-    assert found.dtype == np.float32 and not np.array_equal(found, logits(model(name), ids))
-    close(found[0], true(name, ids[0]), 0.05)
+    actual = logits(model(name), ids, dtype=jnp.bfloat16)
+    assert actual.dtype == np.float32 and not np.array_equal(actual, logits(model(name), ids))
+    close(actual[0], true(name, ids[0]), 0.05)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_num_parameters_equals_the_number_of_weights(model, name):
-    held = sum(x.size for x in reference.weights(name).values())
-    assert model(name).config.num_parameters == held
-    assert sum(x.size for x in jax.tree.leaves(nnx.state(model(name)))) == held
+    count = sum(x.size for x in reference.weights(name).values())
+    assert model(name).config.num_parameters == count
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model(name)))) == count
 
 
 def test_the_abstract_decoder_has_the_structure_and_shapes_of_a_decoder():

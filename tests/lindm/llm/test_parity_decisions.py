@@ -46,8 +46,8 @@ def test_the_exported_model_decides_the_same_in_torch(micro, tmp_path, method):
     wanted = evaluate_policy(tasks, whole)
     assert len({int(np.argmax(s)) for s in scores}) == 2
     model = weights.load(directory)
-    found = evaluate_policy(tasks, LanguageModelPolicy(model, load_tokenizer(directory), text))
-    assert [dataclasses.replace(loss, invalid=None) for loss in found] == wanted
+    losses = evaluate_policy(tasks, LanguageModelPolicy(model, load_tokenizer(directory), text))
+    assert [dataclasses.replace(loss, invalid=None) for loss in losses] == wanted
 
 
 @pytest.mark.skipif("LINDM_RUN" not in os.environ, reason="LINDM_RUN names no run of `lindm sft`")

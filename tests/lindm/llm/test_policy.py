@@ -52,7 +52,7 @@ def agree(model, tokenizer, tasks, text):
     return spelled
 
 
-@pytest.mark.parametrize("kind, n", [("mdp", 2), ("hidden", 3), ("cloud", 2)])
+@pytest.mark.parametrize("kind, n", [("mdp", 2), ("hidden", 3), ("ambiguous", 2)])
 def test_answers_are_those_of_reading_every_text_from_its_beginning(micro, kind, n):
     tasks, text = tasks_of(getattr(micro, kind), n)
     agree(weights.load(micro.model), load_tokenizer(micro.model), tasks, text)
@@ -105,9 +105,9 @@ def results(micro, run, tmp_path_factory):
     names = ["oracle", "random", "bc", f"icl:{micro.model}", f"sft:{run}"]
     heard = []
     policies = PoliciesByName(names, SUITE, DATASET)
-    found = evaluate(SUITE, policies, dataset=DATASET, data=tmp_path_factory.mktemp("data"), on_result=heard.append)
-    assert heard == found and [result.policy for result in found] == names
-    return found
+    actual = evaluate(SUITE, policies, dataset=DATASET, data=tmp_path_factory.mktemp("data"), on_result=heard.append)
+    assert heard == actual and [result.policy for result in actual] == names
+    return actual
 
 
 def test_every_policy_has_a_result_of_the_same_tasks(results):
@@ -130,9 +130,9 @@ def test_a_run_and_its_functions_give_the_same_results_by_name_and_by_directory(
     def function(demonstrations, history):
         return policy.act(demonstrations, history)
 
-    found = evaluate(SUITE, {"sft": policy, "function": function}, dataset=DATASET, data=tmp_path / "data")
-    assert [result.gaps for result in found] == [results[4].gaps] * 2
-    assert found[0].invalid == results[4].invalid and found[1].invalid is None
+    actual = evaluate(SUITE, {"sft": policy, "function": function}, dataset=DATASET, data=tmp_path / "data")
+    assert [result.gaps for result in actual] == [results[4].gaps] * 2
+    assert actual[0].invalid == results[4].invalid and actual[1].invalid is None
 
 
 def test_a_model_reads_texts_as_it_was_trained(micro, run, tmp_path):
@@ -174,7 +174,7 @@ def test_options_of_texts_are_refused_where_nobody_reads_them():
             PoliciesByName(["oracle", "bc"], SUITE, DATASET, **{option: value})
 
 
-def test_a_word_for_rewards_that_is_none_is_refused(micro):
+def test_an_invalid_value_of_rewards_raises_an_error(micro):
     with pytest.raises(ValueError, match="rewards must be one of auto, shown, hidden; got 'some'"):
         PoliciesByName(["oracle", f"icl:{micro.model}"], SUITE, DATASET, rewards="some")
 

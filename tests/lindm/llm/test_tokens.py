@@ -60,10 +60,10 @@ def test_the_tokens_of_a_document_decode_to_it(kind, template):
 def test_any_text_in_any_pieces_is_decoded_unchanged(kind, pieces):
     tokenizer = KINDS[kind]()
     if kind in ("prepend", "metaspace"):
-        pieces = [piece.replace("▁", "_") for piece in pieces]  # the one character that these cannot tell from a space
-    found = encode(tokenizer, pieces)
-    assert decode(tokenizer, list(itertools.chain(*found))) == "".join(pieces)
-    assert [encode(tokenizer, [piece])[0] for piece in reversed(pieces)][::-1] == found
+        pieces = [piece.replace("▁", "_") for piece in pieces]  # these tokenizers read this character as a space
+    encoded = encode(tokenizer, pieces)
+    assert decode(tokenizer, list(itertools.chain(*encoded))) == "".join(pieces)
+    assert [encode(tokenizer, [piece])[0] for piece in reversed(pieces)][::-1] == encoded
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,9 +117,9 @@ def test_every_distinct_piece_is_encoded_once(monkeypatch):
 
 
 def test_the_document_prefix_of_every_kind_of_tokenizer():
-    found = {kind: KINDS[kind]().convert_ids_to_tokens(document_prefix(KINDS[kind]())) for kind in KINDS}
+    prefixes = {kind: KINDS[kind]().convert_ids_to_tokens(document_prefix(KINDS[kind]())) for kind in KINDS}
     space = ["<s>", "▁"]
-    assert found == {"bytes": [], "bytes with a beginning": ["<|begin|>"], "prepend": space, "metaspace": space}
+    assert prefixes == {"bytes": [], "bytes with a beginning": ["<|begin|>"], "prepend": space, "metaspace": space}
 
 
 # --- actions
@@ -128,8 +128,8 @@ def test_the_document_prefix_of_every_kind_of_tokenizer():
 def test_every_action_has_its_tokens():
     for kind in KINDS:
         tokenizer = KINDS[kind]()
-        found = action_tokens(tokenizer, COMPACT, 26)
-        assert [decode(tokenizer, ids) for ids in found] == [f" {c}" for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+        ids_of_actions = action_tokens(tokenizer, COMPACT, 26)
+        assert [decode(tokenizer, ids) for ids in ids_of_actions] == [f" {c}" for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 
 
 @given(names=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=4, unique=True))
@@ -224,12 +224,12 @@ def test_a_completion_and_its_eos_token_are_trained_after_the_prompt(kind):
     tokenizer = KINDS[kind]()
     for prompt in ("The state is 3. The", "\n0", " x"):
         example = completion_example(tokenizer, prompt, " A</s><|im_end|>.", "here")
-        asked = tokenizer(prompt)["input_ids"]
-        assert example.ids[: len(asked)].tolist() == asked
-        assert (example.target[: len(asked) - 1] == -1).all() and example.target[-1] == -1
-        assert (example.target[len(asked) - 1 : -1] == example.ids[len(asked) :]).all()
-        assert decode(tokenizer, example.ids[len(asked) :].tolist()) == f" A</s><|im_end|>.{tokenizer.eos_token}"
-        assert (example.ids[len(asked) :] == tokenizer.eos_token_id).sum() == 1
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        assert example.ids[: len(prompt_ids)].tolist() == prompt_ids
+        assert (example.target[: len(prompt_ids) - 1] == -1).all() and example.target[-1] == -1
+        assert (example.target[len(prompt_ids) - 1 : -1] == example.ids[len(prompt_ids) :]).all()
+        assert decode(tokenizer, example.ids[len(prompt_ids) :].tolist()) == f" A</s><|im_end|>.{tokenizer.eos_token}"
+        assert (example.ids[len(prompt_ids) :] == tokenizer.eos_token_id).sum() == 1
     hostile = completion_example(tokenizer, "x</s><|im_end|>", "y", "here")
     assert tokenizer.eos_token_id not in hostile.ids[:-1]
 

@@ -110,10 +110,10 @@ def train(
         placed = jax.tree.map(lambda x: sharding.shard_array(x, shardings.batch), one)
         stop = np.broadcast_to(np.int32(stops[i] if stops else 0), mesh.size)
         stop = sharding.shard_array(stop, shardings.stop_flags)
-        if compiled is None:  # five times faster without optimisations, which are not needed at this size
+        if compiled is None:  # five times faster without optimizations, which are not needed at this size
             compiled = step.lower(state, frozen, placed, stop).compile(compiler_options={"xla_backend_optimization_level": 0})
-        state, found = compiled(state, frozen, placed, stop)
-        metrics.append({name: np.asarray(value).item() for name, value in vars(found).items()})
+        state, step_metrics = compiled(state, frozen, placed, stop)
+        metrics.append({name: np.asarray(value).item() for name, value in vars(step_metrics).items()})
     last = jax.tree.map(lambda x: np.array(x) if x.is_fully_addressable else None, state)
     return Trained(metrics, before, weights(state.params), (still, weights(frozen)), (first, last))
 

@@ -19,9 +19,9 @@ from lindm.types import APOMDP, POMDP
 S, A, O, H, M = 2, 2, 2, 3, 2
 
 
-def action_values(cloud, alpha, b, h=0):
+def action_values(parts, alpha, b, h=0):
     """Q_h [..., A] by the definition, at beliefs b [..., M, S]."""
-    P, O, r = (np.asarray(x) for x in (cloud.P, cloud.O, cloud.r))
+    P, O, r = (np.asarray(x) for x in (parts.P, parts.O, parts.r))
     G = np.einsum("...ms,msa->...am", b, r[:, h])
     if h + 1 < r.shape[1]:
         K = np.einsum("msat,mato->amost", P[:, h % P.shape[1]], O[:, h % O.shape[1]])
@@ -29,7 +29,7 @@ def action_values(cloud, alpha, b, h=0):
         mass = joint.sum(-1)
         tau = joint / np.where(mass > 0, mass, 1)[..., None]
         tau = np.repeat(tau[..., None, :], len(r), axis=-2)
-        G = G + (mass * action_values(cloud, alpha, tau, h + 1).max(-1)).sum(-1)
+        G = G + (mass * action_values(parts, alpha, tau, h + 1).max(-1)).sum(-1)
     return alpha * G.min(-1) + (1 - alpha) * G.max(-1)
 
 
@@ -38,8 +38,8 @@ def value(problem: APOMDP) -> float:
 
 
 def pomdp_value(problem: POMDP) -> float:
-    cloud = jax.tree.map(lambda x: np.asarray(x)[None], problem)
-    return float(action_values(cloud, 0.0, cloud.rho).max())
+    parts = jax.tree.map(lambda x: np.asarray(x)[None], problem)
+    return float(action_values(parts, 0.0, parts.rho).max())
 
 
 def models(seed: int, count: int = M, stages: tuple[int, int] = (1, 1), common_start: bool = True, O: int = O) -> list[POMDP]:
@@ -73,12 +73,12 @@ def test_models_come_back_as_they_were_given():
 
 def test_a_single_stage_is_repeated_where_another_model_has_all_stages():
     flat, full = models(1, 1)[0], models(2, 1, (H, H))[0]
-    cloud = apomdp([flat, full], 1).models
-    assert cloud.P.shape == (2, H, S, A, S) and cloud.O.shape == (2, H, A, S, O)
+    parts = apomdp([flat, full], 1).models
+    assert parts.P.shape == (2, H, S, A, S) and parts.O.shape == (2, H, A, S, O)
     for h in range(H):
-        np.testing.assert_array_equal(cloud.P[0, h], flat.P[0])
-        np.testing.assert_array_equal(cloud.O[0, h], flat.O[0])
-    np.testing.assert_array_equal(cloud.P[1], full.P)
+        np.testing.assert_array_equal(parts.P[0, h], flat.P[0])
+        np.testing.assert_array_equal(parts.O[0, h], flat.O[0])
+    np.testing.assert_array_equal(parts.P[1], full.P)
 
 
 def test_models_of_mixed_precision_become_one_apomdp():
@@ -138,16 +138,16 @@ def drawn(key, distance, c, quality):
 @given(seed=st.integers(0, 10**6), distance=st.floats(0.0, 1.0), c=st.floats(0.01, 100.0), quality=st.floats(0.0, 1.0))
 def test_random_apomdps_are_valid_and_their_models_are_within_the_distance(seed, distance, c, quality):
     problem = drawn(jax.random.key(seed), distance, c, quality)
-    cloud = problem.models
-    again = apomdp([jax.tree.map(lambda x, m=m: x[m], cloud) for m in range(3)], problem.alpha)
+    parts = problem.models
+    again = apomdp([jax.tree.map(lambda x, m=m: x[m], parts) for m in range(3)], problem.alpha)
     jax.tree.map(np.testing.assert_array_equal, again, problem)
-    assert cloud.P.shape == (3, 1, 3, 2, 3) and cloud.O.shape == (3, 1, 2, 3, 2) and cloud.r.shape == (3, 2, 3, 2)
+    assert parts.P.shape == (3, 1, 3, 2, 3) and parts.O.shape == (3, 1, 2, 3, 2) and parts.r.shape == (3, 2, 3, 2)
     for m in range(3):
-        for x in (cloud.P, cloud.O):
+        for x in (parts.P, parts.O):
             assert (total_variation(x[m], x[0]) <= distance + 1e-12).all()
-        np.testing.assert_array_equal(cloud.r[m], cloud.r[0])
-        np.testing.assert_array_equal(cloud.rho[m], cloud.rho[0])
-    np.testing.assert_allclose(cloud.r[0, 1], 0.9 * cloud.r[0, 0], rtol=1e-13)
+        np.testing.assert_array_equal(parts.r[m], parts.r[0])
+        np.testing.assert_array_equal(parts.rho[m], parts.rho[0])
+    np.testing.assert_allclose(parts.r[0, 1], 0.9 * parts.r[0, 0], rtol=1e-13)
 
 
 def test_models_move_apart_in_proportion_to_the_distance_from_a_common_centre():

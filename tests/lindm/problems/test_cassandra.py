@@ -388,18 +388,18 @@ BROKEN = [
     ("R: x : a : * : * 1", "R: x 1 2 3", 13, "'R' takes 2 to 4 of"),
     ("R: x : a : * : * 1", "R: x :", 13, "'R' takes 2 to 4 of"),
     ("R: x : a : * : * 1", "R:", 13, "'R' takes 2 to 4 of action : state : state : observation; got 'nothing'"),
-    ("R: x : a : * : * 1", "R: x : a : * : *", 13, "'R' needs one number; found 0"),
-    ("R: x : a : * : * 1", "R: x : a : * : * -", 13, "'R' needs one number; found 0"),
-    ("R: x : a : * : * 1", "R: x : a : * 1", 13, "'R' needs 2 numbers; found 1"),
-    ("R: x : a : * : * 1", "R: x : a 1 2 3 4 5", 13, "'R' needs 6 numbers (3 x 2); found 5"),
-    ("R: x : a : * : * 1", "R: x : a 1 2 3 4 5 6\n7", 14, "expected 6 numbers (3 x 2); found 6 and then '7', one too many"),
-    ("R: x : a : * : * 1", "R: x : a : * : * uniform", 13, "found 0 and then 'uniform', which is not a number"),
+    ("R: x : a : * : * 1", "R: x : a : * : *", 13, "'R' needs one number; got 0"),
+    ("R: x : a : * : * 1", "R: x : a : * : * -", 13, "'R' needs one number; got 0"),
+    ("R: x : a : * : * 1", "R: x : a : * 1", 13, "'R' needs 2 numbers; got 1"),
+    ("R: x : a : * : * 1", "R: x : a 1 2 3 4 5", 13, "'R' needs 6 numbers (3 x 2); got 5"),
+    ("R: x : a : * : * 1", "R: x : a 1 2 3 4 5 6\n7", 14, "expected 6 numbers (3 x 2); got 6 and then '7', one too many"),
+    ("R: x : a : * : * 1", "R: x : a : * : * uniform", 13, "got 0 and then 'uniform', which is not a number"),
     ("R: x : a : * : * 1", "R: x : a : * : * 1e400", 13, "expected a finite number; got '1e400'"),
     ("R: x : a : * : * 1", "R: x : a : * : * inf", 13, "'inf', which is not a number"),
     ("R: x : a : * : * 1", "R: x : a : * : * 1_0", 13, "'1_0', which is not a number"),
-    (".1 .2 .7\n", ".1 .2\n", 8, "'T' needs 9 numbers (3 x 3); found 8 up to the next entry or the end"),
-    ("0 1 0\n", "0 1 0\n0\n", 12, "expected 9 numbers (3 x 3); found 9 and then '.7', one too many"),
-    ("0 1 0\n", "0 l 0\n", 10, "found 4 and then 'l', which is not a number"),
+    (".1 .2 .7\n", ".1 .2\n", 8, "'T' needs 9 numbers (3 x 3); got 8 up to the next entry or the end"),
+    ("0 1 0\n", "0 1 0\n0\n", 12, "expected 9 numbers (3 x 3); got 9 and then '.7', one too many"),
+    ("0 1 0\n", "0 l 0\n", 10, "got 4 and then 'l', which is not a number"),
     ("0 1 0\n", "1 1 -1\n", 10, "expected a probability, from 0 to 1; got '-1'"),
     ("0 1 0\n", "0 1.1 0\n", 10, "expected a probability, from 0 to 1; got '1.1'"),
     ("0 1 0\n", "0 .99 0\n", 8, "T of action 'y', state 'b' sums to 0.99; expected one (within 1e-05)"),
@@ -409,13 +409,13 @@ BROKEN = [
     ("O: * uniform", "O: * reset", 12, "'reset', which is not a number"),
     ("O: * uniform", "T: x : a identity\nO: * uniform", 12, "'identity', which is not a number"),
     ("O: * uniform", "T: x : a : a uniform\nO: * uniform", 12, "'uniform', which is not a number"),
-    ("O: * uniform", "O: * uniform uniform", 12, "found 0 and then 'uniform', which is not a number"),
-    ("O: * uniform", "O * uniform", 12, "found 9 and then 'O', which is not a number"),
+    ("O: * uniform", "O: * uniform uniform", 12, "got 0 and then 'uniform', which is not a number"),
+    ("O: * uniform", "O * uniform", 12, "got 9 and then 'O', which is not a number"),
     ("start: a", "start: d", 6, "'d' is none of the states"),
     ("start: a", "start: 3", 6, "'3' is none of the states"),
-    ("start: a", "start:", 6, "'start' needs 3 numbers; found 0"),
-    ("start: a", "start: .5 .5", 6, "'start' needs 3 numbers; found 2"),
-    ("start: a", "start: .5 .5 0 0", 6, "found 3 and then '0', one too many"),
+    ("start: a", "start:", 6, "'start' needs 3 numbers; got 0"),
+    ("start: a", "start: .5 .5", 6, "'start' needs 3 numbers; got 2"),
+    ("start: a", "start: .5 .5 0 0", 6, "got 3 and then '0', one too many"),
     ("start: a", "start: .5 .25 .2", 6, "the start sums to 0.95"),
     ("start: a", "start:\na\nb", 8, "'start' takes one state, or `start include:` and several; got 'b' as well"),
     ("start: a", "start include:", 6, "'start include' takes a list of states; got nothing"),
@@ -469,8 +469,8 @@ def survives(text: str) -> None:
         try:
             parse(text, "f.pomdp")
         except LindmError as stop:
-            found = re.match(r"f\.pomdp:(\d+): \S", stop.message)
-            assert isinstance(stop, DataError) and found and 1 <= int(found[1]) <= text.count("\n") + 1, stop.message
+            match = re.match(r"f\.pomdp:(\d+): \S", stop.message)
+            assert isinstance(stop, DataError) and match and 1 <= int(match[1]) <= text.count("\n") + 1, stop.message
 
 
 def test_the_text_to_break_is_whole():

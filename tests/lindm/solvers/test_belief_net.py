@@ -18,7 +18,7 @@ ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 PER_POINT = ("beliefs", "lower", "upper", "radius", "slope_low", "slope_high")
 
 
-class Cloud(NamedTuple):
+class Arrays(NamedTuple):
     P: np.ndarray  # [M, H|1, S, A, S]
     O: np.ndarray  # [M, H|1, A, S, O]
     r: np.ndarray  # [M, H, S, A]
@@ -30,7 +30,7 @@ class Cloud(NamedTuple):
         return APOMDP(models=POMDP(P=P, O=O, r=r, rho=rho), alpha=jnp.asarray(self.alpha))
 
 
-def random_cloud(seed: int, S: int, A: int, O: int, M: int, H: int) -> Cloud:
+def random_arrays(seed: int, S: int, A: int, O: int, M: int, H: int) -> Arrays:
     """Sharp or flat laws with exact zeros, rewards of both signs, laws of the first state that differ, stages that may."""
     rng = np.random.default_rng(seed)
     stages, sharpness = rng.choice([1, H]), rng.choice([0.3, 1.0, 3.0])
@@ -41,51 +41,51 @@ def random_cloud(seed: int, S: int, A: int, O: int, M: int, H: int) -> Cloud:
         return p / p.sum(-1, keepdims=True)
 
     P, Z, rho = laws(S, M, stages, S, A), laws(O, M, stages, A, S), laws(S, M)
-    return Cloud(P, Z, rng.normal(size=(M, H, S, A)) + rng.normal(), rho, float(rng.choice(ALPHAS)))
+    return Arrays(P, Z, rng.normal(size=(M, H, S, A)) + rng.normal(), rho, float(rng.choice(ALPHAS)))
 
 
-def after(cloud: Cloud, h: int, b: np.ndarray, m: int, a: int, o: int) -> tuple[np.ndarray, np.ndarray]:
+def after(arrays: Arrays, h: int, b: np.ndarray, m: int, a: int, o: int) -> tuple[np.ndarray, np.ndarray]:
     """The probability of an observation and the belief it leaves, for beliefs [n, S]; any belief where it cannot be seen."""
-    P, O = cloud.P[m, h % cloud.P.shape[1]], cloud.O[m, h % cloud.O.shape[1]]
+    P, O = arrays.P[m, h % arrays.P.shape[1]], arrays.O[m, h % arrays.O.shape[1]]
     joint = np.stack([sum(b[:, i] * P[i, a, j] for i in range(b.shape[1])) * O[a, j, o] for j in range(b.shape[1])], 1)
     p = joint.sum(1)
     return p, np.where(p[:, None] > 0, joint / np.where(p > 0, p, 1)[:, None], 1 / b.shape[1])
 
 
-def value(cloud: Cloud, h: int, *starts: np.ndarray) -> np.ndarray:
+def value(arrays: Arrays, h: int, *starts: np.ndarray) -> np.ndarray:
     """V_h by recursion over histories: beliefs [n, S], one for all models or one for each."""
-    M, H, _, A = cloud.r.shape
+    M, H, _, A = arrays.r.shape
     best = np.full(len(starts[0]), -np.inf)
     for a in range(A):
         gains = []
         for m in range(M):
             b = starts[m % len(starts)]
-            gain = b @ cloud.r[m, h, :, a]
-            for o in range(cloud.O.shape[-1] if h + 1 < H else 0):
-                p, child = after(cloud, h, b, m, a, o)
-                gain = gain + p * value(cloud, h + 1, child)
+            gain = b @ arrays.r[m, h, :, a]
+            for o in range(arrays.O.shape[-1] if h + 1 < H else 0):
+                p, child = after(arrays, h, b, m, a, o)
+                gain = gain + p * value(arrays, h + 1, child)
             gains.append(gain)
-        best = np.maximum(best, cloud.alpha * np.min(gains, 0) + (1 - cloud.alpha) * np.max(gains, 0))
+        best = np.maximum(best, arrays.alpha * np.min(gains, 0) + (1 - arrays.alpha) * np.max(gains, 0))
     return best
 
 
-def root(cloud: Cloud) -> float:
-    return float(value(cloud, 0, *(law[None] for law in cloud.rho))[0])
+def root(arrays: Arrays) -> float:
+    return float(value(arrays, 0, *(law[None] for law in arrays.rho))[0])
 
 
-def histories(cloud: Cloud, rng: np.random.Generator, n: int) -> list[np.ndarray]:
+def histories(arrays: Arrays, rng: np.random.Generator, n: int) -> list[np.ndarray]:
     """Beliefs [n, S] after random histories that can happen, for every stage from 1 on."""
-    M, H, S, A = cloud.r.shape
-    found = np.zeros((H, n, S))
+    M, H, S, A = arrays.r.shape
+    beliefs = np.zeros((H, n, S))
     for i in range(n):
         b = None
         for h in range(H - 1):
             m, a = rng.integers(M), rng.integers(A)
-            start = cloud.rho[m] if b is None else b
-            steps = [after(cloud, h, start[None], m, a, o) for o in range(cloud.O.shape[-1])]
+            start = arrays.rho[m] if b is None else b
+            steps = [after(arrays, h, start[None], m, a, o) for o in range(arrays.O.shape[-1])]
             b = steps[rng.choice([o for o, (p, _) in enumerate(steps) if p[0] > 0])][1][0]
-            found[h + 1, i] = b
-    return list(found[1:])
+            beliefs[h + 1, i] = b
+    return list(beliefs[1:])
 
 
 def anywhere(rng: np.random.Generator, n: int, S: int) -> np.ndarray:
@@ -115,36 +115,36 @@ def holds(lower, exact, upper, scale: float = 1.0) -> None:
     assert (exact <= np.asarray(upper) + tolerance).all(), (exact - upper).max()
 
 
-# --- what is said holds
+# --- the bounds contain the value
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1, 4), (2, 2, 2, 3, 4), (3, 2, 2, 2, 4), (4, 2, 3, 1, 4), (3, 1, 2, 3, 4)])
 @settings(max_examples=8)
 @given(seed=st.integers(0, 10**6), points=st.sampled_from([1, 5, 20, 100]))
 def test_the_exact_value_lies_between_the_bounds_at_the_start_after_any_history_and_anywhere_else(sizes, seed, points):
-    cloud, rng = random_cloud(seed, *sizes), np.random.default_rng(seed)
-    net = nets.net(cloud.problem(), points=points)
+    arrays, rng = random_arrays(seed, *sizes), np.random.default_rng(seed)
+    net = nets.net(arrays.problem(), points=points)
     assert (np.asarray(net.points)[1:] <= points).all()
-    holds(net.lower[0], root(cloud), net.upper[0])
-    for h, reached in enumerate(histories(cloud, rng, QUERIES // 2), 1):
+    holds(net.lower[0], root(arrays), net.upper[0])
+    for h, reached in enumerate(histories(arrays, rng, QUERIES // 2), 1):
         beliefs = np.concatenate([reached, anywhere(rng, QUERIES // 2, sizes[0])])
         lower, upper = bounds(net, h, beliefs)
         assert (lower <= upper).all()
-        holds(lower, value(cloud, h, beliefs), upper)
+        holds(lower, value(arrays, h, beliefs), upper)
 
 
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), points=st.sampled_from([3, 10, 30]))
 def test_between_any_two_beliefs_and_any_two_in_a_ball_the_value_changes_within_the_slopes(seed, points):
-    cloud, rng = random_cloud(seed, 3, 2, 2, 2, 3), np.random.default_rng(seed)
-    net = nets.net(cloud.problem(), points=points)
+    arrays, rng = random_arrays(seed, 3, 2, 2, 2, 3), np.random.default_rng(seed)
+    net = nets.net(arrays.problem(), points=points)
     for h in (1, 2):
         b, g = anywhere(rng, 12, 3), rng.permutation(anywhere(rng, 12, 3))
-        d, rise = b - g, value(cloud, h, b) - value(cloud, h, g)
+        d, rise = b - g, value(arrays, h, b) - value(arrays, h, g)
         up, down = np.maximum(d, 0), np.maximum(-d, 0)
         low, high = np.asarray(net.low[h]), np.asarray(net.high[h])
         holds(up @ low - down @ high, rise, up @ high - down @ low)
-        holds(b @ low, value(cloud, h, b), b @ high)
+        holds(b @ low, value(arrays, h, b), b @ high)
         assert (abs(rise) <= float(net.lipschitz[h]) * abs(d).sum(1) + 1e-12).all()
 
         # two beliefs at the rim of the ball of each point: towards random corners, as far as the radius allows
@@ -154,27 +154,27 @@ def test_between_any_two_beliefs_and_any_two_in_a_ball_the_value_changes_within_
             towards = np.eye(3)[rng.integers(3, size=len(g))] - g
             length = abs(towards).sum(1, keepdims=True)
             pair.append(g + towards * np.minimum(1, radius / np.where(length > 0, length, 1)))
-        d, rise = pair[0] - pair[1], value(cloud, h, pair[0]) - value(cloud, h, pair[1])
+        d, rise = pair[0] - pair[1], value(arrays, h, pair[0]) - value(arrays, h, pair[1])
         ends = np.stack([d * np.asarray(net.slope_low[h]), d * np.asarray(net.slope_high[h])])
         holds(ends.min(0).sum(1), rise, ends.max(0).sum(1))
 
 
 def test_the_bound_in_l1_is_the_least_one_where_there_is_nothing_to_decide():
     # one model and one action: the value is linear, and moving all mass from the worst state to the best changes it by the span
-    cloud = random_cloud(3, 3, 1, 2, 1, 4)
-    net = nets.net(cloud.problem(), points=2)
+    arrays = random_arrays(3, 3, 1, 2, 1, 4)
+    net = nets.net(arrays.problem(), points=2)
     for h in range(4):
-        corners = value(cloud, h, np.eye(3))
+        corners = value(arrays, h, np.eye(3))
         np.testing.assert_allclose(net.low[h], corners, rtol=1e-12)
         np.testing.assert_allclose(net.high[h], corners, rtol=1e-12)
         assert float(net.lipschitz[h]) == pytest.approx(np.ptp(corners) / 2, rel=1e-12)
 
 
-def test_what_a_kernel_forgets_is_not_charged():
+def test_mixing_of_a_kernel_lowers_the_lipschitz_constant():
     # the state stays with probability 1/2 and is drawn anew otherwise, unseen: moving all mass costs 1 + 1/2 + 1/4 + ... at most
     P = np.broadcast_to((np.eye(2)[:, None] + 0.5) / 2, (1, 1, 2, 2, 2))
     r = np.broadcast_to(np.eye(2), (1, 6, 2, 2))
-    net = nets.net(Cloud(P, np.ones((1, 1, 2, 2, 1)), r, np.full((1, 2), 0.5), 1.0).problem())
+    net = nets.net(Arrays(P, np.ones((1, 1, 2, 2, 1)), r, np.full((1, 2), 0.5), 1.0).problem())
     np.testing.assert_allclose(2 * net.lipschitz, 2 - 0.5 ** np.arange(5, -1, -1), rtol=1e-12)
     assert (net.high[0] - net.low[0] > 4).all()
 
@@ -183,11 +183,11 @@ def test_a_value_above_its_own_chord_is_between_the_bounds():
     # the worst of three models at the last stage: 0 at both corners, 0.4 and more between
     r = np.zeros((3, 2, 2, 1))
     r[:, 1, :, 0] = [[1, 0], [0, 1], [0.4, 0.4]]
-    cloud = Cloud(np.full((3, 1, 2, 1, 2), 0.5), np.full((3, 1, 1, 2, 1), 1.0), r, np.array([[0.5, 0.5]] * 3), 1.0)
+    arrays = Arrays(np.full((3, 1, 2, 1, 2), 0.5), np.full((3, 1, 1, 2, 1), 1.0), r, np.array([[0.5, 0.5]] * 3), 1.0)
     beliefs = np.stack([np.linspace(0, 1, 21), 1 - np.linspace(0, 1, 21)], 1)
-    exact = value(cloud, 1, beliefs)
+    exact = value(arrays, 1, beliefs)
     assert exact[10] > (exact[0] + exact[-1]) / 2 + 0.3
-    net = nets.net(cloud.problem())
+    net = nets.net(arrays.problem())
     lower, upper = bounds(net, 1, beliefs)
     holds(lower, exact, upper)
     assert lower[10] == pytest.approx(0.4) == upper[10]  # the one belief that is reached
@@ -200,8 +200,8 @@ def test_a_value_above_its_own_chord_is_between_the_bounds():
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), points=st.sampled_from([4, 40, 400]), S=st.integers(2, 4))
 def test_the_image_of_a_ball_is_in_the_ball_of_its_cell_where_that_is_said(seed, points, S):
-    cloud, rng = random_cloud(seed, S, 2, 2, 2, 2), np.random.default_rng(seed)
-    K = np.einsum("msax,maxo->maosx", cloud.P[:, 0], cloud.O[:, 0])
+    arrays, rng = random_arrays(seed, S, 2, 2, 2, 2), np.random.default_rng(seed)
+    K = np.einsum("msax,maxo->maosx", arrays.P[:, 0], arrays.O[:, 0])
     g, ball = rng.dirichlet(np.ones(S), 30), 10 ** rng.uniform(-4, 0, 30) * (np.arange(30) < 25)
     reach = 10 ** rng.uniform(-3, 0)
     means, balls, (cell, inside), merged = nets.next_layer(np.repeat(g[:, None], 2, 1), K, ball, reach, points)
@@ -210,7 +210,7 @@ def test_the_image_of_a_ball_is_in_the_ball_of_its_cell_where_that_is_said(seed,
         towards = np.eye(S)[rng.integers(S, size=30)] - g
         x = g + towards * np.minimum(1, ball / abs(towards).sum(1))[:, None]
         for m, a, o in itertools.product(range(2), repeat=3):
-            here, there = (after(cloud, 0, b, m, a, o) for b in (g, x))
+            here, there = (after(arrays, 0, b, m, a, o) for b in (g, x))
             at = cell[:, m, a, o]
             distance = [abs(child - means[at]).sum(1) for _, child in (here, there)]
             seen = here[0] > 0
@@ -243,33 +243,33 @@ def test_the_largest_of_functions_that_bend_as_their_slopes_allow_keeps_to_its_s
             holds(ends.min(0).sum(1), function(there) - function(here), ends.max(0).sum(1))
 
 
-# --- how close it comes
+# --- the width of the bounds
 
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 10**6))
 def test_with_room_for_every_reachable_belief_the_bounds_meet_at_the_start_and_after_every_history(seed):
-    cloud, rng = random_cloud(seed, 3, 2, 2, 2, 3), np.random.default_rng(seed)
-    net = nets.net(cloud.problem(), points=128)
-    np.testing.assert_allclose([net.lower[0, 0], net.upper[0, 0]], root(cloud), rtol=0, atol=1e-10)
-    for h, reached in enumerate(histories(cloud, rng, QUERIES), 1):
+    arrays, rng = random_arrays(seed, 3, 2, 2, 2, 3), np.random.default_rng(seed)
+    net = nets.net(arrays.problem(), points=128)
+    np.testing.assert_allclose([net.lower[0, 0], net.upper[0, 0]], root(arrays), rtol=0, atol=1e-10)
+    for h, reached in enumerate(histories(arrays, rng, QUERIES), 1):
         for side in bounds(net, h, reached):
-            np.testing.assert_allclose(side, value(cloud, h, reached), rtol=0, atol=1e-10)
+            np.testing.assert_allclose(side, value(arrays, h, reached), rtol=0, atol=1e-10)
 
 
 def test_a_linear_value_costs_nothing_to_merge():
-    cloud = random_cloud(5, 3, 1, 3, 1, 4)
-    net = nets.net(cloud.problem(), points=1)
-    np.testing.assert_allclose([net.lower[0, 0], net.upper[0, 0]], root(cloud), rtol=1e-12)
+    arrays = random_arrays(5, 3, 1, 3, 1, 4)
+    net = nets.net(arrays.problem(), points=1)
+    np.testing.assert_allclose([net.lower[0, 0], net.upper[0, 0]], root(arrays), rtol=1e-12)
     beliefs = anywhere(np.random.default_rng(0), QUERIES, 3)
     for side in bounds(net, 2, beliefs):
-        np.testing.assert_allclose(side, value(cloud, 2, beliefs), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(side, value(arrays, 2, beliefs), rtol=1e-12, atol=1e-14)
 
 
 def test_the_intervals_shrink_as_points_are_added():
     widths = np.zeros((4, 3))
     for seed, (i, points) in itertools.product(range(4), enumerate((8, 64, 512))):
-        net = nets.net(random_cloud(seed, 3, 2, 2, 3, 5)._replace(alpha=0.7).problem(), points=points)
+        net = nets.net(random_arrays(seed, 3, 2, 2, 3, 5)._replace(alpha=0.7).problem(), points=points)
         widths[seed, i] = net.upper[0, 0] - net.lower[0, 0]
     assert (widths[:, 0] > 1e-6).all()
     assert (widths[:, 1] <= widths[:, 0]).all() and (widths[:, 2] <= widths[:, 1]).all()
@@ -277,28 +277,28 @@ def test_the_intervals_shrink_as_points_are_added():
 
 
 def test_one_step_of_lookahead_with_the_bounds_is_no_worse_than_the_bounds_at_the_start():
-    cloud = random_cloud(11, 2, 2, 2, 3, 4)._replace(alpha=0.3)
-    net = nets.net(cloud.problem(), points=5)
+    arrays = random_arrays(11, 2, 2, 2, 3, 4)._replace(alpha=0.3)
+    net = nets.net(arrays.problem(), points=5)
     ends = []
     for side in range(2):
         best = -np.inf
         for a in range(2):
-            G = [float(cloud.rho[m] @ cloud.r[m, 0, :, a]) for m in range(3)]
+            G = [float(arrays.rho[m] @ arrays.r[m, 0, :, a]) for m in range(3)]
             for m, o in itertools.product(range(3), range(2)):
-                p, child = after(cloud, 0, cloud.rho[m : m + 1], m, a, o)
+                p, child = after(arrays, 0, arrays.rho[m : m + 1], m, a, o)
                 G[m] += p[0] * float(bounds(net, 1, np.repeat(child, QUERIES, 0))[side][0])
             best = max(best, 0.3 * min(G) + 0.7 * max(G))
         ends.append(best)
-    holds(ends[0], root(cloud), ends[1])
+    holds(ends[0], root(arrays), ends[1])
     assert float(net.lower[0, 0]) - 1e-12 <= ends[0] <= ends[1] <= float(net.upper[0, 0]) + 1e-12
 
 
-# --- how it is asked
+# --- queries
 
 
 @pytest.fixture(scope="module")
 def merged() -> nets.Net:
-    return filled(nets.net(random_cloud(7, 2, 2, 2, 3, 4).problem(), points=20), 128)
+    return filled(nets.net(random_arrays(7, 2, 2, 2, 3, 4).problem(), points=20), 128)
 
 
 def test_stages_may_be_traced_and_beliefs_have_any_leading_axes(merged):
@@ -312,41 +312,41 @@ def test_stages_may_be_traced_and_beliefs_have_any_leading_axes(merged):
 
 def test_vmap_over_beliefs_stages_and_nets_is_a_loop(merged):
     beliefs = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(2), (3, 7)))
-    other = jax.tree.map(lambda x: x, filled(nets.net(random_cloud(8, 2, 2, 2, 3, 4).problem(), points=20), 128))
+    other = jax.tree.map(lambda x: x, filled(nets.net(random_arrays(8, 2, 2, 2, 3, 4).problem(), points=20), 128))
     both = jax.tree.map(lambda *x: jnp.stack(x), merged, other)
     over_beliefs = jax.jit(jax.vmap(nets.value_bounds, (None, None, 0)))(merged, 2, beliefs)
     over_stages = jax.jit(jax.vmap(nets.value_bounds, (None, 0, 0)))(merged, jnp.arange(1, 4), beliefs)
     over_nets = jax.jit(jax.vmap(nets.value_bounds, (0, None, None)))(both, 2, beliefs[0])
     for i in range(3):
-        for found, h in ((over_beliefs, 2), (over_stages, i + 1)):
-            np.testing.assert_allclose([side[i] for side in found], value_bounds(merged, h, beliefs[i]), rtol=1e-14)
+        for bounds_of, h in ((over_beliefs, 2), (over_stages, i + 1)):
+            np.testing.assert_allclose([side[i] for side in bounds_of], value_bounds(merged, h, beliefs[i]), rtol=1e-14)
     for i, net in enumerate((merged, other)):
         np.testing.assert_allclose([side[i] for side in over_nets], value_bounds(net, 2, beliefs[0]), rtol=1e-14)
 
 
 def test_a_problem_of_one_stage_is_its_reward_and_one_of_one_state_has_one_belief():
-    cloud = random_cloud(0, 2, 3, 2, 3, 1)
-    net = nets.net(cloud.problem())
+    arrays = random_arrays(0, 2, 3, 2, 3, 1)
+    net = nets.net(arrays.problem())
     assert net.beliefs.shape == (1, 3, 2)
-    np.testing.assert_allclose([net.lower[0], net.upper[0]], root(cloud), rtol=1e-13)
-    cloud = random_cloud(0, 1, 2, 2, 2, 3)
-    net = nets.net(cloud.problem())
+    np.testing.assert_allclose([net.lower[0], net.upper[0]], root(arrays), rtol=1e-13)
+    arrays = random_arrays(0, 1, 2, 2, 2, 3)
+    net = nets.net(arrays.problem())
     np.testing.assert_array_equal(net.points, [2, 1, 1])
-    np.testing.assert_allclose([net.lower[0, 0], net.upper[0, 0]], root(cloud), rtol=1e-13)
+    np.testing.assert_allclose([net.lower[0, 0], net.upper[0, 0]], root(arrays), rtol=1e-13)
 
 
 def test_single_precision_does_not_crash():
-    cloud = random_cloud(2, 2, 2, 2, 2, 3)
+    arrays = random_arrays(2, 2, 2, 2, 2, 3)
     with jax.enable_x64(False):
-        net = nets.net(cloud.problem(), points=20)
+        net = nets.net(arrays.problem(), points=20)
         lower, upper = nets.value_bounds(net, 1, jnp.asarray(np.eye(2), jnp.float32))
         assert net.beliefs.dtype == lower.dtype == jnp.float32
-    exact = value(cloud, 1, np.eye(2))
+    exact = value(arrays, 1, np.eye(2))
     assert (np.asarray(lower) <= exact + 1e-4).all() and (exact <= np.asarray(upper) + 1e-4).all()
 
 
 def test_invalid_arguments_raise_an_error(merged):
-    problem = random_cloud(0, 2, 2, 2, 1, 2).problem()
+    problem = random_arrays(0, 2, 2, 2, 1, 2).problem()
     with pytest.raises(ValueError, match="points must be a whole number of at least 1; got 0"):
         nets.net(problem, points=0)
     with pytest.raises(ValueError, match=r"problem must be a single one, .* got rewards of shape \(3, 1, 2, 2, 2\)"):
@@ -385,8 +385,8 @@ def test_with_more_points_the_cells_are_smaller():
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 2, 7), (3, 2, 3, 2, 5), (6, 2, 2, 2, 5)])
-def test_the_bytes_that_are_announced_are_enough_and_not_far_off(sizes):
-    problem = random_cloud(1, *sizes).problem()
+def test_the_estimate_of_memory_is_enough_and_not_far_off(sizes):
+    problem = random_arrays(1, *sizes).problem()
     tracemalloc.start()
     nets.net(problem, points=1500)
     peak = tracemalloc.get_traced_memory()[1]

@@ -46,8 +46,8 @@ def batches_of(monkeypatch, work):
     monkeypatch.setattr(
         jax.lax, "map", lambda f, xs, *, batch_size=None: seen.append(batch_size or 1) or plain(f, xs, batch_size=batch_size)
     )
-    found = work()
-    return found, seen or ["vmap"]
+    result = work()
+    return result, seen or ["vmap"]
 
 
 # S, models, batch: as many as fit 48 KiB, and divide the stack; a stack that fits whole is one batch

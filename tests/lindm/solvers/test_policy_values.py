@@ -64,37 +64,37 @@ def test_suboptimality_under_vmap_is_a_loop():
 # --- ambiguous problems
 
 
-def table_policy(world, seed):
+def table_policy(reference, seed):
     rng = np.random.default_rng(seed)
-    B = world.A * world.M * world.obs
-    policy = [rng.dirichlet(np.ones(world.A), B**t) for t in range(world.H)]
+    B = reference.A * reference.M * reference.obs
+    policy = [rng.dirichlet(np.ones(reference.A), B**t) for t in range(reference.H)]
 
     def act(t, history):
-        return policy[t][sum(((a * world.M + m) * world.obs + o) * B**k for k, (a, m, o) in enumerate(history))]
+        return policy[t][sum(((a * reference.M + m) * reference.obs + o) * B**k for k, (a, m, o) in enumerate(history))]
 
     return tuple(jnp.asarray(table) for table in policy), act
 
 
-def fixed_value(world, m, act, b, t=0, history=()):
+def fixed_value(reference, m, act, b, t=0, history=()):
     """V_m by plain recursion: model m at every step."""
     total = 0.0
     for a, p_a in enumerate(act(t, history)):
-        total += p_a * float(b @ world.r[m, t, :, a])
-        for o in range(world.obs):
-            p, after = world.step(b, t, a, m, o)
-            if p > 0 and t + 1 < world.H:
-                total += p_a * p * fixed_value(world, m, act, after, t + 1, (*history, (a, m, o)))
+        total += p_a * float(b @ reference.r[m, t, :, a])
+        for o in range(reference.obs):
+            p, after = reference.step(b, t, a, m, o)
+            if p > 0 and t + 1 < reference.H:
+                total += p_a * p * fixed_value(reference, m, act, after, t + 1, (*history, (a, m, o)))
     return total
 
 
 def test_the_value_under_a_fixed_model_and_over_the_whole_horizon_are_those_of_plain_recursion(brute):
-    world = brute.random(21, M=3, H=3, alpha=0.3)
-    policy, act = table_policy(world, 0)
-    wanted = [fixed_value(world, m, act, world.rho[m]) for m in range(3)]
-    found = [policy_values.fixed_model_value(world.problem(), policy, m) for m in range(3)]
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    reference = brute.random(21, M=3, H=3, alpha=0.3)
+    policy, act = table_policy(reference, 0)
+    wanted = [fixed_value(reference, m, act, reference.rho[m]) for m in range(3)]
+    actual = [policy_values.fixed_model_value(reference.problem(), policy, m) for m in range(3)]
+    np.testing.assert_allclose(actual, wanted, rtol=1e-12)
     whole = 0.3 * min(wanted) + 0.7 * max(wanted)
-    np.testing.assert_allclose(policy_values.whole_horizon_value(world.problem(), policy), whole, rtol=1e-12)
+    np.testing.assert_allclose(policy_values.whole_horizon_value(reference.problem(), policy), whole, rtol=1e-12)
 
 
 def test_the_three_criteria_are_different_problems(brute):
@@ -105,20 +105,22 @@ def test_the_three_criteria_are_different_problems(brute):
 
 
 def test_a_policy_that_does_not_look_at_the_model_acts_alike_under_all_of_them(brute):
-    world = brute.random(23, A=2, M=3, O=2, H=3)
+    reference = brute.random(23, A=2, M=3, O=2, H=3)
     rng = np.random.default_rng(1)
     blind = [rng.dirichlet(np.ones(2), 4**t) for t in range(3)]
-    lifted = policy_values.without_models(world.problem(), tuple(jnp.asarray(table) for table in blind))
-    checked = tree.checked_policy(world.problem(), lifted)
+    lifted = policy_values.without_models(reference.problem(), tuple(jnp.asarray(table) for table in blind))
+    checked = tree.checked_policy(reference.problem(), lifted)
 
     def act(t, history):
         return blind[t][sum((a * 2 + o) * 4**k for k, (a, _, o) in enumerate(history))]
 
-    np.testing.assert_allclose(tree.policy_value(world.problem(), checked), world.V(list(world.rho), 0, (), act), rtol=1e-12)
+    np.testing.assert_allclose(
+        tree.policy_value(reference.problem(), checked), reference.V(list(reference.rho), 0, (), act), rtol=1e-12
+    )
     for m in range(3):
-        model = brute(*(x[m : m + 1] for x in (world.P, world.O, world.r, world.rho)), 0.0).problem()
+        model = brute(*(x[m : m + 1] for x in (reference.P, reference.O, reference.r, reference.rho)), 0.0).problem()
         alone = tree.policy_value(model, tuple(jnp.asarray(table) for table in blind))
-        np.testing.assert_allclose(policy_values.fixed_model_value(world.problem(), lifted, m), alone, rtol=1e-12)
+        np.testing.assert_allclose(policy_values.fixed_model_value(reference.problem(), lifted, m), alone, rtol=1e-12)
 
 
 def test_a_model_that_is_not_there_is_refused(brute):

@@ -26,11 +26,11 @@ def test_the_optimal_policy_earns_its_value_in_the_game_against_nature(brute, al
 
 
 def test_a_uniform_behavior_earns_the_value_of_the_uniform_policy_of_a_pomdp(brute):
-    cloud = brute.random(12, M=1, H=4).problem()
-    problem = jax.tree.map(lambda x: x[0], cloud.models)
+    apomdp = brute.random(12, M=1, H=4).problem()
+    problem = jax.tree.map(lambda x: x[0], apomdp.models)
     episodes, labels = demonstrate(jax.random.key(1), solve(problem), 20_000, 1.0)
     assert episodes.m is None and isinstance(problem, POMDP)
-    five_errors(np.asarray(episodes.r.sum(-1)), tree.policy_value(cloud, tree.uniform_policy(cloud)))
+    five_errors(np.asarray(episodes.r.sum(-1)), tree.policy_value(apomdp, tree.uniform_policy(apomdp)))
     assert abs((np.asarray(episodes.a) != np.asarray(labels.action)).mean() - 0.5) < 0.02
 
 
@@ -51,30 +51,30 @@ def test_under_a_fixed_model_the_optimal_policy_earns_its_value_under_that_model
 
 
 def test_every_step_has_the_label_of_its_own_history(brute):
-    world = brute.random(15, S=3, A=2, O=2, M=2, H=3, alpha=0.6, staged=True)
-    problem = world.problem()
+    reference = brute.random(15, S=3, A=2, O=2, M=2, H=3, alpha=0.6, staged=True)
+    problem = reference.problem()
     episodes, labels = demonstrate(jax.random.key(3), solve(problem), 30, 0.7)
     steps = [np.asarray(x) for x in (episodes.a, episodes.m, episodes.o)]
     for k in range(30):
-        beliefs, history = list(world.rho), ()
-        for t in range(world.H):
-            Q = world.Q(beliefs, t, history)
+        beliefs, history = list(reference.rho), ()
+        for t in range(reference.H):
+            Q = reference.Q(beliefs, t, history)
             np.testing.assert_allclose(labels.Q[k, t], Q, rtol=1e-12, atol=1e-12)
             assert labels.action[k, t] == Q.argmax() and labels.certificate[k, t] == EXACT and labels.regret[k, t] == 0
             a, m, o = (int(x[k, t]) for x in steps)
-            assert episodes.r[k, t] == world.r[m, t, int(episodes.s[k, t]), a]
-            p, b = world.step(beliefs[m], t, a, m, o)
+            assert episodes.r[k, t] == reference.r[m, t, int(episodes.s[k, t]), a]
+            p, b = reference.step(beliefs[m], t, a, m, o)
             assert p > 0  # nothing impossible happens
-            beliefs, history = [b] * world.M, (*history, (a, m, o))
+            beliefs, history = [b] * reference.M, (*history, (a, m, o))
 
 
 def test_nature_takes_the_worst_model_with_the_probability_of_the_attitude(brute):
-    world = brute.random(16, M=3, H=2, alpha=0.7)
-    problem = world.problem()
+    reference = brute.random(16, M=3, H=2, alpha=0.7)
+    problem = reference.problem()
     episodes, _ = demonstrate(jax.random.key(4), solve(problem), 20_000, 1.0)
     first, taken = np.asarray(episodes.a[:, 0]), np.asarray(episodes.m[:, 0])
-    for a in range(world.A):
-        G = world.G(list(world.rho), 0, (), a)
+    for a in range(reference.A):
+        G = reference.G(list(reference.rho), 0, (), a)
         taken_here = taken[first == a]
         five_errors(taken_here == np.argmin(G), 0.7)
         five_errors(taken_here == np.argmax(G), 0.3)

@@ -24,10 +24,10 @@ def small(brute):
 
 
 def test_the_exact_method_is_taken_where_it_fits_the_budget(brute):
-    cloud = brute.random(0, A=2, O=2, M=2, H=4).problem()
-    pomdp, need = first_model(cloud), tree.memory_bytes(cloud)
+    apomdp = brute.random(0, A=2, O=2, M=2, H=4).problem()
+    pomdp, need = first_model(apomdp), tree.memory_bytes(apomdp)
     assert need == 4 * 8 * 2 * (1 + 8 + 64 + 512)
-    assert method_for(cloud, need) == "tree" and method_for(cloud, need - 1) == "net"
+    assert method_for(apomdp, need) == "tree" and method_for(apomdp, need - 1) == "net"
     assert method_for(pomdp, 0) == "hsvi" and method_for(pomdp) == "tree"
     mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
     assert method_for(mdp, 0) == "backward induction"
@@ -50,8 +50,8 @@ def test_every_method_brackets_the_value(small):
 def test_beyond_the_budget_the_answer_is_certified(small):
     problem = first_model(small.problem())
     assert solve(problem, budget=1000).method == "hsvi"
-    cloud = small.problem()
-    assert solve(cloud, budget=1000).method == "hsvi"  # a cloud of one model is convex
+    apomdp = small.problem()
+    assert solve(apomdp, budget=1000).method == "hsvi"  # a cloud of one model is convex
 
 
 @pytest.mark.parametrize("method", ["hsvi", "net"])
@@ -105,9 +105,9 @@ def test_labels_of_given_episodes_are_those_of_the_rollout(small, brute):
 
 def test_the_first_action_is_the_best_one_before_any_observation(brute):
     for seed in range(5):
-        world = brute.random(seed, M=2, H=3)
-        problem = world.problem()
-        assert int(first_action(solve(problem))) == int(np.argmax(world.Q(list(world.rho), 0)))
+        reference = brute.random(seed, M=2, H=3)
+        problem = reference.problem()
+        assert int(first_action(solve(problem))) == int(np.argmax(reference.Q(list(reference.rho), 0)))
 
 
 def test_solve_under_jit_and_map_is_solve(brute):
@@ -154,36 +154,36 @@ def test_the_value_of_a_bad_action_does_not_blur_the_others():
 
 
 def test_methods_that_do_not_fit_raise_an_error(brute):
-    cloud = brute.random(0, M=2, H=3).problem()
+    apomdp = brute.random(0, M=2, H=3).problem()
     with pytest.raises(ValueError, match="method must be one of auto, tree, hsvi, net; got 'magic'"):
-        solve(cloud, "magic")
+        solve(apomdp, "magic")
     with pytest.raises(ValueError, match="method must fit the budget of 10 bytes; a tree of this problem takes"):
-        solve(cloud, "tree", budget=10)
+        solve(apomdp, "tree", budget=10)
     with pytest.raises(ValueError, match=r"hsvi needs one model.*got an APOMDP with 2"):
-        solve(cloud, "hsvi")
+        solve(apomdp, "hsvi")
     with pytest.raises(ValueError, match=r"effort must be left out where the answer is exact \(tree\); got 5"):
-        solve(cloud, effort=5)
+        solve(apomdp, effort=5)
     mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
     with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
         solve(mdp, "tree")
     with pytest.raises(ValueError, match="the first action of an MDP depends on its first state"):
         first_action(solve(mdp))
     with pytest.raises(ValueError, match="method net runs on the host, not under jit or vmap"):
-        jax.jit(lambda p: solve(p, "net").value)(cloud)
+        jax.jit(lambda p: solve(p, "net").value)(apomdp)
     with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; a tree of this problem takes more than 2\^60"):
         solve(brute.random(0, H=100).problem(), "tree")
 
 
 def test_the_policy_of_a_solution_acts_as_the_recursion_says_along_an_episode(brute):
-    world = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
-    solution = solve(world.problem())
+    reference = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
+    solution = solve(reference.problem())
     for observations in ((0, 1), (1, 1)):
-        memory, beliefs, policy = solution.policy.init(), list(world.rho), solution.policy
+        memory, beliefs, policy = solution.policy.init(), list(reference.rho), solution.policy
         for t in range(3):
             action = int(policy.action(memory))
-            assert action == int(np.argmax(world.Q(beliefs, t)))
+            assert action == int(np.argmax(reference.Q(beliefs, t)))
             if t < 2:
-                _, belief = world.step(beliefs[1], t, action, 1, observations[t])
+                _, belief = reference.step(beliefs[1], t, action, 1, observations[t])
                 beliefs = [belief] * 2
                 memory = policy.update(memory, action, observations[t], 1)
 

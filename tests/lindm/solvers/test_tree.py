@@ -27,46 +27,49 @@ CASES = [
 ]
 
 
-def index(world, history):
-    return sum(((a * world.M + m) * world.obs + o) * (world.A * world.M * world.obs) ** k for k, (a, m, o) in enumerate(history))
+def index(reference, history):
+    return sum(
+        ((a * reference.M + m) * reference.obs + o) * (reference.A * reference.M * reference.obs) ** k
+        for k, (a, m, o) in enumerate(history)
+    )
 
 
-def tables(seed, world, deterministic):
+def tables(seed, reference, deterministic):
     """A random policy over histories, as arrays and as a function."""
     rng = np.random.default_rng(seed)
-    B = world.A * world.M * world.obs
-    policy = [rng.dirichlet(np.ones(world.A), B**t) for t in range(world.H)]
+    B = reference.A * reference.M * reference.obs
+    policy = [rng.dirichlet(np.ones(reference.A), B**t) for t in range(reference.H)]
     if deterministic:
         policy = [table.argmax(-1).astype(np.int32) for table in policy]
 
     def act(t, history):
-        row = policy[t][index(world, history)]
-        return np.eye(world.A)[row] if deterministic else row
+        row = policy[t][index(reference, history)]
+        return np.eye(reference.A)[row] if deterministic else row
 
     return tuple(jnp.asarray(table) for table in policy), act
 
 
-def close(found, wanted, scale=10.0):
-    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12 * scale)
+def close(actual, wanted, scale=10.0):
+    np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_value_is_that_of_plain_recursion(brute, case):
     for seed in range(3):
-        world = brute.random(seed, **case)
-        close(tree.value(world.problem()), world.V(list(world.rho), 0))
+        reference = brute.random(seed, **case)
+        close(tree.value(reference.problem()), reference.V(list(reference.rho), 0))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_action_values_at_every_history_are_those_of_plain_recursion(brute, case):
-    world = brute.random(7, **case)
-    table, B = tree.tree(world.problem()), world.A * world.M * world.obs
-    assert table.Q.shape == (num_histories(world.problem()), world.A)
-    for t in range(world.H):
+    reference = brute.random(7, **case)
+    table, B = tree.tree(reference.problem()), reference.A * reference.M * reference.obs
+    assert table.Q.shape == (num_histories(reference.problem()), reference.A)
+    for t in range(reference.H):
         Q, seen = tree.stage_Q(table, t, B), np.zeros(B**t, bool)
-        for history, beliefs in world.histories(t):
-            close(Q[index(world, history)], world.Q(beliefs, t, history))
-            seen[index(world, history)] = True
+        for history, beliefs in reference.histories(t):
+            close(Q[index(reference, history)], reference.Q(beliefs, t, history))
+            seen[index(reference, history)] = True
         np.testing.assert_array_equal(np.asarray(Q)[~seen], 0)
 
 
@@ -84,42 +87,45 @@ def test_blocks_of_any_size_give_the_same_tree(brute, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_value_of_any_policy_over_histories_is_that_of_plain_recursion(brute, case, deterministic):
-    world = brute.random(3, **case)
-    policy, act = tables(5, world, deterministic)
-    close(tree.policy_value(world.problem(), tree.checked_policy(world.problem(), policy)), world.V(list(world.rho), 0, (), act))
+    reference = brute.random(3, **case)
+    policy, act = tables(5, reference, deterministic)
+    close(
+        tree.policy_value(reference.problem(), tree.checked_policy(reference.problem(), policy)),
+        reference.V(list(reference.rho), 0, (), act),
+    )
 
 
 def test_no_policy_beats_the_optimal_one_and_the_optimal_one_has_the_value(brute):
-    world = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
-    problem = world.problem()
+    reference = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
+    problem = reference.problem()
     best = float(tree.value(problem))
     close(tree.policy_value(problem, tree.optimal_policy(problem, tree.tree(problem))), best)
-    values = [float(tree.policy_value(problem, tables(seed, world, True)[0])) for seed in range(40)]
+    values = [float(tree.policy_value(problem, tables(seed, reference, True)[0])) for seed in range(40)]
     assert max(values) <= best + 1e-12 and len(set(values)) > 30
 
 
 def test_the_uniform_policy_takes_every_action_alike(brute):
-    world = brute.random(8, M=2, H=3)
-    problem = world.problem()
-    wanted = world.V(list(world.rho), 0, (), lambda t, history: np.full(world.A, 1 / world.A))
+    reference = brute.random(8, M=2, H=3)
+    problem = reference.problem()
+    wanted = reference.V(list(reference.rho), 0, (), lambda t, history: np.full(reference.A, 1 / reference.A))
     close(tree.policy_value(problem, tree.uniform_policy(problem)), wanted)
     close(tree.uniform_value(problem), wanted)
 
 
 def test_a_stack_of_problems_is_a_loop_over_them(brute):
-    worlds = [brute.random(seed, M=2, H=4).problem() for seed in range(3)]
-    stack = jax.tree.map(lambda *x: jnp.stack(x), *worlds)
-    alone = jnp.stack([tree.value(w) for w in worlds])
+    problems = [brute.random(seed, M=2, H=4).problem() for seed in range(3)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *problems)
+    alone = jnp.stack([tree.value(w) for w in problems])
     close(jax.vmap(tree.value)(stack), alone)
     close(jax.lax.map(tree.value, stack), alone)
 
 
 def test_histories_are_numbered_with_the_last_step_most_significant(brute):
-    world = brute.random(0, A=2, M=2, O=3, H=4)
+    reference = brute.random(0, A=2, M=2, O=3, H=4)
     rng = np.random.default_rng(0)
     steps = np.stack([rng.integers(0, n, (5, 3)) for n in (2, 2, 3)])
-    wanted = [index(world, list(zip(*steps[:, k], strict=True))) for k in range(5)]
-    np.testing.assert_array_equal(history_index(world.problem(), *steps), wanted)
+    wanted = [index(reference, list(zip(*steps[:, k], strict=True))) for k in range(5)]
+    np.testing.assert_array_equal(history_index(reference.problem(), *steps), wanted)
 
 
 # --- reductions
@@ -135,8 +141,8 @@ def test_a_revealed_mdp_has_the_mdps_value_at_every_known_state():
 
 
 def test_one_model_makes_the_attitude_idle(brute):
-    world = brute.random(2, M=1, H=4)
-    values = [tree.value(APOMDP(models=world.problem().models, alpha=jnp.asarray(alpha))) for alpha in (0.0, 0.3, 1.0)]
+    reference = brute.random(2, M=1, H=4)
+    values = [tree.value(APOMDP(models=reference.problem().models, alpha=jnp.asarray(alpha))) for alpha in (0.0, 0.3, 1.0)]
     assert len({float(v) for v in values}) == 1
 
 
@@ -158,8 +164,8 @@ def test_the_value_falls_with_the_attitude_and_lies_between_the_extremes(brute):
 
 
 def test_the_value_is_positively_homogeneous_in_belief_and_reward(brute):
-    world = brute.random(10, M=2, H=3, alpha=0.4)
-    problem = world.problem()
+    reference = brute.random(10, M=2, H=3, alpha=0.4)
+    problem = reference.problem()
     cloud = problem.models
     for factor in (0.5, 3.0):
         scaled = type(cloud)(P=cloud.P, O=cloud.O, r=cloud.r, rho=factor * cloud.rho)
@@ -169,10 +175,10 @@ def test_the_value_is_positively_homogeneous_in_belief_and_reward(brute):
 
 
 def test_some_apomdps_with_three_models_have_a_value_that_is_not_convex(brute):
-    def above_chord(world):
+    def above_chord(reference):
         """How far the value at the middle of a segment of beliefs lies above the mean of its ends."""
         ends = [np.eye(2)[0], np.eye(2)[1], np.full(2, 0.5)]
-        left, right, middle = (world.V([b] * 3, 0) for b in ends)
+        left, right, middle = (reference.V([b] * 3, 0) for b in ends)
         return middle - (left + right) / 2
 
     assert max(above_chord(brute.random(seed, S=2, M=3, H=2, alpha=1.0)) for seed in range(20)) > 0.01

@@ -195,8 +195,8 @@ def readings(whole: str, template: Template) -> list:
         elif isinstance(tables[field], str):
             front, back = map(re.escape, tables[field].split("{}"))
             for j in range(i + 1, len(whole) + 1):
-                if found := re.compile(f"{front}(0|[1-9][0-9]*){back}").fullmatch(whole, i, j):
-                    yield int(found[1]), j
+                if match := re.compile(f"{front}(0|[1-9][0-9]*){back}").fullmatch(whole, i, j):
+                    yield int(match[1]), j
         else:
             yield from ((n, i + len(name)) for n, name in enumerate(tables[field]) if whole.startswith(name, i))
 
@@ -276,10 +276,10 @@ def test_a_random_template_is_refused_or_every_document_has_exactly_one_reading(
         try:
             template = Template(**arguments)
         except ValueError as e:
-            found = re.search(r"ambiguous: ('.*'|\".*\") can be read as \[", str(e))
-            seen["ambiguous" if found else "malformed"] += 1
-            if found:  # the text that the error shows has two readings
-                witness = ast.literal_eval(found[1])
+            match = re.search(r"ambiguous: ('.*'|\".*\") can be read as \[", str(e))
+            seen["ambiguous" if match else "malformed"] += 1
+            if match:  # the text that the error shows has two readings
+                witness = ast.literal_eval(match[1])
                 assert len(set(readings(witness, as_it_stands(arguments)))) == 2
             return
         seen["accepted"] += 1

@@ -62,7 +62,10 @@ def test_the_head_of_an_sbatch_script():
     assert head == {
         **{"job-name": "x", "nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "8", "cpus-per-task": "32"},
         **{"time": "1-12:00:00", "partition": "a,b", "account": "me", "output": "x-%j.log", "open-mode": "append"},
-        **{"signal": "TERM@120", "requeue": ""},  # not B: the batch script is not told, nor srun, which would kill its tasks
+        **{
+            "signal": "TERM@120",
+            "requeue": "",
+        },  # not B: neither the batch script nor srun, which would kill its tasks, gets the signal
     }
     assert lines.index(next(x for x in lines if not x.startswith("#"))) > max(i for i, x in enumerate(lines) if "#SBATCH" in x)
     few = job_file(SLURM, WORDS)
@@ -192,7 +195,7 @@ exec "$@"
 CALL = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$RECORDS/calls"
 """
-# machines that are there as soon as they were asked for; those of a queue when somebody has waited
+# stand-ins: machines that exist right after they are requested, and those of a queue after a wait
 GCLOUD = """#!/bin/bash
 set -eu
 shift 2
@@ -223,7 +226,7 @@ if [ "$3" = venv ]; then mkdir -p "${!#}/bin"; cp "$(dirname "$0")/lindm" "${!#}
 
 
 class Stage:
-    """A PATH with stand-ins in front, which write down what was asked of them."""
+    """A PATH with stand-ins in front, which write down their arguments."""
 
     def __init__(self, directory: Path):
         self.records = directory
@@ -336,8 +339,8 @@ def test_a_job_of_slurm_queues_again_when_it_was_stopped_or_lost_a_process(stage
     stage.set(codes=(code,))
     done = stage.run(["bash", "-s"], job_file(JOBS[1], WORDS), SLURM_RESTART_COUNT=restarts)
     assert done.returncode == code
-    asked = ["scontrol requeue 17", "sleep 60"] if again else []
-    assert stage.calls == ["srun --wait=120 --cpus-per-task=32", "lindm 1 cuda,cpu 0,1,2,3,4,5,6,7 ", *asked]
+    requeued = ["scontrol requeue 17", "sleep 60"] if again else []
+    assert stage.calls == ["srun --wait=120 --cpus-per-task=32", "lindm 1 cuda,cpu 0,1,2,3,4,5,6,7 ", *requeued]
 
 
 def test_machines_that_are_not_there_are_created_and_prepared(stage):
@@ -409,7 +412,7 @@ def test_a_topology_that_does_not_exist_is_refused_with_the_list_of_those_that_d
 
 
 @pytest.mark.parametrize(
-    "kind, options, said",
+    "kind, options, message",
     [
         (SlurmJob, {"nodes": 0}, "nodes must be at least 1; got 0"),
         (SlurmJob, {"nodes": 1, "gpus_per_node": -1}, "gpus_per_node must be at least 0"),
@@ -430,8 +433,8 @@ def test_a_topology_that_does_not_exist_is_refused_with_the_list_of_those_that_d
         (RayWorkers, {"workers": 1, "restarts": -1}, "restarts must be at least 0"),
     ],
 )
-def test_what_cannot_be_launched_is_refused(kind, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_launched_is_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
         kind(**options)
 
 
@@ -469,7 +472,7 @@ def test_the_command_prints_the_file_and_nothing_else(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ([], "the options of lindm sft must follow a --"),
         (["--"], "the options of lindm sft must follow a --"),
@@ -480,8 +483,8 @@ def test_the_command_prints_the_file_and_nothing_else(capsys):
         (["--node", "3", "--", *WORDS], "--node"),
     ],
 )
-def test_wrong_options_are_refused_as_by_lindm_sft_itself(words, said, capsys):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_options_are_refused_as_by_lindm_sft_itself(words, message, capsys):
+    with pytest.raises(ValueError, match=message):
         run_command(launch.COMMANDS["slurm"], ["--nodes", "4", *words])
     assert capsys.readouterr().out == ""
 

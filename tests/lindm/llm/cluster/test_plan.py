@@ -1,4 +1,4 @@
-"""Plans of tiny models on virtual devices: what XLA says of the very step that trains, and what pencil and paper say."""
+"""Plans of tiny models on virtual devices: XLA's figures for the training step against figures by hand."""
 
 import importlib.util
 import json
@@ -40,8 +40,8 @@ GIB = 2**30
 
 def lowered(job, **sizes):
     n = int(np.prod(list(sizes.values()) or [1]))
-    found = plan.step_program(job, make_mesh(sizes, jax.devices()[:n]))
-    return found.step.lower(*found.arguments)
+    program = plan.step_program(job, make_mesh(sizes, jax.devices()[:n]))
+    return program.step.lower(*program.arguments)
 
 
 def planned(job, **sizes):
@@ -63,10 +63,10 @@ def cut(program_in_parts):
     return plan.plan_from_compiled(program_in_parts, {"fsdp": 2, "tensor": 2}, LIMITS)
 
 
-def held(job):
+def argument_bytes(job):
     """Bytes of what a step takes, on one device."""
-    found = plan.step_program(job, make_mesh({}, jax.devices()[:1]))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found.arguments))
+    program = plan.step_program(job, make_mesh({}, jax.devices()[:1]))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.arguments))
 
 
 def arithmetic(job, forward):
@@ -83,25 +83,27 @@ def arithmetic(job, forward):
     return blocks * forward, scores * forward, 2 * job.batch * job.labels * config.hidden_size * config.vocab_size * 3
 
 
-# --- what a plan says ------------------------------------------------------------------------------------------------------
+# --- the figures of a plan -------------------------------------------------------------------------------------------------
 
 
 def test_a_step_without_recomputation_takes_three_times_the_forward_products_of_every_micro_batch():
     job = replace(JOB, remat="none", accumulate=3)
-    found = planned(job)
-    assert found.cost is not None and found.cost.unknown_loops == 0
-    assert found.cost.flops == pytest.approx(3 * sum(arithmetic(JOB, 3)), rel=0.01)
+    result = planned(job)
+    assert result.cost is not None and result.cost.unknown_loops == 0
+    assert result.cost.flops == pytest.approx(3 * sum(arithmetic(JOB, 3)), rel=0.01)
     assert plan.model_flops(job) == pytest.approx(3 * sum(arithmetic(JOB, 3)))
-    assert found.memory is not None and found.memory.arguments == held(job) == held(JOB) + 2 * 4 * (3 * 4 * 32 + 2 * 4 * 8)
+    assert result.memory is not None and result.memory.arguments == argument_bytes(job) == argument_bytes(JOB) + 2 * 4 * (
+        3 * 4 * 32 + 2 * 4 * 8
+    )
 
 
 def test_recomputation_adds_a_forward_pass_of_the_blocks_or_of_attention_alone(full):
     blocks, scores, head = arithmetic(JOB, 4)
-    found = planned(replace(JOB, remat="full"))
+    result = planned(replace(JOB, remat="full"))
     last = (
         TINY.num_layers * 2 * JOB.batch * JOB.seq * TINY.hidden_size * TINY.intermediate_size
     )  # no gradient needs what the last product gives
-    assert blocks + scores + head - last <= 1.01 * found.cost.flops <= 1.02 * (blocks + scores + head)
+    assert blocks + scores + head - last <= 1.01 * result.cost.flops <= 1.02 * (blocks + scores + head)
     assert full.cost.flops == pytest.approx(blocks * 3 / 4 + scores + head, rel=0.02)
 
 
@@ -118,9 +120,9 @@ def test_devices_share_work_and_weights_and_talk_to_each_other(full, cut):
 def test_adapters_leave_most_arguments_frozen_and_few_bits_make_them_small(full):
     lora, few = replace(JOB, method="lora"), replace(JOB, method="qlora", base="nf4")
     kernels = TINY.num_layers * TINY.hidden_size * (2 * 64 + 2 * 32 + 3 * TINY.intermediate_size)
-    assert full.memory.arguments == held(JOB)
-    assert held(lora) < 0.6 * held(JOB)
-    assert held(lora) - held(few) == kernels * 4 - kernels / 2 - kernels * 4 / 64
+    assert full.memory.arguments == argument_bytes(JOB)
+    assert argument_bytes(lora) < 0.6 * argument_bytes(JOB)
+    assert argument_bytes(lora) - argument_bytes(few) == kernels * 4 - kernels / 2 - kernels * 4 / 64
 
 
 def test_the_bound_is_the_slowest_of_the_three(full):
@@ -179,17 +181,17 @@ def test_the_shapes_of_a_plan_are_those_of_a_model(base):
 
 
 def test_sensible_meshes_use_all_devices_and_divide_heads_and_batch():
-    found = plan.candidate_meshes(JOB, jax.devices())
-    assert 1 < len(found) <= plan.MAX_MESHES
-    for sizes in found:
+    meshes = plan.candidate_meshes(JOB, jax.devices())
+    assert 1 < len(meshes) <= plan.MAX_MESHES
+    for sizes in meshes:
         assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
         assert TINY.num_kv_heads % sizes["tensor"] == 0 and JOB.batch % (sizes["data"] * sizes["fsdp"]) == 0
-    assert found == [s for i, s in enumerate(found) if s not in found[:i]]
+    assert meshes == [s for i, s in enumerate(meshes) if s not in meshes[:i]]
     with pytest.raises(ValueError, match="batch must be a multiple"):
         plan.candidate_meshes(replace(JOB, batch=3), jax.devices())
 
 
-def test_the_mesh_that_training_takes_if_told_nothing_is_always_compared(monkeypatch):
+def test_the_default_mesh_of_training_is_always_compared(monkeypatch):
     monkeypatch.setattr(plan, "MAX_MESHES", 1)
     few = replace(JOB, batch=8)
     assert {"data": 1, "fsdp": 8, "tensor": 1} in plan.candidate_meshes(few, jax.devices())
@@ -205,12 +207,12 @@ def test_plans_that_fit_come_first_and_then_the_fastest(monkeypatch, full):
         return replace(full, fits=fits, time_bounds={"compute": seconds})
 
     monkeypatch.setattr(plan, "compile_plan", compiled)
-    told = []
-    found = plan.compile_plans(
-        JOB, jax.devices(), LIMITS, [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 8}], lambda *given: told.append(given)
+    calls = []
+    plans = plan.compile_plans(
+        JOB, jax.devices(), LIMITS, [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 8}], lambda *given: calls.append(given)
     )
-    assert [(p.fits, p.bound_seconds) for p in found] == [(True, 2.0), (True, 3.0), (False, 1.0)]
-    assert told[1] == (1, 3, "fsdp=4,tensor=2")
+    assert [(p.fits, p.bound_seconds) for p in plans] == [(True, 2.0), (True, 3.0), (False, 1.0)]
+    assert calls[1] == (1, 3, "fsdp=4,tensor=2")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------
@@ -235,24 +237,24 @@ class Refusing:
         ("RESOURCE_EXHAUSTED: no more", None),
     ],
 )
-def test_a_program_that_is_refused_for_its_memory_is_an_answer(monkeypatch, message, needs):
-    found = plan.step_program(JOB, make_mesh({}, jax.devices()[:1]))
-    monkeypatch.setattr(plan, "step_program", lambda job, mesh: found._replace(step=Refusing(message)))
+def test_a_program_that_exceeds_the_memory_has_a_plan_that_does_not_fit(monkeypatch, message, needs):
+    program = plan.step_program(JOB, make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(plan, "step_program", lambda job, mesh: program._replace(step=Refusing(message)))
     answer = plan.compile_plan(JOB, make_mesh({}, jax.devices()[:1]), LIMITS)
     assert not answer.fits and answer.memory is None and answer.bound_seconds == np.inf
     assert answer.refusal == message.splitlines()[0] and answer.required_bytes == (needs and int(needs))
     assert json.loads(json.dumps(plan.plan_to_json(answer), allow_nan=False))["refusal"] == answer.refusal
 
 
-def test_another_failure_of_the_compiler_is_not_taken_for_an_answer(monkeypatch):
-    found = plan.step_program(JOB, make_mesh({}, jax.devices()[:1]))
-    monkeypatch.setattr(plan, "step_program", lambda job, mesh: found._replace(step=Refusing("INTERNAL: something else")))
+def test_another_failure_of_the_compiler_raises_an_error(monkeypatch):
+    program = plan.step_program(JOB, make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(plan, "step_program", lambda job, mesh: program._replace(step=Refusing("INTERNAL: something else")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         plan.compile_plan(JOB, make_mesh({}, jax.devices()[:1]), LIMITS)
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         ({"batch": 0}, "batch must be at least 1; got 0"),
         ({"seq": 4}, "seq must be at least labels = 8"),
@@ -264,12 +266,12 @@ def test_another_failure_of_the_compiler_is_not_taken_for_an_answer(monkeypatch)
         ({"dtype": "f16"}, "dtype must be one of f32, bf16; got 'f16'"),
     ],
 )
-def test_a_job_that_no_run_could_have_is_refused(change, says):
-    with pytest.raises(ValueError, match=says):
+def test_an_invalid_job_raises_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
         replace(JOB, **change)
 
 
-def test_a_mesh_that_divides_neither_batch_nor_weights_is_refused():
+def test_a_mesh_that_divides_neither_batch_nor_weights_raises_an_error():
     with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp = 8; got 4"):
         lowered(JOB, fsdp=8)
     with pytest.raises(ValueError, match=r"mesh must divide blocks\.\w+\.kernel .* tensor=3 does not divide"):
@@ -279,7 +281,7 @@ def test_a_mesh_that_divides_neither_batch_nor_weights_is_refused():
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5p:4x4", "v5e:2x2x2", "tpu", "v5e:4x4 "])
-def test_a_topology_that_is_none_is_refused_with_the_known_forms(name):
+def test_an_invalid_topology_raises_an_error_with_the_known_forms(name):
     with pytest.raises(ValueError, match=r"v5e:4x4, v6e:2x4 .* v5p:2x2x4 \(three\); got '"):
         plan.topology_devices(name)
 
@@ -301,14 +303,14 @@ def config(tmp_path, monkeypatch):
     return tmp_path / "config.json"
 
 
-def asked(config, **options):
+def parsed(config, **options):
     return cli.Plan(model=config, topology="host", batch=8, seq=32, labels=8, **options)
 
 
-def test_the_command_prints_a_table_of_what_it_found(config, capsys, monkeypatch, cut):
+def test_the_command_prints_a_table_of_the_plans(config, capsys, monkeypatch, cut):
     monkeypatch.setattr(plan, "compile_plan", lambda job, mesh, limits: replace(cut, mesh={**mesh.shape}))
     monkeypatch.setattr("lindm.io.progress.SILENT_SECONDS", 0)
-    assert cli.run(asked(config, mesh="fsdp=8", method="lora", lora_rank=4, accumulate=2)) == 0
+    assert cli.run(parsed(config, mesh="fsdp=8", method="lora", lora_rank=4, accumulate=2)) == 0
     out, err = capsys.readouterr()
     assert "meshes compiled: 0 of 1, fsdp=8" in err
     assert "lora: adapters of rank 4 over f32 weights" in out and "2 x 8 rows x 32 tokens, 8 labels per row, f32" in out
@@ -317,7 +319,7 @@ def test_the_command_prints_a_table_of_what_it_found(config, capsys, monkeypatch
 
 
 def test_the_command_prints_one_json_object(config, capsys):
-    assert cli.run(asked(config.parent, mesh="fsdp=4,tensor=2", method="qlora", lora_rank=4, json=True)) == 0
+    assert cli.run(parsed(config.parent, mesh="fsdp=4,tensor=2", method="qlora", lora_rank=4, json=True)) == 0
     said = json.loads(capsys.readouterr().out)
     (one,) = said["plans"]
     assert one["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and one["fits"]
@@ -333,7 +335,7 @@ def test_the_command_prints_one_json_object(config, capsys):
 def test_a_plan_that_was_refused_has_a_row_too(config, capsys, monkeypatch):
     refused = plan.Plan(mesh={"fsdp": 8}, fits=False, refusal="too much", required_bytes=int(21.5 * GIB))
     monkeypatch.setattr(plan, "compile_plans", lambda *a: [refused])
-    assert cli.run(asked(config, mesh="fsdp=8")) == 0
+    assert cli.run(parsed(config, mesh="fsdp=8")) == 0
     out = capsys.readouterr().out
     assert "21.50" in out and "fsdp=8 was refused: too much" in out
 
@@ -354,16 +356,16 @@ def test_a_slice_of_tpus_is_planned_for_without_one(monkeypatch, method, base):
     job = replace(JOB, model_config=wide, batch=8, seq=128, dtype="bf16", method=method, base=base)
     mesh = make_mesh({"fsdp": 4}, devices)
     with jax.enable_x64(False):  # as the command runs; a TPU has no 64-bit counters
-        found = plan.compile_plan(job, mesh, limits)
+        result = plan.compile_plan(job, mesh, limits)
         program = plan.step_program(job, mesh)
         done = program.step.lower(*program.arguments).compile()
-    assert found.fits and found.cost is not None and found.cost.unknown_loops == 0 and found.cost.sent_bytes > 0
+    assert result.fits and result.cost is not None and result.cost.unknown_loops == 0 and result.cost.sent_bytes > 0
     once = plan.program_cost(done.as_text(), loops=False).flops
     assert once == pytest.approx(done.cost_analysis()["flops"], rel=0.15)  # which counts elementwise work too
     if method == "full":
         blocks, scores, head = arithmetic(job, 4)
         most = (blocks * 3 / 4 + scores + head) / 4
-        assert 0.98 * most <= found.cost.flops <= 1.05 * most
+        assert 0.98 * most <= result.cost.flops <= 1.05 * most
 
 
 @pytest.mark.parity

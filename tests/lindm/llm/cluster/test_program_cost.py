@@ -113,8 +113,8 @@ def exchanged(f, *shapes, sizes=(8,), names=("x",), specs):
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
     inside, outside = specs
     mapped = jax.shard_map(f, mesh=mesh, in_specs=inside, out_specs=outside, check_vma=False)
-    lies = tuple(NamedSharding(mesh, s) for s in inside)
-    return program_cost(compiled(mapped, *shapes, in_shardings=lies).as_text())
+    shardings = tuple(NamedSharding(mesh, s) for s in inside)
+    return program_cost(compiled(mapped, *shapes, in_shardings=shardings).as_text())
 
 
 SHARD = 16 * 32 * 4  # bytes of f32[16, 32]

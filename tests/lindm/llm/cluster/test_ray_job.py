@@ -1,4 +1,4 @@
-"""Training by Ray: what it is asked for, what becomes of its errors, and two real workers that train one model."""
+"""Training with Ray: the requested resources, errors of workers, and two real workers that train one model."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ from lindm.llm.sft.options import SFTConfig
 OPTIONS = SFTConfig(preset="tiny", data=Path("data"), out=Path("out"))
 
 
-def test_a_worker_gets_what_was_asked_for():
+def test_a_worker_gets_the_requested_resources():
     assert ray_job.scaling_config(RayWorkers(workers=3)) == {
         "num_workers": 3,
         "use_gpu": False,
@@ -37,24 +37,24 @@ def test_a_worker_gets_what_was_asked_for():
     }
 
 
-def test_a_worker_is_offline_and_computes_where_it_was_asked_to(monkeypatch):
+def test_a_worker_is_offline_and_uses_the_requested_platform(monkeypatch):
     for name in ("JAX_PLATFORMS", "XLA_FLAGS", "LINDM_DEBUG", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "s3cr3t")
-    found = [
-        ray_job.worker_environment(RayWorkers(**asked))
-        for asked in ({"workers": 1}, {"workers": 1, "gpus": 1}, {"topology": "v5e:2x2"})
+    environments = [
+        ray_job.worker_environment(RayWorkers(**options))
+        for options in ({"workers": 1}, {"workers": 1, "gpus": 1}, {"topology": "v5e:2x2"})
     ]
-    assert [env["JAX_PLATFORMS"] for env in found] == ["cpu", "cuda,cpu", "tpu,cpu"]
-    assert all(env["HF_HUB_OFFLINE"] == "1" and "s3cr3t" not in env.values() for env in found)
+    assert [env["JAX_PLATFORMS"] for env in environments] == ["cpu", "cuda,cpu", "tpu,cpu"]
+    assert all(env["HF_HUB_OFFLINE"] == "1" and "s3cr3t" not in env.values() for env in environments)
     monkeypatch.setenv("JAX_PLATFORMS", "rocm,cpu")
     assert ray_job.worker_environment(RayWorkers(workers=1))["JAX_PLATFORMS"] == "rocm,cpu"
 
 
 def test_paths_mean_the_same_in_a_worker_that_stands_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = ray_job.with_absolute_paths(SFTConfig(model=Path("m"), data=Path("/d"), out=Path("o"), template="mine.json"))
-    assert (found.model, found.data, found.out, found.template) == (
+    absolute = ray_job.with_absolute_paths(SFTConfig(model=Path("m"), data=Path("/d"), out=Path("o"), template="mine.json"))
+    assert (absolute.model, absolute.data, absolute.out, absolute.template) == (
         tmp_path / "m",
         Path("/d"),
         tmp_path / "o",
@@ -85,10 +85,10 @@ def wrapped(e: Exception) -> Exception:
 
 
 @pytest.mark.parametrize(
-    "error, code, said",
+    "error, code, message",
     [
         (Failed(DataError("rows.jsonl:4: not JSON")), 3, "rows.jsonl:4"),
-        (Failed(LostPeerError("lost"), DataError("bad")), 3, "bad"),  # the one that failed, not those who lost it
+        (Failed(LostPeerError("lost"), DataError("bad")), 3, "bad"),  # the worker that failed, not those that lost it
         (Failed(OfRay("died"), NonFiniteError("not finite")), 5, "not finite"),
         (Failed(wrapped(CheckpointError("none usable"))), 4, "none usable"),
         (Failed(Preempted("saved")), 75, "saved"),
@@ -98,12 +98,12 @@ def wrapped(e: Exception) -> Exception:
         (RuntimeError("no resources"), 1, "RuntimeError: no resources"),
     ],
 )
-def test_an_error_of_ray_becomes_the_exit_code_of_what_caused_it(error, code, said):
-    found = ray_job.find_cause(error)
-    assert exit_code(found) == code and said in str(found)
+def test_an_error_of_ray_becomes_the_exit_code_of_what_caused_it(error, code, message):
+    cause = ray_job.find_cause(error)
+    assert exit_code(cause) == code and message in str(cause)
 
 
-def test_without_ray_it_is_said_how_to_get_it(monkeypatch):
+def test_without_ray_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(LindmError, match=r"pip install 'lindm\[ray\]'") as caught:
         ray_job.run(RayWorkers(workers=2), OPTIONS)
@@ -111,14 +111,14 @@ def test_without_ray_it_is_said_how_to_get_it(monkeypatch):
 
 
 def test_the_command_line_is_that_of_the_job_file(monkeypatch):
-    asked = []
-    monkeypatch.setattr(ray_job, "run", lambda job, options: asked.append((job, options)) or 0)
+    calls = []
+    monkeypatch.setattr(ray_job, "run", lambda job, options: calls.append((job, options)) or 0)
     words = ["--preset", "tiny", "--data", "a b", "--out", "$o"]
     for job in (RayWorkers(workers=3, cpus=2, gpus=1, restarts=0), RayWorkers(topology="v6e:4x4", cpus=7)):
         python, flag, module, *arguments = jobs.entrypoint(job, words)
         assert (python, flag, module) == ("python", "-m", "lindm.cli.ray_job")
         assert run_command(cli.COMMAND, arguments) == 0
-        assert asked.pop() == (job, SFTConfig(preset="tiny", data=Path("a b"), out=Path("$o")))
+        assert calls.pop() == (job, SFTConfig(preset="tiny", data=Path("a b"), out=Path("$o")))
     with pytest.raises(ValueError, match="fresh must be left out"):
         run_command(cli.COMMAND, ["--workers", "1", "--", *words, "--fresh"])
 
@@ -164,8 +164,8 @@ def test_ray_counts_the_hosts_of_a_slice_as_we_do():
             tpu = parse_topology(f"{name}:{shape}")
             hosts, resources = get_tpu_worker_resources(topology=shape, accelerator_type=generation.ray_type)
             assert (hosts, resources["TPU"]) == (tpu.num_hosts, tpu.chips_per_host), (name, shape)
-            asked = ScalingConfig(**ray_job.scaling_config(RayWorkers(topology=f"{name}:{shape}")))
-            assert asked.num_workers == tpu.num_hosts and asked.num_tpus_per_worker == tpu.chips_per_host
+            scaling = ScalingConfig(**ray_job.scaling_config(RayWorkers(topology=f"{name}:{shape}")))
+            assert scaling.num_workers == tpu.num_hosts and scaling.num_tpus_per_worker == tpu.chips_per_host
     assert ScalingConfig(**ray_job.scaling_config(RayWorkers(workers=2, gpus=3))).num_gpus_per_worker == 3
 
 
@@ -196,17 +196,22 @@ def test_two_workers_are_two_processes_of_one_run_and_a_lost_one_is_replaced(clu
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
         parts = jax.make_array_from_callback((jax.device_count(),), everywhere, lambda at: jnp.full(1, 10.0**rank, jnp.float32))
         total = float(jax.jit(jnp.sum)(parts))
-        said = {"processes": jax.process_count(), "devices": jax.device_count(), "total": total, "ray": os.listdir(out / ".ray")}
-        (out / f"{rank}.json").write_text(json.dumps(said | {"offline": os.environ["HF_HUB_OFFLINE"]}))
+        message = {
+            "processes": jax.process_count(),
+            "devices": jax.device_count(),
+            "total": total,
+            "ray": os.listdir(out / ".ray"),
+        }
+        (out / f"{rank}.json").write_text(json.dumps(message | {"offline": os.environ["HF_HUB_OFFLINE"]}))
         jax.distributed.shutdown()
 
     options = SFTConfig(preset="tiny", data=tmp_path, out=tmp_path)
     assert ray_job.run(RayWorkers(workers=2, restarts=1), options, loop) == 0
     assert (tmp_path / "killed").exists() and not (tmp_path / ".ray").exists()
     for rank in range(2):
-        said = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert (said["processes"], said["devices"], said["total"], said["offline"]) == (2, 2, 11.0, "1")
-        assert said["ray"] == ["attempt-1"]
+        message = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (message["processes"], message["devices"], message["total"], message["offline"]) == (2, 2, 11.0, "1")
+        assert message["ray"] == ["attempt-1"]
 
 
 @mark

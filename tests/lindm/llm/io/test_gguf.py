@@ -69,11 +69,11 @@ def their_name(name):
     return f"blk.{i}.{NAMES[module]}.{leaf}"
 
 
-def write(path, name, found=None, kind=None, tokens=byte_level, vocabulary=None, change=lambda w: None, skip=()):
+def write(path, name, tensors=None, kind=None, tokens=byte_level, vocabulary=None, change=lambda w: None, skip=()):
     """A .gguf file of a model of `reference`; kernels quantized as `kind`."""
     config = reference.CONFIGS[name]
     family, (width, heads, groups, head) = config["model_type"], reference.sizes(config)
-    found = reference.weights(name) if found is None else found
+    tensors = reference.weights(name) if tensors is None else tensors
     writer = package.GGUFWriter(path, family)
     keys = {
         **{"block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"]},
@@ -88,7 +88,7 @@ def write(path, name, found=None, kind=None, tokens=byte_level, vocabulary=None,
     writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
     tokens(writer)
     change(writer)
-    for key, value in found.items():
+    for key, value in tensors.items():
         if family == "llama" and "q_proj" in key:
             value = interleaved(value, heads)
         if family == "llama" and "k_proj" in key:
@@ -131,8 +131,8 @@ def test_every_tensor_is_converted_unchanged(tmp_path, monkeypatch, name):
     if name == "qwen3":  # llama.cpp knows no windows of it
         monkeypatch.setitem(reference.CONFIGS, name, reference.CONFIGS[name] | {"use_sliding_window": False})
     model_config, out = converted(tmp_path, name)
-    found, wanted = everything(out), reference.weights(name)
-    assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    converted_tensors, wanted = everything(out), reference.weights(name)
+    assert converted_tensors.keys() == wanted.keys() and all(np.array_equal(converted_tensors[k], wanted[k]) for k in wanted)
     hugging = reference.write(tmp_path / "hf", name)
     assert model_config == weights.read_model_config(hugging) == weights.read_model_config(out)
     assert weights.load(out).config == model_config
@@ -143,24 +143,24 @@ def test_biases_of_a_llama_are_converted_in_order(tmp_path, monkeypatch):
     monkeypatch.setitem(reference.CONFIGS, "llama", reference.CONFIGS["llama"] | plain)
     model_config, out = converted(tmp_path, "llama")
     assert model_config.qkv_bias and model_config.mlp_bias and not model_config.tie_word_embeddings
-    found, wanted = everything(out), reference.weights("llama")
-    assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    converted_tensors, wanted = everything(out), reference.weights("llama")
+    assert converted_tensors.keys() == wanted.keys() and all(np.array_equal(converted_tensors[k], wanted[k]) for k in wanted)
 
 
 def test_q8_tensors_are_dequantized(tmp_path):
     """Q8_0: of each 32 numbers of a row, a scale in half precision and 32 integers."""
     _, out = converted(tmp_path, "wide", kind=Kind.Q8_0)
     key = "model.layers.1.mlp.down_proj.weight"
-    found, true = everything(out)[key], reference.weights("wide")[key].reshape(64, 4, 32)
+    values, true = everything(out)[key], reference.weights("wide")[key].reshape(64, 4, 32)
     scale = np.abs(true).max(axis=-1, keepdims=True) / 127
     np.testing.assert_allclose(
-        found.reshape(true.shape),
+        values.reshape(true.shape),
         np.round(true / scale) * scale.astype(np.float16).astype(np.float32),
         rtol=0,
         atol=1.01 * scale.max(),
     )
-    assert np.mean(found.reshape(true.shape) == np.round(true / scale) * scale.astype(np.float16)) > 0.99
-    assert found.dtype == np.float32 and np.array_equal(
+    assert np.mean(values.reshape(true.shape) == np.round(true / scale) * scale.astype(np.float16)) > 0.99
+    assert values.dtype == np.float32 and np.array_equal(
         everything(out)["model.norm.weight"], reference.weights("wide")["model.norm.weight"]
     )
 
@@ -224,9 +224,9 @@ def test_metadata_that_would_change_the_model_raise_an_error(tmp_path, change, m
 
 def test_a_missing_key_or_tensor_is_named(tmp_path):
     refused(tmp_path, "lacks llama.block_count", "smollm", skip=("block_count",))
-    found = reference.weights("smollm")
-    del found["model.layers.1.mlp.up_proj.weight"]
-    refused(tmp_path / "x", "lacks the tensor blk.1.ffn_up.weight", "smollm", found)
+    tensors = reference.weights("smollm")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    refused(tmp_path / "x", "lacks the tensor blk.1.ffn_up.weight", "smollm", tensors)
 
 
 def test_an_unknown_architecture_is_named(tmp_path, monkeypatch):
@@ -235,13 +235,13 @@ def test_an_unknown_architecture_is_named(tmp_path, monkeypatch):
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
-    found = reference.weights("smollm") | {"model.layers.1.mlp.up_proj.weight": np.zeros((35, 24), np.float32)}
-    refused(tmp_path, r"blk.1.ffn_up.weight must be \[36, 24\]; got \[35, 24\]", "smollm", found)
+    tensors = reference.weights("smollm") | {"model.layers.1.mlp.up_proj.weight": np.zeros((35, 24), np.float32)}
+    refused(tmp_path, r"blk.1.ffn_up.weight must be \[36, 24\]; got \[35, 24\]", "smollm", tensors)
 
 
 def test_a_type_that_cannot_be_dequantized_is_named(tmp_path):
-    found = reference.weights("smollm") | {"model.norm.weight": np.ones(24, np.int32)}
-    refused(tmp_path, "output_norm.weight is of type I32, which cannot be dequantized", "smollm", found)
+    tensors = reference.weights("smollm") | {"model.norm.weight": np.ones(24, np.int32)}
+    refused(tmp_path, "output_norm.weight is of type I32, which cannot be dequantized", "smollm", tensors)
 
 
 def test_a_damaged_file_is_a_data_error_and_never_a_crash(tmp_path):

@@ -26,8 +26,8 @@ def packed(tmp_path, monkeypatch):
     )
 
 
-def wheel(path, members, how=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(path, "w", how) as archive:
+def wheel(path, members, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return path
@@ -115,9 +115,9 @@ def test_a_damaged_wheel_is_a_data_error(tmp_path, packed):
 def test_a_damaged_directory_is_a_data_error(tmp_path):
     source = reference.write(tmp_path / "source", "llama", logit_scale=2.0)
     refused(source, tmp_path / "out", "config.json: logit_scale is not known")
-    found = reference.weights("llama")
-    del found["lm_head.weight"]
-    refused(reference.write(source, "llama", found), tmp_path / "out", "lacks the tensor lm_head.weight")
+    tensors = reference.weights("llama")
+    del tensors["lm_head.weight"]
+    refused(reference.write(source, "llama", tensors), tmp_path / "out", "lacks the tensor lm_head.weight")
     (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(b"\x80\x04")
     refused(source, tmp_path / "out", "pytorch_model.bin is a pickle, which is never read")
@@ -183,7 +183,7 @@ def test_the_network_is_not_used_offline(tmp_path, monkeypatch):
 
 
 def test_only_weights_tokenizer_and_documents_are_fetched(tmp_path, monkeypatch):
-    source, asked = reference.write(tmp_path / "cache", "llama"), {}
+    source, requested = reference.write(tmp_path / "cache", "llama"), {}
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for path in source.iterdir():  # as a cache holds them: links to what is named by its content
@@ -191,17 +191,19 @@ def test_only_weights_tokenizer_and_documents_are_fetched(tmp_path, monkeypatch)
         path.symlink_to(blobs / f"{path.name}-blob")
 
     def download(name, **options):
-        asked.update(options, name=name)
+        requested.update(options, name=name)
         return str(source)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     imported = import_model("org/name", tmp_path / "out", "5f3a")
-    assert (asked["name"], asked["revision"]) == ("org/name", "5f3a") and not (tmp_path / "out" / "config.json").is_symlink()
+    assert (requested["name"], requested["revision"]) == ("org/name", "5f3a") and not (
+        tmp_path / "out" / "config.json"
+    ).is_symlink()
     assert imported.files == ("config.json", "model.safetensors")
-    assert not [p for p in asked["allow_patterns"] if p.endswith((".py", ".bin", ".pt", "*", ".pkl"))]
+    assert not [p for p in requested["allow_patterns"] if p.endswith((".py", ".bin", ".pt", "*", ".pkl"))]
     wanted = ("a.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer.model", "merges.txt")
-    kept = list(huggingface_hub.utils.filter_repo_objects(wanted, allow_patterns=asked["allow_patterns"]))
+    kept = list(huggingface_hub.utils.filter_repo_objects(wanted, allow_patterns=requested["allow_patterns"]))
     assert kept == list(wanted)
 
 

@@ -33,19 +33,19 @@ def adapted(directory, targets=("q", "v", "up"), rank=3, alpha=6.0):
 def by_peft(directory, targets=("q", "v", "up"), rank=2, **config):
     """An adapter as PEFT writes it, for the model `llama`; its factors."""
     directory.mkdir(exist_ok=True)
-    rng, found, shapes = np.random.default_rng(4), {}, {"q": (24, 24), "v": (24, 12), "up": (24, 40)}
+    rng, tensors, shapes = np.random.default_rng(4), {}, {"q": (24, 24), "v": (24, 12), "up": (24, 40)}
     for i in range(3):
         for name in targets:
             n_in, n_out = shapes[name]
             key = f"base_model.model.model.layers.{i}.{HIDDEN[name]}"
-            found[f"{key}.lora_A.weight"] = rng.normal(size=(rank, n_in)).astype(np.float32)
-            found[f"{key}.lora_B.weight"] = rng.normal(size=(n_out, rank)).astype(np.float32)
-    save_file(found, directory / "adapter_model.safetensors", {"format": "pt"})
+            tensors[f"{key}.lora_A.weight"] = rng.normal(size=(rank, n_in)).astype(np.float32)
+            tensors[f"{key}.lora_B.weight"] = rng.normal(size=(n_out, rank)).astype(np.float32)
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
     known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8, "lora_dropout": 0.05, "bias": "none"}
     known |= {"target_modules": [f"{n}_proj" for n in targets], "modules_to_save": None, "rank_pattern": {}, "use_dora": False}
     known |= {"base_model_name_or_path": "somewhere", "init_lora_weights": True, "use_rslora": False, "fan_in_fan_out": False}
     (directory / "adapter_config.json").write_text(json.dumps(known | config))
-    return found
+    return tensors
 
 
 @pytest.fixture
@@ -80,13 +80,13 @@ def test_an_adapter_adds_b_a_to_the_weights(tmp_path, llama, rs):
 def test_a_saved_adapter_has_the_format_of_peft(tmp_path, llama):
     model = adapted(llama)
     peft.save_adapter(model, tmp_path / "out", "org/base")
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert len(found) == 3 * 3 * 2
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * 3 * 2
     for i in range(3):
         for name, module in HIDDEN.items():
             linear, key = getattr(model.blocks, name), f"base_model.model.model.layers.{i}.{module}"
-            assert np.array_equal(found[f"{key}.lora_A.weight"], np.asarray(linear.lora_a[...])[i].T)
-            assert np.array_equal(found[f"{key}.lora_B.weight"], np.asarray(linear.lora_b[...])[i].T)
+            assert np.array_equal(tensors[f"{key}.lora_A.weight"], np.asarray(linear.lora_a[...])[i].T)
+            assert np.array_equal(tensors[f"{key}.lora_B.weight"], np.asarray(linear.lora_b[...])[i].T)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6, "org/base")
     assert config["target_modules"] == ["q_proj", "v_proj", "up_proj"] and config["peft_type"] == "LORA"
@@ -111,11 +111,11 @@ def test_a_saved_adapter_is_loaded_unchanged(tmp_path, mesh):
 
 
 def test_an_adapter_in_sixteen_bits_is_read(tmp_path, llama):
-    found = {k: v.astype(np.float16) for k, v in by_peft(tmp_path / "a").items()}
-    save_file(found, tmp_path / "a" / "adapter_model.safetensors")
+    tensors = {k: v.astype(np.float16) for k, v in by_peft(tmp_path / "a").items()}
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     model = peft.load_adapter(weights.load(llama), tmp_path / "a")
     key = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
-    assert model.blocks.up.lora_b[...].dtype == jnp.float32 and np.array_equal(model.blocks.up.lora_b[...][2].T, found[key])
+    assert model.blocks.up.lora_b[...].dtype == jnp.float32 and np.array_equal(model.blocks.up.lora_b[...][2].T, tensors[key])
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ LAYER = "base_model.model.model.layers"
     ],
 )
 def test_tensors_of_another_model_raise_an_error_that_names_them(tmp_path, llama, change, message):
-    found = by_peft(tmp_path / "adapter")
-    change(found)
-    save_file(found, tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors = by_peft(tmp_path / "adapter")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(LindmError, match=message) as e:
         peft.load_adapter(weights.load(llama), tmp_path / "adapter")
     assert isinstance(e.value, DataError)

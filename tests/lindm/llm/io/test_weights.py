@@ -65,22 +65,22 @@ def test_every_tensor_is_loaded_into_its_weight(tmp_path):
         **{"input_layernorm.weight": ("norm_attention.weight", False)},
         **{"post_attention_layernorm.weight": ("norm_mlp.weight", False)},
     }
-    found = arrays(m)
-    assert np.array_equal(found["embedding"], w["model.embed_tokens.weight"])
-    assert np.array_equal(found["lm_head"], w["lm_head.weight"].T) and np.array_equal(
-        found["norm.weight"], w["model.norm.weight"]
+    loaded = arrays(m)
+    assert np.array_equal(loaded["embedding"], w["model.embed_tokens.weight"])
+    assert np.array_equal(loaded["lm_head"], w["lm_head.weight"].T) and np.array_equal(
+        loaded["norm.weight"], w["model.norm.weight"]
     )
-    for theirs, (ours, turned) in places.items():
+    for theirs, (ours, transposed) in places.items():
         for i in range(3):
             value = w[f"model.layers.{i}.{theirs}"]
-            assert np.array_equal(found[f"blocks.{ours}"][i], value.T if turned else value)
-    assert len(found) == 3 + len(places)
+            assert np.array_equal(loaded[f"blocks.{ours}"][i], value.T if transposed else value)
+    assert len(loaded) == 3 + len(places)
 
 
 def test_biases_are_loaded_into_their_weights(tmp_path):
-    w, found = reference.weights("llama"), arrays(weights.load(reference.write(tmp_path, "llama")))
+    w, loaded = reference.weights("llama"), arrays(weights.load(reference.write(tmp_path, "llama")))
     for theirs, ours in {"self_attn.o_proj": "o", "self_attn.k_proj": "k", "mlp.down_proj": "down"}.items():
-        assert np.array_equal(found[f"blocks.{ours}.bias"], np.stack([w[f"model.layers.{i}.{theirs}.bias"] for i in range(3)]))
+        assert np.array_equal(loaded[f"blocks.{ours}.bias"], np.stack([w[f"model.layers.{i}.{theirs}.bias"] for i in range(3)]))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -147,11 +147,11 @@ def test_kernels_quantized_while_loading_equal_those_quantized_afterwards(tmp_pa
     directory = reference.write(tmp_path, "wide", dtype=kind)
     wanted = lora.quantize(weights.load(directory), base)
     for mesh in (None, make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])):
-        found = weights.load(directory, mesh=mesh, base=base)
-        assert equal(found, wanted) and nnx.graphdef(found) == nnx.graphdef(wanted)
-        assert isinstance(found.embedding, nnx.Param) and isinstance(found.blocks.norm_mlp.weight, nnx.Param)
+        model = weights.load(directory, mesh=mesh, base=base)
+        assert equal(model, wanted) and nnx.graphdef(model) == nnx.graphdef(wanted)
+        assert isinstance(model.embedding, nnx.Param) and isinstance(model.blocks.norm_mlp.weight, nnx.Param)
     if base != "bf16":
-        assert found.blocks.o.kernel.codes[...].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+        assert model.blocks.o.kernel.codes[...].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
 
 
 def test_invalid_arguments_raise_an_error_before_any_weight_is_read(tmp_path, monkeypatch):
@@ -171,9 +171,9 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 def changed(directory, name="llama", remove=None, **put):
-    found = reference.weights(name) | {k.replace("__", "."): v for k, v in put.items()}
-    found.pop(remove, None)
-    return reference.write(directory, name, found)
+    tensors = reference.weights(name) | {k.replace("__", "."): v for k, v in put.items()}
+    tensors.pop(remove, None)
+    return reference.write(directory, name, tensors)
 
 
 def refused(directory, message):
@@ -188,38 +188,38 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
-    found = reference.weights("llama")
-    found[Q] = np.ascontiguousarray(found[Q][:, :-1])
-    refused(reference.write(tmp_path, "llama", found), rf"model.safetensors: {Q} must be \[24, 24\]; got \[24, 23\]")
+    tensors = reference.weights("llama")
+    tensors[Q] = np.ascontiguousarray(tensors[Q][:, :-1])
+    refused(reference.write(tmp_path, "llama", tensors), rf"model.safetensors: {Q} must be \[24, 24\]; got \[24, 23\]")
 
 
 def test_an_unexpected_tensor_is_named(tmp_path):
-    found = reference.weights("smollm") | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
+    tensors = reference.weights("smollm") | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
     refused(
-        reference.write(tmp_path, "smollm", found), "has the tensor model.layers.0.self_attn.q_proj.bias, which this model does"
+        reference.write(tmp_path, "smollm", tensors), "has the tensor model.layers.0.self_attn.q_proj.bias, which this model does"
     )
 
 
 def test_rotary_frequencies_and_an_equal_tied_head_are_accepted(tmp_path):
-    found = reference.weights("smollm")
+    tensors = reference.weights("smollm")
     plain = weights.load(reference.write(tmp_path / "a", "smollm"))
-    found |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    found |= {"lm_head.weight": found["model.embed_tokens.weight"].copy()}
-    assert equal(weights.load(reference.write(tmp_path / "b", "smollm", found)), plain)
-    found["lm_head.weight"][66, 23] += 1
+    tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    assert equal(weights.load(reference.write(tmp_path / "b", "smollm", tensors)), plain)
+    tensors["lm_head.weight"][66, 23] += 1
     refused(
-        reference.write(tmp_path / "b", "smollm", found), "lm_head.weight differs from the embedding, although config.json says"
+        reference.write(tmp_path / "b", "smollm", tensors), "lm_head.weight differs from the embedding, although config.json says"
     )
-    found["lm_head.weight"] = found["lm_head.weight"][:60]
-    refused(reference.write(tmp_path / "b", "smollm", found), "lm_head.weight differs from the embedding")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:60]
+    refused(reference.write(tmp_path / "b", "smollm", tensors), "lm_head.weight differs from the embedding")
 
 
 @pytest.mark.parametrize("kind, spelled", [(np.float64, "F64"), (np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
 def test_another_dtype_is_named(tmp_path, kind, spelled):
-    found = reference.weights("llama")
-    found[Q] = found[Q].astype(kind)
+    tensors = reference.weights("llama")
+    tensors[Q] = tensors[Q].astype(kind)
     reference.write(tmp_path, "llama")
-    save_file(found, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
     refused(tmp_path, f"model.safetensors: {Q} must be of dtype F32, BF16, F16; got {spelled}")
 
 
@@ -345,8 +345,8 @@ def test_a_model_over_the_shard_size_is_written_in_several_files(tmp_path):
     names = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
     n = len(names)
     assert n > 2 and names == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    held = [sum(x.nbytes for x in load_file(tmp_path / "b" / name).values()) for name in names]
-    assert max(held) <= 9_000 and all(a + b > 9_000 for a, b in itertools.pairwise(held))
+    sizes = [sum(x.nbytes for x in load_file(tmp_path / "b" / name).values()) for name in names]
+    assert max(sizes) <= 9_000 and all(a + b > 9_000 for a, b in itertools.pairwise(sizes))
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * m.config.num_parameters
     assert {k: v for k, v in index["weight_map"].items()} == {k: f for f in names for k in load_file(tmp_path / "b" / f)}
@@ -363,9 +363,9 @@ def test_a_tensor_over_the_shard_size_has_a_file_of_its_own(tmp_path):
 def test_bfloat16_is_rounded_to_the_nearest(tmp_path):
     m = weights.load(reference.write(tmp_path / "a", "llama"))
     weights.save(m, tmp_path / "b", dtype="bf16")
-    found = everything(tmp_path / "b")
-    assert {x.dtype for x in found.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    assert same({k: v.astype(np.float32) for k, v in found.items()}, reference.bfloat16(reference.weights("llama")))
+    saved = everything(tmp_path / "b")
+    assert {x.dtype for x in saved.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert same({k: v.astype(np.float32) for k, v in saved.items()}, reference.bfloat16(reference.weights("llama")))
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="dtype must be one of f32, bf16; got 'f16'"):
         weights.save(m, tmp_path / "c", dtype="f16")
@@ -382,7 +382,7 @@ def test_adapters_are_merged_when_a_model_is_saved(tmp_path, base):
         linear.lora_b = nnx.data(nnx.Param(jnp.asarray(rng.normal(size=linear.lora_b[...].shape), jnp.float32)))
         factors[name] = np.asarray(linear.lora_a[...], np.float64), np.asarray(linear.lora_b[...], np.float64)
     weights.save(m, tmp_path / "b")
-    found, true = everything(tmp_path / "b"), reference.weights("wide")
+    saved, true = everything(tmp_path / "b"), reference.weights("wide")
     for key, value in true.items():
         module = key.split(".")[-2].removesuffix("_proj")
         if base == "int8" and key.endswith("_proj.weight"):
@@ -391,7 +391,7 @@ def test_adapters_are_merged_when_a_model_is_saved(tmp_path, base):
         if module in factors:
             a, b = (x[int(key.split(".")[2])] for x in factors[module])
             value = value + 3 * (a @ b).T
-        np.testing.assert_allclose(found[key], value, rtol=0, atol=2e-6 * max(np.abs(value).max(), 1))
+        np.testing.assert_allclose(saved[key], value, rtol=0, atol=2e-6 * max(np.abs(value).max(), 1))
     assert m.blocks.q.lora_a is not None  # the model itself is left as it was
 
 

@@ -24,13 +24,13 @@ from lindm.llm.parallel.chips import CHIPS, TPU_GENERATIONS, find_chip, parse_to
     ],
 )
 def test_a_slice_has_the_chips_and_hosts_of_the_makers_table(topology, chips, hosts, accelerator):
-    found = parse_topology(topology)
-    assert (found.num_chips, found.num_hosts, found.accelerator_type) == (chips, hosts, accelerator)
-    assert found.chips_per_host * hosts == chips
+    topology_of = parse_topology(topology)
+    assert (topology_of.num_chips, topology_of.num_hosts, topology_of.accelerator_type) == (chips, hosts, accelerator)
+    assert topology_of.chips_per_host * hosts == chips
 
 
 def test_no_two_shapes_of_a_generation_have_as_many_chips():
-    """So the type of a Cloud TPU, which only counts, means the shape that was asked for."""
+    """The accelerator type of a Cloud TPU, which has only a count, therefore determines the shape."""
     for name, generation in TPU_GENERATIONS.items():
         assert len({parse_topology(f"{name}:{shape}").accelerator_type for shape in generation.slices}) == len(generation.slices)
 
@@ -50,7 +50,7 @@ def test_no_two_shapes_of_a_generation_have_as_many_chips():
         ("TPU v9", None),
     ],
 )
-def test_a_chip_is_found_by_the_longest_prefix_of_what_jax_calls_it(device_kind, name):
+def test_a_chip_is_recognized_by_the_longest_prefix_of_its_device_kind(device_kind, name):
     chip = find_chip(device_kind)
     assert (chip and chip.name) == name
 

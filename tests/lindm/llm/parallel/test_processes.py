@@ -64,10 +64,10 @@ try:
         state = 0
         for step in range(1, 2000):
             with distributed.detect_lost_peer():
-                asked = tiny.largest(int(signals.stop_requested()))
-            if asked or step == 3:
-                say(step=step, noted=signals.stop_requested(), asked=asked)
-            if asked:
+                all_stop = tiny.largest(int(signals.stop_requested()))
+            if all_stop or step == 3:
+                say(step=step, noted=signals.stop_requested(), all_stop=all_stop)
+            if all_stop:
                 sys.exit(75)
             time.sleep(0.02)
 except LindmError as e:
@@ -76,7 +76,7 @@ except LindmError as e:
 """
 
 
-class Said(NamedTuple):
+class Output(NamedTuple):
     process: subprocess.Popen
     out: Path
     err: Path
@@ -87,8 +87,8 @@ class Said(NamedTuple):
     def wait_for(self, key: str, seconds: float = 120) -> dict:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if found := [line for line in self.lines() if key in line]:
-                return found[0]
+            if matches := [line for line in self.lines() if key in line]:
+                return matches[0]
             assert self.process.poll() is None, self.err.read_text()
             time.sleep(0.05)
         raise AssertionError(f"no {key} within {seconds} s: {self.out.read_text()} {self.err.read_text()}")
@@ -117,17 +117,17 @@ def run(tmp_path):
             environment |= {"PYTHONPATH": str(ROOT)} | (environments[rank] if environments else {})
             with out.open("w") as o, err.open("w") as e:
                 process = subprocess.Popen([sys.executable, "-c", CHILD, *words], stdout=o, stderr=e, env=environment, cwd=ROOT)
-            started.append(Said(process, out, err))
+            started.append(Output(process, out, err))
         return started
 
     yield start
-    for said in started:
-        said.process.kill()
-        for line in said.lines():
+    for output in started:
+        output.process.kill()
+        for line in output.lines():
             if "pid" in line:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(line["pid"], signal.SIGKILL)
-        said.process.wait()
+        output.process.wait()
 
 
 def ended(pid: int) -> bool:
@@ -140,14 +140,14 @@ def ended(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_train_as_one_device_does(run):
-    said = run("train", devices=4)
-    found = [s.wait_for("metrics")["metrics"] for s in said]
-    assert [s.process.wait(60) for s in said] == [0, 0]
-    for rank, s in enumerate(said):
+    output = run("train", devices=4)
+    metrics = [s.wait_for("metrics")["metrics"] for s in output]
+    assert [s.process.wait(60) for s in output] == [0, 0]
+    for rank, s in enumerate(output):
         assert s.lines()[1] | {"pid": 0} == {"pid": 0, "rank": rank, "processes": 2, "devices": 8, "watch": False}
     alone = tiny.train([tiny.batch(i) for i in range(3)]).metrics
-    assert found[0] == found[1]
-    for there, here in zip(found[0], alone, strict=True):
+    assert metrics[0] == metrics[1]
+    for there, here in zip(metrics[0], alone, strict=True):
         assert there["loss"] == pytest.approx(here["loss"], abs=1e-5) and there["grad_norm"] == pytest.approx(
             here["grad_norm"], rel=1e-5
         )
@@ -157,13 +157,13 @@ def test_two_processes_of_four_devices_train_as_one_device_does(run):
 @pytest.mark.fault
 @pytest.mark.parametrize("victim, then", [(1, "steps"), (0, "steps"), (1, "idle"), (0, "idle")])
 def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(run, victim, then):
-    said = run(then)
-    pids = [s.wait_for("pid")["pid"] for s in said]
-    for s in said:
+    output = run(then)
+    pids = [s.wait_for("pid")["pid"] for s in output]
+    for s in output:
         s.wait_for("step")
-    said[victim].process.kill()
+    output[victim].process.kill()
     start = time.monotonic()
-    other = said[1 - victim]
+    other = output[1 - victim]
     assert other.process.wait(HEARTBEAT + 60) == 8, other.err.read_text()
     assert time.monotonic() - start < HEARTBEAT + 5
     assert f"lindm: error: lost process {victim}" in other.err.read_text().splitlines()[-1]
@@ -172,57 +172,57 @@ def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(r
 
 @pytest.mark.fault
 def test_when_a_process_stops_answering_the_other_ends_too(run):
-    said = run("steps")
-    pid = said[1].wait_for("pid")["pid"]
-    for s in said:
+    output = run("steps")
+    pid = output[1].wait_for("pid")["pid"]
+    for s in output:
         s.wait_for("step")
     os.kill(pid, signal.SIGSTOP)
     start = time.monotonic()
-    assert said[0].process.wait(HEARTBEAT + 60) == 8
+    assert output[0].process.wait(HEARTBEAT + 60) == 8
     assert time.monotonic() - start < HEARTBEAT + 5
-    assert "lindm: error: lost process 1" in said[0].err.read_text().splitlines()[-1]
+    assert "lindm: error: lost process 1" in output[0].err.read_text().splitlines()[-1]
 
 
 @pytest.mark.fault
 def test_without_a_guard_the_others_end_too_but_by_abort(run):
-    said = run("steps", kind="alone")
-    for s in said:
+    output = run("steps", kind="alone")
+    for s in output:
         s.wait_for("step")
-    said[1].process.kill()
-    assert said[0].process.wait(HEARTBEAT + 60) == -signal.SIGABRT
-    assert supervisor.diagnose_abort(said[0].err.read_text()) is not None
+    output[1].process.kill()
+    assert output[0].process.wait(HEARTBEAT + 60) == -signal.SIGABRT
+    assert supervisor.diagnose_abort(output[0].err.read_text()) is not None
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("asked", [0, 1])
-def test_sigterm_to_one_process_stops_all_after_the_same_step(run, asked):
+@pytest.mark.parametrize("signaled", [0, 1])
+def test_sigterm_to_one_process_stops_all_after_the_same_step(run, signaled):
     """The signal was noted before `start`, and jax's own watch for it must not take it away."""
-    said = run("steps")
-    for s in said:
+    output = run("steps")
+    for s in output:
         s.wait_for("step")
-    said[asked].process.terminate()
-    assert [s.process.wait(60) for s in said] == [75, 75]
-    last = [s.lines()[-1] for s in said]
-    assert last[0]["step"] == last[1]["step"] and all(line["asked"] for line in last)
-    assert [line["noted"] for line in last] == [rank == asked for rank in (0, 1)]
+    output[signaled].process.terminate()
+    assert [s.process.wait(60) for s in output] == [75, 75]
+    last = [s.lines()[-1] for s in output]
+    assert last[0]["step"] == last[1]["step"] and all(line["all_stop"] for line in last)
+    assert [line["noted"] for line in last] == [rank == signaled for rank in (0, 1)]
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
-    (said,) = run("steps", ranks=(rank,), patience=3)
-    assert said.process.wait(120) == 8
-    assert "the processes did not find each other" in said.err.read_text().splitlines()[-1]
+    (output,) = run("steps", ranks=(rank,), patience=3)
+    assert output.process.wait(120) == 8
+    assert "the processes did not find each other" in output.err.read_text().splitlines()[-1]
 
 
 @pytest.mark.fault
 def test_a_process_that_waits_for_others_can_be_stopped(run):
-    (said,) = run("steps", ranks=(1,), patience=100)
-    said.wait_for("waits")
+    (output,) = run("steps", ranks=(1,), patience=100)
+    output.wait_for("waits")
     time.sleep(1)
-    said.process.terminate()
-    assert said.process.wait(10) == 75
-    assert "stopped by SIGTERM; the same command resumes" in said.err.read_text()
+    output.process.terminate()
+    assert output.process.wait(10) == 75
+    assert "stopped by SIGTERM; the same command resumes" in output.err.read_text()
 
 
 @pytest.mark.slow
@@ -239,19 +239,19 @@ def test_processes_that_slurm_starts_find_each_other_by_their_environment(run):
         }
         for rank in range(2)
     ]
-    said = run("meet", environments=environments)
-    for rank, s in enumerate(said):
+    output = run("meet", environments=environments)
+    for rank, s in enumerate(output):
         assert s.process.wait(120) == 0, s.err.read_text()
         assert s.lines()[1]["rank"] == rank and s.lines()[1]["processes"] == 2
 
 
-# --- who is beside this process ------------------------------------------------------------------------------------------
+# --- launchers: which processes belong to a run --------------------------------------------------------------------------
 
 SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
 
 @pytest.mark.parametrize(
-    "environment, found",
+    "environment, launcher",
     [
         ({}, None),
         (SLURM, "slurm"),
@@ -264,8 +264,8 @@ SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "
         ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "tpu"),
     ],
 )
-def test_a_launcher_is_known_by_what_it_sets(environment, found):
-    assert supervisor.detect_launcher(environment | {"JAX_PLATFORMS": "cpu"}) == found
+def test_a_launcher_is_known_by_what_it_sets(environment, launcher):
+    assert supervisor.detect_launcher(environment | {"JAX_PLATFORMS": "cpu"}) == launcher
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_the_only_process_of_a_node_of_slurm_takes_all_its_gpus(environment, dev
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, output",
     [
         (("a:1", None, None), "coordinator, processes and rank must be given together; got a:1, None and None"),
         ((None, 2, 0), "must be given together"),
@@ -292,8 +292,8 @@ def test_the_only_process_of_a_node_of_slurm_takes_all_its_gpus(environment, dev
         (("a:1", 2, -1), "rank must be from 0 to 1; got -1"),
     ],
 )
-def test_an_address_that_is_none_is_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_an_address_that_is_none_is_refused(arguments, output):
+    with pytest.raises(ValueError, match=output):
         distributed.initialize(*arguments)
 
 
@@ -337,9 +337,9 @@ def test_a_guarded_process_that_dies_of_something_else_says_of_what():
 
 
 def test_a_guarded_process_gets_the_signals_and_everything_that_it_says_comes_out():
-    said = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-    said += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(20)"
-    assert guarded(said).returncode == 75
+    output = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    output += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(20)"
+    assert guarded(output).returncode == 75
     many = guarded("sys.stderr.write('x' * 300_000); sys.stderr.flush(); os._exit(4)")
     assert many.returncode == 4 and many.stderr == "err\n" + "x" * 300_000
 
@@ -359,7 +359,7 @@ LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JA
 
 
 @pytest.mark.parametrize(
-    "said, named",
+    "output, named",
     [
         (BEFORE.format("1") + LAST, "lost process 1:"),
         (BEFORE.format("1\n12") + LAST, "lost process 1, 12:"),
@@ -375,8 +375,8 @@ LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JA
         (LAST + "something new", "lost another process:"),
     ],
 )
-def test_what_the_coordination_service_says_names_the_lost_process(said, named):
-    assert named in (supervisor.diagnose_abort(said) or "")
+def test_what_the_coordination_service_says_names_the_lost_process(output, named):
+    assert named in (supervisor.diagnose_abort(output) or "")
 
 
 def test_an_abort_of_something_else_is_no_lost_process():

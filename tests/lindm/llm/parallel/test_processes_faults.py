@@ -1,4 +1,4 @@
-"""`lindm sft` as two processes: told to stop, killed, and brought to the end with the bits of a run that nobody touched."""
+"""`lindm sft` as two processes: stopped, killed and resumed, they end with the same bits as an uninterrupted run."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def children(process: subprocess.Popen) -> list[int]:
 def test_two_processes_that_are_stopped_and_killed_end_with_the_bits_of_two_that_are_not(start, reference, tmp_path):
     out = tmp_path / "out"
 
-    # F3: one is told to stop, all save the same step
+    # one gets SIGTERM, all save the same step
     pair = start(out)
     pair.wait_for_step(5)
     pair.processes[1].send_signal(signal.SIGTERM)

@@ -35,14 +35,14 @@ def alone():
     ids=lambda sizes: ",".join(f"{k}={v}" for k, v in sizes.items()),
 )
 def test_a_mesh_trains_as_one_device_does(sizes, alone):
-    found = tiny.train([tiny.batch(i) for i in range(2)], make_mesh(sizes))
-    for there, here in zip(found.metrics, alone.metrics, strict=True):
+    trained = tiny.train([tiny.batch(i) for i in range(2)], make_mesh(sizes))
+    for there, here in zip(trained.metrics, alone.metrics, strict=True):
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-5) and there["grad_norm"] == pytest.approx(
             here["grad_norm"], rel=1e-5
         )
         assert (there["num_labels"], there["accuracy"]) == (here["num_labels"], here["accuracy"])
     for path, weight in alone.after.items():  # AdamW's first steps are of size one whatever the gradient: rounding grows
-        np.testing.assert_allclose(found.after[path], weight, atol=2e-4)
+        np.testing.assert_allclose(trained.after[path], weight, atol=2e-4)
 
 
 def test_adapters_over_a_base_in_few_bits_train_on_a_mesh_as_on_one_device():
@@ -89,7 +89,7 @@ WANTED = [
 
 
 @pytest.mark.parametrize("path, shape, axes", WANTED, ids=[path for path, _, _ in WANTED])
-def test_every_weight_lies_as_it_should(path, shape, axes, mesh):
+def test_every_weight_has_the_sharding_of_the_table(path, shape, axes, mesh):
     assert weight_spec(path, shape, mesh) == PartitionSpec(*axes)
 
 
@@ -104,7 +104,7 @@ def test_the_table_knows_every_matrix_of_a_model_with_everything_in_it(mesh):
     assert len(placed) == len(jax.tree.leaves(state)) == 6 + 7 * 4 + 2 - 1
 
 
-def test_moments_lie_as_the_weights_that_they_belong_to(mesh):
+def test_moments_have_the_shardings_of_their_weights(mesh):
     model = add_lora(tiny.decoder(), 4, 8.0, jax.random.key(0))
     _, params, frozen = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(OptimizerConfig(steps=3))
@@ -117,8 +117,8 @@ def test_moments_lie_as_the_weights_that_they_belong_to(mesh):
         if hasattr(x, "mu")
     )
     for moment in (adam.mu, adam.nu):
-        found = {sharding.weight_path(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(moment)[0]}
-        assert found == by_path
+        by_weight = {sharding.weight_path(keys): where for keys, where in jax.tree_util.tree_flatten_with_path(moment)[0]}
+        assert by_weight == by_path
     assert adam.count.is_fully_replicated and shardings.step.is_fully_replicated
     assert batch.spec == PartitionSpec(None, ("data", "fsdp")) and math.prod(stop.shard_shape((8,))) == 1
     assert any(not where.is_fully_replicated for where in jax.tree.leaves(still))
@@ -149,7 +149,7 @@ def test_a_mesh_is_read(text, sizes):
 
 
 @pytest.mark.parametrize("text", ["rows=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=2.5", "fsdp=2;tensor=2", "=2"])
-def test_what_is_no_mesh_is_refused(text):
+def test_an_invalid_mesh_raises_an_error(text):
     with pytest.raises(ValueError, match="mesh must be of the form fsdp=8,tensor=2 with axes data, fsdp, tensor; got"):
         parse_mesh(text)
 
@@ -161,7 +161,7 @@ def test_a_mesh_uses_all_devices():
         make_mesh({"fsdp": 2, "tensor": 2})
 
 
-def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_its_name(mesh):
+def test_a_mesh_that_does_not_divide_a_weight_raises_an_error_that_names_it(mesh):
     with pytest.raises(ValueError, match=r"mesh must divide blocks\.q\.kernel \[2, 30, 32\]: fsdp=4 does not divide 30"):
         weight_spec("blocks.q.kernel", (2, 30, 32), mesh)
     with pytest.raises(ValueError, match=r"mesh must divide embedding \[63, 32\]: tensor=2 does not divide 63"):
@@ -170,7 +170,7 @@ def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_its_name(mesh):
         weight_spec("blocks.q.kernel.q", (2, 6, 32), mesh)
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+def test_a_batch_that_the_mesh_does_not_divide_raises_an_error():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     sharding.check_batch_size(8, mesh)
     with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp = 4; got 6"):

@@ -31,25 +31,25 @@ def arrays(step=0):
 SPECS = {"kernel": ("fsdp", "tensor"), "bits": ("fsdp",), "half": (None, "tensor"), "step": ()}
 
 
-def lying(mesh):
+def shardings(mesh):
     return {k: NamedSharding(mesh, PartitionSpec(*spec)) for k, spec in SPECS.items()}
 
 
 def placed(values, mesh):
-    return {k: jax.device_put(v, s) for (k, v), s in zip(values.items(), lying(mesh).values(), strict=True)}
+    return {k: jax.device_put(v, s) for (k, v), s in zip(values.items(), shardings(mesh).values(), strict=True)}
 
 
 def template(mesh):
-    return {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=lying(mesh)[k]) for k, v in arrays().items()}
+    return {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=shardings(mesh)[k]) for k, v in arrays().items()}
 
 
 def mesh_of(fsdp, tensor):
     return make_mesh({"fsdp": fsdp, "tensor": tensor}, jax.devices()[: fsdp * tensor])
 
 
-def same(found, wanted):
+def same(restored, wanted):
     for k, v in wanted.items():
-        assert np.asarray(found[k]).tobytes() == np.asarray(v).tobytes(), k
+        assert np.asarray(restored[k]).tobytes() == np.asarray(v).tobytes(), k
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,13 @@ def copied(saved, tmp_path):
 @pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 1), (2, 2), (1, 2), (8, 1)])
 def test_what_was_saved_on_eight_devices_is_restored_bit_by_bit_on_others(saved, fsdp, tensor):
     mesh = mesh_of(fsdp, tensor)
-    found = checkpoints.restore(saved, template(mesh))
-    assert (found.step, found.progress, found.skipped) == (6, {"best": 3.0}, ())
-    same(found.state, arrays(6))
-    assert all(found.state[k].sharding == lying(mesh)[k] for k in SPECS)
+    restored = checkpoints.restore(saved, template(mesh))
+    assert (restored.step, restored.progress, restored.skipped) == (6, {"best": 3.0}, ())
+    same(restored.state, arrays(6))
+    assert all(restored.state[k].sharding == shardings(mesh)[k] for k in SPECS)
 
 
-def test_where_nothing_was_written_there_is_nothing(tmp_path):
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
     assert checkpoints.restore(tmp_path / "none", template(mesh_of(1, 1))) is None
 
 
@@ -101,9 +101,9 @@ def test_one_flipped_bit_in_any_file_is_seen_and_the_step_before_is_used(copied)
         bad = bytearray(good)
         bad[len(bad) // 2] ^= 1
         path.write_bytes(bad)
-        found = checkpoints.restore(copied, template(mesh_of(1, 1)))
-        assert found.step == 3 and "00000006" in found.skipped[0], name
-        same(found.state, arrays(3))
+        restored = checkpoints.restore(copied, template(mesh_of(1, 1)))
+        assert restored.step == 3 and "00000006" in restored.skipped[0], name
+        same(restored.state, arrays(3))
         path.write_bytes(good)
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
 
@@ -136,7 +136,7 @@ def test_a_damaged_step_is_written_again(copied):
 
 
 @pytest.mark.parametrize("where", ["writer", "manifest", "rename"])
-def test_a_disk_that_refuses_is_exit_7_and_leaves_what_was_there(copied, monkeypatch, where):
+def test_a_failed_write_is_exit_7_and_leaves_the_existing_checkpoints(copied, monkeypatch, where):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -197,9 +197,9 @@ def test_killed_in_any_phase_of_a_save_there_is_the_old_or_the_new_step(tmp_path
     checkpoints.save(tmp_path, 5, {"x": jnp.ones(8, jnp.float32)}, {}, keep=1)
     done = subprocess.run([sys.executable, "-c", KILLED, phase, str(tmp_path)], env={**os.environ, "XLA_FLAGS": ""}, check=False)
     assert done.returncode == -signal.SIGKILL
-    found = checkpoints.restore(tmp_path, like)
-    assert found.step == (9 if phase in ("rename-after", "removal") else 5)
-    np.testing.assert_array_equal(found.state["x"], np.arange(8.0) if found.step == 9 else np.ones(8))
+    restored = checkpoints.restore(tmp_path, like)
+    assert restored.step == (9 if phase in ("rename-after", "removal") else 5)
+    np.testing.assert_array_equal(restored.state["x"], np.arange(8.0) if restored.step == 9 else np.ones(8))
     checkpoints.save(tmp_path, 12, {"x": jnp.zeros(8, jnp.float32)}, {}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["00000012"]
     assert json.loads((tmp_path / "00000012" / "manifest.json").read_text())["step"] == 12

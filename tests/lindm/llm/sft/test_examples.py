@@ -1,4 +1,4 @@
-"""What trains: documents that read back as the rows they are of, files row by row, and every bad row by its line."""
+"""Training examples: documents of datasets, rows of files, and errors that name the row."""
 
 import json
 import re
@@ -37,8 +37,8 @@ def with_names(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cloud(brute, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cloud")
+def ambiguous(brute, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ambiguous")
     datasets.make_dataset(out, brute.random(5, S=2, A=2, O=2, M=2, H=3, alpha=0.7).problem(), CONFIG)
     return out
 
@@ -56,16 +56,16 @@ def trained(tokenizer, example) -> list[str]:
 @pytest.mark.parametrize("template", ["compact", "readable"])
 @pytest.mark.parametrize("supervise", ["all", "query"])
 def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, template, supervise):
-    found = load_examples(suite, TOKENIZER, template=template, supervise=supervise)
+    examples = load_examples(suite, TOKENIZER, template=template, supervise=supervise)
     rows = list(queries(suite))
-    assert len(found) == len(rows) == 10
-    for n, (example, (task, demos, query)) in enumerate(zip(found, rows, strict=True)):
+    assert len(examples) == len(rows) == 10
+    for n, (example, (task, demos, query)) in enumerate(zip(examples, rows, strict=True)):
         text = decode(TOKENIZER, example.ids.tolist())
         document = parse(text, {"compact": COMPACT, "readable": READABLE}[template])
         for steps, row in zip((*document.demonstrations, document.query), (*demos, query), strict=True):
             assert [(s.state, s.action, s.reward) for s in steps] == list(zip(row.state, row.action, row.reward, strict=True))
-        labelled = (*demos, query) if supervise == "all" else (query,)
-        assert trained(TOKENIZER, example) == [f" {'AB'[label]}" for row in labelled for label in row.label]
+        labeled = (*demos, query) if supervise == "all" else (query,)
+        assert trained(TOKENIZER, example) == [f" {'AB'[label]}" for row in labeled for label in row.label]
         assert (example.source, example.group) == (f"{suite}: task {task}, query {n % 2}", task)
 
 
@@ -90,18 +90,20 @@ def test_rewards_and_names_are_options(with_names):
     assert words and all(any(name.startswith(word) for name in ("wait", "go", "turn")) for word in words)
 
 
-def test_a_hidden_state_is_in_no_document(cloud):
+def test_a_hidden_state_is_in_no_document(ambiguous):
     tokenizer = dummy_space()
-    text = decode(tokenizer, load_examples(cloud, tokenizer, template="readable")[0].ids.tolist())
+    text = decode(tokenizer, load_examples(ambiguous, tokenizer, template="readable")[0].ids.tolist())
     assert "The state is" not in text and "Nature takes model" in text and "The observation is" in text
 
 
 def test_a_template_may_be_a_file_or_a_template(suite, tmp_path):
     own = {"name": "own", "step": ["|", "{state}", "{action}"], "closing": "\n", "states": "{}", "actions": ["x", "y"]}
     (tmp_path / "own.json").write_text(json.dumps(own))
-    found = load_examples(suite, TOKENIZER, template=str(tmp_path / "own.json"))
-    assert [e.ids.tolist() for e in found] == [e.ids.tolist() for e in load_examples(suite, TOKENIZER, template=Template(**own))]
-    assert set(trained(TOKENIZER, found[0])) <= {"x", "y"}
+    examples = load_examples(suite, TOKENIZER, template=str(tmp_path / "own.json"))
+    assert [e.ids.tolist() for e in examples] == [
+        e.ids.tolist() for e in load_examples(suite, TOKENIZER, template=Template(**own))
+    ]
+    assert set(trained(TOKENIZER, examples[0])) <= {"x", "y"}
     with pytest.raises(LindmError, match=r"cannot read none\.json"):
         load_examples(suite, TOKENIZER, template="none.json")
 
@@ -114,10 +116,10 @@ def test_progress_is_called_with_the_tasks_that_are_done(suite):
 
 def test_the_documents_of_a_dataset_are_those_that_train(suite):
     dataset = datasets.Dataset(suite)
-    found = list(datasets.documents(dataset, datasets.text_format(dataset, rewards="hidden")))
-    assert [(task.task, query) for task, query, _ in found] == [(t, q) for t in range(5) for q in (0, 1)]
+    rows = list(datasets.documents(dataset, datasets.text_format(dataset, rewards="hidden")))
+    assert [(task.task, query) for task, query, _ in rows] == [(t, q) for t in range(5) for q in (0, 1)]
     texts = [decode(TOKENIZER, e.ids.tolist()) for e in load_examples(dataset, TOKENIZER, rewards="hidden")]
-    assert ["".join(piece.text for piece in pieces) for _, _, pieces in found] == texts
+    assert ["".join(piece.text for piece in pieces) for _, _, pieces in rows] == texts
 
 
 # --- files
@@ -139,9 +141,11 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
         CHAT,
         {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
     )
-    found = load_examples(path, TOKENIZER)
-    assert [decode(TOKENIZER, [t for t in e.target.tolist() if t >= 0]) for e in found] == [" A<|im_end|>"] + ["A<|im_end|>"] * 2
-    assert [(e.source, e.group) for e in found] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
+    examples = load_examples(path, TOKENIZER)
+    assert [decode(TOKENIZER, [t for t in e.target.tolist() if t >= 0]) for e in examples] == [" A<|im_end|>"] + [
+        "A<|im_end|>"
+    ] * 2
+    assert [(e.source, e.group) for e in examples] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
 
 
 def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_trained(tmp_path):
@@ -154,8 +158,8 @@ def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_traine
 def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_path):
     prompts, conversations = datasets.export(suite, "trl", tmp_path)
     labels = [label for _, _, query in queries(suite) for label in query.label]
-    found = load_examples(prompts, TOKENIZER)
-    assert ["".join(trained(TOKENIZER, e)) for e in found] == [f" {'AB'[label]}<|im_end|>" for label in labels]
+    examples = load_examples(prompts, TOKENIZER)
+    assert ["".join(trained(TOKENIZER, e)) for e in examples] == [f" {'AB'[label]}<|im_end|>" for label in labels]
     answers = "".join("".join(trained(TOKENIZER, e)) for e in load_examples(conversations, TOKENIZER))
     assert answers == "".join(f"{'AB'[label]}<|im_end|>" for label in labels)
 
@@ -207,7 +211,7 @@ def test_a_document_that_is_too_long_is_named_by_its_task_and_query(suite):
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_rows_is_no_success(tmp_path, content):
+def test_a_file_without_rows_raises_an_error(tmp_path, content):
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(LindmError, match=r"rows\.jsonl has no rows") as e:
         load_examples(tmp_path / "rows.jsonl", TOKENIZER)
@@ -215,14 +219,14 @@ def test_a_file_without_rows_is_no_success(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.jsonl", "rows.json", "", "folder.jsonl"])
-def test_anything_else_is_told_what_would_be_accepted(tmp_path, name):
+def test_any_other_source_raises_an_error_with_the_accepted_ones(tmp_path, name):
     written(tmp_path / "rows.json", GOOD)
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, or a \.jsonl file with rows .*; got /"):
         load_examples(tmp_path / name, TOKENIZER)
 
 
-def test_an_unfinished_dataset_is_refused(suite, tmp_path):
+def test_an_unfinished_dataset_raises_an_error(suite, tmp_path):
     (tmp_path / "config.json").write_bytes((suite / "config.json").read_bytes())
     with pytest.raises(LindmError, match="is not finished") as e:
         load_examples(tmp_path, TOKENIZER)
@@ -230,12 +234,12 @@ def test_an_unfinished_dataset_is_refused(suite, tmp_path):
 
 
 @pytest.mark.parametrize("option", [{"template": "compact"}, {"rewards": "hidden"}, {"names": True}, {"supervise": "query"}])
-def test_an_option_of_datasets_is_refused_for_a_file(tmp_path, option):
+def test_an_option_of_datasets_raises_an_error_for_a_file(tmp_path, option):
     with pytest.raises(ValueError, match=rf"{next(iter(option))} must be left out for a \.jsonl file"):
         load_examples(written(tmp_path / "rows.jsonl", GOOD), TOKENIZER, **option)
 
 
-def test_numbers_that_make_no_sense_are_refused(suite):
+def test_numbers_out_of_range_raise_an_error(suite):
     with pytest.raises(ValueError, match="max_tokens must be at least 1; got 0"):
         load_examples(suite, TOKENIZER, max_tokens=0)
     with pytest.raises(ValueError, match="supervise must be one of all, query; got 'demos'"):
@@ -246,29 +250,29 @@ def test_numbers_that_make_no_sense_are_refused(suite):
 
 
 def test_a_task_is_never_on_both_sides(suite):
-    found = load_examples(suite, TOKENIZER)
+    examples = load_examples(suite, TOKENIZER)
     for seed in range(5):
-        train, held = hold_out(found, 0.4, seed)
-        assert len(held) == 4 and Counter(e.group for e in held) == dict.fromkeys({e.group for e in held}, 2)
-        assert not {e.group for e in train} & {e.group for e in held}
-        assert sorted(map(id, train + held)) == sorted(map(id, found))
-        assert [id(e) for e in hold_out(found, 0.4, seed)[1]] == [id(e) for e in held]
-    assert len({tuple(e.source for e in hold_out(found, 0.4, seed)[1]) for seed in range(5)}) > 1
-    last = found[-6:]  # of tasks 2, 3 and 4
-    train, held = hold_out(last, 0.4, 0)
-    assert len(train) == 4 and len(held) == 2 and not {e.group for e in train} & {e.group for e in held}
+        train, evaluated = hold_out(examples, 0.4, seed)
+        assert len(evaluated) == 4 and Counter(e.group for e in evaluated) == dict.fromkeys({e.group for e in evaluated}, 2)
+        assert not {e.group for e in train} & {e.group for e in evaluated}
+        assert sorted(map(id, train + evaluated)) == sorted(map(id, examples))
+        assert [id(e) for e in hold_out(examples, 0.4, seed)[1]] == [id(e) for e in evaluated]
+    assert len({tuple(e.source for e in hold_out(examples, 0.4, seed)[1]) for seed in range(5)}) > 1
+    last = examples[-6:]  # of tasks 2, 3 and 4
+    train, evaluated = hold_out(last, 0.4, 0)
+    assert len(train) == 4 and len(evaluated) == 2 and not {e.group for e in train} & {e.group for e in evaluated}
 
 
 @given(n=st.integers(1, 60), fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**64 - 1))
-def test_a_split_has_every_number_once_and_the_fraction_asked_for(n, fraction, seed):
+def test_a_split_has_every_number_once_and_the_given_fraction(n, fraction, seed):
     if fraction and n - max(round(fraction * n), 1) < 1:
         with pytest.raises(ValueError, match="fraction must leave something to train"):
             split_indices(n, fraction, seed)
         return
-    rest, held = split_indices(n, fraction, seed)
-    assert sorted(rest + held) == list(range(n)) and (rest, held) == (sorted(rest), sorted(held))
-    assert abs(len(held) - fraction * n) <= 0.5 or len(held) == 1
-    assert bool(held) == bool(fraction) and split_indices(n, fraction, seed) == (rest, held)
+    rest, evaluated = split_indices(n, fraction, seed)
+    assert sorted(rest + evaluated) == list(range(n)) and (rest, evaluated) == (sorted(rest), sorted(evaluated))
+    assert abs(len(evaluated) - fraction * n) <= 0.5 or len(evaluated) == 1
+    assert bool(evaluated) == bool(fraction) and split_indices(n, fraction, seed) == (rest, evaluated)
 
 
 def test_every_number_is_held_out_about_equally_often():

@@ -100,18 +100,18 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(micro, reference, t
         time.sleep(rng.random() / 20)
         process.kill()
         process.wait()
-        found = checkpoints.checkpoint_steps(out / "checkpoints")
-        assert not found or found[-1] >= kept, "a step that was saved is not lost"
+        steps = checkpoints.checkpoint_steps(out / "checkpoints")
+        assert not steps or steps[-1] >= kept, "a step that was saved is not lost"
         done = json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-2])["step"]
-        assert done - (found[-1] if found else 0) <= EVERY + 1, "at most one interval is lost"
-        kept = found[-1] if found else 0
+        assert done - (steps[-1] if steps else 0) <= EVERY + 1, "at most one interval is lost"
+        kept = steps[-1] if steps else 0
     done = run(micro, out)
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stderr
     assert result(out) == result(reference) and not leftovers(out)
 
 
-def test_asked_to_stop_it_saves_and_ends_with_75_within_seconds(micro, reference, tmp_path):
+def test_after_sigterm_it_saves_and_ends_with_75_within_seconds(micro, reference, tmp_path):
     out = tmp_path / "out"
     process = start(micro, out)
     wait_for(lambda: lines(out) >= 7, process, out)
@@ -181,8 +181,8 @@ def test_a_full_disk_is_exit_7_and_with_room_it_goes_on(micro, reference, small_
     out = small_disk / "out"
     done = run(micro, out, "--keep", "2")
     assert done.returncode == 7 and "No space left" in done.stderr, done.stderr
-    found = checkpoints.checkpoint_steps(out / "checkpoints")
-    assert all(checkpoints.find_damage(out / "checkpoints" / checkpoints.checkpoint_name(s)) is None for s in found)
+    steps = checkpoints.checkpoint_steps(out / "checkpoints")
+    assert all(checkpoints.find_damage(out / "checkpoints" / checkpoints.checkpoint_name(s)) is None for s in steps)
     assert not leftovers(out / "checkpoints")
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     done = run(micro, out, "--keep", "2")

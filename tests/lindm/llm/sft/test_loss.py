@@ -17,8 +17,8 @@ from tests.lindm.llm import reference, tiny
 SGD = optax.sgd(1.0)  # a step's change is then the gradient itself, with the sign turned
 
 
-def gradient(found: tiny.Trained) -> dict[str, np.ndarray]:
-    return {path: found.before[path].astype(float) - found.after[path] for path in found.before}
+def gradient(trained: tiny.Trained) -> dict[str, np.ndarray]:
+    return {path: trained.before[path].astype(float) - trained.after[path] for path in trained.before}
 
 
 def close(one: dict, other: dict, share: float) -> bool:
@@ -69,20 +69,20 @@ def model(request, directory):
         int(np.argmax(reference.logits(name, tensors, ids)[place])) for ids, labels in documents(batch) for place, _ in labels
     ]
     batch.targets[0, 0, 0] = likely[0]  # so that something is right
-    found = tiny.train([batch], model=weights.load(where), optimizer=SGD)
-    return name, tensors, batch, found
+    trained = tiny.train([batch], model=weights.load(where), optimizer=SGD)
+    return name, tensors, batch, trained
 
 
 def test_the_loss_is_that_of_the_full_logits(model):
-    name, tensors, batch, found = model
+    name, tensors, batch, trained = model
     loss, accuracy, count = expected(name, tensors, batch)
-    (metrics,) = found.metrics
+    (metrics,) = trained.metrics
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics["num_labels"] == count == 6 and metrics["finite"] and metrics["stop"] == 0
     assert metrics["accuracy"] == pytest.approx(accuracy) and accuracy > 0
-    norm = math.sqrt(sum((g**2).sum() for g in gradient(found).values()))
+    norm = math.sqrt(sum((g**2).sum() for g in gradient(trained).values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert int(found.states[1].step) == 1
+    assert int(trained.states[1].step) == 1
 
 
 PLACES = {  # of ours: tensors of a file, a layer each, and whether they are turned
@@ -101,17 +101,17 @@ PLACES = {  # of ours: tensors of a file, a layer each, and whether they are tur
 @pytest.mark.parametrize("path", PLACES)
 def test_the_gradient_is_the_slope_of_the_loss(model, path):
     """Along a random direction in one weight, by central differences in double precision."""
-    name, tensors, batch, found = model
+    name, tensors, batch, trained = model
     names, turned = PLACES[path]
     if names[0] not in tensors:  # biases of one family, norms of heads of the other
-        assert path not in found.after
+        assert path not in trained.after
         return
     rng, h = np.random.default_rng(1), 1e-5
     along = {n: rng.normal(size=tensors[n].shape) for n in names}
     moved = [{n: w.astype(float) + s * h * along.get(n, 0.0) for n, w in tensors.items()} for s in (1, -1)]
     slope = (expected(name, moved[0], batch)[0] - expected(name, moved[1], batch)[0]) / (2 * h)
     directions = [along[n].T if turned else along[n] for n in names]
-    mine = gradient(found)[path]
+    mine = gradient(trained)[path]
     assert (mine * (np.stack(directions) if len(names) > 1 else directions[0])).sum() == pytest.approx(slope, rel=1e-4)
 
 
@@ -125,22 +125,22 @@ def whole():
     return batch, tiny.train([batch], optimizer=SGD)
 
 
-def same(found: tiny.Trained, whole: tiny.Trained) -> None:
-    one, other = found.metrics[0], whole.metrics[0]
+def same(trained: tiny.Trained, whole: tiny.Trained) -> None:
+    one, other = trained.metrics[0], whole.metrics[0]
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
     assert (one["num_labels"], one["accuracy"]) == (other["num_labels"], pytest.approx(other["accuracy"], rel=1e-6))
-    assert close(gradient(found), gradient(whole), 1e-6)
+    assert close(gradient(trained), gradient(whole), 1e-6)
 
 
 def test_accumulation_is_the_big_batch_though_the_parts_have_different_shares_of_the_labels(whole):
-    batch, found = whole
+    batch, trained = whole
     parts = jax.tree.map(lambda x: x.reshape(4, 2, x.shape[-1]), batch)
-    same(tiny.train([parts], optimizer=SGD), found)
+    same(tiny.train([parts], optimizer=SGD), trained)
 
 
 def test_packed_documents_train_as_they_do_alone(whole):
-    batch, found = whole
+    batch, trained = whole
     T, L = batch.ids.shape[-1], batch.label_positions.shape[-1]
     rows = list(documents(batch))
     alone = {name: np.zeros((1, len(rows), n), np.int32) for name, n in (("ids", T), ("label_positions", L), ("targets", L))}
@@ -151,26 +151,26 @@ def test_packed_documents_train_as_they_do_alone(whole):
         for i, (place, token) in enumerate(labels):
             alone["label_positions"][0, r, i], alone["targets"][0, r, i] = place, token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), segments.shape)
-    same(tiny.train([Batch(**alone, positions=positions, segments=segments)], optimizer=SGD), found)
+    same(tiny.train([Batch(**alone, positions=positions, segments=segments)], optimizer=SGD), trained)
 
 
 @pytest.mark.parametrize("chunk", [2, 5])
 def test_labels_in_chunks_give_the_same_loss(whole, chunk, monkeypatch):
-    batch, found = whole
+    batch, trained = whole
     monkeypatch.setattr(loss, "LOGITS_CHUNK", chunk)
-    same(tiny.train([batch], optimizer=SGD), found)
+    same(tiny.train([batch], optimizer=SGD), trained)
 
 
 def test_activations_that_are_kept_give_the_same_gradient(whole):
-    batch, found = whole
-    same(tiny.train([batch], optimizer=SGD, compute=ComputeConfig(remat="none")), found)
+    batch, trained = whole
+    same(tiny.train([batch], optimizer=SGD, compute=ComputeConfig(remat="none")), trained)
 
 
 def test_activations_in_bf16_leave_weights_and_gradients_in_f32_and_nearly_where_they_were(whole):
-    batch, found = whole
+    batch, trained = whole
     half = tiny.train([batch], optimizer=SGD, compute=ComputeConfig(dtype=jnp.bfloat16))
-    assert half.metrics[0]["loss"] == pytest.approx(found.metrics[0]["loss"], rel=0.02)
-    assert half.metrics[0]["loss"] != found.metrics[0]["loss"] and close(gradient(half), gradient(found), 0.1)
+    assert half.metrics[0]["loss"] == pytest.approx(trained.metrics[0]["loss"], rel=0.02)
+    assert half.metrics[0]["loss"] != trained.metrics[0]["loss"] and close(gradient(half), gradient(trained), 0.1)
     assert {w.dtype for w in half.after.values()} == {np.dtype("float32")}
 
 
@@ -180,12 +180,14 @@ def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary_and_wha
     assert model.lm_head is not None
     model.lm_head[...] = jnp.zeros_like(model.lm_head[...])
     batch.targets[0, 0, :3] = 0
-    (found,) = tiny.train([batch], model=model).metrics
-    assert found["loss"] == pytest.approx(math.log(64), rel=1e-6) and found["num_labels"] == 10
-    assert found["accuracy"] == pytest.approx((batch.targets == 0).sum() / 10)
+    (trained,) = tiny.train([batch], model=model).metrics
+    assert trained["loss"] == pytest.approx(math.log(64), rel=1e-6) and trained["num_labels"] == 10
+    assert trained["accuracy"] == pytest.approx((batch.targets == 0).sum() / 10)
 
 
 def test_a_batch_without_labels_changes_nothing_but_the_count_of_steps():
-    found = tiny.train([tiny.batch(0, labels=(0,) * 8)])
-    assert found.metrics[0] == {"loss": 0.0, "accuracy": 0.0, "num_labels": 0, "grad_norm": 0.0, "finite": True, "stop": 0}
-    assert all((found.after[path] == found.before[path]).all() for path in found.before) and int(found.states[1].step) == 1
+    trained = tiny.train([tiny.batch(0, labels=(0,) * 8)])
+    assert trained.metrics[0] == {"loss": 0.0, "accuracy": 0.0, "num_labels": 0, "grad_norm": 0.0, "finite": True, "stop": 0}
+    assert (
+        all((trained.after[path] == trained.before[path]).all() for path in trained.before) and int(trained.states[1].step) == 1
+    )

@@ -25,9 +25,9 @@ def rate(s: int, steps: int, peak: float, warmup: float, floor: float) -> float:
 )
 def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(steps, warmup, floor):
     schedule = learning_rate_schedule(OptimizerConfig(steps=steps, learning_rate=0.3, warmup=warmup, floor=floor))
-    found = [float(schedule(s)) for s in range(steps)]
-    assert found == pytest.approx([rate(s, steps, 0.3, warmup, floor) for s in range(steps)], rel=1e-6)
-    assert max(found) == pytest.approx(0.3) and all(x > 0 for x in found)
+    rates = [float(schedule(s)) for s in range(steps)]
+    assert rates == pytest.approx([rate(s, steps, 0.3, warmup, floor) for s in range(steps)], rel=1e-6)
+    assert max(rates) == pytest.approx(0.3) and all(x > 0 for x in rates)
 
 
 def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
@@ -65,7 +65,7 @@ def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
@@ -77,6 +77,6 @@ def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
         ({"beta2": -0.1}, "beta2 must be in"),
     ],
 )
-def test_a_setting_out_of_its_range_is_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_setting_out_of_its_range_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
         OptimizerConfig(**({"steps": 3} | changes))

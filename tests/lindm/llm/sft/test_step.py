@@ -10,36 +10,36 @@ from tests.lindm.llm import tiny
 
 
 def test_with_adapters_nothing_else_changes():
-    found = tiny.train([tiny.batch(i) for i in range(3)], lora=3, weight_decay=0.1)
+    trained = tiny.train([tiny.batch(i) for i in range(3)], lora=3, weight_decay=0.1)
     names = [f"blocks.{name}.lora_{half}" for name in ("q", "k", "v", "o", "gate", "up", "down") for half in "ab"]
-    assert sorted(found.after) == sorted(names)
-    assert all(np.abs(found.after[name] - found.before[name]).max() > 1e-4 for name in names)
-    still, after = found.frozen
+    assert sorted(trained.after) == sorted(names)
+    assert all(np.abs(trained.after[name] - trained.before[name]).max() > 1e-4 for name in names)
+    still, after = trained.frozen
     assert still.keys() == after.keys() and "embedding" in still and "blocks.q.kernel" in still
     assert all((still[name] == after[name]).all() for name in still)
 
 
 def test_the_first_step_of_adapters_changes_b_alone():
     """B is 0 at first, so the loss does not depend on A yet."""
-    found = tiny.train([tiny.batch(0)], lora=3)
-    for name in found.after:
-        changed = (found.after[name] != found.before[name]).any()
+    trained = tiny.train([tiny.batch(0)], lora=3)
+    for name in trained.after:
+        changed = (trained.after[name] != trained.before[name]).any()
         assert changed == name.endswith(".lora_b"), name
 
 
-def test_a_loss_that_is_not_finite_is_told():
+def test_a_loss_that_is_not_finite_is_reported():
     batch, model = tiny.batch(0), tiny.decoder()
     model.norm.weight[...] = model.norm.weight[...].at[3].set(jnp.inf)
-    found = tiny.train([batch], model=model)
-    assert not found.metrics[0]["finite"] and not math.isfinite(found.metrics[0]["loss"])
+    trained = tiny.train([batch], model=model)
+    assert not trained.metrics[0]["finite"] and not math.isfinite(trained.metrics[0]["loss"])
 
 
-def test_weights_that_are_not_finite_after_a_finite_gradient_are_told():
-    found = tiny.train([tiny.batch(0)], learning_rate=3e38, warmup=0.0, weight_decay=3.0)
-    assert math.isfinite(found.metrics[0]["loss"]) and not found.metrics[0]["finite"]
+def test_weights_that_are_not_finite_after_a_finite_gradient_are_reported():
+    trained = tiny.train([tiny.batch(0)], learning_rate=3e38, warmup=0.0, weight_decay=3.0)
+    assert math.isfinite(trained.metrics[0]["loss"]) and not trained.metrics[0]["finite"]
 
 
 def test_any_process_can_ask_all_to_stop():
     flags = [0, np.array([0, 0, 0, 0, 0, 1, 0, 0], np.int32)]
-    found = tiny.train([tiny.batch(0), tiny.batch(1)], make_mesh({"fsdp": 8}), stops=flags)
-    assert [m["stop"] for m in found.metrics] == [0, 1]
+    trained = tiny.train([tiny.batch(0), tiny.batch(1)], make_mesh({"fsdp": 8}), stops=flags)
+    assert [m["stop"] for m in trained.metrics] == [0, 1]

@@ -75,9 +75,9 @@ def test_a_finished_run_does_nothing_more_and_keeps_its_bytes(micro, finished):
 
 def test_no_task_is_both_trained_and_held_out_and_decisions_are_measured_on_held_out_ones(micro, tmp_path):
     prepared = setup_training(options(micro, tmp_path))
-    train, held = ({e.group for row in rows for e in row} for rows in (prepared.train_rows, prepared.eval_rows))
-    assert train and held and not train & held and train | held == set(range(24))
-    assert {task.task for task in prepared.decision_tasks.tasks} <= held
+    train, evaluated = ({e.group for row in rows for e in row} for rows in (prepared.train_rows, prepared.eval_rows))
+    assert train and evaluated and not train & evaluated and train | evaluated == set(range(24))
+    assert {task.task for task in prepared.decision_tasks.tasks} <= evaluated
 
 
 @pytest.mark.slow
@@ -91,8 +91,8 @@ def test_adapters_are_trained_the_base_is_not_and_both_exports_compute_the_same(
     np.testing.assert_allclose(logits(merged, range(9)), logits(apart, range(9)), atol=2e-4)
     np.testing.assert_array_equal(merged.embedding[...], start.embedding[...])
     assert np.abs(logits(merged, range(9)) - logits(start, range(9))).max() > 1e-3
-    found = metrics.read_metrics(tmp_path / "out")
-    assert [r["loss"] for r in found if r["kind"] == "eval"][-1] < next(r["loss"] for r in found if r["kind"] == "eval")
+    records = metrics.read_metrics(tmp_path / "out")
+    assert [r["loss"] for r in records if r["kind"] == "eval"][-1] < next(r["loss"] for r in records if r["kind"] == "eval")
 
 
 @pytest.mark.slow
@@ -138,14 +138,14 @@ def uninterrupted(micro, tmp_path_factory):
 def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_resumes(
     micro, uninterrupted, tmp_path, monkeypatch, where, step
 ):
-    asked = {"evaluations": 0}
+    calls = {"evaluations": 0}
     name = "_evaluate_decisions" if where == "decisions" else "__call__"
     work = getattr(trainer.Evaluator, name)
 
     def interrupted(self, params, frozen):
-        if asked["evaluations"] == step // 2:
+        if calls["evaluations"] == step // 2:
             signals._stop_requested = True
-        asked["evaluations"] += 1
+        calls["evaluations"] += 1
         return work(self, params, frozen)
 
     monkeypatch.setattr(signals, "_stop_requested", False)
@@ -164,8 +164,8 @@ def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hidden", "cloud"])
-def test_rewards_are_not_told_where_they_could_tell_of_the_state(micro, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["hidden", "ambiguous"])
+def test_rewards_are_hidden_if_they_could_reveal_the_state(micro, tmp_path, kind):
     prepared = setup_training(options(micro, tmp_path, data=getattr(micro, kind)))
     assert not prepared.decision_tasks.text.shows_rewards
     text = prepared.tokenizer.decode(prepared.train_rows[0][0].ids.tolist())
