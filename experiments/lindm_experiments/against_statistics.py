@@ -197,12 +197,12 @@ def gaussian_part(cfg: Config, key: Array) -> list[dict]:
 
 
 def family() -> Family:
-    """One feature map for all seeds; rewards in [0, 1], as PEVI asks for."""
+    """One feature map for all seeds; rewards in [0, 1], as PEVI requires."""
     return simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0)
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "longest"))
-def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int):
+def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, longest: int):
     """Test tasks (MDP, Plan, w), their contexts (x [tests, H, longest, d], r, phi(s', .), two noises), a pool [H, pool, d]."""
     k_tasks, k_pairs, k_steps, k_noise = jax.random.split(key, 4)
     task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
@@ -230,22 +230,24 @@ def mdp_grams(x: Array, M: Array) -> Array:
 
 def mdp_part(cfg: Config, key: Array) -> list[dict]:
     """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell `small` both layers are trained."""
-    k_world, k_train = jax.random.split(key)
-    world = family()
-    worlds, pool = draw_worlds(k_world, world, cfg.tasks, cfg.pool, max(cfg.M))
-    Psi, mean, Lambda = linear_mdps.pool_moment(pool), pool.mean(1), second_moment(world)
+    k_tests, k_train = jax.random.split(key)
+    features = family()
+    test_tasks, pool = draw_test_tasks(k_tests, features, cfg.tasks, cfg.pool, max(cfg.M))
+    Psi, mean, Lambda = linear_mdps.pool_moment(pool), pool.mean(1), second_moment(features)
     covariance = Psi - jnp.asarray(mean)[:, :, None] * jnp.asarray(mean)[:, None, :]
     train = partial(linear_mdps.trained_layers, steps=cfg.steps, learning_rate=0.1, batch=128)
-    raw = train(k_train, world, pool, *cfg.small)
-    deviation = train(k_train, world, pool - mean[:, None], *cfg.small)
+    raw = train(k_train, features, pool, *cfg.small)
+    deviation = train(k_train, features, pool - mean[:, None], *cfg.small)
     cells = []
     for M in cfg.M:
-        G = mdp_grams(worlds[3][0], jnp.asarray(float(M)))
+        G = mdp_grams(test_tasks[3][0], jnp.asarray(float(M)))
         for sigma in cfg.sigma:
             at = (jnp.asarray(float(M)), jnp.asarray(sigma))
             small = (M, sigma) == tuple(cfg.small)
-            layers = raw if small else closed_forms(world, Psi, *at)
-            lost = losses(world, worlds, layers, deviation if small else closed_forms(world, covariance, *at), Psi, mean, *at)
+            layers = raw if small else closed_forms(features, Psi, *at)
+            lost = losses(
+                features, test_tasks, layers, deviation if small else closed_forms(features, covariance, *at), Psi, mean, *at
+            )
             by_stage = [risks(G[:, h], layers[h][None], at[0], Psi[h], at[1][None], Lambda) for h in range(H)]
             cells.append(
                 {
@@ -283,13 +285,13 @@ def check(records: list[dict]) -> list[Verdict]:
     wins = sum((c["risk"][LAYER] < c["risk"]["OLS"]) == (c["sigma"] ** 2 > c["boundary"]) for r in records for c in r["gaussian"])
     cells = [c for r in records for c in (*r["gaussian"], *r["mdp"])]
     seen = sum(c["n"] for c in cells)
-    rivals = ("OLS", "ridge, lambda = 1", "LSVI")
+    methods = ("OLS", "ridge, lambda = 1", "LSVI")
 
     def against(layer: str) -> list[list[float]]:
-        return [[_small(r)[layer] / _small(r)[m] for r in records] for m in rivals]
+        return [[_small(r)[layer] / _small(r)[m] for r in records] for m in methods]
 
     def named(ratios: list[list[float]]) -> str:
-        return ", ".join(f"{m} {np.mean(v):.2f}" for m, v in zip(rivals, ratios, strict=True))
+        return ", ".join(f"{m} {np.mean(v):.2f}" for m, v in zip(methods, ratios, strict=True))
 
     M, sigma = records[0]["small"]
     centered, raw = against(CENTERED), against(LAYER)
@@ -321,11 +323,11 @@ def _grid(records: list[dict], part: str, value) -> tuple[np.ndarray, np.ndarray
 
 
 def _map(records: list[dict]) -> Figure:
-    """log2 of layer / rival over (M, sigma): blue where the layer is better."""
+    """log2 of layer / other method over (M, sigma): blue where the layer is better."""
     figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 7.0))
 
-    def best(c: dict, layer: str, rivals: tuple[str, ...]) -> float:
-        return np.log2(c["loss"][layer] / min(c["loss"][m] for m in rivals))
+    def best(c: dict, layer: str, methods: tuple[str, ...]) -> float:
+        return np.log2(c["loss"][layer] / min(c["loss"][m] for m in methods))
 
     panels = (
         (

@@ -4,7 +4,7 @@ At every stage nature takes the worst model of an ambiguous POMDP with probabili
 problem: random sets of three models (the first two of them are the sets of two), and `prostate`, active surveillance of prostate
 cancer with the models of four centers over five years. Its rewards are placeholders, so they are drawn around their defaults,
 every draw together with its mirror image. All answers are exact, by the belief tree; a tree of five years is feasible because
-four observations a year carry as much information as the nine of `prostate` (`told_apart`).
+four observations a year carry as much information as the nine of `prostate` (`merge_observations`).
 
 Over the whole horizon nature moves once, alpha min_m V_m + (1 - alpha) max_m V_m. Histories contain the model, so the actions
 after the first step are chosen for each model separately, and the best pure policy is worth max_a [alpha min_m Q_m(a) + (1 -
@@ -13,7 +13,7 @@ alpha) max_m Q_m(a)], with Q_m of model m alone.
     lindm run ambiguity --preset quick      about 12 s on 2 cores
     lindm verify --only ambiguity
 
-Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most clouds
+Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most problems
 do not. The policy that is optimal stage by stage is often not optimal over the whole horizon, but loses little. The worst-case
 attitude takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
 """
@@ -55,7 +55,7 @@ from lindm_experiments.harness.statistics import clopper_pearson
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 
 ROUNDING = 1e-10  # relative to the most that two policies can differ by
-SHORT = 3  # stages of a random cloud where many values of it are needed
+SHORT = 3  # stages of a random problem where many of its values are needed
 ATTITUDE = r"attitude $\alpha$ (0: the best case, 1: the worst)"
 YEARS_LEFT = (2, 3, 4)  # with one year to go nobody takes a biopsy
 
@@ -65,21 +65,21 @@ class Config:
     seeds: int = 5
     base_seed: int = 2041000
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    clouds: int = 8
-    distance: float = 0.6  # between the models of a random cloud
-    segments: int = 8  # of beliefs, for each cloud; convexity is tried on them
+    problems: int = 8
+    distance: float = 0.6  # between the models of a random problem
+    segments: int = 8  # of beliefs per problem, on which convexity is tested
     beliefs: int = 17  # on a segment
-    policies: int = 256  # random ones, for each cloud
+    policies: int = 256  # random policies per problem
     years: int = 5
     pairs: int = 1  # draws of the stand-ins, each with its mirror image
-    spread: float = 0.2  # of the stand-ins around their defaults
+    variation: float = 0.2  # of the placeholder rewards around their defaults
 
     def __post_init__(self) -> None:
-        check_counts(self, "seeds", "clouds", "segments", "policies", "pairs")
+        check_counts(self, "seeds", "problems", "segments", "policies", "pairs")
         check_counts(self, "beliefs", least=3)
         check_counts(self, "years", least=2)
         fraction(self.distance, "distance")
-        fraction(self.spread, "spread")
+        fraction(self.variation, "variation")
         if (
             list(self.alphas) != sorted(set(self.alphas))
             or (*self.alphas[:1], *self.alphas[-1:]) != (0, 1)
@@ -89,8 +89,8 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, alphas=tuple(k / 10 for k in range(11)), clouds=16, policies=512, pairs=2)
-SMOKE = Config(seeds=2, alphas=(0.0, 0.5, 1.0), clouds=2, segments=2, beliefs=5, policies=8, years=3)
+FULL = Config(seeds=10, alphas=tuple(k / 10 for k in range(11)), problems=16, policies=512, pairs=2)
+SMOKE = Config(seeds=2, alphas=(0.0, 0.5, 1.0), problems=2, segments=2, beliefs=5, policies=8, years=3)
 
 
 def points(cfg: Config) -> list[dict]:
@@ -100,10 +100,10 @@ def points(cfg: Config) -> list[dict]:
 # --- problems ------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames="clouds")
-def draw_clouds(key: Array, distance: Array, clouds: int) -> APOMDP:
-    """A stack of so many random clouds of three models."""
-    return jax.vmap(lambda k: draw_apomdp(k, S=3, A=2, O=2, H=4, M=3, distance=distance))(jax.random.split(key, clouds))
+@partial(jax.jit, static_argnames="problems")
+def draw_problems(key: Array, distance: Array, problems: int) -> APOMDP:
+    """A stack of random APOMDPs with three models."""
+    return jax.vmap(lambda k: draw_apomdp(k, S=3, A=2, O=2, H=4, M=3, distance=distance))(jax.random.split(key, problems))
 
 
 def shortened(problem: APOMDP, stages: int) -> APOMDP:
@@ -111,10 +111,10 @@ def shortened(problem: APOMDP, stages: int) -> APOMDP:
     return replace(problem, models=replace(problem.models, r=problem.models.r[:, :stages]))
 
 
-def told_apart(problem: APOMDP) -> APOMDP:
-    """`prostate` with four observations a year: a finding, or the bin of PSA without one.
+def merge_observations(problem: APOMDP) -> APOMDP:
+    """`prostate` with four observations a year: a positive biopsy, or the bin of PSA without one.
 
-    The action tells `null` and `negative` apart, and after a finding the state is known: nothing is lost but histories.
+    The action tells `null` and `negative` apart, and after a positive biopsy the state is known: only histories are lost.
     """
     kept = np.zeros((9, 4))
     for bin in range(3):
@@ -123,9 +123,9 @@ def told_apart(problem: APOMDP) -> APOMDP:
     return replace(problem, models=replace(problem.models, O=problem.models.O @ kept))
 
 
-def drawn_stand_ins(rng: np.random.Generator, pairs: int, spread: float) -> list[dict[str, float]]:
-    """The losses of `prostate` times factors in [1 - spread, 1 + spread]; draw and mirror image follow each other."""
-    factors = rng.uniform(-spread, spread, (pairs, 1, 3)) * np.array([1.0, -1.0])[:, None] + 1
+def draw_rewards(rng: np.random.Generator, pairs: int, variation: float) -> list[dict[str, float]]:
+    """The losses of `prostate` times factors in [1 - variation, 1 + variation]; draw and mirror image follow each other."""
+    factors = rng.uniform(-variation, variation, (pairs, 1, 3)) * np.array([1.0, -1.0])[:, None] + 1
     defaults = {"biopsy_loss": 0.05, "untreated_loss": 0.2, "treated_loss": 0.07}
     return [dict(zip(defaults, row.tolist(), strict=True)) for row in factors.reshape(-1, 3) * list(defaults.values())]
 
@@ -153,8 +153,8 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
     [n], the policy's whole-horizon value and that of the best pure policy; `rises` [n], at how many of the `histories` [n] the
     value is above that of the attitude before.
     """
-    cloud, M = problem.models, problem.num_models
-    first = jax.vmap(lambda model: tree.tree(single(model)).Q[0])(cloud)  # [M, A]
+    models, M = problem.models, problem.num_models
+    first = jax.vmap(lambda model: tree.tree(single(model)).Q[0])(models)  # [M, A]
 
     def step(before: Array, alpha: Array) -> tuple[Array, dict[str, Array]]:
         here = replace(problem, alpha=alpha)
@@ -162,22 +162,22 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
         policy, V = tree.optimal_policy(here, table), table.Q.max(-1)
 
         def by_model(r: Array) -> Array:
-            rewarded = replace(here, models=replace(cloud, r=r))
+            rewarded = replace(here, models=replace(models, r=r))
             return jnp.stack([fixed_model_value(rewarded, policy, m) for m in range(M)])
 
-        models, counts = jax.vmap(by_model)(jnp.stack([cloud.r, jnp.zeros_like(cloud.r) if counted is None else counted]))
+        model_values, counts = jax.vmap(by_model)(jnp.stack([models.r, jnp.zeros_like(models.r) if counted is None else counted]))
         return V, {
             "value": V[0],
-            "models": models,
+            "models": model_values,
             "counts": counts,
-            "whole": alpha_maxmin(alpha, models, 0),
+            "whole": alpha_maxmin(alpha, model_values, 0),
             "best": alpha_maxmin(alpha, first, 0).max(),
             "rises": (before + ROUNDING * span(problem) < V).sum(),
             "histories": (V != 0).sum(),  # rewards are positive: only what cannot happen has the value zero
         }
 
-    found = jax.lax.scan(step, jnp.full(num_histories(problem), jnp.inf), alphas)[1]
-    return found | {"alone": first.max(-1)}
+    swept = jax.lax.scan(step, jnp.full(num_histories(problem), jnp.inf), alphas)[1]
+    return swept | {"alone": first.max(-1)}
 
 
 @jax.jit
@@ -186,7 +186,7 @@ def sweep_many(problems: APOMDP, alphas: Array) -> dict[str, Array]:
 
 
 @partial(jax.jit, static_argnames="policies")
-def moving_at_every_stage(key: Array, problem: APOMDP, policies: int) -> Array:
+def stagewise_differences(key: Array, problem: APOMDP, policies: int) -> Array:
     """Stage-wise minus whole-horizon value of random policies over histories [policies, 2], in the worst and in the best case.
 
     A policy's probabilities are far from even: most of its choices are nearly pure.
@@ -250,23 +250,23 @@ def measure(cfg: Config, point: dict) -> dict:
     alphas = np.array(cfg.alphas)
     if "seed" not in point:
         return thresholds(cfg, alphas)
-    k_clouds, k_policies = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
+    k_problems, k_policies = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
     rng = np.random.default_rng(cfg.base_seed + point["seed"])
-    clouds = draw_clouds(k_clouds, np.float64(cfg.distance), clouds=cfg.clouds)
-    swept = {k: np.asarray(v) for k, v in sweep_many(clouds, alphas).items()}
-    spans = np.asarray(jax.vmap(span)(clouds))
-    lines = segments_of_beliefs(rng, (cfg.clouds, cfg.segments), cfg.beliefs, 3)
+    problems = draw_problems(k_problems, np.float64(cfg.distance), problems=cfg.problems)
+    swept = {k: np.asarray(v) for k, v in sweep_many(problems, alphas).items()}
+    spans = np.asarray(jax.vmap(span)(problems))
+    lines = segments_of_beliefs(rng, (cfg.problems, cfg.segments), cfg.beliefs, 3)
     gaps, values = [], []
-    for i, key in enumerate(jax.random.split(k_policies, cfg.clouds)):
-        three = shortened(jax.tree.map(lambda x, i=i: x[i], clouds), SHORT)
+    for i, key in enumerate(jax.random.split(k_policies, cfg.problems)):
+        three = shortened(jax.tree.map(lambda x, i=i: x[i], problems), SHORT)
         two = replace(three, models=jax.tree.map(lambda x: x[:2], three.models))
-        gaps.append(np.asarray(moving_at_every_stage(key, three, policies=cfg.policies)) / spans[i])
+        gaps.append(np.asarray(stagewise_differences(key, three, policies=cfg.policies)) / spans[i])
         values.append([np.asarray(along_segments(problem, alphas, lines[i])) for problem in (two, three)])
-    bent = [bends(np.array([v[k] for v in values])) for k in (0, 1)]  # [clouds, alphas, segments, points - 2]
+    bent = [bends(np.array([v[k] for v in values])) for k in (0, 1)]  # [problems, alphas, segments, points - 2]
     gap, convex = np.array(gaps), alphas <= 0.5
     above = np.array([v[1] - np.linspace(v[1][..., 0], v[1][..., -1], cfg.beliefs, axis=-1) for v in values])  # their chords
-    cloud, segment = np.unravel_index((above[:, -1] - above[:, 0]).max(-1).argmax(), above.shape[:3:2])
-    watched = [surveillance(cfg, alphas, stand_ins) for stand_ins in drawn_stand_ins(rng, cfg.pairs, cfg.spread)]
+    problem_index, segment = np.unravel_index((above[:, -1] - above[:, 0]).max(-1).argmax(), above.shape[:3:2])
+    watched = [surveillance(cfg, alphas, rewards) for rewards in draw_rewards(rng, cfg.pairs, cfg.variation)]
     loss = (swept["best"] - swept["whole"]) / spans[:, None]
     return {
         "alphas": list(cfg.alphas),
@@ -277,27 +277,27 @@ def measure(cfg: Config, point: dict) -> dict:
         "price": [float(gap[..., k].mean()) for k in (0, 1)],
         "triples": bent[0][:, convex].size,
         "concave_triples": int((bent[0][:, convex] < -ROUNDING).sum()),
-        "clouds": cfg.clouds,
+        "clouds": cfg.problems,
         "not_convex": [(x < -ROUNDING).any((2, 3)).sum(0).tolist() for x in bent],
-        "example": above[cloud, :, segment].tolist(),  # where the attitude bends the value most
-        "loss": loss.tolist(),  # [clouds, alphas]
+        "example": above[problem_index, :, segment].tolist(),  # where the attitude bends the value most
+        "loss": loss.tolist(),  # [problems, alphas]
         "ahead": ((swept["whole"] - swept["value"]) / spans[:, None]).mean(0).tolist(),
         "prostate": {k: np.mean([w[k] for w in watched], 0).tolist() for k in watched[0]},
     }
 
 
-def surveillance(cfg: Config, alphas: np.ndarray, stand_ins: dict[str, float]) -> dict[str, np.ndarray]:
-    """`sweep` of `prostate`, with what is told of it; biopsies are counted until the cancer is found."""
-    problem = told_apart(prostate(cfg.years, **stand_ins))
+def surveillance(cfg: Config, alphas: np.ndarray, rewards: dict[str, float]) -> dict[str, np.ndarray]:
+    """`sweep` of `prostate`, with its figures for the record; biopsies are counted until the cancer is detected."""
+    problem = merge_observations(prostate(cfg.years, **rewards))
     biopsies = np.zeros(problem.models.r.shape)
     biopsies[..., :2, 1] = 1
-    found = {k: np.asarray(v) for k, v in sweep(problem, alphas, biopsies).items()}
-    return {k: found[k] for k in ("value", "whole", "models")} | {
-        "biopsies": found["counts"],
-        "loss": (found["best"] - found["whole"]) / float(span(problem)),
-        "regret": found["alone"] - found["models"],
-        "rises": found["rises"].sum(),
-        "histories": found["histories"][0],
+    swept = {k: np.asarray(v) for k, v in sweep(problem, alphas, biopsies).items()}
+    return {k: swept[k] for k in ("value", "whole", "models")} | {
+        "biopsies": swept["counts"],
+        "loss": (swept["best"] - swept["whole"]) / float(span(problem)),
+        "regret": swept["alone"] - swept["models"],
+        "rises": swept["rises"].sum(),
+        "histories": swept["histories"][0],
     }
 
 
@@ -305,7 +305,7 @@ def thresholds(cfg: Config, alphas: np.ndarray) -> dict:
     """With the stand-ins at their defaults: what a biopsy brings in the first year, by belief."""
     high_risk = np.linspace(0, 0.6, 25)
     beliefs = np.stack([1 - high_risk, high_risk, np.zeros_like(high_risk)], 1)
-    problem = told_apart(prostate(YEARS_LEFT[-1]))
+    problem = merge_observations(prostate(YEARS_LEFT[-1]))
     advantage = biopsy_advantage(problem, alphas, beliefs)
     return {"alphas": list(cfg.alphas), "high_risk": high_risk.tolist(), "advantage": np.asarray(advantage).tolist()}
 
@@ -320,7 +320,7 @@ def _seeded(records: list[dict]) -> list[dict]:
 def check(records: list[dict]) -> list[Verdict]:
     seeded = _seeded(records)
     total = {k: sum(r[k] for r in seeded) for k, v in seeded[0].items() if isinstance(v, int)}
-    losses = np.concatenate([r["loss"] for r in seeded])  # [clouds, alphas]
+    losses = np.concatenate([r["loss"] for r in seeded])  # [problems, alphas]
     two, three = np.sum([r["not_convex"] for r in seeded], 0)
     worst, best = np.mean([r["price"] for r in seeded], 0)
     by_attitude = np.array([np.mean(r["prostate"]["biopsies"], 1) for r in seeded])
@@ -343,7 +343,7 @@ def check(records: list[dict]) -> list[Verdict]:
             total["concave_triples"],
             total["triples"],
             "convexity",
-            f"at alpha = 1 the value of {two[-1]} of {total['clouds']} clouds of two is not convex",
+            f"at alpha = 1 the value of {two[-1]} of {total['clouds']} APOMDPs with two models is not convex",
         ),
         none_of(
             "ambiguity/not-convex",
@@ -414,15 +414,13 @@ def _attitude(records: list[dict]) -> Figure:
         middle.plot(alphas, mean["biopsies"][:, m], color=color, **(EXACT | {"marker": MARKERS[m]}))
     for r in seeded:
         left.plot(alphas, r["prostate"]["value"], color=BLUE, **SEED)
-    left.plot(alphas, mean["value"], color=BLUE, label="nature moves every year", **(EXACT | {"marker": "o", "linewidth": 2.2}))
-    left.plot(alphas, mean["whole"], color=GRAY, label="nature moves once", linestyle="--", marker="")
-    left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center is the truth")
+    left.plot(alphas, mean["value"], color=BLUE, label="nature chooses every year", **(EXACT | {"marker": "o", "linewidth": 2.2}))
+    left.plot(alphas, mean["whole"], color=GRAY, label="nature chooses once", linestyle="--", marker="")
+    left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center is the true model")
     left.set(ylabel="quality-adjusted years", title="What the optimal policy is worth", **with_room)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
     _named(left, 1.0, list(mean["models"][-1]), list(CENTERS), centers)
-    middle.set(
-        ylabel="expected biopsies until the cancer is found", title="What it does, by the center that is the truth", **with_room
-    )
+    middle.set(ylabel="expected biopsies until detection", title="Biopsies by the true model", **with_room)
     _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centers)
     x = np.array(first_year["high_risk"])
     for i, (years, color) in enumerate(zip(YEARS_LEFT, COLORS, strict=False)):
@@ -446,7 +444,9 @@ def _convexity(records: list[dict]) -> Figure:
     left.axvline(0.5, color=GRAY, linestyle=":", marker="")
     theorem = "two models are convex\nup to here: theorem"
     left.annotate(theorem, (0.5, 0.3), (-6, 0), textcoords="offset points", ha="right", fontsize=8, color=GRAY)
-    left.set(xlabel=ATTITUDE, ylabel="share of clouds", title=f"Value seen not to be convex, {n} random clouds", ylim=(-0.03, 1))
+    left.set(
+        xlabel=ATTITUDE, ylabel="share of APOMDPs", title=f"Value seen not to be convex, {n} random APOMDPs", ylim=(-0.03, 1)
+    )
     left.legend(loc="center left", bbox_to_anchor=(0.0, 0.6))
     example = max((np.array(r["example"]) for r in seeded), key=lambda e: (e[-1] - e[0]).max())
     t, shades = np.linspace(0, 1, example.shape[1]), pyplot.get_cmap("viridis")
@@ -467,9 +467,9 @@ def _criteria(records: list[dict]) -> Figure:
     seeded = _seeded(records)
     alphas = np.array(seeded[0]["alphas"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
-    losses = 100 * np.array([r["loss"] for r in seeded])  # [seeds, clouds, alphas]
+    losses = 100 * np.array([r["loss"] for r in seeded])  # [seeds, problems, alphas]
     plot_seeds(left, alphas, losses.reshape(-1, len(alphas)), BLUE)
-    left.plot(alphas, losses.mean((0, 1)), color=BLUE, label="random clouds, mean", **(EXACT | {"marker": "o"}))
+    left.plot(alphas, losses.mean((0, 1)), color=BLUE, label="random APOMDPs, mean", **(EXACT | {"marker": "o"}))
     surveyed = 100 * np.mean([r["prostate"]["loss"] for r in seeded], 0)
     left.plot(alphas, surveyed, color=RED, label="prostate, mean", **(EXACT | {"marker": "s"}))
     left.set(xlabel=ATTITUDE, ylabel="loss, % of the span", title="Stage-wise optimal policy where nature moves once")
@@ -478,7 +478,7 @@ def _criteria(records: list[dict]) -> Figure:
     left.legend(fontsize=8)
     ahead = 100 * np.array([r["ahead"] for r in seeded])
     plot_seeds(right, alphas, ahead, BLUE)
-    right.plot(alphas, ahead.mean(0), color=BLUE, label="optimal policy, random clouds", **(EXACT | {"marker": "o"}))
+    right.plot(alphas, ahead.mean(0), color=BLUE, label="optimal policy, random APOMDPs", **(EXACT | {"marker": "o"}))
     worst, best = -100 * np.mean([r["price"] for r in seeded], 0)
     right.plot([1.0, 0.0], [worst, best], color=ORANGE, label="random policies", **(MEASURED | {"marker": "D"}))
     right.axhline(0.0, color=GRAY, linewidth=0.8, marker="")

@@ -55,14 +55,14 @@ PARTS, GROWLS = 40, 5  # the tiger's beliefs: fractions of a growl, and how many
 class Config:
     seeds: int = 5
     base_seed: int = 2042000
-    clouds: int = 6
-    episodes: int = 24  # on every cloud
+    problems: int = 6
+    episodes: int = 24  # on every APOMDP
     trials: int = 64  # of HSVI at most
     tolerances: tuple[float, ...] = (0.1, 0.01, 1e-3, 1e-4, 0.0)  # at which it stops; 0: all trials
     points: tuple[int, ...] = (16, 128, 1024)  # of the net
 
     def __post_init__(self) -> None:
-        check_counts(self, "seeds", "clouds", "episodes", "trials")
+        check_counts(self, "seeds", "problems", "episodes", "trials")
         for name, rising in (("tolerances", False), ("points", True)):
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values), reverse=not rising):
@@ -74,12 +74,12 @@ class Config:
 QUICK = Config()
 FULL = Config(
     seeds=10,
-    clouds=8,
+    problems=8,
     trials=128,
     tolerances=(0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 0.0),
     points=(16, 64, 256, 1024, 2048),
 )
-SMOKE = Config(seeds=2, clouds=1, episodes=4, trials=4, tolerances=(0.1, 0.0), points=(8, 16))
+SMOKE = Config(seeds=2, problems=1, episodes=4, trials=4, tolerances=(0.1, 0.0), points=(8, 16))
 
 
 def points(cfg: Config) -> list[dict]:
@@ -100,23 +100,23 @@ class Visited:
     Q: Array  # [..., H, n, A] exact
 
 
-@partial(jax.jit, static_argnames=("clouds", "episodes"))
-def draw_visited(key: Array, clouds: int, episodes: int) -> tuple[Visited, Visited]:
-    """Clouds and their first models as POMDPs, stacked, along the same demonstrations around the cloud's optimal policy."""
+@partial(jax.jit, static_argnames=("problems", "episodes"))
+def draw_visited(key: Array, problems: int, episodes: int) -> tuple[Visited, Visited]:
+    """APOMDPs and their first models as POMDPs, stacked, along the same demonstrations around the APOMDP's optimal policy."""
 
     def one(key: Array) -> tuple[Visited, Visited]:
         k_draw, k_alpha, k_walk = jax.random.split(key, 3)
-        cloud = draw_apomdp(k_draw, S, A, O, H, M, alpha=jax.random.uniform(k_alpha))
-        solution = solve(cloud, "tree")
+        apomdp = draw_apomdp(k_draw, S, A, O, H, M, alpha=jax.random.uniform(k_alpha))
+        solution = solve(apomdp, "tree")
         taken, _ = demonstrate(k_walk, solution, episodes, EPSILON)
         assert isinstance(solution.tables, tree.Tree) and taken.m is not None and taken.o is not None
-        alone = single(jax.tree.map(lambda x: x[0], cloud.models))
+        alone = single(jax.tree.map(lambda x: x[0], apomdp.models))
         return (
-            visited(cloud, solution.tables, taken.a, taken.m, taken.o),
+            visited(apomdp, solution.tables, taken.a, taken.m, taken.o),
             visited(alone, tree.tree(alone), taken.a, jnp.zeros_like(taken.m), taken.o),
         )
 
-    return jax.lax.map(one, jax.random.split(key, clouds))
+    return jax.lax.map(one, jax.random.split(key, problems))
 
 
 def visited(problem: APOMDP, table: tree.Tree, a: Array, m: Array, o: Array) -> Visited:
@@ -194,33 +194,35 @@ def bounds_at(problem: APOMDP, tables: Tables, beliefs: Array) -> dict[str, Arra
 
     def one(t: Array, belief: Array) -> dict[str, Array]:
         lower, upper, _ = q_bounds(problem, tables, t, jnp.int32(0), belief)
-        found = label(lower, upper, exact=False)
-        certified = found.certificate == CERTIFIED
-        return {"lower": lower, "upper": upper, "action": found.action, "certified": certified, "regret": found.regret}
+        labels = label(lower, upper, exact=False)
+        certified = labels.certificate == CERTIFIED
+        return {"lower": lower, "upper": upper, "action": labels.action, "certified": certified, "regret": labels.regret}
 
     return jax.lax.map(lambda at: jax.vmap(one, (None, 0))(*at), (jnp.arange(H), beliefs))
 
 
 def solved_by_hsvi(problem: APOMDP, trials: int, tolerance: float) -> tuple[hsvi.Bounds, int]:
-    """Its bounds of a cloud of one model, and the trials that they took."""
+    """Bounds of HSVI for an APOMDP with one model, and the number of trials."""
     bounds = hsvi.hsvi(jax.tree.map(lambda x: x[0], problem.models), trials=trials, tolerance=tolerance)
     return bounds, int(bounds.trials)
 
 
 def solved_by_net(problem: APOMDP, points: int) -> tuple[belief_net.Net, int]:
-    """A net with so many slots, used or not, so that all of a size share one compiled program; and its largest layer."""
-    found = belief_net.net(problem, points=points)
+    """A net padded to `points` slots, so that nets of one size share a compiled program; and its largest layer."""
+    solution = belief_net.net(problem, points=points)
 
     def filled(array: Array) -> np.ndarray:
         x = np.asarray(array)
         return np.concatenate([x, np.repeat(x[:, :1], points - x.shape[1], 1)], 1)
 
-    layers = {name: filled(getattr(found, name)) for name in ("beliefs", "lower", "upper", "radius", "slope_low", "slope_high")}
-    return replace(found, **layers), int(found.points.max())
+    layers = {
+        name: filled(getattr(solution, name)) for name in ("beliefs", "lower", "upper", "radius", "slope_low", "slope_high")
+    }
+    return replace(solution, **layers), int(solution.points.max())
 
 
 def alike(problem: APOMDP) -> APOMDP:
-    """A cloud of one model as one of M equal models: the same answers, and the programs of the clouds."""
+    """An APOMDP with one model as one with M equal models: the same values, with the compiled programs of the APOMDPs."""
     return replace(problem, models=jax.tree.map(lambda x: jnp.repeat(x, M, 0), problem.models))
 
 
@@ -230,10 +232,10 @@ def span(problem: APOMDP) -> float:
     return float((r.max((0, 2, 3)) - r.min((0, 2, 3))).sum())
 
 
-def held_against(seen: Visited, found: dict[str, Array]) -> dict[str, float]:
+def compare_bounds(seen: Visited, bounds: dict[str, Array]) -> dict[str, float]:
     """Counts over different histories, and means over all steps, of one method at the histories of one problem."""
     scale, Q = span(seen.problem), np.asarray(seen.Q)
-    lower, upper, action, certified, regret = (np.asarray(found[k]) for k in ("lower", "upper", "action", "certified", "regret"))
+    lower, upper, action, certified, regret = (np.asarray(bounds[k]) for k in ("lower", "upper", "action", "certified", "regret"))
     outside = ((lower - Q > ROUNDING * scale) | (Q - upper > ROUNDING * scale)).any(-1)
     lost = Q.max(-1) - np.take_along_axis(Q, action[..., None], -1)[..., 0]
     misled = lost - regret > ROUNDING * scale
@@ -251,18 +253,20 @@ def held_against(seen: Visited, found: dict[str, Array]) -> dict[str, float]:
     }
 
 
-def answers(cfg: Config, cloud: Visited, alone: Visited) -> dict[str, list[dict[str, float]]]:
-    """Each method with each effort, on one cloud and on its first model."""
+def answers(cfg: Config, ambiguous: Visited, alone: Visited) -> dict[str, list[dict[str, float]]]:
+    """Each method with each effort, on one APOMDP and on its first model."""
     out: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for tolerance in cfg.tolerances:
         tables, trials = solved_by_hsvi(alone.problem, cfg.trials, tolerance)
-        out[METHODS[0]].append({"effort": trials} | held_against(alone, bounds_at(alone.problem, tables, alone.beliefs)))
+        out[METHODS[0]].append({"effort": trials} | compare_bounds(alone, bounds_at(alone.problem, tables, alone.beliefs)))
     for n in cfg.points:
         tables, layer = solved_by_net(alone.problem, n)
-        found = bounds_at(alike(alone.problem), tables, jnp.repeat(alone.beliefs, M, 2))
-        out[METHODS[1]].append({"effort": layer} | held_against(alone, found))
-        tables, layer = solved_by_net(cloud.problem, n)
-        out[METHODS[2]].append({"effort": layer} | held_against(cloud, bounds_at(cloud.problem, tables, cloud.beliefs)))
+        bounds = bounds_at(alike(alone.problem), tables, jnp.repeat(alone.beliefs, M, 2))
+        out[METHODS[1]].append({"effort": layer} | compare_bounds(alone, bounds))
+        tables, layer = solved_by_net(ambiguous.problem, n)
+        out[METHODS[2]].append(
+            {"effort": layer} | compare_bounds(ambiguous, bounds_at(ambiguous.problem, tables, ambiguous.beliefs))
+        )
     return out
 
 
@@ -270,8 +274,8 @@ def measure(cfg: Config, point: dict) -> dict:
     if "seed" not in point:
         return measure_tiger(cfg)
     key = jax.random.key(cfg.base_seed + point["seed"])
-    clouds, alone = draw_visited(key, clouds=cfg.clouds, episodes=cfg.episodes)
-    each = [answers(cfg, *(jax.tree.map(lambda x, i=i: x[i], seen) for seen in (clouds, alone))) for i in range(cfg.clouds)]
+    problems, alone = draw_visited(key, problems=cfg.problems, episodes=cfg.episodes)
+    each = [answers(cfg, *(jax.tree.map(lambda x, i=i: x[i], seen) for seen in (problems, alone))) for i in range(cfg.problems)]
     # [problems, efforts] of everything, by method
     return {
         "methods": {name: {k: [[e[k] for e in a[name]] for a in each] for k in each[0][name][0]} for name in METHODS},
@@ -284,9 +288,9 @@ def measure_tiger(cfg: Config) -> dict:
     efforts: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS[:2]}
     bounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in efforts}
 
-    def keep(name: str, effort: int, found: dict[str, Array]) -> None:
-        efforts[name].append({"effort": effort} | held_against(seen, found))
-        bounds[name].append({k: np.asarray(found[k][0].max(-1)).tolist() for k in ("lower", "upper")})
+    def keep(name: str, effort: int, values: dict[str, Array]) -> None:
+        efforts[name].append({"effort": effort} | compare_bounds(seen, values))
+        bounds[name].append({k: np.asarray(values[k][0].max(-1)).tolist() for k in ("lower", "upper")})
 
     for tolerance in cfg.tolerances:
         tables, trials = solved_by_hsvi(seen.problem, cfg.trials, tolerance)
@@ -295,7 +299,7 @@ def measure_tiger(cfg: Config) -> dict:
     keep(METHODS[1], layer, bounds_at(alike(seen.problem), tables, jnp.repeat(seen.beliefs, M, 2)))
     Q = tiger_answers(HORIZONS[-1])[np.array(HORIZONS) - 1]
     return {
-        "methods": {name: {k: [[e[k] for e in found]] for k in found[0]} for name, found in efforts.items()},
+        "methods": {name: {k: [[e[k] for e in values]] for k in values[0]} for name, values in efforts.items()},
         "left": tiger_beliefs().tolist(),
         "values": Q.max(-1).tolist(),
         "actions": Q.argmax(-1).tolist(),
@@ -371,10 +375,10 @@ def _tiger(shown: dict) -> Figure:
     for name, effort, color in ((METHODS[0], 0, SKY), (METHODS[0], several, BLUE), (METHODS[1], 0, GREEN)):
         lower, upper = (np.array(shown["bounds"][name][effort][k]) for k in ("lower", "upper"))
         n = shown["methods"][name]["effort"][0][effort]
-        told = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"net, {n} points"
+        description = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"net, {n} points"
         if name == METHODS[0]:
-            band.fill_between(left, lower, upper, color=color, alpha=0.45, linewidth=0, label=told)
-        widths.plot(left, (upper - lower) / shown["span"], color=color, label=told, **EXACT)
+            band.fill_between(left, lower, upper, color=color, alpha=0.45, linewidth=0, label=description)
+        widths.plot(left, (upper - lower) / shown["span"], color=color, label=description, **EXACT)
     band.plot(left, values[HORIZONS.index(H)], color="black", label="exact", **(EXACT | {"linewidth": 1.1}))
     band.set(title=f"Certified bounds, {H} decisions left, solved from 1/2")
     band.legend(fontsize=8, loc="upper center")
@@ -386,10 +390,12 @@ def _tiger(shown: dict) -> Figure:
 def _widths(seeded: list[dict]) -> Figure:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
     for name, color, marker in zip(METHODS, (BLUE, GREEN, RED), "os^", strict=True):
-        found = {k: np.array([np.mean(r["methods"][name][k], 0) for r in seeded]) for k in ("effort", "width", "certified")}
-        effort = found["effort"].mean(0)
-        for axis, values in ((left, np.maximum(found["width"], 1e-16)), (right, 100 * found["certified"])):
-            for one, x in zip(values, found["effort"], strict=True):
+        means_of_seeds = {
+            k: np.array([np.mean(r["methods"][name][k], 0) for r in seeded]) for k in ("effort", "width", "certified")
+        }
+        effort = means_of_seeds["effort"].mean(0)
+        for axis, values in ((left, np.maximum(means_of_seeds["width"], 1e-16)), (right, 100 * means_of_seeds["certified"])):
+            for one, x in zip(values, means_of_seeds["effort"], strict=True):
                 axis.plot(x, one, color=color, **SEED)
             axis.plot(effort, values.mean(0), color=color, label=name, **(EXACT | {"marker": marker}))
     left.set(

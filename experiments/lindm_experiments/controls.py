@@ -141,7 +141,7 @@ def measure(cfg: Config, point: dict) -> dict:
     fresh = flat(jax.random.normal, k_tasks, (cfg.prompts, cfg.d))
     Psi, Psi_leaked = (w.T @ w / len(w) for w in (fresh, leaked))
     error = float(measured_risk(k_test, honest, fresh, n=cfg.M, prompts=cfg.prompts))
-    swapped = jnp.linalg.inv(gaussian_gamma(Lambda, cfg.M))  # what a layer trained at M would be, asked for N pairs
+    swapped = jnp.linalg.inv(gaussian_gamma(Lambda, cfg.M))  # the layer trained at M, tested with N pairs
     same = partial(measured_risk, k_same, tasks=leaked, n=cfg.N, prompts=cfg.prompts)
     on_leaked = predicted(closed, Psi_leaked, cfg.N)
     whole, short = identity_errors(k_policies, simplex_family(jax.random.key(0), 6, 2, 3, 3), policies=cfg.policies)
@@ -165,14 +165,14 @@ def _inside(claim: str, value: float) -> bool:
 def _turned(record: dict) -> bool:
     """Whether in this seed every correct version meets its claim and no mutant does."""
     claims = {"swap": "q-risk", "leak": "q-risk", "untrained": "weights"}
-    pairs = [[_inside(claim, record[name][who]) for who in ("honest", "mutant")] for name, claim in claims.items()]
-    pairs.append([record["horizon"][who] == 0 for who in ("honest", "mutant")])
+    pairs = [[_inside(claim, record[name][version]) for version in ("honest", "mutant")] for name, claim in claims.items()]
+    pairs.append([record["horizon"][version] == 0 for version in ("honest", "mutant")])
     return all(honest and not mutant for honest, mutant in pairs)
 
 
 def check(records: list[dict]) -> list[Verdict]:
-    def values(name: str, who: str) -> list[float]:
-        return [r[name][who] for r in records]
+    def values(name: str, version: str) -> list[float]:
+        return [r[name][version] for r in records]
 
     def beside(name: str) -> str:
         return f"correct version {np.mean(values(name, 'honest')):.3g}"
@@ -199,8 +199,8 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.2))
     for axis, (name, claim, label, title) in zip(axes, panels, strict=True):
         scale = records[0]["policies"] if name == "horizon" else 1
-        for i, (who, color) in enumerate((("honest", BLUE), ("mutant", RED))):
-            y = [r[name][who] / scale for r in records]
+        for i, (version, color) in enumerate((("honest", BLUE), ("mutant", RED))):
+            y = [r[name][version] / scale for r in records]
             axis.plot(np.full(len(y), i) + np.linspace(-0.12, 0.12, len(y)), y, "o", color=color)
         c = get_claim(claim)
         axis.axhspan(max(c.lo, 0), c.hi, color=GRAY, alpha=0.25, lw=0)

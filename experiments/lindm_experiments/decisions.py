@@ -92,7 +92,7 @@ class Config:
         check_rising(self, *SUITES, length=0)
         if not any(getattr(self, name) for name in SUITES):
             raise ValueError("mdp, pomdp, apomdp must not all be empty")
-        branches = (cloud := language_models.suite_at_horizon("apomdp", 1)).M * cloud.O
+        branches = (suite_of_models := language_models.suite_at_horizon("apomdp", 1)).M * suite_of_models.O
         if any(branches ** (h - 1) > MAX_HISTORIES for h in self.apomdp):
             raise ValueError(
                 f"apomdp must be horizons with at most {MAX_HISTORIES} histories at the last stage; got {self.apomdp}"
@@ -187,14 +187,14 @@ def gaps(
     records: list[dict], policy: str, suite: str, *, horizon: int | None = None, part: str = "id", demos: str = "oracle"
 ) -> np.ndarray:
     """Gaps of all tasks of a suite (at a horizon), in one order for every policy; `part`: a split or a format."""
-    found = [
+    parts = [
         r["rows"][part][policy]["gaps"]
         for r in sorted(records, key=lambda r: (r["point"]["horizon"], r["point"]["seed"]))
         if (r["point"]["suite"], r["point"]["demos"]) == (suite, demos)
         and horizon in (None, r["point"]["horizon"])
         and policy in r["rows"].get(part, {})
     ]
-    return np.concatenate(found) if found else np.zeros(0)
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def horizons(records: list[dict], suite: str) -> list[int]:
@@ -212,12 +212,12 @@ def _percentages(parts: dict[str, Sequence[float]]) -> str:
 def check(records: list[dict]) -> list[Verdict]:
     known = suites_of(records)
 
-    def against(id: str, rival: str, share: float, part: str = "id") -> Verdict:
+    def against(id: str, other: str, share: float, part: str = "id") -> Verdict:
         """Is the gap of SFT below a share of the gap of the other policy, on every suite?"""
-        mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", rival))
+        mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", other))
         means = {n: (mine[n].mean(), theirs[n].mean()) for n in known}
         return mean_verdict(
-            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {rival}: {_percentages(means)}"
+            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {other}: {_percentages(means)}"
         )
 
     def advantage(suite: str, horizon: int | None = None) -> np.ndarray:
@@ -252,9 +252,9 @@ def check(records: list[dict]) -> list[Verdict]:
     worse = [n for n in known if len(gaps(records, "sft", n, demos="worse"))]
     if worse:
         mine = {n: gaps(records, "sft", n, demos="worse") for n in worse}
-        rivals = {n: [gaps(records, policy, n, demos="worse") for policy in ("behavior", "bc", "icl")] for n in worse}
-        parts = [mine[n] - theirs for n in worse for theirs in rivals[n][:2]]
-        means = {n: [v.mean() for v in (mine[n], *rivals[n])] for n in worse}
+        others = {n: [gaps(records, policy, n, demos="worse") for policy in ("behavior", "bc", "icl")] for n in worse}
+        parts = [mine[n] - theirs for n in worse for theirs in others[n][:2]]
+        means = {n: [v.mean() for v in (mine[n], *others[n])] for n in worse}
         note = f"SFT / behavior / bc / ICL: {_percentages(means)}"
         verdicts.append(mean_verdict("behavior-context", *parts, figure="formats", note=note))
     else:
@@ -268,11 +268,11 @@ def table(records: list[dict]) -> list[dict]:
     for record in records:
         point = record["point"]
         for part, policies in record["rows"].items():
-            for policy, found in policies.items():
-                mean, (low, high) = mean_ci(found["gaps"])
+            for policy, result in policies.items():
+                mean, (low, high) = mean_ci(result["gaps"])
                 row = {key: point[key] for key in ("suite", "horizon", "demos")} | {"part": part, "policy": policy}
-                row |= {"gap": mean, "low": low, "high": high, "n": len(found["gaps"])}
-                rows.append(row | {key: found[key] for key in ("gap_of_value", "action_agreement", "invalid", "method")})
+                row |= {"gap": mean, "low": low, "high": high, "n": len(result["gaps"])}
+                rows.append(row | {key: result[key] for key in ("gap_of_value", "action_agreement", "invalid", "method")})
     return rows
 
 

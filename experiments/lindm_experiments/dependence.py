@@ -82,8 +82,8 @@ SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), N=8, stick=(0.0, 0.8), steps=20
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """One case: a law of contexts. Stacked over cases in `worlds`."""
+class Chain:
+    """One case: a law of contexts. Stacked over cases in `chains`."""
 
     phi: Array  # [S*A, d]
     start: Array  # [S*A] stationary law
@@ -93,11 +93,11 @@ class World:
 
 
 def names(cfg: Config) -> list[str]:
-    """The cases, in the order of `worlds`."""
+    """The cases, in the order of `chains`."""
     return ["independent", *(f"stay, stick {s:g}" for s in cfg.stick), "turn"]
 
 
-def worlds(cfg: Config) -> World:
+def chains(cfg: Config) -> Chain:
     """All cases, stacked. The same for all seeds: the two MDPs are the subject, not a sample."""
     k_state, k_pair, k_policy = jax.random.split(jax.random.key(1), 3)
     # each state belongs mostly to one aggregate, whatever the action
@@ -105,16 +105,16 @@ def worlds(cfg: Config) -> World:
     policy = simplex_rows(k_policy, (S, A), 1.0)
     frame = simplex_family(k_state, S, A, D, H, low=-1.0, high=1.0)
 
-    def dynamics(ahead: int) -> tuple[World, Array]:
+    def dynamics(ahead: int) -> tuple[Chain, Array]:
         member = phi.mean(1).T ** cfg.stay  # [d, S]
         mu = jnp.roll(member, -ahead, axis=0)
         mu = mu / mu.sum(1, keepdims=True)
-        # the front door checks that <phi, mu> is a kernel
+        # `linear_mdp` checks that <phi, mu> is a kernel
         P = tabulate(linear_mdp(phi, mu[None], jnp.zeros((1, D)))).P[0]
         kernel = pair_kernel(P, policy)
         start = stationary(kernel)
         family = carry(replace(frame, phi=phi, design=start), covariance(D, cfg.kappa))
-        return World(phi=linear_mdps.pairs_table(family), start=start, kernel=kernel, mu=mu, back=family.back), start
+        return Chain(phi=linear_mdps.pairs_table(family), start=start, kernel=kernel, mu=mu, back=family.back), start
 
     stay, start = dynamics(0)
     turn, _ = dynamics(1)
@@ -128,44 +128,44 @@ def worlds(cfg: Config) -> World:
 
 
 @partial(jax.jit, static_argnames="tasks")
-def draw_tasks(key: Array, worlds: World, tasks: int) -> Array:
+def draw_tasks(key: Array, chains: Chain, tasks: int) -> Array:
     """Q*_1 weights w [C, tasks, d] for random rewards on the dynamics of every case."""
 
     def case(at) -> Array:
-        k, world = at
-        phi = world.phi.reshape(S, A, D)
-        mu = jnp.broadcast_to(world.back @ world.mu, (H, D, S))
+        k, chain_of_case = at
+        phi = chain_of_case.phi.reshape(S, A, D)
+        mu = jnp.broadcast_to(chain_of_case.back @ chain_of_case.mu, (H, D, S))
 
         def one(k: Array) -> Array:
             theta = jax.random.uniform(k, (H, D), minval=-1.0, maxval=1.0)
-            return plan_linear(LinearMDP(phi=phi, mu=mu, theta=theta @ world.back.T, rho=jnp.full(S, 1.0 / S)))[1][0]
+            return plan_linear(LinearMDP(phi=phi, mu=mu, theta=theta @ chain_of_case.back.T, rho=jnp.full(S, 1.0 / S)))[1][0]
 
         return jax.vmap(one)(jax.random.split(k, tasks))
 
-    return jax.lax.map(case, (jax.random.split(key, len(worlds.phi)), worlds))
+    return jax.lax.map(case, (jax.random.split(key, len(chains.phi)), chains))
 
 
 @partial(jax.jit, static_argnames=("longest", "piece", "copies"))
 def context_moments(
-    key: Array, worlds: World, w: Array, lengths: Array, longest: int, piece: int, copies: int
+    key: Array, chains: Chain, w: Array, lengths: Array, longest: int, piece: int, copies: int
 ) -> tuple[Array, Array]:
     """(E[S S'], E[S w']) [C, L + 1, d, d] over contexts of every case: one trajectory cut to each of the L lengths, and last
     `copies` pieces of `piece` pairs pooled.  w [C, n, d], a task for every context."""
     used = (jnp.arange(longest)[None, :] < lengths[:, None]) / lengths[:, None]
     pooled = (jnp.arange(longest) < piece) / piece
 
-    def grams(k: Array, world: World) -> tuple[Array, Array]:
-        x = world.phi[chain(k, world.kernel, world.start, longest)]
+    def grams(k: Array, chain_of_case: Chain) -> tuple[Array, Array]:
+        x = chain_of_case.phi[chain(k, chain_of_case.kernel, chain_of_case.start, longest)]
         weighted = jnp.concatenate([used, pooled[None]])
         G = jnp.einsum("lm,mi,mj->lij", weighted, x, x, optimize=[(0, 1), (0, 1)])
         return G[:-1], G[-1]
 
     def case(at) -> tuple[Array, Array]:
-        k, world, w = at
+        k, chain_of_case, w = at
 
         def block(at) -> tuple[Array, Array]:
             keys, w = at
-            G, piece_G = jax.vmap(grams, (0, None))(keys, world)
+            G, piece_G = jax.vmap(grams, (0, None))(keys, chain_of_case)
             # independent chains pooled in groups of which no two share more than one chain
             joined = jnp.stack([jnp.roll(piece_G, 2**r - 1, axis=0) for r in range(copies)]).mean(0)
             G = jnp.concatenate([G, joined[:, None]], axis=1)
@@ -176,60 +176,60 @@ def context_moments(
         blocks = jax.lax.map(block, (jax.random.split(k, len(w)).reshape(-1, BLOCK), w.reshape(-1, BLOCK, D)))
         return jax.tree.map(lambda m: m.sum(0) / len(w), blocks)
 
-    return jax.lax.map(case, (jax.random.split(key, len(w)), worlds, w))
+    return jax.lax.map(case, (jax.random.split(key, len(w)), chains, w))
 
 
 @partial(jax.jit, static_argnames="length")
-def exact_moments(worlds: World, Psi: Array, length: int) -> tuple[Array, Array]:
+def exact_moments(chains: Chain, Psi: Array, length: int) -> tuple[Array, Array]:
     """(E[G], E[G Psi G]) of a trajectory of `length` pairs for every case, [C, d, d] each."""
-    return jax.vmap(lambda v, P: chain_moments(v.kernel, v.start, v.phi, P, length))(worlds, Psi)
+    return jax.vmap(lambda v, P: chain_moments(v.kernel, v.start, v.phi, P, length))(chains, Psi)
 
 
 @jax.jit
-def exact(A: Array, worlds: World, Psi: Array, mean: Array, second: Array) -> dict[str, Array]:
+def exact(A: Array, chains: Chain, Psi: Array, mean: Array, second: Array) -> dict[str, Array]:
     """Risk of the layers A [C, d, d] and M_eff [C], from E[G], E[G Psi G] [C, d, d] of the contexts."""
 
-    def case(A: Array, v: World, P: Array, mean: Array, second: Array) -> dict[str, Array]:
+    def case(A: Array, v: Chain, P: Array, mean: Array, second: Array) -> dict[str, Array]:
         Lambda = design_moment(v.phi, v.start)
         V = second - mean @ P @ mean
         V_1 = pair_variance(Lambda, P, design_fourth(v.phi, v.start, P))
         return {"risk": moment_risk(A, mean, P, V, Lambda).total, "size": effective_sample_size(A, V_1, V, Lambda)}
 
-    return jax.vmap(case)(A, worlds, Psi, mean, second)
+    return jax.vmap(case)(A, chains, Psi, mean, second)
 
 
 @jax.jit
-def measured(A: Array, worlds: World, Psi: Array, SS: Array, Sw: Array) -> dict[str, Array]:
+def measured(A: Array, chains: Chain, Psi: Array, SS: Array, Sw: Array) -> dict[str, Array]:
     """The same from moments over contexts drawn: E|L^(1/2)(A S - w)|^2, and M_eff from E|L^(1/2) A (S - L w)|^2."""
 
-    def case(A: Array, v: World, P: Array, SS: Array, Sw: Array) -> dict[str, Array]:
+    def case(A: Array, v: Chain, P: Array, SS: Array, Sw: Array) -> dict[str, Array]:
         Lambda = design_moment(v.phi, v.start)
-        spread = SS - Sw @ Lambda - Lambda @ Sw.T + Lambda @ P @ Lambda
+        residual = SS - Sw @ Lambda - Lambda @ Sw.T + Lambda @ P @ Lambda
         V_1 = pair_variance(Lambda, P, design_fourth(v.phi, v.start, P))
         cross = A @ Sw
         return {
             "risk": jnp.trace(Lambda @ (A @ SS @ A.T - cross - cross.T + P)),
-            "size": effective_sample_size(A, V_1, spread, Lambda),
+            "size": effective_sample_size(A, V_1, residual, Lambda),
         }
 
-    return jax.vmap(case)(A, worlds, Psi, SS, Sw)
+    return jax.vmap(case)(A, chains, Psi, SS, Sw)
 
 
-def draw_training(key: Array, world: World, pool: Array, length: Array) -> tuple[Prompt, Array]:
+def draw_training(key: Array, chain_of_case: Chain, pool: Array, length: Array) -> tuple[Prompt, Array]:
     """128 chains of one case, each for several tasks of the pool; the queries' law enters exactly, by d columns.
     `length` is there for its shape [N]."""
     which, k = jax.random.split(key)
     w = pool[jax.random.randint(which, (128 * 4,), 0, len(pool))]
-    idx = jax.vmap(lambda q: chain(q, world.kernel, world.start, length.shape[0]))(jax.random.split(k, 128))
-    x = jnp.repeat(world.phi[idx], 4, axis=0)
-    query = jnp.broadcast_to(query_columns(design_moment(world.phi, world.start)), (len(w), D, D))
+    idx = jax.vmap(lambda q: chain(q, chain_of_case.kernel, chain_of_case.start, length.shape[0]))(jax.random.split(k, 128))
+    x = jnp.repeat(chain_of_case.phi[idx], 4, axis=0)
+    query = jnp.broadcast_to(query_columns(design_moment(chain_of_case.phi, chain_of_case.start)), (len(w), D, D))
     return Prompt(x=x, y=oracle_labels(x, w), query=query), oracle_labels(query, w)
 
 
-def trained(key: Array, worlds: World, pool: Array, cfg: Config) -> Array:
+def trained(key: Array, chains: Chain, pool: Array, cfg: Config) -> Array:
     """Reduced layers [C, d, d], each trained in float32 on the contexts of its own case."""
     cases = len(pool)
-    data = linear_mdps.single_precision((worlds, pool, jnp.zeros((cases, cfg.N))))
+    data = linear_mdps.single_precision((chains, pool, jnp.zeros((cases, cfg.N))))
     layers, _ = train_many(
         ReducedAttention(D), draw_training, jax.random.split(key, cases), steps=cfg.steps, data=data, learning_rate=0.1
     )
@@ -238,7 +238,7 @@ def trained(key: Array, worlds: World, pool: Array, cfg: Config) -> Array:
 
 def measure(cfg: Config, point: dict) -> dict:
     k_pool, k_train, k_test = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 3)
-    cases, all_names = worlds(cfg), names(cfg)
+    cases, all_names = chains(cfg), names(cfg)
     pool = draw_tasks(k_pool, cases, tasks=cfg.contexts)
     Psi = jnp.einsum("cni,cnj->cij", pool, pool) / cfg.contexts
     moments = {M: exact_moments(cases, Psi, M) for M in cfg.M}
@@ -256,16 +256,16 @@ def measure(cfg: Config, point: dict) -> dict:
     laws = [(M, *moments[M]) for M in cfg.M] + [(cfg.N * cfg.copies, Lambda, pooled)]
     cells = []
     for i, (M, mean, second) in enumerate(laws):
-        found = {k: measured(L, cases, Psi, SS[:, i], Sw[:, i]) for k, L in (("plain", plain), ("own", own))}
-        told = {k: exact(L, cases, Psi, mean, second) for k, L in (("plain", plain), ("own", own))}
+        measurements = {k: measured(L, cases, Psi, SS[:, i], Sw[:, i]) for k, L in (("plain", plain), ("own", own))}
+        predictions = {k: exact(L, cases, Psi, mean, second) for k, L in (("plain", plain), ("own", own))}
         cells += [
             {
                 "case": name,
                 "M": M,
                 "pooled": i == len(cfg.M),
-                "measured": {k: float(v["risk"][c]) for k, v in found.items()},
-                "exact": {k: float(v["risk"][c]) for k, v in told.items()},
-                "size": [float(found["plain"]["size"][c]), float(told["plain"]["size"][c])],
+                "measured": {k: float(v["risk"][c]) for k, v in measurements.items()},
+                "exact": {k: float(v["risk"][c]) for k, v in predictions.items()},
+                "size": [float(measurements["plain"]["size"][c]), float(predictions["plain"]["size"][c])],
             }
             for c, name in enumerate(all_names)
         ]
@@ -290,12 +290,12 @@ def _keys(records: list[dict]) -> list[tuple[str, int, bool]]:
 
 def check(records: list[dict]) -> list[Verdict]:
     first = records[0]
-    found = {key: [_cell(r, *key) for r in records] for key in _keys(records)}
-    ratios = [[c["measured"][k] / c["exact"][k] for c in cells] for cells in found.values() for k in ("plain", "own")]
-    sizes = [[c["size"][0] / c["size"][1] for c in cells] for cells in found.values()]
+    cells_by_key = {key: [_cell(r, *key) for r in records] for key in _keys(records)}
+    ratios = [[c["measured"][k] / c["exact"][k] for c in cells] for cells in cells_by_key.values() for k in ("plain", "own")]
+    sizes = [[c["size"][0] / c["size"][1] for c in cells] for cells in cells_by_key.values()]
 
     def share(chosen) -> list[list[float]]:
-        return [[c["size"][0] / c["M"] for c in cells] for key, cells in found.items() if chosen(*key)]
+        return [[c["size"][0] / c["M"] for c in cells] for key, cells in cells_by_key.items() if chosen(*key)]
 
     slow = share(lambda case, M, pooled: case.startswith("stay") and not pooled)
     turning = share(lambda case, M, pooled: case == "turn" and not pooled)

@@ -108,7 +108,7 @@ SMOKE = Config(
 )
 
 
-def world(cfg: Config) -> Family:
+def feature_family(cfg: Config) -> Family:
     """One feature map for all seeds; the first of the four stages is the one studied."""
     base = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)
     return carry(base, covariance(D, cfg.kappa))
@@ -247,7 +247,7 @@ def last_stage_tasks(key: Array, family: Family, tasks: int) -> Array:
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_pool, k_train, k_deep, k_long, k_clean, k_noisy, k_onehot = jax.random.split(key, 7)
-    family = world(cfg)
+    family = feature_family(cfg)
     pools = linear_mdps.task_pool(k_pool, family)
     pool, Lambda = pools[0], second_moment(family)
     A = jnp.stack([linear_mdps.closed_form_layers(family, linear_mdps.pool_moment(pools), float(N))[0] for N in cfg.N])
@@ -256,7 +256,7 @@ def measure(cfg: Config, point: dict) -> dict:
     w = pool[:BLOCK]
     bias = long_bias(k_long, family, Ahat, w, contexts=cfg.long_contexts, length=cfg.M_long, layers=cfg.layers)
     Psi = w.T @ w / len(w)
-    told = exact_bias(A, Lambda, Psi, layers=cfg.layers)
+    predicted = exact_bias(A, Lambda, Psi, layers=cfg.layers)
 
     repeated = jnp.broadcast_to(Ahat[-1], (LIMIT, D, D))
     blocks = {k: deep_layer(jax.random.fold_in(k_deep, k), family, pool, cfg, k) for k in cfg.deep}
@@ -299,7 +299,7 @@ def measure(cfg: Config, point: dict) -> dict:
         "N": list(cfg.N),
         "M_long": cfg.M_long,
         "sigma": cfg.sigma,
-        "bias": {"measured": bias.tolist(), "exact": told.tolist()},
+        "bias": {"measured": bias.tolist(), "exact": predicted.tolist()},
         "finite": finite,
         "deep": {
             str(k): {
@@ -323,8 +323,8 @@ def _per_layer(record: dict, which: str) -> np.ndarray:
 def check(records: list[dict]) -> list[Verdict]:
     first = records[0]
     ratio = np.array([_per_layer(r, "measured") / _per_layer(r, "exact") for r in records])
-    found = np.array([r["onehot"]["measured"] for r in records])
-    told = np.array([np.array(r["onehot"]["exact"])[:, : found.shape[2]] for r in records])
+    measured = np.array([r["onehot"]["measured"] for r in records])
+    exact = np.array([np.array(r["onehot"]["exact"])[:, : measured.shape[2]] for r in records])
     finite = range(len(first["finite"]))
     # contexts in which the iteration converges: the whole risk, estimation error included, falls from the first layer to the last
     converge = [i for i in finite if all(r["finite"][i]["inside"] for r in records)]
@@ -348,10 +348,10 @@ def check(records: list[dict]) -> list[Verdict]:
         ),
         mean_verdict(
             "depth/small-context",
-            *np.moveaxis(found / told, 0, -1).reshape(-1, len(records)),
+            *np.moveaxis(measured / exact, 0, -1).reshape(-1, len(records)),
             figure="finite",
             note=f"a = {first['onehot']['a']:.2g}: exact risk at M = {first['onehot']['M'][0]} x "
-            f"{told[0, 0, -1] / told[0, 0, 0]:.3g} from 1 to {found.shape[2]} layers",
+            f"{exact[0, 0, -1] / exact[0, 0, 0]:.3g} from 1 to {measured.shape[2]} layers",
         ),
         mean_verdict(
             "depth/estimation",

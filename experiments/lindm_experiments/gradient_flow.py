@@ -129,7 +129,7 @@ def measure(cfg: Config, point: dict) -> dict:
     d2 = cfg.d**2
     Lambda, B, A = problem(cfg)
     begin = blocks(start(cfg))
-    # a common grid of times on which every look of every rate lies
+    # a common grid of times on which every measurement of every rate lies
     finest = SUBSTEPS * cfg.steps  # points between two looks at the first rate
     step = cfg.rates[0] / SUBSTEPS
     fine = np.asarray(flow_path(jnp.asarray(begin[:d2].reshape(cfg.d, cfg.d)), begin[d2], B, Lambda, step, cfg.looks * finest))

@@ -106,7 +106,7 @@ def exchangeable(Psi: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "longest"))
-def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int):
+def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, longest: int):
     """Test tasks (MDP, Plan, w [tests, H, d]), the pairs idx [tests, H, longest] of their contexts, and a pool [H, pool, d]."""
     k_tasks, k_pairs = jax.random.split(key)
     task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
@@ -116,7 +116,7 @@ def draw_worlds(key: Array, family: Family, tests: int, pool: int, longest: int)
 
 
 @jax.jit
-def policies(family: Family, worlds, layers: Array, M: Array) -> tuple[Array, Array]:
+def policies(family: Family, tests, layers: Array, M: Array) -> tuple[Array, Array]:
     """Exact loss [tasks, n, m + 1] and actions [tasks, n, m + 1, H, S] of n layers [n, H, d, d] on contexts of lengths M [m].
 
     All layers read the same contexts, a shorter context is the beginning of a longer one, and the last column is the limit of
@@ -124,8 +124,8 @@ def policies(family: Family, worlds, layers: Array, M: Array) -> tuple[Array, Ar
     """
     Lambda = second_moment(family)
 
-    def one(world) -> tuple[Array, Array]:
-        mdp, plan, w, pairs = world
+    def one(test) -> tuple[Array, Array]:
+        mdp, plan, w, pairs = test
         x = linear_mdps.pairs_table(family)[pairs]
         used = (jnp.arange(x.shape[1])[None] < M[:, None]) / M[:, None]
         S = jnp.einsum("mi,hi,hid->mhd", used, oracle_labels(x, w), x)
@@ -134,7 +134,7 @@ def policies(family: Family, worlds, layers: Array, M: Array) -> tuple[Array, Ar
         value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(pihat.reshape(-1, *plan.pi.shape))
         return (mdp.rho @ plan.V[0] - value).reshape(pihat.shape[:2]), pihat
 
-    return jax.lax.map(one, worlds, batch_size=32)
+    return jax.lax.map(one, tests, batch_size=32)
 
 
 @jax.jit
@@ -190,14 +190,14 @@ def differing(actions: np.ndarray) -> int:
 
 def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
     """The plane of one family, by closed form and by training."""
-    k_world, k_train = jax.random.split(key)
-    worlds, pool = draw_worlds(k_world, family, cfg.tasks, cfg.pool, cfg.M[-1])
+    k_tests, k_train = jax.random.split(key)
+    tests, pool = draw_test_tasks(k_tests, family, cfg.tasks, cfg.pool, cfg.M[-1])
     # the rows of mu and the entries of theta are i.i.d.: on one-hot features the true Psi is exchangeable
     N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
     predicted = predict(family, pool, jnp.asarray(name != SIMPLEX), N, M)
     layers, n = np.asarray(predicted["A"]), len(cfg.N)
     Ahat = trained(k_train, family, pool, cfg.N_trained, cfg.steps)
-    loss, actions = policies(family, worlds, jnp.concatenate([layers[:n], Ahat]), M)
+    loss, actions = policies(family, tests, jnp.concatenate([layers[:n], Ahat]), M)
     loss, actions = np.asarray(loss.mean(0)), np.asarray(actions)
     exact, hat = actions[:, :n], actions[:, n:]
     share = (exact != exact[:, -1:]).mean((0, 3, 4))
@@ -224,9 +224,9 @@ def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
     for kappa in cfg.kappa:
         C = covariance(d, float(kappa))
         there = carry(family, C)
-        worlds, pool = draw_worlds(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
+        tests, pool = draw_test_tasks(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
         predicted = predict(there, pool, jnp.asarray(False), N, M)
-        lost, chosen = policies(there, worlds, predicted["A"], M)
+        lost, chosen = policies(there, tests, predicted["A"], M)
         actions.append(np.asarray(chosen))
         loss.append(float(lost.mean()))
         paper.append(float(paper_bound(C, 1.0, 1.0).bias))
@@ -276,14 +276,14 @@ def of_bandit(cfg: Config, name: str, seed: int) -> dict:
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    key, seed, worlds = jax.random.key(cfg.base_seed + point["seed"]), point["seed"], families()
+    key, seed, all_families = jax.random.key(cfg.base_seed + point["seed"]), point["seed"], families()
     return {
         "N": list(cfg.N),
         "M": list(cfg.M),
         "N_trained": list(cfg.N_trained),
         "kappa": list(cfg.kappa),
-        "families": {n: of_family(cfg, n, f, jax.random.fold_in(key, i)) for i, (n, f) in enumerate(worlds.items())},
-        "coordinates": of_coordinates(cfg, worlds[SIMPLEX], jax.random.fold_in(key, 2)),
+        "families": {n: of_family(cfg, n, f, jax.random.fold_in(key, i)) for i, (n, f) in enumerate(all_families.items())},
+        "coordinates": of_coordinates(cfg, all_families[SIMPLEX], jax.random.fold_in(key, 2)),
         "bandits": {n: of_bandit(cfg, n, seed) for n in LAWS},
     }
 

@@ -107,8 +107,8 @@ SMOKE = Config(seeds=1, N=(2, 4), M=(2, 4), steps=5, contexts=256)
 
 def points(cfg: Config) -> list[dict]:
     seeds = [cfg.base_seed + s for s in range(cfg.seeds)]
-    found = [{"seed": s, "reader": "transformer", "N": N} for s in seeds for N in cfg.N]
-    return found + ([{"seed": cfg.base_seed, "reader": "language model", "N": N} for N in cfg.demos] if cfg.model else [])
+    layers = [{"seed": s, "reader": "transformer", "N": N} for s in seeds for N in cfg.N]
+    return layers + ([{"seed": cfg.base_seed, "reader": "language model", "N": N} for N in cfg.demos] if cfg.model else [])
 
 
 def measure(cfg: Config, point: dict) -> dict:
@@ -117,11 +117,11 @@ def measure(cfg: Config, point: dict) -> dict:
     with jax.enable_x64(False):
         k_train, k_test = jax.random.split(jax.random.key(point["seed"]))
         weights = train(jax.random.fold_in(k_train, point["N"]), point["N"], cfg.steps)
-        found = {M: tested(weights, jax.random.fold_in(k_test, M), M, cfg.contexts) for M in cfg.M}
+        measured = {M: tested(weights, jax.random.fold_in(k_test, M), M, cfg.contexts) for M in cfg.M}
     layer = exact_layer(point["N"], cfg.M)
     return {
         "rows": [
-            {"M": M, "transformer": float(found[M][0]), "bayes": float(found[M][1]), "layer": float(layer[i])}
+            {"M": M, "transformer": float(measured[M][0]), "bayes": float(measured[M][1]), "layer": float(layer[i])}
             for i, M in enumerate(cfg.M)
         ]
     }
@@ -148,8 +148,8 @@ def tokens(pairs: Array, y: Array) -> Array:
 def logits(model: Decoder, ids: Array) -> Array:
     """log odds of a return of 1 [n, d] for every pair."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    found = model.logits(model.last_hidden_state(ids, positions)[:, -D:])
-    return found[..., 1] - found[..., 0]
+    action_logits = model.logits(model.last_hidden_state(ids, positions)[:, -D:])
+    return action_logits[..., 1] - action_logits[..., 0]
 
 
 @partial(jax.jit, static_argnames=("N", "steps"))
@@ -210,12 +210,12 @@ def _language(cfg: Config, point: dict) -> dict:
         data = language_models.make_data(work / "train", suite, DatasetConfig(tasks=256, demos=point["N"], seed=seed))
         how = {"steps": cfg.tuning, "batch": 2, "learning_rate": 5e-4}
         run = language_models.fine_tune(language_models.sft_config(cfg.model, data, work / "run", **how))
-        found = {}
+        gaps = {}
         for M in cfg.test_demos:
             data_config = DatasetConfig(tasks=cfg.tasks, demos=M, seed=seed + 1)
             (result,) = evaluate(suite, {"sft": load_policy(run)}, dataset=data_config)
-            found[str(M)] = [round(gap, 6) for gap in result.gaps if gap is not None]
-    return found
+            gaps[str(M)] = [round(gap, 6) for gap in result.gaps if gap is not None]
+    return gaps
 
 
 # --- verdicts and figures ----------------------------------------------------------------------------------------------------
@@ -245,8 +245,8 @@ def unexplained(table: np.ndarray, M: Sequence[int]) -> np.ndarray:
     """Share of the variance over M that the best a / M + b leaves, mean over N: [..., N, M] -> [...]."""
     design = np.stack([1 / np.asarray(M, float), np.ones(len(M))], axis=-1)
     fitted = table @ (design @ np.linalg.pinv(design)).T
-    spread = ((table - table.mean(-1, keepdims=True)) ** 2).sum(-1)
-    return (((table - fitted) ** 2).sum(-1) / spread).mean(-1)
+    total = ((table - table.mean(-1, keepdims=True)) ** 2).sum(-1)
+    return (((table - fitted) ** 2).sum(-1) / total).mean(-1)
 
 
 def check(records: list[dict]) -> list[Verdict]:

@@ -49,7 +49,7 @@ from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
 from lindm_experiments.lib.probes import ProbedModel, Queries, probe, read_queries
 
-WORLDS = ("mdp", "tiger")
+PROBLEMS = ("mdp", "tiger")
 DEMOS = {"mdp": 2, "tiger": 3}
 NOISE = 0.2  # random actions in the tiger's demonstrations
 
@@ -90,7 +90,7 @@ SMOKE = Config(model=language_models.TINY, mdp=2, tiger=2, train=16, steps=2, ba
 
 
 def points(cfg: Config) -> list[dict]:
-    return [{"world": world, "seed": seed} for seed in range(cfg.seeds) for world in WORLDS]
+    return [{"world": problem, "seed": seed} for seed in range(cfg.seeds) for problem in PROBLEMS]
 
 
 def tiger(horizon: int) -> POMDP:
@@ -165,9 +165,10 @@ def probes(
     rng = np.random.default_rng(seed)
     order = [rng.permutation(len(queries.Q)) for queries in (known, new)]
     permuted = {f"{name} permuted": (Y[order[0]], Y_new[order[1]]) for name, (Y, Y_new) in targets.items()}
-    found = {who: probe(*stream, targets | (permuted if who == "after" else {})) for who, stream in streams.items()}
+    results = {model: probe(*stream, targets | (permuted if model == "after" else {})) for model, stream in streams.items()}
     return {
-        name: {who: found[who][name] for who in streams} | {"shuffled": found["after"][f"{name} permuted"]} for name in targets
+        name: {model: results[model][name] for model in streams} | {"shuffled": results["after"][f"{name} permuted"]}
+        for name in targets
     }
 
 
@@ -187,9 +188,11 @@ def implied(logits: dict[str, np.ndarray], new: Queries, data: Path, source: Sui
     states = np.array([row.state for row in new.rows])  # [n, H]
     n, H = states.shape
     at = (np.arange(n)[:, None], np.arange(H)[None], states)
-    values = {who: centered(np.asarray(Q)[at]) for who, Q in tables.items()} | {k: centered(v) for k, v in logits.items()}
+    values = {model_name: centered(np.asarray(Q)[at]) for model_name, Q in tables.items()} | {
+        k: centered(v) for k, v in logits.items()
+    }
     Q = centered(new.Q)
-    errors = {who: v * ((v * Q).sum() / (v * v).sum()) - Q for who, v in values.items()}
+    errors = {model_name: v * ((v * Q).sum() / (v * v).sum()) - Q for model_name, v in values.items()}
 
     def correlation(x: np.ndarray, y: np.ndarray) -> list[float]:
         """Correlation within each task; 0 where one of the two is constant."""
@@ -198,20 +201,25 @@ def implied(logits: dict[str, np.ndarray], new: Queries, data: Path, source: Sui
 
     least = Q.max(-1, keepdims=True) - 1e-9
     best = least <= Q
-    chosen = {who: v.argmax(-1) for who, v in values.items()}
-    mistaken = {who: ~np.take_along_axis(best, a[..., None], -1)[..., 0] for who, a in chosen.items()}
+    chosen = {model_name: v.argmax(-1) for model_name, v in values.items()}
+    mistaken = {model_name: ~np.take_along_axis(best, a[..., None], -1)[..., 0] for model_name, a in chosen.items()}
     shared = {
-        who: {
-            other: [int((mistaken[who] & mistaken[other]).sum()), int((mistaken[who] & (chosen[who] == chosen[other])).sum())]
+        model_name: {
+            other: [
+                int((mistaken[model_name] & mistaken[other]).sum()),
+                int((mistaken[model_name] & (chosen[model_name] == chosen[other])).sum()),
+            ]
             for other in tables
         }
-        for who in logits
+        for model_name in logits
     }
     return {
-        "with_q": {who: correlation(v, Q) for who, v in values.items()},
-        "mistakes_with": {who: {other: correlation(errors[who], errors[other]) for other in tables} for who in logits},
+        "with_q": {model_name: correlation(v, Q) for model_name, v in values.items()},
+        "mistakes_with": {
+            model_name: {other: correlation(errors[model_name], errors[other]) for other in tables} for model_name in logits
+        },
         "decisions": n * H,
-        "mistakes": {who: int(m.sum()) for who, m in mistaken.items()},
+        "mistakes": {model_name: int(m.sum()) for model_name, m in mistaken.items()},
         "shared": shared,  # of a model's mistakes: number where the estimate errs too, and where both take the same action
     }
 
@@ -242,25 +250,25 @@ def _rename(document: Document, states: np.ndarray, actions: np.ndarray) -> Docu
 # --- verdicts and figures ----------------------------------------------------------------------------------------------------
 
 
-def _joined(records: list[dict], world: str, *path: str) -> np.ndarray:
+def _joined(records: list[dict], problem: str, *path: str) -> np.ndarray:
     """Values of all tasks of an environment, over all training runs; empty where there are none."""
-    found = []
+    values = []
     for record in records:
-        if record["point"]["world"] == world:
+        if record["point"]["world"] == problem:
             value = record
             for key in path:
                 value = value[key]
-            found.append(value)
-    return np.concatenate(found) if found else np.zeros(0)
+            values.append(value)
+    return np.concatenate(values) if values else np.zeros(0)
 
 
 def check(records: list[dict]) -> list[Verdict]:
-    def errors(world: str, target: str, who: str, of: str = "errors") -> np.ndarray:
-        return _joined(records, world, "probes", target, who, of)
+    def errors(problem: str, target: str, model: str, of: str = "errors") -> np.ndarray:
+        return _joined(records, problem, "probes", target, model, of)
 
-    def r_squared(world: str, target: str) -> str:
-        models = next(r for r in records if r["point"]["world"] == world)["probes"][target]
-        return "R²: " + ", ".join(f"{who} {1 - np.mean(x['errors']):.2f} (layer {x['layer']})" for who, x in models.items())
+    def r_squared(problem: str, target: str) -> str:
+        models = next(r for r in records if r["point"]["world"] == problem)["probes"][target]
+        return "R²: " + ", ".join(f"{model} {1 - np.mean(x['errors']):.2f} (layer {x['layer']})" for model, x in models.items())
 
     verdicts = [
         mean_verdict(id, errors("mdp", t, "before") - errors("mdp", t, "after"), figure="probe", note=r_squared("mdp", t))
@@ -274,8 +282,8 @@ def check(records: list[dict]) -> list[Verdict]:
     shuffled = [errors(w, t, "shuffled", "of_mean") - errors(w, t, "shuffled") for w, t in targets]
     verdicts.append(mean_verdict("probe/control", *shuffled, figure="probe"))
     of = next(r for r in records if r["point"]["world"] == "mdp")["implied"]
-    with_q = {who: np.mean(v) for who, v in of["with_q"].items()}
-    note = ", ".join(f"{who} {v:.2f}" for who, v in with_q.items())
+    with_q = {model: np.mean(v) for model, v in of["with_q"].items()}
+    note = ", ".join(f"{model} {v:.2f}" for model, v in with_q.items())
     verdicts.append(
         mean_verdict("implied-q", _joined(records, "mdp", "implied", "with_q", "after"), figure="implied-q", note=note)
     )
@@ -284,7 +292,7 @@ def check(records: list[dict]) -> list[Verdict]:
     note = f"layer {layer.mean():.2f}, ridge {ridge.mean():.2f}; of {n} mistakes in {of['decisions']}, the same action: "
     note += ", ".join(f"{other} {same}" for other, (_, same) in shared.items())
     verdicts.append(mean_verdict("implied-q/mistakes", layer - ridge, figure="implied-q", note=note))
-    after, before = (_joined(records, "mdp", "same", who) for who in ("after", "before"))
+    after, before = (_joined(records, "mdp", "same", model) for model in ("after", "before"))
     note = f"before {before.mean():.1%}, after {after.mean():.1%}"
     verdicts.append(mean_verdict("invariance", after, figure="implied-q", note=note))
     verdicts.append(mean_verdict("invariance/gain", after - before, figure="implied-q", note=note))
@@ -299,13 +307,13 @@ def _profiles(records: list[dict]) -> Figure:
     """R² of each layer."""
     panels = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"), ("tiger", "advantage"))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True)
-    for axis, (world, target) in zip(axes, panels, strict=True):
-        for record in (r for r in records if r["point"]["world"] == world):
-            for (who, found), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
-                shown = 1 - np.array(found["profile"])
-                axis.plot(np.maximum(shown, -0.2), color=color, marker=marker, markersize=3, linewidth=1.2, label=who)
+    for axis, (problem, target) in zip(axes, panels, strict=True):
+        for record in (r for r in records if r["point"]["world"] == problem):
+            for (model_name, result), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
+                shown = 1 - np.array(result["profile"])
+                axis.plot(np.maximum(shown, -0.2), color=color, marker=marker, markersize=3, linewidth=1.2, label=model_name)
         axis.axhline(0, color=GRAY, linestyle=":", marker="")
-        axis.set(xlabel="layer", title=f"{world}: {target}")
+        axis.set(xlabel="layer", title=f"{problem}: {target}")
     axes[0].set_ylabel("R² on new tasks, beyond the stage")
     axes[0].legend()
     return figure
@@ -313,9 +321,12 @@ def _profiles(records: list[dict]) -> Figure:
 
 def _implied(records: list[dict]) -> Figure:
     figure, axes = pyplot.subplots(1, 3, figsize=(11.0, 3.6))
-    with_q = {who: _joined(records, "mdp", "implied", "with_q", who) for who in ("before", "after", "ridge", "layer")}
+    with_q = {
+        model_name: _joined(records, "mdp", "implied", "with_q", model_name)
+        for model_name in ("before", "after", "ridge", "layer")
+    }
     errors = {other: _joined(records, "mdp", "implied", "mistakes_with", "after", other) for other in ("ridge", "layer")}
-    same = {who: _joined(records, "mdp", "same", who) for who in ("before", "after")}
+    same = {model_name: _joined(records, "mdp", "same", model_name) for model_name in ("before", "after")}
     titles = ("correlation with Q*", "correlation of errors with those of", "same decision after renaming")
     for axis, values, title in zip(axes, (with_q, errors, same), titles, strict=True):
         for i, (_, v) in enumerate(values.items()):

@@ -7,7 +7,7 @@ Whether it is picked depends on counts and signs alone, so the rate is exact: 0,
 give the law of the action, hence, contexts of different stages being independent, the *exact* expected loss
 (`lindm_theory.mean_policy`).
 
-The three worlds differ by a constant added to every reward, which changes no decision of an optimal policy and every decision
+The three families differ by a constant added to every reward, which changes no decision of an optimal policy and every decision
 of the layer. Does training on the uncentered tasks remove the effect? Then A_N = alpha I + beta 11', and the unseen action is
 imputed beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate
 stays 1. Centering the labels by their prior mean does help.
@@ -44,7 +44,7 @@ from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.mean_policy import policy_loss
 
-SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centered": (-0.5, 0.5)}  # reward boxes: one world, shifted
+SHIFTS = {"positive": (0.0, 1.0), "negative": (-1.0, 0.0), "centered": (-0.5, 0.5)}  # reward ranges: one family, shifted
 CENTERED_LABELS = "labels minus prior mean"
 S, A, H = 4, 3, 3
 NEGLIGIBLE = 1e-10  # counts less likely than this are left out of the enumeration; `lost_mass` says what that leaves out
@@ -72,7 +72,7 @@ SMOKE = Config(seeds=2, tasks=8, contexts=8, M=(4, 8), pool=256, steps=100)
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "contexts", "longest"))
-def draw_worlds(key: Array, family: Family, tests: int, pool: int, contexts: int, longest: int):
+def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, contexts: int, longest: int):
     """Test tasks (MDP, Plan, w [tests, H, d]), pairs [tests, contexts, H, longest], and training vectors [H, pool, d]."""
     k_tasks, k_pairs = jax.random.split(key)
     task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
@@ -82,15 +82,15 @@ def draw_worlds(key: Array, family: Family, tests: int, pool: int, contexts: int
 
 
 @jax.jit
-def policies(family: Family, worlds, layers: Array, center: Array, M: Array) -> tuple[Array, Array, Array]:
-    """What n layers [n, H, d, d] do when they are shown labels y - center, center [n, H].
+def policies(family: Family, tests, layers: Array, center: Array, M: Array) -> tuple[Array, Array, Array]:
+    """The policies of n layers [n, H, d, d] on labels y - center, center [n, H].
 
     Returns loss [tasks, n, m], the mean over contexts; actions [tasks, contexts, n, m, H, S]; and which pairs were seen
     [tasks, contexts, m, H, S, A]. A constant added to all of Qhat changes no action, so centered labels need nothing added back.
     """
 
-    def one(world) -> tuple[Array, Array, Array]:
-        mdp, plan, w, pairs = world
+    def one(test) -> tuple[Array, Array, Array]:
+        mdp, plan, w, pairs = test
 
         def context(idx: Array) -> tuple[Array, Array, Array]:
             x = linear_mdps.pairs_table(family)[idx]
@@ -105,7 +105,7 @@ def policies(family: Family, worlds, layers: Array, center: Array, M: Array) -> 
         loss, pihat, seen = jax.vmap(context)(pairs)
         return loss.mean(0), pihat, seen
 
-    return jax.lax.map(one, worlds)
+    return jax.lax.map(one, tests)
 
 
 @lru_cache
@@ -174,9 +174,9 @@ def sign_law(M: int) -> float:
 exact_loss = jax.jit(jax.vmap(policy_loss, (0, 0, None, 0)))
 
 
-def exact(worlds, center: np.ndarray, cfg: Config) -> tuple[list[float], list[float]]:
+def exact(tests, center: np.ndarray, cfg: Config) -> tuple[list[float], list[float]]:
     """Rate of picking unseen actions and mean loss over the tasks, for every M, from the counts."""
-    mdp, plan, _, _ = worlds
+    mdp, plan, _, _ = tests
     rates, losses = [], []
     for M in cfg.M:
         law, rate = exact_actions(np.asarray(plan.Q) - center[None, :, None, None], M)
@@ -198,10 +198,10 @@ def unseen_rate(actions: np.ndarray, seen: np.ndarray) -> list[float]:
 
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
-    k_world, k_train = jax.random.split(key)
+    k_tests, k_train = jax.random.split(key)
     families = {name: onehot_family(S, A, H, low=low, high=high) for name, (low, high) in SHIFTS.items()}
     # the same key for all three: the same kernels, contexts and reward ranks
-    drawn = {n: draw_worlds(k_world, f, cfg.tasks, cfg.pool, cfg.contexts, cfg.M[-1]) for n, f in families.items()}
+    drawn = {n: draw_test_tasks(k_tests, f, cfg.tasks, cfg.pool, cfg.contexts, cfg.M[-1]) for n, f in families.items()}
     d = S * A
     rng = np.random.default_rng([cfg.base_seed, point["seed"]])
     gaussian = rng.standard_normal((cfg.pool, d))
@@ -214,19 +214,19 @@ def measure(cfg: Config, point: dict) -> dict:
     on = np.trace(real, axis1=1, axis2=2) / d
     beta = (real.sum((1, 2)) - d * on) / (d * (d - 1))
     symmetric = (on - beta)[:, None, None] * np.eye(d)[None] + beta[:, None, None]  # alpha I + beta 11': what training tends to
-    worlds_out = {}
-    # centered labels are the same numbers in all three worlds
+    by_family = {}
+    # centered labels are the same numbers in all three families
     rate_centered, expected_centered = exact(drawn["centered"][0], np.asarray(drawn["centered"][1]).mean((1, 2)), cfg)
     for name, family in families.items():
-        worlds, pool = drawn[name]
+        tests, pool = drawn[name]
         prior = np.asarray(pool).mean((1, 2))
         zero = np.zeros(H)
         layers = jnp.asarray(np.stack([diagonal, plain, real, symmetric, diagonal]))
         center = jnp.asarray(np.stack([zero, zero, zero, zero, prior]))
-        loss, actions, seen = (np.asarray(a) for a in policies(family, worlds, layers, center, jnp.asarray(cfg.M, float)))
-        rate, expected = exact(worlds, zero, cfg)
+        loss, actions, seen = (np.asarray(a) for a in policies(family, tests, layers, center, jnp.asarray(cfg.M, float)))
+        rate, expected = exact(tests, zero, cfg)
         last = actions[..., 0, :, -1:, :], seen[..., -1:, :, :]
-        worlds_out[name] = {
+        by_family[name] = {
             "rate": {
                 "diagonal": unseen_rate(actions[:, :, 0], seen),
                 "trained": unseen_rate(actions[:, :, 1], seen),
@@ -247,7 +247,7 @@ def measure(cfg: Config, point: dict) -> dict:
         }
     return {
         "M": list(cfg.M),
-        "worlds": worlds_out,
+        "worlds": by_family,
         "alpha_beta": [(on - beta).tolist(), beta.tolist()],  # of the layer trained on negative tasks, for every stage
         "off_diagonal": float(np.abs(Ahat[0] - np.diag(np.diag(Ahat[0]))).max() / np.diag(Ahat[0]).mean()),
         "sign_law": [sign_law(M) for M in cfg.M],
@@ -255,8 +255,8 @@ def measure(cfg: Config, point: dict) -> dict:
     }
 
 
-def _mean(record: dict, world: str, *path: str) -> float:
-    value = record["worlds"][world]
+def _mean(record: dict, family: str, *path: str) -> float:
+    value = record["worlds"][family]
     for step in path:
         value = value[step]
     return float(np.mean(value))
@@ -299,19 +299,19 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.3))
     color = dict(zip(SHIFTS, (RED, BLUE, GREEN), strict=True))
 
-    def draw(axis, world: str, kind: str, measured: str, predicted: str, color: str, label: str, marker: str) -> None:
-        cells = [r["worlds"][world] for r in records]
+    def draw(axis, name: str, kind: str, measured: str, predicted: str, color: str, label: str, marker: str) -> None:
+        cells = [r["worlds"][name] for r in records]
         for c in cells:
             axis.plot(M, c[kind][measured], **(MEASURED | {"marker": marker}), color=color, alpha=0.5)
         mean = np.mean([c[f"{kind}_exact"][predicted] for c in cells], 0)
         axis.plot(M, mean, **EXACT, color=color)
         axis.plot([], [], **EXACT | {"marker": marker}, color=color, label=label)
 
-    for world in SHIFTS:
-        low, high = SHIFTS[world]
+    for name in SHIFTS:
+        low, high = SHIFTS[name]
         box = f"rewards in [{low:g}, {high:g}]"
-        draw(left, world, "rate", "trained", "raw", color[world], box, "o")
-        draw(right, world, "loss", "diagonal", "raw", color[world], box, "o")
+        draw(left, name, "rate", "trained", "raw", color[name], box, "o")
+        draw(right, name, "loss", "diagonal", "raw", color[name], box, "o")
     for r in records:
         left.plot(M, r["worlds"]["negative"]["rate"]["real"], linestyle="none", marker="s", mfc="none", color=GRAY, markersize=8)
         left.plot(M, r["worlds"]["negative"]["rate"][CENTERED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)

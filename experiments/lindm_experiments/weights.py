@@ -89,7 +89,7 @@ def families(key: Array) -> dict[str, Family]:
 class Stages(nnx.Module):
     """A reduced layer for every stage and a full one beside the first: one draw of tasks a step serves them all.
 
-    A prompt holds the contexts of the H stages one after the other, and the columns that every layer is asked for; the answers
+    A prompt holds the contexts of the H stages one after the other, and the query columns of every layer; the answers
     are those of the full layer, then those of the H reduced ones. H = 1 for the regression.
     """
 
@@ -263,7 +263,7 @@ def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int
         "A_N": A.tolist(),
         "gamma_inverse": np.linalg.inv(gamma).tolist(),
         "gaussian_form": gaussian.tolist(),
-        # half the distance of two halves has the spread of the whole; a pool that is trained on is its own population
+        # half the distance of two halves has the standard deviation of the whole; a pool that is trained on is its own population
         "psi_error": (relative(half, other) / 2).tolist() if name == "simplex" else [0.0] * H,
         "path": [relative(p, A).tolist() for p in path],
     }

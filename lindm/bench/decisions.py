@@ -1,11 +1,11 @@
 """`lindm bench decisions [--json]`: the cost of a decision of a language model, beside `transformers.generate`.
 
-A model of SmolLM2-135M's shape (random weights, f32) decides at every step of sampled episodes of MDPs from the suite `mdp`, with
-five demonstrations per task. Ours is `lindm.llm.policy`: the demonstrations are read once per task, a history extends the cache of
-its parent by one step, and the actions are scored. The peer reads the whole prompt again for every decision, one at a time, as
-evaluation scripts do: `generate` with one new token, restricted to the action tokens. It is timed on every `STRIDE`-th of the same
-decisions, over all tasks and stages, and must give the same answers. Costs and rows are those of `lindm.bench.timing`; compilation
-is a row of its own.
+A model of SmolLM2-135M's shape (random weights, f32) decides at every step of sampled episodes of MDPs of the suite `mdp`, with
+five demonstrations per task. Ours is `lindm.llm.policy`: demonstrations are read once per task, a history extends the cache of
+its parent by one step, and the actions are scored. The peer reads the whole prompt for every decision, one at a time, like
+evaluation scripts: `generate` with one new token, restricted to the action tokens. It is timed on every `STRIDE`-th of these
+decisions, over all tasks and stages, and must give the same answers. Costs and rows are those of `lindm.bench.timing`;
+compilation is a row of its own.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ By the performance difference identity (Kakade, Langford, 2002) the suboptimalit
 
 an expectation of exact one-step losses. If the policy reaches few histories, it is stepped at all of them, weighted by their
 probabilities, and the loss is exact; histories of an MDP that end in the same state are merged if the policy acts on the state
-alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate that is far less noisy than returns,
-and without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the identity does not
+alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate far less noisy than returns, and
+without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the identity does not
 hold; there the policy's actions fill a table over all histories, and the recursion of `lindm.solvers.tree` gives its value.
 """
 
@@ -59,7 +59,7 @@ def evaluate_policy(
 
     Args:
       policy: of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history.
-      episodes: number sampled for a task with more than `max_histories` histories at its last stage; task i has the seed (seed, i).
+      episodes: number sampled for a task with over `max_histories` histories at its last stage; task i has the seed (seed, i).
     Returns: None for a task of an APOMDP with more than `max_histories`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Attitudes to ambiguity: policies one by one, a prostate cloud with all its observations, and verdicts that a mutant turns."""
+"""Attitudes to ambiguity: policies one by one, `prostate` with all its observations, and verdicts of changed records."""
 
 import copy
 import itertools
@@ -33,15 +33,15 @@ def test_it_runs_and_decides_and_draws_what_it_says(records):
 
 def test_four_observations_a_year_tell_as_much_as_nine():
     problem = prostate(3, alpha=0.3)
-    fewer = ambiguity.told_apart(problem)
+    fewer = ambiguity.merge_observations(problem)
     np.testing.assert_allclose(fewer.models.O.sum(-1), 1, rtol=1e-15)
     np.testing.assert_allclose(tree.value(fewer), tree.value(problem), rtol=1e-13)
 
 
-def test_a_draw_of_the_stand_ins_and_its_mirror_image_are_around_the_defaults():
-    drawn = ambiguity.drawn_stand_ins(np.random.default_rng(0), pairs=3, spread=0.2)
-    assert len(drawn) == 6
-    for one, other in zip(drawn[::2], drawn[1::2], strict=True):
+def test_a_draw_of_the_rewards_and_its_mirror_image_are_around_the_defaults():
+    draws = ambiguity.draw_rewards(np.random.default_rng(0), pairs=3, variation=0.2)
+    assert len(draws) == 6
+    for one, other in zip(draws[::2], draws[1::2], strict=True):
         assert one != other
         for name, default in {"biopsy_loss": 0.05, "untreated_loss": 0.2, "treated_loss": 0.07}.items():
             assert one[name] + other[name] == pytest.approx(2 * default)
@@ -161,9 +161,9 @@ def test_verdicts_follow_the_records_and_every_mutant_turns_one(records):
 
 def test_random_policies_with_the_criteria_exchanged_are_noticed():
     """Stage-wise minus whole-horizon is not above zero in the worst case and not below it in the best; strictly so for some."""
-    clouds = ambiguity.draw_clouds(jax.random.key(2), np.float64(0.6), clouds=2)
-    problem = ambiguity.shortened(jax.tree.map(lambda x: x[0], clouds), ambiguity.SHORT)
-    worst, best = np.asarray(ambiguity.moving_at_every_stage(jax.random.key(0), problem, policies=8)).T
+    problems = ambiguity.draw_problems(jax.random.key(2), np.float64(0.6), problems=2)
+    problem = ambiguity.shortened(jax.tree.map(lambda x: x[0], problems), ambiguity.SHORT)
+    worst, best = np.asarray(ambiguity.stagewise_differences(jax.random.key(0), problem, policies=8)).T
     assert (worst <= 1e-12).all() and worst.min() < -1e-3
     assert (best >= -1e-12).all() and best.max() > 1e-3
 

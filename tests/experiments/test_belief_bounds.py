@@ -30,8 +30,8 @@ def _measured() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def seen():
-    """A cloud and its first model along demonstrations, in numpy."""
-    stacks = belief_bounds.draw_visited(jax.random.key(1), clouds=CFG.clouds, episodes=CFG.episodes)
+    """An APOMDP and its first model along demonstrations, in numpy."""
+    stacks = belief_bounds.draw_visited(jax.random.key(1), problems=CFG.problems, episodes=CFG.episodes)
     return [jax.tree.map(lambda x: np.asarray(x[0]), stack) for stack in stacks]
 
 
@@ -60,30 +60,30 @@ def test_the_tigers_grid_is_the_tree_at_every_belief():
 def test_what_was_visited_has_the_answers_of_one_step_of_numpy(seen):
     """At the last two stages, from the beliefs alone; both problems went through the same actions and observations."""
     for visited in seen:
-        cloud, alpha = visited.problem.models, visited.problem.alpha
-        K = np.einsum("msat,mato->maost", cloud.P[:, 0], cloud.O[:, 0])
+        ambiguous, alpha = visited.problem.models, visited.problem.alpha
+        K = np.einsum("msat,mato->maost", ambiguous.P[:, 0], ambiguous.O[:, 0])
 
         def mixed(G: np.ndarray, alpha=alpha) -> np.ndarray:
             return alpha * G.min(0) + (1 - alpha) * G.max(0)
 
-        def last(u: np.ndarray, r=cloud.r) -> float:
+        def last(u: np.ndarray, r=ambiguous.r) -> float:
             return mixed(np.einsum("s,msa->ma", u, r[:, -1])).max()
 
         models, actions, seen_, _, _ = K.shape
         for b, Q in zip(visited.beliefs[-2], visited.Q[-2], strict=True):
-            G = np.einsum("ms,msa->ma", b, cloud.r[:, -2])
+            G = np.einsum("ms,msa->ma", b, ambiguous.r[:, -2])
             for m, a, o in np.ndindex(models, actions, seen_):
                 G[m, a] += last(b[m] @ K[m, a, o])
             np.testing.assert_allclose(Q, mixed(G), rtol=1e-12)
         for b, Q in zip(visited.beliefs[-1], visited.Q[-1], strict=True):
-            np.testing.assert_allclose(Q, mixed(np.einsum("ms,msa->ma", b, cloud.r[:, -1])), rtol=1e-12)
+            np.testing.assert_allclose(Q, mixed(np.einsum("ms,msa->ma", b, ambiguous.r[:, -1])), rtol=1e-12)
 
 
 def test_the_first_model_alone_starts_from_its_own_belief_and_takes_the_same_steps(seen):
-    cloud, alone = seen
-    assert (alone.history[0] == 0).all() and (cloud.history[0] == 0).all()
-    # a step is (a M + m) O + o of the cloud and a O + o of the model
-    step = cloud.history[1]
+    ambiguous, alone = seen
+    assert (alone.history[0] == 0).all() and (ambiguous.history[0] == 0).all()
+    # a step is (a M + m) O + o of the APOMDP and a O + o of the model
+    step = ambiguous.history[1]
     without_model = step // (belief_bounds.M * belief_bounds.O) * belief_bounds.O + step % belief_bounds.O
     np.testing.assert_array_equal(alone.history[1], without_model)
 
@@ -127,13 +127,13 @@ def test_bounds_moved_inwards_and_labels_of_another_action_are_refuted(monkeypat
     honest = belief_bounds.bounds_at
 
     def inwards(problem, tables, beliefs):
-        found = dict(honest(problem, tables, beliefs))
-        middle = (found["lower"] + found["upper"]) / 2
-        return found | {k: middle + 0.2 * (found[k] - middle) for k in ("lower", "upper")}
+        bounds = dict(honest(problem, tables, beliefs))
+        middle = (bounds["lower"] + bounds["upper"]) / 2
+        return bounds | {k: middle + 0.2 * (bounds[k] - middle) for k in ("lower", "upper")}
 
     def other_action(problem, tables, beliefs):
-        found = dict(honest(problem, tables, beliefs))
-        return found | {"action": (found["action"] + 1) % belief_bounds.A}
+        bounds = dict(honest(problem, tables, beliefs))
+        return bounds | {"action": (bounds["action"] + 1) % belief_bounds.A}
 
     for mutant, refuted in ((inwards, [FAIL, PASS]), (other_action, [PASS, FAIL])):
         monkeypatch.setattr(belief_bounds, "bounds_at", mutant)
@@ -148,7 +148,7 @@ def test_bounds_moved_inwards_and_labels_of_another_action_are_refuted(monkeypat
         ({"tolerances": (0.0, 0.1)}, "tolerances must fall"),
         ({"tolerances": (0.1, -0.1)}, "tolerances"),
         ({"tolerances": ()}, "tolerances must fall, at least one"),
-        ({"clouds": 0}, "clouds"),
+        ({"problems": 0}, "problems"),
         ({"trials": 0}, "trials"),
     ],
 )

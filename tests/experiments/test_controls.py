@@ -39,11 +39,13 @@ def test_mutants_fail_and_together_they_pass():
     assert verdicts == dict.fromkeys(claim_ids("controls"), FAIL) | {"controls": PASS}
 
 
-@pytest.mark.parametrize(("name", "who", "value"), [("swap", "mutant", 1.0), ("leak", "honest", 0.9), ("horizon", "honest", 1)])
-def test_a_mutant_that_is_not_caught_or_a_twin_that_fails_is_seen(name, who, value):
+@pytest.mark.parametrize(
+    ("name", "version", "value"), [("swap", "mutant", 1.0), ("leak", "honest", 0.9), ("horizon", "honest", 1)]
+)
+def test_a_mutant_that_is_not_caught_or_a_twin_that_fails_is_seen(name, version, value):
     records = _ideal()
     for r in records:
-        r[name][who] = value
+        r[name][version] = value
     assert {v.id: v.verdict for v in controls.check(records)}["controls"] == FAIL
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning against its rivals: records, what follows from them, and what is refused."""
+"""Fine-tuning against other policies: records, verdicts, and errors of the configuration."""
 
 import copy
 import json
@@ -47,8 +47,8 @@ def test_a_record_is_the_same_again(records):
 @pytest.mark.parametrize("suite", decisions.SUITES)
 @pytest.mark.parametrize("demos", ["oracle", "worse"])
 def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suite, demos, monkeypatch):
-    """In training and in what is asked, alike; labels reach a text as the actions of its demonstrations alone."""
-    asked, faced = [], []
+    """Training and evaluation get the same options; a text contains labels only as the actions of its demonstrations."""
+    config, faced = [], []
 
     def named(names, source, dataset, template, rewards):
         faced.append((dataset, names, rewards))
@@ -61,22 +61,22 @@ def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suit
     monkeypatch.setattr(decisions, "PoliciesByName", named)
     monkeypatch.setattr(decisions, "evaluate", evaluate)
     monkeypatch.setattr(decisions.language_models, "make_data", lambda data, source, data_config: data)
-    monkeypatch.setattr(decisions.language_models, "base_model", lambda asked, out: out)
-    monkeypatch.setattr(decisions.language_models, "fine_tune", lambda options: asked.append(options) or options.out)
-    found = decisions.measure(SMOKE, {"suite": suite, "horizon": 2, "demos": demos, "seed": 0})
-    (options,) = asked
+    monkeypatch.setattr(decisions.language_models, "base_model", lambda config, out: out)
+    monkeypatch.setattr(decisions.language_models, "fine_tune", lambda options: config.append(options) or options.out)
+    result = decisions.measure(SMOKE, {"suite": suite, "horizon": 2, "demos": demos, "seed": 0})
+    (options,) = config
     assert {options.rewards, *(rewards for _, _, rewards in faced)} == {"shown" if demos == "worse" else "auto"}
     for data_config, policies, _ in faced:
         assert (data_config.behavior, data_config.seed) == ("epsilon" if demos == "worse" else "oracle", SMOKE.base_seed + 1)
         assert ("behavior" in policies) == (demos == "worse")
-    assert found["rows"].keys() == ({"id"} if demos == "worse" else {"id", "ood"})
+    assert result["rows"].keys() == ({"id"} if demos == "worse" else {"id", "ood"})
 
 
 def made(gaps: dict[str, dict[str, float]], n: int = 60) -> list[dict]:
     """A full run's records: suite -> policy -> mean gap; formats and worse demonstrations like the rest."""
     rng = np.random.default_rng(0)
     cfg = replace(FULL, tasks=n)
-    found = []
+    result = []
     for point in decisions.points(cfg):
         parts = ["id"] if point["demos"] == "worse" else ["id", "ood"]
         if point["demos"] == "oracle" and point["horizon"] == getattr(cfg, point["suite"])[0]:
@@ -95,8 +95,8 @@ def made(gaps: dict[str, dict[str, float]], n: int = 60) -> list[dict]:
                 }
                 for policy, mean in gaps[point["suite"]].items()
             }
-        found.append({"point": point, "rows": rows})
-    return found
+        result.append({"point": point, "rows": rows})
+    return result
 
 
 GOOD = {
@@ -111,8 +111,8 @@ def verdicts(records: list[dict]) -> dict[str, str]:
 
 
 def test_the_verdicts_follow_the_gaps():
-    found = verdicts(made(GOOD))
-    assert found == dict.fromkeys(claim_ids("decisions"), PASS)
+    result = verdicts(made(GOOD))
+    assert result == dict.fromkeys(claim_ids("decisions"), PASS)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ def test_out_of_distribution_and_formats_have_claims_of_their_own():
 
 
 def test_a_run_of_one_cell_leaves_open_what_it_did_not_measure(records):
-    found = {v.id: v for v in decisions.check(records)}
+    result = {v.id: v for v in decisions.check(records)}
     for id in ("horizon", "partial-observation", "ambiguity", "format", "behavior-context"):
-        assert (found[id].verdict, found[id].measured, found[id].n) == (INCONCLUSIVE, None, 0)
-        assert "measured" in found[id].note
-    assert found["sft-beats-icl"].n == SMOKE.tasks
+        assert (result[id].verdict, result[id].measured, result[id].n) == (INCONCLUSIVE, None, 0)
+        assert "measured" in result[id].note
+    assert result["sft-beats-icl"].n == SMOKE.tasks
 
 
 def test_few_tasks_decide_nothing():
@@ -189,10 +189,10 @@ def test_figures_are_drawn_of_one_cell_and_of_all(records):
 
 
 def test_points_name_every_cell_once_and_the_middle_horizons_first():
-    found = decisions.points(FULL)
-    assert [(p["suite"], p["horizon"]) for p in found[:3]] == [("mdp", 8), ("pomdp", 6), ("apomdp", 3)]
-    assert len(found) == 9 + 3
-    assert sum(p["demos"] == "worse" for p in found) == 3
+    result = decisions.points(FULL)
+    assert [(p["suite"], p["horizon"]) for p in result[:3]] == [("mdp", 8), ("pomdp", 6), ("apomdp", 3)]
+    assert len(result) == 9 + 3
+    assert sum(p["demos"] == "worse" for p in result) == 3
     assert len(decisions.points(replace(FULL, seeds=2))) == 24
     assert [p["demos"] for p in decisions.points(QUICK)] == ["oracle"]
 
@@ -235,12 +235,12 @@ def test_the_model_before_training_is_the_one_that_training_starts_from(tmp_path
     with language_models.quiet_single_precision():
         data_config = decisions.DatasetConfig(tasks=8, demos=1, seed=3)
         data = language_models.make_data(tmp_path / "data", language_models.suite_at_horizon("pomdp", 2), data_config)
-        asked = language_models.sft_config(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
+        config = language_models.sft_config(language_models.TINY, data, tmp_path / "run", steps=1, batch=8, seed=5)
         import jax
 
         mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
-        there = weights.load(language_models.base_model(asked, tmp_path / "before"), mesh=mesh)
-        here = setup.build_model(setup.setup_training(asked))
+        there = weights.load(language_models.base_model(config, tmp_path / "before"), mesh=mesh)
+        here = setup.build_model(setup.setup_training(config))
         from flax import nnx
 
         for a, b in zip(jax.tree.leaves(nnx.state(there)), jax.tree.leaves(nnx.state(here)), strict=True):

@@ -50,7 +50,7 @@ def test_smoke_gives_every_verdict_and_figure(records):
 
 def test_the_bias_is_the_error_of_the_repeated_layer_on_population_moments_in_numpy(records):
     cfg = depth.SMOKE
-    family = depth.world(cfg)
+    family = depth.feature_family(cfg)
     pools = linear_mdps.task_pool(jax.random.split(jax.random.key(cfg.base_seed), 7)[0], family)
     Psi = np.asarray(linear_mdps.pool_moment(pools))
     w = np.asarray(pools[0, : depth.BLOCK])
@@ -74,8 +74,8 @@ def test_the_tabular_risk_is_the_sum_over_all_counts():
         if sum(n) == M:
             weight = factorial(M) / prod(map(factorial, n)) * np.prod(rho ** np.array(n))
             total += weight * np.sum(rho * psi * (1 - a * np.array(n) / M) ** (2 * k))
-    found = depth.exact_onehot(jnp.asarray(a), jnp.asarray(rho), jnp.asarray(psi), M=M)[k - 1]
-    np.testing.assert_allclose(found, total, rtol=1e-10)
+    actual = depth.exact_onehot(jnp.asarray(a), jnp.asarray(rho), jnp.asarray(psi), M=M)[k - 1]
+    np.testing.assert_allclose(actual, total, rtol=1e-10)
 
 
 def test_the_tabular_measurement_is_near_it():
@@ -83,9 +83,9 @@ def test_the_tabular_measurement_is_near_it():
     key = jax.random.key(3)
     w = depth.last_stage_tasks(key, family, tasks=depth.BLOCK)
     a = jnp.full(6, 3.0)
-    found = depth.onehot_risk(key, family, a, w, jnp.asarray([8.0, 32.0]), contexts=16384, longest=32, layers=2)
-    told = [depth.exact_onehot(a, family.design, jnp.square(w).mean(0), M=M)[:2] for M in (8, 32)]
-    np.testing.assert_allclose(found, np.array(told), rtol=0.03)
+    actual = depth.onehot_risk(key, family, a, w, jnp.asarray([8.0, 32.0]), contexts=16384, longest=32, layers=2)
+    expected = [depth.exact_onehot(a, family.design, jnp.square(w).mean(0), M=M)[:2] for M in (8, 32)]
+    np.testing.assert_allclose(actual, np.array(expected), rtol=0.03)
 
 
 def test_the_path_is_what_a_deep_reduced_layer_computes():

@@ -53,8 +53,8 @@ def test_predicted_risks_and_the_constant_are_those_of_numpy():
     # C by brute force: mean excess of many tasks, times their number
     many = 2000
     drawn = [population[rng.integers(0, len(population), many)] for _ in range(400)]
-    found = [_numpy_layers(table, w.T @ w / many, N)[0] - A for w in drawn]
-    values = many * np.array([np.trace(Lambda @ off @ second @ off.T) for off in found])
+    deviations = [_numpy_layers(table, w.T @ w / many, N)[0] - A for w in drawn]
+    values = many * np.array([np.trace(Lambda @ off @ second @ off.T) for off in deviations])
     assert abs(values.mean() - C[0]) < 5 * values.std() / np.sqrt(len(values)) + 0.02 * C[0]
 
 

@@ -146,11 +146,11 @@ def test_a_config_out_of_range_is_refused_by_name(change):
 
 def test_a_shorter_context_is_the_beginning_of_a_longer_one():
     family = isotropy.families()[SIMPLEX]
-    worlds, pool = isotropy.draw_worlds(jax.random.key(5), family, SMOKE.tasks, SMOKE.pool, SMOKE.M[-1])
+    tests, pool = isotropy.draw_test_tasks(jax.random.key(5), family, SMOKE.tasks, SMOKE.pool, SMOKE.M[-1])
     M = jnp.asarray(SMOKE.M, float)
     A = isotropy.predict(family, pool, jnp.asarray(False), jnp.asarray([2.0, 512.0, 4.0, 16.0]), M)["A"]
-    _, actions = isotropy.policies(family, worlds, A, M)
-    (_, _, w, pairs), phi = worlds, np.asarray(family.phi)
+    _, actions = isotropy.policies(family, tests, A, M)
+    (_, _, w, pairs), phi = tests, np.asarray(family.phi)
     x = phi.reshape(-1, isotropy.d)[np.asarray(pairs)[3]]
     for m, length in enumerate(SMOKE.M):
         S = np.stack([sum((v @ w[3, h]) * v for v in x[h, :length]) / length for h in range(isotropy.H)])

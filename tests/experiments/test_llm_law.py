@@ -1,4 +1,4 @@
-"""The law of a trained transformer: its rivals by other routes, and what follows from the records."""
+"""The law of a trained transformer: reference predictors by other routes, and verdicts on records."""
 
 import copy
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_a_record_holds_the_three_readers(records):
 
 
 def test_bayes_is_the_mean_of_the_posterior_and_its_risk_the_sum_over_all_contexts():
-    """Of one context, and in the mean: M returns of the asked pair among M = 2 pairs."""
+    """Of one context, and in the mean: M returns of the queried pair among M = 2 pairs."""
     grid = (np.arange(4000) + 0.5) / 4000  # Q*, uniform
     total = 0.0
     for seen in range(3):  # how many of the two are of the pair
@@ -68,8 +68,8 @@ def test_the_layers_risk_is_what_contexts_that_are_drawn_give():
 
 def test_tokens_tell_pair_and_return_and_then_ask_for_every_pair():
     pairs, y = jnp.array([[0, 5], [3, 3]]), jnp.array([[1, 0], [0, 1]])
-    found = llm_law.tokens(pairs, y)
-    assert found.tolist() == [[1, 10, *range(12, 18)], [6, 7, *range(12, 18)]]
+    result = llm_law.tokens(pairs, y)
+    assert result.tolist() == [[1, 10, *range(12, 18)], [6, 7, *range(12, 18)]]
     seen = {int(2 * p + r) for p in range(D) for r in (0, 1)}
     assert seen.isdisjoint(range(2 * D, 3 * D))
 
@@ -95,17 +95,17 @@ def test_what_a_line_in_one_over_M_leaves():
 
 def made(transformer, gaps=None) -> list[dict]:
     """Records of six seeds in which the transformer's risk is a function of N and M."""
-    rng, found = np.random.default_rng(0), []
+    rng, result = np.random.default_rng(0), []
     for seed, N in product(range(6), (4, 16)):
         rows = []
         for M in (2, 4, 8, 16, 32):
             noise = 1 + 0.003 * rng.normal()
             rows.append({"M": M, "transformer": transformer(N, M) * noise, "bayes": 1 / (M + 12), "layer": 1 / M + 1 / N})
-        found.append({"point": {"seed": seed, "reader": "transformer", "N": N}, "rows": rows})
+        result.append({"point": {"seed": seed, "reader": "transformer", "N": N}, "rows": rows})
     for N, at in (gaps or {}).items():
         values = {m: list(v + rng.normal(0, 0.01, 60)) for m, v in at.items()}
-        found.append({"point": {"seed": 0, "reader": "language model", "N": N}, "gaps": values})
-    return found
+        result.append({"point": {"seed": 0, "reader": "language model", "N": N}, "gaps": values})
+    return result
 
 
 def verdicts(records: list[dict]) -> dict[str, str]:
@@ -116,17 +116,17 @@ def test_the_verdicts_follow_the_risks():
     good = {2: {"1": 0.4, "8": 0.2}, 8: {"1": 0.5, "8": 0.1}}
     # a line in 1/M that meets Bayes' risk at M = N
     law = lambda N, M: 1 / (N + 12) + (1 / M - 1 / N) * 0.05  # noqa: E731
-    found = verdicts(made(law, good))
-    assert found == dict.fromkeys(claim_ids("llm_law"), PASS)
-    found = verdicts(made(lambda N, M: 1 / (M + 12) + 0.05 * (N == 16), {2: good[8], 8: good[2]}))
-    assert found["llm-law/bias"] == FAIL and found["llm-law/language"] == FAIL and found["llm-law/estimation"] == FAIL
+    result = verdicts(made(law, good))
+    assert result == dict.fromkeys(claim_ids("llm_law"), PASS)
+    result = verdicts(made(lambda N, M: 1 / (M + 12) + 0.05 * (N == 16), {2: good[8], 8: good[2]}))
+    assert result["llm-law/bias"] == FAIL and result["llm-law/language"] == FAIL and result["llm-law/estimation"] == FAIL
     assert verdicts(made(lambda N, M: 0.1 + 0.05 * (M in (4, 16))))["llm-law"] == FAIL
 
 
 def test_without_a_language_model_its_claim_is_left_open(records):
-    found = {v.id: v for v in llm_law.check(records)}
-    assert (found["llm-law/language"].verdict, found["llm-law/language"].measured) == (INCONCLUSIVE, None)
-    assert {v.verdict for v in found.values()} == {INCONCLUSIVE}  # one seed decides nothing
+    result = {v.id: v for v in llm_law.check(records)}
+    assert (result["llm-law/language"].verdict, result["llm-law/language"].measured) == (INCONCLUSIVE, None)
+    assert {v.verdict for v in result.values()} == {INCONCLUSIVE}  # one seed decides nothing
 
 
 def test_the_order_of_records_does_not_matter():

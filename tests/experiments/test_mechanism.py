@@ -38,9 +38,9 @@ def test_a_record_holds_every_part(records):
     mdp, tiger = records
     assert mdp["probes"].keys() == {"q", "advantage"} and tiger["probes"].keys() == {"q", "advantage", "belief"}
     for record in records:
-        for found in record["probes"].values():
-            assert found.keys() == {"before", "after", "shuffled"}
-            for one in found.values():
+        for result in record["probes"].values():
+            assert result.keys() == {"before", "after", "shuffled"}
+            for one in result.values():
                 assert len(one["profile"]) == 5  # four layers, and the embeddings
                 assert len(one["errors"]) == SMOKE.tasks
                 assert one["profile"][one["layer"]] == pytest.approx(np.mean(one["errors"]), abs=1e-4)
@@ -83,8 +83,8 @@ def test_a_ridge_regression_is_the_minimiser_of_its_own_cost(width):
     x, y = X - X.mean(0), Y - Y.mean(0)
     flat = x.reshape(-1, width) / x.reshape(-1, width).std(0)
     W = np.linalg.lstsq(np.concatenate([flat, np.sqrt(7.0) * np.eye(width)]), np.pad(y.reshape(-1, 2), ((0, width), (0, 0))))[0]
-    told = Y.mean(0) + (flat @ W).reshape(Y.shape)
-    np.testing.assert_allclose(probes.Ridge(X, X).errors(Y, Y, 7.0), ((told - Y) ** 2).sum((1, 2)), rtol=1e-6)
+    fitted = Y.mean(0) + (flat @ W).reshape(Y.shape)
+    np.testing.assert_allclose(probes.Ridge(X, X).errors(Y, Y, 7.0), ((fitted - Y) ** 2).sum((1, 2)), rtol=1e-6)
 
 
 def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
@@ -92,20 +92,20 @@ def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
     X, X_new = rng.normal(size=(80, 3, 4, 10)), rng.normal(size=(40, 3, 4, 10))
     W, stage = rng.normal(size=(10, 2)), np.array([5.0, 50.0, 500.0])[:, None]
     Y, Y_new = (x[:, :, 2] @ W + stage for x in (X, X_new))
-    found = probes.probe(X, X_new, {"it": (Y, Y_new), "none": (rng.normal(size=Y.shape), Y_new - stage)})
-    assert min(found["none"]["profile"]) > 0.9
-    found = found["it"]
-    assert found["layer"] == 2
-    assert found["profile"][2] < 0.01 and min(found["profile"][i] for i in (0, 1, 3)) > 0.7
-    assert len(found["errors"]) == 40
+    result = probes.probe(X, X_new, {"it": (Y, Y_new), "none": (rng.normal(size=Y.shape), Y_new - stage)})
+    assert min(result["none"]["profile"]) > 0.9
+    result = result["it"]
+    assert result["layer"] == 2
+    assert result["profile"][2] < 0.01 and min(result["profile"][i] for i in (0, 1, 3)) > 0.7
+    assert len(result["errors"]) == 40
     of_mean = ((Y_new - Y.mean(0)) ** 2).sum((1, 2))
-    np.testing.assert_allclose(found["of_mean"], of_mean / of_mean.mean(), atol=1e-5)
+    np.testing.assert_allclose(result["of_mean"], of_mean / of_mean.mean(), atol=1e-5)
 
 
 def test_what_the_stage_explains_counts_as_nothing():
     rng = np.random.default_rng(1)
     X, X_new = np.ones((60, 3, 1, 4)), np.ones((30, 3, 1, 4))
-    X, X_new = X + np.arange(3)[:, None, None], X_new + np.arange(3)[:, None, None]  # tells the stage and no more
+    X, X_new = X + np.arange(3)[:, None, None], X_new + np.arange(3)[:, None, None]  # reveals the stage only
     Y, Y_new = (10.0 * np.arange(3)[:, None] + rng.normal(size=(n, 3, 2)) for n in (60, 30))
     assert probes.probe(X, X_new, {"it": (Y, Y_new)})["it"]["profile"][0] == pytest.approx(1, abs=1e-6)
 
@@ -150,24 +150,24 @@ def test_the_last_of_the_stream_is_what_the_model_says(trained):
 @pytest.mark.slow
 def test_the_logits_decide_as_the_policy_that_is_evaluated(trained):
     """`lindm eval` reads with a cache, history by history; here whole documents are read at once."""
-    reader, asked = trained
-    logits = reader.logits(reader.stream(asked))
+    reader, queries = trained
+    logits = reader.logits(reader.stream(queries))
     policy = LanguageModelPolicy(nnx.merge(reader.graphdef, reader.weights), reader.tokenizer, TextOptions(COMPACT))
     problem = draw_task(jax.random.key(0), language_models.suite_at_horizon("mdp", 3))  # of the same sizes
-    tasks = make_tasks([problem] * len(asked.documents), [one.demonstrations for one in asked.documents])
+    tasks = make_tasks([problem] * len(queries.documents), [one.demonstrations for one in queries.documents])
     state, rows = policy.init(tasks), np.arange(len(tasks))
     for stage in range(3):
-        seen = {"state": np.array([one.query[stage].state for one in asked.documents])}
+        seen = {"state": np.array([one.query[stage].state for one in queries.documents])}
         if stage:
-            seen |= {k: np.array([getattr(one.query[stage - 1], k) for one in asked.documents]) for k in ("action", "reward")}
+            seen |= {k: np.array([getattr(one.query[stage - 1], k) for one in queries.documents]) for k in ("action", "reward")}
         state, probabilities = policy.step(state, Observation(stage=stage, task=rows, parent=rows, **seen))
         assert (probabilities.argmax(-1) == logits[:, stage].argmax(-1)).all()
 
 
 @pytest.mark.slow
 def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
-    reader, asked = trained
-    logits = reader.logits(reader.stream(asked))
+    reader, queries = trained
+    logits = reader.logits(reader.stream(queries))
 
     class Same:
         def permutation(self, n):
@@ -179,21 +179,21 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Same())
-        assert mechanism.same_decisions(reader, logits, asked, 1, 0) == [1.0] * 12
+        assert mechanism.same_decisions(reader, logits, queries, 1, 0) == [1.0] * 12
 
     class Blind:
         """Decides by the index of the action alone: what it does under other names is another action."""
 
-        def stream(self, asked):
-            return asked
+        def stream(self, queries):
+            return queries
 
-        def logits(self, asked):
-            return np.broadcast_to([0.0, 0.0, 1.0], asked.Q.shape)
+        def logits(self, queries):
+            return np.broadcast_to([0.0, 0.0, 1.0], queries.Q.shape)
 
     blind: probes.ProbedModel = Blind()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Reversed())
-        assert mechanism.same_decisions(blind, np.asarray(Blind().logits(asked)), asked, 1, 0) == [0.0] * 12
+        assert mechanism.same_decisions(blind, np.asarray(Blind().logits(queries)), queries, 1, 0) == [0.0] * 12
 
     class Turned:
         def permutation(self, n):
@@ -202,22 +202,22 @@ def test_the_same_names_give_the_same_decisions_and_others_are_undone(trained):
     class Copying:
         """Takes the first action that was demonstrated, by whatever name."""
 
-        def stream(self, asked):
-            return np.array([one.demonstrations[0][0].action for one in asked.documents])
+        def stream(self, queries):
+            return np.array([one.demonstrations[0][0].action for one in queries.documents])
 
         def logits(self, stream):
-            return np.broadcast_to(np.eye(3)[stream][:, None], asked.Q.shape)
+            return np.broadcast_to(np.eye(3)[stream][:, None], queries.Q.shape)
 
     copying: probes.ProbedModel = Copying()  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "default_rng", lambda seed: Turned())
-        assert mechanism.same_decisions(copying, copying.logits(copying.stream(asked)), asked, 1, 0) == [1.0] * 12
+        assert mechanism.same_decisions(copying, copying.logits(copying.stream(queries)), queries, 1, 0) == [1.0] * 12
 
 
 def test_renaming_changes_every_name_in_demonstrations_and_query():
     steps = (Step(0, state=1, reward=0.5), Step(2, state=0, reward=0.25))
-    found = mechanism._rename(Document((steps,), steps[:1]), np.array([2, 0, 1]), np.array([1, 2, 0]))
-    assert found == Document(((Step(1, state=0, reward=0.5), Step(0, state=2, reward=0.25)),), (Step(1, state=0, reward=0.5),))
+    result = mechanism._rename(Document((steps,), steps[:1]), np.array([2, 0, 1]), np.array([1, 2, 0]))
+    assert result == Document(((Step(1, state=0, reward=0.5), Step(0, state=2, reward=0.25)),), (Step(1, state=0, reward=0.5),))
 
 
 @pytest.mark.slow
@@ -226,13 +226,13 @@ def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
         data_config = DatasetConfig(tasks=10, demos=2, seed=9)
         source = language_models.suite_at_horizon("mdp", 3)
         data = language_models.make_data(tmp_path / "data", source, data_config)
-        asked = probes.read_queries(data, frozenset({"state", "reward"}))
-        logits = {"before": -asked.Q, "after": 3 * asked.Q + 7}
-        found = mechanism.implied(logits, asked, data, source, data_config)
-    assert found["with_q"]["after"] == pytest.approx([1] * 10) and found["with_q"]["before"] == pytest.approx([-1] * 10)
-    assert found["mistakes"]["after"] == 0 and found["mistakes"]["before"] == 30
-    assert all(-1 <= v <= 1 for v in found["with_q"]["layer"]) and np.mean(found["with_q"]["ridge"]) > 0.3
-    assert found["shared"]["before"]["ridge"][0] == found["mistakes"]["ridge"]
+        queries = probes.read_queries(data, frozenset({"state", "reward"}))
+        logits = {"before": -queries.Q, "after": 3 * queries.Q + 7}
+        result = mechanism.implied(logits, queries, data, source, data_config)
+    assert result["with_q"]["after"] == pytest.approx([1] * 10) and result["with_q"]["before"] == pytest.approx([-1] * 10)
+    assert result["mistakes"]["after"] == 0 and result["mistakes"]["before"] == 30
+    assert all(-1 <= v <= 1 for v in result["with_q"]["layer"]) and np.mean(result["with_q"]["ridge"]) > 0.3
+    assert result["shared"]["before"]["ridge"][0] == result["mistakes"]["ridge"]
 
 
 # --- what follows ---------------------------------------------------------------------------------------------------------
@@ -240,15 +240,15 @@ def test_logits_that_are_q_have_no_mistakes(trained, tmp_path):
 
 def made(records: list[dict], **values: float) -> list[dict]:
     """The records with 60 tasks and the given means; `world_target_who` of errors, or the name of another value."""
-    rng, found = np.random.default_rng(0), copy.deepcopy(records)
-    mdp, tiger = found
-    for record in found:
+    rng, result = np.random.default_rng(0), copy.deepcopy(records)
+    mdp, tiger = result
+    for record in result:
         for target, readers in record["probes"].items():
-            for who, one in readers.items():
-                mean = {"before": 0.8, "after": 0.4, "shuffled": 1.1}[who]
-                mean = values.get(f"{record['point']['world']}_{target}_{who}", mean)
+            for model, one in readers.items():
+                mean = {"before": 0.8, "after": 0.4, "shuffled": 1.1}[model]
+                mean = values.get(f"{record['point']['world']}_{target}_{model}", mean)
                 # tasks differ, by far more than what is read of exchanged targets
-                of_mean = rng.uniform(0, 2, 60) if who == "shuffled" else np.ones(60)
+                of_mean = rng.uniform(0, 2, 60) if model == "shuffled" else np.ones(60)
                 one["errors"], one["of_mean"] = list(of_mean + mean - 1 + rng.normal(0, 0.02, 60)), list(of_mean)
     for name, mean in {"ridge": 0.5, "layer": 0.5, "before": 0.1, "after": values.get("with_q", 0.8)}.items():
         mdp["implied"]["with_q"][name] = list(mean + rng.normal(0, 0.02, 60))
@@ -279,8 +279,8 @@ def verdicts(records: list[dict]) -> dict[str, str]:
     ],
 )
 def test_the_verdicts_follow_the_numbers(records, values, fails):
-    found = verdicts(made(records, **values))
-    assert found == {id: FAIL if id in fails else PASS for id in claim_ids("mechanism")}
+    result = verdicts(made(records, **values))
+    assert result == {id: FAIL if id in fails else PASS for id in claim_ids("mechanism")}
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_figures_are_drawn(records):
 
 @pytest.mark.slow
 def test_a_model_that_writes_an_action_in_several_tokens_is_refused(trained, monkeypatch):
-    reader, asked = trained
+    reader, queries = trained
     monkeypatch.setattr(probes, "action_tokens", lambda *a: ((1, 2), (3,), (4,)))
     with pytest.raises(ValueError, match="model must have a token for each action"):
-        reader.stream(Queries(asked.documents[:1], asked.labels[:1], asked.Q[:1], asked.rows[:1]))
+        reader.stream(Queries(queries.documents[:1], queries.labels[:1], queries.Q[:1], queries.rows[:1]))

@@ -80,25 +80,25 @@ def test_the_exact_loss_is_the_mean_loss_over_every_deterministic_policy():
 
 def test_measured_and_exact_agree_and_the_imputed_constant_changes_nothing(records):
     for name in SHIFTS:
-        world = records[0]["worlds"][name]
+        cell = records[0]["worlds"][name]
         for kind, exact in (("diagonal", "raw"), (CENTERED_LABELS, CENTERED_LABELS)):
-            np.testing.assert_allclose(world["loss"][kind], world["loss_exact"][exact], rtol=0.3)
-        assert world["imputed_differs"] == 0
+            np.testing.assert_allclose(cell["loss"][kind], cell["loss_exact"][exact], rtol=0.3)
+        assert cell["imputed_differs"] == 0
     assert records[0]["worlds"]["positive"]["rate"]["diagonal"] == [0.0] * len(SMOKE.M)
     assert records[0]["worlds"]["negative"]["rate"]["diagonal"] == [1.0] * len(SMOKE.M)
 
 
-def test_the_three_worlds_are_one_world_up_to_a_constant(records):
-    worlds = records[0]["worlds"]
+def test_the_three_families_differ_by_a_constant(records):
+    cells = records[0]["worlds"]
     for name in SHIFTS:
-        np.testing.assert_allclose(worlds[name]["loss"][CENTERED_LABELS], worlds["centered"]["loss"][CENTERED_LABELS], rtol=1e-9)
+        np.testing.assert_allclose(cells[name]["loss"][CENTERED_LABELS], cells["centered"]["loss"][CENTERED_LABELS], rtol=1e-9)
 
 
 def test_a_rate_that_is_off_refutes_the_claim(records):
     good = deepcopy(records)
     for record in good:
-        for world in record["worlds"].values():
-            world["rate"]["trained"] = list(world["rate_exact"]["raw"])
+        for cell in record["worlds"].values():
+            cell["rate"]["trained"] = list(cell["rate_exact"]["raw"])
     assert coverage.check(good)[0].verdict == "PASS"
     for record in good:
         record["worlds"]["negative"]["rate"]["trained"] = [0.9] * len(SMOKE.M)

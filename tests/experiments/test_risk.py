@@ -94,7 +94,7 @@ def test_what_is_measured_is_the_mean_over_contexts_cut_from_strips(laws):
     x, noise = (np.asarray(a) for a in draw_pairs(jax.random.split(key, 1)[0], law, (2, 4)))
     for n in range(2):
         for j, M in enumerate((2, 4)):
-            off, spread = [], []
+            off, variances = [], []
             for w in tasks[0]:
                 what = []
                 for strip in range(2):
@@ -102,9 +102,9 @@ def test_what_is_measured_is_the_mean_over_contexts_cut_from_strips(laws):
                         xs = x[strip, first : first + M]
                         what.append(A[n] @ xs.T @ (xs @ w + noise[strip, first : first + M]) / M)
                 off.append(np.mean([np.sum((v - w) ** 2) for v in what]))  # Lambda_q = I
-                spread.append(np.var(what, axis=0, ddof=1).sum())
+                variances.append(np.var(what, axis=0, ddof=1).sum())
             np.testing.assert_allclose(error[n, j], np.mean(off), rtol=1e-9)
-            np.testing.assert_allclose(variance[n, j], np.mean(spread), rtol=1e-9)
+            np.testing.assert_allclose(variance[n, j], np.mean(variances), rtol=1e-9)
 
 
 def test_nested_layers_answer_as_each_layer_does_on_its_own_cut(laws):

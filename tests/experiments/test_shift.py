@@ -35,9 +35,9 @@ def numpy_risk(A, x, p, w, Lambda_q, M, sigma):
     for task in w:
         y = x @ task
         mean = (p * y) @ x
-        spread = (x * (p * (y**2 + sigma**2))[:, None]).T @ x - np.outer(mean, mean)
+        covariance = (x * (p * (y**2 + sigma**2))[:, None]).T @ x - np.outer(mean, mean)
         miss = A @ mean - task
-        total += np.trace(Lambda_q @ A @ spread @ A.T) / M + miss @ Lambda_q @ miss
+        total += np.trace(Lambda_q @ A @ covariance @ A.T) / M + miss @ Lambda_q @ miss
     return total / len(w)
 
 
@@ -50,7 +50,7 @@ def test_smoke_gives_every_verdict_and_figure(records):
 def test_the_predictions_are_the_risk_summed_over_tasks_and_pairs_in_numpy(records):
     cfg = shift.SMOKE
     k_pool, _, k_tasks, *_ = jax.random.split(jax.random.key(cfg.base_seed), 6)
-    train, query, other = shift.world(cfg)
+    train, query, other = shift.families(cfg)
     x = np.asarray(linear_mdps.pairs_table(train))
     p, q, o = (np.asarray(f.design) for f in (train, query, other))
     pool = np.asarray(linear_mdps.task_pool(k_pool, train))

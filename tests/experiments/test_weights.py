@@ -64,7 +64,7 @@ def test_columns_in_the_place_of_queries_keep_the_second_moment():
 
 
 def _ideal(records: list[dict]) -> list[dict]:
-    """Records of a layer that found its closed form, in five slightly different seeds."""
+    """Records of a layer that reached its closed form, in five slightly different seeds."""
     out = [copy.deepcopy(records[i % len(records)]) for i in range(5)]
     for i, r in enumerate(out):
         for law in r["laws"]:

@@ -1,6 +1,6 @@
 """What the MDP experiments share: the moments of a family, its layers (closed form and trained), contexts turned into Qhat.
 
-Here measured worlds (`lindm`) and predictions (`theory`) meet. The functions are jitted once and reused by every seed:
+This module combines measurements (`lindm`) and predictions (`theory`). The functions are jitted once and reused by every seed:
 families of equal shape are the same compiled program.
 """
 

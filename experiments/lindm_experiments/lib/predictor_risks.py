@@ -1,4 +1,4 @@
-"""The layer and its statistical rivals on the same contexts: exact risks of linear predictors, exact losses of policies.
+"""The layer and statistical methods on the same contexts: exact risks of linear predictors, exact losses of policies.
 
 Every predictor here that sees one stage is linear in the labels, what = B X'y with a matrix B that depends on the context alone:
 B = A/M for the layer, pinv(X'X) for least squares, (X'X + sigma^2 Psi^-1)^-1 for the ridge regression of the prior (Bayes). Its
@@ -88,15 +88,15 @@ def own_targets(phi: Array, layers: Array, x: Array, r: Array, after: Array, M: 
 
 @jax.jit
 def losses(
-    family: Family, worlds, layers: Array, centered_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array
+    family: Family, tests, layers: Array, centered_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array
 ) -> dict[str, Array]:
     """Exact suboptimality [tasks] of every method's greedy policy on the first M pairs, noise sigma on labels and rewards."""
     (H, _), (S, A, _) = mean.shape, family.phi.shape
     centered = Psi - mean[:, :, None] * mean[:, None, :]
     query = linear_mdps.pairs_table(family)
 
-    def one(world) -> dict[str, Array]:
-        mdp, plan, w, (x, r, after, on_labels, on_rewards) = world
+    def one(test) -> dict[str, Array]:
+        mdp, plan, w, (x, r, after, on_labels, on_rewards) = test
         longest = x.shape[1]
         used = (jnp.arange(longest) < M).astype(x.dtype)
         # pairs beyond the M-th become zero rows: they add nothing to X'X and to X'y
@@ -128,4 +128,4 @@ def losses(
         value = jax.vmap(lambda pi: mdp.rho @ policy_value(mdp, pi)[0])(jnp.concatenate([pihat, uniform]))
         return dict(zip(METHODS, mdp.rho @ plan.V[0] - value, strict=True))
 
-    return jax.lax.map(one, worlds, batch_size=32)
+    return jax.lax.map(one, tests, batch_size=32)

@@ -88,8 +88,8 @@ class ProbedModel:
 @partial(jax.jit, static_argnames="graphdef")
 def _stream(graphdef, weights, ids: Array, at: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    found = nnx.merge(graphdef, weights).hidden_states(ids, positions)  # [depth + 1, B, T, D]
-    return jnp.take_along_axis(found, at[None, :, :, None], axis=2).transpose(1, 2, 0, 3)
+    states = nnx.merge(graphdef, weights).hidden_states(ids, positions)  # [depth + 1, B, T, D]
+    return jnp.take_along_axis(states, at[None, :, :, None], axis=2).transpose(1, 2, 0, 3)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -121,16 +121,16 @@ def probe(X: np.ndarray, X_new: np.ndarray, targets: Targets) -> dict[str, dict[
             validation = [chosen.errors(Y[:cut], Y[cut:], penalty).mean() for penalty in PENALTIES]
             best = int(np.argmin(validation))
             profile[name].append((float(validation[best]), final.errors(Y, Y_new, PENALTIES[best]) / of_mean[name].mean()))
-    found = {}
+    results = {}
     for name, layers in profile.items():
         layer = int(np.argmin([error for error, _ in layers]))
-        found[name] = {
+        results[name] = {
             "profile": [round(float(errors.mean()), 5) for _, errors in layers],
             "layer": layer,
             "errors": [round(float(e), 5) for e in layers[layer][1]],
             "of_mean": [round(float(e), 5) for e in of_mean[name] / of_mean[name].mean()],
         }
-    return found
+    return results
 
 
 class Ridge:
