@@ -1,8 +1,8 @@
 """How loose is each bound on the suboptimality, from the exact loss of one policy to the theorem that needs no data?
 
 A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
-rungs of theory/lindm_theory/policy_bounds.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation +
-optimization, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
+rungs of theory/lindm_theory/policy_bounds.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation
++ optimization, and the rungs on averages (4, and the mean policy) and on probability (5). A rung is a theorem: one violation
 refutes it. The waterfall figure shows how loose it is.
 
     lindm run ladder --preset quick      about 20 s on 1 core
