@@ -39,6 +39,7 @@ def measured(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_our_answers_are_those_of_reading_every_prompt_whole(measured):
     directory, outcome = measured
     given = json.loads((directory / bench.QUESTIONS).read_text())

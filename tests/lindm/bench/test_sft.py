@@ -71,6 +71,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_adapters_start_from_the_files_weights_as_full_training_does_whatever_is_recomputed(small):
     runs = [sft.run_ours("full", "selective", small), sft.run_ours("lora", "none", small)]
     assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], abs=1e-5) and runs[0]["loss"] > 4

@@ -301,6 +301,7 @@ def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
     assert main(["data", "export", str(tmp_path / "nothing"), "--to", "trl", "--out", str(tmp_path / "x")]) == 3
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_path, number):
     def make(out):
