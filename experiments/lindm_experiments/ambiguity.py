@@ -416,8 +416,8 @@ def _attitude(records: list[dict]) -> Figure:
         left.plot(alphas, r["prostate"]["value"], color=BLUE, **SEED)
     left.plot(alphas, mean["value"], color=BLUE, label="nature chooses every year", **(EXACT | {"marker": "o", "linewidth": 2.2}))
     left.plot(alphas, mean["whole"], color=GRAY, label="nature chooses once", linestyle="--", marker="")
-    left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center is the true model")
-    left.set(ylabel="quality-adjusted years", title="What the optimal policy is worth", **with_room)
+    left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center's model is true")
+    left.set(ylabel="quality-adjusted years", title="Value of the optimal policy", **with_room)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
     _named(left, 1.0, list(mean["models"][-1]), list(CENTERS), centers)
     middle.set(ylabel="expected biopsies until detection", title="Biopsies by the true model", **with_room)
@@ -428,7 +428,9 @@ def _attitude(records: list[dict]) -> Figure:
         right.plot(alphas, border, color=color, **(EXACT | {"marker": MARKERS[i]}))
         place = (0.5, float(np.interp(0.5, alphas, border)))
         right.annotate(f"{years} years left", place, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=color)
-    right.set(xlabel=ATTITUDE, ylabel="probability of high risk", title="Above the line a biopsy is taken", ylim=(0, 0.55))
+    right.set(
+        xlabel=ATTITUDE, ylabel="probability of high risk", title="Threshold: a biopsy is taken above the line", ylim=(0, 0.55)
+    )
     return figure
 
 

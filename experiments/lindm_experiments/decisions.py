@@ -62,7 +62,7 @@ RENAMED = {
     "models": "{}",
     "observations": ["+", "-"],
 }
-FORMATS = ("renamed", "readable")
+FORMATS = {"renamed": "renamed symbols", "readable": "sentences"}  # name in the records -> label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,17 +307,18 @@ def _over_horizons(records: list[dict]) -> Figure:
                 if not all(map(len, values)):
                     continue
                 means, ends = zip(*(mean_ci(v) for v in values), strict=True)
-                error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
+                error = [[m - e[0] for m, e in zip(means, ends, strict=True)]] * 2
                 x = np.arange(len(at)) + 0.05 * (shift - 2.5)
-                axis.errorbar(x, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label, linewidth=1.2)
-            axis.axhline(100, color=GRAY, linestyle=":", marker="", label="uniformly random policy")
+                axis.errorbar(x, means, error, color=color, marker=marker, capsize=2, label=label, linewidth=1.2)
+            axis.axhline(1, color=GRAY, linestyle=":", marker="", label="uniformly random policy")
             axis.axhline(0, color="#444444", linewidth=0.8, marker="")
             axis.set_xticks(range(len(at)), [str(h) for h in at])
             axis.set_title(f"{suite}, {about}")
-        axes[row][0].set_ylabel("normalized optimality gap, %")
-        axes[row][0].set_yscale("symlog", linthresh=2)
-        axes[row][0].set_ylim(-1, 130)
-        axes[row][0].set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
+        axes[row][0].set_ylabel("normalized optimality gap")
+        axes[row][0].set_yscale("symlog", linthresh=0.02)
+        axes[row][0].set_ylim(-0.01, 1.3)
+        ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+        axes[row][0].set_yticks(ticks, map(str, ticks))
     for axis in axes[-1]:
         axis.set_xlabel("horizon")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -331,8 +332,8 @@ def _bars(records: list[dict]) -> Figure:
     figure, axes = pyplot.subplots(1, len(known), figsize=(3.9 * len(known) + 0.6, 3.8), sharey=True, squeeze=False)
     for axis, suite in zip(axes[0], known, strict=True):
         shortest = horizons(records, suite)[0]
-        groups = [("as trained", {"part": "id", "horizon": shortest}, ("sft", "icl"))]
-        groups += [(form, {"part": form}, ("sft", "icl")) for form in FORMATS]
+        groups = [("training format", {"part": "id", "horizon": shortest}, ("sft", "icl"))]
+        groups += [(name, {"part": form}, ("sft", "icl")) for form, name in FORMATS.items()]
         groups.append(("worse demos", {"part": "id", "demos": "worse"}, ("sft", "icl", "bc", "behavior")))
         for x, (_, where, policies) in enumerate(groups):
             for i, policy in enumerate(policies):
@@ -341,14 +342,14 @@ def _bars(records: list[dict]) -> Figure:
                     continue
                 mean, (low, high) = mean_ci(values)
                 label, color, marker = LINES.get(policy, ("demonstrator", COLORS[6], MARKERS[6]))
-                ends = [[100 * (mean - low)], [100 * (high - mean)]]
+                ends = [[mean - low], [high - mean]]
                 axis.errorbar(
-                    [x + 0.16 * (i - 1)], [100 * mean], ends, color=color, marker=marker, capsize=2, linestyle="none", label=label
+                    [x + 0.16 * (i - 1)], [mean], ends, color=color, marker=marker, capsize=2, linestyle="none", label=label
                 )
         axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name, _, _ in groups])
         axis.set_title(suite)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
-    axes[0][0].set_ylabel("normalized optimality gap, %")
+    axes[0][0].set_ylabel("normalized optimality gap")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     return figure

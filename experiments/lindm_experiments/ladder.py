@@ -35,7 +35,7 @@ from lindm_theory.in_context import context_second_moment, risk
 
 PER_POLICY = ("1s", "1", "1b", "2", "3")  # rungs that must hold for every single policy
 NAMES = {
-    "truth": "truth",
+    "truth": "exact suboptimality",
     "1s": "1 span, scale per state",
     "1b": "1b margin",
     "1": "1 span, scale per stage",
@@ -254,14 +254,14 @@ def _waterfall(records: list[dict]) -> Figure:
             axis.barh(i, mean[i] - left, left=left, color=color.get(r, GRAY), height=0.66)
             axis.plot(values[:, i], np.full(len(values), i), "|", color="black", markersize=8, alpha=0.6)
             times = "" if r == "truth" else f"  ×{mean[i] / mean[0]:.3g}"
-            axis.text(mean[i] * 1.15, i, f"{mean[i]:.3g}{times}", va="center", fontsize=8)
-        axis.set(xscale="log", xlim=(left, mean.max() * 12), title=f"{name}, M = {M}", xlabel="loss of value")
+            axis.text(values[:, i].max() * 1.15, i, f"{mean[i]:.3g}{times}", va="center", fontsize=8)
+        axis.set(xscale="log", xlim=(left, mean.max() * 12), title=f"{name}, M = {M}", xlabel="suboptimality")
         axis.set_yticks(range(len(rows)), [NAMES[r] for r in rows])
         axis.grid(axis="y", visible=False)
         axis.invert_yaxis()  # shared: the last call decides
     if len(names) % 2 == 0:
         axes[0, 0].invert_yaxis()
-    figure.suptitle(f"What a bound costs: exact suboptimality and the ladder above it (N = {records[0]['N']})", x=0.01, ha="left")
+    figure.suptitle(f"Exact suboptimality and the ladder of bounds above it (N = {records[0]['N']})", x=0.01, ha="left")
     return figure
 
 
@@ -277,6 +277,6 @@ def _growth(records: list[dict]) -> Figure:
             ]
             axis.plot(lengths, np.mean(values, 0), label=NAMES[r], linestyle="-" if r == "truth" else "--")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title=name)
-    axes[0, 0].set_ylabel("loss of value")
+    axes[0, 0].set_ylabel("suboptimality")
     axes[0, -1].legend(fontsize=8)
     return figure

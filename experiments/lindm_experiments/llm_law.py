@@ -293,8 +293,8 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GRAY, linestyle=":", marker="", label="Bayes")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M")
         set_log_ticks(axis, M)
-        axis.set_title("a transformer, trained" if reader == "transformer" else "the layer, exact")
-    axes[0].set_ylabel("E (Qhat - Q*)²")
+        axis.set_title("trained transformer" if reader == "transformer" else "attention layer (exact)")
+    axes[0].set_ylabel("mean squared error of Qhat")
     axes[0].legend()
     figures = {"risk": figure}
     if by_length := language_gaps(records):
@@ -302,12 +302,12 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for (n, gaps), color, marker in zip(by_length.items(), COLORS, MARKERS, strict=False):
             at = list(gaps)
             means, ends = zip(*(mean_ci(v) for v in gaps.values()), strict=True)
-            error = [[100 * (m - e[0]) for m, e in zip(means, ends, strict=True)]] * 2
-            label = f"fine-tuned at {n}"
-            axis.errorbar(at, 100 * np.array(means), error, color=color, marker=marker, capsize=2, label=label)
-        axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="normalized optimality gap, %")
+            error = [[m - e[0] for m, e in zip(means, ends, strict=True)]] * 2
+            label = f"fine-tuned with {n} demonstrations"
+            axis.errorbar(at, means, error, color=color, marker=marker, capsize=2, label=label)
+        axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="normalized optimality gap")
         set_log_ticks(axis, at)
-        axis.set_title(f"A language model on {SUITE}, horizon {HORIZON}")
+        axis.set_title(f"Language model on {SUITE}, horizon {HORIZON}")
         axis.legend()
         figures["language"] = figure
     return figures

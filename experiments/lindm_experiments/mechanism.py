@@ -299,6 +299,17 @@ def check(records: list[dict]) -> list[Verdict]:
     return verdicts
 
 
+LABELS = {
+    "after": "fine-tuned",
+    "before": "base model",
+    "untrained": "random weights",
+    "shuffled": "permuted targets",
+    "ridge": "ridge regression",
+    "layer": "attention layer",
+    "q": "Q*",
+}
+
+
 def plot(records: list[dict]) -> dict[str, Figure]:
     return {"probe": _profiles(records), "implied-q": _implied(records)}
 
@@ -311,10 +322,12 @@ def _profiles(records: list[dict]) -> Figure:
         for record in (r for r in records if r["point"]["world"] == problem):
             for (model_name, result), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
                 shown = 1 - np.array(result["profile"])
-                axis.plot(np.maximum(shown, -0.2), color=color, marker=marker, markersize=3, linewidth=1.2, label=model_name)
+                axis.plot(
+                    np.maximum(shown, -0.2), color=color, marker=marker, markersize=3, linewidth=1.2, label=LABELS[model_name]
+                )
         axis.axhline(0, color=GRAY, linestyle=":", marker="")
-        axis.set(xlabel="layer", title=f"{problem}: {target}")
-    axes[0].set_ylabel("R² on new tasks, beyond the stage")
+        axis.set(xlabel="layer", title=f"{problem}: {LABELS.get(target, target)}")
+    axes[0].set_ylabel("R² on new tasks, beyond the stage's mean")
     axes[0].legend()
     return figure
 
@@ -334,7 +347,7 @@ def _implied(records: list[dict]) -> Figure:
             x = i + np.linspace(-0.15, 0.15, len(v))
             axis.plot(x, v, color=GRAY, markersize=2, marker=".", linestyle="")
             axis.errorbar([i], [mean], [[mean - low], [high - mean]], color=COLORS[0], marker="o", capsize=3)
-        axis.set_xticks(range(len(values)), list(values))
+        axis.set_xticks(range(len(values)), [LABELS[who].replace(" ", "\n") for who in values])
         axis.set_title(title)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
     return figure
