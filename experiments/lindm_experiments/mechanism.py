@@ -347,7 +347,7 @@ def _implied(records: list[dict]) -> Figure:
             x = i + np.linspace(-0.15, 0.15, len(v))
             axis.plot(x, v, color=GRAY, markersize=2, marker=".", linestyle="")
             axis.errorbar([i], [mean], [[mean - low], [high - mean]], color=COLORS[0], marker="o", capsize=3)
-        axis.set_xticks(range(len(values)), [LABELS[who].replace(" ", "\n") for who in values])
+        axis.set_xticks(range(len(values)), [LABELS[model_name].replace(" ", "\n") for model_name in values])
         axis.set_title(title)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
     return figure

@@ -57,6 +57,16 @@ def test_the_page_shows_their_gaps():
         assert values == [f"{v:.3f}" for v in wanted], (suite, horizon, part)
 
 
+def test_the_page_shows_the_gaps_with_worse_demonstrations():
+    from lindm_experiments import decisions
+
+    records = files.read_records(HERE / "reference/decisions")
+    rows = {(r["suite"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "worse"}
+    for suite, horizon in (("mdp", 8), ("pomdp", 6), ("apomdp", 3)):
+        sft, bc, icl = ("{gap:.3f} [{low:.3f}, {high:.3f}]".format(**rows[suite, policy]) for policy in ("sft", "bc", "icl"))
+        assert f"| {suite} | {horizon} | {sft} | {rows[suite, 'behavior']['gap']:.3f} | {bc} | {icl} |" in PAGE
+
+
 def test_the_page_shows_the_risks_by_length():
     from lindm_experiments import llm_law
 
