@@ -25,7 +25,7 @@ from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tab
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED, set_log_ticks
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -214,15 +214,20 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         return mean
 
     draw(left, M, "gap", BLUE, "measured, tasks with a gap")
-    for name, color, label in (("mean policy", GREEN, "mean-policy bound"), ("rung 4", GRAY, "rung 4")):
+    for name, color, label in (("mean policy", GREEN, "mean-policy bound"), ("rung 4", GRAY, "rung 4, the bound on averages")):
         left.plot(M, np.mean([r["curves"][name] for r in records], 0), color=color, label=label, **BOUND)
-    left.set(yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="An action gap: exponential in M")
-    left.legend(fontsize=8)
+    left.set(
+        yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="With an action gap: exponential in M"
+    )
+    left.legend(fontsize=8, loc="lower left")
     mean = draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
     right.plot(free, mean[0] * free[0] / np.array(free), color=GRAY, label="slope -1", **BOUND)
     right.plot(free, mean[0] * (free[0] / np.array(free)) ** 0.5, color=GRAY, label="slope -1/2", linestyle=":", marker="")
     draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}")
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")
-    right.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; flipped: a floor")
+    right.set(
+        yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; action flipped by the bias: a floor"
+    )
+    set_log_ticks(right, free)
     right.legend(fontsize=8)
     return {"margin": figure}
