@@ -375,12 +375,12 @@ def _tiger(shown: dict) -> Figure:
     for name, effort, color in ((METHODS[0], 0, SKY), (METHODS[0], several, BLUE), (METHODS[1], 0, GREEN)):
         lower, upper = (np.array(shown["bounds"][name][effort][k]) for k in ("lower", "upper"))
         n = shown["methods"][name]["effort"][0][effort]
-        description = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"net, {n} points"
+        description = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"belief net, {n} points"
         if name == METHODS[0]:
             band.fill_between(left, lower, upper, color=color, alpha=0.45, linewidth=0, label=description)
         widths.plot(left, (upper - lower) / shown["span"], color=color, label=description, **EXACT)
     band.plot(left, values[HORIZONS.index(H)], color="black", label="exact", **(EXACT | {"linewidth": 1.1}))
-    band.set(title=f"Certified bounds, {H} decisions left, solved from 1/2")
+    band.set(title=f"Certified bounds, {H} decisions left, solved from belief 1/2")
     band.legend(fontsize=8, loc="upper center")
     widths.set(xlabel="belief that the tiger is left", ylabel="width / span", xlim=(0, 1), yscale="log", ylim=(1e-5, 1))
     widths.legend(fontsize=7, loc="lower left")

@@ -205,12 +205,12 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     M, free = first["M"], first["M_free"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
 
-    def draw(axis, x, name, color, label) -> np.ndarray:
+    def draw(axis, x, name, color, label, marker="o") -> np.ndarray:
         curves = np.array([r["curves"][name] for r in records])
         for curve in curves:
             axis.plot(x, np.where(curve > 1e-9, curve, np.nan), color=color, **SEED)
         mean = curves.mean(0)
-        axis.plot(x, np.where(mean > 1e-9, mean, np.nan), color=color, label=label, **EXACT | {"marker": "o"})
+        axis.plot(x, np.where(mean > 1e-9, mean, np.nan), color=color, label=label, **EXACT | {"marker": marker})
         return mean
 
     draw(left, M, "gap", BLUE, "measured, tasks with a gap")
@@ -223,11 +223,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     mean = draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
     right.plot(free, mean[0] * free[0] / np.array(free), color=GRAY, label="slope -1", **BOUND)
     right.plot(free, mean[0] * (free[0] / np.array(free)) ** 0.5, color=GRAY, label="slope -1/2", linestyle=":", marker="")
-    draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}")
+    draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}", "s")
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")
-    right.set(
-        yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; action flipped by the bias: a floor"
-    )
+    right.set(yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; flipped action: a floor")
     set_log_ticks(right, free)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower left")
     return {"margin": figure}
