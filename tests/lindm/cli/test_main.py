@@ -326,7 +326,7 @@ def test_experiments_are_listed_with_their_minutes_and_questions(capsys, monkeyp
         assert main(words) == 0
         page = capsys.readouterr().out
         assert all(f"\n  {name} " in page for name in experiment_names())
-        assert "  risk                    0." in page and "How large is the error of Qhat" in page
+        assert "  risk                    0." in page and "How large are the two parts of the error of Qhat" in page
         assert max(map(len, page.splitlines())) <= 80
 
 
