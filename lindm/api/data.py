@@ -31,7 +31,7 @@ def make_dataset(
     """Write labeled episodes to a directory, or finish or repair the dataset that is there.
 
     Args:
-      problem: a suite, of which every task is another problem, or one problem.
+      problem: a suite, whose tasks are different problems, or one problem.
       tasks, demos: number of tasks, and of demonstrations of each.
       executor, workers: where shards are made: in this process (serial), in processes of this machine (local) or on a Ray
         cluster.

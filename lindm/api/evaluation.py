@@ -37,7 +37,7 @@ def evaluate(
     """What policies lose on new tasks: the normalized optimality gap (0 = optimal, 1 = uniformly random policy).
 
     Args:
-      problem: a suite, of which every task is another problem, or one problem.
+      problem: a suite, whose tasks are different problems, or one problem.
       policies: by name. A policy has `init` and `step`, or is a function of demonstrations and history. Or names of
         `policies.POLICIES`, icl:MODELDIR or sft:RUNDIR. [default: all that the problem has and that are cheap]
       tasks, demos: number of tasks, and of demonstrations of each.

@@ -101,7 +101,7 @@ def text_format(
 
 
 def check_rewards(rewards: str) -> None:
-    """ValueError for what is not one of `Rewards`."""
+    """ValueError for a value that is not one of `Rewards`."""
     if rewards not in REWARDS:
         raise ValueError(unknown("rewards", rewards, REWARDS))
 

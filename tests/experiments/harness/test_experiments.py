@@ -1,4 +1,4 @@
-"""Experiments are found by name or by file; claims of a file are beside it, and are checked."""
+"""Experiments by name or by file; the claims of a file, in a TOML file beside it, are checked."""
 
 import re
 import shutil

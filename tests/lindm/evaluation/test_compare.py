@@ -146,10 +146,10 @@ def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, ca
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [row["policy"] for row in printed] == ["bc", "qmdp"] and all("gaps" not in row for row in printed)
-    assert main([*arguments, "--out", str(tmp_path / "found")]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "pomdp, horizon 4, id; 3 tasks, 2 demonstrations each" and out[2].startswith("bc  ")
-    kept = json.loads((tmp_path / "found" / "eval.json").read_text())["rows"]
+    kept = json.loads((tmp_path / "out" / "eval.json").read_text())["rows"]
     assert [{k: v for k, v in row.items() if k not in ("gaps", "decisions_per_s")} for row in kept] == [
         {k: v for k, v in row.items() if k != "decisions_per_s"} for row in printed
     ]

@@ -113,12 +113,12 @@ def test_bayes_has_the_smallest_error_on_its_own_prior():
         x, w = jax.random.normal(k1, (N, D)), root @ jax.random.normal(k2, (D,))
         query = jax.random.normal(k3, (1, D))
         prompt = Prompt(x=x, y=label_laws.noisy_labels(k4, x, w, sigma), query=query)
-        rivals = (predictors.bayes(Psi, sigma), predictors.ridge(sigma**2), predictors.ols(), predictors.closed_form(np.eye(D)))
-        return jnp.stack([(predict(prompt) - query @ w)[0] ** 2 for predict in rivals])
+        others = (predictors.bayes(Psi, sigma), predictors.ridge(sigma**2), predictors.ols(), predictors.closed_form(np.eye(D)))
+        return jnp.stack([(predict(prompt) - query @ w)[0] ** 2 for predict in others])
 
     squared = np.asarray(jax.vmap(errors)(jax.random.split(jax.random.key(0), 4_000)))
-    for rival in range(1, 4):
-        gain = squared[:, rival] - squared[:, 0]
+    for other in range(1, 4):
+        gain = squared[:, other] - squared[:, 0]
         assert gain.mean() > 2 * gain.std() / np.sqrt(len(gain))
 
 

@@ -123,7 +123,7 @@ def test_a_single_model_has_the_value_of_its_pomdp_for_every_alpha(seed, alpha):
     assert value(problem) == pytest.approx(pomdp_value(member), rel=1e-12, abs=1e-12)
 
 
-# random clouds
+# random APOMDPs
 
 
 def total_variation(x, y):
@@ -151,9 +151,9 @@ def test_random_apomdps_are_valid_and_their_models_are_within_the_distance(seed,
 
 
 def test_models_move_apart_in_proportion_to_the_distance_from_a_common_centre():
-    clouds = {d: drawn(jax.random.key(6), d, 1.0, 0.2).models for d in (0.0, 0.25, 1.0)}
+    by_distance = {d: drawn(jax.random.key(6), d, 1.0, 0.2).models for d in (0.0, 0.25, 1.0)}
     for name in ("P", "O"):
-        near, some, far = (np.asarray(getattr(clouds[d], name)) for d in (0.0, 0.25, 1.0))
+        near, some, far = (np.asarray(getattr(by_distance[d], name)) for d in (0.0, 0.25, 1.0))
         np.testing.assert_array_equal(near, np.broadcast_to(near[:1], near.shape))
         np.testing.assert_allclose(some, 0.75 * near + 0.25 * far, rtol=1e-12)
         assert (total_variation(far[1], far[0]) > 0).all()

@@ -96,8 +96,8 @@ def test_reward_weights_are_uniform_in_their_box_and_measures_are_flat_dirichlet
     assert (np.abs(theta.var(0) - 2.5**2 / 12) <= 5 * 2.5**2 * np.sqrt(1 / 180 / n)).all()
     assert (np.abs(mu.mean(0) - 1 / S) <= 5 * mu.std(0) / np.sqrt(n)).all()
     variance = (S - 1) / (S**2 * (S + 1))
-    spread = (mu - 1 / S) ** 2
-    assert (np.abs(spread.mean(0) - variance) <= 5 * spread.std(0) / np.sqrt(n)).all()
+    squares = (mu - 1 / S) ** 2
+    assert (np.abs(squares.mean(0) - variance) <= 5 * squares.std(0) / np.sqrt(n)).all()
 
 
 def test_the_second_moment_is_weighted_by_the_design(family):

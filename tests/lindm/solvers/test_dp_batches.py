@@ -74,10 +74,11 @@ def test_on_an_accelerator_the_stack_is_one_batch(monkeypatch):
 def test_a_batch_size_that_is_given_is_used_and_may_leave_a_remainder(monkeypatch):
     P, r = numpy_stack(5, 4, 2, 3, staged=False)
     pi = jnp.zeros((5, 3, 4), jnp.int32)
-    for asked, expected in ((1, 1), (2, 2), (5, "vmap"), (9, "vmap")):
+    for requested, expected in ((1, 1), (2, 2), (5, "vmap"), (9, "vmap")):
         with monkeypatch.context() as patch:
             values, seen = batches_of(
-                patch, lambda asked=asked: oracles.solve_many(oracles.policy_value, as_stack(P, r), pi, batch_size=asked)
+                patch,
+                lambda requested=requested: oracles.solve_many(oracles.policy_value, as_stack(P, r), pi, batch_size=requested),
             )
         assert seen == [expected]
         for i in range(5):

@@ -132,9 +132,9 @@ def test_a_hundred_trials_close_the_gap_of_a_random_model(seed):
     rho = np.asarray(problem.rho)
     lower, upper = (float(x) for x in value_bounds(hsvi(problem, trials=100), 0, rho))
     V = exact(problem, 0, rho[None]).max()
-    spread = np.ptp(np.asarray(problem.r), axis=(1, 2)).sum()
-    assert V - 1e-5 * spread <= lower <= V + 1e-12 * spread
-    assert V - 1e-12 * spread <= upper <= V + 1e-3 * spread
+    reward_range = np.ptp(np.asarray(problem.r), axis=(1, 2)).sum()
+    assert V - 1e-5 * reward_range <= lower <= V + 1e-12 * reward_range
+    assert V - 1e-12 * reward_range <= upper <= V + 1e-3 * reward_range
 
 
 def test_the_bounds_are_the_stated_functions_of_their_tables():
@@ -220,10 +220,10 @@ def test_a_stack_of_problems_is_a_loop_over_them_and_each_stops_on_its_own():
 def test_a_search_stops_when_the_gap_at_the_start_is_below_the_tolerance():
     for seed in range(10):
         problem = model(seed)
-        spread = np.ptp(np.asarray(problem.r), axis=(1, 2)).sum()
+        reward_range = np.ptp(np.asarray(problem.r), axis=(1, 2)).sum()
         bounds = hsvi(problem, trials=TRIALS, tolerance=1e-3)
         lower, upper = value_bounds(bounds, 0, problem.rho)
-        assert bounds.trials == TRIALS or upper - lower < 1e-3 * spread
+        assert bounds.trials == TRIALS or upper - lower < 1e-3 * reward_range
         assert hsvi(problem, trials=TRIALS).trials == TRIALS
     assert hsvi(problem, trials=TRIALS, tolerance=1.0).trials == 1
 

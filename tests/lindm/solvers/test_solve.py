@@ -51,7 +51,7 @@ def test_beyond_the_budget_the_answer_is_certified(small):
     problem = first_model(small.problem())
     assert solve(problem, budget=1000).method == "hsvi"
     apomdp = small.problem()
-    assert solve(apomdp, budget=1000).method == "hsvi"  # a cloud of one model is convex
+    assert solve(apomdp, budget=1000).method == "hsvi"  # an APOMDP with one model is convex
 
 
 @pytest.mark.parametrize("method", ["hsvi", "net"])
@@ -81,10 +81,10 @@ def test_labels_from_bounds_are_valid(brute, method):
         problem = first_model(brute.random(40 + seed, S=4, A=3, O=3, M=1, H=4).problem())
         exact, bounded = solve(problem), solve(problem, method, effort=1)  # as little as can be: labels of the net are wrong
         episodes, truth = demonstrate(jax.random.key(0), exact, 200, 1.0)
-        found = labels(bounded, episodes)
+        labeled = labels(bounded, episodes)
         best = np.asarray(truth.Q).max(-1)
-        chosen = np.take_along_axis(np.asarray(truth.Q), np.asarray(found.action)[..., None], -1)[..., 0]
-        certificate, regret = np.asarray(found.certificate), np.asarray(found.regret)
+        chosen = np.take_along_axis(np.asarray(truth.Q), np.asarray(labeled.action)[..., None], -1)[..., 0]
+        certificate, regret = np.asarray(labeled.certificate), np.asarray(labeled.regret)
         assert (regret[certificate == CERTIFIED] == 0).all() and (regret[certificate == BOUNDED] > 0).all()
         assert (best - chosen <= regret + 1e-9).all()
         certificates.append(certificate)
@@ -96,10 +96,10 @@ def test_labels_from_bounds_are_valid(brute, method):
 def test_labels_of_given_episodes_are_those_of_the_rollout(small, brute):
     for problem in (first_model(small.problem()), brute.random(32, M=2, H=3).problem()):
         solution = solve(problem)
-        episodes, found = demonstrate(jax.random.key(1), solution, 50, 0.5)
+        episodes, labeled = demonstrate(jax.random.key(1), solution, 50, 0.5)
         again = labels(solution, episodes)
-        np.testing.assert_array_equal(again.action, found.action)
-        np.testing.assert_array_equal(again.Q, found.Q)
+        np.testing.assert_array_equal(again.action, labeled.action)
+        np.testing.assert_array_equal(again.Q, labeled.Q)
         assert (np.asarray(again.certificate) == EXACT).all()
 
 
@@ -149,8 +149,8 @@ def test_the_value_of_a_bad_action_does_not_blur_the_others():
     problem = POMDP(P=jnp.ones((1, 1, 3, 1)), O=jnp.ones((1, 3, 1, 1)), r=r, rho=jnp.ones(1))
     solution = solve(problem)
     assert int(first_action(solution)) == 1 and float(solution.value) == 0.9
-    _, found = demonstrate(jax.random.key(0), solution, 3, 1.0)
-    assert (np.asarray(found.action) == 1).all()
+    _, labeled = demonstrate(jax.random.key(0), solution, 3, 1.0)
+    assert (np.asarray(labeled.action) == 1).all()
 
 
 def test_methods_that_do_not_fit_raise_an_error(brute):

@@ -166,11 +166,11 @@ def test_the_value_falls_with_the_attitude_and_lies_between_the_extremes(brute):
 def test_the_value_is_positively_homogeneous_in_belief_and_reward(brute):
     reference = brute.random(10, M=2, H=3, alpha=0.4)
     problem = reference.problem()
-    cloud = problem.models
+    parts = problem.models
     for factor in (0.5, 3.0):
-        scaled = type(cloud)(P=cloud.P, O=cloud.O, r=cloud.r, rho=factor * cloud.rho)
+        scaled = type(parts)(P=parts.P, O=parts.O, r=parts.r, rho=factor * parts.rho)
         close(tree.value(APOMDP(models=scaled, alpha=problem.alpha)), factor * tree.value(problem))
-        rewarded = type(cloud)(P=cloud.P, O=cloud.O, r=factor * cloud.r, rho=cloud.rho)
+        rewarded = type(parts)(P=parts.P, O=parts.O, r=factor * parts.r, rho=parts.rho)
         close(tree.value(APOMDP(models=rewarded, alpha=problem.alpha)), factor * tree.value(problem))
 
 
@@ -246,5 +246,5 @@ def test_a_history_too_long_for_its_number_raises_an_error(brute):
 )
 def test_the_value_at_the_start_is_that_of_pomdp_solve(file, horizon, discount, value):
     model = cassandra.read(Path(__file__).parents[1] / "problems" / "files" / f"{file}.pomdp")
-    found = tree.value(single(cassandra.to_pomdp(model, horizon, discount)))
-    np.testing.assert_allclose(found, value, atol=1e-6)
+    result = tree.value(single(cassandra.to_pomdp(model, horizon, discount)))
+    np.testing.assert_allclose(result, value, atol=1e-6)
