@@ -166,9 +166,14 @@ def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
     files: dict[str, bytes] = {}
     with pyplot.rc_context(STYLE):  # pyright: ignore
-        for name, figure in module.plot(records).items():
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # the layout is computed once, not for each format
+        figures = module.plot(records)
+        # The layout is computed once, not for each format. `savefig` draws a figure twice as long as it has a layout engine
+        # ("none" is one too), and gives it the engine of the style again.
+        matplotlib.rcParams["figure.constrained_layout.use"] = False
+        for name, figure in figures.items():
+            if engine := figure.get_layout_engine():
+                engine.execute(figure)
+            figure.set_layout_engine(None)
             for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes
