@@ -314,7 +314,7 @@ def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_pat
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     *progress, last = error.splitlines()  # on a busy machine there is a line of progress every ten seconds
-    assert process.returncode == 75 and last.startswith("lindm: error: stopped")
+    assert process.returncode == 75 and last.startswith("lindm: error: stopped"), error
     assert all(line.startswith("tasks: ") for line in progress)
     assert not list((tmp_path / "data").glob(".*"))
     assert (tmp_path / "data" / "progress.jsonl").exists() and not (tmp_path / "data" / "manifest.json").exists()
