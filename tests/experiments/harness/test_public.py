@@ -12,6 +12,7 @@ import lindm as ld
 from lindm.errors import UsageError
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_process_are_kept(tmp_path):
     code = (
         "import os, signal, jax, lindm as ld\n"
