@@ -44,10 +44,10 @@ def tree(tmp_path, monkeypatch):
     "statement, modules",
     [
         ("import lindm_theory.policy_bounds", {"lindm_theory", "lindm_theory.policy_bounds"}),
-        ("from lindm_theory import policy", {"lindm_theory", "lindm_theory.policy_bounds"}),
+        ("from lindm_theory import policy_bounds", {"lindm_theory", "lindm_theory.policy_bounds"}),
         ("from lindm_theory.policy_bounds import bound", {"lindm_theory", "lindm_theory.policy_bounds"}),
         ("from .helper import f", {"lindm_experiments", "lindm_experiments.helper"}),
-        ("def f():\n    from lindm_theory import policy", {"lindm_theory", "lindm_theory.policy_bounds"}),
+        ("def f():\n    from lindm_theory import policy_bounds", {"lindm_theory", "lindm_theory.policy_bounds"}),
         (
             "import importlib\nimportlib.import_module('lindm_theory.policy_bounds')",
             {"lindm_theory", "lindm_theory.policy_bounds"},
@@ -73,14 +73,14 @@ def test_what_a_statement_imports(tree, statement, modules):
 
 def test_a_change_counts_only_where_it_is_imported(tree):
     tree("lindm_theory/policy_bounds.py", "from lindm_theory import deep")
-    tree("lindm_theory/deep.py", "from lindm_theory import policy")  # a circle ends
+    tree("lindm_theory/deep.py", "from lindm_theory import policy_bounds")  # a circle ends
     tree("lindm_theory/other.py")
     tree("lindm_experiments/mine.py", "from lindm_theory.policy_bounds import bound")
     before = tree.code()
     tree("lindm_theory/new.py", "x = 1")
     tree("lindm_theory/other.py", "x = 2")
     assert tree.code() == before
-    tree("lindm_theory/deep.py", "from lindm_theory import policy\nx = 1")
+    tree("lindm_theory/deep.py", "from lindm_theory import policy_bounds\nx = 1")
     assert tree.code() != before
 
 
@@ -99,7 +99,7 @@ def test_data_that_is_read_at_import_counts():
 
 
 def test_a_file_from_outside_includes_what_is_beside_it(tmp_path):
-    (tmp_path / "mine.py").write_text("import helper\nfrom lindm_theory import policy\n")
+    (tmp_path / "mine.py").write_text("import helper\nfrom lindm_theory import policy_bounds\n")
     (tmp_path / "helper.py").write_text("x = 1\n")
     experiment = Experiment(name="mine", path=tmp_path / "mine.py", outside=True)
     sources = fingerprint.sources(experiment)
