@@ -167,6 +167,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # Ray forks its workers while jax runs threads here
 def test_ray_gives_the_same_results_and_survives_a_killed_worker(monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
