@@ -153,6 +153,7 @@ def test_out_of_distribution_and_formats_have_claims_of_their_own():
     assert {id for id, v in verdicts(records).items() if v == FAIL} == {"format"}
 
 
+@pytest.mark.slow
 def test_a_run_of_one_cell_leaves_open_what_it_did_not_measure(records):
     result = {v.id: v for v in decisions.check(records)}
     for id in ("horizon", "partial-observation", "ambiguity", "format", "behavior-context"):
@@ -183,6 +184,7 @@ def test_the_table_has_a_row_for_every_policy_of_every_cell():
     assert row["low"] < row["gap"] < row["high"] and row["gap"] == pytest.approx(0.03, abs=0.01)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_one_cell_and_of_all(records):
     assert decisions.plot(records).keys() == {"gaps"}
     assert decisions.plot(made(GOOD)).keys() == {"gaps", "formats"}
