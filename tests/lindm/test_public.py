@@ -48,12 +48,23 @@ def test_type_checkers_see_the_names_that_exist():
     assert seen == {name: target.replace(":", ".") for name, target in ld.PUBLIC.items()}
 
 
+@contextlib.contextmanager
+def settings_of_a_user():
+    """The global setting, as a user has it; not that of a `with` block, which would hide what a function leaves behind."""
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+        assert not jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """What the examples work with."""
     work = tmp_path_factory.mktemp("examples")
     shutil.copy(TIGER, work)
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    with settings_of_a_user(), jax.numpy_rank_promotion("allow"):
         ld.make_dataset(ld.suite("mdp", horizon=4), work / "data", tasks=6, demos=2)
         with contextlib.chdir(work):
             ld.finetune("data", "run", preset="tiny", steps=2, eval_tasks=0)
@@ -67,7 +78,7 @@ def test_the_example_of_a_name_runs(name, directory, monkeypatch):
     finder = doctest.DocTestFinder(recurse=inspect.isclass(value))
     examples = [test for test in finder.find(value, name, globs={"ld": ld}) if test.examples]
     assert inspect.getdoc(value) and examples, f"{name} has no example"
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    with settings_of_a_user(), jax.numpy_rank_promotion("allow"):
         for example in examples:
             assert doctest.DocTestRunner().run(example).failed == 0
 

@@ -35,7 +35,11 @@ def _settings_kept() -> Iterator[None]:
                 os.environ[name] = environment[name]
         if "jax" in sys.modules:
             double = double or (jax is None and environment.get("JAX_ENABLE_X64", "0").lower() in ("1", "true"))
-            sys.modules["jax"].config.update("jax_enable_x64", double)
+            config = sys.modules["jax"].config
+            if (
+                config.jax_enable_x64 != double
+            ):  # the value of a `with jax.enable_x64(...)` around this call must not become the global one
+                config.update("jax_enable_x64", double)
 
 
 def verify(
@@ -119,7 +123,8 @@ def redraw(directory: str | Path) -> list[Path]:
     >>> "report.html" in [path.name for path in ld.redraw("controls")]
     True
     """
-    return reports.redraw(Path(directory))
+    with _settings_kept():
+        return reports.redraw(Path(directory))
 
 
 def report(directories: Sequence[str | Path], out: str | Path = "report") -> list[Path]:
