@@ -17,7 +17,8 @@ from types import ModuleType
 
 from lindm.cli.exit_codes import exit_code
 from lindm.cli.option_parser import run_command, two_columns, wrap
-from lindm.errors import LindmError, UsageError, did_you_mean
+from lindm.errors import LindmError, Preempted, UsageError, did_you_mean
+from lindm.io.signals import stop_requested
 
 DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
@@ -103,6 +104,8 @@ def guarded(run: Callable[[], int]) -> int:
     except Exception as e:
         if os.environ.get("LINDM_DEBUG") == "1":
             raise
+        if stop_requested() and not isinstance(e, LindmError):  # the error that a signal in the middle of a callback became
+            e = Preempted("stopped; the same command resumes")
         hint = "" if isinstance(e, LindmError | ValueError) else f"{type(e).__name__}: "
         print(f"lindm: error: {hint}{e}", file=sys.stderr)
         return exit_code(e)

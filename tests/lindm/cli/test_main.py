@@ -334,3 +334,15 @@ def test_a_reader_that_closes_the_output_ends_the_command_without_a_word():
     command = f"{sys.executable} -m lindm run | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141")
+
+
+def test_an_error_that_a_stop_request_became_is_a_stop(monkeypatch, capsys):
+    from lindm.cli import main as command_line
+
+    def interrupted():
+        raise RuntimeError("INTERNAL: CpuCallback error")
+
+    assert command_line.guarded(interrupted) == 1
+    monkeypatch.setattr(command_line, "stop_requested", lambda: True)
+    assert command_line.guarded(interrupted) == 75
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lindm: error: stopped")
