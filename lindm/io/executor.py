@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError
+from lindm.io.signals import deferred
 
 Executor = Literal["serial", "local", "ray"]
 HELP_AFTER = 20.0  # seconds: about what a second worker costs that imports and compiles what the first one has compiled
@@ -275,10 +276,11 @@ class _LocalSlot:
             return self._pool.submit(_call, function, task)
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer,))
-        before = multiprocessing.active_children()
-        with _script_not_imported(function):
-            future = self._pool.submit(_call, function, task)
-        self._process = next(p for p in multiprocessing.active_children() if p not in before)
+        with deferred():  # a worker that has read half of its start would print a traceback
+            before = multiprocessing.active_children()
+            with _script_not_imported(function):
+                future = self._pool.submit(_call, function, task)
+            self._process = next(p for p in multiprocessing.active_children() if p not in before)
         return future
 
     def result(self, future: Future) -> TaskResult:
@@ -293,7 +295,8 @@ class _LocalSlot:
     def stop(self) -> None:
         """Kill the process: a worker has nothing to save, and the clean-up of jax at exit takes time."""
         if self._pool is not None:
-            self._process.kill()
+            if self._process is not None:
+                self._process.kill()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 

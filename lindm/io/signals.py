@@ -40,6 +40,23 @@ def restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """SIGTERM and SIGINT that arrive in this block are handled at its end: a half-started process would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {n: signal.signal(n, lambda number, frame: arrived.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
 def raise_if_stopped() -> None:
     """Raise `Preempted` if a stop was requested."""
     if _stop_requested:

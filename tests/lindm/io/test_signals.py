@@ -41,3 +41,12 @@ def test_handlers_and_flag_are_put_back_after_a_run_that_was_stopped():
         os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     signals.raise_if_stopped()
+
+
+def test_a_signal_that_arrives_in_a_deferred_block_is_handled_at_its_end():
+    finished = []
+    signals.stop_on_signals()
+    with pytest.raises(Preempted, match="stopped by SIGTERM"), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        finished.append(True)
+    assert finished == [True]
