@@ -19,9 +19,27 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
+class _RewardSizes:
+    """The sizes that the shape of the rewards [..., H, S, A] tells."""
+
+    r: Array
+
+    @property
+    def horizon(self) -> int:
+        return self.r.shape[-3]
+
+    @property
+    def num_states(self) -> int:
+        return self.r.shape[-2]
+
+    @property
+    def num_actions(self) -> int:
+        return self.r.shape[-1]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class MDP:
+class MDP(_RewardSizes):
     """Finite-horizon tabular MDP; rewards and kernels may change with the stage.
 
     >>> problem = ld.make("mdp", horizon=4).problem
@@ -33,22 +51,10 @@ class MDP:
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
 
-    @property
-    def horizon(self) -> int:
-        return self.r.shape[-3]
-
-    @property
-    def num_states(self) -> int:
-        return self.r.shape[-2]
-
-    @property
-    def num_actions(self) -> int:
-        return self.r.shape[-1]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class POMDP:
+class POMDP(_RewardSizes):
     """Finite-horizon POMDP; the first action is chosen at the belief rho, before anything is observed.
 
     >>> problem = ld.read_pomdp("tiger.pomdp", horizon=4).problem
@@ -60,18 +66,6 @@ class POMDP:
     O: Array  # [..., H|1, A, S, O] probability of the observation after an action, given the state it led to
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
-
-    @property
-    def horizon(self) -> int:
-        return self.r.shape[-3]
-
-    @property
-    def num_states(self) -> int:
-        return self.r.shape[-2]
-
-    @property
-    def num_actions(self) -> int:
-        return self.r.shape[-1]
 
     @property
     def num_observations(self) -> int:

@@ -4,7 +4,7 @@ r"""`solve`: one call for every kind of problem, exact where the tables fit a me
     POMDP    belief tree | HSVI        exact | certified bounds
     APOMDP   belief tree | net         exact | certified bounds
 
-Every solution has a value with a lower and an upper bound and a policy, and `labels` gives the optimal action, the action values
+Every solution has a value with a lower and an upper bound, and `labels` gives the optimal action, the action values
 and a certificate at every step of any episodes. Bounds of V_{t+1} give bounds of Q_t by one step of lookahead,
 
     G_m(a) = b r_m(., a) + sum_o |b K_m[a, o]|_1 V_{t+1}(tau_m(b, a, o)),    Q(a) = alpha min_m G_m + (1 - alpha) max_m G_m,
@@ -64,57 +64,6 @@ class Solution:
     @property
     def exact(self) -> bool:
         return isinstance(self.tables, Plan | tree.Tree)
-
-    @property
-    def policy(self) -> "StatePolicy | BeliefPolicy":
-        """The greedy policy of the action values, or of their lower bounds."""
-        if isinstance(self.tables, Plan):
-            return StatePolicy(actions=greedy(self.tables.Q))
-        assert not isinstance(self.problem, MDP)
-        return BeliefPolicy(problem=as_apomdp(self.problem), tables=self.tables)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class StatePolicy:
-    """A policy of an MDP. Its memory is the stage and the state.
-
-    memory = policy.init(state);  action = policy.action(memory);  memory = policy.update(memory, action, next_state)
-    """
-
-    actions: Array  # [H, S] int32
-
-    def init(self, state: Array | int) -> tuple[Array | int, Array | int]:
-        return 0, state
-
-    def action(self, memory: tuple[Array | int, Array | int]) -> Array:
-        return self.actions[memory]
-
-    def update(self, memory, action: Array | int, state: Array | int) -> tuple[Array | int, Array | int]:
-        return memory[0] + 1, state
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class BeliefPolicy:
-    """A policy of a POMDP or an APOMDP. Its memory is the stage, the number of the history, and the belief [M, S] of each model.
-
-    memory = policy.init();  action = policy.action(memory);  memory = policy.update(memory, action, observation, model)
-    """
-
-    problem: APOMDP
-    tables: Tables
-
-    def init(self) -> tuple[Array, Array, Array]:
-        zero = jnp.zeros((), jnp.int32)
-        return zero, zero, self.problem.models.rho
-
-    def action(self, memory: tuple[Array, Array, Array]) -> Array:
-        return greedy(q_bounds(self.problem, self.tables, *memory)[0])
-
-    def update(self, memory, action: Array | int, observation: Array | int, model: Array | int = 0) -> tuple[Array, Array, Array]:
-        step = (jnp.asarray(x, jnp.int32) for x in (action, model, observation))
-        return memory[0] + 1, *advance(self.problem, *memory, *step)
 
 
 def method_for(problem: Problem, budget: int = MEMORY_BUDGET) -> str:

@@ -1,55 +1,63 @@
 """The policy of a solved problem."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from lindm.evaluation.environments import Task, double_precision
 from lindm.evaluation.policy import Observation, Policy, one_hot
-from lindm.solvers.solve import Solution, StatePolicy
+from lindm.problems.apomdp import as_apomdp
+from lindm.solvers.belief import advance
+from lindm.solvers.solve import Solution, Tables, q_bounds
+from lindm.solvers.ties import greedy
+from lindm.types import APOMDP, MDP, Plan
+
+BeliefState = tuple[Array, Array]  # of n histories: number within the stage [n], and belief under each model [n, M, S]
 
 
 class SolutionPolicy(Policy):
     """The action of a solution at every history: optimal where the solution is exact, otherwise that of the best lower bound.
 
-    The state is the memory of the solution's policy at every history, with a leading axis. Tasks of another problem are acted on
-    as if they were the solved one.
+    Tasks of another problem are acted on as if they were the solved one.
     """
 
     def __init__(self, solution: Solution):
+        self.solution = solution
         self.num_actions = solution.problem.num_actions
         self.markov = self.exhaustive = solution.exact
         with double_precision():
-            self.policy = solution.policy
+            self.table = np.asarray(greedy(solution.tables.Q)) if isinstance(solution.tables, Plan) else None  # [H, S] actions
 
-    def init(self, tasks: Sequence[Task]) -> Any:
-        """The memory before the first stage; None for an MDP, whose memory is the stage and the state."""
-        if isinstance(self.policy, StatePolicy):
+    def init(self, tasks: Sequence[Task]) -> BeliefState | None:
+        """The state before the first stage; None for an MDP."""
+        if isinstance(self.solution.problem, MDP):
             return None
         with double_precision():
-            return jax.tree.map(lambda x: x[None], self.policy.init())
+            return jnp.zeros(1, jnp.int32), as_apomdp(self.solution.problem).models.rho[None]
 
-    def step(self, state: Any, observation: Observation) -> tuple[Any, np.ndarray]:
+    def step(self, state: BeliefState | None, observation: Observation) -> tuple[BeliefState | None, np.ndarray]:
+        if self.table is not None:
+            return None, one_hot(self.table[observation.stage, observation.state], self.num_actions)
+        assert state is not None and not isinstance(self.solution.problem, MDP)
         with double_precision():
-            if isinstance(self.policy, StatePolicy):
-                actions = np.asarray(self.policy.actions)[observation.stage, observation.state]
-                return state, one_hot(actions, self.num_actions)
-            memory = jax.tree.map(lambda x: x[observation.parent], state)
+            problem = as_apomdp(self.solution.problem)
+            history, beliefs = (x[observation.parent] for x in state)
             if observation.stage:
                 assert observation.action is not None and observation.observation is not None
                 model = np.zeros_like(observation.action) if observation.model is None else observation.model
-                memory = _update(self.policy, memory, *map(jnp.asarray, (observation.action, observation.observation, model)))
-            return memory, one_hot(np.asarray(_action(self.policy, memory)), self.num_actions)
+                steps = (jnp.asarray(x, jnp.int32) for x in (observation.action, model, observation.observation))
+                history, beliefs = _advance(problem, observation.stage - 1, history, beliefs, *steps)
+            actions = _actions(problem, self.solution.tables, observation.stage, history, beliefs)
+            return (history, beliefs), one_hot(np.asarray(actions), self.num_actions)
+
+
+_advance = jax.jit(jax.vmap(advance, in_axes=(None, None, 0, 0, 0, 0, 0)))
 
 
 @jax.jit
-def _update(policy: Any, memory: Any, action: jax.Array, observation: jax.Array, model: jax.Array) -> Any:
-    return jax.vmap(policy.update)(memory, action, observation, model)
-
-
-@jax.jit
-def _action(policy: Any, memory: Any) -> jax.Array:
-    return jax.vmap(policy.action)(memory)
+def _actions(problem: APOMDP, tables: Tables, stage: Array, history: Array, beliefs: Array) -> Array:
+    """The greedy actions [n] of the action values, or of their lower bounds."""
+    return jax.vmap(lambda *at: greedy(q_bounds(problem, tables, stage, *at)[0]))(history, beliefs)

@@ -1,8 +1,15 @@
 """The policy of a solution, in the protocol of all policies."""
 
+import jax
+import numpy as np
 import pytest
 
 import lindm as ld
+from lindm.evaluation.policies.solution import SolutionPolicy
+from lindm.evaluation.policy import Observation
+from lindm.problems.mdp import draw_mdp
+from lindm.solvers import dp
+from lindm.solvers.solve import solve
 
 
 @pytest.mark.parametrize(
@@ -19,3 +26,27 @@ def test_the_policy_of_a_solution_loses_no_more_than_the_bounds_are_apart(name, 
     assert -1e-12 <= lost <= solution.upper - solution.lower + 1e-9
     if solution.exact:
         assert results["solution"].gap == results["oracle"].gap and results["solution"].method == "exact"
+
+
+def test_the_policy_of_a_solution_acts_as_the_recursion_says_along_an_episode(brute):
+    reference = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
+    policy, zero = SolutionPolicy(solve(reference.problem())), np.zeros(1, int)
+    for observations in ((0, 1), (1, 1)):
+        state, beliefs, seen = policy.init([]), list(reference.rho), {}
+        for t in range(3):
+            state, probabilities = policy.step(state, Observation(stage=t, task=zero, parent=zero, **seen))
+            action = int(probabilities[0].argmax())
+            assert action == int(np.argmax(reference.Q(beliefs, t)))
+            if t < 2:
+                _, belief = reference.step(beliefs[1], t, action, 1, observations[t])
+                beliefs = [belief] * 2
+                seen = {"action": zero + action, "model": zero + 1, "observation": zero + observations[t]}
+
+
+def test_the_policy_of_an_mdp_is_its_table_of_actions():
+    problem = draw_mdp(jax.random.key(0), 4, 3, 3)
+    policy, Q, zero = SolutionPolicy(solve(problem)), np.asarray(dp.backward_induction(problem).Q), np.zeros(1, int)
+    state, probabilities = policy.step(policy.init([]), Observation(stage=0, task=zero, parent=zero, state=zero + 2))
+    assert probabilities[0].argmax() == Q[0, 2].argmax()
+    _, probabilities = policy.step(state, Observation(stage=1, task=zero, parent=zero, state=zero + 3, action=zero))
+    assert probabilities[0].argmax() == Q[1, 3].argmax()

@@ -1,12 +1,11 @@
-"""`solve`: the method, the bounds, the labels, the policy and the errors."""
+"""`solve`: the method, the bounds, the labels and the errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.problems.mdp import draw_mdp
-from lindm.solvers import dp, rollout, tree
+from lindm.solvers import rollout, tree
 from lindm.solvers.belief_net import Net
 from lindm.solvers.solve import first_action, labels, method_for, solve
 from lindm.types import BOUNDED, CERTIFIED, EXACT, MDP, POMDP
@@ -172,25 +171,3 @@ def test_methods_that_do_not_fit_raise_an_error(brute):
         jax.jit(lambda p: solve(p, "net").value)(apomdp)
     with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; a tree of this problem takes more than 2\^60"):
         solve(brute.random(0, H=100).problem(), "tree")
-
-
-def test_the_policy_of_a_solution_acts_as_the_recursion_says_along_an_episode(brute):
-    reference = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
-    solution = solve(reference.problem())
-    for observations in ((0, 1), (1, 1)):
-        memory, beliefs, policy = solution.policy.init(), list(reference.rho), solution.policy
-        for t in range(3):
-            action = int(policy.action(memory))
-            assert action == int(np.argmax(reference.Q(beliefs, t)))
-            if t < 2:
-                _, belief = reference.step(beliefs[1], t, action, 1, observations[t])
-                beliefs = [belief] * 2
-                memory = policy.update(memory, action, observations[t], 1)
-
-
-def test_the_policy_of_an_mdp_is_its_table_of_actions():
-    problem = draw_mdp(jax.random.key(0), 4, 3, 3)
-    policy, Q = solve(problem).policy, np.asarray(dp.backward_induction(problem).Q)
-    memory = policy.init(2)
-    assert int(policy.action(memory)) == Q[0, 2].argmax()
-    assert int(policy.action(policy.update(memory, 0, 3))) == Q[1, 3].argmax()
