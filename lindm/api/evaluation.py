@@ -10,7 +10,7 @@ from lindm.choices import Behavior
 from lindm.datasets import DatasetConfig
 from lindm.evaluation import compare
 from lindm.evaluation.compare import SEED, PolicyResult
-from lindm.evaluation.policies import default_policies
+from lindm.evaluation.policies.registry import default_policies
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io import files, manifest

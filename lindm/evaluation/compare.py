@@ -16,7 +16,7 @@ from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
 from lindm.evaluation.environments import Task, double_precision, make_tasks
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
-from lindm.evaluation.policies import default_policies, kind_of, make_policy
+from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp

@@ -8,7 +8,7 @@ from pathlib import Path
 from lindm.datasets import DatasetConfig
 from lindm.datasets.text import check_rewards
 from lindm.errors import DataError, UsageError
-from lindm.evaluation.policies import check_name, make_policy
+from lindm.evaluation.policies.registry import check_name, make_policy
 from lindm.evaluation.policy import Policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite

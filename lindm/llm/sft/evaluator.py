@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from lindm.evaluation import optimality_gap
 from lindm.evaluation.environments import double_precision, make_tasks
-from lindm.evaluation.policies import BC
+from lindm.evaluation.policies.demonstrations import BC
 from lindm.evaluation.policy import Observation, Policy
 from lindm.io import signals
 from lindm.llm.parallel import sharding

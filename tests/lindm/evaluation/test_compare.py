@@ -10,7 +10,7 @@ from lindm.cli.main import main
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.evaluation import environments
 from lindm.evaluation.compare import evaluate, read_tasks
-from lindm.evaluation.policies import POLICIES, default_policies, kind_of
+from lindm.evaluation.policies.registry import POLICIES, default_policies, kind_of
 from lindm.families.suites import Suite, draw_task
 from tests.lindm.llm.conftest import SUITE
 

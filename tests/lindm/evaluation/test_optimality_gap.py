@@ -9,7 +9,7 @@ import pytest
 
 from lindm.evaluation.environments import double_precision, make_tasks
 from lindm.evaluation.optimality_gap import PolicyLoss, evaluate_policy
-from lindm.evaluation.policies import BC
+from lindm.evaluation.policies.demonstrations import BC
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.problems.apomdp import as_apomdp
 from lindm.problems.mdp import mdp

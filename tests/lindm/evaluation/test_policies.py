@@ -13,7 +13,7 @@ from lindm.evaluation import policies
 from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import Task, make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
-from lindm.evaluation.policies import attention_layer, planning
+from lindm.evaluation.policies import attention_layer, planning, registry
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp
@@ -58,7 +58,7 @@ def seen(tmp_path_factory):
 
 
 def losses(tasks, name):
-    policy = policies.make_policy(name, tasks.source, tasks.dataset)
+    policy = registry.make_policy(name, tasks.source, tasks.dataset)
     results = evaluate_policy(tasks.tasks, policy, episodes=4)
     assert all(loss is not None for loss in results)
     return [loss for loss in results if loss is not None]
@@ -78,7 +78,7 @@ def actions_of(policy, tasks):
 
 
 def tables(tasks, name):
-    return actions_of(policies.make_policy(name, tasks.source, tasks.dataset), tasks.tasks)
+    return actions_of(registry.make_policy(name, tasks.source, tasks.dataset), tasks.tasks)
 
 
 def number(problem, steps):
@@ -255,7 +255,7 @@ def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monke
 
 
 def loss_of(problem, name):
-    (loss,) = evaluate_policy(make_tasks([problem], [()]), policies.make_policy(name, problem, DatasetConfig(tasks=1)))
+    (loss,) = evaluate_policy(make_tasks([problem], [()]), registry.make_policy(name, problem, DatasetConfig(tasks=1)))
     assert loss is not None
     return loss
 
@@ -322,16 +322,16 @@ def test_qmdp_maximizes_the_action_values_of_the_observed_state(brute, M, alpha)
 @pytest.mark.parametrize("suite, name", [(SEEN, "qmdp"), (HIDDEN, "lsvi"), (AMBIGUOUS, "layer")])
 def test_a_policy_that_does_not_apply_to_the_tasks_raises_an_error(suite, name):
     with pytest.raises(ValueError, match=f"policy must be one of oracle, random, behavior, bc, .* for an .*MDP; got '{name}'"):
-        policies.make_policy(name, suite, DatasetConfig(tasks=1))
+        registry.make_policy(name, suite, DatasetConfig(tasks=1))
 
 
 @pytest.mark.parametrize("suite", [SEEN, HIDDEN, AMBIGUOUS], ids=lambda s: s.name)
 def test_every_policy_of_the_table_is_made_and_the_default_ones_are_cheap(suite):
-    kind = policies.kind_of(suite)
-    names = [name for name, info in policies.POLICIES.items() if kind in info.kinds]
+    kind = registry.kind_of(suite)
+    names = [name for name, info in registry.POLICIES.items() if kind in info.kinds]
     for name in names:
-        assert isinstance(policies.make_policy(name, suite, DatasetConfig(tasks=1)), Policy)
-        assert policies.POLICIES[name].summary.endswith(".")
+        assert isinstance(registry.make_policy(name, suite, DatasetConfig(tasks=1)), Policy)
+        assert registry.POLICIES[name].summary.endswith(".")
     default = policies.default_policies(suite)
     assert set(default) <= set(names) and {"oracle", "random", "bc"} <= set(default) and "layer" not in default
 
