@@ -78,7 +78,8 @@ class Config:
     tasks: int = 256  # MDPs
     M: tuple[int, ...] = (8, 16, 32, 64, 128)
     sigma: tuple[float, ...] = (0.1, 0.3, 1.0)
-    small: tuple[int, float] = (8, 0.3)  # M and sigma of `small-context`, where the layers are trained
+    M_small: int = 8  # context length of `small-context`, where the layers are trained
+    sigma_small: float = 0.3  # label noise of `small-context`
     pool: int = 4096
     steps: int = 400
 
@@ -96,8 +97,9 @@ class Config:
             raise ValueError(f"M_gauss must keep a distance of 2 from d = {D}, where OLS has no finite risk; got {self.M_gauss}")
         if not set(self.M_trained) <= set(self.M_gauss):
             raise ValueError(f"M_trained must be among M_gauss = {self.M_gauss}; got {self.M_trained}")
-        if self.small[0] not in self.M or self.small[1] not in self.sigma:
-            raise ValueError(f"small must be a cell of M x sigma; got {self.small}")
+        for name, value, values in (("M_small", self.M_small, self.M), ("sigma_small", self.sigma_small, self.sigma)):
+            if value not in values:
+                raise ValueError(f"{name} must be one of {values}; got {value}")
 
 
 QUICK = Config()
@@ -229,21 +231,21 @@ def mdp_grams(x: Array, M: Array) -> Array:
 
 
 def mdp_part(cfg: Config, key: Array) -> list[dict]:
-    """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell `small` both layers are trained."""
+    """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell (M_small, sigma_small) both layers are trained."""
     k_tests, k_train = jax.random.split(key)
     features = family()
     test_tasks, pool = draw_test_tasks(k_tests, features, cfg.tasks, cfg.pool, max(cfg.M))
     Psi, mean, Lambda = linear_mdps.pool_moment(pool), pool.mean(1), second_moment(features)
     covariance = Psi - jnp.asarray(mean)[:, :, None] * jnp.asarray(mean)[:, None, :]
     train = partial(linear_mdps.trained_layers, steps=cfg.steps, learning_rate=0.1, batch=128)
-    raw = train(k_train, features, pool, *cfg.small)
-    deviation = train(k_train, features, pool - mean[:, None], *cfg.small)
+    raw = train(k_train, features, pool, cfg.M_small, cfg.sigma_small)
+    deviation = train(k_train, features, pool - mean[:, None], cfg.M_small, cfg.sigma_small)
     cells = []
     for M in cfg.M:
         G = mdp_grams(test_tasks[3][0], jnp.asarray(float(M)))
         for sigma in cfg.sigma:
             at = (jnp.asarray(float(M)), jnp.asarray(sigma))
-            small = (M, sigma) == tuple(cfg.small)
+            small = (M, sigma) == (cfg.M_small, cfg.sigma_small)
             layers = raw if small else closed_forms(features, Psi, *at)
             lost = losses(
                 features, test_tasks, layers, deviation if small else closed_forms(features, covariance, *at), Psi, mean, *at
@@ -268,7 +270,7 @@ def mdp_part(cfg: Config, key: Array) -> list[dict]:
 
 def measure(cfg: Config, point: dict) -> dict:
     k_gauss, k_mdp = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
-    return {"d": D, "gaussian": gaussian_part(cfg, k_gauss), "mdp": mdp_part(cfg, k_mdp), "small": list(cfg.small)}
+    return {"d": D, "gaussian": gaussian_part(cfg, k_gauss), "mdp": mdp_part(cfg, k_mdp), "small": [cfg.M_small, cfg.sigma_small]}
 
 
 def _small(record: dict) -> dict[str, float]:

@@ -299,7 +299,7 @@ def _type(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             words = ast.literal_eval(inner)
             return Literal[words if isinstance(words, tuple) else (words,)]
-    raise TypeError(f"no command-line option has the type {ast.unparse(node)}")
+    raise TypeError
 
 
 def _constant(node: ast.expr) -> Any:
@@ -311,7 +311,11 @@ def _constant(node: ast.expr) -> Any:
 
 
 def options_of_source(source: str, preset: str) -> list[Option]:
-    """The options that the fields of a module's class `Config` are; a call `PRESET = Config(...)` in it gives the defaults."""
+    """The options that the fields of a module's class `Config` are; a call `PRESET = Config(...)` in it gives the defaults.
+
+    Raises:
+      UsageError: a field has a type that no option can have.
+    """
     tree = ast.parse(source)
     config = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
     if config is None:
@@ -323,7 +327,13 @@ def options_of_source(source: str, preset: str) -> list[Option]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name, value = node.target.id, node.value
             default = defaults.get(name, "" if value is None else _constant(value))
-            options.append(option(name, _type(node.annotation), default, docs.get(name, "")))
+            try:
+                hint = _type(node.annotation)
+            except TypeError:
+                rule = f"{', '.join(TYPES)}, Literal[...], tuple[..., ...] of one of these, or one of these | None"
+                kind = ast.unparse(node.annotation)
+                raise UsageError(f"the type of Config.{name} must be {rule}, since it is an option; got {kind}") from None
+            options.append(option(name, hint, default, docs.get(name, "")))
     return options
 
 

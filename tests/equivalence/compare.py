@@ -95,4 +95,6 @@ def main(old: Path, new: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"compare.py needs two directories, the old and the new one; got {len(sys.argv) - 1} arguments")
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

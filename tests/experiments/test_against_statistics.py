@@ -108,7 +108,9 @@ def test_tampered_records_flip_the_verdicts(records):
     assert verdicts["against-statistics/small-context"] == "FAIL"
 
 
-@pytest.mark.parametrize("change", [{"M_gauss": (8,)}, {"sigma": (0.0,)}, {"small": (7, 0.3)}, {"M_trained": (3,)}, {"tasks": 0}])
+@pytest.mark.parametrize(
+    "change", [{"M_gauss": (8,)}, {"sigma": (0.0,)}, {"M_small": 7}, {"sigma_small": 7.0}, {"M_trained": (3,)}, {"tasks": 0}]
+)
 def test_a_config_out_of_range_is_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         against.Config(**change)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from lindm.cli.option_parser import options_of_source
 from lindm.io import files
 from lindm_experiments.harness.claims import CLAIMS
 from lindm_experiments.harness.experiments import PACKAGE, experiment_names, find_experiment, load, points_of
@@ -42,6 +43,12 @@ def test_points_are_different_json_objects_and_grow_with_the_seeds(name):
     more = points_of(module, dataclasses.replace(module.SMOKE, seeds=module.SMOKE.seeds + 1))
     assert len(set(points)) == len(points) > 0
     assert len(more) > len(points)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_field_of_the_configuration_is_an_option_of_lindm_run(name):
+    options = options_of_source(find_experiment(name).path.read_text(encoding="utf-8"), "smoke")
+    assert [o.name for o in options] == [f.name for f in dataclasses.fields(load(name).Config)]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
