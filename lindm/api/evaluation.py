@@ -8,7 +8,7 @@ from typing import Any
 from lindm.api.problems import as_source
 from lindm.choices import Behavior
 from lindm.datasets import DatasetConfig
-from lindm.evaluation import compare
+from lindm.evaluation import EVAL_FORMAT, compare
 from lindm.evaluation.compare import SEED, PolicyResult
 from lindm.evaluation.policies.registry import default_policies
 from lindm.families.registry import NamedProblem
@@ -75,7 +75,7 @@ def evaluate(
     )
     if out is not None:
         rows = [asdict(result) for result in results]
-        files.write_json(Path(out) / "eval.json", {"rows": rows}, format="lindm-eval-1")
+        files.write_json(Path(out) / "eval.json", {"rows": rows}, format=EVAL_FORMAT)
         options = {"policies": list(policies), "episodes": episodes, "template": template, "rewards": rewards}
         manifest.write_manifest(Path(out), options={**asdict(dataset), **options})
     return {result.policy: result for result in results}

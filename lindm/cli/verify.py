@@ -22,7 +22,7 @@ class Verify:
     experiments: tuple[str, ...] = ()
     """Experiments to run, by name or as Python files with their claims beside them. [default: all of lindm's]"""
     only: tuple[str, ...] = ()
-    """Claims to decide, by id; a main id includes its sub-claims. [default: all]"""
+    """Claims to decide, by id; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment. [default: all]"""
     seeds: int | None = None
     """Number of seeds, in place of the preset's."""
     fresh: bool = False

@@ -15,7 +15,7 @@ from lindm.errors import DataError
 from lindm.io import files
 from lindm.types import Problem
 
-FORMAT = "lindm-dataset-1"
+FORMAT = "lindm-dataset-2"
 CONFIG, MANIFEST = "config.json", "manifest.json"
 ENDINGS = (".jsonl", ".parquet")
 
@@ -105,13 +105,23 @@ def read_manifest(directory: Path) -> dict:
     """The manifest of a finished dataset; DataError where there is none."""
     path = directory / MANIFEST
     if not path.exists() and (directory / CONFIG).exists():
+        read_description(directory / CONFIG)
         raise DataError(f"{directory} is not finished: make it again with the same options, and it resumes")
-    manifest = files.read_json(path)
-    if not isinstance(config := manifest.get("config"), dict) or config.get("format") != FORMAT:
-        raise DataError(f"{path}: not the manifest of a dataset in the format {FORMAT}")
+    manifest = read_description(path)
     if verified(manifest) is None:
         raise DataError(f"{path} is damaged: its checksum is wrong; make the dataset again and it is repaired")
     return manifest
+
+
+def read_description(path: Path) -> dict:
+    """A config or manifest of a dataset. DataError where it is none, or one in the format of another version."""
+    content = files.read_json(path)
+    config = content.get("config")
+    format = config.get("format") if isinstance(config, dict) else None
+    if not isinstance(format, str) or not format.startswith("lindm-dataset-"):
+        raise DataError(f"{path}: not the {path.stem} of a dataset in the format {FORMAT}")
+    files.check_format(path, format, FORMAT)
+    return content
 
 
 def with_checksum(value: dict) -> dict:

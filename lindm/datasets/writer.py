@@ -154,7 +154,8 @@ def _open(out: Path, described: dict) -> dict[str, str]:
     there = _or_none(lambda: read_manifest(out)) or _or_none(lambda: files.read_json(path)) or {}
     if not isinstance(there.get("config"), dict) or there["config"].get("format") != FORMAT:
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
-        raise UsageError(f"{out} holds something that is not a dataset and is not replaced: {why}; choose another --out")
+        what = "something that is not a dataset of this version and is not replaced"
+        raise UsageError(f"{out} holds {what}: {why}; choose another --out")
     if there["config"] != described:
         raise UsageError(f"{out} holds another dataset: {_difference(there['config'], described)}; choose another --out")
     return there.get("versions", {})

@@ -90,9 +90,15 @@ def read_json(path: Path, format: str | None = None) -> dict:
         raise DataError(f"{path}: not JSON: {e}") from e
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
-    if format is not None and (got := value.get("format")) != format:
-        raise DataError(f"{path}: must have the format {format!r}; got {got!r}")
+    if format is not None:
+        check_format(path, value.get("format"), format)
     return value
+
+
+def check_format(path: Path, got: Any, format: str) -> None:
+    """DataError where a file has another format than `format`, the one that this version reads and writes."""
+    if got != format:
+        raise DataError(f"{path}: must have the format {format!r}; got {got!r}: another version of lindm wrote it; make it again")
 
 
 def read_json_lines(path: Path, repair: bool = False) -> list[dict]:

@@ -12,7 +12,8 @@ from lindm.evaluation.policies.registry import check_name, make_policy
 from lindm.evaluation.policy import Policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
-from lindm.llm.policy import load_policy, model_directory, run_options, training_data
+from lindm.llm.policy import load_policy, model_directory, training_data
+from lindm.llm.sft.options import run_options
 from lindm.types import Problem
 
 

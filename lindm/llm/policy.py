@@ -7,7 +7,6 @@ no more than the logits at the end of the history. Beside it stands whether the 
 `load_policy` reads a run of `lindm sft` or a model's directory.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from lindm.llm.attention import KVCache
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
+from lindm.llm.sft.options import run_options
 from lindm.llm.tokens import action_tokens, document_prefix, encode, load_tokenizer
 from lindm.text import Document, Template, find_template, render
 
@@ -246,12 +246,6 @@ def model_directory(directory: Path) -> Path:
     if not model.is_dir():
         raise DataError(f"{model} is not there" + (": the run is not finished" if run else ""))
     return model
-
-
-def run_options(directory: Path) -> dict[str, Any] | None:
-    """The options of a run of `lindm sft`; None for another directory."""
-    path = directory / "config.json"
-    return json.loads(path.read_text()).get("options") if path.is_file() else None
 
 
 def training_data(options: Mapping[str, Any]) -> Dataset | None:

@@ -36,8 +36,7 @@ def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
-            if header["format"] != FORMAT:
-                raise DataError(f"{path}: must have the format {FORMAT!r}; got {header['format']!r}")
+            files.check_format(path, header["format"], FORMAT)
             solution = _restore(header["solution"], "solution", stored)
             return solution, {part: tuple(names) for part, names in header["names"].items()}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:

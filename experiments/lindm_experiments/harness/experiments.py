@@ -135,15 +135,37 @@ def points_of(module: ModuleType, cfg: Any) -> list[dict]:
     return module.points(cfg) if hasattr(module, "points") else [{"seed": s} for s in range(cfg.seeds)]
 
 
+def matching_claims(known: Mapping[str, Sequence[str]], id: str) -> dict[str, list[str]]:
+    """Experiment -> its claims that one id of `--only` selects.
+
+    An id is that of a claim; a main id selects its sub-claims, too. EXPERIMENT/ID selects among the claims of one experiment,
+    where several experiments have claims with this id.
+
+    Raises:
+      UsageError: no claim has this id.
+    """
+
+    def select(qualified: bool) -> dict[str, list[str]]:
+        names = {name: [(c, f"{name}/{c}" if qualified else c) for c in owned] for name, owned in known.items()}
+        selected = {name: [c for c, full in pairs if full == id or full.startswith(f"{id}/")] for name, pairs in names.items()}
+        return {name: owned for name, owned in selected.items() if owned}
+
+    chosen = select(qualified=False) or ("/" in id and select(qualified=True))
+    if not chosen:
+        raise UsageError(unknown("--only", id, [c for owned in known.values() for c in owned]))
+    return chosen
+
+
 def select_claims(known: Mapping[str, Sequence[str]], only: Sequence[str]) -> dict[str, list[str]]:
-    """Experiment -> its claims among those of `only`. A main id stands for its sub-claims too; no ids at all for every claim."""
-
-    def matches(claim: str, id: str) -> bool:
-        return claim == id or claim.startswith(f"{id}/")
-
-    claims = [c for owned in known.values() for c in owned]
-    for id in only:
-        if not any(matches(c, id) for c in claims):
-            raise UsageError(unknown("--only", id, claims))
-    chosen = {name: [c for c in owned if not only or any(matches(c, i) for i in only)] for name, owned in known.items()}
+    """Experiment -> its claims among those that the ids of `only` select; no ids at all select every claim."""
+    if not only:
+        return {name: list(owned) for name, owned in known.items() if owned}
+    selected = [matching_claims(known, id) for id in only]
+    chosen = {name: [c for c in owned if any(c in each.get(name, ()) for each in selected)] for name, owned in known.items()}
     return {name: owned for name, owned in chosen.items() if owned}
+
+
+def ambiguous_ids(known: Mapping[str, Sequence[str]], only: Sequence[str]) -> dict[str, list[str]]:
+    """The ids of `only` that select claims of several experiments, with these experiments."""
+    matches = {id: list(matching_claims(known, id)) for id in only}
+    return {id: names for id, names in matches.items() if len(names) > 1}

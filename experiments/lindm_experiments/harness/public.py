@@ -59,7 +59,7 @@ def verify(
       preset: quick (minutes), full (the ranges that a paper would show) or smoke (seconds; decides nothing).
       out: directory of the results. [default: results/PRESET]
       experiments: names, or Python files with their claims beside them. [default: all of lindm's]
-      only: ids of claims; a main id includes its sub-claims. [default: all]
+      only: ids of claims; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment. [default: all]
       seeds: number of seeds, in place of the preset's.
       fresh: remove what earlier runs of these experiments wrote to the same directory.
       workers: number of worker processes. [default: one per core]

@@ -14,9 +14,10 @@ from lindm.io import directories, files
 from lindm.io import manifest as provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import PACKAGE, Experiment, load
-from lindm_experiments.harness.runner import draw
+from lindm_experiments.harness.runner import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
 
+VERDICTS_FORMAT = "lindm-verdicts-1"  # of verdicts.json
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -124,6 +125,11 @@ def read_json_if_exists(path: Path) -> dict:
     return files.read_json(path) if path.exists() else {}
 
 
+def read_verdicts(directory: Path) -> dict[str, Any]:
+    """The content of verdicts.json; DataError where there is none, or one of another version."""
+    return files.read_json(directory / "verdicts.json", format=VERDICTS_FORMAT)
+
+
 def run_directory(directory: Path, experiment: str) -> Path:
     """The run directory of an experiment, in a directory of `lindm verify` or of `lindm run`."""
     return run if (run := directory / experiment).is_dir() else directory
@@ -190,9 +196,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
 
 def write_report(directory: Path) -> Path:
     """report.html of a directory of `lindm verify` or `lindm run`; DataError without a verdicts.json."""
-    summary = read_json_if_exists(directory / "verdicts.json")
-    if not summary:
-        raise DataError(f"no verdicts in {directory / 'verdicts.json'}")
+    summary = read_verdicts(directory)
     names = list(dict.fromkeys(row["experiment"] for row in summary["claims"]))
     sections = [experiment_section(directory, name, [r for r in summary["claims"] if r["experiment"] == name]) for name in names]
     manifest = next((s["manifest"] for s in sections if s["manifest"]), provenance.provenance())
@@ -205,16 +209,14 @@ def redraw(directory: Path) -> list[Path]:
     """Draw the figures of a directory of `lindm run` or `lindm verify` again, from its records; the files written.
 
     Raises:
-      DataError: no records, or a config.json without the name of its experiment.
+      DataError: no records; no config.json, or one of another version.
     """
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
         raise DataError(f"DIR must hold records.jsonl, or directories that do; got {directory}")
     written: list[Path] = []
     for run in runs:
-        config, manifest = (read_json_if_exists(run / f"{name}.json") for name in ("config", "manifest"))
-        if "experiment" not in config:
-            raise DataError(f"{run / 'config.json'} must name the experiment")
+        config, manifest = files.read_json(run / "config.json", format=RUN_FORMAT), read_json_if_exists(run / "manifest.json")
         records = files.read_records(run)
         module = load(manifest.get("source", config["experiment"]))
         with directories.sole_writer(run):

@@ -43,7 +43,7 @@ from lindm_experiments.harness.fingerprint import code_fingerprint
 from lindm_experiments.harness.verdicts import Verdict
 from lindm_experiments.harness.xla import configure_xla
 
-FORMAT = "lindm-run-1"  # of config.json
+RUN_FORMAT = "lindm-run-1"  # of config.json
 RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
 OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *RUN_REPORTS)
 
@@ -119,7 +119,7 @@ def plan(job: Job) -> Plan:
 def describe(experiment: Experiment, config: Any, preset: str) -> dict:
     """The content of config.json."""
     return {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "experiment": experiment.name,
         "preset": preset,
         "config": json.loads(canonical_json(asdict(config))),

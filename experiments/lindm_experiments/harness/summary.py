@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lindm.errors import DataError
+from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm.io import manifest as provenance
 from lindm.llm.sft import metrics
+from lindm.llm.sft.options import run_options
 from lindm_experiments.harness.report import (
     experiment_section,
     format_number,
     read_json_if_exists,
+    read_verdicts,
     render_template,
     run_directory,
 )
@@ -39,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 def _is_training(directory: Path) -> bool:
-    return (directory / "metrics.jsonl").is_file() and "options" in read_json_if_exists(directory / "config.json")
+    return (directory / "metrics.jsonl").is_file() and run_options(directory) is not None
 
 
 KINDS: dict[str, Callable[[Path], bool]] = {
@@ -77,7 +80,7 @@ def _run_column(directory: Path, directories: Sequence[Path]) -> Row:
 def claim_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in read_json_if_exists(directory / "verdicts.json")["claims"]:
+        for row in read_verdicts(directory)["claims"]:
             low, high = row["ci"]
             kept = _run_column(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
             rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
@@ -88,7 +91,7 @@ def experiment_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
     """Name of an experiment -> the rows of its table.csv in all runs."""
     tables: dict[str, list[Row]] = {}
     for directory in directories:
-        for name in dict.fromkeys(row["experiment"] for row in read_json_if_exists(directory / "verdicts.json")["claims"]):
+        for name in dict.fromkeys(row["experiment"] for row in read_verdicts(directory)["claims"]):
             path = run_directory(directory, name) / "table.csv"
             if path.is_file():
                 rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
@@ -109,7 +112,7 @@ def _value(cell: str) -> float | int | str | None:
 def evaluation_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        for row in read_json_if_exists(directory / "eval.json")["rows"]:
+        for row in files.read_json(directory / "eval.json", format=EVAL_FORMAT)["rows"]:
             low, high = row["ci"] or (None, None)
             kept = _run_column(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
             rows.append(
@@ -123,7 +126,8 @@ def evaluation_rows(directories: Sequence[Path]) -> list[Row]:
 def training_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
-        options = read_json_if_exists(directory / "config.json")["options"]
+        options = run_options(directory)
+        assert options is not None
         records = metrics.read_metrics(directory)
         evaluated = [r for r in records if r["kind"] == "eval"]
         first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
@@ -212,14 +216,14 @@ def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
         written[out / "tables" / f"{name}.tex"] = as_latex(rows)
     verifications = []
     for directory in inputs.verifications:
-        rows = read_json_if_exists(directory / "verdicts.json")["claims"]
+        rows = read_verdicts(directory)["claims"]
         names = dict.fromkeys(row["experiment"] for row in rows)
         sections = [experiment_section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
         verifications.append({"directory": str(directory), "rows": rows, "sections": sections})
     runs = [
         {
             "name": str(directory),
-            "options": read_json_if_exists(directory / "config.json")["options"],
+            "options": run_options(directory),
             "curves": _encoded_image(directory / "curves.png"),
         }
         for directory in inputs.training

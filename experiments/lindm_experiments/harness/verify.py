@@ -15,13 +15,11 @@ from lindm.io import files, manifest, signals
 from lindm.io.executor import Executor
 from lindm.io.progress import Progress, Task, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
-from lindm_experiments.harness.experiments import Experiment, experiment_names, find_experiment, select_claims
-from lindm_experiments.harness.report import write_report
+from lindm_experiments.harness.experiments import Experiment, ambiguous_ids, experiment_names, find_experiment, select_claims
+from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
 from lindm_experiments.harness.runner import Job, Outcome, run_experiments
 from lindm_experiments.harness.verdicts import Verdict, adjust
 from lindm_experiments.harness.xla import configure_xla
-
-FORMAT = "lindm-verdicts-1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ def verify(
       preset: quick, full or smoke.
       out: directory of the results, with a run directory for each experiment.
       experiments: names of the package's experiments, or files from outside; default: all of the package.
-      only: ids of claims; a main id includes its sub-claims; default: all.
+      only: ids of claims; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment; default: all.
       seeds: number of seeds, in place of the preset's.
 
     Raises:
@@ -64,7 +62,11 @@ def verify(
         if number is not None and number < 1:
             raise UsageError(f"{name} must be >= 1; got {number}")
     known = {e.name: e for e in map(find_experiment, experiments or experiment_names())}
-    chosen = select_claims({name: e.claims for name, e in known.items()}, only)
+    claims = {name: e.claims for name, e in known.items()}
+    chosen = select_claims(claims, only)
+    for id, names in ambiguous_ids(claims, only).items():
+        choices = " or ".join(f"--only {name}/{id}" for name in names)
+        print(f"lindm: note: --only {id} selects claims of {' and '.join(names)}; {choices} selects one", file=sys.stderr)
     with files.storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     config = {} if seeds is None else {"seeds": seeds}
@@ -156,7 +158,7 @@ def summarize(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset:
     by_id = {v.id: v for family in families for v in adjust(family)}
     rows = [verdict_row(c, o.experiment, by_id.get(c), note=o.message) for o in outcomes for c in chosen[o.experiment]]
     return {
-        "format": FORMAT,
+        "format": VERDICTS_FORMAT,
         "preset": preset,
         "wall_s": round(wall_s, 2),
         "criteria": claims_hash([r["id"] for r in rows]),

@@ -133,14 +133,14 @@ def find_damage(path: Path) -> str | None:
     """How a checkpoint differs from its manifest; None if it is intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
+        if (format := manifest.get("format")) != FORMAT:
+            return f"its format is {format!r}, not {FORMAT!r}: another version of lindm wrote it"
         expected = dict(manifest["files"])
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']!r}, not {FORMAT!r}"
         if manifest["step"] != int(path.name):
             return "its manifest is of another step"
     except OSError as e:
         return f"its manifest cannot be read ({e.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
     try:
         actual = _hashes(path)

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lindm.choices import Rewards, Supervise, check_choices
+from lindm.io import files
 from lindm.llm.config import BaseFormat, Remat
+
+RUN_FORMAT = "lindm-sft-1"  # of config.json
 
 Method = Literal["full", "lora", "qlora"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them
@@ -141,6 +144,15 @@ class SFTConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def run_options(directory: Path) -> dict[str, Any] | None:
+    """The options of a run of `lindm sft`; None for another directory. DataError where another version of lindm wrote it."""
+    path = directory / "config.json"
+    if not path.is_file() or "options" not in (config := files.read_json(path)):
+        return None
+    files.check_format(path, config.get("format"), RUN_FORMAT)
+    return config["options"]
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -37,12 +37,11 @@ from lindm.llm.sft.evaluator import EvaluationInterrupted, Evaluator, summarize
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.metrics import METRICS, MetricsLogger, Throughput, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
-from lindm.llm.sft.options import SFTConfig, config_differences
+from lindm.llm.sft.options import RUN_FORMAT, SFTConfig, config_differences
 from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import format_example
 
-FORMAT = "lindm-sft-1"  # of config.json
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
 TOKENIZER = "tokenizer"  # of a randomly initialized model, until the model is written
 OUTPUTS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, TOKENIZER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events")
@@ -93,7 +92,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
     out, path = setup.config.out, setup.config.out / CONFIG
     config = {"options": setup.config.to_json(), "inputs": setup.inputs}
     if path.exists():
-        old = files.read_json(path, format=FORMAT)
+        old = files.read_json(path, format=RUN_FORMAT)
         differences = [
             *config_differences(old.get("options", {}), config["options"]),
             *config_differences(old.get("inputs", {}), config["inputs"]),
@@ -103,7 +102,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
     elif is_main:
         if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
             raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
-        files.write_json(path, config, format=FORMAT)
+        files.write_json(path, config, format=RUN_FORMAT)
     processes.barrier("settings")
 
 

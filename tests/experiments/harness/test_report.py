@@ -13,8 +13,9 @@ from rich.console import Console
 from lindm.cli.verify import exit_code_of
 from lindm.errors import DataError, LindmError, StorageError
 from lindm.io import files
+from lindm_experiments.harness import verify
 from lindm_experiments.harness.claims import CLAIMS, FAIL, OPEN, PASS, claims_hash, get_claim
-from lindm_experiments.harness.experiments import select_claims
+from lindm_experiments.harness.experiments import ambiguous_ids, select_claims
 from lindm_experiments.harness.report import (
     count_expected,
     docstring_blocks,
@@ -131,6 +132,29 @@ def test_a_main_claim_stands_for_its_sub_claims():
         select_claims(known, ["weight"])
 
 
+def test_an_id_of_several_experiments_selects_all_and_is_qualified_by_the_experiment():
+    known = {"ambiguity": ("ambiguity/monotone", "ambiguity/convex"), "decisions": ("ambiguity", "ood")}
+    assert select_claims(known, ["ambiguity"]) == {
+        "ambiguity": ["ambiguity/monotone", "ambiguity/convex"],
+        "decisions": ["ambiguity"],
+    }
+    assert ambiguous_ids(known, ["ambiguity", "ood"]) == {"ambiguity": ["ambiguity", "decisions"]}
+    assert select_claims(known, ["decisions/ambiguity"]) == {"decisions": ["ambiguity"]}
+    assert select_claims(known, ["ambiguity/ambiguity"]) == {"ambiguity": ["ambiguity/monotone", "ambiguity/convex"]}
+    assert select_claims(known, ["ambiguity/convex"]) == {"ambiguity": ["ambiguity/convex"]}
+    assert ambiguous_ids(known, ["decisions/ambiguity", "ambiguity/ambiguity"]) == {}
+    for id in ("decisions", "decisions/ood/x"):
+        with pytest.raises(LindmError, match="--only must be one of"):
+            select_claims(known, [id])
+
+
+def test_an_id_of_several_experiments_is_noted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "run_with_progress", lambda jobs, *_: [Outcome(experiment=job.experiment.name) for job in jobs])
+    result = verify.verify("smoke", tmp_path, only=["ambiguity"])
+    assert {outcome.experiment for outcome in result.outcomes} == {"ambiguity", "decisions"}
+    assert "--only ambiguity selects claims of ambiguity and decisions; --only ambiguity/ambiguity or" in capsys.readouterr().err
+
+
 def test_the_page_is_well_formed_and_fetches_nothing(directory):
     source = write_report(directory).read_text()
     page = Page(source)
@@ -166,6 +190,13 @@ def test_redrawing_without_records_is_exit_3(tmp_path):
     with pytest.raises(LindmError) as stop:
         redraw(tmp_path)
     assert isinstance(stop.value, DataError)
+
+
+def test_a_run_of_another_version_is_not_drawn_again(directory):
+    config = directory / "toy" / "config.json"
+    files.write_json(config, files.read_json(config) | {"format": "lindm-run-0"})
+    with pytest.raises(DataError, match=r"config.json: must have the format 'lindm-run-1'; got 'lindm-run-0': another version"):
+        redraw(directory)
 
 
 def test_an_interval_that_is_not_finite_is_null_in_json():

@@ -9,7 +9,9 @@ import pytest
 
 from lindm.cli.main import main
 from lindm.errors import DataError, LindmError
+from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
+from lindm.llm.sft.options import RUN_FORMAT
 from lindm_experiments.harness import summary as pages
 from lindm_experiments.harness.runner import RUN_REPORTS
 from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
@@ -29,9 +31,9 @@ def work(tmp_path, finished):
     files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL))
     (tmp_path / "more" / "run").mkdir(parents=True)
     (tmp_path / "more" / "eval").mkdir()
-    files.write_json(tmp_path / "more" / "eval" / "eval.json", {"rows": [ROW, MODEL, NONE]})
+    files.write_json(tmp_path / "more" / "eval" / "eval.json", {"rows": [ROW, MODEL, NONE]}, format=EVAL_FORMAT)
     options = {"model": None, "preset": "tiny", "method": "full", "data": "data/x", "steps": None}
-    files.write_json(tmp_path / "more" / "run" / "config.json", {"options": options})
+    files.write_json(tmp_path / "more" / "run" / "config.json", {"options": options}, format=RUN_FORMAT)
     looked = [{"step": s, "kind": "eval", "loss": 2.0 - s, "gap": 0.5 - s / 10, "bc_gap": 0.3} for s in (0, 1)]
     lines = [looked[0], {"step": 1, "kind": "train", "loss": 1.5}, looked[1]]
     (tmp_path / "more" / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -130,3 +132,11 @@ def test_parts_that_are_not_there_are_left_out(work):
 def test_without_a_directory_there_is_one_line(capsys):
     assert main(["report"]) == 2
     assert "DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["verified/verdicts.json", "more/eval/eval.json", "more/run/config.json"])
+def test_a_file_of_another_version_raises_an_error(work, name):
+    content = files.read_json(work / name)
+    files.write_json(work / name, content | {"format": content["format"][:-1] + "0"})
+    with pytest.raises(DataError, match=rf"{name}: must have the format '{content['format']}'; got .*0': another version"):
+        pages.write_summary([work / "verified", work / "more"], work / "report")

@@ -9,6 +9,7 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import Dataset, episodes_of, problem_of
+from lindm.datasets.reader import FORMAT
 from lindm.errors import DataError, LindmError
 from lindm.types import APOMDP, MDP, POMDP
 from tests.lindm.datasets.conftest import config
@@ -143,6 +144,15 @@ def test_what_is_no_dataset_is_refused(tmp_path):
         with pytest.raises(LindmError, match=r"manifest\.json: not") as e:
             list(Dataset(tmp_path))
         assert isinstance(e.value, DataError)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+def test_a_dataset_of_another_version_raises_an_error_that_names_both_versions(tmp_path, name):
+    content = '{"config": {"format": "lindm-dataset-1", "recipe": {}}}'
+    (tmp_path / name).write_text(content)
+    message = rf"{name}: must have the format '{FORMAT}'; got 'lindm-dataset-1': another version of lindm wrote it; make it again"
+    with pytest.raises(DataError, match=message):
+        Dataset(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_file_carries_its_format_and_another_one_is_a_data_error(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"b": 1}, format="lindm-test-1")
     assert files.read_json(path, format="lindm-test-1") == {"format": "lindm-test-1", "b": 1}
-    with pytest.raises(DataError, match=r"a\.json: must have the format 'lindm-test-2'; got 'lindm-test-1'"):
+    with pytest.raises(DataError, match=r"a\.json: must have the format 'lindm-test-2'; got 'lindm-test-1': another version"):
         files.read_json(path, format="lindm-test-2")
     files.write_json(path, {"b": 1})
     with pytest.raises(DataError, match="got None"):
