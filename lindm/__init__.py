@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.types import LinearMDP as LinearMDP
     from lindm_experiments.harness.public import redraw as redraw
     from lindm_experiments.harness.public import report as report
-    from lindm_experiments.harness.public import run_experiment as run_experiment
-    from lindm_experiments.harness.public import verify as verify
+    from lindm_experiments.harness.verify import run_experiment as run_experiment
+    from lindm_experiments.harness.verify import verify as verify
 
 _DEFINED = {
     "lindm.api.problems": ("apomdp", "linear_mdp", "make", "mdp", "pomdp", "read_pomdp", "suite"),
@@ -52,7 +52,8 @@ _DEFINED = {
     "lindm.api.evaluation": ("evaluate",),
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
-    "lindm_experiments.harness.public": ("redraw", "report", "run_experiment", "verify"),
+    "lindm_experiments.harness.public": ("redraw", "report"),
+    "lindm_experiments.harness.verify": ("run_experiment", "verify"),
     "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),
 }
 # name -> module, or module:attribute, where it is defined

@@ -5,19 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lindm.choices import Behavior, ExportFormat, Rewards, Split
+from lindm.choices import Behavior, ExportFormat, Rewards
 from lindm.cli.option_parser import Command, Positional
+from lindm.cli.problems import ProblemOptions, problem_or_suite
 from lindm.io.progress import progress_bar
 
 SUMMARY = "Make labeled episodes, or export them for other tools"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Make:
+class Make(ProblemOptions):
     """Write labeled episodes: Parquet and JSONL with a data card and a manifest. A run that is killed resumes."""
 
-    problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
-    """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
     tasks: int
     """Number of tasks."""
     demos: int
@@ -26,22 +25,10 @@ class Make:
     """Directory of the data."""
     queries: int = 1
     """Number of query episodes of each task."""
-    horizon: int | None = None
-    """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: Split = "id"
-    """Split of a suite: in distribution or out of distribution."""
     seed: int = 0
     """Seed; the same seed gives the same bytes."""
-    behavior: Behavior = "oracle"
-    """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
     query_behavior: Behavior = "epsilon"
     """Behavior policy of the queries; epsilon is the oracle with random actions."""
-    epsilon: float = 0.2
-    """Probability of a random action of the behavior policy epsilon."""
-    discount: float | None = None
-    """Discount factor, in place of the file's."""
-    alpha: float | None = None
-    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
     executor: Literal["local", "ray"] = "local"
     """Where the workers are: processes of this machine, or the Ray cluster at RAY_ADDRESS (a local one without it)."""
     workers: int | None = None
@@ -71,9 +58,8 @@ def run_make(options: Make) -> int:
 
     signals.stop_on_signals()
     from lindm.api.data import make_dataset
-    from lindm.cli.problems import problem_or_suite
 
-    problem = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
+    problem = problem_or_suite(options)
     with progress_bar("tasks") as progress:
         made = make_dataset(
             problem,
@@ -125,7 +111,7 @@ COMMANDS = {
             "lindm data make pomdp --tasks 1000 --demos 5 --out data/pomdp",
             "lindm data make tiger.pomdp --horizon 6 --tasks 200 --demos 5 --out data/tiger",
         ),
-        sections={"queries": "Problem and episodes"},
+        sections={"horizon": "Problem and demonstrations"},
     ),
     "export": Command(
         name="data export",

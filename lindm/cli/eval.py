@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from lindm.choices import Behavior, Rewards, Split
-from lindm.cli.option_parser import Command, Positional, Repeated
+from lindm.choices import Rewards
+from lindm.cli.option_parser import Command, Repeated
+from lindm.cli.problems import ProblemOptions, problem_or_suite
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
@@ -16,11 +17,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(ProblemOptions):
     """Evaluate policies on the same held-out tasks: the normalized optimality gap, exact where that can be computed."""
 
-    problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
-    """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
     policy: Annotated[tuple[str, ...], Repeated("POLICY")] = ()
     """oracle, random, behavior, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; may be
     given several times. [default: all that the problem has and that are cheap]"""
@@ -28,18 +27,6 @@ class Eval:
     """Number of tasks."""
     demos: int = 5
     """Number of demonstrations of each task."""
-    horizon: int | None = None
-    """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: Split = "id"
-    """Split of a suite: in distribution or out of distribution."""
-    discount: float | None = None
-    """Discount factor, in place of the file's."""
-    alpha: float | None = None
-    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
-    behavior: Behavior = "oracle"
-    """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
-    epsilon: float = 0.2
-    """Probability of a random action of the behavior policy epsilon."""
     episodes: int = 8
     """Number of sampled episodes of a task that has too many histories to evaluate them all."""
     template: str | None = None
@@ -60,11 +47,10 @@ def run(options: Eval) -> int:
     signals.stop_on_signals()
     from lindm import validate
     from lindm.api.evaluation import evaluate
-    from lindm.cli.problems import problem_or_suite
     from lindm.evaluation.compare import PolicyResult, describe
 
     validate.count(options.episodes, "episodes")
-    problem = problem_or_suite(options.problem, options.horizon, options.split, options.discount, options.alpha)
+    problem = problem_or_suite(options)
     about = describe(problem)
     what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
     head = [f"{', '.join(what)}; {options.tasks} tasks, {options.demos} demonstrations each", format_row(HEAD, WIDTHS)]
@@ -128,5 +114,5 @@ COMMAND = Command(
         "lindm eval mdp --split ood --policy sft:runs/tiny --policy bc --out results/eval",
         "lindm eval tiger.pomdp --horizon 6 --policy qmdp",
     ),
-    sections={"horizon": "Problem and demonstrations", "episodes": "Evaluation"},
+    sections={"horizon": "Problem and demonstrations"},
 )

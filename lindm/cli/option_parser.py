@@ -68,13 +68,14 @@ class Command:
 
 
 def options_of(kind: type) -> list[Option]:
-    """The options that the fields of a dataclass are."""
+    """The options that the fields of a dataclass are: its own, then those of its base classes."""
     hints, docs = get_type_hints(kind, include_extras=True), {}
     for base in reversed(kind.__mro__):
         if base.__module__ != "builtins":
             source = textwrap.dedent(inspect.getsource(base))
             docs |= field_docs(source, ast.parse(source).body[0])
     defaults = {f.name: NO_DEFAULT if f.default is MISSING else f.default for f in fields(kind)}
+    defaults = dict(sorted(defaults.items(), key=lambda item: item[0] not in kind.__annotations__))
     return [option(name, hints[name], default, docs.get(name, "")) for name, default in defaults.items()]
 
 

@@ -4,15 +4,37 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from lindm.choices import Split
+from lindm.choices import Behavior, Split
+from lindm.cli.option_parser import Positional
 from lindm.errors import unknown
 
 if TYPE_CHECKING:
     from lindm.families.registry import NamedProblem
     from lindm.families.suites import Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """The options of `data make` and `eval` that say which problems there are, and who demonstrates."""
+
+    problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
+    """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
+    horizon: int | None = None
+    """Number of stages; required for a file. [default: the middle one of a suite's three]"""
+    split: Split = "id"
+    """Split of a suite: in distribution or out of distribution."""
+    discount: float | None = None
+    """Discount factor, in place of the file's."""
+    alpha: float | None = None
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    behavior: Behavior = "oracle"
+    """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
+    epsilon: float = 0.2
+    """Probability of a random action of the behavior policy epsilon."""
 
 
 @contextlib.contextmanager
@@ -39,9 +61,7 @@ def read_problem(words: Sequence[str], horizon: int, discount: float | None, alp
         return registry.load_problem(words, horizon, discount, alpha)
 
 
-def problem_or_suite(
-    words: Sequence[str], horizon: int | None, split: Split, discount: float | None, alpha: float | None
-) -> "Suite | NamedProblem":
+def problem_or_suite(options: ProblemOptions) -> "Suite | NamedProblem":
     """A suite by its name, or one problem: the name of a problem that ships with lindm, or .pomdp files.
 
     Raises:
@@ -50,8 +70,9 @@ def problem_or_suite(
     """
     from lindm.families import registry, suites
 
+    words, horizon, split = options.problem, options.horizon, options.split
     if len(words) == 1 and words[0] in suites.NAMES and not Path(words[0]).is_file():
-        if discount is not None or alpha is not None:
+        if options.discount is not None or options.alpha is not None:
             raise ValueError("discount and alpha must be left out for a suite, which has its own")
         return suites.suite(words[0], horizon, split)
     known = (*suites.NAMES, *registry.NAMED_PROBLEMS)
@@ -62,4 +83,4 @@ def problem_or_suite(
         raise ValueError(f"split must be left out for a single problem, which has one distribution; got {split!r}")
     if horizon is None:
         raise ValueError("horizon must be given for a problem that is not a suite")
-    return read_problem(words, horizon, discount, alpha)
+    return read_problem(words, horizon, options.discount, options.alpha)

@@ -61,6 +61,6 @@ def run_experiment(reference: str, words: Sequence[str]) -> int:
     given.pop("preset", None)
 
     from lindm.cli.verify import report_result
-    from lindm_experiments.harness.public import run_experiment
+    from lindm_experiments.harness.verify import run_experiment
 
     return report_result(run_experiment(reference, preset, out, fresh=fresh, **given))

@@ -34,7 +34,7 @@ class Verify:
 
 
 def run(options: Verify) -> int:
-    from lindm_experiments.harness.public import verify
+    from lindm_experiments.harness.verify import verify
 
     result = verify(
         options.preset,

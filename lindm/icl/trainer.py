@@ -19,7 +19,7 @@ pass everything that changes between seeds and points through `data`, and keep `
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,22 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 Draw = Callable[..., tuple[Prompt, Array]]
 
 
+class TrainOptions(TypedDict, total=False):
+    """Options of `train` and `train_many`."""
+
+    learning_rate: float
+    """Peak of the schedule (linear warm-up, cosine to zero), > 0. [default: 0.1]"""
+    warmup: float
+    """Fraction of the steps, in [0, 1). [default: 0.05]"""
+    average: float
+    """Fraction of the steps, in [0, 1), at the end of the run, whose iterates are averaged; 0: the last one. [default: 0.25]"""
+    clip: float | None
+    """Largest global norm of a gradient, > 0. [default: none]"""
+    optimizer: optax.GradientTransformation | None
+    """In place of Adam with the schedule (`learning_rate`, `warmup` and `clip` are then not used). Pass one object to all calls:
+    a new one compiles again."""
+
+
 def train(
     layer: Layer,
     draw: Draw,
@@ -42,11 +58,7 @@ def train(
     *,
     steps: int,
     data: tuple[Any, ...] = (),
-    learning_rate: float = 0.1,
-    warmup: float = 0.05,
-    average: float = 0.25,
-    clip: float | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    **options: Unpack[TrainOptions],
 ) -> tuple[Layer, Array]:
     """Train a copy of `layer` and return it with the loss of every step.
 
@@ -57,13 +69,7 @@ def train(
         key: PRNG key. Step t draws with `fold_in(key, t)`.
         steps: number of steps, >= 1.
         data: pytrees passed to `draw`; new values do not trigger a new compilation.
-        learning_rate: peak of the schedule (linear warm-up, cosine to zero), > 0.
-        warmup: fraction of the steps, in [0, 1).
-        average: fraction of the steps, in [0, 1), at the end of the run, over which iterates are averaged; 0 returns the last
-          one.
-        clip: largest global norm of a gradient, > 0; none if not given.
-        optimizer: in place of Adam with the schedule (`learning_rate`, `warmup` and `clip` are then not used). Pass one object
-            to all calls: a new one compiles again.
+        options: `learning_rate`, `warmup`, `average`, `clip`, `optimizer`; see `TrainOptions`.
 
     Returns:
         The trained layer and losses[steps], each taken before the step's update.
@@ -72,9 +78,9 @@ def train(
         ValueError: an argument out of range, a prompt and target that do not fit.
         FloatingPointError: a loss that is not finite; names the first such step.
     """
-    options = _options(steps, learning_rate, warmup, average, clip, optimizer)
+    schedule, optimizer = _check_options(steps, **options)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    params, losses = _fit(graphdef, draw, params, rest, key, data, *options, steps=steps, optimizer=optimizer)
+    params, losses = _fit(graphdef, draw, params, rest, key, data, *schedule, steps=steps, optimizer=optimizer)
     _check_finite(np.asarray(losses)[None])
     return nnx.merge(graphdef, params, rest), losses
 
@@ -86,11 +92,7 @@ def train_many(
     *,
     steps: int,
     data: tuple[Any, ...] = (),
-    learning_rate: float = 0.1,
-    warmup: float = 0.05,
-    average: float = 0.25,
-    clip: float | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    **options: Unpack[TrainOptions],
 ) -> tuple[Layer, Array]:
     """`train` for R runs in parallel (seeds, stages, lengths, problems), all from the same initial layer.
 
@@ -102,13 +104,13 @@ def train_many(
     Returns:
         A layer whose parameters have a leading axis R (`predict_many` makes predictions of it), and losses[R, steps].
     """
-    options = _options(steps, learning_rate, warmup, average, clip, optimizer)
+    schedule, optimizer = _check_options(steps, **options)
     runs = keys.shape[0] if keys.ndim else 0
     for leaf in jax.tree.leaves(data):
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] != runs or runs == 0:
             raise ValueError(f"data must have the leading axis R = {runs} of keys in every leaf; got shape {np.shape(leaf)}")
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    params, losses = _fit_many(graphdef, draw, params, rest, keys, data, *options, steps=steps, optimizer=optimizer)
+    params, losses = _fit_many(graphdef, draw, params, rest, keys, data, *schedule, steps=steps, optimizer=optimizer)
     _check_finite(np.asarray(losses))
     return nnx.merge(graphdef, params, rest), losses
 
@@ -119,7 +121,15 @@ def predict_many(layers: nnx.Module, prompts: Prompt) -> Array:
     return jax.vmap(lambda params, prompt: jax.vmap(nnx.merge(graphdef, params, rest))(prompt))(params, prompts)
 
 
-def _options(steps, learning_rate, warmup, average, clip, optimizer) -> tuple[float, float, float, float | None]:
+def _check_options(
+    steps: int,
+    learning_rate: float = 0.1,
+    warmup: float = 0.05,
+    average: float = 0.25,
+    clip: float | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> tuple[tuple[float, float, float, float | None], optax.GradientTransformation | None]:
+    """The options with their defaults: numbers, which `jit` traces, and the optimizer."""
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1; got {steps}")
     if optimizer is None and not 0 < learning_rate < np.inf:
@@ -129,7 +139,7 @@ def _options(steps, learning_rate, warmup, average, clip, optimizer) -> tuple[fl
             raise ValueError(f"{name} must be in [0, 1); got {value}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive; got {clip}")
-    return learning_rate, warmup, average, clip
+    return (learning_rate, warmup, average, clip), optimizer
 
 
 def _check_finite(losses: np.ndarray) -> None:

@@ -15,11 +15,11 @@ from lindm.io import files, manifest, signals
 from lindm.io.executor import Executor
 from lindm.io.progress import Progress, Task, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
-from lindm_experiments.harness.experiments import Experiment, ambiguous_ids, experiment_names, find_experiment, select_claims
+from lindm_experiments.harness.experiments import ambiguous_ids, experiment_names, find_experiment, select_claims
 from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
 from lindm_experiments.harness.runner import Job, Outcome, run_experiments
 from lindm_experiments.harness.verdicts import Verdict, adjust
-from lindm_experiments.harness.xla import configure_xla
+from lindm_experiments.harness.xla import configure_xla, settings_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class Verification:
     outcomes: list[Outcome]
 
 
+@settings_kept()
 def verify(
-    preset: str,
-    out: Path,
+    preset: str = "quick",
+    out: str | Path | None = None,
     *,
     experiments: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -42,19 +43,30 @@ def verify(
     workers: int | None = None,
     executor: Executor = "local",
 ) -> Verification:
-    """Run what decides the claims; write verdicts.json, manifest.json and report.html.
+    """Run experiments and give every claim a verdict; write verdicts.json and report.html. A call that is interrupted resumes.
 
     Args:
-      preset: quick, full or smoke.
-      out: directory of the results, with a run directory for each experiment.
-      experiments: names of the package's experiments, or files from outside; default: all of the package.
-      only: ids of claims; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment; default: all.
+      preset: quick (minutes), full (the ranges that a paper would show) or smoke (seconds; decides nothing).
+      out: directory of the results. [default: results/PRESET]
+      experiments: names, or Python files with their claims beside them. [default: all of lindm's]
+      only: ids of claims; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment. [default: all]
       seeds: number of seeds, in place of the preset's.
+      fresh: remove what earlier runs of these experiments wrote to the same directory.
+      workers: number of worker processes. [default: one per core]
+      executor: local or ray.
+
+    Returns:
+      The content of verdicts.json in `.summary`, its directory, and how each experiment ended.
 
     Raises:
-      UsageError: an unknown preset, claim or experiment.
-      Preempted: after a signal; the same call resumes.
+      UsageError: an unknown preset, claim or experiment, or a directory of another run.
+      Preempted: after a signal.
+
+    >>> result = ld.verify("smoke", "verified", only=["controls/swap"], workers=1)
+    >>> [(claim["id"], claim["verdict"]) for claim in result.summary["claims"]]
+    [('controls/swap', 'INCONCLUSIVE')]
     """
+    out = Path("results") / preset if out is None else Path(out)
     started = time.perf_counter()
     if preset not in ("quick", "full", "smoke"):
         raise UsageError(unknown("--preset", preset, ["quick", "full"]))
@@ -80,19 +92,37 @@ def verify(
     return Verification(summary=summary, directory=out, outcomes=outcomes)
 
 
-def run_experiment(experiment: Experiment, preset: str, out: Path, config: dict[str, Any], fresh: bool = False) -> Verification:
-    """Run one experiment in this process; write its records, figures, verdicts.json and report.html.
+@settings_kept()
+def run_experiment(
+    experiment: str, preset: str = "quick", out: str | Path | None = None, *, fresh: bool = False, **config: Any
+) -> Verification:
+    """Run one experiment in this process and decide its claims. A call that is interrupted resumes.
 
-    `config` are the fields of its Config that differ from the preset's. Raises the error that ended the run.
+    Args:
+      experiment: a name, or a Python file with its claims in a TOML file beside it.
+      preset: quick, full or smoke.
+      out: directory of the run. [default: results/EXPERIMENT-PRESET]
+      fresh: remove what an earlier run wrote to the same directory.
+      config: fields of the experiment's `Config` that differ from the preset's.
+
+    Raises:
+      UsageError: an unknown experiment, preset or field, or a directory of another run.
+      LindmError: the error that ended the run.
+
+    >>> result = ld.run_experiment("controls", "smoke", "controls", seeds=1)
+    >>> result.summary["claims"][0]["experiment"]
+    'controls'
     """
+    selected = find_experiment(experiment)
+    directory = Path("results") / f"{selected.name}-{preset}" if out is None else Path(out)
     configure_xla(single_process=True)
-    job = Job(experiment=experiment, preset=preset, directory=out, config=config, fresh=fresh)
+    job = Job(experiment=selected, preset=preset, directory=directory, config=config, fresh=fresh)
     (outcome,) = run_with_progress([job], "serial", None)
     if outcome.error:
         raise outcome.error
-    summary = summarize([outcome], {experiment.name: list(experiment.claims)}, preset, outcome.seconds)
-    write_verdicts(out, summary)
-    return Verification(summary=summary, directory=out, outcomes=[outcome])
+    summary = summarize([outcome], {selected.name: list(selected.claims)}, preset, outcome.seconds)
+    write_verdicts(directory, summary)
+    return Verification(summary=summary, directory=directory, outcomes=[outcome])
 
 
 def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | None) -> list[Outcome]:

@@ -1,8 +1,12 @@
-"""Settings of XLA for every run."""
+"""Settings of the process and of XLA for every run."""
 
+import contextlib
 import importlib.metadata
 import os
+import sys
+from collections.abc import Iterator
 
+from lindm.io import signals
 from lindm.io.compilation import use_compilation_cache
 
 
@@ -25,3 +29,26 @@ def configure_xla(single_process: bool = False) -> None:
             flags += " --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     use_compilation_cache()
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Experiments switch 64-bit floats on and set flags of XLA; both are put back."""
+    environment = dict(os.environ)
+    jax = sys.modules.get("jax")
+    double = jax is not None and jax.config.jax_enable_x64
+    try:
+        with signals.restored():
+            yield
+    finally:
+        for name in ("XLA_FLAGS", "JAX_ENABLE_X64"):
+            os.environ.pop(name, None)
+            if name in environment:
+                os.environ[name] = environment[name]
+        if "jax" in sys.modules:
+            double = double or (jax is None and environment.get("JAX_ENABLE_X64", "0").lower() in ("1", "true"))
+            config = sys.modules["jax"].config
+            if (
+                config.jax_enable_x64 != double
+            ):  # the value of a `with jax.enable_x64(...)` around this call must not become the global one
+                config.update("jax_enable_x64", double)
