@@ -19,7 +19,7 @@ a layer that does not look at X'X the mean times the sampling noise of X'X is la
 everything; the same layer on labels minus their prior mean is close to Bayes wherever label noise dominates, and better there
 than what ignores the prior.
 
-    lindm run against_statistics --preset quick      about 20 s on 2 cores
+    lindm run against_statistics --preset quick
     lindm verify --only against-statistics
 
 Expected: the boundary where it is predicted; no context on which the layer beats Bayes; on centered labels a layer that beats

@@ -10,7 +10,7 @@ Over the whole horizon nature moves once, alpha min_m V_m + (1 - alpha) max_m V_
 after the first step are chosen for each model separately, and the best pure policy is worth max_a [alpha min_m Q_m(a) + (1 -
 alpha) max_m Q_m(a)], with Q_m of model m alone.
 
-    lindm run ambiguity --preset quick      about 12 s on 2 cores
+    lindm run ambiguity --preset quick
     lindm verify --only ambiguity
 
 Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most problems
@@ -277,7 +277,7 @@ def measure(cfg: Config, point: dict) -> dict:
         "price": [float(gap[..., k].mean()) for k in (0, 1)],
         "triples": bent[0][:, convex].size,
         "concave_triples": int((bent[0][:, convex] < -ROUNDING).sum()),
-        "clouds": cfg.problems,
+        "problems": cfg.problems,
         "not_convex": [(x < -ROUNDING).any((2, 3)).sum(0).tolist() for x in bent],
         "example": above[problem_index, :, segment].tolist(),  # where the attitude bends the value most
         "loss": loss.tolist(),  # [problems, alphas]
@@ -343,19 +343,19 @@ def check(records: list[dict]) -> list[Verdict]:
             total["concave_triples"],
             total["triples"],
             "convexity",
-            f"at alpha = 1 the value of {two[-1]} of {total['clouds']} APOMDPs with two models is not convex",
+            f"at alpha = 1 the value of {two[-1]} of {total['problems']} APOMDPs with two models is not convex",
         ),
         none_of(
             "ambiguity/not-convex",
             three[-1],
-            total["clouds"],
+            total["problems"],
             "convexity",
-            f"by alpha, not convex of {total['clouds']}: {', '.join(map(str, three))}",
+            f"by alpha, not convex of {total['problems']}: {', '.join(map(str, three))}",
         ),
         none_of(
             "ambiguity/whole-horizon",
             (losses > ROUNDING).any(1).sum(),
-            total["clouds"],
+            total["problems"],
             "criteria",
             f"largest loss {losses.max():.1%} of the span",
         ),
@@ -436,7 +436,7 @@ def _attitude(records: list[dict]) -> Figure:
 
 def _convexity(records: list[dict]) -> Figure:
     seeded = _seeded(records)
-    alphas, n = np.array(seeded[0]["alphas"]), sum(r["clouds"] for r in seeded)
+    alphas, n = np.array(seeded[0]["alphas"]), sum(r["problems"] for r in seeded)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
     counts = np.sum([r["not_convex"] for r in seeded], 0)
     for M, row, color, shift in zip((2, 3), counts, (BLUE, RED), (-0.006, 0.006), strict=True):

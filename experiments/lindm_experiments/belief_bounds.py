@@ -10,7 +10,7 @@ same over all beliefs. One growl moves the logarithm of the odds by a constant, 
 is exact for every horizon (`tiger_answers`), without a tree. The tiger comes in the size of the random problems, with states
 that do not occur and an observation of probability zero, and shares their compiled programs.
 
-    lindm run belief_bounds --preset quick      about 12 s on 2 cores
+    lindm run belief_bounds --preset quick
     lindm verify --only belief-bounds
 
 Expected: no bound and no label is violated; widths fall by orders of magnitude with the effort, and nearly all labels of the
@@ -45,7 +45,7 @@ S, A, O, H, M = 4, 3, 3, 5, 3
 ROUNDING = 1e-9  # relative to the most that two policies can differ by
 EPSILON = 0.3  # share of random actions in the demonstrations
 ACTION_COLORS = ("#DDDDDD", ORANGE, BLUE)
-METHODS = ("HSVI, POMDPs", "net, POMDPs", "net, clouds")
+METHODS = ("HSVI, POMDPs", "net, POMDPs", "net, APOMDPs")
 HEARD, DISCOUNT = 0.85, 0.95
 HORIZONS = (1, 2, 3, 5, 10)
 PARTS, GROWLS = 40, 5  # the tiger's beliefs: fractions of a growl, and how many growls they reach to either side

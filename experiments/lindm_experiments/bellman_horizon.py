@@ -7,7 +7,7 @@ theorems; the first is not tight. To see the order itself, the same problems are
 injected at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one long problem are a problem of horizon H, so
 one backward pass shows every horizon.
 
-    lindm run bellman_horizon --preset quick      about 8 s on 2 cores
+    lindm run bellman_horizon --preset quick
     lindm verify --only bellman-horizon
 
 Expected: no violation of any bound; at equal one-stage errors the loss grows like H, so a cost of order H^2 is refuted. With

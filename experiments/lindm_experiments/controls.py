@@ -4,7 +4,7 @@ Four mutants, each compared with the correct version on the same data by the sta
 exchanged in the predicted risk (`q-risk`), a horizon that is off by one (`identity`), test tasks that leaked into training
 (`q-risk`), and a layer that was not trained (`weights`).
 
-    lindm run controls --preset quick      about 8 s on 2 cores
+    lindm run controls --preset quick
     lindm verify --only controls
 
 Expected: every mutant FAILs where the correct version passes; otherwise a PASS elsewhere would mean nothing.

@@ -1,6 +1,6 @@
 """Does fine-tuning on the oracle's decisions close the optimality gap of a language model, and where does it stop helping?
 
-    lindm run decisions --preset quick      about 1 minute on 2 cores, a tiny model
+    lindm run decisions --preset quick      (a tiny model)
     lindm run decisions --preset full       SmolLM2-135M, hours
     lindm verify --only sft-beats-icl sft-beats-cloning horizon partial-observation ambiguity ood format behavior-context
 
@@ -205,8 +205,10 @@ def suites_of(records: list[dict]) -> list[str]:
     return [name for name in SUITES if horizons(records, name)]
 
 
-def _percentages(parts: dict[str, Sequence[float]]) -> str:
-    return ", ".join(f"{name} {' / '.join(f'{100 * v:.1f}' for v in values)} %" for name, values in parts.items())
+def _gaps_note(policies: str, parts: dict[str, Sequence[float]]) -> str:
+    """The note of a verdict: mean normalized optimality gaps of policies, or differences of gaps."""
+    means = ", ".join(f"{name} {' / '.join(f'{v:.3f}' for v in values)}".strip() for name, values in parts.items())
+    return f"normalized optimality gap, {policies}: {means}"
 
 
 def check(records: list[dict]) -> list[Verdict]:
@@ -217,7 +219,7 @@ def check(records: list[dict]) -> list[Verdict]:
         mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", other))
         means = {n: (mine[n].mean(), theirs[n].mean()) for n in known}
         return mean_verdict(
-            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=f"SFT / {other}: {_percentages(means)}"
+            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=_gaps_note(f"SFT / {other}", means)
         )
 
     def advantage(suite: str, horizon: int | None = None) -> np.ndarray:
@@ -227,7 +229,7 @@ def check(records: list[dict]) -> list[Verdict]:
     ends = {n: [advantage(n, h) for h in (horizons(records, n)[0], horizons(records, n)[-1])] for n in several}
     verdicts = [against("sft-beats-icl", "icl", 0.25), against("sft-beats-cloning", "bc", 1.0)]
     if several:
-        note = f"ICL - SFT, shortest / longest: {_percentages({n: [v.mean() for v in e] for n, e in ends.items()})}"
+        note = _gaps_note("ICL - SFT at the shortest / longest horizon", {n: [v.mean() for v in e] for n, e in ends.items()})
         verdicts.append(mean_verdict("horizon", *(long - short for short, long in ends.values()), figure="gaps", note=note))
     else:
         verdicts.append(undecided("horizon", "one horizon was measured"))
@@ -235,7 +237,7 @@ def check(records: list[dict]) -> list[Verdict]:
         if easier in known and harder in known:
             pair = [advantage(n) for n in (easier, harder)]
             n = min(map(len, pair))
-            note = f"ICL - SFT, {easier} / {harder}: {_percentages({'': [v.mean() for v in pair]}).strip()}"
+            note = _gaps_note(f"ICL - SFT, {easier} / {harder}", {"": [v.mean() for v in pair]})
             verdicts.append(mean_verdict(id, pair[1][:n] - pair[0][:n], figure="gaps", note=note))
         else:
             verdicts.append(undecided(id, f"{easier} and {harder} were not both measured"))
@@ -243,7 +245,7 @@ def check(records: list[dict]) -> list[Verdict]:
     formats = [(n, form) for n in known for form in FORMATS if len(gaps(records, "sft", n, part=form))]
     if formats:
         both = {key: [gaps(records, policy, key[0], part=key[1]) for policy in ("sft", "icl")] for key in formats}
-        note = f"SFT / ICL: {_percentages({' '.join(key): [v.mean() for v in values] for key, values in both.items()})}"
+        note = _gaps_note("SFT / ICL", {" ".join(key): [v.mean() for v in values] for key, values in both.items()})
         verdicts.append(
             mean_verdict("format", *(mine - 0.5 * theirs for mine, theirs in both.values()), figure="formats", note=note)
         )
@@ -254,8 +256,7 @@ def check(records: list[dict]) -> list[Verdict]:
         mine = {n: gaps(records, "sft", n, demos="worse") for n in worse}
         others = {n: [gaps(records, policy, n, demos="worse") for policy in ("behavior", "bc", "icl")] for n in worse}
         parts = [mine[n] - theirs for n in worse for theirs in others[n][:2]]
-        means = {n: [v.mean() for v in (mine[n], *others[n])] for n in worse}
-        note = f"SFT / behavior / bc / ICL: {_percentages(means)}"
+        note = _gaps_note("SFT / behavior / bc / ICL", {n: [v.mean() for v in (mine[n], *others[n])] for n in worse})
         verdicts.append(mean_verdict("behavior-context", *parts, figure="formats", note=note))
     else:
         verdicts.append(undecided("behavior-context", "worse demonstrations were not measured"))

@@ -10,7 +10,7 @@ differs. Theory sums the pairs exactly (lindm_theory.moments.chain_moments) and 
 
 and the layer that is best on such contexts, by its own normal equations.
 
-    lindm run dependence --preset quick      about 25 s on 2 cores
+    lindm run dependence --preset quick
     lindm verify --only dependence
 
 Expected: points on the exact lines for the layer trained on independent pairs, the layers trained on trajectories, and contexts

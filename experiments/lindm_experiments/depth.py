@@ -12,7 +12,7 @@ and tends to infinity in k for *every* M once some a_i > 2: the useful depth is 
 the limit on long contexts is least squares. A deep layer whose blocks are trained together, on contexts of the length of
 training, avoids all that.
 
-    lindm run depth --preset quick      about 25 s on 2 cores
+    lindm run depth --preset quick
     lindm verify --only depth
 
 Expected: points on the exact lines; risks that fall with depth on long contexts and rise on short ones; least squares at the end.

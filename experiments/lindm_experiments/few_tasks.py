@@ -6,7 +6,7 @@ tasks is quadratic in Psi_T - Psi, hence C/T, with C = E tr(Lq Z B^-1 Z') from `
 law of tasks, in closed form for Gaussian ones. Both laws of tasks stand on the features of one simplex linear MDP: the vectors w
 of its first stage, and Gaussian vectors with the same Psi. Many sets of tasks are trained on at once, the sets nested in T.
 
-    lindm run few_tasks --preset quick      about 15 s on 2 cores
+    lindm run few_tasks --preset quick
     lindm verify --only few-tasks
 
 Expected: the risk of A_N(Psi_T) within 3 % for every T, below d included; a slope of -1; some ten tasks for an excess of 10 %,

@@ -6,7 +6,7 @@ theory/lindm_theory/gradient_flow.py for U and u alone. A step of length r of th
 between the two paths, over the whole way and in all blocks, must vanish with r: like r where the steps are too coarse, like
 sqrt(r) where the noise of the batches is left.
 
-    lindm run gradient_flow --preset quick      about 10 s on 2 cores
+    lindm run gradient_flow --preset quick
     lindm verify --only gradient-flow
 
 Expected: the paths agree; at the smallest step they differ by one or two percent of the length of the path, and v and z, which

@@ -9,7 +9,7 @@ And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leav
 kappa = 1, 10, 100 have the same policy, though eq. (6)'s kappa term, which presumes Psi = I, grows by that factor. The risk
 depends on the spectrum of R^-1 Lambda Psi Lambda (`lindm_theory.in_context.modes`).
 
-    lindm run isotropy --preset quick      about 15 s on 2 cores
+    lindm run isotropy --preset quick
     lindm verify --only isotropy
 
 Expected: not one action differs over N or kappa in the isotropic families; about one in seven does on simplex features.

@@ -1,7 +1,7 @@
 r"""Does the error of a trained transformer split as the theory says, into a part that depends on the length M of the test context
 and a part that depends on the training length N?
 
-    lindm run llm_law --preset quick        about 1 minute on 2 cores
+    lindm run llm_law --preset quick
     lindm verify --only llm-law
 
 A task is a decision problem of one stage: Q* of d state-action pairs, each uniform on [0, 1]. Its context is M pairs with their
@@ -107,12 +107,12 @@ SMOKE = Config(seeds=1, N=(2, 4), M=(2, 4), steps=5, contexts=256)
 
 def points(cfg: Config) -> list[dict]:
     seeds = [cfg.base_seed + s for s in range(cfg.seeds)]
-    layers = [{"seed": s, "reader": "transformer", "N": N} for s in seeds for N in cfg.N]
-    return layers + ([{"seed": cfg.base_seed, "reader": "language model", "N": N} for N in cfg.demos] if cfg.model else [])
+    layers = [{"seed": s, "predictor": "transformer", "N": N} for s in seeds for N in cfg.N]
+    return layers + ([{"seed": cfg.base_seed, "predictor": "language model", "N": N} for N in cfg.demos] if cfg.model else [])
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    if point["reader"] == "language model":
+    if point["predictor"] == "language model":
         return {"gaps": _language(cfg, point)}
     with jax.enable_x64(False):
         k_train, k_test = jax.random.split(jax.random.key(point["seed"]))
@@ -221,23 +221,23 @@ def _language(cfg: Config, point: dict) -> dict:
 # --- verdicts and figures ----------------------------------------------------------------------------------------------------
 
 
-def risks(records: list[dict], reader: str) -> np.ndarray:
+def risks(records: list[dict], predictor: str) -> np.ndarray:
     """Risks [seeds, N, M]."""
-    mine = [r for r in records if r["point"]["reader"] == "transformer"]
+    mine = [r for r in records if r["point"]["predictor"] == "transformer"]
     seeds = sorted({r["point"]["seed"] for r in mine})
     lengths = sorted({r["point"]["N"] for r in mine})
-    at = {(r["point"]["seed"], r["point"]["N"]): [row[reader] for row in r["rows"]] for r in mine}
+    at = {(r["point"]["seed"], r["point"]["N"]): [row[predictor] for row in r["rows"]] for r in mine}
     return np.array([[at[s, N] for N in lengths] for s in seeds])
 
 
 def lengths(records: list[dict]) -> tuple[list[int], list[int]]:
-    mine = [r for r in records if r["point"]["reader"] == "transformer"]
+    mine = [r for r in records if r["point"]["predictor"] == "transformer"]
     return sorted({r["point"]["N"] for r in mine}), [row["M"] for row in mine[0]["rows"]]
 
 
 def language_gaps(records: list[dict]) -> dict[int, dict[int, list[float]]]:
     """Gaps of the language model: N -> M -> a gap of every task, in increasing order."""
-    mine = sorted((r for r in records if r["point"]["reader"] == "language model"), key=lambda r: r["point"]["N"])
+    mine = sorted((r for r in records if r["point"]["predictor"] == "language model"), key=lambda r: r["point"]["N"])
     return {r["point"]["N"]: {int(m): r["gaps"][m] for m in sorted(r["gaps"], key=int)} for r in mine}
 
 
@@ -250,7 +250,7 @@ def unexplained(table: np.ndarray, M: Sequence[int]) -> np.ndarray:
 
 
 def check(records: list[dict]) -> list[Verdict]:
-    mine, layer, bayes = (risks(records, reader) for reader in ("transformer", "layer", "bayes"))
+    mine, layer, bayes = (risks(records, predictor) for predictor in ("transformer", "layer", "bayes"))
     N, M = lengths(records)
     own = [M.index(n) for n in N]  # test length = training length
     near = [np.mean([x[:, i, m] / bayes[:, i, m] for i, m in enumerate(own)], axis=0) for x in (mine, layer)]
@@ -275,25 +275,23 @@ def check(records: list[dict]) -> list[Verdict]:
     if not by_length:
         return [*verdicts, undecided("llm-law/language", "no language model was measured")]
     few, many = by_length[min(by_length)], by_length[max(by_length)]
-    percentages = "; ".join(
-        f"N = {n}: " + ", ".join(f"{100 * np.mean(v):.1f}" for v in gaps.values()) for n, gaps in by_length.items()
-    )
+    means = "; ".join(f"N = {n}: " + ", ".join(f"{np.mean(v):.3f}" for v in gaps.values()) for n, gaps in by_length.items())
     difference = np.array(many[max(many)]) - np.array(few[max(few)])
-    note = f"gaps in % at M = {', '.join(map(str, few))}: {percentages}"
+    note = f"normalized optimality gap at M = {', '.join(map(str, few))}: {means}"
     return [*verdicts, mean_verdict("llm-law/language", difference, figure="language", note=note)]
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     N, M = lengths(records)
     figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 4.2), sharey=True)
-    for axis, reader in zip(axes, ("transformer", "layer"), strict=True):
-        for n, values, color, marker in zip(N, np.moveaxis(risks(records, reader), 1, 0), COLORS, MARKERS, strict=False):
+    for axis, predictor in zip(axes, ("transformer", "layer"), strict=True):
+        for n, values, color, marker in zip(N, np.moveaxis(risks(records, predictor), 1, 0), COLORS, MARKERS, strict=False):
             axis.plot(M, values.mean(0), color=color, label=f"trained at N = {n}", **EXACT | {"marker": marker})
             axis.fill_between(M, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
         axis.plot(M, risks(records, "bayes").mean((0, 1)), color=GRAY, linestyle=":", marker="", label="Bayes")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M")
         set_log_ticks(axis, M)
-        axis.set_title("trained transformer" if reader == "transformer" else "attention layer (exact)")
+        axis.set_title("trained transformer" if predictor == "transformer" else "attention layer (exact)")
     axes[0].set_ylabel("mean squared error of Qhat")
     axes[0].legend()
     figures = {"risk": figure}

@@ -5,7 +5,7 @@ length N at which the bias flips none of their actions; the bounds of rung 2 and
 M^-1/2 for them. `no gap` keeps every task and removes the bias (A = Lambda^-1, the limit N = infinity): gaps near zero then have
 a positive density and the law is 1/M. `floor` keeps the tasks that the bias flips at a small N: no context removes their loss.
 
-    lindm run margin --preset quick      about 15 s on 2 cores
+    lindm run margin --preset quick
     lindm verify --only margin
 
 Expected: with a gap the slope keeps falling (below -2), without one it is -1, and the flipped tasks stay at the loss of the bias.

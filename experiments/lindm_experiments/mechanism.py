@@ -1,6 +1,6 @@
 r"""Does a fine-tuned language model work as the theory says: does it represent Q*, whose errors does it make, do names matter?
 
-    lindm run mechanism --preset quick      about 1 minute on 2 cores, a tiny model
+    lindm run mechanism --preset quick      (a tiny model)
     lindm run mechanism --preset full       SmolLM2-135M
     lindm verify --only probe implied-q invariance
 
@@ -90,7 +90,7 @@ SMOKE = Config(model=language_models.TINY, mdp=2, tiger=2, train=16, steps=2, ba
 
 
 def points(cfg: Config) -> list[dict]:
-    return [{"world": problem, "seed": seed} for seed in range(cfg.seeds) for problem in PROBLEMS]
+    return [{"problem": problem, "seed": seed} for seed in range(cfg.seeds) for problem in PROBLEMS]
 
 
 def tiger(horizon: int) -> POMDP:
@@ -105,7 +105,7 @@ def tiger(horizon: int) -> POMDP:
 
 def measure(cfg: Config, point: dict) -> dict:
     language_models.check_model(cfg.model)
-    name, seed = point["world"], cfg.base_seed + 3 * point["seed"]
+    name, seed = point["problem"], cfg.base_seed + 3 * point["seed"]
     H, K = getattr(cfg, name), DEMOS[name]
     with tempfile.TemporaryDirectory() as directory, language_models.quiet_single_precision():
         work = Path(directory)
@@ -254,7 +254,7 @@ def _joined(records: list[dict], problem: str, *path: str) -> np.ndarray:
     """Values of all tasks of an environment, over all training runs; empty where there are none."""
     values = []
     for record in records:
-        if record["point"]["world"] == problem:
+        if record["point"]["problem"] == problem:
             value = record
             for key in path:
                 value = value[key]
@@ -267,7 +267,7 @@ def check(records: list[dict]) -> list[Verdict]:
         return _joined(records, problem, "probes", target, model, of)
 
     def r_squared(problem: str, target: str) -> str:
-        models = next(r for r in records if r["point"]["world"] == problem)["probes"][target]
+        models = next(r for r in records if r["point"]["problem"] == problem)["probes"][target]
         return "R²: " + ", ".join(f"{model} {1 - np.mean(x['errors']):.2f} (layer {x['layer']})" for model, x in models.items())
 
     verdicts = [
@@ -281,7 +281,7 @@ def check(records: list[dict]) -> list[Verdict]:
     targets = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"))
     shuffled = [errors(w, t, "shuffled", "of_mean") - errors(w, t, "shuffled") for w, t in targets]
     verdicts.append(mean_verdict("probe/control", *shuffled, figure="probe"))
-    of = next(r for r in records if r["point"]["world"] == "mdp")["implied"]
+    of = next(r for r in records if r["point"]["problem"] == "mdp")["implied"]
     with_q = {model: np.mean(v) for model, v in of["with_q"].items()}
     note = ", ".join(f"{model} {v:.2f}" for model, v in with_q.items())
     verdicts.append(
@@ -319,7 +319,7 @@ def _profiles(records: list[dict]) -> Figure:
     panels = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"), ("tiger", "advantage"))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True)
     for axis, (problem, target) in zip(axes, panels, strict=True):
-        for record in (r for r in records if r["point"]["world"] == problem):
+        for record in (r for r in records if r["point"]["problem"] == problem):
             for (model_name, result), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
                 shown = 1 - np.array(result["profile"])
                 axis.plot(

@@ -12,7 +12,7 @@ of the layer. Does training on the uncentered tasks remove the effect? Then A_N 
 imputed beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate
 stays 1. Centering the labels by their prior mean does help.
 
-    lindm run onehot_coverage --preset quick      about 15 s on 2 cores
+    lindm run onehot_coverage --preset quick
     lindm verify --only onehot-coverage
 
 Expected: rates 0 and 1 to the last decision, the exact curve between; centered labels lose less than raw ones of either sign.
@@ -247,7 +247,7 @@ def measure(cfg: Config, point: dict) -> dict:
         }
     return {
         "M": list(cfg.M),
-        "worlds": by_family,
+        "problems": by_family,
         "alpha_beta": [(on - beta).tolist(), beta.tolist()],  # of the layer trained on negative tasks, for every stage
         "off_diagonal": float(np.abs(Ahat[0] - np.diag(np.diag(Ahat[0]))).max() / np.diag(Ahat[0]).mean()),
         "sign_law": [sign_law(M) for M in cfg.M],
@@ -256,7 +256,7 @@ def measure(cfg: Config, point: dict) -> dict:
 
 
 def _mean(record: dict, family: str, *path: str) -> float:
-    value = record["worlds"][family]
+    value = record["problems"][family]
     for step in path:
         value = value[step]
     return float(np.mean(value))
@@ -264,12 +264,12 @@ def _mean(record: dict, family: str, *path: str) -> float:
 
 def check(records: list[dict]) -> list[Verdict]:
     off = [[_mean(r, n, "rate", "trained") - _mean(r, n, "rate_exact", "raw") for r in records] for n in SHIFTS]
-    coin = np.mean([r["worlds"]["centered"]["rate"]["last stage"] for r in records])
+    coin = np.mean([r["problems"]["centered"]["rate"]["last stage"] for r in records])
     raw = [[_mean(r, n, "loss", "diagonal") / _mean(r, n, "loss_exact", "raw") for r in records] for n in SHIFTS]
     fixed = [[_mean(r, n, "loss", CENTERED_LABELS) / _mean(r, n, "loss_exact", CENTERED_LABELS) for r in records] for n in SHIFTS]
     law = np.mean([r["sign_law"] for r in records])
-    differ = sum(r["worlds"][n]["imputed_differs"] for r in records for n in SHIFTS)
-    total = sum(r["worlds"][n]["decisions"] for r in records for n in SHIFTS)
+    differ = sum(r["problems"][n]["imputed_differs"] for r in records for n in SHIFTS)
+    total = sum(r["problems"][n]["decisions"] for r in records for n in SHIFTS)
     rates = {n: np.mean([_mean(r, n, "rate", "trained") for r in records]) for n in SHIFTS}
     gain = [
         [_mean(r, name, "loss", CENTERED_LABELS) / _mean(r, name, "loss", "diagonal") for r in records]
@@ -300,7 +300,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     color = dict(zip(SHIFTS, (RED, BLUE, GREEN), strict=True))
 
     def draw(axis, name: str, kind: str, measured: str, predicted: str, color: str, label: str, marker: str) -> None:
-        cells = [r["worlds"][name] for r in records]
+        cells = [r["problems"][name] for r in records]
         for c in cells:
             axis.plot(M, c[kind][measured], **(MEASURED | {"marker": marker}), color=color, alpha=0.5)
         mean = np.mean([c[f"{kind}_exact"][predicted] for c in cells], 0)
@@ -313,10 +313,12 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         draw(left, name, "rate", "trained", "raw", color[name], box, "o")
         draw(right, name, "loss", "diagonal", "raw", color[name], box, "o")
     for r in records:
-        left.plot(M, r["worlds"]["negative"]["rate"]["real"], linestyle="none", marker="s", mfc="none", color=GRAY, markersize=8)
-        left.plot(M, r["worlds"]["negative"]["rate"][CENTERED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)
+        left.plot(
+            M, r["problems"]["negative"]["rate"]["real"], linestyle="none", marker="s", mfc="none", color=GRAY, markersize=8
+        )
+        left.plot(M, r["problems"]["negative"]["rate"][CENTERED_LABELS], **MEASURED, color=PURPLE, alpha=0.5)
     left.plot([], [], linestyle="none", marker="s", mfc="none", color=GRAY, markersize=8, label="[-1, 0], trained on these tasks")
-    exact_centered = np.mean([r["worlds"]["negative"]["rate_exact"][CENTERED_LABELS] for r in records], 0)
+    exact_centered = np.mean([r["problems"]["negative"]["rate_exact"][CENTERED_LABELS] for r in records], 0)
     left.plot(M, exact_centered, **EXACT, color=PURPLE)
     draw(right, "negative", "loss", CENTERED_LABELS, CENTERED_LABELS, PURPLE, f"any of them, {CENTERED_LABELS}", "o")
     left.plot([], [], **EXACT | {"marker": "o"}, color=PURPLE, label=f"[-1, 0], {CENTERED_LABELS}")

@@ -5,7 +5,7 @@ simplex linear MDP with noisy oracle labels, one-hot, and two laws outside eq. (
 probability 1 - p, else N(0, Lambda/p): the same covariance). Their squared errors on fresh contexts and fresh tasks stand beside
 estimation(M, N) + bias(N), exact for the trained weights and for A_N, and beside eq. (6).
 
-    lindm run risk --preset quick      about 15 s on 2 cores
+    lindm run risk --preset quick
     lindm verify --only q-risk estimation-slope training-length-slope paper-bound
 
 Expected: the exact risk within 3 % in every cell; slopes -1 in M and -2 in N; eq. (6) holds in its setting, by a factor that

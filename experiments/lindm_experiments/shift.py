@@ -13,7 +13,7 @@ The exact risk of section 4 and theory/lindm_theory/robustness.py answers all fi
 training; the last two have a floor ||(A L_test - I) Psi^{1/2}||^2 that no context length removes. Yet c^2 Qhat has the same
 greedy policy: the risk grows and no action changes.
 
-    lindm run shift --preset quick      about 25 s on 2 cores
+    lindm run shift --preset quick
     lindm verify --only shift
 
 Expected: points on their exact lines in every kind; two floors; not one action changed by the scale.

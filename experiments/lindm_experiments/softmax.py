@@ -8,7 +8,7 @@ with weights U/u and values u*y it writes
 
 so the limit u -> infinity that would make it linear also blows up the label mean, which carries no information about w.
 
-    lindm run softmax --preset quick      about 25 s on 2 cores
+    lindm run softmax --preset quick
     lindm verify --only softmax
 
 Expected: softmax regresses in context and keeps improving beyond N, but stays behind the linear layer. A fixed sinusoidal table

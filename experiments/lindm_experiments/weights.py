@@ -11,7 +11,7 @@ knows for U and u apart (Adam finds u U but does not conserve u^2 - ||U||^2, whi
 first stage of `simplex`, where tasks have a mean and the blocks v and z therefore leak; on short prompts, because what a mean is
 worth is of lower order in 1/N.
 
-    lindm run weights --preset quick      about 25 s on 2 cores
+    lindm run weights --preset quick
     lindm verify --only weights
 
 Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; the Gaussian Gamma^-1 far from the trained layer on other

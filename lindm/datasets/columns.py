@@ -2,7 +2,7 @@
 
 To add a column of episodes, add a field to `Episodes` or `Labels` (`lindm.types`), an entry to `STEP_COLUMNS` or `LABEL_COLUMNS`,
 and a field to `Episode`: writer, reader and data card follow. To add a column of tasks, add an entry to `TASK_COLUMNS`, a field
-to `Task`, and its value to `make_shard` in `lindm.datasets.writer`.
+to `Task`, and its value to `make_shard` in `lindm.datasets.shards`.
 """
 
 from collections.abc import Collection, Mapping, Sequence

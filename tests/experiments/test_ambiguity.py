@@ -153,8 +153,8 @@ def test_verdicts_follow_the_records_and_every_mutant_turns_one(records):
     assert verdict("monotone", lambda r: r.update(rises=1)) == FAIL
     assert verdict("stagewise", lambda r: r.update(wrong_way=1)) == FAIL
     assert verdict("convex", lambda r: r.update(concave_triples=1)) == FAIL
-    assert verdict("not-convex", lambda r: r.update(not_convex=[[0] * 3] * 2, clouds=4000)) == PASS
-    assert verdict("whole-horizon", lambda r: r.update(loss=[[0.0] * 3] * 4000, clouds=4000)) == PASS
+    assert verdict("not-convex", lambda r: r.update(not_convex=[[0] * 3] * 2, problems=4000)) == PASS
+    assert verdict("whole-horizon", lambda r: r.update(loss=[[0.0] * 3] * 4000, problems=4000)) == PASS
     assert verdict("whole-horizon-loss", lambda r: r.update(loss=[[0.02 + 0.001 * r["point"]["seed"]] * 3])) == FAIL
     assert verdict("biopsies", lambda r: r["prostate"]["biopsies"].reverse()) == FAIL
 

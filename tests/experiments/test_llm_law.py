@@ -101,10 +101,10 @@ def made(transformer, gaps=None) -> list[dict]:
         for M in (2, 4, 8, 16, 32):
             noise = 1 + 0.003 * rng.normal()
             rows.append({"M": M, "transformer": transformer(N, M) * noise, "bayes": 1 / (M + 12), "layer": 1 / M + 1 / N})
-        result.append({"point": {"seed": seed, "reader": "transformer", "N": N}, "rows": rows})
+        result.append({"point": {"seed": seed, "predictor": "transformer", "N": N}, "rows": rows})
     for N, at in (gaps or {}).items():
         values = {m: list(v + rng.normal(0, 0.01, 60)) for m, v in at.items()}
-        result.append({"point": {"seed": 0, "reader": "language model", "N": N}, "gaps": values})
+        result.append({"point": {"seed": 0, "predictor": "language model", "N": N}, "gaps": values})
     return result
 
 
@@ -152,7 +152,7 @@ def test_figures_are_drawn_with_and_without_a_language_model(records):
 def test_points_end_with_the_language_model():
     assert len(llm_law.points(QUICK)) == 5 * 2
     assert [p["N"] for p in llm_law.points(FULL)[-2:]] == [2, 8]
-    assert {p["reader"] for p in llm_law.points(QUICK)} == {"transformer"}
+    assert {p["predictor"] for p in llm_law.points(QUICK)} == {"transformer"}
 
 
 @pytest.mark.parametrize(

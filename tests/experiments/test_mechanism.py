@@ -246,7 +246,7 @@ def made(records: list[dict], **values: float) -> list[dict]:
         for target, readers in record["probes"].items():
             for model, one in readers.items():
                 mean = {"before": 0.8, "after": 0.4, "shuffled": 1.1}[model]
-                mean = values.get(f"{record['point']['world']}_{target}_{model}", mean)
+                mean = values.get(f"{record['point']['problem']}_{target}_{model}", mean)
                 # tasks differ, by far more than what is read of exchanged targets
                 of_mean = rng.uniform(0, 2, 60) if model == "shuffled" else np.ones(60)
                 one["errors"], one["of_mean"] = list(of_mean + mean - 1 + rng.normal(0, 0.02, 60)), list(of_mean)

@@ -80,16 +80,16 @@ def test_the_exact_loss_is_the_mean_loss_over_every_deterministic_policy():
 
 def test_measured_and_exact_agree_and_the_imputed_constant_changes_nothing(records):
     for name in SHIFTS:
-        cell = records[0]["worlds"][name]
+        cell = records[0]["problems"][name]
         for kind, exact in (("diagonal", "raw"), (CENTERED_LABELS, CENTERED_LABELS)):
             np.testing.assert_allclose(cell["loss"][kind], cell["loss_exact"][exact], rtol=0.3)
         assert cell["imputed_differs"] == 0
-    assert records[0]["worlds"]["positive"]["rate"]["diagonal"] == [0.0] * len(SMOKE.M)
-    assert records[0]["worlds"]["negative"]["rate"]["diagonal"] == [1.0] * len(SMOKE.M)
+    assert records[0]["problems"]["positive"]["rate"]["diagonal"] == [0.0] * len(SMOKE.M)
+    assert records[0]["problems"]["negative"]["rate"]["diagonal"] == [1.0] * len(SMOKE.M)
 
 
 def test_the_three_families_differ_by_a_constant(records):
-    cells = records[0]["worlds"]
+    cells = records[0]["problems"]
     for name in SHIFTS:
         np.testing.assert_allclose(cells[name]["loss"][CENTERED_LABELS], cells["centered"]["loss"][CENTERED_LABELS], rtol=1e-9)
 
@@ -97,20 +97,20 @@ def test_the_three_families_differ_by_a_constant(records):
 def test_a_rate_that_is_off_refutes_the_claim(records):
     good = deepcopy(records)
     for record in good:
-        for cell in record["worlds"].values():
+        for cell in record["problems"].values():
             cell["rate"]["trained"] = list(cell["rate_exact"]["raw"])
     assert coverage.check(good)[0].verdict == "PASS"
     for record in good:
-        record["worlds"]["negative"]["rate"]["trained"] = [0.9] * len(SMOKE.M)
+        record["problems"]["negative"]["rate"]["trained"] = [0.9] * len(SMOKE.M)
     assert coverage.check(good)[0].verdict == "FAIL"
 
 
 def test_a_loss_that_is_off_and_a_cure_that_works_are_seen(records):
     broken = deepcopy(records)
     for record in broken:
-        record["worlds"]["positive"]["loss"]["diagonal"] = [2 * v for v in record["worlds"]["positive"]["loss_exact"]["raw"]]
-        record["worlds"]["negative"]["rate"]["real"] = [0.1] * len(SMOKE.M)
-        record["worlds"]["negative"]["loss"][CENTERED_LABELS] = [9.0] * len(SMOKE.M)
+        record["problems"]["positive"]["loss"]["diagonal"] = [2 * v for v in record["problems"]["positive"]["loss_exact"]["raw"]]
+        record["problems"]["negative"]["rate"]["real"] = [0.1] * len(SMOKE.M)
+        record["problems"]["negative"]["loss"][CENTERED_LABELS] = [9.0] * len(SMOKE.M)
     verdicts = {v.id: v.verdict for v in coverage.check(broken)}
     assert verdicts["onehot-coverage/loss"] == "FAIL"
     assert verdicts["onehot-coverage/imputation"] == "PASS"  # it is expected to fail
