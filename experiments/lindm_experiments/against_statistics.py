@@ -55,13 +55,11 @@ from lindm_experiments.lib.predictor_risks import (
     DATA_ONLY,
     LAYER,
     METHODS,
-    boundary,
-    layer_risk,
     losses,
-    ols_risk,
     risks,
 )
 from lindm_theory.in_context import optimal_weights
+from lindm_theory.least_squares import boundary, layer_risk, ols_risk
 
 D = 8  # features of the Gaussian problem
 S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs

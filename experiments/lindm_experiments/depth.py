@@ -8,9 +8,9 @@ too often, A is too large a step for them. On one-hot features the mean is known
 
     risk = sum_i q_i psi_i E[(1 - a_i n_i/M)^(2k)],  n_i ~ Bin(M, rho_i),
 
-and tends to infinity in k for *every* M once some a_i > 2: the useful depth is bounded, and the bound grows with M. With noise
-the limit on long contexts is least squares. A deep layer whose blocks are trained together, on contexts of the length of
-training, avoids all that.
+and tends to infinity in k for *every* M once some a_i > 2, as A_N has for d >= 3 and N > 4: the useful depth is bounded, and the
+bound grows with M. (A smaller step would be safe: `lindm_theory.robustness.largest_step`.) With noise the limit on long contexts
+is least squares. A deep layer whose blocks are trained together, on contexts of the training length, avoids all that.
 
     lindm run depth --preset quick
     lindm verify --only depth

@@ -8,9 +8,9 @@ give the law of the action, hence, contexts of different stages being independen
 (`lindm_theory.mean_policy`).
 
 The three families differ by a constant added to every reward, which changes no decision of an optimal policy and every decision
-of the layer. Does training on the uncentered tasks remove the effect? Then A_N = alpha I + beta 11', and the unseen action is
-imputed beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the policy is that of the diagonal layer, the rate
-stays 1. Centering the labels by their prior mean does help.
+of the layer. Does training on the uncentered tasks remove the effect? Then, as the design is uniform and the tasks exchangeable,
+A_N = alpha I + beta 11', and the unseen action is imputed beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the
+policy is that of the diagonal layer, the rate stays 1. Centering the labels by their prior mean does help.
 
     lindm run onehot_coverage --preset quick
     lindm verify --only onehot-coverage

@@ -285,10 +285,41 @@ def test_an_action_never_sampled_has_value_zero_under_diagonal_weights_and_an_im
         assert (unseen > 0.1) == imputed
 
 
+def test_two_unseen_actions_are_imputed_differently_unless_the_design_is_uniform():
+    rho, Psi, S, N = np.array([0.05, 0.15, 0.3, 0.5]), np.eye(4) + 2.0, np.array([0.0, 0.0, 0.45, 0.6]), 32
+    A = np.asarray(in_context_weights(rho, Psi, N))
+    first, second = (A @ S)[:2]
+    assert first > 1.5 * second > 0.2
+    # Sherman-Morrison: the imputed values are as 1/t_i, t_i = (1 - 1/N) rho_i + Psi_ii/N for Psi = I + b 11'
+    t = (1 - 1 / N) * rho + 3.0 / N
+    np.testing.assert_allclose(first / second, t[1] / t[0], rtol=1e-12)
+    unseen = S == 0
+    assert np.ptp((in_context_weights(np.full(4, 0.25), Psi, N) @ S)[unseen]) < 1e-12
+
+
+def in_context_weights(rho, Psi, N):
+    return theory.optimal_weights(np.diag(rho), Psi, law.onehot_fourth(jnp.asarray(rho), Psi), N)
+
+
+def test_the_policy_can_be_blind_to_the_training_length_where_the_weights_are_not():
+    # R Lambda^-1 side = r Lambda Psi side for the difference of the two actions of every state, r another number in each
+    Psi, rng = np.diag([1.0, 2.0, 4.0]), np.random.default_rng(0)
+    K = law.gaussian_fourth(jnp.eye(3), Psi)
+    weights = [np.asarray(theory.optimal_weights(np.eye(3), Psi, K, N)) for N in (1, 5, 50, 10**6)]
+    assert np.abs(weights[0] / weights[0][0, 0] - weights[-1] / weights[-1][0, 0]).max() > 0.1  # not isotropic
+    S = rng.normal(size=(2000, 3))
+    for side, blind in ((np.array([1.0, 0, 0]), True), (np.array([0, 0, -2.0]), True), (np.array([1.0, 1.0, 0]), False)):
+        chosen = [np.sign(S @ A.T @ side) for A in weights]
+        changes = max(np.mean(c != chosen[0]) for c in chosen)
+        assert (changes == 0) == blind
+
+
 def test_under_permutation_symmetry_the_greedy_action_is_the_same_for_every_training_length():
     rng = np.random.default_rng(0)
     rho, Psi = np.full(6, 1 / 6), np.eye(6) + 2.0  # two states of three actions
     weights = [theory.optimal_weights(np.diag(rho), Psi, law.onehot_fourth(jnp.asarray(rho), Psi), N) for N in (1, 7, 500)]
+    # the weights themselves change by more than a factor
+    assert abs(weights[0][0, 1] / weights[0][0, 0] - weights[2][0, 1] / weights[2][0, 0]) > 0.1
     for _ in range(50):
         S = rng.normal(size=6)
         chosen = [np.asarray(A @ S).reshape(2, 3).argmax(1) for A in weights]

@@ -158,3 +158,31 @@ def test_the_decay_exponent_bounds_the_mean_loss_for_every_length(make_problem):
             for p, Q in all_contexts(W, flat, weights, A, M, h):
                 pibar[h, np.arange(2), Q.argmax(1)] += p
         assert W.loss(pibar) <= 2 * 1 * W.gap.max() * np.exp(-M * rate) + 1e-12
+
+
+def test_the_margin_bound_says_nothing_below_the_informative_length(make_problem):
+    # two actions whose difference is small against the spread of one pair's part of it: the exponent is 7e-5
+    W = make_problem(28, S=2, A=2, d=2, H=2)
+    _, weights, _, A = setting(W, 28, N=10**6)
+    moments = difference_moments(jnp.asarray(W.phi), jnp.asarray(A), jnp.asarray(W.w), jnp.asarray(weights))
+    rate = float(mean_policy.decay_exponent(jnp.asarray(W.gap), *moments))
+    trivial = 2 * W.gap.max()  # H max(gap)
+    assert 0 < rate < 1e-4 and trivial * np.exp(-512 * rate) > 0.95 * trivial
+    for share in (0.5, 0.01):
+        length = float(mean_policy.informative_length(rate, 2, share))
+        np.testing.assert_allclose(trivial * np.exp(-length * rate), share * trivial, rtol=1e-9)
+        margin, variance = (np.asarray(m) for m in moments[:2])
+        ratio = min(
+            margin[h, s, a, 1 - a] ** 2 / variance[h, s, a, 1 - a] for h, s, a in np.ndindex(2, 2, 2) if W.gap[h, s, a] > 0
+        )
+        assert length >= 2 / ratio * np.log(1 / share)
+    # three actions: more than the trivial bound until log(2)/exponent
+    assert mean_policy.informative_length(rate, 3) > 7000 and mean_policy.informative_length(rate, 2) == 0
+
+
+def test_noise_without_a_bound_makes_the_exponent_zero(make_problem):
+    W = make_problem(8, S=2, A=2, d=2, H=2)
+    _, weights, _, A = setting(W, 8, N=10**6)
+    arrays = [jnp.asarray(x) for x in (W.phi, A, W.w, weights)]
+    rates = [float(mean_policy.decay_exponent(jnp.asarray(W.gap), *difference_moments(*arrays, b, 0.01))) for b in (0.1, jnp.inf)]
+    assert rates[0] > 0 and rates[1] == 0

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lindm_theory import offline
+from tests.theory.conftest import Problem
 
 
 def bootstrapped(W, seed):
@@ -36,7 +37,7 @@ def test_the_decomposition_is_an_equality_and_the_bounds_hold_in_order(make_prob
     assert offline.linear_bound(errors) <= offline.quadratic_bound(errors)
 
 
-def test_the_linear_bound_is_attained():
+def test_the_linear_bound_is_attained_by_a_greedy_policy():
     # H bandits in a row, two actions of values 0 and -2e; the residual +e on the better and -e on the worse makes a tie
     H, e = 5, 0.3
     r = np.tile(np.array([0.0, -2 * e]), (H, 1, 1))
@@ -46,9 +47,12 @@ def test_the_linear_bound_is_attained():
         Qhat[h, 0] = r[h, 0] + later - np.array([e, -e])
     residual = offline.bellman_residual(jnp.ones((H, 1, 2, 1)), jnp.asarray(r), jnp.asarray(Qhat))
     np.testing.assert_allclose(jnp.abs(residual), e, rtol=1e-12)
-    loss = H * 2 * e  # the tie broken towards the worse action in every stage
     np.testing.assert_allclose(Qhat[:, 0, 0], Qhat[:, 0, 1], atol=1e-12)
-    np.testing.assert_allclose(offline.linear_bound(jnp.full(H, e)), loss, rtol=1e-12)
+    Qstar = r + 0.0  # the later stages are worth nothing under the optimal policy
+    bandits = Problem(phi=np.eye(2)[None], P=np.ones((H, 1, 2, 1)), r=r, rho=np.ones(1), w=r[:, 0], Qstar=Qstar)
+    worse = np.ones((H, 1), int)  # greedy in Qhat with ties to the worse action: evaluated by backward recursion
+    np.testing.assert_allclose(offline.linear_bound(jnp.full(H, e)), bandits.loss(worse), rtol=1e-12)
+    assert bandits.loss(np.zeros((H, 1), int)) == 0  # the other greedy policy: ties decide
 
 
 def test_the_quadratic_form_counts_each_error_once_for_every_earlier_stage():

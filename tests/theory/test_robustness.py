@@ -41,6 +41,7 @@ def test_the_closed_form_contracts_for_every_law_by_one_over_one_plus_N_times_th
         A = np.asarray(in_context.optimal_weights(D.Lambda, D.Psi, D.K, N, D.noise))
         contraction = np.sort(np.linalg.eigvals(np.eye(3) - A @ D.Lambda).real)
         np.testing.assert_allclose(contraction, np.sort(1 / (1 + N * np.asarray(x))), rtol=1e-7)
+        assert np.all((contraction > 0) & (contraction < 1))
         deep = np.sum(q / (1 + N * x) ** 6)
         np.testing.assert_allclose(robustness.depth_bias(A, D.Lambda, D.Psi, D.Lambda, 3), deep, rtol=1e-7)
 
@@ -81,6 +82,55 @@ def test_the_onehot_depth_risk_is_that_of_all_contexts_and_leaves_the_unseen():
         np.testing.assert_allclose(got, expected, rtol=1e-9)
     deep = robustness.onehot_depth_risk(*map(jnp.asarray, (a, rho, psi, q)), M, 300)
     np.testing.assert_allclose(deep, np.sum(q * psi * (1 - rho) ** M), rtol=1e-9)
+
+
+def test_at_the_closed_form_depth_diverges_without_noise_on_onehot_features_of_three_or_more_dimensions():
+    def risk(d, N, M, k):
+        rho, Psi = np.full(d, 1 / d), np.eye(d)
+        a = np.diag(in_context.optimal_weights(np.diag(rho), Psi, law.onehot_fourth(jnp.asarray(rho), Psi), N))
+        np.testing.assert_allclose(a, N * d / (N - 1 + d), rtol=1e-12)
+        q = rho
+        return a[0], float(robustness.onehot_depth_risk(*map(jnp.asarray, (a, rho, np.ones(d), q)), M, k))
+
+    errors = [risk(3, 20, 16, k)[1] for k in (1, 2, 4, 8, 16, 32)]
+    np.testing.assert_allclose(errors, [0.1116, 0.03407, 0.009974, 0.009483, 2.4147, 3.7579e7], rtol=1e-3)
+    # the boundary N (d - 2) = 2 (d - 1): at it a context of one pair only never settles, beyond it the risk diverges
+    unseen = (2 / 3) ** 16
+    step, limit = risk(3, 3, 16, 4000)
+    assert step < 2
+    np.testing.assert_allclose(limit, unseen, rtol=1e-9)
+    step, limit = risk(3, 4, 16, 4000)
+    np.testing.assert_allclose([step, limit], [2.0, unseen + (1 / 3) ** 16], rtol=1e-9)
+    assert all(risk(d, N, 16, 4000)[1] > 1e6 for d, N in ((3, 5), (4, 4), (5, 3)))
+
+
+@pytest.mark.parametrize(("d", "N", "M"), [(3, 20, 40), (4, 64, 60), (2, 400, 30)])
+def test_a_smaller_step_is_safe_at_every_depth_and_the_full_step_on_all_but_few_contexts(d, N, M):
+    rng = np.random.default_rng(d)
+    rho = rng.dirichlet(8 * np.ones(d))
+    A = np.asarray(in_context.optimal_weights(np.diag(rho), np.eye(d), law.onehot_fourth(jnp.asarray(rho), np.eye(d)), N))
+    assert np.einsum("ni,ij,nj->n", np.eye(d), A, np.eye(d)).max() > 2  # the condition on the full step fails
+    eta = 0.999 * float(robustness.largest_step(A, np.eye(d)))
+    rest = [jnp.asarray(x) for x in (rho, np.ones(d), rho)]
+    damped = [float(robustness.onehot_depth_risk(jnp.asarray(eta * np.diag(A)), *rest, 16, k)) for k in (1, 2, 8, 64, 512)]
+    floor = np.sum(rho * (1 - rho) ** 16)
+    assert damped == sorted(damped, reverse=True) and damped[-1] >= floor
+    np.testing.assert_allclose(robustness.onehot_depth_risk(jnp.asarray(eta * np.diag(A)), *rest, 16, 10**5), floor, rtol=1e-6)
+    unstable = sum(scipy.stats.binom.sf(np.ceil(2 * M / a) - 1, M, p) for a, p in zip(np.diag(A), rho, strict=True))
+    bound = float(robustness.unstable_chance(A, np.eye(d), M))
+    assert 0 < unstable <= bound < 0.5
+    assert robustness.unstable_chance(A, np.eye(d), 3 * M) < bound / 20
+
+
+def test_a_step_beyond_the_largest_one_diverges_on_the_context_that_attains_the_maximum(design):
+    D = design(3)
+    A = np.linalg.inv(D.Lambda + np.eye(3) / 30)
+    x = D.phi[np.einsum("ni,ij,nj->n", D.phi, A, D.phi).argmax()]
+    G, w = np.outer(x, x), A @ x
+    for factor, grows in ((0.99, False), (1.01, True)):
+        step = factor * float(robustness.largest_step(A, D.phi))
+        few, many = (np.asarray(robustness.depth_error(step * A, G, G @ w, w, k)) for k in (10, 200))
+        assert (many @ np.linalg.inv(A) @ many > few @ np.linalg.inv(A) @ few) == grows
 
 
 def test_scaling_the_context_is_scaling_the_weights(design):
@@ -161,6 +211,37 @@ def test_the_few_task_coefficient_falls_as_one_over_N_squared():
         for N in (10**4, 10**5)
     )
     np.testing.assert_allclose(low / high, 100, rtol=1e-2)
+
+
+def test_tasks_in_a_subspace_leave_directions_that_depth_does_not_contract_and_no_task_uses(design):
+    D = design(0)
+    Psi = np.outer([1.0, 2.0, 0.0], [1.0, 2.0, 0.0])
+    A = np.asarray(in_context.optimal_weights(D.Lambda, Psi, law.design_fourth(D.phi, D.weights, Psi), 20, D.noise))
+    eigenvalues = np.sort(np.linalg.eigvals(np.eye(3) - A @ D.Lambda).real)
+    np.testing.assert_allclose(eigenvalues[1:], 1.0, rtol=1e-9)
+    deep = [robustness.depth_bias(A, D.Lambda, Psi, D.Lambda, k) for k in (1, 2, 3)]
+    np.testing.assert_allclose(deep[1] / deep[0], eigenvalues[0] ** 2, rtol=1e-9)
+    np.testing.assert_allclose(deep[2] / deep[1], eigenvalues[0] ** 2, rtol=1e-9)
+
+
+def test_the_weights_of_few_tasks_need_the_noise_of_these_tasks():
+    # two tasks, two pairs, noise of variance (x'w)^2 as for labels that depend on the task: the moment of fresh tasks is wrong
+    phi, rho, tasks, N = np.eye(2), np.full(2, 0.5), np.array([[2.0, 0.5], [1.0, 1.0]]), 3
+    own = sum(np.diag(rho * w**2) for w in tasks) / 2  # E[eps^2 x x'] over the two tasks
+    fresh = np.diag(rho)  # over tasks with Psi = I
+
+    def fourth(Psi):
+        return law.design_fourth(phi, rho, Psi)
+
+    ESS, ESw = np.zeros((2, 2)), np.zeros((2, 2))
+    for w in tasks:
+        for context in itertools.product([(i, s) for i in range(2) for s in (-1, 1)], repeat=N):
+            S = sum(phi[i] * w[i] * (1 + s) for i, s in context) / N
+            ESS += np.outer(S, S) / 2 / 4**N
+            ESw += np.outer(S, w) / 2 / 4**N
+    best = np.linalg.solve(ESS, ESw).T
+    np.testing.assert_allclose(robustness.few_task_weights(tasks, np.diag(rho), fourth, N, own), best, rtol=1e-9)
+    assert np.abs(robustness.few_task_weights(tasks, np.diag(rho), fourth, N, fresh) - best).max() > 0.1 * np.abs(best).max()
 
 
 def test_fewer_tasks_than_dimensions_leave_a_floor_that_no_length_removes():

@@ -153,7 +153,11 @@ def modes(Lambda: Array, Psi: Array, K: Array, Lambda_q: Array, noise: Array | N
 
 
 def modal_risk(x: Array, q: Array, M: Number, N: Number) -> Prediction:
-    """Risk of A_N from `modes` (x[d], q[d]).  For given M it is least at N = M, mode by mode: not at N = infinity (ours)."""
+    """Risk of A_N from `modes` (x[d], q[d]).  For given M it is least at N = M, mode by mode: not at N = infinity (ours).
+
+    That is a statement about the squared error of Qhat with test contexts of the training law (any query law). The policy of A_N
+    may lose least at another N, smaller or larger: `margin.policy_length_ratio`.
+    """
     shrink = 1.0 / (1.0 + N * x)
     return Prediction(jnp.sum(q * x * jnp.square(N * shrink)) / M, jnp.sum(q * jnp.square(shrink)))
 

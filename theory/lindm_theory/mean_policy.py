@@ -125,9 +125,20 @@ def high_probability_margin_rung(
 def decay_exponent(gap: Array, margin: Array, variance: Array, bound: Array, tolerance: float = 1e-9) -> Array:
     """Least Bernstein exponent over all (h, s) and strictly worse actions a, each against its best alternative b (ours).  -> [].
 
-    E SubOpt <= H (A - 1) max(gap) exp(-M exponent): the margin claim. Zero when the bias alone leaves some wrong action possible.
+    E SubOpt <= H (A - 1) max(gap) exp(-M exponent): the margin claim. It needs bounded noise (`bound` is infinite otherwise, and
+    the exponent zero) and independent stages. Zero when the bias alone leaves some wrong action possible. It can be so small that
+    the bound is empty at every M in use: `informative_length`.
     """
     level = tolerance * jnp.max(gap)
     positive = margin > 0
     rate = jnp.where(positive, bernstein_exponent(jnp.where(positive, margin, 1.0), variance, bound), 0.0)
     return jnp.min(jnp.where(gap > level, jnp.max(rate, axis=-1), jnp.inf))
+
+
+def informative_length(exponent: Array, A: int, share: Number = 1.0) -> Array:
+    """The M from which H (A - 1) max(gap) exp(-M exponent) is below `share` of the trivial bound H max(gap) (ours).  [] -> [].
+
+    log((A - 1)/share)/exponent. As the exponent is at most m^2/(2 v), m the smallest margin that the bias leaves and v the
+    variance of a pair's part of it, this is at least 2 (v/m^2) log((A - 1)/share): below it the bound says nothing.
+    """
+    return jnp.log((A - 1) / share) / exponent

@@ -41,7 +41,10 @@ def suboptimality_decomposition(
 
 
 def linear_bound(errors: Array) -> Array:
-    """SubOpt <= 2 sum_h e_h with e_h = sup |l_h| (ours, from the identity); attained.  [..., H] -> [...]."""
+    """SubOpt <= 2 sum_h e_h with e_h = sup |l_h|; attained.  [..., H] -> [...].
+
+    The textbook form (Williams and Baird 1993 have it for discounted problems, with 1/(1 - gamma) for H), from the identity.
+    """
     return 2.0 * jnp.sum(errors, axis=-1)
 
 

@@ -16,8 +16,9 @@ from lindm_theory.moments import Number
 def depth_bias(A: Array, Lambda: Array, Psi: Array, Lambda_q: Array, k: int) -> Array:
     """tr(Lq (I - A Lambda)^k Psi ((I - A Lambda)^k)'): bias of k steps w <- w + A (S - G w) on infinite contexts (ours).
 
-    k = 1 is the bias of one layer. At A = A_N the eigenvalues of I - A Lambda are 1/(1 + N x_i), in (0, 1) for every law, so
-    the bias falls geometrically in k and like N^{-2k} in N.  All [d, d].
+    k = 1 is the bias of one layer. If Lambda, Psi and R are positive definite, the eigenvalues of I - A_N Lambda are
+    1/(1 + N x_i), in (0, 1) for every law, so the bias at A = A_N falls geometrically in k and like N^{-2k} in N. A singular Psi
+    adds eigenvalues 1 outside its range, which Psi does not see. All [d, d].
     """
     step = jnp.linalg.matrix_power(jnp.eye(len(A), dtype=A.dtype) - A @ Lambda, k)
     return jnp.trace(Lambda_q @ step @ Psi @ step.T)
@@ -41,12 +42,37 @@ def onehot_depth_risk(a: Array, rho: Array, psi: Array, q: Array, M: int, k: int
     """Exact risk of k noiseless steps, one-hot x, diagonal A and Psi (ours): sum_i q_i psi_i E[(1 - a_i n_i/M)^{2k}].
 
     n_i ~ Bin(M, rho_i); a, rho, psi, q [d] are the diagonals of A, Lambda, Psi, Lambda_q -> []. As k grows it tends to
-    sum_i q_i psi_i (1 - rho_i)^M, the coordinates never seen, if all a_i < 2, and diverges if some a_i > 2.
+    sum_i q_i psi_i (1 - rho_i)^M, the coordinates never seen, if all a_i < 2, and diverges if some a_i > 2 (with rho_i, q_i,
+    psi_i > 0), because a context that shows only pair i has positive probability. At A_N (Psi = I, no noise)
+    a_i = N/((N - 1) rho_i + 1), so that all a_i < 2 needs N (d - 2) < 2 (d - 1): for d >= 3 only N <= 3. `largest_step` gives a
+    step that is safe at every depth, `unstable_chance` the share of contexts on which the full step is not.
     """
     n = jnp.arange(M + 1, dtype=a.dtype)
     chance = jax.scipy.stats.binom.pmf(n[None, :], M, rho[:, None])
     left = (1.0 - a[:, None] * n[None, :] / M) ** (2 * k)
     return jnp.sum(q * psi * jnp.sum(chance * left, axis=1))
+
+
+def largest_step(A: Array, phi: Array) -> Array:
+    """2 / max_n phi_n'A phi_n: w <- w + step A (S - G w) with a smaller step diverges on no context (ours).
+
+    A [d, d] symmetric and positive definite, phi [n, d] the support of the features -> []. Every G in the convex hull of the x x'
+    has A^{1/2} G A^{1/2} <= max x'A x; so step A G has eigenvalues in [0, 2) and without noise the error in the norm of A^{-1}
+    never rises. On infinite contexts the bias of a mode then contracts by 1 - step N x/(1 + N x) a layer. At step 1 this asks for
+    max x'A x < 2, which is out of reach at A_N for long prompts and d >= 2, since E x'A_N x = tr(A_N Lambda) -> d.
+    """
+    return 2.0 / jnp.max(jnp.einsum("ni,ij,nj->n", phi, A, phi))
+
+
+def unstable_chance(A: Array, phi: Array, M: Number, step: Number = 1.0) -> Array:
+    """d (e/4)^{M/b}, b = step max_n phi_n'A phi_n: at most this share of the contexts of M pairs has step A G with an eigenvalue
+    of 2 or more (derived in notes/dependence-depth-shift.md; matrix Chernoff bound of Ahlswede and Winter).
+
+    A [d, d] symmetric with eigenvalues of step A Lambda at most one, as at A_N; phi [n, d] the support -> []. On every other
+    context the error without noise never rises, and tends to zero on the span of the pairs.
+    """
+    reach = step * jnp.max(jnp.einsum("ni,ij,nj->n", phi, A, phi))
+    return phi.shape[-1] * jnp.exp(-(2.0 * jnp.log(2.0) - 1.0) * M / reach)
 
 
 def scale_shift(
@@ -101,6 +127,10 @@ def few_task_coefficient(
 def few_task_weights(
     tasks: Array, Lambda: Array, fourth: Callable[[Array], Array], N: Number, noise: Array | None = None
 ) -> Array:
-    """A_N(Psi_T), what training on the T given tasks tends to: Psi_T = (1/T) sum w w'.  tasks [T, d] -> [d, d]."""
+    """A_N(Psi_T), what training on the T given tasks tends to: Psi_T = (1/T) sum w w'.  tasks [T, d] -> [d, d].
+
+    Fresh contexts of these tasks without end; E[S S'] > 0, which R > 0 ensures even for T < d. `noise` is E[eps^2 x x'] averaged
+    over the *T tasks*: sigma^2 Lambda for noise that does not depend on the task. Not for `return` labels, whose noise does.
+    """
     Psi = tasks.T @ tasks / len(tasks)
     return optimal_weights(Lambda, Psi, fourth(Psi), N, noise)

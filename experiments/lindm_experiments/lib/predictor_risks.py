@@ -5,8 +5,6 @@ B = A/M for the layer, pinv(X'X) for least squares, (X'X + sigma^2 Psi^-1)^-1 fo
 risk on one context, over tasks w with second moment Psi and label noise sigma, is therefore a number that needs no sampling.
 """
 
-from math import sqrt
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,29 +22,6 @@ BAYES, AFFINE = "Bayes, second moment", "Bayes, mean and covariance"
 DATA_ONLY = ("OLS", "ridge, lambda = 1", "LSVI", "PEVI")  # methods that know nothing of the law of tasks
 METHODS = (LAYER, CENTERED, BAYES, AFFINE, *DATA_ONLY, "layer on its own targets", "uniform policy")
 BETA = 0.1  # PEVI's penalty: the theorem's own constant makes every value zero at these sample sizes
-
-
-def layer_risk(M: int, sigma: float, dim: int) -> float:
-    """E |A_M S_M - w|^2 for x ~ N(0, I_dim), E w w' = I: `lindm_theory.in_context.gaussian_risk`, N = M, A_M = M/(M + c) I."""
-    c = dim + 1 + sigma**2
-    return dim * c / (c + M)
-
-
-def ols_risk(M: int, sigma: float, dim: int) -> float:
-    """E |w_OLS - w|^2 for the same law: the mean of an inverse Wishart law; for M < dim the part of w outside the span of the
-    rows, a share (dim - M)/dim of |w|^2 by rotation, is lost."""
-    more = M - dim
-    if more >= 2:
-        return dim * sigma**2 / (more - 1)
-    if more <= -2:
-        return -more + M * sigma**2 / (-more - 1)
-    raise ValueError(f"M must keep a distance of 2 from d = {dim}: the risk is infinite; got {M}")
-
-
-def boundary(M: float, dim: int) -> float:
-    """The sigma^2 above which the layer (trained at N = M) beats OLS; negative where it always does."""
-    short, long = sorted((float(M), float(dim)))
-    return sqrt(long * (short + 1)) - (short + 1)
 
 
 def linear_risk(B: Array, G: Array, Psi: Array, sigma: Array, Lambda_q: Array) -> Array:

@@ -97,6 +97,47 @@ def test_the_value_under_a_fixed_model_and_over_the_whole_horizon_are_those_of_p
     np.testing.assert_allclose(policy_values.whole_horizon_value(reference.problem(), policy), whole, rtol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_choosing_the_model_at_every_stage_is_worse_in_the_worst_case_and_better_in_the_best_for_every_policy(brute, seed):
+    for alpha, sign in ((1.0, 1), (0.0, -1)):
+        reference = brute.random(seed, S=2, A=2, O=2, M=3, H=3, alpha=alpha)
+        differences = []
+        for number in range(6):
+            _, act = table_policy(reference, number)
+            once = reference.mix([fixed_value(reference, m, act, reference.rho[m]) for m in range(3)])
+            differences.append(sign * (once - reference.V(list(reference.rho), 0, (), act)))
+        assert min(differences) >= -1e-12 and max(differences) > 1e-3
+
+
+@pytest.mark.parametrize(("seed", "alpha"), [(0, 1.0), (1, 0.6), (2, 0.3)])
+def test_the_best_pure_policy_over_the_whole_horizon_is_known_from_each_model_alone(brute, seed, alpha):
+    # all 2^9 pure policies over the histories of two stages against max_a [alpha min_m Q_m(a) + (1 - alpha) max_m Q_m(a)]
+    reference = brute.random(seed, S=2, A=2, O=2, M=2, H=2, alpha=alpha)
+    steps = list(itertools.product(range(2), range(2), range(2)))
+    worth = []
+    for first, *later in itertools.product(range(2), repeat=9):
+        chosen = {(): first} | {(step,): action for step, action in zip(steps, later, strict=True)}
+
+        def act(t, history, chosen=chosen):
+            return np.eye(2)[chosen[history]]
+
+        worth.append(reference.mix([fixed_value(reference, m, act, reference.rho[m]) for m in range(2)]))
+    alone = [tree.tree(jax.tree.map(lambda x, m=m: x[m : m + 1] if x.ndim else x, reference.problem())).Q[0] for m in range(2)]
+    Q = np.array(alone)
+    np.testing.assert_allclose(max(worth), max(reference.mix(list(Q[:, a])) for a in range(2)), rtol=1e-12)
+
+
+def test_some_stagewise_optimal_policies_are_not_optimal_over_the_whole_horizon(brute):
+    def loss(seed):
+        problem = brute.random(seed, S=2, A=2, O=2, M=2, H=2, alpha=1.0).problem()
+        alone = [tree.tree(jax.tree.map(lambda x, m=m: x[m : m + 1] if x.ndim else x, problem)).Q[0] for m in range(2)]
+        stagewise = tree.optimal_policy(problem, tree.tree(problem))
+        return float(np.min(alone, 0).max() - policy_values.whole_horizon_value(problem, stagewise))
+
+    losses = [loss(seed) for seed in range(12)]
+    assert min(losses) > -1e-12 and max(losses) > 0.01
+
+
 def test_the_three_criteria_are_different_problems(brute):
     problem = brute.random(22, M=2, H=3, alpha=1.0).problem()
     policy = tree.optimal_policy(problem, tree.tree(problem))
