@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from lindm.icl.attention import ReducedAttention, pad
 from lindm.icl.prompts import draw_pairs, transitions
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate
 from lindm.problems.regression import draw_regression
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
@@ -196,13 +196,13 @@ def gaussian_part(cfg: Config, key: Array) -> list[dict]:
 # --- linear MDPs -----------------------------------------------------------------------------------------------------------
 
 
-def family() -> Family:
+def family() -> MDPFamily:
     """One feature map for all seeds; rewards in [0, 1], as PEVI requires."""
     return simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0)
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "longest"))
-def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, longest: int):
+def draw_test_tasks(key: Array, family: MDPFamily, tests: int, pool: int, longest: int):
     """Test tasks (MDP, Plan, w), their contexts (x [tests, H, longest, d], r, phi(s', .), two noises), a pool [H, pool, d]."""
     k_tasks, k_pairs, k_steps, k_noise = jax.random.split(key, 4)
     task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
@@ -214,7 +214,7 @@ def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, longest: 
 
 
 @jax.jit
-def closed_forms(family: Family, Psi: Array, N: Array, sigma: Array) -> Array:
+def closed_forms(family: MDPFamily, Psi: Array, N: Array, sigma: Array) -> Array:
     """A_N [H, d, d] under label noise sigma."""
     Lambda = second_moment(family)
     K = linear_mdps.fourth_moments(family, Psi)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from lindm.icl.label_laws import bellman_labels, bellman_moments, noise_moment
 from lindm.icl.prompts import draw_pairs
-from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate
 from lindm.random import flat
 from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
@@ -65,7 +65,7 @@ SMOKE = Config(seeds=2, tasks=32, M=16, horizon=4)
 
 
 @partial(jax.jit, static_argnames=("tasks", "M"))
-def backward_pass(key: Array, family: Family, tasks: int, M: int):
+def backward_pass(key: Array, family: MDPFamily, tasks: int, M: int):
     """In-context value iteration on many tasks at once: (MDPs, plans, Qhat bootstrapped, Qhat by oracle labels).
 
     Both Qhat [tasks, H, S, A] come from contexts at the same pairs. The layer of a stage is the best one for its own label law,

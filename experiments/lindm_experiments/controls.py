@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, query_columns
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import Family, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, simplex_family, tabulate
 from lindm.random import flat
 from lindm.solvers.dp import occupancy, policy_value
 from lindm.types import Prompt
@@ -100,7 +100,7 @@ def measured_risk(key: Array, A: Array, tasks: Array, n: int, prompts: int) -> A
 
 
 @partial(jax.jit, static_argnames="policies")
-def identity_errors(key: Array, family: Family, policies: int) -> tuple[Array, Array]:
+def identity_errors(key: Array, family: MDPFamily, policies: int) -> tuple[Array, Array]:
     """Relative deviation [policies] from the identity of random policies: with all stages, and with the first one left out."""
 
     def one(k: Array) -> tuple[Array, Array]:

@@ -32,7 +32,7 @@ from lindm.icl.attention import ReducedAttention, query_columns
 from lindm.icl.label_laws import oracle_labels
 from lindm.icl.prompts import chain, pair_kernel, stationary
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import carry, linear_mdp, simplex_family, tabulate
+from lindm.problems.linear_mdp import linear_mdp, simplex_family, tabulate, with_second_moment
 from lindm.problems.mdp import simplex_rows
 from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
@@ -89,7 +89,7 @@ class Chain:
     start: Array  # [S*A] stationary law
     kernel: Array  # [S*A, S*A]
     mu: Array  # [d, S]
-    back: Array  # [d, d], takes simplex coordinates to those of phi
+    dual_map: Array  # [d, d], takes simplex coordinates to those of phi
 
 
 def names(cfg: Config) -> list[str]:
@@ -113,8 +113,8 @@ def chains(cfg: Config) -> Chain:
         P = tabulate(linear_mdp(phi, mu[None], jnp.zeros((1, D)))).P[0]
         kernel = pair_kernel(P, policy)
         start = stationary(kernel)
-        family = carry(replace(frame, phi=phi, design=start), covariance(D, cfg.kappa))
-        return Chain(phi=linear_mdps.pairs_table(family), start=start, kernel=kernel, mu=mu, back=family.back), start
+        family = with_second_moment(replace(frame, phi=phi, design=start), covariance(D, cfg.kappa))
+        return Chain(phi=linear_mdps.pairs_table(family), start=start, kernel=kernel, mu=mu, dual_map=family.dual_map), start
 
     stay, start = dynamics(0)
     turn, _ = dynamics(1)
@@ -134,11 +134,11 @@ def draw_tasks(key: Array, chains: Chain, tasks: int) -> Array:
     def case(at) -> Array:
         k, chain_of_case = at
         phi = chain_of_case.phi.reshape(S, A, D)
-        mu = jnp.broadcast_to(chain_of_case.back @ chain_of_case.mu, (H, D, S))
+        mu = jnp.broadcast_to(chain_of_case.dual_map @ chain_of_case.mu, (H, D, S))
 
         def one(k: Array) -> Array:
             theta = jax.random.uniform(k, (H, D), minval=-1.0, maxval=1.0)
-            return plan_linear(LinearMDP(phi=phi, mu=mu, theta=theta @ chain_of_case.back.T, rho=jnp.full(S, 1.0 / S)))[1][0]
+            return plan_linear(LinearMDP(phi=phi, mu=mu, theta=theta @ chain_of_case.dual_map.T, rho=jnp.full(S, 1.0 / S)))[1][0]
 
         return jax.vmap(one)(jax.random.split(k, tasks))
 

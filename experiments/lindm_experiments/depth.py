@@ -33,7 +33,7 @@ from lindm.icl.attention import ReducedAttention, pad, query_columns
 from lindm.icl.label_laws import noisy_labels, oracle_labels
 from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train, train_many
-from lindm.problems.linear_mdp import Family, carry, draw_task, onehot_family, second_moment, simplex_family
+from lindm.problems.linear_mdp import MDPFamily, draw_task, onehot_family, second_moment, simplex_family, with_second_moment
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
@@ -108,10 +108,10 @@ SMOKE = Config(
 )
 
 
-def feature_family(cfg: Config) -> Family:
+def feature_family(cfg: Config) -> MDPFamily:
     """One feature map for all seeds; the first of the four stages is the one studied."""
     base = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)
-    return carry(base, covariance(D, cfg.kappa))
+    return with_second_moment(base, covariance(D, cfg.kappa))
 
 
 def path(blocks: Array, G: Array, S: Array) -> Array:
@@ -125,7 +125,7 @@ def path(blocks: Array, G: Array, S: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("contexts", "length", "layers"))
-def long_bias(key: Array, family: Family, A: Array, w: Array, contexts: int, length: int, layers: int) -> Array:
+def long_bias(key: Array, family: MDPFamily, A: Array, w: Array, contexts: int, length: int, layers: int) -> Array:
     """Risk [R, layers] of A [R, d, d] repeated, on very long noiseless contexts; every context serves all tasks w [n, d]."""
     x_all, cdf, Lambda = linear_mdps.pairs_table(family), cumulative(family.design), second_moment(family)
 
@@ -145,7 +145,7 @@ def long_bias(key: Array, family: Family, A: Array, w: Array, contexts: int, len
 
 @partial(jax.jit, static_argnames=("longest",))
 def finite_contexts(
-    key: Array, family: Family, stacks: tuple[Array, ...], w: Array, lengths: Array, sigma: Array, longest: int
+    key: Array, family: MDPFamily, stacks: tuple[Array, ...], w: Array, lengths: Array, sigma: Array, longest: int
 ) -> tuple[tuple[Array, ...], Array, Array]:
     """Contexts of L lengths, one task w [n, d] each: squared errors [n, L, k] after every layer of each stack [k, d, d] of
     blocks, of least squares [n, L], and G [n, L, d, d]."""
@@ -170,7 +170,7 @@ def finite_contexts(
 
 
 @partial(jax.jit, static_argnames=("contexts", "longest", "layers"))
-def onehot_risk(key: Array, family: Family, a: Array, w: Array, lengths: Array, contexts: int, longest: int, layers: int):
+def onehot_risk(key: Array, family: MDPFamily, a: Array, w: Array, lengths: Array, contexts: int, longest: int, layers: int):
     """Risk [L, layers] of diag(a) repeated on noiseless tabular contexts, each serving all tasks w [n, d]."""
     cdf = cumulative(family.design)
     used = jnp.arange(longest)[None, :] < lengths[:, None]
@@ -190,7 +190,7 @@ def onehot_risk(key: Array, family: Family, a: Array, w: Array, lengths: Array, 
     return jax.lax.map(block, jax.random.split(key, contexts // BLOCK)).mean(0)
 
 
-def draw_training(key: Array, family: Family, pool: Array, n: Array, longest: Array) -> tuple[Prompt, Array]:
+def draw_training(key: Array, family: MDPFamily, pool: Array, n: Array, longest: Array) -> tuple[Prompt, Array]:
     """128 sets of n noiseless pairs, cut from the shape of `longest`, each labeled for two tasks; the queries' law enters
     exactly, by d columns."""
     which, k = jax.random.split(key)
@@ -201,7 +201,7 @@ def draw_training(key: Array, family: Family, pool: Array, n: Array, longest: Ar
     return pad(Prompt(x=x, y=oracle_labels(x, w), query=query), n), oracle_labels(query, w)
 
 
-def single_layers(key: Array, family: Family, pool: Array, cfg: Config) -> Array:
+def single_layers(key: Array, family: MDPFamily, pool: Array, cfg: Config) -> Array:
     """Layers of depth 1 [R, d, d], one for every N, trained in float32."""
     runs = len(cfg.N)
     data = (family, pool, jnp.asarray(cfg.N, float), jnp.zeros(cfg.N[-1]))
@@ -217,7 +217,7 @@ def single_layers(key: Array, family: Family, pool: Array, cfg: Config) -> Array
     return layers.A[...][:, 0].astype(pool.dtype)
 
 
-def deep_layer(key: Array, family: Family, pool: Array, cfg: Config, depth: int) -> Array:
+def deep_layer(key: Array, family: MDPFamily, pool: Array, cfg: Config, depth: int) -> Array:
     """Blocks [depth, d, d] trained together at the largest N, in float32, from small random ones."""
     start, k = jax.random.split(key)
     data = linear_mdps.single_precision((family, pool, jnp.asarray(float(cfg.N[-1])), jnp.zeros(cfg.N[-1])))
@@ -239,7 +239,7 @@ def exact_onehot(a: Array, rho: Array, psi: Array, M: int) -> Array:
 
 
 @partial(jax.jit, static_argnames="tasks")
-def last_stage_tasks(key: Array, family: Family, tasks: int) -> Array:
+def last_stage_tasks(key: Array, family: MDPFamily, tasks: int) -> Array:
     """w [tasks, d] of the last stage: the reward weights themselves."""
     return jax.vmap(lambda k: draw_task(k, family).theta[-1])(jax.random.split(key, tasks))
 

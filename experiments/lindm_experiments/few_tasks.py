@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from lindm.icl.attention import ReducedAttention, query_columns
 from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import Family, second_moment, simplex_family
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
@@ -97,7 +97,7 @@ def draw_sets(key: Array, population: Array, sets: int, gaussian: int, largest: 
 
 
 @jax.jit
-def predictions(family: Family, population: Array, sets: Array, T: Array, N: Array):
+def predictions(family: MDPFamily, population: Array, sets: Array, T: Array, N: Array):
     """A_N(Psi_T) and its exact risk on the population, [sets, len(T), ...]; A_N(Psi), its risk []; C of the two laws [2]."""
     Lambda, table = second_moment(family), linear_mdps.pairs_table(family)
 
@@ -122,7 +122,7 @@ def predictions(family: Family, population: Array, sets: Array, T: Array, N: Arr
 
 
 @partial(jax.jit, static_argnames=("N", "prompts"))
-def measured_risks(key: Array, family: Family, population: Array, layers: Array, N: int, prompts: int) -> Array:
+def measured_risks(key: Array, family: MDPFamily, population: Array, layers: Array, N: int, prompts: int) -> Array:
     """Mean squared error of each of `layers` [..., d, d] on the same fresh contexts of fresh tasks, every query weighed."""
     which, pairs = jax.random.split(key)
     w = population[jax.random.randint(which, (prompts,), 0, len(population))]
@@ -137,7 +137,7 @@ def measured_risks(key: Array, family: Family, population: Array, layers: Array,
 
 
 @jax.jit
-def excess_risk(family: Family, population: Array, layers: Array, N: Array) -> Array:
+def excess_risk(family: MDPFamily, population: Array, layers: Array, N: Array) -> Array:
     """Exact risk of trained layers [..., d, d] on the population, above that of A_N: no Monte Carlo noise in small excesses."""
     Lambda, Psi = second_moment(family), population.T @ population / len(population)
     K = design_fourth(linear_mdps.pairs_table(family), family.design, Psi)

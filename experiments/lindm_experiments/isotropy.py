@@ -29,7 +29,7 @@ from lindm.icl.attention import ReducedAttention, pad
 from lindm.icl.label_laws import oracle_labels
 from lindm.icl.prompts import draw_pairs, training_prompt
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate, with_second_moment
 from lindm.problems.regression import covariance
 from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
@@ -81,7 +81,7 @@ FULL = Config(
 SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
 
 
-def families() -> dict[str, Family]:
+def families() -> dict[str, MDPFamily]:
     """Hard and soft aggregation of the same size, under the same law of (theta, mu): only the features differ.
 
     One feature map for all seeds. Hard aggregation is the one-hot case: the pairs share d cells in equal parts, the actions of a
@@ -106,7 +106,7 @@ def exchangeable(Psi: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "longest"))
-def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, longest: int):
+def draw_test_tasks(key: Array, family: MDPFamily, tests: int, pool: int, longest: int):
     """Test tasks (MDP, Plan, w [tests, H, d]), the pairs idx [tests, H, longest] of their contexts, and a pool [H, pool, d]."""
     k_tasks, k_pairs = jax.random.split(key)
     task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
@@ -116,7 +116,7 @@ def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, longest: 
 
 
 @jax.jit
-def policies(family: Family, tests, layers: Array, M: Array) -> tuple[Array, Array]:
+def policies(family: MDPFamily, tests, layers: Array, M: Array) -> tuple[Array, Array]:
     """Exact loss [tasks, n, m + 1] and actions [tasks, n, m + 1, H, S] of n layers [n, H, d, d] on contexts of lengths M [m].
 
     All layers read the same contexts, a shorter context is the beginning of a longer one, and the last column is the limit of
@@ -138,7 +138,7 @@ def policies(family: Family, tests, layers: Array, M: Array) -> tuple[Array, Arr
 
 
 @jax.jit
-def predict(family: Family, pool: Array, symmetric: Array, N: Array, M: Array) -> dict[str, Array]:
+def predict(family: MDPFamily, pool: Array, symmetric: Array, N: Array, M: Array) -> dict[str, Array]:
     """A_N [n, H, d, d], its squared bias [n], where bias = estimation [m], and Theorem 2's constant of the bias [], over all
     stages together; from Psi of a pool [H, tasks, d], made exchangeable if `symmetric`."""
     Lambda = second_moment(family)
@@ -157,7 +157,7 @@ def predict(family: Family, pool: Array, symmetric: Array, N: Array, M: Array) -
 def _draw(longest: int, batch: int, queries: int):
     """The draw of a training batch of n <= longest pairs, n traced: one program for all N."""
 
-    def draw(key: Array, family: Family, pool: Array, n: Array):
+    def draw(key: Array, family: MDPFamily, pool: Array, n: Array):
         which, prompts = jax.random.split(key)
         w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
         one = partial(training_prompt, phi=family.phi, cdf=cumulative(family.design), n=longest, queries=queries)
@@ -167,7 +167,7 @@ def _draw(longest: int, batch: int, queries: int):
     return draw
 
 
-def trained(key: Array, family: Family, pool: Array, N: tuple[int, ...], steps: int) -> Array:
+def trained(key: Array, family: MDPFamily, pool: Array, N: tuple[int, ...], steps: int) -> Array:
     """Layers [len(N), H, d, d] trained in float32 on the tasks of `pool` [H, tasks, d], all lengths and stages at once."""
     H, _, d = pool.shape
     runs = len(N) * H
@@ -188,7 +188,7 @@ def differing(actions: np.ndarray) -> int:
     return int((actions != actions[:, -1:]).any(1).sum())
 
 
-def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
+def of_family(cfg: Config, name: str, family: MDPFamily, key: Array) -> dict:
     """The plane of one family, by closed form and by training."""
     k_tests, k_train = jax.random.split(key)
     tests, pool = draw_test_tasks(k_tests, family, cfg.tasks, cfg.pool, cfg.M[-1])
@@ -217,13 +217,13 @@ def of_family(cfg: Config, name: str, family: Family, key: Array) -> dict:
     }
 
 
-def of_coordinates(cfg: Config, family: Family, key: Array) -> dict:
+def of_coordinates(cfg: Config, family: MDPFamily, key: Array) -> dict:
     """The same tasks, pairs and labels in coordinates of several condition numbers: Psi, A_N and Qhat computed in each."""
     actions, paper, ours, loss = [], [], [], []
     N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
     for kappa in cfg.kappa:
         C = covariance(d, float(kappa))
-        there = carry(family, C)
+        there = with_second_moment(family, C)
         tests, pool = draw_test_tasks(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
         predicted = predict(there, pool, jnp.asarray(False), N, M)
         lost, chosen = policies(there, tests, predicted["A"], M)

@@ -21,7 +21,7 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, onehot_family, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import occupancy, policy_value
 from lindm.solvers.ties import greedy
 from lindm.validate import count
@@ -76,7 +76,7 @@ FULL = Config(seeds=10, tasks=512, M=(8, 32, 128, 512), steps=2000)
 SMOKE = Config(seeds=2, tasks=16, M=(8,), steps=20)
 
 
-def families(key: Array) -> dict[str, Family]:
+def families(key: Array) -> dict[str, MDPFamily]:
     return {
         "simplex": simplex_family(key, 12, 3, 5, 4, feature_power=2.0),
         "simplex, centered rewards": simplex_family(key, 12, 3, 5, 4, feature_power=2.0, low=-1.0, high=1.0),
@@ -86,7 +86,15 @@ def families(key: Array) -> dict[str, Family]:
 
 @partial(jax.jit, static_argnames=("tasks", "longest"))
 def rungs_of_tasks(
-    key: Array, family: Family, A: Array, Ahat: Array, M: Array, half_width: Array, delta: Array, tasks: int, longest: int
+    key: Array,
+    family: MDPFamily,
+    A: Array,
+    Ahat: Array,
+    M: Array,
+    half_width: Array,
+    delta: Array,
+    tasks: int,
+    longest: int,
 ) -> dict[str, Array]:
     """Exact loss and every rung, [tasks] each, of the policies that Ahat gives on fresh tasks and contexts."""
     Lambda = second_moment(family)
@@ -126,7 +134,7 @@ def rungs_of_tasks(
 
 
 @jax.jit
-def rungs_on_average(family: Family, Ahat: Array, Psi: Array, M: Array, half_width: Array) -> tuple[Array, Array]:
+def rungs_on_average(family: MDPFamily, Ahat: Array, Psi: Array, M: Array, half_width: Array) -> tuple[Array, Array]:
     """Rung 4 and its tightened form: no task, no context, only moments."""
     Lambda = second_moment(family)
     noise = half_width**2 / 3 * Lambda

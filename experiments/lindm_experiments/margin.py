@@ -21,7 +21,7 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
@@ -73,7 +73,7 @@ SMOKE = Config(seeds=2, candidates=1024, free_tasks=256, contexts=16, M=(8, 16),
 
 
 @partial(jax.jit, static_argnames="tasks")
-def draw_tasks(key: Array, family: Family, tasks: int):
+def draw_tasks(key: Array, family: MDPFamily, tasks: int):
     """So many solved tasks, as MDPs: (MDP, Plan, w), each with a leading axis."""
 
     def one(k: Array):
@@ -84,7 +84,7 @@ def draw_tasks(key: Array, family: Family, tasks: int):
 
 
 @partial(jax.jit, static_argnames=("contexts", "longest"))
-def losses(key: Array, family: Family, A: Array, tasks, M: Array, contexts: int, longest: int) -> Array:
+def losses(key: Array, family: MDPFamily, A: Array, tasks, M: Array, contexts: int, longest: int) -> Array:
     """Exact suboptimality [tasks, contexts] on independent contexts of M oracle-labeled pairs."""
 
     def one(task_and_key) -> Array:
@@ -101,7 +101,7 @@ def losses(key: Array, family: Family, A: Array, tasks, M: Array, contexts: int,
 
 
 @jax.jit
-def floor_and_margins(family: Family, A: Array, tasks) -> tuple[Array, Array]:
+def floor_and_margins(family: MDPFamily, A: Array, tasks) -> tuple[Array, Array]:
     """What the bias alone costs each task (M = infinity), [tasks], and its margins [tasks, H, S], negative where it flips."""
 
     def one(task) -> tuple[Array, Array]:
@@ -114,7 +114,7 @@ def floor_and_margins(family: Family, A: Array, tasks) -> tuple[Array, Array]:
 
 
 @jax.jit
-def bounds(family: Family, A: Array, Psi: Array, tasks, M: Array) -> tuple[Array, Array]:
+def bounds(family: MDPFamily, A: Array, Psi: Array, tasks, M: Array) -> tuple[Array, Array]:
     """Mean over tasks of the mean-policy rung (exponential in M), and rung 4 (M^-1/2)."""
 
     def one(task) -> Array:

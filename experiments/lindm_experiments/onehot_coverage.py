@@ -33,7 +33,7 @@ from lindm.icl.attention import ReducedAttention
 from lindm.icl.label_laws import oracle_labels
 from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import Family, onehot_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, onehot_family, tabulate
 from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
@@ -72,7 +72,7 @@ SMOKE = Config(seeds=2, tasks=8, contexts=8, M=(4, 8), pool=256, steps=100)
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "contexts", "longest"))
-def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, contexts: int, longest: int):
+def draw_test_tasks(key: Array, family: MDPFamily, tests: int, pool: int, contexts: int, longest: int):
     """Test tasks (MDP, Plan, w [tests, H, d]), pairs [tests, contexts, H, longest], and training vectors [H, pool, d]."""
     k_tasks, k_pairs = jax.random.split(key)
     task, plan, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tests + pool))
@@ -82,7 +82,7 @@ def draw_test_tasks(key: Array, family: Family, tests: int, pool: int, contexts:
 
 
 @jax.jit
-def policies(family: Family, tests, layers: Array, center: Array, M: Array) -> tuple[Array, Array, Array]:
+def policies(family: MDPFamily, tests, layers: Array, center: Array, M: Array) -> tuple[Array, Array, Array]:
     """The policies of n layers [n, H, d, d] on labels y - center, center [n, H].
 
     Returns loss [tasks, n, m], the mean over contexts; actions [tasks, contexts, n, m, H, S]; and which pairs were seen
@@ -115,7 +115,7 @@ def _draw(n: int, batch: int):
     Every pair is a query once: with a uniform design that is the expectation over queries, without its noise.
     """
 
-    def draw(key: Array, family: Family, pool: Array):
+    def draw(key: Array, family: MDPFamily, pool: Array):
         which, pairs = jax.random.split(key)
         w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
         table = linear_mdps.pairs_table(family)
@@ -126,7 +126,7 @@ def _draw(n: int, batch: int):
     return draw
 
 
-def trained(key: Array, family: Family, pools: np.ndarray, N: int, steps: int) -> Array:
+def trained(key: Array, family: MDPFamily, pools: np.ndarray, N: int, steps: int) -> Array:
     """One layer [runs, d, d] for each pool of task vectors [runs, tasks, d], trained in float32."""
     runs, _, d = pools.shape
     family, pools = linear_mdps.single_precision((family, jnp.asarray(pools)))

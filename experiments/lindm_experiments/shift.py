@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from lindm.icl.label_laws import oracle_labels
 from lindm.icl.prompts import draw_pairs
-from lindm.problems.linear_mdp import Family, carry, second_moment, simplex_family
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, with_second_moment
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
@@ -93,17 +93,17 @@ FULL = Config(seeds=10, contexts=32768, M=(4, 8, 16, 32, 64, 128, 256), contexts
 SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), contexts_long=256, M_long=64, policies=32, steps=20)
 
 
-def families(cfg: Config) -> tuple[Family, Family, Family]:
+def families(cfg: Config) -> tuple[MDPFamily, MDPFamily, MDPFamily]:
     """The family of training, the same one with the queries' design, and with the other contexts' design.
 
     Designs are tilted exponentially in the square of the last feature, the one of smallest variance in training: queries towards
     it, contexts away from it. One feature map for all seeds: ratios for different features are not samples of one number.
     """
     base = simplex_family(jax.random.key(0), 12, 3, 5, 4, feature_power=0.7, low=-1.0, high=1.0)
-    family = carry(base, covariance(5, cfg.kappa))
+    family = with_second_moment(base, covariance(5, cfg.kappa))
     last = np.square(np.asarray(linear_mdps.pairs_table(family))[:, -1])
 
-    def tilted(strength: float) -> Family:
+    def tilted(strength: float) -> MDPFamily:
         weights = np.exp(strength * last / last.mean())
         return replace(family, design=jnp.asarray(weights / weights.sum()))
 
@@ -112,7 +112,7 @@ def families(cfg: Config) -> tuple[Family, Family, Family]:
 
 
 @partial(jax.jit, static_argnames="longest")
-def error_moments(key: Array, family: Family, A: Array, w: Array, lengths: Array, sigma: float | Array, longest: int) -> Array:
+def error_moments(key: Array, family: MDPFamily, A: Array, w: Array, lengths: Array, sigma: float | Array, longest: int) -> Array:
     """E[(A S_M - w)(A S_M - w)'] over the tasks w [H, n, d]: [H, L, d, d] for all lengths M (prefixes of one context).
 
     The pairs of a context serve SERVES tasks, each with labels of its own: averages keep their mean and lose variance.
@@ -152,12 +152,19 @@ def weighted(Lambda_q: Array, moments: Array) -> Array:
 
 @jax.jit
 def exact(
-    A: Array, Psi: Array, lengths: Array, train: Family, query: Family, other: Family, sigma: Array, c: Array
+    A: Array,
+    Psi: Array,
+    lengths: Array,
+    train: MDPFamily,
+    query: MDPFamily,
+    other: MDPFamily,
+    sigma: Array,
+    c: Array,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Risk [L] and floor [] of every kind, summed over the stages: A, Psi [H, d, d]."""
     Lambda, Lambda_q, Lambda_test = second_moment(train), second_moment(query), second_moment(other)
 
-    def fourth(family: Family, P: Array) -> Array:
+    def fourth(family: MDPFamily, P: Array) -> Array:
         return design_fourth(linear_mdps.pairs_table(family), family.design, P)
 
     def stage(A: Array, P: Array, M: Array) -> dict[str, Prediction]:
@@ -183,7 +190,7 @@ def exact(
 
 
 @partial(jax.jit, static_argnames="M")
-def decisions(key: Array, shown: Family, queries: Family, A: Array, w: Array, M: int) -> tuple[Array, Array]:
+def decisions(key: Array, shown: MDPFamily, queries: MDPFamily, A: Array, w: Array, M: int) -> tuple[Array, Array]:
     """Greedy actions [n, H, S] of the tasks w [H, n, d] on contexts with the features and design of `shown`, and the mean
     squared error of Qhat over all pairs and stages, [n]; the queries are the features of `queries`."""
 
@@ -196,7 +203,7 @@ def decisions(key: Array, shown: Family, queries: Family, A: Array, w: Array, M:
     return jax.lax.map(one, (jax.random.split(key, w.shape[1]), jnp.moveaxis(w, 1, 0)), batch_size=64)
 
 
-def policies_under(cfg: Config, key: Array, train: Family, other: Family, A: Array, w: Array) -> dict:
+def policies_under(cfg: Config, key: Array, train: MDPFamily, other: MDPFamily, A: Array, w: Array) -> dict:
     """What each test does to the greedy policy: share of the actions that are not optimal, and policies that changed."""
     optimal = np.asarray(greedy(jnp.einsum("sad,hnd->nhsa", train.phi, w)))
     tests = {f"{c:g}": replace(train, phi=c * train.phi) for c in cfg.scales} | {"spectrum": other}

@@ -36,7 +36,7 @@ from scipy.optimize import minimize
 from lindm.icl.attention import FullAttention, ReducedAttention, query_columns
 from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train
-from lindm.problems.linear_mdp import Family, onehot_family, second_moment, simplex_family
+from lindm.problems.linear_mdp import MDPFamily, onehot_family, second_moment, simplex_family
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
@@ -82,7 +82,7 @@ SMOKE = Config(seeds=2, batch=32, chunk=10, chunks=2, chunks_descent=2, pool=2 *
 
 
 @jax.jit
-def families(key: Array) -> dict[str, Family]:
+def families(key: Array) -> dict[str, MDPFamily]:
     return {"one-hot": onehot_family(3, 2, 3), "simplex": simplex_family(key, 10, 3, 4, 3, feature_power=3.0)}
 
 
@@ -142,7 +142,7 @@ def _gaussian(N: int, batch: int) -> Callable:
     return draw
 
 
-def _contexts(key: Array, family: Family, H: int, n: int, batch: int) -> Array:
+def _contexts(key: Array, family: MDPFamily, H: int, n: int, batch: int) -> Array:
     """Features [batch, H, n, d] of i.i.d. pairs."""
     pairs = draw_pairs(key, cumulative(family.design), batch * H * n)
     return linear_mdps.pairs_table(family)[pairs].reshape(batch, H, n, -1)
@@ -150,7 +150,7 @@ def _contexts(key: Array, family: Family, H: int, n: int, batch: int) -> Array:
 
 @lru_cache
 def _fresh(N: int, batch: int) -> Callable:
-    def draw(key: Array, family: Family, columns: Array):
+    def draw(key: Array, family: MDPFamily, columns: Array):
         tasks, pairs = jax.random.split(key)
         w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family)[2])(jax.random.split(tasks, batch))
         return _prompts(_contexts(pairs, family, w.shape[1], N, batch), w, columns)
@@ -160,7 +160,7 @@ def _fresh(N: int, batch: int) -> Callable:
 
 @lru_cache
 def _pooled(N: int, batch: int) -> Callable:
-    def draw(key: Array, family: Family, columns: Array, pool: Array):
+    def draw(key: Array, family: MDPFamily, columns: Array, pool: Array):
         tasks, pairs = jax.random.split(key)
         w = pool[:, jax.random.randint(tasks, (batch,), 0, pool.shape[1])].swapaxes(0, 1)
         return _prompts(_contexts(pairs, family, w.shape[1], N, batch), w, columns)
@@ -194,7 +194,7 @@ def fit(
 
 
 @jax.jit
-def closed_forms(family: Family, pool: Array, N: Array) -> tuple[Array, Array, Array]:
+def closed_forms(family: MDPFamily, pool: Array, N: Array) -> tuple[Array, Array, Array]:
     """A [4, H, d, d], from Psi of the pool, of its first half, of its second half, and from the pool by the Gaussian formula for
     K; the paper's Gamma [d, d], which knows no Psi; the features' Lambda [d, d]."""
     Lambda, table = second_moment(family), linear_mdps.pairs_table(family)
@@ -241,7 +241,7 @@ def measure_gaussian(cfg: Config, key: Array, seed: int) -> dict:
     }
 
 
-def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int) -> tuple[dict, Stages, Array]:
+def measure_family(cfg: Config, name: str, family: MDPFamily, key: Array, seed: int) -> tuple[dict, Stages, Array]:
     k_pool, k_train = jax.random.split(key)
     H, d = family.theta_low.shape
     pool = linear_mdps.task_pool(k_pool, family, cfg.pool)
@@ -271,7 +271,7 @@ def measure_family(cfg: Config, name: str, family: Family, key: Array, seed: int
 
 
 @partial(jax.jit, static_argnames="graph")
-def _losses(graph, state, reduced: Array, key: Array, family: Family, w: Array, length: Array) -> Array:
+def _losses(graph, state, reduced: Array, key: Array, family: MDPFamily, w: Array, length: Array) -> Array:
     """Mean squared errors [2] of a full layer and of a reduced one on the same prompts of tasks w [P, d], len(length) pairs."""
     x = _contexts(key, family, 1, len(length), len(w))
     prompts, target = _prompts(x, w[:, None], query_columns(second_moment(family)))
@@ -282,14 +282,14 @@ def _losses(graph, state, reduced: Array, key: Array, family: Family, w: Array, 
 
 
 @jax.jit
-def _leak_risk(b: Array, family: Family, Psi: Array, mean: Array, N: Array) -> tuple[Array, Array]:
+def _leak_risk(b: Array, family: MDPFamily, Psi: Array, mean: Array, N: Array) -> tuple[Array, Array]:
     """Least risk [] of the layer what = A (S + G b) on tasks of moments Psi and mean, and its A; b = 0: the reduced layer."""
     Lambda, table = second_moment(family), linear_mdps.pairs_table(family)
     A, cross = gradient_flow.leak_weights(b, Lambda, Psi, mean, lambda P: design_fourth(table, family.design, P), N)
     return jnp.trace(Lambda @ (Psi - A @ cross)), A
 
 
-def measure_leak(cfg: Config, family: Family, layer: Stages, pool: Array, key: Array) -> dict:
+def measure_leak(cfg: Config, family: MDPFamily, layer: Stages, pool: Array, key: Array) -> dict:
     """What the blocks v and z of the full layer are worth at the first stage of a family whose tasks have a mean."""
     w = np.asarray(pool[0])
     zero = np.zeros(w.shape[1])

@@ -14,8 +14,7 @@ from lindm.llm.config import ModelConfig
 from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
 
 if TYPE_CHECKING:
-    from lindm.llm.cluster.plan import DeviceLimits, StepSpec
-    from lindm.llm.cluster.plan import Plan as MeshPlan
+    from lindm.llm.cluster.plan import DeviceLimits, MeshPlan, StepSpec
     from lindm.llm.io.import_model import ImportedModel
 
 

@@ -23,7 +23,7 @@ from lindm.bench.sft import MISSING, MODEL
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
 from lindm.datasets import Dataset, DatasetConfig, documents, make_dataset, text_format
 from lindm.evaluation.compare import read_tasks
-from lindm.evaluation.environments import Task, double_precision
+from lindm.evaluation.environments import PolicyTask, double_precision
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
 from lindm.families.suites import suite
@@ -55,7 +55,7 @@ def prepare(directory: Path) -> None:
 class _Recording(LanguageModelPolicy):
     """Keeps the text of every decision and the action taken."""
 
-    def init(self, tasks: Sequence[Task]):
+    def init(self, tasks: Sequence[PolicyTask]):
         self.taken: list[tuple[list[int], int]] = []
         state = super().init(tasks)
         return state, [self.prompt(task, state.text) for task in tasks]

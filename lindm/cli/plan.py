@@ -12,8 +12,7 @@ from lindm.io.tables import format_table
 from lindm.llm.sft.options import BaseFormat, Method, Remat
 
 if TYPE_CHECKING:
-    from lindm.llm.cluster.plan import DeviceLimits, StepSpec
-    from lindm.llm.cluster.plan import Plan as MeshPlan
+    from lindm.llm.cluster.plan import DeviceLimits, MeshPlan, StepSpec
     from lindm.llm.cluster.program_cost import Collective, ProgramCost
 
 GIB = 2**30

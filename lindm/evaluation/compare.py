@@ -14,7 +14,7 @@ from typing import Any
 
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
-from lindm.evaluation.environments import Task, double_precision, make_tasks
+from lindm.evaluation.environments import PolicyTask, double_precision, make_tasks
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
@@ -96,7 +96,7 @@ def evaluate(
     return results
 
 
-def read_tasks(dataset: Dataset) -> list[Task]:
+def read_tasks(dataset: Dataset) -> list[PolicyTask]:
     """The tasks of a dataset; their demonstrations contain all observed fields and the rewards."""
     shown = STEP_FIELDS if dataset.kind == "mdp" else STEP_FIELDS - {"state"}
     dataset.load()

@@ -222,7 +222,7 @@ def environment(problem: Problem) -> Environment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class PolicyTask:
     """The information of a policy before it acts: the problem, demonstrations, and names of states, actions, ...."""
 
     environment: Environment | None  # None: the problem is not known
@@ -241,11 +241,11 @@ def make_tasks(
     problems: Sequence[Problem],
     demonstrations: Sequence[Sequence[Sequence[Step]]],
     names: Mapping[str, Sequence[str]] | None = None,
-) -> list[Task]:
+) -> list[PolicyTask]:
     """A task for each problem and its demonstrations; tasks of the same problem share one environment."""
     environments = {key: environment(problem) for key, problem in {id(problem): problem for problem in problems}.items()}
     return [
-        Task(environment=environments[id(problem)], demonstrations=episodes, names=names or {})
+        PolicyTask(environment=environments[id(problem)], demonstrations=episodes, names=names or {})
         for problem, episodes in zip(problems, demonstrations, strict=True)
     ]
 

@@ -24,7 +24,7 @@ from lindm.evaluation.environments import (
     Environment,
     Histories,
     MDPEnvironment,
-    Task,
+    PolicyTask,
     double_precision,
 )
 from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy
@@ -53,7 +53,7 @@ class PolicyLoss:
 
 
 def evaluate_policy(
-    tasks: Sequence[Task], policy: Any, *, episodes: int = 8, seed: int = 0, max_histories: int = MAX_HISTORIES
+    tasks: Sequence[PolicyTask], policy: Any, *, episodes: int = 8, seed: int = 0, max_histories: int = MAX_HISTORIES
 ) -> list[PolicyLoss | None]:
     """The suboptimality of a policy on each task. All tasks have the same kind, horizon and number of actions.
 
@@ -152,7 +152,7 @@ class _Walk:
 
 
 def _evaluate(
-    tasks: Sequence[Task], policy: Any, episodes: int, seeds: list[int], limit: int | None, sampled: bool = False
+    tasks: Sequence[PolicyTask], policy: Any, episodes: int, seeds: list[int], limit: int | None, sampled: bool = False
 ) -> list[PolicyLoss | None]:
     """`evaluate_policy` of tasks that are stepped together; `seeds`: the seed and the number of the first task."""
     walks = []

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lindm.evaluation.environments import Task, environment
+from lindm.evaluation.environments import PolicyTask, environment
 from lindm.text import Step
 from lindm.types import Problem
 
@@ -65,7 +65,7 @@ class Policy:
     exhaustive = False  # is evaluated at every history that it reaches, without a limit: its steps are cheap
     batch_size = BATCH_SIZE
 
-    def init(self, tasks: Sequence[Task]) -> Any:
+    def init(self, tasks: Sequence[PolicyTask]) -> Any:
         """The state before stage 0 of tasks of one kind, horizon and sizes."""
         raise NotImplementedError
 
@@ -92,7 +92,9 @@ def act(policy: Any, demonstrations: Episodes, history: Sequence[Step], problem:
     if not history or history[-1].action is not None or any(step.action is None for step in history[:-1]):
         raise ValueError(f"history must be steps with actions and, at the end, an open one, Step(None, ...); got {list(history)}")
     policy = as_policy(policy)
-    state = policy.init([Task(environment=None if problem is None else environment(problem), demonstrations=demonstrations)])
+    state = policy.init(
+        [PolicyTask(environment=None if problem is None else environment(problem), demonstrations=demonstrations)]
+    )
     zero, probabilities = np.zeros(1, int), np.zeros((1, 0))
     for t, step in enumerate(history):
         seen = {"state": step.state}
@@ -109,7 +111,7 @@ class FunctionPolicy(Policy):
     def __init__(self, function: Callable[[Episodes, Sequence[Step]], Any]):
         self.function = function
 
-    def init(self, tasks: Sequence[Task]) -> tuple[Sequence[Task], list[tuple[Step, ...]]]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Sequence[PolicyTask], list[tuple[Step, ...]]]:
         return tasks, [()]
 
     def step(self, state, observation: Observation):

@@ -27,7 +27,7 @@ SILENT_SECONDS = 2.0  # shorter work shows nothing
 LINE_SECONDS = 10.0  # between two plain lines
 
 
-class Task:
+class ProgressTask:
     """One count within a `Progress`."""
 
     def __init__(self, progress: "Progress", name: str, total: int | None, done: int):
@@ -84,7 +84,7 @@ class Progress:
 
         self.console = console or Console(stderr=True)
         self.quiet = quiet
-        self.tasks: list[Task] = []
+        self.tasks: list[ProgressTask] = []
         self._next_line = time.monotonic() + SILENT_SECONDS
         self._closed = False
         self._live: Any = None
@@ -107,9 +107,9 @@ class Progress:
                 self._live.stop()
             self._closed = True
 
-    def add(self, name: str, total: int | None = None, done: int = 0) -> Task:
+    def add(self, name: str, total: int | None = None, done: int = 0) -> ProgressTask:
         """A new task."""
-        self.tasks.append(task := Task(self, name, total, done))
+        self.tasks.append(task := ProgressTask(self, name, total, done))
         return task
 
     def print(self, line: str) -> None:
@@ -117,7 +117,7 @@ class Progress:
         if not self.quiet:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _print_line(self, task: Task) -> None:
+    def _print_line(self, task: ProgressTask) -> None:
         if self.console.is_terminal or self.quiet or (now := time.monotonic()) < self._next_line:
             return
         self._next_line = now + LINE_SECONDS

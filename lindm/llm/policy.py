@@ -27,7 +27,7 @@ from lindm.datasets import Dataset, TextFormat, text_format
 from lindm.datasets.columns import sizes_of
 from lindm.datasets.text import check_rewards
 from lindm.errors import DataError
-from lindm.evaluation.environments import Task
+from lindm.evaluation.environments import PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.llm.attention import KVCache
 from lindm.llm.io import weights
@@ -91,7 +91,7 @@ class LanguageModelPolicy(Policy):
         self.graphdef, self.weights = nnx.split(model)
         self.tokenizer, self.text, self.dtype = tokenizer, text, dtype
 
-    def init(self, tasks: Sequence[Task]) -> _State:
+    def init(self, tasks: Sequence[PolicyTask]) -> _State:
         about = self._about(tasks[0])
         text = self.text if isinstance(self.text, TextFormat) else text_format(about, *self.text)
         prompts = [self.prompt(task, text) for task in tasks]
@@ -137,7 +137,7 @@ class LanguageModelPolicy(Policy):
         weights = np.exp((scores - scores.max(-1, keepdims=True)).astype(float) / self.temperature)
         return new_state, weights / weights.sum(-1, keepdims=True)
 
-    def prompt(self, task: Task, text: TextFormat) -> list[int]:
+    def prompt(self, task: PolicyTask, text: TextFormat) -> list[int]:
         """The tokens of a task's demonstrations, and of what opens the episode in progress."""
         episodes = tuple(text.demonstration_steps(steps) for steps in task.demonstrations)
         pieces = [piece.text for piece in render(Document(episodes), text.template)]
@@ -154,7 +154,7 @@ class LanguageModelPolicy(Policy):
             pieces = pieces[taken:]
         return _joined(encode(self.tokenizer, [piece.text for piece in pieces]))
 
-    def _about(self, task: Task) -> Any:
+    def _about(self, task: PolicyTask) -> Any:
         """The facts of a dataset of this task: kind, horizon, sizes and names."""
         if task.environment is not None:
             sizes = {"num_observations": 0, "num_models": 0} | sizes_of(task.environment.problem)
@@ -163,7 +163,7 @@ class LanguageModelPolicy(Policy):
             raise ValueError(f"problem must be given: the dataset that {self.name} was trained on is not known, or is gone")
         return self.training
 
-    def _longest(self, task: Task, prompt: Sequence[int]) -> int:
+    def _longest(self, task: PolicyTask, prompt: Sequence[int]) -> int:
         """Tokens of the longest text, about: of the demonstrations and one more episode like them."""
         n = max(len(task.demonstrations), 1)
         return -(-len(prompt) * (n + 1) // n)

@@ -7,8 +7,8 @@ Features are probability vectors, so mixing d rows of mu always gives a kernel: 
 
     phi -> T phi,     theta -> T^-T theta,     mu -> T^-T mu
 
-is the same MDP in other coordinates, and T = C^{1/2} Lambda^{-1/2} makes E[phi phi'] = C exactly (`carry`): any spectrum and
-any condition number, with valid dynamics. One-hot features are the tabular MDP.
+is the same MDP in other coordinates, and T = C^{1/2} Lambda^{-1/2} makes E[phi phi'] = C exactly (`with_second_moment`): any
+spectrum and any condition number, with valid dynamics. One-hot features are the tabular MDP.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from lindm.types import MDP, LinearMDP
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class MDPFamily:
     """A law of linear MDPs that share their features."""
 
     phi: Array  # [S, A, d] features in the learner's coordinates
@@ -35,7 +35,7 @@ class Family:
     theta_low: Array  # [H, d] box of the reward weights, in simplex coordinates
     theta_high: Array  # [H, d]
     power: Array  # [] concentration of the rows of mu, see `simplex_rows`
-    back: Array  # [d, d] T^-T: from simplex coordinates to those of phi
+    dual_map: Array  # [d, d] T^-T: from simplex coordinates to those of phi
 
 
 def simplex_family(
@@ -49,7 +49,7 @@ def simplex_family(
     power: float = 1.0,
     low: float = 0.0,
     high: float = 1.0,
-) -> Family:
+) -> MDPFamily:
     """Random simplex features (drawn from `key`), uniform design, rewards theta ~ U[low, high]^d at every stage."""
     for value, name in ((S, "S"), (A, "A"), (d, "d"), (H, "H")):
         validate.count(value, name)
@@ -59,7 +59,7 @@ def simplex_family(
     return _family(simplex_rows(key, (S, A, d), feature_power), H, power, low, high)
 
 
-def onehot_family(S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0) -> Family:
+def onehot_family(S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.0, high: float = 1.0) -> MDPFamily:
     """Tabular MDPs as linear ones: d = S*A, phi(s, a) a unit vector, uniform design."""
     for value, name in ((S, "S"), (A, "A"), (H, "H")):
         validate.count(value, name)
@@ -68,26 +68,26 @@ def onehot_family(S: int, A: int, H: int, *, power: float = 1.0, low: float = 0.
     return _family(jnp.eye(S * A).reshape(S, A, S * A), H, power, low, high)
 
 
-def _family(phi: Array, H: int, power: float, low: float, high: float) -> Family:
+def _family(phi: Array, H: int, power: float, low: float, high: float) -> MDPFamily:
     S, A, d = phi.shape
-    return Family(
+    return MDPFamily(
         phi=phi,
         design=jnp.full(S * A, 1.0 / (S * A)),
         rho=jnp.full(S, 1.0 / S),
         theta_low=jnp.full((H, d), float(low)),
         theta_high=jnp.full((H, d), float(high)),
         power=jnp.asarray(float(power)),
-        back=jnp.eye(d),
+        dual_map=jnp.eye(d),
     )
 
 
-def second_moment(family: Family) -> Array:
+def second_moment(family: MDPFamily) -> Array:
     """Lambda [d, d] = E[phi phi'] under the family's design."""
     x = family.phi.reshape(-1, family.phi.shape[-1])
     return (x * family.design[:, None]).T @ x
 
 
-def carry(family: Family, C: ArrayLike) -> Family:
+def with_second_moment(family: MDPFamily, C: ArrayLike) -> MDPFamily:
     """The same MDPs in coordinates in which E[phi phi'] is `C` [d, d] exactly.
 
     Raises `ValueError` if `C` is not a covariance of the right size or the features do not span R^d.
@@ -98,17 +98,22 @@ def carry(family: Family, C: ArrayLike) -> Family:
     Lambda = validate.covariance(second_moment(family), "the features' second moment")
     # Any root of C will do; Cholesky factors keep T and its inverse exact to rounding.
     T = jnp.linalg.cholesky(C) @ jnp.linalg.inv(jnp.linalg.cholesky(Lambda))
-    return replace(family, phi=family.phi @ T.T, back=jnp.linalg.inv(T).T @ family.back)
+    return replace(family, phi=family.phi @ T.T, dual_map=jnp.linalg.inv(T).T @ family.dual_map)
 
 
-def draw_task(key: Array, family: Family) -> LinearMDP:
+def draw_task(key: Array, family: MDPFamily) -> LinearMDP:
     """One task of the family; `vmap` over keys for many. The dtype is that of `family.phi`."""
     S, dtype = family.phi.shape[0], family.phi.dtype
     H, d = family.theta_low.shape
     measures, rewards = jax.random.split(key)
     mu = simplex_rows(measures, (H, d, S), family.power, dtype)
     theta = family.theta_low + (family.theta_high - family.theta_low) * flat(jax.random.uniform, rewards, (H, d), dtype)
-    return LinearMDP(phi=family.phi, mu=jnp.einsum("ij,hjs->his", family.back, mu), theta=theta @ family.back.T, rho=family.rho)
+    return LinearMDP(
+        phi=family.phi,
+        mu=jnp.einsum("ij,hjs->his", family.dual_map, mu),
+        theta=theta @ family.dual_map.T,
+        rho=family.rho,
+    )
 
 
 def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike | None = None) -> LinearMDP:

@@ -104,7 +104,7 @@ def net(problem: APOMDP, *, points: int = POINTS) -> Net:
     alpha, H, (M, S) = float(problem.alpha), len(r), rho.shape
     K = [np.asarray(joint_kernel(problem, h)).swapaxes(0, 1) for h in range(max(models.P.shape[1], models.O.shape[1]))]
     K = K * H if len(K) == 1 else K
-    low, high, lipschitz = _everywhere(K, r)
+    low, high, lipschitz = _global_slopes(K, r)
 
     # forward; x [n, M, S] is what each model starts from, the same for all of them from stage 1 on
     x, balls, links = [rho[None]], [np.zeros(1)], []
@@ -117,14 +117,14 @@ def net(problem: APOMDP, *, points: int = POINTS) -> Net:
         links.append(link)
 
     # backward
-    V = [largest(_mixed(alpha, _rewards(x[-1], r[-1]), balls[-1]), balls[-1])]
+    V = [maximum(_alpha_maxmin(alpha, _rewards(x[-1], r[-1]), balls[-1]), balls[-1])]
     for h in reversed(range(H - 1)):
         everywhere = low[h + 1], high[h + 1], lipschitz[h + 1]
-        F = _continued(_rewards(x[h], r[h]), x[h], K[h], x[h + 1][:, 0], V[0], links[h], everywhere)
-        V.insert(0, largest(_mixed(alpha, F, balls[h]), balls[h]))
+        F = _continuation(_rewards(x[h], r[h]), x[h], K[h], x[h + 1][:, 0], V[0], links[h], everywhere)
+        V.insert(0, maximum(_alpha_maxmin(alpha, F, balls[h]), balls[h]))
 
     layers = [rho] + [each[:, 0] for each in x[1:]]
-    V[0] = Near(*(np.repeat(part, M, 0) for part in (V[0].lower, V[0].upper, low[:1], high[:1])))
+    V[0] = LocalBounds(*(np.repeat(part, M, 0) for part in (V[0].lower, V[0].upper, low[:1], high[:1])))
     balls[0] = np.zeros(M)
     n = _rounded_up(max(map(len, layers)), max(points, M))
 
@@ -228,7 +228,7 @@ def _change(d: list[Array], low: list[Array], high: list[Array]) -> tuple[Array,
     return fall, rise
 
 
-def _everywhere(K: list[np.ndarray], r: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _global_slopes(K: list[np.ndarray], r: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slopes [H, S], twice, and Lipschitz constants [H] of V on all beliefs; r [H, M, A, S]."""
     H, *_, S = r.shape
     low, high, lipschitz = np.zeros((H + 1, S)), np.zeros((H + 1, S)), np.zeros(H + 1)
@@ -323,7 +323,7 @@ def _rounded_up(n: int, most: int) -> int:
 # --- backward: functions near the points
 
 
-class Near(NamedTuple):
+class LocalBounds(NamedTuple):
     """A function around each point: an interval of its value there [n, ...], its slopes in the ball [n, ..., S]."""
 
     lower: np.ndarray
@@ -332,12 +332,14 @@ class Near(NamedTuple):
     high: np.ndarray
 
 
-def _rewards(x: np.ndarray, r: np.ndarray) -> Near:
+def _rewards(x: np.ndarray, r: np.ndarray) -> LocalBounds:
     now, slopes = np.einsum("nms,mas->nma", x, r), np.broadcast_to(r, (len(x), *r.shape))
-    return Near(now, now, slopes, slopes)
+    return LocalBounds(now, now, slopes, slopes)
 
 
-def _continued(rewards: Near, x: np.ndarray, K: np.ndarray, g: np.ndarray, after: Near, link, everywhere) -> Near:
+def _continuation(
+    rewards: LocalBounds, x: np.ndarray, K: np.ndarray, g: np.ndarray, after: LocalBounds, link, everywhere
+) -> LocalBounds:
     """F [n, M, A]: the reward and what follows."""
     (cell, inside), (low, high, lipschitz) = link, everywhere
     u = _children(x, K)
@@ -348,28 +350,28 @@ def _continued(rewards: Near, x: np.ndarray, K: np.ndarray, g: np.ndarray, after
     lower = (mass * after.lower[cell] - np.minimum(_rise(-d, l, w), in_l1)).sum(-1)
     upper = (mass * after.upper[cell] + np.minimum(_rise(d, l, w), in_l1)).sum(-1)
     l, w = (np.einsum("maosx,nmaox->nmas", K, np.where(inside[..., None], *both)) for both in ((l, low), (w, high)))
-    return Near(rewards.lower + lower, rewards.upper + upper, rewards.low + l, rewards.high + w)
+    return LocalBounds(rewards.lower + lower, rewards.upper + upper, rewards.low + l, rewards.high + w)
 
 
-def largest(f: Near, ball: np.ndarray) -> Near:
+def maximum(f: LocalBounds, ball: np.ndarray) -> LocalBounds:
     """The maximum over the first axis after the points; the slopes are those of all that can be the largest in the ball."""
     best = f.lower.argmax(1)
-    lower, low, high = (np.take_along_axis(part, _like(best, part), 1) for part in (f.lower, f.low, f.high))
-    turn = (f.high - low).max(-1) - (f.low - high).min(-1)
+    lower, low, high = (np.take_along_axis(part, _broadcast_like(best, part), 1) for part in (f.lower, f.low, f.high))
+    change = (f.high - low).max(-1) - (f.low - high).min(-1)
     slack = SLACK * max(np.abs(f.low).max(), np.abs(f.high).max())
-    candidate = (f.upper + _like(ball, f.upper) / 2 * turn >= lower - slack)[..., None]
+    candidate = (f.upper + _broadcast_like(ball, f.upper) / 2 * change >= lower - slack)[..., None]
     slopes = np.where(candidate, f.low, np.inf).min(1), np.where(candidate, f.high, -np.inf).max(1)
-    return Near(f.lower.max(1), f.upper.max(1), *slopes)
+    return LocalBounds(f.lower.max(1), f.upper.max(1), *slopes)
 
 
-def _mixed(alpha: float, F: Near, ball: np.ndarray) -> Near:
+def _alpha_maxmin(alpha: float, F: LocalBounds, ball: np.ndarray) -> LocalBounds:
     """alpha min + (1 - alpha) max over the models: [n, A]."""
-    best, worst = largest(F, ball), largest(Near(-F.upper, -F.lower, -F.high, -F.low), ball)
-    worst = Near(-worst.upper, -worst.lower, -worst.high, -worst.low)
-    return Near(*(alpha * bad + (1 - alpha) * good for bad, good in zip(worst, best, strict=True)))
+    best, worst = maximum(F, ball), maximum(LocalBounds(-F.upper, -F.lower, -F.high, -F.low), ball)
+    worst = LocalBounds(-worst.upper, -worst.lower, -worst.high, -worst.low)
+    return LocalBounds(*(alpha * bad + (1 - alpha) * good for bad, good in zip(worst, best, strict=True)))
 
 
-def _like(x: np.ndarray, array: np.ndarray) -> np.ndarray:
+def _broadcast_like(x: np.ndarray, array: np.ndarray) -> np.ndarray:
     """x with a second axis and trailing axes of length one, to broadcast against the array."""
     x = x[:, None]
     return x.reshape(x.shape + (1,) * (array.ndim - x.ndim))

@@ -77,7 +77,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """What has to be measured for a job."""
 
     description: dict  # the content of config.json
@@ -103,7 +103,7 @@ class Conclusion:
     provenance: dict
 
 
-def plan(job: Job) -> Plan:
+def plan(job: Job) -> RunPlan:
     """The configuration and the points of a job. UsageError where an option is out of range."""
     module = load(job.experiment.reference)
     try:
@@ -113,7 +113,7 @@ def plan(job: Job) -> Plan:
     points = points_of(module, config)
     if len({canonical_json(p) for p in points}) != len(points):
         raise DataError(f"{job.experiment.name}: points gives the same point twice")
-    return Plan(description=describe(job.experiment, config, job.preset), config=dict(vars(config)), points=points)
+    return RunPlan(description=describe(job.experiment, config, job.preset), config=dict(vars(config)), points=points)
 
 
 def describe(experiment: Experiment, config: Any, preset: str) -> dict:
@@ -218,7 +218,7 @@ class RunDirectory:
       StorageError: the disk is full or not writable.
     """
 
-    def __init__(self, job: Job, plan: Plan) -> None:
+    def __init__(self, job: Job, plan: RunPlan) -> None:
         self.job, self.plan = job, plan
         self.path = job.directory
         self.keys = [canonical_json(p) for p in plan.points]

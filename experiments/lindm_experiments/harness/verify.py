@@ -13,7 +13,7 @@ from rich.console import Console
 from lindm.errors import UsageError, unknown
 from lindm.io import files, manifest, signals
 from lindm.io.executor import Executor
-from lindm.io.progress import Progress, Task, format_seconds
+from lindm.io.progress import Progress, ProgressTask, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
 from lindm_experiments.harness.experiments import ambiguous_ids, experiment_names, find_experiment, select_claims
 from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
@@ -131,7 +131,7 @@ def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | No
     console = Console(file=sys.stderr)  # also while an experiment redirects what it calls
     with Progress(console) as progress:
         total = progress.add("experiments", total=len(jobs)) if len(jobs) > 1 else None
-        tasks: dict[str, Task] = {}
+        tasks: dict[str, ProgressTask] = {}
 
         def on_point(name: str, done: int, points: int) -> None:
             if name not in tasks:

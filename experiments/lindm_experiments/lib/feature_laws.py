@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lindm.problems.linear_mdp import Family, carry, simplex_family
+from lindm.problems.linear_mdp import MDPFamily, simplex_family, with_second_moment
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative, invert
 from lindm_experiments.lib import linear_mdps
@@ -80,10 +80,10 @@ def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Arr
 
 
 @lru_cache
-def simplex_mdps() -> Family:
+def simplex_mdps() -> MDPFamily:
     """One feature map for all seeds (ratios of different families are not samples of one number), carried to Lambda = I."""
     draw = partial(simplex_family, S=12, A=3, d=D, H=4, feature_power=2.0, low=-1.0, high=1.0)
-    return carry(jax.jit(draw)(jax.random.key(0)), np.eye(D))
+    return with_second_moment(jax.jit(draw)(jax.random.key(0)), np.eye(D))
 
 
 def named_laws(sigma: float, sigma_mdp: float, present: float) -> dict[str, Law]:

@@ -16,7 +16,7 @@ from lindm.icl.attention import ReducedAttention
 from lindm.icl.label_laws import bounded_labels, oracle_labels
 from lindm.icl.prompts import draw_pairs, training_prompt
 from lindm.icl.trainer import train_many
-from lindm.problems.linear_mdp import Family, draw_task, second_moment
+from lindm.problems.linear_mdp import MDPFamily, draw_task, second_moment
 from lindm.solvers.dp import plan_linear
 from lindm.solvers.rollout import cumulative
 from lindm.types import LinearMDP, Plan
@@ -31,7 +31,7 @@ def single_precision(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def draw_oracle(key: Array, family: Family) -> tuple[LinearMDP, Plan, Array]:
+def draw_oracle(key: Array, family: MDPFamily) -> tuple[LinearMDP, Plan, Array]:
     """One task with its plan and w [H, d]."""
     task = draw_task(key, family)
     plan, w = plan_linear(task)
@@ -39,7 +39,7 @@ def draw_oracle(key: Array, family: Family) -> tuple[LinearMDP, Plan, Array]:
 
 
 @partial(jax.jit, static_argnames="tasks")
-def task_pool(key: Array, family: Family, tasks: int = 32 * BLOCK) -> Array:
+def task_pool(key: Array, family: MDPFamily, tasks: int = 32 * BLOCK) -> Array:
     """The vectors w [H, tasks, d] of fresh tasks; `tasks` a multiple of BLOCK."""
     if tasks % BLOCK:
         raise ValueError(f"tasks must be a multiple of {BLOCK}; got {tasks}")
@@ -57,19 +57,19 @@ def pool_moment(pool: Array) -> Array:
     return jnp.einsum("hnd,hne->hde", pool, pool) / pool.shape[1]
 
 
-def pairs_table(family: Family) -> Array:
+def pairs_table(family: MDPFamily) -> Array:
     """The features [S*A, d] of all state-action pairs, in the order of `family.design`."""
     return family.phi.reshape(-1, family.phi.shape[-1])
 
 
 @jax.jit
-def fourth_moments(family: Family, Psi: Array) -> Array:
+def fourth_moments(family: MDPFamily, Psi: Array) -> Array:
     """K(Psi_h) [H, d, d] = E[x x' Psi_h x x'] for every stage, exact over the design."""
     return jax.vmap(lambda stage: design_fourth(pairs_table(family), family.design, stage))(Psi)
 
 
 @jax.jit
-def closed_form_layers(family: Family, Psi: Array, N: float | Array, sigma: float | Array = 0.0) -> Array:
+def closed_form_layers(family: MDPFamily, Psi: Array, N: float | Array, sigma: float | Array = 0.0) -> Array:
     """A_N [H, d, d] for every stage (theory.md section 3), label noise of standard deviation sigma."""
     Lambda = second_moment(family)
     noise = sigma**2 * Lambda
@@ -77,7 +77,7 @@ def closed_form_layers(family: Family, Psi: Array, N: float | Array, sigma: floa
 
 
 def context_sums(
-    key: Array, family: Family, w: Array, M: int | Array, half_width: float | Array = 0.0, longest: int | None = None
+    key: Array, family: MDPFamily, w: Array, M: int | Array, half_width: float | Array = 0.0, longest: int | None = None
 ) -> Array:
     """S_M [H, d] = (1/M) sum y x: for every stage an independent context of M i.i.d. pairs, labels <x, w_h> + U(+-half_width).
 
@@ -92,7 +92,7 @@ def context_sums(
     return jnp.einsum("m,hm,hmd->hd", used, y, x)
 
 
-def action_values(family: Family, A: Array, S: Array) -> Array:
+def action_values(family: MDPFamily, A: Array, S: Array) -> Array:
     """Qhat [H, S, A] = phi(s, a)' A_h S_h from layers A [H, d, d] and context sums S [H, d]."""
     return jnp.einsum("sai,hij,hj->hsa", family.phi, A, S)
 
@@ -101,7 +101,7 @@ def action_values(family: Family, A: Array, S: Array) -> Array:
 def _pool_draw(n: int, batch: int, queries: int) -> Callable:
     """The draw function of one set of sizes: the same object on every call, so that nothing compiles twice."""
 
-    def draw(key: Array, family: Family, pool: Array, sigma: Array):
+    def draw(key: Array, family: MDPFamily, pool: Array, sigma: Array):
         which, prompts = jax.random.split(key)
         w = pool[jax.random.randint(which, (batch,), 0, pool.shape[0])]
         cdf = cumulative(family.design)
@@ -113,7 +113,7 @@ def _pool_draw(n: int, batch: int, queries: int) -> Callable:
 
 def trained_layers(
     key: Array,
-    family: Family,
+    family: MDPFamily,
     pool: Array,
     N: int,
     sigma: float,

@@ -11,7 +11,7 @@ from jax import Array
 
 from lindm.icl import predictors
 from lindm.icl.label_laws import oracle_labels
-from lindm.problems.linear_mdp import Family
+from lindm.problems.linear_mdp import MDPFamily
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm.types import Prompt
@@ -63,7 +63,7 @@ def own_targets(phi: Array, layers: Array, x: Array, r: Array, after: Array, M: 
 
 @jax.jit
 def losses(
-    family: Family, tests, layers: Array, centered_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array
+    family: MDPFamily, tests, layers: Array, centered_layers: Array, Psi: Array, mean: Array, M: Array, sigma: Array
 ) -> dict[str, Array]:
     """Exact suboptimality [tasks] of every method's greedy policy on the first M pairs, noise sigma on labels and rewards."""
     (H, _), (S, A, _) = mean.shape, family.phi.shape

@@ -8,7 +8,7 @@ import numpy as np
 
 from lindm.datasets import DatasetConfig
 from lindm.datasets.generate import TaskGenerator
-from lindm.evaluation.environments import Task
+from lindm.evaluation.environments import PolicyTask
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of
 from lindm.families.suites import Suite
 from lindm.solvers import dp
@@ -45,7 +45,7 @@ class AttentionLayer(TablePolicy):
         cross, second = np.einsum("nhi,nhj->hij", targets, features), np.einsum("nhi,nhj->hij", features, features)
         return cross @ np.linalg.pinv(second, hermitian=True)
 
-    def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+    def action_values(self, tasks: Sequence[PolicyTask]) -> list[np.ndarray]:
         values = []
         for task in tasks:
             H, S, A = mdp_of(task).problem.r.shape

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lindm.evaluation.environments import BeliefEnvironment, Task
+from lindm.evaluation.environments import BeliefEnvironment, PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers.belief import normalize
@@ -22,7 +22,7 @@ class BeliefPolicy(Policy):
         """The scores of one task, computed from its models before the first stage."""
         raise NotImplementedError
 
-    def init(self, tasks: Sequence[Task]) -> tuple[list[BeliefEnvironment], list[Score], np.ndarray | None]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[list[BeliefEnvironment], list[Score], np.ndarray | None]:
         environments = [_belief_environment(task) for task in tasks]
         scores = {id(env): self.score(env) for env in {id(env): env for env in environments}.values()}
         return environments, [scores[id(env)] for env in environments], None
@@ -40,7 +40,7 @@ class BeliefPolicy(Policy):
         return (environments, scores, beliefs), one_hot(actions, environments[0].num_actions)
 
 
-def _belief_environment(task: Task) -> BeliefEnvironment:
+def _belief_environment(task: PolicyTask) -> BeliefEnvironment:
     if not isinstance(env := task.known, BeliefEnvironment):
         raise ValueError(f"problem must be a POMDP or an APOMDP for this policy; got {type(env.problem).__name__}")
     return env

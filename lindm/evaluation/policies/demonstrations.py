@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lindm.evaluation.environments import Environment, MDPEnvironment, Task
+from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.text import Step
 
@@ -19,7 +19,7 @@ class BC(Policy):
 
     markov = True
 
-    def init(self, tasks: Sequence[Task]) -> tuple[Environment, np.ndarray]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Environment, np.ndarray]:
         return tasks[0].known, np.array([_table(task) for task in tasks])
 
     def step(self, state, observation: Observation):
@@ -40,7 +40,7 @@ def _seen(env: Environment, m, o):
     return 1 + m * env.num_observations + o
 
 
-def _table(task: Task) -> np.ndarray:
+def _table(task: PolicyTask) -> np.ndarray:
     """An action for each state, or for each number of `_seen`."""
     env = task.known
     size = env.num_states if isinstance(env, MDPEnvironment) else 1 + env.num_models * env.num_observations

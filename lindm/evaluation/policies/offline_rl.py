@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.evaluation.environments import Task
+from lindm.evaluation.environments import PolicyTask
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
 from lindm.icl import predictors
 
@@ -21,7 +21,7 @@ class LSVI(TablePolicy):
 
     pessimistic = False
 
-    def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+    def action_values(self, tasks: Sequence[PolicyTask]) -> list[np.ndarray]:
         values = []
         for task in tasks:
             H, S, A = mdp_of(task).problem.r.shape

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lindm import validate
-from lindm.evaluation.environments import Environment, MDPEnvironment, Task, double_precision
+from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTask, double_precision
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.solvers import ties, tree
 from lindm.solvers.belief import child_history, step_index
@@ -18,7 +18,7 @@ class Oracle(Policy):
 
     markov = exhaustive = True
 
-    def init(self, tasks: Sequence[Task]) -> tuple[list[Environment], list[Any], np.ndarray]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[list[Environment], list[Any], np.ndarray]:
         environments = [task.known for task in tasks]
         tables = {id(env): optimal_table(env) for env in {id(env): env for env in environments}.values()}
         return environments, [tables[id(env)] for env in environments], np.zeros(1, int)
@@ -52,7 +52,7 @@ class Random(Policy):
 
     markov = exhaustive = True
 
-    def init(self, tasks: Sequence[Task]) -> int:
+    def init(self, tasks: Sequence[PolicyTask]) -> int:
         return tasks[0].known.num_actions
 
     def step(self, state, observation: Observation):
@@ -68,7 +68,7 @@ class Behavior(Policy):
         validate.fraction(epsilon, "epsilon")
         self.epsilon, self.oracle = epsilon, Oracle()
 
-    def init(self, tasks: Sequence[Task]) -> Any:
+    def init(self, tasks: Sequence[PolicyTask]) -> Any:
         return self.oracle.init(tasks)
 
     def step(self, state, observation: Observation):

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.evaluation.environments import MDPEnvironment, Task
+from lindm.evaluation.environments import MDPEnvironment, PolicyTask
 from lindm.evaluation.policies.beliefs import LikeliestState
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
 from lindm.evaluation.policy import Episodes, Observation, Policy
@@ -23,7 +23,7 @@ class CertaintyEquivalence(Policy):
 
     markov = True
 
-    def init(self, tasks: Sequence[Task]) -> tuple[Policy, Any]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Policy, Any]:
         policy = EstimatedModel() if isinstance(tasks[0].known, MDPEnvironment) else LikeliestState()
         return policy, policy.init(tasks)
 
@@ -36,7 +36,7 @@ class CertaintyEquivalence(Policy):
 class EstimatedModel(TablePolicy):
     """Planning in the MDP of the demonstrations' relative frequencies and average rewards."""
 
-    def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+    def action_values(self, tasks: Sequence[PolicyTask]) -> list[np.ndarray]:
         estimates = [estimate(mdp_of(task).problem, task.demonstrations) for task in tasks]
         return [np.asarray(dp.backward_induction(estimated).Q) for estimated in estimates]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lindm.evaluation.environments import Task, double_precision
+from lindm.evaluation.environments import PolicyTask, double_precision
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers.belief import advance
@@ -31,7 +31,7 @@ class SolutionPolicy(Policy):
         with double_precision():
             self.table = np.asarray(greedy(solution.tables.Q)) if isinstance(solution.tables, Plan) else None  # [H, S] actions
 
-    def init(self, tasks: Sequence[Task]) -> BeliefState | None:
+    def init(self, tasks: Sequence[PolicyTask]) -> BeliefState | None:
         """The state before the first stage; None for an MDP."""
         if isinstance(self.solution.problem, MDP):
             return None

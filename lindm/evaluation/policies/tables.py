@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lindm.evaluation.environments import MDPEnvironment, Task, double_precision
+from lindm.evaluation.environments import MDPEnvironment, PolicyTask, double_precision
 from lindm.evaluation.policy import Episodes, Observation, Policy, one_hot
 from lindm.solvers.ties import greedy
 
@@ -14,11 +14,11 @@ class TablePolicy(Policy):
 
     markov = True
 
-    def action_values(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+    def action_values(self, tasks: Sequence[PolicyTask]) -> list[np.ndarray]:
         """Estimates of Q* [H, S, A], one for each task."""
         raise NotImplementedError
 
-    def init(self, tasks: Sequence[Task]) -> tuple[int, np.ndarray]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[int, np.ndarray]:
         for task in tasks:
             mdp_of(task)
         with double_precision():
@@ -31,7 +31,7 @@ class TablePolicy(Policy):
         return state, one_hot(tables[observation.task, observation.stage, observation.state], num_actions)
 
 
-def mdp_of(task: Task) -> MDPEnvironment:
+def mdp_of(task: PolicyTask) -> MDPEnvironment:
     """The environment of a task whose problem is an MDP. ValueError where it is none."""
     if not isinstance(env := task.known, MDPEnvironment):
         raise ValueError(f"problem must be an MDP for this policy; got {type(env.problem).__name__}")

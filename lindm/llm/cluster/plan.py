@@ -97,7 +97,7 @@ class DeviceLimits(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class MeshPlan:
     """The compiled step on one mesh; all numbers are per device and step."""
 
     mesh: dict[str, int]
@@ -203,7 +203,7 @@ def step_program(spec: StepSpec, mesh: Mesh) -> StepProgram:
     )
 
 
-def compile_plan(spec: StepSpec, mesh: Mesh, limits: DeviceLimits) -> Plan:
+def compile_plan(spec: StepSpec, mesh: Mesh, limits: DeviceLimits) -> MeshPlan:
     """Compile the step on a mesh; a program that XLA refuses for lack of memory is a plan that does not fit."""
     sizes = {axis: int(mesh.shape[axis]) for axis in AXES}
     program = step_program(spec, mesh)
@@ -215,11 +215,13 @@ def compile_plan(spec: StepSpec, mesh: Mesh, limits: DeviceLimits) -> Plan:
             raise
         seconds = time.perf_counter() - start
         refusal = str(e).strip().splitlines()[0][:300]
-        return Plan(mesh=sizes, fits=False, refusal=refusal, required_bytes=parse_required_bytes(str(e)), compile_seconds=seconds)
+        return MeshPlan(
+            mesh=sizes, fits=False, refusal=refusal, required_bytes=parse_required_bytes(str(e)), compile_seconds=seconds
+        )
     return plan_from_compiled(compiled, sizes, limits, time.perf_counter() - start)
 
 
-def plan_from_compiled(compiled: Any, sizes: dict[str, int], limits: DeviceLimits, compile_seconds: float = 0.0) -> Plan:
+def plan_from_compiled(compiled: Any, sizes: dict[str, int], limits: DeviceLimits, compile_seconds: float = 0.0) -> MeshPlan:
     """The plan of a compiled step."""
     analysis, cost = compiled.memory_analysis(), program_cost(compiled.as_text())
     memory = DeviceMemory(
@@ -229,7 +231,7 @@ def plan_from_compiled(compiled: Any, sizes: dict[str, int], limits: DeviceLimit
         code=analysis.generated_code_size_in_bytes,
     )
     fits = limits.memory is None or memory.peak <= (1 - HEADROOM) * limits.memory
-    return Plan(
+    return MeshPlan(
         mesh=sizes,
         fits=fits,
         memory=memory,
@@ -339,7 +341,7 @@ def compile_plans(
     limits: DeviceLimits,
     meshes: Sequence[dict[str, int]],
     progress: Callable[[int, int, str], None] = lambda done, total, mesh: None,
-) -> list[Plan]:
+) -> list[MeshPlan]:
     """The plan of every mesh: those that fit first, then by their lower bound on time.
 
     Args:
@@ -366,7 +368,7 @@ def model_flops(spec: StepSpec) -> float:
     return spec.accumulate * train_step_flops(spec.model_config, spec.method, spec.batch, spec.seq, spec.labels)
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: MeshPlan) -> dict[str, Any]:
     """A plan as JSON values: bytes, operations and seconds, per device and step."""
     values: dict[str, Any] = {"mesh": plan.mesh, "fits": plan.fits, "compile_seconds": round(plan.compile_seconds, 1)}
     if plan.memory is None or plan.cost is None:

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 from lindm.errors import NonFiniteError, Preempted, UsageError
 from lindm.io import directories, files, signals
 from lindm.io.manifest import write_manifest
-from lindm.io.progress import Progress, Task
+from lindm.io.progress import Progress, ProgressTask
 from lindm.llm.io import peft, weights
 from lindm.llm.parallel import devices, processes, sharding
 from lindm.llm.sft import checkpoints
@@ -176,7 +176,7 @@ class TrainLoop:
         evaluator: Evaluator,
         logger: MetricsLogger,
         progress: Progress,
-        task: Task,
+        task: ProgressTask,
     ):
         self.config, self.compiled_step, self.loader, self.evaluator = setup.config, compiled_step, loader, evaluator
         self.logger, self.progress, self.task, self.total = logger, progress, task, setup.optimizer.steps

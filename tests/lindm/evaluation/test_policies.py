@@ -11,7 +11,7 @@ from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import policies
 from lindm.evaluation.compare import read_tasks
-from lindm.evaluation.environments import Task, make_tasks
+from lindm.evaluation.environments import PolicyTask, make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policies import attention_layer, planning, registry
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
@@ -31,7 +31,7 @@ AMBIGUOUS = replace(HIDDEN, name="ambiguous", M=2, distance=0.3, alpha=0.7)
 
 @dataclass(frozen=True)
 class Tasks:
-    tasks: list[Task]
+    tasks: list[PolicyTask]
     source: Suite
     dataset: DatasetConfig
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lindm.problems.linear_mdp import carry, linear_mdp, onehot_family, second_moment, simplex_family
 from lindm.problems.linear_mdp import draw_task as eager_draw_task
+from lindm.problems.linear_mdp import linear_mdp, onehot_family, second_moment, simplex_family, with_second_moment
 from lindm.problems.linear_mdp import tabulate as eager_tabulate
 from lindm.solvers.dp import plan_linear
 
@@ -70,7 +70,7 @@ def test_a_task_of_a_one_hot_family_is_a_tabular_mdp_with_free_entries():
 
 
 def test_the_table_is_the_inner_product_written_out(family):
-    task = draw_task(jax.random.key(3), carry(family, random_covariance(0, 5.0)))
+    task = draw_task(jax.random.key(3), with_second_moment(family, random_covariance(0, 5.0)))
     phi, mu, theta = (np.asarray(leaf) for leaf in (task.phi, task.mu, task.theta))
     table = tabulate(task)
     for h, s, a in itertools.product(range(H), range(S), range(A)):
@@ -157,7 +157,7 @@ def test_carried_features_have_exactly_the_given_covariance(family, kappa):
     C = random_covariance(1, kappa)
     design = jnp.asarray(np.random.default_rng(2).dirichlet(np.ones(S * A)))
     for start in (family, replace(family, design=design)):
-        carried = carry(start, C)
+        carried = with_second_moment(start, C)
         np.testing.assert_allclose(second_moment(carried), C, rtol=0, atol=1e-12 * kappa)
         x = np.asarray(carried.phi).reshape(S * A, D)
         np.testing.assert_allclose((x.T * np.asarray(start.design)) @ x, C, rtol=0, atol=1e-12 * kappa)
@@ -166,7 +166,7 @@ def test_carried_features_have_exactly_the_given_covariance(family, kappa):
 @given(seed=st.integers(0, 10**6), kappa=st.sampled_from([1.0, 30.0, 1e3]))
 def test_carrying_a_family_keeps_every_one_of_its_mdps(seed, kappa):
     family = simplex_family(jax.random.key(seed % 7), S, A, D, H, low=-1.0, high=1.0)
-    carried = carry(family, random_covariance(seed, kappa))
+    carried = with_second_moment(family, random_covariance(seed, kappa))
     key = jax.random.key(seed)
     before, after = tabulate(draw_task(key, family)), tabulate(draw_task(key, carried))
     np.testing.assert_allclose(after.P, before.P, rtol=0, atol=1e-11)
@@ -176,7 +176,7 @@ def test_carrying_a_family_keeps_every_one_of_its_mdps(seed, kappa):
 
 def test_carrying_twice_is_carrying_once(family):
     C, key = random_covariance(3, 20.0), jax.random.key(5)
-    once, twice = carry(family, C), carry(carry(family, np.eye(D)), C)
+    once, twice = with_second_moment(family, C), with_second_moment(with_second_moment(family, np.eye(D)), C)
     np.testing.assert_allclose(second_moment(twice), C, atol=1e-11)
     np.testing.assert_allclose(tabulate(draw_task(key, twice)).P, tabulate(draw_task(key, once)).P, atol=1e-11)
 
@@ -204,13 +204,13 @@ def test_any_invertible_change_of_coordinates_gives_the_same_valid_problem(seed)
 )
 def test_a_covariance_that_is_none_raises_an_error(family, C, rule):
     with pytest.raises(ValueError, match=rule):
-        carry(family, C)
+        with_second_moment(family, C)
 
 
 def test_features_that_do_not_span_cannot_be_carried(family):
     flat = replace(family, phi=jnp.broadcast_to(family.phi[:1, :1], family.phi.shape))
     with pytest.raises(ValueError, match="second moment must be positive definite"):
-        carry(flat, np.eye(D))
+        with_second_moment(flat, np.eye(D))
 
 
 # --- problems built by hand
@@ -238,7 +238,7 @@ def test_arrays_of_mixed_precision_become_one_problem_that_can_be_planned(name):
 
 
 def test_a_drawn_task_is_valid(family):
-    for member in (family, carry(family, random_covariance(4, 100.0))):
+    for member in (family, with_second_moment(family, random_covariance(4, 100.0))):
         task = draw_task(jax.random.key(0), member)
         linear_mdp(task.phi, task.mu, task.theta, task.rho)
 

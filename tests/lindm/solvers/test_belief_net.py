@@ -227,7 +227,7 @@ def test_the_largest_of_functions_that_bend_as_their_slopes_allow_keeps_to_its_s
     low = rng.normal(size=(n, k, S))
     high = low + np.where(rng.uniform(size=(n, k, S)) < 0.5, 0, rng.exponential(size=(n, k, S)))
     bent = np.where(rng.uniform(size=(n, k)) < 0.5, 1, -1)  # convex or concave
-    top = nets.largest(nets.Near(at, at, low, high), ball)
+    top = nets.maximum(nets.LocalBounds(at, at, low, high), ball)
     np.testing.assert_array_equal(top.lower, at.max(1))
 
     def function(d: np.ndarray) -> np.ndarray:

@@ -333,7 +333,7 @@ def test_the_command_prints_one_json_object(config, capsys):
 
 
 def test_a_plan_that_was_refused_has_a_row_too(config, capsys, monkeypatch):
-    refused = plan.Plan(mesh={"fsdp": 8}, fits=False, refusal="too much", required_bytes=int(21.5 * GIB))
+    refused = plan.MeshPlan(mesh={"fsdp": 8}, fits=False, refusal="too much", required_bytes=int(21.5 * GIB))
     monkeypatch.setattr(plan, "compile_plans", lambda *a: [refused])
     assert cli.run(parsed(config, mesh="fsdp=8")) == 0
     out = capsys.readouterr().out
