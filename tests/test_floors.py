@@ -159,11 +159,11 @@ def test_a_module_says_what_it_is_and_a_library_module_stays_under_400_lines(pat
         ("from jax._src import core", "lindm.types"),
     ],
 )
-def test_what_is_forbidden_is_seen(source, module):
+def test_forbidden_imports_and_calls_are_found(source, module):
     assert complaints(source, module)
 
 
-def test_what_is_allowed_is_not_complained_about():
+def test_allowed_imports_and_calls_pass():
     assert complaints("import jax\nfrom lindm.types import MDP\nfrom lindm.validate import f", "lindm.problems.mdp") == []
     assert (
         complaints(

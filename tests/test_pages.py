@@ -82,7 +82,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_of_code_is_executed_or_says_why_not(page):
+def test_every_block_of_code_is_executed_or_has_a_reason_not_to(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page)), (
         "a fence is not closed, or not at the start of a line"

@@ -25,13 +25,13 @@ def records() -> list[dict]:
     return json.loads(json.dumps(raw))
 
 
-def test_it_runs_and_decides_and_draws_what_it_says(records):
+def test_smoke_records_decide_every_claim_and_draw_every_figure(records):
     verdicts = ambiguity.check(records)
     assert tuple(v.id for v in verdicts) == claim_ids("ambiguity")
     assert {v.figure for v in verdicts} == set(ambiguity.plot(records))
 
 
-def test_four_observations_a_year_tell_as_much_as_nine():
+def test_four_observations_a_year_have_the_information_of_nine():
     problem = prostate(3, alpha=0.3)
     fewer = ambiguity.merge_observations(problem)
     np.testing.assert_allclose(fewer.models.O.sum(-1), 1, rtol=1e-15)

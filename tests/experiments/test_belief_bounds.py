@@ -35,7 +35,7 @@ def seen():
     return [jax.tree.map(lambda x: np.asarray(x[0]), stack) for stack in stacks]
 
 
-def test_it_runs_and_decides_and_draws_what_it_says(records):
+def test_smoke_records_decide_every_claim_and_draw_every_figure(records):
     verdicts = belief_bounds.check(records)
     assert tuple(v.id for v in verdicts) == claim_ids("belief_bounds")
     assert {v.figure for v in verdicts} <= set(belief_bounds.plot(records))
@@ -57,7 +57,7 @@ def test_the_tigers_grid_is_the_tree_at_every_belief():
         np.testing.assert_allclose(tree.tree(moved).Q[0], Q[i], rtol=1e-12)
 
 
-def test_what_was_visited_has_the_answers_of_one_step_of_numpy(seen):
+def test_visited_histories_have_the_labels_of_one_numpy_step(seen):
     """At the last two stages, from the beliefs alone; both problems went through the same actions and observations."""
     for visited in seen:
         ambiguous, alpha = visited.problem.models, visited.problem.alpha

@@ -59,7 +59,7 @@ def test_losses_and_bounds_by_horizon_are_those_of_loops():
             np.testing.assert_allclose(out["quadratic"][n, H - 1], quadratic, rtol=1e-12)
 
 
-def test_with_exact_backups_nothing_is_lost():
+def test_exact_backups_lose_nothing():
     family = simplex_family(jax.random.key(1), 4, 2, 3, 3)
     mdps, plans, _, _ = exp.backward_pass(jax.random.key(2), family, tasks=8, M=16)
     np.testing.assert_allclose(exp.injected_losses(jax.random.key(0), mdps, plans, jnp.asarray(0.0)), 0, atol=1e-12)

@@ -46,7 +46,7 @@ def test_a_record_is_the_same_again(records):
 
 @pytest.mark.parametrize("suite", decisions.SUITES)
 @pytest.mark.parametrize("demos", ["oracle", "worse"])
-def test_rewards_are_told_where_demonstrations_are_worse_and_labels_are_not(suite, demos, monkeypatch):
+def test_texts_of_worse_demonstrations_show_rewards_and_no_labels(suite, demos, monkeypatch):
     """Training and evaluation get the same options; a text contains labels only as the actions of its demonstrations."""
     config, faced = [], []
 
@@ -126,7 +126,7 @@ def test_the_verdicts_follow_the_gaps():
         ("mdp", "sft", 0.35, {"sft-beats-icl", "sft-beats-cloning", "ood", "format", "behavior-context"}),
     ],
 )
-def test_one_bad_number_fails_its_claims_and_no_other(suite, policy, gap, fails):
+def test_a_number_out_of_its_band_fails_only_its_claims(suite, policy, gap, fails):
     gaps = copy.deepcopy(GOOD)
     gaps[suite][policy] = gap
     assert {id for id, verdict in verdicts(made(gaps)).items() if verdict == FAIL} == fails
@@ -217,7 +217,7 @@ def test_the_other_symbols_are_a_template_that_differs_everywhere(tmp_path):
         ({"model": "tiny"}, "more must be False for a tiny model"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(change, said):
+def test_invalid_configurations_raise_errors_that_name_the_field(change, said):
     with pytest.raises(ValueError, match=said):
         Config(**change)
 

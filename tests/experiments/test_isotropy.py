@@ -47,7 +47,7 @@ def test_no_action_differs_in_the_isotropic_families_and_some_do_elsewhere(recor
     assert record["coordinates"]["differing"] == 0
 
 
-def test_the_charge_of_equation_six_is_what_numpy_says(records):
+def test_the_charge_of_equation_six_equals_numpy(records):
     record, d = records[0], isotropy.d
     for name in (isotropy.ISOTROPIC[0], SIMPLEX):
         Lambda = np.asarray(second_moment(isotropy.families()[name]))

@@ -66,7 +66,7 @@ def test_the_layers_risk_is_what_contexts_that_are_drawn_give():
     assert llm_law.exact_layer(N, (M,))[0] == pytest.approx(measured, rel=0.01)
 
 
-def test_tokens_tell_pair_and_return_and_then_ask_for_every_pair():
+def test_tokens_hold_pairs_with_returns_and_then_a_query_for_every_pair():
     pairs, y = jnp.array([[0, 5], [3, 3]]), jnp.array([[1, 0], [0, 1]])
     result = llm_law.tokens(pairs, y)
     assert result.tolist() == [[1, 10, *range(12, 18)], [6, 7, *range(12, 18)]]
@@ -82,7 +82,7 @@ def test_training_learns_to_read_the_context():
     assert float(bayes) < float(mine) < 1.15 * float(bayes) < 0.9 / 12  # without the context: 1/12
 
 
-def test_what_a_line_in_one_over_M_leaves():
+def test_unexplained_variance_of_a_line_in_one_over_M():
     M = (2, 4, 8, 16)
     line = np.array([[3 / m + 0.1 for m in M], [1 / m + 0.5 for m in M]])
     assert llm_law.unexplained(line, M) == pytest.approx(0, abs=1e-12)
@@ -164,6 +164,6 @@ def test_points_end_with_the_language_model():
         ({"contexts": 100}, "contexts must be a multiple of 256; got 100"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(change, said):
+def test_invalid_configurations_raise_errors_that_name_the_field(change, said):
     with pytest.raises(ValueError, match=said):
         replace(QUICK, **change)

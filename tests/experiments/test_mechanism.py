@@ -102,7 +102,7 @@ def test_a_probe_finds_what_is_there_in_the_layer_where_it_is():
     np.testing.assert_allclose(result["of_mean"], of_mean / of_mean.mean(), atol=1e-5)
 
 
-def test_what_the_stage_explains_counts_as_nothing():
+def test_differences_between_stages_do_not_count():
     rng = np.random.default_rng(1)
     X, X_new = np.ones((60, 3, 1, 4)), np.ones((30, 3, 1, 4))
     X, X_new = X + np.arange(3)[:, None, None], X_new + np.arange(3)[:, None, None]  # reveals the stage only
@@ -136,7 +136,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_last_of_the_stream_is_what_the_model_says(trained):
+def test_the_last_stream_gives_the_logits_of_the_model(trained):
     reader, _ = trained
     model = nnx.merge(reader.graphdef, reader.weights)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 9)), jnp.int32)

@@ -25,7 +25,7 @@ def test_there_are_reference_records():
     assert {run.name for run in RUNS} == {"decisions", "llm_law", "mechanism"}
 
 
-def test_they_are_of_the_full_preset_and_whole(run):
+def test_reference_records_are_complete_and_of_the_full_preset(run):
     module, config, records = run
     assert config["preset"] == "full"
     config_of_records = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["config"].items()})
@@ -33,14 +33,14 @@ def test_they_are_of_the_full_preset_and_whole(run):
     assert [r["point"] for r in records] == points_of(module, module.FULL)
 
 
-def test_the_page_shows_their_verdicts(run):
+def test_the_page_shows_the_verdicts_of_the_records(run):
     module, _, records = run
     shown = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
     verdicts = {v.id: v.verdict for v in adjust(verdicts_of(module, records))}
     assert {id: shown.get(id) for id in verdicts} == verdicts
 
 
-def test_the_page_shows_their_gaps():
+def test_the_page_shows_the_gaps_of_the_records():
     """Every row of its tables: the fine-tuned model's gap and interval, and the others' beside it."""
     from lindm_experiments import decisions
 

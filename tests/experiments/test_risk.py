@@ -86,7 +86,7 @@ def test_label_noise_has_its_variance_and_heavy_tails_are_mostly_zero(laws):
     assert not noise.any()
 
 
-def test_what_is_measured_is_the_mean_over_contexts_cut_from_strips(laws):
+def test_measured_risk_is_the_mean_over_contexts_cut_from_strips(laws):
     law, rng = laws[risk.NOISY], np.random.default_rng(0)
     A, tasks = rng.normal(size=(2, 6, 6)), rng.normal(size=(1, 3, 6))
     key = jax.random.key(4)

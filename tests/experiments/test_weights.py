@@ -20,7 +20,7 @@ def records() -> list[dict]:
     return json.loads(json.dumps(raw))
 
 
-def test_it_runs_and_decides_and_draws_what_it_says(records):
+def test_smoke_records_decide_every_claim_and_draw_every_figure(records):
     verdicts = weights.check(records)
     assert tuple(v.id for v in verdicts) == claim_ids("weights")
     figures = weights.plot(records)

@@ -123,7 +123,7 @@ def test_extreme_concentrations_give_distributions_and_no_entry_is_preferred(c, 
 
 
 @pytest.mark.parametrize("c", [0.0, -0.5, -3.0, np.nan, np.inf])
-def test_a_concentration_without_a_law_gives_nan_and_comes_back(c):
+def test_a_concentration_without_a_law_gives_nan_and_returns(c):
     assert np.isnan(dirichlet(jax.random.key(0), c, (ROWS, N), jnp.float64)).all()
 
 

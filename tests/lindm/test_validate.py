@@ -25,7 +25,7 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, where, bad)
 
 
 @pytest.mark.parametrize("value", [np.array(["a"]), np.array([True]), np.array([1j]), np.array([None])])
-def test_what_is_not_a_real_number_is_refused(value):
+def test_values_that_are_not_real_numbers_raise_errors(value):
     with pytest.raises(ValueError, match="theta must hold real numbers"):
         validate.finite(value, "theta")
 
@@ -93,7 +93,7 @@ def test_counts_come_back_as_integers():
     assert type(validate.count(2.0, "H")) is int
 
 
-def test_the_shape_is_told_with_the_letters_of_its_axes():
+def test_errors_of_shapes_name_the_axes():
     with pytest.raises(ValueError, match=r"mu must have shape \[H, d, S\] = \(2, any, 3\); got \(2, 3\)"):
         validate.shaped(jnp.zeros((2, 3)), (2, None, 3), "mu", "H, d, S")
     with pytest.raises(ValueError, match="mu must have shape"):

@@ -80,7 +80,7 @@ def test_a_wrong_claim_is_named_with_its_file(lab, old, new, message):
         find_experiment(str(lab.directory / "lab" / "toy.py"))
 
 
-def test_an_experiment_without_claims_is_told_where_they_belong(lab):
+def test_an_experiment_without_claims_raises_an_error_that_names_their_file(lab):
     (lab.directory / "lab" / "toy.toml").unlink()
     code, _, err = lab.lindm("run", "toy")
     assert code == 3 and "toy.toml: no such file" in err

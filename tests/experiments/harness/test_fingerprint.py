@@ -59,7 +59,7 @@ def tree(tmp_path, monkeypatch):
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lindm_theory.policy_bounds", set()),
     ],
 )
-def test_what_a_statement_imports(tree, statement, modules):
+def test_imports_of_a_statement(tree, statement, modules):
     tree("lindm_theory/policy_bounds.py")
     tree("lindm_experiments/helper.py")
     tree("lindm/solvers/__init__.py")

@@ -170,7 +170,7 @@ def test_the_page_holds_verdicts_figures_configuration_and_provenance(directory)
         assert word in source
 
 
-def test_what_is_shown_on_the_page_is_escaped(directory):
+def test_values_on_the_page_are_escaped(directory):
     content = json.loads((directory / "verdicts.json").read_text())
     content["claims"][0]["note"] = "<script>alert(1)</script>{{ 7 * 7 }}"
     content["claims"][0]["predicted"] = 'a < b & "c"'

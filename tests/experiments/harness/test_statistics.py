@@ -49,7 +49,7 @@ def test_a_slope_of_what_has_no_logarithm_is_refused(y):
 
 
 @pytest.mark.parametrize("mean, verdict", [(0.0, PASS), (3.0, FAIL), (-3.0, FAIL), (1.0, INCONCLUSIVE)])
-def test_equivalence_decides_by_where_the_interval_lies(mean, verdict):
+def test_equivalence_compares_the_interval_with_the_band(mean, verdict):
     values = mean + 0.1 * np.array([-1.0, 1, -1, 1, -1, 1])
     assert equivalence(values, -1, 1).verdict == verdict
 
@@ -79,7 +79,7 @@ def test_one_sided_tests_agree_with_scipy():
     np.testing.assert_allclose(at_least(values, 1.0).p_pass, above, rtol=1e-12)
 
 
-def test_fewer_seeds_than_asked_for_decide_nothing():
+def test_fewer_seeds_than_required_decide_nothing():
     assert equivalence([0.0, 0.1, 0.0, 0.1], -1, 1, min_seeds=5).verdict == INCONCLUSIVE
     assert equivalence([9.0, 9.1, 9.0, 9.1], -1, 1, min_seeds=5).verdict == INCONCLUSIVE
     assert equivalence([0.0], -1, 1, min_seeds=1).verdict == INCONCLUSIVE

@@ -40,7 +40,7 @@ def work(tmp_path, finished):
     return tmp_path
 
 
-def test_what_directories_hold_is_found_in_them_or_one_below(work):
+def test_inputs_are_found_in_directories_and_their_children(work):
     inputs = pages.find_inputs([work / "verified", work / "more", work / "more" / "eval"])
     assert inputs.verifications == [work / "verified"]
     assert inputs.evaluations == [work / "more" / "eval"] and inputs.training == [work / "more" / "run"]
@@ -51,7 +51,7 @@ def test_what_directories_hold_is_found_in_them_or_one_below(work):
         pages.find_inputs([work / "verified", pages.Path("nowhere")])
 
 
-def test_tables_have_what_the_commands_wrote(work):
+def test_tables_hold_the_values_of_the_commands(work):
     pages.write_summary([work / "verified", work / "more"], work / "report")
     read = {p.stem: list(csv.DictReader(io.StringIO(p.read_text()))) for p in (work / "report" / "tables").glob("*.csv")}
     assert [row["id"] for row in read["claims"]] == ["q-risk", "controls/swap"]
@@ -79,7 +79,7 @@ def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, fin
     assert len([v for v in Page(source).fetched if v]) == 1, "the toy's figure"
 
 
-def test_tables_of_several_runs_tell_which_one(work, finished):
+def test_tables_of_several_runs_have_a_column_for_the_run(work, finished):
     for name in ("one", "two"):
         shutil.copytree(finished, work / name)
         (work / name / "table.csv").write_text(f"policy,gap\n{name},0.5\n")

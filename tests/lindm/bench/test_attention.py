@@ -57,7 +57,7 @@ def a_measurement(cost):
     }
 
 
-def test_rows_say_how_many_times_better_ours_is():
+def test_rows_have_the_ratio_to_the_peer():
     table = attention.rows(a_measurement(1.0), a_measurement(20.0), a_measurement(4.0))
     assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
     for row in table:

@@ -62,7 +62,7 @@ def test_the_peer_answers_the_same(measured):
 OURS = {"cost": 0.05, "decisions": 256, "tokens": 344.0, "memory": 200.0, "compile": 4.0}
 
 
-def test_rows_say_how_many_times_better_ours_is():
+def test_rows_have_the_ratio_to_the_peer():
     peer = {"cost": 1.0, "memory": 100.0, "same": 37, "answers": 37}
     rate, memory, compiling, compared = bench.rows(OURS, peer, "a peer")
     assert (rate["ours"], rate["peer"], rate["ratio"], rate["unit"]) == (20.0, 1.0, 20.0, "decisions/CPU-s")

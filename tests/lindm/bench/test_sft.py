@@ -103,7 +103,7 @@ def measured(cost):
 NAMES = {"full": "a peer", "lora": "another"}
 
 
-def test_rows_say_how_many_times_better_ours_is():
+def test_rows_have_the_ratio_to_the_peer():
     table = sft.rows(measured(2.0), measured(6.0), NAMES)
     assert all(set(row) == {"work", "ours", "peer", "peer_name", "ratio", "unit"} for row in table)
     rates = [row for row in table if row["unit"] == "tokens/CPU-s"]

@@ -83,7 +83,7 @@ def test_a_worker_is_a_process_of_its_own_on_one_core_with_one_thread(tmp_path, 
     assert timing.in_worker("measures_nothing", "a b", "c") == {"words": ["a b", "c"], "cores": 1, "threads": "1"}
 
 
-def test_a_worker_that_fails_says_why(tmp_path, monkeypatch):
+def test_a_worker_that_fails_reports_its_error(tmp_path, monkeypatch):
     (tmp_path / "measures_nothing.py").write_text("raise SystemExit('no such thing')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"`ours time` failed with exit code 1:\nno such thing"):

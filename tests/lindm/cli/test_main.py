@@ -211,7 +211,7 @@ def test_doctor_names_a_package_that_is_not_as_locked(tmp_path, monkeypatch):
     assert not check.ok and "locked 0.0.1" in check.result and "not-a-package missing" in check.result
 
 
-def test_doctor_says_so_when_results_cannot_be_written(tmp_path):
+def test_doctor_reports_that_results_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert not doctor.check_output(tmp_path / "file" / "below")[0].ok
 
@@ -303,7 +303,7 @@ def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_says_so_and_leaves_what_is_finished(tmp_path, number):
+def test_a_stopped_run_prints_a_message_and_keeps_finished_results(tmp_path, number):
     def make(out):
         words = ["data", "make", "mdp", "--horizon", "4", "--tasks", "30000", "--demos", "1", "--out", str(out)]
         return subprocess.Popen([sys.executable, "-m", "lindm", *words], stderr=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ def test_a_model_is_imported_and_shown(tmp_path, capsys):
     assert shown["vocabulary"] == "48, output layer not tied" and shown["rope"] == "default, theta 10000"
 
 
-def test_what_is_not_a_model_is_not_shown(tmp_path):
+def test_other_directories_raise_errors(tmp_path):
     source = reference.write(tmp_path / "source", "llama")
     (source / "model.safetensors").write_bytes(b"")
     with pytest.raises(LindmError, match="not a safetensors file"):

@@ -63,7 +63,7 @@ def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is
     assert next(rows, None) is None
 
 
-def test_a_conversation_says_what_happened_and_its_answers_are_the_labels(made, tmp_path):
+def test_a_conversation_holds_the_steps_and_its_answers_are_the_labels(made, tmp_path):
     _, path = export(made.mdp, "trl", tmp_path)
     rows, deviations = iter(lines(path)), 0
     for _, demos, query in queries(made.mdp):
@@ -147,7 +147,7 @@ def test_a_problem_with_more_actions_than_symbols_is_refused_before_anything_is_
     assert len(export(directory, "trl", tmp_path / "out", template=enough)) == 2
 
 
-def test_names_are_told_in_whole_words(made, tmp_path):
+def test_names_are_written_as_whole_words(made, tmp_path):
     """Without a template: COMPACT would write "middle wait:0.5"."""
     chosen, readable = (tmp_path / name for name in ("chosen", "readable"))
     export(made.mdp, "trl", chosen, names=True)
@@ -235,7 +235,7 @@ def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, func
     assert 10 < seen <= stops < 100
 
 
-def test_nothing_is_replaced_and_nothing_is_left_half_done(made, tmp_path):
+def test_exports_replace_no_file_and_leave_no_partial_file(made, tmp_path):
     (tmp_path / "messages.jsonl").write_text("mine")
     with pytest.raises(LindmError, match=r"messages\.jsonl already exists") as e:
         export(made.mdp, "trl", tmp_path)
@@ -289,7 +289,7 @@ def test_minari_loads_every_episode(made, tmp_path, monkeypatch, name):
         export(directory, "minari", tmp_path)
 
 
-def test_minari_is_told_what_it_needs(made, tmp_path, monkeypatch):
+def test_minari_exports_have_the_required_fields(made, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"dataset_id must be .*; got 'a/b-v0'"):
         export(made.mdp, "minari", tmp_path, dataset_id="a/b-v0")
     (path,) = export(made.mdp, "minari", tmp_path, dataset_id="mine-v3")

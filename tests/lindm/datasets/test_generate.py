@@ -13,7 +13,7 @@ from tests.lindm.datasets.conftest import SUITE, config
 APOMDPS = Suite(name="apomdps", horizon=2, S=2, A=2, O=2, M=2, quality=0.8, distance=0.5, alpha=0.7)
 
 
-def test_labels_with_bounds_say_so(tmp_path):
+def test_labels_with_bounds_have_their_certificate(tmp_path):
     datasets.make_dataset(tmp_path / "d", APOMDPS, config(tasks=2, demos=1, queries=1, method="net"))
     tasks = datasets.Dataset(tmp_path / "d").load()
     assert len(tasks) == 2 and tasks[0].arrays["P"] != tasks[1].arrays["P"]

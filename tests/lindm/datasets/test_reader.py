@@ -19,7 +19,7 @@ def same(x, y):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), x, y)
 
 
-def test_a_fixed_problem_comes_back_exactly_with_every_task(made):
+def test_a_fixed_problem_is_read_exactly_with_every_task(made):
     for name, kind in (("mdp", MDP), ("apomdp", APOMDP)):
         source = made.sources[name]
         tasks = Dataset(getattr(made, name)).load()
@@ -138,7 +138,7 @@ def test_damage_is_named_by_its_file(made, tmp_path, name):
         list(Dataset(tmp_path))
 
 
-def test_what_is_no_dataset_is_refused(tmp_path):
+def test_other_files_raise_errors(tmp_path):
     for text in ("[1]", "{", '{"config": {"format": "another"}}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(LindmError, match=r"manifest\.json: not") as e:

@@ -267,7 +267,7 @@ def test_names_must_fit_the_problem(tmp_path, source):
             make_dataset(tmp_path / "d", replace(source, **{part: names}), CONFIG)
 
 
-def test_parquet_and_json_lines_say_the_same(made):
+def test_parquet_and_json_lines_hold_the_same_values(made):
     for directory in (made.suite, made.mdp, made.apomdp):
         manifest = datasets.Dataset(directory).manifest
         for record in manifest["shards"]:
@@ -311,7 +311,7 @@ def test_a_suite_is_drawn_by_its_task_numbers(made, tmp_path):
         assert (tmp_path / "d" / name).read_bytes() == (made.suite / name).read_bytes()
 
 
-def test_no_file_tells_when_or_where_it_was_made(made):
+def test_no_file_holds_a_time_or_a_path(made):
     today = datetime.date.today()
     for directory in (made.suite, made.mdp, made.apomdp):
         for path in directory.iterdir():
@@ -333,7 +333,7 @@ def test_the_card_describes_every_column_and_no_other(made):
             assert described == pyarrow.parquet.read_schema(path).names
 
 
-def test_the_card_says_that_a_label_need_not_be_the_argmax_of_Q(made):
+def test_the_card_states_that_a_label_can_differ_from_the_argmax_of_Q(made):
     row = next(line for line in (made.apomdp / "README.md").read_text().splitlines() if line.startswith("| `label` |"))
     assert "greedy in the lower bounds, so where the certificate is bounded it may differ from the argmax of Q" in row
 

@@ -91,7 +91,7 @@ def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(t
         (["qmdp"], 2, "policy must be one of oracle, .* for an MDP; got 'qmdp'"),
     ],
 )
-def test_what_is_no_policy_is_refused_in_one_line(capsys, names, code, said):
+def test_unknown_policies_raise_an_error_of_one_line(capsys, names, code, said):
     arguments = [word for name in names for word in ("--policy", name)]
     assert main(["eval", "mdp", "--horizon", "4", "--tasks", "1", "--demos", "1", *arguments]) == code
     assert re.search(said, capsys.readouterr().err)
@@ -122,7 +122,7 @@ def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
         ("mdp --template readable", "template must be left out without a language model; got 'readable'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_printed(capsys, arguments, said):
+def test_invalid_policies_raise_an_error_before_the_first_result(capsys, arguments, said):
     assert main(["eval", *arguments.split(), "--policy", "bc"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and re.search(said, err)

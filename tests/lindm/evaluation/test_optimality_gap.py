@@ -161,7 +161,7 @@ def test_a_history_continues_the_one_that_it_names():
 
 
 @pytest.mark.parametrize("max_histories", [10_000, 30, 1])
-def test_a_stochastic_policy_loses_what_plain_recursion_says_and_is_sampled_where_it_reaches_too_many(max_histories):
+def test_the_loss_of_a_stochastic_policy_equals_the_recursion_and_is_sampled_above_the_limit(max_histories):
     problem, (P, r, rho) = random_mdp(4)
 
     def law(history):

@@ -117,7 +117,7 @@ def value(problem, table):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_table_loses_what_the_recursion_of_the_solvers_says(tasks, mixed):
+def test_the_loss_of_a_table_equals_the_recursion_of_the_solvers(tasks, mixed):
     rng = np.random.default_rng(1)  # none of its tables is optimal
     for task in tasks.tasks[:3]:
         problem = task.known.problem
@@ -173,7 +173,7 @@ def test_the_oracle_loses_nothing_the_random_policy_everything_and_the_behavior_
     assert all(0.5 - 1e-9 <= one.agreement < 0.7 for one in random), "of two actions one is the best, or both are"
 
 
-def test_in_an_ambiguous_problem_the_random_policy_is_worth_what_the_recursion_says(brute):
+def test_the_value_of_the_random_policy_in_an_apomdp_equals_the_recursion(brute):
     small = brute.random(2, S=2, A=2, O=2, M=2, H=3, alpha=0.6)
     problem = small.problem()
     V = small.V(list(small.rho), 0, (), lambda t, h: np.full(small.A, 1 / small.A))
@@ -336,7 +336,7 @@ def test_every_policy_of_the_table_is_made_and_the_default_ones_are_cheap(suite)
     assert set(default) <= set(names) and {"oracle", "random", "bc"} <= set(default) and "layer" not in default
 
 
-def test_a_policy_that_needs_the_problem_says_so():
+def test_a_policy_that_needs_the_problem_raises_an_error_without_it():
     for policy in (policies.oracle(), policies.bc(), policies.qmdp(), policies.lsvi()):
         with pytest.raises(ValueError, match="problem must be given"):
             policy.act((), [Step(None, state=0)])

@@ -28,7 +28,7 @@ def test_the_policy_of_a_solution_loses_no_more_than_the_bounds_are_apart(name, 
         assert results["solution"].gap == results["oracle"].gap and results["solution"].method == "exact"
 
 
-def test_the_policy_of_a_solution_acts_as_the_recursion_says_along_an_episode(brute):
+def test_the_policy_of_a_solution_takes_the_actions_of_the_recursion(brute):
     reference = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
     policy, zero = SolutionPolicy(solve(reference.problem())), np.zeros(1, int)
     for observations in ((0, 1), (1, 1)):

@@ -33,7 +33,7 @@ def test_a_directory_with_files_is_not_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_a_living_writer_is_not_disturbed(tmp_path):
+def test_leftovers_of_killed_writers_are_removed_and_live_writers_kept(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from lindm.io.directories import atomic_directory\n"
         "with atomic_directory(Path(sys.argv[1])) as t: (t / 'a').write_text('x'); os.kill(os.getpid(), 9)"

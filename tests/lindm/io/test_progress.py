@@ -55,7 +55,7 @@ def test_plain_lines_have_count_rate_time_elapsed_and_time_left(clock, stream):
     ]
 
 
-def test_what_was_finished_before_does_not_count_for_the_rate(clock, stream):
+def test_earlier_progress_does_not_count_for_the_rate(clock, stream):
     with Progress(Console(file=stream, width=200)) as shown:
         task = shown.add("tasks")
         task.update(90, 100)

@@ -168,7 +168,7 @@ def test_a_language_model_is_read_when_its_turn_comes(micro):
         policies["oracle"]
 
 
-def test_options_of_texts_are_refused_where_nobody_reads_them():
+def test_options_of_texts_raise_an_error_without_a_language_model():
     for option, value in (("template", "readable"), ("rewards", "shown")):
         with pytest.raises(ValueError, match=f"{option} must be left out without a language model; got '{value}'"):
             PoliciesByName(["oracle", "bc"], SUITE, DATASET, **{option: value})

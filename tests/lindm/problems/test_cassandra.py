@@ -210,7 +210,7 @@ def test_no_number_is_negative_zero():
         assert not np.signbit(getattr(got, field)).any()
 
 
-def test_the_preamble_comes_in_any_order():
+def test_the_preamble_may_have_any_order():
     lines = [*PREAMBLE.splitlines(), "start include: b c"]
     want = model("start include: b c\nT: * identity O: * uniform")
     for order in itertools.permutations(lines):
@@ -290,12 +290,12 @@ def random_model(seed: int, r, sizes=(3, 2, 4), names=True) -> Model:
     r=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=6, max_size=6),
     names=st.booleans(),
 )
-def test_a_model_comes_back_to_the_last_bit(seed, r, names):
+def test_a_model_is_read_exactly_as_written(seed, r, names):
     there = random_model(seed, r, names=names)
     same(parse(write(there)), there)
 
 
-def test_a_larger_model_comes_back_and_zeros_are_left_out():
+def test_a_larger_model_is_read_as_written_and_zeros_are_left_out():
     there = random_model(1, np.zeros(40 * 3), sizes=(40, 3, 7))
     P = np.zeros((40, 3, 40))
     P[np.arange(40), :, (np.arange(40) + 1) % 40] = 1

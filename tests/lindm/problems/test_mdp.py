@@ -18,7 +18,7 @@ def arrays(seed: int = 0):
     return {"P": rng.dirichlet(np.ones(S), (H, S, A)), "r": rng.normal(size=(H, S, A)), "rho": rng.dirichlet(np.ones(S))}
 
 
-def test_a_good_problem_comes_back_as_it_was_given():
+def test_a_valid_problem_is_returned_unchanged():
     given_arrays = arrays()
     problem = mdp(**given_arrays)
     for name, array in given_arrays.items():

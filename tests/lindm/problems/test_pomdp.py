@@ -40,7 +40,7 @@ def value(problem, b, h=0):
     return best
 
 
-def test_a_good_problem_comes_back_as_it_was_given():
+def test_a_valid_problem_is_returned_unchanged():
     given_arrays = arrays()
     problem = pomdp(**given_arrays)
     for name, array in given_arrays.items():

@@ -86,7 +86,7 @@ def test_the_optimal_value_lies_between_the_bounds_at_all_beliefs_of_all_stages(
 
 
 @given(seed=st.integers(0, 10**6), P_kind=st.sampled_from(KINDS), O_kind=st.sampled_from(KINDS))
-def test_what_a_trial_wrote_down_bounds_the_action_values_and_policies_it_stands_for(seed, P_kind, O_kind):
+def test_vectors_of_a_trial_bound_their_action_values_and_policies(seed, P_kind, O_kind):
     problem = model(seed, P_kind=P_kind, O_kind=O_kind)
     bounds, slack = hsvi(problem, trials=TRIALS), rounding(problem)
     for h in range(3):

@@ -206,7 +206,7 @@ def test_a_policy_of_the_wrong_shape_or_with_wrong_entries_raises_an_error(brute
         tree.checked_policy(problem, (jnp.array([[0.2, 0.2]]), good[1]))
 
 
-def test_a_tree_takes_no_more_memory_than_it_says():
+def test_a_tree_takes_no_more_memory_than_memory_bytes():
     code = (
         "import resource, jax; jax.config.update('jax_enable_x64', True)\n"
         "from lindm.solvers import tree\n"

@@ -101,7 +101,7 @@ def test_the_built_in_templates_look_as_intended():
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
-def test_nothing_an_empty_episode_and_a_question_are_three_texts(template):
+def test_no_episode_an_empty_episode_and_a_query_have_different_texts(template):
     few = [
         Document(),
         Document((), (Step(None),)),
@@ -495,7 +495,7 @@ FIELDS = ("name", "opening", "episode", "step", "closing", "actions", "states", 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
 @pytest.mark.parametrize("suffix", ["json", "toml"])
-def test_a_template_comes_back_from_its_file(tmp_path, template, suffix):
+def test_a_template_is_read_from_its_file_unchanged(tmp_path, template, suffix):
     given = {name: value for name in FIELDS if (value := getattr(template, name)) is not None}
     lines = [f"{name} = {json.dumps(value)}\n" for name, value in given.items()]
     path = tmp_path / f"mine.{suffix}"

@@ -311,7 +311,7 @@ def test_kubernetes_hands_lindm_the_very_words(words):
     assert [expanded(word) for word in container["args"]] == words
 
 
-def test_nothing_of_the_environment_is_written(monkeypatch):
+def test_environment_variables_are_not_written(monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "USER", "HOME"):
         monkeypatch.setenv(name, "s3cr3t-0f-mine")
     for job in JOBS:
@@ -433,7 +433,7 @@ def test_a_topology_that_does_not_exist_is_refused_with_the_list_of_those_that_d
         (RayWorkers, {"workers": 1, "restarts": -1}, "restarts must be at least 0"),
     ],
 )
-def test_what_cannot_be_launched_is_refused(kind, options, message):
+def test_invalid_jobs_raise_errors(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
 

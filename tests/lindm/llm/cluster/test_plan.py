@@ -131,7 +131,7 @@ def test_the_bound_is_the_slowest_of_the_three(full):
     assert full.bound_seconds == max(full.time_bounds.values())
 
 
-def test_what_fills_more_than_the_headroom_leaves_does_not_fit(full, program_in_parts, cut):
+def test_a_program_that_exceeds_memory_minus_headroom_does_not_fit(full, program_in_parts, cut):
     assert full.fits and full.memory.peak > 0
     for room, fits in ((cut.memory.peak / (1 - plan.HEADROOM) + 1, True), (cut.memory.peak * 1.04, False)):
         assert plan.plan_from_compiled(program_in_parts, {}, LIMITS._replace(memory=int(room))).fits is fits

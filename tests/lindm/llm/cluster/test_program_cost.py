@@ -75,7 +75,7 @@ def test_convolutions_count_what_does_not_fall_into_the_padding_as_xla_does(opti
     assert said is not None and program_cost(program.as_text()).flops == said["flops"]
 
 
-def test_without_loops_products_and_traffic_are_what_xla_counts():
+def test_costs_of_programs_without_loops_equal_those_of_xla():
     def unrolled(x, layers):
         for w in layers:
             x = jnp.tanh(x @ w)
@@ -98,7 +98,7 @@ def test_a_slice_that_a_loop_takes_of_stacked_weights_is_not_the_whole_stack():
     assert n * k * k * 4 <= counted.memory_bytes <= 4 * n * k * k * 4  # each layer is read once, perhaps copied first
 
 
-def test_what_a_loop_writes_into_a_stack_is_not_the_whole_stack():
+def test_a_loop_that_writes_into_a_stack_counts_the_written_slice():
     def outputs(x):
         return jax.lax.scan(lambda x, _: (x * 1.5, x), x, None, length=64)[1]
 
@@ -130,7 +130,7 @@ SHARD = 16 * 32 * 4  # bytes of f32[16, 32]
         (lambda x: jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]), P("x"), "collective-permute", SHARD),
     ],
 )
-def test_what_a_device_sends(f, spec, kind, sent):
+def test_sent_bytes_of_collectives(f, spec, kind, sent):
     counted = exchanged(f, (128, 32), specs=((P("x"),), spec))
     (one,) = counted.collectives
     assert (one.kind, one.count) == (kind, 1) and counted.sent_bytes == pytest.approx(sent)

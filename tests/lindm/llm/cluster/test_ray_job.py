@@ -215,7 +215,7 @@ def test_two_workers_are_two_processes_of_one_run_and_a_lost_one_is_replaced(clu
 
 
 @mark
-def test_what_a_worker_says_ends_the_run_without_another_attempt(cluster, tmp_path):
+def test_an_error_of_a_worker_ends_the_run_without_another_attempt(cluster, tmp_path):
     def loop(config):
         import time
         from pathlib import Path

@@ -297,7 +297,7 @@ def test_an_address_that_is_none_is_refused(arguments, output):
         distributed.initialize(*arguments)
 
 
-def test_a_process_that_was_started_alone_joins_nobody(monkeypatch):
+def test_a_single_process_joins_no_group(monkeypatch):
     monkeypatch.setattr(distributed, "_initialize", lambda **_: pytest.fail("a socket would be opened"))
     for name in ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
@@ -329,14 +329,14 @@ def test_a_guarded_process_ends_as_it_would_alone(code):
     assert (done.returncode, done.stdout, done.stderr) == (code, "out\n", "err\n")
 
 
-def test_a_guarded_process_that_dies_of_something_else_says_of_what():
+def test_the_error_of_a_guarded_process_names_its_cause():
     killed = guarded("os.kill(os.getpid(), signal.SIGKILL)")
     assert killed.returncode == 128 + 9 and killed.stderr == "err\nlindm: error: ended by SIGKILL\n"
     aborted = guarded("os.abort()")
     assert aborted.returncode == 128 + 6 and "lindm: error: ended by SIGABRT" in aborted.stderr
 
 
-def test_a_guarded_process_gets_the_signals_and_everything_that_it_says_comes_out():
+def test_a_guarded_process_gets_signals_and_its_output_is_passed_on():
     output = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
     output += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(20)"
     assert guarded(output).returncode == 75
@@ -375,7 +375,7 @@ LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JA
         (LAST + "something new", "lost another process:"),
     ],
 )
-def test_what_the_coordination_service_says_names_the_lost_process(output, named):
+def test_messages_of_the_coordination_service_name_the_lost_process(output, named):
     assert named in (supervisor.diagnose_abort(output) or "")
 
 

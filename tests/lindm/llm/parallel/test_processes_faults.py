@@ -153,7 +153,7 @@ def test_two_processes_train_as_one_does(micro, reference, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_what_is_wrong_in_every_process_ends_every_process_with_its_own_exit_code(start, tmp_path):
+def test_an_error_in_every_process_ends_each_with_its_exit_code(start, tmp_path):
     pair = start(tmp_path / "out", "--mesh", "fsdp=3")
     assert pair.codes(120) == [2, 2]
     assert all("mesh must use all 2 devices" in path.read_text() for path in pair.said)

@@ -68,7 +68,7 @@ def copied(saved, tmp_path):
 
 
 @pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 1), (2, 2), (1, 2), (8, 1)])
-def test_what_was_saved_on_eight_devices_is_restored_bit_by_bit_on_others(saved, fsdp, tensor):
+def test_checkpoints_of_eight_devices_are_restored_exactly_on_other_meshes(saved, fsdp, tensor):
     mesh = mesh_of(fsdp, tensor)
     restored = checkpoints.restore(saved, template(mesh))
     assert (restored.step, restored.progress, restored.skipped) == (6, {"best": 3.0}, ())
@@ -80,7 +80,7 @@ def test_an_empty_directory_has_no_checkpoint(tmp_path):
     assert checkpoints.restore(tmp_path / "none", template(mesh_of(1, 1))) is None
 
 
-def test_only_the_newest_are_kept_and_nothing_else_is_left(copied):
+def test_only_the_newest_checkpoints_are_kept(copied):
     mesh = mesh_of(1, 1)
     checkpoints.save(copied, 9, placed(arrays(9), mesh), {}, keep=2)
     assert sorted(p.name for p in copied.iterdir()) == ["00000006", "00000009"]
@@ -120,7 +120,7 @@ def test_a_file_that_is_missing_empty_or_cut_is_seen(copied, harm):
         path.write_bytes(good)
 
 
-def test_when_no_step_is_intact_it_says_what_is_wrong_with_each(copied):
+def test_an_error_lists_the_damage_of_every_checkpoint(copied):
     (copied / "00000006" / "manifest.json").write_text("{")
     (copied / "00000003" / "progress.json").unlink()
     with pytest.raises(LindmError) as stop:

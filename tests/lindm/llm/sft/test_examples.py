@@ -148,7 +148,7 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
     assert [(e.source, e.group) for e in examples] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
 
 
-def test_of_a_conversation_in_two_parts_the_answers_of_the_completion_are_trained(tmp_path):
+def test_answers_of_the_completion_of_a_conversation_are_trained(tmp_path):
     path = written(tmp_path / "rows.jsonl", {"prompt": TURNS[:3], "completion": TURNS[3:]}, {"messages": TURNS})
     part, whole = load_examples(path, TOKENIZER)
     assert trained_texts(TOKENIZER, part) == ["B or C<|im_end|>"]

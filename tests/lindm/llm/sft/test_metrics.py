@@ -11,7 +11,7 @@ def lines(directory):
     return (directory / "metrics.jsonl").read_text().splitlines()
 
 
-def test_what_was_written_after_the_step_that_a_run_resumes_from_is_cut_off(tmp_path):
+def test_records_after_the_step_of_resumption_are_cut_off(tmp_path):
     logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=False, enabled=True)
     for step in range(1, 6):
         logger.log("train", step, loss=1 / step)

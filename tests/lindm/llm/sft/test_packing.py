@@ -153,7 +153,7 @@ def run():
     return lambda batch: np.asarray(logits(*(jnp.asarray(x) for x in (batch.ids, batch.positions, batch.segments))))
 
 
-def test_what_shares_a_row_computes_what_it_would_alone():
+def test_packed_documents_have_the_loss_of_separate_ones():
     examples = some_examples(np.random.default_rng(3), 12)
     rows = pack([len(e.ids) for e in examples], 24)
     assert max(len(row) for row in rows) > 2
@@ -256,7 +256,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     np.testing.assert_allclose(first, 500, atol=5 * np.sqrt(4000 / 8 * 7 / 8))
 
 
-def test_what_is_no_stream_is_refused():
+def test_invalid_streams_raise_errors():
     for n, size in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="num_rows and rows_per_step must be at least 1"):
             batch_order(n, size, 0)

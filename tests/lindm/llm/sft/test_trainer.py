@@ -45,7 +45,7 @@ def finished(micro, tmp_path_factory):
     return out
 
 
-def test_a_run_learns_and_writes_what_it_says(micro, finished, capsys):
+def test_a_run_learns_and_writes_its_outputs(micro, finished, capsys):
     records = metrics.read_metrics(finished)
     train, looked = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
     assert [r["step"] for r in train] == list(range(1, 31)) and [r["step"] for r in looked] == [0, 8, 16, 24, 30]
@@ -135,9 +135,7 @@ def uninterrupted(micro, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where, step", [("decisions", 0), ("loss", 2), ("decisions", 4)])
-def test_asked_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_it_resumes(
-    micro, uninterrupted, tmp_path, monkeypatch, where, step
-):
+def test_a_stop_during_evaluation_saves_and_the_resumed_run_evaluates(micro, uninterrupted, tmp_path, monkeypatch, where, step):
     calls = {"evaluations": 0}
     name = "_evaluate_decisions" if where == "decisions" else "__call__"
     work = getattr(trainer.Evaluator, name)
@@ -254,7 +252,7 @@ def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\); got 1.0"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(micro, tmp_path, changes, message):
+def test_invalid_options_raise_errors_that_name_the_option(micro, tmp_path, changes, message):
     with pytest.raises((ValueError, LindmError), match=message):
         trainer.train(options(micro, tmp_path / "out", **changes))
     assert not (tmp_path / "out" / "checkpoints").exists()
