@@ -126,6 +126,45 @@ def test_on_the_cliff_the_bound_is_the_loss_at_every_horizon_and_its_mutants_are
         assert imitation.classical_bound(imitation.stage_deviations(P, rho, expert, q), 1.0) > 0.5 * H * loss
 
 
+def test_the_greedy_policy_pays_the_log_loss_over_log_two_and_the_rate_is_attained(case):
+    problem, expert, q = case
+    log_loss = imitation.trajectory_log_loss(problem.P, problem.rho, expert, q)
+    value_range = imitation.return_range(problem.P, problem.r, problem.rho)
+    assert problem.loss(q.argmax(-1)) <= imitation.greedy_log_loss_bound(value_range, log_loss)
+    # two start states; in the second the right action has probability 1/2 - 1e-9
+    P, r = np.full((1, 2, 2, 2), 0.5), np.array([[[1.0, 0.0], [1.0, 0.0]]])
+    rho, expert = np.array([0.7, 0.3]), np.zeros((1, 2), int)
+    q = np.array([[[1.0, 0.0], [0.5 - 1e-9, 0.5 + 1e-9]]])
+    bound = imitation.greedy_log_loss_bound(1.0, imitation.trajectory_log_loss(P, rho, expert, q))
+    np.testing.assert_allclose(bound, 0.3, rtol=1e-6)
+    assert rho @ (1 - r[0, np.arange(2), q[0].argmax(-1)]) == 0.3
+
+
+def test_hot_soft_labels_have_the_greedy_policy_of_least_squares():
+    rng = np.random.default_rng(4)
+    n, d, states, A = 40, 3, 5, 4
+    phi, S, w = rng.normal(size=(states, A, d)), rng.normal(size=(n, d)), rng.normal(size=(n, d))
+    w += S @ rng.normal(size=(d, d))
+    Q = np.einsum("sad,nd->nsa", phi, w)
+    squares = np.asarray(imitation.least_squares_weights(w, S, np.full(n, 1 / n)))
+    design = np.einsum("sai,nj->nsaij", phi, S).reshape(-1, d * d)  # least squares on all queries, by another route
+    np.testing.assert_allclose(squares.ravel(), np.linalg.lstsq(design, Q.ravel(), rcond=None)[0], rtol=1e-9)
+
+    def softmax(x):
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    T = 1e4
+    target, B = softmax(Q / T), np.zeros((d, d))
+    x = np.einsum("sai,nj->nsaij", phi, S).reshape(n, states, A, d * d)
+    for _ in range(5):  # Newton
+        p = softmax(x @ B.ravel())
+        mean = np.einsum("nsa,nsak->nsk", p, x)
+        hessian = np.einsum("nsa,nsak,nsal->kl", p, x, x) - np.einsum("nsk,nsl->kl", mean, mean)
+        B -= np.linalg.solve(hessian, np.einsum("nsa,nsak->k", p - target, x)).reshape(d, d)
+    np.testing.assert_allclose(T * B, squares, atol=1e-2 * abs(squares).max())
+
+
 def test_a_stochastic_expert_pays_the_square_root_and_the_rate_is_attained(case):
     problem, _, q = case
     soft = draw_imitator(17, problem.r.shape)

@@ -146,6 +146,15 @@ def log_loss_bound(value_range: Array | float, log_loss: Array) -> Array:
     return value_range * -jnp.expm1(-log_loss)
 
 
+def greedy_log_loss_bound(value_range: Array | float, log_loss: Array) -> Array:
+    """V^pi - V^greedy <= R min(1, E ell / log 2) for the policy that takes the likeliest action of q (ours).  [...] -> [...].
+
+    Where it errs, q gives the expert's action at most 1/2, so ell >= log 2 on such a trajectory. A bound of this size is needed:
+    q = 1/2 - 0 on a fraction of the trajectories and 1 elsewhere attains it.
+    """
+    return value_range * jnp.minimum(1.0, log_loss / jnp.log(2.0))
+
+
 def stochastic_expert_bound(value_range: Array | float, hellinger: Array) -> Array:
     """|V^pi - V^q| <= R D sqrt(1 - D^2/4) for a stochastic expert; hellinger is D^2 (derived here; cf. [FBM]).  [...] -> [...].
 
@@ -195,3 +204,12 @@ def soft_label_price(temperature: Array | float, actions: int, H: int) -> Array:
     level = jnp.log(jnp.asarray(actions - 1.0)) - 1.0
     u = jax.lax.fori_loop(0, 30, newton, jnp.log1p(jnp.exp(level)))
     return H * temperature * u
+
+
+def least_squares_weights(w: Array, S: Array, weights: Array) -> Array:
+    """A = (sum c w S')(sum c S S')^{-1}: the squared loss on Q over a finite set of contexts, whatever the law of the queries.
+
+    w and S [n, d], weights c [n] -> [d, d]. Cross-entropy on soft labels softmax(Q*/T) tends to the same greedy policy as T grows
+    (ours): KL(softmax(Q/T) || softmax(f/T)) = sum_a (Q - f, centered over the actions)^2 / (2 A T^2) + O(T^-3).
+    """
+    return jnp.linalg.solve((S * weights[:, None]).T @ S, (S * weights[:, None]).T @ w).T
