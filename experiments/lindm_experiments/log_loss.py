@@ -27,7 +27,7 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm.problems.linear_mdp import Family, second_moment, simplex_family, tabulate
+from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm.types import MDP, Plan
@@ -68,7 +68,7 @@ SMOKE = Config(seeds=2, T=(16, 64), tasks=16, horizon=3)
 
 
 @partial(jax.jit, static_argnames=("tasks", "M"))
-def draw_data(key: Array, family: Family, tasks: int, M: int) -> tuple[MDP, Plan, Array, Array]:
+def draw_data(key: Array, family: MDPFamily, tasks: int, M: int) -> tuple[MDP, Plan, Array, Array]:
     """Tasks with their plans, w [tasks, H, d], and the sums S [tasks, H, d] of one noiseless context for each stage."""
     k_tasks, k_contexts = jax.random.split(key)
     problems, plans, w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family))(jax.random.split(k_tasks, tasks))
@@ -111,7 +111,7 @@ def cross_entropy_weights(phi: Array, S: Array, target: Array, weights: Array) -
 
 
 @jax.jit
-def train_layers(family: Family, plans: Plan, w: Array, S: Array, T: Array, temperature: Array) -> tuple[Array, Array]:
+def train_layers(family: MDPFamily, plans: Plan, w: Array, S: Array, T: Array, temperature: Array) -> tuple[Array, Array]:
     """Layers [len(T), LABELS, H, d, d] of the first T tasks, and the largest gradient that is left."""
     Q = plans.Q
     gap = jnp.mean(Q.max(-1, keepdims=True) - Q)
@@ -133,7 +133,7 @@ def train_layers(family: Family, plans: Plan, w: Array, S: Array, T: Array, temp
 
 
 @jax.jit
-def greedy_losses(family: Family, mdps: MDP, plans: Plan, S: Array, layers: Array) -> Array:
+def greedy_losses(family: MDPFamily, mdps: MDP, plans: Plan, S: Array, layers: Array) -> Array:
     """Exact mean loss [...] of the greedy policies of layers [..., H, d, d] on test tasks with context sums S [n, H, d]."""
 
     def one(layer: Array) -> Array:
@@ -161,7 +161,7 @@ def cliff(mdp: MDP, expert: Array) -> MDP:
 
 
 @jax.jit
-def losses_and_bounds(family: Family, mdps: MDP, plans: Plan, S: Array, layer: Array) -> dict[str, Array]:
+def losses_and_bounds(family: MDPFamily, mdps: MDP, plans: Plan, S: Array, layer: Array) -> dict[str, Array]:
     """Losses and bounds [n] of the stochastic policy softmax(phi'A S) on every task, and on its cliff."""
 
     def one(mdp: MDP, plan: Plan, S: Array) -> dict[str, Array]:
