@@ -49,10 +49,12 @@ from lindm_experiments.harness.figures import (
     PURPLE,
     RED,
     SEED,
+    label_line_ends,
     plot_seeds,
 )
 from lindm_experiments.harness.statistics import clopper_pearson
-from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict, of_seeds
+from lindm_experiments.lib.apomdps import first_stages, merge_observations, value_span, with_start
 
 ROUNDING = 1e-10  # relative to the most that two policies can differ by
 SHORT = 3  # stages of a random problem where many of its values are needed
@@ -106,39 +108,11 @@ def draw_problems(key: Array, distance: Array, problems: int) -> APOMDP:
     return jax.vmap(lambda k: draw_apomdp(k, S=3, A=2, O=2, H=4, M=3, distance=distance))(jax.random.split(key, problems))
 
 
-def shortened(problem: APOMDP, stages: int) -> APOMDP:
-    """The same without its later stages; of one problem, whose kernels are the same at every stage."""
-    return replace(problem, models=replace(problem.models, r=problem.models.r[:, :stages]))
-
-
-def merge_observations(problem: APOMDP) -> APOMDP:
-    """`prostate` with four observations a year: a positive biopsy, or the bin of PSA without one.
-
-    The action tells `null` and `negative` apart, and after a positive biopsy the state is known: only histories are lost.
-    """
-    kept = np.zeros((9, 4))
-    for bin in range(3):
-        kept[3 * bin : 3 * bin + 3, [bin, 3, bin]] = np.eye(3)  # negative, positive, null
-        kept[3 * bin, bin] = kept[3 * bin + 2, bin] = 1
-    return replace(problem, models=replace(problem.models, O=problem.models.O @ kept))
-
-
 def draw_rewards(rng: np.random.Generator, pairs: int, variation: float) -> list[dict[str, float]]:
     """The losses of `prostate` times factors in [1 - variation, 1 + variation]; draw and mirror image follow each other."""
     factors = rng.uniform(-variation, variation, (pairs, 1, 3)) * np.array([1.0, -1.0])[:, None] + 1
     defaults = {"biopsy_loss": 0.05, "untreated_loss": 0.2, "treated_loss": 0.07}
     return [dict(zip(defaults, row.tolist(), strict=True)) for row in factors.reshape(-1, 3) * list(defaults.values())]
-
-
-def span(problem: APOMDP) -> Array:
-    """The most that two policies can differ by []."""
-    r = problem.models.r
-    return (r.max((0, 2, 3)) - r.min((0, 2, 3))).sum()
-
-
-def with_start(problem: APOMDP, belief: Array) -> APOMDP:
-    """Every model starts from one belief [S]."""
-    return replace(problem, models=replace(problem.models, rho=jnp.broadcast_to(belief, problem.models.rho.shape)))
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------------
@@ -172,7 +146,7 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
             "counts": counts,
             "whole": alpha_maxmin(alpha, model_values, 0),
             "best": alpha_maxmin(alpha, first, 0).max(),
-            "rises": (before + ROUNDING * span(problem) < V).sum(),
+            "rises": (before + ROUNDING * value_span(problem) < V).sum(),
             "histories": (V != 0).sum(),  # rewards are positive: only what cannot happen has the value zero
         }
 
@@ -215,7 +189,7 @@ def along_segments(problem: APOMDP, alphas: Array, beliefs: Array) -> Array:
         return tree.value(with_start(replace(problem, alpha=alpha), belief))
 
     each = jax.vmap(value, (None, 0))
-    return jax.lax.map(lambda a: jax.lax.map(lambda line: each(a, line), beliefs), alphas) / span(problem)
+    return jax.lax.map(lambda a: jax.lax.map(lambda line: each(a, line), beliefs), alphas) / value_span(problem)
 
 
 @jax.jit
@@ -254,11 +228,11 @@ def measure(cfg: Config, point: dict) -> dict:
     rng = np.random.default_rng(cfg.base_seed + point["seed"])
     problems = draw_problems(k_problems, np.float64(cfg.distance), problems=cfg.problems)
     swept = {k: np.asarray(v) for k, v in sweep_many(problems, alphas).items()}
-    spans = np.asarray(jax.vmap(span)(problems))
+    spans = np.asarray(jax.vmap(value_span)(problems))
     lines = segments_of_beliefs(rng, (cfg.problems, cfg.segments), cfg.beliefs, 3)
     gaps, values = [], []
     for i, key in enumerate(jax.random.split(k_policies, cfg.problems)):
-        three = shortened(jax.tree.map(lambda x, i=i: x[i], problems), SHORT)
+        three = first_stages(jax.tree.map(lambda x, i=i: x[i], problems), SHORT)
         two = replace(three, models=jax.tree.map(lambda x: x[:2], three.models))
         gaps.append(np.asarray(stagewise_differences(key, three, policies=cfg.policies)) / spans[i])
         values.append([np.asarray(along_segments(problem, alphas, lines[i])) for problem in (two, three)])
@@ -294,7 +268,7 @@ def surveillance(cfg: Config, alphas: np.ndarray, rewards: dict[str, float]) -> 
     swept = {k: np.asarray(v) for k, v in sweep(problem, alphas, biopsies).items()}
     return {k: swept[k] for k in ("value", "whole", "models")} | {
         "biopsies": swept["counts"],
-        "loss": (swept["best"] - swept["whole"]) / float(span(problem)),
+        "loss": (swept["best"] - swept["whole"]) / float(value_span(problem)),
         "regret": swept["alone"] - swept["models"],
         "rises": swept["rises"].sum(),
         "histories": swept["histories"][0],
@@ -313,12 +287,8 @@ def thresholds(cfg: Config, alphas: np.ndarray) -> dict:
 # --- verdicts and figures ------------------------------------------------------------------------------------------------
 
 
-def _seeded(records: list[dict]) -> list[dict]:
-    return [r for r in records if "seed" in r["point"]]
-
-
 def check(records: list[dict]) -> list[Verdict]:
-    seeded = _seeded(records)
+    seeded = of_seeds(records)
     total = {k: sum(r[k] for r in seeded) for k, v in seeded[0].items() if isinstance(v, int)}
     losses = np.concatenate([r["loss"] for r in seeded])  # [problems, alphas]
     two, three = np.sum([r["not_convex"] for r in seeded], 0)
@@ -383,25 +353,12 @@ def _crossing(x: np.ndarray, y: np.ndarray) -> float:
     return float("nan")
 
 
-def _named(axis, x: float, ends: list[float], names: list[str], colors: list[str]) -> None:
-    """Names beside the ends of lines, pushed apart where they would overlap."""
-    low, high = axis.get_ylim()
-    order, apart = np.argsort(ends), 0.05 * (high - low)
-    places = np.array(ends)[order]
-    for _ in range(50):
-        push = np.maximum(apart - np.diff(places), 0) / 2
-        places[1:] += push
-        places[:-1] -= push
-    for i, y in zip(order, places, strict=True):
-        axis.annotate(names[i], (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=colors[i])
-
-
 def plot(records: list[dict]) -> dict[str, Figure]:
     return {"attitude": _attitude(records), "convexity": _convexity(records), "criteria": _criteria(records)}
 
 
 def _attitude(records: list[dict]) -> Figure:
-    seeded, (first_year,) = _seeded(records), [r for r in records if "advantage" in r]
+    seeded, (first_year,) = of_seeds(records), [r for r in records if "advantage" in r]
     alphas = np.array(seeded[0]["alphas"])
     mean = {k: np.mean([r["prostate"][k] for r in seeded], 0) for k in ("value", "whole", "models", "biopsies")}
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.2))
@@ -419,9 +376,9 @@ def _attitude(records: list[dict]) -> Figure:
     left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center's model is true")
     left.set(ylabel="quality-adjusted years", title="Value of the optimal policy", **with_room)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
-    _named(left, 1.0, list(mean["models"][-1]), list(CENTERS), centers)
+    label_line_ends(left, 1.0, list(mean["models"][-1]), list(CENTERS), centers)
     middle.set(ylabel="expected biopsies until detection", title="Biopsies by the true model", **with_room)
-    _named(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centers)
+    label_line_ends(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centers)
     x = np.array(first_year["high_risk"])
     for i, (years, color) in enumerate(zip(YEARS_LEFT, COLORS, strict=False)):
         border = [_crossing(x, np.array(row)) for row in first_year["advantage"][i]]
@@ -435,7 +392,7 @@ def _attitude(records: list[dict]) -> Figure:
 
 
 def _convexity(records: list[dict]) -> Figure:
-    seeded = _seeded(records)
+    seeded = of_seeds(records)
     alphas, n = np.array(seeded[0]["alphas"]), sum(r["problems"] for r in seeded)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
     counts = np.sum([r["not_convex"] for r in seeded], 0)
@@ -466,7 +423,7 @@ def _convexity(records: list[dict]) -> Figure:
 
 
 def _criteria(records: list[dict]) -> Figure:
-    seeded = _seeded(records)
+    seeded = of_seeds(records)
     alphas = np.array(seeded[0]["alphas"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
     losses = 100 * np.array([r["loss"] for r in seeded])  # [seeds, problems, alphas]

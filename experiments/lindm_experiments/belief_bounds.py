@@ -39,7 +39,8 @@ from lindm.types import APOMDP, CERTIFIED, POMDP
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
-from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict, of_seeds
+from lindm_experiments.lib.apomdps import value_span
 
 S, A, O, H, M = 4, 3, 3, 5, 3
 ROUNDING = 1e-9  # relative to the most that two policies can differ by
@@ -226,15 +227,9 @@ def alike(problem: APOMDP) -> APOMDP:
     return replace(problem, models=jax.tree.map(lambda x: jnp.repeat(x, M, 0), problem.models))
 
 
-def span(problem: APOMDP) -> float:
-    """The most that two policies can differ by."""
-    r = np.asarray(problem.models.r)
-    return float((r.max((0, 2, 3)) - r.min((0, 2, 3))).sum())
-
-
 def compare_bounds(seen: Visited, bounds: dict[str, Array]) -> dict[str, float]:
     """Counts over different histories, and means over all steps, of one method at the histories of one problem."""
-    scale, Q = span(seen.problem), np.asarray(seen.Q)
+    scale, Q = float(value_span(seen.problem)), np.asarray(seen.Q)
     lower, upper, action, certified, regret = (np.asarray(bounds[k]) for k in ("lower", "upper", "action", "certified", "regret"))
     outside = ((lower - Q > ROUNDING * scale) | (Q - upper > ROUNDING * scale)).any(-1)
     lost = Q.max(-1) - np.take_along_axis(Q, action[..., None], -1)[..., 0]
@@ -304,19 +299,15 @@ def measure_tiger(cfg: Config) -> dict:
         "values": Q.max(-1).tolist(),
         "actions": Q.argmax(-1).tolist(),
         "bounds": bounds,
-        "span": span(seen.problem),
+        "span": float(value_span(seen.problem)),
     }
 
 
 # --- verdicts and figures ------------------------------------------------------------------------------------------------
 
 
-def _seeded(records: list[dict]) -> list[dict]:
-    return [r for r in records if "seed" in r["point"]]
-
-
 def check(records: list[dict]) -> list[Verdict]:
-    seeded = _seeded(records)
+    seeded = of_seeds(records)
 
     def total(name: str) -> int:
         return int(sum(np.sum(method[name]) for r in records for method in r["methods"].values()))
@@ -345,7 +336,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     (shown,) = [r for r in records if "left" in r]
-    return {"tiger": _tiger(shown), "widths": _widths(_seeded(records))}
+    return {"tiger": _tiger(shown), "widths": _widths(of_seeds(records))}
 
 
 def _tiger(shown: dict) -> Figure:

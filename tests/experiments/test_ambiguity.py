@@ -17,6 +17,7 @@ from lindm.solvers.policy_values import whole_horizon_value
 from lindm.types import APOMDP, POMDP
 from lindm_experiments import ambiguity
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.lib import apomdps
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_smoke_records_decide_every_claim_and_draw_every_figure(records):
 
 def test_four_observations_a_year_have_the_information_of_nine():
     problem = prostate(3, alpha=0.3)
-    fewer = ambiguity.merge_observations(problem)
+    fewer = apomdps.merge_observations(problem)
     np.testing.assert_allclose(fewer.models.O.sum(-1), 1, rtol=1e-15)
     np.testing.assert_allclose(tree.value(fewer), tree.value(problem), rtol=1e-13)
 
@@ -162,7 +163,7 @@ def test_verdicts_follow_the_records_and_every_mutant_turns_one(records):
 def test_random_policies_with_the_criteria_exchanged_are_noticed():
     """Stage-wise minus whole-horizon is not above zero in the worst case and not below it in the best; strictly so for some."""
     problems = ambiguity.draw_problems(jax.random.key(2), np.float64(0.6), problems=2)
-    problem = ambiguity.shortened(jax.tree.map(lambda x: x[0], problems), ambiguity.SHORT)
+    problem = apomdps.first_stages(jax.tree.map(lambda x: x[0], problems), ambiguity.SHORT)
     worst, best = np.asarray(ambiguity.stagewise_differences(jax.random.key(0), problem, policies=8)).T
     assert (worst <= 1e-12).all() and worst.min() < -1e-3
     assert (best >= -1e-12).all() and best.max() > 1e-3

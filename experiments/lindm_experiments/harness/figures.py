@@ -6,6 +6,7 @@ Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has it
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from cycler import cycler
 
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GRAY = (
@@ -76,3 +77,16 @@ def set_log_ticks(axis: Any, values: Iterable[float]) -> None:
     axis.set_xscale("log")
     axis.set_xticks(values, [f"{v:g}" for v in values])
     axis.xaxis.minorticks_off()
+
+
+def label_line_ends(axis: Any, x: float, ends: list[float], names: list[str], colors: list[str]) -> None:
+    """Names beside the ends of lines, pushed apart where they would overlap."""
+    low, high = axis.get_ylim()
+    order, apart = np.argsort(ends), 0.05 * (high - low)
+    places = np.array(ends)[order]
+    for _ in range(50):
+        push = np.maximum(apart - np.diff(places), 0) / 2
+        places[1:] += push
+        places[:-1] -= push
+    for i, y in zip(order, places, strict=True):
+        axis.annotate(names[i], (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=colors[i])

@@ -41,6 +41,11 @@ def to_verdict(
     )
 
 
+def of_seeds(records: Sequence[dict]) -> list[dict]:
+    """The records of points with a seed, without those that the experiment measures once."""
+    return [r for r in records if "seed" in r["point"]]
+
+
 def undecided(id: str, why: str) -> Verdict:
     """The verdict on claim `id` if a run does not measure its quantity."""
     return Verdict(
