@@ -18,10 +18,8 @@ Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; the Gaussian
 features; a full layer whose risk is below the reduced one's where tasks have a mean.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +31,24 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
-from lindm.icl.attention import FullAttention, ReducedAttention, query_columns
-from lindm.icl.prompts import draw_pairs
-from lindm.icl.trainer import train
+from lindm.icl.attention import ReducedAttention, query_columns
 from lindm.problems.linear_mdp import MDPFamily, onehot_family, second_moment, simplex_family
 from lindm.problems.regression import covariance
-from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, DIVERGING, EXACT, GRAY, MARKERS, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
+from lindm_experiments.lib.stage_layers import (
+    StageLayers,
+    draw_contexts,
+    gaussian_prompts,
+    make_prompts,
+    new_task_prompts,
+    pool_prompts,
+    train_in_pieces,
+)
 from lindm_theory import gradient_flow
 from lindm_theory.in_context import gaussian_gamma, optimal_weights
 from lindm_theory.moments import design_fourth, gaussian_fourth
@@ -86,113 +90,6 @@ def families(key: Array) -> dict[str, MDPFamily]:
     return {"one-hot": onehot_family(3, 2, 3), "simplex": simplex_family(key, 10, 3, 4, 3, feature_power=3.0)}
 
 
-class Stages(nnx.Module):
-    """A reduced layer for every stage and a full one beside the first: one draw of tasks a step serves them all.
-
-    A prompt holds the contexts of the H stages one after the other, and the query columns of every layer; the answers
-    are those of the full layer, then those of the H reduced ones. H = 1 for the regression.
-    """
-
-    def __init__(self, d: int, H: int, seed: int, pairs: int):
-        self.d, self.H, self.pairs = d, H, pairs  # the full layer sees the first `pairs` pairs only
-        self.full = FullAttention(d, rngs=nnx.Rngs(seed), scale=SCALE)
-        self.reduced = nnx.vmap(lambda _: ReducedAttention(d))(jnp.arange(H))  # A [H, 1, d, d]
-
-    def __call__(self, prompt: Prompt) -> Array:
-        stages = Prompt(
-            x=prompt.x.reshape(self.H, -1, self.d),
-            y=prompt.y.reshape(self.H, -1),
-            query=jnp.broadcast_to(prompt.query[: self.d], (self.H, self.d, self.d)),
-        )
-        graph, state = nnx.split(self.reduced)
-        answers = jax.vmap(lambda s, p: nnx.merge(graph, s)(p))(state, stages)
-        first = Prompt(x=stages.x[0, : self.pairs], y=stages.y[0, : self.pairs], query=stages.query[0])
-        return jnp.concatenate([self.full(first), answers.ravel()])
-
-    def weights(self) -> np.ndarray:
-        """A [H, d, d] of the reduced layers."""
-        return np.asarray(self.reduced.A[...][:, 0], dtype=float)
-
-
-def _prompts(x: Array, w: Array, columns: Array) -> tuple[Prompt, Array]:
-    """Noiseless prompts from contexts x [B, H, N, d] and tasks w [B, H, d]; the columns stand for random queries exactly."""
-    B, H, N, d = x.shape
-    y = jnp.einsum("bhnd,bhd->bhn", x, w)
-    target = jnp.einsum("qd,bhd->bhq", columns, w)
-    prompt = Prompt(
-        x=x.reshape(B, H * N, d),
-        y=y.reshape(B, H * N),
-        query=jnp.broadcast_to(jnp.tile(columns, (H + 1, 1)), (B, (H + 1) * d, d)),
-    )
-    return prompt, jnp.concatenate([target[:, :1], target], axis=1).reshape(B, -1)
-
-
-# numbers are drawn as one flat vector and reshaped: the same numbers, compiled several times faster
-
-
-@lru_cache
-def _gaussian(N: int, batch: int) -> Callable:
-    def draw(key: Array, root: Array, columns: Array):
-        features, task = jax.random.split(key)
-        d = len(root)
-        x = jax.random.normal(features, (batch * N * d,), root.dtype).reshape(batch, 1, N, d) @ root.T
-        w = jax.random.normal(task, (batch * d,), root.dtype).reshape(batch, 1, d)
-        return _prompts(x, w, columns)
-
-    return draw
-
-
-def _contexts(key: Array, family: MDPFamily, H: int, n: int, batch: int) -> Array:
-    """Features [batch, H, n, d] of i.i.d. pairs."""
-    pairs = draw_pairs(key, cumulative(family.design), batch * H * n)
-    return linear_mdps.pairs_table(family)[pairs].reshape(batch, H, n, -1)
-
-
-@lru_cache
-def _fresh(N: int, batch: int) -> Callable:
-    def draw(key: Array, family: MDPFamily, columns: Array):
-        tasks, pairs = jax.random.split(key)
-        w = jax.vmap(lambda k: linear_mdps.draw_oracle(k, family)[2])(jax.random.split(tasks, batch))
-        return _prompts(_contexts(pairs, family, w.shape[1], N, batch), w, columns)
-
-    return draw
-
-
-@lru_cache
-def _pooled(N: int, batch: int) -> Callable:
-    def draw(key: Array, family: MDPFamily, columns: Array, pool: Array):
-        tasks, pairs = jax.random.split(key)
-        w = pool[:, jax.random.randint(tasks, (batch,), 0, pool.shape[1])].swapaxes(0, 1)
-        return _prompts(_contexts(pairs, family, w.shape[1], N, batch), w, columns)
-
-    return draw
-
-
-def fit(
-    key: Array, layer: Stages, draw: Callable, data: tuple, chunk: int, chunks: int, optimizer: Any
-) -> tuple[Stages, list[np.ndarray]]:
-    """Train in pieces (optimizer None: Adam), to look at the weights between them: the layer and A [H, d, d] after each piece.
-
-    Adam's rate falls geometrically from piece to piece; the last piece returns the mean of its iterates.
-    """
-    path = []
-    for i, k in enumerate(jax.random.split(key, chunks)):
-        last = i == chunks - 1
-        layer, _ = train(
-            layer,
-            draw,
-            k,
-            steps=chunk,
-            data=data,
-            learning_rate=0.5 * 0.02 ** (i / (chunks - 1)),
-            warmup=0.02 if i else 0.1,
-            average=0.8 if last else 0.25,
-            optimizer=optimizer,
-        )
-        path.append(layer.weights())
-    return layer, path
-
-
 @jax.jit
 def closed_forms(family: MDPFamily, pool: Array, N: Array) -> tuple[Array, Array, Array]:
     """A [4, H, d, d], from Psi of the pool, of its first half, of its second half, and from the pool by the Gaussian formula for
@@ -215,11 +112,11 @@ def relative(A: np.ndarray, B: np.ndarray) -> np.ndarray:
 def measure_gaussian(cfg: Config, key: Array, seed: int) -> dict:
     Lambda = np.asarray(covariance(4, 2.0))
     root = np.sqrt(Lambda)  # diagonal
-    layer = Stages(4, 1, seed, cfg.N)
+    layer = StageLayers(4, 1, seed, cfg.N, SCALE)
     gamma = gaussian_gamma(Lambda, cfg.N)
     gradient_flow.initial(np.eye(4), SCALE, gamma)  # raises if the scale of the layer breaks [ZFB] Assumption 3.3
     data = linear_mdps.single_precision((root, query_columns(Lambda)))
-    layer, path = fit(key, layer, _gaussian(cfg.N, cfg.batch), data, cfg.chunk, cfg.chunks_descent, DESCENT)
+    layer, path = train_in_pieces(key, layer, gaussian_prompts(cfg.N, cfg.batch), data, cfg.chunk, cfg.chunks_descent, DESCENT)
     A = np.linalg.inv(np.asarray(gamma))
     U, u = (np.asarray(x, dtype=float) for x in gradient_flow.limit(A))
     full = {name: np.asarray(getattr(layer.full, name)[0], dtype=float) for name in ("U", "u", "v", "z")}
@@ -241,16 +138,16 @@ def measure_gaussian(cfg: Config, key: Array, seed: int) -> dict:
     }
 
 
-def measure_family(cfg: Config, name: str, family: MDPFamily, key: Array, seed: int) -> tuple[dict, Stages, Array]:
+def measure_family(cfg: Config, name: str, family: MDPFamily, key: Array, seed: int) -> tuple[dict, StageLayers, Array]:
     k_pool, k_train = jax.random.split(key)
     H, d = family.theta_low.shape
     pool = linear_mdps.task_pool(k_pool, family, cfg.pool)
     (A, half, other, gaussian), gamma, Lambda = (np.asarray(x) for x in closed_forms(family, pool, np.float64(cfg.N)))
     columns = np.sqrt(d) * np.linalg.cholesky(Lambda).T
-    draw, data = (_fresh, (family, columns)) if name == "simplex" else (_pooled, (family, columns, pool))
-    layer, path = fit(
+    draw, data = (new_task_prompts, (family, columns)) if name == "simplex" else (pool_prompts, (family, columns, pool))
+    layer, path = train_in_pieces(
         k_train,
-        Stages(d, H, seed, cfg.N_leak),
+        StageLayers(d, H, seed, cfg.N_leak, SCALE),
         draw(cfg.N, cfg.batch),
         linear_mdps.single_precision(data),
         cfg.chunk,
@@ -273,8 +170,8 @@ def measure_family(cfg: Config, name: str, family: MDPFamily, key: Array, seed: 
 @partial(jax.jit, static_argnames="graph")
 def _losses(graph, state, reduced: Array, key: Array, family: MDPFamily, w: Array, length: Array) -> Array:
     """Mean squared errors [2] of a full layer and of a reduced one on the same prompts of tasks w [P, d], len(length) pairs."""
-    x = _contexts(key, family, 1, len(length), len(w))
-    prompts, target = _prompts(x, w[:, None], query_columns(second_moment(family)))
+    x = draw_contexts(key, family, 1, len(length), len(w))
+    prompts, target = make_prompts(x, w[:, None], query_columns(second_moment(family)))
     d = w.shape[-1]
     prompts, target = Prompt(x=prompts.x, y=prompts.y, query=prompts.query[:, :d]), target[:, :d]
     layers = (nnx.merge(graph, state), ReducedAttention(d, A=reduced))
@@ -289,7 +186,7 @@ def _leak_risk(b: Array, family: MDPFamily, Psi: Array, mean: Array, N: Array) -
     return jnp.trace(Lambda @ (Psi - A @ cross)), A
 
 
-def measure_leak(cfg: Config, family: MDPFamily, layer: Stages, pool: Array, key: Array) -> dict:
+def measure_leak(cfg: Config, family: MDPFamily, layer: StageLayers, pool: Array, key: Array) -> dict:
     """What the blocks v and z of the full layer are worth at the first stage of a family whose tasks have a mean."""
     w = np.asarray(pool[0])
     zero = np.zeros(w.shape[1])

@@ -58,7 +58,7 @@ def test_the_onehot_closed_form_solves_its_normal_equations_by_enumeration():
 def test_columns_in_the_place_of_queries_keep_the_second_moment():
     family = weights.families(jax.random.key(1))["simplex"]
     Lambda = np.asarray(second_moment(family))
-    prompt, target = weights._fresh(5, 3)(jax.random.key(0), family, np.sqrt(4) * np.linalg.cholesky(Lambda).T)
+    prompt, target = weights.new_task_prompts(5, 3)(jax.random.key(0), family, np.sqrt(4) * np.linalg.cholesky(Lambda).T)
     assert prompt.x.shape == (3, 3 * 5, 4) and target.shape == prompt.query.shape[:2] == (3, 4 * 4)
     np.testing.assert_allclose(np.asarray(prompt.query[0, :4]).T @ np.asarray(prompt.query[0, :4]) / 4, Lambda, rtol=1e-10)
 
