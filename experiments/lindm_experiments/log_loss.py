@@ -10,7 +10,7 @@ The log-loss bounds the loss of value without a factor of the horizon: V* - V^q 
 whole trajectory of the expert and R the range of the total return (or R', the cost of one deviation). It is attained on a cliff,
 where any deviation costs everything: every test task is made into one by a flag that falls with the first deviation.
 
-    lindm run log_loss --preset quick      about 10 s on 2 cores
+    lindm run log_loss --preset quick
     lindm verify --only log-loss
 
 Expected: squares on Q lose less where training tasks are few, neither where they are many; soft labels lie between, and at a high

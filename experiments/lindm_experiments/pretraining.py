@@ -8,7 +8,7 @@ vectors of the same covariance), and the first-order law C/T, with C from the fo
 tasks of another Psi show the price of a mismatch. The isotropic limit of many prompts of k = kappa d tasks is compared with the
 published values of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan (arXiv 2405.11751).
 
-    lindm run pretraining --preset quick      about 10 s on 2 cores
+    lindm run pretraining --preset quick
     lindm verify --only pretraining
 
 Expected: points on the lines with a ridge of 0.1 or more, above them without one at this small d, with a peak at T = d^2 prompts

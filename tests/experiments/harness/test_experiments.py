@@ -17,7 +17,7 @@ def own_claims(monkeypatch):
 
 def test_a_name_and_the_file_of_an_experiment_of_the_package_are_the_same():
     assert find_experiment("risk") == find_experiment(str(PACKAGE / "risk.py"))
-    assert len(experiment_names()) == 20 and find_experiment("risk").minutes < 5
+    assert "risk" in experiment_names() and find_experiment("risk").minutes < 5
 
 
 @pytest.mark.parametrize(
