@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from lindm import errors as errors
     from lindm import icl as icl
+    from lindm.api.benchmarks import benchmark as benchmark
     from lindm.api.data import export_dataset as export_dataset
     from lindm.api.data import make_dataset as make_dataset
     from lindm.api.evaluation import evaluate as evaluate
@@ -45,6 +47,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm_experiments.harness.verify import verify as verify
 
 _DEFINED = {
+    "lindm.api.benchmarks": ("benchmark",),
     "lindm.api.problems": ("apomdp", "linear_mdp", "make", "mdp", "pomdp", "read_pomdp", "suite"),
     "lindm.api.solutions": ("Solution", "load_solution", "solve"),
     "lindm.api.data": ("make_dataset", "export_dataset"),
@@ -59,6 +62,7 @@ _DEFINED = {
 # name -> module, or module:attribute, where it is defined
 PUBLIC = {
     **{name: f"{module}:{name}" for module, names in _DEFINED.items() for name in names},
+    "errors": "lindm.errors",
     "icl": "lindm.icl",
     "policies": "lindm.evaluation.policies",
 }
@@ -75,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC})
+    return sorted({"__version__", *PUBLIC})

@@ -1,8 +1,9 @@
 """Choices as `Literal` types, checked in one place."""
 
 import dataclasses
+from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lindm.errors import unknown
 
@@ -20,6 +21,27 @@ Split = Literal["id", "ood"]
 
 ExportFormat = Literal["trl", "minari"]
 """Other tools that datasets are exported for."""
+
+Benchmark = Literal["attention", "solvers", "sft", "decisions"]
+"""Benchmarks, modules of `lindm.bench`."""
+
+
+Made = TypeVar("Made")
+
+
+def from_options(kind: type[Made], options: Mapping[str, Any]) -> Made:
+    """An instance of a dataclass from its fields by name.
+
+    Raises:
+      ValueError: a name that is no field, or a field without a default that is not given.
+    """
+    known = [field.name for field in dataclasses.fields(kind) if field.init]  # pyright: ignore[reportArgumentType]
+    if wrong := [name for name in options if name not in known]:
+        raise ValueError(unknown("option", wrong[0], known))
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and field.name not in options:
+            raise ValueError(f"{field.name} must be given")
+    return kind(**options)
 
 
 def check_choices(config: Any) -> None:

@@ -1,6 +1,12 @@
 """Errors with a message that a user can act on. The class is the kind of failure; the message names what and where.
 
 The command line turns each class into an exit code (`lindm.cli.exit_codes`).
+
+>>> try:
+...     ld.read_pomdp("missing.pomdp", horizon=4)
+... except ld.errors.DataError as error:
+...     print(error)
+cannot read missing.pomdp: No such file or directory
 """
 
 import difflib

@@ -70,15 +70,15 @@ def covariance(value: ArrayLike, name: str) -> Array:
 
 def count(value: int, name: str, least: int = 1) -> int:
     """A whole number of at least `least`."""
-    if isinstance(value, bool) or not math.isfinite(value) or int(value) != value or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}; got {value}")
+    if isinstance(value, bool) or not (math.isfinite(number := _number(value)) and number == int(number) >= least):
+        raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
     return int(value)
 
 
 def nonnegative(value: float, name: str) -> float:
     """A finite number that is not below zero."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative; got {value}")
+    if not (math.isfinite(number := _number(value)) and number >= 0):
+        raise ValueError(f"{name} must be finite and not negative; got {value!r}")
     return value
 
 

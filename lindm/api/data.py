@@ -6,7 +6,7 @@ from typing import Any
 
 from lindm import datasets
 from lindm.api.problems import as_source
-from lindm.choices import ExportFormat, Rewards
+from lindm.choices import ExportFormat, Rewards, from_options
 from lindm.datasets import DatasetConfig, MakeResult
 from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
@@ -50,7 +50,7 @@ def make_dataset(
     """
     with double_precision():
         source = problem if isinstance(problem, Suite) else as_source(problem)
-        described = DatasetConfig(tasks=tasks, demos=demos, **config)
+        described = from_options(DatasetConfig, {"tasks": tasks, "demos": demos, **config})
         return datasets.make_dataset(Path(out), source, described, executor=executor, workers=workers, progress=progress)
 
 

@@ -62,6 +62,8 @@ def evaluate(
     """
     source = problem if isinstance(problem, Suite) else as_source(problem)
     dataset = DatasetConfig(tasks=tasks, demos=demos, behavior=behavior, epsilon=epsilon, seed=seed)
+    if isinstance(policies, str):
+        raise ValueError(f"policies must be a list of names, or policies by name; got {policies!r}")
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
     results = compare.evaluate(

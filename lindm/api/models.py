@@ -1,13 +1,11 @@
 """Language models: import, fine-tune, export, plan, and job files."""
 
-import contextlib
-import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lindm.choices import from_options
 from lindm.errors import DataError, unknown
 from lindm.io import signals
 from lindm.llm.config import ModelConfig
@@ -41,9 +39,10 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl."""
-        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """The records of metrics.jsonl; none before the first step."""
+        from lindm.llm.sft.metrics import read_metrics
+
+        return read_metrics(self.directory)
 
 
 def finetune(
@@ -69,7 +68,7 @@ def finetune(
     from lindm.llm.sft import trainer
 
     config = sft_config(data=data, out=out, model=model, preset=preset, **options)
-    with signals.restored(), contextlib.redirect_stdout(sys.stderr):
+    with signals.restored():
         trainer.train(config)
     return Run(directory=config.out)
 
@@ -205,15 +204,15 @@ def plan(
     sizes = parse_mesh(mesh) if mesh else None
     config = read_model_config(Path(model))
     devices = planner.topology_devices(topology)
-    spec = planner.StepSpec(
-        model_config=config,
-        batch=batch,
-        seq=seq,
-        method=method,
-        base=base or ("nf4" if method == "qlora" else "f32"),
-        dtype="f32" if devices[0].platform == "cpu" else "bf16",
-        **step,
-    )
+    given = {
+        "model_config": config,
+        "batch": batch,
+        "seq": seq,
+        "method": method,
+        "base": base or ("nf4" if method == "qlora" else "f32"),
+        "dtype": "f32" if devices[0].platform == "cpu" else "bf16",
+    }
+    spec = from_options(planner.StepSpec, given | step)
     limits = planner.device_limits(devices)
     meshes = [sizes] if sizes else planner.candidate_meshes(spec, devices)
     return StepPlan(
@@ -245,7 +244,7 @@ def job_file(launcher: str, job: Mapping[str, Any], **options: Any) -> str:
 
     if launcher not in jobs.LAUNCHERS:
         raise ValueError(unknown("launcher", launcher, tuple(jobs.LAUNCHERS)))
-    filled, words = jobs.LAUNCHERS[launcher](**job), []
+    filled, words = from_options(jobs.LAUNCHERS[launcher], job), []
     for name, value in options.items():
         if value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
@@ -257,4 +256,4 @@ def sft_config(**options: Any) -> SFTConfig:
     """The options of fine-tuning; paths may be texts."""
     paths = ("data", "out", "model", "eval_data")
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in options.items()}
-    return SFTConfig(**values)
+    return from_options(SFTConfig, values)

@@ -89,10 +89,11 @@ def pomdp(
         return pomdps.pomdp(P, O, r, rho, horizon=horizon, discount=discount)
 
 
-def apomdp(models: "Sequence[POMDP]", alpha: float) -> APOMDP:
+def apomdp(models: "Sequence[POMDP | NamedProblem]", alpha: float) -> APOMDP:
     """Make an ambiguous POMDP from models of the same sizes.
 
     Args:
+      models: POMDPs, such as those of `pomdp`, `read_pomdp` and `make`.
       alpha: attitude to ambiguity: 1 is the worst case over the models, 0 the best.
 
     Raises:
@@ -102,8 +103,11 @@ def apomdp(models: "Sequence[POMDP]", alpha: float) -> APOMDP:
     >>> ld.solve(ld.apomdp(models, alpha=0.25)).value
     5.0
     """
+    plain = [model.problem if isinstance(model, NamedProblem) else model for model in models]
+    if wrong := [model for model in plain if not isinstance(model, POMDP)]:
+        raise ValueError(f"models must be POMDPs; got {type(wrong[0]).__name__}")
     with double_precision():
-        return apomdps.apomdp(models, alpha)
+        return apomdps.apomdp([model for model in plain if isinstance(model, POMDP)], alpha)
 
 
 def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike | None = None) -> LinearMDP:
@@ -165,7 +169,10 @@ def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
 
 
 def as_source(problem: NamedProblem | Problem | LinearMDP) -> NamedProblem:
-    """A problem with names, in double precision."""
+    """A problem with names, in double precision. ValueError for anything else than a problem."""
+    if not isinstance(problem, NamedProblem | MDP | POMDP | APOMDP | LinearMDP):
+        made = "`read_pomdp` reads files, `make` and `suite` make problems by name"
+        raise ValueError(f"problem must be an MDP, a POMDP, an APOMDP or a LinearMDP ({made}); got {problem!r}")
     with double_precision():
         problem = linear_mdps.tabulate(problem) if isinstance(problem, LinearMDP) else problem
         source = problem if isinstance(problem, NamedProblem) else NamedProblem(problem=problem)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, show, timed
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, timed
 from lindm.icl.attention import FullAttention
 from lindm.icl.trainer import train
 from lindm.random import normal
@@ -254,12 +254,11 @@ def _side(side: str) -> dict[str, Any]:
     return {**in_worker(MODULE, side, "time"), **in_worker(MODULE, side, "memory")}
 
 
-def main(json: bool = False) -> int:
-    """Run the bench and print its rows, as a table or as JSON. Takes about two minutes."""
+def benchmark() -> list[Row]:
+    """The rows of the table. Takes about two minutes."""
     installed = importlib.util.find_spec("torch") is not None
     peer, strong = (_side("torch"), _side("moments")) if installed else (None, None)
-    show(rows(_side("ours"), peer, strong), json)
-    return 0
+    return rows(_side("ours"), peer, strong)
 
 
 if __name__ == "__main__":

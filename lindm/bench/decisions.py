@@ -20,7 +20,7 @@ from typing import Any
 from flax import nnx
 
 from lindm.bench.sft import MISSING, MODEL
-from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, timed
 from lindm.datasets import Dataset, DatasetConfig, documents, make_dataset, text_format
 from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import PolicyTask, double_precision
@@ -147,8 +147,8 @@ def rows(ours: dict[str, Any], peer: dict[str, Any] | None, name: str) -> list[R
     ]
 
 
-def main(json: bool = False) -> int:
-    """Run the bench and print its rows, as a table or as JSON. Takes about two minutes and 3 GB of memory."""
+def benchmark() -> list[Row]:
+    """The rows of the table. Takes about two minutes and 3 GB of memory."""
     installed = all(importlib.util.find_spec(library) is not None for library in ("torch", "transformers"))
     name = MISSING
     if installed:
@@ -159,8 +159,7 @@ def main(json: bool = False) -> int:
         prepare(Path(temporary))
         ours = in_worker(MODULE, "ours", temporary)
         peer = in_worker(MODULE, "torch", temporary) if installed else None
-    show(rows(ours, peer, name), json)
-    return 0
+    return rows(ours, peer, name)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, show, timed
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, timed
 from lindm.llm.config import ModelConfig, RopeParameters
 from lindm.llm.io import weights
 from lindm.llm.lora import TARGET_MODULES, add_lora
@@ -269,8 +269,8 @@ def _version(library: str) -> str | None:
     return importlib.metadata.version(library) if importlib.util.find_spec(library) is not None else None
 
 
-def main(json: bool = False) -> int:
-    """Run the bench and print its rows, as a table or as JSON. Takes about five minutes and 5 GB of memory."""
+def benchmark() -> list[Row]:
+    """The rows of the table. Takes about five minutes and 5 GB of memory."""
     names = _peer_names({library: _version(library) for library in PEERS})
     ours: Sides = {}
     peer: Sides = {}
@@ -281,8 +281,7 @@ def main(json: bool = False) -> int:
             ours[method, variant] = in_worker(MODULE, "ours", method, variant, str(directory))
             if variant in ("selective", "single") and names[method] != MISSING:  # right after ours
                 peer[method, variant] = in_worker(MODULE, "torch", method, variant, str(directory))
-    show(rows(ours, peer, names), json)
-    return 0
+    return rows(ours, peer, names)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, show, timed
+from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, timed
 from lindm.problems.apomdp import single
 from lindm.solvers import tree
 from lindm.solvers.dp import backward_induction, solve_many
@@ -327,13 +327,12 @@ def _side(side: str, task: str) -> dict[str, Any]:
     return {**in_worker(MODULE, side, task), **in_worker(MODULE, side, f"{task} memory")}
 
 
-def main(json: bool = False) -> int:
-    """Run the bench and print its rows, as a table or as JSON. Takes about two minutes."""
+def benchmark() -> list[Row]:
+    """The rows of the table. Takes about two minutes."""
     versions = {peer: _version(peer) for peer in PEERS}
     names = {peer: version or f"{peer} (not installed)" for peer, version in versions.items()}
     peers = {peer: _side(peer, "mdp") if version else None for peer, version in versions.items()}
-    show(rows(_side("ours", "mdp"), _side("ours", "tree"), peers, _side("numpy", "tree"), names), json)
-    return 0
+    return rows(_side("ours", "mdp"), _side("ours", "tree"), peers, _side("numpy", "tree"), names)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The command line: one file per command, `main` to dispatch them, `arguments` to parse their options."""
+"""The command line: one file per command, `main` to dispatch them, `option_parser` to parse their options."""

@@ -1,9 +1,9 @@
 """`lindm bench`: speed and memory beside other implementations."""
 
-import importlib
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
+from lindm.choices import Benchmark
 from lindm.cli.option_parser import Command, Positional
 
 
@@ -11,15 +11,18 @@ from lindm.cli.option_parser import Command, Positional
 class Bench:
     """Measure speed and memory beside other implementations."""
 
-    name: Annotated[Literal["attention", "solvers", "sft", "decisions"], Positional("BENCH")]
+    name: Annotated[Benchmark, Positional("BENCH")]
     """attention, solvers, sft or decisions."""
     json: bool = False
     """Print one JSON list."""
 
 
 def run(options: Bench) -> int:
-    bench = importlib.import_module(f"lindm.bench.{options.name}")
-    return int(bench.main(options.json) or 0)
+    from lindm.api.benchmarks import benchmark
+    from lindm.bench.timing import show
+
+    show(benchmark(options.name), options.json)
+    return 0
 
 
 COMMAND = Command(name="bench", options=Bench, run=run, examples=("lindm bench solvers", "lindm bench sft --json"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from lindm.choices import Rewards
 from lindm.cli.option_parser import Command, Repeated
 from lindm.cli.problems import ProblemOptions, problem_or_suite
+from lindm.evaluation.policies.registry import help_table
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
@@ -21,8 +22,7 @@ class Eval(ProblemOptions):
     """Evaluate policies on the same held-out tasks: the normalized optimality gap, exact where that can be computed."""
 
     policy: Annotated[tuple[str, ...], Repeated("POLICY")] = ()
-    """oracle, random, behavior, bc, certainty-equivalence, lsvi, pevi, qmdp, layer, icl:MODELDIR or sft:RUNDIR; may be
-    given several times. [default: all that the problem has and that are cheap]"""
+    """A policy of the list below; may be given several times. [default: all that the problem has and that are cheap]"""
     tasks: int = 50
     """Number of tasks."""
     demos: int = 5
@@ -96,7 +96,7 @@ def _cells(result: "PolicyResult") -> tuple[str, ...]:
         result.policy,
         f"{result.gap:.4f}",
         f"[{low:.4f}, {high:.4f}]",
-        f"{result.gap_of_value:.2%}",
+        "-" if result.gap_of_value is None else f"{result.gap_of_value:.2%}",
         f"{result.action_agreement:.1%}",
         "-" if result.invalid is None else f"{result.invalid:.1%}",
         str(result.n),
@@ -115,4 +115,5 @@ COMMAND = Command(
         "lindm eval tiger.pomdp --horizon 6 --policy qmdp",
     ),
     sections={"horizon": "Problem and demonstrations"},
+    table=("Policies", help_table()),
 )

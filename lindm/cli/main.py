@@ -2,9 +2,7 @@
 
 A command's module is imported when the command is used, and imports heavy libraries only when it runs, so that help is fast.
 
-Exit codes: 0 ok, 1 a verdict is not the expected one, 2 usage, 3 data, 4 no usable checkpoint, 5 not finite, 6 out of memory,
-7 storage, 8 a process of the run was lost, 75 preempted (everything finished is on disk; the same command resumes),
-141 the reader of the output closed it.
+Exit codes: `lindm.cli.exit_codes`, and 141 where the reader of the output closed it.
 LINDM_DEBUG=1 shows the traceback of an error.
 """
 

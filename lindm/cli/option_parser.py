@@ -57,6 +57,7 @@ class Command:
     rest: str = ""  # the words after a --, which `run` gets, too
     examples: tuple[str, ...] = ()
     sections: Mapping[str, str] = field(default_factory=dict)  # first field of each section of the help page -> its title
+    table: tuple[str, Mapping[str, str]] | None = None  # title and rows of a table at the end of the help page
 
     @property
     def summary(self) -> str:
@@ -123,8 +124,10 @@ def wrap(text: str, indent: int = 0) -> list[str]:
 
 
 def two_columns(rows: Mapping[str, str]) -> list[str]:
-    """Lines of a table of two columns, the second wrapped."""
+    """Lines of a table of two columns, the second wrapped; on a narrow page, the text is below the name."""
     indent = max(map(len, rows)) + 4
+    if indent > page_width() // 2:
+        return [line for name, text in rows.items() for line in (f"  {name}", *(f"      {part}" for part in wrap(text, 6)))]
     lines = []
     for name, text in rows.items():
         first, *rest = wrap(text, indent) or [""]
@@ -141,7 +144,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         def filled(paragraph: str) -> str:
-            if paragraph.startswith(("  ", "Examples:")):
+            if paragraph.startswith("  ") or ":\n  " in paragraph:  # a table, or a list with its title
                 return paragraph
             return textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
 
@@ -216,14 +219,17 @@ def parser_of(
     examples: Sequence[str] = (),
     sections: Mapping[str, str] | None = None,
     rest: str = "",
+    table: tuple[str, Mapping[str, str]] | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser; its help page has the positional arguments first, then the options under their sections, then examples."""
+    """A parser; its help page has the positional arguments first, then the options under their sections, a table and examples."""
+    ends = ["\n".join([f"{table[0]}:", *two_columns(table[1])])] if table else []
+    ends += ["\n".join(["Examples:", *(f"  {line}" for line in examples)])] if examples else []
     words = [o.mark.metavar + (" ..." if get_origin(o.type) is tuple else "") for o in options if isinstance(o.mark, Positional)]
     parser = _Parser(
         prog=prog,
         usage=" ".join(filter(None, [prog, *words, "[OPTIONS]", rest])),
         description=description,
-        epilog="Examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
+        epilog="\n\n".join(ends) or None,
         formatter_class=_Formatter,
         add_help=False,
         allow_abbrev=False,
@@ -268,7 +274,7 @@ def parse(command: Command, words: Sequence[str]) -> Any:
     """An instance of the command's dataclass."""
     options = options_of(command.options)
     prog, description = f"lindm {command.name}", inspect.getdoc(command.options) or ""
-    parser = parser_of(prog, description, options, command.examples, command.sections, command.rest)
+    parser = parser_of(prog, description, options, command.examples, command.sections, command.rest, command.table)
     return command.options(**parse_options(parser, options, words))
 
 

@@ -14,7 +14,9 @@ def run(options: SFTConfig) -> int:
         supervisor.supervise(EXIT_CODES)  # before the first thread is started: training goes on in a child process
     from lindm.llm.sft import trainer
 
-    return trainer.train(options)
+    if (model := trainer.train(options)) is not None:
+        print(f"model: {model}")
+    return 0
 
 
 COMMAND = Command(

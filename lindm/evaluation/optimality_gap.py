@@ -29,6 +29,7 @@ from lindm.evaluation.environments import (
 )
 from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy
 from lindm.solvers import tree
+from lindm.solvers.ties import TOLERANCE
 
 MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
 SEEN = ("state", "action", "model", "observation", "reward")
@@ -48,8 +49,11 @@ class PolicyLoss:
 
     @property
     def normalized_gap(self) -> float:
-        """The normalized optimality gap: 0 is optimal, 1 is the uniformly random policy."""
-        return self.suboptimality / (self.optimal_value - self.uniform_value)
+        """The normalized optimality gap: 0 is optimal, 1 is the uniformly random policy. 0 where every policy is optimal."""
+        spread = self.optimal_value - self.uniform_value
+        if spread <= TOLERANCE * abs(self.optimal_value):  # the uniformly random policy is optimal, hence all of its actions
+            return 0.0
+        return self.suboptimality / spread
 
 
 def evaluate_policy(
@@ -224,8 +228,8 @@ def _table(size: int, at: Histories, probabilities: np.ndarray) -> np.ndarray:
 def summarize(losses: Sequence[PolicyLoss]) -> dict[str, Any]:
     """Means over tasks, with 95 % intervals by a t-distribution over tasks.
 
-    gap: the normalized optimality gap, (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|; agreement: how often the
-    action is an optimal one; method: exact or rollout.
+    gap: the normalized optimality gap, (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|, None where V* is zero in
+    a task; agreement: how often the action is an optimal one; method: exact or rollout.
     """
     from scipy import stats
 
@@ -236,7 +240,9 @@ def summarize(losses: Sequence[PolicyLoss]) -> dict[str, Any]:
         return one, [one - half, one + half]
 
     gap, gap_ci = mean([one.normalized_gap for one in losses])
-    share, share_ci = mean([one.suboptimality / abs(one.optimal_value) for one in losses])
+    share, share_ci = None, None
+    if all(one.optimal_value for one in losses):
+        share, share_ci = mean([one.suboptimality / abs(one.optimal_value) for one in losses])
     return {
         **{"gap": gap, "gap_ci": gap_ci, "gap_of_value": share, "gap_of_value_ci": share_ci},
         "agreement": float(np.mean([one.agreement for one in losses])),

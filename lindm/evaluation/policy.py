@@ -65,6 +65,11 @@ class Policy:
     exhaustive = False  # is evaluated at every history that it reaches, without a limit: its steps are cheap
     batch_size = BATCH_SIZE
 
+    @classmethod
+    def for_tasks(cls, source: Any, dataset: Any) -> "Policy":
+        """The policy for the tasks of a source (a suite or a problem) and of a `DatasetConfig`."""
+        return cls()
+
     def init(self, tasks: Sequence[PolicyTask]) -> Any:
         """The state before stage 0 of tasks of one kind, horizon and sizes."""
         raise NotImplementedError
@@ -124,11 +129,21 @@ class FunctionPolicy(Policy):
             histories.append((*past, observation.open_step(row)))
         answers = []
         for task, history in zip(observation.task, histories, strict=True):
-            answer = np.asarray(self.function(tasks[task].demonstrations, history))
-            if answer.ndim == 0:
-                answer = one_hot(answer.astype(int)[None], tasks[task].known.num_actions)[0]
-            answers.append(answer)
+            answers.append(_probabilities(self.function(tasks[task].demonstrations, history), tasks[task]))
         return (tasks, histories), np.array(answers, float)
+
+
+def _probabilities(answer: Any, task: PolicyTask) -> np.ndarray:
+    """The probabilities [A] that a function of a user returned, as they are or as an action."""
+    array = np.asarray(answer)
+    if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
+        num_actions = task.known.num_actions
+        if not 0 <= array < num_actions:
+            raise ValueError(f"a policy must return an action from 0 to {num_actions - 1}, or probabilities; got {answer!r}")
+        return one_hot(array[None], num_actions)[0]
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"a policy must return the number of an action, or a probability for each; got {answer!r}")
+    return array
 
 
 def as_policy(policy: Any) -> Any:

@@ -81,7 +81,7 @@ def suite(name: str, horizon: int | None = None, split: Split = "id", **sizes: A
       sizes: other fields of `Suite`, in place of the suite's own.
 
     Raises:
-      ValueError: an unknown name, horizon, split or field.
+      ValueError: an unknown name, horizon, split or field, or a size out of its range.
     """
     if name not in NAMES:
         raise ValueError(unknown("suite", name, NAMES))
@@ -94,7 +94,15 @@ def suite(name: str, horizon: int | None = None, split: Split = "id", **sizes: A
     if wrong := [size for size in sizes if size not in known]:
         raise ValueError(unknown("a size of a suite", wrong[0], known))
     other_laws = _OUT_OF_DISTRIBUTION[name] if split == "ood" else {}
-    return replace(_IN_DISTRIBUTION[name], horizon=horizon, split=split, **other_laws | sizes)
+    made = replace(_IN_DISTRIBUTION[name], horizon=horizon, split=split, **other_laws | sizes)
+    for size, least in (("S", 1), ("A", 1), ("O", 0), ("M", 0)):
+        validate.count(getattr(made, size), size, least)
+    for number in ("quality", "distance", "alpha"):
+        validate.fraction(getattr(made, number), number)
+    for number in ("gap", "step"):
+        validate.nonnegative(getattr(made, number), number)
+    validate.positive(made.concentration, "concentration")
+    return made
 
 
 def draw_task(key: Array, suite: Suite) -> Problem:

@@ -23,9 +23,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
-from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError
+from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError, unknown
 from lindm.io.signals import deferred
 
 Executor = Literal["serial", "local", "ray"]
@@ -90,8 +90,8 @@ class TaskPool:
     def __init__(
         self, executor: Executor = "local", workers: int | None = None, initializer: Callable[[], None] | None = None
     ) -> None:
-        if executor not in ("serial", "local", "ray"):
-            raise UsageError(f"executor must be local or ray; got {executor!r}")
+        if executor not in get_args(Executor):
+            raise UsageError(unknown("executor", executor, get_args(Executor)))
         if workers is not None and workers < 1:
             raise UsageError(f"workers must be >= 1; got {workers}")
         self.executor, self.workers, self.initializer = executor, workers, initializer

@@ -21,7 +21,7 @@ class PoliciesByName(Mapping[str, Policy]):
     """The policies of `lindm eval` by name; a language model is read each time it is looked up, and not kept here.
 
     Args:
-      names: of `lindm.evaluation.policies.POLICIES`, `icl:MODELDIR` or `sft:RUNDIR`.
+      names: of `lindm.evaluation.policies.registry.POLICIES`, `icl:MODELDIR` or `sft:RUNDIR`.
       source, dataset: of the tasks.
       template, rewards: of language models' texts, as of `load_policy`.
 

@@ -44,7 +44,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A The POMDP of a file: names, and numpy arrays in double precision for every stage."""
+    """The POMDP of a file: names, and numpy arrays in double precision for every stage."""
 
     states: tuple[str, ...]
     actions: tuple[str, ...]

@@ -39,7 +39,9 @@ def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
             files.check_format(path, header["format"], FORMAT)
             solution = _restore(header["solution"], "solution", stored)
             return solution, {part: tuple(names) for part, names in header["names"].items()}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise DataError(f"{path}: not a solution of `lindm`: {e}") from e
 
 

@@ -122,7 +122,7 @@ class Grammar:
         if not always:
             raise ValueError(f"step must have text that stands before {{action}} without {{state}} too, got {step!r}")
         if always.endswith(" ") or "".join(part.front + (part.field or "") + part.back for part in self.before).endswith(" "):
-            raise ValueError(f"step must not have a space just before {{action}}: it incoming to the actions, got {step!r}")
+            raise ValueError(f"step must not have a space just before {{action}}: it belongs to the actions, got {step!r}")
         for field, argument in SYMBOL_ARGUMENTS.items():
             if field not in fields and symbols[field] is not None:
                 raise ValueError(f"{argument} must not be given: step has no {{{field}}}")

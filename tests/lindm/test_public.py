@@ -4,12 +4,16 @@ import ast
 import contextlib
 import doctest
 import inspect
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import matplotlib
+import numpy as np
 import pytest
 
 import lindm as ld
@@ -31,7 +35,7 @@ def test_the_import_is_fast_and_imports_nothing_else():
 
 
 def test_every_name_completes_and_an_unknown_name_is_an_attribute_error():
-    assert {*ld.PUBLIC, "__version__"} <= set(dir(ld))
+    assert {*ld.PUBLIC, "__version__"} == set(dir(ld))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         ld.nothing  # noqa: B018
 
@@ -48,13 +52,32 @@ def test_type_checkers_see_the_names_that_exist():
     assert seen == {name: target.replace(":", ".") for name, target in ld.PUBLIC.items()}
 
 
+def settings() -> dict:
+    """The settings of this process that other code of a user depends on."""
+    values = {name: value for name, value in jax.config.values.items()}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return {
+        "jax": values,
+        "environment": dict(os.environ),
+        "signals": handlers,
+        "directory": Path.cwd(),
+        "backend": matplotlib.get_backend(),
+        "figures": {name: value for name, value in matplotlib.rcParams.items()},
+        "numpy": np.geterr(),
+        "stdout": sys.stdout,
+    }
+
+
 @contextlib.contextmanager
 def settings_of_a_user():
-    """The global setting, as a user has it; not that of a `with` block, which would hide what a function leaves behind."""
+    """The global settings as a user has them; not those of a `with` block, which would hide what a function leaves behind."""
     jax.config.update("jax_enable_x64", False)
+    before = settings()
     try:
         yield
-        assert not jax.config.jax_enable_x64
+        after = settings()
+        changed = [name for name, value in before.items() if value != after[name]]
+        assert not changed, {name: (before[name], after[name]) for name in changed}
     finally:
         jax.config.update("jax_enable_x64", True)
 
@@ -91,3 +114,36 @@ def test_double_precision_needs_no_flag_and_changes_none():
     code += "print(solution.value)"
     with jax.enable_x64(True):
         assert float(run(code)) == pytest.approx(ld.solve(ld.read_pomdp(TIGER, horizon=5)).value, rel=1e-12)
+
+
+def wrong_inputs():
+    tiger = ld.read_pomdp(TIGER, horizon=3)
+    alike = {"tasks": 1, "demos": 1}
+    return {
+        "problem must be an MDP, .*; got 'tiger.pomdp'": lambda: ld.solve("tiger.pomdp"),  # pyright: ignore
+        "horizon must be a whole number of at least 1; got '3'": lambda: ld.read_pomdp(TIGER, horizon="3"),  # pyright: ignore
+        "models must be POMDPs; got MDP": lambda: ld.apomdp([ld.make("mdp", horizon=4)], 0.5),
+        "S must be a whole number of at least 1; got 0": lambda: ld.suite("mdp", S=0),
+        "quality must be a number in .*; got 2": lambda: ld.suite("pomdp", quality=2),
+        "policies must be a list of names.*; got 'qmdp'": lambda: ld.evaluate(tiger, "qmdp", **alike),
+        "option must be one of .*; got 'sed'; did you mean seed": lambda: ld.make_dataset(tiger, "d", sed=1, **alike),
+        "executor must be one of serial, local, ray; got 'lcal'": lambda: ld.make_dataset(tiger, "d", executor="lcal", **alike),
+        "option 'stps' is not known; did you mean steps": lambda: ld.finetune("d", "r", preset="tiny", stps=2),
+        "nodes must be given": lambda: ld.job_file("slurm", {}, preset="tiny", data="d", out="r"),
+        "preset must be one of quick, full, smoke; got 'quik'": lambda: ld.verify("quik"),
+        "only must be a list; got 'ladder'": lambda: ld.verify("smoke", only="ladder"),
+        "option .*'sedes'.*; did you mean seeds": lambda: ld.run_experiment("controls", "smoke", sedes=2),
+        "directories must be a list; got 'run'": lambda: ld.report("run"),
+    }
+
+
+@pytest.mark.parametrize("message", wrong_inputs())
+def test_a_wrong_input_is_named_with_its_rule(message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        wrong_inputs()[message]()
+
+
+def test_models_that_were_read_from_files_make_an_ambiguous_problem():
+    tiger = ld.read_pomdp(TIGER, horizon=3)
+    assert ld.solve(ld.apomdp([tiger, tiger], 0.5)).value == pytest.approx(ld.solve(tiger).value, rel=1e-12)

@@ -123,7 +123,7 @@ def preset_config(module: ModuleType, preset: str, seeds: int | None = None) -> 
     """The Config of a preset, with another number of seeds where it is given; UsageError when out of range."""
     presets = {"quick": module.QUICK, "full": module.FULL, "smoke": module.SMOKE}
     if preset not in presets:
-        raise UsageError(unknown("--preset", preset, list(presets)))
+        raise UsageError(unknown("preset", preset, list(presets)))
     try:
         return presets[preset] if seeds is None else replace(presets[preset], seeds=seeds)
     except ValueError as e:
@@ -152,7 +152,7 @@ def matching_claims(known: Mapping[str, Sequence[str]], id: str) -> dict[str, li
 
     chosen = select(qualified=False) or ("/" in id and select(qualified=True))
     if not chosen:
-        raise UsageError(unknown("--only", id, [c for owned in known.values() for c in owned]))
+        raise UsageError(unknown("only", id, [c for owned in known.values() for c in owned]))
     return chosen
 
 

@@ -3,7 +3,8 @@
 Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,19 @@ STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
 }
+
+
+@contextlib.contextmanager
+def file_backend() -> Iterator[None]:
+    """Figures of pyplot are drawn to files in this block, without windows; afterward the backend is that of before."""
+    import matplotlib
+
+    before = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    try:
+        yield
+    finally:
+        matplotlib.use(before)
 
 
 def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:

@@ -6,6 +6,7 @@ Signal handlers, the precision of jax and the environment are afterwards as they
 from collections.abc import Sequence
 from pathlib import Path
 
+from lindm.errors import UsageError
 from lindm_experiments.harness import report as reports
 from lindm_experiments.harness import summary
 from lindm_experiments.harness.xla import settings_kept
@@ -29,9 +30,11 @@ def report(directories: Sequence[str | Path], out: str | Path = "report") -> lis
       directories: of `verify`, `evaluate(..., out=...)` or `finetune`, or directories that contain such directories.
 
     Raises:
-      DataError: a directory holds none of these.
+      UsageError: `directories` is no list. DataError: a directory holds none of these.
 
     >>> sorted(path.name for path in ld.report(["run"], "report"))
     ['index.html', 'training.csv', 'training.tex']
     """
+    if isinstance(directories, str | Path):
+        raise UsageError(f"directories must be a list; got {str(directories)!r}")
     return summary.write_summary([Path(directory) for directory in directories], Path(out))

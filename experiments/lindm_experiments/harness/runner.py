@@ -16,12 +16,12 @@ import io
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lindm.errors import DataError, LindmError, NonFiniteError, UsageError
+from lindm.errors import DataError, LindmError, NonFiniteError, UsageError, unknown
 from lindm.io.directories import sole_writer
 from lindm.io.executor import Executor, TaskEvent, TaskPool, TaskResult
 from lindm.io.files import (
@@ -106,6 +106,9 @@ class Conclusion:
 def plan(job: Job) -> RunPlan:
     """The configuration and the points of a job. UsageError where an option is out of range."""
     module = load(job.experiment.reference)
+    known = [field.name for field in fields(module.Config)]
+    if wrong := [name for name in job.config if name not in known]:
+        raise UsageError(unknown("option", wrong[0], known))
     try:
         config = replace(preset_config(module, job.preset), **job.config)
     except ValueError as e:
@@ -157,15 +160,13 @@ def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
 def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
     """File name -> content: figures of the records as PNG and PDF, and table.csv where the experiment has a table."""
     import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from lindm_experiments.harness.figures import STYLE
+    from lindm_experiments.harness.figures import STYLE, file_backend
 
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
     files: dict[str, bytes] = {}
-    with pyplot.rc_context(STYLE):  # pyright: ignore
+    with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
         figures = module.plot(records)
         # The layout is computed once, not for each format. `savefig` draws a figure twice as long as it has a layout engine
         # ("none" is one too), and gives it the engine of the style again.

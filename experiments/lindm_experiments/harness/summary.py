@@ -170,10 +170,8 @@ def as_latex(rows: Sequence[Row]) -> str:
 
 def draw_gaps(rows: Sequence[Row]) -> bytes:
     """The gaps of all policies with their intervals, one panel for each suite, horizon and split."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     from lindm_experiments.harness.figures import COLORS, MEASURED, STYLE
 
@@ -182,9 +180,10 @@ def draw_gaps(rows: Sequence[Row]) -> bytes:
     names = list(dict.fromkeys(r["policy"] for r in known))
     columns = min(3, len(cells))
     height = -(-len(cells) // columns)
-    with pyplot.rc_context(STYLE):  # pyright: ignore
+    with rc_context(STYLE):  # pyright: ignore
         size = (4.3 * columns + 1.2, (0.9 + 0.28 * len(names)) * height)
-        figure, axes = pyplot.subplots(height, columns, figsize=size, sharey=True, squeeze=False)
+        figure = Figure(figsize=size)
+        axes = figure.subplots(height, columns, sharey=True, squeeze=False)
         for axis, cell in zip(axes.flat, cells, strict=False):
             for row in known:
                 if (row["suite"], row["horizon"], row["split"]) == cell:
@@ -199,7 +198,6 @@ def draw_gaps(rows: Sequence[Row]) -> bytes:
             axis.set_visible(False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
-        pyplot.close(figure)
     return buffer.getvalue()
 
 

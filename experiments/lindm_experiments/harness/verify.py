@@ -68,9 +68,12 @@ def verify(
     """
     out = Path("results") / preset if out is None else Path(out)
     started = time.perf_counter()
+    for name, given in (("experiments", experiments), ("only", only)):
+        if isinstance(given, str):
+            raise UsageError(f"{name} must be a list; got {given!r}")
     if preset not in ("quick", "full", "smoke"):
-        raise UsageError(unknown("--preset", preset, ["quick", "full"]))
-    for name, number in (("--seeds", seeds), ("--workers", workers)):
+        raise UsageError(unknown("preset", preset, ("quick", "full", "smoke")))
+    for name, number in (("seeds", seeds), ("workers", workers)):
         if number is not None and number < 1:
             raise UsageError(f"{name} must be >= 1; got {number}")
     known = {e.name: e for e in map(find_experiment, experiments or experiment_names())}

@@ -30,6 +30,10 @@ class AttentionLayer(TablePolicy):
             raise ValueError("policy layer needs tasks that differ; got a source whose every task is the same problem")
         self.suite, self.dataset = suite, dataset
 
+    @classmethod
+    def for_tasks(cls, source: Suite, dataset: DatasetConfig) -> "AttentionLayer":
+        return cls(source, dataset)
+
     @cached_property
     def weights(self) -> np.ndarray:
         """A [H, S A, S A]."""

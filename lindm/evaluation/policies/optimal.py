@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lindm import validate
+from lindm.datasets import DatasetConfig
 from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTask, double_precision
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.solvers import ties, tree
@@ -67,6 +68,10 @@ class Behavior(Policy):
     def __init__(self, epsilon: float = 0.2):
         validate.fraction(epsilon, "epsilon")
         self.epsilon, self.oracle = epsilon, Oracle()
+
+    @classmethod
+    def for_tasks(cls, source: Any, dataset: DatasetConfig) -> "Behavior":
+        return cls(dataset.exploration[0])
 
     def init(self, tasks: Sequence[PolicyTask]) -> Any:
         return self.oracle.init(tasks)

@@ -1,24 +1,21 @@
 """The table of the policies that `lindm eval` knows by name (`POLICIES`).
 
-To add a policy, add a module with a subclass of `Policy` to this package, and an entry to the table.
+To add a policy, add a module with a subclass of `Policy` to this package, and an entry to the table. The command line reads this
+module, so it imports nothing heavy.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
-from lindm.datasets import DatasetConfig
 from lindm.errors import did_you_mean
-from lindm.evaluation.policies.attention_layer import AttentionLayer
-from lindm.evaluation.policies.beliefs import QMDP
-from lindm.evaluation.policies.demonstrations import BC
-from lindm.evaluation.policies.offline_rl import LSVI, PEVI
-from lindm.evaluation.policies.optimal import Behavior, Oracle, Random
-from lindm.evaluation.policies.planning import CertaintyEquivalence
-from lindm.evaluation.policy import Policy
-from lindm.families.registry import NamedProblem
-from lindm.families.suites import Suite
-from lindm.types import APOMDP, MDP, Problem
+
+if TYPE_CHECKING:
+    from lindm.datasets import DatasetConfig
+    from lindm.evaluation.policy import Policy
+    from lindm.families.registry import NamedProblem
+    from lindm.families.suites import Suite
+    from lindm.types import Problem
 
 Kind = Literal["mdp", "pomdp", "apomdp"]
 KINDS: tuple[Kind, ...] = ("mdp", "pomdp", "apomdp")
@@ -30,75 +27,96 @@ class PolicyInfo:
     """A named policy of `lindm eval`."""
 
     summary: str  # one sentence
-    make: Callable[[Any, DatasetConfig], Policy]  # for tasks of this source and dataset
+    policy: str  # module:class of this package
     kinds: tuple[Kind, ...] = KINDS  # kinds of problems to which it applies
     default: bool = True  # whether it is evaluated when no policies are given
 
 
 POLICIES: dict[str, PolicyInfo] = {
-    "oracle": PolicyInfo(summary="An optimal action at every history.", make=lambda source, dataset: Oracle()),
-    "random": PolicyInfo(summary="Every action with the same probability.", make=lambda source, dataset: Random()),
+    "oracle": PolicyInfo(summary="An optimal action at every history.", policy="optimal:Oracle"),
+    "random": PolicyInfo(summary="Every action with the same probability.", policy="optimal:Random"),
     "behavior": PolicyInfo(
         summary="The policy that made the demonstrations: the oracle, but with probability epsilon a random action.",
-        make=lambda source, dataset: Behavior(dataset.exploration[0]),
+        policy="optimal:Behavior",
         default=False,
     ),
     "bc": PolicyInfo(
-        summary="Most frequent action of the demonstrations after the same last observation.", make=lambda source, dataset: BC()
+        summary="Behavior cloning: the most frequent action of the demonstrations after the same last observation.",
+        policy="demonstrations:BC",
     ),
     "certainty-equivalence": PolicyInfo(
-        summary="Plans in the estimated MDP; where the state is hidden, takes the likeliest state for the state.",
-        make=lambda source, dataset: CertaintyEquivalence(),
+        summary="Plans in the MDP that is estimated from the demonstrations; where the state is hidden, knows the model and acts "
+        "as if the likeliest state were the state.",
+        policy="planning:CertaintyEquivalence",
     ),
     "lsvi": PolicyInfo(
         summary="Least-squares value iteration on the demonstrations' transitions.",
-        make=lambda source, dataset: LSVI(),
+        policy="offline_rl:LSVI",
         kinds=("mdp",),
         default=False,
     ),
-    "pevi": PolicyInfo(summary="Pessimistic least-squares value iteration.", make=lambda source, dataset: PEVI(), kinds=("mdp",)),
+    "pevi": PolicyInfo(
+        summary="Pessimistic value iteration: lsvi less a bonus for uncertainty.", policy="offline_rl:PEVI", kinds=("mdp",)
+    ),
     "qmdp": PolicyInfo(
         summary="Knows the model; action values of the observed state, averaged over the belief.",
-        make=lambda source, dataset: QMDP(),
+        policy="beliefs:QMDP",
         kinds=HIDDEN,
     ),
     "layer": PolicyInfo(
         summary="One linear attention layer per stage, trained on 2048 other tasks of the suite.",
-        make=AttentionLayer,
+        policy="attention_layer:AttentionLayer",
         kinds=("mdp",),
         default=False,
     ),
 }
-LANGUAGE_MODELS = ("icl:MODELDIR", "sft:RUNDIR")  # read by `lindm.llm.policy`
+LANGUAGE_MODELS = {  # read by `lindm.llm.policy`
+    "icl:MODELDIR": "A language model without training: it reads the demonstrations in its context.",
+    "sft:RUNDIR": "A language model that `lindm sft` trained.",
+}
 
 
-def kind_of(source: Suite | NamedProblem | Problem) -> Kind:
+def help_table() -> dict[str, str]:
+    """Name -> sentence of every policy, with the kinds of problems where it does not apply to all."""
+    rows = {}
+    for name, info in POLICIES.items():
+        kinds = "" if info.kinds == KINDS else f" ({' and '.join(kind.upper() for kind in info.kinds)} only)"
+        rows[name] = info.summary.removesuffix(".") + kinds + "."
+    return rows | LANGUAGE_MODELS
+
+
+def kind_of(source: "Suite | NamedProblem | Problem") -> Kind:
     """mdp, pomdp or apomdp."""
+    from lindm.families.registry import NamedProblem
+    from lindm.families.suites import Suite
+    from lindm.types import APOMDP, MDP
+
     source = source.problem if isinstance(source, NamedProblem) else source
     if isinstance(source, Suite):
         return "apomdp" if source.M else "pomdp" if source.O else "mdp"
     return "mdp" if isinstance(source, MDP) else "apomdp" if isinstance(source, APOMDP) else "pomdp"
 
 
-def default_policies(source: Suite | NamedProblem | Problem) -> tuple[str, ...]:
+def default_policies(source: "Suite | NamedProblem | Problem") -> tuple[str, ...]:
     """The names of the policies that are evaluated where none is named: all that are cheap."""
     return tuple(name for name, info in POLICIES.items() if info.default and kind_of(source) in info.kinds)
 
 
-def check_name(name: str, source: Suite | NamedProblem | Problem) -> None:
+def check_name(name: str, source: "Suite | NamedProblem | Problem") -> None:
     """ValueError where no policy of that name exists for problems of this source."""
     kind = kind_of(source)
     known = [name for name, info in POLICIES.items() if kind in info.kinds]
     if name not in known:
-        rule = f"one of {', '.join((*known, *LANGUAGE_MODELS))} for an {kind.upper()}"
+        rule = f"one of {', '.join((*known, *LANGUAGE_MODELS))} for {'a' if kind == 'pomdp' else 'an'} {kind.upper()}"
         raise ValueError(f"policy must be {rule}; got {name!r}{did_you_mean(name, known)}")
 
 
-def make_policy(name: str, source: Suite | NamedProblem | Problem, dataset: DatasetConfig) -> Policy:
+def make_policy(name: str, source: "Suite | NamedProblem | Problem", dataset: "DatasetConfig") -> "Policy":
     """The policy of that name for tasks of a source.
 
     Raises:
       ValueError: these tasks have no policy of that name.
     """
     check_name(name, source)
-    return POLICIES[name].make(source, dataset)
+    module, _, policy = POLICIES[name].policy.partition(":")
+    return getattr(import_module(f"{__package__}.{module}"), policy).for_tasks(source, dataset)

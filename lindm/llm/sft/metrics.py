@@ -97,14 +97,12 @@ class Throughput:
 
 def plot_curves(directory: Path, records: list[Record]) -> list[Path]:
     """Draw curves.png and curves.pdf: losses, and the normalized optimality gap where it was evaluated, against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would change the backend of a notebook
 
     train, evals = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
     losses, gaps = ([r for r in evals if r.get(name) is not None] for name in ("loss", "gap"))
-    figure, axes = plt.subplots(1, 2 if gaps else 1, figsize=(9 if gaps else 5, 3.4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(9 if gaps else 5, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2 if gaps else 1, squeeze=False)
     left = axes[0][0]
     left.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, color="#888888", label="training")
     if losses:
@@ -126,5 +124,4 @@ def plot_curves(directory: Path, records: list[Record]) -> list[Path]:
     with files.storage_errors(directory):
         for path in paths:
             figure.savefig(path, dpi=150, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-    plt.close(figure)
     return paths

@@ -56,8 +56,8 @@ class EvalHistory(NamedTuple):
     evals_since_best: int = 0
 
 
-def train(config: SFTConfig) -> int:
-    """Train, evaluate and export; 0.
+def train(config: SFTConfig) -> Path | None:
+    """Train, evaluate and export; the directory of the model, in the first process of the run alone.
 
     Raises:
       LindmError: of the kind of the failure (`lindm.errors`).
@@ -73,7 +73,7 @@ def train(config: SFTConfig) -> int:
         _check_same_run(setup, is_main)
         with Progress(quiet=not is_main) as progress:
             _run(setup, is_main, progress)
-    return 0
+    return config.out / MODEL if is_main else None
 
 
 def _remove_outputs(out: Path) -> None:
@@ -149,7 +149,6 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
         shutil.rmtree(out / BEST, ignore_errors=True)
         last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
         write_manifest(out, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
-        print(f"model: {out / MODEL}")
     processes.barrier("end")
 
 

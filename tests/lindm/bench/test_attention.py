@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lindm.bench import attention, timing
+from lindm.cli.main import main
 from lindm.icl.attention import FullAttention
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -72,10 +73,10 @@ def test_rows_have_the_ratio_to_the_peer():
 def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(attention, "_side", lambda side: a_measurement(1.0))
-    assert attention.main(json=True) == 0
+    assert main(["bench", "attention", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == attention.MISSING for row in table)
-    assert attention.main() == 0
+    assert main(["bench", "attention"]) == 0
     assert "contexts/CPU-s" in capsys.readouterr().out
 
 

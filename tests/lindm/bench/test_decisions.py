@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lindm.bench import decisions as bench
+from lindm.cli.main import main
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 
@@ -81,6 +82,6 @@ def test_without_torch_the_peer_is_null(monkeypatch, capsys):
     monkeypatch.setattr(bench, "prepare", lambda directory: None)
     monkeypatch.setattr(bench, "in_worker", worker)
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    assert bench.main(json=True) == 0
+    assert main(["bench", "decisions", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert sides == ["ours"] and all(row["peer"] is None and row["ratio"] is None for row in table)

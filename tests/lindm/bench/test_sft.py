@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from lindm.bench import sft
+from lindm.cli.main import main
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.sft import packing
@@ -141,12 +142,12 @@ def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, ca
     monkeypatch.setattr(sft, "MODEL", SMALL)
     monkeypatch.setattr(sft, "in_worker", worker)
     monkeypatch.setattr(sft, "_version", lambda library: None)
-    assert sft.main(json=True) == 0
+    assert main(["bench", "sft", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert {side for side, *_ in calls} == {"ours"} and len(calls) == 7
     others = [row for row in table if not row["peer_name"].startswith("ours")]
     assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == sft.MISSING for row in others)
-    assert sft.main() == 0 and "tokens/CPU-s" in capsys.readouterr().out
+    assert main(["bench", "sft"]) == 0 and "tokens/CPU-s" in capsys.readouterr().out
 
 
 def test_the_peer_is_named_with_its_versions():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lindm.bench import solvers, timing
+from lindm.cli.main import main
 from lindm.solvers import tree
 from lindm.solvers.dp import backward_induction
 
@@ -163,7 +164,7 @@ def test_sides_that_disagree_are_not_compared():
 def test_without_peers_the_bench_runs_and_prints_nulls(tiny, monkeypatch, capsys):
     monkeypatch.setattr(solvers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(solvers, "in_worker", lambda module, side, task: solvers.measure(side, task))
-    assert solvers.main(json=True) == 0
+    assert main(["bench", "solvers", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     for row in table:
         if row["work"].startswith("MDP"):

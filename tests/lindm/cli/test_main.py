@@ -124,11 +124,11 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["verify", "--only", "nonsense"], "--only must be one of"),
+        (["verify", "--only", "nonsense"], "only must be one of"),
         (["verify", "--preset", "huge"], "--preset must be one of quick, full, smoke; got 'huge'"),
-        (["verify", "--seeds", "-1"], "--seeds must be >= 1; got -1"),
+        (["verify", "--seeds", "-1"], "seeds must be >= 1; got -1"),
         (["verify", "--seeds", "many"], "--seeds must be a whole number; got 'many'"),
-        (["verify", "--workers", "0"], "--workers must be >= 1; got 0"),
+        (["verify", "--workers", "0"], "workers must be >= 1; got 0"),
         (["verify", "--colour", "red"], "--colour"),
         (["run", "nonsense"], "EXPERIMENT must be one of"),
         (["bench", "nonsense"], "BENCH must be one of attention, solvers, sft, decisions; got 'nonsense'"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lindm.evaluation.environments import double_precision, make_tasks
-from lindm.evaluation.optimality_gap import PolicyLoss, evaluate_policy
+from lindm.evaluation.optimality_gap import PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.policies.demonstrations import BC
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.problems.apomdp import as_apomdp
@@ -241,3 +241,33 @@ def test_bc_does_what_the_demonstrations_did_most():
 def test_problems_of_two_horizons_raise_an_error():
     with pytest.raises(ValueError, match=r"tasks must have one horizon; got \[2, 3\]"):
         evaluate([random_mdp(0, H=2)[0], random_mdp(0, H=3)[0]], arbitrary(2))
+
+
+def test_the_interval_is_that_of_a_t_distribution_over_tasks():
+    lost = [
+        PolicyLoss(suboptimality=x, agreement=0.5, optimal_value=4.0, uniform_value=2.0, exact=True, decisions=1)
+        for x in (0, 1, 2)
+    ]
+    summary = summarize(lost)
+    half = 4.302652729911275 * 0.5 / 3**0.5  # the 0.975 quantile for two degrees of freedom, from a table
+    assert summary["gap"] == pytest.approx(0.5) and summary["gap_ci"] == pytest.approx([0.5 - half, 0.5 + half])
+    assert summary["gap_of_value"] == pytest.approx(0.25) and summary["gap_of_value_ci"] == pytest.approx(
+        [0.25 - half / 2, 0.25 + half / 2]
+    )
+
+
+def test_where_every_policy_is_optimal_the_gap_is_zero_and_a_share_of_a_value_of_zero_is_none():
+    problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((3, 2, 2)), np.array([0.3, 0.7]))
+    summary = summarize(evaluate([problem], BC()))
+    assert summary["gap"] == 0 and summary["agreement"] == 1
+    assert summary["gap_of_value"] is None and summary["gap_of_value_ci"] is None
+    constant = mdp(np.full((1, 2, 2, 2), 0.5), np.full((3, 2, 2), 0.1), np.array([0.3, 0.7]))
+    summary = summarize(evaluate([constant], arbitrary(2)))
+    assert summary["gap"] == 0 and summary["gap_of_value"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("answer", [2, -1, 0.5, None, "left"])
+def test_an_answer_that_is_no_action_raises_an_error(answer):
+    problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((2, 2, 2)), np.array([0.3, 0.7]))
+    with pytest.raises(ValueError, match=f"a policy must return .*; got {answer!r}"):
+        evaluate([problem], lambda demonstrations, history: answer)

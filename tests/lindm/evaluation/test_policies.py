@@ -16,9 +16,9 @@ from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policies import attention_layer, planning, registry
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.families.suites import Suite
-from lindm.problems.apomdp import as_apomdp
+from lindm.problems.apomdp import apomdp, as_apomdp
 from lindm.problems.mdp import mdp
-from lindm.problems.pomdp import draw_pomdp
+from lindm.problems.pomdp import draw_pomdp, pomdp
 from lindm.solvers import dp, tree
 from lindm.solvers.belief import branching
 from lindm.text import Step
@@ -193,6 +193,13 @@ def test_bc_repeats_what_was_done_most_often_in_a_state(seen):
             assert table.shape == (3, 3) and (table[:, s] == counts.argmax()).all()
 
 
+def test_bc_takes_the_most_frequent_action_of_all_steps_in_a_state_that_no_demonstration_visits():
+    problem = mdp(np.full((1, 3, 2, 3), 1 / 3), np.zeros((2, 3, 2)), np.full(3, 1 / 3))
+    demonstrations = [[Step(0, state=0, reward=0.0), Step(1, state=1, reward=0.0)], [Step(1, state=1, reward=0.0)] * 2]
+    acts = [policies.bc().act(demonstrations, [Step(None, state=s)], problem).argmax() for s in range(3)]
+    assert acts == [0, 1, 1]
+
+
 def test_the_estimated_model_is_that_of_the_counts():
     demos = (
         (Step(0, state=0, reward=1.0), Step(1, state=1, reward=0.0)),
@@ -210,6 +217,14 @@ def test_the_estimated_model_is_that_of_the_counts():
     np.testing.assert_allclose(estimate.r, np.stack([r, r]), rtol=1e-12)
     np.testing.assert_allclose(estimate.P, P[None], rtol=1e-12)
     assert table.tolist() == [(r + P @ r.max(-1)).argmax(-1).tolist(), r.argmax(-1).tolist()]
+
+
+def test_lsvi_uses_the_last_step_of_an_episode_at_the_last_stage_alone():
+    problem = mdp(np.ones((1, 1, 2, 1)), np.zeros((2, 1, 2)), np.ones(1))
+    demos = ((Step(0, state=0, reward=0.0), Step(1, state=0, reward=1.0)),)
+    (table,) = actions_of(policies.lsvi(), make_tasks([problem], [demos]))
+    # Q of the last stage is (0, 1/2); at the first stage nothing is known of action 1, and action 0 leads to a value of 1/2
+    assert table.tolist() == [[0], [1]]
 
 
 @pytest.mark.parametrize("name", ["certainty-equivalence", "lsvi", "pevi"])
@@ -252,6 +267,14 @@ def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monke
 
 
 # --- the state is hidden ---------------------------------------------------------------------------------------------------
+
+
+def test_the_likeliest_state_at_the_start_is_that_of_the_mean_of_the_models():
+    def model(rho):
+        return pomdp(np.eye(2)[:, None].repeat(2, 1), np.full((2, 2, 1), 1.0), np.eye(2), rho, horizon=1)
+
+    problem = apomdp([model([0.6, 0.4]), model([0.0, 1.0])], alpha=0.5)
+    assert policies.certainty_equivalence().act([], [Step(None)], problem).argmax() == 1
 
 
 def loss_of(problem, name):
@@ -321,7 +344,7 @@ def test_qmdp_maximizes_the_action_values_of_the_observed_state(brute, M, alpha)
 
 @pytest.mark.parametrize("suite, name", [(SEEN, "qmdp"), (HIDDEN, "lsvi"), (AMBIGUOUS, "layer")])
 def test_a_policy_that_does_not_apply_to_the_tasks_raises_an_error(suite, name):
-    with pytest.raises(ValueError, match=f"policy must be one of oracle, random, behavior, bc, .* for an .*MDP; got '{name}'"):
+    with pytest.raises(ValueError, match=f"policy must be one of oracle, random, behavior, bc, .* for an? .*MDP; got '{name}'"):
         registry.make_policy(name, suite, DatasetConfig(tasks=1))
 
 

@@ -164,6 +164,11 @@ def test_averaging_returns_the_mean_of_the_last_iterates():
     np.testing.assert_array_equal(run(1, 0.9), run(1, 0.0))
 
 
+def test_the_learning_rate_is_positive_at_the_first_step():
+    layer, _ = train(ReducedAttention(2), draw_gaussian, jax.random.key(0), steps=1, data=f32(np.eye(2)))
+    assert np.all(np.diag(layer.A[0]) > 0)
+
+
 def test_the_layer_given_is_not_modified_and_the_same_key_gives_the_same_run():
     start = ReducedAttention(2)
     first, losses = train(start, draw_gaussian, jax.random.key(0), steps=5, data=f32(np.eye(2)))

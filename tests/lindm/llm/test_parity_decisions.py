@@ -38,7 +38,7 @@ def test_the_exported_model_decides_the_same_in_torch(micro, tmp_path, method):
     options = SFTConfig(
         model=micro.model, data=micro.hidden, out=tmp_path / "out", steps=4, eval_tasks=0, method=method, learning_rate=5e-3
     )
-    assert trainer.train(options) == 0
+    assert trainer.train(options).is_dir()
     directory = tmp_path / "out" / "model"
     tasks, text = tasks_of(micro.mdp, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -7,7 +7,7 @@ import pytest
 
 from lindm.solvers import rollout, tree
 from lindm.solvers.belief_net import Net
-from lindm.solvers.solve import first_action, labels, method_for, solve
+from lindm.solvers.solve import first_action, label, labels, method_for, solve
 from lindm.types import BOUNDED, CERTIFIED, EXACT, MDP, POMDP
 
 demonstrate = jax.jit(rollout.demonstrate, static_argnames="n")
@@ -51,6 +51,17 @@ def test_beyond_the_budget_the_answer_is_certified(small):
     assert solve(problem, budget=1000).method == "hsvi"
     apomdp = small.problem()
     assert solve(apomdp, budget=1000).method == "hsvi"  # an APOMDP with one model is convex
+
+
+@pytest.mark.parametrize(
+    ("other", "certificate", "regret"),
+    [(0.9, CERTIFIED, 0), (1.0, CERTIFIED, 0), (1 + 1e-13, CERTIFIED, 0), (1 + 1e-9, BOUNDED, 1e-9)],
+)
+def test_a_label_is_certified_where_no_other_upper_bound_is_above_its_lower_bound(other, certificate, regret):
+    got = label(jnp.array([0.5, 1.0]), jnp.array([other, 1.2]), exact=False)
+    assert (got.action, got.certificate) == (1, certificate)
+    np.testing.assert_allclose(got.regret, regret, rtol=1e-6)
+    assert label(jnp.array([0.5, 1.0]), jnp.array([0.5, 1.0]), exact=True).certificate == EXACT
 
 
 @pytest.mark.parametrize("method", ["hsvi", "net"])

@@ -41,7 +41,7 @@ def logits(model, ids):
 @pytest.fixture(scope="module")
 def finished(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    assert trainer.train(options(micro, out, steps=30, learning_rate=5e-3)) == 0
+    assert trainer.train(options(micro, out, steps=30, learning_rate=5e-3)).is_dir()
     return out
 
 
@@ -69,7 +69,7 @@ def test_the_exported_model_is_the_one_of_the_last_checkpoint_with_its_tokenizer
 
 def test_a_finished_run_does_nothing_more_and_keeps_its_bytes(micro, finished):
     before = files.sha256(finished / "model" / "model.safetensors"), (finished / "metrics.jsonl").read_bytes()
-    assert trainer.train(options(micro, finished, steps=30, learning_rate=5e-3)) == 0
+    assert trainer.train(options(micro, finished, steps=30, learning_rate=5e-3)).is_dir()
     assert before == (files.sha256(finished / "model" / "model.safetensors"), (finished / "metrics.jsonl").read_bytes())
 
 
@@ -84,7 +84,7 @@ def test_no_task_is_both_trained_and_held_out_and_decisions_are_measured_on_held
 @pytest.mark.parametrize("method, base", [("lora", None), ("qlora", "int8")])
 def test_adapters_are_trained_the_base_is_not_and_both_exports_compute_the_same(micro, tmp_path, method, base):
     run = options(micro, tmp_path / "out", method=method, base=base, lora_rank=4, learning_rate=1e-2)
-    assert trainer.train(run) == 0
+    assert trainer.train(run).is_dir()
     merged, start = weights.load(tmp_path / "out" / "model"), weights.load(micro.model)
     apart = weights.load(micro.model, base=base or "f32")
     peft.load_adapter(apart, tmp_path / "out" / "adapter")
@@ -104,14 +104,14 @@ def test_packing_and_accumulation_are_of_the_same_documents(micro, tmp_path):
     assert len(packed.train_rows) < len(alone.train_rows) and packed.seq_len == 192
     sources = [sorted(e.source for row in p.train_rows for e in row) for p in (alone, packed)]
     assert sources[0] == sources[1]
-    assert trainer.train(options(micro, tmp_path / "out", pack=True, seq=192, accumulate=2, steps=2)) == 0
+    assert trainer.train(options(micro, tmp_path / "out", pack=True, seq=192, accumulate=2, steps=2)).is_dir()
     first = next(r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "train")
     assert first["num_labels"] > 16 * 3
 
 
 def test_patience_stops_early_and_keeps_the_best_model(micro, tmp_path):
     run = options(micro, tmp_path / "out", learning_rate=0.3, patience=1, eval_every=1, steps=20, eval_tasks=0)
-    assert trainer.train(run) == 0
+    assert trainer.train(run).is_dir()
     looked = [r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "eval"]
     assert len(looked) < 20 and looked[-1]["loss"] >= min(r["loss"] for r in looked)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -129,7 +129,7 @@ INTERRUPTED = {"steps": 4, "eval_every": 2, "save_every": 3}
 @pytest.fixture(scope="module")
 def uninterrupted(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    assert trainer.train(options(micro, out, **INTERRUPTED)) == 0
+    assert trainer.train(options(micro, out, **INTERRUPTED)).is_dir()
     return metrics.read_metrics(out)
 
 
@@ -155,9 +155,9 @@ def test_a_stop_during_evaluation_saves_and_the_resumed_run_evaluates(micro, uni
     )
     assert not any(r["kind"] == "eval" and r["step"] == step for r in metrics.read_metrics(tmp_path / "out"))
     monkeypatch.undo()
-    assert trainer.train(options(micro, tmp_path / "out", **INTERRUPTED)) == 0
+    assert trainer.train(options(micro, tmp_path / "out", **INTERRUPTED)).is_dir()
     assert metrics.read_metrics(tmp_path / "out") == uninterrupted
-    assert trainer.train(options(micro, tmp_path / "out", **INTERRUPTED)) == 0, "and once more, finished"
+    assert trainer.train(options(micro, tmp_path / "out", **INTERRUPTED)).is_dir(), "and once more, finished"
     assert metrics.read_metrics(tmp_path / "out") == uninterrupted
 
 
@@ -170,7 +170,7 @@ def test_rewards_are_hidden_if_they_could_reveal_the_state(micro, tmp_path, kind
     assert ":" not in text and ":" in setup_training(options(micro, tmp_path)).tokenizer.decode(
         setup_training(options(micro, tmp_path)).train_rows[0][0].ids.tolist()
     )
-    assert trainer.train(options(micro, tmp_path / "out", data=getattr(micro, kind), steps=1)) == 0
+    assert trainer.train(options(micro, tmp_path / "out", data=getattr(micro, kind), steps=1)).is_dir()
     looked = [r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "eval"]
     assert looked[-1]["method"] == "exact" and np.isfinite(looked[-1]["gap"])
 
@@ -179,7 +179,7 @@ def test_prompts_and_completions_train_too(micro, tmp_path):
     rows = [{"prompt": f"#\n{i % 3}", "completion": " AB"[i % 2 :][:2]} for i in range(40)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert trainer.train(options(micro, tmp_path / "out", data=data, steps=3)) == 0
+    assert trainer.train(options(micro, tmp_path / "out", data=data, steps=3)).is_dir()
     looked = [r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "eval"]
     assert "gap" not in looked[-1] and looked[-1]["loss"] < looked[0]["loss"]
 
@@ -219,8 +219,8 @@ def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(mi
 @pytest.mark.slow
 def test_fresh_starts_over(micro, tmp_path):
     out = tmp_path / "out"
-    assert trainer.train(options(micro, out, steps=2)) == 0
-    assert trainer.train(options(micro, out, steps=3, fresh=True)) == 0
+    assert trainer.train(options(micro, out, steps=2)).is_dir()
+    assert trainer.train(options(micro, out, steps=3, fresh=True)).is_dir()
     assert max(r["step"] for r in metrics.read_metrics(out)) == 3
 
 

@@ -1,0 +1,33 @@
+"""Benchmarks: speed and memory beside other implementations."""
+
+import importlib
+from typing import get_args
+
+from lindm.bench.timing import Row
+from lindm.choices import Benchmark
+from lindm.errors import unknown
+
+BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
+
+
+def benchmark(name: Benchmark) -> list[Row]:
+    """Measure the speed and the memory of a part of lindm beside another implementation. Takes two to five minutes.
+
+    Args:
+      name: attention, solvers, sft or decisions.
+
+    Returns:
+      Rows {"work", "ours", "peer", "peer_name", "ratio", "unit"}; a ratio above one is in favor of lindm. The peer is None where
+      its library is not installed.
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> rows = ld.benchmark("solvers")  # doctest: +SKIP
+    >>> ld.benchmark("solver")
+    Traceback (most recent call last):
+    ValueError: name must be one of attention, solvers, sft, decisions; got 'solver'; did you mean solvers?
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(unknown("name", name, BENCHMARKS))
+    return importlib.import_module(f"lindm.bench.{name}").benchmark()
