@@ -21,7 +21,8 @@ FLOORS = (
     ("lindm.datasets",),
     ("lindm.evaluation",),
     ("lindm.llm",),
-    ("lindm.api", "lindm.bench"),
+    ("lindm.bench",),
+    ("lindm.api",),
     ("lindm.cli", "lindm.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

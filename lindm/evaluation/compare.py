@@ -64,7 +64,7 @@ def evaluate(
     Args:
       source: a suite, whose tasks are different problems, or one problem.
       policies: name -> a policy of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history;
-        or names of `lindm.evaluation.policies.registry.POLICIES` [default: the cheap ones]. A mapping is read one policy at a time.
+        or names of `lindm.evaluation.policies.registry` [default: the cheap ones]. A mapping is read one policy at a time.
       dataset: numbers of tasks and demonstrations, and the policy of the demonstrations.
       data: directory of the dataset, which is generated there if it is missing [default: a temporary one].
       episodes: number sampled for a task where a policy reaches more than `max_histories` histories at the last stage.

@@ -304,11 +304,12 @@ class _LocalSlot:
 @contextlib.contextmanager
 def _ray_cluster(workers: int | None) -> Iterator[int]:
     """A connection to the cluster at RAY_ADDRESS, or a local cluster; the number of its cores."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
         raise UsageError("executor ray needs the package ray: pip install 'lindm[ray]'") from e
+    usage = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = usage or "0"
     connected = ray.is_initialized()
     if not connected:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -323,6 +324,8 @@ def _ray_cluster(workers: int | None) -> Iterator[int]:
     finally:
         if not connected:
             ray.shutdown()
+        if usage is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
 class _RayWorker:

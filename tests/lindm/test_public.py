@@ -58,7 +58,8 @@ def settings() -> dict:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     return {
         "jax": values,
-        "environment": dict(os.environ),
+        # importing transformers sets a variable of its own
+        "environment": {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")},
         "signals": handlers,
         "directory": Path.cwd(),
         "backend": matplotlib.get_backend(),

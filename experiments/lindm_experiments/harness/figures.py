@@ -64,12 +64,13 @@ def file_backend() -> Iterator[None]:
     """Figures of pyplot are drawn to files in this block, without windows; afterward the backend is that of before."""
     import matplotlib
 
-    before = matplotlib.get_backend()
+    before, fallback = matplotlib.get_backend(), matplotlib.rcParams["backend_fallback"]
     matplotlib.use("Agg")
     try:
         yield
     finally:
         matplotlib.use(before)
+        matplotlib.rcParams["backend_fallback"] = fallback
 
 
 def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:

@@ -146,7 +146,8 @@ def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | No
                 task.remove()
             if total is not None:
                 total.update(total.done + 1)
-            progress.print(f"{outcome.experiment}: {outcome.message or 'done'}, {format_seconds(outcome.seconds)}")
+            message = outcome.message or f"{outcome.experiment}: done"  # an error names its experiment
+            progress.print(f"{message}, {format_seconds(outcome.seconds)}")
 
         return run_experiments(jobs, executor=executor, workers=workers, on_point=on_point, on_end=on_end)
 

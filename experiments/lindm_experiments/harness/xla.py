@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 from lindm.io import signals
@@ -33,18 +34,17 @@ def configure_xla(single_process: bool = False) -> None:
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
-    """Experiments switch 64-bit floats on and set flags of XLA; both are put back."""
+    """Experiments switch 64-bit floats on and set environment variables; all of these are put back."""
     environment = dict(os.environ)
     jax = sys.modules.get("jax")
     double = jax is not None and jax.config.jax_enable_x64
     try:
-        with signals.restored():
+        with signals.restored(), warnings.catch_warnings():
             yield
     finally:
-        for name in ("XLA_FLAGS", "JAX_ENABLE_X64"):
-            os.environ.pop(name, None)
-            if name in environment:
-                os.environ[name] = environment[name]
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
         if "jax" in sys.modules:
             double = double or (jax is None and environment.get("JAX_ENABLE_X64", "0").lower() in ("1", "true"))
             config = sys.modules["jax"].config

@@ -14,7 +14,7 @@ from lindm.families.suites import Suite
 from lindm.solvers import dp
 from lindm.types import MDP
 
-TASKS, SEED = 2048, 2**31  # of the training tasks; other tasks than those of any seed below 2^31
+TASKS, SEED = 2048, 2**31  # of the training tasks
 
 
 class AttentionLayer(TablePolicy):
@@ -28,6 +28,8 @@ class AttentionLayer(TablePolicy):
     def __init__(self, suite: Suite, dataset: DatasetConfig):
         if not isinstance(suite, Suite):
             raise ValueError("policy layer needs tasks that differ; got a source whose every task is the same problem")
+        if dataset.seed == SEED:
+            raise ValueError(f"seed must not be {SEED}: the layer is trained on the tasks of this seed")
         self.suite, self.dataset = suite, dataset
 
     @classmethod

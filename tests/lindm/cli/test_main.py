@@ -12,6 +12,8 @@ import pytest
 
 from lindm.cli import doctor
 from lindm.cli.main import main
+from lindm.errors import UsageError
+from lindm.evaluation.policies.registry import LANGUAGE_MODELS, POLICIES
 from lindm_experiments.harness.claims import CLAIMS
 from lindm_experiments.harness.experiments import experiment_names
 
@@ -218,19 +220,29 @@ def test_doctor_reports_that_results_cannot_be_written(tmp_path):
 
 def test_the_debug_switch_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("LINDM_DEBUG", "1")
-    with pytest.raises(Exception, match="EXPERIMENT must be one of"):
+    with pytest.raises(UsageError, match="EXPERIMENT must be one of"):
         main(["run", "nonsense"])
 
 
-def test_bench_json_is_passed_on(monkeypatch, capsys):
-    import types
-
-    bench = types.ModuleType("lindm.bench.attention")
-    bench.main = lambda as_json: print(json.dumps([{"json": as_json}]))  # pyright: ignore
-    monkeypatch.setitem(sys.modules, "lindm.bench.attention", bench)
-    monkeypatch.setattr("lindm.bench.attention", bench, raising=False)
+def test_bench_prints_the_rows_of_the_benchmark(monkeypatch, capsys):
+    row = {"work": "solve", "ours": 2.0, "peer": None, "peer_name": "nobody", "ratio": None, "unit": "s"}
+    monkeypatch.setattr("lindm.bench.attention.benchmark", lambda: [row])
     assert main(["bench", "attention", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"json": True}]
+    assert json.loads(capsys.readouterr().out) == [row]
+    assert main(["bench", "attention"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["solve", "2", "-", "-", "s", "nobody"]
+
+
+def test_the_help_of_eval_has_a_sentence_for_every_policy(monkeypatch, capsys):
+    for columns in (40, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            main(["eval", "--help"])
+        page = capsys.readouterr().out
+        table = page[page.index("Policies:") : page.index("Examples:")]
+        assert all(f"  {name}" in table for name in (*POLICIES, *LANGUAGE_MODELS))
+        assert " ".join(table.split()).count(POLICIES["bc"].summary.rstrip(".")) == 1
+        assert max(map(len, table.splitlines())) <= columns
 
 
 # --- solve and data
@@ -346,3 +358,9 @@ def test_an_error_that_a_stop_request_became_is_a_stop(monkeypatch, capsys):
     monkeypatch.setattr(command_line, "stop_requested", lambda: True)
     assert command_line.guarded(interrupted) == 75
     assert capsys.readouterr().err.splitlines()[-1].startswith("lindm: error: stopped")
+
+
+def test_a_reader_that_closed_the_output_is_exit_141():
+    code = "import sys\nfrom lindm.cli.main import guarded\ndef run():\n    raise BrokenPipeError\nsys.exit(guarded(run))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -9,7 +9,7 @@ import pytest
 
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.generate import TaskGenerator
-from lindm.evaluation import policies
+from lindm.evaluation import compare, policies
 from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import PolicyTask, make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
@@ -264,6 +264,12 @@ def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monke
             Q = (A @ statistic(*shown, h)).reshape(3, 2)
             clear = np.abs(Q[:, 0] - Q[:, 1]) > 1e-9
             assert (table[h] == Q.argmax(-1))[clear].all() and clear.any()
+
+
+def test_the_layer_is_not_evaluated_on_the_tasks_of_its_training():
+    policies.layer(SEEN, compare.TASKS)
+    with pytest.raises(ValueError, match="seed must not be"):
+        policies.layer(SEEN, DatasetConfig(tasks=4, seed=attention_layer.SEED))
 
 
 # --- the state is hidden ---------------------------------------------------------------------------------------------------
