@@ -144,7 +144,7 @@ def test_an_id_of_several_experiments_selects_all_and_is_qualified_by_the_experi
     assert select_claims(known, ["ambiguity/convex"]) == {"ambiguity": ["ambiguity/convex"]}
     assert ambiguous_ids(known, ["decisions/ambiguity", "ambiguity/ambiguity"]) == {}
     for id in ("decisions", "decisions/ood/x"):
-        with pytest.raises(LindmError, match="--only must be one of"):
+        with pytest.raises(LindmError, match="only must be one of"):
             select_claims(known, [id])
 
 

@@ -101,7 +101,7 @@ def test_workers_have_the_source_the_precision_and_the_errors_of_the_caller(monk
 
 def test_wrong_executors_and_numbers_of_workers_are_refused(tmp_path):
     for options, message in (
-        ({"executor": "cloud"}, "executor must be local or ray; got 'cloud'"),
+        ({"executor": "cloud"}, "executor must be one of serial, local, ray; got 'cloud'"),
         ({"workers": 0}, "workers must be >= 1; got 0"),
     ):
         with pytest.raises(UsageError, match=message):

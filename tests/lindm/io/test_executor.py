@@ -93,7 +93,7 @@ def test_workers_live_as_long_as_the_pool_and_are_initialized():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(UsageError, match="executor must be local or ray; got 'threads'"):
+    with pytest.raises(UsageError, match="executor must be one of serial, local, ray; got 'threads'"):
         TaskPool("threads")  # pyright: ignore
     with pytest.raises(UsageError, match="workers must be >= 1; got 0"):
         TaskPool("local", 0)
