@@ -9,10 +9,7 @@ from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_peft
 from tests.lindm.llm.io.test_weights import everything
 
-
-@pytest.fixture(autouse=True)
-def no_signal_handlers(monkeypatch):
-    monkeypatch.setattr("lindm.io.signals.stop_on_signals", lambda: None)
+pytestmark = pytest.mark.usefixtures("no_signal_handlers")
 
 
 def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):

@@ -6,10 +6,7 @@ from lindm.cli.model import Import, Show, run_import, run_show
 from lindm.errors import LindmError
 from tests.lindm.llm import reference
 
-
-@pytest.fixture(autouse=True)
-def no_signal_handlers(monkeypatch):
-    monkeypatch.setattr("lindm.io.signals.stop_on_signals", lambda: None)
+pytestmark = pytest.mark.usefixtures("no_signal_handlers")
 
 
 def test_a_model_is_imported_and_shown(tmp_path, capsys):

@@ -9,7 +9,8 @@ import pytest
 
 from lindm.icl import label_laws
 from lindm.types import MDP
-from tests.lindm.icl.test_prompts import A, D, H, S, as_mdp, numpy_mdp
+from tests.lindm.icl.test_prompts import A, D, H, S, numpy_mdp
+from tests.lindm.mdps import as_mdp
 
 return_labels = jax.jit(label_laws.return_labels)
 return_moments = jax.jit(label_laws.return_moments)

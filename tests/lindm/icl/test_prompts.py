@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lindm.icl import label_laws, prompts
 from lindm.solvers import rollout as rollouts
-from lindm.types import MDP
+from tests.lindm.mdps import as_mdp
 
 # compiled once for each shape; an eager scan is compiled again at every call
 rollout = jax.jit(rollouts.rollout, static_argnames="n")
@@ -28,10 +28,6 @@ def numpy_mdp(seed: int, sparse: bool = False):
         P[..., ::2] = 0
         P /= P.sum(-1, keepdims=True)
     return P, rng.normal(size=(H, S, A)), rng.dirichlet(np.ones(S))
-
-
-def as_mdp(P, r, rho) -> MDP:
-    return MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray(rho))
 
 
 def assert_frequencies(drawn, law):

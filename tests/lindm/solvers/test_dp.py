@@ -12,21 +12,13 @@ from hypothesis import strategies as st
 
 from lindm.solvers import dp as oracles
 from lindm.types import MDP, LinearMDP
+from tests.lindm.mdps import as_mdp, numpy_mdp
 
 # compiled once for each shape; an eager scan is compiled again at every call
 backward_induction = jax.jit(oracles.backward_induction)
 plan_linear = jax.jit(oracles.plan_linear)
 policy_value = jax.jit(oracles.policy_value)
 occupancy = jax.jit(oracles.occupancy)
-
-
-def numpy_mdp(seed: int, S: int, A: int, H: int):
-    rng = np.random.default_rng(seed)
-    return rng.dirichlet(np.ones(S), (H, S, A)), rng.normal(size=(H, S, A)), rng.dirichlet(np.ones(S))
-
-
-def as_mdp(P, r, rho) -> MDP:
-    return MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray(rho))
 
 
 def numpy_linear(seed: int, S: int, A: int, D: int, H: int) -> LinearMDP:

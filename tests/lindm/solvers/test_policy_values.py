@@ -8,24 +8,15 @@ import numpy as np
 import pytest
 
 from lindm.solvers import policy_values, tree
-from lindm.types import MDP
+from tests.lindm.mdps import as_mdp, numpy_mdp
 
 suboptimality = jax.jit(policy_values.suboptimality)
 
 S, A, H = 4, 3, 3
 
 
-def numpy_mdp(seed: int):
-    rng = np.random.default_rng(seed)
-    return rng.dirichlet(np.ones(S), (H, S, A)), rng.normal(size=(H, S, A)), rng.dirichlet(np.ones(S))
-
-
-def as_mdp(P, r, rho) -> MDP:
-    return MDP(P=jnp.asarray(P), r=jnp.asarray(r), rho=jnp.asarray(rho))
-
-
 def test_suboptimality_is_the_best_value_less_the_policys_over_all_policies():
-    P, r, rho = (array[:2, :2, :2, :2] if array.ndim == 4 else array for array in numpy_mdp(0))
+    P, r, rho = (array[:2, :2, :2, :2] if array.ndim == 4 else array for array in numpy_mdp(0, S, A, H))
     P, r, rho = P / P.sum(-1, keepdims=True), r[:2, :2, :2], rho[:2] / rho[:2].sum()
     values = {}
     for choice in itertools.product(range(2), repeat=4):
@@ -42,7 +33,7 @@ def test_suboptimality_is_the_best_value_less_the_policys_over_all_policies():
 
 def test_mixing_policies_mixes_their_loss_at_one_state():
     # only the first stage is mixed, so that the loss is linear in the mixture
-    P, r, rho = numpy_mdp(1)
+    P, r, rho = numpy_mdp(1, S, A, H)
     mdp, pi = as_mdp(P, r, rho), np.zeros((H, S), int)
     other = pi.copy()
     other[0] = 1
@@ -53,7 +44,7 @@ def test_mixing_policies_mixes_their_loss_at_one_state():
 
 
 def test_suboptimality_under_vmap_is_a_loop():
-    problems = [as_mdp(*numpy_mdp(seed)) for seed in range(3)]
+    problems = [as_mdp(*numpy_mdp(seed, S, A, H)) for seed in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
     pi = jnp.asarray(np.random.default_rng(0).integers(0, A, (3, H, S)))
     got = jax.jit(jax.vmap(suboptimality))(stack, pi)
