@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
     from lindm.types import LinearMDP as LinearMDP
+    from lindm_experiments.harness.mutants import verify_mutants as verify_mutants
     from lindm_experiments.harness.public import redraw as redraw
     from lindm_experiments.harness.public import report as report
     from lindm_experiments.harness.verify import run_experiment as run_experiment
@@ -56,6 +57,7 @@ _DEFINED = {
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
     "lindm_experiments.harness.public": ("redraw", "report"),
+    "lindm_experiments.harness.mutants": ("verify_mutants",),
     "lindm_experiments.harness.verify": ("run_experiment", "verify"),
     "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),
 }

@@ -19,6 +19,9 @@ class Verify:
     """quick (minutes), full (the ranges that a paper would show) or smoke (seconds; decides nothing)."""
     out: Path | None = None
     """Directory of the results. [default: results/PRESET]"""
+    mutants: bool = False
+    """Put one mistake after the other into the bounds: each must turn the PASS of its claim to a FAIL. Uses the records in --out,
+    and runs the experiments that have none there; writes no verdicts."""
     experiments: tuple[str, ...] = ()
     """Experiments to run, by name or as Python files with their claims beside them. [default: all of lindm's]"""
     only: tuple[str, ...] = ()
@@ -34,6 +37,8 @@ class Verify:
 
 
 def run(options: Verify) -> int:
+    if options.mutants:
+        return run_mutants(options)
     from lindm_experiments.harness.verify import verify
 
     result = verify(
@@ -47,6 +52,28 @@ def run(options: Verify) -> int:
         workers=options.workers,
     )
     return report_result(result)
+
+
+def run_mutants(options: Verify) -> int:
+    """Print one line for each mutant; 1 if one survives."""
+    from rich.console import Console
+
+    from lindm.errors import UsageError
+    from lindm_experiments.harness.mutants import print_mutants, verify_mutants
+
+    if options.experiments:
+        raise UsageError("--experiments does not apply to --mutants: choose claims by --only")
+    trials = verify_mutants(
+        options.preset,
+        options.out,
+        only=options.only,
+        seeds=options.seeds,
+        fresh=options.fresh,
+        executor=options.executor,
+        workers=options.workers,
+    )
+    print_mutants(trials, Console())
+    return int(not all(t.killed for t in trials))
 
 
 def report_result(result: "Verification") -> int:
@@ -73,5 +100,10 @@ COMMAND = Command(
     name="verify",
     options=Verify,
     run=run,
-    examples=("lindm verify", "lindm verify --only estimation-slope ladder", "lindm verify --preset full --workers 8"),
+    examples=(
+        "lindm verify",
+        "lindm verify --only estimation-slope ladder",
+        "lindm verify --preset full --workers 8",
+        "lindm verify --mutants",
+    ),
 )

@@ -11,7 +11,7 @@ import pytest
 from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import bellman_horizon as exp
-from lindm_experiments.harness.claims import FAIL, PASS
+from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.harness.experiments import points_of
 
 
@@ -29,11 +29,35 @@ def _many(records: list[dict], power: float) -> list[dict]:
 
 
 def test_the_verdicts_follow_the_growth(records):
-    assert [v.verdict for v in exp.check(_many(records, 1.0))] == [PASS, PASS, FAIL]
-    assert [v.verdict for v in exp.check(_many(records, 2.0))] == [PASS, FAIL, PASS]
-    broken = _many(records, 1.0)
-    broken[0]["violations"]["linear"] = 1
-    assert exp.check(broken)[0].verdict == FAIL
+    def verdicts(records: list[dict]) -> dict[str, str]:
+        return {v.id: v.verdict for v in exp.check(records)}
+
+    as_claimed = dict.fromkeys(claim_ids("bellman_horizon"), PASS) | {"bellman-horizon/quadratic-price": FAIL}
+    assert verdicts(_many(records, 1.0)) == as_claimed
+    assert verdicts(_many(records, 2.0)) == as_claimed | {"bellman-horizon/linear": FAIL}
+    price = _many(records, 1.0)
+    for r in price:
+        r["mean"] |= {"oracle": [1.0] * len(r["horizons"]), "bellman": r["horizons"]}
+    assert verdicts(price) == as_claimed | {"bellman-horizon/quadratic-price": PASS}
+    for spoil, claim in (
+        (lambda r: r["violations"].update(linear=1), "bellman-horizon"),
+        (lambda r: r["attained"].update(linear=[1.0, 0.99]), "bellman-horizon"),
+        (lambda r: r["attained"].update(span=[1.0, 1.6]), "bellman-horizon/attained"),
+        (lambda r: r["pessimism"].update(violations=1), "bellman-horizon/pessimism"),
+    ):
+        broken = _many(records, 1.0)
+        for r in broken:
+            spoil(r)
+        assert verdicts(broken)[claim] == FAIL
+
+
+def test_pessimism_costs_nothing_where_nothing_is_uncertain_and_its_bound_is_the_sum_along_the_optimal_policy():
+    family = simplex_family(jax.random.key(1), 4, 2, 3, 3)
+    mdps, plans, _, _ = exp.backward_pass(jax.random.key(2), family, tasks=8, M=16)
+    loss, bound = exp.pessimistic_losses(jax.random.key(0), mdps, plans, jnp.asarray(0.0))
+    np.testing.assert_allclose([loss, bound], 0, atol=1e-12)
+    loss, bound = exp.pessimistic_losses(jax.random.key(0), mdps, plans, jnp.asarray(0.3))
+    assert (loss <= bound).all() and (bound <= 2 * 3 * 0.3).all() and bound.min() > 0
 
 
 def test_losses_and_bounds_by_horizon_are_those_of_loops():

@@ -28,6 +28,7 @@ def many(records) -> list[dict]:
     for r in big:
         for c in r["cells"]:
             c["n"] = 2000
+            c["norm"] = 0.4  # its claim is about longer contexts
     return big
 
 
@@ -56,14 +57,37 @@ def test_all_claims_pass_on_enough_seeds(many):
         ("expected-bound/mean-policy", lambda c: c["mean"].update({"mean_policy": c["mean"]["suboptimality"] / 2})),
         ("expected-bound/mean-policy", lambda c: c["mean"].update({"mean_policy": c["mean"]["expected"] * 2})),
         ("high-probability-bound", lambda c: c["violations"].update({"high_probability": c["n"] // 5})),
+        ("high-probability-bound", lambda c: c.update(beyond=c["n"] // 5)),
+        ("high-probability-bound/radius", lambda c: c.update(norm=0.1)),
     ],
 )
 def test_a_broken_bound_turns_its_verdict(many, claim, spoil):
     for r in many:
         spoil(r["cells"][0])
-        for c in r["cells"][1:] if claim == "high-probability-bound" else ():
+        for c in r["cells"][1:] if claim.startswith("high-probability-bound") else ():
             spoil(c)
     assert next(v for v in ladder.check(many) if v.id == claim).verdict == FAIL
+
+
+@pytest.mark.parametrize(
+    ("claim", "pair"),
+    [
+        ("ladder", "error_parts"),
+        ("expected-bound", "expected, noise"),
+        ("expected-bound/mean-policy", "mean_policy"),
+        ("high-probability-bound", "high_probability, noise"),
+        ("high-probability-bound", "radius, rare"),
+    ],
+)
+def test_a_bound_below_the_truth_of_its_instance_turns_its_verdict(many, claim, pair):
+    many[0]["attained"][pair] = [1.0, 0.999]
+    assert next(v for v in ladder.check(many) if v.id == claim).verdict == FAIL
+
+
+def test_a_rung_far_above_the_truth_of_its_instance_is_not_attained(many):
+    for r in many:
+        r["attained"]["mean_policy"] = [1.0, 1.6]
+    assert next(v for v in ladder.check(many) if v.id == "ladder/attained").verdict == FAIL
 
 
 def test_rung_4_is_the_formula_of_numpy(records):

@@ -38,6 +38,14 @@ def format_measured(row: dict[str, Any]) -> str:
     return "-" if row["measured"] is None else f"{format_number(row['measured'])} {format_interval(row['ci'])}"
 
 
+def format_slack(row: dict[str, Any]) -> str:
+    """bound / truth, smallest and median, of an inequality; nothing for other claims."""
+    if row.get("slack") is None:
+        return ""
+    low, median = row["slack"]
+    return f"bound/truth {low:.3g}, median {median:.3g}"
+
+
 def verdict_label(row: dict[str, Any]) -> str:
     """The verdict, and the expectation unless it is an expected PASS."""
     if row["expected"] == OPEN:
@@ -67,7 +75,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             ("   " if as_expected(r) else ">> ") + r["id"],
             verdict_label(r),
             f"{format_measured(r)}  n={r['n']}",
-            format_number(r["predicted"]),
+            f"predicted: {format_number(r['predicted'])}",
         )
         for r in rows
     ]
@@ -80,9 +88,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         count = f"{len(group)}" if expected == OPEN else f"{good} of {len(group)} as expected"
         console.print(f"{heading}: {count}", style="bold", highlight=False)
         for row, (id, verdict, value, predicted) in group:
+            slack = f"{format_slack(row)}; " if format_slack(row) else ""
             style = "cyan" if expected == OPEN else "green" if as_expected(row) else "bold red"
             line = Text(f"{id:<{widths[0]}}  ").append(f"{verdict:<{widths[1]}}", style=style)
-            line.append(f"  {value:<{widths[2]}}  predicted: {predicted}")
+            line.append(f"  {value:<{widths[2]}}  {slack}{predicted}")
             if console.is_terminal:
                 line.truncate(console.width, overflow="ellipsis")
             console.print(line, soft_wrap=True, highlight=False)
@@ -190,6 +199,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
         controls=[r for r in rows if r["expected"] == "FAIL"],
         has_open=any(r["expected"] == OPEN for r in rows),
         format_measured=format_measured,
+        format_slack=format_slack,
         verdict_label=verdict_label,
     )
 

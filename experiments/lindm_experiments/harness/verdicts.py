@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, get_claim
@@ -24,6 +25,7 @@ class Verdict:
     predicted: float | str | None = None
     figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
     note: str = ""
+    slack: tuple[float, float] | None = None  # of an inequality: smallest and median bound / truth
 
 
 def as_expected(row: Mapping[str, Any]) -> bool:
@@ -32,12 +34,30 @@ def as_expected(row: Mapping[str, Any]) -> bool:
 
 
 def to_verdict(
-    id: str, decision: Decision, *, predicted: float | str | None = None, figure: str | None = None, note: str = ""
+    id: str,
+    *decisions: Decision,
+    predicted: float | str | None = None,
+    figure: str | None = None,
+    note: str = "",
+    slack: ArrayLike | None = None,
 ) -> Verdict:
-    """Decision -> Verdict of claim `id`."""
-    d = decision
+    """Decisions -> Verdict of claim `id`; several decisions are several parts, and all must hold.
+
+    Args:
+      slack: bound / truth of what was tested, of an inequality.
+    """
+    d = all_of(decisions)
     return Verdict(
-        id=id, measured=d.measured, ci=d.ci, n=d.n, verdict=d.verdict, p=d.p, predicted=predicted, figure=figure, note=note
+        id=id,
+        measured=d.measured,
+        ci=d.ci,
+        n=d.n,
+        verdict=d.verdict,
+        p=d.p,
+        predicted=predicted,
+        figure=figure,
+        note=note,
+        slack=None if slack is None else (float(np.min(slack)), float(np.median(slack))),
     )
 
 
@@ -54,12 +74,20 @@ def undecided(id: str, why: str) -> Verdict:
 
 
 def mean_verdict(
-    id: str, *values: ArrayLike, predicted: float | str | None = None, figure: str | None = None, note: str = ""
+    id: str,
+    *values: ArrayLike,
+    also: Sequence[Decision] = (),
+    predicted: float | str | None = None,
+    figure: str | None = None,
+    note: str = "",
+    slack: ArrayLike | None = None,
 ) -> Verdict:
-    """Test per-seed values against the band of claim `id`. Several arrays are several parts (laws, families): all must hold."""
+    """Test per-seed values against the band of claim `id`. Several arrays are several parts (laws, families): all must hold,
+    and so must the decisions `also`."""
     c = get_claim(id)
     parts = [equivalence(v, c.lo, c.hi, min_seeds=c.min_seeds) for v in values]
-    return to_verdict(id, all_of(parts), predicted=c.predicted if predicted is None else predicted, figure=figure, note=note)
+    said = c.predicted if predicted is None else predicted
+    return to_verdict(id, *parts, *also, predicted=said, figure=figure, note=note, slack=slack)
 
 
 def count_verdict(
@@ -69,16 +97,19 @@ def count_verdict(
     *,
     seeds: int,
     exact: bool = True,
+    also: Sequence[Decision] = (),
     predicted: float | str | None = None,
     figure: str | None = None,
     note: str = "",
+    slack: ArrayLike | None = None,
 ) -> Verdict:
     """Test `count` violations among `n` instances over `seeds` seeds against the largest admissible rate, `hi` of claim `id`.
-    `exact`: the statement admits no exception; otherwise `hi` is the fraction that it admits."""
+    `exact`: the statement admits no exception; otherwise `hi` is the fraction that it admits. The decisions `also` must hold."""
     c = get_claim(id)
     test = no_violations if exact else rate_at_most
     decision: Decision = test(count, n, c.hi, seeds=seeds, min_seeds=c.min_seeds)
-    return to_verdict(id, decision, predicted=c.predicted if predicted is None else predicted, figure=figure, note=note)
+    said = c.predicted if predicted is None else predicted
+    return to_verdict(id, decision, *also, predicted=said, figure=figure, note=note, slack=slack)
 
 
 def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:

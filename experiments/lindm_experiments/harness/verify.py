@@ -71,11 +71,7 @@ def verify(
     for name, given in (("experiments", experiments), ("only", only)):
         if isinstance(given, str):
             raise UsageError(f"{name} must be a list; got {given!r}")
-    if preset not in ("quick", "full", "smoke"):
-        raise UsageError(unknown("preset", preset, ("quick", "full", "smoke")))
-    for name, number in (("seeds", seeds), ("workers", workers)):
-        if number is not None and number < 1:
-            raise UsageError(f"{name} must be >= 1; got {number}")
+    check_options(preset, seeds, workers)
     known = {e.name: e for e in map(find_experiment, experiments or experiment_names())}
     claims = {name: e.claims for name, e in known.items()}
     chosen = select_claims(claims, only)
@@ -93,6 +89,15 @@ def verify(
     write_verdicts(out, summary)
     manifest.write_manifest(out, preset=preset, seeds=seeds, only=list(only), criteria=summary["criteria"])
     return Verification(summary=summary, directory=out, outcomes=outcomes)
+
+
+def check_options(preset: str, seeds: int | None, workers: int | None) -> None:
+    """UsageError for an unknown preset or a number below 1."""
+    if preset not in ("quick", "full", "smoke"):
+        raise UsageError(unknown("preset", preset, ("quick", "full", "smoke")))
+    for name, number in (("seeds", seeds), ("workers", workers)):
+        if number is not None and number < 1:
+            raise UsageError(f"{name} must be >= 1; got {number}")
 
 
 @settings_kept()

@@ -86,6 +86,15 @@ def test_the_table_shows_every_claim_with_prediction_interval_criterion_and_verd
     assert ">>" not in text and max(map(len, text.splitlines())) <= 160
 
 
+def test_the_slack_of_an_inequality_stands_beside_its_verdict(directory):
+    bound = mean_verdict("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], slack=[3.0, 1.02, 140.0])
+    content = summary(bound, CONTROL)
+    assert [c["slack"] for c in content["claims"]] == [[1.02, 3.0], None]
+    assert "n=5" in printed(content) and printed(content).count("bound/truth 1.02, median 3; predicted") == 1
+    files.write_json(directory / "verdicts.json", content)
+    assert write_report(directory).read_text().count("bound/truth 1.02, median 3") == 2  # in the table, and with its experiment
+
+
 def test_an_unexpected_verdict_stands_out_without_colours():
     text = printed(summary(mean_verdict("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
     assert ">> q-risk" in text and "FAIL (expected PASS)" in text

@@ -1,0 +1,129 @@
+"""Mutants: a bound with one mistake in it must turn the verdict of its claim from PASS to FAIL.
+
+A mutant changes the records of an experiment, as if a wrong formula had made them; the experiment's own `check` decides. The
+mutants of the package are in `experiments/lindm_experiments/mutants.py`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from lindm.io import files
+from lindm.io.executor import Executor
+from lindm_experiments.harness.claims import FAIL, PASS, get_claim
+from lindm_experiments.harness.experiments import find_experiment, load, select_claims
+from lindm_experiments.harness.runner import Job
+from lindm_experiments.harness.verify import check_options, run_with_progress
+from lindm_experiments.harness.xla import settings_kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One mistake in what decides a claim. `change` alters the records in place; it gets a copy of them."""
+
+    claim: str
+    mistake: str
+    change: Callable[[list[dict]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The verdict on a claim without and with a mistake, each alone (before any correction for the number of claims)."""
+
+    claim: str
+    mistake: str
+    correct: str
+    mutated: str
+
+    @property
+    def killed(self) -> bool:
+        """Whether the mistake turned PASS to FAIL."""
+        return self.correct == PASS and self.mutated == FAIL
+
+
+def try_mutants(mutants: Sequence[Mutant], records: dict[str, list[dict]]) -> list[Trial]:
+    """The verdicts of the mutants, from the records of each experiment, in the order of the mutants."""
+    correct = {name: _verdicts(name, kept) for name, kept in records.items()}
+    trials = []
+    for mutant in mutants:
+        name = get_claim(mutant.claim).experiment
+        mutated = copy.deepcopy(records[name])
+        mutant.change(mutated)
+        verdict = _verdicts(name, mutated)[mutant.claim]
+        trials.append(Trial(claim=mutant.claim, mistake=mutant.mistake, correct=correct[name][mutant.claim], mutated=verdict))
+    return trials
+
+
+def _verdicts(experiment: str, records: list[dict]) -> dict[str, str]:
+    return {v.id: v.verdict for v in load(experiment).check(records)}
+
+
+def select_mutants(mutants: Sequence[Mutant], only: Sequence[str]) -> list[Mutant]:
+    """Those of the claims that the ids of `only` select, as in `verify`. UsageError for an id that selects none."""
+    known: dict[str, list[str]] = {}
+    for m in mutants:
+        known.setdefault(get_claim(m.claim).experiment, []).append(m.claim)
+    chosen = select_claims(known, only)
+    return [m for m in mutants if m.claim in chosen.get(get_claim(m.claim).experiment, ())]
+
+
+@settings_kept()
+def verify_mutants(
+    preset: str = "quick",
+    out: str | Path | None = None,
+    *,
+    only: Sequence[str] = (),
+    seeds: int | None = None,
+    fresh: bool = False,
+    workers: int | None = None,
+    executor: Executor = "local",
+) -> list[Trial]:
+    """Put one mistake after the other into the bounds and decide their claims again: each must turn a PASS to a FAIL.
+
+    The records of `verify` in the same directory are used; experiments without records there are run first.
+
+    Args:
+      preset, out, seeds, fresh, workers, executor: as in `verify`.
+      only: ids of claims. [default: all that have a mutant]
+
+    Returns:
+      For each mutant its claim, the mistake, the verdict without and with it, and whether it was `killed`.
+
+    Raises:
+      UsageError: an unknown preset, or a claim without a mutant.
+      LindmError: an experiment could not finish.
+
+    >>> trials = ld.verify_mutants("smoke", "mutants", only=["bellman-horizon"], workers=1)
+    >>> trials[0].claim
+    'bellman-horizon'
+    """
+    from lindm_experiments.mutants import MUTANTS
+
+    directory = Path("results") / preset if out is None else Path(out)
+    check_options(preset, seeds, workers)
+    mutants = select_mutants(MUTANTS, only)
+    names = list(dict.fromkeys(get_claim(m.claim).experiment for m in mutants))
+    config = {} if seeds is None else {"seeds": seeds}
+    with files.storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(experiment=find_experiment(n), preset=preset, directory=directory / n, config=config, fresh=fresh) for n in names]
+    jobs.sort(key=lambda job: -job.experiment.minutes)
+    for outcome in run_with_progress(jobs, executor, workers):
+        if outcome.error:
+            raise outcome.error
+    return try_mutants(mutants, {name: files.read_records(directory / name) for name in names})
+
+
+def print_mutants(trials: Sequence[Trial], console: Console) -> None:
+    """One line for each mutant: claim, mistake, what became of the verdict; and how many were killed."""
+    widths = [max(len(text) for text in column) for column in zip(*((t.claim, t.mistake) for t in trials), strict=True)]
+    for t in trials:
+        change = f"{t.correct} -> {t.mutated}"
+        line = Text(f"{t.claim:<{widths[0]}}  {t.mistake:<{widths[1]}}  ")
+        line.append(f"killed ({change})" if t.killed else f"SURVIVED ({change})", style="green" if t.killed else "bold red")
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"{sum(t.killed for t in trials)} of {len(trials)} mutants killed", style="bold", highlight=False)
