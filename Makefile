@@ -1,4 +1,5 @@
 # make verify   the claims, preset quick, into results/quick
+# make mutants  bounds with one mistake each: every one must turn the verdict of its claim (uses results/quick)
 # make test     the tests that need nothing but the lock, without those marked slow or fault
 # make test-long the long tests: real kills, long trainings, the commands of the pages; make test-all runs both
 # make parity   the tests that need what no lock contains: torch and peft as references, ray, SmolLM2's weights;
@@ -10,7 +11,7 @@
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify test test-long test-all parity smollm2 lint lock clean
+.PHONY: verify mutants test test-long test-all parity smollm2 lint lock clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
@@ -25,6 +26,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 verify: $(VENV)/.ready
 	$(BIN)/lindm verify --preset quick --out results/quick
+
+mutants: $(VENV)/.ready
+	$(BIN)/lindm verify --mutants --preset quick --out results/quick
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not parity and not slow and not fault" -n $(JOBS) --dist loadfile $(ARGS)

@@ -12,7 +12,8 @@ def test_every_function_and_every_test_that_the_ledger_names_exists():
     assert len(named) > 40
     for module, name in named:
         assert callable(getattr(importlib.import_module(f"lindm_theory.{module}"), name)), f"{module}.{name}"
-    places = (*Path(__file__).parent.glob("test_*.py"), *(ROOT / "tests" / "lindm" / "solvers").glob("test_*.py"))
+    beside = ROOT / "tests" / "lindm" / "solvers", ROOT / "tests" / "experiments" / "lib"
+    places = (*Path(__file__).parent.glob("test_*.py"), *(path for folder in beside for path in folder.glob("test_*.py")))
     tests = "".join(path.read_text() for path in places)
     written = set(re.findall(r"`(test_\w+)`", LEDGER))
     assert len(written) > 40

@@ -173,6 +173,7 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
         "expected": c.expected,
         "figure": None,
         "p": None,
+        "slack": None,
         "note": note,
         "experiment": experiment,
         "min_seeds": c.min_seeds,
@@ -183,6 +184,7 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
         row["predicted"] = c.predicted if verdict.predicted is None else verdict.predicted
         row["ci"] = [end if isfinite(end) else None for end in verdict.ci]
         row["figure"] = f"{experiment}/{verdict.figure}.png" if verdict.figure else None
+        row["slack"] = None if verdict.slack is None else list(verdict.slack)
     return row
 
 
