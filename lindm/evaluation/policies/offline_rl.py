@@ -32,8 +32,9 @@ class LSVI(TablePolicy):
             x[: H - 1, u < 0] = 0  # the next state of an episode's last step is not known; only the last stage needs none
             after = np.repeat(phi[u.astype(int)][None], H, axis=0)
             scaled = np.repeat(((r - low) / (high - low if high > low else 1.0))[None], H, axis=0)
-            given = (*map(jnp.asarray, (phi, x, scaled, after)), LAM)
-            values.append(np.asarray(predictors.pevi(*given, BETA) if self.pessimistic else predictors.lsvi(*given)[0]))
+            given = [jnp.asarray(array) for array in (phi, x, scaled, after)]
+            Q = predictors.pevi(*given, lam=LAM, beta=BETA) if self.pessimistic else predictors.lsvi(*given, lam=LAM)[0]
+            values.append(np.asarray(Q))
         return values
 
 
