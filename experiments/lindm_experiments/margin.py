@@ -1,14 +1,18 @@
 """Does the loss of the policy fall exponentially in the context length M where there is an action gap, and how without one?
 
-Tasks come from a small simplex family. `gap` keeps the tasks whose smallest action gap is largest, and a layer trained at a
-length N at which the bias flips none of their actions; the bounds of rung 2 and below, eq. (6) included, can only promise
-M^-1/2 for them. `no gap` keeps every task and removes the bias (A = Lambda^-1, the limit N = infinity): gaps near zero then have
-a positive density and the law is 1/M. `floor` keeps the tasks that the bias flips at a small N: no context removes their loss.
+Tasks come from small simplex families, one feature map for each seed. `gap` keeps, of many tasks, those whose smallest action
+gap is largest, and a layer trained on other tasks at a length N at which the bias flips none of their actions; the bounds of rung
+2 and below, eq. (6) included, can only promise M^-1/2 for them. An exponential is told from a power of M by its log-log slope:
+that of M^-p is the same at every length, that of an exponential grows with M. So the statistic is the slope over the longest
+lengths over that over the lengths where the decay begins. `no gap` keeps every task and removes the bias (A = Lambda^-1, the
+limit N = infinity): gaps near zero then have a positive density f(0), and the law is 1/M with the constant f(0) s^2/4, summed
+over states and stages. `floor` keeps the tasks that the bias flips at a small N: no context removes their loss.
 
-    lindm run margin --preset quick
+    lindm run margin
     lindm verify --only margin
 
-Expected: with a gap the slope keeps falling (below -2), without one it is -1, and the flipped tasks stay at the loss of the bias.
+Expected: with a gap the slope more than doubles; without one it is -1, with the predicted constant; the flipped tasks stay at the
+loss of the bias. No task is used both for training and for a loss.
 """
 
 from dataclasses import dataclass
@@ -21,10 +25,11 @@ from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from lindm.icl.label_laws import oracle_labels
 from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate
-from lindm.solvers.dp import policy_value
+from lindm.solvers.dp import occupancy, policy_value
 from lindm.solvers.ties import greedy
-from lindm_experiments.harness.config import check_counts, check_rising
+from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
 from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED, set_log_ticks
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
@@ -34,42 +39,74 @@ from lindm_theory import mean_policy, policy_bounds
 from lindm_theory.in_context import risk
 
 ENOUGH = 20  # losses seen at a length, for its mean to be known to about a quarter
+START, LENGTHS = 0.5, 3  # see `_steepening`
+APART = 0.6  # distance of the features of two actions: where they coincide, no task has an action gap
+RATE = 0.04  # `gap` keeps the tasks whose exponent is nearest to this: their losses are seen over a range of lengths
+NEAR = 0.1  # gaps below this, of a range of about 2, give the density of gaps at zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    seeds: int = 5
+    seeds: int = 10
     base_seed: int = 209000
-    candidates: int = 8192  # tasks drawn, from which `gap` and `floor` choose
+    pool: int = 2048  # training tasks
+    candidates: int = 32768  # tasks drawn, from which `floor` chooses
+    gap_tasks: int = 1024  # the first of them, from which `gap` chooses
+    free_tasks: int = 32768  # the first of them: `no gap`
     chosen: int = 16
-    free_tasks: int = 8192  # `no gap`
-    contexts: int = 1024  # for every chosen task and M
+    contexts: int = 2048  # for every chosen task
     N: int = 64
     N_small: int = 4
-    M: tuple[int, ...] = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-    M_free: tuple[int, ...] = (512, 1024, 2048)  # `no gap`: the law of small gaps needs long contexts
+    M: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128)
+    M_free: tuple[int, ...] = (512, 1024, 2048, 4096)  # `no gap`: the law of small gaps needs long contexts
     steps: int = 800
 
     def __post_init__(self) -> None:
-        check_counts(self, "seeds", "candidates", "chosen", "contexts", "N", "N_small", "steps")
-        if self.candidates % linear_mdps.BLOCK or self.candidates < self.chosen:
-            raise ValueError(f"candidates must be a multiple of {linear_mdps.BLOCK}, at least chosen; got {self.candidates}")
-        if not 1 <= self.free_tasks <= self.candidates:
-            raise ValueError(f"free_tasks must be between 1 and candidates = {self.candidates}; got {self.free_tasks}")
+        check_counts(self, "seeds", "pool", "candidates", "chosen", "contexts", "N", "N_small", "steps")
+        check_multiples(self, linear_mdps.BLOCK, "pool")
+        for name in ("gap_tasks", "free_tasks"):
+            if not self.chosen <= (value := getattr(self, name)) <= self.candidates:
+                raise ValueError(f"{name} must be between chosen = {self.chosen} and candidates = {self.candidates}; got {value}")
         check_rising(self, "M", "M_free", length=2)
 
 
 QUICK = Config()
 FULL = Config(
     seeds=10,
-    candidates=32768,
-    free_tasks=16384,
-    contexts=2048,
-    M=(8, 12, 16, 24, 32, 48, 64, 96, 128, 192),
-    M_free=(512, 1024, 2048, 4096),
+    pool=8192,
+    candidates=131072,
+    gap_tasks=8192,
+    free_tasks=131072,
+    contexts=8192,
+    M=(12, 16, 24, 32, 48, 64, 96, 128, 192),
+    M_free=(512, 1024, 2048, 4096, 8192),
     steps=2000,
 )
-SMOKE = Config(seeds=2, candidates=1024, free_tasks=256, contexts=16, M=(8, 16), M_free=(16, 32), steps=20)
+SMOKE = Config(
+    seeds=2, pool=1024, candidates=1024, gap_tasks=256, free_tasks=256, contexts=16, M=(8, 16), M_free=(16, 32), steps=20
+)
+
+
+@jax.jit
+def draw_family(key: Array) -> MDPFamily:
+    """The first of 64 random simplex feature maps whose two actions are at least APART from each other in every state."""
+    draw = partial(simplex_family, S=3, A=2, d=3, H=2, feature_power=6.0, power=2.0, low=-1.0, high=1.0)
+    families = jax.vmap(draw)(jax.random.split(key, 64))
+    distance = jnp.linalg.norm(families.phi[:, :, 0] - families.phi[:, :, 1], axis=-1).min(-1)
+    return jax.tree.map(lambda x: x[jnp.argmax(distance >= APART)], families)
+
+
+@jax.jit
+def exponents(family: MDPFamily, A: Array, tasks) -> Array:
+    """The exponent of E SubOpt in M for each task: the least Cramer rate of a wrong action; 0 where the bias flips one."""
+
+    def one(task) -> Array:
+        _, plan, w = task
+        rate = -jnp.log(mean_policy.chernoff_flip_probability(family.phi, A, w, family.design, 1))
+        worse = plan.V[..., None] > plan.Q
+        return jnp.min(jnp.where(worse, rate.max(-1), jnp.inf))
+
+    return jax.vmap(one)(tasks)
 
 
 @partial(jax.jit, static_argnames="tasks")
@@ -83,21 +120,48 @@ def draw_tasks(key: Array, family: MDPFamily, tasks: int):
     return jax.vmap(one)(jax.random.split(key, tasks))
 
 
-@partial(jax.jit, static_argnames=("contexts", "longest"))
-def losses(key: Array, family: MDPFamily, A: Array, tasks, M: Array, contexts: int, longest: int) -> Array:
-    """Exact suboptimality [tasks, contexts] on independent contexts of M oracle-labeled pairs."""
+@jax.jit
+def losses_of_counts(family: MDPFamily, A: Array, tasks, counts: Array) -> Array:
+    """Exact suboptimality [tasks, contexts, lengths] of the layer on contexts that show the pairs as often as counts
+    [tasks, contexts, lengths, H, pairs] says, with oracle labels: S = (1/M) sum_i n_i <x_i, w> x_i."""
+    table = linear_mdps.pairs_table(family)
 
-    def one(task_and_key) -> Array:
-        (mdp, plan, w), k = task_and_key
+    def one(task_and_counts) -> Array:
+        (mdp, plan, w), counts = task_and_counts
+        labeled = oracle_labels(jnp.broadcast_to(table, (len(w), *table.shape)), w)[..., None] * table[None]  # y x [H, pairs, d]
 
-        def context(q: Array) -> Array:
-            S = linear_mdps.context_sums(q, family, w, M, longest=longest)
+        def context(n: Array) -> Array:
+            S = jnp.einsum("hn,hnd->hd", n / n.sum(-1, keepdims=True), labeled)
             value = policy_value(mdp, greedy(linear_mdps.action_values(family, A, S)))
             return mdp.rho @ (plan.V[0] - value[0])
 
-        return jax.lax.map(context, jax.random.split(k, contexts), batch_size=min(contexts, 64))
+        return jax.vmap(jax.vmap(context))(counts)
 
-    return jax.lax.map(one, (tasks, jax.random.split(key, len(tasks[2]))))
+    return jax.lax.map(one, (tasks, counts), batch_size=max(1, 512 // counts.shape[1]))
+
+
+def losses(rng: np.random.Generator, family: MDPFamily, A: Array, tasks, contexts: int, lengths: tuple[int, ...]) -> Array:
+    """The same on independent contexts of i.i.d. pairs, the first M of each for every length M."""
+    pieces = np.diff([0, *lengths])[:, None]  # of one context, the same for every stage
+    drawn = rng.multinomial(pieces, np.asarray(family.design), size=(len(tasks[2]), contexts, len(lengths), len(A)))
+    return losses_of_counts(family, A, tasks, np.cumsum(drawn, axis=2).astype(float))
+
+
+@jax.jit
+def no_gap_constant(family: MDPFamily, A: Array, tasks, width: Array) -> Array:
+    """lim M E SubOpt without bias, for two actions: f(0) s^2/4, summed over stages and states with the optimal policy's visits.
+
+    f is the density of the gap at zero, from the gaps below `width`, s^2 the variance of one pair's part of the difference.
+    """
+
+    def one(task) -> Array:
+        mdp, plan, w = task
+        variance = mean_policy.difference_moments(family.phi, A, w, family.design)[1][..., 0, 1]
+        visits = occupancy(mdp, jnp.argmax(plan.Q, axis=-1))
+        near = jnp.abs(plan.Q[..., 0] - plan.Q[..., 1]) < width
+        return jnp.sum(margins.no_gap_law(near / width, jnp.sqrt(variance), 1.0) * visits)
+
+    return jax.vmap(one)(tasks).mean()
 
 
 @jax.jit
@@ -131,12 +195,9 @@ def bounds(family: MDPFamily, A: Array, Psi: Array, tasks, M: Array) -> tuple[Ar
 
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
-    k_tasks, k_train, k_test = jax.random.split(key, 3)
-    # one feature map for all seeds: slopes of different families at the same M are not samples of one number
-    family = simplex_family(jax.random.key(0), 3, 2, 3, 2, feature_power=6.0, power=2.0, low=-1.0, high=1.0)
-    tasks = draw_tasks(k_tasks, family, cfg.candidates)
-    pool = jnp.moveaxis(tasks[2], 1, 0)
-    Psi = linear_mdps.pool_moment(pool)
+    k_family, k_pool, k_tasks, k_train, k_test = jax.random.split(key, 5)
+    family = draw_family(k_family)
+    pool, tasks = linear_mdps.task_pool(k_pool, family, tasks=cfg.pool), draw_tasks(k_tasks, family, cfg.candidates)
     train = partial(linear_mdps.trained_layers, steps=cfg.steps, learning_rate=0.3, batch=128)
     A = train(k_train, family, pool, cfg.N, 0.0)
     A_small = train(k_train, family, pool, cfg.N_small, 0.0)
@@ -145,58 +206,65 @@ def measure(cfg: Config, point: dict) -> dict:
     def pick(order: Array):
         return jax.tree.map(lambda x: x[order[: cfg.chosen]], tasks)
 
-    smallest = jax.vmap(policy_bounds.strict_gap)(tasks[1].Q).min((1, 2))
-    flips = (floor_and_margins(family, A, tasks)[1] <= 0).any((1, 2))
-    # flipped tasks go last: the claim is about tasks that the bias leaves alone
-    gap = pick(jnp.argsort(jnp.where(flips, 1.0, -smallest)))
+    rates = exponents(family, A, jax.tree.map(lambda x: x[: cfg.gap_tasks], tasks))
+    gap = pick(jnp.argsort(jnp.abs(rates - RATE)))
     # flipped, and clearly so in every state: a margin near zero would need contexts of any length to settle
     _, small = floor_and_margins(family, A_small, tasks)
     flipped = pick(jnp.argsort(jnp.where((small < 0).any((1, 2)), -jnp.abs(small).min((1, 2)), 1.0)))
     some = jax.tree.map(lambda x: x[: cfg.free_tasks], tasks)
-    curves: dict[str, list[float]] = {"gap": [], "floor": [], "no gap": [], "mean policy": [], "rung 4": []}
-    seen: list[int] = []
-    for M in cfg.M:
-        k, length = jax.random.fold_in(k_test, M), jnp.asarray(float(M))
-        loss = losses(k, family, A, gap, length, contexts=cfg.contexts, longest=cfg.M[-1])
-        curves["gap"].append(float(loss.mean()))
-        seen.append(int((loss > 1e-9).sum()))
-        by_tail, by_moments = bounds(family, A, Psi, gap, length)
-        curves["mean policy"].append(float(by_tail))
-        curves["rung 4"].append(float(by_moments))
-    for M in cfg.M_free:
-        k = jax.random.fold_in(k_test, M)
-        loss = partial(losses, k, family, M=jnp.asarray(float(M)), longest=cfg.M_free[-1])
-        curves["no gap"].append(float(loss(limit, some, contexts=1).mean()))
-        curves["floor"].append(float(loss(A_small, flipped, contexts=64).mean()))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(k_test)))
+    loss = losses(rng, family, A, gap, contexts=cfg.contexts, lengths=cfg.M)
+    Psi = linear_mdps.pool_moment(jnp.moveaxis(gap[2], 1, 0))
+    rungs = [bounds(family, A, Psi, gap, jnp.asarray(float(M))) for M in cfg.M]
     return {
         "M": list(cfg.M),
         "M_free": list(cfg.M_free),
-        "seen": seen,
+        "seen": (loss > 1e-9).sum((0, 1)),
         "N": cfg.N,
         "N_small": cfg.N_small,
-        "curves": curves,
-        "smallest_gap": float(jax.vmap(policy_bounds.strict_gap)(gap[1].Q).min()),
-        "flipped_share": float(flips.mean()),
-        "floor_predicted": float(floor_and_margins(family, A_small, flipped)[0].mean()),
+        "curves": {
+            "gap": loss.mean((0, 1)),
+            "no gap": losses(rng, family, limit, some, contexts=1, lengths=cfg.M_free).mean((0, 1)),
+            "floor": losses(rng, family, A_small, flipped, contexts=64, lengths=cfg.M_free).mean((0, 1)),
+            "mean policy": [float(tail) for tail, _ in rungs],
+            "rung 4": [float(moments) for _, moments in rungs],
+        },
+        "smallest_gap": jax.vmap(policy_bounds.strict_gap)(gap[1].Q).min(),
+        "exponent": exponents(family, A, gap).mean(),
+        "no_gap_constant": no_gap_constant(family, limit, some, jnp.asarray(NEAR)),
+        "floor_predicted": floor_and_margins(family, A_small, flipped)[0].mean(),
     }
 
 
-def _last_slope(record: dict) -> float:
-    """Log-log slope of the gap curve over the three longest contexts at which a loss was still seen in ENOUGH draws."""
-    visible = [i for i, n in enumerate(record["seen"]) if n >= ENOUGH][-3:]
-    if len(visible) < 3:
-        return 0.0  # nothing to fit: no evidence of any decay
-    return float(slopes([record["M"][i] for i in visible], [record["curves"]["gap"][i] for i in visible])[0])
+def _visible(record: dict) -> list[int]:
+    """Indices of the lengths at which the decay has begun (the loss is below START of its first value) and is still seen."""
+    loss = np.array(record["curves"]["gap"])
+    begun = int(np.argmax(loss < START * loss[0])) or len(loss)
+    return [i for i, n in enumerate(record["seen"]) if n >= ENOUGH and i >= begun]
+
+
+def _steepening(record: dict) -> float:
+    """Log-log slope of the gap curve over its longest lengths over that where its decay begins: 1 for every power of M."""
+    M, loss, seen = np.array(record["M"], float), np.array(record["curves"]["gap"]), _visible(record)
+    if len(seen) < 2 * LENGTHS - 1:
+        return 0.0  # nothing to fit: no evidence of an exponential
+    early, late = seen[:LENGTHS], seen[-LENGTHS:]
+    return float(slopes(M[late], loss[late])[0] / slopes(M[early], loss[early])[0])
 
 
 def check(records: list[dict]) -> list[Verdict]:
-    steep = [_last_slope(r) for r in records]
+    steep = [_steepening(r) for r in records]
     free = [float(slopes(r["M_free"], r["curves"]["no gap"])[0]) for r in records]
+    scaled = [np.multiply(r["M_free"], r["curves"]["no gap"])[-2:].mean() for r in records]
+    constant = [y / r["no_gap_constant"] for y, r in zip(scaled, records, strict=True)]
     stays = [r["curves"]["floor"][-1] / r["floor_predicted"] for r in records]
+    slack = [np.divide(r["curves"]["mean policy"], r["curves"]["gap"])[_visible(r)] for r in records]
+    note = f"smallest gap {min(r['smallest_gap'] for r in records):.2f}; slack: mean-policy bound / loss"
     return [
-        mean_verdict("margin", steep, figure="margin", note=f"smallest gap {min(r['smallest_gap'] for r in records):.2f}"),
+        mean_verdict("margin", steep, figure="margin", note=note, slack=np.concatenate(slack) if any(map(len, slack)) else None),
         mean_verdict("margin/floor", stays, figure="margin"),
         mean_verdict("margin/no-gap", free, figure="margin"),
+        mean_verdict("margin/no-gap-constant", constant, figure="margin"),
     ]
 
 
@@ -220,9 +288,10 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="With an action gap: exponential in M"
     )
     left.legend(fontsize=8, loc="lower left")
-    mean = draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
-    right.plot(free, mean[0] * free[0] / np.array(free), color=GRAY, label="slope -1", **BOUND)
-    right.plot(free, mean[0] * (free[0] / np.array(free)) ** 0.5, color=GRAY, label="slope -1/2", linestyle=":", marker="")
+    draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
+    law = np.mean([r["no_gap_constant"] for r in records]) / np.array(free)
+    right.plot(free, law, color=GRAY, label="f(0) s²/(4M), summed over states", **BOUND)
+    right.plot(free, law[0] * (free[0] / np.array(free)) ** 0.5, color=GRAY, label="slope -1/2", linestyle=":", marker="")
     draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}", "s")
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")
     right.set(yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; flipped action: a floor")
