@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindm_experiments import risk
+from lindm_experiments import pooled, risk
 from lindm_experiments.harness.mutants import Mutant
 from lindm_experiments.lib import attained
 from lindm_experiments.lib.attained import Bootstrapped, Flipped, Radius, Signs
@@ -334,4 +334,34 @@ RISK = (
 )
 
 
-MUTANTS: tuple[Mutant, ...] = (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE, *RISK)
+# --- one prompt for all stages -------------------------------------------------------------------------------------------------
+
+
+def _change_shared(records: list[dict], name: str, formula: Callable[[float, float], float]) -> None:
+    """The bound of a policy that copies its trajectory, by a formula in p and gap."""
+    for record in records:
+        record["attained"][name][1] = float(formula(record["copied"]["p"], record["copied"]["gap"]))
+
+
+def _shared(claim: str, mistake: str, name: str, formula: Callable[[float, float], float]) -> Mutant:
+    return Mutant(claim=claim, mistake=mistake, change=partial(_change_shared, name=name, formula=formula))
+
+
+h = pooled.H
+SHARED = (
+    _shared("pooled/shared-rung", "rung 6 of independent stages", "shared rung", lambda p, gap: gap * p ** (h * (h + 1) // 2)),
+    _shared(
+        "pooled/shared-rung",
+        "states as the mean policy visits them",
+        "shared rung",
+        lambda p, gap: gap * p ** (h * (h - 1) // 2) * p**h,
+    ),
+    _shared("pooled/shared-rung", "half of the bound", "shared rung", lambda p, gap: gap * p**h / 2),
+    _shared("pooled/attained", "without the caps", "shared rung", lambda p, gap: gap),
+    _shared("pooled/attained", "price: without the factor 1/2", "price", lambda p, gap: 2 * gap * p * (1 - p)),
+    _shared("pooled/price-bound", "the first stage in place of the later ones", "price", lambda p, gap: gap * p**2 * (1 - p)),
+    _shared("pooled/price-bound", "the square of the doubt", "price", lambda p, gap: gap * (p * (1 - p)) ** 2),
+)
+
+
+MUTANTS: tuple[Mutant, ...] = (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE, *RISK, *SHARED)

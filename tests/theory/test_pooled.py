@@ -1,0 +1,430 @@
+"""Shared prompts: every statement against the enumeration of all trajectories and of all prompts, in numpy."""
+
+# numpy arrays stand in for jax arrays here on purpose
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from lindm_theory import in_context, mean_policy, moments, policy_bounds, pooled
+
+rung = jax.jit(pooled.shared_context_rung)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """All trajectories of a behavior policy: chances, pairs, and labels of every law by their names."""
+
+    chance: np.ndarray  # [n]
+    s: np.ndarray  # [n, H]
+    a: np.ndarray  # [n, H]
+    oracle: np.ndarray  # [n, H]
+    returned: np.ndarray  # [n, H]
+    pi: np.ndarray  # [H, S, A]
+
+    def sums(self, W, labels: np.ndarray) -> np.ndarray:
+        """Z [n, H, d]."""
+        return labels[..., None] * W.phi[self.s, self.a]
+
+
+def all_trajectories(W, seed: int = 0) -> Trajectories:
+    H, S, A = W.r.shape
+    pi = np.random.default_rng(seed).dirichlet(np.ones(A), size=(H, S))
+    rows = []
+    for steps in itertools.product(range(S), range(A), repeat=H):
+        s, a = np.array(steps[::2]), np.array(steps[1::2])
+        chance = W.rho[s[0]] * np.prod([pi[h, s[h], a[h]] for h in range(H)])
+        chance *= np.prod([W.P[h, s[h], a[h], s[h + 1]] for h in range(H - 1)])
+        rewards = np.array([W.r[h, s[h], a[h]] for h in range(H)])
+        rows.append((chance, s, a, [W.Qstar[h, s[h], a[h]] for h in range(H)], rewards[::-1].cumsum()[::-1]))
+    chance, s, a, oracle, returned = (np.array(x) for x in zip(*rows, strict=True))
+    return Trajectories(chance=chance, s=s, a=a, oracle=oracle, returned=returned, pi=pi)
+
+
+def moments_of(W, T: Trajectories, law: str):
+    """(E[Z], E[Z Z']) of the module under test."""
+    H, S, A = W.r.shape
+    start, kernels = pooled.pair_chain(W.P, W.rho, T.pi)
+    phi = jnp.asarray(W.phi.reshape(S * A, -1))
+    if law == "returned":
+        return pooled.return_trajectory_moments(kernels, start, phi, jnp.asarray(W.r.reshape(H, -1)))
+    return pooled.trajectory_moments(kernels, start, phi, jnp.asarray(W.Qstar.reshape(H, -1)))
+
+
+def prompts_of_two(chance: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Chances [n^2] and sums S [n^2, ...] of all prompts of K = 2 trajectories."""
+    both = chance[:, None] * chance[None, :]
+    return both.ravel(), ((Z[:, None] + Z[None, :]) / 2).reshape(-1, *Z.shape[1:])
+
+
+@pytest.mark.parametrize("law", ["oracle", "returned"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_moments_of_a_trajectory_are_those_of_enumeration(make_problem, seed, law):
+    W = make_problem(seed, S=2, A=2, d=2, H=3)
+    T = all_trajectories(W, seed)
+    Z = T.sums(W, getattr(T, law))
+    mean, second = moments_of(W, T, law)
+    np.testing.assert_allclose(mean, np.einsum("n,nhd->hd", T.chance, Z), atol=1e-13)
+    np.testing.assert_allclose(second, np.einsum("n,nid,nje->ijde", T.chance, Z, Z), atol=1e-13)
+
+
+def test_labels_with_a_rollout_of_their_own_add_their_variance_to_the_diagonal_alone(make_problem):
+    W = make_problem(2, S=2, A=2, d=2, H=2)
+    T = all_trajectories(W)
+    variance = np.random.default_rng(0).uniform(0.1, 1, size=W.r.shape)
+    start, kernels = pooled.pair_chain(W.P, W.rho, T.pi)
+    phi, q = W.phi.reshape(4, -1), W.Qstar.reshape(2, -1)
+    _, second = pooled.trajectory_moments(kernels, start, jnp.asarray(phi), jnp.asarray(q), jnp.asarray(variance.reshape(2, -1)))
+    # labels Q* +- one standard deviation, all four signs
+    expected = 0.0
+    deviation = np.sqrt(variance[np.arange(2), T.s, T.a])
+    for signs in itertools.product((-1, 1), repeat=2):
+        Z = T.sums(W, T.oracle + np.array(signs) * deviation)
+        expected = expected + np.einsum("n,nid,nje->ijde", T.chance, Z, Z) / 4
+    np.testing.assert_allclose(second, expected, atol=1e-13)
+
+
+def test_treating_return_labels_as_independent_noise_is_wrong_for_a_pooled_prompt_and_right_within_a_stage(make_problem):
+    W = make_problem(3, S=2, A=2, d=2, H=3)
+    T = all_trajectories(W)
+    start, kernels = pooled.pair_chain(W.P, W.rho, T.pi)
+    phi = jnp.asarray(W.phi.reshape(4, -1))
+    value, square = pooled.return_values(kernels, jnp.asarray(W.r.reshape(3, -1)))
+    _, free = pooled.trajectory_moments(kernels, start, phi, value, square - value**2)
+    _, true = moments_of(W, T, "returned")
+    for i, j in itertools.product(range(3), repeat=2):
+        assert (np.abs(free[i, j] - true[i, j]).max() < 1e-12) == (i == j)
+    # nor is the covariance of the noises all that is missing: early noise depends on the features of later pairs
+    noise = T.returned - np.stack([np.asarray(value)[h, T.s[:, h] * 2 + T.a[:, h]] for h in range(3)], 1)
+    Z, E = T.sums(W, T.returned - noise), T.sums(W, noise)
+    both = np.einsum("n,nid,nje->ijde", T.chance, Z, Z) + np.einsum("n,nid,nje->ijde", T.chance, E, E)
+    cross = np.einsum("n,nd,ne->de", T.chance, E[:, 0], Z[:, 1])
+    assert np.abs(cross).max() > 1e-3
+    np.testing.assert_allclose(both[0, 1] + cross, true[0, 1], atol=1e-13)
+    np.testing.assert_allclose(np.einsum("n,nd,ne->de", T.chance, E[:, 1], Z[:, 0]), 0, atol=1e-13)
+
+
+@pytest.mark.parametrize("law", ["oracle", "returned"])
+def test_the_risk_of_every_reader_is_that_of_all_prompts(make_problem, law):
+    W = make_problem(4, S=2, A=2, d=2, H=2)
+    T = all_trajectories(W)
+    chance, S = prompts_of_two(T.chance, T.sums(W, getattr(T, law)))
+    m, C = pooled.stack(*moments_of(W, T, law))
+    rng = np.random.default_rng(5)
+    Lq = np.array([[1.0, 0.2], [0.2, 0.5]])
+    for B in (
+        np.stack([rng.normal(size=(2, 2)) @ pooled.block(h, 2, 2) for h in range(2)]),
+        rng.normal(size=(2, 2, 4)),
+        np.stack([rng.normal(size=(2, 2)) @ pooled.average(2, 2)] * 2),
+    ):
+        error = np.einsum("hdm,nm->nhd", B, S.reshape(-1, 4)) - W.w
+        expected = np.einsum("n,nhd,de,nhe->h", chance, error, Lq, error)
+        got = pooled.reader_risk(B, jnp.stack([m] * 2), jnp.stack([C / 2] * 2), W.w, Lq)
+        np.testing.assert_allclose(got.total, expected, rtol=1e-11)
+        assert np.all(np.asarray(got.estimation) > 0)
+
+
+def test_a_prompt_relabeled_for_one_stage_has_the_moments_of_the_dependent_chain(make_problem):
+    W = make_problem(5, S=2, A=2, d=2, H=3)
+    T = all_trajectories(W)
+    start, kernels = pooled.pair_chain(W.P, W.rho, T.pi)
+    phi = jnp.asarray(W.phi.reshape(4, -1))
+    w = W.w[0]
+    m, C = pooled.stack(*pooled.trajectory_moments(kernels, start, phi, jnp.broadcast_to(phi @ w, (3, 4))))
+    mean, second = moments.chain_moments(kernels, start, phi, np.outer(w, w), 3)
+    T_bar = pooled.average(3, 2)
+    np.testing.assert_allclose(T_bar @ m, mean @ w, atol=1e-13)
+    np.testing.assert_allclose(T_bar @ C @ T_bar.T, second - np.outer(mean @ w, mean @ w), atol=1e-13)
+
+
+def test_if_the_pairs_do_not_depend_on_the_task_a_trajectory_is_one_pair_in_dimension_Hd(make_problem):
+    """Oracle labels, one kernel for all tasks: risk, optimum and modes of the i.i.d. theory, with trajectories as pairs."""
+    W = make_problem(6, S=2, A=2, d=2, H=2)
+    T = all_trajectories(W)
+    tasks = np.random.default_rng(0).normal(size=(7, 2, 2))
+    phi = W.phi[T.s, T.a]  # [n, H, d]
+    L = np.zeros((4, 4))
+    for h in range(2):
+        L[2 * h : 2 * h + 2, 2 * h : 2 * h + 2] = np.einsum("n,nd,ne->de", T.chance, phi[:, h], phi[:, h])
+    start, kernels = pooled.pair_chain(W.P, W.rho, T.pi)
+    flat = jnp.asarray(W.phi.reshape(4, -1))
+    Psi = np.einsum("thd,tie->hdie", tasks, tasks).reshape(4, 4) / 7
+    K = np.zeros((4, 4))
+    pairs = []
+    for w in tasks:
+        mean, second = pooled.trajectory_moments(kernels, start, flat, jnp.einsum("nd,hd->hn", flat, w))
+        m, C = pooled.stack(mean, second)
+        pairs.append((m, C, w))
+        K += (C + np.outer(m, m)) / 7
+    N, M = 3, 5
+    A = in_context.optimal_weights(L, Psi, K, N)
+    ESS = in_context.context_second_moment(L, Psi, K, N)
+    np.testing.assert_allclose(pooled.best_reader(jnp.eye(4), ESS, L @ Psi), A, rtol=1e-9)
+    Lq = np.array([[1.0, 0.3], [0.3, 0.8]])
+    B = A.reshape(2, 2, 4)
+    risks = [pooled.reader_risk(B, jnp.stack([m] * 2), jnp.stack([C / M] * 2), w, Lq).total.sum() for m, C, w in pairs]
+    whole = in_context.risk(A, L, Psi, K, M, np.kron(np.eye(2), Lq))
+    np.testing.assert_allclose(np.mean(risks), whole.total, rtol=1e-10)
+    x, q = in_context.modes(L, Psi, K, np.kron(np.eye(2), Lq))
+    np.testing.assert_allclose(in_context.modal_risk(x, q, M, N).total, whole.total, rtol=1e-8)
+
+
+def test_stage_augmented_features_are_never_worse_than_one_layer_a_stage_and_that_never_worse_than_blind(make_problem):
+    gains = []
+    ESS, ESw, Psi, H, d = np.zeros((4, 4)), np.zeros((2, 4, 2)), np.zeros((2, 2, 2)), 2, 2
+    problems = [make_problem(s, S=2, A=2, d=2, H=2) for s in range(6)]
+    for W in problems:
+        T = all_trajectories(W)
+        m, C = pooled.stack(*moments_of(W, T, "oracle"))
+        ESS += (np.outer(m, m) + C / 3) / 6
+        ESw += np.einsum("m,hd->hmd", m, W.w) / 6
+        Psi += np.einsum("hd,he->hde", W.w, W.w) / 6
+
+    def risk(B: np.ndarray, h: int) -> float:
+        return float(np.trace(B @ ESS @ B.T - 2 * B @ ESw[h] + Psi[h]))
+
+    rng = np.random.default_rng(0)
+    for h in range(H):
+        best = pooled.best_reader(jnp.eye(4), ESS, ESw[h])
+        own = pooled.best_reader(pooled.block(h, H, d), ESS, ESw[h])
+        gains.append(risk(own, h) - risk(best, h))
+        np.testing.assert_allclose(gains[-1], np.trace((own - best) @ ESS @ (own - best).T), rtol=1e-8)
+        for _ in range(5):
+            assert risk(best + 0.01 * rng.normal(size=(2, 4)), h) > risk(best, h)
+            assert risk(own + 0.01 * rng.normal(size=(2, 2)) @ pooled.block(h, H, d), h) > risk(own, h)
+    assert min(gains) > 1e-6
+
+
+def test_the_blind_floor_is_the_least_square_over_a_grid_of_matrices_and_contains_the_spread_of_the_stages(make_problem):
+    rng = np.random.default_rng(1)
+    s, w = rng.normal(size=(9, 2)), rng.normal(size=(9, 3, 2))
+    w[:, :, 0] += s[:, None, 0]
+    Lq = np.array([[1.0, 0.3], [0.3, 0.8]])
+    floor, spread = pooled.blind_floor(
+        s.T @ s / 9, np.einsum("nd,nhe->hde", s, w) / 9, np.einsum("nhd,nie->hide", w, w) / 9, jnp.asarray(Lq)
+    )
+
+    def risk(A) -> float:
+        error = np.asarray(A).reshape(2, 2) @ s[:, None, :, None] - w[..., None]
+        return float(np.einsum("nhdk,de,nhek->", error, Lq, error) / 27)
+
+    found = scipy.optimize.minimize(risk, np.zeros(4), options={"gtol": 1e-10})
+    np.testing.assert_allclose(floor, found.fun, rtol=1e-8)
+    away = w - w.mean(1, keepdims=True)
+    np.testing.assert_allclose(spread, np.einsum("nhd,de,nhe->", away, Lq, away) / 27, rtol=1e-10)
+    assert spread < floor
+    # equal covariances: s = Lambda wbar, and the spread is all of it
+    L = np.array([[2.0, 0.5], [0.5, 1.0]])
+    s = w.mean(1) @ L
+    same = pooled.blind_floor(
+        s.T @ s / 9, np.einsum("nd,nhe->hde", s, w) / 9, np.einsum("nhd,nie->hide", w, w) / 9, jnp.asarray(Lq)
+    )
+    np.testing.assert_allclose(same[0], same[1], rtol=1e-9)
+
+
+# --- the policy --------------------------------------------------------------------------------------------------------------
+
+
+def shared_policies(W, T: Trajectories, B: np.ndarray, law: str = "oracle"):
+    """(chance, pihat [n, H, S], occupancy [n, H, S], loss [n]) over all prompts of two trajectories."""
+    chance, S = prompts_of_two(T.chance, T.sums(W, getattr(T, law)))
+    Q = np.einsum("sad,hdm,nm->nhsa", W.phi, B, S.reshape(len(S), -1))
+    pi = Q.argmax(-1)
+    seen: dict = {}
+    for rule in pi:
+        if rule.tobytes() not in seen:
+            seen[rule.tobytes()] = (W.occupancy(rule), W.loss(rule))
+    d, loss = zip(*(seen[rule.tobytes()] for rule in pi), strict=True)
+    return chance, pi, np.array(d), np.array(loss)
+
+
+@pytest.fixture(scope="module")
+def shared(make_problem):
+    cases = []
+    for seed in range(4):
+        W = make_problem(seed, S=2, A=2, d=2, H=3)
+        T = all_trajectories(W, seed)
+        A = np.random.default_rng(seed).normal(size=(3, 2, 2)) + 2 * np.eye(2)
+        B = np.stack([A[h] @ pooled.block(h, 3, 2) for h in range(3)])
+        cases.append((W, T, B, *shared_policies(W, T, B)))
+    return cases
+
+
+def test_the_policy_weighted_by_occupancy_has_the_mean_loss_over_all_prompts_and_the_mean_policy_has_not(shared):
+    off = []
+    for W, _, _, chance, pi, d, loss in shared:
+        rule = np.asarray(pooled.occupancy_rule(chance, d, pi, 2))
+        np.testing.assert_allclose(W.loss(rule), chance @ loss, atol=1e-12)
+        mean = np.asarray(pooled.mean_rule(chance, pi, 2))
+        price = pooled.sharing_price(jnp.asarray(W.P), jnp.asarray(W.gap), chance, d, pi)
+        np.testing.assert_allclose(chance @ loss - W.loss(mean), price, atol=1e-12)
+        off.append(float(price))
+    assert max(np.abs(off)) > 1e-3
+    assert min(off) < -1e-5 or max(off) > 1e-5
+
+
+def test_rung_4_holds_in_the_mean_over_all_shared_prompts(shared):
+    """Means over four tasks and all prompts; the distance that the proof bounds is within a factor two of its bound."""
+    Lq = np.array([[1.0, 0.2], [0.2, 0.7]])
+    L = policy_bounds.feature_norm(jnp.asarray(np.stack([W.phi for W, *_ in shared]).reshape(-1, 2, 2)), jnp.asarray(Lq))
+    mean_loss, estimation, bias, distance = 0.0, 0.0, 0.0, 0.0
+    for W, T, B, chance, _, _, loss in shared:
+        m, C = pooled.stack(*moments_of(W, T, "oracle"))
+        parts = pooled.reader_risk(B, jnp.stack([m] * 3), jnp.stack([C / 2] * 3), W.w, Lq)
+        mean_loss, estimation, bias = mean_loss + chance @ loss / 4, estimation + parts.estimation / 4, bias + parts.bias / 4
+        error = np.einsum("hdm,nm->nhd", B, prompts_of_two(T.chance, T.sums(W, T.oracle))[1].reshape(len(chance), -1)) - W.w
+        distance = distance + chance @ np.sqrt(np.einsum("nhd,de,nhe->nh", error, Lq, error)) / 4
+    assert mean_loss <= policy_bounds.expected_rung(L, estimation, bias)
+    size = np.sqrt(np.asarray(estimation + bias))
+    assert np.all(distance <= size + 1e-12) and np.all(size <= 2 * distance)
+
+
+def test_for_independent_stages_both_policies_are_one(make_problem):
+    W = make_problem(1, S=2, A=2, d=2, H=2)
+    rng = np.random.default_rng(0)
+    rules, p, q = rng.integers(0, 2, size=(2, 3, 2)), rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(3))
+    pairs = list(itertools.product(range(3), repeat=2))
+    pi = np.array([[rules[0, i], rules[1, j]] for i, j in pairs])
+    chance = np.array([p[i] * q[j] for i, j in pairs])
+    d = np.array([W.occupancy(rule) for rule in pi])
+    visited = np.einsum("n,nhs->hs", chance, d) > 0
+    np.testing.assert_allclose(
+        np.asarray(pooled.occupancy_rule(chance, d, pi, 2))[visited], np.asarray(pooled.mean_rule(chance, pi, 2))[visited]
+    )
+
+
+def test_the_largest_chance_of_a_state_is_that_of_all_policies(make_problem):
+    W = make_problem(2, S=2, A=2, d=2, H=3)
+    occupancies = [W.occupancy(np.array(pi).reshape(3, 2)) for pi in itertools.product(range(2), repeat=6)]
+    np.testing.assert_allclose(pooled.reach(jnp.asarray(W.P), jnp.asarray(W.rho)), np.max(occupancies, 0), atol=1e-13)
+
+
+def worst_mean_occupancy(W, limit: np.ndarray) -> tuple[float, np.ndarray]:
+    """The linear program over occupancies mu <= limit, and the multipliers of its bounds."""
+    H, S, A = limit.shape
+    index = np.arange(H * S * A).reshape(H, S, A)
+    flow, right = np.zeros((H * S, H * S * A)), np.zeros(H * S)
+    for h, s in itertools.product(range(H), range(S)):
+        flow[h * S + s, index[h, s]] = 1
+        if h == 0:
+            right[s] = W.rho[s]
+        else:
+            flow[h * S + s, index[h - 1].ravel()] -= W.P[h - 1, :, :, s].ravel()
+    out = scipy.optimize.linprog(-W.gap.ravel(), A_eq=flow, b_eq=right, bounds=[(0, u) for u in limit.ravel()])
+    assert out.status == 0
+    return -out.fun, -out.upper.marginals.reshape(H, S, A)
+
+
+def test_the_shared_context_rung_is_the_linear_program_above_the_mean_loss(shared):
+    for W, T, B, chance, pi, _, loss in shared:
+        P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
+        m, C = pooled.stack(*moments_of(W, T, "oracle"))
+        caps = pooled.reader_caps(jnp.asarray(W.phi), B, jnp.stack([m] * 3), jnp.stack([C / 2] * 3))
+        pibar = pooled.mean_rule(chance, pi, 2)
+        assert np.all(np.asarray(caps) >= np.asarray(pibar) - 1e-12)
+        for cap in (np.asarray(caps), np.asarray(pibar)):
+            limit = np.asarray(pooled.reach(P, rho))[..., None] * cap
+            program, multipliers = worst_mean_occupancy(W, limit)
+            np.testing.assert_allclose(rung(P, gap, rho, cap, multipliers), program, atol=1e-8)
+            assert chance @ loss <= program + 1e-9
+            for other in (np.zeros_like(limit), W.gap, 0.5 * W.gap):
+                assert rung(P, gap, rho, cap, other) >= program - 1e-9
+        np.testing.assert_allclose(rung(P, gap, rho, cap, W.gap), np.sum(W.gap * limit), rtol=1e-12)
+
+
+def test_the_price_of_sharing_is_within_its_bound(shared):
+    for W, _, _, chance, pi, d, _ in shared:
+        P, gap, rho = jnp.asarray(W.P), jnp.asarray(W.gap), jnp.asarray(W.rho)
+        price = pooled.sharing_price(P, gap, chance, d, pi)
+        assert abs(price) <= pooled.sharing_bound(P, gap, rho, pooled.mean_rule(chance, pi, 2)) + 1e-12
+
+
+def copying(p: float, gap: float, H: int, last: float | None = None):
+    """The instance of `copied_trajectory_loss`: kernels, gaps, and the policies that copy each of the 2^H trajectories.
+
+    last: the chance of action 1 at the last stage, p if not given.
+    """
+    P = np.zeros((H, 2, 2, 2))
+    P[:, 0, 1, 0] = P[:, 0, 0, 1] = P[:, 1, :, 1] = 1.0
+    gaps = np.zeros((H, 2, 2))
+    gaps[-1, 0, 1] = gap
+    chance, pi, d = [], [], []
+    for actions in itertools.product((0, 1), repeat=H):
+        rule, occupancy, s, weight = np.zeros((H, 2), int), np.zeros((H, 2)), 0, 1.0
+        for h, a in enumerate(actions):
+            one = last if h == H - 1 and last is not None else p
+            weight *= one if a else 1 - one
+            rule[h, s] = a  # seen: positive; unseen states keep action 0
+            occupancy[h, s] = 1
+            s = 0 if (s == 0 and a == 1) else 1
+        chance.append(weight)
+        pi.append(rule)
+        d.append(occupancy)
+    return P, gaps, np.array(chance), np.array(pi), np.array(d)
+
+
+@pytest.mark.parametrize(("p", "gap", "H"), [(0.5, 1.0, 2), (0.7, 0.4, 3)])
+def test_a_copied_trajectory_attains_the_shared_rung_and_breaks_the_mean_policy_rung(p, gap, H):
+    P, gaps, chance, pi, d = copying(p, gap, H)
+    rho = np.array([1.0, 0.0])
+    loss = np.einsum("n,nhs,nhsa,hsa->", chance, d, np.eye(2)[pi], gaps)
+    mean = pooled.mean_rule(chance, pi, 2)
+    expected = pooled.copied_trajectory_loss(p, gap, H)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-12)
+    args = jnp.asarray(P), jnp.asarray(gaps), jnp.asarray(rho)
+    of_mean = mean_policy.policy_loss(*args, mean)
+    np.testing.assert_allclose(of_mean, expected[1], rtol=1e-12)
+    np.testing.assert_allclose(rung(*args, mean, gaps), loss, rtol=1e-12)
+    # with the exact chances as caps the rung of independent stages is below the truth
+    np.testing.assert_allclose(mean_policy.mean_policy_rung(*args, mean), expected[1], rtol=1e-12)
+    assert expected[1] < 0.6 * loss
+    price = float(pooled.sharing_price(args[0], args[1], chance, d, pi))
+    np.testing.assert_allclose(price, loss - of_mean, atol=1e-12)
+    assert price <= pooled.sharing_bound(*args, mean) + 1e-12
+
+
+def test_the_bound_of_the_price_is_attained():
+    # the state is kept just when the action of the last stage is wrong there
+    P, gaps, chance, pi, d = copying(0.3, 0.8, 2, last=1.0)
+    mean = pooled.mean_rule(chance, pi, 2)
+    price = pooled.sharing_price(jnp.asarray(P), jnp.asarray(gaps), chance, d, pi)
+    np.testing.assert_allclose(price, 0.8 * 0.3 * 0.7, rtol=1e-12)
+    np.testing.assert_allclose(pooled.sharing_bound(jnp.asarray(P), jnp.asarray(gaps), jnp.array([1.0, 0.0]), mean), price)
+
+
+def test_sharing_can_also_lower_the_loss():
+    # the loss needs different actions at the two stages: never with one coin, half the time with two
+    P = np.zeros((2, 2, 2, 2))
+    P[0, :, 0, 0] = P[0, :, 1, 1] = P[1, :, :, 0] = 1.0
+    gap = np.zeros((2, 2, 2))
+    gap[1, 0, 1] = gap[1, 1, 0] = 1.0
+    pi = np.array([[[a, a], [a, a]] for a in (0, 1)])
+    d = np.array([[[1.0, 0.0], np.eye(2)[a]] for a in (0, 1)])
+    price = pooled.sharing_price(jnp.asarray(P), jnp.asarray(gap), jnp.asarray([0.5, 0.5]), d, pi)
+    np.testing.assert_allclose(price, -0.5)
+
+
+@pytest.mark.parametrize("S", [2, 5])
+def test_the_factor_S_of_the_union_over_states_is_attained(S):
+    """Stage 1 goes to state j, where stage 2 errs only in context j: every flip has chance 1/S, the loss is certain."""
+    P = np.zeros((2, S, S, S))
+    P[0, :, np.arange(S), np.arange(S)] = 1.0
+    P[1, :, :, 0] = 1.0
+    gap = np.zeros((2, S, S))
+    gap[1, :, 1] = 1.0
+    pi = np.array([[np.full(S, j), (np.arange(S) == j).astype(int)] for j in range(S)])
+    d = np.array([[np.eye(S)[0], np.eye(S)[j]] for j in range(S)])
+    chance = np.full(S, 1 / S)
+    pibar = pooled.mean_rule(chance, pi, S)
+    assert float(pibar[1, :, 1].max()) == pytest.approx(1 / S)
+    args = jnp.asarray(P), jnp.asarray(gap), jnp.asarray(np.eye(S)[0])
+    loss = mean_policy.policy_loss(*args, pooled.occupancy_rule(chance, d, pi, S))
+    np.testing.assert_allclose(loss, 1.0)
+    np.testing.assert_allclose(rung(*args, pibar, gap), 1.0)
+    np.testing.assert_allclose(mean_policy.policy_loss(*args, pibar), 1 / S)
