@@ -6,6 +6,7 @@ design, or come from episodes of a behavior policy, or from one long Markov chai
 Functions are written for one task: `vmap` outside.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +147,25 @@ def stage_prompt(x: ArrayLike, y: ArrayLike, query: ArrayLike) -> Prompt:
         if _concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"{name} must be finite; got a NaN or an infinity")
     return Prompt(x=x, y=y, query=query)
+
+
+def td_prompt(x: Array, x_next: Array, r: Array, query: Array, gamma: ArrayLike) -> Prompt:
+    """A prompt of transitions for policy evaluation: columns (x_i; gamma x'_i) with label r_i, queries (q; 0).
+
+    With it the linear layers of `lindm.icl.attention` run temporal-difference learning (Wang, Blaser, Daneshmand, Zhang, arXiv
+    2405.13861): where blocks are [[C, 0], [-C, 0]], k blocks are k steps w <- w + C mean_i x_i (r_i + gamma x'_i'w - x_i'w), and
+    the predictions are q'w.
+
+    Args:
+        x, x_next: [..., N, d] features of a pair and of the pair after it; r: [..., N] rewards; query: [..., Q, d].
+    Returns: Prompt with 2d features.
+    """
+    chex.assert_equal_shape([x, x_next])
+    return Prompt(
+        x=jnp.concatenate([x, jnp.asarray(gamma, x.dtype) * x_next], axis=-1),
+        y=r,
+        query=jnp.concatenate([query, jnp.zeros_like(query)], axis=-1),
+    )
 
 
 def label_pairs(key: Array, phi: Array, idx: Array, labels: LabelLaw) -> Prompt:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lindm.icl import label_laws, prompts
+from lindm.icl.attention import FullAttention, ReducedAttention
 from lindm.solvers import rollout as rollouts
 from tests.lindm.mdps import as_mdp
 
@@ -320,3 +321,24 @@ def test_a_prompt_made_by_hand_is_checked(x, y, query, rule):
 def test_a_good_prompt_made_by_hand_is_accepted():
     prompt = prompts.stage_prompt(np.ones((4, 3)), np.ones(4), np.ones((2, 3)))
     assert prompt.x.shape == (4, 3)
+
+
+@pytest.mark.parametrize("kind", [ReducedAttention, FullAttention])
+def test_a_prompt_of_transitions_makes_hand_set_layers_batch_td(kind):
+    """Float64, five layers, another matrix in each: the difference to a loop over transitions is rounding."""
+    rng = np.random.default_rng(3)
+    n, features, depth, gamma = 12, 3, 5, 0.9
+    x, x_next, r = rng.normal(size=(n, features)), rng.normal(size=(n, features)), rng.normal(size=n)
+    C, q = 0.2 * rng.normal(size=(depth, features, features)), rng.normal(size=(4, features))
+    blocks = np.block([[C, 0 * C], [-C, 0 * C]])
+    if kind is ReducedAttention:
+        layer = kind(2 * features, depth, A=jnp.asarray(blocks))
+    else:
+        layer = kind(2 * features, depth, dtype=jnp.float64)
+        layer.W_PV[...] = jnp.zeros_like(layer.W_PV[...]).at[:, -1, -1].set(1)
+        layer.W_KQ[...] = jnp.zeros_like(layer.W_KQ[...]).at[:, :-1, :-1].set(jnp.swapaxes(jnp.asarray(blocks), 1, 2))
+    w = np.zeros(features)
+    for k in range(depth):
+        w = w + C[k] @ np.mean([x[i] * (r[i] + gamma * x_next[i] @ w - x[i] @ w) for i in range(n)], axis=0)
+    got = layer(prompts.td_prompt(*map(jnp.asarray, (x, x_next, r, q)), gamma))
+    np.testing.assert_allclose(got, q @ w, rtol=1e-12)
