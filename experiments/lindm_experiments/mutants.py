@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindm_experiments import pooled, risk
+from lindm_experiments import pooled
 from lindm_experiments.harness.mutants import Mutant
 from lindm_experiments.lib import attained
+from lindm_experiments.lib import feature_laws as laws
 from lindm_experiments.lib.attained import Bootstrapped, Flipped, Radius, Signs
 from lindm_theory import mean_policy
 
@@ -263,7 +264,7 @@ WITHOUT_ORACLE = (
 def _change_risk(records: list[dict], form: str, part: str, bound: Callable[[Floats, Floats, Floats, Floats], float]) -> None:
     """The constant of a part of a bound, as `bound` makes it of Lambda, Psi, K and noise, in the limit of long prompts."""
     for record in records:
-        for law in risk.MATCHED if form == "eq. (6)" else risk.LAWS:
+        for law in laws.MATCHED if form == "eq. (6)" else laws.LAWS:
             moments = np.array(record["cells"][law]["moments"])
             record["attained"][f"{form}, {part}, {law}"][1] = float(bound(*moments))
 
@@ -290,7 +291,7 @@ def _gaussian_K(L: Floats, Psi: Floats) -> Floats:
     return 2 * L @ Psi @ L + np.trace(Psi @ L) * L
 
 
-d = risk.D
+d = laws.D
 RISK = (
     _risk("paper-bound", "eq. (6): d in place of d + 1", "eq. (6)", "estimation", lambda L, P, K, V: d * np.trace(L)),
     _risk("paper-bound", "eq. (6): without tr(Lambda) in the estimation", "eq. (6)", "estimation", lambda L, P, K, V: d + 1),
