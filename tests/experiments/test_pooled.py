@@ -3,13 +3,20 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lindm.icl.attention import ReducedAttention, query_columns
+from lindm.icl.trainer import train
 from lindm.io import files
+from lindm.problems.linear_mdp import second_moment
+from lindm.solvers.rollout import rollout
+from lindm.types import Prompt
 from lindm_experiments import mutants, pooled
 from lindm_experiments.harness.claims import CLAIMS, FAIL, PASS, claim_ids
 from lindm_experiments.harness.experiments import points_of
+from lindm_experiments.lib import linear_mdps
 
 
 def ideal(seeds: int = 10) -> list[dict]:
@@ -165,6 +172,35 @@ def test_smoke_gives_every_verdict_and_figure_and_drawn_prompts_have_the_exact_m
         size = np.sqrt(np.trace(covariance[task, law, h]))
         np.testing.assert_allclose(drawn.mean(0), mean[task, law, h], atol=0.04 * size)
         np.testing.assert_allclose(np.cov(drawn.T), covariance[task, law, h], atol=0.06 * size**2)
+
+
+@pytest.mark.slow
+def test_training_on_shared_prompts_finds_the_augmented_reader_with_its_blocks_between_stages():
+    H, D, N = pooled.H, pooled.D, 8
+    family = pooled.draw_family(jax.random.key(77001))
+    pool = pooled.draw_tasks(jax.random.key(77001), family, 0.5, pooled.POOL)
+    columns = query_columns(jnp.kron(jnp.eye(H), second_moment(family)))
+
+    def draw(key, mdps, behavior, w, flat, columns):
+        which, k = jax.random.split(key)
+        task = jax.random.randint(which, (256,), 0, len(w))
+
+        def one(k, i):
+            episodes = rollout(k, jax.tree.map(lambda x: x[i], mdps), behavior[i], N)
+            x = flat[episodes.s * pooled.A + episodes.a]
+            y = jnp.einsum("nhd,hd->nh", x, w[i])
+            augmented = jnp.einsum("nhd,hg->nhgd", x, jnp.eye(H, dtype=x.dtype)).reshape(N * H, H * D)
+            return Prompt(x=augmented, y=y.reshape(-1), query=columns), columns @ w[i].reshape(-1)
+
+        return jax.vmap(one)(jax.random.split(k, 256), task)
+
+    data = linear_mdps.single_precision((pool.mdp, pool.behavior, pool.w, linear_mdps.pairs_table(family), columns))
+    layer, _ = train(ReducedAttention(H * D), draw, jax.random.key(1), steps=2000, data=data, learning_rate=0.3)
+    trained = np.asarray(layer.A[...])[0]
+    readers = pooled.layers(jax.tree.map(np.asarray, pool), N) * H  # the prompt averages over N H pairs
+    best, blocks = (readers[pooled.READERS.index((x, "oracle"))].reshape(H * D, H * D) for x in ("augmented", "stage"))
+    assert np.linalg.norm(trained - best) < 0.02 * np.linalg.norm(best)
+    assert np.linalg.norm(trained - blocks) > 0.08 * np.linalg.norm(best)
 
 
 @pytest.mark.parametrize("bad", [{"contexts": 8}, {"K": (8, 2)}, {"epsilon": 0.0}, {"played": 100}])

@@ -389,6 +389,37 @@ def test_a_copied_trajectory_attains_the_shared_rung_and_breaks_the_mean_policy_
     assert price <= pooled.sharing_bound(*args, mean) + 1e-12
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_policy_that_copies_its_trajectory_is_the_behavior_policy_where_transitions_are_deterministic(seed):
+    """All A^H prompts of one trajectory each; fresh prompts for every stage lose more or less than the behavior policy."""
+    H, S, A = 3, 3, 2
+    rng = np.random.default_rng(seed)
+    P = np.eye(S)[(rng.integers(S, size=(H, S, 1)) + np.arange(A)) % S]  # the actions part
+    r = rng.uniform(0.5, 1.5, size=(H, S, A))
+    Q, V = np.zeros_like(r), np.zeros(S)
+    for h in reversed(range(H)):
+        Q[h] = r[h] + P[h] @ V
+        V = Q[h].max(-1)
+    beta = rng.dirichlet(np.ones(A), size=(H, S))
+    chance, pi, d = [], [], []
+    for actions in itertools.product(range(A), repeat=H):
+        s, weight, Qhat, occupancy = 0, 1.0, np.zeros_like(r), np.zeros((H, S))
+        for h, a in enumerate(actions):
+            weight *= beta[h, s, a]
+            Qhat[h, s, a] = Q[h, s, a]  # one one-hot pair, layer I: what was not seen has the value zero
+            occupancy[h, s] = 1
+            s = int(P[h, s, a].argmax())
+        chance.append(weight)
+        pi.append(Qhat.argmax(-1))
+        d.append(occupancy)
+    chance, pi, d = np.array(chance), np.array(pi), np.array(d)
+    args = jnp.asarray(P), jnp.asarray(Q.max(-1, keepdims=True) - Q), jnp.eye(S)[0]
+    loss = mean_policy.policy_loss(*args, pooled.occupancy_rule(chance, d, pi, A))
+    np.testing.assert_allclose(loss, np.einsum("n,nhs,nhsa,hsa->", chance, d, np.eye(A)[pi], args[1]), atol=1e-12)
+    np.testing.assert_allclose(loss, mean_policy.policy_loss(*args, jnp.asarray(beta)), atol=1e-12)
+    assert abs(mean_policy.policy_loss(*args, pooled.mean_rule(chance, pi, A)) - loss) > 1e-3
+
+
 def test_the_bound_of_the_price_is_attained():
     # the state is kept just when the action of the last stage is wrong there
     P, gaps, chance, pi, d = copying(0.3, 0.8, 2, last=1.0)
