@@ -365,4 +365,51 @@ SHARED = (
 )
 
 
-MUTANTS: tuple[Mutant, ...] = (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE, *RISK, *SHARED)
+# --- imitation with the log-loss -----------------------------------------------------------------------------------------------
+
+
+def _change_cliff(records: list[dict], name: str, formula: Callable[[float, Floats, float], float]) -> None:
+    """A bound on an attained instance, by a formula in the log-loss, the deviations e_h of the stages, and the share of doubt."""
+    for record in records:
+        i = record["instance"]
+        record["attained"][name][1] = float(formula(i["log-loss"], np.array(i["stages"]), i["share"]))
+
+
+def _cliff(claim: str, mistake: str, name: str, formula: Callable[[float, Floats, float], float]) -> Mutant:
+    return Mutant(claim=claim, mistake=mistake, change=partial(_change_cliff, name=name, formula=formula))
+
+
+IMITATION = (
+    _cliff("log-loss/bound", "four fifths of the bound", "log-loss", lambda loss, e, s: 0.8 * -np.expm1(-loss)),
+    _cliff("log-loss/bound", "the mean over stages", "log-loss", lambda loss, e, s: -np.expm1(-loss / len(e))),
+    _cliff("log-loss/bound", "half of the log-loss", "log-loss", lambda loss, e, s: -np.expm1(-loss / 2)),
+    _cliff("log-loss/bound", "the range of one reward", "log-loss", lambda loss, e, s: -np.expm1(-loss) / len(e)),
+    _cliff("log-loss/bound", "the stage of the largest error alone", "log-loss", lambda loss, e, s: e.max()),
+    _cliff("log-loss/bound", "half of the squared Hellinger distance", "hellinger", lambda loss, e, s: -np.expm1(-loss / 2)),
+    _cliff("log-loss/bound", "greedy: without log 2", "greedy", lambda loss, e, s: s * np.log(2)),
+    _cliff("log-loss/attained", "without the exponential", "log-loss", lambda loss, e, s: loss),
+    _cliff("log-loss/attained", "the classical bound", "log-loss", lambda loss, e, s: e @ np.arange(len(e), 0, -1)),
+)
+
+
+# --- the floor of the maximum --------------------------------------------------------------------------------------------------
+
+
+def _change_floor(records: list[dict], formula: Callable[[dict], float]) -> None:
+    for record in records:
+        record["floor"] = float(formula(record))
+
+
+def _floor(claim: str, mistake: str, formula: Callable[[dict], float]) -> Mutant:
+    return Mutant(claim=claim, mistake=mistake, change=partial(_change_floor, formula=formula))
+
+
+MAXIMUM = (
+    _floor("in-context-td/maximum", "twice the floor", lambda r: 2 * r["floor"]),
+    _floor("in-context-td/maximum", "without the mean over tasks taken off", lambda r: r["wrong floors"]["uncentered"]),
+    _floor("in-context-td/maximum", "rewards not negated", lambda r: r["wrong floors"]["not negated"]),
+    _floor("in-context-td/attained", "half of the floor", lambda r: r["floor"] / 2),
+)
+
+
+MUTANTS: tuple[Mutant, ...] = (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE, *RISK, *SHARED, *IMITATION, *MAXIMUM)

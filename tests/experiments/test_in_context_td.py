@@ -99,7 +99,7 @@ def _many(records: list[dict]) -> list[dict]:
 
 
 def test_verdicts_follow_the_numbers(records):
-    expected = [PASS, PASS, FAIL, PASS, PASS, PASS, PASS, PASS, FAIL]
+    expected = [PASS, PASS, FAIL, PASS, PASS, PASS, PASS, PASS]
     assert [v.verdict for v in exp.check(_many(records))] == expected
     other = _many(records)
     for i, r in enumerate(other):
@@ -108,16 +108,13 @@ def test_verdicts_follow_the_numbers(records):
         r["risk"]["free"][1] = 0.09
         r["optimal"], r["value iteration"] = [1.6, 0.9 + 0.001 * i], 1.2
     wrong = [v.verdict for v in exp.check(other)]
-    assert wrong == [FAIL, FAIL, PASS, FAIL, FAIL, FAIL, FAIL, FAIL, FAIL]
-    for r in other:
-        r["optimal"][1] = 2.5
-    assert exp.check(other)[-1].verdict == PASS
+    assert wrong == [FAIL, FAIL, PASS, FAIL, FAIL, FAIL, FAIL, FAIL]
 
 
 def test_smoke_records_and_figure(records):
     for r in records:
         assert r["hand-set"] < 1e-13
-        assert 0 < r["floor"] < 1
+        assert 0 < r["floor"] < 1 and r["floor"] < r["wrong floors"]["uncentered"]
     assert set(exp.plot(records)) == {"in-context-td"}
 
 
