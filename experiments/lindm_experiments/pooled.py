@@ -286,6 +286,7 @@ def caps_of(phi: Array, B: Array, mean: Array, covariance: Array) -> Array:
 _shared_rung = jax.jit(pooled.shared_context_rung)
 _reach = jax.jit(pooled.reach)
 _sharing_bound = jax.jit(pooled.sharing_bound)
+_occupancy_rule = jax.jit(pooled.occupancy_rule, static_argnums=3)
 
 
 def multipliers(P: np.ndarray, gap: np.ndarray, rho: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -317,7 +318,8 @@ def copied(rng: np.random.Generator, p: tuple[float, ...], gap: float, last: int
 
     Action 1 stays in state 0, where it loses `gap` at stage `last`; all else leads to state 1. At stage h the behavior takes
     action 1 with chance p[h], otherwise action 0. The layers are the identity in one-hot coordinates.
-    Returns: mean loss, loss of the mean policy, shared-context rung with the exact chances, price of sharing and its bound.
+    Returns: mean loss, losses of the mean policy and of the policy weighted by occupancy, shared-context rung with the exact
+    chances, price of sharing and its bound.
     """
     P = np.zeros((H, S, A, S))
     P[..., 1] = 1
@@ -332,9 +334,11 @@ def copied(rng: np.random.Generator, p: tuple[float, ...], gap: float, last: int
     phi = T.T  # row s * A + a: the one-hot vector in other coordinates
     layer = np.linalg.inv(T @ T.T)
     chance, values = [], []
-    for actions in np.ndindex(*(2,) * H):
+    visits = np.zeros((2**H, H, S))
+    for prompt, actions in enumerate(np.ndindex(*(2,) * H)):
         s, weight, Qhat = 0, 1.0, []
         for h, a in enumerate(actions):
+            visits[prompt, h, s] = 1
             weight *= p[h] if a else 1 - p[h]
             pair = phi[s * A + a]
             Qhat.append(phi @ layer @ (pair * Q[h, s, a]))  # the prompt of stage h is this one pair
@@ -351,6 +355,7 @@ def copied(rng: np.random.Generator, p: tuple[float, ...], gap: float, last: int
     return {
         "truth": truth,
         "mean": mean,
+        "occupancy": loss(np.asarray(_occupancy_rule(chance, visits, pi, A))),
         "rung": shared_rung(P, gaps, rho, rule),
         "price": truth - mean,
         "price bound": float(_sharing_bound(P, gaps, rho, rule)),
@@ -616,7 +621,7 @@ def check(records: list[dict]) -> list[Verdict]:
             "pooled/mean-policy",
             [c["mean"] / c["truth"] for c in copies],
             figure="policy",
-            note="of the policy that copies its trajectory; the policy weighted by occupancy has the ratio 1",
+            note=f"weighted by occupancy: {np.mean([c['occupancy'] / c['truth'] for c in copies]):.6f}",
         ),
         mean_verdict(
             "pooled/price",

@@ -48,7 +48,15 @@ def ideal(seeds: int = 10) -> list[dict]:
         counts = dict.fromkeys(("identity", "rung 1", "rung 2", "rung 3"), 0)
         ratios = {f"{which} {r}": 2.0 for which in ("least", "median") for r in "123"}
         ladder = [{"n": 4096, "mutant, rung 2 without its factor 2": 1} | counts | ratios]
-        copied = {"p": 0.6, "gap": 0.5, "truth": 0.108, "predicted": 0.108, "mean": 0.02333 * jitter, "rung": 0.108}
+        copied = {
+            "p": 0.6,
+            "gap": 0.5,
+            "truth": 0.108,
+            "predicted": 0.108,
+            "mean": 0.02333 * jitter,
+            "occupancy": 0.108,
+            "rung": 0.108,
+        }
         out.append(
             {
                 "N": 8,
@@ -137,7 +145,7 @@ def test_the_copied_trajectory_has_its_closed_form_and_attains_both_bounds():
     p, gap = 0.7, 0.4
     rng = np.random.default_rng(3)
     out = pooled.copied(rng, (p, p, p), gap, 2)
-    np.testing.assert_allclose([out["truth"], out["rung"]], gap * p**3, rtol=1e-9)
+    np.testing.assert_allclose([out["truth"], out["rung"], out["occupancy"]], gap * p**3, rtol=1e-9)
     np.testing.assert_allclose(out["mean"], gap * p**6, rtol=1e-9)
     out = pooled.copied(rng, (p, 1.0, 1.0), gap, 1)
     np.testing.assert_allclose([out["price"], out["price bound"]], gap * p * (1 - p), rtol=1e-9)
