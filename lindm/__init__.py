@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm_experiments.harness.public import report as report
     from lindm_experiments.harness.verify import run_experiment as run_experiment
     from lindm_experiments.harness.verify import verify as verify
+    from lindm_experiments.toolkit import theory as theory
 
 _DEFINED = {
     "lindm.api.benchmarks": ("benchmark",),
@@ -67,6 +68,7 @@ PUBLIC = {
     "errors": "lindm.errors",
     "icl": "lindm.icl",
     "policies": "lindm.evaluation.policies",
+    "theory": "lindm_experiments.toolkit.theory",
 }
 
 

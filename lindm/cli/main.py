@@ -22,7 +22,7 @@ DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
 )
 GROUPS = {
-    "Claims and experiments": ("verify", "run", "plot", "report"),
+    "Claims and experiments": ("verify", "run", "theory", "plot", "report"),
     "Decision problems and data": ("solve", "data"),
     "Language models and policies": ("model", "sft", "eval", "export"),
     "Machines": ("doctor", "plan", "launch", "bench"),

@@ -1,4 +1,4 @@
-"""In-context learning: the attention layer (Flax NNX) and its trainer; prompts, label laws and baseline predictors.
+"""In-context learning: the attention layer (Flax NNX) and its trainer; prompts, laws of features and labels, baseline predictors.
 
 >>> import jax, jax.numpy as jnp
 >>> from lindm.problems.regression import draw_regression
@@ -10,14 +10,18 @@
 True
 """
 
+from lindm.icl import feature_laws
 from lindm.icl.attention import FullAttention, ReducedAttention, SoftmaxAttention, embed, moments, pad, query_columns, sinusoidal
+from lindm.icl.feature_laws import FeatureLaw
 from lindm.icl.trainer import predict_many, train, train_many
 
 __all__ = [
+    "FeatureLaw",
     "FullAttention",
     "ReducedAttention",
     "SoftmaxAttention",
     "embed",
+    "feature_laws",
     "moments",
     "pad",
     "predict_many",

@@ -2,8 +2,8 @@
 
     x = phi_i + scale_i root z,     i ~ design,  z ~ N(0, I),     y = <x, w> + sigma N(0, 1)
 
-A table of state-action pairs has scale 0; a Gaussian is one row with phi 0; features with heavy tails are two such rows. In a row
-one of phi_i and scale_i is zero, so the moments are sums of those of a table and of a Gaussian.
+These are the mixtures of `lindm.icl.feature_laws`. In a row one of phi_i and scale_i is zero, so the moments are sums of those of
+a table and of a Gaussian.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lindm.icl.feature_laws import Mixture
 from lindm.problems.linear_mdp import MDPFamily, simplex_family, with_second_moment
 from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative, invert
@@ -31,14 +32,10 @@ Numbers = Array | np.ndarray
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Law:
-    """The parameters of the module docstring."""
+class Law(Mixture):
+    """A mixture with the noise of its labels; tables are padded to ROWS rows."""
 
-    phi: Numbers  # [ROWS, d]
-    scale: Numbers  # [ROWS]
-    design: Numbers  # [ROWS]
-    root: Numbers  # [d, d]
-    sigma: Numbers | np.float64  # []
+    sigma: Numbers  # []
 
 
 def gaussian_law(Lambda: Numbers, sigma: float = 0.0, present: float = 1.0) -> Law:
@@ -57,12 +54,12 @@ def table_law(phi: Numbers, sigma: float = 0.0) -> Law:
     return Law(phi=table, scale=np.zeros(ROWS), design=design, root=np.zeros((D, D)), sigma=np.float64(sigma))
 
 
-def moment(law: Law) -> Array:
+def moment(law: Mixture) -> Array:
     """Lambda [d, d] = E[x x']."""
     return design_moment(law.phi, law.design) + (law.design @ law.scale**2) * law.root @ law.root.T
 
 
-def fourth(law: Law, Psi: Array) -> Array:
+def fourth(law: Mixture, Psi: Array) -> Array:
     """K(Psi) [d, d] = E[x x' Psi x x']."""
     mixed = gaussian_fourth(law.root @ law.root.T, Psi)
     return design_fourth(law.phi, law.design, Psi) + (law.design @ law.scale**4) * mixed

@@ -27,6 +27,7 @@ def lindm(*arguments: str) -> subprocess.CompletedProcess[str]:
 COMMANDS = [
     "verify",
     "run",
+    "theory",
     "plot",
     "report",
     "solve",
@@ -67,7 +68,8 @@ def test_help_of_an_experiment_takes_less_than_one_and_a_half_cpu_seconds(experi
 
 
 @pytest.mark.parametrize(
-    "words", [[c] for c in COMMANDS if c != "run"] + [["data", "make"], ["model", "import"], ["launch", "tpu"]]
+    "words",
+    [[c] for c in COMMANDS if c != "run"] + [["data", "make"], ["model", "import"], ["launch", "tpu"], ["theory", "risk"]],
 )
 @pytest.mark.parametrize("columns", ["44", "80"])
 def test_every_help_page_is_plain_and_fits_its_terminal(words, columns, capsys, monkeypatch):

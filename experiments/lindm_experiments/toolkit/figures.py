@@ -1,0 +1,86 @@
+"""Figures of the toolkit, in the style of the experiments."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from lindm.errors import StorageError
+from lindm.evaluation.environments import double_precision
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, MARKERS, ORANGE, SEQUENTIAL, STYLE, file_backend
+from lindm_experiments.toolkit.risks import Risk, balance_lengths, risk_grid
+
+if TYPE_CHECKING:
+    pass
+
+GRID = 60  # lengths of each axis of a contour plot
+
+
+def save(draw: Callable[[], Figure], path: str | Path) -> Path:
+    """Write the figure that `draw` makes; settings of matplotlib are afterwards as they were."""
+    with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
+        figure = draw()
+        try:
+            figure.savefig(path)
+        except OSError as e:
+            raise StorageError(f"cannot write {path}: {e.strerror}") from None
+        finally:
+            pyplot.close(figure)
+    return Path(path)
+
+
+def _span(lengths: np.ndarray) -> np.ndarray:
+    return np.geomspace(max(lengths.min() / 2, 1), lengths.max() * 2, GRID)
+
+
+def plain_log(axis) -> None:
+    """Both axes logarithmic, with ticks at 1, 2, 5 and numbers in place of powers of ten."""
+    axis.set(xscale="log", yscale="log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        side.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        side.set_minor_locator(NullLocator())
+
+
+def risk_figure(table: Risk) -> Figure:
+    """Left: contours of the exact risk over (M, N) with the balance line and the best N. Right: risk and bounds along M."""
+    N, M = _span(table.train_lengths), _span(table.test_lengths)
+    Lambda, K, Psi = table.covariance, table.fourth_moment, table.task_covariance
+    with double_precision():
+        arrays = [jnp.asarray(a) for a in (Lambda, K, Psi)]
+        grid = np.asarray(risk_grid(*arrays, table.noise, jnp.asarray(N), jnp.asarray(M)).total)
+        along = risk_grid(*arrays, table.noise, jnp.asarray(table.train_lengths, float), jnp.asarray(M)).total
+        balance = None
+        if table.balance_lengths is not None:
+            balance = np.asarray(balance_lengths(*arrays, table.noise, jnp.asarray(M))[0])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2))
+    lines = left.contourf(M, N, np.log10(grid), levels=14, cmap=SEQUENTIAL)
+    bar = figure.colorbar(lines, ax=left, label="exact risk")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:.3g}"))
+    left.plot(M, M, color="white", marker="", label="best N for the risk: N = M")
+    if balance is not None:
+        left.plot(M, balance, color=ORANGE, marker="", linestyle="--", linewidth=2, label="bias = estimation")
+    left.set(ylim=(N[0], N[-1]), xlabel="pairs in a test prompt M", ylabel="pairs in a training prompt N")
+    left.grid(False)
+    legend = left.legend(loc="upper left", facecolor=GRAY, frameon=True, framealpha=0.85, labelcolor="white")
+    legend.get_frame().set_edgecolor("none")
+    name, bound = ("general bound", table.general_bound) if table.paper_bound is None else ("eq. (6)", table.paper_bound)
+    marks = zip(COLORS, MARKERS, strict=True)
+    for i, (length, (color, marker)) in enumerate(zip(table.train_lengths, list(marks) * len(table.train_lengths), strict=False)):
+        right.plot(M, along[i], color=color, label=f"N = {length}, exact", **EXACT)
+        error = None if table.standard_error is None else 1.96 * table.standard_error[i]
+        right.errorbar(table.test_lengths, table.total[i], error, color=color, marker=marker, linestyle="none", capsize=2)
+        right.plot(table.test_lengths, bound[i], color=color, **BOUND)
+    right.set(xlabel="pairs in a test prompt M", ylabel="risk")
+    right.plot([], [], color=GRAY, label=name, **BOUND)
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        plain_log(axis)
+    source = "exact moments" if table.samples is None else f"moments estimated from {table.samples} samples"
+    figure.suptitle(f"Risk of the trained layer: {table.law}, d = {len(Lambda)}, {source}", x=0.01, ha="left")
+    return figure

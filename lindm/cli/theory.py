@@ -1,0 +1,115 @@
+"""`lindm theory`: what theory predicts for a law of your own."""
+
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lindm.cli.option_parser import Command
+from lindm.errors import DataError
+from lindm.io.tables import format_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lindm_experiments.toolkit.risks import Risk
+
+SUMMARY = "What theory predicts for a law of features of your own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RiskOptions:
+    """Compute the exact risk of the trained layer: its two parts, its bounds, the balance line and the best training length."""
+
+    train_lengths: tuple[int, ...]
+    """Numbers of pairs N in a training prompt."""
+    test_lengths: tuple[int, ...]
+    """Numbers of pairs M in a test prompt."""
+    covariance: Path | None = None
+    """Matrix E[x x'] of the features: a .npy file, or text with a row on each line, numbers separated by commas or blanks."""
+    features: Path | None = None
+    """Samples of the features [n, d], in place of a covariance; moments are then estimates, with a standard error."""
+    law: Literal["gaussian", "onehot"] = "gaussian"
+    """Law of the features; the covariance of onehot is diagonal, the probabilities."""
+    task_covariance: Path | None = None
+    """Matrix E[w w'] of the tasks, as --covariance. [default: the identity]"""
+    noise: float = 0.0
+    """Standard deviation of the label noise."""
+    plot: Path | None = None
+    """Write a figure; the ending is its format."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def read_matrix(path: Path | None) -> "np.ndarray | None":
+    """A matrix of numbers from a .npy file or from text.  Raises: DataError, which names the file."""
+    import numpy as np
+
+    if path is None:
+        return None
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        text = path.read_text(encoding="utf-8")
+        return np.loadtxt(text.splitlines(), delimiter="," if "," in text else None, ndmin=2)
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, EOFError) as e:
+        raise DataError(f"{path} must be a .npy file or a matrix as text: {e}") from None
+
+
+def show(table: "Risk") -> None:
+    """Print a risk for reading."""
+    moments = "exact" if table.samples is None else f"estimated from {table.samples} samples; SE is their standard error"
+    print(f"features  {table.law}, d = {len(table.covariance)}, label noise {table.noise:g}; moments {moments}")
+    print(f"eq. (6)   {f'does not apply: {table.paper_bound_reason}' if table.paper_bound_reason else 'applies'}\n")
+    header = ["N", "M", "risk", "estimation", "bias", "general bound", "eq. (6)", "SE"]
+    rows = [header]
+    for cell in table.as_json()["rows"]:
+        names = ("risk", "estimation", "bias", "general_bound", "paper_bound", "standard_error")
+        values = ["-" if cell[name] is None else f"{cell[name]:.4g}" for name in names]
+        rows.append([str(cell["train_length"]), str(cell["test_length"]), *values])
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows[1:])]
+    print(format_table([[row[i] for i in kept] for row in rows]))
+    print()
+    rows = [["M", "N where bias = estimation", "best N", "best of the given N"]]
+    for cell in table.as_json()["best"]:
+        balance = cell["balance_train_length"]
+        line = "-" if balance is None else f"{balance:.4g}"
+        rows.append([str(cell["test_length"]), line, str(cell["best_train_length"]), str(cell["best_given_train_length"])])
+    print(format_table(rows))
+    print("\nThe best N is that of the squared error of Qhat; the policy may lose least at another N.")
+
+
+def run_risk(options: RiskOptions) -> int:
+    from lindm_experiments.toolkit.risks import risk
+
+    table = risk(
+        read_matrix(options.covariance),
+        train_lengths=options.train_lengths,
+        test_lengths=options.test_lengths,
+        task_covariance=read_matrix(options.task_covariance),
+        noise=options.noise,
+        law=options.law,
+        features=read_matrix(options.features),
+    )
+    if options.json:
+        print(json_module.dumps(table.as_json(), allow_nan=False))
+    else:
+        show(table)
+    if options.plot:
+        table.plot(options.plot)
+    return 0
+
+
+COMMANDS = {
+    "risk": Command(
+        name="theory risk",
+        options=RiskOptions,
+        run=run_risk,
+        examples=(
+            "lindm theory risk --covariance L.npy --train-lengths 8 16 32 --test-lengths 8 32 128",
+            "lindm theory risk --features x.csv --noise 0.3 --train-lengths 32 --test-lengths 8 64 --plot risk.png",
+        ),
+    ),
+}
