@@ -157,11 +157,13 @@ def kernels(key: Array, rng: np.random.Generator, cfg: Config) -> dict:
     largest = np.linalg.eigvals(np.einsum("ij,pjk->pik", mean, np.asarray(Lambda))).real.max()
     step, even = mean / largest, np.full(cfg.tasks, 1 / cfg.tasks)
     guesses = iterate(step, G, w_test, cfg.depth)
+    trace = np.trace(np.asarray(Lambda_test), axis1=1, axis2=2)
     unminimized = theory.task_risk(mean, Psi, m_test, D_test, R_test, np.inf, Lambda_q).bias
     return {
         "floor": floor,
         "power": float(np.trace(Lambda_q @ np.asarray(Psi))),
         "unminimized": float(unminimized),
+        "scale_share": float(np.var(trace) / np.mean(trace**2)),  # Var(c)/E[c^2] of the scales alone
         "measured": measured,
         "exact": exact,
         "best": best,
@@ -185,6 +187,9 @@ def scales(rng: np.random.Generator, cfg: Config, table: np.ndarray, Lambda: np.
     normalized = sums / np.trace(G, axis1=1, axis2=2)[:, None] @ (np.trace(Lambda) * np.linalg.inv(Lambda)).T
     return {
         "floor": float(theory.scale_floor(c, np.full(len(c), 1 / len(c)), Psi, Lambda)),
+        "power": float(np.trace(Lambda @ Psi)),
+        "mean": float(c.mean()),
+        "square": float(np.mean(c**2)),
         "one": mean_error(sums @ layer.T, w, Lambda),
         "normalized": mean_error(normalized, w, Lambda),
     }
@@ -303,6 +308,7 @@ def check(records: list[dict]) -> list[Verdict]:
             figure="lower_bound",
             note=f"floor = {share:.1%} of the power of the tasks; smallest ratio by M: "
             + ", ".join(f"{v:.4g}" for v in (best / floor[:, None]).min(0)),
+            slack=best / floor[:, None],
         ),
         mean_verdict("lower-bound/attained", measured[:, -1] / floor, figure="lower_bound", note=f"M = N = {first['M'][-1]}"),
         mean_verdict("lower-bound/unminimized", measured[:, -1] / _kernels(records, "unminimized"), figure="lower_bound"),
@@ -331,6 +337,7 @@ def check(records: list[dict]) -> list[Verdict]:
             seeds=len(records),
             figure="twins",
             note=f"smallest share times 4: {4 * full.min():.6f}",
+            slack=4 * full,
         ),
         mean_verdict(
             "lower-bound/policy-attained", 4 * _twins(records, "hand")[:, -1], figure="twins", note=f"M = {first['M_twins'][-1]}"

@@ -412,4 +412,107 @@ MAXIMUM = (
 )
 
 
-MUTANTS: tuple[Mutant, ...] = (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE, *RISK, *SHARED, *IMITATION, *MAXIMUM)
+# --- pretraining and lower bounds -----------------------------------------------------------------------------------------------
+
+
+def _change_all(records: list[dict], change: Callable[[dict], None]) -> None:
+    for record in records:
+        change(record)
+
+
+def _each(claim: str, mistake: str, change: Callable[[dict], None]) -> Mutant:
+    """A mistake that is made in every record on its own."""
+    return Mutant(claim=claim, mistake=mistake, change=partial(_change_all, change=change))
+
+
+def _constants(r: dict, of: Callable[[dict, int], float]) -> None:
+    """The constants of one query on Gaussian features, as `of` makes them of what was computed and of d."""
+    for f in r["first_order"]:
+        if f["law"] == "Gaussian":
+            f["C_one"] = of(f, f["d"])
+
+
+def _infinite(r: dict) -> None:
+    r["predicted"][0] = [[r["least"] for _ in row] for row in r["predicted"][0]]
+
+
+def _matched(r: dict) -> None:
+    r["predicted"][1] = r["predicted"][0]
+
+
+def _smaller_price(r: dict) -> None:
+    """What was measured for one query against d times that of all queries: the ratio is (d + 2)/d times larger."""
+    for f in r["first_order"]:
+        f["one"] *= (f["d"] + 2) / f["d"] if f["law"] == "Gaussian" else 1.0
+
+
+PRETRAINING = (
+    _each("pretraining", "the risk of A_N: T = infinity", _infinite),
+    _each("pretraining/mismatch", "the Psi of training at the test", _matched),
+    _each("pretraining/first-order", "d in place of d + 2", lambda r: _constants(r, lambda f, d: f["C_one"] * d / (d + 2))),
+    _each(
+        "pretraining/first-order",
+        "the risk of A_N in place of fourth moments",
+        lambda r: _constants(r, lambda f, d: f["C_residual"]),
+    ),
+    _each("pretraining/first-order", "T tasks with fresh contexts", lambda r: _constants(r, lambda f, d: f["C_tasks"])),
+    _each("pretraining/all-queries", "d in place of d + 2", _smaller_price),
+    _each(
+        "pretraining/published",
+        "without the noise of the query's label",
+        lambda r: r.update(published=[v - 0.1 for v in r["published"]]),
+    ),
+)
+
+
+def _floor(r: dict, floor: Callable[[dict], float]) -> None:
+    r["kernels"]["floor"] = floor(r["kernels"])
+
+
+def _scale_floor(r: dict, floor: Callable[[float, float, float], float]) -> None:
+    scales = r["kernels"]["scales"]
+    scales["floor"] = floor(scales["power"], scales["mean"], scales["square"])
+
+
+def _full_bound(r: dict, bound: float) -> None:
+    r["twins"]["below"] = [int(share < bound) for share in r["twins"]["full"]]
+
+
+def _test_bound(r: dict, factor: float) -> None:
+    r["twins"]["test"] = [factor * bound for bound in r["twins"]["test"]]
+
+
+LOWER = (
+    _each("lower-bound/floor", "a twentieth too large", lambda r: _floor(r, lambda k: 1.05 * k["floor"])),
+    _each("lower-bound/floor", "not minimized: A = (mean covariance)^-1", lambda r: _floor(r, lambda k: k["unminimized"])),
+    _each("lower-bound/floor", "the power of the tasks: A = 0", lambda r: _floor(r, lambda k: k["power"])),
+    _each(
+        "lower-bound/attained",
+        "the scales of the covariances alone",
+        lambda r: _floor(r, lambda k: k["power"] * k["scale_share"]),
+    ),
+    _each("lower-bound/attained", "a tenth too small", lambda r: _floor(r, lambda k: 0.9 * k["floor"])),
+    _each("lower-bound/scale", "E[c]^2 in place of E[c^2]", lambda r: _scale_floor(r, lambda P, m, s: P * (s - m**2) / m**2)),
+    _each(
+        "lower-bound/scale",
+        "standard deviation in place of variance",
+        lambda r: _scale_floor(r, lambda P, m, s: P * np.sqrt(1 - m**2 / s)),
+    ),
+    _each("lower-bound/policy", "gap in place of gap/2", lambda r: _test_bound(r, 2.0)),
+    _each("lower-bound/policy", "gap/4 in place of gap/2", lambda r: _test_bound(r, 0.5)),
+    _each("lower-bound/policy-full", "one half, as for the reduced layer", lambda r: _full_bound(r, 0.5)),
+    _each("lower-bound/policy-full", "one third in place of a quarter", lambda r: _full_bound(r, 1 / 3)),
+)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    *PER_POLICY,
+    *AVERAGES,
+    *WITHOUT_ORACLE,
+    *RISK,
+    *SHARED,
+    *IMITATION,
+    *MAXIMUM,
+    *PRETRAINING,
+    *LOWER,
+)

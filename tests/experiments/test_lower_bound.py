@@ -12,7 +12,9 @@ from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import lower_bound
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.harness.experiments import points_of
+from lindm_experiments.harness.mutants import Mutant, try_mutants
 from lindm_experiments.lib import linear_mdps
+from lindm_experiments.mutants import LOWER
 
 REFUTED = ("lower-bound/unminimized", "lower-bound/policy-half")
 
@@ -88,13 +90,14 @@ def _ideal(records: list[dict]) -> list[dict]:
     for i, r in enumerate(out):
         near, k, t = 1 + 1e-3 * (i + 1), r["kernels"], r["twins"]
         k["exact"] = np.linspace(2.0, 1.01, len(r["M"])).tolist()
-        k["floor"], k["unminimized"], k["power"] = 1.0, 1.3, 5.0
+        k["floor"], k["unminimized"], k["power"], k["scale_share"] = 1.0, 1.3, 5.0, 0.1
         k["measured"] = (np.array(k["exact"]) * near).tolist()
         k["best"] = (np.array(k["exact"]) * near).tolist()
         k["depth_exact"] = np.geomspace(3.0, 0.01, len(r["depths"])).tolist()
         k["depth"] = (np.array(k["depth_exact"]) * near).tolist()
         k["loss"] = [0.1, 0.01 * near]
-        k["scales"] = {"floor": 1.0, "one": near, "normalized": 0.01 * near}
+        # Var(c)/E[c^2] = 1/4
+        k["scales"] = {"floor": 1.0, "one": near, "normalized": 0.01 * near, "power": 4.0, "mean": 0.75**0.5, "square": 1.0}
         n = len(r["M_twins"])
         t["test"], t["reduced"], t["full"] = [0.5] * n, [[0.5, 0.5]] * n, [0.25 * near] * n
         t["hand"], t["deep"], t["below"], t["layers"] = [0.25 * near] * n, [0.001 * near] * n, [0] * n, 1000
@@ -137,6 +140,11 @@ def test_another_law_fails(records, claim):
         if claim == "lower-bound/policy-depth":
             t["deep"][-1] = 0.25 * near
     assert _verdicts(mutants)[claim] == FAIL
+
+
+@pytest.mark.parametrize("mutant", LOWER, ids=lambda m: f"{m.claim}: {m.mistake}")
+def test_every_mutant_is_killed_on_ideal_records(records, mutant: Mutant):
+    assert try_mutants([mutant], {"lower_bound": _ideal(records)})[0].killed
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from lindm.io import files
 from lindm_experiments import pretraining
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.harness.experiments import points_of
+from lindm_experiments.harness.mutants import Mutant, try_mutants
+from lindm_experiments.mutants import PRETRAINING
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_the_exact_risk_is_the_mean_over_fresh_prompts():
 
 
 def test_the_layer_of_one_hot_features_uses_their_own_moments():
-    cfg = pretraining.Config(seeds=1, d=4, N=8, repeats=24, contexts=4000, tau=(0.25, 0.5, 1.0, 4.0, 64.0))
+    cfg = pretraining.Config(seeds=1, d_first=4, N=8, repeats_first=24, contexts=20_000, tau_first=64)
     for law in pretraining.LAWS:
         found = pretraining.first_order(np.random.default_rng(1), law, cfg)
         np.testing.assert_allclose([found["one"] / found["C_one"], found["all"] / found["C_all"]], 1.0, atol=0.2)
@@ -59,17 +61,18 @@ def _ideal(records: list[dict]) -> list[dict]:
     for i, r in enumerate(out):
         near = 1 + 1e-3 * i
         shape = np.array(r["predicted"]).shape
+        r["predicted"][1] = (1.3 * np.array(r["predicted"][0])).tolist()  # other tasks cost more
         r["measured"] = (np.array(r["predicted"]) * near).tolist()
-        falling = np.linspace(2.0, 1.0, shape[1])
+        falling = r["least"] * np.linspace(3.0, 1.5, shape[1])
         for name in ("measured", "predicted"):
             for test in range(2):
                 for t in range(shape[1]):
-                    r[name][test][t][-1] = falling[t] * (near if name == "measured" else 1.0)
+                    r[name][test][t][-1] = falling[t] * (1 + 0.3 * test) * (near if name == "measured" else 1.0)
         peak = np.zeros(shape[1:])
         peak[r["T"].index(r["d"] ** 2), 0] = 3.0 + 0.1 * i
         r["log_risk"] = peak.tolist()
         for f in r["first_order"]:
-            f["C_one"] = f["C_all"] * (r["d"] + (2 if f["law"] == "Gaussian" else 0))
+            f["C_one"] = f["C_all"] * (f["d"] + (2 if f["law"] == "Gaussian" else 0))
             f["one"], f["all"] = f["C_one"] * near, f["C_all"] * (2 - near)
             f["C_residual"], f["C_tasks"] = f["C_one"] / 1.3, f["C_one"] / 80
         r["published"] = [v * near for _, v in pretraining.PUBLISHED]
@@ -105,6 +108,11 @@ def test_another_law_fails(records, claim):
             r["published"][1] -= 0.1  # without the noise of the query's label
     id = claim if claim == "pretraining" else f"pretraining/{claim}"
     assert _verdicts(mutants)[id] == FAIL
+
+
+@pytest.mark.parametrize("mutant", PRETRAINING, ids=lambda m: f"{m.claim}: {m.mistake}")
+def test_every_mutant_is_killed_on_ideal_records(records, mutant: Mutant):
+    assert try_mutants([mutant], {"pretraining": _ideal(records)})[0].killed
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,13 @@ def prompt_moment(G: Array, weights: Array, noise: Array, A: Array, B: Array, Ps
     (sigma^2 G/N). Given G, (u, S) is Gaussian, and Isserlis gives C_uu tr(B^{-1} C_SS) + 2 C_uS B^{-1} C_uS'.
     """
 
+    inverse = jnp.linalg.inv(B)
+
     def given(G: Array, noise: Array) -> Array:
         SS = G @ Psi @ G + noise
         uS = Psi @ G - A @ SS
         uu = Psi - A @ G @ Psi - uS @ A.T
-        return uu * jnp.trace(jnp.linalg.solve(B, SS)) + 2.0 * uS @ jnp.linalg.solve(B, uS.T)
+        return uu * jnp.sum(inverse * SS) + 2.0 * uS @ inverse @ uS.T
 
     return jnp.einsum("p,pij->ij", weights, jax.vmap(given)(G, noise))
 
