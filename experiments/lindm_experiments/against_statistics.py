@@ -196,9 +196,9 @@ def gaussian_part(cfg: Config, key: Array) -> list[dict]:
 # --- linear MDPs -----------------------------------------------------------------------------------------------------------
 
 
-def family() -> MDPFamily:
-    """One feature map for all seeds; rewards in [0, 1], as PEVI requires."""
-    return simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0)
+def family(seed: int) -> MDPFamily:
+    """Rewards in [0, 1], as PEVI requires."""
+    return simplex_family(linear_mdps.family_key(seed), S, A, d, H, feature_power=2.0)
 
 
 @partial(jax.jit, static_argnames=("tests", "pool", "longest"))
@@ -228,10 +228,9 @@ def mdp_grams(x: Array, M: Array) -> Array:
     return jnp.einsum("i,thid,thie->thde", used, x, x)
 
 
-def mdp_part(cfg: Config, key: Array) -> list[dict]:
+def mdp_part(cfg: Config, key: Array, features: MDPFamily) -> list[dict]:
     """The (M, sigma) cells of the MDPs: the layer is A_N at N = M; in the cell (M_small, sigma_small) both layers are trained."""
     k_tests, k_train = jax.random.split(key)
-    features = family()
     test_tasks, pool = draw_test_tasks(k_tests, features, cfg.tasks, cfg.pool, max(cfg.M))
     Psi, mean, Lambda = linear_mdps.pool_moment(pool), pool.mean(1), second_moment(features)
     covariance = Psi - jnp.asarray(mean)[:, :, None] * jnp.asarray(mean)[:, None, :]
@@ -268,7 +267,13 @@ def mdp_part(cfg: Config, key: Array) -> list[dict]:
 
 def measure(cfg: Config, point: dict) -> dict:
     k_gauss, k_mdp = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]))
-    return {"d": D, "gaussian": gaussian_part(cfg, k_gauss), "mdp": mdp_part(cfg, k_mdp), "small": [cfg.M_small, cfg.sigma_small]}
+    features = family(cfg.base_seed + point["seed"])
+    return {
+        "d": D,
+        "gaussian": gaussian_part(cfg, k_gauss),
+        "mdp": mdp_part(cfg, k_mdp, features),
+        "small": [cfg.M_small, cfg.sigma_small],
+    }
 
 
 def _small(record: dict) -> dict[str, float]:

@@ -175,14 +175,14 @@ def losses_and_bounds(mdps, plans, Q: Array, by_oracle: Array) -> dict[str, Arra
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    family = simplex_family(jax.random.key(0), 6, 3, 4, cfg.horizon, feature_power=3.0, power=2.0, low=-1.0, high=1.0)
-    key = jax.random.key(cfg.base_seed + point["seed"])
+    seed = cfg.base_seed + point["seed"]
+    key, k_family = jax.random.key(seed), linear_mdps.family_key(seed)
+    family = simplex_family(k_family, 6, 3, 4, cfg.horizon, feature_power=3.0, power=2.0, low=-1.0, high=1.0)
     mdps, plans, Q, by_oracle = backward_pass(key, family, tasks=cfg.tasks, M=cfg.M)
     out = losses_and_bounds(mdps, plans, Q, by_oracle)
     out["injected"] = injected_losses(jax.random.fold_in(key, 1), mdps, plans, jnp.asarray(cfg.epsilon))
     pessimistic, covered = pessimistic_losses(jax.random.fold_in(key, 2), mdps, plans, jnp.asarray(cfg.epsilon))
     tolerance = 1e-9 * out["scale"]
-    seed = cfg.base_seed + point["seed"]
     names = ("bellman", "oracle", "injected", "error", "span", "linear", "quadratic")
     return {
         "horizons": list(range(1, cfg.horizon + 1)),

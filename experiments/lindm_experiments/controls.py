@@ -195,7 +195,7 @@ def measure(cfg: Config, point: dict) -> dict:
     error = float(measured_risk(k_test, honest, fresh, n=cfg.M, prompts=cfg.prompts))
     swapped = jnp.linalg.inv(gaussian_gamma(Lambda, cfg.M))  # the layer trained at M, tested with N pairs
     on_leaked = [float(measured_risk(k_same, A, leaked, n=cfg.N, prompts=cfg.prompts)) for A in by_share]
-    family = simplex_family(jax.random.key(0), 6, 2, 3, 3)
+    family = simplex_family(linear_mdps.family_key(seed), 6, 2, 3, 3)
     whole, short = identity_errors(k_policies, family, jnp.asarray(cfg.slips), policies=cfg.policies)
     return {
         "swap": {"honest": error / predicted(honest, Psi, cfg.M), "mutant": error / predicted(swapped, Psi, cfg.N)},

@@ -97,9 +97,9 @@ def names(cfg: Config) -> list[str]:
     return ["independent", *(f"stay, stick {s:g}" for s in cfg.stick), "turn"]
 
 
-def chains(cfg: Config) -> Chain:
-    """All cases, stacked. The same for all seeds: the two MDPs are the subject, not a sample."""
-    k_state, k_pair, k_policy = jax.random.split(jax.random.key(1), 3)
+def chains(cfg: Config, seed: int) -> Chain:
+    """All cases of one seed, stacked: features, behavior policy and dynamics are drawn anew for each seed."""
+    k_state, k_pair, k_policy = jax.random.split(linear_mdps.family_key(seed), 3)
     # each state belongs mostly to one aggregate, whatever the action
     phi = 0.9 * simplex_rows(k_state, (S, 1, D), 3.0) + 0.1 * simplex_rows(k_pair, (S, A, D), 1.0)
     policy = simplex_rows(k_policy, (S, A), 1.0)
@@ -238,7 +238,7 @@ def trained(key: Array, chains: Chain, pool: Array, cfg: Config) -> Array:
 
 def measure(cfg: Config, point: dict) -> dict:
     k_pool, k_train, k_test = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 3)
-    cases, all_names = chains(cfg), names(cfg)
+    cases, all_names = chains(cfg, cfg.base_seed + point["seed"]), names(cfg)
     pool = draw_tasks(k_pool, cases, tasks=cfg.contexts)
     Psi = jnp.einsum("cni,cnj->cij", pool, pool) / cfg.contexts
     moments = {M: exact_moments(cases, Psi, M) for M in cfg.M}

@@ -108,9 +108,9 @@ SMOKE = Config(
 )
 
 
-def feature_family(cfg: Config) -> MDPFamily:
-    """One feature map for all seeds; the first of the four stages is the one studied."""
-    base = simplex_family(jax.random.key(0), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)
+def feature_family(cfg: Config, seed: int) -> MDPFamily:
+    """The first of the four stages is the one studied."""
+    base = simplex_family(linear_mdps.family_key(seed), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)
     return with_second_moment(base, covariance(D, cfg.kappa))
 
 
@@ -247,7 +247,7 @@ def last_stage_tasks(key: Array, family: MDPFamily, tasks: int) -> Array:
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_pool, k_train, k_deep, k_long, k_clean, k_noisy, k_onehot = jax.random.split(key, 7)
-    family = feature_family(cfg)
+    family = feature_family(cfg, cfg.base_seed + point["seed"])
     pools = linear_mdps.task_pool(k_pool, family)
     pool, Lambda = pools[0], second_moment(family)
     A = jnp.stack([linear_mdps.closed_form_layers(family, linear_mdps.pool_moment(pools), float(N))[0] for N in cfg.N])

@@ -147,8 +147,7 @@ def excess_risk(family: MDPFamily, population: Array, layers: Array, N: Array) -
 
 def measure(cfg: Config, point: dict) -> dict:
     k_pool, k_sets, k_train, k_test = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 4)
-    # one feature map for all seeds: the constants of different families are not samples of one number
-    family = simplex_family(jax.random.key(0), 10, 3, 4, 3, feature_power=3.0)
+    family = simplex_family(linear_mdps.family_key(cfg.base_seed + point["seed"]), 10, 3, 4, 3, feature_power=3.0)
     population = linear_mdps.task_pool(k_pool, family, cfg.pool)[0]
     sets = draw_sets(k_sets, population, cfg.sets, cfg.sets_gaussian, cfg.T[-1])
     N, T = np.float64(cfg.N), np.asarray(cfg.T, float)

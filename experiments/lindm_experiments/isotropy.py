@@ -81,13 +81,13 @@ FULL = Config(
 SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
 
 
-def families() -> dict[str, MDPFamily]:
+def families(seed: int) -> dict[str, MDPFamily]:
     """Hard and soft aggregation of the same size, under the same law of (theta, mu): only the features differ.
 
-    One feature map for all seeds. Hard aggregation is the one-hot case: the pairs share d cells in equal parts, the actions of a
+    Hard aggregation is the one-hot case: the pairs share d cells in equal parts, the actions of a
     state lie in different cells (with d = S*A it is the tabular MDP).
     """
-    soft = simplex_family(jax.random.key(1), S, A, d, H, feature_power=2.0, low=-1.0, high=1.0)
+    soft = simplex_family(linear_mdps.family_key(seed), S, A, d, H, feature_power=2.0, low=-1.0, high=1.0)
     cell = (np.arange(S)[:, None] + (d // A) * np.arange(A)[None]) % d
     hard = replace(soft, phi=jnp.asarray(np.eye(d)[cell]))
     positive = replace(hard, theta_low=jnp.zeros((H, d)), theta_high=jnp.ones((H, d)))
@@ -276,7 +276,8 @@ def of_bandit(cfg: Config, name: str, seed: int) -> dict:
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    key, seed, all_families = jax.random.key(cfg.base_seed + point["seed"]), point["seed"], families()
+    seed = point["seed"]
+    key, all_families = jax.random.key(cfg.base_seed + seed), families(cfg.base_seed + seed)
     return {
         "N": list(cfg.N),
         "M": list(cfg.M),

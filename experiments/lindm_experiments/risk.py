@@ -51,6 +51,7 @@ from lindm_experiments.lib.feature_laws import (
     fourth,
     moment,
     named_laws,
+    simplex_mdps,
 )
 from lindm_experiments.lib.nested import fit, measured, seen_moment
 from lindm_theory.in_context import (
@@ -156,10 +157,11 @@ def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
 
 
 def measure(cfg: Config, point: dict) -> dict:
-    key = jax.random.key(cfg.base_seed + point["seed"])
+    seed = cfg.base_seed + point["seed"]
+    key = jax.random.key(seed)
     k_tasks, k_fit, k_test, k_long = jax.random.split(key, 4)
-    law = named_laws(cfg.sigma, cfg.sigma_mdp, cfg.present)
-    training, tested = draw_tasks(k_tasks, cfg.groups)
+    law = named_laws(seed, cfg.sigma, cfg.sigma_mdp, cfg.present)
+    training, tested = draw_tasks(k_tasks, simplex_mdps(seed), cfg.groups)
     Ahat, _ = fit(
         k_fit, list(law.values()), list(training.values()), cfg.N, cfg.batch, steps=cfg.steps, learning_rate=0.3, average=0.75
     )
@@ -307,10 +309,14 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 
 
 def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.inf) -> np.ndarray:
-    """Exact risk of A_N from the modes of the first seed; N and M broadcast, M = infinity leaves the bias."""
-    x, q = (np.array(records[0]["cells"][law][k]) for k in ("modes", "mode_weights"))
+    """Exact risk of A_N from the modes, mean over the seeds; N and M broadcast, M = infinity leaves the bias."""
     n = np.asarray(N, float)[..., None]
-    return (q * (n**2 * x / np.asarray(M, float)[..., None] + 1) / (1 + n * x) ** 2).sum(-1)
+
+    def one(record: dict) -> np.ndarray:
+        x, q = (np.array(record["cells"][law][k]) for k in ("modes", "mode_weights"))
+        return (q * (n**2 * x / np.asarray(M, float)[..., None] + 1) / (1 + n * x) ** 2).sum(-1)
+
+    return np.mean([one(r) for r in records], axis=0)
 
 
 def _colors(records: list[dict]) -> list[tuple[int, int]]:

@@ -93,13 +93,13 @@ FULL = Config(seeds=10, contexts=32768, M=(4, 8, 16, 32, 64, 128, 256), contexts
 SMOKE = Config(seeds=2, contexts=1024, M=(4, 8), contexts_long=256, M_long=64, policies=32, steps=20)
 
 
-def families(cfg: Config) -> tuple[MDPFamily, MDPFamily, MDPFamily]:
+def families(cfg: Config, seed: int) -> tuple[MDPFamily, MDPFamily, MDPFamily]:
     """The family of training, the same one with the queries' design, and with the other contexts' design.
 
     Designs are tilted exponentially in the square of the last feature, the one of smallest variance in training: queries towards
-    it, contexts away from it. One feature map for all seeds: ratios for different features are not samples of one number.
+    it, contexts away from it.
     """
-    base = simplex_family(jax.random.key(0), 12, 3, 5, 4, feature_power=0.7, low=-1.0, high=1.0)
+    base = simplex_family(linear_mdps.family_key(seed), 12, 3, 5, 4, feature_power=0.7, low=-1.0, high=1.0)
     family = with_second_moment(base, covariance(5, cfg.kappa))
     last = np.square(np.asarray(linear_mdps.pairs_table(family))[:, -1])
 
@@ -222,7 +222,7 @@ def policies_under(cfg: Config, key: Array, train: MDPFamily, other: MDPFamily, 
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_pool, k_train, k_tasks, k_context, k_long, k_policy = jax.random.split(key, 6)
-    train, query, other = families(cfg)
+    train, query, other = families(cfg, cfg.base_seed + point["seed"])
     Lambda, Lambda_q = second_moment(train), second_moment(query)
     pool = linear_mdps.task_pool(k_pool, train)
     A = linear_mdps.closed_form_layers(train, linear_mdps.pool_moment(pool), float(cfg.N))

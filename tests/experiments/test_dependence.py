@@ -37,7 +37,7 @@ def test_smoke_gives_every_verdict_and_figure(records):
 
 
 def test_kernels_are_kernels_with_the_stated_stationary_law_and_covariance():
-    cases = dependence.chains(dependence.SMOKE)
+    cases = dependence.chains(dependence.SMOKE, 5)
     for kernel, start, phi in zip(*(np.asarray(a) for a in (cases.kernel, cases.start, cases.phi)), strict=True):
         np.testing.assert_allclose(kernel.sum(1), 1, atol=1e-12)
         assert kernel.min() >= -1e-15
@@ -49,7 +49,7 @@ def test_kernels_are_kernels_with_the_stated_stationary_law_and_covariance():
 def test_risk_and_effective_size_are_the_double_sum_over_pairs_in_numpy(records):
     """E[S S'] from all pairs (i, j) and powers of the kernel, where the code uses one pass along the chain."""
     cfg = dependence.SMOKE
-    cases = dependence.chains(cfg)
+    cases = dependence.chains(cfg, cfg.base_seed)
     k_pool, *_ = jax.random.split(jax.random.key(cfg.base_seed), 3)
     pool = np.asarray(dependence.draw_tasks(k_pool, cases, tasks=cfg.contexts))
     c = dependence.names(cfg).index("turn")

@@ -50,7 +50,7 @@ def test_smoke_gives_every_verdict_and_figure(records):
 
 def test_the_bias_is_the_error_of_the_repeated_layer_on_population_moments_in_numpy(records):
     cfg = depth.SMOKE
-    family = depth.feature_family(cfg)
+    family = depth.feature_family(cfg, cfg.base_seed)
     pools = linear_mdps.task_pool(jax.random.split(jax.random.key(cfg.base_seed), 7)[0], family)
     Psi = np.asarray(linear_mdps.pool_moment(pools))
     w = np.asarray(pools[0, : depth.BLOCK])

@@ -16,7 +16,7 @@ from lindm_experiments import risk
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import nested
-from lindm_experiments.lib.feature_laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws
+from lindm_experiments.lib.feature_laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws, simplex_mdps
 
 SPECTRUM = 10.0 ** -(np.arange(6) / 5)
 KAPPA_10 = np.diag(6 * SPECTRUM / SPECTRUM.sum())
@@ -29,7 +29,7 @@ def records() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def laws() -> dict[str, Law]:
-    return named_laws(risk.SMOKE.sigma, risk.SMOKE.sigma_mdp, risk.SMOKE.present)
+    return named_laws(1, risk.SMOKE.sigma, risk.SMOKE.sigma_mdp, risk.SMOKE.present)
 
 
 def test_the_gaussian_prediction_is_the_closed_form_of_gamma(records):
@@ -146,7 +146,7 @@ def test_the_bias_on_a_long_context_is_what_the_layer_answers_there():
 
 
 def test_tasks_have_the_second_moment_that_eq_6_assumes():
-    training, tested = draw_tasks(jax.random.key(0), 64)
+    training, tested = draw_tasks(jax.random.key(0), simplex_mdps(1), 64)
     for name in (risk.MATCHED[0], risk.ONEHOT):
         for tasks in (training[name], tested[name]):
             w = tasks.reshape(-1, 6)

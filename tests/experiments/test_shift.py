@@ -50,7 +50,7 @@ def test_smoke_gives_every_verdict_and_figure(records):
 def test_the_predictions_are_the_risk_summed_over_tasks_and_pairs_in_numpy(records):
     cfg = shift.SMOKE
     k_pool, _, k_tasks, *_ = jax.random.split(jax.random.key(cfg.base_seed), 6)
-    train, query, other = shift.families(cfg)
+    train, query, other = shift.families(cfg, cfg.base_seed)
     x = np.asarray(linear_mdps.pairs_table(train))
     p, q, o = (np.asarray(f.design) for f in (train, query, other))
     pool = np.asarray(linear_mdps.task_pool(k_pool, train))

@@ -76,30 +76,30 @@ def draw_pairs(key: Array, law: Law, shape: tuple[int, ...]) -> tuple[Array, Arr
     return x, law.sigma * z[..., D]
 
 
-@lru_cache
-def simplex_mdps() -> MDPFamily:
-    """One feature map for all seeds (ratios of different families are not samples of one number), carried to Lambda = I."""
+@lru_cache(maxsize=4)
+def simplex_mdps(seed: int) -> MDPFamily:
+    """The simplex MDPs of a seed, in coordinates with Lambda = I."""
     draw = partial(simplex_family, S=12, A=3, d=D, H=4, feature_power=2.0, low=-1.0, high=1.0)
-    return with_second_moment(jax.jit(draw)(jax.random.key(0)), np.eye(D))
+    return with_second_moment(draw(linear_mdps.family_key(seed)), np.eye(D))
 
 
-def named_laws(sigma: float, sigma_mdp: float, present: float) -> dict[str, Law]:
-    """All laws of LAWS: `sigma` of the noisy one, `sigma_mdp` of the simplex MDPs, `present` of the heavy tails."""
+def named_laws(seed: int, sigma: float, sigma_mdp: float, present: float) -> dict[str, Law]:
+    """All laws of LAWS: `sigma` of the noisy one, `sigma_mdp` of the simplex MDPs of a seed, `present` of the heavy tails."""
     white = covariance(D, 1.0)
     return {
         **{name: gaussian_law(covariance(D, kappa)) for name, kappa in zip(MATCHED, KAPPAS, strict=True)},
-        SIMPLEX: table_law(simplex_mdps().phi.reshape(-1, D), sigma_mdp),
+        SIMPLEX: table_law(simplex_mdps(seed).phi.reshape(-1, D), sigma_mdp),
         ONEHOT: table_law(np.eye(D)),
         NOISY: gaussian_law(white, sigma=sigma),
         HEAVY: gaussian_law(white, present=present),
     }
 
 
-def draw_tasks(key: Array, groups: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def draw_tasks(key: Array, family: MDPFamily, groups: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Tasks to train on and fresh ones to test on, for every law, in groups that share contexts: twice [groups, TASKS, d].
 
     Those of the Gaussian laws are Gaussian, those of one-hot features are the rewards of a tabular MDP's last stage; both are
-    scaled so that Psi = I exactly, as eq. (6) has it. Those of the simplex MDPs are w*_1, by backward induction.
+    scaled so that Psi = I exactly, as eq. (6) has it. Those of the simplex MDPs `family` are w*_1, by backward induction.
     """
     tasks = groups * TASKS
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
@@ -107,7 +107,7 @@ def draw_tasks(key: Array, groups: int) -> tuple[dict[str, np.ndarray], dict[str
     def whiten(w: np.ndarray) -> np.ndarray:
         return np.linalg.solve(np.linalg.cholesky(w.T @ w / len(w)), w.T).T
 
-    planned = linear_mdps.task_pool(key, simplex_mdps(), tasks=-(-2 * tasks // linear_mdps.BLOCK) * linear_mdps.BLOCK)[0]
+    planned = linear_mdps.task_pool(key, family, tasks=-(-2 * tasks // linear_mdps.BLOCK) * linear_mdps.BLOCK)[0]
 
     def half(simplex: np.ndarray) -> dict[str, np.ndarray]:
         gaussian, rewards = whiten(rng.normal(size=(tasks, D))), whiten(rng.uniform(-1, 1, size=(tasks, D)))

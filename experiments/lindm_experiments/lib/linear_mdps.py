@@ -26,6 +26,12 @@ from lindm_theory.moments import design_fourth
 BLOCK = 1024  # tasks solved at once: more would leave the cache
 
 
+def family_key(seed: int) -> Array:
+    """The key from which a seed draws its feature map: no two seeds share one, so that a claim about a law of features is tested
+    on a sample of it."""
+    return jax.random.fold_in(jax.random.key(seed), 1 << 20)
+
+
 def single_precision(tree):
     """The pytree with its floating arrays in float32, for training; in numpy, where a conversion needs no compiler."""
     return jax.tree.map(lambda x: np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
