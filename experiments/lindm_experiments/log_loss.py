@@ -310,9 +310,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     named = {"hard": "actions", "soft": "soft labels", "hot": "soft labels, hot"}
     styles = {"hard": (RED, "s", "-"), "soft": (ORANGE, "^", "-"), "hot": (GREEN, "D", "--")}
     for name, (color, marker, line) in styles.items():
-        curves = np.array([np.array(r["loss"][name]) / np.array(r["loss"]["squares"]) for r in records])
-        plot_seeds(left, T, curves, color)
-        left.plot(T, curves.mean(0), color=color, marker=marker, linestyle=line, label=f"cross-entropy on {named[name]}")
+        ratios = np.array([np.array(r["loss"][name]) / np.array(r["loss"]["squares"]) for r in records])
+        plot_seeds(left, T, ratios, color)
+        left.plot(T, ratios.mean(0), color=color, marker=marker, linestyle=line, label=f"cross-entropy on {named[name]}")
     left.axhline(1.0, color=BLUE, linewidth=1.6, label="squares on Q")
     set_log_ticks(left, T)
     left.set(xlabel="training tasks T", ylabel="loss of value / loss with squares on Q", title="Equal data: actions or Q?")

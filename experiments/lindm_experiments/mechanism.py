@@ -35,6 +35,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.datasets import Dataset, DatasetConfig
+from lindm.datasets.columns import Episode
 from lindm.evaluation import policies
 from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import double_precision
@@ -138,11 +139,12 @@ def measure(cfg: Config, point: dict) -> dict:
 # --- probes -------------------------------------------------------------------------------------------------------------------
 
 
-def beliefs(problem: POMDP, rows: Sequence[dict]) -> np.ndarray:
+def beliefs(problem: POMDP, rows: Sequence[Episode]) -> np.ndarray:
     """Beliefs P(state | earlier actions and observations) [n, H, S]."""
     P, O, rho = (np.asarray(x) for x in (problem.P, problem.O, problem.rho))
     episodes = []
     for row in rows:
+        assert row.observation is not None, "a POMDP's episodes have observations"
         b, stages = rho, [rho]
         for a, o in zip(row.action[:-1], row.observation[:-1], strict=True):
             b = (b @ P[0, :, a]) * O[0, a, :, o]

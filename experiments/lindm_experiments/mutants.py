@@ -142,7 +142,7 @@ def _caps(flip: Floats, axis: int = -1) -> Floats:
     return np.minimum(np.where(own, 1.0, flip).min(axis), 1.0)
 
 
-def _caps_of(tail: Callable[[Any, Any, Any, float], Any], i: Signs) -> Callable[[Floats], Floats]:
+def _caps_of(tail: Callable[..., Any], i: Signs) -> Callable[[Floats], Floats]:
     """Caps by a wrong tail bound."""
     noise = i.noise_bound, np.broadcast_to(i.noise_variance, len(i.g))[:, None]
     moments = [np.asarray(x) for x in mean_policy.difference_moments(i.phi, i.A, i.w, i.design, *noise)]

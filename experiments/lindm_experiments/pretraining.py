@@ -168,7 +168,9 @@ def one_query_risks(train: tuple, tests: tuple, Lambda: Array, N: Array, residua
 
 
 @jax.jit
-def all_query_risks(train: tuple, test: tuple, Lambda: Array, N: Array, residuals: Array, T: Array) -> Array:
+def all_query_risks(
+    train: tuple[Array, Array], test: tuple[Array, Array], Lambda: Array, N: Array, residuals: Array, T: Array
+) -> Array:
     """Predicted risks of the least-squares fits at all queries, [T]."""
     A, B = train
     return jax.vmap(lambda t: expected_risk(all_query_weights(A, B, residuals, Lambda, t), Lambda, *test, N, Lambda).total)(T)

@@ -140,7 +140,7 @@ class Task:
 
     def problem(self) -> Problem:
         """The problem, in the floating point precision that JAX has now."""
-        return problem_of({"kind": self.kind} | self.arrays)
+        return problem_of({"kind": self.kind, **self.arrays})
 
 
 def task_of(row: Mapping[str, Any], episodes: Sequence[Episode]) -> Task:

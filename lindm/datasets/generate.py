@@ -4,7 +4,7 @@ The random key of task i is fold_in(key(seed), i), and every episode of a role h
 tasks of a smaller one, more demonstrations do not change the others, and two splits of a suite differ in their law alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class Generated(NamedTuple):
     """Tasks first, ..., last - 1, as numpy arrays."""
 
     problems: Problem | None  # [tasks, ...]; None where all tasks are one fixed problem
-    values: dict[str, np.ndarray]  # [tasks] scalars by column
+    values: Mapping[str, Any]  # [tasks] scalars by column
     episodes: Episodes  # [tasks, demos + queries, H]
     labels: Labels  # [tasks, demos + queries, H]
 

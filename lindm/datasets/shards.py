@@ -94,7 +94,7 @@ def _worker_pool(generator: TaskGenerator, executor: Executor, workers: int | No
     source = generator.source
     if not isinstance(source, Suite):
         source = jax.tree.map(np.asarray, source)
-    double, device = jnp.result_type(float) == jnp.float64, jax.config.jax_default_device
+    double, device = jnp.result_type(float) == jnp.float64, jax.config.jax_default_device  # pyright: ignore
     platform = None if device is None else getattr(device, "platform", device)
     return TaskPool(executor, workers, partial(_start_worker, source, generator.config, double, platform))
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lindm.datasets import DatasetConfig
 from lindm.datasets.text import check_rewards
@@ -40,7 +41,8 @@ class PoliciesByName(Mapping[str, Policy]):
         rewards: str | None = None,
     ):
         self.source = source
-        self.names, self.dataset, self.options = tuple(names), dataset, {"template": template, "rewards": rewards}
+        self.names, self.dataset = tuple(names), dataset
+        self.options: dict[str, Any] = {"template": template, "rewards": rewards}
         for name in names:
             kind, colon, path = name.partition(":")
             if not colon:

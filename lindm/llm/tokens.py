@@ -174,7 +174,7 @@ def encode_whole(tokenizer: Tokenizer, texts: list[str], parse_control_tokens: b
     for text in texts:
         if text != text.encode(errors="replace").decode():
             raise DataError(f"text must be encodable as UTF-8; got {shorten(text)}")
-    options = {"add_special_tokens": False, "split_special_tokens": not parse_control_tokens, "verbose": False}
+    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": not parse_control_tokens, "verbose": False}
     encoded: Any = tokenizer(texts, **options)["input_ids"]
     return [list(ids) for ids in encoded]
 

@@ -57,8 +57,9 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[float, st
         for i, (a, b) in enumerate(zip(old, new, strict=False)):
             yield from differences(a, b, f"{where}[{i}]")
     elif old != new:
-        both = isinstance(old, int | float) and isinstance(new, int | float) and not isinstance(old, bool)
-        size = abs(old - new) / max(abs(old), abs(new), 1.0) if both else math.inf
+        size = math.inf
+        if isinstance(old, int | float) and isinstance(new, int | float) and not isinstance(old, bool):
+            size = abs(old - new) / max(abs(old), abs(new), 1.0)
         yield size, f"{where}: {old!r} against {new!r}"
 
 

@@ -2,6 +2,7 @@
 # pyright: reportArgumentType=false
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +138,7 @@ def test_the_ratio_of_the_best_length_to_M_is_that_of_quadrature(seed):
         wrong = scipy.stats.norm.cdf(-np.sign(g)[:, None] * mean * np.sqrt(M / variance))
         return M * np.sum(np.abs(g)[:, None] * wrong * (scipy.stats.norm.pdf(g, scale=np.sqrt(v)) * dg)[:, None] * chance)
 
-    best = scipy.optimize.minimize_scalar(
+    best: Any = scipy.optimize.minimize_scalar(
         loss, bounds=(np.log(M / 10), np.log(50 * M)), method="bounded", options={"xatol": 1e-4}
     )
     got = margin.policy_length_ratio(

@@ -1,6 +1,7 @@
 """The limit of softmax attention on long prompts, against Monte Carlo, Gauss-Hermite quadrature and enumeration in numpy."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def test_on_gaussian_features_the_tilted_mean_is_linear_and_the_constant_is_its_
 
 def test_the_least_price_is_that_of_a_search_and_falls_from_e_to_2_43():
     for r in (1e-9, 0.2, 0.7, 1.0):
-        found = scipy.optimize.minimize_scalar(lambda s, r=r: float(limit.price(s, r)), bounds=(0.05, 3), method="bounded")
+        found: Any = scipy.optimize.minimize_scalar(lambda s, r=r: float(limit.price(s, r)), bounds=(0.05, 3), method="bounded")
         np.testing.assert_allclose(limit.best_score_variance(r), found.x, rtol=1e-4)
         np.testing.assert_allclose(limit.least_price(r), found.fun, rtol=1e-8)
     prices = limit.least_price(jnp.linspace(0, 1, 50))

@@ -141,7 +141,7 @@ def prompt_coefficient(moment: Array, query: Array, query_noise: Number = 0.0) -
     query = K(Lq^{-1}) = E[x_q x_q' (x_q' Lq^{-1} x_q)] [d, d], which is (d + 2) Lq for Gaussian queries, and the variance of the
     label noise of the query.
     """
-    return jnp.trace(query @ moment) + query_noise * len(query) ** 2
+    return jnp.add(jnp.trace(query @ moment), query_noise * len(query) ** 2)
 
 
 def repeated_task_excess(task: Number, prompt: Number, T: Number, m: Number) -> Array:
@@ -149,7 +149,7 @@ def repeated_task_excess(task: Number, prompt: Number, T: Number, m: Number) -> 
 
     `task` = robustness.few_task_coefficient, `prompt` = `prompt_coefficient`; C_prompt >= C_task (law of total variance).
     """
-    return task / T + (prompt - task) / (T * m)
+    return jnp.asarray(task / T + (prompt - task) / (T * m))
 
 
 def mismatch_excess(

@@ -57,7 +57,7 @@ def to_verdict(
         predicted=predicted,
         figure=figure,
         note=note,
-        slack=None if slack is None else (float(np.min(slack)), float(np.median(slack))),
+        slack=None if slack is None else (float(np.min(slack)), float(np.median(np.asarray(slack)))),
     )
 
 

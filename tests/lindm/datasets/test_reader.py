@@ -45,7 +45,7 @@ def test_labels_of_mdps_are_those_of_backward_induction_on_the_row(made):
     for directory in (made.suite, made.mdp):
         for task in Dataset(directory):
             P, r, rho = (np.array(task.arrays[k]).reshape(task.arrays[f"{k}_shape"]) for k in ("P", "r", "rho"))
-            V, U, Q = np.zeros(len(rho)), np.zeros(len(rho)), [None] * task.horizon
+            V, U, Q = np.zeros(len(rho)), np.zeros(len(rho)), np.zeros(r.shape)
             for h in reversed(range(task.horizon)):
                 Q[h] = r[h] + P[0] @ V
                 V, U = Q[h].max(-1), (r[h] + P[0] @ U).mean(-1)
@@ -63,7 +63,9 @@ def test_labels_of_an_apomdp_are_those_of_the_recursion_at_the_history(made):
     for task in Dataset(made.apomdp):
         assert task.method == "tree" and task.arrays["alpha"] == 0.7
         for row in task.episodes:
-            history, beliefs = (), list(brute.rho)
+            history: tuple = ()
+            beliefs = list(brute.rho)
+            assert row.model is not None and row.observation is not None
             for t, (a, m, o) in enumerate(zip(row.action, row.model, row.observation, strict=True)):
                 if history not in known:
                     known[history] = brute.Q(beliefs, t)

@@ -80,6 +80,6 @@ def test_a_handle_knows_the_sizes_the_config_and_the_names(made):
     problems = dataset.problems()
     assert len(problems) == 10 and all(problem is problems[0] for problem in problems)
     suite, apomdp = Dataset(made.suite), Dataset(made.apomdp)
-    assert suite.suite["name"] == "small" and suite.checksum != dataset.checksum
+    assert suite.suite is not None and suite.suite["name"] == "small" and suite.checksum != dataset.checksum
     assert (apomdp.kind, apomdp.num_observations, apomdp.num_models) == ("apomdp", 2, 2)
     assert is_dataset(made.suite) and not is_dataset(made.suite / "manifest.json") and not is_dataset(made.root)

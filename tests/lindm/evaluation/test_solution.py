@@ -22,6 +22,7 @@ def test_the_policy_of_a_solution_loses_no_more_than_the_bounds_are_apart(name, 
     policies = {"solution": solution.policy, "oracle": ld.policies.oracle()}
     results = ld.evaluate(problem, policies, tasks=1, demos=1)
     assert results["oracle"].gap == pytest.approx(0, abs=1e-12)
+    assert results["solution"].gap_of_value is not None
     lost = results["solution"].gap_of_value * abs(solution.value)
     assert -1e-12 <= lost <= solution.upper - solution.lower + 1e-9
     if solution.exact:

@@ -7,6 +7,7 @@ import pytest
 from lindm.families.prostate import ACTIONS, CENTERS, OPTIONS, prostate
 from lindm.families.registry import make
 from lindm.families.suites import draw_task, suite
+from lindm.types import POMDP
 
 
 def test_a_suite_makes_the_task_that_it_draws():
@@ -17,6 +18,7 @@ def test_a_suite_makes_the_task_that_it_draws():
 
 def test_fields_of_a_suite_can_be_changed():
     task = make("pomdp", S=3, A=2, O=2, horizon=4, gap=0.0).problem
+    assert isinstance(task, POMDP)
     assert (task.num_states, task.num_actions, task.num_observations, task.horizon) == (3, 2, 2, 4)
 
 
