@@ -505,6 +505,29 @@ LOWER = (
 )
 
 
+# --- fine-tuning and softmax attention -----------------------------------------------------------------------------------------
+
+
+def _frontier(r: dict, change: Callable[[Floats], Floats]) -> None:
+    """A wrong frontier: of its risks [law, share]."""
+    r["frontier"] = change(np.array(r["frontier"])).tolist()
+
+
+def _all_weights(r: dict) -> None:
+    for law in ("old", "new"):
+        r["policy"][law]["weight_changes"] = r["policy"][law]["all_changes"]
+
+
+TUNING = (
+    _each("fine-tuning/frontier", "5 % too high", lambda r: _frontier(r, lambda risks: 1.05 * risks)),
+    _each("fine-tuning/frontier", "shares of old and new tasks exchanged", lambda r: _frontier(r, lambda risks: risks[:, ::-1])),
+    _each("fine-tuning/frontier", "risks on old and new tasks exchanged", lambda r: _frontier(r, lambda risks: risks[::-1])),
+    _each("fine-tuning/value-only", "all weights in place of the value weight", _all_weights),
+    _each("softmax-limit/price-floor", "the price at r = 0 for all r", lambda r: r.update(floor=np.e)),
+    _each("softmax-limit/price-floor", "e^s / s^2, without the factor 1 + r", lambda r: r.update(floor=2 * r["floor"])),
+)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     *PER_POLICY,
     *AVERAGES,
@@ -515,4 +538,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *MAXIMUM,
     *PRETRAINING,
     *LOWER,
+    *TUNING,
 )

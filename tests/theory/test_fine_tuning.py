@@ -1,0 +1,285 @@
+"""Fine-tuning from A_N(Psi_0): paths against ODE solvers, limits against enumeration and searches in numpy."""
+# numpy arrays stand in for jax arrays here on purpose
+# pyright: reportArgumentType=false
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+
+from lindm_theory import fine_tuning as tuning
+from lindm_theory import gradient_flow as flow
+from lindm_theory import in_context
+from lindm_theory.moments import design_fourth
+
+N = 5
+
+
+def second_moment(D, Psi, length=N):
+    """B_N of a design with another law of tasks, by numpy."""
+    K = np.sum([p * (x @ Psi @ x) * np.outer(x, x) for p, x in zip(D.weights, D.phi, strict=True)], axis=0)
+    L = D.Lambda
+    return (1 - 1 / length) * L @ Psi @ L + (K + D.noise) / length
+
+
+class Case:
+    """Old and new tasks on one design."""
+
+    def __init__(self, design, seed, d=3):
+        D = self.D = design(seed, n=d + 3, d=d)
+        rng = np.random.default_rng(seed + 1000)
+        F = rng.normal(size=(d, d)) * np.geomspace(2, 0.3, d)
+        self.Psi0, self.Psi1, self.Lq = D.Psi, F @ F.T / d + 0.02 * np.eye(d), D.Lambda
+        self.B0, self.B1 = second_moment(D, self.Psi0), second_moment(D, self.Psi1)
+        self.C0, self.C1 = D.Lambda @ self.Psi0, D.Lambda @ self.Psi1
+        self.A0, self.A1 = self.C0.T @ np.linalg.inv(self.B0), self.C1.T @ np.linalg.inv(self.B1)
+
+    def risk(self, A, which):
+        B, C, Psi = ((self.B0, self.C0, self.Psi0), (self.B1, self.C1, self.Psi1))[which]
+        return np.trace(self.Lq @ (A @ B @ A.T - A @ C - C.T @ A.T + Psi))
+
+    def fourth(self, P):
+        return design_fourth(self.D.phi, self.D.weights, P)
+
+
+@pytest.fixture
+def case(design):
+    return lambda seed, d=3: Case(design, seed, d)
+
+
+def test_the_reduced_path_is_the_matrix_exponential_of_the_whole_operator(case):
+    c = case(0)
+    times = jnp.array([0.0, 0.3, 2.0, 40.0])
+    path = tuning.reduced_path(c.A0, c.B1, c.C1, c.Lq, times)
+    operator = np.kron(c.Lq, c.B1)  # of the rows of A, one after the other
+    for t, A in zip(times, path, strict=True):
+        wanted = c.A1 + (scipy.linalg.expm(-float(t) * operator) @ (c.A0 - c.A1).ravel()).reshape(3, 3)
+        np.testing.assert_allclose(A, wanted, atol=1e-10)
+
+
+def _ode(slope, start, t):
+    return scipy.integrate.solve_ivp(lambda _, y: slope(y), (0, t), start, rtol=1e-10, atol=1e-12).y[:, -1]
+
+
+def test_all_weights_follow_the_balanced_field_to_the_new_optimum(case):
+    c = case(1)
+    U, u = flow.limit(jnp.asarray(c.A0))
+    dU, du = flow.vector_field(U, u, c.B1, c.C1, c.Lq)
+    np.testing.assert_allclose(tuning.balanced_field(c.A0, c.B1, c.C1, c.Lq), (u * dU + du * U).T, rtol=1e-9, atol=1e-12)
+    assert c.risk(c.A0, 1) < c.risk(0 * c.A0, 1)
+    step = 0.2 / (np.linalg.norm(c.A0) * np.linalg.norm(c.B1, 2) * np.linalg.norm(c.Lq, 2) + 1)
+    path_U, path_u = flow.integrate(U, u, c.B1, c.C1, c.Lq, step=step, steps=100_000)
+    end = np.asarray(path_u[-1] * path_U[-1].T)
+    assert c.risk(end, 1) - c.risk(c.A1, 1) < 1e-3 * (c.risk(c.A0, 1) - c.risk(c.A1, 1))
+    np.testing.assert_allclose(flow.conserved(path_U[-1], path_u[-1]), 0.0, atol=1e-6)
+
+
+def test_the_key_query_matrix_alone_goes_the_same_way_at_another_speed(case):
+    c = case(2)
+    U0, u = (np.asarray(a) for a in flow.limit(jnp.asarray(c.A0)))
+
+    def slope(y):
+        U = y.reshape(3, 3)
+        return -(u**2 * c.B1 @ U @ c.Lq - u * c.C1 @ c.Lq).ravel()
+
+    end = u * _ode(slope, U0.ravel(), 1.7).reshape(3, 3).T
+    np.testing.assert_allclose(tuning.key_query_path(c.A0, c.B1, c.C1, c.Lq, jnp.array([1.7]))[0], end, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_value_weight_alone_only_rescales_and_no_greedy_action_changes(case, seed):
+    c = case(seed)
+    U, u0 = (np.asarray(a) for a in flow.limit(jnp.asarray(c.A0)))
+    times = jnp.linspace(0, 5, 6)
+    scales = np.asarray(tuning.value_path(c.A0, c.B1, c.C1, c.Lq, times))
+
+    def slope(u):
+        return -(u * np.trace(c.B1 @ U @ c.Lq @ U.T) - np.trace(c.C1 @ c.Lq @ U.T))
+
+    np.testing.assert_allclose(scales[-1], _ode(slope, [float(u0)], 5.0)[0] / u0, rtol=1e-7)
+    limit = float(tuning.value_limit(c.A0, c.B1, c.C1, c.Lq))
+    around = [c.risk(s * c.A0, 1) for s in (limit - 1e-3, limit, limit + 1e-3)]
+    assert around[1] < min(around[0], around[2])
+    assert (limit > 0.5) == (c.risk(c.A0, 1) < c.risk(0 * c.A0, 1))
+    contexts = np.random.default_rng(seed).normal(size=(200, 3))
+    Q = np.einsum("ai,ij,cj->ca", c.D.phi, c.A0, contexts)
+    if limit > 0:
+        for s in scales:
+            assert (s * Q).argmax(1).tolist() == Q.argmax(1).tolist()
+
+
+def test_the_best_scale_can_be_negative_and_then_the_old_layer_is_worse_than_none(case):
+    """A single new task in a direction that the old layer maps backwards, seen from the queries."""
+    c = case(3)
+    Lq = np.eye(3)
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(4000):
+        root = rng.normal(size=(3, 3)) * np.geomspace(30, 0.1, 3)
+        Lq = root @ root.T
+        gain = Lq @ c.A0 @ c.D.Lambda
+        values, vectors = np.linalg.eigh(gain + gain.T)
+        if values[0] < -1e-3:
+            found.append((Lq, vectors[:, 0]))
+    assert found
+    Lq, w = found[0]
+    Psi = np.outer(w, w)
+    B = second_moment(c.D, Psi)
+    assert tuning.value_limit(c.A0, B, c.D.Lambda @ Psi, Lq) < 0
+    assert tuning.value_path(c.A0, B, c.D.Lambda @ Psi, Lq, jnp.array([1e6]))[0] < 0
+
+
+def test_forgetting_rises_all_the_way_if_old_and_new_moments_commute_and_may_fall_if_not(case):
+    c = case(4)
+    times = jnp.geomspace(1e-2, 1e5, 200)
+
+    def forgetting(B0, A0, A1, B1, Lq):
+        path = np.asarray(tuning.reduced_path(A0, B1, (A1 @ B1).T, Lq, times))
+        return np.array([np.trace(Lq @ (A - A0) @ B0 @ (A - A0).T) for A in path])
+
+    B1, power = c.B1, c.B1 @ c.B1
+    assert np.all(np.diff(forgetting(power, c.A0, c.A1, B1, c.Lq)) >= -1e-12)
+    # two modes of which the fast one moves out and the slow one back, seen through B_0
+    B0 = np.array([[1.0, 0.9], [0.9, 1.0]])
+    A1 = np.array([[1.0, -1.0], [0.0, 0.0]])
+    away = forgetting(B0, np.zeros((2, 2)), A1, np.diag([1.0, 1e-3]), np.eye(2))
+    assert away.max() > 4 * away[-1]
+
+
+def test_replay_is_the_optimum_of_the_mixed_tasks_and_no_layer_is_below_its_frontier(case):
+    c = case(5)
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.3, 0.8, 1.0):
+        A = np.asarray(tuning.replay_weights(share, c.B0, c.C0, c.B1, c.C1))
+        Psi = share * c.Psi0 + (1 - share) * c.Psi1
+        mixed = in_context.optimal_weights(c.D.Lambda, Psi, c.fourth(Psi), N, c.D.noise)
+        np.testing.assert_allclose(A, mixed, rtol=1e-9)
+        least = share * c.risk(A, 0) + (1 - share) * c.risk(A, 1)
+        paths = [
+            *np.asarray(tuning.reduced_path(c.A0, c.B1, c.C1, c.Lq, jnp.geomspace(0.01, 100, 20))),
+            *(s * c.A0 for s in np.linspace(0.3, 2, 20)),
+            *(A + 0.1 * rng.normal(size=A.shape) for _ in range(50)),
+        ]
+        assert all(share * c.risk(B, 0) + (1 - share) * c.risk(B, 1) > least - 1e-12 for B in paths)
+
+
+def test_in_one_dimension_every_stopping_time_is_on_the_frontier(case):
+    c = case(6, d=1)
+    for A in tuning.reduced_path(c.A0, c.B1, c.C1, c.Lq, jnp.array([0.1, 1.0, 3.0]) / (c.B1 * c.Lq).item()):
+        # the share whose optimum is A: (A - A_0) p B_0 + (A - A_1) (1 - p) B_1 = 0
+        old, new = ((A - c.A0) @ c.B0).item(), ((A - c.A1) @ c.B1).item()
+        share = new / (new - old)
+        assert 0 < share < 1
+        np.testing.assert_allclose(tuning.replay_weights(share, c.B0, c.C0, c.B1, c.C1), A, rtol=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_forgetting_starts_with_the_square_of_the_gain(case, seed):
+    c = case(seed)
+
+    def ratio(A):
+        return (c.risk(A, 0) - c.risk(c.A0, 0)) / (c.risk(c.A0, 1) - c.risk(A, 1)) ** 2
+
+    small = 2e-5
+    reduced = np.asarray(tuning.reduced_path(c.A0, c.B1, c.C1, c.Lq, jnp.array([small])))[0]
+    velocity = -c.Lq @ (c.A0 @ c.B1 - c.C1.T)
+    kappa = tuning.start_curvature(velocity, c.A0, c.B0, c.B1, c.C1, c.Lq)
+    np.testing.assert_allclose(ratio(reduced), kappa, rtol=2e-3)
+    balanced = tuning.balanced_field(c.A0, c.B1, c.C1, c.Lq)
+    other = tuning.start_curvature(balanced, c.A0, c.B0, c.B1, c.C1, c.Lq)
+    np.testing.assert_allclose(ratio(c.A0 + small * np.asarray(balanced)), other, rtol=2e-3)
+    least = tuning.least_start_curvature(c.A0, c.B0, c.B1, c.C1, c.Lq)
+    rng = np.random.default_rng(seed)
+    for V in (velocity, balanced, c.A0, *rng.normal(size=(30, 3, 3))):
+        assert tuning.start_curvature(V, c.A0, c.B0, c.B1, c.C1, c.Lq) >= least * (1 - 1e-12)
+    natural = (c.A0 @ c.B1 - c.C1.T) @ np.linalg.inv(c.B0)
+    np.testing.assert_allclose(tuning.start_curvature(natural, c.A0, c.B0, c.B1, c.C1, c.Lq), least, rtol=1e-9)
+    replay = np.asarray(tuning.replay_weights(1 - 1e-4, c.B0, c.C0, c.B1, c.C1))
+    np.testing.assert_allclose(ratio(replay), least, rtol=5e-3)
+
+
+def enumerated(c, tasks, chances, U, length=2):
+    """All contexts of `length` pairs, without noise: (chance, G, w) of every task and context."""
+    n = len(c.D.weights)
+    for w, chance in zip(tasks, chances, strict=True):
+        for context in itertools.product(range(n), repeat=length):
+            x = c.D.phi[list(context)]
+            yield chance * np.prod(c.D.weights[list(context)]), x.T @ x / length, w
+
+
+def test_the_value_row_is_the_least_squares_solution_over_all_contexts(case):
+    c = case(7)
+    rng = np.random.default_rng(3)
+    tasks, chances, U = rng.normal(size=(4, 3)) + 0.8, rng.dirichlet(np.ones(4)), rng.normal(size=(3, 3))
+    mean, Psi = chances @ tasks, np.einsum("t,ti,tj->ij", chances, tasks, tasks)
+    root = np.linalg.cholesky(c.Lq)
+    rows, targets = [], []
+    for chance, G, w in enumerated(c, tasks, chances, U):
+        rows.append(np.sqrt(chance) * root.T @ U.T @ np.column_stack([G, G @ w]))
+        targets.append(np.sqrt(chance) * root.T @ w)
+    rows, targets = np.concatenate(rows), np.concatenate(targets)
+    best = np.linalg.lstsq(rows, targets, rcond=None)[0]
+    row = tuning.value_row_limit(U, c.D.Lambda, Psi, mean, c.fourth, 2, c.Lq)
+    np.testing.assert_allclose(row.v, best[:3], rtol=1e-7)
+    np.testing.assert_allclose(row.u, best[3], rtol=1e-7)
+    for v, u in ((best[:3], best[3]), (rng.normal(size=3), 0.4), (rng.normal(size=3), 0.0)):
+        risk = np.sum((rows @ np.append(v, u) - targets) ** 2)
+        value = tuning.value_row_risk(tuning.ValueRow(v, jnp.asarray(u)), U, c.D.Lambda, Psi, mean, c.fourth, 2, c.Lq)
+        np.testing.assert_allclose(value, risk, rtol=1e-9)
+
+
+def test_what_zero_shot_training_gains_is_what_old_tasks_of_mean_zero_lose(case):
+    c = case(8)
+    U, u0 = flow.limit(jnp.asarray(c.A0))
+    m = np.array([0.7, -0.4, 0.5])
+    shared = (c.D.Lambda,), (c.fourth, N, c.Lq)
+    times = jnp.array([0.1, 1.0, 10.0, 1e7])
+    path, cost = tuning.zero_shot_path(U, c.D.Lambda, m, c.fourth, N, c.Lq, times)
+    C = np.asarray(U @ c.Lq @ U.T)
+    K = np.asarray(in_context.context_second_moment(c.D.Lambda, C, c.fourth(C), N))
+    pull = c.D.Lambda @ np.asarray(U) @ c.Lq @ m
+    np.testing.assert_allclose(path[1], _ode(lambda v: pull - K @ v, np.zeros(3), 1.0), atol=1e-7)
+
+    def risk(v, u, Psi, mean, noise):
+        return tuning.value_row_risk(tuning.ValueRow(v, u), U, *shared[0], Psi, mean, *shared[1], noise)
+
+    zero = jnp.zeros(())
+    Psi1 = c.Psi1 + np.outer(m, m)
+    gain = [risk(0 * v, zero, Psi1, m, None) - risk(v, zero, Psi1, m, None) for v in path]
+    lost = [risk(v, u0, c.Psi0, 0 * m, c.D.noise) - c.risk(c.A0, 0) for v in path]
+    np.testing.assert_allclose(lost, cost, rtol=1e-7)
+    assert all(f <= g * (1 + 1e-9) for f, g in zip(lost, gain, strict=True))
+    np.testing.assert_allclose(lost[-1], gain[-1], rtol=1e-6)
+    assert lost[0] < 0.5 * gain[0]
+
+
+def test_forgetting_with_few_new_tasks_follows_its_first_order(case):
+    c = case(9)
+    rng = np.random.default_rng(1)
+    tasks = np.linalg.cholesky(c.Psi1) @ rng.uniform(-1, 1, size=(3, 400)) * np.sqrt(3)
+    tasks = tasks.T
+    Psi = tasks.T @ tasks / len(tasks)
+    noise, L = c.D.noise, c.D.Lambda
+
+    def forgetting(Psi):
+        A = Psi @ L @ np.linalg.inv(second_moment(c.D, Psi))
+        return np.trace(c.Lq @ (A - c.A0) @ c.B0 @ (A - c.A0).T)
+
+    T = 60
+    coefficient = float(tuning.few_task_forgetting(c.A0, c.B0, tasks, L, c.fourth, N, c.Lq, noise))
+    x = np.stack([np.outer(w, w) for w in tasks])
+    A, inverse = Psi @ L @ np.linalg.inv(second_moment(c.D, Psi)), np.linalg.inv(second_moment(c.D, Psi))
+
+    def first_order(E):
+        Z = E @ L - A @ (second_moment(c.D, E) - noise / N)
+        return 2 * np.trace(c.Lq @ Z @ inverse @ c.B0 @ (A - c.A0).T)  # of mean zero: subtracting it removes most of the variance
+
+    draws = [x[rng.integers(0, len(x), T)].mean(0) for _ in range(3000)]
+    values = np.array([forgetting(P) - first_order(P - Psi) for P in draws])
+    error = values.std() / np.sqrt(len(values))
+    measured = T * (values.mean() - forgetting(Psi))
+    assert abs(measured - coefficient) < 4 * T * error + 0.15 * abs(coefficient)
+    assert abs(coefficient) > 4 * T * error  # the comparison can fail
