@@ -69,7 +69,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=20, depths=(1, 2, 3, 4, 6, 8), pool=16384, tasks=8192, steps=3000, batch=128, learning_rate=0.03)
+FULL = Config(seeds=20, depths=(1, 2, 3, 4, 6), pool=8192, tasks=8192, steps=2000, batch=64, learning_rate=0.05)
 SMOKE = Config(seeds=2, depths=(1, 2), pool=64, tasks=64, steps=10, batch=8)
 
 

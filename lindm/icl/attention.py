@@ -127,20 +127,25 @@ class _Embedding(nnx.Module):
     """The parameters W_KQ, W_PV [depth, d+1, d+1], the initialization of [ZFB] Assumption 3.3, and names for the blocks.
 
     U = s Theta Theta' with ||Theta Theta'||_F = 1, u = s, all else zero. Theta is Gaussian if `rngs` is given, else a multiple of
-    the identity (U = s I / sqrt(d)). [ZFB] prove convergence for s^2 ||Gamma||_op sqrt(d) < 2.
+    the identity (U = s I / sqrt(d)). [ZFB] prove convergence for s^2 ||Gamma||_op sqrt(d) < 2. With several heads every parameter
+    has an axis [depth, heads, ...].
     """
 
-    def __init__(self, d: int, depth: int, rngs: nnx.Rngs | None, scale: float, dtype: DTypeLike):
+    def __init__(self, d: int, depth: int, rngs: nnx.Rngs | None, scale: float, dtype: DTypeLike, heads: int = 1):
         _check_sizes(d, depth)
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1; got {heads}")
         if not scale > 0:
             raise ValueError(f"scale must be positive (at zero the gradient vanishes); got {scale}")
-        theta = jnp.broadcast_to(jnp.eye(d, dtype=dtype), (depth, d, d)) if rngs is None else rngs.normal((depth, d, d), dtype)
+        blocks = (depth,) if heads == 1 else (depth, heads)
+        eye = jnp.eye(d, dtype=dtype)
+        theta = jnp.broadcast_to(eye, (*blocks, d, d)) if rngs is None else rngs.normal((*blocks, d, d), dtype)
         square = theta @ jnp.swapaxes(theta, -1, -2)
         square = square / jnp.linalg.norm(square, axis=(-2, -1), keepdims=True)
-        zero = jnp.zeros((depth, d + 1, d + 1), dtype)
+        zero = jnp.zeros((*blocks, d + 1, d + 1), dtype)
         self.d, self.depth = d, depth
-        self.W_KQ = nnx.Param(zero.at[:, :d, :d].set(scale * square))
-        self.W_PV = nnx.Param(zero.at[:, d, d].set(scale))
+        self.W_KQ = nnx.Param(zero.at[..., :d, :d].set(scale * square))
+        self.W_PV = nnx.Param(zero.at[..., d, d].set(scale))
 
     @property
     def U(self) -> Array:
@@ -222,6 +227,7 @@ class SoftmaxAttention(_Embedding):
     Linearized at W_KQ = 0 it is the label mean plus linear attention on centered pairs.
 
     Args:
+        heads: number of heads, each with its own W_PV and W_KQ; F is the sum of theirs.
         positions: table [P, d+1] added to the columns: row i to pair i, row N to every query (all of them follow
             the context). A prompt of more than P - 1 pairs raises an error. Rows beyond the training length receive no gradient,
             so a longer prompt has positions that were never trained. What the table adds to the label row of a query is not
@@ -237,11 +243,12 @@ class SoftmaxAttention(_Embedding):
         *,
         rngs: nnx.Rngs | None = None,
         scale: float = 0.1,
+        heads: int = 1,
         positions: Array | None = None,
         train_positions: bool = True,
         dtype: DTypeLike = jnp.float32,
     ):
-        super().__init__(d, depth, rngs, scale, dtype)
+        super().__init__(d, depth, rngs, scale, dtype, heads)
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != d + 1 or positions.shape[0] < 2):
             raise ValueError(f"positions must have shape [P, d+1] = [P, {d + 1}] with P >= 2; got {positions.shape}")
         kind = nnx.Param if train_positions else nnx.Variable
@@ -262,13 +269,17 @@ class SoftmaxAttention(_Embedding):
             query = query + table[:, n : n + 1]
         start = query[-1]
         for k in range(self.depth):
-            values = self.W_PV[k] @ context
+            values = self.W_PV[k] @ context  # [heads, d+1, N], without the axis of heads if there is one
             scores = context.T @ self.W_KQ[k]
-            query_step = values @ jax.nn.softmax(scores @ query, axis=0)
+            query_step = _sum_heads(values @ jax.nn.softmax(scores @ query, axis=-2))
             if k + 1 < self.depth:
-                context = context - values @ jax.nn.softmax(scores @ context, axis=0)
+                context = context - _sum_heads(values @ jax.nn.softmax(scores @ context, axis=-2))
             query = query - query_step
         return start - query[-1]
+
+
+def _sum_heads(x: Array) -> Array:
+    return x if x.ndim == 2 else x.sum(0)
 
 
 def sinusoidal(rows: int, width: int, scale: float = 1.0) -> Array:

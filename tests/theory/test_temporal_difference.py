@@ -106,6 +106,26 @@ def test_softmax_td_is_a_loop_over_points_and_with_a_large_matrix_tabular_td():
     np.testing.assert_allclose(got, np.linalg.solve(eye - 0.5 * eye[following], rewards), rtol=1e-10)
 
 
+def test_two_softmax_heads_take_one_sweep_a_layer():
+    x, x_next, r = transitions(11)
+    W, gamma, rate, N = np.random.default_rng(12).normal(size=(3, 3)), 0.7, 0.5, len(r)
+    W_PV, W_KQ = (np.asarray(a) for a in td.softmax_td_attention(W, gamma, rate, 4))
+    q = np.array([0.3, -1.0, 2.0])
+
+    def predict(query):
+        E = np.vstack([np.column_stack([np.hstack([x, x_next]).T, np.append(query, np.zeros(3))]), np.append(r, 0.0)])
+        for layer in range(4):
+            step = 0
+            for head in range(2):
+                scores = np.exp(E[:, :N].T @ W_KQ[layer, head] @ E)
+                step = step + W_PV[layer, head] @ E[:, :N] @ (scores / scores.sum(0))
+            E = E - step
+        return -E[-1, -1]
+
+    got = predict(q) + gamma / (1 - gamma) * predict(0 * q)
+    np.testing.assert_allclose(got, td.softmax_td(W, x, x_next, r, q[None], gamma, rate, 4)[0], rtol=1e-12)
+
+
 def test_the_odd_floor_is_attained_by_the_odd_part_and_no_odd_predictor_is_below():
     rng = np.random.default_rng(10)
     theta = rng.uniform(-1, 1, size=(400, 2))

@@ -92,6 +92,18 @@ def softmax_td(
     return jax.lax.fori_loop(0, steps, sweep, jnp.zeros(len(points), r.dtype))[2 * N :]
 
 
+def softmax_td_attention(W: Array, gamma: Array | float, rate: Array | float, steps: int) -> tuple[Array, Array]:
+    """W_PV and W_KQ [steps, 2, 2d+1, 2d+1] of softmax attention with two heads whose layers are sweeps of `softmax_td` (ours).
+
+    Columns (x; x') with label r. The heads score with x_i'W x_j and x_i'W x'_j and have the value weights rate and -gamma rate. A
+    query column (q; q') then predicts v(q) - gamma v(q'), so v(q) = yhat(q; 0) + gamma/(1 - gamma) yhat(0; 0).
+    """
+    d = W.shape[0]
+    zero = jnp.zeros((steps, 2, 2 * d + 1, 2 * d + 1), W.dtype)
+    W_PV = zero.at[:, :, -1, -1].set(rate * jnp.array([1.0, -gamma]))
+    return W_PV, zero.at[:, 0, :d, :d].set(W).at[:, 1, :d, d : 2 * d].set(W)
+
+
 def odd_floor(value: Array, negated: Array, weights: Array, center: Array | float = 0.0) -> Array:
     """E[((v(q) + v^-(q))/2 - c(q))^2]: no predictor c + f with f odd in the rewards has a smaller risk (ours).  -> [].
 

@@ -214,6 +214,7 @@ def test_the_cost_is_linear_in_the_number_of_pairs_and_queries():
         (lambda: ReducedAttention(3, A=jnp.eye(2)), r"A must have shape \(3, 3\)"),
         (lambda: SoftmaxAttention(3, positions=jnp.zeros((9, 3))), r"positions must have shape \[P, d\+1\]"),
         (lambda: SoftmaxAttention(3, positions=jnp.zeros((N, 4)))(a_prompt()), "positions must have a row for each of the N = 7"),
+        (lambda: SoftmaxAttention(3, heads=0), "heads must be at least 1; got 0"),
         (lambda: ReducedAttention(4)(a_prompt()), "prompt must have d = 4 features"),
         (lambda: FullAttention(3)(jax.tree.map(lambda a: a[None], a_prompt())), "vmap for more"),
         (lambda: pad(a_prompt(), N + 1), "n must be between 1 and the number of pairs N = 7; got 8"),

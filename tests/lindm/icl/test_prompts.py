@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lindm.icl import label_laws, prompts
-from lindm.icl.attention import FullAttention, ReducedAttention
+from lindm.icl.attention import FullAttention, ReducedAttention, SoftmaxAttention
 from lindm.solvers import rollout as rollouts
 from tests.lindm.mdps import as_mdp
 
@@ -342,3 +342,24 @@ def test_a_prompt_of_transitions_makes_hand_set_layers_batch_td(kind):
         w = w + C[k] @ np.mean([x[i] * (r[i] + gamma * x_next[i] @ w - x[i] @ w) for i in range(n)], axis=0)
     got = layer(prompts.td_prompt(*map(jnp.asarray, (x, x_next, r, q)), gamma))
     np.testing.assert_allclose(got, q @ w, rtol=1e-12)
+
+
+def test_two_softmax_heads_on_a_prompt_of_transitions_are_weighted_td():
+    """Each layer adds to the value of every point the mean of the TD errors, weighted by the softmax of its scores."""
+    rng = np.random.default_rng(5)
+    n, features, depth, gamma, rate = 10, 3, 4, 0.6, 0.4
+    x, x_next, r = rng.normal(size=(n, features)), rng.normal(size=(n, features)), rng.normal(size=n)
+    W, q = rng.normal(size=(features, features)), rng.normal(size=(2, features))
+    layer = SoftmaxAttention(2 * features, depth, heads=2, dtype=jnp.float64)
+    zero = jnp.zeros((depth, 2, 2 * features + 1, 2 * features + 1))
+    layer.W_PV[...] = zero.at[:, 0, -1, -1].set(rate).at[:, 1, -1, -1].set(-gamma * rate)
+    layer.W_KQ[...] = zero.at[:, 0, :features, :features].set(W).at[:, 1, :features, features:-1].set(W)
+    points = np.vstack([x, x_next, q])
+    weight = np.exp(points @ (x @ W).T)
+    weight /= weight.sum(1, keepdims=True)
+    v = np.zeros(len(points))
+    for _ in range(depth):
+        v = v + rate * weight @ (r + gamma * v[n : 2 * n] - v[:n])
+    arrays = map(jnp.asarray, (x, x_next, r, np.vstack([q, np.zeros((1, features))])))
+    *at_q, at_zero = layer(prompts.td_prompt(*arrays, 1.0))  # gamma is in the value weights
+    np.testing.assert_allclose(np.array(at_q) + gamma / (1 - gamma) * at_zero, v[2 * n :], rtol=1e-12)
