@@ -313,10 +313,6 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ratios = np.array([np.array(r["loss"][name]) / np.array(r["loss"]["squares"]) for r in records])
         plot_seeds(left, T, ratios, color)
         left.plot(T, ratios.mean(0), color=color, marker=marker, linestyle=line, label=f"cross-entropy on {named[name]}")
-        relative = np.array([np.array(r["loss"][name]) / np.array(r["loss"]["squares"]) for r in records])
-        plot_seeds(left, T, relative, color)
-        label = f"cross-entropy on {named[name]}"
-        left.plot(T, relative.mean(0), color=color, marker=marker, linestyle=line, label=label)
     left.axhline(1.0, color=BLUE, linewidth=1.6, label="squares on Q")
     set_log_ticks(left, T)
     left.set(xlabel="training tasks T", ylabel="loss of value / loss with squares on Q", title="Equal data: actions or Q?")
