@@ -33,7 +33,7 @@ from lindm_experiments.harness.config import check_counts, check_multiples, chec
 from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED, set_log_ticks
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
-from lindm_experiments.lib import linear_mdps
+from lindm_experiments.lib import attained, linear_mdps
 from lindm_theory import margin as margins
 from lindm_theory import mean_policy, policy_bounds
 from lindm_theory.in_context import risk
@@ -216,7 +216,10 @@ def measure(cfg: Config, point: dict) -> dict:
     loss = losses(rng, family, A, gap, contexts=cfg.contexts, lengths=cfg.M)
     Psi = linear_mdps.pool_moment(jnp.moveaxis(gap[2], 1, 0))
     rungs = [bounds(family, A, Psi, gap, jnp.asarray(float(M))) for M in cfg.M]
+    seed = cfg.base_seed + point["seed"]
     return {
+        "instances": seed,
+        "attained": attained.margin_pairs(seed),
         "M": list(cfg.M),
         "M_free": list(cfg.M_free),
         "seen": (loss > 1e-9).sum((0, 1)),
@@ -262,6 +265,11 @@ def check(records: list[dict]) -> list[Verdict]:
     note = f"smallest gap {min(r['smallest_gap'] for r in records):.2f}; slack: mean-policy bound / loss"
     return [
         mean_verdict("margin", steep, figure="margin", note=note, slack=np.concatenate(slack) if any(map(len, slack)) else None),
+        mean_verdict(
+            "margin/exponent",
+            *attained.ratios(records, *attained.MARGIN),
+            slack=np.concatenate(attained.ratios(records, *attained.MARGIN)),
+        ),
         mean_verdict("margin/floor", stays, figure="margin"),
         mean_verdict("margin/no-gap", free, figure="margin"),
         mean_verdict("margin/no-gap-constant", constant, figure="margin"),

@@ -258,6 +258,36 @@ WITHOUT_ORACLE = (
 )
 
 
+# --- the margin --------------------------------------------------------------------------------------------------------------
+
+
+def _length(rates: Floats, gap: Floats, least: Callable = np.min) -> float:
+    """Pairs for a factor e, from the rates [H, S, A, A] of all pairs of actions."""
+    worse = rates.max(-1)[gap > 0]
+    return float(1 / least(worse))
+
+
+def _margin(
+    mistake: str, names: tuple[str, ...], formula: Callable[[Floats, Floats, Floats], Floats], least: Callable = np.min
+) -> Mutant:
+    def bound(i: Signs) -> float:
+        p = attained.exponents_of(i)
+        positive = np.maximum(p["margin"], 0)
+        with np.errstate(invalid="ignore"):
+            rates = np.where(positive > 0, formula(positive, p["variance"], p["range"]), 0.0)
+        return _length(rates, i.gap, least)
+
+    return _mutant(attained.margin_instances, attained.MARGIN, "margin/exponent", mistake, names, bound)
+
+
+MARGIN = (
+    _margin("without the 2 in the denominator", ("bernstein", "cramer"), lambda m, v, b: m**2 / (v + b * m / 3)),
+    _margin("a tenth too large", ("cramer",), lambda m, v, b: 1.1 * m**2 / (2 * v)),
+    _margin("the largest exponent of the stages", ("bernstein",), lambda m, v, b: m**2 / (2 * (v + b * m / 3)), np.max),
+    _margin("range in place of the variance's root", ("bernstein",), lambda m, v, b: m / (2 * b)),
+)
+
+
 # --- the error of Qhat -------------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +562,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *PER_POLICY,
     *AVERAGES,
     *WITHOUT_ORACLE,
+    *MARGIN,
     *RISK,
     *SHARED,
     *IMITATION,

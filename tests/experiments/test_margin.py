@@ -45,6 +45,7 @@ def _ideal(decay, free=-1.0, constant=1.0, floor=1.0) -> list[dict]:
                 "floor_predicted": 1.0,
                 "no_gap_constant": 1.0,
                 "smallest_gap": 0.5,
+                "attained": {"bernstein": [60.0, 64.0], "cramer": [60.0, 60.1]},
             }
         )
     return copy.deepcopy(records)

@@ -14,10 +14,11 @@ from lindm_experiments.mutants import MUTANTS
 
 @pytest.fixture(scope="module")
 def instances() -> list[dict]:
-    return [{"instances": s, "attained": attained.ladder_pairs(s) | attained.offline_pairs(s)} for s in range(3)]
+    pairs = (attained.ladder_pairs, attained.offline_pairs, attained.margin_pairs)
+    return [{"instances": s, "attained": {k: v for p in pairs for k, v in p(s).items()}} for s in range(3)]
 
 
-BY_INSTANCE = [m for m in MUTANTS if CLAIMS[m.claim].experiment in ("ladder", "bellman_horizon")]
+BY_INSTANCE = [m for m in MUTANTS if CLAIMS[m.claim].experiment in ("ladder", "bellman_horizon", "margin")]
 
 
 @pytest.mark.parametrize("mutant", BY_INSTANCE, ids=lambda m: f"{m.claim}: {m.mistake}")

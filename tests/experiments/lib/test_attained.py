@@ -14,7 +14,7 @@ def instances() -> dict:
 
 
 def test_every_bound_is_above_its_truth_and_attained():
-    for name, (truth, bound) in (attained.ladder_pairs(18) | attained.offline_pairs(18)).items():
+    for name, (truth, bound) in (attained.ladder_pairs(18) | attained.offline_pairs(18) | attained.margin_pairs(18)).items():
         highest = {"expected, noise": 2.1, "expected_tight, noise": 2.1, "radius, rare": 7}.get(name, 1.5)
         assert truth * (1 - 1e-9) <= bound <= highest * truth, name
 
@@ -81,6 +81,14 @@ def test_the_norm_is_reached_with_more_than_the_probability(instances, name):
     moves = rng.binomial(i.M, i.p, 200_000)
     reached = i.e * np.abs(2 * rng.binomial(moves, 0.5) - moves) / i.M >= i.truth * (1 - 1e-9)
     assert i.delta * 0.9 < reached.mean() < 1.35 * i.delta
+
+
+def test_the_decay_is_that_of_a_sum_of_signs():
+    i = attained.decaying(np.random.default_rng(3))
+    share = i.phi[-1, 0, 1] * i.g[0] / i.noise_bound
+    rate = ((1 + share) * np.log1p(share) + (1 - share) * np.log1p(-share)) / 2  # relative entropy to a fair coin
+    np.testing.assert_allclose(1 / i.truth, rate, rtol=6e-3)
+    assert 1 / i.truth >= rate
 
 
 def test_bootstrapped_losses_are_those_of_their_recursions(instances):
