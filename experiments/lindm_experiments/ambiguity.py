@@ -124,8 +124,8 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
 
     `counted` [M, H, S, A] is added up over an episode beside the rewards. Returns `value` [n]; `models` [n, M], the policy's
     value where model m is the truth, and `counts` [n, M] likewise; `alone` [M], the best that model m allows; `whole` and `best`
-    [n], the policy's whole-horizon value and that of the best pure policy; `rises` [n], at how many of the `histories` [n] the
-    value is above that of the attitude before.
+    [n], the policy's whole-horizon value and that of the best pure policy; `rises` and `falls` [n], at how many of the
+    `histories` [n] the value is above or below that of the attitude before.
     """
     models, M = problem.models, problem.num_models
     first = jax.vmap(lambda model: tree.tree(single(model)).Q[0])(models)  # [M, A]
@@ -147,6 +147,7 @@ def sweep(problem: APOMDP, alphas: Array, counted: Array | None = None) -> dict[
             "whole": alpha_maxmin(alpha, model_values, 0),
             "best": alpha_maxmin(alpha, first, 0).max(),
             "rises": (before + ROUNDING * value_span(problem) < V).sum(),
+            "falls": ((before > V + ROUNDING * value_span(problem)) & (before < jnp.inf)).sum(),
             "histories": (V != 0).sum(),  # rewards are positive: only what cannot happen has the value zero
         }
 
@@ -208,6 +209,12 @@ def biopsy_advantage(problem: APOMDP, alphas: Array, beliefs: Array) -> Array:
     return jax.lax.map(lambda K: jax.lax.map(lambda a: over_beliefs(K, a, beliefs), alphas), years)
 
 
+def equal_models(problem: APOMDP) -> APOMDP:
+    """A stack of APOMDPs with the first model in the place of all."""
+    models = jax.tree.map(lambda x: jnp.broadcast_to(x[:, :1], x.shape), problem.models)
+    return replace(problem, models=models)
+
+
 def segments_of_beliefs(rng: np.random.Generator, shape: tuple[int, int], points: int, S: int) -> np.ndarray:
     """Evenly spaced beliefs [*shape, points, S] between random ends."""
     ends = rng.dirichlet(np.ones(S), (*shape, 2))
@@ -236,6 +243,10 @@ def measure(cfg: Config, point: dict) -> dict:
         two = replace(three, models=jax.tree.map(lambda x: x[:2], three.models))
         gaps.append(np.asarray(stagewise_differences(key, three, policies=cfg.policies)) / spans[i])
         values.append([np.asarray(along_segments(problem, alphas, lines[i])) for problem in (two, three)])
+    equal = equal_models(problems)
+    same = np.asarray(sweep_many(equal, alphas)["value"])  # [problems, alphas]
+    short = first_stages(jax.tree.map(lambda x: x[0], problems), 1)
+    still = np.asarray(stagewise_differences(k_policies, short, policies=cfg.policies)) / spans[0]
     bent = [bends(np.array([v[k] for v in values])) for k in (0, 1)]  # [problems, alphas, segments, points - 2]
     gap, convex = np.array(gaps), alphas <= 0.5
     above = np.array([v[1] - np.linspace(v[1][..., 0], v[1][..., -1], cfg.beliefs, axis=-1) for v in values])  # their chords
@@ -245,12 +256,17 @@ def measure(cfg: Config, point: dict) -> dict:
     return {
         "alphas": list(cfg.alphas),
         "rises": int(swept["rises"].sum() + sum(w["rises"] for w in watched)),
+        "falls": int(swept["falls"].sum()),
         "histories": int(swept["histories"][:, 0].sum() + sum(w["histories"] for w in watched)),
         "policies": gap[..., 0].size,
         "wrong_way": int(((gap[..., 0] > ROUNDING) | (gap[..., 1] < -ROUNDING)).sum()),
+        "right_way": int(((gap[..., 0] < -ROUNDING) | (gap[..., 1] > ROUNDING)).sum()),
         "price": [float(gap[..., k].mean()) for k in (0, 1)],
         "triples": bent[0][:, convex].size,
         "concave_triples": int((bent[0][:, convex] < -ROUNDING).sum()),
+        "straight_triples": int((np.abs(bent[0][:, convex]) <= ROUNDING).sum()),
+        "concave_anywhere": [int((bent[0] < -ROUNDING).sum()), int((bent[1][:, convex] < -ROUNDING).sum())],
+        "equalities": [float((np.ptp(same, axis=1) / spans).max()), float(np.abs(still).max())],
         "problems": cfg.problems,
         "not_convex": [(x < -ROUNDING).any((2, 3)).sum(0).tolist() for x in bent],
         "example": above[problem_index, :, segment].tolist(),  # where the attitude bends the value most
@@ -313,8 +329,10 @@ def check(records: list[dict]) -> list[Verdict]:
             total["concave_triples"],
             total["triples"],
             "convexity",
+            f"equality, as along a segment without a kink, in {total['straight_triples'] / total['triples']:.0%} of the triples; "
             f"at alpha = 1 the value of {two[-1]} of {total['problems']} APOMDPs with two models is not convex",
         ),
+        mean_verdict("ambiguity/attained", *np.transpose([r["equalities"] for r in seeded]), figure="criteria"),
         none_of(
             "ambiguity/not-convex",
             three[-1],

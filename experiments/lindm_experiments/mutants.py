@@ -365,6 +365,46 @@ RISK = (
 )
 
 
+# --- ambiguity and certified bounds ------------------------------------------------------------------------------------------
+
+
+def _seeded(claim: str, mistake: str, change: Callable[[dict], None]) -> Mutant:
+    """A change of the counts in the record of every seed."""
+
+    def change_all(records: list[dict]) -> None:
+        for record in records:
+            if "seed" in record["point"]:
+                change(record)
+
+    return Mutant(claim=claim, mistake=mistake, change=change_all)
+
+
+def _count(field: str, value: Callable[[dict], int]) -> Callable[[dict], None]:
+    return lambda record: record.update({field: value(record)})
+
+
+def _each_method(field: str, source: str, wrong: Callable[[Floats], NDArray[np.bool_]]) -> Callable[[dict], None]:
+    """Counts of violations [problems, efforts] of every method, 1 where `source` says that the wrong bound is violated."""
+
+    def change(record: dict) -> None:
+        for method in record["methods"].values():
+            method[field] = wrong(np.array(method[source])).astype(int).tolist()
+
+    return change
+
+
+AMBIGUOUS = (
+    _seeded("ambiguity/monotone", "min and max exchanged", _count("rises", lambda r: r["falls"])),
+    _seeded("ambiguity/stagewise", "worst and best case exchanged", _count("wrong_way", lambda r: r["right_way"])),
+    _seeded("ambiguity/convex", "for every attitude", _count("concave_triples", lambda r: r["concave_anywhere"][0])),
+    _seeded("ambiguity/convex", "for three models", _count("concave_triples", lambda r: r["concave_anywhere"][1])),
+    _seeded("ambiguity/convex", "strictly convex", _count("concave_triples", lambda r: r["straight_triples"])),
+    _seeded("belief-bounds", "upper bounds a tenth of the width lower", _each_method("violated", "above", lambda x: x < 0.1)),
+    _seeded("belief-bounds", "lower bounds a tenth of the width higher", _each_method("violated", "below", lambda x: x < 0.1)),
+    _seeded("belief-bounds/labels", "half of the stated loss", _each_method("misled", "share", lambda x: x > 0.5)),
+)
+
+
 # --- one prompt for all stages -------------------------------------------------------------------------------------------------
 
 
@@ -564,6 +604,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *WITHOUT_ORACLE,
     *MARGIN,
     *RISK,
+    *AMBIGUOUS,
     *SHARED,
     *IMITATION,
     *MAXIMUM,

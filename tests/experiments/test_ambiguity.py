@@ -143,7 +143,7 @@ def _many(records: list[dict]) -> list[dict]:
 
 def test_verdicts_follow_the_records_and_every_mutant_turns_one(records):
     good = [v.verdict for v in ambiguity.check(_many(records))]
-    assert good == [PASS, PASS, PASS, FAIL, FAIL, PASS, PASS]
+    assert good == [PASS, PASS, PASS, PASS, FAIL, FAIL, PASS, PASS]
 
     def verdict(claim: str, change) -> str:
         mutants = _many(records)
@@ -154,6 +154,7 @@ def test_verdicts_follow_the_records_and_every_mutant_turns_one(records):
     assert verdict("monotone", lambda r: r.update(rises=1)) == FAIL
     assert verdict("stagewise", lambda r: r.update(wrong_way=1)) == FAIL
     assert verdict("convex", lambda r: r.update(concave_triples=1)) == FAIL
+    assert verdict("attained", lambda r: r.update(equalities=[1e-8, 0.0])) == FAIL
     assert verdict("not-convex", lambda r: r.update(not_convex=[[0] * 3] * 2, problems=4000)) == PASS
     assert verdict("whole-horizon", lambda r: r.update(loss=[[0.0] * 3] * 4000, problems=4000)) == PASS
     assert verdict("whole-horizon-loss", lambda r: r.update(loss=[[0.02 + 0.001 * r["point"]["seed"]] * 3])) == FAIL

@@ -115,13 +115,30 @@ def _many(records: list[dict]) -> list[dict]:
 
 
 def test_verdicts_follow_the_records(records):
-    assert [v.verdict for v in belief_bounds.check(_many(records))] == [PASS] * 4
+    assert [v.verdict for v in belief_bounds.check(_many(records))] == [PASS] * 5
     mutants = _many(records)
     for i, r in enumerate(mutants[:5]):
         for method in r["methods"].values():
             method["width"] = [[0.1 + 1e-3 * i] * len(row) for row in method["width"]]
             method["certified"] = [[0.5 + 1e-3 * i] * len(row) for row in method["certified"]]
-    assert [v.verdict for v in belief_bounds.check(mutants)] == [PASS, PASS, FAIL, FAIL]
+            method["below"] = [[0.2 + 1e-3 * i] * len(row) for row in method["below"]]
+    assert [v.verdict for v in belief_bounds.check(mutants)] == [PASS, PASS, FAIL, FAIL, FAIL]
+
+
+def test_the_distances_to_the_bounds_are_those_of_numpy(seen):
+    ambiguous, _ = seen
+    tables, _ = belief_bounds.solved_by_net(ambiguous.problem, 16)
+    bounds = {k: np.asarray(v) for k, v in belief_bounds.bounds_at(ambiguous.problem, tables, ambiguous.beliefs).items()}
+    found = belief_bounds.compare_bounds(ambiguous, bounds)
+    scale, above, share = float(apomdps.value_span(ambiguous.problem)), 1.0, 0.0
+    for where in np.ndindex(ambiguous.Q.shape):
+        low, high, q = bounds["lower"][where], bounds["upper"][where], ambiguous.Q[where]
+        if high - low > 1e-6 * scale:
+            above = min(above, (high - q) / (high - low))
+        best, regret = ambiguous.Q[where[:2]].max(), bounds["regret"][where[:2]]
+        if where[2] == bounds["action"][where[:2]] and regret > 1e-6 * scale:
+            share = max(share, (best - q) / regret)
+    np.testing.assert_allclose([found["above"], found["share"]], [above, share], rtol=1e-9)
 
 
 def test_bounds_moved_inwards_and_labels_of_another_action_are_refuted(monkeypatch):
