@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm_experiments.harness.verify import run_experiment as run_experiment
     from lindm_experiments.harness.verify import verify as verify
     from lindm_experiments.toolkit import theory as theory
+    from lindm_experiments.toolkit.layers import measure_ladder as measure_ladder
+    from lindm_experiments.toolkit.layers import measure_risk as measure_risk
 
 _DEFINED = {
     "lindm.api.benchmarks": ("benchmark",),
@@ -60,6 +62,7 @@ _DEFINED = {
     "lindm_experiments.harness.public": ("redraw", "report"),
     "lindm_experiments.harness.mutants": ("verify_mutants",),
     "lindm_experiments.harness.verify": ("run_experiment", "verify"),
+    "lindm_experiments.toolkit.layers": ("measure_ladder", "measure_risk"),
     "lindm.types": ("APOMDP", "LinearMDP", "MDP", "POMDP"),
 }
 # name -> module, or module:attribute, where it is defined

@@ -104,7 +104,7 @@ def action_values(family: MDPFamily, A: Array, S: Array) -> Array:
 
 
 @lru_cache
-def _pool_draw(n: int, batch: int, queries: int) -> Callable:
+def pool_draw(n: int, batch: int, queries: int) -> Callable:
     """The draw function of one set of sizes: the same object on every call, so that nothing compiles twice."""
 
     def draw(key: Array, family: MDPFamily, pool: Array, sigma: Array):
@@ -135,7 +135,7 @@ def trained_layers(
     repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (H, *x.shape)), (family_, sigma_))
     layers, _ = train_many(
         ReducedAttention(d),
-        _pool_draw(N, batch, queries),
+        pool_draw(N, batch, queries),
         jax.random.split(key, H),
         steps=steps,
         data=(repeated[0], pool_, repeated[1]),

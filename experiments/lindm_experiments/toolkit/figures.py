@@ -12,11 +12,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lindm.errors import StorageError
 from lindm.evaluation.environments import double_precision
-from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, MARKERS, ORANGE, SEQUENTIAL, STYLE, file_backend
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    COLORS,
+    EXACT,
+    GRAY,
+    MARKERS,
+    ORANGE,
+    RED,
+    SEQUENTIAL,
+    STYLE,
+    file_backend,
+)
 from lindm_experiments.toolkit.risks import Risk, balance_lengths, risk_grid
 
 if TYPE_CHECKING:
-    pass
+    from lindm_experiments.toolkit.layers import MeasuredLadder, MeasuredRisk
 
 GRID = 60  # lengths of each axis of a contour plot
 
@@ -83,4 +95,47 @@ def risk_figure(table: Risk) -> Figure:
         plain_log(axis)
     source = "exact moments" if table.samples is None else f"moments estimated from {table.samples} samples"
     figure.suptitle(f"Risk of the trained layer: {table.law}, d = {len(Lambda)}, {source}", x=0.01, ha="left")
+    return figure
+
+
+def measured_risk_figure(result: "MeasuredRisk") -> Figure:
+    """The risk of a layer of one's own along M: seeds, their interval, the exact risk of A_N and its two parts."""
+    exact, lengths = result.exact, result.exact.test_lengths
+    M = _span(lengths)
+    with double_precision():
+        arrays = [jnp.asarray(a) for a in (exact.covariance, exact.fourth_moment, exact.task_covariance)]
+        parts = risk_grid(*arrays, exact.noise, jnp.asarray(exact.train_lengths, float), jnp.asarray(M))
+    figure, axis = pyplot.subplots()
+    axis.plot(M, parts.total[0], color=BLUE, label="exact risk of the linear layer", **EXACT)
+    axis.plot(M, parts.estimation[0], color=GRAY, marker="", linestyle=":", label="its estimation error")
+    axis.plot(M, parts.bias[0], color=GRAY, marker="", linestyle="-.", label="its training-length bias")
+    axis.plot(lengths, result.measured.T, color=RED, alpha=0.3, markersize=3, marker="o", linestyle="none")
+    spread = np.abs(result.interval.T - result.mean[None])
+    axis.errorbar(lengths, result.mean, spread, color=RED, marker="o", linestyle="none", capsize=3, label="this layer, measured")
+    axis.set(xlabel="pairs in a test prompt M", ylabel="risk")
+    axis.set_title(f"{exact.law}, d = {len(exact.covariance)}, N = {exact.train_lengths[0]}, {len(result.measured)} seeds")
+    axis.legend(fontsize=8)
+    plain_log(axis)
+    return figure
+
+
+def ladder_figure(result: "MeasuredLadder") -> Figure:
+    """The exact loss and every bound as a bar on a logarithmic axis, seeds as ticks."""
+    names = list(result.values)
+    seeds = np.array([result.values[name].mean(1) for name in names])
+    figure, axis = pyplot.subplots(figsize=(7.2, 3.2))
+    means = seeds.mean(1)
+    left = means[means > 0].min() / 3
+    for i, name in enumerate(names):
+        axis.barh(i, max(means[i] - left, 0), left=left, color=BLUE if name == "suboptimality" else GRAY, height=0.66)
+        axis.plot(seeds[i], np.full(seeds.shape[1], i), "|", color="black", markersize=8, alpha=0.6)
+        axis.text(max(seeds[i].max(), left) * 1.1, i, f"{means[i]:.3g}  ×{means[i] / means[0]:.3g}", va="center", fontsize=8)
+    axis.set(xscale="log", xlim=(left, seeds.max() * 4), xlabel="loss of the policy and its bounds")
+    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axis.grid(axis="y", visible=False)
+    axis.invert_yaxis()
+    tasks = result.values["suboptimality"].shape[1]
+    figure.suptitle(
+        f"Exact suboptimality and the bounds above it ({seeds.shape[1]} seeds, {tasks} tasks each)", x=0.01, ha="left"
+    )
     return figure

@@ -150,6 +150,13 @@ def moments_of(law: FeatureLaw, Psi: Array | None, samples: int, seed: int) -> M
     return sampled_moments(jnp.asarray(x, float), Psi, seed, None if known is None else jnp.asarray(known, float))
 
 
+def name_of(law: FeatureLaw) -> str:
+    """gaussian for a mixture of one centered row, else the name of its class."""
+    if isinstance(law, Mixture) and len(law.design) == 1 and not np.any(law.phi):
+        return "gaussian"
+    return type(law).__name__
+
+
 def _law(covariance: ArrayLike | None, law: NamedLaw | FeatureLaw, features: ArrayLike | None) -> tuple[str, FeatureLaw | Array]:
     """Name of the law, and the law or the samples of it."""
     if features is not None or not isinstance(law, str):
@@ -159,7 +166,7 @@ def _law(covariance: ArrayLike | None, law: NamedLaw | FeatureLaw, features: Arr
         if features is None:
             if not callable(getattr(law, "sample", None)):
                 raise UsageError(f"law must be one of {', '.join(LAWS)}, or have a method sample(key, shape); got {law!r}")
-            return type(law).__name__, law  # pyright: ignore
+            return name_of(law), law  # pyright: ignore
         if law != "gaussian":
             raise UsageError(f"law does not apply to features; got {law!r}")
         x = validate.shaped(validate.finite(features, "features"), (None, None), "features", "n, d")

@@ -10,7 +10,11 @@ import lindm as ld
 
 @pytest.mark.parametrize(
     "name",
-    ["lindm.icl.feature_laws", *(f"lindm_experiments.toolkit.{module}" for module in ("theory", "risks", "rungs"))],
+    [
+        "lindm.icl.feature_laws",
+        *(f"lindm_experiments.toolkit.{module}" for module in ("theory", "risks", "rungs")),
+        pytest.param("lindm_experiments.toolkit.layers", marks=pytest.mark.slow),
+    ],
 )
 def test_the_examples_of_a_module_run(name):
     result = doctest.testmod(importlib.import_module(name), extraglobs={"ld": ld})
