@@ -152,17 +152,22 @@ def _to_go(x: Array) -> Array:
 
 @jax.jit
 def losses_and_bounds(mdps, plans, Q: Array, by_oracle: Array) -> dict[str, Array]:
-    """For every test task and horizon 1..H, all [tasks, H]: exact loss of both policies, and the bounds on the first."""
+    """For every test task and horizon 1..H, all [tasks, H]: exact loss of both policies, and the bounds on the first; and the
+    decomposition of its loss at the full horizon, `identity` [tasks]."""
 
     def one(mdp, plan, Q: Array, by_oracle: Array) -> dict[str, Array]:
         def loss(q: Array) -> Array:
             return ((plan.V - policy_value(mdp, greedy(q))) @ mdp.rho)[::-1]
 
         residual = offline.bellman_residual(mdp.P, mdp.r, Q)
+        pihat = greedy(Q)
+        visits, own_visits = occupancy(mdp, plan.pi), occupancy(mdp, pihat)
+        star, own, greed = offline.suboptimality_decomposition(residual, Q, visits, plan.pi, own_visits, pihat)
         e = jnp.abs(residual).max((1, 2))
         span = residual.max((1, 2)) - residual.min((1, 2))
         return {
             "bellman": loss(Q),
+            "identity": star - own - greed,
             "oracle": loss(by_oracle),
             "error": _to_go(e) / jnp.arange(1, len(e) + 1),
             "span": _to_go(span),
@@ -192,7 +197,8 @@ def measure(cfg: Config, point: dict) -> dict:
         # the horizons of one task are not independent of each other: a task counts once
         "violations": {
             name: int((out["bellman"] > out[name] + tolerance).any(1).sum()) for name in ("span", "linear", "quadratic")
-        },
+        }
+        | {"identity": int((jnp.abs(out["bellman"][:, -1] - out["identity"]) > tolerance[:, -1]).sum())},
         "pessimism": {
             "violations": int((pessimistic > covered + tolerance[:, -1]).sum()),
             "loss": float(pessimistic.mean()),

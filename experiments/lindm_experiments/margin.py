@@ -30,7 +30,7 @@ from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, 
 from lindm.solvers.dp import occupancy, policy_value
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, RED, SEED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, PURPLE, RED, SEED, set_log_ticks
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
@@ -178,6 +178,20 @@ def floor_and_margins(family: MDPFamily, A: Array, tasks) -> tuple[Array, Array]
 
 
 @jax.jit
+def margin_bounds(family: MDPFamily, A: Array, tasks, M: Array) -> Array:
+    """Mean over tasks of Theorem 5's bound H (A - 1) max(gap) exp(-r M), r the least Bernstein exponent; M [m] -> [m]."""
+
+    def one(task) -> Array:
+        _, plan, w = task
+        gap = plan.V[..., None] - plan.Q
+        moments = mean_policy.difference_moments(family.phi, A, w, family.design)
+        H, _, actions = gap.shape
+        return H * (actions - 1) * gap.max() * jnp.exp(-mean_policy.decay_exponent(gap, *moments) * M)
+
+    return jax.vmap(one)(tasks).mean(0)
+
+
+@jax.jit
 def bounds(family: MDPFamily, A: Array, Psi: Array, tasks, M: Array) -> tuple[Array, Array]:
     """Mean over tasks of the mean-policy rung (exponential in M), and rung 4 (M^-1/2)."""
 
@@ -215,6 +229,7 @@ def measure(cfg: Config, point: dict) -> dict:
     rng = np.random.default_rng(np.asarray(jax.random.key_data(k_test)))
     loss = losses(rng, family, A, gap, contexts=cfg.contexts, lengths=cfg.M)
     Psi = linear_mdps.pool_moment(jnp.moveaxis(gap[2], 1, 0))
+    far = (*cfg.M_free, 16 * cfg.M_free[-1])  # a flip by a small margin needs long contexts to show
     rungs = [bounds(family, A, Psi, gap, jnp.asarray(float(M))) for M in cfg.M]
     seed = cfg.base_seed + point["seed"]
     return {
@@ -222,15 +237,17 @@ def measure(cfg: Config, point: dict) -> dict:
         "attained": attained.margin_pairs(seed),
         "M": list(cfg.M),
         "M_free": list(cfg.M_free),
+        "M_floor": list(far),
         "seen": (loss > 1e-9).sum((0, 1)),
         "N": cfg.N,
         "N_small": cfg.N_small,
         "curves": {
             "gap": loss.mean((0, 1)),
             "no gap": losses(rng, family, limit, some, contexts=1, lengths=cfg.M_free).mean((0, 1)),
-            "floor": losses(rng, family, A_small, flipped, contexts=64, lengths=cfg.M_free).mean((0, 1)),
+            "floor": losses(rng, family, A_small, flipped, contexts=64, lengths=far).mean((0, 1)),
             "mean policy": [float(tail) for tail, _ in rungs],
             "rung 4": [float(moments) for _, moments in rungs],
+            "theorem 5": margin_bounds(family, A, gap, jnp.asarray(cfg.M, float)),
         },
         "smallest_gap": jax.vmap(policy_bounds.strict_gap)(gap[1].Q).min(),
         "exponent": exponents(family, A, gap).mean(),
@@ -290,7 +307,11 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         return mean
 
     draw(left, M, "gap", BLUE, "measured, tasks with a gap")
-    for name, color, label in (("mean policy", GREEN, "mean-policy bound"), ("rung 4", GRAY, "rung 4, the bound on averages")):
+    for name, color, label in (
+        ("mean policy", GREEN, "mean-policy bound"),
+        ("theorem 5", PURPLE, "one exponent for all states (Theorem 5)"),
+        ("rung 4", GRAY, "rung 4, the bound on averages"),
+    ):
         left.plot(M, np.mean([r["curves"][name] for r in records], 0), color=color, label=label, **BOUND)
     left.set(
         yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="With an action gap: exponential in M"
@@ -300,9 +321,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     law = np.mean([r["no_gap_constant"] for r in records]) / np.array(free)
     right.plot(free, law, color=GRAY, label="f(0) s²/(4M), summed over states", **BOUND)
     right.plot(free, law[0] * (free[0] / np.array(free)) ** 0.5, color=GRAY, label="slope -1/2", linestyle=":", marker="")
-    draw(right, free, "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}", "s")
+    draw(right, first["M_floor"], "floor", RED, f"measured, tasks that the bias flips at N = {first['N_small']}", "s")
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")
     right.set(yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; flipped action: a floor")
-    set_log_ticks(right, free)
-    right.legend(fontsize=8, loc="lower left")
+    set_log_ticks(right, first["M_floor"])
+    right.legend(fontsize=8, loc="center right")
     return {"margin": figure}

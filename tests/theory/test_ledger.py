@@ -1,6 +1,13 @@
+"""The ledger's columns are true: functions and tests exist, and experiments call what their rows name."""
+
+import ast
 import importlib
 import re
+import tomllib
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 LEDGER = (ROOT / "theory" / "README.md").read_text()
@@ -25,3 +32,111 @@ def test_the_theory_imports_jax_and_the_standard_library_only():
         heads = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
         assert set(heads) <= {"jax", "lindm_theory", "collections", "dataclasses", "math"}, path.name
         assert "jax.random" not in path.read_text(), path.name
+
+
+# --- which theory functions an experiment calls, from the sources
+
+Function = tuple[str, str]  # module of lindm_theory, name
+THEORY, EXPERIMENTS = ROOT / "theory" / "lindm_theory", ROOT / "experiments" / "lindm_experiments"
+
+
+def imported(path: Path) -> tuple[ast.Module, dict[str, str], dict[str, Function], set[str]]:
+    """(tree, names of theory modules, names of theory functions, experiment modules) that a file imports."""
+    tree, modules, functions, files = ast.parse(path.read_text()), {}, {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                if node.module == "lindm_theory":
+                    modules[name.asname or name.name] = name.name
+                elif node.module.startswith("lindm_theory."):
+                    functions[name.asname or name.name] = (node.module.split(".")[1], name.name)
+                elif node.module.startswith("lindm_experiments"):
+                    files |= {node.module, f"{node.module}.{name.name}"}
+    return tree, modules, functions, files
+
+
+def called(node: ast.AST, modules: dict[str, str], functions: dict[str, Function]) -> set[Function]:
+    """The theory functions that the code below `node` names."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in modules:
+            found.add((modules[part.value.id], part.attr))
+        if isinstance(part, ast.Name) and part.id in functions:
+            found.add(functions[part.id])
+    return found
+
+
+def reached(start, graph) -> set:
+    seen, left = set(), list(start)
+    while left:
+        if (one := left.pop()) not in seen:
+            seen.add(one)
+            left += graph.get(one, ())
+    return seen
+
+
+@cache
+def theory() -> dict[Function, set[Function]]:
+    """What each theory function calls; a name that a module imports from another one stands for the function there."""
+    graph: dict[Function, set[Function]] = {}
+    for path in THEORY.glob("*.py"):
+        tree, modules, functions, _ = imported(path)
+        graph |= {(path.stem, name): {there} for name, there in functions.items()}
+        parts = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        own = {n.name: (path.stem, n.name) for n in parts}
+        graph |= {(path.stem, n.name): called(n, modules, functions | own) - {(path.stem, n.name)} for n in parts}
+    return graph
+
+
+def public() -> set[Function]:
+    trees = {path.stem: ast.parse(path.read_text()) for path in THEORY.glob("*.py")}
+    return {(m, n.name) for m, tree in trees.items() for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"}
+
+
+@cache
+def used() -> dict[str, set[Function]]:
+    """The theory functions that each file of the experiments calls, and through the files of lib that it imports."""
+    names, files = {}, {}
+    for path in EXPERIMENTS.rglob("*.py"):
+        module = ".".join(("lindm_experiments", *path.relative_to(EXPERIMENTS).with_suffix("").parts))
+        tree, modules, functions, files[module] = imported(path)
+        names[module] = called(tree, modules, functions)
+    lib = {module: {f for f in there if f.startswith("lindm_experiments.lib.")} for module, there in files.items()}
+    out = {}
+    for module in names:
+        direct = set().union(*(names.get(f, set()) for f in reached([module], lib)))
+        out[module.removeprefix("lindm_experiments.")] = reached(direct, theory())
+    return out
+
+
+CLAIMS = {c["id"]: c["experiment"] for c in tomllib.loads((EXPERIMENTS / "claims.toml").read_text())["claim"]}
+MODULES = {path.stem for path in THEORY.glob("*.py")}
+ROWS = [cells for line in LEDGER.splitlines() if len(cells := line.split(" | ")) == 6 and "`" in cells[2]]
+
+
+def functions_of(text: str) -> set[Function]:
+    return {f for f in re.findall(r"`(\w+)\.(\w+)`", text) if f[0] in MODULES}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[" ".join(re.findall(r"\w+", cells[0])[:6]) for cells in ROWS])
+def test_the_experiments_of_a_row_call_its_functions(row):
+    claims = [c for c in re.findall(r"`([\w/-]+)`", row[4]) if c in CLAIMS]
+    if "test only" in row[4]:
+        return
+    assert claims or not functions_of(row[2]), "name a claim, or write: test only"
+    together = set().union(*(used()[CLAIMS[c]] for c in claims))
+    assert functions_of(row[2]) <= together
+
+
+def test_a_function_that_no_experiment_calls_is_marked_test_only():
+    marked = set().union(*(functions_of(line) for line in LEDGER.splitlines() if "test only" in line))
+    by_experiments = set().union(*(used()[experiment] for experiment in set(CLAIMS.values())))
+    assert public() - by_experiments - marked == set()
+    listed = next(line for line in LEDGER.splitlines() if line.startswith("Further functions"))
+    assert functions_of(listed) & by_experiments == set()
+
+
+def test_every_proved_row_has_a_test():
+    for line in LEDGER.splitlines():
+        if line.startswith("| ") and re.search(r"\| (proved|tightened|corrected|refuted)", line):
+            assert "`test_" in line, line
