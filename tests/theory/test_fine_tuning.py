@@ -3,7 +3,9 @@
 # pyright: reportArgumentType=false
 
 import itertools
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import scipy.linalg
 
 from lindm_theory import fine_tuning as tuning
 from lindm_theory import gradient_flow as flow
-from lindm_theory import in_context
+from lindm_theory import in_context, robustness
 from lindm_theory.moments import design_fourth
 
 N = 5
@@ -71,7 +73,7 @@ def test_all_weights_follow_the_balanced_field_to_the_new_optimum(case):
     np.testing.assert_allclose(tuning.balanced_field(c.A0, c.B1, c.C1, c.Lq), (u * dU + du * U).T, rtol=1e-9, atol=1e-12)
     assert c.risk(c.A0, 1) < c.risk(0 * c.A0, 1)
     step = 0.2 / (np.linalg.norm(c.A0) * np.linalg.norm(c.B1, 2) * np.linalg.norm(c.Lq, 2) + 1)
-    path_U, path_u = flow.integrate(U, u, c.B1, c.C1, c.Lq, step=step, steps=100_000)
+    path_U, path_u = flow.integrate(U, u, c.B1, c.C1, c.Lq, step=step, steps=80_000)
     end = np.asarray(path_u[-1] * path_U[-1].T)
     assert c.risk(end, 1) - c.risk(c.A1, 1) < 1e-3 * (c.risk(c.A0, 1) - c.risk(c.A1, 1))
     np.testing.assert_allclose(flow.conserved(path_U[-1], path_u[-1]), 0.0, atol=1e-6)
@@ -277,9 +279,90 @@ def test_forgetting_with_few_new_tasks_follows_its_first_order(case):
         Z = E @ L - A @ (second_moment(c.D, E) - noise / N)
         return 2 * np.trace(c.Lq @ Z @ inverse @ c.B0 @ (A - c.A0).T)  # of mean zero: subtracting it removes most of the variance
 
-    draws = [x[rng.integers(0, len(x), T)].mean(0) for _ in range(3000)]
+    draws = [x[rng.integers(0, len(x), T)].mean(0) for _ in range(1500)]
     values = np.array([forgetting(P) - first_order(P - Psi) for P in draws])
     error = values.std() / np.sqrt(len(values))
     measured = T * (values.mean() - forgetting(Psi))
     assert abs(measured - coefficient) < 4 * T * error + 0.15 * abs(coefficient)
     assert abs(coefficient) > 4 * T * error  # the comparison can fail
+
+
+@jax.jit
+def _correction(phi, weights, Lambda, noise, Lq, A0, B0, tasks, times):
+    fourth = partial(design_fourth, phi, weights)
+    return tuning.few_task_correction(A0, B0, tasks, Lambda, fourth, N, Lq, times, noise)
+
+
+def correction(c, tasks, times, length=300):
+    """One compiled program for all tests."""
+    padded = np.append(times, np.full(length - len(times), times[-1]))
+    both = _correction(c.D.phi, c.D.weights, c.D.Lambda, c.D.noise, c.Lq, c.A0, c.B0, tasks, padded)
+    return [np.asarray(part)[: len(times)] for part in both]
+
+
+def slowest(c):
+    return np.linalg.eigvalsh(c.Lq)[0] * np.linalg.eigvalsh(c.B1)[0]
+
+
+def gaussian_tasks(c, seed, number=100):
+    w = np.random.default_rng(seed).normal(size=(number, 3))
+    w = np.linalg.solve(np.linalg.cholesky(w.T @ w / number), w.T).T @ np.linalg.cholesky(c.Psi1).T
+    return w  # their second moment is Psi_1
+
+
+def test_the_correction_of_few_tasks_at_every_time_is_that_of_many_small_sets(case):
+    c = case(0)
+    tasks, times = gaussian_tasks(c, 0), np.array([0.02, 0.2, 1.0]) / slowest(c)
+    x, T = np.einsum("pi,pj->pij", tasks, tasks), 100
+    queries, P = np.linalg.eigh(c.Lq)
+
+    def risks(Psi):
+        B, C = second_moment(c.D, Psi), c.D.Lambda @ Psi
+        A = C.T @ np.linalg.inv(B)
+        out = []
+        for t in times:
+            rows = [scipy.linalg.expm(-t * q * B) for q in queries]
+            path = A + P @ np.stack([row @ e for row, e in zip(P.T @ (c.A0 - A), rows, strict=True)])
+            out.append([np.trace(c.Lq @ (path - Z) @ M @ (path - Z).T) for Z, M in ((c.A1, c.B1), (c.A0, c.B0))])
+        return np.array(out)
+
+    rng = np.random.default_rng(5)
+    # every set with its mirror image about Psi_1: what is odd in the deviation cancels
+    deviations = [x[rng.integers(0, len(x), T)].mean(0) - c.Psi1 for _ in range(200)]
+    values = np.array([(risks(c.Psi1 + E) + risks(c.Psi1 - E)) / 2 - risks(c.Psi1) for E in deviations])
+    measured, error = T * values.mean(0), T * values.std(0) / np.sqrt(len(values))
+    exact = np.stack(correction(c, tasks, times), axis=1)
+    assert np.all(np.abs(measured - exact) < 4 * error + 0.05 * np.abs(exact))
+    assert np.all(np.abs(exact) > 3 * error)  # the comparison can fail
+
+
+def test_the_correction_tends_to_the_constants_of_the_optimum_of_few_tasks_which_may_forget_less(case):
+    signs = []
+    for seed in (0, 1):
+        c = case(seed)
+        tasks = gaussian_tasks(c, seed)
+        new, old = correction(c, tasks, np.array([30.0]) / slowest(c))
+        forgotten = tuning.few_task_forgetting(c.A0, c.B0, tasks, c.D.Lambda, c.fourth, N, c.Lq, c.D.noise)
+        np.testing.assert_allclose(old[0], forgotten, rtol=1e-6)
+        scores = [robustness.few_task_score(c.A1, np.outer(w, w) - c.Psi1, c.D.Lambda, c.fourth, N) for w in tasks]
+        learned = np.mean([np.trace(c.Lq @ Z @ np.linalg.solve(c.B1, Z.T)) for Z in scores])
+        np.testing.assert_allclose(new[0], learned, rtol=1e-6)
+        signs.append(np.sign(old[0]))
+    assert signs == [1, -1]
+
+
+def test_the_best_stopping_time_grows_as_the_logarithm_of_the_tasks_or_there_is_none(case):
+    """To first order in 1/T: it is finite where c_1 comes to its limit from below, and none where it comes from above."""
+    for seed, below in ((11, True), (10, False)):
+        c = case(seed)
+        r = slowest(c)
+        times = np.linspace(0.02, 24, 300) / r
+        new, _ = correction(c, gaussian_tasks(c, seed), times)
+        assert np.all((new[-200:-120] < new[-1]) == below)
+        learned = np.array([c.risk(A, 1) for A in np.asarray(tuning.reduced_path(c.A0, c.B1, c.C1, c.Lq, jnp.asarray(times)))])
+        best = [times[np.argmin(learned - c.risk(c.A1, 1) + new / T)] * r for T in (1e3, 1e5)]
+        if below:
+            assert best[1] < 20
+            assert 0.5 * np.log(100) < best[1] - best[0] < 2 * np.log(100)
+        else:
+            assert min(best) > 20

@@ -201,3 +201,45 @@ def few_task_forgetting(
         return jnp.trace(Lambda_q @ first @ B0 @ first.T) - 2.0 * jnp.trace(first @ D @ pull)
 
     return jnp.mean(jax.vmap(cost)(tasks))
+
+
+def few_task_correction(
+    A0: Array,
+    B0: Array,
+    tasks: Array,
+    Lambda: Array,
+    fourth: Callable[[Array], Array],
+    N: Number,
+    Lambda_q: Array,
+    times: Array,
+    noise: Array | None = None,
+) -> tuple[Array, Array]:
+    """c_1(t), c_0(t): E over T new tasks of what is left to learn, and forgotten, is that of the law + c(t)/T + o(1/T) (ours).
+
+    T tasks drawn from `tasks` [P, d]; reduced flow; times [K] -> two [K]. c(t) = E d^2/de^2 f_t(Psi_1 + e (w w' - Psi_1)) / 2 at
+    e = 0, as the first derivative has mean zero. c begins with t^2, a gain with t: few tasks cost little at first. As t grows c_1
+    and c_0 tend to `robustness.few_task_coefficient` and `few_task_forgetting`. B must have distinct eigenvalues.
+    """
+    Psi = tasks.T @ tasks / len(tasks)
+    B1 = context_second_moment(Lambda, Psi, fourth(Psi), N, noise)
+    A1 = solve_normal_equations(Lambda @ Psi, B1)
+
+    def excess(path: Array, A: Array, B: Array) -> Array:
+        return jnp.einsum("ij,tjk,kl,til->t", Lambda_q, path - A[None], B, path - A[None])
+
+    def risks(P: Array) -> tuple[Array, Array]:
+        B = context_second_moment(Lambda, P, fourth(P), N, noise)
+        path = reduced_path(A0, B, Lambda @ P, Lambda_q, times)
+        return excess(path, A1, B1), excess(path, A0, B0)
+
+    def second(w: Array) -> tuple[Array, Array]:
+        X = jnp.outer(w, w) - Psi
+
+        def slope(e: Array) -> tuple[Array, Array]:
+            return jax.jvp(lambda a: risks(Psi + a * X), (e,), (jnp.ones_like(e),))[1]
+
+        zero = jnp.zeros((), Psi.dtype)
+        return jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
+
+    new, old = jax.vmap(second)(tasks)
+    return jnp.mean(new, axis=0) / 2, jnp.mean(old, axis=0) / 2
