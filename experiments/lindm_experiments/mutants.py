@@ -365,6 +365,20 @@ RISK = (
 )
 
 
+# --- Bayes ---------------------------------------------------------------------------------------------------------------------
+
+
+def _ridge(factor: float) -> Callable[[dict], None]:
+    """A ridge regression with a wrong penalty in the place of Bayes, on the context of `against_statistics.bayes_context`."""
+
+    def change(record: dict) -> None:
+        d, (M, sigma) = record["d"], record["small"]
+        g, penalty = M + d + 1, factor * sigma**2
+        record["attained"]["Bayes"][0] = float(d * (penalty**2 + sigma**2 * g) / (g + penalty) ** 2)
+
+    return change
+
+
 # --- ambiguity and certified bounds ------------------------------------------------------------------------------------------
 
 
@@ -393,6 +407,10 @@ def _each_method(field: str, source: str, wrong: Callable[[Floats], NDArray[np.b
     return change
 
 
+AGAINST_BAYES = (
+    _seeded("against-statistics/bayes", "least squares in the place of Bayes", _ridge(0.0)),
+    _seeded("against-statistics/bayes", "four times the penalty", _ridge(4.0)),
+)
 AMBIGUOUS = (
     _seeded("ambiguity/monotone", "min and max exchanged", _count("rises", lambda r: r["falls"])),
     _seeded("ambiguity/stagewise", "worst and best case exchanged", _count("wrong_way", lambda r: r["right_way"])),
@@ -604,6 +622,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *WITHOUT_ORACLE,
     *MARGIN,
     *RISK,
+    *AGAINST_BAYES,
     *AMBIGUOUS,
     *SHARED,
     *IMITATION,

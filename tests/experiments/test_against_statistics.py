@@ -66,6 +66,13 @@ def test_no_context_in_the_record_beats_bayes_and_the_uniform_policy_is_worst(re
     assert all(c["loss"]["uniform policy"] > c["loss"]["Bayes, mean and covariance"] for c in cells)
 
 
+def test_on_the_attained_context_layer_and_bayes_have_the_risk_of_ridge_regression():
+    M, sigma, D = 8, 0.3, against.D
+    bayes, layer = against.bayes_context(M, sigma)
+    g = M + D + 1
+    np.testing.assert_allclose([bayes, layer], D * (sigma**4 + sigma**2 * g) / (g + sigma**2) ** 2, rtol=1e-12)
+
+
 def test_tampered_records_flip_the_verdicts(records):
     good = deepcopy(records)
     for record in good:
