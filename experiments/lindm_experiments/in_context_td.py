@@ -318,7 +318,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     right.axhline(1.0, color=GRAY, label="floor of every layer linear in the rewards", **BOUND)
     right.axhline(np.mean(iterated), color=GREEN, label="least-squares value iteration", **BOUND)
     right.set(ylim=(0, None), xlabel="layers", ylabel="risk / floor", title="Optimal values: the maximum")
-    for axis, place in ((left, "lower left"), (right, "center left")):
+    for axis, place in ((left, "lower left"), (right, (0.02, 0.2))):
         set_log_ticks(axis, depths)
         axis.legend(fontsize=8, loc=place)
     return {"in-context-td": figure}

@@ -8,7 +8,8 @@ favors one of them. Losses of value are exact, by dynamic programming, on new ta
 
 The log-loss bounds the loss of value without a factor of the horizon: V* - V^q <= R (1 - exp(-E ell)), E ell the log-loss of a
 whole trajectory of the expert and R the range of the total return (or R', the cost of one deviation). It is attained on a cliff,
-where any deviation costs everything: every test task is made into one by a flag that falls with the first deviation.
+where any deviation costs everything: every test task is made into one by a flag that falls with the first deviation. On the thin
+cliff the layer acts in one of H stages only, so that the chance to fall does not tend to one with the horizon.
 
     lindm run log_loss --preset quick
     lindm verify --only log-loss
@@ -165,7 +166,7 @@ def losses_and_bounds(family: MDPFamily, mdps: MDP, plans: Plan, S: Array, layer
     """Losses and bounds [n] of the stochastic policy softmax(phi'A S) on every task, and on its cliff."""
 
     def one(mdp: MDP, plan: Plan, S: Array) -> dict[str, Array]:
-        H = mdp.r.shape[0]
+        H, _, A = mdp.r.shape
         logits = linear_mdps.action_values(family, layer, S)
         q, expert = jax.nn.softmax(logits), plan.pi
         args = (mdp.P, mdp.rho, expert, q)
@@ -174,7 +175,10 @@ def losses_and_bounds(family: MDPFamily, mdps: MDP, plans: Plan, S: Array, layer
         value_range = imitation.return_range(mdp.P, mdp.r, mdp.rho)
         regret_range = imitation.regret_range(mdp.P, mdp.r, mdp.rho, expert)
         edge = cliff(mdp, expert)
-        doubled = jnp.concatenate([q, q], axis=1)
+        thin = (1 - 1 / H) * jax.nn.one_hot(expert, A, dtype=q.dtype) + q / H
+
+        def fallen(q: Array) -> Array:
+            return 1.0 - edge.rho @ policy_value(edge, jnp.concatenate([q, q], axis=1))[0]
 
         def lost(pi: Array) -> Array:
             return mdp.rho @ (plan.V[0] - policy_value(mdp, pi)[0])
@@ -188,11 +192,15 @@ def losses_and_bounds(family: MDPFamily, mdps: MDP, plans: Plan, S: Array, layer
             "return": imitation.log_loss_bound(value_range, log_loss),
             "classical": imitation.classical_bound(stages, mdp.r.max() - mdp.r.min()),
             "greedy bound": imitation.greedy_log_loss_bound(regret_range, log_loss),
-            "cliff": 1.0 - edge.rho @ policy_value(edge, doubled)[0],
+            "cliff": fallen(q),
+            "thin cliff": fallen(thin),
+            "thin bound": imitation.log_loss_bound(1.0, imitation.trajectory_log_loss(mdp.P, mdp.rho, expert, thin)),
+            "thin classical": imitation.classical_bound(stages / H, 1.0),
             "cliff bound": imitation.log_loss_bound(1.0, log_loss),
             "cliff classical": imitation.classical_bound(stages, 1.0),
             "cliff hellinger": jnp.minimum(1.0, hellinger),
             "stage mean": imitation.log_loss_bound(1.0, log_loss / H),
+            "thin mean": imitation.log_loss_bound(1.0, imitation.trajectory_log_loss(mdp.P, mdp.rho, expert, thin) / H),
             "stages": stages,
             "scale": jnp.maximum(1.0, value_range),
             "log-loss": log_loss,
@@ -235,11 +243,12 @@ def measure(cfg: Config, point: dict) -> dict:
         out = losses_and_bounds(family, *last_stages(mdps, plans, S, layers[-1, LABELS.index("hard")], H))
         tolerance = 1e-9 * out["scale"]
         pairs = (("loss", "deviation"), ("loss", "regret"), ("loss", "return"), ("loss", "hellinger"), ("greedy", "greedy bound"))
-        pairs += (("loss", "classical"), ("cliff", "cliff bound"))
+        pairs += (("loss", "classical"), ("cliff", "cliff bound"), ("thin cliff", "thin bound"), ("thin cliff", "thin classical"))
         unequal = int((jnp.abs(out["loss"] - out["identity"]) > tolerance).sum())
         by_horizon[H] = {
             "mean": {name: float(out[name].mean()) for name in out if name != "stages"},
             "cliff ratio": float((out["cliff bound"] / out["cliff"]).mean()),
+            "thin ratio": float((out["thin bound"] / out["thin cliff"]).mean()),
             "violations": {bound: int((out[loss] > out[bound] + tolerance).sum()) for loss, bound in pairs}
             | {"identity": unequal},
             "stage mean": int((out["cliff"] > out["stage mean"] + tolerance).sum()),
@@ -277,7 +286,10 @@ def check(records: list[dict]) -> list[Verdict]:
     violated = min(n, sum(sum(b["violations"].values()) for r in records for b in r["bounds"]))
     slack = [b["mean"][name] / b["mean"]["loss"] for r in records for b in r["bounds"] for name in names]
     exact = attained.ratios(records, "log-loss", "hellinger", "greedy")
-    classical = f"classical bound/truth at H = {records[0]['horizons'][-1]}: {mean['cliff classical'] / mean['cliff']:.3g}"
+    at = f"on the thin cliff at H = {records[0]['horizons'][-1]}"
+    classical = (
+        f"{at} {mean['thin bound'] / mean['thin cliff']:.3g}, classical bound {mean['thin classical'] / mean['thin cliff']:.3g}"
+    )
     show = partial(mean_verdict, figure="log-loss")
     return [
         show("log-loss", ratio(records, "hard", "squares", 0), note=f"{few} training tasks"),
@@ -296,7 +308,11 @@ def check(records: list[dict]) -> list[Verdict]:
         ),
         show(
             "log-loss/attained",
-            *([r["bounds"][i]["cliff ratio"] for r in records] for i in range(len(records[0]["horizons"]))),
+            *(
+                [r["bounds"][i][k] for r in records]
+                for i in range(len(records[0]["horizons"]))
+                for k in ("cliff ratio", "thin ratio")
+            ),
             *(exact[0], exact[2]),
             note=classical,
         ),
@@ -321,7 +337,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     def curves(name: str) -> np.ndarray:
         return np.array([[b["mean"][name] for b in r["bounds"]] for r in records])
 
-    for axis, truth, title in ((middle, "loss", "Simplex MDPs"), (right, "cliff", "Cliff: one deviation costs all")):
+    for axis, truth, title in ((middle, "loss", "Simplex MDPs"), (right, "thin cliff", "Thin cliff: one deviation costs all")):
         plot_seeds(axis, H, curves(truth), BLUE)
         axis.plot(H, curves(truth).mean(0), color=BLUE, label="exact loss of the sampled policy", **EXACT | {"marker": "o"})
         axis.set(xscale="log", yscale="log", xlabel="horizon H", title=title)
@@ -336,9 +352,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         middle.plot(H, curves(name).mean(0), color=color, label=label, **BOUND)
     middle.set(ylabel="loss of value", ylim=(None, 30 * curves("classical").max()))
     middle.legend(fontsize=8, loc="upper left")
-    right.plot(H, curves("cliff bound").mean(0), color=RED, label=r"$1-e^{-\mathrm{log\ loss}}$", **BOUND)
-    right.plot(H, curves("cliff classical").mean(0), color=GRAY, label=r"$\sum_h (H-h+1)\,e_h$", **BOUND)
-    right.plot(H, curves("stage mean").mean(0), color=ORANGE, label="mutant: mean over stages", linestyle=":", marker="")
-    right.set(ylim=(None, 4 * curves("cliff classical").max()))
+    right.plot(H, curves("thin bound").mean(0), color=RED, label=r"$1-e^{-\mathrm{log\ loss}}$", **BOUND)
+    right.plot(H, curves("thin classical").mean(0), color=GRAY, label=r"$\sum_h (H-h+1)\,e_h$", **BOUND)
+    right.plot(H, curves("thin mean").mean(0), color=ORANGE, label="mutant: mean over stages", linestyle=":", marker="")
+    right.set(ylim=(None, 4 * curves("thin classical").max()))
     right.legend(fontsize=8, loc="upper left")
     return {"log-loss": figure}

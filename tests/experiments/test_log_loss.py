@@ -85,7 +85,9 @@ def test_no_bound_is_broken_and_its_mutants_break(records):
         for b in r["bounds"]:
             assert sum(b["violations"].values()) == 0
             assert b["mean"]["loss"] <= b["mean"]["deviation"] <= b["mean"]["regret"] <= b["mean"]["return"]
-            assert b["mean"]["cliff"] <= b["mean"]["cliff bound"] <= 1.5 * b["mean"]["cliff"]
+            for name in ("cliff", "thin"):
+                truth = b["mean"]["cliff" if name == "cliff" else "thin cliff"]
+                assert truth <= b["mean"][f"{name} bound"] <= 1.5 * truth
         assert r["bounds"][-1]["stage mean"] > r["n"] // 2
         assert all(truth <= bound * (1 + 1e-12) <= 2 * truth for truth, bound in r["attained"].values())
 
@@ -111,7 +113,7 @@ def test_verdicts_follow_the_losses_and_a_broken_bound_fails(records):
     assert [v.verdict for v in exp.check(other)][1:4] == [FAIL] * 3
     other[0]["bounds"][0]["violations"]["regret"] = 1
     for r in other:
-        r["bounds"][0]["cliff ratio"] = 2.0
+        r["bounds"][0]["thin ratio"] = 2.0
         r["bounds"][-1]["stage mean"] = 0
     assert [v.verdict for v in exp.check(other)][4:] == [FAIL, FAIL, PASS]
     below = _many(records, 1.2)
