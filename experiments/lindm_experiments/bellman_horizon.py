@@ -249,7 +249,12 @@ def check(records: list[dict]) -> list[Verdict]:
             note=f"bound/truth at H = {longest}: {tight}",
             slack=np.concatenate([*attained.ratios(records, *names), slack]),
         ),
-        mean_verdict("bellman-horizon/attained", *attained.ratios(records, *attained.OFFLINE), note=f"bound/truth: {shown}"),
+        mean_verdict(
+            "bellman-horizon/attained",
+            *attained.ratios(records, *attained.OFFLINE),
+            also=[attained.none_below(records, *attained.OFFLINE)],
+            note=f"bound/truth: {shown}",
+        ),
         count_verdict(
             "bellman-horizon/pessimism",
             sum(p["violations"] for p in pessimism),

@@ -224,7 +224,7 @@ def _turned(record: dict) -> bool:
         [_inside("weights", record["undertrained"][version]) for version in ("honest", "mutant")],
         [record["horizon"][version] == 0 for version in ("honest", "mutant")],
         *(
-            [all(_inside("ladder/attained", x) for x in ratios[version]) for version in ("honest", "mutant")]
+            [all(1 - 1e-9 <= x <= get_claim("ladder/attained").hi for x in ratios[version]) for version in ("honest", "mutant")]
             for ratios in record["bounds"].values()
         ),
     ]
@@ -305,7 +305,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         for version, color in (("honest", BLUE), ("mutant", RED)):
             y = np.concatenate([one[version] for one in ratios])
             axes[4].plot(y, np.full(len(y), i), "o", color=color, alpha=0.6)
-    axes[4].axvspan(c.lo, c.hi, color=GRAY, alpha=0.25, lw=0)
+    axes[4].axvspan(1, c.hi, color=GRAY, alpha=0.25, lw=0)
     axes[4].set_yticks(range(len(BOUNDS)), [textwrap.fill(name, 26) for name in records[0]["bounds"]], fontsize=7)
     axes[4].invert_yaxis()
     axes[4].set(xscale="log", xlabel="bound / truth", title="Bounds with a mistake")

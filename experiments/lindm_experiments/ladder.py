@@ -252,7 +252,13 @@ def check(records: list[dict]) -> list[Verdict]:
             also=[attained.none_below(records, *PER_POLICY)],
             slack=_slack(records, *PER_POLICY),
         ),
-        mean_verdict("ladder/attained", *attained.ratios(records, *ATTAINED), note="bound/truth: " + shown),
+        mean_verdict(
+            "ladder/attained",
+            *attained.ratios(records, *ATTAINED),
+            also=[attained.none_below(records, *ATTAINED)],
+            figure="attained",
+            note="bound/truth: " + shown,
+        ),
         mean_verdict(
             "expected-bound",
             _largest_ratio(records, "suboptimality", "expected"),
@@ -292,7 +298,26 @@ def check(records: list[dict]) -> list[Verdict]:
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    return {"waterfall": _waterfall(records), "growth": _growth(records)}
+    return {"waterfall": _waterfall(records), "growth": _growth(records), "attained": _attained(records)}
+
+
+def _attained(records: list[dict]) -> Figure:
+    """bound / truth of every rung: on the instances on which it is attained, and on random MDPs."""
+    rungs = [r for r in NAMES if r != "suboptimality"]
+    figure, axis = pyplot.subplots(figsize=(7.2, 3.8))
+    band = get_claim("ladder/attained")
+    axis.axvspan(1, band.hi, color=GRAY, alpha=0.25, lw=0)
+    for i, rung in enumerate(rungs):
+        names = [name for name, (_, of) in attained.LADDER.items() if of == rung]
+        own = np.concatenate(attained.ratios(records, *names))
+        cells = [c["mean"][rung] / c["mean"]["suboptimality"] for r in records for c in r["cells"]]
+        for values, color, label, shift in ((cells, GRAY, "random MDPs", 0.15), (own, BLUE, "instances", -0.15)):
+            axis.plot(values, np.full(len(values), i + shift), "o", color=color, alpha=0.6, label=label if i == 0 else None)
+    axis.set_yticks(range(len(rungs)), [NAMES[r] for r in rungs])
+    axis.set(xscale="log", xlabel="bound / suboptimality", title="How near each rung comes to the truth")
+    axis.invert_yaxis()
+    axis.legend(fontsize=8)
+    return figure
 
 
 def _waterfall(records: list[dict]) -> Figure:

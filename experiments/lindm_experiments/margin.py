@@ -285,6 +285,7 @@ def check(records: list[dict]) -> list[Verdict]:
         mean_verdict(
             "margin/exponent",
             *attained.ratios(records, *attained.MARGIN),
+            also=[attained.none_below(records, *attained.MARGIN)],
             slack=np.concatenate(attained.ratios(records, *attained.MARGIN)),
         ),
         mean_verdict("margin/floor", stays, figure="margin"),

@@ -277,6 +277,7 @@ def check(records: list[dict]) -> list[Verdict]:
         mean_verdict(
             "paper-bound/attained",
             *attained.ratios(records, *tight),
+            also=[attained.none_below(records, *tight)],
             figure="bound",
             note="bound/truth: " + "; ".join(f"{k} {v:.3g}" for k, v in at_limit.items()),
         ),

@@ -128,7 +128,7 @@ def test_the_loss_of_one_policy_is_that_of_a_loop_over_the_stages():
 
 def test_the_figures_show_every_family(records):
     figures = ladder.plot(records)
-    assert set(figures) == {"waterfall", "growth"}
+    assert set(figures) == {"waterfall", "growth", "attained"}
     assert len(figures["waterfall"].axes) == len(ladder.families(jax.random.key(0)))
 
 

@@ -83,7 +83,8 @@ def claim_rows(directories: Sequence[Path]) -> list[Row]:
         for row in read_verdicts(directory)["claims"]:
             low, high = row["ci"]
             kept = _run_column(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
-            rows.append(kept | {"low": low, "high": high} | {k: row[k] for k in ("n", "verdict", "expected")})
+            slack = (row.get("slack") or [None])[0]
+            rows.append(kept | {"low": low, "high": high, "slack": slack} | {k: row[k] for k in ("n", "verdict", "expected")})
     return rows
 
 
