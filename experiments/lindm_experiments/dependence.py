@@ -239,19 +239,20 @@ def trained(key: Array, chains: Chain, pool: Array, cfg: Config) -> Array:
 def measure(cfg: Config, point: dict) -> dict:
     k_pool, k_train, k_test = jax.random.split(jax.random.key(cfg.base_seed + point["seed"]), 3)
     cases, all_names = chains(cfg, cfg.base_seed + point["seed"]), names(cfg)
-    pool = draw_tasks(k_pool, cases, tasks=cfg.contexts)
-    Psi = jnp.einsum("cni,cnj->cij", pool, pool) / cfg.contexts
+    # no task is both trained on and tested
+    pool, tested = (draw_tasks(k, cases, tasks=cfg.contexts) for k in jax.random.split(k_pool))
+    Psi, Psi_trained = (jnp.einsum("cni,cnj->cij", w, w) / cfg.contexts for w in (tested, pool))
     moments = {M: exact_moments(cases, Psi, M) for M in cfg.M}
-    Lambda = moments[cfg.N][0]  # stationary: E[G] is the second moment
-    best = jax.vmap(solve_normal_equations)(Lambda @ Psi, moments[cfg.N][1])
+    Lambda, second = exact_moments(cases, Psi_trained, cfg.N)  # stationary: E[G] is the second moment
+    best = jax.vmap(solve_normal_equations)(Lambda @ Psi_trained, second)
     own = trained(k_train, cases, pool, cfg)
     # the `stay` cases share features and law of tasks, so that one layer trained on independent pairs serves all of them;
     # `turn` gets the closed form of its own
     turn = jax.tree.map(lambda x: x[-1:], cases)
     free = replace(turn, kernel=jnp.broadcast_to(turn.start[:, None, :], turn.kernel.shape))
-    plain_turn = solve_normal_equations(Lambda[-1] @ Psi[-1], exact_moments(free, Psi[-1:], cfg.N)[1][0])
+    plain_turn = solve_normal_equations(Lambda[-1] @ Psi_trained[-1], exact_moments(free, Psi_trained[-1:], cfg.N)[1][0])
     plain = jnp.broadcast_to(own[0], own.shape).at[-1].set(plain_turn)
-    SS, Sw = context_moments(k_test, cases, pool, jnp.asarray(cfg.M, float), longest=cfg.M[-1], piece=cfg.N, copies=cfg.copies)
+    SS, Sw = context_moments(k_test, cases, tested, jnp.asarray(cfg.M, float), longest=cfg.M[-1], piece=cfg.N, copies=cfg.copies)
     pooled = jax.vmap(independent_copies, (0, 0, 0, None))(moments[cfg.N][0], moments[cfg.N][1], Psi, cfg.copies)
     laws = [(M, *moments[M]) for M in cfg.M] + [(cfg.N * cfg.copies, Lambda, pooled)]
     cells = []

@@ -248,21 +248,22 @@ def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_pool, k_train, k_deep, k_long, k_clean, k_noisy, k_onehot = jax.random.split(key, 7)
     family = feature_family(cfg, cfg.base_seed + point["seed"])
-    pools = linear_mdps.task_pool(k_pool, family)
-    pool, Lambda = pools[0], second_moment(family)
-    A = jnp.stack([linear_mdps.closed_form_layers(family, linear_mdps.pool_moment(pools), float(N))[0] for N in cfg.N])
+    drawn = linear_mdps.task_pool(k_pool, family)
+    fresh, training = jnp.split(drawn, [cfg.contexts], axis=1)  # no task is both trained on and tested
+    tested, pool, Lambda = fresh[0], training[0], second_moment(family)
+    Psi = linear_mdps.pool_moment(training)
+    A = jnp.stack([linear_mdps.closed_form_layers(family, Psi, float(N))[0] for N in cfg.N])
     Ahat = single_layers(k_train, family, pool, cfg)
 
-    w = pool[:BLOCK]
+    w = tested[:BLOCK]
     bias = long_bias(k_long, family, Ahat, w, contexts=cfg.long_contexts, length=cfg.M_long, layers=cfg.layers)
-    Psi = w.T @ w / len(w)
-    predicted = exact_bias(A, Lambda, Psi, layers=cfg.layers)
+    predicted = exact_bias(A, Lambda, w.T @ w / len(w), layers=cfg.layers)
 
     repeated = jnp.broadcast_to(Ahat[-1], (LIMIT, D, D))
     blocks = {k: deep_layer(jax.random.fold_in(k_deep, k), family, pool, cfg, k) for k in cfg.deep}
     stacks = (repeated, *blocks.values())
     lengths = jnp.asarray((*cfg.M, cfg.N[-1]), float)
-    sums = partial(finite_contexts, family=family, stacks=stacks, w=pool[: cfg.contexts], lengths=lengths, longest=cfg.M[-1])
+    sums = partial(finite_contexts, family=family, stacks=stacks, w=tested, lengths=lengths, longest=cfg.M[-1])
     (clean, *deep), _, G = sums(k_clean, sigma=0.0)
     (noisy, *_), squares, G_noisy = sums(k_noisy, sigma=cfg.sigma)
 

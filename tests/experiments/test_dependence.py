@@ -51,14 +51,14 @@ def test_risk_and_effective_size_are_the_double_sum_over_pairs_in_numpy(records)
     cfg = dependence.SMOKE
     cases = dependence.chains(cfg, cfg.base_seed)
     k_pool, *_ = jax.random.split(jax.random.key(cfg.base_seed), 3)
-    pool = np.asarray(dependence.draw_tasks(k_pool, cases, tasks=cfg.contexts))
+    pool, tested = (np.asarray(dependence.draw_tasks(k, cases, tasks=cfg.contexts)) for k in jax.random.split(k_pool))
     c = dependence.names(cfg).index("turn")
     phi, p, kernel = (np.asarray(a)[c] for a in (cases.phi, cases.start, cases.kernel))
-    Psi = pool[c].T @ pool[c] / len(pool[c])
+    Psi, Psi_trained = (w[c].T @ w[c] / len(w[c]) for w in (tested, pool))
     outer = phi[:, :, None] * phi[:, None, :]
     Lambda = np.einsum("n,nij->ij", p, outer)
 
-    def second(length: int, kernel: np.ndarray) -> np.ndarray:
+    def second(length: int, kernel: np.ndarray, Psi: np.ndarray = Psi) -> np.ndarray:
         total = np.zeros_like(Lambda)
         for lag in range(length):
             joint = p[:, None] * np.linalg.matrix_power(kernel, lag)
@@ -67,7 +67,7 @@ def test_risk_and_effective_size_are_the_double_sum_over_pairs_in_numpy(records)
         return total / length**2
 
     independent = np.broadcast_to(p, kernel.shape)
-    A = np.linalg.solve(second(cfg.N, independent), Lambda @ Psi).T
+    A = np.linalg.solve(second(cfg.N, independent, Psi_trained), Lambda @ Psi_trained).T
     M = cfg.M[-1]
     V = second(M, kernel) - Lambda @ Psi @ Lambda
     V_1 = second(1, kernel) - Lambda @ Psi @ Lambda

@@ -52,7 +52,7 @@ def test_the_bias_is_the_error_of_the_repeated_layer_on_population_moments_in_nu
     cfg = depth.SMOKE
     family = depth.feature_family(cfg, cfg.base_seed)
     pools = linear_mdps.task_pool(jax.random.split(jax.random.key(cfg.base_seed), 7)[0], family)
-    Psi = np.asarray(linear_mdps.pool_moment(pools))
+    Psi = np.asarray(linear_mdps.pool_moment(pools[:, cfg.contexts :]))
     w = np.asarray(pools[0, : depth.BLOCK])
     x, p = np.asarray(linear_mdps.pairs_table(family)), np.asarray(family.design)
     Lambda = (x * p[:, None]).T @ x
