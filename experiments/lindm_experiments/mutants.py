@@ -483,20 +483,20 @@ IMITATION = (
 # --- the floor of the maximum --------------------------------------------------------------------------------------------------
 
 
-def _change_floor(records: list[dict], formula: Callable[[dict], float]) -> None:
+def _change_maximum(records: list[dict], formula: Callable[[dict], float]) -> None:
     for record in records:
         record["floor"] = float(formula(record))
 
 
-def _floor(claim: str, mistake: str, formula: Callable[[dict], float]) -> Mutant:
-    return Mutant(claim=claim, mistake=mistake, change=partial(_change_floor, formula=formula))
+def _maximum(claim: str, mistake: str, formula: Callable[[dict], float]) -> Mutant:
+    return Mutant(claim=claim, mistake=mistake, change=partial(_change_maximum, formula=formula))
 
 
 MAXIMUM = (
-    _floor("in-context-td/maximum", "twice the floor", lambda r: 2 * r["floor"]),
-    _floor("in-context-td/maximum", "without the mean over tasks taken off", lambda r: r["wrong floors"]["uncentered"]),
-    _floor("in-context-td/maximum", "rewards not negated", lambda r: r["wrong floors"]["not negated"]),
-    _floor("in-context-td/attained", "half of the floor", lambda r: r["floor"] / 2),
+    _maximum("in-context-td/maximum", "twice the floor", lambda r: 2 * r["floor"]),
+    _maximum("in-context-td/maximum", "without the mean over tasks taken off", lambda r: r["wrong floors"]["uncentered"]),
+    _maximum("in-context-td/maximum", "rewards not negated", lambda r: r["wrong floors"]["not negated"]),
+    _maximum("in-context-td/attained", "half of the floor", lambda r: r["floor"] / 2),
 )
 
 
