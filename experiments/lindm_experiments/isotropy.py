@@ -53,7 +53,8 @@ class Config:
     seeds: int = 5
     base_seed: int = 2021000
     tasks: int = 256  # MDPs of every family, each with one context a stage
-    rounds: int = 512  # bandits of every law, each with one context and one decision
+    tasks_kappa: int = 2560  # MDPs that are carried to every kappa, with layers of the shortest and the longest N
+    rounds: int = 1024  # bandits of every law, each with one context and one decision
     N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
     M: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     N_trained: tuple[int, ...] = (4, 16)
@@ -62,7 +63,7 @@ class Config:
     steps: int = 400
 
     def __post_init__(self) -> None:
-        check_counts(self, "seeds", "tasks", "rounds", "steps", "pool")
+        check_counts(self, "seeds", "tasks", "tasks_kappa", "rounds", "steps", "pool")
         check_rising(self, "N", "M", "N_trained", "kappa", length=2)
 
 
@@ -70,6 +71,7 @@ QUICK = Config()
 FULL = Config(
     seeds=10,
     tasks=1024,
+    tasks_kappa=8192,
     rounds=4096,
     N=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     M=(2, 4, 8, 16, 32, 64, 128, 256, 512),
@@ -78,7 +80,9 @@ FULL = Config(
     pool=16384,
     steps=2000,
 )
-SMOKE = Config(seeds=2, tasks=16, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20)
+SMOKE = Config(
+    seeds=2, tasks=16, tasks_kappa=24, rounds=64, N=(2, 512), M=(4, 16), N_trained=(4, 16), kappa=(1, 10), pool=512, steps=20
+)
 
 
 def families(seed: int) -> dict[str, MDPFamily]:
@@ -184,8 +188,11 @@ def trained(key: Array, family: MDPFamily, pool: Array, N: tuple[int, ...], step
 
 
 def differing(actions: np.ndarray) -> int:
-    """How many decisions are not the same for every layer; actions [tasks, n, ...] with the layers on axis 1."""
-    return int((actions != actions[:, -1:]).any(1).sum())
+    """Tasks in which a decision is not the same for every layer; actions [tasks, n, ...] with the layers on axis 1.
+
+    The decisions of a task, on prefixes of one context, are one instance: they are not independent.
+    """
+    return int((actions != actions[:, -1:]).reshape(len(actions), -1).any(1).sum())
 
 
 def of_family(cfg: Config, name: str, family: MDPFamily, key: Array) -> dict:
@@ -207,7 +214,7 @@ def of_family(cfg: Config, name: str, family: MDPFamily, key: Array) -> dict:
         "share": share[:, :-1].tolist(),
         "share_limit": share[:, -1].tolist(),
         "differing": differing(exact),
-        "decisions": exact[:, 0].size,
+        "tasks": len(exact),
         "trained_loss": loss[n:, :-1].tolist(),
         "trained_share": (hat[:, 0] != hat[:, -1]).mean((0, 2, 3))[:-1].tolist(),
         "weights_error": off.max(1).tolist(),
@@ -220,11 +227,11 @@ def of_family(cfg: Config, name: str, family: MDPFamily, key: Array) -> dict:
 def of_coordinates(cfg: Config, family: MDPFamily, key: Array) -> dict:
     """The same tasks, pairs and labels in coordinates of several condition numbers: Psi, A_N and Qhat computed in each."""
     actions, paper, ours, loss = [], [], [], []
-    N, M = jnp.asarray(cfg.N + cfg.N_trained, float), jnp.asarray(cfg.M, float)
+    N, M = jnp.asarray((cfg.N[0], cfg.N[-1]), float), jnp.asarray((cfg.M[0], cfg.M[-1]), float)
     for kappa in cfg.kappa:
         C = covariance(d, float(kappa))
         there = with_second_moment(family, C)
-        tests, pool = draw_test_tasks(jax.random.split(key)[0], there, cfg.tasks, cfg.pool, cfg.M[-1])
+        tests, pool = draw_test_tasks(jax.random.split(key)[0], there, cfg.tasks_kappa, cfg.pool, cfg.M[-1])
         predicted = predict(there, pool, jnp.asarray(False), N, M)
         lost, chosen = policies(there, tests, predicted["A"], M)
         actions.append(np.asarray(chosen))
@@ -232,7 +239,7 @@ def of_coordinates(cfg: Config, family: MDPFamily, key: Array) -> dict:
         paper.append(float(paper_bound(C, 1.0, 1.0).bias))
         ours.append(float(predicted["constant"]))
     stacked = np.stack(actions, axis=1)
-    return {"differing": differing(stacked), "decisions": stacked[:, 0].size, "paper": paper, "theorem": ours, "loss": loss}
+    return {"differing": differing(stacked), "tasks": len(stacked), "paper": paper, "theorem": ours, "loss": loss}
 
 
 # --- contextual bandits ------------------------------------------------------------------------------------------------
@@ -268,7 +275,7 @@ def of_bandit(cfg: Config, name: str, seed: int) -> dict:
     return {
         "share": (actions != actions[:, -1:]).mean((0, 2)).tolist(),
         "differing": differing(actions),
-        "decisions": actions[:, 0].size,
+        "tasks": len(actions),
     }
 
 
@@ -296,7 +303,7 @@ def check(records: list[dict]) -> list[Verdict]:
     carried = [r["coordinates"] for r in records]
 
     def counted(id: str, cells: list[dict], figure: str, note: str = "") -> Verdict:
-        changed, n = sum(c["differing"] for c in cells), sum(c["decisions"] for c in cells)
+        changed, n = sum(c["differing"] for c in cells), sum(c["tasks"] for c in cells)
         return count_verdict(id, changed, n, seeds=seeds, figure=figure, note=note)
 
     free = max(r["families"][n]["trained_share"][-1] for r in records for n in ISOTROPIC)

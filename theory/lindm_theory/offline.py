@@ -43,7 +43,7 @@ def suboptimality_decomposition(
 def linear_bound(errors: Array) -> Array:
     """SubOpt <= 2 sum_h e_h with e_h = sup |l_h|; attained.  [..., H] -> [...].
 
-    The textbook form (Williams and Baird 1993 have it for discounted problems, with 1/(1 - gamma) for H), from the identity.
+    The textbook form, derived here from the identity; cf. Williams and Baird 1993 on discounted problems, 1/(1 - gamma) for H.
     """
     return 2.0 * jnp.sum(errors, axis=-1)
 
