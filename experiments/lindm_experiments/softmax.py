@@ -11,8 +11,9 @@ so the limit u -> infinity that would make it linear also blows up the label mea
     lindm run softmax --preset quick
     lindm verify --only softmax
 
-Expected: softmax regresses in context and keeps improving beyond N, but stays behind the linear layer. A fixed sinusoidal table
-breaks beyond N (the risk rises); a learned one, whose rows past N were never trained, does not break but gains less.
+Expected: softmax regresses in context with the exact risk of the best isotropic head, also beyond N, but stays behind the linear
+layer. A fixed sinusoidal table breaks beyond N (the risk rises); a learned one, whose rows past N were never trained, does not
+break but gains less.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import BLUE, COLORS, GRAY, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
+from lindm_theory.softmax_limit import best_isotropic_head, isotropic_risk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Config:
     steps: int = 500
     batch: int = 128
     queries: int = 8
-    tests: int = 2048
+    tests: int = 8192
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "d", "N", "steps", "batch", "queries", "tests")
@@ -54,7 +56,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = Config(seeds=10, times=(1, 2, 4, 8), steps=2000, tests=4096)
+FULL = Config(seeds=10, times=(1, 2, 4, 8), steps=2000)
 SMOKE = Config(seeds=2, times=(1, 2), steps=10, batch=8, tests=16)
 
 
@@ -96,6 +98,14 @@ def _risks(graphs, states, key: Array, root: Array, draw) -> Array:
     )
 
 
+@lru_cache
+def predicted_softmax(d: int, N: int, lengths: tuple[int, ...]) -> list[float]:
+    """Risk of the best isotropic softmax head of length N, on test prompts of other lengths: the same for all seeds."""
+    best = jax.jit(best_isotropic_head, static_argnums=0)(d, float(N))
+    risk = jax.jit(isotropic_risk, static_argnums=2)
+    return [float(risk(best.scale, best.u, d, float(M))) for M in lengths]
+
+
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_init, k_train, k_test = jax.random.split(key, 3)
@@ -115,6 +125,7 @@ def measure(cfg: Config, point: dict) -> dict:
         "d": cfg.d,
         "risk": {name: [float(r[i]) for r in risks] for i, name in enumerate(trained)},
         "exact": [float(e.estimation + e.bias) for e in exact],
+        "exact softmax": predicted_softmax(cfg.d, cfg.N, tuple(lengths)),
     }
 
 
@@ -131,10 +142,15 @@ def check(records: list[dict]) -> list[Verdict]:
     behind = [_at(r, "softmax", 1) / _at(r, "linear", 1) for r in records]
     lost = [_at(r, "softmax, learned positions", longer) / _at(r, "softmax", longer) for r in records]
     trivial = [_at(r, "softmax", 1) / r["d"] for r in records]  # predicting zero has risk tr(Lambda Psi) = d
+    exact = np.array([np.array(r["risk"]["softmax"]) / np.array(r["exact softmax"]) for r in records])
+    exact = exact[:, [0, records[0]["M"].index(records[0]["N"] * longer)]]
     deeper = np.mean([_at(r, "softmax, 2 blocks", 1) / _at(r, "softmax", 1) for r in records])
     return [
         mean_verdict(
             "softmax", trivial, gain("softmax"), figure="softmax", note=f"two blocks: {deeper:.2f} times the risk of one"
+        ),
+        mean_verdict(
+            "softmax/exact", exact.mean(1), figure="softmax", note=f"{exact[:, 0].mean():.3f} and {exact[:, 1].mean():.3f}"
         ),
         mean_verdict("softmax/linear-ahead", behind, figure="softmax"),
         mean_verdict("softmax/positions", gain("softmax, fixed positions"), figure="softmax"),
@@ -153,6 +169,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             plot_seeds(axis, M, curves, COLORS[i])
             axis.plot(M, curves.mean(0), color=COLORS[i], label=name)
     left.plot(M, records[0]["exact"], color=BLUE, linestyle=":", marker="", label="linear, exact")
+    left.plot(M, records[0]["exact softmax"], color=COLORS[2], linestyle=":", marker="", label="softmax, exact")
     for axis, title in ((left, "Linear and softmax, one and two blocks"), (right, "Softmax with and without positions")):
         axis.axvline(N, color=GRAY, linewidth=0.8, linestyle="--")
         axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M (dashed: training length N)", title=title)

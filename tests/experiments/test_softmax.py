@@ -22,6 +22,7 @@ def _many(records: list[dict], risks: dict[str, list[float]]) -> list[dict]:
     out = [copy.deepcopy(records[0]) for _ in noise]
     for r, e in zip(out, noise, strict=True):
         r["risk"] |= {name: [values[0], values[1] * e] for name, values in risks.items()}
+        r["exact softmax"] = [2.0, 1.0]
     return out
 
 
@@ -62,3 +63,10 @@ def test_a_config_out_of_range_names_its_field():
     for field, value in (("times", (2, 4)), ("N", 0), ("steps", 0), ("tests", -1)):
         with pytest.raises(ValueError, match=field):
             replace(softmax.SMOKE, **{field: value})
+
+
+def test_the_exact_line_of_softmax_is_the_best_head_and_falls_beyond_the_training_length(records):
+    r = records[0]
+    near, far = r["exact softmax"]
+    assert r["exact"][0] < near < r["d"]  # behind the linear layer, ahead of zero
+    assert far < near

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.special
 import scipy.stats
 
 from lindm_theory import softmax_limit as limit
@@ -159,3 +160,35 @@ def test_many_queries_and_lengths_at_once():
     table = jax.jit(limit.batch_distance)(q, jnp.array([4.0, 64.0, 256.0]))
     assert table.shape == (3, 2)
     np.testing.assert_allclose(table[1, 1], limit.mean_square_distance(numbers(1.0, 0.2, 2.0), jnp.asarray(64.0)), rtol=1e-10)
+
+
+def test_the_risk_of_an_isotropic_head_is_that_of_simulated_regression():
+    d, M, sigma, scale, u = 3, 9, 0.5, 0.9, 0.8
+    rng = np.random.default_rng(0)
+    x, w, q = rng.normal(size=(60_000, M, d)), rng.normal(size=(60_000, d)), rng.normal(size=(60_000, d))
+    y = np.einsum("pmd,pd->pm", x, w) + sigma * rng.normal(size=x.shape[:2])
+    p = softmax(scale * np.einsum("pmd,pd->pm", x, q))
+    squares = (u * np.sum(p * y, axis=1) - np.sum(w * q, axis=1)) ** 2
+    exact = jax.jit(limit.isotropic_risk, static_argnums=2)(scale, u, d, float(M), sigma)
+    assert abs(squares.mean() - exact) < 5 * squares.std() / np.sqrt(len(squares))
+    assert abs(squares.mean() - 1.05 * exact) > 5 * squares.std() / np.sqrt(len(squares))
+
+
+def test_the_best_isotropic_head_is_that_of_a_search_with_another_quadrature():
+    d, N, sigma = 4, 16, 0.3
+    head = jax.jit(limit.best_isotropic_head, static_argnums=0)(d, float(N), sigma)
+    nodes, weights = scipy.special.roots_genlaguerre(20, d / 2 - 1)
+    rho, weights = 2 * nodes, weights / weights.sum()
+    moments = jax.jit(jax.vmap(limit.attention_moments, (0, None)))
+
+    def least(scale):
+        s = scale**2 * rho
+        m = moments(jnp.asarray(s), jnp.asarray(float(N)))
+        beta, mean_square = np.asarray(m.participation), np.asarray(m.square)
+        square = weights @ ((d - 1 + sigma**2) * beta + s * (mean_square + 1 - 2 * beta))
+        cross = weights @ (scale * rho * (1 - beta))
+        return d - cross**2 / square
+
+    found = scipy.optimize.minimize_scalar(least, bounds=(0.3, 2), method="bounded", options={"xatol": 1e-4})
+    np.testing.assert_allclose(head.risk, found.fun, rtol=2e-5)
+    np.testing.assert_allclose(head.scale, found.x, rtol=0.01)

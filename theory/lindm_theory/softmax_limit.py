@@ -189,3 +189,73 @@ def unexplained(phi: Array, weights: Array, target: Array) -> Array:
 def batch_distance(numbers: QueryNumbers, M: Array) -> Array:
     """`mean_square_distance` of queries [Q] at lengths [L].  -> [L, Q]."""
     return jax.vmap(lambda n: jax.vmap(lambda q: mean_square_distance(q, n))(numbers))(M)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    """One softmax head with U = scale * I and value weight u, and its risk."""
+
+    scale: Array
+    u: Array
+    risk: Array
+
+
+_STEP = 0.25  # of the logarithmic grids of best_isotropic_head
+
+
+def _parts(s: Array, rho: Array, scale: Array, d: Number, sigma: Number, moments: AttentionMoments) -> tuple[Array, Array]:
+    """E R^2 and E[R w'q] given |q|^2 = rho at the scores' variance s = scale^2 rho; w, x ~ N(0, I).  All [...]."""
+    seen = 1.0 - moments.participation
+    square = moments.square + 2.0 * seen - 1.0  # E (sum_i p_i score_i / s)^2
+    return (d - 1.0 + sigma**2) * moments.participation + s * square, scale * rho * seen
+
+
+def _chi_square(log_rho: Array, d: Number) -> Array:
+    """Weights of the trapezoidal rule for rho ~ chi^2_d on a grid of its logarithm, sum 1."""
+    density = d / 2 * log_rho - jnp.exp(log_rho) / 2
+    density = jnp.exp(density - jnp.max(density))
+    return density / jnp.sum(density)
+
+
+def isotropic_risk(scale: Number, u: Number, d: int, M: Number, sigma: Number = 0.0) -> Array:
+    """E (u R_M - w'q)^2 of one softmax head with U = scale * I on x, w, q ~ N(0, I), exactly (ours).  -> [].
+
+    u^2 E R^2 - 2 u E[R w'q] + d with, given rho = |q|^2 and s = scale^2 rho, E R^2 = (d - 1 + sigma^2) E sum p^2 + s E Z^2,
+    E[R w'q] = scale rho (1 - E sum p^2), Z = sum p score / s; the mean over rho ~ chi^2_d by the trapezoidal rule. Numbers.
+    """
+    log_rho = jnp.arange(-9.0, 5.0, _STEP)
+    rho = jnp.exp(log_rho)
+    moments = jax.lax.map(lambda s: attention_moments(s, M), scale**2 * rho)
+    square, cross = _parts(scale**2 * rho, rho, jnp.asarray(scale), d, sigma, moments)
+    weights = _chi_square(log_rho, d)
+    return u**2 * (weights @ square) - 2.0 * u * (weights @ cross) + weights @ rho
+
+
+def best_isotropic_head(d: int, N: Number, sigma: Number = 0.0) -> Head:
+    """The head of least `isotropic_risk` at length N: u in closed form, the scale by search (ours).  d <= 30.
+
+    What training is predicted to find; that the best U is a multiple of I is assumed, by symmetry. The scale is sought in
+    [0.14, 2.7]: on logarithmic grids of scale^2 and rho the variances scale^2 rho form one grid too, so that the moments are
+    computed once; then a parabola.
+    """
+    log_rho, log_square = jnp.arange(-9.0, 5.0, _STEP), jnp.arange(-4.0, 2.0, _STEP)
+    number, rho = len(log_rho), jnp.exp(log_rho)
+    s = jnp.exp(log_rho[0] + log_square[0] + _STEP * jnp.arange(number + len(log_square)))
+    moments = jax.lax.map(lambda v: attention_moments(v, N), s)
+    weights = _chi_square(log_rho, d)
+
+    def at(j: Array) -> tuple[Array, Array]:
+        here = jax.tree.map(lambda a: jax.lax.dynamic_slice(a, (j,), (number,)), (s, moments))
+        square, cross = _parts(here[0], rho, jnp.exp(log_square[j] / 2), d, sigma, here[1])
+        return weights @ square, weights @ cross
+
+    square, cross = jax.vmap(at)(jnp.arange(len(log_square)))
+    risks = weights @ rho - cross**2 / square
+    k = jnp.clip(jnp.argmin(risks), 1, len(risks) - 2)
+    left, middle, right = risks[k - 1], risks[k], risks[k + 1]
+    shift = (left - right) / (2.0 * (left - 2.0 * middle + right))
+    u = cross / square
+    scale = jnp.exp((log_square[k] + _STEP * shift) / 2)
+    u = u[k] + shift * (u[k + 1] - u[k - 1]) / 2 + shift**2 * (u[k + 1] - 2.0 * u[k] + u[k - 1]) / 2
+    return Head(scale, u, isotropic_risk(scale, u, d, N, sigma))
