@@ -5,6 +5,11 @@ tasks every step, one query per context) with the same Adam, schedule and batch.
 `torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
 is the same loop with the layer in moment form: the remaining ratio is due to the loop and not to the algebra.
 
+Drawing of tasks and training on one batch that is drawn before are also timed apart. The rows of the machine's limits compare our
+side with what its core reaches, measured in the same process: training with a large float32 matmul (by the operations that the
+algebra needs) and with a large copy (by the bytes of a batch, read once forward and once backward); drawing with the generator's
+bits alone, which every normal needs.
+
 Costs, processes and rows are those of `lindm.bench.timing`; compilation is a row of its own. Memory is the growth of the peak
 resident set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer
 is null.
@@ -13,6 +18,7 @@ is null.
 import functools
 import importlib.util
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.random import threefry_2x32
 
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, timed
 from lindm.icl.attention import FullAttention
 from lindm.icl.trainer import train
+from lindm.llm.parallel.devices import measured_peak_flops
 from lindm.random import normal
 from lindm.types import Prompt
 
@@ -43,6 +51,7 @@ MODULE = "lindm.bench.attention"
 PLAIN = "plain PyTorch"
 MOMENTS = "PyTorch in moment form"
 MISSING = "torch (not installed)"
+MATMUL, COPY, BITS = "a float32 matmul", "a copy", "the generator's bits"
 
 
 # ---------------------------------------------------------------------------------------------------------------- exact risk
@@ -77,12 +86,15 @@ def optimal_risk(d: int, n: int) -> float:
 
 @functools.cache
 def gaussian_draw(batch: int, d: int, n: int) -> Callable[[Array], tuple[Prompt, Array]]:
-    """`draw(key)` of the bench: every array is drawn separately, so that none is a slice of a larger one."""
+    """`draw(key)` of the bench: every array is drawn separately, so that none is a slice of a larger one.
+
+    The pairs are the last axis of what is drawn, which a compiler can vectorize over where d is small.
+    """
 
     def draw(key: Array) -> tuple[Prompt, Array]:
         context, rest = jax.random.split(key)
-        x, (w, query) = normal(context, (batch, n, d)), normal(rest, (2, batch, d))
-        prompt = Prompt(x=x, y=jnp.einsum("bnd,bd->bn", x, w), query=query[:, None])
+        x, (w, query) = normal(context, (batch, d, n)), normal(rest, (2, batch, d))
+        prompt = Prompt(x=jnp.swapaxes(x, 1, 2), y=jnp.einsum("bdn,bd->bn", x, w), query=query[:, None])
         return prompt, jnp.sum(query * w, axis=-1)[:, None]
 
     return draw
@@ -96,16 +108,86 @@ def run_ours(shape: Shape, steps: int, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.asarray(layer.W_KQ[0]), np.asarray(layer.W_PV[0])
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw_many(key: Array, shape: Shape, steps: int) -> Array:
+    """Sums of `steps` draws, so that no array is left out."""
+
+    def step(total: Array, t: Array) -> tuple[Array, None]:
+        prompt, target = gaussian_draw(*shape)(jax.random.fold_in(key, t))
+        return total + sum(map(jnp.sum, (prompt.x, prompt.y, prompt.query, target))), None
+
+    return jax.lax.scan(step, jnp.float32(0), jnp.arange(steps))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _bits_many(key: Array, words: int, steps: int) -> Array:
+    def step(total: Array, t: Array) -> tuple[Array, None]:
+        words_of = threefry_2x32(jax.random.key_data(jax.random.fold_in(key, t)), jax.lax.iota(jnp.uint32, words))
+        return total + jnp.sum(words_of), None
+
+    return jax.lax.scan(step, jnp.uint32(0), jnp.arange(steps))[0]
+
+
+def given_batch(_: Array, prompt: Prompt, target: Array) -> tuple[Prompt, Array]:
+    """`draw` that draws nothing."""
+    return prompt, target
+
+
+def train_on_one_batch(shape: Shape, steps: int, seed: int) -> Array:
+    """Our training without drawing; the losses."""
+    layer, key = FullAttention(shape[1], scale=SCALE), jax.random.key(seed)
+    batch = gaussian_draw(*shape)(key)
+    return train(layer, given_batch, key, steps=steps, data=batch, learning_rate=RATE, warmup=WARMUP, average=0.0)[1]
+
+
+def step_operations(shape: Shape) -> int:
+    """Additions and multiplications of one training step of depth 1: values, moments and their gradients, then the d x d part."""
+    batch, d, n = shape
+    return batch * (n * (8 * d + 8) + 8 * d * d)
+
+
+def step_bytes(shape: Shape) -> int:
+    """Bytes of a batch, read once forward and once backward."""
+    batch, d, n = shape
+    return 2 * 4 * batch * (n * (d + 1) + d + 1)
+
+
+def copy_rate(mebibytes: int = 256) -> float:
+    """Bytes that a large copy reads and writes in a CPU-second."""
+    source = np.ones(mebibytes * 2**18, np.float32)
+    target = np.empty_like(source)
+    np.copyto(target, source)
+    return 2 * source.nbytes / cpu_seconds(lambda: np.copyto(target, source), repeats=5)
+
+
 # ------------------------------------------------------------------------------------------------------------------- the peer
 
 
-def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The same training in plain PyTorch; `plain=False` has the layer in moment form."""
+def _torch_batch(shape: Shape):
+    import torch  # pyright: ignore[reportMissingImports]
+
+    batch, d, n = shape
+    x, w, query = torch.randn(batch, n, d), torch.randn(batch, d), torch.randn(batch, d)
+    return x, (x @ w[:, :, None])[:, :, 0], query, (query * w).sum(dim=1)
+
+
+def torch_draw_many(shape: Shape, steps: int, seed: int) -> None:
+    """The peer's drawing alone."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    batch, d, n = shape
+    for _ in range(steps):
+        _torch_batch(shape)
+
+
+def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True, fresh: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The same training in plain PyTorch; `plain=False` has the layer in moment form, `fresh=False` draws one batch alone."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    _, d, n = shape
 
     class LinearAttention(torch.nn.Module):
         def __init__(self):
@@ -135,9 +217,9 @@ def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[
         return min(done / WARMUP, 1) * 0.5 * (1 + math.cos(math.pi * max(done - WARMUP, 0) / (1 - WARMUP)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    drawn = None if fresh else _torch_batch(shape)
     for _ in range(steps):
-        x, w, query = torch.randn(batch, n, d), torch.randn(batch, d), torch.randn(batch, d)
-        y, target = (x @ w[:, :, None])[:, :, 0], (query * w).sum(dim=1)
+        x, y, query, target = drawn or _torch_batch(shape)
         loss = torch.nn.functional.mse_loss(model(x, y, query), target)
         optimizer.zero_grad()
         loss.backward()
@@ -148,8 +230,13 @@ def torch_run(shape: Shape, steps: int, seed: int, plain: bool = True) -> tuple[
 
 # --------------------------------------------------------------------------------------------------------------- measurements
 
-Run = Callable[[Shape, int, int], tuple[np.ndarray, np.ndarray]]
+Run = Callable[[Shape, int, int], Any]
 SIDES: dict[str, Run] = {"ours": run_ours, "torch": torch_run, "moments": functools.partial(torch_run, plain=False)}
+# training on one batch and drawing alone
+PARTS: dict[str, tuple[Run, Run]] = {
+    "ours": (train_on_one_batch, lambda shape, steps, seed: _draw_many(jax.random.key(seed), shape, steps)),
+    "torch": (functools.partial(torch_run, fresh=False), torch_draw_many),
+}
 
 
 def step_seconds(run: Run, shape: Shape, target: float = 0.25, repeats: int = 3) -> float:
@@ -157,7 +244,8 @@ def step_seconds(run: Run, shape: Shape, target: float = 0.25, repeats: int = 3)
 
     The number of steps is part of the compiled program, so it is estimated from the size of the work and not measured.
     """
-    steps = int(np.clip(target * 1e8 / (shape[0] * shape[1] * (shape[2] + 20)), 20, 500)) if run is run_ours else None
+    ours = run in (run_ours, *PARTS["ours"])
+    steps = int(np.clip(target * 1e8 / (shape[0] * shape[1] * (shape[2] + 20)), 20, 500)) if ours else None
     if steps is None:
         steps = max(3, min(200, int(target / max(cpu_seconds(lambda: run(shape, 3, 0)) / 3, 1e-6))))
     run(shape, steps, 0)
@@ -174,9 +262,9 @@ def time_to_optimum(run: Run, shape: Shape, excess: float = 0.01) -> dict[str, f
         run(shape, steps, 0)  # compilation, where there is one
         costs, risks = [], []
         for seed in range(1, SEEDS + 1):
-            cost, weights = timed(functools.partial(run, shape, steps, seed))
+            cost, (W_KQ, W_PV) = timed(functools.partial(run, shape, steps, seed))
             costs.append(cost)
-            risks.append(exact_risk(*weights, n))
+            risks.append(exact_risk(W_KQ, W_PV, n))
         if max(risks) <= (1 + excess) * optimal_risk(d, n):
             return {"steps": steps, "seconds": float(np.median(costs)), "worst": max(risks) / optimal_risk(d, n) - 1}
     return {"steps": None, "seconds": None, "worst": None}
@@ -196,6 +284,11 @@ def measure(side: str) -> dict[str, Any]:
     }
     if side != "moments":
         out["dimension"] = [step_seconds(run, (batch, k, n)) for k in DIMENSIONS]
+        out["given"], out["draw"] = ([step_seconds(part, (b, d, n)) for b in BATCHES] for part in PARTS[side])
+    if side == "ours":
+        out["matmul"], out["copy"] = measured_peak_flops(seconds=1.0, clock=time.process_time), copy_rate()
+        words = [b * (n * d + 2 * d) for b in BATCHES]
+        out["bits"] = [cpu_seconds(lambda w=w: _bits_many(jax.random.key(0), w, 100), repeats=4) / 100 for w in words]
     return out
 
 
@@ -217,6 +310,17 @@ def rows(ours: dict[str, Any], peer: dict[str, Any] | None, strong: dict[str, An
 
     for i, b in enumerate(BATCHES):
         add(f"train, d={d}, N={n}, batch {b}", lambda r, i=i, b=b: b / r["batch"][i], "contexts/CPU-s", MORE)
+    for part, text in (("given", "train on one batch"), ("draw", "draw tasks alone")):
+        for i, b in enumerate(BATCHES):
+            add(f"{text}, d={d}, N={n}, batch {b}", lambda r, i=i, b=b, p=part: b / r[p][i], "contexts/CPU-s", MORE)
+    for i, b in enumerate(BATCHES):
+        shares = (
+            ("train on one batch", step_operations((b, d, n)) / ours["given"][i] / ours["matmul"], MATMUL),
+            ("train on one batch", step_bytes((b, d, n)) / ours["given"][i] / ours["copy"], COPY),
+            ("draw tasks alone", ours["bits"][i] / ours["draw"][i], BITS),
+        )
+        for text, share, limit in shares:
+            table.append(row(f"{text}, batch {b}: of the rate of {limit}", share, None, limit, "share", NEITHER))
     i = BATCHES.index(batch)
     strong_name = MOMENTS if strong else MISSING
     add(f"train, d={d}, N={n}, batch {batch}", lambda r: batch / r["batch"][i], "contexts/CPU-s", MORE, strong, strong_name)
@@ -255,7 +359,7 @@ def _side(side: str) -> dict[str, Any]:
 
 
 def benchmark() -> list[Row]:
-    """The rows of the table. Takes about two minutes."""
+    """The rows of the table. Takes about three minutes."""
     installed = importlib.util.find_spec("torch") is not None
     peer, strong = (_side("torch"), _side("moments")) if installed else (None, None)
     return rows(_side("ours"), peer, strong)

@@ -52,6 +52,11 @@ def a_measurement(cost):
         "start": 2.0,
         "batch": [cost * b for b in attention.BATCHES],
         "length": [cost * n for n in attention.LENGTHS],
+        "given": [cost * b / 2 for b in attention.BATCHES],
+        "draw": [cost * b / 4 for b in attention.BATCHES],
+        "bits": [cost * b / 5 for b in attention.BATCHES],
+        "matmul": 2.0 * attention.step_operations((1, *attention.HEADLINE[1:])),
+        "copy": 8.0 * attention.step_bytes((1, *attention.HEADLINE[1:])),
         "dimension": [cost * d for d in attention.DIMENSIONS],
         "optimum": {"steps": 800, "seconds": cost, "worst": 0.005},
         "memory": 10 * cost,
@@ -66,6 +71,8 @@ def test_rows_have_the_ratio_to_the_peer():
             assert row["ratio"] == pytest.approx(4.0 if row["peer_name"] == attention.MOMENTS else 20.0)
         else:
             assert row["ratio"] is None
+    shares = {row["peer_name"]: row["ours"] for row in table if row["unit"] == "share"}
+    assert shares == pytest.approx({attention.MATMUL: 1.0, attention.COPY: 0.25, attention.BITS: 0.8})
     exponents = [row for row in table if "exponent" in row["work"]]
     assert len(exponents) == 4 and all(row["ours"] == pytest.approx(1.0) for row in exponents)
 
@@ -75,7 +82,8 @@ def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, ca
     monkeypatch.setattr(attention, "_side", lambda side: a_measurement(1.0))
     assert main(["bench", "attention", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert all(row["peer"] is None and row["ratio"] is None and row["peer_name"] == attention.MISSING for row in table)
+    assert all(row["peer"] is None and row["ratio"] is None for row in table)
+    assert all(row["peer_name"] == attention.MISSING for row in table if row["unit"] != "share")
     assert main(["bench", "attention"]) == 0
     assert "contexts/CPU-s" in capsys.readouterr().out
 
@@ -89,6 +97,29 @@ def test_a_budget_that_does_not_suffice_is_null_and_not_a_number_out_of_the_air(
         {**a_measurement(1.0), "optimum": attention.time_to_optimum(never, attention.HEADLINE)}, a_measurement(2.0), None
     )
     assert [row["ratio"] for row in table if "optimal loss" in row["work"]] == [None] * 3
+
+
+def test_the_operations_of_a_step_are_those_of_a_program_that_is_counted():
+    """XLA counts the products and sums of the training loss and its gradient."""
+    d, n = 5, 1280  # the part of the optimizer and of the d x d products is small
+    prompt, target = attention.gaussian_draw(1, d, n)(jax.random.key(0))
+
+    def loss(W_KQ, W_PV):
+        values = prompt.x[0] @ W_PV[:-1] + W_PV[-1] * prompt.y[0]
+        row = (values @ prompt.x[0]) @ W_KQ[:-1] + (values @ prompt.y[0]) * W_KQ[-1]
+        return (prompt.query[0] @ row / n - target[0])[0] ** 2
+
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(jnp.ones((d + 1, d)), jnp.ones(d + 1)).compile()
+    counted = dict(program.cost_analysis() or {})["flops"]
+    assert attention.step_operations((1, d, n)) == pytest.approx(counted, rel=0.15)
+
+
+def test_the_parts_do_what_their_rows_say():
+    losses = attention.train_on_one_batch((8, 2, 4), 200, 0)
+    assert losses[-1] < losses[0] and attention.copy_rate(1) > 1e7
+    draws = attention._draw_many(jax.random.key(0), (8, 2, 4), 3)
+    prompts = [attention.gaussian_draw(8, 2, 4)(jax.random.fold_in(jax.random.key(0), t)) for t in range(3)]
+    assert float(draws) == pytest.approx(sum(float(a.sum()) for a in jax.tree.leaves(prompts)), rel=1e-4)
 
 
 @pytest.mark.parity
