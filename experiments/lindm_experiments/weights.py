@@ -14,8 +14,8 @@ worth is of lower order in 1/N.
     lindm run weights --preset quick
     lindm verify --only weights
 
-Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; on other features the Gaussian formula with the right Psi 7
-to 8 % from the trained layer; a full layer whose risk is below the reduced one's where tasks have a mean.
+Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; on other features the Gaussian formula with the right Psi 4
+to 6 % from the trained layer; a full layer whose risk is below the reduced one's where tasks have a mean.
 """
 
 from dataclasses import dataclass
