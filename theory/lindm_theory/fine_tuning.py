@@ -87,7 +87,7 @@ def start_curvature(velocity: Array, A0: Array, B0: Array, B1: Array, ESw1: Arra
     """kappa with forgetting = kappa gain^2 + ... as a path leaves A_0 with `velocity` (ours).  -> [].
 
     Forgetting begins with the square of the time, the gain F_1(A_0) - F_1(A(t)) with its first power. kappa is
-    tr(Lq V B_0 V') / <D, V>^2, D = 2 Lq (A_0 B_1 - ESw_1').
+    tr(Lq V B_0 V') / <D, V>^2, D = 2 Lq (A_0 B_1 - ESw_1'), for <D, V> < 0.
     """
     D = 2.0 * Lambda_q @ (A0 @ B1 - ESw1.T)
     return jnp.trace(Lambda_q @ velocity @ B0 @ velocity.T) / jnp.sum(D * velocity) ** 2
@@ -105,7 +105,7 @@ def least_start_curvature(A0: Array, B0: Array, B1: Array, ESw1: Array, Lambda_q
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ValueRow:
-    """The value row (v, u) of a layer whose key-query matrix U stays: what = U'(G v + u S)."""
+    """The value row (v, u) of a layer whose key-query matrix U stays and whose block z is zero: what = U'(G v + u S)."""
 
     v: Array  # [d]
     u: Array  # []
@@ -124,7 +124,7 @@ def value_row_limit(
     """Best value row for tasks with mean m and second moment Psi (ours): v = b - u m, u as for tasks with their mean removed.
 
     b = K^{-1} Lambda U Lq m, K = E[G C G], C = U Lq U', u = tr(U Lq Cov Lambda) / tr(C B(Cov)), Cov = Psi - m m'. So the row
-    predicts the mean task from the features and regresses on centered labels: what = U'(G b + u (S - G m)).
+    predicts the mean task from the features and regresses on centered labels: what = U'(G b + u (S - G m)). U must be invertible.
     """
     C = U @ Lambda_q @ U.T
     K = context_second_moment(Lambda, C, fourth(C), N)
@@ -163,8 +163,8 @@ def zero_shot_path(
 ) -> tuple[Array, Array]:
     """Value-only training on prompts without labels: v(t) = (I - e^{-K t}) b, and e(t) = v'K v (ours).  times [T] -> [T, d], [T].
 
-    u does not move. The zero-shot gain on tasks of mean m is 2 v'K b - v'K v, and in-context risk on old tasks of mean zero grows
-    by exactly e(t): never more than the gain, and equal to it, b'K b, in the end.
+    u does not move. The zero-shot gain on tasks of mean m is 2 v'K b - v'K v, and in-context risk on old tasks of mean zero (same
+    features and N) grows by exactly e(t): never more than the gain, and equal to it, b'K b, in the end.
     """
     C = U @ Lambda_q @ U.T
     K = context_second_moment(Lambda, C, fourth(C), N)

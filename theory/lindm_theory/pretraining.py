@@ -4,7 +4,8 @@ A prompt is a context of N pairs with its task w; the layer predicts x_q'A S and
 either at one query x_q of each prompt (features x_q S', d^2 parameters in one regression) or at all queries (d regressions of
 the d coordinates of w on S). Notation as in `in_context`: B = E[S S'], A_N = Psi Lambda B^{-1}, u = w - A_N S.
 
-Two kinds of statements. *First order*, proved: the excess risk is C/T + o(1/T) with C from the fourth moments of (u, S).
+Two kinds of statements. *First order*, proved: T (excess risk) has a limit law of mean C, from the fourth
+moments of (u, S).
 *Deterministic equivalent*, a prediction: in the proportional limit N ~ d, T ~ d^2 the features act like Gaussian vectors of the
 same covariance, which is Lq x B exactly. Derivations: notes/pretraining.md.
 """
@@ -23,7 +24,10 @@ from lindm_theory.moments import Number
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WeightLaw:
-    """Mean and covariance of fitted weights A: Cov(A) = sum_ij variance_ij (r_i r_i') x (c_j c_j'), over the training prompts."""
+    """Mean and covariance of fitted weights A: Cov(A) = sum_ij variance_ij (r_i r_i') x (c_j c_j'), over the training prompts.
+
+    Covariances between different rows r_i are left out; `all_query_weights` says where they matter.
+    """
 
     mean: Array  # [d, d]
     variance: Array  # [d, d]
@@ -104,7 +108,8 @@ def all_query_weights(A: Array, B: Array, residuals: Array, Lambda_q: Array, T: 
     """The same when the loss of a prompt is the exact mean over queries, |w - A S|^2 in Lq: p = d, double descent at T = d.
 
     residuals = E[u u'] = Psi - A Lambda Psi [d, d] in the limit; E[u u' S'B^{-1}S] / d (`prompt_moment`) makes the excess exact
-    to first order in 1/T. Each eigenvector of Lq is a regression of its own, with ridge/q_i.
+    to first order in 1/T. Each eigenvector of Lq is a regression of its own, with ridge/q_i. Their fits share the prompts; the
+    covariances between them are left out, which is right for test queries whose Lq is diagonal in the same eigenvectors.
     """
     q, rows = jnp.linalg.eigh(Lambda_q)
     b, columns = jnp.linalg.eigh(B)
@@ -117,7 +122,7 @@ def all_query_weights(A: Array, B: Array, residuals: Array, Lambda_q: Array, T: 
 
 
 def prompt_moment(G: Array, weights: Array, noise: Array, A: Array, B: Array, Psi: Array) -> Array:
-    """E[u u' S'B^{-1}S] for Gaussian tasks w ~ N(0, Psi), which gives the C of E excess = C/T + o(1/T) (ours).  -> [d, d].
+    """E[u u' S'B^{-1}S] for tasks w ~ N(0, Psi) and Gaussian noise, which gives the C of the excess C/T (ours).  -> [d, d].
 
     G [P, d, d] with weights [P] is the law of (1/N) sum x x'; noise [P, d, d] the covariance of the noise in S given G
     (sigma^2 G/N). Given G, (u, S) is Gaussian, and Isserlis gives C_uu tr(B^{-1} C_SS) + 2 C_uS B^{-1} C_uS'.
@@ -135,7 +140,7 @@ def prompt_moment(G: Array, weights: Array, noise: Array, A: Array, B: Array, Ps
 
 
 def prompt_coefficient(moment: Array, query: Array, query_noise: Number = 0.0) -> Array:
-    """C of E excess = C/T + o(1/T) for T prompts: tr(query E[u u' S'B^{-1}S]) + query_noise d^2 (ours).
+    """C of the excess C/T of T prompts, to first order: tr(query E[u u' S'B^{-1}S]) + query_noise d^2 (ours).
 
     moment = `prompt_moment` [d, d]. A loss over all queries: query = Lq, query_noise = 0. One query a prompt:
     query = K(Lq^{-1}) = E[x_q x_q' (x_q' Lq^{-1} x_q)] [d, d], which is (d + 2) Lq for Gaussian queries, and the variance of the
@@ -147,7 +152,8 @@ def prompt_coefficient(moment: Array, query: Array, query_noise: Number = 0.0) -
 def repeated_task_excess(task: Number, prompt: Number, T: Number, m: Number) -> Array:
     """C_task/T + (C_prompt - C_task)/(T m): excess risk of T tasks with m prompts each, to first order in 1/T (ours).
 
-    `task` = robustness.few_task_coefficient, `prompt` = `prompt_coefficient`; C_prompt >= C_task (law of total variance).
+    `task` = robustness.few_task_coefficient, `prompt` = `prompt_coefficient`; C_prompt >= C_task (law of total variance). Label
+    noise has the same second moment V for all tasks, and m is fixed.
     """
     return jnp.asarray(task / T + (prompt - task) / (T * m))
 
@@ -175,8 +181,8 @@ def many_prompts_limit(alpha: Number, kappa: Number, rho: Number) -> Array:
 
         rho + int (c^2 + c l^2)/(l + c)^2 = rho + c^2 h_2 + c (1 - 2 c h_1 + c^2 h_2).
 
-    Lu, Letey, Zavatone-Veth, Maiti, Pehlevan, arXiv 2405.11751, publish .63738 at alpha = 1, rho = .1, kappa = 10 and .69898 at
-    kappa = 2; derived here from `robustness.few_task_weights`.
+    Derived here from `robustness.few_task_weights`. The values of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan, arXiv 2405.11751, as
+    our specification quotes them: .63738 at alpha = 1, rho = .1, kappa = 10 and .69898 at kappa = 2.
     """
     c, y = (1.0 + rho) / alpha, 1.0 / kappa
     edge = 1.0 - y + c

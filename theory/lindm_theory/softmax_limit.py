@@ -6,7 +6,8 @@ One softmax head with score matrix U and value weight u predicts, at a query q, 
 
 a self-normalized importance sampler of u E[y e^{x'k}] / E[e^{x'k}] = u w' grad log E[e^{x'k}]. For x ~ N(0, Lambda) the tilted
 mean is Lambda k, so the limit u w'Lambda U q is that of *linear* attention with the same U and u, at every temperature (derived
-here; cf. Boyer, Boursier, arXiv 2512.11784). Three numbers of a query and its task law determine all finite prompts:
+here; cf. Boyer, Boursier, arXiv 2512.11784). Three numbers of a query and its task law determine the mean
+square distance from the limit for every finite prompt on Gaussian features:
 
     s = k'Lambda k,      m2 = E[(w'Lambda k)^2] (= (w'Lambda k)^2 for one task),      v = E[y^2].
 
@@ -25,7 +26,7 @@ from lindm_theory.moments import Number
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QueryNumbers:
-    """The three numbers of a query that determine the law of R_M on Gaussian features; any common shape."""
+    """The three numbers of a query that determine E(R_M - limit)^2 on Gaussian features; any common shape."""
 
     s: Array  # k'Lambda k, the variance of a score
     m2: Array  # E[(w'Lambda k)^2], the second moment of the limit
@@ -76,7 +77,7 @@ class AttentionMoments:
 
 
 def attention_moments(s: Number, M: Number) -> AttentionMoments:
-    """The exact moments by 1/D = int_0^inf e^{-lambda D} dlambda over the sum D of M independent exponentials of scores (ours).
+    """The exact moments by 1/D^2 = int_0^inf lambda e^{-lambda D} dlambda, D the sum of exp of M independent scores (ours).
 
     With g = lambda e^{zeta}, zeta ~ N(0, s), L = E e^{-g}, and the measure dlambda/lambda,
 
@@ -84,7 +85,7 @@ def attention_moments(s: Number, M: Number) -> AttentionMoments:
         E sum p_i zeta_i     = s (1 - E sum p_i^2)          (Stein's identity),
         E (sum p_i zeta_i)^2 = M int E[zeta^2 g^2 e^{-g}] L^{M-1} + M (M-1) int E[zeta g e^{-g}]^2 L^{M-2}.
 
-    s > 0 and M >= 1 are numbers; use float64. The trapezoidal rule is exact to 1e-10 for s <= 9, M <= 1e6.
+    s > 0 and M >= 1 are numbers; use float64. The trapezoidal rule is exact to 1e-9 for s <= 9, M <= 1e6.
     """
     root = jnp.sqrt(s)
     z = jnp.linspace(-9.0, 9.0, 181)
@@ -121,7 +122,8 @@ def mean_square_distance(numbers: QueryNumbers, M: Number) -> Array:
 def softmax_constant(numbers: QueryNumbers) -> Array:
     """e^s (v + m2): M E (R_M - limit)^2 tends to it (ours). The bias E R_M - limit is about -e^s (limit) / M.  -> [...].
 
-    The law is that of importance sampling: it needs M well above e^s (`attention_moments` has no such limit).
+    The law is that of importance sampling: it needs M well above e^{2s}, the relative correction being about
+    -2 e^{2s} (v + 4 m2) / ((v + m2) M) (`attention_moments` has no such limit).
     """
     return jnp.exp(numbers.s) * (numbers.v + numbers.m2)
 
@@ -161,7 +163,8 @@ def best_score_variance(r: Array | float) -> Array:
 def least_price(r: Array | float) -> Array:
     """e^s / (s^2 (1 + r)) at the best s: e at r = 0 falling to 2.4286 at r = 1 (ours).  [...] -> [...].
 
-    At no temperature does a softmax head need less than 2.4286 times the pairs of linear attention with the same limit.
+    At no temperature, fixed as M grows, does a softmax head need less than 2.4286 times the pairs of linear attention with the
+    same limit.
     """
     s = best_score_variance(r)
     return price(s, r)
@@ -222,7 +225,8 @@ def isotropic_risk(scale: Number, u: Number, d: int, M: Number, sigma: Number = 
     """E (u R_M - w'q)^2 of one softmax head with U = scale * I on x, w, q ~ N(0, I), exactly (ours).  -> [].
 
     u^2 E R^2 - 2 u E[R w'q] + d with, given rho = |q|^2 and s = scale^2 rho, E R^2 = (d - 1 + sigma^2) E sum p^2 + s E Z^2,
-    E[R w'q] = scale rho (1 - E sum p^2), Z = sum p score / s; the mean over rho ~ chi^2_d by the trapezoidal rule. Numbers.
+    E[R w'q] = scale rho (1 - E sum p^2), Z = sum p score / s; the mean over rho ~ chi^2_d by the trapezoidal rule, which cuts off
+    rho < e^-9: 1e-4 at d = 2, not for d = 1. Numbers.
     """
     log_rho = jnp.arange(-9.0, 5.0, _STEP)
     rho = jnp.exp(log_rho)
@@ -233,7 +237,7 @@ def isotropic_risk(scale: Number, u: Number, d: int, M: Number, sigma: Number = 
 
 
 def best_isotropic_head(d: int, N: Number, sigma: Number = 0.0) -> Head:
-    """The head of least `isotropic_risk` at length N: u in closed form, the scale by search (ours).  d <= 30.
+    """The head of least `isotropic_risk` at length N: u in closed form, the scale by search (ours).  2 <= d <= 30.
 
     What training is predicted to find; that the best U is a multiple of I is assumed, by symmetry. The scale is sought in
     [0.14, 2.7]: on logarithmic grids of scale^2 and rho the variances scale^2 rho form one grid too, so that the moments are
