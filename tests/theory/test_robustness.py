@@ -102,6 +102,7 @@ def test_at_the_closed_form_depth_diverges_without_noise_on_onehot_features_of_t
     step, limit = risk(3, 4, 16, 4000)
     np.testing.assert_allclose([step, limit], [2.0, unseen + (1 / 3) ** 16], rtol=1e-9)
     assert all(risk(d, N, 16, 4000)[1] > 1e6 for d, N in ((3, 5), (4, 4), (5, 3)))
+    assert all(risk(2, N, 16, 1)[0] < 2 for N in (4, 4000))  # two dimensions: the step can be safe at every length
 
 
 @pytest.mark.parametrize(("d", "N", "M"), [(3, 20, 40), (4, 64, 60), (2, 400, 30)])

@@ -12,7 +12,7 @@ from lindm_theory.moments import Number, design_moment
 
 
 def smale_zhou(b: Array, v: Array, M: Number, delta: Number) -> Array:
-    """2 b log(2/delta)/M + sqrt(2 v log(2/delta)/M): with probability 1 - delta it is above ||mean of M centered z||.
+    """2 b log(2/delta)/M + sqrt(2 v log(2/delta)/M): with probability at least 1 - delta it is above ||mean of M centered z||.
 
     Hilbert space, ||z|| <= b, E||z||^2 <= v: [SZ] Lemma 2, after Pinelis.  Any common shape.
     """

@@ -209,7 +209,8 @@ def soft_label_price(temperature: Array | float, actions: int, H: int) -> Array:
 def least_squares_weights(w: Array, S: Array, weights: Array) -> Array:
     """A = (sum c w S')(sum c S S')^{-1}: the squared loss on Q over a finite set of contexts, whatever the law of the queries.
 
-    w and S [n, d], weights c [n] -> [d, d]. Cross-entropy on soft labels softmax(Q*/T) tends to the same greedy policy as T grows
-    (ours): KL(softmax(Q/T) || softmax(f/T)) = sum_a (Q - f, centered over the actions)^2 / (2 A T^2) + O(T^-3).
+    w and S [n, d], weights c [n] -> [d, d]. Cross-entropy on soft labels softmax(Q*/T), with the same queries for every context,
+    tends to the same greedy policy at these queries as T grows (ours): with n actions
+    KL(softmax(Q/T) || softmax(f/T)) = sum_a (Q - f, centered over the actions)^2 / (2 n T^2) + O(T^-3).
     """
     return jnp.linalg.solve((S * weights[:, None]).T @ S, (S * weights[:, None]).T @ w).T

@@ -82,13 +82,15 @@ def policy_length_ratio(
 
     sides [n, d] = phi(s, 1) - phi(s, 2), chances [n] of the states, Lambda, Psi [d, d], `fourth` the map Psi -> K(Psi), noise =
     E[eps^2 x x'] -> []; infinity if longer training prompts are better at every multiple of M. Tasks w ~ N(0, Psi), bounded
-    features, A = A_N. With C = Lambda^{-1} R Lambda^{-1} and, for each state, g = side'w of variance v, kappa = Psi side / v,
-    u = w - g kappa, C_u and C_ku the covariance of a pair at the task u and its polar form at (kappa, u),
+    features, label noise whose law does not depend on the task, A = A_N. With C = Lambda^{-1} R Lambda^{-1} and, for each state,
+    g = side'w of variance v, kappa = Psi side / v, u = w - g kappa, h(u) = side'C Psi^{-1} u, C_u and C_ku the covariance of a
+    pair, between two Lambda^{-1}, at the task u and its polar form at (kappa, u),
 
         E SubOpt = r(M) + sum_s chance_s / sqrt(2 pi v) [ b/(2 N^2) - a/(N M) ] + O(M^-3),       N* = M sum b / sum a,
-        b = E (side'C Psi^{-1} u)^2,     a = E side'C_u Psi^{-1} C side - (side'C side / v) E side'C_u side - E h(u) v_1(u).
+        b = E h(u)^2,     a = E side'C_u Psi^{-1} C side - (side'C side / v) E side'C_u side - E h(u) side'C_ku side.
 
-    For the risk of Qhat the ratio is 1 in every case; here it is 1 for noise that does not depend on the task.
+    For the risk of Qhat the ratio is 1 in every case; here it is 1 if the covariance of S given the task is the same for all
+    tasks (C_u = C, C_ku = 0), which it is not for i.i.d. pairs with little label noise.
     """
     inverse = jnp.linalg.inv(Lambda)
 

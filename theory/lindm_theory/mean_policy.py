@@ -111,7 +111,9 @@ def policy_loss(P: Array, gap: Array, rho: Array, pi: Array) -> Array:
 def high_probability_margin_rung(
     P: Array, gap: Array, rho: Array, margin: Array, variance: Array, bound: Array, M: Number, delta: Number
 ) -> Array:
-    """With probability >= 1 - delta over the contexts of one task, SubOpt is at most this (ours); it is 0 once M is large enough.
+    """With probability >= 1 - delta over the contexts of one task, SubOpt is at most this (ours).
+
+    It is 0 once M is large enough, if in phi'A Lambda w every strictly worse action is behind some other one.
 
     Arrays of `difference_moments`. With t the radius of Bernstein at level delta/(H S (A-1) A), all Qhat(s,b) - Qhat(s,a) are at
     least margin - t at once, so pihat never takes an action with margin - t > 0 against some b: the worst policy among the
@@ -138,7 +140,8 @@ def decay_exponent(gap: Array, margin: Array, variance: Array, bound: Array, tol
 def informative_length(exponent: Array, A: int, share: Number = 1.0) -> Array:
     """The M from which H (A - 1) max(gap) exp(-M exponent) is below `share` of the trivial bound H max(gap) (ours).  [] -> [].
 
-    log((A - 1)/share)/exponent. As the exponent is at most m^2/(2 v), m the smallest margin that the bias leaves and v the
-    variance of a pair's part of it, this is at least 2 (v/m^2) log((A - 1)/share): below it the bound says nothing.
+    log((A - 1)/share)/exponent. As the exponent is at most m^2/(2 v), m the margin of any strictly worse action behind its best
+    alternative and v the variance of a pair's part of it, this is at least 2 (v/m^2) log((A - 1)/share): below it the
+    bound says nothing.
     """
     return jnp.log((A - 1) / share) / exponent

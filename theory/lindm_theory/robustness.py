@@ -59,7 +59,7 @@ def largest_step(A: Array, phi: Array) -> Array:
     A [d, d] symmetric and positive definite, phi [n, d] the support of the features -> []. Every G in the convex hull of the x x'
     has A^{1/2} G A^{1/2} <= max x'A x; so step A G has eigenvalues in [0, 2) and without noise the error in the norm of A^{-1}
     never rises. On infinite contexts the bias of a mode then contracts by 1 - step N x/(1 + N x) a layer. At step 1 this asks for
-    max x'A x < 2, which is out of reach at A_N for long prompts and d >= 2, since E x'A_N x = tr(A_N Lambda) -> d.
+    max x'A x < 2, which is out of reach at A_N for long prompts and d >= 3, since E x'A_N x = tr(A_N Lambda) -> d.
     """
     return 2.0 / jnp.max(jnp.einsum("ni,ij,nj->n", phi, A, phi))
 
@@ -80,8 +80,8 @@ def scale_shift(
 ) -> Prediction:
     """Risk when the features of the test contexts are c times those of training (queries as given by Lambda_q) (ours).
 
-    S becomes c^2 S (labels follow the features), so what = A S is multiplied by c^2: Lambda -> c^2 Lambda, K -> c^4 K, and
-    E[eps^2 x x'] -> c^2 of it. Queries that scale as well multiply the result by c^2.
+    Without noise S becomes c^2 S (labels follow the features) and what = A S is multiplied by c^2: Lambda -> c^2 Lambda,
+    K -> c^4 K, and E[eps^2 x x'] -> c^2 of it. Queries that scale as well multiply the result by c^2.
     """
     variance = c**4 * pair_variance(Lambda, Psi, K) if noise is None else c**4 * pair_variance(Lambda, Psi, K) + c**2 * noise
     return moment_risk(A, c**2 * Lambda, Psi, variance / M, Lambda_q)

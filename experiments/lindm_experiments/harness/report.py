@@ -39,11 +39,11 @@ def format_measured(row: dict[str, Any]) -> str:
 
 
 def format_slack(row: dict[str, Any]) -> str:
-    """bound / truth, smallest and median, of an inequality; nothing for other claims."""
+    """Smallest and median slack of an inequality (`verdicts.to_verdict`); nothing for other claims."""
     if row.get("slack") is None:
         return ""
     low, median = row["slack"]
-    return f"bound/truth {low:.3g}, median {median:.3g}"
+    return f"slack {low:.3g}, median {median:.3g}"
 
 
 def verdict_label(row: dict[str, Any]) -> str:

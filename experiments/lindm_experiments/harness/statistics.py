@@ -131,7 +131,10 @@ def clopper_pearson(count: int, n: int, level: float = LEVEL) -> tuple[float, fl
 
 
 def rate_at_most(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds: int = 5) -> Decision:
-    """Is the probability of a violation <= rate? Exact binomial tails (one-sided Clopper-Pearson) on n independent instances."""
+    """Is the probability of a violation <= rate? Exact binomial tails (one-sided Clopper-Pearson) on n instances.
+
+    Exact if these are independent. Instances of one seed or problem are independent only given that seed or problem, and then the
+    limit is that of the seeds and problems at hand."""
     lo, hi = clopper_pearson(count, n)
     return Decision(
         measured=count / n,

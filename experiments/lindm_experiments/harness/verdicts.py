@@ -25,7 +25,7 @@ class Verdict:
     predicted: float | str | None = None
     figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
     note: str = ""
-    slack: tuple[float, float] | None = None  # of an inequality: smallest and median bound / truth
+    slack: tuple[float, float] | None = None  # of an inequality: smallest and median, see `to_verdict`
 
 
 def as_expected(row: Mapping[str, Any]) -> bool:
@@ -44,7 +44,9 @@ def to_verdict(
     """Decisions -> Verdict of claim `id`; several decisions are several parts, and all must hold.
 
     Args:
-      slack: bound / truth of what was tested, of an inequality.
+      slack: of an inequality, how far apart its two sides are on what was tested: the side that it says is the larger one, over
+        the other. So bound / truth of an upper bound and truth / bound of a lower one: 1 where the bound is attained, below 1
+        where it is broken.
     """
     d = all_of(decisions)
     return Verdict(

@@ -90,9 +90,9 @@ def test_the_slack_of_an_inequality_stands_beside_its_verdict(directory):
     bound = mean_verdict("q-risk", [1.0, 1.001, 0.999, 1.0, 1.0], slack=[3.0, 1.02, 140.0])
     content = summary(bound, CONTROL)
     assert [c["slack"] for c in content["claims"]] == [[1.02, 3.0], None]
-    assert "n=5" in printed(content) and printed(content).count("bound/truth 1.02, median 3; predicted") == 1
+    assert "n=5" in printed(content) and printed(content).count("slack 1.02, median 3; predicted") == 1
     files.write_json(directory / "verdicts.json", content)
-    assert write_report(directory).read_text().count("bound/truth 1.02, median 3") == 2  # in the table, and with its experiment
+    assert write_report(directory).read_text().count("slack 1.02, median 3") == 2  # in the table, and with its experiment
 
 
 def test_an_unexpected_verdict_stands_out_without_colours():
