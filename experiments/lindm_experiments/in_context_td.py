@@ -7,14 +7,14 @@ alone is trained; and TD with two matrices, one for the values that are predicte
 compared in predictions, since weights are not identified.
 
 Optimal values need a maximum over actions. Reduced linear attention of any depth is linear in the rewards, so its risk on Q* has
-a floor, known exactly: the part of Q* that is even in the rewards. Least-squares value iteration takes the maximum outside of the
-layer, between its iterations, and goes below the floor.
+a floor, known exactly: the part of Q* that is even in the rewards. Least-squares value iteration, by ridge regression,
+takes the maximum between its iterations and goes below the floor.
 
     lindm run in_context_td --preset quick      about 12 s on 2 cores
     lindm verify --only in-context-td
 
-Expected: hand-set weights are TD to 1e-12. Training finds TD with one layer; with more layers it finds something better, which is
-TD with two matrices. No trained layer is below the floor, value iteration is.
+Expected: hand-set weights are TD to 1e-12. Training finds TD with one layer; with more layers it finds something better, about as
+good as TD with two matrices. No trained layer is below the floor, value iteration is.
 """
 
 from dataclasses import dataclass

@@ -206,6 +206,19 @@ def test_every_full_layer_is_wrong_a_quarter_of_the_time_on_the_signed_twins_and
     assert wrong_share(full_layer(v, np.eye(2), 0.0, np.zeros(2)), 12, signs=(1.0,)) < 0.2
 
 
+def test_symmetric_noise_breaks_the_quarter_of_the_full_layer():
+    """Contexts of one pair; the label of the better action has noise +-(BEST + OTHER) r, that of the other action none."""
+    layer = full_layer(np.array([-0.5, 0.5]), np.array([[-1.2, 0.0], [1.2, 0.0]]), 1.0, np.array([1.0, 0.0]))
+    wrong = {False: 0.0, True: 0.0}
+    for noisy, (_, chance, x, w), sign, side in itertools.product(wrong, contexts(1), (1.0, -1.0), (1.0, -1.0)):
+        size = (BEST + OTHER) * np.linalg.norm(x) * (noisy and (x @ w)[0] == np.linalg.norm(x) * BEST)
+        y = sign * x @ w + side * size
+        yhat = layer(x.T @ x, x.T @ y, y @ y)
+        wrong[noisy] += chance / 8 * (np.argmax(yhat) != np.argmax(sign * w))
+    np.testing.assert_allclose(wrong[True], 0.125, rtol=1e-12)
+    assert wrong[False] >= 0.25
+
+
 def test_the_hand_set_full_layer_attains_the_quarter_on_long_contexts():
     layer = full_layer(*(np.asarray(b) for b in lower_bound.twin_full_weights(BEST, OTHER, Z, CHANCE)))
     r2, w = (np.asarray(v) for v in lower_bound.twin_tasks(BEST, OTHER, Z))

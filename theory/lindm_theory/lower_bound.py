@@ -3,11 +3,12 @@
 If the kernel of a task moves its context, then E[x x'] = Lambda_t differs from task to task, and the layer sees S -> Lambda_t w
 as M grows, from which no matrix A recovers w for all tasks at once. With moments over the tasks t
 
-    E[S w'] -> m = E[Lambda_t w w'],    E[S S'] -> D = E[Lambda_t w w' Lambda_t],
+    E[S w'] = m = E[Lambda_t w w'],    E[S S'] -> D = E[Lambda_t w w' Lambda_t],
 
-the risk of *every* A at *every* M is at least floor = tr(Lq (Psi - m' D^+ m)), and A_N attains it as M = N -> infinity. For the
-policy there are tasks that have one and the same law of S and opposite best actions: `twin_tasks`. Derivations:
-notes/lower-bound.md; cf. arXiv 2502.08136, which shows a constant lower bound for one linear layer on dependent data.
+the risk of *every* fixed A at *every* M is at least floor = tr(Lq (Psi - m' D^+ m)), and A_N attains it as M = N -> infinity. For
+the policy there are tasks that have one and the same law of S and opposite best actions: `twin_tasks`. Derivations:
+notes/lower-bound.md; cf. arXiv 2502.08136, which shows a lower bound that does not vanish for a class of one-layer linear
+transformers on linear dynamical systems.
 """
 
 import jax
@@ -39,7 +40,7 @@ def limit_weights(m: Array, D: Array) -> Array:
 def floor(Psi: Array, m: Array, D: Array, Lambda_q: Array) -> Array:
     """tr(Lq (Psi - m' D^+ m)) <= risk of every A at every M, N (ours).  Zero iff one A has A Lambda_t w = w for almost all tasks.
 
-    If w is independent of Lambda_t and Psi > 0, that is: iff Lambda_t is the same for almost all tasks.
+    ("Iff" for Lq > 0.) If w is independent of Lambda_t and Psi > 0: iff Lambda_t is one invertible matrix for almost all tasks.
     """
     return jnp.trace(Lambda_q @ (Psi - limit_weights(m, D) @ m))
 
@@ -54,7 +55,7 @@ def task_risk(A: Array, Psi: Array, m: Array, D: Array, R: Array, M: Number, Lam
 
 
 def scale_floor(c: Array, weights: Array, Psi: Array, Lambda_q: Array) -> Array:
-    """tr(Lq Psi) Var(c)/E[c^2]: the floor if Lambda_t = c_t Lambda, c_t independent of w (ours).  c [P], weights [P].
+    """tr(Lq Psi) Var(c)/E[c^2]: the floor if Lambda_t = c_t Lambda, Lambda > 0, c_t independent of w (ours).  c [P], weights [P].
 
     A layer that divides by tr G does not have it: Lambda_t / tr Lambda_t is the same for all tasks.
     """
@@ -79,7 +80,7 @@ def depth_floor(A: Array, Lambda: Array, w: Array, weights: Array, Lambda_q: Arr
 def depth_bound(low: Number, high: Number, k: int, Psi: Array, Lambda_q: Array) -> Array:
     """((high - low)/(high + low))^2k tr(Psi) max eig(Lq) >= `depth_floor` at A = 2/(low + high) I (ours).
 
-    low <= Lambda_t <= high. Attained if Lq is a multiple of I and every Lambda_t w is low w or high w.
+    0 < low <= Lambda_t <= high. Attained if Lq is a multiple of I and every Lambda_t w is low w or high w.
     """
     rate = (high - low) / (high + low)
     return rate ** (2 * k) * jnp.trace(Psi) * jnp.linalg.eigvalsh(Lambda_q)[-1]
@@ -98,7 +99,8 @@ def twin_tasks(best: Number, other: Number, z: Array) -> tuple[Array, Array]:
     """Two tasks with one law of S and opposite best actions (ours): r^2 = |x|^2 [task, action] and w [task, action].
 
     Task 0 has w = (best, other), task 1 has w = (other, best). A context takes action a with the same chance in both, in a state
-    of feature length r: x = r e_a with r^2 = z_a / w_a, so that y x = z_a e_a whatever the task. z [2] > 0, best > other > 0.
+    of feature length r: x = r e_a with r^2 = z_a / w_a, so that y x = z_a e_a whatever the task: labels carry no noise.
+    z [2] > 0, best > other > 0.
     """
     w = jnp.stack([jnp.stack([jnp.asarray(best), jnp.asarray(other)]), jnp.stack([jnp.asarray(other), jnp.asarray(best)])])
     return z[None, :] / w, w

@@ -5,8 +5,9 @@ Z = (y_1 x_1, ..., y_H x_H) in R^{Hd}, and all that a layer reads is linear in S
 
     Qhat_h(s, a) = phi(s, a)' B_h S,      risk_h = tr(Lq B_h C B_h') / K + E ||B_h m - w_h||^2_Lq,
 
-with m = E[Z | task], C = E Cov(Z | task): a trajectory takes the place of a pair, whatever the dependence inside it. Readers: one
-layer a stage, B_h = A_h E_h (E_h: block h); stage-augmented features phi (x) e_h, any B_h; stage-blind, B_h = A mean_i E_i.
+with m = E[Z | task], C = E Cov(Z | task), trajectories i.i.d. given the task: a trajectory takes the place of a pair, whatever
+the dependence inside it. Readers: one layer a stage, B_h = A_h E_h (E_h: block h); stage-augmented features phi (x) e_h, any
+B_h; stage-blind, B_h = A mean_i E_i.
 
 The policy: the greedy rules of different stages are functions of one S, so the mean policy of `mean_policy` has another loss than
 the mean over contexts. The policy weighted by occupancy has that loss, whatever the dependence.  Proofs: notes/pooled.md.
@@ -159,7 +160,8 @@ def blind_floor(signal: Array, cross: Array, Psi: Array, Lambda_q: Array) -> tup
 
     signal [d, d] = E[s s'] of s = (1/H) sum_i E[y_i x_i | task], cross [H, d, d] = E[s w_h'], Psi [H, H, d, d] = E[w_h w_i'].
     With wbar = (1/H) sum_h w_h:  min_A (1/H) sum_h E||A s - w_h||^2 = min_A E||A s - wbar||^2 + (1/H) sum_h E||w_h - wbar||^2;
-    the second term is the part. The first vanishes iff wbar is linear in s, e.g. if all stages have the covariance Lambda.
+    the second term is the part. The first vanishes iff wbar is linear in s, e.g. if labels have the mean x'w and all stages of
+    all tasks one covariance. signal must be invertible; all stages have one query law, of second moment Lambda_q.
     """
     H = len(Psi)
     c = cross.mean(0)
@@ -225,7 +227,7 @@ def reach(P: Array, rho: Array) -> Array:
 def sharing_bound(P: Array, gap: Array, rho: Array, pibar: Array) -> Array:
     """|E SubOpt - loss(pibar)| <= (1/2) sum_{h >= 2} sum_s D_h(s) range_a U_h(s,.) sum_a pibar(a|s)(1 - pibar(a|s)).  -> [].
 
-    For any joint law of the stages with the marginals pibar [H, S, A]. Zero where pibar is deterministic.
+    For any joint law of the rules of the stages with P(pihat_h(s) = a) = pibar_h(a|s). Zero if pibar is deterministic.
     """
     U = _loss_ahead(P, gap, pibar)
     spread = jnp.max(U, axis=-1) - jnp.min(U, axis=-1)
@@ -266,8 +268,9 @@ def shared_context_rung(P: Array, gap: Array, rho: Array, caps: Array, multiplie
 def copied_trajectory_loss(p: Number, gap: Number, H: int) -> tuple[Array, Array]:
     """(E SubOpt, loss of the mean policy) where the policy copies the one trajectory of its prompt (ours).
 
-    Two states; action 1 stays in the first, where action 1 of the last stage loses `gap`; all else is optimal; the behavior takes
-    action 1 with chance p. One-hot pairs with positive labels and K = 1 make the greedy policy take the actions that it saw:
-    gap p^H, against gap p^{H(H+1)/2} from pibar_h(1) = p^h. `shared_context_rung` is attained.
+    Two states; action 1 stays in the first, where action 1 of the last stage loses `gap`; action 0 leads to the second for good;
+    all else is optimal; the behavior takes action 1 with chance p. Ties go to action 0. One-hot pairs with positive labels and
+    K = 1 make the greedy policy take the actions that it saw: gap p^H, against gap p^{H(H+1)/2} from
+    pibar_h(1) = p^h. With the exact chances as caps `shared_context_rung` is attained.
     """
     return jnp.asarray(gap * p**H), jnp.asarray(gap * p ** (H * (H + 1) // 2))

@@ -47,7 +47,10 @@ def td_blocks(C: Array, E: Array | None = None) -> Array:
 
 
 def residual_gradient_blocks(C: Array) -> Array:
-    """[[C, -C], [-C, C]]: steps w <- w + C mean_i (x_i - gamma x'_i)(r_i + gamma x'_i'w - x_i'w), the residual gradient."""
+    """[[C, -C], [-C, C]]: steps w <- w + C mean_i (x_i - gamma x'_i)(r_i + gamma x'_i'w - x_i'w), the residual gradient.
+
+    That linear attention can do it is due to Wang, Blaser, Daneshmand, Zhang, arXiv 2405.13861; derived here for these layers.
+    """
     return jnp.block([[C, -C], [-C, C]])
 
 
@@ -66,7 +69,7 @@ def td_attention(C: Array) -> tuple[Array, Array]:
 def td_error(C: Array, b: Array, G: Array, F: Array, k: int) -> Array:
     """w_k - w_TD = -(I - C (G - F))^k w_TD for one matrix C [d, d], w_TD = (G - F)^{-1} b the fixed point (LSTD).  -> [d].
 
-    So depth converges to LSTD iff the spectral radius of I - C (G - F) is below one (for generic b).
+    So depth converges to LSTD for every b iff the spectral radius of I - C (G - F) is below one. G - F must be invertible.
     """
     step = jnp.linalg.matrix_power(jnp.eye(len(b), dtype=b.dtype) - C @ (G - F), k)
     return -step @ jnp.linalg.solve(G - F, b)
@@ -80,7 +83,7 @@ def softmax_td(
         v(q) <- v(q) + rate sum_i k_i(q) (r_i + gamma v(x'_i) - v(x_i))       at q = x_j, x'_j and the queries.
 
     Each sweep is softmax attention from q to the context, whose values are the TD errors (derived here; cf. Xie et al., arXiv
-    2605.07333). In the limit of a large W on distinct normalized features it is tabular TD.
+    2605.07333). In the limit of a large multiple of I as W, on distinct normalized features that are all in x, it is tabular TD.
     """
     points = jnp.concatenate([x, x_next, query])
     kernel = jax.nn.softmax(points @ (x @ W).T, axis=-1)  # [N + N + Q, N]
@@ -108,8 +111,8 @@ def odd_floor(value: Array, negated: Array, weights: Array, center: Array | floa
     """E[((v(q) + v^-(q))/2 - c(q))^2]: no predictor c + f with f odd in the rewards has a smaller risk (ours).  -> [].
 
     value, negated [n, Q]: targets of a task and of the task with all rewards negated, equally likely and with the same context
-    features; weights [Q] of the queries; c [Q] an intercept. Reduced linear attention of any depth is linear in the rewards,
-    hence odd. Q* is not: v + v^- >= 0, with equality only where the maximum over actions never matters.
+    features, labels without noise; weights [Q] of the queries; c [Q] an intercept. Reduced linear attention of any depth is
+    linear in the rewards, hence odd. Q* is not: v + v^- >= 0, with equality only where the maximum over actions never matters.
     """
     even = (value + negated) / 2 - center
     return jnp.mean(jnp.square(even) @ weights)
