@@ -211,7 +211,7 @@ def test_symmetric_noise_breaks_the_quarter_of_the_full_layer():
     layer = full_layer(np.array([-0.5, 0.5]), np.array([[-1.2, 0.0], [1.2, 0.0]]), 1.0, np.array([1.0, 0.0]))
     wrong = {False: 0.0, True: 0.0}
     for noisy, (_, chance, x, w), sign, side in itertools.product(wrong, contexts(1), (1.0, -1.0), (1.0, -1.0)):
-        size = (BEST + OTHER) * np.linalg.norm(x) * (noisy and (x @ w)[0] == np.linalg.norm(x) * BEST)
+        size = (BEST + OTHER) * np.linalg.norm(x) * (noisy and x.sum() * (BEST + OTHER) / 2 < (x @ w).item())
         y = sign * x @ w + side * size
         yhat = layer(x.T @ x, x.T @ y, y @ y)
         wrong[noisy] += chance / 8 * (np.argmax(yhat) != np.argmax(sign * w))
