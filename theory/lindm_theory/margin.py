@@ -40,8 +40,9 @@ def bias_margin(values: Array, Qstar: Array, tolerance: float = 1e-9) -> Array:
 def flip_length(margins: Array, N: Array) -> Array:
     """The largest N of the grid at which the bias flips an action in some state; zero if it does at none.
 
-    margins [n, H, S] of `bias_margin` for the grid N [n] of training lengths -> []. At every larger N of the grid the loss falls
-    exponentially in M. The set of N that flip need not be an interval when d >= 3, nor, with three or more actions, when d = 2.
+    margins [n, H, S] of `bias_margin` for the grid N [n] of training lengths -> []. At every larger N of the grid, but for ties,
+    the loss falls exponentially in M under bounded noise. The set of N that flip need not be an interval when d >= 3, nor, with
+    three or more actions, when d = 2.
     """
     flipped = jnp.any(margins < 0, axis=(1, 2))
     return jnp.max(jnp.where(flipped, N, 0))
