@@ -42,7 +42,7 @@ from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, RED, plot_seeds
 from lindm_experiments.harness.statistics import equivalence
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
-from lindm_experiments.mutants import MUTANTS
+from lindm_experiments.lib.rung_mutants import AVERAGES, PER_POLICY, WITHOUT_ORACLE
 from lindm_theory.in_context import gaussian_gamma, risk
 from lindm_theory.moments import gaussian_fourth
 from lindm_theory.policy_bounds import loss_identity
@@ -154,7 +154,7 @@ def mistaken_bounds(seed: int) -> dict[str, dict[str, list[float]]]:
     """bound / truth on the instances of a mutant, of the correct and of the mistaken bound, by mistake."""
     right = {"instances": seed, "attained": attained.ladder_pairs(seed) | attained.offline_pairs(seed)}
     out = {}
-    for mutant in (m for m in MUTANTS if m.mistake in BOUNDS):
+    for mutant in (m for m in (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE) if m.mistake in BOUNDS):
         wrong = copy.deepcopy(right)
         mutant.change([wrong])
         names = [k for k, pair in wrong["attained"].items() if pair != right["attained"][k]]

@@ -111,6 +111,11 @@ def _many(records: list[dict]) -> list[dict]:
             method["intervals"] = [[1000] * len(row) for row in method["intervals"]]
             method["width"] = [[1e-3 + 1e-5 * i] * len(row) for row in method["width"]]
             method["certified"] = [[1 - 1e-3 * i] * len(row) for row in method["certified"]]
+            for side in (
+                "above",
+                "below",
+            ):  # the distance of the nearest exact value to a bound; the small problems may have none
+                method[side] = [[1e-3 * i] * len(row) for row in method[side]]
     return out
 
 

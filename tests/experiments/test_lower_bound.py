@@ -10,9 +10,9 @@ import pytest
 from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import lower_bound
-from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.claims import FAIL, PASS, Mutant, claim_ids
 from lindm_experiments.harness.experiments import points_of
-from lindm_experiments.harness.mutants import Mutant, try_mutants
+from lindm_experiments.harness.mutants import try_mutants
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.mutants import LOWER
 

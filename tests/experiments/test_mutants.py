@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lindm_experiments import risk
-from lindm_experiments.harness.claims import CLAIMS, PASS
-from lindm_experiments.harness.mutants import Mutant, Trial, print_mutants, select_mutants, try_mutants
+from lindm_experiments.harness.claims import CLAIMS, PASS, Mutant
+from lindm_experiments.harness.mutants import Trial, print_mutants, select_mutants, try_mutants
 from lindm_experiments.lib import attained
 from lindm_experiments.mutants import MUTANTS
 

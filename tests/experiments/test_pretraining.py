@@ -8,9 +8,9 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments import pretraining
-from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
+from lindm_experiments.harness.claims import FAIL, PASS, Mutant, claim_ids
 from lindm_experiments.harness.experiments import points_of
-from lindm_experiments.harness.mutants import Mutant, try_mutants
+from lindm_experiments.harness.mutants import try_mutants
 from lindm_experiments.mutants import PRETRAINING
 
 

@@ -6,7 +6,7 @@ A claim is a statement about a mean over seeds or tasks, or about a rate of viol
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from math import inf
 from pathlib import Path
@@ -39,6 +39,15 @@ class Claim:
             raise ValueError(f"min_seeds must be >= 1; got {self.min_seeds}")
         if self.expected not in (PASS, FAIL, OPEN):
             raise ValueError(f"expected must be PASS, FAIL or OPEN; got {self.expected!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One mistake in what decides a claim. `change` alters the records in place; it gets a copy of them."""
+
+    claim: str
+    mistake: str
+    change: Callable[[list[dict]], None]
 
 
 def read_claims(path: Path, experiment: str | None = None) -> dict[str, Claim]:

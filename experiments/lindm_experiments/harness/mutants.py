@@ -5,7 +5,7 @@ mutants of the package are in `experiments/lindm_experiments/mutants.py`.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +14,11 @@ from rich.text import Text
 
 from lindm.io import files
 from lindm.io.executor import Executor
-from lindm_experiments.harness.claims import FAIL, PASS, get_claim
+from lindm_experiments.harness.claims import FAIL, PASS, Mutant, get_claim
 from lindm_experiments.harness.experiments import find_experiment, load, select_claims
 from lindm_experiments.harness.runner import Job
 from lindm_experiments.harness.verify import check_options, run_with_progress
 from lindm_experiments.harness.xla import settings_kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mutant:
-    """One mistake in what decides a claim. `change` alters the records in place; it gets a copy of them."""
-
-    claim: str
-    mistake: str
-    change: Callable[[list[dict]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
