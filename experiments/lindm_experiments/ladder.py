@@ -165,11 +165,12 @@ def rungs_on_average(family: MDPFamily, Ahat: Array, Psi: Array, M: Array, half_
 
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
-    k_features, k_pool, k_train, k_test = jax.random.split(key, 4)
+    k_features, k_families = jax.random.split(key)
     half_width, delta = jnp.asarray(cfg.half_width), jnp.asarray(cfg.delta)
     sigma = cfg.half_width / 3**0.5
     cells = []
-    for name, family in families(k_features).items():
+    for i, (name, family) in enumerate(families(k_features).items()):
+        k_pool, k_train, k_test = jax.random.split(jax.random.fold_in(k_families, i), 3)  # no family shares tasks with another
         pool = linear_mdps.task_pool(k_pool, family)
         Psi = linear_mdps.pool_moment(pool)
         A = linear_mdps.closed_form_layers(family, Psi, float(cfg.N), sigma)

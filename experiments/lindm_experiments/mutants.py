@@ -1,6 +1,6 @@
 """The mutants of `lindm verify --mutants`: for each inequality, wrong forms of its bound, which its claim must refute.
 
-Those of the rungs and of the bounds without an oracle are in `lib/rung_mutants.py`; the others change the records of one experiment.
+Those of the rungs and of the bounds without an oracle are in `lib/rung_mutants.py`; the others change records of an experiment.
 """
 
 from collections.abc import Callable

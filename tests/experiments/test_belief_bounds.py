@@ -114,7 +114,7 @@ def _many(records: list[dict]) -> list[dict]:
             for side in (
                 "above",
                 "below",
-            ):  # the distance of the nearest exact value to a bound; the small problems may have none
+            ):  # as if some exact values were on a bound
                 method[side] = [[1e-3 * i] * len(row) for row in method[side]]
     return out
 

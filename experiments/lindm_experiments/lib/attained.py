@@ -1,7 +1,7 @@
 """Instances on which the bounds are attained, up to a stated slack, so that a claim fails if its bound is too small.
 
 A bound that is 100 times the truth also holds with a wrong constant. Each family here is drawn from a seed and makes the proof's
-steps equalities. A record holds, for each bound, the pair [truth, bound]; `experiments/lindm_experiments/mutants.py` draws the
+steps equalities. A record holds, for each bound, the pair [truth, bound]; `lib/rung_mutants.py` draws the
 same instances again and evaluates wrong formulas on them.
 
     flipped      any MDP; Qhat exchanges the two best actions of every state, with errors -e, +e: rungs 1, 1b, 2, 3
