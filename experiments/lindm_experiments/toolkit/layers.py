@@ -67,7 +67,7 @@ class MeasuredRisk:
 
     def plot(self, path: str | Path) -> Path:
         """Write a figure (the ending of `path` is its format): measured points and the exact line along M."""
-        from lindm_experiments.toolkit.figures import measured_risk_figure, save
+        from lindm_experiments.toolkit.result_plots import measured_risk_figure, save
 
         return save(lambda: measured_risk_figure(self), path)
 
@@ -105,7 +105,7 @@ class MeasuredLadder:
 
     def plot(self, path: str | Path) -> Path:
         """Write a figure (the ending of `path` is its format): the loss and its bounds, seeds as ticks."""
-        from lindm_experiments.toolkit.figures import ladder_figure, save
+        from lindm_experiments.toolkit.result_plots import ladder_figure, save
 
         return save(lambda: ladder_figure(self), path)
 

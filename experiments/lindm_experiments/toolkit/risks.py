@@ -104,7 +104,7 @@ class Risk:
 
     def plot(self, path: str | Path) -> Path:
         """Write a figure (the ending of `path` is its format): the risk over (N, M), and along M with its bounds."""
-        from lindm_experiments.toolkit.figures import risk_figure, save
+        from lindm_experiments.toolkit.result_plots import risk_figure, save
 
         return save(lambda: risk_figure(self), path)
 
