@@ -317,25 +317,50 @@ def train_value(cfg: Config, problem: Problem, key: Array, start: FullAttention,
     }
 
 
-def policies(cfg: Config, problem: Problem, rng: np.random.Generator, before: np.ndarray, after: np.ndarray, value: Any) -> dict:
-    """Loss of greedy policies over the states of the feature map, and the actions that training changed."""
+@jax.jit
+def predicted(W_KQ: Array, W_PV: Array, phi: Array, x: Array, y: Array) -> Array:
+    """The full layer with these weights [1, d+1, d+1] at all features, on prompts x [P, N, d], y [P, N].  -> [P, S*A]."""
+    layer = FullAttention(phi.shape[-1], dtype=phi.dtype)
+    layer.W_KQ[...], layer.W_PV[...] = W_KQ, W_PV
+    return jax.vmap(lambda x, y: layer(Prompt(x=x, y=y, query=phi)))(x, y)
+
+
+def policies(
+    cfg: Config,
+    problem: Problem,
+    rng: np.random.Generator,
+    before: np.ndarray,
+    after: np.ndarray,
+    start: FullAttention,
+    value: FullAttention,
+) -> dict:
+    """Loss of greedy policies over the states of the feature map, and the actions that training changed.
+
+    `value`: the runs of `train_value`. For the value weight alone the trained layer predicts with its block v set back to zero.
+    """
     out: dict[str, Any] = {"decisions": STATES * cfg.prompts}
     phi = problem.phi.reshape(STATES, ACTIONS, -1)
     U, v, u = (np.asarray(a, float)[3, 0] for a in (value.U, value.v, value.u))
+    old_layer = [np.asarray(a[...], float) for a in (start.W_KQ, start.W_PV)]
+    trained = [np.array(a[...], float)[3] for a in (value.W_KQ, value.W_PV)]
+    trained[1][:, -1, :-1] = 0.0
     for law, name in enumerate(("old", "new")):
         w = problem.pools[law][rng.integers(0, POOL, cfg.prompts)]
         x = problem.phi[rng.integers(0, len(problem.phi), (cfg.prompts, cfg.N))]
         y = np.einsum("pnd,pd->pn", x, w) + cfg.sigma * rng.normal(size=x.shape[:2])
         S = np.einsum("pn,pnd->pd", y, x) / cfg.N
         row = np.einsum("pn,pnd->pd", x @ v + u * y, x) / cfg.N
-        what = {"before": S @ before.T, "all": S @ after.T, "row": row @ U, "key-query": S @ U, "weight": u * (S @ U)}
+        what = {"before": S @ before.T, "all": S @ after.T, "row": row @ U}
         Q = np.einsum("sad,pd->psa", phi, w)
         actions = {rule: np.einsum("sad,pd->psa", phi, each).argmax(-1) for rule, each in what.items()}
+        for rule, weights in (("start", old_layer), ("weight", trained)):
+            table = np.asarray(predicted(*weights, problem.phi, x, y))
+            actions[rule] = table.reshape(-1, STATES, ACTIONS).argmax(-1)
         gap = {rule: Q.max(-1) - np.take_along_axis(Q, a[..., None], -1)[..., 0] for rule, a in actions.items()}
         out[name] = {
             "loss": {rule: float(gap[rule].mean()) for rule in ("before", "all", "row")},
-            # the value weight against the same key-query matrix, in the same precision
-            "weight_changes": int(np.sum(actions["weight"] != actions["key-query"])),
+            # the trained layer against the layer before training, both in double precision
+            "weight_changes": int(np.sum(actions["weight"] != actions["start"])),
             "row_changes": int(np.sum(actions["row"] != actions["before"])),
             "all_changes": int(np.sum(actions["all"] != actions["before"])),
         }
@@ -362,7 +387,7 @@ def measure(cfg: Config, point: dict) -> dict:
         "paths": {name: [risk(exact, A, law).tolist() for law in (0, 1)] for name, A in paths.items()},
         **every,
         "value": value,
-        "policy": policies(cfg, problem, rng, before, end, layer),
+        "policy": policies(cfg, problem, rng, before, end, start, layer),
     }
 
 

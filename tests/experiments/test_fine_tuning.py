@@ -5,9 +5,12 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from lindm.icl.attention import FullAttention
 from lindm.io import files
 from lindm_experiments import fine_tuning
 from lindm_experiments.harness import claims
@@ -83,6 +86,35 @@ def test_the_layer_at_the_start_has_the_exact_risk_and_half_its_weights_another(
     assert np.all(np.diff(fine_tuning.risk(exact, exact["flow"][0], 1)) < 1e-12)
     layer = fine_tuning.full_layer(exact["A"][0])
     np.testing.assert_allclose(layer.A[0], exact["A"][0], rtol=1e-5)
+
+
+def test_a_turned_value_weight_and_a_moved_key_query_matrix_change_actions_of_the_layer(problem):
+    rng = np.random.default_rng(2)
+    A = np.eye(CFG.d) + 0.2 * rng.normal(size=(CFG.d, CFG.d))
+    start = fine_tuning.full_layer(A)
+    weights = [np.asarray(a[...], float) for a in (start.W_KQ, start.W_PV)]
+    x, y = rng.normal(size=(9, CFG.N, CFG.d)), rng.normal(size=(9, CFG.N))
+    S = np.einsum("pn,pnd->pd", y, x) / CFG.N
+    np.testing.assert_allclose(fine_tuning.predicted(*weights, problem.phi, x, y), S @ A.T @ problem.phi.T, rtol=1e-5, atol=1e-6)
+
+    def changes(label_weight=1.0, moved=0.0, key_label=0.0):
+        """`weight_changes` of a layer after training that multiplies the label weight and adds to U and z."""
+        W_KQ, W_PV = (np.repeat(a[None], 5, axis=0) for a in weights)
+        W_KQ[..., :-1, :-1] += moved * rng.normal(size=(CFG.d, CFG.d))
+        W_KQ[..., -1, :-1] += key_label
+        W_PV[..., -1, -1] *= label_weight
+        W_PV[..., -1, :-1] = 0.3  # the block v is not part of it
+        value = FullAttention(CFG.d)
+        value.W_KQ, value.W_PV = nnx.Param(jnp.asarray(W_KQ)), nnx.Param(jnp.asarray(W_PV))
+        out = fine_tuning.policies(CFG, problem, np.random.default_rng(3), A, A, start, value)
+        assert out["new"]["row_changes"] > 0
+        return out["new"]["weight_changes"] / out["decisions"]
+
+    assert changes(0.7) == 0
+    assert changes(1.9) == 0
+    assert changes(-0.7) == 1
+    assert changes(0.7, moved=0.1) > 0.005
+    assert changes(0.7, key_label=0.1) > 0.005
 
 
 def _ideal(records: list[dict]) -> list[dict]:

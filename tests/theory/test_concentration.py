@@ -49,6 +49,46 @@ def test_cantelli_is_attained_by_a_two_point_law():
     np.testing.assert_allclose(p * margin**2 + (1 - p) * (top - margin) ** 2, variance, rtol=1e-12)
 
 
+def two_points(low, high):
+    """Chance of `high` and variance of the law of mean zero on -low and high."""
+    return low / (low + high), low * high
+
+
+def upper_chance(low, high, M, t):
+    """P(mean of M copies >= t), exactly: the number of `high` is binomial."""
+    p, _ = two_points(low, high)
+    return scipy.stats.binom.sf(np.ceil((t + low) * M / (low + high) - 1e-9) - 1, M, p)
+
+
+@pytest.mark.parametrize(("low", "high"), [(30.0, 0.2), (3.0, 0.5), (1.0, 1.0), (0.5, 3.0), (0.2, 30.0)])
+def test_bernstein_holds_with_a_bound_on_one_side_on_skewed_laws(low, high):
+    """Y = E Z - Z in {-low, high}: b = high only. Chances by exact binomial sums."""
+    _, variance = two_points(low, high)
+    without = []
+    for M in (5, 40, 400):
+        for t in np.array([0.02, 0.1, 0.4, 0.9]) * high:
+            chance = upper_chance(low, high, M, t)
+            assert chance <= tail.bernstein_tail(t, variance, high, M)
+            without.append(chance > tail.bernstein_tail(t, variance, 0.0, M))
+        for delta in (0.3, 0.01, 1e-6):
+            assert upper_chance(low, high, M, tail.bernstein_radius(variance, high, M, delta)) <= delta
+    p, _ = two_points(low, high)
+    fourth = p * high**4 + (1 - p) * low**4
+    if low > high:  # moments are not those of a variable that is bounded by b on both sides
+        assert fourth > high**2 * variance * 5
+    if high > low:  # the term with b is needed
+        assert any(without)
+
+
+def test_the_exponent_of_bernstein_is_attained_to_a_factor_near_one_on_a_skewed_law():
+    low, high, M = 0.2, 30.0, 20_000
+    _, variance = two_points(low, high)
+    t = 0.2
+    truth = -np.log(upper_chance(low, high, M, t))
+    exponent = -np.log(tail.bernstein_tail(t, variance, high, M))
+    assert truth / 1.25 < exponent <= truth
+
+
 def test_the_radius_solves_bernstein():
     variance, bound, M, delta = 0.4, 2.0, 30, 0.05
     t = tail.bernstein_radius(variance, bound, M, delta)

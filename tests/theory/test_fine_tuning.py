@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
+import scipy.optimize
 
 from lindm_theory import fine_tuning as tuning
 from lindm_theory import gradient_flow as flow
@@ -132,6 +133,14 @@ def test_the_best_scale_can_be_negative_and_then_the_old_layer_is_worse_than_non
     B = second_moment(c.D, Psi)
     assert tuning.value_limit(c.A0, B, c.D.Lambda @ Psi, Lq) < 0
     assert tuning.value_path(c.A0, B, c.D.Lambda @ Psi, Lq, jnp.array([1e6]))[0] < 0
+    # the risk of A_0 on this task, over all contexts; the noise of the labels is independent, so it only adds
+    contexts = np.array(list(itertools.product(range(len(c.D.weights)), repeat=N)))
+    x = c.D.phi[contexts]
+    error = np.einsum("cni,cn,ji->cj", x, x @ w, c.A0) / N - w
+    risk = c.D.weights[contexts].prod(1) @ np.einsum("ci,ij,cj->c", error, Lq, error)
+    assert risk > w @ Lq @ w
+    risk += np.trace(Lq @ c.A0 @ c.D.noise @ c.A0.T) / N
+    np.testing.assert_allclose(risk, np.trace(Lq @ (c.A0 @ B @ c.A0.T - 2 * c.A0 @ c.D.Lambda @ Psi + Psi)), rtol=1e-9)
 
 
 def test_forgetting_rises_all_the_way_if_old_and_new_moments_commute_and_may_fall_if_not(case):
@@ -176,6 +185,61 @@ def test_in_one_dimension_every_stopping_time_is_on_the_frontier(case):
         share = new / (new - old)
         assert 0 < share < 1
         np.testing.assert_allclose(tuning.replay_weights(share, c.B0, c.C0, c.B1, c.C1), A, rtol=1e-8)
+
+
+def _excess(off, Lq, B):
+    return np.trace(Lq @ off @ B @ off.T)
+
+
+def _left_by_replay(forgotten, A0, A1, B0, B1, Lq):
+    """What replay with the share that forgets as much leaves to learn, by bisection."""
+
+    def replay(share):
+        return np.asarray(tuning.replay_weights(share, B0, B0 @ A0.T, B1, B1 @ A1.T))
+
+    share = scipy.optimize.brentq(lambda p: _excess(replay(p) - A0, Lq, B0) - forgotten, 0, 1, xtol=1e-13)
+    return _excess(replay(share) - A1, Lq, B1)
+
+
+def test_with_proportional_moments_early_stopping_is_worse_than_replay_if_its_rates_differ():
+    B, A0, A1 = np.diag([1.0, 0.1]), np.array([[1.0, 1.0], [0.0, 0.0]]), np.zeros((2, 2))
+    for scale in (1.0, 3.0):  # B_0 = scale B_1
+        path = np.asarray(tuning.reduced_path(A0, B, B @ A1.T, np.eye(2), jnp.array([0.2, 1.0, 4.0])))
+        left = [_excess(A - A1, np.eye(2), B) for A in path]
+        replay = [_left_by_replay(_excess(A - A0, np.eye(2), scale * B), A0, A1, scale * B, B, np.eye(2)) for A in path]
+        assert np.all(np.array(left) > 1.01 * np.array(replay))
+        # at time 1: rates 1 and .1; replay goes straight
+        np.testing.assert_allclose(left[1], np.exp(-2) + 0.1 * np.exp(-0.2), rtol=1e-9)
+        straight = np.sqrt(((1 - np.exp(-1)) ** 2 + 0.1 * (1 - np.exp(-0.1)) ** 2) / 1.1)
+        np.testing.assert_allclose(replay[1], 1.1 * (1 - straight) ** 2, rtol=1e-7)
+        np.testing.assert_allclose([left[1], replay[1]], [0.217, 0.173], atol=5e-4)
+
+
+def test_early_stopping_is_replay_if_the_step_has_one_rate_and_its_moments_are_proportional_and_not_if_one_of_both_fails():
+    """Lq Delta B_1 = lambda Delta, Delta B_1 = beta Delta B_0, for a Delta of rank 2 in three dimensions."""
+    rng = np.random.default_rng(0)
+    P, R = (np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(2))
+    Delta = P[:, :2] @ np.diag([1.0, -0.7]) @ R[:, :2].T
+    A1, beta, rate = rng.normal(size=(3, 3)), 0.6, 2.0
+    A0, times = A1 + Delta, np.array([0.1, 0.5, 1.5])
+
+    def gaps(queries=(1.0, 2.0, 0.3), old=(2.0, 1.0)):
+        """(left by early stopping) / (left by replay) - 1, and the stopped layers."""
+        Lq, B1 = P @ np.diag(queries) @ P.T, R @ np.diag([2.0, 1.0, 0.4]) @ R.T
+        B0 = R @ np.diag([*(np.array(old) / beta), 5.0]) @ R.T  # not proportional to B_1
+        path = np.asarray(tuning.reduced_path(A0, B1, B1 @ A1.T, Lq, jnp.asarray(times)))
+        left = [_excess(A - A1, Lq, B1) / _left_by_replay(_excess(A - A0, Lq, B0), A0, A1, B0, B1, Lq) for A in path]
+        return np.array(left) - 1, path, B0, B1
+
+    gap, path, B0, B1 = gaps()
+    np.testing.assert_allclose(gap, 0, atol=1e-7)
+    for A, t in zip(path, times, strict=True):
+        left = np.exp(-rate * t)
+        np.testing.assert_allclose(A, A1 + left * Delta, atol=1e-10)
+        share = beta * left / (1 - left + beta * left)
+        np.testing.assert_allclose(tuning.replay_weights(share, B0, B0 @ A0.T, B1, B1 @ A1.T), A, atol=1e-9)
+    assert np.all(gaps(queries=(1.0, 4.0, 0.3))[0] > 1e-3)  # two rates
+    assert np.all(gaps(old=(2.0, 3.0))[0] > 1e-3)  # old and new moments not proportional on Delta
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -256,6 +320,67 @@ def test_what_zero_shot_training_gains_is_what_old_tasks_of_mean_zero_lose(case)
     assert all(f <= g * (1 + 1e-9) for f, g in zip(lost, gain, strict=True))
     np.testing.assert_allclose(lost[-1], gain[-1], rtol=1e-6)
     assert lost[0] < 0.5 * gain[0]
+
+
+def labeled_change(length, Psi0, sigma, m, times):
+    """Zero-shot training in d = 1, Gaussian x: v, u_0 and K, the function's change of risk on labeled prompts of new tasks."""
+    one = np.ones((1, 1))
+
+    def fourth(P):
+        return 3 * P
+
+    A0 = in_context.optimal_weights(one, Psi0 * one, fourth(Psi0 * one), length, sigma**2 * one)
+    U, u0 = flow.limit(A0)
+    mean, Psi = np.array([m]), (m**2 + 0.5) * one
+    v, _ = tuning.zero_shot_path(U, one, mean, fourth, length, one, times)
+
+    def risk(v):
+        return tuning.value_row_risk(tuning.ValueRow(v, u0), U, one, Psi, mean, fourth, length, one, sigma**2 * one)
+
+    change = np.array([risk(a) - risk(0 * a) for a in v])
+    return np.asarray(v)[:, 0], float(u0), U.item(), change
+
+
+def test_labeled_prompts_of_the_new_tasks_lose_by_zero_shot_training_when_long_and_may_gain_when_short():
+    """N = 2: all contexts of the law with three points that has the moments of a Gaussian, and noise of two values."""
+    sigma, m, times = 3.0, 1.0, jnp.array([1.0, 10.0, 1e5])
+    v, u0, U, change = labeled_change(2, 0.2, sigma, m, times)
+    z, weight = np.polynomial.hermite_e.hermegauss(3)
+    weight = weight / weight.sum()
+    before, after = 0.0, np.zeros(3)
+    for w in m + np.sqrt(0.5) * np.array([-1, 1]):
+        for i, j, *signs in itertools.product(range(3), range(3), (-1, 1), (-1, 1)):
+            x = z[[i, j]]
+            y = x * w + sigma * np.array(signs)
+            chance = weight[i] * weight[j] / 8
+            before += chance * (U * u0 * np.mean(x * y) - w) ** 2
+            after += chance * (U * (np.mean(x * x) * v + u0 * np.mean(x * y)) - w) ** 2
+    np.testing.assert_allclose(change, after - before, rtol=1e-8)
+    np.testing.assert_allclose(after[-1] - before, -0.42, atol=5e-3)
+    # by hand: K = 2 U^2, K b = U m
+    K, b = 2 * U**2, m / (2 * U)
+    np.testing.assert_allclose(v[-1], b, rtol=1e-9)
+    np.testing.assert_allclose(change, K * v**2 + 2 * u0 * K * m * v - 2 * K * b * v, rtol=1e-8)
+    np.testing.assert_allclose(change[-1], 2 * u0 * b * K * m - b * K * b, rtol=1e-8)
+    *_, long = labeled_change(400, 0.2, sigma, m, times)
+    assert long[-1] > 0.5
+
+
+def test_the_change_on_labeled_prompts_of_new_tasks_in_three_dimensions_is_that_of_all_contexts(case):
+    c = case(8)
+    rng = np.random.default_rng(4)
+    tasks, chances = rng.normal(size=(4, 3)) + 0.8, rng.dirichlet(np.ones(4))
+    m, U, u0 = chances @ tasks, rng.normal(size=(3, 3)), 0.4
+    path, _ = tuning.zero_shot_path(U, c.D.Lambda, m, c.fourth, 2, c.Lq, jnp.array([1e9]))
+    b, C = np.asarray(path)[0], U @ c.Lq @ U.T
+    change, K = 0.0, np.zeros((3, 3))
+    for chance, G, w in enumerated(c, tasks, chances, U):  # without noise, which does not enter the change
+        for sign, v in ((1, b), (-1, 0 * b)):
+            off = U.T @ (G @ v + u0 * G @ w) - w
+            change += sign * chance * off @ c.Lq @ off
+        K += chance * G @ C @ G
+    np.testing.assert_allclose(b, np.linalg.solve(K, c.D.Lambda @ U @ c.Lq @ m), rtol=1e-6)
+    np.testing.assert_allclose(change, 2 * u0 * b @ K @ m - b @ K @ b, rtol=1e-6)
 
 
 def test_forgetting_with_few_new_tasks_follows_its_first_order(case):

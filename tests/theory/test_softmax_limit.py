@@ -74,6 +74,37 @@ def test_the_constant_is_the_limit_of_the_exact_law_and_fails_below_e_to_the_s()
     assert 64 * limit.mean_square_distance(q, jnp.asarray(64.0)) < 0.2 * limit.softmax_constant(q)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_next_order_of_the_law_needs_prompts_well_above_e_to_the_2s(share):
+    """By Gauss-Hermite: E[Z^2 (1 - 2 b + 3 b^2)], Z = mean of e (y - m), b = mean of e - 1; and its closed form."""
+    z, weight = np.polynomial.hermite_e.hermegauss(100)
+    weight = weight / weight.sum()
+    v, distance = 1.3, jax.jit(limit.mean_square_distance)
+    for s in (0.5, 1.0, 2.0, 3.0):
+        q = numbers(s, share * s * v, v)
+        m = np.sqrt(share * s * v)
+        e = np.exp(np.sqrt(s) * z - s / 2)  # the mean is 1
+        off = m * z / np.sqrt(s) - m
+        square = off**2 + v - m**2 / s  # E[(y - m)^2 | score]
+        first = weight @ (e**2 * square)
+        np.testing.assert_allclose(limit.softmax_constant(q), first, rtol=1e-8)
+        b = e - 1
+        second = -2 * weight @ (e**2 * square * b) + 3 * first * (weight @ b**2) + 6 * (weight @ (e * off * b)) ** 2
+        leading = -2 * np.exp(2 * s) * (v + 4 * m**2) / (v + m**2)
+        rest = 3 * np.exp(s) - 1 + 6 * np.exp(s) * m**2 / (v + m**2)
+        np.testing.assert_allclose(second / first, leading + rest, rtol=1e-7)
+        M = 100 * np.exp(3 * s)
+        measured = [n * (n * distance(q, jnp.asarray(n)) / limit.softmax_constant(q) - 1) for n in (M / 2, M)]
+        np.testing.assert_allclose(2 * measured[1] - measured[0], leading + rest, rtol=0.01)
+        assert abs(measured[1] / leading - 1) < 2 * np.exp(-s)  # the terms with e^s
+    # s = 4: how much too large the law is
+    q = numbers(4.0, share * 4.0 * v, v)
+    excess = [limit.softmax_constant(q) / (M * distance(q, jnp.asarray(M))) for M in (10 * np.exp(8.0), 10 * np.exp(4.0), 64.0)]
+    if share != 0.5:
+        wanted = [1.10, 2.3, 5.3] if share == 0 else [1.27, 4.5, 13]
+        np.testing.assert_allclose(excess, wanted, rtol=0.05)
+
+
 def test_the_constant_of_a_finite_law_is_the_delta_method_by_enumeration():
     """All contexts of M pairs of a law with two points, with their probabilities."""
     phi, weights, k, w = np.array([[1.0], [-0.5]]), np.array([0.4, 0.6]), np.array([0.8]), np.array([1.5])
