@@ -12,7 +12,7 @@ cannot read missing.pomdp: No such file or directory
 import difflib
 from collections.abc import Iterable, Sequence
 
-SHOWN = 12  # a longer list of choices is left out of a message that has a suggestion
+SHOWN = 12  # a longer list of choices is cut, and left out of a message that has a suggestion
 
 
 class LindmError(Exception):
@@ -69,7 +69,8 @@ def unknown(name: str, got: str, known: Sequence[str]) -> str:
     near = did_you_mean(got, known)
     if near and len(known) > SHOWN:
         return f"{name} {got!r} is not known{near}"
-    return f"{name} must be one of {', '.join(known)}; got {got!r}{near}"
+    rest = f", ... ({len(known)} in all)" if len(known) > SHOWN else ""
+    return f"{name} must be one of {', '.join(known[:SHOWN])}{rest}; got {got!r}{near}"
 
 
 KINDS: tuple[type[LindmError], ...] = (

@@ -94,3 +94,5 @@ def test_a_claim_without_a_mutant_is_named():
     assert select_mutants(MUTANTS, []) == list(MUTANTS)
     with pytest.raises(ValueError, match="softmax"):
         select_mutants(MUTANTS, ["softmax"])
+    with pytest.raises(ValueError, match="'ladder/atained' is not known; did you mean ladder/attained"):
+        select_mutants(MUTANTS, ["ladder/atained"])

@@ -37,3 +37,6 @@ def test_a_misspelled_word_has_the_nearest_known_one_as_a_suggestion(word, sugge
 
 def test_the_message_for_an_unknown_word_names_the_argument_the_choices_and_the_word():
     assert errors.unknown("suite", "mpd", ("mdp", "pomdp")) == "suite must be one of mdp, pomdp; got 'mpd'; did you mean mdp?"
+    many = [chr(97 + i) * 5 for i in range(20)]
+    assert errors.unknown("chip", "bbbb", many) == "chip 'bbbb' is not known; did you mean bbbbb?"
+    assert errors.unknown("chip", "123", many) == f"chip must be one of {', '.join(many[:12])}, ... (20 in all); got '123'"

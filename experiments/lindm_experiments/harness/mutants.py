@@ -56,8 +56,8 @@ def _verdicts(experiment: str, records: list[dict]) -> dict[str, str]:
 def select_mutants(mutants: Sequence[Mutant], only: Sequence[str]) -> list[Mutant]:
     """Those of the claims that the ids of `only` select, as in `verify`. UsageError for an id that selects none."""
     known: dict[str, list[str]] = {}
-    for m in mutants:
-        known.setdefault(get_claim(m.claim).experiment, []).append(m.claim)
+    for claim in dict.fromkeys(m.claim for m in mutants):
+        known.setdefault(get_claim(claim).experiment, []).append(claim)
     chosen = select_claims(known, only)
     return [m for m in mutants if m.claim in chosen.get(get_claim(m.claim).experiment, ())]
 
