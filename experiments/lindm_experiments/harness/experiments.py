@@ -74,7 +74,8 @@ def find_experiment(reference: str) -> Experiment:
     if path.suffix != ".py" and os.sep not in reference:
         if reference not in MINUTES:
             raise UsageError(
-                unknown("EXPERIMENT", reference, experiment_names()) + " (a file outside the package: path/to/mine.py)"
+                unknown("EXPERIMENT", reference, experiment_names())
+                + " (a file outside the package: path/to/mine.py; `lindm run --list` lists all)"
             )
         return Experiment(name=reference, path=PACKAGE / f"{reference}.py")
     path = path.absolute()

@@ -24,7 +24,10 @@ def test_a_name_and_the_file_of_an_experiment_of_the_package_are_the_same():
     "reference, message",
     [
         ("riks", r"EXPERIMENT 'riks' is not known; did you mean risk\? \(a file outside the package: "),
-        ("qqq", r"EXPERIMENT must be one of .*risk.*; got 'qqq'"),
+        (
+            "qqq",
+            r"EXPERIMENT must be one of against_statistics, .* \(\d+ in all\); got 'qqq' \(.*; `lindm run --list` lists all\)",
+        ),
         ("nowhere/mine.py", "must be a Python file or one of"),
     ],
 )
