@@ -220,6 +220,6 @@ def test_the_best_isotropic_head_is_that_of_a_search_with_another_quadrature():
         cross = weights @ (scale * rho * (1 - beta))
         return d - cross**2 / square
 
-    found = scipy.optimize.minimize_scalar(least, bounds=(0.3, 2), method="bounded", options={"xatol": 1e-4})
+    found: Any = scipy.optimize.minimize_scalar(least, bounds=(0.3, 2), method="bounded", options={"xatol": 1e-4})
     np.testing.assert_allclose(head.risk, found.fun, rtol=2e-5)
     np.testing.assert_allclose(head.scale, found.x, rtol=0.01)
