@@ -258,13 +258,13 @@ def measure(cfg: Config, point: dict) -> dict:
     train, tests = (A, B), (np.stack([Psi, other]), np.stack([R, R_other]))
     curve, curve_all = curve_points(T_one[0], T_one[-1], p), curve_points(T_all[0], T_all[-1], d)
     grid = np.concatenate([T_one, curve])
-    told = np.array(one_query_risks(train, tests, Lambda, N, least, grid, ridges))
-    told_all = np.array(
+    predicted = np.array(one_query_risks(train, tests, Lambda, N, least, grid, ridges))
+    predicted_all = np.array(
         all_query_risks(train, (Psi, R), Lambda, N, Psi - A @ Lambda @ Psi, np.concatenate([T_all, curve_all]).astype(float))
     )
     # no prediction at the threshold without a ridge: infinite
-    told[:, : len(T_one), 0][:, T_one == p] = 0.0
-    told_all[: len(T_all)][T_all == d] = 0.0
+    predicted[:, : len(T_one), 0][:, T_one == p] = 0.0
+    predicted_all[: len(T_all)][T_all == d] = 0.0
     return {
         "d": d,
         "T": T_one.tolist(),
@@ -274,11 +274,11 @@ def measure(cfg: Config, point: dict) -> dict:
         "least_other": [own, own + float(price(Lambda, Psi, other, N, noise))],
         "measured": risks.mean(0).tolist(),
         "log_risk": np.log2(risks[:, 0]).mean(0).tolist(),
-        "predicted": told[:, : len(T_one)].tolist(),
+        "predicted": predicted[:, : len(T_one)].tolist(),
         "measured_all": risks_all.mean(0).tolist(),
-        "predicted_all": told_all[: len(T_all)].tolist(),
-        "curve": {"T": curve.tolist(), "risk": told[:, len(T_one) :].tolist()},
-        "curve_all": {"T": curve_all.tolist(), "risk": told_all[len(T_all) :].tolist()},
+        "predicted_all": predicted_all[: len(T_all)].tolist(),
+        "curve": {"T": curve.tolist(), "risk": predicted[:, len(T_one) :].tolist()},
+        "curve_all": {"T": curve_all.tolist(), "risk": predicted_all[len(T_all) :].tolist()},
         "first_order": [first_order(rng, law, cfg) for law in LAWS],
         "limit": [float(many_prompts_limit(1.0, kappa, 0.1)) for kappa, _ in PUBLISHED],
         "published": [published(rng, kappa, cfg.d_published) for kappa, _ in PUBLISHED],

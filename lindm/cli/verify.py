@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lindm.cli.exit_codes import exit_code
 from lindm.cli.option_parser import Command
@@ -41,17 +41,12 @@ def run(options: Verify) -> int:
         return run_mutants(options)
     from lindm_experiments.harness.verify import verify
 
-    result = verify(
-        options.preset,
-        options.out,
-        experiments=options.experiments,
-        only=options.only,
-        seeds=options.seeds,
-        fresh=options.fresh,
-        executor=options.executor,
-        workers=options.workers,
-    )
-    return report_result(result)
+    return report_result(verify(options.preset, options.out, experiments=options.experiments, **shared_options(options)))
+
+
+def shared_options(options: Verify) -> dict[str, Any]:
+    """The options that apply with and without --mutants."""
+    return {name: getattr(options, name) for name in ("only", "seeds", "fresh", "executor", "workers")}
 
 
 def run_mutants(options: Verify) -> int:
@@ -63,15 +58,7 @@ def run_mutants(options: Verify) -> int:
 
     if options.experiments:
         raise UsageError("--experiments does not apply to --mutants: choose claims by --only")
-    trials = verify_mutants(
-        options.preset,
-        options.out,
-        only=options.only,
-        seeds=options.seeds,
-        fresh=options.fresh,
-        executor=options.executor,
-        workers=options.workers,
-    )
+    trials = verify_mutants(options.preset, options.out, **shared_options(options))
     print_mutants(trials, Console())
     return int(not all(t.killed for t in trials))
 
