@@ -28,6 +28,8 @@ class Verify:
     """Claims to decide, by id; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment. [default: all]"""
     seeds: int | None = None
     """Number of seeds, in place of the preset's."""
+    seed_offset: int = 0
+    """Added to the base seed of every experiment: verdicts on other seeds than the preset's."""
     fresh: bool = False
     """Remove what earlier runs of these experiments wrote to the same directory."""
     executor: Literal["local", "ray"] = "local"
@@ -46,7 +48,7 @@ def run(options: Verify) -> int:
 
 def shared_options(options: Verify) -> dict[str, Any]:
     """The options that apply with and without --mutants."""
-    return {name: getattr(options, name) for name in ("only", "seeds", "fresh", "executor", "workers")}
+    return {name: getattr(options, name) for name in ("only", "seeds", "seed_offset", "fresh", "executor", "workers")}
 
 
 def run_mutants(options: Verify) -> int:

@@ -19,7 +19,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,15 +120,12 @@ def name_of(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-def preset_config(module: ModuleType, preset: str, seeds: int | None = None) -> Any:
-    """The Config of a preset, with another number of seeds where it is given; UsageError when out of range."""
+def preset_config(module: ModuleType, preset: str) -> Any:
+    """The Config of a preset; UsageError for an unknown one."""
     presets = {"quick": module.QUICK, "full": module.FULL, "smoke": module.SMOKE}
     if preset not in presets:
         raise UsageError(unknown("preset", preset, list(presets)))
-    try:
-        return presets[preset] if seeds is None else replace(presets[preset], seeds=seeds)
-    except ValueError as e:
-        raise UsageError(str(e)) from e
+    return presets[preset]
 
 
 def points_of(module: ModuleType, cfg: Any) -> list[dict]:

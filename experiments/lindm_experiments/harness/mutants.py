@@ -16,8 +16,7 @@ from lindm.io import files
 from lindm.io.executor import Executor
 from lindm_experiments.harness.claims import FAIL, PASS, Mutant, get_claim
 from lindm_experiments.harness.experiments import find_experiment, load, select_claims
-from lindm_experiments.harness.runner import Job
-from lindm_experiments.harness.verify import check_options, run_with_progress
+from lindm_experiments.harness.verify import check_options, make_jobs, run_with_progress
 from lindm_experiments.harness.xla import settings_kept
 
 
@@ -69,6 +68,7 @@ def verify_mutants(
     *,
     only: Sequence[str] = (),
     seeds: int | None = None,
+    seed_offset: int = 0,
     fresh: bool = False,
     workers: int | None = None,
     executor: Executor = "local",
@@ -78,7 +78,7 @@ def verify_mutants(
     The records of `verify` in the same directory are used; experiments without records there are run first.
 
     Args:
-      preset, out, seeds, fresh, workers, executor: as in `verify`.
+      preset, out, seeds, seed_offset, fresh, workers, executor: as in `verify`.
       only: ids of claims. [default: all that have a mutant]
 
     Returns:
@@ -95,14 +95,12 @@ def verify_mutants(
     from lindm_experiments.mutants import MUTANTS
 
     directory = Path("results") / preset if out is None else Path(out)
-    check_options(preset, seeds, workers)
+    check_options(preset, seeds, seed_offset, workers)
     mutants = select_mutants(MUTANTS, only)
     names = list(dict.fromkeys(get_claim(m.claim).experiment for m in mutants))
-    config = {} if seeds is None else {"seeds": seeds}
     with files.storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(experiment=find_experiment(n), preset=preset, directory=directory / n, config=config, fresh=fresh) for n in names]
-    jobs.sort(key=lambda job: -job.experiment.minutes)
+    jobs = make_jobs([find_experiment(n) for n in names], preset, directory, seeds, seed_offset, fresh)
     for outcome in run_with_progress(jobs, executor, workers):
         if outcome.error:
             raise outcome.error

@@ -50,12 +50,18 @@ OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "er
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One experiment to run; `config` are the fields of its Config that differ from the preset's."""
+    """One experiment to run.
+
+    Attributes:
+      config: the fields of its Config that differ from the preset's.
+      seed_offset: what is added to its base seed, for a run on other seeds than the preset's.
+    """
 
     experiment: Experiment
     preset: str
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
+    seed_offset: int = 0
     fresh: bool = False
 
 
@@ -111,6 +117,8 @@ def plan(job: Job) -> RunPlan:
         raise UsageError(unknown("option", wrong[0], known))
     try:
         config = replace(preset_config(module, job.preset), **job.config)
+        if job.seed_offset:
+            config = replace(config, base_seed=config.base_seed + job.seed_offset)
     except ValueError as e:
         raise UsageError(str(e)) from e
     points = points_of(module, config)

@@ -15,7 +15,7 @@ from lindm.io import files, manifest, signals
 from lindm.io.executor import Executor
 from lindm.io.progress import Progress, ProgressTask, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
-from lindm_experiments.harness.experiments import ambiguous_ids, experiment_names, find_experiment, select_claims
+from lindm_experiments.harness.experiments import Experiment, ambiguous_ids, experiment_names, find_experiment, select_claims
 from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
 from lindm_experiments.harness.runner import Job, Outcome, run_experiments
 from lindm_experiments.harness.verdicts import Verdict, adjust
@@ -39,6 +39,7 @@ def verify(
     experiments: Sequence[str] = (),
     only: Sequence[str] = (),
     seeds: int | None = None,
+    seed_offset: int = 0,
     fresh: bool = False,
     workers: int | None = None,
     executor: Executor = "local",
@@ -51,6 +52,7 @@ def verify(
       experiments: names, or Python files with their claims beside them. [default: all of lindm's]
       only: ids of claims; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment. [default: all]
       seeds: number of seeds, in place of the preset's.
+      seed_offset: what is added to the base seed of every experiment, for verdicts on other seeds than the preset's.
       fresh: remove what earlier runs of these experiments wrote to the same directory.
       workers: number of worker processes. [default: one per core]
       executor: local or ray.
@@ -71,7 +73,7 @@ def verify(
     for name, given in (("experiments", experiments), ("only", only)):
         if isinstance(given, str):
             raise UsageError(f"{name} must be a list; got {given!r}")
-    check_options(preset, seeds, workers)
+    check_options(preset, seeds, seed_offset, workers)
     known = {e.name: e for e in map(find_experiment, experiments or experiment_names())}
     claims = {name: e.claims for name, e in known.items()}
     chosen = select_claims(claims, only)
@@ -80,24 +82,38 @@ def verify(
         print(f"lindm: note: --only {id} selects claims of {' and '.join(names)}; {choices} selects one", file=sys.stderr)
     with files.storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    config = {} if seeds is None else {"seeds": seeds}
-    jobs = [Job(experiment=known[e], preset=preset, directory=out / e, config=config, fresh=fresh) for e in chosen]
-    jobs.sort(key=lambda job: -job.experiment.minutes)
+    jobs = make_jobs([known[e] for e in chosen], preset, out, seeds, seed_offset, fresh)
     outcomes = run_with_progress(jobs, executor, workers)
     outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
     summary = summarize(outcomes, chosen, preset, time.perf_counter() - started)
     write_verdicts(out, summary)
-    manifest.write_manifest(out, preset=preset, seeds=seeds, only=list(only), criteria=summary["criteria"])
+    manifest.write_manifest(
+        out, preset=preset, seeds=seeds, seed_offset=seed_offset, only=list(only), criteria=summary["criteria"]
+    )
     return Verification(summary=summary, directory=out, outcomes=outcomes)
 
 
-def check_options(preset: str, seeds: int | None, workers: int | None) -> None:
-    """UsageError for an unknown preset or a number below 1."""
+def make_jobs(
+    experiments: Sequence[Experiment], preset: str, out: Path, seeds: int | None, seed_offset: int, fresh: bool
+) -> list[Job]:
+    """A job for each experiment, in a directory of its own in `out`; the longest first."""
+    config = {} if seeds is None else {"seeds": seeds}
+    jobs = [
+        Job(experiment=e, preset=preset, directory=out / e.name, config=config, seed_offset=seed_offset, fresh=fresh)
+        for e in experiments
+    ]
+    return sorted(jobs, key=lambda job: -job.experiment.minutes)
+
+
+def check_options(preset: str, seeds: int | None, seed_offset: int, workers: int | None) -> None:
+    """UsageError for an unknown preset or a number out of range."""
     if preset not in ("quick", "full", "smoke"):
         raise UsageError(unknown("preset", preset, ("quick", "full", "smoke")))
     for name, number in (("seeds", seeds), ("workers", workers)):
         if number is not None and number < 1:
             raise UsageError(f"{name} must be >= 1; got {number}")
+    if seed_offset < 0:
+        raise UsageError(f"seed_offset must be >= 0; got {seed_offset}")
 
 
 @settings_kept()
