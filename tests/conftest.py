@@ -25,6 +25,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("repeatable")
 
+pytest_plugins = ["tests.promises"]
+
 
 @pytest.fixture(autouse=True)
 def no_figure_is_left():
@@ -57,7 +59,8 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if report.when == "teardown":
         started = dict(item.user_properties)[CPU_SECONDS]
-        report.user_properties = [(CPU_SECONDS, round(_cpu_seconds() - started, 2))]
+        others = [named for named in report.user_properties if named[0] != CPU_SECONDS]
+        report.user_properties = [*others, (CPU_SECONDS, round(_cpu_seconds() - started, 2))]
     return report
 
 

@@ -45,7 +45,8 @@ def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
     assert "toy-ratio" in out and "FAIL, as expected" in out
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F17")
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(lab):
     options = ("run", "toy", "--seeds", "60", "--pause", "0.04")
     assert lab.lindm(*options, "--out", "whole")[0] == 0
@@ -151,7 +152,8 @@ def test_a_directory_that_cannot_be_written_is_exit_7(lab):
         assert code == 7 and "file" in err
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_exit_75_and_the_run_resumes(lab, signum):
     options = ("--seeds", "8", "--pause", "0.3")
@@ -194,7 +196,8 @@ def test_too_few_seeds_decide_nothing(lab):
     assert code == 1 and "INCONCLUSIVE" in out
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F17")
 def test_a_worker_that_dies_costs_its_own_point(lab):
     source, claims = ((lab.directory / "lab" / f"toy.{kind}").read_text() for kind in ("py", "toml"))
     (lab.directory / "lab" / "other.py").write_text(source.replace("TOY_DIES", "OTHER").replace('"toy-', '"other-'))
@@ -209,7 +212,8 @@ def test_a_worker_that_dies_costs_its_own_point(lab):
     assert [r["point"]["seed"] for r in files.read_records(lab.directory / "v" / "toy")] == list(range(6))
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F2", "F17")
 def test_verify_killed_with_its_workers_resumes(lab):
     source = lab.directory / "lab" / "toy.py"
     source.write_text(source.read_text().replace("pause: float = 0.0", "pause: float = 0.2"))

@@ -320,7 +320,8 @@ def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
     assert main(["data", "export", str(tmp_path / "nothing"), "--to", "trl", "--out", str(tmp_path / "x")]) == 3
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_prints_a_message_and_keeps_finished_results(tmp_path, number):
     def make(out):

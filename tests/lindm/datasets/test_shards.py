@@ -38,7 +38,8 @@ def _die_once(task):
     return shards._make_in_worker(task)
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F17")
 def test_a_killed_worker_costs_its_shard_and_the_same_command_makes_it(made, tmp_path, monkeypatch):
     monkeypatch.setenv("DATASETS_TEST_TOMBSTONE", str(tmp_path / "tombstone"))
     real = shards.TaskPool.run

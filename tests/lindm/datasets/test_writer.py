@@ -79,7 +79,8 @@ make_dataset(Path(sys.argv[2]), fixed_mdp(), config(query_epsilon=0.5))
 """
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F17")
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, source, reference):
     root, out = Path(__file__).parents[3], tmp_path / "d"
     env = os.environ | {"PYTHONPATH": str(root)}

@@ -138,7 +138,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F2", "F15")
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
 def test_workers_do_not_write_after_the_parent_has_ended(tmp_path, number, code):
     (tmp_path / "slow.py").write_text(SLOW.format(here=str(Path(executor.__file__).parents[2])))

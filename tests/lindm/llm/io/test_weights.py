@@ -490,7 +490,8 @@ weights.save(model, Path(sys.argv[2]))
 ROOT = str(Path(__file__).parents[4])
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F18", "F26")
 def test_a_killed_writer_leaves_no_partial_model(tmp_path, model):
     """At the last moment: everything is written, and it is not there yet."""
     child = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "out")]

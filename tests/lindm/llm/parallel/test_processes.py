@@ -154,7 +154,8 @@ def test_two_processes_of_four_devices_train_as_one_device_does(run):
         assert (there["num_labels"], there["accuracy"]) == (here["num_labels"], here["accuracy"])
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize("victim, then", [(1, "steps"), (0, "steps"), (1, "idle"), (0, "idle")])
 def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(run, victim, then):
     output = run(then)
@@ -170,7 +171,8 @@ def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(r
     assert all(ended(pid) for pid in pids)  # nobody trains on without a parent
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F4")
 def test_when_a_process_stops_answering_the_other_ends_too(run):
     output = run("steps")
     pid = output[1].wait_for("pid")["pid"]
@@ -183,7 +185,8 @@ def test_when_a_process_stops_answering_the_other_ends_too(run):
     assert "lindm: error: lost process 1" in output[0].err.read_text().splitlines()[-1]
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F4")
 def test_without_a_guard_the_others_end_too_but_by_abort(run):
     output = run("steps", kind="alone")
     for s in output:
@@ -193,7 +196,8 @@ def test_without_a_guard_the_others_end_too_but_by_abort(run):
     assert supervisor.diagnose_abort(output[0].err.read_text()) is not None
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("signaled", [0, 1])
 def test_sigterm_to_one_process_stops_all_after_the_same_step(run, signaled):
     """The signal was noted before `start`, and jax's own watch for it must not take it away."""
@@ -207,7 +211,8 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(run, signaled):
     assert [line["noted"] for line in last] == [rank == signaled for rank in (0, 1)]
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
     (output,) = run("steps", ranks=(rank,), patience=3)
@@ -215,7 +220,8 @@ def test_a_process_whose_others_never_come_ends_with_exit_code_8(run, rank):
     assert "the processes did not find each other" in output.err.read_text().splitlines()[-1]
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F2")
 def test_a_process_that_waits_for_others_can_be_stopped(run):
     (output,) = run("steps", ranks=(1,), patience=100)
     output.wait_for("waits")

@@ -16,7 +16,7 @@ from lindm.llm.parallel.processes import HEARTBEAT_TIMEOUT
 from lindm.llm.sft import checkpoints
 from tests.lindm.llm.parallel.test_processes import ROOT, ended, free_port
 
-pytestmark = pytest.mark.fault
+pytestmark = pytest.mark.slow
 
 STEPS = 36
 SIZES = f"--steps {STEPS} --batch 4 --save-every 5 --eval-every 18 --eval-tasks 0 --held-out 0.2".split()
@@ -110,6 +110,7 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in listed.split()]
 
 
+@pytest.mark.fault("F1", "F3", "F4")
 def test_two_processes_that_are_stopped_and_killed_end_with_the_bits_of_two_that_are_not(start, reference, tmp_path):
     out = tmp_path / "out"
 

@@ -186,7 +186,8 @@ c.save(directory, 9, {"x": jnp.arange(8.0, dtype=jnp.float32)}, {}, keep=1)
 PHASES = ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
 
 
-@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize(
     "phase", ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
 )

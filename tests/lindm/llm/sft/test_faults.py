@@ -14,7 +14,7 @@ import pytest
 from lindm.io import files
 from lindm.llm.sft import checkpoints
 
-pytestmark = pytest.mark.fault
+pytestmark = pytest.mark.slow
 
 STEPS, EVERY = 40, 5
 # no socket may be connected: a run has nobody to ask
@@ -87,10 +87,12 @@ def reference(micro, tmp_path_factory):
     return out
 
 
+@pytest.mark.fault("F1", "F20")
 def test_the_uninterrupted_run_is_whole(reference):
     assert result(reference)["step"] == STEPS and lines(reference) == STEPS + 3 and not leftovers(reference)
 
 
+@pytest.mark.fault("F1", "F10", "F11")
 def test_killed_at_random_moments_it_ends_with_the_same_bits(micro, reference, tmp_path):
     out, rng, kept = tmp_path / "out", random.Random(0), 0
     for _ in range(3):
@@ -111,6 +113,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(micro, reference, t
     assert result(out) == result(reference) and not leftovers(out)
 
 
+@pytest.mark.fault("F2", "F11")
 def test_after_sigterm_it_saves_and_ends_with_75_within_seconds(micro, reference, tmp_path):
     out = tmp_path / "out"
     process = start(micro, out)
@@ -130,6 +133,7 @@ def test_after_sigterm_it_saves_and_ends_with_75_within_seconds(micro, reference
     assert result(out) == result(reference)
 
 
+@pytest.mark.fault("F5", "F6")
 def test_a_flipped_bit_sends_it_back_one_checkpoint_and_no_intact_one_is_exit_4(micro, reference, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(reference, out)
@@ -155,6 +159,7 @@ def test_a_flipped_bit_sends_it_back_one_checkpoint_and_no_intact_one_is_exit_4(
     assert all(checkpoints.checkpoint_name(s) in done.stderr for s in (STEPS, STEPS - EVERY))
 
 
+@pytest.mark.fault("F15")
 def test_a_second_writer_is_refused_and_the_lock_of_a_killed_one_is_free(micro, tmp_path):
     out = tmp_path / "out"
     process = start(micro, out)
@@ -177,6 +182,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.fault("F7")
 def test_a_full_disk_is_exit_7_and_with_room_it_goes_on(micro, reference, small_disk):
     out = small_disk / "out"
     done = run(micro, out, "--keep", "2")
@@ -190,6 +196,7 @@ def test_a_full_disk_is_exit_7_and_with_room_it_goes_on(micro, reference, small_
     assert result(out) == result(reference)
 
 
+@pytest.mark.fault("F8")
 def test_a_disk_that_may_only_be_read_is_exit_7(micro, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = run(micro, small_disk / "out")
