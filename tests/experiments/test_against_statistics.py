@@ -73,6 +73,7 @@ def test_on_the_attained_context_layer_and_bayes_have_the_risk_of_ridge_regressi
     np.testing.assert_allclose([bayes, layer], D * (sigma**4 + sigma**2 * g) / (g + sigma**2) ** 2, rtol=1e-12)
 
 
+@pytest.mark.fault("F24")
 def test_tampered_records_flip_the_verdicts(records):
     good = deepcopy(records)
     for record in good:

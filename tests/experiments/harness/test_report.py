@@ -164,6 +164,7 @@ def test_an_id_of_several_experiments_is_noted(tmp_path, capsys, monkeypatch):
     assert "--only ambiguity selects claims of ambiguity and decisions; --only ambiguity/ambiguity or" in capsys.readouterr().err
 
 
+@pytest.mark.fault("F20")
 def test_the_page_is_well_formed_and_fetches_nothing(directory):
     source = write_report(directory).read_text()
     page = Page(source)
@@ -179,6 +180,7 @@ def test_the_page_holds_verdicts_figures_configuration_and_provenance(directory)
         assert word in source
 
 
+@pytest.mark.fault("F19")
 def test_values_on_the_page_are_escaped(directory):
     content = json.loads((directory / "verdicts.json").read_text())
     content["claims"][0]["note"] = "<script>alert(1)</script>{{ 7 * 7 }}"
@@ -208,6 +210,7 @@ def test_a_run_of_another_version_is_not_drawn_again(directory):
         redraw(directory)
 
 
+@pytest.mark.fault("F34")
 def test_an_interval_that_is_not_finite_is_null_in_json():
     row = summary(mean_verdict("q-risk", [1.0]), CONTROL)["claims"][0]
     assert row["ci"] == [None, None] and row["verdict"] == "INCONCLUSIVE"

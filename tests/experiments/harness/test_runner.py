@@ -67,6 +67,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(lab):
     assert not list((lab.directory / "killed").glob(".*"))
 
 
+@pytest.mark.fault("F17", "F30")
 def test_a_torn_last_line_is_measured_again(lab, finished):
     shutil.copytree(finished, lab.directory / "torn")
     path = lab.directory / "torn" / "records.jsonl"
@@ -78,6 +79,7 @@ def test_a_torn_last_line_is_measured_again(lab, finished):
     assert len(metrics) == 6 + 3  # only the missing points were measured again
 
 
+@pytest.mark.fault("F17")
 def test_points_missing_in_the_middle_are_filled_in_order(lab, finished):
     shutil.copytree(finished, lab.directory / "holes")
     path = lab.directory / "holes" / "records.jsonl"
@@ -87,6 +89,7 @@ def test_points_missing_in_the_middle_are_filled_in_order(lab, finished):
     assert content(lab.directory / "holes") == content(finished)
 
 
+@pytest.mark.fault("F13", "F30")
 @pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"no point": 1}'])
 def test_a_bad_line_is_exit_3_with_file_and_line(lab, finished, line):
     shutil.copytree(finished, lab.directory / "r")
@@ -98,6 +101,7 @@ def test_a_bad_line_is_exit_3_with_file_and_line(lab, finished, line):
     assert isinstance(stop.value, DataError) and "records.jsonl:2:" in stop.value.message
 
 
+@pytest.mark.fault("F30")
 def test_a_record_that_is_there_twice_is_exit_3(lab, finished):
     shutil.copytree(finished, lab.directory / "r")
     path = lab.directory / "r" / "records.jsonl"
@@ -106,6 +110,7 @@ def test_a_record_that_is_there_twice_is_exit_3(lab, finished):
     assert code == 3 and "there twice" in err
 
 
+@pytest.mark.fault("F14")
 def test_another_configuration_is_refused_with_the_difference(lab, finished):
     shutil.copytree(finished, lab.directory / "r")
     before = content(lab.directory / "r")
@@ -115,6 +120,7 @@ def test_another_configuration_is_refused_with_the_difference(lab, finished):
     assert lab.lindm("run", "toy", "--out", "r", "--seeds", "7", "--fresh")[0] == 0
 
 
+@pytest.mark.fault("F14")
 def test_another_code_is_refused(lab, finished):
     shutil.copytree(finished, lab.directory / "r")
     source = lab.directory / "lab" / "toy.py"
@@ -131,6 +137,7 @@ def test_fresh_keeps_files_that_are_not_ours(lab, finished):
     assert all((lab.directory / "r" / name).read_text() == "mine" for name in ("notes.txt", ".hidden.yaml"))
 
 
+@pytest.mark.fault("F15")
 def test_a_second_writer_is_refused_until_the_first_is_gone(lab):
     with directories.sole_writer(lab.directory / "r"):
         code, _, err = lab.lindm("run", "toy", "--out", "r")
@@ -138,6 +145,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(lab):
     assert lab.lindm("run", "toy", "--out", "r")[0] == 0
 
 
+@pytest.mark.fault("F9")
 def test_a_non_finite_record_is_exit_5_and_not_written(lab):
     code, _, err = lab.lindm("run", "toy", "--out", "r", "--nan-at", "2")
     assert code == 5
@@ -145,6 +153,7 @@ def test_a_non_finite_record_is_exit_5_and_not_written(lab):
     assert len(files.read_records(lab.directory / "r")) == 2
 
 
+@pytest.mark.fault("F8")
 def test_a_directory_that_cannot_be_written_is_exit_7(lab):
     (lab.directory / "file").write_text("")
     for command in (("run", "toy"), ("verify", "--preset", "smoke")):

@@ -279,6 +279,7 @@ def test_several_files_are_solved_as_a_cloud(tmp_path, capsys):
     assert values[0] > values[1]  # in the best case nature's help is worth something
 
 
+@pytest.mark.fault("F13")
 def test_a_bad_file_is_exit_3_with_its_line(tmp_path, capsys):
     bad = tmp_path / "bad.pomdp"
     bad.write_text(TIGER.read_text().replace("0.85", "0.95", 1))
@@ -356,6 +357,7 @@ def test_a_reader_that_closes_the_output_ends_the_command_without_a_word():
     assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141")
 
 
+@pytest.mark.fault("F27")
 def test_an_error_that_a_stop_request_became_is_a_stop(monkeypatch, capsys):
     from lindm.cli import main as command_line
 

@@ -189,6 +189,7 @@ def test_out_may_be_relative(made, tmp_path, monkeypatch, to):
     assert all(not path.is_absolute() and path.exists() for path in written)
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("to", exports.FORMATS)
 @pytest.mark.parametrize("interruption", [Preempted("stopped by SIGTERM"), KeyboardInterrupt()], ids=["stop", "key"])
 def test_an_interrupted_export_leaves_nothing(made, tmp_path, to, interruption):
@@ -202,6 +203,7 @@ def test_an_interrupted_export_leaves_nothing(made, tmp_path, to, interruption):
     assert export(made.mdp, to, tmp_path)
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("to, function", [("trl", "_new_files"), ("minari", "_minari")])
 def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, function):
     """The handler of a signal raises between two lines of the function that writes, once for each of its lines."""
@@ -235,6 +237,7 @@ def test_a_signal_before_any_line_leaves_all_or_nothing(made, tmp_path, to, func
     assert 10 < seen <= stops < 100
 
 
+@pytest.mark.fault("F18")
 def test_exports_replace_no_file_and_leave_no_partial_file(made, tmp_path):
     (tmp_path / "messages.jsonl").write_text("mine")
     with pytest.raises(LindmError, match=r"messages\.jsonl already exists") as e:
@@ -245,6 +248,7 @@ def test_exports_replace_no_file_and_leave_no_partial_file(made, tmp_path):
     assert isinstance(e.value, StorageError)
 
 
+@pytest.mark.fault("F28")
 def test_a_damaged_dataset_is_not_exported(made, tmp_path):
     for path in made.mdp.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

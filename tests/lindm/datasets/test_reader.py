@@ -125,6 +125,7 @@ def test_rows_stack_to_episodes_and_labels(made):
     assert episodes.m is None and episodes.o is None
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize("name", ["tasks-00001.jsonl", "episodes-00002.jsonl", "manifest.json"])
 def test_damage_is_named_by_its_file(made, tmp_path, name):
     for path in made.suite.iterdir():

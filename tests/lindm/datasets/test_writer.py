@@ -99,6 +99,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, so
     assert contents(out) == reference
 
 
+@pytest.mark.fault("F17")
 def test_a_run_that_is_stopped_anywhere_goes_on(tmp_path, source, reference, monkeypatch):
     """Before every single write of a whole run, and before every one of the run that goes on."""
 
@@ -134,6 +135,7 @@ def stopped(*args, **kwargs):
     raise Preempted("stopped by SIGTERM")
 
 
+@pytest.mark.fault("F17")
 def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, reference):
     out = tmp_path / "d"
     with pytest.raises(LindmError) as e:
@@ -145,6 +147,7 @@ def test_a_run_that_is_stopped_while_it_draws_goes_on(tmp_path, source, referenc
     assert contents(out) == reference
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("place", ["read_manifest", "read_json", "read_json_lines"])
 def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, monkeypatch, place):
     """The handler may raise anywhere, also where a file that cannot be read would be passed over."""
@@ -160,6 +163,7 @@ def test_a_signal_is_not_taken_for_a_damaged_file(tmp_path, source, reference, m
     assert make_dataset(out, source, CONFIG).kept == 1 and contents(out) == reference
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize(
     "name", ["tasks-00001.jsonl", "episodes-00002.parquet", "problem.jsonl", "progress.jsonl", "manifest.json"]
 )
@@ -181,6 +185,7 @@ def test_a_flipped_bit_is_found_and_repaired(tmp_path, source, reference, monkey
         assert result.damaged == (name,) and (result.kept, result.made) == ((3, 0) if name == "problem.jsonl" else (2, 1))
 
 
+@pytest.mark.fault("F28")
 def test_a_missing_and_a_truncated_file_are_made_again(tmp_path, source, reference):
     out = tmp_path / "d"
     make_dataset(out, source, CONFIG)
@@ -192,6 +197,7 @@ def test_a_missing_and_a_truncated_file_are_made_again(tmp_path, source, referen
     assert contents(out) == reference
 
 
+@pytest.mark.fault("F14")
 def test_another_configuration_is_refused_and_the_difference_shown(tmp_path, made, source):
     before = contents(made.mdp)
     with pytest.raises(
@@ -204,6 +210,7 @@ def test_another_configuration_is_refused_and_the_difference_shown(tmp_path, mad
     assert contents(made.mdp) == before
 
 
+@pytest.mark.fault("F14")
 def test_other_versions_may_read_a_dataset_but_not_go_on_with_it(tmp_path, source, monkeypatch):
     out = tmp_path / "d"
     make_dataset(out, source, CONFIG)
@@ -243,6 +250,7 @@ def test_files_of_a_user_in_a_dataset_survive(tmp_path, source):
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.fault("F8")
 def test_a_place_that_cannot_be_written_is_exit_7(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(LindmError, match="cannot write") as e:
@@ -250,6 +258,7 @@ def test_a_place_that_cannot_be_written_is_exit_7(tmp_path, source):
     assert isinstance(e.value, StorageError)
 
 
+@pytest.mark.fault("F15")
 def test_a_second_writer_is_refused(tmp_path, source):
     with directories.sole_writer(tmp_path / "d"), pytest.raises(LindmError, match="written by another process"):
         make_dataset(tmp_path / "d", source, CONFIG)

@@ -195,6 +195,7 @@ def draw_poisoned(key, root):
     return prompt, jnp.where(poisoned, jnp.nan, target)
 
 
+@pytest.mark.fault("F9")
 def test_a_loss_that_is_not_finite_names_its_step():
     with pytest.raises(FloatingPointError, match="got nan at step 6 of 10"):
         train(ReducedAttention(2), draw_poisoned, jax.random.key(0), steps=10, data=f32(np.eye(2)))

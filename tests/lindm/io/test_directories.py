@@ -14,6 +14,7 @@ from lindm.io.directories import atomic_directory, copy_file, sole_writer
 from lindm.io.files import TEMPORARY_SUFFIX
 
 
+@pytest.mark.fault("F26")
 def test_a_directory_appears_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError), atomic_directory(tmp_path / "out") as temporary:
         (temporary / "a").write_text("part")
@@ -33,6 +34,7 @@ def test_a_directory_with_files_is_not_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.fault("F26")
 def test_leftovers_of_killed_writers_are_removed_and_live_writers_kept(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from lindm.io.directories import atomic_directory\n"
@@ -49,6 +51,7 @@ def test_leftovers_of_killed_writers_are_removed_and_live_writers_kept(tmp_path)
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.fault("F15")
 def test_one_writer_at_a_time_and_its_leftovers_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(directories, "LOCK_PATIENCE", 0)
     leftover = tmp_path / f".a.json.{TEMPORARY_SUFFIX}"
@@ -61,6 +64,7 @@ def test_one_writer_at_a_time_and_its_leftovers_are_removed(tmp_path, monkeypatc
         pass
 
 
+@pytest.mark.fault("F8")
 def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     for enter in (sole_writer, atomic_directory):

@@ -47,6 +47,7 @@ def test_values_come_in_the_order_of_the_tasks(kind):
     assert run_tasks(work, [], executor=kind, workers=2) == []
 
 
+@pytest.mark.fault("F17")
 def test_a_worker_that_dies_costs_its_one_task():
     tasks = [("square", 2), ("kill", 0), ("square", 3), ("exit", 0), ("square", 4)]
     results = run_tasks(work, tasks, workers=2, groups=[0] * 5)

@@ -9,6 +9,7 @@ from lindm.errors import DataError, LindmError, StorageError
 from lindm.io import files
 
 
+@pytest.mark.fault("F7")
 def test_a_full_disk_is_exit_7_and_leaves_whole_lines(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"point":{}}\n')
@@ -25,6 +26,7 @@ def test_non_finite_values_are_found_wherever_they_are():
     assert files.find_non_finite({"a": [1.0, 2], "b": "nan", "c": None}) is None
 
 
+@pytest.mark.fault("F26")
 def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     files.write_atomic(path, "old")

@@ -10,6 +10,7 @@ from lindm.llm.tokens import decode, format_example
 from tests.lindm.llm.small import CHATML, KINDS, TURNS, byte_level, trained_texts
 
 
+@pytest.mark.fault("F23")
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_and_their_end_of_turn_tokens_are_trained_and_nothing_else(kind):
     tokenizer = KINDS[kind]()
@@ -32,12 +33,14 @@ def test_a_template_may_render_the_last_answer_differently():
     assert trained_texts(tokenizer, example) == ["A<|im_end|>", "<think>\n\n</think>\n\nB or C<|im_end|>"]
 
 
+@pytest.mark.fault("F23")
 def test_without_a_control_token_the_whole_turn_is_trained():
     template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
     tokenizer = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
     assert trained_texts(tokenizer, chat_example(tokenizer, TURNS, "here")) == ["A\n", "B or C\n"]
 
 
+@pytest.mark.fault("F23")
 def test_no_token_spans_the_prompt_and_the_answer():
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     tokenizer = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")

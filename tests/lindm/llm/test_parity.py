@@ -120,6 +120,7 @@ def test_a_transformers_model_has_the_same_logits_and_greedy_tokens_here(pair, n
     np.testing.assert_allclose(cached, their_logits(model, whole), rtol=0, atol=1e-4)
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_model_has_the_same_logits_and_greedy_tokens_in_transformers(pair, tmp_path, name):
     model, directory = pair(name)
@@ -167,6 +168,7 @@ def adapted(directory, targets=lora.TARGET_MODULES):
     return model
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_merged_model_in_transformers_equals_the_adapted_one(pair, tmp_path, name):
     _, directory = pair(name)

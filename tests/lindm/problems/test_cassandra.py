@@ -427,6 +427,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize("old, new, line, rule", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_file_raises_an_error_with_its_line_and_what_was_expected(old, new, line, rule):
     assert FINE.count(old) == 1
@@ -478,6 +479,7 @@ def test_the_text_to_break_is_whole():
     assert np.array_equal(got.P[:, 0], [[0, 0, 1], [0.5, 0, 0.5], [1 / 3, 1 / 3, 1 / 3]])
 
 
+@pytest.mark.fault("F13")
 def test_a_truncated_text_is_read_or_raises_an_error():
     tokens, lines = re.split(r"(\s+)", RICH), RICH.splitlines(keepends=True)
     for end in range(0, len(RICH), 2):
@@ -487,6 +489,7 @@ def test_a_truncated_text_is_read_or_raises_an_error():
             survives("".join(parts[:i] + parts[i + 1 :]))
 
 
+@pytest.mark.fault("F13")
 @settings(max_examples=150)
 @given(data=st.data())
 def test_a_changed_text_is_read_or_raises_an_error(data):
@@ -498,6 +501,7 @@ def test_a_changed_text_is_read_or_raises_an_error(data):
     survives("".join(tokens))
 
 
+@pytest.mark.fault("F13")
 def test_a_file_that_is_not_text_raises_an_error(tmp_path):
     (tmp_path / "latin.pomdp").write_bytes("discount: 1\n# größe\n".encode("latin-1"))
     (tmp_path / "empty.pomdp").write_bytes(b"")
@@ -513,6 +517,7 @@ def test_a_file_that_is_not_text_raises_an_error(tmp_path):
         assert isinstance(caught.value, DataError)
 
 
+@pytest.mark.fault("F32")
 @pytest.mark.parametrize(
     "counts", ["states: 100000000\nactions: 1", "states: 7000\nactions: 2", "states: 1000000\nactions: 1000000"]
 )

@@ -505,6 +505,7 @@ def test_a_template_is_read_from_its_file_unchanged(tmp_path, template, suffix):
     assert parse(text(render(APOMDP, loaded)), template) == APOMDP
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize(
     "name, content, complaint",
     [

@@ -263,6 +263,7 @@ def stage(tmp_path_factory):
     return Stage(tmp_path_factory.mktemp("stage"))
 
 
+@pytest.mark.fault("F19")
 @given(words=words)
 def test_bash_hands_lindm_the_very_words_on_the_nodes_of_slurm(stage, words):
     stage.set()
@@ -271,6 +272,7 @@ def test_bash_hands_lindm_the_very_words_on_the_nodes_of_slurm(stage, words):
     assert stage.words == ["sft", *words]
 
 
+@pytest.mark.fault("F19")
 @given(words=words)
 def test_bash_hands_lindm_the_very_words_on_the_hosts_of_a_tpu(stage, words):
     stage.set(state="READY")
@@ -279,6 +281,7 @@ def test_bash_hands_lindm_the_very_words_on_the_hosts_of_a_tpu(stage, words):
     assert stage.words == ["sft", *words]
 
 
+@pytest.mark.fault("F19")
 @given(words=words)
 def test_the_shell_hands_python_the_very_words_on_ray(stage, words):
     stage.set()
@@ -304,6 +307,7 @@ def expanded(text: str) -> str:
     return out
 
 
+@pytest.mark.fault("F19")
 @given(words=words)
 def test_kubernetes_hands_lindm_the_very_words(words):
     _, job = yaml.safe_load_all(job_file(GKE, words))

@@ -244,6 +244,7 @@ def test_a_type_that_cannot_be_dequantized_is_named(tmp_path):
     refused(tmp_path, "output_norm.weight is of type I32, which cannot be dequantized", "smollm", tensors)
 
 
+@pytest.mark.fault("F19")
 def test_a_damaged_file_is_a_data_error_and_never_a_crash(tmp_path):
     """Truncated at every length of the header and beyond, and with counts and lengths that no file can hold."""
     path = write(tmp_path / "m.gguf", "smollm")

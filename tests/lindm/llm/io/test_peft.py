@@ -179,6 +179,7 @@ def test_tensors_of_another_model_raise_an_error_that_names_them(tmp_path, llama
     assert isinstance(e.value, DataError)
 
 
+@pytest.mark.fault("F19")
 def test_a_pickled_or_missing_adapter_is_a_data_error(tmp_path, llama):
     model = weights.load(llama)
     with pytest.raises(LindmError, match=r"cannot read .*adapter_config.json"):
@@ -195,6 +196,7 @@ def test_a_pickled_or_missing_adapter_is_a_data_error(tmp_path, llama):
     )  # a model is changed only by an adapter that is sound
 
 
+@pytest.mark.fault("F18")
 def test_saving_needs_adapters_and_an_empty_directory(tmp_path, llama):
     with pytest.raises(ValueError, match="model must have adapters"):
         peft.save_adapter(weights.load(llama), tmp_path / "out", "base")

@@ -223,6 +223,7 @@ def test_another_dtype_is_named(tmp_path, kind, spelled):
     refused(tmp_path, f"model.safetensors: {Q} must be of dtype F32, BF16, F16; got {spelled}")
 
 
+@pytest.mark.fault("F19")
 def test_a_pickled_model_is_a_data_error(tmp_path):
     reference.write(tmp_path, "llama")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -242,6 +243,7 @@ def index_of(directory, change):
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -283,6 +285,7 @@ def entry(begin, end, shape=(4,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
+@pytest.mark.fault("F19", "F32")
 @pytest.mark.parametrize(
     "content",
     [
@@ -326,6 +329,7 @@ def test_without_an_original_model_the_special_token_ids_are_null(tmp_path):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_tensors_equal_the_loaded_ones(tmp_path, name):
     original = reference.write(tmp_path / "a", name, eos_token_id=[1, 2], pad_token_id=0)
@@ -401,6 +405,7 @@ def test_a_sharded_model_is_saved_as_the_whole_one(tmp_path):
     assert same(everything(tmp_path / "b"), reference.weights("qwen3"))
 
 
+@pytest.mark.fault("F18", "F19")
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     original = reference.write(tmp_path / "a", "llama")
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling.py", "optimizer.bin"):
@@ -422,6 +427,7 @@ def model(tmp_path):
     return weights.load(reference.write(tmp_path / "model", "qwen2"))
 
 
+@pytest.mark.fault("F18")
 def test_an_existing_directory_is_not_changed(tmp_path, model):
     (tmp_path / "out").mkdir()
     weights.save(model, tmp_path / "out")  # an empty directory is nothing
@@ -438,6 +444,7 @@ def test_an_existing_directory_is_not_changed(tmp_path, model):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "model", "nowhere", "out"]
 
 
+@pytest.mark.fault("F7", "F18")
 def test_a_full_disk_is_a_storage_error_and_nothing_is_left_behind(tmp_path, model):
     """The write fails in the middle of the weights."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -451,6 +458,7 @@ def test_a_full_disk_is_a_storage_error_and_nothing_is_left_behind(tmp_path, mod
     weights.save(model, tmp_path / "out")
 
 
+@pytest.mark.fault("F8")
 def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(LindmError, match="cannot write") as e:
@@ -458,6 +466,7 @@ def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path, model):
     assert isinstance(e.value, StorageError)
 
 
+@pytest.mark.fault("F26")
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path, model, monkeypatch):
     left = tmp_path / f".out.abc{files.TEMPORARY_SUFFIX}"
     left.mkdir()

@@ -350,6 +350,7 @@ def test_a_guarded_process_gets_signals_and_its_output_is_passed_on():
     assert many.returncode == 4 and many.stderr == "err\n" + "x" * 300_000
 
 
+@pytest.mark.fault("F4")
 def test_a_guarded_process_does_not_wait_for_what_it_left_behind():
     start = time.monotonic()
     done = guarded("import subprocess; subprocess.Popen(['sleep', '30'], stdout=subprocess.DEVNULL); os._exit(0)")
@@ -364,6 +365,7 @@ The tasks have crashed. Check the task logs for an earlier error [type.googleapi
 LAST = "F1128 01:02:08.9   11264 client.h:80] Terminating process because the JAX distributed service detected fatal errors. "
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize(
     "output, named",
     [
@@ -385,6 +387,7 @@ def test_messages_of_the_coordination_service_name_the_lost_process(output, name
     assert named in (supervisor.diagnose_abort(output) or "")
 
 
+@pytest.mark.fault("F4")
 def test_an_abort_of_something_else_is_no_lost_process():
     assert supervisor.diagnose_abort("F1128 Check failed: x == y. The leader task was here") is None
     assert supervisor.diagnose_abort("") is None

@@ -67,6 +67,7 @@ def copied(saved, tmp_path):
     return tmp_path / "checkpoints"
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 1), (2, 2), (1, 2), (8, 1)])
 def test_checkpoints_of_eight_devices_are_restored_exactly_on_other_meshes(saved, fsdp, tensor):
     mesh = mesh_of(fsdp, tensor)
@@ -90,6 +91,7 @@ def every_file(directory):
     return sorted(p.relative_to(directory) for p in (directory / "00000006").rglob("*") if p.is_file())
 
 
+@pytest.mark.fault("F5")
 def test_one_flipped_bit_in_any_file_is_seen_and_the_step_before_is_used(copied):
     names = every_file(copied)
     assert len(names) > 6
@@ -108,6 +110,7 @@ def test_one_flipped_bit_in_any_file_is_seen_and_the_step_before_is_used(copied)
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("harm", ["missing", "empty", "truncated"])
 def test_a_file_that_is_missing_empty_or_cut_is_seen(copied, harm):
     for name in every_file(copied):
@@ -120,6 +123,7 @@ def test_a_file_that_is_missing_empty_or_cut_is_seen(copied, harm):
         path.write_bytes(good)
 
 
+@pytest.mark.fault("F6")
 def test_an_error_lists_the_damage_of_every_checkpoint(copied):
     (copied / "00000006" / "manifest.json").write_text("{")
     (copied / "00000003" / "progress.json").unlink()
@@ -129,12 +133,14 @@ def test_an_error_lists_the_damage_of_every_checkpoint(copied):
     assert "00000006: its manifest is damaged" in str(stop.value) and "progress.json is missing" in str(stop.value)
 
 
+@pytest.mark.fault("F5")
 def test_a_damaged_step_is_written_again(copied):
     (copied / "00000006" / "progress.json").unlink()
     checkpoints.save(copied, 6, placed(arrays(6), mesh_of(1, 1)), {"best": 1.0}, keep=2)
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).progress == {"best": 1.0}
 
 
+@pytest.mark.fault("F7")
 @pytest.mark.parametrize("where", ["writer", "manifest", "rename"])
 def test_a_failed_write_is_exit_7_and_leaves_the_existing_checkpoints(copied, monkeypatch, where):
     def refuse(*_, **__):

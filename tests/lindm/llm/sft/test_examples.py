@@ -53,6 +53,7 @@ def trained(tokenizer, example) -> list[str]:
     return [decode(tokenizer, [t]) for t in example.target.tolist() if t >= 0]
 
 
+@pytest.mark.fault("F23")
 @pytest.mark.parametrize("template", ["compact", "readable"])
 @pytest.mark.parametrize("supervise", ["all", "query"])
 def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, template, supervise):
@@ -148,6 +149,7 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
     assert [(e.source, e.group) for e in examples] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
 
 
+@pytest.mark.fault("F23")
 def test_answers_of_the_completion_of_a_conversation_are_trained(tmp_path):
     path = written(tmp_path / "rows.jsonl", {"prompt": TURNS[:3], "completion": TURNS[3:]}, {"messages": TURNS})
     part, whole = load_examples(path, TOKENIZER)
@@ -167,6 +169,7 @@ def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_p
 GOOD = {"prompt": "x", "completion": " A"}
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize(
     "row, why",
     [

@@ -133,12 +133,14 @@ def same(trained: tiny.Trained, whole: tiny.Trained) -> None:
     assert close(gradient(trained), gradient(whole), 1e-6)
 
 
+@pytest.mark.fault("F22")
 def test_accumulation_is_the_big_batch_though_the_parts_have_different_shares_of_the_labels(whole):
     batch, trained = whole
     parts = jax.tree.map(lambda x: x.reshape(4, 2, x.shape[-1]), batch)
     same(tiny.train([parts], optimizer=SGD), trained)
 
 
+@pytest.mark.fault("F22")
 def test_packed_documents_train_as_they_do_alone(whole):
     batch, trained = whole
     T, L = batch.ids.shape[-1], batch.label_positions.shape[-1]

@@ -11,6 +11,7 @@ def lines(directory):
     return (directory / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.fault("F30")
 def test_records_after_the_step_of_resumption_are_cut_off(tmp_path):
     logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=False, enabled=True)
     for step in range(1, 6):

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lindm.llm.parallel.sharding import make_mesh
 from tests.lindm.llm import tiny
@@ -27,6 +28,7 @@ def test_the_first_step_of_adapters_changes_b_alone():
         assert changed == name.endswith(".lora_b"), name
 
 
+@pytest.mark.fault("F9")
 def test_a_loss_that_is_not_finite_is_reported():
     batch, model = tiny.batch(0), tiny.decoder()
     model.norm.weight[...] = model.norm.weight[...].at[3].set(jnp.inf)
@@ -34,11 +36,13 @@ def test_a_loss_that_is_not_finite_is_reported():
     assert not trained.metrics[0]["finite"] and not math.isfinite(trained.metrics[0]["loss"])
 
 
+@pytest.mark.fault("F9")
 def test_weights_that_are_not_finite_after_a_finite_gradient_are_reported():
     trained = tiny.train([tiny.batch(0)], learning_rate=3e38, warmup=0.0, weight_decay=3.0)
     assert math.isfinite(trained.metrics[0]["loss"]) and not trained.metrics[0]["finite"]
 
 
+@pytest.mark.fault("F3")
 def test_any_process_can_ask_all_to_stop():
     flags = [0, np.array([0, 0, 0, 0, 0, 1, 0, 0], np.int32)]
     trained = tiny.train([tiny.batch(0), tiny.batch(1)], make_mesh({"fsdp": 8}), stops=flags)

@@ -58,6 +58,7 @@ def test_a_run_learns_and_writes_its_outputs(micro, finished, capsys):
     assert manifest["inputs"]["data"] == datasets.Dataset(micro.mdp).checksum
 
 
+@pytest.mark.fault("F18")
 def test_the_exported_model_is_the_one_of_the_last_checkpoint_with_its_tokenizer(micro, finished):
     model = weights.load(finished / "model")
     start = weights.load(micro.model)
@@ -133,6 +134,7 @@ def uninterrupted(micro, tmp_path_factory):
     return metrics.read_metrics(out)
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.slow
 @pytest.mark.parametrize("where, step", [("decisions", 0), ("loss", 2), ("decisions", 4)])
 def test_a_stop_during_evaluation_saves_and_the_resumed_run_evaluates(micro, uninterrupted, tmp_path, monkeypatch, where, step):
@@ -187,6 +189,7 @@ def test_prompts_and_completions_train_too(micro, tmp_path):
 # --- what is refused --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F9")
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_kept(micro, tmp_path):
     with pytest.raises(LindmError) as stop:
         trainer.train(
@@ -200,6 +203,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_kept(micro, tmp_pat
     )
 
 
+@pytest.mark.fault("F14")
 def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(micro, finished, tmp_path):
     with pytest.raises(LindmError, match=r"learning_rate was 0\.005 and is now 0\.01.*--fresh") as stop:
         trainer.train(options(micro, finished, steps=30, learning_rate=1e-2))
@@ -264,6 +268,7 @@ def test_a_document_longer_than_a_row_is_named(micro, tmp_path):
     assert isinstance(stop.value, DataError)
 
 
+@pytest.mark.fault("F16")
 def test_a_step_that_does_not_fit_is_exit_6_before_it_is_taken(micro, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation.devices, "available_memory", lambda device: 1000)
     with pytest.raises(LindmError, match=r"does not fit in memory.*--batch.*lindm plan") as stop:
