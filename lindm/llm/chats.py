@@ -2,39 +2,99 @@
 
 The tokenizer's chat template renders a conversation. An answer starts after the generation prompt and ends with its first
 control token; a newline that the template writes after that is not trained, because a model has stopped generating by then.
-Control tokens come from the template alone: a message that contains the name of one raises an error. A template that asks for
-today's date gets a fixed date, because data must not depend on the clock.
+Control tokens come from the template alone: a message that contains the name of one raises an error. A template is the program of
+whoever made the model: it runs in a process of its own with limits (`chat_renderer.py`).
 """
 
-import datetime
+import atexit
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lindm.errors import DataError
+from lindm.errors import DataError, LindmError
+from lindm.io import limits
 from lindm.llm.tokens import Example, Tokenizer, encode_whole, make_example, name_source, shorten, tokenizer_info
-
-TEMPLATE_DATE = datetime.datetime(2024, 7, 26)  # the default of the template of Llama 3.1
-# templates get no functions, so a macro of the same name formats the date
-STRFTIME_MACRO = "".join(
-    f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in ("%d", "%b", "%B", "%m", "%Y", "%y", "%A", "%H", "%M")
-)
-STRFTIME_MACRO = f"{{% macro strftime_now(form) %}}{{{{ form{STRFTIME_MACRO} }}}}{{% endmacro %}}\n"
 
 
 def apply_chat_template(tokenizer: Tokenizer, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-    """The conversation as text. Raises: DataError if there is no chat template or it raises an error."""
+    """The conversation as text. Raises: DataError if there is no chat template, or if it raises an error or exceeds the limits of
+    `lindm.io.limits` on time, memory and the length of the text.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template")
     try:
         template = tokenizer.get_chat_template()
-        template = (STRFTIME_MACRO if "strftime_now" in template else "") + template
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except Exception as e:  # a template may raise anything
-        if tokenizer.chat_template is None:
-            raise DataError("the tokenizer has no chat template") from e
-        raise DataError(f"the chat template raises an error: {e}") from e
+    except ValueError as e:  # several templates, none of them the default
+        raise DataError(f"the tokenizer has no single chat template: {e}") from e
+    variables = tokenizer.special_tokens_map | {"tools": None, "documents": None}
+    return _RENDERER.render(template, variables | {"messages": messages, "add_generation_prompt": add_generation_prompt})
+
+
+class _Renderer:
+    """The process of `lindm.llm.chat_renderer`: started for the first template, and again after one that ended it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, template: Any, variables: dict[str, Any]) -> str:
+        try:
+            request = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as e:
+            raise DataError(f"messages must be JSON: {e}") from e
+        with self._lock:
+            line = self._ask(request)
+        reply = json.loads(line)
+        if "error" in reply:
+            raise DataError(f"the chat template raises an error: {reply['error']}")
+        return reply["text"]
+
+    def _ask(self, request: bytes) -> bytes:
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+            if line := process.stdout.readline():
+                return line
+            died = process.wait()
+        except BrokenPipeError:
+            died = process.wait()
+        except BaseException:  # a signal between a request and its answer: the next request gets a new process
+            process.kill()
+            self.close()
+            raise
+        self.close()
+        if died == -signal.SIGPROF:
+            raise DataError(f"the chat template takes more than {limits.TEMPLATE_CPU_SECONDS:g} CPU-seconds for one conversation")
+        if died < 0:
+            raise DataError(f"the chat template ends the process that renders it with {signal.Signals(-died).name}")
+        raise LindmError(f"the process that renders chat templates ended with exit code {died}")
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        program = Path(__file__).with_name("chat_renderer.py")
+        bounds = (limits.TEMPLATE_CPU_SECONDS, limits.TEMPLATE_MEMORY, limits.TEMPLATE_OUTPUT)
+        command = [sys.executable, "-I", "-S", str(program), json.dumps(sys.path), *map(str, bounds)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None and process.stdout is not None:
+            with contextlib.suppress(BrokenPipeError):  # a request that it did not read
+                process.stdin.close()
+            process.stdout.close()
+            process.wait()
+
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.close)
 
 
 def chat_example(tokenizer: Tokenizer, messages: Sequence[dict], source: str, group: int = 0, first_trained: int = 0) -> Example:
