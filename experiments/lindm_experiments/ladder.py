@@ -1,11 +1,11 @@
 """How loose is each bound on the suboptimality, from the exact loss of one policy to the theorem that needs no data?
 
 A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
-rungs of theory/lindm_theory/policy_bounds.py: the identity, the scale-free span, its margin form, the sup norm, bias + estimation
-+ optimization, and the rungs on averages (4, and the mean policy, as every stage has a context of its own) and on probability
-(5). A rung is a theorem: one violation refutes it. The waterfall figure shows how loose it is. A loose rung would hold with
-wrong constants too, so each also stands on instances on which it is attained (`lib/attained.py`), and the radius of rung 5
-beside the norm of the error that it bounds.
+rungs of `toolkit/rungs.py`: the identity, the scale-free span, its margin form, the sup norm, bias + estimation + optimization,
+and the rungs on averages (4, and the mean policy, as every stage has a context of its own) and on probability (5). A rung is a
+theorem: one violation refutes it. The waterfall figure shows how loose it is. A loose rung would hold with wrong constants too,
+so each also stands on instances on which it is attained (`lib/attained.py`), and the radius of rung 5 beside the norm of the
+error that it bounds.
 
     lindm run ladder --preset quick
     lindm verify --only identity ladder expected-bound high-probability-bound
@@ -25,8 +25,6 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.problems.linear_mdp import MDPFamily, onehot_family, second_moment, simplex_family, tabulate
-from lindm.solvers.dp import occupancy, policy_value
-from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
@@ -34,8 +32,8 @@ from lindm_experiments.harness.figures import BLUE, GRAY, GREEN, ORANGE, RED
 from lindm_experiments.harness.statistics import at_most
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
-from lindm_theory import concentration, mean_policy, policy_bounds
-from lindm_theory.in_context import context_second_moment, risk
+from lindm_experiments.toolkit.rungs import RUNGS, Case
+from lindm_theory import concentration
 
 PER_POLICY = attained.PER_POLICY  # rungs that must hold for every single policy
 COUNTED = (*PER_POLICY, "high_probability")
@@ -95,13 +93,17 @@ def rungs_of_tasks(
     family: MDPFamily,
     A: Array,
     Ahat: Array,
+    Psi: Array,
     M: Array,
     half_width: Array,
     delta: Array,
     tasks: int,
     longest: int,
 ) -> dict[str, Array]:
-    """Exact loss and every rung, [tasks] each, of the policies that Ahat gives on fresh tasks and contexts."""
+    """Exact loss and every rung, [tasks] each, of the policies that Ahat gives on fresh tasks and contexts.
+
+    "norm" [tasks, H]: the error of w_h in the norm of rung 5, in radii. "scale" [tasks]: the largest value, at least 1.
+    """
     Lambda, H = second_moment(family), A.shape[0]
     noise = {"noise_bound": half_width, "noise_variance": half_width**2 / 3}
     root = jnp.linalg.cholesky(Lambda).T
@@ -109,58 +111,32 @@ def rungs_of_tasks(
     def one(k: Array) -> dict[str, Array]:
         k_task, k_context = jax.random.split(k)
         task, plan, w = linear_mdps.draw_oracle(k_task, family)
-        mdp = tabulate(task)
         S = linear_mdps.context_sums(k_context, family, w, M, half_width, longest)
-        Qhat = linear_mdps.action_values(family, Ahat, S)
-        pihat = greedy(Qhat)
-        d = occupancy(mdp, pihat)
-        bias, estimation = policy_bounds.error_parts(family.phi, A, Lambda, w, S)
-        optimization = linear_mdps.action_values(family, Ahat - A, S)
-        bound, c = policy_bounds.span_rung(d, plan.Q, Qhat)
-        gap = plan.V[..., None] - plan.Q
-        caps = mean_policy.action_caps(
-            mean_policy.flip_probability(*mean_policy.difference_moments(family.phi, Ahat, w, family.design, **noise), M)
+        case = Case(
+            mdp=tabulate(task),
+            Qstar=plan.Q,
+            Qhat=linear_mdps.action_values(family, Ahat, S),
+            phi=family.phi,
+            design=family.design,
+            w=w,
+            weights=Ahat,
+            best_weights=A,
+            context=S,
+            M=M,
+            Psi=Psi,
+            delta=delta,
+            **noise,
         )
         b, v = jax.vmap(
             lambda B, w: concentration.error_size(linear_mdps.pairs_table(family), family.design, B, w, Lambda, **noise)
         )(Ahat, w)
         norm = jnp.linalg.norm(jnp.einsum("ij,hjk,hk->hi", root, Ahat, S - w @ Lambda), axis=-1)
-        return {
-            "norm": norm / concentration.smale_zhou(b, v, M, delta / H),  # [H]
-            "suboptimality": mdp.rho @ (plan.V[0] - policy_value(mdp, pihat)[0]),
-            "identity": policy_bounds.loss_identity(d, plan.Q, pihat),
-            "span_per_state": policy_bounds.span_statewise_rung(d, plan.Q, Qhat),
-            "span_per_stage": bound,
-            "margin": policy_bounds.margin_rung(d, plan.Q, Qhat, c),
-            "sup_norm": policy_bounds.sup_rung(d, plan.Q, Qhat),
-            "error_parts": policy_bounds.decomposed_rung(d, bias, estimation, optimization),
-            "high_probability": concentration.high_probability_rung(
-                family.phi, Ahat, w, family.design, M, delta, Lambda, **noise
-            ),
-            "mean_policy": mean_policy.mean_policy_rung(mdp.P, gap, mdp.rho, caps),
+        return {name: RUNGS[name].compute(case) for name in ("identity", *NAMES)} | {
+            "norm": norm / concentration.smale_zhou(b, v, M, delta / H),
             "scale": jnp.maximum(1.0, jnp.abs(plan.V).max()),
         }
 
     return jax.lax.map(one, jax.random.split(key, tasks), batch_size=32)
-
-
-@jax.jit
-def rungs_on_average(family: MDPFamily, Ahat: Array, Psi: Array, M: Array, half_width: Array) -> tuple[Array, Array]:
-    """Rung 4 and its tightened form: no task, no context, only moments."""
-    Lambda = second_moment(family)
-    noise = half_width**2 / 3 * Lambda
-    K = linear_mdps.fourth_moments(family, Psi)
-
-    def stage(A: Array, P: Array, K: Array) -> tuple[Array, Array, Array]:
-        parts = risk(A, Lambda, P, K, M, Lambda, noise)
-        ESS = context_second_moment(Lambda, P, K, M, noise)
-        return parts.estimation, parts.bias, policy_bounds.scale_free_risk(A, Lambda @ P, ESS, P, Lambda)
-
-    estimation, bias, free = jax.vmap(stage)(Ahat, Psi, K)
-    return (
-        policy_bounds.expected_rung(policy_bounds.feature_norm(family.phi, Lambda), estimation, bias),
-        policy_bounds.expected_rung_tight(policy_bounds.difference_norm(family.phi, Lambda), free, jnp.zeros_like(free)),
-    )
 
 
 def measure(cfg: Config, point: dict) -> dict:
@@ -178,14 +154,11 @@ def measure(cfg: Config, point: dict) -> dict:
         for M in cfg.M:
             k = jax.random.fold_in(k_test, M)
             out = rungs_of_tasks(
-                k, family, A, Ahat, jnp.asarray(float(M)), half_width, delta, tasks=cfg.tasks, longest=max(cfg.M)
+                k, family, A, Ahat, Psi, jnp.asarray(float(M)), half_width, delta, tasks=cfg.tasks, longest=max(cfg.M)
             )
             tolerance = 1e-9 * out["scale"]
-            expected, tight = rungs_on_average(family, Ahat, Psi, jnp.asarray(float(M)), half_width)
-            means = {r: out[r].mean() for r in ("suboptimality", *PER_POLICY, "high_probability", "mean_policy")} | {
-                "expected": expected,
-                "expected_tight": tight,
-            }
+            # a mean over tasks has one value for all of them
+            means = {r: out[r][0] if r in ("expected", "expected_tight") else out[r].mean() for r in NAMES}
             cells.append(
                 {
                     "family": name,

@@ -90,12 +90,13 @@ def test_a_rung_far_above_the_truth_of_its_instance_is_not_attained(many):
     assert next(v for v in ladder.check(many) if v.id == "ladder/attained").verdict == FAIL
 
 
-def test_rung_4_is_the_formula_of_numpy(records):
+def test_rung_4_is_the_formula_of_numpy_and_the_same_for_every_task():
     cfg = ladder.SMOKE
     family = ladder.families(jax.random.key(5))["simplex"]
     Psi = jnp.stack([jnp.eye(5) * (h + 1) for h in range(4)])
     Ahat = jnp.stack([jnp.eye(5) * 2.0 for _ in range(4)])
-    got, _ = ladder.rungs_on_average(family, Ahat, Psi, jnp.asarray(8.0), jnp.asarray(cfg.half_width))
+    at = jnp.asarray(8.0), jnp.asarray(cfg.half_width), jnp.asarray(cfg.delta)
+    got = ladder.rungs_of_tasks(jax.random.key(1), family, Ahat, Ahat, Psi, *at, tasks=3, longest=8)["expected"]
     x = np.asarray(family.phi).reshape(-1, 5)
     L = x.T @ x / len(x)
     total = 0.0
@@ -106,14 +107,14 @@ def test_rung_4_is_the_formula_of_numpy(records):
         off = 2 * L - np.eye(5)
         total += np.sqrt(4 * np.trace(L @ R) / 8) + np.sqrt(np.trace(L @ off @ P @ off.T))
     norm = max(np.sqrt(v @ np.linalg.solve(L, v)) for v in x)
-    np.testing.assert_allclose(got, 2 * norm * total, rtol=1e-10)
+    np.testing.assert_allclose(got, [2 * norm * total] * 3, rtol=1e-10)
 
 
 def test_the_loss_of_one_policy_is_that_of_a_loop_over_the_stages():
     family = ladder.families(jax.random.key(2))["simplex"]
     zero = jnp.zeros((4, 5, 5))  # a layer of zeros: every action ties, greedy takes the first
     out = ladder.rungs_of_tasks(
-        jax.random.key(3), family, zero, zero, jnp.asarray(4.0), jnp.asarray(0.0), jnp.asarray(0.1), tasks=32, longest=4
+        jax.random.key(3), family, zero, zero, zero, jnp.asarray(4.0), jnp.asarray(0.0), jnp.asarray(0.1), tasks=32, longest=4
     )
     k_task = jax.random.split(jax.random.split(jax.random.key(3), 32)[7])[0]
     task = draw_task(k_task, family)

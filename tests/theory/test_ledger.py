@@ -95,13 +95,14 @@ def public() -> set[Function]:
 
 @cache
 def used() -> dict[str, set[Function]]:
-    """The theory functions that each file of the experiments calls, and through the files of lib that it imports."""
+    """The theory functions that each file of the experiments calls, and through the files of lib and toolkit that it imports."""
     names, files = {}, {}
+    shared = "lindm_experiments.lib.", "lindm_experiments.toolkit."
     for path in EXPERIMENTS.rglob("*.py"):
         module = ".".join(("lindm_experiments", *path.relative_to(EXPERIMENTS).with_suffix("").parts))
         tree, modules, functions, files[module] = imported(path)
         names[module] = called(tree, modules, functions)
-    lib = {module: {f for f in there if f.startswith("lindm_experiments.lib.")} for module, there in files.items()}
+    lib = {module: {f for f in there if f.startswith(shared)} for module, there in files.items()}
     out = {}
     for module in names:
         direct = set().union(*(names.get(f, set()) for f in reached([module], lib)))
