@@ -101,7 +101,7 @@ def export(
     model = load(source)
     if adapter is not None:
         load_adapter(model, Path(adapter))
-    save(model, Path(out), like=source, dtype=dtype)
+    save(model, Path(out), like=source, dtype=dtype, provenance=True)
     return model.config
 
 

@@ -4,10 +4,11 @@
     OUT/episodes-00000.parquet, .jsonl    a row per episode: task after task, its demonstrations and then its queries
     OUT/problem.parquet, .jsonl           where all tasks are one fixed problem: its arrays, once
     OUT/config.json, manifest.json, README.md
+    OUT/provenance.json                   date, command line, versions and commit of the last call that made shards
 
 The SHA-256 of a finished shard goes to a journal; a shard that is not in the journal, or not intact, is made again. At the end
 the journal becomes the manifest. On one machine with one set of versions the bytes depend on the source and the config alone, not
-on interruptions or on the number of processes: no file contains a time, a place or a machine.
+on interruptions or on the number of processes: provenance.json alone contains a time, a place and a machine.
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io import directories, files
 from lindm.io.executor import Executor
+from lindm.io.provenance import write_provenance
 from lindm.types import CERTIFICATES, Problem
 
 JOURNAL, CARD = "progress.jsonl", "README.md"
@@ -84,6 +86,8 @@ def make_dataset(
         missing = {name: tasks for name, tasks in plan.items() if name not in records}
         if missing and versions != (here := _versions()):
             raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
+        if missing:
+            write_provenance(out)
         done = sum(record["tasks"] for record in records.values())
         progress(done, config.tasks)
 

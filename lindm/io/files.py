@@ -137,8 +137,9 @@ def read_records(directory: Path) -> list[dict]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file, in hexadecimal. The file is read in blocks: a shard may be larger than memory."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # --- JSON values -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Solutions on disk: one .npz file with the problem, the tables of the method, and a header with the version of the format."""
+"""Solutions on disk: one .npz file with the problem, the tables of the method, and a header with the
+version of the format and the provenance of the solution."""
 
 import dataclasses
 import io
@@ -12,6 +13,7 @@ import numpy as np
 
 from lindm.errors import DataError
 from lindm.io import files
+from lindm.io.provenance import provenance
 from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.solve import Solution
 from lindm.types import APOMDP, MDP, POMDP, Plan
@@ -25,7 +27,7 @@ KINDS: dict[str, type] = {
 def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:
     """Write a solved problem to `path`, atomically; `names`: of states, actions, observations and models."""
     arrays: dict[str, np.ndarray] = {}
-    header = {"format": FORMAT, "solution": _store(solution, "solution", arrays)}
+    header = {"format": FORMAT, "provenance": provenance(), "solution": _store(solution, "solution", arrays)}
     buffer = io.BytesIO()
     np.savez(buffer, header=np.array(json.dumps(header | {"names": names})), **arrays)  # pyright: ignore[reportArgumentType]
     files.write_atomic(path, buffer.getvalue())

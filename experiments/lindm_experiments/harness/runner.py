@@ -6,7 +6,7 @@ A run directory holds
     records.jsonl   the result: one line for each point, appended and synced; no time in it, so that a killed and resumed run
                     ends with the same bytes as an uninterrupted one
     metrics.jsonl   the seconds that each point took
-    manifest.json   versions, git commit, devices, seeds, SHA-256 of the outputs
+    manifest.json   date, command line, versions, git commit, devices, seeds, SHA-256 of the outputs
     *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table
 """
 
@@ -35,7 +35,8 @@ from lindm.io.files import (
     write_atomic,
     write_json,
 )
-from lindm.io.manifest import provenance, write_manifest
+from lindm.io.manifest import write_manifest
+from lindm.io.provenance import environment
 from lindm.io.signals import raise_if_stopped
 from lindm_experiments.harness.claims import claim_ids, claims_hash
 from lindm_experiments.harness.experiments import Experiment, load, name_of, points_of, preset_config
@@ -106,7 +107,7 @@ class Conclusion:
 
     verdicts: list[Verdict]
     files: dict[str, bytes]
-    provenance: dict
+    environment: dict  # of the process that drew the files
 
 
 def plan(job: Job) -> RunPlan:
@@ -153,7 +154,7 @@ def conclude(task: tuple[str, list[dict]]) -> Conclusion:
     """Verdicts, figures and table of the records of an experiment."""
     reference, records = task
     module = load(reference)
-    return Conclusion(verdicts=verdicts_of(module, records), files=draw(module, records), provenance=provenance())
+    return Conclusion(verdicts=verdicts_of(module, records), files=draw(module, records), environment=environment())
 
 
 def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
@@ -273,7 +274,7 @@ class RunDirectory:
         experiment = self.job.experiment
         source = {"source": str(experiment.path)} if experiment.outside else {}
         run = {"experiment": experiment.name, "preset": self.job.preset, "config": self.plan.description["config"]} | source
-        write_manifest(self.path, **conclusion.provenance, **run)
+        write_manifest(self.path, **conclusion.environment, **run)
 
 
 def remove_outputs(directory: Path) -> None:

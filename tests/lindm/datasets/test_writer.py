@@ -20,12 +20,14 @@ from lindm import datasets
 from lindm.datasets import generate, writer
 from lindm.datasets.writer import make_dataset
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
-from lindm.io import directories, files
+from lindm.io import directories, files, provenance
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 
 
 def contents(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())}
+    """SHA-256 of every file whose bytes depend on the source and the config alone."""
+    names = sorted(p for p in directory.iterdir() if p.name != provenance.FILE)
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
 
 
 @pytest.fixture
@@ -48,6 +50,17 @@ def test_two_runs_write_the_same_bytes(tmp_path, source, reference):
     names = {"config.json", "manifest.json", "README.md", "problem.jsonl", "problem.parquet"}
     stems = [f"{table}-{k:05d}" for table in ("tasks", "episodes") for k in range(3)]
     assert set(reference) == names | {stem + ending for stem in stems for ending in (".jsonl", ".parquet")}
+
+
+def test_provenance_is_of_the_last_call_that_made_shards(tmp_path, source, monkeypatch):
+    for command, shard in (("first", None), ("second", None), ("third", "tasks-00001.jsonl")):
+        monkeypatch.setattr("sys.argv", ["lindm", command])
+        if shard:
+            (tmp_path / "d" / shard).unlink()
+        make_dataset(tmp_path / "d", source, CONFIG)
+        content = files.read_json(tmp_path / "d" / provenance.FILE, format=provenance.FORMAT)
+        assert content["command"] == ("lindm third" if shard else "lindm first")
+        assert content["date"] and {"lindm", "jax"} <= content["versions"].keys()
 
 
 def test_a_finished_dataset_is_left_alone(tmp_path, source, reference):

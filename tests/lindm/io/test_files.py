@@ -1,6 +1,8 @@
 """Files that survive interruptions: atomic writes, whole lines, values that JSON can hold."""
 
+import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,16 @@ def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(LindmError) as stop:
         files.write_atomic(path, "new")
     assert isinstance(stop.value, StorageError) and path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_hash_needs_no_memory_of_the_size_of_the_file(tmp_path):
+    with (tmp_path / "large").open("wb") as f:
+        f.truncate(64 * 2**20)
+    tracemalloc.start()
+    digest = files.sha256(tmp_path / "large")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20 and digest == hashlib.sha256(bytes(64 * 2**20)).hexdigest()
 
 
 @pytest.mark.parametrize(

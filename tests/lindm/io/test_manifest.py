@@ -15,5 +15,5 @@ def test_a_manifest_has_provenance_what_the_caller_adds_and_a_hash_of_every_file
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["format"] == FORMAT and manifest["preset"] == "quick"
     assert manifest["python"] == platform.python_version() and {"lindm", "jax", "numpy"} <= manifest["versions"].keys()
-    assert set(manifest["git"]) == {"commit", "dirty"}
+    assert set(manifest["git"]) == {"commit", "dirty"} and manifest["date"] and manifest["command"]
     assert manifest["outputs"] == {name: files.sha256(tmp_path / name) for name in ("a.txt", "below/b.txt")}

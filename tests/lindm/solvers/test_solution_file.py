@@ -34,6 +34,8 @@ def test_the_names_of_actions_are_kept(tmp_path):
     solution = ld.solve(ld.make("prostate", horizon=2))
     solution.save(tmp_path / "solution.npz")
     assert ld.load_solution(tmp_path / "solution.npz").first_action == solution.first_action == "defer"
+    with np.load(tmp_path / "solution.npz") as stored:
+        assert json.loads(str(stored["header"]))["provenance"]["date"]
 
 
 def test_another_file_raises_an_error(tmp_path):
