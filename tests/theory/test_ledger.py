@@ -141,3 +141,14 @@ def test_every_proved_row_has_a_test():
     for line in LEDGER.splitlines():
         if line.startswith("| ") and re.search(r"\| (proved|tightened|corrected|refuted)", line):
             assert "`test_" in line, line
+
+
+def test_a_theorem_has_a_number_of_its_own_and_every_number_that_is_cited_has_a_theorem():
+    """Numbers of other papers stand behind the brackets of their source: [JYW] Theorem 4.2."""
+    notes = [path.read_text() for path in sorted((ROOT / "theory" / "notes").glob("*.md"))]
+    defined = re.findall(r"^\*\*Theorem (\w+)", "\n".join(notes), re.MULTILINE)
+    assert len(defined) > 15 and len(set(defined)) == len(defined), sorted(defined)
+    pages = [*(ROOT / "docs").glob("*.md"), *THEORY.glob("*.py"), *EXPERIMENTS.rglob("*.py"), EXPERIMENTS / "claims.toml"]
+    text = "\n".join([LEDGER, *notes, *(path.read_text() for path in pages)])
+    cited = re.findall(r"(?<!\] )\b[Tt]heorems? ([A-Z]?[0-9]+)\b", text)
+    assert set(cited) <= set(defined), set(cited) - set(defined)
