@@ -3,17 +3,18 @@
 A command's module is imported when the command is used, and imports heavy libraries only when it runs, so that help is fast.
 
 Exit codes: `lindm.cli.exit_codes`, and 141 where the reader of the output closed it.
-LINDM_DEBUG=1 shows the traceback of an error.
+LINDM_DEBUG=1 shows the traceback of every error; that of an unexpected one is always shown.
 """
 
 import importlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from lindm.cli.exit_codes import exit_code
+from lindm.cli.exit_codes import INTERNAL, exit_code
 from lindm.cli.option_parser import run_command, two_columns, wrap
 from lindm.errors import LindmError, Preempted, UsageError, did_you_mean
 from lindm.io.signals import stop_requested
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Call `run`; an error is printed in one line and becomes an exit code."""
+    """Call `run`; an error is printed in one line and becomes an exit code. An unexpected one is printed with its traceback."""
     try:
         code = run()
         sys.stdout.flush()
@@ -100,10 +101,14 @@ def guarded(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as e:
-        if os.environ.get("LINDM_DEBUG") == "1":
-            raise
         if stop_requested() and not isinstance(e, LindmError):  # the error that a signal in the middle of a callback became
             e = Preempted("stopped; the same command resumes")
+        code = exit_code(e)
+        unexpected = code == INTERNAL and not isinstance(e, LindmError)
+        if unexpected or os.environ.get("LINDM_DEBUG") == "1":
+            traceback.print_exception(e)
         hint = "" if isinstance(e, LindmError | ValueError) else f"{type(e).__name__}: "
         print(f"lindm: error: {hint}{e}", file=sys.stderr)
-        return exit_code(e)
+        if unexpected:
+            print("lindm: this is a fault of lindm: please report it with the command and the traceback above", file=sys.stderr)
+        return code

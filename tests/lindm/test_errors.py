@@ -1,20 +1,28 @@
 """Errors have a class each, and a number by which another process learns the class."""
 
+import os
+import signal
+
 import pytest
 
 from lindm import errors
-from lindm.cli.exit_codes import EXIT_CODES, FAILED, exit_code
+from lindm.cli.exit_codes import EXIT_CODES, INTERNAL, exit_code
 
 
 def classes():
     return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LindmError)]
 
 
+def test_an_unexpected_error_has_an_exit_code_that_no_other_outcome_has():
+    outcomes = {0, 1, *EXIT_CODES.values(), *(128 + number for number in signal.Signals)}
+    assert INTERNAL == os.EX_SOFTWARE and INTERNAL not in outcomes
+
+
 def test_every_class_has_a_number_and_an_exit_code_of_its_own():
     assert set(errors.KINDS) == set(classes())
     codes = [exit_code(kind("message")) for kind in errors.KINDS]
-    assert len(set(codes)) == len(codes) and codes[0] == FAILED
-    assert {kind for kind in EXIT_CODES if kind is not ValueError} == set(errors.KINDS[1:])
+    assert len(set(codes)) == len(codes) and codes[0] == INTERNAL
+    assert set(EXIT_CODES) - {ValueError, MemoryError} == set(errors.KINDS[1:])
 
 
 @pytest.mark.parametrize("kind", errors.KINDS)
@@ -25,7 +33,7 @@ def test_a_number_gives_the_class_back(kind):
 def test_other_exceptions_are_usage_errors_or_unknown():
     assert errors.KINDS[errors.kind_number(ValueError())] is errors.UsageError
     assert errors.KINDS[errors.kind_number(OSError())] is errors.LindmError
-    assert exit_code(ValueError()) == 2 and exit_code(OSError()) == FAILED
+    assert exit_code(ValueError()) == 2 and exit_code(OSError()) == INTERNAL and exit_code(MemoryError()) == 6
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_signal_ends_with_exit_75_and_the_run_resumes(lab, signum):
 
 def test_an_error_in_an_experiment_is_one_line_and_a_log(lab):
     code, _, err = lab.lindm("run", "toy", "--out", "r", "--raise-at", "1")
-    assert code == 1 and "the toy is broken" in err and "Traceback" not in err
+    assert code == 70 and "the toy is broken" in err and "Traceback" not in err
     assert "RuntimeError: the toy is broken" in (lab.directory / "r" / "error.log").read_text()
 
 
@@ -212,7 +212,7 @@ def test_a_worker_that_dies_costs_its_own_point(lab):
     (lab.directory / "lab" / "other.py").write_text(source.replace("TOY_DIES", "OTHER").replace('"toy-', '"other-'))
     (lab.directory / "lab" / "other.toml").write_text(claims.replace('"toy-', '"other-'))
     code, out, _ = lab.lindm("verify", "--out", "v", TOY_DIES="1")
-    assert code == 1 and "worker died (signal 9)" in out
+    assert code == 70 and "worker died (signal 9)" in out
     claims = {c["id"]: c for c in json.loads((lab.directory / "v" / "verdicts.json").read_text())["claims"]}
     assert claims["other-ratio"]["verdict"] == "PASS"
     assert claims["toy-ratio"]["measured"] is None and claims["toy-ratio"]["verdict"] == "INCONCLUSIVE"
@@ -264,7 +264,7 @@ def test_ray_gives_the_same_records_and_a_killed_worker_costs_its_point(lab):
     assert code == 0, err + out
     assert content(lab.directory / "ray" / "toy") == content(lab.directory / "local" / "toy")
     code, out, _ = lab.lindm("verify", "--executor", "ray", "--workers", "2", "--out", "killed", TOY_DIES="1")
-    assert code == 1 and "worker died" in out
+    assert code == 70 and "worker died" in out
     assert len(files.read_records(lab.directory / "killed" / "toy")) == 5
 
 

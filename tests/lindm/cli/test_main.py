@@ -12,7 +12,7 @@ import pytest
 
 from lindm.cli import doctor
 from lindm.cli.main import main
-from lindm.errors import UsageError
+from lindm.errors import LindmError
 from lindm.evaluation.policies.registry import LANGUAGE_MODELS, POLICIES
 from lindm_experiments.harness.claims import CLAIMS
 from lindm_experiments.harness.experiments import experiment_names
@@ -225,10 +225,33 @@ def test_doctor_reports_that_results_cannot_be_written(tmp_path):
     assert not doctor.check_output(tmp_path / "file" / "below")[0].ok
 
 
-def test_the_debug_switch_shows_the_traceback(monkeypatch):
-    monkeypatch.setenv("LINDM_DEBUG", "1")
-    with pytest.raises(UsageError, match="EXPERIMENT must be one of"):
-        main(["run", "nonsense"])
+def test_the_debug_switch_shows_the_traceback_and_keeps_the_exit_code(monkeypatch, capsys):
+    for switch in ("0", "1"):
+        monkeypatch.setenv("LINDM_DEBUG", switch)
+        assert main(["run", "nonsense"]) == 2
+        error = capsys.readouterr().err
+        assert "lindm: error: EXPERIMENT must be one of" in error and "report" not in error
+        assert ("Traceback" in error) == (switch == "1")
+
+
+def test_an_unexpected_error_ends_with_70_its_traceback_and_a_line_that_asks_for_a_report(monkeypatch, capsys):
+    def fail(words):
+        raise AttributeError("no such field")
+
+    monkeypatch.setattr("lindm.cli.main._dispatch", fail)
+    assert main(["plan"]) == 70
+    *above, error, ask = capsys.readouterr().err.splitlines()
+    assert above[0].startswith("Traceback") and "in fail" in "".join(above)
+    assert error == "lindm: error: AttributeError: no such field" and "report" in ask
+
+
+def test_a_failure_of_no_other_kind_ends_with_70_in_one_line(monkeypatch, capsys):
+    def fail(words):
+        raise LindmError("the worker died")
+
+    monkeypatch.setattr("lindm.cli.main._dispatch", fail)
+    assert main(["plan"]) == 70
+    assert capsys.readouterr().err == "lindm: error: the worker died\n"
 
 
 def test_bench_prints_the_rows_of_the_benchmark(monkeypatch, capsys):

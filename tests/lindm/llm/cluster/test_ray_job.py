@@ -94,8 +94,8 @@ def wrapped(e: Exception) -> Exception:
         (Failed(Preempted("saved")), 75, "saved"),
         (Failed(ValueError("mesh must use all 8 devices")), 2, "mesh must use"),
         (Failed(OfRay("a line\nthe worker died of SIGKILL")), 8, "a worker was lost: the worker died of SIGKILL"),
-        (Failed(KeyError("x")), 1, "'x'"),
-        (RuntimeError("no resources"), 1, "RuntimeError: no resources"),
+        (Failed(KeyError("x")), 70, "'x'"),
+        (RuntimeError("no resources"), 70, "RuntimeError: no resources"),
     ],
 )
 def test_an_error_of_ray_becomes_the_exit_code_of_what_caused_it(error, code, message):
