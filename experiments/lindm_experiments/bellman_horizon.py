@@ -3,9 +3,9 @@
 The layer is given its own targets: y = r + max_a Qhat_{h+1}(s', a), stage by stage from the end, in-context least-squares value
 iteration. With e_h = sup |T Qhat_{h+1} - Qhat_h| one can bound the loss by carrying every error through all earlier stages,
 2 sum_h sum_{h' >= h} e_{h'} (of order H^2 at equal e_h), or by [JYW]'s decomposition, 2 sum_h e_h (of order H). Both are
-theorems; the first is not tight, the second is attained (`lib/attained.py`). To see the order itself, the same problems are
-also solved with an error of equal size injected at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one long
-problem are a problem of horizon H, so one backward pass shows every horizon. Beside them stands pessimism: estimates with an
+theorems; the first is not tight, the second is attained (`lib/attained_offline.py`). To see the order itself, the same problems
+are also solved with an error of equal size injected at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one
+long problem are a problem of horizon H, so one backward pass shows every horizon. Beside them stands pessimism: estimates with an
 error below a known uncertainty, which is subtracted.
 
     lindm run bellman_horizon --preset quick
@@ -37,7 +37,7 @@ from lindm_experiments.harness.config import check_counts, check_positive
 from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, plot_seeds
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
-from lindm_experiments.lib import attained, linear_mdps
+from lindm_experiments.lib import attained, attained_offline, linear_mdps
 from lindm_theory import offline
 from lindm_theory.in_context import optimal_weights
 from lindm_theory.moments import design_fourth
@@ -205,7 +205,7 @@ def measure(cfg: Config, point: dict) -> dict:
             "bound": float(covered.mean()),
         },
         "instances": seed,
-        "attained": attained.offline_pairs(seed),
+        "attained": attained_offline.pairs(seed),
     }
 
 
@@ -232,11 +232,12 @@ def check(records: list[dict]) -> list[Verdict]:
     tight = ", ".join(f"{k} {last[k] / last['bellman']:.3g}" for k in ("span", "linear", "quadratic"))
     longest = records[0]["horizons"][-1]
     against = f"at H = {longest} {last['bellman'] / last['oracle']:.2g} times the loss with oracle labels"
-    names = [k for k in attained.OFFLINE if k != "pessimism"]
+    names = [k for k in attained_offline.BOUNDS if k != "pessimism"]
     slack = [r["mean"][k][-1] / r["mean"]["bellman"][-1] for r in records for k in ("span", "linear", "quadratic")]
     pessimism = [r["pessimism"] for r in records]
     shown = ", ".join(
-        f"{k} {v.mean():.3g}" for k, v in zip(attained.OFFLINE, attained.ratios(records, *attained.OFFLINE), strict=True)
+        f"{k} {v.mean():.3g}"
+        for k, v in zip(attained_offline.BOUNDS, attained.ratios(records, *attained_offline.BOUNDS), strict=True)
     )
     return [
         count_verdict(
@@ -251,8 +252,8 @@ def check(records: list[dict]) -> list[Verdict]:
         ),
         mean_verdict(
             "bellman-horizon/attained",
-            *attained.ratios(records, *attained.OFFLINE),
-            also=[attained.none_below(records, *attained.OFFLINE)],
+            *attained.ratios(records, *attained_offline.BOUNDS),
+            also=[attained.none_below(records, *attained_offline.BOUNDS)],
             note=f"bound/truth: {shown}",
         ),
         count_verdict(

@@ -41,7 +41,7 @@ from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, RED, plot_seeds
 from lindm_experiments.harness.statistics import equivalence
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
-from lindm_experiments.lib import attained, linear_mdps
+from lindm_experiments.lib import attained, attained_offline, linear_mdps
 from lindm_experiments.lib.rung_mutants import AVERAGES, PER_POLICY, WITHOUT_ORACLE
 from lindm_theory.in_context import gaussian_gamma, risk
 from lindm_theory.moments import gaussian_fourth
@@ -152,7 +152,7 @@ def distance(A: Array, closed: Array) -> float:
 
 def mistaken_bounds(seed: int) -> dict[str, dict[str, list[float]]]:
     """bound / truth on the instances of a mutant, of the correct and of the mistaken bound, by mistake."""
-    right = {"instances": seed, "attained": attained.ladder_pairs(seed) | attained.offline_pairs(seed)}
+    right = {"instances": seed, "attained": attained.ladder_pairs(seed) | attained_offline.pairs(seed)}
     out = {}
     for mutant in (m for m in (*PER_POLICY, *AVERAGES, *WITHOUT_ORACLE) if m.mistake in BOUNDS):
         wrong = copy.deepcopy(right)

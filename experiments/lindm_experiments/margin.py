@@ -33,7 +33,7 @@ from lindm_experiments.harness.config import check_counts, check_multiples, chec
 from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, PURPLE, RED, SEED, set_log_ticks
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
-from lindm_experiments.lib import attained, linear_mdps
+from lindm_experiments.lib import attained, attained_margin, linear_mdps
 from lindm_theory import margin as margins
 from lindm_theory import mean_policy, policy_bounds
 from lindm_theory.in_context import risk
@@ -234,7 +234,7 @@ def measure(cfg: Config, point: dict) -> dict:
     seed = cfg.base_seed + point["seed"]
     return {
         "instances": seed,
-        "attained": attained.margin_pairs(seed),
+        "attained": attained_margin.pairs(seed),
         "M": list(cfg.M),
         "M_free": list(cfg.M_free),
         "M_floor": list(far),
@@ -284,9 +284,9 @@ def check(records: list[dict]) -> list[Verdict]:
         mean_verdict("margin", steep, figure="margin", note=note, slack=np.concatenate(slack) if any(map(len, slack)) else None),
         mean_verdict(
             "margin/exponent",
-            *attained.ratios(records, *attained.MARGIN),
-            also=[attained.none_below(records, *attained.MARGIN)],
-            slack=np.concatenate(attained.ratios(records, *attained.MARGIN)),
+            *attained.ratios(records, *attained_margin.BOUNDS),
+            also=[attained.none_below(records, *attained_margin.BOUNDS)],
+            slack=np.concatenate(attained.ratios(records, *attained_margin.BOUNDS)),
         ),
         mean_verdict("margin/floor", stays, figure="margin"),
         mean_verdict("margin/no-gap", free, figure="margin"),

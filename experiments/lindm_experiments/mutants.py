@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from lindm_experiments import pooled
 from lindm_experiments.harness.claims import Mutant
-from lindm_experiments.lib import attained
+from lindm_experiments.lib import attained_margin
 from lindm_experiments.lib import feature_laws as laws
 from lindm_experiments.lib.attained import Signs
+from lindm_experiments.lib.pooled_prompts import H
 from lindm_experiments.lib.rung_mutants import AVERAGES, PER_POLICY, WITHOUT_ORACLE, Floats, instance_mutant
 
 # --- the margin --------------------------------------------------------------------------------------------------------------
@@ -29,13 +29,13 @@ def _margin(
     mistake: str, names: tuple[str, ...], formula: Callable[[Floats, Floats, Floats], Floats], least: Callable = np.min
 ) -> Mutant:
     def bound(i: Signs) -> float:
-        p = attained.exponents_of(i)
+        p = attained_margin.exponents_of(i)
         positive = np.maximum(p["margin"], 0)
         with np.errstate(invalid="ignore"):
             rates = np.where(positive > 0, formula(positive, p["variance"], p["range"]), 0.0)
         return _length(rates, i.gap, least)
 
-    return instance_mutant(attained.margin_instances, attained.MARGIN, "margin/exponent", mistake, names, bound)
+    return instance_mutant(attained_margin.instances, attained_margin.BOUNDS, "margin/exponent", mistake, names, bound)
 
 
 MARGIN = (
@@ -194,16 +194,15 @@ def _shared(claim: str, mistake: str, name: str, formula: Callable[[float, float
     return Mutant(claim=claim, mistake=mistake, change=partial(_change_shared, name=name, formula=formula))
 
 
-h = pooled.H
 SHARED = (
-    _shared("pooled/shared-rung", "rung 6 of independent stages", "shared rung", lambda p, gap: gap * p ** (h * (h + 1) // 2)),
+    _shared("pooled/shared-rung", "rung 6 of independent stages", "shared rung", lambda p, gap: gap * p ** (H * (H + 1) // 2)),
     _shared(
         "pooled/shared-rung",
         "states as the mean policy visits them",
         "shared rung",
-        lambda p, gap: gap * p ** (h * (h - 1) // 2) * p**h,
+        lambda p, gap: gap * p ** (H * (H - 1) // 2) * p**H,
     ),
-    _shared("pooled/shared-rung", "half of the bound", "shared rung", lambda p, gap: gap * p**h / 2),
+    _shared("pooled/shared-rung", "half of the bound", "shared rung", lambda p, gap: gap * p**H / 2),
     _shared("pooled/attained", "without the caps", "shared rung", lambda p, gap: gap),
     _shared("pooled/attained", "price: without the factor 1/2", "price", lambda p, gap: 2 * gap * p * (1 - p)),
     _shared("pooled/price-bound", "the first stage in place of the later ones", "price", lambda p, gap: gap * p**2 * (1 - p)),

@@ -8,13 +8,13 @@ import pytest
 from lindm_experiments import risk
 from lindm_experiments.harness.claims import CLAIMS, PASS, Mutant
 from lindm_experiments.harness.mutants import Trial, print_mutants, select_mutants, try_mutants
-from lindm_experiments.lib import attained
+from lindm_experiments.lib import attained, attained_margin, attained_offline
 from lindm_experiments.mutants import MUTANTS
 
 
 @pytest.fixture(scope="module")
 def instances() -> list[dict]:
-    pairs = (attained.ladder_pairs, attained.offline_pairs, attained.margin_pairs)
+    pairs = (attained.ladder_pairs, attained_offline.pairs, attained_margin.pairs)
     return [{"instances": s, "attained": {k: v for p in pairs for k, v in p(s).items()}} for s in range(3)]
 
 
@@ -85,7 +85,7 @@ def _records() -> list[dict]:
             "n": 2000,
             "violations": {"span": 0, "linear": 0, "quadratic": 0},
             "pessimism": {"violations": 0, "loss": 1.0, "bound": 2.0},
-            "attained": attained.offline_pairs(s),
+            "attained": attained_offline.pairs(s),
         }
         for s in range(6)
     ]

@@ -1,12 +1,12 @@
-"""Instances on which the bounds are attained, up to a stated slack, so that a claim fails if its bound is too small.
+"""Instances on which the rungs are attained, up to a stated slack, so that a claim fails if its bound is too small.
 
-A bound that is 100 times the truth also holds with a wrong constant. Each family here is drawn from a seed and makes the proof's
-steps equalities. A record holds, for each bound, the pair [truth, bound]; `lib/rung_mutants.py` draws the
-same instances again and evaluates wrong formulas on them.
+A bound that is 100 times the truth also holds with a wrong constant. Each family is drawn from a seed and makes the proof's
+steps equalities. A record holds, for each bound, the pair [truth, bound]; `lib/rung_mutants.py` draws the same instances again
+and evaluates wrong formulas on them. Instances of the margin are in `lib/attained_margin.py`, those of the bounds without an
+oracle in `lib/attained_offline.py`.
 
     flipped      any MDP; Qhat exchanges the two best actions of every state, with errors -e, +e: rungs 1, 1b, 2, 3
     signs        features (1, +-c), H stages of independent decisions: rungs 4, 5 and 6, by the weights and the label noise
-    bootstrapped residuals (e, -e) and two actions that tie: the bounds of value iteration without an oracle, and PEVI's
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lindm_experiments.harness.statistics import Decision, no_violations
-from lindm_theory import concentration, mean_policy, offline, policy_bounds
+from lindm_theory import concentration, mean_policy, policy_bounds
 from lindm_theory.in_context import risk
 from lindm_theory.moments import design_fourth, design_moment
 
@@ -188,7 +188,7 @@ class Signs:
         return self.g[:, None, None] * np.stack([0 * c, 2 * c], -1)
 
 
-def _signs(rng: np.random.Generator, everywhere: bool) -> dict[str, Any]:
+def sign_features(rng: np.random.Generator, everywhere: bool) -> dict[str, Any]:
     """Features with c = 1 and a larger c, from 1.5 to 3; pairs everywhere or at the second state alone."""
     c = np.array([1.0, rng.uniform(1.5, 3.0)])
     phi = np.stack([np.stack([np.ones(2), sign * c], -1) for sign in (1.0, -1.0)], 1)
@@ -197,7 +197,7 @@ def _signs(rng: np.random.Generator, everywhere: bool) -> dict[str, Any]:
 
 def biased(rng: np.random.Generator, H: int = 3) -> Signs:
     """Weights a little below zero: the error is all bias, and the worse action is taken always."""
-    shared = _signs(rng, everywhere=True)
+    shared = sign_features(rng, everywhere=True)
     g, c = rng.uniform(0.5, 1.5, H), shared["phi"][1, 0, 1]
     second = np.square(shared["phi"][..., 1]).mean()
     W = np.diag([1e6, second])
@@ -206,7 +206,7 @@ def biased(rng: np.random.Generator, H: int = 3) -> Signs:
 
 def noisy(rng: np.random.Generator, H: int = 3) -> Signs:
     """No bias, one pair, labels off by +-e with e a little above c g: wrong half of the time, E|error| = sqrt(E error^2)."""
-    shared = _signs(rng, everywhere=False)
+    shared = sign_features(rng, everywhere=False)
     c, e = shared["phi"][1, 0, 1], rng.uniform(0.5, 1.5)
     g = np.full(H, e / c / (1 + SLACK))
     W = np.diag([1e6, c**2])
@@ -215,7 +215,7 @@ def noisy(rng: np.random.Generator, H: int = 3) -> Signs:
 
 def two_valued(rng: np.random.Generator, H: int = 3) -> Signs:
     """One pair, its label just on the wrong side with probability p and far on the right one otherwise: Cantelli is attained."""
-    shared = _signs(rng, everywhere=False)
+    shared = sign_features(rng, everywhere=False)
     c, p, g = shared["phi"][1, 0, 1], rng.uniform(0.1, 0.15, H), rng.uniform(0.5, 1.5, H)
     low = c * g * (1 + SLACK)  # the label is x2 g - sign(x2) low with probability p
     truth = float((2 * c * g * p).sum())
@@ -226,7 +226,7 @@ def two_valued(rng: np.random.Generator, H: int = 3) -> Signs:
 
 def shared_context(rng: np.random.Generator, H: int = 3, delta: float = 1e-3, M: int = 4096) -> Signs:
     """Labels off by +-e, one context for all stages, g the largest at which the stages fail together with probability > delta."""
-    shared = _signs(rng, everywhere=False)
+    shared = sign_features(rng, everywhere=False)
     c, e = shared["phi"][1, 0, 1], rng.uniform(0.5, 1.5)
     g = np.full(H, e * reached_sum(M, delta) / M / c)
     W = np.diag([1e6, c**2 / 100])  # any matrix will do: with this one L = 10
@@ -346,177 +346,3 @@ def ladder_pairs(seed: int) -> dict[str, Pair]:
     instances = ladder_instances(seed)
     bounds = {name: bounds_of(i) for name, i in instances.items()}
     return {name: [instances[i].truth, float(bounds[i][rung])] for name, (i, rung) in LADDER.items()}
-
-
-# --- the margin --------------------------------------------------------------------------------------------------------------
-
-
-def decaying(rng: np.random.Generator, H: int = 3) -> Signs:
-    """Labels off by +-e, an advantage well below it, smallest at the first stage: a sum of signs, exact for every M.
-
-    `truth`: by how many pairs a context must be longer for the loss to fall by a factor e, for long contexts.
-    """
-    shared = _signs(rng, everywhere=False)
-    c, e = shared["phi"][1, 0, 1], rng.uniform(0.5, 1.5)
-    share = rng.uniform(0.1, 0.2)  # c g / e at the first stage
-    M = 1 << 14  # at twice this length the chance is still a floating-point number
-    log_chance = [stats.binom.logcdf(np.floor(n * (1 - share) / 2), n, 0.5) for n in (M, 2 * M)]
-    return Signs(
-        **shared,
-        g=e * share / c * np.arange(1, H + 1),
-        a=c**-2,
-        noise_bound=e,
-        noise_variance=e**2,
-        W=np.eye(2),
-        truth=float(M / (log_chance[0] - log_chance[1])),
-    )
-
-
-@jax.jit
-def _exponents(phi, A, w, design, gap, noise_bound, noise_variance) -> dict[str, jax.Array]:
-    moments = mean_policy.difference_moments(phi, A, w, design, noise_bound, noise_variance)
-    rate = -jnp.log(mean_policy.chernoff_flip_probability(phi, A, w, design, 1, noise_bound))
-    return {
-        "bernstein": mean_policy.decay_exponent(gap, *moments),
-        "cramer": jnp.min(jnp.where(gap > 0, rate.max(-1), jnp.inf)),
-        "margin": moments[0],
-        "variance": moments[1],
-        "range": moments[2],
-    }
-
-
-def exponents_of(i: Signs) -> dict[str, Floats]:
-    """Two exponents of the margin bound, and the moments of a pair [H, S, A, A] that they are made of."""
-    out = _exponents(i.phi, i.A, i.w, i.design, i.gap, i.noise_bound, np.full((len(i.g), 1), i.noise_variance))
-    return {k: np.asarray(v) for k, v in out.items()}
-
-
-def margin_instances(seed: int) -> dict[str, Signs]:
-    """The instance of a seed, by name."""
-    return {"decaying": decaying(generator(seed))}
-
-
-MARGIN = {"bernstein": ("decaying", "bernstein"), "cramer": ("decaying", "cramer")}
-
-
-def margin_pairs(seed: int) -> dict[str, Pair]:
-    """Pairs of a context that lower the loss by a factor e: [in truth, by the exponent that is proved]."""
-    i = margin_instances(seed)["decaying"]
-    exponents = exponents_of(i)
-    return {name: [i.truth, float(1 / exponents[name])] for name in MARGIN}
-
-
-# --- without an oracle -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bootstrapped:
-    """An MDP, Qhat = T Vhat - l with a chosen residual l, and the loss of the greedy policy."""
-
-    P: Floats  # [H, S, A, S]
-    r: Floats  # [H, S, A]
-    Qhat: Floats
-    truth: float
-    uncertainty: Floats  # PEVI's penalty [H, S, A]; zero where the instance is not about it
-    occupancy: Floats  # [H, S] of the greedy policy
-    occupancy_star: Floats
-
-
-def _bootstrap(P: Floats, r: Floats, l: Floats) -> Floats:
-    Q, V = np.zeros_like(r), np.zeros(r.shape[1])
-    for h in reversed(range(len(r))):
-        Q[h] = r[h] + P[h] @ V - l[h]
-        V = Q[h].max(-1)
-    return Q
-
-
-def _without_penalty(P: Floats, r: Floats, Qhat: Floats, truth: float) -> Bootstrapped:
-    H, S, _ = r.shape
-    return Bootstrapped(
-        P=P, r=r, Qhat=Qhat, truth=truth, uncertainty=0 * r, occupancy=np.zeros((H, S)), occupancy_star=np.zeros((H, S))
-    )
-
-
-def ties(rng: np.random.Generator, penalty: bool = False, H: int = 4, S: int = 3) -> Bootstrapped:
-    """Action 2 is worse by a little less than 2 e_h, with residuals (e, -e): it looks better. The action does not move the state.
-
-    `penalty`: residuals (2 e, 0), which a pessimistic estimate with uncertainty (e, 0) may have.
-    """
-    P = np.repeat(rng.dirichlet(np.ones(S), (H, S, 1)), 2, axis=2)
-    e = rng.uniform(0.5, 1.5, H)[:, None, None]
-    r = 3 + rng.uniform(0, 0.3, (H, S, 1)) - 2 * e / (1 + SLACK) * np.array([0.0, 1.0])
-    l = e * (np.array([2.0, 0.0]) if penalty else np.array([1.0, -1.0])) + np.zeros((H, S, 2))
-    Qhat, rho = _bootstrap(P, r, l), rng.dirichlet(np.ones(S))
-    pi, pi_star = Qhat.argmax(-1), np.zeros((H, S), int)
-    return Bootstrapped(
-        P=P,
-        r=r,
-        Qhat=Qhat,
-        truth=float(rho @ (value_of(P, r, pi_star) - value_of(P, r, pi))),
-        uncertainty=np.broadcast_to(e * np.array([penalty, 0.0]), (H, S, 2)),
-        occupancy=occupancy_of(P, rho, pi),
-        occupancy_star=occupancy_of(P, rho, pi_star),
-    )
-
-
-def two_roads(rng: np.random.Generator, H: int = 4) -> Bootstrapped:
-    """Each action leads to a state of its own; the better state's value is estimated too low by e, the other's too high."""
-    P = np.zeros((H, 3, 2, 3))
-    P[:, :, 0, 1] = P[:, :, 1, 2] = 1
-    e = rng.uniform(0.5, 1.5)
-    r, l = np.zeros((H, 3, 2)), np.zeros((H, 3, 2))
-    r[1, 1] = 2 * e / (1 + SLACK)
-    l[1, 1], l[1, 2] = e, -e
-    Qhat = _bootstrap(P, r, l)
-    truth = float(optimal_values(P, r)[0, 0].max() - value_of(P, r, Qhat.argmax(-1))[0])
-    return _without_penalty(P, r, Qhat, truth)
-
-
-def constant_residual(rng: np.random.Generator, H: int = 4, S: int = 3, A: int = 2) -> Bootstrapped:
-    """One residual e_h > 0 everywhere: |Qhat_h - Q*_h| is the sum of the later e. `truth`: 2 sum_h of it, as in the proof."""
-    P, r = rng.dirichlet(np.ones(S), (H, S, A)), rng.uniform(0, 1, (H, S, A))
-    l = np.broadcast_to(rng.uniform(0.5, 1.5, (H, 1, 1)), r.shape)
-    Qhat = _bootstrap(P, r, l)
-    off = np.abs(Qhat - optimal_values(P, r)).max((1, 2))
-    return _without_penalty(P, r, Qhat, float(2 * off.sum()))
-
-
-@jax.jit
-def _offline_bounds(P, r, Qhat, uncertainty, occupancy_star) -> dict[str, jax.Array]:
-    residual = offline.bellman_residual(P, r, Qhat)
-    e = jnp.abs(residual).max((1, 2))
-    first = jnp.zeros(r.shape[:2], int)  # the optimal policy of `ties`
-    return {
-        "linear": offline.linear_bound(e),
-        "span": offline.span_bound(residual),
-        "quadratic": offline.quadratic_bound(e),
-        "pessimism": offline.pessimism_bound(occupancy_star, first, uncertainty),
-    }
-
-
-def offline_instances(seed: int) -> dict[str, Bootstrapped]:
-    """The instances of a seed, by name."""
-    rng = generator(seed)
-    return {
-        "ties": ties(rng),
-        "two roads": two_roads(rng),
-        "constant": constant_residual(rng),
-        "penalized": ties(rng, penalty=True),
-    }
-
-
-# name of a pair -> (instance, bound)
-OFFLINE = {
-    "linear": ("ties", "linear"),
-    "span": ("ties", "span"),
-    "span, two roads": ("two roads", "span"),
-    "quadratic, inside": ("constant", "quadratic"),
-    "pessimism": ("penalized", "pessimism"),
-}
-
-
-def offline_pairs(seed: int) -> dict[str, Pair]:
-    """Of every bound [truth, bound] on the instances of a seed."""
-    instances = offline_instances(seed)
-    bounds = {name: _offline_bounds(i.P, i.r, i.Qhat, i.uncertainty, i.occupancy_star) for name, i in instances.items()}
-    return {name: [instances[i].truth, float(bounds[i][bound])] for name, (i, bound) in OFFLINE.items()}

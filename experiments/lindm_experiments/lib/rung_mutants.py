@@ -1,4 +1,4 @@
-"""Mutants of the rungs and of the bounds without an oracle: wrong forms of the bound on the instances of `lib/attained.py`.
+"""Mutants of the rungs and of the bounds without an oracle: wrong forms of the bound on the instances that attain it.
 
 A mistake is a function of an instance. It returns the wrong bound, which replaces the right one in records. Formulas are written
 out in numpy: only what the mistake does not concern comes from the theory.
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindm_experiments.harness.claims import Mutant
-from lindm_experiments.lib import attained
-from lindm_experiments.lib.attained import Bootstrapped, Flipped, Radius, Signs
+from lindm_experiments.lib import attained, attained_offline
+from lindm_experiments.lib.attained import Flipped, Radius, Signs
+from lindm_experiments.lib.attained_offline import Bootstrapped
 from lindm_theory import mean_policy
 
 Floats = NDArray[np.float64]
@@ -37,7 +38,7 @@ def instance_mutant(
 
 
 _rung = partial(instance_mutant, attained.ladder_instances, attained.LADDER)
-_offline = partial(instance_mutant, attained.offline_instances, attained.OFFLINE)
+_offline = partial(instance_mutant, attained_offline.instances, attained_offline.BOUNDS)
 
 
 # --- rungs 1, 1b, 2, 3 -------------------------------------------------------------------------------------------------------

@@ -5,16 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from lindm_experiments.lib import attained
+from lindm_experiments.lib import attained, attained_margin, attained_offline
 
 
 @pytest.fixture(scope="module")
 def instances() -> dict:
-    return attained.ladder_instances(17) | attained.offline_instances(17)
+    return attained.ladder_instances(17)
 
 
 def test_every_bound_is_above_its_truth_and_attained():
-    for name, (truth, bound) in (attained.ladder_pairs(18) | attained.offline_pairs(18) | attained.margin_pairs(18)).items():
+    for name, (truth, bound) in (attained.ladder_pairs(18) | attained_offline.pairs(18) | attained_margin.pairs(18)).items():
         highest = {"expected, noise": 2.1, "expected_tight, noise": 2.1, "radius, rare": 7}.get(name, 1.5)
         assert truth * (1 - 1e-9) <= bound <= highest * truth, name
 
@@ -81,23 +81,3 @@ def test_the_norm_is_reached_with_more_than_the_probability(instances, name):
     moves = rng.binomial(i.M, i.p, 200_000)
     reached = i.e * np.abs(2 * rng.binomial(moves, 0.5) - moves) / i.M >= i.truth * (1 - 1e-9)
     assert i.delta * 0.9 < reached.mean() < 1.35 * i.delta
-
-
-def test_the_decay_is_that_of_a_sum_of_signs():
-    i = attained.decaying(np.random.default_rng(3))
-    share = i.phi[-1, 0, 1] * i.g[0] / i.noise_bound
-    rate = ((1 + share) * np.log1p(share) + (1 - share) * np.log1p(-share)) / 2  # relative entropy to a fair coin
-    np.testing.assert_allclose(1 / i.truth, rate, rtol=6e-3)
-    assert 1 / i.truth >= rate
-
-
-def test_bootstrapped_losses_are_those_of_their_recursions(instances):
-    for name in ("ties", "penalized"):
-        i = instances[name]
-        H, S = i.r.shape[:2]
-        gap = (i.r[..., 0] - i.r[..., 1])[:, 0]
-        np.testing.assert_allclose(i.truth, gap.sum())  # the action does not move the state
-        assert (i.Qhat.argmax(-1) == 1).all() and (H, S) == (4, 3)
-    roads = instances["two roads"]
-    assert roads.Qhat[0, 0].argmax() == 1
-    np.testing.assert_allclose(roads.truth, roads.r[1, 1, 0])
