@@ -27,10 +27,8 @@ demonstrations show. Expected there: a gap near zero for SFT and near one for IC
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot
@@ -38,6 +36,7 @@ from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import PolicyResult, evaluate
+from lindm.io.temporaries import scratch_directory
 from lindm.llm.named_policies import PoliciesByName
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS
@@ -142,8 +141,7 @@ def measure(cfg: Config, point: dict) -> dict:
     name, horizon, worse = point["suite"], point["horizon"], point["demos"] == "worse"
     demonstrations = {"demos": DEMOS[name], "behavior": "epsilon" if worse else "oracle", "epsilon": EPSILON}
     seed = cfg.base_seed + 2 * point["seed"]
-    with tempfile.TemporaryDirectory() as directory, language_models.quiet_single_precision():
-        work = Path(directory)
+    with scratch_directory() as work, language_models.quiet_single_precision():
         data = language_models.make_data(
             work / "train",
             language_models.suite_at_horizon(name, horizon),

@@ -23,11 +23,9 @@ Expected: the transformer is within 2 % of Bayes at M = N, and beyond N it loses
 1/M leaves about a tenth of the variance, so the split of the layer is not that of the transformer.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +38,7 @@ from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import evaluate
+from lindm.io.temporaries import scratch_directory
 from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
 from lindm.llm.policy import load_policy
@@ -205,8 +204,8 @@ def _language(cfg: Config, point: dict) -> dict:
     """Gaps of every task at every test number of demonstrations, of the model fine-tuned at N."""
     language_models.check_model(cfg.model)
     seed = point["seed"]
-    with tempfile.TemporaryDirectory() as directory, language_models.quiet_single_precision():
-        work, suite = Path(directory), language_models.suite_at_horizon(SUITE, HORIZON)
+    with scratch_directory() as work, language_models.quiet_single_precision():
+        suite = language_models.suite_at_horizon(SUITE, HORIZON)
         data = language_models.make_data(work / "train", suite, DatasetConfig(tasks=256, demos=point["N"], seed=seed))
         how = {"steps": cfg.tuning, "batch": 2, "learning_rate": 5e-4}
         run = language_models.fine_tune(language_models.sft_config(cfg.model, data, work / "run", **how))

@@ -24,7 +24,6 @@ Expected in the quick preset: after fine-tuning the belief is read from the stre
 survive renaming than before; the value probes and implied-q show little after so few steps.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
+from lindm.io.temporaries import scratch_directory
 from lindm.text import Document, Step
 from lindm.types import POMDP
 from lindm_experiments.harness.config import check_counts
@@ -108,8 +108,7 @@ def measure(cfg: Config, point: dict) -> dict:
     language_models.check_model(cfg.model)
     name, seed = point["problem"], cfg.base_seed + 3 * point["seed"]
     H, K = getattr(cfg, name), DEMOS[name]
-    with tempfile.TemporaryDirectory() as directory, language_models.quiet_single_precision():
-        work = Path(directory)
+    with scratch_directory() as work, language_models.quiet_single_precision():
         source = language_models.suite_at_horizon("mdp", H) if name == "mdp" else NamedProblem(problem=tiger(H))
         demonstrations = {"demos": K} | ({} if name == "mdp" else {"behavior": "epsilon", "epsilon": NOISE})
         parts = (("train", cfg.train, 0), ("probe", cfg.probe, 1), ("new", cfg.tasks, 2))

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json as json_module
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lindm.evaluation.environments import PolicyTask, double_precision
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
 from lindm.families.suites import suite
+from lindm.io.temporaries import scratch_directory
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.policy import LanguageModelPolicy
@@ -155,10 +155,10 @@ def benchmark() -> list[Row]:
         name = (
             f"generate of transformers {importlib.metadata.version('transformers')}, torch {importlib.metadata.version('torch')}"
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare(Path(temporary))
-        ours = in_worker(MODULE, "ours", temporary)
-        peer = in_worker(MODULE, "torch", temporary) if installed else None
+    with scratch_directory() as directory:
+        prepare(directory)
+        ours = in_worker(MODULE, "ours", str(directory))
+        peer = in_worker(MODULE, "torch", str(directory)) if installed else None
     return rows(ours, peer, name)
 
 

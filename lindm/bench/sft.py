@@ -20,7 +20,6 @@ of f32 matrix products in the same process. Where torch is not installed the pee
 
 import importlib.metadata
 import importlib.util
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ import numpy as np
 from flax import nnx
 
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, timed
+from lindm.io.temporaries import scratch_directory
 from lindm.llm.config import ModelConfig, RopeParameters
 from lindm.llm.io import weights
 from lindm.llm.lora import TARGET_MODULES, add_lora
@@ -274,8 +274,8 @@ def benchmark() -> list[Row]:
     names = _peer_names({library: _version(library) for library in PEERS})
     ours: Sides = {}
     peer: Sides = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "model"
+    with scratch_directory() as scratch:
+        directory = scratch / "model"
         weights.save(Decoder(MODEL, nnx.Rngs(0)), directory)
         for method, variant in (*((m, w) for m in METHODS for w in VARIANTS[:3]), ("full", "single")):
             ours[method, variant] = in_worker(MODULE, "ours", method, variant, str(directory))

@@ -26,10 +26,10 @@ The horizon belongs to the problem, so an episode ends by termination; the stage
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, get_args
@@ -41,7 +41,7 @@ from lindm.datasets.columns import Episode, Task
 from lindm.datasets.reader import Dataset
 from lindm.datasets.text import TextFormat, text_format
 from lindm.errors import UsageError, unknown
-from lindm.io import directories, files
+from lindm.io import directories, files, temporaries
 from lindm.text import Piece, Template, text
 
 FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
@@ -69,7 +69,7 @@ def export(
 
     Args:
       to: trl or minari.
-      out: a directory; existing files are never replaced.
+      out: a directory; existing files are never replaced. An export that is there already, in whole or in part, is completed.
       template, rewards, names: of trl, as in `text_format`.
       system: of trl, the first message of a conversation (none where it is empty).
       dataset_id: of minari, such as name-v0 [default: made from the source]. Load it with `minari.load_dataset(dataset_id)` where
@@ -119,10 +119,10 @@ def _trl(dataset: Dataset, out: Path, how: TextFormat, system: str, progress: Pr
             for query in task.queries:
                 pieces = how.pieces(task, query)
                 for prompt, label in _prompts(pieces, number, query.label):
-                    _write_line(prompts, {"prompt": prompt, "completion": symbols[label]})
+                    prompts({"prompt": prompt, "completion": symbols[label]})
                 for turns in _conversations(pieces, number, query):
                     first = [{"role": "system", "content": system}] if system else []
-                    _write_line(conversations, {"messages": first + [_message(turn, symbols) for turn in turns]})
+                    conversations({"messages": first + [_message(turn, symbols) for turn in turns]})
     return paths
 
 
@@ -157,39 +157,54 @@ def _message(turn: str | int, symbols: Sequence[str]) -> dict[str, str]:
     return {"role": "assistant", "content": symbols[turn].strip()}  # a turn needs no space in front
 
 
-def _write_line(f: IO[str], row: dict) -> None:
-    f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 @contextlib.contextmanager
-def _new_files(*paths: Path) -> Iterator[list[IO[str]]]:
-    """New files of one directory, which get their names together at the end; after an error none of them exists."""
-    for path in paths:
-        if path.exists():
-            raise UsageError(f"{path} already exists and is not replaced; choose another --out")
-    # a signal may raise between any two lines: the names are known before there is a file, and kept before it gets its place
-    partial = [path.with_name(f".{path.name}{files.TEMPORARY_SUFFIX}") for path in paths]
-    opened: list[IO[str]] = []
-    placed: list[Path] = []
-    with files.storage_errors(paths[0].parent):
-        try:
-            for path in partial:
-                opened.append(path.open("w", encoding="utf-8", newline="\n"))
-            yield opened
-            for f in opened:
+def _new_files(*paths: Path) -> Iterator[list[Callable[[dict], None]]]:
+    """Functions that each write a row to a new file; the files of one directory get their names together at the end.
+
+    After an error none of the new files exists. A killed export may leave some of them: a file that exists must be what would be
+    written, and then it stays.
+
+    Raises:
+      UsageError: a file exists and has other content.
+      StorageError: the disk is full or not writable.
+    """
+    with files.storage_errors(paths[0].parent), contextlib.ExitStack() as stack:
+        opened: dict[Path, IO[bytes]] = {}
+        new: list[Path] = []
+        for path in paths:
+            if path.exists():
+                opened[path] = stack.enter_context(path.open("rb"))
+            else:
+                fd = stack.enter_context(temporaries.temporary_file(path))
+                opened[path] = os.fdopen(fd, "wb", closefd=False)
+                new.append(path)
+
+        def check(path: Path, same: bool) -> None:
+            if not same:
+                raise UsageError(f"{path} already exists with other content and is not replaced; choose another --out")
+
+        def write(path: Path, row: dict) -> None:
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            if path in new:
+                opened[path].write(line)
+            else:
+                check(path, opened[path].read(len(line)) == line)
+
+        yield [functools.partial(write, path) for path in paths]
+        for path, f in opened.items():
+            if path in new:
                 f.flush()
                 os.fsync(f.fileno())
-                f.close()
-            for temporary, path in zip(partial, paths, strict=True):
-                placed.append(path)
-                os.replace(temporary, path)
+            else:
+                check(path, not f.read(1))
+        placed: list[Path] = []
+        try:
+            for path in new:
+                placed.append(path)  # before it gets its name: a signal may raise between any two lines
+                os.replace(temporaries.temporary_path(path), path)
         except BaseException:
-            for f in opened:
-                with contextlib.suppress(OSError):  # a full disk refuses what is in the buffer once more
-                    f.close()
-            for path in (*partial, *placed):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            for path in placed:
+                path.unlink(missing_ok=True)
             raise
 
 
@@ -222,25 +237,29 @@ def _minari(dataset: Dataset, out: Path, dataset_id: str, progress: Progress) ->
                 where = {"task": task.task, "role": episode.role}
                 yield EpisodeBuffer(options=where, **_transitions(episode, dataset, num_seen))
 
-    target, partial = out / dataset_id, out / f".{dataset_id}.lindm-partial"
-    with directories.sole_writer(out), files.storage_errors(target):
+    target = out / dataset_id
+    with directories.sole_writer(out):
         if target.exists():
-            raise UsageError(f"{target} already exists and is not replaced; choose another --out or another dataset_id")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-            partial.mkdir()
-            place = (partial / "data").resolve()  # Minari's get_size joins a relative path to itself
+            if _made_from(target) != dataset.checksum:
+                raise UsageError(f"{target} already exists and is not replaced; choose another --out or another dataset_id")
+            return [target]
+        with directories.atomic_directory(target) as temporary, files.storage_errors(target):
+            place = (temporary / "data").resolve()  # Minari's get_size joins a relative path to itself
             storage = MinariStorage.new(place, Discrete(num_seen + 1), Discrete(dataset.num_actions), data_format="hdf5")
             about = f"{config.tasks} tasks, of each {config.demos} demonstrations (by {config.behavior}) and "
             about += f"{config.queries} queries (by {config.query_behavior}), with the oracle's label at every step"
             facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}
             storage.update_metadata(facts | {"algorithm_name": config.behavior, "made_from": dataset.checksum})
             storage.update_episodes(episodes())
-            os.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     return [target]
+
+
+def _made_from(dataset: Path) -> str | None:
+    """Checksum of the dataset that a Minari dataset was made from; None where it is another one or damaged."""
+    try:
+        return json.loads((dataset / "data" / "metadata.json").read_bytes()).get("made_from")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _transitions(episode: Episode, dataset: Dataset, num_seen: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Tasks of a suite are different problems; tasks of a single problem differ in the
 all policies.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_
 from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
+from lindm.io.temporaries import scratch_directory
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
 from lindm.solvers.solve import MEMORY_BUDGET
@@ -80,11 +80,11 @@ def evaluate(
         policies = {name: make_policy(name, source, dataset) for name in names}
     if not isinstance(source, Suite):
         check_memory(source.problem if isinstance(source, NamedProblem) else source)
-    kept = tempfile.TemporaryDirectory() if data is None else nullcontext(str(data))
+    kept = scratch_directory() if data is None else nullcontext(data)
     with kept as directory:
         with double_precision():
-            make_dataset(Path(directory), source, dataset, progress=progress)
-        tasks = read_tasks(Dataset(Path(directory)))
+            make_dataset(directory, source, dataset, progress=progress)
+        tasks = read_tasks(Dataset(directory))
     about, results = describe(source), []
     for name in policies:
         policy = policies[name]

@@ -1,55 +1,50 @@
-"""Directories that are written as a whole, and directories that one process writes at a time.
+"""Directories that are written as a whole, removed as a whole, and written by one process at a time.
 
 A directory is locked with `flock` on the directory itself while it is written: the lock ends with its process, so it cannot go
-stale.
+stale. What killed writers leave: `lindm.io.temporaries`.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lindm.errors import UsageError
-from lindm.io.files import TEMPORARY_SUFFIX, storage_errors
-
-LOCK_PATIENCE = 2  # seconds that a process which was just killed may take to release its lock
+from lindm.io.files import storage_errors
+from lindm.io.temporaries import remove_leftover, remove_leftovers, temporary_directory, temporary_path, wait_for_lock
 
 
 @contextlib.contextmanager
-def atomic_directory(directory: Path) -> Iterator[Path]:
-    """A temporary directory on the same disk, renamed to `directory` at the end and removed if anything fails.
+def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `directory` that gets its name at the end, and is removed if anything fails.
+
+    Args:
+      replace: an existing directory is replaced.
 
     Raises:
-      UsageError: `directory` exists and is not empty.
+      UsageError: `directory` exists and is not empty, without `replace`; or another process is writing it.
       StorageError: the disk is full or not writable.
     """
     final = Path(os.path.realpath(directory))  # a link to an empty directory stays a link
-    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
+    if not replace and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
         raise UsageError(f"{directory} already exists and is not replaced; choose another --out")
-    with storage_errors(directory):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final)
-        temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=TEMPORARY_SUFFIX))
-    try:
-        with _lock(temporary):
-            yield temporary
-            with storage_errors(directory):
-                temporary.chmod(0o755)
-                sync(temporary)
-                os.rename(temporary, final)
-                sync(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as stack:
+        with storage_errors(directory):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(temporary_directory(final))
+        yield temporary
+        with storage_errors(directory):
+            _sync_tree(temporary)
+            if replace:
+                remove(final)
+            os.rename(temporary, final)
+            _sync(final.parent)
 
 
 @contextlib.contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Lock a directory, which is created if needed; temporary files of a killed writer are removed.
+    """Lock a directory, which is created if needed; temporary files and directories of killed writers are removed.
 
     Raises:
       UsageError: another writer has the lock, in this or in another process.
@@ -59,53 +54,45 @@ def sole_writer(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY)
     try:
-        limit = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > limit:
-                    busy = f"{directory} is being written by another process: wait for it, or choose another --out"
-                    raise UsageError(busy) from None
-                time.sleep(0.05)
-        for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
-            leftover.unlink(missing_ok=True)
+        with storage_errors(directory):
+            wait_for_lock(fd, directory)
+        remove_leftovers(directory)
         yield
     finally:
         os.close(fd)
 
 
-def sync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it exists. A directory is renamed first: a half-removed one never counts as a whole one.
+
+    Raises:
+      StorageError: it cannot be removed.
+    """
+    aside = temporary_path(path.with_name(f"{path.name}.removed"))  # not the name under which `path` is written
+    with storage_errors(path):
+        remove_leftover(aside)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)  # a network file system may keep open files: the next writer removes them
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file."""
+    with storage_errors(target):
+        shutil.copyfile(source, target)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Flush a directory and everything in it to the disk."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file, and sync."""
-    with storage_errors(target):
-        shutil.copyfile(source, target)
-        sync(target)
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Lock a temporary directory while it is written: an unlocked one is a leftover. BlockingIOError if it is taken."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _remove_leftovers(final: Path) -> None:
-    """Remove the temporary directories of killed writers of the same directory."""
-    for leftover in final.parent.glob(f".{final.name}.*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(BlockingIOError, NotADirectoryError), _lock(leftover):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)

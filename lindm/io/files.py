@@ -8,14 +8,12 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lindm.errors import DataError, StorageError
-
-TEMPORARY_SUFFIX = ".lindm-tmp"
+from lindm.io.temporaries import temporary_file, temporary_path
 
 
 @contextlib.contextmanager
@@ -34,23 +32,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file: it has its old or its new content, never a part, and no temporary file is left behind.
 
     Raises:
+      UsageError: another process is writing the file.
       StorageError: the disk is full or not writable.
     """
     data = content.encode() if isinstance(content, str) else content
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX)
-        try:
-            with os.fdopen(fd, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with temporary_file(path) as fd:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            os.fsync(fd)
+            os.replace(temporary_path(path), path)
 
 
 def write_json(path: Path, value: Any, format: str | None = None) -> None:
@@ -65,7 +58,7 @@ def append_line(path: Path, line: str) -> None:
     It is written with a single call, so a kill leaves at worst an incomplete last line, which `read_json_lines` cuts off.
     """
     with storage_errors(path):
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(fd).st_size
             data = (line + "\n").encode()

@@ -1,5 +1,6 @@
 """Figures of the toolkit, in the style of the experiments."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from lindm.errors import StorageError
 from lindm.evaluation.environments import double_precision
+from lindm.io.files import write_atomic
 from lindm_experiments.harness.figures import (
     BLUE,
     BOUND,
@@ -35,15 +36,15 @@ GRID = 60  # lengths of each axis of a contour plot
 
 def save(draw: Callable[[], Figure], path: str | Path) -> Path:
     """Write the figure that `draw` makes; settings of matplotlib are afterwards as they were."""
+    path = Path(path)
     with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
-        figure = draw()
+        figure, buffer = draw(), io.BytesIO()
         try:
-            figure.savefig(path)
-        except OSError as e:
-            raise StorageError(f"cannot write {path}: {e.strerror}") from None
+            figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png")
         finally:
             pyplot.close(figure)
-    return Path(path)
+    write_atomic(path, buffer.getvalue())
+    return path
 
 
 def _span(lengths: np.ndarray) -> np.ndarray:

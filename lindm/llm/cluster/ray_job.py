@@ -67,6 +67,7 @@ def run(job: RayWorkers, options: SFTConfig, worker: WorkerFunction = train) -> 
     options = with_absolute_paths(options)
     ray.init(ignore_reinit_error=True)
     storage = options.out / ".ray"
+    shutil.rmtree(storage, ignore_errors=True)  # of a job that was killed
     lost = LostPeerError("")
     for attempt in range(job.restarts + 1):
         trainer = JaxTrainer(

@@ -16,7 +16,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lindm.errors import DataError
-from lindm.io.directories import sync
 from lindm.io.files import storage_errors, write_json
 from lindm.io.progress import Progress
 
@@ -148,12 +147,10 @@ def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterat
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
-    with storage_errors(path):
-        with path.open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for name, shape in shapes.items():
-                value = next(values)
-                if value.shape != shape:
-                    raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
-                f.write(np.ascontiguousarray(value, dtype=numpy_dtype).reshape(-1).view(np.uint8).data)
-        sync(path)
+    with storage_errors(path), path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            value = next(values)
+            if value.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
+            f.write(np.ascontiguousarray(value, dtype=numpy_dtype).reshape(-1).view(np.uint8).data)

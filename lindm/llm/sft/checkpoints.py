@@ -11,8 +11,7 @@ checkpoint is restored only after every file was compared with the manifest, and
 import hashlib
 import json
 import logging
-import os
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ import orbax.checkpoint as ocp
 
 from lindm.errors import CheckpointError, LindmError, StorageError
 from lindm.io import files
-from lindm.io.directories import sync
-from lindm.io.files import TEMPORARY_SUFFIX
+from lindm.io.directories import atomic_directory, remove
+from lindm.io.temporaries import temporary_path
 from lindm.llm.parallel.processes import barrier, detect_lost_peer
 
 FORMAT = "lindm-checkpoint-1"
@@ -55,49 +54,23 @@ def save(directory: Path, step: int, state: Any, progress: dict[str, Any], keep:
       StorageError: the disk is full or not writable. Raised in every process; earlier checkpoints stay intact and no partial one
         is left behind.
     """
-    hidden, final = directory / f".{checkpoint_name(step)}{TEMPORARY_SUFFIX}", directory / checkpoint_name(step)
-    is_main = jax.process_index() == 0
-    if is_main:
-        with files.storage_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        remove_partial(directory)
-    barrier(f"before checkpoint {step}")
+    final, is_main = directory / checkpoint_name(step), jax.process_index() == 0
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer, detect_lost_peer():
-            writer.save((hidden / STATE).absolute(), args=ocp.args.StandardSave(state))
-        if is_main:
-            files.write_json(hidden / PROGRESS, progress)
-            files.write_json(hidden / MANIFEST, {"step": step, "files": _hashes(hidden)}, format=FORMAT)
-            with files.storage_errors(final):
-                _sync_below(hidden)
-                shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
-                os.replace(hidden, final)
-                sync(directory)
-    except BaseException as e:
-        if is_main:
-            shutil.rmtree(hidden, ignore_errors=True)
-        if isinstance(e, LindmError) or not isinstance(e, Exception):
-            raise
+        with atomic_directory(final, replace=True) if is_main else nullcontext(temporary_path(final)) as hidden:
+            barrier(f"before checkpoint {step}")
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer, detect_lost_peer():
+                writer.save((hidden / STATE).absolute(), args=ocp.args.StandardSave(state))
+            if is_main:
+                files.write_json(hidden / PROGRESS, progress)
+                files.write_json(hidden / MANIFEST, {"step": step, "files": _hashes(hidden)}, format=FORMAT)
+    except LindmError:
+        raise
+    except Exception as e:
         raise StorageError(f"cannot write {final}: {_reason(e)}") from e
     barrier(f"after checkpoint {step}")
     if is_main:
         for old in checkpoint_steps(directory)[:-keep]:
             remove(directory / checkpoint_name(old))
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint; it is renamed to a hidden name first, so a half-removed one never counts as a checkpoint."""
-    hidden = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    with files.storage_errors(path):
-        os.replace(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def remove_partial(directory: Path) -> None:
-    """Remove partial checkpoints of a killed writer."""
-    for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def restore(directory: Path, template: Any) -> Checkpoint | None:
@@ -160,12 +133,6 @@ def _hashes(path: Path) -> dict[str, str]:
         with file.open("rb") as f:
             hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
     return hashes
-
-
-def _sync_below(path: Path) -> None:
-    """Flush everything below a directory to disk."""
-    for file in path.rglob("*"):
-        sync(file)
 
 
 def _reason(e: Exception) -> str:

@@ -6,6 +6,7 @@ A line of metrics.jsonl is one record:
     {"step", "kind": "eval", "loss", "accuracy", "gap", "gap_ci", ..., "bc_gap"}                     after each evaluation
 """
 
+import io
 import json
 import math
 from pathlib import Path
@@ -120,8 +121,10 @@ def plot_curves(directory: Path, records: list[Record]) -> list[Path]:
             right.axhline(gaps[0]["bc_gap"], color="#2a7d3f", lw=0.8, ls="--", label="bc: behavior cloning")
         right.set(xlabel="step", ylabel="normalized optimality gap", ylim=(0, None))
         right.legend(frameon=False)
-    paths = [directory / f"curves.{kind}" for kind in ("png", "pdf")]
-    with files.storage_errors(directory):
-        for path in paths:
-            figure.savefig(path, dpi=150, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    paths = []
+    for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+        files.write_atomic(directory / f"curves.{kind}", buffer.getvalue())
+        paths.append(directory / f"curves.{kind}")
     return paths

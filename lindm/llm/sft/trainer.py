@@ -14,7 +14,6 @@ so all save the same step.
 
 import contextlib
 import gc
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from lindm.errors import NonFiniteError, Preempted, UsageError
-from lindm.io import directories, files, signals
+from lindm.io import directories, files, signals, temporaries
 from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress, ProgressTask
 from lindm.llm.io import peft, weights
@@ -43,8 +42,7 @@ from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, mak
 from lindm.llm.tokens import format_example
 
 CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
-TOKENIZER = "tokenizer"  # of a randomly initialized model, until the model is written
-OUTPUTS = (CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER, TOKENIZER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events")
+OUTPUTS = (CHECKPOINTS, BEST, MODEL, ADAPTER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events", CONFIG)
 
 
 class EvalHistory(NamedTuple):
@@ -66,8 +64,8 @@ def train(config: SFTConfig) -> Path | None:
     processes.initialize(config.coordinator, config.processes, config.rank)
     is_main = jax.process_index() == 0
     with directories.sole_writer(config.out) if is_main else contextlib.nullcontext():
-        if config.fresh and is_main:
-            _remove_outputs(config.out)
+        if is_main:
+            _clean(config.out, config.fresh)
         processes.barrier("output directory")
         setup = setup_training(config)
         _check_same_run(setup, is_main)
@@ -76,11 +74,12 @@ def train(config: SFTConfig) -> Path | None:
     return config.out / MODEL if is_main else None
 
 
-def _remove_outputs(out: Path) -> None:
-    for name in OUTPUTS:
-        path = out / name
-        with files.storage_errors(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _clean(out: Path, fresh: bool) -> None:
+    """Remove what a killed run left half-written; with `fresh`, everything that an earlier run wrote, its config.json last."""
+    for directory in (out / CHECKPOINTS, out / BEST):
+        temporaries.remove_leftovers(directory)
+    for name in OUTPUTS if fresh else ():
+        directories.remove(out / name)
 
 
 def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
@@ -146,7 +145,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
     if is_main:
         records = read_metrics(out)
         plot_curves(out, records)
-        shutil.rmtree(out / BEST, ignore_errors=True)
+        directories.remove(out / BEST)
         last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
         write_manifest(out, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
     processes.barrier("end")
@@ -289,14 +288,16 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
 def _export(setup: TrainingSetup, model: Any, is_main: bool) -> None:
     """Write the model as a Hugging Face directory. An export of an earlier, finished run of the same settings is the same."""
     config, out = setup.config, setup.config.out
-    base = config.model or out / TOKENIZER
-    if config.model is None:
-        if is_main:
-            setup.tokenizer.save_pretrained(str(base))
-        processes.barrier("tokenizer")
-    if not (out / MODEL).exists():
-        weights.save(model, out / MODEL, like=base)
-    if config.method != "full" and not (out / ADAPTER).exists():
+    missing = {name: not (out / name).exists() for name in (MODEL, ADAPTER)}
+    with contextlib.ExitStack() as stack:
+        base = config.model
+        if base is None:
+            base = temporaries.temporary_path(out / "tokenizer")
+            if is_main:
+                stack.enter_context(temporaries.temporary_directory(out / "tokenizer"))
+                setup.tokenizer.save_pretrained(str(base))
+        processes.barrier("export")  # every process has looked for the directories, and the tokenizer is written
+        if missing[MODEL]:
+            weights.save(model, out / MODEL, like=base)
+    if config.method != "full" and missing[ADAPTER]:
         peft.save_adapter(model, out / ADAPTER, str(config.model))
-    if config.model is None and is_main:
-        shutil.rmtree(base, ignore_errors=True)

@@ -248,6 +248,22 @@ def test_exports_replace_no_file_and_leave_no_partial_file(made, tmp_path):
     assert isinstance(e.value, StorageError)
 
 
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize("missing", ["", "messages.jsonl", "prompt_completion.jsonl"])
+def test_an_export_that_is_there_in_whole_or_in_part_is_completed_and_one_that_differs_is_refused(made, tmp_path, missing):
+    whole = {path: path.read_bytes() for path in export(made.mdp, "trl", tmp_path)}
+    (tmp_path / missing).unlink() if missing else None
+    export(made.mdp, "trl", tmp_path)
+    assert whole == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, content in whole.items():
+        for other in (content[:-1], content + b"\n", content.replace(b"A", b"B", 1)):
+            path.write_bytes(other)
+            with pytest.raises(UsageError, match=rf"{path.name} already exists with other content and is not replaced"):
+                export(made.mdp, "trl", tmp_path)
+            assert path.read_bytes() == other
+        path.write_bytes(content)
+
+
 @pytest.mark.fault("F28")
 def test_a_damaged_dataset_is_not_exported(made, tmp_path):
     for path in made.mdp.iterdir():
@@ -289,8 +305,12 @@ def test_minari_loads_every_episode(made, tmp_path, monkeypatch, name):
         np.testing.assert_array_equal(episode.infos["Q"], [*row.Q, [0] * len(row.Q[0])])
         assert episode.infos["certificate"].tolist() == [*row.certificate, -1]
         assert episode.infos["regret"].tolist() == [*row.regret, 0]
-    with pytest.raises(LindmError, match="already exists"):
-        export(directory, "minari", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert export(directory, "minari", tmp_path) == [path for path in tmp_path.iterdir() if path.name.endswith("-v0")]
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (target,) = {path.relative_to(tmp_path).parts[0] for path in before}
+    with pytest.raises(UsageError, match="already exists"):
+        export(made.mdp if name == "apomdp" else made.apomdp, "minari", tmp_path, dataset_id=target)
 
 
 def test_minari_exports_have_the_required_fields(made, tmp_path, monkeypatch):

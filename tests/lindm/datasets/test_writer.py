@@ -20,7 +20,7 @@ from lindm import datasets
 from lindm.datasets import generate, writer
 from lindm.datasets.writer import make_dataset
 from lindm.errors import LindmError, Preempted, StorageError, UsageError
-from lindm.io import directories, files, provenance
+from lindm.io import directories, files, provenance, temporaries
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 
 
@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, so
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     left = {p.name for p in out.iterdir()}
     assert "tasks-00001.parquet" in left and "episodes-00001.jsonl" not in left and "manifest.json" not in left
-    assert any(name.endswith(files.TEMPORARY_SUFFIX) for name in left)
+    assert any(name.endswith(temporaries.TEMPORARY_SUFFIX) for name in left)
     with pytest.raises(LindmError, match="not finished"):
         datasets.Dataset(out)
     with (out / "progress.jsonl").open("a") as f:

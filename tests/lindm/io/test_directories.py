@@ -1,17 +1,12 @@
 """Directories that are written as a whole, and one writer at a time."""
 
 import os
-import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from lindm.errors import StorageError, UsageError
-from lindm.io import directories
+from lindm.io import temporaries
 from lindm.io.directories import atomic_directory, copy_file, sole_writer
-from lindm.io.files import TEMPORARY_SUFFIX
 
 
 @pytest.mark.fault("F26")
@@ -34,30 +29,13 @@ def test_a_directory_with_files_is_not_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.fault("F26")
-def test_leftovers_of_killed_writers_are_removed_and_live_writers_kept(tmp_path):
-    code = (
-        "import os, sys; from pathlib import Path; from lindm.io.directories import atomic_directory\n"
-        "with atomic_directory(Path(sys.argv[1])) as t: (t / 'a').write_text('x'); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
-    assert done.returncode == -signal.SIGKILL and len(list(tmp_path.glob(f".out.*{TEMPORARY_SUFFIX}"))) == 1
-    with atomic_directory(tmp_path / "out") as first:
-        assert list(tmp_path.iterdir()) == [first]
-        with atomic_directory(tmp_path / "out") as second:
-            assert first.is_dir() and second.is_dir()
-            shutil.rmtree(second)
-            second.mkdir()
-    assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.fault("F15")
+@pytest.mark.fault("F15", "F26")
 def test_one_writer_at_a_time_and_its_leftovers_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(directories, "LOCK_PATIENCE", 0)
-    leftover = tmp_path / f".a.json.{TEMPORARY_SUFFIX}"
-    leftover.write_text("part")
+    monkeypatch.setattr(temporaries, "LOCK_PATIENCE", 0)
+    (tmp_path / ".a.json.lindm-tmp").write_text("part")
+    (tmp_path / ".model.lindm-tmp" / "below").mkdir(parents=True)
     with sole_writer(tmp_path):
-        assert not leftover.exists()
+        assert list(tmp_path.iterdir()) == []
         with pytest.raises(UsageError, match="is being written by another process"), sole_writer(tmp_path):
             pass
     with sole_writer(tmp_path):

@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from lindm.errors import DataError, LindmError, StorageError, UsageError
-from lindm.io import files
+from lindm.io import temporaries
+from lindm.io.temporaries import temporary_path
 from lindm.llm import lora
 from lindm.llm.config import read_model_config
 from lindm.llm.io import safetensors_files, weights
@@ -468,24 +469,23 @@ def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path, model):
 
 @pytest.mark.fault("F26")
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path, model, monkeypatch):
-    left = tmp_path / f".out.abc{files.TEMPORARY_SUFFIX}"
+    left = temporary_path(tmp_path / "out")
     left.mkdir()
     (left / "model.safetensors").write_text("half")
-    (tmp_path / f".out2.abc{files.TEMPORARY_SUFFIX}").mkdir()  # of another directory
+    temporary_path(tmp_path / "out2").mkdir()  # of another directory
     seen, write = [], safetensors_files.write_shards
 
     def watching(directory, *rest):
-        seen.extend(p.name for p in tmp_path.iterdir())
-        if len(seen) < 10:  # a second writer, while the first one writes
+        seen.extend(p.name for p in directory.iterdir())
+        with pytest.raises(UsageError, match="is being written by another process"):
             weights.save(model, tmp_path / "out")
-            assert directory.is_dir()
         return write(directory, *rest)
 
+    monkeypatch.setattr(temporaries, "LOCK_PATIENCE", 0)
     monkeypatch.setattr(safetensors_files, "write_shards", watching)
-    with pytest.raises(LindmError, match="cannot write"):  # the second was faster, and what it wrote stays
-        weights.save(model, tmp_path / "out")
-    assert left.name not in seen and equal(weights.load(tmp_path / "out"), model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out2.abc{files.TEMPORARY_SUFFIX}", "model", "out"]
+    weights.save(model, tmp_path / "out")
+    assert seen == ["config.json"] and equal(weights.load(tmp_path / "out"), model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out2.lindm-tmp", "model", "out"]
 
 
 KILLED = """
@@ -506,7 +506,7 @@ def test_a_killed_writer_leaves_no_partial_model(tmp_path, model):
     child = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(child, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(f".out.*{files.TEMPORARY_SUFFIX}"))) == 1
+    assert not (tmp_path / "out").exists() and temporary_path(tmp_path / "out").is_dir()
     weights.save(model, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"] and equal(weights.load(tmp_path / "out"), model)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lindm.io import files
+from lindm.io import files, temporaries
 from lindm.llm.parallel.processes import HEARTBEAT_TIMEOUT
 from lindm.llm.sft import checkpoints
 from tests.lindm.llm.parallel.test_processes import ROOT, ended, free_port
@@ -140,7 +140,7 @@ def test_two_processes_that_are_stopped_and_killed_end_with_the_bits_of_two_that
     assert pair.codes() == [0, 0], [path.read_text() for path in pair.said]
     assert "resumed at step" in pair.said[0].read_text()
     assert result(out) == result(reference)
-    assert not list(out.rglob(f"*{files.TEMPORARY_SUFFIX}*"))
+    assert not list(out.rglob(f"*{temporaries.TEMPORARY_SUFFIX}*"))
 
 
 def test_two_processes_train_as_one_does(micro, reference, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lindm.errors import CheckpointError, LindmError, StorageError
+from lindm.io import directories, temporaries
 from lindm.llm.parallel.sharding import make_mesh
 from lindm.llm.sft import checkpoints
 
@@ -151,7 +152,7 @@ def test_a_failed_write_is_exit_7_and_leaves_the_existing_checkpoints(copied, mo
     elif where == "manifest":
         monkeypatch.setattr(checkpoints.files.os, "fsync", refuse)
     else:
-        monkeypatch.setattr(checkpoints.os, "replace", refuse)
+        monkeypatch.setattr(directories.os, "rename", refuse)
     with pytest.raises(LindmError) as stop:
         checkpoints.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
     monkeypatch.undo()
@@ -164,6 +165,7 @@ KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
 from pathlib import Path
+from lindm.io import directories
 from lindm.llm.sft import checkpoints as c
 
 def die(*_, **__):
@@ -177,11 +179,11 @@ def then_die(work):
 
 phase, directory = sys.argv[1], Path(sys.argv[2])
 places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_hashes")}
-places |= {"sync": (c, "_sync_below"), "rename": (c.os, "replace"), "removal": (c, "remove")}
+places |= {"sync": (directories, "_sync_tree"), "rename": (os, "rename"), "removal": (c, "remove")}
 owner, name = places[phase.split("-")[0]]
 work = getattr(owner, name)
 deadly = then_die(work) if phase.endswith("-after") else die
-if name == "replace":  # of the step itself, not of the files in it
+if name == "rename":  # of the step itself, not of the files in it
     setattr(owner, name, lambda a, b: deadly(a, b) if Path(b).name.isdigit() else work(a, b))
 else:
     setattr(owner, name, deadly)
@@ -194,9 +196,7 @@ PHASES = ["writer", "writer-after", "host-after", "sums", "sync-after", "rename"
 
 @pytest.mark.slow
 @pytest.mark.fault("F1")
-@pytest.mark.parametrize(
-    "phase", ["writer", "writer-after", "host-after", "sums", "sync-after", "rename", "rename-after", "removal"]
-)
+@pytest.mark.parametrize("phase", PHASES)
 def test_killed_in_any_phase_of_a_save_there_is_the_old_or_the_new_step(tmp_path, phase):
     mesh = mesh_of(1, 1)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -207,6 +207,7 @@ def test_killed_in_any_phase_of_a_save_there_is_the_old_or_the_new_step(tmp_path
     restored = checkpoints.restore(tmp_path, like)
     assert restored.step == (9 if phase in ("rename-after", "removal") else 5)
     np.testing.assert_array_equal(restored.state["x"], np.arange(8.0) if restored.step == 9 else np.ones(8))
+    temporaries.remove_leftovers(tmp_path)  # as a run does when it starts
     checkpoints.save(tmp_path, 12, {"x": jnp.zeros(8, jnp.float32)}, {}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["00000012"]
     assert json.loads((tmp_path / "00000012" / "manifest.json").read_text())["step"] == 12

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lindm.io import files
+from lindm.io import files, temporaries
 from lindm.llm.sft import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def result(out):
 
 
 def leftovers(out):
-    return [p for p in out.rglob(f"*{files.TEMPORARY_SUFFIX}*")]
+    return [p for p in out.rglob(f"*{temporaries.TEMPORARY_SUFFIX}*")]
 
 
 @pytest.fixture(scope="module")
