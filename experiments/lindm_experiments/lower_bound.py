@@ -377,7 +377,8 @@ def _risks(records: list[dict]) -> Figure:
     scales = np.array(
         [[r["kernels"]["scales"][n] / r["kernels"]["scales"]["floor"] for n in ("one", "normalized")] for r in records]
     )
-    for value, marker, label in zip(scales.mean(0), "sv", ("early ends: one layer", "early ends: divided by tr G"), strict=True):
+    for value, marker, layer in zip(scales.mean(0), "sv", ("one layer", "divided by tr G"), strict=True):
+        label = f"episodes that end early: {layer}"
         right.plot([1], [value], color=RED, label=label, **MEASURED | {"marker": marker, "markersize": 8})
     right.set(xlabel="steps k", ylabel="risk / floor", yscale="log", title="Depth and normalization")
     set_log_ticks(right, depths)

@@ -5,8 +5,8 @@ regression with d^2 parameters, or at all queries, which is d regressions with d
 Psi. The risk of a fit on fresh prompts is computed exactly, and the mean over fits is compared with two predictions of
 lindm_theory.pretraining: the deterministic equivalent (the limit N ~ d, T ~ d^2, in which the features act like Gaussian
 vectors of the same covariance), and the first-order law C/T, with C from the fourth moments of a prompt, at every d. Fresh
-tasks of another Psi show the price of a mismatch. The isotropic limit of many prompts of k = kappa d tasks is compared with the
-published values of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan (arXiv 2405.11751).
+tasks of another Psi show the price of a mismatch. The error after infinitely many prompts of k = kappa d tasks is compared with
+its limit for large d, which is also that of the formula of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan (arXiv 2405.11751).
 
     lindm run pretraining --preset quick
     lindm verify --only pretraining
@@ -42,7 +42,7 @@ from lindm_theory.pretraining import (
 from lindm_theory.robustness import few_task_coefficient, few_task_weights
 
 LAWS = ("Gaussian", "one-hot")
-PUBLISHED = ((10, 0.63738), (2, 0.69898))  # kappa, error at alpha = 1, rho = .1: Lu et al.
+LIMITS = ((10, 0.63738), (2, 0.69898))  # kappa, `many_prompts_limit` at alpha = 1, rho = .1, rounded
 
 LEAST_RIDGE = 0.1  # below it the limit is too far away at these d: 10 % off at a ridge of 0.02 and d = 16
 
@@ -226,7 +226,7 @@ def first_order(rng: np.random.Generator, law: str, cfg: Config) -> dict:
     }
 
 
-def published(rng: np.random.Generator, kappa: int, d: int) -> float:
+def endless_pretraining(rng: np.random.Generator, kappa: int, d: int) -> float:
     """Error on fresh tasks of the layer pretrained without end on kappa d tasks, N = d, x ~ N(0, I/d), label noise 0.1."""
     rho, Lambda = 0.1, np.eye(d) / d
     tasks = rng.normal(size=(kappa * d, d))
@@ -280,8 +280,8 @@ def measure(cfg: Config, point: dict) -> dict:
         "curve": {"T": curve.tolist(), "risk": predicted[:, len(T_one) :].tolist()},
         "curve_all": {"T": curve_all.tolist(), "risk": predicted_all[len(T_all) :].tolist()},
         "first_order": [first_order(rng, law, cfg) for law in LAWS],
-        "limit": [float(many_prompts_limit(1.0, kappa, 0.1)) for kappa, _ in PUBLISHED],
-        "published": [published(rng, kappa, cfg.d_published) for kappa, _ in PUBLISHED],
+        "limit": [float(many_prompts_limit(1.0, kappa, 0.1)) for kappa, _ in LIMITS],
+        "published": [endless_pretraining(rng, kappa, cfg.d_published) for kappa, _ in LIMITS],
     }
 
 
@@ -308,7 +308,7 @@ def check(records: list[dict]) -> list[Verdict]:
     gap = np.mean([r["least_other"][1] / r["least_other"][0] for r in records])
     kept = [
         f"kappa = {kappa}: {np.mean([r['published'][i] for r in records]):.4f} (limit {first['limit'][i]:.5f})"
-        for i, (kappa, _) in enumerate(PUBLISHED)
+        for i, (kappa, _) in enumerate(LIMITS)
     ]
     return [
         mean_verdict(
@@ -337,7 +337,7 @@ def check(records: list[dict]) -> list[Verdict]:
         ),
         mean_verdict(
             "pretraining/published",
-            *[[r["published"][i] / value for r in records] for i, (_, value) in enumerate(PUBLISHED)],
+            *[[r["published"][i] / value for r in records] for i, (_, value) in enumerate(LIMITS)],
             figure="pretraining",
             note=", ".join(kept),
         ),

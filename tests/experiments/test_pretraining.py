@@ -75,7 +75,7 @@ def _ideal(records: list[dict]) -> list[dict]:
             f["C_one"] = f["C_all"] * (f["d"] + (2 if f["law"] == "Gaussian" else 0))
             f["one"], f["all"] = f["C_one"] * near, f["C_all"] * (2 - near)
             f["C_residual"], f["C_tasks"] = f["C_one"] / 1.3, f["C_one"] / 80
-        r["published"] = [v * near for _, v in pretraining.PUBLISHED]
+        r["published"] = [v * near for _, v in pretraining.LIMITS]
     return out
 
 

@@ -242,9 +242,21 @@ def test_the_price_of_other_tasks_is_the_difference_of_two_exact_risks(design):
     assert price > 0
 
 
-def test_the_limit_of_many_prompts_is_the_published_one_and_an_integral_over_the_spectrum():
+def ridgeless_limit(alpha, kappa, rho):
+    """Result 1 of Lu et al., arXiv 2405.11751, for T/d^2 -> infinity; h is the Stieltjes transform of the Wishart law."""
+    c = (1 + rho) / alpha
+    edge = c + 1 - 1 / kappa
+    h = 2 / (edge + np.sqrt(edge**2 + 4 * c / kappa))
+    return rho + c - 2 * c**2 * h + (1 + c) * (c * h) ** 2 / (1 - kappa * (h / (kappa + h)) ** 2)
+
+
+def test_the_limit_of_many_prompts_is_that_of_the_ridgeless_formula_and_an_integral_over_the_spectrum():
     np.testing.assert_allclose(pretraining.many_prompts_limit(1.0, 10.0, 0.1), 0.63738, atol=5e-6)
     np.testing.assert_allclose(pretraining.many_prompts_limit(1.0, 2.0, 0.1), 0.69898, atol=5e-6)
+    for alpha, kappa, rho in itertools.product((0.3, 1.0, 5.0), (0.5, 1.0, 2.0, 10.0), (0.0, 0.1, 1.0)):
+        np.testing.assert_allclose(
+            pretraining.many_prompts_limit(alpha, kappa, rho), ridgeless_limit(alpha, kappa, rho), rtol=1e-9
+        )
     alpha, kappa, rho = 2.0, 0.5, 0.3  # fewer tasks than dimensions: half of the spectrum is zero
     c, y = (1 + rho) / alpha, 1 / kappa
     low, high = (1 - y**0.5) ** 2, (1 + y**0.5) ** 2
@@ -257,8 +269,8 @@ def test_the_limit_of_many_prompts_is_the_published_one_and_an_integral_over_the
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kappa", "published"), [(10, 0.63738), (2, 0.69898)])
-def test_direct_simulation_at_d_120_comes_to_the_published_limits(kappa, published):
+@pytest.mark.parametrize(("kappa", "limit"), [(10, 0.63738), (2, 0.69898)])
+def test_direct_simulation_at_d_120_comes_to_the_limits(kappa, limit):
     rng = np.random.default_rng(kappa)
     d, rho = 120, 0.1
     N, Lambda = d, np.eye(d) / d
@@ -269,5 +281,5 @@ def test_direct_simulation_at_d_120_comes_to_the_published_limits(kappa, publish
         w, S, query = draw_prompts(rng, 300, Lambda, np.eye(d), N, np.sqrt(rho))
         label = np.sum(query * w, axis=1) + np.sqrt(rho) * rng.normal(size=300)
         errors.append(np.mean((label - np.sum(query * (S @ A.T), axis=1)) ** 2))
-    assert abs(np.mean(errors) - published) < 4 * np.std(errors) / np.sqrt(10) + 0.01
-    assert abs(np.mean(errors) - rho - published) > 0.05  # the published error contains the noise of the query's label
+    assert abs(np.mean(errors) - limit) < 4 * np.std(errors) / np.sqrt(10) + 0.01
+    assert abs(np.mean(errors) - rho - limit) > 0.05  # the limit contains the noise of the query's label

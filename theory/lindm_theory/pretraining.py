@@ -181,8 +181,8 @@ def many_prompts_limit(alpha: Number, kappa: Number, rho: Number) -> Array:
 
         rho + int (c^2 + c l^2)/(l + c)^2 = rho + c^2 h_2 + c (1 - 2 c h_1 + c^2 h_2).
 
-    Derived here from `robustness.few_task_weights`. The values of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan, arXiv 2405.11751, as
-    our specification quotes them: .63738 at alpha = 1, rho = .1, kappa = 10 and .69898 at kappa = 2.
+    Derived here from `robustness.few_task_weights`: .63738 at alpha = 1, rho = .1, kappa = 10 and .69898 at kappa = 2. The same
+    function is the limit of the ridgeless formula of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan, arXiv 2405.11751 (notes, 4).
     """
     c, y = (1.0 + rho) / alpha, 1.0 / kappa
     edge = 1.0 - y + c

@@ -46,6 +46,11 @@ def format_slack(row: dict[str, Any]) -> str:
     return f"slack {low:.3g}, median {median:.3g}"
 
 
+def format_p(p: float) -> str:
+    """A p-value with its sign; one that is zero in floating-point numbers is shown as a bound."""
+    return "p < 1e-300" if p < 1e-300 else f"p = {p:.2g}"
+
+
 def verdict_label(row: dict[str, Any]) -> str:
     """The verdict, and the expectation unless it is an expected PASS."""
     if row["expected"] == OPEN:
@@ -200,6 +205,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
         has_open=any(r["expected"] == OPEN for r in rows),
         format_measured=format_measured,
         format_slack=format_slack,
+        format_p=format_p,
         verdict_label=verdict_label,
     )
 

@@ -95,6 +95,15 @@ def test_the_slack_of_an_inequality_stands_beside_its_verdict(directory):
     assert write_report(directory).read_text().count("slack 1.02, median 3") == 2  # in the table, and with its experiment
 
 
+def test_no_p_value_is_shown_as_zero(directory):
+    for p, shown in ((0.0, "p &lt; 1e-300"), (1e-299, "p = 1e-299"), (0.0123, "p = 0.012")):
+        content = summary(GOOD, CONTROL)
+        content["claims"][0]["p"] = p
+        files.write_json(directory / "verdicts.json", content)
+        page = write_report(directory).read_text()
+        assert page.count(f"n = 5, {shown}<") == 2 and "p = 0<" not in page
+
+
 def test_an_unexpected_verdict_stands_out_without_colours():
     text = printed(summary(mean_verdict("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
     assert ">> q-risk" in text and "FAIL (expected PASS)" in text
