@@ -13,9 +13,11 @@ from lindm.evaluation.compare import SEED, PolicyResult
 from lindm.evaluation.policies.registry import default_policies
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
-from lindm.io import files, manifest
+from lindm.io import directories, files, manifest
 from lindm.llm.named_policies import PoliciesByName
 from lindm.types import LinearMDP, Problem
+
+EVAL = "eval.json"
 
 
 def evaluate(
@@ -66,18 +68,13 @@ def evaluate(
         raise ValueError(f"policies must be a list of names, or policies by name; got {policies!r}")
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
-    results = compare.evaluate(
-        source,
-        policies,
-        dataset=dataset,
-        data=None if out is None else Path(out) / "data",
-        episodes=episodes,
-        progress=progress,
-        on_result=on_result,
-    )
-    if out is not None:
-        rows = [asdict(result) for result in results]
-        files.write_json(Path(out) / "eval.json", {"rows": rows}, format=EVAL_FORMAT)
-        options = {"policies": list(policies), "episodes": episodes, "template": template, "rewards": rewards}
-        manifest.write_manifest(Path(out), options={**asdict(dataset), **options})
+    arguments = {"dataset": dataset, "episodes": episodes, "progress": progress, "on_result": on_result}
+    if out is None:
+        results = compare.evaluate(source, policies, **arguments)
+    else:
+        with directories.sole_writer(out := Path(out)):
+            results = compare.evaluate(source, policies, data=out / "data", **arguments)
+            files.write_json(out / EVAL, {"rows": [asdict(result) for result in results]}, format=EVAL_FORMAT)
+            options = {"policies": list(policies), "episodes": episodes, "template": template, "rewards": rewards}
+            manifest.write_manifest(out, [EVAL, "data/manifest.json"], options={**asdict(dataset), **options})
     return {result.policy: result for result in results}

@@ -3,7 +3,6 @@
 The manifest carries a checksum of itself, and the SHA-256 of every other file.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,17 +82,17 @@ class Dataset:
             for i, row in enumerate(self._rows(f"tasks-{name}", record)):
                 yield task_of(row | common, episodes[i * each : (i + 1) * each])
 
-    def _rows(self, stem: str, record: dict) -> list[dict]:
+    def _rows(self, stem: str, record: dict) -> Iterator[dict]:
         path = self.directory / (name := f"{stem}{ENDINGS[0]}")
         try:
-            data = path.read_bytes()
+            if files.sha256(path) != record["files"][name]["sha256"]:
+                raise DataError(
+                    f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
+                )
+            with path.open("rb") as lines:
+                yield from map(json.loads, lines)
         except OSError as e:
             raise DataError(f"cannot read {path}: {e.strerror}") from e
-        if hashlib.sha256(data).hexdigest() != record["files"][name]["sha256"]:
-            raise DataError(
-                f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
-            )
-        return [json.loads(line) for line in data.splitlines()]
 
 
 def is_dataset(path: Path) -> bool:
@@ -108,9 +107,17 @@ def read_manifest(directory: Path) -> dict:
         read_description(directory / CONFIG)
         raise DataError(f"{directory} is not finished: make it again with the same options, and it resumes")
     manifest = read_description(path)
-    if verified(manifest) is None:
+    if files.verified(manifest) is None:
         raise DataError(f"{path} is damaged: its checksum is wrong; make the dataset again and it is repaired")
     return manifest
+
+
+def read_config(path: Path) -> dict:
+    """The config of a dataset, finished or not. DataError where it is missing or damaged, or of another version."""
+    config = read_description(path)
+    if files.verified(config) is None:
+        raise DataError(f"{path} is damaged: its checksum is wrong; remove the directory and make the dataset again")
+    return config
 
 
 def read_description(path: Path) -> dict:
@@ -122,14 +129,3 @@ def read_description(path: Path) -> dict:
         raise DataError(f"{path}: not the {path.stem} of a dataset in the format {FORMAT}")
     files.check_format(path, format, FORMAT)
     return content
-
-
-def with_checksum(value: dict) -> dict:
-    """A JSON object with the SHA-256 of itself."""
-    return value | {"checksum": hashlib.sha256(files.canonical_json(value).encode()).hexdigest()}
-
-
-def verified(value: dict) -> dict | None:
-    """The object without its checksum; None if the checksum is wrong."""
-    bare = {key: v for key, v in value.items() if key != "checksum"}
-    return bare if value == with_checksum(bare) else None

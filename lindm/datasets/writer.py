@@ -29,7 +29,7 @@ from lindm.datasets.card import card
 from lindm.datasets.columns import sizes_of
 from lindm.datasets.config import DatasetConfig
 from lindm.datasets.generate import TaskGenerator
-from lindm.datasets.reader import CONFIG, FORMAT, MANIFEST, read_manifest, verified, with_checksum
+from lindm.datasets.reader import CONFIG, FORMAT, MANIFEST, read_config, read_manifest
 from lindm.datasets.shards import import_pyarrow, make_shards
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import NamedProblem
@@ -99,7 +99,7 @@ def make_dataset(
 
         make_shards(generator, missing, write, executor=executor, workers=workers, progress=report)
         manifest = _manifest(described, versions, [records[name] for name in plan])
-        _write_changed(out / CONFIG, _pretty({"config": described, "versions": versions}))
+        _write_config(out / CONFIG, described, versions)
         _write_changed(out / CARD, card(manifest))
         _write_changed(out / MANIFEST, _pretty(manifest))
         with files.storage_errors(out / JOURNAL):
@@ -146,17 +146,21 @@ def _open(out: Path, described: dict) -> dict[str, str]:
 
     Raises:
       UsageError: `out` holds something else.
+      DataError: neither manifest nor config can be read.
     """
     path = out / CONFIG
     if not path.exists() and not (out / MANIFEST).exists():
+        if (out / JOURNAL).exists():
+            raise DataError(f"{path} is missing, although {out / JOURNAL} is there: remove {out} and make the dataset again")
         if foreign := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
             raise UsageError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another --out")
         versions = _versions()
-        files.write_atomic(path, _pretty({"config": described, "versions": versions}))
+        _write_config(path, described, versions)
         return versions
-    # the manifest has a checksum, so it goes before the config
-    there = _or_none(lambda: read_manifest(out)) or _or_none(lambda: files.read_json(path)) or {}
-    if not isinstance(there.get("config"), dict) or there["config"].get("format") != FORMAT:
+    there = _or_none(lambda: read_manifest(out)) or _or_none(lambda: read_config(path))
+    if there is None:
+        if (out / JOURNAL).exists() or any(out.glob("tasks-*")):
+            raise DataError(f"{path} and {out / MANIFEST} are both missing or damaged: remove {out} and make the dataset again")
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
         what = "something that is not a dataset of this version and is not replaced"
         raise UsageError(f"{out} holds {what}: {why}; choose another --out")
@@ -193,12 +197,8 @@ def _plan(generator: TaskGenerator) -> dict[str, tuple[int, int]]:
 def _finished_shards(out: Path) -> dict[str, dict]:
     """The records of all shards that were finished, by name, without records that are damaged."""
     manifest = _or_none(lambda: read_manifest(out))
-    lines = _or_none(lambda: files.read_json_lines(out / JOURNAL, repair=True))
-    if lines is None:
-        lines = []
-        with files.storage_errors(out / JOURNAL):
-            (out / JOURNAL).unlink(missing_ok=True)
-    records: list[dict] = [*(manifest["shards"] if manifest else ()), *(record for line in lines if (record := verified(line)))]
+    journal = files.read_json_lines(out / JOURNAL, repair=True, skip_damaged=True)
+    records: list[dict] = [*(manifest["shards"] if manifest else ()), *journal]
     return {record["point"]["shard"]: record for record in records}
 
 
@@ -213,7 +213,7 @@ def _write_shard(out: Path, record: dict, contents: dict[str, bytes]) -> dict:
     """Write the files of a shard and then its line of the journal; the record."""
     for name, data in contents.items():
         files.write_atomic(out / name, data)
-    files.append_line(out / JOURNAL, files.canonical_json(with_checksum(record)))
+    files.append_record(out / JOURNAL, record)
     return record
 
 
@@ -223,7 +223,11 @@ def _manifest(described: dict, versions: dict, records: list[dict]) -> dict:
     n, each = described["dataset"]["tasks"], described["dataset"]["demos"] + described["dataset"]["queries"]
     means = {f"mean_{k}": sum(record["sums"][k] for record in shards) / n for k in shards[0]["sums"]}
     totals = {"tasks": n, "episodes": n * each, "steps": sum(steps.values()), "certificates": steps} | means
-    return with_checksum({"config": described, "versions": versions, "totals": totals, "shards": records})
+    return files.with_checksum({"config": described, "versions": versions, "totals": totals, "shards": records})
+
+
+def _write_config(path: Path, described: dict, versions: dict) -> None:
+    _write_changed(path, _pretty(files.with_checksum({"config": described, "versions": versions})))
 
 
 def _pretty(value: Any) -> str:

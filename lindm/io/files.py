@@ -8,11 +8,12 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lindm.errors import DataError, StorageError
+from lindm.errors import DataError, NonFiniteError, StorageError
 from lindm.io.temporaries import temporary_file, temporary_path
 
 
@@ -47,9 +48,27 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any, format: str | None = None) -> None:
-    """Replace a file by indented JSON with sorted keys; `format` is the version of its format, such as lindm-manifest-1."""
-    value = value if format is None else {"format": format} | value
-    write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Replace a file by indented JSON with sorted keys.
+
+    Args:
+      format: version of its format, such as lindm-manifest-2. A file with a format carries a checksum of itself, which
+        `read_json` verifies.
+
+    Raises:
+      NonFiniteError: a number is NaN or infinite. StorageError: the disk is full or not writable.
+    """
+    value = value if format is None else with_checksum({"format": format} | value)
+    write_atomic(path, strict_json(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def append_record(path: Path, record: dict) -> None:
+    """Append a record with its checksum as one line of JSON, and sync. NonFiniteError for NaN or infinity."""
+    append_line(path, record_line(record))
+
+
+def record_line(record: dict) -> str:
+    """A record as a line of a JSON-lines file, with its checksum."""
+    return strict_json(with_checksum(record), sort_keys=True, separators=(",", ":"))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -74,18 +93,28 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_json(path: Path, format: str | None = None) -> dict:
-    """A file that holds one JSON object. DataError where it does not, or where it has another `format`."""
+    """A file that holds one JSON object.
+
+    Args:
+      format: the format that it must have; its checksum is then verified, and is not part of the object.
+
+    Raises:
+      DataError: it is missing, no JSON object, of another format or damaged; names the file.
+    """
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not JSON: {e}") from e
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
-    if format is not None:
-        check_format(path, value.get("format"), format)
-    return value
+    if format is None:
+        return value
+    check_format(path, value.get("format"), format)
+    if (content := verified(value)) is None:
+        raise DataError(f"{path} is damaged: its checksum is wrong")
+    return content
 
 
 def check_format(path: Path, got: Any, format: str) -> None:
@@ -94,10 +123,11 @@ def check_format(path: Path, got: Any, format: str) -> None:
         raise DataError(f"{path}: must have the format {format!r}; got {got!r}: another version of lindm wrote it; make it again")
 
 
-def read_json_lines(path: Path, repair: bool = False) -> list[dict]:
-    """The records of a JSON-lines file; an empty list where there is no file.
+def read_json_lines(path: Path, repair: bool = False, skip_damaged: bool = False) -> list[dict]:
+    """The records of a file of `append_record`, each compared with its checksum; an empty list where there is no file.
 
-    An incomplete last line is ignored, and cut off with `repair`. Any other bad line is a DataError with file:line.
+    An incomplete last line is ignored, and cut off with `repair`. Any other damaged line is a DataError with file:line; with
+    `skip_damaged` it is left out.
     """
     try:
         data = path.read_bytes()
@@ -109,38 +139,78 @@ def read_json_lines(path: Path, repair: bool = False) -> list[dict]:
     if repair and whole < len(data):
         with storage_errors(path):
             os.truncate(path, whole)
-    records: list[dict] = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    records = []
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise DataError(f"{path}:{number}: not a JSON line: {e}") from e
-        if not isinstance(record, dict) or not isinstance(record.get("point"), dict):
-            raise DataError(f'{path}:{number}: a record must be an object with an object "point"')
-        records.append(record)
+            records.append(_parse_record(line, f"{path}:{number}"))
+        except DataError:
+            if not skip_damaged:
+                raise
     return records
 
 
-def read_records(directory: Path) -> list[dict]:
-    """All records of a run directory; DataError when there are none."""
-    records = read_json_lines(directory / "records.jsonl")
-    if not records:
-        raise DataError(f"no records in {directory / 'records.jsonl'}")
-    return records
+def _parse_record(line: bytes, place: str) -> dict:
+    """The record of one line without its checksum. DataError, with its place, where the line is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{place}: not a JSON line: {e}") from e
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: not a JSON object")
+    if "checksum" not in record:
+        raise DataError(f"{place}: the line has no checksum: another version of lindm wrote it, or it is damaged; make it again")
+    if (content := verified(record)) is None:
+        raise DataError(f"{place}: the line is damaged: its checksum is wrong")
+    return content
+
+
+_hashes: dict[tuple[Any, ...], str] = {}
+SETTLED_SECONDS = 2.0  # a file that changed later than this long ago may change again without a new time stamp
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. The file is read in blocks: a shard may be larger than memory."""
+    """SHA-256 of a file, in hexadecimal. It is read in blocks, and once in a process as long as it does not change."""
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        stat = os.fstat(f.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if (known := _hashes.get(key)) is not None:
+            return known
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
+        _hashes[key] = digest
+    return digest
 
 
 # --- JSON values -----------------------------------------------------------------------------------------------------------
 
 
+def strict_json(value: Any, **options: Any) -> str:
+    """JSON text; options as of `json.dumps`. NonFiniteError, naming the place, where a number is NaN or infinite."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError as e:
+        if (place := find_non_finite(value)) is None:
+            raise
+        raise NonFiniteError(f"a result is not finite and is not written: {place}") from e
+
+
 def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value: equal values give equal strings. ValueError when a number is not finite."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """The one spelling of a JSON value: equal values give equal strings. NonFiniteError when a number is not finite."""
+    return strict_json(value, sort_keys=True, separators=(",", ":"))
+
+
+def with_checksum(value: dict) -> dict:
+    """A JSON object with the SHA-256 of itself."""
+    return value | {"checksum": hashlib.sha256(canonical_json(value).encode()).hexdigest()}
+
+
+def verified(value: dict) -> dict | None:
+    """The object without its checksum; None if the checksum is wrong."""
+    content = {key: v for key, v in value.items() if key != "checksum"}
+    try:
+        return content if value == with_checksum(content) else None
+    except (NonFiniteError, ValueError):  # NaN, or half of a surrogate pair: not what `with_checksum` took
+        return None
 
 
 def to_jsonable(value: Any) -> Any:

@@ -4,6 +4,7 @@ A mutant changes the records of an experiment, as if a wrong formula had made th
 mutants of the package are in `experiments/lindm_experiments/mutants.py`.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lindm.io import files
+from lindm.io import directories
 from lindm.io.executor import Executor
+from lindm.io.manifest import read_records
 from lindm_experiments.harness.claims import FAIL, PASS, Mutant, get_claim
 from lindm_experiments.harness.experiments import find_experiment, load, select_claims
 from lindm_experiments.harness.verify import check_options, make_jobs, run_with_progress
@@ -98,13 +100,13 @@ def verify_mutants(
     check_options(preset, seeds, seed_offset, workers)
     mutants = select_mutants(MUTANTS, only)
     names = list(dict.fromkeys(get_claim(m.claim).experiment for m in mutants))
-    with files.storage_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    jobs = make_jobs([find_experiment(n) for n in names], preset, directory, seeds, seed_offset, fresh)
-    for outcome in run_with_progress(jobs, executor, workers):
-        if outcome.error:
-            raise outcome.error
-    return try_mutants(mutants, {name: files.read_records(directory / name) for name in names})
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(directories.sole_writer(directory))
+        jobs = make_jobs([find_experiment(n) for n in names], preset, directory, seeds, seed_offset, fresh)
+        for outcome in run_with_progress(jobs, locks, executor, workers):
+            if outcome.error:
+                raise outcome.error
+        return try_mutants(mutants, {name: read_records(directory / name) for name in names})
 
 
 def print_mutants(trials: Sequence[Trial], console: Console) -> None:

@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.text import Text
 
 from lindm.errors import DataError
-from lindm.io import directories, files
+from lindm.io import directories, files, verification
 from lindm.io import manifest as provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import PACKAGE, Experiment, load
 from lindm_experiments.harness.runner import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
 
-VERDICTS_FORMAT = "lindm-verdicts-1"  # of verdicts.json
+VERDICTS_FORMAT = "lindm-verdicts-2"  # of verdicts.json
+REPORTS = ("verdicts.json", "report.html")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -134,9 +135,9 @@ def docstring_blocks(doc: str) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in blocks if text]
 
 
-def read_json_if_exists(path: Path) -> dict:
-    """The object in a JSON file; an empty one where there is no file."""
-    return files.read_json(path) if path.exists() else {}
+def read_manifest_if_exists(directory: Path) -> dict:
+    """The manifest of a directory; an empty one where it has none."""
+    return verification.read_manifest(directory, provenance.FORMAT) if (directory / "manifest.json").exists() else {}
 
 
 def read_verdicts(directory: Path) -> dict[str, Any]:
@@ -149,19 +150,34 @@ def run_directory(directory: Path, experiment: str) -> Path:
     return run if (run := directory / experiment).is_dir() else directory
 
 
-def experiment_section(directory: Path, experiment: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
-    """The values that the report shows of one experiment."""
+def experiment_sections(directory: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The values that a report shows of every experiment of a verdicts.json."""
+    names = dict.fromkeys(row["experiment"] for row in summary["claims"])
+    return [
+        experiment_section(
+            directory, name, [row for row in summary["claims"] if row["experiment"] == name], name in summary["errors"]
+        )
+        for name in names
+    ]
+
+
+def experiment_section(directory: Path, experiment: str, claims: list[dict[str, Any]], failed: bool) -> dict[str, Any]:
+    """The values that a report shows of one experiment; the files of one that could not finish are not read."""
+    if failed:
+        section = {"name": experiment, "question": "", "prose": [], "claims": claims, "figures": [], "config": {}, "code": ""}
+        return section | {"criteria": "", "records": 0, "seconds": 0.0, "manifest": {}}
     run = run_directory(directory, experiment)
     figures = [
         {
             "name": path.stem,
-            "data": base64.b64encode(path.read_bytes()).decode(),
+            "data": base64.b64encode(provenance.read_output(run, path.name) or b"").decode(),
             "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{path.name}"],
         }
         for path in sorted(run.glob("*.png"))
     ]
     seconds = [line.get("seconds", 0.0) for line in files.read_json_lines(run / "metrics.jsonl")]
-    config, manifest = (read_json_if_exists(run / f"{name}.json") for name in ("config", "manifest"))
+    config = files.read_json(run / "config.json", format=RUN_FORMAT) if (run / "config.json").exists() else {}
+    manifest = read_manifest_if_exists(run)
     source = Path(manifest.get("source", PACKAGE / f"{experiment}.py"))
     doc = docstring_blocks(Experiment(name=experiment, path=source).docstring) if source.is_file() else []
     return {
@@ -173,7 +189,7 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
         "config": config.get("config", {}),
         "code": config.get("code", ""),
         "criteria": config.get("criteria", ""),
-        "records": len(files.read_json_lines(run / "records.jsonl")),
+        "records": len(provenance.read_records(run)) if (run / "records.jsonl").exists() else 0,
         "seconds": sum(seconds),
         "manifest": manifest,
     }
@@ -213,8 +229,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
 def write_report(directory: Path) -> Path:
     """report.html of a directory of `lindm verify` or `lindm run`; DataError without a verdicts.json."""
     summary = read_verdicts(directory)
-    names = list(dict.fromkeys(row["experiment"] for row in summary["claims"]))
-    sections = [experiment_section(directory, name, [r for r in summary["claims"] if r["experiment"] == name]) for name in names]
+    sections = experiment_sections(directory, summary)
     manifest = next((s["manifest"] for s in sections if s["manifest"]), provenance.provenance())
     path = directory / "report.html"
     files.write_atomic(path, render_report(summary, sections, manifest))
@@ -232,15 +247,16 @@ def redraw(directory: Path) -> list[Path]:
         raise DataError(f"DIR must hold records.jsonl, or directories that do; got {directory}")
     written: list[Path] = []
     for run in runs:
-        config, manifest = files.read_json(run / "config.json", format=RUN_FORMAT), read_json_if_exists(run / "manifest.json")
-        records = files.read_records(run)
-        module = load(manifest.get("source", config["experiment"]))
         with directories.sole_writer(run):
-            for name, content in draw(module, records).items():
+            config, manifest = files.read_json(run / "config.json", format=RUN_FORMAT), read_manifest_if_exists(run)
+            drawn = draw(load(manifest.get("source", config["experiment"])), provenance.read_records(run))
+            for name, content in drawn.items():
                 files.write_atomic(run / name, content)
-                written.append(run / name)
-            kept = ("experiment", "preset", "config", "source")
-            provenance.write_manifest(run, **{k: v for k, v in manifest.items() if k in kept})
-    if (directory / "verdicts.json").exists():
-        written.append(write_report(directory))
+            reports = [write_report(run).name] if (run / "verdicts.json").exists() else []
+            provenance.update_outputs(run, [*drawn, *reports])
+            written += [run / name for name in (*drawn, *reports)]
+    if directory not in runs and (directory / "verdicts.json").exists():
+        with directories.sole_writer(directory):
+            written.append(write_report(directory))
+            provenance.update_outputs(directory, ["report.html"])
     return written

@@ -3,8 +3,8 @@
 A run directory holds
 
     config.json     the configuration, the preset, hashes of the claims and of the code; a run with other ones is refused
-    records.jsonl   the result: one line for each point, appended and synced; no time in it, so that a killed and resumed run
-                    ends with the same bytes as an uninterrupted one
+    records.jsonl   the result: one line for each point with its checksum, appended and synced; no time in it, so that a killed
+                    and resumed run ends with the same bytes as an uninterrupted one
     metrics.jsonl   the seconds that each point took
     manifest.json   date, command line, versions, git commit, devices, seeds, SHA-256 of the outputs
     *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table
@@ -25,11 +25,12 @@ from lindm.errors import DataError, LindmError, NonFiniteError, UsageError, unkn
 from lindm.io.directories import sole_writer
 from lindm.io.executor import Executor, TaskEvent, TaskPool, TaskResult
 from lindm.io.files import (
-    append_line,
+    append_record,
     canonical_json,
     find_non_finite,
     read_json,
     read_json_lines,
+    record_line,
     storage_errors,
     to_jsonable,
     write_atomic,
@@ -44,7 +45,7 @@ from lindm_experiments.harness.fingerprint import code_fingerprint
 from lindm_experiments.harness.verdicts import Verdict
 from lindm_experiments.harness.xla import configure_xla
 
-RUN_FORMAT = "lindm-run-1"  # of config.json
+RUN_FORMAT = "lindm-run-2"  # of config.json
 RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
 OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *RUN_REPORTS)
 
@@ -141,7 +142,7 @@ def describe(experiment: Experiment, config: Any, preset: str) -> dict:
 
 
 def measure(task: Point) -> str:
-    """The record of a point, as a line of records.jsonl. NonFiniteError where a number is not finite."""
+    """The record of a point, as JSON. NonFiniteError where a number is not finite."""
     module = load(task.reference)
     record = {"point": task.point} | to_jsonable(module.measure(module.Config(**task.config), task.point))
     if where := find_non_finite(record):
@@ -234,20 +235,26 @@ class RunDirectory:
         self.keys = [canonical_json(p) for p in plan.points]
         if job.fresh:
             remove_outputs(self.path)
-        config = self.path / "config.json"
+        config, records = self.path / "config.json", self.path / "records.jsonl"
         if not config.exists():
-            write_json(config, plan.description)
-        elif changed := differences(read_json(config), plan.description):
+            if records.exists():
+                raise DataError(f"{config} is missing, although {records} is there: start over with --fresh")
+            write_json(config, plan.description, format=RUN_FORMAT)
+        elif changed := differences(read_json(config, format=RUN_FORMAT), plan.description):
             raise UsageError(
                 f"{self.path} holds another run ({'; '.join(changed)}): choose another --out, or start over with --fresh"
             )
         self.lines: dict[str, str] = {}
-        for number, record in enumerate(read_json_lines(self.path / "records.jsonl", repair=True), start=1):
-            key = canonical_json(record["point"])
+        for number, record in enumerate(read_json_lines(records, repair=True), start=1):
+            key = canonical_json(record.get("point"))
             if key in self.lines or key not in self.keys:
                 what = "there twice" if key in self.lines else "not one of this run"
-                raise DataError(f"{self.path / 'records.jsonl'}:{number}: the point {key} is {what}")
+                raise DataError(f"{records}:{number}: the point {key} is {what}")
             self.lines[key] = canonical_json(record)
+        read_json_lines(self.path / "metrics.jsonl", repair=True)  # the manifest at the end vouches for it
+        if self.missing:
+            with storage_errors(self.path):
+                (self.path / "manifest.json").unlink(missing_ok=True)  # the run is not finished any more
 
     @property
     def missing(self) -> list[dict]:
@@ -256,14 +263,15 @@ class RunDirectory:
 
     def append(self, point: dict, line: str, seconds: float) -> None:
         """Write the record of a point."""
-        append_line(self.path / "records.jsonl", line)
-        append_line(self.path / "metrics.jsonl", canonical_json({"point": point, "seconds": round(seconds, 4)}))
+        append_record(self.path / "records.jsonl", json.loads(line))
+        append_record(self.path / "metrics.jsonl", {"point": point, "seconds": round(seconds, 4)})
         self.lines[canonical_json(point)] = line
 
     def records(self) -> list[dict]:
         """All records, in the order of the points; the file is put into this order too."""
         if list(self.lines) != self.keys:
-            write_atomic(self.path / "records.jsonl", "".join(self.lines[key] + "\n" for key in self.keys))
+            lines = (record_line(json.loads(self.lines[key])) for key in self.keys)
+            write_atomic(self.path / "records.jsonl", "".join(f"{line}\n" for line in lines))
         return [json.loads(self.lines[key]) for key in self.keys]
 
     def finish(self, conclusion: Conclusion) -> None:
@@ -274,7 +282,8 @@ class RunDirectory:
         experiment = self.job.experiment
         source = {"source": str(experiment.path)} if experiment.outside else {}
         run = {"experiment": experiment.name, "preset": self.job.preset, "config": self.plan.description["config"]} | source
-        write_manifest(self.path, **conclusion.environment, **run)
+        kept = [name for name in ("config.json", "records.jsonl", "metrics.jsonl") if (self.path / name).exists()]
+        write_manifest(self.path, [*kept, *conclusion.files], **conclusion.environment, **run)
 
 
 def remove_outputs(directory: Path) -> None:
@@ -294,6 +303,7 @@ Ended = Callable[[Outcome], None]
 
 def run_experiments(
     jobs: Sequence[Job],
+    locks: contextlib.ExitStack,
     *,
     executor: Executor = "local",
     workers: int | None = None,
@@ -303,12 +313,18 @@ def run_experiments(
     """Measure the points without a record, decide the claims and draw; the outcomes, in the order of the jobs.
 
     An error ends its own experiment. A worker that dies costs its point; the other points of the experiment are measured.
+    `locks` gets the locks of the run directories, which the caller holds until it has written what follows from the outcomes.
     `on_point` is called when a point starts and when it ends, `on_end` when an experiment has its verdicts or its first error.
+
+    Raises:
+      UsageError: a run directory holds another run, or is being written by another process. Nothing is measured then.
     """
     state = _State(jobs, on_point, on_end)
-    with contextlib.ExitStack() as locks, TaskPool(executor, workers, configure_xla) as pool:
+    with TaskPool(executor, workers, configure_xla) as pool:
         for job, result in zip(jobs, pool.run(plan, jobs), strict=True):
             state.open(job, result, locks)
+        if refused := [error for error in state.errors.values() if isinstance(error, UsageError)]:
+            raise refused[0]
         tasks = [(name, point) for name, run in state.runs.items() for point in run.missing]
         points = [
             Point(reference=state.runs[name].job.experiment.reference, config=state.runs[name].plan.config, point=point)

@@ -18,12 +18,13 @@ from lindm.errors import DataError
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm.io import manifest as provenance
+from lindm.io.directories import sole_writer
 from lindm.llm.sft import metrics
 from lindm.llm.sft.options import run_options
 from lindm_experiments.harness.report import (
-    experiment_section,
+    experiment_sections,
     format_number,
-    read_json_if_exists,
+    read_manifest_if_exists,
     read_verdicts,
     render_template,
     run_directory,
@@ -93,9 +94,8 @@ def experiment_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
     tables: dict[str, list[Row]] = {}
     for directory in directories:
         for name in dict.fromkeys(row["experiment"] for row in read_verdicts(directory)["claims"]):
-            path = run_directory(directory, name) / "table.csv"
-            if path.is_file():
-                rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+            if (content := provenance.read_output(run_directory(directory, name), "table.csv")) is not None:
+                rows = csv.DictReader(io.StringIO(content.decode()))
                 run = _run_column(directory, directories)
                 tables.setdefault(name, []).extend(run | {k: _value(v) for k, v in row.items()} for row in rows)
     return tables
@@ -215,21 +215,18 @@ def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
         written[out / "tables" / f"{name}.tex"] = as_latex(rows)
     verifications = []
     for directory in inputs.verifications:
-        rows = read_verdicts(directory)["claims"]
-        names = dict.fromkeys(row["experiment"] for row in rows)
-        sections = [experiment_section(directory, name, [row for row in rows if row["experiment"] == name]) for name in names]
-        verifications.append({"directory": str(directory), "rows": rows, "sections": sections})
+        verdicts = read_verdicts(directory)
+        sections = experiment_sections(directory, verdicts)
+        verifications.append({"directory": str(directory), "rows": verdicts["claims"], "sections": sections})
     runs = [
         {
             "name": str(directory),
             "options": run_options(directory),
-            "curves": _encoded_image(directory / "curves.png"),
+            "curves": _encoded_image(directory, "curves.png"),
         }
         for directory in inputs.training
     ]
-    manifests = [
-        (str(d), read_json_if_exists(d / "manifest.json")) for d in (*inputs.verifications, *inputs.evaluations, *inputs.training)
-    ]
+    manifests = [(str(d), read_manifest_if_exists(d)) for d in (*inputs.verifications, *inputs.evaluations, *inputs.training)]
     written[out / "index.html"] = render_template(
         "summary.html.jinja",
         tables=tables,
@@ -240,12 +237,15 @@ def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance.provenance(),
     )
-    with files.storage_errors(out):
-        (out / "tables").mkdir(parents=True, exist_ok=True)
-    for path, content in written.items():
-        files.write_atomic(path, content)
+    with sole_writer(out):
+        with files.storage_errors(out):
+            (out / "tables").mkdir(parents=True, exist_ok=True)
+        for path, content in written.items():
+            files.write_atomic(path, content)
+        provenance.write_manifest(out, [path.relative_to(out).as_posix() for path in written])
     return list(written)
 
 
-def _encoded_image(path: Path) -> str | None:
-    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+def _encoded_image(directory: Path, name: str) -> str | None:
+    content = provenance.read_output(directory, name)
+    return None if content is None else base64.b64encode(content).decode()

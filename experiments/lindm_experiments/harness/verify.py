@@ -1,5 +1,6 @@
 """`lindm verify` and `lindm run`: one verdict for every claim, verdicts.json and a report."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from lindm.errors import UsageError, unknown
-from lindm.io import files, manifest, signals
+from lindm.io import directories, files, manifest, signals
 from lindm.io.executor import Executor
 from lindm.io.progress import Progress, ProgressTask, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
 from lindm_experiments.harness.experiments import Experiment, ambiguous_ids, experiment_names, find_experiment, select_claims
-from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
+from lindm_experiments.harness.report import REPORTS, VERDICTS_FORMAT, write_report
 from lindm_experiments.harness.runner import Job, Outcome, run_experiments
 from lindm_experiments.harness.verdicts import Verdict, adjust
 from lindm_experiments.harness.xla import configure_xla, settings_kept
@@ -80,16 +81,16 @@ def verify(
     for id, names in ambiguous_ids(claims, only).items():
         choices = " or ".join(f"--only {name}/{id}" for name in names)
         print(f"lindm: note: --only {id} selects claims of {' and '.join(names)}; {choices} selects one", file=sys.stderr)
-    with files.storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    jobs = make_jobs([known[e] for e in chosen], preset, out, seeds, seed_offset, fresh)
-    outcomes = run_with_progress(jobs, executor, workers)
-    outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
-    summary = summarize(outcomes, chosen, preset, time.perf_counter() - started)
-    write_verdicts(out, summary)
-    manifest.write_manifest(
-        out, preset=preset, seeds=seeds, seed_offset=seed_offset, only=list(only), criteria=summary["criteria"]
-    )
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(directories.sole_writer(out))
+        jobs = make_jobs([known[e] for e in chosen], preset, out, seeds, seed_offset, fresh)
+        outcomes = run_with_progress(jobs, locks, executor, workers)
+        outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
+        summary = summarize(outcomes, chosen, preset, time.perf_counter() - started)
+        write_verdicts(out, summary)
+        measured = [f"{o.experiment}/{name}" for o in outcomes if not o.error for name in ("config.json", "records.jsonl")]
+        options = {"preset": preset, "seeds": seeds, "seed_offset": seed_offset, "only": list(only)}
+        manifest.write_manifest(out, [*REPORTS, *measured], **options, criteria=summary["criteria"])
     return Verification(summary=summary, directory=out, outcomes=outcomes)
 
 
@@ -141,16 +142,18 @@ def run_experiment(
     directory = Path("results") / f"{selected.name}-{preset}" if out is None else Path(out)
     configure_xla(single_process=True)
     job = Job(experiment=selected, preset=preset, directory=directory, config=config, fresh=fresh)
-    (outcome,) = run_with_progress([job], "serial", None)
-    if outcome.error:
-        raise outcome.error
-    summary = summarize([outcome], {selected.name: list(selected.claims)}, preset, outcome.seconds)
-    write_verdicts(directory, summary)
+    with contextlib.ExitStack() as locks:
+        (outcome,) = run_with_progress([job], locks, "serial", None)
+        if outcome.error:
+            raise outcome.error
+        summary = summarize([outcome], {selected.name: list(selected.claims)}, preset, outcome.seconds)
+        write_verdicts(directory, summary)
+        manifest.update_outputs(directory, REPORTS)
     return Verification(summary=summary, directory=directory, outcomes=[outcome])
 
 
-def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | None) -> list[Outcome]:
-    """Run the jobs with a bar for each experiment, and one line for each that ends."""
+def run_with_progress(jobs: Sequence[Job], locks: contextlib.ExitStack, executor: Executor, workers: int | None) -> list[Outcome]:
+    """Run the jobs (`locks` as of `run_experiments`) with a bar for each experiment, and one line for each that ends."""
     signals.stop_on_signals()
     console = Console(file=sys.stderr)  # also while an experiment redirects what it calls
     with Progress(console) as progress:
@@ -170,7 +173,7 @@ def run_with_progress(jobs: Sequence[Job], executor: Executor, workers: int | No
             message = outcome.message or f"{outcome.experiment}: done"  # an error names its experiment
             progress.print(f"{message}, {format_seconds(outcome.seconds)}")
 
-        return run_experiments(jobs, executor=executor, workers=workers, on_point=on_point, on_end=on_end)
+        return run_experiments(jobs, locks, executor=executor, workers=workers, on_point=on_point, on_end=on_end)
 
 
 def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str = "") -> dict[str, Any]:
@@ -220,11 +223,12 @@ def summarize(outcomes: Sequence[Outcome], chosen: dict[str, list[str]], preset:
         "wall_s": round(wall_s, 2),
         "criteria": claims_hash([r["id"] for r in rows]),
         "seconds": {o.experiment: round(o.seconds, 2) for o in outcomes},
+        "errors": {o.experiment: o.message for o in outcomes if o.error},
         "claims": rows,
     }
 
 
 def write_verdicts(directory: Path, summary: dict[str, Any]) -> None:
     """Write verdicts.json and report.html."""
-    files.write_json(directory / "verdicts.json", summary)
+    files.write_json(directory / "verdicts.json", summary, format=VERDICTS_FORMAT)
     write_report(directory)

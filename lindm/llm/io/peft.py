@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from lindm.errors import DataError
 from lindm.io.directories import atomic_directory
 from lindm.io.files import write_json
+from lindm.io.verification import verify_model_files, write_file_list
 from lindm.llm.config import read_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, StoredTensor
@@ -75,6 +76,7 @@ def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
         with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, config)
             safetensors_files.write_file(temporary / WEIGHTS, shapes, stream, "f32")
+            write_file_list(temporary)
 
     write_on_first_process(directory, values(), write)
 
@@ -84,7 +86,9 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
 
     Raises:
       DataError: the adapter is damaged, of another model, or not a plain low-rank update; names file and key.
+      NonFiniteError: a weight is NaN or infinite; names file and tensor.
     """
+    verify_model_files(directory)
     rank, scale = _read_config(directory / CONFIG)
     file = directory / WEIGHTS
     if not file.exists() and (pickles := sorted(directory.glob("adapter_model.bin"))):
@@ -100,6 +104,8 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
         for leaf in ("A", "B"):
             layers = [f.get_tensor(_tensor_name(i, name, leaf)).astype(np.float32).T for i in range(model.config.num_layers)]
             stacked = np.stack(layers)
+            for i in range(len(layers)):
+                safetensors_files.require_finite(stacked[i], _tensor_name(i, name, leaf), file)
             spec = (
                 None
                 if mesh is None

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lindm.errors import DataError
+from lindm.errors import DataError, NonFiniteError
 from lindm.io.files import storage_errors, write_json
 from lindm.io.progress import Progress
 
@@ -128,6 +128,13 @@ def write_shards(
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
 
 
+def require_finite(values: np.ndarray, name: str, file: Path) -> None:
+    """NonFiniteError where a tensor has a value that is NaN or infinite; names file and tensor."""
+    if not (finite := np.isfinite(values)).all():
+        n, at = int((~finite).sum()), tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise NonFiniteError(f"{file}: {name} is not finite: {n} of {values.size} values, the first is {values[at]} at {at}")
+
+
 def _counted(values: Iterable[np.ndarray], update: Callable[[int], None]) -> Iterator[np.ndarray]:
     for done, value in enumerate(values):
         update(done)
@@ -135,7 +142,7 @@ def _counted(values: Iterable[np.ndarray], update: Callable[[int], None]) -> Ite
 
 
 def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterator[np.ndarray], dtype: FileDtype) -> None:
-    """Write one file; takes as many values as there are shapes."""
+    """Write one file; takes as many values as there are shapes. NonFiniteError where one is NaN or infinite in this dtype."""
     dtype_name, numpy_dtype = _DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -153,4 +160,7 @@ def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterat
             value = next(values)
             if value.shape != shape:
                 raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
-            f.write(np.ascontiguousarray(value, dtype=numpy_dtype).reshape(-1).view(np.uint8).data)
+            with np.errstate(over="ignore"):  # infinity of a value that does not fit
+                stored = np.ascontiguousarray(value, dtype=numpy_dtype)
+            require_finite(stored, name, Path(path.name))
+            f.write(stored.reshape(-1).view(np.uint8).data)

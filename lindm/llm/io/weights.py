@@ -7,6 +7,7 @@ each reads its own shards; all take part in gathering, and the first one writes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
 from lindm.io.progress import Progress
 from lindm.io.provenance import write_provenance
+from lindm.io.verification import verify_model_files, write_file_list
 from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_config_json, read_model_config, to_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, FileDtype, StoredTensor
@@ -36,6 +38,7 @@ COMPANION_FILES = (  # tokenizer and generation settings that a model directory 
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
+BLOCK_VALUES = 2**24  # values that are in memory at a time while a file is checked
 TORCH_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
@@ -52,8 +55,9 @@ def load(directory: Path, *, mesh: Mesh | None = None, base: BaseFormat = "f32",
 
     Raises:
       ValueError: an unknown base, or one that does not fit the kernels; a mesh that does not divide a weight.
-      DataError: the directory does not have exactly the tensors of its configuration in f32, bf16 or f16; names file and
-        tensor or key.
+      DataError: the directory does not have exactly the tensors of its configuration in f32, bf16 or f16, or a file is not
+        what lindm wrote; names file and tensor or key.
+      NonFiniteError: a weight is NaN or infinite; names file and tensor.
     """
     if base not in get_args(BaseFormat):
         raise ValueError(f"base must be one of {', '.join(get_args(BaseFormat))}; got {base!r}")
@@ -74,6 +78,7 @@ def load(directory: Path, *, mesh: Mesh | None = None, base: BaseFormat = "f32",
 
 def check_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors of a directory, from their headers. Raises: DataError, naming one, if they are not those of `config`."""
+    verify_model_files(directory)
     stored = safetensors_files.read_directory_headers(directory)
     for name, tensor in stored.items():
         if tensor.dtype not in READABLE_DTYPES:
@@ -105,7 +110,19 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
         raise DataError(f"{head.file}: {name} differs from the embedding, although {CONFIG} says tie_word_embeddings")
 
 
-def _read_slice(specs: list[TensorSpec], files: dict[str, Any], dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
+def check_finite(stored: Iterable[tuple[str, StoredTensor]]) -> None:
+    """NonFiniteError where a tensor of these files has a value that is NaN or infinite; names file and tensor."""
+    for name, tensor in stored:
+        view = safetensors_files.open_file(tensor.file).get_slice(name)
+        rows = tensor.shape[0] if tensor.shape else 1
+        step = max(1, BLOCK_VALUES * rows // max(math.prod(tensor.shape), 1))
+        for start in range(0, rows, step):
+            safetensors_files.require_finite(view[start : start + step] if tensor.shape else view[...], name, tensor.file)
+
+
+def _read_slice(
+    specs: list[TensorSpec], files: dict[str, Any], stored: dict[str, StoredTensor], dtype: DTypeLike, index: tuple[slice, ...]
+) -> np.ndarray:
     """A slice of one weight of the decoder ([layers, in, out] if it is stacked) from the tensors of the files."""
     stacked = specs[0].layer is not None
     inner = index[1:] if stacked else index
@@ -116,6 +133,7 @@ def _read_slice(specs: list[TensorSpec], files: dict[str, Any], dtype: DTypeLike
         value = value.T if spec.transposed else value
         out = np.empty((len(layers), *value.shape), dtype) if out is None else out
         out[i] = value
+        safetensors_files.require_finite(out[i], spec.name, stored[spec.name].file)
     assert out is not None
     return out if stacked else out[0]
 
@@ -149,7 +167,7 @@ class _WeightLoader:
         files = {s.name: open_file(stored[s.name].file) for s in specs}
 
         def read(dtype: DTypeLike) -> jax.Array:
-            read_slice = _cache_slices(functools.partial(_read_slice, specs, files, dtype))
+            read_slice = _cache_slices(functools.partial(_read_slice, specs, files, stored, dtype))
             return jax.make_array_from_callback(self.shape, self.sharding, read_slice)
 
         if self.base == "f32":
@@ -206,6 +224,7 @@ def save(
     Raises:
       ValueError: an unknown dtype.
       UsageError: the directory exists and is not empty.
+      NonFiniteError: a weight is NaN or infinite, or does not fit the dtype; names the tensor.
       StorageError: the disk is full or not writable. Nothing is left behind.
     """
     if dtype not in get_args(FileDtype):
@@ -227,6 +246,7 @@ def save(
             safetensors_files.write_shards(temporary, shapes, values, dtype, max_shard_bytes)
             if provenance:
                 write_provenance(temporary)
+            write_file_list(temporary)
 
     write_on_first_process(directory, _tensor_values(model, specs), write)
 

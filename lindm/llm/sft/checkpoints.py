@@ -8,7 +8,6 @@ A checkpoint is written under a hidden name and renamed when everything is on di
 checkpoint is restored only after every file was compared with the manifest, and the newest intact checkpoint is used.
 """
 
-import hashlib
 import json
 import logging
 from contextlib import nullcontext
@@ -18,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from lindm.errors import CheckpointError, LindmError, StorageError
-from lindm.io import files
+from lindm.errors import CheckpointError, DataError, LindmError, StorageError
+from lindm.io import files, verification
 from lindm.io.directories import atomic_directory, remove
 from lindm.io.temporaries import temporary_path
 from lindm.llm.parallel.processes import barrier, detect_lost_peer
 
-FORMAT = "lindm-checkpoint-1"
+FORMAT = "lindm-checkpoint-2"
 STATE, PROGRESS, MANIFEST = "state", "progress.json", "manifest.json"
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every phase of every save
 
@@ -62,7 +61,8 @@ def save(directory: Path, step: int, state: Any, progress: dict[str, Any], keep:
                 writer.save((hidden / STATE).absolute(), args=ocp.args.StandardSave(state))
             if is_main:
                 files.write_json(hidden / PROGRESS, progress)
-                files.write_json(hidden / MANIFEST, {"step": step, "files": _hashes(hidden)}, format=FORMAT)
+                hashes = verification.hashes_of(hidden, verification.files_below(hidden))
+                files.write_json(hidden / MANIFEST, {"step": step, "outputs": hashes}, format=FORMAT)
     except LindmError:
         raise
     except Exception as e:
@@ -86,7 +86,7 @@ def restore(directory: Path, template: Any) -> Checkpoint | None:
     for step in reversed(checkpoint_steps(directory)):
         path = directory / checkpoint_name(step)
         if (damage := find_damage(path)) is not None:
-            damaged.append(f"{path}: {damage}")
+            damaged.append(damage)
             continue
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader, detect_lost_peer():
@@ -105,34 +105,13 @@ def restore(directory: Path, template: Any) -> Checkpoint | None:
 def find_damage(path: Path) -> str | None:
     """How a checkpoint differs from its manifest; None if it is intact."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if (format := manifest.get("format")) != FORMAT:
-            return f"its format is {format!r}, not {FORMAT!r}: another version of lindm wrote it"
-        expected = dict(manifest["files"])
-        if manifest["step"] != int(path.name):
-            return "its manifest is of another step"
-    except OSError as e:
-        return f"its manifest cannot be read ({e.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest is damaged"
-    try:
-        actual = _hashes(path)
-    except OSError as e:
-        return f"{e.filename} cannot be read ({e.strerror})"
-    if missing := sorted(expected.keys() - actual.keys()):
-        return f"{missing[0]} is missing"
-    if changed := sorted(name for name in expected if expected[name] != actual[name]):
-        return f"{changed[0]} is not what was written"
-    return None
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint except its manifest, by relative path."""
-    hashes = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / MANIFEST):
-        with file.open("rb") as f:
-            hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
-    return hashes
+        manifest = verification.read_manifest(path, FORMAT)
+        damaged = verification.find_damage(path, manifest["outputs"])
+    except DataError as e:
+        return e.message
+    if manifest["step"] != int(path.name):
+        return f"{path / MANIFEST} is of another step"
+    return str(damaged[0]) if damaged else None
 
 
 def _reason(e: Exception) -> str:

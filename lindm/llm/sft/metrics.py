@@ -1,19 +1,19 @@
 """The metrics of a run: metrics.jsonl, TensorBoard events, throughput, and curves drawn from the records.
 
-A line of metrics.jsonl is one record:
+A line of metrics.jsonl is one record with its checksum:
 
     {"step", "kind": "train", "loss", "accuracy", "grad_norm", "num_labels", "batch_sha256"}        after each step
     {"step", "kind": "eval", "loss", "accuracy", "gap", "gap_ci", ..., "bc_gap"}                     after each evaluation
 """
 
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.errors import UsageError
-from lindm.io import files
+from lindm.errors import DataError, UsageError
+from lindm.io import files, manifest
+from lindm.io.verification import MANIFEST
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
@@ -24,6 +24,9 @@ class MetricsLogger:
 
     A run that resumes after `step`, and whose last evaluation was after `last_eval_step`, drops later records, so an interrupted
     run ends with the records of an uninterrupted one.
+
+    Raises:
+      DataError: metrics.jsonl is damaged, or lacks records of steps before the checkpoint.
     """
 
     def __init__(self, directory: Path, step: int, last_eval_step: int, tensorboard: bool, enabled: bool):
@@ -31,8 +34,11 @@ class MetricsLogger:
         if not enabled:
             return
         last = {"train": step, "eval": last_eval_step}
-        kept = [record for record in read_metrics(directory) if record["step"] <= last[record["kind"]]]
-        files.write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        kept, later = _split(directory, last)
+        if later:
+            with files.storage_errors(directory):
+                (directory / MANIFEST).unlink(missing_ok=True)  # the run is not finished any more
+        files.write_atomic(self.path, "".join(f"{files.record_line(record)}\n" for record in kept))
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
@@ -44,7 +50,7 @@ class MetricsLogger:
         """Append one record."""
         if not self.enabled:
             return
-        files.append_line(self.path, json.dumps({"step": step, "kind": kind} | values))
+        files.append_record(self.path, {"step": step, "kind": kind} | values)
         if self.events is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
@@ -57,12 +63,27 @@ class MetricsLogger:
 
 
 def read_metrics(directory: Path) -> list[Record]:
-    """The records of a run; a torn last line is left out."""
+    """The records of a run, each verified; a torn last line is left out. DataError with file and line for another damaged line,
+    and where the file is not the one that a finished run has written."""
+    manifest.verify_output(directory, METRICS)
+    return files.read_json_lines(directory / METRICS)
+
+
+def _split(directory: Path, last: dict[str, int]) -> tuple[list[Record], list[Record]]:
+    """The records up to the `last` step of each kind, and the later ones."""
     path = directory / METRICS
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    advice = f"without {path} and {MANIFEST} the run goes on from its last checkpoint, and has no records of the steps before it"
+    try:
+        records = read_metrics(directory)
+    except DataError as e:
+        raise DataError(f"{e}; {advice}") from e
+    kept = [record for record in records if record["step"] <= last[record["kind"]]]
+    for kind, step in last.items():
+        steps = [record["step"] for record in kept if record["kind"] == kind]
+        whole = not steps or (steps[-1] == step and (kind == "eval" or steps == list(range(steps[0], step + 1))))
+        if path.exists() and step > 0 and not (whole and (steps or kind == "eval")):
+            raise DataError(f"{path}: lines are missing: it has no {kind} record of a step up to {step}; {advice}")
+    return kept, [record for record in records if record not in kept]
 
 
 class Throughput:

@@ -9,7 +9,7 @@ from lindm.choices import Rewards, Supervise, check_choices
 from lindm.io import files
 from lindm.llm.config import BaseFormat, Remat
 
-RUN_FORMAT = "lindm-sft-1"  # of config.json
+RUN_FORMAT = "lindm-sft-2"  # of config.json
 
 Method = Literal["full", "lora", "qlora"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them
@@ -149,10 +149,12 @@ class SFTConfig:
 def run_options(directory: Path) -> dict[str, Any] | None:
     """The options of a run of `lindm sft`; None for another directory. DataError where another version of lindm wrote it."""
     path = directory / "config.json"
-    if not path.is_file() or "options" not in (config := files.read_json(path)):
+    if not path.is_file():
         return None
-    files.check_format(path, config.get("format"), RUN_FORMAT)
-    return config["options"]
+    config = files.read_json(path)
+    if "options" not in config and not str(config.get("format")).startswith("lindm-sft-"):
+        return None
+    return files.read_json(path, format=RUN_FORMAT)["options"]
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import NonFiniteError, Preempted, UsageError
-from lindm.io import directories, files, signals, temporaries
+from lindm.errors import DataError, NonFiniteError, Preempted, UsageError
+from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress, ProgressTask
 from lindm.llm.io import peft, weights
@@ -99,10 +99,24 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
         if differences:
             raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
     elif is_main:
+        if left := [out / name for name in OUTPUTS if (out / name).exists()]:
+            raise DataError(f"{path} is missing, although {left[0]} is there; choose another --out, or --fresh")
         if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
             raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
         files.write_json(path, config, format=RUN_FORMAT)
+    if is_main:
+        _verify_exports(out)
     processes.barrier("settings")
+
+
+def _verify_exports(out: Path) -> None:
+    """DataError where a model or an adapter that an earlier run has written is damaged."""
+    for directory in (out / MODEL, out / ADAPTER):
+        if directory.exists():
+            try:
+                verification.verify_model_files(directory, required=True)
+            except DataError as e:
+                raise DataError(f"{e}; without {directory} the same command writes it again from its checkpoint") from e
 
 
 def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
@@ -132,6 +146,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
         progress.print(f"resumed at step {step} of {total}")
     del params
     gc.collect()
+    if step and is_main and not (out / METRICS).exists():
+        progress.print(f"{out / METRICS} is missing: the records of the steps up to {step} are lost")
     logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main)
     evaluator = Evaluator(setup, graphdef)
     loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, task)
@@ -144,10 +160,12 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
     _export(setup, nnx.merge(graphdef, state.params, frozen), is_main)
     if is_main:
         records = read_metrics(out)
-        plot_curves(out, records)
+        curves = plot_curves(out, records)
         directories.remove(out / BEST)
         last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
-        write_manifest(out, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
+        exports = [f"{name}/{verification.MANIFEST}" for name in (MODEL, ADAPTER) if (out / name).exists()]
+        outputs = [CONFIG, METRICS, *exports, *(path.name for path in curves)]
+        write_manifest(out, outputs, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
     processes.barrier("end")
 
 
