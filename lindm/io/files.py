@@ -57,7 +57,7 @@ def write_json(path: Path, value: Any, format: str | None = None) -> None:
     Raises:
       NonFiniteError: a number is NaN or infinite. StorageError: the disk is full or not writable.
     """
-    value = value if format is None else with_checksum({"format": format} | value)
+    value = value if format is None else with_checksum(value | {"format": format})
     write_atomic(path, strict_json(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -200,17 +200,22 @@ def canonical_json(value: Any) -> str:
 
 
 def with_checksum(value: dict) -> dict:
-    """A JSON object with the SHA-256 of itself."""
-    return value | {"checksum": hashlib.sha256(canonical_json(value).encode()).hexdigest()}
+    """A JSON object with the SHA-256 of itself, in place of one that it may have."""
+    content = _without_checksum(value)
+    return content | {"checksum": hashlib.sha256(canonical_json(content).encode()).hexdigest()}
 
 
 def verified(value: dict) -> dict | None:
     """The object without its checksum; None if the checksum is wrong."""
-    content = {key: v for key, v in value.items() if key != "checksum"}
+    content = _without_checksum(value)
     try:
         return content if value == with_checksum(content) else None
     except (NonFiniteError, ValueError):  # NaN, or half of a surrogate pair: not what `with_checksum` took
         return None
+
+
+def _without_checksum(value: dict) -> dict:
+    return {key: v for key, v in value.items() if key != "checksum"}
 
 
 def to_jsonable(value: Any) -> Any:

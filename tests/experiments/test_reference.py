@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lindm.io import files
+from lindm.io import manifest
 from lindm_experiments.harness.experiments import PACKAGE, load, points_of
 from lindm_experiments.harness.runner import verdicts_of
 from lindm_experiments.harness.verdicts import adjust
@@ -18,7 +18,7 @@ PAGE = (HERE.parent / "docs" / "results.md").read_text(encoding="utf-8")
 @pytest.fixture(params=RUNS, ids=lambda run: run.name)
 def run(request):
     config = json.loads((request.param / "config.json").read_text())
-    return load(config["experiment"]), config, files.read_records(request.param)
+    return load(config["experiment"]), config, manifest.read_records(request.param)
 
 
 def test_there_are_reference_records():
@@ -44,7 +44,7 @@ def test_the_page_shows_the_gaps_of_the_records():
     """Every row of its tables: the fine-tuned model's gap and interval, and the others' beside it."""
     from lindm_experiments import decisions
 
-    records = files.read_records(HERE / "reference/decisions")
+    records = manifest.read_records(HERE / "reference/decisions")
     rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
     number = r"(-?\d\.\d{3})"
     row = rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|"
@@ -60,7 +60,7 @@ def test_the_page_shows_the_gaps_of_the_records():
 def test_the_page_shows_the_gaps_with_worse_demonstrations():
     from lindm_experiments import decisions
 
-    records = files.read_records(HERE / "reference/decisions")
+    records = manifest.read_records(HERE / "reference/decisions")
     rows = {(r["suite"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "worse"}
     for suite, horizon in (("mdp", 8), ("pomdp", 6), ("apomdp", 3)):
         sft, bc, icl = ("{gap:.3f} [{low:.3f}, {high:.3f}]".format(**rows[suite, policy]) for policy in ("sft", "bc", "icl"))
@@ -70,7 +70,7 @@ def test_the_page_shows_the_gaps_with_worse_demonstrations():
 def test_the_page_shows_the_risks_by_length():
     from lindm_experiments import llm_law
 
-    records = files.read_records(HERE / "reference/llm_law")
+    records = manifest.read_records(HERE / "reference/llm_law")
     N, M = llm_law.lengths(records)
     risks = {predictor: llm_law.risks(records, predictor).mean(0) for predictor in ("transformer", "layer", "bayes")}
     for i, n in enumerate(N):

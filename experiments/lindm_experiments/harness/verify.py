@@ -88,7 +88,7 @@ def verify(
         outcomes.sort(key=lambda o: list(chosen).index(o.experiment))
         summary = summarize(outcomes, chosen, preset, time.perf_counter() - started)
         write_verdicts(out, summary)
-        measured = [f"{o.experiment}/{name}" for o in outcomes if not o.error for name in ("config.json", "records.jsonl")]
+        measured = [f"{o.experiment}/{name}" for o in outcomes if o.verdicts for name in ("config.json", "records.jsonl")]
         options = {"preset": preset, "seeds": seeds, "seed_offset": seed_offset, "only": list(only)}
         manifest.write_manifest(out, [*REPORTS, *measured], **options, criteria=summary["criteria"])
     return Verification(summary=summary, directory=out, outcomes=outcomes)

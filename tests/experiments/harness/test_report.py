@@ -17,6 +17,7 @@ from lindm_experiments.harness import verify
 from lindm_experiments.harness.claims import CLAIMS, FAIL, OPEN, PASS, claims_hash, get_claim
 from lindm_experiments.harness.experiments import ambiguous_ids, select_claims
 from lindm_experiments.harness.report import (
+    VERDICTS_FORMAT,
     count_expected,
     docstring_blocks,
     format_number,
@@ -51,7 +52,7 @@ def printed(content, width=160) -> str:
 @pytest.fixture
 def directory(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "toy")
-    files.write_json(tmp_path / "verdicts.json", summary(GOOD, CONTROL))
+    files.write_json(tmp_path / "verdicts.json", summary(GOOD, CONTROL), format=VERDICTS_FORMAT)
     return tmp_path
 
 
@@ -91,7 +92,7 @@ def test_the_slack_of_an_inequality_stands_beside_its_verdict(directory):
     content = summary(bound, CONTROL)
     assert [c["slack"] for c in content["claims"]] == [[1.02, 3.0], None]
     assert "n=5" in printed(content) and printed(content).count("slack 1.02, median 3; predicted") == 1
-    files.write_json(directory / "verdicts.json", content)
+    files.write_json(directory / "verdicts.json", content, format=VERDICTS_FORMAT)
     assert write_report(directory).read_text().count("slack 1.02, median 3") == 2  # in the table, and with its experiment
 
 
@@ -194,14 +195,14 @@ def test_values_on_the_page_are_escaped(directory):
     content = json.loads((directory / "verdicts.json").read_text())
     content["claims"][0]["note"] = "<script>alert(1)</script>{{ 7 * 7 }}"
     content["claims"][0]["predicted"] = 'a < b & "c"'
-    files.write_json(directory / "verdicts.json", content)
+    files.write_json(directory / "verdicts.json", content, format=VERDICTS_FORMAT)
     source = write_report(directory).read_text()
     assert "<script>" not in source and "&lt;script&gt;alert(1)&lt;/script&gt;{{ 7 * 7 }}" in source
     assert "a &lt; b &amp;" in source
 
 
 def test_a_page_of_an_experiment_that_died_still_opens(tmp_path):
-    files.write_json(tmp_path / "verdicts.json", summary(message="toy: worker died (signal 9)"))
+    files.write_json(tmp_path / "verdicts.json", summary(message="toy: worker died (signal 9)"), format=VERDICTS_FORMAT)
     source = write_report(tmp_path).read_text()
     assert "worker died" in source and "0 of 2 claims as expected" in source
 
@@ -214,8 +215,8 @@ def test_redrawing_without_records_is_exit_3(tmp_path):
 
 def test_a_run_of_another_version_is_not_drawn_again(directory):
     config = directory / "toy" / "config.json"
-    files.write_json(config, files.read_json(config) | {"format": "lindm-run-0"})
-    with pytest.raises(DataError, match=r"config.json: must have the format 'lindm-run-1'; got 'lindm-run-0': another version"):
+    files.write_json(config, files.read_json(config), format="lindm-run-0")
+    with pytest.raises(DataError, match=r"config.json: must have the format 'lindm-run-2'; got 'lindm-run-0': another version"):
         redraw(directory)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lindm.errors import DataError, LindmError
-from lindm.io import directories, files
+from lindm.io import directories, files, manifest
 from lindm_experiments.harness import runner
 
 
@@ -36,12 +36,12 @@ def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
     names = {p.name for p in run.iterdir()}
     drawn = {"toy.png", "toy.pdf", "verdicts.json", "report.html"}
     assert names == {"records.jsonl", "config.json", "metrics.jsonl", "manifest.json"} | drawn
-    records = files.read_records(run)
+    records = manifest.read_records(run)
     assert [r["point"]["seed"] for r in records] == list(range(6))
     assert "seconds" not in records[0]
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["outputs"]["records.jsonl"] == files.sha256(run / "records.jsonl")
-    assert manifest["config"]["seeds"] == 6
+    content = json.loads((run / "manifest.json").read_text())
+    assert content["outputs"]["records.jsonl"] == files.sha256(run / "records.jsonl")
+    assert content["config"]["seeds"] == 6
     assert "toy-ratio" in out and "FAIL, as expected" in out
 
 
@@ -97,7 +97,7 @@ def test_a_bad_line_is_exit_3_with_file_and_line(lab, finished, line):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     with pytest.raises(LindmError) as stop:
-        files.read_records(lab.directory / "r")
+        manifest.read_records(lab.directory / "r")
     assert isinstance(stop.value, DataError) and "records.jsonl:2:" in stop.value.message
 
 
@@ -150,7 +150,7 @@ def test_a_non_finite_record_is_exit_5_and_not_written(lab):
     code, _, err = lab.lindm("run", "toy", "--out", "r", "--nan-at", "2")
     assert code == 5
     assert '"seed":2' in err and "curve.50 = nan" in err
-    assert len(files.read_records(lab.directory / "r")) == 2
+    assert len(manifest.read_records(lab.directory / "r")) == 2
 
 
 @pytest.mark.fault("F8")
@@ -172,7 +172,7 @@ def test_a_signal_ends_with_exit_75_and_the_run_resumes(lab, signum):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75 and "resumes" in err
     assert lab.lindm("run", "toy", "--out", "r", *options)[0] == 0
-    assert len(files.read_records(lab.directory / "r")) == 8
+    assert len(manifest.read_records(lab.directory / "r")) == 8
 
 
 def test_an_error_in_an_experiment_is_one_line_and_a_log(lab):
@@ -216,9 +216,9 @@ def test_a_worker_that_dies_costs_its_own_point(lab):
     claims = {c["id"]: c for c in json.loads((lab.directory / "v" / "verdicts.json").read_text())["claims"]}
     assert claims["other-ratio"]["verdict"] == "PASS"
     assert claims["toy-ratio"]["measured"] is None and claims["toy-ratio"]["verdict"] == "INCONCLUSIVE"
-    assert [r["point"]["seed"] for r in files.read_records(lab.directory / "v" / "toy")] == [0, 1, 2, 4, 5]
+    assert [r["point"]["seed"] for r in manifest.read_records(lab.directory / "v" / "toy")] == [0, 1, 2, 4, 5]
     assert lab.lindm("verify", "--out", "v")[0] == 0
-    assert [r["point"]["seed"] for r in files.read_records(lab.directory / "v" / "toy")] == list(range(6))
+    assert [r["point"]["seed"] for r in manifest.read_records(lab.directory / "v" / "toy")] == list(range(6))
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_ray_gives_the_same_records_and_a_killed_worker_costs_its_point(lab):
     assert content(lab.directory / "ray" / "toy") == content(lab.directory / "local" / "toy")
     code, out, _ = lab.lindm("verify", "--executor", "ray", "--workers", "2", "--out", "killed", TOY_DIES="1")
     assert code == 70 and "worker died" in out
-    assert len(files.read_records(lab.directory / "killed" / "toy")) == 5
+    assert len(manifest.read_records(lab.directory / "killed" / "toy")) == 5
 
 
 @pytest.mark.slow

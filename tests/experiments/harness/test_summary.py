@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm.llm.sft.options import RUN_FORMAT
 from lindm_experiments.harness import summary as pages
+from lindm_experiments.harness.report import VERDICTS_FORMAT
 from lindm_experiments.harness.runner import RUN_REPORTS
 from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
 
@@ -28,7 +28,7 @@ def work(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "verified" / "toy")
     for name in RUN_REPORTS:
         (tmp_path / "verified" / "toy" / name).unlink()
-    files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL))
+    files.write_json(tmp_path / "verified" / "verdicts.json", summary(GOOD, CONTROL), format=VERDICTS_FORMAT)
     (tmp_path / "more" / "run").mkdir(parents=True)
     (tmp_path / "more" / "eval").mkdir()
     files.write_json(tmp_path / "more" / "eval" / "eval.json", {"rows": [ROW, MODEL, NONE]}, format=EVAL_FORMAT)
@@ -36,7 +36,7 @@ def work(tmp_path, finished):
     files.write_json(tmp_path / "more" / "run" / "config.json", {"options": options}, format=RUN_FORMAT)
     looked = [{"step": s, "kind": "eval", "loss": 2.0 - s, "gap": 0.5 - s / 10, "bc_gap": 0.3} for s in (0, 1)]
     lines = [looked[0], {"step": 1, "kind": "train", "loss": 1.5}, looked[1]]
-    (tmp_path / "more" / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "more" / "run" / "metrics.jsonl").write_text("".join(files.record_line(line) + "\n" for line in lines))
     return tmp_path
 
 

@@ -340,7 +340,7 @@ def test_saved_tensors_equal_the_loaded_ones(tmp_path, name):
     assert equal(weights.load(tmp_path / "b"), m) and nnx.graphdef(weights.load(tmp_path / "b")) == nnx.graphdef(m)
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (config["dtype"], config["eos_token_id"], config["pad_token_id"]) == ("float32", [1, 2], 0)
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -414,7 +414,14 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     config = json.loads((original / "config.json").read_text())
     (original / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     weights.save(weights.load(original), tmp_path / "b", like=original)
-    names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    names = [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
     assert (tmp_path / "b" / "tokenizer.json").read_text() == "tokenizer.json"
     assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 7

@@ -131,7 +131,7 @@ def test_an_error_lists_the_damage_of_every_checkpoint(copied):
     with pytest.raises(LindmError) as stop:
         checkpoints.restore(copied, template(mesh_of(1, 1)))
     assert isinstance(stop.value, CheckpointError)
-    assert "00000006: its manifest is damaged" in str(stop.value) and "progress.json is missing" in str(stop.value)
+    assert "00000006/manifest.json: not JSON" in str(stop.value) and "progress.json is missing" in str(stop.value)
 
 
 @pytest.mark.fault("F5")
