@@ -81,7 +81,8 @@ def evaluate(
     if not isinstance(source, Suite):
         check_memory(source.problem if isinstance(source, NamedProblem) else source)
     kept = scratch_directory() if data is None else nullcontext(data)
-    with kept as directory:
+    with kept as parent:
+        directory = parent / "data" if data is None else parent  # the scratch directory is locked, and its writer locks it too
         with double_precision():
             make_dataset(directory, source, dataset, progress=progress)
         tasks = read_tasks(Dataset(directory))
