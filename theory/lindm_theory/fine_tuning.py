@@ -111,6 +111,12 @@ class ValueRow:
     u: Array  # []
 
 
+def _row_curvature(U: Array, Lambda: Array, fourth: Callable[[Array], Array], N: Number, Lambda_q: Array) -> tuple[Array, Array]:
+    """C = U Lq U' and K = E[G C G], both [d, d]: the risk of a value row is quadratic in v with K, and in u with tr(C B)."""
+    C = U @ Lambda_q @ U.T
+    return C, context_second_moment(Lambda, C, fourth(C), N)
+
+
 def value_row_limit(
     U: Array,
     Lambda: Array,
@@ -126,8 +132,7 @@ def value_row_limit(
     b = K^{-1} Lambda U Lq m, K = E[G C G], C = U Lq U', u = tr(U Lq Cov Lambda) / tr(C B(Cov)), Cov = Psi - m m'. So the row
     predicts the mean task from the features and regresses on centered labels: what = U'(G b + u (S - G m)). U must be invertible.
     """
-    C = U @ Lambda_q @ U.T
-    K = context_second_moment(Lambda, C, fourth(C), N)
+    C, K = _row_curvature(U, Lambda, fourth, N, Lambda_q)
     covariance = Psi - jnp.outer(mean, mean)
     B = context_second_moment(Lambda, covariance, fourth(covariance), N, noise)
     u = jnp.trace(U @ Lambda_q @ covariance @ Lambda) / jnp.trace(C @ B)
@@ -150,8 +155,7 @@ def value_row_risk(
     v'K v + 2 u v'K m + u^2 tr(C B) - 2 v'Lambda U Lq m - 2 u tr(U Lq Psi Lambda) + tr(Lq Psi). Zero-shot (a prompt without
     labels, S = 0) is u = 0.
     """
-    C = U @ Lambda_q @ U.T
-    K = context_second_moment(Lambda, C, fourth(C), N)
+    C, K = _row_curvature(U, Lambda, fourth, N, Lambda_q)
     B = context_second_moment(Lambda, Psi, fourth(Psi), N, noise)
     pull = Lambda @ U @ Lambda_q
     squares = row.v @ K @ row.v + 2.0 * row.u * (row.v @ K @ mean) + row.u**2 * jnp.trace(C @ B)
@@ -166,8 +170,7 @@ def zero_shot_path(
     u does not move. The zero-shot gain on tasks of mean m is 2 v'K b - v'K v, and in-context risk on old tasks of mean zero (same
     features and N) grows by exactly e(t): never more than the gain, and equal to it, b'K b, in the end.
     """
-    C = U @ Lambda_q @ U.T
-    K = context_second_moment(Lambda, C, fourth(C), N)
+    K = _row_curvature(U, Lambda, fourth, N, Lambda_q)[1]
     spectrum, basis = jnp.linalg.eigh(K)
     b = basis.T @ jnp.linalg.solve(K, Lambda @ U @ Lambda_q @ mean)
     v = -jnp.expm1(-times[:, None] * spectrum[None, :]) * b[None, :]
