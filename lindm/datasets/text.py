@@ -33,11 +33,6 @@ class TextFormat:
         """Fields of a step that the query shows: no rewards where the state is hidden."""
         return self.fields if "state" in self.fields else self.fields - {"reward"}
 
-    @property
-    def shows_rewards(self) -> bool:
-        """Whether the demonstrations show rewards."""
-        return "reward" in self.fields
-
     def demonstrations(self, task: Task) -> tuple[tuple[Step, ...], ...]:
         """The demonstrations of a task as a text shows them."""
         return tuple(episode.steps(self.fields) for episode in task.demonstrations)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from lindm import validate
 from lindm.icl.label_laws import LabelLaw, noisy_labels, oracle_labels
 from lindm.random import flat
-from lindm.solvers.rollout import cumulative, invert, rollout, step
+from lindm.solvers.rollout import cumulative, invert, step
 from lindm.types import MDP, Prompt, at_stage
 
 
@@ -54,16 +54,6 @@ def draw_pairs(key: Array, cdf: Array, n: int | tuple[int, ...]) -> Array:
     """
     shape = (n,) if isinstance(n, int) else n
     return invert(cdf, flat(jax.random.uniform, key, shape, cdf.dtype))
-
-
-def trajectory_pairs(key: Array, mdp: MDP, pi: Array, n: int) -> Array:
-    """The pairs that n episodes of a behavior policy visit: idx int32 [H, n].
-
-    Within a stage the n pairs are i.i.d. from the occupancy of pi; the i-th pairs of different stages belong to one episode
-    and depend on each other. Contexts that must be independent over stages need a key for each stage.
-    """
-    episodes = rollout(key, mdp, pi, n)
-    return (episodes.s * mdp.num_actions + episodes.a).T
 
 
 def pair_kernel(P: Array, pi: Array) -> Array:
@@ -129,24 +119,6 @@ def transitions(key: Array, mdp: MDP, phi: Array, idx: Array) -> tuple[Array, Ar
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------
-
-
-def stage_prompt(x: ArrayLike, y: ArrayLike, query: ArrayLike) -> Prompt:
-    """A prompt from a user's arrays: x [..., N, d], y [..., N], query [..., Q, d].
-
-    Raises: ValueError if the shapes do not fit, N is zero, or a value is not finite.
-    """
-    x, y, query = jnp.asarray(x), jnp.asarray(y), jnp.asarray(query)
-    if x.ndim < 2 or x.shape[-2] < 1:
-        raise ValueError(f"x must have shape [..., N, d] with N at least 1; got {x.shape}")
-    if y.shape != x.shape[:-1]:
-        raise ValueError(f"y must hold one label for each row of x, shape {x.shape[:-1]}; got {y.shape}")
-    if query.ndim != x.ndim or query.shape[-1] != x.shape[-1] or query.shape[:-2] != x.shape[:-2]:
-        raise ValueError(f"query must have shape [..., Q, d] with the leading axes and d of x {x.shape}; got {query.shape}")
-    for name, array in (("x", x), ("y", y), ("query", query)):
-        if _concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
-            raise ValueError(f"{name} must be finite; got a NaN or an infinity")
-    return Prompt(x=x, y=y, query=query)
 
 
 def td_prompt(x: Array, x_next: Array, r: Array, query: Array, gamma: ArrayLike) -> Prompt:

@@ -99,15 +99,3 @@ def first_history(branches: int, t: int) -> int:
 def num_histories(problem: APOMDP) -> int:
     """The number of histories of all stages."""
     return first_history(branching(problem), problem.horizon)
-
-
-def history_index(problem: APOMDP, a: Array, m: Array, o: Array) -> Array:
-    """The number of a history within its stage, from its steps a, m, o [..., t]: int32 [...].
-
-    Raises:
-      ValueError: the number does not fit 32 bits.
-    """
-    if branching(problem) ** a.shape[-1] > 2**31:
-        raise ValueError(f"a must have few enough steps for 32 bits; got {a.shape[-1]} with {branching(problem)} branches each")
-    place = branching(problem) ** jnp.arange(a.shape[-1], dtype=jnp.int32)
-    return jnp.sum(step_index(problem, a, m, o) * jnp.broadcast_to(place, a.shape), axis=-1, dtype=jnp.int32)

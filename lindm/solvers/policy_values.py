@@ -39,24 +39,6 @@ def whole_horizon_value(problem: APOMDP, policy: tree.Policy) -> Array:
     return alpha_maxmin(problem.alpha, values, 0)
 
 
-def without_models(problem: APOMDP, policy: tree.Policy) -> tree.Policy:
-    """A policy over histories of (a, o) alone as one over histories of (a, m, o), which does not use the model.
-
-    Its stage t has (A O)^t histories, numbered like those of a POMDP.
-    """
-    M, A, O = problem.num_models, problem.num_actions, problem.num_observations
-    one = _only(problem, 0)
-    tree.check_shapes(one, policy)
-    tables = []
-    for t, table in enumerate(policy):
-        a, _, o = np.indices((A, M, O)).reshape(3, -1)
-        index = np.zeros(1, int)
-        for k in range(t):
-            index = child_history(one, k, index, step_index(one, a, 0, o)[:, None]).reshape(-1)
-        tables.append(table[index])
-    return tuple(tables)
-
-
 def _only(problem: APOMDP, m: int) -> APOMDP:
     M = problem.num_models
     if not 0 <= m < M:

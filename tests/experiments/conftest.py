@@ -1,5 +1,6 @@
 """A toy experiment outside the package: faults are tested with real processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from lindm.io import files
+from lindm_experiments.harness.experiments import points_of
+
 ROOT = Path(__file__).parents[2]
+
+
+def smoke_records(experiment) -> list[dict]:
+    """The records of the smoke preset, as they are read from the file of a run."""
+    points = points_of(experiment, experiment.SMOKE)
+    records = [{"point": p} | files.to_jsonable(experiment.measure(experiment.SMOKE, p)) for p in points]
+    return json.loads(json.dumps(records, allow_nan=False))
+
 
 TOY = '''"""Does a toy survive?
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 from dataclasses import replace
 
 import jax
@@ -11,19 +10,18 @@ import numpy as np
 import pytest
 
 from lindm.families.prostate import prostate
-from lindm.io import files
 from lindm.solvers import tree
 from lindm.solvers.policy_values import whole_horizon_value
 from lindm.types import APOMDP, POMDP
 from lindm_experiments import ambiguity
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.lib import apomdps
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(ambiguity.measure(ambiguity.SMOKE, p)) for p in ambiguity.points(ambiguity.SMOKE)]
-    return json.loads(json.dumps(raw))
+    return smoke_records(ambiguity)
 
 
 def test_smoke_records_decide_every_claim_and_draw_every_figure(records):

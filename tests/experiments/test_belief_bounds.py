@@ -1,7 +1,6 @@
 """Certified bounds beside exact answers: the tiger by three routes, and verdicts that bounds moved inwards turn."""
 
 import copy
-import json
 from dataclasses import replace
 
 import jax
@@ -9,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.problems.apomdp import single
 from lindm.solvers import belief_net, tree
 from lindm_experiments import belief_bounds
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.lib import apomdps
+from tests.experiments.conftest import smoke_records
 
 CFG = belief_bounds.SMOKE
 
@@ -25,8 +24,7 @@ def records() -> list[dict]:
 
 
 def _measured() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(belief_bounds.measure(CFG, p)) for p in belief_bounds.points(CFG)]
-    return json.loads(json.dumps(raw))
+    return smoke_records(belief_bounds)
 
 
 @pytest.fixture(scope="module")

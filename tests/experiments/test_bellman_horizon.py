@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import bellman_horizon as exp
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(exp.measure(exp.SMOKE, p)) for p in points_of(exp, exp.SMOKE)]
+    return smoke_records(exp)
 
 
 def _many(records: list[dict], power: float) -> list[dict]:

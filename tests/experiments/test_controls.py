@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm_experiments import controls
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(controls.measure(controls.SMOKE, p)) for p in points_of(controls, controls.SMOKE)]
+    return smoke_records(controls)
 
 
 def _ideal() -> list[dict]:

@@ -15,11 +15,12 @@ from lindm_experiments import decisions
 from lindm_experiments.decisions import FULL, QUICK, SMOKE, Config
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids
 from lindm_experiments.lib import language_models
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(decisions.measure(SMOKE, p)) for p in decisions.points(SMOKE)]
+    return smoke_records(decisions)
 
 
 @pytest.mark.slow

@@ -1,24 +1,21 @@
 """Training on few tasks: the records, the excess risk by numpy, and a criterion that notices another law."""
 
 import copy
-import json
 
 import jax
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import few_tasks
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import linear_mdps
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(few_tasks.measure(few_tasks.SMOKE, p)) for p in points_of(few_tasks, few_tasks.SMOKE)]
-    return json.loads(json.dumps(raw))
+    return smoke_records(few_tasks)
 
 
 def test_smoke_records_decide_every_claim_and_draw_every_figure(records):

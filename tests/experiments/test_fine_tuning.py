@@ -1,25 +1,22 @@
 """Fine-tuning: verdicts that notice other laws."""
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm_experiments import fine_tuning
 from lindm_experiments.harness import claims
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 CFG = fine_tuning.SMOKE
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(fine_tuning.measure(CFG, p)) for p in points_of(fine_tuning, CFG)]
-    return json.loads(json.dumps(raw))
+    return smoke_records(fine_tuning)
 
 
 def _ideal(records: list[dict]) -> list[dict]:

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from lindm.io import files
 from lindm_experiments import gradient_flow
 from lindm_experiments.harness.claims import FAIL, PASS
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 CFG = gradient_flow.SMOKE
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(gradient_flow.measure(CFG, p)) for p in points_of(gradient_flow, CFG)]
+    return smoke_records(gradient_flow)
 
 
 def _field(theta: np.ndarray) -> np.ndarray:

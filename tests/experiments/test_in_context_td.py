@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 
 from lindm.icl.attention import ReducedAttention
-from lindm.io import files
 from lindm.problems.linear_mdp import draw_task, simplex_family
 from lindm.types import Prompt
 from lindm_experiments import in_context_td as exp
 from lindm_experiments.harness.claims import FAIL, PASS
-from lindm_experiments.harness.experiments import points_of
 from lindm_theory import temporal_difference as td
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(exp.measure(exp.SMOKE, p)) for p in points_of(exp, exp.SMOKE)]
+    return smoke_records(exp)
 
 
 @pytest.fixture(scope="module")

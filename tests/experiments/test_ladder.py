@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.problems.linear_mdp import draw_task, second_moment
 from lindm.solvers.dp import plan_linear
 from lindm_experiments import ladder
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(ladder.measure(ladder.SMOKE, p)) for p in points_of(ladder, ladder.SMOKE)]
+    return smoke_records(ladder)
 
 
 @pytest.fixture

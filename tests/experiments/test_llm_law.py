@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm_experiments import llm_law
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids
-from lindm_experiments.llm_law import FULL, QUICK, SMOKE, D
+from lindm_experiments.llm_law import FULL, QUICK, D
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(llm_law.measure(SMOKE, p)) for p in llm_law.points(SMOKE)]
+    return smoke_records(llm_law)
 
 
 @pytest.mark.slow

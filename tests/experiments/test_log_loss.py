@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 
 from lindm.icl.attention import ReducedAttention
-from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm.solvers.dp import policy_value
 from lindm.types import MDP, Prompt
 from lindm_experiments import log_loss as exp
 from lindm_experiments.harness.claims import FAIL, PASS
-from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import linear_mdps
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(exp.measure(exp.SMOKE, p)) for p in points_of(exp, exp.SMOKE)]
+    return smoke_records(exp)
 
 
 def test_cross_entropy_weights_are_the_minimum_that_gradient_descent_finds():

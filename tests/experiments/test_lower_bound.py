@@ -1,29 +1,25 @@
 """One layer under kernels that differ: the records, what numpy says of them, and criteria that notice another law."""
 
 import copy
-import json
 
 import jax
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.problems.linear_mdp import simplex_family
 from lindm_experiments import lower_bound
 from lindm_experiments.harness.claims import FAIL, PASS, Mutant, claim_ids
-from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.harness.mutants import try_mutants
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.mutants import LOWER
+from tests.experiments.conftest import smoke_records
 
 REFUTED = ("lower-bound/unminimized", "lower-bound/policy-half")
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    cfg = lower_bound.SMOKE
-    raw = [{"point": p} | files.to_jsonable(lower_bound.measure(cfg, p)) for p in points_of(lower_bound, cfg)]
-    return json.loads(json.dumps(raw, allow_nan=False))
+    return smoke_records(lower_bound)
 
 
 def test_it_runs_and_decides_and_draws_what_it_says(records):

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lindm.io import files
 from lindm.problems.linear_mdp import second_moment, simplex_family
 from lindm_experiments import margin
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(margin.measure(margin.SMOKE, p)) for p in points_of(margin, margin.SMOKE)]
+    return smoke_records(margin)
 
 
 M, FAR = [12, 16, 24, 32, 48, 64, 96, 128], [512, 1024, 2048]

@@ -15,7 +15,6 @@ from lindm.datasets import DatasetConfig
 from lindm.evaluation.environments import make_tasks
 from lindm.evaluation.policy import Observation
 from lindm.families.suites import draw_task
-from lindm.io import files
 from lindm.llm.policy import LanguageModelPolicy, TextOptions
 from lindm.problems import cassandra
 from lindm.text import COMPACT, Document, Step
@@ -24,13 +23,14 @@ from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
 from lindm_experiments.lib import language_models, probes
 from lindm_experiments.lib.probes import Queries
 from lindm_experiments.mechanism import SMOKE
+from tests.experiments.conftest import smoke_records
 
 TIGER = Path(__file__).parents[1] / "lindm/problems/files/tiger.pomdp"
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(mechanism.measure(SMOKE, p)) for p in mechanism.points(SMOKE)]
+    return smoke_records(mechanism)
 
 
 @pytest.mark.slow

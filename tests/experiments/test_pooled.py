@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm_experiments import mutants, pooled
 from lindm_experiments.harness.claims import CLAIMS, FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 def ideal(seeds: int = 10) -> list[dict]:
@@ -133,8 +132,7 @@ def test_a_wrong_bound_does_not_survive(mutant):
 
 @pytest.mark.slow
 def test_smoke_gives_every_verdict_and_figure():
-    cfg = pooled.SMOKE
-    records = [{"point": p} | files.to_jsonable(pooled.measure(cfg, p)) for p in points_of(pooled, cfg)]
+    records = smoke_records(pooled)
     shown = pooled.check(records)
     assert [v.id for v in shown] == list(claim_ids("pooled"))
     assert set(pooled.plot(records)) == {v.figure for v in shown}

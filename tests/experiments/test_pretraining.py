@@ -1,24 +1,20 @@
 """Pretraining on T prompts: the records, the fits by the normal equations, and criteria that notice another law."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm_experiments import pretraining
 from lindm_experiments.harness.claims import FAIL, PASS, Mutant, claim_ids
-from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.harness.mutants import try_mutants
 from lindm_experiments.mutants import PRETRAINING
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    cfg = pretraining.SMOKE
-    raw = [{"point": p} | files.to_jsonable(pretraining.measure(cfg, p)) for p in points_of(pretraining, cfg)]
-    return json.loads(json.dumps(raw, allow_nan=False))
+    return smoke_records(pretraining)
 
 
 def test_it_runs_and_decides_and_draws_what_it_says(records):

@@ -10,13 +10,12 @@ import pytest
 from matplotlib import pyplot
 
 from lindm.icl.attention import ReducedAttention, query_columns
-from lindm.io import files
 from lindm.types import Prompt
 from lindm_experiments import risk
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
 from lindm_experiments.lib import nested
 from lindm_experiments.lib.feature_laws import Law, draw_pairs, draw_tasks, fourth, moment, named_laws, simplex_mdps
+from tests.experiments.conftest import smoke_records
 
 SPECTRUM = 10.0 ** -(np.arange(6) / 5)
 KAPPA_10 = np.diag(6 * SPECTRUM / SPECTRUM.sum())
@@ -24,7 +23,7 @@ KAPPA_10 = np.diag(6 * SPECTRUM / SPECTRUM.sum())
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(risk.measure(risk.SMOKE, p)) for p in points_of(risk, risk.SMOKE)]
+    return smoke_records(risk)
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm_experiments import softmax
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    return [{"point": p} | files.to_jsonable(softmax.measure(softmax.SMOKE, p)) for p in points_of(softmax, softmax.SMOKE)]
+    return smoke_records(softmax)
 
 
 def _many(records: list[dict], risks: dict[str, list[float]]) -> list[dict]:

@@ -1,25 +1,21 @@
 """The limit of softmax attention: records by another route, and verdicts that notice another law."""
 
 import copy
-import json
 from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.types import Prompt
 from lindm_experiments import softmax_limit
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    smoke = softmax_limit.SMOKE
-    raw = [{"point": p} | files.to_jsonable(softmax_limit.measure(smoke, p)) for p in points_of(softmax_limit, smoke)]
-    return json.loads(json.dumps(raw))
+    return smoke_records(softmax_limit)
 
 
 def test_the_heads_are_weighted_means_of_the_labels_in_numpy():

@@ -1,23 +1,20 @@
 """Learned weights beside the closed form: the records, A_N by numpy, and a criterion that notices another matrix."""
 
 import copy
-import json
 
 import jax
 import numpy as np
 import pytest
 
-from lindm.io import files
 from lindm.problems.linear_mdp import second_moment
 from lindm_experiments import weights
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
-from lindm_experiments.harness.experiments import points_of
+from tests.experiments.conftest import smoke_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    raw = [{"point": p} | files.to_jsonable(weights.measure(weights.SMOKE, p)) for p in points_of(weights, weights.SMOKE)]
-    return json.loads(json.dumps(raw))
+    return smoke_records(weights)
 
 
 def test_smoke_records_decide_every_claim_and_draw_every_figure(records):

@@ -116,11 +116,6 @@ def at_most(values: ArrayLike, limit: float, *, min_seeds: int = 5) -> Decision:
     return equivalence(values, -float("inf"), limit, min_seeds=min_seeds)
 
 
-def at_least(values: ArrayLike, limit: float, *, min_seeds: int = 5) -> Decision:
-    """Is the mean over seeds >= limit?"""
-    return equivalence(values, limit, float("inf"), min_seeds=min_seeds)
-
-
 def clopper_pearson(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Exact two-sided (1 - level) interval of a binomial rate."""
     if not 0 <= count <= n or n < 1:

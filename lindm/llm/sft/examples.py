@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lindm.choices import Rewards
-from lindm.datasets import Dataset, Task, documents, is_dataset, text_format
+from lindm.datasets import Dataset, Task, documents, is_dataset
 from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
 from lindm.llm.chats import chat_example
@@ -45,40 +45,6 @@ def open_data(path: Path) -> Dataset | Path:
     if path.is_file() and path.suffix == ".jsonl":
         return path
     raise ValueError(f"data must be {ACCEPTED}; got {path}")
-
-
-def load_examples(
-    data: Path | Dataset,
-    tokenizer: Tokenizer,
-    *,
-    template: str | Template | None = None,
-    rewards: Rewards = "auto",
-    names: bool = False,
-    supervise: Supervise = "all",
-    max_tokens: int | None = None,
-    progress: Progress = lambda done, total: None,
-) -> list[Example]:
-    """All examples of `data`, in order. The group of an example is its task or its row.
-
-    Args:
-      template, rewards, names: of a dataset, as in `lindm.datasets.text_format`.
-      supervise: of a dataset, as in `document_example`.
-      max_tokens: maximum length of an example [default: any].
-      progress: called with (done, total) tasks or rows.
-
-    Raises:
-      ValueError: data of another kind, an option that does not apply to it, and the errors of `lindm.datasets.text_format`.
-      DataError: bad data, with file and line, or task and query: not JSON, a missing key, a wrong type, no labels, too long, or
-        text that the tokenizer cannot encode.
-    """
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
-    data = data if isinstance(data, Dataset) else open_data(data)
-    if isinstance(data, Path):
-        check_file_options(template, rewards, names, supervise)
-        return file_examples(data, read_file(data), tokenizer, max_tokens, progress)
-    text = text_format(data, template, rewards, names)
-    return dataset_examples(data, read_documents(data, text, progress), tokenizer, text.template, supervise, max_tokens)
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

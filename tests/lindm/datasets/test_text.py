@@ -23,7 +23,7 @@ from lindm.text import COMPACT, READABLE, Step, text
 def test_rewards_are_shown_where_the_option_and_the_problem_allow(made, name, rewards, in_demonstrations, in_query):
     dataset = Dataset(getattr(made, name))
     how, task = text_format(dataset, rewards=rewards), dataset.load()[0]
-    assert how.shows_rewards is in_demonstrations and ("reward" in how.query_fields) is in_query
+    assert ("reward" in how.fields) is in_demonstrations and ("reward" in how.query_fields) is in_query
     document = how.document(task, task.queries[0])
     assert all((step.reward is not None) is in_demonstrations for steps in document.demonstrations for step in steps)
     assert all((step.reward is not None) is in_query for step in document.query)

@@ -149,16 +149,6 @@ def test_few_and_many_episodes_use_kernels_summed_by_row_and_by_table_alike():
     np.testing.assert_array_equal(few, many[:5])
 
 
-def test_trajectory_pairs_are_the_pairs_of_the_rollout():
-    mdp = as_mdp(*numpy_mdp(6))
-    pi = jnp.full((H, S, A), 1 / A)
-    idx = prompts.trajectory_pairs(jax.random.key(7), mdp, pi, 20)
-    episodes = rollout(jax.random.key(7), mdp, pi, 20)
-    assert idx.shape == (H, 20)
-    for h, i in itertools.product(range(H), range(20)):
-        assert divmod(int(idx[h, i]), A) == (int(episodes.s[i, h]), int(episodes.a[i, h]))
-
-
 def test_a_stack_of_mdps_is_a_loop_over_them():
     problems = [numpy_mdp(seed) for seed in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[as_mdp(*p) for p in problems])
@@ -298,29 +288,6 @@ def test_single_precision_in_is_single_precision_out():
     y = label_laws.return_labels(jax.random.key(0), mdp, jnp.zeros((H, S), jnp.int32), 0, jnp.arange(5, dtype=jnp.int32))
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((prompt, training, target, episodes.r, y))}
     assert dtypes == {"float32"}
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "query", "rule"),
-    [
-        (np.zeros(3), np.zeros(3), np.zeros((1, 3)), "x must have shape"),
-        (np.zeros((0, 3)), np.zeros(0), np.zeros((1, 3)), "x must have shape"),
-        (np.zeros((4, 3)), np.zeros(3), np.zeros((1, 3)), "y must hold one label for each row of x"),
-        (np.zeros((4, 3)), np.zeros(4), np.zeros((1, 2)), "query must have shape"),
-        (np.zeros((4, 3)), np.zeros(4), np.zeros(3), "query must have shape"),
-        (np.full((4, 3), np.nan), np.zeros(4), np.zeros((1, 3)), "x must be finite"),
-        (np.zeros((4, 3)), np.full(4, np.inf), np.zeros((1, 3)), "y must be finite"),
-        (np.zeros((4, 3)), np.zeros(4), np.full((1, 3), np.nan), "query must be finite"),
-    ],
-)
-def test_a_prompt_made_by_hand_is_checked(x, y, query, rule):
-    with pytest.raises(ValueError, match=rule):
-        prompts.stage_prompt(x, y, query)
-
-
-def test_a_good_prompt_made_by_hand_is_accepted():
-    prompt = prompts.stage_prompt(np.ones((4, 3)), np.ones(4), np.ones((2, 3)))
-    assert prompt.x.shape == (4, 3)
 
 
 @pytest.mark.parametrize("kind", [ReducedAttention, FullAttention])

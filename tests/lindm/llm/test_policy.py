@@ -144,10 +144,10 @@ def test_a_model_reads_texts_as_it_was_trained(micro, run, tmp_path):
     (tmp_path / "turned.json").write_text(json.dumps(turned))
     for directory, shown in ((micro.model, True), (run, False)):
         text = load_policy(directory).init([task]).text
-        assert text.shows_rewards is shown and text.template == COMPACT
+        assert ("reward" in text.fields) is shown and text.template == COMPACT
         other = {"template": str(tmp_path / "turned.json"), "rewards": "hidden" if shown else "shown"}
         text = load_policy(directory, **other).init([task]).text
-        assert text.shows_rewards is not shown and text.template.name == "turned"
+        assert ("reward" in text.fields) is not shown and text.template.name == "turned"
 
 
 def test_a_temperature_gives_the_models_own_probabilities(micro, run):

@@ -13,7 +13,7 @@ from lindm.problems import cassandra
 from lindm.problems.apomdp import mixture, optimistic, single
 from lindm.problems.pomdp import reveal
 from lindm.solvers import dp, tree
-from lindm.solvers.belief import history_index, num_histories
+from lindm.solvers.belief import num_histories
 from lindm.types import APOMDP, MDP
 
 CASES = [
@@ -120,14 +120,6 @@ def test_a_stack_of_problems_is_a_loop_over_them(brute):
     close(jax.lax.map(tree.value, stack), alone)
 
 
-def test_histories_are_numbered_with_the_last_step_most_significant(brute):
-    reference = brute.random(0, A=2, M=2, O=3, H=4)
-    rng = np.random.default_rng(0)
-    steps = np.stack([rng.integers(0, n, (5, 3)) for n in (2, 2, 3)])
-    wanted = [index(reference, list(zip(*steps[:, k], strict=True))) for k in range(5)]
-    np.testing.assert_array_equal(history_index(reference.problem(), *steps), wanted)
-
-
 # --- reductions
 
 
@@ -219,13 +211,6 @@ def test_a_tree_takes_no_more_memory_than_memory_bytes():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_history_too_long_for_its_number_raises_an_error(brute):
-    problem = brute.random(0, A=2, M=2, O=3, H=2).problem()
-    steps = np.zeros((1, 10), np.int32)
-    with pytest.raises(ValueError, match="a must have few enough steps for 32 bits; got 10 with 12 branches each"):
-        history_index(problem, steps, steps, steps)
 
 
 # --- values that others published

@@ -68,7 +68,7 @@ def test_evaluation_data_are_read_once_too_and_give_the_evaluated_tasks(micro, t
     assert below(opened, micro.mdp) == ONCE and below(opened, micro.hidden) == ONCE | {"problem.jsonl": 1}
     assert len(tokenized) == 2 * 24 * 2 and set(tokenized.values()) == {1}
     assert [task.task for task in setup.decision_tasks.tasks] == [0, 1]
-    assert not setup.decision_tasks.text.shows_rewards
+    assert "reward" not in setup.decision_tasks.text.fields
     assert len(setup.train_rows) == len(setup.eval_rows) == 24 * 2
 
 

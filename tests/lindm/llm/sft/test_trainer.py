@@ -167,7 +167,7 @@ def test_a_stop_during_evaluation_saves_and_the_resumed_run_evaluates(micro, uni
 @pytest.mark.parametrize("kind", ["hidden", "ambiguous"])
 def test_rewards_are_hidden_if_they_could_reveal_the_state(micro, tmp_path, kind):
     prepared = setup_training(options(micro, tmp_path, data=getattr(micro, kind)))
-    assert not prepared.decision_tasks.text.shows_rewards
+    assert "reward" not in prepared.decision_tasks.text.fields
     text = prepared.tokenizer.decode(prepared.train_rows[0][0].ids.tolist())
     assert ":" not in text and ":" in setup_training(options(micro, tmp_path)).tokenizer.decode(
         setup_training(options(micro, tmp_path)).train_rows[0][0].ids.tolist()
