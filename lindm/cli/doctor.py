@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 from lindm.cli.option_parser import Command
 
-LOCKS = Path(__file__).parents[2] / "requirements"
+LOCK = Path(__file__).parents[2] / "requirements" / "lock.txt"
 FREE_GB = 1.0
 
 
@@ -33,18 +32,19 @@ class Check(NamedTuple):
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
-    """Package -> version of a hashed lock."""
-    return dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    """Package -> version that a hashed lock has for this Python and platform."""
+    from packaging.requirements import Requirement
+
+    lines = [line.rstrip("\\ ") for line in lock.read_text(encoding="utf-8").splitlines() if not line.startswith((" ", "#"))]
+    requirements = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
+    return {r.name: str(r.specifier).removeprefix("==") for r in requirements}
 
 
 def check_lock() -> Check:
-    lock = LOCKS / f"py{sys.version_info.major}{sys.version_info.minor}.txt"
-    if not lock.exists():
-        return Check(
-            "lock", True, f"none for Python {sys.version_info.major}.{sys.version_info.minor} here; nothing to compare with"
-        )
+    if not LOCK.exists():
+        return Check("lock", True, "none here; nothing to compare with")
     wrong = []
-    for package, version in locked_versions(lock).items():
+    for package, version in locked_versions(LOCK).items():
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def check_lock() -> Check:
         if installed != version:
             wrong.append(f"{package} {installed}, locked {version}")
     shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-    return Check("lock", not wrong, shown or f"as in {lock.name}")
+    return Check("lock", not wrong, shown or f"as in {LOCK.name}")
 
 
 def check_jax() -> list[Check]:

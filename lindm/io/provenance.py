@@ -12,11 +12,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from lindm import __version__
 from lindm.io.files import write_json
 
 FORMAT, FILE = "lindm-provenance-1", "provenance.json"
 ROOT = Path(__file__).parents[2]  # of the checkout, or the site-packages of an installed wheel
-LIBRARIES = ("lindm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "scipy", "matplotlib")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "scipy", "matplotlib")
 
 
 def provenance() -> dict[str, Any]:
@@ -27,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions, git commit, platform, devices and flags of this process."""
-    versions = {}
+    versions = {"lindm": __version__}
     for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)

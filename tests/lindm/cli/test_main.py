@@ -213,11 +213,12 @@ def test_doctor_looks_at_versions_devices_precision_disk_and_fonts(tmp_path, cap
 
 
 def test_doctor_names_a_package_that_is_not_as_locked(tmp_path, monkeypatch):
-    lock = tmp_path / f"py{sys.version_info.major}{sys.version_info.minor}.txt"
-    lock.write_text("numpy==0.0.1 \\\n    --hash=sha256:00\nnot-a-package==1.0 \\\n    --hash=sha256:00\n")
-    monkeypatch.setattr(doctor, "LOCKS", tmp_path)
+    pins = ("numpy==0.0.1", "not-a-package==1.0", "not-here==1.0 ; python_full_version < '3'")
+    (tmp_path / "lock.txt").write_text("".join(f"{pin} \\\n    --hash=sha256:00\n" for pin in pins))
+    monkeypatch.setattr(doctor, "LOCK", tmp_path / "lock.txt")
     check = doctor.check_lock()
     assert not check.ok and "locked 0.0.1" in check.result and "not-a-package missing" in check.result
+    assert "not-here" not in check.result
 
 
 def test_doctor_reports_that_results_cannot_be_written(tmp_path):
