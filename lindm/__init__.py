@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
     from lindm.types import LinearMDP as LinearMDP
+    from lindm_experiments.harness.check import check as check
     from lindm_experiments.harness.mutants import verify_mutants as verify_mutants
     from lindm_experiments.harness.public import redraw as redraw
     from lindm_experiments.harness.public import report as report
@@ -59,6 +60,7 @@ _DEFINED = {
     "lindm.api.evaluation": ("evaluate",),
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
+    "lindm_experiments.harness.check": ("check",),
     "lindm_experiments.harness.public": ("redraw", "report"),
     "lindm_experiments.harness.mutants": ("verify_mutants",),
     "lindm_experiments.harness.verify": ("run_experiment", "verify"),

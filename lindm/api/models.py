@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lindm.choices import from_options
 from lindm.errors import DataError, unknown
 from lindm.io import signals
-from lindm.io.verification import verify_model_files
+from lindm.io.verification import verify_file_list
 from lindm.llm.config import ModelConfig
 from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
 
@@ -36,7 +36,7 @@ class Run:
         """The fine-tuned model, a Hugging Face directory. DataError where the run is not finished, or the manifest is damaged."""
         if not (self.directory / "model").is_dir():
             raise DataError(f"{self.directory} is a run that is not finished; the same call or `lindm sft` command resumes it")
-        verify_model_files(self.directory / "model", lambda name: False, required=True)
+        verify_file_list(self.directory / "model", lambda name: False, required=True)
         return self.directory / "model"
 
     @property

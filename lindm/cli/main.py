@@ -26,7 +26,7 @@ GROUPS = {
     "Claims and experiments": ("verify", "run", "theory", "plot", "report"),
     "Decision problems and data": ("solve", "data"),
     "Language models and policies": ("model", "sft", "eval", "export"),
-    "Machines": ("doctor", "plan", "launch", "bench"),
+    "Machines and files": ("doctor", "check", "plan", "launch", "bench"),
 }
 NAMES = tuple(name for names in GROUPS.values() for name in names)
 

@@ -42,6 +42,7 @@ from lindm.datasets.reader import Dataset
 from lindm.datasets.text import TextFormat, text_format
 from lindm.errors import UsageError, unknown
 from lindm.io import directories, files, temporaries
+from lindm.io.verification import FILES_FORMAT, MANIFEST, add_to_file_list, read_manifest, verify_file_list, write_file_list
 from lindm.text import Piece, Template, text
 
 FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
@@ -113,16 +114,20 @@ def _with_progress(dataset: Dataset, progress: Progress) -> Iterator[Task]:
 def _trl(dataset: Dataset, out: Path, how: TextFormat, system: str, progress: Progress) -> list[Path]:
     symbols = [how.template.action_symbol(a) for a in range(dataset.num_actions)]
     paths = [out / "prompt_completion.jsonl", out / "messages.jsonl"]
-    with directories.sole_writer(out), _new_files(*paths) as (prompts, conversations):
-        for task in _with_progress(dataset, progress):
-            number = len(task.demonstrations)
-            for query in task.queries:
-                pieces = how.pieces(task, query)
-                for prompt, label in _prompts(pieces, number, query.label):
-                    prompts({"prompt": prompt, "completion": symbols[label]})
-                for turns in _conversations(pieces, number, query):
-                    first = [{"role": "system", "content": system}] if system else []
-                    conversations({"messages": first + [_message(turn, symbols) for turn in turns]})
+    with directories.sole_writer(out):
+        if (out / MANIFEST).exists():
+            read_manifest(out, FILES_FORMAT)  # that of another export, which this one is added to
+        with _new_files(*paths) as (prompts, conversations):
+            for task in _with_progress(dataset, progress):
+                number = len(task.demonstrations)
+                for query in task.queries:
+                    pieces = how.pieces(task, query)
+                    for prompt, label in _prompts(pieces, number, query.label):
+                        prompts({"prompt": prompt, "completion": symbols[label]})
+                    for turns in _conversations(pieces, number, query):
+                        first = [{"role": "system", "content": system}] if system else []
+                        conversations({"messages": first + [_message(turn, symbols) for turn in turns]})
+        add_to_file_list(out, [path.name for path in paths])
     return paths
 
 
@@ -184,7 +189,7 @@ def _new_files(*paths: Path) -> Iterator[list[Callable[[dict], None]]]:
                 raise UsageError(f"{path} already exists with other content and is not replaced; choose another --out")
 
         def write(path: Path, row: dict) -> None:
-            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            line = (files.strict_json(row, ensure_ascii=False) + "\n").encode()
             if path in new:
                 opened[path].write(line)
             else:
@@ -242,6 +247,7 @@ def _minari(dataset: Dataset, out: Path, dataset_id: str, progress: Progress) ->
         if target.exists():
             if _made_from(target) != dataset.checksum:
                 raise UsageError(f"{target} already exists and is not replaced; choose another --out or another dataset_id")
+            verify_file_list(target, required=True)
             return [target]
         with directories.atomic_directory(target) as temporary, files.storage_errors(target):
             place = (temporary / "data").resolve()  # Minari's get_size joins a relative path to itself
@@ -251,6 +257,7 @@ def _minari(dataset: Dataset, out: Path, dataset_id: str, progress: Progress) ->
             facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}
             storage.update_metadata(facts | {"algorithm_name": config.behavior, "made_from": dataset.checksum})
             storage.update_episodes(episodes())
+            write_file_list(temporary)
     return [target]
 
 

@@ -54,6 +54,16 @@ def write_file_list(directory: Path) -> None:
     files.write_json(directory / MANIFEST, {"outputs": hashes_of(directory, files_below(directory))}, format=FILES_FORMAT)
 
 
+def add_to_file_list(directory: Path, names: Iterable[str]) -> None:
+    """Put new files into the list of a directory that may have the files of other exports, too.
+
+    Raises:
+      DataError: manifest.json is damaged, or is no list of files.
+    """
+    listed = read_manifest(directory, FILES_FORMAT)["outputs"] if (directory / MANIFEST).exists() else {}
+    files.write_json(directory / MANIFEST, {"outputs": listed | hashes_of(directory, names)}, format=FILES_FORMAT)
+
+
 def read_manifest(directory: Path, *formats: str) -> dict:
     """The manifest of a directory. DataError where it is missing, damaged, or has none of the formats."""
     path = directory / MANIFEST
@@ -82,7 +92,7 @@ def find_damage(directory: Path, outputs: Mapping[str, str]) -> list[Damage]:
     return damaged
 
 
-def verify_model_files(directory: Path, chosen: Callable[[str], bool] = lambda name: True, required: bool = False) -> None:
+def verify_file_list(directory: Path, chosen: Callable[[str], bool] = lambda name: True, required: bool = False) -> None:
     """Compare the files of a model or an adapter with its manifest, if lindm wrote one. Each file is read once in a process.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lindm.choices import check_choices
 from lindm.errors import DataError, unknown
-from lindm.io.verification import verify_model_files
+from lindm.io.verification import verify_file_list
 
 CONFIG = "config.json"
 MAX_LAYERS = 2**12  # the names of all tensors are built before any tensor is read
@@ -157,7 +157,7 @@ def read_model_config(path: Path) -> ModelConfig:
     Raises: DataError, naming file and key, if the file is damaged or the model is not of a supported family.
     """
     if path.is_dir():
-        verify_model_files(path, lambda name: name == CONFIG)
+        verify_file_list(path, lambda name: name == CONFIG)
         path = path / CONFIG
     return parse_model_config(read_config_json(path), str(path))
 

@@ -29,7 +29,7 @@ from lindm.datasets.text import check_rewards
 from lindm.errors import DataError
 from lindm.evaluation.environments import PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
-from lindm.io.verification import verify_model_files
+from lindm.io.verification import verify_file_list
 from lindm.llm.attention import KVCache
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
@@ -246,7 +246,7 @@ def model_directory(directory: Path) -> Path:
     model = directory / "model" if run else directory
     if not model.is_dir():
         raise DataError(f"{model} is not there" + (": the run is not finished" if run else ""))
-    verify_model_files(model, lambda name: False, required=run)
+    verify_file_list(model, lambda name: False, required=run)
     return model
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from lindm.choices import Supervise
 from lindm.errors import DataError, LindmError
-from lindm.io.verification import verify_model_files
+from lindm.io.verification import verify_file_list
 from lindm.text import Piece, Template
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     if not directory.is_dir():
         raise DataError(f"there is no tokenizer in {directory}: it is not a directory")
-    verify_model_files(directory, lambda name: not name.endswith(".safetensors"))
+    verify_file_list(directory, lambda name: not name.endswith(".safetensors"))
     try:
         # with a config.json of Qwen2, AutoTokenizer would replace the rules of tokenizer.json by its own
         kind = PreTrainedTokenizerFast if _is_generic(directory) else AutoTokenizer

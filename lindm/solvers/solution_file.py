@@ -2,9 +2,12 @@
 version of the format and the provenance of the solution."""
 
 import dataclasses
+import hashlib
 import io
 import json
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,24 @@ from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.solve import Solution
 from lindm.types import APOMDP, MDP, POMDP, Plan
 
-FORMAT = "lindm-solution-1"
+FORMAT = "lindm-solution-2"
 KINDS: dict[str, type] = {
     kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, belief_net.Net, Solution)
 }
+
+# what numpy and zipfile raise for damaged headers, names and members
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:
     """Write a solved problem to `path`, atomically; `names`: of states, actions, observations and models."""
     arrays: dict[str, np.ndarray] = {}
     header = {"format": FORMAT, "provenance": provenance(), "solution": _store(solution, "solution", arrays)}
+    header |= {"names": {part: list(words) for part, words in names.items()}}
+    header |= {"arrays": {name: _sha256(array) for name, array in arrays.items()}}
+    text = files.canonical_json(files.with_checksum(header))
     buffer = io.BytesIO()
-    np.savez(buffer, header=np.array(json.dumps(header | {"names": names})), **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez(buffer, header=np.array(text), **arrays)  # pyright: ignore[reportArgumentType]
     files.write_atomic(path, buffer.getvalue())
 
 
@@ -39,12 +48,23 @@ def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
             files.check_format(path, header["format"], FORMAT)
+            if files.verified(header) is None:
+                raise DataError(f"{path} is damaged: the checksum of its header is wrong")
+            for name, digest in header["arrays"].items():
+                if _sha256(stored[name]) != digest:
+                    raise DataError(f"{path} is damaged: {name} is not what was written")
             solution = _restore(header["solution"], "solution", stored)
             return solution, {part: tuple(names) for part, names in header["names"].items()}
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    except DAMAGED as e:
         raise DataError(f"{path}: not a solution of `lindm`: {e}") from e
+
+
+def _sha256(array: np.ndarray) -> str:
+    """SHA-256 of an array with its type and shape."""
+    head = f"{array.dtype.str} {array.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _store(value: Any, at: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from lindm.errors import DataError
 from lindm.io.directories import atomic_directory
 from lindm.io.files import write_json
-from lindm.io.verification import verify_model_files, write_file_list
+from lindm.io.verification import verify_file_list, write_file_list
 from lindm.llm.config import read_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, StoredTensor
@@ -88,7 +88,7 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
       DataError: the adapter is damaged, of another model, or not a plain low-rank update; names file and key.
       NonFiniteError: a weight is NaN or infinite; names file and tensor.
     """
-    verify_model_files(directory)
+    verify_file_list(directory)
     rank, scale = _read_config(directory / CONFIG)
     file = directory / WEIGHTS
     if not file.exists() and (pickles := sorted(directory.glob("adapter_model.bin"))):

@@ -25,7 +25,7 @@ from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import write_json
 from lindm.io.progress import Progress
 from lindm.io.provenance import write_provenance
-from lindm.io.verification import verify_model_files, write_file_list
+from lindm.io.verification import verify_file_list, write_file_list
 from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_config_json, read_model_config, to_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, FileDtype, StoredTensor
@@ -78,7 +78,7 @@ def load(directory: Path, *, mesh: Mesh | None = None, base: BaseFormat = "f32",
 
 def check_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors of a directory, from their headers. Raises: DataError, naming one, if they are not those of `config`."""
-    verify_model_files(directory)
+    verify_file_list(directory)
     stored = safetensors_files.read_directory_headers(directory)
     for name, tensor in stored.items():
         if tensor.dtype not in READABLE_DTYPES:

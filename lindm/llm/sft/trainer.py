@@ -114,7 +114,7 @@ def _verify_exports(out: Path) -> None:
     for directory in (out / MODEL, out / ADAPTER):
         if directory.exists():
             try:
-                verification.verify_model_files(directory, required=True)
+                verification.verify_file_list(directory, required=True)
             except DataError as e:
                 raise DataError(f"{e}; without {directory} the same command writes it again from its checkpoint") from e
 

@@ -1,0 +1,36 @@
+"""`lindm check`: verify what lindm wrote."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lindm.cli.option_parser import Command, Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Verify runs, checkpoints, models, datasets and whatever else lindm wrote. Lists what is missing or damaged, and how to have
+    it again; writes nothing. Exit code 3 where something is damaged, 4 where a training run has no usable checkpoint."""
+
+    directories: Annotated[tuple[Path, ...], Positional("DIR")]
+    """Directories that lindm wrote, or directories that contain such directories; or files of saved solutions."""
+
+
+def run(options: Check) -> int:
+    from lindm.errors import CheckpointError, DataError
+    from lindm_experiments.harness.check import check
+
+    checked = check(*options.directories)
+    problems = [problem for one in checked for problem in one.problems]
+    for one in checked:
+        print(f"{'DAMAGED' if one.problems else 'ok':<8}{one.path}: {one.kind}, {one.state}")
+        for problem in one.problems:
+            print(f"        {problem.what}\n          -> {problem.repair}")
+    if problems:
+        kind = CheckpointError if any(problem.no_checkpoint for problem in problems) else DataError
+        damaged = [str(one.path) for one in checked if one.problems]
+        raise kind(f"missing or damaged, as listed above: {len(problems)} in {', '.join(damaged)}")
+    return 0
+
+
+COMMAND = Command(name="check", options=Check, run=run, examples=("lindm check runs/tiny", "lindm check data results models"))
