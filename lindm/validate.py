@@ -52,6 +52,18 @@ def distribution(array: Array, name: str) -> Array:
     return array
 
 
+def rewards(r: ArrayLike, name: str) -> None:
+    """Rewards [H, S, A] whose sum over the stages is so far from infinity that values, and squares of values, are finite."""
+    array = np.asarray(r)
+    dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float64)
+    limit = math.sqrt(float(np.finfo(dtype).max))
+    with np.errstate(over="ignore"):
+        total = float(np.abs(array.astype(np.float64)).max((1, 2)).sum())
+    if not total < limit:
+        rule = f"must sum to less than {limit:.3g} over the stages (the largest of each stage), or values would not be finite"
+        raise ValueError(f"the absolute values of {name} {rule}; got {total:.3g}")
+
+
 def covariance(value: ArrayLike, name: str) -> Array:
     """A finite, symmetric, positive definite matrix."""
     array = finite(value, name)

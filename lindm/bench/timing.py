@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from lindm.io.files import strict_json
 from lindm.io.tables import format_table
 
 Row = dict[str, Any]
@@ -99,7 +100,7 @@ def answer(measurement: Callable[..., dict[str, Any]]) -> None:
     """In the worker: pin this process to one core, run the measurement by the command line, and print the result."""
     if hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the available cores
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    print(json.dumps(measurement(*sys.argv[1:])))
+    print(strict_json(measurement(*sys.argv[1:])))
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def row(work: str, ours: float | None, peer: float | None, peer_name: str, unit:
 def show(table: Sequence[Row], as_json: bool) -> None:
     """Print the rows, as JSON or for reading."""
     if as_json:
-        print(json.dumps(table, indent=1))
+        print(strict_json(table, indent=1))
         return
     shown = [("work", "ours", "peer", "ratio", "unit", "peer is")]
     for r in table:

@@ -1,6 +1,5 @@
 """`lindm eval`: policies on the same held-out tasks."""
 
-import json as json_module
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from lindm.choices import Rewards
 from lindm.cli.option_parser import Command, Repeated
 from lindm.cli.problems import ProblemOptions, problem_or_suite
 from lindm.evaluation.policies.registry import help_table
+from lindm.io.files import strict_json
 from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
@@ -78,7 +78,7 @@ def run(options: Eval) -> int:
         )
     if options.json:
         rows = [asdict(result) for result in results.values()]
-        print(json_module.dumps([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
+        print(strict_json([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
     elif options.out is not None:
         print(options.out / "eval.json", file=sys.stderr)
     return 0

@@ -6,6 +6,7 @@ Nothing heavy is imported here. Parsing is done by argparse; a misspelled option
 import argparse
 import ast
 import inspect
+import math
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,8 +155,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def _number(kind: type, rule: str) -> Callable[[str], Any]:
     def convert(word: str) -> Any:
         try:
-            return kind(word)
-        except ValueError:
+            value = kind(word)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+        except (ValueError, OverflowError):  # a whole number can be beyond every float
             raise argparse.ArgumentTypeError(f"must be {rule}; got {word!r}") from None
 
     return convert
@@ -165,7 +169,7 @@ def _converter(kind: Any) -> Callable[[str], Any]:
     if kind is int:
         return _number(int, "a whole number")
     if kind is float:
-        return _number(float, "a number")
+        return _number(float, "a finite number")
     if kind in (str, Path):
         return kind
     if get_origin(kind) is Literal:

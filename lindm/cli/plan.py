@@ -1,12 +1,12 @@
 """`lindm plan`: memory and least time of a training step on a TPU slice, compiled without a TPU."""
 
-import json as json_module
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lindm.cli.option_parser import Command
+from lindm.io.files import strict_json
 from lindm.io.progress import Progress
 from lindm.io.tables import format_table
 from lindm.llm.sft.options import BaseFormat, Method, Remat
@@ -90,7 +90,7 @@ def run(options: Plan) -> int:
     if options.json:
         values = {"topology": options.topology, "devices": result.devices, "limits": limits._asdict(), "headroom": plan.HEADROOM}
         values |= {"model_flops": result.model_flops, "step": _step(spec), "plans": [plan.plan_to_json(p) for p in plans]}
-        print(json_module.dumps(values))
+        print(strict_json(values))
         return 0
     for line in _description(spec, options.topology, result.devices, limits):
         print(line)

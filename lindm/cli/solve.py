@@ -1,11 +1,11 @@
 """`lindm solve`: the value of a decision problem and its best first action."""
 
-import json as json_module
 import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lindm.cli.option_parser import Command, Positional
+from lindm.io.files import strict_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def run(options: Solve) -> int:
     action, seconds = solution.first_action, time.perf_counter() - start
     if options.json:
         answer = {"value": solution.value, "lower": solution.lower, "upper": solution.upper, "method": solution.method}
-        print(json_module.dumps({**answer, "seconds": round(seconds, 3), "first_action": action}))
+        print(strict_json({**answer, "seconds": round(seconds, 3), "first_action": action}))
         return 0
     bounds = "exact" if solution.exact else f"certified to lie in [{solution.lower:.10g}, {solution.upper:.10g}]"
     print(f"value         {solution.value:.10g}  ({bounds})")

@@ -1,12 +1,12 @@
 """`lindm theory`: what theory predicts for a law of your own."""
 
-import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lindm.cli.option_parser import Command
 from lindm.errors import DataError
+from lindm.io.files import strict_json
 from lindm.io.tables import format_table
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def run_risk(options: RiskOptions) -> int:
         features=read_matrix(options.features),
     )
     if options.json:
-        print(json_module.dumps(table.as_json(), allow_nan=False))
+        print(strict_json(table.as_json()))
     else:
         show(table)
     if options.plot:

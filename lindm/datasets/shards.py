@@ -5,7 +5,6 @@ until those that are left would take longer than a worker needs to start and to 
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from lindm.datasets.reader import ENDINGS
 from lindm.errors import LindmError, UsageError
 from lindm.families.suites import Suite
 from lindm.io.executor import HELP_AFTER, Executor, TaskEvent, TaskPool, available_cores
+from lindm.io.files import strict_json
 from lindm.types import CERTIFICATES, Problem
 
 BATCH = 4  # shards for each worker whose bytes may be in memory
@@ -141,7 +141,7 @@ def make_shard(
     for stem, table in tables.items():
         columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
         rows = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
-        lines = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows).encode()
+        lines = "".join(strict_json(row, separators=(",", ":")) + "\n" for row in rows).encode()
         for ending, data in zip(ENDINGS, (lines, _parquet(table)), strict=True):
             contents[f"{stem}{ending}"] = data
             file = {"rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

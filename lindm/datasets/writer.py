@@ -231,7 +231,7 @@ def _write_config(path: Path, described: dict, versions: dict) -> None:
 
 
 def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return files.strict_json(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _write_changed(path: Path, content: str) -> None:

@@ -138,6 +138,7 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
     validate.distribution(rho, "rho")
     dtype = jnp.result_type(phi, mu, theta, rho)
     problem = LinearMDP(phi=phi.astype(dtype), mu=mu.astype(dtype), theta=theta.astype(dtype), rho=rho.astype(dtype))
+    validate.rewards(tabulate(problem).r, "the rewards <phi(s, a), theta_h>")
     validate.distribution(tabulate(problem).P, "the kernel P[h, s, a] = <phi(s, a), mu_h>")
     return problem
 

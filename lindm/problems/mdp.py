@@ -26,6 +26,7 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     """
     P, r, rho = validate.finite(P, "P"), validate.finite(r, "r"), validate.finite(rho, "rho")
     validate.shaped(r, (None, None, None), "r", "H, S, A")
+    validate.rewards(r, "r")
     H, S, A = r.shape
     validate.shaped(P, (1 if P.shape[:1] == (1,) else H, S, A, S), "P", "H|1, S, A, S")
     validate.shaped(rho, (S,), "rho", "S")

@@ -50,7 +50,9 @@ def pomdp(
     P, O, rho = (jnp.maximum(validate.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
     # one dtype, the widest that is enabled: certificates need double precision
     dtype = jnp.promote_types(jnp.result_type(P, O, r, rho), jnp.result_type(float))
-    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=over_stages(r.astype(dtype), H, discount), rho=rho.astype(dtype))
+    r = over_stages(r.astype(dtype), H, discount)
+    validate.rewards(r, "r")
+    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=r, rho=rho.astype(dtype))
 
 
 def reveal(mdp: MDP) -> POMDP:

@@ -1,6 +1,7 @@
 """The options of `lindm sft`. The command line reads this module, so it imports nothing heavy."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +126,9 @@ class SFTConfig:
         for name, minimum in MINIMA.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}; got {value}")
+        for option in dataclasses.fields(self):
+            if isinstance(value := getattr(self, option.name), float) and not math.isfinite(value):
+                raise ValueError(f"{option.name} must be a finite number; got {value}")
         if self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha must be above 0; got {self.lora_alpha}")
         if not 0 <= self.held_out < 1:
