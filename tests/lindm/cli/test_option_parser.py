@@ -82,7 +82,7 @@ def test_an_empty_list_is_a_value():
         ("a", "the following arguments are required: --size"),
         ("--size 1", "the following arguments are required: FILE"),
         ("a --size many", "--size must be a whole number; got 'many'"),
-        ("a --size 1 --rate high", "--rate must be a number; got 'high'"),
+        ("a --size 1 --rate high", "--rate must be a finite number; got 'high'"),
         ("a --size 1 --method tre", "--method must be one of tree, net-of-points; got 'tre'; did you mean tree?"),
         ("a --size", "--size expected one argument"),
         ("a --sise 1", "lindm example has no option --sise; did you mean --size?"),
