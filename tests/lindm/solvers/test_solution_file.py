@@ -46,5 +46,5 @@ def test_another_file_raises_an_error(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*nothing\.npz: No such file"):
         ld.load_solution(tmp_path / "nothing.npz")
     np.savez(path, header=np.array(json.dumps({"format": 99})))
-    with pytest.raises(DataError, match="must have the format 'lindm-solution-1'; got 99"):
+    with pytest.raises(DataError, match="must have the format 'lindm-solution-2'; got 99"):
         ld.load_solution(path)
