@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lindm import validate
-from lindm.errors import did_you_mean, unknown
+from lindm.errors import DataError, did_you_mean, unknown
 from lindm.families import prostate, suites
 from lindm.problems import cassandra
 from lindm.problems.apomdp import apomdp
@@ -64,7 +64,7 @@ def load_problem(words: Sequence[str], horizon: int, discount: float | None = No
 
     Raises:
       ValueError: an argument is missing or out of its range.
-      DataError: a file is missing or wrong; the message names the line.
+      DataError: a file is missing or wrong, or has rewards so large that values are not finite; the message names the line.
     """
     validate.count(horizon, "horizon")
     if discount is not None and not 0 < discount <= 1:
@@ -86,6 +86,11 @@ def load_problem(words: Sequence[str], horizon: int, discount: float | None = No
         raise ValueError("alpha must be given for several files, which are models of one APOMDP: 1 is the worst case, 0 the best")
     models = [cassandra.read(word) for word in words]
     pomdps = cassandra.to_pomdps(models, words, horizon, discount)
+    for word, pomdp in zip(words, pomdps, strict=True):
+        try:
+            validate.rewards(pomdp.r, "the rewards")
+        except ValueError as e:
+            raise DataError(f"{word}: {e}") from e
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
     if len(words) == 1:
         return NamedProblem(problem=pomdps[0], **names)

@@ -163,7 +163,7 @@ def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, disco
 
     Raises:
       DataError: where the states, actions, observations or (with `discount` None) discounts are not those of the
-        first model, or where rewards are so large that values are not finite; the message names the file, by `names`.
+        first model; the message names the file, by `names`.
     """
     if not models or len(models) != len(names):
         raise ValueError(f"models must be at least one, each with its name; got {len(models)} models and {len(names)} names")
@@ -172,13 +172,7 @@ def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, disco
             mine, first = getattr(model, word), getattr(models[0], word)
             if mine != first:
                 raise DataError(f"{name}: {word} must be as in {names[0]}, {_quote(str(first))}; got {_quote(str(mine))}")
-    pomdps = [to_pomdp(model, horizon, discount) for model in models]
-    for problem, name in zip(pomdps, names, strict=True):
-        try:
-            validate.rewards(problem.r, "the rewards")
-        except ValueError as e:
-            raise DataError(f"{name}: {e}") from e
-    return pomdps
+    return [to_pomdp(model, horizon, discount) for model in models]
 
 
 class _Section(NamedTuple):
