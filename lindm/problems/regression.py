@@ -10,16 +10,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from lindm import validate
 from lindm.random import flat
 from lindm.types import Prompt
-
-
-def check_covariance(Lambda: ArrayLike, name: str = "Lambda") -> Array:
-    """Return `Lambda` [d, d] if it is finite, symmetric and positive definite; raise `ValueError` otherwise."""
-    return validate.covariance(Lambda, name)
 
 
 def covariance(d: int, kappa: float, trace: float | None = None) -> Array:
@@ -35,11 +29,6 @@ def covariance(d: int, kappa: float, trace: float | None = None) -> Array:
         raise ValueError(f"trace must be finite and positive; got {trace}")
     spectrum = jnp.geomspace(kappa, 1.0, d) if d > 1 else jnp.ones(1)
     return jnp.diag(spectrum * (trace / spectrum.sum()))
-
-
-def square_root(Lambda: ArrayLike, name: str = "Lambda") -> Array:
-    """The Cholesky factor [d, d] of a checked covariance: the argument of `draw_regression`."""
-    return jnp.linalg.cholesky(check_covariance(Lambda, name))
 
 
 def draw_regression(key: Array, Lambda_sqrt: Array, Psi_sqrt: Array, n: int, queries: int, sigma: float | Array = 0.0):

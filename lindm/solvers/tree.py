@@ -198,25 +198,11 @@ def check_shapes(problem: APOMDP, policy: Policy) -> None:
         validate.shaped(table, shape, f"policy[{t}]", "histories, A"[: 9 if len(shape) == 1 else None])
 
 
-def checked_policy(problem: APOMDP, policy: Policy) -> Policy:
-    """The policy, if every stage has the right shape and holds actions or probabilities. ValueError if not."""
-    check_shapes(problem, policy)
-    A = problem.num_actions
-    for t, table in enumerate(policy):
-        name = f"policy[{t}]"
-        if jnp.issubdtype(table.dtype, jnp.integer):
-            if not bool(((table >= 0) & (table < A)).all()):
-                raise ValueError(f"{name} must hold actions from 0 to {A - 1}; got values from {table.min()} to {table.max()}")
-        else:
-            validate.distribution(table, name)
-    return policy
-
-
 @jax.jit
 def policy_value(problem: APOMDP, policy: Policy) -> Array:
     """V^pi [] at the start of a policy over histories: V^pi(h) = sum_a pi(a | h) Q^pi(h, a).
 
-    A random action is drawn after nature has fixed its choice for each action. `checked_policy` checks the values of a policy.
+    A random action is drawn after nature has fixed its choice for each action.
     """
     check_shapes(problem, policy)
 
