@@ -34,8 +34,12 @@ class KillServer:
 
     def __init__(self, directory: Path, modules: Sequence[str] = ()):
         self.directory = directory
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-        environment = kept | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+        environment = (
+            kept | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"} | cache
+        )
         words = [sys.executable, str(SERVER), *modules]
         self.process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -4,7 +4,7 @@
 
 A request has "code" (Python source), "argv", "root" (where it starts, and has its temporary files), "output" and "log" (files),
 "die" (a number or null) and "half". The answer is the status as `os.waitstatus_to_exitcode` has it. Every call of Python that
-changes something below `root` (a file opened for writing, a write, a rename, a removal, a new directory, a link) is a point; its
+changes something below `root` (a new file, a write, a rename, a removal, a new directory, a link) is a point; its
 kind and path go to the log. With "half", a write puts half of its bytes on the disk before the process dies.
 
 Calls are counted by audit hooks, which see pathlib, shutil, tempfile and libraries too, and by a wrapper of `os.write`. Buffered
@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CREATES = os.O_CREAT | os.O_TRUNC
 # event -> positions of (path, file descriptor of the directory that a relative path starts from)
 EVENTS = {
     "os.rename": ((0, 2), (1, 3)),
@@ -44,11 +44,12 @@ class Counter:
         os.write = self.counted_write
 
     def audit(self, event: str, arguments: tuple) -> None:
-        if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & CREATES:
             self.point(event, self.place(arguments[0]))
         elif event in EVENTS:
             places = [self.place(arguments[p], None if d is None else arguments[d]) for p, d in EVENTS[event]]
-            self.point(event, *places)
+            if event != "os.mkdir" or not os.path.exists(places[0]):
+                self.point(event, *places)
 
     def counted_write(self, fd: int, data) -> int:
         if self.point("write", self.place(fd), last=not self.half):
