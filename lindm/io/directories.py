@@ -5,6 +5,7 @@ stale. What killed writers leave: `lindm.io.temporaries`.
 """
 
 import contextlib
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,19 @@ from pathlib import Path
 
 from lindm.errors import UsageError
 from lindm.io.files import storage_errors
+from lindm.io.provenance import FILE as PROVENANCE
+from lindm.io.provenance import is_from_this_command
 from lindm.io.temporaries import remove_leftover, remove_leftovers, temporary_directory, temporary_path, wait_for_lock
+
+NOT_COMPARED = (PROVENANCE, "manifest.json")  # the manifest has the SHA-256 of provenance.json
 
 
 @contextlib.contextmanager
 def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary directory beside `directory` that gets its name at the end, and is removed if anything fails.
+
+    A directory that the same command line wrote stays if it would be written again with the same bytes: it may have been killed
+    when it had written everything.
 
     Args:
       replace: an existing directory is replaced.
@@ -27,13 +35,18 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
       StorageError: the disk is full or not writable.
     """
     final = Path(os.path.realpath(directory))  # a link to an empty directory stays a link
-    if not replace and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
+    exists = not replace and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir()))
+    if exists and not is_from_this_command(final):
         raise UsageError(f"{directory} already exists and is not replaced; choose another --out")
     with contextlib.ExitStack() as stack:
         with storage_errors(directory):
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_directory(final))
         yield temporary
+        if exists:
+            if not _same_files(temporary, final):
+                raise UsageError(f"{directory} already exists with other content and is not replaced; choose another --out")
+            return
         with storage_errors(directory):
             _sync_tree(temporary)
             if replace:
@@ -82,6 +95,13 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a file."""
     with storage_errors(target):
         shutil.copyfile(source, target)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two directories have the same files, apart from what says when they were written."""
+    names = [sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.name not in NOT_COMPARED) for d in (one, other)]
+    files = [name for name in names[0] if (one / name).is_file()]
+    return names[0] == names[1] and filecmp.cmpfiles(one, other, files, shallow=False)[0] == files
 
 
 def _sync_tree(directory: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lindm import __version__
-from lindm.io.files import write_json
+from lindm.errors import DataError
+from lindm.io.files import read_json, write_json
 
 FORMAT, FILE = "lindm-provenance-1", "provenance.json"
 ROOT = Path(__file__).parents[2]  # of the checkout, or the site-packages of an installed wheel
@@ -52,6 +53,14 @@ def environment() -> dict[str, Any]:
 def write_provenance(directory: Path) -> None:
     """Write provenance.json to a directory whose other files depend on nothing but their inputs."""
     write_json(directory / FILE, provenance(), format=FORMAT)
+
+
+def is_from_this_command(directory: Path) -> bool:
+    """Whether provenance.json of a directory has the command line of this process."""
+    try:
+        return read_json(directory / FILE, format=FORMAT)["command"] == command_line()
+    except (DataError, KeyError):
+        return False
 
 
 def command_line() -> str:

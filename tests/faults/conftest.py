@@ -6,16 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.promises import Trials
+
+TIGER = "tests/lindm/problems/files/tiger.pomdp"
 SERVER = Path(__file__).with_name("kill_server.py")
 ROOT = SERVER.parents[2]
 COMMAND = "import sys; from lindm.cli.main import main; sys.exit(main())"
 KILLED = -9
+
+
+def words(line: str) -> list[str]:
+    """The words of a command line, in which TIGER stands for the file of a problem."""
+    return [str(ROOT / TIGER) if word == "TIGER" else word for word in line.split()]
+
 
 Content = dict[str, str]  # path -> what must be the same after an interruption
 
@@ -34,20 +43,25 @@ class KillServer:
 
     def __init__(self, directory: Path, modules: Sequence[str] = ()):
         self.directory = directory
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        cache |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-        environment = (
-            kept | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"} | cache
-        )
+        kept = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
+        environment = kept | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+        environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache")}
         words = [sys.executable, str(SERVER), *modules]
         self.process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, root: Path, argv: Sequence[object], die: int | None = None, half: bool = False, code: str = COMMAND) -> Run:
+    def run(
+        self,
+        root: Path,
+        argv: Sequence[object],
+        die: int | tuple[str, str] | None = None,
+        half: bool = False,
+        code: str = COMMAND,
+    ) -> Run:
         """Run `code` with the arguments, in `root`, and with a directory for temporary files in it.
 
         Args:
-          die: number of the point, from 1, at which the process is killed.
+          die: the point at which the process is killed: its number, from 1, or its kind and a pattern of its path.
           half: half of a write is done before.
         """
         output, log = self.directory / "output", self.directory / "points"
@@ -87,7 +101,7 @@ class KillTest:
 
     server: KillServer
     directory: Path
-    trials: object
+    trials: Trials
     argv: Sequence[object]
     start: Path | None = None
     same: Callable[[Path], str] | None = None
@@ -143,7 +157,7 @@ def both_ends_and(number: int) -> Callable[[list[tuple[str, str]]], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def kill_server(tmp_path_factory, request) -> KillServer:
+def kill_server(tmp_path_factory, request) -> Iterator[KillServer]:
     server = KillServer(tmp_path_factory.mktemp("server"), getattr(request.module, "IMPORTS", ()))
     yield server
     server.stop()

@@ -2,15 +2,16 @@
 
     python kill_server.py MODULE...      imports the modules once, then answers requests, one JSON object a line
 
-A request has "code" (Python source), "argv", "root" (where it starts, and has its temporary files), "output" and "log" (files),
-"die" (a number or null) and "half". The answer is the status as `os.waitstatus_to_exitcode` has it. Every call of Python that
-changes something below `root` (a new file, a write, a rename, a removal, a new directory, a link) is a point; its
-kind and path go to the log. With "half", a write puts half of its bytes on the disk before the process dies.
+A request has "code" (Python source), "argv", "root" (where it starts, and has temporary files), "output" and "log" (files), "die"
+(a number, a kind and a pattern of paths, or null) and "half". The answer is the exit status, negative for a signal. Every
+call of Python that changes something below `root` (a new file, a write, a rename, a removal, a new directory, a link) is a point,
+and its kind and path go to the log. With "half", a write puts half of its bytes on the disk before the process dies.
 
 Calls are counted by audit hooks, which see pathlib, shutil, tempfile and libraries too, and by a wrapper of `os.write`. Buffered
 writes of file objects and writes of native code are not counted; the openings and renames around them are.
 """
 
+import fnmatch
 import importlib
 import json
 import os
@@ -35,7 +36,7 @@ EVENTS = {
 class Counter:
     """Counts the points of this process, and ends it at one of them."""
 
-    def __init__(self, root: str, log: str, die: int | None, half: bool):
+    def __init__(self, root: str, log: str, die: int | list[str] | None, half: bool):
         self.root, self.die, self.half, self.count = root, die, half, 0
         self.log, self.write = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.write
 
@@ -70,9 +71,12 @@ class Counter:
             return False
         self.count += 1
         self.write(self.log, (json.dumps([kind, os.path.relpath(paths[-1], self.root)]) + "\n").encode())
-        if self.count == self.die and last:
+        chosen = self.count == self.die
+        if isinstance(self.die, list):
+            chosen = kind == self.die[0] and fnmatch.fnmatchcase(os.path.relpath(paths[-1], self.root), self.die[1])
+        if chosen and last:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.count == self.die
+        return chosen
 
 
 def _link(fd: int) -> str:

@@ -69,8 +69,13 @@ def save(directory: Path, step: int, state: Any, progress: dict[str, Any], keep:
         raise StorageError(f"cannot write {final}: {_reason(e)}") from e
     barrier(f"after checkpoint {step}")
     if is_main:
-        for old in checkpoint_steps(directory)[:-keep]:
-            remove(directory / checkpoint_name(old))
+        remove_old(directory, keep)
+
+
+def remove_old(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, of which the last is intact."""
+    for old in checkpoint_steps(directory)[:-keep]:
+        remove(directory / checkpoint_name(old))
 
 
 def restore(directory: Path, template: Any) -> Checkpoint | None:

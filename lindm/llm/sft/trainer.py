@@ -162,6 +162,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
         records = read_metrics(out)
         curves = plot_curves(out, records)
         directories.remove(out / BEST)
+        checkpoints.remove_old(out / CHECKPOINTS, config.keep)  # a run that was killed after its last save did not
         last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
         exports = [f"{name}/{verification.MANIFEST}" for name in (MODEL, ADAPTER) if (out / name).exists()]
         outputs = [CONFIG, METRICS, *exports, *(path.name for path in curves)]

@@ -1,12 +1,14 @@
 """Directories that are written as a whole, and one writer at a time."""
 
 import os
+import sys
 
 import pytest
 
 from lindm.errors import StorageError, UsageError
 from lindm.io import temporaries
 from lindm.io.directories import atomic_directory, copy_file, sole_writer
+from lindm.io.provenance import write_provenance
 
 
 @pytest.mark.fault("F26")
@@ -27,6 +29,29 @@ def test_a_directory_with_files_is_not_replaced(tmp_path):
     with pytest.raises(UsageError, match="already exists and is not replaced; choose another --out"), atomic_directory(tmp_path):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.fault("F26")
+def test_what_the_same_command_wrote_stays_if_it_would_be_the_same_and_anything_else_is_refused(tmp_path, monkeypatch):
+    def write(content):
+        with atomic_directory(tmp_path / "out") as temporary:
+            (temporary / "below").mkdir()
+            (temporary / "below" / "a").write_text(content)
+            write_provenance(temporary)
+
+    write("same")
+    before = (tmp_path / "out" / "provenance.json").stat().st_ino
+    write("same")
+    assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out" / "provenance.json").stat().st_ino == before
+    with pytest.raises(UsageError, match="out already exists with other content and is not replaced"):
+        write("other")
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="out already exists with other content and is not replaced"):
+        write("same")
+    monkeypatch.setattr(sys, "argv", ["lindm", "another", "command"])
+    with pytest.raises(UsageError, match="out already exists and is not replaced"):
+        write("same")
+    assert sorted(os.listdir(tmp_path / "out")) == ["below", "mine", "provenance.json"] and os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.fault("F15", "F26")

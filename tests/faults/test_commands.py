@@ -1,0 +1,159 @@
+"""Every command that writes, killed at its kill points: the same command finishes, and nothing is lost or left.
+
+`lindm sft` is in test_sft.py. Commands with many points are killed at both ends and at a sample of the points between.
+"""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from lindm.io.temporaries import TEMPORARY_SUFFIX
+from tests.experiments.conftest import TOY, TOY_CLAIMS
+from tests.faults.conftest import both_ends_and, content, words
+from tests.faults.test_sft import MODEL
+
+pytestmark = [pytest.mark.slow, pytest.mark.fault("F17", "F26")]
+IMPORTS = (
+    *("jax", "matplotlib.pyplot", "transformers", "minari", "h5py", "lindm.cli.main", "lindm.api.data", "lindm.api.evaluation"),
+    *(
+        "lindm.api.models",
+        "lindm_experiments.harness.verify",
+        "lindm_experiments.harness.summary",
+        "lindm_experiments.toolkit.risks",
+    ),
+)
+# keys of JSON files that are about time and place, and the files that are HTML of them
+CHANGING = {"date", "command", "seconds", "wall_s", "decisions_per_s", "checksum", "metrics.jsonl", "report.html", "index.html"}
+CHANGING |= {"verdicts.json", "eval.json", "provenance.json"}  # among the outputs of a manifest: their SHA-256
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if key not in CHANGING}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
+
+
+def same(path):
+    """What of a file must be equal after an interruption: all but times, and what shows them."""
+    if path.suffix in (".html", ".hdf5") or path.name == "metrics.jsonl":
+        return "there"
+    if path.suffix == ".json":
+        return json.dumps(without_times(json.loads(path.read_bytes())), sort_keys=True)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def start(kill_server, tmp_path_factory):
+    """A dataset, a model, a verification, an experiment, and a file of the user."""
+    root = tmp_path_factory.mktemp("start")
+    (root / "lab").mkdir()
+    (root / "lab" / "toy.py").write_text(TOY)
+    (root / "lab" / "toy.toml").write_text(TOY_CLAIMS)
+    (root / "notes.txt").write_text("mine")
+    make, run = words("data make TIGER --horizon 2 --tasks 8 --demos 1 --out data"), words("run lab/toy.py --out run")
+    for argv, code in ((make, {}), ([], {"code": MODEL}), (run, {})):
+        done = kill_server.run(root, argv, **code)
+        assert done.code == 0, done.output
+    return root
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data export data --to trl --out out",
+        "data export data --to minari --out out",
+        "report run --out out",
+        "plot run",
+        "run lab/toy.py --seeds 2 --out out",
+        "theory risk --features features.csv --train-lengths 8 --test-lengths 8 --plot risk.png",
+    ],
+)
+def test_killed_at_any_point_the_same_command_finishes(kill_server, killed, start, tmp_path, line):
+    if "features.csv" in line:
+        start = shutil.copytree(start, tmp_path / "start")
+        (start / "features.csv").write_text("\n".join(f"{i % 3},{i % 5},{i % 7}" for i in range(50)))
+    killed(words(line), start=start, same=same).check()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data make TIGER --horizon 2 --tasks 4 --demos 1 --out out",
+        "eval TIGER --horizon 2 --tasks 2 --demos 1 --policy qmdp --out out",
+        "eval TIGER --horizon 2 --tasks 2 --demos 1 --policy qmdp",
+        "verify --experiments lab/toy.py --seeds 2 --workers 1 --out out",
+    ],
+)
+def test_killed_at_a_sample_of_points_the_same_command_finishes(kill_server, killed, start, line):
+    killed(words(line), start=start, same=same).check(both_ends_and(3))
+
+
+@pytest.mark.parametrize(
+    "line", ["export model --out out", "export model --dtype bf16 --out out/below", "model import model --out out"]
+)
+def test_a_model_is_there_as_a_whole_or_not_at_all(kill_server, killed, start, line):
+    killed(words(line), start=start, same=same).check()
+
+
+SOLUTION = """
+from lindm.api.problems import read_pomdp
+from lindm.api.solutions import solve
+import sys
+solve(read_pomdp(sys.argv[1], horizon=2)).save("solution.npz")
+"""
+
+
+def test_a_solution_is_there_as_a_whole_or_not_at_all(kill_server, killed, start):
+    killed(words("TIGER"), start=start, source=SOLUTION, same=same).check()
+
+
+def test_a_sweep_that_is_killed_twenty_times_measures_only_the_missing_points(kill_server, start, tmp_path, trials):
+    """Each kill is in the middle of the line of a record; the line is cut off and its point is measured again."""
+    line = words("run lab/toy.py --seeds 20 --out out")
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    for directory in (whole, root):
+        shutil.copytree(start, directory)
+    assert kill_server.run(whole, line).code == 0
+    for number in range(20):
+        done = kill_server.run(root, line, ("write", "out/records.jsonl"), half=True)
+        assert done.code == -9, done.output
+        lines = (root / "out" / "records.jsonl").read_bytes()
+        assert lines.count(b"\n") == 0 and lines
+        trials.add()
+        if number == 0:
+            first = lines
+        assert lines == first
+    measured = 0
+    for number in range(1, 20):  # a kill after the line of a record keeps it
+        done = kill_server.run(root, line, ("open", "out/metrics.jsonl"))
+        measured += done.code == -9
+        trials.add()
+        assert (root / "out" / "records.jsonl").read_bytes().count(b"\n") == number
+    done = kill_server.run(root, line)
+    assert done.code == 0 and measured == 19, done.output
+    assert content(root / "out", same) == content(whole / "out", same)
+    assert len((root / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.fault("F33")
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_everything_that_commands_write_has_the_permissions_of_the_umask(kill_server, start, tmp_path, umask):
+    root = tmp_path / "root"
+    shutil.copytree(start, root)
+    lines = (
+        "data export data --to trl --out trl",
+        "export model --out exported",
+        "report run --out report",
+        "run lab/toy.py --out new",
+    )
+    make = "data make TIGER --horizon 2 --tasks 2 --demos 1 --out made"
+    for line in (*lines, make):
+        source = f"import os; os.umask({umask}); import sys; from lindm.cli.main import main; sys.exit(main())"
+        done = kill_server.run(root, words(line), code=source)
+        assert done.code == 0, done.output
+    for name in ("trl", "exported", "report", "new", "made"):
+        for path in (root / name, *(root / name).rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    assert not list(root.rglob(f"*{TEMPORARY_SUFFIX}"))
