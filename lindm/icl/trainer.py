@@ -63,7 +63,8 @@ def train(
     """Train a copy of `layer` and return it with the loss of every step.
 
     Args:
-        layer: any module that maps one `Prompt` to yhat[Q]; its `nnx.Param`s are trained, in their own dtype. Not modified.
+        layer: any module that maps one `Prompt` to yhat[Q]; its `nnx.Param`s are trained, in their own dtype. Not modified. A
+            method `predict_batch` (see `lindm.icl.attention`) is called in place of `jax.vmap(layer)`.
         draw: `draw(key, *data) -> (Prompt, target[B,Q])`, the prompt with a leading batch axis. Both are cast to the
             dtype of the parameters; drawing in that dtype is faster.
         key: PRNG key. Step t draws with `fold_in(key, t)`.
@@ -154,7 +155,9 @@ def _check_finite(losses: np.ndarray) -> None:
 
 
 def _loss(params, graphdef, rest, prompt: Prompt, target: Array) -> Array:
-    yhat = jax.vmap(nnx.merge(graphdef, params, rest))(prompt)
+    layer = nnx.merge(graphdef, params, rest)
+    predict = layer.predict_batch if hasattr(layer, "predict_batch") else jax.vmap(layer)
+    yhat = predict(prompt)
     return jnp.mean((yhat - target) ** 2)
 
 

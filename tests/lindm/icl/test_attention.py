@@ -1,5 +1,6 @@
 """The layers against the paper's formulas, written out in numpy with the N x N matrices that the code never builds."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,3 +225,34 @@ def test_the_cost_is_linear_in_the_number_of_pairs_and_queries():
 def test_a_wrong_argument_is_named_with_its_rule(make, rule):
     with pytest.raises(ValueError, match=rule):
         make()
+
+
+def a_batch(prompts):
+    return jax.tree.map(lambda *a: jnp.stack(a), *prompts)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind", [ReducedAttention, FullAttention])
+@pytest.mark.parametrize("n", [1, 32, 33, 71])
+def test_a_batch_has_the_predictions_and_derivatives_of_its_prompts(kind, depth, n):
+    """The lengths are below, at and beyond the number of products that are added in one expression."""
+    layer = randomised(kind(d, depth, dtype=jnp.float64))
+    prompts = a_batch([a_prompt(seed, n) for seed in range(5)])
+    graphdef, params = nnx.split(layer)
+
+    def loss(predict, params, prompts):
+        return jnp.sum(jnp.sin(predict(nnx.merge(graphdef, params))(prompts)))
+
+    batched, mapped = (
+        jax.value_and_grad(lambda *a, predict=predict: loss(predict, *a), (0, 1))(params, prompts)
+        for predict in (lambda layer: layer.predict_batch, jax.vmap)
+    )
+    chex.assert_trees_all_close(layer.predict_batch(prompts), jax.vmap(layer)(prompts), rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_close(batched, mapped, rtol=1e-11, atol=1e-12)
+
+
+def test_a_batch_of_other_features_raises_the_error_of_one_prompt():
+    prompts = a_batch([a_prompt(seed) for seed in range(2)])
+    for layer in (ReducedAttention(d + 1), FullAttention(d + 1)):
+        with pytest.raises(ValueError, match=f"prompt must have d = {d + 1} features"):
+            layer.predict_batch(prompts)
