@@ -54,8 +54,11 @@ class LostPeerError(LindmError):
     """Another process of the same run was lost."""
 
 
-class Preempted(LindmError):
-    """A signal stopped the run. What was finished is on disk, and the same command resumes."""
+class Preempted(BaseException):
+    """A signal stopped the run. What was finished is on disk, and the same command resumes.
+
+    Like KeyboardInterrupt it is no `Exception`: code that goes on after an error does not go on after a stop.
+    """
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -82,7 +85,6 @@ KINDS: tuple[type[LindmError], ...] = (
     OutOfMemoryError,
     StorageError,
     LostPeerError,
-    Preempted,
 )
 """The classes by number, for processes that can send only a number to each other."""
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lindm.choices import from_options
 from lindm.errors import DataError, unknown
-from lindm.io import signals
 from lindm.io.verification import verify_file_list
 from lindm.llm.config import ModelConfig
 from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
@@ -62,6 +61,8 @@ def finetune(
     Raises:
       ValueError: an option is wrong or does not fit the run in `out`.
       LindmError: as `lindm sft` ends.
+      Preempted: SIGINT (Ctrl-C, the stop button of a notebook) or SIGTERM came during training, and the run was saved. A second
+        one ends it at once.
 
     >>> run = ld.finetune("data", "run", preset="tiny", steps=2, eval_tasks=0)
     >>> run.model.name
@@ -70,8 +71,7 @@ def finetune(
     from lindm.llm.sft import trainer
 
     config = sft_config(data=data, out=out, model=model, preset=preset, **options)
-    with signals.restored():
-        trainer.train(config)
+    trainer.train(config)
     return Run(directory=config.out)
 
 

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from lindm.io.files import strict_json
+from lindm.io.signals import at_stop
 from lindm.io.tables import format_table
 
 Row = dict[str, Any]
@@ -87,13 +88,20 @@ def in_worker(module: str, *arguments: str) -> dict[str, Any]:
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(ONE_THREAD, "1")}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode != 0:
+    worker = [sys.executable, "-m", module, *arguments]
+    with (
+        subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process,
+        at_stop(process.kill),
+    ):
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException:  # KeyboardInterrupt in a notebook
+            process.kill()
+            raise
+    if process.returncode != 0:
         command = " ".join(arguments)
-        raise RuntimeError(f"the bench process `{command}` failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"the bench process `{command}` failed with exit code {process.returncode}:\n{stderr[-2000:]}")
+    return json.loads(stdout.splitlines()[-1])
 
 
 def answer(measurement: Callable[..., dict[str, Any]]) -> None:

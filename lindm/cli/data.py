@@ -54,9 +54,7 @@ class Export:
 
 
 def run_make(options: Make) -> int:
-    from lindm.io import signals
 
-    signals.stop_on_signals()
     from lindm.api.data import make_dataset
 
     problem = problem_or_suite(options)
@@ -84,9 +82,7 @@ def run_make(options: Make) -> int:
 
 def run_export(options: Export) -> int:
     from lindm.api.data import export_dataset
-    from lindm.io import signals
 
-    signals.stop_on_signals()
     with progress_bar("tasks") as progress:
         written = export_dataset(
             options.directory,

@@ -42,9 +42,7 @@ class Eval(ProblemOptions):
 
 
 def run(options: Eval) -> int:
-    from lindm.io import signals
 
-    signals.stop_on_signals()
     from lindm import validate
     from lindm.api.evaluation import evaluate
     from lindm.evaluation.compare import PolicyResult, describe

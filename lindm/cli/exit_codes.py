@@ -6,12 +6,13 @@
 3 data                 8 another process of the run was lost
 4 no usable           70 an error that lindm did not expect, or a worker process that died
   checkpoint          75 stopped by a signal, saved: the same command resumes
+                      130 stopped by SIGINT, 143 by SIGTERM: the same command starts over
 """
 
 from lindm import errors
 
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
-EXIT_CODES: dict[type[Exception], int] = {
+EXIT_CODES: dict[type[BaseException], int] = {
     errors.UsageError: 2,
     errors.DataError: 3,
     errors.CheckpointError: 4,

@@ -23,9 +23,7 @@ class Export:
 
 def run(options: Export) -> int:
     from lindm.api.models import export
-    from lindm.io.signals import stop_on_signals
 
-    stop_on_signals()
     config = export(options.directory, options.out, adapter=options.adapter, dtype=options.dtype)
     print(f"{config.model_type} with {config.num_parameters:,} parameters in {options.out}")
     return 0

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from lindm.cli.exit_codes import INTERNAL, exit_code
-from lindm.cli.option_parser import run_command, two_columns, wrap
+from lindm.cli.lifecycle import LIFECYCLES, ending
+from lindm.cli.option_parser import Command, run_command, two_columns, wrap
 from lindm.errors import LindmError, Preempted, UsageError, did_you_mean
-from lindm.io.signals import stop_requested
+from lindm.io import signals
 
 DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
@@ -79,16 +80,39 @@ def _dispatch(words: Sequence[str]) -> int:
         if rest[0] not in module.COMMANDS:
             known = ", ".join(module.COMMANDS)
             raise UsageError(f"lindm {name} has the commands {known}; got {rest[0]!r}{did_you_mean(rest[0], module.COMMANDS)}")
-        return run_command(module.COMMANDS[rest[0]], rest[1:])
+        return _run(module.COMMANDS[rest[0]], rest[1:])
     if hasattr(module, "COMMAND"):
-        return run_command(module.COMMAND, rest)
+        return _run(module.COMMAND, rest)
+    _prepare_stop(name)
     return module.run(rest)
 
 
+def _run(command: Command, words: Sequence[str]) -> int:
+    _prepare_stop(command.name)
+    return run_command(command, words)
+
+
+def _prepare_stop(name: str) -> None:
+    """From now on a signal ends this process as the command's lifecycle says."""
+    lifecycle = LIFECYCLES[name]
+    if signals.is_watching():
+        signals.watch(ending(lifecycle.stop))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(lambda: _dispatch(words))
+    """Run one command line; the exit code. Without arguments it is that of this process, which a signal then ends."""
+    if arguments is None:
+        return run_process(lambda: _dispatch(sys.argv[1:]))
+    return guarded(lambda: _dispatch(list(arguments)))
+
+
+def run_process(run: Callable[[], int]) -> int:
+    """Call `run` as the only work of this process: SIGTERM and SIGINT end it. The exit code."""
+    signals.watch(ending("starts over"))
+    try:
+        return guarded(run)
+    finally:
+        signals.ignore()
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -100,9 +124,10 @@ def guarded(run: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Preempted as e:
+        print(f"lindm: {e}", file=sys.stderr)
+        return exit_code(e)
     except Exception as e:
-        if stop_requested() and not isinstance(e, LindmError):  # the error that a signal in the middle of a callback became
-            e = Preempted("stopped; the same command resumes")
         code = exit_code(e)
         unexpected = code == INTERNAL and not isinstance(e, LindmError)
         if unexpected or os.environ.get("LINDM_DEBUG") == "1":

@@ -31,9 +31,7 @@ class Show:
 
 def run_import(options: Import) -> int:
     from lindm.api.models import import_model
-    from lindm.io.signals import stop_on_signals
 
-    stop_on_signals()
     imported = import_model(options.source, options.out, revision=options.revision)
     config, files = imported.config, ", ".join(imported.files)
     print(f"{config.model_type} with {config.num_parameters:,} parameters in {options.out}: {files}")

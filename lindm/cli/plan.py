@@ -60,9 +60,7 @@ class Plan:
 
 
 def run(options: Plan) -> int:
-    from lindm.io.signals import stop_on_signals
 
-    stop_on_signals()
     if options.topology != "host":
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)

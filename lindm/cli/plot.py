@@ -16,10 +16,8 @@ class Plot:
 
 
 def run(options: Plot) -> int:
-    from lindm.io import signals
     from lindm_experiments.harness.report import redraw
 
-    signals.stop_on_signals()
     for path in redraw(options.directory):
         print(path)
     return 0

@@ -18,10 +18,8 @@ class Report:
 
 
 def run(options: Report) -> int:
-    from lindm.io import signals
     from lindm_experiments.harness.summary import write_summary
 
-    signals.stop_on_signals()
     for path in write_summary(options.directories, options.out):
         print(path)
     return 0

@@ -29,10 +29,8 @@ class Solve:
 
 
 def run(options: Solve) -> int:
-    from lindm.io.signals import stop_on_signals
 
     start = time.perf_counter()
-    stop_on_signals()
     from lindm.api.solutions import solve
     from lindm.cli.problems import read_problem
 

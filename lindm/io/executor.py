@@ -3,8 +3,8 @@
     results = run_tasks(measure, tasks, executor="local", workers=4)
 
 Only the calling process has results, so it is the only writer of files: a worker that is killed loses the task that it was
-running, the others continue, and a new worker takes its place. Workers end with the calling process, however it ends; they
-ignore SIGINT and SIGTERM, which the calling process handles.
+running, the others continue, and a new worker takes its place. Workers end with the calling process, however it ends; SIGINT and
+SIGTERM are blocked in them, since the calling process handles both.
 
 Each worker is a `concurrent.futures` executor of one process (one of several breaks with its first process), or an actor of Ray.
 """
@@ -23,10 +23,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Literal, Protocol, get_args
 
-from lindm.errors import LindmError, OutOfMemoryError, Preempted, UsageError, unknown
-from lindm.io.signals import deferred
+from lindm.errors import LindmError, OutOfMemoryError, UsageError, unknown
+from lindm.io.signals import STOP_SIGNALS, at_stop, deferred
 
 Executor = Literal["serial", "local", "ray"]
 HELP_AFTER = 20.0  # seconds: about what a second worker costs that imports and compiles what the first one has compiled
@@ -99,6 +100,7 @@ class TaskPool:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "TaskPool":
+        self._stack.enter_context(at_stop(self._kill))
         if self.executor == "serial":
             self._slots = [_SerialSlot()]
         elif self.executor == "local":
@@ -112,6 +114,10 @@ class TaskPool:
         for slot in self._slots:
             slot.stop()
         self._stack.close()
+
+    def _kill(self) -> None:
+        for slot in self._slots:
+            slot.kill()
 
     def run(
         self,
@@ -191,8 +197,6 @@ def _call(function: Callable[[Any], Any], task: Any) -> TaskResult:
     started = time.perf_counter()
     try:
         return TaskResult(value=function(task), seconds=time.perf_counter() - started)
-    except Preempted:
-        raise
     except LindmError as e:
         return TaskResult(error=e)
     except MemoryError:
@@ -215,6 +219,8 @@ class _Slot(Protocol):
 
     def result(self, future: Future) -> TaskResult: ...
 
+    def kill(self) -> None: ...
+
     def stop(self) -> None: ...
 
 
@@ -229,14 +235,15 @@ class _SerialSlot:
     def result(self, future: Future) -> TaskResult:
         return future.result()
 
+    def kill(self) -> None:
+        pass
+
     def stop(self) -> None:
         pass
 
 
 def _start_worker(initializer: Callable[[], None] | None) -> None:
     """First call in a worker process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer:
         initializer()
@@ -275,8 +282,11 @@ class _LocalSlot:
         if self._pool is not None:
             return self._pool.submit(_call, function, task)
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer,))
-        with deferred():  # a worker that has read half of its start would print a traceback
+        resource_tracker.ensure_running()  # its start would unblock the signals
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer, self._scratch)
+        )
+        with deferred():
             before = multiprocessing.active_children()
             with _script_not_imported(function):
                 future = self._pool.submit(_call, function, task)
@@ -292,11 +302,14 @@ class _LocalSlot:
             self._pool, code = None, self._process.exitcode
             return TaskResult(error=WorkerDied(f"worker died ({f'signal {-code}' if code < 0 else f'exit {code}'})"))
 
+    def kill(self) -> None:
+        if self._pool is not None and self._process is not None:
+            self._process.kill()
+
     def stop(self) -> None:
         """Kill the process: a worker has nothing to save, and the clean-up of jax at exit takes time."""
         if self._pool is not None:
-            if self._process is not None:
-                self._process.kill()
+            self.kill()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
@@ -312,7 +325,7 @@ def _ray_cluster(workers: int | None) -> Iterator[int]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = usage or "0"
     connected = ray.is_initialized()
     if not connected:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         address = os.environ.get("RAY_ADDRESS")
         cores = {} if address else {"num_cpus": workers or available_cores(), "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="warning", **cores)
@@ -320,7 +333,8 @@ def _ray_cluster(workers: int | None) -> Iterator[int]:
             for number, handler in handlers.items():  # Ray replaces them
                 signal.signal(number, handler)
     try:
-        yield int(ray.cluster_resources()["CPU"])
+        with contextlib.nullcontext() if connected else at_stop(ray.shutdown):
+            yield int(ray.cluster_resources()["CPU"])
     finally:
         if not connected:
             ray.shutdown()
@@ -359,9 +373,12 @@ class _RaySlot:
             self._actor = None
             return TaskResult(error=WorkerDied("worker died"))
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         import ray  # pyright: ignore[reportMissingImports]
 
         if self._actor is not None:
             ray.kill(self._actor)
-            self._actor = None
+
+    def stop(self) -> None:
+        self.kill()
+        self._actor = None

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lindm.io.signals import raise_if_stopped
+from lindm.io.signals import at_stop
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +89,7 @@ class Progress:
         self._closed = False
         self._live: Any = None
         self._lock = threading.Lock()
+        self._stack = contextlib.ExitStack()
         self._timer = threading.Timer(SILENT_SECONDS, self._show)
         self._timer.daemon = True
 
@@ -96,11 +97,16 @@ class Progress:
         self.quiet = self.quiet or Progress._open > 0
         Progress._open += 1
         if self.console.is_terminal and not self.quiet:
+            self._stack.enter_context(at_stop(self._close))
             self._timer.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         Progress._open -= 1
+        self._stack.close()
+        self._close()
+
+    def _close(self) -> None:
         self._timer.cancel()
         with self._lock:
             if self._live is not None:
@@ -145,15 +151,9 @@ class Progress:
 
 @contextlib.contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A display of one count; the callback takes (done, total) and raises `Preempted` after a signal."""
+    """A display of one count; the callback takes (done, total)."""
     with Progress() as progress:
-        task = progress.add(name)
-
-        def update(done: int, total: int) -> None:
-            raise_if_stopped()
-            task.update(done, total)
-
-        yield update
+        yield progress.add(name).update
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,9 +12,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from lindm.errors import UsageError
+from lindm.io.signals import at_stop
 
 TEMPORARY_SUFFIX = ".lindm-tmp"
 LOCK_PATIENCE = 2  # seconds that a process which was just killed may take to release its lock
@@ -56,7 +58,8 @@ def scratch_directory() -> Iterator[Path]:
             break
         os.close(fd)  # another process took it for a leftover
     try:
-        yield scratch
+        with at_stop(partial(_remove, scratch)):
+            yield scratch
     finally:
         _remove(scratch)
         os.close(fd)
@@ -116,11 +119,16 @@ def _created(path: Path, is_directory: bool) -> Iterator[int]:
         if try_lock(fd) and _has_name(fd, temporary):
             break
         os.close(fd)  # another process took it for a leftover
-    try:
-        yield fd
-    finally:
+
+    def remove() -> None:
         if _has_name(fd, temporary):
             _remove(temporary)
+
+    try:
+        with at_stop(remove):
+            yield fd
+    finally:
+        remove()
         os.close(fd)
 
 

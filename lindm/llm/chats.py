@@ -19,6 +19,7 @@ from typing import Any
 
 from lindm.errors import DataError, LindmError
 from lindm.io import limits
+from lindm.io.signals import deferred
 from lindm.llm.tokens import Example, Tokenizer, encode_whole, make_example, name_source, shorten, tokenizer_info
 
 
@@ -81,7 +82,8 @@ class _Renderer:
         program = Path(__file__).with_name("chat_renderer.py")
         bounds = (limits.TEMPLATE_CPU_SECONDS, limits.TEMPLATE_MEMORY, limits.TEMPLATE_OUTPUT)
         command = [sys.executable, "-I", "-S", str(program), json.dumps(sys.path), *map(str, bounds)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with deferred():  # Ctrl-C goes to both processes, and this one may have work to save
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
         """End the process, if there is one."""

@@ -38,7 +38,6 @@ from lindm.io.files import (
 )
 from lindm.io.manifest import write_manifest
 from lindm.io.provenance import environment
-from lindm.io.signals import raise_if_stopped
 from lindm_experiments.harness.claims import claim_ids, claims_hash
 from lindm_experiments.harness.experiments import Experiment, load, name_of, points_of, preset_config
 from lindm_experiments.harness.fingerprint import code_fingerprint
@@ -332,7 +331,6 @@ def run_experiments(
         ]
 
         def on_event(event: TaskEvent) -> None:
-            raise_if_stopped()
             state.measured(*tasks[event.index], event.result)
 
         pool.run(measure, points, groups=[name for name, _ in tasks], on_event=on_event)

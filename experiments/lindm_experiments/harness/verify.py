@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lindm.errors import UsageError, unknown
-from lindm.io import directories, files, manifest, signals
+from lindm.io import directories, files, manifest
 from lindm.io.executor import Executor
 from lindm.io.progress import Progress, ProgressTask, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
@@ -63,7 +63,6 @@ def verify(
 
     Raises:
       UsageError: an unknown preset, claim or experiment, or a directory of another run.
-      Preempted: after a signal.
 
     >>> result = ld.verify("smoke", "verified", only=["controls/swap"], workers=1)
     >>> [(claim["id"], claim["verdict"]) for claim in result.summary["claims"]]
@@ -154,7 +153,6 @@ def run_experiment(
 
 def run_with_progress(jobs: Sequence[Job], locks: contextlib.ExitStack, executor: Executor, workers: int | None) -> list[Outcome]:
     """Run the jobs (`locks` as of `run_experiments`) with a bar for each experiment, and one line for each that ends."""
-    signals.stop_on_signals()
     console = Console(file=sys.stderr)  # also while an experiment redirects what it calls
     with Progress(console) as progress:
         total = progress.add("experiments", total=len(jobs)) if len(jobs) > 1 else None

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from lindm.io import signals
 from lindm.io.compilation import use_compilation_cache
 
 
@@ -39,7 +38,7 @@ def settings_kept() -> Iterator[None]:
     jax = sys.modules.get("jax")
     double = jax is not None and jax.config.jax_enable_x64
     try:
-        with signals.restored(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             yield
     finally:
         for name in os.environ.keys() - environment.keys():

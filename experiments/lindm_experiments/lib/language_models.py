@@ -15,7 +15,6 @@ from lindm.datasets import DatasetConfig, make_dataset
 from lindm.errors import DataError
 from lindm.evaluation.environments import double_precision
 from lindm.families.suites import Suite, suite
-from lindm.io import signals
 from lindm.llm.io import weights
 from lindm.llm.sft import setup, trainer
 from lindm.llm.sft.options import SFTConfig
@@ -61,8 +60,7 @@ def sft_config(model: str, data: Path, out: Path, **options: Any) -> SFTConfig:
 
 def fine_tune(config: SFTConfig) -> Path:
     """Train; the run's directory. Its checkpoints are removed, since the run is not resumed."""
-    trainer.train(config)
-    signals.stop_on_signals()  # during training signals are only noted; now nothing is unsaved
+    trainer.train(config, save_on_stop=False)
     shutil.rmtree(config.out / trainer.CHECKPOINTS, ignore_errors=True)
     return config.out
 

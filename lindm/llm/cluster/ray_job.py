@@ -16,7 +16,7 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
-from lindm.errors import LindmError, LostPeerError, Preempted, UsageError
+from lindm.errors import LindmError, LostPeerError, UsageError
 from lindm.llm.cluster.jobs import RayWorkers
 from lindm.llm.parallel.chips import parse_topology
 from lindm.llm.sft.options import SFTConfig
@@ -83,7 +83,7 @@ def run(job: RayWorkers, options: SFTConfig, worker: WorkerFunction = train) -> 
             trainer.fit()
         except TrainingFailedError as e:
             lost = find_cause(e)
-            if not isinstance(lost, LostPeerError | Preempted):
+            if not isinstance(lost, LostPeerError):
                 raise lost from e
             print(f"lindm: attempt {attempt + 1} of {job.restarts + 1}: {lost}", file=sys.stderr)
         else:

@@ -20,6 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from lindm.errors import LostPeerError
+from lindm.io import signals
 from lindm.llm.parallel.supervisor import detect_launcher
 
 HEARTBEAT_TIMEOUT = 30  # seconds after which a silent process counts as lost
@@ -90,7 +91,8 @@ def _initialize(**arguments: Any) -> None:
 @contextlib.contextmanager
 def _default_signal_handlers() -> Iterator[None]:
     """SIGTERM and SIGINT end the process immediately: Python cannot run its handlers while jax waits for the other processes."""
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    kept = signals.is_watching() or threading.current_thread() is not threading.main_thread()
+    numbers = () if kept else signals.STOP_SIGNALS
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lindm.errors import LostPeerError, Preempted
+from lindm.io import signals
 
 STDERR_TAIL = 1 << 16  # bytes at the end of the child's stderr that are searched for the cause of an abort
 ABORT_MESSAGE = "JAX distributed service detected fatal errors"
@@ -40,11 +41,13 @@ def detect_launcher(environment: dict[str, str]) -> str | None:
     return "tpu" if chips and usable and environment.get("TPU_SKIP_MDS_QUERY") != "1" else None
 
 
-def supervise(exit_codes: Mapping[type[Exception], int]) -> None:
+def supervise(exit_codes: Mapping[type[BaseException], int]) -> None:
     """Fork: returns in the child; the parent watches the child and raises SystemExit with its exit code.
 
-    Call it before any thread is started.
+    Call it before any thread is started, but that of `signals.watch`, which goes on in the child.
     """
+    ending = signals.unwatch()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)  # until there are handlers on both sides
     sys.stdout.flush()
     sys.stderr.flush()
     stderr_read, stderr_write = os.pipe()
@@ -55,6 +58,9 @@ def supervise(exit_codes: Mapping[type[Exception], int]) -> None:
         os.close(parent_write)
         os.dup2(stderr_write, 2)
         os.close(stderr_write)
+        if ending is not None:
+            signals.watch(ending)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
         threading.Thread(target=_die_with_parent, args=(parent_read,), daemon=True).start()
         return
     os.close(stderr_write)
@@ -64,8 +70,9 @@ def supervise(exit_codes: Mapping[type[Exception], int]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.STOP_SIGNALS:
         signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
     status, tail = _forward_stderr(stderr_read, child)
     os.close(parent_write)
     raise SystemExit(_exit_code(status, tail.decode(errors="replace"), exit_codes))
@@ -99,12 +106,12 @@ def _write_stderr(data: bytes) -> None:
             data = data[os.write(2, data) :]
 
 
-def _exit_code(status: int, stderr: str, exit_codes: Mapping[type[Exception], int]) -> int:
+def _exit_code(status: int, stderr: str, exit_codes: Mapping[type[BaseException], int]) -> int:
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
     code, reason = 128 + number, f"ended by {signal.Signals(number).name}"
-    if number in (signal.SIGTERM, signal.SIGINT):  # a process with unsaved work handles these signals
+    if number in signals.STOP_SIGNALS:  # a process with unsaved work handles these signals
         code, reason = exit_codes[Preempted], f"stopped by {signal.Signals(number).name}; the same command resumes"
     elif number == signal.SIGABRT and (lost := diagnose_abort(stderr)):
         code, reason = exit_codes[LostPeerError], lost

@@ -4,15 +4,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from lindm.errors import Preempted
 from lindm.evaluation import optimality_gap
 from lindm.evaluation.environments import double_precision, make_tasks
 from lindm.evaluation.policies.demonstrations import BC
 from lindm.evaluation.policy import Observation, Policy
 from lindm.io import signals
 from lindm.llm.parallel import sharding
+from lindm.llm.parallel.processes import detect_lost_peer
 from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
 from lindm.llm.sft.loss import lm_loss
@@ -22,15 +26,10 @@ ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
 MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
 
 
-class EvaluationInterrupted(Exception):
-    """The evaluation was interrupted by a request to stop the run."""
-
-
 class Evaluator:
     """Evaluates a run, always on the same rows, tasks and episodes.
 
-    A long evaluation must not delay the checkpoint after a request to stop, so a single process interrupts it. Several processes
-    finish it, since all of them must do the same.
+    A long evaluation must not delay the checkpoint after a request to stop, so it is interrupted, in all processes at once.
     """
 
     def __init__(self, setup: TrainingSetup, graphdef: Any):
@@ -50,7 +49,7 @@ class Evaluator:
         interval and `bc_gap`, the gap of behavior cloning on the demonstrations.
 
         Raises:
-          EvaluationInterrupted: the run has to stop.
+          Preempted: the run has to stop.
         """
         values: dict[str, Any] = {}
         if self.batches:
@@ -115,5 +114,9 @@ def summarize(values: dict[str, Any]) -> str:
 
 
 def _raise_if_interrupted() -> None:
-    if signals.stop_requested() and jax.process_count() == 1:
-        raise EvaluationInterrupted
+    requested = signals.stop_requested()
+    if jax.process_count() > 1:
+        with detect_lost_peer():
+            requested = bool(multihost_utils.process_allgather(np.int32(requested)).any())
+    if requested:
+        raise Preempted("the evaluation was interrupted by a request to stop")

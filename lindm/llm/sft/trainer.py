@@ -9,7 +9,8 @@
 
 A run that is killed at any moment resumes from its last checkpoint and ends with the same bits. A run that has to stop saves
 first and raises `Preempted`; an evaluation is left to the run that resumes. All processes reduce their stop flags in every step,
-so all save the same step.
+so all save the same step. Before and after the steps there is nothing to save, and a signal does what it does elsewhere
+(`lindm.io.signals`).
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from lindm.llm.parallel import devices, processes, sharding
 from lindm.llm.sft import checkpoints
 from lindm.llm.sft.batches import BatchLoader
 from lindm.llm.sft.compilation import compile_train_step
-from lindm.llm.sft.evaluator import EvaluationInterrupted, Evaluator, summarize
+from lindm.llm.sft.evaluator import Evaluator, summarize
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.metrics import METRICS, MetricsLogger, Throughput, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
@@ -54,13 +55,16 @@ class EvalHistory(NamedTuple):
     evals_since_best: int = 0
 
 
-def train(config: SFTConfig) -> Path | None:
+def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
     """Train, evaluate and export; the directory of the model, in the first process of the run alone.
+
+    Args:
+      save_on_stop: False for a run that nobody will resume: a signal does what it does elsewhere.
 
     Raises:
       LindmError: of the kind of the failure (`lindm.errors`).
+      Preempted: the run stopped on a signal, after saving.
     """
-    signals.stop_on_signals()
     processes.initialize(config.coordinator, config.processes, config.rank)
     is_main = jax.process_index() == 0
     with directories.sole_writer(config.out) if is_main else contextlib.nullcontext():
@@ -70,7 +74,7 @@ def train(config: SFTConfig) -> Path | None:
         setup = setup_training(config)
         _check_same_run(setup, is_main)
         with Progress(quiet=not is_main) as progress:
-            _run(setup, is_main, progress)
+            _run(setup, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None
 
 
@@ -119,7 +123,7 @@ def _verify_exports(out: Path) -> None:
                 raise DataError(f"{e}; without {directory} the same command writes it again from its checkpoint") from e
 
 
-def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
+def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: bool) -> None:
     """Build, compile, restore, train, export."""
     config, out, total = setup.config, setup.config.out, setup.optimizer.steps
     _print_setup(setup, progress)
@@ -134,7 +138,6 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
     task.update(0, detail="compiling")
     train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh), shardings)
     compiled_step = compile_train_step(train_step, template, frozen, loader.load(0)[0], loader.stop_flags())
-    signals.note_signals()  # from here on there is work to save
     checkpoint = checkpoints.restore(out / CHECKPOINTS, template)
     if checkpoint is None:
         state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
@@ -152,7 +155,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
     evaluator = Evaluator(setup, graphdef)
     loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, task)
     try:
-        state, history, step = loop.run(state, frozen, history, step)
+        with signals.unsaved_work(lambda: _last_saved(out)) if save_on_stop else contextlib.nullcontext():
+            state, history, step = loop.run(state, frozen, history, step)
     finally:
         logger.close()
     if config.patience is not None and (best := checkpoints.restore(out / BEST, template)) is not None:
@@ -168,6 +172,11 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress) -> None:
         outputs = [CONFIG, METRICS, *exports, *(path.name for path in curves)]
         write_manifest(out, outputs, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
     processes.barrier("end")
+
+
+def _last_saved(out: Path) -> str:
+    steps = checkpoints.checkpoint_steps(out / CHECKPOINTS)
+    return f"the last checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 
 def _reshard(state: nnx.State, shardings: nnx.State) -> nnx.State:
@@ -213,7 +222,7 @@ class TrainLoop:
             if not stop:
                 try:
                     history = self._maybe_evaluate(state, frozen, history, step)
-                except EvaluationInterrupted:
+                except Preempted:
                     stop = True
             done = step == self.total or self._out_of_patience(history)
             if step > saved and (done or stop or step % self.save_every == 0):
@@ -226,7 +235,6 @@ class TrainLoop:
                 return state, history, step
             state, stop = self._train_step(state, frozen, step, saved)
             step += 1
-            stop = stop and step < self.total
 
     def _train_step(self, state: TrainState, frozen: nnx.State, step: int, saved: int) -> tuple[TrainState, bool]:
         """Run and log one step; whether any process has to stop."""
@@ -242,7 +250,9 @@ class TrainLoop:
             kept = f"the last checkpoint is step {saved}" if saved else "there is no checkpoint"
             values = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
             raise NonFiniteError(f"step {step + 1} is not finite ({values}); its batch starts with {sources}; {kept}")
-        self.throughput.update(time.perf_counter() - start, sum(len(e.ids) for e in examples), num_labels)
+        seconds = time.perf_counter() - start
+        signals.allow_seconds(2 * seconds)  # the rest of one step and, with the flag set, another one
+        self.throughput.update(seconds, sum(len(e.ids) for e in examples), num_labels)
         self.task.update(step + 1, detail=", ".join(filter(None, (f"loss {loss:.4g}", str(self.throughput)))))
         self.logger.log(
             "train",

@@ -2,15 +2,12 @@
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 from lindm.cli.export import Export, run
 from lindm.io import files, provenance
 from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_peft
 from tests.lindm.llm.io.test_weights import everything
-
-pytestmark = pytest.mark.usefixtures("no_signal_handlers")
 
 
 def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lindm.cli import doctor
-from lindm.cli.main import main
-from lindm.errors import LindmError
+from lindm.cli.main import guarded, main
+from lindm.errors import LindmError, Preempted
 from lindm.evaluation.policies.registry import LANGUAGE_MODELS, POLICIES
 from lindm_experiments.harness.claims import CLAIMS
 from lindm_experiments.harness.experiments import experiment_names
@@ -359,7 +359,7 @@ def test_a_stopped_run_prints_a_message_and_keeps_finished_results(tmp_path, num
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     *progress, last = error.splitlines()  # on a busy machine there is a line of progress every ten seconds
-    assert process.returncode == 75 and last.startswith("lindm: error: stopped"), error
+    assert process.returncode == 75 and last == f"lindm: stopped by {number.name}; the same command resumes", error
     assert all(line.startswith("tasks: ") for line in progress)
     assert not list((tmp_path / "data").glob(".*"))
     assert (tmp_path / "data" / "progress.jsonl").exists() and not (tmp_path / "data" / "manifest.json").exists()
@@ -382,16 +382,12 @@ def test_a_reader_that_closes_the_output_ends_the_command_without_a_word():
 
 
 @pytest.mark.fault("F27")
-def test_an_error_that_a_stop_request_became_is_a_stop(monkeypatch, capsys):
-    from lindm.cli import main as command_line
+def test_the_stop_of_a_run_that_has_saved_is_no_error(capsys):
+    def saved():
+        raise Preempted("stopped by a signal: saved step 2 of 4; the same command resumes")
 
-    def interrupted():
-        raise RuntimeError("INTERNAL: CpuCallback error")
-
-    assert command_line.guarded(interrupted) == 1
-    monkeypatch.setattr(command_line, "stop_requested", lambda: True)
-    assert command_line.guarded(interrupted) == 75
-    assert capsys.readouterr().err.splitlines()[-1].startswith("lindm: error: stopped")
+    assert guarded(saved) == 75
+    assert capsys.readouterr().err == "lindm: stopped by a signal: saved step 2 of 4; the same command resumes\n"
 
 
 def test_a_reader_that_closed_the_output_is_exit_141():

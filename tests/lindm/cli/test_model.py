@@ -6,8 +6,6 @@ from lindm.cli.model import Import, Show, run_import, run_show
 from lindm.errors import LindmError
 from tests.lindm.llm import reference
 
-pytestmark = pytest.mark.usefixtures("no_signal_handlers")
-
 
 def test_a_model_is_imported_and_shown(tmp_path, capsys):
     source = reference.write(tmp_path / "source", "qwen3", shards=2)

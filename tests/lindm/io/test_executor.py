@@ -120,7 +120,6 @@ SLOW = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from lindm.errors import Preempted
 from lindm.io import signals
 from lindm.io.executor import run_tasks
 
@@ -131,11 +130,8 @@ def write(task):
         time.sleep(0.05)
 
 if __name__ == "__main__":
-    signals.stop_on_signals()
-    try:
-        run_tasks(write, ["a.txt", "b.txt"], workers=2)
-    except Preempted:
-        sys.exit(75)
+    signals.watch(lambda number, kept: signals.Ending(75, "stopped"))
+    run_tasks(write, ["a.txt", "b.txt"], workers=2)
 """
 
 
@@ -144,12 +140,14 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
 def test_workers_do_not_write_after_the_parent_has_ended(tmp_path, number, code):
     (tmp_path / "slow.py").write_text(SLOW.format(here=str(Path(executor.__file__).parents[2])))
-    process = subprocess.Popen([sys.executable, "slow.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "slow.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     deadline = time.monotonic() + 60
     while not all(p.exists() for p in paths) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # a terminal signals all
     _, err = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in err, err
     time.sleep(0.5)

@@ -5,9 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lindm.errors import Preempted
 from lindm.io import progress, signals
-from lindm.io.progress import Progress, format_seconds, progress_bar
+from lindm.io.progress import Progress, format_seconds
 
 
 @pytest.fixture
@@ -99,12 +98,15 @@ def test_a_terminal_shows_a_bar_after_the_silent_seconds_and_removes_it(stream, 
     assert not shown._live.is_started
 
 
-def test_a_signal_stops_the_work_that_reports_progress(monkeypatch):
-    with progress_bar("tasks") as update:
-        update(1, 2)
-        monkeypatch.setattr(signals, "_stop_requested", True)
-        with pytest.raises(Preempted):
-            update(2, 2)
+def test_a_bar_is_removed_when_a_signal_ends_the_process(stream, monkeypatch):
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(signals, "_clean_ups", clean_ups := [])
+    with Progress(Console(file=stream, force_terminal=True)) as shown:
+        shown._timer.join()
+        for clean_up in clean_ups:
+            clean_up()
+        assert not shown._live.is_started
+    assert clean_ups == []
 
 
 def test_durations_are_clocks():

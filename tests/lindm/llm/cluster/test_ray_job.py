@@ -13,7 +13,7 @@ from lindm.cli import ray_job as cli
 from lindm.cli.exit_codes import exit_code
 from lindm.cli.main import main
 from lindm.cli.option_parser import run_command
-from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, Preempted, UsageError
+from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, NonFiniteError, UsageError
 from lindm.llm.cluster import jobs, ray_job
 from lindm.llm.cluster.jobs import RayWorkers
 from lindm.llm.parallel.chips import TPU_GENERATIONS, parse_topology
@@ -91,7 +91,6 @@ def wrapped(e: Exception) -> Exception:
         (Failed(LostPeerError("lost"), DataError("bad")), 3, "bad"),  # the worker that failed, not those that lost it
         (Failed(OfRay("died"), NonFiniteError("not finite")), 5, "not finite"),
         (Failed(wrapped(CheckpointError("none usable"))), 4, "none usable"),
-        (Failed(Preempted("saved")), 75, "saved"),
         (Failed(ValueError("mesh must use all 8 devices")), 2, "mesh must use"),
         (Failed(OfRay("a line\nthe worker died of SIGKILL")), 8, "a worker was lost: the worker died of SIGKILL"),
         (Failed(KeyError("x")), 70, "'x'"),

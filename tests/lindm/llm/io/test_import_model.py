@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from lindm.errors import DataError, LindmError, Preempted, StorageError, UsageError
+from lindm.errors import DataError, LindmError, StorageError, UsageError
 from lindm.io import provenance
 from lindm.llm.io import weights
 from lindm.llm.io.import_model import import_model
@@ -147,10 +147,10 @@ def test_a_full_disk_is_a_storage_error(tmp_path, packed, monkeypatch):
 @pytest.mark.fault("F27")
 def test_a_stopped_import_leaves_nothing(tmp_path, packed, monkeypatch):
     def stopped(*args, **kwargs):
-        raise Preempted("stopped by SIGTERM")
+        raise KeyboardInterrupt("stopped")
 
     monkeypatch.setattr("lindm.llm.io.safetensors_files.write_shards", stopped)
-    refused(packed[1], tmp_path / "out", "stopped by SIGTERM", Preempted)
+    refused(packed[1], tmp_path / "out", "stopped", KeyboardInterrupt)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,10 @@ from lindm.io import signals
 from lindm.llm.parallel import processes as distributed
 from lindm.llm.parallel import sharding
 distributed.HEARTBEAT_TIMEOUT, distributed.INITIALIZATION_TIMEOUT = int(heartbeat), int(patience)
-signals.stop_on_signals()
-signals.note_signals()
+from lindm.cli.lifecycle import ending
+signals.watch(ending("resumes"))
+if then == "steps":
+    signals.unsaved_work(lambda: "").__enter__()
 def say(**what):
     print(json.dumps(what), flush=True)
 say(waits=True)
