@@ -27,7 +27,7 @@ def watch(event, arguments):
         os._exit(99)
 sys.addaudithook(watch)
 from lindm.cli.main import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 
