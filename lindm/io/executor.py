@@ -283,9 +283,7 @@ class _LocalSlot:
             return self._pool.submit(_call, function, task)
         spawn = multiprocessing.get_context("spawn")
         resource_tracker.ensure_running()  # its start would unblock the signals
-        self._pool = ProcessPoolExecutor(
-            1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer, self._scratch)
-        )
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer,))
         with deferred():
             before = multiprocessing.active_children()
             with _script_not_imported(function):
