@@ -271,6 +271,22 @@ def _script_not_imported(function: Callable[[Any], Any]) -> Iterator[None]:
         main.__dict__.update(hidden)
 
 
+def _start_resource_tracker() -> None:
+    """Start the process of `multiprocessing` that removes the semaphores of a killed process. It shall not warn of doing so.
+
+    It is started before the workers are, since it unblocks the signals.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker"]))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
+
+
 class _LocalSlot:
     def __init__(self, initializer: Callable[[], None] | None) -> None:
         self.group: Hashable = None
@@ -282,7 +298,7 @@ class _LocalSlot:
         if self._pool is not None:
             return self._pool.submit(_call, function, task)
         spawn = multiprocessing.get_context("spawn")
-        resource_tracker.ensure_running()  # its start would unblock the signals
+        _start_resource_tracker()
         self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=(self._initializer,))
         with deferred():
             before = multiprocessing.active_children()
