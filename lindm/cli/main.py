@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from lindm.cli.exit_codes import INTERNAL, exit_code
-from lindm.cli.lifecycle import LIFECYCLES, ending
-from lindm.cli.option_parser import Command, run_command, two_columns, wrap
+from lindm.cli.lifecycle import LIFECYCLES, Stop, ending
+from lindm.cli.option_parser import run_command, two_columns, wrap
 from lindm.errors import LindmError, Preempted, UsageError, did_you_mean
 from lindm.io import signals
 
@@ -80,35 +80,24 @@ def _dispatch(words: Sequence[str]) -> int:
         if rest[0] not in module.COMMANDS:
             known = ", ".join(module.COMMANDS)
             raise UsageError(f"lindm {name} has the commands {known}; got {rest[0]!r}{did_you_mean(rest[0], module.COMMANDS)}")
-        return _run(module.COMMANDS[rest[0]], rest[1:])
+        return run_command(module.COMMANDS[rest[0]], rest[1:])
     if hasattr(module, "COMMAND"):
-        return _run(module.COMMAND, rest)
-    _prepare_stop(name)
+        return run_command(module.COMMAND, rest)
     return module.run(rest)
-
-
-def _run(command: Command, words: Sequence[str]) -> int:
-    _prepare_stop(command.name)
-    return run_command(command, words)
-
-
-def _prepare_stop(name: str) -> None:
-    """From now on a signal ends this process as the command's lifecycle says."""
-    lifecycle = LIFECYCLES[name]
-    if signals.is_watching():
-        signals.watch(ending(lifecycle.stop))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Without arguments it is that of this process, which a signal then ends."""
-    if arguments is None:
-        return run_process(lambda: _dispatch(sys.argv[1:]))
-    return guarded(lambda: _dispatch(list(arguments)))
+    if arguments is not None:
+        return guarded(lambda: _dispatch(list(arguments)))
+    words = sys.argv[1:]
+    lifecycle = LIFECYCLES.get(" ".join(words[:1])) or LIFECYCLES.get(" ".join(words[:2]))
+    return run_process(lambda: _dispatch(words), "starts over" if lifecycle is None else lifecycle.stop)
 
 
-def run_process(run: Callable[[], int]) -> int:
+def run_process(run: Callable[[], int], stop: Stop) -> int:
     """Call `run` as the only work of this process: SIGTERM and SIGINT end it. The exit code."""
-    signals.watch(ending("starts over"))
+    signals.watch(ending(stop))
     try:
         return guarded(run)
     finally:

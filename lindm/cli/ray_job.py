@@ -4,10 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from lindm.cli import sft
-from lindm.cli.lifecycle import LIFECYCLES, ending
+from lindm.cli.lifecycle import LIFECYCLES
 from lindm.cli.main import run_process
 from lindm.cli.option_parser import Command, parse, run_command
-from lindm.io import signals
 from lindm.llm.cluster.jobs import RayWorkers, check_options
 
 
@@ -22,11 +21,5 @@ def run(job: RayWorkers, words: Sequence[str]) -> int:
 
 COMMAND = Command(name="ray_job", options=RayWorkers, run=run, rest="-- OPTIONS OF LINDM SFT")
 
-
-def main() -> int:
-    signals.watch(ending(LIFECYCLES[COMMAND.name].stop))
-    return run_command(COMMAND, sys.argv[1:])
-
-
 if __name__ == "__main__":
-    sys.exit(run_process(main))
+    sys.exit(run_process(lambda: run_command(COMMAND, sys.argv[1:]), LIFECYCLES[COMMAND.name].stop))

@@ -44,6 +44,10 @@ class Ending(NamedTuple):
     message: str
 
 
+class _Closed(Exception):
+    """`unwatch` was called."""
+
+
 class _UnsavedWork:
     def __init__(self, kept: Callable[[], str]):
         self.kept, self.grace = kept, GRACE
@@ -53,16 +57,13 @@ class _UnsavedWork:
 
 
 def watch(ending: Callable[[int, str], Ending]) -> None:
-    """SIGTERM and SIGINT end this process from now on. A second call replaces the ending. Call it in the main thread.
+    """SIGTERM and SIGINT end this process from now on. Call it once, in the main thread.
 
     Args:
       ending: from the number of the signal, and what is kept of unsaved work (empty outside of `unsaved_work`).
     """
     global _watcher
-    if _watcher is None:
-        _watcher = _Watcher(ending)
-    else:
-        _watcher.ending = ending
+    _watcher = _Watcher(ending)
 
 
 def is_watching() -> bool:
@@ -125,6 +126,9 @@ class _Watcher:
         code = 128 + number
         try:
             kept = self.wait_for_saving()
+        except _Closed:
+            return
+        try:
             end = self.ending(number, kept)
             code = end.code
             _clean_up()
@@ -141,7 +145,7 @@ class _Watcher:
         return None
 
     def wait_for_saving(self) -> str:
-        """Wait while the main thread saves; returns where it does not, with what is kept nevertheless."""
+        """Wait while the main thread saves; returns where it does not, with what is kept nevertheless.  Raises: _Closed."""
         global _stop_requested
         begun, locked = time.monotonic(), _uninterruptible.acquire(timeout=CLEAN_UP_SECONDS)
         work, _stop_requested = _unsaved, True
@@ -151,7 +155,10 @@ class _Watcher:
         if work is None:
             return ""
         while _noticed.is_set() or time.monotonic() - begun < work.grace:
-            if self.next_signal(0.1) is not None and time.monotonic() - begun > AGAIN:
+            number = self.next_signal(0.1)
+            if number == 0:
+                raise _Closed
+            if number is not None and time.monotonic() - begun > AGAIN:
                 break
         return work.kept()
 

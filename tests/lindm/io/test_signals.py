@@ -84,16 +84,20 @@ def test_unsaved_work_is_saved_first():
     done = watched(
         """
         signals.GRACE = 0.5
-        with signals.unsaved_work(lambda: "with step 1"):
-            kill()
-            while not signals.stop_requested():
-                time.sleep(0.01)
-            time.sleep(1)  # saving may take longer than the grace period
-            print("saved")
+        try:
+            with signals.unsaved_work(lambda: "with step 1"):
+                kill()
+                while not signals.stop_requested():
+                    time.sleep(0.01)
+                time.sleep(1)  # saving may take longer than the grace period
+                print("saved")
+        except BaseException as e:
+            print(e)
+        signals.ignore()  # as at the end of every command
         """
     )
-    assert done.returncode == 1 and done.stdout == "saved\n"  # the script does not handle Preempted
-    assert done.stderr.endswith("lindm.errors.Preempted: stopped by a signal: with step 1; the same command resumes\n")
+    message = "stopped by a signal: with step 1; the same command resumes"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"saved\n{message}\n", "")
 
 
 @pytest.mark.parametrize("work", ["native_work()", "time.sleep(60)"])

@@ -41,8 +41,6 @@ from lindm.llm.parallel import sharding
 distributed.HEARTBEAT_TIMEOUT, distributed.INITIALIZATION_TIMEOUT = int(heartbeat), int(patience)
 from lindm.cli.lifecycle import ending
 signals.watch(ending("resumes"))
-if then == "steps":
-    signals.unsaved_work(lambda: "").__enter__()
 def say(**what):
     print(json.dumps(what), flush=True)
 say(waits=True)
@@ -63,7 +61,8 @@ try:
         say(step=0)
         time.sleep(100)
     elif then == "steps":
-        state = 0
+        unsaved = signals.unsaved_work(lambda: "")
+        unsaved.__enter__()
         for step in range(1, 2000):
             with distributed.detect_lost_peer():
                 all_stop = tiny.largest(int(signals.stop_requested()))
