@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.clock import HANGS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,7 +17,7 @@ def wheel(tmp_path_factory) -> list[str]:
     """The names of the files in the wheel, built without network."""
     out = tmp_path_factory.mktemp("wheel")
     code = f"import sys, hatchling.build as b; print(b.build_wheel({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
         return archive.namelist()
@@ -48,5 +50,5 @@ def test_folders_beside_a_script_break_nothing(tmp_path):
         "import lindm.cli.main\n"
         "assert lindm.cli.main.main(['run', 'risk', '--preset', 'nonsense']) == 2\n"
     )
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clock import HANGS
 from tests.promises import PROMISES
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def session(directory: Path, text: str, *options: str) -> subprocess.CompletedPr
     )
     words = [sys.executable, "-m", "pytest", "-p", "tests.promises", "-p", "no:cacheprovider", *options]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def row(page: Path, number: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lindm.cli.main import NAMES, module_of
+from tests.clock import HANGS
 
 pytestmark = [pytest.mark.smoke, pytest.mark.slow, pytest.mark.fault("F25")]
 
@@ -61,7 +62,7 @@ def test_a_command_runs(directory, command):
     words = shlex.split(command)
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
     done = subprocess.run(
-        [sys.executable, "-m", "lindm", *words], cwd=directory, env=environment, capture_output=True, text=True, timeout=1800
+        [sys.executable, "-m", "lindm", *words], cwd=directory, env=environment, capture_output=True, text=True, timeout=HANGS
     )
     assert done.returncode in ALLOWED.get(words[0], (0,)), f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert done.stdout.strip()

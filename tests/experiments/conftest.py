@@ -11,6 +11,7 @@ import pytest
 
 from lindm.io import files
 from lindm_experiments.harness.experiments import points_of
+from tests.clock import HANGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,7 +139,7 @@ class Lab:
     def lindm(self, *arguments: object, **environment: str) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANGS)
         return process.returncode, out, err
 
 

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 import lindm as ld
+from tests.clock import HANGS
 
 TIGER = Path(__file__).parent / "problems" / "files" / "tiger.pomdp"
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

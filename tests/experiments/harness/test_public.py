@@ -10,6 +10,7 @@ import pytest
 
 import lindm as ld
 from lindm.errors import UsageError
+from tests.clock import HANGS
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_the_settings_of_the_process_are_kept(tmp_path):
         "assert all(os.environ.get(name) == environment.get(name) for name in ('XLA_FLAGS', 'JAX_ENABLE_X64'))\n"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,6 +13,7 @@ import pytest
 from lindm.errors import DataError, LindmError
 from lindm.io import directories, files, manifest
 from lindm_experiments.harness import runner
+from tests.clock import HANGS
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -20,7 +21,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in ("records.jsonl", "config.json", "toy.png", "toy.pdf")}
 
 
-def wait_for(path: Path, lines: int = 1, seconds: float = 30) -> None:
+def wait_for(path: Path, lines: int = 1, seconds: float = HANGS) -> None:
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
@@ -54,7 +55,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(lab):
     for _ in range(60):
         process = lab.start(*options, "--out", "killed")
         try:
-            process.communicate(timeout=moments.uniform(0.7, 1.8) if kills < 6 else 60)
+            process.communicate(timeout=moments.uniform(0.7, 1.8) if kills < 6 else HANGS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -169,7 +170,7 @@ def test_a_signal_ends_with_exit_75_and_the_run_resumes(lab, signum):
     process = lab.start("run", "toy", "--out", "r", *options)
     wait_for(lab.directory / "r" / "records.jsonl", 2)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 75 and "resumes" in err
     assert lab.lindm("run", "toy", "--out", "r", *options)[0] == 0
     assert len(manifest.read_records(lab.directory / "r")) == 8
@@ -232,7 +233,7 @@ def test_verify_killed_with_its_workers_resumes(lab):
         records = lab.directory / "v" / "toy" / "records.jsonl"
         wait_for(records, 1 if signum == signal.SIGKILL else records.read_bytes().count(b"\n") + 1)
         process.send_signal(signum)
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANGS)
         assert process.returncode == code
     assert lab.lindm("verify", "--out", "v")[0] == 0
     assert content(lab.directory / "v" / "toy") == content(lab.directory / "whole" / "toy")

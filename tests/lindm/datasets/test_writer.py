@@ -21,6 +21,7 @@ from lindm.datasets import generate, writer
 from lindm.datasets.writer import make_dataset
 from lindm.errors import LindmError, StorageError, UsageError
 from lindm.io import directories, files, provenance, temporaries
+from tests.clock import HANGS
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 
 
@@ -98,7 +99,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, so
     root, out = Path(__file__).parents[3], tmp_path / "d"
     env = os.environ | {"PYTHONPATH": str(root)}
     # conftest.py has put the settings of XLA there, which configure_xla puts there again: the same ones twice are the same ones
-    child = subprocess.run([sys.executable, "-c", CHILD, str(root), str(out)], env=env, capture_output=True, timeout=120)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(root), str(out)], env=env, capture_output=True, timeout=HANGS)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     left = {p.name for p in out.iterdir()}
     assert "tasks-00001.parquet" in left and "episodes-00001.jsonl" not in left and "manifest.json" not in left

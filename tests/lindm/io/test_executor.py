@@ -13,6 +13,7 @@ import pytest
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.io import executor
 from lindm.io.executor import TaskPool, TaskResult, WorkerDied, run_tasks
+from tests.clock import HANGS
 
 
 def work(task):
@@ -144,11 +145,11 @@ def test_workers_do_not_write_after_the_parent_has_ended(tmp_path, number, code)
         [sys.executable, "slow.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not all(p.exists() for p in paths) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # a terminal signals all
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == code and "Traceback" not in err, err
     time.sleep(0.5)
     sizes = [p.stat().st_size for p in paths]
@@ -162,7 +163,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
         "import math\nfrom lindm.io.executor import run_tasks\n\n"
         "print([r.value for r in run_tasks(math.sqrt, [4.0, 9.0], workers=2)], __file__)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0 and done.stdout == f"[2.0, 3.0] {script}\n", done.stderr
 
 

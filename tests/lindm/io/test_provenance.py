@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lindm.io import provenance
+from tests.clock import HANGS
 
 ROOT = Path(__file__).parents[3]
 NO_COMMIT = {"commit": None, "dirty": None}
@@ -111,10 +112,10 @@ def test_the_date_is_of_now_and_in_utc():
 def test_a_wheel_in_an_environment_inside_another_repository_names_its_version_and_no_commit(tmp_path):
     foreign = repository(tmp_path / "project", "another")
     environment = tmp_path / "project/env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=600)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=HANGS)
     python = environment / "bin/python"
     build = f"import hatchling.build as b; print(b.build_wheel({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, timeout=600, capture_output=True)
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, timeout=HANGS, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     (packages,) = environment.glob("lib/python*/site-packages")
     shutil.unpack_archive(wheel, packages, "zip")  # a pure wheel is installed by unpacking it
@@ -125,7 +126,7 @@ def test_a_wheel_in_an_environment_inside_another_repository_names_its_version_a
     words = ["verify", "--preset", "smoke", "--only", "controls/swap", "--out", "out", "--workers", "1"]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k != "PYTHONPATH"}
     done = subprocess.run(
-        [python, "-P", "-c", code, *words], cwd=tmp_path / "project", env=clean, capture_output=True, text=True, timeout=600
+        [python, "-P", "-c", code, *words], cwd=tmp_path / "project", env=clean, capture_output=True, text=True, timeout=HANGS
     )
     assert done.stdout.startswith(str(packages)), done.stderr
     out = tmp_path / "project/out"

@@ -15,6 +15,7 @@ from lindm.problems.pomdp import reveal
 from lindm.solvers import dp, tree
 from lindm.solvers.belief import num_histories
 from lindm.types import APOMDP, MDP
+from tests.clock import HANGS
 
 CASES = [
     {"S": 3, "A": 2, "O": 2, "M": 1, "H": 5, "alpha": 0.4},
@@ -200,7 +201,7 @@ def test_a_tree_takes_no_more_memory_than_memory_bytes():
         "before = peak(); tree.tree(p).Q.block_until_ready()\n"
         "assert tree.memory_bytes(p) > 3e8 and peak() - before < tree.memory_bytes(p), peak() - before"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
 
 

@@ -16,6 +16,7 @@ from lindm.cli.main import main
 from lindm.cli.option_parser import parse, run_command
 from lindm.llm.cluster.jobs import GKEJob, RayJob, RayWorkers, SlurmJob, TPUJob, check_options, entrypoint, job_file
 from lindm.llm.sft.options import SFTConfig
+from tests.clock import HANGS
 
 WORDS = ["--model", "/lindm/model", "--data", "/lindm/data", "--out", "/lindm/run"]
 SLURM = SlurmJob(nodes=4)
@@ -247,7 +248,7 @@ class Stage:
     def run(self, command: list[str], text: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.records), "RECORDS": str(self.records)}
         environment |= {"LC_ALL": "C.UTF-8", "SLURM_JOB_ID": "17"} | more
-        return subprocess.run(command, input=text, text=True, capture_output=True, env=environment, timeout=60)
+        return subprocess.run(command, input=text, text=True, capture_output=True, env=environment, timeout=HANGS)
 
     @property
     def words(self) -> list[str]:

@@ -18,6 +18,7 @@ from lindm.llm.cluster import jobs, ray_job
 from lindm.llm.cluster.jobs import RayWorkers
 from lindm.llm.parallel.chips import TPU_GENERATIONS, parse_topology
 from lindm.llm.sft.options import SFTConfig
+from tests.clock import HANGS
 
 OPTIONS = SFTConfig(preset="tiny", data=Path("data"), out=Path("out"))
 
@@ -240,7 +241,7 @@ def test_fine_tuning_on_two_workers_is_that_of_one_process(cluster, tmp_path):
     words = ["--preset", "tiny", "--data", str(data), "--steps", "4", "--eval-tasks", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     command = [sys.executable, "-m", "lindm", "sft", *words, "--out", str(here)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert run_command(cli.COMMAND, ["--workers", "2", "--", *words, "--out", str(there)]) == 0
 

@@ -30,6 +30,7 @@ from lindm.llm.config import read_model_config
 from lindm.llm.io import safetensors_files, weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
+from tests.clock import HANGS
 from tests.lindm.llm import reference
 
 NAMES = reference.FAMILIES
@@ -511,7 +512,7 @@ ROOT = str(Path(__file__).parents[4])
 def test_a_killed_writer_leaves_no_partial_model(tmp_path, model):
     """At the last moment: everything is written, and it is not there yet."""
     child = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "out")]
-    done = subprocess.run(child, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, timeout=120)
+    done = subprocess.run(child, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, timeout=HANGS)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (tmp_path / "out").exists() and temporary_path(tmp_path / "out").is_dir()
     weights.save(model, tmp_path / "out")
@@ -550,6 +551,6 @@ def test_two_processes_read_their_shards_and_one_writes(tmp_path):
     command = [sys.executable, "-c", TWO]
     rest = [str(port), str(directory), str(tmp_path / "b")]
     both = [subprocess.Popen([*command, str(r), *rest], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    said = [p.communicate(timeout=120)[1] for p in both]
+    said = [p.communicate(timeout=HANGS)[1] for p in both]
     assert [p.returncode for p in both] == [40 + 2] * 2, said
     assert same(everything(tmp_path / "b"), reference.weights("qwen3"))

@@ -13,6 +13,7 @@ import pytest
 
 from lindm.io import files, temporaries
 from lindm.llm.sft import checkpoints
+from tests.clock import HANGS, Stopwatch
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ def lines(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(condition, process, out, patience=180):
+def wait_for(condition, process, out, patience=HANGS):
     end = time.monotonic() + patience
     while not condition():
         assert process.poll() is None and time.monotonic() < end, out.with_suffix(".said").read_text()
@@ -118,17 +119,17 @@ def test_after_sigterm_it_saves_and_ends_with_75_within_seconds(micro, reference
     out = tmp_path / "out"
     process = start(micro, out)
     wait_for(lambda: lines(out) >= 7, process, out)
-    begun = time.monotonic()
+    stopwatch = Stopwatch()
     process.send_signal(signal.SIGTERM)
-    code, said = process.wait(60), out.with_suffix(".said").read_text()
-    assert code == 75 and time.monotonic() - begun < 30, said
+    code, said = process.wait(HANGS), out.with_suffix(".said").read_text()
+    assert code == 75 and stopwatch.seconds() < 30, said
     saved = checkpoints.checkpoint_steps(out / "checkpoints")[-1]
     assert f"saved step {saved} of {STEPS}; the same command resumes" in said
     assert json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-1])["step"] == saved
     process = start(micro, out)  # and before training begins there is nothing to save
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (75, -signal.SIGTERM)
+    assert process.wait(HANGS) in (75, -signal.SIGTERM)
     assert run(micro, out).returncode == 0
     assert result(out) == result(reference)
 
