@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.clock import HANGS
 from tests.promises import Trials
 
 TIGER = "tests/lindm/problems/files/tiger.pomdp"
+
 SERVER = Path(__file__).with_name("kill_server.py")
 ROOT = SERVER.parents[2]
 COMMAND = "import sys; from lindm.cli.main import main; sys.exit(main())"
@@ -78,7 +80,7 @@ class KillServer:
     def stop(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(HANGS)
         self.process.stdout.close()
 
 
