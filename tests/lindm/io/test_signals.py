@@ -13,6 +13,7 @@ import pytest
 
 from lindm.errors import Preempted
 from lindm.io import signals
+from tests.clock import HANGS
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.fault("F2", "F27")
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.fault("F2", "F27")
 WATCHED = """
 import hashlib, os, signal, sys, threading, time
 from lindm.io import signals
+from tests.clock import HANGS
 from lindm.io.signals import Ending
 
 def native_work():
@@ -38,7 +40,7 @@ def watched(code: str) -> subprocess.CompletedProcess[str]:
     """A process that is watched and runs `code`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     program = WATCHED + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS, env=environment)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
