@@ -85,11 +85,12 @@ class Dataset:
     def _rows(self, stem: str, record: dict) -> Iterator[dict]:
         path = self.directory / (name := f"{stem}{ENDINGS[0]}")
         try:
-            if files.sha256(path) != record["files"][name]["sha256"]:
-                raise DataError(
-                    f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
-                )
             with path.open("rb") as lines:
+                if files.sha256_of(lines) != record["files"][name]["sha256"]:
+                    raise DataError(
+                        f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
+                    )
+                lines.seek(0)
                 yield from map(json.loads, lines)
         except OSError as e:
             raise DataError(f"cannot read {path}: {e.strerror}") from e

@@ -223,7 +223,9 @@ def _manifest(described: dict, versions: dict, records: list[dict]) -> dict:
     n, each = described["dataset"]["tasks"], described["dataset"]["demos"] + described["dataset"]["queries"]
     means = {f"mean_{k}": sum(record["sums"][k] for record in shards) / n for k in shards[0]["sums"]}
     totals = {"tasks": n, "episodes": n * each, "steps": sum(steps.values()), "certificates": steps} | means
-    return files.with_checksum({"config": described, "versions": versions, "totals": totals, "shards": records})
+    manifest = {"config": described, "versions": versions, "totals": totals, "shards": records}
+    hashes = {CARD: hashlib.sha256(card(manifest).encode()).hexdigest()}
+    return files.with_checksum(manifest | {"outputs": hashes})
 
 
 def _write_config(path: Path, described: dict, versions: dict) -> None:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lindm.errors import DataError, NonFiniteError, StorageError
 from lindm.io.temporaries import temporary_file, temporary_path
@@ -171,11 +171,17 @@ SETTLED_SECONDS = 2.0  # a file that changed later than this long ago may change
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. It is read in blocks, and once in a process as long as it does not change."""
     with path.open("rb") as f:
-        stat = os.fstat(f.fileno())
-        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if (known := _hashes.get(key)) is not None:
-            return known
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return sha256_of(f)
+
+
+def sha256_of(f: IO[bytes]) -> str:
+    """`sha256` of a file that is open, from its start to its end."""
+    stat = os.fstat(f.fileno())
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if (known := _hashes.get(key)) is not None:
+        return known
+    f.seek(0)
+    digest = hashlib.file_digest(f, "sha256").hexdigest()
     if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
         _hashes[key] = digest
     return digest

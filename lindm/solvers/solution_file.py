@@ -45,7 +45,7 @@ def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ..
 def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
     """Read a file of `save_solution`. DataError where it is none, or one of another version."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
             files.check_format(path, header["format"], FORMAT)
             if files.verified(header) is None:

@@ -103,7 +103,7 @@ def kind_of(path: Path) -> str | None:
         "training run": bool({"checkpoints", "metrics.jsonl"} & names) or "lindm-sft-" in formats,
         "dataset": "progress.jsonl" in names or any(n.startswith("tasks-") for n in names) or "lindm-dataset-" in formats,
         "checkpoint": "progress.json" in names or "lindm-checkpoint-" in formats,
-        "model": has_weights and (MANIFEST in names or "lindm-files-" in formats),
+        "model": has_weights,
         "data export": "lindm-files-" in formats or "prompt_completion.jsonl" in names,
         "report": {"index.html", "tables"} <= names or "lindm-manifest-" in formats,
     }
@@ -234,7 +234,7 @@ def check_checkpoint(path: Path, problems: list[Problem]) -> str:
 
 
 def check_model(path: Path, problems: list[Problem]) -> str:
-    with _noted(problems, "export or import it again"):
+    with _noted(problems, "export it again, or import it with `lindm model import`"):
         verification.verify_file_list(path, required=True)
     return "complete"
 
@@ -253,11 +253,10 @@ def check_dataset(path: Path, problems: list[Problem]) -> str:
     if (path / MANIFEST).exists():
         records, state = [], "finished"
         with _noted(problems, repair):
-            records = reader.read_manifest(path)["shards"]
+            content = reader.read_manifest(path)
+            records = [*content["shards"], {"files": {name: {"sha256": h} for name, h in content.get("outputs", {}).items()}}]
         with _noted(problems, repair):
             reader.read_config(path / reader.CONFIG)
-            if not (path / writer.CARD).exists():
-                raise DataError(f"{path / writer.CARD} is missing")
     else:
         records, state = [], "not finished"
         with _noted(problems, "remove the directory, and make the dataset again"):
@@ -265,13 +264,15 @@ def check_dataset(path: Path, problems: list[Problem]) -> str:
         with _noted(problems, repair):
             files.read_json_lines(path / writer.JOURNAL)
         records = files.read_json_lines(path / writer.JOURNAL, skip_damaged=True)
+        if not records and any(path.glob("tasks-*")):
+            problems.append(Problem(what=f"{path / MANIFEST} is missing", repair=repair))
     if (path / provenance.FILE).exists():
         with _noted(problems, "remove it"):
             files.read_json(path / provenance.FILE, format=provenance.FORMAT)
     for record in records:
         hashes = {name: file["sha256"] for name, file in record["files"].items()}
         problems += [Problem(what=str(damage), repair=repair) for damage in verification.find_damage(path, hashes)]
-    return f"{state}, {len(records)} shards"
+    return f"{state}, {sum('point' in record for record in records)} shards"
 
 
 def check_evaluation(path: Path, problems: list[Problem]) -> str:
