@@ -40,6 +40,7 @@ COMMANDS = (
     "launch gke --topology v5e:4x4 --image image:1 --claim disk -- --model /lindm/model --data /lindm/data --out /lindm/run",
     "launch ray --workers 4 --image image:1 --claim disk -- --model /lindm/model --data /lindm/data --out /lindm/run",
     "report verified evaluated model --out report",
+    "check verified run data model adapted evaluated exported imported report",
 )
 # the benches measure for minutes: tests/lindm/bench runs their parts
 NOT_HERE = {"bench"}

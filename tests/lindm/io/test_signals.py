@@ -21,7 +21,6 @@ pytestmark = pytest.mark.fault("F2", "F27")
 WATCHED = """
 import hashlib, os, signal, sys, threading, time
 from lindm.io import signals
-from tests.clock import HANGS
 from lindm.io.signals import Ending
 
 def native_work():
