@@ -117,7 +117,9 @@ def check_finite(stored: Iterable[tuple[str, StoredTensor]]) -> None:
         rows = tensor.shape[0] if tensor.shape else 1
         step = max(1, BLOCK_VALUES * rows // max(math.prod(tensor.shape), 1))
         for start in range(0, rows, step):
-            safetensors_files.require_finite(view[start : start + step] if tensor.shape else view[...], name, tensor.file)
+            safetensors_files.require_finite(
+                view[start : min(start + step, rows)] if tensor.shape else view[...], name, tensor.file
+            )
 
 
 def _read_slice(

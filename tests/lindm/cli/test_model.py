@@ -10,7 +10,7 @@ from tests.lindm.llm import reference
 def test_a_model_is_imported_and_shown(tmp_path, capsys):
     source = reference.write(tmp_path / "source", "qwen3", shards=2)
     assert run_import(Import(source=str(source), out=tmp_path / "out")) == 0
-    assert capsys.readouterr().out.startswith(f"qwen3 with 12,908 parameters in {tmp_path / 'out'}: config.json, model-00001-of-")
+    assert capsys.readouterr().out.startswith(f"qwen3 with 12,908 parameters in {tmp_path / 'out'}: config.json, manifest.json, ")
     assert run_show(Show(directory=tmp_path / "out")) == 0
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["family"] == "qwen3" and shown["parameters"] == "12,908" and shown["weights"] == "F32 in 2 files"
