@@ -337,7 +337,7 @@ def _sizes(records: list[dict]) -> Figure:
     """M_eff / M over M for every case, and over the stickiness of the chain."""
     first, M = records[0], _lengths(records)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 4.2))
-    for name, color, marker in zip(first["names"], (GRAY, *COLORS * 2), MARKERS * 2, strict=False):
+    for name, color, marker in zip(first["names"], (GRAY, *(c for c in COLORS if c != GRAY), "black"), MARKERS * 2, strict=False):
         shares = np.array([[np.array(_cell(r, name, m)["size"]) / m for m in M] for r in records])
         left.plot(M, shares[:, :, 1].mean(0), color=color, label=name, **EXACT)
         for seed in shares:
@@ -346,7 +346,7 @@ def _sizes(records: list[dict]) -> Figure:
     left.set(xscale="log", yscale="log", xlabel="pairs in the context M", ylabel="effective share  $M_{eff}$ / M")
     set_log_ticks(left, M)
     left.set_title("What one pair of a trajectory is worth")
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     names = [f"stay, stick {s:g}" for s in first["stick"]]
     longest = first["N"] * first["copies"]
     groups = [(M[-1], False, BLUE, "o", f"one trajectory of {M[-1]} pairs")]

@@ -337,7 +337,7 @@ def _error(records: list[dict]) -> Figure:
             plot_markers(axis, M, _cells(records, law, "risk")[:, i], COLORS[color], MARKERS[color], f"trained at N = {N}")
             axis.plot(fine, _exact(records, law, np.full(60, N), fine), color=COLORS[color], **EXACT)
             style = {"linestyle": ":", "marker": ""} if other == "gaussian" else BOUND
-            axis.plot(M, _cells(records, law, other)[0, i], color=COLORS[color], **style)
+            axis.plot(M, _cells(records, law, other)[:, i].mean(0), color=COLORS[color], **style)
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
         set_log_ticks(axis, M)
     axes[0].set_ylabel("mean squared error of Qhat")
@@ -359,7 +359,7 @@ def _estimation(records: list[dict]) -> Figure:
     for axis, law in zip(axes, laws, strict=True):
         for color, (i, N) in enumerate(_colors(records)):
             plot_markers(axis, M, _cells(records, law, "variance")[:, i], COLORS[color], MARKERS[color], f"N = {N}")
-            exact = _cells(records, law, "best_estimation")[0, i]
+            exact = _cells(records, law, "best_estimation")[:, i].mean(0)
             axis.plot(M, exact, color=COLORS[color], **EXACT)
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
         set_log_ticks(axis, M)
@@ -413,23 +413,24 @@ def _split(records: list[dict]) -> Figure:
     """The two parts of the risk on simplex features: estimation error over M, bias over N, and the bound on each.
 
     The bounds are the two terms of Theorem 2 in theory/notes/in-context.md, which hold for every law of features; in the modes
-    x_i with weights q_i they are sum q_i / (x_i M) and sum q_i / (x_i N)^2.
+    x_i with weights q_i they are sum q_i / (x_i M) and sum q_i / (x_i N)^2. Each seed has its own features: lines are means.
     """
     M, N = np.array(records[0]["M"]), np.array(records[0]["N"])
-    x, q = (np.array(records[0]["cells"][SIMPLEX][k]) for k in ("modes", "mode_weights"))
+    x, q = (np.array([r["cells"][SIMPLEX][k] for r in records]) for k in ("modes", "mode_weights"))
+    estimation_bound, bias_bound = ((q / x**power).sum(-1).mean() for power in (1, 2))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.0))
     for color, (i, length) in enumerate(_colors(records)):
         plot_markers(
             left, M, _cells(records, SIMPLEX, "variance")[:, i], COLORS[color], MARKERS[color], f"trained at N = {length}"
         )
-        left.plot(M, _cells(records, SIMPLEX, "best_estimation")[0, i], color=COLORS[color], **EXACT)
-    left.plot(M, (q / x).sum() / M, color=GRAY, label="bound for every N", **BOUND)
+        left.plot(M, _cells(records, SIMPLEX, "best_estimation")[:, i].mean(0), color=COLORS[color], **EXACT)
+    left.plot(M, estimation_bound / M, color=GRAY, label="bound for every N", **BOUND)
     left.set(xlabel="pairs in the test prompt M", ylabel="estimation error of Qhat", title="Estimation error")
     bias = _cells(records, SIMPLEX, "risk")[:, :, -1] - _cells(records, SIMPLEX, "variance")[:, :, -1]
     fine = np.geomspace(N[0], N[-1], 100)
     plot_markers(right, N, np.where(bias > 0, bias, np.nan), COLORS[0], MARKERS[0], "trained layer, one point per seed")
     right.plot(fine, _exact(records, SIMPLEX, fine), color=COLORS[0], label="exact", **EXACT)
-    right.plot(fine, (q / x**2).sum() / fine**2, color=GRAY, label="bound", **BOUND)
+    right.plot(fine, bias_bound / fine**2, color=GRAY, label="bound", **BOUND)
     right.set(xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat", title="Training-length bias")
     for axis, lengths in ((left, M), (right, N)):
         axis.set_yscale("log")
@@ -449,7 +450,7 @@ def _bound(records: list[dict]) -> Figure:
             ratio = (_cells(records, law, "risk") / _cells(records, law, bound))[:, -1]
             plot_markers(axis, M, ratio, COLORS[i], MARKERS[i], law)
             exact = _cells(records, law, "best_estimation", "best_bias") / _cells(records, law, bound)
-            axis.plot(M, exact[0, -1], color=COLORS[i], **EXACT)
+            axis.plot(M, exact[:, -1].mean(0), color=COLORS[i], **EXACT)
         axis.axhline(1, color="black", linewidth=1)
         axis.set(yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
         set_log_ticks(axis, M)

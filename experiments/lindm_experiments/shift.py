@@ -322,7 +322,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 def _over_length(records: list[dict]) -> Figure:
     """The risk over M, one color a kind: points for every seed, the exact curve, the floor."""
     first = records[0]
-    kappa = first["kappa"]
+    kappa = {k: np.mean([r["kappa"][k] for r in records]) for k in first["kappa"]}  # each seed has its own features
     names = {
         "none": "none",
         "query": f"query: $\\kappa(\\Lambda_q)$ = {kappa['query']:.2g}",
