@@ -9,6 +9,7 @@ from flax import nnx
 
 import lindm as ld
 from lindm import datasets
+from lindm.cli.lifecycle import LIFECYCLES
 from lindm.cli.main import main
 from lindm.families.suites import Suite
 from lindm.io import manifest
@@ -86,6 +87,10 @@ def test_every_damage_to_every_file_is_listed_with_its_name(written, tmp_path, n
             assert main(["check", str(copy)]) == 3
             path.write_bytes(good)
     assert check(copy)[0].problems == [] and files_below(copy) == contents
+
+
+def test_check_knows_every_kind_that_a_command_writes():
+    assert {cycle.writes for cycle in LIFECYCLES.values()} - {None} <= set(CHECKS)
 
 
 def test_a_directory_without_anything_of_lindm_or_that_does_not_exist_is_exit_3(tmp_path, capsys):

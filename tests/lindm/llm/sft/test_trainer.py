@@ -44,7 +44,7 @@ def test_a_run_learns_and_writes_its_outputs(micro, finished, capsys):
     names = {p.name for p in finished.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoints", "model", "manifest.json", "curves.png", "curves.pdf"}
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert manifest["outputs"]["model/model.safetensors"] == files.sha256(finished / "model" / "model.safetensors")
+    assert manifest["outputs"]["model/manifest.json"] == files.sha256(finished / "model" / "manifest.json")
     assert manifest["inputs"]["data"] == datasets.Dataset(micro.mdp).checksum
 
 
