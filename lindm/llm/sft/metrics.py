@@ -78,12 +78,23 @@ def _split(directory: Path, last: dict[str, int]) -> tuple[list[Record], list[Re
     except DataError as e:
         raise DataError(f"{e}; {advice}") from e
     kept = [record for record in records if record["step"] <= last[record["kind"]]]
-    for kind, step in last.items():
-        steps = [record["step"] for record in kept if record["kind"] == kind]
-        whole = not steps or (steps[-1] == step and (kind == "eval" or steps == list(range(steps[0], step + 1))))
-        if path.exists() and step > 0 and not (whole and (steps or kind == "eval")):
-            raise DataError(f"{path}: lines are missing: it has no {kind} record of a step up to {step}; {advice}")
+    if path.exists() and last["train"] > 0 and (missing := _missing(kept, last)):
+        raise DataError(f"{path}: lines are missing: {missing}; {advice}")
     return kept, [record for record in records if record not in kept]
+
+
+def _missing(records: list[Record], last: dict[str, int]) -> str:
+    """What is missing among the records up to the `last` steps; empty where nothing is.
+
+    The records begin with step 1, or after the step at which a run went on without the records of the steps before.
+    """
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    evaluated = [record["step"] for record in records if record["kind"] == "eval"]
+    if not steps or steps[-1] != last["train"]:
+        return f"the records end before step {last['train']}"
+    if steps != list(range(steps[0], steps[-1] + 1)) or any(step < steps[0] - 1 for step in evaluated):
+        return "the records have gaps"
+    return f"the evaluation after step {last['eval']}" if evaluated and evaluated[-1] != last["eval"] else ""
 
 
 class Throughput:
