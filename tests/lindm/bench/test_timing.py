@@ -1,6 +1,7 @@
 """Measurement functions of the benchmarks."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from lindm.bench import timing
+from tests.lindm.cli.stops.phases import ROOT, group_ended
 
 
 def test_the_exponent_of_a_power_law_is_recovered():
@@ -94,3 +96,37 @@ def test_a_worker_ends_with_an_error_when_its_measurement_does(tmp_path):
     code = "from lindm.bench.timing import answer; answer(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+
+
+SLOW_WORKER = """
+import time
+from pathlib import Path
+Path("started").touch()
+time.sleep(600)
+"""
+STOPPED = """
+import os, signal, threading, time
+from pathlib import Path
+from lindm.io import signals
+from lindm.bench.timing import in_worker
+
+def stop_when_started():
+    while not Path("started").exists():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+signals.watch(lambda number, kept: signals.Ending(128 + number, "stopped"))
+threading.Thread(target=stop_when_started, daemon=True).start()
+in_worker("slow_worker")
+"""
+
+
+@pytest.mark.fault("F27")
+def test_a_stop_ends_the_process_of_a_bench_too(tmp_path):
+    (tmp_path / "slow_worker.py").write_text(SLOW_WORKER)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.communicate(timeout=120)[1] == "lindm: stopped\n" and process.returncode == 143
+    assert group_ended(process.pid)
