@@ -9,8 +9,9 @@ The command line turns each class into an exit code (`lindm.cli.exit_codes`).
 cannot read missing.pomdp: No such file or directory
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 SHOWN = 12  # a longer list of choices is cut, and left out of a message that has a suggestion
 
@@ -59,6 +60,29 @@ class Preempted(BaseException):
 
     Like KeyboardInterrupt it is no `Exception`: code that goes on after an error does not go on after a stop.
     """
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, advice: str) -> Iterator[None]:
+    """Turn a failed allocation, of this machine or of a device, into an `OutOfMemoryError` that gives advice.
+
+    >>> with memory_errors("the dataset", "fewer --tasks"):
+    ...     raise MemoryError("Unable to allocate 8.00 PiB")
+    Traceback (most recent call last):
+    lindm.errors.OutOfMemoryError: the dataset does not fit in memory: Unable to allocate 8.00 PiB; try fewer --tasks
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, LindmError) or not failed_to_allocate(e):
+            raise
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)[:300]
+        raise OutOfMemoryError(f"{what} does not fit in memory: {reason}; try {advice}") from e
+
+
+def failed_to_allocate(error: BaseException) -> bool:
+    """Whether an exception is a failed allocation: of Python or numpy, or of XLA, which has a status in place of a class."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from types import ModuleType
 from lindm.cli.exit_codes import INTERNAL, exit_code
 from lindm.cli.lifecycle import LIFECYCLES, Stop, ending
 from lindm.cli.option_parser import run_command, two_columns, wrap
-from lindm.errors import LindmError, Preempted, UsageError, did_you_mean
+from lindm.errors import LindmError, Preempted, UsageError, did_you_mean, memory_errors
 from lindm.io import signals
 
 DESCRIPTION = (
@@ -107,7 +107,8 @@ def run_process(run: Callable[[], int], stop: Stop) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`; an error is printed in one line and becomes an exit code. An unexpected one is printed with its traceback."""
     try:
-        code = run()
+        with memory_errors("the work", "a smaller problem, fewer tasks at a time, or a machine with more memory"):
+            code = run()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of the output has seen enough

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any, Literal, Protocol, get_args
 
-from lindm.errors import LindmError, OutOfMemoryError, UsageError, unknown
+from lindm.errors import LindmError, OutOfMemoryError, UsageError, failed_to_allocate, unknown
 from lindm.io.signals import STOP_SIGNALS, at_stop, deferred
 
 Executor = Literal["serial", "local", "ray"]
@@ -199,10 +199,8 @@ def _call(function: Callable[[Any], Any], task: Any) -> TaskResult:
         return TaskResult(value=function(task), seconds=time.perf_counter() - started)
     except LindmError as e:
         return TaskResult(error=e)
-    except MemoryError:
-        return TaskResult(error=OutOfMemoryError("out of memory"))
     except Exception as e:
-        kind = OutOfMemoryError if "RESOURCE_EXHAUSTED" in str(e) else LindmError
+        kind = OutOfMemoryError if failed_to_allocate(e) else LindmError
         first = (str(e).splitlines() or [""])[0]
         return TaskResult(error=kind(f"{type(e).__name__}: {first}"), traceback=traceback.format_exc())
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from lindm.errors import CheckpointError, DataError, LindmError, StorageError
+from lindm.errors import CheckpointError, DataError, LindmError, StorageError, failed_to_allocate
 from lindm.io import files, verification
 from lindm.io.directories import atomic_directory, remove
 from lindm.io.temporaries import temporary_path
@@ -66,6 +66,8 @@ def save(directory: Path, step: int, state: Any, progress: dict[str, Any], keep:
     except LindmError:
         raise
     except Exception as e:
+        if failed_to_allocate(e):
+            raise
         raise StorageError(f"cannot write {final}: {_reason(e)}") from e
     barrier(f"after checkpoint {step}")
     if is_main:
@@ -99,6 +101,8 @@ def restore(directory: Path, template: Any) -> Checkpoint | None:
         except LindmError:
             raise
         except Exception as e:
+            if failed_to_allocate(e):
+                raise
             damaged.append(f"{path}: {_reason(e)}")
             continue
         return Checkpoint(step, state, json.loads((path / PROGRESS).read_bytes()), tuple(damaged))

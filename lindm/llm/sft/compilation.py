@@ -5,10 +5,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lindm.errors import OutOfMemoryError
+from lindm.errors import OutOfMemoryError, memory_errors
 from lindm.llm.parallel import devices
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import TrainState
+
+TRAINING_STEP = "the training step"
+ADVICE = "a smaller --batch with --accumulate, --method lora or qlora, or more devices (`lindm plan` shows what fits)"
 
 
 def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, batch: Batch, stop_flags: jax.Array) -> Any:
@@ -21,12 +24,8 @@ def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, ba
       OutOfMemoryError: the program does not fit in the memory that is free now.
     """
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, batch, stop_flags))
-    try:
+    with memory_errors(TRAINING_STEP, ADVICE):
         compiled = train_step.lower(state, *arguments).compile()
-    except Exception as e:
-        if "RESOURCE_EXHAUSTED" in str(e):
-            raise _out_of_memory(str(e).strip().splitlines()[0][:300]) from e
-        raise
     memory, device = compiled.memory_analysis(), jax.local_devices()[0]
     free = devices.available_memory(device)
     if memory is not None and free is not None:
@@ -36,10 +35,6 @@ def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, ba
         else:
             needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         if needed > free:
-            raise _out_of_memory(f"it needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free")
+            reason = f"it needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+            raise OutOfMemoryError(f"{TRAINING_STEP} does not fit in memory: {reason}; try {ADVICE}")
     return compiled
-
-
-def _out_of_memory(reason: str) -> OutOfMemoryError:
-    advice = "a smaller --batch with --accumulate, --method lora or qlora, or more devices (`lindm plan` shows what fits)"
-    return OutOfMemoryError(f"the training step does not fit in memory: {reason}; try {advice}")

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard events, throughput, and curves drawn from the records.
+"""The metrics of a run: metrics.jsonl, throughput, and curves drawn from the records. Trackers: `lindm.llm.sft.tracker`.
 
 A line of metrics.jsonl is one record with its checksum:
 
@@ -7,13 +7,14 @@ A line of metrics.jsonl is one record with its checksum:
 """
 
 import io
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.errors import DataError, UsageError
+from lindm.errors import DataError
 from lindm.io import files, manifest
 from lindm.io.verification import MANIFEST
+from lindm.llm.sft.tracker import BackgroundTracker, tensorboard_writer
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
@@ -29,8 +30,16 @@ class MetricsLogger:
       DataError: metrics.jsonl is damaged, or lacks records of steps before the checkpoint.
     """
 
-    def __init__(self, directory: Path, step: int, last_eval_step: int, tensorboard: bool, enabled: bool):
-        self.path, self.enabled, self.events = directory / METRICS, enabled, None
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        last_eval_step: int,
+        tensorboard: bool,
+        enabled: bool,
+        warn: Callable[[str], None] = print,
+    ):
+        self.path, self.enabled, self.tracker = directory / METRICS, enabled, None
         if not enabled:
             return
         last = {"train": step, "eval": last_eval_step}
@@ -40,26 +49,19 @@ class MetricsLogger:
                 (directory / MANIFEST).unlink(missing_ok=True)  # the run is not finished any more
         files.write_atomic(self.path, "".join(f"{files.record_line(record)}\n" for record in kept))
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as e:
-                raise UsageError(f"TensorBoard events need tensorboardX: pip install 'lindm[track]' ({e})") from e
-            self.events = SummaryWriter(str(directory / "events"), purge_step=step + 1)
+            self.tracker = BackgroundTracker("TensorBoard", tensorboard_writer(directory / "events", step + 1), warn)
 
     def log(self, kind: Literal["train", "eval"], step: int, **values: Any) -> None:
-        """Append one record."""
+        """Append one record, and hand it to the tracker, which may lose it."""
         if not self.enabled:
             return
         files.append_record(self.path, {"step": step, "kind": kind} | values)
-        if self.events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    self.events.add_scalar(f"{kind}/{name}", value, step)
-            self.events.flush()
+        if self.tracker is not None:
+            self.tracker.log(kind, step, values)
 
     def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 def read_metrics(directory: Path) -> list[Record]:

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import DataError, NonFiniteError, Preempted, UsageError
+from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, memory_errors
 from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress, ProgressTask
@@ -32,7 +32,7 @@ from lindm.llm.io import peft, weights
 from lindm.llm.parallel import devices, processes, sharding
 from lindm.llm.sft import checkpoints
 from lindm.llm.sft.batches import BatchLoader
-from lindm.llm.sft.compilation import compile_train_step
+from lindm.llm.sft.compilation import ADVICE, compile_train_step
 from lindm.llm.sft.evaluator import Evaluator, summarize
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.metrics import METRICS, MetricsLogger, Throughput, plot_curves, read_metrics
@@ -73,7 +73,7 @@ def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
         processes.barrier("output directory")
         setup = setup_training(config)
         _check_same_run(setup, is_main)
-        with Progress(quiet=not is_main) as progress:
+        with Progress(quiet=not is_main) as progress, memory_errors("the run", ADVICE):
             _run(setup, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None
 
@@ -151,7 +151,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     gc.collect()
     if step and is_main and not (out / METRICS).exists():
         progress.print(f"{out / METRICS} is missing: the records of the steps up to {step} are lost")
-    logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main)
+    logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main, warn=progress.print)
     evaluator = Evaluator(setup, graphdef)
     loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, task)
     try:

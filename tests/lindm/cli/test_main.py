@@ -396,3 +396,15 @@ def test_a_reader_that_closed_the_output_is_exit_141():
     code = "import sys\nfrom lindm.cli.main import guarded\ndef run():\n    raise BrokenPipeError\nsys.exit(guarded(run))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize(
+    "allocate",
+    ["import numpy; numpy.zeros(2**50)", "import jax.numpy; jax.numpy.zeros(2**46).block_until_ready()", "bytearray(2**50)"],
+    ids=["numpy", "XLA", "Python"],
+)
+def test_memory_that_runs_out_in_any_command_is_exit_6_with_advice(allocate, capsys):
+    assert guarded(lambda: exec(allocate)) == 6
+    error = capsys.readouterr().err
+    assert "does not fit in memory" in error and "; try a smaller problem" in error and error.count("\n") == 1

@@ -161,6 +161,22 @@ def test_a_failed_write_is_exit_7_and_leaves_the_existing_checkpoints(copied, mo
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
 
 
+@pytest.mark.fault("F16")
+def test_memory_that_runs_out_is_neither_a_full_disk_nor_a_damaged_checkpoint(copied, monkeypatch):
+    def exhaust(*_, **__):
+        jnp.zeros(2**46, jnp.float32).block_until_ready()
+
+    for name in ("save", "restore"):
+        monkeypatch.setattr(checkpoints.ocp.Checkpointer, name, exhaust)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        checkpoints.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        checkpoints.restore(copied, template(mesh_of(1, 1)))
+    monkeypatch.undo()
+    assert sorted(p.name for p in copied.iterdir()) == ["00000003", "00000006"]
+    assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
+
+
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp

@@ -1,10 +1,11 @@
 """What a run writes: a resumed run's records are those of one that was never stopped."""
 
 import json
+import threading
 
 import pytest
 
-from lindm.llm.sft import metrics
+from lindm.llm.sft import metrics, tracker
 
 
 def lines(directory):
@@ -68,3 +69,81 @@ def test_a_drawing_is_the_same_for_the_same_records(tmp_path):
     records = [{"step": s, "kind": "train", "loss": 1 / s} for s in range(1, 5)]
     first = [p.read_bytes() for p in metrics.plot_curves(tmp_path, records)]
     assert [p.read_bytes() for p in metrics.plot_curves(tmp_path, records)] == first
+
+
+# --- a tracker that fails or hangs -----------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A writer of a tracker that raises, or waits for ever, at one of its calls."""
+
+    def __init__(self, call: str, hang: bool):
+        self.call, self.hang, self.never, self.threads = call, hang, threading.Event(), set()
+        self._at("open")
+
+    def _at(self, call: str) -> None:
+        self.threads.add(threading.current_thread())
+        if call == self.call:
+            if self.hang:
+                self.never.wait()
+            raise OSError("the server is gone")
+
+    def write(self, kind, step, values):
+        self._at("write")
+
+    def close(self):
+        self._at("close")
+
+
+@pytest.fixture
+def broken_tracker(monkeypatch):
+    """broken_tracker(call, hang) replaces the writer of TensorBoard events."""
+    monkeypatch.setattr(tracker, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(tracker, "MAX_WAITING", 20)
+
+    def replace(call: str, hang: bool) -> None:
+        monkeypatch.setattr(metrics, "tensorboard_writer", lambda directory, step: lambda: Broken(call, hang))
+
+    return replace
+
+
+@pytest.mark.fault("F21")
+@pytest.mark.parametrize("hang", [False, True], ids=["raises", "hangs"])
+@pytest.mark.parametrize("call", ["open", "write", "close"])
+def test_a_tracker_that_raises_or_hangs_costs_no_record_and_no_wait(tmp_path, broken_tracker, trials, call, hang):
+    """A call of `log` that waited for the hung writer would never return."""
+    broken_tracker(call, hang)
+    warnings, steps = [], 60
+    logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True, warn=warnings.append)
+    for step in range(1, steps + 1):
+        logger.log("train", step, loss=1 / step, batch="abc")
+        trials.add()
+    logger.close()
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == list(range(1, steps + 1))
+    assert len(warnings) == 1 and "metrics.jsonl has all" in warnings[0]
+    assert ("did not take all records" if hang else "OSError: the server is gone") in warnings[0]
+
+
+@pytest.mark.fault("F21")
+def test_a_slow_tracker_runs_beside_the_steps_and_gets_every_record_in_the_end(tmp_path, monkeypatch):
+    """The steps go on while the tracker is in its first call: none of them runs in its thread or waits for it."""
+    first, steps_done, written = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def write(self, kind, step, values):
+            first.set()
+            assert steps_done.wait(60) and threading.current_thread() is not threading.main_thread()
+            written.append((step, values))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(metrics, "tensorboard_writer", lambda directory, step: Slow)
+    logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True, warn=pytest.fail)
+    for step in range(1, 101):
+        logger.log("train", step, loss=0.5, bad=float("nan"), batch="abc")
+        assert first.wait(60)
+    assert written == [] and len(lines(tmp_path)) == 100
+    steps_done.set()
+    logger.close()
+    assert written == [*((step, {"loss": 0.5}) for step in range(1, 101)), "closed"]
