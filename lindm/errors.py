@@ -81,8 +81,11 @@ def memory_errors(what: str, advice: str) -> Iterator[None]:
 
 
 def failed_to_allocate(error: BaseException) -> bool:
-    """Whether an exception is a failed allocation: of Python or numpy, or of XLA, which has a status in place of a class."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    """Whether an exception is a failed allocation: of Python or numpy, or of XLA, which has a status in place of a class.
+
+    A full disk has the same status in TensorStore, which adds the error code of the operating system.
+    """
+    return isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and "os_error_code" not in str(error))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -17,8 +17,9 @@ from types import ModuleType
 from lindm.cli.exit_codes import INTERNAL, exit_code
 from lindm.cli.lifecycle import LIFECYCLES, Stop, ending
 from lindm.cli.option_parser import run_command, two_columns, wrap
-from lindm.errors import LindmError, Preempted, UsageError, did_you_mean, memory_errors
+from lindm.errors import LindmError, Preempted, StorageError, UsageError, did_you_mean, memory_errors
 from lindm.io import signals
+from lindm.io.files import DISK_ERRORS
 
 DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
@@ -118,6 +119,8 @@ def guarded(run: Callable[[], int]) -> int:
         print(f"lindm: {e}", file=sys.stderr)
         return exit_code(e)
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in DISK_ERRORS:
+            e = StorageError(f"cannot write {e.filename or 'a temporary file'}: {e.strerror}")
         code = exit_code(e)
         unexpected = code == INTERNAL and not isinstance(e, LindmError)
         if unexpected or os.environ.get("LINDM_DEBUG") == "1":

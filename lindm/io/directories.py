@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lindm.errors import UsageError
+from lindm.errors import StorageError, UsageError
 from lindm.io.files import storage_errors
 from lindm.io.provenance import FILE as PROVENANCE
 from lindm.io.provenance import is_from_this_command
@@ -42,7 +42,10 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
         with storage_errors(directory):
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_directory(final))
-        yield temporary
+        try:
+            yield temporary
+        except StorageError as e:  # the user knows the name of `directory` alone
+            raise StorageError(e.message.replace(str(temporary), str(directory))) from e
         if exists:
             if not _same_files(temporary, final):
                 raise UsageError(f"{directory} already exists with other content and is not replaced; choose another --out")
@@ -61,7 +64,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
 
     Raises:
       UsageError: another writer has the lock, in this or in another process.
-      StorageError: the directory cannot be created.
+      StorageError: the directory cannot be created, or at the end it is another one or none.
     """
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,9 @@ def sole_writer(directory: Path) -> Iterator[None]:
             wait_for_lock(fd, directory)
         remove_leftovers(directory)
         yield
+        with storage_errors(directory):
+            if not os.path.samestat(os.stat(directory), os.fstat(fd)):
+                raise StorageError(f"cannot write {directory}: it was replaced while it was written")
     finally:
         os.close(fd)
 

@@ -4,6 +4,7 @@ A file is either replaced as a whole or appended to line by line, and synced. Di
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -15,6 +16,8 @@ from typing import IO, Any
 
 from lindm.errors import DataError, NonFiniteError, StorageError
 from lindm.io.temporaries import temporary_file, temporary_path
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk that is full or read-only, wherever it shows
 
 
 @contextlib.contextmanager
@@ -32,13 +35,14 @@ def storage_errors(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file: it has its old or its new content, never a part, and no temporary file is left behind.
 
+    Its directory must exist: one that was removed while it was written does not come back with a part of its files.
+
     Raises:
       UsageError: another process is writing the file.
       StorageError: the disk is full or not writable.
     """
     data = content.encode() if isinstance(content, str) else content
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_file(path) as fd:
             rest = memoryview(data)
             while rest:

@@ -8,6 +8,7 @@ import pytest
 from lindm.errors import StorageError, UsageError
 from lindm.io import temporaries
 from lindm.io.directories import atomic_directory, copy_file, sole_writer
+from lindm.io.files import append_line, write_atomic
 from lindm.io.provenance import write_provenance
 
 
@@ -77,3 +78,35 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
         copy_file(tmp_path / "file", tmp_path / "file" / "below")
     copy_file(tmp_path / "file", tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == ""
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("then", ["removed", "replaced"])
+def test_a_directory_that_vanishes_while_it_is_written_is_a_storage_error(tmp_path, then):
+    with pytest.raises(StorageError, match="cannot write"), sole_writer(tmp_path / "out"):
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        with pytest.raises(StorageError, match="cannot write"):
+            write_atomic(tmp_path / "out" / "a.json", "{}")
+        with pytest.raises(StorageError, match="cannot write"):
+            append_line(tmp_path / "out" / "a.jsonl", "{}")
+        if then == "replaced":
+            (tmp_path / "out").mkdir()
+
+
+@pytest.mark.fault("F15")
+def test_the_lock_of_a_killed_writer_is_free(tmp_path, trials):
+    code = (
+        "import sys, time; from pathlib import Path; from lindm.io.directories import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
+    )
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(UsageError, match="is being written by another process"), sole_writer(tmp_path):
+            pass
+        process.kill()
+        with sole_writer(tmp_path):  # also before the killed process was collected
+            pass
+        process.wait()
+        process.stdout.close()
+        trials.add()

@@ -185,6 +185,39 @@ def test_memory_that_runs_out_while_running_is_exit_6_and_the_run_resumes(micro,
     trials.add()
 
 
+@pytest.mark.slow
+@pytest.mark.fault("F8")
+def test_a_run_whose_directory_is_removed_ends_with_exit_7_and_does_not_come_back(micro, tmp_path, monkeypatch, capsys):
+    log = trainer.MetricsLogger.log
+
+    def log_and_remove(self, kind, step, **values):
+        log(self, kind, step, **values)
+        if (kind, step) == ("train", 2):
+            shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(trainer.MetricsLogger, "log", log_and_remove)
+    assert main(words(micro, tmp_path / "out", eval_tasks=0)) == 7
+    assert f"cannot write {tmp_path / 'out'}" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F9")
+def test_an_evaluation_that_is_not_finite_is_exit_5_before_its_step_is_saved(micro, tmp_path, monkeypatch, capsys):
+    small, calls = {"steps": 3, "eval_tasks": 0, "eval_every": 1}, []
+
+    def evaluate(self, params, frozen):
+        calls.append(float("nan") if len(calls) == 2 else 1.0)  # before the first step, and after each
+        return {"loss": calls[-1], "accuracy": 0.5}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Evaluator, "__call__", evaluate)
+        assert main(words(micro, tmp_path / "out", **small)) == 5
+    assert "the evaluation after step 2 is not finite: loss = nan" in capsys.readouterr().err.splitlines()[-1]
+    assert checkpoints.checkpoint_steps(tmp_path / "out" / "checkpoints") == [1]
+    assert b"NaN" not in (tmp_path / "out" / "metrics.jsonl").read_bytes()
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------------
 
 
