@@ -42,13 +42,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
       StorageError: the disk is full or not writable.
     """
     data = content.encode() if isinstance(content, str) else content
-    with storage_errors(path):
-        with temporary_file(path) as fd:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-            os.fsync(fd)
-            os.replace(temporary_path(path), path)
+    with storage_errors(path), temporary_file(path) as fd:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+        os.replace(temporary_path(path), path)
 
 
 def write_json(path: Path, value: Any, format: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """Directories that are written as a whole, and one writer at a time."""
 
 import os
+import subprocess
 import sys
 
 import pytest
