@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lindm.evaluation.environments import double_precision
-from lindm.io.files import write_atomic
+from lindm.io.files import storage_errors, write_atomic
 from lindm_experiments.harness.figures import (
     BLUE,
     BOUND,
@@ -43,6 +43,8 @@ def save(draw: Callable[[], Figure], path: str | Path) -> Path:
             figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png")
         finally:
             pyplot.close(figure)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, buffer.getvalue())
     return path
 

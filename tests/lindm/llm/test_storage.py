@@ -38,11 +38,6 @@ def command(micro, out):
     return words
 
 
-@pytest.fixture(autouse=True)
-def no_signal_handlers(monkeypatch):
-    monkeypatch.setattr("lindm.io.signals.stop_on_signals", lambda: None)
-
-
 @pytest.mark.slow
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize("name", COMMANDS)

@@ -158,18 +158,21 @@ def test_two_processes_of_four_devices_train_as_one_device_does(run):
 
 @pytest.mark.slow
 @pytest.mark.fault("F4")
-@pytest.mark.parametrize("victim, then", [(1, "steps"), (0, "steps"), (1, "idle"), (0, "idle")])
-def test_when_a_process_is_killed_the_other_ends_with_exit_code_8_and_names_it(run, victim, then):
-    output = run(then)
+@pytest.mark.parametrize(
+    "victim, then, processes", [(1, "steps", 2), (0, "steps", 2), (1, "idle", 2), (0, "idle", 2), (1, "steps", 3)]
+)
+def test_when_a_process_is_killed_the_others_end_with_exit_code_8_and_name_it(run, trials, victim, then, processes):
+    output = run(then, ranks=range(processes), processes=processes)
     pids = [s.wait_for("pid")["pid"] for s in output]
     for s in output:
         s.wait_for("step")
     output[victim].process.kill()
     stopwatch = Stopwatch()
-    other = output[1 - victim]
-    assert other.process.wait(HANGS) == 8, other.err.read_text()
-    assert stopwatch.seconds() < HEARTBEAT + 5
-    assert f"lindm: error: lost process {victim}" in other.err.read_text().splitlines()[-1]
+    for other in (*output[:victim], *output[victim + 1 :]):
+        assert other.process.wait(HANGS) == 8, other.err.read_text()
+        assert stopwatch.seconds() < HEARTBEAT + 5
+        assert f"lindm: error: lost process {victim}" in other.err.read_text().splitlines()[-1]
+        trials.add()
     assert all(ended(pid) for pid in pids)  # nobody trains on without a parent
 
 
@@ -200,17 +203,18 @@ def test_without_a_guard_the_others_end_too_but_by_abort(run):
 
 @pytest.mark.slow
 @pytest.mark.fault("F3")
-@pytest.mark.parametrize("signaled", [0, 1])
-def test_sigterm_to_one_process_stops_all_after_the_same_step(run, signaled):
+@pytest.mark.parametrize("signaled, processes", [(0, 2), (1, 2), (1, 3)])
+def test_sigterm_to_one_process_stops_all_after_the_same_step(run, trials, signaled, processes):
     """The signal was noted before `start`, and jax's own watch for it must not take it away."""
-    output = run("steps")
+    output = run("steps", ranks=range(processes), processes=processes)
     for s in output:
         s.wait_for("step")
     output[signaled].process.terminate()
-    assert [s.process.wait(HANGS) for s in output] == [75, 75]
+    assert [s.process.wait(HANGS) for s in output] == [75] * processes
     last = [s.lines()[-1] for s in output]
-    assert last[0]["step"] == last[1]["step"] and all(line["all_stop"] for line in last)
-    assert [line["noted"] for line in last] == [rank == signaled for rank in (0, 1)]
+    assert len({line["step"] for line in last}) == 1 and all(line["all_stop"] for line in last)
+    assert [line["noted"] for line in last] == [rank == signaled for rank in range(processes)]
+    trials.add(processes)
 
 
 @pytest.mark.slow

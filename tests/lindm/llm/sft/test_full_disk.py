@@ -54,7 +54,8 @@ for limit in limits[kind]:
         error = None
     except StorageError as e:
         error = str(e)
-    names = sorted(p.name for p in (place / "checkpoints").iterdir())
+    # threads of Orbax may still write when a save has failed; the next save removes that
+    names = sorted(p.name for p in (place / "checkpoints").iterdir() if error is None or not p.name.startswith("."))
     damage = [checkpoints.find_damage(place / "checkpoints" / name) for name in names]
     print(json.dumps({"limit": limit, "error": error, "names": names, "damage": damage}), flush=True)
     if error is None:

@@ -24,13 +24,6 @@ PACKED = {"pack": True, "seq": 192, "accumulate": 2}  # three epochs in five ste
 RUN = {"steps": STEPS, "save_every": 1, "eval_every": 3, "eval_tasks": 2, "held_out": 0.2, "keep": STEPS}
 
 
-@pytest.fixture(autouse=True)
-def own_signals(monkeypatch):
-    """A run takes SIGTERM and SIGINT for itself."""
-    monkeypatch.setattr("lindm.io.signals.stop_on_signals", lambda: None)
-    monkeypatch.setattr("lindm.io.signals.note_signals", lambda: None)
-
-
 def words(micro, out: Path, **changes: object) -> list[str]:
     """The command line of a run."""
     options = {"model": micro.model, "data": micro.mdp, "out": out} | RUN | changes
