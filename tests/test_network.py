@@ -68,7 +68,7 @@ def offline(commands: list[list[str]], directory: Path) -> subprocess.CompletedP
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_ENABLE_X64",)}
     environment |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     words = [sys.executable, "-c", CHILD, json.dumps(commands)]
-    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.mark.slow

@@ -53,16 +53,16 @@ def test_where_nothing_may_be_written_a_command_is_exit_7(command, out, capsys, 
 @pytest.mark.fault("F8")
 @pytest.mark.parametrize("then", ["removed", "replaced"])
 def test_a_run_whose_directory_vanishes_while_it_is_written_is_exit_7(command, out, monkeypatch, capsys, then):
-    append = runner.append_line
+    append = runner.append_record
 
-    def vanish(path, line):
-        append(path, line)
+    def vanish(path, record):
+        append(path, record)
         if out.exists() and not out.with_name("elsewhere").exists() and files.read_records(out)[1:]:
             os.rename(out, out.with_name("elsewhere"))
             if then == "replaced":
                 out.mkdir()
 
-    monkeypatch.setattr(runner, "append_line", vanish)
+    monkeypatch.setattr(runner, "append_record", vanish)
     assert main(command("run")) == 7
     assert f"cannot write {out}" in capsys.readouterr().err
     assert out.exists() == (then == "replaced") and not partial_files(out.parent)

@@ -101,6 +101,7 @@ def test_scratch_directories_of_killed_processes_are_removed_and_those_of_live_o
 def test_files_and_directories_have_the_permissions_of_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
+        (tmp_path / "new").mkdir()
         write_atomic(tmp_path / "new" / "a", "x")
         append_line(tmp_path / "new" / "b", "x")
         with atomic_directory(tmp_path / "new" / "c") as temporary:

@@ -141,7 +141,7 @@ def test_a_slow_tracker_runs_beside_the_steps_and_gets_every_record_in_the_end(t
     monkeypatch.setattr(metrics, "tensorboard_writer", lambda directory, step: Slow)
     logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True, warn=pytest.fail)
     for step in range(1, 101):
-        logger.log("train", step, loss=0.5, bad=float("nan"), batch="abc")
+        logger.log("train", step, loss=0.5, batch="abc", gap=None)
         assert first.wait(60)
     assert written == [] and len(lines(tmp_path)) == 100
     steps_done.set()
