@@ -33,6 +33,7 @@ report verified sft eval --out report
 theory risk --covariance L.npy --train-lengths 8 --test-lengths 8 --plot risk.png
 plan --model sft/model --topology host --batch 2 --seq 64 --mesh data=1
 launch slurm --help
+check run
 """
 WITHOUT = {"bench": "measures for minutes, with what `sft`, `eval` and `solve` run"}
 
