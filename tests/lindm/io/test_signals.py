@@ -81,6 +81,26 @@ def test_what_is_registered_is_cleaned_up_and_what_hangs_is_left_behind(tmp_path
     assert not temporary.exists()
 
 
+def test_the_main_thread_writes_nothing_more_while_the_process_ends():
+    done = watched(
+        """
+        written = []
+        def still_writes():
+            time.sleep(0.5)
+            before = len(written)
+            time.sleep(0.5)
+            print(len(written) > before, flush=True)
+
+        with signals.at_stop(still_writes):
+            kill()
+            while True:
+                written.append(None)
+                time.sleep(0.001)
+        """
+    )
+    assert (done.returncode, done.stdout) == (143, "False\n")
+
+
 def test_unsaved_work_is_saved_first():
     done = watched(
         """
@@ -115,11 +135,13 @@ def test_a_second_signal_ends_a_process_that_is_saving():
             while not signals.stop_requested():
                 time.sleep(0.01)
             kill(signal.SIGINT, 0.1)  # the same Ctrl-C once more, from a launcher
-            kill(signal.SIGINT, 2 * signals.AGAIN)
+            kill(signal.SIGINT, 4 * signals.AGAIN)
+            time.sleep(1.5 * signals.AGAIN)
+            print("still saving", flush=True)
             time.sleep(60)
         """
     )
-    assert (done.returncode, done.stderr) == (75, "lindm: stopped by SIGINT with step 1\n")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "still saving\n", "lindm: stopped by SIGINT with step 1\n")
 
 
 def test_more_time_is_given_where_a_step_takes_long():
