@@ -55,6 +55,8 @@ def save(directory: Path, step: int, state: Any, progress: dict[str, Any], keep:
     """
     final, is_main = directory / checkpoint_name(step), jax.process_index() == 0
     try:
+        if is_main:
+            directory.mkdir(exist_ok=True)  # in a directory that is there: that of a run that was removed does not come back
         with atomic_directory(final, replace=True) if is_main else nullcontext(temporary_path(final)) as hidden:
             barrier(f"before checkpoint {step}")
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer, detect_lost_peer():

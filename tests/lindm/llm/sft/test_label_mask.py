@@ -80,6 +80,7 @@ def expected_loss(model: Decoder, examples: Sequence[Example]) -> float:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F23")
 @pytest.mark.parametrize("kind", ["completions", "conversations", "mdp", "hidden", "ambiguous"])
 def test_the_loss_has_all_answers_and_nothing_else(micro, tmp_path, trials, kind):
