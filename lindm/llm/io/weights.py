@@ -114,7 +114,7 @@ def check_finite(stored: Iterable[tuple[str, StoredTensor]]) -> None:
     """NonFiniteError where a tensor of these files has a value that is NaN or infinite; names file and tensor."""
     for name, tensor in stored:
         view = safetensors_files.open_file(tensor.file).get_slice(name)
-        rows = tensor.shape[0]
+        rows = tensor.shape[0] if tensor.shape else 1
         step = max(1, BLOCK_VALUES * rows // max(math.prod(tensor.shape), 1))
         for start in range(0, rows, step):
             safetensors_files.require_finite(
