@@ -12,10 +12,10 @@ from scipy.special import logsumexp
 
 from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
-from lindm.llm.sft.examples import load_examples
 from lindm.llm.sft.loss import ComputeConfig, lm_loss
 from lindm.llm.sft.packing import batch_shape, make_batch, one_per_row, pack
 from lindm.llm.tokens import Example
+from tests.lindm.llm.sft.test_examples import load_examples
 from tests.lindm.llm.small import byte_level
 
 TOKENIZER = byte_level()
