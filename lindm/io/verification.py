@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from lindm.errors import DataError
 from lindm.io import files
+from lindm.io.provenance import FILE as PROVENANCE
 
 MANIFEST = "manifest.json"
 FILES_FORMAT = "lindm-files-1"
@@ -50,8 +51,12 @@ def files_below(directory: Path) -> list[str]:
 
 
 def write_file_list(directory: Path) -> None:
-    """Write manifest.json with the SHA-256 of every other file below a directory that is complete."""
-    files.write_json(directory / MANIFEST, {"outputs": hashes_of(directory, files_below(directory))}, format=FILES_FORMAT)
+    """Write manifest.json with the SHA-256 of the other files below a directory that is complete.
+
+    Provenance, which has a checksum of itself, is not listed: the same model has the same manifest.
+    """
+    names = [name for name in files_below(directory) if name != PROVENANCE]
+    files.write_json(directory / MANIFEST, {"outputs": hashes_of(directory, names)}, format=FILES_FORMAT)
 
 
 def add_to_file_list(directory: Path, names: Iterable[str]) -> None:

@@ -157,6 +157,12 @@ def _check_outputs(path: Path, problems: list[Problem], *formats: str, repair: s
     return True
 
 
+def _check_provenance(path: Path, problems: list[Problem]) -> None:
+    if (path / provenance.FILE).exists():
+        with _noted(problems, "remove it"):
+            files.read_json(path / provenance.FILE, format=provenance.FORMAT)
+
+
 # --- the kinds ---------------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +242,7 @@ def check_checkpoint(path: Path, problems: list[Problem]) -> str:
 def check_model(path: Path, problems: list[Problem]) -> str:
     with _noted(problems, "export it again, or import it with `lindm model import`"):
         verification.verify_file_list(path, required=True)
+    _check_provenance(path, problems)
     return "complete"
 
 
@@ -266,9 +273,7 @@ def check_dataset(path: Path, problems: list[Problem]) -> str:
         records = files.read_json_lines(path / writer.JOURNAL, skip_damaged=True)
         if not records and any(path.glob("tasks-*")):
             problems.append(Problem(what=f"{path / MANIFEST} is missing", repair=repair))
-    if (path / provenance.FILE).exists():
-        with _noted(problems, "remove it"):
-            files.read_json(path / provenance.FILE, format=provenance.FORMAT)
+    _check_provenance(path, problems)
     for record in records:
         hashes = {name: file["sha256"] for name, file in record["files"].items()}
         problems += [Problem(what=str(damage), repair=repair) for damage in verification.find_damage(path, hashes)]

@@ -55,7 +55,7 @@ def test_a_directory_is_copied_without_code(tmp_path, shards):
     imported = import_model(str(source), tmp_path / "out")
     kept = {"config.json", "tokenizer.json", "README.md"}
     kept |= {p.name for p in source.glob("model[.-]*")}
-    assert set(imported.files) == kept | {provenance.FILE} == set(left(tmp_path / "out"))
+    assert set(imported.files) == kept | {provenance.FILE, "manifest.json"} == set(left(tmp_path / "out"))
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in kept)
     assert imported.config.num_parameters == sum(x.size for x in reference.weights("llama").values())
     assert imported.config == weights.read_model_config(source)
