@@ -63,7 +63,7 @@ COMMANDS = {
         {"import": "jax:", "reading": POMDP, "compiling": "!compiling", "saving": "lindm.io.files:append_line"},
     ),
     "data export": (
-        ["data", "export", "dataset", "--out", "exported"],
+        ["data", "export", "dataset", "--to", "trl", "--out", "exported"],
         {
             "import": "jax:",
             "reading": "lindm.datasets.reader:read_manifest",
@@ -91,7 +91,7 @@ COMMANDS = {
     ),
     "doctor": (["doctor"], {"import": "jax:", "reading": "lindm.cli.doctor:check_fonts"}),
     "plan": (
-        ["plan", "--model", "model", "--topology", "host", "--batch", "1", "--seq", "16", "--mesh", "fsdp=1"],
+        ["plan", "--model", "model", "--topology", "host", "--batch", "1", "--seq", "16", "--labels", "8", "--mesh", "fsdp=1"],
         {"import": "jax:", "reading": CONFIG, "compiling": "!lindm.llm.cluster.plan:compile_plan"},
     ),
     **{

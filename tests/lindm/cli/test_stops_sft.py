@@ -1,13 +1,18 @@
 """SIGTERM and Ctrl-C in every phase of `lindm sft`."""
 
 import json
-import shutil
 import signal
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from lindm.llm.config import ModelConfig
+from lindm.llm.io import weights
+from lindm.llm.model import Decoder
 from tests.lindm.cli.stops.phases import run, stop_in_every_phase
 from tests.lindm.llm import small
+from tests.lindm.llm.conftest import SIZES as SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault("F2", "F27")]
 
@@ -43,11 +48,11 @@ def test_a_training_run_that_is_stopped_in_every_phase_ends_with_the_same_bits(m
         assert (tmp_path / "out" / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_a_stop_while_conversations_are_read_is_not_bad_data(micro, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(micro.model, model)
-    small.byte_level().save_pretrained(str(model))
-    (model / "manifest.json").unlink()  # the tokenizer is another one than that of the file list
+def test_a_stop_while_conversations_are_read_is_not_bad_data(tmp_path):
+    model, tokenizer = tmp_path / "model", small.byte_level()
+    tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
+    config = ModelConfig(model_type="llama", vocab_size=len(tokenizer), **SMALL)
+    weights.save(Decoder(config, nnx.Rngs(0), jnp.float32), model, like=tmp_path / "tokenizer")
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "A"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
     command = ["sft", "--model", str(model), "--data", "rows.jsonl", "--out", "out", "--steps", "2", "--batch", "2"]
