@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lindm.cli.main import NAMES
+from tests.clock import HANGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,5 +97,5 @@ def test_no_command_opens_a_socket_to_another_machine(directory, trials):
 )
 def test_a_socket_to_another_machine_ends_the_process(code):
     begin = "import sys\nfrom tests.limits import forbid_network\nforbid_network()\n" if sys.platform == "linux" else CHILD
-    done = subprocess.run([sys.executable, "-c", begin + code, "[]"], cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", begin + code, "[]"], cwd=ROOT, capture_output=True, timeout=HANGS)
     assert done.returncode in (-31, 256 - 31, 99)  # SIGSYS, or the exit code that a parent makes of it

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lindm.bench import timing
+from tests.clock import HANGS
 from tests.lindm.cli.stops.phases import ROOT, group_ended
 
 
@@ -128,5 +129,5 @@ def test_a_stop_ends_the_process_of_a_bench_too(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.communicate(timeout=120)[1] == "lindm: stopped\n" and process.returncode == 143
+    assert process.communicate(timeout=HANGS)[1] == "lindm: stopped\n" and process.returncode == 143
     assert group_ended(process.pid)

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from lindm.llm.sft import metrics, tracker
+from tests.clock import HANGS
 
 
 def lines(directory):
@@ -132,7 +133,7 @@ def test_a_slow_tracker_runs_beside_the_steps_and_gets_every_record_in_the_end(t
     class Slow:
         def write(self, kind, step, values):
             first.set()
-            assert steps_done.wait(60) and threading.current_thread() is not threading.main_thread()
+            assert steps_done.wait(HANGS) and threading.current_thread() is not threading.main_thread()
             written.append((step, values))
 
         def close(self):
@@ -142,7 +143,7 @@ def test_a_slow_tracker_runs_beside_the_steps_and_gets_every_record_in_the_end(t
     logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True, warn=pytest.fail)
     for step in range(1, 101):
         logger.log("train", step, loss=0.5, batch="abc", gap=None)
-        assert first.wait(60)
+        assert first.wait(HANGS)
     assert written == [] and len(lines(tmp_path)) == 100
     steps_done.set()
     logger.close()
