@@ -13,12 +13,14 @@ class Plot:
 
     directory: Annotated[Path, Positional("DIR")]
     """A directory written by `lindm run` or `lindm verify`."""
+    experiment: Path | None = None
+    """Python file of an experiment outside the package. Its code runs; no file of DIR can name it."""
 
 
 def run(options: Plot) -> int:
     from lindm_experiments.harness.report import redraw
 
-    for path in redraw(options.directory):
+    for path in redraw(options.directory, options.experiment and str(options.experiment)):
         print(path)
     return 0
 

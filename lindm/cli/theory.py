@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lindm.cli.option_parser import Command
 from lindm.errors import DataError
+from lindm.io import inputs, limits
 from lindm.io.files import strict_json
 from lindm.io.tables import format_table
 
@@ -47,14 +48,12 @@ def read_matrix(path: Path | None) -> "np.ndarray | None":
 
     if path is None:
         return None
+    if path.suffix == ".npy":
+        return inputs.parse_npy(inputs.read_bytes(path, limits.MATRIX_FILE), str(path))
+    text = inputs.read_text(path, limits.MATRIX_FILE)
     try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        text = path.read_text(encoding="utf-8")
         return np.loadtxt(text.splitlines(), delimiter="," if "," in text else None, ndmin=2)
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, EOFError) as e:
+    except ValueError as e:
         raise DataError(f"{path} must be a .npy file or a matrix as text: {e}") from None
 
 

@@ -3,7 +3,6 @@
 The manifest carries a checksum of itself, and the SHA-256 of every other file.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from lindm.datasets.columns import Episode, Kind, Task, task_of
 from lindm.datasets.config import DatasetConfig
 from lindm.errors import DataError
-from lindm.io import files
+from lindm.io import files, inputs, limits
 from lindm.types import Problem
 
 FORMAT = "lindm-dataset-2"
@@ -84,16 +83,14 @@ class Dataset:
 
     def _rows(self, stem: str, record: dict) -> Iterator[dict]:
         path = self.directory / (name := f"{stem}{ENDINGS[0]}")
-        try:
-            with path.open("rb") as lines:
-                if files.sha256_of(lines) != record["files"][name]["sha256"]:
-                    raise DataError(
-                        f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
-                    )
-                lines.seek(0)
-                yield from map(json.loads, lines)
-        except OSError as e:
-            raise DataError(f"cannot read {path}: {e.strerror}") from e
+        with inputs.open_file(path, limits.LINES_FILE) as lines:
+            if files.sha256_of(lines) != record["files"][name]["sha256"]:
+                raise DataError(
+                    f"{path} is damaged: its SHA-256 is not that of {MANIFEST}; make the dataset again and it is repaired"
+                )
+            lines.seek(0)
+            for number, line in enumerate(lines, start=1):
+                yield inputs.parse_json_line(line, f"{path}:{number}")
 
 
 def is_dataset(path: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lindm.errors import DataError, NonFiniteError, StorageError
+from lindm.io import inputs, limits
 from lindm.io.temporaries import temporary_file, temporary_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk that is full or read-only, wherever it shows
@@ -104,12 +105,7 @@ def read_json(path: Path, format: str | None = None) -> dict:
     Raises:
       DataError: it is missing, no JSON object, of another format or damaged; names the file.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
+    value = inputs.parse_json(inputs.read_bytes(path, limits.JSON_FILE), str(path))
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
     if format is None:
@@ -132,12 +128,9 @@ def read_json_lines(path: Path, repair: bool = False, skip_damaged: bool = False
     An incomplete last line is ignored, and cut off with `repair`. Any other damaged line is a DataError with file:line; with
     `skip_damaged` it is left out.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
+    data = inputs.read_bytes(path, limits.LINES_FILE)
     whole = data.rfind(b"\n") + 1
     if repair and whole < len(data):
         with storage_errors(path):
@@ -154,10 +147,7 @@ def read_json_lines(path: Path, repair: bool = False, skip_damaged: bool = False
 
 def _parse_record(line: bytes, place: str) -> dict:
     """The record of one line without its checksum. DataError, with its place, where the line is damaged."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{place}: not a JSON line: {e}") from e
+    record = inputs.parse_json_line(line, place)
     if not isinstance(record, dict):
         raise DataError(f"{place}: not a JSON object")
     if "checksum" not in record:

@@ -8,7 +8,6 @@ version 5 (`rope_parameters`). It accepts unknown keys, so the file itself is ch
 nor known to leave the logits unchanged raises an error unless its value is empty, false or zero.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Literal
 
 from lindm.choices import check_choices
 from lindm.errors import DataError, unknown
+from lindm.io.files import read_json
+from lindm.io.limits import MAX_LAYERS, MODEL_SIZE
 from lindm.io.verification import verify_file_list
 
 CONFIG = "config.json"
-MAX_LAYERS = 2**12  # the names of all tensors are built before any tensor is read
 RopeType = Literal["default", "linear", "llama3"]
 Remat = Literal["full", "selective", "none"]
 """What the backward pass recomputes: everything but one activation per layer (full); attention, norms and nonlinearities, but no
@@ -159,20 +159,7 @@ def read_model_config(path: Path) -> ModelConfig:
     if path.is_dir():
         verify_file_list(path, lambda name: name == CONFIG)
         path = path / CONFIG
-    return parse_model_config(read_config_json(path), str(path))
-
-
-def read_config_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises: DataError if the file cannot be read or holds something else."""
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
-    if not isinstance(raw, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return raw
+    return parse_model_config(read_json(path), str(path))
 
 
 def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
@@ -204,8 +191,8 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
     same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings")
     sizes |= {key: config[key] for key in same}
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise DataError(f"{source}: {_RENAMED.get(name, name)} must be a positive integer; got {size!r}")
+        if not isinstance(size, int) or not 1 <= size <= MODEL_SIZE:
+            raise DataError(f"{source}: {_RENAMED.get(name, name)} must be a positive integer below 2^31; got {size!r}")
     attention_bias = bool(config.get("attention_bias", False))
     try:
         return ModelConfig(

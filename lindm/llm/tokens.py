@@ -14,7 +14,6 @@ further token is trained. So with actions of a single token every label is train
 
 import contextlib
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ import numpy as np
 
 from lindm.choices import Supervise
 from lindm.errors import DataError, LindmError
+from lindm.io import inputs, limits
+from lindm.io.files import read_json
 from lindm.io.verification import verify_file_list
 from lindm.text import Piece, Template
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any  # transformers takes seconds to import
 
+WEIGHT_ENDINGS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")  # that no tokenizer opens
 ANCHORS = ("", "\n", "a", ".")  # the first that works is used; "": no anchor
 
 
@@ -68,12 +70,15 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     if not directory.is_dir():
         raise DataError(f"there is no tokenizer in {directory}: it is not a directory")
+    _check_files(directory)
     verify_file_list(directory, lambda name: not name.endswith(".safetensors"))
     try:
         # with a config.json of Qwen2, AutoTokenizer would replace the rules of tokenizer.json by its own
         kind = PreTrainedTokenizerFast if _is_generic(directory) else AutoTokenizer
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # it raises many kinds
+    except BaseException as e:  # it raises many kinds; a panic of the tokenizers library is not an Exception
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise DataError(f"there is no tokenizer in {directory} that can be loaded: {reason}") from e
     if not getattr(tokenizer, "is_fast", False):
@@ -81,10 +86,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def _check_files(directory: Path) -> None:
+    """Raise DataError unless what transformers may open are regular files of bounded size."""
+    inputs.check_directory(directory)
+    for path in directory.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS):
+            inputs.check_file(path, limits.TOKENIZER_FILE)
+    if (templates := directory / "additional_chat_templates").is_dir():
+        inputs.check_directory(templates)
+
+
 def _is_generic(directory: Path) -> bool:
     """Whether the tokenizer class adds nothing to tokenizer.json."""
     path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_bytes()) if path.exists() and (directory / "tokenizer.json").exists() else {}
+    config = read_json(path) if path.exists() and (directory / "tokenizer.json").exists() else {}
     return config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 

@@ -11,6 +11,7 @@ A `Model` holds the arrays of planning, with the expected reward (negated where 
     r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o).
 """
 
+import heapq
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,10 @@ import numpy as np
 
 from lindm import validate
 from lindm.errors import DataError, LindmError
+from lindm.io import inputs, limits
+from lindm.io.limits import POMDP_NAMES, POMDP_TABLE
 from lindm.types import POMDP
 
-ENTRIES, NAMES = 50_000_000, 1_000_000  # the largest tables (400 MB) and the longest list of names that are read
 SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
 ROUNDING = 1e-12  # a row this close to one is not changed
 
@@ -58,16 +60,7 @@ class Model:
 
 def read(path: str | Path) -> Model:
     """The model in a file (UTF-8). DataError as in `parse`, or when the file cannot be read."""
-    try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as e:
-        raise DataError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start) + 1
-        raise DataError(f"{path}:{line}: expected text in UTF-8; got the byte 0x{data[e.start]:02x}") from e
-    return parse(text, str(path))
+    return parse(inputs.read_text(Path(path), limits.POMDP_FILE), str(path))
 
 
 def parse(text: str, name: str = "<text>") -> Model:
@@ -76,7 +69,7 @@ def parse(text: str, name: str = "<text>") -> Model:
     Rows that miss one by at most `SUM_TOLERANCE` are scaled to one, with a single `UserWarning`. Without `start` it is uniform.
 
     Raises:
-      DataError: "name:line: what is wrong, the token, and what was expected". Tables above `ENTRIES` numbers are
+      DataError: "name:line: what is wrong, the token, and what was expected". Tables above `POMDP_TABLE` numbers are
         refused (where rewards depend on the observation, S*S*O counts as a table).
     """
     preamble, entries, last = _sections(text, name)
@@ -88,8 +81,8 @@ def parse(text: str, name: str = "<text>") -> Model:
     discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 < float(w) <= 1))
     costs = "values" in preamble and _only(preamble["values"], "`reward` or `cost`", {"reward", "cost"}.__contains__) == "cost"
     S, A, O = map(len, labels.values())
-    if (total := S * A * (S + O)) > ENTRIES:
-        raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {ENTRIES}")
+    if (total := S * A * (S + O)) > POMDP_TABLE:
+        raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {POMDP_TABLE}")
     names = {word: tuple(map(str, each)) for word, each in labels.items()}
     index = {word: {n: i for i, n in enumerate(names[word])} for word in names}
 
@@ -99,12 +92,13 @@ def parse(text: str, name: str = "<text>") -> Model:
     _normalize(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
     lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
-    rewards = []
+    rewards, writes = [], 0
     for entry in entries:
         where, values = _entry(entry, index, start)
         if entry.word == "R":
             rewards.append((entry, where, values))
         else:
+            writes = _count_writes(writes, tables[entry.word][where].size, entry)
             tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
     for word, table in tables.items():
         title = f"{word} of action {{!r}}, state {{!r}}".format
@@ -240,9 +234,9 @@ def _labels(section: _Section) -> Sequence[int | str]:
     """The names, or the indices of a count: a range, so that a large count allocates nothing before it is checked."""
     words = section.words or [""]
     if len(words) == 1 and (words[0] == "" or NUMBER.fullmatch(words[0])):
-        if not INDEX.fullmatch(words[0]) or not 1 <= int(words[0]) <= NAMES:
+        if not INDEX.fullmatch(words[0]) or not 1 <= int(words[0]) <= POMDP_NAMES:
             raise section.stop(
-                f"{section.word!r} must be a count from 1 to {NAMES} or a list of names; got {_quote(words[0])}", 0
+                f"{section.word!r} must be a count from 1 to {POMDP_NAMES} or a list of names; got {_quote(words[0])}", 0
             )
         return range(int(words[0]))
     seen: set[str] = set()
@@ -363,20 +357,32 @@ def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray
     A, S, n = O.shape
     by_o = [entry for entry, where, values in rewards if where[3] != ALL or values.shape[3] > 1]
     by_next = by_o or [entry for entry, where, values in rewards if where[2] != ALL or values.shape[2] > 1]
-    if by_o and S * S * n > ENTRIES:
-        raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {ENTRIES}")
+    if by_o and S * S * n > POMDP_TABLE:
+        raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {POMDP_TABLE}")
     table, r = np.empty((S, S if by_next else 1, n if by_o else 1)), np.empty((S, A))
+    numbered: dict[int | None, list[tuple[int, _Section, tuple[slice, ...], np.ndarray]]] = {}  # by action, None for all
+    for number, (entry, (action, *cell), values) in enumerate(rewards):
+        numbered.setdefault(action.start, []).append((number, entry, tuple(cell), values))
+    writes = 0
     for a in range(A):
         table[:] = 0.0
-        for _, (action, *cell), values in rewards:
-            if action in (ALL, slice(a, a + 1)):
-                table[tuple(cell)] = values[0]
+        for _, entry, cell, values in heapq.merge(numbered.get(None, ()), numbered.get(a, ()), key=lambda each: each[0]):
+            writes = _count_writes(writes, table[cell].size, entry)
+            table[cell] = values[0]
         for s in range(S):
             weight = T[a, s, :, None] * (O[a] if by_o else 1.0) if by_next else np.ones((1, 1))
             possible = table[s][weight > 0]
             # a reward that is the same everywhere is exact
             r[s, a] = possible[0] if (possible == possible[0]).all() else (weight * table[s]).sum()
     return r
+
+
+def _count_writes(before: int, size: int, entry: _Section) -> int:
+    """The numbers that have been written. Raises: DataError above the limit: a short entry may write a whole table."""
+    after = before + size + 100  # an entry takes the time of about a hundred numbers
+    if after > limits.POMDP_WRITES:
+        raise entry.stop(f"the entries up to this one write too many numbers, more than {limits.POMDP_WRITES:,}")
+    return after
 
 
 def _row(row: np.ndarray) -> str:

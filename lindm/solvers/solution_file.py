@@ -4,7 +4,6 @@ version of the format and the provenance of the solution."""
 import dataclasses
 import hashlib
 import io
-import json
 import struct
 import zipfile
 import zlib
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lindm.errors import DataError
-from lindm.io import files
+from lindm.io import files, inputs, limits
 from lindm.io.provenance import provenance
 from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.solve import Solution
@@ -27,7 +26,8 @@ KINDS: dict[str, type] = {
 }
 
 # what numpy and zipfile raise for damaged headers, names and members
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, OSError)
+DAMAGED += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ...]]) -> None:
@@ -47,20 +47,30 @@ def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ..
 def load_solution(path: Path) -> tuple[Solution, dict[str, tuple[str, ...]]]:
     """Read a file of `save_solution`. DataError where it is none, or one of another version."""
     try:
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as stored:
-            header = json.loads(str(stored["header"]))
-            files.check_format(path, header["format"], FORMAT)
-            if files.verified(header) is None:
-                raise DataError(f"{path} is damaged: the checksum of its header is wrong")
-            for name, digest in header["arrays"].items():
-                if _sha256(stored[name]) != digest:
-                    raise DataError(f"{path} is damaged: {name} is not what was written")
-            solution = _restore(header["solution"], "solution", stored)
-            return solution, {part: tuple(names) for part, names in header["names"].items()}
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror or e}") from e
+        stored = _read_arrays(path)
+        header = inputs.parse_json(str(stored["header"]), str(path))
+        files.check_format(path, header["format"], FORMAT)
+        if files.verified(header) is None:
+            raise DataError(f"{path} is damaged: the checksum of its header is wrong")
+        for name, digest in header["arrays"].items():
+            if _sha256(stored[name]) != digest:
+                raise DataError(f"{path} is damaged: {name} is not what was written")
+        solution = _restore(header["solution"], "solution", stored)
+        if not isinstance(solution, Solution):
+            raise ValueError(f"it holds a {type(solution).__name__}")
+        return solution, {part: tuple(names) for part, names in header["names"].items()}
     except DAMAGED as e:
         raise DataError(f"{path}: not a solution of `lindm`: {e}") from e
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, which are stored without compression, so that they take no more memory than the file."""
+    size = inputs.check_file(path, limits.SOLUTION_FILE)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > size or len(members) > limits.SOLUTION_MEMBERS:
+            raise ValueError("its members are compressed, overlap, or are too many")
+        return {m.filename.removesuffix(".npy"): inputs.parse_npy(archive.read(m), f"{path}: {m.filename}") for m in members}
 
 
 def _sha256(array: np.ndarray) -> str:

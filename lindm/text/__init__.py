@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lindm.errors import DataError
+from lindm.io import inputs, limits
 from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS, Grammar, Part, Symbols
 
 
@@ -158,7 +159,7 @@ def load_template(path: str | Path) -> Template:
     path, source = Path(path), ""
     arguments = [field.name for field in dataclasses.fields(Template) if field.init]
     try:
-        source = path.read_text(encoding="utf-8")
+        source = inputs.read_text(path, limits.TEXT_TEMPLATE_FILE)
         given = tomllib.loads(source) if path.suffix == ".toml" else json.loads(source, object_pairs_hook=_once)
         if not isinstance(given, dict):
             raise ValueError(f"a template must be an object with {', '.join(arguments)}, got {type(given).__name__}")
@@ -167,8 +168,6 @@ def load_template(path: str | Path) -> Template:
         if missing := {"name", "step", "actions"} - given.keys():
             raise ValueError(f"a template must have {', '.join(sorted(missing))}")
         return Template(**given)
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}:{_line(source, e)}: {e}") from e
 

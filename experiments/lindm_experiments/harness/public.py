@@ -13,14 +13,17 @@ from lindm_experiments.harness.xla import settings_kept
 
 
 @settings_kept()
-def redraw(directory: str | Path) -> list[Path]:
+def redraw(directory: str | Path, experiment: str | Path | None = None) -> list[Path]:
     """Draw the figures and the report of a run directory again, from its records alone; the files. DataError without records.
+
+    Args:
+      experiment: the Python file of an experiment outside the package.
 
     >>> result = ld.run_experiment("controls", "smoke", "controls", seeds=1)
     >>> "report.html" in [path.name for path in ld.redraw("controls")]
     True
     """
-    return reports.redraw(Path(directory))
+    return reports.redraw(Path(directory), None if experiment is None else str(experiment))
 
 
 def report(directories: Sequence[str | Path], out: str | Path = "report") -> list[Path]:

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lindm.errors import DataError
+from lindm.errors import DataError, UsageError
 from lindm.io import directories, files, verification
 from lindm.io import manifest as provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
-from lindm_experiments.harness.experiments import PACKAGE, Experiment, load
+from lindm_experiments.harness.experiments import PACKAGE, Experiment, experiment_names, find_experiment, load
 from lindm_experiments.harness.runner import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
 
@@ -141,8 +141,16 @@ def read_manifest_if_exists(directory: Path) -> dict:
 
 
 def read_verdicts(directory: Path) -> dict[str, Any]:
-    """The content of verdicts.json; DataError where there is none, or one of another version."""
-    return files.read_json(directory / "verdicts.json", format=VERDICTS_FORMAT)
+    """The content of verdicts.json; DataError where there is none, one of another version, or one that is damaged."""
+    path = directory / "verdicts.json"
+    verdicts = files.read_json(path, format=VERDICTS_FORMAT)
+    rows = verdicts.get("claims")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: claims must be a list of objects")
+    for row in rows:
+        if not isinstance(name := row.get("experiment"), str) or not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+            raise DataError(f"{path}: experiment must be a name, which is part of names of files; got {name!r}")
+    return verdicts
 
 
 def run_directory(directory: Path, experiment: str) -> Path:
@@ -204,7 +212,10 @@ def render_template(template: str, **values: Any) -> str:
     environment = jinja2.Environment(loader=loader, **options)
     environment.filters |= {"number": format_number, "count_expected": count_expected}
     environment.tests |= {"as_expected": as_expected}
-    return environment.get_template(template).render(**values)
+    try:
+        return environment.get_template(template).render(**values)
+    except jinja2.UndefinedError as e:
+        raise DataError(f"a file that the report is made of lacks a value: {e}") from e
 
 
 def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
@@ -236,11 +247,26 @@ def write_report(directory: Path) -> Path:
     return path
 
 
-def redraw(directory: Path) -> list[Path]:
+def _reference(run: Path, name: Any, given: str | None) -> str:
+    """The experiment of a run directory as `load` takes it: one of the package, or the file that the user gave."""
+    if given is None and name in experiment_names():
+        return name
+    if given is None:
+        raise UsageError(f"{run} is of an experiment outside the package, {name!r}: give its Python file, --experiment PATH")
+    if find_experiment(given).name != name:
+        raise UsageError(f"--experiment must be the experiment of {run}, {name!r}; got {given}")
+    return given
+
+
+def redraw(directory: Path, experiment: str | None = None) -> list[Path]:
     """Draw the figures of a directory of `lindm run` or `lindm verify` again, from its records; the files written.
+
+    Args:
+      experiment: the Python file of an experiment outside the package. Its code runs, so no file of the directory can name it.
 
     Raises:
       DataError: no records; no config.json, or one of another version.
+      UsageError: the experiment of the directory is another one, or is not in the package and not given.
     """
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
@@ -248,8 +274,8 @@ def redraw(directory: Path) -> list[Path]:
     written: list[Path] = []
     for run in runs:
         with directories.sole_writer(run):
-            config, manifest = files.read_json(run / "config.json", format=RUN_FORMAT), read_manifest_if_exists(run)
-            drawn = draw(load(manifest.get("source", config["experiment"])), provenance.read_records(run))
+            config = files.read_json(run / "config.json", format=RUN_FORMAT)
+            drawn = draw(load(_reference(run, config.get("experiment"), experiment)), provenance.read_records(run))
             for name, content in drawn.items():
                 files.write_atomic(run / name, content)
             reports = [write_report(run).name] if (run / "verdicts.json").exists() else []

@@ -46,6 +46,7 @@ from lindm_experiments.harness.xla import configure_xla
 
 RUN_FORMAT = "lindm-run-2"  # of config.json
 RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a cell that a spreadsheet computes
 OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *RUN_REPORTS)
 
 
@@ -195,11 +196,11 @@ def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with equal keys as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    """Rows with equal keys as CSV with a header. A text that a spreadsheet would compute gets an apostrophe in front."""
+    text, names = io.StringIO(), list(rows[0])
+    writer = csv.writer(text, lineterminator="\n")
+    for cells in (names, *([row[name] for name in names] for row in rows)):
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in cells])
     return text.getvalue()
 
 

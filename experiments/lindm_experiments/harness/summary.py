@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lindm.errors import DataError
+from lindm.errors import DataError, LindmError
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm.io import manifest as provenance
@@ -156,7 +156,8 @@ def as_latex(rows: Sequence[Row]) -> str:
     """A tabular for the package booktabs."""
 
     def cell(value: Any) -> str:
-        return "".join(ESCAPES.get(c, c) for c in format_number(value if isinstance(value, (str, float, int)) else None))
+        text = format_number(value if isinstance(value, (str, float, int)) else None)
+        return "".join(ESCAPES.get(c, c) for c in " ".join(text.split()))
 
     names = list(rows[0])
     numeric = [all(isinstance(row[name], (float, int, type(None))) for row in rows) for name in names]
@@ -203,8 +204,25 @@ def draw_gaps(rows: Sequence[Row]) -> bytes:
 
 
 def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
-    """Write OUT/index.html and OUT/tables/*.csv and *.tex; their paths."""
+    """Write OUT/index.html and OUT/tables/*.csv and *.tex; their paths. DataError where a file of a directory is damaged."""
     inputs = find_inputs(directories)
+    try:
+        written = _render(inputs, out)
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, LindmError):
+            raise
+        raise DataError(f"a file of {', '.join(map(str, directories))} is damaged: {type(e).__name__}: {e}") from e
+    with sole_writer(out):
+        with files.storage_errors(out):
+            (out / "tables").mkdir(parents=True, exist_ok=True)
+        for path, content in written.items():
+            files.write_atomic(path, content)
+        provenance.write_manifest(out, [path.relative_to(out).as_posix() for path in written])
+    return list(written)
+
+
+def _render(inputs: Inputs, out: Path) -> dict[Path, str]:
+    """The content of every file of a report."""
     own = experiment_tables(inputs.verifications)
     tables = {"claims": claim_rows(inputs.verifications)} | own
     tables |= {"evaluations": evaluation_rows(inputs.evaluations), "training": training_rows(inputs.training)}
@@ -237,13 +255,7 @@ def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance.provenance(),
     )
-    with sole_writer(out):
-        with files.storage_errors(out):
-            (out / "tables").mkdir(parents=True, exist_ok=True)
-        for path, content in written.items():
-            files.write_atomic(path, content)
-        provenance.write_manifest(out, [path.relative_to(out).as_posix() for path in written])
-    return list(written)
+    return written
 
 
 def _encoded_image(directory: Path, name: str) -> str | None:

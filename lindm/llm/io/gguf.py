@@ -5,6 +5,7 @@ the tensors. llama.cpp stores the rows of q and k of the llama family with the t
 restored. Unknown metadata that could change what the model computes raises an error that names the key.
 """
 
+import itertools
 import json
 import math
 import mmap
@@ -19,6 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from lindm.errors import DataError
+from lindm.io import inputs, limits
 from lindm.io.files import storage_errors, write_json
 from lindm.llm.config import CONFIG, FAMILIES, ModelConfig, RopeParameters, parse_model_config, rope_frequencies, to_config_json
 from lindm.llm.io import safetensors_files
@@ -221,7 +223,7 @@ def _shortest(x: float) -> float:
 def read_header(path: Path) -> GGUFFile:
     """The header of a file. Raises: DataError if it is damaged or describes more than the file contains."""
     try:
-        with path.open("rb") as f:
+        with inputs.open_file(path) as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
@@ -251,6 +253,10 @@ def read_header(path: Path) -> GGUFFile:
         if start + offset + n > len(data):
             raise header.error(f"the tensor {name} is beyond the end of the file")
         tensors[name] = TensorInfo(type=kind, shape=shape, offset=start + offset, size=n)
+    places = sorted((info.offset, info.size, name) for name, info in tensors.items())
+    for (offset, size, name), (start, _, other) in itertools.pairwise(places):
+        if start < offset + size:  # a small file could describe a huge model
+            raise header.error(f"the tensors {name} and {other} overlap")
     return GGUFFile(source=str(path), metadata=metadata, tensors=tensors, data=data)
 
 
@@ -266,6 +272,8 @@ class _Header:
     def read_bytes(self, n: int) -> bytes:
         if n > len(self.data) - self.position:
             raise self.error("it ends within its header")
+        if self.position + n > limits.GGUF_HEADER:
+            raise self.error(f"its header has more than {limits.GGUF_HEADER:,} bytes")
         self.position += n
         return self.data[self.position - n : self.position]
 

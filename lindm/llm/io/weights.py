@@ -22,11 +22,11 @@ from jax.typing import DTypeLike
 
 from lindm.errors import KINDS, DataError, kind_number
 from lindm.io.directories import atomic_directory, copy_file
-from lindm.io.files import write_json
+from lindm.io.files import read_json, write_json
 from lindm.io.progress import Progress
 from lindm.io.provenance import write_provenance
 from lindm.io.verification import verify_file_list, write_file_list
-from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_config_json, read_model_config, to_config_json
+from lindm.llm.config import CONFIG, BaseFormat, ModelConfig, read_model_config, to_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, FileDtype, StoredTensor
 from lindm.llm.io.tensor_names import TOP_LEVEL, TensorSpec, tensor_specs
@@ -232,7 +232,7 @@ def save(
     if dtype not in get_args(FileDtype):
         raise ValueError(f"dtype must be one of {', '.join(get_args(FileDtype))}; got {dtype!r}")
     specs = list(tensor_specs(model.config))
-    original = read_config_json(like / CONFIG) if like is not None and (like / CONFIG).exists() else {}
+    original = read_json(like / CONFIG) if like is not None and (like / CONFIG).exists() else {}
     ids = {
         f"{name}_token_id": original.get(f"{name}_token_id") for name in ("bos", "eos", "pad")
     }  # absent, they would be 1 and 2

@@ -8,15 +8,14 @@
 Examples are held out by group: whole tasks of a dataset, whose queries share demonstrations, or single rows of a file.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from lindm.choices import Rewards
 from lindm.datasets import Dataset, Task, documents, is_dataset
 from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
+from lindm.io import inputs, limits
 from lindm.llm.chats import chat_example
 from lindm.llm.sft.options import Supervise
 from lindm.llm.sft.packing import philox_permutation
@@ -127,10 +126,7 @@ def check_file_options(template: str | Template | None, rewards: Rewards, names:
 
 def read_file(path: Path) -> bytes:
     """The content of a file; DataError where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
+    return inputs.read_bytes(path, limits.LINES_FILE)
 
 
 def file_examples(
@@ -149,10 +145,7 @@ def file_examples(
 
 
 def _row_example(tokenizer: Tokenizer, line: bytes, source: str, group: int) -> Example:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{source}: not JSON: {e}") from e
+    row = inputs.parse_json_line(line, source)
     if not isinstance(row, dict):
         raise DataError(f"{source}: a row must be an object; got {type(row).__name__}")
     if unsupported := [key for key in UNSUPPORTED if row.get(key)]:

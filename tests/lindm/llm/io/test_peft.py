@@ -189,7 +189,7 @@ def test_a_pickled_or_missing_adapter_is_a_data_error(tmp_path, llama):
     with pytest.raises(LindmError, match=r"adapter_model.bin is a pickle, which is never read"):
         peft.load_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.bin").unlink()
-    with pytest.raises(LindmError, match=r"adapter_model.safetensors: not a safetensors file that can be read"):
+    with pytest.raises(LindmError, match=r"cannot read .*adapter_model.safetensors: No such file"):
         peft.load_adapter(model, tmp_path / "adapter")
     assert model.blocks.q.lora_a is None and isinstance(
         model.embedding, nnx.Param
