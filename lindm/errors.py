@@ -11,8 +11,13 @@ cannot read missing.pomdp: No such file or directory
 
 import contextlib
 import difflib
+import os
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
+MEMORY_ADVICE = (
+    "take a smaller problem, model or batch, fewer --workers, or a machine with more memory (`lindm plan` shows what fits)"
+)
 SHOWN = 12  # a longer list of choices is cut, and left out of a message that has a suggestion
 
 
@@ -101,6 +106,35 @@ def unknown(name: str, got: str, known: Sequence[str]) -> str:
         return f"{name} {got!r} is not known{near}"
     rest = f", ... ({len(known)} in all)" if len(known) > SHOWN else ""
     return f"{name} must be one of {', '.join(known[:SHOWN])}{rest}; got {got!r}{near}"
+
+
+def from_library(error: Exception) -> Exception:
+    """The error of this package that an exception of JAX or Python stands for (no memory, no device), or the exception itself."""
+    first = next(iter(str(error).splitlines()), "")[:300]
+    if isinstance(error, LindmError):
+        return error
+    if failed_to_allocate(error):
+        reason = f" ({first})" if first else ""
+        return OutOfMemoryError(f"out of memory{reason}: {MEMORY_ADVICE}")
+    frames = traceback.extract_tb(error.__traceback__)
+    if (platforms := os.environ.get("JAX_PLATFORMS")) and frames and frames[-1].filename.endswith("xla_bridge.py"):
+        reason = f" ({first})" if first else ""
+        return UsageError(
+            f"JAX_PLATFORMS must name a platform whose devices jax can use here; got {platforms!r}{reason}: unset it, or install "
+            "what the platform needs, such as lindm[cuda] or lindm[tpu]"
+        )
+    return error
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Raise `from_library` of an exception in this block."""
+    try:
+        yield
+    except Exception as e:
+        if (known := from_library(e)) is e:
+            raise
+        raise known from e
 
 
 KINDS: tuple[type[LindmError], ...] = (

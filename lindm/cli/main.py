@@ -14,12 +14,22 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from lindm.cli.exit_codes import INTERNAL, exit_code
+from lindm.cli.exit_codes import EXIT_CODES, INTERNAL, exit_code
 from lindm.cli.lifecycle import LIFECYCLES, Stop, ending
 from lindm.cli.option_parser import run_command, two_columns, wrap
-from lindm.errors import LindmError, Preempted, StorageError, UsageError, did_you_mean, memory_errors
+from lindm.errors import (
+    LindmError,
+    OutOfMemoryError,
+    Preempted,
+    StorageError,
+    UsageError,
+    did_you_mean,
+    from_library,
+    memory_errors,
+)
 from lindm.io import signals
 from lindm.io.files import DISK_ERRORS
+from lindm.io.memory import report_lack_of_memory
 
 DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
@@ -91,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Without arguments it is that of this process, which a signal then ends."""
     if arguments is not None:
         return guarded(lambda: _dispatch(list(arguments)))
+    report_lack_of_memory(EXIT_CODES[OutOfMemoryError])
     words = sys.argv[1:]
     lifecycle = LIFECYCLES.get(" ".join(words[:1])) or LIFECYCLES.get(" ".join(words[:2]))
     return run_process(lambda: _dispatch(words), "starts over" if lifecycle is None else lifecycle.stop)
@@ -121,6 +132,7 @@ def guarded(run: Callable[[], int]) -> int:
     except Exception as e:
         if isinstance(e, OSError) and e.errno in DISK_ERRORS:
             e = StorageError(f"cannot write {e.filename or 'a temporary file'}: {e.strerror}")
+        e = from_library(e)
         code = exit_code(e)
         unexpected = code == INTERNAL and not isinstance(e, LindmError)
         if unexpected or os.environ.get("LINDM_DEBUG") == "1":

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any, Literal, Protocol, get_args
 
-from lindm.errors import LindmError, OutOfMemoryError, UsageError, failed_to_allocate, unknown
+from lindm.errors import MEMORY_ADVICE, LindmError, OutOfMemoryError, UsageError, from_library, unknown
+from lindm.io.memory import ALLOCATION_SIGNALS, memory_limit
 from lindm.io.signals import STOP_SIGNALS, at_stop, deferred
 
 Executor = Literal["serial", "local", "ray"]
@@ -35,6 +36,10 @@ HELP_AFTER = 20.0  # seconds: about what a second worker costs that imports and 
 
 class WorkerDied(LindmError):
     """The process of a task was killed, or crashed below Python."""
+
+
+class WorkerOutOfMemory(WorkerDied, OutOfMemoryError):
+    """The process of a task crashed where memory is limited, as C++ code does that cannot allocate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +202,11 @@ def _call(function: Callable[[Any], Any], task: Any) -> TaskResult:
     started = time.perf_counter()
     try:
         return TaskResult(value=function(task), seconds=time.perf_counter() - started)
-    except LindmError as e:
-        return TaskResult(error=e)
     except Exception as e:
-        kind = OutOfMemoryError if failed_to_allocate(e) else LindmError
+        if isinstance(known := from_library(e), LindmError):
+            return TaskResult(error=known, traceback="" if known is e else traceback.format_exc())
         first = (str(e).splitlines() or [""])[0]
-        return TaskResult(error=kind(f"{type(e).__name__}: {first}"), traceback=traceback.format_exc())
+        return TaskResult(error=LindmError(f"{type(e).__name__}: {first}"), traceback=traceback.format_exc())
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------------
@@ -312,7 +316,10 @@ class _LocalSlot:
             assert self._pool is not None
             self._pool.shutdown(wait=True)
             self._pool, code = None, self._process.exitcode
-            return TaskResult(error=WorkerDied(f"worker died ({f'signal {-code}' if code < 0 else f'exit {code}'})"))
+            died = f"worker died ({f'signal {-code}' if code < 0 else f'exit {code}'})"
+            if (limit := memory_limit()) is not None and -code in ALLOCATION_SIGNALS:
+                return TaskResult(error=WorkerOutOfMemory(f"{died} under a memory limit of {limit >> 20} MiB: {MEMORY_ADVICE}"))
+            return TaskResult(error=WorkerDied(died))
 
     def kill(self) -> None:
         if self._pool is not None and self._process is not None:

@@ -12,13 +12,13 @@ import re
 import select
 import signal
 import sys
-import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from lindm.errors import LostPeerError, Preempted
 from lindm.io import signals
+from lindm.io.memory import end_with_parent
 
 STDERR_TAIL = 1 << 16  # bytes at the end of the child's stderr that are searched for the cause of an abort
 ABORT_MESSAGE = "JAX distributed service detected fatal errors"
@@ -61,7 +61,7 @@ def supervise(exit_codes: Mapping[type[BaseException], int]) -> None:
         if ending is not None:
             signals.watch(ending)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
-        threading.Thread(target=_die_with_parent, args=(parent_read,), daemon=True).start()
+        end_with_parent(parent_read)
         return
     os.close(stderr_write)
     os.close(parent_read)
@@ -76,12 +76,6 @@ def supervise(exit_codes: Mapping[type[BaseException], int]) -> None:
     status, tail = _forward_stderr(stderr_read, child)
     os.close(parent_write)
     raise SystemExit(_exit_code(status, tail.decode(errors="replace"), exit_codes))
-
-
-def _die_with_parent(pipe: int) -> None:
-    """Kill this process when its parent is gone."""
-    os.read(pipe, 1)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _forward_stderr(pipe: int, child: int) -> tuple[int, bytes]:

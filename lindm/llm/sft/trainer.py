@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, memory_errors
+from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, library_errors, memory_errors
 from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress, ProgressTask
@@ -65,6 +65,11 @@ def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
       LindmError: of the kind of the failure (`lindm.errors`).
       Preempted: the run stopped on a signal, after saving.
     """
+    with library_errors():
+        return _train(config, save_on_stop)
+
+
+def _train(config: SFTConfig, save_on_stop: bool) -> Path | None:
     processes.initialize(config.coordinator, config.processes, config.rank)
     is_main = jax.process_index() == 0
     with directories.sole_writer(config.out) if is_main else contextlib.nullcontext():

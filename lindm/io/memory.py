@@ -1,0 +1,61 @@
+"""Limits on the memory of this process, and a parent process that reports what a child cannot.
+
+C++ code that cannot allocate, such as XLA's, aborts its process: no handler in it can turn that into an exit code.
+"""
+
+import os
+import resource
+import signal
+import sys
+import threading
+
+from lindm.errors import MEMORY_ADVICE
+
+ALLOCATION_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGTRAP)  # that end a process which cannot allocate
+
+
+def memory_limit() -> int | None:
+    """The limit on the address space of this process in bytes (`ulimit -v`); None where there is none."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def end_with_parent(pipe: int) -> None:
+    """Kill this process when the other end of a pipe closes, because the parent process that holds it has ended."""
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def report_lack_of_memory(exit_code: int) -> None:
+    """Where memory is limited, fork: this returns in the child, and the parent ends as the child does, or with `exit_code`.
+
+    Call it before any thread is started.
+    """
+    limit = memory_limit()
+    if limit is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child_end, parent_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(parent_end)
+        end_with_parent(child_end)
+        return
+    os.close(child_end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os.kill(child, number))
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status)
+    if number in ALLOCATION_SIGNALS:
+        name = signal.Signals(number).name
+        print(f"lindm: error: ended by {name} under a memory limit of {limit >> 20} MiB: {MEMORY_ADVICE}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(exit_code)
+    os._exit(128 + number)
