@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import tokenize
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -112,5 +113,5 @@ def parse_npy(data: bytes, source: str) -> "np.ndarray":
             raise ValueError(f"its header describes {dtype} {list(shape)}; it holds {left} bytes")
         array = np.frombuffer(data, dtype, count, stream.tell())
         return array.reshape(shape, order="F" if columns_first else "C")
-    except (ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, EOFError) as e:  # of a damaged header
+    except (ValueError, TypeError, LookupError, SyntaxError, OverflowError, RecursionError, EOFError, tokenize.TokenError) as e:
         raise DataError(f"{source}: not an array of numpy: {e}") from e
