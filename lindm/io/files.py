@@ -162,8 +162,12 @@ SETTLED_SECONDS = 2.0  # a file that changed later than this long ago may change
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. It is read in blocks, and once in a process as long as it does not change."""
-    with path.open("rb") as f:
+    """SHA-256 of a file, in hexadecimal. It is read in blocks, and once in a process as long as it does not change.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    with inputs.open_file(path) as f:
         return sha256_of(f)
 
 

@@ -19,7 +19,7 @@ POMDP_WRITES = 5_000_000_000  # numbers that all entries together write: ten tab
 MATRIX_FILE = GIB  # .npy or text: a covariance of 10,000 features has 800 MB
 SOLUTION_FILE = 16 * GIB  # tables of a solver, which were in memory when it was written
 SOLUTION_MEMBERS = 1000  # arrays in a solution: an APOMDP with the tables of its tree has 40
-FIGURE_FILE = 64 * MIB  # an image that a report embeds
+OUTPUT_FILE = 64 * MIB  # a figure or a table that a report shows
 
 # --- models ------------------------------------------------------------------------------------------------------------------
 GGUF_HEADER = 256 * MIB  # a vocabulary of 260,000 tokens with its merges has 20 MiB

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lindm.errors import DataError
+from lindm.io import inputs, limits
 from lindm.io.files import read_json_lines, write_json
 from lindm.io.provenance import provenance
 from lindm.io.verification import MANIFEST, RECORDS, find_damage, hashes_of, read_manifest
@@ -55,10 +56,7 @@ def read_output(directory: Path, name: str) -> bytes | None:
     """
     path = directory / name
     verify_output(directory, name)
-    try:
-        return path.read_bytes() if path.exists() else None
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
+    return inputs.read_bytes(path, limits.OUTPUT_FILE) if path.exists() else None
 
 
 def read_records(directory: Path) -> list[dict]:

@@ -36,13 +36,7 @@ class Damage(NamedTuple):
 
 def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """File name -> SHA-256 of these files of a directory. DataError where one cannot be read."""
-    hashes = {}
-    for name in names:
-        try:
-            hashes[name] = files.sha256(directory / name)
-        except OSError as e:
-            raise DataError(f"cannot read {directory / name}: {e.strerror}") from e
-    return hashes
+    return {name: files.sha256(directory / name) for name in names}
 
 
 def files_below(directory: Path) -> list[str]:
@@ -92,8 +86,8 @@ def find_damage(directory: Path, outputs: Mapping[str, str]) -> list[Damage]:
                 damaged.append(Damage(path, "is missing"))
             elif files.sha256(path) != digest:
                 damaged.append(Damage(path, CHANGED))
-        except OSError as e:
-            damaged.append(Damage(path, f"cannot be read: {e.strerror}"))
+        except DataError:
+            damaged.append(Damage(path, "cannot be read"))
     return damaged
 
 

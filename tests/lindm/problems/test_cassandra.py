@@ -507,7 +507,7 @@ def test_a_file_that_is_not_text_raises_an_error(tmp_path):
     (tmp_path / "empty.pomdp").write_bytes(b"")
     for path, rule in (
         (tmp_path / "none.pomdp", r"cannot read .*none\.pomdp: No such file"),
-        (tmp_path, f"cannot read {tmp_path}: Is a directory"),
+        (tmp_path, f"{tmp_path} must be a regular file; it is a directory"),
         ("a\0b", "cannot read a\0b: "),
         (tmp_path / "latin.pomdp", r"latin\.pomdp:2: expected text in UTF-8; got the byte 0xf6"),
         (tmp_path / "empty.pomdp", r"empty\.pomdp:1: the file is empty"),
