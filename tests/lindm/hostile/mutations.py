@@ -18,7 +18,9 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 values = st.recursive(
     scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=5
 )
-edits = st.lists(st.tuples(st.lists(st.integers(0, 50), max_size=5), st.just(...) | values), min_size=1, max_size=3)
+children = st.lists(st.integers(0, 50), max_size=5)
+edits = st.lists(st.tuples(children, st.just(...) | values), min_size=1, max_size=3)
+finite_edits = st.lists(st.tuples(children, st.just(...) | st.integers(0, 9) | st.text("ab", max_size=3)), min_size=1, max_size=3)
 
 
 def change_bytes(data: bytes, changed: list[tuple[str, float, int]]) -> bytes:
