@@ -96,4 +96,4 @@ def test_a_command_under_a_small_memory_limit_is_exit_6(tmp_path):
     for mebibytes in (1000, 1200):
         words = f"ulimit -v {mebibytes << 10}; exec {sys.executable} -m lindm solve a.pomdp --horizon 2"
         done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 6 and "take a smaller problem" in done.stderr.splitlines()[-1]
+        assert done.returncode == 6 and "a smaller problem" in done.stderr.splitlines()[-1]
