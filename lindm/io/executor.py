@@ -26,20 +26,12 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any, Literal, Protocol, get_args
 
-from lindm.errors import MEMORY_ADVICE, LindmError, OutOfMemoryError, UsageError, from_library, unknown
-from lindm.io.memory import ALLOCATION_SIGNALS, memory_limit
+from lindm.errors import MEMORY_ADVICE, LindmError, UsageError, from_library, unknown
+from lindm.io.memory import ALLOCATION_SIGNALS, WorkerDied, WorkerOutOfMemory, memory_limit
 from lindm.io.signals import STOP_SIGNALS, at_stop, deferred
 
 Executor = Literal["serial", "local", "ray"]
 HELP_AFTER = 20.0  # seconds: about what a second worker costs that imports and compiles what the first one has compiled
-
-
-class WorkerDied(LindmError):
-    """The process of a task was killed, or crashed below Python."""
-
-
-class WorkerOutOfMemory(WorkerDied, OutOfMemoryError):
-    """The process of a task crashed where memory is limited, as C++ code does that cannot allocate."""
 
 
 @dataclass(frozen=True, kw_only=True)

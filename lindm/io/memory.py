@@ -9,7 +9,16 @@ import signal
 import sys
 import threading
 
-from lindm.errors import MEMORY_ADVICE
+from lindm.errors import MEMORY_ADVICE, LindmError, OutOfMemoryError
+
+
+class WorkerDied(LindmError):
+    """The process of a task was killed, or crashed below Python."""
+
+
+class WorkerOutOfMemory(WorkerDied, OutOfMemoryError):
+    """The process of a task crashed where memory is limited, as C++ code does that cannot allocate."""
+
 
 ALLOCATION_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGTRAP)  # that end a process which cannot allocate
 
