@@ -359,11 +359,10 @@ def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray
     by_next = by_o or [entry for entry, where, values in rewards if where[2] != ALL or values.shape[2] > 1]
     if by_o and S * S * n > POMDP_TABLE:
         raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {POMDP_TABLE}")
-    table, r = np.empty((S, S if by_next else 1, n if by_o else 1)), np.empty((S, A))
+    table, r, writes = np.empty((S, S if by_next else 1, n if by_o else 1)), np.empty((S, A)), 0
     numbered: dict[int | None, list[tuple[int, _Section, tuple[slice, ...], np.ndarray]]] = {}  # by action, None for all
     for number, (entry, (action, *cell), values) in enumerate(rewards):
         numbered.setdefault(action.start, []).append((number, entry, tuple(cell), values))
-    writes = 0
     for a in range(A):
         table[:] = 0.0
         for _, entry, cell, values in heapq.merge(numbered.get(None, ()), numbered.get(a, ()), key=lambda each: each[0]):
@@ -379,8 +378,7 @@ def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray
 
 def _count_writes(before: int, size: int, entry: _Section) -> int:
     """The numbers that have been written. Raises: DataError above the limit: a short entry may write a whole table."""
-    after = before + size + 100  # an entry takes the time of about a hundred numbers
-    if after > limits.POMDP_WRITES:
+    if (after := before + size + 100) > limits.POMDP_WRITES:  # an entry takes the time of about a hundred numbers
         raise entry.stop(f"the entries up to this one write too many numbers, more than {limits.POMDP_WRITES:,}")
     return after
 
