@@ -13,9 +13,11 @@ from lindm.families import registry, suites
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems import apomdp as apomdps
+from lindm.problems import cassandra
 from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
+from lindm.problems.stationary import StationaryPOMDP, stationary
 from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem
 
 if TYPE_CHECKING:
@@ -45,6 +47,22 @@ def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, 
     """
     with double_precision():
         return registry.load_problem([str(path) for path in paths], horizon, discount, alpha)
+
+
+def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) -> StationaryPOMDP:
+    """Read a problem from a file in Cassandra's `.pomdp` format, for an infinite horizon.
+
+    Args:
+      discount: in (0, 1), in place of the file's.
+
+    Raises:
+      ValueError: the discount is not in (0, 1).
+      DataError: the file is wrong; names the file and the line.
+
+    >>> ld.read_stationary_pomdp("tiger.pomdp").actions
+    ('listen', 'open-left', 'open-right')
+    """
+    return stationary(cassandra.read(path), discount)
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:

@@ -88,7 +88,8 @@ def option(name: str, hint: Any, default: Any, text: str) -> Option:
         hint, *marks = get_args(hint)
         mark = next((m for m in marks if isinstance(m, Positional | Repeated)), None)
     if get_origin(hint) in (Union, UnionType):
-        hint = next(part for part in get_args(hint) if part is not NoneType)
+        parts = tuple(part for part in get_args(hint) if part is not NoneType)
+        hint = Union[parts]  # noqa: UP007  # one part alone is that part
     return Option(name=name, type=hint, default=default, help=text, mark=mark)
 
 
@@ -172,6 +173,10 @@ def _converter(kind: Any) -> Callable[[str], Any]:
         return _number(float, "a finite number")
     if kind in (str, Path):
         return kind
+    if get_origin(kind) in (Union, UnionType):  # a number, or a word that stands for one
+        words = [word for part in get_args(kind) if get_origin(part) is Literal for word in get_args(part)]
+        convert = _number(int, f"a whole number or {' or '.join(words)}")
+        return lambda word: word if word in words else convert(word)
     if get_origin(kind) is Literal:
 
         def convert(word: str) -> str:
@@ -186,6 +191,8 @@ def _converter(kind: Any) -> Callable[[str], Any]:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
+    if get_origin(kind) in (Union, UnionType):
+        return "|".join(_metavar(part).strip("{}") for part in get_args(kind))
     return {int: "INT", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
 
 

@@ -38,7 +38,7 @@ class ProblemOptions:
 
 
 @contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
+def warnings_as_lines() -> Iterator[None]:
     """Prints the warnings of the parser of problem files on stderr, one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -57,7 +57,7 @@ def read_problem(words: Sequence[str], horizon: int, discount: float | None, alp
     from lindm.evaluation.environments import double_precision
     from lindm.families import registry
 
-    with _warnings_as_lines(), double_precision():
+    with warnings_as_lines(), double_precision():
         return registry.load_problem(words, horizon, discount, alpha)
 
 

@@ -1,10 +1,13 @@
 """`lindm solve`: the value of a decision problem and its best first action."""
 
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from lindm.cli.option_parser import Command, Positional
+from lindm.errors import UsageError
 from lindm.io.files import strict_json
 
 
@@ -14,22 +17,31 @@ class Solve:
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
     """A .pomdp file, or prostate. Several files are the models of an ambiguous POMDP."""
-    horizon: int
-    """Number of stages."""
+    horizon: int | Literal["inf"]
+    """Number of stages; inf for one .pomdp file whose discount is below 1."""
     discount: float | None = None
     """Discount factor, in place of the file's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
-    method: Literal["auto", "tree", "hsvi", "net"] = "auto"
-    """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise."""
+    method: Literal["auto", "tree", "hsvi", "net", "point-based"] = "auto"
+    """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise; point-based searches one .pomdp file
+    along optimal play, as auto does where the horizon is inf."""
     effort: int | None = None
     """Trials of hsvi [default: 256] or points of the net [default: 20000]."""
+    tolerance: str | None = None
+    """Of point-based: it ends when the bounds are this close, a number or a percentage of the value. [default: 0.1%]"""
+    timeout: float | None = None
+    """Of point-based: seconds after which it ends with the bounds that it has. [default: 60]"""
+    save: Path | None = None
+    """File of the policy as alpha vectors (.alpha), where the horizon is inf."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(options: Solve) -> int:
-
+    if options.horizon == "inf" or options.method == "point-based":
+        return run_point_based(options)
+    refuse(options, ("tolerance", "timeout", "save"), "is an option of point-based")
     start = time.perf_counter()
     from lindm.api.solutions import solve
     from lindm.cli.problems import read_problem
@@ -48,6 +60,58 @@ def run(options: Solve) -> int:
     return 0
 
 
+def refuse(options: Solve, names: tuple[str, ...], reason: str) -> None:
+    """UsageError for an option that is given and does not apply."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} {reason}; got {getattr(options, name)}")
+
+
+def run_point_based(options: Solve) -> int:
+    """One .pomdp file, by search along optimal play."""
+    if options.method not in ("auto", "point-based"):
+        raise UsageError(f"--method must be point-based where the horizon is inf; got {options.method!r}")
+    refuse(options, ("alpha", "effort"), "does not apply to point-based")
+    if len(options.problem) != 1:
+        raise UsageError(f"point-based solves one .pomdp file, not several models; got {len(options.problem)} files")
+    if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
+        raise UsageError(f"point-based solves a .pomdp file; got {options.problem[0]!r}")
+    horizon = math.inf if options.horizon == "inf" else options.horizon
+    if options.save and (options.save.suffix != ".alpha" or horizon < math.inf):
+        raise UsageError(f"--save must be a file .alpha, which holds a policy over an infinite horizon; got {options.save}")
+    start = time.perf_counter()
+    from lindm.api.problems import read_stationary_pomdp
+    from lindm.api.solutions import solve_stationary
+    from lindm.cli.problems import warnings_as_lines
+    from lindm.io.progress import Progress
+
+    with warnings_as_lines():
+        problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
+    given = {name: value for name in ("tolerance", "timeout") if (value := getattr(options, name)) is not None}
+    with Progress() as progress:
+        task = progress.add("trials")
+        solution = solve_stationary(
+            problem, horizon, **given, on_trial=lambda n, low, high: task.update(n, detail=f"[{low:.6g}, {high:.6g}]")
+        )
+    if options.save:
+        solution.save(options.save)
+    seconds, trials = time.perf_counter() - start, solution.bounds.trials
+    if options.json:
+        answer = {name: getattr(solution, name) for name in ("value", "lower", "upper", "method", "first_action", "regret")}
+        print(
+            strict_json(
+                {**answer, "horizon": None if horizon == math.inf else horizon, "trials": trials, "seconds": round(seconds, 3)}
+            )
+        )
+        return 0
+    print(f"value         at least {solution.value:.10g}, which the policy earns; at most {solution.upper:.10g}")
+    best = "certified to be best" if solution.regret == 0 else f"loses at most {solution.regret:.3g}"
+    print(f"first action  {solution.first_action}  ({best})")
+    print(f"policy        {len(solution.bounds.vectors)} alpha vectors" + (f", in {options.save}" if options.save else ""))
+    print(f"method        {solution.method}, {trials} trials, {seconds:.1f} s")
+    return 0
+
+
 COMMAND = Command(
     name="solve",
     options=Solve,
@@ -56,5 +120,6 @@ COMMAND = Command(
         "lindm solve tiger.pomdp --horizon 10",
         "lindm solve good.pomdp bad.pomdp --horizon 5 --alpha 0.8",
         "lindm solve prostate --horizon 4 --json",
+        "lindm solve tiger.pomdp --horizon inf --save policy.alpha",
     ),
 )

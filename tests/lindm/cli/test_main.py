@@ -18,6 +18,8 @@ from lindm_experiments.harness.claims import CLAIMS
 from lindm_experiments.harness.experiments import experiment_names
 from tests.clock import HANGS
 
+TIGER = Path(__file__).parents[1] / "problems" / "files" / "tiger.pomdp"
+
 MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
 
 
@@ -155,6 +157,19 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "prostate", "--horizon", "2", "--method", "magic"], "method must be one of auto, tree, hsvi, net"),
         (["solve", "prostate", "--horizon", "2", "--method", "hsvi"], "method hsvi needs one model"),
         (["solve", "a.pomdp", "b.pomdp", "--horizon", "2"], "alpha must be given for several files"),
+        (["solve", "a.pomdp", "--horizon", "forever"], "--horizon must be a whole number or inf; got 'forever'"),
+        (
+            ["solve", "a.pomdp", "b.pomdp", "--horizon", "inf"],
+            "point-based solves one .pomdp file, not several models; got 2 files",
+        ),
+        (["solve", "prostate", "--horizon", "inf"], "point-based solves a .pomdp file; got 'prostate'"),
+        (["solve", "a.pomdp", "--horizon", "inf", "--method", "tree"], "--method must be point-based where the horizon is inf"),
+        (["solve", "a.pomdp", "--horizon", "inf", "--effort", "9"], "--effort does not apply to point-based; got 9"),
+        (["solve", "a.pomdp", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
+        (["solve", "a.pomdp", "--horizon", "inf", "--save", "p.json"], "--save must be a file .alpha"),
+        (["solve", str(TIGER), "--horizon", "inf", "--tolerance=-1"], "tolerance must be a number >= 0, or a percentage"),
+        (["solve", str(TIGER), "--horizon", "inf", "--timeout", "0"], "timeout must be above 0 seconds; got 0"),
+        (["solve", str(TIGER), "--horizon", "inf", "--discount", "1"], "discount must be above 0 and below 1"),
         (["data", "make", "mdp", "--demos", "2", "--out", "x"], "--tasks"),
         (["data", "make", "mdp", "--tasks", "0", "--demos", "2", "--out", "x"], "tasks must be a whole number of at least 1"),
         (
@@ -186,6 +201,30 @@ def test_a_usage_error_is_exit_2_and_one_line(arguments, said, capsys, tmp_path,
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("lindm: error: ") and error.count("\n") == 1
+
+
+def test_solve_prints_bounds_of_an_infinite_horizon_and_saves_the_policy(tmp_path, capsys):
+    saved = tmp_path / "policy.alpha"
+    assert main(["solve", str(TIGER), "--horizon", "inf", "--tolerance", "1e-6", "--save", str(saved)]) == 0
+    printed = capsys.readouterr().out
+    assert "value         at least 19.371368" in printed and "first action  listen  (certified to be best)" in printed
+    assert f"alpha vectors, in {saved}" in printed and saved.read_text().split()[0] in ("0", "1", "2")
+
+
+def test_solve_prints_the_infinite_horizon_as_null_in_json(capsys):
+    assert main(["solve", str(TIGER), "--horizon", "inf", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["horizon"] is None and answer["first_action"] == "listen" and answer["regret"] == 0
+    assert answer["value"] == answer["lower"] <= 19.3713691 and answer["upper"] >= 19.3713679
+    assert answer["upper"] - answer["lower"] <= 0.001 * answer["upper"]
+
+
+def test_solve_point_based_agrees_with_the_tree(capsys):
+    assert main(["solve", str(TIGER), "--horizon", "4", "--json"]) == 0
+    exact = json.loads(capsys.readouterr().out)["value"]
+    assert main(["solve", str(TIGER), "--horizon", "4", "--method", "point-based", "--tolerance", "1e-9", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["lower"], answer["upper"]) == pytest.approx((exact, exact), abs=2e-9) and answer["horizon"] == 4
 
 
 def test_a_directory_without_records_is_exit_3(tmp_path, capsys):
@@ -279,9 +318,6 @@ def test_the_help_of_eval_has_a_sentence_for_every_policy(monkeypatch, capsys):
 
 
 # --- solve and data
-
-
-TIGER = Path(__file__).parents[1] / "problems" / "files" / "tiger.pomdp"
 
 
 def test_solve_prints_the_value_its_bounds_and_the_first_action_by_name(capsys):

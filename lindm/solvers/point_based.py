@@ -1,0 +1,330 @@
+r"""Certified bounds for large stationary POMDPs, over a finite or an infinite horizon, by search along sampled optimal play.
+
+V_n(u), the optimal value with n stages to go, is convex and, written for unnormalized beliefs u, positively homogeneous, so no
+bound divides by the probability of an observation:
+
+    V_n(u) = max_a { u . r_a + gamma sum_o V_{n-1}(u K_{a,o}) },    K_{a,o}(s, s') = P_a(s, s') O_a(s', o),    V_0 = 0.
+
+Rewards are shifted by a constant to be >= 0, and the values are shifted back at the end. Then V_n only grows with n, and stages
+share what is found at any of them: a lower bound that holds with n stages to go holds with more, an upper bound with fewer. An
+infinite horizon (gamma < 1) is the case n = infinity, where everything is shared.
+
+Lower bound: max over alpha vectors. Each is the value of a policy: take its action, then follow the vector that its successors
+name for the observation. A vector is never changed, so whoever follows it earns exactly what it promises. The first ones are the
+policies "always a".
+
+Upper bound: the fast informed bound at the corners of the simplex, and the sawtooth of Hauskrecht (JAIR 13, 2000) at the beliefs
+that were visited:
+
+    V(u) <= u . C - max_i ratio_i [p_i . C - v_i]^+,      ratio_i = min_{s: p_i(s) > 0} u(s) / p_i(s).
+
+A trial (heuristic search value iteration: Smith and Simmons, UAI 2004 and 2005) descends from the start by the action with the
+best upper bound and the observation whose gap, weighted by its probability, is widest, as long as that gap is above its share of
+the gap at the start; then it backs up its beliefs from the last to the first. The beliefs are those that optimal play reaches, as
+in SARSOP (Kurniawati, Hsu and Lee, RSS 2008). Vectors that are best at no visited belief are put aside: they stay only as long as
+a vector in use names them. Between the trials, random visited beliefs are backed up until the lower bound has risen at all of
+them (Perseus: Spaan and Vlassis, JAIR 24, 2005).
+
+Models are sparse and stay on the host: the work at a belief grows with the states that it reaches, not with S.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.point_bounds import EPSILON, ITERATIONS, Belief, LowerBound, Successors, UpperBound, informed_bound
+
+SHARE = 0.9  # a trial goes on while the weighted gap at its belief is above this share of the gap at the start
+SWEEPS = 0.5  # backups between the trials, as a share of those of the trials
+GROWTH = 1.3  # vectors are pruned when their number has grown by this factor
+DEPTH = 2000  # the longest trial over an infinite horizon
+BLIND = 1 << 28  # bytes that the values of the policies "always a" may take
+CACHE = 1 << 29  # bytes of successors of visited beliefs that are kept
+
+
+class Search:
+    """The state of a search."""
+
+    def __init__(self, problem: StationaryPOMDP, horizon: float):
+        self.problem, self.horizon = problem, horizon
+        self.floor = float(problem.r.min())
+        self.rewards = problem.r - self.floor  # >= 0
+        self.kernel = sparse.csr_array(
+            sparse.hstack([P.multiply(O[:, [o]].T) for P, O in zip(problem.P, problem.O, strict=True) for o in range(O.shape[1])])
+        )  # [S, A * O * S]
+        self.scale = max(1.0, float(self.rewards.max()))
+        self.lower = LowerBound(problem.num_states)
+        self.upper = UpperBound(informed_bound(problem, self.rewards, horizon))
+        self._add_blind_policies()
+        self.beliefs: dict[bytes, Belief] = {}
+        self.visited: list[tuple[Belief, float]] = []
+        states = np.flatnonzero(problem.rho)
+        self.start = self.belief(states, problem.rho[states])
+        self.pruned_at = self.blind = len(self.lower.used)
+        self.backups = self.swept = self.trials = self._cached = 0
+        self.rng = np.random.default_rng(0)
+
+    def shift(self, stages: float) -> float:
+        """What the shift of the rewards takes from values with these stages to go."""
+        return self.floor * float(_annuity(self.problem.discount, stages))
+
+    def bounds(self) -> "PointBasedBounds":
+        """The result so far, without what no vector in use leads to."""
+        if self.visited:
+            self.prune()
+        lower, upper = sorted(self.gap())  # rounding may swap bounds that meet
+        shift = self.shift(self.horizon)
+        q_lower, q_upper, *_ = self.lookahead(self.start, self.horizon)
+        numbers = sorted(self.lower.values)
+        position = {number: i for i, number in enumerate(numbers)}
+        O = self.problem.num_observations
+        named = [np.broadcast_to(self.lower.policy[number][1], (O,)) for number in numbers]
+        least = np.array([self.lower.least[number] for number in numbers])
+        shifts = np.array([self.shift(stages) for stages in least])
+        return PointBasedBounds(
+            problem=self.problem,
+            horizon=self.horizon,
+            lower=lower + shift,
+            upper=upper + shift,
+            trials=self.trials,
+            q_lower=q_lower + shift,
+            q_upper=q_upper + shift,
+            vectors=np.array([self.lower.values[number] for number in numbers]) + shifts[:, None],
+            actions=np.array([self.lower.policy[number][0] for number in numbers]),
+            successors=np.array([[position[int(k)] for k in row] for row in named]),
+            least=least,
+        )
+
+    def _add_blind_policies(self) -> None:
+        problem, gamma = self.problem, self.problem.discount
+        S, A = self.rewards.shape
+        if self.horizon == math.inf:
+            for a in range(A):
+                value, reward = np.zeros(S), self.rewards[:, a]
+                for _ in range(ITERATIONS):  # every iterate is below the next one, so below the value
+                    value, last = reward + gamma * (problem.P[a] @ value), value
+                    if np.abs(value - last).max() <= EPSILON * self.scale:
+                        break
+                self.lower.add(last, a, None, math.inf)
+            return
+        longest = int(min(self.horizon, max(1, BLIND // (8 * S * A))))
+        for a in range(A):
+            value, number = np.zeros(S), None
+            for n in range(1, longest + 1):
+                value = self.rewards[:, a] + gamma * (problem.P[a] @ value)
+                successor = None if number is None else np.array([number])
+                number = self.lower.add(value, a, successor, n, in_use=n & (n - 1) == 0 or n == longest)
+
+    def belief(self, states: np.ndarray, mass: np.ndarray) -> Belief:
+        """The belief with this law; the same object for laws that differ by rounding."""
+        key = states.tobytes() + np.round(mass, 12).tobytes()
+        if (known := self.beliefs.get(key)) is None:
+            known = self.beliefs[key] = Belief(states=states, mass=mass)
+        return known
+
+    def successors(self, belief: Belief) -> Successors:
+        if belief.after is None:
+            S, O = self.problem.num_states, self.problem.num_observations
+            rows = self.kernel[belief.states]
+            weights = rows.data * np.repeat(belief.mass, np.diff(rows.indptr))
+            entries, where = np.unique(rows.indices, return_inverse=True)
+            branch, state = np.divmod(entries, S)
+            branches, row = np.unique(branch, return_inverse=True)
+            states, column = np.unique(state, return_inverse=True)
+            mass = np.zeros((len(branches), len(states)))
+            mass[row, column] = np.bincount(where, weights)
+            action, observation = np.divmod(branches, O)
+            first = np.searchsorted(action, np.arange(self.problem.num_actions))
+            belief.after = Successors(states, mass, mass.sum(1), action, observation, first)
+            self._cached += mass.nbytes
+            if self._cached > CACHE:
+                for other in self.beliefs.values():
+                    other.after = None
+                self._cached = 0
+                return self.successors(belief)
+        return belief.after
+
+    def lookahead(self, belief: Belief, stages: float, upper: bool = True) -> tuple[np.ndarray, ...]:
+        """Bounds of the action values: lower [A], upper [A]; bounds at the successors [n] each, and their best columns [n]."""
+        after = self.successors(belief)
+        now = belief.mass @ self.rewards[belief.states]
+        if stages == 1:
+            zero = np.zeros(len(after.mass))
+            return now, now, zero, zero, zero.astype(int)
+        gamma = self.problem.discount
+        low, best = self.lower.at(after.states, after.mass, stages - 1)
+        high = self.upper.at(after.states, after.mass, stages - 1) if upper else low
+        each = [now + gamma * np.add.reduceat(bound, after.first) for bound in (low, high)]
+        return each[0], each[1], low, high, best
+
+    def back_up(self, belief: Belief, stages: float, upper: bool = True) -> bool:
+        """Tighten the bounds at a belief; whether there is a new vector."""
+        self.backups += 1
+        low, high, _, _, best = self.lookahead(belief, stages, upper)
+        if upper:
+            if stages not in belief.points:
+                self.visited.append((belief, stages))
+            self.upper.put(belief, high.max(), stages)
+        a = int(low.argmax())
+        now = self.lower.at(belief.states, belief.mass[None], stages)[0][0]
+        if not low[a] > now + EPSILON * self.scale:
+            return False
+        after, lower = self.successors(belief), self.lower
+        part = slice(after.first[a], (*after.first[1:], len(after.action))[a])
+        # after an observation that is impossible here, nothing is known but what it says of the state
+        said = sparse.csr_array(self.problem.O[a].T)
+        chosen = self._scores(said, np.full(said.shape[0], stages - 1), slice(None)).argmax(1)
+        chosen[after.observation[part]] = best[part]
+        if stages == 1:
+            values, least = self.rewards[:, a].copy(), 1.0
+        else:
+            following = np.asarray(self.problem.O[a].multiply(lower.columns[:, chosen]).sum(1)).ravel()
+            values = self.rewards[:, a] + self.problem.discount * (self.problem.P[a] @ following)
+            least = 1 + lower.stages[chosen].max()
+        lower.add(values, a, lower.used[chosen], least)
+        return True
+
+    def gap(self) -> tuple[float, float]:
+        """Bounds of the value at the start, of the shifted rewards."""
+        start = self.start
+        low = self.lower.at(start.states, start.mass[None], self.horizon)[0][0]
+        return float(low), float(self.upper.at(start.states, start.mass[None], self.horizon)[0])
+
+    def trial(self, tolerance: float) -> None:
+        """Descend from the start, then back up what was visited."""
+        low, high = self.gap()
+        target = max(tolerance, SHARE * (high - low))
+        path: list[tuple[Belief, float]] = []
+        belief, stages = self.start, self.horizon
+        while True:
+            path.append((belief, stages))
+            if stages == 1 or len(path) == DEPTH:
+                break
+            _, q, low, high, _ = self.lookahead(belief, stages)
+            after = self.successors(belief)
+            target /= self.problem.discount
+            excess = np.where(after.action == q.argmax(), high - low - after.total * target, -np.inf)
+            row = int(excess.argmax())
+            if not excess[row] > 0:
+                break
+            inside = np.flatnonzero(after.mass[row] > EPSILON * after.total[row])
+            belief = self.belief(after.states[inside], after.mass[row, inside] / after.mass[row, inside].sum())
+            stages -= 1
+        for visited in reversed(path):
+            self.back_up(*visited)
+        self.trials += 1
+
+    def sweep(self) -> None:
+        """Back up random visited beliefs until the lower bound has risen at all of them, or is found not to."""
+        before = self.backups
+        matrix, stages = self._visited()
+        scores = self._scores(matrix, stages, slice(None))
+        old, open_ = scores.max(1), np.ones(len(stages), bool)
+        while open_.any():
+            i = self.rng.choice(np.flatnonzero(open_))
+            open_[i] = False
+            if self.back_up(*self.visited[i], upper=False):
+                open_ &= self._scores(matrix, stages, slice(-1, None))[:, 0] <= old + EPSILON * self.scale
+        self.swept += self.backups - before
+
+    def prune(self) -> None:
+        """Put aside the vectors that are best at no visited belief."""
+        matrix, stages = self._visited()
+        best = self._scores(matrix, stages, slice(None)).argmax(1)
+        start = self.lower.at(self.start.states, self.start.mass[None], self.horizon)[1]
+        # the policies "always a" stay: elsewhere a vector made for a visited belief can be far worse
+        self.lower.keep(np.unique(np.concatenate([np.arange(self.blind), best, start])))
+        self.pruned_at = len(self.lower.used)
+
+    def _visited(self) -> tuple[sparse.csr_array, np.ndarray]:
+        sizes = np.array([len(b.states) for b, _ in self.visited])
+        entries = [np.concatenate([getattr(b, name) for b, _ in self.visited]) for name in ("mass", "states")]
+        shape = (len(sizes), self.problem.num_states)
+        matrix = sparse.csr_array((*entries, np.concatenate([[0], sizes.cumsum()])), shape=shape)
+        return matrix, np.array([stages for _, stages in self.visited])
+
+    def _scores(self, matrix: sparse.csr_array, stages: np.ndarray, columns: slice) -> np.ndarray:
+        scores = matrix @ self.lower.columns[:, columns]
+        return np.where(self.lower.stages[columns] <= stages[:, None], scores, -np.inf)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PointBasedBounds:
+    """What a search found: bounds of the value at every belief, and the policy that earns the lower one.
+
+    Over a finite horizon a vector serves with `least` stages to go and more. Values are those of the problem's own rewards.
+    """
+
+    problem: StationaryPOMDP
+    horizon: float
+    lower: float
+    upper: float
+    trials: int
+    q_lower: np.ndarray  # [A] bounds of the action values at the start
+    q_upper: np.ndarray  # [A]
+    vectors: np.ndarray  # [n, S] alpha vectors, with `least` stages to go
+    actions: np.ndarray  # [n] the action of each
+    successors: np.ndarray  # [n, O] the vector to follow after each observation
+    least: np.ndarray  # [n] fewest stages to go; inf over an infinite horizon
+
+    def best_vector(self, belief: np.ndarray, stages: float | None = None) -> int:
+        """The vector that promises most at a belief [S].
+
+        Args:
+          stages: to go. [default: all]
+        """
+        stages = self.horizon if stages is None else stages
+        promised = self.vectors @ belief
+        if stages < math.inf:  # vectors with different `least` compare after the shift to non-negative rewards
+            floor = float(self.problem.r.min())
+            promised = promised - floor * _annuity(self.problem.discount, self.least)
+        return int(np.where(self.least <= stages, promised, -np.inf).argmax())
+
+
+def _annuity(discount: float, stages: np.ndarray | float) -> np.ndarray | float:
+    """The value of a reward of one at each of so many stages."""
+    if discount == 1:
+        return stages
+    return (1 - discount**stages) / (1 - discount)
+
+
+def solve(
+    problem: StationaryPOMDP,
+    horizon: float = math.inf,
+    *,
+    tolerance: float = 0.0,
+    relative: float = 0.0,
+    timeout: float = math.inf,
+    trials: float = math.inf,
+    on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
+) -> PointBasedBounds:
+    """Search until the bounds at the start meet, or until it has to end.
+
+    Args:
+      horizon: number of stages, or inf.
+      tolerance: width of the bounds at which the search ends.
+      relative: the same, as a fraction of the larger bound's magnitude.
+      timeout: seconds after which it ends.
+      trials: number after which it ends.
+      on_trial: called with the number of trials and the bounds, before the first trial and after every one.
+    """
+    began = time.monotonic()
+    state = Search(problem, horizon)
+    shift = state.shift(horizon)
+    while True:
+        lower, upper = (bound + shift for bound in state.gap())
+        width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * state.scale)
+        on_trial(state.trials, lower, upper)
+        if upper - lower <= width or state.trials >= trials or time.monotonic() - began >= timeout:
+            return state.bounds()
+        state.trial(width)
+        if len(state.lower.used) > GROWTH * state.pruned_at + 20:
+            state.prune()
+        if state.swept < SWEEPS * (state.backups - state.swept) and state.trials % 5 == 0:
+            state.sweep()
+            state.prune()
