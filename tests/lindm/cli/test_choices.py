@@ -15,7 +15,7 @@ def choices(kind: type, field: str) -> tuple[str, ...]:
 
 
 def test_methods_are_those_of_the_solver_and_of_datasets():
-    assert choices(solve.Solve, "method") == (*METHODS, "point-based") and METHODS == choices(DatasetConfig, "method")
+    assert choices(solve.Solve, "method") == (*METHODS, "point-based") and choices(DatasetConfig, "method") == METHODS
 
 
 def test_presets_are_the_same_for_every_command():
