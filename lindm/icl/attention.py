@@ -24,11 +24,8 @@ The parameter of `ReducedAttention` is that A, those of `FullAttention` are W_PV
 the context in place of the average. All three map one `Prompt` (x[N,d], y[N], query[Q,d]) to yhat[Q];
 `jax.vmap` outside.
 
-Batches. `predict_batch` of `ReducedAttention` and `FullAttention` makes the same predictions for a batch of prompts; the trainer
-uses it. With d of about 5 the products of one prompt are too short to be vectorized, and on a CPU a batched product or a sum over
-a leading axis compiles to scalar loops. At depth 1 the batch is therefore the last axis inside (x[N,d,B], y[N,B],
-query[Q,d,B]), products are elementwise along it, and sums over pairs and features are written out. Deeper layers are mapped over
-the batch. Reverse mode differentiates `FullAttention.predict_batch`, forward mode does not.
+Batches. `predict_batch` of `ReducedAttention` and `FullAttention` makes the same predictions for a batch of prompts, by
+`lindm.icl.batched_moments` at depth 1 and mapped over the batch at other depths; the trainer uses it.
 """
 
 import math
@@ -37,9 +34,10 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
+from lindm.icl.batched_moments import batch_last, inner_products, moments_times, sum_pairs
 from lindm.types import Prompt
 
 
@@ -80,65 +78,6 @@ def query_columns(Lambda_q: Array) -> Array:
     random queries with that second moment, without sampling noise.
     """
     return math.sqrt(Lambda_q.shape[0]) * jnp.linalg.cholesky(Lambda_q).T
-
-
-def _batch_last(prompts: Prompt, d: int) -> tuple[Array, Array, Array]:
-    """x[N,d,B], y[N,B], query[Q,d,B] of a batch. The barrier makes this one copy, not one in every loop that reads x."""
-    _check_prompt(jax.tree.map(lambda a: a[0], prompts), d)
-    x, y, query = (jnp.moveaxis(a, 0, -1) for a in (prompts.x, prompts.y, prompts.query))
-    return lax.optimization_barrier((x, y, query))
-
-
-def _sum_pairs(values: Array, x: Array, width: int = 32) -> Array:
-    """sum_n values[n] x[n] of every prompt: [d, B], from values[N,B] and x[N,d,B].
-
-    At most `width` products are added in one expression, which XLA makes one vectorized loop on a CPU; its reduction over a
-    leading axis is not vectorized.
-    """
-    terms = min(width, len(values))
-    rows = len(values) // terms
-    total = values[:rows, None] * x[:rows]
-    for k in range(1, terms):
-        part = slice(k * rows, (k + 1) * rows)
-        total = total + values[part, None] * x[part]
-    rest = len(values) - terms * rows
-    if rows > 1:
-        total = _sum_pairs(jnp.ones_like(values[:rows]), total)[None]
-    if rest:
-        total = total + _sum_pairs(values[-rest:], x[-rest:])[None]
-    return total[0]
-
-
-def _values(x: Array, y: Array, weights: Array) -> Array:
-    """v'x_n + u y_n of every pair: [N, B], from x[N,d,B], y[N,B] and weights (v, u) [d+1, 1] or [d+1, B]."""
-    return sum(weights[i : i + 1] * x[:, i] for i in range(x.shape[1])) + weights[-1:] * y
-
-
-@jax.custom_vjp
-def _moments_times(x: Array, y: Array, weights: Array) -> Array:
-    """N Z weights of every prompt, without forming Z: [d+1, B], from x[N,d,B], y[N,B] and weights [d+1, 1] or [d+1, B].
-
-    Z is symmetric, so the derivative by the weights is the same product. Reverse mode derives it otherwise as sums over a leading
-    axis, which are slow.
-    """
-    values = _values(x, y, weights)
-    return jnp.concatenate([_sum_pairs(values, x), _sum_pairs(values, y[:, None])])
-
-
-def _moments_times_forward(x: Array, y: Array, weights: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _moments_times(x, y, weights), (x, y, weights)
-
-
-def _moments_times_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
-    x, y, weights = saved
-    values, values_of_g = _values(x, y, weights), _values(x, y, g)
-    d_x = values[:, None] * g[None, :-1] + values_of_g[:, None] * weights[None, :-1]
-    d_y = values * g[-1:] + values_of_g * weights[-1:]
-    d_weights = _moments_times(x, y, g)
-    return d_x, d_y, d_weights if weights.shape == g.shape else d_weights.sum(-1, keepdims=True)
-
-
-_moments_times.defvjp(_moments_times_forward, _moments_times_backward)
 
 
 class ReducedAttention(nnx.Module):
@@ -191,14 +130,10 @@ class ReducedAttention(nnx.Module):
         """yhat[B,Q] of a batch of prompts x[B,N,d], y[B,N], query[B,Q,d]."""
         if self.depth > 1:
             return jax.vmap(self)(prompts)
-        x, y, query = _batch_last(prompts, self.d)
-        S = _sum_pairs(y, x) / y.shape[0]
-        return _products(query, self.A[0] @ S).T
-
-
-def _products(query: Array, w: Array) -> Array:
-    """<query, w> [Q, B] of every prompt, from query[Q,d,B] and w[d,B]."""
-    return sum(query[:, i] * w[i : i + 1] for i in range(1, w.shape[0])) + query[:, 0] * w[:1]
+        _check_prompt(jax.tree.map(lambda a: a[0], prompts), self.d)
+        x, y, query = batch_last(prompts)
+        S = sum_pairs(y, x) / y.shape[0]
+        return inner_products(query, self.A[0] @ S).T
 
 
 class _Embedding(nnx.Module):
@@ -296,12 +231,17 @@ class FullAttention(_Embedding):
         return (W_PV[-1, -1] @ Z @ W_KQ[-1]) @ query - query[-1]  # only the label row of the last increment is needed
 
     def predict_batch(self, prompts: Prompt) -> Array:
-        """yhat[B,Q] of a batch of prompts x[B,N,d], y[B,N], query[B,Q,d]."""
+        """yhat[B,Q] of a batch of prompts x[B,N,d], y[B,N], query[B,Q,d].
+
+        At depth 1 only reverse mode differentiates it (`jax.grad`, `jax.vjp`); `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise a
+        `TypeError`. For those use `jax.vmap(layer)`, which makes the same predictions.
+        """
         if self.depth > 1:
             return jax.vmap(self)(prompts)
-        x, y, query = _batch_last(prompts, self.d)
-        row = _moments_times(x, y, self.W_PV[0, -1][:, None])
-        return _products(query, self.W_KQ[0, :, :-1].T @ row / y.shape[0]).T
+        _check_prompt(jax.tree.map(lambda a: a[0], prompts), self.d)
+        x, y, query = batch_last(prompts)
+        row = moments_times(x, y, self.W_PV[0, -1][:, None])
+        return inner_products(query, self.W_KQ[0, :, :-1].T @ row / y.shape[0]).T
 
 
 class SoftmaxAttention(_Embedding):
