@@ -18,6 +18,7 @@ is null.
 import functools
 import importlib.util
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -94,8 +95,8 @@ def gaussian_draw(batch: int, d: int, n: int) -> Callable[[Array], tuple[Prompt,
     def draw(key: Array) -> tuple[Prompt, Array]:
         context, rest = jax.random.split(key)
         x, (w, query) = normal(context, (n, d, batch)), normal(rest, (2, d, batch))
-        y = sum(x[:, i] * w[i] for i in range(d))
-        target = sum(query[i] * w[i] for i in range(d))
+        y = functools.reduce(operator.add, (x[:, i] * w[None, i] for i in range(d)))
+        target = functools.reduce(operator.add, (query[i] * w[i] for i in range(d)))
         return Prompt(x=jnp.moveaxis(x, -1, 0), y=y.T, query=query.T[:, None]), target[:, None]
 
     return draw

@@ -11,8 +11,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lindm.errors import DataError, NonFiniteError, StorageError
 from lindm.io import inputs, limits
@@ -171,7 +172,7 @@ def sha256(path: Path) -> str:
         return sha256_of(f)
 
 
-def sha256_of(f: IO[bytes]) -> str:
+def sha256_of(f: BufferedReader) -> str:
     """`sha256` of a file that is open, from its start to its end."""
     stat = os.fstat(f.fileno())
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
