@@ -15,9 +15,7 @@ import os
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
-MEMORY_ADVICE = (
-    "take a smaller problem, model or batch, fewer --workers, or a machine with more memory (`lindm plan` shows what fits)"
-)
+MEMORY_ADVICE = "a smaller problem, model or batch, fewer --workers, or a machine with more memory (`lindm plan` shows what fits)"
 SHOWN = 12  # a longer list of choices is cut, and left out of a message that has a suggestion
 
 
@@ -67,24 +65,6 @@ class Preempted(BaseException):
     """
 
 
-@contextlib.contextmanager
-def memory_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn a failed allocation, of this machine or of a device, into an `OutOfMemoryError` that gives advice.
-
-    >>> with memory_errors("the dataset", "fewer --tasks"):
-    ...     raise MemoryError("Unable to allocate 8.00 PiB")
-    Traceback (most recent call last):
-    lindm.errors.OutOfMemoryError: the dataset does not fit in memory: Unable to allocate 8.00 PiB; try fewer --tasks
-    """
-    try:
-        yield
-    except Exception as e:
-        if isinstance(e, LindmError) or not failed_to_allocate(e):
-            raise
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)[:300]
-        raise OutOfMemoryError(f"{what} does not fit in memory: {reason}; try {advice}") from e
-
-
 def failed_to_allocate(error: BaseException) -> bool:
     """Whether an exception is a failed allocation: of Python or numpy, or of XLA, which has a status in place of a class.
 
@@ -108,31 +88,42 @@ def unknown(name: str, got: str, known: Sequence[str]) -> str:
     return f"{name} must be one of {', '.join(known[:SHOWN])}{rest}; got {got!r}{near}"
 
 
-def from_library(error: Exception) -> Exception:
-    """The error of this package that an exception of JAX or Python stands for (no memory, no device), or the exception itself."""
-    first = next(iter(str(error).splitlines()), "")[:300]
+def from_library(error: Exception, what: str = "the work", advice: str = MEMORY_ADVICE) -> Exception:
+    """The error of this package that an exception of JAX or Python stands for, or the exception itself.
+
+    A failed allocation, of this machine or of a device, is an `OutOfMemoryError`; a platform without a device is a `UsageError`.
+
+    Args:
+      what: what does not fit in memory.
+      advice: what may help then, to follow "try".
+    """
     if isinstance(error, LindmError):
         return error
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
     if failed_to_allocate(error):
-        reason = f" ({first})" if first else ""
-        return OutOfMemoryError(f"out of memory{reason}: {MEMORY_ADVICE}")
+        return OutOfMemoryError(f"{what} does not fit in memory: {reason}; try {advice}")
     frames = traceback.extract_tb(error.__traceback__)
     if (platforms := os.environ.get("JAX_PLATFORMS")) and frames and frames[-1].filename.endswith("xla_bridge.py"):
-        reason = f" ({first})" if first else ""
         return UsageError(
-            f"JAX_PLATFORMS must name a platform whose devices jax can use here; got {platforms!r}{reason}: unset it, or install "
-            "what the platform needs, such as lindm[cuda] or lindm[tpu]"
+            f"JAX_PLATFORMS must name a platform whose devices jax can use here; got {platforms!r} ({reason}): unset it, or "
+            "install what the platform needs, such as lindm[cuda] or lindm[tpu]"
         )
     return error
 
 
 @contextlib.contextmanager
-def library_errors() -> Iterator[None]:
-    """Raise `from_library` of an exception in this block."""
+def library_errors(what: str = "the work", advice: str = MEMORY_ADVICE) -> Iterator[None]:
+    """Raise `from_library` of an exception in this block.
+
+    >>> with library_errors("the dataset", "fewer --tasks"):
+    ...     raise MemoryError("Unable to allocate 8.00 PiB")
+    Traceback (most recent call last):
+    lindm.errors.OutOfMemoryError: the dataset does not fit in memory: Unable to allocate 8.00 PiB; try fewer --tasks
+    """
     try:
         yield
     except Exception as e:
-        if (known := from_library(e)) is e:
+        if (known := from_library(e, what, advice)) is e:
             raise
         raise known from e
 

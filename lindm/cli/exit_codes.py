@@ -22,7 +22,6 @@ EXIT_CODES: dict[type[BaseException], int] = {
     errors.LostPeerError: 8,
     errors.Preempted: 75,
     ValueError: 2,
-    MemoryError: 6,
 }
 
 

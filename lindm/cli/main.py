@@ -24,8 +24,7 @@ from lindm.errors import (
     StorageError,
     UsageError,
     did_you_mean,
-    from_library,
-    memory_errors,
+    library_errors,
 )
 from lindm.io import signals
 from lindm.io.files import DISK_ERRORS
@@ -119,7 +118,7 @@ def run_process(run: Callable[[], int], stop: Stop) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`; an error is printed in one line and becomes an exit code. An unexpected one is printed with its traceback."""
     try:
-        with memory_errors("the work", "a smaller problem, fewer tasks at a time, or a machine with more memory"):
+        with library_errors():
             code = run()
         sys.stdout.flush()
         return code
@@ -132,7 +131,6 @@ def guarded(run: Callable[[], int]) -> int:
     except Exception as e:
         if isinstance(e, OSError) and e.errno in DISK_ERRORS:
             e = StorageError(f"cannot write {e.filename or 'a temporary file'}: {e.strerror}")
-        e = from_library(e)
         code = exit_code(e)
         unexpected = code == INTERNAL and not isinstance(e, LindmError)
         if unexpected or os.environ.get("LINDM_DEBUG") == "1":

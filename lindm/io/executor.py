@@ -310,7 +310,9 @@ class _LocalSlot:
             self._pool, code = None, self._process.exitcode
             died = f"worker died ({f'signal {-code}' if code < 0 else f'exit {code}'})"
             if (limit := memory_limit()) is not None and -code in ALLOCATION_SIGNALS:
-                return TaskResult(error=WorkerOutOfMemory(f"{died} under a memory limit of {limit >> 20} MiB: {MEMORY_ADVICE}"))
+                return TaskResult(
+                    error=WorkerOutOfMemory(f"{died} under a memory limit of {limit >> 20} MiB: try {MEMORY_ADVICE}")
+                )
             return TaskResult(error=WorkerDied(died))
 
     def kill(self) -> None:

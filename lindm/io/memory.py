@@ -64,7 +64,7 @@ def report_lack_of_memory(exit_code: int) -> None:
     number = os.WTERMSIG(status)
     if number in ALLOCATION_SIGNALS:
         name = signal.Signals(number).name
-        print(f"lindm: error: ended by {name} under a memory limit of {limit >> 20} MiB: {MEMORY_ADVICE}", file=sys.stderr)
+        print(f"lindm: error: ended by {name} under a memory limit of {limit >> 20} MiB: try {MEMORY_ADVICE}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(exit_code)
     os._exit(128 + number)

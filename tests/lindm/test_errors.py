@@ -22,7 +22,7 @@ def test_every_class_has_a_number_and_an_exit_code_of_its_own():
     assert set(errors.KINDS) == set(classes())
     codes = [exit_code(kind("message")) for kind in errors.KINDS]
     assert len(set(codes)) == len(codes) and codes[0] == INTERNAL
-    assert set(EXIT_CODES) - {ValueError, MemoryError} == set(errors.KINDS[1:])
+    assert set(EXIT_CODES) - {ValueError, errors.Preempted} == set(errors.KINDS[1:])
 
 
 @pytest.mark.parametrize("kind", errors.KINDS)
@@ -33,7 +33,7 @@ def test_a_number_gives_the_class_back(kind):
 def test_other_exceptions_are_usage_errors_or_unknown():
     assert errors.KINDS[errors.kind_number(ValueError())] is errors.UsageError
     assert errors.KINDS[errors.kind_number(OSError())] is errors.LindmError
-    assert exit_code(ValueError()) == 2 and exit_code(OSError()) == INTERNAL and exit_code(MemoryError()) == 6
+    assert exit_code(ValueError()) == 2 and exit_code(OSError()) == INTERNAL
 
 
 @pytest.mark.parametrize(

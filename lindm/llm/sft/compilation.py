@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lindm.errors import OutOfMemoryError, memory_errors
+from lindm.errors import OutOfMemoryError, library_errors
 from lindm.llm.parallel import devices
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import TrainState
@@ -24,7 +24,7 @@ def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, ba
       OutOfMemoryError: the program does not fit in the memory that is free now.
     """
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, batch, stop_flags))
-    with memory_errors(TRAINING_STEP, ADVICE):
+    with library_errors(TRAINING_STEP, ADVICE):
         compiled = train_step.lower(state, *arguments).compile()
     memory, device = compiled.memory_analysis(), jax.local_devices()[0]
     free = devices.available_memory(device)

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, library_errors, memory_errors
+from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, library_errors
 from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress, ProgressTask
@@ -65,7 +65,7 @@ def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
       LindmError: of the kind of the failure (`lindm.errors`).
       Preempted: the run stopped on a signal, after saving.
     """
-    with library_errors():
+    with library_errors("the run", ADVICE):
         return _train(config, save_on_stop)
 
 
@@ -78,7 +78,7 @@ def _train(config: SFTConfig, save_on_stop: bool) -> Path | None:
         processes.barrier("output directory")
         setup = setup_training(config)
         _check_same_run(setup, is_main)
-        with Progress(quiet=not is_main) as progress, memory_errors("the run", ADVICE):
+        with Progress(quiet=not is_main) as progress:
             _run(setup, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None
 

@@ -24,7 +24,7 @@ def reported(then, limit=LIMIT):
 @pytest.mark.parametrize(
     "then, code, message",
     [
-        ("os.abort()", 6, "ended by SIGABRT under a memory limit of 4096 MiB: take a smaller problem"),
+        ("os.abort()", 6, "ended by SIGABRT under a memory limit of 4096 MiB: try a smaller problem"),
         ("os.kill(os.getpid(), 11)", 6, "ended by SIGSEGV under a memory limit"),
         ("sys.exit(75)", 75, ""),
         ("print('done')", 0, ""),
@@ -62,15 +62,19 @@ def test_a_worker_that_aborts_under_a_memory_limit_is_out_of_memory(monkeypatch)
 
 
 @pytest.mark.fault("F16")
-def test_errors_of_libraries_become_errors_with_advice(monkeypatch):
+def test_errors_of_libraries_become_errors_with_advice():
     full = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.\nmore")
     for error in (full, MemoryError()):
         known = from_library(error)
-        assert isinstance(known, OutOfMemoryError) and "take a smaller problem" in known.message and "\n" not in known.message
+        assert isinstance(known, OutOfMemoryError) and "; try a smaller problem" in known.message and "\n" not in known.message
     other = KeyError("x")
     assert from_library(other) is other
-    with pytest.raises(OutOfMemoryError, match="12345 bytes"), library_errors():
+    with (
+        pytest.raises(OutOfMemoryError, match=r"^the step does not .*12345 bytes\.; try less$") as stop,
+        library_errors("the step", "less"),
+    ):
         raise full
+    assert stop.value.__cause__ is full
     with pytest.raises(DataError), library_errors():
         raise DataError("file")
 
