@@ -100,7 +100,7 @@ def test_no_p_value_is_shown_as_zero(directory):
     for p, shown in ((0.0, "p &lt; 1e-300"), (1e-299, "p = 1e-299"), (0.0123, "p = 0.012")):
         content = summary(GOOD, CONTROL)
         content["claims"][0]["p"] = p
-        files.write_json(directory / "verdicts.json", content)
+        files.write_json(directory / "verdicts.json", content, format=VERDICTS_FORMAT)
         page = write_report(directory).read_text()
         assert page.count(f"n = 5, {shown}<") == 2 and "p = 0<" not in page
 

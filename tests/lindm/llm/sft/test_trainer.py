@@ -200,10 +200,11 @@ def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(mi
     shutil.copytree(micro.model, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    (other / "manifest.json").unlink(missing_ok=True)  # of a model that the user changed on purpose
     shutil.copytree(finished, tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     settings["options"]["model"] = str(other)
-    (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
+    files.write_json(tmp_path / "out" / "config.json", settings, format=settings["format"])
     with pytest.raises(LindmError, match=r"model was .* and is now .*"):
         trainer.train(options(micro, tmp_path / "out", model=other, steps=30, learning_rate=5e-3))
 
