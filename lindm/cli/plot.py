@@ -13,16 +13,19 @@ class Plot:
 
     directory: Annotated[Path, Positional("DIR")]
     """A directory written by `lindm run` or `lindm verify`."""
-    experiment: Path | None = None
-    """Python file of an experiment outside the package. Its code runs; no file of DIR can name it."""
+    experiments: tuple[str, ...] = ()
+    """Python files of the experiments of DIR that are not lindm's own, with their claims beside them. Their code runs, so no file
+    of DIR can name them."""
 
 
 def run(options: Plot) -> int:
     from lindm_experiments.harness.report import redraw
 
-    for path in redraw(options.directory, options.experiment and str(options.experiment)):
+    for path in redraw(options.directory, options.experiments):
         print(path)
     return 0
 
 
-COMMAND = Command(name="plot", options=Plot, run=run, examples=("lindm plot results/quick",))
+COMMAND = Command(
+    name="plot", options=Plot, run=run, examples=("lindm plot results/quick", "lindm plot verified --experiments mine.py")
+)

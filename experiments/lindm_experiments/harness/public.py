@@ -13,17 +13,19 @@ from lindm_experiments.harness.xla import settings_kept
 
 
 @settings_kept()
-def redraw(directory: str | Path, experiment: str | Path | None = None) -> list[Path]:
+def redraw(directory: str | Path, experiments: Sequence[str | Path] = ()) -> list[Path]:
     """Draw the figures and the report of a run directory again, from its records alone; the files. DataError without records.
 
     Args:
-      experiment: the Python file of an experiment outside the package.
+      experiments: the Python files of experiments outside the package. Their code runs; no file of the directory can name code.
 
     >>> result = ld.run_experiment("controls", "smoke", "controls", seeds=1)
     >>> "report.html" in [path.name for path in ld.redraw("controls")]
     True
     """
-    return reports.redraw(Path(directory), None if experiment is None else str(experiment))
+    if isinstance(experiments, str | Path):
+        raise UsageError(f"experiments must be a list; got {str(experiments)!r}")
+    return reports.redraw(Path(directory), [str(path) for path in experiments])
 
 
 def report(directories: Sequence[str | Path], out: str | Path = "report") -> list[Path]:

@@ -1,19 +1,20 @@
 """The summary on the screen and the report page, both from verdicts.json and the run directories alone."""
 
 import base64
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from lindm.errors import DataError, UsageError
+from lindm.errors import DataError, LindmError, UsageError
 from lindm.io import directories, files, verification
 from lindm.io import manifest as provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
-from lindm_experiments.harness.experiments import PACKAGE, Experiment, experiment_names, find_experiment, load
+from lindm_experiments.harness.experiments import experiment_names, find_experiment, load
 from lindm_experiments.harness.runner import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
 
@@ -186,8 +187,8 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
     seconds = [line.get("seconds", 0.0) for line in files.read_json_lines(run / "metrics.jsonl")]
     config = files.read_json(run / "config.json", format=RUN_FORMAT) if (run / "config.json").exists() else {}
     manifest = read_manifest_if_exists(run)
-    source = Path(manifest.get("source", PACKAGE / f"{experiment}.py"))
-    doc = docstring_blocks(Experiment(name=experiment, path=source).docstring) if source.is_file() else []
+    own = experiment in experiment_names()
+    doc = docstring_blocks(find_experiment(experiment).docstring if own else manifest.get("docstring", ""))
     return {
         "name": experiment,
         "question": doc[0][1] if doc else "",
@@ -247,42 +248,56 @@ def write_report(directory: Path) -> Path:
     return path
 
 
-def _reference(run: Path, name: Any, given: str | None) -> str:
-    """The experiment of a run directory as `load` takes it: one of the package, or the file that the user gave."""
-    if given is None and name in experiment_names():
-        return name
-    if given is None:
-        raise UsageError(f"{run} is of an experiment outside the package, {name!r}: give its Python file, --experiment PATH")
-    if find_experiment(given).name != name:
-        raise UsageError(f"--experiment must be the experiment of {run}, {name!r}; got {given}")
-    return given
+@contextlib.contextmanager
+def damage_errors(message: str) -> Iterator[None]:
+    """Raise a DataError that begins with `message` where a file lacks a value, or has one of a wrong type or size."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
+        if isinstance(e, LindmError):
+            raise
+        raise DataError(f"{message}: {type(e).__name__}: {e}") from e
 
 
-def redraw(directory: Path, experiment: str | None = None) -> list[Path]:
+def _references(runs: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """The experiment of each run directory as `load` takes it: one of the package, or a file that the user gave.
+
+    config.json names an experiment. It names no file: a directory of others must not choose the code that runs.
+    """
+    known = {name: name for name in experiment_names()} | {find_experiment(path).name: path for path in given}
+    names = [str(files.read_json(run / "config.json", format=RUN_FORMAT).get("experiment")) for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        if name not in known:
+            raise UsageError(f"{run} is of an experiment outside the package, {name!r}: give its Python file, --experiments PATH")
+    if unused := [path for path in given if find_experiment(path).name not in names]:
+        raise UsageError(f"--experiments must be experiments of DIR ({', '.join(dict.fromkeys(names))}); got {unused[0]}")
+    return [known[name] for name in names]
+
+
+def redraw(directory: Path, experiments: Sequence[str] = ()) -> list[Path]:
     """Draw the figures of a directory of `lindm run` or `lindm verify` again, from its records; the files written.
 
     Args:
-      experiment: the Python file of an experiment outside the package. Its code runs, so no file of the directory can name it.
+      experiments: the Python files of experiments outside the package. Their code runs, and no other of the directory's choice.
 
     Raises:
-      DataError: no records; no config.json, or one of another version.
-      UsageError: the experiment of the directory is another one, or is not in the package and not given.
+      DataError: no records; no config.json, or one of another version; a damaged file.
+      UsageError: an experiment of the directory is not in the package and not given; one that is given is not of the directory.
     """
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
         raise DataError(f"DIR must hold records.jsonl, or directories that do; got {directory}")
     written: list[Path] = []
-    for run in runs:
-        with directories.sole_writer(run):
-            config = files.read_json(run / "config.json", format=RUN_FORMAT)
-            drawn = draw(load(_reference(run, config.get("experiment"), experiment)), provenance.read_records(run))
+    for run, reference in zip(runs, _references(runs, experiments), strict=True):
+        with directories.sole_writer(run), damage_errors(f"{run} cannot be drawn"):
+            drawn = draw(load(reference), provenance.read_records(run))
             for name, content in drawn.items():
                 files.write_atomic(run / name, content)
             reports = [write_report(run).name] if (run / "verdicts.json").exists() else []
             provenance.update_outputs(run, [*drawn, *reports])
             written += [run / name for name in (*drawn, *reports)]
     if directory not in runs and (directory / "verdicts.json").exists():
-        with directories.sole_writer(directory):
+        with directories.sole_writer(directory), damage_errors(f"the report of {directory} cannot be written"):
             written.append(write_report(directory))
             provenance.update_outputs(directory, ["report.html"])
     return written

@@ -46,7 +46,7 @@ from lindm_experiments.harness.xla import configure_xla
 
 RUN_FORMAT = "lindm-run-2"  # of config.json
 RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a cell that a spreadsheet computes
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n")  # of a cell that a spreadsheet computes
 OUTPUTS = ("config.json", "records.jsonl", "metrics.jsonl", "manifest.json", "error.log", "table.csv", *RUN_REPORTS)
 
 
@@ -197,11 +197,17 @@ def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Rows with equal keys as CSV with a header. A text that a spreadsheet would compute gets an apostrophe in front."""
-    text, names = io.StringIO(), list(rows[0])
-    writer = csv.writer(text, lineterminator="\n")
-    for cells in (names, *([row[name] for name in names] for row in rows)):
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in cells])
-    return text.getvalue()
+
+    def escape(cell: Any) -> Any:
+        if not isinstance(cell, str):
+            return cell
+        text = cell.replace("\r\n", "\n").replace("\r", "\n")  # csv puts no quotes around a \r, which ends a row in spreadsheets
+        return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+    stream, names = io.StringIO(), list(rows[0])
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([escape(cell) for cell in cells] for cells in (names, *([row[name] for name in names] for row in rows)))
+    return stream.getvalue()
 
 
 # --- run directories ---------------------------------------------------------------------------------------------------------
@@ -280,8 +286,8 @@ class RunDirectory:
             write_atomic(self.path / name, content)
         (self.path / "error.log").unlink(missing_ok=True)
         experiment = self.job.experiment
-        source = {"source": str(experiment.path)} if experiment.outside else {}
-        run = {"experiment": experiment.name, "preset": self.job.preset, "config": self.plan.description["config"]} | source
+        outside = {"source": str(experiment.path), "docstring": experiment.docstring} if experiment.outside else {}
+        run = {"experiment": experiment.name, "preset": self.job.preset, "config": self.plan.description["config"]} | outside
         kept = [name for name in ("config.json", "records.jsonl", "metrics.jsonl") if (self.path / name).exists()]
         write_manifest(self.path, [*kept, *conclusion.files], **conclusion.environment, **run)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lindm.errors import DataError, LindmError
+from lindm.errors import DataError
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm.io import manifest as provenance
@@ -22,6 +22,7 @@ from lindm.io.directories import sole_writer
 from lindm.llm.sft import metrics
 from lindm.llm.sft.options import run_options
 from lindm_experiments.harness.report import (
+    damage_errors,
     experiment_sections,
     format_number,
     read_manifest_if_exists,
@@ -206,12 +207,8 @@ def draw_gaps(rows: Sequence[Row]) -> bytes:
 def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
     """Write OUT/index.html and OUT/tables/*.csv and *.tex; their paths. DataError where a file of a directory is damaged."""
     inputs = find_inputs(directories)
-    try:
+    with damage_errors(f"a file of {', '.join(map(str, directories))} is damaged"):
         written = _render(inputs, out)
-    except (LookupError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, LindmError):
-            raise
-        raise DataError(f"a file of {', '.join(map(str, directories))} is damaged: {type(e).__name__}: {e}") from e
     with sole_writer(out):
         with files.storage_errors(out):
             (out / "tables").mkdir(parents=True, exist_ok=True)

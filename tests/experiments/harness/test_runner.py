@@ -245,7 +245,7 @@ def test_plot_redraws_from_the_records_alone(lab):
     for name in ("toy.png", "toy.pdf"):
         (lab.directory / "v" / "toy" / name).unlink()
     (lab.directory / "v" / "report.html").unlink()
-    assert lab.lindm("plot", "v", "--experiment", "lab/toy.py")[0] == 0
+    assert lab.lindm("plot", "v", "--experiments", "toy")[0] == 0
     assert content(lab.directory / "v" / "toy") == before
     assert (lab.directory / "v" / "report.html").exists()
 

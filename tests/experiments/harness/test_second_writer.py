@@ -32,7 +32,12 @@ def test_a_second_verify_run_or_plot_is_refused_and_the_first_ends_as_alone(lab)
         wait_for_a_part(lab.directory / "v" / "toy" / "records.jsonl", first)
         before = contents(lab.directory / "v")
         assert {"verdicts.json", "report.html", "manifest.json", "toy/config.json"} <= before.keys()
-        for words in (verify, [*verify, "--fresh"], ["run", "toy", "--out", "v/toy", "--seeds", "6"], ["plot", "v"]):
+        for words in (
+            verify,
+            [*verify, "--fresh"],
+            ["run", "toy", "--out", "v/toy", "--seeds", "6"],
+            ["plot", "v", "--experiments", "toy"],
+        ):
             code, _, err = lab.lindm(*words)
             assert code == 2 and "is being written by another process" in err, (words, code, err)
             assert contents(lab.directory / "v") == before and first.poll() is None, words
