@@ -17,7 +17,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-EVERY_PAGE = [*PAGES, *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "theory").rglob("*.md")), "CHANGELOG.md"]
+EVERY_PAGE = [
+    *PAGES,
+    *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "theory").rglob("*.md")),
+    "CHANGELOG.md",
+    "SECURITY.md",
+]
 BLOCK = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -110,10 +115,11 @@ def test_a_page_with_a_wrong_command_fails(tmp_path):
         run(["bash", "-c", "lindm nonsense"], tmp_path)
 
 
-def test_every_file_that_the_map_of_changes_names_exists():
-    text = (ROOT / "docs/where-to-change-what.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page, least", [("docs/where-to-change-what.md", 30), ("SECURITY.md", 15)])
+def test_every_file_that_a_map_of_the_sources_names_exists(page, least):
+    text = (ROOT / page).read_text(encoding="utf-8")
     named = [name for name in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if "COMMAND" not in name]
     missing = [
         name for name in named if not (ROOT / name).exists() and not (ROOT / "experiments/lindm_experiments" / name).exists()
     ]
-    assert len(named) > 30 and not missing
+    assert len(named) > least and not missing
