@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lindm.cli.main import main
-from lindm.io import files
+from lindm.io.manifest import read_records
 from lindm_experiments.harness import runner
 from tests.storage import check_full_disk, check_read_only, partial_files
 
@@ -57,7 +57,7 @@ def test_a_run_whose_directory_vanishes_while_it_is_written_is_exit_7(command, o
 
     def vanish(path, record):
         append(path, record)
-        if out.exists() and not out.with_name("elsewhere").exists() and files.read_records(out)[1:]:
+        if out.exists() and not out.with_name("elsewhere").exists() and read_records(out)[1:]:
             os.rename(out, out.with_name("elsewhere"))
             if then == "replaced":
                 out.mkdir()

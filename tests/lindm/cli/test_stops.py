@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault("F2", "F27")]
 SMOKE = ["--preset", "smoke", "--out", "v"]
 FIGURE = "matplotlib.figure:Figure.savefig"
 POMDP = "lindm.problems.cassandra:read"
-CONFIG = "lindm.llm.config:read_config_json"
+CONFIG = "lindm.llm.config:read_model_config"
 # command -> its words, and where each of its phases is
 COMMANDS = {
     "verify": (
@@ -89,6 +89,7 @@ COMMANDS = {
         ["export", "model", "--out", "again"],
         {"import": "jax:", "reading": CONFIG, "exporting": "lindm.llm.io.safetensors_files:write_shards"},
     ),
+    "check": (["check", "dataset"], {"import": "lindm_experiments.harness.check:", "reading": "lindm.io.files:sha256_of"}),
     "doctor": (["doctor"], {"import": "jax:", "reading": "lindm.cli.doctor:check_fonts"}),
     "plan": (
         ["plan", "--model", "model", "--topology", "host", "--batch", "1", "--seq", "16", "--labels", "8", "--mesh", "fsdp=1"],

@@ -194,7 +194,7 @@ def then_die(work):
     return both
 
 phase, directory = sys.argv[1], Path(sys.argv[2])
-places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c, "_hashes")}
+places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c.verification, "hashes_of")}
 places |= {"sync": (directories, "_sync_tree"), "rename": (os, "rename"), "removal": (c, "remove")}
 owner, name = places[phase.split("-")[0]]
 work = getattr(owner, name)
