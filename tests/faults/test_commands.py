@@ -80,7 +80,7 @@ def start(kill_server, tmp_path_factory):
         "data export data --to trl --out out",
         "data export data --to minari --out out",
         "report run --out out",
-        "plot run --experiment lab/toy.py",
+        "plot run --experiments lab/toy.py",
         "theory risk --features features.csv --train-lengths 8 --test-lengths 8 --plot risk.png",
     ],
 )
