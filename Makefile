@@ -56,7 +56,7 @@ test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "slow and not fault and not parity" -n $(JOBS) --dist loadfile $(ARGS)
 
 faults: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "fault and not parity" -n $(JOBS) --dist loadfile --faults-page docs/reliability.md $(ARGS)
+	$(BIN)/python -m pytest -m "fault and not parity" -n $(JOBS) --dist loadfile --faults-page=docs/reliability.md $(ARGS)
 
 test-all: test test-long faults
 
