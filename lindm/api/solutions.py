@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from lindm.api.problems import as_source
 from lindm.evaluation.environments import double_precision
 from lindm.evaluation.policies.solution import SolutionPolicy
@@ -15,7 +13,6 @@ from lindm.families.registry import NamedProblem
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers import point_based, solution_file
 from lindm.solvers import solve as solvers
-from lindm.solvers.alpha_file import write_alpha
 from lindm.types import LinearMDP, Problem
 
 NAMES = ("states", "actions", "observations", "models")
@@ -127,77 +124,6 @@ def solve(
         return Solution(source=source, solution=solvers.solve(source.problem, method, effort=effort))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StationarySolution:
-    """A solved `StationaryPOMDP`: bounds of its value, and a policy that earns the lower one.
-
-    >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), tolerance=1e-6)
-    >>> round(solution.value, 5), solution.first_action
-    (19.37137, 'listen')
-    """
-
-    bounds: point_based.PointBasedBounds
-
-    @property
-    def value(self) -> float:
-        """What the policy is certain to earn: the lower bound of the optimal value."""
-        return self.bounds.lower
-
-    @property
-    def lower(self) -> float:
-        """Certified lower bound of the value."""
-        return self.bounds.lower
-
-    @property
-    def upper(self) -> float:
-        """Certified upper bound of the value."""
-        return self.bounds.upper
-
-    @property
-    def method(self) -> str:
-        """point-based."""
-        return "point-based"
-
-    @property
-    def first_action(self) -> int | str:
-        """The first action of the policy, by name where actions have names."""
-        action = int(self.bounds.q_lower.argmax())
-        names = self.bounds.problem.actions
-        return names[action] if names else action
-
-    @property
-    def regret(self) -> float:
-        """Upper bound of what the first action loses against the best one; 0 where it is certified to be best."""
-        bounds = self.bounds
-        others = np.delete(bounds.q_upper, bounds.q_lower.argmax())
-        return max(0.0, float(others.max(initial=-math.inf) - bounds.q_lower.max()))
-
-    def act(self, belief: np.ndarray) -> int:
-        """The policy's action at a belief [S].
-
-        >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), tolerance=1e-6)
-        >>> [solution.act(belief) for belief in ([0.5, 0.5], [0.001, 0.999])]
-        [0, 1]
-        """
-        return int(self.bounds.actions[self.bounds.best_vector(np.asarray(belief, float))])
-
-    def save(self, path: str | Path) -> None:
-        """Write the policy as alpha vectors, in the format of pomdp-solve.
-
-        Raises:
-          ValueError: the name does not end in .alpha, or the horizon is finite.
-
-        >>> ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp")).save("tiger.alpha")
-        """
-        if Path(path).suffix != ".alpha":
-            raise ValueError(f"the path of a saved policy must end in .alpha; got {str(path)!r}")
-        if self.bounds.horizon < math.inf:
-            raise ValueError(
-                "an .alpha file holds the one set of vectors of an infinite horizon; this policy changes with the stage"
-            )
-        write_alpha(Path(path), self.bounds.vectors, self.bounds.actions)
-
-
 def solve_stationary(
     problem: StationaryPOMDP,
     horizon: float = math.inf,
@@ -205,7 +131,7 @@ def solve_stationary(
     tolerance: float | str = "0.1%",
     timeout: float = 60.0,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
-) -> StationarySolution:
+) -> point_based.StationarySolution:
     """Bounds of the value of a POMDP with an infinite horizon, and a policy that earns the lower one.
 
     Args:
@@ -219,19 +145,18 @@ def solve_stationary(
       ValueError: an argument is out of range.
 
     >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), horizon=5, tolerance=1e-9)
-    >>> round(solution.value, 6), solution.regret
+    >>> round(solution.lower, 6), solution.regret
     (2.763096, 0.0)
     """
-    absolute, relative = parse_tolerance(tolerance)
+    absolute, relative = _parse_tolerance(tolerance)
     if not horizon >= 1 or (horizon < math.inf and horizon != int(horizon)):
         raise ValueError(f"horizon must be a whole number of at least 1, or inf; got {horizon}")
     if not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds; got {timeout}")
-    bounds = point_based.solve(problem, horizon, tolerance=absolute, relative=relative, timeout=timeout, on_trial=on_trial)
-    return StationarySolution(bounds=bounds)
+    return point_based.solve(problem, horizon, tolerance=absolute, relative=relative, timeout=timeout, on_trial=on_trial)
 
 
-def parse_tolerance(tolerance: float | str) -> tuple[float, float]:
+def _parse_tolerance(tolerance: float | str) -> tuple[float, float]:
     """The absolute and the relative part of "0.01" or "1%". ValueError for anything else, or a negative number."""
     text = str(tolerance).strip()
     try:

@@ -95,20 +95,17 @@ def run_point_based(options: Solve) -> int:
         )
     if options.save:
         solution.save(options.save)
-    seconds, trials = time.perf_counter() - start, solution.bounds.trials
+    seconds, trials = time.perf_counter() - start, solution.trials
     if options.json:
-        answer = {name: getattr(solution, name) for name in ("value", "lower", "upper", "method", "first_action", "regret")}
-        print(
-            strict_json(
-                {**answer, "horizon": None if horizon == math.inf else horizon, "trials": trials, "seconds": round(seconds, 3)}
-            )
-        )
+        answer = {"value": solution.lower, "lower": solution.lower, "upper": solution.upper, "method": "point-based"}
+        answer |= {"horizon": None if horizon == math.inf else horizon, "trials": trials, "seconds": round(seconds, 3)}
+        print(strict_json({**answer, "first_action": solution.first_action, "regret": solution.regret}))
         return 0
-    print(f"value         at least {solution.value:.10g}, which the policy earns; at most {solution.upper:.10g}")
+    print(f"value         at least {solution.lower:.10g}, which the policy earns; at most {solution.upper:.10g}")
     best = "certified to be best" if solution.regret == 0 else f"loses at most {solution.regret:.3g}"
     print(f"first action  {solution.first_action}  ({best})")
-    print(f"policy        {len(solution.bounds.vectors)} alpha vectors" + (f", in {options.save}" if options.save else ""))
-    print(f"method        {solution.method}, {trials} trials, {seconds:.1f} s")
+    print(f"policy        {len(solution.vectors)} alpha vectors" + (f", in {options.save}" if options.save else ""))
+    print(f"method        point-based, {trials} trials, {seconds:.1f} s")
     return 0
 
 

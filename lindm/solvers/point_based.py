@@ -32,10 +32,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
+from lindm.io.files import write_atomic
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.point_bounds import EPSILON, ITERATIONS, Belief, LowerBound, Successors, UpperBound, informed_bound
 
@@ -50,8 +53,8 @@ CACHE = 1 << 29  # bytes of successors of visited beliefs that are kept
 class Search:
     """The state of a search."""
 
-    def __init__(self, problem: StationaryPOMDP, horizon: float):
-        self.problem, self.horizon = problem, horizon
+    def __init__(self, problem: StationaryPOMDP, horizon: float, timeout: float):
+        self.problem, self.horizon, self.deadline = problem, horizon, time.monotonic() + timeout
         self.floor = float(problem.r.min())
         self.rewards = problem.r - self.floor  # >= 0
         self.kernel = sparse.csr_array(
@@ -59,22 +62,26 @@ class Search:
         )  # [S, A * O * S]
         self.scale = max(1.0, float(self.rewards.max()))
         self.lower = LowerBound(problem.num_states)
-        self.upper = UpperBound(informed_bound(problem, self.rewards, horizon))
+        self.upper = UpperBound(informed_bound(problem, self.rewards, horizon, self.is_over))
         self._add_blind_policies()
         self.beliefs: dict[bytes, Belief] = {}
-        self.visited: list[tuple[Belief, float]] = []
+        self.visited: dict[tuple[int, float], Belief] = {}  # by the belief's identity and the stages to go
         states = np.flatnonzero(problem.rho)
         self.start = self.belief(states, problem.rho[states])
         self.pruned_at = self.blind = len(self.lower.used)
         self.backups = self.swept = self.trials = self._cached = 0
         self.rng = np.random.default_rng(0)
 
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self.deadline
+
     def shift(self, stages: float) -> float:
         """What the shift of the rewards takes from values with these stages to go."""
-        return self.floor * float(_annuity(self.problem.discount, stages))
+        return self.floor * float(total_discount(self.problem.discount, stages))
 
-    def bounds(self) -> "PointBasedBounds":
-        """The result so far, without what no vector in use leads to."""
+    def solution(self) -> "StationarySolution":
+        """The result so far, without vectors that nothing in use leads to."""
         if self.visited:
             self.prune()
         lower, upper = sorted(self.gap())  # rounding may swap bounds that meet
@@ -86,7 +93,7 @@ class Search:
         named = [np.broadcast_to(self.lower.policy[number][1], (O,)) for number in numbers]
         least = np.array([self.lower.least[number] for number in numbers])
         shifts = np.array([self.shift(stages) for stages in least])
-        return PointBasedBounds(
+        return StationarySolution(
             problem=self.problem,
             horizon=self.horizon,
             lower=lower + shift,
@@ -108,7 +115,7 @@ class Search:
                 value, reward = np.zeros(S), self.rewards[:, a]
                 for _ in range(ITERATIONS):  # every iterate is below the next one, so below the value
                     value, last = reward + gamma * (problem.P[a] @ value), value
-                    if np.abs(value - last).max() <= EPSILON * self.scale:
+                    if np.abs(value - last).max() <= EPSILON * self.scale or self.is_over():
                         break
                 self.lower.add(last, a, None, math.inf)
             return
@@ -167,8 +174,7 @@ class Search:
         self.backups += 1
         low, high, _, _, best = self.lookahead(belief, stages, upper)
         if upper:
-            if stages not in belief.points:
-                self.visited.append((belief, stages))
+            self.visited[id(belief), stages] = belief
             self.upper.put(belief, high.max(), stages)
         a = int(low.argmax())
         now = self.lower.at(belief.states, belief.mass[None], stages)[0][0]
@@ -203,7 +209,7 @@ class Search:
         belief, stages = self.start, self.horizon
         while True:
             path.append((belief, stages))
-            if stages == 1 or len(path) == DEPTH:
+            if stages == 1 or len(path) == DEPTH or self.is_over():
                 break
             _, q, low, high, _ = self.lookahead(belief, stages)
             after = self.successors(belief)
@@ -220,16 +226,17 @@ class Search:
         self.trials += 1
 
     def sweep(self) -> None:
-        """Back up random visited beliefs until the lower bound has risen at all of them, or is found not to."""
+        """Back up random visited beliefs until each has been backed up, or its lower bound has risen by another's vector."""
         before = self.backups
         matrix, stages = self._visited()
         scores = self._scores(matrix, stages, slice(None))
-        old, open_ = scores.max(1), np.ones(len(stages), bool)
-        while open_.any():
-            i = self.rng.choice(np.flatnonzero(open_))
-            open_[i] = False
-            if self.back_up(*self.visited[i], upper=False):
-                open_ &= self._scores(matrix, stages, slice(-1, None))[:, 0] <= old + EPSILON * self.scale
+        beliefs = list(self.visited.values())
+        old, not_risen = scores.max(1), np.ones(len(stages), bool)
+        while not_risen.any() and not self.is_over():
+            i = self.rng.choice(np.flatnonzero(not_risen))
+            not_risen[i] = False
+            if self.back_up(beliefs[i], stages[i], upper=False):
+                not_risen &= self._scores(matrix, stages, slice(-1, None))[:, 0] <= old + EPSILON * self.scale
         self.swept += self.backups - before
 
     def prune(self) -> None:
@@ -242,51 +249,93 @@ class Search:
         self.pruned_at = len(self.lower.used)
 
     def _visited(self) -> tuple[sparse.csr_array, np.ndarray]:
-        sizes = np.array([len(b.states) for b, _ in self.visited])
-        entries = [np.concatenate([getattr(b, name) for b, _ in self.visited]) for name in ("mass", "states")]
+        """The visited beliefs as rows [n, S], and their stages to go [n]."""
+        beliefs = self.visited.values()
+        sizes = np.array([len(b.states) for b in beliefs])
+        entries = [np.concatenate([getattr(b, name) for b in beliefs]) for name in ("mass", "states")]
         shape = (len(sizes), self.problem.num_states)
         matrix = sparse.csr_array((*entries, np.concatenate([[0], sizes.cumsum()])), shape=shape)
         return matrix, np.array([stages for _, stages in self.visited])
 
     def _scores(self, matrix: sparse.csr_array, stages: np.ndarray, columns: slice) -> np.ndarray:
+        """The products of beliefs with vectors in use [n, m]; -inf where a vector needs more stages to go."""
         scores = matrix @ self.lower.columns[:, columns]
         return np.where(self.lower.stages[columns] <= stages[:, None], scores, -np.inf)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PointBasedBounds:
-    """What a search found: bounds of the value at every belief, and the policy that earns the lower one.
+class StationarySolution:
+    """A solved `StationaryPOMDP`: bounds of its value, and a policy that earns the lower one.
 
-    Over a finite horizon a vector serves with `least` stages to go and more. Values are those of the problem's own rewards.
+    The policy is a set of alpha vectors: it takes the action of the vector whose product with the belief is largest. Over a finite
+    horizon a vector serves with `least` stages to go and more.
+
+    >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), tolerance=1e-6)
+    >>> round(solution.lower, 5), solution.first_action
+    (19.37137, 'listen')
     """
 
     problem: StationaryPOMDP
-    horizon: float
-    lower: float
-    upper: float
+    horizon: float  # stages, or inf
+    lower: float  # certified lower bound of the value: the policy earns it
+    upper: float  # certified upper bound of the value
     trials: int
     q_lower: np.ndarray  # [A] bounds of the action values at the start
     q_upper: np.ndarray  # [A]
     vectors: np.ndarray  # [n, S] alpha vectors, with `least` stages to go
     actions: np.ndarray  # [n] the action of each
-    successors: np.ndarray  # [n, O] the vector to follow after each observation
+    successors: np.ndarray  # [n, O] the vector that earns what is promised, after each observation
     least: np.ndarray  # [n] fewest stages to go; inf over an infinite horizon
 
-    def best_vector(self, belief: np.ndarray, stages: float | None = None) -> int:
-        """The vector that promises most at a belief [S].
+    @property
+    def first_action(self) -> int | str:
+        """The first action of the policy, by name where actions have names."""
+        action = int(self.q_lower.argmax())
+        return self.problem.actions[action] if self.problem.actions else action
+
+    @property
+    def regret(self) -> float:
+        """Upper bound of what the first action loses against the best one; 0 where it is certified to be best."""
+        others = np.delete(self.q_upper, self.q_lower.argmax())
+        return max(0.0, float(others.max(initial=-math.inf) - self.q_lower.max()))
+
+    def act(self, belief: ArrayLike, stages: float | None = None) -> int:
+        """The policy's action at a belief.
 
         Args:
+          belief: [S].
           stages: to go. [default: all]
+
+        >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), tolerance=1e-6)
+        >>> [solution.act(belief) for belief in ([0.5, 0.5], [0.001, 0.999])]
+        [0, 1]
         """
         stages = self.horizon if stages is None else stages
-        promised = self.vectors @ belief
+        promised = self.vectors @ np.asarray(belief, float)
         if stages < math.inf:  # vectors with different `least` compare after the shift to non-negative rewards
-            floor = float(self.problem.r.min())
-            promised = promised - floor * _annuity(self.problem.discount, self.least)
-        return int(np.where(self.least <= stages, promised, -np.inf).argmax())
+            promised = promised - float(self.problem.r.min()) * total_discount(self.problem.discount, self.least)
+        return int(self.actions[np.where(self.least <= stages, promised, -np.inf).argmax()])
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy as alpha vectors in the format of pomdp-solve: for each, the number of its action, then S values.
+
+        Raises:
+          ValueError: the name does not end in .alpha, or the horizon is finite.
+          StorageError: the file cannot be written.
+
+        >>> ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp")).save("tiger.alpha")
+        """
+        if Path(path).suffix != ".alpha":
+            raise ValueError(f"the path of a saved policy must end in .alpha; got {str(path)!r}")
+        if self.horizon < math.inf:
+            raise ValueError(
+                "an .alpha file holds one set of vectors, of an infinite horizon; this policy changes with the stage"
+            )
+        rows = zip(self.actions.tolist(), self.vectors.tolist(), strict=True)
+        write_atomic(Path(path), "\n".join(f"{a}\n{' '.join(map(repr, v))}\n" for a, v in rows))
 
 
-def _annuity(discount: float, stages: np.ndarray | float) -> np.ndarray | float:
+def total_discount(discount: float, stages: np.ndarray | float) -> np.ndarray | float:
     """The value of a reward of one at each of so many stages."""
     if discount == 1:
         return stages
@@ -302,7 +351,7 @@ def solve(
     timeout: float = math.inf,
     trials: float = math.inf,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
-) -> PointBasedBounds:
+) -> StationarySolution:
     """Search until the bounds at the start meet, or until it has to end.
 
     Args:
@@ -313,18 +362,17 @@ def solve(
       trials: number after which it ends.
       on_trial: called with the number of trials and the bounds, before the first trial and after every one.
     """
-    began = time.monotonic()
-    state = Search(problem, horizon)
-    shift = state.shift(horizon)
+    search = Search(problem, horizon, timeout)
+    shift = search.shift(horizon)
     while True:
-        lower, upper = (bound + shift for bound in state.gap())
-        width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * state.scale)
-        on_trial(state.trials, lower, upper)
-        if upper - lower <= width or state.trials >= trials or time.monotonic() - began >= timeout:
-            return state.bounds()
-        state.trial(width)
-        if len(state.lower.used) > GROWTH * state.pruned_at + 20:
-            state.prune()
-        if state.swept < SWEEPS * (state.backups - state.swept) and state.trials % 5 == 0:
-            state.sweep()
-            state.prune()
+        lower, upper = (bound + shift for bound in search.gap())
+        width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * search.scale)
+        on_trial(search.trials, lower, upper)
+        if upper - lower <= width or search.trials >= trials or search.is_over():
+            return search.solution()
+        search.trial(width)
+        if len(search.lower.used) > GROWTH * search.pruned_at + 20:
+            search.prune()
+        if search.swept < SWEEPS * (search.backups - search.swept) and search.trials % 5 == 0:
+            search.sweep()
+            search.prune()

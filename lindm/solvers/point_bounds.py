@@ -4,6 +4,7 @@ Both are for unnormalized beliefs and non-negative rewards, for a number of stag
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -146,8 +147,14 @@ class UpperBound:
         return bound - (np.minimum(ratio, mass.sum(1, keepdims=True)) * drop[useful]).max(1)
 
 
-def informed_bound(problem: StationaryPOMDP, rewards: np.ndarray, horizon: float) -> np.ndarray:
-    """The fast informed bound of max_a Q by the stages to go [H + 1, S], or [1, S] over an infinite horizon."""
+def informed_bound(
+    problem: StationaryPOMDP, rewards: np.ndarray, horizon: float, is_over: Callable[[], bool] = lambda: False
+) -> np.ndarray:
+    """The fast informed bound of max_a Q by the stages to go [H + 1, S], or [1, S] over an infinite horizon.
+
+    Args:
+      is_over: whether to take the bound as it is; it is looser then, over an infinite horizon.
+    """
     S, A = rewards.shape
     gamma = problem.discount
     kernels = []
@@ -169,10 +176,10 @@ def informed_bound(problem: StationaryPOMDP, rewards: np.ndarray, horizon: float
     for _ in range(ITERATIONS):  # the optimal value of the MDP, from above
         Q = np.minimum(rewards + gamma * np.stack([P @ V for P in problem.P], axis=1), V[:, None])
         V, last = Q.max(1), V
-        if np.abs(V - last).max() <= EPSILON * rewards.max():
+        if np.abs(V - last).max() <= EPSILON * rewards.max() or is_over():
             break
     for _ in range(ITERATIONS):
         Q, last = np.minimum(back_up(Q), Q), Q
-        if np.abs(Q - last).max() <= 1e-6 * rewards.max():
+        if np.abs(Q - last).max() <= 1e-6 * rewards.max() or is_over():
             break
     return Q.max(1)[None]

@@ -13,8 +13,8 @@ from scipy import sparse
 
 from lindm.problems import cassandra
 from lindm.problems.stationary import StationaryPOMDP, stationary
-from lindm.solvers.alpha_file import write_alpha
-from lindm.solvers.point_based import PointBasedBounds, solve
+from lindm.solvers.point_based import StationarySolution, solve
+from tests.lindm.solvers.test_hsvi import rows
 
 FILES = Path(__file__).parents[1] / "problems" / "files"
 TIGER_FOREVER = 19.371368  # pomdp-solve, to the digits that it prints
@@ -22,17 +22,6 @@ TIGER_FOREVER = 19.371368  # pomdp-solve, to the digits that it prints
 
 def read(name: str, discount: float | None = None) -> StationaryPOMDP:
     return stationary(cassandra.read(FILES / f"{name}.pomdp"), discount)
-
-
-def rows(rng, kind: str, *shape: int) -> np.ndarray:
-    """Probability vectors along the last axis, with zeros if sparse, of zeros and ones if deterministic."""
-    p = rng.dirichlet(np.ones(shape[-1]), shape[:-1])
-    top = p == p.max(-1, keepdims=True)
-    if kind == "deterministic":
-        return top.astype(float)
-    if kind == "sparse":
-        p = p * (top | (rng.uniform(size=shape) < 0.4))
-    return p / p.sum(-1, keepdims=True)
 
 
 def model(seed: int, discount: float, S=3, A=2, O=2, kind="dense") -> StationaryPOMDP:
@@ -57,12 +46,12 @@ def exact(problem: StationaryPOMDP, stages: int, b: np.ndarray) -> np.ndarray:
     return Q
 
 
-def earned(bounds: PointBasedBounds, stages: int, b: np.ndarray, to_go: float) -> float:
+def earned(bounds: StationarySolution, stages: int, b: np.ndarray, to_go: float) -> float:
     """What the policy earns in so many stages from an unnormalized belief; it acts as with `to_go` stages to go."""
     if stages == 0 or not b.sum() > 0:
         return 0.0
     problem = bounds.problem
-    a = bounds.actions[bounds.best_vector(b / b.sum(), to_go)]
+    a = bounds.act(b / b.sum(), to_go)
     after = (b @ problem.P[a].toarray())[:, None] * problem.O[a].toarray()
     return b @ problem.r[:, a] + problem.discount * sum(earned(bounds, stages - 1, u, to_go - 1) for u in after.T)
 
@@ -195,5 +184,15 @@ def test_a_discount_of_one_has_no_infinite_horizon():
 
 
 def test_an_alpha_file_has_an_action_and_a_row_for_each_vector(tmp_path):
-    write_alpha(tmp_path / "policy.alpha", np.array([[1.5, -2.0], [0.25, 1e-9]]), np.array([2, 0]))
-    assert (tmp_path / "policy.alpha").read_text() == "2\n1.5 -2.0\n\n0\n0.25 1e-09\n"
+    solution = solve(read("tiger"), trials=1)
+    solution.save(tmp_path / "policy.alpha")
+    blocks = (tmp_path / "policy.alpha").read_text().split("\n\n")
+    assert [int(block.split()[0]) for block in blocks] == solution.actions.tolist()
+    np.testing.assert_array_equal([[float(x) for x in block.split()[1:]] for block in blocks], solution.vectors)
+
+
+def test_what_an_alpha_file_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.alpha; got 'policy\.json'"):
+        solve(read("tiger"), trials=1).save("policy.json")
+    with pytest.raises(ValueError, match="this policy changes with the stage"):
+        solve(read("tiger"), 3, trials=1).save(tmp_path / "policy.alpha")
