@@ -267,7 +267,7 @@ class Search:
 class StationarySolution:
     """A solved `StationaryPOMDP`: bounds of its value, and a policy that earns the lower one.
 
-    The policy is a set of alpha vectors: it takes the action of the vector whose product with the belief is largest. Over a finite
+    The policy is a set of alpha vectors: it takes the action of the one whose product with the belief is largest. Over a finite
     horizon a vector serves with `least` stages to go and more.
 
     >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), tolerance=1e-6)
