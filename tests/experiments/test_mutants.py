@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from lindm_experiments import risk
+from lindm.errors import UsageError
+from lindm_experiments import bellman_horizon, risk
+from lindm_experiments.harness import mutants as harness
 from lindm_experiments.harness.claims import CLAIMS, PASS, Mutant
-from lindm_experiments.harness.mutants import Trial, print_mutants, select_mutants, try_mutants
+from lindm_experiments.harness.mutants import Trial, print_mutants, select_mutants, try_mutants, verify_mutants
+from lindm_experiments.harness.runner import plan
 from lindm_experiments.lib import attained, attained_margin, attained_offline
 from lindm_experiments.mutants import MUTANTS
 
@@ -99,3 +102,20 @@ def test_a_claim_without_a_mutant_is_named():
         select_mutants(MUTANTS, ["softmax"])
     with pytest.raises(ValueError, match="'ladder/atained' is not known; did you mean ladder/attained"):
         select_mutants(MUTANTS, ["ladder/atained"])
+
+
+def test_the_options_of_verify_reach_the_runs_of_mutants(monkeypatch, tmp_path):
+    started = []
+
+    def measure_nothing(jobs, locks, executor, workers):
+        started.extend(jobs)
+        raise UsageError("nothing is measured here")
+
+    monkeypatch.setattr(harness, "run_with_progress", measure_nothing)
+    with pytest.raises(UsageError, match="nothing is measured"):
+        verify_mutants("smoke", tmp_path, only=["bellman-horizon"], seeds=3, seed_offset=500)
+    (job,) = started
+    config = plan(job).config
+    assert config["seeds"] == 3 and config["base_seed"] == bellman_horizon.SMOKE.base_seed + 500
+    with pytest.raises(UsageError, match="seed_offset must be >= 0; got -1"):
+        verify_mutants("smoke", tmp_path, seed_offset=-1)

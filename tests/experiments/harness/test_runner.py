@@ -201,6 +201,12 @@ def test_verify_of_one_claim_shows_only_that_claim(lab):
     assert code == 0 and "toy-control/swap" in out and "exactly" not in out
 
 
+def test_a_seed_offset_moves_the_seeds_of_an_experiment_outside_the_package(lab):
+    code, _, err = lab.lindm("verify", "--out", "v", "--seed-offset", "500")
+    assert code == 0, err
+    assert [r["point"]["seed"] for r in manifest.read_records(lab.directory / "v" / "toy")] == [500 + i for i in range(6)]
+
+
 def test_too_few_seeds_decide_nothing(lab):
     code, out, _ = lab.lindm("verify", "--out", "v", "--seeds", "4")
     assert code == 1 and "INCONCLUSIVE" in out
