@@ -65,7 +65,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises: DataError."""
     with open_file(path, limit) as f:
         try:
-            return f.read(limit)
+            return f.read(min(limit, os.fstat(f.fileno()).st_size))  # the call reserves as much memory
         except OSError as e:
             raise DataError(f"cannot read {path}: {e.strerror}") from e
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -107,6 +108,18 @@ def test_a_file_that_is_too_large_is_refused_unread(name, read, limit, tmp_path)
         os.truncate(f.fileno(), limit + 1)  # takes no room on the disk
     with pytest.raises(DataError, match=f"{name} must have at most {limit:,} bytes; it has {limit + 1:,}"):
         read(tmp_path / name)
+
+
+@pytest.mark.fault("F32")
+def test_a_small_file_takes_no_memory_for_the_largest_that_may_be(tmp_path):
+    """Where the address space is limited (`ulimit -v`), a reservation fails also if it is never used."""
+    files.append_record(tmp_path / "a.jsonl", {"point": {"seed": 0}})
+    tracemalloc.start()
+    try:
+        assert len(files.read_json_lines(tmp_path / "a.jsonl")) == 1
+        assert tracemalloc.get_traced_memory()[1] < limits.MIB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.fault("F32")
