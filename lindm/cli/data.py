@@ -54,7 +54,6 @@ class Export:
 
 
 def run_make(options: Make) -> int:
-
     from lindm.api.data import make_dataset
 
     problem = problem_or_suite(options)

@@ -42,7 +42,6 @@ class Eval(ProblemOptions):
 
 
 def run(options: Eval) -> int:
-
     from lindm import validate
     from lindm.api.evaluation import evaluate
     from lindm.evaluation.compare import PolicyResult, describe

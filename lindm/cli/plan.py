@@ -60,7 +60,6 @@ class Plan:
 
 
 def run(options: Plan) -> int:
-
     if options.topology != "host":
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)

@@ -11,10 +11,11 @@ from lindm.datasets.columns import Episode, Kind, Task, task_of
 from lindm.datasets.config import DatasetConfig
 from lindm.errors import DataError
 from lindm.io import files, inputs, limits
+from lindm.io.verification import MANIFEST
 from lindm.types import Problem
 
 FORMAT = "lindm-dataset-2"
-CONFIG, MANIFEST = "config.json", "manifest.json"
+CONFIG = "config.json"
 ENDINGS = (".jsonl", ".parquet")
 
 

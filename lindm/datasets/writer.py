@@ -29,7 +29,7 @@ from lindm.datasets.card import card
 from lindm.datasets.columns import sizes_of
 from lindm.datasets.config import DatasetConfig
 from lindm.datasets.generate import TaskGenerator
-from lindm.datasets.reader import CONFIG, FORMAT, MANIFEST, read_config, read_manifest
+from lindm.datasets.reader import CONFIG, FORMAT, read_config, read_manifest
 from lindm.datasets.shards import import_pyarrow, make_shards
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.families.registry import NamedProblem
@@ -37,6 +37,7 @@ from lindm.families.suites import Suite
 from lindm.io import directories, files
 from lindm.io.executor import Executor
 from lindm.io.provenance import write_provenance
+from lindm.io.verification import MANIFEST
 from lindm.types import CERTIFICATES, Problem
 
 JOURNAL, CARD = "progress.jsonl", "README.md"

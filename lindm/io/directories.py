@@ -13,11 +13,11 @@ from pathlib import Path
 
 from lindm.errors import StorageError, UsageError
 from lindm.io.files import storage_errors
-from lindm.io.provenance import FILE as PROVENANCE
 from lindm.io.provenance import is_from_this_command
 from lindm.io.temporaries import remove_leftover, remove_leftovers, temporary_directory, temporary_path, wait_for_lock
+from lindm.io.verification import MANIFEST, PROVENANCE
 
-NOT_COMPARED = (PROVENANCE, "manifest.json")  # the manifest has the SHA-256 of provenance.json
+NOT_COMPARED = (PROVENANCE, MANIFEST)  # the manifest has the SHA-256 of provenance.json
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from lindm.errors import DataError
 from lindm.io import inputs, limits
 from lindm.io.files import read_json_lines, write_json
 from lindm.io.provenance import provenance
-from lindm.io.verification import MANIFEST, RECORDS, find_damage, hashes_of, read_manifest
+from lindm.io.verification import MANIFEST, find_damage, hashes_of, read_manifest
 
 FORMAT = "lindm-manifest-2"
+RECORDS = "records.jsonl"
 
 
 def write_manifest(directory: Path, outputs: Iterable[str], **extra: Any) -> None:

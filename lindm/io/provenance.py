@@ -15,8 +15,9 @@ from typing import Any
 from lindm import __version__
 from lindm.errors import DataError
 from lindm.io.files import read_json, write_json
+from lindm.io.verification import PROVENANCE
 
-FORMAT, FILE = "lindm-provenance-1", "provenance.json"
+FORMAT = "lindm-provenance-1"
 ROOT = Path(__file__).parents[2]  # of the checkout, or the site-packages of an installed wheel
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "scipy", "matplotlib")
 
@@ -52,13 +53,13 @@ def environment() -> dict[str, Any]:
 
 def write_provenance(directory: Path) -> None:
     """Write provenance.json to a directory whose other files depend on nothing but their inputs."""
-    write_json(directory / FILE, provenance(), format=FORMAT)
+    write_json(directory / PROVENANCE, provenance(), format=FORMAT)
 
 
 def is_from_this_command(directory: Path) -> bool:
     """Whether provenance.json of a directory has the command line of this process."""
     try:
-        return read_json(directory / FILE, format=FORMAT)["command"] == command_line()
+        return read_json(directory / PROVENANCE, format=FORMAT)["command"] == command_line()
     except (DataError, KeyError):
         return False
 

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -49,6 +48,8 @@ def temporary_directory(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A private directory where the system has temporary files, removed at the end; what killed ones left is removed first."""
+    import tempfile
+
     root = Path(tempfile.gettempdir())
     remove_leftovers(root, prefix="lindm-")
     while True:

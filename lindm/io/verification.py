@@ -16,11 +16,9 @@ from typing import NamedTuple
 
 from lindm.errors import DataError
 from lindm.io import files
-from lindm.io.provenance import FILE as PROVENANCE
 
-MANIFEST = "manifest.json"
+MANIFEST, PROVENANCE = "manifest.json", "provenance.json"
 FILES_FORMAT = "lindm-files-1"
-RECORDS = "records.jsonl"
 CHANGED = f"is not what was written (its SHA-256 is not that of {MANIFEST})"
 
 
@@ -63,11 +61,10 @@ def add_to_file_list(directory: Path, names: Iterable[str]) -> None:
     files.write_json(directory / MANIFEST, {"outputs": listed | hashes_of(directory, names)}, format=FILES_FORMAT)
 
 
-def read_manifest(directory: Path, *formats: str) -> dict:
-    """The manifest of a directory. DataError where it is missing, damaged, or has none of the formats."""
+def read_manifest(directory: Path, format: str) -> dict:
+    """The manifest of a directory. DataError where it is missing, damaged, or of another format."""
     path = directory / MANIFEST
-    got = files.read_json(path).get("format")
-    manifest = files.read_json(path, format=got if got in formats else formats[0])
+    manifest = files.read_json(path, format=format)
     outputs = manifest.get("outputs")
     if not isinstance(outputs, dict) or not all(isinstance(digest, str) for digest in outputs.values()):
         raise DataError(f"{path}: outputs must be an object with the SHA-256 of each file")

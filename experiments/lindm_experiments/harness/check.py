@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.io import files, manifest, provenance, verification
-from lindm.io.verification import MANIFEST
+from lindm.io.verification import MANIFEST, PROVENANCE
 from lindm_experiments.harness.report import VERDICTS_FORMAT
 from lindm_experiments.harness.runner import RUN_FORMAT
 
@@ -146,21 +146,21 @@ def _noted(problems: list[Problem], repair: str) -> Iterator[None]:
         problems.append(Problem(what=f"cannot read {e.filename}: {e.strerror}", repair=repair))
 
 
-def _check_outputs(path: Path, problems: list[Problem], *formats: str, repair: str, skip: Sequence[str] = ()) -> bool:
+def _check_outputs(path: Path, problems: list[Problem], format: str, repair: str, skip: Sequence[str] = ()) -> bool:
     """Verify the files in the manifest of a directory but those to skip; whether there is a manifest."""
     if not (path / MANIFEST).exists():
         return False
     with _noted(problems, f"remove it, and {AGAIN}"):
-        outputs = verification.read_manifest(path, *formats)["outputs"]
+        outputs = verification.read_manifest(path, format)["outputs"]
         damaged = verification.find_damage(path, {name: digest for name, digest in outputs.items() if name not in skip})
         problems += [Problem(what=str(damage), repair=repair) for damage in damaged]
     return True
 
 
 def _check_provenance(path: Path, problems: list[Problem]) -> None:
-    if (path / provenance.FILE).exists():
+    if (path / PROVENANCE).exists():
         with _noted(problems, "remove it"):
-            files.read_json(path / provenance.FILE, format=provenance.FORMAT)
+            files.read_json(path / PROVENANCE, format=provenance.FORMAT)
 
 
 # --- the kinds ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.io import directories, files, verification
-from lindm.io import manifest as provenance
+from lindm.io.manifest import FORMAT as MANIFEST_FORMAT
+from lindm.io.manifest import read_output, read_records, update_outputs
+from lindm.io.provenance import provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import experiment_names, find_experiment, load
 from lindm_experiments.harness.runner import RUN_FORMAT, draw
@@ -138,7 +140,7 @@ def docstring_blocks(doc: str) -> list[tuple[str, str]]:
 
 def read_manifest_if_exists(directory: Path) -> dict:
     """The manifest of a directory; an empty one where it has none."""
-    return verification.read_manifest(directory, provenance.FORMAT) if (directory / "manifest.json").exists() else {}
+    return verification.read_manifest(directory, MANIFEST_FORMAT) if (directory / "manifest.json").exists() else {}
 
 
 def read_verdicts(directory: Path) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
     figures = [
         {
             "name": path.stem,
-            "data": base64.b64encode(provenance.read_output(run, path.name) or b"").decode(),
+            "data": base64.b64encode(read_output(run, path.name) or b"").decode(),
             "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{path.name}"],
         }
         for path in sorted(run.glob("*.png"))
@@ -198,7 +200,7 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
         "config": config.get("config", {}),
         "code": config.get("code", ""),
         "criteria": config.get("criteria", ""),
-        "records": len(provenance.read_records(run)) if (run / "records.jsonl").exists() else 0,
+        "records": len(read_records(run)) if (run / "records.jsonl").exists() else 0,
         "seconds": sum(seconds),
         "manifest": manifest,
     }
@@ -242,7 +244,7 @@ def write_report(directory: Path) -> Path:
     """report.html of a directory of `lindm verify` or `lindm run`; DataError without a verdicts.json."""
     summary = read_verdicts(directory)
     sections = experiment_sections(directory, summary)
-    manifest = next((s["manifest"] for s in sections if s["manifest"]), provenance.provenance())
+    manifest = next((s["manifest"] for s in sections if s["manifest"]), provenance())
     path = directory / "report.html"
     files.write_atomic(path, render_report(summary, sections, manifest))
     return path
@@ -290,14 +292,14 @@ def redraw(directory: Path, experiments: Sequence[str] = ()) -> list[Path]:
     written: list[Path] = []
     for run, reference in zip(runs, _references(runs, experiments), strict=True):
         with directories.sole_writer(run), damage_errors(f"{run} cannot be drawn"):
-            drawn = draw(load(reference), provenance.read_records(run))
+            drawn = draw(load(reference), read_records(run))
             for name, content in drawn.items():
                 files.write_atomic(run / name, content)
             reports = [write_report(run).name] if (run / "verdicts.json").exists() else []
-            provenance.update_outputs(run, [*drawn, *reports])
+            update_outputs(run, [*drawn, *reports])
             written += [run / name for name in (*drawn, *reports)]
     if directory not in runs and (directory / "verdicts.json").exists():
         with directories.sole_writer(directory), damage_errors(f"the report of {directory} cannot be written"):
             written.append(write_report(directory))
-            provenance.update_outputs(directory, ["report.html"])
+            update_outputs(directory, ["report.html"])
     return written

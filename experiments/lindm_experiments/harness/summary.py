@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from lindm.errors import DataError
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
-from lindm.io import manifest as provenance
 from lindm.io.directories import sole_writer
+from lindm.io.manifest import read_output, write_manifest
+from lindm.io.provenance import provenance
 from lindm.llm.sft import metrics
 from lindm.llm.sft.options import run_options
 from lindm_experiments.harness.report import (
@@ -95,7 +96,7 @@ def experiment_tables(directories: Sequence[Path]) -> dict[str, list[Row]]:
     tables: dict[str, list[Row]] = {}
     for directory in directories:
         for name in dict.fromkeys(row["experiment"] for row in read_verdicts(directory)["claims"]):
-            if (content := provenance.read_output(run_directory(directory, name), "table.csv")) is not None:
+            if (content := read_output(run_directory(directory, name), "table.csv")) is not None:
                 rows = csv.DictReader(io.StringIO(content.decode()))
                 run = _run_column(directory, directories)
                 tables.setdefault(name, []).extend(run | {k: _value(v) for k, v in row.items()} for row in rows)
@@ -214,7 +215,7 @@ def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
             (out / "tables").mkdir(parents=True, exist_ok=True)
         for path, content in written.items():
             files.write_atomic(path, content)
-        provenance.write_manifest(out, [path.relative_to(out).as_posix() for path in written])
+        write_manifest(out, [path.relative_to(out).as_posix() for path in written])
     return list(written)
 
 
@@ -250,11 +251,11 @@ def _render(inputs: Inputs, out: Path) -> dict[Path, str]:
         runs=runs,
         gap_figure=base64.b64encode(draw_gaps(tables["evaluations"])).decode() if "evaluations" in tables else None,
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
-        here=provenance.provenance(),
+        here=provenance(),
     )
     return written
 
 
 def _encoded_image(directory: Path, name: str) -> str | None:
-    content = provenance.read_output(directory, name)
+    content = read_output(directory, name)
     return None if content is None else base64.b64encode(content).decode()

@@ -21,10 +21,11 @@ from lindm.errors import CheckpointError, DataError, LindmError, StorageError, f
 from lindm.io import files, verification
 from lindm.io.directories import atomic_directory, remove
 from lindm.io.temporaries import temporary_path
+from lindm.io.verification import MANIFEST
 from lindm.llm.parallel.processes import barrier, detect_lost_peer
 
 FORMAT = "lindm-checkpoint-2"
-STATE, PROGRESS, MANIFEST = "state", "progress.json", "manifest.json"
+STATE, PROGRESS = "state", "progress.json"
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every phase of every save
 
 

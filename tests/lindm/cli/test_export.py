@@ -5,6 +5,7 @@ import numpy as np
 
 from lindm.cli.export import Export, run
 from lindm.io import files, provenance
+from lindm.io.verification import PROVENANCE
 from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_peft
 from tests.lindm.llm.io.test_weights import everything
@@ -16,7 +17,7 @@ def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):
     factors = test_peft.by_peft(tmp_path / "adapter", targets=("v",))
     run(Export(directory=source, out=tmp_path / "out", adapter=tmp_path / "adapter", dtype="bf16"))
     assert "llama with " in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").exists()
-    assert files.read_json(tmp_path / "out" / provenance.FILE, format=provenance.FORMAT)["date"]
+    assert files.read_json(tmp_path / "out" / PROVENANCE, format=provenance.FORMAT)["date"]
     name = "model.layers.2.self_attn.v_proj"
     a, b = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     merged = reference.weights("llama")[f"{name}.weight"] + 4 * b @ a

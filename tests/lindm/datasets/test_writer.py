@@ -21,13 +21,14 @@ from lindm.datasets import generate, writer
 from lindm.datasets.writer import make_dataset
 from lindm.errors import LindmError, StorageError, UsageError
 from lindm.io import directories, files, provenance, temporaries
+from lindm.io.verification import PROVENANCE
 from tests.clock import HANGS
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 
 
 def contents(directory: Path) -> dict[str, str]:
     """SHA-256 of every file whose bytes depend on the source and the config alone."""
-    names = sorted(p for p in directory.iterdir() if p.name != provenance.FILE)
+    names = sorted(p for p in directory.iterdir() if p.name != PROVENANCE)
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
 
 
@@ -59,7 +60,7 @@ def test_provenance_is_of_the_last_call_that_made_shards(tmp_path, source, monke
         if shard:
             (tmp_path / "d" / shard).unlink()
         make_dataset(tmp_path / "d", source, CONFIG)
-        content = files.read_json(tmp_path / "d" / provenance.FILE, format=provenance.FORMAT)
+        content = files.read_json(tmp_path / "d" / PROVENANCE, format=provenance.FORMAT)
         assert content["command"] == ("lindm third" if shard else "lindm first")
         assert content["date"] and {"lindm", "jax"} <= content["versions"].keys()
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from lindm.errors import DataError, LindmError, StorageError, UsageError
-from lindm.io import provenance
+from lindm.io.verification import PROVENANCE
 from lindm.llm.io import weights
 from lindm.llm.io.import_model import import_model
 from tests.lindm.llm import reference
@@ -55,7 +55,7 @@ def test_a_directory_is_copied_without_code(tmp_path, shards):
     imported = import_model(str(source), tmp_path / "out")
     kept = {"config.json", "tokenizer.json", "README.md"}
     kept |= {p.name for p in source.glob("model[.-]*")}
-    assert set(imported.files) == kept | {provenance.FILE, "manifest.json"} == set(left(tmp_path / "out"))
+    assert set(imported.files) == kept | {PROVENANCE, "manifest.json"} == set(left(tmp_path / "out"))
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in kept)
     assert imported.config.num_parameters == sum(x.size for x in reference.weights("llama").values())
     assert imported.config == weights.read_model_config(source)
@@ -67,7 +67,7 @@ def test_a_gguf_file_and_a_wheel_become_the_same_directory(tmp_path, packed):
     imported = import_model(str(file), tmp_path / "a")
     assert imported == import_model(str(wheel), tmp_path / "b")
     assert set(imported.files) >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    for name in set(imported.files) - {provenance.FILE}:
+    for name in set(imported.files) - {PROVENANCE}:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert same(everything(tmp_path / "a"), reference.weights("smollm"))
     assert left(tmp_path) == ["a", "b", "small-1.0-py3-none-any.whl", "small.gguf"]
