@@ -10,6 +10,8 @@ import pytest
 
 import lindm as ld
 from lindm.errors import UsageError
+from lindm.io import files
+from lindm_experiments.harness.report import VERDICTS_FORMAT
 from tests.clock import HANGS
 
 
@@ -31,7 +33,8 @@ def test_the_settings_of_the_process_are_kept(tmp_path):
 def test_the_result_is_what_verdicts_json_holds(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     result = ld.run_experiment("controls", "smoke", tmp_path / "run", seeds=1)
-    assert json.loads((tmp_path / "run" / "verdicts.json").read_text()) == json.loads(json.dumps(result.summary))
+    written = files.read_json(tmp_path / "run" / "verdicts.json", format=VERDICTS_FORMAT)
+    assert written == json.loads(json.dumps(result.summary))
     assert result.directory == tmp_path / "run" and signal.getsignal(signal.SIGINT) == before
 
 

@@ -1,11 +1,11 @@
 """What the texts of a dataset show, decided in one place; and a dataset whose files are read once."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from lindm.datasets import Dataset, documents, is_dataset, text_format
+from lindm.io import inputs
 from lindm.text import COMPACT, READABLE, Step, text
 
 
@@ -60,8 +60,8 @@ def test_documents_are_those_of_every_query_in_order(made):
 
 
 def test_files_are_read_when_tasks_are_reached_and_once_after_load(made, monkeypatch):
-    read, real = [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or real(self))
+    read, real = [], inputs.open_file
+    monkeypatch.setattr(inputs, "open_file", lambda path, *args: read.append(path.name) or real(path, *args))
     dataset, seen = Dataset(made.suite), []
     assert read == ["manifest.json"] and len(dataset) == 10
     next(iter(dataset))
