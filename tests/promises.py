@@ -7,7 +7,8 @@ A test names the promises that it checks: `@pytest.mark.fault("F4", "F8")`. It c
             trials.add()
 
 A failed or skipped test counts as one loss for each of its promises, or as many as it recorded by `trials.lost()`.
-`pytest --faults-page PAGE` prints the table at the end and writes it to PAGE; a run of some of the tests writes nothing.
+`pytest --faults-page PAGE` prints the table at the end and writes it to PAGE; a run of some of the tests, or one that was
+interrupted or lost a worker, writes nothing.
 """
 
 import tomllib
@@ -69,8 +70,10 @@ class Table:
 
     page: Path
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    crashed: bool = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.crashed |= report.when not in ("setup", "call", "teardown")  # a worker of pytest-xdist died in the test
         for promises, trials, losses in (value for name, value in report.user_properties if name == PROPERTY):
             outcome = self.outcomes.setdefault(report.nodeid, Outcome(promises))
             outcome.trials, outcome.losses = max(outcome.trials, trials), max(outcome.losses, losses)
@@ -85,13 +88,16 @@ class Table:
                 rows[promise] = Row(row.tests + 1, row.trials + max(outcome.trials, losses, 1), row.losses + losses)
         return rows
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+    ) -> None:
         rows = self.rows()
         terminalreporter.section("promises about faults (number, tests, trials, losses)")
         for number, row in rows.items():
             counts = "".join(f"{count:7d}" for count in row)
             terminalreporter.write_line(f"{number:4}{counts}  {PROMISES[number]['promise']}")
-        if not runs_every_test(config):
+        ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not self.crashed
+        if not (ended and runs_every_test(config)):
             terminalreporter.write_line(f"{self.page} is unchanged: these were not all tests")
             return
         self.page.write_text(page(rows), encoding="utf-8")
