@@ -4,12 +4,16 @@ Each check of an array returns it as a JAX array, or raises `ValueError` with th
 """
 
 import math
+import re
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
+
+from lindm.errors import unknown
 
 # admits rounding in single precision, not an error in a digit
 SUM_TOLERANCE = 1e-6
@@ -124,3 +128,12 @@ def interval(low: float, high: float) -> None:
         raise ValueError(f"low and high must be finite; got low = {low}, high = {high}")
     if high < low:
         raise ValueError(f"high must be at least low = {low}; got {high}")
+
+
+def index(word: str, names: Sequence[str], argument: str) -> int:
+    """The number of a name in a list of names; a word that is none of them may be such a number, in decimal."""
+    if word in names:
+        return names.index(word)
+    if re.fullmatch("[0-9]{1,9}", word) and int(word) < len(names):
+        return int(word)
+    raise ValueError(unknown(argument, word, names))

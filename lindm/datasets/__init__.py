@@ -2,6 +2,7 @@
 
 from lindm.datasets.columns import Episode, Task, episodes_of, problem_of
 from lindm.datasets.config import DatasetConfig
+from lindm.datasets.episodes import LoggedEpisodes, read_episodes
 from lindm.datasets.exports import FORMATS, export
 from lindm.datasets.reader import Dataset, is_dataset
 from lindm.datasets.text import REWARDS, TextFormat, documents, text_format
@@ -13,6 +14,7 @@ __all__ = [
     "Dataset",
     "DatasetConfig",
     "Episode",
+    "LoggedEpisodes",
     "MakeResult",
     "Task",
     "TextFormat",
@@ -22,5 +24,6 @@ __all__ = [
     "is_dataset",
     "make_dataset",
     "problem_of",
+    "read_episodes",
     "text_format",
 ]

@@ -16,6 +16,7 @@ POMDP_FILE = 256 * MIB  # ten million numbers, one entry each
 POMDP_TABLE = 50_000_000  # numbers of one table (400 MB)
 POMDP_NAMES = 1_000_000  # names of a list
 POMDP_WRITES = 5_000_000_000  # numbers that all entries together write: ten tables of every kind, a minute
+EPISODES_FILE = 256 * MIB  # episodes of a user's own: ten million steps, which take 3 GB in memory
 MATRIX_FILE = GIB  # .npy or text: a covariance of 10,000 features has 800 MB
 SOLUTION_FILE = 16 * GIB  # tables of a solver, which were in memory when it was written
 SOLUTION_MEMBERS = 1000  # arrays in a solution: an APOMDP with the tables of its tree has 40
