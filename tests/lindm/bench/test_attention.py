@@ -50,6 +50,7 @@ def test_training_as_in_the_bench_comes_within_one_percent_of_the_optimal_loss()
 def a_measurement(cost):
     return {
         "start": 2.0,
+        "call": 0.01,
         "batch": [cost * b for b in attention.BATCHES],
         "length": [cost * n for n in attention.LENGTHS],
         "given": [cost * b / 2 for b in attention.BATCHES],
@@ -112,6 +113,22 @@ def test_the_operations_of_a_step_are_those_of_a_program_that_is_counted():
     program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(jnp.ones((d + 1, d)), jnp.ones(d + 1)).compile()
     counted = dict(program.cost_analysis() or {})["flops"]
     assert attention.step_operations((1, d, n)) == pytest.approx(counted, rel=0.15)
+
+
+def test_the_cost_of_a_step_is_a_difference_without_what_a_call_costs_and_what_compiles(monkeypatch):
+    """A clock that runs for 7 seconds in a call, for 1 in a step, and for 100 where the number of steps is new."""
+    seen: set[int] = set()
+
+    def run(shape, steps, seed):
+        cost = 7.0 + steps + 100 * (steps not in seen)
+        seen.add(steps)
+        return cost
+
+    monkeypatch.setattr(attention, "cpu_seconds", lambda work, repeats=1: min(work() for _ in range(repeats)))
+    for ours in (True, False):
+        monkeypatch.setitem(attention.PARTS, "ours", (run if ours else attention.train_on_one_batch, attention._draw_many))
+        assert attention.step_seconds(run, (64, 5, 20), target=500.0) == pytest.approx(1.0)
+        seen.clear()
 
 
 def test_the_parts_do_what_their_rows_say():
