@@ -5,12 +5,12 @@ tasks every step, one query per context) with the same Adam, schedule and batch.
 `torch.nn.Module` that builds E and multiplies E @ (E.T @ W_KQ @ E) / N, the N x N way, in an eager loop. A second, stronger peer
 is the same loop with the layer in moment form: the remaining ratio is due to the loop and not to the algebra.
 
-Drawing of tasks and training on one batch that is drawn before are also timed apart. A cost of training is that of one more step:
-what a call costs whatever its length (Python, the layer and its optimizer) is a row of its own, and is part of the cost of a whole
-run to within 1 % of the optimal loss. The rows of the machine's limits compare our
-side with what its core reaches, measured in the same process: training with a large float32 matmul (by the operations that the
-algebra needs) and with a large copy (by the bytes of a batch, read once forward and once backward); drawing with the generator's
-bits alone, which every normal needs.
+Drawing of tasks and training on one batch that is drawn before are also timed apart. The cost of training is that of one more
+step. What a call costs whatever its length (Python, the layer, its optimizer) is a row of its own, and a part of the cost of a
+whole run to within 1 % of the optimal loss. The rows of the machine's limits compare our side with what its core reaches,
+measured in the same process: training with a large float32 matmul (by the operations that the algebra needs) and with a large
+copy (by the bytes of a batch, read once forward and once backward), which a batch that stays in the cache can exceed; drawing
+with the generator's bits alone, which every normal needs.
 
 Costs, processes and rows are those of `lindm.bench.timing`; compilation is a row of its own. Memory is the growth of the peak
 resident set during training, after the libraries are loaded; ours includes the compiler's. Where torch is not installed the peer
