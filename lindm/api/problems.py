@@ -50,13 +50,13 @@ def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, 
 
 
 def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) -> StationaryPOMDP:
-    """Read a problem from a file in Cassandra's `.pomdp` format, for an infinite horizon.
+    """Read a problem from a file in Cassandra's `.pomdp` format, for `solve_stationary`.
 
     Args:
-      discount: in (0, 1), in place of the file's.
+      discount: in place of the file's.
 
     Raises:
-      ValueError: the discount is not in (0, 1).
+      ValueError: the discount is out of range.
       DataError: the file is wrong; names the file and the line.
 
     >>> ld.read_stationary_pomdp("tiger.pomdp").actions

@@ -24,8 +24,8 @@ class Solve:
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
     method: Literal["auto", "tree", "hsvi", "net", "point-based"] = "auto"
-    """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise; point-based searches one .pomdp file
-    along optimal play, as auto does where the horizon is inf."""
+    """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise. point-based searches one .pomdp file
+    along optimal play; auto chooses it where the horizon is inf or too long for a tree."""
     effort: int | None = None
     """Trials of hsvi [default: 256] or points of the net [default: 20000]."""
     tolerance: str | None = None
@@ -38,11 +38,18 @@ class Solve:
     """Print one JSON object."""
 
 
+OF_POINT_BASED = ("tolerance", "timeout", "save")
+
+
 def run(options: Solve) -> int:
-    if options.horizon == "inf" or options.method == "point-based":
-        return run_point_based(options)
-    refuse(options, ("tolerance", "timeout", "save"), "is an option of point-based")
     start = time.perf_counter()
+    if options.horizon == "inf" or options.method == "point-based":
+        return run_point_based(options, start)
+    file = Path(options.problem[0])
+    searched = any(getattr(options, name) is not None for name in OF_POINT_BASED)
+    if options.method == "auto" and len(options.problem) == 1 and file.is_file() and (searched or is_long(options)):
+        return run_point_based(options, start)
+    refuse(options, OF_POINT_BASED, "is an option of point-based")
     from lindm.api.solutions import solve
     from lindm.cli.problems import read_problem
 
@@ -67,7 +74,18 @@ def refuse(options: Solve, names: tuple[str, ...], reason: str) -> None:
             raise UsageError(f"--{name} {reason}; got {getattr(options, name)}")
 
 
-def run_point_based(options: Solve) -> int:
+def is_long(options: Solve) -> bool:
+    """Whether the horizon is too long for a tree of the problem in the one file."""
+    if options.effort is not None or options.alpha is not None:
+        return False
+    from lindm.problems.cassandra import read_sizes
+    from lindm.solvers.solve import tree_fits
+
+    _, actions, observations = read_sizes(options.problem[0])
+    return observations > 0 and not tree_fits(actions, actions * observations, options.horizon)
+
+
+def run_point_based(options: Solve, start: float) -> int:
     """One .pomdp file, by search along optimal play."""
     if options.method not in ("auto", "point-based"):
         raise UsageError(f"--method must be point-based where the horizon is inf; got {options.method!r}")
@@ -79,7 +97,6 @@ def run_point_based(options: Solve) -> int:
     horizon = math.inf if options.horizon == "inf" else options.horizon
     if options.save and (options.save.suffix != ".alpha" or horizon < math.inf):
         raise UsageError(f"--save must be a file .alpha, which holds a policy over an infinite horizon; got {options.save}")
-    start = time.perf_counter()
     from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import solve_stationary
     from lindm.cli.problems import warnings_as_lines

@@ -4,11 +4,13 @@ A FIFO blocks whoever opens it, a device may never end, and a directory is no fi
 Links are followed: a cache of models consists of them.
 """
 
+import gzip
 import json
 import math
 import os
 import stat
 import tokenize
+import zlib
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +72,27 @@ def read_bytes(path: Path, limit: int) -> bytes:
             raise DataError(f"cannot read {path}: {e.strerror}") from e
 
 
+def read_gzip(path: Path, limit: int) -> bytes:
+    """The content of a .gz file, packed and unpacked at most `limit` bytes. Raises: DataError."""
+    try:
+        with open_file(path, limit) as packed, gzip.GzipFile(fileobj=packed) as f:
+            parts, size = [], 0
+            while part := f.read(1 << 20):  # a part at a time: a call for `limit` bytes may reserve them
+                parts.append(part)
+                if (size := size + len(part)) > limit:
+                    raise DataError(f"{path} must unpack to at most {limit:,} bytes; it has more")
+            return b"".join(parts)
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: cannot unpack: {e}") from e
+
+
 def read_text(path: Path, limit: int) -> str:
-    """The content of a text file in UTF-8, with or without a mark at its start. Raises: DataError, with path:line."""
-    data = read_bytes(path, limit)
+    """The content of a text file in UTF-8, with or without a mark at its start; a name in .gz is unpacked.
+
+    Raises:
+      DataError: with path:line where the text is not UTF-8.
+    """
+    data = read_gzip(path, limit) if path.suffix == ".gz" else read_bytes(path, limit)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -63,6 +63,17 @@ def read(path: str | Path) -> Model:
     return parse(inputs.read_text(Path(path), limits.POMDP_FILE), str(path))
 
 
+def read_sizes(path: str | Path) -> tuple[int, int, int]:
+    """The numbers of states, actions and observations that a file declares, 0 where it does not; its entries are not read."""
+    text = inputs.read_text(Path(path), limits.POMDP_FILE)
+    first = re.search(r"^[ \t]*[TOR][ \t]*:", text, re.MULTILINE)
+    preamble, _, _ = _sections(text[: first.start()] if first else text, str(path))
+    states, actions, observations = (
+        len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations")
+    )
+    return states, actions, observations
+
+
 def parse(text: str, name: str = "<text>") -> Model:
     """The model in a text; `name` is its name in error messages.
 

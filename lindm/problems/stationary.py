@@ -1,16 +1,17 @@
-"""POMDPs that do not end: rewards and kernels are the same at every stage, and later rewards are discounted."""
+"""POMDPs whose rewards and kernels are the same at every stage, with a discount: for long and for infinite horizons."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
+from lindm import validate
 from lindm.problems.cassandra import Model
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StationaryPOMDP:
-    """POMDP with an infinite horizon; the first action is chosen at the belief rho, before anything is observed.
+    """POMDP without a horizon of its own; the first action is chosen at the belief rho, before anything is observed.
 
     The value is the expected sum of discount^h times the reward of stage h. Arrays are on the host, kernels are sparse.
 
@@ -23,7 +24,7 @@ class StationaryPOMDP:
     O: tuple[sparse.csr_array, ...]  # for each action [S, O]: probability of the observation, given the state that it led to
     r: np.ndarray  # [S, A] mean reward, not discounted
     rho: np.ndarray  # [S] law of the first state
-    discount: float  # in (0, 1)
+    discount: float  # in [0, 1]
     states: tuple[str, ...] = ()  # names, in the order of the indices
     actions: tuple[str, ...] = ()
     observations: tuple[str, ...] = ()
@@ -42,17 +43,16 @@ class StationaryPOMDP:
 
 
 def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
-    """The POMDP of a file, without an end.
+    """The POMDP of a file.
 
     Args:
       discount: in place of the file's.
 
     Raises:
-      ValueError: the discount is not between 0 and 1.
+      ValueError: the discount is not in [0, 1].
     """
     gamma = model.discount if discount is None else discount
-    if not 0 < gamma < 1:
-        raise ValueError(f"discount must be above 0 and below 1 where the horizon is infinite; got {gamma}")
+    validate.discount(gamma)
     return StationaryPOMDP(
         P=tuple(sparse.csr_array(P) for P in model.P.swapaxes(0, 1)),
         O=tuple(sparse.csr_array(O) for O in model.O),

@@ -25,6 +25,9 @@ in SARSOP (Kurniawati, Hsu and Lee, RSS 2008). Vectors that are best at no visit
 a vector in use names them. Between the trials, random visited beliefs are backed up until the lower bound has risen at all of
 them (Perseus: Spaan and Vlassis, JAIR 24, 2005).
 
+A finite horizon H whose tail gamma^H max r / (1 - gamma) is small beside the tolerance is searched as an infinite one: with
+rewards >= 0 a policy earns at most as much in H stages as without an end, and at most the tail less.
+
 Models are sparse and stay on the host: the work at a belief grows with the states that it reaches, not with S.
 """
 
@@ -45,24 +48,36 @@ from lindm.solvers.point_bounds import EPSILON, ITERATIONS, Belief, LowerBound, 
 SHARE = 0.9  # a trial goes on while the weighted gap at its belief is above this share of the gap at the start
 SWEEPS = 0.5  # backups between the trials, as a share of those of the trials
 GROWTH = 1.3  # vectors are pruned when their number has grown by this factor
+TAIL = 0.1  # the largest share of the tolerance that the stages beyond a finite horizon may take
 DEPTH = 2000  # the longest trial over an infinite horizon
 BLIND = 1 << 28  # bytes that the values of the policies "always a" may take
 CACHE = 1 << 29  # bytes of successors of visited beliefs that are kept
 
 
 class Search:
-    """The state of a search."""
+    """The state of a search.
 
-    def __init__(self, problem: StationaryPOMDP, horizon: float, timeout: float):
-        self.problem, self.horizon, self.deadline = problem, horizon, time.monotonic() + timeout
+    Args:
+      horizon: of the problem.
+      accuracy: of its value that is asked for.
+    """
+
+    def __init__(self, problem: StationaryPOMDP, horizon: float, timeout: float, accuracy: float):
+        self.problem, self.deadline = problem, time.monotonic() + timeout
         self.floor = float(problem.r.min())
         self.rewards = problem.r - self.floor  # >= 0
+        self.stages = self.horizon = horizon  # of the problem and of the search
+        self.tail = 0.0  # how much more the search's horizon can be worth than the problem's
+        if problem.discount < 1:
+            tail = problem.discount**horizon * float(self.rewards.max()) / (1 - problem.discount)
+            if tail <= TAIL * accuracy:
+                self.horizon, self.tail = math.inf, tail
         self.kernel = sparse.csr_array(
             sparse.hstack([P.multiply(O[:, [o]].T) for P, O in zip(problem.P, problem.O, strict=True) for o in range(O.shape[1])])
         )  # [S, A * O * S]
         self.scale = max(1.0, float(self.rewards.max()))
         self.lower = LowerBound(problem.num_states)
-        self.upper = UpperBound(informed_bound(problem, self.rewards, horizon, self.is_over))
+        self.upper = UpperBound(informed_bound(problem, self.rewards, self.horizon, self.is_over))
         self._add_blind_policies()
         self.beliefs: dict[bytes, Belief] = {}
         self.visited: dict[tuple[int, float], Belief] = {}  # by the belief's identity and the stages to go
@@ -84,8 +99,8 @@ class Search:
         """The result so far, without vectors that nothing in use leads to."""
         if self.visited:
             self.prune()
-        lower, upper = sorted(self.gap())  # rounding may swap bounds that meet
-        shift = self.shift(self.horizon)
+        lower, upper = sorted(self.bounds())  # rounding may swap bounds that meet
+        shift = self.shift(self.stages)
         q_lower, q_upper, *_ = self.lookahead(self.start, self.horizon)
         numbers = sorted(self.lower.values)
         position = {number: i for i, number in enumerate(numbers)}
@@ -95,11 +110,11 @@ class Search:
         shifts = np.array([self.shift(stages) for stages in least])
         return StationarySolution(
             problem=self.problem,
-            horizon=self.horizon,
-            lower=lower + shift,
-            upper=upper + shift,
+            horizon=self.stages,
+            lower=lower,
+            upper=upper,
             trials=self.trials,
-            q_lower=q_lower + shift,
+            q_lower=q_lower + shift - self.tail,
             q_upper=q_upper + shift,
             vectors=np.array([self.lower.values[number] for number in numbers]) + shifts[:, None],
             actions=np.array([self.lower.policy[number][0] for number in numbers]),
@@ -201,6 +216,11 @@ class Search:
         low = self.lower.at(start.states, start.mass[None], self.horizon)[0][0]
         return float(low), float(self.upper.at(start.states, start.mass[None], self.horizon)[0])
 
+    def bounds(self) -> tuple[float, float]:
+        """Bounds of the problem's value."""
+        low, high = self.gap()
+        return low - self.tail + self.shift(self.stages), high + self.shift(self.stages)
+
     def trial(self, tolerance: float) -> None:
         """Descend from the start, then back up what was visited."""
         low, high = self.gap()
@@ -209,7 +229,7 @@ class Search:
         belief, stages = self.start, self.horizon
         while True:
             path.append((belief, stages))
-            if stages == 1 or len(path) == DEPTH or self.is_over():
+            if stages == 1 or not self.problem.discount or len(path) == DEPTH or self.is_over():
                 break
             _, q, low, high, _ = self.lookahead(belief, stages)
             after = self.successors(belief)
@@ -268,7 +288,8 @@ class StationarySolution:
     """A solved `StationaryPOMDP`: bounds of its value, and a policy that earns the lower one.
 
     The policy is a set of alpha vectors: it takes the action of the one whose product with the belief is largest. Over a finite
-    horizon a vector serves with `least` stages to go and more.
+    horizon a vector serves with `least` stages to go and more, except in a stationary policy (`is_stationary`), also of
+    a finite horizon whose end is too far away to matter.
 
     >>> solution = ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp"), tolerance=1e-6)
     >>> round(solution.lower, 5), solution.first_action
@@ -285,7 +306,12 @@ class StationarySolution:
     vectors: np.ndarray  # [n, S] alpha vectors, with `least` stages to go
     actions: np.ndarray  # [n] the action of each
     successors: np.ndarray  # [n, O] the vector that earns what is promised, after each observation
-    least: np.ndarray  # [n] fewest stages to go; inf over an infinite horizon
+    least: np.ndarray  # [n] fewest stages to go; inf in a stationary policy
+
+    @property
+    def is_stationary(self) -> bool:
+        """Whether the policy is the same at every stage."""
+        return bool(np.isinf(self.least).all())
 
     @property
     def first_action(self) -> int | str:
@@ -310,7 +336,7 @@ class StationarySolution:
         >>> [solution.act(belief) for belief in ([0.5, 0.5], [0.001, 0.999])]
         [0, 1]
         """
-        stages = self.horizon if stages is None else stages
+        stages = math.inf if self.is_stationary else self.horizon if stages is None else stages
         promised = self.vectors @ np.asarray(belief, float)
         if stages < math.inf:  # vectors with different `least` compare after the shift to non-negative rewards
             promised = promised - float(self.problem.r.min()) * total_discount(self.problem.discount, self.least)
@@ -327,7 +353,7 @@ class StationarySolution:
         """
         if Path(path).suffix != ".alpha":
             raise ValueError(f"the path of a saved policy must end in .alpha; got {str(path)!r}")
-        if self.horizon < math.inf:
+        if not self.is_stationary:
             raise ValueError(
                 "an .alpha file holds one set of vectors, of an infinite horizon; this policy changes with the stage"
             )
@@ -352,7 +378,7 @@ def solve(
     trials: float = math.inf,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
 ) -> StationarySolution:
-    """Search until the bounds at the start meet, or until it has to end.
+    """Search until the bounds at the start meet, or until it has to end. ValueError: an infinite horizon has no discount.
 
     Args:
       horizon: number of stages, or inf.
@@ -362,11 +388,13 @@ def solve(
       trials: number after which it ends.
       on_trial: called with the number of trials and the bounds, before the first trial and after every one.
     """
-    search = Search(problem, horizon, timeout)
-    shift = search.shift(horizon)
+    if horizon == math.inf and problem.discount == 1:
+        raise ValueError("discount must be below 1 where the horizon is infinite; got 1")
+    size = float(np.abs(problem.r).max())
+    search = Search(problem, horizon, timeout, max(tolerance, relative * size, EPSILON * size))
     while True:
-        lower, upper = (bound + shift for bound in search.gap())
-        width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * search.scale)
+        lower, upper = search.bounds()
+        width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * search.scale, 2 * search.tail)
         on_trial(search.trials, lower, upper)
         if upper - lower <= width or search.trials >= trials or search.is_over():
             return search.solution()

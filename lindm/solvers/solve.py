@@ -71,9 +71,14 @@ def method_for(problem: Problem, budget: int = MEMORY_BUDGET) -> str:
     if isinstance(problem, MDP):
         return "backward induction"
     apomdp = as_apomdp(problem)
-    if apomdp.horizon <= MAX_TREE_STAGES and tree.memory_bytes(apomdp) <= budget:
+    if tree_fits(apomdp.num_actions, branching(apomdp), apomdp.horizon, budget):
         return "tree"
     return "hsvi" if apomdp.num_models == 1 else "net"
+
+
+def tree_fits(actions: int, branches: int, horizon: int, budget: int = MEMORY_BUDGET) -> bool:
+    """Whether `auto` takes the tree; branches: steps by which a history can continue."""
+    return horizon <= MAX_TREE_STAGES and tree.table_bytes(actions, branches, horizon) <= budget
 
 
 def solve(problem: Problem, method: Method = "auto", budget: int = MEMORY_BUDGET, effort: int | None = None) -> Solution:

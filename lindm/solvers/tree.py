@@ -28,7 +28,7 @@ from jax import Array
 
 from lindm import validate
 from lindm.problems.apomdp import alpha_maxmin
-from lindm.solvers.belief import branching, first_history, joint_kernel, num_histories, stage_rewards
+from lindm.solvers.belief import branching, first_history, joint_kernel, stage_rewards
 from lindm.solvers.ties import greedy
 from lindm.types import APOMDP
 
@@ -52,7 +52,12 @@ class Tree:
 
 def memory_bytes(problem: APOMDP) -> int:
     """Peak memory of `tree` in double precision: the table, its stages before they are joined, and copies."""
-    return 4 * 8 * problem.num_actions * num_histories(problem)
+    return table_bytes(problem.num_actions, branching(problem), problem.horizon)
+
+
+def table_bytes(actions: int, branches: int, horizon: int) -> int:
+    """`memory_bytes` by the sizes of a problem."""
+    return 4 * 8 * actions * first_history(branches, horizon)
 
 
 def stage_Q(tree: Tree, t: int, branches: int) -> Array:

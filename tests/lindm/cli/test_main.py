@@ -1,5 +1,6 @@
 """The command line: how fast help answers, and the messages about wrong arguments."""
 
+import gzip
 import json
 import resource
 import signal
@@ -165,11 +166,11 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "prostate", "--horizon", "inf"], "point-based solves a .pomdp file; got 'prostate'"),
         (["solve", "a.pomdp", "--horizon", "inf", "--method", "tree"], "--method must be point-based where the horizon is inf"),
         (["solve", "a.pomdp", "--horizon", "inf", "--effort", "9"], "--effort does not apply to point-based; got 9"),
-        (["solve", "a.pomdp", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
+        (["solve", "prostate", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
         (["solve", "a.pomdp", "--horizon", "inf", "--save", "p.json"], "--save must be a file .alpha"),
         (["solve", str(TIGER), "--horizon", "inf", "--tolerance=-1"], "tolerance must be a number >= 0, or a percentage"),
         (["solve", str(TIGER), "--horizon", "inf", "--timeout", "0"], "timeout must be above 0 seconds; got 0"),
-        (["solve", str(TIGER), "--horizon", "inf", "--discount", "1"], "discount must be above 0 and below 1"),
+        (["solve", str(TIGER), "--horizon", "inf", "--discount", "1"], "discount must be below 1 where the horizon is infinite"),
         (["data", "make", "mdp", "--demos", "2", "--out", "x"], "--tasks"),
         (["data", "make", "mdp", "--tasks", "0", "--demos", "2", "--out", "x"], "tasks must be a whole number of at least 1"),
         (
@@ -225,6 +226,18 @@ def test_solve_point_based_agrees_with_the_tree(capsys):
     assert main(["solve", str(TIGER), "--horizon", "4", "--method", "point-based", "--tolerance", "1e-9", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["lower"], answer["upper"]) == pytest.approx((exact, exact), abs=2e-9) and answer["horizon"] == 4
+
+
+def test_solve_takes_the_search_where_the_horizon_is_too_long_for_a_tree_and_reads_gz(tmp_path, capsys):
+    packed = tmp_path / "tiger.pomdp.gz"
+    packed.write_bytes(gzip.compress(TIGER.read_bytes()))
+    assert main(["solve", str(packed), "--horizon", "1000", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["method"] == "point-based" and answer["lower"] <= 19.371368 <= answer["upper"]
+    assert answer["upper"] - answer["lower"] <= 0.001 * answer["upper"]
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert main(["solve", str(packed), "--horizon", "3"]) == 3
+    assert f"{packed}: cannot unpack" in capsys.readouterr().err
 
 
 def test_a_directory_without_records_is_exit_3(tmp_path, capsys):

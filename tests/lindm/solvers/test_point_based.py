@@ -13,7 +13,7 @@ from scipy import sparse
 
 from lindm.problems import cassandra
 from lindm.problems.stationary import StationaryPOMDP, stationary
-from lindm.solvers.point_based import StationarySolution, solve
+from lindm.solvers.point_based import StationarySolution, solve, total_discount
 from tests.lindm.solvers.test_hsvi import rows
 
 FILES = Path(__file__).parents[1] / "problems" / "files"
@@ -179,8 +179,27 @@ def test_equal_rewards_and_a_single_action_close_the_gap_at_once():
 
 
 def test_a_discount_of_one_has_no_infinite_horizon():
-    with pytest.raises(ValueError, match=r"discount must be above 0 and below 1 where the horizon is infinite; got 1.0"):
-        read("tiger", 1.0)
+    with pytest.raises(ValueError, match=r"discount must be below 1 where the horizon is infinite; got 1"):
+        solve(read("tiger", 1.0))
+
+
+@pytest.mark.parametrize("horizon", [7, math.inf])
+def test_with_discount_zero_the_first_reward_counts_alone(horizon):
+    problem = model(6, 0.0)
+    bounds = solve(problem, horizon)
+    assert (bounds.lower, bounds.upper) == pytest.approx(((problem.rho @ problem.r).max(),) * 2, abs=1e-12)
+
+
+def test_a_far_end_is_solved_without_one_and_its_tail_is_in_the_bounds():
+    problem, shorter = model(1, 0.5), 12
+    tail = 0.5**shorter * np.ptp(problem.r) / 0.5
+    far = solve(problem, shorter, tolerance=20 * tail, trials=60)
+    near = solve(problem, shorter, tolerance=1e-9, trials=400)
+    assert far.is_stationary and not near.is_stationary and far.horizon == near.horizon == shorter
+    assert far.lower <= near.lower + 1e-9 and near.upper <= far.upper + 1e-9
+    assert tail <= far.upper - far.lower <= 20 * tail  # the tail is counted once
+    assert far.lower - 1e-9 <= earned(far, 8, problem.rho, 8) + 0.5**8 * total_discount(0.5, 4) * problem.r.max()
+    assert solve(read("tiger"), 1000, tolerance=1e-6).lower == pytest.approx(TIGER_FOREVER, abs=1e-6)
 
 
 def test_an_alpha_file_has_an_action_and_a_row_for_each_vector(tmp_path):
