@@ -111,9 +111,9 @@ def fraction(value: ArrayLike, name: str) -> None:
 
 
 def discount(value: ArrayLike) -> None:
-    """A number in (0, 1]."""
-    if not (isinstance(value, Tracer) or 0 < _number(value) <= 1):
-        raise ValueError(f"discount must be a number in (0, 1]; got {value}")
+    """A number in [0, 1]."""
+    if not (isinstance(value, Tracer) or 0 <= _number(value) <= 1):
+        raise ValueError(f"discount must be a number in [0, 1]; got {value}")
 
 
 def _number(value: ArrayLike) -> float:

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
     """Read a problem from a file in Cassandra's `.pomdp` format; several files are the models of an ambiguous POMDP.
 
+    A file without observations is an MDP.
+
     Args:
       horizon: number of stages.
-      discount: in (0, 1], in place of the file's.
+      discount: in [0, 1], in place of the file's.
       alpha: attitude to ambiguity, required for several files: 1 is the worst case over the models, 0 the best.
 
     Returns:
@@ -94,7 +96,7 @@ def pomdp(
       O: [A, S, O] or [H|1, A, S, O] probabilities of the observation, by the action and the next state.
       r: [S, A] (then `horizon` is required) or [H, S, A] mean rewards, not discounted.
       rho: [S] distribution of the first state.
-      discount: in (0, 1].
+      discount: in [0, 1].
 
     Raises:
       ValueError: names the argument, the rule and what was got.

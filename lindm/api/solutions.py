@@ -11,9 +11,9 @@ from lindm.evaluation.environments import double_precision
 from lindm.evaluation.policies.solution import SolutionPolicy
 from lindm.families.registry import NamedProblem
 from lindm.problems.stationary import StationaryPOMDP
-from lindm.solvers import point_based, solution_file
+from lindm.solvers import point_based, solution_file, ties
 from lindm.solvers import solve as solvers
-from lindm.types import LinearMDP, Problem
+from lindm.types import MDP, LinearMDP, Problem
 
 NAMES = ("states", "actions", "observations", "models")
 
@@ -62,10 +62,26 @@ class Solution:
 
     @property
     def first_action(self) -> int | str:
-        """The best first action, by name where actions have names. ValueError for an MDP, where it depends on the state."""
+        """The best first action, by name where actions have names. ValueError for an MDP with several first states."""
         with double_precision():
             action = int(solvers.first_action(self.solution))
         return self.source.actions[action] if self.source.actions else action
+
+    @property
+    def first_actions(self) -> dict[int | str, int | str]:
+        """Of an MDP: the best first action in each state in which it can begin. ValueError for other problems.
+
+        >>> solution = ld.solve(ld.make("mdp", horizon=4))
+        >>> sorted(solution.first_actions)
+        [0, 1, 2, 3, 4]
+        """
+        if not isinstance(self.problem, MDP):
+            raise ValueError(f"problem must be an MDP: its state is observed; got {type(self.problem).__name__}")
+        with double_precision():
+            best = ties.greedy(self.solution.tables.Q[0])
+        states, actions = self.source.states, self.source.actions
+        possible = [s for s, p in enumerate(self.problem.rho.tolist()) if p > 0]
+        return {states[s] if states else s: actions[int(best[s])] if actions else int(best[s]) for s in possible}
 
     @property
     def policy(self) -> SolutionPolicy:

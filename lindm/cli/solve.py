@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,13 +11,15 @@ from lindm.cli.option_parser import Command, Positional
 from lindm.errors import UsageError
 from lindm.io.files import strict_json
 
+SHOWN_STATES = 6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solve:
     """Compute the value of a decision problem, with bounds, and the best first action."""
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
-    """A .pomdp file, or prostate. Several files are the models of an ambiguous POMDP."""
+    """A .pomdp file (an MDP if it has no observations), or prostate. Several files are the models of an ambiguous POMDP."""
     horizon: int | Literal["inf"]
     """Number of stages; inf for one .pomdp file whose discount is below 1."""
     discount: float | None = None
@@ -52,19 +55,29 @@ def run(options: Solve) -> int:
     refuse(options, OF_POINT_BASED, "is an option of point-based")
     from lindm.api.solutions import solve
     from lindm.cli.problems import read_problem
+    from lindm.types import MDP
 
     source = read_problem(options.problem, options.horizon, options.discount, options.alpha)
     solution = solve(source, options.method, effort=options.effort)
-    action, seconds = solution.first_action, time.perf_counter() - start
+    observed = isinstance(source.problem, MDP)
+    action, seconds = solution.first_actions if observed else solution.first_action, time.perf_counter() - start
     if options.json:
         answer = {"value": solution.value, "lower": solution.lower, "upper": solution.upper, "method": solution.method}
         print(strict_json({**answer, "seconds": round(seconds, 3), "first_action": action}))
         return 0
     bounds = "exact" if solution.exact else f"certified to lie in [{solution.lower:.10g}, {solution.upper:.10g}]"
     print(f"value         {solution.value:.10g}  ({bounds})")
-    print(f"first action  {action}")
+    print(f"first action  {by_state(action)}")
     print(f"method        {solution.method}, {seconds:.1f} s")
     return 0
+
+
+def by_state(action: int | str | Mapping[int | str, int | str]) -> str:
+    """An action, or the actions of an MDP by the state in which it begins: the first ones."""
+    if not isinstance(action, Mapping):
+        return str(action)
+    some = [f"{what} in {state}" for state, what in list(action.items())[:SHOWN_STATES]]
+    return ", ".join(some) + (f", ... ({len(action)} states; --json prints all)" if len(action) > SHOWN_STATES else "")
 
 
 def refuse(options: Solve, names: tuple[str, ...], reason: str) -> None:

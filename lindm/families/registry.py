@@ -55,11 +55,11 @@ def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
 
 
 def load_problem(words: Sequence[str], horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
-    """One `.pomdp` file as a POMDP, several files as the models of an APOMDP, or a problem of `NAMED_PROBLEMS`.
+    """A problem of `NAMED_PROBLEMS`, one `.pomdp` file (an MDP if it has no observations), or several as the models of an APOMDP.
 
     Args:
       horizon: stages, at least one.
-      discount: in (0, 1]; None is the file's own, and 0.97 for `prostate`.
+      discount: in [0, 1]; None is the file's own, and 0.97 for `prostate`.
       alpha: attitude to ambiguity, in [0, 1]; required for several files, an error for one file; None is 0.5 for `prostate`.
 
     Raises:
@@ -67,8 +67,8 @@ def load_problem(words: Sequence[str], horizon: int, discount: float | None = No
       DataError: a file is missing or wrong, or has rewards so large that values are not finite; the message names the line.
     """
     validate.count(horizon, "horizon")
-    if discount is not None and not 0 < discount <= 1:
-        raise ValueError(f"discount must be above 0 and at most 1; got {discount}")
+    if discount is not None and not 0 <= discount <= 1:
+        raise ValueError(f"discount must be a number from 0 to 1; got {discount}")
     if alpha is not None:
         validate.fraction(alpha, "alpha")
     if not words:
@@ -85,16 +85,18 @@ def load_problem(words: Sequence[str], horizon: int, discount: float | None = No
     if alpha is None and len(words) > 1:
         raise ValueError("alpha must be given for several files, which are models of one APOMDP: 1 is the worst case, 0 the best")
     models = [cassandra.read(word) for word in words]
-    pomdps = cassandra.to_pomdps(models, words, horizon, discount)
-    for word, pomdp in zip(words, pomdps, strict=True):
+    single_mdp = len(models) == 1 and not models[0].observations
+    problems: list[Any] = [cassandra.to_mdp(models[0], horizon, discount)] if single_mdp else []
+    problems = problems or cassandra.to_pomdps(models, words, horizon, discount)
+    for word, problem in zip(words, problems, strict=True):
         try:
-            validate.rewards(pomdp.r, "the rewards")
+            validate.rewards(problem.r, "the rewards")
         except ValueError as e:
             raise DataError(f"{word}: {e}") from e
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
     if len(words) == 1:
-        return NamedProblem(problem=pomdps[0], **names)
+        return NamedProblem(problem=problems[0], **names)
     assert alpha is not None
     stems = tuple(Path(word).stem for word in words)
     unique = len(set(stems)) == len(stems)
-    return NamedProblem(problem=apomdp(pomdps, alpha), models=stems if unique else tuple(words), **names)
+    return NamedProblem(problem=apomdp(problems, alpha), models=stems if unique else tuple(words), **names)

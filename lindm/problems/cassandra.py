@@ -1,10 +1,15 @@
-r"""POMDPs in Cassandra's `.pomdp` format: read and write.
+r"""POMDPs and MDPs in Cassandra's `.pomdp` format.
 
 A file is a preamble (`discount`, `values`, `states`, `actions`, `observations` and an optional `start`, in any order), then
 entries: `T: a : s : s'` for P(s' | s, a), `O: a : s' : o` for P(o | a, s'), `R: a : s : s' : o` for the reward. An entry may
 leave its last places out and give a row or a matrix (or a word: `uniform`, `identity`, `reset` for the law of the first state);
 `*` stands for all; a later entry replaces an earlier one number by number; the default is zero. Line ends have no meaning
-except in a comment (#). Rules and tolerance are those of the parser of pomdp-solve (A. R. Cassandra), which reads the same files.
+except in a comment (#). A file without `observations` is an MDP: the state is observed, and `R` takes a : s : s'. Rules and
+tolerance are those of the parser of pomdp-solve (A. R. Cassandra), which reads the same files.
+
+One entry comes from zmdp (T. Smith): `E: s ...` lists states that end the episode. It ends on arrival, and nothing is earned
+afterward. Such a state is read as one that every action keeps and that pays nothing. Where the state is hidden, it makes no
+difference whether the end is seen, because an ended episode adds zero to the value of every action.
 
 A `Model` holds the arrays of planning, with the expected reward (negated where the file gives costs)
 
@@ -14,11 +19,12 @@ A `Model` holds the arrays of planning, with the expected reward (negated where 
 import heapq
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,13 +32,14 @@ from lindm import validate
 from lindm.errors import DataError, LindmError
 from lindm.io import inputs, limits
 from lindm.io.limits import POMDP_NAMES, POMDP_TABLE
-from lindm.types import POMDP
+from lindm.types import MDP, POMDP
 
 SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
 ROUNDING = 1e-12  # a row this close to one is not changed
 
-HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R")
-RESERVED = frozenset((*HEADERS, "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
+HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R", "E")
+# E is a name too: of the action East
+RESERVED = frozenset((*HEADERS[:-1], "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
 PLACES = {
     "T": ("actions", "states", "states"),
     "O": ("actions", "states", "observations"),
@@ -46,12 +53,12 @@ ALL = slice(None)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """The POMDP of a file: names, and numpy arrays in double precision for every stage."""
+    """The POMDP or MDP of a file: names, and numpy arrays in double precision for every stage."""
 
     states: tuple[str, ...]
     actions: tuple[str, ...]
-    observations: tuple[str, ...]
-    discount: float  # in (0, 1]
+    observations: tuple[str, ...]  # none in an MDP, whose state is observed
+    discount: float  # in [0, 1]
     P: np.ndarray  # [S, A, S] probability of the next state
     O: np.ndarray  # [A, S, O] probability of the observation after an action, given the state it led to
     r: np.ndarray  # [S, A] expected reward
@@ -66,7 +73,7 @@ def read(path: str | Path) -> Model:
 def read_sizes(path: str | Path) -> tuple[int, int, int]:
     """The numbers of states, actions and observations that a file declares, 0 where it does not; its entries are not read."""
     text = inputs.read_text(Path(path), limits.POMDP_FILE)
-    first = re.search(r"^[ \t]*[TOR][ \t]*:", text, re.MULTILINE)
+    first = re.search(r"^[ \t]*[TORE][ \t]*:", text, re.MULTILINE)
     preamble, _, _ = _sections(text[: first.start()] if first else text, str(path))
     states, actions, observations = (
         len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations")
@@ -86,15 +93,15 @@ def parse(text: str, name: str = "<text>") -> Model:
     preamble, entries, last = _sections(text, name)
     labels = {word: _labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
     for word in ("discount", "states", "actions", "observations"):
-        if word not in preamble:
+        if word not in preamble and (word != "observations" or any(entry.word == "O" for entry in entries)):
             raise last.stop(f"{word!r} is missing: expected a line `{word}: ...` before the first T, O or R")
-    rule = "a number above 0 and at most 1"
-    discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 < float(w) <= 1))
+    rule = "a number from 0 to 1"
+    discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 <= float(w) <= 1))
     costs = "values" in preamble and _only(preamble["values"], "`reward` or `cost`", {"reward", "cost"}.__contains__) == "cost"
-    S, A, O = map(len, labels.values())
+    S, A, O = (len(labels.get(word, ())) for word in ("states", "actions", "observations"))
     if (total := S * A * (S + O)) > POMDP_TABLE:
         raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {POMDP_TABLE}")
-    names = {word: tuple(map(str, each)) for word, each in labels.items()}
+    names = {"observations": ()} | {word: tuple(map(str, each)) for word, each in labels.items()}
     index = {word: {n: i for i, n in enumerate(names[word])} for word in names}
 
     off: list[tuple[int, str]] = []  # the rows that were scaled, with their lines
@@ -103,15 +110,20 @@ def parse(text: str, name: str = "<text>") -> Model:
     _normalize(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
     lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
-    rewards, writes = [], 0
+    rewards, ends, writes = [], np.zeros(S, bool), 0
     for entry in entries:
+        if entry.word == "E":
+            ends[_states(entry, index["states"])] = True
+            lines["T"][:, ends] = entry.line
+            continue
         where, values = _entry(entry, index, start)
         if entry.word == "R":
             rewards.append((entry, where, values))
         else:
             writes = _count_writes(writes, tables[entry.word][where].size, entry)
             tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
-    for word, table in tables.items():
+    tables["T"][:, ends] = np.eye(S)[ends]
+    for word, table in tables.items() if O else [("T", tables["T"])]:
         title = f"{word} of action {{!r}}, state {{!r}}".format
         _normalize(table, lines[word], lambda a, s, t=title: t(names["actions"][a], names["states"][s]), last, off)
     if off:
@@ -119,48 +131,33 @@ def parse(text: str, name: str = "<text>") -> Model:
         more = f" (and {len(off) - 1} more that miss it)" if len(off) > 1 else ""
         warnings.warn(f"{name}:{line}: {row}, not to one{more}: scaled", UserWarning, stacklevel=2)
     r = (-1.0 if costs else 1.0) * _expected_reward(rewards, **tables) + 0.0  # + 0.0: no cost is 0.0, not -0.0
+    r[ends] = 0.0
+    for entry, (_, state, *_), values in rewards:
+        if state.start is not None and ends[state.start] and values.any():
+            lost = f"the reward of actions in {names['states'][state.start]!r} is never paid: E ends the episode on arrival"
+            warnings.warn(f"{name}:{entry.line}: {lost}", UserWarning, stacklevel=2)
+            break
     return Model(**names, discount=discount, P=tables["T"].swapaxes(0, 1).copy(), O=tables["O"], r=r, start=start)
-
-
-def write(model: Model) -> str:
-    """The model as a text: `parse(write(model))` has the same names and, to the last bit, the same numbers.
-
-    Raises:
-      ValueError: a name that the format cannot hold, a shape that does not fit the names, a row that is not a distribution.
-    """
-    S, A, O = len(model.states), len(model.actions), len(model.observations)
-    if not 0 < model.discount <= 1:
-        raise ValueError(f"discount must be above 0 and at most 1; got {model.discount}")
-    for field, shape in {"P": (S, A, S), "O": (A, S, O), "r": (S, A), "start": (S,)}.items():
-        array = getattr(model, field)
-        if array.shape != shape or 0 in shape or not np.isfinite(array).all():
-            raise ValueError(f"{field} must be finite, of the shape {shape} that the names ask for; got shape {array.shape}")
-        if field != "r" and ((array < 0).any() or (np.abs(array.sum(-1) - 1) > ROUNDING).any()):
-            raise ValueError(f"each row of {field} must be a distribution (its sum within {ROUNDING:g} of one)")
-    lines = [f"discount: {float(model.discount)!r}", "values: reward"]
-    for word in ("states", "actions", "observations"):
-        names = getattr(model, word)
-        counted = names == tuple(map(str, range(len(names))))
-        if not counted and (bad := [n for n in names if _unfit(n)] or [n for n in names if names.count(n) > 1]):
-            raise ValueError(f"{word} must be different names that a file can hold; got {bad[0]!r}: {_unfit(bad[0]) or 'twice'}")
-        lines.append(f"{word}: {len(names) if counted else ' '.join(names)}")
-    lines.append(f"start: {_row(model.start)}")
-    lines += _rows("T", model.P.swapaxes(0, 1), model.actions, model.states, model.states)
-    lines += _rows("O", model.O, model.actions, model.states, model.observations)
-    everywhere = (model.r == model.r[:, :1]).all()
-    for a, action in enumerate("*" if everywhere else model.actions):
-        lines += [f"R: {action} : {s} : * : * {v!r}" for s, v in zip(model.states, model.r[:, a].tolist(), strict=True) if v]
-    return "\n".join(lines) + "\n"
 
 
 def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP:
     """The first `horizon` stages as a POMDP, with discount^h folded into the rewards; `None` is the file's own discount."""
+    arrays = _arrays(model, horizon, discount)
+    return POMDP(**arrays, O=jnp.asarray(model.O[None], arrays["P"].dtype))
+
+
+def to_mdp(model: Model, horizon: int, discount: float | None = None) -> MDP:
+    """`to_pomdp` of a file without observations."""
+    return MDP(**_arrays(model, horizon, discount))
+
+
+def _arrays(model: Model, horizon: int, discount: float | None) -> dict[str, jax.Array]:
     gamma = model.discount if discount is None else discount
-    if not 0 < gamma <= 1:
-        raise ValueError(f"discount must be above 0 and at most 1; got {gamma}")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"discount must be a number from 0 to 1; got {gamma}")
     r = float(gamma) ** np.arange(validate.count(horizon, "horizon"))[:, None, None] * model.r
-    arrays = {"P": model.P[None], "O": model.O[None], "r": r, "rho": model.start}
-    return POMDP(**{name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()})
+    arrays = {"P": model.P[None], "r": r, "rho": model.start}
+    return {name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()}
 
 
 def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
@@ -173,6 +170,8 @@ def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, disco
     if not models or len(models) != len(names):
         raise ValueError(f"models must be at least one, each with its name; got {len(models)} models and {len(names)} names")
     for model, name in zip(models, names, strict=True):
+        if not model.observations:
+            raise DataError(f"{name}: observations must be given in several files, which are models of one POMDP; this is an MDP")
         for word in ("states", "actions", "observations") + (() if discount is not None else ("discount",)):
             mine, first = getattr(model, word), getattr(models[0], word)
             if mine != first:
@@ -213,7 +212,8 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
     heads = []  # position and length of each header
     for i, word in enumerate(words):
         length = 3 if word == "start" and words[i + 1 : i + 2] in (["include"], ["exclude"]) else 2
-        if word in HEADERS and words[i + length - 1 : i + length] == [":"]:
+        is_name = word == "E" and words[i - 1 : i] == [":"]  # as in T: E: far
+        if word in HEADERS and words[i + length - 1 : i + length] == [":"] and not is_name:
             heads.append((i, length))
     if not heads or heads[0][0]:
         raise DataError(f"{name}:{lines[0]}: expected one of {', '.join(HEADERS)}, and a colon; got {_quote(words[0])}")
@@ -222,10 +222,10 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
     for (i, length), (end, _) in zip(heads, [*heads[1:], (len(words), 0)], strict=True):
         key, body = words[i], slice(i + length, end)
         section = _Section(name, " ".join(words[i : i + length - 1]), lines[i], words[body], lines[body])
-        if key in PLACES:
+        if key in PLACES or key == "E":
             entries.append(section)
         elif entries:
-            raise section.stop(f"{key!r} must come before the first T, O or R, which is on line {entries[0].line}")
+            raise section.stop(f"{key!r} must come before the first T, O, R or E, which is on line {entries[0].line}")
         elif key in preamble:
             raise section.stop(f"{key!r} is given twice, first on line {preamble[key].line}")
         else:
@@ -252,13 +252,13 @@ def _labels(section: _Section) -> Sequence[int | str]:
         return range(int(words[0]))
     seen: set[str] = set()
     for i, word in enumerate(words):
-        if why := "it is there already" if word in seen else _unfit(word):
+        if why := "it is there already" if word in seen else unfit(word):
             raise section.stop(f"{_quote(word)} cannot be a name in {section.word!r}: {why}", i)
         seen.add(word)
     return words
 
 
-def _unfit(name: str) -> str:
+def unfit(name: str) -> str:
     """Why this cannot be a name; empty where it can."""
     if not TOKEN.fullmatch(name) or name == ":" or "#" in name:
         return "a name has no space, colon or #"
@@ -274,6 +274,8 @@ def _find(section: _Section, at: int, kind: str, index: dict[str, int]) -> int:
         return index[word]
     if INDEX.fullmatch(word) and int(word) < len(index):
         return int(word)
+    if not index:
+        raise section.stop(f"{_quote(word)} is no observation of this MDP, which has none: expected *", at)
     some = ", ".join(_quote(n) for n in list(index)[:6]) + (", ..." if len(index) > 6 else "")
     raise section.stop(f"{_quote(word)} is none of the {kind}: expected {some}, or an index from 0 to {len(index) - 1}", at)
 
@@ -307,10 +309,8 @@ def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarra
 def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
     S, words = len(index), section.words
     if section.word != "start":
-        if not words:
-            raise section.stop(f"{section.word!r} takes a list of states; got nothing")
         listed = np.zeros(S, bool)
-        listed[[_find(section, i, "states", index) for i in range(len(words))]] = True
+        listed[_states(section, index)] = True
         kept = listed if section.word == "start include" else ~listed
         if not kept.any():
             raise section.stop("'start exclude' leaves no state; expected at least one that is not listed")
@@ -325,20 +325,28 @@ def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
     return _numbers(section, 0, (S,))
 
 
+def _states(section: _Section, index: dict[str, int]) -> list[int]:
+    """The states of a list."""
+    if not section.words:
+        raise section.stop(f"{section.word!r} takes a list of states; got nothing")
+    return [_find(section, i, "states", index) for i in range(len(section.words))]
+
+
 def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
     """The part of its table that an entry writes, and an array that broadcasts against that part."""
     kinds, words = PLACES[section.word], section.words
     given = 1
     while words[2 * given - 1 : 2 * given] == [":"]:
         given += 1
-    least, at = (2 if section.word == "R" else 1), 2 * given - 1  # at: the first of the numbers
+    observed = not index["observations"]
+    least, at = (2 if section.word == "R" and not observed else 1), 2 * given - 1  # at: the first of the numbers
     if not least <= given <= len(kinds) or len(words) < at:
         form, got = " : ".join(kind[:-1] for kind in kinds), " ".join(words[:at]) or "nothing"
         raise section.stop(f"{section.word!r} takes {least} to {len(kinds)} of {form}; got {_quote(got)}", at - 1)
     indices = [None if words[2 * i] == "*" else _find(section, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
     free = len(kinds) - given
     where = (*(ALL if i is None else slice(i, i + 1) for i in indices), *[ALL] * free)
-    shape = (1,) * given + tuple(len(index[kind]) for kind in kinds[given:])
+    shape = (1,) * given + tuple(len(index[kind]) or 1 for kind in kinds[given:])
     word = words[at] if len(words) == at + 1 else ""
     if word == "uniform" and free and section.word != "R":
         return where, np.full(shape, 1 / shape[-1])
@@ -392,19 +400,3 @@ def _count_writes(before: int, size: int, entry: _Section) -> int:
     if (after := before + size + 100) > limits.POMDP_WRITES:  # an entry takes the time of about a hundred numbers
         raise entry.stop(f"the entries up to this one write too many numbers, more than {limits.POMDP_WRITES:,}")
     return after
-
-
-def _row(row: np.ndarray) -> str:
-    return "uniform" if (row == 1 / len(row)).all() else " ".join(map(repr, row.tolist()))
-
-
-def _rows(word: str, table: np.ndarray, actions: Sequence[str], froms: Sequence[str], tos: Sequence[str]) -> Iterator[str]:
-    """The entries of a table [A, S, ...], each row in the shorter of its forms; one block where the action changes nothing."""
-    for action, rows in [("*", table[0])] if (table == table[0]).all() else zip(actions, table, strict=True):
-        if word == "T" and (rows == np.eye(len(froms))).all():
-            yield f"T: {action} identity"
-            continue
-        for name, row in zip(froms, rows, strict=True):
-            head = f"{word}: {action} : {name}"
-            single = "\n".join(f"{head} : {to} {v!r}" for to, v in zip(tos, row.tolist(), strict=True) if v)
-            yield min(single, f"{head} {_row(row)}", key=len)

@@ -83,7 +83,7 @@ def draw_stationary_mdp(
         for nearly uniform ones. May be traced.
       low, high, step: rewards are uniform in [low, high] if `step` is 0, else every multiple of `step` in the interval is
         equally likely (numbers that are short in text).
-      discount: in (0, 1], folded into the rewards of later stages. May be traced.
+      discount: in [0, 1], folded into the rewards of later stages. May be traced.
 
     Raises:
       ValueError: a size or a number is out of its range, or [low, high] holds no multiple of `step`.

@@ -26,7 +26,7 @@ def pomdp(
       r: [S, A], the same at every stage (then `horizon` is required), or [H, S, A]; finite, not discounted.
       rho: [S], a distribution.
       horizon: H; must agree with the arrays that have an axis of stages.
-      discount: in (0, 1].
+      discount: in [0, 1].
 
     Raises:
       ValueError: names the argument, the rule and what was got.

@@ -149,13 +149,17 @@ def _affordable(memory: Callable[[int], int], effort: int | None, default: int, 
 
 
 def first_action(solution: Solution) -> Array:
-    """The action [] at the start of a POMDP or an APOMDP, before any observation.
+    """The action [] at the start: of a POMDP or an APOMDP before any observation, of an MDP in its first state.
 
     Raises:
-      ValueError: the problem is an MDP, whose first action depends on the first state.
+      ValueError: the problem is an MDP with several possible first states, on which its first action depends.
     """
     if isinstance(solution.problem, MDP):
-        raise ValueError("problem must be a POMDP or an APOMDP: the first action of an MDP depends on its first state")
+        assert isinstance(solution.tables, Plan)
+        possible = np.flatnonzero(np.asarray(solution.problem.rho))
+        if len(possible) > 1:
+            raise ValueError("problem must have one first state: the first action of an MDP depends on it")
+        return greedy(solution.tables.Q[0])[possible[0]]
     return greedy(_at_start(as_apomdp(solution.problem), solution.tables)[0])
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lindm.cli import doctor
@@ -20,6 +21,7 @@ from lindm_experiments.harness.experiments import experiment_names
 from tests.clock import HANGS
 
 TIGER = Path(__file__).parents[1] / "problems" / "files" / "tiger.pomdp"
+FOREST = TIGER.with_name("forest.pomdp")
 
 MAKE = ["data", "make", "mdp", "--tasks", "1", "--demos", "2", "--out", "x"]
 
@@ -342,6 +344,24 @@ def test_solve_prints_the_value_its_bounds_and_the_first_action_by_name(capsys):
     assert main(["solve", str(TIGER), "--horizon", "3", "--method", "hsvi", "--discount", "1"]) == 0
     said = capsys.readouterr().out
     assert "certified to lie in [" in said and "first action  listen" in said and "hsvi" in said
+
+
+def test_a_file_without_observations_is_solved_and_labeled_as_an_mdp(tmp_path, capsys):
+    V = np.zeros(3)  # of the forest: it burns with probability 0.1, or grows; whoever cuts starts over
+    for _ in range(5):
+        V = np.maximum([0, 0, 4] + 0.9 * (0.1 * V[0] + 0.9 * V[[1, 2, 2]]), [0, 1, 2] + 0.9 * V[0])
+    assert main(["solve", str(FOREST), "--horizon", "5", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["first_action"] == {"young": "wait"} and answer["method"] == "backward induction"
+    assert abs(answer["value"] - V[0]) < 1e-12
+    anywhere = tmp_path / "anywhere.pomdp"
+    anywhere.write_text(FOREST.read_text().replace("start: young", "start: uniform"))
+    assert main(["solve", str(anywhere), "--horizon", "1"]) == 0
+    assert "first action  wait in young, cut in middle, wait in old" in capsys.readouterr().out
+    made = tmp_path / "data"
+    assert main(["data", "make", str(FOREST), "--horizon", "3", "--tasks", "1", "--demos", "2", "--out", str(made)]) == 0
+    episode = json.loads((made / "episodes-00000.jsonl").read_text().splitlines()[0])
+    assert episode["state"][0] == 0 and episode["label"][0] == 0 and "observation" not in episode
 
 
 def test_several_files_are_solved_as_a_cloud(tmp_path, capsys):

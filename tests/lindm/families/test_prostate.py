@@ -72,7 +72,7 @@ def test_numbers_out_of_range_raise_an_error_that_names_them():
     for arguments, rule in (
         ({"horizon": 0}, "horizon must be a whole number"),
         ({"alpha": 2.0}, "alpha must be a number in"),
-        ({"discount": 0.0}, "discount must be a number in"),
+        ({"discount": -0.1}, "discount must be a number in"),
         ({"biopsy_loss": -0.1}, "biopsy_loss must be finite and not negative"),
         ({"treated_loss": float("nan")}, "treated_loss must be"),
         ({"untreated_loss": float("inf")}, "untreated_loss must be"),

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from lindm.errors import DataError, LindmError
 from lindm.problems import cassandra
-from lindm.problems.cassandra import Model, parse, read, to_pomdp, to_pomdps, write
+from lindm.problems.cassandra import Model, parse, read, to_mdp, to_pomdp, to_pomdps
+from lindm.problems.cassandra_writer import write
+from lindm.types import MDP
 
 FILES = Path(__file__).parent / "files"
 PREAMBLE = "discount: 0.9\nvalues: reward\nstates: a b c\nactions: x y\nobservations: u v\n"
@@ -325,7 +327,7 @@ def test_the_files_come_back(name):
         ({"actions": ("x", "x")}, "'x': twice"),
         ({"actions": ("x",)}, r"P must .* \(3, 1, 3\)"),
         ({"states": (), "P": np.zeros((0, 2, 0))}, "P must"),
-        ({"discount": 0.0}, "discount"),
+        ({"discount": -0.5}, "discount"),
         ({"discount": 1.5}, "discount"),
         ({"r": np.full((3, 2), np.nan)}, "r must be finite"),
         ({"start": np.array([0.5, 0.25, 0.24])}, "each row of start"),
@@ -347,21 +349,23 @@ BROKEN = [
     ("states: a b c\n", "", 12, "'states' is missing"),
     ("actions: x y\n", "", 12, "'actions' is missing"),
     ("observations: u v\n", "", 12, "'observations' is missing"),
+    ("observations: u v\n", "E: d\nobservations: u v\n", 6, "'observations' must come before"),
+    ("O: * uniform", "E:\nO: * uniform", 12, "'E' takes a list of states; got nothing"),
+    ("O: * uniform", "E: a d\nO: * uniform", 12, "'d' is none of the states"),
     ("T: x identity\nT: y\n.5 .25 .25\n0 1 0\n.1 .2 .7\n", "", 8, "T of action 'x', state 'a' is missing: expected 3"),
     ("O: * uniform\n", "", 12, "O of action 'x', state 'a' is missing: expected 2"),
     ("T: x identity\n", "", 12, "T of action 'x', state 'a' is missing"),
     ("O: * uniform", "O: x uniform\nO: y : * .5 .5\nO: y : b 1 1", 14, "O of action 'y', state 'b' sums to 2; expected one"),
     ("discount: 0.9", "discount: 0.9\ndiscount: 0.8", 2, "'discount' is given twice, first on line 1"),
     ("start: a", "start: a\nstart include: b", 7, "'start' is given twice, first on line 6"),
-    ("O: * uniform", "O: * uniform\nvalues: cost", 13, "'values' must come before the first T, O or R, which is on line 7"),
+    ("O: * uniform", "O: * uniform\nvalues: cost", 13, "'values' must come before the first T, O, R or E, which is on line 7"),
     ("O: * uniform", "O: * uniform\nstart: b", 13, "'start' must come before"),
-    ("discount: 0.9", "discount: 0", 1, "above 0 and at most 1; got '0'"),
-    ("discount: 0.9", "discount: 1.01", 1, "above 0 and at most 1; got '1.01'"),
-    ("discount: 0.9", "discount: -0.9", 1, "above 0 and at most 1; got '-0.9'"),
-    ("discount: 0.9", "discount: nan", 1, "above 0 and at most 1; got 'nan'"),
-    ("discount: 0.9", "discount: often", 1, "above 0 and at most 1; got 'often'"),
-    ("discount: 0.9", "discount:", 1, "above 0 and at most 1; got ''"),
-    ("discount: 0.9", "discount: 0.9\n0.8", 2, "above 0 and at most 1; got '0.9 0.8'"),
+    ("discount: 0.9", "discount: 1.01", 1, "a number from 0 to 1; got '1.01'"),
+    ("discount: 0.9", "discount: -0.9", 1, "a number from 0 to 1; got '-0.9'"),
+    ("discount: 0.9", "discount: nan", 1, "a number from 0 to 1; got 'nan'"),
+    ("discount: 0.9", "discount: often", 1, "a number from 0 to 1; got 'often'"),
+    ("discount: 0.9", "discount:", 1, "a number from 0 to 1; got ''"),
+    ("discount: 0.9", "discount: 0.9\n0.8", 2, "a number from 0 to 1; got '0.9 0.8'"),
     ("discount: 0.9", "discount 0.9", 1, "expected one of discount, values, states"),
     ("reward", "rewards", 2, "`reward` or `cost`; got 'rewards'"),
     ("states: a b c", "states:", 3, "'states' must be a count from 1 to 1000000 or a list of names; got ''"),
@@ -655,7 +659,7 @@ def test_the_maze_is_its_geometry():
 # ------------------------------------------------------------------------------------------------------------- to the problems
 
 
-@pytest.mark.parametrize("discount, gamma", [(None, 0.9), (0.5, 0.5), (1, 1.0)])
+@pytest.mark.parametrize("discount, gamma", [(None, 0.9), (0.5, 0.5), (1, 1.0), (0, 0.0)])
 def test_a_model_becomes_a_problem_with_the_discount_in_its_rewards(discount, gamma):
     m = parse(RICH)
     problem = to_pomdp(m, 4, discount)
@@ -667,7 +671,7 @@ def test_a_model_becomes_a_problem_with_the_discount_in_its_rewards(discount, ga
 
 @pytest.mark.parametrize(
     "horizon, discount, name",
-    [(0, None, "horizon"), (2.5, None, "horizon"), (3, 0, "discount"), (3, 1.1, "discount"), (3, float("nan"), "discount")],
+    [(0, None, "horizon"), (2.5, None, "horizon"), (3, -0.1, "discount"), (3, 1.1, "discount"), (3, float("nan"), "discount")],
 )
 def test_an_invalid_horizon_or_discount_raises_an_error(horizon, discount, name):
     with pytest.raises(ValueError, match=f"^{name} must"):
@@ -697,3 +701,57 @@ def test_models_of_one_problem_fit_together_and_others_raise_an_error_that_names
 def test_reserved_words_of_the_format_are_not_names():
     for word in cassandra.RESERVED:
         assert "word of the format" in refusal(FINE.replace("states: a b c", f"states: a b c {word}"))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ MDPs
+
+FOREST = read(FILES / "forest.pomdp")
+
+
+def test_a_file_without_observations_is_an_mdp():
+    assert FOREST.observations == () and FOREST.O.shape == (2, 3, 0)
+    same(parse(write(FOREST)), FOREST)
+    problem = to_mdp(FOREST, 3)
+    assert isinstance(problem, MDP) and problem.r.shape == (3, 3, 2)
+    # the forest of pymdptoolbox: it grows or burns; the longer it stands, the more the owner likes it
+    assert np.array_equal(FOREST.P[:, 0], [[0.1, 0.9, 0], [0.1, 0, 0.9], [0.1, 0, 0.9]]) and (FOREST.P[:, 1, 0] == 1).all()
+    assert np.array_equal(FOREST.r, [[0, 0], [0, 1], [4, 2]])
+
+
+def test_rewards_of_an_mdp_have_every_form_of_the_grammar():
+    head = "discount: 0.9\nstates: a b\nactions: x y\nT: x identity\nT: y uniform\n"
+    table = np.array([[1.0, 2], [3, 4]])  # by state and next state
+    forms = (
+        "R: * : a : a 1 R: * : a : b 2 R: * : b : a 3 R: * : b : b 4",
+        "R: * : a : a : * 1 R: * : a : b : * 2 R: * : b : a : * 3 R: * : b : b : * 4",
+        "R: * : a 1 2\nR: * : b 3 4",
+        "R: *\n1 2\n3 4",
+    )
+    for form in forms:
+        got = parse(head + form).r
+        assert np.array_equal(got, np.stack([np.diag(table), table.mean(1)], axis=1)), form
+    assert "'0' is no observation of this MDP" in refusal(head + "R: x : a : a : 0 1")
+    with pytest.raises(LindmError, match=r"^two: observations must be given in several files"):
+        to_pomdps([parse(head + "R: * : a : a 1"), parse(head)], ["two", "three"], 3)
+
+
+@pytest.mark.parametrize("observations", ["observations: u v\nO: * : * : u 0.5 O: * : * : v .5\n", ""])
+def test_an_episode_ends_where_e_says_and_nothing_is_paid_afterward(observations):
+    preamble, _, O = observations.partition("\n")
+    head = f"discount: 0.9\nstates: far goal E\nactions: N E\n{preamble}\nstart: far\n{O}"
+    text = head + "T: * : far : goal 1\nT: E : E : far 1\nT : N : E : E 1\nE: goal\nR: * : * : goal 10\nR: * : E : E -1\n"
+    text = text.replace("goal 10", "goal : * 10").replace("E -1", "E : * -1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = parse(text)
+    assert np.array_equal(got.P[1], np.eye(3)[[1, 1]])  # T of the goal is not given: it is kept
+    assert np.array_equal(got.r, [[10, 10], [0, 0], [-1, 0]])
+    same(parse(write(got)), got)  # as standard entries, which every reader of the format understands
+    assert "\nE:" not in write(got)
+    with pytest.warns(UserWarning, match="^f.pomdp:[0-9]+: the reward of actions in 'goal' is never paid"):
+        parse(text + "R: N : goal : * : * 3", "f.pomdp")
+
+
+def test_with_discount_zero_the_first_reward_counts_alone():
+    got = parse("discount: 0\nstates: 2\nactions: 2\nT: * identity\nR: 1 : 0 : * : * 3", "f.pomdp")
+    assert got.discount == 0 and to_mdp(got, 3).r[:, 0, 1].tolist() == [3, 0, 0]

@@ -215,7 +215,7 @@ def test_a_table_of_rewards_serves_every_stage_and_stages_keep_their_own():
         ({"low": 1.0, "high": 0.0}, "high must be at least low"),
         ({"step": -0.1}, "step must be finite and not negative"),
         ({"step": 0.4, "low": 0.5, "high": 0.7}, "step must have a multiple between low = 0.5 and high = 0.7; got 0.4"),
-        ({"discount": 0.0}, r"discount must be a number in \(0, 1\]; got 0"),
+        ({"discount": -0.5}, r"discount must be a number in \[0, 1\]; got -0.5"),
         ({"discount": 1.01}, "discount must be"),
         ({"discount": float("nan")}, "discount must be"),
         ({"discount": "high"}, "discount must be"),

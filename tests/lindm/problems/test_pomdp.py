@@ -123,7 +123,7 @@ def test_a_wrong_shape_raises_an_error_that_names_it(name, array):
         ({"r": np.zeros((S, A))}, "horizon must be given when r has no axis of stages"),
         ({"r": np.zeros((S, A)), "horizon": 0}, "horizon must be a whole number of at least 1; got 0"),
         ({"r": np.zeros((S, A)), "horizon": 2}, "P must have shape"),
-        ({"discount": 0.0}, "discount must be"),
+        ({"discount": -0.1}, "discount must be"),
         ({"discount": 1.5}, "discount must be"),
     ],
 )

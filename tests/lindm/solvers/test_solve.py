@@ -1,5 +1,7 @@
 """`solve`: the method, the bounds, the labels and the errors."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,11 +175,12 @@ def test_methods_that_do_not_fit_raise_an_error(brute):
         solve(apomdp, "hsvi")
     with pytest.raises(ValueError, match=r"effort must be left out where the answer is exact \(tree\); got 5"):
         solve(apomdp, effort=5)
-    mdp = MDP(P=jnp.ones((1, 1, 1, 1)), r=jnp.ones((2, 1, 1)), rho=jnp.ones(1))
+    mdp = MDP(P=jnp.eye(2)[None, :, None], r=jnp.ones((2, 2, 1)), rho=jnp.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="method must be auto for an MDP; got 'tree'"):
         solve(mdp, "tree")
-    with pytest.raises(ValueError, match="the first action of an MDP depends on its first state"):
-        first_action(solve(mdp))
+    assert int(first_action(solve(mdp))) == 0
+    with pytest.raises(ValueError, match="problem must have one first state: the first action of an MDP depends on it"):
+        first_action(solve(replace(mdp, rho=jnp.array([0.5, 0.5]))))
     with pytest.raises(ValueError, match="method net runs on the host, not under jit or vmap"):
         jax.jit(lambda p: solve(p, "net").value)(apomdp)
     with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; a tree of this problem takes more than 2\^60"):
