@@ -37,8 +37,7 @@ from lindm.types import MDP, POMDP
 SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
 ROUNDING = 1e-12  # a row this close to one is not changed
 
-HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R", "E")
-# E is a name too: of the action East
+HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R", "E")  # E: a name too, of East
 RESERVED = frozenset((*HEADERS[:-1], "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
 PLACES = {
     "T": ("actions", "states", "states"),
@@ -75,10 +74,8 @@ def read_sizes(path: str | Path) -> tuple[int, int, int]:
     text = inputs.read_text(Path(path), limits.POMDP_FILE)
     first = re.search(r"^[ \t]*[TORE][ \t]*:", text, re.MULTILINE)
     preamble, _, _ = _sections(text[: first.start()] if first else text, str(path))
-    states, actions, observations = (
-        len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations")
-    )
-    return states, actions, observations
+    S, A, O = (len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations"))
+    return S, A, O
 
 
 def parse(text: str, name: str = "<text>") -> Model:
