@@ -27,7 +27,7 @@ OLS, ridge and LSVI on short contexts and loses to OLS on long clean ones.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +37,15 @@ from matplotlib import pyplot
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from lindm.icl.attention import ReducedAttention, pad
 from lindm.icl.prompts import draw_pairs, transitions
-from lindm.icl.trainer import train_many
 from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, tabulate
-from lindm.problems.regression import draw_regression
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import BLUE, COLORS, DIVERGING, GRAY, MARKERS, MEASURED, RED, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
+from lindm_experiments.lib.gaussian_regression import D, gaussian_layers, grams
 from lindm_experiments.lib.predictor_risks import (
     AFFINE,
     BAYES,
@@ -62,7 +60,6 @@ from lindm_experiments.lib.predictor_risks import (
 from lindm_theory.in_context import optimal_weights
 from lindm_theory.least_squares import boundary, layer_risk, ols_risk
 
-D = 8  # features of the Gaussian problem
 S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
 
 
@@ -128,41 +125,6 @@ SMOKE = Config(
 
 
 # --- Gaussian regression -------------------------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames=("contexts", "longest"))
-def grams(key: Array, M: Array, contexts: int, longest: int) -> Array:
-    """X'X [contexts, m, D, D] of the first M of `longest` Gaussian features."""
-    x = jax.random.normal(key, (contexts, longest, D))
-    used = (jnp.arange(longest)[None] < M[:, None]).astype(x.dtype)
-    return jnp.einsum("mi,cid,cie->cmde", used, x, x)
-
-
-@lru_cache
-def _gaussian_draw(longest: int, batch: int):
-    """The draw of a Gaussian training batch of n <= longest pairs and noise sigma, both traced."""
-
-    def draw(key: Array, root: Array, n: Array, sigma: Array):
-        keys = jax.random.split(key, batch)
-        prompt, target, _ = jax.vmap(lambda k: draw_regression(k, root, root, longest, 8, sigma))(keys)
-        return pad(prompt, n), target
-
-    return draw
-
-
-def gaussian_layers(key: Array, cells: list[tuple[int, float]], steps: int) -> np.ndarray:
-    """Layers [cells, D, D] trained for the length and noise of each cell."""
-    n = len(cells)
-    if n == 0:
-        return np.zeros((0, D, D))
-    data = (
-        jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (n, D, D)),
-        jnp.asarray([M for M, _ in cells]),
-        jnp.asarray([s for _, s in cells], jnp.float32),
-    )
-    draw = _gaussian_draw(max(M for M, _ in cells), 64)
-    layers, _ = train_many(ReducedAttention(D), draw, jax.random.split(key, n), steps=steps, data=data, learning_rate=0.03)
-    return np.asarray(layers.A[...][:, 0], float)
 
 
 def gaussian_part(cfg: Config, key: Array) -> list[dict]:

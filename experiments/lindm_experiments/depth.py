@@ -30,7 +30,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, pad, query_columns
-from lindm.icl.label_laws import noisy_labels, oracle_labels
+from lindm.icl.label_laws import oracle_labels
 from lindm.icl.prompts import draw_pairs
 from lindm.icl.trainer import train, train_many
 from lindm.problems.linear_mdp import MDPFamily, draw_task, onehot_family, second_moment, simplex_family, with_second_moment
@@ -41,6 +41,7 @@ from lindm_experiments.harness.config import check_at_least, check_counts, check
 from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GREEN, MARKERS, MEASURED, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
+from lindm_experiments.lib.repeated_layers import BLOCK, finite_contexts, long_bias, onehot_risk
 from lindm_theory.in_context import onehot_gamma
 from lindm_theory.robustness import depth_bias, onehot_depth_risk
 
@@ -90,7 +91,6 @@ class Config:
         check_at_least(self, 1, "kappa")
 
 
-BLOCK = 1024  # contexts in flight
 QUICK = Config()
 FULL = Config(
     seeds=10,
@@ -112,82 +112,6 @@ def feature_family(cfg: Config, seed: int) -> MDPFamily:
     """The first of the four stages is the one studied."""
     base = simplex_family(linear_mdps.family_key(seed), 12, 3, D, 4, feature_power=0.7, low=-1.0, high=1.0)
     return with_second_moment(base, covariance(D, cfg.kappa))
-
-
-def path(blocks: Array, G: Array, S: Array) -> Array:
-    """w after every layer, [k, d]: w <- w + A_j (S - G w) from zero; blocks [k, d, d], G [d, d], S [d]."""
-
-    def layer(w: Array, A: Array) -> tuple[Array, Array]:
-        w = w + A @ (S - G @ w)
-        return w, w
-
-    return jax.lax.scan(layer, jnp.zeros_like(S), blocks)[1]
-
-
-@partial(jax.jit, static_argnames=("contexts", "length", "layers"))
-def long_bias(key: Array, family: MDPFamily, A: Array, w: Array, contexts: int, length: int, layers: int) -> Array:
-    """Risk [R, layers] of A [R, d, d] repeated, on very long noiseless contexts; every context serves all tasks w [n, d]."""
-    x_all, cdf, Lambda = linear_mdps.pairs_table(family), cumulative(family.design), second_moment(family)
-
-    def context(k: Array) -> Array:
-        x = x_all[draw_pairs(k, cdf, length)]
-        G = x.T @ x / length
-
-        def risk(A: Array) -> Array:
-            blocks = jnp.broadcast_to(A, (layers, D, D))
-            e = jax.vmap(lambda w: path(blocks, G, G @ w) - w[None, :])(w)
-            return jnp.einsum("nki,ij,nkj->k", e, Lambda, e) / len(w)
-
-        return jax.vmap(risk)(A)
-
-    return jax.lax.map(context, jax.random.split(key, contexts)).mean(0)
-
-
-@partial(jax.jit, static_argnames=("longest",))
-def finite_contexts(
-    key: Array, family: MDPFamily, stacks: tuple[Array, ...], w: Array, lengths: Array, sigma: Array, longest: int
-) -> tuple[tuple[Array, ...], Array, Array]:
-    """Contexts of L lengths, one task w [n, d] each: squared errors [n, L, k] after every layer of each stack [k, d, d] of
-    blocks, of least squares [n, L], and G [n, L, d, d]."""
-    x_all, cdf, Lambda = linear_mdps.pairs_table(family), cumulative(family.design), second_moment(family)
-    used = (jnp.arange(longest)[None, :] < lengths[:, None]) / lengths[:, None]
-
-    def context(at) -> tuple[tuple[Array, ...], Array, Array]:
-        k, w = at
-        which, label = jax.random.split(k)
-        x = x_all[draw_pairs(which, cdf, longest)]
-        y = noisy_labels(label, x, w, sigma)
-        G = jnp.einsum("lm,mi,mj->lij", used, x, x, optimize=[(0, 1), (0, 1)])
-        S = used @ (y[:, None] * x)
-
-        def error(v: Array) -> Array:
-            return jnp.einsum("...i,ij,...j->...", v, Lambda, v)
-
-        deep = tuple(error(jax.vmap(lambda G, S, b=b: path(b, G, S))(G, S) - w[None, None, :]) for b in stacks)
-        return deep, error(jnp.linalg.solve(G, S[..., None])[..., 0] - w[None, :]), G
-
-    return jax.lax.map(context, (jax.random.split(key, len(w)), w), batch_size=256)
-
-
-@partial(jax.jit, static_argnames=("contexts", "longest", "layers"))
-def onehot_risk(key: Array, family: MDPFamily, a: Array, w: Array, lengths: Array, contexts: int, longest: int, layers: int):
-    """Risk [L, layers] of diag(a) repeated on noiseless tabular contexts, each serving all tasks w [n, d]."""
-    cdf = cumulative(family.design)
-    used = jnp.arange(longest)[None, :] < lengths[:, None]
-    eye = jnp.eye(len(a))
-
-    psi = jnp.square(w).mean(0)
-
-    def context(k: Array) -> Array:
-        seen = eye[draw_pairs(k, cdf, longest)]
-        left = 1.0 - a[None, :] * (used @ seen) / lengths[:, None]
-        powers = jnp.cumprod(jnp.broadcast_to(left, (layers, *left.shape)), axis=0)
-        return jnp.einsum("kli,i->lk", jnp.square(powers), family.design * psi)
-
-    def block(k: Array) -> Array:
-        return jax.vmap(context)(jax.random.split(k, BLOCK)).mean(0)
-
-    return jax.lax.map(block, jax.random.split(key, contexts // BLOCK)).mean(0)
 
 
 def draw_training(key: Array, family: MDPFamily, pool: Array, n: Array, longest: Array) -> tuple[Prompt, Array]:
@@ -244,6 +168,44 @@ def last_stage_tasks(key: Array, family: MDPFamily, tasks: int) -> Array:
     return jax.vmap(lambda k: draw_task(k, family).theta[-1])(jax.random.split(key, tasks))
 
 
+def by_length(
+    cfg: Config, clean: np.ndarray, noisy: np.ndarray, squares: np.ndarray, radius: np.ndarray, radius_noisy: np.ndarray
+) -> list[dict]:
+    """The errors of the repeated layer for each M: in the mean, and where the iteration converges.
+
+    clean, noisy [n, L, LIMIT]: squared errors after each layer, without and with label noise; squares [n, L]: of least squares,
+    with noise; radius, radius_noisy [n, L]: spectral radius of I - A G of the same contexts.
+    """
+    inside, stable = radius < 1, radius_noisy < SETTLED
+    return [
+        {
+            "M": M,
+            "share": float(1 - inside[:, i].mean()),
+            "clean": clean[:, i, : cfg.layers].mean(0).tolist(),
+            "median": np.median(clean[:, i, : cfg.layers], 0).tolist(),
+            "inside": clean[inside[:, i], i, : cfg.layers].mean(0).tolist() if inside[:, i].any() else None,
+            "noisy": noisy[:, i, : cfg.layers].mean(0).tolist(),
+            "stable": float(stable[:, i].mean()),
+            "limit": [float(noisy[stable[:, i], i, -1].mean()), float(squares[stable[:, i], i].mean())]
+            if stable[:, i].any()
+            else None,
+        }
+        for i, M in enumerate(cfg.M)
+    ]
+
+
+def tabular(cfg: Config, key: Array) -> dict:
+    """The risk of the repeated layer on one-hot features, measured and exact, for each M."""
+    family = onehot_family(3, 2, 1, low=-1.0, high=1.0)  # the last stage of any horizon: w = theta, centered
+    theta = last_stage_tasks(key, family, tasks=BLOCK)
+    a = 1.0 / jnp.diagonal(onehot_gamma(family.design, float(cfg.N_onehot)))
+    lengths, longest = jnp.asarray(cfg.M_onehot, float), cfg.M_onehot[-1]
+    measured = onehot_risk(key, family, a, theta, lengths, cfg.contexts_onehot, longest, cfg.layers_onehot)
+    psi = jnp.square(theta).mean(0)
+    exact = [exact_onehot(a, family.design, psi, M=M).tolist() for M in cfg.M_onehot]
+    return {"M": list(cfg.M_onehot), "a": float(a[0]), "measured": measured.tolist(), "exact": exact}
+
+
 def measure(cfg: Config, point: dict) -> dict:
     key = jax.random.key(cfg.base_seed + point["seed"])
     k_pool, k_train, k_deep, k_long, k_clean, k_noisy, k_onehot = jax.random.split(key, 7)
@@ -263,54 +225,28 @@ def measure(cfg: Config, point: dict) -> dict:
     blocks = {k: deep_layer(jax.random.fold_in(k_deep, k), family, pool, cfg, k) for k in cfg.deep}
     stacks = (repeated, *blocks.values())
     lengths = jnp.asarray((*cfg.M, cfg.N[-1]), float)
-    sums = partial(finite_contexts, family=family, stacks=stacks, w=tested, lengths=lengths, longest=cfg.M[-1])
-    (clean, *deep), _, G = sums(k_clean, sigma=0.0)
-    (noisy, *_), squares, G_noisy = sums(k_noisy, sigma=cfg.sigma)
+    errors = partial(finite_contexts, family=family, stacks=stacks, w=tested, lengths=lengths, longest=cfg.M[-1])
+    (clean, *deep), _, G = jax.tree.map(np.asarray, errors(k_clean, sigma=0.0))
+    (noisy, *_), squares, G_noisy = jax.tree.map(np.asarray, errors(k_noisy, sigma=cfg.sigma))
 
-    def radius(G: Array) -> np.ndarray:
-        return np.abs(np.linalg.eigvals(np.eye(D) - np.asarray(Ahat[-1]) @ np.asarray(G))).max(-1)
+    def radius(G: np.ndarray) -> np.ndarray:
+        return np.abs(np.linalg.eigvals(np.eye(D) - np.asarray(Ahat[-1]) @ G)).max(-1)
 
-    inside = radius(G) < 1  # [n, L]
-    stable = radius(G_noisy) < SETTLED
-    clean, noisy = np.asarray(clean), np.asarray(noisy)
-    finite = [
-        {
-            "M": M,
-            "share": float(1 - inside[:, i].mean()),
-            "clean": clean[:, i, : cfg.layers].mean(0).tolist(),
-            "median": np.median(clean[:, i, : cfg.layers], 0).tolist(),
-            "inside": clean[inside[:, i], i, : cfg.layers].mean(0).tolist() if inside[:, i].any() else None,
-            "noisy": noisy[:, i, : cfg.layers].mean(0).tolist(),
-            "stable": float(stable[:, i].mean()),
-            "limit": [float(noisy[stable[:, i], i, -1].mean()), float(np.asarray(squares)[stable[:, i], i].mean())]
-            if stable[:, i].any()
-            else None,
-        }
-        for i, M in enumerate(cfg.M)
-    ]
-    tabular = onehot_family(3, 2, 1, low=-1.0, high=1.0)  # the last stage of any horizon: w = theta, centered
-    theta = last_stage_tasks(k_onehot, tabular, tasks=BLOCK)
-    a = 1.0 / jnp.diagonal(onehot_gamma(tabular.design, float(cfg.N_onehot)))
-    longest = cfg.M_onehot[-1]
-    lengths = jnp.asarray(cfg.M_onehot, float)
-    onehot = onehot_risk(k_onehot, tabular, a, theta, lengths, cfg.contexts_onehot, longest, cfg.layers_onehot)
-    psi = jnp.square(theta).mean(0)
-    told_onehot = [exact_onehot(a, tabular.design, psi, M=M).tolist() for M in cfg.M_onehot]
     return {
         "N": list(cfg.N),
         "M_long": cfg.M_long,
         "sigma": cfg.sigma,
         "bias": {"measured": bias.tolist(), "exact": predicted.tolist()},
-        "finite": finite,
+        "finite": by_length(cfg, clean, noisy, squares, radius(G), radius(G_noisy)),
         "deep": {
             str(k): {
                 "repeated": float(clean[:, -1, k - 1].mean()),
                 "single": float(clean[:, -1, 0].mean()),
-                "trained": np.asarray(d)[:, -1].mean(0).tolist(),
+                "trained": d[:, -1].mean(0).tolist(),
             }
             for k, d in zip(cfg.deep, deep, strict=True)
         },
-        "onehot": {"M": list(cfg.M_onehot), "a": float(a[0]), "measured": onehot.tolist(), "exact": told_onehot},
+        "onehot": tabular(cfg, k_onehot),
         "weights_error": (jnp.linalg.norm(Ahat - A, axis=(1, 2)) / jnp.linalg.norm(A, axis=(1, 2))).tolist(),
     }
 

@@ -15,30 +15,27 @@ Expected: risks on the exact lines, which end on the floor; losses on the twins 
 layer; both gone with depth.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lindm.icl.attention import FullAttention, ReducedAttention
-from lindm.icl.predictors import iterated
 from lindm.problems.linear_mdp import MDPFamily, draw_task, second_moment, simplex_family, tabulate
 from lindm.solvers.dp import occupancy, plan_linear
 from lindm.solvers.policy_values import suboptimality
 from lindm.solvers.ties import greedy
-from lindm.types import LinearMDP, Prompt
+from lindm.types import LinearMDP
 from lindm_experiments.harness.config import check_counts, check_positive, check_rising
 from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, MEASURED, PURPLE, RED, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
+from lindm_experiments.lib.twin_layers import embedded, wrong_shares
 from lindm_theory import lower_bound as theory
 from lindm_theory.in_context import solve_normal_equations
 from lindm_theory.moments import pair_covariance
@@ -193,45 +190,6 @@ def scales(rng: np.random.Generator, cfg: Config, table: np.ndarray, Lambda: np.
         "one": mean_error(sums @ layer.T, w, Lambda),
         "normalized": mean_error(normalized, w, Lambda),
     }
-
-
-@partial(jax.jit, static_argnames="depth")
-def wrong_shares(
-    reduced: Array, full: tuple[Array, Array], step: Array, x: Array, w: Array, shares: Array, chance: Array, depth: int
-) -> tuple[Array, Array, Array]:
-    """Share of wrong actions over the four signed twins and all contexts: reduced layers [L], full layers [F], a deep one [].
-
-    reduced [L, 2, 2]; full (W_PV, W_KQ) [F, 3, 3]; the deep layer repeats step [2, 2]. x [2, 2, 2] features of the actions in the
-    contexts of the two tasks, w [2, 2]; shares [n, 2] of the actions in a context, with its chance [n]. A linear layer sees the
-    moments of a context alone, and two pairs scaled by the roots of their shares have the moments of M pairs.
-    """
-
-    def wrong(predict: Callable[[Prompt], Array]) -> Array:
-        def one(task: Array, sign: Array, share: Array) -> Array:
-            pairs = jnp.sqrt(2.0 * share)[:, None] * x[task]
-            yhat = predict(Prompt(x=pairs, y=sign * pairs @ w[task], query=jnp.eye(2)))
-            return (greedy(yhat) != greedy(sign * w[task])).astype(yhat.dtype)  # A_N is indifferent: the tie rule decides
-
-        grid = jax.vmap(jax.vmap(jax.vmap(one, (None, None, 0)), (None, 0, None)), (0, None, None))
-        return jnp.mean(grid(jnp.arange(2), jnp.array([1.0, -1.0]), shares) @ chance)
-
-    def full_layer(W_PV: Array, W_KQ: Array) -> FullAttention:
-        layer = FullAttention(2, dtype=W_PV.dtype)
-        layer.W_PV, layer.W_KQ = nnx.Param(W_PV[None]), nnx.Param(W_KQ[None])
-        return layer
-
-    return (
-        jax.vmap(lambda A: wrong(ReducedAttention(2, A=A)))(reduced),
-        jax.vmap(lambda P, K: wrong(full_layer(P, K)))(*full),
-        wrong(iterated(step, depth)),
-    )
-
-
-def embedded(v: np.ndarray, U: np.ndarray, u: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(W_PV, W_KQ) [3, 3] of a full layer from its blocks; what does not enter the prediction is zero."""
-    W_PV, W_KQ = np.zeros((3, 3)), np.zeros((3, 3))
-    W_PV[2, :2], W_PV[2, 2], W_KQ[:2, :2], W_KQ[2, :2] = v, u, U, z
-    return W_PV, W_KQ
 
 
 def twins(rng: np.random.Generator, cfg: Config) -> dict:

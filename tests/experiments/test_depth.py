@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.icl.attention import ReducedAttention
 from lindm.problems.linear_mdp import onehot_family
-from lindm.types import Prompt
 from lindm_experiments import depth
 from lindm_experiments.harness.claims import claim_ids
 from lindm_experiments.harness.experiments import points_of
@@ -86,15 +84,6 @@ def test_the_tabular_measurement_is_near_it():
     actual = depth.onehot_risk(key, family, a, w, jnp.asarray([8.0, 32.0]), contexts=16384, longest=32, layers=2)
     expected = [depth.exact_onehot(a, family.design, jnp.square(w).mean(0), M=M)[:2] for M in (8, 32)]
     np.testing.assert_allclose(actual, np.array(expected), rtol=0.03)
-
-
-def test_the_path_is_what_a_deep_reduced_layer_computes():
-    k_A, k_x, k_y = jax.random.split(jax.random.key(0), 3)
-    A, x = 0.3 * jax.random.normal(k_A, (3, 4, 4)), jax.random.normal(k_x, (9, 4))
-    y = jax.random.normal(k_y, (9,))
-    layer = ReducedAttention(4, 3, A=A)
-    yhat = layer(Prompt(x=x, y=y, query=jnp.eye(4)))
-    np.testing.assert_allclose(depth.path(A, x.T @ x / 9, x.T @ y / 9)[-1], yhat, rtol=1e-12)
 
 
 @pytest.mark.parametrize("which", range(5))

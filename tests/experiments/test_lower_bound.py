@@ -61,26 +61,6 @@ def test_the_iteration_is_that_of_a_loop():
                 np.testing.assert_allclose(got[k // 2][t], guess, rtol=1e-10)
 
 
-def test_the_blocks_of_a_full_layer_are_where_its_formula_has_them():
-    from lindm.icl.attention import FullAttention
-    from lindm.types import Prompt
-
-    rng = np.random.default_rng(2)
-    v, U, u, z, x, y = (
-        rng.normal(size=2),
-        rng.normal(size=(2, 2)),
-        rng.normal(),
-        rng.normal(size=2),
-        *(rng.normal(size=s) for s in ((5, 2), 5)),
-    )
-    layer = FullAttention(2, dtype=np.float64)
-    W_PV, W_KQ = lower_bound.embedded(v, U, u, z)
-    layer.W_PV[...], layer.W_KQ[...] = W_PV[None], W_KQ[None]
-    G, S, c = x.T @ x / 5, x.T @ y / 5, y @ y / 5
-    got = layer(Prompt(x=jax.numpy.asarray(x), y=jax.numpy.asarray(y), query=jax.numpy.eye(2)))
-    np.testing.assert_allclose(got, v @ G @ U + u * S @ U + (v @ S) * z + u * c * z, rtol=1e-9)
-
-
 def _ideal(records: list[dict]) -> list[dict]:
     out = [copy.deepcopy(records[i % len(records)]) for i in range(5)]
     for i, r in enumerate(out):
