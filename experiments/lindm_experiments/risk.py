@@ -25,11 +25,9 @@ stand beside the same numbers of the bounds, so that a bound with a smaller cons
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lindm.validate import nonnegative
@@ -38,38 +36,13 @@ from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, MARKER
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import attained
-from lindm_experiments.lib.feature_laws import (
-    HEAVY,
-    LAWS,
-    MATCHED,
-    NOISY,
-    ONEHOT,
-    SIMPLEX,
-    D,
-    Law,
-    draw_tasks,
-    fourth,
-    moment,
-    named_laws,
-    simplex_mdps,
-)
-from lindm_experiments.lib.nested import fit, measured, seen_moment
-from lindm_theory.in_context import (
-    context_second_moment,
-    gaussian_risk,
-    general_bound,
-    modes,
-    optimal_weights,
-    optimization_error,
-    paper_bound,
-    risk,
-)
+from lindm_experiments.lib.feature_laws import HEAVY, LAWS, MATCHED, NOISY, ONEHOT, SIMPLEX, draw_tasks, named_laws, simplex_mdps
+from lindm_experiments.lib.law_predictions import predicted
+from lindm_experiments.lib.nested import fit, long_biases, measured
 
 JUDGED = (*MATCHED, SIMPLEX, ONEHOT)  # q-risk and estimation-slope
-LIMIT = 1e4  # N of the limit, in which est M and bias N^2 are within 0.2 % of their largest values on isotropic features
 LONG = (MATCHED[0], ONEHOT)  # training-length-slope: where N x >= 20 is in reach (see `lindm_theory.in_context.modes`)
 MEASURED = ("eq. (6), estimation, measured", "eq. (6), bias, measured")
-DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: least squares on all that was seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,57 +78,6 @@ FULL = Config(seeds=10, N=(4, 8, 16, 32, 64, 128), M=(4, 8, 16, 32, 64, 128), gr
 SMOKE = Config(seeds=2, N=(4, 8), M=(4, 8), N_slope=(8, 16), groups=8, steps=10, batch=4, steps_slope=4)
 
 
-@jax.jit
-def predicted(law: Law, training: Array, tested: Array, Ahat: Array, N: Array, M: Array) -> dict[str, Array]:
-    """All that theory says of one law: exact risks of Ahat and of A_N on these tasks, bounds [N, M]; weights [N]; modes [d]."""
-
-    def second(tasks: Array) -> Array:
-        w = tasks.reshape(-1, D)
-        return w.T @ w / len(w)
-
-    Lambda, Psi, test = moment(law), second(training), second(tested)
-    K, K_test, noise = fourth(law, Psi), fourth(law, test), law.sigma**2 * moment(law)
-
-    def length(n: Array, Ahat: Array) -> dict[str, Array]:
-        A = optimal_weights(Lambda, Psi, K, n, noise)
-        B = context_second_moment(Lambda, Psi, K, n, noise)
-
-        def at(m: Array) -> dict[str, Array]:
-            own, best = (risk(W, Lambda, test, K_test, m, Lambda, noise) for W in (Ahat, A))
-            return {
-                "own_estimation": own.estimation,
-                "own_bias": own.bias,
-                "best_estimation": best.estimation,
-                "best_bias": best.bias,
-                "gaussian": gaussian_risk(Lambda, m, n, law.sigma).total,
-                "bound": paper_bound(Lambda, m, n).total,
-                "every_law": general_bound(Lambda, Psi, K, m, n, Lambda, noise).total,
-            }
-
-        optimization = optimization_error(Ahat, A, B, Lambda) / risk(A, Lambda, Psi, K, n, Lambda, noise).total
-        weights = jnp.linalg.norm(Ahat - A) / jnp.linalg.norm(A)
-        return jax.vmap(at)(M) | {"optimization": optimization, "weights": weights}
-
-    x, q = modes(Lambda, Psi, K, Lambda, noise)
-    exact = risk(optimal_weights(Lambda, Psi, K, LIMIT, noise), Lambda, Psi, K, 1.0, Lambda, noise)
-    paper, every = paper_bound(Lambda, 1.0, 1.0), general_bound(Lambda, Psi, K, 1.0, 1.0, Lambda, noise)
-    limit = {
-        "limit_estimation": jnp.stack([exact.estimation, paper.estimation, every.estimation]),
-        "limit_bias": jnp.stack([exact.bias * LIMIT**2, paper.bias, every.bias]),
-        "moments": jnp.stack([Lambda, Psi, K, noise]),
-    }
-    return jax.vmap(length)(N, Ahat) | {"modes": x, "mode_weights": q} | limit
-
-
-def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
-    """Squared error [N] of layers A [N, d, d] on a context with second moment G and labels without noise, Psi = I.
-
-    All that a layer sees of the context of a task w is S = G w, and the mean of ||A G w - w||^2_Lambda is a trace.
-    """
-    miss = A @ G - np.eye(D)
-    return np.einsum("ij,njk,nik->n", Lambda, miss, miss).tolist()
-
-
 def measure(cfg: Config, point: dict) -> dict:
     seed = cfg.base_seed + point["seed"]
     key = jax.random.key(seed)
@@ -171,7 +93,9 @@ def measure(cfg: Config, point: dict) -> dict:
         error, variance = measured(jax.random.fold_in(k_test, i), law[name], Ahat[i], tested[name], cfg.M)
         theory = predicted(law[name], training[name], tested[name], Ahat[i], N, M)
         cells[name] = {"risk": error.tolist(), "variance": variance.tolist()} | {k: v.tolist() for k, v in theory.items()}
-    record = {"N": list(cfg.N), "M": list(cfg.M), "cells": cells, "long": _long(cfg, k_long, law)}
+    long = long_biases(k_long, [law[name] for name in LONG], cfg.N_slope, cfg.batch, cfg.steps_slope)
+    record = {"N": list(cfg.N), "M": list(cfg.M), "cells": cells}
+    record["long"] = {"N": list(cfg.N_slope), "laws": dict(zip(LONG, long, strict=True))}
     return record | {"attained": _limits(record)}
 
 
@@ -188,20 +112,6 @@ def _limits(record: dict) -> dict[str, list[float]]:
     measured = M * white["variance"][-1][-1], N**2 * record["long"]["laws"][MATCHED[0]]["bias"][0]
     bounds = [white[f"limit_{part}"][1] for part in ("estimation", "bias")]
     return out | {name: [x, b] for name, x, b in zip(MEASURED, measured, bounds, strict=True)}
-
-
-def _long(cfg: Config, key: Array, law: dict[str, Law]) -> dict:
-    """The squared bias of layers trained at large N, on all tasks of a frame with Psi = I for every context."""
-    chosen = [law[name] for name in LONG]
-    frame = [D**0.5 * np.eye(D)[None] for _ in chosen]
-    sizes = {"lengths": cfg.N_slope, "batch": cfg.batch}
-    Ahat, seen = fit(key, chosen, frame, **sizes, steps=cfg.steps_slope, average=0.75, optimizer=DESCENT)
-    G = np.asarray(seen_moment(*seen, **sizes, steps=cfg.steps_slope), float)
-    out = {}
-    for name, A, Gbar in zip(LONG, np.asarray(Ahat), G, strict=True):
-        Lambda = np.asarray(moment(law[name]))
-        out[name] = {"bias": bias_on(Gbar, A, Lambda), "at_Lambda": bias_on(Lambda, A, Lambda)}
-    return {"N": list(cfg.N_slope), "laws": out}
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------
@@ -233,6 +143,11 @@ def _slack(records: list[dict], laws: tuple[str, ...], bound: str) -> np.ndarray
 
 
 def check(records: list[dict]) -> list[Verdict]:
+    return _risk_verdicts(records) + _bound_verdicts(records)
+
+
+def _risk_verdicts(records: list[dict]) -> list[Verdict]:
+    """The measured risk beside the exact one, and the two slopes."""
     own, best = ("own_estimation", "own_bias"), ("best_estimation", "best_bias")
     ratios = [
         v for law in JUDGED for exact in (best, own) for v in _each(_cells(records, law, "risk") / _cells(records, law, *exact))
@@ -243,12 +158,6 @@ def check(records: list[dict]) -> list[Verdict]:
     long["exact"] = [slopes(N_long, _exact(records, law, np.array(N_long))) for law in LONG]
     off = max(np.max(r["cells"][law]["optimization"]) for r in records for law in JUDGED)
     shown = {k: " and ".join(f"{v.mean():.3f}" for v in values) for k, values in long.items()}
-    matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), best)]
-    every_law = [f"every law, {part}, {law}" for law in LAWS for part in ("estimation", "bias")]
-    eq_6 = [f"eq. (6), {part}, {law}" for law in MATCHED for part in ("estimation", "bias")]
-    tight = (*eq_6[:2], *MEASURED, *every_law)
-    at_limit = {k: v.mean() for k, v in zip((*eq_6, *MEASURED), attained.ratios(records, *eq_6, *MEASURED), strict=True)}
-    on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
     return [
         mean_verdict(
             "q-risk",
@@ -266,6 +175,19 @@ def check(records: list[dict]) -> list[Verdict]:
             note=f"{' and '.join(LONG)}, N = {N_long[0]} to {N_long[-1]}: A_N {shown['exact']}, trained {shown['bias']}, "
             f"at Lambda (training's sampling error included) {shown['at_Lambda']}",
         ),
+    ]
+
+
+def _bound_verdicts(records: list[dict]) -> list[Verdict]:
+    """Eq. (6) in its setting and outside of it, and the form of it that holds for every law."""
+    exact = ("best_estimation", "best_bias")
+    matched = [_largest(records, law, risks, "bound") for law in MATCHED for risks in (("risk",), exact)]
+    every_law = [f"every law, {part}, {law}" for law in LAWS for part in ("estimation", "bias")]
+    eq_6 = [f"eq. (6), {part}, {law}" for law in MATCHED for part in ("estimation", "bias")]
+    tight = (*eq_6[:2], *MEASURED, *every_law)
+    at_limit = {k: v.mean() for k, v in zip((*eq_6, *MEASURED), attained.ratios(records, *eq_6, *MEASURED), strict=True)}
+    on_onehot = _largest(records, ONEHOT, ("risk",), "bound")
+    return [
         mean_verdict(
             "paper-bound",
             *matched,
@@ -326,6 +248,20 @@ def _colors(records: list[dict]) -> list[tuple[int, int]]:
     return list(enumerate(N))[:: max(1, -(-len(N) // 5))]
 
 
+def _plot_estimation(axis: Axes, records: list[dict], law: str, trained: str) -> None:
+    """The variance of Qhat over M, one color for each training length, and the exact curves."""
+    for color, (i, N) in enumerate(_colors(records)):
+        variance, exact = (_cells(records, law, name)[:, i] for name in ("variance", "best_estimation"))
+        plot_markers(axis, records[0]["M"], variance, COLORS[color], MARKERS[color], f"{trained}N = {N}")
+        axis.plot(records[0]["M"], exact.mean(0), color=COLORS[color], **EXACT)
+
+
+def _measured_bias(records: list[dict], law: str) -> np.ndarray:
+    """Risk without variance at the longest M, [seeds, N]; NaN where sampling makes it negative."""
+    bias = _cells(records, law, "risk")[:, :, -1] - _cells(records, law, "variance")[:, :, -1]
+    return np.where(bias > 0, bias, np.nan)
+
+
 def _error(records: list[dict]) -> Figure:
     """Q error over M: trained layers, the exact curve of A_N, and the bound that is claimed for the law."""
     M = np.array(records[0]["M"])
@@ -357,10 +293,7 @@ def _estimation(records: list[dict]) -> Figure:
     laws = (MATCHED[0], MATCHED[2], SIMPLEX, ONEHOT)
     figure, axes = pyplot.subplots(1, len(laws), figsize=(13.6, 3.6))
     for axis, law in zip(axes, laws, strict=True):
-        for color, (i, N) in enumerate(_colors(records)):
-            plot_markers(axis, M, _cells(records, law, "variance")[:, i], COLORS[color], MARKERS[color], f"N = {N}")
-            exact = _cells(records, law, "best_estimation")[:, i].mean(0)
-            axis.plot(M, exact, color=COLORS[color], **EXACT)
+        _plot_estimation(axis, records, law, "")
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
         set_log_ticks(axis, M)
     axes[0].set_ylabel("estimation error: variance of Qhat\nover the contexts of a task")
@@ -374,19 +307,13 @@ def _bias(records: list[dict]) -> Figure:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2))
     fine = np.geomspace(N[0], 4 * long[-1], 200)
     for i, law in enumerate((*MATCHED, SIMPLEX, ONEHOT)):
-        bias = _cells(records, law, "risk")[:, :, -1] - _cells(records, law, "variance")[:, :, -1]
-        plot_markers(left, N, np.where(bias > 0, bias, np.nan), COLORS[i], MARKERS[i], law)
+        plot_markers(left, N, _measured_bias(records, law), COLORS[i], MARKERS[i], law)
         left.plot(fine, _exact(records, law, fine), color=COLORS[i], **EXACT)
         if law in LONG:
             plot_markers(left, long, np.array([r["long"]["laws"][law]["bias"] for r in records]), COLORS[i], MARKERS[i])
     guide = fine[fine > 60]
-    left.plot(
-        guide,
-        4 * _exact(records, MATCHED[2], guide[-1:]) * (guide[-1] / guide) ** 2,
-        color=GRAY,
-        label="slope -2",
-        **BOUND,
-    )
+    falling = 4 * _exact(records, MATCHED[2], guide[-1:]) * (guide[-1] / guide) ** 2
+    left.plot(guide, falling, color=GRAY, label="slope -2", **BOUND)
     left.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat")
     left.set_title("Measured (points) and exact (lines)")
     left.legend(fontsize=8.5)
@@ -419,16 +346,11 @@ def _split(records: list[dict]) -> Figure:
     x, q = (np.array([r["cells"][SIMPLEX][k] for r in records]) for k in ("modes", "mode_weights"))
     estimation_bound, bias_bound = ((q / x**power).sum(-1).mean() for power in (1, 2))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.0))
-    for color, (i, length) in enumerate(_colors(records)):
-        plot_markers(
-            left, M, _cells(records, SIMPLEX, "variance")[:, i], COLORS[color], MARKERS[color], f"trained at N = {length}"
-        )
-        left.plot(M, _cells(records, SIMPLEX, "best_estimation")[:, i].mean(0), color=COLORS[color], **EXACT)
+    _plot_estimation(left, records, SIMPLEX, "trained at ")
     left.plot(M, estimation_bound / M, color=GRAY, label="bound for every N", **BOUND)
     left.set(xlabel="pairs in the test prompt M", ylabel="estimation error of Qhat", title="Estimation error")
-    bias = _cells(records, SIMPLEX, "risk")[:, :, -1] - _cells(records, SIMPLEX, "variance")[:, :, -1]
     fine = np.geomspace(N[0], N[-1], 100)
-    plot_markers(right, N, np.where(bias > 0, bias, np.nan), COLORS[0], MARKERS[0], "trained layer, one point per seed")
+    plot_markers(right, N, _measured_bias(records, SIMPLEX), COLORS[0], MARKERS[0], "trained layer, one point per seed")
     right.plot(fine, _exact(records, SIMPLEX, fine), color=COLORS[0], label="exact", **EXACT)
     right.plot(fine, bias_bound / fine**2, color=GRAY, label="bound", **BOUND)
     right.set(xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat", title="Training-length bias")

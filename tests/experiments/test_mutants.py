@@ -11,7 +11,7 @@ from lindm_experiments.harness import mutants as harness
 from lindm_experiments.harness.claims import CLAIMS, PASS, Mutant
 from lindm_experiments.harness.mutants import Trial, print_mutants, select_mutants, try_mutants, verify_mutants
 from lindm_experiments.harness.runner import plan
-from lindm_experiments.lib import attained, attained_margin, attained_offline
+from lindm_experiments.lib import attained, attained_margin, attained_offline, feature_laws
 from lindm_experiments.mutants import MUTANTS
 
 
@@ -42,7 +42,7 @@ def test_mutants_are_of_claims_that_must_pass_and_have_different_names():
 
 
 def test_the_constants_of_the_risk_bounds_are_recomputed_from_the_moments():
-    L, Psi, K, noise = np.eye(risk.D) * 2, np.eye(risk.D), np.eye(risk.D) * 40, np.eye(risk.D)
+    L, Psi, K, noise = np.eye(feature_laws.D) * 2, np.eye(feature_laws.D), np.eye(feature_laws.D) * 40, np.eye(feature_laws.D)
     names = [
         f"{form}, {part}, {law}" for form in ("eq. (6)", "every law") for part in ("estimation", "bias") for law in risk.LAWS
     ]

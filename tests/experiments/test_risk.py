@@ -141,7 +141,7 @@ def test_the_bias_on_a_long_context_is_what_the_layer_answers_there():
     off = [
         layer(Prompt(x=jnp.asarray(x), y=jnp.asarray(x @ w), query=query)) - query @ w for w in 6**0.5 * np.eye(6)
     ]  # all tasks of a frame with Psi = I
-    np.testing.assert_allclose(risk.bias_on(G, A[None], Lambda), np.mean(np.square(off)), rtol=1e-9)
+    np.testing.assert_allclose(nested.bias_on(G, A[None], Lambda), np.mean(np.square(off)), rtol=1e-9)
 
 
 def test_tasks_have_the_second_moment_that_eq_6_assumes():

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import Array
 
@@ -17,6 +18,8 @@ from lindm.icl.attention import ReducedAttention, query_columns
 from lindm.icl.trainer import train_many
 from lindm.types import Prompt
 from lindm_experiments.lib.feature_laws import D, Law, draw_pairs, moment
+
+DESCENT = optax.sgd(0.8)  # constant steps and an average over the iterates: least squares on all that was seen
 
 
 class Nested(nnx.Module):
@@ -98,6 +101,32 @@ def seen_moment(keys: Array, data: tuple, lengths: tuple[int, ...], batch: int, 
         return jax.lax.scan(add, jnp.zeros((D, D), law.phi.dtype), times)[0] / len(times)
 
     return jax.vmap(one)(keys, data[0])
+
+
+def bias_on(G: np.ndarray, A: np.ndarray, Lambda: np.ndarray) -> list[float]:
+    """Squared error [N] of layers A [N, d, d] on a context with second moment G and labels without noise, Psi = I.
+
+    All that a layer sees of the context of a task w is S = G w, and the mean of ||A G w - w||^2_Lambda is a trace.
+    """
+    miss = A @ G - np.eye(D)
+    return np.einsum("ij,njk,nik->n", Lambda, miss, miss).tolist()
+
+
+def long_biases(key: Array, chosen: list[Law], lengths: tuple[int, ...], batch: int, steps: int) -> list[dict[str, list[float]]]:
+    """The squared bias [N] of layers trained at each length, for each law: `bias` and `at_Lambda`.
+
+    The tasks are a frame with Psi = I, and every context has them all. `bias` is measured on one context, all features that the
+    layer was trained on; `at_Lambda` has the error of their second moment in it.
+    """
+    frame = [D**0.5 * np.eye(D)[None] for _ in chosen]
+    sizes = {"lengths": lengths, "batch": batch}
+    Ahat, seen = fit(key, chosen, frame, **sizes, steps=steps, average=0.75, optimizer=DESCENT)
+    G = np.asarray(seen_moment(*seen, **sizes, steps=steps), float)
+    Lambda = [np.asarray(moment(law)) for law in chosen]
+    return [
+        {"bias": bias_on(Gbar, A, L), "at_Lambda": bias_on(L, A, L)}
+        for A, Gbar, L in zip(np.asarray(Ahat), G, Lambda, strict=True)
+    ]
 
 
 def answers(A: Array, prompt: Prompt) -> Array:
