@@ -9,6 +9,7 @@ oracle in `lib/attained_offline.py`.
     signs        features (1, +-c), H stages of independent decisions: rungs 4, 5 and 6, by the weights and the label noise
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,14 @@ def generator(seed: int) -> np.random.Generator:
 
 
 # --- pairs of a record -------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(
+    instances: dict[str, Any], bounds_of: Callable[[Any], dict[str, Any]], where: dict[str, tuple[str, str]]
+) -> dict[str, Pair]:
+    """[truth, bound] by name; `where`: name -> (instance, bound among those that `bounds_of` gives for the instance)."""
+    bounds = {name: bounds_of(instance) for name, instance in instances.items()}
+    return {name: [instances[i].truth, float(bounds[i][bound])] for name, (i, bound) in where.items()}
 
 
 def ratios(records: list[dict], *names: str) -> list[Floats]:
@@ -343,6 +352,4 @@ def bounds_of(instance: Flipped | Signs | Radius) -> dict[str, Any]:
 
 def ladder_pairs(seed: int) -> dict[str, Pair]:
     """Of every rung [truth, bound] on the instances of a seed."""
-    instances = ladder_instances(seed)
-    bounds = {name: bounds_of(i) for name, i in instances.items()}
-    return {name: [instances[i].truth, float(bounds[i][rung])] for name, (i, rung) in LADDER.items()}
+    return pairs_of(ladder_instances(seed), bounds_of, LADDER)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lindm_experiments.lib.attained import Floats, Pair, Signs, generator, sign_features
+from lindm_experiments.lib.attained import Floats, Pair, Signs, generator, pairs_of, sign_features
 from lindm_theory import mean_policy
 
 
@@ -59,6 +59,9 @@ BOUNDS = {"bernstein": ("decaying", "bernstein"), "cramer": ("decaying", "cramer
 
 def pairs(seed: int) -> dict[str, Pair]:
     """Pairs of a context that lower the loss by a factor e: [in truth, by the exponent that is proved]."""
-    i = instances(seed)["decaying"]
-    exponents = exponents_of(i)
-    return {name: [i.truth, float(1 / exponents[name])] for name in BOUNDS}
+
+    def lengths(i: Signs) -> dict[str, Floats]:
+        exponents = exponents_of(i)
+        return {name: 1 / exponents[name] for name in BOUNDS}
+
+    return pairs_of(instances(seed), lengths, BOUNDS)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm_experiments.lib.attained import SLACK, Floats, Pair, generator, occupancy_of, optimal_values, value_of
+from lindm_experiments.lib.attained import SLACK, Floats, Pair, generator, occupancy_of, optimal_values, pairs_of, value_of
 from lindm_theory import offline
 
 
@@ -121,6 +121,4 @@ BOUNDS = {
 
 def pairs(seed: int) -> dict[str, Pair]:
     """Of every bound [truth, bound] on the instances of a seed."""
-    drawn = instances(seed)
-    bounds = {name: _offline_bounds(i.P, i.r, i.Qhat, i.uncertainty, i.occupancy_star) for name, i in drawn.items()}
-    return {name: [drawn[i].truth, float(bounds[i][bound])] for name, (i, bound) in BOUNDS.items()}
+    return pairs_of(instances(seed), lambda i: _offline_bounds(i.P, i.r, i.Qhat, i.uncertainty, i.occupancy_star), BOUNDS)
