@@ -13,6 +13,7 @@ Filters, functions and whitespace rules are those of transformers, so that a tem
 
 import codecs
 import datetime
+import functools
 import json
 import sys
 
@@ -111,12 +112,18 @@ def confine(memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
+@functools.lru_cache(maxsize=8)
+def compiled(environment: jinja2.Environment, template: str) -> jinja2.Template:
+    """The template as a program; compiling takes far longer than rendering, and a run has one template."""
+    return environment.from_string(template)
+
+
 def answer(environment: jinja2.Environment, request: dict[str, Any], max_output: int) -> dict[str, str]:
     """The text of one request, or the error of its template."""
     variables = request["variables"]
     try:
         messages = [normalize(message) for message in variables["messages"]]
-        text = environment.from_string(request["template"]).render(variables | {"messages": messages})
+        text = compiled(environment, request["template"]).render(variables | {"messages": messages})
     except MemoryError:
         return {"error": "out of memory"}
     except Exception as e:  # a template may raise anything

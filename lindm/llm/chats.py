@@ -1,121 +1,86 @@
 """Training examples of conversations: the answers of the assistant are trained.
 
-The tokenizer's chat template renders a conversation. An answer starts after the generation prompt and ends with its first
-control token; a newline that the template writes after that is not trained, because a model has stopped generating by then.
-Control tokens come from the template alone: a message that contains the name of one raises an error. A template is the program of
-whoever made the model: it runs in a process of its own with limits (`chat_renderer.py`).
+The tokenizer's chat template renders a conversation. The answer of message i is what the template writes between the generation
+prompt of the messages before it and the end of the conversation that ends with it, through its last control token; a newline that
+the template writes after that is not trained, because a model has stopped generating by then. Some templates render the last
+answer differently from earlier ones (Qwen3 drops the reasoning of earlier answers). A model always generates the last one.
+There each answer gets an example of its own, of the conversation up to it, so that all are trained as they will be generated.
+
+Every non-empty field of a message must have an effect on the text: a field that the template ignores raises an error. Control
+tokens come from the template alone: a message that contains the name of one raises an error.
 """
 
-import atexit
-import contextlib
 import json
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from lindm.errors import DataError, LindmError
-from lindm.io import limits
-from lindm.io.signals import deferred
+from lindm.errors import DataError
+from lindm.llm.chat_template import apply_chat_template, chat_template
 from lindm.llm.tokens import Example, Tokenizer, encode_whole, make_example, name_source, shorten, tokenizer_info
 
-
-def apply_chat_template(tokenizer: Tokenizer, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-    """The conversation as text. Raises: DataError if there is no chat template, or if it raises an error or exceeds the limits of
-    `lindm.io.limits` on time, memory and the length of the text.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError("the tokenizer has no chat template")
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as e:  # several templates, none of them the default
-        raise DataError(f"the tokenizer has no single chat template: {e}") from e
-    variables = tokenizer.special_tokens_map | {"tools": None, "documents": None}
-    return _RENDERER.render(template, variables | {"messages": messages, "add_generation_prompt": add_generation_prompt})
+TRAINING_KEYS = ("weight", "train")  # of a message: whether it is trained; no template reads them
+# fields that link a tool's answer to its call; their order says the same, so a template may leave them out
+LINKS = {"tool": ("name", "tool_call_id"), "call": ("id", "type", "index")}
+Render = Callable[..., str]
+"""Messages, and `add_generation_prompt`, to text."""
 
 
-class _Renderer:
-    """The process of `lindm.llm.chat_renderer`: started for the first template, and again after one that ended it."""
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with what their chat template needs beside them."""
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-
-    def render(self, template: Any, variables: dict[str, Any]) -> str:
-        try:
-            request = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
-        except (TypeError, ValueError, RecursionError) as e:
-            raise DataError(f"messages must be JSON: {e}") from e
-        with self._lock:
-            line = self._ask(request)
-        reply = json.loads(line)
-        if "error" in reply:
-            raise DataError(f"the chat template raises an error: {reply['error']}")
-        return reply["text"]
-
-    def _ask(self, request: bytes) -> bytes:
-        process = self._process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            if line := process.stdout.readline():
-                return line
-            died = process.wait()
-        except BrokenPipeError:
-            died = process.wait()
-        except BaseException:  # a signal between a request and its answer: the next request gets a new process
-            process.kill()
-            self.close()
-            raise
-        self.close()
-        if died == -signal.SIGPROF:
-            raise DataError(f"the chat template takes more than {limits.TEMPLATE_CPU_SECONDS:g} CPU-seconds for one conversation")
-        if died < 0:
-            raise DataError(f"the chat template ends the process that renders it with {signal.Signals(-died).name}")
-        raise LindmError(f"the process that renders chat templates ended with exit code {died}")
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        program = Path(__file__).with_name("chat_renderer.py")
-        bounds = (limits.TEMPLATE_CPU_SECONDS, limits.TEMPLATE_MEMORY, limits.TEMPLATE_OUTPUT)
-        command = [sys.executable, "-I", "-S", str(program), json.dumps(sys.path), *map(str, bounds)]
-        with deferred():  # Ctrl-C goes to both processes, and this one may have work to save
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None and process.stdin is not None and process.stdout is not None:
-            with contextlib.suppress(BrokenPipeError):  # a request that it did not read
-                process.stdin.close()
-            process.stdout.close()
-            process.wait()
+    messages: Sequence[dict[str, Any]]  # {"role", "content", ...}
+    tools: Sequence[Any] | None = None  # descriptions of functions that the assistant may call
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # further variables of the template, such as enable_thinking
+    first_trained: int = 0  # assistant messages before this one are not trained
 
 
-_RENDERER = _Renderer()
-atexit.register(_RENDERER.close)
+class _Answer(NamedTuple):
+    message: int
+    text: str  # the conversation that ends with the answer
+    start: int  # of the answer in the text
+    end: int  # its control token included
 
 
-def chat_example(tokenizer: Tokenizer, messages: Sequence[dict], source: str, group: int = 0, first_trained: int = 0) -> Example:
-    """The example of a conversation; trains assistant messages from number `first_trained` on with their end-of-turn tokens.
+def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: str, group: int = 0) -> list[Example]:
+    """The examples of a conversation: one, or one for each answer where the template renders the last answer differently.
 
-    Raises: DataError, naming the source, for an invalid message, the name of a control token in a message, or a template that
-    renders a prompt differently from the conversation up to it.
+    Trained are assistant messages with their end-of-turn tokens, but for those before `first_trained` and those with
+    `"weight": 0` or `"train": false`.
+
+    Raises: DataError, naming the source, for an invalid message, a field that the template ignores, the name of a control token
+    in a message, or a template that renders a prompt differently from the conversation up to it.
     """
     with name_source(source):
-        _check_messages(tokenizer, messages)
-        whole = apply_chat_template(tokenizer, messages)
-        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_trained]
-        spans = [_answer_span(tokenizer, messages, i, whole) for i in numbers]
-        ids, targets, at = [], {}, 0
-        for k, end in enumerate([*(place for span in spans for place in span), len(whole)]):
-            longer = _extend_ids(tokenizer, ids, whole, at, end)
-            if k % 2:  # an answer; prompts and answers alternate
-                targets |= {place - 1: longer[place] for place in range(len(ids), len(longer))}
-            ids, at = longer, end
+        messages = _checked_messages(tokenizer, conversation.messages)
+        trained = [i for i, m in enumerate(conversation.messages) if i >= conversation.first_trained and _is_trained(m, i)]
+
+        def render(messages: Sequence[dict], add_generation_prompt: bool = False, **changes: Any) -> str:
+            options = {"tools": conversation.tools, "kwargs": conversation.kwargs} | changes
+            return apply_chat_template(tokenizer, messages, add_generation_prompt, **options)
+
+        whole = render(messages)
+        answers = [_answer(tokenizer, render, messages, i, whole) for i in trained]
+        _check_variables(tokenizer, conversation, render, messages, whole)
+        _check_fields(render, messages, whole, {answer.message: answer for answer in answers})
+        if all(whole.startswith(answer.text[: answer.end]) for answer in answers):
+            texts = [(whole, [(answer.start, answer.end) for answer in answers])]
+        else:
+            texts = [(answer.text, [(answer.start, answer.end)]) for answer in answers]
+        return [_example(tokenizer, text, spans, source, group) for text, spans in texts]
+
+
+def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], source: str, group: int) -> Example:
+    """The example of a text, of which the spans (start, end) are trained."""
+    ids, targets, at = [], {}, 0
+    for k, end in enumerate([*(place for span in spans for place in span), len(text)]):
+        longer = _extend_ids(tokenizer, ids, text, at, end)
+        if k % 2:  # an answer; prompts and answers alternate
+            targets |= {place - 1: longer[place] for place in range(len(ids), len(longer))}
+        ids, at = longer, end
+    if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
+        raise DataError(f"the tokenizer has no token for a part of {shorten(text)}")
     return make_example(ids, targets, source, group)
 
 
@@ -135,32 +100,145 @@ def _extend_ids(tokenizer: Tokenizer, ids: list[int], text: str, at: int, end: i
     return ids + part[len(info.anchor_ids) :]
 
 
-def _check_messages(tokenizer: Tokenizer, messages: Any) -> None:
+def _answer(tokenizer: Tokenizer, render: Render, messages: Sequence[dict], i: int, whole: str) -> _Answer:
+    """The answer of message i in the conversation that ends with it."""
+    prompt = render(messages[:i], add_generation_prompt=True)
+    text = whole if i == len(messages) - 1 else render(messages[: i + 1])
+    if not text.startswith(prompt):
+        raise DataError(f"the chat template renders the prompt of message {i} differently from the conversation up to it")
+    start = len(prompt)
+    controls = list(tokenizer_info(tokenizer).control_pattern.finditer(text, start))
+    end = controls[-1].end() if controls and not text[controls[-1].end() :].strip() else len(text)
+    if messages[i]["content"].strip() not in text[start:end]:
+        raise DataError(f"the chat template does not render message {i} unchanged, in one piece before its end-of-turn token")
+    return _Answer(i, text, start, end)
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------------
+
+
+def _checked_messages(tokenizer: Tokenizer, messages: Any) -> list[dict[str, Any]]:
+    """The messages as templates expect them. Raises: DataError, with the number of the message."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(f"messages must be a list of messages; got {shorten(str(messages))}")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"message {i} must be an object with the strings role and content; got {shorten(str(message))}")
-        for key, text in message.items():
-            if match := tokenizer_info(tokenizer).control_pattern.search(str(text)):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"message {i} must be an object with the string role; got {shorten(str(message))}")
+        for key, value in message.items():
+            if match := tokenizer_info(tokenizer).control_pattern.search(str(value)):
                 raise DataError(f"message {i} has the name of a control token in its {key}: {match[0]!r}")
     if messages[0]["role"] == "assistant":
         raise DataError("message 0 must not be of the assistant")
+    cleaned = [_cleaned(message, i) for i, message in enumerate(messages)]
+    for i, message in enumerate(cleaned):
+        if message["role"] == "assistant" and not any(value for key, value in message.items() if key != "role"):
+            raise DataError(f"message {i} of the assistant must not be empty")
+    return cleaned
 
 
-def _answer_span(tokenizer: Tokenizer, messages: Sequence[dict], i: int, whole: str) -> tuple[int, int]:
-    """Start and end of the answer of message i in the whole text, end-of-turn token included."""
-    prompt, through = apply_chat_template(tokenizer, messages[:i], add_generation_prompt=True), whole
-    if i < len(messages) - 1:
-        through = apply_chat_template(tokenizer, messages[: i + 1])
-    if not whole.startswith(prompt):
-        raise DataError(f"the chat template renders the prompt of message {i} differently from the conversation up to it")
-    start = len(prompt)
-    delimited = whole.startswith(through)  # some templates render the last answer differently from earlier ones
-    end_of_turn = tokenizer_info(tokenizer).control_pattern.search(whole, start, len(through) if delimited else len(whole))
-    if end_of_turn is None and not delimited:
-        raise DataError(f"the chat template writes no control token after message {i}, so its end is unknown")
-    end = end_of_turn.end() if end_of_turn else len(through)
-    if messages[i]["content"].strip() not in whole[start:end]:
-        raise DataError(f"the chat template does not render message {i} unchanged, in one piece before its end-of-turn token")
-    return start, end
+def _cleaned(message: dict[str, Any], i: int) -> dict[str, Any]:
+    """The message as templates expect it: the content is a text, arguments of calls are objects, no key is about training."""
+    message = {key: value for key, value in message.items() if key not in TRAINING_KEYS and value is not None}
+    parts = message.get("content", "")
+    if isinstance(parts, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        if other := [part for part in parts if part.get("type", "text") != "text"]:
+            raise DataError(f"the parts of message {i} must be of type text; got {other[0]['type']!r}")
+        parts = "".join(part["text"] for part in parts)
+    if not isinstance(parts, str):
+        raise DataError(f"the content of message {i} must be a text or a list of text parts; got {shorten(str(parts))}")
+    message["content"] = parts
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [_with_arguments(call) for call in calls]
+    return message
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call whose arguments are an object, which templates write as JSON; given as a text, they would be quoted once more."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
+
+
+def _is_trained(message: dict[str, Any], i: int) -> bool:
+    """Whether an answer is trained, by its role and its own keys `weight` and `train`."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight not in (None, 0, 1):
+        raise DataError(f"the weight of message {i} must be 0 or 1; got {weight!r}")
+    if train not in (None, True, False):
+        raise DataError(f"train of message {i} must be true or false; got {train!r}")
+    return message["role"] == "assistant" and weight in (None, 1) and train is not False
+
+
+# --- what a template ignores -------------------------------------------------------------------------------------------------
+
+
+def _check_variables(
+    tokenizer: Tokenizer, conversation: Conversation, render: Render, messages: Sequence[dict], whole: str
+) -> None:
+    """Raise DataError where the template does not read the tools or one of the further variables."""
+    template = chat_template(tokenizer, bool(conversation.tools))
+    for name in conversation.kwargs:
+        if name not in template:
+            raise DataError(f"the chat template does not read the variable {name!r} of chat_template_kwargs")
+    if conversation.tools and (not _changes(lambda: render(messages, tools=None), whole) or _missing(conversation.tools, whole)):
+        raise DataError("the chat template does not render tools; give one that does, or leave them out")
+
+
+def _check_fields(render: Render, messages: Sequence[dict], whole: str, answers: Mapping[int, _Answer]) -> None:
+    """Raise DataError for a non-empty field of a message that has no effect on the text, or whose values are not in it.
+
+    An answer is looked up where it is the last message: a template may shorten earlier ones, as it will for the trained model.
+    """
+    for i, message in enumerate(messages):
+        links = LINKS["tool"] if message["role"] == "tool" else ()
+        keys = [key for key, value in message.items() if value and key not in ("role", *links)]
+        if i in answers:
+            keys.remove("content") if "content" in keys else None  # `_answer` has found it
+        rest = () if message["role"] == "assistant" else messages[i + 1 :]
+        text = answers[i].text if i in answers else whole if rest or i == len(messages) - 1 else None
+        for key in keys:
+            if text is None:
+                text = render(messages[: i + 1])
+            other = message | {key: ""} if key == "content" else {k: v for k, v in message.items() if k != key}
+            ignored = not _changes(lambda other=other, rest=rest, i=i: render([*messages[:i], other, *rest]), text)
+            if ignored or (key != "content" and _missing(message[key], text)):
+                rule = "leave it out, or give a chat template that renders it"
+                raise DataError(f"the chat template does not render {key} of message {i}, of role {message['role']!r}; {rule}")
+
+
+def _changes(render: Callable[[], str], text: str) -> bool:
+    """Whether a rendering differs from `text`. A template that refuses the change reads what was changed."""
+    try:
+        return render() != text
+    except DataError:
+        return True
+
+
+def _missing(value: Any, text: str) -> list[Any]:
+    """The texts and numbers within a value that the text does not contain, plain or as JSON."""
+    return [leaf for leaf in _leaves(value) if not any(form in text for form in _forms(leaf))]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key not in LINKS["call"]:
+                yield from _leaves(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(part)
+    elif value not in (None, ""):
+        yield value
+
+
+def _forms(leaf: Any) -> tuple[str, ...]:
+    """How a template may write a text or a number."""
+    if isinstance(leaf, str):
+        return leaf.strip(), json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1]
+    return str(leaf), json.dumps(leaf)

@@ -15,6 +15,7 @@ further token is trained. So with actions of a single token every label is train
 import contextlib
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,11 +209,26 @@ def _encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
         if control := [info.control_tokens[i] for i in ids[cut:] if i in info.control_tokens]:
             raise DataError(f"the tokenizer cannot represent {shorten(piece)}: it becomes the control token {control[0]!r}")
         back = _decode(tokenizer, ids)
-        if ids[:cut] != info.anchor_ids or back != info.anchor + piece:
-            decoded = shorten(back.removeprefix(info.anchor))
-            raise DataError(f"the tokenizer cannot represent {shorten(piece)}: its tokens decode to {decoded}")
+        if ids[:cut] != info.anchor_ids or not _same_text(back, info.anchor + piece):
+            decoded = back.removeprefix(info.anchor)
+            raise DataError(
+                f"the tokenizer cannot represent {shorten(piece)}: its tokens decode to {shorten(decoded)}"
+                f"{_code_points(piece, decoded)}"
+            )
         encoded.append(ids[cut:])
     return encoded
+
+
+def _same_text(a: str, b: str) -> bool:
+    """Whether two texts are equal but for the way in which Unicode composes characters: many tokenizers compose them (NFC)."""
+    return a == b or unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
+
+
+def _code_points(text: str, decoded: str) -> str:
+    """The characters at which two texts begin to differ, by number: some look alike."""
+    at = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), min(len(text), len(decoded)))
+    got, back = (" ".join(f"U+{ord(c):04X}" for c in t[at : at + 2]) or "nothing" for t in (text, decoded))
+    return f" (character {at + 1}: {got} becomes {back})"
 
 
 def shorten(text: str) -> str:
@@ -283,6 +299,19 @@ def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, sourc
     completion_ids = [*completion_ids, tokenizer.eos_token_id]
     targets = {len(ids) - 1 + j: token for j, token in enumerate(completion_ids)}
     return make_example(ids + completion_ids, targets, source, group)
+
+
+def text_example(tokenizer: Tokenizer, text: str, source: str, group: int = 0) -> Example:
+    """The example of a document: every token after the first one, and the EOS token, are trained.
+
+    Raises: DataError, naming the source, if the text cannot be represented or the tokenizer has no EOS token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{source}: the tokenizer has no EOS token, with which a text must end")
+    with name_source(source):
+        _encode(tokenizer, [text])  # for its errors
+        ids = [*_prefixes(tokenizer)[0], *encode_whole(tokenizer, [text])[0], tokenizer.eos_token_id]
+    return make_example(ids, dict(enumerate(ids[1:])), source, group)
 
 
 def make_example(ids: list[int], targets: dict[int, int], source: str, group: int) -> Example:

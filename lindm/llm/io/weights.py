@@ -214,6 +214,7 @@ def save(
     dtype: FileDtype = "f32",
     provenance: bool = False,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
+    edit: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads; adapters are merged, quantized kernels dequantized.
 
@@ -222,6 +223,7 @@ def save(
       like: directory of the original model; its tokenizer, generation_config.json and special token ids are copied.
       dtype: of the files; max_shard_bytes: largest size of one file.
       provenance: write provenance.json, too. All other files depend on the model alone.
+      edit: changes the small files of the directory before it appears; called on the first process.
 
     Raises:
       ValueError: an unknown dtype.
@@ -244,6 +246,7 @@ def save(
             for name in COMPANION_FILES if like is not None else ():
                 if like is not None and (like / name).is_file():
                     copy_file(like / name, temporary / name)
+            edit(temporary)
             shapes = {spec.name: spec.shape for spec in specs}
             safetensors_files.write_shards(temporary, shapes, values, dtype, max_shard_bytes)
             if provenance:

@@ -2,29 +2,27 @@
 
     a directory of `lindm data make`   one document per query of each task: the demonstrations of the task, then the query, every
                                        step with its action; the labels are the oracle's actions
-    a .jsonl file, one row per line    {"prompt", "completion"}, texts or lists of messages; or {"messages"}, a conversation of
-                                       {"role", "content"}, whose assistant turns are trained
+    a .jsonl file, one row per line    conversations, prompts with completions, texts: the formats of `lindm.llm.sft.rows`
 
 Examples are held out by group: whole tasks of a dataset, whose queries share demonstrations, or single rows of a file.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lindm.choices import Rewards
 from lindm.datasets import Dataset, Task, documents, is_dataset
 from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
 from lindm.io import inputs, limits
-from lindm.llm.chats import chat_example
 from lindm.llm.sft.options import Supervise
 from lindm.llm.sft.packing import philox_permutation
-from lindm.llm.tokens import Example, Tokenizer, action_tokens, completion_example, document_example
+from lindm.llm.sft.rows import row_examples
+from lindm.llm.tokens import Example, Tokenizer, action_tokens, document_example
 from lindm.text import Piece, Template
 
-ACCEPTED = 'a directory of `lindm data make`, or a .jsonl file with rows {"prompt", "completion"} or {"messages"}'
-# keys with which other trainers change what a chat template writes
-UNSUPPORTED = ("tools", "documents", "chat_template_kwargs", "images")
+ACCEPTED = 'a directory of `lindm data make`, or a .jsonl file with rows such as {"prompt", "completion"} or {"messages"}'
 HELD_OUT = 2**64 - 1  # number of the permutation that selects held-out groups; no epoch has it
 
 Progress = Callable[[int, int], None]
@@ -124,43 +122,36 @@ def check_file_options(template: str | Template | None, rewards: Rewards, names:
             raise ValueError(f"{option} must be left out for a .jsonl file, which has its own texts and answers; got {got!r}")
 
 
+def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str | None) -> None:
+    """Raise ValueError for options that do not apply to a dataset."""
+    for option, got in {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}.items():
+        if got is not None:
+            raise ValueError(f"{option} must be left out for a dataset, whose texts are no conversations; got {str(got)!r}")
+
+
 def read_file(path: Path) -> bytes:
     """The content of a file; DataError where it cannot be read."""
     return inputs.read_bytes(path, limits.LINES_FILE)
 
 
 def file_examples(
-    path: Path, content: bytes, tokenizer: Tokenizer, max_tokens: int | None, progress: Progress = lambda done, total: None
+    path: Path,
+    content: bytes,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    progress: Progress = lambda done, total: None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Example]:
-    """The examples of a .jsonl file with this content."""
+    """The examples of a .jsonl file with this content, by `lindm.llm.sft.rows`."""
     lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{path} has no rows")
     examples = []
     for i, (number, line) in enumerate(lines):
         progress(i, len(lines))
-        examples.append(_checked(_row_example(tokenizer, line, f"{path}:{number}", i), max_tokens))
+        made = row_examples(tokenizer, line, f"{path}:{number}", i, chat_template_kwargs)
+        if not made:
+            raise DataError(f"{path}:{number}: no label to train on")
+        examples += [_checked(example, max_tokens) for example in made]
     progress(len(lines), len(lines))
     return examples
-
-
-def _row_example(tokenizer: Tokenizer, line: bytes, source: str, group: int) -> Example:
-    row = inputs.parse_json_line(line, source)
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: a row must be an object; got {type(row).__name__}")
-    if unsupported := [key for key in UNSUPPORTED if row.get(key)]:
-        raise DataError(f"{source}: {unsupported[0]} must be left out: it has no effect here")
-    keys = {key for key in ("messages", "prompt", "completion") if key in row}
-    if keys == {"messages"}:
-        return chat_example(tokenizer, row["messages"], source, group)
-    if keys != {"prompt", "completion"}:
-        got = ", ".join(map(repr, row)) or "none"
-        raise DataError(f'{source}: a row must have the keys "prompt" and "completion", or the key "messages"; got {got}')
-    prompt, completion = row["prompt"], row["completion"]
-    if not prompt and not completion:
-        raise DataError(f"{source}: prompt and completion must not both be empty")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return chat_example(tokenizer, [*prompt, *completion], source, group, first_trained=len(prompt))
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise DataError(f"{source}: prompt and completion must both be texts or both be lists of messages")
-    return completion_example(tokenizer, prompt, completion, source, group)

@@ -37,7 +37,7 @@ class OptimizerConfig:
     def __post_init__(self):
         rules = {
             "steps": (self.steps >= 1, "at least 1"),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "learning_rate": (self.learning_rate >= 0, "at least 0"),
             "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
             "floor": (0 <= self.floor <= 1, "in [0, 1]"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),

@@ -1,6 +1,7 @@
 """The options of `lindm sft`. The command line reads this module, so it imports nothing heavy."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class SFTConfig:
     """Fine-tune a language model on labeled decisions or on prompts and completions. An interrupted run resumes."""
 
     data: Path
-    """A directory of `lindm data make`, or a .jsonl file with rows {"prompt", "completion"} or {"messages"}."""
+    """A directory of `lindm data make`, or a .jsonl file of conversations, prompts with completions, or texts."""
     out: Path
     """Directory of the run; the model is written to OUT/model."""
     model: Path | None = None
@@ -72,6 +73,10 @@ class SFTConfig:
     """Tokens per row. [default: length of the longest document]"""
     pack: bool = False
     """Pack several documents into a row; they do not attend to each other."""
+    chat_template: Path | None = None
+    """Chat template of conversations in place of the model's; the trained model gets it, too."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template, as JSON, such as {"enable_thinking": false}; a row may have its own."""
     held_out: float = 0.1
     """Fraction of the tasks (or rows) that is held out for evaluation."""
     eval_data: Path | None = None
@@ -139,6 +144,18 @@ class SFTConfig:
             raise ValueError(f"method must be full with a preset, which is randomly initialized; got {self.method!r}")
         if self.method == "qlora" and self.base in ("f32", "bf16"):
             raise ValueError(f"base must be int8 or nf4 with method qlora; got {self.base!r}")
+        _ = self.template_variables  # for its errors
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as an object."""
+        try:
+            variables = json.loads(self.chat_template_kwargs or "{}")
+        except (ValueError, RecursionError):
+            variables = None
+        if not isinstance(variables, dict):
+            raise ValueError(f"chat_template_kwargs must be a JSON object; got {self.chat_template_kwargs!r}")
+        return variables
 
     @property
     def base_format(self) -> BaseFormat:

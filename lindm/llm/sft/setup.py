@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from lindm.datasets import Task, TextFormat, text_format
 from lindm.errors import DataError
-from lindm.io import files
+from lindm.io import files, limits
+from lindm.io.inputs import read_text
 from lindm.io.progress import progress_bar
 from lindm.llm.config import ModelConfig, read_model_config
 from lindm.llm.io import weights
@@ -29,6 +30,7 @@ from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
 from lindm.llm.sft.examples import (
     TaskDocument,
+    check_dataset_options,
     check_file_options,
     dataset_examples,
     file_examples,
@@ -38,6 +40,7 @@ from lindm.llm.sft.examples import (
     read_file,
     split_indices,
 )
+from lindm.llm.sft.generation import end_tokens
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig
 from lindm.llm.sft.options import Method, SFTConfig
@@ -92,6 +95,7 @@ class TrainingSetup:
     compute: ComputeConfig
     optimizer: OptimizerConfig
     decision_tasks: DecisionTasks | None
+    end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
     inputs: dict[str, Any]  # SHA-256 of data and model
 
 
@@ -103,6 +107,8 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
       DataError: bad data, with file and line.
     """
     tokenizer, model_config = (None, TINY) if config.model is None else _read_model(config.model)
+    if config.chat_template is not None and tokenizer is not None:
+        tokenizer.chat_template = read_text(config.chat_template, limits.JSON_FILE)
     if config.seq is not None and config.seq > model_config.max_position_embeddings:
         raise ValueError(f"seq must be at most the {model_config.max_position_embeddings} tokens of the model; got {config.seq}")
     max_tokens = config.seq or model_config.max_position_embeddings
@@ -119,6 +125,8 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
     mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh) if config.mesh else {"fsdp": len(jax.devices())})
     sharding.check_batch_size(config.batch, mesh)
     inputs: dict[str, Any] = {"data": data.sha256}
+    if config.chat_template is not None:
+        inputs["chat_template"] = files.sha256(config.chat_template)
     if config.eval_data is not None:
         inputs["eval_data"] = evaluation.sha256
     if config.model is not None:
@@ -135,6 +143,7 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         compute=ComputeConfig(dtype=_dtype(config.dtype), remat=config.remat or ("none" if config.preset else "selective")),
         optimizer=_optimizer_config(config, len(train_rows)),
         decision_tasks=evaluation.decision_tasks,
+        end_tokens=() if data.is_dataset else end_tokens(train_examples),
         inputs=inputs,
     )
 
@@ -144,7 +153,7 @@ def _optimizer_config(config: SFTConfig, num_rows: int) -> OptimizerConfig:
     default_rate = TINY_LEARNING_RATE if config.preset else DEFAULT_LEARNING_RATES[config.method]
     return OptimizerConfig(
         steps=config.steps or default_steps,
-        learning_rate=config.learning_rate or default_rate,
+        learning_rate=default_rate if config.learning_rate is None else config.learning_rate,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
         clip=config.clip,
@@ -174,6 +183,7 @@ class LoadedData(NamedTuple):
     examples: list[Example]
     decision_tasks: DecisionTasks | None
     sha256: str
+    is_dataset: bool
 
 
 def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens: int, held_out: float | None) -> LoadedData:
@@ -190,8 +200,9 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
                 raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
             check_file_options(config.template, config.rewards, config.names, config.supervise)
             content = read_file(data)
-            examples = file_examples(data, content, tokenizer, max_tokens, progress)
-            return LoadedData(tokenizer, examples, None, hashlib.sha256(content).hexdigest())
+            examples = file_examples(data, content, tokenizer, max_tokens, progress, config.template_variables)
+            return LoadedData(tokenizer, examples, None, hashlib.sha256(content).hexdigest(), is_dataset=False)
+        check_dataset_options(config.chat_template, config.chat_template_kwargs)
         text = text_format(data, config.template, config.rewards, config.names)
         evaluated = _evaluated_tasks(config, len(data), held_out)
         tasks: list[Task] = []
@@ -207,7 +218,8 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
             documents = list(documents)
             tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), TINY.vocab_size)
         examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, max_tokens)
-    return LoadedData(tokenizer, examples, DecisionTasks(tasks=tasks, text=text) if tasks else None, data.checksum)
+    decision_tasks = DecisionTasks(tasks=tasks, text=text) if tasks else None
+    return LoadedData(tokenizer, examples, decision_tasks, data.checksum, is_dataset=True)
 
 
 def _evaluated_tasks(config: SFTConfig, num_tasks: int, held_out: float | None) -> set[int]:

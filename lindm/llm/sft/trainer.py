@@ -35,6 +35,7 @@ from lindm.llm.sft.batches import BatchLoader
 from lindm.llm.sft.compilation import ADVICE, compile_train_step
 from lindm.llm.sft.evaluator import Evaluator, summarize
 from lindm.llm.sft.flops import train_step_flops
+from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.metrics import METRICS, MetricsLogger, Throughput, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import RUN_FORMAT, SFTConfig, config_differences
@@ -166,7 +167,12 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
         logger.close()
     if config.patience is not None and (best := checkpoints.restore(out / BEST, template)) is not None:
         state = best.state
-    _export(setup, nnx.merge(graphdef, state.params, frozen), is_main)
+    model = nnx.merge(graphdef, state.params, frozen)
+    _export(setup, model, is_main)
+    if setup.end_tokens:
+        example = (setup.eval_rows or setup.train_rows)[0][0]
+        answer = describe_generation(model, setup.tokenizer, example, setup.end_tokens, setup.compute.dtype)
+        progress.print(f"answer    {answer}")
     if is_main:
         records = read_metrics(out)
         curves = plot_curves(out, records)
@@ -332,6 +338,12 @@ def _export(setup: TrainingSetup, model: Any, is_main: bool) -> None:
                 setup.tokenizer.save_pretrained(str(base))
         processes.barrier("export")  # every process has looked for the directories, and the tokenizer is written
         if missing[MODEL]:
-            weights.save(model, out / MODEL, like=base)
+            weights.save(model, out / MODEL, like=base, edit=lambda directory: _write_chat_settings(setup, directory))
     if config.method != "full" and missing[ADAPTER]:
         peft.save_adapter(model, out / ADAPTER, str(config.model))
+
+
+def _write_chat_settings(setup: TrainingSetup, directory: Path) -> None:
+    if setup.end_tokens:
+        template = None if setup.config.chat_template is None else setup.tokenizer.get_chat_template()
+        write_chat_settings(directory, setup.tokenizer, setup.end_tokens, template)

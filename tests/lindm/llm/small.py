@@ -70,6 +70,18 @@ def dummy_space(kind: str = "prepend", template: str | None = INST, normalizer=N
     return fast
 
 
+def unknown_characters() -> PreTrainedTokenizerFast:
+    """Characters of ASCII alone; any other becomes <unk>."""
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "\n", *(chr(c) for c in range(32, 127))]
+    t = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+    t.decoder = decoders.Fuse()
+    t.add_special_tokens(words[:3])
+    names = {"unk_token": "<unk>", "eos_token": "<|im_end|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=t, clean_up_tokenization_spaces=False, **names)
+    fast.chat_template = CHATML
+    return fast
+
+
 KINDS = {
     "bytes": cache(byte_level),
     "bytes with a beginning": cache(lambda: byte_level(bos="<|begin|>")),

@@ -196,6 +196,7 @@ def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_p
 
 
 GOOD = {"prompt": "x", "completion": " A"}
+FORMATS = "{messages}, {conversations}, {prompt, completion}, {instruction, output}, {text}"
 
 
 @pytest.mark.fault("F13")
@@ -206,10 +207,9 @@ GOOD = {"prompt": "x", "completion": " A"}
         ("[" * 100_000, "not JSON: "),
         ('{"prompt": "x", "completion": "\xff"}'.encode("latin-1"), "not JSON: "),
         ([1], "a row must be an object; got list"),
-        ({"prompt": "x"}, 'a row must have the keys "prompt" and "completion", or the key "messages"; got \'prompt\''),
-        ({"text": "x"}, 'a row must have the keys "prompt" and "completion", or the key "messages"; got \'text\''),
-        ({}, 'a row must have the keys "prompt" and "completion", or the key "messages"; got none'),
-        (GOOD | CHAT, 'a row must have the keys "prompt" and "completion", or the key "messages"'),
+        ({"prompt": "x"}, f"a row must have the columns of one of {FORMATS}; got 'prompt'"),
+        ({}, f"a row must have the columns of one of {FORMATS}; got none"),
+        (GOOD | CHAT, "a row must have the columns of one format; got those of {messages} and {prompt, completion}"),
         ({"prompt": 1, "completion": "A"}, "prompt and completion must both be texts or both be lists of messages"),
         ({"prompt": "x", "completion": None}, "prompt and completion must both be texts or both be lists of messages"),
         ({"prompt": "", "completion": ""}, "prompt and completion must not both be empty"),
@@ -218,8 +218,9 @@ GOOD = {"prompt": "x", "completion": " A"}
         ({"messages": "hi"}, "messages must be a list of messages; got 'hi'"),
         ({"messages": []}, "messages must be a list of messages"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "no label to train on"),
-        ({"messages": [{"role": "user"}]}, "message 0 must be an object with the strings role and content"),
-        (CHAT | {"tools": [{}]}, "tools must be left out: it has no effect here"),
+        ({"messages": [{"content": "hi"}]}, "message 0 must be an object with the string role"),
+        (CHAT | {"tools": [{"name": "f"}]}, "the chat template does not render tools"),
+        (CHAT | {"images": ["a.png"]}, "images must be left out: it has no effect here"),
         ({"prompt": "y" * 40, "completion": "A"}, "must have at most 20 tokens, the length of a row; got 42"),
     ],
 )
