@@ -35,30 +35,31 @@ class Family:
     architecture: str  # class in transformers
     qkv_bias: bool = False  # q, k and v have biases whatever config.json says
     qk_norm: bool = False  # RMSNorm of every query and key head
-    bias_keys: tuple[str, ...] = ()  # keys of config.json that switch further biases on
-    window_switch: bool = False  # `sliding_window` counts only with `use_sliding_window`
+    keys: tuple[str, ...] = ()  # keys of config.json, of `FAMILY_KEYS`, that the family reads; transformers ignores the others
     gguf_heads: Literal["interleaved", "halves"] | None = "halves"  # row order of q and k in GGUF; None: no such family there
 
 
+_WINDOWS_OF_LAYERS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 FAMILIES = {
-    "llama": Family(architecture="LlamaForCausalLM", bias_keys=("attention_bias", "mlp_bias"), gguf_heads="interleaved"),
-    "mistral": Family(architecture="MistralForCausalLM", gguf_heads=None),  # llama.cpp calls it llama
-    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, window_switch=True),
-    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, bias_keys=("attention_bias",), window_switch=True),
+    "llama": Family(architecture="LlamaForCausalLM", keys=("attention_bias", "mlp_bias"), gguf_heads="interleaved"),
+    "mistral": Family(architecture="MistralForCausalLM", keys=("sliding_window",), gguf_heads=None),  # llama.cpp calls it llama
+    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, keys=_WINDOWS_OF_LAYERS),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, keys=("attention_bias", *_WINDOWS_OF_LAYERS)),
 }
+FAMILY_KEYS = {key for family in FAMILIES.values() for key in family.keys}
 
 SUPPORTED_KEYS = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window"),
-    *("max_window_layers", "layer_types", "pretraining_tp", "initializer_range"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "pretraining_tp", "initializer_range"),
+    *FAMILY_KEYS,
 }
 # keys that do not affect the logits: identity, special tokens, settings of other libraries' training and generation
 IGNORED_KEYS = {
     *("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
     *("torch_dtype", "dtype", "transformers_version", "transformers.js_config", "use_cache", "attention_dropout"),
-    *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash"),
-    *("unsloth_version", "unsloth_fixed"),
+    *("_name_or_path", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
+    *("_commit_hash", "unsloth_version", "unsloth_fixed", "max_sequence_length"),
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
     *("return_dict", "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "is_llama_config"),
     *("model_max_length", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "rope_interleaved"),
@@ -137,6 +138,14 @@ class ModelConfig:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}")
         if not 0 < self.rms_norm_eps < 1:
             raise ValueError(f"rms_norm_eps must be between 0 and 1; got {self.rms_norm_eps}")
+        keys = FAMILIES[self.model_type].keys
+        if (
+            self.sliding_windows
+            and "layer_types" not in keys
+            and ("sliding_window" not in keys or len(set(self.sliding_windows)) > 1)
+        ):
+            rule = "one window for all layers" if "sliding_window" in keys else "no sliding window"
+            raise ValueError(f"sliding_windows: the family {self.model_type} has {rule}; got {self.sliding_windows}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, because the rotary embedding pairs its halves; got {self.head_dim}")
 
@@ -193,7 +202,7 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
     for name, size in sizes.items():
         if not isinstance(size, int) or not 1 <= size <= MODEL_SIZE:
             raise DataError(f"{source}: {_RENAMED.get(name, name)} must be a positive integer below 2^31; got {size!r}")
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = bool(config.get("attention_bias"))
     try:
         return ModelConfig(
             model_type=model_type,
@@ -203,9 +212,9 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
             tie_word_embeddings=bool(config["tie_word_embeddings"]),
             qkv_bias=attention_bias or family.qkv_bias,
             o_bias=attention_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias")),
             qk_norm=family.qk_norm,
-            sliding_windows=_sliding_windows(config, family, source),
+            sliding_windows=_sliding_windows(config, source),
             init_std=float(config.get("initializer_range", 0.02)),
         )
     except (TypeError, ValueError) as e:
@@ -216,10 +225,11 @@ _RENAMED = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads
 
 
 def _with_defaults(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """The configuration as transformers 5 writes it, defaults filled in."""
+    """The configuration as transformers 5 writes it, defaults filled in, without the keys that the family ignores."""
     from transformers import AutoConfig
 
-    given = {k: v for k, v in raw.items() if k not in ("model_type", "transformers_version", "architectures")}
+    ignored = {"model_type", "transformers_version", "architectures"} | FAMILY_KEYS - set(FAMILIES[raw["model_type"]].keys)
+    given = {k: v for k, v in raw.items() if k not in ignored}
     try:
         return AutoConfig.for_model(raw["model_type"], **given).to_dict()
     except Exception as e:  # its validators raise many kinds
@@ -246,10 +256,10 @@ def _rope_parameters(config: dict[str, Any], source: str) -> RopeParameters:
     return RopeParameters(rope_theta=float(theta), rope_type=rope_type, **{key: given[key] for key in keys})
 
 
-def _sliding_windows(config: dict[str, Any], family: Family, source: str) -> tuple[int, ...]:
+def _sliding_windows(config: dict[str, Any], source: str) -> tuple[int, ...]:
     """The window of each layer: transformers gives it by `layer_types`, by `max_window_layers`, or one window for all layers."""
     window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
-    if not window or (family.window_switch and not config.get("use_sliding_window")):
+    if not window or not config.get("use_sliding_window", True):
         return ()
     if not isinstance(window, int) or window < 1:
         raise DataError(f"{source}: sliding_window must be a positive integer; got {window!r}")
@@ -289,14 +299,16 @@ def to_config_json(config: ModelConfig, **extra: Any) -> dict[str, Any]:
         "rope_scaling": None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"},
         "initializer_range": config.init_std,
     }
-    content |= {key: {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}[key] for key in family.bias_keys}
     windows = config.sliding_windows
-    if config.model_type == "mistral":
-        content["sliding_window"] = windows[0] if windows else None
-    elif windows:
-        content |= {"use_sliding_window": True, "sliding_window": max(windows)}
-        content["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
-    return content | extra
+    own: dict[str, Any] = {
+        "attention_bias": config.o_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": max(windows, default=None),
+    }
+    if windows:
+        own["use_sliding_window"] = True
+        own["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    return content | {key: own[key] for key in family.keys if key in own} | extra
 
 
 def rope_frequencies(rope: RopeParameters, head_dim: int) -> list[float]:

@@ -78,6 +78,17 @@ CONFIGS = {
     },
 }
 FAMILIES = tuple(name for name in CONFIGS if name != "wide")
+# keys that transformers does not read for a family, though it reads them for another, or that change no logits anywhere
+IGNORED = [
+    ("llama", {"sliding_window": 4}),
+    ("llama", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4, "use_sliding_window": True}),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("mistral", {"attention_bias": True, "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1}),
+    ("qwen2", {"attention_bias": False, "mlp_bias": True}),
+    ("qwen2", {"attention_bias": True}),
+    ("qwen3", {"mlp_bias": True}),
+    ("qwen3", {"max_sequence_length": 64, "attn_implementation": "eager", "_flash_attn_2_enabled": True}),
+]
 
 
 def sizes(config):

@@ -1,5 +1,6 @@
 """Reading and writing of config.json, and errors that name the key."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from lindm.errors import DataError, LindmError
 from lindm.llm.config import ModelConfig, RopeParameters, parse_model_config, read_model_config, to_config_json
-from tests.lindm.llm.reference import CONFIGS, FAMILIES
+from tests.lindm.llm.reference import CONFIGS, FAMILIES, IGNORED
 
 
 def read(name, **changes):
@@ -69,6 +70,19 @@ def test_the_keys_of_both_versions_of_transformers_are_read():
     old = {k: v for k, v in CONFIGS["llama"].items() if k != "rope_parameters"}
     scaling = {k: v for k, v in CONFIGS["llama"]["rope_parameters"].items() if k != "rope_theta"}
     assert parse_model_config(old | {"rope_theta": 100.0, "rope_scaling": scaling}, "config.json") == read("llama")
+
+
+@pytest.mark.parametrize("name, changes", IGNORED)
+def test_keys_that_a_family_does_not_read_are_ignored_as_transformers_ignores_them(name, changes):
+    assert read(name, **changes) == read(name)
+
+
+def test_a_family_has_the_windows_that_its_config_can_say():
+    fields = {f.name: getattr(read("mistral"), f.name) for f in dataclasses.fields(ModelConfig)}
+    with pytest.raises(ValueError, match=r"the family mistral has one window for all layers; got \(0, 5\)"):
+        ModelConfig(**fields | {"sliding_windows": (0, 5)})
+    with pytest.raises(ValueError, match=r"the family llama has no sliding window; got \(5, 5\)"):
+        ModelConfig(**fields | {"model_type": "llama"})
 
 
 def test_sliding_windows_apply_to_sliding_layers_only():

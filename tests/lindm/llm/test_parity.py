@@ -106,6 +106,13 @@ def pair(tmp_path_factory):
     return made
 
 
+@pytest.mark.parametrize("name, changes", reference.IGNORED)
+def test_keys_that_transformers_ignores_change_no_logits_here(tmp_path, name, changes):
+    reference.write(tmp_path, name, **changes)
+    ids = tokens(name, 2, 24)
+    np.testing.assert_allclose(logits(weights.load(tmp_path), ids), their_logits(theirs(tmp_path), ids), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transformers_model_has_the_same_logits_and_greedy_tokens_here(pair, name):
     """48 tokens: longer than every window, and than what the scaled rotations were made for."""
