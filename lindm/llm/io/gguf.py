@@ -181,7 +181,7 @@ def _model_config(file: GGUFFile) -> ModelConfig:
         "rope_parameters": _rope_parameters(file, given, head_dim),
     }
     modules = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}
-    raw |= {key: f"blk.0.{modules[key]}.bias" in file.tensors for key in FAMILIES[family].bias_keys}
+    raw |= {key: f"blk.0.{modules[key]}.bias" in file.tensors for key in FAMILIES[family].keys if key in modules}
     return parse_model_config(raw, source)
 
 
