@@ -91,7 +91,7 @@ class Config:
         check_rising(self, *SUITES, length=0)
         if not any(getattr(self, name) for name in SUITES):
             raise ValueError("mdp, pomdp, apomdp must not all be empty")
-        branches = (suite_of_models := language_models.suite_at_horizon("apomdp", 1)).M * suite_of_models.O
+        branches = (suite_of_models := language_models.suite_at_horizon("apomdp", 1)).models * suite_of_models.observations
         if any(branches ** (h - 1) > MAX_HISTORIES for h in self.apomdp):
             raise ValueError(
                 f"apomdp must be horizons with at most {MAX_HISTORIES} histories at the last stage; got {self.apomdp}"

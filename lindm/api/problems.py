@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lindm.evaluation.environments import double_precision
-from lindm.families import registry, suites
+from lindm.families import registry
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems import apomdp as apomdps
@@ -48,7 +48,7 @@ def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, 
     (4, 2)
     """
     with double_precision():
-        return registry.load_problem([str(path) for path in paths], horizon, discount, alpha)
+        return registry.read_files([str(path) for path in paths], horizon, discount, alpha)
 
 
 def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) -> StationaryPOMDP:
@@ -150,34 +150,36 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
         return linear_mdps.linear_mdp(phi, mu, theta, rho)
 
 
-def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] = "id", **sizes: Any) -> Suite:
-    """A named distribution of random problems, for `make_dataset` and `evaluate`.
+def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] = "id", **options: Any) -> Suite:
+    """A family of random problems with its sizes and options set, for `make_dataset` and `evaluate`.
 
     Args:
-      name: mdp, pomdp or apomdp.
-      horizon: one of the suite's three. [default: the middle one]
+      name: a family with random parameters, such as mdp, pomdp, apomdp or maintenance; `lindm families` lists them.
+      horizon: number of stages. [default: the family's]
       split: in distribution, or out of distribution.
-      sizes: other fields of `Suite`, such as S, A, O, M.
+      options: other options of the family, such as states and actions.
 
     Raises:
-      ValueError: an unknown name, horizon, split or field.
+      ValueError: an unknown name or option, or a value out of its range.
 
     >>> ld.suite("pomdp", horizon=4, split="ood").quality
     0.8
     """
-    return suites.suite(name, horizon, split, **sizes)
+    made = registry.build(name, split=split, **{} if horizon is None else {"horizon": horizon}, **options)
+    assert isinstance(made, Suite)  # one problem has no split
+    return made
 
 
-def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
-    """A problem by name: one that ships with lindm, or one drawn from a suite.
+def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem:
+    """A problem by name, with parameters that are drawn for the seed.
 
     Args:
-      name: prostate, or a suite: mdp, pomdp or apomdp.
-      seed: of the draw from a suite.
-      sizes: horizon, discount and alpha of prostate; the arguments of `suite`.
+      name: a family; `lindm families` lists them with their options.
+      seed: of the parameters.
+      options: options of the family, such as states and horizon.
 
     Raises:
-      ValueError: an unknown name or size.
+      ValueError: an unknown name or option, or a value out of its range.
 
     >>> ld.make("pomdp", horizon=4, seed=3).problem.num_states
     4
@@ -185,7 +187,7 @@ def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
     ('defer', 'biopsy')
     """
     with double_precision():
-        return registry.make(name, seed=seed, **sizes)
+        return registry.make(name, seed=seed, **options)
 
 
 def as_source(problem: NamedProblem | Problem | LinearMDP) -> NamedProblem:

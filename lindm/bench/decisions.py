@@ -25,7 +25,7 @@ from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import PolicyTask, double_precision
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
-from lindm.families.suites import suite
+from lindm.families.random_suites import suite
 from lindm.io.temporaries import scratch_directory
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder

@@ -106,7 +106,7 @@ COMMANDS = {
             "lindm data make pomdp --tasks 1000 --demos 5 --out data/pomdp",
             "lindm data make tiger.pomdp --horizon 6 --tasks 200 --demos 5 --out data/tiger",
         ),
-        sections={"horizon": "Problem and demonstrations"},
+        sections={"split": "Options of a family", "horizon": "Problem and demonstrations"},
     ),
     "export": Command(
         name="data export",

@@ -111,6 +111,6 @@ COMMAND = Command(
         "lindm eval mdp --split ood --policy sft:runs/tiny --policy bc --out results/eval",
         "lindm eval tiger.pomdp --horizon 6 --policy qmdp",
     ),
-    sections={"horizon": "Problem and demonstrations"},
+    sections={"split": "Options of a family", "horizon": "Problem and demonstrations"},
     table=("Policies", help_table()),
 )

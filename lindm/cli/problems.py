@@ -3,14 +3,12 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lindm.choices import Behavior, Split
 from lindm.cli.option_parser import Positional
-from lindm.errors import unknown
 
 if TYPE_CHECKING:
     from lindm.families.registry import NamedProblem
@@ -18,17 +16,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemOptions:
+class FamilyOptions:
+    """The options of families: sizes, and what changes a problem. A family that does not have one refuses it."""
+
+    split: Split | None = None
+    """Split: in distribution or out of distribution. [default: id]"""
+    states: int | None = None
+    """Number of states."""
+    actions: int | None = None
+    """Number of actions."""
+    observations: int | None = None
+    """Number of observations."""
+    models: int | None = None
+    """Number of models."""
+
+
+FAMILY_OPTIONS = tuple(field.name for field in fields(FamilyOptions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions(FamilyOptions):
     """The options of `data make` and `eval` that say which problems there are, and who demonstrates."""
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
-    """A suite (mdp, pomdp or apomdp), prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
+    """A family, such as mdp, pomdp or prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
     horizon: int | None = None
-    """Number of stages; required for a file. [default: the middle one of a suite's three]"""
-    split: Split = "id"
-    """Split of a suite: in distribution or out of distribution."""
+    """Number of stages; required for a file. [default: the family's]"""
     discount: float | None = None
-    """Discount factor, in place of the file's."""
+    """Discount factor, in place of the file's or the family's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
     behavior: Behavior = "oracle"
@@ -47,40 +62,34 @@ def warnings_as_lines() -> Iterator[None]:
         print(f"lindm: warning: {warning.message}", file=sys.stderr)
 
 
-def read_problem(words: Sequence[str], horizon: int, discount: float | None, alpha: float | None) -> "NamedProblem":
-    """One problem, in double precision: .pomdp files, or the name of a problem that ships with lindm.
+def problem_or_suite(options: Any) -> "Suite | NamedProblem":
+    """What the words of a command name: a suite, or one problem in double precision.
+
+    Args:
+      options: `FamilyOptions` with problem, horizon, discount and alpha.
 
     Raises:
-      ValueError: the words name no problem, or an option does not apply.
+      ValueError: the words name nothing, or an option does not apply.
       DataError: a file is wrong.
     """
     from lindm.evaluation.environments import double_precision
     from lindm.families import registry
 
+    given = {name: value for name in FAMILY_OPTIONS if (value := getattr(options, name)) is not None}
     with warnings_as_lines(), double_precision():
-        return registry.load_problem(words, horizon, discount, alpha)
+        return registry.load_problem(options.problem, options.horizon, options.discount, options.alpha, **given)
 
 
-def problem_or_suite(options: ProblemOptions) -> "Suite | NamedProblem":
-    """A suite by its name, or one problem: the name of a problem that ships with lindm, or .pomdp files.
+def one_problem(options: Any) -> "NamedProblem":
+    """One problem in double precision: as `problem_or_suite`, and of a suite the task of `options.seed`."""
+    from lindm.evaluation.environments import double_precision
+    from lindm.families import registry
+    from lindm.families.suites import Suite
 
-    Raises:
-      ValueError: the words name neither, or an option does not apply.
-      DataError: a file is wrong.
-    """
-    from lindm.families import registry, suites
-
-    words, horizon, split = options.problem, options.horizon, options.split
-    if len(words) == 1 and words[0] in suites.NAMES and not Path(words[0]).is_file():
-        if options.discount is not None or options.alpha is not None:
-            raise ValueError("discount and alpha must be left out for a suite, which has its own")
-        return suites.suite(words[0], horizon, split)
-    known = (*suites.NAMES, *registry.NAMED_PROBLEMS)
-    for word in words:
-        if not Path(word).suffix and not Path(word).is_file() and (word not in registry.NAMED_PROBLEMS or len(words) > 1):
-            raise ValueError(unknown("PROBLEM", word, (*known, "a .pomdp file")))
-    if split != "id":
-        raise ValueError(f"split must be left out for a single problem, which has one distribution; got {split!r}")
-    if horizon is None:
-        raise ValueError("horizon must be given for a problem that is not a suite")
-    return read_problem(words, horizon, options.discount, options.alpha)
+    named = problem_or_suite(options)
+    if not isinstance(named, Suite):
+        if options.seed is not None:
+            raise ValueError(f"seed must be left out for a problem that has nothing random; got {options.seed}")
+        return named
+    with double_precision():
+        return registry.draw(named, options.seed or 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lindm.cli.option_parser import Command, Positional
+from lindm.cli.problems import FAMILY_OPTIONS, FamilyOptions, one_problem
 from lindm.errors import UsageError
 from lindm.io.files import strict_json
 
@@ -15,11 +16,12 @@ SHOWN_STATES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solve:
+class Solve(FamilyOptions):
     """Compute the value of a decision problem, with bounds, and the best first action."""
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
-    """A .pomdp file (an MDP if it has no observations), or prostate. Several files are the models of an ambiguous POMDP."""
+    """A .pomdp file (an MDP if it has no observations), or a family, such as prostate. Several files are the models of an ambiguous
+    POMDP."""
     horizon: int | Literal["inf"]
     """Number of stages; inf for one .pomdp file whose discount is below 1."""
     discount: float | None = None
@@ -39,6 +41,8 @@ class Solve:
     """File of the policy as alpha vectors (.alpha), where the horizon is inf."""
     json: bool = False
     """Print one JSON object."""
+    seed: int | None = None
+    """Seed of the parameters of a family. [default: 0]"""
 
 
 OF_POINT_BASED = ("tolerance", "timeout", "save")
@@ -54,10 +58,9 @@ def run(options: Solve) -> int:
         return run_point_based(options, start)
     refuse(options, OF_POINT_BASED, "is an option of point-based")
     from lindm.api.solutions import solve
-    from lindm.cli.problems import read_problem
     from lindm.types import MDP
 
-    source = read_problem(options.problem, options.horizon, options.discount, options.alpha)
+    source = one_problem(options)
     solution = solve(source, options.method, effort=options.effort)
     observed = isinstance(source.problem, MDP)
     action, seconds = solution.first_actions if observed else solution.first_action, time.perf_counter() - start
@@ -84,7 +87,7 @@ def refuse(options: Solve, names: tuple[str, ...], reason: str) -> None:
     """UsageError for an option that is given and does not apply."""
     for name in names:
         if getattr(options, name) is not None:
-            raise UsageError(f"--{name} {reason}; got {getattr(options, name)}")
+            raise UsageError(f"--{name.replace('_', '-')} {reason}; got {getattr(options, name)}")
 
 
 def is_long(options: Solve) -> bool:
@@ -102,7 +105,7 @@ def run_point_based(options: Solve, start: float) -> int:
     """One .pomdp file, by search along optimal play."""
     if options.method not in ("auto", "point-based"):
         raise UsageError(f"--method must be point-based where the horizon is inf; got {options.method!r}")
-    refuse(options, ("alpha", "effort"), "does not apply to point-based")
+    refuse(options, ("alpha", "effort", "seed", *FAMILY_OPTIONS), "does not apply to point-based")
     if len(options.problem) != 1:
         raise UsageError(f"point-based solves one .pomdp file, not several models; got {len(options.problem)} files")
     if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
@@ -149,4 +152,5 @@ COMMAND = Command(
         "lindm solve prostate --horizon 4 --json",
         "lindm solve tiger.pomdp --horizon inf --save policy.alpha",
     ),
+    sections={"split": "Options of a family"},
 )

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from lindm.datasets.config import DatasetConfig
-from lindm.families.suites import Suite, draw_task
+from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
 from lindm.solvers.rollout import demonstrate
@@ -43,8 +43,7 @@ class TaskGenerator:
         self.source: Suite | Problem = source
         self.config = config
         self.key = jax.random.key(config.seed, impl="threefry2x32")
-        shapes = jax.eval_shape(lambda: draw_task(self.key, source) if isinstance(source, Suite) else source)
-        self.example: Problem = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # sizes alone: all numbers are zero
+        self.example: Problem = source.example if isinstance(source, Suite) else source  # its sizes alone are used
         self.method = method_for(self.example) if config.method == "auto" else config.method
         counts = (config.demos, config.queries)
         self.num_episodes = sum(counts)  # of a task
@@ -81,12 +80,13 @@ class TaskGenerator:
                 part = Generated(None, jax.tree.map(lambda x: jnp.broadcast_to(x, BLOCK), values), *rollouts)
             elif self.method == "net":  # solved on the host, one task at a time
                 stop = at + 1
-                problem = _draw_problem(self.key, at, self.source)
+                problem = jax.tree.map(lambda x: x[0], _draw_block(self.key, at, stop, self.source))
                 solution = solve(problem, self.config.method)
                 rollouts = _rollout_block(self.key, at, stop, self._rollouts, solution)
                 part = Generated(*jax.tree.map(lambda x: x[None], (problem, _values(solution))), *rollouts)
             else:
-                part = _task_block(self.key, at, stop, self._rollouts, self.source, self.config.method)
+                problems = _draw_block(self.key, at, stop, self.source)
+                part = _task_block(self.key, at, stop, self._rollouts, problems, self.config.method)
             part = jax.tree.map(lambda x, n=stop - at: np.asarray(x)[:n], part)
             if part.problems is not None and not all(np.isfinite(x).all() for x in jax.tree.leaves(part.problems)):
                 raise ValueError(f"no task {at} to {stop - 1} of the source {self.source} could be drawn: its gap is too large")
@@ -129,13 +129,14 @@ def _map_block(function: Callable[[Array], Any], first: Array, last: Array) -> A
     return jax.lax.map(lambda i: jax.lax.cond(i < last, function, lambda _: blank, i), first + jnp.arange(BLOCK))
 
 
-@partial(jax.jit, static_argnames=("suite", "method"))
-def _task_block(key: Array, first: Array, last: Array, rollouts: tuple[Array, ...], suite: Suite, method: Method) -> Generated:
+@partial(jax.jit, static_argnames="method")
+def _task_block(
+    key: Array, first: Array, last: Array, rollouts: tuple[Array, ...], problems: Problem, method: Method
+) -> Generated:
     def task(i: Array) -> Generated:
-        problem_key, episode_key = _keys(key, i)
-        problem = draw_task(problem_key, suite)
+        problem = jax.tree.map(lambda x: x[i - first], problems)
         solution = solve(problem, method)
-        return Generated(problem, _values(solution), *_rollout(episode_key, solution, rollouts))
+        return Generated(problem, _values(solution), *_rollout(_keys(key, i)[1], solution, rollouts))
 
     return _map_block(task, first, last)
 
@@ -145,6 +146,14 @@ def _rollout_block(key: Array, first: Array, last: Array, rollouts: tuple[Array,
     return _map_block(lambda i: _rollout(_keys(key, i)[1], solution, rollouts), first, last)
 
 
+def _draw_block(key: Array, first: int, last: int, suite: Suite) -> Problem:
+    """The problems [BLOCK] of tasks first, ..., last - 1; the rest are no tasks."""
+    if suite.traceable:
+        return _traced_block(key, first, last, suite)
+    drawn = [suite.draw(_keys(key, i)[0]) for i in range(first, last)]
+    return jax.tree.map(lambda *x: jnp.stack([*x, *[x[-1]] * (BLOCK - len(x))]), *drawn)
+
+
 @partial(jax.jit, static_argnames="suite")
-def _draw_problem(key: Array, i: Array, suite: Suite) -> Problem:
-    return draw_task(_keys(key, i)[0], suite)
+def _traced_block(key: Array, first: Array, last: Array, suite: Suite) -> Problem:
+    return _map_block(lambda i: suite.draw(_keys(key, i)[0]), first, last)

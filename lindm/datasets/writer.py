@@ -41,7 +41,6 @@ from lindm.io.verification import MANIFEST
 from lindm.types import CERTIFICATES, Problem
 
 JOURNAL, CARD = "progress.jsonl", "README.md"
-PARTS = ("states", "actions", "observations", "models")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,8 @@ def make_dataset(
     """
     import_pyarrow()
     generator = TaskGenerator(source.problem if isinstance(source, NamedProblem) else source, config)
-    names = {part: list(getattr(source, part)) for part in PARTS} if isinstance(source, NamedProblem) else {}
-    described = _description(generator, {part: given for part, given in names.items() if given})
+    names = source.names if isinstance(source, Suite | NamedProblem) else {}
+    described = _description(generator, {part: list(given) for part, given in names.items()})
     with directories.sole_writer(out):
         versions, finished = _open(out, described), _finished_shards(out)
         plan = _plan(generator)

@@ -1,20 +1,24 @@
-"""Problems by name: `make` for a suite or a problem that ships with lindm, `load_problem` for `.pomdp` files."""
+"""Problems by name: the families that ship with lindm, in one table, and `.pomdp` files.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+To add a family, write a module with a subclass of `TabularSuite` and add it to `FAMILIES` (docs/families.md).
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from lindm import validate
-from lindm.errors import DataError, did_you_mean, unknown
-from lindm.families import prostate, suites
+from lindm.errors import DataError, unknown
+from lindm.families import prostate, random_suites
+from lindm.families.suites import Suite, TabularSuite
 from lindm.problems import cassandra
 from lindm.problems.apomdp import apomdp
 from lindm.types import Problem
-
-NAMED_PROBLEMS = ("prostate",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +31,38 @@ class NamedProblem:
     observations: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """The names that there are, by part."""
+        parts = {part: getattr(self, part) for part in ("states", "actions", "observations", "models")}
+        return {part: names for part, names in parts.items() if names}
 
-def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
-    """A problem by name: a task of a suite, or a problem that ships with lindm.
 
-    Args:
-      name: mdp, pomdp or apomdp (`lindm.families.suites`), or prostate (`lindm.families.prostate`).
-      seed: of the task of a suite.
-      sizes: the arguments of `suites.suite`, or those of `prostate`.
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of problems."""
 
-    Raises:
-      ValueError: an unknown name or size, or a size out of its range.
-    """
-    if name in suites.NAMES:
-        return NamedProblem(problem=suites.draw_task(jax.random.key(seed), suites.suite(name, **sizes)))
-    if name not in NAMED_PROBLEMS:
-        raise ValueError(unknown("name", name, (*suites.NAMES, *NAMED_PROBLEMS)))
-    if wrong := [size for size in sizes if size not in prostate.OPTIONS]:
-        raise ValueError(unknown("an option of prostate", wrong[0], prostate.OPTIONS))
+    name: str
+    summary: str  # one line
+    options: tuple[str, ...]  # sizes and numbers that can be chosen
+    build: Callable[..., Suite | NamedProblem]  # from options: a suite, or one problem where nothing is random
+
+
+def _tabular(kind: type[TabularSuite]) -> Family:
+    """The family of a subclass of `TabularSuite`; its summary is the first line of the class's docstring."""
+    options = tuple(field.name for field in fields(kind) if field.name != "name")
+    summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
+    return Family(name=kind.name, summary=summary, options=options, build=kind)
+
+
+def _random(name: str, summary: str) -> Family:
+    build = partial(random_suites.suite, name)
+    return Family(name=name, summary=summary, options=random_suites.options_of(name), build=build)
+
+
+def _prostate(**options: Any) -> NamedProblem:
     return NamedProblem(
-        problem=prostate.prostate(**sizes),
+        problem=prostate.prostate(**options),
         states=prostate.STATES,
         actions=prostate.ACTIONS,
         observations=prostate.OBSERVATIONS,
@@ -54,13 +70,94 @@ def make(name: str, *, seed: int = 0, **sizes: Any) -> NamedProblem:
     )
 
 
-def load_problem(words: Sequence[str], horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
-    """A problem of `NAMED_PROBLEMS`, one `.pomdp` file (an MDP if it has no observations), or several as the models of an APOMDP.
+_ALL = (
+    _random("mdp", "Random MDPs"),
+    _random("pomdp", "Random POMDPs"),
+    _random("apomdp", "Random ambiguous POMDPs"),
+    Family(
+        name="prostate",
+        summary="Active surveillance of prostate cancer as four medical centers see it",
+        options=prostate.OPTIONS,
+        build=_prostate,
+    ),
+)
+FAMILIES = {family.name: family for family in _ALL}
+
+
+def build(name: str, **options: Any) -> Suite | NamedProblem:
+    """A family with its options set: a suite, whose tasks are random, or one problem with names.
+
+    Raises:
+      ValueError: an unknown name or option, or a value out of its range.
+    """
+    if name not in FAMILIES:
+        raise ValueError(unknown("name", name, tuple(FAMILIES)))
+    family = FAMILIES[name]
+    if wrong := [option for option in options if option not in family.options]:
+        raise ValueError(unknown(f"an option of {name}", wrong[0], family.options))
+    return family.build(**options)
+
+
+def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem:
+    """A problem by name: a task of a suite, or a problem that has nothing random.
+
+    Args:
+      name: one of `FAMILIES`.
+      seed: of the task of a suite.
+      options: those of the family.
+
+    Raises:
+      ValueError: an unknown name or option, or a value out of its range.
+    """
+    made = build(name, **options)
+    return draw(made, seed) if isinstance(made, Suite) else made
+
+
+def draw(suite: Suite, seed: int = 0) -> NamedProblem:
+    """The task of a suite for a seed, with its names."""
+    if validate.count(seed, "seed", 0) >= 2**32:
+        raise ValueError(f"seed must be below 2^32; got {seed}")
+    return NamedProblem(problem=suite.draw(jax.random.key(seed)), **suite.names)
+
+
+def load_problem(
+    words: Sequence[str], horizon: int | None = None, discount: float | None = None, alpha: float | None = None, **options: Any
+) -> Suite | NamedProblem:
+    """What the words of a command name: one of `FAMILIES`, or files (`read_files`).
+
+    Args:
+      horizon: stages; required for files, None is the default of a family.
+      discount, alpha: None is the default of a family, or the file's own discount.
+      options: other options of a family; they must be left out for files.
+
+    Raises:
+      ValueError: the words name nothing, or an argument is missing, does not apply or is out of its range.
+      DataError: as `read_files`.
+    """
+    if not words:
+        raise ValueError(f"PROBLEM must be a .pomdp file or one of {', '.join(FAMILIES)}; got none")
+    if len(words) == 1 and words[0] in FAMILIES and not Path(words[0]).is_file():
+        given: dict[str, Any] = {"horizon": horizon, "discount": discount, "alpha": alpha}
+        return build(words[0], **{name: value for name, value in given.items() if value is not None}, **options)
+    for word in words:
+        if not Path(word).suffix and not Path(word).is_file():
+            if word in FAMILIES:
+                raise ValueError(f"PROBLEM must be one family, or files; got {' '.join(words)}")
+            raise ValueError(unknown("PROBLEM", word, (*FAMILIES, "a .pomdp file")))
+    if options:
+        raise ValueError(f"{next(iter(options))} must be left out for files, which have sizes and a law of their own")
+    if horizon is None:
+        raise ValueError("horizon must be given for files")
+    return read_files(words, horizon, discount, alpha)
+
+
+def read_files(words: Sequence[str], horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
+    """One `.pomdp` file as a POMDP, or as an MDP if it has no observations; several files as the models of an APOMDP.
 
     Args:
       horizon: stages, at least one.
-      discount: in [0, 1]; None is the file's own, and 0.97 for `prostate`.
-      alpha: attitude to ambiguity, in [0, 1]; required for several files, an error for one file; None is 0.5 for `prostate`.
+      discount: in [0, 1]; None is the file's own.
+      alpha: attitude to ambiguity, in [0, 1]; required for several files, an error for one file.
 
     Raises:
       ValueError: an argument is missing or out of its range.
@@ -72,14 +169,7 @@ def load_problem(words: Sequence[str], horizon: int, discount: float | None = No
     if alpha is not None:
         validate.fraction(alpha, "alpha")
     if not words:
-        raise ValueError("FILE must name at least one .pomdp file, or a problem: " + ", ".join(NAMED_PROBLEMS))
-    if len(words) == 1 and words[0] in NAMED_PROBLEMS and not Path(words[0]).is_file():
-        given: dict[str, Any] = {"discount": discount, "alpha": alpha}
-        return make(words[0], horizon=horizon, **{name: value for name, value in given.items() if value is not None})
-    for word in words:
-        if not Path(word).suffix and not Path(word).is_file():
-            known = f"{word!r} is neither a file nor a problem that ships with lindm ({', '.join(NAMED_PROBLEMS)})"
-            raise ValueError(known + did_you_mean(word, NAMED_PROBLEMS))
+        raise ValueError("FILE must name at least one .pomdp file; got none")
     if alpha is not None and len(words) == 1:
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")
     if alpha is None and len(words) > 1:

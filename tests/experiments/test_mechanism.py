@@ -14,7 +14,7 @@ from flax import nnx
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.environments import make_tasks
 from lindm.evaluation.policy import Observation
-from lindm.families.suites import draw_task
+from lindm.families.random_suites import draw_task
 from lindm.llm.policy import LanguageModelPolicy, TextOptions
 from lindm.problems import cassandra
 from lindm.text import COMPACT, Document, Step

@@ -125,7 +125,7 @@ def wrong_inputs():
         "problem must be an MDP, .*; got 'tiger.pomdp'": lambda: ld.solve("tiger.pomdp"),  # pyright: ignore
         "horizon must be a whole number of at least 1; got '3'": lambda: ld.read_pomdp(TIGER, horizon="3"),  # pyright: ignore
         "models must be POMDPs; got MDP": lambda: ld.apomdp([ld.make("mdp", horizon=4)], 0.5),
-        "S must be a whole number of at least 1; got 0": lambda: ld.suite("mdp", S=0),
+        "states must be a whole number of at least 1; got 0": lambda: ld.suite("mdp", states=0),
         "quality must be a number in .*; got 2": lambda: ld.suite("pomdp", quality=2),
         "policies must be a list of names.*; got 'qmdp'": lambda: ld.evaluate(tiger, "qmdp", **alike),
         "option must be one of .*; got 'sed'; did you mean seed": lambda: ld.make_dataset(tiger, "d", sed=1, **alike),

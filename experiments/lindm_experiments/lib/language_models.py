@@ -5,16 +5,17 @@ import gc
 import io
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from lindm.choices import Split
 from lindm.datasets import DatasetConfig, make_dataset
 from lindm.errors import DataError
 from lindm.evaluation.environments import double_precision
-from lindm.families.suites import Suite, suite
+from lindm.families.random_suites import RandomSuite, suite
+from lindm.families.suites import Suite
 from lindm.llm.io import weights
 from lindm.llm.sft import setup, trainer
 from lindm.llm.sft.options import SFTConfig
@@ -34,9 +35,9 @@ def quiet_single_precision() -> Iterator[None]:
         gc.collect()
 
 
-def suite_at_horizon(name: str, horizon: int, split: str = "id") -> Suite:
-    """The laws of a named suite at any horizon, also one that the suite does not list."""
-    return replace(suite(name, split=split), horizon=horizon)
+def suite_at_horizon(name: str, horizon: int, split: Split = "id") -> RandomSuite:
+    """A named suite at any horizon."""
+    return suite(name, horizon, split)
 
 
 def make_data(data: Path, source: Suite, config: DatasetConfig) -> Path:

@@ -92,9 +92,8 @@ def kind_of(source: "Suite | NamedProblem | Problem") -> Kind:
     from lindm.types import APOMDP, MDP
 
     source = source.problem if isinstance(source, NamedProblem) else source
-    if isinstance(source, Suite):
-        return "apomdp" if source.M else "pomdp" if source.O else "mdp"
-    return "mdp" if isinstance(source, MDP) else "apomdp" if isinstance(source, APOMDP) else "pomdp"
+    kind = source.kind if isinstance(source, Suite) else type(source)
+    return "mdp" if kind is MDP else "apomdp" if kind is APOMDP else "pomdp"
 
 
 def default_policies(source: "Suite | NamedProblem | Problem") -> tuple[str, ...]:

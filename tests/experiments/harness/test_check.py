@@ -11,7 +11,7 @@ import lindm as ld
 from lindm import datasets
 from lindm.cli.lifecycle import LIFECYCLES
 from lindm.cli.main import main
-from lindm.families.suites import Suite
+from lindm.families.random_suites import RandomSuite
 from lindm.io import manifest
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
@@ -34,7 +34,7 @@ FINE |= {("data", "provenance.json"), ("evaluated", "data/provenance.json")}
 def written(tmp_path_factory, finished) -> Path:
     """A directory with one of each kind; copied by each test that harms it."""
     root = tmp_path_factory.mktemp("written")
-    suite = Suite(name="small", horizon=2, S=2, A=2, concentration=0.5, step=0.25)
+    suite = RandomSuite(name="small", horizon=2, states=2, actions=2, concentration=0.5, step=0.25)
     datasets.make_dataset(root / "data", suite, datasets.DatasetConfig(tasks=3, demos=1))
     ld.export_dataset(root / "data", root / "exported")
     ld.evaluate(suite, ["random"], tasks=2, demos=1, out=root / "evaluated")

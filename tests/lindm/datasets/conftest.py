@@ -8,11 +8,11 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import DatasetConfig
+from lindm.families.random_suites import RandomSuite
 from lindm.families.registry import NamedProblem
-from lindm.families.suites import Suite
 from lindm.types import MDP
 
-SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
+SUITE = RandomSuite(name="small", horizon=3, states=3, actions=2, concentration=0.5, step=0.25)
 
 
 def fixed_mdp() -> NamedProblem:

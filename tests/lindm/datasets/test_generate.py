@@ -6,11 +6,13 @@ import pytest
 
 from lindm import datasets
 from lindm.datasets import generate
-from lindm.families.suites import Suite
+from lindm.families.random_suites import RandomSuite
 from lindm.types import APOMDP
 from tests.lindm.datasets.conftest import SUITE, config
 
-APOMDPS = Suite(name="apomdps", horizon=2, S=2, A=2, O=2, M=2, quality=0.8, distance=0.5, alpha=0.7)
+APOMDPS = RandomSuite(
+    name="apomdps", horizon=2, states=2, actions=2, observations=2, models=2, quality=0.8, distance=0.5, alpha=0.7
+)
 
 
 def test_labels_with_bounds_have_their_certificate(tmp_path):
@@ -44,6 +46,6 @@ def test_a_suite_without_tasks_is_an_error_and_not_a_file_of_nan(tmp_path, monke
         return jax.tree.map(lambda x: x * np.nan, real(*args))
 
     monkeypatch.setattr(generate, "_task_block", nothing_found)
-    with pytest.raises(ValueError, match=r"no task 0 to 3 of the source Suite\(name='small'.*its gap is too large"):
+    with pytest.raises(ValueError, match=r"no task 0 to 3 of the source RandomSuite\(name='small'.*its gap is too large"):
         datasets.make_dataset(tmp_path / "d", SUITE, config())
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["config.json", "provenance.json"]

@@ -10,7 +10,7 @@ import pytest
 from lindm.datasets import make_dataset, shards
 from lindm.datasets.generate import TaskGenerator
 from lindm.errors import LindmError, UsageError
-from lindm.families.suites import Suite
+from lindm.families.random_suites import RandomSuite
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
 from tests.lindm.datasets.test_writer import contents
 
@@ -95,7 +95,7 @@ def test_workers_have_the_source_the_precision_and_the_errors_of_the_caller(monk
     record, _ = shards._make_in_worker(("00000", 0, 4))
     here, _ = shards.make_shard(TaskGenerator(fixed_mdp().problem, CONFIG), "00000", 0, 4)
     assert record == here
-    shards._start_worker(Suite(name="none", horizon=2, S=2, A=2, gap=100.0), CONFIG, True, None)
+    shards._start_worker(RandomSuite(name="none", horizon=2, states=2, actions=2, gap=100.0), CONFIG, True, None)
     with pytest.raises(UsageError, match="could be drawn: its gap is too large"):
         shards._make_in_worker(("00000", 0, 4))
 

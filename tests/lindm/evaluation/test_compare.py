@@ -12,21 +12,21 @@ from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.evaluation import environments
 from lindm.evaluation.compare import evaluate, read_tasks
 from lindm.evaluation.policies.registry import POLICIES, default_policies, kind_of
-from lindm.families.suites import Suite, draw_task
+from lindm.families.random_suites import RandomSuite, draw_task
 from tests.lindm.llm.conftest import SUITE
 
 DATASET = DatasetConfig(tasks=3, demos=2, seed=11)
-POMDP = Suite(name="hidden", horizon=3, S=3, A=2, O=2, concentration=0.5, quality=0.8)
+POMDP = RandomSuite(name="hidden", horizon=3, states=3, actions=2, observations=2, concentration=0.5, quality=0.8)
 
 
 @pytest.mark.parametrize("suite", [SUITE, POMDP], ids=["mdp", "pomdp"])
 def test_each_problem_is_solved_once_for_all_policies(suite, monkeypatch):
     """`layer` and certainty equivalence solve others, of the training tasks and the estimated ones."""
-    module, name = (environments.dp, "backward_induction") if suite.O == 0 else (environments.tree, "tree")
+    module, name = (environments.dp, "backward_induction") if suite.observations == 0 else (environments.tree, "tree")
     solve, solved = getattr(module, name), []
 
     def counting(problem):
-        if not isinstance(problem.rho if suite.O == 0 else problem.alpha, Tracer):
+        if not isinstance(problem.rho if suite.observations == 0 else problem.alpha, Tracer):
             solved.append(problem)
         return solve(problem)
 
@@ -115,9 +115,9 @@ def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
             r"horizon must be short enough that all histories fit in 2 GiB; they need 606,291",
         ),
         ("nothing", "PROBLEM must be one of mdp, pomdp, apomdp, prostate, a .pomdp file; got 'nothing'"),
-        ("prostate", "horizon must be given for a problem that is not a suite"),
-        ("mdp --horizon 5", "horizon of the suite mdp must be one of 4, 8, 16; got 5"),
-        ("mdp --alpha 0.5", "discount and alpha must be left out for a suite"),
+        ("prostate --states 3", "an option of prostate must be one of horizon, .*; got 'states'"),
+        ("mdp --horizon 0", "horizon must be a whole number of at least 1; got 0"),
+        ("mdp --alpha 0.5", "an option of mdp must be one of horizon, .*; got 'alpha'"),
         ("mdp --episodes 0", "episodes must be"),
         ("mdp --tasks 0", "tasks must be"),
         ("mdp --template readable", "template must be left out without a language model; got 'readable'"),

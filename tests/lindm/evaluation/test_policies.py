@@ -15,7 +15,7 @@ from lindm.evaluation.environments import PolicyTask, make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policies import attention_layer, planning, registry
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
-from lindm.families.suites import Suite
+from lindm.families.random_suites import RandomSuite
 from lindm.problems.apomdp import apomdp, as_apomdp
 from lindm.problems.mdp import mdp
 from lindm.problems.pomdp import draw_pomdp, pomdp
@@ -24,15 +24,15 @@ from lindm.solvers.belief import branching
 from lindm.text import Step
 from lindm.types import APOMDP, MDP
 
-SEEN = Suite(name="seen", horizon=3, S=3, A=2, concentration=0.5, gap=0.02)
-HIDDEN = replace(SEEN, name="hidden", O=2, quality=0.8)
-AMBIGUOUS = replace(HIDDEN, name="ambiguous", M=2, distance=0.3, alpha=0.7)
+SEEN = RandomSuite(name="seen", horizon=3, states=3, actions=2, concentration=0.5, gap=0.02)
+HIDDEN = replace(SEEN, name="hidden", observations=2, quality=0.8)
+AMBIGUOUS = replace(HIDDEN, name="ambiguous", models=2, distance=0.3, alpha=0.7)
 
 
 @dataclass(frozen=True)
 class Tasks:
     tasks: list[PolicyTask]
-    source: Suite
+    source: RandomSuite
     dataset: DatasetConfig
 
     @property

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from lindm.families.prostate import ACTIONS, CENTERS, OPTIONS, prostate
+from lindm.families.random_suites import draw_task, suite
 from lindm.families.registry import make
-from lindm.families.suites import draw_task, suite
 from lindm.types import POMDP
 
 
@@ -17,7 +17,7 @@ def test_a_suite_makes_the_task_that_it_draws():
 
 
 def test_fields_of_a_suite_can_be_changed():
-    task = make("pomdp", S=3, A=2, O=2, horizon=4, gap=0.0).problem
+    task = make("pomdp", states=3, actions=2, observations=2, horizon=4, gap=0.0).problem
     assert isinstance(task, POMDP)
     assert (task.num_states, task.num_actions, task.num_observations, task.horizon) == (3, 2, 2, 4)
 
@@ -32,8 +32,8 @@ def test_prostate_takes_its_own_options_and_has_names():
 def test_unknown_names_and_options_are_named_in_the_error():
     with pytest.raises(ValueError, match=r"^name must be one of mdp, pomdp, apomdp, prostate; got 'tiger'"):
         make("tiger")
-    with pytest.raises(ValueError, match=r"^a size of a suite 'distanse' is not known; did you mean distance\?"):
-        make("mdp", distanse=0.3)
+    with pytest.raises(ValueError, match=r"^an option of apomdp 'distanse' is not known; did you mean distance\?"):
+        make("apomdp", distanse=0.3)
     with pytest.raises(ValueError, match=r"^an option of prostate must be one of horizon, alpha, .*; got 'discuont'"):
         make("prostate", discuont=0.9)
     with pytest.raises(ValueError, match=r"^suite must be one of mdp, pomdp, apomdp; got 'mpd'"):

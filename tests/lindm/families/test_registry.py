@@ -7,7 +7,7 @@ import pytest
 
 from lindm.errors import DataError, LindmError
 from lindm.families.prostate import ACTIONS, CENTERS, prostate
-from lindm.families.registry import load_problem
+from lindm.families.registry import NamedProblem, load_problem, read_files
 from lindm.types import APOMDP, POMDP
 
 COIN = """discount: 0.5
@@ -35,18 +35,18 @@ def coins(tmp_path):
 
 
 def test_one_file_is_a_pomdp_with_its_names_and_its_discount(coins):
-    source = load_problem(coins[:1], horizon=3)
+    source = read_files(coins[:1], horizon=3)
     assert isinstance(source.problem, POMDP) and source.problem.r.shape == (3, 2, 2)
     assert (source.states, source.actions, source.observations) == (("heads", "tails"), ("look", "call"), ("shiny", "dull"))
     assert source.models == ()
     np.testing.assert_array_equal(source.problem.r[:, 0, 1], [1, 0.5, 0.25])
-    undiscounted = load_problem(coins[:1], 3, discount=1.0).problem
+    undiscounted = read_files(coins[:1], 3, discount=1.0).problem
     assert isinstance(undiscounted, POMDP)
     np.testing.assert_array_equal(undiscounted.r[:, 0, 1], [1, 1, 1])
 
 
 def test_several_files_are_an_apomdp_with_models_named_after_them(coins):
-    source = load_problem(coins, horizon=2, alpha=0.25)
+    source = read_files(coins, horizon=2, alpha=0.25)
     assert isinstance(source.problem, APOMDP) and float(source.problem.alpha) == 0.25
     assert source.models == ("fair", "foggy")
     np.testing.assert_array_equal(source.problem.models.O[:, 0, 0, 0], [[0.75, 0.25], [0.5, 0.5]])
@@ -55,7 +55,7 @@ def test_several_files_are_an_apomdp_with_models_named_after_them(coins):
 def test_a_problem_that_ships_with_lindm_has_a_name():
     source = load_problem(["prostate"], horizon=4, alpha=0.3)
     wanted = prostate(4, 0.3)
-    assert isinstance(source.problem, APOMDP)
+    assert isinstance(source, NamedProblem) and isinstance(source.problem, APOMDP)
     np.testing.assert_array_equal(source.problem.models.r, wanted.models.r)
     assert source.models == CENTERS and source.actions == ACTIONS
 
@@ -63,19 +63,24 @@ def test_a_problem_that_ships_with_lindm_has_a_name():
 def test_a_file_of_that_name_comes_first(coins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prostate").write_text(Path(coins[0]).read_text())
-    assert isinstance(load_problem(["prostate"], horizon=1).problem, POMDP)
+    source = load_problem(["prostate"], horizon=1)
+    assert isinstance(source, NamedProblem) and isinstance(source.problem, POMDP)
 
 
 @pytest.mark.parametrize(
     "words, options, rule",
     [
-        (["maze"], {}, "'maze' is neither a file nor a problem that ships with lindm"),
-        ([], {}, "FILE must name at least one .pomdp file"),
-        (["a"], {"horizon": 0}, "horizon must be a whole number of at least 1; got 0"),
-        (["a"], {"discount": 1.5}, "discount must be above 0 and at most 1; got 1.5"),
+        (["maze"], {}, r"PROBLEM must be one of mdp, .*, a .pomdp file; got 'maze'"),
+        ([], {}, "PROBLEM must be a .pomdp file or one of mdp"),
+        (["mdp", "pomdp"], {}, "PROBLEM must be one family, or files; got mdp pomdp"),
+        (["a.pomdp"], {"states": 3}, "states must be left out for files"),
+        (["a.pomdp"], {"horizon": None}, "horizon must be given for files"),
+        (["prostate"], {"states": 3}, "an option of prostate must be one of horizon, .*; got 'states'"),
+        (["a.pomdp"], {"horizon": 0}, "horizon must be a whole number of at least 1; got 0"),
+        (["a.pomdp"], {"discount": 1.5}, "discount must be above 0 and at most 1; got 1.5"),
         (["a.pomdp", "b.pomdp"], {}, "alpha must be given for several files"),
         (["a.pomdp"], {"alpha": 0.5}, "alpha must be left out for a single model"),
-        (["a", "b"], {"alpha": 2.0}, "alpha"),
+        (["a.pomdp", "b.pomdp"], {"alpha": 2.0}, "alpha"),
     ],
 )
 def test_arguments_are_checked_before_a_file_is_read(words, options, rule):
@@ -87,12 +92,12 @@ def test_files_of_one_stem_keep_their_paths_apart(coins, tmp_path):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "fair.pomdp"
     twin.write_text(Path(coins[1]).read_text())
-    assert load_problem([coins[0], str(twin)], horizon=1, alpha=1.0).models == (coins[0], str(twin))
+    assert read_files([coins[0], str(twin)], horizon=1, alpha=1.0).models == (coins[0], str(twin))
 
 
 def test_models_of_different_problems_raise_an_error(coins, tmp_path):
     other = tmp_path / "other.pomdp"
     other.write_text(COIN.format(p=0.5, q=0.5).replace("call", "bet"))
     with pytest.raises(LindmError, match=r"other.pomdp: actions must be as in") as stop:
-        load_problem([coins[0], str(other)], horizon=1, alpha=1.0)
+        read_files([coins[0], str(other)], horizon=1, alpha=1.0)
     assert isinstance(stop.value, DataError)

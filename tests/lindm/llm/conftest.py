@@ -10,13 +10,13 @@ from flax import nnx
 
 from lindm import datasets
 from lindm.datasets import DatasetConfig
-from lindm.families.suites import Suite
+from lindm.families.random_suites import RandomSuite
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.train_tokenizer import train_tokenizer
 
-SUITE = Suite(name="small", horizon=3, S=3, A=2, concentration=0.5, step=0.25)
+SUITE = RandomSuite(name="small", horizon=3, states=3, actions=2, concentration=0.5, step=0.25)
 SIZES = {
     "hidden_size": 32,
     "num_layers": 2,
