@@ -95,7 +95,7 @@ class Tables:
 
 @dataclass(frozen=True, kw_only=True)
 class TabularSuite(Suite):
-    """A suite whose tasks are built in numpy: a subclass defines `models`, `sizes` and `names`."""
+    """A suite whose tasks are built in numpy: a subclass defines `tables`, `sizes` and `names`."""
 
     discount: float = 1.0
     """Discount factor."""
@@ -122,7 +122,7 @@ class TabularSuite(Suite):
     def check(self) -> None:
         """Raise ValueError for an option of the family that is out of its range."""
 
-    def models(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
         """The model, or the models of an ambiguous problem, with new parameters."""
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ class TabularSuite(Suite):
 
     def draw(self, key: Array) -> Problem:
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-        models = [self._problem(tables) for tables in self.models(random)]
+        models = [self._problem(tables) for tables in self.tables(random)]
         if not self.sizes.models:
             return models[0]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
