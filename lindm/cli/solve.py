@@ -20,8 +20,8 @@ class Solve(FamilyOptions):
     """Compute the value of a decision problem, with bounds, and the best first action."""
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
-    """A .pomdp file (an MDP if it has no observations), or a family, such as prostate. Several files are the models of an ambiguous
-    POMDP."""
+    """A .pomdp file (an MDP if it has no observations), or a family, such as prostate. Several files are the models of an
+    ambiguous POMDP."""
     horizon: int | Literal["inf"]
     """Number of stages; inf for one .pomdp file whose discount is below 1."""
     discount: float | None = None

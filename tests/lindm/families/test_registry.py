@@ -77,7 +77,7 @@ def test_a_file_of_that_name_comes_first(coins, tmp_path, monkeypatch):
         (["a.pomdp"], {"horizon": None}, "horizon must be given for files"),
         (["prostate"], {"states": 3}, "an option of prostate must be one of horizon, .*; got 'states'"),
         (["a.pomdp"], {"horizon": 0}, "horizon must be a whole number of at least 1; got 0"),
-        (["a.pomdp"], {"discount": 1.5}, "discount must be above 0 and at most 1; got 1.5"),
+        (["a.pomdp"], {"discount": 1.5}, "discount must be a number from 0 to 1; got 1.5"),
         (["a.pomdp", "b.pomdp"], {}, "alpha must be given for several files"),
         (["a.pomdp"], {"alpha": 0.5}, "alpha must be left out for a single model"),
         (["a.pomdp", "b.pomdp"], {"alpha": 2.0}, "alpha"),
