@@ -46,7 +46,7 @@ from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.point_bounds import EPSILON, ITERATIONS, Belief, LowerBound, Successors, UpperBound, informed_bound
 
 SHARE = 0.9  # a trial goes on while the weighted gap at its belief is above this share of the gap at the start
-SWEEPS = 0.5  # backups between the trials, as a share of those of the trials
+SWEEPS = 4  # backups between the trials for each backup of a trial: they leave the upper bound, which costs most, as it is
 GROWTH = 1.3  # vectors are pruned when their number has grown by this factor
 TAIL = 0.1  # the largest share of the tolerance that the stages beyond a finite horizon may take
 DEPTH = 2000  # the longest trial over an infinite horizon
@@ -101,7 +101,8 @@ class Search:
             self.prune()
         lower, upper = sorted(self.bounds())  # rounding may swap bounds that meet
         shift = self.shift(self.stages)
-        q_lower, q_upper, *_ = self.lookahead(self.start, self.horizon)
+        q_lower = self.lookahead(self.start, self.horizon)[0]
+        q_upper = np.array([self.look_above(self.start, self.horizon, a)[0] for a in range(self.problem.num_actions)])
         numbers = sorted(self.lower.values)
         position = {number: i for i, number in enumerate(numbers)}
         O = self.problem.num_observations
@@ -171,32 +172,52 @@ class Search:
                 return self.successors(belief)
         return belief.after
 
-    def lookahead(self, belief: Belief, stages: float, upper: bool = True) -> tuple[np.ndarray, ...]:
-        """Bounds of the action values: lower [A], upper [A]; bounds at the successors [n] each, and their best columns [n]."""
+    def lookahead(self, belief: Belief, stages: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lower bounds of the action values [A]; those of the successors [n], and their best columns [n]."""
         after = self.successors(belief)
         now = belief.mass @ self.rewards[belief.states]
         if stages == 1:
             zero = np.zeros(len(after.mass))
-            return now, now, zero, zero, zero.astype(int)
-        gamma = self.problem.discount
+            return now, zero, zero.astype(int)
         low, best = self.lower.at(after.states, after.mass, stages - 1)
-        high = self.upper.at(after.states, after.mass, stages - 1) if upper else low
-        each = [now + gamma * np.add.reduceat(bound, after.first) for bound in (low, high)]
-        return each[0], each[1], low, high, best
+        return now + self.problem.discount * np.add.reduceat(low, after.first), low, best
+
+    def look_above(self, belief: Belief, stages: float, action: int) -> tuple[float, np.ndarray]:
+        """The upper bound of an action's value; those of the successors [k]."""
+        after = self.successors(belief)
+        now = float(belief.mass @ self.rewards[belief.states, action])
+        part = after.part(action)
+        if stages == 1:
+            return now, np.zeros(part.stop - part.start)
+        high = self.upper.at(after.states, after.mass[part], stages - 1)
+        return now + self.problem.discount * float(high.sum()), high
+
+    def best_above(self, belief: Belief, stages: float) -> tuple[int, float, np.ndarray]:
+        """The action with the largest upper bound; the bound, and those of the action's successors [k].
+
+        Bounds only fall, so what was computed before still holds: only actions that it leaves in front are computed again.
+        """
+        q = belief.above.setdefault(stages, np.full(self.problem.num_actions, np.inf))
+        while True:
+            a = int(q.argmax())
+            value, high = self.look_above(belief, stages, a)
+            q[a] = min(q[a], value)
+            if q.argmax() == a:
+                return a, float(q[a]), high
 
     def back_up(self, belief: Belief, stages: float, upper: bool = True) -> bool:
         """Tighten the bounds at a belief; whether there is a new vector."""
         self.backups += 1
-        low, high, _, _, best = self.lookahead(belief, stages, upper)
         if upper:
             self.visited[id(belief), stages] = belief
-            self.upper.put(belief, high.max(), stages)
+            self.upper.put(belief, self.best_above(belief, stages)[1], stages)
+        low, _, best = self.lookahead(belief, stages)
         a = int(low.argmax())
         now = self.lower.at(belief.states, belief.mass[None], stages)[0][0]
         if not low[a] > now + EPSILON * self.scale:
             return False
         after, lower = self.successors(belief), self.lower
-        part = slice(after.first[a], (*after.first[1:], len(after.action))[a])
+        part = after.part(a)
         # after an observation that is impossible here, nothing is known but what it says of the state
         said = sparse.csr_array(self.problem.O[a].T)
         chosen = self._scores(said, np.full(said.shape[0], stages - 1), slice(None)).argmax(1)
@@ -231,12 +252,14 @@ class Search:
             path.append((belief, stages))
             if stages == 1 or not self.problem.discount or len(path) == DEPTH or self.is_over():
                 break
-            _, q, low, high, _ = self.lookahead(belief, stages)
+            a, _, high = self.best_above(belief, stages)
             after = self.successors(belief)
+            part = after.part(a)
+            low = self.lower.at(after.states, after.mass[part], stages - 1)[0]
             target /= self.problem.discount
-            excess = np.where(after.action == q.argmax(), high - low - after.total * target, -np.inf)
-            row = int(excess.argmax())
-            if not excess[row] > 0:
+            excess = high - low - after.total[part] * target
+            row = part.start + int(excess.argmax())
+            if not excess.max() > 0:
                 break
             inside = np.flatnonzero(after.mass[row] > EPSILON * after.total[row])
             belief = self.belief(after.states[inside], after.mass[row, inside] / after.mass[row, inside].sum())
@@ -401,6 +424,6 @@ def solve(
         search.trial(width)
         if len(search.lower.used) > GROWTH * search.pruned_at + 20:
             search.prune()
-        if search.swept < SWEEPS * (search.backups - search.swept) and search.trials % 5 == 0:
+        while search.trials % 5 == 0 and search.swept < SWEEPS * (search.backups - search.swept) and not search.is_over():
             search.sweep()
             search.prune()

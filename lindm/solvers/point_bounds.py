@@ -27,6 +27,10 @@ class Successors(NamedTuple):
     observation: np.ndarray  # [n]
     first: np.ndarray  # [A] the first row of each action
 
+    def part(self, action: int) -> slice:
+        """The rows of an action."""
+        return slice(int(self.first[action]), int(self.first[action + 1]) if action + 1 < len(self.first) else len(self.total))
+
 
 @dataclass(kw_only=True, eq=False)
 class Belief:
@@ -36,6 +40,7 @@ class Belief:
     mass: np.ndarray  # [k], sums to one
     after: Successors | None = None
     points: dict[float, int] = field(default_factory=dict)  # stages to go -> row of the upper bound
+    above: dict[float, np.ndarray] = field(default_factory=dict)  # stages to go -> the last upper bounds of action values [A]
 
 
 class LowerBound:
