@@ -46,7 +46,7 @@ from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.point_bounds import EPSILON, ITERATIONS, Belief, LowerBound, Successors, UpperBound, informed_bound
 
 SHARE = 0.9  # a trial goes on while the weighted gap at its belief is above this share of the gap at the start
-SWEEPS = 4  # backups between the trials for each backup of a trial: they leave the upper bound, which costs most, as it is
+SWEEPS = 8  # backups between the trials for each backup of a trial: they leave the upper bound, which costs most, as it is
 GROWTH = 1.3  # vectors are pruned when their number has grown by this factor
 TAIL = 0.1  # the largest share of the tolerance that the stages beyond a finite horizon may take
 DEPTH = 2000  # the longest trial over an infinite horizon
