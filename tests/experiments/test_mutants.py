@@ -10,7 +10,7 @@ from lindm_experiments import bellman_horizon, risk
 from lindm_experiments.harness import mutants as harness
 from lindm_experiments.harness.claims import CLAIMS, PASS, Mutant
 from lindm_experiments.harness.mutants import Trial, print_mutants, select_mutants, try_mutants, verify_mutants
-from lindm_experiments.harness.runner import plan
+from lindm_experiments.harness.tasks import plan
 from lindm_experiments.lib import attained, attained_margin, attained_offline, feature_laws
 from lindm_experiments.mutants import MUTANTS
 

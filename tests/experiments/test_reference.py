@@ -7,7 +7,7 @@ import pytest
 
 from lindm.io import manifest
 from lindm_experiments.harness.experiments import PACKAGE, load, points_of
-from lindm_experiments.harness.runner import verdicts_of
+from lindm_experiments.harness.tasks import verdicts_of
 from lindm_experiments.harness.verdicts import adjust
 
 HERE = PACKAGE.parent

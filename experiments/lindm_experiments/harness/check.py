@@ -16,7 +16,7 @@ from lindm.errors import DataError, LindmError, UsageError
 from lindm.io import files, manifest, provenance, verification
 from lindm.io.verification import MANIFEST, PROVENANCE
 from lindm_experiments.harness.report import VERDICTS_FORMAT
-from lindm_experiments.harness.runner import RUN_FORMAT
+from lindm_experiments.harness.tasks import RUN_FORMAT
 
 AGAIN = "the same command writes it again"
 OVER = "start over with --fresh, or take it from a copy"

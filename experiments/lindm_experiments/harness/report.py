@@ -17,7 +17,7 @@ from lindm.io.manifest import read_output, read_records, update_outputs
 from lindm.io.provenance import provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import experiment_names, find_experiment, load
-from lindm_experiments.harness.runner import RUN_FORMAT, draw
+from lindm_experiments.harness.tasks import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
 
 VERDICTS_FORMAT = "lindm-verdicts-2"  # of verdicts.json

@@ -31,7 +31,7 @@ from lindm_experiments.harness.report import (
     render_template,
     run_directory,
 )
-from lindm_experiments.harness.runner import as_csv
+from lindm_experiments.harness.tasks import as_csv
 
 Row = dict[str, Any]
 

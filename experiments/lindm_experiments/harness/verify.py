@@ -18,7 +18,8 @@ from lindm.io.progress import Progress, ProgressTask, format_seconds
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, claims_hash, get_claim
 from lindm_experiments.harness.experiments import Experiment, ambiguous_ids, experiment_names, find_experiment, select_claims
 from lindm_experiments.harness.report import REPORTS, VERDICTS_FORMAT, write_report
-from lindm_experiments.harness.runner import Job, Outcome, run_experiments
+from lindm_experiments.harness.runner import Outcome, run_experiments
+from lindm_experiments.harness.tasks import Job
 from lindm_experiments.harness.verdicts import Verdict, adjust
 from lindm_experiments.harness.xla import configure_xla, settings_kept
 

@@ -12,7 +12,7 @@ from lindm.cli.main import main
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm_experiments.harness import claims
-from lindm_experiments.harness.runner import as_csv
+from lindm_experiments.harness.tasks import as_csv
 from tests.experiments.conftest import build_lab
 
 pytestmark = pytest.mark.fault("F19")

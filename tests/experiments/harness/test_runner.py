@@ -12,7 +12,7 @@ import pytest
 
 from lindm.errors import DataError, LindmError
 from lindm.io import directories, files, manifest
-from lindm_experiments.harness import runner
+from lindm_experiments.harness import run_directory
 from tests.clock import HANGS
 
 
@@ -259,8 +259,8 @@ def test_plot_redraws_from_the_records_alone(lab):
 def test_differences_name_the_field():
     old = {"config": {"a": 1, "b": [1]}, "preset": "quick"}
     new = {"config": {"a": 2, "b": [1]}, "preset": "full"}
-    assert runner.differences(old, new) == ["config.a: 1 -> 2", 'preset: "quick" -> "full"']
-    assert runner.differences(old, old) == []
+    assert run_directory.differences(old, new) == ["config.a: 1 -> 2", 'preset: "quick" -> "full"']
+    assert run_directory.differences(old, old) == []
 
 
 @pytest.mark.parity

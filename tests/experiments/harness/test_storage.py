@@ -7,7 +7,7 @@ import pytest
 
 from lindm.cli.main import main
 from lindm.io.manifest import read_records
-from lindm_experiments.harness import runner
+from lindm_experiments.harness import run_directory
 from tests.storage import check_full_disk, check_read_only, partial_files
 
 COMMANDS = ["run", "verify", "report"]
@@ -53,7 +53,7 @@ def test_where_nothing_may_be_written_a_command_is_exit_7(command, out, capsys, 
 @pytest.mark.fault("F8")
 @pytest.mark.parametrize("then", ["removed", "replaced"])
 def test_a_run_whose_directory_vanishes_while_it_is_written_is_exit_7(command, out, monkeypatch, capsys, then):
-    append = runner.append_record
+    append = run_directory.append_record
 
     def vanish(path, record):
         append(path, record)
@@ -62,7 +62,7 @@ def test_a_run_whose_directory_vanishes_while_it_is_written_is_exit_7(command, o
             if then == "replaced":
                 out.mkdir()
 
-    monkeypatch.setattr(runner, "append_record", vanish)
+    monkeypatch.setattr(run_directory, "append_record", vanish)
     assert main(command("run")) == 7
     assert f"cannot write {out}" in capsys.readouterr().err
     assert out.exists() == (then == "replaced") and not partial_files(out.parent)

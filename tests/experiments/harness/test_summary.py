@@ -13,7 +13,7 @@ from lindm.io import files
 from lindm.llm.sft.options import RUN_FORMAT
 from lindm_experiments.harness import summary as pages
 from lindm_experiments.harness.report import VERDICTS_FORMAT
-from lindm_experiments.harness.runner import RUN_REPORTS
+from lindm_experiments.harness.run_directory import RUN_REPORTS
 from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
 
 ROW = {"suite": "pomdp", "horizon": 6, "split": "id", "policy": "bc", "gap": 0.25, "ci": [0.2, 0.3], "gap_of_value": 0.1}

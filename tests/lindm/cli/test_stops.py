@@ -31,7 +31,7 @@ COMMANDS = {
         {
             "import": "jax:",
             "compiling": "!compiling",
-            "evaluating": "lindm_experiments.harness.runner:measure",
+            "evaluating": "lindm_experiments.harness.tasks:measure",
             "saving": "lindm.io.files:append_line",
             "drawing": FIGURE,
         },

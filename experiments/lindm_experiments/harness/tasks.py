@@ -1,0 +1,165 @@
+"""What worker processes do for a run: list the points, measure one, decide the claims, draw. No function here writes a file."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lindm.errors import DataError, NonFiniteError, UsageError, unknown
+from lindm.io.files import canonical_json, find_non_finite, to_jsonable
+from lindm.io.provenance import environment
+from lindm_experiments.harness.claims import claim_ids, claims_hash
+from lindm_experiments.harness.experiments import Experiment, load, name_of, points_of, preset_config
+from lindm_experiments.harness.fingerprint import code_fingerprint
+from lindm_experiments.harness.verdicts import Verdict
+
+RUN_FORMAT = "lindm-run-2"  # of config.json
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n")  # of a cell that a spreadsheet computes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One experiment to run.
+
+    Attributes:
+      config: the fields of its Config that differ from the preset's.
+      seed_offset: what is added to its base seed, for a run on other seeds than the preset's.
+    """
+
+    experiment: Experiment
+    preset: str
+    directory: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    seed_offset: int = 0
+    fresh: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What has to be measured for a job."""
+
+    description: dict  # the content of config.json
+    config: dict[str, Any]  # the fields of the experiment's Config
+    points: list[dict]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    reference: str
+    config: dict[str, Any]
+    point: dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What follows from all records of a run."""
+
+    verdicts: list[Verdict]
+    files: dict[str, bytes]
+    environment: dict  # of the process that drew the files
+
+
+def plan(job: Job) -> RunPlan:
+    """The configuration and the points of a job. UsageError where an option is out of range."""
+    module = load(job.experiment.reference)
+    known = [field.name for field in fields(module.Config)]
+    if wrong := [name for name in job.config if name not in known]:
+        raise UsageError(unknown("option", wrong[0], known))
+    try:
+        config = replace(preset_config(module, job.preset), **job.config)
+        if job.seed_offset:
+            config = replace(config, base_seed=config.base_seed + job.seed_offset)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    points = points_of(module, config)
+    if len({canonical_json(p) for p in points}) != len(points):
+        raise DataError(f"{job.experiment.name}: points gives the same point twice")
+    return RunPlan(description=describe(job.experiment, config, job.preset), config=dict(vars(config)), points=points)
+
+
+def describe(experiment: Experiment, config: Any, preset: str) -> dict:
+    """The content of config.json."""
+    return {
+        "format": RUN_FORMAT,
+        "experiment": experiment.name,
+        "preset": preset,
+        "config": json.loads(canonical_json(asdict(config))),
+        "criteria": claims_hash(experiment.claims),
+        "code": code_fingerprint(experiment),
+    }
+
+
+def measure(task: Point) -> str:
+    """The record of a point, as JSON. NonFiniteError where a number is not finite."""
+    module = load(task.reference)
+    record = {"point": task.point} | to_jsonable(module.measure(module.Config(**task.config), task.point))
+    if where := find_non_finite(record):
+        point = canonical_json(task.point)
+        raise NonFiniteError(f"not finite at point {point}: {where}; nothing of this point was written")
+    return canonical_json(record)
+
+
+def conclude(task: tuple[str, list[dict]]) -> Conclusion:
+    """Verdicts, figures and table of the records of an experiment."""
+    reference, records = task
+    module = load(reference)
+    return Conclusion(verdicts=verdicts_of(module, records), files=draw(module, records), environment=environment())
+
+
+def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
+    """The verdicts of the records, one for each claim of the experiment, before any correction for their number."""
+    verdicts = list(module.check(records))
+    expected = sorted(claim_ids(name_of(module)))
+    if sorted(v.id for v in verdicts) != expected:
+        raise ValueError(f"check must decide each of {expected} once; got {sorted(v.id for v in verdicts)}")
+    return verdicts
+
+
+def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
+    """File name -> content: figures of the records as PNG and PDF, and table.csv where the experiment has a table."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    from lindm_experiments.harness.figures import STYLE, file_backend
+
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
+    files: dict[str, bytes] = {}
+    with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
+        figures = module.plot(records)
+        # The layout is computed once, not for each format. `savefig` draws a figure twice as long as it has a layout engine
+        # ("none" is one too), and gives it the engine of the style again.
+        matplotlib.rcParams["figure.constrained_layout.use"] = False
+        for name, figure in figures.items():
+            if engine := figure.get_layout_engine():
+                engine.execute(figure)
+            figure.set_layout_engine(None)
+            for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes
+                files[f"{name}.{ending}"] = buffer.getvalue()
+            pyplot.close(figure)
+    if hasattr(module, "table"):
+        files["table.csv"] = as_csv(module.table(records)).encode()
+    return files
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with equal keys as CSV with a header. A text that a spreadsheet would compute gets an apostrophe in front."""
+
+    def escape(cell: Any) -> Any:
+        if not isinstance(cell, str):
+            return cell
+        text = cell.replace("\r\n", "\n").replace("\r", "\n")  # csv puts no quotes around a \r, which ends a row in spreadsheets
+        return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+    stream, names = io.StringIO(), list(rows[0])
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([escape(cell) for cell in cells] for cells in (names, *([row[name] for name in names] for row in rows)))
+    return stream.getvalue()
