@@ -5,24 +5,58 @@ theory: pairs in a test prompt), `H` horizon, `d` features, `N` pairs in a train
 read by properties, and a stack of problems is the same type with leading axes.
 
 `H|1` is an axis over the stages whose length is one where nothing changes with the stage (`at_stage` reads both). The horizon
-is the length of the axis of the rewards. There is no discount factor: gamma^h is folded into the rewards, so values and action
+is the length of the axis of the rewards. A discount is folded into the rewards r: r_h contains gamma^h, so values and action
 values of every stage are discounted to the first one, and the loss of a decision at stage h is its loss of value at the start.
+Solvers read r alone. What an environment pays, which is not discounted and may depend on the next state and the observation, is
+a `RewardFunction` beside it.
 
 The types do not check their fields: `vmap`, `jit` and `tree.map` build them from tracers and placeholders. The functions of
 `lindm.problems` that take a user's arrays check them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax import Array
 from jax.typing import ArrayLike
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RewardFunction:
+    """The reward that an environment pays for a step, and the discount of later steps.
+
+    The mean rewards r of a problem are the expectation of R over the next state and the observation, discounted:
+    r_h(s, a) = gamma^h E[R_h(s, a, s', o)].
+    """
+
+    R: Array  # [..., H|1, S, A, S|1, O|1] not discounted; an axis that it does not depend on has length one
+    discount: Array  # [...] gamma in (0, 1]
+
+
 class _RewardSizes:
-    """The sizes that the shape of the rewards [..., H, S, A] tells."""
+    """The sizes that the shape of the rewards [..., H, S, A] tells, and the discount of the rewards."""
 
     r: Array
+    paid: RewardFunction | None
+
+    @property
+    def discount(self) -> ArrayLike:
+        """gamma [...], which is folded into r."""
+        return 1.0 if self.paid is None else self.paid.discount
+
+    def pay(self, h: ArrayLike, s: Any, a: Any, following: Any, o: Any = 0, model: tuple = ()) -> Any:
+        """The rewards that the environment pays for steps of a stage: states, actions, next states and observations [...].
+
+        Args:
+          model: index into the leading axes: (m,) for the models of an APOMDP.
+        """
+        if self.paid is None:
+            return self.r[(*model, h, s, a)]
+        stages, *_, next_states, observations = self.paid.R.shape[-5:]
+        at = (h if stages > 1 else 0, s, a, following if next_states > 1 else 0, o if observations > 1 else 0)
+        return self.paid.R[(*model, *at)]
 
     @property
     def horizon(self) -> int:
@@ -50,6 +84,7 @@ class MDP(_RewardSizes):
     P: Array  # [..., H|1, S, A, S] probability of the next state
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
+    paid: RewardFunction | None = None  # None: r is paid, and nothing is discounted
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +101,7 @@ class POMDP(_RewardSizes):
     O: Array  # [..., H|1, A, S, O] probability of the observation after an action, given the state it led to
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
+    paid: RewardFunction | None = None  # None: r is paid, and nothing is discounted
 
     @property
     def num_observations(self) -> int:
@@ -114,6 +150,11 @@ class APOMDP:
     @property
     def num_models(self) -> int:
         return self.models.r.shape[-4]
+
+    @property
+    def discount(self) -> ArrayLike:
+        """gamma [...], which is folded into the rewards of all models."""
+        return 1.0 if self.models.paid is None else self.models.paid.discount[..., 0]
 
 
 @jax.tree_util.register_dataclass
@@ -165,9 +206,10 @@ class Episodes:
 
     s: Array  # [..., H] int32 states, before the action
     a: Array  # [..., H] int32 actions
-    r: Array  # [..., H] rewards
+    r: Array  # [..., H] mean rewards of state and action, discounted: gamma^h E[R]
     m: Array | None = None  # [..., H] int32 models that nature took, after the action
     o: Array | None = None  # [..., H] int32 observations of the next state, after the action
+    paid: Array | None = None  # [..., H] rewards that the environment paid, not discounted
 
 
 @jax.tree_util.register_dataclass

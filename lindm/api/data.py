@@ -80,6 +80,6 @@ def export_dataset(
       DataError: the dataset is not finished or damaged.
 
     >>> [path.name for path in ld.export_dataset("data", "trl")]
-    ['prompt_completion.jsonl', 'messages.jsonl']
+    ['prompt_completion.jsonl', 'messages.jsonl', 'README.md']
     """
     return datasets.export(Path(directory), to, Path(out), template=template, rewards=rewards, names=names, progress=progress)

@@ -4,10 +4,12 @@ import json
 
 from lindm.datasets.columns import KEY_COLUMNS, LABEL_COLUMNS, PROBLEM_COLUMNS, STEP_COLUMNS, TASK_COLUMNS
 
+CARD = "README.md"
 CONVENTIONS = """\
-- A problem has a finite horizon `H`; stages count from 0. There is no discount: it is folded into the rewards, so that the reward
-  of stage `h` counts as it stands, and values at any stage are in units of reward as of the start.
-- `P[h, s, a, s']` is the probability of the next state. Its first axis has length 1 where the kernel is the same at every stage.
+- A problem has a finite horizon `H`; stages count from 0. The discount is gamma = {discount}.
+- `reward` is what the environment paid at this very step, not discounted. `discounted_mean_reward` is `gamma^h E[R]` given the
+  state and the action at stage `h`: gamma is folded into it, as into the array `r`, so that it counts as it stands, and values,
+  `Q` and `regret` of any stage are in units of reward as of the start.
 """
 OBSERVED = """\
 - `O[h, a, s', o]` is the probability of observation `o` after action `a` that led to state `s'` (first axis as above). The first
@@ -20,6 +22,11 @@ AMBIGUOUS = """\
   alpha-maxmin: `V = max_a [alpha min_m G_m + (1 - alpha) max_m G_m]`, with `G_m` the value of the action under model `m`.
 """
 LICENSE = "apache-2.0"
+MINARI_REWARDS = (
+    "rewards are what the environment paid at each step, not discounted; the value of an episode is the sum of discount^h times "
+    "the reward of stage h; infos/discounted_mean_reward is discount^h E[R] given the state and the action, and Q and regret are "
+    "sums of it"
+)
 PROBLEM = "\n`problem` has one row: the arrays that all tasks share."
 MEANS = {
     "mean_value": "value of the oracle's policy, mean over tasks",
@@ -74,11 +81,13 @@ def card(manifest: dict) -> str:
     absent = set() if kind == "apomdp" else {"model", "alpha", "num_models"}
     absent |= {"observation", "O", "O_shape", "num_observations"} if kind == "mdp" else set()
     absent |= set() if exact else {"uniform_value"}
+    absent |= set() if config["rewards"]["table"] else {"R", "R_shape"}
     arrays = {k: v for k, v in PROBLEM_COLUMNS.items() if k not in absent}
     described = KEY_COLUMNS | {name: column.description for name, column in (STEP_COLUMNS | LABEL_COLUMNS).items()}
     tables = [_table("episodes", {k: v for k, v in described.items() if k not in absent})]
     tasks = {k: v for k, v in TASK_COLUMNS.items() if k not in absent}
     tables += [_table("tasks", tasks), _table("problem", arrays)] if fixed else [_table("tasks", tasks | arrays)]
+    discount = config["rewards"]["discount"]
     made = {key: config[key] for key in ("source", "dataset", "names") if config[key]}
     return f"""\
 ---
@@ -111,7 +120,7 @@ lindm {manifest["versions"]["lindm"]} from
 
 ## Conventions
 
-{CONVENTIONS}{"" if kind == "mdp" else OBSERVED}{AMBIGUOUS if kind == "apomdp" else ""}
+{CONVENTIONS.format(discount=discount)}{"" if kind == "mdp" else OBSERVED}{AMBIGUOUS if kind == "apomdp" else ""}
 ## Files
 
 Every table comes as Parquet and as JSON lines, with the same rows and the same numbers. `tasks-*` has a row per task,
@@ -123,6 +132,37 @@ Every table comes as Parquet and as JSON lines, with the same rows and the same 
 ## License
 
 {LICENSE}
+"""
+
+
+def trl_card(discount: float, rewards_shown: bool) -> str:
+    """README.md of an export for TRL."""
+    shown = "Rewards in the texts are those that the environment paid at each step; they are not discounted."
+    rewards = shown if rewards_shown else "The texts show no rewards."
+    return f"""\
+---
+license: {LICENSE}
+configs:
+- config_name: prompt_completion
+  data_files: prompt_completion.jsonl
+- config_name: messages
+  data_files: messages.jsonl
+discount: {discount!r}
+rewards: {rewards}
+---
+
+# Labeled episodes for supervised fine-tuning
+
+Answers are the actions of an oracle that maximizes the expected sum of gamma^h times the reward of stage h; gamma = {discount!r}.
+{rewards}
+
+```python
+import datasets
+
+rows = datasets.load_dataset("json", data_files="messages.jsonl", split="train")  # or prompt_completion.jsonl
+```
+
+TRL's `max_length` cuts rows at their end, where the answers are. With `messages` set `assistant_only_loss=True`.
 """
 
 

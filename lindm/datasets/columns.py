@@ -6,14 +6,14 @@ to `Task`, and its value to `make_shard` in `lindm.datasets.shards`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from lindm.text import Step
-from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Problem
+from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Problem, RewardFunction
 
 Kind = Literal["mdp", "pomdp", "apomdp"]
 Role = Literal["demo", "query"]
@@ -38,7 +38,10 @@ STEP_COLUMNS = {
     "model": Column("m", np.int32, "[H] that nature took, after the action"),
     "observation": Column("o", np.int32, "[H] of the next state, after the action"),
     "action": Column("a", np.int32, "[H] that was taken"),
-    "reward": Column("r", np.float64, "[H] mean reward of the state and the action"),
+    "reward": Column("paid", np.float64, "[H] that the environment paid, not discounted: R of this very step"),
+    "discounted_mean_reward": Column(
+        "r", np.float64, "[H] gamma^h E[R] given the state and the action: the reward of the step in values, Q and regret"
+    ),
 }
 LABEL_COLUMNS = {
     "label": Column(
@@ -67,6 +70,7 @@ TASK_COLUMNS = {
     "num_actions": "A",
     "num_observations": "O",
     "num_models": "M, the number of models of an ambiguous POMDP",
+    "discount": "gamma: values count the reward of stage h gamma^h times; the column reward is not discounted",
     "value": "of the oracle's policy from the start, in units of reward: exact, or the middle of its bounds",
     "lower": "certified lower bound of the optimal value; the value where the oracle is exact",
     "upper": "certified upper bound, likewise",
@@ -79,12 +83,21 @@ PROBLEM_COLUMNS = {
     "P_shape": "their shape, [H or 1, S, A, S]; of an apomdp with the models in front, here and below",
     "O": "observation probabilities, flattened",
     "O_shape": "their shape, [H or 1, A, S, O]",
-    "r": "mean rewards, flattened",
+    "r": "mean rewards, discounted: r[h, s, a] = gamma^h E[R], flattened",
     "r_shape": "their shape, [H, S, A]",
+    "R": "rewards that the environment pays, not discounted, flattened; absent where they are r and gamma is 1",
+    "R_shape": "their shape, [H or 1, S, A, S or 1, O or 1]: by state, action, next state, observation",
     "rho": "law of the first state, flattened",
     "rho_shape": "its shape, [S]",
     "alpha": "attitude to ambiguity in [0, 1]: 1 is the worst case",
 }
+
+REWARD_CONVENTION = (
+    "reward is what the environment paid at this step, not discounted; discounted_mean_reward is gamma^h E[R] given the state "
+    "and the action at stage h, so that values, Q and regret are sums of it; gamma is discount"
+)
+
+ARRAYS = ("P", "O", "r", "rho", "R")  # those of them that have a shape
 
 STEP_FIELDS = frozenset({"state", "model", "observation", "reward"})
 """What a step of a text can show beside its action."""
@@ -102,6 +115,7 @@ class Episode:
     observation: list[int] | None = None
     action: list[int]
     reward: list[float]
+    discounted_mean_reward: list[float]
     label: list[int]
     Q: list[list[float]]
     certificate: list[int]
@@ -124,6 +138,7 @@ class Task:
     num_actions: int
     num_observations: int | None = None
     num_models: int | None = None
+    discount: float
     value: float
     lower: float
     upper: float
@@ -146,15 +161,18 @@ class Task:
 def task_of(row: Mapping[str, Any], episodes: Sequence[Episode]) -> Task:
     """A task from the columns of its row and its episodes."""
     scalars = {name: value for name, value in row.items() if name in TASK_COLUMNS}
-    arrays = {name: value for name, value in row.items() if name in PROBLEM_COLUMNS}
+    arrays = {name: value for name, value in row.items() if name in PROBLEM_COLUMNS or name == "discount"}
     by_role = {role: tuple(episode for episode in episodes if episode.role == role) for role in ROLES}
     return Task(**scalars, arrays=arrays, demonstrations=by_role["demo"], queries=by_role["query"])
 
 
 def problem_of(row: Mapping[str, Any]) -> Problem:
     """The problem of a row of the Parquet or JSON-lines files (for a fixed problem, joined with the one row of `problem`)."""
-    present = [field.name for field in fields(POMDP) if field.name in row]
-    arrays = {k: jnp.asarray(np.array(row[k], float).reshape(np.array(row[f"{k}_shape"]))) for k in present}
+    present = [name for name in ARRAYS if name in row]
+    arrays: dict[str, Any] = {k: jnp.asarray(np.array(row[k], float).reshape(np.array(row[f"{k}_shape"]))) for k in present}
+    if (R := arrays.pop("R", None)) is not None:
+        models = R.shape[:-5]  # none, or M
+        arrays["paid"] = RewardFunction(R=R, discount=jnp.full(models, row["discount"], R.dtype))
     if row["kind"] == "mdp":
         return MDP(**arrays)
     return POMDP(**arrays) if row["kind"] == "pomdp" else APOMDP(models=POMDP(**arrays), alpha=jnp.asarray(row["alpha"]))
@@ -163,11 +181,13 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
 def problem_columns(problems: Problem) -> dict[str, np.ndarray]:
     """The columns of problems with a leading axis [n, ...]: every array flattened, with its shape."""
     one = problems.models if isinstance(problems, APOMDP) else problems
+    arrays = {name: getattr(one, name, None) for name in ARRAYS} | ({} if one.paid is None else {"R": one.paid.R})
     columns: dict[str, np.ndarray] = {}
-    for field in fields(one):
-        x = np.asarray(getattr(one, field.name), np.float64)
-        columns[field.name] = x.reshape(len(x), -1)
-        columns[f"{field.name}_shape"] = np.tile(x.shape[1:], (len(x), 1))
+    for name, array in arrays.items():
+        if array is not None:
+            x = np.asarray(array, np.float64)
+            columns[name] = x.reshape(len(x), -1)
+            columns[f"{name}_shape"] = np.tile(x.shape[1:], (len(x), 1))
     return columns | ({"alpha": np.asarray(problems.alpha, np.float64)} if isinstance(problems, APOMDP) else {})
 
 

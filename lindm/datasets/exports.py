@@ -5,6 +5,9 @@ r"""Datasets in the formats of other tools: prompts and conversations for TRL's 
     prompt_completion.jsonl   {"prompt", "completion"}: a row per step of a query. The prompt is the demonstrations and the query
                               up to its next action; the completion is the symbol of the oracle's action alone.
     messages.jsonl            {"messages"}: conversations. The user describes what happened, the assistant answers with an action.
+    README.md                 data card: names of the two for `load_dataset(OUT, "messages")`, the discount, and what a reward is
+
+Rewards in the texts are those that the environment paid, not discounted.
 
 The assistant's turns are the oracle's actions, also where the behavior policy took another action. In that case the following
 steps are not the consequence of the assistant's action. So the conversation ends there, and the next row has the history as it
@@ -18,9 +21,10 @@ conversations `assistant_only_loss=True` trains the answers alone, as is always 
 
     observations   H + 1 of them. MDP: the state, and S once the episode is over. POMDP: the last observation, and O before the
                    first one. APOMDP: the same of the pair m O + o, and M O before the first one.
-    infos          label, Q, certificate, regret and state at every observation; at the last one, where there is no action,
-                   -1, 0, -1, 0 and -1
-    metadata       of an episode: its task and its role (demo or query)
+    rewards        that the environment paid, not discounted
+    infos          label, Q, certificate, regret, state and discounted_mean_reward at every observation; at the last one, where
+                   there is no action, -1, 0, -1, 0, -1 and 0
+    metadata       of an episode: its task and its role (demo or query); of the dataset: discount and rewards (what they mean)
 
 The horizon belongs to the problem, so an episode ends by termination; the stage is the number of the step.
 """
@@ -37,6 +41,7 @@ from typing import IO, Any, get_args
 import numpy as np
 
 from lindm.choices import ExportFormat, Rewards
+from lindm.datasets.card import CARD, MINARI_REWARDS, trl_card
 from lindm.datasets.columns import Episode, Task
 from lindm.datasets.reader import Dataset
 from lindm.datasets.text import TextFormat, text_format
@@ -113,20 +118,21 @@ def _with_progress(dataset: Dataset, progress: Progress) -> Iterator[Task]:
 
 def _trl(dataset: Dataset, out: Path, how: TextFormat, system: str, progress: Progress) -> list[Path]:
     symbols = [how.template.action_symbol(a) for a in range(dataset.num_actions)]
-    paths = [out / "prompt_completion.jsonl", out / "messages.jsonl"]
+    paths = [out / "prompt_completion.jsonl", out / "messages.jsonl", out / CARD]
     with directories.sole_writer(out):
         if (out / MANIFEST).exists():
             read_manifest(out, FILES_FORMAT)  # that of another export, which this one is added to
-        with _new_files(*paths) as (prompts, conversations):
+        with _new_files(*paths) as (prompts, conversations, about):
+            about(trl_card(dataset.discount, "reward" in how.fields))
             for task in _with_progress(dataset, progress):
                 number = len(task.demonstrations)
                 for query in task.queries:
                     pieces = how.pieces(task, query)
                     for prompt, label in _prompts(pieces, number, query.label):
-                        prompts({"prompt": prompt, "completion": symbols[label]})
+                        prompts(_line({"prompt": prompt, "completion": symbols[label]}))
                     for turns in _conversations(pieces, number, query):
                         first = [{"role": "system", "content": system}] if system else []
-                        conversations({"messages": first + [_message(turn, symbols) for turn in turns]})
+                        conversations(_line({"messages": first + [_message(turn, symbols) for turn in turns]}))
         add_to_file_list(out, [path.name for path in paths])
     return paths
 
@@ -162,9 +168,13 @@ def _message(turn: str | int, symbols: Sequence[str]) -> dict[str, str]:
     return {"role": "assistant", "content": symbols[turn].strip()}  # a turn needs no space in front
 
 
+def _line(row: dict) -> str:
+    return files.strict_json(row, ensure_ascii=False) + "\n"
+
+
 @contextlib.contextmanager
-def _new_files(*paths: Path) -> Iterator[list[Callable[[dict], None]]]:
-    """Functions that each write a row to a new file; the files of one directory get their names together at the end.
+def _new_files(*paths: Path) -> Iterator[list[Callable[[str], None]]]:
+    """Functions that each add text to a new file; the files of one directory get their names together at the end.
 
     After an error none of the new files exists. A killed export may leave some of them: a file that exists must be what would be
     written, and then it stays.
@@ -188,12 +198,12 @@ def _new_files(*paths: Path) -> Iterator[list[Callable[[dict], None]]]:
             if not same:
                 raise UsageError(f"{path} already exists with other content and is not replaced; choose another --out")
 
-        def write(path: Path, row: dict) -> None:
-            line = (files.strict_json(row, ensure_ascii=False) + "\n").encode()
+        def write(path: Path, text: str) -> None:
+            data = text.encode()
             if path in new:
-                opened[path].write(line)
+                opened[path].write(data)
             else:
-                check(path, opened[path].read(len(line)) == line)
+                check(path, opened[path].read(len(data)) == data)
 
         yield [functools.partial(write, path) for path in paths]
         for path, f in opened.items():
@@ -255,7 +265,8 @@ def _minari(dataset: Dataset, out: Path, dataset_id: str, progress: Progress) ->
             about = f"{config.tasks} tasks, of each {config.demos} demonstrations (by {config.behavior}) and "
             about += f"{config.queries} queries (by {config.query_behavior}), with the oracle's label at every step"
             facts = {"dataset_id": dataset_id, "minari_version": minari.__version__, "description": about}
-            storage.update_metadata(facts | {"algorithm_name": config.behavior, "made_from": dataset.checksum})
+            facts |= {"algorithm_name": config.behavior, "made_from": dataset.checksum}
+            storage.update_metadata(facts | {"discount": dataset.discount, "rewards": MINARI_REWARDS})
             storage.update_episodes(episodes())
             write_file_list(temporary)
     return [target]
@@ -285,6 +296,7 @@ def _transitions(episode: Episode, dataset: Dataset, num_seen: int) -> dict[str,
         "certificate": np.array([*episode.certificate, -1], np.int8),
         "regret": np.array([*episode.regret, 0.0]),
         "state": np.array([*episode.state, -1]),
+        "discounted_mean_reward": np.array([*episode.discounted_mean_reward, 0.0]),
     }
     return {
         "observations": np.array(observations),

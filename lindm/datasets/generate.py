@@ -55,6 +55,11 @@ class TaskGenerator:
         self._solved: tuple[Solution, dict[str, Array]] | None = None
 
     @property
+    def discount(self) -> float:
+        """gamma of every task; the problems of a suite are not discounted."""
+        return 1.0 if isinstance(self.source, Suite) else float(self.source.discount)
+
+    @property
     def shard_size(self) -> int:
         """Tasks of a file: as configured, or tens of megabytes at most. It depends on sizes alone, not on the number of tasks."""
         H, A = self.example.horizon, self.example.num_actions

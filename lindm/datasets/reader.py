@@ -14,7 +14,7 @@ from lindm.io import files, inputs, limits
 from lindm.io.verification import MANIFEST
 from lindm.types import Problem
 
-FORMAT = "lindm-dataset-2"
+FORMAT = "lindm-dataset-3"
 CONFIG = "config.json"
 ENDINGS = (".jsonl", ".parquet")
 
@@ -38,6 +38,7 @@ class Dataset:
         self.config = DatasetConfig(**config["dataset"])
         self.suite: dict[str, Any] | None = config["source"].get("suite")  # None: all tasks are one fixed problem
         self.names: dict[str, list[str]] = config["names"]  # of states, actions, observations, models; empty where there are none
+        self.discount: float = config["rewards"]["discount"]
         self.checksum: str = self.manifest["checksum"]
         sizes = config["source"]["sizes"]
         self.kind: Kind = sizes["kind"]

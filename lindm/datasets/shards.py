@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.datasets.columns import LABEL_COLUMNS, ROLES, STEP_COLUMNS, VALUES, problem_columns, sizes_of
+from lindm.datasets.columns import LABEL_COLUMNS, REWARD_CONVENTION, ROLES, STEP_COLUMNS, VALUES, problem_columns, sizes_of
 from lindm.datasets.config import DatasetConfig
 from lindm.datasets.generate import Generated, TaskGenerator
 from lindm.datasets.reader import ENDINGS
@@ -124,6 +124,7 @@ def make_shard(
 ) -> tuple[dict, dict[str, bytes]]:
     """The record of a shard, and the contents of its files by name; nothing is written."""
     record: dict[str, Any] = {"point": {"shard": name}, "tasks": last - first}
+    metadata: dict[str, str] = {}  # of the Parquet files
     if name == "problem":
         tables = {"problem": problem_columns(jax.tree.map(lambda x: np.asarray(x)[None], generator.source))}
     else:
@@ -131,18 +132,20 @@ def make_shard(
         values = {name: generated.values[name] for name in VALUES if name in generated.values}
         tasks: Table = {"task": np.arange(first, last)}
         tasks |= {k: [v] * n if k == "kind" else np.full(n, v) for k, v in sizes_of(generator.example).items()}
+        tasks["discount"] = np.full(n, generator.discount)
         tasks |= values | {"method": [generator.method] * n}
         tasks |= {} if generated.problems is None else problem_columns(generated.problems)
         record["certificates"] = [int((generated.labels.certificate == c).sum()) for c in range(len(CERTIFICATES))]
         record["sums"] = {name: float(x.sum()) for name, x in values.items()}
         tables = {f"tasks-{name}": tasks, f"episodes-{name}": _episode_table(generator, first, generated)}
+        metadata = {"discount": repr(generator.discount), "rewards": REWARD_CONVENTION}
     contents: dict[str, bytes] = {}
     record["files"] = {}
     for stem, table in tables.items():
         columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
         rows = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
         lines = "".join(strict_json(row, separators=(",", ":")) + "\n" for row in rows).encode()
-        for ending, data in zip(ENDINGS, (lines, _parquet(table)), strict=True):
+        for ending, data in zip(ENDINGS, (lines, _parquet(table, metadata)), strict=True):
             contents[f"{stem}{ending}"] = data
             file = {"rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             record["files"][f"{stem}{ending}"] = file
@@ -173,7 +176,7 @@ def import_pyarrow() -> Any:
     return pyarrow
 
 
-def _parquet(table: Table) -> bytes:
+def _parquet(table: Table, metadata: Mapping[str, str]) -> bytes:
     pa = import_pyarrow()
 
     def nested(x: Any) -> Any:
@@ -183,6 +186,6 @@ def _parquet(table: Table) -> bytes:
         return pa.ListArray.from_arrays(starts, nested(np.ascontiguousarray(x).reshape(-1, *x.shape[2:])))
 
     sink = pa.BufferOutputStream()
-    arrow = pa.table({name: nested(x) for name, x in table.items()})
+    arrow = pa.table({name: nested(x) for name, x in table.items()}, metadata=metadata)
     pa.parquet.write_table(arrow, sink, compression="zstd", version="2.6", row_group_size=len(arrow))
     return sink.getvalue().to_pybytes()

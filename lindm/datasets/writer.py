@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lindm import __version__
-from lindm.datasets.card import card
-from lindm.datasets.columns import sizes_of
+from lindm.datasets.card import CARD, card
+from lindm.datasets.columns import REWARD_CONVENTION, sizes_of
 from lindm.datasets.config import DatasetConfig
 from lindm.datasets.generate import TaskGenerator
 from lindm.datasets.reader import CONFIG, FORMAT, read_config, read_manifest
@@ -38,9 +38,9 @@ from lindm.io import directories, files
 from lindm.io.executor import Executor
 from lindm.io.provenance import write_provenance
 from lindm.io.verification import MANIFEST
-from lindm.types import CERTIFICATES, Problem
+from lindm.types import APOMDP, CERTIFICATES, Problem
 
-JOURNAL, CARD = "progress.jsonl", "README.md"
+JOURNAL = "progress.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,12 @@ def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
     else:
         arrays = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(generator.source))
         source = {"problem": {"sha256": hashlib.sha256(arrays).hexdigest()}}
+    example = generator.example
+    paid = example.models.paid if isinstance(example, APOMDP) else example.paid
     return {
         "format": FORMAT,
         "source": source | {"sizes": sizes},
+        "rewards": {"discount": generator.discount, "table": paid is not None, "convention": REWARD_CONVENTION},
         "dataset": asdict(generator.config),
         "oracle": generator.method,
         "shard_size": generator.shard_size,

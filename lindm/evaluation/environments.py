@@ -59,7 +59,9 @@ class MDPEnvironment:
     def __init__(self, problem: MDP):
         self.problem = problem
         self.horizon, self.num_states, self.num_actions = problem.horizon, problem.num_states, problem.num_actions
-        self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
+        self.P, self.rho = np.asarray(problem.P), np.asarray(problem.rho)
+        self.discount = float(problem.discount)
+        self._paying = jax.tree.map(np.asarray, problem)  # the rewards that policies see are those that are paid
 
     @cached_property
     def Q(self) -> np.ndarray:
@@ -109,7 +111,7 @@ class MDPEnvironment:
         else:
             parent, action = np.arange(len(at)), actions
             state, weight = _sample(P[at.index, actions], rng), at.weight
-        reward = self.r[stage, at.index[parent], action]
+        reward = self._paying.pay(stage, at.index[parent], action, state)
         return Histories(weight=weight, index=state, parent=parent, state=state, action=action, reward=reward)
 
     def merged(self, histories: Histories) -> Histories:

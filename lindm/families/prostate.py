@@ -10,12 +10,13 @@ exactly after `defer`). Treated patients keep the PSA of high risk, which makes 
 state is known and the observation, `positive` after every further biopsy, carries no information.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from lindm import validate
-from lindm.problems.mdp import over_stages
+from lindm.problems.mdp import over_stages, paid_rewards
 from lindm.types import APOMDP, POMDP
 
 STATES = ("low-risk", "high-risk", "treated")
@@ -70,10 +71,12 @@ def prostate(
     r = np.array([1.0, 1 - untreated_loss, 1 - treated_loss])[:, None] - np.array([0.0, biopsy_loss])
     rho = np.array([(1 - missed, missed, 0) for missed, _, _ in _RATES])
     dtype = jnp.result_type(float)
+    paid = paid_rewards(jnp.asarray(r, dtype), discount)
     models = POMDP(
         P=jnp.asarray(P, dtype),
         O=jnp.asarray(O.reshape(*O.shape[:4], 9), dtype),
         r=jnp.broadcast_to(over_stages(jnp.asarray(r, dtype), H, discount), (len(CENTERS), H, 3, 2)),
         rho=jnp.asarray(rho, dtype),
+        paid=jax.tree.map(lambda x: jnp.broadcast_to(x, (len(CENTERS), *x.shape)), paid),
     )
     return APOMDP(models=models, alpha=jnp.asarray(alpha, dtype))

@@ -12,6 +12,7 @@ belief.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.typing import ArrayLike
 
 from lindm import validate
 from lindm.problems.pomdp import draw_pomdp, pomdp
-from lindm.types import APOMDP, POMDP
+from lindm.types import APOMDP, POMDP, RewardFunction
 
 
 def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
@@ -54,9 +55,22 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
         shape = max((x.shape for x in leaves), key=lambda shape: shape[0])
         return jnp.stack([jnp.broadcast_to(x, shape) for x in leaves])
 
-    stacked = jax.tree.map(stack, *checked)
+    stacked = replace(jax.tree.map(stack, *checked), paid=_paid_rewards(models))
     dtype = jnp.result_type(*jax.tree.leaves(stacked))
     return APOMDP(models=jax.tree.map(lambda x: x.astype(dtype), stacked), alpha=jnp.asarray(alpha, dtype))
+
+
+def _paid_rewards(models: Sequence[POMDP]) -> RewardFunction | None:
+    """The rewards that the models pay, with an axis of models in front. ValueError where their discounts differ."""
+    if all(model.paid is None for model in models):
+        return None
+    discounts = [float(model.discount) for model in models]
+    if other := [i for i, gamma in enumerate(discounts) if gamma != discounts[0]]:
+        i = other[0]
+        raise ValueError(f"models must have one discount; got {discounts[0]} of model 0 and {discounts[i]} of model {i}")
+    tables = [model.r[..., None, None] if model.paid is None else model.paid.R for model in models]
+    shape = np.broadcast_shapes(*(R.shape for R in tables))
+    return RewardFunction(R=jnp.stack([jnp.broadcast_to(R, shape) for R in tables]), discount=jnp.asarray(discounts))
 
 
 def single(model: POMDP, alpha: ArrayLike = 1.0) -> APOMDP:
@@ -95,7 +109,7 @@ def draw_apomdp(
     low: float = 0.0,
     high: float = 1.0,
     step: float = 0.0,
-    discount: ArrayLike = 1.0,
+    discount: ArrayLike | None = None,
     dtype=None,
 ) -> APOMDP:
     """Random models around a center of `draw_pomdp`, with the rewards and the first-state law of the center.
@@ -123,6 +137,7 @@ def draw_apomdp(
         O=(1 - share) * drawn.O[:1] + share * drawn.O[1:],
         r=jnp.broadcast_to(drawn.r[:1], drawn.r[1:].shape),
         rho=drawn.rho[1:],
+        paid=jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x[1:].shape), drawn.paid),
     )
     return APOMDP(models=models, alpha=jnp.asarray(alpha, share.dtype))
 

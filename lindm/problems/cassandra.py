@@ -13,18 +13,18 @@ difference whether the end is seen, because an ended episode adds zero to the va
 
 A `Model` holds the arrays of planning, with the expected reward (negated where the file gives costs)
 
-    r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o).
+    r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o),
+
+and R itself where it depends on the next state or the observation: what an environment pays.
 """
 
-import heapq
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,7 +32,8 @@ from lindm import validate
 from lindm.errors import DataError, LindmError
 from lindm.io import inputs, limits
 from lindm.io.limits import POMDP_NAMES, POMDP_TABLE
-from lindm.types import MDP, POMDP
+from lindm.problems.cassandra_rewards import ALL, RewardEntries, count_writes, read_rewards
+from lindm.types import MDP, POMDP, RewardFunction
 
 SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
 ROUNDING = 1e-12  # a row this close to one is not changed
@@ -47,7 +48,6 @@ PLACES = {
 TOKEN = re.compile(r":|[^\s:]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 INDEX = re.compile("[0-9]{1,9}")
-ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +62,7 @@ class Model:
     O: np.ndarray  # [A, S, O] probability of the observation after an action, given the state it led to
     r: np.ndarray  # [S, A] expected reward
     start: np.ndarray  # [S] law of the first state
+    rewards: RewardEntries | None = None  # None where R is r(s, a) for every next state and observation
 
 
 def read(path: str | Path) -> Model:
@@ -117,7 +118,7 @@ def parse(text: str, name: str = "<text>") -> Model:
         if entry.word == "R":
             rewards.append((entry, where, values))
         else:
-            writes = _count_writes(writes, tables[entry.word][where].size, entry)
+            writes = count_writes(writes, tables[entry.word][where].size, entry)
             tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
     tables["T"][:, ends] = np.eye(S)[ends]
     for word, table in tables.items() if O else [("T", tables["T"])]:
@@ -127,14 +128,14 @@ def parse(text: str, name: str = "<text>") -> Model:
         line, row = min(off)
         more = f" (and {len(off) - 1} more that miss it)" if len(off) > 1 else ""
         warnings.warn(f"{name}:{line}: {row}, not to one{more}: scaled", UserWarning, stacklevel=2)
-    r = (-1.0 if costs else 1.0) * _expected_reward(rewards, **tables) + 0.0  # + 0.0: no cost is 0.0, not -0.0
-    r[ends] = 0.0
+    r, entries = read_rewards(rewards, **tables, sign=-1.0 if costs else 1.0, ended=ends)
     for entry, (_, state, *_), values in rewards:
         if state.start is not None and ends[state.start] and values.any():
             lost = f"the reward of actions in {names['states'][state.start]!r} is never paid: E ends the episode on arrival"
             warnings.warn(f"{name}:{entry.line}: {lost}", UserWarning, stacklevel=2)
             break
-    return Model(**names, discount=discount, P=tables["T"].swapaxes(0, 1).copy(), O=tables["O"], r=r, start=start)
+    P = tables["T"].swapaxes(0, 1).copy()
+    return Model(**names, discount=discount, P=P, O=tables["O"], r=r, start=start, rewards=entries)
 
 
 def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP:
@@ -148,13 +149,18 @@ def to_mdp(model: Model, horizon: int, discount: float | None = None) -> MDP:
     return MDP(**_arrays(model, horizon, discount))
 
 
-def _arrays(model: Model, horizon: int, discount: float | None) -> dict[str, jax.Array]:
+def _arrays(model: Model, horizon: int, discount: float | None) -> dict[str, Any]:
     gamma = model.discount if discount is None else discount
     if not 0 <= gamma <= 1:
         raise ValueError(f"discount must be a number from 0 to 1; got {gamma}")
     r = float(gamma) ** np.arange(validate.count(horizon, "horizon"))[:, None, None] * model.r
     arrays = {"P": model.P[None], "r": r, "rho": model.start}
-    return {name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()}
+    arrays = {name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()}
+    if model.rewards is None and gamma == 1:
+        return arrays
+    R = model.r[:, :, None, None] if model.rewards is None else model.rewards.R()
+    paid = RewardFunction(R=jnp.asarray(R[None], arrays["r"].dtype), discount=jnp.asarray(gamma, arrays["r"].dtype))
+    return arrays | {"paid": paid}
 
 
 def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
@@ -366,34 +372,3 @@ def _normalize(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Sect
             raise DataError(f"{last.source}:{line}: {row} sums to {sums[i]:.9g}; expected one (within {SUM_TOLERANCE:g})")
         off.append((line, f"{row} sums to {sums[i]:.9g}"))
         rows[i] /= sums[i]
-
-
-def _expected_reward(rewards: list[tuple[_Section, tuple[slice, ...], np.ndarray]], T: np.ndarray, O: np.ndarray) -> np.ndarray:
-    """r [S, A] from the entries in their order, one action at a time; an axis on which no entry depends has length one."""
-    A, S, n = O.shape
-    by_o = [entry for entry, where, values in rewards if where[3] != ALL or values.shape[3] > 1]
-    by_next = by_o or [entry for entry, where, values in rewards if where[2] != ALL or values.shape[2] > 1]
-    if by_o and S * S * n > POMDP_TABLE:
-        raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {POMDP_TABLE}")
-    table, r, writes = np.empty((S, S if by_next else 1, n if by_o else 1)), np.empty((S, A)), 0
-    numbered: dict[int | None, list[tuple[int, _Section, tuple[slice, ...], np.ndarray]]] = {}  # by action, None for all
-    for number, (entry, (action, *cell), values) in enumerate(rewards):
-        numbered.setdefault(action.start, []).append((number, entry, tuple(cell), values))
-    for a in range(A):
-        table[:] = 0.0
-        for _, entry, cell, values in heapq.merge(numbered.get(None, ()), numbered.get(a, ()), key=lambda each: each[0]):
-            writes = _count_writes(writes, table[cell].size, entry)
-            table[cell] = values[0]
-        for s in range(S):
-            weight = T[a, s, :, None] * (O[a] if by_o else 1.0) if by_next else np.ones((1, 1))
-            possible = table[s][weight > 0]
-            # a reward that is the same everywhere is exact
-            r[s, a] = possible[0] if (possible == possible[0]).all() else (weight * table[s]).sum()
-    return r
-
-
-def _count_writes(before: int, size: int, entry: _Section) -> int:
-    """The numbers that have been written. Raises: DataError above the limit: a short entry may write a whole table."""
-    if (after := before + size + 100) > limits.POMDP_WRITES:  # an entry takes the time of about a hundred numbers
-        raise entry.stop(f"the entries up to this one write too many numbers, more than {limits.POMDP_WRITES:,}")
-    return after

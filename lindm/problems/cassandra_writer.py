@@ -32,10 +32,24 @@ def write(model: Model) -> str:
     lines.append(f"start: {_row(model.start)}")
     lines += _rows("T", model.P.swapaxes(0, 1), model.actions, model.states, model.states)
     lines += _rows("O", model.O, model.actions, model.states, model.observations) if O else []
-    everywhere = (model.r == model.r[:, :1]).all()
-    for a, action in enumerate("*" if everywhere else model.actions):
-        lines += [f"R: {action} : {s} : * : * {v!r}" for s, v in zip(model.states, model.r[:, a].tolist(), strict=True) if v]
+    lines += _reward_rows(model)
     return "\n".join(lines) + "\n"
+
+
+def _reward_rows(model: Model) -> Iterator[str]:
+    """The entries of R that are not zero; one block where r alone is given and the action changes nothing."""
+    if model.rewards is None:
+        everywhere = (model.r == model.r[:, :1]).all()
+        for a, action in enumerate("*" if everywhere else model.actions):
+            for s in np.flatnonzero(model.r[:, a]):
+                yield f"R: {action} : {model.states[s]} : * : * {float(model.r[s, a])!r}"
+        return
+    _, _, next_states, observations = model.rewards.shape
+    following = model.states if next_states > 1 else "*"
+    observed = model.observations if observations > 1 else "*"
+    for action, table in zip(model.actions, model.rewards.tables(), strict=True):
+        for s, u, o in zip(*np.nonzero(table), strict=True):
+            yield f"R: {action} : {model.states[s]} : {following[u]} : {observed[o]} {float(table[s, u, o])!r}"
 
 
 def _row(row: np.ndarray) -> str:

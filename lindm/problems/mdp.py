@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from lindm import validate
 from lindm.random import dirichlet, flat
-from lindm.types import MDP
+from lindm.types import MDP, RewardFunction
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
@@ -73,7 +73,7 @@ def draw_stationary_mdp(
     low: float = 0.0,
     high: float = 1.0,
     step: float = 0.0,
-    discount: ArrayLike = 1.0,
+    discount: ArrayLike | None = None,
     dtype=None,
 ) -> MDP:
     """A random MDP with one kernel and one reward table for all stages; the first state is uniform.
@@ -83,7 +83,7 @@ def draw_stationary_mdp(
         for nearly uniform ones. May be traced.
       low, high, step: rewards are uniform in [low, high] if `step` is 0, else every multiple of `step` in the interval is
         equally likely (numbers that are short in text).
-      discount: in [0, 1], folded into the rewards of later stages. May be traced.
+      discount: in [0, 1], folded into the rewards of later stages. May be traced. [default: nothing is discounted]
 
     Raises:
       ValueError: a size or a number is out of its range, or [low, high] holds no multiple of `step`.
@@ -93,10 +93,12 @@ def draw_stationary_mdp(
     validate.positive(concentration, "concentration")
     dtype = dtype or jnp.result_type(float)
     kernel, reward = jax.random.split(key)
+    r = _rewards(reward, (S, A), low, high, step, dtype)
     return MDP(
         P=dirichlet(kernel, concentration, (1, S, A, S), dtype),
-        r=over_stages(_rewards(reward, (S, A), low, high, step, dtype), H, discount),
+        r=over_stages(r, H, 1.0 if discount is None else discount),
         rho=jnp.full(S, 1.0 / S, dtype),
+        paid=None if discount is None else paid_rewards(r, discount),
     )
 
 
@@ -104,6 +106,12 @@ def over_stages(r: Array, H: int, discount: ArrayLike = 1.0) -> Array:
     """Discounted rewards discount^h r_h [H, S, A], from [H, S, A] or from a table [S, A] for all stages."""
     validate.discount(discount)
     return jnp.asarray(discount, r.dtype) ** jnp.arange(H, dtype=r.dtype)[:, None, None] * jnp.broadcast_to(r, (H, *r.shape[-2:]))
+
+
+def paid_rewards(r: Array, discount: ArrayLike) -> RewardFunction:
+    """What an environment with the rewards [H, S, A] or [S, A] of `over_stages` pays."""
+    R = r[..., None, None]
+    return RewardFunction(R=R[None] if r.ndim == 2 else R, discount=jnp.asarray(discount, r.dtype))
 
 
 def _rewards(key: Array, shape: tuple[int, ...], low: float, high: float, step: float, dtype) -> Array:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lindm import validate
-from lindm.problems.mdp import draw_stationary_mdp, over_stages
+from lindm.problems.mdp import draw_stationary_mdp, over_stages, paid_rewards
 from lindm.random import dirichlet
 from lindm.types import MDP, POMDP
 
@@ -50,9 +50,10 @@ def pomdp(
     P, O, rho = (jnp.maximum(validate.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
     # one dtype, the widest that is enabled: certificates need double precision
     dtype = jnp.promote_types(jnp.result_type(P, O, r, rho), jnp.result_type(float))
-    r = over_stages(r.astype(dtype), H, discount)
-    validate.rewards(r, "r")
-    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=r, rho=rho.astype(dtype))
+    folded = over_stages(r.astype(dtype), H, discount)
+    validate.rewards(folded, "r")
+    paid = None if discount == 1 else paid_rewards(r.astype(dtype), discount)
+    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=folded, rho=rho.astype(dtype), paid=paid)
 
 
 def reveal(mdp: MDP) -> POMDP:
@@ -62,7 +63,7 @@ def reveal(mdp: MDP) -> POMDP:
     POMDP is V_0(s) of the MDP, and V_0(rho) is at most the mean of V_0(s) under rho.
     """
     S, A = mdp.r.shape[-2:]
-    return POMDP(P=mdp.P, O=jnp.broadcast_to(jnp.eye(S, dtype=mdp.P.dtype), (1, A, S, S)), r=mdp.r, rho=mdp.rho)
+    return POMDP(P=mdp.P, O=jnp.broadcast_to(jnp.eye(S, dtype=mdp.P.dtype), (1, A, S, S)), r=mdp.r, rho=mdp.rho, paid=mdp.paid)
 
 
 def draw_pomdp(
@@ -77,7 +78,7 @@ def draw_pomdp(
     low: float = 0.0,
     high: float = 1.0,
     step: float = 0.0,
-    discount: ArrayLike = 1.0,
+    discount: ArrayLike | None = None,
     dtype=None,
 ) -> POMDP:
     """A random POMDP: the process of `draw_stationary_mdp`, with observations that are true with probability `quality`.
@@ -102,4 +103,4 @@ def draw_pomdp(
     quality = jnp.asarray(quality, dtype)
     signal = jax.nn.one_hot(jnp.arange(S) % O, O, dtype=dtype)
     rows = quality * signal[None] + (1 - quality) * dirichlet(noise, 1.0, (A, 1, O), dtype)
-    return POMDP(P=mdp.P, O=rows[None], r=mdp.r, rho=mdp.rho)
+    return POMDP(P=mdp.P, O=rows[None], r=mdp.r, rho=mdp.rho, paid=mdp.paid)

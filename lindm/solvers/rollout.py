@@ -57,7 +57,7 @@ def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
 
     Args:
         pi: [H, S] int actions, or [H, S, A] probabilities.
-    Returns: Episodes with s, a [n, H] int32 and mean rewards r [n, H].
+    Returns: Episodes with s, a [n, H] int32, mean rewards r [n, H], and the rewards [n, H] that the environment paid.
     """
     validate.count(n, "n")
     H = mdp.horizon
@@ -68,10 +68,11 @@ def rollout(key: Array, mdp: MDP, pi: Array, n: int) -> Episodes:
     def stage(s, at):
         h, r, policy, u_act, u_step = at
         a = act(policy, s, u_act)
-        return step(at_stage(mdp.P, h), s, a, u_step), (s, a, r[s, a])
+        following = step(at_stage(mdp.P, h), s, a, u_step)
+        return following, (s, a, r[s, a], mdp.pay(h, s, a, following))
 
-    _, (s, a, r) = jax.lax.scan(stage, start, (jnp.arange(H), mdp.r, pi, u[0], u[1]))
-    return Episodes(s=s.T, a=a.T, r=r.T)
+    _, (s, a, r, paid) = jax.lax.scan(stage, start, (jnp.arange(H), mdp.r, pi, u[0], u[1]))
+    return Episodes(s=s.T, a=a.T, r=r.T, paid=paid.T)
 
 
 # --- demonstrations -------------------------------------------------------------------------------------------------------
@@ -132,10 +133,10 @@ def _demonstrate(key: Array, problem: APOMDP, solution: Solution, n: int, epsilo
                 m = jnp.asarray(nature, jnp.int32)
             # the first state is drawn after nature's first choice: from rho of that model
             s = jnp.where(t == 0, invert(cumulative(problem.models.rho[m]), u_start), s)
-            here = jax.tree.map(lambda x: x[m], problem.models)
-            following = invert(cumulative(at_stage(here.P, t)[s, a]), u_next)
-            o = invert(cumulative(at_stage(here.O, t)[a, following]), u_seen)
-            taken = Episodes(s=s, a=a, r=here.r[t, s, a], m=m, o=o)
+            models = problem.models
+            following = invert(cumulative(at_stage(models.P[m], t)[s, a]), u_next)
+            o = invert(cumulative(at_stage(models.O[m], t)[a, following]), u_seen)
+            taken = Episodes(s=s, a=a, r=models.r[m, t, s, a], m=m, o=o, paid=models.pay(t, s, a, following, o, (m,)))
             return (*advance(problem, t, history, beliefs, a, m, o), following), (taken, labeled)
 
         zero = jnp.zeros((), jnp.int32)

@@ -18,11 +18,11 @@ from lindm.io import files, inputs, limits
 from lindm.io.provenance import provenance
 from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.solve import Solution
-from lindm.types import APOMDP, MDP, POMDP, Plan
+from lindm.types import APOMDP, MDP, POMDP, Plan, RewardFunction
 
 FORMAT = "lindm-solution-2"
 KINDS: dict[str, type] = {
-    kind.__name__: kind for kind in (MDP, POMDP, APOMDP, Plan, tree.Tree, hsvi.Bounds, belief_net.Net, Solution)
+    kind.__name__: kind for kind in (MDP, POMDP, APOMDP, RewardFunction, Plan, tree.Tree, hsvi.Bounds, belief_net.Net, Solution)
 }
 
 # what numpy and zipfile raise for damaged headers, names and members
@@ -88,7 +88,7 @@ def _store(value: Any, at: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]
             described[field.name] = part
         elif dataclasses.is_dataclass(part):
             described[field.name] = _store(part, key, arrays)
-        else:
+        elif part is not None:
             arrays[key] = np.asarray(part)
     return described
 
@@ -97,6 +97,8 @@ def _restore(described: dict[str, Any], at: str, stored: Any) -> Any:
     kind, values = KINDS[described["kind"]], {}
     for field in dataclasses.fields(kind):
         part, key = described.get(field.name), f"{at}.{field.name}"
+        if part is None and key not in stored and field.default is None:
+            continue  # what this problem does not have
         is_kind = isinstance(part, dict)
         values[field.name] = _restore(part, key, stored) if is_kind else part if part is not None else jnp.asarray(stored[key])
     return kind(**values)

@@ -24,14 +24,15 @@ class LSVI(TablePolicy):
     def action_values(self, tasks: Sequence[PolicyTask]) -> list[np.ndarray]:
         values = []
         for task in tasks:
-            H, S, A = mdp_of(task).problem.r.shape
+            env = mdp_of(task)
+            H, S, A = env.problem.r.shape
             s, a, r, u = transitions(task.demonstrations).T
             low, high = r.min(), r.max()
             phi = np.eye(S * A).reshape(S, A, S * A)
             x = np.repeat(phi[s.astype(int), a.astype(int)][None], H, axis=0)
             x[: H - 1, u < 0] = 0  # the next state of an episode's last step is not known; only the last stage needs none
             after = np.repeat(phi[u.astype(int)][None], H, axis=0)
-            scaled = np.repeat(((r - low) / (high - low if high > low else 1.0))[None], H, axis=0)
+            scaled = env.discount ** np.arange(H)[:, None] * ((r - low) / (high - low if high > low else 1.0))
             given = [jnp.asarray(array) for array in (phi, x, scaled, after)]
             Q = predictors.pevi(*given, lam=LAM, beta=BETA) if self.pessimistic else predictors.lsvi(*given, lam=LAM)[0]
             values.append(np.asarray(Q))

@@ -14,6 +14,7 @@ from lindm.evaluation.environments import MDPEnvironment, PolicyTask
 from lindm.evaluation.policies.beliefs import LikeliestState
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
 from lindm.evaluation.policy import Episodes, Observation, Policy
+from lindm.problems.mdp import over_stages
 from lindm.solvers import dp
 from lindm.types import MDP
 
@@ -56,6 +57,6 @@ def estimate(problem: MDP, demonstrations: Episodes) -> MDP:
     np.add.at(counts, (at[0][known], at[1][known], u[known].astype(int)), 1)
     return MDP(
         P=jnp.asarray(counts / counts.sum(-1, keepdims=True))[None],
-        r=jnp.broadcast_to(jnp.asarray(rewards / n), (H, S, A)),
+        r=over_stages(jnp.asarray(rewards / n), H, problem.discount),
         rho=problem.rho,
     )

@@ -48,7 +48,7 @@ def fields_of(steps):
 def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is_the_label(made, tmp_path, name, template):
     directory, apomdp, end = getattr(made, name), name == "apomdp", ".\n" if template is READABLE else ""
     paths = export(directory, "trl", tmp_path, template=template)
-    assert paths == [tmp_path / "prompt_completion.jsonl", tmp_path / "messages.jsonl"]
+    assert paths == [tmp_path / name for name in ("prompt_completion.jsonl", "messages.jsonl", "README.md")]
     rows = iter(lines(paths[0]))
     for _, demos, query in queries(directory):
         for t, label in enumerate(query.label):
@@ -64,7 +64,7 @@ def test_a_prompt_reads_back_as_demonstrations_and_history_and_the_completion_is
 
 
 def test_a_conversation_holds_the_steps_and_its_answers_are_the_labels(made, tmp_path):
-    _, path = export(made.mdp, "trl", tmp_path)
+    _, path, _ = export(made.mdp, "trl", tmp_path)
     rows, deviations = iter(lines(path)), 0
     for _, demos, query in queries(made.mdp):
         labels, length = list(query.label), 0
@@ -100,7 +100,7 @@ def test_the_oracles_own_query_is_one_conversation(made, tmp_path):
 
 
 def test_a_hidden_state_is_in_no_text(made, tmp_path):
-    for path in export(made.apomdp, "trl", tmp_path, template=READABLE):
+    for path in export(made.apomdp, "trl", tmp_path, template=READABLE)[:2]:
         assert "The state is" not in path.read_text() and "The observation is" in path.read_text()
 
 
@@ -144,7 +144,7 @@ def test_a_problem_with_more_actions_than_symbols_is_refused_before_anything_is_
             export(directory, "trl", tmp_path / "out", template=template)
     assert not (tmp_path / "out").exists()
     enough = Template(name="enough", step=("\n", "{state}", "?{action}", ":{reward}"), closing=";", actions="{}", states="{}")
-    assert len(export(directory, "trl", tmp_path / "out", template=enough)) == 2
+    assert len(export(directory, "trl", tmp_path / "out", template=enough)) == 3
 
 
 def test_names_are_written_as_whole_words(made, tmp_path):
@@ -324,6 +324,7 @@ def test_minari_exports_have_the_required_fields(made, tmp_path, monkeypatch):
 
 def episode(**columns):
     H = len(columns["action"])
+    columns["discounted_mean_reward"] = columns["reward"]
     rest = {"task": 0, "episode": 0, "role": "query", "Q": [[0.0, 0.0]] * H, "certificate": [0] * H, "regret": [0.0] * H}
     return Episode(**(rest | columns))
 

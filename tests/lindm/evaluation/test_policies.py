@@ -22,7 +22,7 @@ from lindm.problems.pomdp import draw_pomdp, pomdp
 from lindm.solvers import dp, tree
 from lindm.solvers.belief import branching
 from lindm.text import Step
-from lindm.types import APOMDP, MDP
+from lindm.types import APOMDP, MDP, RewardFunction
 
 SEEN = RandomSuite(name="seen", horizon=3, states=3, actions=2, concentration=0.5, gap=0.02)
 HIDDEN = replace(SEEN, name="hidden", observations=2, quality=0.8)
@@ -231,6 +231,24 @@ def test_lsvi_uses_the_last_step_of_an_episode_at_the_last_stage_alone():
 def test_with_enough_demonstrations_of_everything_planning_finds_the_optimum(tmp_path_factory, name):
     many = tasks_of(tmp_path_factory, replace(SEEN, gap=0.05), tasks=4, demos=300, behavior="uniform")
     assert np.mean([loss.normalized_gap for loss in losses(many, name)]) < 0.02
+
+
+@pytest.mark.parametrize("policy", [policies.certainty_equivalence(), policies.lsvi()])
+def test_policies_that_see_undiscounted_rewards_discount_them(policy):
+    """Action 0 pays 1 at once; action 1 leads to 3 two steps later, worth 3/4 at a discount of 1/2. Nothing else pays."""
+    P, R = np.zeros((1, 4, 2, 4)), np.zeros((1, 4, 2, 1, 1))
+    P[0, 0, 0, 3] = P[0, 0, 1, 1] = P[0, 1, :, 2] = P[0, 2, :, 3] = P[0, 3, :, 3] = 1
+    R[0, 0, 0], R[0, 2] = 1, 3
+    states = ((0, 3, 3), (0, 1, 2))
+    for discount, best in ((0.5, 0), (1.0, 1)):
+        r = discount ** np.arange(3)[:, None, None] * R[..., 0, 0]
+        paid = RewardFunction(R=jnp.asarray(R), discount=jnp.asarray(discount))
+        problem = replace(mdp(P, r, np.eye(4)[0]), paid=paid)
+        demos = [
+            [Step(a, state=s, reward=R[0, s, a, 0, 0]) for s in states[a]] for a in range(2) for _ in range(50)
+        ]  # both actions, often: penalties and priors hardly matter
+        (table,) = actions_of(policy, make_tasks([problem], [demos]))
+        assert table[0, 0] == best
 
 
 def test_the_layer_has_the_weights_of_least_squares_over_other_tasks(seen, monkeypatch):

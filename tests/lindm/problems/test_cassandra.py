@@ -547,6 +547,47 @@ def test_rewards_by_observation_take_one_action_at_a_time_and_have_a_limit():
     assert "f.pomdp:5: rewards that depend on the observation make 64000000 numbers" in refusal(text(800, 1, 100))
 
 
+def test_what_is_paid_is_the_table_of_the_file_and_its_mean_is_r():
+    """Entry by entry by hand: a later entry replaces an earlier one, number by number; costs change the sign."""
+    rng = np.random.default_rng(4)
+    T, O = rng.dirichlet(np.ones(3), (2, 3)), rng.dirichlet(np.ones(2), (2, 3))
+    rows = [f"T: {a} : {s} : {u} {float(T[a, s, u])!r}" for a in range(2) for s in range(3) for u in range(3)]
+    rows += [f"O: {a} : {u} : {o} {float(O[a, u, o])!r}" for a in range(2) for u in range(3) for o in range(2)]
+    rewards = "R: * : * : * : * 1\nR: 1 : 2 : 0 : * 5\nR: 1 : * : 0 : 1 7\nR: 0 : 0\n1 2\n3 4\n0 0\nR: 1 : 1 : 0 : 1 0"
+    text = "\n".join(["discount: 0.9 values: cost states: 3 actions: 2 observations: 2", *rows, rewards]).replace(
+        "np.float64", ""
+    )
+    R = np.ones((3, 2, 3, 2))
+    R[2, 1, 0] = 5
+    R[:, 1, 0, 1] = 7
+    R[0, 0] = [[1, 2], [3, 4], [0, 0]]
+    R[1, 1, 0, 1] = 0
+    got = parse(text)
+    problem = to_pomdp(got, 4)
+    np.testing.assert_array_equal(problem.paid.R, -R[None])
+    assert float(problem.paid.discount) == float(problem.discount) == 0.9
+    mean = -np.einsum("asu,auo,sauo->sa", T, O, R)
+    np.testing.assert_allclose(problem.r, 0.9 ** np.arange(4)[:, None, None] * mean, rtol=1e-12)
+    steps = np.indices((3, 2, 3, 2)).reshape(4, -1)
+    np.testing.assert_array_equal(problem.pay(3, *steps), -R.reshape(-1))
+    again = parse(write(got))
+    same(again, got)
+    np.testing.assert_array_equal(again.rewards.R(), got.rewards.R())
+
+
+def test_an_episode_that_has_ended_pays_nothing():
+    text = "discount: 1 states: a b end actions: 1\nT: *\nuniform\nE: end\nR: 0 : * : end 5\nR: 0 : * : b -1"
+    paid = to_mdp(parse(text), 2).paid
+    np.testing.assert_array_equal(paid.R[0, :, 0, :, 0], [[0, -1, 5], [0, -1, 5], [0, 0, 0]])
+
+
+def test_an_undiscounted_reward_of_state_and_action_alone_needs_no_table():
+    text = PREAMBLE + "T: * identity\nO: * uniform\nR: * : a : * : * 2"
+    assert to_pomdp(parse(text), 3, 1.0).paid is None
+    paid = to_pomdp(parse(text), 3, 0.5).paid
+    assert paid.R.shape == (1, 3, 2, 1, 1) and np.array_equal(paid.R[0, :, :, 0, 0], [[2, 2], [0, 0], [0, 0]])
+
+
 # --------------------------------------------------------------------------------------------------- rows that miss one a little
 
 

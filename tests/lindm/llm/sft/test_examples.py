@@ -187,7 +187,7 @@ def test_answers_of_the_completion_of_a_conversation_are_trained(tmp_path):
 
 
 def test_an_export_for_another_trainer_trains_the_same_answers_here(suite, tmp_path):
-    prompts, conversations = datasets.export(suite, "trl", tmp_path)
+    prompts, conversations, _ = datasets.export(suite, "trl", tmp_path)
     labels = [label for _, _, query in queries(suite) for label in query.label]
     examples = load_examples(prompts, TOKENIZER)
     assert ["".join(trained(TOKENIZER, e)) for e in examples] == [f" {'AB'[label]}<|im_end|>" for label in labels]
