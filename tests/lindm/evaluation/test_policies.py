@@ -244,9 +244,10 @@ def test_policies_that_see_undiscounted_rewards_discount_them(policy):
         r = discount ** np.arange(3)[:, None, None] * R[..., 0, 0]
         paid = RewardFunction(R=jnp.asarray(R), discount=jnp.asarray(discount))
         problem = replace(mdp(P, r, np.eye(4)[0]), paid=paid)
-        demos = [
-            [Step(a, state=s, reward=R[0, s, a, 0, 0]) for s in states[a]] for a in range(2) for _ in range(50)
-        ]  # both actions, often: penalties and priors hardly matter
+        demos = []  # every action in every state, often: penalties and priors hardly matter
+        for first, later in np.ndindex(2, 2):
+            steps = zip(states[first], (first, later, later), strict=True)
+            demos += [[Step(a, state=s, reward=R[0, s, a, 0, 0]) for s, a in steps]] * 50
         (table,) = actions_of(policy, make_tasks([problem], [demos]))
         assert table[0, 0] == best
 
