@@ -56,8 +56,8 @@ class TaskGenerator:
 
     @property
     def discount(self) -> float:
-        """gamma of every task; the problems of a suite are not discounted."""
-        return 1.0 if isinstance(self.source, Suite) else float(self.source.discount)
+        """gamma of every task."""
+        return float(self.source.discount)
 
     @property
     def shard_size(self) -> int:

@@ -38,7 +38,7 @@ from lindm.io import directories, files
 from lindm.io.executor import Executor
 from lindm.io.provenance import write_provenance
 from lindm.io.verification import MANIFEST
-from lindm.types import APOMDP, CERTIFICATES, Problem
+from lindm.types import CERTIFICATES, Problem
 
 JOURNAL = "progress.jsonl"
 
@@ -124,12 +124,10 @@ def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
     else:
         arrays = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(generator.source))
         source = {"problem": {"sha256": hashlib.sha256(arrays).hexdigest()}}
-    example = generator.example
-    paid = example.models.paid if isinstance(example, APOMDP) else example.paid
     return {
         "format": FORMAT,
         "source": source | {"sizes": sizes},
-        "rewards": {"discount": generator.discount, "table": paid is not None, "convention": REWARD_CONVENTION},
+        "rewards": {"discount": generator.discount, "convention": REWARD_CONVENTION},
         "dataset": asdict(generator.config),
         "oracle": generator.method,
         "shard_size": generator.shard_size,

@@ -7,7 +7,7 @@ alone: a learner is trained on `id`, and `ood` tests it out of distribution.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple, Self, get_args
+from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from lindm import validate
 from lindm.choices import Split
 from lindm.errors import unknown
 from lindm.problems.mdp import over_stages
-from lindm.types import APOMDP, MDP, POMDP, Problem
+from lindm.types import APOMDP, MDP, POMDP, Problem, RewardFunction
 
 SPLITS = get_args(Split)
 REWARD_STEP = 0.05  # rewards are multiples: short in text, exact in a file
@@ -48,6 +48,8 @@ class Suite:
     """The text template that names the things of the problem."""
     traceable: ClassVar[bool] = False
     """Whether `draw` may be called under `jit`."""
+    discount: ClassVar[float] = 1.0
+    """Discount factor, an option of suites whose tasks are discounted."""
 
     @property
     def sizes(self) -> Sizes:
@@ -91,6 +93,7 @@ class Tables:
     r: np.ndarray  # [S, A] mean reward
     rho: np.ndarray  # [S] law of the first state
     O: np.ndarray | None = None  # [A, S, O] probability of the observation after an action, given the state it led to
+    R: np.ndarray | None = None  # [S, A, S|1, O|1] reward that is paid, by next state and observation; None where it is r
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,12 @@ class TabularSuite(Suite):
 
     def _problem(self, tables: Tables) -> MDP | POMDP:
         dtype = jnp.result_type(float)
-        seen = {"P": jnp.asarray(tables.P[None], dtype), "rho": jnp.asarray(tables.rho, dtype)}
+        seen: dict[str, Any] = {"P": jnp.asarray(tables.P[None], dtype), "rho": jnp.asarray(tables.rho, dtype)}
         r = over_stages(jnp.asarray(tables.r, dtype), self.horizon, self.discount)
+        if tables.R is not None or self.discount != 1:
+            R = tables.r[..., None, None] if tables.R is None else tables.R
+            paid = RewardFunction(R=jnp.asarray(R[None], dtype), discount=jnp.asarray(self.discount, dtype))
+            seen |= {"paid": paid}
         return MDP(**seen, r=r) if tables.O is None else POMDP(**seen, r=r, O=jnp.asarray(tables.O[None], dtype))
 
 
