@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.problems import pomdp as pomdp
     from lindm.api.problems import read_pomdp as read_pomdp
     from lindm.api.problems import read_stationary_pomdp as read_stationary_pomdp
+    from lindm.api.problems import stationary_mdp as stationary_mdp
     from lindm.api.problems import suite as suite
     from lindm.api.solutions import Solution as Solution
     from lindm.api.solutions import load_solution as load_solution
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.llm.policy import load_policy as load_policy
     from lindm.problems.stationary import StationaryPOMDP as StationaryPOMDP
     from lindm.solvers.point_based import StationarySolution as StationarySolution
+    from lindm.solvers.stationary_mdp import MDPSolution as MDPSolution
     from lindm.types import APOMDP as APOMDP
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
@@ -57,7 +59,17 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
 
 _DEFINED = {
     "lindm.api.benchmarks": ("benchmark",),
-    "lindm.api.problems": ("apomdp", "linear_mdp", "make", "mdp", "pomdp", "read_pomdp", "read_stationary_pomdp", "suite"),
+    "lindm.api.problems": (
+        "apomdp",
+        "linear_mdp",
+        "make",
+        "mdp",
+        "pomdp",
+        "read_pomdp",
+        "read_stationary_pomdp",
+        "stationary_mdp",
+        "suite",
+    ),
     "lindm.api.solutions": ("Solution", "load_solution", "solve", "solve_stationary"),
     "lindm.api.data": ("make_dataset", "export_dataset"),
     "lindm.api.models": ("Run", "describe_model", "export", "finetune", "import_model", "job_file", "plan"),
@@ -66,6 +78,7 @@ _DEFINED = {
     "lindm.cli.doctor": ("doctor",),
     "lindm.problems.stationary": ("StationaryPOMDP",),
     "lindm.solvers.point_based": ("StationarySolution",),
+    "lindm.solvers.stationary_mdp": ("MDPSolution",),
     "lindm_experiments.harness.check": ("check",),
     "lindm_experiments.harness.public": ("redraw", "report"),
     "lindm_experiments.harness.mutants": ("verify_mutants",),

@@ -13,11 +13,11 @@ from lindm.families import registry
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems import apomdp as apomdps
-from lindm.problems import cassandra
+from lindm.problems import cassandra, stationary
 from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
-from lindm.problems.stationary import StationaryPOMDP, stationary
+from lindm.problems.stationary import StationaryPOMDP
 from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem
 
 if TYPE_CHECKING:
@@ -64,7 +64,28 @@ def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) ->
     >>> ld.read_stationary_pomdp("tiger.pomdp").actions
     ('listen', 'open-left', 'open-right')
     """
-    return stationary(cassandra.read(path), discount)
+    return stationary.stationary(cassandra.read(path), discount)
+
+
+def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float) -> StationaryPOMDP:
+    """Make an MDP without a horizon from arrays, for `solve_stationary`, and check them.
+
+    Args:
+      P: [S, A, S] probabilities of the next state; or for each action a sparse matrix [S, S], of scipy or a JAX BCOO. Memory and
+        work grow with the nonzeros.
+      r: [S, A] mean rewards, not discounted.
+      rho: [S] distribution of the first state.
+      discount: in [0, 1]; below 1 for an infinite horizon.
+
+    Raises:
+      ValueError: names the argument, the rule and what was got.
+
+    >>> stay_or_swap = [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
+    >>> problem = ld.stationary_mdp(stay_or_swap, [[0, 0], [1, 1]], [1, 0], discount=0.5)
+    >>> round(ld.solve(problem).lower, 9)
+    1.0
+    """
+    return stationary.stationary_mdp(P, r, rho, discount)
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:

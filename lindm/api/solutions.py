@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 from lindm.api.problems import as_source
 from lindm.evaluation.environments import double_precision
 from lindm.evaluation.policies.solution import SolutionPolicy
 from lindm.families.registry import NamedProblem
 from lindm.problems.stationary import StationaryPOMDP
-from lindm.solvers import point_based, solution_file, ties
+from lindm.solvers import point_based, solution_file, stationary_mdp, ties
 from lindm.solvers import solve as solvers
 from lindm.types import MDP, LinearMDP, Problem
 
@@ -116,15 +116,24 @@ def load_solution(path: str | Path) -> Solution:
     return Solution(source=NamedProblem(problem=solution.problem, **names), solution=solution)
 
 
+StationaryMethod = Literal["auto", "point-based", "value-iteration", "policy-iteration"]
+StationarySolution = point_based.StationarySolution | stationary_mdp.MDPSolution
+
+
+@overload
 def solve(
     problem: NamedProblem | Problem | LinearMDP,
     method: Literal["auto", "tree", "hsvi", "net"] = "auto",
     *,
     effort: int | None = None,
-) -> Solution:
+) -> Solution: ...
+@overload
+def solve(problem: StationaryPOMDP, method: StationaryMethod = "auto") -> StationarySolution: ...
+def solve(problem, method="auto", *, effort: int | None = None):
     """The value of a problem with bounds, and its best actions.
 
     Args:
+      problem: with a horizon, or without one: then as `solve_stationary`, which has more options.
       method: auto is exact where the belief tree fits in 2 GiB, and gives certified bounds otherwise.
       effort: trials of hsvi [default: 256] or points of the net [default: 20,000].
 
@@ -135,6 +144,10 @@ def solve(
     >>> round(solution.value, 4), solution.lower == solution.upper
     (2.3098, True)
     """
+    if isinstance(problem, StationaryPOMDP):
+        if effort is not None:
+            raise ValueError(f"effort must be left out for a problem without a horizon; got {effort}")
+        return solve_stationary(problem, method=method)
     source = as_source(problem)
     with double_precision():
         return Solution(source=source, solution=solvers.solve(source.problem, method, effort=effort))
@@ -144,18 +157,21 @@ def solve_stationary(
     problem: StationaryPOMDP,
     horizon: float = math.inf,
     *,
-    tolerance: float | str = "0.1%",
+    method: StationaryMethod = "auto",
+    tolerance: float | str | None = None,
     timeout: float = 60.0,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
-) -> point_based.StationarySolution:
-    """Bounds of the value of a POMDP with an infinite horizon, and a policy that earns the lower one.
+) -> StationarySolution:
+    """Bounds of the value of a POMDP or MDP with an infinite horizon, and a policy that earns the lower one.
 
     Args:
-      problem: as of `read_stationary_pomdp`.
+      problem: as of `read_stationary_pomdp` or `stationary_mdp`.
       horizon: number of stages, or inf.
+      method: auto is point-based for a POMDP, and policy-iteration for an MDP (backward induction over a finite horizon).
       tolerance: the search ends when the bounds at the start are this close: a number, or a percentage of the value.
+        [default: 0.1% for a POMDP, 1e-7% for an MDP]
       timeout: seconds after which the search ends with the bounds that it has.
-      on_trial: called with the number of trials and the bounds.
+      on_trial: called with the number of trials (of an MDP: iterations) and the bounds.
 
     Raises:
       ValueError: an argument is out of range.
@@ -164,12 +180,20 @@ def solve_stationary(
     >>> round(solution.lower, 6), solution.regret
     (2.763096, 0.0)
     """
-    absolute, relative = _parse_tolerance(tolerance)
+    observed = not problem.O
+    absolute, relative = _parse_tolerance(tolerance if tolerance is not None else "1e-7%" if observed else "0.1%")
     if not horizon >= 1 or (horizon < math.inf and horizon != int(horizon)):
         raise ValueError(f"horizon must be a whole number of at least 1, or inf; got {horizon}")
     if not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds; got {timeout}")
-    return point_based.solve(problem, horizon, tolerance=absolute, relative=relative, timeout=timeout, on_trial=on_trial)
+    ends = {"tolerance": absolute, "relative": relative, "timeout": timeout}
+    if observed:
+        if method == "point-based":
+            raise ValueError("method point-based is for POMDPs; an MDP takes auto, value-iteration or policy-iteration")
+        return stationary_mdp.solve(problem, horizon, method=method, on_iteration=on_trial, **ends)
+    if method not in ("auto", "point-based"):
+        raise ValueError(f"method must be auto or point-based for a POMDP: {method} needs a state that is observed")
+    return point_based.solve(problem, horizon, on_trial=on_trial, **ends)
 
 
 def _parse_tolerance(tolerance: float | str) -> tuple[float, float]:

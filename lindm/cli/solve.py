@@ -28,17 +28,19 @@ class Solve(FamilyOptions):
     """Discount factor, in place of the file's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
-    method: Literal["auto", "tree", "hsvi", "net", "point-based"] = "auto"
+    method: Literal["auto", "tree", "hsvi", "net", "point-based", "value-iteration", "policy-iteration"] = "auto"
     """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise. point-based searches one .pomdp file
-    along optimal play; auto chooses it where the horizon is inf or too long for a tree."""
+    along optimal play; auto chooses it where the horizon is inf or too long for a tree. value-iteration and policy-iteration
+    (auto) solve an MDP where the horizon is inf."""
     effort: int | None = None
     """Trials of hsvi [default: 256] or points of the net [default: 20000]."""
     tolerance: str | None = None
-    """Of point-based: it ends when the bounds are this close, a number or a percentage of the value. [default: 0.1%]"""
+    """Of point-based and iteration: ends when the bounds are this close, a number or a percentage of the value. [default: 0.1%,
+    1e-7% for an MDP]"""
     timeout: float | None = None
-    """Of point-based: seconds after which it ends with the bounds that it has. [default: 60]"""
+    """Of point-based and iteration: seconds after which it ends with the bounds that it has. [default: 60]"""
     save: Path | None = None
-    """File of the policy as alpha vectors (.alpha), where the horizon is inf."""
+    """File of the policy: as alpha vectors (.alpha) where the horizon is inf, or of an MDP by state (.json)."""
     json: bool = False
     """Print one JSON object."""
     seed: int | None = None
@@ -46,16 +48,17 @@ class Solve(FamilyOptions):
 
 
 OF_POINT_BASED = ("tolerance", "timeout", "save")
+STATIONARY = ("point-based", "value-iteration", "policy-iteration")
 
 
 def run(options: Solve) -> int:
     start = time.perf_counter()
-    if options.horizon == "inf" or options.method == "point-based":
-        return run_point_based(options, start)
+    if options.horizon == "inf" or options.method in STATIONARY:
+        return run_stationary(options, start)
     file = Path(options.problem[0])
     searched = any(getattr(options, name) is not None for name in OF_POINT_BASED)
     if options.method == "auto" and len(options.problem) == 1 and file.is_file() and (searched or is_long(options)):
-        return run_point_based(options, start)
+        return run_stationary(options, start)
     refuse(options, OF_POINT_BASED, "is an option of point-based")
     from lindm.api.solutions import solve
     from lindm.types import MDP
@@ -101,44 +104,60 @@ def is_long(options: Solve) -> bool:
     return observations > 0 and not tree_fits(actions, actions * observations, options.horizon)
 
 
-def run_point_based(options: Solve, start: float) -> int:
-    """One .pomdp file, by search along optimal play."""
-    if options.method not in ("auto", "point-based"):
-        raise UsageError(f"--method must be point-based where the horizon is inf; got {options.method!r}")
-    refuse(options, ("alpha", "effort", "seed", *FAMILY_OPTIONS), "does not apply to point-based")
+def run_stationary(options: Solve, start: float) -> int:
+    """One .pomdp file without a horizon of its own: a POMDP by search along optimal play, an MDP by iteration."""
+    if options.method not in ("auto", *STATIONARY):
+        raise UsageError(f"--method must be {', '.join(STATIONARY)} where the horizon is inf; got {options.method!r}")
+    method = "point-based" if options.method == "auto" else options.method
+    refuse(options, ("alpha", "effort", "seed", *FAMILY_OPTIONS), f"does not apply to {method}")
     if len(options.problem) != 1:
-        raise UsageError(f"point-based solves one .pomdp file, not several models; got {len(options.problem)} files")
+        raise UsageError(f"{method} solves one .pomdp file, not several models; got {len(options.problem)} files")
     if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
-        raise UsageError(f"point-based solves a .pomdp file; got {options.problem[0]!r}")
+        raise UsageError(f"{method} solves a .pomdp file; got {options.problem[0]!r}")
+    if options.save and options.save.suffix not in (".alpha", ".json"):
+        raise UsageError(f"--save must be a file .alpha of a POMDP, or .json of an MDP; got {options.save}")
     horizon = math.inf if options.horizon == "inf" else options.horizon
-    if options.save and (options.save.suffix != ".alpha" or horizon < math.inf):
-        raise UsageError(f"--save must be a file .alpha, which holds a policy over an infinite horizon; got {options.save}")
     from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import solve_stationary
     from lindm.cli.problems import warnings_as_lines
     from lindm.io.progress import Progress
+    from lindm.solvers.stationary_mdp import MDPSolution
 
     with warnings_as_lines():
         problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
+    observed = not problem.O
+    if options.save and observed and options.save.suffix != ".json":
+        raise UsageError(f"--save must be a file .json, which holds the policy of an MDP; got {options.save}")
+    if options.save and not observed and (options.save.suffix != ".alpha" or horizon < math.inf):
+        raise UsageError(f"--save must be a file .alpha, which holds a policy over an infinite horizon; got {options.save}")
     given = {name: value for name in ("tolerance", "timeout") if (value := getattr(options, name)) is not None}
     with Progress() as progress:
-        task = progress.add("trials")
+        task = progress.add("iterations" if observed else "trials")
         solution = solve_stationary(
-            problem, horizon, **given, on_trial=lambda n, low, high: task.update(n, detail=f"[{low:.6g}, {high:.6g}]")
+            problem,
+            horizon,
+            method=options.method,
+            **given,
+            on_trial=lambda n, low, high: task.update(n, detail=f"[{low:.6g}, {high:.6g}]"),
         )
     if options.save:
         solution.save(options.save)
-    seconds, trials = time.perf_counter() - start, solution.trials
+    seconds = time.perf_counter() - start
+    is_mdp = isinstance(solution, MDPSolution)
+    action = solution.first_actions if is_mdp else solution.first_action
+    method, steps = (solution.method, "iterations") if is_mdp else ("point-based", "trials")
     if options.json:
-        answer = {"value": solution.lower, "lower": solution.lower, "upper": solution.upper, "method": "point-based"}
-        answer |= {"horizon": None if horizon == math.inf else horizon, "trials": trials, "seconds": round(seconds, 3)}
-        print(strict_json({**answer, "first_action": solution.first_action, "regret": solution.regret}))
+        answer = {"value": solution.lower, "lower": solution.lower, "upper": solution.upper, "method": method}
+        answer |= {"horizon": None if horizon == math.inf else horizon, steps: getattr(solution, steps)}
+        answer |= {"seconds": round(seconds, 3), "first_action": action, "regret": solution.regret}
+        print(strict_json(answer))
         return 0
     print(f"value         at least {solution.lower:.10g}, which the policy earns; at most {solution.upper:.10g}")
     best = "certified to be best" if solution.regret == 0 else f"loses at most {solution.regret:.3g}"
-    print(f"first action  {solution.first_action}  ({best})")
-    print(f"policy        {len(solution.vectors)} alpha vectors" + (f", in {options.save}" if options.save else ""))
-    print(f"method        point-based, {trials} trials, {seconds:.1f} s")
+    print(f"first action  {by_state(action)}  ({best})")
+    policy = "an action for each state" if is_mdp else f"{len(solution.vectors)} alpha vectors"
+    print(f"policy        {policy}" + (f", in {options.save}" if options.save else ""))
+    print(f"method        {method}, {getattr(solution, steps)} {steps}, {seconds:.1f} s")
     return 0
 
 

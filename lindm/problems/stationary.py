@@ -1,8 +1,12 @@
-"""POMDPs whose rewards and kernels are the same at every stage, with a discount: for long and for infinite horizons."""
+"""POMDPs and MDPs whose rewards and kernels are the same at every stage, with a discount: for long and for infinite horizons."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from jax.experimental.sparse import BCOO
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from lindm import validate
@@ -13,6 +17,7 @@ from lindm.problems.cassandra import Model
 class StationaryPOMDP:
     """POMDP without a horizon of its own; the first action is chosen at the belief rho, before anything is observed.
 
+    Without observations (`O` empty) it is an MDP: every action is chosen in a state that is seen, also the first.
     The value is the expected sum of discount^h times the reward of stage h. Arrays are on the host, kernels are sparse.
 
     >>> tiger = ld.read_stationary_pomdp("tiger.pomdp")
@@ -21,7 +26,7 @@ class StationaryPOMDP:
     """
 
     P: tuple[sparse.csr_array, ...]  # for each action [S, S]: probability of the next state
-    O: tuple[sparse.csr_array, ...]  # for each action [S, O]: probability of the observation, given the state that it led to
+    O: tuple[sparse.csr_array, ...] = ()  # for each action [S, O]: of the observation, given the state it led to; none: an MDP
     r: np.ndarray  # [S, A] mean reward, not discounted
     rho: np.ndarray  # [S] law of the first state
     discount: float  # in [0, 1]
@@ -39,11 +44,11 @@ class StationaryPOMDP:
 
     @property
     def num_observations(self) -> int:
-        return self.O[0].shape[1]
+        return self.O[0].shape[1] if self.O else 0
 
 
 def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
-    """The POMDP of a file.
+    """The POMDP or MDP of a file.
 
     Args:
       discount: in place of the file's.
@@ -55,7 +60,7 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
     validate.discount(gamma)
     return StationaryPOMDP(
         P=tuple(sparse.csr_array(P) for P in model.P.swapaxes(0, 1)),
-        O=tuple(sparse.csr_array(O) for O in model.O),
+        O=tuple(sparse.csr_array(O) for O in model.O) if model.observations else (),
         r=model.r,
         rho=model.start,
         discount=float(gamma),
@@ -63,3 +68,53 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
         actions=model.actions,
         observations=model.observations,
     )
+
+
+def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> StationaryPOMDP:
+    """A checked MDP from arrays; memory grows with the nonzeros of sparse ones.
+
+    Args:
+      P: an array [S, A, S], or for each action a matrix [S, S] of scipy.sparse or a `jax.experimental.sparse.BCOO`; each row a
+        distribution.
+      r: [S, A], finite.
+      rho: [S], a distribution.
+      discount: in [0, 1].
+
+    Raises:
+      ValueError: names the argument, the rule and what was got.
+    """
+    rewards, start = (np.asarray(validate.finite(x, name), float) for x, name in ((r, "r"), (rho, "rho")))
+    validate.discount(discount)
+    if rewards.ndim != 2 or 0 in rewards.shape:
+        raise ValueError(f"r must have shape [S, A]; got {rewards.shape}")
+    S, A = rewards.shape
+    if start.shape != (S,):
+        raise ValueError(f"rho must have shape [S] = ({S},); got {start.shape}")
+    validate.distribution(start, "rho")
+    if not (isinstance(P, Sequence) and any(sparse.issparse(matrix) or isinstance(matrix, BCOO) for matrix in P)):
+        P = np.asarray(validate.finite(P, "P"), float)
+        if P.shape != (S, A, S):
+            raise ValueError(f"P must have shape [S, A, S] = {(S, A, S)}; got {P.shape}")
+        P = P.swapaxes(0, 1)
+    if len(P) != A:
+        raise ValueError(f"P must hold a matrix for each of the {A} actions; got {len(P)}")
+    kernels = tuple(_kernel(matrix, f"P[{a}]", S) for a, matrix in enumerate(P))
+    return StationaryPOMDP(P=kernels, r=rewards, rho=start, discount=float(discount))
+
+
+def _kernel(matrix: Any, name: str, S: int) -> sparse.csr_array:
+    if isinstance(matrix, BCOO):
+        rows, columns = np.asarray(matrix.indices).T
+        inside = (rows < matrix.shape[0]) & (columns < matrix.shape[1])  # padding is outside
+        matrix = sparse.coo_array((np.asarray(matrix.data)[inside], (rows[inside], columns[inside])), shape=matrix.shape)
+    kernel = sparse.csr_array(matrix, dtype=float)
+    if kernel.shape != (S, S):
+        raise ValueError(f"{name} must have shape [S, S] = {(S, S)}; got {kernel.shape}")
+    kernel.sum_duplicates()
+    validate.finite(kernel.data, f"the entries of {name}")
+    if (kernel.data < 0).any():
+        raise ValueError(f"{name} must hold probabilities, none below zero; got {kernel.data.min():.6g}")
+    off = np.flatnonzero(np.abs(kernel.sum(1) - 1) > validate.SUM_TOLERANCE)
+    if len(off):
+        raise ValueError(f"each row of {name} must sum to one; row {off[0]} sums to {kernel.sum(1)[off[0]]:.6g}")
+    return kernel

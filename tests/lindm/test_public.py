@@ -89,6 +89,7 @@ def directory(tmp_path_factory):
     """What the examples work with."""
     work = tmp_path_factory.mktemp("examples")
     shutil.copy(TIGER, work)
+    shutil.copy(TIGER.with_name("forest.pomdp"), work)
     with settings_of_a_user(), jax.numpy_rank_promotion("allow"):
         ld.make_dataset(ld.suite("mdp", horizon=4), work / "data", tasks=6, demos=2)
         with contextlib.chdir(work):

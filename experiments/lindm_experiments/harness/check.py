@@ -90,7 +90,8 @@ def _find(path: Path) -> Iterator[tuple[Path, str]]:
 def kind_of(path: Path) -> str | None:
     """The kind of a directory, by formats in its files and by names of files, so that one damaged file does not hide it."""
     if path.is_file():
-        return "solution" if path.suffix == ".npz" else None
+        is_policy = path.suffix == ".json" and _format(path).startswith("lindm-mdp-policy-")
+        return "solution" if path.suffix == ".npz" else "policy" if is_policy else None
     if not path.is_dir():
         return None
     names = {p.name for p in path.iterdir()}
@@ -305,6 +306,14 @@ def check_solution(path: Path, problems: list[Problem]) -> str:
     return "complete"
 
 
+def check_policy(path: Path, problems: list[Problem]) -> str:
+    from lindm.solvers import stationary_mdp
+
+    with _noted(problems, "solve the problem and save the policy again"):
+        stationary_mdp.load_policy(path)
+    return "complete"
+
+
 CHECKS: dict[str, Check] = {
     "experiment run": check_experiment_run,
     "verification": check_verification,
@@ -316,5 +325,6 @@ CHECKS: dict[str, Check] = {
     "data export": check_data_export,
     "report": check_report,
     "solution": check_solution,
+    "policy": check_policy,
 }
 """Kind of a directory -> the function that verifies it. The kinds that commands write are among them (a test)."""

@@ -40,6 +40,7 @@ def written(tmp_path_factory, finished) -> Path:
     ld.evaluate(suite, ["random"], tasks=2, demos=1, out=root / "evaluated")
     ld.report([root / "evaluated"], root / "report")
     ld.solve(ld.mdp([[[[1, 0], [0, 1]], [[0, 1], [1, 0]]]], [[[0, 0], [1, 1]]] * 2, [1, 0])).save(root / "solution.npz")
+    ld.solve(ld.stationary_mdp([[[1, 0]], [[0, 1]]], [[0], [1]], [1, 0], discount=0.5)).save(root / "policy.json")
     model = Decoder(ModelConfig(model_type="llama", vocab_size=16, **SIZES), nnx.Rngs(0), jnp.float32)
     weights.save(model, root / "model")
     shutil.copytree(finished, root / "toy")

@@ -166,10 +166,26 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
             "point-based solves one .pomdp file, not several models; got 2 files",
         ),
         (["solve", "prostate", "--horizon", "inf"], "point-based solves a .pomdp file; got 'prostate'"),
-        (["solve", "a.pomdp", "--horizon", "inf", "--method", "tree"], "--method must be point-based where the horizon is inf"),
+        (["solve", "a.pomdp", "--horizon", "inf", "--method", "tree"], "--method must be point-based, value-iteration, policy-"),
         (["solve", "a.pomdp", "--horizon", "inf", "--effort", "9"], "--effort does not apply to point-based; got 9"),
         (["solve", "prostate", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
-        (["solve", "a.pomdp", "--horizon", "inf", "--save", "p.json"], "--save must be a file .alpha"),
+        (
+            ["solve", "a.pomdp", "--horizon", "inf", "--save", "p.txt"],
+            "--save must be a file .alpha of a POMDP",
+        ),
+        (
+            ["solve", str(TIGER), "--horizon", "inf", "--save", "p.json"],
+            "--save must be a file .alpha, which holds",
+        ),
+        (
+            ["solve", str(FOREST), "--horizon", "inf", "--save", "p.alpha"],
+            "--save must be a file .json, which holds",
+        ),
+        (
+            ["solve", str(TIGER), "--horizon", "inf", "--method", "value-iteration"],
+            "value-iteration needs a state that",
+        ),
+        (["solve", str(FOREST), "--horizon", "inf", "--method", "point-based"], "method point-based is for POMDPs"),
         (["solve", str(TIGER), "--horizon", "inf", "--tolerance=-1"], "tolerance must be a number >= 0, or a percentage"),
         (["solve", str(TIGER), "--horizon", "inf", "--timeout", "0"], "timeout must be above 0 seconds; got 0"),
         (["solve", str(TIGER), "--horizon", "inf", "--discount", "1"], "discount must be below 1 where the horizon is infinite"),
@@ -220,6 +236,19 @@ def test_solve_prints_the_infinite_horizon_as_null_in_json(capsys):
     assert answer["horizon"] is None and answer["first_action"] == "listen" and answer["regret"] == 0
     assert answer["value"] == answer["lower"] <= 19.3713691 and answer["upper"] >= 19.3713679
     assert answer["upper"] - answer["lower"] <= 0.001 * answer["upper"]
+
+
+@pytest.mark.parametrize("method", ["auto", "value-iteration"])
+def test_an_mdp_without_an_end_is_solved_and_its_policy_saved(method, tmp_path, capsys):
+    saved = tmp_path / "policy.json"
+    assert main(["solve", str(FOREST), "--horizon", "inf", "--method", method, "--save", str(saved), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["horizon"] is None and answer["first_action"] == {"young": "wait"} and answer["regret"] == 0
+    assert answer["lower"] <= 26.244 <= answer["upper"] <= answer["lower"] + 1e-6 and answer["iterations"] > 0
+    assert json.loads(saved.read_text())["policy"] == [0, 0, 0] and main(["check", str(saved)]) == 0
+    assert main(["solve", str(FOREST), "--horizon", "inf", "--method", method, "--tolerance", "50"]) == 0
+    said = capsys.readouterr().out
+    assert "which the policy earns; at most" in said and "an action for each state" in said
 
 
 def test_solve_point_based_agrees_with_the_tree(capsys):
