@@ -30,6 +30,7 @@ def evaluate(
     epsilon: float = 0.2,
     seed: int = SEED,
     episodes: int = 8,
+    effort: int | None = None,
     template: str | None = None,
     rewards: str | None = None,
     out: str | Path | None = None,
@@ -46,15 +47,18 @@ def evaluate(
       behavior, epsilon: behavior policy of the demonstrations.
       seed: of the tasks; it must differ from the seed of the data that a model was trained on.
       episodes: sampled of a task that has too many histories to evaluate them all.
+      effort: of the bounds of V* where a POMDP is too large to be solved exactly, as in `ld.solve`.
       template, rewards: of the texts of language models that are named. [default: as the model was trained]
       out: directory of the tasks and eval.json. [default: nothing is kept]
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Returns:
-      The result of each policy: `.gap`, its confidence interval `.ci`, `.action_agreement`, `.method` and others.
+      The result of each policy: `.gap`, its confidence interval `.ci`, `.suboptimality` in units of reward, `.action_agreement`,
+      `.method` and others.
 
     Raises:
-      ValueError: a policy that the problem does not have; an argument out of range; more histories than fit in memory.
+      ValueError: a policy that the problem does not have; an argument out of range; an ambiguous problem with more histories than
+        fit in memory.
 
     >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=3)
     >>> listen = lambda demonstrations, history: 0
@@ -68,13 +72,19 @@ def evaluate(
         raise ValueError(f"policies must be a list of names, or policies by name; got {policies!r}")
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
-    arguments = {"dataset": dataset, "episodes": episodes, "progress": progress, "on_result": on_result}
+    arguments = {"dataset": dataset, "episodes": episodes, "effort": effort, "progress": progress, "on_result": on_result}
     if out is None:
         results = compare.evaluate(source, policies, **arguments)
     else:
         with directories.sole_writer(out := Path(out)):
             results = compare.evaluate(source, policies, data=out / "data", **arguments)
             files.write_json(out / EVAL, {"rows": [asdict(result) for result in results]}, format=EVAL_FORMAT)
-            options = {"policies": list(policies), "episodes": episodes, "template": template, "rewards": rewards}
+            options = {
+                "policies": list(policies),
+                "episodes": episodes,
+                "effort": effort,
+                "template": template,
+                "rewards": rewards,
+            }
             manifest.write_manifest(out, [EVAL, "data/manifest.json"], options={**asdict(dataset), **options})
     return {result.policy: result for result in results}

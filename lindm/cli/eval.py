@@ -29,6 +29,8 @@ class Eval(ProblemOptions):
     """Number of demonstrations of each task."""
     episodes: int = 8
     """Number of sampled episodes of a task that has too many histories to evaluate them all."""
+    effort: int | None = None
+    """Effort of the bounds of V* where a POMDP is too large for an exact solution, as in `lindm solve`: more narrows them."""
     template: str | None = None
     """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
     rewards: Rewards | None = None
@@ -47,15 +49,20 @@ def run(options: Eval) -> int:
     from lindm.evaluation.compare import PolicyResult, describe
 
     validate.count(options.episodes, "episodes")
+    if options.effort is not None:
+        validate.count(options.effort, "effort")
     problem = problem_or_suite(options)
     about = describe(problem)
     what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]
-    head = [f"{', '.join(what)}; {options.tasks} tasks, {options.demos} demonstrations each", format_row(HEAD, WIDTHS)]
+    head = [f"{', '.join(what)}; {options.tasks} tasks, {options.demos} demonstrations each"]
 
     def show(result: PolicyResult) -> None:
-        if not options.json:
-            print("\n".join([*head, format_row(_cells(result), WIDTHS)]), flush=True)
-            head.clear()
+        if options.json:
+            return
+        if head:
+            head.extend([*_values(result), format_row(HEAD, WIDTHS)])
+        print("\n".join([*head, format_row(_cells(result), WIDTHS)]), flush=True)
+        head.clear()
 
     with progress_bar("tasks") as progress:
         results = evaluate(
@@ -67,6 +74,7 @@ def run(options: Eval) -> int:
             epsilon=options.epsilon,
             seed=options.seed,
             episodes=options.episodes,
+            effort=options.effort,
             template=options.template,
             rewards=options.rewards,
             out=options.out,
@@ -76,30 +84,52 @@ def run(options: Eval) -> int:
     if options.json:
         rows = [asdict(result) for result in results.values()]
         print(strict_json([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
-    elif options.out is not None:
+        return 0
+    for line in _notes(list(results.values())):
+        print(line)
+    if options.out is not None:
         print(options.out / "eval.json", file=sys.stderr)
     return 0
 
 
-HEAD = ("policy", "normalized gap", "95 %", "of V*", "agreement", "invalid", "n", "method", "decisions/s")
-WIDTHS = (40, 14, 18, 8, 9, 7, 4, 8, 12)
+HEAD = ("policy", "normalized gap", "95 %", "V* - V^pi", "of V*", "agreement", "invalid", "n", "method", "decisions/s")
+WIDTHS = (40, 14, 18, 9, 8, 9, 7, 4, 8, 12)
+
+
+def _values(result: "PolicyResult") -> list[str]:
+    """A line with V* and V^random, which are the same for all policies."""
+    if result.optimal_lower is None or result.optimal_upper is None:
+        return []
+    optimal = f"V* = {result.optimal_lower:.6g}"
+    if result.optimal_upper > result.optimal_lower:
+        optimal = f"V* between {result.optimal_lower:.6g} and {result.optimal_upper:.6g} (certified)"
+    return [f"{optimal}, V^random = {result.uniform_value:.6g}" + (", means over tasks" if result.split else "")]
 
 
 def _cells(result: "PolicyResult") -> tuple[str, ...]:
-    if result.gap is None or result.ci is None:
-        return (result.policy, "-", "-", "-", "-", "-", "0", result.method, "-")
-    low, high = result.ci
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     return (
         result.policy,
-        f"{result.gap:.4f}",
-        f"[{low:.4f}, {high:.4f}]",
-        "-" if result.gap_of_value is None else f"{result.gap_of_value:.2%}",
-        f"{result.action_agreement:.1%}",
-        "-" if result.invalid is None else f"{result.invalid:.1%}",
+        number(result.gap, ".4f"),
+        "-" if result.ci is None else "[{:.4f}, {:.4f}]".format(*result.ci),
+        number(result.suboptimality, ".4g"),
+        number(result.gap_of_value, ".2%"),
+        number(result.action_agreement, ".1%"),
+        number(result.invalid, ".1%"),
         str(result.n),
         result.method,
-        f"{result.decisions_per_s:,.1f}",
+        number(result.decisions_per_s if result.n else None, ",.1f"),
     )
+
+
+def _notes(results: "list[PolicyResult]") -> list[str]:
+    """What the intervals are over, and what is undefined."""
+    lines = [f"intervals: over {units}" for units in dict.fromkeys(result.interval_over for result in results) if units]
+    if any(result.method == "bounds" for result in results):
+        lines.append("gaps: the middle of their range over the bounds of V*; the intervals hold for every V* between them")
+    return lines + list(dict.fromkeys(result.note for result in results if result.note))
 
 
 COMMAND = Command(

@@ -1,3 +1,3 @@
 """Policies, their exact losses, and the comparison behind `lindm eval`."""
 
-EVAL_FORMAT = "lindm-eval-2"  # of eval.json
+EVAL_FORMAT = "lindm-eval-3"  # of eval.json

@@ -19,10 +19,9 @@ from lindm.evaluation.policies.registry import default_policies, kind_of, make_p
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.temporaries import scratch_directory
-from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
 from lindm.solvers.solve import MEMORY_BUDGET
-from lindm.types import MDP, Problem
+from lindm.types import APOMDP, Problem
 
 SEED = 1_000_000  # of the tasks; far from the seeds of training data, so that the tasks are new
 TASKS = DatasetConfig(tasks=50, seed=SEED)
@@ -30,20 +29,32 @@ TASKS = DatasetConfig(tasks=50, seed=SEED)
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyResult:
-    """The result of one policy on all tasks; None for values that cannot be computed. Intervals: 95 %, Student t over tasks."""
+    """The result of one policy on all tasks; None for values that cannot be computed or are undefined.
+
+    Numbers are means over tasks. Intervals: 95 %, Student t over `interval_over`; None where nothing varies. Where V* has bounds,
+    an interval covers every V* between them, and the number before it is the middle of its range.
+    """
 
     suite: str  # name of the suite, or the kind of a single problem: mdp, pomdp or apomdp
     horizon: int
     split: str | None  # of a suite: id or ood
     policy: str
-    gap: float | None = None  # normalized optimality gap (V* - V^pi) / (V* - V^random), mean over tasks
+    gap: float | None = None  # normalized optimality gap (V* - V^pi) / (V* - V^random)
     ci: list[float] | None = None
-    gap_of_value: float | None = None  # (V* - V^pi) / |V*|, mean over tasks
+    suboptimality: float | None = None  # V* - V^pi, in units of reward
+    suboptimality_ci: list[float] | None = None
+    gap_of_value: float | None = None  # (V* - V^pi) / |V*|
     gap_of_value_ci: list[float] | None = None
+    interval_over: str | None = None  # tasks, demonstrations, episodes, or demonstrations and episodes
+    value: float | None = None  # V^pi
+    optimal_lower: float | None = None  # certified bounds of V*; equal where it is exact
+    optimal_upper: float | None = None
+    uniform_value: float | None = None  # V^random
     n: int = 0  # tasks
-    action_agreement: float | None = None  # share of optimal actions
-    method: str  # exact, rollout (mean over episodes of exact one-step losses), or the reason why there is no value
-    gaps: list[float | None]  # normalized optimality gap of each task
+    action_agreement: float | None = None  # share of optimal actions; None where Q* is not known
+    method: str  # exact, rollout (mean over sampled episodes), bounds (V* has bounds), or why there is no value
+    note: str | None = None  # what is undefined, and why
+    gaps: list[float | None]  # normalized optimality gap of each task, or the middle of its range
     invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
     decisions_per_s: float
 
@@ -55,6 +66,7 @@ def evaluate(
     dataset: DatasetConfig = TASKS,
     data: Path | None = None,
     episodes: int = 8,
+    effort: int | None = None,
     max_histories: int = MAX_HISTORIES,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_result: Callable[[PolicyResult], None] = lambda result: None,
@@ -68,10 +80,11 @@ def evaluate(
       dataset: numbers of tasks and demonstrations, and the policy of the demonstrations.
       data: directory of the dataset, which is generated there if it is missing [default: a temporary one].
       episodes: number sampled for a task where a policy reaches more than `max_histories` histories at the last stage.
+      effort: of the bounds of V* in a POMDP with more histories than fit in memory, as in `lindm.solvers.solve`.
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Raises:
-      ValueError: a policy that does not apply to these tasks; a horizon whose histories do not fit in memory.
+      ValueError: a policy that does not apply to these tasks; an ambiguous problem whose histories do not fit in memory.
     """
     names = default_policies(source) if policies is None else tuple(policies)
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
@@ -85,7 +98,7 @@ def evaluate(
         directory = parent / "data" if data is None else parent  # the scratch directory is locked, and its writer locks it too
         with double_precision():
             make_dataset(directory, source, dataset, progress=progress)
-        tasks = read_tasks(Dataset(directory))
+        tasks = read_tasks(Dataset(directory), effort)
     about, results = describe(source), []
     for name in policies:
         policy = policies[name]
@@ -97,14 +110,14 @@ def evaluate(
     return results
 
 
-def read_tasks(dataset: Dataset) -> list[PolicyTask]:
-    """The tasks of a dataset; their demonstrations contain all observed fields and the rewards."""
+def read_tasks(dataset: Dataset, effort: int | None = None) -> list[PolicyTask]:
+    """The tasks of a dataset; their demonstrations contain all observed fields and the rewards. `effort`: as in `environment`."""
     shown = STEP_FIELDS if dataset.kind == "mdp" else STEP_FIELDS - {"state"}
     dataset.load()
     with double_precision():
         problems = dataset.problems()
     demonstrations = [[episode.steps(shown) for episode in task.demonstrations] for task in dataset]
-    return make_tasks(problems, demonstrations, dataset.names)
+    return make_tasks(problems, demonstrations, dataset.names, effort=effort)
 
 
 def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:
@@ -116,14 +129,14 @@ def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:
 
 
 def check_memory(problem: Problem) -> None:
-    """ValueError if the action values at all histories do not fit in memory."""
-    if isinstance(problem, MDP):
+    """ValueError if the action values at all histories of an ambiguous problem do not fit in memory."""
+    if not isinstance(problem, APOMDP):
         return
     with double_precision():
-        needed = tree.memory_bytes(as_apomdp(problem))
+        needed = tree.memory_bytes(problem)
     if needed > MEMORY_BUDGET:
         limit = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
-        raise ValueError(f"horizon must be short enough that all histories fit in {limit}")
+        raise ValueError(f"horizon of an ambiguous problem must be short enough that all histories fit in {limit}")
 
 
 def _result(
@@ -133,7 +146,7 @@ def _result(
     decisions = sum(loss.decisions for loss in known)
     summary: dict[str, Any] = {"method": f"none: every task has more than {max_histories} histories"}
     if known:
-        summary = summarize(known)
+        summary = summarize(known, "tasks" if about["split"] else "demonstrations")
         summary["ci"], summary["action_agreement"] = summary.pop("gap_ci"), summary.pop("agreement")
     counts = [loss.invalid for loss in known if loss.invalid is not None]
     return PolicyResult(

@@ -1,8 +1,11 @@
-r"""Solved problems as environments: the histories that a policy reaches, their probabilities, and Q* at each of them.
+r"""Solved problems as environments: the histories that a policy reaches, their probabilities, and what a decision loses there.
 
 A history ends before an action. In an MDP it is represented by the state; in a POMDP or an APOMDP it is a sequence of steps
 (a, m, o), numbered within its stage as in `lindm.solvers.belief`. The histories of one stage of one task are rows of `Histories`,
 children in the order of their parents.
+
+Q* is known at every history where a table of all histories fits in memory. In a larger POMDP, V* has certified bounds, and losses
+are measured against a lower bound of the values at beliefs (`BoundedEnvironment`).
 """
 
 import contextlib
@@ -15,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lindm.problems.apomdp import as_apomdp
-from lindm.solvers import dp, tree
-from lindm.solvers.belief import branching, child_history, children, first_history, joint_kernel, normalize, step_index
+from lindm.solvers import dp, hsvi, tree
+from lindm.solvers.belief import branching, child_history, first_history, normalize, step_index
+from lindm.solvers.solve import MEMORY_BUDGET, Solution, solve
 from lindm.solvers.ties import optimal_actions
 from lindm.text import Step
 from lindm.types import APOMDP, MDP, POMDP, Problem
@@ -54,7 +58,7 @@ NO_HISTORIES = Histories(weight=np.zeros(0), index=np.zeros(0, int), parent=np.z
 class MDPEnvironment:
     """An MDP, solved when Q* is first needed."""
 
-    ambiguous = False
+    ambiguous = bounded = False
 
     def __init__(self, problem: MDP):
         self.problem = problem
@@ -128,9 +132,12 @@ class MDPEnvironment:
 class BeliefEnvironment:
     """A POMDP or an APOMDP, solved when Q* is first needed."""
 
+    bounded = False
+
     def __init__(self, problem: POMDP | APOMDP):
         self.problem, self.ambiguous = problem, isinstance(problem, APOMDP)
         self.apomdp = as_apomdp(problem)
+        self.P, self.O, self.r, self.rho = (np.asarray(getattr(self.apomdp.models, name)) for name in ("P", "O", "r", "rho"))
         self.num_models, self.horizon, self.num_states, self.num_actions = self.apomdp.models.r.shape
         self.num_observations = self.apomdp.num_observations
         self.branching = branching(self.apomdp)
@@ -140,17 +147,6 @@ class BeliefEnvironment:
         """Q* [histories of all stages, A]."""
         with double_precision():
             return np.asarray(tree.tree(self.apomdp).Q)
-
-    @cached_property
-    def kernels(self) -> list[np.ndarray]:
-        """K [A, M, O, S, S] of each stage."""
-        with double_precision():
-            return [np.asarray(joint_kernel(self.apomdp, t)) for t in range(self.horizon)]
-
-    @cached_property
-    def rho(self) -> np.ndarray:
-        """The belief [M, S] at the start."""
-        return np.asarray(self.apomdp.models.rho)
 
     @cached_property
     def optimal_value(self) -> float:
@@ -165,6 +161,13 @@ class BeliefEnvironment:
     def num_histories(self) -> int:
         """Upper limit of the number of histories of the last stage that a deterministic policy reaches."""
         return (self.num_models * self.num_observations) ** (self.horizon - 1)
+
+    def joint(self, stage: int, action: int, beliefs: np.ndarray) -> np.ndarray:
+        """The joint measures [n, M, O, S] of the observation and the next state, from beliefs [n, M, S]."""
+        P = self.P[:, min(stage, self.P.shape[1] - 1), :, action]  # [M, S, S]
+        O = self.O[:, min(stage, self.O.shape[1] - 1), action]  # [M, S, O]
+        following = (beliefs.swapaxes(0, 1) @ P).swapaxes(0, 1)  # [n, M, S]
+        return following[:, :, None] * O.swapaxes(1, 2)
 
     def start(self, rng: np.random.Generator | None, episodes: int) -> Histories:
         """The empty history of the first stage, once or for each sampled episode."""
@@ -184,7 +187,7 @@ class BeliefEnvironment:
             taken[np.arange(len(at)), actions] = True
         for a in range(self.num_actions):
             rows = np.flatnonzero(taken[:, a])
-            groups.append((rows, np.full(len(rows), a), children(self.kernels[stage][a], at.belief[rows])))
+            groups.append((rows, np.full(len(rows), a), self.joint(stage, a, at.belief[rows])))
         parents, chosen, joints = (np.concatenate(parts) for parts in zip(*groups, strict=True))
         order = np.argsort(parents, kind="stable")  # by history, then by action
         parents, chosen, joints = parents[order], chosen[order], joints[order]
@@ -200,7 +203,7 @@ class BeliefEnvironment:
         belief, parent, action = beliefs[row, m, o], parents[row], chosen[row]
         return Histories(
             weight=weight,
-            index=child_history(self.apomdp, stage, at.index[parent], step_index(self.apomdp, action, m, o)),
+            index=self._number(stage, at.index[parent], action, m, o),
             parent=parent,
             belief=np.broadcast_to(belief[:, None], (len(row), *self.rho.shape)),
             action=action,
@@ -208,19 +211,107 @@ class BeliefEnvironment:
             observation=o,
         )
 
+    def _number(self, stage: int, parents: np.ndarray, a: np.ndarray, m: np.ndarray, o: np.ndarray) -> np.ndarray:
+        """The numbers [n] of the histories that continue those with the numbers `parents` of a stage."""
+        return child_history(self.apomdp, stage, parents, step_index(self.apomdp, a, m, o))
+
     def Q_at(self, stage: int, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         """Q* [n, A], and which actions are optimal [n, A]."""
         Q = self.Q[first_history(self.branching, stage) + histories.index]
         return Q, optimal_actions(Q, per_row=True)
 
 
+class BoundedEnvironment(BeliefEnvironment):
+    """A POMDP with more histories than fit in memory, solved with certified bounds when they are first needed.
+
+    The alpha vectors of the solver are a lower bound W_h of V*_h at every belief, from which losses are measured: for any W with
+    W_H = 0,
+
+        V^pi = W_0 - sum_h E_{history_h ~ pi} [ W_h(b_h) - sum_a pi(a | history_h) Q^W_h(b_h, a) ],
+        Q^W_h(b, a) = b . r_h(., a) + sum_o W_{h+1}(b K_h[a, o]).
+
+    Over sampled episodes, W is a control variate: it changes no expectation, and the closer it is to V^pi, the less the sum
+    varies.
+    """
+
+    bounded = True
+
+    def __init__(self, problem: POMDP, effort: int | None = None):
+        super().__init__(problem)
+        self.effort = effort
+
+    @cached_property
+    def solution(self) -> Solution:
+        assert isinstance(self.problem, POMDP)
+        with double_precision():
+            return solve(self.problem, "hsvi", effort=self.effort)
+
+    @cached_property
+    def optimal_value(self) -> float:
+        """The lower bound of V*."""
+        return float(self.solution.lower)
+
+    @cached_property
+    def optimal_upper(self) -> float:
+        """The upper bound of V*."""
+        return float(self.solution.upper)
+
+    @cached_property
+    def vectors(self) -> list[np.ndarray]:
+        """The alpha vectors [n, S] of each stage; zero after the last one."""
+        bounds = self.solution.tables
+        assert isinstance(bounds, hsvi.Bounds)
+        return [*(np.unique(stage, axis=0) for stage in np.asarray(bounds.alphas)), np.zeros((1, self.num_states))]
+
+    @cached_property
+    def uniform_value(self) -> float:
+        """The value of uniformly random actions, which no observation changes."""
+        law, value = self.rho[0], 0.0
+        for stage in range(self.horizon):
+            value += float((law @ self.r[0, stage]).mean())
+            law = law @ self.P[0, min(stage, self.P.shape[1] - 1)].mean(1)
+        return value
+
+    def bound_at(self, stage: int, beliefs: np.ndarray) -> np.ndarray:
+        """The lower bound W [...] at beliefs [..., S], which need not be normalized."""
+        return (beliefs @ self.vectors[stage].T).max(-1)
+
+    def Q_bound(self, stage: int, action: int, beliefs: np.ndarray) -> np.ndarray:
+        """The lower bound Q^W [n] of the values of an action at beliefs [n, S]."""
+        after = self.joint(stage, action, beliefs[:, None])[:, 0]
+        return beliefs @ self.r[0, stage, :, action] + self.bound_at(stage + 1, after).sum(-1)
+
+    def losses(self, stage: int, histories: Histories, probabilities: np.ndarray) -> np.ndarray:
+        """W less the mean of Q^W under action probabilities [n, A]: [n]."""
+        assert histories.belief is not None
+        beliefs = histories.belief[:, 0]
+        loss = self.bound_at(stage, beliefs)
+        for action in range(self.num_actions):
+            rows = np.flatnonzero(probabilities[:, action])
+            loss[rows] -= probabilities[rows, action] * self.Q_bound(stage, action, beliefs[rows])
+        return loss
+
+    def _number(self, stage: int, parents: np.ndarray, a: np.ndarray, m: np.ndarray, o: np.ndarray) -> np.ndarray:
+        """Zeros: the numbers of long histories are no machine integers, and there is no table that they could index."""
+        return np.zeros_like(parents)
+
+
 Environment = MDPEnvironment | BeliefEnvironment
 
 
-def environment(problem: Problem) -> Environment:
-    """The environment of a problem in double precision; it is solved when its Q* is first needed, once."""
+def environment(problem: Problem, budget: int = MEMORY_BUDGET, effort: int | None = None) -> Environment:
+    """The environment of a problem in double precision; it is solved when its values are first needed, once.
+
+    Args:
+      budget: bytes that a table of all histories may take; a larger POMDP has bounds in place of exact values.
+      effort: of these bounds, as in `lindm.solvers.solve`.
+    """
     with double_precision():
-        return MDPEnvironment(problem) if isinstance(problem, MDP) else BeliefEnvironment(problem)
+        if isinstance(problem, MDP):
+            return MDPEnvironment(problem)
+        if isinstance(problem, POMDP) and tree.memory_bytes(as_apomdp(problem)) > budget:
+            return BoundedEnvironment(problem, effort)
+        return BeliefEnvironment(problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +334,13 @@ def make_tasks(
     problems: Sequence[Problem],
     demonstrations: Sequence[Sequence[Sequence[Step]]],
     names: Mapping[str, Sequence[str]] | None = None,
+    *,
+    budget: int = MEMORY_BUDGET,
+    effort: int | None = None,
 ) -> list[PolicyTask]:
-    """A task for each problem and its demonstrations; tasks of the same problem share one environment."""
-    environments = {key: environment(problem) for key, problem in {id(problem): problem for problem in problems}.items()}
+    """A task for each problem and its demonstrations; tasks of the same problem share one `environment`."""
+    distinct = {id(problem): problem for problem in problems}
+    environments = {key: environment(problem, budget, effort) for key, problem in distinct.items()}
     return [
         PolicyTask(environment=environments[id(problem)], demonstrations=episodes, names=names or {})
         for problem, episodes in zip(problems, demonstrations, strict=True)

@@ -7,13 +7,17 @@ By the performance difference identity (Kakade, Langford, 2002) the suboptimalit
 an expectation of exact one-step losses. If the policy reaches few histories, it is stepped at all of them, weighted by their
 probabilities, and the loss is exact; histories of an MDP that end in the same state are merged if the policy acts on the state
 alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate far less noisy than returns, and
-without error for an optimal policy. In an ambiguous problem nature's choice depends on the policy, so the identity does not
-hold; there the policy's actions fill a table over all histories, and the recursion of `lindm.solvers.tree` gives its value.
+without error for an optimal policy. The episodes of a task are drawn with the same random numbers for every policy. In a POMDP
+with too many histories for Q*, the same sum with a lower bound in place of the values gives V^pi, and V* has certified bounds
+(`lindm.evaluation.environments.BoundedEnvironment`).
+
+In an ambiguous problem nature's choice depends on the policy, so the identity does not hold; there the policy's actions fill a
+table over all histories, and the recursion of `lindm.solvers.tree` gives its value.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +25,7 @@ import numpy as np
 from lindm.evaluation.environments import (
     NO_HISTORIES,
     BeliefEnvironment,
+    BoundedEnvironment,
     Environment,
     Histories,
     MDPEnvironment,
@@ -32,28 +37,62 @@ from lindm.solvers import tree
 from lindm.solvers.ties import TOLERANCE
 
 MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
+VARIES = 1e-9  # standard errors below this fraction of the mean, or of one, are rounding
 SEEN = ("state", "action", "model", "observation", "reward")
+
+
+Unit = Literal["reward", "random", "optimal"]
+"""Of a suboptimality: rewards, V* - V^random (the normalized optimality gap) or |V*|."""
+
+
+class Range(NamedTuple):
+    """A suboptimality in some unit for the lowest and the highest V*, and the standard errors of both by sampled episodes."""
+
+    low: float
+    high: float
+    low_error: float
+    high_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
     """The suboptimality of a policy on one task, in units of reward."""
 
-    suboptimality: float  # V* - V^pi
-    agreement: float  # how often it takes an optimal action, over the histories that it reaches
-    optimal_value: float  # V*
+    suboptimality: float  # V* - V^pi, for the lowest possible V*
+    agreement: float | None  # how often it takes an optimal action, over the histories that it reaches; None: Q* is not known
+    optimal_value: float  # V*, or its lower bound
     uniform_value: float  # V of uniformly random actions
-    exact: bool
+    exact: bool  # over all histories that the policy reaches
     decisions: int  # histories at which the policy was stepped
     invalid: int | None = None  # of a language model: histories at which its likeliest token was not an action
+    width: float = 0.0  # the upper bound of V* less the lower one
+    episodes: int = 0  # that were sampled
+    error: float = 0.0  # standard error of the suboptimality over these episodes
 
     @property
-    def normalized_gap(self) -> float:
-        """The normalized optimality gap: 0 is optimal, 1 is the uniformly random policy. 0 where every policy is optimal."""
-        spread = self.optimal_value - self.uniform_value
-        if spread <= TOLERANCE * abs(self.optimal_value):  # the uniformly random policy is optimal, hence all of its actions
-            return 0.0
-        return self.suboptimality / spread
+    def normalized_gap(self) -> float | None:
+        """The normalized optimality gap: 0 is optimal, 1 is the uniformly random policy; None where every policy is optimal.
+
+        Where V* has bounds, the middle of the gap's range.
+        """
+        gap = self.range("random")
+        return None if gap is None else (gap.low + gap.high) / 2
+
+    def range(self, unit: Unit) -> Range | None:
+        """The suboptimality in this unit; None where the unit is zero for a possible V*."""
+        ends = []
+        for optimal, lost in (
+            (self.optimal_value, self.suboptimality),
+            (self.optimal_value + self.width, self.suboptimality + self.width),
+        ):
+            size = {"reward": 1.0, "random": optimal - self.uniform_value, "optimal": abs(optimal)}[unit]
+            if size <= (TOLERANCE * abs(optimal) if unit == "random" else 0):
+                return None
+            ends.append((lost / size, self.error / size))
+        if unit == "optimal" and self.optimal_value < 0 < self.optimal_value + self.width:
+            return None
+        (low, low_error), (high, high_error) = sorted(ends)
+        return Range(low, high, low_error, high_error)
 
 
 def evaluate_policy(
@@ -72,7 +111,8 @@ def evaluate_policy(
     policy = as_policy(policy)
     if len(horizons := {task.known.horizon for task in tasks}) > 1:
         raise ValueError(f"tasks must have one horizon; got {sorted(horizons)}")
-    limit = None if getattr(policy, "exhaustive", False) else max_histories
+    exhaustive = getattr(policy, "exhaustive", False) and not any(task.known.bounded for task in tasks)
+    limit = None if exhaustive else max_histories
 
     def histories(env: Environment) -> int:
         """Approximate number of histories of one task at which the policy is stepped in one call."""
@@ -105,16 +145,21 @@ class _Walk:
             [*seeds, 1]
         )  # its own stream: episodes do not depend on whether a policy draws actions
         self.at = env.start(self.rng, episodes) if self.evaluated else NO_HISTORIES
-        self.lost = self.agreed = self.reached = 0.0
+        self.lost: float | np.ndarray = 0.0 if exact else np.zeros(episodes)  # in all, or in each episode
+        self.agreed = self.reached = 0.0
         self.decisions, self.invalid = 0, None
         self.table: list[np.ndarray] = []  # of an ambiguous problem
 
     def step(self, stage: int, probabilities: np.ndarray, invalid: np.ndarray | None) -> None:
         env, at = self.env, self.at
-        Q, optimal = env.Q_at(stage, at)
         weight = at.weight
-        self.lost += float(weight @ (Q.max(-1) - (probabilities * Q).sum(-1)))
-        self.agreed += float(weight @ (probabilities * optimal).sum(-1))
+        if isinstance(env, BoundedEnvironment):
+            losses = env.losses(stage, at, probabilities)
+        else:
+            Q, optimal = env.Q_at(stage, at)
+            losses = Q.max(-1) - (probabilities * Q).sum(-1)
+            self.agreed += float(weight @ (probabilities * optimal).sum(-1))
+        self.lost += float(weight @ losses) if self.exact else losses
         self.reached += float(weight.sum())
         self.decisions += len(at)
         if invalid is not None:
@@ -139,19 +184,29 @@ class _Walk:
         env = self.env
         if not self.evaluated:
             return None
-        suboptimality = self.lost
-        if isinstance(env, BeliefEnvironment) and env.ambiguous:
+        suboptimality = float(np.mean(self.lost))
+        optimal, width, agreement = env.optimal_value, 0.0, self.agreed / self.reached
+        if isinstance(env, BoundedEnvironment):
+            width, agreement = env.optimal_upper - optimal, None
+            suboptimality += optimal - float(env.bound_at(0, env.rho[0]))
+        elif isinstance(env, BeliefEnvironment) and env.ambiguous:
             with double_precision():
                 value = tree.policy_value(env.apomdp, tuple(map(jnp.asarray, self.table)))
             suboptimality = env.optimal_value - float(value)
+        episodes = np.size(self.lost) if not self.exact else 0
+        rounding = TOLERANCE * float(np.abs(env.r).max((1, 2) if env.r.ndim == 3 else (0, 2, 3)).sum())  # of the largest return
+        optimal, uniform = 0.0 if abs(optimal) <= rounding else optimal, env.uniform_value
         return PolicyLoss(
             suboptimality=suboptimality,
-            agreement=self.agreed / self.reached,
-            optimal_value=env.optimal_value,
-            uniform_value=env.uniform_value,
+            agreement=agreement,
+            optimal_value=optimal,
+            uniform_value=uniform if abs(optimal - uniform) > rounding else optimal,
             exact=self.exact,
             decisions=self.decisions,
             invalid=self.invalid,
+            width=width,
+            episodes=episodes,
+            error=float(np.std(self.lost, ddof=1) / np.sqrt(episodes)) if episodes > 1 else 0.0,
         )
 
 
@@ -225,27 +280,74 @@ def _table(size: int, at: Histories, probabilities: np.ndarray) -> np.ndarray:
     return table
 
 
-def summarize(losses: Sequence[PolicyLoss]) -> dict[str, Any]:
-    """Means over tasks, with 95 % intervals by a t-distribution over tasks.
+def summarize(losses: Sequence[PolicyLoss], tasks_are: str = "tasks") -> dict[str, Any]:
+    """Means over tasks, with 95 % intervals by a t-distribution over tasks, or over the sampled episodes of a single task.
 
-    gap: the normalized optimality gap, (V* - V^pi) / (V* - V^random); gap_of_value: (V* - V^pi) / |V*|, None where V* is zero in
-    a task; agreement: how often the action is an optimal one; method: exact or rollout.
+    An interval is None where nothing varies. Where V* has bounds, the number is the middle of its range over them, and the
+    interval goes from the lower end of the interval for one end of the range to the upper end of that for the other. It covers
+    the truth at least as often as the intervals do.
+
+    Args:
+      tasks_are: what differs from task to task: tasks (the problems), or demonstrations of one problem.
+
+    Returns:
+      gap: the normalized optimality gap, (V* - V^pi) / (V* - V^random), over the tasks that have one; suboptimality: V* - V^pi,
+      in units of reward; gap_of_value: (V* - V^pi) / |V*|, None where V* may be zero in a task. gap_ci, suboptimality_ci,
+      gap_of_value_ci: their intervals; interval_over: what varies in them. value, uniform_value: V^pi and V^random;
+      optimal_lower, optimal_upper: the bounds of V*, equal where it is exact. agreement: how often the action is an optimal one;
+      method: exact, rollout, or bounds where V* has bounds; note: what is undefined, or None; n: number of tasks.
     """
+    names: dict[Unit, str] = {"random": "gap", "reward": "suboptimality", "optimal": "gap_of_value"}
+    bounded, sampled = any(one.width > 0 for one in losses), not all(one.exact for one in losses)
+    result: dict[str, Any] = {}
+    varied = False
+    for unit, name in names.items():
+        ranges = [one.range(unit) for one in losses]
+        known = [one for one in ranges if one is not None]
+        if not known or (unit == "optimal" and len(known) < len(ranges)):
+            result |= {name: None, f"{name}_ci": None}
+            continue
+        mean, interval, varies = _mean(known, losses[0].episodes, bounded)
+        varied = varied or varies
+        result |= {name: mean, f"{name}_ci": interval}
+    sources = [
+        *([tasks_are] if len(losses) > 1 else []),
+        *(["episodes"] if sampled and (len(losses) == 1 or tasks_are != "tasks") else []),
+    ]
+    agreements = [one.agreement for one in losses if one.agreement is not None]
+    return result | {
+        "interval_over": " and ".join(sources) if varied else None,
+        "value": float(np.mean([one.optimal_value - one.suboptimality for one in losses])),
+        "optimal_lower": float(np.mean([one.optimal_value for one in losses])),
+        "optimal_upper": float(np.mean([one.optimal_value + one.width for one in losses])),
+        "uniform_value": float(np.mean([one.uniform_value for one in losses])),
+        "agreement": float(np.mean(agreements)) if len(agreements) == len(losses) else None,
+        "n": len(losses),
+        "method": "bounds" if bounded else "rollout" if sampled else "exact",
+        "note": _note(losses),
+    }
+
+
+def _mean(ranges: Sequence[Range], episodes: int, bounded: bool) -> tuple[float, list[float] | None, bool]:
+    """The mean over tasks, its interval, and whether anything varies. Where V* has bounds, zero is a bound of the mean, too."""
     from scipy import stats
 
-    def mean(values: Sequence[float]) -> tuple[float, list[float]]:
-        one, half = float(np.mean(values)), 0.0
-        if len(values) > 1:
-            half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-        return one, [one - half, one + half]
+    rows = np.array(ranges)  # [n, 4]
+    ends, n = rows[:, :2].mean(0), len(rows)
+    errors = rows[0, 2:] if n == 1 else rows[:, :2].std(0, ddof=1) / np.sqrt(n)
+    varies = bool((errors > VARIES * max(1.0, np.abs(ends).max())).any())
+    half = stats.t.ppf(0.975, max(n - 1 or episodes - 1, 1)) * errors
+    interval = np.array([ends[0] - half[0], ends[1] + half[1]])
+    if bounded:
+        ends, interval = np.maximum(ends, 0), np.maximum(interval, 0)
+    return float(ends.mean()), interval.tolist() if varies or ends[1] > ends[0] else None, varies
 
-    gap, gap_ci = mean([one.normalized_gap for one in losses])
-    share, share_ci = None, None
-    if all(one.optimal_value for one in losses):
-        share, share_ci = mean([one.suboptimality / abs(one.optimal_value) for one in losses])
-    return {
-        **{"gap": gap, "gap_ci": gap_ci, "gap_of_value": share, "gap_of_value_ci": share_ci},
-        "agreement": float(np.mean([one.agreement for one in losses])),
-        "n": len(losses),
-        "method": "exact" if all(one.exact for one in losses) else "rollout",
-    }
+
+def _note(losses: Sequence[PolicyLoss]) -> str | None:
+    """What has no value, and why."""
+    undefined = sum(one.range("random") is None for one in losses)
+    if not undefined:
+        return None
+    some = "every task" if undefined == len(losses) else f"{undefined} of {len(losses)} tasks, which are left out"
+    why = "V* may be V^random" if any(one.width > 0 for one in losses) else "V* = V^random"
+    return f"{why} in {some}: there the normalized gap is undefined"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lindm.evaluation.environments import BeliefEnvironment, PolicyTask
+from lindm.evaluation.environments import BeliefEnvironment, BoundedEnvironment, PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers.belief import normalize
@@ -51,8 +51,12 @@ def _updated(env: BeliefEnvironment, beliefs: np.ndarray, observation: Observati
     assert observation.action is not None and observation.observation is not None
     a, o = observation.action[rows], observation.observation[rows]
     m = np.zeros_like(a) if observation.model is None else observation.model[rows]
-    K = env.kernels[observation.stage - 1][a, m, o]  # [n, S, S]
-    belief, _ = normalize(np.einsum("ns,nsu->nu", beliefs[np.arange(len(rows)), m], K))
+    measure = np.zeros((len(rows), env.num_states))
+    for action in np.unique(a):
+        taken = a == action
+        joint = env.joint(observation.stage - 1, action, beliefs[taken])
+        measure[taken] = joint[np.arange(len(joint)), m[taken], o[taken]]
+    belief, _ = normalize(measure)
     return np.broadcast_to(belief[:, None], beliefs.shape)
 
 
@@ -85,3 +89,12 @@ class LikeliestState(BeliefPolicy):
         mean = jax.tree.map(lambda x: np.asarray(x).mean(0, keepdims=True), env.apomdp.models)
         Q = observed_state_values(APOMDP(models=mean, alpha=env.apomdp.alpha))[:, 0]
         return lambda beliefs, stage: Q[stage, beliefs.mean(1).argmax(-1)]
+
+
+class BestBound(BeliefPolicy):
+    """The action with the best certified lower bound, in a POMDP that is too large for exact action values."""
+
+    def score(self, env: BeliefEnvironment) -> Score:
+        assert isinstance(env, BoundedEnvironment)
+        actions = range(env.num_actions)
+        return lambda beliefs, stage: np.stack([env.Q_bound(stage, a, beliefs[:, 0]) for a in actions], -1)

@@ -9,15 +9,32 @@ import numpy as np
 from lindm import validate
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTask, double_precision
+from lindm.evaluation.policies.beliefs import BestBound
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.solvers import ties, tree
 from lindm.solvers.belief import child_history, step_index
 
 
 class Oracle(Policy):
-    """An optimal action at every history, the lowest index among ties; the state is the numbers of the histories."""
+    """An optimal action at every history, the lowest index among ties; the state is the numbers of the histories.
+
+    In a POMDP that is too large for exact action values, the action with the best certified lower bound.
+    """
 
     markov = exhaustive = True
+
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Policy, Any]:
+        policy = BestBound() if tasks[0].known.bounded else _Tables()
+        return policy, policy.init(tasks)
+
+    def step(self, state, observation: Observation):
+        policy, own = state
+        own, probabilities = policy.step(own, observation)
+        return (policy, own), probabilities
+
+
+class _Tables(Policy):
+    """The actions of tables over all histories."""
 
     def init(self, tasks: Sequence[PolicyTask]) -> tuple[list[Environment], list[Any], np.ndarray]:
         environments = [task.known for task in tasks]

@@ -82,7 +82,8 @@ class Evaluator:
             return {}
         if self.baseline is None:
             self.baseline = {"bc_gap": optimality_gap.summarize(self._losses(BC()))["gap"]}
-        return optimality_gap.summarize(results) | self.baseline
+        tasks_are = "demonstrations" if len({id(task.environment) for task in self.tasks}) == 1 else "tasks"
+        return optimality_gap.summarize(results, tasks_are) | self.baseline
 
     def _losses(self, policy: Policy) -> list[optimality_gap.PolicyLoss]:
         """What a policy loses on each task; ambiguous tasks with too many histories are left out."""
@@ -104,12 +105,12 @@ def summarize(values: dict[str, Any]) -> str:
     parts = []
     if "loss" in values:
         parts.append(f"held-out loss {values['loss']:.4g}, accuracy {values['accuracy']:.1%}")
-    if "gap" in values:
-        low, high = values["gap_ci"]
-        parts.append(
-            f"normalized optimality gap {values['gap']:.4f} [{low:.4f}, {high:.4f}] "
-            f"({values['method']}, {values['n']} tasks; bc {values['bc_gap']:.4f})"
-        )
+    if values.get("gap") is not None:
+        interval = "" if values["gap_ci"] is None else " [{:.4f}, {:.4f}]".format(*values["gap_ci"])
+        bc = "" if values["bc_gap"] is None else f"; bc {values['bc_gap']:.4f}"
+        parts.append(f"normalized optimality gap {values['gap']:.4f}{interval} ({values['method']}, {values['n']} tasks{bc})")
+    if values.get("note"):
+        parts.append(values["note"])
     return "; ".join(parts)
 
 

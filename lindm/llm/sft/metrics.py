@@ -147,7 +147,7 @@ def plot_curves(directory: Path, records: list[Record]) -> list[Path]:
     if gaps:
         right = axes[0][1]
         steps, gap = [r["step"] for r in gaps], [r["gap"] for r in gaps]
-        low, high = ([r["gap_ci"][i] for r in gaps] for i in (0, 1))
+        low, high = ([(r["gap_ci"] or [r["gap"]] * 2)[i] for r in gaps] for i in (0, 1))
         right.fill_between(steps, low, high, alpha=0.2, color="#1f5fa8", lw=0)
         right.plot(steps, gap, "o-", ms=3, color="#1f5fa8", label="model")
         right.axhline(1, color="#b03030", lw=0.8, ls=":", label="uniformly random")

@@ -100,11 +100,15 @@ def test_unknown_policies_raise_an_error_of_one_line(capsys, names, code, said):
 
 def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
     tiger = ["eval", "tests/lindm/problems/files/tiger.pomdp", "--horizon", "4", "--tasks", "3", "--demos", "2"]
+    tiger += ["--behavior", "uniform"]
     assert main([*tiger, "--policy", "random", "--policy", "qmdp", "--policy", "bc", "--json"]) == 0
     random, qmdp, bc = json.loads(capsys.readouterr().out)
     assert (random["suite"], random["horizon"], random["split"]) == ("pomdp", 4, None)
-    assert random["gap"] == pytest.approx(1) and qmdp["ci"] == pytest.approx([qmdp["gap"]] * 2) and 0 < qmdp["gap"] < 0.5
-    assert bc["n"] == 3
+    assert random["gap"] == pytest.approx(1) and 0 < qmdp["gap"] < 0.5
+    assert qmdp["ci"] is None and qmdp["interval_over"] is None  # it does not look at the demonstrations: nothing varies
+    assert bc["n"] == 3 and bc["interval_over"] == "demonstrations" and bc["ci"][0] < bc["gap"] < bc["ci"][1]
+    assert bc["suboptimality"] == pytest.approx(bc["optimal_lower"] - bc["value"])
+    assert bc["gap"] == pytest.approx(bc["suboptimality"] / (bc["optimal_lower"] - bc["uniform_value"]))
 
 
 @pytest.mark.parametrize(
@@ -112,13 +116,14 @@ def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
     [
         (
             "prostate --horizon 8",
-            r"horizon must be short enough that all histories fit in 2 GiB; they need 606,291",
+            r"horizon of an ambiguous problem must be short enough that all histories fit in 2 GiB; they need 606,291",
         ),
         ("nothing", "PROBLEM must be one of mdp, pomdp, apomdp, prostate, a .pomdp file; got 'nothing'"),
         ("prostate --states 3", "an option of prostate must be one of horizon, .*; got 'states'"),
         ("mdp --horizon 0", "horizon must be a whole number of at least 1; got 0"),
         ("mdp --alpha 0.5", "an option of mdp must be one of horizon, .*; got 'alpha'"),
         ("mdp --episodes 0", "episodes must be"),
+        ("mdp --effort 0", "effort must be"),
         ("mdp --tasks 0", "tasks must be"),
         ("mdp --template readable", "template must be left out without a language model; got 'readable'"),
     ],
@@ -127,6 +132,44 @@ def test_invalid_policies_raise_an_error_before_the_first_result(capsys, argumen
     assert main(["eval", *arguments.split(), "--policy", "bc"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and re.search(said, err)
+
+
+ZERO = """discount: 0.9
+values: reward
+states: wet dry
+actions: wait look
+observations: drip quiet
+start: uniform
+T: * identity
+O: *
+0.8 0.2
+0.3 0.7
+R: * : * : * : * {}
+"""
+
+
+@pytest.mark.parametrize("reward, share", [(0, None), (1, 0)])
+def test_a_problem_that_every_policy_solves_has_rows_without_a_gap_and_a_note(tmp_path, capsys, reward, share):
+    (tmp_path / "same.pomdp").write_text(ZERO.format(reward))
+    words = ["eval", str(tmp_path / "same.pomdp"), "--horizon", "3", "--tasks", "2", "--policy", "bc"]
+    assert main([*words, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["gap"], row["ci"], row["gap_of_value"]) == (None, None, share) and row["suboptimality"] == 0
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "V* = V^random in every task: there the normalized gap is undefined"
+    assert lines[3].split()[:4] == ["bc", "-", "-", "0"]
+
+
+def test_a_problem_beyond_the_tree_has_bounds_and_says_so(tmp_path, capsys):
+    tiger = ["eval", "tests/lindm/problems/files/tiger.pomdp", "--horizon", "14", "--tasks", "2", "--demos", "1", "--effort", "4"]
+    assert main([*tiger, "--policy", "qmdp", "--episodes", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"V\* between \S+ and \S+ \(certified\), V\^random = -310\.811", lines[1]) and " bounds " in lines[3]
+    assert lines[-2:] == [
+        "intervals: over demonstrations and episodes",
+        "gaps: the middle of their range over the bounds of V*; the intervals hold for every V* between them",
+    ]
 
 
 def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, capsys):
@@ -149,7 +192,8 @@ def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, ca
     assert [row["policy"] for row in printed] == ["bc", "qmdp"] and all("gaps" not in row for row in printed)
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "pomdp, horizon 4, id; 3 tasks, 2 demonstrations each" and out[2].startswith("bc  ")
+    assert out[0] == "pomdp, horizon 4, id; 3 tasks, 2 demonstrations each" and out[3].startswith("bc  ")
+    assert re.fullmatch(r"V\* = \d.*, V\^random = \d.*, means over tasks", out[1]) and out[-1] == "intervals: over tasks"
     kept = json.loads((tmp_path / "out" / "eval.json").read_text())["rows"]
     assert [{k: v for k, v in row.items() if k not in ("gaps", "decisions_per_s")} for row in kept] == [
         {k: v for k, v in row.items() if k != "decisions_per_s"} for row in printed

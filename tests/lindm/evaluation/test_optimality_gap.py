@@ -244,26 +244,60 @@ def test_problems_of_two_horizons_raise_an_error():
 
 
 def test_the_interval_is_that_of_a_t_distribution_over_tasks():
-    lost = [
-        PolicyLoss(suboptimality=x, agreement=0.5, optimal_value=4.0, uniform_value=2.0, exact=True, decisions=1)
-        for x in (0, 1, 2)
-    ]
-    summary = summarize(lost)
+    summary = summarize([lost(float(x)) for x in range(3)])
     half = 4.302652729911275 * 0.5 / 3**0.5  # the 0.975 quantile for two degrees of freedom, from a table
     assert summary["gap"] == pytest.approx(0.5) and summary["gap_ci"] == pytest.approx([0.5 - half, 0.5 + half])
-    assert summary["gap_of_value"] == pytest.approx(0.25) and summary["gap_of_value_ci"] == pytest.approx(
-        [0.25 - half / 2, 0.25 + half / 2]
-    )
+    assert summary["gap_of_value"] == pytest.approx(0.25)
+    assert summary["gap_of_value_ci"] == pytest.approx([0.25 - half / 2, 0.25 + half / 2])
+    assert summary["suboptimality"] == 1 and summary["suboptimality_ci"] == pytest.approx([1 - 2 * half, 1 + 2 * half])
+    assert (summary["value"], summary["optimal_lower"], summary["uniform_value"]) == (3, 4, 2)
+    assert summary["interval_over"] == "tasks" and summary["note"] is None
 
 
-def test_where_every_policy_is_optimal_the_gap_is_zero_and_a_share_of_a_value_of_zero_is_none():
-    problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((3, 2, 2)), np.array([0.3, 0.7]))
+def lost(suboptimality, optimal=4.0, uniform=2.0, **fields):
+    values = {"agreement": 0.5, "exact": True, "decisions": 1} | fields
+    return PolicyLoss(suboptimality=suboptimality, optimal_value=optimal, uniform_value=uniform, **values)
+
+
+@pytest.mark.parametrize("r, share", [(0.0, None), (0.1, 0.0)])
+def test_where_every_policy_is_optimal_the_gap_is_undefined_and_a_note_says_so(r, share):
+    problem = mdp(np.full((1, 2, 2, 2), 0.5), np.full((3, 2, 2), r), np.array([0.3, 0.7]))
     summary = summarize(evaluate([problem], BC()))
-    assert summary["gap"] == 0 and summary["agreement"] == 1
-    assert summary["gap_of_value"] is None and summary["gap_of_value_ci"] is None
-    constant = mdp(np.full((1, 2, 2, 2), 0.5), np.full((3, 2, 2), 0.1), np.array([0.3, 0.7]))
-    summary = summarize(evaluate([constant], arbitrary(2)))
-    assert summary["gap"] == 0 and summary["gap_of_value"] == pytest.approx(0, abs=1e-12)
+    assert (summary["gap"], summary["gap_ci"], summary["suboptimality_ci"], summary["agreement"]) == (None, None, None, 1)
+    assert summary["suboptimality"] == pytest.approx(0, abs=1e-12)
+    assert summary["gap_of_value"] == (share if share is None else pytest.approx(share, abs=1e-12))
+    assert summary["note"] == "V* = V^random in every task: there the normalized gap is undefined"
+
+
+def test_values_that_cancel_to_rounding_are_zero():
+    """V* = V^random = 0.1 + 0.2 - 0.3, which is not zero in floating point."""
+    r = np.array([0.1, 0.2, -0.3])[:, None, None] * np.ones((3, 2, 2))
+    (loss,) = evaluate([mdp(np.full((1, 2, 2, 2), 0.5), r, np.array([0.3, 0.7]))], arbitrary(2))
+    assert loss.optimal_value == loss.uniform_value == 0 and loss.normalized_gap is None
+
+
+def test_a_task_without_a_gap_is_left_out_of_the_mean_and_counted_in_the_note():
+    summary = summarize([lost(1.0), lost(0.5), lost(0.0, optimal=2.0)])
+    assert summary["gap"] == pytest.approx(0.375) and summary["n"] == 3 and summary["suboptimality"] == pytest.approx(0.5)
+    assert summary["note"] == "V* = V^random in 1 of 3 tasks, which are left out: there the normalized gap is undefined"
+
+
+def test_there_is_no_interval_where_nothing_varies_and_one_over_episodes_for_a_single_task():
+    for same in ([lost(1.0)], [lost(1.0), lost(1.0 + 1e-13)]):
+        summary = summarize(same, "demonstrations")
+        assert summary["gap"] == pytest.approx(0.5)
+        assert [summary[name] for name in ("gap_ci", "suboptimality_ci", "gap_of_value_ci", "interval_over")] == [None] * 4
+    summary = summarize([lost(1.0, exact=False, episodes=3, error=0.2)], "demonstrations")
+    half = 4.302652729911275 * 0.2  # two degrees of freedom
+    assert summary["suboptimality_ci"] == pytest.approx([1 - half, 1 + half]) and summary["interval_over"] == "episodes"
+    assert summary["gap_ci"] == pytest.approx([0.5 - half / 2, 0.5 + half / 2]) and summary["method"] == "rollout"
+
+
+def test_the_error_of_sampled_episodes_is_that_of_their_mean():
+    problem, _ = random_mdp(5)
+    losses = [evaluate([problem], arbitrary(2), episodes=40, seed=seed, max_histories=0)[0] for seed in range(60)]
+    spread = np.std([loss.suboptimality for loss in losses], ddof=1)
+    assert np.mean([loss.error for loss in losses]) == pytest.approx(spread, rel=0.35) and losses[0].episodes == 40
 
 
 @pytest.mark.parametrize("answer", [2, -1, 0.5, None, "left"])
