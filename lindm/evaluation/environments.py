@@ -63,7 +63,7 @@ class MDPEnvironment:
     def __init__(self, problem: MDP):
         self.problem = problem
         self.horizon, self.num_states, self.num_actions = problem.horizon, problem.num_states, problem.num_actions
-        self.P, self.rho = np.asarray(problem.P), np.asarray(problem.rho)
+        self.P, self.r, self.rho = (np.asarray(x) for x in (problem.P, problem.r, problem.rho))
         self.discount = float(problem.discount)
         self._paying = jax.tree.map(np.asarray, problem)  # the rewards that policies see are those that are paid
 
