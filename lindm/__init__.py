@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.evaluation import policies as policies
     from lindm.llm.policy import load_policy as load_policy
     from lindm.problems.stationary import StationaryPOMDP as StationaryPOMDP
-    from lindm.solvers.point_based import StationarySolution as StationarySolution
     from lindm.solvers.stationary_mdp import MDPSolution as MDPSolution
+    from lindm.solvers.stationary_solution import StationarySolution as StationarySolution
     from lindm.types import APOMDP as APOMDP
     from lindm.types import MDP as MDP
     from lindm.types import POMDP as POMDP
@@ -77,8 +77,8 @@ _DEFINED = {
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
     "lindm.problems.stationary": ("StationaryPOMDP",),
-    "lindm.solvers.point_based": ("StationarySolution",),
     "lindm.solvers.stationary_mdp": ("MDPSolution",),
+    "lindm.solvers.stationary_solution": ("StationarySolution",),
     "lindm_experiments.harness.check": ("check",),
     "lindm_experiments.harness.public": ("redraw", "report"),
     "lindm_experiments.harness.mutants": ("verify_mutants",),

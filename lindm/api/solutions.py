@@ -13,6 +13,7 @@ from lindm.families.registry import NamedProblem
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers import point_based, solution_file, stationary_mdp, ties
 from lindm.solvers import solve as solvers
+from lindm.solvers.stationary_solution import StationarySolution
 from lindm.types import MDP, LinearMDP, Problem
 
 NAMES = ("states", "actions", "observations", "models")

@@ -13,7 +13,8 @@ from scipy import sparse
 
 from lindm.problems import cassandra
 from lindm.problems.stationary import StationaryPOMDP, stationary
-from lindm.solvers.point_based import StationarySolution, solve, total_discount
+from lindm.solvers.point_based import solve
+from lindm.solvers.stationary_solution import StationarySolution, total_discount
 from tests.lindm.solvers.test_hsvi import rows
 
 FILES = Path(__file__).parents[1] / "problems" / "files"
