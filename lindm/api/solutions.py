@@ -118,7 +118,7 @@ def load_solution(path: str | Path) -> Solution:
 
 
 StationaryMethod = Literal["auto", "point-based", "value-iteration", "policy-iteration"]
-StationarySolution = point_based.StationarySolution | stationary_mdp.MDPSolution
+StationaryResult = StationarySolution | stationary_mdp.MDPSolution
 
 
 @overload
@@ -129,7 +129,7 @@ def solve(
     effort: int | None = None,
 ) -> Solution: ...
 @overload
-def solve(problem: StationaryPOMDP, method: StationaryMethod = "auto") -> StationarySolution: ...
+def solve(problem: StationaryPOMDP, method: StationaryMethod = "auto") -> StationaryResult: ...
 def solve(problem, method="auto", *, effort: int | None = None):
     """The value of a problem with bounds, and its best actions.
 
@@ -162,7 +162,7 @@ def solve_stationary(
     tolerance: float | str | None = None,
     timeout: float = 60.0,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
-) -> StationarySolution:
+) -> StationaryResult:
     """Bounds of the value of a POMDP or MDP with an infinite horizon, and a policy that earns the lower one.
 
     Args:
