@@ -8,7 +8,7 @@ from lindm.io import files, provenance
 from lindm.io.verification import PROVENANCE
 from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_peft
-from tests.lindm.llm.io.test_weights import everything
+from tests.lindm.llm.io.tensors import everything
 
 
 def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):

@@ -20,7 +20,7 @@ from lindm.llm.io import gguf, weights
 from lindm.llm.io import peft as adapters
 from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_gguf
-from tests.lindm.llm.io.test_weights import everything
+from tests.lindm.llm.io.tensors import everything
 
 torch = pytest.importorskip("torch", reason="needs torch: make parity")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from lindm.errors import DataError, LindmError
 from lindm.llm.io import gguf, weights
 from tests.lindm.llm import reference
-from tests.lindm.llm.io.test_weights import everything
+from tests.lindm.llm.io.tensors import everything
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

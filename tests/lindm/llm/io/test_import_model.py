@@ -14,7 +14,7 @@ from lindm.llm.io import weights
 from lindm.llm.io.import_model import import_model
 from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_gguf
-from tests.lindm.llm.io.test_weights import everything, same
+from tests.lindm.llm.io.tensors import everything, same
 
 
 @pytest.fixture
