@@ -6,6 +6,7 @@ Each check of an array returns it as a JAX array, or raises `ValueError` with th
 import math
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jax.typing import ArrayLike
 
 from lindm.errors import unknown
 
+Numbers = TypeVar("Numbers", Array, np.ndarray)
 # admits rounding in single precision, not an error in a digit
 SUM_TOLERANCE = 1e-6
 
@@ -42,7 +44,7 @@ def shaped(array: Array, shape: tuple[int | None, ...], name: str, letters: str)
     return array
 
 
-def distribution(array: Array, name: str) -> Array:
+def distribution(array: Numbers, name: str) -> Numbers:
     """Probabilities along the last axis: none negative, every row sums to one."""
     values = np.asarray(array)
     if (values < -SUM_TOLERANCE).any():

@@ -14,7 +14,7 @@ interrupted or lost a worker, writes nothing.
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -74,7 +74,8 @@ class Table:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.crashed |= report.when not in ("setup", "call", "teardown")  # a worker of pytest-xdist died in the test
-        for promises, trials, losses in (value for name, value in report.user_properties if name == PROPERTY):
+        values: list[Any] = [value for name, value in report.user_properties if name == PROPERTY]
+        for promises, trials, losses in values:
             outcome = self.outcomes.setdefault(report.nodeid, Outcome(promises))
             outcome.trials, outcome.losses = max(outcome.trials, trials), max(outcome.losses, losses)
             outcome.passed &= report.passed

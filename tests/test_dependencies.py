@@ -114,11 +114,25 @@ def test_a_lock_has_every_dependency_with_hashes_and_no_address(lock):
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
 
 
+def requirements() -> list[Requirement]:
+    """The dependencies of lindm and of the extras that the locks have."""
+    extras = (r for extra in IN_DEV for r in PROJECT["optional-dependencies"][extra] if not r.startswith("lindm["))
+    return [Requirement(r) for r in (*PROJECT["dependencies"], *extras)]
+
+
+@pytest.mark.fault("F25")
+def test_every_version_in_the_lock_is_in_the_range_of_its_dependency(trials):
+    locked = pins("lock.txt")
+    for requirement in requirements():
+        for version in locked[requirement.name.lower()]:
+            assert requirement.specifier.contains(version), f"{requirement}; the lock has {version}"
+            trials.add()
+
+
 @pytest.mark.fault("F25")
 def test_the_lowest_versions_are_those_of_pyproject():
-    lowest, optional = pins("lowest.txt"), PROJECT["optional-dependencies"]
-    requirements = [*PROJECT["dependencies"], *(r for extra in IN_DEV for r in optional[extra] if not r.startswith("lindm["))]
-    for requirement in map(Requirement, requirements):
+    lowest = pins("lowest.txt")
+    for requirement in requirements():
         (version,) = lowest[requirement.name.lower()]
         bounds = [Version(s.version) for s in requirement.specifier if s.operator in (">=", "==")]
         # a bound such as 1.4 is the release 1.4.0 or, where that was withdrawn or has no wheels, the first one after it
@@ -139,7 +153,7 @@ def test_every_place_names_the_same_pythons():
     assert [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)] == VERSIONS
     assert tools["pyright"]["pythonVersion"] == VERSIONS[0]
     assert tools["ruff"]["target-version"] == f"py{VERSIONS[0].replace('.', '')}"
-    assert {f"python{v}" for v in VERSIONS} <= set(re.search(r"CANDIDATES := (.*)", MAKEFILE)[1].split())
+    assert {f"python{v}" for v in VERSIONS} <= set(re.findall(r"CANDIDATES := (.*)", MAKEFILE)[0].split())
     for page in ("README.md", "requirements/README.md"):
         assert f"Python {VERSIONS[0]} to {VERSIONS[-1]}" in (ROOT / page).read_text(encoding="utf-8")
     jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
@@ -167,6 +181,6 @@ def test_the_workflow_calls_the_targets_of_ci_and_no_other_ones():
             called += [
                 target for row in rows for target in make_targets(command.replace("${{ matrix.target }}", str(row.get("target"))))
             ]
-    phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
+    phony = set(re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split())
     assert set(called) <= phony
     assert set(make_targets((ROOT / ".ci/run").read_text(encoding="utf-8"))) <= set(called)

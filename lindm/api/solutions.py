@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 from lindm.api.problems import as_source
 from lindm.evaluation.environments import double_precision
@@ -14,7 +14,7 @@ from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers import point_based, solution_file, stationary_mdp, ties
 from lindm.solvers import solve as solvers
 from lindm.solvers.stationary_solution import StationarySolution
-from lindm.types import MDP, LinearMDP, Problem
+from lindm.types import MDP, LinearMDP, Plan, Problem
 
 NAMES = ("states", "actions", "observations", "models")
 
@@ -79,7 +79,9 @@ class Solution:
         if not isinstance(self.problem, MDP):
             raise ValueError(f"problem must be an MDP: its state is observed; got {type(self.problem).__name__}")
         with double_precision():
-            best = ties.greedy(self.solution.tables.Q[0])
+            tables = self.solution.tables
+            assert isinstance(tables, Plan)
+            best = ties.greedy(tables.Q[0])
         states, actions = self.source.states, self.source.actions
         possible = [s for s, p in enumerate(self.problem.rho.tolist()) if p > 0]
         return {states[s] if states else s: actions[int(best[s])] if actions else int(best[s]) for s in possible}
@@ -148,10 +150,10 @@ def solve(problem, method="auto", *, effort: int | None = None):
     if isinstance(problem, StationaryPOMDP):
         if effort is not None:
             raise ValueError(f"effort must be left out for a problem without a horizon; got {effort}")
-        return solve_stationary(problem, method=method)
+        return solve_stationary(problem, method=cast(StationaryMethod, method))
     source = as_source(problem)
     with double_precision():
-        return Solution(source=source, solution=solvers.solve(source.problem, method, effort=effort))
+        return Solution(source=source, solution=solvers.solve(source.problem, cast(solvers.Method, method), effort=effort))
 
 
 def solve_stationary(

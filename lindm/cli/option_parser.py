@@ -175,8 +175,8 @@ def _converter(kind: Any) -> Callable[[str], Any]:
         return kind
     if get_origin(kind) in (Union, UnionType):  # a number, or a word that stands for one
         words = [word for part in get_args(kind) if get_origin(part) is Literal for word in get_args(part)]
-        convert = _number(int, f"a whole number or {' or '.join(words)}")
-        return lambda word: word if word in words else convert(word)
+        number = _number(int, f"a whole number or {' or '.join(words)}")
+        return lambda word: word if word in words else number(word)
     if get_origin(kind) is Literal:
 
         def convert(word: str) -> str:

@@ -95,7 +95,7 @@ def refuse(options: Solve, names: tuple[str, ...], reason: str) -> None:
 
 def is_long(options: Solve) -> bool:
     """Whether the horizon is too long for a tree of the problem in the one file."""
-    if options.effort is not None or options.alpha is not None:
+    if options.horizon == "inf" or options.effort is not None or options.alpha is not None:
         return False
     from lindm.problems.cassandra import read_sizes
     from lindm.solvers.solve import tree_fits

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jax.experimental.sparse import BCOO
@@ -44,7 +44,7 @@ class StationaryPOMDP:
 
     @property
     def num_observations(self) -> int:
-        return self.O[0].shape[1] if self.O else 0
+        return cast("tuple[int, int]", self.O[0].shape)[1] if self.O else 0  # scipy's stubs: None
 
 
 def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
@@ -83,7 +83,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> Sta
     Raises:
       ValueError: names the argument, the rule and what was got.
     """
-    rewards, start = (np.asarray(validate.finite(x, name), float) for x, name in ((r, "r"), (rho, "rho")))
+    rewards, start = _floats(r, "r"), _floats(rho, "rho")
     validate.discount(discount)
     if rewards.ndim != 2 or 0 in rewards.shape:
         raise ValueError(f"r must have shape [S, A]; got {rewards.shape}")
@@ -92,7 +92,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> Sta
         raise ValueError(f"rho must have shape [S] = ({S},); got {start.shape}")
     validate.distribution(start, "rho")
     if not (isinstance(P, Sequence) and any(sparse.issparse(matrix) or isinstance(matrix, BCOO) for matrix in P)):
-        P = np.asarray(validate.finite(P, "P"), float)
+        P = _floats(P, "P")
         if P.shape != (S, A, S):
             raise ValueError(f"P must have shape [S, A, S] = {(S, A, S)}; got {P.shape}")
         P = P.swapaxes(0, 1)
@@ -100,6 +100,13 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> Sta
         raise ValueError(f"P must hold a matrix for each of the {A} actions; got {len(P)}")
     kernels = tuple(_kernel(matrix, f"P[{a}]", S) for a, matrix in enumerate(P))
     return StationaryPOMDP(P=kernels, r=rewards, rho=start, discount=float(discount))
+
+
+def _floats(value: Any, name: str) -> np.ndarray:
+    """In double precision, whatever the precision of jax."""
+    array = np.asarray(value)
+    validate.finite(array, name)
+    return array.astype(float)
 
 
 def _kernel(matrix: Any, name: str, S: int) -> sparse.csr_array:

@@ -69,8 +69,9 @@ class Search:
             tail = problem.discount**horizon * float(self.rewards.max()) / (1 - problem.discount)
             if tail <= TAIL * accuracy:
                 self.horizon, self.tail = math.inf, tail
+        columns = [[o] for o in range(problem.num_observations)]
         self.kernel = sparse.csr_array(
-            sparse.hstack([P.multiply(O[:, [o]].T) for P, O in zip(problem.P, problem.O, strict=True) for o in range(O.shape[1])])
+            sparse.hstack([P.multiply(O[:, o].T) for P, O in zip(problem.P, problem.O, strict=True) for o in columns])
         )  # [S, A * O * S]
         self.scale = max(1.0, float(self.rewards.max()))
         self.lower = LowerBound(problem.num_states)
@@ -278,7 +279,7 @@ class Search:
         while not_risen.any() and not self.is_over():
             i = self.rng.choice(np.flatnonzero(not_risen))
             not_risen[i] = False
-            if self.back_up(beliefs[i], stages[i], upper=False):
+            if self.back_up(beliefs[i], float(stages[i]), upper=False):
                 not_risen &= self._scores(matrix, stages, slice(-1, None))[:, 0] <= old + EPSILON * self.scale
         self.swept += self.backups - before
 

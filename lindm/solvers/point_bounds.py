@@ -136,7 +136,7 @@ class UpperBound:
         n = self.count
         if not n:
             return bound
-        first, end = self._first[:n], self._first[n]
+        first, end = self._first[:n], int(self._first[n])
         column = np.full(len(corner), -1)
         column[states] = np.arange(len(states))
         columns = column[self._states[:end]]
@@ -164,7 +164,7 @@ def informed_bound(
     gamma = problem.discount
     kernels = []
     for P, O in zip(problem.P, problem.O, strict=True):
-        possible = np.flatnonzero(np.bincount(O.indices, minlength=O.shape[1]))
+        possible = np.flatnonzero(np.bincount(O.indices, minlength=problem.num_observations))
         kernels.append(sparse.csr_array(sparse.vstack([P.multiply(O[:, [o]].T) for o in possible])))
 
     def back_up(Q: np.ndarray) -> np.ndarray:

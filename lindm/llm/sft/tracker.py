@@ -86,8 +86,8 @@ def tensorboard_writer(directory: Path, purge_step: int) -> Callable[[], Writer]
     """
     try:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made at import)
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
     except ImportError as e:
         raise UsageError(f"TensorBoard events need tensorboardX: pip install 'lindm[track]' ({e})") from e
 

@@ -54,7 +54,8 @@ def earned(bounds: StationarySolution, stages: int, b: np.ndarray, to_go: float)
     problem = bounds.problem
     a = bounds.act(b / b.sum(), to_go)
     after = (b @ problem.P[a].toarray())[:, None] * problem.O[a].toarray()
-    return b @ problem.r[:, a] + problem.discount * sum(earned(bounds, stages - 1, u, to_go - 1) for u in after.T)
+    now = float(b @ problem.r[:, a])
+    return now + problem.discount * sum(earned(bounds, stages - 1, u, to_go - 1) for u in after.T)
 
 
 @pytest.mark.parametrize(

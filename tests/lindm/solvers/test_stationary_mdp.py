@@ -6,6 +6,7 @@ import math
 import tracemalloc
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -95,6 +96,15 @@ def test_an_mdp_has_the_same_value_as_arrays_and_as_sparse_matrices_of_either_ki
     padded = [BCOO.fromdense(P[:, a], nse=9) for a in range(2)]
     for form in (P, P.tolist(), [sparse.coo_matrix(P[:, a]) for a in range(2)], padded):
         assert solve(stationary_mdp(form, FOREST.r, FOREST.rho, 0.9)).lower == pytest.approx(26.244, abs=1e-6)
+
+
+def test_arrays_keep_double_precision_where_jax_has_single():
+    P, r, rho = np.array([[[0.1, 0.9]], [[0.3, 0.7]]]), np.array([[0.1], [0.2]]), np.array([0.3, 0.7])
+    with jax.enable_x64(False):
+        problem = stationary_mdp(P, r, rho, 0.9)
+    np.testing.assert_array_equal(problem.P[0].toarray(), P[:, 0])
+    np.testing.assert_array_equal(problem.r, r)
+    np.testing.assert_array_equal(problem.rho, rho)
 
 
 @pytest.mark.parametrize(
