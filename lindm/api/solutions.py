@@ -94,7 +94,7 @@ class Solution:
         >>> ld.evaluate(tiger, {"tree": ld.solve(tiger).policy}, tasks=1, demos=1)["tree"].gap
         0.0
         """
-        return SolutionPolicy(self.solution)
+        return SolutionPolicy(self.solution, self.source)
 
     def save(self, path: str | Path) -> None:
         """Write the problem and its solution to one .npz file, which `load_solution` reads.

@@ -13,15 +13,13 @@ from typing import Any
 
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
-from lindm.evaluation.environments import PolicyTask, double_precision, make_tasks
+from lindm.evaluation.environments import PolicyTask, check_memory, double_precision, make_tasks
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.temporaries import scratch_directory
-from lindm.solvers import tree
-from lindm.solvers.solve import MEMORY_BUDGET
-from lindm.types import APOMDP, Problem
+from lindm.types import Problem
 
 SEED = 1_000_000  # of the tasks; far from the seeds of training data, so that the tasks are new
 TASKS = DatasetConfig(tasks=50, seed=SEED)
@@ -126,17 +124,6 @@ def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:
         return {"suite": source.name, "horizon": source.horizon, "split": source.split}
     problem = source.problem if isinstance(source, NamedProblem) else source
     return {"suite": kind_of(problem), "horizon": problem.horizon, "split": None}
-
-
-def check_memory(problem: Problem) -> None:
-    """ValueError if the action values at all histories of an ambiguous problem do not fit in memory."""
-    if not isinstance(problem, APOMDP):
-        return
-    with double_precision():
-        needed = tree.memory_bytes(problem)
-    if needed > MEMORY_BUDGET:
-        limit = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
-        raise ValueError(f"horizon of an ambiguous problem must be short enough that all histories fit in {limit}")
 
 
 def _result(

@@ -55,6 +55,17 @@ class Histories:
 NO_HISTORIES = Histories(weight=np.zeros(0), index=np.zeros(0, int), parent=np.zeros(0, int))
 
 
+def check_memory(problem: Problem) -> None:
+    """ValueError if the action values at all histories of an ambiguous problem do not fit in memory."""
+    if not isinstance(problem, APOMDP):
+        return
+    with double_precision():
+        needed = tree.memory_bytes(problem)
+    if needed > MEMORY_BUDGET:
+        limit = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
+        raise ValueError(f"horizon of an ambiguous problem must be short enough that all histories fit in {limit}")
+
+
 class MDPEnvironment:
     """An MDP, solved when Q* is first needed."""
 
@@ -144,7 +155,8 @@ class BeliefEnvironment:
 
     @cached_property
     def Q(self) -> np.ndarray:
-        """Q* [histories of all stages, A]."""
+        """Q* [histories of all stages, A]. ValueError where they do not fit in memory."""
+        check_memory(self.problem)
         with double_precision():
             return np.asarray(tree.tree(self.apomdp).Q)
 
@@ -321,6 +333,14 @@ class PolicyTask:
     environment: Environment | None  # None: the problem is not known
     demonstrations: Sequence[Sequence[Step]] = ()  # episodes, with rewards
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of states, actions, observations and models
+
+    def required_demonstrations(self, rewards: bool = False) -> Sequence[Sequence[Step]]:
+        """The demonstrations. ValueError where there are none, or where `rewards` are needed and a step has none."""
+        if not self.demonstrations:
+            raise ValueError("demonstrations must be given: this policy computes from them; got none")
+        if rewards and any(step.reward is None for steps in self.demonstrations for step in steps):
+            raise ValueError("demonstrations must have rewards: this policy computes from them; a step has none")
+        return self.demonstrations
 
     @property
     def known(self) -> Environment:

@@ -10,6 +10,8 @@ that each history continues. A history may have several continuations, or none, 
 
 A function `f(demonstrations, history)` that returns an action or the probabilities of all actions is a policy, too
 (`as_policy`), and so is any object with `init` and `step`.
+
+`Policy.act` asks a policy for one decision; `DecisionMaker` asks for several in one task.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from lindm.evaluation.environments import PolicyTask, environment
+from lindm.evaluation.history import History, ProblemInfo, check_history, problem_info, read_history
+from lindm.problems.stationary import StationaryPOMDP
 from lindm.text import Step
-from lindm.types import Problem
 
 Episodes = Sequence[Sequence[Step]]
 BATCH_SIZE = 4096  # approximate number of histories per call
@@ -78,36 +81,121 @@ class Policy:
         """The state at these histories, and the probabilities [n, A] of the actions."""
         raise NotImplementedError
 
-    def act(self, demonstrations: Episodes, history: Sequence[Step], problem: Problem | None = None) -> np.ndarray:
-        """The probabilities [A] of the actions at one history.
+    def q_bounds(self, state: Any, observation: Observation) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Lower and upper bounds [n, A] of the action values by which the policy chooses; None where it computes none.
+
+        Args:
+          state, observation: the state that `step` returned for this observation.
+
+        Returns: the same array twice for values that are no bounds; None in place of upper bounds that the policy does not have.
+        """
+        return None
+
+    def act(self, demonstrations: Episodes, history: History, problem: Any = None) -> "Decision":
+        """The decision at one history: the action, and the probabilities of all actions.
 
         Args:
           demonstrations: episodes of the problem, as steps.
-          history: the steps of the episode in progress; the last one is open, `Step(None, state=s)`.
-          problem: required by policies that use the model.
+          history: the steps of the episode in progress, as text in the problem's names ("listen hear-left"), as `Step`s, or as
+            mappings; without them, the first decision. Of an MDP its end is the current state.
+          problem: with or without names. [default: the policy's own; required by policies that compute from it]
 
         Raises:
-          ValueError: the history does not end in an open step, or the policy needs the problem.
+          ValueError: the history is none of this problem, an observation in it is impossible, or the policy needs the problem
+            or demonstrations.
+
+        >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=4)
+        >>> decision = ld.policies.oracle().act((), "listen hear-left listen hear-left", tiger)
+        >>> decision.action, decision.belief.round(3).tolist()
+        ('open-right', [0.97, 0.03])
         """
-        return act(self, demonstrations, history, problem)
+        return DecisionMaker(self, demonstrations, problem).decide(history)
 
 
-def act(policy: Any, demonstrations: Episodes, history: Sequence[Step], problem: Problem | None = None) -> np.ndarray:
-    """`Policy.act` of any policy."""
-    if not history or history[-1].action is not None or any(step.action is None for step in history[:-1]):
-        raise ValueError(f"history must be steps with actions and, at the end, an open one, Step(None, ...); got {list(history)}")
-    policy = as_policy(policy)
-    state = policy.init(
-        [PolicyTask(environment=None if problem is None else environment(problem), demonstrations=demonstrations)]
-    )
-    zero, probabilities = np.zeros(1, int), np.zeros((1, 0))
-    for t, step in enumerate(history):
-        seen = {"state": step.state}
-        if t:
-            seen |= {name: getattr(history[t - 1], name) for name in ("action", "model", "observation", "reward")}
-        arrays = {name: np.array([value]) for name, value in seen.items() if value is not None}
-        state, probabilities = policy.step(state, Observation(stage=t, task=zero, parent=zero, **arrays))
-    return probabilities[0]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """One decision of a policy."""
+
+    action: int | str  # the likeliest action, the lowest one among equals; by name where actions have names
+    probabilities: np.ndarray  # [A] of the actions
+    lower: np.ndarray | None = None  # [A] lower bounds of the action values by which the policy chooses; NaN: it has none
+    upper: np.ndarray | None = None  # [A] upper bounds; the same numbers where the values are no bounds
+    belief: np.ndarray | None = None  # [S] over the hidden state, where the problem is known; [M, S] at an ambiguous start
+    invalid: bool | None = None  # of a language model: whether its likeliest text is no action
+    stage: int  # number of the decision, from 0
+
+    @property
+    def Q(self) -> np.ndarray | None:
+        """The action values [A] by which the policy chooses; None where it computes none, or bounds."""
+        known = self.lower is not None and self.upper is not None and np.array_equal(self.lower, self.upper)
+        return self.lower if known else None
+
+
+class DecisionMaker:
+    """A policy that is asked for decisions in one task: what it computes before the first stage is computed once.
+
+    Args:
+      policy: as of `as_policy`.
+      demonstrations, problem: as of `Policy.act`.
+
+    Attributes:
+      info: what is known of the problem; None where nothing is, and histories are then `Step`s that are not checked.
+
+    Raises:
+      ValueError: the policy needs the problem, or demonstrations.
+    """
+
+    def __init__(self, policy: Any, demonstrations: Episodes = (), problem: Any = None):
+        self.policy = as_policy(policy)
+        problem = getattr(self.policy, "problem", None) if problem is None else problem
+        self.info: ProblemInfo | None = None if problem is None else problem_info(problem)
+        known = None if self.info is None or isinstance(self.info.problem, StationaryPOMDP) else self.info.problem
+        task = PolicyTask(
+            environment=None if known is None else environment(known),
+            demonstrations=demonstrations,
+            names={} if self.info is None else self.info.names,
+        )
+        self._before = self.policy.init([task])
+
+    def decide(self, history: History = ()) -> Decision:
+        """The decision at one history. Arguments and errors as of `Policy.act`."""
+        steps, belief, state, probabilities, observation = *self._read(history), self._before, np.zeros((1, 0)), None
+        zero = np.zeros(1, int)
+        for t, step in enumerate(steps):
+            seen = {"state": step.state}
+            if t:
+                seen |= {name: getattr(steps[t - 1], name) for name in ("action", "model", "observation", "reward")}
+            arrays = {name: np.array([value]) for name, value in seen.items() if value is not None}
+            observation = Observation(stage=t, task=zero, parent=zero, **arrays)
+            state, probabilities = self.policy.step(state, observation)
+        bounds = self.policy.q_bounds(state, observation) if hasattr(self.policy, "q_bounds") else None
+        lower, upper = (None, None) if bounds is None else (None if bound is None else bound[0] for bound in bounds)
+        invalid = getattr(state, "invalid", None)
+        actions = [] if self.info is None else self.info.names.get("actions", [])
+        action = int(np.argmax(probabilities[0]))
+        return Decision(
+            action=actions[action] if actions else action,
+            probabilities=np.asarray(probabilities[0], float),
+            lower=lower,
+            upper=upper,
+            belief=belief,
+            invalid=None if invalid is None else bool(invalid[0]),
+            stage=len(steps) - 1,
+        )
+
+    def _read(self, history: History) -> tuple[Sequence[Step], np.ndarray | None]:
+        """The steps of a history, and the belief after them."""
+        if self.info is not None:
+            return check_history(read_history(history, self.info), self.info)
+        steps = [step for step in history if isinstance(step, Step)]
+        if (
+            not steps
+            or len(steps) < len(history)
+            or [t for t, step in enumerate(steps) if step.action is None] != [len(steps) - 1]
+        ):
+            rule = "steps with actions and, at the end, an open one, Step(None, ...), where the problem is not given"
+            raise ValueError(f"history must be {rule}; got {history!r}")
+        return steps, None
 
 
 class FunctionPolicy(Policy):

@@ -8,7 +8,7 @@ no more than the logits at the end of the history. Beside it stands whether the 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,8 +27,9 @@ from lindm.datasets import Dataset, TextFormat, text_format
 from lindm.datasets.columns import sizes_of
 from lindm.datasets.text import check_rewards
 from lindm.errors import DataError
-from lindm.evaluation.environments import PolicyTask
+from lindm.evaluation.environments import PolicyTask, double_precision
 from lindm.evaluation.policy import Observation, Policy, one_hot
+from lindm.families.registry import NamedProblem
 from lindm.io.verification import verify_file_list
 from lindm.llm.attention import KVCache
 from lindm.llm.io import weights
@@ -92,6 +93,15 @@ class LanguageModelPolicy(Policy):
         self.graphdef, self.weights = nnx.split(model)
         self.tokenizer, self.text, self.dtype = tokenizer, text, dtype
 
+    @cached_property
+    def problem(self) -> NamedProblem | Dataset | None:
+        """What `act` knows where no problem is given: the one of the training data, or their sizes and names."""
+        if self.training is None or self.training.suite is not None:
+            return self.training
+        with double_precision():
+            problem = next(iter(self.training)).problem()
+        return NamedProblem(problem=problem, **{part: tuple(words) for part, words in self.training.names.items()})
+
     def init(self, tasks: Sequence[PolicyTask]) -> _State:
         about = self._about(tasks[0])
         text = self.text if isinstance(self.text, TextFormat) else text_format(about, *self.text)
@@ -130,6 +140,9 @@ class LanguageModelPolicy(Policy):
             starts[row] = state.length[observation.parent]
             cache = _grown(jax.tree.map(lambda x: x[:, parents], state.cache), int(starts.max()) + width)
         ends[row] = starts[row] + lengths
+        if (longest := int((ends[row] + state.shared[1][observation.task]).max())) > self.max_length:
+            rule = f"demonstrations and history must have at most the {self.max_length} tokens of the model's context"
+            raise DataError(f"{self.name}: {rule}; got {longest}")
         hidden, cache = _extend(self.graphdef, self.weights, ids, starts, ends - starts, cache, state.shared, self.dtype)
         scores, valid = (_on_host(x)[row] for x in self._scores(hidden, cache, state, ends))
         new_state = state._replace(cache=cache, row=row, length=ends[row], invalid=~valid)
@@ -140,6 +153,8 @@ class LanguageModelPolicy(Policy):
 
     def prompt(self, task: PolicyTask, text: TextFormat) -> list[int]:
         """The tokens of a task's demonstrations, and of what opens the episode in progress."""
+        if "reward" in text.fields and task.demonstrations:
+            task.required_demonstrations(rewards=True)
         episodes = tuple(text.demonstration_steps(steps) for steps in task.demonstrations)
         pieces = [piece.text for piece in render(Document(episodes), text.template)]
         return [*document_prefix(self.tokenizer), *_joined(encode(self.tokenizer, pieces))]
@@ -220,7 +235,7 @@ def load_policy(
     >>> from lindm.text import Step
     >>> policy = ld.load_policy("run")
     >>> demonstration = [Step(1, state=0, reward=0.5), Step(0, state=1, reward=1.0)]
-    >>> policy.act([demonstration], [Step(None, state=0)]).tolist().count(1.0)  # probabilities of the actions
+    >>> policy.act([demonstration], [Step(None, state=0)]).probabilities.tolist().count(1.0)
     1
     """
     directory = Path(directory)

@@ -55,8 +55,11 @@ class AttentionLayer(TablePolicy):
         values = []
         for task in tasks:
             H, S, A = mdp_of(task).problem.r.shape
+            demonstrations = task.required_demonstrations(rewards=True)
+            if {len(steps) for steps in demonstrations} != {H}:
+                raise ValueError(f"demonstrations must have {H} steps each: the layer reads whole episodes")
             s, a, r = (
-                np.array([[getattr(step, name) for step in steps] for steps in task.demonstrations])
+                np.array([[getattr(step, name) for step in steps] for steps in demonstrations])
                 for name in ("state", "action", "reward")
             )
             features = _features(s[None], a[None], r[None], S, A)[0]

@@ -39,6 +39,14 @@ class BeliefPolicy(Policy):
             actions[rows] = scores[i](beliefs[rows], observation.stage).argmax(-1)
         return (environments, scores, beliefs), one_hot(actions, environments[0].num_actions)
 
+    def q_bounds(self, state, observation: Observation):
+        environments, scores, beliefs = state
+        Q = np.zeros((len(observation), environments[0].num_actions))
+        for i, score in enumerate(scores):
+            rows = np.flatnonzero(observation.task == i)
+            Q[rows] = score(beliefs[rows], observation.stage)
+        return Q, Q
+
 
 def _belief_environment(task: PolicyTask) -> BeliefEnvironment:
     if not isinstance(env := task.known, BeliefEnvironment):

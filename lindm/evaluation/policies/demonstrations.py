@@ -45,7 +45,7 @@ def _table(task: PolicyTask) -> np.ndarray:
     env = task.known
     size = env.num_states if isinstance(env, MDPEnvironment) else 1 + env.num_models * env.num_observations
     counts = np.zeros((size, env.num_actions))
-    for steps in task.demonstrations:
+    for steps in task.required_demonstrations():
         before: Step | None = None
         for step in steps:
             if isinstance(env, MDPEnvironment):

@@ -26,7 +26,7 @@ class LSVI(TablePolicy):
         for task in tasks:
             env = mdp_of(task)
             H, S, A = env.problem.r.shape
-            s, a, r, u = transitions(task.demonstrations).T
+            s, a, r, u = transitions(task).T
             low, high = r.min(), r.max()
             phi = np.eye(S * A).reshape(S, A, S * A)
             x = np.repeat(phi[s.astype(int), a.astype(int)][None], H, axis=0)

@@ -12,7 +12,7 @@ from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTas
 from lindm.evaluation.policies.beliefs import BestBound
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.solvers import ties, tree
-from lindm.solvers.belief import child_history, step_index
+from lindm.solvers.belief import child_history, first_history, step_index
 
 
 class Oracle(Policy):
@@ -56,6 +56,17 @@ class _Tables(Policy):
             actions[rows] = tables[i][observation.stage][index[rows]]
         return (environments, tables, index), one_hot(actions, environments[0].num_actions)
 
+    def q_bounds(self, state, observation: Observation):
+        environments, _, index = state
+        Q = np.zeros((len(observation), environments[0].num_actions))
+        for i, env in enumerate(environments):
+            rows = np.flatnonzero(observation.task == i)
+            if isinstance(env, MDPEnvironment):
+                Q[rows] = env.Q[observation.stage, index[rows]]
+            else:
+                Q[rows] = env.Q[first_history(env.branching, observation.stage) + index[rows]]
+        return Q, Q
+
 
 def optimal_table(env: Environment) -> Sequence[np.ndarray]:
     """An optimal action at every history of each stage: [S] of an MDP, [histories] otherwise."""
@@ -96,3 +107,6 @@ class Behavior(Policy):
     def step(self, state, observation: Observation):
         state, best = self.oracle.step(state, observation)
         return state, (1 - self.epsilon) * best + self.epsilon / best.shape[-1]
+
+    def q_bounds(self, state, observation: Observation):
+        return self.oracle.q_bounds(state, observation)

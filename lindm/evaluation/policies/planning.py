@@ -13,7 +13,7 @@ import numpy as np
 from lindm.evaluation.environments import MDPEnvironment, PolicyTask
 from lindm.evaluation.policies.beliefs import LikeliestState
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
-from lindm.evaluation.policy import Episodes, Observation, Policy
+from lindm.evaluation.policy import Observation, Policy
 from lindm.problems.mdp import over_stages
 from lindm.solvers import dp
 from lindm.types import MDP
@@ -33,22 +33,27 @@ class CertaintyEquivalence(Policy):
         own, probabilities = policy.step(own, observation)
         return (policy, own), probabilities
 
+    def q_bounds(self, state, observation: Observation):
+        policy, own = state
+        return policy.q_bounds(own, observation)
+
 
 class EstimatedModel(TablePolicy):
     """Planning in the MDP of the demonstrations' relative frequencies and average rewards."""
 
     def action_values(self, tasks: Sequence[PolicyTask]) -> list[np.ndarray]:
-        estimates = [estimate(mdp_of(task).problem, task.demonstrations) for task in tasks]
+        estimates = [estimate(task) for task in tasks]
         return [np.asarray(dp.backward_induction(estimated).Q) for estimated in estimates]
 
 
-def estimate(problem: MDP, demonstrations: Episodes) -> MDP:
-    """The kernel and the rewards that the demonstrations show, in an MDP of the sizes and the first state's law of `problem`.
+def estimate(task: PolicyTask) -> MDP:
+    """The kernel and the rewards that the demonstrations show, in an MDP of the task's sizes and law of the first state.
 
     One transition to every state alike, and one average reward, are added to what was seen of each state and action.
     """
+    problem = mdp_of(task).problem
     H, S, A = problem.r.shape
-    s, a, r, u = transitions(demonstrations).T
+    s, a, r, u = transitions(task).T
     at = (s.astype(int), a.astype(int))
     counts, rewards, n = np.full((S, A, S), 1 / S), np.full((S, A), r.mean()), np.ones((S, A))
     np.add.at(rewards, at, r)

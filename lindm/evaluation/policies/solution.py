@@ -9,6 +9,7 @@ from jax import Array
 
 from lindm.evaluation.environments import PolicyTask, double_precision
 from lindm.evaluation.policy import Observation, Policy, one_hot
+from lindm.families.registry import NamedProblem
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers.belief import advance
 from lindm.solvers.solve import Solution, Tables, q_bounds
@@ -21,11 +22,12 @@ BeliefState = tuple[Array, Array]  # of n histories: number within the stage [n]
 class SolutionPolicy(Policy):
     """The action of a solution at every history: optimal where the solution is exact, otherwise that of the best lower bound.
 
-    Tasks of another problem are acted on as if they were the solved one.
+    Tasks of another problem are acted on as if they were the solved one. `problem`: the solved one, with its names.
     """
 
-    def __init__(self, solution: Solution):
+    def __init__(self, solution: Solution, problem: NamedProblem | None = None):
         self.solution = solution
+        self.problem = solution.problem if problem is None else problem
         self.num_actions = solution.problem.num_actions
         self.markov = self.exhaustive = solution.exact
         with double_precision():
@@ -50,14 +52,24 @@ class SolutionPolicy(Policy):
                 model = np.zeros_like(observation.action) if observation.model is None else observation.model
                 steps = (jnp.asarray(x, jnp.int32) for x in (observation.action, model, observation.observation))
                 history, beliefs = _advance(problem, observation.stage - 1, history, beliefs, *steps)
-            actions = _actions(problem, self.solution.tables, observation.stage, history, beliefs)
-            return (history, beliefs), one_hot(np.asarray(actions), self.num_actions)
+            lower, _ = _q_bounds(problem, self.solution.tables, observation.stage, history, beliefs)
+            return (history, beliefs), one_hot(greedy(np.asarray(lower), per_row=True), self.num_actions)
+
+    def q_bounds(self, state: BeliefState | None, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(tables := self.solution.tables, Plan):
+            Q = np.asarray(tables.Q)[observation.stage, observation.state]
+            return Q, Q
+        assert state is not None and not isinstance(self.solution.problem, MDP)
+        with double_precision():
+            problem = as_apomdp(self.solution.problem)
+            lower, upper = _q_bounds(problem, tables, observation.stage, *state)
+            return np.asarray(lower), np.asarray(upper)
 
 
 _advance = jax.jit(jax.vmap(advance, in_axes=(None, None, 0, 0, 0, 0, 0)))
 
 
 @jax.jit
-def _actions(problem: APOMDP, tables: Tables, stage: Array, history: Array, beliefs: Array) -> Array:
-    """The greedy actions [n] of the action values, or of their lower bounds."""
-    return jax.vmap(lambda *at: greedy(q_bounds(problem, tables, stage, *at)[0]))(history, beliefs)
+def _q_bounds(problem: APOMDP, tables: Tables, stage: Array, history: Array, beliefs: Array) -> tuple[Array, Array]:
+    """The action values, or their bounds: lower [n, A], upper [n, A]."""
+    return jax.vmap(lambda *at: q_bounds(problem, tables, stage, *at)[:2])(history, beliefs)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from lindm.evaluation.environments import MDPEnvironment, PolicyTask, double_precision
-from lindm.evaluation.policy import Episodes, Observation, Policy, one_hot
+from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.solvers.ties import greedy
 
 
 class TablePolicy(Policy):
-    """The greedy policy of action values Q [H, S, A] of each task; the state is a table of actions for each task."""
+    """The greedy policy of action values Q [H, S, A] of each task; the state is these tables and those of the greedy actions."""
 
     markov = True
 
@@ -18,17 +18,26 @@ class TablePolicy(Policy):
         """Estimates of Q* [H, S, A], one for each task."""
         raise NotImplementedError
 
-    def init(self, tasks: Sequence[PolicyTask]) -> tuple[int, np.ndarray]:
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[np.ndarray, np.ndarray]:
         for task in tasks:
             mdp_of(task)
         with double_precision():
-            tables = [greedy(np.asarray(Q)) for Q in self.action_values(tasks)]
-        return tasks[0].known.num_actions, np.array(tables)
+            values = [np.asarray(Q) for Q in self.action_values(tasks)]
+            return np.array(values), np.array([greedy(Q) for Q in values])
 
     def step(self, state, observation: Observation):
-        num_actions, tables = state
-        assert observation.state is not None
-        return state, one_hot(tables[observation.task, observation.stage, observation.state], num_actions)
+        values, actions = state
+        return state, one_hot(actions[_rows(observation)], values.shape[-1])
+
+    def q_bounds(self, state, observation: Observation):
+        Q = state[0][_rows(observation)]
+        return Q, Q
+
+
+def _rows(observation: Observation) -> tuple[np.ndarray, int, np.ndarray]:
+    """Where the histories stand in tables of every task, stage and state."""
+    assert observation.state is not None
+    return observation.task, observation.stage, observation.state
 
 
 def mdp_of(task: PolicyTask) -> MDPEnvironment:
@@ -38,10 +47,10 @@ def mdp_of(task: PolicyTask) -> MDPEnvironment:
     return env
 
 
-def transitions(demonstrations: Episodes) -> np.ndarray:
-    """(s, a, r, s') of all steps [n, 4]; s' is -1 at the end of an episode."""
+def transitions(task: PolicyTask) -> np.ndarray:
+    """(s, a, r, s') of all steps of the demonstrations [n, 4]; s' is -1 at the end of an episode. ValueError without any."""
     rows = []
-    for steps in demonstrations:
+    for steps in task.required_demonstrations(rewards=True):
         after = [*(step.state for step in steps[1:]), -1]
         rows += [(step.state, step.action, step.reward, u) for step, u in zip(steps, after, strict=True)]
     return np.array(rows, float)

@@ -196,7 +196,7 @@ def test_bc_repeats_what_was_done_most_often_in_a_state(seen):
 def test_bc_takes_the_most_frequent_action_of_all_steps_in_a_state_that_no_demonstration_visits():
     problem = mdp(np.full((1, 3, 2, 3), 1 / 3), np.zeros((2, 3, 2)), np.full(3, 1 / 3))
     demonstrations = [[Step(0, state=0, reward=0.0), Step(1, state=1, reward=0.0)], [Step(1, state=1, reward=0.0)] * 2]
-    acts = [policies.bc().act(demonstrations, [Step(None, state=s)], problem).argmax() for s in range(3)]
+    acts = [policies.bc().act(demonstrations, [Step(None, state=s)], problem).probabilities.argmax() for s in range(3)]
     assert acts == [0, 1, 1]
 
 
@@ -207,8 +207,9 @@ def test_the_estimated_model_is_that_of_the_counts():
         (Step(0, state=0, reward=0.6), Step(0, state=1, reward=0.0)),
     )
     problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((2, 2, 2)), np.array([0.5, 0.5]))
-    estimate = planning.estimate(problem, demos)
-    (table,) = actions_of(policies.certainty_equivalence(), make_tasks([problem], [demos]))
+    (task,) = make_tasks([problem], [demos])
+    estimate = planning.estimate(task)
+    (table,) = actions_of(policies.certainty_equivalence(), [task])
     # the average reward, 0.4, counts once everywhere: (0,0) was 1, .5 and .6, (0,1) was .3, (1,0) and (1,1) were 0
     r = np.array([[2.5 / 4, 0.7 / 2], [0.4 / 2, 0.4 / 2]])
     # (0,0) led to 1, 0 and 1; the others end an episode: everywhere alike
@@ -299,7 +300,7 @@ def test_the_likeliest_state_at_the_start_is_that_of_the_mean_of_the_models():
         return pomdp(np.eye(2)[:, None].repeat(2, 1), np.full((2, 2, 1), 1.0), np.eye(2), rho, horizon=1)
 
     problem = apomdp([model([0.6, 0.4]), model([0.0, 1.0])], alpha=0.5)
-    assert policies.certainty_equivalence().act([], [Step(None)], problem).argmax() == 1
+    assert policies.certainty_equivalence().act([], [Step(None)], problem).probabilities.argmax() == 1
 
 
 def loss_of(problem, name):
@@ -319,7 +320,7 @@ def test_bc_of_a_hidden_state_sees_the_observation_and_not_the_state(tmp_path_fa
                 counts.setdefault(before and before.observation, np.zeros(2))[step.action] += 1
         for seen, votes in counts.items():
             history = [Step(None)] if seen is None else [Step(0, observation=seen), Step(None)]
-            assert policies.bc().act(task.demonstrations, history, task.known.problem).argmax() == votes.argmax()
+            assert policies.bc().act(task.demonstrations, history, task.known.problem).probabilities.argmax() == votes.argmax()
             steps += votes.argmax() != np.sum(list(counts.values()), axis=0).argmax()
     assert steps > 0, "votes must depend on what was observed"
 
@@ -360,7 +361,7 @@ def test_qmdp_maximizes_the_action_values_of_the_observed_state(brute, M, alpha)
             beliefs = [b / b.sum()] * M
         G = np.array([sum(beliefs[m][s] * seen(stage, s)[1][m] for s in range(3)) for m in range(M)])
         action = (alpha * G.min(0) + (1 - alpha) * G.max(0)).argmax()
-        assert policies.qmdp().act((), history, problem).argmax() == action
+        assert policies.qmdp().act((), history, problem).probabilities.argmax() == action
         return action
 
     (by_hand,) = evaluate_policy(make_tasks([problem], [()]), act)
@@ -388,5 +389,7 @@ def test_a_policy_that_needs_the_problem_raises_an_error_without_it():
     for policy in (policies.oracle(), policies.bc(), policies.qmdp(), policies.lsvi()):
         with pytest.raises(ValueError, match="problem must be given"):
             policy.act((), [Step(None, state=0)])
-    with pytest.raises(ValueError, match="history must be steps with actions and, at the end, an open one"):
+    with pytest.raises(ValueError, match="problem must be given"):
         policies.oracle().act((), [Step(1, state=0)])
+    with pytest.raises(ValueError, match="history must be steps with actions and, at the end, an open one"):
+        FunctionPolicy(lambda demonstrations, history: [1.0]).act((), [Step(1, state=0)])

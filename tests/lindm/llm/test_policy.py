@@ -84,7 +84,7 @@ def test_a_state_can_be_continued_in_several_ways(micro):
     np.testing.assert_array_equal(following(0, 0.5), before)
     assert np.abs(other - before).max() > 1e-6
     history = [Step(0, state=0, reward=0.5), Step(None, state=1)]
-    np.testing.assert_allclose(policy.act(task.demonstrations, history, task.known.problem), before[0], atol=1e-6)
+    np.testing.assert_allclose(policy.act(task.demonstrations, history, task.known.problem).probabilities, before[0], atol=1e-6)
 
 
 # --- models by directory and by name ---------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_run_and_its_functions_give_the_same_results_by_name_and_by_directory(
     policy = load_policy(run)
 
     def function(demonstrations, history):
-        return policy.act(demonstrations, history)
+        return policy.act(demonstrations, history).probabilities
 
     actual = evaluate(SUITE, {"sft": policy, "function": function}, dataset=DATASET, data=tmp_path / "data")
     assert [result.gaps for result in actual] == [results[4].gaps] * 2
@@ -153,7 +153,7 @@ def test_a_model_reads_texts_as_it_was_trained(micro, run, tmp_path):
 def test_a_temperature_gives_the_models_own_probabilities(micro, run):
     (task, *_), _ = tasks_of(micro.mdp, 1)
     history = [Step(None, state=0)]
-    warm, cold = (load_policy(run, temperature=t).act(task.demonstrations, history) for t in (1.0, 0.0))
+    warm, cold = (load_policy(run, temperature=t).act(task.demonstrations, history).probabilities for t in (1.0, 0.0))
     assert cold.tolist() in ([1.0, 0.0], [0.0, 1.0]) and cold.argmax() == warm.argmax() and 0 < warm.min() < 0.5
     assert warm.sum() == pytest.approx(1)
     with pytest.raises(ValueError, match=r"problem must be given: the dataset that .* was trained on is not known, or is gone"):

@@ -1,0 +1,223 @@
+"""Histories as a user gives them: in the names of the problem, and checked against the problem.
+
+A history is the steps of an episode in progress, before its next action. As text it is a list of words:
+
+    MDP       state action state action ... state            the last state is the current one
+    POMDP     action observation action observation ...
+    APOMDP    action model observation ...                   the model that nature took
+
+Each word is a name, or a number from 0. Names with spaces are quoted.
+"""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lindm import validate
+from lindm.datasets.columns import Kind, sizes_of
+from lindm.errors import unknown
+from lindm.families.registry import NamedProblem
+from lindm.problems.apomdp import as_apomdp
+from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.belief import normalize
+from lindm.text import Step
+from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS
+from lindm.types import MDP, Problem
+
+WORDS: dict[Kind, tuple[str, ...]] = {
+    "mdp": ("state", "action"),
+    "pomdp": ("action", "observation"),
+    "apomdp": ("action", "model", "observation"),
+}
+"""The words of a step, in their order."""
+
+History = str | Sequence[Step | Mapping[str, Any]]
+"""Text as above; or steps, whose fields are numbers; or mappings with the same fields, which are names or numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemInfo:
+    """What is known of the problem of a decision."""
+
+    kind: Kind
+    horizon: float  # number of stages, or inf
+    sizes: Mapping[str, int]  # number of states, actions, observations and models, as far as the kind has them
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # the same, where they have names
+    problem: Problem | StationaryPOMDP | None = None  # None: a task of a suite that is not known
+
+    def words(self, part: str) -> Sequence[str]:
+        """The names of the states, actions, ..., or their numbers as text."""
+        return self.names.get(part) or tuple(map(str, range(self.sizes[part])))
+
+
+def problem_info(problem: Any) -> ProblemInfo:
+    """What is known of a problem.
+
+    Args:
+      problem: a problem with or without names, a `StationaryPOMDP`, a dataset (whose tasks may be different problems), or
+        what is known already.
+    """
+    if isinstance(problem, ProblemInfo):
+        return problem
+    names: dict[str, Sequence[str]] = {}
+    if isinstance(problem, NamedProblem | StationaryPOMDP):
+        names = {part: list(words) for part in SYMBOL_ARGUMENTS.values() if (words := getattr(problem, part, ()))}
+    if isinstance(problem, StationaryPOMDP):
+        sizes = {part: getattr(problem, f"num_{part}") for part in ("states", "actions", "observations")}
+        return ProblemInfo(kind="pomdp", horizon=math.inf, sizes=sizes, names=names, problem=problem)
+    if isinstance(problem, NamedProblem):
+        return replace(problem_info(problem.problem), names=names)
+    if hasattr(problem, "suite"):  # a dataset
+        sizes = {part: getattr(problem, f"num_{part}") for part in SYMBOL_ARGUMENTS.values()}
+        return ProblemInfo(kind=problem.kind, horizon=problem.horizon, sizes=sizes, names=problem.names)
+    about = sizes_of(problem)
+    sizes = {part: about[f"num_{part}"] for part in SYMBOL_ARGUMENTS.values() if f"num_{part}" in about}
+    return ProblemInfo(kind=about["kind"], horizon=about["horizon"], sizes=sizes, problem=problem)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def read_history(history: History, info: ProblemInfo) -> tuple[Step, ...]:
+    """The steps of a history. The last one is open: it has no action, and of an MDP it has the current state.
+
+    Raises:
+      ValueError: a word is no name of the problem, a field is missing or has no place, or no decision is left.
+    """
+    rows = _rows_of_text(history, info.kind) if isinstance(history, str) else list(history)
+    if info.kind != "mdp" and (not rows or _field(rows[-1], "action") is not None):
+        rows.append({})
+    steps = []
+    for t, row in enumerate(rows, start=1):
+        try:
+            steps.append(_step(row, info, last=t == len(rows)))
+        except ValueError as e:
+            raise ValueError(f"history: step {t}: {e}") from e
+    if not steps:
+        raise ValueError("history must have the current state of an MDP; got no step")
+    if len(steps) > info.horizon:
+        rule = f"at most {info.horizon - 1} steps before the next action, since the horizon is {info.horizon}"
+        raise ValueError(f"history must have {rule}; got {len(steps) - 1}")
+    return tuple(steps)
+
+
+def _rows_of_text(text: str, kind: Kind) -> list[Mapping[str, str]]:
+    try:
+        words = shlex.split(text)
+    except ValueError as e:
+        raise ValueError(f"history must be words, and a quotation mark must be closed ({e}); got {text[:60]!r}") from e
+    fields = WORDS[kind]
+    rows = [dict(zip(fields, words[i : i + len(fields)], strict=False)) for i in range(0, len(words), len(fields))]
+    wanted = 1 if kind == "mdp" else 0
+    if len(words) % len(fields) != wanted:
+        form = " ".join(fields)
+        rule = f"{form} ... and at the end the current state" if kind == "mdp" else f"{form}, again and again"
+        raise ValueError(f"history must be {rule}; got {len(words)} words{f', the last is {words[-1]!r}' if words else ''}")
+    return rows
+
+
+def _field(row: Step | Mapping[str, Any], name: str) -> Any:
+    return row.get(name) if isinstance(row, Mapping) else getattr(row, name, None)
+
+
+def _step(row: Step | Mapping[str, Any], info: ProblemInfo, last: bool) -> Step:
+    if not isinstance(row, Step | Mapping):
+        raise ValueError(f"a step must have the fields {', '.join(WORDS[info.kind])}; got {str(row)[:60]!r}")
+    if isinstance(row, Mapping) and (wrong := [name for name in row if name not in FIELDS]):
+        raise ValueError(unknown("a field of a step", str(wrong[0])[:60], FIELDS))
+    given = {name: value for name in FIELDS if (value := _field(row, name)) is not None}
+    wanted = WORDS[info.kind]
+    if last:
+        wanted = wanted[:1] if info.kind == "mdp" else ()
+    optional = {"reward"} if info.kind == "mdp" and not last else set()
+    if missing := [name for name in wanted if name not in given]:
+        raise ValueError(f"{missing[0]} must be given{' in the last step, the current one' if last else ''}; got {sorted(given)}")
+    if extra := sorted(given.keys() - set(wanted) - optional):
+        where = "in the last step, whose action is not taken yet" if last else f"in a history of this {info.kind.upper()}"
+        raise ValueError(f"{extra[0]} must be left out {where}; got {given[extra[0]]!r}")
+    numbers: dict[str, Any] = {name: _number(given[name], name, info, isinstance(row, Step)) for name in wanted}
+    if "reward" in given:
+        reward = given["reward"]
+        if isinstance(reward, bool) or not isinstance(reward, int | float | np.floating) or not math.isfinite(reward):
+            raise ValueError(f"reward must be a finite number; got {str(reward)[:60]!r}")
+        numbers["reward"] = float(reward)
+    return Step(**{"action": None} | numbers)
+
+
+def _number(value: Any, name: str, info: ProblemInfo, is_number: bool) -> int:
+    """The number of a name; `is_number`: the value is the number itself."""
+    words = info.words(SYMBOL_ARGUMENTS[name])
+    if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
+        raise ValueError(f"{name} must be a name or a whole number; got {str(value)[:60]!r}")
+    if is_number:
+        if not 0 <= int(value) < len(words):
+            raise ValueError(f"{name} must be a number from 0 to {len(words) - 1}; got {value}")
+        return int(value)
+    word = str(value)
+    return validate.index(word if len(word) <= 200 else f"{word[:200]}...", words, name)
+
+
+# --- the problem -------------------------------------------------------------------------------------------------------------
+
+
+def check_history(steps: Sequence[Step], info: ProblemInfo) -> tuple[tuple[Step, ...], np.ndarray | None]:
+    """The steps, of an MDP with the rewards that were not given, and the belief after them where the state is hidden.
+
+    The belief is [S]; at the start of an ambiguous problem it is [M, S], one for each model. Without a problem nothing is
+    checked, and there is no belief.
+
+    Raises:
+      ValueError: a state or an observation has the probability 0.
+    """
+    if info.problem is None:
+        return tuple(steps), None
+    if isinstance(info.problem, MDP):
+        return _check_states(steps, info, info.problem), None
+    if isinstance(info.problem, StationaryPOMDP):
+        beliefs = info.problem.rho[None]
+    else:
+        beliefs = np.asarray(as_apomdp(info.problem).models.rho)
+    for t, step in enumerate(steps[:-1]):
+        assert step.action is not None and step.observation is not None
+        P, O = _kernel(info.problem, t, step.model or 0, step.action)
+        joint = (beliefs[step.model or 0] @ P)[:, None] * O  # [S, O]
+        belief, mass = normalize(joint[:, step.observation])
+        if not mass > 0:
+            possible = [info.words("observations")[o] for o in np.flatnonzero(joint.sum(0) > 0)]
+            _impossible(t, "observation", step.observation, info, possible)
+        beliefs = np.broadcast_to(belief, beliefs.shape)
+    same = len(steps) > 1 or len(beliefs) == 1
+    return tuple(steps), beliefs[0] if same else beliefs
+
+
+def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[np.ndarray, np.ndarray]:
+    """P [S, S], sparse where the problem is, and O [S, O] of an action at stage t under model m."""
+    if isinstance(problem, StationaryPOMDP):
+        return problem.P[a], problem.O[a].toarray()
+    models = as_apomdp(problem).models
+    P, O = models.P[m], models.O[m]
+    return np.asarray(P[min(t, len(P) - 1), :, a]), np.asarray(O[min(t, len(O) - 1), a])
+
+
+def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP) -> tuple[Step, ...]:
+    P, r, law = np.asarray(problem.P), np.asarray(problem.r), np.asarray(problem.rho)
+    checked = []
+    for t, step in enumerate(steps):
+        assert step.state is not None
+        if not law[step.state] > 0:
+            _impossible(t, "state", step.state, info, [info.words("states")[s] for s in np.flatnonzero(law > 0)])
+        if step.action is not None:
+            law = P[min(t, len(P) - 1), step.state, step.action]
+            step = replace(step, reward=float(r[t, step.state, step.action])) if step.reward is None else step
+        checked.append(step)
+    return tuple(checked)
+
+
+def _impossible(t: int, name: str, number: int, info: ProblemInfo, possible: Sequence[str]) -> None:
+    got = info.words(SYMBOL_ARGUMENTS[name])[number]
+    some = ", ".join(possible[:12]) + (f", ... ({len(possible)} in all)" if len(possible) > 12 else "")
+    raise ValueError(f"history: step {t + 1}: the {name} {got!r} has the probability 0 there; possible: {some}")

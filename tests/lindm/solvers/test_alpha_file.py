@@ -1,0 +1,35 @@
+"""Files of alpha vectors: what is read, and what is refused with file and line."""
+
+import numpy as np
+import pytest
+
+from lindm.errors import DataError
+from lindm.solvers.alpha_file import read_alpha
+
+
+def test_a_file_of_pomdp_solve_is_read(tmp_path):
+    path = tmp_path / "a.alpha"
+    path.write_text("0\n19.5 -1e-3 \n\n2\n-3 4\n\n")
+    actions, vectors = read_alpha(path, 2, 3)
+    assert actions.tolist() == [0, 2]
+    np.testing.assert_array_equal(vectors, [[19.5, -0.001], [-3, 4]])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", ":1: expected an alpha vector with 2 numbers, one for each state; got an empty file"),
+        ("0\n1 2\n1\n3\n", ":4: expected an alpha vector with 2 numbers, one for each state; got 1 at the end"),
+        ("3\n1 2\n", ":1: expected the number of an action, from 0 to 2, before each vector of 2 numbers; got '3'"),
+        ("0\n1 2 3\n", ":2: expected the number of an action, from 0 to 2, before each vector of 2 numbers; got '3'"),
+        ("0\n1 two\n", ":2: expected a number of an alpha vector; got 'two'"),
+        ("0\n1 nan\n", ": alpha vectors must be finite; vector 1 is not"),
+        ("0\n1 1e999\n", ": alpha vectors must be finite; vector 1 is not"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.alpha"
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        read_alpha(path, 2, 3)
+    assert str(error.value) == f"{path}{message}"
