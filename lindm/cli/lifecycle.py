@@ -51,6 +51,7 @@ LIFECYCLES: dict[str, Lifecycle] = {
         writes="training run",
     ),
     "eval": Lifecycle(stop="starts over", phases=("import", "reading", "compiling", "evaluating", "saving"), writes="evaluation"),
+    "act": Lifecycle(stop="starts over", phases=("import", "reading", "compiling")),
     "export": Lifecycle(stop="starts over", phases=("import", "reading", "exporting"), writes="model"),
     "check": Lifecycle(stop="starts over", phases=("import", "reading")),
     "doctor": Lifecycle(stop="starts over", phases=("import", "reading")),

@@ -36,7 +36,7 @@ DESCRIPTION = (
 GROUPS = {
     "Claims and experiments": ("verify", "run", "theory", "plot", "report"),
     "Decision problems and data": ("solve", "data"),
-    "Language models and policies": ("model", "sft", "eval", "export"),
+    "Language models and policies": ("model", "sft", "eval", "act", "export"),
     "Machines and files": ("doctor", "check", "plan", "launch", "bench"),
 }
 NAMES = tuple(name for names in GROUPS.values() for name in names)

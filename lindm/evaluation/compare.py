@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lindm.datasets import Dataset, DatasetConfig, make_dataset
+from lindm.datasets import Dataset, DatasetConfig, Task, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
 from lindm.evaluation.environments import PolicyTask, check_memory, double_precision, make_tasks
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
@@ -19,6 +19,7 @@ from lindm.evaluation.policies.registry import default_policies, kind_of, make_p
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.temporaries import scratch_directory
+from lindm.text import Step
 from lindm.types import Problem
 
 SEED = 1_000_000  # of the tasks; far from the seeds of training data, so that the tasks are new
@@ -110,12 +111,16 @@ def evaluate(
 
 def read_tasks(dataset: Dataset, effort: int | None = None) -> list[PolicyTask]:
     """The tasks of a dataset; their demonstrations contain all observed fields and the rewards. `effort`: as in `environment`."""
-    shown = STEP_FIELDS if dataset.kind == "mdp" else STEP_FIELDS - {"state"}
     dataset.load()
     with double_precision():
         problems = dataset.problems()
-    demonstrations = [[episode.steps(shown) for episode in task.demonstrations] for task in dataset]
-    return make_tasks(problems, demonstrations, dataset.names, effort=effort)
+    return make_tasks(problems, [visible_demonstrations(task) for task in dataset], dataset.names, effort=effort)
+
+
+def visible_demonstrations(task: Task) -> list[tuple[Step, ...]]:
+    """The demonstrations of a task of a dataset as policies see them, with all observed fields and the rewards."""
+    shown = STEP_FIELDS if task.kind == "mdp" else STEP_FIELDS - {"state"}
+    return [episode.steps(shown) for episode in task.demonstrations]
 
 
 def describe(source: Suite | NamedProblem | Problem) -> dict[str, Any]:

@@ -13,20 +13,21 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from lindm import validate
 from lindm.datasets.columns import Kind, sizes_of
 from lindm.errors import unknown
+from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
 from lindm.problems.apomdp import as_apomdp
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.belief import normalize
 from lindm.text import Step
 from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS
-from lindm.types import MDP, Problem
+from lindm.types import APOMDP, MDP, POMDP, Problem
 
 WORDS: dict[Kind, tuple[str, ...]] = {
     "mdp": ("state", "action"),
@@ -175,23 +176,23 @@ def check_history(steps: Sequence[Step], info: ProblemInfo) -> tuple[tuple[Step,
     """
     if info.problem is None:
         return tuple(steps), None
-    if isinstance(info.problem, MDP):
-        return _check_states(steps, info, info.problem), None
-    if isinstance(info.problem, StationaryPOMDP):
-        beliefs = info.problem.rho[None]
-    else:
-        beliefs = np.asarray(as_apomdp(info.problem).models.rho)
+    with double_precision():
+        if isinstance(info.problem, MDP):
+            return _check_states(steps, info, info.problem), None
+        return tuple(steps), _belief(steps, info, info.problem)
+
+
+def _belief(steps: Sequence[Step], info: ProblemInfo, problem: POMDP | APOMDP | StationaryPOMDP) -> np.ndarray:
+    beliefs = problem.rho[None] if isinstance(problem, StationaryPOMDP) else np.asarray(as_apomdp(problem).models.rho)
     for t, step in enumerate(steps[:-1]):
         assert step.action is not None and step.observation is not None
-        P, O = _kernel(info.problem, t, step.model or 0, step.action)
+        P, O = _kernel(problem, t, step.model or 0, step.action)
         joint = (beliefs[step.model or 0] @ P)[:, None] * O  # [S, O]
         belief, mass = normalize(joint[:, step.observation])
         if not mass > 0:
-            possible = [info.words("observations")[o] for o in np.flatnonzero(joint.sum(0) > 0)]
-            _impossible(t, "observation", step.observation, info, possible)
+            _impossible(t, "observation", step.observation, info, joint.sum(0))
         beliefs = np.broadcast_to(belief, beliefs.shape)
-    same = len(steps) > 1 or len(beliefs) == 1
-    return tuple(steps), beliefs[0] if same else beliefs
+    return beliefs[0] if len(steps) > 1 or len(beliefs) == 1 else beliefs
 
 
 def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +210,7 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP) -> tup
     for t, step in enumerate(steps):
         assert step.state is not None
         if not law[step.state] > 0:
-            _impossible(t, "state", step.state, info, [info.words("states")[s] for s in np.flatnonzero(law > 0)])
+            _impossible(t, "state", step.state, info, law)
         if step.action is not None:
             law = P[min(t, len(P) - 1), step.state, step.action]
             step = replace(step, reward=float(r[t, step.state, step.action])) if step.reward is None else step
@@ -217,7 +218,8 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP) -> tup
     return tuple(checked)
 
 
-def _impossible(t: int, name: str, number: int, info: ProblemInfo, possible: Sequence[str]) -> None:
-    got = info.words(SYMBOL_ARGUMENTS[name])[number]
+def _impossible(t: int, name: str, number: int, info: ProblemInfo, law: np.ndarray) -> NoReturn:
+    words = info.words(SYMBOL_ARGUMENTS[name])
+    possible = [words[i] for i in np.flatnonzero(law > 0)]
     some = ", ".join(possible[:12]) + (f", ... ({len(possible)} in all)" if len(possible) > 12 else "")
-    raise ValueError(f"history: step {t + 1}: the {name} {got!r} has the probability 0 there; possible: {some}")
+    raise ValueError(f"history: step {t + 1}: the {name} {words[number]!r} has the probability 0 there; possible: {some}")

@@ -11,6 +11,7 @@ JSON_FILE = 64 * MIB  # configurations, manifests, indexes: the index of a model
 TOKENIZER_FILE = 256 * MIB  # tokenizer.json and its companions: a vocabulary of 260,000 tokens has 35 MiB
 LINES_FILE = 16 * GIB  # JSON lines: examples are kept in memory, so more would not fit on a host
 LINE = 64 * MIB  # one of these lines: a task with tables of a million numbers has 20 MiB
+QUESTION = MIB  # one line of questions to a policy: a history of ten thousand steps
 TEXT_TEMPLATE_FILE = 256 * KIB  # templates of documents: ten thousand names of states; TOML takes quadratic time
 POMDP_FILE = 256 * MIB  # ten million numbers, one entry each
 POMDP_TABLE = 50_000_000  # numbers of one table (400 MB)

@@ -44,20 +44,9 @@ class PoliciesByName(Mapping[str, Policy]):
         self.names, self.dataset = tuple(names), dataset
         self.options: dict[str, Any] = {"template": template, "rewards": rewards}
         for name in names:
-            kind, colon, path = name.partition(":")
-            if not colon:
-                check_name(name, source)
-                continue
-            if kind not in ("icl", "sft") or not path:
-                raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
-            if kind == "sft" and run_options(Path(path)) is None:
-                raise DataError(f"policy {name}: {path} holds no run of `lindm sft`")
-            try:
-                model_directory(Path(path))
-            except DataError as e:
-                raise DataError(f"policy {name}: {e.message}") from e
-            if kind == "sft":
-                check_not_trained_on(Path(path), source, dataset)
+            check_policy(name, source)
+            if name.startswith("sft:"):
+                check_not_trained_on(Path(name.removeprefix("sft:")), source, dataset)
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"policy must be given once; got {twice[0]!r} twice")
         if rewards is not None:
@@ -69,16 +58,51 @@ class PoliciesByName(Mapping[str, Policy]):
     def __getitem__(self, name: str) -> Policy:
         if name not in self.names:
             raise KeyError(name)
-        path = name.partition(":")[2]
-        if path:
-            return load_policy(path, name=f"policy {name}", **self.options)
-        return make_policy(name, self.source, self.dataset)
+        return policy_by_name(name, self.source, self.dataset, **self.options)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def check_policy(name: str, source: Suite | NamedProblem | Problem | None) -> None:
+    """Raise an error unless tasks of a source have a policy of this name. Without a source only language models are policies.
+
+    Raises:
+      ValueError: there is no such policy. DataError: the model is not there.
+    """
+    kind, colon, path = name.partition(":")
+    if not colon:
+        if source is None:
+            raise ValueError(f"PROBLEM must be given for the policy {name!r}, which computes from it")
+        return check_name(name, source)
+    if kind not in ("icl", "sft") or not path:
+        raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
+    if kind == "sft" and run_options(Path(path)) is None:
+        raise DataError(f"policy {name}: {path} holds no run of `lindm sft`")
+    try:
+        model_directory(Path(path))
+    except DataError as e:
+        raise DataError(f"policy {name}: {e.message}") from e
+
+
+def policy_by_name(
+    name: str,
+    source: Suite | NamedProblem | Problem | None,
+    dataset: DatasetConfig,
+    *,
+    template: str | None = None,
+    rewards: str | None = None,
+    temperature: float = 0.0,
+) -> Policy:
+    """The policy of this name; a language model is read. Options as of `load_policy`, errors as of `check_policy`."""
+    check_policy(name, source)
+    if path := name.partition(":")[2]:
+        return load_policy(path, name=f"policy {name}", template=template, rewards=rewards, temperature=temperature)
+    assert source is not None
+    return make_policy(name, source, dataset)
 
 
 def check_not_trained_on(run: Path, source: Suite | NamedProblem | Problem, dataset: DatasetConfig) -> None:

@@ -85,6 +85,10 @@ COMMANDS = {
             "saving": "lindm.io.files:write_json",
         },
     ),
+    "act": (
+        ["act", "oracle", str(TIGER), "--horizon", "3", "--history", ""],
+        {"import": "jax:", "reading": POMDP, "compiling": "!compiling"},
+    ),
     "export": (
         ["export", "model", "--out", "again"],
         {"import": "jax:", "reading": CONFIG, "exporting": "lindm.llm.io.safetensors_files:write_shards"},

@@ -1,0 +1,63 @@
+"""What `Policy.act` takes beside a problem and a history: demonstrations of the user's own, and saved alpha vectors."""
+
+from pathlib import Path
+from typing import Any
+
+from lindm.datasets import read_episodes
+from lindm.errors import DataError
+from lindm.evaluation.history import WORDS, problem_info
+from lindm.evaluation.policies.alpha_vectors import AlphaVectors
+from lindm.evaluation.policy import Episodes
+from lindm.problems.stationary import StationaryPOMDP
+from lindm.text import Step
+from lindm.text.grammar import SYMBOL_ARGUMENTS
+
+
+def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
+    """Demonstrations for `act` from a file of episodes, which ends in .csv or .jsonl.
+
+    A row is a step with the columns `episode`, `step` and `action`, and with those that a policy may see: `state` of an MDP,
+    `observation` and `model` otherwise, and `reward` (optional). Other columns are not used. Names and numbers are those of the
+    problem.
+
+    Args:
+      problem: as of `act`; or a dataset, whose names and sizes they then have.
+
+    Raises:
+      DataError: the file cannot be read, or a row of it is wrong; names the file and the line.
+
+    >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=2)
+    >>> rows = ["episode,step,action,observation", "a,0,listen,hear-left", "a,1,open-right,hear-left"]
+    >>> written = open("episodes.csv", "w").write("\\n".join(rows))
+    >>> ld.policies.bc().act(ld.read_demonstrations("episodes.csv", tiger), "listen hear-left", tiger).action
+    'open-right'
+    """
+    info = problem_info(problem)
+    observed = [name for name in WORDS[info.kind] if name != "action"]
+    names = {SYMBOL_ARGUMENTS[name]: info.words(SYMBOL_ARGUMENTS[name]) for name in WORDS[info.kind]}
+    read = read_episodes(path, names, required=observed)
+    demonstrations = []
+    for steps, line in zip(read.episodes, read.lines, strict=True):
+        taken = [step for step in steps if step.action is not None]  # the last row may have a state alone
+        if len(taken) > info.horizon:
+            raise DataError(f"{path}:{line}: an episode must have at most {info.horizon} steps, the horizon; got {len(taken)}")
+        seen = ({name: getattr(step, name) for name in ("action", *observed, "reward")} for step in taken)
+        demonstrations.append(tuple(Step(**fields) for fields in seen))
+    return demonstrations
+
+
+def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVectors:
+    """The policy of alpha vectors in a file of `StationarySolution.save`, or of pomdp-solve.
+
+    Args:
+      problem: of which the vectors are.
+
+    Raises:
+      DataError: the file cannot be read, or holds no alpha vectors of a problem of these sizes; names the file and the line.
+
+    >>> tiger = ld.read_stationary_pomdp("tiger.pomdp")
+    >>> ld.solve_stationary(tiger).save("tiger.alpha")
+    >>> ld.load_alpha_vectors("tiger.alpha", tiger).act((), "listen hear-left listen hear-left").action
+    'open-right'
+    """
+    return AlphaVectors.read(Path(path), problem)

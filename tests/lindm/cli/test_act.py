@@ -1,0 +1,272 @@
+"""`lindm act`: one decision on the command line, lines of JSON, a dialog; and every wrong input is named."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import lindm as ld
+from lindm.cli.main import main
+from lindm.datasets import Dataset
+from lindm.io import limits
+from lindm.llm.sft import trainer
+from lindm.llm.sft.options import SFTConfig
+
+TIGER = "tests/lindm/problems/files/tiger.pomdp"
+ORACLE = ["act", "oracle", TIGER, "--horizon", "3"]
+
+
+def asked(capsys, *words):
+    """The answer to one question as JSON."""
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *words):
+    """The exit code and the message of an error."""
+    code = main(list(words))
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("lindm: error: ") and err.count("\n") == 1
+    return code, err.removeprefix("lindm: error: ").strip()
+
+
+class Stdin(io.TextIOWrapper):
+    """A standard input with these bytes; a terminal or not."""
+
+    def __init__(self, content: bytes = b"", terminal: bool = False):
+        super().__init__(io.BytesIO(content))
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+def lines(monkeypatch, capsys, content, *words):
+    """The exit code, the answers to lines on the standard input, and what stands on the standard error."""
+    monkeypatch.setattr(sys, "stdin", Stdin(content if isinstance(content, bytes) else content.encode()))
+    code = main(list(words))
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+# --- policies and problems ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_has_the_action_its_probability_the_values_and_the_belief(capsys):
+    found = asked(capsys, *ORACLE, "--history", "listen hear-left")
+    assert found["action"] == "listen" and found["stage"] == 1
+    assert found["probabilities"] == {"listen": 1.0, "open-left": 0.0, "open-right": 0.0}
+    np.testing.assert_allclose(list(found["belief"].values()), [0.85, 0.15], rtol=1e-12)
+    # two decisions are left, discounted from the start: listen again, or open and then listen once more
+    wanted = {"open-left": 0.95 * (-100 * 0.85 + 10 * 0.15) - 0.9025, "open-right": 0.95 * (10 * 0.85 - 100 * 0.15) - 0.9025}
+    for action, value in wanted.items():
+        assert found["Q"][action] == pytest.approx(value, rel=1e-12)
+
+
+def test_the_page_has_the_same_numbers(capsys):
+    assert main([*ORACLE, "--history", "listen hear-left"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == ["next action  listen", "belief       left 0.8500, right 0.1500", "action      probability  Q"]
+    assert [row.split()[:2] for row in out[3:]] == [["listen", "1.0000"], ["open-left", "0.0000"], ["open-right", "0.0000"]]
+
+
+def test_saved_solutions_are_policies(capsys, tmp_path):
+    problem = ld.read_pomdp(TIGER, horizon=3)
+    ld.solve(problem).save(tmp_path / "tiger.npz")
+    history = ["--history", "listen hear-left"]
+    assert asked(capsys, "act", str(tmp_path / "tiger.npz"), *history) == asked(capsys, *ORACLE, *history)
+    solution = ld.solve_stationary(ld.read_stationary_pomdp(TIGER), tolerance="1%")
+    solution.save(tmp_path / "tiger.alpha")
+    found = asked(capsys, "act", str(tmp_path / "tiger.alpha"), TIGER, *history)
+    belief = np.array([0.85, 0.15])
+    assert found["action"] == problem.actions[solution.act(belief)] and "upper" not in found and "Q" not in found
+    assert max(v for v in found["lower"].values() if v is not None) == pytest.approx((solution.vectors @ belief).max())
+
+
+def test_a_dataset_gives_the_problem_the_names_and_the_demonstrations(capsys, micro):
+    task = Dataset(micro.mdp).load()[1]
+    steps = [step for episode in task.demonstrations for step in episode.steps()]
+    for s in range(task.num_states):
+        found = asked(capsys, "act", "bc", str(micro.mdp), "--task", "1", "--history", str(s))
+        counts = np.bincount([x.action for x in steps if x.state == s] or [x.action for x in steps], minlength=task.num_actions)
+        assert found["action"] == int(counts.argmax())
+    assert "Q" in asked(capsys, "act", "lsvi", str(micro.mdp), "--history", "0")
+
+
+def test_demonstrations_of_ones_own_take_the_place_of_those_of_a_dataset(capsys, micro, tmp_path):
+    for action in (0, 1):
+        rows = [f"{e},{t},{s},{action},0.5" for e in range(2) for t, s in enumerate((0, 1, 0))]
+        (tmp_path / "mine.csv").write_text("\n".join(["episode,step,state,action,reward", *rows]))
+        mine = ["--demonstrations", str(tmp_path / "mine.csv"), "--history", "0"]
+        assert asked(capsys, "act", "bc", str(micro.mdp), *mine)["action"] == action
+
+
+@pytest.fixture(scope="module")
+def run(micro, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    trainer.train(SFTConfig(model=micro.model, data=micro.mdp, out=out, steps=1, eval_tasks=0))
+    return out
+
+
+def test_a_language_model_gives_the_probability_of_every_action(capsys, micro, run):
+    task = Dataset(micro.mdp).load()[0]
+    demonstrations = [episode.steps(("state", "reward")) for episode in task.demonstrations]
+    words = ["act", f"sft:{run}", str(micro.mdp), "--history", "0 1 0"]
+    warm, hot = asked(capsys, *words), asked(capsys, *words, "--temperature", "2")
+    problem = task.problem()
+    p = ld.load_policy(run, temperature=1.0).act(demonstrations, "0 1 0", problem).probabilities
+    np.testing.assert_allclose(list(warm["probabilities"].values()), p, rtol=1e-6)
+    root = np.sqrt(p) / np.sqrt(p).sum()
+    np.testing.assert_allclose(list(hot["probabilities"].values()), root, rtol=1e-5)
+    assert warm["action"] == int(p.argmax()) and isinstance(warm["invalid"], bool) and p.min() > 0
+
+
+def test_a_run_knows_its_own_names_and_sizes_and_warns_where_it_has_no_demonstrations(capsys, run):
+    assert main(["act", f"sft:{run}", "--history", "0", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert set(json.loads(out)["probabilities"]) == {"0", "1"}
+    assert "warning: the model was trained with 2 demonstrations of each task, and is asked without any" in err
+    assert main(["act", f"sft:{run}", "--history", "7"]) == 2
+    assert "history: step 1: state must be one of 0, 1" in capsys.readouterr().err
+
+
+def test_a_context_that_is_too_long_is_refused(capsys, micro, run, tmp_path):
+    rows = [f"{e},{t},0,1,0.125" for e in range(40) for t in range(3)]
+    (tmp_path / "long.csv").write_text("\n".join(["episode,step,state,action,reward", *rows]))
+    words = ["act", f"sft:{run}", str(micro.mdp), "--demonstrations", str(tmp_path / "long.csv"), "--history", "0"]
+    code, message = refused(capsys, *words)
+    assert code == 3 and "texts must have at most the 256 tokens of the model; the longest has about" in message
+
+
+# --- lines of JSON -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_one_decision_with_its_id(monkeypatch, capsys):
+    questions = [
+        {"history": "", "id": "first"},
+        {"history": [{"action": "listen", "observation": 0}], "id": 2},
+        {"history": "0 0"},
+    ]
+    code, answers, _ = lines(monkeypatch, capsys, "\n".join(map(json.dumps, questions)) + "\n\n", *ORACLE)
+    assert code == 0 and [a.get("id") for a in answers] == ["first", 2, None]
+    assert answers[0] == {"id": "first"} | asked(capsys, *ORACLE, "--history", "")
+    assert (
+        {**answers[1], "id": 0} == {**answers[2], "id": 0} == {"id": 0} | asked(capsys, *ORACLE, "--history", "listen hear-left")
+    )
+
+
+@pytest.mark.fault("F32")
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"x", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"1" * 10_000, "not JSON"),
+        (b"[]", "a question must be an object such as"),
+        (b'{"id": 1}', "a question must be an object such as"),
+        (b'{"history": 3}', "history must be text or a list of steps; got '3'"),
+        (b'{"history": [[]]}', "history: step 1: a step must have the fields action, observation; got '[]'"),
+        (b'{"history": [{"action": {}, "observation": 0}]}', "action must be a name or a whole number; got '{}'"),
+        (b'{"history": [{"action": 1e999, "observation": 0}]}', "action must be a name or a whole number; got 'inf'"),
+        (b'{"history": [{"action": "\\ud800", "observation": 0}]}', "action must be one of listen"),
+        (b'{"history": "\\u0000 0"}', "action must be one of listen"),
+        (b'{"history": "listen hear-left"' + b" " * limits.QUESTION + b"}", "a question must have at most 1,048,576 bytes"),
+        (b'{"history": "' + b"listen hear-left " * 50_000 + b'"}', "history must have at most 2 steps"),
+        (
+            b'{"history": "", "histroy": ""}',
+            "got 'histroy'; did you mean history?",
+        ),
+        (b'{"history": "", "id": NaN}', "id must be text or a whole number; got 'nan'"),
+    ],
+)
+def test_a_wrong_line_is_answered_by_its_error_and_the_next_one_is_answered(monkeypatch, capsys, line, message):
+    code, answers, err = lines(monkeypatch, capsys, line + b'\n{"history": ""}\n', *ORACLE)
+    assert code == 3 and "1 of 2 questions had an error" in err
+    assert answers[0].keys() <= {"id", "error"} and message in answers[0]["error"]
+    assert len(answers[0]["error"]) < 400 and answers[1]["action"] == "listen"
+
+
+def test_an_empty_input_and_no_history_is_an_error_of_usage(monkeypatch, capsys):
+    code, answers, err = lines(monkeypatch, capsys, "\n", *ORACLE)
+    assert (code, answers) == (2, []) and "--history must be given, or lines such as" in err
+
+
+# --- the dialog --------------------------------------------------------------------------------------------------------------
+
+
+def talk(monkeypatch, capsys, entered, *words):
+    """What a dialog shows; `entered` are the answers to its questions, and then the input ends."""
+    prompts, answers = [], iter(entered)
+
+    def ask(prompt):
+        prompts.append(prompt)
+        if (word := next(answers, None)) is None:
+            raise EOFError
+        return word
+
+    monkeypatch.setattr(sys, "stdin", Stdin(terminal=True))
+    monkeypatch.setattr("builtins.input", ask)
+    assert main(list(words)) == 0
+    return prompts, capsys.readouterr().out
+
+
+def test_a_dialog_asks_for_what_was_done_and_observed_until_the_horizon(monkeypatch, capsys):
+    entered = ["", "hear-lft", "hear-left", "open-left", "1"]
+    prompts, out = talk(monkeypatch, capsys, entered, *ORACLE)
+    question = "observation (hear-left, hear-right): "
+    assert prompts == ["action [listen]: ", question, question, "action [listen]: ", question]
+    assert "got 'hear-lft'; did you mean hear-left" in out and out.endswith("This was the last decision.\n")
+    assert out.count("next action") == 3 and "belief       left 0.8500, right 0.1500" in out
+
+
+def test_a_dialog_about_an_mdp_asks_for_states_and_ends_with_the_input(monkeypatch, capsys, micro):
+    prompts, out = talk(monkeypatch, capsys, ["9", "0", "1"], "act", "oracle", str(micro.mdp))
+    assert [p.split()[0] for p in prompts] == ["state", "state", "action", "state"]
+    assert "state must be one of 0, 1" in out and out.count("next action") == 1
+
+
+def test_a_dialog_asks_again_after_what_is_impossible(monkeypatch, capsys):
+    prompts, out = talk(monkeypatch, capsys, ["defer", "JH", "psa-1-positive"], "act", "qmdp", "prostate", "--horizon", "2")
+    assert "the observation 'psa-1-positive' has the probability 0 there; possible: psa-1-null" in out
+    assert [p.split()[0] for p in prompts] == ["action", "model", "observation", "action"]
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, code, message",
+    [
+        ("oracl TIGER --horizon 3", 2, "got 'oracl'; did you mean oracle?"),
+        ("oracle TIGER", 2, "--horizon must be given for a problem"),
+        ("oracle", 2, "PROBLEM must be given for the policy 'oracle', which computes from it"),
+        ("oracle nowhere --horizon 3", 2, "'nowhere' is neither a file nor a problem"),
+        ("lsvi TIGER --horizon 3", 2, "for a POMDP; got 'lsvi'"),
+        ("oracle TIGER --horizon 3 --task 1", 2, "--task needs a directory of `lindm data make` as PROBLEM; got 1"),
+        ("oracle TIGER --horizon 3 --temperature 2", 2, "--temperature is an option of language models; got 2.0"),
+        ("sft:nowhere TIGER --horizon 3", 3, "policy sft:nowhere: nowhere holds no run of `lindm sft`"),
+        ("nowhere.npz", 3, "cannot read nowhere.npz"),
+        ("nowhere.alpha TIGER", 3, "cannot read nowhere.alpha"),
+        ("nowhere.npz TIGER", 2, "PROBLEM must be left out: nowhere.npz has its own"),
+        ("nowhere.alpha TIGER --horizon 3", 2, "--horizon does not apply to the solution nowhere.alpha; got 3"),
+        ("bc TIGER --horizon 3", 2, "demonstrations must be given: this policy computes from them; got none"),
+        ("bc TIGER --horizon 3 --demonstrations none.csv", 3, "cannot read none.csv"),
+        ("oracle TIGER --horizon 3 --history listen", 2, "history must be action observation, again and again; got 1 words"),
+        ("oracle TIGER --horizon 60", 2, "horizon must be short enough that all histories fit in 2 GiB"),
+    ],
+)
+def test_wrong_words_raise_an_error_of_one_line(capsys, words, code, message):
+    given = words.replace("TIGER", TIGER).split()
+    found, said = refused(capsys, "act", *given, *([] if "--history" in given else ["--history", ""]))
+    assert found == code and message in said
+
+
+def test_demonstrations_longer_than_the_horizon_are_refused_with_their_line(capsys, tmp_path):
+    rows = ["episode,step,action,observation", *(f"a,{t},listen,hear-left" for t in range(4))]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    mine = ["--demonstrations", str(tmp_path / "log.csv"), "--history", ""]
+    code, said = refused(capsys, "act", "bc", TIGER, "--horizon", "3", *mine)
+    assert code == 3 and said == f"{tmp_path}/log.csv:2: an episode must have at most 3 steps, the horizon; got 4"
