@@ -26,9 +26,10 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
     Raises:
       DataError: the file cannot be read, or a row of it is wrong; names the file and the line.
 
+    >>> from pathlib import Path
     >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=2)
     >>> rows = ["episode,step,action,observation", "a,0,listen,hear-left", "a,1,open-right,hear-left"]
-    >>> written = open("episodes.csv", "w").write("\\n".join(rows))
+    >>> written = Path("episodes.csv").write_text("\\n".join(rows))
     >>> ld.policies.bc().act(ld.read_demonstrations("episodes.csv", tiger), "listen hear-left", tiger).action
     'open-right'
     """

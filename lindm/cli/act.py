@@ -1,7 +1,6 @@
 """`lindm act`: ask a policy what to do next."""
 
 import itertools
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lindm.choices import Rewards
 from lindm.cli.option_parser import Command, Positional
+from lindm.cli.problems import FAMILY_OPTIONS, FamilyOptions, one_problem, problem_or_suite, warnings_as_lines
 from lindm.errors import DataError, UsageError, unknown
 from lindm.evaluation.policies.registry import help_table
 from lindm.io import inputs, limits
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Act:
+class Act(FamilyOptions):
     """Ask a policy what to do next. The answer has the action, the probability of every action, the action values or bounds that
     the policy computes, and the belief over a hidden state. The history is given by --history. Without it, each line of the
     standard input is one question as JSON, {"history": ...}, and each line of the output its answer; on a terminal, observations
@@ -30,8 +30,8 @@ class Act:
     policy: Annotated[str, Positional("POLICY")]
     """A policy of the list below, or the file of a saved solution."""
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")] = ()
-    """A .pomdp file (several are the models of an ambiguous POMDP), prostate, or a directory of `lindm data make`. It may be left
-    out for a solution in a file .npz, and for a language model that `lindm sft` trained."""
+    """A .pomdp file (several are the models of an ambiguous POMDP), a family, such as prostate, or a directory of `lindm data
+    make`. It may be left out for a solution in a file .npz, and for a language model that `lindm sft` trained."""
     history: str | None = None
     """The episode so far, in the problem's names or numbers: "action observation action observation"; of an ambiguous POMDP
     "action model observation ..."; of an MDP "state action state", ending in the current state. "" before the first action."""
@@ -41,11 +41,13 @@ class Act:
     task: int = 0
     """Number of the task, where PROBLEM is a directory."""
     horizon: int | None = None
-    """Number of stages; required for a .pomdp file, except with a file .alpha."""
+    """Number of stages; required for a .pomdp file, except with a file .alpha. [default: the family's]"""
     discount: float | None = None
-    """Discount factor, in place of the file's."""
+    """Discount factor, in place of the file's or the family's."""
     alpha: float | None = None
     """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    seed: int | None = None
+    """Seed of the parameters of a family. [default: 0]"""
     temperature: float | None = None
     """Of the probabilities of a language model: the reported ones are proportional to p(action)^(1/temperature). [default: 1]"""
     template: str | None = None
@@ -80,8 +82,8 @@ def decision_maker(options: Act) -> "DecisionMaker":
     from lindm.api.decisions import read_demonstrations
     from lindm.evaluation.policy import DecisionMaker
 
-    suffix = Path(options.policy).suffix
-    policy, problem, demonstrations = solution(options) if suffix in (".npz", ".alpha") else named(options)
+    saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha")
+    policy, problem, demonstrations = solution(options) if saved else named(options)
     if options.demonstrations is not None:
         about = problem if problem is not None else getattr(policy, "problem", None)
         if about is None:
@@ -94,17 +96,20 @@ def decision_maker(options: Act) -> "DecisionMaker":
     return DecisionMaker(policy, demonstrations, problem)
 
 
+TEXT = ("temperature", "template", "rewards")
+OF_PROBLEMS = ("horizon", "discount", "alpha", "seed", *FAMILY_OPTIONS)
+
+
 def solution(options: Act) -> tuple[Any, Any, Any]:
-    """The policy, the problem and the demonstrations of a file of a saved solution."""
+    """The policy, the problem (None: the policy's own) and the demonstrations of a file of a saved solution."""
     from lindm.api.decisions import load_alpha_vectors
     from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import load_solution
-    from lindm.cli.problems import warnings_as_lines
 
-    refuse(options, ("demonstrations", "horizon", "alpha", *TEXT), f"does not apply to the solution {options.policy}")
     path = Path(options.policy)
+    without = [name for name in OF_PROBLEMS if name != "discount" or path.suffix == ".npz"]
+    refuse(options, ("demonstrations", *without, *TEXT), f"does not apply to the solution {path}")
     if path.suffix == ".npz":
-        refuse(options, ("discount",), f"does not apply to the solution {path}")
         if options.problem:
             raise UsageError(f"PROBLEM must be left out: {path} has its own; got {options.problem[0]!r}")
         return load_solution(path).policy, None, ()
@@ -117,45 +122,50 @@ def solution(options: Act) -> tuple[Any, Any, Any]:
 
 def named(options: Act) -> tuple[Any, Any, Any]:
     """The policy of a name, the problem (None: the policy's own) and the demonstrations of its task."""
-    from lindm.cli.problems import read_problem
-    from lindm.datasets import Dataset, DatasetConfig, is_dataset
-    from lindm.evaluation.compare import visible_demonstrations
-    from lindm.evaluation.environments import double_precision
-    from lindm.families.registry import NamedProblem
-    from lindm.families.suites import Suite
+    from lindm.datasets import DatasetConfig, is_dataset
     from lindm.llm.named_policies import policy_by_name
 
-    source, problem, demonstrations, config = None, None, (), DatasetConfig(tasks=1)
-    if options.task and not (len(options.problem) == 1 and is_dataset(Path(options.problem[0]))):
-        raise UsageError(f"--task needs a directory of `lindm data make` as PROBLEM; got {options.task}")
-    if len(options.problem) == 1 and is_dataset(Path(options.problem[0])):
-        refuse(options, ("horizon", "discount", "alpha"), "does not apply to a dataset, whose problems are made")
-        dataset = Dataset(Path(options.problem[0]))
-        if not 0 <= options.task < len(dataset):
-            rule = f"a number from 0 to {len(dataset) - 1}, a task of {dataset.directory}"
-            raise UsageError(f"--task must be {rule}; got {options.task}")
-        task = next(itertools.islice(dataset, options.task, None))
-        with double_precision():
-            problem = NamedProblem(problem=task.problem(), **{part: tuple(words) for part, words in dataset.names.items()})
-        source = problem if dataset.suite is None else Suite(**dataset.suite)
-        demonstrations, config = visible_demonstrations(task), dataset.config
-    elif options.problem:
-        if options.horizon is None:
-            raise UsageError("--horizon must be given for a problem")
-        source = problem = read_problem(options.problem, options.horizon, options.discount, options.alpha)
-    else:
-        refuse(options, ("horizon", "discount", "alpha"), "needs a PROBLEM")
     if ":" not in options.policy:
         refuse(options, TEXT, "is an option of language models")
+    source, problem, demonstrations, config = None, None, (), DatasetConfig(tasks=1)
+    if len(options.problem) == 1 and is_dataset(Path(options.problem[0])):
+        source, problem, demonstrations, config = of_dataset(options)
+    elif options.task:
+        raise UsageError(f"--task needs a directory of `lindm data make` as PROBLEM; got {options.task}")
+    elif options.problem:
+        source = problem = one_problem(options)
+        if options.policy == "layer":  # it is trained on other tasks of the family
+            source = problem_or_suite(options)
+    else:
+        refuse(options, OF_PROBLEMS, "needs a PROBLEM")
     text = {name: getattr(options, name) for name in ("template", "rewards")}
     temperature = 1.0 if options.temperature is None else options.temperature
     return policy_by_name(options.policy, source, config, temperature=temperature, **text), problem, demonstrations
 
 
-TEXT = ("temperature", "template", "rewards")
+def of_dataset(options: Act) -> tuple[Any, Any, Any, Any]:
+    """Source, problem, demonstrations and config of a task of a dataset."""
+    from lindm.datasets import Dataset
+    from lindm.evaluation.compare import visible_demonstrations
+    from lindm.evaluation.environments import double_precision
+    from lindm.families.registry import FAMILIES, NamedProblem, build
+
+    refuse(options, OF_PROBLEMS, "does not apply to a dataset, whose problems are made")
+    dataset = Dataset(Path(options.problem[0]))
+    if not 0 <= options.task < len(dataset):
+        rule = f"a number from 0 to {len(dataset) - 1}, a task of {dataset.directory}"
+        raise UsageError(f"--task must be {rule}; got {options.task}")
+    task = next(itertools.islice(dataset, options.task, None))
+    with double_precision():
+        problem = NamedProblem(problem=task.problem(), **{part: tuple(words) for part, words in dataset.names.items()})
+    source = problem
+    if options.policy == "layer" and dataset.suite is not None and dataset.suite["name"] in FAMILIES:
+        options_of_suite = FAMILIES[name := dataset.suite["name"]].options
+        source = build(name, **{option: dataset.suite[option] for option in options_of_suite if option in dataset.suite})
+    return source, problem, visible_demonstrations(task), dataset.config
 
 
-def refuse(options: Act, names: tuple[str, ...], reason: str) -> None:
+def refuse(options: Act, names: Sequence[str], reason: str) -> None:
     """UsageError for an option that is given and does not apply."""
     for name in names:
         if getattr(options, name) is not None:
@@ -186,9 +196,9 @@ def answer(maker: "DecisionMaker", decision: "Decision") -> dict[str, Any]:
     return rows if decision.invalid is None else rows | {"invalid": decision.invalid}
 
 
-def by_name(names: Sequence[str], numbers: Any) -> dict[str, float | None]:
-    """Numbers by name; None for NaN, a bound that there is not."""
-    return {name: None if math.isnan(x) else float(x) for name, x in zip(names, numbers, strict=True)}
+def by_name(names: Sequence[str], numbers: Any) -> dict[str, float]:
+    """Numbers by name."""
+    return {name: float(x) for name, x in zip(names, numbers, strict=True)}
 
 
 def page(maker: "DecisionMaker", decision: "Decision") -> str:
@@ -198,8 +208,7 @@ def page(maker: "DecisionMaker", decision: "Decision") -> str:
     shown = [name for name in columns if name in found]
     rows = [["action", "probability", *(columns[name] for name in shown)]]
     for action, p in found["probabilities"].items():
-        values = [found[name][action] for name in shown]
-        rows.append([action, f"{p:.4f}", *("-" if value is None else f"{value:.6g}" for value in values)])
+        rows.append([action, f"{p:.4f}", *(f"{found[name][action]:.6g}" for name in shown)])
     lines = [f"next action  {decision.action}"]
     belief = found.get("belief", {})
     if decision.belief is not None and decision.belief.ndim == 1:
@@ -285,7 +294,7 @@ COMMAND = Command(
         "lindm act sft:runs/tiny data/tiger --task 3 < questions.jsonl",
         'lindm act lsvi data/mdp --demonstrations mine.csv --history "2 0 1"',
     ),
-    sections={"horizon": "Problem", "temperature": "Language models", "json": "Output"},
+    sections={"split": "Options of a family", "horizon": "Problem", "temperature": "Language models", "json": "Output"},
     table=(
         "Policies",
         help_table() | {"FILE.npz": "A saved solution.", "FILE.alpha": "Alpha vectors of a .pomdp file, without a horizon."},

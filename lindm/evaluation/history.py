@@ -27,7 +27,7 @@ from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.belief import normalize
 from lindm.text import Step
 from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS
-from lindm.types import APOMDP, MDP, POMDP, Problem
+from lindm.types import APOMDP, MDP, POMDP, Problem, at_stage
 
 WORDS: dict[Kind, tuple[str, ...]] = {
     "mdp": ("state", "action"),
@@ -200,20 +200,20 @@ def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[np.ndarray, np.ndarra
     if isinstance(problem, StationaryPOMDP):
         return problem.P[a], problem.O[a].toarray()
     models = as_apomdp(problem).models
-    P, O = models.P[m], models.O[m]
-    return np.asarray(P[min(t, len(P) - 1), :, a]), np.asarray(O[min(t, len(O) - 1), a])
+    return np.asarray(at_stage(models.P[m], t))[:, a], np.asarray(at_stage(models.O[m], t))[a]
 
 
 def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP) -> tuple[Step, ...]:
-    P, r, law = np.asarray(problem.P), np.asarray(problem.r), np.asarray(problem.rho)
-    checked = []
+    law, checked = np.asarray(problem.rho), []
     for t, step in enumerate(steps):
         assert step.state is not None
         if not law[step.state] > 0:
             _impossible(t, "state", step.state, info, law)
         if step.action is not None:
-            law = P[min(t, len(P) - 1), step.state, step.action]
-            step = replace(step, reward=float(r[t, step.state, step.action])) if step.reward is None else step
+            law = np.asarray(at_stage(problem.P, t))[step.state, step.action]
+            if step.reward is None:
+                paid = problem.pay(t, step.state, step.action, steps[t + 1].state)
+                step = replace(step, reward=float(paid))
         checked.append(step)
     return tuple(checked)
 

@@ -118,7 +118,7 @@ class Decision:
 
     action: int | str  # the likeliest action, the lowest one among equals; by name where actions have names
     probabilities: np.ndarray  # [A] of the actions
-    lower: np.ndarray | None = None  # [A] lower bounds of the action values by which the policy chooses; NaN: it has none
+    lower: np.ndarray | None = None  # [A] lower bounds of the action values by which the policy chooses
     upper: np.ndarray | None = None  # [A] upper bounds; the same numbers where the values are no bounds
     belief: np.ndarray | None = None  # [S] over the hidden state, where the problem is known; [M, S] at an ambiguous start
     invalid: bool | None = None  # of a language model: whether its likeliest text is no action

@@ -37,16 +37,19 @@ class AlphaVectors(Policy):
         if observation.stage:
             assert observation.action is not None and observation.observation is not None
             steps = zip(beliefs, observation.action, observation.observation, strict=True)
-            beliefs = np.array(
-                [normalize((b @ self.problem.P[a]) * self.problem.O[a][:, [o]].toarray()[:, 0])[0] for b, a, o in steps]
-            )
+            beliefs = np.array([normalize(self._joint(belief, a)[:, o])[0] for belief, a, o in steps])
         best = (beliefs @ self.vectors.T).argmax(-1)
         return beliefs, one_hot(self.actions[best], self.problem.num_actions)
 
     def q_bounds(self, state: np.ndarray, observation: Observation) -> tuple[np.ndarray, None]:
-        """Lower bounds [n, A]: the largest product of a vector of the action with the belief; NaN where it has no vector."""
-        products = state @ self.vectors.T
-        lower = np.full((len(state), self.problem.num_actions), np.nan)
-        for a in np.unique(self.actions):
-            lower[:, a] = products[:, self.actions == a].max(-1)
+        """Lower bounds [n, A]: what an action earns if the vectors are followed afterwards, by one step of lookahead."""
+        problem = self.problem
+        lower = state @ problem.r
+        for row, belief in enumerate(state):
+            for a in range(problem.num_actions):
+                lower[row, a] += problem.discount * (self.vectors @ self._joint(belief, a)).max(0).sum()
         return lower, None
+
+    def _joint(self, belief: np.ndarray, a: int) -> np.ndarray:
+        """The joint measure [S, O] of the next state and the observation after an action."""
+        return (belief @ self.problem.P[a])[:, None] * self.problem.O[a].toarray()

@@ -103,8 +103,13 @@ def test_alpha_vectors_are_followed_by_their_largest_product(tmp_path):
         best = int((solution.vectors @ belief).argmax())
         assert problem.actions.index(decision.action) == solution.actions[best] == solution.act(belief)
         for a in range(3):
-            products = [v @ belief for v, b in zip(solution.vectors, solution.actions, strict=True) if a == b]
-            np.testing.assert_allclose(decision.lower[a], max(products, default=np.nan), rtol=1e-12)
+            wanted = belief @ problem.r[:, a]
+            for o in range(2):  # of the tiger: only listening keeps the state, and tells of it
+                heard_o = np.array([0.85, 0.15]) if o == 0 else np.array([0.15, 0.85])
+                after = belief * heard_o if a == 0 else np.array([0.25, 0.25])
+                wanted += 0.95 * max(v @ after for v in solution.vectors)
+            np.testing.assert_allclose(decision.lower[a], wanted, rtol=1e-12)
+        assert decision.lower.max() >= (solution.vectors @ belief).max() - 1e-9
         steps = [*steps, {"action": "listen", "observation": heard}]
         likelihood = np.array([0.85, 0.15]) if heard == 0 else np.array([0.15, 0.85])
         belief = belief * likelihood / (belief @ likelihood)
