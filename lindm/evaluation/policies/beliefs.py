@@ -106,3 +106,7 @@ class BestBound(BeliefPolicy):
         assert isinstance(env, BoundedEnvironment)
         actions = range(env.num_actions)
         return lambda beliefs, stage: np.stack([env.Q_bound(stage, a, beliefs[:, 0]) for a in actions], -1)
+
+    def q_bounds(self, state, observation: Observation):
+        lower, _ = super().q_bounds(state, observation)
+        return lower, None

@@ -32,6 +32,10 @@ class Oracle(Policy):
         own, probabilities = policy.step(own, observation)
         return (policy, own), probabilities
 
+    def q_bounds(self, state, observation: Observation):
+        policy, own = state
+        return policy.q_bounds(own, observation)
+
 
 class _Tables(Policy):
     """The actions of tables over all histories."""
