@@ -3,8 +3,8 @@
 MDPs. Batches of random models (flat Dirichlet rows, A = 5, H = 20, one kernel and one reward for all stages, double precision)
 at four numbers of states, in batches too large for any cache. The peers, quantecon and pymdptoolbox, are timed in three ways:
 the solver alone, objects built before (the most favorable, and the one to judge by); building and solving; and with the action
-values. They return values and a policy; ours always returns the action values of every stage, which labels need, so all three
-rows have the same figure for ours. A peer gets the action values by one matrix product for all stages at once. Peers get arrays
+values. The first two are beside `optimal_policy`, which returns values and a policy as the peers do, the third beside
+`backward_induction`. A peer gets the action values by one matrix product for all stages at once. Peers get arrays
 in their own order, made before the timing. Neither peer takes rewards or kernels that change with the stage; ours reads an [H,
 S, A] array of rewards even here, where it is constant. Every side reads the whole kernel, 8 A S^2 bytes, once per stage: from S
 = 100 on memory bandwidth bounds all sides, and no ratio can be large.
@@ -34,7 +34,7 @@ import numpy as np
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, timed
 from lindm.problems.apomdp import single
 from lindm.solvers import tree
-from lindm.solvers.dp import backward_induction, solve_many
+from lindm.solvers.dp import backward_induction, optimal_policy, solve_many
 from lindm.types import APOMDP, MDP, POMDP
 
 MODULE = "lindm.bench.solvers"
@@ -99,15 +99,18 @@ def our_pomdps(count: int, horizon: int) -> APOMDP:
 
 def measure_our_mdps() -> dict[str, Any]:
     """Seconds a model for each size, seconds of compiling and the first call, and values to be checked."""
-    seconds, starts, values = [], [], []
+    seconds: dict[str, list[float]] = {"solve": [], "Q": []}
+    starts, values = [], []
     for S, count in MODELS.items():
-        stack, solve = our_mdps(S, count), jax.jit(lambda stack: solve_many(backward_induction, stack))
-        first, plans = timed(lambda solve=solve, stack=stack: solve(stack))
-        total = cpu_seconds(lambda solve=solve, stack=stack: solve(stack), REPEATS)
-        seconds.append(total / count)
-        starts.append(max(first - total, 0.0))
-        values.append(float(plans.V[:CHECKED, 0].mean()))
-    return {**dict.fromkeys(WAYS, seconds), "start": max(starts), "values": values}
+        stack = our_mdps(S, count)
+        for way, solver in (("solve", optimal_policy), ("Q", backward_induction)):
+            solve = jax.jit(lambda stack, solver=solver: solve_many(solver, stack))
+            first, answers = timed(lambda solve=solve, stack=stack: solve(stack))
+            total = cpu_seconds(lambda solve=solve, stack=stack: solve(stack), REPEATS)
+            seconds[way].append(total / count)
+            starts.append(max(first - total, 0.0))
+            values += [float(answers[0][:CHECKED, 0].mean())] if way == "solve" else []
+    return {**seconds, "build": seconds["solve"], "start": max(starts), "values": values}
 
 
 def measure_our_trees() -> dict[str, Any]:
@@ -240,7 +243,7 @@ def _mdp_memory(side: str) -> float:
     S, count = max(MODELS), MODELS[max(MODELS)]
     if side == "ours":
         stack = our_mdps(S, count)
-        solve = jax.jit(lambda stack: solve_many(backward_induction, stack)).lower(stack).compile()
+        solve = jax.jit(lambda stack: solve_many(optimal_policy, stack)).lower(stack).compile()
         return peak_growth(lambda: solve(stack))
     build, call = _peer(side)
     P, r = mdp_models(S, count)

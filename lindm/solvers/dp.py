@@ -34,6 +34,24 @@ def backward_induction(mdp: MDP) -> Plan:
 
 
 @jax.jit
+def optimal_policy(mdp: MDP) -> tuple[Array, Array]:
+    """V [H, S] and pi [H, S] of `backward_induction`, without the action values: they are a fifth of its memory at A = 5."""
+    _check_shapes(mdp)
+
+    def choose(Q: Array) -> tuple[Array, Array]:
+        return Q.max(-1), Q.argmax(-1).astype(jnp.int32)
+
+    def stage(V_next: Array, h_r: tuple[Array, Array]):
+        h, r = h_r
+        V, pi = choose(r + at_stage(mdp.P, h) @ V_next)
+        return V, (V, pi)
+
+    last = choose(mdp.r[-1])  # no stage follows: no product
+    before = jax.lax.scan(stage, last[0], (_stages(mdp)[:-1], mdp.r[:-1]), reverse=True)[1]
+    return jax.tree.map(lambda early, end: jnp.concatenate([early, end[None]]), before, last)
+
+
+@jax.jit
 def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
     """Backward induction in R^d: the plan and w [H, d] with Q*_h(s, a) = <phi(s, a), w_h>, exactly linear in the features.
 

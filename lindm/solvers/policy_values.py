@@ -15,13 +15,13 @@ from jax import Array
 from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers import tree
 from lindm.solvers.belief import child_history, step_index
-from lindm.solvers.dp import backward_induction, policy_value
+from lindm.solvers.dp import optimal_policy, policy_value
 from lindm.types import APOMDP, MDP
 
 
 def suboptimality(mdp: MDP, pi: Array) -> Array:
     """V*_1 - V^pi_1 [] averaged over the first state, by dynamic programming; pi as in `policy_value`."""
-    return mdp.rho @ (backward_induction(mdp).V[0] - policy_value(mdp, pi)[0])
+    return mdp.rho @ (optimal_policy(mdp)[0][0] - policy_value(mdp, pi)[0])
 
 
 # --- ambiguous problems ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.lindm.mdps import as_mdp, numpy_mdp
 
 # compiled once for each shape; an eager scan is compiled again at every call
 backward_induction = jax.jit(oracles.backward_induction)
+optimal_policy = jax.jit(oracles.optimal_policy)
 plan_linear = jax.jit(oracles.plan_linear)
 policy_value = jax.jit(oracles.policy_value)
 occupancy = jax.jit(oracles.occupancy)
@@ -65,6 +66,9 @@ def test_the_optimal_value_is_the_best_over_all_deterministic_policies(seed):
             V = np.array([r[h, s, pi[h, s]] + P[h, s, pi[h, s]] @ V for s in range(S)])
             best[h] = np.maximum(best[h], V)
     np.testing.assert_allclose(plan.V, best, rtol=1e-12)
+    V, pi = optimal_policy(as_mdp(P, r, rho))
+    np.testing.assert_allclose(V, best, rtol=1e-12)
+    assert pi.dtype == np.int32 and (pi == plan.pi).all()
 
 
 def test_action_values_are_one_step_and_then_the_best():
