@@ -31,17 +31,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lindm.problems.apomdp import draw_apomdp, single
-from lindm.problems.pomdp import pomdp
 from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.belief import advance, branching, first_history
 from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import Tables, label, q_bounds, solve
-from lindm.types import APOMDP, CERTIFIED, POMDP
+from lindm.types import APOMDP, CERTIFIED
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict, of_seeds
 from lindm_experiments.lib.apomdps import value_span
+from lindm_experiments.lib.tiger import DISCOUNT, tiger, tiger_answers, tiger_beliefs
 
 S, A, O, H, M = 4, 3, 3, 5, 3
 ROUNDING = 1e-9  # relative to the most that two policies can differ by
@@ -49,9 +49,7 @@ WIDE = 1e-6  # intervals below this share of the span are as good as exact
 EPSILON = 0.3  # share of random actions in the demonstrations
 ACTION_COLORS = ("#DDDDDD", ORANGE, BLUE)
 METHODS = ("HSVI, POMDPs", "net, POMDPs", "net, APOMDPs")
-HEARD, DISCOUNT = 0.85, 0.95
 HORIZONS = (1, 2, 3, 5, 10)
-PARTS, GROWLS = 40, 5  # the tiger's beliefs: fractions of a growl, and how many growls they reach to either side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,50 +135,13 @@ def visited(problem: APOMDP, table: tree.Tree, a: Array, m: Array, o: Array) -> 
     return Visited(problem=problem, **dict(zip(("history", "beliefs", "Q"), jax.vmap(one, out_axes=1)(a, m, o), strict=True)))
 
 
-def tiger() -> POMDP:
-    """Listen, open the left door, open the right door; states: the tiger is left, right, and two that never are."""
-    listen, anew = np.eye(S), np.eye(S)
-    anew[:2, :2] = 0.5
-    growl, silent = np.zeros((S, O)), np.zeros((S, O))
-    growl[:2, :2] = [[HEARD, 1 - HEARD], [1 - HEARD, HEARD]]
-    silent[:2, :2] = 0.5
-    growl[2:, 2] = silent[2:, 2] = 1
-    r = np.array([[-1.0, -100, 10], [-1, 10, -100], [-1, -1, -1], [-1, -1, -1]])
-    P = np.stack([listen, anew, anew], 1)
-    return pomdp(P, np.stack([growl, silent, silent]), r, [0.5, 0.5, 0, 0], horizon=H, discount=DISCOUNT)
-
-
-def tiger_beliefs() -> np.ndarray:
-    """That the tiger is left [n]: the odds after -GROWLS .. GROWLS growls from the left, in fractions of a growl."""
-    return _left(np.arange(-PARTS * GROWLS, PARTS * GROWLS + 1))
-
-
-def _left(parts: np.ndarray) -> np.ndarray:
-    return 1 / (1 + ((1 - HEARD) / HEARD) ** (parts / PARTS))
-
-
-def tiger_answers(horizon: int) -> np.ndarray:
-    """Exact action values [horizon, n, A] at `tiger_beliefs`, with 1 .. horizon stages to go."""
-    reach = PARTS * (GROWLS + horizon)
-    V, kept = np.zeros(2 * reach + 1), []
-    for _ in range(horizon):
-        middle, reach = V[reach], reach - PARTS
-        b = _left(np.arange(-reach, reach + 1))
-        growl = HEARD * b + (1 - HEARD) * (1 - b)
-        listen = -1 + DISCOUNT * (growl * V[2 * PARTS :] + (1 - growl) * V[: -2 * PARTS])
-        Q = np.stack([listen, 10 - 110 * b + DISCOUNT * middle, 110 * b - 100 + DISCOUNT * middle], -1)
-        V = Q.max(-1)
-        kept.append(Q[reach - PARTS * GROWLS : reach + PARTS * GROWLS + 1])
-    return np.stack(kept)
-
-
 def tiger_visited() -> Visited:
     """The tiger at all its beliefs: stage t of H is the first one of H - t stages, discounted t times."""
     left = tiger_beliefs()
     beliefs = np.stack([left, 1 - left, 0 * left, 0 * left], -1)[None, :, None]
     Q = tiger_answers(H)[::-1] * DISCOUNT ** np.arange(H)[:, None, None]
     return Visited(
-        problem=single(tiger()),
+        problem=single(tiger(S, O, H)),
         history=jnp.broadcast_to(jnp.arange(len(left)), (H, len(left))),
         beliefs=jnp.broadcast_to(jnp.asarray(beliefs), (H, len(left), 1, S)),
         Q=jnp.asarray(Q),
