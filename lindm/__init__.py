@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.problems import read_stationary_pomdp as read_stationary_pomdp
     from lindm.api.problems import stationary_mdp as stationary_mdp
     from lindm.api.problems import suite as suite
+    from lindm.api.problems import to_gymnasium as to_gymnasium
     from lindm.api.solutions import Solution as Solution
     from lindm.api.solutions import load_solution as load_solution
     from lindm.api.solutions import solve as solve
@@ -71,6 +72,7 @@ _DEFINED = {
         "read_stationary_pomdp",
         "stationary_mdp",
         "suite",
+        "to_gymnasium",
     ),
     "lindm.api.solutions": ("Solution", "load_solution", "solve", "solve_stationary"),
     "lindm.api.data": ("make_dataset", "export_dataset"),

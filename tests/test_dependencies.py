@@ -102,7 +102,7 @@ def pins(lock: str) -> dict[str, set[str]]:
     return found
 
 
-IN_DEV = ("data", "minari", "track", "dev")  # dev includes the other three
+IN_DEV = ("data", "gym", "minari", "track", "dev")  # dev includes the others
 
 
 @pytest.mark.parametrize("lock", ["lock.txt", "lowest.txt"])

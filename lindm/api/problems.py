@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lindm.evaluation.environments import double_precision
+from lindm.evaluation.simulator import GAME, gymnasium_environment
 from lindm.families import registry
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
@@ -220,3 +221,45 @@ def as_source(problem: NamedProblem | Problem | LinearMDP) -> NamedProblem:
         problem = linear_mdps.tabulate(problem) if isinstance(problem, LinearMDP) else problem
         source = problem if isinstance(problem, NamedProblem) else NamedProblem(problem=problem)
         return replace(source, problem=jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), source.problem))
+
+
+def to_gymnasium(problem: NamedProblem | Problem | LinearMDP | StationaryPOMDP, *, nature: int | str | None = None) -> Any:
+    """A problem as an environment of Gymnasium, whose rewards are those that the problem pays, not discounted.
+
+    Args:
+      nature: of an ambiguous POMDP, and required there: the model that makes every step, by number or name; or "game": at every
+        step nature takes the worst model with probability alpha and the best one otherwise, as in the problem's value.
+
+    Returns:
+      A `gymnasium.Env` with `discount`: discounted by it, the mean return of a policy is its value. Observations, rewards, ends
+      and `info` are described in `lindm.evaluation.simulator`. `horizon` (or None), `nature` and `names` are those of the
+      problem; an MDP that is the same at every stage has `P` and `initial_state_distrib` as Gymnasium's toy-text environments
+      have them: for each state and action a list of (probability, next state, reward, whether the next state has ended).
+
+    Raises:
+      ValueError: `nature` is missing, unknown, or given for a problem that is not ambiguous.
+      UsageError: gymnasium is missing.
+
+    >>> env = ld.to_gymnasium(ld.read_pomdp("tiger.pomdp", horizon=4))
+    >>> observation, info = env.reset(seed=0)
+    >>> observation, reward, terminated, truncated, info = env.step(0)
+    >>> reward, terminated, info["stage"]
+    (-1.0, False, 1)
+    """
+    if isinstance(problem, StationaryPOMDP):
+        parts = {part: getattr(problem, part) for part in ("states", "actions", "observations")}
+        one, names = problem, {part: given for part, given in parts.items() if given}
+    else:
+        source = as_source(problem)
+        one, names = source.problem, source.names
+    if not isinstance(one, APOMDP):
+        if nature is not None:
+            raise ValueError(f"nature must be left out for a problem with one model; got {nature!r}")
+        return gymnasium_environment(one, None, names)
+    models = names.get("models", ())
+    if isinstance(nature, str) and nature in models:
+        nature = models.index(nature)
+    if nature != GAME and not (isinstance(nature, int) and not isinstance(nature, bool) and 0 <= nature < one.num_models):
+        known = ", ".join(models) or f"0 to {one.num_models - 1}"
+        raise ValueError(f"nature must be {GAME!r} or a model of this ambiguous problem ({known}); got {nature!r}")
+    return gymnasium_environment(one, nature, names)

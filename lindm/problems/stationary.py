@@ -11,6 +11,7 @@ from scipy import sparse
 
 from lindm import validate
 from lindm.problems.cassandra import Model
+from lindm.problems.cassandra_rewards import RewardEntries
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +34,11 @@ class StationaryPOMDP:
     states: tuple[str, ...] = ()  # names, in the order of the indices
     actions: tuple[str, ...] = ()
     observations: tuple[str, ...] = ()
+    rewards: RewardEntries | None = None  # None where a reward is r(s, a) for every next state and observation
+
+    def reward_table(self) -> np.ndarray:
+        """R [1, S, A, S|1, O|1], what an environment pays. DataError where it is too large."""
+        return (self.r[:, :, None, None] if self.rewards is None else self.rewards.R())[None]
 
     @property
     def num_states(self) -> int:
@@ -67,6 +73,7 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
         states=model.states,
         actions=model.actions,
         observations=model.observations,
+        rewards=model.rewards,
     )
 
 
