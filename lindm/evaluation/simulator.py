@@ -36,9 +36,9 @@ class Simulator:
         """nature: of an ambiguous POMDP: the model that makes every step, or `GAME`: nature's choice against each action."""
         self.discount = float(problem.discount)
         self.horizon = None if isinstance(problem, StationaryPOMDP) else problem.horizon
-        self.observed, self.ambiguous = isinstance(problem, MDP), isinstance(problem, APOMDP)
         self.num_states, self.num_actions = problem.num_states, problem.num_actions
         self.num_observations = 0 if isinstance(problem, MDP) else problem.num_observations
+        self.observed, self.ambiguous = self.num_observations == 0, isinstance(problem, APOMDP)
         self.models = [_Model(model) for model in _models(problem)]
         self.model = nature if isinstance(nature, int) else 0  # makes every step where there is no game
         self.game = _Game(problem) if isinstance(problem, APOMDP) and nature == GAME else None
@@ -166,16 +166,13 @@ class _Model:
 
     def table(self, ended: np.ndarray) -> dict[int, dict[int, list[tuple[float, int, float, bool]]]]:
         """Transitions as in Gymnasium's toy-text environments."""
-        return {
-            s: {
-                a: [
-                    (float(self.P[0, s, a, u]), int(u), self.pay(0, s, a, u, 0), bool(ended[u]))
-                    for u in np.flatnonzero(self.P[0, s, a])
-                ]
-                for a in range(self.r.shape[-1])
-            }
-            for s in range(self.r.shape[-2])
-        }
+
+        def step(s: int, a: int) -> list[tuple[float, int, float, bool]]:
+            law = self.next_states(0, s, a)
+            return [(float(law[u]), int(u), self.pay(0, s, a, u, 0), bool(ended[u])) for u in np.flatnonzero(law)]
+
+        S, A = self.r.shape[-2:]
+        return {s: {a: step(s, a) for a in range(A)} for s in range(S)}
 
 
 class _Game:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium  # noqa: F401  (its import sets a variable of the environment, which is not lindm's doing)
 import jax
 import matplotlib
 import numpy as np

@@ -40,13 +40,13 @@ def ambiguous(brute):
     return brute.random(21, S=3, A=2, O=2, M=2, H=3, alpha=0.7)
 
 
-@pytest.fixture(params=["mdp", "pomdp", "stationary", "linear", "game", "one model"])
+@pytest.fixture(params=["mdp", "pomdp", "stationary", "endless mdp", "linear", "game", "one model"])
 def env(request, tmp_path, ambiguous):
     if request.param in ("game", "one model"):
         return ld.to_gymnasium(ambiguous.problem(), nature="game" if request.param == "game" else 1)
     if request.param == "linear":
         return ld.to_gymnasium(ld.linear_mdp([[[1.0, 0.0]], [[0.0, 1.0]]], [[[0, 1], [1, 0]]] * 2, [[0.0, 1.0]] * 2))
-    made = {"mdp": to_mdp(parse(SEEN), 4), "stationary": stationary(parse(HIDDEN))}
+    made = {"mdp": to_mdp(parse(SEEN), 4), "stationary": stationary(parse(HIDDEN)), "endless mdp": stationary(parse(SEEN))}
     return ld.to_gymnasium(made[request.param] if request.param in made else pomdp(tmp_path))
 
 
@@ -195,6 +195,8 @@ def test_the_table_of_an_mdp_is_as_that_of_toy_text():
         Q = [[sum(p * (r + 0.8 * V[u] * (not end)) for p, u, r, end in env.P[s][a]) for a in range(2)] for s in range(3)]
         V = np.array(Q).max(-1)
     assert V[0] == pytest.approx(ld.solve(problem).value, rel=1e-9)
+    endless = ld.to_gymnasium(stationary(parse(SEEN)))
+    assert endless.P == env.P and endless.observation_space.n == 3 and endless.horizon is None
     changing = ld.mdp(problem.P, np.arange(30.0).reshape(5, 3, 2), problem.rho)
     assert not hasattr(ld.to_gymnasium(changing), "P")
 
