@@ -30,7 +30,7 @@ eval mdp --horizon 4 --tasks 2 --demos 1 --policy sft:sft --policy bc --out eval
 act sft:sft data --history 0 --json
 run {toy} --out run
 verify --preset quick --experiments {toy} --out verified
-plot verified
+plot verified --experiments {toy}
 report verified sft eval --out report
 theory risk --covariance L.npy --train-lengths 8 --test-lengths 8 --plot risk.png
 plan --model sft/model --topology host --batch 2 --seq 64 --mesh data=1
