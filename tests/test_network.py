@@ -34,7 +34,7 @@ plot verified --experiments {toy}
 report verified sft eval --out report
 theory risk --covariance L.npy --train-lengths 8 --test-lengths 8 --plot risk.png
 plan --model sft/model --topology host --batch 2 --seq 64 --mesh data=1
-launch slurm --help
+launch slurm --nodes 2 --gpus-per-node 8 -- --model sft/model --data data --out pod
 check run
 """
 WITHOUT = {"bench": "measures for minutes, with what `sft`, `eval` and `solve` run"}
