@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.models import job_file as job_file
     from lindm.api.models import plan as plan
     from lindm.api.problems import apomdp as apomdp
+    from lindm.api.problems import from_gymnasium as from_gymnasium
     from lindm.api.problems import linear_mdp as linear_mdp
     from lindm.api.problems import make as make
     from lindm.api.problems import mdp as mdp
@@ -64,6 +65,7 @@ _DEFINED = {
     "lindm.api.benchmarks": ("benchmark",),
     "lindm.api.problems": (
         "apomdp",
+        "from_gymnasium",
         "linear_mdp",
         "make",
         "mdp",

@@ -1,20 +1,24 @@
 """Decision problems from files, arrays and names, in double precision."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from lindm import validate
+from lindm.errors import UsageError
 from lindm.evaluation.environments import double_precision
 from lindm.evaluation.simulator import GAME, gymnasium_environment
 from lindm.families import registry
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems import apomdp as apomdps
-from lindm.problems import cassandra, stationary
+from lindm.problems import cassandra, stationary, transition_table
 from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
@@ -87,6 +91,57 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float) -> 
     1.0
     """
     return stationary.stationary_mdp(P, r, rho, discount)
+
+
+def from_gymnasium(
+    environment: Any, *, horizon: float | None = None, discount: float = 1.0, start: ArrayLike | None = None, **options: Any
+) -> NamedProblem | StationaryPOMDP:
+    """The MDP of a Gymnasium environment with a table of its transitions: FrozenLake, Taxi, CliffWalking.
+
+    An episode that ends stays in a state that pays nothing.
+
+    Args:
+      environment: an id (needs gymnasium: `pip install 'lindm[gym]'`), an environment, or a table P[s][a] of
+        (probability, next state, reward, terminated).
+      horizon: number of stages, or inf (with a discount below 1). [default: the time limit of the environment]
+      discount: in [0, 1].
+      start: number or law [S] of the first state. [default: that of the environment]
+      options: of the environment with that id, such as `map_name="8x8"`.
+
+    Returns:
+      An MDP; without an end one for `solve_stationary`.
+
+    Raises:
+      ValueError: there is no table, horizon or start, or one that is wrong.
+      UsageError: gymnasium is not installed.
+
+    >>> corridor = {0: {0: [(0.5, 0, 0.0, False), (0.5, 1, 1.0, True)]}, 1: {0: [(1.0, 1, 0.0, True)]}}
+    >>> ld.solve(ld.from_gymnasium(corridor, horizon=2, start=0)).value
+    0.75
+    """
+    if isinstance(environment, str):
+        try:
+            import gymnasium
+        except ImportError as e:
+            raise UsageError(f"environments by id need gymnasium: pip install 'lindm[gym]' ({e})") from e
+        try:
+            environment = gymnasium.make(environment, **options)
+        except gymnasium.error.Error as e:
+            raise ValueError(f"environment must be an id of Gymnasium; {e}") from e
+    elif options:
+        raise ValueError(f"options must be left out where the environment is no id; got {', '.join(options)}")
+    table, law, limit = transition_table.find_table(environment)
+    start, horizon = law if start is None else start, limit if horizon is None else horizon
+    for value, name in ((start, "start"), (horizon, "horizon")):
+        if value is None:
+            raise ValueError(f"{name} must be given: the environment has none")
+    problem = transition_table.read_table(table, start, discount)
+    if horizon == math.inf:
+        return problem
+    P = np.stack([kernel.toarray() for kernel in problem.P], axis=1)
+    H = validate.count(horizon, "horizon")
+    with double_precision():
+        return NamedProblem(problem=mdps.mdp(P[None], mdps.over_stages(jnp.asarray(problem.r), H, discount), problem.rho))
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:

@@ -1,0 +1,103 @@
+"""MDPs from the tables of Gymnasium's toy-text environments (FrozenLake, Taxi, CliffWalking), or any table of that form.
+
+A table P[s][a] lists (probability, next state, reward, terminated). An episode ends with a transition that is terminated, and
+nothing is earned afterward: its next state absorbs and pays nothing. Where an episode can also come to that state without an end
+(the table may go on there), the transition leads to an absorbing state of its own instead, the last one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse
+
+from lindm import validate
+from lindm.problems.stationary import StationaryPOMDP, stationary_mdp
+
+Table = Mapping[int, Mapping[int, Sequence[tuple[float, int, float, bool]]]]
+
+
+def read_table(table: Table, start: ArrayLike, discount: float) -> StationaryPOMDP:
+    """The MDP of a table.
+
+    Args:
+      table: for each state and action the transitions.
+      start: law [S] of the first state, or the number of one.
+      discount: in [0, 1].
+
+    Raises:
+      ValueError: names the entry of the table, or the argument, the rule and what was got.
+    """
+    S, A = len(table), len(table[0]) if 0 in table else 0
+    rows = _transitions(table, S, A)
+    rho = np.asarray(validate.finite(start, "start"), float)
+    if rho.ndim == 0:
+        if not (rho == int(rho) and 0 <= rho < S):
+            raise ValueError(f"start must be a state from 0 to {S - 1}, or a law of {S} states; got {start}")
+        rho = np.eye(S)[int(rho)]
+    if rho.shape != (S,):
+        raise ValueError(f"start must be a law of the {S} states; got shape {rho.shape}")
+    s, a, probability, after, reward, ended = rows.T
+    s, a, after, ended = s.astype(int), a.astype(int), after.astype(int), ended > 0
+    r = np.zeros((S, A))
+    np.add.at(r, (s, a), probability * reward)
+    ends = np.unique(after[ended & (probability > 0)])
+    apart = bool(np.isin(ends, _reachable(rho, s[~ended], after[~ended], probability[~ended], S)).any())
+    if apart:
+        after[ended], ends, S = S, np.array([S]), S + 1
+        r, rho = np.vstack([r, np.zeros(A)]), np.append(rho, 0.0)
+    kernels = []
+    for action in range(A):
+        rows_of = (a == action) & ~np.isin(s, ends)
+        entries = (probability[rows_of], (s[rows_of], after[rows_of]))
+        stays = sparse.coo_array((np.ones(len(ends)), (ends, ends)), shape=(S, S))
+        kernels.append(sparse.csr_array(sparse.coo_array(entries, shape=(S, S)) + stays))
+    r[ends] = 0.0
+    return stationary_mdp(kernels, r, rho, discount)
+
+
+def _transitions(table: Table, S: int, A: int) -> np.ndarray:
+    """(s, a, probability, next state, reward, terminated) of every transition [n, 6]."""
+    rows: list[tuple[float, ...]] = []
+    if not S or not A or sorted(table) != list(range(S)):
+        raise ValueError(f"P must be a table with the states 0 to S - 1, each with actions; got {S} states")
+    for s in range(S):
+        if sorted(table[s]) != list(range(A)):
+            raise ValueError(f"P[{s}] must have the actions 0 to {A - 1}, as P[0] has; got {list(table[s])}")
+        for a in range(A):
+            for entry in table[s][a]:
+                if len(entry) != 4 or not 0 <= int(entry[1]) < S:
+                    rule = f"(probability, next state from 0 to {S - 1}, reward, terminated)"
+                    raise ValueError(f"P[{s}][{a}] must list {rule}; got {tuple(entry)}")
+                rows.append((s, a, *map(float, entry)))
+            total = sum(entry[0] for entry in table[s][a])
+            if not abs(total - 1) <= validate.SUM_TOLERANCE:
+                raise ValueError(f"the probabilities of P[{s}][{a}] must sum to one; they sum to {total:.6g}")
+    return np.array(rows)
+
+
+def _reachable(rho: np.ndarray, s: np.ndarray, after: np.ndarray, probability: np.ndarray, S: int) -> np.ndarray:
+    """The states to which an episode can come without an end."""
+    step = sparse.csr_array((np.asarray(probability > 0, float), (s, after)), shape=(S, S))
+    reached, last = rho > 0, np.zeros(S, bool)
+    while (reached != last).any():
+        last, reached = reached, reached | ((reached @ step) > 0)
+    return np.flatnonzero(reached)
+
+
+def find_table(environment: Any) -> tuple[Table, Any, Any]:
+    """The table of an environment (or a table itself), its law of the first state and its time limit; None where it has none.
+
+    Raises:
+      ValueError: it has no table.
+    """
+    if isinstance(environment, Mapping):
+        return environment, None, None
+    inner = getattr(environment, "unwrapped", environment)
+    table = getattr(inner, "P", None)
+    if not isinstance(table, Mapping):
+        has = "a table P, as FrozenLake, Taxi and CliffWalking have"
+        raise ValueError(f"environment must be an id of Gymnasium, or have {has}; got {type(inner).__name__}")
+    limit = getattr(getattr(environment, "spec", None), "max_episode_steps", None)
+    return table, getattr(inner, "initial_state_distrib", None), limit
