@@ -17,7 +17,7 @@ FLOORS = (
     ("lindm.validate", "lindm.text"),
     ("lindm.problems",),
     ("lindm.solvers",),
-    ("lindm.families", "lindm.icl"),
+    ("lindm.families", "lindm.icl", "lindm.figures"),
     ("lindm.datasets",),
     ("lindm.evaluation",),
     ("lindm.llm",),

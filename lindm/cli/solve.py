@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from lindm.errors import UsageError
 from lindm.io.files import strict_json
 
 SHOWN_STATES = 6
+PICTURES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,10 @@ class Solve(FamilyOptions):
     timeout: float | None = None
     """Of point-based and iteration: seconds after which it ends with the bounds that it has. [default: 60]"""
     save: Path | None = None
-    """File of the policy: as alpha vectors (.alpha) where the horizon is inf, or of an MDP by state (.json)."""
+    """File of the policy. By point-based: its alpha vectors (.alpha) where the horizon is inf, its graph with vectors and rules
+    (.json), or a picture of the graph (.svg, .png, .pdf). Of an MDP: the action of each state (.json)."""
+    rules: bool = False
+    """Of point-based: print the policy graph in words."""
     json: bool = False
     """Print one JSON object."""
     seed: int | None = None
@@ -48,6 +53,7 @@ class Solve(FamilyOptions):
 
 
 OF_POINT_BASED = ("tolerance", "timeout", "save")
+SAVED = (".alpha", ".json", *PICTURES)
 STATIONARY = ("point-based", "value-iteration", "policy-iteration")
 
 
@@ -56,10 +62,12 @@ def run(options: Solve) -> int:
     if options.horizon == "inf" or options.method in STATIONARY:
         return run_stationary(options, start)
     file = Path(options.problem[0])
-    searched = any(getattr(options, name) is not None for name in OF_POINT_BASED)
+    searched = options.rules or any(getattr(options, name) is not None for name in OF_POINT_BASED)
     if options.method == "auto" and len(options.problem) == 1 and file.is_file() and (searched or is_long(options)):
         return run_stationary(options, start)
     refuse(options, OF_POINT_BASED, "is an option of point-based")
+    if options.rules:
+        raise UsageError("--rules is an option of point-based, which solves one .pomdp file")
     from lindm.api.solutions import solve
     from lindm.types import MDP
 
@@ -114,12 +122,14 @@ def run_stationary(options: Solve, start: float) -> int:
         raise UsageError(f"{method} solves one .pomdp file, not several models; got {len(options.problem)} files")
     if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
         raise UsageError(f"{method} solves a .pomdp file; got {options.problem[0]!r}")
-    if options.save and options.save.suffix not in (".alpha", ".json"):
-        raise UsageError(f"--save must be a file .alpha of a POMDP, or .json of an MDP; got {options.save}")
+    if options.save and options.save.suffix not in SAVED:
+        raise UsageError(f"--save must be a file {', '.join(SAVED)}; got {options.save}")
     horizon = math.inf if options.horizon == "inf" else options.horizon
     from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import solve_stationary
     from lindm.cli.problems import warnings_as_lines
+    from lindm.figures.policy_graph import draw_policy_graph
+    from lindm.figures.style import save
     from lindm.io.progress import Progress
     from lindm.solvers.stationary_mdp import MDPSolution
 
@@ -128,8 +138,8 @@ def run_stationary(options: Solve, start: float) -> int:
     observed = not problem.O
     if options.save and observed and options.save.suffix != ".json":
         raise UsageError(f"--save must be a file .json, which holds the policy of an MDP; got {options.save}")
-    if options.save and not observed and (options.save.suffix != ".alpha" or horizon < math.inf):
-        raise UsageError(f"--save must be a file .alpha, which holds a policy over an infinite horizon; got {options.save}")
+    if options.rules and observed:
+        raise UsageError("--rules does not apply to an MDP, whose policy is an action for each state: --save policy.json")
     given = {name: value for name in ("tolerance", "timeout") if (value := getattr(options, name)) is not None}
     with Progress() as progress:
         task = progress.add("iterations" if observed else "trials")
@@ -140,24 +150,32 @@ def run_stationary(options: Solve, start: float) -> int:
             **given,
             on_trial=lambda n, low, high: task.update(n, detail=f"[{low:.6g}, {high:.6g}]"),
         )
-    if options.save:
+    is_mdp = isinstance(solution, MDPSolution)
+    graph = solution.graph() if not is_mdp and (options.rules or (options.save and options.save.suffix != ".alpha")) else None
+    if options.save and options.save.suffix in PICTURES:
+        assert graph is not None
+        save(partial(draw_policy_graph, graph), options.save)
+    elif options.save:
         solution.save(options.save)
     seconds = time.perf_counter() - start
-    is_mdp = isinstance(solution, MDPSolution)
     action = solution.first_actions if is_mdp else solution.first_action
     method, steps = (solution.method, "iterations") if is_mdp else ("point-based", "trials")
     if options.json:
         answer = {"value": solution.lower, "lower": solution.lower, "upper": solution.upper, "method": method}
         answer |= {"horizon": None if horizon == math.inf else horizon, steps: getattr(solution, steps)}
         answer |= {"seconds": round(seconds, 3), "first_action": action, "regret": solution.regret}
-        print(strict_json(answer))
+        print(strict_json(answer | ({"graph_value": graph.value, "rules": graph.rules()} if graph else {})))
         return 0
     print(f"value         at least {solution.lower:.10g}, which the policy earns; at most {solution.upper:.10g}")
     best = "certified to be best" if solution.regret == 0 else f"loses at most {solution.regret:.3g}"
     print(f"first action  {by_state(action)}  ({best})")
     policy = "an action for each state" if is_mdp else f"{len(solution.vectors)} alpha vectors"
+    if graph:
+        policy = f"a graph of {len(graph.actions)} nodes, which earns {graph.value:.10g}"
     print(f"policy        {policy}" + (f", in {options.save}" if options.save else ""))
     print(f"method        {method}, {getattr(solution, steps)} {steps}, {seconds:.1f} s")
+    for rule in graph.rules() if graph and options.rules else ():
+        print(f"  {rule}")
     return 0
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lindm.io.files import write_atomic
+from lindm.io.files import write_atomic, write_json
 from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.policy_graph import PolicyGraph, policy_graph
+
+FORMAT = "lindm-policy-1"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,29 +67,49 @@ class StationarySolution:
         >>> [solution.act(belief) for belief in ([0.5, 0.5], [0.001, 0.999])]
         [0, 1]
         """
-        stages = math.inf if self.is_stationary else self.horizon if stages is None else stages
-        promised = self.vectors @ np.asarray(belief, float)
-        if stages < math.inf:  # vectors with different `least` compare after the shift to non-negative rewards
-            promised = promised - float(self.problem.r.min()) * total_discount(self.problem.discount, self.least)
-        return int(self.actions[np.where(self.least <= stages, promised, -np.inf).argmax()])
+        return int(self.actions[self.promises(belief, self.horizon if stages is None else stages).argmax()])
 
-    def save(self, path: str | Path) -> None:
-        """Write the policy as alpha vectors in the format of pomdp-solve: for each, the number of its action, then S values.
+    def promises(self, belief: ArrayLike, stages: float) -> np.ndarray:
+        """What each vector [n] is worth at a belief [S] with these stages to go; -inf where it needs more."""
+        promised = self.vectors @ np.asarray(belief, float)
+        if self.is_stationary:
+            return promised
+        # a vector with fewer stages is followed by anything, which earns at least the lowest reward
+        left = total_discount(self.problem.discount, stages) - total_discount(self.problem.discount, self.least)
+        return np.where(self.least <= stages, promised + float(self.problem.r.min()) * left, -np.inf)
+
+    def graph(self) -> PolicyGraph:
+        """The policy as a graph, with its exact value; it may lose a tenth of the width of the bounds to be small.
 
         Raises:
-          ValueError: the name does not end in .alpha, or the horizon is finite.
+          ValueError: it has too many nodes.
+        """
+        return policy_graph(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a file.
+
+        .alpha: its alpha vectors as pomdp-solve writes them, for each the number of its action, then S values.
+        .json: its graph, with the alpha vector of each node, which is the node's exact value, and the graph in words.
+
+        Raises:
+          ValueError: the name ends in something else; a file .alpha of a policy that changes with the stage; a graph that is too
+            large.
           StorageError: the file cannot be written.
 
         >>> ld.solve_stationary(ld.read_stationary_pomdp("tiger.pomdp")).save("tiger.alpha")
         """
-        if Path(path).suffix != ".alpha":
-            raise ValueError(f"the path of a saved policy must end in .alpha; got {str(path)!r}")
+        path = Path(path)
+        if path.suffix == ".json":
+            write_json(path, self.graph().describe() | {"lower": self.lower, "upper": self.upper}, FORMAT)
+            return
+        if path.suffix != ".alpha":
+            raise ValueError(f"the path of a saved policy must end in .alpha or .json; got {str(path)!r}")
         if not self.is_stationary:
-            raise ValueError(
-                "an .alpha file holds one set of vectors, of an infinite horizon; this policy changes with the stage"
-            )
+            rule = "an .alpha file holds one set of vectors, of an infinite horizon; this policy changes with the stage"
+            raise ValueError(f"{rule}: save it as .json, with the vectors of each stage")
         rows = zip(self.actions.tolist(), self.vectors.tolist(), strict=True)
-        write_atomic(Path(path), "\n".join(f"{a}\n{' '.join(map(repr, v))}\n" for a, v in rows))
+        write_atomic(path, "\n".join(f"{a}\n{' '.join(map(repr, v))}\n" for a, v in rows))
 
 
 def total_discount(discount: float, stages: np.ndarray | float) -> np.ndarray | float:

@@ -1,76 +1,28 @@
-"""The style of all figures: readable in print and in black and white, safe for color-blind readers.
+"""Helpers of the figures of experiments, and the style of all figures (`lindm.figures.style`) in the same place."""
 
-Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash.
-"""
-
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from cycler import cycler
 
-BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GRAY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#56B4E9",
-    "#F0E442",
-    "#6B6B6B",
-)
-COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GRAY)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
-
-MEASURED: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4.5}  # what was measured: points
-EXACT: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6, "marker": ""}  # what theory predicts exactly: a line
-BOUND: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4, "marker": ""}  # what theory only bounds: a dashed line
-SEED: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35, "marker": ""}  # one seed: every seed is shown
-
-
-STYLE: dict[str, Any] = {
-    "figure.figsize": (6.4, 4.0),
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 160,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "mathtext.fontset": "dejavusans",
-    "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#444444",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "image.cmap": SEQUENTIAL,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-}
-
-
-@contextlib.contextmanager
-def file_backend() -> Iterator[None]:
-    """Figures of pyplot are drawn to files in this block, without windows; afterward the backend is that of before."""
-    import matplotlib
-
-    before, fallback = matplotlib.get_backend(), matplotlib.rcParams["backend_fallback"]
-    matplotlib.use("Agg")
-    try:
-        yield
-    finally:
-        matplotlib.use(before)
-        matplotlib.rcParams["backend_fallback"] = fallback
+from lindm.figures.style import BLUE as BLUE
+from lindm.figures.style import BOUND as BOUND
+from lindm.figures.style import COLORS as COLORS
+from lindm.figures.style import DIVERGING as DIVERGING
+from lindm.figures.style import EXACT as EXACT
+from lindm.figures.style import GRAY as GRAY
+from lindm.figures.style import GREEN as GREEN
+from lindm.figures.style import MARKERS as MARKERS
+from lindm.figures.style import MEASURED as MEASURED
+from lindm.figures.style import ORANGE as ORANGE
+from lindm.figures.style import PURPLE as PURPLE
+from lindm.figures.style import RED as RED
+from lindm.figures.style import SEED as SEED
+from lindm.figures.style import SEQUENTIAL as SEQUENTIAL
+from lindm.figures.style import SKY as SKY
+from lindm.figures.style import STYLE as STYLE
+from lindm.figures.style import YELLOW as YELLOW
+from lindm.figures.style import file_backend as file_backend
 
 
 def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:

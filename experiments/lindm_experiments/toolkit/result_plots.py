@@ -1,8 +1,5 @@
 """Figures of the toolkit, in the style of the experiments."""
 
-import io
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -12,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lindm.evaluation.environments import double_precision
-from lindm.io.files import storage_errors, write_atomic
+from lindm.figures.style import save as save
 from lindm_experiments.harness.figures import (
     BLUE,
     BOUND,
@@ -23,8 +20,6 @@ from lindm_experiments.harness.figures import (
     ORANGE,
     RED,
     SEQUENTIAL,
-    STYLE,
-    file_backend,
 )
 from lindm_experiments.toolkit.risks import Risk, balance_lengths, risk_grid
 
@@ -32,21 +27,6 @@ if TYPE_CHECKING:
     from lindm_experiments.toolkit.layers import MeasuredLadder, MeasuredRisk
 
 GRID = 60  # lengths of each axis of a contour plot
-
-
-def save(draw: Callable[[], Figure], path: str | Path) -> Path:
-    """Write the figure that `draw` makes; settings of matplotlib are afterwards as they were."""
-    path = Path(path)
-    with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
-        figure, buffer = draw(), io.BytesIO()
-        try:
-            figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png")
-        finally:
-            pyplot.close(figure)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
-    return path
 
 
 def _span(lengths: np.ndarray) -> np.ndarray:

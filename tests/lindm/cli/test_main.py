@@ -171,7 +171,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "prostate", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
         (
             ["solve", "a.pomdp", "--horizon", "inf", "--save", "p.txt"],
-            "--save must be a file .alpha of a POMDP",
+            "--save must be a file .alpha, .json, .svg",
         ),
         (
             ["solve", str(TIGER), "--horizon", "inf", "--save", "p.json"],

@@ -213,7 +213,7 @@ def test_an_alpha_file_has_an_action_and_a_row_for_each_vector(tmp_path):
 
 
 def test_what_an_alpha_file_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must end in \.alpha; got 'policy\.json'"):
-        solve(read("tiger"), trials=1).save("policy.json")
+    with pytest.raises(ValueError, match=r"must end in \.alpha or \.json; got 'policy\.txt'"):
+        solve(read("tiger"), trials=1).save("policy.txt")
     with pytest.raises(ValueError, match="this policy changes with the stage"):
         solve(read("tiger"), 3, trials=1).save(tmp_path / "policy.alpha")
