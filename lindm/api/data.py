@@ -68,7 +68,8 @@ def export_dataset(
 
     Args:
       to: trl (prompt/completion and messages, for SFTTrainer) or minari.
-      template: compact, readable, or a JSON or TOML file. [default: compact, readable with `names`]
+      template: compact, readable, a family's (it implies names), or a JSON or TOML file. [default: compact, readable with
+        `names`]
       names: use the problem's own names in the text.
       rewards: shown, hidden, or auto (shown where the state is observed).
 

@@ -46,7 +46,8 @@ class Export:
     out: Path
     """Directory of the export."""
     template: str | None = None
-    """Template of the text (trl): compact, readable, or a JSON or TOML file. [default: compact, readable with --names]"""
+    """Template of the text (trl): compact, readable, a family's (it implies --names), or a JSON or TOML file. [default: compact,
+    readable with --names]"""
     names: bool = False
     """Use the problem's own names in the text (trl)."""
     rewards: Rewards = "shown"

@@ -29,6 +29,18 @@ class FamilyOptions:
     """Number of observations."""
     models: int | None = None
     """Number of models."""
+    capacity: int | None = None
+    """Largest stock (inventory)."""
+    lead_time: int | None = None
+    """Periods from an order to its arrival (inventory)."""
+    hidden: bool | None = None
+    """Hide the condition of the machine (maintenance)."""
+    size: int | None = None
+    """Length of a side of the room (gridworld)."""
+    dark: bool | None = None
+    """Hide the goal (gridworld)."""
+    slip: float | None = None
+    """Probability that a move goes to a side (gridworld)."""
 
 
 FAMILY_OPTIONS = tuple(field.name for field in fields(FamilyOptions))

@@ -14,7 +14,7 @@ from lindm.choices import Rewards
 from lindm.datasets.columns import STEP_FIELDS, Episode, Task
 from lindm.datasets.reader import Dataset
 from lindm.errors import unknown
-from lindm.text import COMPACT, READABLE, Document, Piece, Step, Template, find_template, render
+from lindm.text import COMPACT, FAMILY_TEMPLATES, READABLE, Document, Piece, Step, Template, find_template, render
 from lindm.text.grammar import SYMBOL_ARGUMENTS, Ambiguous
 
 REWARDS: tuple[Rewards, ...] = get_args(Rewards)
@@ -65,7 +65,8 @@ def text_format(
     """How to write the texts of a dataset.
 
     Args:
-      template: compact, readable, the path of a JSON or TOML file, or a template [default: compact, readable with names].
+      template: compact, readable, a family's, such as maintenance, the path of a JSON or TOML file, or a template [default:
+        compact, readable with names]. A family's implies names.
       rewards: shown, hidden, or auto (shown where the state is seen).
       names: use the problem's names in place of the template's symbols.
 
@@ -76,7 +77,7 @@ def text_format(
     """
     check_rewards(rewards)
     template = find_template(template) or (READABLE if names else COMPACT)
-    if names:
+    if names or (template.name in FAMILY_TEMPLATES and dataset.names):
         if not dataset.names:
             raise ValueError(f"names must be left out: the dataset {dataset.directory} has no names; got {names!r}")
         template = with_names(template, dataset.names)

@@ -21,7 +21,14 @@ from lindm.types import APOMDP, POMDP
 
 STATES = ("low-risk", "high-risk", "treated")
 ACTIONS = ("defer", "biopsy")
-OPTIONS = ("horizon", "alpha", "discount", "biopsy_loss", "untreated_loss", "treated_loss")
+OPTIONS = {
+    "horizon": "Number of years. [default: 10]",
+    "alpha": "Attitude to ambiguity: 1 is the worst case over the centers, 0 the best. [default: 0.5]",
+    "discount": "Discount factor. [default: 0.97]",
+    "biopsy_loss": "Loss of a biopsy. [default: 0.05]",
+    "untreated_loss": "Loss of a year at high risk. [default: 0.2]",
+    "treated_loss": "Loss of a year after the treatment. [default: 0.07]",
+}
 OBSERVATIONS = tuple(f"psa-{bin}-{result}" for bin in (1, 2, 3) for result in ("negative", "positive", "null"))
 CENTERS = ("JH", "UCSF", "UofT", "PRIAS")
 # per center: high risk at the start (misclassified), progression in a year, sensitivity of a biopsy

@@ -4,7 +4,7 @@ To add a family, write a module with a subclass of `TabularSuite` and add it to 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,11 @@ import jax
 from lindm import validate
 from lindm.errors import DataError, unknown
 from lindm.families import prostate, random_suites
+from lindm.families.dosing import Dosing
+from lindm.families.gridworld import Gridworld
+from lindm.families.inventory import Inventory
+from lindm.families.maintenance import Maintenance
+from lindm.families.screening import Screening
 from lindm.families.suites import Suite, TabularSuite
 from lindm.problems import cassandra
 from lindm.problems.apomdp import apomdp
@@ -44,20 +49,28 @@ class Family:
 
     name: str
     summary: str  # one line
+    description: str  # what happens in the problem, and the source of its structure
     options: tuple[str, ...]  # sizes and numbers that can be chosen
+    help: type[Suite] | Mapping[str, str]  # a sentence about each option: below the fields of a class, or by name
     build: Callable[..., Suite | NamedProblem]  # from options: a suite, or one problem where nothing is random
 
 
 def _tabular(kind: type[TabularSuite]) -> Family:
     """The family of a subclass of `TabularSuite`; its summary is the first line of the class's docstring."""
     options = tuple(field.name for field in fields(kind) if field.name != "name")
-    summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
-    return Family(name=kind.name, summary=summary, options=options, build=kind)
+    summary, _, description = (inspect.getdoc(kind) or "").partition("\n\n")
+    return Family(name=kind.name, summary=summary.rstrip("."), description=description, options=options, help=kind, build=kind)
 
 
 def _random(name: str, summary: str) -> Family:
-    build = partial(random_suites.suite, name)
-    return Family(name=name, summary=summary, options=random_suites.options_of(name), build=build)
+    return Family(
+        name=name,
+        summary=summary,
+        description=(random_suites.__doc__ or "").partition("\n\n")[2],
+        options=random_suites.options_of(name),
+        help=random_suites.RandomSuite,
+        build=partial(random_suites.suite, name),
+    )
 
 
 def _prostate(**options: Any) -> NamedProblem:
@@ -77,9 +90,16 @@ _ALL = (
     Family(
         name="prostate",
         summary="Active surveillance of prostate cancer as four medical centers see it",
-        options=prostate.OPTIONS,
+        description=inspect.getdoc(prostate) or "",
+        options=tuple(prostate.OPTIONS),
+        help=prostate.OPTIONS,
         build=_prostate,
     ),
+    _tabular(Maintenance),
+    _tabular(Inventory),
+    _tabular(Screening),
+    _tabular(Dosing),
+    _tabular(Gridworld),
 )
 FAMILIES = {family.name: family for family in _ALL}
 

@@ -6,8 +6,8 @@ alone: a learner is trained on `id`, and `ood` tests it out of distribution.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -102,18 +102,6 @@ class TabularSuite(Suite):
 
     discount: float = 1.0
     """Discount factor."""
-
-    @classmethod
-    def of(cls, options: Mapping[str, object]) -> Self:
-        """The suite with these options.
-
-        Raises:
-          ValueError: an unknown option, or a value out of its range.
-        """
-        known = [field.name for field in fields(cls) if field.name != "name"]
-        if wrong := [name for name in options if name not in known]:
-            raise ValueError(unknown(f"an option of {cls.name}", wrong[0], known))
-        return cls(**options)  # pyright: ignore[reportArgumentType]
 
     def __post_init__(self) -> None:
         validate.count(self.horizon, "horizon")

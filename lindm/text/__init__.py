@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lindm.errors import DataError
+from lindm.errors import DataError, unknown
 from lindm.io import inputs, limits
 from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS, Grammar, Part, Symbols
 
@@ -189,11 +189,23 @@ def _line(source: str, error: Exception) -> int:
     return source.count("\n", 0, match.end()) + 1 if match else 1
 
 
-COMPACT, READABLE = (load_template(Path(__file__).parents[1] / "templates" / f"{name}.json") for name in ("compact", "readable"))
+_SHIPPED = {path.stem: path for path in sorted((Path(__file__).parents[1] / "templates").glob("*.json"))}
+COMPACT, READABLE = load_template(_SHIPPED["compact"]), load_template(_SHIPPED["readable"])
+FAMILY_TEMPLATES = tuple(name for name in _SHIPPED if name not in ("compact", "readable"))
+"""Templates that name the things of one family of problems; a text then has the problem's own names."""
 
 
 def find_template(template: str | Template | None) -> Template | None:
-    """A template by its name (compact or readable) or by the path of its file; DataError where the file holds none."""
-    if isinstance(template, str):
-        return {"compact": COMPACT, "readable": READABLE}.get(template) or load_template(template)
-    return template
+    """A template by its name (compact, readable or a family's) or by the path of its file.
+
+    Raises:
+      ValueError: neither a name nor a file.
+      DataError: the file holds no template.
+    """
+    if not isinstance(template, str):
+        return template
+    if template in _SHIPPED:
+        return load_template(_SHIPPED[template])
+    if not Path(template).suffix and not Path(template).exists():
+        raise ValueError(unknown("template", template, (*_SHIPPED, "a JSON or TOML file")))
+    return load_template(template)

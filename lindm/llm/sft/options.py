@@ -64,7 +64,8 @@ class SFTConfig:
     supervise: Supervise = "all"
     """Actions of a dataset that are trained: those of demonstrations and queries, or of queries alone."""
     template: str | None = None
-    """Template of the text: compact, readable, or a JSON or TOML file. [default: compact; readable with --names]"""
+    """Template of the text: compact, readable, a family's (it implies --names), or a JSON or TOML file. [default: compact;
+    readable with --names]"""
     names: bool = False
     """Use the problem's own names in the text."""
     rewards: Rewards = "auto"

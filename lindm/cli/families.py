@@ -1,0 +1,108 @@
+"""`lindm families`: the families of problems, with their sizes and options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from lindm.cli.option_parser import Command, Positional, options_of, wrap
+from lindm.errors import unknown
+from lindm.io.files import strict_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """List the families of problems, or describe one: kind, sizes, options and source."""
+
+    name: Annotated[str | None, Positional("FAMILY")] = None
+    """A family. [default: a list of all]"""
+    json: bool = False
+    """Print JSON."""
+
+
+def families(name: str | None = None) -> list[dict[str, Any]]:
+    """The families of problems that `make` and `suite` know: name, kind, sizes, options and source.
+
+    Args:
+      name: of one family. [default: all]
+
+    Returns:
+      A dict for each, with the default sizes and the options by name (help and default).
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> [facts["kind"] for facts in ld.families("maintenance")]
+    ['mdp']
+    """
+    from lindm.evaluation.policies.registry import kind_of
+    from lindm.families.registry import FAMILIES
+    from lindm.families.suites import Suite
+
+    if name is not None and name not in FAMILIES:
+        raise ValueError(unknown("family", name, tuple(FAMILIES)))
+    described = []
+    for family in FAMILIES.values() if name is None else (FAMILIES[name],):
+        built = family.build()
+        problem = built.example if isinstance(built, Suite) else built.problem
+        parts = ("states", "actions", "observations", "models")
+        sizes = {part: size for part in parts if (size := getattr(problem, f"num_{part}", None)) is not None}
+        defaults = {option: getattr(built, option, None) for option in family.options}
+        help = {o.name: o.help for o in options_of(family.help)} if isinstance(family.help, type) else family.help
+        described.append(
+            {
+                "name": family.name,
+                "kind": kind_of(built),
+                "summary": family.summary,
+                "sizes": sizes | {"horizon": problem.horizon},
+                "options": {name: {"help": help[name], "default": defaults[name]} for name in family.options},
+                "template": built.template if isinstance(built, Suite) else None,
+                "description": family.description,
+            }
+        )
+    return described
+
+
+def run(options: Families) -> int:
+    described = families(options.name)
+    if options.json:
+        print(strict_json(described if options.name is None else described[0]))
+    elif options.name is None:
+        rows = [(facts["name"], facts["kind"], _sizes(facts), facts["summary"]) for facts in described]
+        rows.insert(0, ("family", "kind", "sizes", "what"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+        for *cells, summary in rows:
+            print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), summary]))
+        print("\nS states, A actions, O observations, M models, H stages. `lindm families FAMILY` describes one.")
+    else:
+        _print_one(described[0])
+    return 0
+
+
+def _sizes(facts: Mapping[str, Any]) -> str:
+    return " ".join(f"{part[0].upper()}={size}" for part, size in facts["sizes"].items())
+
+
+def _print_one(facts: Mapping[str, Any]) -> None:
+    print(f"{facts['name']}: {facts['summary']}\n")
+    for key, value in (("kind", facts["kind"]), ("sizes", _sizes(facts)), ("template", facts["template"])):
+        if value is not None:
+            print(f"{key:<9} {value}")
+    print("\nOptions:")
+    width = max(map(len, facts["options"])) + 2
+    for name, option in facts["options"].items():
+        default = "" if option["default"] is None or "[default" in option["help"] else f" [default: {option['default']}]"
+        first, *rest = wrap(f"{option['help']}{default}", width + 4) or [""]
+        print(f"  {name:<{width}}{first}")
+        for line in rest:
+            print(" " * (width + 2) + line)
+    print()
+    for paragraph in facts["description"].split("\n\n"):
+        print("\n".join([*wrap(paragraph), ""]))
+
+
+COMMAND = Command(
+    name="families",
+    options=Families,
+    run=run,
+    examples=("lindm families", "lindm families maintenance", "lindm families --json"),
+)
