@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.solutions import solve as solve
     from lindm.api.solutions import solve_stationary as solve_stationary
     from lindm.cli.doctor import doctor as doctor
-    from lindm.cli.families import families as families
+    from lindm.cli.families import list_families as list_families
     from lindm.evaluation import policies as policies
     from lindm.llm.policy import load_policy as load_policy
     from lindm.problems.stationary import StationaryPOMDP as StationaryPOMDP
@@ -84,7 +84,7 @@ _DEFINED = {
     "lindm.api.evaluation": ("evaluate",),
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
-    "lindm.cli.families": ("families",),
+    "lindm.cli.families": ("list_families",),
     "lindm.problems.stationary": ("StationaryPOMDP",),
     "lindm.solvers.stationary_mdp": ("MDPSolution",),
     "lindm.solvers.stationary_solution": ("StationarySolution",),

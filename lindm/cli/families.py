@@ -19,7 +19,7 @@ class Families:
     """Print JSON."""
 
 
-def families(name: str | None = None) -> list[dict[str, Any]]:
+def list_families(name: str | None = None) -> list[dict[str, Any]]:
     """The families of problems that `make` and `suite` know: name, kind, sizes, options and source.
 
     Args:
@@ -31,7 +31,7 @@ def families(name: str | None = None) -> list[dict[str, Any]]:
     Raises:
       ValueError: an unknown name.
 
-    >>> [facts["kind"] for facts in ld.families("maintenance")]
+    >>> [facts["kind"] for facts in ld.list_families("maintenance")]
     ['mdp']
     """
     from lindm.evaluation.policies.registry import kind_of
@@ -56,14 +56,21 @@ def families(name: str | None = None) -> list[dict[str, Any]]:
                 "sizes": sizes | {"horizon": problem.horizon},
                 "options": {name: {"help": help[name], "default": defaults[name]} for name in family.options},
                 "template": built.template if isinstance(built, Suite) else None,
+                "source": _source(family.description),
                 "description": family.description,
             }
         )
     return described
 
 
+def _source(description: str) -> str | None:
+    """The paragraph that names the source, in one line."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in description.split("\n\n"))
+    return next((paragraph.removeprefix("Source: ") for paragraph in paragraphs if paragraph.startswith("Source: ")), None)
+
+
 def run(options: Families) -> int:
-    described = families(options.name)
+    described = list_families(options.name)
     if options.json:
         print(strict_json(described if options.name is None else described[0]))
     elif options.name is None:

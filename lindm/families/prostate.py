@@ -1,8 +1,9 @@
 """Active surveillance of prostate cancer, as four medical centers see it: an APOMDP with one model for each center.
 
-Rates and laws of PSA are those of Li and Denton (Multi-model POMDPs, 2023, Tables 5-6). The state `treated` is added here: a
-positive biopsy ends the surveillance, and no transition leads back. The rewards are added as well, as stand-ins in
-quality-adjusted life years, so values are not comparable with the paper's.
+Source: rates and laws of PSA are those of Li and Denton (Multi-model POMDPs, 2023, Tables 5-6).
+
+The state `treated` is added here: a positive biopsy ends the surveillance, and no transition leads back. The rewards are added
+as well, as stand-ins in quality-adjusted life years, so values are not comparable with the paper's.
 
 Within a year the disease moves first (low to high risk). Then a biopsy, if it was chosen, finds high risk with its sensitivity
 and leads to `treated`; at low risk it is never wrong. The observation is the bin of PSA and the result of the biopsy (null

@@ -6,7 +6,7 @@ alone: a learner is trained on `id`, and `ood` tests it out of distribution.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
@@ -108,6 +108,9 @@ class TabularSuite(Suite):
         if self.split not in SPLITS:
             raise ValueError(unknown("split", self.split, SPLITS))
         validate.discount(self.discount)
+        for field in fields(self):
+            if isinstance(field.default, bool) and not isinstance(value := getattr(self, field.name), bool):
+                raise ValueError(f"{field.name} must be True or False; got {value!r}")
         self.check()
 
     def check(self) -> None:

@@ -57,6 +57,7 @@ COMMANDS = {
             "drawing": "lindm_experiments.harness.summary:as_latex",
         },
     ),
+    "families": (["families"], {"import": "jax:"}),
     "solve": (["solve", str(TIGER), "--horizon", "4"], {"import": "jax:", "reading": POMDP, "compiling": "!compiling"}),
     "data make": (
         ["data", "make", str(TIGER), *["--horizon", "3", "--tasks", "4", "--demos", "1", "--out", "made"]],
