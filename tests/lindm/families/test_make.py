@@ -30,7 +30,7 @@ def test_prostate_takes_its_own_options_and_has_names():
 
 
 def test_unknown_names_and_options_are_named_in_the_error():
-    with pytest.raises(ValueError, match=r"^name must be one of mdp, pomdp, apomdp, prostate; got 'tiger'"):
+    with pytest.raises(ValueError, match=r"^name must be one of mdp, pomdp, apomdp, .*; got 'tiger'"):
         make("tiger")
     with pytest.raises(ValueError, match=r"^an option of apomdp 'distanse' is not known; did you mean distance\?"):
         make("apomdp", distanse=0.3)
