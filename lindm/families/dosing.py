@@ -73,18 +73,18 @@ class Dosing(TabularSuite):
     def attitude(self) -> float:
         return self.alpha
 
-    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, rng: np.random.Generator) -> Sequence[Tables]:
         distance, accuracy = LAWS[self.split]
         S, A, O, M = self.sizes
-        center = np.array([random.uniform(*RESPONSE), random.uniform(*CLEARANCE)])
+        center = np.array([rng.uniform(*RESPONSE), rng.uniform(*CLEARANCE)])
         target, level, dose = (S - 1) // 2, np.arange(S), np.linspace(0, 1, A)
-        low, high, burden = random.uniform(0.3, 0.9), random.uniform(0.3, 0.9), random.uniform(0.0, 0.1)
+        low, high, burden = rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.9), rng.uniform(0.0, 0.1)
         far = max(target, 1), max(S - 1 - target, 1)
         worth = 1 - np.where(level < target, low * (target - level) / far[0], high * (level - target) / far[1])
         r = np.round(rounded(worth)[:, None] - rounded(burden * dose), 10)
         models = []
         for _ in range(M):
-            response, clearance = np.clip(center + random.uniform(-distance, distance, 2), 0.05, 1)
+            response, clearance = np.clip(center + rng.uniform(-distance, distance, 2), 0.05, 1)
             drift = (1 - 2 * NOISE) * (response * dose - clearance)
             up, down = NOISE + np.maximum(drift, 0), NOISE + np.maximum(-drift, 0)
             P = np.zeros((S, A, S))
@@ -92,6 +92,6 @@ class Dosing(TabularSuite):
                 P[s, :, min(s + 1, S - 1)] += up
                 P[s, :, max(s - 1, 0)] += down
                 P[s, :, s] += 1 - up - down
-            assay = levels(S, O, random.uniform(*accuracy))
+            assay = levels(S, O, rng.uniform(*accuracy))
             models.append(Tables(P=P, r=r, rho=np.full(S, 1 / S), O=np.broadcast_to(assay, (A, S, O))))
         return models

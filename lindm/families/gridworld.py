@@ -78,20 +78,20 @@ class Gridworld(TabularSuite):
         n = self.side
         return [f"r{cell // n + 1}c{cell % n + 1}" for cell in range(n * n) if cell != self.start]
 
-    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, rng: np.random.Generator) -> Sequence[Tables]:
         n = self.side**2
         share, slips = LAWS[self.split]
-        slip = random.uniform(*slips) if self.slip is None else self.slip
-        free = _free_cells(random, self.side, int(share * n), self.start)
+        slip = rng.uniform(*slips) if self.slip is None else self.slip
+        free = _free_cells(rng, self.side, int(share * n), self.start)
         walk = _walk(free, slip)
         goals = [cell for cell in range(n) if free[cell] and cell != self.start]
         if not self.dark:
-            goal = int(random.choice(goals))
+            goal = int(rng.choice(goals))
             P, r = _until(walk, goal)
             rho = free.astype(float)
             rho[goal] = 0
             return [Tables(P=P, r=r, rho=rho / rho.sum())]
-        weights = random.exponential(size=n) * free
+        weights = rng.exponential(size=n) * free
         weights[self.start] = 0
         S, others = n * (n - 1), [cell for cell in range(n) if cell != self.start]
         P, r, rho, O = np.zeros((S, 4, S)), np.zeros((S, 4)), np.zeros(S), np.zeros((S, n + 1))
@@ -104,12 +104,12 @@ class Gridworld(TabularSuite):
         return [Tables(P=P, r=r, rho=rho, O=np.broadcast_to(O, (4, S, n + 1)))]
 
 
-def _free_cells(random: np.random.Generator, size: int, walls: int, start: int) -> np.ndarray:
+def _free_cells(rng: np.random.Generator, size: int, walls: int, start: int) -> np.ndarray:
     """A room [size * size]: False where there is a wall. All free cells are connected, and the start is free."""
     others = [cell for cell in range(size * size) if cell != start]
     while True:
         free = np.ones(size * size, bool)
-        free[random.choice(others, walls, replace=False)] = False
+        free[rng.choice(others, walls, replace=False)] = False
         reached = np.zeros_like(free)
         reached[start] = True
         links = _walk(free, 0.0).sum(1) > 0

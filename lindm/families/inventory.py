@@ -67,11 +67,11 @@ class Inventory(TabularSuite):
         states = tuple("+".join(map(str, state)) for state in self.positions)
         return {"states": states, "actions": tuple(f"order-{units}" for units in range(self.actions))}
 
-    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, rng: np.random.Generator) -> Sequence[Tables]:
         C, (demand, price, fixed) = self.capacity, LAWS[self.split]
-        unit, order = rounded(random.uniform(*price)), rounded(random.uniform(*fixed))
-        holding, penalty = rounded(random.uniform(0.05, 0.15)), rounded(random.uniform(0.0, 0.3))
-        mean = C * random.uniform(*demand)
+        unit, order = rounded(rng.uniform(*price)), rounded(rng.uniform(*fixed))
+        holding, penalty = rounded(rng.uniform(0.05, 0.15)), rounded(rng.uniform(0.0, 0.3))
+        mean = C * rng.uniform(*demand)
         below = np.cumsum([exp(-mean) * mean**k / factorial(k) for k in range(C)])
         law = np.diff(rounded([0.0, *below, 1.0]))  # in round numbers, as the rewards
         S, A = self.sizes[:2]

@@ -64,24 +64,24 @@ class Maintenance(TabularSuite):
         signals = tuple(f"signal-{level}" for level in range(1, (self.observations or 2) + 1))
         return seen | {"actions": ("run", "inspect", "replace"), "observations": signals}
 
-    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, rng: np.random.Generator) -> Sequence[Tables]:
         S, A, O, _ = self.sizes
         (wear, twice, price), last = LAWS[self.split], self.states - 1
         P, r = np.zeros((S, A, S)), np.zeros((S, A))
-        worn, share = np.sort(random.uniform(*wear, last)), random.uniform(*twice)
+        worn, share = np.sort(rng.uniform(*wear, last)), rng.uniform(*twice)
         for s in range(last):
             P[s, 0, s] = 1 - worn[s]
             P[s, 0, s + 1] = worn[s] * (1 - share)
             P[s, 0, min(s + 2, last)] += worn[s] * share
         P[last, 0, last] = 1
-        profits = np.sort(random.uniform(0.1, 1.0, max(last - 1, 0)))[::-1]
-        r[:, 0] = rounded([1.0, *profits, -random.uniform(0.0, 0.5)])
+        profits = np.sort(rng.uniform(0.1, 1.0, max(last - 1, 0)))[::-1]
+        r[:, 0] = rounded([1.0, *profits, -rng.uniform(0.0, 0.5)])
         P[:, -1, 0] = 1
-        r[:, -1] = -rounded(random.uniform(*price))
+        r[:, -1] = -rounded(rng.uniform(*price))
         rho = np.arange(S, 0, -1) / (S * (S + 1) / 2)
         if not self.hidden:
             return [Tables(P=P, r=r, rho=rho)]
         P[:, 1] = P[:, 0]
-        r[:, 1] = np.round(r[:, 0] - rounded(random.uniform(0.05, 0.1)), 10)
-        signal = levels(S, O, random.uniform(*ACCURACY[self.split]))
+        r[:, 1] = np.round(r[:, 0] - rounded(rng.uniform(0.05, 0.1)), 10)
+        signal = levels(S, O, rng.uniform(*ACCURACY[self.split]))
         return [Tables(P=P, r=r, rho=rho, O=np.stack([signal, levels(S, O, 1.0), signal]))]

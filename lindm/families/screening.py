@@ -72,25 +72,25 @@ class Screening(TabularSuite):
             "observations": ("clear", "suspicious", "dead"),
         }
 
-    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, rng: np.random.Generator) -> Sequence[Tables]:
         law, S = LAWS[self.split], self.states
         stages, dead = S - 2, S - 1
         course = np.eye(S)
-        course[0, :2] = 1 - (onset := random.uniform(*law.onset)), onset
-        for s, p in enumerate(random.uniform(*law.progress, stages), start=1):
+        course[0, :2] = 1 - (onset := rng.uniform(*law.onset)), onset
+        for s, p in enumerate(rng.uniform(*law.progress, stages), start=1):
             course[s, s], course[s, s + 1] = 1 - p, p
-        cured = np.array([0.0, *np.sort(random.uniform(*law.cure, stages))[::-1], 0.0])[:, None]
+        cured = np.array([0.0, *np.sort(rng.uniform(*law.cure, stages))[::-1], 0.0])[:, None]
         P = np.stack([course, course, cured * np.eye(S)[0] + (1 - cured) * course], axis=1)
-        alarm, false_positive = np.sort(random.uniform(*law.false_alarm, 2))[::-1]
-        symptoms = np.array([alarm, *np.sort(random.uniform(*law.symptoms, stages)), 0.0])
-        positive = np.array([false_positive, *np.sort(random.uniform(*law.sensitivity, stages)), 0.0])
+        alarm, false_positive = np.sort(rng.uniform(*law.false_alarm, 2))[::-1]
+        symptoms = np.array([alarm, *np.sort(rng.uniform(*law.symptoms, stages)), 0.0])
+        positive = np.array([false_positive, *np.sort(rng.uniform(*law.sensitivity, stages)), 0.0])
         findings = [np.stack([1 - p, p, 0 * p], axis=-1) for p in (symptoms, positive, symptoms)]
         O = np.stack(findings)
         O[:, dead] = [0, 0, 1]
-        life = np.array([1.0, *np.sort(random.uniform(0.1, 0.9, stages))[::-1], 0.0])
-        costs = np.array([0.0, random.uniform(0.05, 0.1), random.uniform(*law.burden)])
+        life = np.array([1.0, *np.sort(rng.uniform(0.1, 0.9, stages))[::-1], 0.0])
+        costs = np.array([0.0, rng.uniform(0.05, 0.1), rng.uniform(*law.burden)])
         r = rounded(life)[:, None] - rounded(costs)
         r[dead] = 0
-        ill = random.uniform(*law.ill)
+        ill = rng.uniform(*law.ill)
         rho = np.array([1 - ill, *np.full(stages, ill / stages), 0.0])
         return [Tables(P=P, r=np.round(r, 10), rho=rho, O=O)]

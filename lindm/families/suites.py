@@ -116,7 +116,7 @@ class TabularSuite(Suite):
     def check(self) -> None:
         """Raise ValueError for an option of the family that is out of its range."""
 
-    def tables(self, random: np.random.Generator) -> Sequence[Tables]:
+    def tables(self, rng: np.random.Generator) -> Sequence[Tables]:
         """The model, or the models of an ambiguous problem, with new parameters."""
         raise NotImplementedError
 
@@ -126,8 +126,8 @@ class TabularSuite(Suite):
         raise NotImplementedError
 
     def draw(self, key: Array) -> Problem:
-        random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-        models = [self._problem(tables) for tables in self.tables(random)]
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+        models = [self._problem(tables) for tables in self.tables(rng)]
         if not self.sizes.models:
             return models[0]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
