@@ -9,7 +9,8 @@ from lindm.cli.option_parser import Command, Positional
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one page about verifications, evaluations and training runs. Its tables are written as CSV and LaTeX, too."""
+    """Write one page about verifications, evaluations and training runs. Its tables are written as CSV and LaTeX, too, and its
+    figures as PNG and PDF."""
 
     directories: Annotated[tuple[Path, ...], Positional("DIR")]
     """Directories of `lindm verify`, `lindm eval --out` or `lindm sft`, or directories that contain such directories."""

@@ -1,5 +1,7 @@
 """Helpers of the figures of experiments, and the style of all figures (`lindm.figures.style`) in the same place."""
 
+import io
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,25 @@ from lindm.figures.style import SKY as SKY
 from lindm.figures.style import STYLE as STYLE
 from lindm.figures.style import YELLOW as YELLOW
 from lindm.figures.style import file_backend as file_backend
+
+
+def figure_files(name: str, figure: Any) -> dict[str, bytes]:
+    """NAME.png and NAME.pdf of a figure: their contents. There are no dates in them: the same figure gives the same bytes."""
+    import matplotlib
+
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
+    # The layout is computed once, not for each format. `savefig` draws a figure twice as long as it has a layout engine
+    # ("none" is one too), and gives it the engine of the style again.
+    with matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        if engine := figure.get_layout_engine():
+            engine.execute(figure)
+        figure.set_layout_engine(None)
+        contents = {}
+        for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, metadata=metadata)
+            contents[f"{name}.{ending}"] = buffer.getvalue()
+    return contents
 
 
 def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:

@@ -29,16 +29,19 @@ def redraw(directory: str | Path, experiments: Sequence[str | Path] = ()) -> lis
 
 
 def report(directories: Sequence[str | Path], out: str | Path = "report") -> list[Path]:
-    """Write one page about verifications, evaluations and training runs, with its tables as CSV and LaTeX; the files.
+    """Write one page about verifications, evaluations and training runs, with tables as CSV and LaTeX, figures as PNG and PDF.
 
     Args:
       directories: of `verify`, `evaluate(..., out=...)` or `finetune`, or directories that contain such directories.
+
+    Returns:
+      The files.
 
     Raises:
       UsageError: `directories` is no list. DataError: a directory holds none of these.
 
     >>> sorted(path.name for path in ld.report(["run"], "report"))
-    ['index.html', 'training.csv', 'training.tex']
+    ['curves.pdf', 'curves.png', 'index.html', 'training.csv', 'training.tex']
     """
     if isinstance(directories, str | Path):
         raise UsageError(f"directories must be a list; got {str(directories)!r}")

@@ -1,4 +1,4 @@
-"""Experiments, evaluations of policies and training runs on one page, and its tables as CSV and LaTeX.
+"""Experiments, evaluations of policies and training runs on one page, its tables as CSV and LaTeX, its figures as PNG and PDF.
 
     lindm report DIR [DIR ...] --out report
 
@@ -113,17 +113,20 @@ def _value(cell: str) -> float | int | str | None:
 
 
 def evaluation_rows(directories: Sequence[Path]) -> list[Row]:
+    """Normalized optimality gaps and losses in units of reward, each with its interval, and what else an evaluation tells."""
     rows = []
     for directory in directories:
         for row in files.read_json(directory / "eval.json", format=EVAL_FORMAT)["rows"]:
-            low, high = row["ci"] or (None, None)
             kept = _run_column(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy", "gap")}
-            rows.append(
-                kept
-                | {"low": low, "high": high}
-                | {k: row.get(k) for k in ("gap_of_value", "action_agreement", "invalid", "n", "method")}
-            )
+            kept |= dict(zip(("low", "high"), row["ci"] or (None, None), strict=True))
+            kept |= {"loss": row.get("suboptimality")}
+            kept |= dict(zip(("loss_low", "loss_high"), row.get("suboptimality_ci") or (None, None), strict=True))
+            rows.append(kept | {name: row.get(name) for name in OTHERS})
     return rows
+
+
+OTHERS = ("gap_of_value", "optimal_lower", "optimal_upper", "uniform_value", "action_agreement", "invalid", "n", "method")
+OTHERS += ("interval_over", "note")
 
 
 def training_rows(directories: Sequence[Path]) -> list[Row]:
@@ -172,14 +175,23 @@ def as_latex(rows: Sequence[Row]) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------------
 
 
-def draw_gaps(rows: Sequence[Row]) -> bytes:
-    """The gaps of all policies with their intervals, one panel for each suite, horizon and split."""
+GAPS = {
+    "gaps": ("gap", "low", "high", "normalized optimality gap"),
+    "losses": ("loss", "loss_low", "loss_high", r"$V^* - V^\pi$, units of reward"),
+}
+"""Figure of the evaluations -> its columns and the label of its axis."""
+
+
+def draw_gaps(rows: Sequence[Row], name: str) -> dict[str, bytes]:
+    """NAME.png and NAME.pdf: the gaps or losses (`GAPS`) of all policies with their intervals, one panel for each suite, horizon
+    and split."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from lindm_experiments.harness.figures import COLORS, MEASURED, STYLE
+    from lindm_experiments.harness.figures import COLORS, MEASURED, STYLE, figure_files
 
-    known = [row for row in rows if row["gap"] is not None]
+    value, low, high, label = GAPS[name]
+    known = [row for row in rows if row[value] is not None]
     cells = list(dict.fromkeys((r["suite"], r["horizon"], r["split"]) for r in known))
     names = list(dict.fromkeys(r["policy"] for r in known))
     columns = min(3, len(cells))
@@ -191,71 +203,94 @@ def draw_gaps(rows: Sequence[Row]) -> bytes:
         for axis, cell in zip(axes.flat, cells, strict=False):
             for row in known:
                 if (row["suite"], row["horizon"], row["split"]) == cell:
-                    y, gap = -names.index(row["policy"]), row["gap"]
-                    ends = [[gap - row["low"]], [row["high"] - gap]]
-                    axis.errorbar([gap], [y], xerr=ends, color=COLORS[0], capsize=2, **MEASURED)
+                    y, x = -names.index(row["policy"]), row[value]
+                    ends = None if row[low] is None else [[x - row[low]], [row[high] - x]]
+                    axis.errorbar([x], [y], xerr=ends, color=COLORS[0], capsize=2, **MEASURED)
             suite, horizon, split = cell
-            axis.set(title=f"{suite}, horizon {horizon}" + (f", {split}" if split else ""), xlabel="normalized optimality gap")
+            axis.set(title=f"{suite}, horizon {horizon}" + (f", {split}" if split else ""), xlabel=label)
             axis.set_yticks([-i for i in range(len(names))], [name if len(name) < 32 else f"...{name[-28:]}" for name in names])
             axis.axvline(0, color="#444444", linewidth=0.8, marker="")
         for axis in axes.flat[len(cells) :]:
             axis.set_visible(False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return figure_files(name, figure)
 
 
 def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
-    """Write OUT/index.html and OUT/tables/*.csv and *.tex; their paths. DataError where a file of a directory is damaged."""
+    """Write OUT/index.html, OUT/tables/*.csv and *.tex, OUT/figures/*.png and *.pdf; their paths.
+
+    Raises:
+      DataError: a file of a directory is damaged.
+    """
     inputs = find_inputs(directories)
     with damage_errors(f"a file of {', '.join(map(str, directories))} is damaged"):
-        written = _render(inputs, out)
+        written = _render(inputs)
     with sole_writer(out):
         with files.storage_errors(out):
-            (out / "tables").mkdir(parents=True, exist_ok=True)
+            for part in {path.parent for path in written}:
+                (out / part).mkdir(parents=True, exist_ok=True)
         for path, content in written.items():
-            files.write_atomic(path, content)
-        write_manifest(out, [path.relative_to(out).as_posix() for path in written])
-    return list(written)
+            files.write_atomic(out / path, content)
+        write_manifest(out, [path.as_posix() for path in written])
+    return [out / path for path in written]
 
 
-def _render(inputs: Inputs, out: Path) -> dict[Path, str]:
-    """The content of every file of a report."""
+def _render(inputs: Inputs) -> dict[Path, str | bytes]:
+    """The content of every file of a report, by its path in the report's directory."""
     own = experiment_tables(inputs.verifications)
     tables = {"claims": claim_rows(inputs.verifications)} | own
     tables |= {"evaluations": evaluation_rows(inputs.evaluations), "training": training_rows(inputs.training)}
     tables = {name: rows for name, rows in tables.items() if rows}
-    written: dict[Path, str] = {}
+    written: dict[Path, str | bytes] = {}
     for name, rows in tables.items():
-        written[out / "tables" / f"{name}.csv"] = as_csv(rows)
-        written[out / "tables" / f"{name}.tex"] = as_latex(rows)
+        written[Path("tables", f"{name}.csv")] = as_csv(rows)
+        written[Path("tables", f"{name}.tex")] = as_latex(rows)
+    figures: dict[str, bytes] = {}
+    for name, (value, *_) in GAPS.items():
+        if any(row[value] is not None for row in tables.get("evaluations", ())):
+            figures |= draw_gaps(tables["evaluations"], name)
     verifications = []
-    for directory in inputs.verifications:
+    for number, directory in enumerate(inputs.verifications):
         verdicts = read_verdicts(directory)
         sections = experiment_sections(directory, verdicts)
+        for section in sections:
+            run = run_directory(directory, section["name"])
+            for figure in section["figures"]:
+                name, own_name = section["name"], figure["name"]
+                figure["file"] = _copied(figures, run, own_name, name if name == own_name else f"{name}-{own_name}", number)
         verifications.append({"directory": str(directory), "rows": verdicts["claims"], "sections": sections})
     runs = [
         {
             "name": str(directory),
             "options": run_options(directory),
-            "curves": _encoded_image(directory, "curves.png"),
+            "curves": _copied(figures, directory, "curves", "curves", number),
         }
-        for directory in inputs.training
+        for number, directory in enumerate(inputs.training)
     ]
     manifests = [(str(d), read_manifest_if_exists(d)) for d in (*inputs.verifications, *inputs.evaluations, *inputs.training)]
-    written[out / "index.html"] = render_template(
+    written |= {Path("figures", name): content for name, content in figures.items()}
+    written[Path("index.html")] = render_template(
         "summary.html.jinja",
         tables=tables,
         experiment_tables=list(own),
         verifications=verifications,
         runs=runs,
-        gap_figure=base64.b64encode(draw_gaps(tables["evaluations"])).decode() if "evaluations" in tables else None,
+        gap_figures=[name for name in GAPS if f"{name}.png" in figures],
+        documents={Path(name).stem for name in figures if name.endswith(".pdf")},
+        images={Path(name).stem: base64.b64encode(x).decode() for name, x in figures.items() if name.endswith(".png")},
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance(),
     )
     return written
 
 
-def _encoded_image(directory: Path, name: str) -> str | None:
-    content = read_output(directory, name)
-    return None if content is None else base64.b64encode(content).decode()
+def _copied(figures: dict[str, bytes], directory: Path, name: str, to: str, number: int) -> str | None:
+    """Copy NAME.png and NAME.pdf of a directory to the figures, under a name that begins with `to`; that name, or None.
+
+    Args:
+      number: of the directory among those of its kind; from the second on, it is in the name.
+    """
+    to = f"{to}-{number + 1}" if number else to
+    for ending in ("png", "pdf"):
+        if (content := read_output(directory, f"{name}.{ending}")) is not None:
+            figures[f"{to}.{ending}"] = content
+    return to if f"{to}.png" in figures else None

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -124,26 +123,14 @@ def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
 
 def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
     """File name -> content: figures of the records as PNG and PDF, and table.csv where the experiment has a table."""
-    import matplotlib
     from matplotlib import pyplot
 
-    from lindm_experiments.harness.figures import STYLE, file_backend
+    from lindm_experiments.harness.figures import STYLE, figure_files, file_backend
 
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
     files: dict[str, bytes] = {}
     with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
-        figures = module.plot(records)
-        # The layout is computed once, not for each format. `savefig` draws a figure twice as long as it has a layout engine
-        # ("none" is one too), and gives it the engine of the style again.
-        matplotlib.rcParams["figure.constrained_layout.use"] = False
-        for name, figure in figures.items():
-            if engine := figure.get_layout_engine():
-                engine.execute(figure)
-            figure.set_layout_engine(None)
-            for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=ending, metadata=metadata)  # no dates: the same records give the same bytes
-                files[f"{name}.{ending}"] = buffer.getvalue()
+        for name, figure in module.plot(records).items():
+            files |= figure_files(name, figure)
             pyplot.close(figure)
     if hasattr(module, "table"):
         files["table.csv"] = as_csv(module.table(records)).encode()

@@ -18,7 +18,8 @@ from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
 
 ROW = {"suite": "pomdp", "horizon": 6, "split": "id", "policy": "bc", "gap": 0.25, "ci": [0.2, 0.3], "gap_of_value": 0.1}
 ROW |= {"gap_of_value_ci": [0.05, 0.15], "n": 3, "action_agreement": 0.75, "method": "exact", "invalid": None}
-MODEL = ROW | {"policy": "sft:runs/<a_b>&c", "gap": 0.02, "ci": [0.0, 0.04], "invalid": 0.125, "split": "ood"}
+ROW |= {"suboptimality": 0.5, "suboptimality_ci": [0.4, 0.75], "optimal_lower": 2.0, "interval_over": "tasks"}
+MODEL = ROW | {"policy": "sft:runs/<a_b>&c", "gap": 0.02, "ci": None, "invalid": 0.125, "split": "ood"}
 NONE = {"suite": "apomdp", "horizon": 5, "split": None, "policy": "x", "gap": None, "ci": None, "n": 0}
 NONE |= {"method": "none", "invalid": None}
 
@@ -57,10 +58,10 @@ def test_tables_hold_the_values_of_the_commands(work):
     assert [row["id"] for row in read["claims"]] == ["q-risk", "controls/swap"]
     first = read["claims"][0]
     assert float(first["low"]) <= float(first["measured"]) <= float(first["high"]) and first["verdict"] == "PASS"
-    assert [(r["policy"], r["gap"], r["low"], r["invalid"]) for r in read["evaluations"]] == [
-        ("bc", "0.25", "0.2", ""),
-        ("sft:runs/<a_b>&c", "0.02", "0.0", "0.125"),
-        ("x", "", "", ""),
+    assert [(r["policy"], r["gap"], r["low"], r["loss"], r["loss_high"], r["invalid"]) for r in read["evaluations"]] == [
+        ("bc", "0.25", "0.2", "0.5", "0.75", ""),
+        ("sft:runs/<a_b>&c", "0.02", "", "0.5", "0.75", "0.125"),
+        ("x", "", "", "", "", ""),
     ]
     (run,) = read["training"]
     assert (run["model"], run["steps"], run["loss before"], run["loss after"]) == ("preset tiny", "1", "2.0", "1.0")
@@ -104,16 +105,19 @@ def test_the_verdicts_of_a_verification_are_counted_once(work, finished):
 def test_latex_is_escaped_and_has_a_cell_for_every_value(work):
     text = pages.as_latex(pages.evaluation_rows([work / "more" / "eval"]))
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert len(lines) == 4 and {line.count(" & ") for line in lines} == {11}
+    assert len(lines) == 4 and {line.count(" & ") for line in lines} == {20 - 1}
     assert r"sft:runs/<a\_b>\&c" in text and r"gap\_of\_value" in text
-    assert text.startswith(r"\begin{tabular}{lrllrrrrrrrl}") and " - " in lines[1]
+    assert text.startswith(r"\begin{tabular}{lrllrrrrrrrrrrrrrllr}") and " - " in lines[1]
 
 
 @pytest.mark.fault("F20")
 def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
     assert main(["report", str(work / "verified"), str(work / "more"), "--out", str(work / "report")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert str(work / "report" / "index.html") in printed and len(printed) == 7
+    assert str(work / "report" / "index.html") in printed and len(printed) == 13
+    figures = {path.name for path in (work / "report" / "figures").iterdir()}
+    assert figures == {f"{name}.{ending}" for name in ("gaps", "losses", "toy") for ending in ("png", "pdf")}
+    assert main(["check", str(work / "report")]) == 0
     source = (work / "report" / "index.html").read_text()
     page = Page(source)
     assert not page.open and all(value.startswith("data:image/png") for value in page.fetched if value)
@@ -122,6 +126,22 @@ def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
         assert link and (link[1:] in page.ids if link.startswith("#") else (work / "report" / link).is_file()), link
     assert "sft:runs/&lt;a_b&gt;&amp;c" in source and "<a_b>" not in source
     assert "2 of 2 claims as expected" in source and "0.125" in source
+
+
+def test_a_report_of_evaluations_without_any_value_has_no_figure(work):
+    files.write_json(work / "more" / "eval" / "eval.json", {"rows": [NONE]}, format=EVAL_FORMAT)
+    pages.write_summary([work / "more" / "eval"], work / "report")
+    assert "<img" not in (work / "report" / "index.html").read_text() and not (work / "report" / "figures").exists()
+
+
+def test_figures_of_several_runs_have_names_of_their_own(work, finished):
+    for name in ("one", "two"):
+        shutil.copytree(finished, work / name)
+    first = next((work / "one").glob("*.png"))
+    pages.write_summary([work / "one", work / "two"], work / "report")
+    names = sorted(path.name for path in (work / "report" / "figures").iterdir())
+    assert names == [f"{first.stem}{number}.{ending}" for number in ("-2", "") for ending in ("pdf", "png")]
+    assert (work / "report" / "figures" / first.name).read_bytes() == first.read_bytes()
 
 
 def test_parts_that_are_not_there_are_left_out(work):
