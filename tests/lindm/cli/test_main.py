@@ -173,10 +173,9 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
             ["solve", "a.pomdp", "--horizon", "inf", "--save", "p.txt"],
             "--save must be a file .alpha, .json, .svg",
         ),
-        (
-            ["solve", str(TIGER), "--horizon", "inf", "--save", "p.json"],
-            "--save must be a file .alpha, which holds",
-        ),
+        (["solve", str(TIGER), "--horizon", "4", "--save", "p.alpha"], "an .alpha file holds one set of vectors"),
+        (["solve", str(FOREST), "--horizon", "inf", "--rules"], "--rules does not apply to an MDP"),
+        (["solve", "prostate", "--horizon", "4", "--rules"], "--rules is an option of point-based"),
         (
             ["solve", str(FOREST), "--horizon", "inf", "--save", "p.alpha"],
             "--save must be a file .json, which holds",
