@@ -247,7 +247,7 @@ def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] 
     return made
 
 
-def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem:
+def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem | StationaryPOMDP:
     """A problem by name, with parameters that are drawn for the seed.
 
     Args:

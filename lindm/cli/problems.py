@@ -36,11 +36,15 @@ class FamilyOptions:
     hidden: bool | None = None
     """Hide the condition of the machine (maintenance)."""
     size: int | None = None
-    """Length of a side of the room (gridworld)."""
+    """Cells of a side of the grid (gridworld, rocksample)."""
     dark: bool | None = None
     """Hide the goal (gridworld)."""
     slip: float | None = None
     """Probability that a move goes to a side (gridworld)."""
+    rocks: int | None = None
+    """Number of rocks (rocksample)."""
+    layout: int | None = None
+    """Seed of the cells of the rocks (rocksample)."""
 
 
 FAMILY_OPTIONS = tuple(field.name for field in fields(FamilyOptions))

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from lindm.cli.option_parser import Command, Positional
 from lindm.cli.problems import FAMILY_OPTIONS, FamilyOptions, one_problem
 from lindm.errors import UsageError
 from lindm.io.files import strict_json
+
+if TYPE_CHECKING:
+    from lindm.problems.stationary import StationaryPOMDP
 
 SHOWN_STATES = 6
 PICTURES = (".svg", ".png", ".pdf")
@@ -65,6 +68,8 @@ def run(options: Solve) -> int:
     searched = options.rules or any(getattr(options, name) is not None for name in OF_POINT_BASED)
     if options.method == "auto" and len(options.problem) == 1 and file.is_file() and (searched or is_long(options)):
         return run_stationary(options, start)
+    if options.method == "auto" and options.effort is None and is_endless(options):
+        return run_stationary(options, start)
     refuse(options, OF_POINT_BASED, "is an option of point-based")
     if options.rules:
         raise UsageError("--rules is an option of point-based, which solves one .pomdp file")
@@ -112,29 +117,49 @@ def is_long(options: Solve) -> bool:
     return observations > 0 and not tree_fits(actions, actions * observations, options.horizon)
 
 
+def is_endless(options: Solve) -> bool:
+    """Whether the problem is a family without a horizon of its own."""
+    from lindm.families.registry import FAMILIES
+
+    word = options.problem[0]
+    return len(options.problem) == 1 and not Path(word).is_file() and word in FAMILIES and FAMILIES[word].endless
+
+
+def stationary_problem(options: Solve, method: str) -> "StationaryPOMDP":
+    """The problem without a horizon of its own that the words name: a file, or a family."""
+    from lindm.api.problems import read_stationary_pomdp
+    from lindm.cli.problems import warnings_as_lines
+    from lindm.families import registry
+
+    if is_endless(options):
+        refuse(options, ("seed",), f"does not apply to {options.problem[0]}, which has nothing random")
+        given = {name: value for name in ("discount", *FAMILY_OPTIONS) if (value := getattr(options, name)) is not None}
+        return registry.build(options.problem[0], **given)  # pyright: ignore[reportReturnType]
+    refuse(options, ("seed", *FAMILY_OPTIONS), f"does not apply to {method}")
+    if len(options.problem) != 1:
+        raise UsageError(f"{method} solves one .pomdp file, not several models; got {len(options.problem)} files")
+    if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
+        raise UsageError(f"{method} solves a .pomdp file; got {options.problem[0]!r}")
+    with warnings_as_lines():
+        return read_stationary_pomdp(options.problem[0], discount=options.discount)
+
+
 def run_stationary(options: Solve, start: float) -> int:
     """One .pomdp file without a horizon of its own: a POMDP by search along optimal play, an MDP by iteration."""
     if options.method not in ("auto", *STATIONARY):
         raise UsageError(f"--method must be {', '.join(STATIONARY)} where the horizon is inf; got {options.method!r}")
     method = "point-based" if options.method == "auto" else options.method
-    refuse(options, ("alpha", "effort", "seed", *FAMILY_OPTIONS), f"does not apply to {method}")
-    if len(options.problem) != 1:
-        raise UsageError(f"{method} solves one .pomdp file, not several models; got {len(options.problem)} files")
-    if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
-        raise UsageError(f"{method} solves a .pomdp file; got {options.problem[0]!r}")
+    refuse(options, ("alpha", "effort"), f"does not apply to {method}")
     if options.save and options.save.suffix not in SAVED:
         raise UsageError(f"--save must be a file {', '.join(SAVED)}; got {options.save}")
     horizon = math.inf if options.horizon == "inf" else options.horizon
-    from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import solve_stationary
-    from lindm.cli.problems import warnings_as_lines
     from lindm.figures.policy_graph import draw_policy_graph
     from lindm.figures.style import save
     from lindm.io.progress import Progress
     from lindm.solvers.stationary_mdp import MDPSolution
 
-    with warnings_as_lines():
-        problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
+    problem = stationary_problem(options, method)
     observed = not problem.O
     if options.save and observed and options.save.suffix != ".json":
         raise UsageError(f"--save must be a file .json, which holds the policy of an MDP; got {options.save}")

@@ -14,7 +14,7 @@ import jax
 
 from lindm import validate
 from lindm.errors import DataError, unknown
-from lindm.families import prostate, random_suites
+from lindm.families import prostate, random_suites, rocksample
 from lindm.families.dosing import Dosing
 from lindm.families.gridworld import Gridworld
 from lindm.families.inventory import Inventory
@@ -23,6 +23,7 @@ from lindm.families.screening import Screening
 from lindm.families.suites import Suite, TabularSuite
 from lindm.problems import cassandra
 from lindm.problems.apomdp import apomdp
+from lindm.problems.stationary import StationaryPOMDP, to_pomdp
 from lindm.types import Problem
 
 
@@ -52,7 +53,8 @@ class Family:
     description: str  # what happens in the problem, and the source of its structure
     options: tuple[str, ...]  # sizes and numbers that can be chosen
     help: type[Suite] | Mapping[str, str]  # a sentence about each option: below the fields of a class, or by name
-    build: Callable[..., Suite | NamedProblem]  # from options: a suite, or one problem where nothing is random
+    build: Callable[..., Suite | NamedProblem | StationaryPOMDP]  # from options: a suite, or a problem that has nothing random
+    endless: bool = False  # whether it is built without a horizon where none is given
 
 
 def _tabular(kind: type[TabularSuite]) -> Family:
@@ -83,6 +85,14 @@ def _prostate(**options: Any) -> NamedProblem:
     )
 
 
+def _rocksample(horizon: int | None = None, **options: Any) -> NamedProblem | StationaryPOMDP:
+    problem = rocksample.rocksample(**options)
+    if horizon is None:
+        return problem
+    names = {"states": problem.states, "actions": problem.actions, "observations": problem.observations}
+    return NamedProblem(problem=to_pomdp(problem, horizon), **names)
+
+
 _ALL = (
     _random("mdp", "Random MDPs"),
     _random("pomdp", "Random POMDPs"),
@@ -100,11 +110,20 @@ _ALL = (
     _tabular(Screening),
     _tabular(Dosing),
     _tabular(Gridworld),
+    Family(
+        name="rocksample",
+        summary="A rover among rocks of unknown worth, without an end",
+        description=(inspect.getdoc(rocksample) or "").partition("\n\n")[2],
+        options=tuple(rocksample.OPTIONS),
+        help=rocksample.OPTIONS,
+        build=_rocksample,
+        endless=True,
+    ),
 )
 FAMILIES = {family.name: family for family in _ALL}
 
 
-def build(name: str, **options: Any) -> Suite | NamedProblem:
+def build(name: str, **options: Any) -> Suite | NamedProblem | StationaryPOMDP:
     """A family with its options set: a suite, whose tasks are random, or one problem with names.
 
     Raises:
@@ -118,7 +137,7 @@ def build(name: str, **options: Any) -> Suite | NamedProblem:
     return family.build(**options)
 
 
-def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem:
+def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem | StationaryPOMDP:
     """A problem by name: a task of a suite, or a problem that has nothing random.
 
     Args:
@@ -158,7 +177,10 @@ def load_problem(
         raise ValueError(f"PROBLEM must be a .pomdp file or one of {', '.join(FAMILIES)}; got none")
     if len(words) == 1 and words[0] in FAMILIES and not Path(words[0]).is_file():
         given: dict[str, Any] = {"horizon": horizon, "discount": discount, "alpha": alpha}
-        return build(words[0], **{name: value for name, value in given.items() if value is not None}, **options)
+        made = build(words[0], **{name: value for name, value in given.items() if value is not None}, **options)
+        if isinstance(made, StationaryPOMDP):
+            raise ValueError(f"horizon must be given for {words[0]}, which has none of its own")
+        return made
     for word in words:
         if not Path(word).suffix and not Path(word).is_file():
             if word in FAMILIES:

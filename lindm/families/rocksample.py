@@ -14,7 +14,13 @@ from scipy import sparse
 from lindm import validate
 from lindm.problems.stationary import StationaryPOMDP
 
-OPTIONS = ("horizon", "discount", "size", "rocks", "layout")
+OPTIONS = {
+    "horizon": "Number of stages, with dense tables. [default: without an end, sparse]",
+    "discount": "Discount factor. [default: 0.95]",
+    "size": "Cells of a side of the grid. [default: 7]",
+    "rocks": "Number of rocks; there are size^2 2^rocks + 1 states. [default: 8]",
+    "layout": "Seed of the cells of the rocks, where the literature has none for this size. [default: 0]",
+}
 OBSERVATIONS = ("none", "good", "bad")
 MOVES = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
 HALF_DISTANCE = 20.0  # cells at which the advantage of a check over a guess has halved

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 from numpy.typing import ArrayLike
 from scipy import sparse
 
 from lindm import validate
+from lindm.io.limits import POMDP_TABLE
 from lindm.problems.cassandra import Model
 from lindm.problems.cassandra_rewards import RewardEntries
+from lindm.types import POMDP
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +77,23 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
         actions=model.actions,
         observations=model.observations,
         rewards=model.rewards,
+    )
+
+
+def to_pomdp(problem: StationaryPOMDP, horizon: int) -> POMDP:
+    """The first stages as a dense POMDP, with discount^h folded into the rewards. ValueError: its tables would be too large."""
+    S, A, O = problem.num_states, problem.num_actions, problem.num_observations
+    validate.count(horizon, "horizon")
+    if (total := S * A * (S + O + horizon)) > POMDP_TABLE:
+        rule = f"a problem with a horizon has dense tables of at most {POMDP_TABLE:,} numbers; these sizes make {total:,}"
+        raise ValueError(f"{rule}: solve it by point-based, which keeps it sparse")
+    dtype = jnp.result_type(float)
+    r = float(problem.discount) ** np.arange(horizon)[:, None, None] * problem.r
+    return POMDP(
+        P=jnp.asarray(np.stack([P.toarray() for P in problem.P], axis=1)[None], dtype),
+        O=jnp.asarray(np.stack([O.toarray() for O in problem.O])[None], dtype),
+        r=jnp.asarray(r, dtype),
+        rho=jnp.asarray(problem.rho, dtype),
     )
 
 

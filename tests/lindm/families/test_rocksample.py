@@ -1,10 +1,14 @@
 """RockSample against a rover that is moved by hand, and the sizes and bounds of the literature."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from lindm.cli.main import main
+from lindm.evaluation.environments import double_precision
+from lindm.families.registry import make
 from lindm.families.rocksample import LITERATURE, rocksample
 from lindm.solvers.point_based import solve
 
@@ -69,6 +73,24 @@ def test_a_small_rover_is_solved_and_leaving_at_once_is_worth_less():
     solution = solve(SMALL, tolerance=0.05, trials=200)
     assert solution.upper - solution.lower <= 0.05
     assert solution.lower > 10 * 0.9**2 + 1 and solution.regret <= 0.05
+
+
+def test_with_a_horizon_it_is_a_dense_problem_and_without_one_a_sparse_one(capsys):
+    with double_precision():
+        dense = make("rocksample", size=3, rocks=2, discount=0.9, horizon=4)
+        assert make("rocksample", size=3, rocks=2).num_states == 37
+    np.testing.assert_array_equal(dense.problem.P[0, :, 2], SMALL.P[2].toarray())
+    np.testing.assert_array_equal(dense.problem.O[0, 5], SMALL.O[5].toarray())
+    np.testing.assert_allclose(dense.problem.r[2], 0.81 * SMALL.r)
+    assert dense.states == SMALL.states
+    with pytest.raises(ValueError, match="solve it by point-based, which keeps it sparse"):
+        make("rocksample", horizon=4)
+    command = ["solve", "rocksample", "--horizon", "inf", "--size", "2", "--rocks", "1", "--discount", "0.5", "--json"]
+    assert main(command) == 0
+    # the rock is worth 0 on average, and 10 are earned by two steps to the east
+    assert json.loads(capsys.readouterr().out)["lower"] == pytest.approx(5)
+    assert main(["eval", "rocksample"]) == 2
+    assert "horizon must be given for rocksample, which has none of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
