@@ -43,7 +43,7 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
     described = []
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
         built = family.build()
-        problem = built.example if isinstance(built, Suite) else built.problem
+        problem = built.example if isinstance(built, Suite) else getattr(built, "problem", built)  # or a StationaryPOMDP itself
         parts = ("states", "actions", "observations", "models")
         sizes = {part: size for part in parts if (size := getattr(problem, f"num_{part}", None)) is not None}
         defaults = {option: getattr(built, option, None) for option in family.options}
@@ -53,7 +53,7 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
                 "name": family.name,
                 "kind": kind_of(built),
                 "summary": family.summary,
-                "sizes": sizes | {"horizon": problem.horizon},
+                "sizes": sizes | {"horizon": getattr(problem, "horizon", None)},
                 "options": {name: {"help": help[name], "default": defaults[name]} for name in family.options},
                 "template": built.template if isinstance(built, Suite) else None,
                 "source": _source(family.description),
@@ -86,7 +86,7 @@ def run(options: Families) -> int:
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:
-    return " ".join(f"{part[0].upper()}={size}" for part, size in facts["sizes"].items())
+    return " ".join(f"{part[0].upper()}={'inf' if size is None else size}" for part, size in facts["sizes"].items())
 
 
 def _print_one(facts: Mapping[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""RockSample (Smith and Simmons, *Heuristic search value iteration for POMDPs*, UAI 2004): a rover among rocks of unknown worth.
+"""RockSample: a rover among rocks of unknown worth.
+
+Source: Smith and Simmons, *Heuristic search value iteration for POMDPs*, UAI 2004.
 
 A rover knows its cell of a square grid and where the rocks are, but not which of them are good: each is with probability 1/2. It
 moves north, south, east or west, samples the rock in its cell (+10 if the rock is good, which makes it bad, -10 if it is bad), or
