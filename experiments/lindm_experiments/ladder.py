@@ -205,15 +205,42 @@ def _tightness(records: list[dict], rungs: tuple[str, ...]) -> str:
     return "bound / suboptimality: " + ", ".join(f"{NAMES[r]} {v:.3g}" for r, v in ratio.items())
 
 
-def check(records: list[dict]) -> list[Verdict]:
-    n, seeds = _total(records, lambda c: c["n"]), len(records)
-    broken = {r: _total(records, lambda c, r=r: c["violations"][r]) for r in COUNTED}
-    worst = max(c["identity_error"] for r in records for c in r["cells"])
-    beyond = _total(records, lambda c: c["beyond"])
-    shown = ", ".join(f"{k} {v.mean():.3g}" for k, v in zip(ATTAINED, attained.ratios(records, *ATTAINED), strict=True))
+def _high_probability_verdicts(records: list[dict]) -> list[Verdict]:
+    """Rung 5, and its radius beside the norm that it bounds."""
+    broken, beyond = _total(records, lambda c: c["violations"]["high_probability"]), _total(records, lambda c: c["beyond"])
     lengths = [c["M"] for c in records[0]["cells"]]
     shortest, longest = min(lengths), max(lengths)
     radii = {M: [[1 / c["norm"] for c in r["cells"] if c["M"] == M] for r in records] for M in (shortest, longest)}
+    return [
+        count_verdict(
+            "high-probability-bound",
+            max(broken, beyond),
+            _total(records, lambda c: c["n"]),
+            seeds=len(records),
+            exact=False,
+            also=[
+                attained.none_below(records, "high_probability, bias", "high_probability, noise", "radius", "radius, rare"),
+                at_most([_violated(r) / _total([r], lambda c: c["n"]) for r in records], get_claim("high-probability-bound").hi),
+            ],
+            figure="waterfall",
+            note=f"{_tightness(records, ('high_probability',))}; a norm above its radius in {beyond} contexts",
+            slack=_slack(records, "high_probability"),
+        ),
+        mean_verdict(
+            "high-probability-bound/radius",
+            *np.transpose(radii[longest]),
+            *attained.ratios(records, "radius"),
+            note=f"M = {longest}; at M = {shortest} {np.mean(radii[shortest]):.3g} times",
+            slack=np.concatenate([*radii[longest], *attained.ratios(records, "radius")]),
+        ),
+    ]
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    n, seeds = _total(records, lambda c: c["n"]), len(records)
+    broken = sum(_total(records, lambda c, r=r: c["violations"][r]) for r in PER_POLICY)
+    worst = max(c["identity_error"] for r in records for c in r["cells"])
+    shown = ", ".join(f"{k} {v.mean():.3g}" for k, v in zip(ATTAINED, attained.ratios(records, *ATTAINED), strict=True))
     return [
         count_verdict(
             "identity",
@@ -226,7 +253,7 @@ def check(records: list[dict]) -> list[Verdict]:
         # a policy that breaks two rungs counts twice: only zero passes, so the count need not be exact
         count_verdict(
             "ladder",
-            min(n, sum(broken[r] for r in PER_POLICY)),
+            min(n, broken),
             n,
             seeds=seeds,
             figure="waterfall",
@@ -258,27 +285,7 @@ def check(records: list[dict]) -> list[Verdict]:
             note=_tightness(records, ("mean_policy",)),
             slack=_slack(records, "mean_policy"),
         ),
-        count_verdict(
-            "high-probability-bound",
-            max(broken["high_probability"], beyond),
-            n,
-            seeds=seeds,
-            exact=False,
-            also=[
-                attained.none_below(records, "high_probability, bias", "high_probability, noise", "radius", "radius, rare"),
-                at_most([_violated(r) / _total([r], lambda c: c["n"]) for r in records], get_claim("high-probability-bound").hi),
-            ],
-            figure="waterfall",
-            note=f"{_tightness(records, ('high_probability',))}; a norm above its radius in {beyond} contexts",
-            slack=_slack(records, "high_probability"),
-        ),
-        mean_verdict(
-            "high-probability-bound/radius",
-            *np.transpose(radii[longest]),
-            *attained.ratios(records, "radius"),
-            note=f"M = {longest}; at M = {shortest} {np.mean(radii[shortest]):.3g} times",
-            slack=np.concatenate([*radii[longest], *attained.ratios(records, "radius")]),
-        ),
+        *_high_probability_verdicts(records),
     ]
 
 

@@ -173,31 +173,23 @@ def _program_ratio(records: list[dict], which: int) -> list[float]:
 
 
 def check(records: list[dict]) -> list[Verdict]:
-    first, seeds = records[0], len(records)
-    longest = first["K"][-1]
+    return [*_risk_verdicts(records), *_policy_verdicts(records), *_bound_verdicts(records)]
+
+
+def _risk_verdicts(records: list[dict]) -> list[Verdict]:
+    """The risks of all readers, and what a layer gains that knows the stages."""
+    first = records[0]
     every = _cells(records)
-    played = [g for g in every if "off" in g[0]]
     noise_cell = _cells(records, reader="blind", law="return", dependence="shared", K=first["K"][0])[0]
     noise = [r["independent_noise"] / c["K"] / c["estimation"][0] for r, c in zip(records, noise_cell, strict=True)]
-    blind = _cells(records, reader="blind", law="oracle", dependence="shared", K=longest)[0]
-    stage = _cells(records, reader="stage", law="oracle", dependence="shared", K=longest)[0]
+    blind = _cells(records, reader="blind", law="oracle", dependence="shared", K=first["K"][-1])[0]
+    stage = _cells(records, reader="stage", law="oracle", dependence="shared", K=first["K"][-1])[0]
     floor = [c["risk"][0] / r["floor"][0] for c, r in zip(blind, records, strict=True)]
     above = np.mean([c["risk"][0] for c in blind]) / np.mean([c["risk"][0] for c in stage])
     gains = {}
     for law in ("oracle", "return"):
         pair = [_cells(records, reader=x, law=law, dependence="shared", K=_trained(first))[0] for x in ("augmented", "stage")]
         gains[law] = [a["risk"][0] / b["risk"][0] for a, b in zip(*pair, strict=True)]
-    shared = _cells(records, dependence="shared", reader=("stage", "augmented", "relabeled"))
-    blind_price = [np.mean([c["mean"] / c["loss"] for c in g]) for g in _cells(records, dependence="shared", reader="blind")]
-    ladder = [x for r in records for x in r["ladder"]]
-    policies = sum(x["n"] for x in ladder)
-    broken = sum(x[k] for x in ladder for k in ("identity", "rung 1", "rung 2", "rung 3"))
-    least = {k: min(x.get(f"least {k}", np.inf) for x in ladder) for k in "123"}
-    median = {k: np.median([x[f"median {k}"] for x in ladder if f"median {k}" in x]) for k in "123"}
-    copies = [r["copied"] for r in records]
-    normal = [[c["normal"] / c["loss"] for c in g] for g in every if "normal" in g[0]]
-    tabular_ratios = {g[0]["K"]: [c["mean"] / c["loss"] for c in g] for g in zip(*(r["tabular"] for r in records), strict=True)}
-    bounds, exact = _program_ratio(records, 0), _program_ratio(records, 1)
     return [
         mean_verdict(
             "pooled",
@@ -214,18 +206,43 @@ def check(records: list[dict]) -> list[Verdict]:
             figure="pooled",
             note=f"at K = N = {_trained(first)}; return labels {np.mean(gains['return']):.3f}",
         ),
+    ]
+
+
+def _rung_verdict(records: list[dict]) -> Verdict:
+    """Rungs 0 to 3 for each shared prompt."""
+    ladder, seeds = [x for r in records for x in r["ladder"]], len(records)
+    policies = sum(x["n"] for x in ladder)
+    broken = sum(x[k] for x in ladder for k in ("identity", "rung 1", "rung 2", "rung 3"))
+    least = {k: min(x.get(f"least {k}", np.inf) for x in ladder) for k in "123"}
+    median = {k: np.median([x[f"median {k}"] for x in ladder if f"median {k}" in x]) for k in "123"}
+    return count_verdict(
+        "pooled/rungs",
+        min(policies, broken),
+        policies,
+        seeds=seeds,
+        figure="policy",
+        note="bound/truth, median and least: "
+        + ", ".join(f"rung {k} {median[k]:.3g} and {least[k]:.3g}" for k in "123")
+        + f"; rung 2 without its factor 2 fails {sum(x['mutant, rung 2 without its factor 2'] for x in ladder)} times",
+        slack=[x[f"{which} {k}"] for x in ladder for k in "123" for which in ("least", "median") if f"least {k}" in x],
+    )
+
+
+def _policy_verdicts(records: list[dict]) -> list[Verdict]:
+    """What the policies of shared prompts lose, beside the mean policy and fresh prompts."""
+    first, seeds = records[0], len(records)
+    longest = first["K"][-1]
+    every = _cells(records)
+    played = [g for g in every if "off" in g[0]]
+    shared = _cells(records, dependence="shared", reader=("stage", "augmented", "relabeled"))
+    blind_price = [np.mean([c["mean"] / c["loss"] for c in g]) for g in _cells(records, dependence="shared", reader="blind")]
+    copies = [r["copied"] for r in records]
+    normal = [[c["normal"] / c["loss"] for c in g] for g in every if "normal" in g[0]]
+    tabular_ratios = {g[0]["K"]: [c["mean"] / c["loss"] for c in g] for g in zip(*(r["tabular"] for r in records), strict=True)}
+    return [
         mean_verdict("pooled/normal", *normal, figure="policy", note=f"K = {longest}"),
-        count_verdict(
-            "pooled/rungs",
-            min(policies, broken),
-            policies,
-            seeds=seeds,
-            figure="policy",
-            note="bound/truth, median and least: "
-            + ", ".join(f"rung {k} {median[k]:.3g} and {least[k]:.3g}" for k in "123")
-            + f"; rung 2 without its factor 2 fails {sum(x['mutant, rung 2 without its factor 2'] for x in ladder)} times",
-            slack=[x[f"{which} {k}"] for x in ladder for k in "123" for which in ("least", "median") if f"least {k}" in x],
-        ),
+        _rung_verdict(records),
         count_verdict(
             "pooled/occupancy-policy",
             sum(c["off"] for g in played for c in g),
@@ -251,6 +268,16 @@ def check(records: list[dict]) -> list[Verdict]:
             figure="policy",
             note=", ".join(f"K = {K}: {np.mean(g):.3f}" for K, g in tabular_ratios.items()),
         ),
+    ]
+
+
+def _bound_verdicts(records: list[dict]) -> list[Verdict]:
+    """The price of sharing and the rung of shared prompts, each within its bound."""
+    first, seeds = records[0], len(records)
+    played = [g for g in _cells(records) if "off" in g[0]]
+    copies = [r["copied"] for r in records]
+    bounds, exact = _program_ratio(records, 0), _program_ratio(records, 1)
+    return [
         count_verdict(
             "pooled/price-bound",
             sum(c["above"] for g in played for c in g),
