@@ -2,7 +2,7 @@
 
 import sys
 
-from lindm.cli.main import main
+from lindm.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

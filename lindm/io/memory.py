@@ -10,6 +10,7 @@ import sys
 import threading
 
 from lindm.errors import MEMORY_ADVICE, LindmError, OutOfMemoryError
+from lindm.io.signals import STOP_SIGNALS, release
 
 
 class WorkerDied(LindmError):
@@ -56,8 +57,9 @@ def report_lack_of_memory(exit_code: int) -> None:
         end_with_parent(child_end)
         return
     os.close(child_end)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: os.kill(child, number))
+    release()
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status):
         os._exit(os.WEXITSTATUS(status))

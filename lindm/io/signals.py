@@ -71,6 +71,11 @@ def is_watching() -> bool:
     return _watcher is not None
 
 
+def release() -> None:
+    """Let SIGTERM and SIGINT arrive in this thread: `lindm.cli.entry` holds them back until something answers them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def unwatch() -> Callable[[int, str], Ending] | None:
     """Undo `watch`; the ending that it had. For a process that is about to fork."""
     global _watcher
@@ -99,6 +104,7 @@ class _Watcher:
         self.old_handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
         self.thread = threading.Thread(target=self.run, name="stop signals", daemon=True)
         self.thread.start()
+        release()
 
     def close(self) -> None:
         for number, handler in self.old_handlers.items():
@@ -121,6 +127,7 @@ class _Watcher:
             threading.Event().wait()
 
     def run(self) -> None:
+        release()
         if not (number := self.next_signal(None)):
             return
         code = 128 + number

@@ -5,7 +5,8 @@
     DIRECTORY/00000200/manifest.json   format, step, and SHA-256 of every other file; written last
 
 A checkpoint is written under a hidden name and renamed when everything is on disk. Orbax does not notice a flipped bit, so a
-checkpoint is restored only after every file was compared with the manifest, and the newest intact checkpoint is used.
+checkpoint is restored only after every file was compared with the manifest, and the newest intact checkpoint is used. One that is
+intact and cannot be restored is an error.
 """
 
 import json
@@ -90,7 +91,8 @@ def restore(directory: Path, template: Any) -> Checkpoint | None:
       template: the state with a `ShapeDtypeStruct` that has a sharding in place of each array.
 
     Raises:
-      CheckpointError: all checkpoints are damaged; lists the damage of each.
+      CheckpointError: all checkpoints are damaged, with the damage of each; or Orbax cannot read one whose files are all as they
+        were written: with an older one in its place, the processes of a run could go on from different steps.
     """
     damaged: list[str] = []
     for step in reversed(checkpoint_steps(directory)):
@@ -103,11 +105,10 @@ def restore(directory: Path, template: Any) -> Checkpoint | None:
                 state = reader.restore((path / STATE).absolute(), args=ocp.args.StandardRestore(template))
         except LindmError:
             raise
-        except Exception as e:
+        except (Exception, GeneratorExit) as e:  # the latter where a coroutine of Orbax ends early
             if failed_to_allocate(e):
                 raise
-            damaged.append(f"{path}: {_reason(e)}")
-            continue
+            raise CheckpointError(f"{path} is intact, and yet Orbax cannot restore it: {_reason(e)}") from e
         return Checkpoint(step, state, json.loads((path / PROGRESS).read_bytes()), tuple(damaged))
     if damaged:
         raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(damaged))
@@ -126,7 +127,7 @@ def find_damage(path: Path) -> str | None:
     return str(damaged[0]) if damaged else None
 
 
-def _reason(e: Exception) -> str:
+def _reason(e: BaseException) -> str:
     """The line of an error message that names the cause."""
     lines = [line.strip() for line in (str(e) or type(e).__name__).splitlines() if line.strip()]
     cause = next((line for line in lines if "No space" in line or "ermission" in line or "Read-only" in line), lines[0])

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import DataError, NonFiniteError, Preempted, UsageError, library_errors
+from lindm.errors import CheckpointError, DataError, NonFiniteError, Preempted, UsageError, library_errors
 from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress, ProgressTask
@@ -144,14 +144,12 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     task.update(0, detail="compiling")
     train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh), shardings)
     compiled_step = compile_train_step(train_step, template, frozen, loader.load(0)[0], loader.stop_flags())
-    checkpoint = checkpoints.restore(out / CHECKPOINTS, template)
+    checkpoint = _restore(out / CHECKPOINTS, template, progress)
     if checkpoint is None:
         state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
         history, step = EvalHistory(), 0
     else:
         state, history, step = checkpoint.state, EvalHistory(**checkpoint.progress), checkpoint.step
-        for reason in checkpoint.skipped:
-            progress.print(f"skipped a damaged checkpoint: {reason}")
         progress.print(f"resumed at step {step} of {total}")
     del params
     gc.collect()
@@ -165,8 +163,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
             state, history, step = loop.run(state, frozen, history, step)
     finally:
         logger.close()
-    if config.patience is not None and (best := checkpoints.restore(out / BEST, template)) is not None:
-        state = best.state
+    if config.patience is not None and history.best_loss is not None:
+        state, history = _best(setup, state, history, template, progress)
     model = nnx.merge(graphdef, state.params, frozen)
     _export(setup, model, is_main)
     if setup.end_tokens:
@@ -183,6 +181,37 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
         outputs = [CONFIG, METRICS, *exports, *(path.name for path in curves)]
         write_manifest(out, outputs, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
     processes.barrier("end")
+
+
+def _restore(directory: Path, template: TrainState, progress: Progress) -> checkpoints.Checkpoint | None:
+    """`checkpoints.restore`, which says what it skips."""
+    checkpoint = checkpoints.restore(directory, template)
+    for reason in () if checkpoint is None else checkpoint.skipped:
+        progress.print(f"skipped a damaged checkpoint: {reason}")
+    return checkpoint
+
+
+def _best(
+    setup: TrainingSetup, state: TrainState, history: EvalHistory, template: TrainState, progress: Progress
+) -> tuple[TrainState, EvalHistory]:
+    """The state with the lowest held-out loss; any state where the run has exported its model already.
+
+    Raises:
+      CheckpointError: there is none, and the model is still to be written.
+    """
+    out = setup.config.out
+    best = _restore(out / BEST, template, progress)
+    if best is None:
+        exports = (MODEL,) if setup.config.method == "full" else (MODEL, ADAPTER)
+        if all((out / name).exists() for name in exports):
+            return state, history
+        raise CheckpointError(
+            f"{out / BEST} is missing, which has the weights with the lowest held-out loss, of step {history.best_step}; "
+            "--fresh trains again"
+        )
+    if best.step != history.best_step:  # of an evaluation before a kill, which gave another loss after it
+        progress.print(f"the best weights that are kept are those of step {best.step}, not of step {history.best_step}")
+    return best.state, history._replace(best_step=best.step)
 
 
 def _last_saved(out: Path) -> str:

@@ -177,6 +177,21 @@ def test_memory_that_runs_out_is_neither_a_full_disk_nor_a_damaged_checkpoint(co
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
 
 
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("error", [RuntimeError("no such codec"), KeyError("w"), GeneratorExit()], ids=lambda e: type(e).__name__)
+def test_an_intact_checkpoint_that_cannot_be_restored_is_an_error_and_no_older_one_is_used(copied, monkeypatch, error):
+    restore = checkpoints.ocp.Checkpointer.restore
+
+    def refuse(self, path, **options):
+        if path.parent.name == "00000006":
+            raise error
+        return restore(self, path, **options)
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", refuse)
+    with pytest.raises(CheckpointError, match=r"00000006 is intact, and yet Orbax cannot restore it: "):
+        checkpoints.restore(copied, template(mesh_of(1, 1)))
+
+
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp

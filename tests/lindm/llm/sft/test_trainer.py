@@ -1,6 +1,7 @@
 """A whole run, in this process: what it writes, what it refuses, and that what it exports is what it trained."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from lindm import datasets
-from lindm.errors import DataError, LindmError, NonFiniteError, OutOfMemoryError, Preempted, UsageError
+from lindm.errors import CheckpointError, DataError, LindmError, NonFiniteError, OutOfMemoryError, Preempted, UsageError
 from lindm.io import files, signals
 from lindm.llm.io import peft, weights
 from lindm.llm.sft import checkpoints, compilation, metrics, trainer
@@ -112,6 +113,25 @@ def test_patience_stops_early_and_keeps_the_best_model(micro, tmp_path):
         exported, start = (logits(weights.load(d), range(9)) for d in (tmp_path / "out" / "model", micro.model))
         np.testing.assert_array_equal(exported, start)
     assert not (tmp_path / "out" / "best").exists()
+
+
+@pytest.mark.fault("F5")
+def test_the_best_weights_are_exported_or_the_run_says_that_they_are_not_there(micro, tmp_path, monkeypatch, capsys):
+    run = options(micro, tmp_path / "out", patience=5, eval_every=2, steps=2, eval_tasks=0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped before it exports
+        patch.setattr(trainer, "_export", lambda *_: signals.signal.raise_signal(signals.signal.SIGINT))
+        trainer.train(run)
+    best = tmp_path / "out" / "best"
+    os.rename(best, tmp_path / "aside")
+    with pytest.raises(CheckpointError, match=r"out/best is missing, .* of step 2; --fresh trains again"):
+        trainer.train(run)
+    os.rename(tmp_path / "aside", best)
+    (best / "00000002").rename(best / "00000001")  # of another evaluation
+    manifest = files.read_json(best / "00000001" / "manifest.json", format=checkpoints.FORMAT)
+    files.write_json(best / "00000001" / "manifest.json", manifest | {"step": 1}, format=checkpoints.FORMAT)
+    assert trainer.train(run).is_dir()
+    assert "the best weights that are kept are those of step 1, not of step 2" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["best_step"] == 1
 
 
 INTERRUPTED = {"steps": 4, "eval_every": 2, "save_every": 3}
