@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from lindm.io.files import strict_json
+from lindm.io.memory import end_with_parent
 from lindm.io.signals import at_stop
 from lindm.io.tables import format_table
 
@@ -32,6 +33,7 @@ Row = dict[str, Any]
 Result = TypeVar("Result")
 
 MORE, LESS, NEITHER = 1, -1, 0  # the better direction of a quantity; NEITHER has no ratio
+PARENT = "LINDM_BENCH_PARENT"  # number of the pipe that closes when the process of the command ends
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -89,15 +91,16 @@ def in_worker(module: str, *arguments: str) -> dict[str, Any]:
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(ONE_THREAD, "1")}
     worker = [sys.executable, "-m", module, *arguments]
-    with (
-        subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process,
-        at_stop(process.kill),
-    ):
-        try:
-            stdout, stderr = process.communicate()
-        except BaseException:  # KeyboardInterrupt in a notebook
-            process.kill()
-            raise
+    worker_end, parent_end = os.pipe()
+    with os.fdopen(parent_end, "wb"), os.fdopen(worker_end, "rb"):
+        environment[PARENT] = str(worker_end)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pass_fds": (worker_end,)}
+        with subprocess.Popen(worker, **pipes, text=True, env=environment) as process, at_stop(process.kill):
+            try:
+                stdout, stderr = process.communicate()
+            except BaseException:  # KeyboardInterrupt in a notebook
+                process.kill()
+                raise
     if process.returncode != 0:
         command = " ".join(arguments)
         raise RuntimeError(f"the bench process `{command}` failed with exit code {process.returncode}:\n{stderr[-2000:]}")
@@ -106,6 +109,8 @@ def in_worker(module: str, *arguments: str) -> dict[str, Any]:
 
 def answer(measurement: Callable[..., dict[str, Any]]) -> None:
     """In the worker: pin this process to one core, run the measurement by the command line, and print the result."""
+    if (pipe := os.environ.pop(PARENT, None)) is not None:
+        end_with_parent(int(pipe))
     if hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the available cores
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(strict_json(measurement(*sys.argv[1:])))

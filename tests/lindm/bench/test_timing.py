@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -102,11 +103,11 @@ def test_a_worker_ends_with_an_error_when_its_measurement_does(tmp_path):
 SLOW_WORKER = """
 import time
 from pathlib import Path
-Path("started").touch()
-time.sleep(600)
+from lindm.bench.timing import answer
+answer(lambda: (Path("started").touch(), time.sleep(600)))
 """
 STOPPED = """
-import os, signal, threading, time
+import os, sys, threading, time
 from pathlib import Path
 from lindm.io import signals
 from lindm.bench.timing import in_worker
@@ -114,7 +115,7 @@ from lindm.bench.timing import in_worker
 def stop_when_started():
     while not Path("started").exists():
         time.sleep(0.02)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), int(sys.argv[1]))
 
 signals.watch(lambda number, kept: signals.Ending(128 + number, "stopped"))
 threading.Thread(target=stop_when_started, daemon=True).start()
@@ -122,12 +123,20 @@ in_worker("slow_worker")
 """
 
 
-@pytest.mark.fault("F27")
-def test_a_stop_ends_the_process_of_a_bench_too(tmp_path):
+@pytest.mark.fault("F26", "F27")
+@pytest.mark.parametrize(
+    "number, code, error", [(signal.SIGTERM, 143, "lindm: stopped\n"), (signal.SIGKILL, -9, "")], ids=["stopped", "killed"]
+)
+def test_the_process_of_a_bench_ends_with_the_command(tmp_path, number, code, error):
     (tmp_path / "slow_worker.py").write_text(SLOW_WORKER)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", STOPPED, str(int(number))],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert process.communicate(timeout=HANGS)[1] == "lindm: stopped\n" and process.returncode == 143
+    assert process.communicate(timeout=HANGS)[1] == error and process.returncode == code
     assert group_ended(process.pid)

@@ -1,6 +1,7 @@
 """Chat templates give the text that transformers gives, and a hostile one costs bounded time and memory and opens nothing."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -152,3 +153,20 @@ def _runs(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not (status.exists() and ") Z " in status.read_text())
+
+
+def test_a_template_is_compiled_once():
+    """Compiling takes far longer than rendering, and a dataset has thousands of conversations."""
+    tokenizer = byte_level("{% if false %}{{ 'x' | upper }}{% endif %}" * 500 + CHATML)
+
+    def cpu_seconds(count: int) -> float:
+        """Of a new process that renders so many conversations."""
+        chats._RENDERER.close()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in range(count):
+            apply_chat_template(tokenizer, TURNS)
+        chats._RENDERER.close()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert cpu_seconds(50) < 3 * cpu_seconds(1)
