@@ -4,7 +4,7 @@
     OUT/episodes-00000.parquet, .jsonl    a row per episode: task after task, its demonstrations and then its queries
     OUT/problem.parquet, .jsonl           where all tasks are one fixed problem: its arrays, once
     OUT/config.json, manifest.json, README.md
-    OUT/provenance.json                   date, command line, versions and commit of the last call that made shards
+    OUT/provenance.json                   date, command line, versions and commit of the last call that made shards or this file
 
 The SHA-256 of a finished shard goes to a journal; a shard that is not in the journal, or not intact, is made again. At the end
 the journal becomes the manifest. On one machine with one set of versions the bytes depend on the source and the config alone, not
@@ -36,8 +36,8 @@ from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io import directories, files
 from lindm.io.executor import Executor
-from lindm.io.provenance import write_provenance
-from lindm.io.verification import MANIFEST
+from lindm.io.provenance import read_provenance, write_provenance
+from lindm.io.verification import MANIFEST, PROVENANCE
 from lindm.types import CERTIFICATES, Problem
 
 JOURNAL = "progress.jsonl"
@@ -81,12 +81,14 @@ def make_dataset(
     with directories.sole_writer(out):
         versions, finished = _open(out, described), _finished_shards(out)
         plan = _plan(generator)
-        damaged = tuple(n for record in finished.values() for n, file in record["files"].items() if not _intact(out / n, file))
+        damaged = [n for record in finished.values() for n, file in record["files"].items() if not _intact(out / n, file)]
         records = {name: record for name, record in finished.items() if not record["files"].keys() & set(damaged)}
         missing = {name: tasks for name, tasks in plan.items() if name not in records}
         if missing and versions != (here := _versions()):
             raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
-        if missing:
+        if (lost := read_provenance(out) is None) and (out / PROVENANCE).exists():
+            damaged.append(PROVENANCE)
+        if missing or lost:
             write_provenance(out)
         done = sum(record["tasks"] for record in records.values())
         progress(done, config.tasks)
@@ -106,7 +108,7 @@ def make_dataset(
             (out / JOURNAL).unlink(missing_ok=True)
     made_shards = len(missing.keys() - {"problem"})
     kept = len(plan.keys() - {"problem"}) - made_shards
-    return MakeResult(manifest=manifest, kept=kept, made=made_shards, damaged=damaged)
+    return MakeResult(manifest=manifest, kept=kept, made=made_shards, damaged=tuple(damaged))
 
 
 # --- what a dataset is -----------------------------------------------------------------------------------------------------

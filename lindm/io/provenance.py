@@ -56,12 +56,17 @@ def write_provenance(directory: Path) -> None:
     write_json(directory / PROVENANCE, provenance(), format=FORMAT)
 
 
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """provenance.json of a directory; None where it is missing or damaged."""
+    try:
+        return read_json(directory / PROVENANCE, format=FORMAT)
+    except DataError:
+        return None
+
+
 def is_from_this_command(directory: Path) -> bool:
     """Whether provenance.json of a directory has the command line of this process."""
-    try:
-        return read_json(directory / PROVENANCE, format=FORMAT)["command"] == command_line()
-    except (DataError, KeyError):
-        return False
+    return (read_provenance(directory) or {}).get("command") == command_line()
 
 
 def command_line() -> str:

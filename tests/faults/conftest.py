@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.clock import HANGS
+from tests.experiments.conftest import finished as finished
+from tests.lindm.conftest import brute as brute
+from tests.lindm.llm.conftest import micro as micro
 from tests.promises import Trials
 
 TIGER = "tests/lindm/problems/files/tiger.pomdp"

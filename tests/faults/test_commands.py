@@ -10,16 +10,23 @@ import shutil
 import numpy as np
 import pytest
 
+from lindm.cli.lifecycle import LIFECYCLES
 from lindm.io.temporaries import TEMPORARY_SUFFIX
 from tests.experiments.conftest import TOY, TOY_CLAIMS
 from tests.faults.conftest import both_ends_and, content, words
 from tests.faults.test_sft import MODEL
+from tests.lindm.llm import reference
+from tests.lindm.llm.io import test_gguf
+from tests.lindm.llm.io.test_import_model import wheel
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault("F17", "F26")]
 IMPORTS = (
     *("jax", "matplotlib.pyplot", "transformers", "minari", "h5py", "lindm.cli.main", "lindm.api.data", "lindm.api.evaluation"),
     *(
         "lindm.api.models",
+        "lindm.bench.sft",
+        "lindm.llm.io.gguf",
+        "lindm.solvers.point_based",
         "lindm_experiments.harness.verify",
         "lindm_experiments.harness.summary",
         "lindm_experiments.toolkit.risks",
@@ -61,7 +68,7 @@ def same(path):
 
 @pytest.fixture(scope="module")
 def start(kill_server, tmp_path_factory):
-    """A dataset, a model, a verification, an experiment, and a file of the user."""
+    """A dataset, a model, a model as GGUF and in a wheel, an experiment, its run, and a file of the user."""
     root = tmp_path_factory.mktemp("start")
     (root / "lab").mkdir()
     (root / "lab" / "toy.py").write_text(TOY)
@@ -71,19 +78,62 @@ def start(kill_server, tmp_path_factory):
     for argv, code in ((make, {}), ([], {"code": MODEL}), (run, {})):
         done = kill_server.run(root, argv, **code)
         assert done.code == 0, done.output
+    (root / "packed").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reference.CONFIGS, "smollm", reference.CONFIGS["smollm"] | {"vocab_size": 300})
+        file = test_gguf.write(root / "packed" / "model.gguf", "smollm")
+    wheel(root / "packed" / "model.whl", {"a/__init__.py": b"", "a/model.gguf": file.read_bytes()})
     return root
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "data export data --to trl --out out",
-        "data export data --to minari --out out",
-        "report run --out out",
-        "plot run --experiments lab/toy.py",
-        "theory risk --features features.csv --train-lengths 8 --test-lengths 8 --plot risk.png",
-    ],
+AT_ANY_POINT = (
+    "data export data --to trl --out out",
+    "data export data --to minari --out out",
+    "report run --out out",
+    "plot run --experiments lab/toy.py",
+    "theory risk --features features.csv --train-lengths 8 --test-lengths 8 --plot risk.png",
+    "solve TIGER --horizon inf --tolerance 50% --save policy.alpha",
 )
+AT_A_SAMPLE = (
+    "data make TIGER --horizon 2 --tasks 4 --demos 1 --out out",
+    "eval TIGER --horizon 2 --tasks 2 --demos 1 --policy qmdp --out out",
+    "eval TIGER --horizon 2 --tasks 2 --demos 1 --policy qmdp",
+    "run lab/toy.py --out out",
+    "verify --experiments lab/toy.py --workers 1 --out out",
+)
+MODELS = (
+    "export model --out out",
+    "export model --dtype bf16 --out out/below",
+    "model import model --out out",
+    "model import packed/model.gguf --out out",
+    "model import packed/model.whl --out out",
+)
+JOB = "-- --model /lindm/model --data /lindm/data --out /lindm/run"
+WRITE_NOTHING = (
+    "check data model run",
+    "model show model",
+    "plan --model model --topology host --batch 1 --seq 16 --labels 8 --mesh fsdp=1",
+    "solve TIGER --horizon 2",
+    f"launch slurm --nodes 4 --gpus-per-node 8 {JOB}",
+    f"launch tpu --topology v5e:4x4 --zone us-west4-a --shared 10.0.0.2:/share {JOB}",
+    f"launch gke --topology v5e:4x4 --image registry/lindm:1 --claim disk {JOB}",
+    f"launch ray --workers 4 --image registry/lindm:1 --claim disk {JOB}",
+)
+ELSEWHERE = {
+    "sft": "test_sft.py",
+    "bench": "below, with a small model",
+    "doctor": "opens one file without a name, to see whether it can",
+    "ray_job": "needs Ray; it writes what sft does",
+}
+
+
+def test_every_command_is_killed_or_writes_nothing():
+    lines = (*AT_ANY_POINT, *AT_A_SAMPLE, *MODELS, *WRITE_NOTHING)
+    killed = {name for name in LIFECYCLES if any(line.startswith(f"{name} ") for line in lines)}
+    assert killed == LIFECYCLES.keys() - ELSEWHERE
+
+
+@pytest.mark.parametrize("line", AT_ANY_POINT)
 def test_killed_at_any_point_the_same_command_finishes(kill_server, killed, start, tmp_path, line):
     if "features.csv" in line:
         start = shutil.copytree(start, tmp_path / "start")
@@ -91,25 +141,39 @@ def test_killed_at_any_point_the_same_command_finishes(kill_server, killed, star
     killed(words(line), start=start, same=same).check()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "data make TIGER --horizon 2 --tasks 4 --demos 1 --out out",
-        "eval TIGER --horizon 2 --tasks 2 --demos 1 --policy qmdp --out out",
-        "eval TIGER --horizon 2 --tasks 2 --demos 1 --policy qmdp",
-        "run lab/toy.py --out out",
-        "verify --experiments lab/toy.py --workers 1 --out out",
-    ],
-)
+@pytest.mark.parametrize("line", AT_A_SAMPLE)
 def test_killed_at_a_sample_of_points_the_same_command_finishes(kill_server, killed, start, line):
     killed(words(line), start=start, same=same).check(both_ends_and(3))
 
 
-@pytest.mark.parametrize(
-    "line", ["export model --out out", "export model --dtype bf16 --out out/below", "model import model --out out"]
-)
+@pytest.mark.parametrize("line", MODELS)
 def test_a_model_is_there_as_a_whole_or_not_at_all(kill_server, killed, start, line):
     killed(words(line), start=start, same=same).check()
+
+
+@pytest.mark.parametrize("line", WRITE_NOTHING)
+def test_a_command_that_prints_its_result_changes_no_file(kill_server, start, line):
+    before = content(start)
+    done = kill_server.run(start, words(line))
+    assert (done.code, done.points) == (0, []), done.output
+    assert content(start) == before
+
+
+BENCH = """
+import sys
+from lindm.bench import sft
+from lindm.cli.main import main
+from lindm.llm.config import read_model_config
+from pathlib import Path
+sft.MODEL = read_model_config(Path("model"))
+sft.in_worker = lambda *arguments: {"model": Path(arguments[-1], "model.safetensors").stat().st_size}
+sft.rows = lambda ours, peer, names: []
+sys.exit(main())
+"""
+
+
+def test_a_bench_leaves_nothing_behind(kill_server, killed, start):
+    killed(words("bench sft"), start=start, source=BENCH).check(both_ends_and(3))
 
 
 SOLUTION = """

@@ -13,7 +13,7 @@ from rich.text import Text
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.io import directories, files, verification
 from lindm.io.manifest import FORMAT as MANIFEST_FORMAT
-from lindm.io.manifest import read_output, read_records, update_outputs
+from lindm.io.manifest import read_output, read_records, update_outputs, verify_output
 from lindm.io.provenance import provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import experiment_names, find_experiment, load
@@ -178,17 +178,20 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
         section = {"name": experiment, "question": "", "prose": [], "claims": claims, "figures": [], "config": {}, "code": ""}
         return section | {"criteria": "", "records": 0, "seconds": 0.0, "manifest": {}}
     run = run_directory(directory, experiment)
+    manifest = read_manifest_if_exists(run)
+    for name in ("config.json", "records.jsonl", "metrics.jsonl"):  # a run that is not finished may be without them
+        verify_output(run, name)
+    pictures = {path.name for path in run.glob("*.png")} | {n for n in manifest.get("outputs", {}) if n.endswith(".png")}
     figures = [
         {
-            "name": path.stem,
-            "data": base64.b64encode(read_output(run, path.name) or b"").decode(),
-            "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{path.name}"],
+            "name": name.removesuffix(".png"),
+            "data": base64.b64encode(read_output(run, name) or b"").decode(),
+            "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{name}"],
         }
-        for path in sorted(run.glob("*.png"))
+        for name in sorted(pictures)
     ]
     seconds = [line.get("seconds", 0.0) for line in files.read_json_lines(run / "metrics.jsonl")]
     config = files.read_json(run / "config.json", format=RUN_FORMAT) if (run / "config.json").exists() else {}
-    manifest = read_manifest_if_exists(run)
     own = experiment in experiment_names()
     doc = docstring_blocks(find_experiment(experiment).docstring if own else manifest.get("docstring", ""))
     return {
@@ -292,11 +295,13 @@ def redraw(directory: Path, experiments: Sequence[str] = ()) -> list[Path]:
     written: list[Path] = []
     for run, reference in zip(runs, _references(runs, experiments), strict=True):
         with directories.sole_writer(run), damage_errors(f"{run} cannot be drawn"):
+            decided = (run / "verdicts.json").exists() and read_verdicts(run)
             drawn = draw(load(reference), read_records(run))
             for name, content in drawn.items():
                 files.write_atomic(run / name, content)
-            reports = [write_report(run).name] if (run / "verdicts.json").exists() else []
-            update_outputs(run, [*drawn, *reports])
+            update_outputs(run, drawn)  # the report reads the figures, and compares them with the manifest
+            reports = [write_report(run).name] if decided else []
+            update_outputs(run, reports)
             written += [run / name for name in (*drawn, *reports)]
     if directory not in runs and (directory / "verdicts.json").exists():
         with directories.sole_writer(directory), damage_errors(f"the report of {directory} cannot be written"):

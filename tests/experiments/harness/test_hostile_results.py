@@ -82,6 +82,15 @@ def test_the_given_file_draws_the_directory(work, marker, capsys):
     assert (work / "run" / "toy.png").read_bytes() == before["toy.png"] and not marker.exists()
 
 
+def test_a_figure_that_is_drawn_with_other_bytes_is_that_of_the_manifest(work, capsys):
+    """As another version of matplotlib draws it."""
+    source = work / "lab" / "toy.py"
+    source.write_text(source.read_text().replace('axes.plot(r["curve"])', 'axes.plot(r["curve"], "k")'))
+    before = (work / "run" / "toy.png").read_bytes()
+    assert main(["plot", "run", "--experiments", "lab/toy.py"]) == 0, capsys.readouterr().err
+    assert (work / "run" / "toy.png").read_bytes() != before and main(["check", "run"]) == 0
+
+
 @pytest.mark.slow
 def test_runs_of_the_package_and_of_given_files_are_drawn_together(work, capsys):
     (work / "verified").mkdir()
@@ -116,7 +125,7 @@ def test_a_file_that_lacks_what_a_figure_or_a_report_needs_is_exit_3(work, name,
         rewrite(work / "run" / name, **changes)
     assert main(["plot", "run", "--experiments", "lab/toy.py"]) == 3
     error = capsys.readouterr().err
-    assert error.startswith("lindm: error: run ") and error.count("\n") == 1
+    assert error.startswith(("lindm: error: run ", "lindm: error: run/")) and error.count("\n") == 1
 
 
 # --- names of files ------------------------------------------------------------------------------------------------------------
