@@ -1,7 +1,6 @@
 """`lindm doctor`: is this machine ready? One line for each check; exit code 1 where one fails."""
 
 import importlib.metadata
-import os
 import shutil
 import sys
 import tempfile
@@ -100,6 +99,8 @@ def doctor(directory: str | Path = "results") -> list[Check]:
     >>> [check.name for check in ld.doctor()][:3]
     ['python', 'lindm', 'jax']
     """
+    from lindm.io.executor import available_cores
+
     version = ".".join(map(str, sys.version_info[:3]))
     versions = []
     for package in ("lindm", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib"):
@@ -107,13 +108,12 @@ def doctor(directory: str | Path = "results") -> list[Check]:
             versions.append(Check(package, True, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             versions.append(Check(package, False, "not installed"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
         Check("python", sys.version_info >= (3, 11), f"{version} (needs >= 3.11)"),
         *versions,
         check_lock(),
         *check_jax(),
-        Check("cores", True, str(cores)),
+        Check("cores", True, str(available_cores())),
         *check_output(Path(directory)),
         check_fonts(),
     ]

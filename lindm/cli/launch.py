@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from lindm.cli import sft
 from lindm.cli.option_parser import Command, parse
+from lindm.errors import UsageError
 from lindm.llm.cluster.jobs import LAUNCHERS, Job, check_options, job_file
 
 SUMMARY = "Print a job file that runs `lindm sft` on many hosts"
@@ -13,7 +14,7 @@ SUMMARY = "Print a job file that runs `lindm sft` on many hosts"
 def run(job: Job, words: Sequence[str]) -> int:
     """Print the file; `words` are the options of `lindm sft`."""
     if not words:
-        raise ValueError("the options of lindm sft must follow a --: lindm launch ... -- --model DIR --data DIR --out DIR")
+        raise UsageError("the options of lindm sft must follow a --: lindm launch ... -- --model DIR --data DIR --out DIR")
     check_options(job, parse(sft.COMMAND, words), words)
     sys.stdout.write(job_file(job, words))
     return 0

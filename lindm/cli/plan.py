@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lindm.cli.option_parser import Command
 from lindm.io.files import strict_json
+from lindm.io.limits import GIB
 from lindm.io.progress import Progress
 from lindm.io.tables import format_table
 from lindm.llm.sft.options import BaseFormat, Method, Remat
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from lindm.llm.cluster.plan import DeviceLimits, MeshPlan, StepSpec
     from lindm.llm.cluster.program_cost import Collective, ProgramCost
 
-GIB = 2**30
 # a process that only compiles for TPUs must not search for devices, query a metadata server, take a lock, or print warnings
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -48,7 +48,7 @@ def run_experiment(reference: str, words: Sequence[str]) -> int:
             preset = words[i + 1]
         elif word.startswith("--preset="):
             preset = word.partition("=")[2]
-    own = options_of_source(experiment.path.read_text(encoding="utf-8"), preset)
+    own = options_of_source(experiment.source, preset)
     common = [
         Option(name="preset", type=PRESETS, default=preset, help="Defaults of the options below."),
         Option(name="out", type=Path, default=Path("results") / f"{experiment.name}-{preset}", help="Directory of the run."),

@@ -80,7 +80,7 @@ def find_damage(directory: Path, outputs: Mapping[str, str]) -> list[Damage]:
         path = directory / name
         try:
             if not path.is_file():
-                damaged.append(Damage(path, "is missing"))
+                damaged.append(Damage(path, "is no regular file" if path.exists() else "is missing"))
             elif files.sha256(path) != digest:
                 damaged.append(Damage(path, CHANGED))
         except DataError:

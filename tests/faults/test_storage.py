@@ -13,7 +13,7 @@ from lindm.cli.main import main
 from lindm.io import files
 from lindm.io.manifest import read_records
 from lindm.io.temporaries import TEMPORARY_SUFFIX
-from lindm_experiments.harness import runner
+from lindm_experiments.harness import run_directory
 from tests.experiments.conftest import build_lab
 from tests.limits import largest_file, read_only
 
@@ -111,14 +111,14 @@ def vanish(out: Path, then: str) -> None:
 @pytest.mark.fault("F8")
 @pytest.mark.parametrize("then", ["removed", "replaced"])
 def test_a_run_whose_directory_vanishes_while_it_is_written_is_exit_7(command, out, monkeypatch, capsys, then):
-    append = runner.append_record
+    append = run_directory.append_record
 
     def append_and_vanish(path, record):
         append(path, record)
         if out.exists() and not out.with_name("elsewhere").exists() and read_records(out)[1:]:
             vanish(out, then)
 
-    monkeypatch.setattr(runner, "append_record", append_and_vanish)
+    monkeypatch.setattr(run_directory, "append_record", append_and_vanish)
     assert main(command("run")) == 7
     assert f"cannot write {out}" in capsys.readouterr().err
     assert out.exists() == (then == "replaced") and not partial_files(out.parent)

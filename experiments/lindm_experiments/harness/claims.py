@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 
 from lindm.errors import DataError, UsageError
+from lindm.io import inputs, limits
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 OPEN = "OPEN"  # expected where theory predicts nothing: any verdict is a result
@@ -53,11 +54,13 @@ class Mutant:
 def read_claims(path: Path, experiment: str | None = None) -> dict[str, Claim]:
     """The claims of a TOML file, by id; `experiment` is the default of that field. DataError naming the file and the claim."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("claim", [])
-    except FileNotFoundError as e:
-        raise DataError(f"{path}: no such file; the claims of an experiment are in a TOML file beside it") from e
-    except (OSError, ValueError) as e:
+        if not path.exists():
+            raise DataError(f"{path}: no such file; the claims of an experiment are in a TOML file beside it")
+        tables = tomllib.loads(inputs.read_text(path, limits.CLAIMS_FILE)).get("claim", [])
+    except ValueError as e:
         raise DataError(f"{path}: not a TOML file: {e}") from e
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise DataError(f"{path}: claim must be a list of tables, [[claim]]; got {tables!r:.100}")
     types = {f.name: (float, int) if f.type is float else f.type for f in fields(Claim)}
     required = {f.name for f in fields(Claim) if f.default is MISSING}
     claims: dict[str, Claim] = {}

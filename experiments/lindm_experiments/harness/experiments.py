@@ -24,7 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lindm.errors import UsageError, unknown
+from lindm.errors import DataError, UsageError, unknown
+from lindm.io import inputs, limits
 from lindm_experiments.harness.claims import PACKAGE_CLAIMS, add_claims, claim_ids, read_claims
 
 PACKAGE = PACKAGE_CLAIMS.parent
@@ -50,14 +51,29 @@ class Experiment:
         return claim_ids(self.name)
 
     @property
+    def source(self) -> str:
+        """The text of its file."""
+        return inputs.read_text(self.path, limits.SOURCE_FILE)
+
+    @property
     def docstring(self) -> str:
         """The module's docstring, read without importing the module."""
-        return inspect.cleandoc(ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or "")
+        return inspect.cleandoc(ast.get_docstring(parse_source(self.path)) or "")
 
     @property
     def minutes(self) -> float:
         """Minutes of the quick preset on one core, compilation included; 1 where they are not known."""
         return MINUTES.get(self.name, 1.0)
+
+
+def parse_source(path: Path) -> ast.Module:
+    """The syntax tree of a Python file, which is not imported. DataError, with file:line, where it is not Python."""
+    try:
+        return ast.parse(inputs.read_text(path, limits.SOURCE_FILE), filename=str(path))
+    except SyntaxError as e:
+        raise DataError(f"{path}:{e.lineno}: not Python: {e.msg}") from e
+    except (ValueError, RecursionError, MemoryError) as e:  # a null character, or expressions nested too deep
+        raise DataError(f"{path}: not Python: {e}") from e
 
 
 def experiment_names() -> tuple[str, ...]:
@@ -68,7 +84,8 @@ def experiment_names() -> tuple[str, ...]:
 def find_experiment(reference: str) -> Experiment:
     """An experiment by the name of a module of the package, or by the path of a Python file outside it.
 
-    The claims of a file are read from the TOML file beside it. UsageError for an unknown name, DataError for bad claims.
+    The claims of a file are read from the TOML file beside it. UsageError for an unknown name, DataError for
+    claims that are wrong or missing, and for a file that is not Python.
     """
     path = Path(reference)
     if path.suffix != ".py" and os.sep not in reference:
@@ -85,7 +102,11 @@ def find_experiment(reference: str) -> Experiment:
         return find_experiment(path.stem)
     if path.stem in MINUTES or not path.stem.isidentifier():
         raise UsageError(f"the file of an experiment must have a name of its own that is a Python identifier; got {reference!r}")
-    add_claims(read_claims(path.with_suffix(".toml"), path.stem))
+    parse_source(path)
+    claims = read_claims(path.with_suffix(".toml"), path.stem)
+    if not claims:
+        raise DataError(f"{path.with_suffix('.toml')} must have a [[claim]] at least; it has none")
+    add_claims(claims)
     return Experiment(name=path.stem, path=path, outside=True)
 
 

@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from lindm_experiments.harness.experiments import Experiment
+from lindm_experiments.harness.experiments import Experiment, parse_source
 
 PACKAGES = ("lindm", "lindm_theory", "lindm_experiments")
 DATA = {"lindm.text": "../templates/*.json"}  # module -> files, relative to the directory of its source
@@ -63,7 +63,7 @@ def _path(module: str, beside: Path | None) -> Path | None:
 
 @functools.cache
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return parse_source(path)
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:

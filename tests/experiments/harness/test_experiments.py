@@ -1,5 +1,6 @@
 """Experiments by name or by file; the claims of a file, in a TOML file beside it, are checked."""
 
+import os
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from lindm.errors import DataError, UsageError
 from lindm_experiments.harness import claims
 from lindm_experiments.harness.experiments import PACKAGE, experiment_names, find_experiment, load, points_of
+from tests.lindm.hostile.mutations import not_blocked
 
 
 @pytest.fixture
@@ -94,3 +96,33 @@ def test_the_list_of_experiments_has_a_line_and_minutes_for_each(lab):
         code, out, err = lab.lindm(*words)
         assert code == 0, err
         assert all(re.search(rf"^ *{name} +\d+\.\d ", out, re.MULTILINE) for name in experiment_names()) and "question" in out
+
+
+@pytest.mark.fault("F19")
+@pytest.mark.parametrize(
+    "source, claim, message",
+    [
+        ("def (\n", None, r"mine\.py:1: not Python: invalid syntax"),
+        ("x = 1\0\n", None, r"mine\.py.*: not Python: "),
+        ("(" * 100_000, None, r"mine\.py.*: not Python: "),
+        (b"\xff\xfe", None, r"mine\.py:1: expected text in UTF-8; got the byte 0xff"),
+        ("x = 1\n", "", r"mine\.toml must have a \[\[claim\]\] at least; it has none"),
+        ("x = 1\n", "claim = 3", r"mine\.toml: claim must be a list of tables, \[\[claim\]\]; got 3"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_a_data_error_before_it_runs(lab, own_claims, source, claim, message):
+    path = lab.directory / "mine.py"
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    own = (lab.directory / "lab" / "toy.toml").read_text().replace('"toy-', '"mine-')
+    path.with_suffix(".toml").write_text(own if claim is None else claim)
+    with pytest.raises(DataError, match=message):
+        find_experiment(str(path))
+
+
+@pytest.mark.fault("F32")
+def test_a_fifo_in_place_of_the_claims_blocks_nobody(lab, own_claims):
+    path = lab.directory / "lab" / "toy.toml"
+    path.unlink()
+    os.mkfifo(path)
+    with not_blocked(), pytest.raises(DataError, match=r"toy\.toml must be a regular file; it is a FIFO"):
+        find_experiment(str(path.with_suffix(".py")))
