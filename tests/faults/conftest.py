@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lindm_experiments.harness import claims
 from tests.clock import HANGS
+from tests.experiments.conftest import build_lab
 from tests.experiments.conftest import finished as finished
 from tests.lindm.conftest import brute as brute
 from tests.lindm.llm.conftest import micro as micro
@@ -172,3 +174,11 @@ def kill_server(tmp_path_factory, request) -> Iterator[KillServer]:
 def killed(kill_server, tmp_path, trials) -> Callable[..., KillTest]:
     """killed(argv, start=..., same=..., code=...)"""
     return lambda argv, **options: KillTest(kill_server, tmp_path, trials, argv, **options)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Iterator[str]:
+    """The file of the toy, for commands in this process: its module and its claims do not stay."""
+    monkeypatch.setattr(claims, "CLAIMS", dict(claims.CLAIMS))
+    yield str(build_lab(tmp_path).directory / "lab" / "toy.py")
+    sys.modules.pop("lindm_experiments.toy", None)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lindm.cli.main import main
-from tests.experiments.conftest import build_lab
 from tests.faults.conftest import content
 from tests.faults.test_commands import same
 from tests.promises import Trials
@@ -90,8 +89,7 @@ def test_a_damaged_dataset_is_made_again(tmp_path, capsys, trials):
     assert not check(words, data, data, capsys, trials)
 
 
-def test_figures_of_a_damaged_run_are_refused_or_the_same(run, tmp_path, capsys, trials):
-    toy = str(build_lab(tmp_path).directory / "lab" / "toy.py")
+def test_figures_of_a_damaged_run_are_refused_or_the_same(run, toy, capsys, trials):
     refused = check(["plot", str(run), "--experiments", toy], run, run, capsys, trials, unfinished="manifest.json")
     assert {"records.jsonl", "verdicts.json", "config.json"} <= refused, refused
 

@@ -14,7 +14,6 @@ from lindm.io import files
 from lindm.io.manifest import read_records
 from lindm.io.temporaries import TEMPORARY_SUFFIX
 from lindm_experiments.harness import run_directory
-from tests.experiments.conftest import build_lab
 from tests.limits import largest_file, read_only
 
 MAX_LIMITS = 4
@@ -39,19 +38,16 @@ def out(tmp_path) -> Path:
 
 
 @pytest.fixture
-def command(request, tmp_path, out):
+def command(request, toy, out):
     """command(name) -> a short command line that writes to `out`."""
-
-    def toy() -> str:
-        return str(build_lab(tmp_path).directory / "lab" / "toy.py")
 
     def micro(name: str) -> str:
         return str(getattr(request.getfixturevalue("micro"), name))
 
     def words(name: str) -> list[str]:
         arguments = {
-            "run": lambda: [toy()],
-            "verify": lambda: ["--preset", "quick", "--experiments", toy()],
+            "run": lambda: [toy],
+            "verify": lambda: ["--preset", "quick", "--experiments", toy],
             "report": lambda: [str(request.getfixturevalue("finished"))],
             "data make": lambda: ["mdp", "--horizon", "4", "--tasks", "4", "--demos", "1"],
             "data export": lambda: [micro("mdp"), "--to", "trl"],
