@@ -37,6 +37,7 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
     from lindm.evaluation.policies.registry import kind_of
     from lindm.families.registry import FAMILIES
     from lindm.families.suites import Suite
+    from lindm.text import FAMILY_TEMPLATES
 
     if name is not None and name not in FAMILIES:
         raise ValueError(unknown("family", name, tuple(FAMILIES)))
@@ -55,7 +56,7 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
                 "summary": family.summary,
                 "sizes": sizes | {"horizon": getattr(problem, "horizon", None)},
                 "options": {name: {"help": help[name], "default": defaults[name]} for name in family.options},
-                "template": built.template if isinstance(built, Suite) else None,
+                "template": family.name if family.name in FAMILY_TEMPLATES else None,
                 "source": _source(family.description),
                 "description": family.description,
             }

@@ -122,7 +122,8 @@ def is_endless(options: Solve) -> bool:
     from lindm.families.registry import FAMILIES
 
     word = options.problem[0]
-    return len(options.problem) == 1 and not Path(word).is_file() and word in FAMILIES and FAMILIES[word].endless
+    one = len(options.problem) == 1 and options.split is None and not Path(word).is_file()
+    return one and word in FAMILIES and FAMILIES[word].endless
 
 
 def stationary_problem(options: Solve, method: str) -> "StationaryPOMDP":

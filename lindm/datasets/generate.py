@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from lindm.datasets.config import DatasetConfig
+from lindm.families.limits import check_labels
 from lindm.families.suites import Suite
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
@@ -38,7 +39,9 @@ class TaskGenerator:
     """Generates the tasks of a suite, or of one fixed problem (solved once, when the first task is generated)."""
 
     def __init__(self, source: Suite | Problem, config: DatasetConfig):
-        if not isinstance(source, Suite):
+        if isinstance(source, Suite):
+            check_labels(source)
+        else:
             source = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), source)
         self.source: Suite | Problem = source
         self.config = config

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -44,8 +43,6 @@ class Dosing(TabularSuite):
     """Number of experts, at least 2."""
     alpha: float = 0.7
     """Attitude to ambiguity: 1 is the worst case over the experts, 0 the best."""
-
-    template: ClassVar[str | None] = "dosing"
 
     def check(self) -> None:
         for size in ("states", "actions", "models"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -42,8 +41,6 @@ class Gridworld(TabularSuite):
     """Hide the goal: it is found where the agent walks into it."""
     slip: float | None = None
     """Probability that a move goes to a side. [default: drawn for each task]"""
-
-    template: ClassVar[str | None] = "gridworld"
 
     def check(self) -> None:
         if validate.count(self.side, "size", 2) > LARGEST_DARK and self.dark:

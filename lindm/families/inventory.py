@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import exp, factorial
-from typing import ClassVar
 
 import numpy as np
 
@@ -41,8 +40,6 @@ class Inventory(TabularSuite):
     """Number of order sizes, from 0."""
     lead_time: int = 2
     """Periods from an order to its arrival."""
-
-    template: ClassVar[str | None] = "inventory"
 
     def check(self) -> None:
         validate.count(self.capacity, "capacity")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -41,8 +40,6 @@ class Maintenance(TabularSuite):
     """Hide the condition, and add the action inspect."""
     observations: int | None = None
     """Number of levels of the signals, with hidden. [default: 2]"""
-
-    template: ClassVar[str | None] = "maintenance"
 
     def check(self) -> None:
         validate.count(self.states, "states", 2)

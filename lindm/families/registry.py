@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from lindm import validate
+from lindm.choices import Split
 from lindm.errors import DataError, unknown
 from lindm.families import prostate, random_suites, rocksample
 from lindm.families.dosing import Dosing
@@ -85,7 +86,11 @@ def _prostate(**options: Any) -> NamedProblem:
     )
 
 
-def _rocksample(horizon: int | None = None, **options: Any) -> NamedProblem | StationaryPOMDP:
+def _rocksample(horizon: int | None = None, split: Split | None = None, **options: Any) -> Suite | NamedProblem | StationaryPOMDP:
+    if split is not None:
+        if "layout" in options:
+            raise ValueError(f"layout must be left out with split, where it is drawn for each task; got {options['layout']}")
+        return rocksample.RockSample(split=split, **options, **{} if horizon is None else {"horizon": horizon})
     problem = rocksample.rocksample(**options)
     if horizon is None:
         return problem
@@ -112,7 +117,7 @@ _ALL = (
     _tabular(Gridworld),
     Family(
         name="rocksample",
-        summary="A rover among rocks of unknown worth, without an end",
+        summary="A rover among rocks of unknown worth, without an end; with split, small and with random rocks",
         description=(inspect.getdoc(rocksample) or "").partition("\n\n")[2],
         options=tuple(rocksample.OPTIONS),
         help=rocksample.OPTIONS,

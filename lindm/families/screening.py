@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -53,8 +52,6 @@ class Screening(TabularSuite):
     """Number of periods."""
     states: int = 4
     """Number of states: healthy, at least one stage of the disease, dead."""
-
-    template: ClassVar[str | None] = "screening"
 
     def check(self) -> None:
         validate.count(self.states, "states", 3)

@@ -44,8 +44,6 @@ class Suite:
     split: Split = "id"
     """Split: in distribution or out of distribution."""
 
-    template: ClassVar[str | None] = None
-    """The text template that names the things of the problem."""
     traceable: ClassVar[bool] = False
     """Whether `draw` may be called under `jit`."""
     discount: ClassVar[float] = 1.0

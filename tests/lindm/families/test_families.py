@@ -12,6 +12,7 @@ import lindm as ld
 from lindm.cli.problems import FAMILY_OPTIONS
 from lindm.datasets import Dataset, documents, text_format
 from lindm.families import registry
+from lindm.families.limits import check_labels
 from lindm.families.suites import Suite, TabularSuite, levels, rounded
 from lindm.problems.apomdp import as_apomdp
 from lindm.text import FAMILY_TEMPLATES, parse, text
@@ -26,6 +27,7 @@ SMALLEST = {
     "dosing": {"states": 2, "actions": 2, "observations": 2, "horizon": 3},
     "gridworld": {"size": 2, "horizon": 3},
     "gridworld dark": {"dark": True, "size": 2, "horizon": 2},
+    "rocksample": {"size": 2, "rocks": 1, "horizon": 3},
 }
 DEFAULT = {name: {word: True for word in name.split()[1:]} for name in SMALLEST}
 SIZES = [*SMALLEST.items(), *DEFAULT.items()]
@@ -34,7 +36,7 @@ every_family = pytest.mark.parametrize("name, options", SMALLEST.items(), ids=li
 
 
 def suite(name, **options) -> TabularSuite:
-    made = registry.build(name.split()[0], **options)
+    made = registry.build(name.split()[0], **{"split": "id", **options})
     assert isinstance(made, TabularSuite)
     return made
 
@@ -143,7 +145,7 @@ def test_every_option_of_a_tabular_family_has_a_flag_and_a_sentence():
         built = registry.build(facts["name"])
         if isinstance(built, TabularSuite):
             assert set(facts["options"]) <= flags
-            assert built.template in FAMILY_TEMPLATES and facts["source"]
+            assert facts["template"] in FAMILY_TEMPLATES and facts["source"]
         assert facts["summary"] and facts["description"] and facts["kind"] in ("mdp", "pomdp", "apomdp")
         assert all(option["help"] for option in facts["options"].values())
         assert (facts["sizes"]["horizon"] is None) == registry.FAMILIES[facts["name"]].endless or facts["sizes"]["horizon"] >= 1
@@ -166,7 +168,7 @@ def test_data_of_the_smallest_suite_become_sentences_with_its_names(name, option
     shutil.rmtree(tmp_path / "again")
     dataset = Dataset(tmp_path / "data")
     assert dataset.names == {part: list(words) for part, words in made.names.items()}
-    format = text_format(dataset, made.template)
+    format = text_format(dataset, made.name)
     for task, number, pieces in documents(dataset, format):
         sentence = text(pieces)
         assert parse(sentence, format.template) == format.document(task, task.queries[number])
@@ -181,6 +183,31 @@ def task_law(made: Suite):
     key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))[0]
     problem = made.draw(key)
     return problem.rho if isinstance(problem, MDP) else as_apomdp(problem).models.rho[0]
+
+
+@pytest.mark.parametrize(
+    "name, options, rule",
+    [
+        ("maintenance", {"states": 3000}, "horizon must be less than 1 .*: choose smaller sizes, since a task may have"),
+        (
+            "dosing",
+            {"states": 4, "horizon": 9},
+            "horizon must be at most 6 for 4 states, 3 actions, 3 observations, 2 models, since",
+        ),
+        ("gridworld", {"dark": True, "size": 5, "horizon": 40}, "horizon must be at most 6 for .* bounds of a task may take"),
+        ("pomdp", {"states": 600, "observations": 20, "horizon": 60}, "horizon must be at most 10 for 600 states, .*; got 60"),
+        ("apomdp", {"states": 4, "horizon": 20}, "horizon must be at most 6 for 4 states, .* have at most 3 states; got 20"),
+    ],
+)
+def test_sizes_that_the_oracle_cannot_label_are_refused_with_what_is_possible(name, options, rule):
+    made = registry.build(name, **options)
+    with pytest.raises(ValueError, match=rule) as refused:
+        check_labels(made)
+    if "at most" in str(refused.value).split(" for ")[0]:
+        possible = int(str(refused.value).split("at most ")[1].split(" for ")[0])
+        check_labels(replace(made, horizon=possible))
+        with pytest.raises(ValueError, match="horizon must be"):
+            check_labels(replace(made, horizon=possible + 1))
 
 
 def test_levels_are_marks_of_a_scale_and_rewards_are_round():
