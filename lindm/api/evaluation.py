@@ -11,6 +11,7 @@ from lindm.datasets import DatasetConfig
 from lindm.evaluation import EVAL_FORMAT, compare
 from lindm.evaluation.compare import SEED, PolicyResult
 from lindm.evaluation.policies.registry import default_policies
+from lindm.evaluation.reliability import draw_reliability
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io import directories, files, manifest
@@ -49,12 +50,13 @@ def evaluate(
       episodes: sampled of a task that has too many histories to evaluate them all.
       effort: of the bounds of V* where a POMDP is too large to be solved exactly, as in `ld.solve`.
       template, rewards: of the texts of language models that are named. [default: as the model was trained]
-      out: directory of the tasks and eval.json. [default: nothing is kept]
+      out: directory of the tasks, eval.json and, where a policy is not deterministic, calibration.png and calibration.pdf.
+        [default: nothing is kept]
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Returns:
       The result of each policy: `.gap`, its confidence interval `.ci`, `.suboptimality` in units of reward, `.action_agreement`,
-      `.method` and others.
+      `.method`, the `.difference` to the first policy, the `.calibration` of its probabilities and others.
 
     Raises:
       ValueError: a policy that the problem does not have; an argument out of range; an ambiguous problem with more histories than
@@ -86,5 +88,15 @@ def evaluate(
                 "template": template,
                 "rewards": rewards,
             }
-            manifest.write_manifest(out, [EVAL, "data/manifest.json"], options={**asdict(dataset), **options})
+            figures = _write_figures(out, results)
+            manifest.write_manifest(out, [EVAL, *figures, "data/manifest.json"], options={**asdict(dataset), **options})
     return {result.policy: result for result in results}
+
+
+def _write_figures(out: Path, results: Sequence[PolicyResult]) -> list[str]:
+    """Draw the calibration of the policies that are not deterministic; the names of the files."""
+    found = {one.policy: one.calibration for one in results if one.calibration is not None and not one.calibration.deterministic}
+    contents = draw_reliability(found) if found else {}
+    for name, content in contents.items():
+        files.write_atomic(out / name, content)
+    return list(contents)

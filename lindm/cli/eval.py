@@ -14,6 +14,7 @@ from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
 if TYPE_CHECKING:
+    from lindm.evaluation.calibration import Scores
     from lindm.evaluation.compare import PolicyResult
 
 
@@ -38,7 +39,7 @@ class Eval(ProblemOptions):
     seed: int = 1_000_000
     """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""
     out: Path | None = None
-    """Directory of the tasks and eval.json. [default: nothing is kept]"""
+    """Directory of the tasks, eval.json and the calibration figure. [default: nothing is kept]"""
     json: bool = False
     """Print one JSON list."""
 
@@ -85,7 +86,7 @@ def run(options: Eval) -> int:
         rows = [asdict(result) for result in results.values()]
         print(strict_json([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
         return 0
-    for line in _notes(list(results.values())):
+    for line in [*_differences(found := list(results.values())), *_calibrations(found), *_notes(found)]:
         print(line)
     if options.out is not None:
         print(options.out / "eval.json", file=sys.stderr)
@@ -106,14 +107,19 @@ def _values(result: "PolicyResult") -> list[str]:
     return [f"{optimal}, V^random = {result.uniform_value:.6g}" + (", means over tasks" if result.split else "")]
 
 
-def _cells(result: "PolicyResult") -> tuple[str, ...]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
+
+def interval(ends: list[float] | None, form: str = ".4f") -> str:
+    return "-" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def _cells(result: "PolicyResult") -> tuple[str, ...]:
     return (
         result.policy,
         number(result.gap, ".4f"),
-        "-" if result.ci is None else "[{:.4f}, {:.4f}]".format(*result.ci),
+        interval(result.ci),
         number(result.suboptimality, ".4g"),
         number(result.gap_of_value, ".2%"),
         number(result.action_agreement, ".1%"),
@@ -130,6 +136,37 @@ def _notes(results: "list[PolicyResult]") -> list[str]:
     if any(result.method == "bounds" for result in results):
         lines.append("gaps: the middle of their range over the bounds of V*; the intervals hold for every V* between them")
     return lines + list(dict.fromkeys(result.note for result in results if result.note))
+
+
+def _differences(results: "list[PolicyResult]") -> list[str]:
+    """Each policy less the first one. To the oracle the difference is the gap itself, which stands above."""
+    found = {result.policy: one for result in results if (one := result.difference) is not None and one.baseline != "oracle"}
+    if not found:
+        return []
+    baseline = next(iter(found.values())).baseline
+    rows = [(f"less {baseline}, on the same tasks", "normalized gap", "95 %", "V^pi", "95 %")]
+    for name, one in found.items():
+        rows.append((name, number(one.gap, ".4f"), interval(one.gap_ci), f"{one.value:.4g}", interval(one.value_ci, ".4g")))
+    return ["", *(format_row(row, (WIDTHS[0], 14, 18, 9, 18)) for row in rows)]
+
+
+def _calibrations(results: "list[PolicyResult]") -> list[str]:
+    """The probabilities of policies that are not deterministic, before and after temperature scaling."""
+    found = {result.policy: one for result in results if (one := result.calibration) is not None and not one.deterministic}
+    scores = ("log-loss", "95 %", "Brier", "calibration error")
+    scaled = ("scaled log-loss", "95 %", "Brier", "calibration error")
+    rows = [("probabilities of optimal actions", *scores, "temperature", *scaled)]
+    for name, one in found.items():
+        before, after = (_scores(part) for part in (one.scores, one.scaled))
+        rows.append((name, *before, number(one.temperature, ".3g"), *after))
+    return ["", *(format_row(row, (WIDTHS[0], 9, 18, 7, 18, 11, 15, 18, 7, 18)) for row in rows)] if found else []
+
+
+def _scores(scores: "Scores | None") -> tuple[str, ...]:
+    if scores is None:
+        return ("-",) * 4
+    log_loss = "infinite" if scores.log_loss is None else f"{scores.log_loss:.4f}"
+    return (log_loss, interval(scores.log_loss_ci), f"{scores.brier:.4f}", f"{scores.calibration_error:.4f}")
 
 
 COMMAND = Command(

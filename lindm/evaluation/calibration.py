@@ -8,8 +8,9 @@ m = sum_{a in A*} p(a) the probability of an optimal action. Then
     confidence         max_a p(a), the probability of the likeliest action
     calibration error  sum_b w_b |share of likeliest actions that are optimal - mean confidence|, over bins b of the confidence
 
-With one optimal action these are the usual scores of a classifier (Brier, 1950; the expected calibration error of Guo, Pleiss,
-Sun and Weinberger, ICML 2017). Histories have the weights with which the policy reaches them, and each task has the same weight.
+Of several likeliest actions the share that is optimal counts. With one optimal action these are the usual scores of a classifier
+(Brier, 1950; the expected calibration error of Guo, Pleiss, Sun and Weinberger, ICML 2017). The histories of all stages have the
+weights with which the policy reaches them, and each task has the same weight.
 
 Temperature scaling (the same paper) makes p_T(a) proportional to p(a)^(1/T), with the T of the smallest log-loss. A temperature
 is never scored on the tasks on which it was fitted: that of the even tasks is scored on the odd ones, and the reverse.
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from lindm.evaluation.intervals import mean_interval
 
 NUM_BINS = 10  # of the confidence, of equal width
 TEMPERATURES = (0.01, 100.0)  # the range of the fit
@@ -56,12 +59,12 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Means over tasks, with 95 % intervals by a t-distribution over tasks."""
+    """Means over tasks, with 95 % intervals by a t-distribution over tasks; None where nothing varies."""
 
     log_loss: float | None  # in nats; None: infinite, since every optimal action has the probability 0 somewhere
     log_loss_ci: list[float] | None
     brier: float
-    brier_ci: list[float]
+    brier_ci: list[float] | None
     calibration_error: float
     bins: list[Bin] = field(default_factory=list)  # without empty ones
 
@@ -110,7 +113,8 @@ def score(tasks: Sequence[ScoredHistories]) -> Scores:
 def _bins(tasks: Sequence[ScoredHistories]) -> list[Bin]:
     weight = np.concatenate([task.weight for task in tasks]) / len(tasks)
     log_p, optimal = (np.concatenate([getattr(task, name) for task in tasks]) for name in ("log_p", "optimal"))
-    confidence, right = np.exp(log_p.max(-1)), optimal[np.arange(len(log_p)), log_p.argmax(-1)]
+    confidence, likeliest = np.exp(log_p.max(-1)), log_p == log_p.max(-1, keepdims=True)
+    right = (likeliest & optimal).sum(-1) / likeliest.sum(-1)
     number = np.clip(np.ceil(confidence * NUM_BINS) - 1, 0, NUM_BINS - 1).astype(int)
     total, sure, agreed = (np.bincount(number, weight * x, NUM_BINS) for x in (1.0, confidence, right))
     return [
@@ -164,13 +168,3 @@ def _log_sum(x: np.ndarray) -> np.ndarray:
     shift = np.where(np.isfinite(largest), largest, 0)
     with np.errstate(divide="ignore"):
         return np.log(np.exp(x - shift[:, None]).sum(-1)) + shift
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, list[float]]:
-    """The mean, and its 95 % interval by a t-distribution; the mean twice for a single value."""
-    from scipy import stats
-
-    mean, half = float(np.mean(values)), 0.0
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return mean, [mean - half, mean + half]

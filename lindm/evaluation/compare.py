@@ -13,8 +13,10 @@ from typing import Any
 
 from lindm.datasets import Dataset, DatasetConfig, Task, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
+from lindm.evaluation.calibration import Calibration, calibrate
 from lindm.evaluation.environments import PolicyTask, check_memory, double_precision, make_tasks
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
+from lindm.evaluation.paired import Difference, paired_difference
 from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
@@ -53,6 +55,8 @@ class PolicyResult:
     action_agreement: float | None = None  # share of optimal actions; None where Q* is not known
     method: str  # exact, rollout (mean over sampled episodes), bounds (V* has bounds), or why there is no value
     note: str | None = None  # what is undefined, and why
+    difference: Difference | None = None  # to the first policy on the same tasks
+    calibration: Calibration | None = None  # of the policy's probabilities against the optimal actions; None: Q* is not known
     gaps: list[float | None]  # normalized optimality gap of each task, or the middle of its range
     invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
     decisions_per_s: float
@@ -98,12 +102,15 @@ def evaluate(
         with double_precision():
             make_dataset(directory, source, dataset, progress=progress)
         tasks = read_tasks(Dataset(directory), effort)
-    about, results = describe(source), []
+    about, results, first = describe(source), [], None
     for name in policies:
         policy = policies[name]
         start = time.perf_counter()
         losses = evaluate_policy(tasks, policy, episodes=episodes, seed=dataset.seed, max_histories=max_histories)
-        result = _result(about, name, losses, max_histories, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        first = first or (name, losses)
+        difference = None if name == first[0] else paired_difference(losses, first[1], first[0])
+        result = _result(about | {"difference": difference}, name, losses, max_histories, seconds)
         results.append(result)
         on_result(result)
     return results
@@ -141,10 +148,12 @@ def _result(
         summary = summarize(known, "tasks" if about["split"] else "demonstrations")
         summary["ci"], summary["action_agreement"] = summary.pop("gap_ci"), summary.pop("agreement")
     counts = [loss.invalid for loss in known if loss.invalid is not None]
+    scored = [loss.scored for loss in known if loss.scored is not None]
     return PolicyResult(
         **about,
         **summary,
         policy=name,
+        calibration=calibrate(scored) if scored else None,
         gaps=[None if loss is None else loss.normalized_gap for loss in losses],
         invalid=sum(counts) / max(decisions, 1) if counts else None,
         decisions_per_s=decisions / seconds,

@@ -16,12 +16,13 @@ table over all histories, and the recursion of `lindm.solvers.tree` gives its va
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from lindm.evaluation.calibration import ScoredHistories, merge
 from lindm.evaluation.environments import (
     NO_HISTORIES,
     BeliefEnvironment,
@@ -32,12 +33,12 @@ from lindm.evaluation.environments import (
     PolicyTask,
     double_precision,
 )
+from lindm.evaluation.intervals import VARIES
 from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy
 from lindm.solvers import tree
 from lindm.solvers.ties import TOLERANCE
 
 MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
-VARIES = 1e-9  # standard errors below this fraction of the mean, or of one, are rounding
 SEEN = ("state", "action", "model", "observation", "reward")
 
 
@@ -68,6 +69,7 @@ class PolicyLoss:
     width: float = 0.0  # the upper bound of V* less the lower one
     episodes: int = 0  # that were sampled
     error: float = 0.0  # standard error of the suboptimality over these episodes
+    scored: ScoredHistories | None = field(default=None, compare=False, repr=False)  # None: Q* is not known
 
     @property
     def normalized_gap(self) -> float | None:
@@ -77,6 +79,13 @@ class PolicyLoss:
         """
         gap = self.range("random")
         return None if gap is None else (gap.low + gap.high) / 2
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """V* - V^random for the lowest and the highest V*; None where every policy may be optimal."""
+        if self.range("random") is None:
+            return None
+        return self.optimal_value - self.uniform_value, self.optimal_value + self.width - self.uniform_value
 
     def range(self, unit: Unit) -> Range | None:
         """The suboptimality in this unit; None where the unit is zero for a possible V*."""
@@ -149,8 +158,9 @@ class _Walk:
         self.agreed = self.reached = 0.0
         self.decisions, self.invalid = 0, None
         self.table: list[np.ndarray] = []  # of an ambiguous problem
+        self.scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each stage, as `merge` returns them
 
-    def step(self, stage: int, probabilities: np.ndarray, invalid: np.ndarray | None) -> None:
+    def step(self, stage: int, probabilities: np.ndarray, invalid: np.ndarray | None, log_p: np.ndarray | None) -> None:
         env, at = self.env, self.at
         weight = at.weight
         if isinstance(env, BoundedEnvironment):
@@ -159,6 +169,8 @@ class _Walk:
             Q, optimal = env.Q_at(stage, at)
             losses = Q.max(-1) - (probabilities * Q).sum(-1)
             self.agreed += float(weight @ (probabilities * optimal).sum(-1))
+            with np.errstate(divide="ignore"):
+                self.scored.append(merge(weight, np.log(probabilities) if log_p is None else log_p, optimal))
         self.lost += float(weight @ losses) if self.exact else losses
         self.reached += float(weight.sum())
         self.decisions += len(at)
@@ -207,7 +219,14 @@ class _Walk:
             width=width,
             episodes=episodes,
             error=float(np.std(self.lost, ddof=1) / np.sqrt(episodes)) if episodes > 1 else 0.0,
+            scored=self._scored(),
         )
+
+    def _scored(self) -> ScoredHistories | None:
+        if not self.scored:
+            return None
+        weight, log_p, optimal = merge(*(np.concatenate(parts) for parts in zip(*self.scored, strict=True)))
+        return ScoredHistories(weight=weight / weight.sum(), log_p=log_p, optimal=optimal)
 
 
 def _evaluate(
@@ -228,18 +247,23 @@ def _evaluate(
             observation = _observation(stage, walks, before)
             state, probabilities = policy.step(state, observation)
             probabilities = _checked(probabilities, len(observation), tasks[0].known.num_actions)
-            invalid = getattr(state, "invalid", None)  # [n], of a language model
             parts = np.cumsum(counts)[:-1]
-            flags = [None] * len(walks) if invalid is None else np.split(np.asarray(invalid), parts)
-            for walk, rows, flag in zip(walks, np.split(probabilities, parts), flags, strict=True):
+            # of a language model [n] and [n, A]: its own probabilities, however it decides
+            invalid, log_p = (_split(getattr(state, name, None), parts) for name in ("invalid", "log_p"))
+            for walk, *rows in zip(walks, np.split(probabilities, parts), invalid, log_p, strict=True):
                 if len(walk.at):
-                    walk.step(stage, rows, flag)
+                    walk.step(stage, *rows)
             before = counts
     losses = [walk.result() for walk in walks]
     for i, (walk, task) in enumerate(zip(walks, tasks, strict=True)):
         if losses[i] is None and not walk.env.ambiguous:
             (losses[i],) = _evaluate([task], policy, episodes, [seeds[0], seeds[1] + i], limit, sampled=True)
     return losses
+
+
+def _split(rows: Any, parts: np.ndarray) -> list:
+    """Rows of all tasks as those of each; None for each where there are none."""
+    return [None] * (len(parts) + 1) if rows is None else np.split(np.asarray(rows), parts)
 
 
 def _observation(stage: int, walks: Sequence[_Walk], before: np.ndarray) -> Observation:

@@ -31,7 +31,7 @@ def draw_reliability(calibrations: Mapping[str, Calibration]) -> dict[str, bytes
             ax.scatter(x, y, [8 + 120 * b.weight for b in scores.bins], color=color, marker=style[0], alpha=0.8, label=label)
         ax.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), xlabel="probability of the likeliest action", ylabel="share that is optimal")
         ax.set_title(name if len(name) <= 36 else f"...{name[-33:]}", fontsize=9, parse_math=False)
-        ax.legend(frameon=False, fontsize=7, loc="upper left")
+        ax.legend(frameon=False, fontsize=7, loc="lower right")
     contents = {}
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         buffer = io.BytesIO()

@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
+from scipy.special import log_softmax
 
 from lindm import validate
 from lindm.choices import Rewards
@@ -61,6 +62,7 @@ class _State(NamedTuple):
     row: np.ndarray = np.zeros(1, int)  # [n] row of the cache of each history
     length: np.ndarray = np.zeros(1, np.int32)  # [n] own tokens of each history
     invalid: np.ndarray = np.zeros(1, bool)  # [n] whether the likeliest of all tokens are no action
+    log_p: np.ndarray | None = None  # [n, A] of the actions; at the temperature 1 where the policy's is 0
 
 
 class LanguageModelPolicy(Policy):
@@ -145,11 +147,11 @@ class LanguageModelPolicy(Policy):
             raise DataError(f"{self.name}: {rule}; got {longest}")
         hidden, cache = _extend(self.graphdef, self.weights, ids, starts, ends - starts, cache, state.shared, self.dtype)
         scores, valid = (_on_host(x)[row] for x in self._scores(hidden, cache, state, ends))
-        new_state = state._replace(cache=cache, row=row, length=ends[row], invalid=~valid)
+        log_p = log_softmax(scores.astype(float) / (self.temperature or 1.0), axis=-1)
+        new_state = state._replace(cache=cache, row=row, length=ends[row], invalid=~valid, log_p=log_p)
         if self.temperature == 0:
             return new_state, one_hot(scores.argmax(-1), len(state.actions))
-        weights = np.exp((scores - scores.max(-1, keepdims=True)).astype(float) / self.temperature)
-        return new_state, weights / weights.sum(-1, keepdims=True)
+        return new_state, np.exp(log_p)
 
     def prompt(self, task: PolicyTask, text: TextFormat) -> list[int]:
         """The tokens of a task's demonstrations, and of what opens the episode in progress."""

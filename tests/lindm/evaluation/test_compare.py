@@ -1,12 +1,16 @@
 """`lindm eval`: results of policies on the same tasks, what each problem costs, and what is refused."""
 
+import dataclasses
 import json
+import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.core import Tracer
 
+import lindm as ld
 from lindm.cli.main import main
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.evaluation import environments
@@ -198,3 +202,34 @@ def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, ca
     assert [{k: v for k, v in row.items() if k not in ("gaps", "decisions_per_s")} for row in kept] == [
         {k: v for k, v in row.items() if k != "decisions_per_s"} for row in printed
     ]
+
+
+def test_differences_are_to_the_first_policy_and_probabilities_are_scored():
+    bc, random, behavior = evaluate(POMDP, ["bc", "random", "behavior"], dataset=dataclasses.replace(DATASET, behavior="epsilon"))
+    assert bc.difference is None and random.difference.baseline == "bc" and random.difference.n == 3
+    assert random.difference.gap == pytest.approx(np.mean(np.subtract(random.gaps, bc.gaps)), rel=1e-12)
+    assert random.difference.value == pytest.approx(random.value - bc.value, rel=1e-9)
+    # behavior takes the oracle's action, but with probability 0.2 one of both at random
+    assert behavior.calibration.scores.log_loss == pytest.approx(-math.log(0.9), rel=1e-9)
+    assert behavior.calibration.scores.brier == pytest.approx(2 * 0.1**2, rel=1e-9)
+    assert behavior.calibration.scores.calibration_error == pytest.approx(0.1, rel=1e-9)
+    assert random.calibration.scores.log_loss == pytest.approx(math.log(2), rel=1e-9)
+    assert bc.calibration.deterministic and bc.calibration.scores.brier == pytest.approx(2 * (1 - bc.action_agreement))
+
+
+def test_the_command_shows_differences_and_scores_and_writes_the_figure(tmp_path, capsys):
+    arguments = ["eval", "tests/lindm/problems/files/tiger.pomdp", "--horizon", "3", "--tasks", "2", "--demos", "1"]
+    names = ["--policy", "bc", "--policy", "behavior", "--behavior", "epsilon"]
+    assert main([*arguments, *names, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^less bc, on the same tasks +normalized gap +95 %", out, re.MULTILINE)
+    assert re.search(r"^probabilities of optimal actions +log-loss .*\nbehavior +0\.1431 ", out, re.MULTILINE)
+    assert sorted(path.name for path in (tmp_path / "out").glob("calibration.*")) == ["calibration.pdf", "calibration.png"]
+    (checked,) = ld.check(tmp_path / "out")
+    assert checked.problems == []
+    (tmp_path / "out" / "calibration.png").write_bytes(b"damaged")
+    (checked,) = ld.check(tmp_path / "out")
+    assert "calibration.png" in checked.problems[0].what
+    assert main([*arguments, "--policy", "oracle", "--policy", "qmdp", "--out", str(tmp_path / "two")]) == 0
+    out = capsys.readouterr().out
+    assert "less" not in out and "log-loss" not in out and not list((tmp_path / "two").glob("calibration.*"))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lindm.evaluation.calibration import score
 from lindm.evaluation.environments import double_precision, make_tasks
 from lindm.evaluation.optimality_gap import PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.policies.demonstrations import BC
@@ -305,3 +306,38 @@ def test_an_answer_that_is_no_action_raises_an_error(answer):
     problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((2, 2, 2)), np.array([0.3, 0.7]))
     with pytest.raises(ValueError, match=f"a policy must return .*; got {answer!r}"):
         evaluate([problem], lambda demonstrations, history: answer)
+
+
+def test_the_scored_histories_of_a_policy_are_those_of_plain_recursion():
+    """The mean of -ln of the probability of the best action, over all stages, with the probabilities of the histories."""
+    problem, (P, r, rho) = random_mdp(6)
+
+    def law(history):
+        p = 0.1 + 0.8 * coin(fields(history, rewards=False), of=7) / 6
+        return np.array([p, 1 - p])
+
+    Q = np.zeros(r.shape)
+    for t in reversed(range(3)):
+        Q[t] = r[t] + (P[t] @ Q[t + 1].max(-1) if t < 2 else 0)
+
+    def total(t, s, past):
+        history = (*past, Step(None, state=s))
+        p = law(history)
+        loss = -np.log(p[Q[t, s].argmax()])
+        if t < 2:
+            for a in range(2):
+                loss += p[a] * sum(P[t, s, a, u] * total(t + 1, u, (*past, Step(a, state=s))) for u in range(3))
+        return loss
+
+    (loss,) = evaluate([problem], lambda demonstrations, history: law(history), max_histories=10_000)
+    wanted = sum(rho[s] * total(0, s, ()) for s in range(3)) / 3
+    assert score([loss.scored]).log_loss == pytest.approx(wanted, rel=1e-12)
+    assert loss.scored.weight.sum() == pytest.approx(1, rel=1e-12) and len(loss.scored.weight) <= 7 * 2 * 2
+
+
+def test_the_mass_on_optimal_actions_is_the_agreement():
+    problem, _ = random_mdp(7)
+    for options in ({"max_histories": 10_000}, {"max_histories": 1, "episodes": 20}):
+        (loss,) = evaluate([problem], lambda demonstrations, history: [0.3, 0.7], **options)
+        mass = np.where(loss.scored.optimal, np.exp(loss.scored.log_p), 0).sum(-1)
+        assert loss.scored.weight @ mass == pytest.approx(loss.agreement, rel=1e-12)
