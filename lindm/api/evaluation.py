@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lindm.evaluation.policies.registry import default_policies
 from lindm.evaluation.reliability import draw_reliability
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
+from lindm.figures.style import save
 from lindm.io import directories, files, manifest
 from lindm.llm.named_policies import PoliciesByName
 from lindm.types import LinearMDP, Problem
@@ -96,7 +98,5 @@ def evaluate(
 def _write_figures(out: Path, results: Sequence[PolicyResult]) -> list[str]:
     """Draw the calibration of the policies that are not deterministic; the names of the files."""
     found = {one.policy: one.calibration for one in results if one.calibration is not None and not one.calibration.deterministic}
-    contents = draw_reliability(found) if found else {}
-    for name, content in contents.items():
-        files.write_atomic(out / name, content)
-    return list(contents)
+    names = ["calibration.png", "calibration.pdf"] if found else []
+    return [save(partial(draw_reliability, found), out / name).name for name in names]
