@@ -42,7 +42,7 @@ class _RewardSizes:
     paid: RewardFunction | None
 
     @property
-    def discount(self) -> ArrayLike:
+    def discount(self) -> Array | float:
         """gamma [...], which is folded into r."""
         return 1.0 if self.paid is None else self.paid.discount
 
@@ -152,7 +152,7 @@ class APOMDP:
         return self.models.r.shape[-4]
 
     @property
-    def discount(self) -> ArrayLike:
+    def discount(self) -> Array | float:
         """gamma [...], which is folded into the rewards of all models."""
         return 1.0 if self.models.paid is None else self.models.paid.discount[..., 0]
 

@@ -104,7 +104,7 @@ class TaskGenerator:
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def _keys(key: Array, i: Array) -> Array:
+def _keys(key: Array, i: Array | int) -> Array:
     """The two keys of task i: of its problem and of its episodes."""
     return jax.random.split(jax.random.fold_in(key, i))
 

@@ -18,6 +18,7 @@ is never scored on the tasks on which it was fitted: that of the even tasks is s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -86,9 +87,9 @@ class Calibration:
 def calibrate(tasks: Sequence[ScoredHistories]) -> Calibration:
     """The scores of a policy on tasks, before and after temperature scaling."""
     halves = [fit_temperature(tasks[i::2]) for i in (0, 1)]
-    scaled = None
-    if None not in halves:
-        scaled = score([scale(task, halves[1 - i % 2]) for i, task in enumerate(tasks)])
+    scaled, others = None, [temperature for temperature in reversed(halves) if temperature is not None]
+    if len(others) == 2:
+        scaled = score([scale(task, others[i % 2]) for i, task in enumerate(tasks)])
     return Calibration(scores=score(tasks), temperature=fit_temperature(tasks), scaled=scaled)
 
 
@@ -156,10 +157,12 @@ def fit_temperature(tasks: Sequence[ScoredHistories]) -> float | None:
         x = log_p / np.exp(log_temperature)
         return float(weight @ (_log_sum(x) - _log_sum(np.where(optimal, x, -np.inf))))
 
-    grid = np.linspace(*np.log(TEMPERATURES), 41)  # of several optimal actions the loss may have several minima
+    low, high = np.log(TEMPERATURES)
+    grid = np.linspace(low, high, 41)  # of several optimal actions the loss may have several minima
     best = int(np.argmin([loss(x) for x in grid]))
     around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    return float(np.exp(minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-8}).x))
+    minimum: Any = minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-8})
+    return float(np.exp(minimum.x))
 
 
 def _log_sum(x: np.ndarray) -> np.ndarray:

@@ -112,7 +112,8 @@ def _rows_of_text(text: str, kind: Kind) -> list[Mapping[str, str]]:
     except ValueError as e:
         raise ValueError(f"history must be words, and a quotation mark must be closed ({e}); got {text[:60]!r}") from e
     fields = WORDS[kind]
-    rows = [dict(zip(fields, words[i : i + len(fields)], strict=False)) for i in range(0, len(words), len(fields))]
+    starts = range(0, len(words), len(fields))
+    rows: list[Mapping[str, str]] = [dict(zip(fields, words[i : i + len(fields)], strict=False)) for i in starts]
     wanted = 1 if kind == "mdp" else 0
     if len(words) % len(fields) != wanted:
         form = " ".join(fields)
@@ -195,7 +196,7 @@ def _belief(steps: Sequence[Step], info: ProblemInfo, problem: POMDP | APOMDP | 
     return beliefs[0] if len(steps) > 1 or len(beliefs) == 1 else beliefs
 
 
-def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[np.ndarray, np.ndarray]:
+def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[Any, np.ndarray]:
     """P [S, S], sparse where the problem is, and O [S, O] of an action at stage t under model m."""
     if isinstance(problem, StationaryPOMDP):
         return problem.P[a], problem.O[a].toarray()
@@ -220,6 +221,6 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP) -> tup
 
 def _impossible(t: int, name: str, number: int, info: ProblemInfo, law: np.ndarray) -> NoReturn:
     words = info.words(SYMBOL_ARGUMENTS[name])
-    possible = [words[i] for i in np.flatnonzero(law > 0)]
+    possible = [words[i] for i in np.flatnonzero(law > 0).tolist()]
     some = ", ".join(possible[:12]) + (f", ... ({len(possible)} in all)" if len(possible) > 12 else "")
     raise ValueError(f"history: step {t + 1}: the {name} {words[number]!r} has the probability 0 there; possible: {some}")

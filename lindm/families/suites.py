@@ -73,10 +73,10 @@ class Suite:
         """A problem with the shapes of every task, all zero; it takes no memory."""
         S, A, O, M = self.sizes
 
-        def zeros(*shape: int) -> np.ndarray:
+        def zeros(*shape: int) -> Any:
             return np.broadcast_to(np.zeros((), jnp.result_type(float)), (M, *shape) if M else shape)
 
-        seen = {"P": zeros(1, S, A, S), "r": zeros(self.horizon, S, A), "rho": zeros(S)}
+        seen: dict[str, Any] = {"P": zeros(1, S, A, S), "r": zeros(self.horizon, S, A), "rho": zeros(S)}
         if not O:
             return MDP(**seen)
         model = POMDP(**seen, O=zeros(1, A, S, O))

@@ -79,7 +79,7 @@ def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], 
         if k % 2:  # an answer; prompts and answers alternate
             targets |= {place - 1: longer[place] for place in range(len(ids), len(longer))}
         ids, at = longer, end
-    if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
+    if tokenizer.unk_token_id in ids and str(tokenizer.unk_token) not in text:
         raise DataError(f"the tokenizer has no token for a part of {shorten(text)}")
     return make_example(ids, targets, source, group)
 

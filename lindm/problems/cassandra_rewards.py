@@ -6,7 +6,7 @@ The table [A, S, S, O] can be the largest one of a problem, so it is built one a
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,12 +32,12 @@ class RewardEntries:
     def tables(self) -> Iterator[np.ndarray]:
         """R [S, S|1, O|1] of each action, in one array that the next one overwrites. DataError for too many numbers."""
         table, writes = np.empty(self.shape[1:]), 0
-        numbered: dict[int | None, list] = {}  # by action, None for all
+        numbered: dict[int | None, list[tuple[int, Any, tuple, Any]]] = {}  # by action, None for all
         for number, (entry, (action, *cell), values) in enumerate(self.entries):
             numbered.setdefault(action.start, []).append((number, entry, tuple(cell), values))
         for a in range(self.shape[0]):
             table[:] = 0.0
-            for _, entry, cell, values in heapq.merge(numbered.get(None, ()), numbered.get(a, ()), key=lambda each: each[0]):
+            for _, entry, cell, values in heapq.merge(numbered.get(None, []), numbered.get(a, []), key=lambda each: each[0]):
                 writes = count_writes(writes, table[cell].size, entry)
                 table[cell] = self.sign * values[0] + 0.0  # + 0.0: no cost is 0.0, not -0.0
             table[self.ended] = 0.0

@@ -102,8 +102,8 @@ class UpperBound:
         self.most = np.empty(64)  # the most stages to go with which the value is a bound
         self.count = 0
         self._first = np.zeros(65, int)  # rows of the flat arrays
-        self._states = np.empty(1024, int)
-        self._mass = np.empty(1024)
+        self._states: np.ndarray = np.empty(1024, int)
+        self._mass: np.ndarray = np.empty(1024)
 
     def corner(self, stages: float) -> np.ndarray:
         return self.corners[int(stages) if stages < math.inf else 0]

@@ -44,7 +44,8 @@ class AttentionLayer(TablePolicy):
         problems, _, episodes, _ = generator.generate(0, TASKS)
         assert isinstance(problems, MDP)
         _, H, S, A = problems.r.shape
-        many = dp.solve_many(dp.backward_induction, MDP(**{k: jnp.asarray(getattr(problems, k)) for k in ("P", "r", "rho")}))
+        P, r, rho = (jnp.asarray(x) for x in (problems.P, problems.r, problems.rho))
+        many = dp.solve_many(dp.backward_induction, MDP(P=P, r=r, rho=rho))
         s, a, r = (np.asarray(x)[:, : self.dataset.demos] for x in (episodes.s, episodes.a, episodes.r))
         features = _features(s, a, r, S, A)
         targets = np.asarray(many.Q).reshape(TASKS, H, S * A)

@@ -1,4 +1,6 @@
 """`lindm act`: one decision on the command line, lines of JSON, a dialog; and every wrong input is named."""
+# of a POMDP the solution has vectors
+# pyright: reportAttributeAccessIssue=false
 
 import io
 import json

@@ -2,6 +2,8 @@
 
 The truth is a file whose rewards depend on everything, as a numpy table that this test wrote into the file.
 """
+# no problem here is ambiguous
+# pyright: reportAttributeAccessIssue=false
 
 import json
 

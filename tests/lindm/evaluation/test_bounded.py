@@ -64,7 +64,9 @@ def test_over_all_histories_the_value_of_a_policy_is_exact_whatever_the_bound_is
     np.testing.assert_allclose(loss.uniform_value, uniform, rtol=1e-12)
     assert loss.optimal_value <= best <= loss.optimal_value + loss.width and loss.width > 0.01 and loss.exact
     assert loss.agreement is None
-    low, high, *_ = loss.range("random")
+    interval = loss.range("random")
+    assert interval is not None
+    low, high, *_ = interval
     assert low <= (best - value) / (best - uniform) <= high
 
 

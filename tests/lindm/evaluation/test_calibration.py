@@ -1,4 +1,6 @@
 """Scores of probabilities against optimal actions: by loops over histories, minimization and grids in the test."""
+# what may be None is there in these tests
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 
 import itertools
 import math

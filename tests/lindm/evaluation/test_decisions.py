@@ -1,4 +1,6 @@
 """One decision: histories in the names of the problem, what a policy answers there, and what is refused."""
+# what may be None, and what only one kind of solution has, is there in these tests
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 import itertools
 

@@ -1,4 +1,6 @@
 """What a policy loses: by plain recursion over histories in the test, by sampling, and by the tree's own tables."""
+# what may be None is there in these tests
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 
 import hashlib
 

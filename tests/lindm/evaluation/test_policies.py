@@ -1,4 +1,6 @@
 """The policies of `lindm eval`: against tables of the solvers, estimates by hand, and cases in which each is optimal."""
+# what may be None is there in these tests
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 
 from dataclasses import dataclass, replace
 

@@ -11,11 +11,11 @@ import pytest
 
 from lindm.errors import DataError, Preempted
 from lindm.io import limits
-from lindm.llm import chats
-from lindm.llm.chats import apply_chat_template
+from lindm.llm import chat_template
+from lindm.llm.chat_template import apply_chat_template
 from tests.lindm.llm.small import CHATML, INST, KINDS, TURNS, byte_level
 
-PROGRAM = Path(chats.__file__).with_name("chat_renderer.py")
+PROGRAM = Path(chat_template.__file__).with_name("chat_renderer.py")
 FEATURES = """
 {%- set ns = namespace(count=0, self='s') %}
 {%- macro show(m) %}{{ m.role | upper ~ ': ' ~ (m.content | trim) }}{% endmacro %}
@@ -70,11 +70,11 @@ HOSTILE = {
 @pytest.fixture
 def small_limits(monkeypatch):
     """Limits that a test reaches soon."""
-    chats._RENDERER.close()
+    chat_template._RENDERER.close()
     monkeypatch.setattr(limits, "TEMPLATE_CPU_SECONDS", 0.3)
     monkeypatch.setattr(limits, "TEMPLATE_MEMORY", 400 * limits.MIB)
     yield
-    chats._RENDERER.close()
+    chat_template._RENDERER.close()
 
 
 @pytest.mark.parametrize("template", [CHATML, INST, FEATURES], ids=["chatml", "inst", "features"])
@@ -130,13 +130,13 @@ def test_a_stop_during_a_rendering_is_a_stop(monkeypatch):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert chats._RENDERER._process is None
+    assert chat_template._RENDERER._process is None
     assert apply_chat_template(KINDS["bytes"](), TURNS).startswith("<|im_start|>")
 
 
 def test_the_process_of_templates_ends_with_ours():
-    code = "import os, sys; from lindm.llm import chats; chats._RENDERER.render('', {'messages': []});"
-    code += "print(chats._RENDERER._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    code = "import os, sys; from lindm.llm import chat_template; chat_template._RENDERER.render('', {'messages': []});"
+    code += "print(chat_template._RENDERER._process.pid, flush=True); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
     pid = int(done.stdout)
     for _ in range(600):

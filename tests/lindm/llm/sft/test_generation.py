@@ -18,7 +18,7 @@ OTHER_END = CHATML.replace("<|im_end|>", "<|endoftext|>")
 def test_end_tokens_are_the_last_ones_of_the_trained_answers():
     tokenizer = byte_level()
     chats = chat_examples(tokenizer, Conversation(TURNS), "here")
-    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end, other = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
     assert end_tokens(chats) == (end,)
     others = chat_examples(byte_level(OTHER_END), Conversation(TURNS[:2]), "here")
     assert end_tokens([*others, *chats]) == (end, other)
