@@ -161,11 +161,11 @@ def test_a_template_is_compiled_once():
 
     def cpu_seconds(count: int) -> float:
         """Of a new process that renders so many conversations."""
-        chats._RENDERER.close()
+        chat_template._RENDERER.close()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         for _ in range(count):
             apply_chat_template(tokenizer, TURNS)
-        chats._RENDERER.close()
+        chat_template._RENDERER.close()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
