@@ -31,12 +31,13 @@ from flax import nnx
 
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, timed
 from lindm.io.temporaries import scratch_directory
-from lindm.llm.config import ModelConfig, RopeParameters
+from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 from lindm.llm.lora import TARGET_MODULES, add_lora
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
 from lindm.llm.parallel.devices import measured_peak_flops
+from lindm.llm.rope import RopeParameters
 from lindm.llm.sft import packing
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.loss import ComputeConfig

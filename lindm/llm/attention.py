@@ -33,15 +33,17 @@ class AttentionMask(NamedTuple):
 
 
 def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotary position embedding: coordinates i and i + H/2 of x [B, T, heads, H] rotated by the i-th angle of the position.
+    """Rotary position embedding: coordinates i and i + R/2 of x [B, T, heads, H] rotated by the i-th angle of the position.
 
-    rope: cosines and sines [B, T, H/2] of the angles.
+    rope: cosines and sines [B, T, R/2] of the angles; the last H - R coordinates stay.
     """
     B, T, _, H = x.shape
-    chex.assert_shape(rope, (B, T, H // 2))
+    half = rope[0].shape[-1]
+    chex.assert_shape(rope, (B, T, half))
     cos, sin = (t[:, :, None, :] for t in rope)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+    left, right, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    rotated = [left * cos - right * sin, right * cos + left * sin]
+    return jnp.concatenate([*rotated, rest] if 2 * half < H else rotated, axis=-1).astype(x.dtype)
 
 
 def causal_mask(positions: Array, segment_ids: Array | None) -> AttentionMask:
@@ -54,8 +56,10 @@ def causal_mask(positions: Array, segment_ids: Array | None) -> AttentionMask:
     return AttentionMask(visible, positions[:, :, None] - positions[:, None, :])
 
 
-def causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """softmax(q k / sqrt(H)) v over no later token: q [B, T, N, H], k, v [B, T, K, H], mask [B, T, T] -> as q.
+def causal_attention(q: Array, k: Array, v: Array, mask: Array, scale: float = 0.0, softcap: float = 0.0) -> Array:
+    """softmax(scale q k) v over no later token: q [B, T, N, H], k, v [B, T, K, H], mask [B, T, T] -> as q.
+
+    Args: scale: 0 for 1 / sqrt(H); softcap: c > 0 takes c tanh(score / c) as score (Gemma 2).
 
     The queries are cut into up to `MAX_QUERY_BLOCKS` blocks, and a block meets only the keys up to its own end. The query heads
     that share a key-value head are rows of one product.
@@ -67,28 +71,34 @@ def causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     query_blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        query_blocks.append(_attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end]))
+        query_blocks.append(_attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], scale, softcap))
     return jnp.concatenate(query_blocks, axis=1)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def softcapped(scores: Array, softcap: float) -> Array:
+    """softcap * tanh(scores / softcap); the scores where softcap is 0."""
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float) -> Array:
     """Queries [B, T, N, H] over keys and values [B, S, K, H] under a mask [B, T, S]."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
-    scores = jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, N // K, T, S), jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32) * (scale or H**-0.5)
+    scores = jnp.where(mask[:, None, None], softcapped(scores, softcap).reshape(B, K, N // K, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, N // K * T, S)
     out = jnp.einsum("bkrs,bskh->bkrh", weights, v)
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def cached_attention(q: Array, parts: Sequence[tuple[KVCache, Array]]) -> Array:
-    """softmax(q k / sqrt(H)) v over the keys of all parts together: q [B, T, N, H] -> the same shape.
+def cached_attention(q: Array, parts: Sequence[tuple[KVCache, Array]], scale: float = 0.0, softcap: float = 0.0) -> Array:
+    """softmax(scale q k) v over the keys of all parts together: q [B, T, N, H] -> the same shape.
 
-    A part is one layer's keys and values [P, S, K, H], each shared by B/P consecutive rows, and its mask [B, T, S].
+    A part is one layer's keys and values [P, S, K, H], each shared by B/P consecutive rows, and its mask [B, T, S]; scale and
+    softcap are as in `causal_attention`.
     """
     (B, T, N, H), dtype = q.shape, q.dtype
-    q = q.astype(jnp.float32) * H**-0.5
+    q = q.astype(jnp.float32) * (scale or H**-0.5)
     scores, sizes = [], []
     for cache, mask in parts:
         P, S, K, _ = cache.keys.shape
@@ -96,7 +106,7 @@ def cached_attention(q: Array, parts: Sequence[tuple[KVCache, Array]]) -> Array:
         chex.assert_shape(mask, (B, T, S))
         rows = q.reshape(P, B // P * T, K, N // K, H)
         score = jnp.einsum("prkgh,pskh->prkgs", rows, cache.keys.astype(jnp.float32))
-        score = jnp.where(mask.reshape(P, B // P * T, 1, 1, S), score, jnp.finfo(jnp.float32).min)
+        score = jnp.where(mask.reshape(P, B // P * T, 1, 1, S), softcapped(score, softcap), jnp.finfo(jnp.float32).min)
         scores.append(score.reshape(B, T, N, S))
         sizes.append(S)
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)

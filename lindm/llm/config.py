@@ -18,9 +18,10 @@ from lindm.errors import DataError, unknown
 from lindm.io.files import read_json
 from lindm.io.limits import MAX_LAYERS, MODEL_SIZE
 from lindm.io.verification import verify_file_list
+from lindm.llm.rope import RopeParameters, parse_rope_parameters
 
 CONFIG = "config.json"
-RopeType = Literal["default", "linear", "llama3"]
+DEFAULT_ROPE = RopeParameters()
 Remat = Literal["full", "selective", "none"]
 """What the backward pass recomputes: everything but one activation per layer (full); attention, norms and nonlinearities, but no
 product with weights (selective); nothing (none)."""
@@ -28,23 +29,70 @@ BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
 """Storage of the frozen kernels under low-rank adapters (`lindm.llm.lora`)."""
 
 
+NormOrder = Literal["before", "after", "both"]
+"""Where the norms of a layer stand: before attention and MLP (Llama), behind them (OLMo 2), or both (Gemma)."""
+QKNorm = Literal["none", "heads", "all"]
+"""RMSNorm of queries and keys: of each head (Qwen3), or of all heads together (OLMo 2)."""
+Activation = Literal["silu", "gelu_tanh"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What distinguishes one model family (`model_type` of config.json) from the others."""
 
     architecture: str  # class in transformers
-    qkv_bias: bool = False  # q, k and v have biases whatever config.json says
-    qk_norm: bool = False  # RMSNorm of every query and key head
     keys: tuple[str, ...] = ()  # keys of config.json, of `FAMILY_KEYS`, that the family reads; transformers ignores the others
-    gguf_heads: Literal["interleaved", "halves"] | None = "halves"  # row order of q and k in GGUF; None: no such family there
+    activation_key: str = "hidden_act"
+    qkv_bias: bool = False  # q, k and v have biases whatever config.json says
+    qk_norm: QKNorm = "none"
+    norm_order: NormOrder = "before"
+    norm_offset: float = 0.0  # added to the weights of norms
+    scaled_embedding: bool = False  # embedded tokens are multiplied by sqrt(hidden_size)
+    nested_rope: bool = False  # rope_parameters are given apart for layers with a sliding window
+    gguf_heads: Literal["interleaved", "halves"] | None = None  # row order of q and k in GGUF; None: no such family there
 
 
 _WINDOWS_OF_LAYERS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+_GEMMA = {
+    "keys": (
+        *("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"),
+        *("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+    ),
+    **{"activation_key": "hidden_activation", "norm_order": "both", "norm_offset": 1.0, "scaled_embedding": True},
+}
+_GEMMA_3 = ("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern")
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM", keys=("attention_bias", "mlp_bias"), gguf_heads="interleaved"),
-    "mistral": Family(architecture="MistralForCausalLM", keys=("sliding_window",), gguf_heads=None),  # llama.cpp calls it llama
-    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, keys=_WINDOWS_OF_LAYERS),
-    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, keys=("attention_bias", *_WINDOWS_OF_LAYERS)),
+    "mistral": Family(architecture="MistralForCausalLM", keys=("sliding_window",)),  # llama.cpp calls it llama
+    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, keys=_WINDOWS_OF_LAYERS, gguf_heads="halves"),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM", qk_norm="heads", keys=("attention_bias", *_WINDOWS_OF_LAYERS), gguf_heads="halves"
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        keys=(
+            *("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types"),
+            *("no_rope_layers", "no_rope_layer_interval"),
+        ),
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        keys=(
+            *("attention_bias", "mlp_bias"),
+            *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+        ),
+    ),
+    "olmo2": Family(architecture="Olmo2ForCausalLM", keys=("attention_bias",), qk_norm="all", norm_order="after"),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        keys=("attention_bias", "sliding_window", "layer_types"),
+        **{"qk_norm": "all", "norm_order": "after", "nested_rope": True},
+    ),
+    "gemma2": Family(architecture="Gemma2ForCausalLM", **_GEMMA),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        **_GEMMA | {"keys": (*_GEMMA["keys"], *_GEMMA_3), "qk_norm": "heads", "nested_rope": True},
+    ),
 }
 FAMILY_KEYS = {key for family in FAMILIES.values() for key in family.keys}
 
@@ -54,6 +102,7 @@ SUPPORTED_KEYS = {
     *("rope_theta", "rope_scaling", "rope_parameters", "pretraining_tp", "initializer_range"),
     *FAMILY_KEYS,
 }
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # names in config.json
 # keys that do not affect the logits: identity, special tokens, settings of other libraries' training and generation
 IGNORED_KEYS = {
     *("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
@@ -64,44 +113,6 @@ IGNORED_KEYS = {
     *("return_dict", "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "is_llama_config"),
     *("model_max_length", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "rope_interleaved"),
 }
-
-
-# keys of rope_parameters beside rope_type and rope_theta
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeParameters:
-    """Rotary position embedding; the fields are the keys of `rope_parameters` in config.json.
-
-    rope_type default: rope_theta alone; linear: positions divided by `factor`; llama3: long wavelengths divided by `factor`.
-    """
-
-    rope_theta: float = 10_000.0
-    rope_type: RopeType = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_position_embeddings / low_freq_factor are scaled,
-    high_freq_factor: float = 4.0  # those below original_max_position_embeddings / high_freq_factor are not; blended in between
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self):
-        check_choices(self)
-        for name in ("rope_theta", *_ROPE_KEYS["llama3"]):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number; got {value!r}")
-        if self.low_freq_factor >= self.high_freq_factor:
-            got = f"{self.low_freq_factor} and {self.high_freq_factor}"
-            raise ValueError(f"low_freq_factor must be below high_freq_factor; got {got}")
-
-    def to_json(self) -> dict[str, Any]:
-        """The object `rope_parameters` of config.json: the keys that this rope_type uses."""
-        keys = ("rope_type", "rope_theta", *_ROPE_KEYS[self.rope_type])
-        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +127,30 @@ class ModelConfig:
     num_kv_heads: int  # key and value heads, each shared by num_heads / num_kv_heads query heads
     head_dim: int
     intermediate_size: int
-    rope_parameters: RopeParameters = RopeParameters()
+    rope_parameters: RopeParameters = DEFAULT_ROPE
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False  # the output layer is the transposed embedding
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    activation: Activation = "silu"  # of the MLP's gate
+    norm_order: NormOrder = "before"
+    norm_offset: float = 0.0  # added to the weights of norms
+    qk_norm: QKNorm = "none"
+    embedding_scale: float = 1.0  # factor of the embedded tokens
+    residual_scale: float = 1.0  # factor of what attention and MLP add
+    logits_scale: float = 1.0  # factor of the logits
+    attention_scale: float = 0.0  # factor of q k; 0: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # c tanh(score / c) in place of the attention score; 0: none
+    logits_softcap: float = 0.0  # the same of the logits
+    no_rope_layers: tuple[int, ...] = ()  # numbers of layers without rotary embedding
+    sliding_rope_parameters: RopeParameters | None = None  # of layers with a sliding window; None: as of the others
     sliding_windows: tuple[int, ...] = ()  # of each layer, number of keys that a query sees, its own included; 0, (): all
     max_position_embeddings: int = 2048
     init_std: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self):
+        check_choices(self)
         if self.model_type not in FAMILIES:
             raise ValueError(unknown("model_type", self.model_type, tuple(FAMILIES)))
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
@@ -153,9 +176,11 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of weights."""
         q, kv = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
-        layer = self.hidden_size * (2 * q + kv) + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        norms = 4 if self.norm_order == "both" else 2
+        layer = self.hidden_size * (2 * q + kv) + 3 * self.hidden_size * self.intermediate_size + norms * self.hidden_size
         layer += (q + kv) * self.qkv_bias + self.hidden_size * self.o_bias
-        layer += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias + 2 * self.head_dim * self.qk_norm
+        layer += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        layer += {"none": 0, "heads": 2 * self.head_dim, "all": q + kv // 2}[self.qk_norm]
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + self.hidden_size + embeddings
 
@@ -189,8 +214,10 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
     if isinstance(raw.get("num_hidden_layers"), int) and raw["num_hidden_layers"] > MAX_LAYERS:
         raise error("num_hidden_layers", f"must be at most {MAX_LAYERS}")
     config = _with_defaults(raw, source)
-    if config["hidden_act"] != "silu":
-        raise error("hidden_act", "must be silu")
+    if (activation := config.get(family.activation_key)) not in tuple(ACTIVATIONS):
+        raise DataError(f"{source}: {family.activation_key} must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if config.get("use_bidirectional_attention"):
+        raise error("use_bidirectional_attention", "must be false: attention is causal")
     if config.get("pretraining_tp", 1) not in (1, None):
         raise error("pretraining_tp", "must be 1")
     heads = config["num_attention_heads"]
@@ -203,11 +230,16 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
         if not isinstance(size, int) or not 1 <= size <= MODEL_SIZE:
             raise DataError(f"{source}: {_RENAMED.get(name, name)} must be a positive integer below 2^31; got {size!r}")
     attention_bias = bool(config.get("attention_bias"))
+    rope, sliding_rope = _rope_parameters(config, family.nested_rope, source)
     try:
         return ModelConfig(
             model_type=model_type,
             **sizes,
-            rope_parameters=_rope_parameters(config, source),
+            rope_parameters=rope,
+            sliding_rope_parameters=sliding_rope,
+            no_rope_layers=_no_rope_layers(config, source),
+            **{"activation": ACTIVATIONS[activation], "norm_order": family.norm_order, "norm_offset": family.norm_offset},
+            **_scales(config, family),
             rms_norm_eps=float(config["rms_norm_eps"]),
             tie_word_embeddings=bool(config["tie_word_embeddings"]),
             qkv_bias=attention_bias or family.qkv_bias,
@@ -219,6 +251,31 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
         )
     except (TypeError, ValueError) as e:
         raise DataError(f"{source}: {e}") from e
+
+
+def _scales(config: dict[str, Any], family: Family) -> dict[str, float]:
+    """The factors and soft caps of a decoder: of Granite, and of Gemma."""
+    scales = {
+        "embedding_scale": math.sqrt(config["hidden_size"]) if family.scaled_embedding else config.get("embedding_multiplier"),
+        "residual_scale": config.get("residual_multiplier"),
+        "logits_scale": 1 / config["logits_scaling"] if config.get("logits_scaling") else None,
+        "attention_scale": config.get("attention_multiplier"),
+        "attention_softcap": config.get("attn_logit_softcapping"),
+        "logits_softcap": config.get("final_logit_softcapping"),
+    }
+    if config.get("query_pre_attn_scalar"):
+        scales["attention_scale"] = config["query_pre_attn_scalar"] ** -0.5
+    return {name: float(value) for name, value in scales.items() if value is not None}
+
+
+def _no_rope_layers(config: dict[str, Any], source: str) -> tuple[int, ...]:
+    """The layers without rotary embedding; in config.json they are zeros in a list of ones."""
+    marks, layers = config.get("no_rope_layers") or [], config["num_hidden_layers"]
+    if marks and (len(marks) < layers or not set(marks) <= {0, 1}):
+        raise DataError(
+            f"{source}: no_rope_layers must be {layers} numbers, 1 for each layer with rotary embedding; got {marks!r}"
+        )
+    return tuple(layer for layer in range(layers) if marks and not marks[layer])
 
 
 _RENAMED = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
@@ -236,24 +293,16 @@ def _with_defaults(raw: dict[str, Any], source: str) -> dict[str, Any]:
         raise DataError(f"{source}: transformers does not accept it: {' '.join(str(e).split())}") from e
 
 
-def _rope_parameters(config: dict[str, Any], source: str) -> RopeParameters:
-    given = dict(config.get("rope_parameters") or {})
-    if config.get("rope_scaling"):  # a key of version 4 that was not converted
-        given |= config["rope_scaling"]
-    rope_type = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    theta = given.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    if rope_type not in tuple(_ROPE_KEYS):
-        raise DataError(f"{source}: rope_type must be one of {', '.join(_ROPE_KEYS)}; got {rope_type!r}")
-    if given.get("partial_rotary_factor", 1.0) == 1.0:
-        given.pop("partial_rotary_factor", None)
-    keys = _ROPE_KEYS[rope_type]
-    if missing := set(keys) - given.keys():
-        raise DataError(f"{source}: rope_type {rope_type} needs {', '.join(sorted(missing))}")
-    unused = _ROPE_KEYS["llama3"]  # harmless with another rope_type
-    if unknown := {k for k in given.keys() - set(keys) if given[k] is not None and k not in unused}:
-        raise DataError(f"{source}: rope parameters {', '.join(sorted(unknown))} are not known for rope_type {rope_type}")
-    return RopeParameters(rope_theta=float(theta), rope_type=rope_type, **{key: given[key] for key in keys})
+def _rope_parameters(config: dict[str, Any], nested: bool, source: str) -> tuple[RopeParameters, RopeParameters | None]:
+    """The rotary parameters of all layers, or of layers without and with a sliding window."""
+    given = config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise DataError(f"{source}: rope_parameters must be an object; got {given!r}")
+    if nested:
+        full, sliding = (given.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+        return parse_rope_parameters(full, source), parse_rope_parameters(sliding, source)
+    own = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
+    return parse_rope_parameters(own | given | (config.get("rope_scaling") or {}), source), None
 
 
 def _sliding_windows(config: dict[str, Any], source: str) -> tuple[int, ...]:
@@ -290,43 +339,44 @@ def to_config_json(config: ModelConfig, **extra: Any) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        family.activation_key: next(name for name, activation in ACTIVATIONS.items() if activation == config.activation),
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"},
         "initializer_range": config.init_std,
     }
+    if family.nested_rope:
+        sliding = config.sliding_rope_parameters or config.rope_parameters
+        content["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding.to_json()}
+    else:
+        scaling = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+        content |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    return content | _family_content(config, family) | extra
+
+
+def _family_content(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The keys of config.json that the family has and others have not."""
     windows = config.sliding_windows
     own: dict[str, Any] = {
         "attention_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,
         "sliding_window": max(windows, default=None),
+        "embedding_multiplier": config.embedding_scale,
+        "residual_multiplier": config.residual_scale,
+        "logits_scaling": 1 / config.logits_scale,
+        "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
+        "query_pre_attn_scalar": _whole(config.attention_scale**-2 if config.attention_scale else config.head_dim),
+        "attn_logit_softcapping": config.attention_softcap or None,
+        "final_logit_softcapping": config.logits_softcap or None,
+        "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in range(config.num_layers)],
     }
     if windows:
         own["use_sliding_window"] = True
-        own["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
-    return content | {key: own[key] for key in family.keys if key in own} | extra
+    if windows or "use_sliding_window" not in family.keys:  # there full attention is the default
+        own["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows or [0] * config.num_layers]
+    return {key: own[key] for key in family.keys if key in own}
 
 
-def rope_frequencies(rope: RopeParameters, head_dim: int) -> list[float]:
-    """Angle per position of each pair of coordinates [head_dim / 2], in double precision.
-
-    llama3 (the scaling of Llama 3.1), with n = original_max_position_embeddings: a frequency f of wavelength 2 pi / f is kept
-    where the wavelength is below n / high_freq_factor, divided by `factor` where it is above n / low_freq_factor, and in between
-    blended linearly in n / wavelength.
-    """
-    frequencies = []
-    for i in range(head_dim // 2):
-        f = rope.rope_theta ** (-2 * i / head_dim)
-        if rope.rope_type == "linear":
-            f /= rope.factor
-        elif rope.rope_type == "llama3":
-            wavelength = 2 * math.pi / f
-            blend = rope.original_max_position_embeddings / wavelength - rope.low_freq_factor
-            blend = min(max(blend / (rope.high_freq_factor - rope.low_freq_factor), 0.0), 1.0)
-            f = (1 - blend) * f / rope.factor + blend * f
-        frequencies.append(f)
-    return frequencies
+def _whole(value: float) -> float | int:
+    """The value, an integer where it is one but for rounding: transformers takes no other."""
+    return round(value) if abs(value - round(value)) < 1e-9 * value else value

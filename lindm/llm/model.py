@@ -1,9 +1,12 @@
-r"""The decoder of the Llama family (Llama 3, SmolLM2, Mistral, Qwen2, Qwen3) in Flax NNX.
+r"""The decoder of the Llama family in Flax NNX; `lindm.llm.config.FAMILIES` has the families, and what differs between them.
 
     x = embedding[input_ids]
     for each layer:   x += O attention(rope(Q norm(x)), rope(K norm(x)), V norm(x))
                       x += Down (silu(Gate norm(x)) * (Up norm(x)))
     logits = lm_head norm(x)
+
+Switches of `ModelConfig` move or add norms, scale the embedding, the two sums, the scores and the logits, and leave layers
+without rotary embedding.
 
 All layers are one `DecoderLayer` whose weights have a leading axis of layers, [num_layers, in, out], and one `lax.scan` runs over
 it: compile time does not grow with the number of layers. `unroll` unrolls the scan, which is faster where one token is decoded
@@ -27,8 +30,17 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lindm.llm.attention import AttentionMask, KVCache, apply_rope, cached_attention, causal_attention, causal_mask
-from lindm.llm.config import ModelConfig, Remat, rope_frequencies
+from lindm.llm.attention import (
+    AttentionMask,
+    KVCache,
+    apply_rope,
+    cached_attention,
+    causal_attention,
+    causal_mask,
+    softcapped,
+)
+from lindm.llm.config import ModelConfig, Remat
+from lindm.llm.rope import RopeParameters, rope_frequencies
 
 ShardingConstraint = Callable[[Array], Array]
 """Constrains the sharding of an array; the identity on one device."""
@@ -66,15 +78,18 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
+    """(offset + weight) * x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, dtype: DTypeLike):
-        self.weight = nnx.Param(jnp.ones(shape, dtype))
-        self.eps = eps
+    def __init__(self, shape: tuple[int, ...], eps: float, dtype: DTypeLike, offset: float = 0.0):
+        self.weight = nnx.Param(jnp.full(shape, 1 - offset, dtype))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Array) -> Array:
         normalized = x.astype(jnp.float32)
         normalized = normalized * jax.lax.rsqrt(jnp.mean(normalized * normalized, axis=-1, keepdims=True) + self.eps)
+        if self.offset:  # the sum would lose digits in the dtype of the activations
+            weight = _align_last(self.weight[...].astype(jnp.float32) + self.offset, x)
+            return (weight * normalized).astype(x.dtype)
         return _align_last(self.weight[...].astype(x.dtype), x) * normalized.astype(x.dtype)
 
 
@@ -88,21 +103,23 @@ class DecoderLayer(nnx.Module):
         def linear(n_in: int, n_out: int, bias: bool) -> Linear:
             return Linear(layers, n_in, n_out, bias, config.init_std, rngs, dtype)
 
-        def norm(size: int) -> RMSNorm:
-            return RMSNorm((layers, size), config.rms_norm_eps, dtype)
+        def norm(size: int, wanted: bool = True) -> Any:
+            return nnx.data(RMSNorm((layers, size), config.rms_norm_eps, dtype, config.norm_offset) if wanted else None)
 
-        self.norm_attention = norm(hidden)
+        before, after = config.norm_order != "after", config.norm_order != "before"
+        self.norm_attention, self.norm_attention_out = norm(hidden, before), norm(hidden, after)
         self.q = linear(hidden, queries, config.qkv_bias)
         self.k = linear(hidden, keys, config.qkv_bias)
         self.v = linear(hidden, keys, config.qkv_bias)
         self.o = linear(queries, hidden, config.o_bias)
-        self.norm_q = nnx.data(norm(head_dim) if config.qk_norm else None)
-        self.norm_k = nnx.data(norm(head_dim) if config.qk_norm else None)
-        self.norm_mlp = norm(hidden)
+        all_heads = config.qk_norm == "all"
+        self.norm_q = norm(queries if all_heads else head_dim, config.qk_norm != "none")
+        self.norm_k = norm(keys if all_heads else head_dim, config.qk_norm != "none")
+        self.norm_mlp, self.norm_mlp_out = norm(hidden, before), norm(hidden, after)
         self.gate = linear(hidden, inner, config.mlp_bias)
         self.up = linear(hidden, inner, config.mlp_bias)
         self.down = linear(inner, hidden, config.mlp_bias)
-        self.head_dim = head_dim
+        self.config = config
 
     def __call__(
         self,
@@ -116,20 +133,24 @@ class DecoderLayer(nnx.Module):
         """One layer (its weights without the axis of layers): x [B, T, D] -> the same shape, and the layer's cache.
 
         Args:
-          rope: cosines and sines [B, T, H/2].
+          rope: cosines and sines [B, T, R/2].
           masks: attention masks of the keys of this call [B, T, T]; or, with a cache, of its slots [B, T, S] and, with a prefix,
             of the prefix's slots too.
           cache: this layer's keys and values [B, S, K, H], or None.
           prefix: this layer's keys and values [P, S', K, H] of P prefixes, each shared by B/P consecutive rows, or None.
           start: [B] slot of the first token, with a cache.
         """
-        h = self.norm_attention(x)
-        q, k, v = (f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
-        if self.norm_q is not None and self.norm_k is not None:
+        config = self.config
+        h = _optional(self.norm_attention)(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        if config.qk_norm == "all":
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (y.reshape(*h.shape[:2], -1, config.head_dim) for y in (q, k, v))
+        if config.qk_norm == "heads":
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is None:
-            attended = causal_attention(q, k, v, masks[0])
+            attended = causal_attention(q, k, v, masks[0], config.attention_scale, config.attention_softcap)
         else:
             assert start is not None
             write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis=0))
@@ -138,11 +159,22 @@ class DecoderLayer(nnx.Module):
                 values=write(cache.values, v.astype(cache.values.dtype), start),
             )
             parts = (cache,) if prefix is None else (cache, prefix)
-            attended = cached_attention(q, list(zip(parts, masks, strict=True)))
-        x = x + self.o(attended.reshape(*h.shape[:2], -1))
-        h = self.norm_mlp(x)
-        x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
-        return x, cache
+            both = list(zip(parts, masks, strict=True))
+            attended = cached_attention(q, both, config.attention_scale, config.attention_softcap)
+        attended = _optional(self.norm_attention_out)(self.o(attended.reshape(*h.shape[:2], -1)))
+        x = x + _scaled(attended, config.residual_scale)
+        h = _optional(self.norm_mlp)(x)
+        activation = jax.nn.silu if config.activation == "silu" else jax.nn.gelu  # gelu is by tanh
+        h = _optional(self.norm_mlp_out)(self.down(activation(self.gate(h)) * self.up(h)))
+        return x + _scaled(h, config.residual_scale), cache
+
+
+def _optional(module: RMSNorm | None) -> Callable[[Array], Array]:
+    return module or _identity
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    return x if scale == 1 else x * scale
 
 
 def _identity(x: Array) -> Array:
@@ -159,7 +191,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = matrix(config.vocab_size, config.hidden_size)
         self.blocks = DecoderLayer(config, rngs, dtype)
-        self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
+        self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype, config.norm_offset)
         self.lm_head = nnx.data(None if config.tie_word_embeddings else matrix(config.hidden_size, config.vocab_size))
 
     def last_hidden_state(
@@ -182,7 +214,7 @@ class Decoder(nnx.Module):
           dtype: of the activations.
           constrain: applied to the activations between layers; constrain_embedded: to the embedded tokens, before that.
         """
-        x = constrain(constrain_embedded(self.embedding[...][input_ids].astype(dtype)))
+        x = constrain(constrain_embedded(self._embed(input_ids, dtype)))
         mask = causal_mask(positions, segment_ids)
         x, _, _ = self._apply_layers(x, positions, [mask], remat=remat, unroll=unroll, constrain=constrain)
         return self.norm(x)
@@ -192,7 +224,7 @@ class Decoder(nnx.Module):
 
         Args: input_ids, positions: [B, T].
         """
-        x = self.embedding[...][input_ids].astype(dtype)
+        x = self._embed(input_ids, dtype)
         _, _, outputs = self._apply_layers(x, positions, [causal_mask(positions, None)], output_hidden_states=True)
         return jnp.concatenate([x[None], outputs])
 
@@ -226,7 +258,7 @@ class Decoder(nnx.Module):
             before = jnp.arange(prefix_cache.keys.shape[2])
             visible = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*input_ids.shape, len(before)))
             masks.append(AttentionMask(visible, positions[:, :, None] - before[None, None, :]))
-        x = self.embedding[...][input_ids].astype(dtype)
+        x = self._embed(input_ids, dtype)
         x, cache, _ = self._apply_layers(x, positions, masks, cache=cache, prefix=prefix_cache, start=start, unroll=unroll)
         return self.norm(x), cache
 
@@ -238,7 +270,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Array, constrain: ShardingConstraint = _identity) -> Array:
         """[..., D] -> [..., V] in float32; `constrain` is applied to the output matrix [D, V]."""
         kernel = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
-        return jnp.matmul(hidden, constrain(kernel.astype(hidden.dtype)), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, constrain(kernel.astype(hidden.dtype)), preferred_element_type=jnp.float32)
+        return softcapped(_scaled(logits, self.config.logits_scale), self.config.logits_softcap)
+
+    def _embed(self, input_ids: Array, dtype: DTypeLike) -> Array:
+        return _scaled(self.embedding[...][input_ids].astype(dtype), self.config.embedding_scale)
 
     def _apply_layers(
         self,
@@ -259,15 +295,13 @@ class Decoder(nnx.Module):
         masks: of the keys of this call or of the cache, and, with a prefix, of the prefix.
         """
         config = self.config
-        angles = positions[..., None].astype(jnp.float32)
-        frequencies = jnp.array(rope_frequencies(config.rope_parameters, config.head_dim), jnp.float32)
-        angles = angles * _align_last(frequencies, angles)
-        rope = jnp.cos(angles), jnp.sin(angles)
+        ropes, rope_of_layer = _rope_tables(config, positions)
         windows = jnp.array(config.sliding_windows or [0] * config.num_layers, jnp.int32)
         graphdef, weights = nnx.split(self.blocks)
 
         def layer(x: Array, inputs):
-            weights, window, layer_cache, layer_prefix = inputs
+            weights, window, kind, layer_cache, layer_prefix = inputs
+            rope = tuple(table[kind if len(table) > 1 else 0] for table in ropes)
             visible = tuple(
                 mask.visible & ((window == 0) | (mask.distance < window)) if config.sliding_windows else mask.visible
                 for mask in masks
@@ -277,9 +311,31 @@ class Decoder(nnx.Module):
 
         saved = jax.checkpoint_policies.save_only_these_names(*((MATMUL,) if remat == "selective" else ()))
         body = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=saved)
-        inputs = (weights, windows, cache, prefix)
+        inputs = (weights, windows, jnp.array(rope_of_layer), cache, prefix)
         x, (cache, outputs) = jax.lax.scan(body, x, inputs, unroll=config.num_layers if unroll else 1)
         return x, cache, outputs
+
+
+def _rope_tables(config: ModelConfig, positions: Array) -> tuple[tuple[Array, Array], list[int]]:
+    """Cosines and sines [kinds, B, T, R/2] of each kind of rotation that the layers have, and the kind of each layer."""
+    main, sliding = config.rope_parameters, config.sliding_rope_parameters
+    windows = config.sliding_windows or (0,) * config.num_layers
+    none: RopeParameters | None = None
+    of_layer = [
+        none if layer in config.no_rope_layers else sliding if windows[layer] and sliding is not None else main
+        for layer in range(config.num_layers)
+    ]
+    kinds = list(dict.fromkeys(of_layer))
+    like = next((rope for rope in kinds if rope is not None), main)
+    cosines, sines = [], []
+    for rope in kinds:
+        frequencies = jnp.array(rope_frequencies(rope or like, config.head_dim), jnp.float32)
+        angles = positions[..., None].astype(jnp.float32)
+        angles = angles * _align_last(frequencies if rope is not None else jnp.zeros_like(frequencies), angles)
+        factor = 1.0 if rope is None else rope.attention_factor
+        cosines.append(_scaled(jnp.cos(angles), factor))
+        sines.append(_scaled(jnp.sin(angles), factor))
+    return (jnp.stack(cosines), jnp.stack(sines)), [kinds.index(rope) for rope in of_layer]
 
 
 @jax.custom_vjp

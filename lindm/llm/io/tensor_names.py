@@ -8,18 +8,31 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lindm.llm.config import ModelConfig
+from lindm.llm.config import ModelConfig, NormOrder
 from lindm.llm.model import abstract_decoder
 
 TOP_LEVEL = {"embedding": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "lm_head": "lm_head.weight"}
 MODULES = {
-    "norm_attention": "input_layernorm",
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
     "norm_q": "self_attn.q_norm",
     "norm_k": "self_attn.k_norm",
-    "norm_mlp": "post_attention_layernorm",
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
+# norms of a layer by where they stand: the same name means another norm in another family
+NORMS: dict[NormOrder, dict[str, str]] = {
+    "before": {"norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm"},
+    "after": {"norm_attention_out": "post_attention_layernorm", "norm_mlp_out": "post_feedforward_layernorm"},
+    "both": {
+        "norm_attention": "input_layernorm",
+        "norm_attention_out": "post_attention_layernorm",
+        "norm_mlp": "pre_feedforward_layernorm",
+        "norm_mlp_out": "post_feedforward_layernorm",
+    },
+}
+ORDER = (  # of the modules of a layer, as they compute
+    *("norm_attention", "q", "k", "v", "o", "norm_q", "norm_k", "norm_attention_out"),
+    *("norm_mlp", "gate", "up", "down", "norm_mlp_out"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +50,21 @@ def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor of a file for this configuration, in the order of computation, layer by layer."""
     _, state = nnx.split(abstract_decoder(config))
     shapes = {".".join(map(str, keys)): leaf.shape for keys, leaf in nnx.to_flat_state(state)}
-    yield _spec("embedding", shapes, None)
+    yield _spec("embedding", TOP_LEVEL["embedding"], shapes, None)
     for layer in range(config.num_layers):
-        for module in MODULES:
+        names = MODULES | NORMS[config.norm_order]
+        for module, name in ((module, names[module]) for module in ORDER if module in names):
             for leaf in ("weight", "kernel", "bias"):
                 if (path := f"blocks.{module}.{leaf}") in shapes:
-                    yield _spec(path, shapes, layer)
-    yield _spec("norm.weight", shapes, None)
+                    tensor = f"model.layers.{layer}.{name}.{'weight' if leaf == 'kernel' else leaf}"
+                    yield _spec(path, tensor, shapes, layer)
+    yield _spec("norm.weight", TOP_LEVEL["norm.weight"], shapes, None)
     if not config.tie_word_embeddings:
-        yield _spec("lm_head", shapes, None)
+        yield _spec("lm_head", TOP_LEVEL["lm_head"], shapes, None)
 
 
-def _spec(path: str, shapes: dict[str, tuple[int, ...]], layer: int | None) -> TensorSpec:
+def _spec(path: str, name: str, shapes: dict[str, tuple[int, ...]], layer: int | None) -> TensorSpec:
     shape = shapes[path] if layer is None else shapes[path][1:]
     transposed = path == "lm_head" or path.endswith(".kernel")
     shape = shape[::-1] if transposed else shape
-    return TensorSpec(name=_tensor_name(path, layer), shape=shape, path=path, layer=layer, transposed=transposed)
-
-
-def _tensor_name(path: str, layer: int | None) -> str:
-    if layer is None:
-        return TOP_LEVEL[path]
-    _, module, leaf = path.split(".")
-    return f"model.layers.{layer}.{MODULES[module]}.{'weight' if leaf == 'kernel' else leaf}"
+    return TensorSpec(name=name, shape=shape, path=path, layer=layer, transposed=transposed)

@@ -71,13 +71,79 @@ CONFIGS = {
         },
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "smollm3": {
+        **{"model_type": "smollm3", "vocab_size": 45, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6},
+        **{"rope_theta": 1e4, "tie_word_embeddings": True, "no_rope_layers": [1, 0, 1, 0], "hidden_act": "silu"},
+    },
+    "granite": {
+        **{"model_type": "granite", "vocab_size": 51, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+        **{"rope_theta": 1e4, "tie_word_embeddings": True, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
+        **{"residual_multiplier": 0.5, "logits_scaling": 2.0, "hidden_act": "silu"},
+    },
+    "olmo2": {
+        **{"model_type": "olmo2", "vocab_size": 52, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6},
+        **{"rope_theta": 1e4, "tie_word_embeddings": False, "hidden_act": "silu"},
+    },
+    "olmo3": {
+        **{"model_type": "olmo3", "vocab_size": 54, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-6},
+        **{"tie_word_embeddings": False, "sliding_window": 5, "hidden_act": "silu"},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                **{"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 32},
+                **{"beta_fast": 8.0, "beta_slow": 1.0, "attention_factor": 1.2},
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "gemma2": {
+        **{"model_type": "gemma2", "vocab_size": 55, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+        },
+        **{"rope_theta": 1e4, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16},
+        **{"sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma3": {
+        **{"model_type": "gemma3_text", "vocab_size": 56, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3},
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+        },
+        **{
+            "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 4,
+        },
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
     "wide": {  # sizes are multiples of the block size of quantized formats
         **{"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5},
         **{"rope_theta": 500.0, "tie_word_embeddings": False, "hidden_act": "silu"},
     },
 }
-FAMILIES = tuple(name for name in CONFIGS if name != "wide")
+OTHERS = ("smollm3", "granite", "olmo2", "olmo3", "gemma2", "gemma3")  # whose logits alone are compared
+FAMILIES = tuple(name for name in CONFIGS if name != "wide" and name not in OTHERS)
+AFTER = ("olmo2", "olmo3")  # norms stand behind attention and MLP
+GEMMA = ("gemma2", "gemma3_text")  # norms before and behind, weights of norms are stored minus one
 # keys that transformers does not read for a family, though it reads them for another, or that change no logits anywhere
 IGNORED = [
     ("llama", {"sliding_window": 4}),
@@ -110,8 +176,12 @@ def weights(name, seed=0):
     draw("model.embed_tokens.weight", config["vocab_size"], hidden_size, std=1.0)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        draw(f"{layer}.input_layernorm.weight", hidden_size, mean=1.0)
-        draw(f"{layer}.post_attention_layernorm.weight", hidden_size, mean=1.0)
+        offset = 0.0 if family in GEMMA else 1.0
+        names = ["input_layernorm", "post_attention_layernorm"] if family not in AFTER else ["post_attention_layernorm"]
+        names += ["pre_feedforward_layernorm"] if family in GEMMA else []
+        names += ["post_feedforward_layernorm"] if family in GEMMA + AFTER else []
+        for part in names:
+            draw(f"{layer}.{part}.weight", hidden_size, mean=offset)
         for part, n in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             draw(f"{layer}.self_attn.{part}_proj.weight", n * head_dim, hidden_size, std=0.4)
             if family == "qwen2" or config.get("attention_bias"):
@@ -119,9 +189,10 @@ def weights(name, seed=0):
         draw(f"{layer}.self_attn.o_proj.weight", hidden_size, heads * head_dim, std=0.3)
         if config.get("attention_bias"):
             draw(f"{layer}.self_attn.o_proj.bias", hidden_size)
-        if family == "qwen3":
-            draw(f"{layer}.self_attn.q_norm.weight", head_dim, mean=1.0, std=0.3)
-            draw(f"{layer}.self_attn.k_norm.weight", head_dim, mean=1.0, std=0.3)
+        if family in ("qwen3", "gemma3_text", *AFTER):
+            for part, n in (("q", heads), ("k", kv_heads)):
+                size = n * head_dim if family in AFTER else head_dim
+                draw(f"{layer}.self_attn.{part}_norm.weight", size, mean=offset, std=0.3)
         for part, (n_out, n_in) in {
             "gate": (inner_size, hidden_size),
             "up": (inner_size, hidden_size),
@@ -130,7 +201,7 @@ def weights(name, seed=0):
             draw(f"{layer}.mlp.{part}_proj.weight", n_out, n_in, std=0.3)
             if config.get("mlp_bias"):
                 draw(f"{layer}.mlp.{part}_proj.bias", n_out)
-    draw("model.norm.weight", hidden_size, mean=1.0)
+    draw("model.norm.weight", hidden_size, mean=0.0 if family in GEMMA else 1.0)
     if not config["tie_word_embeddings"]:
         draw("lm_head.weight", config["vocab_size"], hidden_size, std=0.5)
     return drawn
@@ -166,8 +237,21 @@ def norm(x, weight, epsilon):
     return x / np.sqrt(np.mean(x**2) + epsilon) * weight
 
 
-def frequencies(config, head_dim):
+def yarn(rope, frequencies):
+    """The frequencies of yarn, from the numbers of rotations over the original length (Peng et al., 2023)."""
+    n, size = rope["original_max_position_embeddings"], 2 * len(frequencies)
+    bounds = [
+        size * np.log(n / (2 * np.pi * beta)) / (2 * np.log(rope["rope_theta"]))
+        for beta in (rope["beta_fast"], rope["beta_slow"])
+    ]
+    low, high = max(np.floor(bounds[0]), 0), min(np.ceil(bounds[1]), size - 1)
+    ramp = np.clip((np.arange(len(frequencies)) - low) / (high - low), 0, 1)
+    return frequencies * (1 - ramp) + frequencies / rope["factor"] * ramp
+
+
+def frequencies(config, head_dim, kind="full_attention"):
     rope = config.get("rope_parameters", {"rope_theta": config.get("rope_theta")})
+    rope = rope.get(kind, rope)
     scaled = []
     for i in range(head_dim // 2):
         frequency = 1.0 / rope["rope_theta"] ** (2 * i / head_dim)
@@ -183,57 +267,90 @@ def frequencies(config, head_dim):
                 smooth = (original / wavelength - low) / (high - low)
                 frequency = (1 - smooth) * frequency / factor + smooth * frequency
         scaled.append(frequency)
-    return np.array(scaled)
+    return yarn(rope, np.array(scaled)) if rope.get("rope_type") == "yarn" else np.array(scaled)
 
 
-def apply_rope(x, position, frequency):
+def apply_rope(x, position, frequency, factor=1.0):
     half = len(x) // 2
-    z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequency)
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequency) * factor
     return np.concatenate([z.real, z.imag])
 
 
 def window(config, layer):
     """Number of keys that a query of a layer attends to; None: all."""
     size = config.get("sliding_window")
-    if config["model_type"].startswith("qwen"):
-        sliding = config.get("layer_types", [""] * config["num_hidden_layers"])[layer] == "sliding_attention"
-        return size if config.get("use_sliding_window") and sliding else None
-    return size
+    if config["model_type"] == "mistral":
+        return size
+    sliding = config.get("layer_types", [""] * config["num_hidden_layers"])[layer] == "sliding_attention"
+    switch = config.get("use_sliding_window") if config["model_type"].startswith("qwen") else True
+    return size if switch and sliding else None
+
+
+def capped(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def rotation(config, layer, head_dim):
+    """The frequencies of a layer, and the factor of its cosines and sines."""
+    if not config.get("no_rope_layers", [1] * (layer + 1))[layer]:
+        return np.zeros(head_dim // 2), 1.0
+    kind = config.get("layer_types", ["full_attention"] * (layer + 1))[layer]
+    rope = config.get("rope_parameters", {})
+    return frequencies(config, head_dim, kind), rope.get(kind, rope).get("attention_factor", 1.0)
 
 
 def logits(name, tensors, ids):
     """[T] tokens of one document -> [T, V]."""
     config = CONFIGS[name]
     w = {k: v.astype(np.float64) for k, v in tensors.items()}
-    _, heads, kv_heads, head_dim = sizes(config)
-    epsilon, frequency = config["rms_norm_eps"], frequencies(config, head_dim)
+    hidden_size, heads, kv_heads, head_dim = sizes(config)
+    epsilon, gemma, after = config["rms_norm_eps"], config["model_type"] in GEMMA, config["model_type"] in AFTER
+    scale = config.get("attention_multiplier") or config.get("query_pre_attn_scalar", head_dim) ** -0.5
+    residual = config.get("residual_multiplier", 1.0)
 
     def linear(key, x):
         return w[f"{key}.weight"] @ x + w.get(f"{key}.bias", 0.0)
 
+    def normed(key, x, wanted=True):
+        return norm(x, w[f"{key}.weight"] + gemma, epsilon) if wanted else x
+
     x = [w["model.embed_tokens.weight"][i] for i in ids]
+    x = [token * (np.sqrt(hidden_size) if gemma else config.get("embedding_multiplier", 1.0)) for token in x]
     for i in range(config["num_hidden_layers"]):
         layer, seen = f"model.layers.{i}", window(config, i)
-        keys, values, after = [], [], []
+        frequency, factor = rotation(config, i, head_dim)
+        keys, values, outputs = [], [], []
         for t, token in enumerate(x):
-            h = norm(token, w[f"{layer}.input_layernorm.weight"], epsilon)
-            q, k, v = (linear(f"{layer}.self_attn.{p}_proj", h).reshape(-1, head_dim) for p in "qkv")
-            if f"{layer}.self_attn.q_norm.weight" in w:
-                q = [norm(one, w[f"{layer}.self_attn.q_norm.weight"], epsilon) for one in q]
-                k = [norm(one, w[f"{layer}.self_attn.k_norm.weight"], epsilon) for one in k]
-            keys.append([apply_rope(one, t, frequency) for one in k])
+            h = normed(f"{layer}.input_layernorm", token, not after)
+            q, k, v = (linear(f"{layer}.self_attn.{p}_proj", h) for p in "qkv")
+            if after:
+                q, k = normed(f"{layer}.self_attn.q_norm", q), normed(f"{layer}.self_attn.k_norm", k)
+            q, k, v = (y.reshape(-1, head_dim) for y in (q, k, v))
+            if not after and f"{layer}.self_attn.q_norm.weight" in w:
+                q = [normed(f"{layer}.self_attn.q_norm", one) for one in q]
+                k = [normed(f"{layer}.self_attn.k_norm", one) for one in k]
+            keys.append([apply_rope(one, t, frequency, factor) for one in k])
             values.append(v)
             first = 0 if seen is None else max(0, t - seen + 1)
             mixed = []
             for j in range(heads):
-                rotated, g = apply_rope(q[j], t, frequency), j // (heads // kv_heads)
-                scores = np.array([rotated @ keys[s][g] / np.sqrt(head_dim) for s in range(first, t + 1)])
+                rotated, g = apply_rope(q[j], t, frequency, factor), j // (heads // kv_heads)
+                scores = np.array([rotated @ keys[s][g] * scale for s in range(first, t + 1)])
+                scores = capped(scores, config.get("attn_logit_softcapping"))
                 share = np.exp(scores - scores.max())
                 mixed.append(sum(a * values[s][g] for a, s in zip(share / share.sum(), range(first, t + 1), strict=True)))
-            token = token + linear(f"{layer}.self_attn.o_proj", np.concatenate(mixed))
-            h = norm(token, w[f"{layer}.post_attention_layernorm.weight"], epsilon)
+            attended = linear(f"{layer}.self_attn.o_proj", np.concatenate(mixed))
+            token = token + residual * normed(f"{layer}.post_attention_layernorm", attended, gemma or after)
+            h = normed(f"{layer}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm", token, not after)
             gate = linear(f"{layer}.mlp.gate_proj", h)
-            after.append(token + linear(f"{layer}.mlp.down_proj", gate / (1 + np.exp(-gate)) * linear(f"{layer}.mlp.up_proj", h)))
-        x = after
+            gate = (
+                gate / (1 + np.exp(-gate))
+                if not gemma
+                else gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            )
+            h = linear(f"{layer}.mlp.down_proj", gate * linear(f"{layer}.mlp.up_proj", h))
+            outputs.append(token + residual * normed(f"{layer}.post_feedforward_layernorm", h, gemma or after))
+        x = outputs
     head_weight = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return np.array([head_weight @ norm(token, w["model.norm.weight"], epsilon) for token in x])
+    result = np.array([head_weight @ normed("model.norm", token) for token in x]) / config.get("logits_scaling", 1.0)
+    return capped(result, config.get("final_logit_softcapping"))

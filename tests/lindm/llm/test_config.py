@@ -4,11 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lindm.errors import DataError, LindmError
-from lindm.llm.config import ModelConfig, RopeParameters, parse_model_config, read_model_config, to_config_json
-from tests.lindm.llm.reference import CONFIGS, FAMILIES, IGNORED
+from lindm.llm.config import ModelConfig, parse_model_config, read_model_config, to_config_json
+from lindm.llm.rope import RopeParameters
+from tests.lindm.llm.reference import CONFIGS, FAMILIES, IGNORED, OTHERS
 
 
 def read(name, **changes):
@@ -46,7 +48,7 @@ def test_every_key_of_config_json_is_read_into_its_field():
     )
     qwen3 = read("qwen3", initializer_range=0.5)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.sliding_windows, qwen3.init_std, qwen3.head_dim) == (
-        True,
+        "heads",
         False,
         (6, 0, 6),
         0.5,
@@ -92,18 +94,27 @@ def test_sliding_windows_apply_to_sliding_layers_only():
     assert read("qwen3", layer_types=["full_attention"] * 3).sliding_windows == ()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + OTHERS)
 def test_a_written_config_is_read_back(tmp_path, name):
     a = read(name)
     (tmp_path / "config.json").write_text(json.dumps(to_config_json(a, dtype="float32", eos_token_id=2)))
     assert read_model_config(tmp_path) == a == read_model_config(tmp_path / "config.json")
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (
-        config["eos_token_id"] == 2
-        and config["rope_theta"] == config["rope_parameters"]["rope_theta"] == a.rope_parameters.rope_theta
-    )
-    del config["rope_parameters"]  # as version 4 reads it
-    assert parse_model_config(config, "config.json") == a
+    assert config["eos_token_id"] == 2
+    if a.sliding_rope_parameters is None:
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == a.rope_parameters.rope_theta
+        del config["rope_parameters"]  # as version 4 reads it
+        assert parse_model_config(config, "config.json") == a
+
+
+def test_the_attention_factor_of_yarn_is_given_or_follows_from_the_factor():
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+
+    def factor(**more):
+        return read("qwen3", rope_parameters=yarn | more).rope_parameters.attention_factor
+
+    assert factor() == pytest.approx(0.1 * np.log(8) + 1) and factor(attention_factor=1.5) == 1.5
+    assert factor(mscale=2.0, mscale_all_dim=1.0) == pytest.approx((0.2 * np.log(8) + 1) / (0.1 * np.log(8) + 1))
 
 
 def test_num_parameters_of_published_models():
@@ -117,11 +128,11 @@ def test_num_parameters_of_published_models():
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("llama", {"model_type": "gpt2"}, "config.json: model_type must be one of llama, mistral, qwen2, qwen3; got 'gpt2'"),
+        ("llama", {"model_type": "gpt2"}, "config.json: model_type must be one of llama, mistral, .*; got 'gpt2'"),
         ("llama", {"quantization_config": {"bits": 4}}, "config.json: quantization_config is not known for the family llama"),
         ("llama", {"logit_scale": 0.5}, "config.json: logit_scale is not known"),
         ("llama", {"auto_map": {"AutoModel": "evil.Model"}}, "config.json: auto_map asks for code"),
-        ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act must be silu; got 'gelu'"),
+        ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act must be one of silu, gelu_pytorch_tanh; got 'gelu'"),
         ("llama", {"pretraining_tp": 2}, "config.json: pretraining_tp must be 1; got 2"),
         ("llama", {"num_key_value_heads": 3}, "config.json: num_heads must be a multiple of num_kv_heads; got 4 and 3"),
         ("llama", {"head_dim": 7}, "config.json: .* even"),
@@ -145,10 +156,12 @@ def test_num_parameters_of_published_models():
         ("qwen2", {"rope_parameters": [3]}, "config.json: "),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type must be one of .*'yarn'",
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_type must be one of .*'longrope'",
         ),
-        ("smollm", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type must be one of .*'dynamic'"),
+        ("smollm", {"rope_scaling": {"type": "dynamic"}}, "config.json: "),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "config.json: "),
         ("smollm", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 3}}, "rope parameters mscale are not known"),
         ("mistral", {"sliding_window": -1}, "config.json: sliding_window must be a positive integer; got -1"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "config.json: "),

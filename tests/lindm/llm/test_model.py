@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lindm.llm.config import ModelConfig, RopeParameters, rope_frequencies
+from lindm.llm.config import ModelConfig
 from lindm.llm.io.weights import load
 from lindm.llm.model import Decoder, abstract_decoder, trained_matmul
+from lindm.llm.rope import RopeParameters, rope_frequencies
 from tests.lindm.llm import reference
 
 NAMES = reference.FAMILIES
@@ -67,7 +68,7 @@ def changed_at(name, ids, at):
     return other
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + reference.OTHERS)
 def test_logits_equal_those_of_plain_numpy(model, name):
     ids = tokens(name, 2, T)
     wanted = np.stack([true(name, row) for row in ids])
@@ -193,7 +194,7 @@ def test_bfloat16_activations_give_close_logits(model, name):
     close(actual[0], true(name, ids[0]), 0.05)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + reference.OTHERS)
 def test_num_parameters_equals_the_number_of_weights(model, name):
     count = sum(x.size for x in reference.weights(name).values())
     assert model(name).config.num_parameters == count
@@ -210,7 +211,7 @@ def test_the_abstract_decoder_has_the_structure_and_shapes_of_a_decoder():
         num_kv_heads=1,
         head_dim=4,
         intermediate_size=12,
-        qk_norm=True,
+        qk_norm="heads",
     )
     graphdef, state = nnx.split(Decoder(a, nnx.Rngs(0)))
     graphdef_, state_ = nnx.split(abstract_decoder(a))

@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make parity")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
-NAMES = reference.FAMILIES
+NAMES = reference.FAMILIES + reference.OTHERS
 ROOT = Path(__file__).parents[3]
 
 
@@ -97,8 +97,9 @@ def pair(tmp_path_factory):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
+            one = 0.0 if name.startswith("gemma") else 1.0  # the weight of a norm that changes nothing
             for key, parameter in model.named_parameters():
-                parameter.copy_((1.0 if "norm" in key else 0.0) + 0.3 * torch.randn(parameter.shape))
+                parameter.copy_((one if "norm" in key else 0.0) + 0.3 * torch.randn(parameter.shape))
         directory = tmp_path_factory.mktemp(name)
         model.save_pretrained(directory)
         return model, directory
@@ -155,7 +156,14 @@ def test_bfloat16_files_are_read_as_torch_reads_them(pair, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "rope", [{"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e6}]
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
+    ],
 )
 def test_other_rope_types_are_the_same(tmp_path, monkeypatch, rope):
     monkeypatch.setitem(reference.CONFIGS, "qwen2", reference.CONFIGS["qwen2"] | {"rope_parameters": rope})
@@ -176,7 +184,7 @@ def adapted(directory, targets=lora.TARGET_MODULES):
 
 
 @pytest.mark.fault("F18")
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", *reference.OTHERS])
 def test_a_merged_model_in_transformers_equals_the_adapted_one(pair, tmp_path, name):
     _, directory = pair(name)
     model, ids = adapted(directory), tokens(name, 2, 24)

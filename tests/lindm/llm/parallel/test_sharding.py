@@ -94,7 +94,7 @@ def test_every_weight_has_the_sharding_of_the_table(path, shape, axes, mesh):
 
 
 def test_the_table_knows_every_matrix_of_a_model_with_everything_in_it(mesh):
-    varied = tiny.TINY.__class__(**(vars(tiny.TINY) | {"o_bias": True, "mlp_bias": True, "qk_norm": True}))
+    varied = tiny.TINY.__class__(**(vars(tiny.TINY) | {"o_bias": True, "mlp_bias": True, "qk_norm": "heads"}))
     model = add_lora(tiny.decoder(model_config=varied), 4, 8.0, jax.random.key(0))
     state = nnx.state(model)
     placed = jax.tree_util.tree_flatten_with_path(sharding.weight_shardings(state, mesh))[0]
