@@ -64,6 +64,7 @@ _GEMMA_3 = ("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_p
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM", keys=("attention_bias", "mlp_bias"), gguf_heads="interleaved"),
     "mistral": Family(architecture="MistralForCausalLM", keys=("sliding_window",)),  # llama.cpp calls it llama
+    "ministral": Family(architecture="MinistralForCausalLM", keys=("sliding_window", "layer_types")),
     "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, keys=_WINDOWS_OF_LAYERS, gguf_heads="halves"),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM", qk_norm="heads", keys=("attention_bias", *_WINDOWS_OF_LAYERS), gguf_heads="halves"
@@ -205,6 +206,8 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in tuple(FAMILIES):  # a tuple: the value may be unhashable
         raise error("model_type", f"must be one of {', '.join(FAMILIES)}")
+    if model_type == "mistral" and "layer_types" in raw:
+        raw, model_type = raw | {"model_type": "ministral"}, "ministral"  # as AutoConfig takes it
     family = FAMILIES[model_type]
     if "auto_map" in raw:
         raise error("auto_map", "asks for code that comes with the model, which is never run")

@@ -71,10 +71,22 @@ CONFIGS = {
         },
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "ministral": {
+        **{"model_type": "mistral", "vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+        },
+        **{"sliding_window": 5, "rope_theta": 1000.0, "tie_word_embeddings": False, "hidden_act": "silu"},
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "smollm3": {
         **{"model_type": "smollm3", "vocab_size": 45, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6},
-        **{"rope_theta": 1e4, "tie_word_embeddings": True, "no_rope_layers": [1, 0, 1, 0], "hidden_act": "silu"},
+        **{"rope_theta": 1e4, "tie_word_embeddings": True, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": 0},
     },
     "granite": {
         **{"model_type": "granite", "vocab_size": 51, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
@@ -140,7 +152,7 @@ CONFIGS = {
         **{"rope_theta": 500.0, "tie_word_embeddings": False, "hidden_act": "silu"},
     },
 }
-OTHERS = ("smollm3", "granite", "olmo2", "olmo3", "gemma2", "gemma3")  # whose logits alone are compared
+OTHERS = ("ministral", "smollm3", "granite", "olmo2", "olmo3", "gemma2", "gemma3")  # whose logits alone are compared
 FAMILIES = tuple(name for name in CONFIGS if name != "wide" and name not in OTHERS)
 AFTER = ("olmo2", "olmo3")  # norms stand behind attention and MLP
 GEMMA = ("gemma2", "gemma3_text")  # norms before and behind, weights of norms are stored minus one
@@ -148,7 +160,6 @@ GEMMA = ("gemma2", "gemma3_text")  # norms before and behind, weights of norms a
 IGNORED = [
     ("llama", {"sliding_window": 4}),
     ("llama", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4, "use_sliding_window": True}),
-    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("mistral", {"attention_bias": True, "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1}),
     ("qwen2", {"attention_bias": False, "mlp_bias": True}),
     ("qwen2", {"attention_bias": True}),
@@ -279,7 +290,7 @@ def apply_rope(x, position, frequency, factor=1.0):
 def window(config, layer):
     """Number of keys that a query of a layer attends to; None: all."""
     size = config.get("sliding_window")
-    if config["model_type"] == "mistral":
+    if "layer_types" not in config and config["model_type"] == "mistral":
         return size
     sliding = config.get("layer_types", [""] * config["num_hidden_layers"])[layer] == "sliding_attention"
     switch = config.get("use_sliding_window") if config["model_type"].startswith("qwen") else True

@@ -93,7 +93,8 @@ def pair(tmp_path_factory):
     @functools.cache
     def made(name):
         config = {k: v for k, v in reference.CONFIGS[name].items() if k != "model_type"}
-        config = transformers.AutoConfig.for_model(reference.CONFIGS[name]["model_type"], **config)
+        kind = "ministral" if name == "ministral" else reference.CONFIGS[name]["model_type"]
+        config = transformers.AutoConfig.for_model(kind, **config)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
