@@ -14,10 +14,12 @@ from lindm.errors import UsageError
 from lindm.io.files import strict_json
 
 if TYPE_CHECKING:
+    from lindm.families.registry import NamedProblem
     from lindm.problems.stationary import StationaryPOMDP
 
 SHOWN_STATES = 6
 PICTURES = (".svg", ".png", ".pdf")
+PLOT_SECONDS = 60.0  # after which a figure takes the bounds as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,9 @@ class Solve(FamilyOptions):
     (.json), or a picture of the graph (.svg, .png, .pdf). Of an MDP: the action of each state (.json)."""
     rules: bool = False
     """Of point-based: print the policy graph in words."""
+    plot: Path | None = None
+    """File of a figure (.png, .pdf, .svg): value and best action over the beliefs of two or three states; of several models the
+    best action over belief and attitude to ambiguity."""
     json: bool = False
     """Print one JSON object."""
     seed: int | None = None
@@ -62,6 +67,8 @@ STATIONARY = ("point-based", "value-iteration", "policy-iteration")
 
 def run(options: Solve) -> int:
     start = time.perf_counter()
+    if options.plot and options.plot.suffix not in PICTURES:
+        raise UsageError(f"--plot must be a file {', '.join(PICTURES)}; got {options.plot}")
     if options.horizon == "inf" or options.method in STATIONARY:
         return run_stationary(options, start)
     file = Path(options.problem[0])
@@ -78,6 +85,8 @@ def run(options: Solve) -> int:
 
     source = one_problem(options)
     solution = solve(source, options.method, effort=options.effort)
+    if options.plot:
+        plot(source, solution.problem.horizon, options.plot)
     observed = isinstance(source.problem, MDP)
     action, seconds = solution.first_actions if observed else solution.first_action, time.perf_counter() - start
     if options.json:
@@ -88,6 +97,8 @@ def run(options: Solve) -> int:
     print(f"value         {solution.value:.10g}  ({bounds})")
     print(f"first action  {by_state(action)}")
     print(f"method        {solution.method}, {seconds:.1f} s")
+    if options.plot:
+        print(f"figure        {options.plot}")
     return 0
 
 
@@ -183,6 +194,8 @@ def run_stationary(options: Solve, start: float) -> int:
         save(partial(draw_policy_graph, graph), options.save)
     elif options.save:
         solution.save(options.save)
+    if options.plot:
+        plot(problem, horizon, options.plot)
     seconds = time.perf_counter() - start
     action = solution.first_actions if is_mdp else solution.first_action
     method, steps = (solution.method, "iterations") if is_mdp else ("point-based", "trials")
@@ -200,9 +213,40 @@ def run_stationary(options: Solve, start: float) -> int:
         policy = f"a graph of {len(graph.actions)} nodes, which earns {graph.value:.10g}"
     print(f"policy        {policy}" + (f", in {options.save}" if options.save else ""))
     print(f"method        {method}, {getattr(solution, steps)} {steps}, {seconds:.1f} s")
+    if options.plot:
+        print(f"figure        {options.plot}")
     for rule in graph.rules() if graph and options.rules else ():
         print(f"  {rule}")
     return 0
+
+
+def plot(source: "NamedProblem | StationaryPOMDP", horizon: float, path: Path) -> None:
+    """Draw value and best action over the beliefs, or the best action over belief and attitude to ambiguity."""
+    from dataclasses import replace
+
+    from lindm.evaluation.environments import double_precision
+    from lindm.figures import beliefs
+    from lindm.figures.style import save
+    from lindm.io.progress import progress_bar
+    from lindm.problems.stationary import StationaryPOMDP, from_pomdp
+    from lindm.types import APOMDP, POMDP
+
+    if isinstance(source, StationaryPOMDP):
+        problem = source
+    elif isinstance(source.problem, APOMDP):
+        with double_precision():
+            best = beliefs.attitude_actions(source.problem)
+        save(lambda: beliefs.draw_attitudes(best, source.states, source.actions), path)
+        return
+    else:
+        problem = from_pomdp(source.problem) if isinstance(source.problem, POMDP) else None
+    if problem is None or not problem.O:
+        raise UsageError("--plot draws over the beliefs of a POMDP; the state of an MDP is observed")
+    if not isinstance(source, StationaryPOMDP):
+        problem = replace(problem, states=source.states, actions=source.actions, observations=source.observations)
+    with progress_bar("beliefs") as progress:
+        values = beliefs.belief_values(problem, horizon, timeout=PLOT_SECONDS, on_belief=progress)
+    save(lambda: beliefs.draw_belief_values(values, problem, horizon), path)
 
 
 COMMAND = Command(

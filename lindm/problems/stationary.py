@@ -80,6 +80,23 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
     )
 
 
+def from_pomdp(problem: POMDP) -> StationaryPOMDP:
+    """A POMDP without its horizon and without the discount in its rewards. ValueError: it changes with the stage otherwise."""
+    P, O, r = (np.asarray(x) for x in (problem.P, problem.O, problem.r))
+    largest = np.unravel_index(np.abs(r[0]).argmax(), r[0].shape)
+    discount = float(r[1][largest] / r[0][largest]) if len(r) > 1 and r[0][largest] else 1.0
+    powers = discount ** np.arange(len(r))[:, None, None]
+    if len(P) > 1 or len(O) > 1 or not 0 <= discount <= 1 or not np.allclose(r, powers * r[0], rtol=1e-9, atol=0):
+        raise ValueError("kernels and rewards must be the same at every stage, but for a discount; these change")
+    return StationaryPOMDP(
+        P=tuple(sparse.csr_array(x) for x in P[0].swapaxes(0, 1)),
+        O=tuple(sparse.csr_array(x) for x in O[0]),
+        r=r[0],
+        rho=np.asarray(problem.rho),
+        discount=discount,
+    )
+
+
 def to_pomdp(problem: StationaryPOMDP, horizon: int) -> POMDP:
     """The first stages as a dense POMDP, with discount^h folded into the rewards. ValueError: its tables would be too large."""
     S, A, O = problem.num_states, problem.num_actions, problem.num_observations

@@ -98,9 +98,7 @@ class Search:
         if self.visited:
             self.prune()
         lower, upper = sorted(self.bounds())  # rounding may swap bounds that meet
-        shift = self.shift(self.stages)
-        q_lower = self.lookahead(self.start, self.horizon)[0]
-        q_upper = np.array([self.look_above(self.start, self.horizon, a)[0] for a in range(self.problem.num_actions)])
+        q_lower, q_upper = self.q_bounds()
         numbers = sorted(self.lower.values)
         position = {number: i for i, number in enumerate(numbers)}
         O = self.problem.num_observations
@@ -113,8 +111,8 @@ class Search:
             lower=lower,
             upper=upper,
             trials=self.trials,
-            q_lower=q_lower + shift - self.tail,
-            q_upper=q_upper + shift,
+            q_lower=q_lower,
+            q_upper=q_upper,
             vectors=np.array([self.lower.values[number] for number in numbers]) + shifts[:, None],
             actions=np.array([self.lower.policy[number][0] for number in numbers]),
             successors=np.array([[position[int(k)] for k in row] for row in named]),
@@ -243,6 +241,33 @@ class Search:
         low, high = self.gap()
         return low - self.tail + self.shift(self.stages), high + self.shift(self.stages)
 
+    def q_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of the action values at the start [A]."""
+        low = self.lookahead(self.start, self.horizon)[0]
+        high = np.array([self.look_above(self.start, self.horizon, a)[0] for a in range(self.problem.num_actions)])
+        return low - self.tail + self.shift(self.stages), high + self.shift(self.stages)
+
+    def run(
+        self,
+        tolerance: float,
+        relative: float,
+        trials: float = math.inf,
+        on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
+    ) -> None:
+        """Search from the start as `solve` says."""
+        while True:
+            lower, upper = self.bounds()
+            width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * self.scale, 2 * self.tail)
+            on_trial(self.trials, lower, upper)
+            if upper - lower <= width or self.trials >= trials or self.is_over():
+                return
+            self.trial(width)
+            if len(self.lower.used) > GROWTH * self.pruned_at + 20:
+                self.prune()
+            while self.trials % 5 == 0 and self.swept < SWEEPS * (self.backups - self.swept) and not self.is_over():
+                self.sweep()
+                self.prune()
+
     def trial(self, tolerance: float) -> None:
         """Descend from the start, then back up what was visited."""
         low, high = self.gap()
@@ -327,19 +352,52 @@ def solve(
       trials: number after which it ends.
       on_trial: called with the number of trials and the bounds, before the first trial and after every one.
     """
+    search = Search(problem, horizon, timeout, accuracy(problem, horizon, tolerance, relative))
+    search.run(tolerance, relative, trials, on_trial)
+    return search.solution()
+
+
+def bounds_at(
+    problem: StationaryPOMDP,
+    beliefs: np.ndarray,
+    horizon: float = math.inf,
+    *,
+    tolerance: float = 0.0,
+    relative: float = 0.0,
+    timeout: float = math.inf,
+    on_belief: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the action values at several first beliefs, by one search that has each of them as its start in turn.
+
+    Args:
+      beliefs: [n, S].
+      tolerance, relative: as of `solve`, at each belief.
+      timeout: seconds in all.
+      on_belief: called with the number of beliefs that are done, and of all.
+
+    Returns:
+      Lower and upper bounds [n, A].
+    """
+    search = Search(problem, horizon, timeout, accuracy(problem, horizon, tolerance, relative))
+    end = search.deadline
+    starts = []
+    for i, belief in enumerate(beliefs):
+        states = np.flatnonzero(belief)
+        search.start = search.belief(states, belief[states])
+        starts.append(search.start)
+        search.deadline = time.monotonic() + (end - time.monotonic()) / (len(beliefs) - i)
+        search.run(tolerance, relative)
+        on_belief(i + 1, len(beliefs))
+    bounds = []
+    for search.start in starts:
+        bounds.append(search.q_bounds())
+    lower, upper = np.array(bounds).swapaxes(0, 1)
+    return lower, upper
+
+
+def accuracy(problem: StationaryPOMDP, horizon: float, tolerance: float, relative: float) -> float:
+    """The accuracy that tolerances ask for. ValueError: an infinite horizon has no discount."""
     if horizon == math.inf and problem.discount == 1:
         raise ValueError("discount must be below 1 where the horizon is infinite; got 1")
     size = float(np.abs(problem.r).max())
-    search = Search(problem, horizon, timeout, max(tolerance, relative * size, EPSILON * size))
-    while True:
-        lower, upper = search.bounds()
-        width = max(tolerance, relative * max(abs(lower), abs(upper)), EPSILON * search.scale, 2 * search.tail)
-        on_trial(search.trials, lower, upper)
-        if upper - lower <= width or search.trials >= trials or search.is_over():
-            return search.solution()
-        search.trial(width)
-        if len(search.lower.used) > GROWTH * search.pruned_at + 20:
-            search.prune()
-        while search.trials % 5 == 0 and search.swept < SWEEPS * (search.backups - search.swept) and not search.is_over():
-            search.sweep()
-            search.prune()
+    return max(tolerance, relative * size, EPSILON * size)

@@ -1,0 +1,105 @@
+"""Figures over the beliefs: their numbers against recursions of their own, and what is refused."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from lindm.cli.main import main
+from lindm.evaluation.environments import double_precision
+from lindm.figures.beliefs import (
+    ATTITUDES,
+    POINTS,
+    attitude_actions,
+    belief_grid,
+    belief_values,
+    draw_attitudes,
+    draw_belief_values,
+)
+from lindm.figures.style import save
+from lindm.problems.apomdp import apomdp
+from lindm.problems.pomdp import pomdp
+from lindm.problems.stationary import from_pomdp, to_pomdp
+from tests.lindm.solvers.test_point_based import FILES, exact, model, read
+
+
+@pytest.mark.parametrize("states", [2, 3])
+def test_the_bounds_of_a_figure_contain_the_action_values_at_every_belief(states):
+    problem = model(4, 0.9, S=states, A=3)
+    values = belief_values(problem, 3, relative=1e-6)
+    assert values.beliefs.shape == {2: (POINTS, 2), 3: (153, 3)}[states]
+    for b, lower, upper, action in zip(values.beliefs, values.lower, values.upper, values.actions, strict=True):
+        Q = exact(problem, 3, b)
+        assert (lower <= Q + 1e-9).all() and (upper + 1e-9 >= Q).all()
+        assert Q.max() - Q[action] <= 1e-5 and upper.max() - lower.max() <= 1e-5
+
+
+def maxmin(models: list, alpha: float, stages: int, beliefs: list[np.ndarray]) -> np.ndarray:
+    """Q* [A] of the stage-wise alpha-maxmin at beliefs [S] under each of the models (P [S, A, S], O [A, S, O], r [S, A])."""
+    G = []
+    for (P, O, r), b in zip(models, beliefs, strict=True):
+        values = b @ r
+        for a in range(r.shape[1]):
+            for o in range(O.shape[2] if stages > 1 else 0):
+                after = (b @ P[:, a]) * O[a, :, o]
+                if after.sum() > 0:
+                    following = maxmin(models, alpha, stages - 1, [after / after.sum()] * len(models))
+                    values[a] += after.sum() * following.max()
+        G.append(values)
+    return alpha * np.min(G, 0) + (1 - alpha) * np.max(G, 0)
+
+
+def test_the_actions_over_beliefs_and_attitudes_are_those_of_a_recursion():
+    rng = np.random.default_rng(3)
+    models = [(rng.dirichlet([1, 1], (2, 2)), rng.dirichlet([0.5, 0.5], (2, 2)), rng.normal(size=(2, 2))) for _ in range(3)]
+    with double_precision():
+        problem = apomdp([pomdp(P, O, r, [0.5, 0.5], horizon=2) for P, O, r in models], 0.5)
+        (best,) = attitude_actions(problem)
+    assert best.shape == (ATTITUDES, POINTS) and len(np.unique(best)) == 2
+    for i in range(0, ATTITUDES, 5):
+        for k in range(0, POINTS, 8):
+            Q = maxmin(models, i / (ATTITUDES - 1), 2, [np.array([1 - k / (POINTS - 1), k / (POINTS - 1)])] * 3)
+            assert Q.max() - Q[best[i, k]] <= 1e-12
+
+
+def test_figures_name_states_and_actions_and_are_the_same_every_time(tmp_path):
+    tiger = read("tiger")
+    values = belief_values(tiger, 2, relative=1e-6)
+    for name in ("a.svg", "b.svg"):
+        save(lambda: draw_belief_values(values, tiger, 2), tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    assert all(word in text for word in ("probability of left", "open-right", "listen", "2 stages"))
+    three = model(1, 0.9)
+    save(lambda: draw_belief_values(belief_values(three, 1), three, 1), tmp_path / "three.svg")
+    assert "state 2" in (tmp_path / "three.svg").read_text()
+    best = np.zeros((3, ATTITUDES, POINTS), int)
+    best[:, 5:] = 1
+    save(lambda: draw_attitudes(best, ("low", "high", "cured"), ("wait", "treat")), tmp_path / "attitudes.svg")
+    text = (tmp_path / "attitudes.svg").read_text()
+    assert all(word in text for word in ("probability of cured, else high", "treat", "attitude alpha"))
+
+
+def test_a_problem_without_its_horizon_is_the_same_problem():
+    problem = replace(read("tiger"), states=(), actions=(), observations=())
+    with double_precision():
+        dense = to_pomdp(problem, 3)
+        again = from_pomdp(dense)
+        changing = replace(dense, r=dense.r.at[1].add(jax.numpy.ones(3)))
+    assert again.discount == pytest.approx(0.95) and (again.r == problem.r).all() and (again.rho == problem.rho).all()
+    assert all((a.toarray() == b.toarray()).all() for a, b in zip(again.P + again.O, problem.P + problem.O, strict=True))
+    with pytest.raises(ValueError, match="must be the same at every stage, but for a discount"):
+        from_pomdp(changing)
+
+
+def test_more_states_and_observed_states_are_refused_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="takes problems of 2 or 3 states; this one has 11"):
+        belief_grid(11)
+    assert main(["solve", str(FILES / "forest.pomdp"), "--horizon", "3", "--plot", "x.png"]) == 2
+    assert "--plot draws over the beliefs of a POMDP; the state of an MDP is observed" in capsys.readouterr().err
+    assert main(["solve", str(FILES / "tiger.pomdp"), "--horizon", "3", "--plot", "x.gif"]) == 2
+    assert "--plot must be a file .svg, .png, .pdf; got x.gif" in capsys.readouterr().err
+    assert main(["solve", str(FILES / "tiger.pomdp"), "--horizon", "2", "--plot", "x.png"]) == 0
+    assert "figure        x.png" in capsys.readouterr().out and (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
