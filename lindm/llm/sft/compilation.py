@@ -29,12 +29,28 @@ def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, ba
     memory, device = compiled.memory_analysis(), jax.local_devices()[0]
     free = devices.available_memory(device)
     if memory is not None and free is not None:
-        if device.platform == "cpu":  # virtual devices share one memory
-            state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-            needed = len(jax.local_devices()) * memory.temp_size_in_bytes + state_bytes
-        else:
-            needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        held = bytes_on((frozen, batch, stop_flags), device)
+        needed = bytes_needed(memory, state, held, device.platform)
         if needed > free:
             reason = f"it needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
             raise OutOfMemoryError(f"{TRAINING_STEP} does not fit in memory: {reason}; try {ADVICE}")
     return compiled
+
+
+def bytes_needed(memory: Any, state: TrainState, held: int, platform: str) -> int:
+    """Bytes that a step needs on a device, besides the arguments that are there already (`held` bytes): of its state and of what
+    it computes. Virtual devices of a CPU share one memory.
+
+    Args:
+      memory: the analysis of the compiled step, for one device.
+    """
+    if platform == "cpu":
+        state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        return len(jax.local_devices()) * memory.temp_size_in_bytes + state_bytes
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes - held
+
+
+def bytes_on(arrays: Any, device: Any) -> int:
+    """Bytes of the shards of arrays on a device."""
+    shards = (shard for x in jax.tree.leaves(arrays) for shard in x.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
