@@ -48,7 +48,7 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
 
 
 def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVectors:
-    """The policy of alpha vectors in a file of `StationarySolution.save`, or of pomdp-solve.
+    """The policy of alpha vectors in a file of `StationarySolution.save`, of pomdp-solve (.alpha) or of SARSOP (.policy).
 
     Args:
       problem: of which the vectors are.

@@ -82,7 +82,7 @@ def decision_maker(options: Act) -> "DecisionMaker":
     from lindm.api.decisions import read_demonstrations
     from lindm.evaluation.policy import DecisionMaker
 
-    saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha")
+    saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha", ".policy")
     policy, problem, demonstrations = solution(options) if saved else named(options)
     if options.demonstrations is not None:
         about = problem if problem is not None else getattr(policy, "problem", None)

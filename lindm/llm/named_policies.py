@@ -9,13 +9,15 @@ from typing import Any
 from lindm.datasets import DatasetConfig
 from lindm.datasets.text import check_rewards
 from lindm.errors import DataError, UsageError
+from lindm.evaluation.policies.alpha_vectors import AlphaVectors
 from lindm.evaluation.policies.registry import check_name, make_policy
 from lindm.evaluation.policy import Policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.llm.policy import load_policy, model_directory, training_data
 from lindm.llm.sft.options import run_options
-from lindm.types import Problem
+from lindm.problems.stationary import from_pomdp
+from lindm.types import POMDP, Problem
 
 
 class PoliciesByName(Mapping[str, Policy]):
@@ -52,7 +54,7 @@ class PoliciesByName(Mapping[str, Policy]):
         if rewards is not None:
             check_rewards(rewards)
         given = [(option, value) for option, value in self.options.items() if value is not None]
-        if given and not any(":" in name for name in names):
+        if given and not any(name.startswith(("icl:", "sft:")) for name in names):
             raise ValueError(f"{given[0][0]} must be left out without a language model; got {given[0][1]!r}")
 
     def __getitem__(self, name: str) -> Policy:
@@ -78,8 +80,11 @@ def check_policy(name: str, source: Suite | NamedProblem | Problem | None) -> No
         if source is None:
             raise ValueError(f"PROBLEM must be given for the policy {name!r}, which computes from it")
         return check_name(name, source)
-    if kind not in ("icl", "sft") or not path:
-        raise ValueError(f"policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got {name!r}")
+    if kind not in ("icl", "sft", "alpha") or not path:
+        raise ValueError(f"policy must be icl:MODELDIR, sft:RUNDIR or alpha:FILE where it has a colon; got {name!r}")
+    if kind == "alpha":
+        _alpha_vectors(name, source)
+        return
     if kind == "sft" and run_options(Path(path)) is None:
         raise DataError(f"policy {name}: {path} holds no run of `lindm sft`")
     try:
@@ -99,10 +104,19 @@ def policy_by_name(
 ) -> Policy:
     """The policy of this name; a language model is read. Options as of `load_policy`, errors as of `check_policy`."""
     check_policy(name, source)
+    if name.startswith("alpha:"):
+        return _alpha_vectors(name, source)
     if path := name.partition(":")[2]:
         return load_policy(path, name=f"policy {name}", template=template, rewards=rewards, temperature=temperature)
     assert source is not None
     return make_policy(name, source, dataset)
+
+
+def _alpha_vectors(name: str, source: Suite | NamedProblem | Problem | None) -> AlphaVectors:
+    problem = source.problem if isinstance(source, NamedProblem) else source
+    if not isinstance(problem, POMDP):
+        raise ValueError(f"PROBLEM must be one POMDP, as of a .pomdp file, for the policy {name!r}")
+    return AlphaVectors.read(Path(name.removeprefix("alpha:")), from_pomdp(problem))
 
 
 def check_not_trained_on(run: Path, source: Suite | NamedProblem | Problem, dataset: DatasetConfig) -> None:

@@ -76,13 +76,18 @@ LANGUAGE_MODELS = {  # read by `lindm.llm.policy`
 }
 
 
+POLICY_FILES = {  # read by `lindm.llm.named_policies`
+    "alpha:FILE": "Alpha vectors of one POMDP: of `lindm solve --save` or pomdp-solve (.alpha), or of SARSOP (.policy).",
+}
+
+
 def help_table() -> dict[str, str]:
     """Name -> sentence of every policy, with the kinds of problems where it does not apply to all."""
     rows = {}
     for name, info in POLICIES.items():
         kinds = "" if info.kinds == KINDS else f" ({' and '.join(kind.upper() for kind in info.kinds)} only)"
         rows[name] = info.summary.removesuffix(".") + kinds + "."
-    return rows | LANGUAGE_MODELS
+    return rows | LANGUAGE_MODELS | POLICY_FILES
 
 
 def kind_of(source: "Suite | NamedProblem | Problem") -> Kind:

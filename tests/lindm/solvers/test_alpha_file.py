@@ -33,3 +33,41 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, message):
     with pytest.raises(DataError) as error:
         read_alpha(path, 2, 3)
     assert str(error.value) == f"{path}{message}"
+
+
+SARSOP = """<?xml version="1.0" encoding="ISO-8859-1"?>
+<Policy version="0.1" type="value" model="tiger.pomdp">
+<AlphaVector vectorLength="2" numObsValue="1" numVectors="2">
+<Vector action="0" obsValue="0">19.5 -1e-3 </Vector>
+<Vector action="2" obsValue="0">-3 4 </Vector>
+</AlphaVector> </Policy>
+"""
+
+
+def test_a_policy_of_sarsop_is_read(tmp_path):
+    path = tmp_path / "a.policy"
+    path.write_text(SARSOP)
+    actions, vectors = read_alpha(path, 2, 3)
+    assert actions.tolist() == [0, 2]
+    np.testing.assert_array_equal(vectors, [[19.5, -0.001], [-3, 4]])
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('action="2"', 'action="3"', ":5: expected an action from 0 to 2 and obsValue 0, of a problem whose state is all hidden"),
+        ('action="2" obsValue="0"', 'action="2" obsValue="1"', "got action 2, obsValue 1"),
+        ("-3 4", "-3", ":5: expected an alpha vector with 2 numbers, one for each state; got 1"),
+        ("-3 4", "-3 four", ":5: expected the numbers of an alpha vector"),
+        ("-3 4", "-3 inf", ": alpha vectors must be finite; vector 2 is not"),
+        ("<Vector", "<Vektor", ": expected <Vector action="),
+        ("<Vector", "<SparseVector", ":4: expected elements <Vector> alone; got 'SparseVector'"),
+        ("<Policy", '<!ENTITY a "b"><Policy', ":2: expected elements <Vector> alone; got '<!ENTITY'"),
+    ],
+)
+def test_a_policy_of_sarsop_that_is_wrong_is_refused(tmp_path, old, new, message):
+    path = tmp_path / "a.policy"
+    path.write_text(SARSOP.replace(old, new))
+    with pytest.raises(DataError) as error:
+        read_alpha(path, 2, 3)
+    assert message in str(error.value) and str(error.value).startswith(str(path))
