@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lindm import validate
 from lindm.api.problems import as_source
 from lindm.choices import Behavior
 from lindm.datasets import DatasetConfig
@@ -70,6 +71,9 @@ def evaluate(
     >>> [(name, result.gap < 0.5, result.method) for name, result in results.items()]
     [('qmdp', True, 'exact'), ('always listen', True, 'exact')]
     """
+    validate.count(episodes, "episodes")
+    if effort is not None:
+        validate.count(effort, "effort")
     source = problem if isinstance(problem, Suite) else as_source(problem)
     dataset = DatasetConfig(tasks=tasks, demos=demos, behavior=behavior, epsilon=epsilon, seed=seed)
     if isinstance(policies, str):

@@ -45,13 +45,9 @@ class Eval(ProblemOptions):
 
 
 def run(options: Eval) -> int:
-    from lindm import validate
     from lindm.api.evaluation import evaluate
     from lindm.evaluation.compare import PolicyResult, describe
 
-    validate.count(options.episodes, "episodes")
-    if options.effort is not None:
-        validate.count(options.effort, "effort")
     problem = problem_or_suite(options)
     about = describe(problem)
     what = [" ".join(options.problem), f"horizon {about['horizon']}", *filter(None, [about["split"]])]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lindm.errors import StorageError, UsageError
+from lindm.io import inputs
 from lindm.io.files import storage_errors
 from lindm.io.provenance import is_from_this_command
 from lindm.io.temporaries import remove_leftover, remove_leftovers, temporary_directory, temporary_path, wait_for_lock
@@ -98,8 +99,8 @@ def remove(path: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file."""
-    with storage_errors(target):
+    """Copy the content of a regular file. DataError where it cannot be read, StorageError where `target` cannot be written."""
+    with inputs.open_file(source), storage_errors(target):
         shutil.copyfile(source, target)
 
 

@@ -72,7 +72,7 @@ def is_watching() -> bool:
 
 
 def release() -> None:
-    """Let SIGTERM and SIGINT arrive in this thread: `lindm.cli.entry` holds them back until something answers them."""
+    """Let SIGTERM and SIGINT arrive in this thread, where they were blocked until something answers them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

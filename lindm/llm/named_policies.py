@@ -14,6 +14,7 @@ from lindm.evaluation.policies.registry import check_name, make_policy
 from lindm.evaluation.policy import Policy
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
+from lindm.io.verification import verify_file_list
 from lindm.llm.policy import load_policy, model_directory, training_data
 from lindm.llm.sft.options import run_options
 from lindm.problems.stationary import from_pomdp
@@ -30,7 +31,7 @@ class PoliciesByName(Mapping[str, Policy]):
 
     Raises:
       ValueError: a name that no policy of such tasks has, twice the same, or an option without a language model.
-      DataError: a model that is not there. UsageError: a run that was trained on these very tasks.
+      DataError: a model that is not there, or is damaged. UsageError: a run that was trained on these very tasks.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ def check_policy(name: str, source: Suite | NamedProblem | Problem | None) -> No
     """Raise an error unless tasks of a source have a policy of this name. Without a source only language models are policies.
 
     Raises:
-      ValueError: there is no such policy. DataError: the model is not there.
+      ValueError: there is no such policy. DataError: the model is not there, or is damaged.
     """
     kind, colon, path = name.partition(":")
     if not colon:
@@ -88,7 +89,7 @@ def check_policy(name: str, source: Suite | NamedProblem | Problem | None) -> No
     if kind == "sft" and run_options(Path(path)) is None:
         raise DataError(f"policy {name}: {path} holds no run of `lindm sft`")
     try:
-        model_directory(Path(path))
+        verify_file_list(model_directory(Path(path)))  # before tasks are made, which can take minutes
     except DataError as e:
         raise DataError(f"policy {name}: {e.message}") from e
 

@@ -60,7 +60,7 @@ def supervise(exit_codes: Mapping[type[BaseException], int]) -> None:
         os.close(stderr_write)
         if ending is not None:
             signals.watch(ending)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
+        signals.release()
         end_with_parent(parent_read)
         return
     os.close(stderr_write)
@@ -72,7 +72,7 @@ def supervise(exit_codes: Mapping[type[BaseException], int]) -> None:
 
     for number in signals.STOP_SIGNALS:
         signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
+    signals.release()
     status, tail = _forward_stderr(stderr_read, child)
     os.close(parent_write)
     raise SystemExit(_exit_code(status, tail.decode(errors="replace"), exit_codes))

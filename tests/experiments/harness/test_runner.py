@@ -74,6 +74,8 @@ def test_a_torn_last_line_is_measured_again(lab, finished):
     path = lab.directory / "torn" / "records.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][:57])
+    with (lab.directory / "torn" / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'{"point":{"se')
     assert lab.lindm("run", "toy", "--out", "torn")[0] == 0
     assert content(lab.directory / "torn") == content(finished)
     metrics = files.read_json_lines(lab.directory / "torn" / "metrics.jsonl")

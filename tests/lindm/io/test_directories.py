@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from lindm.errors import StorageError, UsageError
+from lindm.errors import DataError, StorageError, UsageError
 from lindm.io import temporaries
 from lindm.io.directories import atomic_directory, copy_file, sole_writer
 from lindm.io.files import append_line, write_atomic
 from lindm.io.provenance import write_provenance
+from tests.limits import read_only
 
 
 @pytest.mark.fault("F26")
@@ -111,3 +112,15 @@ def test_the_lock_of_a_killed_writer_is_free(tmp_path, trials):
         process.wait()
         process.stdout.close()
         trials.add()
+
+
+@pytest.mark.fault("F8", "F13")
+def test_a_copy_says_which_of_its_two_files_is_at_fault(tmp_path):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "source").write_text("x")
+    with read_only(tmp_path / "closed"):
+        with pytest.raises(StorageError, match=r"cannot write .*closed/copy: Permission denied"):
+            copy_file(tmp_path / "source", tmp_path / "closed" / "copy")
+        (tmp_path / "source").chmod(0)
+        with pytest.raises(DataError, match=r"cannot read .*source: Permission denied"):
+            copy_file(tmp_path / "source", tmp_path / "copy")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lindm as ld
 from lindm.cli.main import main
 from lindm.errors import DataError
 from lindm.io import verification
@@ -84,6 +85,15 @@ def test_a_damaged_model_is_refused_wherever_it_is_read_and_no_hash_is_written_o
     with pytest.raises(DataError, match=f"{name}.*the same command writes it again from its checkpoint"):
         trainer.train(options(micro, run))
     assert files_below(run) == before and not (tmp_path / "exported").exists()
+
+
+@pytest.mark.fault("F28")
+def test_a_damaged_model_is_refused_before_tasks_are_made(run):
+    flip(run / "model" / "model.safetensors")
+    made = []
+    with pytest.raises(DataError, match=r"policy sft:.*model\.safetensors is not what was written"):
+        ld.evaluate(ld.suite("mdp", horizon=4), [f"sft:{run}"], tasks=2, demos=1, progress=lambda *counts: made.append(counts))
+    assert not made
 
 
 @pytest.mark.fault("F28", "F30")
