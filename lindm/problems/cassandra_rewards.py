@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lindm.io.limits import POMDP_TABLE, POMDP_WRITES
+from lindm.io import limits
 
 if TYPE_CHECKING:
     from lindm.problems.cassandra import _Section
@@ -45,8 +45,8 @@ class RewardEntries:
 
     def R(self) -> np.ndarray:
         """The table [S, A, S|1, O|1]. DataError where it is above `POMDP_TABLE` numbers."""
-        if (total := int(np.prod(self.shape))) > POMDP_TABLE:
-            raise self.entries[0][0].stop(f"rewards of all actions make {total} numbers; at most {POMDP_TABLE}")
+        if (total := int(np.prod(self.shape))) > limits.POMDP_TABLE:
+            raise self.entries[0][0].stop(f"rewards of all actions make {total} numbers; at most {limits.POMDP_TABLE}")
         return np.stack([table.copy() for table in self.tables()], axis=1)
 
 
@@ -65,8 +65,8 @@ def read_rewards(
     A, S, n = O.shape
     by_o = [entry for entry, where, values in entries if where[3] != ALL or values.shape[3] > 1]
     by_next = by_o or [entry for entry, where, values in entries if where[2] != ALL or values.shape[2] > 1]
-    if by_o and S * S * n > POMDP_TABLE:
-        raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {POMDP_TABLE}")
+    if by_o and S * S * n > limits.POMDP_TABLE:
+        raise by_o[0].stop(f"rewards that depend on the observation make {S * S * n} numbers; at most {limits.POMDP_TABLE}")
     shape = (A, S, S if by_next else 1, n if by_o else 1)
     rewards = RewardEntries(entries=tuple(entries), shape=shape, sign=sign, ended=ended)
     r = np.array([[expected(table[s], T[a, s], O[a]) for s in range(S)] for a, table in enumerate(rewards.tables())]).T
@@ -85,6 +85,6 @@ def expected(R: np.ndarray, following: np.ndarray, observed: np.ndarray) -> floa
 
 def count_writes(before: int, size: int, entry: "_Section") -> int:
     """The numbers that have been written. Raises: DataError above the limit: a short entry may write a whole table."""
-    if (after := before + size + 100) > POMDP_WRITES:  # an entry takes the time of about a hundred numbers
-        raise entry.stop(f"the entries up to this one write too many numbers, more than {POMDP_WRITES:,}")
+    if (after := before + size + 100) > limits.POMDP_WRITES:  # an entry takes the time of about a hundred numbers
+        raise entry.stop(f"the entries up to this one write too many numbers, more than {limits.POMDP_WRITES:,}")
     return after
