@@ -79,10 +79,13 @@ def _split(directory: Path, last: dict[str, int]) -> tuple[list[Record], list[Re
         records = read_metrics(directory)
     except DataError as e:
         raise DataError(f"{e}; {advice}") from e
-    kept = [record for record in records if record["step"] <= last[record["kind"]]]
+    kept: list[Record] = []
+    later: list[Record] = []
+    for record in records:
+        (kept if record["step"] <= last[record["kind"]] else later).append(record)
     if path.exists() and last["train"] > 0 and (missing := _missing(kept, last)):
         raise DataError(f"{path}: lines are missing: {missing}; {advice}")
-    return kept, [record for record in records if record not in kept]
+    return kept, later
 
 
 def _missing(records: list[Record], last: dict[str, int]) -> str:
