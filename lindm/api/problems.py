@@ -23,7 +23,7 @@ from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
 from lindm.problems.stationary import StationaryPOMDP
-from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem
+from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem, RewardFunction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,10 +138,17 @@ def from_gymnasium(
     problem = transition_table.read_table(table, start, discount)
     if horizon == math.inf:
         return problem
+    return NamedProblem(problem=_with_horizon(problem, validate.count(horizon, "horizon")))
+
+
+def _with_horizon(problem: StationaryPOMDP, horizon: int) -> MDP:
+    """The first stages of an MDP without a horizon."""
     P = np.stack([kernel.toarray() for kernel in problem.P], axis=1)
-    H = validate.count(horizon, "horizon")
     with double_precision():
-        return NamedProblem(problem=mdps.mdp(P[None], mdps.over_stages(jnp.asarray(problem.r), H, discount), problem.rho))
+        made = mdps.mdp(P[None], mdps.over_stages(jnp.asarray(problem.r), horizon, problem.discount), problem.rho)
+        if problem.rewards is None and problem.discount == 1:
+            return made
+        return replace(made, paid=RewardFunction(R=jnp.asarray(problem.reward_table()), discount=jnp.asarray(problem.discount)))
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:

@@ -129,7 +129,8 @@ class _Model:
     def __init__(self, problem: MDP | POMDP | StationaryPOMDP):
         self.discount, self.rho = float(problem.discount), np.asarray(problem.rho)
         if isinstance(problem, StationaryPOMDP):
-            self.P, self.O, self.r, self.R = problem.P, problem.O, problem.r, problem.reward_table()
+            self.P, self.O, self.r = problem.P, problem.O, problem.r
+            self.R = problem.rewards if isinstance(problem.rewards, tuple) else problem.reward_table()
             self.stationary = True
         else:
             folded = np.asarray(problem.r)
@@ -147,6 +148,8 @@ class _Model:
             kept = np.all([P.diagonal() == 1 for P in self.P], axis=0)
         else:
             kept = (self.P[:, np.arange(S), :, np.arange(S)] == 1).all((1, 2))
+        if isinstance(self.R, tuple):
+            return kept & np.all([R.diagonal() == 0 for R in self.R], axis=0)
         own = np.arange(S) if self.R.shape[3] > 1 else np.zeros(S, int)
         return kept & (self.R[:, np.arange(S), :, own] == 0).reshape(S, -1).all(1)
 
@@ -158,6 +161,8 @@ class _Model:
         return _row(self.O[a], following) if isinstance(self.O, tuple) else self.O[_stage(self.O, t), a, following]
 
     def pay(self, t: int, s: int, a: int, following: int, o: int) -> float:
+        if isinstance(self.R, tuple):
+            return float(self.R[a][s, following])
         _, _, _, next_states, observations = self.R.shape
         return float(self.R[_stage(self.R, t), s, a, following if next_states > 1 else 0, o if observations > 1 else 0])
 

@@ -37,11 +37,16 @@ class StationaryPOMDP:
     states: tuple[str, ...] = ()  # names, in the order of the indices
     actions: tuple[str, ...] = ()
     observations: tuple[str, ...] = ()
-    rewards: RewardEntries | None = None  # None where a reward is r(s, a) for every next state and observation
+    # what is paid: entries of a file, or for each action [S, S] by the next state; None where that is r(s, a)
+    rewards: RewardEntries | tuple[sparse.csr_array, ...] | None = None
 
     def reward_table(self) -> np.ndarray:
-        """R [1, S, A, S|1, O|1], what an environment pays. DataError where it is too large."""
-        return (self.r[:, :, None, None] if self.rewards is None else self.rewards.R())[None]
+        """R [1, S, A, S|1, O|1], what an environment pays. DataError where the table of a file is too large."""
+        if self.rewards is None:
+            return self.r[None, :, :, None, None]
+        if isinstance(self.rewards, RewardEntries):
+            return self.rewards.R()[None]
+        return np.stack([R.toarray() for R in self.rewards], axis=1)[None, ..., None]
 
     @property
     def num_states(self) -> int:

@@ -3,9 +3,12 @@
 A table P[s][a] lists (probability, next state, reward, terminated). An episode ends with a transition that is terminated, and
 nothing is earned afterward: its next state absorbs and pays nothing. Where an episode can also come to that state without an end
 (the table may go on there), the transition leads to an absorbing state of its own instead, the last one.
+
+Transitions of a state and an action into one state that pay differently pay their mean.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,14 +50,31 @@ def read_table(table: Table, start: ArrayLike, discount: float) -> StationaryPOM
     if apart:
         after[ended], ends, S = S, np.array([S]), S + 1
         r, rho = np.vstack([r, np.zeros(A)]), np.append(rho, 0.0)
-    kernels = []
+    kernels, paid = [], []
     for action in range(A):
         rows_of = (a == action) & ~np.isin(s, ends)
         entries = (probability[rows_of], (s[rows_of], after[rows_of]))
         stays = sparse.coo_array((np.ones(len(ends)), (ends, ends)), shape=(S, S))
         kernels.append(sparse.csr_array(sparse.coo_array(entries, shape=(S, S)) + stays))
+        cells, values, _ = _mean_rewards(s[rows_of] * S + after[rows_of], reward[rows_of], probability[rows_of])
+        paid.append(sparse.csr_array(sparse.coo_array((values, np.divmod(cells, S)), shape=(S, S))))
     r[ends] = 0.0
-    return stationary_mdp(kernels, r, rho, discount)
+    problem = stationary_mdp(kernels, r, rho, discount)
+    goes_on = ~np.isin(s, ends)
+    *_, same = _mean_rewards((s * len(table[0]) + a)[goes_on], reward[goes_on], probability[goes_on])
+    return problem if same.all() else replace(problem, rewards=tuple(paid))
+
+
+def _mean_rewards(cells: np.ndarray, reward: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The cells that are possible, the mean reward of each, and whether it is always the same (then it is exact)."""
+    possible = probability > 0
+    cells, at = np.unique(cells[possible], return_inverse=True)
+    reward, probability = reward[possible], probability[possible]
+    low, high = np.full(len(cells), np.inf), np.full(len(cells), -np.inf)
+    np.minimum.at(low, at, reward)
+    np.maximum.at(high, at, reward)
+    mean = np.bincount(at, probability * reward, len(cells)) / np.bincount(at, probability, len(cells))
+    return cells, np.where(low == high, low, mean), low == high
 
 
 def _transitions(table: Table, S: int, A: int) -> np.ndarray:

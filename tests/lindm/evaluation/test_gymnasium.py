@@ -201,6 +201,37 @@ def test_the_table_of_an_mdp_is_as_that_of_toy_text():
     assert not hasattr(ld.to_gymnasium(changing), "P")
 
 
+def test_a_problem_comes_back_from_its_environment():
+    problem = to_mdp(parse(SEEN), 5)
+    again = ld.from_gymnasium(ld.to_gymnasium(problem), horizon=5, discount=0.8).problem
+    for name in ("P", "rho"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(problem, name))
+    np.testing.assert_allclose(again.r, problem.r, rtol=1e-14, atol=1e-14)
+    possible = np.asarray(problem.P)[..., None] > 0
+    np.testing.assert_array_equal(np.where(possible, again.paid.R, 0), np.where(possible, problem.paid.R, 0))
+    endless = ld.from_gymnasium(ld.to_gymnasium(problem), horizon=np.inf, discount=0.8)
+    assert ld.to_gymnasium(endless).P == ld.to_gymnasium(problem).P
+
+
+def test_an_environment_of_gymnasium_comes_back_from_its_problem():
+    lake = gymnasium.make("FrozenLake-v1").unwrapped
+    ours = ld.to_gymnasium(ld.from_gymnasium("FrozenLake-v1", discount=0.9))
+
+    def law(P):
+        """Probability of (state, action, next state, reward, end), where several entries may lead to one state."""
+        total = {}
+        for s, actions in P.items():
+            for a, moves in actions.items():
+                for p, u, r, end in moves:
+                    total[s, a, u, r, bool(end)] = total.get((s, a, u, r, bool(end)), 0) + p
+        return total
+
+    theirs, mine = law(lake.P), law(ours.P)
+    assert theirs.keys() == mine.keys() and ours.horizon == 100
+    np.testing.assert_allclose([theirs[key] for key in mine], list(mine.values()), rtol=1e-12)
+    assert {r for _, _, _, r, _ in mine} == {0.0, 1.0}  # the goal pays one on arrival, with no discount
+
+
 def test_a_problem_without_a_horizon_ends_in_the_goal_alone():
     env = ld.to_gymnasium(stationary(parse(HIDDEN)))
     assert env.horizon is None and env.names["states"] == ("far", "near", "goal")

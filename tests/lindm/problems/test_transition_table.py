@@ -47,6 +47,20 @@ def test_a_state_that_is_only_an_end_absorbs_and_another_one_gets_an_end_of_its_
     assert problem.r[0].tolist() == [0.5, 0.25 * 8 - 0.75] and problem.P[1].toarray()[1].tolist() == [0.25, 0.75, 0, 0]
 
 
+def test_what_is_paid_is_the_reward_of_the_transition():
+    """State 4 is the end apart; two entries of one transition pay 2 and 5, their mean by probability is 3."""
+    table = TABLE | {2: {0: [(0.5, 0, 2.0, False), (0.25, 0, 5.0, False), (0.25, 1, 7.0, False)], 1: [(1.0, 3, 5.0, True)]}}
+    problem = read_table(table, 0, 0.9)
+    R = problem.reward_table()[0, ..., 0]
+    assert R[0, 0].tolist() == [0, 1, 0, 0, 0] and R[0, 1].tolist() == [0, 0, 0, 0, 1.25]
+    assert R[2, 0].tolist() == [3, 7, 0, 0, 0] and R[2, 1].tolist() == [0, 0, 0, 0, 5]
+    P = np.stack([kernel.toarray() for kernel in problem.P], axis=1)
+    np.testing.assert_allclose((P * R).sum(-1), problem.r, rtol=1e-12)
+    finite = ld.from_gymnasium(table, horizon=3, discount=0.9, start=0).problem
+    assert finite.discount == 0.9 and np.array_equal(finite.paid.R[0, ..., 0], R)
+    assert ld.from_gymnasium({0: {0: [(1.0, 0, 2.0, False)]}}, horizon=3, start=0).problem.paid is None
+
+
 @pytest.mark.parametrize(("name", "horizon", "options"), [("FrozenLake", None, {}), ("Taxi", 12, {}), ("CliffWalking", 20, {})])
 def test_the_optimum_of_the_environments_is_that_of_a_recursion_over_their_tables(name, horizon, options):
     gymnasium = pytest.importorskip("gymnasium")
