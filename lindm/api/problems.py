@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
+def read_pomdp(
+    *paths: str | Path,
+    horizon: int,
+    discount: float | None = None,
+    alpha: float | None = None,
+    perturb: str | Path | None = None,
+) -> NamedProblem:
     """Read a problem from a file in Cassandra's `.pomdp` format; several files are the models of an ambiguous POMDP.
 
     A file without observations is an MDP.
@@ -37,7 +43,9 @@ def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, 
     Args:
       horizon: number of stages.
       discount: in [0, 1], in place of the file's.
-      alpha: attitude to ambiguity, required for several files: 1 is the worst case over the models, 0 the best.
+      alpha: attitude to ambiguity, required for several models: 1 is the worst case over the models, 0 the best.
+      perturb: of one file, a CSV file with the columns model, table (T or O), action, state, probabilities: rows that other
+        experts replace. The models are the file's own and theirs.
 
     Returns:
       The problem in `.problem`, with the names of its states, actions, observations and models.
@@ -53,7 +61,7 @@ def read_pomdp(*paths: str | Path, horizon: int, discount: float | None = None, 
     (4, 2)
     """
     with double_precision():
-        return registry.read_files([str(path) for path in paths], horizon, discount, alpha)
+        return registry.read_files([str(path) for path in paths], horizon, discount, alpha, perturb=perturb)
 
 
 def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) -> StationaryPOMDP:

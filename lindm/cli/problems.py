@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lindm.choices import Behavior, Split
@@ -45,6 +46,8 @@ class FamilyOptions:
     """Number of rocks (rocksample)."""
     layout: int | None = None
     """Seed of the cells of the rocks (rocksample)."""
+    perturb: Path | None = None
+    """Of one .pomdp file: a CSV file with rows of probabilities of other experts, which make the problem ambiguous."""
 
 
 FAMILY_OPTIONS = tuple(field.name for field in fields(FamilyOptions))

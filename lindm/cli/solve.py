@@ -73,7 +73,8 @@ def run(options: Solve) -> int:
         return run_stationary(options, start)
     file = Path(options.problem[0])
     searched = options.rules or any(getattr(options, name) is not None for name in OF_POINT_BASED)
-    if options.method == "auto" and len(options.problem) == 1 and file.is_file() and (searched or is_long(options)):
+    one = len(options.problem) == 1 and options.perturb is None
+    if options.method == "auto" and one and file.is_file() and (searched or is_long(options)):
         return run_stationary(options, start)
     if options.method == "auto" and options.effort is None and is_endless(options):
         return run_stationary(options, start)

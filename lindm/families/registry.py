@@ -24,6 +24,7 @@ from lindm.families.screening import Screening
 from lindm.families.suites import Suite, TabularSuite
 from lindm.problems import cassandra
 from lindm.problems.apomdp import apomdp
+from lindm.problems.experts import read_experts
 from lindm.problems.stationary import StationaryPOMDP, to_pomdp
 from lindm.types import Problem
 
@@ -165,13 +166,20 @@ def draw(suite: Suite, seed: int = 0) -> NamedProblem:
 
 
 def load_problem(
-    words: Sequence[str], horizon: int | None = None, discount: float | None = None, alpha: float | None = None, **options: Any
+    words: Sequence[str],
+    horizon: int | None = None,
+    discount: float | None = None,
+    alpha: float | None = None,
+    *,
+    perturb: str | Path | None = None,
+    **options: Any,
 ) -> Suite | NamedProblem:
     """What the words of a command name: one of `FAMILIES`, or files (`read_files`).
 
     Args:
       horizon: stages; required for files, None is the default of a family.
       discount, alpha: None is the default of a family, or the file's own discount.
+      perturb: as of `read_files`.
       options: other options of a family; they must be left out for files.
 
     Raises:
@@ -181,6 +189,8 @@ def load_problem(
     if not words:
         raise ValueError(f"PROBLEM must be a .pomdp file or one of {', '.join(FAMILIES)}; got none")
     if len(words) == 1 and words[0] in FAMILIES and not Path(words[0]).is_file():
+        if perturb is not None:
+            raise ValueError(f"perturb must be left out for a family: its rows are those of one .pomdp file; got {perturb}")
         given: dict[str, Any] = {"horizon": horizon, "discount": discount, "alpha": alpha}
         made = build(words[0], **{name: value for name, value in given.items() if value is not None}, **options)
         if isinstance(made, StationaryPOMDP):
@@ -195,16 +205,26 @@ def load_problem(
         raise ValueError(f"{next(iter(options))} must be left out for files, which have sizes and a law of their own")
     if horizon is None:
         raise ValueError("horizon must be given for files")
-    return read_files(words, horizon, discount, alpha)
+    return read_files(words, horizon, discount, alpha, perturb=perturb)
 
 
-def read_files(words: Sequence[str], horizon: int, discount: float | None = None, alpha: float | None = None) -> NamedProblem:
-    """One `.pomdp` file as a POMDP, or as an MDP if it has no observations; several files as the models of an APOMDP.
+def read_files(
+    words: Sequence[str],
+    horizon: int,
+    discount: float | None = None,
+    alpha: float | None = None,
+    *,
+    perturb: str | Path | None = None,
+) -> NamedProblem:
+    """One `.pomdp` file as a POMDP, or as an MDP if it has no observations; several models as an APOMDP.
+
+    Several models are several files, or one file, whose own model is the first, with the rows of other experts.
 
     Args:
       horizon: stages, at least one.
       discount: in [0, 1]; None is the file's own.
-      alpha: attitude to ambiguity, in [0, 1]; required for several files, an error for one file.
+      alpha: attitude to ambiguity, in [0, 1]; required for several models, an error for one.
+      perturb: a CSV file with rows of probabilities of other experts (`lindm.problems.experts`).
 
     Raises:
       ValueError: an argument is missing or out of its range.
@@ -217,11 +237,23 @@ def read_files(words: Sequence[str], horizon: int, discount: float | None = None
         validate.fraction(alpha, "alpha")
     if not words:
         raise ValueError("FILE must name at least one .pomdp file; got none")
-    if alpha is not None and len(words) == 1:
+    if perturb is not None and len(words) > 1:
+        raise ValueError(f"perturb must be left out for several files, which are models already; got {perturb}")
+    if alpha is not None and len(words) == 1 and perturb is None:
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")
-    if alpha is None and len(words) > 1:
-        raise ValueError("alpha must be given for several files, which are models of one APOMDP: 1 is the worst case, 0 the best")
+    if alpha is None and (len(words) > 1 or perturb is not None):
+        several = "several files" if perturb is None else "perturb"
+        raise ValueError(f"alpha must be given for {several}, the models of one APOMDP: 1 is the worst case, 0 the best")
     models = [cassandra.read(word) for word in words]
+    stems = [Path(word).stem for word in words]
+    if perturb is not None:
+        if not models[0].observations:
+            raise DataError(f"{words[0]}: observations must be given for perturb, whose models are POMDPs; this is an MDP")
+        experts = read_experts(perturb, models[0])
+        if stems[0] in experts:
+            raise DataError(f"{perturb}: {stems[0]!r} is the name of the file's own model; choose another name for the expert")
+        models, stems = [*models, *experts.values()], [*stems, *experts]
+        words = [words[0], *(f"{perturb}: model {name!r}" for name in experts)]
     single_mdp = len(models) == 1 and not models[0].observations
     problems: list[Any] = [cassandra.to_mdp(models[0], horizon, discount)] if single_mdp else []
     problems = problems or cassandra.to_pomdps(models, words, horizon, discount)
@@ -231,9 +263,8 @@ def read_files(words: Sequence[str], horizon: int, discount: float | None = None
         except ValueError as e:
             raise DataError(f"{word}: {e}") from e
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
-    if len(words) == 1:
+    if len(models) == 1:
         return NamedProblem(problem=problems[0], **names)
     assert alpha is not None
-    stems = tuple(Path(word).stem for word in words)
     unique = len(set(stems)) == len(stems)
-    return NamedProblem(problem=apomdp(problems, alpha), models=stems if unique else tuple(words), **names)
+    return NamedProblem(problem=apomdp(problems, alpha), models=tuple(stems if unique else words), **names)
