@@ -1,5 +1,6 @@
-"""What `Policy.act` takes beside a problem and a history: demonstrations of the user's own, and saved alpha vectors."""
+"""What `Policy.act` takes beside a problem and a history: demonstrations of the user's own, and saved policies."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from lindm.datasets import read_episodes
 from lindm.errors import DataError
 from lindm.evaluation.history import WORDS, problem_info
 from lindm.evaluation.policies.alpha_vectors import AlphaVectors
+from lindm.evaluation.policies.saved import GraphPolicy, StateActions, read_policy
 from lindm.evaluation.policy import Episodes
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.text import Step
@@ -54,6 +56,7 @@ def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVecto
       problem: of which the vectors are.
 
     Raises:
+      ValueError: the problem is an MDP.
       DataError: the file cannot be read, or holds no alpha vectors of a problem of these sizes; names the file and the line.
 
     >>> tiger = ld.read_stationary_pomdp("tiger.pomdp")
@@ -62,3 +65,28 @@ def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVecto
     'open-right'
     """
     return AlphaVectors.read(Path(path), problem)
+
+
+def load_saved_policy(path: str | Path, problem: StationaryPOMDP | None = None) -> GraphPolicy | StateActions:
+    """The policy of a file .json of `solve_stationary(...).save`: the graph of a POMDP, or an action for each state of an MDP.
+
+    Args:
+      problem: of which the policy is: decisions then have a belief, and what is impossible is refused.
+
+    Raises:
+      ValueError: the problem has other names.
+      DataError: the file cannot be read, is damaged, or holds no policy.
+
+    >>> tiger = ld.read_stationary_pomdp("tiger.pomdp")
+    >>> ld.solve_stationary(tiger).save("tiger.json")
+    >>> ld.load_saved_policy("tiger.json").act((), "listen hear-left listen hear-left").action
+    'open-right'
+    """
+    policy = read_policy(Path(path))
+    if problem is not None:
+        given, own = problem_info(problem), policy.problem
+        for part in own.sizes:
+            if (given.words(part) if part in given.sizes else None) != (wanted := own.words(part)):
+                raise ValueError(f"problem must have the {part} of {path}: {', '.join(wanted[:8])}{', ...' * (len(wanted) > 8)}")
+        policy.problem = replace(own, problem=problem)
+    return policy

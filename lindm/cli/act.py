@@ -31,7 +31,7 @@ class Act(FamilyOptions):
     """A policy of the list below, or the file of a saved solution."""
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")] = ()
     """A .pomdp file (several are the models of an ambiguous POMDP), a family, such as prostate, or a directory of `lindm data
-    make`. It may be left out for a solution in a file .npz, and for a language model that `lindm sft` trained."""
+    make`. It may be left out for a solution in a file .npz or .json, and for a language model that `lindm sft` trained."""
     history: str | None = None
     """The episode so far, in the problem's names or numbers: "action observation action observation"; of an ambiguous POMDP
     "action model observation ..."; of an MDP "state action state", ending in the current state. "" before the first action."""
@@ -82,7 +82,7 @@ def decision_maker(options: Act) -> "DecisionMaker":
     from lindm.api.decisions import read_demonstrations
     from lindm.evaluation.policy import DecisionMaker
 
-    saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha", ".policy")
+    saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha", ".policy", ".json")
     policy, problem, demonstrations = solution(options) if saved else named(options)
     if options.demonstrations is not None:
         about = problem if problem is not None else getattr(policy, "problem", None)
@@ -102,7 +102,7 @@ OF_PROBLEMS = ("horizon", "discount", "alpha", "seed", *FAMILY_OPTIONS)
 
 def solution(options: Act) -> tuple[Any, Any, Any]:
     """The policy, the problem (None: the policy's own) and the demonstrations of a file of a saved solution."""
-    from lindm.api.decisions import load_alpha_vectors
+    from lindm.api.decisions import load_alpha_vectors, load_saved_policy
     from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import load_solution
 
@@ -113,10 +113,14 @@ def solution(options: Act) -> tuple[Any, Any, Any]:
         if options.problem:
             raise UsageError(f"PROBLEM must be left out: {path} has its own; got {options.problem[0]!r}")
         return load_solution(path).policy, None, ()
-    if len(options.problem) != 1:
-        raise UsageError(f"PROBLEM must be the one .pomdp file of which {path} has the vectors; got {len(options.problem)} files")
-    with warnings_as_lines():
-        problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
+    if len(options.problem) > 1 or (path.suffix != ".json" and not options.problem):
+        raise UsageError(f"PROBLEM must be the one .pomdp file of which {path} has the policy; got {len(options.problem)} files")
+    problem = None
+    if options.problem:
+        with warnings_as_lines():
+            problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
+    if path.suffix == ".json":
+        return load_saved_policy(path, problem), None, ()
     return load_alpha_vectors(path, problem), problem, ()
 
 
@@ -297,6 +301,11 @@ COMMAND = Command(
     sections={"split": "Options of a family", "horizon": "Problem", "temperature": "Language models", "json": "Output"},
     table=(
         "Policies",
-        help_table() | {"FILE.npz": "A saved solution.", "FILE.alpha": "Alpha vectors of a .pomdp file, without a horizon."},
+        help_table()
+        | {
+            "FILE.npz": "A solution that `solution.save` wrote.",
+            "FILE.alpha": "Alpha vectors of the POMDP in PROBLEM, as `lindm solve --save` writes them.",
+            "FILE.json": "A policy graph, or an action for each state of an MDP, as `lindm solve --save` writes them.",
+        },
     ),
 )

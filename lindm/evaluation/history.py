@@ -68,8 +68,9 @@ def problem_info(problem: Any) -> ProblemInfo:
     if isinstance(problem, NamedProblem | StationaryPOMDP):
         names = {part: list(words) for part in SYMBOL_ARGUMENTS.values() if (words := getattr(problem, part, ()))}
     if isinstance(problem, StationaryPOMDP):
-        sizes = {part: getattr(problem, f"num_{part}") for part in ("states", "actions", "observations")}
-        return ProblemInfo(kind="pomdp", horizon=math.inf, sizes=sizes, names=names, problem=problem)
+        sizes = {part: n for part in ("states", "actions", "observations") if (n := getattr(problem, f"num_{part}"))}
+        kind: Kind = "pomdp" if problem.O else "mdp"
+        return ProblemInfo(kind=kind, horizon=math.inf, sizes=sizes, names=names, problem=problem)
     if isinstance(problem, NamedProblem):
         return replace(problem_info(problem.problem), names=names)
     if hasattr(problem, "suite"):  # a dataset
@@ -178,7 +179,7 @@ def check_history(steps: Sequence[Step], info: ProblemInfo) -> tuple[tuple[Step,
     if info.problem is None:
         return tuple(steps), None
     with double_precision():
-        if isinstance(info.problem, MDP):
+        if isinstance(info.problem, MDP) or (isinstance(info.problem, StationaryPOMDP) and info.kind == "mdp"):
             return _check_states(steps, info, info.problem), None
         return tuple(steps), _belief(steps, info, info.problem)
 
@@ -204,13 +205,15 @@ def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[Any, np.ndarray]:
     return np.asarray(at_stage(models.P[m], t))[:, a], np.asarray(at_stage(models.O[m], t))[a]
 
 
-def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP) -> tuple[Step, ...]:
+def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP | StationaryPOMDP) -> tuple[Step, ...]:
     law, checked = np.asarray(problem.rho), []
     for t, step in enumerate(steps):
         assert step.state is not None
         if not law[step.state] > 0:
             _impossible(t, "state", step.state, info, law)
-        if step.action is not None:
+        if step.action is not None and isinstance(problem, StationaryPOMDP):
+            law = problem.P[step.action][[step.state]].toarray()[0]
+        elif step.action is not None:
             law = np.asarray(at_stage(problem.P, t))[step.state, step.action]
             if step.reward is None:
                 paid = problem.pay(t, step.state, step.action, steps[t + 1].state)

@@ -12,7 +12,7 @@ import pytest
 import lindm as ld
 from lindm.cli.main import main
 from lindm.datasets import Dataset
-from lindm.io import limits
+from lindm.io import files, limits
 from lindm.llm.sft import trainer
 from lindm.llm.sft.options import SFTConfig
 
@@ -85,6 +85,52 @@ def test_saved_solutions_are_policies(capsys, tmp_path):
     belief = np.array([0.85, 0.15])
     assert found["action"] == problem.actions[solution.act(belief)] and "upper" not in found and "Q" not in found
     assert max(found["lower"].values()) >= (solution.vectors @ belief).max() - 1e-9
+
+
+def test_saved_graphs_and_tables_are_followed(capsys, tmp_path):
+    tiger = ld.read_stationary_pomdp(TIGER)
+    graph, alpha = str(tmp_path / "tiger.json"), str(tmp_path / "tiger.alpha")
+    solution = ld.solve_stationary(tiger, tolerance=1e-6)
+    solution.save(graph)
+    solution.save(alpha)
+    heard = ["", "listen hear-left", "listen hear-left listen hear-left", "listen hear-right listen hear-right"]
+    heard.append(f"{heard[2]} open-right hear-left listen hear-right")
+    for history in heard:
+        wanted = asked(capsys, "act", alpha, TIGER, "--history", history)
+        assert asked(capsys, "act", graph, "--history", history)["action"] == wanted["action"]
+        assert asked(capsys, "act", graph, TIGER, "--history", history)["belief"] == wanted["belief"]
+    code, said = refused(capsys, "act", graph, "--history", "open-left hear-left")
+    assert code == 2 and "step 1: a policy graph goes on after its own action alone, 'listen'; got 'open-left'" in said
+    code, said = refused(capsys, "act", graph, "tests/lindm/problems/files/4x3.pomdp", "--history", "")
+    assert code == 2 and "problem must have the states of" in said
+    forest = "tests/lindm/problems/files/forest.pomdp"
+    for horizon, history in (("inf", "{0}"), ("2", "{0}")):
+        table = str(tmp_path / f"forest-{horizon}.json")
+        found = ld.solve_stationary(ld.read_stationary_pomdp(forest), float(horizon))
+        found.save(table)
+        for state in found.problem.states or map(str, range(found.problem.num_states)):
+            got = asked(capsys, "act", table, "--history", history.format(state))["action"]
+            assert got == found.act(state if found.problem.states else int(state))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"nodes": []}, "not a policy of `lindm solve --save`"),
+        ({"nodes": [{"action": "jump", "next": {}}]}, "not a policy of `lindm solve --save`"),
+        ({"nodes": [{"action": "listen", "next": {"hear-left": 7}}]}, "an edge to node 7"),
+        ({"states": None}, "not a policy of `lindm solve --save`"),
+        ({"format": "lindm-policy-0"}, "must have the format 'lindm-policy-1'"),
+    ],
+)
+def test_a_damaged_policy_file_is_refused(capsys, tmp_path, change, message):
+    content = {"horizon": None, "states": ["a"], "actions": ["listen"], "observations": ["hear-left"]}
+    content |= {"nodes": [{"action": "listen", "next": {"hear-left": 0}}]} | change
+    files.write_json(tmp_path / "p.json", content, format=content.pop("format", "lindm-policy-1"))
+    code, said = refused(capsys, "act", str(tmp_path / "p.json"), "--history", "")
+    assert code == 3 and message in said
+    (tmp_path / "p.json").write_text((tmp_path / "p.json").read_text().replace("hear", "hera"))
+    assert refused(capsys, "act", str(tmp_path / "p.json"), "--history", "")[0] == 3
 
 
 def test_a_dataset_gives_the_problem_the_names_and_the_demonstrations(capsys, micro):
