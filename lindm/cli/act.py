@@ -305,6 +305,7 @@ COMMAND = Command(
         | {
             "FILE.npz": "A solution that `solution.save` wrote.",
             "FILE.alpha": "Alpha vectors of the POMDP in PROBLEM, as `lindm solve --save` writes them.",
+            "FILE.policy": "Alpha vectors of the POMDP in PROBLEM, as SARSOP writes them.",
             "FILE.json": "A policy graph, or an action for each state of an MDP, as `lindm solve --save` writes them.",
         },
     ),

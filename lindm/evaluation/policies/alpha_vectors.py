@@ -27,7 +27,7 @@ class AlphaVectors(Policy):
 
     @classmethod
     def read(cls, path: Path, problem: StationaryPOMDP) -> "AlphaVectors":
-        """The policy of a file .alpha or .policy. ValueError for an MDP; DataError where it is none of a problem of these sizes."""
+        """The policy of a file .alpha or .policy. ValueError for an MDP; DataError for a file of no problem of these sizes."""
         if not problem.O:
             raise ValueError("problem must be a POMDP: alpha vectors are values over beliefs; got an MDP, without observations")
         return cls(problem, *read_alpha(path, problem.num_states, problem.num_actions))
