@@ -91,7 +91,8 @@ def unknown(name: str, got: str, known: Sequence[str]) -> str:
 def from_library(error: Exception, what: str = "the work", advice: str = MEMORY_ADVICE) -> Exception:
     """The error of this package that an exception of JAX or Python stands for, or the exception itself.
 
-    A failed allocation, of this machine or of a device, is an `OutOfMemoryError`; a platform without a device is a `UsageError`.
+    A failed allocation, of this machine or of a device, is an `OutOfMemoryError`; a platform without a device is a `UsageError`;
+    no directory for temporary files, which libraries look for when they are imported, is a `StorageError`.
 
     Args:
       what: what does not fit in memory.
@@ -102,6 +103,8 @@ def from_library(error: Exception, what: str = "the work", advice: str = MEMORY_
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
     if failed_to_allocate(error):
         return OutOfMemoryError(f"{what} does not fit in memory: {reason}; try {advice}")
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in reason:  # of `tempfile`: it tries to write
+        return StorageError(f"cannot write temporary files ({reason}): the disk is full, or TMPDIR must name another directory")
     frames = traceback.extract_tb(error.__traceback__)
     if (platforms := os.environ.get("JAX_PLATFORMS")) and frames and frames[-1].filename.endswith("xla_bridge.py"):
         return UsageError(

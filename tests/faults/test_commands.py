@@ -93,6 +93,9 @@ AT_ANY_POINT = (
     "plot run --experiments lab/toy.py",
     "theory risk --features features.csv --train-lengths 8 --test-lengths 8 --plot risk.png",
     "solve TIGER --horizon inf --tolerance 50% --save policy.alpha",
+    "solve TIGER --horizon inf --tolerance 50% --save policy.json",
+    "solve TIGER --horizon inf --tolerance 50% --save policy.svg",
+    "solve TIGER --horizon 2 --plot value.png",
 )
 AT_A_SAMPLE = (
     "data make TIGER --horizon 2 --tasks 4 --demos 1 --out out",

@@ -5,6 +5,8 @@ The disks of `lindm sft`: tests/lindm/llm/sft/test_full_disk.py.
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from lindm.io import files
 from lindm.io.manifest import read_records
 from lindm.io.temporaries import TEMPORARY_SUFFIX
 from lindm_experiments.harness import run_directory
+from tests.faults.conftest import COMMAND, ROOT
 from tests.limits import largest_file, read_only
 
 MAX_LIMITS = 4
@@ -96,6 +99,16 @@ def test_where_nothing_may_be_written_a_command_is_exit_7(command, out, capsys, 
         assert code == 7 and f"cannot write {out}" in error, f"{directory}: {code}, {error}"
         trials.add()
     assert main(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.fault("F7")
+def test_a_disk_that_is_full_before_the_first_import_is_exit_7_in_one_line(tmp_path):
+    """Libraries look for a directory of temporary files when they are imported, and write to it."""
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    words = [sys.executable, "-c", full + COMMAND, "solve", "prostate", "--horizon", "2"]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 7 and done.stderr.startswith("lindm: error: cannot write temporary files ("), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def vanish(out: Path, then: str) -> None:
