@@ -25,8 +25,8 @@ R = rng.integers(-99, 100, (S, A, S, O)).astype(float)  # 36 rewards, most of th
 MEAN = np.einsum("asu,auo,sauo->sa", P, Z, R)
 
 
-def written(with_table: bool) -> str:
-    """The problem as a file: with its rewards, or with their means in place of them."""
+def written(with_table: bool, sign: int = 1) -> str:
+    """The problem as a file: with its rewards, or with their means (or the opposite) in place of them."""
     lines = [f"discount: {GAMMA}\nvalues: reward\nstates: {S}\nactions: {A}\nobservations: {O}\nstart: 1 0 0"]
     for a, s in np.ndindex(A, S):
         lines.append(f"T: {a} : {s} " + " ".join(map(str, P[a, s].tolist())))
@@ -34,7 +34,7 @@ def written(with_table: bool) -> str:
         if with_table:
             lines += [f"R: {a} : {s} : {u} : {o} {R[s, a, u, o]}" for u, o in np.ndindex(S, O)]
         else:
-            lines.append(f"R: {a} : {s} : * : * {float(MEAN[s, a])!r}")
+            lines.append(f"R: {a} : {s} : * : * {sign * float(MEAN[s, a])!r}")
     return "\n".join(lines)
 
 
@@ -122,6 +122,37 @@ def test_gamma_and_the_convention_are_in_every_format(directories, tmp_path, mon
     for episode, row in zip(there, rows(directory), strict=True):
         assert episode.rewards.tolist() == row["reward"]
         assert episode.infos["discounted_mean_reward"].tolist() == [*row["discounted_mean_reward"], 0.0]
+
+
+def test_in_an_ambiguous_problem_the_model_of_the_step_pays(tmp_path):
+    """The first model has the table, the second one the opposite of its means."""
+    for name in ("table", "mean"):
+        (tmp_path / f"{name}.pomdp").write_text(written(name == "table", -1))
+    problem = load_problem([str(tmp_path / "table.pomdp"), str(tmp_path / "mean.pomdp")], 3, alpha=0.5)
+    make_dataset(tmp_path / "d", problem, config(tasks=10, behavior="uniform"))
+    assert Dataset(tmp_path / "d").problems()[0].models.paid.R.shape == (2, 1, S, A, S, O)
+    paid = {0: 0, 1: 0}
+    for row in rows(tmp_path / "d"):
+        for t, (s, a, m, o) in enumerate(zip(*(row[k] for k in ("state", "action", "model", "observation")), strict=True)):
+            following = range(S) if t == 2 else [row["state"][t + 1]]
+            assert row["reward"][t] in ({R[s, a, u, o] for u in following} if m == 0 else {-MEAN[s, a]})
+            paid[m] += 1
+    assert min(paid.values()) > 20
+
+
+def test_in_an_mdp_every_reward_is_that_of_the_next_state(tmp_path):
+    table = R[..., 0]
+    lines = [f"discount: {GAMMA}\nstates: {S}\nactions: {A}\nstart: uniform"]
+    lines += [f"T: {a} : {s} " + " ".join(map(str, P[a, s].tolist())) for a, s in np.ndindex(A, S)]
+    lines += [f"R: {a} : {s} : {u} {table[s, a, u]}" for a, s, u in np.ndindex(A, S, S)]
+    (tmp_path / "seen.pomdp").write_text("\n".join(lines))
+    make_dataset(tmp_path / "d", load_problem([str(tmp_path / "seen.pomdp")], H), config(tasks=10, behavior="uniform"))
+    mean = np.einsum("asu,sau->sa", P, table)
+    for row in rows(tmp_path / "d"):
+        s, a = row["state"], row["action"]
+        assert row["reward"][:-1] == [table[s[t], a[t], s[t + 1]] for t in range(H - 1)]
+        assert row["reward"][-1] in table[s[-1], a[-1]]
+        np.testing.assert_allclose(row["discounted_mean_reward"], GAMMA ** np.arange(H) * mean[s, a], rtol=1e-12)
 
 
 def test_a_problem_with_a_table_reads_back_and_one_from_arrays_keeps_its_discount(directories, tmp_path):

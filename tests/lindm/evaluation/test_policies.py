@@ -2,6 +2,7 @@
 # what may be None is there in these tests
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 
+import itertools
 from dataclasses import dataclass, replace
 
 import jax
@@ -234,6 +235,20 @@ def test_lsvi_uses_the_last_step_of_an_episode_at_the_last_stage_alone():
 def test_with_enough_demonstrations_of_everything_planning_finds_the_optimum(tmp_path_factory, name):
     many = tasks_of(tmp_path_factory, replace(SEEN, gap=0.05), tasks=4, demos=300, behavior="uniform")
     assert np.mean([loss.normalized_gap for loss in losses(many, name)]) < 0.02
+
+
+def test_a_history_shows_the_rewards_that_were_paid():
+    """0 on staying and 7 on moving, by the next state; half of either, discounted, is the mean."""
+    R = jnp.asarray([[[0.0, 7.0]], [[7.0, 0.0]]])[None, ..., None]
+    paid = RewardFunction(R=R, discount=jnp.asarray(0.5))
+    r = 3.5 * 0.5 ** np.arange(3)[:, None, None] * np.ones((3, 2, 1))
+    problem = replace(mdp(np.full((1, 2, 1, 2), 0.5), r, np.array([1.0, 0])), paid=paid)
+    histories = []
+    evaluate_policy(make_tasks([problem], [()]), FunctionPolicy(lambda demos, history: histories.append(history) or 0))
+    whole = [history for history in histories if len(history) == 3]
+    assert len(whole) == 4 and {step.reward for history in whole for step in history[:-1]} == {0.0, 7.0}
+    for history in whole:
+        assert all(x.reward == (7.0 if x.state != y.state else 0.0) for x, y in itertools.pairwise(history))
 
 
 @pytest.mark.parametrize("policy", [policies.certainty_equivalence(), policies.lsvi()])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lindm.problems.apomdp import apomdp, draw_apomdp, mixture, optimistic, single
 from lindm.problems.pomdp import draw_pomdp, pomdp
-from lindm.types import APOMDP, POMDP
+from lindm.types import APOMDP, POMDP, RewardFunction
 
 S, A, O, H, M = 2, 2, 2, 3, 2
 
@@ -247,3 +247,18 @@ def test_reductions_raise_an_error_where_they_do_not_hold():
 def test_a_drawn_model_is_a_member_like_any_other():
     member = draw_pomdp(jax.random.key(9), S, A, O, H)
     assert value(apomdp([member, member], 0.3)) == pytest.approx(pomdp_value(member), rel=1e-12)
+
+
+def test_models_pay_their_own_rewards_and_share_the_discount():
+    P, O, rho = np.full((2, 1, 2), 0.5), np.full((1, 2, 2), 0.5), [0.5, 0.5]
+    models = [pomdp(P, O, np.array([[1.0], [k]]), rho, horizon=3, discount=0.5) for k in (2.0, 3.0)]
+    table = jnp.arange(4.0).reshape(1, 2, 1, 2, 1)
+    models[1] = dataclasses.replace(models[1], paid=RewardFunction(R=table, discount=jnp.asarray(0.5)))
+    problem = apomdp(models, 0.5)
+    assert float(problem.discount) == 0.5 and problem.models.paid.R.shape == (2, 1, 2, 1, 2, 1)
+    for s, u in np.ndindex(2, 2):
+        assert float(problem.models.pay(2, s, 0, u, 0, (0,))) == [1.0, 2.0][s]
+        assert float(problem.models.pay(2, s, 0, u, 0, (1,))) == 2 * s + u
+    assert apomdp([pomdp(P, O, np.ones((3, 2, 1)), rho)], 0.5).models.paid is None
+    with pytest.raises(ValueError, match=r"^models must have one discount; got 0.5 of model 0 and 1.0 of model 1$"):
+        apomdp([models[0], pomdp(P, O, np.ones((3, 2, 1)), rho)], 0.5)
