@@ -16,6 +16,10 @@ Rewards = Literal["auto", "shown", "hidden"]
 Supervise = Literal["all", "query"]
 """Trained steps of a text: those of the demonstrations and of the query (all), or of the query alone (query)."""
 
+Loss = Literal["action", "soft", "regret"]
+"""Training loss at an action: cross-entropy of the oracle's action (action) or of its softmax policy (soft), or the expected
+regret of the model's own action probabilities (regret)."""
+
 Split = Literal["id", "ood"]
 """Split of a suite: in distribution or out of distribution."""
 

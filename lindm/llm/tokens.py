@@ -17,7 +17,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakKeyDictionary
@@ -48,6 +48,7 @@ class Example:
     target: np.ndarray  # [n] int32: the token to predict after each position, -1 where nothing is trained
     source: str  # origin of the text, for messages
     group: int = 0  # examples of one group are held out together
+    action_values: np.ndarray | None = None  # [targets, A] float32: the oracle's Q at each target, in order of position
 
 
 @dataclass(eq=False)
@@ -256,6 +257,7 @@ def document_example(
     supervise: Supervise,
     source: str,
     group: int = 0,
+    values: Sequence[Sequence[Sequence[float]]] | None = None,
 ) -> Example:
     """The example of a rendered document.
 
@@ -263,6 +265,7 @@ def document_example(
       pieces: from `lindm.text.render`; labels: [episode][step] actions of the oracle, those of the query last.
       actions: the tokens of every action, from `action_tokens`.
       supervise: train every step of the demonstrations and of the query (all), or the steps of the query alone (query).
+      values: [episode][step][A] action values of the oracle, if the example shall have them; each action is one token.
 
     Raises:
       ValueError: an unknown value of supervise. DataError: the tokenizer cannot represent a piece.
@@ -271,15 +274,18 @@ def document_example(
         raise ValueError(f"supervise must be one of {', '.join(get_args(Supervise))}; got {supervise!r}")
     with name_source(source):
         ids, tokens = document_prefix(tokenizer), encode(tokenizer, [piece.text for piece in pieces])
-    query, trained = len(labels) - 1, {}
+    query, trained, trained_values = len(labels) - 1, {}, []
     for piece, taken in zip(pieces, tokens, strict=True):
         if piece.action is not None and piece.step is not None and (supervise == "all" or piece.episode == query):
+            if values is not None:
+                trained_values.append(values[piece.episode][piece.step])
             for j, token in enumerate(actions[labels[piece.episode][piece.step]]):
                 trained[len(ids) - 1 + j] = token  # an action is never the first piece
                 if taken[j : j + 1] != [token]:
                     break
         ids += taken
-    return make_example(ids, trained, source, group)
+    example = make_example(ids, trained, source, group)
+    return example if values is None else replace(example, action_values=np.array(trained_values, np.float32))
 
 
 def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, source: str, group: int = 0) -> Example:

@@ -36,8 +36,10 @@ class Evaluator:
         self.setup, self.graphdef = setup, graphdef
         self.batches = list(self._batches())
         self.num_labels = sum(int((e.target >= 0).sum()) for row in setup.eval_rows for e in row)
-        compute, mesh = setup.compute, setup.mesh
-        self.eval_loss = jax.jit(lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh))
+        compute, mesh, objective = setup.compute, setup.mesh, setup.objective
+        self.eval_loss = jax.jit(
+            lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective)
+        )
         self.baseline: dict[str, float] | None = None
         if setup.decision_tasks is not None:
             with double_precision():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lindm.choices import Rewards
+from lindm.choices import Loss, Rewards
 from lindm.datasets import Dataset, Task, documents, is_dataset
 from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
@@ -98,14 +98,24 @@ def dataset_examples(
     template: Template,
     supervise: Supervise,
     max_tokens: int | None,
+    with_values: bool = False,
 ) -> list[Example]:
-    """The examples of the documents of a dataset; each document is tokenized once."""
+    """The examples of the documents of a dataset; each document is tokenized once.
+
+    with_values: the examples have the oracle's action values. Raises: DataError where an action has several tokens.
+    """
     actions = action_tokens(tokenizer, template, dataset.num_actions)
+    if with_values and (several := [tokens for tokens in actions if len(tokens) > 1]):
+        rule = "a loss of action values needs actions of one token each"
+        raise DataError(
+            f"{dataset.directory}: {rule}; with this tokenizer and template one has {len(several[0])}: use --template"
+        )
     examples = []
     for task, query, pieces in task_documents:
-        labels = [episode.label for episode in (*task.demonstrations, task.queries[query])]
+        episodes = (*task.demonstrations, task.queries[query])
+        labels, values = [episode.label for episode in episodes], [episode.Q for episode in episodes] if with_values else None
         source = f"{dataset.directory}: task {task.task}, query {query}"
-        example = document_example(tokenizer, pieces, labels, actions, supervise, source, task.task)
+        example = document_example(tokenizer, pieces, labels, actions, supervise, source, task.task, values)
         examples.append(_checked(example, max_tokens))
     return examples
 
@@ -113,10 +123,12 @@ def dataset_examples(
 # --- files --------------------------------------------------------------------------------------------------------------------
 
 
-def check_file_options(template: str | Template | None, rewards: Rewards, names: bool, supervise: Supervise) -> None:
+def check_file_options(
+    template: str | Template | None, rewards: Rewards, names: bool, supervise: Supervise, loss: Loss = "action"
+) -> None:
     """Raise ValueError for options that do not apply to a .jsonl file."""
     options = {"template": template, "rewards": rewards if rewards == "hidden" else None, "names": names or None}
-    options["supervise"] = None if supervise == "all" else supervise
+    options |= {"supervise": None if supervise == "all" else supervise, "loss": None if loss == "action" else loss}
     for option, got in options.items():
         if got is not None:
             raise ValueError(f"{option} must be left out for a .jsonl file, which has its own texts and answers; got {got!r}")

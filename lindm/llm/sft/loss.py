@@ -1,6 +1,11 @@
-r"""The language-model loss: cross-entropy of the next token at the labeled positions.
+r"""The losses at the labeled positions of a language model.
 
-    loss = - sum_i log p(target_i | tokens before it) / number of targets
+    action    - sum_i log p(target_i | tokens before it) / number of targets
+    soft      - sum_i sum_a w_ia log p(token of a | ...) / number of targets,  w_i = softmax(Q_i / temperature)
+    regret      sum_i sum_a p_i(a) (max Q_i - Q_ia) / number of targets,       p_i = softmax of the logits of the actions' tokens
+
+Q_i are the oracle's action values where target i stands, in units of reward. The first is that of any text; the others need data
+with action values and actions of one token each. An action that is not legal there has the value -inf and probability 0.
 
 Only labeled positions meet the vocabulary: their hidden states are gathered first, and logits exist for at most `LOGITS_CHUNK`
 positions of a row at a time, so no array of batch x tokens x vocabulary is ever allocated. `lm_loss` returns the sum; the step
@@ -14,11 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from lindm.choices import Loss
 from lindm.llm.config import Remat
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import BATCH_SPEC
@@ -38,8 +45,21 @@ class ComputeConfig:
     """activations that the backward pass recomputes"""
 
 
-def lm_loss(model: Decoder, batch: Batch, compute: ComputeConfig, mesh: Mesh | None = None) -> tuple[Array, Array]:
-    """Sum of -log p(target) over the labeled positions of a batch [R, T], and the number of targets that are the argmax.
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimized at a labeled position (static)."""
+
+    loss: Loss = "action"
+    actions: tuple[int, ...] = ()
+    """token of each action, for soft and regret"""
+    temperature: float = 1.0
+    """of soft, in units of reward"""
+
+
+def lm_loss(
+    model: Decoder, batch: Batch, compute: ComputeConfig, mesh: Mesh | None = None, objective: Objective | None = None
+) -> tuple[Array, Array]:
+    """Sum of the loss over the labeled positions of a batch [R, T], and the number of targets that are the argmax.
 
     Returns:
       (loss_sum, num_correct), both f32 scalars.
@@ -63,25 +83,52 @@ def lm_loss(model: Decoder, batch: Batch, compute: ComputeConfig, mesh: Mesh | N
     label_positions = jnp.maximum(batch.label_positions, 0)
     hidden = jnp.take_along_axis(hidden, label_positions[:, :, None], axis=1)
 
-    def chunk_loss(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    position_loss = _position_loss(objective or Objective())
+
+    def chunk_loss(hidden: Array, targets: Array, action_values: Array | None) -> tuple[Array, Array]:
         # labeled states are few: each vocabulary shard receives all of them, and the head stays sharded
         logits = constrain("data", None, VOCAB_AXES)(model.logits(constrain("data")(hidden), constrain(None, VOCAB_AXES)))
         labeled = targets >= 0
         token = jnp.maximum(targets, 0)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, token)
+        loss = position_loss(logits, token, action_values)
         correct = logits.argmax(-1) == token
         return jnp.where(labeled, loss, 0).sum(), jnp.where(labeled, correct, False).sum().astype(jnp.float32)
 
-    R, L, D = hidden.shape
+    per_label = (hidden, jnp.asarray(batch.targets), None if batch.action_values is None else jnp.asarray(batch.action_values))
+    L = hidden.shape[1]
     if L <= LOGITS_CHUNK:
-        return chunk_loss(hidden, jnp.asarray(batch.targets))
-    padding = -L % LOGITS_CHUNK
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(R, -1, LOGITS_CHUNK, D).swapaxes(0, 1)
-    targets = jnp.pad(batch.targets, ((0, 0), (0, padding)), constant_values=-1).reshape(R, -1, LOGITS_CHUNK).swapaxes(0, 1)
+        return chunk_loss(*per_label)
+
+    def chunks(x: Array, blank: int) -> Array:
+        """[R, L, ...] -> [chunks, R, LOGITS_CHUNK, ...]"""
+        padding = [(0, 0), (0, -L % LOGITS_CHUNK), *[(0, 0)] * (x.ndim - 2)]
+        padded = jnp.pad(x, padding, constant_values=blank)
+        return padded.reshape(x.shape[0], -1, LOGITS_CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
     zero = jnp.zeros((), jnp.float32)
 
-    def add_chunk(totals: tuple[Array, Array], chunk: tuple[Array, Array]):
+    def add_chunk(totals: tuple[Array, Array], chunk: tuple[Array, Array, Array | None]):
         loss, correct = jax.checkpoint(chunk_loss)(*chunk)
         return (totals[0] + loss, totals[1] + correct), None
 
-    return jax.lax.scan(add_chunk, (zero, zero), (hidden, targets))[0]
+    values = None if per_label[2] is None else chunks(per_label[2], 0)
+    return jax.lax.scan(add_chunk, (zero, zero), (chunks(hidden, 0), chunks(per_label[1], -1), values))[0]
+
+
+def _position_loss(objective: Objective) -> Callable[[Array, Array, Array | None], Array]:
+    """(logits [..., V], target [...], action values [..., A]) -> loss [...]."""
+    tokens = np.array(objective.actions, np.int32)
+
+    def soft(logits: Array, target: Array, values: Array) -> Array:
+        weights = jax.nn.softmax(values / objective.temperature)
+        return -(weights * jax.nn.log_softmax(logits)[..., tokens]).sum(-1)
+
+    def regret(logits: Array, target: Array, values: Array) -> Array:
+        legal = jnp.isfinite(values)
+        probabilities = jax.nn.softmax(jnp.where(legal, logits[..., tokens], -jnp.inf))
+        return jnp.where(legal, probabilities * (values.max(-1, keepdims=True) - values), 0).sum(-1)
+
+    def action(logits: Array, target: Array, values: Array | None) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, target)
+
+    return {"action": action, "soft": soft, "regret": regret}[objective.loss]

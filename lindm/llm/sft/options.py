@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.choices import Rewards, Supervise, check_choices
+from lindm.choices import Loss, Rewards, Supervise, check_choices
 from lindm.io import files
 from lindm.llm.config import BaseFormat, Remat
 
@@ -63,6 +63,10 @@ class SFTConfig:
     # data
     supervise: Supervise = "all"
     """Actions of a dataset that are trained: those of demonstrations and queries, or of queries alone."""
+    loss: Loss = "action"
+    """At each action of a dataset: cross-entropy of the oracle's action, of its softmax policy (soft), or expected regret."""
+    loss_temperature: float = 0.1
+    """Temperature of the softmax policy of --loss soft, in units of reward."""
     template: str | None = None
     """Template of the text: compact, readable, a family's (it implies --names), or a JSON or TOML file. [default: compact;
     readable with --names]"""
@@ -135,6 +139,8 @@ class SFTConfig:
         for option in dataclasses.fields(self):
             if isinstance(value := getattr(self, option.name), float) and not math.isfinite(value):
                 raise ValueError(f"{option.name} must be a finite number; got {value}")
+        if self.loss_temperature <= 0:
+            raise ValueError(f"loss_temperature must be above 0; got {self.loss_temperature}")
         if self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha must be above 0; got {self.lora_alpha}")
         if not 0 <= self.held_out < 1:

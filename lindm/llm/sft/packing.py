@@ -26,13 +26,14 @@ SEQ_LEN_MULTIPLE, MAX_LABELS_MULTIPLE = 64, 8
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """R rows of T tokens with at most L labels each; int32. Padding is a segment of its own, -1."""
+    """R rows of T tokens with at most L labels each; int32 but for the values. Padding is a segment of its own, -1."""
 
     ids: Array | np.ndarray  # [R, T] tokens
     positions: Array | np.ndarray  # [R, T] position within the example
     segments: Array | np.ndarray  # [R, T] number of the example within its row
     label_positions: Array | np.ndarray  # [R, L] positions whose hidden state predicts a target
     targets: Array | np.ndarray  # [R, L] the token to predict; -1 where a row has fewer than L labels
+    action_values: Array | np.ndarray | None = None  # [R, L, A] float32, the oracle's Q where a target stands; for losses of Q
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -90,6 +91,8 @@ def make_batch(rows: Sequence[Sequence[Example]], seq_len: int, max_labels: int)
     R = len(rows)
     ids, positions, segments = (np.full((R, seq_len), blank, np.int32) for blank in (0, 0, -1))
     label_positions, targets = (np.full((R, max_labels), blank, np.int32) for blank in (0, -1))
+    first = next((example.action_values for row in rows for example in row), None)
+    action_values = None if first is None else np.zeros((R, max_labels, first.shape[1]), np.float32)
     for r, row in enumerate(rows):
         start, first_label = 0, 0
         for segment, example in enumerate(row):
@@ -101,9 +104,12 @@ def make_batch(rows: Sequence[Sequence[Example]], seq_len: int, max_labels: int)
             ids[r, start:end], positions[r, start:end], segments[r, start:end] = example.ids, np.arange(n), segment
             label_positions[r, first_label:last_label] = start + labeled
             targets[r, first_label:last_label] = example.target[labeled]
+            if action_values is not None:
+                action_values[r, first_label:last_label] = example.action_values
             start, first_label = end, last_label
         positions[r, start:] = np.arange(seq_len - start)
-    return Batch(ids=ids, positions=positions, segments=segments, label_positions=label_positions, targets=targets)
+    labels = {"label_positions": label_positions, "targets": targets, "action_values": action_values}
+    return Batch(ids=ids, positions=positions, segments=segments, **labels)
 
 
 def philox_permutation(n: int, seed: int, number: int) -> np.ndarray:

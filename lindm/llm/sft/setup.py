@@ -41,10 +41,10 @@ from lindm.llm.sft.examples import (
     split_indices,
 )
 from lindm.llm.sft.generation import end_tokens
-from lindm.llm.sft.loss import ComputeConfig
+from lindm.llm.sft.loss import ComputeConfig, Objective
 from lindm.llm.sft.optimizer import OptimizerConfig
 from lindm.llm.sft.options import Method, SFTConfig
-from lindm.llm.tokens import Example, Tokenizer, load_tokenizer
+from lindm.llm.tokens import Example, Tokenizer, action_tokens, load_tokenizer
 from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
 
@@ -93,6 +93,7 @@ class TrainingSetup:
     max_labels: int  # per row
     mesh: Mesh
     compute: ComputeConfig
+    objective: Objective
     optimizer: OptimizerConfig
     decision_tasks: DecisionTasks | None
     end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
@@ -141,6 +142,7 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         max_labels=max_labels,
         mesh=mesh,
         compute=ComputeConfig(dtype=_dtype(config.dtype), remat=config.remat or ("none" if config.preset else "selective")),
+        objective=Objective(loss=config.loss, actions=data.actions, temperature=config.loss_temperature),
         optimizer=_optimizer_config(config, len(train_rows)),
         decision_tasks=evaluation.decision_tasks,
         end_tokens=() if data.is_dataset else end_tokens(train_examples),
@@ -184,6 +186,7 @@ class LoadedData(NamedTuple):
     decision_tasks: DecisionTasks | None
     sha256: str
     is_dataset: bool
+    actions: tuple[int, ...] = ()  # of a loss of action values: the token of each action
 
 
 def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens: int, held_out: float | None) -> LoadedData:
@@ -198,7 +201,7 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
         if isinstance(data, Path):
             if tokenizer is None:
                 raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
-            check_file_options(config.template, config.rewards, config.names, config.supervise)
+            check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
             content = read_file(data)
             examples = file_examples(data, content, tokenizer, max_tokens, progress, config.template_variables)
             return LoadedData(tokenizer, examples, None, hashlib.sha256(content).hexdigest(), is_dataset=False)
@@ -217,9 +220,11 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
         if tokenizer is None:
             documents = list(documents)
             tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), TINY.vocab_size)
-        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, max_tokens)
+        with_values = config.loss != "action"
+        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, max_tokens, with_values)
+        tokens = action_tokens(tokenizer, text.template, data.num_actions) if with_values else ()
     decision_tasks = DecisionTasks(tasks=tasks, text=text) if tasks else None
-    return LoadedData(tokenizer, examples, decision_tasks, data.checksum, is_dataset=True)
+    return LoadedData(tokenizer, examples, decision_tasks, data.checksum, True, tuple(ids[0] for ids in tokens))
 
 
 def _evaluated_tasks(config: SFTConfig, num_tasks: int, held_out: float | None) -> set[int]:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lindm.llm.parallel.sharding import BATCH_SPEC, WEIGHT_AXES, weight_path, weight_shardings, weight_spec
-from lindm.llm.sft.loss import ComputeConfig, lm_loss
+from lindm.llm.sft.loss import ComputeConfig, Objective, lm_loss
 from lindm.llm.sft.packing import Batch
 
 
@@ -47,7 +47,11 @@ TrainStep = Callable[[TrainState, nnx.State, Batch, Array], tuple[TrainState, St
 
 
 def make_train_step(
-    graphdef: Any, optimizer: optax.GradientTransformation, compute: ComputeConfig, mesh: Mesh | None = None
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    compute: ComputeConfig,
+    mesh: Mesh | None = None,
+    objective: Objective | None = None,
 ) -> TrainStep:
     """train_step(state, frozen, batch [accumulation, rows, ...], stop_flags [devices]) -> (state, metrics).
 
@@ -55,7 +59,7 @@ def make_train_step(
     """
 
     def scaled_loss(params: nnx.State, frozen: nnx.State, batch: Batch, scale: Array) -> tuple[Array, Array]:
-        loss_sum, num_correct = lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh)
+        loss_sum, num_correct = lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective)
         return loss_sum * scale, num_correct
 
     loss_and_grad = jax.value_and_grad(scaled_loss, has_aux=True)

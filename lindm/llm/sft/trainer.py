@@ -142,7 +142,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     loader = BatchLoader(setup, shardings.batch, shardings.stop_flags)
     task = progress.add("train", total)
     task.update(0, detail="compiling")
-    train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh), shardings)
+    train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh, setup.objective), shardings)
     compiled_step = compile_train_step(train_step, template, frozen, loader.load(0)[0], loader.stop_flags())
     checkpoint = _restore(out / CHECKPOINTS, template, progress)
     if checkpoint is None:
