@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.decisions import load_alpha_vectors as load_alpha_vectors
     from lindm.api.decisions import load_saved_policy as load_saved_policy
     from lindm.api.decisions import read_demonstrations as read_demonstrations
+    from lindm.api.estimation import estimate as estimate
     from lindm.api.evaluation import evaluate as evaluate
     from lindm.api.models import Run as Run
     from lindm.api.models import describe_model as describe_model
@@ -82,6 +83,7 @@ _DEFINED = {
     "lindm.api.data": ("make_dataset", "export_dataset"),
     "lindm.api.models": ("Run", "describe_model", "export", "finetune", "import_model", "job_file", "plan"),
     "lindm.api.decisions": ("load_alpha_vectors", "load_saved_policy", "read_demonstrations"),
+    "lindm.api.estimation": ("estimate",),
     "lindm.api.evaluation": ("evaluate",),
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),

@@ -19,7 +19,7 @@ FLOORS = (
     ("lindm.solvers",),
     ("lindm.families", "lindm.icl", "lindm.figures"),
     ("lindm.datasets",),
-    ("lindm.evaluation",),
+    ("lindm.estimation", "lindm.evaluation"),
     ("lindm.llm",),
     ("lindm.bench",),
     ("lindm.api",),

@@ -41,6 +41,7 @@ LIFECYCLES: dict[str, Lifecycle] = {
     "plot": Lifecycle(stop="starts over", phases=("import", "reading", "drawing")),
     "report": Lifecycle(stop="starts over", phases=("import", "reading", "drawing"), writes="report"),
     "families": Lifecycle(stop="starts over", phases=("import",)),
+    "estimate": Lifecycle(stop="starts over", phases=("import", "reading", "compiling", "saving")),
     "solve": Lifecycle(stop="starts over", phases=("import", "reading", "compiling")),
     "data make": Lifecycle(stop="resumes", phases=("import", "reading", "compiling", "saving"), writes="dataset"),
     "data export": Lifecycle(stop="starts over", phases=("import", "reading", "exporting"), writes="data export"),

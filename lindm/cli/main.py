@@ -35,7 +35,7 @@ DESCRIPTION = (
 )
 GROUPS = {
     "Claims and experiments": ("verify", "run", "theory", "plot", "report"),
-    "Decision problems and data": ("families", "solve", "data"),
+    "Decision problems and data": ("families", "estimate", "solve", "data"),
     "Language models and policies": ("model", "sft", "eval", "act", "export"),
     "Machines and files": ("doctor", "check", "plan", "launch", "bench"),
 }

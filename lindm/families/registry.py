@@ -254,17 +254,34 @@ def read_files(
             raise DataError(f"{perturb}: {stems[0]!r} is the name of the file's own model; choose another name for the expert")
         models, stems = [*models, *experts.values()], [*stems, *experts]
         words = [words[0], *(f"{perturb}: model {name!r}" for name in experts)]
+    unique = len(set(stems)) == len(stems)
+    return problem_of_models(models, words, horizon, discount, alpha, stems if unique else words)
+
+
+def problem_of_models(
+    models: Sequence[cassandra.Model],
+    sources: Sequence[str],
+    horizon: int,
+    discount: float | None,
+    alpha: float | None,
+    names_of_models: Sequence[str],
+) -> NamedProblem:
+    """One model as a POMDP, or as an MDP if it has no observations; several models as an APOMDP, for which alpha is needed.
+
+    Raises:
+      ValueError: a number is out of its range.
+      DataError: the models do not fit together, or have rewards so large that values are not finite; the message names the source.
+    """
     single_mdp = len(models) == 1 and not models[0].observations
     problems: list[Any] = [cassandra.to_mdp(models[0], horizon, discount)] if single_mdp else []
-    problems = problems or cassandra.to_pomdps(models, words, horizon, discount)
-    for word, problem in zip(words, problems, strict=True):
+    problems = problems or cassandra.to_pomdps(models, sources, horizon, discount)
+    for source, problem in zip(sources, problems, strict=True):
         try:
             validate.rewards(problem.r, "the rewards")
         except ValueError as e:
-            raise DataError(f"{word}: {e}") from e
+            raise DataError(f"{source}: {e}") from e
     names = {"states": models[0].states, "actions": models[0].actions, "observations": models[0].observations}
     if len(models) == 1:
         return NamedProblem(problem=problems[0], **names)
     assert alpha is not None
-    unique = len(set(stems)) == len(stems)
-    return NamedProblem(problem=apomdp(problems, alpha), models=tuple(stems if unique else words), **names)
+    return NamedProblem(problem=apomdp(problems, alpha), models=tuple(names_of_models), **names)

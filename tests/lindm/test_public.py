@@ -91,6 +91,8 @@ def directory(tmp_path_factory):
     work = tmp_path_factory.mktemp("examples")
     shutil.copy(TIGER, work)
     shutil.copy(TIGER.with_name("forest.pomdp"), work)
+    rows = [f"{e},{t},on,{action},1\n" for e in range(2) for t, action in enumerate(("run", "stop"))]
+    (work / "log.csv").write_text("episode,step,state,action,reward\n" + "".join(rows))
     with settings_of_a_user(), jax.numpy_rank_promotion("allow"):
         ld.make_dataset(ld.suite("mdp", horizon=4), work / "data", tasks=6, demos=2)
         with contextlib.chdir(work):

@@ -46,11 +46,12 @@ Check = Callable[[Path, list[Problem]], str]  # appends to the problems; the sta
 
 
 def check(*directories: str | Path) -> list[CheckedDirectory]:
-    """Verify what lindm wrote: runs, checkpoints, models, datasets, verifications, evaluations, reports, exports, solutions.
+    """Verify what lindm wrote: runs, checkpoints, models, datasets, verifications, evaluations, reports, exports, solutions,
+    estimated models.
 
     Args:
       directories: written by a command or a function of lindm, or directories that contain such directories; or files of
-        `Solution.save`.
+        `Solution.save` and `lindm estimate`.
 
     Returns:
       Each directory with its kind, its state, and its `problems`: what is missing or damaged, and how it can be had again.
@@ -91,6 +92,10 @@ def kind_of(path: Path) -> str | None:
     """The kind of a directory, by formats in its files and by names of files, so that one damaged file does not hide it."""
     if path.is_file():
         is_policy = path.suffix == ".json" and _format(path).startswith("lindm-mdp-policy-")
+        if path.suffix == ".pomdp":
+            from lindm.estimation import model_file
+
+            return "estimated model" if model_file.is_estimate(path) else None
         return "solution" if path.suffix == ".npz" else "policy" if is_policy else None
     if not path.is_dir():
         return None
@@ -314,6 +319,14 @@ def check_policy(path: Path, problems: list[Problem]) -> str:
     return "complete"
 
 
+def check_estimate(path: Path, problems: list[Problem]) -> str:
+    from lindm.estimation import model_file
+
+    with _noted(problems, "estimate the model again"):
+        model_file.verify(path)
+    return "complete"
+
+
 CHECKS: dict[str, Check] = {
     "experiment run": check_experiment_run,
     "verification": check_verification,
@@ -326,5 +339,6 @@ CHECKS: dict[str, Check] = {
     "report": check_report,
     "solution": check_solution,
     "policy": check_policy,
+    "estimated model": check_estimate,
 }
 """Kind of a directory -> the function that verifies it. The kinds that commands write are among them (a test)."""

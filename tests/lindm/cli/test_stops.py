@@ -58,6 +58,15 @@ COMMANDS = {
         },
     ),
     "families": (["families"], {"import": "jax:"}),
+    "estimate": (
+        ["estimate", "log.csv", "--states", "2", "--restarts", "2", "--out", "estimated.pomdp"],
+        {
+            "import": "jax:",
+            "reading": "lindm.io.inputs:read_text",
+            "compiling": "!compiling",
+            "saving": "lindm.estimation.model_file:_sha256",
+        },
+    ),
     "solve": (["solve", str(TIGER), "--horizon", "4"], {"import": "jax:", "reading": POMDP, "compiling": "!compiling"}),
     "data make": (
         ["data", "make", str(TIGER), *["--horizon", "3", "--tasks", "4", "--demos", "1", "--out", "made"]],
@@ -122,6 +131,8 @@ def inputs(micro, tmp_path_factory):
     directory = tmp_path_factory.mktemp("inputs")
     shutil.copytree(micro.model, directory / "model")
     shutil.copytree(micro.mdp, directory / "dataset")
+    rows = [f"{e},{t},{e % 2},{(e + t) % 3}\n" for e in range(8) for t in range(4)]
+    (directory / "log.csv").write_text("episode,step,action,observation\n" + "".join(rows))
     np.savetxt(directory / "x.csv", np.random.default_rng(0).normal(size=(50, 3)), delimiter=",")
     done = run(["verify", "--preset", "smoke", "--only", "controls/swap", "--workers", "1", "--out", "finished"], directory)
     assert done.returncode in FINISHED, done.stderr

@@ -1,0 +1,98 @@
+"""`lindm estimate`: a model from logged episodes."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from lindm.cli.option_parser import Command, Positional
+from lindm.errors import UsageError
+from lindm.io.files import strict_json
+from lindm.io.progress import progress_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Estimate a model from logged episodes: by counting where the state is seen, by EM where it is hidden."""
+
+    episodes: Annotated[Path, Positional("EPISODES")]
+    """A .csv or .jsonl file with the columns episode, step and action, and with state, observation and reward as far as there are
+    any. A row is a step; the state is the one before the action, the observation comes after it. The last row of an episode may
+    have a state alone."""
+    out: Path
+    """File of the model (.pomdp)."""
+    states: int | None = None
+    """Number of hidden states, for a file without the column state."""
+    models: int = 1
+    """Number of draws of the posterior, the models of an ambiguous problem, in OUT-1.pomdp, OUT-2.pomdp, ... 1 is the posterior
+    mean."""
+    like: Path | None = None
+    """A .pomdp file whose names of states, actions and observations, and their order, the model has. [default: the names in the
+    episodes, in alphabetical order]"""
+    discount: float | None = None
+    """Discount factor of the model, which no log tells. [default: that of --like, or 0.95]"""
+    prior: float = 1.0
+    """Weight of the prior of each row of the model, in observations that are spread evenly."""
+    restarts: int = 10
+    """Number of runs of EM, from random parameters."""
+    seed: int = 0
+    """Seed of draws and restarts."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(options: Estimate) -> int:
+    if options.out.suffix != ".pomdp":
+        raise UsageError(f"--out must be a file .pomdp; got {options.out}")
+    from lindm.api.estimation import estimate
+    from lindm.cli.problems import warnings_as_lines
+    from lindm.problems import cassandra
+
+    names, discount = None, 0.95
+    if options.like is not None:
+        with warnings_as_lines():
+            like = cassandra.read(options.like)
+        names, discount = {part: getattr(like, part) for part in ("states", "actions", "observations")}, like.discount
+        if options.states is not None:
+            names["states"] = ()  # the hidden states have no names
+        names = {part: given for part, given in names.items() if given}
+    with progress_bar("restarts") as progress:
+        found = estimate(
+            options.episodes,
+            states=options.states,
+            discount=discount if options.discount is None else options.discount,
+            models=options.models,
+            prior=options.prior,
+            restarts=options.restarts,
+            seed=options.seed,
+            names=names,
+            progress=progress,
+        )
+    paths = found.save(options.out)
+    model = found.models[0]
+    sizes = {part: len(getattr(model, part)) for part in ("states", "actions", "observations")}
+    if options.json:
+        answer = {"files": list(map(str, paths)), **sizes, "visits": found.visits.tolist(), "warnings": found.warnings}
+        answer |= {"log_likelihood": found.log_likelihood, "bic": found.bic, "objectives": found.objectives}
+        print(strict_json(answer))
+        return 0
+    for warning in found.warnings:
+        print(f"lindm: warning: {warning}", file=sys.stderr)
+    print(f"episodes        {found.source.partition(', SHA-256')[0]}")
+    print(f"model           {', '.join(f'{size} {part}' for part, size in sizes.items() if size)}")
+    if found.log_likelihood is not None:
+        print(f"log-likelihood  {found.log_likelihood:.6g}, the best of {len(found.objectives)} restarts; BIC {found.bic:.6g}")
+    print(f"files           {paths[0]}" + (f" to {paths[-1].name}, draws of the posterior" if len(paths) > 1 else ""))
+    return 0
+
+
+COMMAND = Command(
+    name="estimate",
+    options=Estimate,
+    run=run,
+    examples=(
+        "lindm estimate log.csv --out model.pomdp",
+        "lindm estimate log.csv --models 20 --out cloud.pomdp",
+        "lindm estimate log.csv --states 3 --restarts 30 --out hidden.pomdp",
+    ),
+)
