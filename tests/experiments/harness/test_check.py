@@ -41,6 +41,9 @@ def written(tmp_path_factory, finished) -> Path:
     ld.report([root / "evaluated"], root / "report")
     ld.solve(ld.mdp([[[[1, 0], [0, 1]], [[0, 1], [1, 0]]]], [[[0, 0], [1, 1]]] * 2, [1, 0])).save(root / "solution.npz")
     ld.solve(ld.stationary_mdp([[[1, 0]], [[0, 1]]], [[0], [1]], [1, 0], discount=0.5)).save(root / "policy.json")
+    log = tmp_path_factory.mktemp("log") / "log.csv"
+    log.write_text("episode,step,state,action\n1,0,on,run\n1,1,off,run\n")
+    ld.estimate(log).save(root / "estimated.pomdp")
     model = Decoder(ModelConfig(model_type="llama", vocab_size=16, **SIZES), nnx.Rngs(0), jnp.float32)
     weights.save(model, root / "model")
     shutil.copytree(finished, root / "toy")
