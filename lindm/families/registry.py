@@ -270,7 +270,7 @@ def problem_of_models(
 
     Raises:
       ValueError: a number is out of its range.
-      DataError: the models do not fit together, or have rewards so large that values are not finite; the message names the source.
+      DataError: the models do not fit together, or rewards are so large that values are not finite; it names the source.
     """
     single_mdp = len(models) == 1 and not models[0].observations
     problems: list[Any] = [cassandra.to_mdp(models[0], horizon, discount)] if single_mdp else []
