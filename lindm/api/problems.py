@@ -18,10 +18,10 @@ from lindm.families import registry
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.problems import apomdp as apomdps
-from lindm.problems import cassandra, stationary, transition_table
 from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
+from lindm.problems import stationary, transition_table
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem, RewardFunction
 
@@ -77,7 +77,7 @@ def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) ->
     >>> ld.read_stationary_pomdp("tiger.pomdp").actions
     ('listen', 'open-left', 'open-right')
     """
-    return stationary.stationary(cassandra.read(path), discount)
+    return stationary.read(path, discount)
 
 
 def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float) -> StationaryPOMDP:

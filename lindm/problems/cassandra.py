@@ -89,23 +89,9 @@ def parse(text: str, name: str = "<text>") -> Model:
         refused (where rewards depend on the observation, S*S*O counts as a table).
     """
     preamble, entries, last = _sections(text, name)
-    labels = {word: _labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
-    for word in ("discount", "states", "actions", "observations"):
-        if word not in preamble and (word != "observations" or any(entry.word == "O" for entry in entries)):
-            raise last.stop(f"{word!r} is missing: expected a line `{word}: ...` before the first T, O or R")
-    rule = "a number from 0 to 1"
-    discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 <= float(w) <= 1))
-    costs = "values" in preamble and _only(preamble["values"], "`reward` or `cost`", {"reward", "cost"}.__contains__) == "cost"
-    S, A, O = (len(labels.get(word, ())) for word in ("states", "actions", "observations"))
-    if (total := S * A * (S + O)) > POMDP_TABLE:
-        raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {POMDP_TABLE}")
-    names = {"observations": ()} | {word: tuple(map(str, each)) for word, each in labels.items()}
-    index = {word: {n: i for i, n in enumerate(names[word])} for word in names}
-
     off: list[tuple[int, str]] = []  # the rows that were scaled, with their lines
-    at = preamble.get("start", last)
-    start = _start(at, index["states"]) if "start" in preamble else np.full(S, 1 / S)
-    _normalize(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
+    names, index, discount, costs, start = _head(preamble, entries, last, off, lambda S, A, O: S * A * (S + O))
+    S, A, O = (len(names[word]) for word in ("states", "actions", "observations"))
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
     lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
     rewards, ends, writes = [], np.zeros(S, bool), 0
@@ -136,6 +122,43 @@ def parse(text: str, name: str = "<text>") -> Model:
             break
     P = tables["T"].swapaxes(0, 1).copy()
     return Model(**names, discount=discount, P=P, O=tables["O"], r=r, start=start, rewards=entries)
+
+
+class _Head(NamedTuple):
+    """What the preamble of a file says."""
+
+    names: dict[str, tuple[str, ...]]  # of states, actions and observations
+    index: dict[str, dict[str, int]]
+    discount: float
+    costs: bool
+    start: np.ndarray  # [S]
+
+
+def _head(
+    preamble: dict[str, "_Section"],
+    entries: list["_Section"],
+    last: "_Section",
+    off: list[tuple[int, str]],
+    numbers: Callable[[int, int, int], int],
+) -> _Head:
+    """Read the preamble; `off` gets the start if it was scaled. DataError where the sizes make too many `numbers`."""
+    labels = {word: _labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
+    for word in ("discount", "states", "actions", "observations"):
+        if word not in preamble and (word != "observations" or any(entry.word == "O" for entry in entries)):
+            raise last.stop(f"{word!r} is missing: expected a line `{word}: ...` before the first T, O or R")
+    rule = "a number from 0 to 1"
+    discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 <= float(w) <= 1))
+    rule = "`reward` or `cost`, in the singular"
+    costs = "values" in preamble and _only(preamble["values"], rule, {"reward", "cost"}.__contains__) == "cost"
+    S, A, O = (len(labels.get(word, ())) for word in ("states", "actions", "observations"))
+    if (total := numbers(S, A, O)) > POMDP_TABLE:
+        raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {POMDP_TABLE}")
+    names = {"observations": ()} | {word: tuple(map(str, each)) for word, each in labels.items()}
+    index = {word: {n: i for i, n in enumerate(names[word])} for word in names}
+    at = preamble.get("start", last)
+    start = _start(at, index["states"]) if "start" in preamble else np.full(S, 1 / S)
+    _normalize(start[None, None], np.array([[at.line]]), lambda a, s: "the start", last, off)
+    return _Head(names, index, discount, costs, start)
 
 
 def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP:
@@ -323,8 +346,10 @@ def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
     # a whole number alone is a state; only where there is a single state it may be its probability
     if len(words) == 1 and (not NUMBER.fullmatch(words[0]) or (INDEX.fullmatch(words[0]) and (S > 1 or int(words[0]) == 0))):
         return np.eye(S)[_find(section, 0, "states", index)]
-    if words and words[0] in index and not NUMBER.fullmatch(words[0]):
-        raise section.stop(f"'start' takes one state, or `start include:` and several; got {_quote(words[1])} as well", 1)
+    if words and words[0] in index and not NUMBER.fullmatch(words[0]):  # a list of names, as in files of zmdp: each is as likely
+        listed = np.zeros(S)
+        listed[_states(section, index)] = 1.0
+        return listed / listed.sum()
     return _numbers(section, 0, (S,))
 
 

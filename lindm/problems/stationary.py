@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -11,10 +12,15 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from lindm import validate
+from lindm.io import inputs, limits
 from lindm.io.limits import POMDP_TABLE
+from lindm.problems import cassandra
 from lindm.problems.cassandra import Model
 from lindm.problems.cassandra_rewards import RewardEntries
+from lindm.problems.cassandra_sparse import parse_sparse
 from lindm.types import POMDP
+
+DENSE = 2_000_000  # numbers of the tables of a file up to which they are read as dense ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +65,26 @@ class StationaryPOMDP:
     @property
     def num_observations(self) -> int:
         return cast("tuple[int, int]", self.O[0].shape)[1] if self.O else 0  # scipy's stubs: None
+
+
+def read(path: str | Path, discount: float | None = None) -> StationaryPOMDP:
+    """The POMDP or MDP of a file; a large one is never dense. Errors as of `stationary` and `cassandra.read`."""
+    S, A, O = cassandra.read_sizes(path)
+    if S * A * (S + O) <= DENSE:
+        return stationary(cassandra.read(path), discount)
+    model = parse_sparse(inputs.read_text(Path(path), limits.POMDP_FILE), str(path))
+    gamma = model.discount if discount is None else discount
+    validate.discount(gamma)
+    return StationaryPOMDP(
+        P=model.P,
+        O=model.O,
+        r=model.r,
+        rho=model.start,
+        discount=float(gamma),
+        states=model.states,
+        actions=model.actions,
+        observations=model.observations,
+    )
 
 
 def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
