@@ -14,6 +14,8 @@ values of every history (in batches of 10, one table of which is 56 MB). The pee
 level by level over the histories, normalized beliefs, one model at a time; it is run on a few models and scaled to the batch.
 Leaves are the histories of the last stage.
 
+POMDPs without an end: `lindm.bench.point_based`.
+
 Costs, processes and rows are those of `lindm.bench.timing`; compilation and the first call are rows of their own. Memory is the
 growth of the peak resident set while solving, after libraries are loaded, models are built and solvers are compiled.
 The values of both sides are compared before the table is printed.
@@ -31,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lindm.bench import point_based
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, exponent, in_worker, peak_growth, row, timed
 from lindm.problems.apomdp import single
 from lindm.solvers import tree
@@ -335,7 +338,8 @@ def benchmark() -> list[Row]:
     versions = {peer: _version(peer) for peer in PEERS}
     names = {peer: version or f"{peer} (not installed)" for peer, version in versions.items()}
     peers = {peer: _side(peer, "mdp") if version else None for peer, version in versions.items()}
-    return rows(_side("ours", "mdp"), _side("ours", "tree"), peers, _side("numpy", "tree"), names)
+    table = rows(_side("ours", "mdp"), _side("ours", "tree"), peers, _side("numpy", "tree"), names)
+    return table + point_based.benchmark()
 
 
 if __name__ == "__main__":

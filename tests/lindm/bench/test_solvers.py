@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lindm.bench import solvers, timing
+from lindm.bench import point_based, solvers, timing
 from lindm.cli.main import main
 from lindm.solvers import tree
 from lindm.solvers.dp import backward_induction
@@ -164,13 +164,17 @@ def test_sides_that_disagree_are_not_compared():
 def test_without_peers_the_bench_runs_and_prints_nulls(tiny, monkeypatch, capsys):
     monkeypatch.setattr(solvers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(solvers, "in_worker", lambda module, side, task: solvers.measure(side, task))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(point_based, "SIZES", ((2, 1),))
     assert main(["bench", "solvers", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     for row in table:
         if row["work"].startswith("MDP"):
             assert row["peer"] is None and row["ratio"] is None and row["peer_name"].endswith("(not installed)")
-        else:
+        elif row["work"].startswith("POMDP tree"):
             assert row["peer_name"].startswith("textbook recursion in numpy")
+        else:
+            assert row["peer"] is None and row["peer_name"].endswith("not on the PATH)")
     assert min(row["ours"] for row in table if row["unit"] in ("CPU-s", "CPU-us/model", "leaves/CPU-s")) >= 0
 
 
