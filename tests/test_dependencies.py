@@ -32,8 +32,6 @@ TOOLS = {  # declared, and not imported
 REFERENCES = {  # imported, and not declared: `make parity` installs them, and benches compare with them where they are installed
     "torch": "reference of parity tests",
     "peft": "reference of parity tests",
-    "trl": "reference of parity tests",
-    "datasets": "reads rows for trl, which installs it",
     "d3rlpy": "reference of parity tests, in an environment of its own",
 }
 

@@ -174,7 +174,8 @@ class _Model:
 
         def step(s: int, a: int) -> list[tuple[float, int, float, bool]]:
             law = self.next_states(0, s, a)
-            return [(float(law[u]), int(u), self.pay(0, s, a, u, 0), bool(ended[u])) for u in np.flatnonzero(law)]
+            following = np.flatnonzero(law).tolist()
+            return [(float(law[u]), u, self.pay(0, s, a, u, 0), bool(ended[u])) for u in following]
 
         S, A = self.r.shape[-2:]
         return {s: {a: step(s, a) for a in range(A)} for s in range(S)}

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import Any
 
 import gymnasium
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def test_gymnasium_accepts_every_kind_of_problem(env):
 
 def episode(env, seed, actions, steps=4):
     seen, info = env.reset(seed=seed)
-    rows = [(seen, info)]
+    rows: list[tuple] = [(seen, info)]
     for t in range(steps):
         rows.append(env.step(actions[t]))
         if rows[-1][2]:
@@ -203,7 +204,8 @@ def test_the_table_of_an_mdp_is_as_that_of_toy_text():
 
 def test_a_problem_comes_back_from_its_environment():
     problem = to_mdp(parse(SEEN), 5)
-    again = ld.from_gymnasium(ld.to_gymnasium(problem), horizon=5, discount=0.8).problem
+    source: Any = ld.from_gymnasium(ld.to_gymnasium(problem), horizon=5, discount=0.8)
+    again = source.problem
     for name in ("P", "rho"):
         np.testing.assert_array_equal(getattr(again, name), getattr(problem, name))
     np.testing.assert_allclose(again.r, problem.r, rtol=1e-14, atol=1e-14)
@@ -214,7 +216,7 @@ def test_a_problem_comes_back_from_its_environment():
 
 
 def test_an_environment_of_gymnasium_comes_back_from_its_problem():
-    lake = gymnasium.make("FrozenLake-v1").unwrapped
+    lake: Any = gymnasium.make("FrozenLake-v1").unwrapped
     ours = ld.to_gymnasium(ld.from_gymnasium("FrozenLake-v1", discount=0.9))
 
     def law(P):
