@@ -147,7 +147,7 @@ class TabularSuite(Suite):
 
 def rounded(rewards: ArrayLike) -> np.ndarray:
     """Rewards as the nearest multiples of `REWARD_STEP`, without the noise of binary fractions."""
-    return np.round(np.round(np.asarray(rewards) / REWARD_STEP) * REWARD_STEP, 10)
+    return np.round(np.round(np.asarray(rewards) / REWARD_STEP) * REWARD_STEP, 10) + 0.0  # + 0.0: no reward is 0.0, not -0.0
 
 
 def levels(truth: int, seen: int, accuracy: float) -> np.ndarray:
