@@ -41,6 +41,8 @@ def test_a_control_limit_is_optimal_for_maintenance(split, seed):
     P, r = P[0], r[0]
     tails = np.cumsum(P[:, 0, ::-1], axis=-1)[:, ::-1]  # probability of a condition at least as bad
     assert (np.diff(tails, axis=0) >= -1e-12).all() and (np.diff(r[:, 0]) <= 0).all()  # what Derman's theorem assumes
+    stays = np.diagonal(P[:, 0])
+    assert (np.diff(stays[:-1]) <= 0).all() and stays[-1] == 1  # wear never slows down, and nothing repairs itself
     np.testing.assert_array_equal(P[:, 1], np.broadcast_to(np.eye(6)[0], (6, 6)))
     assert len(set(r[:, 1])) == 1
     _, best = backward(P, r, 12)
@@ -133,6 +135,7 @@ def test_a_disease_takes_its_course_and_a_treatment_cures_or_leaves_it(split, se
     np.testing.assert_allclose(P[1:4, 2, 1:], (1 - cure)[:, None] * P[1:4, 0, 1:])
     np.testing.assert_array_equal(O[:, 4], [[0, 0, 1]] * 3)
     assert (np.diff(O[:, :4, 1], axis=1)[:, 1:] >= 0).all() and (O[1, 1:4, 1] > O[1, 0, 1]).all()
+    assert O[1, 0, 1] < O[0, 0, 1] == O[2, 0, 1]  # a test raises fewer false alarms than symptoms do
     assert (r[4] == 0).all() and (np.diff(r[:, 0]) <= 0).all() and (r[:4, 0] > r[:4, 1]).all() and rho[4] == 0
 
 
