@@ -91,7 +91,8 @@ def _rocksample(horizon: int | None = None, split: Split | None = None, **option
     if split is not None:
         if "layout" in options:
             raise ValueError(f"layout must be left out with split, where it is drawn for each task; got {options['layout']}")
-        return rocksample.RockSample(split=split, **options, **{} if horizon is None else {"horizon": horizon})
+        given: dict[str, Any] = options if horizon is None else options | {"horizon": horizon}
+        return rocksample.RockSample(split=split, **given)
     problem = rocksample.rocksample(**options)
     if horizon is None:
         return problem

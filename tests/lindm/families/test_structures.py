@@ -1,5 +1,7 @@
 """Families against what is known of them: control limits, base stocks, (s, S) policies, shortest paths, searches."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ SPLITS = ("id", "ood")
 DRAWS = [(split, seed) for split in SPLITS for seed in range(12)]
 
 
-def arrays(suite, seed=0):
+def arrays(suite, seed=0) -> Any:
     """P, r of the first stage, rho and O of one model, in numpy."""
     problem = suite.draw(jax.random.key(seed))
     model = problem.models if hasattr(problem, "models") else problem
@@ -165,8 +167,9 @@ def test_a_dose_moves_the_level_by_the_drift_of_each_expert():
 
 
 def test_the_more_one_fears_the_worst_expert_the_less_dosing_is_worth():
-    values = [ld.solve(ld.make("dosing", horizon=3, alpha=alpha)).value for alpha in (0.0, 0.5, 1.0)]
-    assert values[0] > values[1] > values[2]
+    problems: list[Any] = [ld.make("dosing", horizon=3, alpha=alpha) for alpha in (0.0, 0.5, 1.0)]
+    solved: list[Any] = [ld.solve(problem) for problem in problems]
+    assert solved[0].value > solved[1].value > solved[2].value
 
 
 # --- gridworld ----------------------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def search(cells, free, weights, position, horizon):
 @pytest.mark.parametrize("size, horizon, seed", [(2, 4, 0), (2, 4, 1), pytest.param(3, 6, 2, marks=pytest.mark.slow)])
 def test_in_the_dark_the_value_is_that_of_the_best_search(size, horizon, seed):
     suite = Gridworld(size=size, dark=True, horizon=horizon, slip=0.0, split="ood")
-    named = ld.make("gridworld", size=size, dark=True, horizon=horizon, slip=0.0, split="ood", seed=seed)
+    named: Any = ld.make("gridworld", size=size, dark=True, horizon=horizon, slip=0.0, split="ood", seed=seed)
     cells, rho = cells_of(suite), np.asarray(named.problem.rho)
     weights, position = {}, None
     for i in np.flatnonzero(rho):
