@@ -43,7 +43,7 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
         raise ValueError(unknown("family", name, tuple(FAMILIES)))
     described = []
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
-        built = family.build()
+        built: Any = family.build()
         problem = built.example if isinstance(built, Suite) else getattr(built, "problem", built)  # or a StationaryPOMDP itself
         parts = ("states", "actions", "observations", "models")
         sizes = {part: size for part in parts if (size := getattr(problem, f"num_{part}", None)) is not None}
