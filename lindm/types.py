@@ -10,6 +10,9 @@ values of every stage are discounted to the first one, and the loss of a decisio
 Solvers read r alone. What an environment pays, which is not discounted and may depend on the next state and the observation, is
 a `RewardFunction` beside it.
 
+An action that a state does not allow has the action value -inf there, reward 0, and some row of P that is never used. Where the
+state is hidden, an action is legal if it is legal in every state of positive probability.
+
 The types do not check their fields: `vmap`, `jit` and `tree.map` build them from tracers and placeholders. The functions of
 `lindm.problems` that take a user's arrays check them.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -85,6 +89,7 @@ class MDP(_RewardSizes):
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
     paid: RewardFunction | None = None  # None: r is paid, and nothing is discounted
+    legal: Array | None = None  # [..., S, A] bool, the actions that a state allows; None: all
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +107,7 @@ class POMDP(_RewardSizes):
     r: Array  # [..., H, S, A] mean reward
     rho: Array  # [..., S] law of the first state
     paid: RewardFunction | None = None  # None: r is paid, and nothing is discounted
+    legal: Array | None = None  # [..., S, A] bool, the actions that a state allows; None: all
 
     @property
     def num_observations(self) -> int:
@@ -218,9 +224,10 @@ class Labels:
     """The solution's labels at every step of some episodes."""
 
     action: Array  # [..., H] int32, the greedy action (`lindm.solvers.ties`)
-    Q: Array  # [..., H, A] action values, or the middle of their bounds
+    Q: Array  # [..., H, A] action values, or the middle of their bounds; -inf where an action is not legal
     certificate: Array  # [..., H] int8: `EXACT`, `CERTIFIED` (no other action can be better) or `BOUNDED`
     regret: Array  # [..., H] upper bound of the action's loss at this step; 0 where exact or certified
+    legal: Array | None = None  # [..., H, A] bool, where the problem does not allow every action everywhere
 
 
 Problem = MDP | POMDP | APOMDP
@@ -237,6 +244,16 @@ class Prompt:
     x: Array  # [..., N, d] features of the labeled pairs
     y: Array  # [..., N] labels
     query: Array  # [..., Q, d] features whose labels are predicted
+
+
+def cast(problem: Any, dtype: Any) -> Any:
+    """A problem with its numbers in a floating point type; the actions that are legal stay bool."""
+    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype if x.dtype == bool else dtype), problem)
+
+
+def only_legal(Q: Any, legal: Any) -> Any:
+    """Action values [..., S, A] with -inf for actions that the state does not allow; `legal` None: as they are."""
+    return Q if legal is None else jnp.where(legal, Q, -jnp.inf)
 
 
 def at_stage(x: Array, h: ArrayLike) -> Array:

@@ -58,6 +58,16 @@ def distribution(array: Numbers, name: str) -> Numbers:
     return array
 
 
+def legal(value: ArrayLike, S: int, A: int) -> Array:
+    """Which actions are legal [S, A]: bool, at least one in every state."""
+    array = np.asarray(value)
+    if array.dtype != bool or array.shape != (S, A):
+        raise ValueError(f"legal must be bool of shape [S, A] = ({S}, {A}); got {array.dtype} of shape {array.shape}")
+    if not array.any(1).all():
+        raise ValueError(f"legal must allow an action in every state; got none in state {int((~array.any(1)).argmax())}")
+    return jnp.asarray(array)
+
+
 def rewards(r: ArrayLike, name: str) -> None:
     """Rewards [H, S, A] whose sum over the stages is so far from infinity that values, and squares of values, are finite."""
     array = np.asarray(r)

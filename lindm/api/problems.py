@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -23,7 +22,7 @@ from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
 from lindm.problems import stationary, transition_table
 from lindm.problems.stationary import StationaryPOMDP
-from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem, RewardFunction
+from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem, RewardFunction, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +79,7 @@ def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) ->
     return stationary.read(path, discount)
 
 
-def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float) -> StationaryPOMDP:
+def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float, legal: ArrayLike | None = None) -> StationaryPOMDP:
     """Make an MDP without a horizon from arrays, for `solve_stationary`, and check them.
 
     Args:
@@ -89,6 +88,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float) -> 
       r: [S, A] mean rewards, not discounted.
       rho: [S] distribution of the first state.
       discount: in [0, 1]; below 1 for an infinite horizon.
+      legal: [S, A] bool, which actions a state allows, at least one. [default: all]
 
     Raises:
       ValueError: names the argument, the rule and what was got.
@@ -98,7 +98,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float) -> 
     >>> round(ld.solve(problem).lower, 9)
     1.0
     """
-    return stationary.stationary_mdp(P, r, rho, discount)
+    return stationary.stationary_mdp(P, r, rho, discount, legal)
 
 
 def from_gymnasium(
@@ -153,19 +153,20 @@ def _with_horizon(problem: StationaryPOMDP, horizon: int) -> MDP:
     """The first stages of an MDP without a horizon."""
     P = np.stack([kernel.toarray() for kernel in problem.P], axis=1)
     with double_precision():
-        made = mdps.mdp(P[None], mdps.over_stages(jnp.asarray(problem.r), horizon, problem.discount), problem.rho)
+        made = mdps.mdp(P[None], mdps.over_stages(jnp.asarray(problem.r), horizon, problem.discount), problem.rho, problem.legal)
         if problem.rewards is None and problem.discount == 1:
             return made
         return replace(made, paid=RewardFunction(R=jnp.asarray(problem.reward_table()), discount=jnp.asarray(problem.discount)))
 
 
-def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
+def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike, *, legal: ArrayLike | None = None) -> MDP:
     """Make an MDP from arrays, and check them.
 
     Args:
       P: [H|1, S, A, S] probabilities of the next state.
       r: [H, S, A] mean rewards.
       rho: [S] distribution of the first state.
+      legal: [S, A] bool, which actions a state allows, at least one. [default: all]
 
     Raises:
       ValueError: names the argument, the rule and what was got.
@@ -175,11 +176,18 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     2.0
     """
     with double_precision():
-        return mdps.mdp(P, r, rho)
+        return mdps.mdp(P, r, rho, legal)
 
 
 def pomdp(
-    P: ArrayLike, O: ArrayLike, r: ArrayLike, rho: ArrayLike, *, horizon: int | None = None, discount: float = 1.0
+    P: ArrayLike,
+    O: ArrayLike,
+    r: ArrayLike,
+    rho: ArrayLike,
+    *,
+    horizon: int | None = None,
+    discount: float = 1.0,
+    legal: ArrayLike | None = None,
 ) -> POMDP:
     """Make a POMDP from arrays, and check them.
 
@@ -189,6 +197,8 @@ def pomdp(
       r: [S, A] (then `horizon` is required) or [H, S, A] mean rewards, not discounted.
       rho: [S] distribution of the first state.
       discount: in [0, 1].
+      legal: [S, A] bool, which actions a state allows, at least one. At a belief an action is legal if every state of positive
+        probability allows it. [default: all]
 
     Raises:
       ValueError: names the argument, the rule and what was got.
@@ -198,7 +208,7 @@ def pomdp(
     2
     """
     with double_precision():
-        return pomdps.pomdp(P, O, r, rho, horizon=horizon, discount=discount)
+        return pomdps.pomdp(P, O, r, rho, horizon=horizon, discount=discount, legal=legal)
 
 
 def apomdp(models: "Sequence[POMDP | NamedProblem]", alpha: float) -> APOMDP:
@@ -290,7 +300,7 @@ def as_source(problem: NamedProblem | Problem | LinearMDP) -> NamedProblem:
     with double_precision():
         problem = linear_mdps.tabulate(problem) if isinstance(problem, LinearMDP) else problem
         source = problem if isinstance(problem, NamedProblem) else NamedProblem(problem=problem)
-        return replace(source, problem=jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), source.problem))
+        return replace(source, problem=cast(source.problem, jnp.float64))
 
 
 def to_gymnasium(problem: NamedProblem | Problem | LinearMDP | StationaryPOMDP, *, nature: int | str | None = None) -> Any:

@@ -1,6 +1,7 @@
 """`lindm act`: ask a policy what to do next."""
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -197,12 +198,18 @@ def answer(maker: "DecisionMaker", decision: "Decision") -> dict[str, Any]:
     elif decision.belief is not None:
         models = maker.info.words("models")
         rows["belief"] = {model: by_name(states, belief) for model, belief in zip(models, decision.belief, strict=True)}
+    rows |= {"masked": decision.masked} if decision.masked else {}
     return rows if decision.invalid is None else rows | {"invalid": decision.invalid}
 
 
-def by_name(names: Sequence[str], numbers: Any) -> dict[str, float]:
-    """Numbers by name."""
-    return {name: float(x) for name, x in zip(names, numbers, strict=True)}
+def by_name(names: Sequence[str], numbers: Any) -> dict[str, float | None]:
+    """Numbers by name; None for the value of an action that is not legal."""
+    return {name: None if x == -math.inf else float(x) for name, x in zip(names, numbers, strict=True)}
+
+
+def number(value: float | None) -> str:
+    """An action value as text."""
+    return "not legal" if value is None else f"{value:.6g}"
 
 
 def page(maker: "DecisionMaker", decision: "Decision") -> str:
@@ -212,13 +219,15 @@ def page(maker: "DecisionMaker", decision: "Decision") -> str:
     shown = [name for name in columns if name in found]
     rows = [["action", "probability", *(columns[name] for name in shown)]]
     for action, p in found["probabilities"].items():
-        rows.append([action, f"{p:.4f}", *(f"{found[name][action]:.6g}" for name in shown)])
+        rows.append([action, f"{p:.4f}", *(number(found[name][action]) for name in shown)])
     lines = [f"next action  {decision.action}"]
     belief = found.get("belief", {})
     if decision.belief is not None and decision.belief.ndim == 1:
         lines.append(f"belief       {belief_text(belief)}")
     else:
         lines += [f"belief       {belief_text(one)}, under {model}" for model, one in belief.items()]
+    if decision.masked:
+        lines.append(f"note         {decision.masked:.2%} of the probability was on actions that are not legal; it was removed")
     if decision.invalid:
         lines.append("note         the likeliest text of the model is no action")
     return "\n".join([*lines, format_table(rows)])

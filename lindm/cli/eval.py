@@ -131,6 +131,11 @@ def _notes(results: "list[PolicyResult]") -> list[str]:
     lines = [f"intervals: over {units}" for units in dict.fromkeys(result.interval_over for result in results) if units]
     if any(result.method == "bounds" for result in results):
         lines.append("gaps: the middle of their range over the bounds of V*; the intervals hold for every V* between them")
+    lines += [
+        f"{result.policy}: {result.masked:.2%} of its probability was on actions that are not legal; it was removed"
+        for result in results
+        if result.masked > 0
+    ]
     return lines + list(dict.fromkeys(result.note for result in results if result.note))
 
 

@@ -51,7 +51,10 @@ LABEL_COLUMNS = {
         "greedy in the lower bounds, so where the certificate is bounded it may differ from the argmax of Q",
     ),
     "Q": Column(
-        "Q", np.float64, "[H, A] the oracle's action values there, in units of reward: exact, or the middle of its bounds"
+        "Q",
+        np.float64,
+        "[H, A] the oracle's action values there, in units of reward: exact, or the middle of its bounds; null where an "
+        "action is not legal",
     ),
     "certificate": Column(
         "certificate", np.int8, "[H] of the label: 0 exact, 1 certified (no other action can be better), 2 bounded"
@@ -61,6 +64,7 @@ LABEL_COLUMNS = {
         np.float64,
         "[H] at most this much is lost by the label at this step, in units of reward; 0 where exact or certified",
     ),
+    "legal": Column("legal", np.bool_, "[H, A] whether an action is legal there; only where a problem has actions that are not"),
 }
 TASK_COLUMNS = {
     "task": "number of the task, from 0",
@@ -89,6 +93,8 @@ PROBLEM_COLUMNS = {
     "R_shape": "their shape, [H or 1, S, A, S or 1, O or 1]: by state, action, next state, observation",
     "rho": "law of the first state, flattened",
     "rho_shape": "its shape, [S]",
+    "legal": "1 where a state allows an action and 0 elsewhere, flattened; absent where every action is legal",
+    "legal_shape": "its shape, [S, A]",
     "alpha": "attitude to ambiguity in [0, 1]: 1 is the worst case",
 }
 
@@ -97,7 +103,7 @@ REWARD_CONVENTION = (
     "and the action at stage h, so that values, Q and regret are sums of it; gamma is discount"
 )
 
-ARRAYS = ("P", "O", "r", "rho", "R")  # those of them that have a shape
+ARRAYS = ("P", "O", "r", "rho", "R", "legal")  # those of them that have a shape
 
 STEP_FIELDS = frozenset({"state", "model", "observation", "reward"})
 """What a step of a text can show beside its action."""
@@ -117,9 +123,10 @@ class Episode:
     reward: list[float]
     discounted_mean_reward: list[float]
     label: list[int]
-    Q: list[list[float]]
+    Q: list[list[float | None]]
     certificate: list[int]
     regret: list[float]
+    legal: list[list[bool]] | None = None
 
     def steps(self, shown: Collection[str] = STEP_FIELDS) -> tuple[Step, ...]:
         """The steps as a text shows them: actions, and those of `STEP_FIELDS` that are in `shown` and that the episode has."""
@@ -173,6 +180,8 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     if (R := arrays.pop("R", None)) is not None:
         models = R.shape[:-5]  # none, or M
         arrays["paid"] = RewardFunction(R=R, discount=jnp.full(models, row["discount"], R.dtype))
+    if "legal" in arrays:
+        arrays["legal"] = arrays["legal"] > 0
     if row["kind"] == "mdp":
         return MDP(**arrays)
     return POMDP(**arrays) if row["kind"] == "pomdp" else APOMDP(models=POMDP(**arrays), alpha=jnp.asarray(row["alpha"]))

@@ -292,7 +292,7 @@ def _transitions(episode: Episode, dataset: Dataset, num_seen: int) -> dict[str,
     H, A = len(episode.action), dataset.num_actions
     infos = {
         "label": np.array([*episode.label, -1]),
-        "Q": np.array([*episode.Q, [0.0] * A]),
+        "Q": np.array([*episode.Q, [0.0] * A], float),
         "certificate": np.array([*episode.certificate, -1], np.int8),
         "regret": np.array([*episode.regret, 0.0]),
         "state": np.array([*episode.state, -1]),

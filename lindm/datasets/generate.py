@@ -20,7 +20,7 @@ from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, tree
 from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import Method, Solution, method_for, solve
-from lindm.types import MDP, Episodes, Labels, Problem
+from lindm.types import MDP, Episodes, Labels, Problem, cast
 
 BLOCK = 16  # tasks of one compiled call
 LARGEST_SHARD, SHARD_BYTES = 256, 1 << 26
@@ -42,7 +42,7 @@ class TaskGenerator:
         if isinstance(source, Suite):
             check_labels(source)
         else:
-            source = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), source)
+            source = cast(source, jnp.result_type(float))
         self.source: Suite | Problem = source
         self.config = config
         self.key = jax.random.key(config.seed, impl="threefry2x32")
@@ -124,8 +124,7 @@ def _values(solution: Solution) -> dict[str, Array]:
     problem = solution.problem
     values = {"value": solution.value, "lower": solution.lower, "upper": solution.upper}
     if isinstance(problem, MDP):
-        uniform = jnp.full_like(problem.r, 1 / problem.num_actions)
-        values["uniform_value"] = problem.rho @ dp.policy_value(problem, uniform)[0]
+        values["uniform_value"] = problem.rho @ dp.policy_value(problem, dp.uniform_policy(problem))[0]
     elif solution.exact:
         values["uniform_value"] = tree.uniform_value(as_apomdp(problem))
     return values

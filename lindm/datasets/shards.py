@@ -164,6 +164,8 @@ def _episode_table(generator: TaskGenerator, first: int, generated: Generated) -
         for name, column in columns.items():
             if (x := getattr(arrays, column.field)) is not None:
                 table[name] = x.reshape(-1, *x.shape[2:])
+    if generated.labels.legal is not None:  # -inf is no number of JSON
+        table["Q"] = np.where(table["legal"], table["Q"].astype(object), None)
     return table
 
 
@@ -181,7 +183,7 @@ def _parquet(table: Table, metadata: Mapping[str, str]) -> bytes:
 
     def nested(x: Any) -> Any:
         if isinstance(x, list) or x.ndim == 1:
-            return pa.array(x)
+            return pa.array(x, pa.float64() if isinstance(x, np.ndarray) and x.dtype.kind == "O" else None)
         starts = pa.array(np.arange(0, len(x) * x.shape[1] + 1, x.shape[1], dtype=np.int32))
         return pa.ListArray.from_arrays(starts, nested(np.ascontiguousarray(x).reshape(-1, *x.shape[2:])))
 

@@ -126,9 +126,11 @@ def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
     else:
         arrays = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(generator.source))
         source = {"problem": {"sha256": hashlib.sha256(arrays).hexdigest()}}
+    example: Any = generator.example
+    legal = getattr(example, "models", example).legal
     return {
         "format": FORMAT,
-        "source": source | {"sizes": sizes},
+        "source": source | {"sizes": sizes} | ({} if legal is None else {"illegal_actions": True}),
         "rewards": {"discount": generator.discount, "convention": REWARD_CONVENTION},
         "dataset": asdict(generator.config),
         "oracle": generator.method,

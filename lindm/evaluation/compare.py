@@ -58,6 +58,7 @@ class PolicyResult:
     difference: Difference | None = None  # to the first policy on the same tasks
     calibration: Calibration | None = None  # of the policy's probabilities against the optimal actions; None: Q* is not known
     gaps: list[float | None]  # normalized optimality gap of each task, or the middle of its range
+    masked: float  # mean probability of actions that were not legal, before it was removed
     invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
     decisions_per_s: float
 
@@ -155,6 +156,7 @@ def _result(
         policy=name,
         calibration=calibrate(scored) if scored else None,
         gaps=[None if loss is None else loss.normalized_gap for loss in losses],
+        masked=sum(loss.masked for loss in known) / len(known) if known else 0.0,
         invalid=sum(counts) / max(decisions, 1) if counts else None,
         decisions_per_s=decisions / seconds,
     )

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lindm.problems.apomdp import as_apomdp
@@ -97,8 +96,7 @@ class MDPEnvironment:
     def uniform_value(self) -> float:
         """The value of uniformly random actions."""
         with double_precision():
-            uniform = jnp.full(self.problem.r.shape, 1 / self.num_actions, self.problem.r.dtype)
-            return float(self.rho @ np.asarray(dp.policy_value(self.problem, uniform)[0]))
+            return float(self.rho @ np.asarray(dp.policy_value(self.problem, dp.uniform_policy(self.problem))[0]))
 
     def num_histories(self) -> int:
         """Upper limit of the number of histories of the last stage that a deterministic policy reaches."""
@@ -321,7 +319,7 @@ def environment(problem: Problem, budget: int = MEMORY_BUDGET, effort: int | Non
     with double_precision():
         if isinstance(problem, MDP):
             return MDPEnvironment(problem)
-        if isinstance(problem, POMDP) and tree.memory_bytes(as_apomdp(problem)) > budget:
+        if isinstance(problem, POMDP) and problem.legal is None and tree.memory_bytes(as_apomdp(problem)) > budget:
             return BoundedEnvironment(problem, effort)
         return BeliefEnvironment(problem)
 

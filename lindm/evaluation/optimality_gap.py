@@ -6,7 +6,8 @@ By the performance difference identity (Kakade, Langford, 2002) the suboptimalit
 
 an expectation of exact one-step losses. If the policy reaches few histories, it is stepped at all of them, weighted by their
 probabilities, and the loss is exact; histories of an MDP that end in the same state are merged if the policy acts on the state
-alone (`Policy.markov`). Otherwise the expectation is taken over sampled episodes: an estimate far less noisy than returns, and
+alone (`Policy.markov`). The probability that a policy gives to actions that are not legal is removed, and the rest scaled to one.
+Otherwise the expectation is taken over sampled episodes: an estimate far less noisy than returns, and
 without error for an optimal policy. The episodes of a task are drawn with the same random numbers for every policy. In a POMDP
 with too many histories for Q*, the same sum with a lower bound in place of the values gives V^pi, and V* has certified bounds
 (`lindm.evaluation.environments.BoundedEnvironment`).
@@ -34,7 +35,7 @@ from lindm.evaluation.environments import (
     double_precision,
 )
 from lindm.evaluation.intervals import VARIES
-from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy
+from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy, only_legal
 from lindm.solvers import tree
 from lindm.solvers.ties import TOLERANCE
 
@@ -66,6 +67,7 @@ class PolicyLoss:
     exact: bool  # over all histories that the policy reaches
     decisions: int  # histories at which the policy was stepped
     invalid: int | None = None  # of a language model: histories at which its likeliest token was not an action
+    masked: float = 0.0  # the mean probability of actions that were not legal: it went to the legal ones in proportion
     width: float = 0.0  # the upper bound of V* less the lower one
     episodes: int = 0  # that were sampled
     error: float = 0.0  # standard error of the suboptimality over these episodes
@@ -155,7 +157,7 @@ class _Walk:
         )  # its own stream: episodes do not depend on whether a policy draws actions
         self.at = env.start(self.rng, episodes) if self.evaluated else NO_HISTORIES
         self.lost: float | np.ndarray = 0.0 if exact else np.zeros(episodes)  # in all, or in each episode
-        self.agreed = self.reached = 0.0
+        self.agreed = self.reached = self.masked = 0.0
         self.decisions, self.invalid = 0, None
         self.table: list[np.ndarray] = []  # of an ambiguous problem
         self.scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each stage, as `merge` returns them
@@ -167,7 +169,7 @@ class _Walk:
             losses = env.losses(stage, at, probabilities)
         else:
             Q, optimal = env.Q_at(stage, at)
-            losses = Q.max(-1) - (probabilities * Q).sum(-1)
+            losses = Q.max(-1) - (probabilities * np.where(probabilities > 0, Q, 0)).sum(-1)
             self.agreed += float(weight @ (probabilities * optimal).sum(-1))
             with np.errstate(divide="ignore"):
                 self.scored.append(merge(weight, np.log(probabilities) if log_p is None else log_p, optimal))
@@ -216,6 +218,7 @@ class _Walk:
             exact=self.exact,
             decisions=self.decisions,
             invalid=self.invalid,
+            masked=self.masked / self.reached,
             width=width,
             episodes=episodes,
             error=float(np.std(self.lost, ddof=1) / np.sqrt(episodes)) if episodes > 1 else 0.0,
@@ -246,12 +249,15 @@ def _evaluate(
                 break
             observation = _observation(stage, walks, before)
             state, probabilities = policy.step(state, observation)
-            probabilities = _checked(probabilities, len(observation), tasks[0].known.num_actions)
+            checked = _checked(probabilities, len(observation), tasks[0].known.num_actions)
+            probabilities, masked = only_legal(checked, observation.legal)
             parts = np.cumsum(counts)[:-1]
             # of a language model [n] and [n, A]: its own probabilities, however it decides
             invalid, log_p = (_split(getattr(state, name, None), parts) for name in ("invalid", "log_p"))
-            for walk, *rows in zip(walks, np.split(probabilities, parts), invalid, log_p, strict=True):
+            each = (np.split(probabilities, parts), invalid, log_p)
+            for walk, mass, *rows in zip(walks, np.split(masked, parts), *each, strict=True):
                 if len(walk.at):
+                    walk.masked += float(walk.at.weight @ mass)
                     walk.step(stage, *rows)
             before = counts
     losses = [walk.result() for walk in walks]
@@ -280,7 +286,17 @@ def _observation(stage: int, walks: Sequence[_Walk], before: np.ndarray) -> Obse
         task=np.concatenate([np.zeros(0, int), *(np.full(len(at), i) for i, at in levels)]),
         parent=np.concatenate([np.zeros(0, int), *(at.parent + offsets[i] for i, at in levels)]),
         **{name: joined(name) for name in SEEN},
+        legal=_legal(stage, levels, walks),
     )
+
+
+def _legal(stage: int, levels: list[tuple[int, Histories]], walks: Sequence[_Walk]) -> np.ndarray | None:
+    """Which actions are legal [n, A]: those whose value is not -inf; None where all are."""
+    environments = [walks[i].env for i, _ in levels]
+    problems = [env.problem if isinstance(env, MDPEnvironment) else env.apomdp.models for env in environments]
+    if all(problem.legal is None for problem in problems):
+        return None
+    return np.concatenate([env.Q_at(stage, at)[0] > -np.inf for env, (_, at) in zip(environments, levels, strict=True)])
 
 
 def _checked(probabilities: Any, n: int, num_actions: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from lindm.evaluation.environments import PolicyTask, environment
 from lindm.evaluation.history import History, ProblemInfo, check_history, problem_info, read_history
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.text import Step
+from lindm.types import APOMDP
 
 Episodes = Sequence[Sequence[Step]]
 BATCH_SIZE = 4096  # approximate number of histories per call
@@ -45,6 +46,7 @@ class Observation:
     model: np.ndarray | None = None  # [n] the model that nature chose in that step
     observation: np.ndarray | None = None  # [n] the observation of that step
     reward: np.ndarray | None = None  # [n] the reward of that step
+    legal: np.ndarray | None = None  # [n, A] bool, which actions are legal; None: all
 
     def __len__(self) -> int:
         return len(self.task)
@@ -117,7 +119,8 @@ class Decision:
     """One decision of a policy."""
 
     action: int | str  # the likeliest action, the lowest one among equals; by name where actions have names
-    probabilities: np.ndarray  # [A] of the actions
+    probabilities: np.ndarray  # [A] of the actions, 0 where they are not legal
+    masked: float = 0.0  # the probability that the policy gave to actions that are not legal, before it was removed
     lower: np.ndarray | None = None  # [A] lower bounds of the action values by which the policy chooses
     upper: np.ndarray | None = None  # [A] upper bounds; the same numbers where the values are no bounds
     belief: np.ndarray | None = None  # [S] over the hidden state, where the problem is known; [M, S] at an ambiguous start
@@ -160,14 +163,17 @@ class DecisionMaker:
     def decide(self, history: History = ()) -> Decision:
         """The decision at one history. Arguments and errors as of `Policy.act`."""
         steps, belief, state, probabilities, observation = *self._read(history), self._before, np.zeros((1, 0)), None
+        legal: np.ndarray | None = None
         zero = np.zeros(1, int)
         for t, step in enumerate(steps):
             seen = {"state": step.state}
             if t:
                 seen |= {name: getattr(steps[t - 1], name) for name in ("action", "model", "observation", "reward")}
             arrays = {name: np.array([value]) for name, value in seen.items() if value is not None}
-            observation = Observation(stage=t, task=zero, parent=zero, **arrays)
+            legal = self._legal(step, belief) if t + 1 == len(steps) else None
+            observation = Observation(stage=t, task=zero, parent=zero, legal=legal, **arrays)
             state, probabilities = self.policy.step(state, observation)
+        probabilities, masked = only_legal(np.asarray(probabilities, float), legal)
         bounds = self.policy.q_bounds(state, observation) if hasattr(self.policy, "q_bounds") else None
         lower, upper = (None, None) if bounds is None else (None if bound is None else bound[0] for bound in bounds)
         invalid = getattr(state, "invalid", None)
@@ -175,13 +181,26 @@ class DecisionMaker:
         action = int(np.argmax(probabilities[0]))
         return Decision(
             action=actions[action] if actions else action,
-            probabilities=np.asarray(probabilities[0], float),
+            probabilities=probabilities[0],
+            masked=float(masked[0]),
             lower=lower,
             upper=upper,
             belief=belief,
             invalid=None if invalid is None else bool(invalid[0]),
             stage=len(steps) - 1,
         )
+
+    def _legal(self, step: Step, belief: np.ndarray | None) -> np.ndarray | None:
+        """Which actions are legal [1, A] in the state of a step, or in every state that the belief holds possible; None: all."""
+        problem: Any = None if self.info is None else self.info.problem
+        problem = problem.models if isinstance(problem, APOMDP) else problem
+        if problem is None or problem.legal is None:
+            return None
+        legal = np.asarray(problem.legal)
+        legal = legal[0] if legal.ndim == 3 else legal
+        if belief is None:
+            return legal[step.state][None]
+        return legal[(np.atleast_2d(belief) > 0).any(0)].all(0)[None]
 
     def _read(self, history: History) -> tuple[Sequence[Step], np.ndarray | None]:
         """The steps of a history, and the belief after them."""
@@ -196,6 +215,16 @@ class DecisionMaker:
             rule = "steps with actions and, at the end, an open one, Step(None, ...), where the problem is not given"
             raise ValueError(f"history must be {rule}; got {history!r}")
         return steps, None
+
+
+def only_legal(probabilities: np.ndarray, legal: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, A] of legal actions alone, and the mass [n] that others had; without any left, all legal ones alike."""
+    if legal is None:
+        return probabilities, np.zeros(len(probabilities))
+    kept = np.where(legal, probabilities, 0)
+    mass = kept.sum(-1, keepdims=True)
+    kept = np.where(mass > 0, kept / np.where(mass > 0, mass, 1), legal / legal.sum(-1, keepdims=True))
+    return kept, 1 - np.minimum(mass[:, 0], 1)
 
 
 class FunctionPolicy(Policy):

@@ -22,7 +22,7 @@ from lindm.families.inventory import Inventory
 from lindm.families.maintenance import Maintenance
 from lindm.families.screening import Screening
 from lindm.families.suites import Suite, TabularSuite
-from lindm.problems import cassandra
+from lindm.problems import cassandra, cassandra_problems
 from lindm.problems.apomdp import apomdp
 from lindm.problems.experts import read_experts
 from lindm.problems.stationary import StationaryPOMDP, to_pomdp
@@ -274,8 +274,8 @@ def problem_of_models(
       DataError: the models do not fit together, or rewards are so large that values are not finite; it names the source.
     """
     single_mdp = len(models) == 1 and not models[0].observations
-    problems: list[Any] = [cassandra.to_mdp(models[0], horizon, discount)] if single_mdp else []
-    problems = problems or cassandra.to_pomdps(models, sources, horizon, discount)
+    problems: list[Any] = [cassandra_problems.to_mdp(models[0], horizon, discount)] if single_mdp else []
+    problems = problems or cassandra_problems.to_pomdps(models, sources, horizon, discount)
     for source, problem in zip(sources, problems, strict=True):
         try:
             validate.rewards(problem.r, "the rewards")

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 from lindm import validate
 from lindm.problems.pomdp import draw_pomdp, pomdp
-from lindm.types import APOMDP, POMDP, RewardFunction
+from lindm.types import APOMDP, POMDP, RewardFunction, cast
 
 
 def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
@@ -44,20 +44,24 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
         raise ValueError("models must hold at least one POMDP; got none")
     for i, model in enumerate(models):
         try:
-            checked.append(pomdp(model.P, model.O, model.r, model.rho))
+            checked.append(pomdp(model.P, model.O, model.r, model.rho, legal=model.legal))
         except ValueError as error:
             raise ValueError(f"model {i}: {error}") from error
         for x, y, name in ((checked[i].r, checked[0].r, "r"), (checked[i].O[0], checked[0].O[0], "O at a stage")):
             if x.shape != y.shape:
                 raise ValueError(f"models must have the same shapes: {name} of model {i} has {x.shape}, of model 0 {y.shape}")
 
+    one = checked[0].legal
+    if any((model.legal is None) != (one is None) or (one is not None and (model.legal != one).any()) for model in checked):
+        raise ValueError("models must allow the same actions: `legal` of all must be that of model 0")
+
     def stack(*leaves: Array) -> Array:
         shape = max((x.shape for x in leaves), key=lambda shape: shape[0])
         return jnp.stack([jnp.broadcast_to(x, shape) for x in leaves])
 
     stacked = replace(jax.tree.map(stack, *checked), paid=_paid_rewards(models))
-    dtype = jnp.result_type(*jax.tree.leaves(stacked))
-    return APOMDP(models=jax.tree.map(lambda x: x.astype(dtype), stacked), alpha=jnp.asarray(alpha, dtype))
+    dtype = stacked.P.dtype
+    return APOMDP(models=cast(stacked, dtype), alpha=jnp.asarray(alpha, dtype))
 
 
 def _paid_rewards(models: Sequence[POMDP]) -> RewardFunction | None:
@@ -150,6 +154,7 @@ def optimistic(problem: APOMDP) -> POMDP:
     Raises:
       ValueError: alpha is not 0, or the models differ in rho. (Values are checked: not under `jit`.)
     """
+    _require_all_legal(problem)
     if float(problem.alpha) != 0:
         raise ValueError(f"alpha must be 0; got {float(problem.alpha)}")
     rho, models = _common_start(problem), problem.models
@@ -173,6 +178,7 @@ def mixture(problem: APOMDP) -> POMDP:
     """
     models, alpha = problem.models, problem.alpha
     M, H, S, A = models.r.shape
+    _require_all_legal(problem)
     if M != 2:
         raise ValueError(f"problem must have two models; got {M}")
     if float(alpha) > 0.5:
@@ -186,6 +192,11 @@ def mixture(problem: APOMDP) -> POMDP:
         r=jnp.einsum("km,mhsa,n->hsnak", weight, models.r, jnp.ones(2, one.dtype)).reshape(H, S * 2, A * 2),
         rho=jnp.einsum("s,n->sn", rho, one[0]).reshape(S * 2),
     )
+
+
+def _require_all_legal(problem: APOMDP) -> None:
+    if problem.models.legal is not None:
+        raise ValueError("problem must allow every action in every state: this reduction has none of `legal`")
 
 
 def _common_start(problem: APOMDP) -> Array:

@@ -11,6 +11,9 @@ One entry comes from zmdp (T. Smith): `E: s ...` lists states that end the episo
 afterward. Such a state is read as one that every action keeps and that pays nothing. Where the state is hidden, it makes no
 difference whether the end is seen, because an ended episode adds zero to the value of every action.
 
+One entry is our own: `illegal: a : s` says that action a is not allowed in state s (`*` stands for all). Where the state is
+hidden, an action is legal if every state of positive probability allows it.
+
 A `Model` holds the arrays of planning, with the expected reward (negated where the file gives costs)
 
     r(s, a) = sum_{s'} P(s' | s, a) sum_o O(o | a, s') R(a, s, s', o),
@@ -23,23 +26,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from lindm import validate
 from lindm.errors import DataError, LindmError
 from lindm.io import inputs, limits
 from lindm.io.limits import POMDP_NAMES, POMDP_TABLE
 from lindm.problems.cassandra_rewards import ALL, RewardEntries, count_writes, read_rewards
-from lindm.types import MDP, POMDP, RewardFunction
 
 SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
 ROUNDING = 1e-12  # a row this close to one is not changed
 
-HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R", "E")  # E: a name too, of East
-RESERVED = frozenset((*HEADERS[:-1], "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
+HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R", "E", "illegal")
+NAMES_TOO = ("E", "illegal")  # E: of East
+RESERVED = frozenset((*HEADERS[:-2], "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
 PLACES = {
     "T": ("actions", "states", "states"),
     "O": ("actions", "states", "observations"),
@@ -63,6 +64,7 @@ class Model:
     r: np.ndarray  # [S, A] expected reward
     start: np.ndarray  # [S] law of the first state
     rewards: RewardEntries | None = None  # None where R is r(s, a) for every next state and observation
+    legal: np.ndarray | None = None  # [S, A] bool, the actions that a state allows; None: all
 
 
 def read(path: str | Path) -> Model:
@@ -73,7 +75,7 @@ def read(path: str | Path) -> Model:
 def read_sizes(path: str | Path) -> tuple[int, int, int]:
     """The numbers of states, actions and observations that a file declares, 0 where it does not; its entries are not read."""
     text = inputs.read_text(Path(path), limits.POMDP_FILE)
-    first = re.search(r"^[ \t]*[TORE][ \t]*:", text, re.MULTILINE)
+    first = re.search(r"^[ \t]*([TORE]|illegal)[ \t]*:", text, re.MULTILINE)
     preamble, _, _ = _sections(text[: first.start()] if first else text, str(path))
     S, A, O = (len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations"))
     return S, A, O
@@ -94,11 +96,15 @@ def parse(text: str, name: str = "<text>") -> Model:
     S, A, O = (len(names[word]) for word in ("states", "actions", "observations"))
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
     lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
-    rewards, ends, writes = [], np.zeros(S, bool), 0
+    rewards, ends, illegal, writes = [], np.zeros(S, bool), np.zeros((A, S), bool), 0
     for entry in entries:
         if entry.word == "E":
             ends[_states(entry, index["states"])] = True
             lines["T"][:, ends] = entry.line
+            continue
+        if entry.word == "illegal":
+            where = _illegal(entry, index)
+            illegal[where], lines["T"][where] = True, entry.line
             continue
         where, values = _entry(entry, index, start)
         if entry.word == "R":
@@ -106,6 +112,8 @@ def parse(text: str, name: str = "<text>") -> Model:
         else:
             writes = count_writes(writes, tables[entry.word][where].size, entry)
             tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
+    check_legal(illegal, ends, names["states"], last)
+    tables["T"][illegal] = np.eye(S)[np.nonzero(illegal)[1]]
     tables["T"][:, ends] = np.eye(S)[ends]
     for word, table in tables.items() if O else [("T", tables["T"])]:
         title = f"{word} of action {{!r}}, state {{!r}}".format
@@ -120,8 +128,10 @@ def parse(text: str, name: str = "<text>") -> Model:
             lost = f"the reward of actions in {names['states'][state.start]!r} is never paid: E ends the episode on arrival"
             warnings.warn(f"{name}:{entry.line}: {lost}", UserWarning, stacklevel=2)
             break
+    legal = ~illegal.T if illegal.any() else None
+    r[illegal.T] = 0.0
     P = tables["T"].swapaxes(0, 1).copy()
-    return Model(**names, discount=discount, P=P, O=tables["O"], r=r, start=start, rewards=entries)
+    return Model(**names, discount=discount, P=P, O=tables["O"], r=r, start=start, rewards=entries, legal=legal)
 
 
 class _Head(NamedTuple):
@@ -161,50 +171,6 @@ def _head(
     return _Head(names, index, discount, costs, start)
 
 
-def to_pomdp(model: Model, horizon: int, discount: float | None = None) -> POMDP:
-    """The first `horizon` stages as a POMDP, with discount^h folded into the rewards; `None` is the file's own discount."""
-    arrays = _arrays(model, horizon, discount)
-    return POMDP(**arrays, O=jnp.asarray(model.O[None], arrays["P"].dtype))
-
-
-def to_mdp(model: Model, horizon: int, discount: float | None = None) -> MDP:
-    """`to_pomdp` of a file without observations."""
-    return MDP(**_arrays(model, horizon, discount))
-
-
-def _arrays(model: Model, horizon: int, discount: float | None) -> dict[str, Any]:
-    gamma = model.discount if discount is None else discount
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"discount must be a number from 0 to 1; got {gamma}")
-    r = float(gamma) ** np.arange(validate.count(horizon, "horizon"))[:, None, None] * model.r
-    arrays = {"P": model.P[None], "r": r, "rho": model.start}
-    arrays = {name: jnp.asarray(array, jnp.result_type(float)) for name, array in arrays.items()}
-    if model.rewards is None and gamma == 1:
-        return arrays
-    R = model.r[:, :, None, None] if model.rewards is None else model.rewards.R()
-    paid = RewardFunction(R=jnp.asarray(R[None], arrays["r"].dtype), discount=jnp.asarray(gamma, arrays["r"].dtype))
-    return arrays | {"paid": paid}
-
-
-def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, discount: float | None = None) -> list[POMDP]:
-    """`to_pomdp` of several models of one problem, the argument of `apomdp`.
-
-    Raises:
-      DataError: where the states, actions, observations or (with `discount` None) discounts are not those of the
-        first model; the message names the file, by `names`.
-    """
-    if not models or len(models) != len(names):
-        raise ValueError(f"models must be at least one, each with its name; got {len(models)} models and {len(names)} names")
-    for model, name in zip(models, names, strict=True):
-        if not model.observations:
-            raise DataError(f"{name}: observations must be given in several files, which are models of one POMDP; this is an MDP")
-        for word in ("states", "actions", "observations") + (() if discount is not None else ("discount",)):
-            mine, first = getattr(model, word), getattr(models[0], word)
-            if mine != first:
-                raise DataError(f"{name}: {word} must be as in {names[0]}, {_quote(str(first))}; got {_quote(str(mine))}")
-    return [to_pomdp(model, horizon, discount) for model in models]
-
-
 class _Section(NamedTuple):
     """A header and the tokens up to the next one."""
 
@@ -238,7 +204,7 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
     heads = []  # position and length of each header
     for i, word in enumerate(words):
         length = 3 if word == "start" and words[i + 1 : i + 2] in (["include"], ["exclude"]) else 2
-        is_name = word == "E" and words[i - 1 : i] == [":"]  # as in T: E: far
+        is_name = word in NAMES_TOO and words[i - 1 : i] == [":"]  # as in T: E: far
         if word in HEADERS and words[i + length - 1 : i + length] == [":"] and not is_name:
             heads.append((i, length))
     if not heads or heads[0][0]:
@@ -248,7 +214,7 @@ def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section]
     for (i, length), (end, _) in zip(heads, [*heads[1:], (len(words), 0)], strict=True):
         key, body = words[i], slice(i + length, end)
         section = _Section(name, " ".join(words[i : i + length - 1]), lines[i], words[body], lines[body])
-        if key in PLACES or key == "E":
+        if key in PLACES or key in NAMES_TOO:
             entries.append(section)
         elif entries:
             raise section.stop(f"{key!r} must come before the first T, O, R or E, which is on line {entries[0].line}")
@@ -358,6 +324,21 @@ def _states(section: _Section, index: dict[str, int]) -> list[int]:
     if not section.words:
         raise section.stop(f"{section.word!r} takes a list of states; got nothing")
     return [_find(section, i, "states", index) for i in range(len(section.words))]
+
+
+def _illegal(section: _Section, index: dict[str, dict[str, int]]) -> tuple[int | slice, ...]:
+    """The part of a table [A, S] that an entry `illegal: action : state` means."""
+    words = section.words
+    if len(words) != 3 or words[1] != ":":
+        raise section.stop(f"'illegal' takes action : state; got {_quote(' '.join(words[:5]))}")
+    return tuple(slice(None) if words[i] == "*" else _find(section, i, k, index[k]) for i, k in ((0, "actions"), (2, "states")))
+
+
+def check_legal(illegal: np.ndarray, ends: np.ndarray, states: Sequence[str], last: _Section) -> None:
+    """Allow every action [A, S] where the episode has ended. DataError for a state without a legal action."""
+    illegal[:, ends] = False
+    if illegal.all(0).any():
+        raise last.stop(f"state {states[int(illegal.all(0).argmax())]!r} has no legal action: expected at least one")
 
 
 def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:

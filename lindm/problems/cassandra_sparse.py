@@ -31,6 +31,7 @@ class SparseModel(NamedTuple):
     O: tuple[sparse.csr_array, ...]  # [S, O] for each action; none of an MDP
     r: np.ndarray  # [S, A]
     start: np.ndarray  # [S]
+    legal: np.ndarray | None = None  # [S, A] bool; None: every action is legal
 
 
 class _Cell(NamedTuple):
@@ -107,20 +108,26 @@ def parse_sparse(text: str, name: str = "<text>") -> SparseModel:
     head = cassandra._head(preamble, entries, last, off, lambda S, A, O: 10 * S * A)  # what is kept of each row
     S, A, O = (len(head.names[word]) for word in ("states", "actions", "observations"))
     tables = {"T": _Table(A, S, S), "O": _Table(A, S, O)}
-    ends, rewards = np.zeros(S, bool), []
+    ends, illegal, rewards = np.zeros(S, bool), np.zeros((A, S), bool), []
     for entry in entries:
         if entry.word == "E":
             ends[cassandra._states(entry, head.index["states"])] = True
             tables["T"].lines[:, ends] = entry.line
+        elif entry.word == "illegal":
+            where = cassandra._illegal(entry, head.index)
+            illegal[where] = True
+            tables["T"].lines[where] = entry.line
         elif entry.word == "R":
             rewards.append((entry, _cell(entry, head.index)))
         else:
             tables[entry.word].write(entry, _cell(entry, head.index), head.start)
-    goes, stays = sparse.diags_array((~ends).astype(float)), sparse.diags_array(ends.astype(float))
+    cassandra.check_legal(illegal, ends, head.names["states"], last)
 
     def rows(word: str, a: int) -> sparse.csr_array:
         table = tables[word].matrix(a)
-        table = sparse.csr_array(goes @ table + stays) if word == "T" else table
+        if word == "T":
+            kept = (ends | illegal[a]).astype(float)
+            table = sparse.csr_array(sparse.diags_array(1 - kept) @ table + sparse.diags_array(kept))
         title = f"{word} of action {head.names['actions'][a]!r}, state {{!r}}".format
         return _normalized(table, tables[word].lines[a], lambda s: title(head.names["states"][s]), last, off)
 
@@ -132,7 +139,9 @@ def parse_sparse(text: str, name: str = "<text>") -> SparseModel:
         warnings.warn(f"{name}:{line}: {row}, not to one{more}: scaled", UserWarning, stacklevel=2)
     r = (-1.0 if head.costs else 1.0) * _expected(rewards, P, seen, (S, O)) + 0.0  # + 0.0: no cost is 0.0, not -0.0
     r[ends] = 0.0
-    return SparseModel(**head.names, discount=head.discount, P=P, O=seen, r=r, start=head.start)
+    r[illegal.T] = 0.0
+    legal = ~illegal.T if illegal.any() else None
+    return SparseModel(**head.names, discount=head.discount, P=P, O=seen, r=r, start=head.start, legal=legal)
 
 
 def _cell(entry: _Section, index: dict[str, dict[str, int]]) -> _Cell:

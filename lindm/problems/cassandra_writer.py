@@ -33,6 +33,10 @@ def write(model: Model) -> str:
     lines += _rows("T", model.P.swapaxes(0, 1), model.actions, model.states, model.states)
     lines += _rows("O", model.O, model.actions, model.states, model.observations) if O else []
     lines += _reward_rows(model)
+    if model.legal is not None:
+        if model.legal.shape != (S, A) or not model.legal.any(1).all():
+            raise ValueError(f"legal must have the shape {(S, A)} and allow an action in every state")
+        lines += [f"illegal: {model.actions[a]} : {model.states[s]}" for s, a in zip(*np.nonzero(~model.legal), strict=True)]
     return "\n".join(lines) + "\n"
 
 

@@ -13,13 +13,14 @@ from lindm.random import dirichlet, flat
 from lindm.types import MDP, RewardFunction
 
 
-def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
+def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike, legal: ArrayLike | None = None) -> MDP:
     """A checked MDP.
 
     Args:
       P: [H|1, S, A, S], each row over the last axis a distribution.
       r: [H, S, A], finite.
       rho: [S], a distribution.
+      legal: [S, A] bool, which actions a state allows, at least one; None: all.
 
     Raises:
       ValueError: names the argument, the rule and what was got.
@@ -33,7 +34,10 @@ def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike) -> MDP:
     P, rho = validate.distribution(P, "P"), validate.distribution(rho, "rho")
     # one dtype, the widest: a scan over stages carries values computed from all three
     dtype = jnp.result_type(P, r, rho)
-    return MDP(P=P.astype(dtype), r=r.astype(dtype), rho=rho.astype(dtype))
+    if legal is not None:
+        legal = validate.legal(legal, S, A)
+        r = jnp.where(legal, r, 0)
+    return MDP(P=P.astype(dtype), r=r.astype(dtype), rho=rho.astype(dtype), legal=legal)
 
 
 def simplex_rows(key: Array, shape: tuple[int, ...], power: float | Array = 1.0, dtype=None) -> Array:

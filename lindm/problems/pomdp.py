@@ -16,7 +16,14 @@ from lindm.types import MDP, POMDP
 
 
 def pomdp(
-    P: ArrayLike, O: ArrayLike, r: ArrayLike, rho: ArrayLike, *, horizon: int | None = None, discount: float = 1.0
+    P: ArrayLike,
+    O: ArrayLike,
+    r: ArrayLike,
+    rho: ArrayLike,
+    *,
+    horizon: int | None = None,
+    discount: float = 1.0,
+    legal: ArrayLike | None = None,
 ) -> POMDP:
     """A checked POMDP.
 
@@ -27,6 +34,8 @@ def pomdp(
       rho: [S], a distribution.
       horizon: H; must agree with the arrays that have an axis of stages.
       discount: in [0, 1].
+      legal: [S, A] bool, which actions a state allows, at least one; None: all. At a belief an action is legal if every state of
+        positive probability allows it.
 
     Raises:
       ValueError: names the argument, the rule and what was got.
@@ -50,10 +59,13 @@ def pomdp(
     P, O, rho = (jnp.maximum(validate.distribution(x, name), 0) for x, name in ((P, "P"), (O, "O"), (rho, "rho")))
     # one dtype, the widest that is enabled: certificates need double precision
     dtype = jnp.promote_types(jnp.result_type(P, O, r, rho), jnp.result_type(float))
+    if legal is not None:
+        legal = validate.legal(legal, S, A)
+        r = jnp.where(legal, r, 0)
     folded = over_stages(r.astype(dtype), H, discount)
     validate.rewards(folded, "r")
     paid = None if discount == 1 else paid_rewards(r.astype(dtype), discount)
-    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=folded, rho=rho.astype(dtype), paid=paid)
+    return POMDP(P=P.astype(dtype), O=O.astype(dtype), r=folded, rho=rho.astype(dtype), paid=paid, legal=legal)
 
 
 def reveal(mdp: MDP) -> POMDP:
@@ -63,7 +75,8 @@ def reveal(mdp: MDP) -> POMDP:
     POMDP is V_0(s) of the MDP, and V_0(rho) is at most the mean of V_0(s) under rho.
     """
     S, A = mdp.r.shape[-2:]
-    return POMDP(P=mdp.P, O=jnp.broadcast_to(jnp.eye(S, dtype=mdp.P.dtype), (1, A, S, S)), r=mdp.r, rho=mdp.rho, paid=mdp.paid)
+    O = jnp.broadcast_to(jnp.eye(S, dtype=mdp.P.dtype), (1, A, S, S))
+    return POMDP(P=mdp.P, O=O, r=mdp.r, rho=mdp.rho, paid=mdp.paid, legal=mdp.legal)
 
 
 def draw_pomdp(

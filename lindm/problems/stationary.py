@@ -45,6 +45,7 @@ class StationaryPOMDP:
     observations: tuple[str, ...] = ()
     # what is paid: entries of a file, or for each action [S, S] by the next state; None where that is r(s, a)
     rewards: RewardEntries | tuple[sparse.csr_array, ...] | None = None
+    legal: np.ndarray | None = None  # [S, A] bool, the actions that a state allows; None: all
 
     def reward_table(self) -> np.ndarray:
         """R [1, S, A, S|1, O|1], what an environment pays. DataError where the table of a file is too large."""
@@ -84,6 +85,7 @@ def read(path: str | Path, discount: float | None = None) -> StationaryPOMDP:
         states=model.states,
         actions=model.actions,
         observations=model.observations,
+        legal=model.legal,
     )
 
 
@@ -107,6 +109,7 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
         states=model.states,
         actions=model.actions,
         observations=model.observations,
+        legal=model.legal,
         rewards=model.rewards,
     )
 
@@ -125,6 +128,7 @@ def from_pomdp(problem: POMDP) -> StationaryPOMDP:
         r=r[0],
         rho=np.asarray(problem.rho),
         discount=discount,
+        legal=None if problem.legal is None else np.asarray(problem.legal),
     )
 
 
@@ -142,10 +146,11 @@ def to_pomdp(problem: StationaryPOMDP, horizon: int) -> POMDP:
         O=jnp.asarray(np.stack([O.toarray() for O in problem.O])[None], dtype),
         r=jnp.asarray(r, dtype),
         rho=jnp.asarray(problem.rho, dtype),
+        legal=None if problem.legal is None else jnp.asarray(problem.legal),
     )
 
 
-def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> StationaryPOMDP:
+def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float, legal: ArrayLike | None = None) -> StationaryPOMDP:
     """A checked MDP from arrays; memory grows with the nonzeros of sparse ones.
 
     Args:
@@ -154,6 +159,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> Sta
       r: [S, A], finite.
       rho: [S], a distribution.
       discount: in [0, 1].
+      legal: [S, A] bool, which actions a state allows, at least one; None: all.
 
     Raises:
       ValueError: names the argument, the rule and what was got.
@@ -174,7 +180,9 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float) -> Sta
     if len(P) != A:
         raise ValueError(f"P must hold a matrix for each of the {A} actions; got {len(P)}")
     kernels = tuple(_kernel(matrix, f"P[{a}]", S) for a, matrix in enumerate(P))
-    return StationaryPOMDP(P=kernels, r=rewards, rho=start, discount=float(discount))
+    allowed = None if legal is None else np.asarray(validate.legal(legal, S, A))
+    rewards = rewards if allowed is None else np.where(allowed, rewards, 0)
+    return StationaryPOMDP(P=kernels, r=rewards, rho=start, discount=float(discount), legal=allowed)
 
 
 def _floats(value: Any, name: str) -> np.ndarray:

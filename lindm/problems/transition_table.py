@@ -2,7 +2,8 @@
 
 A table P[s][a] lists (probability, next state, reward, terminated). An episode ends with a transition that is terminated, and
 nothing is earned afterward: its next state absorbs and pays nothing. Where an episode can also come to that state without an end
-(the table may go on there), the transition leads to an absorbing state of its own instead, the last one.
+(the table may go on there), the transition leads to an absorbing state of its own instead, the last one. An action that a state
+does not list is not legal there.
 
 Transitions of a state and an action into one state that pay differently pay their mean.
 """
@@ -32,8 +33,9 @@ def read_table(table: Table, start: ArrayLike, discount: float) -> StationaryPOM
     Raises:
       ValueError: names the entry of the table, or the argument, the rule and what was got.
     """
-    S, A = len(table), len(table[0]) if 0 in table else 0
+    S, A = len(table), len(set().union(*table.values()))
     rows = _transitions(table, S, A)
+    legal = np.array([[action in table[state] for action in range(A)] for state in range(S)])
     rho = np.asarray(validate.finite(start, "start"), float)
     if rho.ndim == 0:
         if not (rho == int(rho) and 0 <= rho < S):
@@ -49,19 +51,21 @@ def read_table(table: Table, start: ArrayLike, discount: float) -> StationaryPOM
     apart = bool(np.isin(ends, _reachable(rho, s[~ended], after[~ended], probability[~ended], S)).any())
     if apart:
         after[ended], ends, S = S, np.array([S]), S + 1
-        r, rho = np.vstack([r, np.zeros(A)]), np.append(rho, 0.0)
+        r, rho, legal = np.vstack([r, np.zeros(A)]), np.append(rho, 0.0), np.vstack([legal, np.ones(A, bool)])
+    legal[ends] = True
     kernels, paid = [], []
     for action in range(A):
         rows_of = (a == action) & ~np.isin(s, ends)
         entries = (probability[rows_of], (s[rows_of], after[rows_of]))
-        stays = sparse.coo_array((np.ones(len(ends)), (ends, ends)), shape=(S, S))
+        kept = np.union1d(ends, np.flatnonzero(~legal[:, action]))  # an action that is not legal is never taken
+        stays = sparse.coo_array((np.ones(len(kept)), (kept, kept)), shape=(S, S))
         kernels.append(sparse.csr_array(sparse.coo_array(entries, shape=(S, S)) + stays))
         cells, values, _ = _mean_rewards(s[rows_of] * S + after[rows_of], reward[rows_of], probability[rows_of])
         paid.append(sparse.csr_array(sparse.coo_array((values, np.divmod(cells, S)), shape=(S, S))))
     r[ends] = 0.0
-    problem = stationary_mdp(kernels, r, rho, discount)
+    problem = stationary_mdp(kernels, r, rho, discount, None if legal.all() else legal)
     goes_on = ~np.isin(s, ends)
-    *_, same = _mean_rewards((s * len(table[0]) + a)[goes_on], reward[goes_on], probability[goes_on])
+    *_, same = _mean_rewards((s * A + a)[goes_on], reward[goes_on], probability[goes_on])
     return problem if same.all() else replace(problem, rewards=tuple(paid))
 
 
@@ -83,9 +87,9 @@ def _transitions(table: Table, S: int, A: int) -> np.ndarray:
     if not S or not A or sorted(table) != list(range(S)):
         raise ValueError(f"P must be a table with the states 0 to S - 1, each with actions; got {S} states")
     for s in range(S):
-        if sorted(table[s]) != list(range(A)):
-            raise ValueError(f"P[{s}] must have the actions 0 to {A - 1}, as P[0] has; got {list(table[s])}")
-        for a in range(A):
+        if not table[s] or not set(table[s]) <= set(range(A)):
+            raise ValueError(f"P[{s}] must have some of the actions 0 to {A - 1}; got {list(table[s])}")
+        for a in sorted(table[s]):
             for entry in table[s][a]:
                 if len(entry) != 4 or not 0 <= int(entry[1]) < S:
                     rule = f"(probability, next state from 0 to {S - 1}, reward, terminated)"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lindm.types import MDP, LinearMDP, Plan, at_stage
+from lindm.types import MDP, LinearMDP, Plan, at_stage, only_legal
 
 BATCH_BYTES = 48 << 10  # of the problems that `solve_many` solves together on a CPU: the first-level cache of a core
 
@@ -24,10 +24,10 @@ def backward_induction(mdp: MDP) -> Plan:
 
     def stage(V_next: Array, h_r: tuple[Array, Array]):
         h, r = h_r
-        Q = r + at_stage(mdp.P, h) @ V_next
+        Q = only_legal(r + at_stage(mdp.P, h) @ V_next, mdp.legal)
         return Q.max(-1), Q
 
-    last = mdp.r[-1]  # no stage follows: no product
+    last = only_legal(mdp.r[-1], mdp.legal)  # no stage follows: no product
     before = jax.lax.scan(stage, last.max(-1), (_stages(mdp)[:-1], mdp.r[:-1]), reverse=True)[1]
     Q = jnp.concatenate([before, last[None]])
     return Plan(V=Q.max(-1), Q=Q, pi=Q.argmax(-1).astype(jnp.int32))
@@ -43,10 +43,10 @@ def optimal_policy(mdp: MDP) -> tuple[Array, Array]:
 
     def stage(V_next: Array, h_r: tuple[Array, Array]):
         h, r = h_r
-        V, pi = choose(r + at_stage(mdp.P, h) @ V_next)
+        V, pi = choose(only_legal(r + at_stage(mdp.P, h) @ V_next, mdp.legal))
         return V, (V, pi)
 
-    last = choose(mdp.r[-1])  # no stage follows: no product
+    last = choose(only_legal(mdp.r[-1], mdp.legal))  # no stage follows: no product
     before = jax.lax.scan(stage, last[0], (_stages(mdp)[:-1], mdp.r[:-1]), reverse=True)[1]
     return jax.tree.map(lambda early, end: jnp.concatenate([early, end[None]]), before, last)
 
@@ -88,6 +88,12 @@ def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     A = mdp.num_actions
     chex.assert_shape(pi, mdp.r.shape[: pi.ndim])
     return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
+
+
+def uniform_policy(mdp: MDP) -> Array:
+    """Probabilities [H, S, A]: the same for every legal action."""
+    legal = jnp.ones(mdp.r.shape[-2:], mdp.r.dtype) if mdp.legal is None else mdp.legal.astype(mdp.r.dtype)
+    return jnp.broadcast_to(legal / legal.sum(-1, keepdims=True), mdp.r.shape)
 
 
 @jax.jit

@@ -110,5 +110,9 @@ def accuracy(problem: StationaryPOMDP, horizon: float, tolerance: float, relativ
     """The accuracy that tolerances ask for. ValueError: an infinite horizon has no discount."""
     if horizon == math.inf and problem.discount == 1:
         raise ValueError("discount must be below 1 where the horizon is infinite; got 1")
+    if problem.legal is not None:  # a vector is the value of a policy at every belief, also where its actions are not legal
+        raise ValueError(
+            "point-based has no illegal actions: a POMDP with `illegal` is solved by its tree, over a finite horizon"
+        )
     size = float(np.abs(problem.r).max())
     return max(tolerance, relative * size, EPSILON * size)

@@ -12,6 +12,7 @@ from lindm import validate
 from lindm.problems.apomdp import as_apomdp
 from lindm.random import flat
 from lindm.solvers.belief import advance
+from lindm.solvers.dp import uniform_policy
 from lindm.solvers.solve import Solution, label, labels, q_bounds
 from lindm.solvers.ties import greedy
 from lindm.types import APOMDP, MDP, POMDP, Episodes, Labels, Plan, at_stage
@@ -83,7 +84,7 @@ def demonstrate(
 ) -> tuple[Episodes, Labels]:
     """n labeled episodes of an epsilon-greedy behavior policy around the optimal policy.
 
-    At each step the behavior policy takes a uniformly random action with probability `epsilon` and the solution's action
+    At each step the behavior policy takes a uniformly random legal action with probability `epsilon` and the solution's action
     otherwise: 0 is the optimal policy, 1 the uniform one.
 
     Args:
@@ -108,9 +109,9 @@ def demonstrate(
             raise ValueError(f"nature must be a model from 0 to {M - 1}; got {nature}")
     if isinstance(problem, MDP):
         assert isinstance(solution.tables, Plan)
-        A = problem.num_actions
-        best = jax.nn.one_hot(greedy(solution.tables.Q), A, dtype=problem.r.dtype)
-        episodes = rollout(key, problem, best + jnp.asarray(epsilon, best.dtype) * (1 / A - best), n)
+        best = jax.nn.one_hot(greedy(solution.tables.Q), problem.num_actions, dtype=problem.r.dtype)
+        mixed = best + jnp.asarray(epsilon, best.dtype) * (uniform_policy(problem) - best)
+        episodes = rollout(key, problem, mixed, n)
         return episodes, labels(solution, episodes)
     episodes, labeled = _demonstrate(key, as_apomdp(problem), solution, n, epsilon, nature)
     return (replace(episodes, m=None) if isinstance(problem, POMDP) else episodes), labeled
@@ -125,8 +126,11 @@ def _demonstrate(key: Array, problem: APOMDP, solution: Solution, n: int, epsilo
             history, beliefs, s = carry
             t, (u_mix, u_act, u_model, u_start, u_next, u_seen) = at
             lower, upper, G = q_bounds(problem, solution.tables, t, history, beliefs)
-            labeled = label(lower, upper, solution.exact)
-            a = jnp.where(u_mix < epsilon, jnp.minimum((u_act * A).astype(jnp.int32), A - 1), labeled.action)
+            labeled = label(lower, upper, solution.exact, problem.models.legal is None)
+            drawn = jnp.minimum((u_act * A).astype(jnp.int32), A - 1)
+            if labeled.legal is not None:
+                drawn = invert(jnp.cumsum(labeled.legal.astype(u_act.dtype)), u_act)
+            a = jnp.where(u_mix < epsilon, drawn, labeled.action)
             if nature is None:
                 m = jnp.where(u_model < problem.alpha, G[a].argmin(), G[a].argmax()).astype(jnp.int32)
             else:

@@ -99,8 +99,9 @@ def solve(problem: Problem, method: Method = "auto", budget: int = MEMORY_BUDGET
         validate.count(effort, "effort")
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
-    if any(x.dtype != np.float64 for x in jax.tree.leaves(problem)):
-        got = ", ".join(sorted({x.dtype.name for x in jax.tree.leaves(problem)}))
+    numbers = [x for x in jax.tree.leaves(problem) if x.dtype != bool]
+    if any(x.dtype != np.float64 for x in numbers):
+        got = ", ".join(sorted({x.dtype.name for x in numbers}))
         raise ValueError(f"problem must be in double precision (jax_enable_x64), which certificates rest on; got {got}")
     if isinstance(problem, MDP) and method != "auto":
         raise ValueError(f"method must be auto for an MDP; got {method!r}")
@@ -111,11 +112,17 @@ def solve(problem: Problem, method: Method = "auto", budget: int = MEMORY_BUDGET
         plan = dp.backward_induction(problem)
         value = problem.rho @ plan.V[0]
         return Solution(problem=problem, value=value, lower=value, upper=value, tables=plan, method=chosen)
+    legal = as_apomdp(problem).models.legal
+    if legal is not None and chosen != "tree":
+        rule = "which needs a shorter horizon here" if method == "auto" else "tree"
+        raise ValueError(f"method {chosen} has no illegal actions: a POMDP with `legal` is solved by its tree, {rule}")
     tables = _tables(as_apomdp(problem), chosen, budget, effort)
     bounds = jnp.sort(
         jnp.stack([bound.max() for bound in _at_start(as_apomdp(problem), tables)])
     )  # rounding may swap equal bounds
     lower, upper = bounds[0], bounds[1]
+    if legal is not None and not isinstance(lower, Tracer) and not np.isfinite(lower):
+        raise ValueError("legal must allow an action at every belief that can be reached; every policy comes to one without any")
     return Solution(problem=problem, value=(lower + upper) / 2, lower=lower, upper=upper, tables=tables, method=chosen)
 
 
@@ -206,15 +213,16 @@ def q_bounds(problem: APOMDP, tables: Tables, t, history: Array, beliefs: Array)
     return lower, upper, (G[0] + G[1]) / 2
 
 
-def label(lower: Array, upper: Array, exact: bool) -> Labels:
-    """The label at one history, from bounds [A] of its action values."""
+def label(lower: Array, upper: Array, exact: bool, all_legal: bool = True) -> Labels:
+    """The label at one history, from bounds [A] of its action values, -inf where an action is not legal."""
     action = greedy(lower)
     others = jnp.where(jnp.arange(lower.shape[-1]) == action, -jnp.inf, upper).max()
     regret = jnp.maximum(others - lower[action], 0)
     certain = regret <= tie_tolerance(upper.max())
     certificate = jnp.where(exact, EXACT, jnp.where(certain, CERTIFIED, BOUNDED)).astype(jnp.int8)
     regret = jnp.where(certificate == BOUNDED, regret, 0)
-    return Labels(action=action, Q=(lower + upper) / 2, certificate=certificate, regret=regret)
+    legal = None if all_legal else lower > -jnp.inf
+    return Labels(action=action, Q=(lower + upper) / 2, certificate=certificate, regret=regret, legal=legal)
 
 
 def labels(solution: Solution, episodes: Episodes) -> Labels:
@@ -229,7 +237,8 @@ def labels(solution: Solution, episodes: Episodes) -> Labels:
         Q = solution.tables.Q[stages, episodes.s]
         zero = jnp.zeros(Q.shape[:-1], Q.dtype)
         action = greedy(solution.tables.Q)[stages, episodes.s]
-        return Labels(action=action, Q=Q, certificate=zero.astype(jnp.int8), regret=zero)
+        legal = None if problem.legal is None else problem.legal[episodes.s]
+        return Labels(action=action, Q=Q, certificate=zero.astype(jnp.int8), regret=zero, legal=legal)
     m = jnp.zeros_like(episodes.a) if episodes.m is None else episodes.m
     assert episodes.o is not None
     flat = [jnp.asarray(x, jnp.int32).reshape(-1, x.shape[-1]) for x in (episodes.a, m, episodes.o)]
@@ -243,7 +252,8 @@ def _labels(problem: APOMDP, solution: Solution, a: Array, m: Array, o: Array) -
         def step(carry, at):
             t, *taken = at
             lower, upper, _ = q_bounds(problem, solution.tables, t, *carry)
-            return advance(problem, t, *carry, *taken), label(lower, upper, solution.exact)
+            labeled = label(lower, upper, solution.exact, problem.models.legal is None)
+            return advance(problem, t, *carry, *taken), labeled
 
         start = (jnp.zeros((), jnp.int32), problem.models.rho)
         return jax.lax.scan(step, start, (jnp.arange(a.shape[0]), a, m, o))[1]

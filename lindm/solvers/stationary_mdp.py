@@ -147,8 +147,9 @@ def load_policy(path: str | Path) -> dict[str, Any]:
 
 
 def back_up(problem: StationaryPOMDP, V: np.ndarray) -> np.ndarray:
-    """Q [S, A] = r + gamma P V."""
-    return problem.r + problem.discount * np.stack([P @ V for P in problem.P], axis=1)
+    """Q [S, A] = r + gamma P V; -inf where an action is not legal."""
+    Q = problem.r + problem.discount * np.stack([P @ V for P in problem.P], axis=1)
+    return Q if problem.legal is None else np.where(problem.legal, Q, -np.inf)
 
 
 def solve(
@@ -185,7 +186,7 @@ def solve(
     deadline = time.monotonic() + timeout
     evaluate = None if method == "value-iteration" else _Evaluation(problem, deadline)
     rounding = _Rounding(problem)
-    V, policy, iterations = problem.r.max(1), None, 0
+    V, policy, iterations = back_up(problem, np.zeros(problem.num_states)).max(1), None, 0
     while True:
         Q = back_up(problem, V)
         chosen = greedy(Q)

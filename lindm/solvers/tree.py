@@ -38,8 +38,14 @@ Policy = tuple[Array, ...]
 """One array for each stage: actions [histories] (int) or probabilities [histories, A]; stage t has branching^t histories."""
 
 Choice = Callable[[Array], Array]
-"""Q [A, n] -> V [n]: the value of a history from its action values."""
+"""Q [A, n] -> V [n]: the value of a history from its action values, -inf where an action is not legal."""
 BEST: Choice = partial(jnp.max, axis=0)
+
+
+def uniform(Q: Array) -> Array:
+    """The mean of the legal actions' values: V [n] from Q [A, n]."""
+    legal = -jnp.inf < Q
+    return jnp.where(legal, Q, 0).sum(0) / jnp.maximum(legal.sum(0), 1)
 
 
 @jax.tree_util.register_dataclass
@@ -102,14 +108,24 @@ def _last(problem: APOMDP, U: Array) -> tuple[Array, Array]:
     K, r = joint_kernel(problem, H - 2), stage_rewards(problem, H - 1)
     G = _weighted(jnp.einsum("amosu,bnu->bnamos", K, r), U)  # [A, M, A, M, O, n]
     Q = alpha_maxmin(problem.alpha, G, 1)
+    if problem.models.legal is not None:
+        illegal = (~problem.models.legal[0]).astype(U.dtype)
+        Q = jnp.where(_weighted(jnp.einsum("amosu,ub->bamos", K, illegal), U) > 0, -jnp.inf, Q)
     return Q.reshape(len(Q), -1), _weighted(K.sum(-1), U).reshape(-1)
+
+
+def _only_legal(problem: APOMDP, U: Array, Q: Array) -> Array:
+    """Q [A, n] with -inf where a state of positive probability in U [S, n] does not allow the action."""
+    if problem.models.legal is None:
+        return Q
+    return jnp.where(_weighted((~problem.models.legal[0].T).astype(U.dtype), U) > 0, -jnp.inf, Q)
 
 
 def _backed_up(problem: APOMDP, U: Array, V: Array, t: int) -> Array:
     """Q [A, n] at histories with U [S, n], from V [A M O n] of their children."""
     r = stage_rewards(problem, t)
     G = _weighted(r, U) + V.reshape(*r.shape[:2], -1, U.shape[1]).sum(2)
-    return alpha_maxmin(problem.alpha, G, 1)
+    return _only_legal(problem, U, alpha_maxmin(problem.alpha, G, 1))
 
 
 def _below(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tuple[Array, list[Array]]:
@@ -117,7 +133,7 @@ def _below(problem: APOMDP, U: Array, t: int, keep: bool, choose: Choice) -> tup
     H = problem.horizon
     mass = U.sum(0)
     if t == H - 1:
-        Q, deeper = alpha_maxmin(problem.alpha, _weighted(stage_rewards(problem, t), U), 1), []
+        Q, deeper = _only_legal(problem, U, alpha_maxmin(problem.alpha, _weighted(stage_rewards(problem, t), U), 1)), []
     elif t == H - 2:
         Q_last, mass_last = _last(problem, U)
         Q, deeper = _backed_up(problem, U, choose(Q_last), t), [_normalized(Q_last, mass_last)] if keep else []
@@ -168,7 +184,8 @@ def _root(problem: APOMDP, keep: bool, choose: Choice = BEST) -> tuple[Array, li
         U = jnp.einsum("amosu,ms->uamo", K, rho)
         V, deeper = _subtrees(problem, U.reshape(len(U), -1), 1, keep, choose)
         G = G + V.reshape(K.shape[:3]).sum(-1)
-    return alpha_maxmin(problem.alpha, G, 1), deeper
+    Q = _only_legal(problem, rho.max(0)[:, None], alpha_maxmin(problem.alpha, G, 1)[:, None])[:, 0]  # under every model
+    return Q, deeper
 
 
 @jax.jit
@@ -180,7 +197,7 @@ def value(problem: APOMDP) -> Array:
 @jax.jit
 def uniform_value(problem: APOMDP) -> Array:
     """V [] of the uniformly random policy: `policy_value` of `uniform_policy`, without its tables."""
-    return _root(problem, keep=False, choose=partial(jnp.mean, axis=0))[0].mean()
+    return uniform(_root(problem, keep=False, choose=uniform)[0])
 
 
 @jax.jit
@@ -215,11 +232,14 @@ def policy_value(problem: APOMDP, policy: Policy) -> Array:
         """V [n] from Q [A, n]."""
         if jnp.issubdtype(table.dtype, jnp.integer):
             return jnp.take_along_axis(Q, table[None], axis=0)[0]
-        return jnp.einsum("na,an->n", table, Q)
+        if problem.models.legal is None:
+            return jnp.einsum("na,an->n", table, Q)
+        return jnp.where(table.T > 0, table.T * Q, 0).sum(0)  # -inf of a policy that takes an action which is not legal
 
     def below(U: Array, t: int) -> Array:
         if t == len(policy) - 1:
-            return chosen(policy[t], alpha_maxmin(problem.alpha, _weighted(stage_rewards(problem, t), U), 1))
+            Q = alpha_maxmin(problem.alpha, _weighted(stage_rewards(problem, t), U), 1)
+            return chosen(policy[t], _only_legal(problem, U, Q))
         return chosen(policy[t], _backed_up(problem, U, below(_children(problem, U, t), t + 1), t))
 
     G = jnp.einsum("ams,ms->am", stage_rewards(problem, 0), problem.models.rho)
@@ -227,4 +247,5 @@ def policy_value(problem: APOMDP, policy: Policy) -> Array:
         K = joint_kernel(problem, 0)
         U = jnp.einsum("amosu,ms->uamo", K, problem.models.rho)
         G = G + below(U.reshape(len(U), -1), 1).reshape(K.shape[:3]).sum(-1)
-    return chosen(next(iter(policy)), alpha_maxmin(problem.alpha, G, 1)[:, None])[0]
+    Q = _only_legal(problem, problem.models.rho.max(0)[:, None], alpha_maxmin(problem.alpha, G, 1)[:, None])
+    return chosen(next(iter(policy)), Q)[0]

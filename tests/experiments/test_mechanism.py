@@ -16,7 +16,7 @@ from lindm.evaluation.environments import make_tasks
 from lindm.evaluation.policy import Observation
 from lindm.families.random_suites import draw_task
 from lindm.llm.policy import LanguageModelPolicy, TextOptions
-from lindm.problems import cassandra
+from lindm.problems import cassandra, cassandra_problems
 from lindm.text import COMPACT, Document, Step
 from lindm_experiments import mechanism
 from lindm_experiments.harness.claims import FAIL, PASS, claim_ids
@@ -51,7 +51,7 @@ def test_a_record_holds_every_part(records):
 
 
 def test_the_tiger_is_the_tiger_of_the_file():
-    ours, file = mechanism.tiger(4), cassandra.to_pomdp(cassandra.read(TIGER), 4, 1.0)
+    ours, file = mechanism.tiger(4), cassandra_problems.to_pomdp(cassandra.read(TIGER), 4, 1.0)
     for name in ("P", "O", "rho"):
         np.testing.assert_allclose(getattr(ours, name), getattr(file, name))
     np.testing.assert_allclose(ours.r, file.r)

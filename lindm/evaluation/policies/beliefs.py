@@ -36,7 +36,10 @@ class BeliefPolicy(Policy):
             beliefs[rows] = (
                 env.rho if observation.stage == 0 else _updated(env, before[observation.parent[rows]], observation, rows)
             )
-            actions[rows] = scores[i](beliefs[rows], observation.stage).argmax(-1)
+            score = scores[i](beliefs[rows], observation.stage)
+            if observation.legal is not None:
+                score = np.where(observation.legal[rows], score, -np.inf)
+            actions[rows] = score.argmax(-1)
         return (environments, scores, beliefs), one_hot(actions, environments[0].num_actions)
 
     def q_bounds(self, state, observation: Observation):
@@ -75,7 +78,8 @@ def observed_state_values(problem: APOMDP) -> np.ndarray:
     kernels, rewards = np.asarray(problem.models.P), np.asarray(problem.models.r)
     for h in reversed(range(H)):
         Q[h] = rewards[:, h] + kernels[:, h if kernels.shape[1] > 1 else 0] @ V
-        V = alpha_maxmin(np.asarray(problem.alpha), Q[h], 0).max(-1)
+        best = alpha_maxmin(np.asarray(problem.alpha), Q[h], 0)
+        V = (best if problem.models.legal is None else np.where(problem.models.legal[0], best, -np.inf)).max(-1)
     return Q
 
 

@@ -89,7 +89,8 @@ class Random(Policy):
         return tasks[0].known.num_actions
 
     def step(self, state, observation: Observation):
-        return state, np.full((len(observation), state), 1 / state)
+        legal = np.ones((len(observation), state)) if observation.legal is None else observation.legal
+        return state, legal / legal.sum(-1, keepdims=True)
 
 
 class Behavior(Policy):
@@ -110,7 +111,8 @@ class Behavior(Policy):
 
     def step(self, state, observation: Observation):
         state, best = self.oracle.step(state, observation)
-        return state, (1 - self.epsilon) * best + self.epsilon / best.shape[-1]
+        _, uniform = Random().step(best.shape[-1], observation)
+        return state, (1 - self.epsilon) * best + self.epsilon * uniform
 
     def q_bounds(self, state, observation: Observation):
         return self.oracle.q_bounds(state, observation)

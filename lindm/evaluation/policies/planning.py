@@ -64,4 +64,5 @@ def estimate(task: PolicyTask) -> MDP:
         P=jnp.asarray(counts / counts.sum(-1, keepdims=True))[None],
         r=over_stages(jnp.asarray(rewards / n), H, problem.discount),
         rho=problem.rho,
+        legal=problem.legal,
     )

@@ -12,7 +12,8 @@ from gymnasium.utils.env_checker import check_env
 
 import lindm as ld
 from lindm.errors import UsageError
-from lindm.problems.cassandra import parse, to_mdp
+from lindm.problems.cassandra import parse
+from lindm.problems.cassandra_problems import to_mdp
 from lindm.problems.stationary import stationary
 
 ARRIVE = """discount: 0.8

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from lindm.errors import DataError, LindmError
 from lindm.problems import cassandra
-from lindm.problems.cassandra import Model, parse, read, to_mdp, to_pomdp, to_pomdps
+from lindm.problems.cassandra import Model, parse, read
+from lindm.problems.cassandra_problems import to_mdp, to_pomdp, to_pomdps
+from lindm.problems.cassandra_sparse import parse_sparse
 from lindm.problems.cassandra_writer import write
 from lindm.types import MDP
 
@@ -796,3 +798,50 @@ def test_an_episode_ends_where_e_says_and_nothing_is_paid_afterward(observations
 def test_with_discount_zero_the_first_reward_counts_alone():
     got = parse("discount: 0\nstates: 2\nactions: 2\nT: * identity\nR: 1 : 0 : * : * 3", "f.pomdp")
     assert got.discount == 0 and to_mdp(got, 3).r[:, 0, 1].tolist() == [3, 0, 0]
+
+
+# -------------------------------------------------------------------------------------------------------------- illegal actions
+
+
+def test_an_entry_makes_an_action_illegal_in_a_state_or_in_all():
+    head = "discount: 0.9\nstates: a b c\nactions: x y z\nT: x identity\nT: z uniform\nR: y : * : * : * 5\n"
+    got = parse(head + "illegal: y : *\nillegal: z : b\nillegal: 0 : c\nR: z : b : * : * 3\nE: a\n", "f.pomdp")
+    assert got.legal is not None  # where an episode has ended every action is the same
+    assert np.array_equal(got.legal, [[True, True, True], [True, False, False], [False, False, True]])
+    assert np.array_equal(got.P[1], [[0, 1, 0], [0, 1, 0], [0, 1, 0]]) and (got.r == 0).all()  # rows of T may be missing
+    same(parse(write(got)), got)
+    assert np.array_equal(parse(write(got)).legal, got.legal) and "illegal: y : b" in write(got)
+    problem = to_mdp(got, 2)
+    assert problem.legal is not None and problem.legal.dtype == bool and np.array_equal(problem.legal, got.legal)
+    named = parse("discount: 0.9\nstates: illegal a\nactions: x y\nT: * identity\nillegal: x : illegal", "f.pomdp")
+    assert named.legal is not None and np.array_equal(named.legal, [[False, True], [True, True]])
+    for wrong, line, rule in (
+        ("illegal: y", 7, "'illegal' takes action : state; got 'y'"),
+        ("illegal: w : a", 7, "'w' is none of the actions"),
+        ("illegal: y : d", 7, "'d' is none of the states"),
+        ("illegal: * : b", 7, "state 'b' has no legal action"),
+        ("", 7, "T of action 'y', state 'a' is missing"),
+    ):
+        assert refusal(head + wrong).startswith(f"f.pomdp:{line if wrong else 6}: {rule}")
+    other = parse(write(got).replace("observations", "observations").replace("illegal: y : b\n", "") + "T: y identity")
+    assert other.legal is not None and other.legal[1, 1]
+
+
+def test_a_sparse_reader_has_the_same_illegal_actions():
+    text = "discount: 0.9\nstates: a b c\nactions: x y z\nT: x identity\nT: z uniform\nR: y : * : * : * 5\nR: z : * : * : * 2\n"
+    for more in ("illegal: y : *\nillegal: z : b\nillegal: 0 : c\nE: a\n", "illegal: y : *\n"):
+        dense, sparse = parse(text + more), parse_sparse(text + more)
+        assert sparse.legal is not None and np.array_equal(sparse.legal, dense.legal) and np.array_equal(sparse.r, dense.r)
+        assert np.array_equal(np.stack([P.toarray() for P in sparse.P], axis=1), dense.P)
+    with pytest.raises(DataError, match="state 'b' has no legal action"):
+        parse_sparse(text + "illegal: * : b")
+
+
+def test_several_files_must_have_the_same_illegal_actions():
+    text = "discount: 0.9\nstates: a b\nactions: x y\nobservations: u\nT: * identity\nO: * uniform\n"
+    one, two = parse(text + "illegal: x : a"), parse(text)
+    assert to_pomdps([one, one], ["one", "two"], 2)[1].legal is not None
+    with pytest.raises(DataError, match=r"^two: `illegal` must be as in one"):
+        to_pomdps([one, two], ["one", "two"], 2)
+    with pytest.raises(ValueError, match="legal must have the shape"):
+        write(Model(**{**one.__dict__, "legal": np.zeros((2, 2), bool)}))

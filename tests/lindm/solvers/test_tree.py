@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.problems import cassandra
+from lindm.problems import cassandra, cassandra_problems
 from lindm.problems.apomdp import mixture, optimistic, single
 from lindm.problems.pomdp import reveal
 from lindm.solvers import dp, tree
@@ -223,5 +223,5 @@ def test_a_tree_takes_no_more_memory_than_memory_bytes():
 )
 def test_the_value_at_the_start_is_that_of_pomdp_solve(file, horizon, discount, value):
     model = cassandra.read(Path(__file__).parents[1] / "problems" / "files" / f"{file}.pomdp")
-    result = tree.value(single(cassandra.to_pomdp(model, horizon, discount)))
+    result = tree.value(single(cassandra_problems.to_pomdp(model, horizon, discount)))
     np.testing.assert_allclose(result, value, atol=1e-6)
