@@ -42,7 +42,7 @@ class Act(FamilyOptions):
     task: int = 0
     """Number of the task, where PROBLEM is a directory."""
     horizon: int | None = None
-    """Number of stages; required for a .pomdp file, except with a file .alpha. [default: the family's]"""
+    """Number of stages; required for a .pomdp file, except with a saved policy. [default: the family's]"""
     discount: float | None = None
     """Discount factor, in place of the file's or the family's."""
     alpha: float | None = None
