@@ -2,13 +2,16 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lindm as ld
 from lindm.cli.main import main
+from lindm.datasets import read_episodes
 from lindm.errors import DataError
-from lindm.estimation.estimate import Steps, mean_rewards
+from lindm.estimation.estimate import Steps, mean_rewards, padded, steps_of
+from lindm.estimation.hidden_states import Parameters, smooth
 from lindm.problems import cassandra
 
 SEEN = """\
@@ -84,7 +87,7 @@ def test_rewards_are_the_regression_on_the_law_of_the_state():
     assert np.abs(averages - truth[:, 0]).max() > 0.1  # averages weighted by the law are drawn together
 
 
-def hidden_log(tmp_path, episodes=150, steps=10, same=False):
+def hidden_log(tmp_path, episodes=150, steps=10):
     """Two states that are seen through noise by `look`, and not at all by `wait`."""
     rng, rows = np.random.default_rng(0), ["episode,step,action,observation,reward"]
     for e in range(episodes):
@@ -115,6 +118,18 @@ def test_hidden_states_are_found_and_what_is_not_identified_is_said(hidden):
     assert "matrix of look" not in text
     free = 1 + 2 * 2 * 2
     assert found.bic == pytest.approx(free * np.log(1500) - 2 * found.log_likelihood)
+
+
+def test_all_parts_of_a_model_have_the_same_order_of_states(hidden):
+    """EM ends with either order; the likelihood of the model in its file is that of EM."""
+    path, _ = hidden
+    data, _ = padded(steps_of(read_episodes(path)), 150)
+    for seed in range(4):
+        found = ld.estimate(path, states=2, restarts=1, seed=seed)
+        (model,) = found.models
+        parameters = Parameters(*map(jnp.asarray, (model.start, model.P, model.O)))
+        assert float(smooth(parameters, data)[0]) == pytest.approx(found.log_likelihood, rel=1e-12)
+        assert found.visits.sum(1)[0] >= found.visits.sum(1)[1]
 
 
 def test_more_states_than_observations_are_never_of_full_rank(hidden):
