@@ -206,6 +206,17 @@ def test_texts_that_are_too_long_for_the_model_are_refused(micro):
     assert isinstance(e.value, DataError)
 
 
+def test_a_history_that_outgrows_the_context_is_refused_where_it_does(micro):
+    (task, *_), _ = tasks_of(micro.mdp, 1)
+    policy, zero = load_policy(micro.model, name="small"), np.zeros(1, int)
+    state = policy.init([task])
+    policy.max_length = int(state.shared[1][0])  # the demonstrations fit, and not one token more
+    with pytest.raises(
+        DataError, match=r"small: demonstrations and history must have at most the \d+ tokens of the model's context; got"
+    ):
+        policy.step(state, Observation(stage=0, task=zero, parent=zero, state=zero))
+
+
 def test_tasks_that_a_run_was_trained_on_are_refused(run):
     with pytest.raises(LindmError, match=r"seed must not be 0: .* was trained on these tasks") as e:
         PoliciesByName([f"sft:{run}"], SUITE, DatasetConfig(tasks=5, demos=2))
