@@ -24,7 +24,8 @@ def write_models(models: Sequence[cassandra.Model], path: Path, comments: Sequen
     if path.suffix != ".pomdp":
         raise ValueError(f"the file of a model must end in .pomdp; got {str(path)!r}")
     facts = provenance()
-    made = f"lindm {facts['versions']['lindm']}, commit {facts['git']['commit']}, {facts['date']}"
+    commit = facts["git"]["commit"]
+    made = f"lindm {facts['versions']['lindm']}{f', commit {commit}' if commit else ''}, {facts['date']}"
     about = "".join(f"# {' '.join(line.split())}\n" for line in (facts["command"], made, *comments))
     paths = [path] if len(models) == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(len(models))]
     texts = []
