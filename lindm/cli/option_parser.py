@@ -19,6 +19,7 @@ from lindm.errors import UsageError, did_you_mean, unknown
 
 MIN_WIDTH, MAX_WIDTH = 40, 100  # columns of a help page
 NO_DEFAULT = object()
+LONGEST_CHOICES = 36  # characters of choices beside an option; longer ones are in its help, where lines break
 
 
 class Positional(NamedTuple):
@@ -214,6 +215,9 @@ def _add(group: Any, option: Option) -> None:
     kind = get_args(option.type)[0] if several else option.type
     rest["type"] = _converter(kind)
     rest["metavar"] = option.mark.metavar if option.mark else _metavar(kind)
+    if not option.mark and len(rest["metavar"]) > LONGEST_CHOICES:
+        rest["help"] = f"One of {', '.join(get_args(kind))}. {rest['help']}"
+        rest["metavar"] = option.name.upper()
     needed = option.default is NO_DEFAULT
     if isinstance(option.mark, Positional):
         group.add_argument(option.name, nargs=("+" if needed else "*") if several else None if needed else "?", **rest)

@@ -5,6 +5,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from lindm.api.solutions import StationaryMethod
 from lindm.cli import bench, plan, run, solve, verify
 from lindm.datasets import DatasetConfig
 from lindm.solvers.solve import METHODS
@@ -15,7 +16,9 @@ def choices(kind: type, field: str) -> tuple[str, ...]:
 
 
 def test_methods_are_those_of_the_solver_and_of_datasets():
-    assert choices(solve.Solve, "method") == (*METHODS, "point-based") and choices(DatasetConfig, "method") == METHODS
+    stationary = tuple(method for method in get_args(StationaryMethod) if method != "auto")
+    assert choices(solve.Solve, "method") == (*METHODS, *stationary) and choices(DatasetConfig, "method") == METHODS
+    assert stationary == solve.STATIONARY
 
 
 def test_presets_are_the_same_for_every_command():
