@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
-from numpy.typing import ArrayLike
+from jax.typing import ArrayLike
 from scipy import sparse
 
 from lindm import validate

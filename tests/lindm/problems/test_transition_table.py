@@ -1,6 +1,7 @@
 """Tables of Gymnasium's toy-text environments against a recursion over the table itself, which skips what follows an end."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import lindm as ld
 from lindm.families.registry import NamedProblem
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.problems.transition_table import read_table
+
+from_gymnasium: Any = ld.from_gymnasium  # an MDP, or one without a horizon
 
 # state 1 is the end of some transitions into it, and a place to pass through for others; state 3 is only an end
 TABLE = {
@@ -35,7 +38,7 @@ def recursion(table, horizon: int, discount: float = 1.0) -> np.ndarray:
 @pytest.mark.parametrize("discount", [1.0, 0.9])
 def test_an_end_is_followed_by_nothing(start, discount):
     for horizon in (1, 2, 5, 9):
-        solution = ld.solve(ld.from_gymnasium(TABLE, horizon=horizon, discount=discount, start=start))
+        solution = ld.solve(from_gymnasium(TABLE, horizon=horizon, discount=discount, start=start))
         assert solution.value == pytest.approx(recursion(TABLE, horizon, discount)[start], rel=1e-12)
 
 
@@ -57,15 +60,15 @@ def test_what_is_paid_is_the_reward_of_the_transition():
     assert R[2, 0].tolist() == [3, 7, 0, 0, 0] and R[2, 1].tolist() == [0, 0, 0, 0, 5]
     P = np.stack([kernel.toarray() for kernel in problem.P], axis=1)
     np.testing.assert_allclose((P * R).sum(-1), problem.r, rtol=1e-12)
-    finite = ld.from_gymnasium(table, horizon=3, discount=0.9, start=0).problem
+    finite = from_gymnasium(table, horizon=3, discount=0.9, start=0).problem
     assert finite.discount == 0.9 and np.array_equal(finite.paid.R[0, ..., 0], R)
-    assert ld.from_gymnasium({0: {0: [(1.0, 0, 2.0, False)]}}, horizon=3, start=0).problem.paid is None
+    assert from_gymnasium({0: {0: [(1.0, 0, 2.0, False)]}}, horizon=3, start=0).problem.paid is None
 
 
 def test_an_action_that_a_state_does_not_list_is_not_legal():
     some = {s: {a: moves for a, moves in actions.items() if (s, a) not in ((0, 1), (1, 1))} for s, actions in TABLE.items()}
-    source = ld.from_gymnasium(some, horizon=5, start=0)
-    assert isinstance(source, NamedProblem) and source.problem.legal.tolist()[:2] == [[True, False], [True, False]]
+    source = from_gymnasium(some, horizon=5, start=0)
+    assert source.problem.legal.tolist()[:2] == [[True, False], [True, False]]
     assert ld.solve(source).value == pytest.approx(recursion(some, 5)[0], rel=1e-12)
 
 
@@ -74,20 +77,20 @@ def test_the_optimum_of_the_environments_is_that_of_a_recursion_over_their_table
     gymnasium = pytest.importorskip("gymnasium")
     newest = max(identity for identity in gymnasium.registry if identity.startswith(f"{name}-v"))
     env = gymnasium.make(newest)
-    source = ld.from_gymnasium(newest, horizon=horizon, **options)
+    source = from_gymnasium(newest, horizon=horizon, **options)
     H = horizon or 100  # FrozenLake ends after 100 steps
     assert isinstance(source, NamedProblem) and source.problem.horizon == H
     V = recursion(env.unwrapped.P, H)
     solution = ld.solve(source)
     assert solution.value == pytest.approx(V @ env.unwrapped.initial_state_distrib, rel=1e-12)
-    assert ld.solve(ld.from_gymnasium(env, horizon=H)).value == solution.value
+    assert ld.solve(from_gymnasium(env, horizon=H)).value == solution.value
     if name == "FrozenLake":
         assert 0.74 < solution.value < 14 / 17  # the probability of the goal in 100 steps, and without a limit
 
 
 def test_an_environment_without_an_end_is_solved_as_one():
     lake = pytest.importorskip("gymnasium").make("FrozenLake-v1", map_name="8x8")
-    problem = ld.from_gymnasium(lake, horizon=math.inf, discount=0.99)
+    problem = from_gymnasium(lake, horizon=math.inf, discount=0.99)
     assert isinstance(problem, StationaryPOMDP)
     solution = ld.solve(problem)
     V = recursion(lake.unwrapped.P, 4000, 0.99)[0]
@@ -117,4 +120,4 @@ def test_an_environment_without_an_end_is_solved_as_one():
 )
 def test_what_is_no_table_raises_an_error(change, rule):
     with pytest.raises(ValueError, match=rule):
-        ld.from_gymnasium(**{"environment": TABLE, "horizon": 3, "start": 0} | change)
+        from_gymnasium(**{"environment": TABLE, "horizon": 3, "start": 0} | change)

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def test_a_dataset_has_the_legal_actions_and_its_problem_has_them_too(kind, tmp_
             for action, label, Q, legal in zip(episode.action, episode.label, episode.Q, episode.legal, strict=True):
                 assert legal[action] and legal[label] and [q is not None for q in Q] == legal
     assert "`legal`" in (tmp_path / "data" / "README.md").read_text()
-    (restored, *_) = dataset.problems()
+    restored: Any = dataset.problems()[0]
     assert (np.asarray(restored.legal) == np.asarray(problem.legal)).all() and restored.legal.dtype == bool
     ld.evaluate(problem, ["oracle", "random", "bc", "certainty-equivalence"], tasks=2, demos=2)
 
@@ -184,9 +185,10 @@ def test_a_policy_that_is_asked_takes_legal_actions():
 
 
 def test_a_solution_on_disk_keeps_the_legal_actions(tmp_path):
-    solution = ld.solve(mdp(draw(3)))
+    solution: Any = ld.solve(mdp(draw(3)))
     solution.save(tmp_path / "solution.npz")
-    assert (ld.load_solution(tmp_path / "solution.npz").problem.legal == solution.problem.legal).all()
+    loaded: Any = ld.load_solution(tmp_path / "solution.npz").problem
+    assert (loaded.legal == solution.problem.legal).all()
 
 
 def test_what_has_no_illegal_actions_says_so():
