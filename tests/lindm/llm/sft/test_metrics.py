@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from lindm.llm.sft import metrics, tracker
+from lindm.llm.sft import evaluator, metrics, tracker
 from tests.clock import HANGS
 
 
@@ -60,10 +60,20 @@ def test_rates_are_of_steps_after_the_first_and_mfu_is_of_the_peak():
 def test_the_curves_are_drawn_from_the_records_alone(tmp_path):
     train = [{"step": s, "kind": "train", "loss": 1 / s} for s in range(1, 5)]
     evals = [{"step": s, "kind": "eval", "loss": 0.5, "gap": 0.2, "gap_ci": [0.1, 0.3], "bc_gap": 0.1} for s in (0, 4)]
-    for records in (train, [*train, *evals]):
+    alone = [evals[0] | {"gap_ci": None}, evals[1] | {"gap": None, "gap_ci": None, "bc_gap": None}]  # no interval; no gap
+    for records in (train, [*train, *evals], [*train, *alone]):
         paths = metrics.plot_curves(tmp_path, records)
         assert [p.name for p in paths] == ["curves.png", "curves.pdf"]
         assert paths[0].read_bytes()[:4] == b"\x89PNG" and paths[1].read_bytes()[:4] == b"%PDF"
+
+
+def test_an_evaluation_without_a_gap_is_one_line_with_its_reason():
+    note = "V* = V^random in every task: there the normalized gap is undefined"
+    common = {"loss": 0.5, "accuracy": 1.0, "method": "exact", "n": 2}
+    undefined = common | {"gap": None, "gap_ci": None, "bc_gap": None, "note": note}
+    assert evaluator.summarize(undefined) == f"held-out loss 0.5, accuracy 100.0%; {note}"
+    known = common | {"gap": 0.25, "gap_ci": None, "bc_gap": 0.5, "note": None}
+    assert evaluator.summarize(known).endswith("; normalized optimality gap 0.2500 (exact, 2 tasks; bc 0.5000)")
 
 
 def test_a_drawing_is_the_same_for_the_same_records(tmp_path):
