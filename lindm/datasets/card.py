@@ -82,6 +82,7 @@ def card(manifest: dict) -> str:
     absent |= {"observation", "O", "O_shape", "num_observations"} if kind == "mdp" else set()
     absent |= set() if exact else {"uniform_value"}
     absent |= set() if config["source"].get("illegal_actions") else {"legal", "legal_shape"}
+    absent |= set() if any(shard["reward_function"] for shard in manifest["shards"]) else {"R", "R_shape"}
     arrays = {k: v for k, v in PROBLEM_COLUMNS.items() if k not in absent}
     described = KEY_COLUMNS | {name: column.description for name, column in (STEP_COLUMNS | LABEL_COLUMNS).items()}
     tables = [_table("episodes", {k: v for k, v in described.items() if k not in absent})]

@@ -89,12 +89,12 @@ PROBLEM_COLUMNS = {
     "O_shape": "their shape, [H or 1, A, S, O]",
     "r": "mean rewards, discounted: r[h, s, a] = gamma^h E[R], flattened",
     "r_shape": "their shape, [H, S, A]",
-    "R": "rewards that the environment pays, not discounted, flattened; absent where they are r and gamma is 1",
-    "R_shape": "their shape, [H or 1, S, A, S or 1, O or 1]: by state, action, next state, observation",
     "rho": "law of the first state, flattened",
     "rho_shape": "its shape, [S]",
     "legal": "1 where a state allows an action and 0 elsewhere, flattened; absent where every action is legal",
     "legal_shape": "its shape, [S, A]",
+    "R": "rewards that the environment pays, not discounted, flattened",
+    "R_shape": "their shape, [H or 1, S, A, S or 1, O or 1]: by state, action, next state, observation",
     "alpha": "attitude to ambiguity in [0, 1]: 1 is the worst case",
 }
 

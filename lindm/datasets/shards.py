@@ -140,6 +140,7 @@ def make_shard(
         tables = {f"tasks-{name}": tasks, f"episodes-{name}": _episode_table(generator, first, generated)}
         metadata = {"discount": repr(generator.discount), "rewards": REWARD_CONVENTION}
     contents: dict[str, bytes] = {}
+    record["reward_function"] = any("R" in table for table in tables.values())  # whether there are its columns
     record["files"] = {}
     for stem, table in tables.items():
         columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]

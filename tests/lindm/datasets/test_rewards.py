@@ -98,6 +98,9 @@ def test_gamma_and_the_convention_are_in_every_format(directories, tmp_path, mon
     assert {row["discount"] for row in rows(directory, "tasks")} == {GAMMA}
     table = pyarrow.parquet.read_table(directory / "episodes-00000.parquet")
     assert float(table.schema.metadata[b"discount"]) == GAMMA
+    part = (directory / "README.md").read_text().split("### problem\n")[1].split("\n#")[0]
+    described = [line.split("`")[1] for line in part.splitlines() if line.startswith("| `")]
+    assert described == pyarrow.parquet.read_schema(directory / "problem.parquet").names and "R" in described
     for text in (
         table.schema.metadata[b"rewards"].decode(),
         dataset.manifest["config"]["rewards"]["convention"],
