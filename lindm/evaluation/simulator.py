@@ -68,6 +68,10 @@ class Simulator:
         t, m = self.stage, self.model if self.game is None else self.game.choose(a, random)
         model = self.models[m]
         s = _draw(model.rho, random) if self.state is None else self.state
+        if model.legal is not None and not model.legal[s, a]:
+            raise ValueError(
+                f"action must be legal in the state: {np.flatnonzero(model.legal[s]).tolist()} in state {s}; got {a}"
+            )
         following = _draw(model.next_states(t, s, a), random)
         o = 0 if self.observed else _draw(model.observations(t, a, following), random)
         reward = model.pay(t, s, a, following, o)
@@ -81,7 +85,11 @@ class Simulator:
         return following if self.observed else m * self.num_observations + o, reward, terminated, info
 
     def _info(self) -> Info:
-        return {"stage": self.stage} | ({} if self.state is None else {"state": self.state})
+        if self.state is None:
+            return {"stage": self.stage}
+        legal = self.models[self.model].legal
+        mask = {} if legal is None else {"action_mask": legal[self.state].astype(np.int8)}
+        return {"stage": self.stage, "state": self.state} | mask
 
 
 def gymnasium_environment(
@@ -105,7 +113,7 @@ def gymnasium_environment(
             self.discount, self.horizon, self.nature, self.names = simulator.discount, simulator.horizon, nature, dict(names)
             self.observation_space, self.action_space = Discrete(simulator.num_seen), Discrete(simulator.num_actions)
             model = simulator.models[0]
-            if simulator.observed and model.stationary:
+            if simulator.observed and model.stationary and model.legal is None:
                 self.P, self.initial_state_distrib = model.table(simulator.ended), model.rho
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, Info]:
@@ -139,19 +147,23 @@ class _Model:
             self.P, self.r, self.R = np.asarray(problem.P), folded, R
             self.O = None if isinstance(problem, MDP) else np.asarray(problem.O)
             self.stationary = len(self.P) == len(self.R) == 1
+        self.legal = None if problem.legal is None else np.asarray(problem.legal)  # [S, A]
         self.ended = self._ended()
 
     def _ended(self) -> np.ndarray:
-        """[S] whether a state keeps itself under every action, and pays nothing."""
-        S = self.r.shape[-2]
+        """[S] whether a state keeps itself under every legal action, and pays nothing."""
+        S, A = self.r.shape[-2:]
         if isinstance(self.P, tuple):
-            kept = np.all([P.diagonal() == 1 for P in self.P], axis=0)
+            kept = np.stack([P.diagonal() == 1 for P in self.P], axis=1)
         else:
-            kept = (self.P[:, np.arange(S), :, np.arange(S)] == 1).all((1, 2))
+            kept = (self.P[:, np.arange(S), :, np.arange(S)] == 1).all(1)
         if isinstance(self.R, tuple):
-            return kept & np.all([R.diagonal() == 0 for R in self.R], axis=0)
-        own = np.arange(S) if self.R.shape[3] > 1 else np.zeros(S, int)
-        return kept & (self.R[:, np.arange(S), :, own] == 0).reshape(S, -1).all(1)
+            unpaid = np.stack([R.diagonal() == 0 for R in self.R], axis=1)
+        else:
+            own = np.arange(S) if self.R.shape[3] > 1 else np.zeros(S, int)
+            unpaid = (self.R[:, np.arange(S), :, own] == 0).all((1, 3))
+        possible = np.ones((S, A), bool) if self.legal is None else self.legal
+        return ((kept & unpaid) | ~possible).all(1)
 
     def next_states(self, t: int, s: int, a: int) -> np.ndarray:
         return _row(self.P[a], s) if isinstance(self.P, tuple) else self.P[_stage(self.P, t), s, a]

@@ -280,3 +280,15 @@ def test_stage_dependent_arrays_are_read_by_their_stage():
     rows = [env.step(0) for _ in range(3)]
     assert [row[0] for row in rows] == [1, 2, 3] and [row[1] for row in rows] == [0.0, 5.0, 10.0]
     assert [row[2] for row in rows] == [False, False, True]
+
+
+def test_a_mask_tells_which_actions_are_legal_and_another_one_is_refused():
+    P = np.zeros((1, 2, 2, 2))
+    P[0, 0, :, 1] = P[0, 1, :, 0] = 1
+    problem = ld.mdp(P, np.zeros((3, 2, 2)) + 1.0, np.array([1.0, 0]), legal=[[True, False], [True, True]])
+    env = ld.to_gymnasium(problem)
+    _, info = env.reset(seed=0)
+    assert info["action_mask"].tolist() == [1, 0] and env.action_space.sample(info["action_mask"]) == 0
+    with pytest.raises(ValueError, match=r"^action must be legal in the state: \[0\] in state 0; got 1$"):
+        env.step(1)
+    assert env.step(0)[-1]["action_mask"].tolist() == [1, 1] and not hasattr(env, "P")  # a table cannot say what is legal
