@@ -34,14 +34,14 @@ def draw_policy_graph(graph: PolicyGraph) -> "Figure":
     edge_color = {int(o): COLORS[i % len(COLORS)] for i, o in enumerate(seen)}
     dashes = {int(o): ("-", "--", ":", "-.")[(i // len(COLORS)) % 4] for i, o in enumerate(seen)}
     boxes = [
-        axis.text(*place, f"{i + 1}  {names[a]}", ha="center", va="center", fontsize=9, zorder=3, bbox=_box(i == 0))
+        axis.text(*place, f"{i + 1}  {names[a]}", ha="center", va="center", fontsize=9, zorder=3, bbox=_box(i == 0))  # pyright: ignore
         for i, (place, a) in enumerate(zip(places, graph.actions, strict=True))
     ]
     for i, o in np.argwhere(graph.expected & (graph.successors >= 0)):
         look = (seen.tolist().index(o), edge_color[int(o)], dashes[int(o)])
         _arrow(axis, places, boxes, int(i), int(graph.successors[i, o]), *look)
     labels = graph.problem.observations or tuple(f"observation {o}" for o in range(graph.problem.num_observations))
-    lines = [Line2D([], [], color=edge_color[int(o)], linestyle=dashes[int(o)], marker="", label=labels[o]) for o in seen[:14]]
+    lines = [Line2D([], [], color=edge_color[int(o)], linestyle=dashes[int(o)], marker="", label=labels[o]) for o in seen[:14]]  # pyright: ignore
     if lines:
         axis.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(lines)), fontsize=8)
     low, high = places.min(0), places.max(0)

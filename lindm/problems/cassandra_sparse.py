@@ -166,7 +166,7 @@ def _normalized(table: sparse.csr_array, lines: np.ndarray, title, last: _Sectio
     for s in np.flatnonzero(error > ROUNDING):
         line, row = int(lines[s]), title(int(s))
         if not line:
-            raise last.stop(f"{row} is missing: expected {table.shape[1]} probabilities that sum to one")
+            raise last.stop(f"{row} is missing: expected {table.shape[1]} probabilities that sum to one")  # pyright: ignore[reportOptionalSubscript]
         if error[s] > SUM_TOLERANCE + ROUNDING:
             raise DataError(f"{last.source}:{line}: {row} sums to {sums[s]:.9g}; expected one (within {SUM_TOLERANCE:g})")
         off.append((line, f"{row} sums to {sums[s]:.9g}"))

@@ -85,7 +85,7 @@ def _solve(
     step = sparse.csr_array((gamma * masses, (rows, columns)), shape=(n, n))
     reward, known = np.zeros(n), np.zeros(n, bool)
     known[list(rewards)] = True
-    reward[known] = [rewards[i] for i in np.flatnonzero(known)]
+    reward[known] = [rewards[int(i)] for i in np.flatnonzero(known)]
     bounds = []
     for end in (low, high):
         values = np.full(n, end)

@@ -123,7 +123,7 @@ def _follow(solution: "StationarySolution", slack: float) -> PolicyGraph | None:
         stage, vector = nodes[n]
         a = int(solution.actions[vector])
         O = problem.O[a]
-        row, seen = np.full(O.shape[1], -1), np.zeros(O.shape[1], bool)
+        row, seen = np.full(problem.num_observations, -1), np.zeros(problem.num_observations, bool)
         if not staged or stage + 1 < solution.horizon:
             after = problem.P[a].T @ witnesses[n]
             joint = O.multiply(after[:, None]).tocsc()
