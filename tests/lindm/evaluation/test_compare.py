@@ -89,7 +89,7 @@ def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(t
     [
         (["clever"], 2, "policy must be one of oracle, random, .*icl:MODELDIR, sft:RUNDIR for an MDP; got 'clever'"),
         (["bc", "oracle", "bc"], 2, "policy must be given once; got 'bc' twice"),
-        (["llm:models/x"], 2, "policy must be icl:MODELDIR or sft:RUNDIR where it has a colon; got 'llm:models/x'"),
+        (["llm:models/x"], 2, "policy must be icl:MODELDIR, sft:RUNDIR or alpha:FILE where it has a colon; got 'llm:models/x'"),
         (["icl:"], 2, "where it has a colon; got 'icl:'"),
         (["icl:nowhere"], 3, "policy icl:nowhere: nowhere is not there"),
         (["sft:nowhere"], 3, "policy sft:nowhere: nowhere holds no run of `lindm sft`"),

@@ -68,7 +68,7 @@ def test_the_optimizer_is_adamw_with_clipping_and_decays_matrices_alone():
     "changes, message",
     [
         ({"steps": 0}, "steps must be at least 1; got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": -0.1}, "learning_rate must be at least 0"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\); got 1.0"),
         ({"floor": 1.5}, "floor must be in"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),

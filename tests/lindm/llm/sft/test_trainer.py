@@ -261,7 +261,7 @@ def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
         ({"batch": 6}, "batch must be a multiple of data x fsdp = 8; got 6"),
         ({"data": Path("nowhere")}, "data must be a directory of `lindm data make`, or a .jsonl file"),
         ({"template": "nowhere.json"}, "cannot read nowhere.json"),
-        ({"learning_rate": -1.0}, "learning_rate must be above 0; got -1.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0; got -1.0"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\); got 1.0"),
     ],
 )
