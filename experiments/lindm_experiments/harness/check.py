@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lindm.errors import DataError, LindmError, UsageError
-from lindm.io import files, manifest, provenance, verification
+from lindm.io import files, inputs, limits, manifest, provenance, verification
 from lindm.io.verification import MANIFEST, PROVENANCE
 from lindm_experiments.harness.report import VERDICTS_FORMAT
 from lindm_experiments.harness.tasks import RUN_FORMAT
@@ -91,7 +91,7 @@ def _find(path: Path) -> Iterator[tuple[Path, str]]:
 def kind_of(path: Path) -> str | None:
     """The kind of a directory, by formats in its files and by names of files, so that one damaged file does not hide it."""
     if path.is_file():
-        is_policy = path.suffix == ".json" and _format(path).startswith("lindm-mdp-policy-")
+        is_policy = path.suffix == ".json" and _policy_format(path) is not None
         if path.suffix == ".pomdp":
             from lindm.estimation import model_file
 
@@ -312,11 +312,19 @@ def check_solution(path: Path, problems: list[Problem]) -> str:
 
 
 def check_policy(path: Path, problems: list[Problem]) -> str:
-    from lindm.solvers import stationary_mdp
-
     with _noted(problems, "solve the problem and save the policy again"):
-        stationary_mdp.load_policy(path)
+        files.read_json(path, _policy_format(path))
     return "complete"
+
+
+def _policy_format(path: Path) -> str | None:
+    """The format of a saved policy, also of a file whose JSON is damaged; None of another file."""
+    from lindm.solvers import stationary_mdp, stationary_solution
+
+    with contextlib.suppress(DataError):
+        content = inputs.read_bytes(path, limits.JSON_FILE)
+        return next((f for f in (stationary_mdp.FORMAT, stationary_solution.FORMAT) if f'"{f}"'.encode() in content), None)
+    return None
 
 
 def check_estimate(path: Path, problems: list[Problem]) -> str:

@@ -41,6 +41,8 @@ def written(tmp_path_factory, finished) -> Path:
     ld.report([root / "evaluated"], root / "report")
     ld.solve(ld.mdp([[[[1, 0], [0, 1]], [[0, 1], [1, 0]]]], [[[0, 0], [1, 1]]] * 2, [1, 0])).save(root / "solution.npz")
     ld.solve(ld.stationary_mdp([[[1, 0]], [[0, 1]]], [[0], [1]], [1, 0], discount=0.5)).save(root / "policy.json")
+    tiger = ld.read_stationary_pomdp(Path(__file__).parents[2] / "lindm/problems/files/tiger.pomdp")
+    ld.solve_stationary(tiger, tolerance=1.0).save(root / "graph.json")
     log = tmp_path_factory.mktemp("log") / "log.csv"
     log.write_text("episode,step,state,action\n1,0,on,run\n1,1,off,run\n")
     ld.estimate(log).save(root / "estimated.pomdp")
@@ -74,7 +76,10 @@ def test_what_is_intact_is_reported_with_its_kind_and_state(written, capsys):
 
 
 @pytest.mark.fault("F5", "F6", "F28", "F30")
-@pytest.mark.parametrize("name", ["data", "exported", "evaluated", "report", "solution.npz", "model", "toy", "verified"])
+@pytest.mark.parametrize(
+    "name",
+    ["data", "exported", "evaluated", "report", "solution.npz", "policy.json", "graph.json", "model", "toy", "verified"],
+)
 def test_every_damage_to_every_file_is_listed_with_its_name(written, tmp_path, name):
     source, copy = written / name, tmp_path / name
     shutil.copy(source, copy) if source.is_file() else shutil.copytree(source, copy)
@@ -84,6 +89,8 @@ def test_every_damage_to_every_file_is_listed_with_its_name(written, tmp_path, n
         for harm, change in HARMS.items():
             bad = change(good)
             if bad == good or (harm == "missing" and ((name, file) in FINE or copy.is_file())):
+                continue
+            if bad == b"" and copy.suffix == ".json":  # nothing tells that it was ours
                 continue
             path.unlink() if bad is None else path.write_bytes(bad)
             (checked,) = check(copy)
