@@ -56,7 +56,15 @@ def test_texts_of_worse_demonstrations_show_rewards_and_no_labels(suite, demos, 
         return names
 
     def evaluate(source, policies, dataset, **how):
-        about = {"suite": suite, "horizon": 0, "split": None, "method": "exact", "invalid": None, "decisions_per_s": 1.0}
+        about = {
+            "suite": suite,
+            "horizon": 0,
+            "split": None,
+            "method": "exact",
+            "invalid": None,
+            "masked": None,
+            "decisions_per_s": 1.0,
+        }
         return [PolicyResult(policy=policy, gaps=[0.0], **about) for policy in policies]
 
     monkeypatch.setattr(decisions, "PoliciesByName", named)

@@ -36,9 +36,9 @@ def tokenized(monkeypatch) -> Counter:
     counts: Counter = Counter()
     document_example = examples.document_example
 
-    def counting(tokenizer, pieces, labels, actions, supervise, source, group):
+    def counting(tokenizer, pieces, labels, actions, supervise, source, *rest):
         counts[source] += 1
-        return document_example(tokenizer, pieces, labels, actions, supervise, source, group)
+        return document_example(tokenizer, pieces, labels, actions, supervise, source, *rest)
 
     monkeypatch.setattr(examples, "document_example", counting)
     return counts

@@ -118,8 +118,12 @@ def test_patience_stops_early_and_keeps_the_best_model(micro, tmp_path):
 @pytest.mark.fault("F5")
 def test_the_best_weights_are_exported_or_the_run_says_that_they_are_not_there(micro, tmp_path, monkeypatch, capsys):
     run = options(micro, tmp_path / "out", patience=5, eval_every=2, steps=2, eval_tasks=0)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped before it exports
-        patch.setattr(trainer, "_export", lambda *_: signals.signal.raise_signal(signals.signal.SIGINT))
+        patch.setattr(trainer, "_export", stop)
         trainer.train(run)
     best = tmp_path / "out" / "best"
     os.rename(best, tmp_path / "aside")
