@@ -96,7 +96,7 @@ def covariance(value: ArrayLike, name: str) -> Array:
     return array
 
 
-def count(value: int, name: str, least: int = 1) -> int:
+def count(value: float, name: str, least: int = 1) -> int:
     """A whole number of at least `least`."""
     if isinstance(value, bool) or not (math.isfinite(number := _number(value)) and number == int(number) >= least):
         raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")

@@ -140,9 +140,8 @@ def from_gymnasium(
         raise ValueError(f"options must be left out where the environment is no id; got {', '.join(options)}")
     table, law, limit = transition_table.find_table(environment)
     start, horizon = law if start is None else start, limit if horizon is None else horizon
-    for value, name in ((start, "start"), (horizon, "horizon")):
-        if value is None:
-            raise ValueError(f"{name} must be given: the environment has none")
+    if start is None or horizon is None:
+        raise ValueError(f"{'start' if start is None else 'horizon'} must be given: the environment has none")
     problem = transition_table.read_table(table, start, discount)
     if horizon == math.inf:
         return problem

@@ -122,6 +122,7 @@ def solution(options: Act) -> tuple[Any, Any, Any]:
             problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
     if path.suffix == ".json":
         return load_saved_policy(path, problem), None, ()
+    assert problem is not None
     return load_alpha_vectors(path, problem), problem, ()
 
 

@@ -156,7 +156,7 @@ def _calibrations(results: "list[PolicyResult]") -> list[str]:
     found = {result.policy: one for result in results if (one := result.calibration) is not None and not one.deterministic}
     scores = ("log-loss", "95 %", "Brier", "calibration error")
     scaled = ("scaled log-loss", "95 %", "Brier", "calibration error")
-    rows = [("probabilities of optimal actions", *scores, "temperature", *scaled)]
+    rows: list[tuple[str, ...]] = [("probabilities of optimal actions", *scores, "temperature", *scaled)]
     for name, one in found.items():
         before, after = (_scores(part) for part in (one.scores, one.scaled))
         rows.append((name, *before, number(one.temperature, ".3g"), *after))

@@ -20,7 +20,7 @@ import numpy as np
 from lindm import validate
 from lindm.datasets.episodes import LoggedEpisodes
 from lindm.errors import DataError
-from lindm.estimation.hidden_states import Fit, Log, Parameters, initial_parameters, maximize, smooth
+from lindm.estimation.hidden_states import Fit, Log, initial_parameters, maximize, smooth
 from lindm.estimation.model_file import write_models
 from lindm.families.registry import NamedProblem, problem_of_models
 from lindm.problems.cassandra import Model
@@ -147,12 +147,12 @@ def estimate(
 def _seen(log: LoggedEpisodes, steps: Steps, discount: float, models: int, prior: float, rng: np.random.Generator) -> Estimation:
     names = {part: tuple(log.names.get(part, ())) for part in ("states", "actions", "observations")}
     S, A, O = map(len, names.values())
-    counts = Parameters(rho=np.zeros(S), P=np.zeros((S, A, S)), O=np.zeros((A, S, O)))  # pyright: ignore
+    first, transitions, emitted = counts = np.zeros(S), np.zeros((S, A, S)), np.zeros((A, S, O))
     known = steps.following >= 0
-    np.add.at(counts.rho, steps.state[steps.time == 0], 1)
-    np.add.at(counts.P, (steps.state[known], steps.action[known], steps.following[known]), 1)
+    np.add.at(first, steps.state[steps.time == 0], 1)
+    np.add.at(transitions, (steps.state[known], steps.action[known], steps.following[known]), 1)
     if O:
-        np.add.at(counts.O, (steps.action[known], steps.following[known], steps.observation[known]), 1)
+        np.add.at(emitted, (steps.action[known], steps.following[known], steps.observation[known]), 1)
     visits = np.zeros((S, A))
     np.add.at(visits, (steps.state, steps.action), 1)
     r = mean_rewards(steps, np.eye(S)[steps.state], A, prior)
@@ -245,8 +245,9 @@ def _hidden(
     rng: np.random.Generator,
     progress: Callable[[int, int], None],
 ) -> Estimation:
-    names = {"states": tuple(map(str, range(states)))} | {part: tuple(log.names[part]) for part in ("actions", "observations")}
-    A, O = len(names["actions"]), len(names["observations"])
+    actions, observations = tuple(log.names["actions"]), tuple(log.names["observations"])
+    names = {"states": tuple(map(str, range(states))), "actions": actions, "observations": observations}
+    A, O = len(actions), len(observations)
     data, where = padded(steps, len(log))
     seen = np.zeros((A, O))
     np.add.at(seen, (steps.action, steps.observation), 1)
@@ -264,7 +265,16 @@ def _hidden(
     visits = np.stack([occupied[steps.action == a].sum(0) for a in range(A)], 1)
     r = mean_rewards(steps, occupied, A, prior)
     reached = np.asarray(counts.O).sum(-1)[:, order]  # [A, S]
-    model = Model(**names, discount=discount, P=P, O=emissions[:, order], r=r, start=rho)
+    model = Model(
+        states=names["states"],
+        actions=actions,
+        observations=observations,
+        discount=discount,
+        P=P,
+        O=emissions[:, order],
+        r=r,
+        start=rho,
+    )
     warnings = [
         "the states are hidden: their order is arbitrary, and their numbers say nothing of what they are",
         *_ranks(model.O, reached, names["actions"]),

@@ -213,7 +213,7 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP | Stati
             _impossible(t, "state", step.state, info, law)
         if step.action is not None and isinstance(problem, StationaryPOMDP):
             law = problem.P[step.action][[step.state]].toarray()[0]
-        elif step.action is not None:
+        elif step.action is not None and isinstance(problem, MDP):
             law = np.asarray(at_stage(problem.P, t))[step.state, step.action]
             if step.reward is None:
                 paid = problem.pay(t, step.state, step.action, steps[t + 1].state)

@@ -40,8 +40,9 @@ def paired_difference(
         gaps = [(one.suboptimality - other.suboptimality) / spread[end] for one, other in pairs if (spread := one.spread)]
         ends.append(mean_interval(gaps) if gaps else (None, None))
     (low, low_ci), (high, high_ci) = ends
-    gap = None if low is None or high is None else (low + high) / 2
-    around = [low_ci or [low, low], high_ci or [high, high]]
-    varies = low_ci is not None or high_ci is not None or low != high
-    gap_ci = [min(ci[0] for ci in around), max(ci[1] for ci in around)] if gap is not None and varies else None
+    gap = gap_ci = None
+    if low is not None and high is not None:
+        gap, around = (low + high) / 2, (low_ci or [low, low], high_ci or [high, high])
+        if low_ci is not None or high_ci is not None or low != high:
+            gap_ci = [min(ci[0] for ci in around), max(ci[1] for ci in around)]
     return Difference(baseline=baseline, value=value, value_ci=value_ci, gap=gap, gap_ci=gap_ci, n=len(pairs))

@@ -200,7 +200,7 @@ class DecisionMaker:
         legal = legal[0] if legal.ndim == 3 else legal
         if belief is None:
             return legal[step.state][None]
-        return legal[(np.atleast_2d(belief) > 0).any(0)].all(0)[None]
+        return np.all(legal[np.any(np.atleast_2d(belief) > 0, axis=0)], axis=0)[None]
 
     def _read(self, history: History) -> tuple[Sequence[Step], np.ndarray | None]:
         """The steps of a history, and the belief after them."""

@@ -163,7 +163,7 @@ class _Model:
             own = np.arange(S) if self.R.shape[3] > 1 else np.zeros(S, int)
             unpaid = (self.R[:, np.arange(S), :, own] == 0).all((1, 3))
         possible = np.ones((S, A), bool) if self.legal is None else self.legal
-        return ((kept & unpaid) | ~possible).all(1)
+        return np.all((kept & unpaid) | ~possible, axis=1)
 
     def next_states(self, t: int, s: int, a: int) -> np.ndarray:
         return _row(self.P[a], s) if isinstance(self.P, tuple) else self.P[_stage(self.P, t), s, a]

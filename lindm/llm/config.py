@@ -256,7 +256,7 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
         raise DataError(f"{source}: {e}") from e
 
 
-def _scales(config: dict[str, Any], family: Family) -> dict[str, float]:
+def _scales(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The factors and soft caps of a decoder: of Granite, and of Gemma."""
     scales = {
         "embedding_scale": math.sqrt(config["hidden_size"]) if family.scaled_embedding else config.get("embedding_multiplier"),

@@ -301,12 +301,12 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, inputs):
             weights, window, kind, layer_cache, layer_prefix = inputs
-            rope = tuple(table[kind if len(table) > 1 else 0] for table in ropes)
+            cosines, sines = (table[kind if len(table) > 1 else 0] for table in ropes)
             visible = tuple(
                 mask.visible & ((window == 0) | (mask.distance < window)) if config.sliding_windows else mask.visible
                 for mask in masks
             )
-            x, layer_cache = nnx.merge(graphdef, weights)(x, rope, visible, layer_cache, layer_prefix, start)
+            x, layer_cache = nnx.merge(graphdef, weights)(x, (cosines, sines), visible, layer_cache, layer_prefix, start)
             return constrain(x), (layer_cache, x if output_hidden_states else None)
 
         saved = jax.checkpoint_policies.save_only_these_names(*((MATMUL,) if remat == "selective" else ()))

@@ -257,7 +257,7 @@ def document_example(
     supervise: Supervise,
     source: str,
     group: int = 0,
-    values: Sequence[Sequence[Sequence[float]]] | None = None,
+    values: Sequence[Sequence[Sequence[float | None]]] | None = None,
 ) -> Example:
     """The example of a rendered document.
 
@@ -265,7 +265,8 @@ def document_example(
       pieces: from `lindm.text.render`; labels: [episode][step] actions of the oracle, those of the query last.
       actions: the tokens of every action, from `action_tokens`.
       supervise: train every step of the demonstrations and of the query (all), or the steps of the query alone (query).
-      values: [episode][step][A] action values of the oracle, if the example shall have them; each action is one token.
+      values: [episode][step][A] action values of the oracle, None where the action is not legal, if the example shall have
+        them; each action is one token.
 
     Raises:
       ValueError: an unknown value of supervise. DataError: the tokenizer cannot represent a piece.

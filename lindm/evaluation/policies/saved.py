@@ -37,7 +37,7 @@ class GraphPolicy(Policy):
             assert observation.action is not None and observation.observation is not None
             if len(wrong := np.flatnonzero(observation.action != self.actions[nodes])):
                 words, row = self.problem.words("actions"), wrong[0]
-                own, got = words[self.actions[nodes[row]]], words[observation.action[row]]
+                own, got = words[int(self.actions[nodes[row]])], words[int(observation.action[row])]
                 rule = f"a policy graph goes on after its own action alone, {own!r}; got {got!r}"
                 raise ValueError(f"history: step {observation.stage}: {rule}: alpha vectors go on after every action")
             nodes = self.successors[nodes, observation.observation]

@@ -6,6 +6,8 @@ The policy is a list of actions [H][S], a directory is a Minari dataset of an MD
 JSON, one for each dataset: the mean of Q over the first states. Rewards and their discount are those of the dataset.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import sys
 

@@ -208,6 +208,7 @@ def test_differences_are_to_the_first_policy_and_probabilities_are_scored():
     bc, random, behavior = evaluate(POMDP, ["bc", "random", "behavior"], dataset=dataclasses.replace(DATASET, behavior="epsilon"))
     assert bc.difference is None and random.difference.baseline == "bc" and random.difference.n == 3
     assert random.difference.gap == pytest.approx(np.mean(np.subtract(random.gaps, bc.gaps)), rel=1e-12)
+    assert random.value is not None and bc.value is not None and bc.action_agreement is not None
     assert random.difference.value == pytest.approx(random.value - bc.value, rel=1e-9)
     # behavior takes the oracle's action, but with probability 0.2 one of both at random
     assert behavior.calibration.scores.log_loss == pytest.approx(-math.log(0.9), rel=1e-9)

@@ -19,6 +19,7 @@ def test_the_difference_is_that_of_each_task_and_its_interval_is_narrower_than_t
     spreads = rng.uniform(1, 3, n)
     losses, others = ([loss(x, 4.0, 4.0 - w) for x, w in zip(values, spreads, strict=True)] for values in (mine, theirs))
     found = paired_difference(losses, others, "theirs")
+    assert found is not None and found.gap_ci is not None
     value, gap = theirs - mine, (mine - theirs) / spreads
     t = 2.093024054408263  # the 0.975 quantile for 19 degrees of freedom, from a table
     for got, ci, rows in ((found.value, found.value_ci, value), (found.gap, found.gap_ci, gap)):
@@ -34,6 +35,7 @@ def test_the_interval_contains_the_mean_difference_as_often_as_it_says():
     for _ in range(400):
         shared, extra = rng.exponential(2, 8), rng.normal(0.3, 0.2, 8)
         found = paired_difference([loss(x) for x in shared + extra], [loss(x) for x in shared], "b")
+        assert found is not None and found.gap_ci is not None
         inside += found.gap_ci[0] <= 0.15 <= found.gap_ci[1]
     assert 0.92 * 400 <= inside <= 0.98 * 400
 
@@ -41,6 +43,7 @@ def test_the_interval_contains_the_mean_difference_as_often_as_it_says():
 def test_bounds_of_the_optimum_cancel_out_of_values_and_widen_the_gap():
     mine, theirs = [loss(x, width=1.0) for x in (1.0, 1.2, 1.1)], [loss(x, width=1.0) for x in (0.5, 0.6, 0.7)]
     found, exact = paired_difference(mine, theirs, "b"), []
+    assert found is not None and found.gap_ci is not None
     for optimal in (4.0, 4.5, 5.0):
         gap = np.array([0.5, 0.6, 0.4]) / (optimal - 2.0)
         half = 4.302652729911275 * gap.std(ddof=1) / np.sqrt(3)

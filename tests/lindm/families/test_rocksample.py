@@ -8,9 +8,11 @@ import pytest
 
 from lindm.cli.main import main
 from lindm.evaluation.environments import double_precision
-from lindm.families.registry import make
+from lindm.families.registry import NamedProblem, make
 from lindm.families.rocksample import LITERATURE, rocksample
+from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.point_based import solve
+from lindm.types import POMDP
 
 SMALL = rocksample(3, 2, discount=0.9)
 
@@ -78,7 +80,9 @@ def test_a_small_rover_is_solved_and_leaving_at_once_is_worth_less():
 def test_with_a_horizon_it_is_a_dense_problem_and_without_one_a_sparse_one(capsys):
     with double_precision():
         dense = make("rocksample", size=3, rocks=2, discount=0.9, horizon=4)
-        assert make("rocksample", size=3, rocks=2).num_states == 37
+        sparse = make("rocksample", size=3, rocks=2)
+    assert isinstance(sparse, StationaryPOMDP) and sparse.num_states == 37
+    assert isinstance(dense, NamedProblem) and isinstance(dense.problem, POMDP)
     np.testing.assert_array_equal(dense.problem.P[0, :, 2], SMALL.P[2].toarray())
     np.testing.assert_array_equal(dense.problem.O[0, 5], SMALL.O[5].toarray())
     np.testing.assert_allclose(dense.problem.r[2], 0.81 * SMALL.r)

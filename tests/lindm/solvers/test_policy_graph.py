@@ -22,7 +22,7 @@ def earned(graph: PolicyGraph, node: int, stages: int, b: np.ndarray) -> float:
     problem, a = graph.problem, int(graph.actions[node])
     after = (b @ problem.P[a].toarray())[:, None] * problem.O[a].toarray()
     rest = [earned(graph, int(to), stages - 1, u) for to, u in zip(graph.successors[node], after.T, strict=True)]
-    return b @ problem.r[:, a] + problem.discount * sum(rest)
+    return float(b @ problem.r[:, a]) + problem.discount * sum(rest)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "deterministic"])

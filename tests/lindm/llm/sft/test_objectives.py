@@ -36,7 +36,9 @@ def rows(seed: int = 0) -> list[list[Example]]:
         return Example(rng.integers(0, 64, n).astype(np.int32), target, "here", action_values=values)
 
     made = [[example(9, 3), example(6, 2)], [example(12, 1), example(5, 4)]]
-    made[1][0].action_values[0, 1] = -np.inf
+    values = made[1][0].action_values
+    assert values is not None
+    values[0, 1] = -np.inf
     return made
 
 
@@ -44,6 +46,7 @@ def expected(kind: str, model, rows) -> float:
     total = 0.0
     logits = logits_of(model)
     for example in (example for row in rows for example in row):
+        assert example.action_values is not None
         table = np.asarray(logits(example.ids.tolist()), float)
         for place, values in zip(np.flatnonzero(example.target >= 0), example.action_values.astype(float), strict=True):
             at = table[place]
@@ -64,6 +67,7 @@ def test_a_loss_of_action_values_equals_plain_numpy(kind, chunk, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_CHUNK", chunk)
     model, data = tiny.decoder(), rows()
     batch = make_batch(data, *batch_shape(data))
+    assert batch.action_values is not None
     assert batch.action_values.shape == (2, 8, 3) and (batch.action_values[0, 5:] == 0).all()
     value, correct = lm_loss(model, batch, ComputeConfig(), objective=Objective(loss=kind, actions=ACTIONS, temperature=TAU))
     assert float(value) == pytest.approx(expected(kind, model, data), rel=1e-5)
@@ -107,6 +111,7 @@ def test_examples_have_the_values_of_their_steps(micro, tmp_path):
     setup = setup_training(options(micro, tmp_path / "out", loss="soft"))
     assert setup.objective.loss == "soft" and len(setup.objective.actions) == 2
     for example in (example for row in setup.train_rows for example in row):
+        assert example.action_values is not None
         targets = example.target[example.target >= 0]
         best = [setup.objective.actions[values.argmax()] for values in example.action_values]
         assert targets.tolist() == best  # here each label is exact
