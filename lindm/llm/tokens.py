@@ -286,7 +286,10 @@ def document_example(
                     break
         ids += taken
     example = make_example(ids, trained, source, group)
-    return example if values is None else replace(example, action_values=np.array(trained_values, np.float32))
+    if values is None:
+        return example
+    numbers = np.array(trained_values, np.float32)  # None, of an action that is not legal, becomes NaN
+    return replace(example, action_values=np.where(np.isnan(numbers), np.float32(-np.inf), numbers))
 
 
 def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, source: str, group: int = 0) -> Example:

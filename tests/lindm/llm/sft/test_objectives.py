@@ -17,10 +17,12 @@ from lindm.llm.sft.metrics import read_metrics
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.sft.packing import batch_shape, make_batch
 from lindm.llm.sft.setup import setup_training
-from lindm.llm.tokens import Example
+from lindm.llm.tokens import Example, action_tokens, document_example
+from lindm.text import COMPACT, Document, Step, render
 from tests.lindm.datasets.conftest import fixed_mdp
 from tests.lindm.llm import tiny
 from tests.lindm.llm.reading import logits_of
+from tests.lindm.llm.small import byte_level
 
 ACTIONS, TAU = (7, 20, 3), 0.25
 
@@ -92,6 +94,14 @@ def test_the_gradient_of_the_logits_is_the_difference_to_what_is_wanted(kind):
         regrets = values.max() - values
         wanted[list(ACTIONS)] = share * (regrets - share @ regrets)
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+
+
+def test_an_action_that_is_not_legal_has_the_value_minus_infinity():
+    tokenizer, state = byte_level(), Step(action=0, state=1)
+    pieces = render(Document((), (state,)), COMPACT)
+    actions = action_tokens(tokenizer, COMPACT, 3)
+    example = document_example(tokenizer, pieces, [[0]], actions, "all", "here", 0, [[[0.5, None, 0.25]]])
+    assert example.action_values is not None and example.action_values.tolist() == [[0.5, -np.inf, 0.25]]
 
 
 def options(micro, out, **changes) -> SFTConfig:
