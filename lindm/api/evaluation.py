@@ -10,6 +10,7 @@ from lindm import validate
 from lindm.api.problems import as_source
 from lindm.choices import Behavior
 from lindm.datasets import DatasetConfig
+from lindm.errors import UsageError
 from lindm.evaluation import EVAL_FORMAT, compare
 from lindm.evaluation.compare import SEED, PolicyResult
 from lindm.evaluation.policies.registry import default_policies
@@ -17,7 +18,7 @@ from lindm.evaluation.reliability import draw_reliability
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.figures.style import save
-from lindm.io import directories, files, manifest
+from lindm.io import directories, files, manifest, verification
 from lindm.llm.named_policies import PoliciesByName
 from lindm.types import LinearMDP, Problem
 
@@ -62,6 +63,7 @@ def evaluate(
       `.method`, the `.difference` to the first policy, the `.calibration` of its probabilities and others.
 
     Raises:
+      UsageError: `out` holds another evaluation, or something else that lindm wrote.
       ValueError: a policy that the problem does not have; an argument out of range; an ambiguous problem with more histories than
         fit in memory.
 
@@ -84,19 +86,25 @@ def evaluate(
     if out is None:
         results = compare.evaluate(source, policies, **arguments)
     else:
+        options = {"policies": list(policies), "episodes": episodes, "effort": effort, "template": template, "rewards": rewards}
+        options = {**asdict(dataset), **options}
         with directories.sole_writer(out := Path(out)):
+            _check_same_evaluation(out, options)
             results = compare.evaluate(source, policies, data=out / "data", **arguments)
             files.write_json(out / EVAL, {"rows": [asdict(result) for result in results]}, format=EVAL_FORMAT)
-            options = {
-                "policies": list(policies),
-                "episodes": episodes,
-                "effort": effort,
-                "template": template,
-                "rewards": rewards,
-            }
             figures = _write_figures(out, results)
-            manifest.write_manifest(out, [EVAL, *figures, "data/manifest.json"], options={**asdict(dataset), **options})
+            manifest.write_manifest(out, [EVAL, *figures, "data/manifest.json"], options=options)
     return {result.policy: result for result in results}
+
+
+def _check_same_evaluation(out: Path, options: Mapping[str, Any]) -> None:
+    """UsageError where a directory holds another evaluation, or something else that lindm wrote."""
+    directories.require_kind(out, EVAL, "an evaluation")
+    if not (out / verification.MANIFEST).exists():
+        return
+    old = verification.read_manifest(out, manifest.FORMAT).get("options", {})
+    if changed := [f"{key} was {old.get(key)!r} and is now {value!r}" for key, value in options.items() if old.get(key) != value]:
+        raise UsageError(f"{out} holds another evaluation: {'; '.join(changed)}; choose another --out")
 
 
 def _write_figures(out: Path, results: Sequence[PolicyResult]) -> list[str]:

@@ -82,6 +82,13 @@ def sole_writer(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def require_kind(directory: Path, sign: str, kind: str) -> None:
+    """Raise UsageError where a directory holds something that lindm wrote but not `sign`, the file that such a `kind` has."""
+    found = next((name for name in ("manifest.json", "config.json") if (directory / name).exists()), None)
+    if found is not None and not (directory / sign).exists():
+        raise UsageError(f"{directory} holds {found} but no {sign}: it is not {kind}; choose another --out")
+
+
 def remove(path: Path) -> None:
     """Remove a file or a directory, if it exists. A directory is renamed first: a half-removed one never counts as a whole one.
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lindm.errors import DataError
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
-from lindm.io.directories import sole_writer
+from lindm.io.directories import require_kind, sole_writer
 from lindm.io.manifest import read_output, write_manifest
 from lindm.io.provenance import provenance
 from lindm.llm.sft import metrics
@@ -225,6 +225,7 @@ def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
     with damage_errors(f"a file of {', '.join(map(str, directories))} is damaged"):
         written = _render(inputs)
     with sole_writer(out):
+        require_kind(out, "index.html", "a report")
         with files.storage_errors(out):
             for part in {path.parent for path in written}:
                 (out / part).mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,7 @@ def verify(
         print(f"lindm: note: --only {id} selects claims of {' and '.join(names)}; {choices} selects one", file=sys.stderr)
     with contextlib.ExitStack() as locks:
         locks.enter_context(directories.sole_writer(out))
+        directories.require_kind(out, REPORTS[0], "a verification")
         jobs = make_jobs([known[e] for e in chosen], preset, out, seeds, seed_offset, fresh)
         outcomes = run_with_progress(jobs, locks, executor, workers)
         outcomes.sort(key=lambda o: list(chosen).index(o.experiment))

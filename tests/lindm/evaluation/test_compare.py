@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,11 +14,14 @@ from jax.core import Tracer
 import lindm as ld
 from lindm.cli.main import main
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
+from lindm.errors import UsageError
 from lindm.evaluation import environments
 from lindm.evaluation.compare import evaluate, read_tasks
 from lindm.evaluation.policies.registry import POLICIES, default_policies, kind_of
 from lindm.families.random_suites import RandomSuite, draw_task
 from tests.lindm.llm.conftest import SUITE
+
+FILES = Path(__file__).parents[1] / "problems" / "files"
 
 DATASET = DatasetConfig(tasks=3, demos=2, seed=11)
 POMDP = RandomSuite(name="hidden", horizon=3, states=3, actions=2, observations=2, concentration=0.5, quality=0.8)
@@ -234,3 +238,25 @@ def test_the_command_shows_differences_and_scores_and_writes_the_figure(tmp_path
     assert main([*arguments, "--policy", "oracle", "--policy", "qmdp", "--out", str(tmp_path / "two")]) == 0
     out = capsys.readouterr().out
     assert "less" not in out and "log-loss" not in out and not list((tmp_path / "two").glob("calibration.*"))
+
+
+def test_what_another_command_wrote_and_another_evaluation_are_not_replaced(tmp_path):
+    """Neither the data that a model was trained on nor the results of other policies."""
+    tiger = ld.read_pomdp(FILES / "tiger.pomdp", horizon=2)
+    ld.make_dataset(tiger, tmp_path / "data", tasks=2, demos=1)
+    ld.evaluate(tiger, ["qmdp"], tasks=2, demos=1, out=tmp_path / "first")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(
+        UsageError, match=r"data holds manifest.json but no eval.json: it is not an evaluation; choose another --out"
+    ):
+        ld.evaluate(tiger, ["qmdp"], tasks=2, demos=1, out=tmp_path / "data")
+    with pytest.raises(
+        UsageError, match=r"first holds another evaluation: policies was \['qmdp'\] and is now \['random'\]; choose"
+    ):
+        ld.evaluate(tiger, ["random"], tasks=2, demos=1, out=tmp_path / "first")
+    with pytest.raises(UsageError, match=r"data holds manifest.json but no index.html: it is not a report"):
+        ld.report([tmp_path / "first"], tmp_path / "data")
+    with pytest.raises(UsageError, match=r"data holds manifest.json but no verdicts.json: it is not a verification"):
+        ld.verify("smoke", tmp_path / "data", only=["controls/leak"])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert ld.evaluate(tiger, ["qmdp"], tasks=2, demos=1, out=tmp_path / "first")["qmdp"].n == 2
