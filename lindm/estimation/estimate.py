@@ -4,8 +4,9 @@ Where the state is seen, each row of the kernels has a Dirichlet law with `prior
 posterior mean is (n + prior / K) / (sum n + prior), and draws of the posterior are the models of an ambiguous problem. Where the
 state is hidden, `lindm.estimation.hidden_states` finds the parameters that are likeliest.
 
-The mean reward r(s, a) is the ridge regression of the logged rewards on the law of the state (one-hot where it is seen), with
-`prior` further observations of the mean reward at each state and action. Where the state is seen, this is their average.
+The mean reward r(s, a) is the average of the logged rewards at the state and action, where the state is seen; of a pair that was
+never tried it is the mean reward of the log. Where the state is hidden, it is the ridge regression of the logged rewards on the
+law of the state, with `prior` further observations of the mean reward at each state and action.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from lindm.problems.cassandra import Model
 
 MAX_MODELS = 1000
 MAX_NAMED = 5  # states or pairs that a warning names
+TINY = 1e-9  # weight of the mean reward of the log where the state is seen: it decides for pairs that were never tried alone
 SAME = 0.1  # restarts whose objectives differ by less ended at the same maximum
 
 
@@ -155,7 +157,7 @@ def _seen(log: LoggedEpisodes, steps: Steps, discount: float, models: int, prior
         np.add.at(emitted, (steps.action[known], steps.following[known], steps.observation[known]), 1)
     visits = np.zeros((S, A))
     np.add.at(visits, (steps.state, steps.action), 1)
-    r = mean_rewards(steps, np.eye(S)[steps.state], A, prior)
+    r = mean_rewards(steps, np.eye(S)[steps.state], A, TINY)
     laws = [_posterior(count, prior, rng, models > 1) for _ in range(models) for count in counts]
     made = []
     for rho, P, emissions in zip(laws[::3], laws[1::3], laws[2::3], strict=True):
@@ -210,7 +212,8 @@ def _unvisited(visits: np.ndarray, seen: np.ndarray, names: dict[str, tuple[str,
     if pairs:
         of = int((seen >= 1).sum() * tried.sum())
         named = [f"{actions[a]} in {states[s]}" for s, a in pairs]
-        warnings.append(f"tried less than once: {len(pairs)} of {of} pairs of action and state ({_some('', named)})")
+        guess = "their rows are the prior's, their rewards are guesses from the mean of the log"
+        warnings.append(f"tried less than once: {len(pairs)} of {of} pairs of action and state ({_some('', named)}); {guess}")
     return warnings
 
 

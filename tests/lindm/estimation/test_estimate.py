@@ -44,10 +44,13 @@ def test_the_posterior_mean_is_counts_and_prior(tmp_path):
     np.testing.assert_allclose(model.O[RUN, WORN], np.array([1 + 0.25, 1 + 0.25]) / 2.5)
     np.testing.assert_allclose(model.O[RUN, GOOD], np.array([0 + 0.25, 1 + 0.25]) / 1.5)
     mean = (1 + 2 - 1 + 3) / 4
-    np.testing.assert_allclose(model.r[GOOD, RUN], (6 + 0.5 * mean) / 3.5)
+    np.testing.assert_allclose(model.r[GOOD, RUN], 6 / 3)
     np.testing.assert_allclose(model.r[WORN, RUN], mean)
     assert found.visits.tolist() == [[0, 3], [1, 0]]
-    assert found.warnings == ("tried less than once: 2 of 4 pairs of action and state (fix in good, run in worn)",)
+    assert found.warnings == (
+        "tried less than once: 2 of 4 pairs of action and state (fix in good, run in worn); "
+        "their rows are the prior's, their rewards are guesses from the mean of the log",
+    )
 
 
 def test_draws_have_the_mean_and_the_variance_of_the_posterior(tmp_path):
