@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 # each uses what those before it wrote
 COMMANDS = """
 doctor
+families
+estimate log.csv --out learned.pomdp
 data make mdp --horizon 4 --tasks 4 --demos 1 --out data
 data make {tiger} --horizon 3 --tasks 2 --demos 1 --out tiger
 data export data --to trl --out trl
@@ -64,6 +66,7 @@ def directory(tmp_path) -> Path:
     (tmp_path / "toys").mkdir()
     build_lab(tmp_path / "toys")
     np.save(tmp_path / "L.npy", np.diag([1.0, 2.0]))
+    (tmp_path / "log.csv").write_text("episode,step,state,action,reward\n1,0,on,run,1\n1,1,off,fix,-1\n1,2,on,run,1\n")
     return tmp_path
 
 

@@ -100,10 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Without arguments it is that of this process, which a signal then ends."""
     if arguments is not None:
         return guarded(lambda: _dispatch(list(arguments)))
-    report_lack_of_memory(EXIT_CODES[OutOfMemoryError])
+    finished = report_lack_of_memory(EXIT_CODES[OutOfMemoryError])
     words = sys.argv[1:]
     lifecycle = LIFECYCLES.get(" ".join(words[:1])) or LIFECYCLES.get(" ".join(words[:2]))
-    return run_process(lambda: _dispatch(words), "starts over" if lifecycle is None else lifecycle.stop)
+    code = run_process(lambda: _dispatch(words), "starts over" if lifecycle is None else lifecycle.stop)
+    finished(code)
+    return code
 
 
 def run_process(run: Callable[[], int], stop: Stop) -> int:

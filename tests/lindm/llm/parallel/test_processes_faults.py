@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 
     def wait_for_step(self, step: int) -> None:
         path, end = self.out / "metrics.jsonl", time.monotonic() + HANGS
-        while not path.exists() or not path.read_text().count('"kind": "train"') >= step:
+        while not path.exists() or not path.read_text().count('"kind":"train"') >= step:
             assert all(p.poll() is None for p in self.processes) and time.monotonic() < end, [p.read_text() for p in self.said]
             time.sleep(0.02)
 
