@@ -69,6 +69,8 @@ def run(options: Solve) -> int:
     start = time.perf_counter()
     if options.plot and options.plot.suffix not in PICTURES:
         raise UsageError(f"--plot must be a file {', '.join(PICTURES)}; got {options.plot}")
+    if options.horizon == "inf" and (len(options.problem) > 1 or options.perturb is not None):
+        raise UsageError("--horizon inf takes one model: an ambiguous problem has a criterion for each stage of a finite horizon")
     if options.horizon == "inf" or options.method in STATIONARY:
         return run_stationary(options, start)
     file = Path(options.problem[0])

@@ -163,7 +163,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "a.pomdp", "--horizon", "forever"], "--horizon must be a whole number or inf; got 'forever'"),
         (
             ["solve", "a.pomdp", "b.pomdp", "--horizon", "inf"],
-            "point-based solves one .pomdp file, not several models; got 2 files",
+            "--horizon inf takes one model: an ambiguous problem has a criterion",
         ),
         (["solve", "prostate", "--horizon", "inf"], "point-based solves a .pomdp file; got 'prostate'"),
         (["solve", "a.pomdp", "--horizon", "inf", "--method", "tree"], "--method must be point-based, value-iteration, policy-"),
