@@ -28,6 +28,11 @@ settings.load_profile("repeatable")
 pytest_plugins = ["tests.promises"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # matplotlib 3.10.0, the lowest that is supported, with today's pyparsing, which its import calls by old names
+    config.addinivalue_line("filterwarnings", "ignore:'.*' deprecated - use:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def no_figure_is_left():
     """One worker runs hundreds of tests, and matplotlib keeps every figure that is not closed (and warns of more than 20)."""
