@@ -18,6 +18,7 @@ from lindm.cli.exit_codes import EXIT_CODES, INTERNAL, exit_code
 from lindm.cli.lifecycle import LIFECYCLES, Stop, ending
 from lindm.cli.option_parser import run_command, two_columns, wrap
 from lindm.errors import (
+    MEMORY_ADVICE,
     LindmError,
     OutOfMemoryError,
     Preempted,
@@ -28,7 +29,7 @@ from lindm.errors import (
 )
 from lindm.io import signals
 from lindm.io.files import DISK_ERRORS
-from lindm.io.memory import report_lack_of_memory
+from lindm.io.memory import memory_limit, report_lack_of_memory
 
 DESCRIPTION = (
     "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
@@ -133,6 +134,9 @@ def guarded(run: Callable[[], int]) -> int:
     except Exception as e:
         if isinstance(e, OSError) and e.errno in DISK_ERRORS:
             e = StorageError(f"cannot write {e.filename or 'a temporary file'}: {e.strerror}")
+        if isinstance(e, SystemError | ImportError) and not isinstance(e, LindmError) and (limit := memory_limit()) is not None:
+            # native code that cannot allocate fails in these ways as well
+            e = OutOfMemoryError(f"under a memory limit of {limit >> 20} MiB: {e}; try {MEMORY_ADVICE}")
         code = exit_code(e)
         unexpected = code == INTERNAL and not isinstance(e, LindmError)
         if unexpected or os.environ.get("LINDM_DEBUG") == "1":

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from lindm.cli import main
 from lindm.errors import DataError, OutOfMemoryError, from_library, library_errors
 from lindm.io import executor, memory
+from tests.clock import HANGS
 
 REPORTED = "import os, resource, sys; from lindm.io import memory; {limit}; memory.report_lack_of_memory(6); {then}"
 LIMIT = "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))"
@@ -91,6 +93,20 @@ def test_a_platform_without_a_device_is_one_line_of_usage(platform, reason):
     assert repr(platform) in line and reason in line
 
 
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize(
+    "error", [SystemError("returned NULL without setting an exception"), ImportError("failed to map segment")]
+)
+def test_errors_of_native_code_under_a_memory_limit_are_a_lack_of_memory(monkeypatch, capsys, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(main, "memory_limit", lambda: 2**30)
+    assert main.guarded(fail) == 6 and f"under a memory limit of 1024 MiB: {error}; try a smaller" in capsys.readouterr().err
+    monkeypatch.setattr(main, "memory_limit", lambda: None)
+    assert main.guarded(fail) == 70
+
+
 @pytest.mark.slow
 @pytest.mark.fault("F16")
 def test_a_command_under_a_small_memory_limit_is_exit_6(tmp_path):
@@ -99,5 +115,5 @@ def test_a_command_under_a_small_memory_limit_is_exit_6(tmp_path):
     )
     for mebibytes in (1000, 1200):
         words = f"ulimit -v {mebibytes << 10}; exec {sys.executable} -m lindm solve a.pomdp --horizon 2"
-        done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 6 and "a smaller problem" in done.stderr.splitlines()[-1]
