@@ -227,6 +227,27 @@ def only_legal(probabilities: np.ndarray, legal: np.ndarray | None) -> tuple[np.
     return kept, 1 - np.minimum(mass[:, 0], 1)
 
 
+class ChosenPolicy(Policy):
+    """A policy that is another one, which it chooses by the tasks."""
+
+    def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
+        """The policy for these tasks."""
+        raise NotImplementedError
+
+    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Policy, Any]:
+        policy = self.choose(tasks)
+        return policy, policy.init(tasks)
+
+    def step(self, state, observation: Observation):
+        policy, own = state
+        own, probabilities = policy.step(own, observation)
+        return (policy, own), probabilities
+
+    def q_bounds(self, state, observation: Observation):
+        policy, own = state
+        return policy.q_bounds(own, observation)
+
+
 class FunctionPolicy(Policy):
     """A function of demonstrations and history; the state is the steps of every history."""
 

@@ -32,6 +32,7 @@ class SparseModel(NamedTuple):
     r: np.ndarray  # [S, A]
     start: np.ndarray  # [S]
     legal: np.ndarray | None = None  # [S, A] bool; None: every action is legal
+    rewards_vary: bool = False  # with the next state or the observation; only their expectation r is kept
 
 
 class _Cell(NamedTuple):
@@ -137,11 +138,13 @@ def parse_sparse(text: str, name: str = "<text>") -> SparseModel:
         line, row = min(off)
         more = f" (and {len(off) - 1} more that miss it)" if len(off) > 1 else ""
         warnings.warn(f"{name}:{line}: {row}, not to one{more}: scaled", UserWarning, stacklevel=2)
-    r = (-1.0 if head.costs else 1.0) * _expected(rewards, P, seen, (S, O)) + 0.0  # + 0.0: no cost is 0.0, not -0.0
+    expected, rewards_vary = _expected(rewards, P, seen, (S, O))
+    r = (-1.0 if head.costs else 1.0) * expected + 0.0  # + 0.0: no cost is 0.0, not -0.0
     r[ends] = 0.0
     r[illegal.T] = 0.0
     legal = ~illegal.T if illegal.any() else None
-    return SparseModel(**head.names, discount=head.discount, P=P, O=seen, r=r, start=head.start, legal=legal)
+    kept = {"r": r, "start": head.start, "legal": legal, "rewards_vary": rewards_vary}
+    return SparseModel(**head.names, discount=head.discount, P=P, O=seen, **kept)
 
 
 def _cell(entry: _Section, index: dict[str, dict[str, int]]) -> _Cell:
@@ -178,8 +181,8 @@ def _expected(
     P: tuple[sparse.csr_array, ...],
     O: tuple[sparse.csr_array, ...],
     sizes: tuple[int, int],
-) -> np.ndarray:
-    """r [S, A]: the expectation of R over the transitions and the observations that are possible."""
+) -> tuple[np.ndarray, bool]:
+    """r [S, A], the expectation of R over the possible transitions and observations, and whether R depends on these."""
     S, n = sizes
     lengths = (S, S, max(n, 1))  # of the places state, next state, observation
     by_o = any(cell.places[3] is not None or (cell.given < 4 and n > 1) for _, cell in rewards)
@@ -212,4 +215,4 @@ def _expected(
         least, most = np.minimum.reduceat(paid, first[:-1]), np.maximum.reduceat(paid, first[:-1])
         # a reward that is the same everywhere is exact
         r[:, a] = np.where(least == most, least, np.bincount(at[0], weights * paid, S))
-    return r
+    return r, by_next

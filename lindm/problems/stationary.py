@@ -12,12 +12,13 @@ from jax.typing import ArrayLike
 from scipy import sparse
 
 from lindm import validate
+from lindm.errors import DataError
 from lindm.io import inputs, limits
 from lindm.io.limits import POMDP_TABLE
 from lindm.problems import cassandra
 from lindm.problems.cassandra import Model
 from lindm.problems.cassandra_rewards import RewardEntries
-from lindm.problems.cassandra_sparse import parse_sparse
+from lindm.problems.cassandra_sparse import SparseModel, parse_sparse
 from lindm.types import POMDP
 
 DENSE = 2_000_000  # numbers of the tables of a file up to which they are read as dense ones
@@ -46,9 +47,12 @@ class StationaryPOMDP:
     # what is paid: entries of a file, or for each action [S, S] by the next state; None where that is r(s, a)
     rewards: RewardEntries | tuple[sparse.csr_array, ...] | None = None
     legal: np.ndarray | None = None  # [S, A] bool, the actions that a state allows; None: all
+    rewards_vary: bool = False  # of a large file, with the next state or the observation: only their expectation r was kept
 
     def reward_table(self) -> np.ndarray:
         """R [1, S, A, S|1, O|1], what an environment pays. DataError where the table of a file is too large."""
+        if self.rewards_vary:
+            raise DataError("rewards that depend on the next state or the observation are not kept of a file of this size")
         if self.rewards is None:
             return self.r[None, :, :, None, None]
         if isinstance(self.rewards, RewardEntries):
@@ -74,19 +78,7 @@ def read(path: str | Path, discount: float | None = None) -> StationaryPOMDP:
     if S * A * (S + O) <= DENSE:
         return stationary(cassandra.read(path), discount)
     model = parse_sparse(inputs.read_text(Path(path), limits.POMDP_FILE), str(path))
-    gamma = model.discount if discount is None else discount
-    validate.discount(gamma)
-    return StationaryPOMDP(
-        P=model.P,
-        O=model.O,
-        r=model.r,
-        rho=model.start,
-        discount=float(gamma),
-        states=model.states,
-        actions=model.actions,
-        observations=model.observations,
-        legal=model.legal,
-    )
+    return _problem(model, model.P, model.O, discount, rewards_vary=model.rewards_vary)
 
 
 def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
@@ -98,20 +90,16 @@ def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:
     Raises:
       ValueError: the discount is not in [0, 1].
     """
+    P = tuple(sparse.csr_array(P) for P in model.P.swapaxes(0, 1))
+    O = tuple(sparse.csr_array(O) for O in model.O) if model.observations else ()
+    return _problem(model, P, O, discount, rewards=model.rewards)
+
+
+def _problem(model: Model | SparseModel, P: tuple, O: tuple, discount: float | None, **rewards: Any) -> StationaryPOMDP:
     gamma = model.discount if discount is None else discount
     validate.discount(gamma)
-    return StationaryPOMDP(
-        P=tuple(sparse.csr_array(P) for P in model.P.swapaxes(0, 1)),
-        O=tuple(sparse.csr_array(O) for O in model.O) if model.observations else (),
-        r=model.r,
-        rho=model.start,
-        discount=float(gamma),
-        states=model.states,
-        actions=model.actions,
-        observations=model.observations,
-        legal=model.legal,
-        rewards=model.rewards,
-    )
+    names = {"states": model.states, "actions": model.actions, "observations": model.observations}
+    return StationaryPOMDP(P=P, O=O, r=model.r, rho=model.start, discount=float(gamma), legal=model.legal, **names, **rewards)
 
 
 def from_pomdp(problem: POMDP) -> StationaryPOMDP:

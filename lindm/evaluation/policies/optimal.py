@@ -10,12 +10,12 @@ from lindm import validate
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTask, double_precision
 from lindm.evaluation.policies.beliefs import BestBound
-from lindm.evaluation.policy import Observation, Policy, one_hot
+from lindm.evaluation.policy import ChosenPolicy, Observation, Policy, one_hot
 from lindm.solvers import ties, tree
 from lindm.solvers.belief import child_history, first_history, step_index
 
 
-class Oracle(Policy):
+class Oracle(ChosenPolicy):
     """An optimal action at every history, the lowest index among ties; the state is the numbers of the histories.
 
     In a POMDP that is too large for exact action values, the action with the best certified lower bound.
@@ -23,18 +23,8 @@ class Oracle(Policy):
 
     markov = exhaustive = True
 
-    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Policy, Any]:
-        policy = BestBound() if tasks[0].known.bounded else _Tables()
-        return policy, policy.init(tasks)
-
-    def step(self, state, observation: Observation):
-        policy, own = state
-        own, probabilities = policy.step(own, observation)
-        return (policy, own), probabilities
-
-    def q_bounds(self, state, observation: Observation):
-        policy, own = state
-        return policy.q_bounds(own, observation)
+    def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
+        return BestBound() if tasks[0].known.bounded else _Tables()
 
 
 class _Tables(Policy):

@@ -5,7 +5,6 @@ state is estimated.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,29 +12,19 @@ import numpy as np
 from lindm.evaluation.environments import MDPEnvironment, PolicyTask
 from lindm.evaluation.policies.beliefs import LikeliestState
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
-from lindm.evaluation.policy import Observation, Policy
+from lindm.evaluation.policy import ChosenPolicy, Policy
 from lindm.problems.mdp import over_stages
 from lindm.solvers import dp
 from lindm.types import MDP
 
 
-class CertaintyEquivalence(Policy):
+class CertaintyEquivalence(ChosenPolicy):
     """`EstimatedModel` of an MDP, `LikeliestState` of a POMDP or an APOMDP."""
 
     markov = True
 
-    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Policy, Any]:
-        policy = EstimatedModel() if isinstance(tasks[0].known, MDPEnvironment) else LikeliestState()
-        return policy, policy.init(tasks)
-
-    def step(self, state, observation: Observation):
-        policy, own = state
-        own, probabilities = policy.step(own, observation)
-        return (policy, own), probabilities
-
-    def q_bounds(self, state, observation: Observation):
-        policy, own = state
-        return policy.q_bounds(own, observation)
+    def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
+        return EstimatedModel() if isinstance(tasks[0].known, MDPEnvironment) else LikeliestState()
 
 
 class EstimatedModel(TablePolicy):

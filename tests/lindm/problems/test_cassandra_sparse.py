@@ -110,6 +110,11 @@ def test_a_large_file_is_read_sparse_and_its_problem_is_the_same(tmp_path, monke
     for got, want in zip(read.P + read.O, problem.P + problem.O, strict=True):
         assert got.nnz == want.nnz and abs(got - want).max() <= 1e-15
     np.testing.assert_array_equal(read.r, problem.r)
+    assert (read.reward_table()[0, :, :, 0, 0] == problem.r).all()
+    with (tmp_path / "rocks.pomdp").open("a") as f:  # a reward by the next state: its expectation is not what is paid
+        f.write(f"\nR: {problem.actions[0]} : {names[0]} : {names[1]} : * 5\n")
+    with pytest.raises(LindmError, match="rewards that depend on the next state or the observation are not kept"):
+        stationary.read(tmp_path / "rocks.pomdp").reward_table()
     monkeypatch.setattr(cassandra_sparse, "CELLS", 100)
     with pytest.raises(LindmError, match=r"rocks.pomdp:[0-9]+: the entries up to this one write more than 100 numbers"):
         stationary.read(tmp_path / "rocks.pomdp")

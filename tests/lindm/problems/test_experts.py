@@ -84,7 +84,7 @@ def test_commands_take_the_rows(files, capsys, tmp_path):
     assert main(["solve", "maintenance", "--horizon", "3", "--perturb", rows]) == 2
     assert "perturb must be left out for a family" in capsys.readouterr().err
     assert main(["solve", machine, "--horizon", "inf", "--perturb", rows]) == 2
-    assert "--perturb does not apply" in capsys.readouterr().err
+    assert "--horizon inf takes one model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
