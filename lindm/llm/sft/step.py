@@ -1,7 +1,9 @@
 r"""The training step: the program that `lindm sft` runs and that `lindm plan` compiles for another machine.
 
-A step reports whether its loss, the norm of its gradient and the norm of the updated weights are finite. Where they are not, the
-new state is useless and the caller stops before it writes anything: keeping the old state as well would double its memory.
+A step decides on the device whether it is applied: where its loss or the norm of its gradient is not finite, the state stays as
+it was. So the caller may start the next step before it reads the metrics of this one. Weights that overflow although the gradient
+was finite are reported as well, after the update: keeping all old weights until the new ones are checked would double their
+memory. The caller saves no state before it has read that the last step was finite.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,7 @@ class StepMetrics:
     accuracy: Array  # f32, share of the labels whose token is the most likely one
     num_labels: Array  # int32
     grad_norm: Array  # f32, before clipping
-    finite: Array  # bool: the loss and the norms of the gradient and of the updated weights are finite
+    finite: Array  # bool: the loss and the norms of the gradient and of the updated weights are finite; if not, do not save
     stop: Array  # int32, maximum of the stop flags of all processes
 
 
@@ -55,7 +57,8 @@ def make_train_step(
 ) -> TrainStep:
     """train_step(state, frozen, batch [accumulation, rows, ...], stop_flags [devices]) -> (state, metrics).
 
-    `frozen` holds the weights that are not trained. Compile the step with `jit_train_step`.
+    `frozen` holds the weights that are not trained. Where the loss or the gradient is not finite, the state is returned as it
+    was. Compile the step with `jit_train_step`.
     """
 
     def scaled_loss(params: nnx.State, frozen: nnx.State, batch: Batch, scale: Array) -> tuple[Array, Array]:
@@ -86,16 +89,18 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
+        updated = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
+        is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        state = jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), updated, state)  # fused with the update
         metrics = StepMetrics(
             loss=loss,
             accuracy=num_correct * scale,
             num_labels=num_labels,
             grad_norm=grad_norm,
-            finite=finite,
+            finite=is_applied & jnp.isfinite(optax.tree.norm(state.params)),
             stop=stop_flags.max(),
         )
-        return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
+        return state, metrics
 
     return train_step
 

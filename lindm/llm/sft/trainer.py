@@ -15,45 +15,35 @@ so all save the same step. Before and after the steps there is nothing to save, 
 
 import contextlib
 import gc
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import CheckpointError, DataError, NonFiniteError, Preempted, UsageError, library_errors
+from lindm.errors import CheckpointError, DataError, UsageError, library_errors
 from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import write_manifest
-from lindm.io.progress import Progress, ProgressTask
+from lindm.io.progress import Progress
 from lindm.llm.io import peft, weights
-from lindm.llm.parallel import devices, processes, sharding
+from lindm.llm.parallel import processes, sharding
 from lindm.llm.sft import checkpoints
 from lindm.llm.sft.batches import BatchLoader
 from lindm.llm.sft.compilation import ADVICE, compile_train_step
-from lindm.llm.sft.evaluator import Evaluator, summarize
-from lindm.llm.sft.flops import train_step_flops
+from lindm.llm.sft.evaluator import Evaluator
 from lindm.llm.sft.generation import describe_generation, write_chat_settings
-from lindm.llm.sft.metrics import METRICS, MetricsLogger, Throughput, plot_curves, read_metrics
+from lindm.llm.sft.loop import BEST, CHECKPOINTS, EvalHistory, TrainLoop
+from lindm.llm.sft.metrics import METRICS, MetricsLogger, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import RUN_FORMAT, SFTConfig, config_differences
 from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import format_example
 
-CONFIG, CHECKPOINTS, BEST, MODEL, ADAPTER = "config.json", "checkpoints", "best", "model", "adapter"
+CONFIG, MODEL, ADAPTER = "config.json", "model", "adapter"
 OUTPUTS = (CHECKPOINTS, BEST, MODEL, ADAPTER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events", CONFIG)
-
-
-class EvalHistory(NamedTuple):
-    """Summary of the evaluations so far; part of a checkpoint."""
-
-    last_step: int = -1  # step of the last evaluation
-    best_loss: float | None = None  # lowest held-out loss
-    best_step: int = 0
-    evals_since_best: int = 0
 
 
 def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
@@ -143,7 +133,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     task = progress.add("train", total)
     task.update(0, detail="compiling")
     train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh, setup.objective), shardings)
-    compiled_step = compile_train_step(train_step, template, frozen, loader.load(0)[0], loader.stop_flags())
+    compiled_step = compile_train_step(train_step, template, frozen, loader.load(0).arrays, loader.stop_flags())
     checkpoint = _restore(out / CHECKPOINTS, template, progress)
     if checkpoint is None:
         state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
@@ -226,107 +216,6 @@ def _reshard(state: nnx.State, shardings: nnx.State) -> nnx.State:
         return x if x.sharding.is_equivalent_to(s, x.ndim) else sharding.shard_array(np.asarray(x), s)
 
     return jax.tree.map(reshard, state, shardings)
-
-
-# --- the loop --------------------------------------------------------------------------------------------------------------
-
-
-class TrainLoop:
-    """Steps, evaluations and checkpoints."""
-
-    def __init__(
-        self,
-        setup: TrainingSetup,
-        compiled_step: Any,
-        loader: BatchLoader,
-        evaluator: Evaluator,
-        logger: MetricsLogger,
-        progress: Progress,
-        task: ProgressTask,
-    ):
-        self.config, self.compiled_step, self.loader, self.evaluator = setup.config, compiled_step, loader, evaluator
-        self.logger, self.progress, self.task, self.total = logger, progress, task, setup.optimizer.steps
-        self.eval_every = self.config.eval_every or max(1, -(-self.total // 4))
-        self.save_every = self.config.save_every or self.eval_every
-        flops = train_step_flops(setup.model_config, self.config.method, loader.rows_per_step, setup.seq_len, setup.max_labels)
-        self.throughput = Throughput(flops, devices.peak_flops(jax.devices()))
-
-    def run(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> tuple[TrainState, EvalHistory, int]:
-        """Train until the last step, or until patience ends.
-
-        Raises:
-          Preempted: the run stopped on a signal, after saving.
-        """
-        saved, stop = step, False
-        while True:
-            if not stop:
-                try:
-                    history = self._maybe_evaluate(state, frozen, history, step)
-                except Preempted:
-                    stop = True
-            done = step == self.total or self._out_of_patience(history)
-            if step > saved and (done or stop or step % self.save_every == 0):
-                checkpoints.save(self.config.out / CHECKPOINTS, step, state, history._asdict(), self.config.keep)
-                saved = step
-            if stop:
-                kept = f"saved step {saved} of {self.total}" if saved else "no step was finished yet"
-                raise Preempted(f"stopped by a signal: {kept}; the same command resumes")
-            if done:
-                return state, history, step
-            state, stop = self._train_step(state, frozen, step, saved)
-            step += 1
-
-    def _train_step(self, state: TrainState, frozen: nnx.State, step: int, saved: int) -> tuple[TrainState, bool]:
-        """Run and log one step; whether any process has to stop."""
-        start = time.perf_counter()
-        batch, digest = self.loader.load(step)
-        state, device_metrics = self.compiled_step(state, frozen, batch, self.loader.stop_flags())
-        with processes.detect_lost_peer():
-            metrics = jax.device_get(device_metrics)
-        loss, grad_norm, num_labels = float(metrics.loss), float(metrics.grad_norm), int(metrics.num_labels)
-        examples = self.loader.examples(step)
-        if not metrics.finite:
-            sources = ", ".join(example.source for example in examples[:4])
-            kept = f"the last checkpoint is step {saved}" if saved else "there is no checkpoint"
-            values = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-            raise NonFiniteError(f"step {step + 1} is not finite ({values}); its batch starts with {sources}; {kept}")
-        seconds = time.perf_counter() - start
-        signals.allow_seconds(2 * seconds)  # the rest of one step and, with the flag set, another one
-        self.throughput.update(seconds, sum(len(e.ids) for e in examples), num_labels)
-        self.task.update(step + 1, detail=", ".join(filter(None, (f"loss {loss:.4g}", str(self.throughput)))))
-        self.logger.log(
-            "train",
-            step + 1,
-            loss=loss,
-            accuracy=float(metrics.accuracy),
-            grad_norm=grad_norm,
-            num_labels=num_labels,
-            batch_sha256=digest,
-        )
-        return state, bool(metrics.stop)
-
-    def _out_of_patience(self, history: EvalHistory) -> bool:
-        return self.config.patience is not None and history.evals_since_best >= self.config.patience
-
-    def _maybe_evaluate(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> EvalHistory:
-        """Evaluate and log if an evaluation is due after this step."""
-        if history.last_step == step or (step % self.eval_every and step < self.total):
-            return history
-        self.task.update(step, detail="evaluating")
-        values = self.evaluator(state.params, frozen)
-        history = history._replace(last_step=step)
-        if not values:
-            return history
-        if (path := files.find_non_finite(values)) is not None:
-            raise NonFiniteError(f"the evaluation after step {step} is not finite: {path}")
-        self.logger.log("eval", step, **values)
-        self.progress.print(f"step {step} of {self.total}: {summarize(values)}")
-        if (loss := values.get("loss")) is None or self.config.patience is None:
-            return history
-        if history.best_loss is not None and loss >= history.best_loss:
-            return history._replace(evals_since_best=history.evals_since_best + 1)
-        checkpoints.save(self.config.out / BEST, step, state, {}, keep=1)
-        return EvalHistory(last_step=step, best_loss=loss, best_step=step)
 
 
 # --- before and after ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,11 +30,25 @@ def test_the_first_step_of_adapters_changes_b_alone():
 
 
 @pytest.mark.fault("F9")
-def test_a_loss_that_is_not_finite_is_reported():
+def test_a_step_whose_loss_is_not_finite_is_reported_and_changes_nothing():
     batch, model = tiny.batch(0), tiny.decoder()
     model.norm.weight[...] = model.norm.weight[...].at[3].set(jnp.inf)
     trained = tiny.train([batch], model=model)
     assert not trained.metrics[0]["finite"] and not math.isfinite(trained.metrics[0]["loss"])
+    before, after = (jax.tree.leaves(state) for state in trained.states)
+    assert len(before) > 30 and all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.fault("F9")
+def test_a_step_whose_gradient_alone_overflows_changes_neither_weights_nor_moments_nor_counts():
+    """The last norm has small weights and the head large ones: their product is usual, and the gradient of the norm is huge."""
+    model = tiny.decoder()
+    model.norm.weight[...] = 1e-25 * model.norm.weight[...]
+    model.lm_head[...] = 1e25 * model.lm_head[...]
+    trained = tiny.train([tiny.batch(0)], model=model)
+    assert math.isfinite(trained.metrics[0]["loss"]) and not math.isfinite(trained.metrics[0]["grad_norm"])
+    before, after = (jax.tree.leaves(state) for state in trained.states)
+    assert not trained.metrics[0]["finite"] and all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.fault("F9")
