@@ -52,7 +52,7 @@ def finetune(
     """Fine-tune a language model; a run that was interrupted resumes.
 
     Args:
-      data: a directory of `make_dataset`, or a .jsonl file of prompts and completions or messages.
+      data: a directory of `make_dataset`, or files of rows (`lindm.llm.sft.row_files`).
       out: directory of the run.
       model: a Hugging Face directory, or
       preset: tiny, a randomly initialized model of about a million weights.

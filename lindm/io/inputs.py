@@ -100,7 +100,7 @@ def read_text(path: Path, limit: int) -> str:
         raise DataError(f"{path}:{line}: expected text in UTF-8; got the byte 0x{data[e.start]:02x}") from e
 
 
-def parse_json(data: bytes | str, source: str) -> Any:
+def parse_json(data: bytes | str, source: object) -> Any:
     """A JSON value. Raises: DataError, naming the source, for anything else and for values nested too deep."""
     try:
         return json.loads(data)
@@ -108,7 +108,7 @@ def parse_json(data: bytes | str, source: str) -> Any:
         raise DataError(f"{source}: not JSON: {e}") from e
 
 
-def parse_json_line(line: bytes, source: str) -> Any:
+def parse_json_line(line: bytes, source: object) -> Any:
     """The JSON value of one line of a file. Raises: DataError, also for a line that is too long."""
     if len(line) > limits.LINE:
         raise DataError(f"{source}: a line must have at most {limits.LINE:,} bytes; it has {len(line):,}")

@@ -10,6 +10,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 JSON_FILE = 64 * MIB  # configurations, manifests, indexes: the index of a model with a trillion weights has 10 MiB
 TOKENIZER_FILE = 256 * MIB  # tokenizer.json and its companions: a vocabulary of 260,000 tokens has 35 MiB
 LINES_FILE = 16 * GIB  # JSON lines: examples are kept in memory, so more would not fit on a host
+ROWS_ARRAY = GIB  # a JSON array of rows, which is parsed as a whole: larger data have a row per line, or are tables
 LINE = 64 * MIB  # one of these lines: a task with tables of a million numbers has 20 MiB
 QUESTION = MIB  # one line of questions to a policy: a history of ten thousand steps
 TEXT_TEMPLATE_FILE = 256 * KIB  # templates of documents: ten thousand names of states; TOML takes quadratic time

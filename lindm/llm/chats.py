@@ -43,7 +43,7 @@ class _Answer(NamedTuple):
     end: int  # its control token included
 
 
-def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: str, group: int = 0) -> list[Example]:
+def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: object, group: int = 0) -> list[Example]:
     """The examples of a conversation: one, or one for each answer where the template renders the last answer differently.
 
     Trained are assistant messages with their end-of-turn tokens, but for those before `first_trained` and those with
@@ -71,7 +71,7 @@ def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: str,
         return [_example(tokenizer, text, spans, source, group) for text, spans in texts]
 
 
-def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], source: str, group: int) -> Example:
+def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], source: object, group: int) -> Example:
     """The example of a text, of which the spans (start, end) are trained."""
     ids, targets, at = [], {}, 0
     for k, end in enumerate([*(place for span in spans for place in span), len(text)]):

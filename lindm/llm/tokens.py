@@ -46,7 +46,7 @@ class Example:
 
     ids: np.ndarray  # [n] int32
     target: np.ndarray  # [n] int32: the token to predict after each position, -1 where nothing is trained
-    source: str  # origin of the text, for messages
+    source: object  # origin of the text: its str is for messages
     group: int = 0  # examples of one group are held out together
     action_values: np.ndarray | None = None  # [targets, A] float32: the oracle's Q at each target, in order of position
 
@@ -238,7 +238,7 @@ def shorten(text: str) -> str:
 
 
 @contextlib.contextmanager
-def name_source(source: str) -> Iterator[None]:
+def name_source(source: object) -> Iterator[None]:
     """Put the source of the data in front of the message of an error."""
     try:
         yield
@@ -255,7 +255,7 @@ def document_example(
     labels: Sequence[Sequence[int]],
     actions: Sequence[Sequence[int]],
     supervise: Supervise,
-    source: str,
+    source: object,
     group: int = 0,
     values: Sequence[Sequence[Sequence[float | None]]] | None = None,
 ) -> Example:
@@ -292,7 +292,7 @@ def document_example(
     return replace(example, action_values=np.where(np.isnan(numbers), np.float32(-np.inf), numbers))
 
 
-def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, source: str, group: int = 0) -> Example:
+def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, source: object, group: int = 0) -> Example:
     """The example of a prompt and a completion: the completion and the EOS token are trained.
 
     The prompt is encoded as a whole, with the tokenizer's prefix, as a user of the trained model would encode it.
@@ -311,7 +311,7 @@ def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, sourc
     return make_example(ids + completion_ids, targets, source, group)
 
 
-def text_example(tokenizer: Tokenizer, text: str, source: str, group: int = 0) -> Example:
+def text_example(tokenizer: Tokenizer, text: str, source: object, group: int = 0) -> Example:
     """The example of a document: every token after the first one, and the EOS token, are trained.
 
     Raises: DataError, naming the source, if the text cannot be represented or the tokenizer has no EOS token.
@@ -324,7 +324,7 @@ def text_example(tokenizer: Tokenizer, text: str, source: str, group: int = 0) -
     return make_example(ids, dict(enumerate(ids[1:])), source, group)
 
 
-def make_example(ids: list[int], targets: dict[int, int], source: str, group: int) -> Example:
+def make_example(ids: list[int], targets: dict[int, int], source: object, group: int) -> Example:
     """The example of token ids and of the targets at some positions."""
     if -1 in targets:
         raise DataError(f"{source}: no token precedes the first trained one")

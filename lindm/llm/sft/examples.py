@@ -1,8 +1,9 @@
-"""Training examples from labeled datasets and JSON-lines files, read to the end and checked before training.
+"""Training examples from labeled datasets and files of rows, read to the end and checked before training.
 
     a directory of `lindm data make`   one document per query of each task: the demonstrations of the task, then the query, every
                                        step with its action; the labels are the oracle's actions
-    a .jsonl file, one row per line    conversations, prompts with completions, texts: the formats of `lindm.llm.sft.rows`
+    files of rows                      conversations, prompts with completions, texts: the formats of `lindm.llm.sft.rows`, in the
+                                       files of `lindm.llm.sft.row_files`
 
 Examples are held out by group: whole tasks of a dataset, whose queries share demonstrations, or single rows of a file.
 """
@@ -15,14 +16,13 @@ from lindm.choices import Loss, Rewards
 from lindm.datasets import Dataset, Task, documents, is_dataset
 from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
-from lindm.io import inputs, limits
 from lindm.llm.sft.options import Supervise
 from lindm.llm.sft.packing import philox_permutation
-from lindm.llm.sft.rows import row_examples
+from lindm.llm.sft.row_files import find_files, find_parts
+from lindm.llm.sft.rows import COLUMNS, row_examples
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, document_example
 from lindm.text import Piece, Template
 
-ACCEPTED = 'a directory of `lindm data make`, or a .jsonl file with rows such as {"prompt", "completion"} or {"messages"}'
 HELD_OUT = 2**64 - 1  # number of the permutation that selects held-out groups; no epoch has it
 
 Progress = Callable[[int, int], None]
@@ -30,18 +30,14 @@ TaskDocument = tuple[Task, int, tuple[Piece, ...]]
 """A task, the number of one of its queries, and the text of that query with the demonstrations."""
 
 
-def open_data(path: Path) -> Dataset | Path:
-    """The dataset in a directory, or the path of a .jsonl file.
+def open_data(path: Path) -> Dataset | list[Path]:
+    """The dataset in a directory, or the files of rows.
 
     Raises:
       ValueError: neither of them.
-      DataError: the dataset is not finished or damaged.
+      DataError: the dataset is not finished or damaged; errors of `find_files`.
     """
-    if is_dataset(path):
-        return Dataset(path)
-    if path.is_file() and path.suffix == ".jsonl":
-        return path
-    raise ValueError(f"data must be {ACCEPTED}; got {path}")
+    return Dataset(path) if is_dataset(path) else find_files(path)
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -126,12 +122,12 @@ def dataset_examples(
 def check_file_options(
     template: str | Template | None, rewards: Rewards, names: bool, supervise: Supervise, loss: Loss = "action"
 ) -> None:
-    """Raise ValueError for options that do not apply to a .jsonl file."""
+    """Raise ValueError for options that do not apply to files of rows."""
     options = {"template": template, "rewards": rewards if rewards == "hidden" else None, "names": names or None}
     options |= {"supervise": None if supervise == "all" else supervise, "loss": None if loss == "action" else loss}
     for option, got in options.items():
         if got is not None:
-            raise ValueError(f"{option} must be left out for a .jsonl file, which has its own texts and answers; got {got!r}")
+            raise ValueError(f"{option} must be left out for rows, which have their own texts and answers; got {got!r}")
 
 
 def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str | None) -> None:
@@ -141,29 +137,25 @@ def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str 
             raise ValueError(f"{option} must be left out for a dataset, whose texts are no conversations; got {str(got)!r}")
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file; DataError where it cannot be read."""
-    return inputs.read_bytes(path, limits.LINES_FILE)
-
-
 def file_examples(
-    path: Path,
-    content: bytes,
+    paths: Sequence[Path],
     tokenizer: Tokenizer,
     max_tokens: int | None,
     progress: Progress = lambda done, total: None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Example]:
-    """The examples of a .jsonl file with this content, by `lindm.llm.sft.rows`."""
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise DataError(f"{path} has no rows")
-    examples = []
-    for i, (number, line) in enumerate(lines):
-        progress(i, len(lines))
-        made = row_examples(tokenizer, line, f"{path}:{number}", i, chat_template_kwargs)
-        if not made:
-            raise DataError(f"{path}:{number}: no label to train on")
-        examples += [_checked(example, max_tokens) for example in made]
-    progress(len(lines), len(lines))
+    """The examples of files of rows, by `lindm.llm.sft.rows`."""
+    examples: list[Example] = []
+    parts, group = find_parts(paths), 0
+    for done, part in enumerate(parts):
+        progress(done, len(parts))
+        for place, row in part.rows(COLUMNS):
+            made = row_examples(tokenizer, row, place, group, chat_template_kwargs)
+            if not made:
+                raise DataError(f"{place}: no label to train on")
+            examples += [_checked(example, max_tokens) for example in made]
+            group += 1
+    if not group:
+        raise DataError(f"{paths[0]} has no rows")
+    progress(len(parts), len(parts))
     return examples

@@ -120,7 +120,7 @@ class TrainLoop:
         loss, grad_norm, num_labels = float(metrics.loss), float(metrics.grad_norm), int(metrics.num_labels)
         step = batch.step + 1
         if not metrics.finite:
-            sources = ", ".join(example.source for example in batch.examples[:4])
+            sources = ", ".join(str(example.source) for example in batch.examples[:4])
             kept = f"the last checkpoint is step {self.saved}" if self.saved else "there is no checkpoint"
             values = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
             raise NonFiniteError(f"step {step} is not finite ({values}); its batch starts with {sources}; {kept}")

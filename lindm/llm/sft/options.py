@@ -35,7 +35,8 @@ class SFTConfig:
     """Fine-tune a language model on labeled decisions or on prompts and completions. An interrupted run resumes."""
 
     data: Path
-    """A directory of `lindm data make`, or a .jsonl file of conversations, prompts with completions, or texts."""
+    """A directory of `lindm data make`, or rows of conversations, prompts with completions, or texts: a .jsonl, .jsonl.gz,
+    .json, .parquet or .arrow file, a directory of such shards, or a directory of Hugging Face datasets."""
     out: Path
     """Directory of the run; the model is written to OUT/model."""
     model: Path | None = None

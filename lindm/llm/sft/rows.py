@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lindm.errors import DataError
-from lindm.io import inputs
 from lindm.llm.chats import Conversation, chat_examples
 from lindm.llm.tokens import Example, Tokenizer, completion_example, shorten, text_example
 
@@ -25,6 +24,7 @@ UNSUPPORTED = ("documents", "images", "image", "audio", "audios", "videos")  # c
 CHAT_COLUMNS = ("system", "tools", "chat_template_kwargs")  # beside a conversation
 # the columns that tell a format, in order: a row of messages may carry the first of them as its prompt, too
 FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
+COLUMNS = (*(key for columns in FORMATS for key in columns), "input", *CHAT_COLUMNS, *UNSUPPORTED)  # that are read
 SHAREGPT_ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"},
     **{"system": "system", "tool": "tool", "observation": "tool"},
@@ -32,16 +32,15 @@ SHAREGPT_ROLES = {
 
 
 def row_examples(
-    tokenizer: Tokenizer, line: bytes, source: str, group: int, kwargs: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer, row: Any, source: object, group: int, kwargs: Mapping[str, Any] | None = None
 ) -> list[Example]:
-    """The examples of one line of a file of JSON rows: several where a chat template renders the last answer differently.
+    """The examples of a row, a value of JSON: several where a chat template renders the last answer differently.
 
     Args:
-      source: file and line, for errors; group: of the examples; kwargs: variables of the chat template for all rows.
+      source: file and row, for errors; group: of the examples; kwargs: variables of the chat template for all rows.
 
     Raises: DataError, naming the source.
     """
-    row = inputs.parse_json_line(line, source)
     if not isinstance(row, dict):
         raise DataError(f"{source}: a row must be an object; got {type(row).__name__}")
     if unsupported := [key for key in UNSUPPORTED if row.get(key)]:
@@ -62,7 +61,7 @@ def row_examples(
     return [completion_example(tokenizer, *made, source, group)]
 
 
-def _columns(row: Row, source: str) -> tuple[str, ...]:
+def _columns(row: Row, source: object) -> tuple[str, ...]:
     """The columns of the one format that the row has."""
     found = [columns for columns in FORMATS if all(key in row for key in columns)]
     if not found:
@@ -128,7 +127,7 @@ READERS: dict[tuple[str, ...], Callable[[Tokenizer, Row], Conversation | tuple[s
 )
 
 
-def _with_chat_columns(conversation: Conversation, row: Row, kwargs: Mapping[str, Any], source: str) -> Conversation:
+def _with_chat_columns(conversation: Conversation, row: Row, kwargs: Mapping[str, Any], source: object) -> Conversation:
     """The conversation with the columns `system`, `tools` and `chat_template_kwargs` of its row."""
     messages, system = conversation.messages, row.get("system")
     if not isinstance(messages, Sequence) or isinstance(messages, str):
@@ -147,7 +146,7 @@ def _with_chat_columns(conversation: Conversation, row: Row, kwargs: Mapping[str
     return Conversation(messages, tools or None, dict(kwargs) | (own or {}), first)
 
 
-def _parsed(value: Any, name: str, kind: type, source: str) -> Any:
+def _parsed(value: Any, name: str, kind: type, source: object) -> Any:
     """A column that is JSON, or its text: tables have one type for a column."""
     if isinstance(value, str) and value:
         try:

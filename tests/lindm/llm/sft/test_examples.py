@@ -19,7 +19,6 @@ from lindm.llm.sft.examples import (
     hold_out,
     open_data,
     read_documents,
-    read_file,
     split_indices,
 )
 from lindm.llm.tokens import decode
@@ -75,9 +74,9 @@ def load_examples(
 ):
     """All examples of `data`, in order, with the options of a run."""
     data = data if isinstance(data, datasets.Dataset) else open_data(data)
-    if isinstance(data, Path):
+    if isinstance(data, list):
         check_file_options(template, rewards, names, supervise)
-        return file_examples(data, read_file(data), tokenizer, max_tokens, progress)
+        return file_examples(data, tokenizer, max_tokens, progress)
     text = datasets.text_format(data, template, rewards, names)
     return dataset_examples(data, read_documents(data, text, progress), tokenizer, text.template, supervise, max_tokens)
 
@@ -175,7 +174,7 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
     assert [decode(TOKENIZER, [t for t in e.target.tolist() if t >= 0]) for e in examples] == [" A<|im_end|>"] + [
         "A<|im_end|>"
     ] * 2
-    assert [(e.source, e.group) for e in examples] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
+    assert [(str(e.source), e.group) for e in examples] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
 
 
 @pytest.mark.fault("F23")
@@ -251,11 +250,11 @@ def test_a_file_without_rows_raises_an_error(tmp_path, content):
     assert isinstance(e.value, DataError)
 
 
-@pytest.mark.parametrize("name", ["nothing", "nothing.jsonl", "rows.json", "", "folder.jsonl"])
+@pytest.mark.parametrize("name", ["nothing", "nothing.jsonl", "rows.csv", "", "folder.jsonl"])
 def test_any_other_source_raises_an_error_with_the_accepted_ones(tmp_path, name):
-    written(tmp_path / "rows.json", GOOD)
+    written(tmp_path / "rows.csv", GOOD)
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, or a \.jsonl file with rows .*; got /"):
+    with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, a file of rows or .*; got /"):
         load_examples(tmp_path / name, TOKENIZER)
 
 
@@ -268,7 +267,7 @@ def test_an_unfinished_dataset_raises_an_error(suite, tmp_path):
 
 @pytest.mark.parametrize("option", [{"template": "compact"}, {"rewards": "hidden"}, {"names": True}, {"supervise": "query"}])
 def test_an_option_of_datasets_raises_an_error_for_a_file(tmp_path, option):
-    with pytest.raises(ValueError, match=rf"{next(iter(option))} must be left out for a \.jsonl file"):
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} must be left out for rows"):
         load_examples(written(tmp_path / "rows.jsonl", GOOD), TOKENIZER, **option)
 
 

@@ -39,7 +39,7 @@ def test_a_step_is_started_and_the_next_batch_filled_before_the_metrics_of_the_s
 @pytest.mark.fault("F9")
 def test_a_step_that_is_not_finite_ends_the_run_although_the_next_one_was_started(micro, tmp_path, events):
     run = options(micro, tmp_path / "out", steps=20, learning_rate=1e30, clip=1e30, warmup=0.0, eval_every=100, eval_tasks=0)
-    with pytest.raises(NonFiniteError, match="is not finite .*; there is no checkpoint") as stop:
+    with pytest.raises(NonFiniteError, match=r"is not finite .*; there is no checkpoint") as stop:
         trainer.train(run)
     failed = int(str(stop.value).split()[1])
     assert ("log", failed) not in events and ("load", failed + 1) in events

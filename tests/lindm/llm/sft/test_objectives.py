@@ -149,7 +149,7 @@ def test_options_that_do_not_fit_raise_errors(micro, tmp_path):
         options(micro, tmp_path, loss_temperature=0.0)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "x", "completion": " A"}\n')
-    with pytest.raises(ValueError, match=r"loss must be left out for a \.jsonl file"):
+    with pytest.raises(ValueError, match=r"loss must be left out for rows"):
         setup_training(options(micro, tmp_path / "out", data=data, loss="regret"))
     several = {"name": "long", "step": ["|", "{state}", "{action}"], "closing": "\n", "states": "{}", "actions": ["AB", "BA"]}
     template = tmp_path / "long.json"

@@ -1,7 +1,5 @@
 """Rows of files in the formats that people have, and what beside them must not be lost."""
 
-import json
-
 import pytest
 
 from lindm.errors import DataError
@@ -16,7 +14,7 @@ WITH_SYSTEM = [{"role": "system", "content": SYSTEM}, *TURNS]
 
 
 def examples(row, tokenizer=TOKENIZER, **options):
-    return row_examples(tokenizer, json.dumps(row).encode(), "rows.jsonl:7", 3, **options)
+    return row_examples(tokenizer, row, "rows.jsonl:7", 3, **options)
 
 
 def chat(messages) -> str:

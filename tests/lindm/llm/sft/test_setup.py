@@ -72,12 +72,11 @@ def test_evaluation_data_are_read_once_too_and_give_the_evaluated_tasks(micro, t
     assert len(setup.train_rows) == len(setup.eval_rows) == 24 * 2
 
 
-def test_a_file_of_rows_is_read_once(micro, tmp_path, opened):
+def test_of_a_file_of_rows_a_fraction_is_held_out(micro, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}", "completion": " A"}) + "\n" for i in range(20)))
-    opened.clear()
     setup = setup_training(SFTConfig(data=data, out=tmp_path / "out", model=micro.model, held_out=0.2))
-    assert opened[data] == 1 and setup.decision_tasks is None
+    assert setup.decision_tasks is None
     assert (len(setup.train_rows), len(setup.eval_rows)) == (16, 4)
 
 
