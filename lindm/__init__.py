@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.decisions import read_demonstrations as read_demonstrations
     from lindm.api.estimation import estimate as estimate
     from lindm.api.evaluation import evaluate as evaluate
+    from lindm.api.generation import generate as generate
     from lindm.api.models import Run as Run
     from lindm.api.models import describe_model as describe_model
     from lindm.api.models import export as export
@@ -85,6 +86,7 @@ _DEFINED = {
     "lindm.api.decisions": ("load_alpha_vectors", "load_saved_policy", "read_demonstrations"),
     "lindm.api.estimation": ("estimate",),
     "lindm.api.evaluation": ("evaluate",),
+    "lindm.api.generation": ("generate",),
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),
     "lindm.cli.families": ("list_families",),

@@ -29,6 +29,7 @@ model show sft/model
 model import sft/model --out model
 export sft --out exported
 eval mdp --horizon 4 --tasks 2 --demos 1 --policy sft:sft --policy bc --out eval
+generate sft --prompt "0 A" --max-tokens 4
 act sft:sft data --history 0 --json
 run {toy} --out run
 verify --preset quick --experiments {toy} --out verified

@@ -33,6 +33,7 @@ COMMANDS = (
     "sft --preset tiny --data data --out model --steps 2 --eval-tasks 1 --tensorboard",
     "sft --model model/model --data data --out adapted --method lora --steps 1 --eval-tasks 0",
     "eval mdp --policy oracle --policy bc --policy sft:model --tasks 2 --demos 1 --out evaluated",
+    "generate model --prompt '0 A' --max-tokens 4",
     "act sft:model data --history 0 --json",
     "export model --out exported --dtype bf16",
     "model import exported --out imported",

@@ -52,6 +52,7 @@ LIFECYCLES: dict[str, Lifecycle] = {
         phases=("import", "reading", "compiling", "training", "evaluating", "saving", "exporting", "drawing"),
         writes="training run",
     ),
+    "generate": Lifecycle(stop="starts over", phases=("import", "reading", "compiling", "saving")),
     "eval": Lifecycle(stop="starts over", phases=("import", "reading", "compiling", "evaluating", "saving"), writes="evaluation"),
     "act": Lifecycle(stop="starts over", phases=("import", "reading", "compiling")),
     "export": Lifecycle(stop="starts over", phases=("import", "reading", "exporting"), writes="model"),

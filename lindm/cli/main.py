@@ -37,7 +37,7 @@ DESCRIPTION = (
 GROUPS = {
     "Claims and experiments": ("verify", "run", "theory", "plot", "report"),
     "Decision problems and data": ("families", "estimate", "solve", "data"),
-    "Language models and policies": ("model", "sft", "eval", "act", "export"),
+    "Language models and policies": ("model", "sft", "generate", "eval", "act", "export"),
     "Machines and files": ("doctor", "check", "plan", "launch", "bench"),
 }
 NAMES = tuple(name for names in GROUPS.values() for name in names)

@@ -55,11 +55,7 @@ def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: obje
     with name_source(source):
         messages = _checked_messages(tokenizer, conversation.messages)
         trained = [i for i, m in enumerate(conversation.messages) if i >= conversation.first_trained and _is_trained(m, i)]
-
-        def render(messages: Sequence[dict], add_generation_prompt: bool = False, **changes: Any) -> str:
-            options = {"tools": conversation.tools, "kwargs": conversation.kwargs} | changes
-            return apply_chat_template(tokenizer, messages, add_generation_prompt, **options)
-
+        render = _renderer(tokenizer, conversation)
         whole = render(messages)
         answers = [_answer(tokenizer, render, messages, i, whole) for i in trained]
         _check_variables(tokenizer, conversation, render, messages, whole)
@@ -69,6 +65,33 @@ def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: obje
         else:
             texts = [(answer.text, [(answer.start, answer.end)]) for answer in answers]
         return [_example(tokenizer, text, spans, source, group) for text, spans in texts]
+
+
+def chat_prompt(tokenizer: Tokenizer, conversation: Conversation, source: object) -> list[int]:
+    """The token ids after which a model writes the next answer of a conversation.
+
+    A last message of the assistant is left out, and with `first_trained` that message and all later ones: it is the answer.
+    Raises: DataError, naming the source, for what raises one in `chat_examples`.
+    """
+    with name_source(source):
+        messages = _checked_messages(tokenizer, conversation.messages)
+        messages = messages[: conversation.first_trained or len(messages) - (messages[-1]["role"] == "assistant")]
+        render = _renderer(tokenizer, conversation)
+        whole = render(messages)
+        _check_variables(tokenizer, conversation, render, messages, whole)
+        _check_fields(render, messages, whole, {})
+        (ids,) = encode_whole(tokenizer, [render(messages, add_generation_prompt=True)], parse_control_tokens=True)
+        return ids
+
+
+def _renderer(tokenizer: Tokenizer, conversation: Conversation) -> Render:
+    """Renders messages with the tools and variables of a conversation, unless others are given."""
+
+    def render(messages: Sequence[dict], add_generation_prompt: bool = False, **changes: Any) -> str:
+        options = {"tools": conversation.tools, "kwargs": conversation.kwargs} | changes
+        return apply_chat_template(tokenizer, messages, add_generation_prompt, **options)
+
+    return render
 
 
 def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], source: object, group: int) -> Example:

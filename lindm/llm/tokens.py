@@ -292,20 +292,29 @@ def document_example(
     return replace(example, action_values=np.where(np.isnan(numbers), np.float32(-np.inf), numbers))
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, source: object) -> list[int]:
+    """The token ids of a plain prompt: encoded as a whole, with the tokenizer's prefix, as a user of a model would encode it.
+
+    Raises: DataError, naming the source, if the text cannot be represented.
+    """
+    with name_source(source):
+        (ids,) = _encode(tokenizer, [prompt])
+        if tokenizer_info(tokenizer).anchor:  # the tokenizer may put a space in front of a whole text
+            (ids,) = encode_whole(tokenizer, [prompt])
+        return _prefixes(tokenizer)[0] + ids
+
+
 def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, source: object, group: int = 0) -> Example:
     """The example of a prompt and a completion: the completion and the EOS token are trained.
 
-    The prompt is encoded as a whole, with the tokenizer's prefix, as a user of the trained model would encode it.
     Raises: DataError, naming the source, if a text cannot be represented, the tokenizer has no EOS token, or no token precedes
     the completion.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{source}: the tokenizer has no EOS token, with which a completion must end")
+    ids = prompt_tokens(tokenizer, prompt, source)
     with name_source(source):
-        (prompt_ids,), (completion_ids,) = _encode(tokenizer, [prompt]), _encode(tokenizer, [completion])
-        if tokenizer_info(tokenizer).anchor:  # the tokenizer may put a space in front of a whole text
-            (prompt_ids,) = encode_whole(tokenizer, [prompt])
-        ids = _prefixes(tokenizer)[0] + prompt_ids
+        (completion_ids,) = _encode(tokenizer, [completion])
     completion_ids = [*completion_ids, tokenizer.eos_token_id]
     targets = {len(ids) - 1 + j: token for j, token in enumerate(completion_ids)}
     return make_example(ids + completion_ids, targets, source, group)

@@ -76,6 +76,7 @@ def start(kill_server, tmp_path_factory):
     (root / "lab" / "toy.py").write_text(TOY)
     (root / "lab" / "toy.toml").write_text(TOY_CLAIMS)
     (root / "notes.txt").write_text("mine")
+    (root / "prompts.jsonl").write_text('{"prompt": "0 A"}\n')
     (root / "log.csv").write_text("episode,step,state,action,reward\n1,0,on,run,1\n1,1,off,fix,-1\n1,2,on,run,1\n")
     make, run = words("data make TIGER --horizon 2 --tasks 8 --demos 1 --out data"), words("run lab/toy.py --out run")
     for argv, code in ((make, {}), ([], {"code": MODEL}), (run, {})):
@@ -109,6 +110,7 @@ AT_A_SAMPLE = (
     "verify --experiments lab/toy.py --workers 1 --out out",
 )
 MODELS = (
+    "generate model --data prompts.jsonl --out answers.jsonl --max-tokens 2",
     "export model --out out",
     "export model --dtype bf16 --out out/below",
     "model import model --out out",

@@ -139,6 +139,7 @@ def wrong_inputs():
         "preset must be one of quick, full, smoke; got 'quik'": lambda: ld.verify("quik"),
         "only must be a list; got 'ladder'": lambda: ld.verify("smoke", only="ladder"),
         "option .*'sedes'.*; did you mean seeds": lambda: ld.run_experiment("controls", "smoke", sedes=2),
+        "prompts must be a list; got 'x'": lambda: ld.generate("run", "x"),
         "directories must be a list; got 'run'": lambda: ld.report("run"),
     }
 

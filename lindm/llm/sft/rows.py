@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lindm.errors import DataError
-from lindm.llm.chats import Conversation, chat_examples
-from lindm.llm.tokens import Example, Tokenizer, completion_example, shorten, text_example
+from lindm.llm.chats import Conversation, chat_examples, chat_prompt
+from lindm.llm.tokens import Example, Tokenizer, completion_example, prompt_tokens, shorten, text_example
 
 Row = dict[str, Any]
 UNSUPPORTED = ("documents", "images", "image", "audio", "audios", "videos")  # columns that other trainers read
@@ -25,6 +25,7 @@ CHAT_COLUMNS = ("system", "tools", "chat_template_kwargs")  # beside a conversat
 # the columns that tell a format, in order: a row of messages may carry the first of them as its prompt, too
 FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 COLUMNS = (*(key for columns in FORMATS for key in columns), "input", *CHAT_COLUMNS, *UNSUPPORTED)  # that are read
+ANSWER = "answer"  # stands where a row that is to be answered has none
 SHAREGPT_ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"},
     **{"system": "system", "tool": "tool", "observation": "tool"},
@@ -41,24 +42,55 @@ def row_examples(
 
     Raises: DataError, naming the source.
     """
+    made = _read(tokenizer, row, source, kwargs or {})
+    if isinstance(made, Conversation):
+        return chat_examples(tokenizer, made, source, group)
+    if isinstance(made, str):
+        return [text_example(tokenizer, made, source, group)]
+    return [completion_example(tokenizer, *made, source, group)]
+
+
+def row_prompt(tokenizer: Tokenizer, row: Any, source: object, kwargs: Mapping[str, Any] | None = None) -> list[int]:
+    """The token ids after which a model answers a row. The row's own answer may be there, and is left out.
+
+    Args:
+      row: a JSON value; source, kwargs: as of `row_examples`.
+
+    Raises: DataError, naming the source.
+    """
+    if isinstance(row, dict):
+        if "prompt" in row and "messages" not in row and not row.get("completion"):
+            answer = [{"role": "assistant", "content": ANSWER}] if isinstance(row["prompt"], list) else ANSWER
+            row = row | {"completion": answer}
+        elif "instruction" in row:
+            row = row | {"output": row.get("output") or ANSWER}
+    made = _read(tokenizer, row, source, kwargs or {})
+    if isinstance(made, Conversation):
+        return chat_prompt(tokenizer, made, source)
+    if isinstance(made, str):
+        raise DataError(f"{source}: a row of text has no prompt to answer; give messages or a prompt")
+    if not (ids := prompt_tokens(tokenizer, made[0], source)):
+        raise DataError(f"{source}: the prompt has no tokens")
+    return ids
+
+
+def _read(tokenizer: Tokenizer, row: Any, source: object, kwargs: Mapping[str, Any]) -> Conversation | tuple[str, str] | str:
+    """The conversation, the prompt and completion, or the text of a row."""
     if not isinstance(row, dict):
         raise DataError(f"{source}: a row must be an object; got {type(row).__name__}")
     if unsupported := [key for key in UNSUPPORTED if row.get(key)]:
         raise DataError(f"{source}: {unsupported[0]} must be left out: it has no effect here")
     columns = _columns(row, source)
-    read = READERS[columns]
     try:
-        made = read(tokenizer, row)
+        made = READERS[columns](tokenizer, row)
     except DataError as e:
         raise DataError(f"{source}: {e.message}") from e
     if isinstance(made, Conversation):
-        return chat_examples(tokenizer, _with_chat_columns(made, row, kwargs or {}, source), source, group)
+        return _with_chat_columns(made, row, kwargs, source)
     if beside := [key for key in CHAT_COLUMNS if row.get(key)]:
         rule = "is for conversations; put it into the text, or give messages"
         raise DataError(f"{source}: {beside[0]} {rule}; the row has {' and '.join(columns)}")
-    if isinstance(made, str):
-        return [text_example(tokenizer, made, source, group)]
-    return [completion_example(tokenizer, *made, source, group)]
+    return made
 
 
 def _columns(row: Row, source: object) -> tuple[str, ...]:
@@ -138,7 +170,7 @@ def _with_chat_columns(conversation: Conversation, row: Row, kwargs: Mapping[str
             raise DataError(f"{source}: system must be a text; got {shorten(str(system))}")
         if any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
             raise DataError(f"{source}: the row has system, and its messages have one, too")
-        messages, first = [{"role": "system", "content": system}, *messages], first + 1
+        messages, first = [{"role": "system", "content": system}, *messages], first and first + 1
     tools, own = (
         _parsed(row.get("tools"), "tools", list, source),
         _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", dict, source),

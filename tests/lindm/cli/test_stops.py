@@ -85,6 +85,10 @@ COMMANDS = {
         {"import": "jax:", "reading": CONFIG, "exporting": "lindm.llm.io.weights:check_tensors"},
     ),
     "model show": (["model", "show", "model"], {"import": "jax:", "reading": CONFIG}),
+    "generate": (
+        ["generate", "model", "--data", "prompts.jsonl", "--out", "answers.jsonl", "--max-tokens", "4"],
+        {"import": "jax:", "reading": CONFIG, "compiling": "!compiling", "saving": "lindm.io.files:write_atomic"},
+    ),
     "eval": (
         ["eval", str(TIGER), *["--horizon", "3", "--tasks", "2", "--demos", "1", "--policy", "qmdp", "--out", "evaluated"]],
         {
@@ -133,6 +137,7 @@ def inputs(micro, tmp_path_factory):
     shutil.copytree(micro.mdp, directory / "dataset")
     rows = [f"{e},{t},{e % 2},{(e + t) % 3}\n" for e in range(8) for t in range(4)]
     (directory / "log.csv").write_text("episode,step,action,observation\n" + "".join(rows))
+    (directory / "prompts.jsonl").write_text('{"prompt": "0 A"}\n')
     np.savetxt(directory / "x.csv", np.random.default_rng(0).normal(size=(50, 3)), delimiter=",")
     done = run(["verify", "--preset", "smoke", "--only", "controls/swap", "--workers", "1", "--out", "finished"], directory)
     assert done.returncode in FINISHED, done.stderr

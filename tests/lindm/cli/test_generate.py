@@ -1,0 +1,112 @@
+"""`lindm generate`, without the process around it."""
+
+import io
+import json
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lindm.cli.generate import Generate, run
+from lindm.errors import DataError, UsageError
+from lindm.llm.io import weights
+from lindm.llm.model import Decoder
+from lindm.llm.text_generation import load_generator
+from tests.lindm.llm.small import byte_level
+from tests.lindm.llm.tiny import TINY
+
+QUESTION = [{"role": "user", "content": "The state is 3."}]
+
+
+def model(directory, template=True):
+    tokenizer = byte_level() if template else byte_level(None)
+    tokenizer.save_pretrained(str(directory / "tokenizer"))
+    config = replace(TINY, qkv_bias=False, vocab_size=len(tokenizer), max_position_embeddings=128)
+    weights.save(Decoder(config, nnx.Rngs(1), jnp.float32), directory / "model", like=directory / "tokenizer")
+    return directory / "model"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return model(tmp_path_factory.mktemp("generate"))
+
+
+def expected(directory, prompts, **settings):
+    generator = load_generator(directory, **settings)
+    return [answer.text for answer in generator.answer([generator.prompt(prompt) for prompt in prompts])]
+
+
+def test_a_prompt_is_continued(directory, capsys):
+    run(Generate(directory=directory, prompt="0 A", max_tokens=6))
+    assert capsys.readouterr().out == expected(directory, ["0 A"], max_tokens=6)[0] + "\n"
+
+
+def test_each_line_of_the_input_is_a_message_of_a_chat(directory, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("The state is 3.\n\n  The reward?  \n"))
+    run(Generate(directory=directory, system="You help", max_tokens=6))
+    start = [{"role": "system", "content": "You help"}, *QUESTION]
+    (first,) = expected(directory, [start], max_tokens=6)
+    second = [*start, {"role": "assistant", "content": first}, {"role": "user", "content": "The reward?"}]
+    assert capsys.readouterr().out == first + "\n" + expected(directory, [second], max_tokens=6)[0] + "\n"
+
+
+def test_rows_are_written_with_their_answers(directory, tmp_path, capsys):
+    rows = [{"messages": QUESTION, "id": 7}, {"prompt": "0 é", "completion": "B"}]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("\n\n".join(json.dumps(row) for row in rows))
+    out.write_text("old")
+    options = Generate(directory=directory, data=data, out=out, max_tokens=6, temperature=1.0, batch=1)
+    run(options)
+    answers = expected(directory, [QUESTION, "0 é"], max_tokens=6, temperature=1.0)
+    written = out.read_text(encoding="utf-8")
+    assert [json.loads(line) for line in written.splitlines()] == [
+        row | {"answer": answer, "finish_reason": "length"} for row, answer in zip(rows, answers, strict=True)
+    ]
+    assert "é" in written and "2 answers, 12 tokens" in capsys.readouterr().out
+    run(options)
+    assert out.read_text(encoding="utf-8") == written
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("", "rows.jsonl has no rows"),
+        ('{"prompt": "a"}\n{"prompt": ', "rows.jsonl:2: not JSON"),
+        ('{"prompt": "a"}\n\n{"text": "b"}', "rows.jsonl:3: a row of text has no prompt"),
+        ('{"prompt": "a", "answer": "b"}', "rows.jsonl:1: the row has answer, which the answer would replace"),
+        (
+            '{"prompt": "' + "0" * 125 + '"}',
+            "rows.jsonl:1: a prompt and an answer of 6 .* the 128 tokens of the model; the prompt has",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line_and_nothing_is_written(directory, tmp_path, lines, message):
+    (tmp_path / "rows.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=message):
+        run(Generate(directory=directory, data=tmp_path / "rows.jsonl", out=tmp_path / "out.jsonl", max_tokens=6))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data": "x.jsonl"}, "--data and --out must be given together"),
+        ({"out": "x.jsonl"}, "--data and --out must be given together"),
+        ({"data": "x.jsonl", "out": "y.jsonl", "prompt": "x"}, "--prompt must be left out with --data"),
+        ({"data": "x.jsonl", "out": "nowhere/y.jsonl"}, "--out must be in a directory that exists; got .*nowhere"),
+        ({"prompt": "x", "system": "y"}, "--system is for a chat"),
+        ({"prompt": "x", "batch": 0}, "batch must be a whole number of at least 1"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
+        ({"prompt": "x", "chat_template_kwargs": "[1]"}, "--chat-template-kwargs must be a JSON object"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(directory, tmp_path, options, message):
+    paths = {name: tmp_path / value for name, value in options.items() if name in ("data", "out")}
+    with pytest.raises(ValueError, match=message):
+        run(Generate(directory=directory, **(options | paths)))
+
+
+def test_a_chat_needs_a_chat_template(tmp_path):
+    with pytest.raises(UsageError, match="a chat needs a model with a chat template; give --prompt"):
+        run(Generate(directory=model(tmp_path, template=False)))
