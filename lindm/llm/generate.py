@@ -166,7 +166,9 @@ def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
         kept = jnp.cumsum(p, -1) - p < sampling.top_p  # the first one always
         lowest = jnp.where(kept, likeliest, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits >= lowest, logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    cumulative = jnp.cumsum(jax.nn.softmax(logits), -1)
+    at = jax.vmap(jax.random.uniform)(keys) * cumulative[:, -1]
+    return (cumulative <= at[:, None]).sum(-1).astype(jnp.int32)  # a token without probability adds nothing to the sum
 
 
 @partial(jax.jit, static_argnames=("graphdef", "slots", "dtype"))
