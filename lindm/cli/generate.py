@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lindm.cli.option_parser import Command, Positional
 from lindm.errors import DataError, UsageError
-from lindm.io import inputs, limits
 from lindm.io.files import strict_json, write_atomic
 
 if TYPE_CHECKING:
@@ -25,10 +24,11 @@ class Generate:
     prompt: str | None = None
     """Continue this text, without the chat template."""
     data: Path | None = None
-    """Answer the rows of a .jsonl file, in the formats of `lindm sft`: messages, or a prompt. The row's own answer may be left
-    out, and is not shown to the model."""
+    """Answer the rows of a file, in the formats of `lindm sft`: messages, or a prompt. The row's own answer may be left out, and
+    is not shown to the model."""
     out: Path | None = None
-    """With --data: file of the rows with the columns answer and finish_reason, stop or length. One that exists is replaced."""
+    """With --data: .jsonl file of the rows with the columns answer and finish_reason, stop or length. One that exists is
+    replaced."""
     system: str | None = None
     """System message of the chat."""
     chat_template_kwargs: str | None = None
@@ -134,19 +134,26 @@ def chat(generator: "TextGenerator", system: str | None) -> int:
 # --- the rows of a file ------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[tuple[str, Any]]:
-    """The rows of a .jsonl file, each with its file and line. DataError where there is none, or a line is not JSON."""
-    lines = enumerate(inputs.read_bytes(path, limits.LINES_FILE).splitlines(), start=1)
-    rows = [(f"{path}:{i}", inputs.parse_json_line(line, f"{path}:{i}")) for i, line in lines if line.strip()]
+def read_rows(path: Path) -> list[tuple[object, Any]]:
+    """The rows of a file, each with its place. DataError where there is none, or a row cannot get the columns of an answer."""
+    from lindm.llm.sft.row_files import find_files, find_parts
+
+    rows = [row for part in find_parts(find_files(path)) for row in part.rows()]
     if not rows:
         raise DataError(f"{path} has no rows")
-    for source, row in rows:
-        if isinstance(row, dict) and (taken := [key for key in ("answer", "finish_reason") if key in row]):
-            raise DataError(f"{source}: the row has {taken[0]}, which the answer would replace; rename it")
+    for place, row in rows:
+        if not isinstance(row, dict):
+            continue  # the error is that of `row_prompt`
+        if taken := [key for key in ("answer", "finish_reason") if key in row]:
+            raise DataError(f"{place}: the row has {taken[0]}, which the answer would replace; rename it")
+        try:
+            strict_json(row)
+        except TypeError as e:  # a table can have dates, and other values that JSON has not
+            raise DataError(f"{place}: the row cannot be written as JSON: {e}") from e
     return rows
 
 
-def answer_rows(generator: "TextGenerator", data: Path, rows: list[tuple[str, Any]], out: Path, batch: int) -> int:
+def answer_rows(generator: "TextGenerator", data: Path, rows: list[tuple[object, Any]], out: Path, batch: int) -> int:
     """Write the rows with their answers, all or none. The exit code, 0."""
     from lindm.io.progress import progress_bar
 

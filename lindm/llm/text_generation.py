@@ -73,11 +73,11 @@ class TextGenerator:
             raise DataError(f"{source} has no tokens")
         return ids
 
-    def row(self, row: Any, source: str) -> list[int]:
+    def row(self, row: Any, source: object) -> list[int]:
         """The token ids of a row of a file, in a format of `lindm.llm.sft.rows`. DataError, naming the source."""
         return row_prompt(self.tokenizer, row, source, self.template_variables)
 
-    def room(self, prompt: Sequence[int], source: str = "the prompt") -> int:
+    def room(self, prompt: Sequence[int], source: object = "the prompt") -> int:
         """How many tokens the answer to a prompt may have. DataError, naming the source, where the model has no room for it."""
         limit = self.model.config.max_position_embeddings
         wanted = self.max_tokens or 1
@@ -89,7 +89,7 @@ class TextGenerator:
     def answer(
         self,
         prompts: Sequence[Sequence[int]],
-        sources: Sequence[str] | None = None,
+        sources: Sequence[object] | None = None,
         batch: int = 16,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Answer]:
