@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from lindm.problems.apomdp import as_apomdp
-from lindm.solvers import dp, hsvi, tree
+from lindm.solvers import dp, hsvi, legal_supports, tree
 from lindm.solvers.belief import branching, child_history, first_history, normalize, step_index
 from lindm.solvers.solve import MEMORY_BUDGET, Solution, solve
 from lindm.solvers.ties import optimal_actions
@@ -133,6 +133,10 @@ class MDPEnvironment:
         first = np.unique(histories.index, return_index=True)[1]
         return jax.tree.map(lambda x: x[first], replace(histories, weight=weight[histories.index]))
 
+    def legal_at(self, stage: int, histories: Histories) -> np.ndarray:
+        """Which actions are legal [n, A]."""
+        return self.Q[stage, histories.index] > -np.inf
+
     def Q_at(self, stage: int, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         """Q* [n, A], and which actions are optimal [n, A]."""
         return self.Q[stage, histories.index], self.optimal[stage, histories.index]
@@ -225,6 +229,10 @@ class BeliefEnvironment:
         """The numbers [n] of the histories that continue those with the numbers `parents` of a stage."""
         return child_history(self.apomdp, stage, parents, step_index(self.apomdp, a, m, o))
 
+    def legal_at(self, stage: int, histories: Histories) -> np.ndarray:
+        """Which actions are legal [n, A], and lead to beliefs at which others are."""
+        return self.Q_at(stage, histories)[0] > -np.inf
+
     def Q_at(self, stage: int, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         """Q* [n, A], and which actions are optimal [n, A]."""
         Q = self.Q[first_history(self.branching, stage) + histories.index]
@@ -275,7 +283,10 @@ class BoundedEnvironment(BeliefEnvironment):
 
     @cached_property
     def uniform_value(self) -> float:
-        """The value of uniformly random actions, which no observation changes."""
+        """The value of uniformly random legal actions. Where all are legal, no observation changes what they are."""
+        assert isinstance(self.problem, POMDP)
+        if self.problem.legal is not None:
+            return legal_supports.uniform_value(self.problem)
         law, value = self.rho[0], 0.0
         for stage in range(self.horizon):
             value += float((law @ self.r[0, stage]).mean())
@@ -284,12 +295,22 @@ class BoundedEnvironment(BeliefEnvironment):
 
     def bound_at(self, stage: int, beliefs: np.ndarray) -> np.ndarray:
         """The lower bound W [...] at beliefs [..., S], which need not be normalized."""
-        return (beliefs @ self.vectors[stage].T).max(-1)
+        return legal_supports.without_bound((beliefs @ self.vectors[stage].T).max(-1))
 
     def Q_bound(self, stage: int, action: int, beliefs: np.ndarray) -> np.ndarray:
-        """The lower bound Q^W [n] of the values of an action at beliefs [n, S]."""
+        """The lower bound Q^W [n] of the values of an action at beliefs [n, S]; -inf where it is not legal."""
         after = self.joint(stage, action, beliefs[:, None])[:, 0]
-        return beliefs @ self.r[0, stage, :, action] + self.bound_at(stage + 1, after).sum(-1)
+        Q = beliefs @ self.r[0, stage, :, action] + self.bound_at(stage + 1, after).sum(-1)
+        if self.apomdp.models.legal is None:
+            return Q
+        illegal = ~np.asarray(self.apomdp.models.legal)[0, :, action]
+        return np.where((beliefs[:, illegal] > 0).any(-1), -np.inf, Q)
+
+    def legal_at(self, stage: int, histories: Histories) -> np.ndarray:
+        """Which actions are legal [n, A]."""
+        assert histories.belief is not None
+        beliefs = histories.belief[:, 0]
+        return np.stack([self.Q_bound(stage, a, beliefs) > -np.inf for a in range(self.num_actions)], axis=1)
 
     def losses(self, stage: int, histories: Histories, probabilities: np.ndarray) -> np.ndarray:
         """W less the mean of Q^W under action probabilities [n, A]: [n]."""
@@ -319,7 +340,7 @@ def environment(problem: Problem, budget: int = MEMORY_BUDGET, effort: int | Non
     with double_precision():
         if isinstance(problem, MDP):
             return MDPEnvironment(problem)
-        if isinstance(problem, POMDP) and problem.legal is None and tree.memory_bytes(as_apomdp(problem)) > budget:
+        if isinstance(problem, POMDP) and tree.memory_bytes(as_apomdp(problem)) > budget:
             return BoundedEnvironment(problem, effort)
         return BeliefEnvironment(problem)
 

@@ -291,12 +291,12 @@ def _observation(stage: int, walks: Sequence[_Walk], before: np.ndarray) -> Obse
 
 
 def _legal(stage: int, levels: list[tuple[int, Histories]], walks: Sequence[_Walk]) -> np.ndarray | None:
-    """Which actions are legal [n, A]: those whose value is not -inf; None where all are."""
+    """Which actions are legal [n, A]; None where all are."""
     environments = [walks[i].env for i, _ in levels]
     problems = [env.problem if isinstance(env, MDPEnvironment) else env.apomdp.models for env in environments]
     if all(problem.legal is None for problem in problems):
         return None
-    return np.concatenate([env.Q_at(stage, at)[0] > -np.inf for env, (_, at) in zip(environments, levels, strict=True)])
+    return np.concatenate([env.legal_at(stage, at) for env, (_, at) in zip(environments, levels, strict=True)])
 
 
 def _checked(probabilities: Any, n: int, num_actions: int) -> np.ndarray:

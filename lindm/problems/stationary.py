@@ -59,6 +59,17 @@ class StationaryPOMDP:
             return self.rewards.R()[None]
         return np.stack([R.toarray() for R in self.rewards], axis=1)[None, ..., None]
 
+    def legal_at(self, beliefs: np.ndarray) -> np.ndarray:
+        """[n, A] bool, the actions that every state of positive probability in beliefs [n, S] allows."""
+        if self.legal is None:
+            return np.ones((len(beliefs), self.num_actions), bool)
+        return (beliefs > 0).astype(float) @ (~self.legal).astype(float) == 0
+
+    @property
+    def lowest_reward(self) -> float:
+        """The lowest mean reward of an action that is legal."""
+        return float(self.r.min() if self.legal is None else self.r[self.legal].min())
+
     @property
     def num_states(self) -> int:
         return self.r.shape[0]

@@ -35,7 +35,7 @@ def policy_value_bounds(
       max_beliefs: number of beliefs that are followed at most.
 
     Raises:
-      ValueError: the discount is one.
+      ValueError: the discount is one, or no vector has a legal action at a belief that the policy reaches.
     """
     gamma = problem.discount
     if not gamma < 1:
@@ -55,7 +55,11 @@ def policy_value_bounds(
         followed.add(i)
         open_weight -= weights[i]
         belief = beliefs[i]
-        a = int(actions[(vectors @ belief).argmax()])
+        (best,), (legal,) = best_vectors(problem, actions, vectors, belief[None])
+        if not legal:
+            rule = "vectors must have one with a legal action at every belief that the policy reaches"
+            raise ValueError(f"{rule}; got none where the states {np.flatnonzero(belief).tolist()[:12]} are possible")
+        a = int(actions[best])
         rewards[i] = float(belief @ problem.r[:, a])
         joint = (belief @ problem.P[a])[:, None] * O[a]
         for o in np.flatnonzero(joint.sum(0) > 0):
@@ -71,6 +75,17 @@ def policy_value_bounds(
                 open_weight += gamma * weights[i] * mass
                 heapq.heappush(ahead, (-weights[j], j))
     return _solve(len(beliefs), rewards, edges, gamma, low, high)
+
+
+def best_vectors(
+    problem: StationaryPOMDP, actions: np.ndarray, vectors: np.ndarray, beliefs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best vector [n] at beliefs [n, S] among those with an action that is legal there, and whether there is one [n]."""
+    scores = beliefs @ vectors.T
+    if problem.legal is not None:
+        scores = np.where(problem.legal_at(beliefs)[:, actions], scores, -np.inf)
+    best = scores.argmax(-1)
+    return best, scores[np.arange(len(best)), best] > -np.inf
 
 
 def _key(belief: np.ndarray) -> bytes:

@@ -18,7 +18,8 @@ same cost, because a backup of V computes all actions. C starts as the fast info
 
     C_h(s, a) = r_h(s, a) + sum_o max_a' sum_s' K_h[a, o, s, s'] C_{h+1}(s', a').
 
-At the last stage both bounds are the rewards, which are exact.
+At the last stage both bounds are the rewards, which are exact. Where a state does not allow every action, the bounds are those of
+a reward of -inf, and the search begins with one more policy (`lindm.solvers.legal_supports`).
 
 Trial k descends from rho by the action with the best upper bound and by the observation with the widest gap weighted with its
 probability, then backs up its beliefs from the last to the first: one alpha vector and one point a stage. Every second trial
@@ -45,6 +46,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lindm import validate
+from lindm.solvers.legal_supports import LIMIT, penalized, saturated, support_vectors, without_bound
 from lindm.types import POMDP, at_stage
 
 TRIALS = 256
@@ -63,7 +65,9 @@ class Bounds:
     The last stage is exact and uses no slot.
     """
 
-    alphas: Array  # [..., H, A + trials, S] lower: V_h(b) >= b . alpha; "always a" first, and again in unused slots
+    # [..., H, A + n + trials, S] lower: V_h(b) >= b . alpha; "always a" first, and again in unused slots; then the n vectors of a
+    # policy that takes legal actions, where some are not
+    alphas: Array
     corners: Array  # [..., H, S, A] upper bound of Q_h at e_s
     points: Array  # [..., H, trials, S] beliefs at which the upper bound is tighter
     values: Array  # [..., H, trials, A] upper bound of Q_h there; inf in unused slots
@@ -73,7 +77,8 @@ class Bounds:
 def memory_bytes(problem: POMDP, trials: int = TRIALS) -> int:
     """Bytes of the `Bounds` of one problem: H (2 N S + N A + 2 S A) numbers for N trials.
 
-    A run needs about A O (S + BLOCK) + A^2 O S more numbers; the kernels K are never formed.
+    A run needs about A O (S + BLOCK) + A^2 O S more numbers; the kernels K are never formed. The vectors of `legal_supports` come
+    on top, H n S numbers for n supports.
     """
     H, S, A = problem.r.shape[-3:]
     return problem.r.dtype.itemsize * H * (2 * trials * S + trials * A + 2 * S * A) + 4
@@ -89,17 +94,33 @@ def hsvi(problem: POMDP, *, trials: int = TRIALS, tolerance: float = 0.0) -> Bou
         two policies. With 0 all trials are used: a closed gap at rho does not close it at other beliefs.
 
     Raises:
-      ValueError: `trials` is below one, or `tolerance` negative.
+      ValueError: `trials` is below one, or `tolerance` negative; actions are not legal in a problem that is not in double
+        precision or has too many supports of beliefs (`legal_supports.supports`).
     """
-    return _hsvi(problem, validate.count(trials, "trials"), validate.nonnegative(tolerance, "tolerance"))
+    vectors = None
+    if problem.legal is not None:
+        if problem.r.dtype != jnp.float64:
+            raise ValueError(f"problem must be in double precision where actions are not legal; got {problem.r.dtype}")
+        vectors = jnp.asarray(support_vectors(problem))
+    return _hsvi(problem, validate.count(trials, "trials"), validate.nonnegative(tolerance, "tolerance"), vectors)
 
 
 @jax.jit
 def value_bounds(bounds: Bounds, h: ArrayLike, beliefs: Array) -> tuple[Array, Array]:
-    """Lower and upper bound [...] of V_h at beliefs [..., S], which need not be normalized; h from 0 to H-1, may be traced."""
+    """Lower and upper bound [...] of V_h at beliefs [..., S], which need not be normalized; h from 0 to H-1, may be traced.
+
+    -inf where no policy is known (lower), or none exists (upper), that takes legal actions alone.
+    """
     flat = beliefs.reshape(-1, beliefs.shape[-1])
     lower, upper, _ = _evaluate(bounds, h, bounds.points.shape[1], flat)
+    if lower.dtype == jnp.float64:  # as all problems are in which actions are not legal
+        lower, upper = without_bound(lower), without_bound(upper)
     return lower.reshape(beliefs.shape[:-1]), upper.reshape(beliefs.shape[:-1])
+
+
+def _kept(problem: POMDP, values: Array) -> Array:
+    """Values, `saturated` where a problem has actions that are not legal."""
+    return values if problem.legal is None else saturated(values)
 
 
 # --- the bounds ------------------------------------------------------------------------------------------------------------
@@ -109,7 +130,7 @@ def _blind(problem: POMDP) -> Array:
     """The values [H, A, S] of the policies "always a"."""
 
     def stage(V: Array, h: Array):
-        V = problem.r[h] + jnp.einsum("sat,ta->sa", at_stage(problem.P, h), V)
+        V = _kept(problem, problem.r[h] + jnp.einsum("sat,ta->sa", at_stage(problem.P, h), V))
         return V, V.T
 
     return lax.scan(stage, jnp.zeros_like(problem.r[0]), jnp.arange(problem.horizon), reverse=True)[1]
@@ -121,7 +142,7 @@ def _informed(problem: POMDP) -> Array:
     def stage(C: Array, h: Array):
         P, O = at_stage(problem.P, h), at_stage(problem.O, h)
         after = jnp.einsum("sat,ato,tb->saob", P, O, C, optimize=[(1, 2), (0, 1)])
-        C = problem.r[h] + after.max(-1).sum(-1)
+        C = _kept(problem, problem.r[h] + after.max(-1).sum(-1))
         return C, C
 
     return lax.scan(stage, jnp.zeros_like(problem.r[0]), jnp.arange(problem.horizon), reverse=True)[1]
@@ -147,22 +168,22 @@ def _evaluate(bounds: Bounds, h: ArrayLike, count: ArrayLike, u: Array) -> tuple
     """
     alphas, corners, points, values = (at_stage(x, h) for x in (bounds.alphas, bounds.corners, bounds.points, bounds.values))
     A, N = corners.shape[-1], len(points)
-    size = min(BLOCK, N)
+    first, size = len(alphas) - N, min(BLOCK, N)  # vectors that no trial has made
 
     def block(i: Array, so_far: tuple[Array, Array, Array]):
         lower, best, cut = so_far
         start = jnp.minimum(i * size, N - size)
-        here = u @ lax.dynamic_slice_in_dim(alphas, A + start, size).T
+        here = u @ lax.dynamic_slice_in_dim(alphas, first + start, size).T
         better = here.max(-1) > lower
-        best = jnp.where(better, here.argmax(-1).astype(jnp.int32) + A + start, best)
+        best = jnp.where(better, here.argmax(-1).astype(jnp.int32) + first + start, best)
         p = lax.dynamic_slice_in_dim(points, start, size)
         drop = jnp.maximum(p @ corners - lax.dynamic_slice_in_dim(values, start, size), 0)
         ratios = _ratios(u, p)
         cut = jnp.maximum(cut, lax.map(lambda d: (ratios * d[None]).max(-1), drop.T).T)
         return jnp.maximum(lower, here.max(-1)), best, cut
 
-    first = u @ alphas[:A].T
-    start = (first.max(-1), first.argmax(-1).astype(jnp.int32), jnp.zeros((len(u), A), u.dtype))
+    given = u @ alphas[:first].T
+    start = (given.max(-1), given.argmax(-1).astype(jnp.int32), jnp.zeros((len(u), A), u.dtype))
     used = jnp.where(jnp.asarray(h) < len(bounds.alphas) - 1, count, 0)
     lower, best, cut = lax.fori_loop(0, ((used + size - 1) // size).astype(jnp.int32), block, start)
     return lower, (u @ corners - cut).max(-1), best
@@ -180,21 +201,27 @@ def _children(problem: POMDP, h: Array, b: Array) -> Array:
 def _lookahead(problem: POMDP, bounds: Bounds, h: Array, count: ArrayLike, b: Array) -> tuple[Array, Array, Array]:
     """Lower bound, upper bound and best alpha vector [A, O] at the children of one belief b [S] of stage h < H-1."""
     u = _children(problem, h, b)
+    possible = u.sum(-1) > 0
+    if problem.legal is not None:  # after an impossible observation a vector that is legal in as many states as it can
+        u = jnp.where(possible[..., None], u, _children(problem, h, jnp.ones_like(b)))
     lower, upper, best = (x.reshape(u.shape[:-1]) for x in _evaluate(bounds, h + 1, count, u.reshape(-1, u.shape[-1])))
+    if problem.legal is not None:
+        lower, upper = (jnp.where(possible, x, 0) for x in (lower, upper))
     return lower, upper, best
 
 
-def _descend(problem: POMDP, bounds: Bounds, k: Array) -> Array:
+def _descend(problem: POMDP, bounds: Bounds, k: Array, scale: Array) -> Array:
     """The beliefs [H-1, S] that trial k visits before the last stage."""
     H, _, A = problem.r.shape
-    scale = _span(problem.r)
 
     def step(b: Array, h: Array):
         lower, upper, _ = _lookahead(problem, bounds, h, k, b)
-        a = (b @ problem.r[h] + upper.sum(-1)).argmax()
+        Q = b @ problem.r[h] + upper.sum(-1)
+        a = Q.argmax()
         leave, other = ((k // 2 * jnp.asarray(x, b.dtype) + h * jnp.asarray(GOLDEN, b.dtype)) % 1 for x in STEPS)
         leave = (leave < EXPLORE) & (k % 2 == 1)
-        a = jnp.where(leave, a + 1 + (other * (A - 1)).astype(a.dtype), a) % A
+        another = (a + 1 + (other * (A - 1)).astype(a.dtype)) % A
+        a = jnp.where(leave if problem.legal is None else leave & (Q[another] > LIMIT), another, a)
         u = _children(problem, h, b)[a]
         mass = u.sum(-1)
         # both bounds are homogeneous, so the gap is weighted already; among closed gaps the likeliest
@@ -208,18 +235,18 @@ def _descend(problem: POMDP, bounds: Bounds, k: Array) -> Array:
 
 def _ascend(problem: POMDP, bounds: Bounds, k: Array, beliefs: Array) -> Bounds:
     """Back up the beliefs [H-1, S] of trial k from the last to the first, each into slot k of its stage."""
-    A = problem.num_actions
+    first = bounds.alphas.shape[1] - bounds.points.shape[1]
 
     def step(bounds: Bounds, at: tuple[Array, Array]):
         h, b = at
         _, upper, best = _lookahead(problem, bounds, h, k + 1, b)
         after = jnp.einsum("aot,ato->at", bounds.alphas[h + 1, best], at_stage(problem.O, h))
-        alphas = problem.r[h].T + jnp.einsum("sat,at->as", at_stage(problem.P, h), after)
+        alphas = _kept(problem, problem.r[h].T + jnp.einsum("sat,at->as", at_stage(problem.P, h), after))
         return replace(
             bounds,
-            alphas=bounds.alphas.at[h, A + k].set(alphas[(alphas @ b).argmax()]),
+            alphas=bounds.alphas.at[h, first + k].set(alphas[(alphas @ b).argmax()]),
             points=bounds.points.at[h, k].set(b),
-            values=bounds.values.at[h, k].set(b @ problem.r[h] + upper.sum(-1)),
+            values=bounds.values.at[h, k].set(_kept(problem, b @ problem.r[h] + upper.sum(-1))),
         ), None
 
     return lax.scan(step, bounds, (jnp.arange(len(beliefs)), beliefs), reverse=True)[0]
@@ -234,7 +261,7 @@ def _refresh(problem: POMDP, bounds: Bounds, count: Array) -> Bounds:
 
         def back_up(i: Array, Q: Array) -> Array:
             b = beliefs[i]
-            return Q.at[i].min(b @ problem.r[h] + _lookahead(problem, bounds, h, count, b)[1].sum(-1))
+            return Q.at[i].min(_kept(problem, b @ problem.r[h] + _lookahead(problem, bounds, h, count, b)[1].sum(-1)))
 
         Q = lax.fori_loop(0, S + count, back_up, jnp.concatenate([bounds.corners[h], bounds.values[h]]))
         return replace(bounds, corners=bounds.corners.at[h].set(Q[:S]), values=bounds.values.at[h].set(Q[S:])), None
@@ -248,12 +275,14 @@ def _span(r: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="trials")
-def _hsvi(problem: POMDP, trials: int, tolerance: ArrayLike) -> Bounds:
+def _hsvi(problem: POMDP, trials: int, tolerance: ArrayLike, vectors: Array | None = None) -> Bounds:
     H, S, A = problem.r.shape
-    dtype = problem.r.dtype
+    dtype, span = problem.r.dtype, _span(problem.r)
+    problem = replace(problem, r=penalized(problem.r, problem.legal))
     blind = _blind(problem)
+    parts = [blind, *([] if vectors is None else [vectors]), jnp.broadcast_to(blind[:, :1], (H, trials, S))]
     start = Bounds(
-        alphas=jnp.concatenate([blind, jnp.broadcast_to(blind[:, :1], (H, trials, S))], axis=1),
+        alphas=jnp.concatenate(parts, axis=1),
         corners=_informed(problem),
         points=jnp.full((H, trials, S), 1 / S, dtype),
         values=jnp.full((H, trials, A), jnp.inf, dtype),
@@ -263,7 +292,7 @@ def _hsvi(problem: POMDP, trials: int, tolerance: ArrayLike) -> Bounds:
         return start
 
     def trial(k: Array, bounds: Bounds) -> Bounds:
-        bounds = _ascend(problem, bounds, k, _descend(problem, bounds, k))
+        bounds = _ascend(problem, bounds, k, _descend(problem, bounds, k, span))
         bounds = lax.cond((k & (k + 1)) == 0, lambda x: _refresh(problem, x, k + 1), lambda x: x, bounds)
         return replace(bounds, trials=k + 1)
 

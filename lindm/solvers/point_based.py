@@ -28,6 +28,10 @@ them (Perseus: Spaan and Vlassis, JAIR 24, 2005).
 A finite horizon H whose tail gamma^H max r / (1 - gamma) is small beside the tolerance is searched as an infinite one: with
 rewards >= 0 a policy earns at most as much in H stages as without an end, and at most the tail less.
 
+Where a state does not allow every action, the bounds are those of a reward of -inf (`lindm.solvers.legal_supports`), a trial
+takes actions that are viable without an end, and a policy that takes them by the set of possible states comes before the search
+(`lindm.solvers.point_actions`).
+
 Models are sparse and stay on the host: the work at a belief grows with the states that it reaches, not with S.
 """
 
@@ -53,7 +57,7 @@ def solve(
     trials: float = math.inf,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
 ) -> StationarySolution:
-    """Search until the bounds at the start meet, or until it has to end. ValueError: an infinite horizon has no discount.
+    """Search until the bounds at the start meet, or until it has to end.
 
     Args:
       horizon: number of stages, or inf.
@@ -62,6 +66,9 @@ def solve(
       timeout: seconds after which it ends.
       trials: number after which it ends.
       on_trial: called with the number of trials and the bounds, before the first trial and after every one.
+
+    Raises:
+      ValueError: an infinite horizon has no discount; or of `point_actions.LegalActions`.
     """
     search = Search(problem, horizon, timeout, accuracy(problem, horizon, tolerance, relative))
     search.run(tolerance, relative, trials, on_trial)
@@ -89,7 +96,7 @@ def bounds_at(
     Returns:
       Lower and upper bounds [n, A].
     """
-    search = Search(problem, horizon, timeout, accuracy(problem, horizon, tolerance, relative))
+    search = Search(problem, horizon, timeout, accuracy(problem, horizon, tolerance, relative), beliefs)
     end = search.deadline
     starts = []
     for i, belief in enumerate(beliefs):
@@ -110,9 +117,5 @@ def accuracy(problem: StationaryPOMDP, horizon: float, tolerance: float, relativ
     """The accuracy that tolerances ask for. ValueError: an infinite horizon has no discount."""
     if horizon == math.inf and problem.discount == 1:
         raise ValueError("discount must be below 1 where the horizon is infinite; got 1")
-    if problem.legal is not None:  # a vector is the value of a policy at every belief, also where its actions are not legal
-        raise ValueError(
-            "point-based has no illegal actions: a POMDP with `illegal` is solved by its tree, over a finite horizon"
-        )
     size = float(np.abs(problem.r).max())
     return max(tolerance, relative * size, EPSILON * size)

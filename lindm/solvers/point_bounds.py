@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.legal_supports import saturated
 
 ITERATIONS = 10_000  # of the bounds that a search starts with; after any number of them they are valid
 EPSILON = 1e-12  # changes below this fraction of the largest value are rounding
@@ -38,6 +39,7 @@ class Belief:
 
     states: np.ndarray  # [k]
     mass: np.ndarray  # [k], sums to one
+    allowed: np.ndarray | None = None  # [A] bool, actions that may be taken; None: all
     after: Successors | None = None
     points: dict[float, int] = field(default_factory=dict)  # stages to go -> row of the upper bound
     above: dict[float, np.ndarray] = field(default_factory=dict)  # stages to go -> the last upper bounds of action values [A]
@@ -58,6 +60,11 @@ class LowerBound:
     @property
     def columns(self) -> np.ndarray:
         return self._columns[:, : len(self.used)]
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next vector."""
+        return self._next
 
     def add(self, values: np.ndarray, action: int, successors: np.ndarray | None, least: float, in_use: bool = True) -> int:
         """A new vector; without successors it names itself."""
@@ -158,6 +165,7 @@ def informed_bound(
     """The fast informed bound of max_a Q by the stages to go [H + 1, S], or [1, S] over an infinite horizon.
 
     Args:
+      rewards: [S, A] not negative, or `legal_supports.ILLEGAL`.
       is_over: whether to take the bound as it is; it is looser then, over an infinite horizon.
     """
     S, A = rewards.shape
@@ -168,7 +176,8 @@ def informed_bound(
         kernels.append(sparse.csr_array(sparse.vstack([P.multiply(O[:, [o]].T) for o in possible])))
 
     def back_up(Q: np.ndarray) -> np.ndarray:
-        return rewards + gamma * np.stack([(K @ Q).max(1).reshape(-1, S).sum(0) for K in kernels], axis=1)
+        Q = rewards + gamma * np.stack([(K @ Q).max(1).reshape(-1, S).sum(0) for K in kernels], axis=1)
+        return Q if problem.legal is None else saturated(Q)
 
     if horizon < math.inf:
         Q = np.zeros((S, A))

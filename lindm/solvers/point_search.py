@@ -8,6 +8,8 @@ import numpy as np
 from scipy import sparse
 
 from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.legal_supports import ILLEGAL, LIMIT, penalized, saturated, without_bound
+from lindm.solvers.point_actions import LegalActions
 from lindm.solvers.point_bounds import EPSILON, ITERATIONS, Belief, LowerBound, Successors, UpperBound, informed_bound
 from lindm.solvers.stationary_solution import StationarySolution, total_discount
 
@@ -26,12 +28,22 @@ class Search:
     Args:
       horizon: of the problem.
       accuracy: of its value that is asked for.
+      starts: [k, S] all beliefs at which the search may begin. [default: that of the problem]
+
+    Raises:
+      ValueError: of `LegalActions`, where a state does not allow every action.
     """
 
-    def __init__(self, problem: StationaryPOMDP, horizon: float, timeout: float, accuracy: float):
+    def __init__(
+        self, problem: StationaryPOMDP, horizon: float, timeout: float, accuracy: float, starts: np.ndarray | None = None
+    ):
         self.problem, self.deadline = problem, time.monotonic() + timeout
-        self.floor = float(problem.r.min())
+        self.floor = problem.lowest_reward
         self.rewards = problem.r - self.floor  # >= 0
+        self.actions = None
+        if problem.legal is not None:
+            self.actions = LegalActions(problem, horizon, problem.rho[None] if starts is None else starts)
+            self.rewards = penalized(self.rewards, problem.legal)
         self.stages = self.horizon = horizon  # of the problem and of the search
         self.tail = 0.0  # how much more the search's horizon can be worth than the problem's
         if problem.discount < 1:
@@ -82,7 +94,7 @@ class Search:
             trials=self.trials,
             q_lower=q_lower,
             q_upper=q_upper,
-            vectors=np.array([self.lower.values[number] for number in numbers]) + shifts[:, None],
+            vectors=self._kept(np.array([self.lower.values[number] for number in numbers]) + shifts[:, None]),
             actions=np.array([self.lower.policy[number][0] for number in numbers]),
             successors=np.array([[position[int(k)] for k in row] for row in named]),
             least=least,
@@ -91,11 +103,13 @@ class Search:
     def _add_blind_policies(self) -> None:
         problem, gamma = self.problem, self.problem.discount
         S, A = self.rewards.shape
+        if self.actions is not None:
+            self.actions.add_policies(self.lower, self.rewards, self.horizon, self.is_over)
         if self.horizon == math.inf:
             for a in range(A):
                 value, reward = np.zeros(S), self.rewards[:, a]
                 for _ in range(ITERATIONS):  # every iterate is below the next one, so below the value
-                    value, last = reward + gamma * (problem.P[a] @ value), value
+                    value, last = self._kept(reward + gamma * (problem.P[a] @ value)), value
                     if np.abs(value - last).max() <= EPSILON * self.scale or self.is_over():
                         break
                 self.lower.add(last, a, None, math.inf)
@@ -104,15 +118,20 @@ class Search:
         for a in range(A):
             value, number = np.zeros(S), None
             for n in range(1, longest + 1):
-                value = self.rewards[:, a] + gamma * (problem.P[a] @ value)
+                value = self._kept(self.rewards[:, a] + gamma * (problem.P[a] @ value))
                 successor = None if number is None else np.array([number])
                 number = self.lower.add(value, a, successor, n, in_use=n & (n - 1) == 0 or n == longest)
+
+    def _kept(self, values: np.ndarray) -> np.ndarray:
+        """Values, `saturated` where the problem has actions that are not legal."""
+        return values if self.actions is None else saturated(values)
 
     def belief(self, states: np.ndarray, mass: np.ndarray) -> Belief:
         """The belief with this law; the same object for laws that differ by rounding."""
         key = states.tobytes() + np.round(mass, 12).tobytes()
         if (known := self.beliefs.get(key)) is None:
-            known = self.beliefs[key] = Belief(states=states, mass=mass)
+            allowed = None if self.actions is None else self.actions.at(states)
+            known = self.beliefs[key] = Belief(states=states, mass=mass, allowed=allowed)
         return known
 
     def successors(self, belief: Belief) -> Successors:
@@ -141,6 +160,7 @@ class Search:
         """Lower bounds of the action values [A]; those of the successors [n], and their best columns [n]."""
         after = self.successors(belief)
         now = belief.mass @ self.rewards[belief.states]
+        now = now if belief.allowed is None else np.where(belief.allowed, now, ILLEGAL)
         if stages == 1:
             zero = np.zeros(len(after.mass))
             return now, zero, zero.astype(int)
@@ -162,7 +182,8 @@ class Search:
 
         Bounds only fall, so what was computed before still holds: only actions that it leaves in front are computed again.
         """
-        q = belief.above.setdefault(stages, np.full(self.problem.num_actions, np.inf))
+        before = np.inf if belief.allowed is None else np.where(belief.allowed, np.inf, ILLEGAL)
+        q = belief.above.setdefault(stages, np.full(self.problem.num_actions, before))
         while True:
             a = int(q.argmax())
             value, high = self.look_above(belief, stages, a)
@@ -179,7 +200,7 @@ class Search:
         low, _, best = self.lookahead(belief, stages)
         a = int(low.argmax())
         now = self.lower.at(belief.states, belief.mass[None], stages)[0][0]
-        if not low[a] > now + EPSILON * self.scale:
+        if not low[a] > max(now, LIMIT) + EPSILON * self.scale:
             return False
         after, lower = self.successors(belief), self.lower
         part = after.part(a)
@@ -194,7 +215,7 @@ class Search:
             values, least = self.rewards[:, a].copy(), 1.0
         else:
             following = np.asarray(self.problem.O[a].multiply(lower.columns[:, chosen]).sum(1)).ravel()
-            values = self.rewards[:, a] + self.problem.discount * (self.problem.P[a] @ following)
+            values = self._kept(self.rewards[:, a] + self.problem.discount * (self.problem.P[a] @ following))
             least = 1 + lower.stages[chosen].max()
         lower.add(values, a, lower.used[chosen], least)
         return True
@@ -214,7 +235,9 @@ class Search:
         """Bounds of the action values at the start [A]."""
         low = self.lookahead(self.start, self.horizon)[0]
         high = np.array([self.look_above(self.start, self.horizon, a)[0] for a in range(self.problem.num_actions)])
-        return low - self.tail + self.shift(self.stages), high + self.shift(self.stages)
+        if self.start.allowed is not None:
+            high = np.where(self.start.allowed, high, ILLEGAL)
+        return without_bound(low - self.tail + self.shift(self.stages)), without_bound(high + self.shift(self.stages))
 
     def run(
         self,
@@ -256,7 +279,9 @@ class Search:
             row = part.start + int(excess.argmax())
             if not excess.max() > 0:
                 break
-            inside = np.flatnonzero(after.mass[row] > EPSILON * after.total[row])
+            # what is legal depends on all possible states
+            least = EPSILON * after.total[row] if self.actions is None else 0
+            inside = np.flatnonzero(after.mass[row] > least)
             belief = self.belief(after.states[inside], after.mass[row, inside] / after.mass[row, inside].sum())
             stages -= 1
         for visited in reversed(path):

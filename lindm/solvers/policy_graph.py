@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.legal_supports import LIMIT, penalized, saturated
 
 if TYPE_CHECKING:
     from lindm.solvers.stationary_solution import StationarySolution
@@ -43,7 +44,9 @@ class PolicyGraph:
     successors: np.ndarray  # [n, O] the next node after each observation; -1 at the last stage
     expected: np.ndarray  # [n, O] bool: observations that are possible at the first belief that led to the node
     stages: np.ndarray  # [n] the stage of each node; -1 where the graph is the same at every stage
-    values: np.ndarray  # [n, S] value of a node, in every state; over a finite horizon from its stage on, discounted to it
+    # [n, S] value of a node, in every state; over a finite horizon from its stage on, discounted to it; -1e300 in states from
+    # which it leads to an action that is not legal
+    values: np.ndarray
     value: float  # at the start
 
     @property
@@ -68,7 +71,7 @@ class PolicyGraph:
             {
                 "action": actions[a],
                 "next": {observations[o]: int(to) for o, to in enumerate(row) if to >= 0},
-                "values": values.tolist(),
+                "values": [value if value > LIMIT else None for value in values.tolist()],
             }
             | ({} if stage < 0 else {"stage": int(stage)})
             for a, row, values, stage in zip(self.actions, self.successors, self.values, self.stages, strict=True)
@@ -89,7 +92,7 @@ def policy_graph(solution: "StationarySolution") -> PolicyGraph:
     """The graph of a solution's policy. ValueError: it has more than `MAX_NODES` nodes."""
     graph = None
     for slack in SLACKS:
-        graph = _follow(solution, slack * float(np.ptp(solution.vectors)))
+        graph = _follow(solution, slack * float(np.ptp(solution.vectors[solution.vectors > LIMIT])))
         if graph and graph.value >= solution.lower - SHARE * (solution.upper - solution.lower) - 1e-9 * abs(solution.lower):
             return graph
     if graph is None:
@@ -109,6 +112,8 @@ def _follow(solution: "StationarySolution", slack: float) -> PolicyGraph | None:
         best = int(promised.argmax())
         key = stage if staged else -1
         known = [(promised[v], n) for n, (h, v) in enumerate(nodes) if h == key and promised[v] >= promised[best] - slack]
+        if problem.legal is not None:  # with the same possible states, the same actions are legal after the same observations
+            known = [(value, n) for value, n in known if ((witnesses[n] > 0) == (belief > 0)).all()]
         if known:
             return max(known)[1]
         nodes.append((key, best))
@@ -169,17 +174,18 @@ def _complete(problem: StationaryPOMDP, actions: np.ndarray, table: np.ndarray, 
 
 def _values(problem: StationaryPOMDP, actions: np.ndarray, table: np.ndarray, stages: np.ndarray, horizon: float) -> np.ndarray:
     """v [n, S] of the equations above."""
-    rewards, gamma = problem.r[:, actions].T, problem.discount
+    rewards, gamma = penalized(problem.r, problem.legal)[:, actions].T, problem.discount
+    kept = saturated if problem.legal is not None else lambda values: values
     if stages[0] >= 0:
         values = rewards.copy()
         for stage in range(int(horizon) - 2, -1, -1):
             here = np.flatnonzero(stages == stage)
-            values[here] += gamma * _next(problem, actions[here], table[here], values)
+            values[here] = kept(values[here] + gamma * _next(problem, actions[here], table[here], values))
         return values
     values = rewards / (1 - gamma) if horizon == math.inf else np.zeros_like(rewards)
-    enough = PRECISION * float(np.abs(rewards).max()) + np.finfo(float).tiny
+    enough = PRECISION * float(np.abs(problem.r).max()) + np.finfo(float).tiny
     for _ in range(MAX_BACKUPS if horizon == math.inf else int(horizon)):
-        values, last = rewards + gamma * _next(problem, actions, table, values), values
+        values, last = kept(rewards + gamma * _next(problem, actions, table, values)), values
         if horizon == math.inf and np.abs(values - last).max() <= enough:
             break
     return values

@@ -113,9 +113,9 @@ def solve(problem: Problem, method: Method = "auto", budget: int = MEMORY_BUDGET
         value = problem.rho @ plan.V[0]
         return Solution(problem=problem, value=value, lower=value, upper=value, tables=plan, method=chosen)
     legal = as_apomdp(problem).models.legal
-    if legal is not None and chosen != "tree":
-        rule = "which needs a shorter horizon here" if method == "auto" else "tree"
-        raise ValueError(f"method {chosen} has no illegal actions: a POMDP with `legal` is solved by its tree, {rule}")
+    if legal is not None and chosen == "net":  # V jumps where the probability of a state becomes zero
+        rule = "a shorter horizon can be solved by its tree" if method == "auto" else "tree is the method for it"
+        raise ValueError(f"method net has no illegal actions, at which no slope bounds the value of a belief: {rule}")
     tables = _tables(as_apomdp(problem), chosen, budget, effort)
     bounds = jnp.sort(
         jnp.stack([bound.max() for bound in _at_start(as_apomdp(problem), tables)])
@@ -210,6 +210,10 @@ def q_bounds(problem: APOMDP, tables: Tables, t, history: Array, beliefs: Array)
         lower = upper = tables.Q[starts[t] + history]
     else:
         lower, upper = (alpha_maxmin(problem.alpha, g, 1) for g in G)
+    if problem.models.legal is not None and isinstance(tables, hsvi.Bounds):
+        illegal = (beliefs[0] > 0).astype(lower.dtype) @ ~problem.models.legal[0] > 0
+        lower = jnp.where(illegal, -jnp.inf, lower)
+        upper = jnp.where(jnp.isneginf(lower), -jnp.inf, upper)  # the bounds start with a policy wherever there is one
     return lower, upper, (G[0] + G[1]) / 2
 
 

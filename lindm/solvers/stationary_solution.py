@@ -34,7 +34,8 @@ class StationarySolution:
     trials: int
     q_lower: np.ndarray  # [A] bounds of the action values at the start
     q_upper: np.ndarray  # [A]
-    vectors: np.ndarray  # [n, S] alpha vectors, with `least` stages to go
+    # [n, S] alpha vectors, with `least` stages to go; -1e300 in states from which the policy takes an action that is not legal
+    vectors: np.ndarray
     actions: np.ndarray  # [n] the action of each
     successors: np.ndarray  # [n, O] the vector that earns what is promised, after each observation
     least: np.ndarray  # [n] fewest stages to go; inf in a stationary policy
@@ -76,7 +77,7 @@ class StationarySolution:
             return promised
         # a vector with fewer stages is followed by anything, which earns at least the lowest reward
         left = total_discount(self.problem.discount, stages) - total_discount(self.problem.discount, self.least)
-        return np.where(self.least <= stages, promised + float(self.problem.r.min()) * left, -np.inf)
+        return np.where(self.least <= stages, promised + self.problem.lowest_reward * left, -np.inf)
 
     def graph(self) -> PolicyGraph:
         """The policy as a graph, with its exact value; it may lose a tenth of the width of the bounds to be small.

@@ -43,9 +43,9 @@ BEST: Choice = partial(jnp.max, axis=0)
 
 
 def uniform(Q: Array) -> Array:
-    """The mean of the legal actions' values: V [n] from Q [A, n]."""
+    """The mean of the legal actions' values: V [n] from Q [A, n]; -inf where there are none."""
     legal = -jnp.inf < Q
-    return jnp.where(legal, Q, 0).sum(0) / jnp.maximum(legal.sum(0), 1)
+    return jnp.where(legal.any(0), jnp.where(legal, Q, 0).sum(0) / jnp.maximum(legal.sum(0), 1), -jnp.inf)
 
 
 @jax.tree_util.register_dataclass

@@ -9,12 +9,15 @@ from lindm.evaluation.environments import PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.alpha_file import read_alpha
-from lindm.solvers.alpha_values import MAX_BELIEFS, policy_value_bounds
+from lindm.solvers.alpha_values import MAX_BELIEFS, best_vectors, policy_value_bounds
 from lindm.solvers.belief import normalize
+from lindm.solvers.legal_supports import without_bound
 
 
 class AlphaVectors(Policy):
-    """The action of the alpha vector whose product with the belief is largest; the state is the beliefs at the histories.
+    """The action of the alpha vector whose product with the belief is largest, among those whose action is legal there.
+
+    The state is the beliefs at the histories.
 
     Args:
       problem: of which the vectors are.
@@ -51,7 +54,7 @@ class AlphaVectors(Policy):
             assert observation.action is not None and observation.observation is not None
             steps = zip(beliefs, observation.action, observation.observation, strict=True)
             beliefs = np.array([normalize(self._joint(belief, a)[:, o])[0] for belief, a, o in steps])
-        best = (beliefs @ self.vectors.T).argmax(-1)
+        best, _ = best_vectors(self.problem, self.actions, self.vectors, beliefs)
         return beliefs, one_hot(self.actions[best], self.problem.num_actions)
 
     def q_bounds(self, state: np.ndarray, observation: Observation) -> tuple[np.ndarray, None]:
@@ -61,7 +64,7 @@ class AlphaVectors(Policy):
         for row, belief in enumerate(state):
             for a in range(problem.num_actions):
                 lower[row, a] += problem.discount * (self.vectors @ self._joint(belief, a)).max(0).sum()
-        return lower, None
+        return without_bound(np.where(problem.legal_at(state), lower, -np.inf)), None
 
     def _joint(self, belief: np.ndarray, a: int) -> np.ndarray:
         """The joint measure [S, O] of the next state and the observation after an action."""

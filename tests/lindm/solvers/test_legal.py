@@ -194,8 +194,8 @@ def test_a_solution_on_disk_keeps_the_legal_actions(tmp_path):
 def test_what_has_no_illegal_actions_says_so():
     parts = draw(3)
     problem = pomdp(parts)
-    with pytest.raises(ValueError, match="method hsvi has no illegal actions"):
-        solve(problem, "hsvi")
+    with pytest.raises(ValueError, match="method net has no illegal actions"):
+        solve(problem, "net")
     with pytest.raises(ValueError, match="problem must allow every action in every state"):
         optimistic(ld.apomdp([problem], 0.0))
     with pytest.raises(ValueError, match="models must allow the same actions"):
