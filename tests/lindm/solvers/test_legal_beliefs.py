@@ -145,7 +145,7 @@ def test_the_search_without_an_end_never_runs_out_of_legal_actions(seed):
         with pytest.raises(ValueError, match="legal must allow an action at every belief"):
             point_based.solve(problem)
         return
-    solution = point_based.solve(problem, tolerance=1e-6, timeout=20)
+    solution = point_based.solve(problem, tolerance=1e-6)
     tail = problem.discount**n / (1 - problem.discount)
     exact = value(problem, problem.rho, n, can)
     lowest, highest = exact + tail * problem.lowest_reward, exact + tail * problem.r.max()
@@ -165,7 +165,7 @@ def test_a_finite_horizon_of_the_search_needs_beliefs_that_always_allow_an_actio
         problem = replace(draw(seed), discount=1.0)
         exact = value(problem, problem.rho, H)
         try:
-            solution = point_based.solve(problem, H, tolerance=1e-9, timeout=20)
+            solution = point_based.solve(problem, H, tolerance=1e-9)
         except ValueError as e:
             assert "point-based has no finite horizon where legal actions lead to a belief without one" in str(e)
             tried[False] += 1
