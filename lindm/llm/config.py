@@ -1,7 +1,6 @@
 """Sizes and switches of a decoder, read from the `config.json` of a Hugging Face model directory and written back.
 
-What differs between model families is in one table, `FAMILIES`: a new family is one entry there (and, if it computes something
-new, a switch of `ModelConfig` that `lindm.llm.model` reads).
+What differs between model families is in one table, `lindm.llm.model_families.FAMILIES`.
 
 transformers' `AutoConfig` fills in defaults and converts the keys of version 4 (`rope_theta`, `rope_scaling`) to those of
 version 5 (`rope_parameters`). It accepts unknown keys, so the file itself is checked too: a key that is neither supported here
@@ -18,6 +17,17 @@ from lindm.errors import DataError, unknown
 from lindm.io.files import read_json
 from lindm.io.limits import MAX_LAYERS, MODEL_SIZE
 from lindm.io.verification import verify_file_list
+from lindm.llm.model_families import (
+    ACTIVATIONS,
+    COMMON_KEYS,
+    FAMILIES,
+    IGNORED_KEYS,
+    Activation,
+    Family,
+    NormOrder,
+    QKNorm,
+    family_keys,
+)
 from lindm.llm.rope import RopeParameters, parse_rope_parameters
 
 CONFIG = "config.json"
@@ -27,93 +37,6 @@ Remat = Literal["full", "selective", "none"]
 product with weights (selective); nothing (none)."""
 BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
 """Storage of the frozen kernels under low-rank adapters (`lindm.llm.lora`)."""
-
-
-NormOrder = Literal["before", "after", "both"]
-"""Where the norms of a layer stand: before attention and MLP (Llama), behind them (OLMo 2), or both (Gemma)."""
-QKNorm = Literal["none", "heads", "all"]
-"""RMSNorm of queries and keys: of each head (Qwen3), or of all heads together (OLMo 2)."""
-Activation = Literal["silu", "gelu_tanh"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What distinguishes one model family (`model_type` of config.json) from the others."""
-
-    architecture: str  # class in transformers
-    keys: tuple[str, ...] = ()  # keys of config.json, of `FAMILY_KEYS`, that the family reads; transformers ignores the others
-    activation_key: str = "hidden_act"
-    qkv_bias: bool = False  # q, k and v have biases whatever config.json says
-    qk_norm: QKNorm = "none"
-    norm_order: NormOrder = "before"
-    norm_offset: float = 0.0  # added to the weights of norms
-    scaled_embedding: bool = False  # embedded tokens are multiplied by sqrt(hidden_size)
-    nested_rope: bool = False  # rope_parameters are given apart for layers with a sliding window
-    gguf_heads: Literal["interleaved", "halves"] | None = None  # row order of q and k in GGUF; None: no such family there
-
-
-_WINDOWS_OF_LAYERS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-_GEMMA = {
-    "keys": (
-        *("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"),
-        *("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
-    ),
-    **{"activation_key": "hidden_activation", "norm_order": "both", "norm_offset": 1.0, "scaled_embedding": True},
-}
-_GEMMA_3 = ("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern")
-FAMILIES = {
-    "llama": Family(architecture="LlamaForCausalLM", keys=("attention_bias", "mlp_bias"), gguf_heads="interleaved"),
-    "mistral": Family(architecture="MistralForCausalLM", keys=("sliding_window",)),  # llama.cpp calls it llama
-    "ministral": Family(architecture="MinistralForCausalLM", keys=("sliding_window", "layer_types")),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, keys=_WINDOWS_OF_LAYERS, gguf_heads="halves"),
-    "qwen3": Family(
-        architecture="Qwen3ForCausalLM", qk_norm="heads", keys=("attention_bias", *_WINDOWS_OF_LAYERS), gguf_heads="halves"
-    ),
-    "smollm3": Family(
-        architecture="SmolLM3ForCausalLM",
-        keys=(
-            *("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types"),
-            *("no_rope_layers", "no_rope_layer_interval"),
-        ),
-    ),
-    "granite": Family(
-        architecture="GraniteForCausalLM",
-        keys=(
-            *("attention_bias", "mlp_bias"),
-            *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
-        ),
-    ),
-    "olmo2": Family(architecture="Olmo2ForCausalLM", keys=("attention_bias",), qk_norm="all", norm_order="after"),
-    "olmo3": Family(
-        architecture="Olmo3ForCausalLM",
-        keys=("attention_bias", "sliding_window", "layer_types"),
-        **{"qk_norm": "all", "norm_order": "after", "nested_rope": True},
-    ),
-    "gemma2": Family(architecture="Gemma2ForCausalLM", **_GEMMA),
-    "gemma3_text": Family(
-        architecture="Gemma3ForCausalLM",
-        **_GEMMA | {"keys": (*_GEMMA["keys"], *_GEMMA_3), "qk_norm": "heads", "nested_rope": True},
-    ),
-}
-FAMILY_KEYS = {key for family in FAMILIES.values() for key in family.keys}
-
-SUPPORTED_KEYS = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "pretraining_tp", "initializer_range"),
-    *FAMILY_KEYS,
-}
-ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # names in config.json
-# keys that do not affect the logits: identity, special tokens, settings of other libraries' training and generation
-IGNORED_KEYS = {
-    *("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
-    *("torch_dtype", "dtype", "transformers_version", "transformers.js_config", "use_cache", "attention_dropout"),
-    *("_name_or_path", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
-    *("_commit_hash", "unsloth_version", "unsloth_fixed", "max_sequence_length"),
-    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
-    *("return_dict", "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "is_llama_config"),
-    *("model_max_length", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "rope_interleaved"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +95,7 @@ class ModelConfig:
             raise ValueError(f"sliding_windows: the family {self.model_type} has {rule}; got {self.sliding_windows}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, because the rotary embedding pairs its halves; got {self.head_dim}")
+        self.rope_parameters.check_factors(self.head_dim)
 
     @property
     def num_parameters(self) -> int:
@@ -209,9 +133,9 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
     if model_type == "mistral" and "layer_types" in raw:
         raw, model_type = raw | {"model_type": "ministral"}, "ministral"  # as AutoConfig takes it
     family = FAMILIES[model_type]
-    if "auto_map" in raw:
+    if "auto_map" in raw and not _is_of_transformers(raw["auto_map"], family):
         raise error("auto_map", "asks for code that comes with the model, which is never run")
-    for key in sorted(raw.keys() - SUPPORTED_KEYS - IGNORED_KEYS):
+    for key in sorted(raw.keys() - COMMON_KEYS - family_keys() - IGNORED_KEYS - {*family.unused_keys}):
         if raw[key]:
             raise error(key, f"is not known for the family {model_type} and may change what the model computes")
     if isinstance(raw.get("num_hidden_layers"), int) and raw["num_hidden_layers"] > MAX_LAYERS:
@@ -223,6 +147,12 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
         raise error("use_bidirectional_attention", "must be false: attention is causal")
     if config.get("pretraining_tp", 1) not in (1, None):
         raise error("pretraining_tp", "must be 1")
+    for key, allowed in family.required.items():
+        given = config.get(key)
+        if wrong := {str(x) for x in (given if isinstance(given, list | tuple) else [given]) if x not in allowed}:
+            rule = f"must be {allowed[0]}: only the dense form of the family {model_type} is supported"
+            raise DataError(f"{source}: {key} {rule}; got {', '.join(sorted(wrong))}")
+    config["intermediate_size"] = config[family.intermediate_key]
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     config["head_dim"] = config.get("head_dim") or (config["hidden_size"] // heads if heads else 0)
@@ -233,7 +163,7 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
         if not isinstance(size, int) or not 1 <= size <= MODEL_SIZE:
             raise DataError(f"{source}: {_RENAMED.get(name, name)} must be a positive integer below 2^31; got {size!r}")
     attention_bias = bool(config.get("attention_bias"))
-    rope, sliding_rope = _rope_parameters(config, family.nested_rope, source)
+    rope, sliding_rope = _rope_parameters(config, family, source)
     try:
         return ModelConfig(
             model_type=model_type,
@@ -256,6 +186,13 @@ def parse_model_config(raw: dict[str, Any], source: str) -> ModelConfig:
         raise DataError(f"{source}: {e}") from e
 
 
+def _is_of_transformers(auto_map: Any, family: Family) -> bool:
+    """Whether a model names the classes of its family as its code: transformers has them since, and takes its own."""
+    name = family.architecture.removesuffix("ForCausalLM")
+    values = auto_map.values() if isinstance(auto_map, dict) else [None]
+    return all(isinstance(value, str) and value.rpartition(".")[2].startswith(name) for value in values)
+
+
 def _scales(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """The factors and soft caps of a decoder: of Granite, and of Gemma."""
     scales = {
@@ -272,7 +209,9 @@ def _scales(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _no_rope_layers(config: dict[str, Any], source: str) -> tuple[int, ...]:
-    """The layers without rotary embedding; in config.json they are zeros in a list of ones."""
+    """The layers without rotary embedding: zeros in a list of ones, or all (Granite 4)."""
+    if config.get("position_embedding_type", "rope") is None:
+        return tuple(range(config["num_hidden_layers"]))
     marks, layers = config.get("no_rope_layers") or [], config["num_hidden_layers"]
     if marks and (len(marks) < layers or not set(marks) <= {0, 1}):
         raise DataError(
@@ -288,24 +227,29 @@ def _with_defaults(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """The configuration as transformers 5 writes it, defaults filled in, without the keys that the family ignores."""
     from transformers import AutoConfig
 
-    ignored = {"model_type", "transformers_version", "architectures"} | FAMILY_KEYS - set(FAMILIES[raw["model_type"]].keys)
-    given = {k: v for k, v in raw.items() if k not in ignored}
+    ignored = {"model_type", "transformers_version", "architectures"} | family_keys() - set(FAMILIES[raw["model_type"]].keys)
+    family = FAMILIES[raw["model_type"]]
+    given = dict(family.written) | {k: v for k, v in raw.items() if k not in {*ignored, *family.unused_keys}}
     try:
         return AutoConfig.for_model(raw["model_type"], **given).to_dict()
     except Exception as e:  # its validators raise many kinds
         raise DataError(f"{source}: transformers does not accept it: {' '.join(str(e).split())}") from e
 
 
-def _rope_parameters(config: dict[str, Any], nested: bool, source: str) -> tuple[RopeParameters, RopeParameters | None]:
+def _rope_parameters(config: dict[str, Any], family: Family, source: str) -> tuple[RopeParameters, RopeParameters | None]:
     """The rotary parameters of all layers, or of layers without and with a sliding window."""
     given = config.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise DataError(f"{source}: rope_parameters must be an object; got {given!r}")
-    if nested:
-        full, sliding = (given.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
-        return parse_rope_parameters(full, source), parse_rope_parameters(sliding, source)
     own = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
-    return parse_rope_parameters(own | given | (config.get("rope_scaling") or {}), source), None
+    kinds = [own | given | (config.get("rope_scaling") or {})]
+    if family.nested_rope:
+        kinds = [given.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
+    full, *sliding = (parse_rope_parameters(kind, source, config["max_position_embeddings"]) for kind in kinds)
+    if full.partial_rotary_factor != 1 and "partial_rotary_factor" not in family.keys:
+        rule = f"must be 1 for the family {config['model_type']}"
+        raise DataError(f"{source}: partial_rotary_factor {rule}; got {full.partial_rotary_factor}")
+    return full, sliding[0] if sliding else None
 
 
 def _sliding_windows(config: dict[str, Any], source: str) -> tuple[int, ...]:
@@ -352,9 +296,10 @@ def to_config_json(config: ModelConfig, **extra: Any) -> dict[str, Any]:
         sliding = config.sliding_rope_parameters or config.rope_parameters
         content["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding.to_json()}
     else:
-        scaling = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+        scaling = config.rope_parameters.version_4_scaling(config.max_position_embeddings)
+        scaling = scaling and {key: value for key, value in scaling.items() if key not in family.keys}
         content |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    return content | _family_content(config, family) | extra
+    return content | _family_content(config, family) | dict(family.written) | extra
 
 
 def _family_content(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -371,8 +316,14 @@ def _family_content(config: ModelConfig, family: Family) -> dict[str, Any]:
         "query_pre_attn_scalar": _whole(config.attention_scale**-2 if config.attention_scale else config.head_dim),
         "attn_logit_softcapping": config.attention_softcap or None,
         "final_logit_softcapping": config.logits_softcap or None,
+        "shared_intermediate_size": config.intermediate_size,
+        "num_local_experts": 0,
+        "position_embedding_type": None if len(config.no_rope_layers) == config.num_layers else "rope",
+        "partial_rotary_factor": config.rope_parameters.partial_rotary_factor,
         "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in range(config.num_layers)],
     }
+    if config.rope_parameters.rope_type == "longrope":
+        own["original_max_position_embeddings"] = config.rope_parameters.original_max_position_embeddings
     if windows:
         own["use_sliding_window"] = True
     if windows or "use_sliding_window" not in family.keys:  # there full attention is the default

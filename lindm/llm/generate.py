@@ -139,7 +139,9 @@ def _start(model: Decoder, inputs: _Inputs, slots: int, dtype: DTypeLike) -> _St
     """The state after the prompts, with a cache of `slots` tokens for each."""
     rows = inputs.ids.shape[0]
     cache = model.init_cache(rows, slots, dtype)
-    hidden, cache = model.forward_with_cache(inputs.ids, jnp.zeros(rows, jnp.int32), cache, dtype=dtype, unroll=False)
+    hidden, cache = model.forward_with_cache(
+        inputs.ids, jnp.zeros(rows, jnp.int32), cache, long=_become_long(model, inputs), dtype=dtype, unroll=False
+    )
     last = jnp.take_along_axis(hidden, (inputs.lengths - 1)[:, None, None], axis=1)[:, 0]
     return _State(jnp.int32(0), last, cache, jnp.asarray(inputs.limits) < 1)
 
@@ -151,8 +153,15 @@ def _extend(model: Decoder, inputs: _Inputs, state: _State, sampling: Sampling, 
     step = state.step + 1
     done = state.done | (token[:, None] == inputs.stops[None]).any(-1) | (step >= inputs.limits)
     start = inputs.lengths + state.step
-    hidden, cache = model.forward_with_cache(token[:, None], start, state.cache, dtype=dtype, unroll=False)
+    long = _become_long(model, inputs)
+    hidden, cache = model.forward_with_cache(token[:, None], start, state.cache, long=long, dtype=dtype, unroll=False)
     return token, _State(step, hidden[:, 0], cache, done)
+
+
+def _become_long(model: Decoder, inputs: _Inputs) -> Array:
+    """[B, 1] Texts that may become longer than the original length of longrope: a cache keeps its rotations, so they have its long
+    factors from the start."""
+    return jnp.asarray(inputs.lengths + inputs.limits > model.config.rope_parameters.original_max_position_embeddings)[:, None]
 
 
 def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:

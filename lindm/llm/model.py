@@ -1,4 +1,4 @@
-r"""The decoder of the Llama family in Flax NNX; `lindm.llm.config.FAMILIES` has the families, and what differs between them.
+r"""The decoder of the Llama family in Flax NNX; the table of `lindm.llm.model_families` has what differs between families.
 
     x = embedding[input_ids]
     for each layer:   x += O attention(rope(Q norm(x)), rope(K norm(x)), V norm(x))
@@ -216,7 +216,8 @@ class Decoder(nnx.Module):
         """
         x = constrain(constrain_embedded(self._embed(input_ids, dtype)))
         mask = causal_mask(positions, segment_ids)
-        x, _, _ = self._apply_layers(x, positions, [mask], remat=remat, unroll=unroll, constrain=constrain)
+        long = _in_long_document(self.config, positions, segment_ids)
+        x, _, _ = self._apply_layers(x, positions, [mask], long=long, remat=remat, unroll=unroll, constrain=constrain)
         return self.norm(x)
 
     def hidden_states(self, input_ids: Array, positions: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
@@ -224,8 +225,8 @@ class Decoder(nnx.Module):
 
         Args: input_ids, positions: [B, T].
         """
-        x = self._embed(input_ids, dtype)
-        _, _, outputs = self._apply_layers(x, positions, [causal_mask(positions, None)], output_hidden_states=True)
+        x, long = self._embed(input_ids, dtype), _in_long_document(self.config, positions, None)
+        _, _, outputs = self._apply_layers(x, positions, [causal_mask(positions, None)], long=long, output_hidden_states=True)
         return jnp.concatenate([x[None], outputs])
 
     def forward_with_cache(
@@ -235,6 +236,7 @@ class Decoder(nnx.Module):
         cache: KVCache,
         prefix: tuple[KVCache, Array] | None = None,
         *,
+        long: Array | bool = False,
         dtype: DTypeLike = jnp.float32,
         unroll: bool = True,
     ) -> tuple[Array, KVCache]:
@@ -245,6 +247,8 @@ class Decoder(nnx.Module):
           start: [B] number of tokens of each row in the cache, at most S - T.
           prefix: what precedes the rows: the caches of P prefixes [num_layers, P, ...] and their lengths [P]. The first B/P rows
             continue the first prefix, and so on. A prefix is read, not copied.
+          long: [B, 1] rows whose text becomes longer than `original_max_position_embeddings` of longrope, in any call: keys in
+            the cache keep their rotation.
         """
         chex.assert_rank([input_ids, start, cache.keys], [2, 1, 5])
         slots = jnp.arange(cache.keys.shape[2])
@@ -259,7 +263,8 @@ class Decoder(nnx.Module):
             visible = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*input_ids.shape, len(before)))
             masks.append(AttentionMask(visible, positions[:, :, None] - before[None, None, :]))
         x = self._embed(input_ids, dtype)
-        x, cache, _ = self._apply_layers(x, positions, masks, cache=cache, prefix=prefix_cache, start=start, unroll=unroll)
+        caches = {"cache": cache, "prefix": prefix_cache, "start": start}
+        x, cache, _ = self._apply_layers(x, positions, masks, **caches, long=long, unroll=unroll)
         return self.norm(x), cache
 
     def init_cache(self, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
@@ -285,6 +290,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         prefix: KVCache | None = None,
         start: Array | None = None,
+        long: Array | bool = False,
         remat: Remat = "none",
         unroll: bool = False,
         constrain: ShardingConstraint = _identity,
@@ -295,7 +301,7 @@ class Decoder(nnx.Module):
         masks: of the keys of this call or of the cache, and, with a prefix, of the prefix.
         """
         config = self.config
-        ropes, rope_of_layer = _rope_tables(config, positions)
+        ropes, rope_of_layer = _rope_tables(config, positions, long)
         windows = jnp.array(config.sliding_windows or [0] * config.num_layers, jnp.int32)
         graphdef, weights = nnx.split(self.blocks)
 
@@ -316,8 +322,24 @@ class Decoder(nnx.Module):
         return x, cache, outputs
 
 
-def _rope_tables(config: ModelConfig, positions: Array) -> tuple[tuple[Array, Array], list[int]]:
-    """Cosines and sines [kinds, B, T, R/2] of each kind of rotation that the layers have, and the kind of each layer."""
+def _in_long_document(config: ModelConfig, positions: Array, segment_ids: Array | None) -> Array | bool:
+    """Which tokens are of a document longer than `original_max_position_embeddings`: [B, T] or [B, 1]; False without longrope."""
+    rope, T = config.rope_parameters, positions.shape[1]
+    if rope.rope_type != "longrope":
+        return False
+    last = positions.max(axis=1, keepdims=True)
+    if segment_ids is not None:
+        ends = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(last, bool)], axis=1)
+        end = jax.lax.cummin(jnp.where(ends, jnp.arange(T)[None], T), axis=1, reverse=True)
+        last = jnp.take_along_axis(positions, end, axis=1)
+    return last >= rope.original_max_position_embeddings
+
+
+def _rope_tables(config: ModelConfig, positions: Array, long: Array | bool) -> tuple[tuple[Array, Array], list[int]]:
+    """Cosines and sines [kinds, B, T, R/2] of each kind of rotation that the layers have, and the kind of each layer.
+
+    long: of `_in_long_document`.
+    """
     main, sliding = config.rope_parameters, config.sliding_rope_parameters
     windows = config.sliding_windows or (0,) * config.num_layers
     none: RopeParameters | None = None
@@ -330,8 +352,11 @@ def _rope_tables(config: ModelConfig, positions: Array) -> tuple[tuple[Array, Ar
     cosines, sines = [], []
     for rope in kinds:
         frequencies = jnp.array(rope_frequencies(rope or like, config.head_dim), jnp.float32)
-        angles = positions[..., None].astype(jnp.float32)
-        angles = angles * _align_last(frequencies if rope is not None else jnp.zeros_like(frequencies), angles)
+        turns = positions[..., None].astype(jnp.float32)
+        angles = turns * _align_last(frequencies if rope is not None else jnp.zeros_like(frequencies), turns)
+        if rope is not None and rope.rope_type == "longrope":
+            of_long = jnp.array(rope_frequencies(rope, config.head_dim, long=True), jnp.float32)
+            angles = jnp.where(jnp.asarray(long)[..., None], turns * _align_last(of_long, turns), angles)
         factor = 1.0 if rope is None else rope.attention_factor
         cosines.append(_scaled(jnp.cos(angles), factor))
         sines.append(_scaled(jnp.sin(angles), factor))

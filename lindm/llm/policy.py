@@ -92,6 +92,9 @@ class LanguageModelPolicy(Policy):
     ):
         self.temperature = validate.nonnegative(temperature, "temperature")
         self.name, self.training, self.max_length = name, training, model.config.max_position_embeddings
+        rope = model.config.rope_parameters
+        if rope.rope_type == "longrope":  # a cache keeps its rotations, and the length of an episode is not known in advance
+            self.max_length = min(self.max_length, rope.original_max_position_embeddings)
         self.graphdef, self.weights = nnx.split(model)
         self.tokenizer, self.text, self.dtype = tokenizer, text, dtype
 

@@ -5,8 +5,8 @@ linear     f_i / factor
 dynamic    f_i: its scaling begins behind max_position_embeddings, to which texts are limited here
 llama3     long wavelengths divided by `factor` (Llama 3.1)
 yarn       long wavelengths divided by `factor`, cosines and sines times an attention factor (Peng et al., 2023)
-longrope   f_i / short_factor_i, cosines and sines times an attention factor (Ding et al., 2024); texts are limited to
-           original_max_position_embeddings, behind which its other factors begin
+longrope   f_i / short_factor_i in a text of up to original_max_position_embeddings tokens, f_i / long_factor_i at every position
+           of a longer one, cosines and sines times an attention factor (Ding et al., 2024)
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lindm.choices import check_choices
 from lindm.errors import DataError
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 # keys beside rope_type, rope_theta and partial_rotary_factor: those that must be there, those that may
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -27,6 +27,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
     ),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("attention_factor",)),
 }
 
 
@@ -41,22 +42,46 @@ class RopeParameters:
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_position_embeddings / low_freq_factor are scaled,
     high_freq_factor: float = 4.0  # those below original_max_position_embeddings / high_freq_factor are not; blended in between
     original_max_position_embeddings: int = 8192
-    attention_factor: float = 1.0  # yarn: of cosines and sines
+    attention_factor: float = 1.0  # yarn, longrope: of cosines and sines
     beta_fast: float = 32.0  # yarn: pairs that rotate more often than this over the original length are not scaled,
     beta_slow: float = 1.0  # those that rotate less often than this are
     truncate: bool = True  # yarn: the two bounds are rounded to whole pairs
+    short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies in texts of at most the original length
+    long_factor: tuple[float, ...] = ()  # longrope: those in longer texts
 
     def __post_init__(self):
         check_choices(self)
         for name in {field.name for field in fields(self)} - {"rope_type", "truncate"}:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number; got {value!r}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                    raise ValueError(f"{name} must be a positive number; got {number!r}")
         if self.partial_rotary_factor > 1:
             raise ValueError(f"partial_rotary_factor must be at most 1; got {self.partial_rotary_factor}")
         if self.low_freq_factor >= self.high_freq_factor:
             got = f"{self.low_freq_factor} and {self.high_freq_factor}"
             raise ValueError(f"low_freq_factor must be below high_freq_factor; got {got}")
+
+    def check_factors(self, head_dim: int) -> None:
+        """ValueError where longrope has not one factor for each pair of coordinates that is rotated."""
+        pairs = int(head_dim * self.partial_rotary_factor) // 2
+        for name in ("short_factor", "long_factor") if self.rope_type == "longrope" else ():
+            if len(getattr(self, name)) != pairs:
+                raise ValueError(f"{name} must be {pairs} numbers; got {len(getattr(self, name))}")
+
+    def version_4_scaling(self, max_position_embeddings: int) -> dict[str, Any] | None:
+        """The object `rope_scaling`, which has the place of `rope_parameters` in version 4 of transformers.
+
+        Phi-3 takes no attention factor there: version 4 computes it.
+        """
+        if self.rope_type == "default":
+            return None
+        content = {key: value for key, value in self.to_json().items() if key != "rope_theta"}
+        if self.rope_type == "longrope":
+            content["type"], original = content.pop("rope_type"), self.original_max_position_embeddings
+            if self.attention_factor == _longrope_attention_factor(max_position_embeddings / original, original):
+                del content["attention_factor"]
+        return content
 
     def to_json(self) -> dict[str, Any]:
         """The object `rope_parameters` of config.json: the keys that this rope_type uses."""
@@ -68,7 +93,7 @@ class RopeParameters:
         return content | {key: getattr(self, key) for key in (*required, *optional) if key in names}
 
 
-def parse_rope_parameters(given: dict[str, Any], source: str) -> RopeParameters:
+def parse_rope_parameters(given: dict[str, Any], source: str, max_position_embeddings: int) -> RopeParameters:
     """The parameters of an object `rope_parameters`; errors (DataError) name its `source`."""
     given = {key: value for key, value in given.items() if value is not None}
     rope_type = given.pop("rope_type", given.pop("type", "default"))
@@ -87,6 +112,11 @@ def parse_rope_parameters(given: dict[str, Any], source: str) -> RopeParameters:
         if rope_type == "yarn":
             values["attention_factor"] = _attention_factor(values)
             values = {key: value for key, value in values.items() if not key.startswith("mscale")}
+        if rope_type == "longrope":
+            original = values["original_max_position_embeddings"]
+            factor = given.get("factor") or max_position_embeddings / original
+            values = {"attention_factor": _longrope_attention_factor(factor, original)} | values
+            values |= {name: tuple(values[name]) for name in ("short_factor", "long_factor")}
         return RopeParameters(rope_type=rope_type, **values)
     except (TypeError, ValueError, ZeroDivisionError) as e:
         raise DataError(f"{source}: {e}") from e
@@ -105,8 +135,15 @@ def _attention_factor(values: dict[str, Any]) -> float:
     return scale(1.0)
 
 
-def rope_frequencies(rope: RopeParameters, head_dim: int) -> list[float]:
+def _longrope_attention_factor(factor: float, original: int) -> float:
+    """Of cosines and sines of longrope, where texts become `factor` times as long as the original length."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def rope_frequencies(rope: RopeParameters, head_dim: int, long: bool = False) -> list[float]:
     """Angle per position of each rotated pair of coordinates [R / 2], in double precision.
+
+    Args: long: of a text above original_max_position_embeddings, which matters to longrope alone.
 
     llama3, with n = original_max_position_embeddings: a frequency f of wavelength 2 pi / f is kept where the wavelength is below
     n / high_freq_factor, divided by `factor` where it is above n / low_freq_factor, and in between blended linearly in
@@ -117,6 +154,9 @@ def rope_frequencies(rope: RopeParameters, head_dim: int) -> list[float]:
     match rope.rope_type:
         case "linear":
             return [f / rope.factor for f in frequencies]
+        case "longrope":
+            divisors = rope.long_factor if long else rope.short_factor
+            return [f / divisor for f, divisor in zip(frequencies, divisors, strict=True)]
         case "llama3":
             return [_blended(f, rope.factor, _llama3_share(f, rope)) for f in frequencies]
         case "yarn":

@@ -22,10 +22,11 @@ from gguf.quants import dequantize
 from lindm.errors import DataError
 from lindm.io import inputs, limits
 from lindm.io.files import storage_errors, write_json
-from lindm.llm.config import CONFIG, FAMILIES, ModelConfig, parse_model_config, to_config_json
+from lindm.llm.config import CONFIG, ModelConfig, parse_model_config, to_config_json
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.gguf_tokenizer import build_tokenizer
 from lindm.llm.io.tensor_names import TensorSpec, tensor_specs
+from lindm.llm.model_families import FAMILIES
 from lindm.llm.rope import RopeParameters, rope_frequencies
 
 GGUF_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.gguf_heads)

@@ -7,6 +7,7 @@ each reads its own shards; all take part in gathering, and the first one writes.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -131,7 +132,11 @@ def _read_slice(
     out: np.ndarray | None = None
     layers = specs[index[0]] if stacked else specs
     for i, spec in enumerate(layers):
-        value = files[spec.name].get_slice(spec.name)[tuple(inner[::-1] if spec.transposed else inner)]
+        rows, *rest = inner[::-1] if spec.transposed else inner
+        if spec.rows < spec.shape[0]:
+            start, stop, _ = rows.indices(spec.rows)
+            rows = slice(spec.first_row + start, spec.first_row + stop)
+        value = files[spec.name].get_slice(spec.name)[(rows, *rest)]
         value = value.T if spec.transposed else value
         out = np.empty((len(layers), *value.shape), dtype) if out is None else out
         out[i] = value
@@ -277,15 +282,21 @@ def write_on_first_process(directory: Path, values: Iterable[np.ndarray], write:
 
 def _tensor_values(model: Decoder, specs: Iterable[TensorSpec]) -> Iterator[np.ndarray]:
     """The tensors of a file, one after another, on the host."""
-    for spec in specs:
-        *owners, leaf = spec.path.split(".")
-        owner = functools.reduce(getattr, owners, model)
-        if leaf == "kernel":
-            graphdef, state = nnx.split(owner)
-            value = gather_to_host(_merged_kernel(graphdef, state, np.int32(spec.layer or 0)))
-        else:
-            value = gather_to_host(getattr(owner, leaf)[...] if spec.layer is None else getattr(owner, leaf)[...][spec.layer])
-        yield value.T if spec.transposed else value
+    for _, parts in itertools.groupby(specs, key=lambda spec: spec.name):
+        values = [_weight_value(model, spec) for spec in parts]
+        yield values[0] if len(values) == 1 else np.concatenate(values)
+
+
+def _weight_value(model: Decoder, spec: TensorSpec) -> np.ndarray:
+    """A tensor of a file, or the rows of one that are of one weight."""
+    *owners, leaf = spec.path.split(".")
+    owner = functools.reduce(getattr, owners, model)
+    if leaf == "kernel":
+        graphdef, state = nnx.split(owner)
+        value = gather_to_host(_merged_kernel(graphdef, state, np.int32(spec.layer or 0)))
+    else:
+        value = gather_to_host(getattr(owner, leaf)[...] if spec.layer is None else getattr(owner, leaf)[...][spec.layer])
+    return value.T if spec.transposed else value
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -94,6 +94,32 @@ CONFIGS = {
         **{"rope_theta": 1e4, "tie_word_embeddings": True, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
         **{"residual_multiplier": 0.5, "logits_scaling": 2.0, "hidden_act": "silu"},
     },
+    "phi3": {  # as Phi-3-mini-4k: a window in every layer
+        **{"model_type": "phi3", "vocab_size": 57, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+        **{"original_max_position_embeddings": 128, "rope_theta": 1e4, "rope_scaling": None, "sliding_window": 7},
+        **{"embd_pdrop": 0.0, "resid_pdrop": 0.1, "pad_token_id": 0, "tie_word_embeddings": False, "hidden_act": "silu"},
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    },
+    "phi4": {  # as Phi-4-mini; 12 is the most that texts of the short factors have, so those of the tests have long ones
+        **{"model_type": "phi3", "vocab_size": 57, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+        **{"original_max_position_embeddings": 12, "rope_theta": 1e4, "partial_rotary_factor": 0.75, "sliding_window": 262144},
+        **{"full_attn_mod": 1, "interpolate_factor": 1, "pad_token_id": 0, "tie_word_embeddings": True, "hidden_act": "silu"},
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.5, 2.0, 4.0, 7.0, 12.0],
+        },
+    },
+    "granite4": {
+        **{"model_type": "granitemoehybrid", "vocab_size": 51, "hidden_size": 24, "intermediate_size": 99},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "attention_multiplier": 0.25},
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "hidden_act": "silu"},
+        **{"shared_intermediate_size": 40, "position_embedding_type": "rope", "layer_types": ["attention"] * 2},
+        **{"num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 4, "normalization_function": "rmsnorm"},
+    },
     "olmo2": {
         **{"model_type": "olmo2", "vocab_size": 52, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6},
@@ -152,7 +178,13 @@ CONFIGS = {
         **{"rope_theta": 500.0, "tie_word_embeddings": False, "hidden_act": "silu"},
     },
 }
-OTHERS = ("ministral", "smollm3", "granite", "olmo2", "olmo3", "gemma2", "gemma3")  # whose logits alone are compared
+OTHERS = (  # whose logits alone are compared
+    *("ministral", "smollm3", "phi3", "phi4", "granite", "granite4", "olmo2", "olmo3", "gemma2", "gemma3"),
+)
+FUSED = {  # tensors of a layer that are several one upon another, and other names
+    "phi3": {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
+    "granitemoehybrid": {"shared_mlp.input_linear": ("gate", "up"), "shared_mlp.output_linear": ("down",)},
+}
 FAMILIES = tuple(name for name in CONFIGS if name != "wide" and name not in OTHERS)
 AFTER = ("olmo2", "olmo3")  # norms stand behind attention and MLP
 GEMMA = ("gemma2", "gemma3_text")  # norms before and behind, weights of norms are stored minus one
@@ -177,7 +209,7 @@ def sizes(config):
 def weights(name, seed=0):
     """Random tensors of a configuration, by their names in a file."""
     config, rng = CONFIGS[name], np.random.default_rng(seed)
-    family, inner_size = config["model_type"], config["intermediate_size"]
+    family, inner_size = config["model_type"], config.get("shared_intermediate_size", config["intermediate_size"])
     hidden_size, heads, kv_heads, head_dim = sizes(config)
     drawn = {}
 
@@ -215,7 +247,27 @@ def weights(name, seed=0):
     draw("model.norm.weight", hidden_size, mean=0.0 if family in GEMMA else 1.0)
     if not config["tie_word_embeddings"]:
         draw("lm_head.weight", config["vocab_size"], hidden_size, std=0.5)
+    for i in range(config["num_hidden_layers"]):
+        for tensor, parts in FUSED.get(family, {}).items():
+            rows = [drawn.pop(f"model.layers.{i}.{'self_attn' if part in 'qkv' else 'mlp'}.{part}_proj.weight") for part in parts]
+            drawn[f"model.layers.{i}.{tensor}.weight"] = np.concatenate(rows)
     return drawn
+
+
+def separate(config, tensors):
+    """The tensors with one for each projection, under the names of Llama."""
+    hidden_size, heads, kv_heads, head_dim = sizes(config)
+    rows, apart = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "down": hidden_size}, {}
+    for key, value in tensors.items():
+        layer, _, module = key.removesuffix(".weight").removeprefix("model.layers.").partition(".")
+        parts = FUSED.get(config["model_type"], {}).get(module)
+        at = 0
+        for part in parts or ():
+            n = rows.get(part, len(value) // 2)
+            apart[f"model.layers.{layer}.{'self_attn' if part in 'qkv' else 'mlp'}.{part}_proj.weight"] = value[at : at + n]
+            at += n
+        apart |= {} if parts else {key: value}
+    return apart
 
 
 def write(directory, name, tensors=None, dtype=np.float32, shards=1, **changes):
@@ -260,12 +312,14 @@ def yarn(rope, frequencies):
     return frequencies * (1 - ramp) + frequencies / rope["factor"] * ramp
 
 
-def frequencies(config, head_dim, kind="full_attention"):
+def frequencies(config, head_dim, kind="full_attention", length=0):
     rope = config.get("rope_parameters", {"rope_theta": config.get("rope_theta")})
-    rope = rope.get(kind, rope)
-    scaled = []
-    for i in range(head_dim // 2):
-        frequency = 1.0 / rope["rope_theta"] ** (2 * i / head_dim)
+    rope, long = rope.get(kind, rope), config.get("rope_scaling")
+    scaled, size = [], int(head_dim * config.get("partial_rotary_factor", 1))
+    for i in range(size // 2):
+        frequency = 1.0 / rope["rope_theta"] ** (2 * i / size)
+        if long:
+            frequency /= long["short_factor" if length <= config["original_max_position_embeddings"] else "long_factor"][i]
         if rope.get("rope_type") == "linear":
             frequency /= rope["factor"]
         if rope.get("rope_type") == "llama3":  # by wavelengths, as in the code of the paper
@@ -282,15 +336,15 @@ def frequencies(config, head_dim, kind="full_attention"):
 
 
 def apply_rope(x, position, frequency, factor=1.0):
-    half = len(x) // 2
-    z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequency) * factor
-    return np.concatenate([z.real, z.imag])
+    half = len(frequency)
+    z = (x[:half] + 1j * x[half : 2 * half]) * np.exp(1j * position * frequency) * factor
+    return np.concatenate([z.real, z.imag, x[2 * half :]])
 
 
 def window(config, layer):
     """Number of keys that a query of a layer attends to; None: all."""
     size = config.get("sliding_window")
-    if "layer_types" not in config and config["model_type"] == "mistral":
+    if "layer_types" not in config and config["model_type"] in ("mistral", "phi3"):
         return size
     sliding = config.get("layer_types", [""] * config["num_hidden_layers"])[layer] == "sliding_attention"
     switch = config.get("use_sliding_window") if config["model_type"].startswith("qwen") else True
@@ -301,19 +355,22 @@ def capped(x, cap):
     return cap * np.tanh(x / cap) if cap else x
 
 
-def rotation(config, layer, head_dim):
+def rotation(config, layer, head_dim, length):
     """The frequencies of a layer, and the factor of its cosines and sines."""
     if not config.get("no_rope_layers", [1] * (layer + 1))[layer]:
         return np.zeros(head_dim // 2), 1.0
     kind = config.get("layer_types", ["full_attention"] * (layer + 1))[layer]
-    rope = config.get("rope_parameters", {})
-    return frequencies(config, head_dim, kind), rope.get(kind, rope).get("attention_factor", 1.0)
+    rope, factor = config.get("rope_parameters", {}), 1.0
+    if config.get("rope_scaling"):
+        original = config["original_max_position_embeddings"]
+        factor = np.sqrt(1 + np.log(config["max_position_embeddings"] / original) / np.log(original))
+    return frequencies(config, head_dim, kind, length), rope.get(kind, rope).get("attention_factor", factor)
 
 
 def logits(name, tensors, ids):
     """[T] tokens of one document -> [T, V]."""
     config = CONFIGS[name]
-    w = {k: v.astype(np.float64) for k, v in tensors.items()}
+    w = {k: v.astype(np.float64) for k, v in separate(config, tensors).items()}
     hidden_size, heads, kv_heads, head_dim = sizes(config)
     epsilon, gemma, after = config["rms_norm_eps"], config["model_type"] in GEMMA, config["model_type"] in AFTER
     scale = config.get("attention_multiplier") or config.get("query_pre_attn_scalar", head_dim) ** -0.5
@@ -329,7 +386,7 @@ def logits(name, tensors, ids):
     x = [token * (np.sqrt(hidden_size) if gemma else config.get("embedding_multiplier", 1.0)) for token in x]
     for i in range(config["num_hidden_layers"]):
         layer, seen = f"model.layers.{i}", window(config, i)
-        frequency, factor = rotation(config, i, head_dim)
+        frequency, factor = rotation(config, i, head_dim, len(ids))
         keys, values, outputs = [], [], []
         for t, token in enumerate(x):
             h = normed(f"{layer}.input_layernorm", token, not after)

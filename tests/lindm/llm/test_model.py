@@ -134,6 +134,17 @@ def test_packed_documents_do_not_attend_to_each_other(model, name):
     assert np.array_equal(other[0, 6:], packed[0, 6:]) and not np.array_equal(other[0, 2:6], packed[0, 2:6])
 
 
+def test_a_document_has_the_factors_of_longrope_for_its_own_length(model):
+    """13 tokens are more than the original length of 12, whatever shares the row."""
+    ids, positions = tokens("phi4", 1, 20), np.concatenate([np.arange(13), np.arange(7)])[None]
+    segments = jnp.asarray(np.repeat([0, 1], [13, 7])[None], jnp.int32)
+    packed = logits(model("phi4"), ids, positions, segments)[0]
+    close(packed[:13], true("phi4", ids[0, :13]))
+    close(packed[13:], true("phi4", ids[0, 13:]))
+    whole = logits(model("phi4"), ids[:, :13], positions[:, :13])[0]
+    close(whole, true("phi4", ids[0, :13]))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_scan_unroll_and_remat_give_the_same_logits(model, name):
     ids = tokens(name, 2, T)

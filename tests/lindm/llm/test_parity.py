@@ -62,8 +62,10 @@ def logits(model, ids):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _next(graphdef, state, ids, start, cache):
+    """The cache has room for all tokens, whose number decides on the factors of longrope."""
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.forward_with_cache(ids, start, cache, unroll=False)
+    long = jnp.full_like(start, cache.keys.shape[2])[:, None] > model.config.rope_parameters.original_max_position_embeddings
+    hidden, cache = model.forward_with_cache(ids, start, cache, long=long, unroll=False)
     output = model.logits(hidden)
     return output, jnp.argmax(output[:, -1:], axis=-1).astype(jnp.int32), cache
 
@@ -195,11 +197,14 @@ def test_a_merged_model_in_transformers_equals_the_adapted_one(pair, tmp_path, n
     np.testing.assert_allclose(their_logits(theirs(tmp_path / "out"), ids), true, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", [("q", "v"), lora.TARGET_MODULES])
-def test_peft_loads_a_saved_adapter(pair, tmp_path, targets):
+@pytest.mark.parametrize(
+    "name, targets",
+    [("llama", ("q", "v")), ("llama", lora.TARGET_MODULES), *((n, lora.TARGET_MODULES) for n in reference.OTHERS)],
+)
+def test_peft_loads_a_saved_adapter(pair, tmp_path, name, targets):
     peft = pytest.importorskip("peft")
-    _, directory = pair("llama")
-    model, ids = adapted(directory, targets), tokens("llama", 2, 24)
+    _, directory = pair(name)
+    model, ids = adapted(directory, targets), tokens(name, 2, 24)
     adapters.save_adapter(model, tmp_path / "out", str(directory))
     there = peft.PeftModel.from_pretrained(theirs(directory), tmp_path / "out").eval()
     np.testing.assert_allclose(their_logits(there, ids), logits(model, ids), rtol=0, atol=1e-4)
@@ -207,14 +212,18 @@ def test_peft_loads_a_saved_adapter(pair, tmp_path, targets):
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_modules": "all-linear"}, {"target_modules": ["k_proj", "down_proj"], "use_rslora": True}]
+    "name, options",
+    [
+        ("qwen3", {"target_modules": ["k_proj", "down_proj"], "use_rslora": True}),
+        *((name, {"target_modules": "all-linear"}) for name in ("qwen3", *reference.OTHERS)),
+    ],
 )
-def test_an_adapter_saved_by_peft_is_loaded(pair, tmp_path, options):
+def test_an_adapter_saved_by_peft_is_loaded(pair, tmp_path, name, options):
     peft = pytest.importorskip("peft")
-    _, directory = pair("qwen3")
+    _, directory = pair(name)
     config = peft.LoraConfig(r=4, lora_alpha=10, init_lora_weights=False, task_type="CAUSAL_LM", **options)
     torch.manual_seed(1)
-    there, ids = peft.get_peft_model(theirs(directory), config).eval(), tokens("qwen3", 2, 24)
+    there, ids = peft.get_peft_model(theirs(directory), config).eval(), tokens(name, 2, 24)
     there.save_pretrained(tmp_path / "adapter")
     model = adapters.load_adapter(weights.load(directory), tmp_path / "adapter")
     assert np.abs(logits(model, ids) - logits(weights.load(directory), ids)).max() > 0.05

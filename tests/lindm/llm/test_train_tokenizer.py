@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lindm.llm.config import FAMILIES
+from lindm.llm.model_families import FAMILIES
 from lindm.llm.tokens import action_tokens, decode, document_prefix, encode, load_tokenizer
 from lindm.llm.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from lindm.text import COMPACT, READABLE, Document, Step, render

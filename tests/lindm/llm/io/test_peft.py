@@ -16,6 +16,7 @@ from lindm.llm.io import peft, weights
 from lindm.llm.model import FrozenParam
 from lindm.llm.parallel.sharding import make_mesh
 from tests.lindm.llm import reference
+from tests.lindm.llm.io.tensors import equal
 
 HIDDEN = {"q": "self_attn.q_proj", "v": "self_attn.v_proj", "up": "mlp.up_proj"}
 
@@ -110,6 +111,53 @@ def test_a_saved_adapter_is_loaded_unchanged(tmp_path, mesh):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name, targets", [("phi4", ("q", "k", "v", "up")), ("phi3", ("q", "v", "o", "gate")), ("granite4", ("down",))]
+)
+def test_adapters_of_modules_that_share_a_tensor_are_one_adapter_of_it(tmp_path, name, targets):
+    """The file's own update, scale B A, has the rows of each module's update, and zeros in between."""
+    directory = reference.write(tmp_path / "model", name)
+    model = adapted(directory, targets)
+    peft.save_adapter(model, tmp_path / "out", "base")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    fused = reference.FUSED[model.config.model_type]
+    stored = {module: parts for module, parts in fused.items() if set(parts) & set(targets)}
+    assert {m.split(".")[1] for m in stored} <= set(config["target_modules"])
+    linears = dict(lora.linear_layers(model))
+    for module, parts in stored.items():
+        key, short = f"base_model.model.model.layers.1.{module}", module.split(".")[1]
+        a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+        scale = config["alpha_pattern"].get(short, config["lora_alpha"]) / config["rank_pattern"].get(short, config["r"])
+        rows = [
+            np.zeros((linears[p].shape[2], linears[p].shape[1]))
+            if p not in targets
+            else 2 * np.asarray(linears[p].lora_b[...])[1].T.astype(float) @ np.asarray(linears[p].lora_a[...])[1].T
+            for p in parts
+        ]
+        np.testing.assert_allclose(scale * b.astype(float) @ a, np.concatenate(rows), atol=1e-6)
+    again = peft.load_adapter(weights.load(directory), tmp_path / "out")
+    assert equal(again, model)
+    assert {n for n, linear in lora.linear_layers(again) if linear.lora_a is not None} == set(targets)
+    assert all(linear.lora_scale == 2 for n, linear in lora.linear_layers(again) if n in targets)
+
+
+def test_one_adapter_of_a_tensor_of_three_modules_is_the_same_a_for_each(tmp_path):
+    directory = reference.write(tmp_path / "model", "phi3")
+    rng, key = np.random.default_rng(0), "base_model.model.model.layers"
+    a, b = (rng.normal(size=(2, *shape)).astype(np.float32) for shape in ((6, 24), (72, 6)))
+    tensors = {f"{key}.{i}.self_attn.qkv_proj.lora_{n}.weight": x[i] for i in range(2) for n, x in (("A", a), ("B", b))}
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 6, "lora_alpha": 3, "target_modules": ["qkv_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    model = peft.load_adapter(weights.load(directory), tmp_path / "adapter")
+    for i, part in enumerate("qkv"):
+        linear = getattr(model.blocks, part)
+        assert np.array_equal(linear.lora_a[...], a.swapaxes(1, 2)) and linear.lora_scale == 0.5
+        assert np.array_equal(linear.lora_b[...], b[:, 24 * i : 24 * (i + 1)].swapaxes(1, 2))
+
+
 def test_an_adapter_in_sixteen_bits_is_read(tmp_path, llama):
     tensors = {k: v.astype(np.float16) for k, v in by_peft(tmp_path / "a").items()}
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
@@ -125,7 +173,9 @@ def test_an_adapter_in_sixteen_bits_is_read(tmp_path, llama):
         ({"bias": "all"}, "bias must be none; got 'all'"),
         ({"use_dora": True}, "use_dora is not known and may change what the adapter computes; got True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not known"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is not known"),
+        ({"rank_pattern": {"q_proj": 4}}, r"q_proj.lora_A.weight must be \[4, 24\] in one of F32, BF16, F16; got F32 \[2, 24\]"),
+        ({"rank_pattern": {"layers.1.*": 2}}, "rank_pattern must be a positive integer for each of some target modules; got"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "alpha_pattern must be a number for each of some target modules; got"),
         ({"layers_to_transform": [1]}, "layers_to_transform is not known"),
         ({"something_new": 1}, "something_new is not known"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out must be false"),
