@@ -88,12 +88,12 @@ class TaskGenerator:
                 part = Generated(None, jax.tree.map(lambda x: jnp.broadcast_to(x, BLOCK), values), *rollouts)
             elif self.method == "net":  # solved on the host, one task at a time
                 stop = at + 1
-                problem = jax.tree.map(lambda x: x[0], _draw_block(self.key, at, stop, self.source))
+                problem = jax.tree.map(lambda x: x[0], draw_block(self.key, at, stop, self.source))
                 solution = solve(problem, self.config.method)
                 rollouts = _rollout_block(self.key, at, stop, self._rollouts, solution)
                 part = Generated(*jax.tree.map(lambda x: x[None], (problem, _values(solution))), *rollouts)
             else:
-                problems = _draw_block(self.key, at, stop, self.source)
+                problems = draw_block(self.key, at, stop, self.source)
                 part = _task_block(self.key, at, stop, self._rollouts, problems, self.config.method)
             part = jax.tree.map(lambda x, n=stop - at: np.asarray(x)[:n], part)
             if part.problems is not None and not all(np.isfinite(x).all() for x in jax.tree.leaves(part.problems)):
@@ -153,7 +153,7 @@ def _rollout_block(key: Array, first: Array, last: Array, rollouts: tuple[Array,
     return _map_block(lambda i: _rollout(_keys(key, i)[1], solution, rollouts), first, last)
 
 
-def _draw_block(key: Array, first: int, last: int, suite: Suite) -> Problem:
+def draw_block(key: Array, first: int, last: int, suite: Suite) -> Problem:
     """The problems [BLOCK] of tasks first, ..., last - 1; the rest are no tasks."""
     if suite.traceable:
         return _traced_block(key, first, last, suite)

@@ -63,6 +63,20 @@ POLICIES: dict[str, PolicyInfo] = {
         policy="beliefs:QMDP",
         kinds=HIDDEN,
     ),
+    "bayes": PolicyInfo(
+        summary="Plans with the posterior over the suite's tasks, given the transitions and rewards of the demonstrations and "
+        "of the episode.",
+        policy="bayes:Bayes",
+        default=False,
+    ),
+    "bayes-demo": PolicyInfo(
+        summary="As bayes, given the demonstrators' actions as well.", policy="bayes:BayesDemo", default=False
+    ),
+    "thompson": PolicyInfo(
+        summary="Takes each action with the posterior probability that it is the best one.",
+        policy="bayes:Thompson",
+        default=False,
+    ),
     "layer": PolicyInfo(
         summary="One linear attention layer per stage, trained on 2048 other tasks of the suite.",
         policy="attention_layer:AttentionLayer",
