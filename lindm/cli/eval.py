@@ -136,6 +136,12 @@ def _notes(results: "list[PolicyResult]") -> list[str]:
         for result in results
         if result.masked > 0
     ]
+    lines += [
+        f"{result.policy}: effective sample size of its posterior {median:,.0f} in the median over tasks, {lowest:,.1f} at least"
+        for result in results
+        if result.effective_samples
+        for lowest, median in [result.effective_samples]
+    ]
     return lines + list(dict.fromkeys(result.note for result in results if result.note))
 
 

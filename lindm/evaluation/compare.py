@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lindm.datasets import Dataset, DatasetConfig, Task, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
 from lindm.evaluation.calibration import Calibration, calibrate
@@ -60,6 +62,7 @@ class PolicyResult:
     gaps: list[float | None]  # normalized optimality gap of each task, or the middle of its range
     masked: float  # mean probability of actions that were not legal, before it was removed
     invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
+    effective_samples: list[float] | None  # of a sampled posterior: the lowest and the median effective sample size of a task
     decisions_per_s: float
 
 
@@ -149,6 +152,7 @@ def _result(
         summary = summarize(known, "tasks" if about["split"] else "demonstrations")
         summary["ci"], summary["action_agreement"] = summary.pop("gap_ci"), summary.pop("agreement")
     counts = [loss.invalid for loss in known if loss.invalid is not None]
+    effective = [loss.effective for loss in known if loss.effective is not None]
     scored = [loss.scored for loss in known if loss.scored is not None]
     return PolicyResult(
         **about,
@@ -158,5 +162,6 @@ def _result(
         gaps=[None if loss is None else loss.normalized_gap for loss in losses],
         masked=sum(loss.masked for loss in known) / len(known) if known else 0.0,
         invalid=sum(counts) / max(decisions, 1) if counts else None,
+        effective_samples=[float(min(effective)), float(np.median(effective))] if effective else None,
         decisions_per_s=decisions / seconds,
     )

@@ -71,6 +71,7 @@ class PolicyLoss:
     width: float = 0.0  # the upper bound of V* less the lower one
     episodes: int = 0  # that were sampled
     error: float = 0.0  # standard error of the suboptimality over these episodes
+    effective: float | None = None  # mean effective sample size of the posterior that a policy samples
     scored: ScoredHistories | None = field(default=None, compare=False, repr=False)  # None: Q* is not known
 
     @property
@@ -159,10 +160,18 @@ class _Walk:
         self.lost: float | np.ndarray = 0.0 if exact else np.zeros(episodes)  # in all, or in each episode
         self.agreed = self.reached = self.masked = 0.0
         self.decisions, self.invalid = 0, None
+        self.effective: float | None = None
         self.table: list[np.ndarray] = []  # of an ambiguous problem
         self.scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each stage, as `merge` returns them
 
-    def step(self, stage: int, probabilities: np.ndarray, invalid: np.ndarray | None, log_p: np.ndarray | None) -> None:
+    def step(
+        self,
+        stage: int,
+        probabilities: np.ndarray,
+        invalid: np.ndarray | None,
+        log_p: np.ndarray | None,
+        effective: np.ndarray | None,
+    ) -> None:
         env, at = self.env, self.at
         weight = at.weight
         if isinstance(env, BoundedEnvironment):
@@ -178,6 +187,8 @@ class _Walk:
         self.decisions += len(at)
         if invalid is not None:
             self.invalid = (self.invalid or 0) + int(invalid.sum())
+        if effective is not None:
+            self.effective = (self.effective or 0) + float(weight @ effective)
         if isinstance(env, BeliefEnvironment) and env.ambiguous:
             self.table.append(_table(env.branching**stage, at, probabilities))
         if stage + 1 == env.horizon:
@@ -218,6 +229,7 @@ class _Walk:
             exact=self.exact,
             decisions=self.decisions,
             invalid=self.invalid,
+            effective=None if self.effective is None else self.effective / self.reached,
             masked=self.masked / self.reached,
             width=width,
             episodes=episodes,
@@ -252,9 +264,9 @@ def _evaluate(
             checked = _checked(probabilities, len(observation), tasks[0].known.num_actions)
             probabilities, masked = only_legal(checked, observation.legal)
             parts = np.cumsum(counts)[:-1]
-            # of a language model [n] and [n, A]: its own probabilities, however it decides
-            invalid, log_p = (_split(getattr(state, name, None), parts) for name in ("invalid", "log_p"))
-            each = (np.split(probabilities, parts), invalid, log_p)
+            # of a language model [n] and [n, A]: its own probabilities, however it decides; of a sampled posterior [n]
+            own = (_split(getattr(state, name, None), parts) for name in ("invalid", "log_p", "effective"))
+            each = (np.split(probabilities, parts), *own)
             for walk, mass, *rows in zip(walks, np.split(masked, parts), *each, strict=True):
                 if len(walk.at):
                     walk.masked += float(walk.at.weight @ mass)

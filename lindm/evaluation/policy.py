@@ -16,7 +16,7 @@ A function `f(demonstrations, history)` that returns an action or the probabilit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -227,6 +227,17 @@ def only_legal(probabilities: np.ndarray, legal: np.ndarray | None) -> tuple[np.
     return kept, 1 - np.minimum(mass[:, 0], 1)
 
 
+class _Chosen(NamedTuple):
+    """The chosen policy and its own state, whose figures are also those of this state."""
+
+    policy: Policy
+    own: Any
+
+    @property
+    def effective(self) -> np.ndarray | None:
+        return getattr(self.own, "effective", None)
+
+
 class ChosenPolicy(Policy):
     """A policy that is another one, which it chooses by the tasks."""
 
@@ -234,14 +245,14 @@ class ChosenPolicy(Policy):
         """The policy for these tasks."""
         raise NotImplementedError
 
-    def init(self, tasks: Sequence[PolicyTask]) -> tuple[Policy, Any]:
+    def init(self, tasks: Sequence[PolicyTask]) -> _Chosen:
         policy = self.choose(tasks)
-        return policy, policy.init(tasks)
+        return _Chosen(policy, policy.init(tasks))
 
     def step(self, state, observation: Observation):
         policy, own = state
         own, probabilities = policy.step(own, observation)
-        return (policy, own), probabilities
+        return _Chosen(policy, own), probabilities
 
     def q_bounds(self, state, observation: Observation):
         policy, own = state

@@ -8,6 +8,7 @@ import pytest
 
 from lindm.datasets import DatasetConfig
 from lindm.datasets.generate import TaskGenerator
+from lindm.evaluation import compare
 from lindm.evaluation.environments import PolicyTask, double_precision, environment
 from lindm.evaluation.policies import bayes_hidden, registry
 from lindm.evaluation.policies.bayes import BayesDemo
@@ -246,3 +247,13 @@ def test_the_bayes_adaptive_value_is_that_of_an_enumeration_and_exceeds_planning
     assert value > np.mean([value_of(parameters, mean, s, 3).max() for s in range(2)])
     with pytest.raises(ValueError, match="horizon must be short enough"):
         bayes_adaptive_value(parameters, unknown, values, np.array([0.5, 0.5]), 9)
+
+
+def test_an_evaluation_tells_the_effective_sample_size_of_a_sampled_posterior():
+    policies = {"mean": MeanPlanning(SEEN), "sampled": SampledPosterior(SEEN, epsilon=0.5, samples=50, seed=0)}
+    dataset = DatasetConfig(tasks=3, demos=2, behavior="epsilon", epsilon=0.5, seed=1_000_000)
+    mean, sampled = compare.evaluate(SEEN, policies, dataset=dataset)
+    assert mean.effective_samples is None and sampled.effective_samples is not None
+    lowest, median = sampled.effective_samples
+    assert 1 <= lowest <= median <= 50
+    assert mean.gap is not None and sampled.gap is not None and max(mean.gap, sampled.gap) < 1
