@@ -43,6 +43,8 @@ MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
 SEEN = ("state", "action", "model", "observation", "reward")
 
 
+Rows = np.ndarray | None  # something for each history
+
 Unit = Literal["reward", "random", "optimal"]
 """Of a suboptimality: rewards, V* - V^random (the normalized optimality gap) or |V*|."""
 
@@ -164,14 +166,7 @@ class _Walk:
         self.table: list[np.ndarray] = []  # of an ambiguous problem
         self.scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each stage, as `merge` returns them
 
-    def step(
-        self,
-        stage: int,
-        probabilities: np.ndarray,
-        invalid: np.ndarray | None,
-        log_p: np.ndarray | None,
-        effective: np.ndarray | None,
-    ) -> None:
+    def step(self, stage: int, probabilities: np.ndarray, invalid: Rows, log_p: Rows, effective: Rows) -> None:
         env, at = self.env, self.at
         weight = at.weight
         if isinstance(env, BoundedEnvironment):
