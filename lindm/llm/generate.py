@@ -159,8 +159,8 @@ def _extend(model: Decoder, inputs: _Inputs, state: _State, sampling: Sampling, 
 
 
 def _become_long(model: Decoder, inputs: _Inputs) -> Array:
-    """[B, 1] Texts that may become longer than the original length of longrope: a cache keeps its rotations, so they have its long
-    factors from the start."""
+    """Which texts may become longer than the original length of longrope [B, 1]: they have its long factors from the start, as a
+    cache keeps its rotations."""
     return jnp.asarray(inputs.lengths + inputs.limits > model.config.rope_parameters.original_max_position_embeddings)[:, None]
 
 
