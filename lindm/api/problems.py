@@ -277,10 +277,11 @@ def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem | Stationa
     Args:
       name: a family; `lindm families` lists them with their options.
       seed: of the parameters.
-      options: options of the family, such as states and horizon.
+      options: options of the family, such as states and horizon; horizon=math.inf, with a discount below 1, makes a problem
+        without a horizon.
 
     Raises:
-      ValueError: an unknown name or option, or a value out of its range.
+      ValueError: an unknown name or option, a value out of its range, or a family that has a finite horizon alone.
 
     >>> ld.make("pomdp", horizon=4, seed=3).problem.num_states
     4

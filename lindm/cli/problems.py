@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lindm.choices import Behavior, Split
 from lindm.cli.option_parser import Positional
+from lindm.errors import UsageError
 
 if TYPE_CHECKING:
     from lindm.families.registry import NamedProblem
@@ -59,8 +60,8 @@ class ProblemOptions(FamilyOptions):
 
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
     """A family, such as mdp, pomdp or prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
-    horizon: int | None = None
-    """Number of stages; required for a file. [default: the family's]"""
+    horizon: int | Literal["inf"] | None = None
+    """Number of stages, not inf; required for a file. [default: the family's]"""
     discount: float | None = None
     """Discount factor, in place of the file's or the family's."""
     alpha: float | None = None
@@ -94,6 +95,9 @@ def problem_or_suite(options: Any) -> "Suite | NamedProblem":
     from lindm.evaluation.environments import double_precision
     from lindm.families import registry
 
+    if options.horizon == "inf":
+        rule = "a whole number here, since datasets and evaluations have episodes that end"
+        raise UsageError(f"--horizon must be {rule}; lindm solve takes inf, and its policy is one of lindm act; got inf")
     given = {name: value for name in FAMILY_OPTIONS if (value := getattr(options, name)) is not None}
     with warnings_as_lines(), double_precision():
         return registry.load_problem(options.problem, options.horizon, options.discount, options.alpha, **given)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lindm.cli.option_parser import Command, Positional
 from lindm.cli.problems import FAMILY_OPTIONS, FamilyOptions, one_problem
-from lindm.errors import UsageError
+from lindm.errors import UsageError, unknown
 from lindm.io.files import strict_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Solve(FamilyOptions):
     """A .pomdp file (an MDP if it has no observations), or a family, such as prostate. Several files are the models of an
     ambiguous POMDP."""
     horizon: int | Literal["inf"]
-    """Number of stages; inf for one .pomdp file whose discount is below 1."""
+    """Number of stages; inf for one .pomdp file or family, not ambiguous, whose discount is below 1."""
     discount: float | None = None
     """Discount factor, in place of the file's."""
     alpha: float | None = None
@@ -146,21 +146,26 @@ def stationary_problem(options: Solve, method: str) -> "StationaryPOMDP":
     from lindm.cli.problems import warnings_as_lines
     from lindm.families import registry
 
-    if is_endless(options):
-        refuse(options, ("seed",), f"does not apply to {options.problem[0]}, which has nothing random")
-        given = {name: value for name in ("discount", *FAMILY_OPTIONS) if (value := getattr(options, name)) is not None}
-        return registry.build(options.problem[0], **given)  # pyright: ignore[reportReturnType]
-    refuse(options, ("seed", *FAMILY_OPTIONS), f"does not apply to {method}")
     if len(options.problem) != 1:
-        raise UsageError(f"{method} solves one .pomdp file, not several models; got {len(options.problem)} files")
-    if not Path(options.problem[0]).suffix and not Path(options.problem[0]).is_file():
-        raise UsageError(f"{method} solves a .pomdp file; got {options.problem[0]!r}")
+        raise UsageError(f"{method} solves one problem, not several models; got {len(options.problem)} files")
+    word = options.problem[0]
+    if word in registry.FAMILIES and not Path(word).is_file():
+        if is_endless(options):
+            refuse(options, ("seed",), f"does not apply to {word}, which has nothing random")
+        given = {name: value for name in ("discount", *FAMILY_OPTIONS) if (value := getattr(options, name)) is not None}
+        made = registry.without_horizon(word, seed=options.seed or 0, **given)
+        if made.discount == 1 and options.horizon == "inf":
+            raise UsageError(f"--discount must be given, below 1, where the horizon is inf: {word} has none of its own")
+        return made
+    if not Path(word).suffix and not Path(word).is_file():
+        raise UsageError(unknown("PROBLEM", word, (*registry.FAMILIES, "a .pomdp file")))
+    refuse(options, ("seed", *FAMILY_OPTIONS), "is an option of families; PROBLEM is a file")
     with warnings_as_lines():
         return read_stationary_pomdp(options.problem[0], discount=options.discount)
 
 
 def run_stationary(options: Solve, start: float) -> int:
-    """One .pomdp file without a horizon of its own: a POMDP by search along optimal play, an MDP by iteration."""
+    """A file or a family without a horizon of its own: a POMDP by search along optimal play, an MDP by iteration."""
     if options.method not in ("auto", *STATIONARY):
         raise UsageError(f"--method must be {', '.join(STATIONARY)} where the horizon is inf; got {options.method!r}")
     method = "point-based" if options.method == "auto" else options.method

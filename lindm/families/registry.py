@@ -4,6 +4,7 @@ To add a family, write a module with a subclass of `TabularSuite` and add it to 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -150,20 +151,45 @@ def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem | Stationa
     Args:
       name: one of `FAMILIES`.
       seed: of the task of a suite.
-      options: those of the family.
+      options: those of the family; the horizon inf makes a problem without a horizon (`without_horizon`).
 
     Raises:
       ValueError: an unknown name or option, or a value out of its range.
     """
+    if options.get("horizon") == math.inf:
+        made = without_horizon(name, seed=seed, **{word: value for word, value in options.items() if word != "horizon"})
+        if made.discount == 1:
+            raise ValueError(f"discount must be below 1 where the horizon is infinite; {name} has 1 where none is given")
+        return made
     made = build(name, **options)
     return draw(made, seed) if isinstance(made, Suite) else made
 
 
+def without_horizon(name: str, *, seed: int = 0, **options: Any) -> StationaryPOMDP:
+    """A problem by name without its horizon: with it, `make` has the same parameters for the seed.
+
+    Raises:
+      ValueError: as `make`, or the problem exists with a horizon alone.
+    """
+    made = build(name, **options)
+    if isinstance(made, StationaryPOMDP):
+        return made
+    if isinstance(made, TabularSuite):
+        return made.stationary(_key(seed))
+    kinds = {"mdp": "the random suites are made for a horizon and have no discount"}
+    reason = "the criterion of an ambiguous problem belongs to each stage of a finite horizon"
+    raise ValueError(f"horizon must be finite for {name}: {kinds.get(name.removeprefix('po'), reason)}")
+
+
 def draw(suite: Suite, seed: int = 0) -> NamedProblem:
     """The task of a suite for a seed, with its names."""
+    return NamedProblem(problem=suite.draw(_key(seed)), **suite.names)
+
+
+def _key(seed: int) -> jax.Array:
     if validate.count(seed, "seed", 0) >= 2**32:
         raise ValueError(f"seed must be below 2^32; got {seed}")
-    return NamedProblem(problem=suite.draw(jax.random.key(seed)), **suite.names)
+    return jax.random.key(seed)
 
 
 def load_problem(

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
+from scipy import sparse
 
 from lindm import validate
 from lindm.choices import Split
 from lindm.errors import unknown
 from lindm.problems.mdp import over_stages
+from lindm.problems.stationary import StationaryPOMDP
 from lindm.types import APOMDP, MDP, POMDP, Problem, RewardFunction
 
 SPLITS = get_args(Split)
@@ -124,12 +126,27 @@ class TabularSuite(Suite):
         raise NotImplementedError
 
     def draw(self, key: Array) -> Problem:
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-        models = [self._problem(tables) for tables in self.tables(rng)]
+        models = [self._problem(tables) for tables in self.tables(_generator(key))]
         if not self.sizes.models:
             return models[0]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
         return APOMDP(models=stacked, alpha=jnp.asarray(self.attitude, jnp.result_type(float)))
+
+    def stationary(self, key: Array) -> StationaryPOMDP:
+        """The task of a random key without its horizon. ValueError: its tasks are ambiguous."""
+        if self.sizes.models:
+            rule = "the criterion of an ambiguous problem belongs to each stage of a finite horizon"
+            raise ValueError(f"horizon must be finite for {self.name}: {rule}")
+        (tables,) = self.tables(_generator(key))
+        names = {part: words for part, words in self.names.items() if part != "models"}
+        return StationaryPOMDP(
+            P=tuple(sparse.csr_array(tables.P[:, a]) for a in range(self.sizes.actions)),
+            O=() if tables.O is None else tuple(sparse.csr_array(O) for O in tables.O),
+            r=tables.r,
+            rho=tables.rho,
+            discount=self.discount,
+            **names,
+        )
 
     def _problem(self, tables: Tables) -> MDP | POMDP:
         dtype = jnp.result_type(float)
@@ -140,6 +157,10 @@ class TabularSuite(Suite):
             paid = RewardFunction(R=jnp.asarray(R[None], dtype), discount=jnp.asarray(self.discount, dtype))
             seen |= {"paid": paid}
         return MDP(**seen, r=r) if tables.O is None else POMDP(**seen, r=r, O=jnp.asarray(tables.O[None], dtype))
+
+
+def _generator(key: Array) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------------------
