@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lindm.errors import DataError
 from lindm.llm.chat_template import apply_chat_template, chat_template
 from lindm.llm.tokens import Example, Tokenizer, encode_whole, make_example, name_source, shorten, tokenizer_info
 
+MAX_WEIGHT = 1e6  # of a message: sums of losses stay far from the limits of f32
 TRAINING_KEYS = ("weight", "train")  # of a message: whether it is trained; no template reads them
 # fields that link a tool's answer to its call; their order says the same, so a template may leave them out
 LINKS = {"tool": ("name", "tool_call_id"), "call": ("id", "type", "index")}
@@ -47,23 +50,24 @@ def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: obje
     """The examples of a conversation: one, or one for each answer where the template renders the last answer differently.
 
     Trained are assistant messages with their end-of-turn tokens, but for those before `first_trained` and those with
-    `"weight": 0` or `"train": false`.
+    `"weight": 0` or `"train": false`. Another `weight` is the factor of the loss at the tokens of that message.
 
     Raises: DataError, naming the source, for an invalid message, a field that the template ignores, the name of a control token
     in a message, or a template that renders a prompt differently from the conversation up to it.
     """
     with name_source(source):
         messages = _checked_messages(tokenizer, conversation.messages)
-        trained = [i for i, m in enumerate(conversation.messages) if i >= conversation.first_trained and _is_trained(m, i)]
+        weights = [_weight(m, i) if i >= conversation.first_trained else 0.0 for i, m in enumerate(conversation.messages)]
+        trained = [i for i, weight in enumerate(weights) if weight]
         render = _renderer(tokenizer, conversation)
         whole = render(messages)
         answers = [_answer(tokenizer, render, messages, i, whole) for i in trained]
         _check_variables(tokenizer, conversation, render, messages, whole)
         _check_fields(render, messages, whole, {answer.message: answer for answer in answers})
         if all(whole.startswith(answer.text[: answer.end]) for answer in answers):
-            texts = [(whole, [(answer.start, answer.end) for answer in answers])]
+            texts = [(whole, [(answer.start, answer.end, weights[answer.message]) for answer in answers])]
         else:
-            texts = [(answer.text, [(answer.start, answer.end)]) for answer in answers]
+            texts = [(answer.text, [(answer.start, answer.end, weights[answer.message])]) for answer in answers]
         return [_example(tokenizer, text, spans, source, group) for text, spans in texts]
 
 
@@ -94,17 +98,20 @@ def _renderer(tokenizer: Tokenizer, conversation: Conversation) -> Render:
     return render
 
 
-def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], source: object, group: int) -> Example:
-    """The example of a text, of which the spans (start, end) are trained."""
-    ids, targets, at = [], {}, 0
-    for k, end in enumerate([*(place for span in spans for place in span), len(text)]):
-        longer = _extend_ids(tokenizer, ids, text, at, end)
-        if k % 2:  # an answer; prompts and answers alternate
-            targets |= {place - 1: longer[place] for place in range(len(ids), len(longer))}
+def _example(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int, float]], source: object, group: int) -> Example:
+    """The example of a text, of which the spans (start, end, weight) are trained."""
+    ids, targets, factors, at = [], {}, {}, 0
+    for start, end, weight in spans:
+        ids = _extend_ids(tokenizer, ids, text, at, start)
+        longer = _extend_ids(tokenizer, ids, text, start, end)
+        places = range(len(ids) - 1, len(longer) - 1)
+        targets |= {place: longer[place + 1] for place in places}
+        factors |= dict.fromkeys(places, weight)
         ids, at = longer, end
+    ids = _extend_ids(tokenizer, ids, text, at, len(text))
     if tokenizer.unk_token_id in ids and str(tokenizer.unk_token) not in text:
         raise DataError(f"the tokenizer has no token for a part of {shorten(text)}")
-    return make_example(ids, targets, source, group)
+    return make_example(ids, targets, source, group, None if set(factors.values()) <= {1.0} else factors)
 
 
 def _extend_ids(tokenizer: Tokenizer, ids: list[int], text: str, at: int, end: int) -> list[int]:
@@ -188,14 +195,14 @@ def _with_arguments(call: Any) -> Any:
     return call | {"function": function} if "function" in call else function
 
 
-def _is_trained(message: dict[str, Any], i: int) -> bool:
-    """Whether an answer is trained, by its role and its own keys `weight` and `train`."""
+def _weight(message: dict[str, Any], i: int) -> float:
+    """The weight of a message in the loss, by its role and its own keys `weight` and `train`; 0: not trained."""
     weight, train = message.get("weight"), message.get("train")
-    if weight not in (None, 0, 1):
-        raise DataError(f"the weight of message {i} must be 0 or 1; got {weight!r}")
+    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight <= MAX_WEIGHT):
+        raise DataError(f"the weight of message {i} must be a number from 0 to {MAX_WEIGHT:g}; got {weight!r}")
     if train not in (None, True, False):
         raise DataError(f"train of message {i} must be true or false; got {train!r}")
-    return message["role"] == "assistant" and weight in (None, 1) and train is not False
+    return 0.0 if message["role"] != "assistant" or train is False else 1.0 if weight is None else float(np.float32(weight))
 
 
 # --- what a template ignores -------------------------------------------------------------------------------------------------

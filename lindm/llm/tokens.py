@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -49,6 +49,7 @@ class Example:
     source: object  # origin of the text: its str is for messages
     group: int = 0  # examples of one group are held out together
     action_values: np.ndarray | None = None  # [targets, A] float32: the oracle's Q at each target, in order of position
+    weights: np.ndarray | None = None  # [targets] float32: factor of the loss at each target, in order of position; None: 1
 
 
 @dataclass(eq=False)
@@ -333,13 +334,16 @@ def text_example(tokenizer: Tokenizer, text: str, source: object, group: int = 0
     return make_example(ids, dict(enumerate(ids[1:])), source, group)
 
 
-def make_example(ids: list[int], targets: dict[int, int], source: object, group: int) -> Example:
-    """The example of token ids and of the targets at some positions."""
+def make_example(
+    ids: list[int], targets: dict[int, int], source: object, group: int, weights: Mapping[int, float] | None = None
+) -> Example:
+    """The example of token ids, and of targets at some positions, in order; weights: of these targets [default: 1]."""
     if -1 in targets:
         raise DataError(f"{source}: no token precedes the first trained one")
     target = np.full(len(ids), -1, np.int32)
     target[list(targets)] = list(targets.values())
-    return Example(np.array(ids, np.int32), target, source, group)
+    factors = None if weights is None else np.array([weights[place] for place in targets], np.float32)
+    return Example(np.array(ids, np.int32), target, source, group, weights=factors)
 
 
 def format_example(example: Example, tokenizer: Tokenizer, width: int = 2000) -> str:

@@ -19,7 +19,7 @@ from lindm.llm.parallel import sharding
 from lindm.llm.parallel.processes import detect_lost_peer
 from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
-from lindm.llm.sft.loss import lm_loss
+from lindm.llm.sft.loss import label_weight, lm_loss
 from lindm.llm.sft.setup import TrainingSetup
 
 ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
@@ -36,6 +36,7 @@ class Evaluator:
         self.setup, self.graphdef = setup, graphdef
         self.batches = list(self._batches())
         self.num_labels = sum(int((e.target >= 0).sum()) for row in setup.eval_rows for e in row)
+        self.label_weight = float(sum(label_weight(batch) for batch in self.batches))
         compute, mesh, objective = setup.compute, setup.mesh, setup.objective
         self.eval_loss = jax.jit(
             lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective)
@@ -59,7 +60,7 @@ class Evaluator:
             for batch in self.batches:
                 _raise_if_interrupted()
                 totals.append(jax.device_get(self.eval_loss(params, frozen, batch)))
-            values["loss"] = float(sum(float(loss) for loss, _ in totals) / self.num_labels)
+            values["loss"] = float(sum(float(loss) for loss, _ in totals) / (self.label_weight or 1))
             values["accuracy"] = float(sum(float(correct) for _, correct in totals) / self.num_labels)
         if self.setup.decision_tasks is not None:
             values |= self._evaluate_decisions(params, frozen)

@@ -9,8 +9,11 @@ Examples are held out by group: whole tasks of a dataset, whose queries share de
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lindm.choices import Loss, Rewards
 from lindm.datasets import Dataset, Task, documents, is_dataset
@@ -158,4 +161,12 @@ def file_examples(
     if not group:
         raise DataError(f"{paths[0]} has no rows")
     progress(len(parts), len(parts))
-    return examples
+    return _with_weights(examples)
+
+
+def _with_weights(examples: list[Example]) -> list[Example]:
+    """All examples with weights, where one has them."""
+    if all(example.weights is None for example in examples):
+        return examples
+    ones = (np.ones((example.target >= 0).sum(), np.float32) for example in examples)
+    return [replace(e, weights=w) if e.weights is None else e for e, w in zip(examples, ones, strict=True)]

@@ -4,13 +4,16 @@ r"""The losses at the labeled positions of a language model.
     soft      - sum_i sum_a w_ia log p(token of a | ...) / number of targets,  w_i = softmax(Q_i / temperature)
     regret      sum_i sum_a p_i(a) (max Q_i - Q_ia) / number of targets,       p_i = softmax of the logits of the actions' tokens
 
+Where answers have weights w_i, each term is multiplied by its own, and the number of targets becomes the sum of the weights: a
+mean with weights, as in torch. So a weight of 0 is the same as no label, and the same weight for all is the same as none.
+
 Q_i are the oracle's action values where target i stands, in units of reward. The first is that of any text; the others need data
 with action values and actions of one token each. An action that is not legal there has the value -inf and probability 0.
 
 Only labeled positions meet the vocabulary: their hidden states are gathered first, and logits exist for at most `LOGITS_CHUNK`
 positions of a row at a time, so no array of batch x tokens x vocabulary is ever allocated. `lm_loss` returns the sum; the step
-divides it by the number of labels in all micro-batches, so gradient accumulation gives the gradient of the large batch even where
-micro-batches have different numbers of labels.
+divides it by the labels (`label_weight`) of all micro-batches, so gradient accumulation gives the gradient of the large batch
+even where micro-batches have different numbers of labels.
 """
 
 from collections.abc import Callable
@@ -85,16 +88,17 @@ def lm_loss(
 
     position_loss = _position_loss(objective or Objective())
 
-    def chunk_loss(hidden: Array, targets: Array, action_values: Array | None) -> tuple[Array, Array]:
+    def chunk_loss(hidden: Array, targets: Array, weights: Array | None, action_values: Array | None) -> tuple[Array, Array]:
         # labeled states are few: each vocabulary shard receives all of them, and the head stays sharded
         logits = constrain("data", None, VOCAB_AXES)(model.logits(constrain("data")(hidden), constrain(None, VOCAB_AXES)))
         labeled = targets >= 0
         token = jnp.maximum(targets, 0)
         loss = position_loss(logits, token, action_values)
+        loss = loss if weights is None else loss * weights
         correct = logits.argmax(-1) == token
         return jnp.where(labeled, loss, 0).sum(), jnp.where(labeled, correct, False).sum().astype(jnp.float32)
 
-    per_label = (hidden, jnp.asarray(batch.targets), None if batch.action_values is None else jnp.asarray(batch.action_values))
+    per_label = (hidden, *(None if x is None else jnp.asarray(x) for x in (batch.targets, batch.weights, batch.action_values)))
     L = hidden.shape[1]
     if L <= LOGITS_CHUNK:
         return chunk_loss(*per_label)
@@ -107,12 +111,20 @@ def lm_loss(
 
     zero = jnp.zeros((), jnp.float32)
 
-    def add_chunk(totals: tuple[Array, Array], chunk: tuple[Array, Array, Array | None]):
+    def add_chunk(totals: tuple[Array, Array], chunk: tuple[Array | None, ...]):
         loss, correct = jax.checkpoint(chunk_loss)(*chunk)
         return (totals[0] + loss, totals[1] + correct), None
 
-    values = None if per_label[2] is None else chunks(per_label[2], 0)
-    return jax.lax.scan(add_chunk, (zero, zero), (chunks(hidden, 0), chunks(per_label[1], -1), values))[0]
+    blanks = (0, -1, 0, 0)
+    chunked = tuple(None if x is None else chunks(x, blank) for x, blank in zip(per_label, blanks, strict=True))
+    return jax.lax.scan(add_chunk, (zero, zero), chunked)[0]
+
+
+def label_weight(batch: Batch) -> Array:
+    """Sum of the weights of the labels, f32: their number where the batch has no weights."""
+    if batch.weights is None:
+        return (jnp.asarray(batch.targets) >= 0).sum(dtype=jnp.int32).astype(jnp.float32)
+    return jnp.asarray(batch.weights).sum()
 
 
 def _position_loss(objective: Objective) -> Callable[[Array, Array, Array | None], Array]:

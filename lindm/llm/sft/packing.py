@@ -33,6 +33,7 @@ class Batch:
     segments: Array | np.ndarray  # [R, T] number of the example within its row
     label_positions: Array | np.ndarray  # [R, L] positions whose hidden state predicts a target
     targets: Array | np.ndarray  # [R, L] the token to predict; -1 where a row has fewer than L labels
+    weights: Array | np.ndarray | None = None  # [R, L] float32, factors of the loss; 0 where no target stands. None: 1
     action_values: Array | np.ndarray | None = None  # [R, L, A] float32, the oracle's Q where a target stands; for losses of Q
 
 
@@ -83,7 +84,7 @@ def _round_up(n: int, unit: int) -> int:
 
 
 def make_batch(rows: Sequence[Sequence[Example]], seq_len: int, max_labels: int) -> Batch:
-    """The batch [R, seq_len] of these rows, as numpy arrays; a row may be empty.
+    """The batch [R, seq_len] of these rows, as numpy arrays; a row may be empty. Weights and action values: all examples or none.
 
     Raises:
       ValueError: a row has more tokens than seq_len or more labels than max_labels.
@@ -91,8 +92,11 @@ def make_batch(rows: Sequence[Sequence[Example]], seq_len: int, max_labels: int)
     R = len(rows)
     ids, positions, segments = (np.full((R, seq_len), blank, np.int32) for blank in (0, 0, -1))
     label_positions, targets = (np.full((R, max_labels), blank, np.int32) for blank in (0, -1))
-    first = next((example.action_values for row in rows for example in row), None)
-    action_values = None if first is None else np.zeros((R, max_labels, first.shape[1]), np.float32)
+    first = next((example for row in rows for example in row), None)
+    weights = None if first is None or first.weights is None else np.zeros((R, max_labels), np.float32)
+    action_values = None
+    if first is not None and first.action_values is not None:
+        action_values = np.zeros((R, max_labels, first.action_values.shape[1]), np.float32)
     for r, row in enumerate(rows):
         start, first_label = 0, 0
         for segment, example in enumerate(row):
@@ -104,11 +108,13 @@ def make_batch(rows: Sequence[Sequence[Example]], seq_len: int, max_labels: int)
             ids[r, start:end], positions[r, start:end], segments[r, start:end] = example.ids, np.arange(n), segment
             label_positions[r, first_label:last_label] = start + labeled
             targets[r, first_label:last_label] = example.target[labeled]
+            if weights is not None:
+                weights[r, first_label:last_label] = example.weights
             if action_values is not None:
                 action_values[r, first_label:last_label] = example.action_values
             start, first_label = end, last_label
         positions[r, start:] = np.arange(seq_len - start)
-    labels = {"label_positions": label_positions, "targets": targets, "action_values": action_values}
+    labels = {"label_positions": label_positions, "targets": targets, "weights": weights, "action_values": action_values}
     return Batch(ids=ids, positions=positions, segments=segments, **labels)
 
 

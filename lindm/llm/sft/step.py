@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lindm.llm.parallel.sharding import BATCH_SPEC, WEIGHT_AXES, weight_path, weight_shardings, weight_spec
-from lindm.llm.sft.loss import ComputeConfig, Objective, lm_loss
+from lindm.llm.sft.loss import ComputeConfig, Objective, label_weight, lm_loss
 from lindm.llm.sft.packing import Batch
 
 
@@ -37,7 +37,7 @@ class TrainState:
 class StepMetrics:
     """Scalars of one step."""
 
-    loss: Array  # f32, mean over the labels of the step
+    loss: Array  # f32, mean over the labels of the step, by their weights
     accuracy: Array  # f32, share of the labels whose token is the most likely one
     num_labels: Array  # int32
     grad_norm: Array  # f32, before clipping
@@ -75,7 +75,8 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch, stop_flags: Array) -> tuple[TrainState, StepMetrics]:
         num_labels = (batch.targets >= 0).sum(dtype=jnp.int32)
-        scale = 1 / jnp.maximum(num_labels, 1).astype(jnp.float32)
+        weight = label_weight(batch)
+        scale = 1 / jnp.where(weight > 0, weight, 1)
         if batch.ids.shape[0] == 1:
             (loss, num_correct), grads = micro_batch(state.params, frozen, jax.tree.map(lambda x: x[0], batch), scale)
         else:
@@ -94,7 +95,7 @@ def make_train_step(
         state = jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), updated, state)  # fused with the update
         metrics = StepMetrics(
             loss=loss,
-            accuracy=num_correct * scale,
+            accuracy=num_correct / jnp.maximum(num_labels, 1),
             num_labels=num_labels,
             grad_norm=grad_norm,
             finite=is_applied & jnp.isfinite(optax.tree.norm(state.params)),

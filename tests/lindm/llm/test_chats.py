@@ -84,7 +84,15 @@ def turn(content: str, role: str = "assistant") -> dict:
             r"the content of message 1 must be a text or a list of text parts; got \"\['a'\]\"",
         ),
         ([turn([{"type": "image", "text": "x"}], "user"), turn("a")], "the parts of message 0 must be of type text; got 'image'"),
-        ([turn("hi", "user"), turn("a") | {"weight": 0.5}], r"the weight of message 1 must be 0 or 1; got 0\.5"),
+        (
+            [turn("hi", "user"), turn("a") | {"weight": -0.5}],
+            r"the weight of message 1 must be a number from 0 to 1e\+06; got -0\.5",
+        ),
+        (
+            [turn("hi", "user"), turn("a") | {"weight": float("nan")}],
+            "the weight of message 1 must be a number from 0 to .*; got nan",
+        ),
+        ([turn("hi", "user"), turn("a") | {"weight": "1"}], "the weight of message 1 must be a number from 0 to .*; got '1'"),
         ([turn("hi", "user"), turn("a") | {"train": "no"}], "train of message 1 must be true or false; got 'no'"),
         (["hi"], "message 0 must be an object with the string role; got 'hi'"),
         ([], "messages must be a list of messages"),
@@ -213,6 +221,15 @@ def test_answers_may_be_left_out_of_training(mark):
     assert trained_texts(tokenizer, example) == ["B or C<|im_end|>"]
     assert example.ids.tolist() == chat_example(tokenizer, TURNS).ids.tolist()
     assert chat_examples(tokenizer, Conversation(marked[:2]), "here")[0].target.max() == -1
+
+
+def test_the_weight_of_an_answer_is_that_of_each_of_its_tokens():
+    tokenizer = KINDS["bytes"]()
+    example = chat_example(tokenizer, [TURNS[0], TURNS[1] | {"weight": 0.5}, TURNS[2], TURNS[3] | {"weight": 2}])
+    whole, first = chat_example(tokenizer, TURNS), chat_example(tokenizer, TURNS[:2])
+    assert example.target.tolist() == whole.target.tolist() and whole.weights is None
+    n, of_first = (example.target >= 0).sum(), (first.target >= 0).sum()
+    assert 1 < of_first < n and example.weights.tolist() == [0.5] * of_first + [2.0] * (n - of_first)
 
 
 def test_a_text_that_the_tokenizer_cannot_represent_raises_an_error():

@@ -1,6 +1,7 @@
 """The LM loss and its gradient against plain numpy, and the same labels in other arrangements."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,18 @@ def documents(batch: Batch):
             (places,) = np.nonzero(segments == segment)
             own = [(a - places[0], t) for a, t in zip(at, target, strict=True) if t >= 0 and segments[a] == segment]
             yield ids[places], own
+
+
+def weighted_mean(name: str, tensors: dict, batch: Batch) -> float:
+    """sum of weight x loss / sum of weights, label by label."""
+    total, weight = 0.0, 0.0
+    for a, r, i in np.argwhere(batch.targets >= 0):
+        own = batch.segments[a, r] == batch.segments[a, r, batch.label_positions[a, r, i]]
+        place = batch.label_positions[a, r, i] - np.argmax(own)
+        logits = reference.logits(name, tensors, batch.ids[a, r, own])[place]
+        total += batch.weights[a, r, i] * (np.log(np.exp(logits).sum()) - logits[batch.targets[a, r, i]])
+        weight += batch.weights[a, r, i]
+    return total / weight
 
 
 def expected(name: str, tensors: dict, batch: Batch) -> tuple[float, float, int]:
@@ -83,6 +96,17 @@ def test_the_loss_is_that_of_the_full_logits(model):
     norm = math.sqrt(sum((g**2).sum() for g in gradient(trained).values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert int(trained.states[1].step) == 1
+
+
+def test_with_weights_the_loss_is_the_weighted_mean_and_the_other_metrics_stay(model, directory, monkeypatch):
+    name, tensors, batch, trained = model
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 3)
+    drawn = np.random.default_rng(5).choice([0.25, 0.5, 1.0, 3.0], batch.targets.shape)
+    weighted = replace(batch, weights=np.where(batch.targets >= 0, drawn, 0).astype(np.float32))
+    (metrics,) = tiny.train([weighted], model=weights.load(directory / name), optimizer=SGD).metrics
+    assert metrics["loss"] == pytest.approx(weighted_mean(name, tensors, weighted), rel=1e-5)
+    assert abs(metrics["loss"] - trained.metrics[0]["loss"]) > 1e-3
+    assert (metrics["accuracy"], metrics["num_labels"]) == (trained.metrics[0]["accuracy"], 6)
 
 
 PLACES = {  # of ours: tensors of a file, a layer each, and whether they are turned
@@ -161,6 +185,17 @@ def test_labels_in_chunks_give_the_same_loss(whole, chunk, monkeypatch):
     batch, trained = whole
     monkeypatch.setattr(loss, "LOGITS_CHUNK", chunk)
     same(tiny.train([batch], optimizer=SGD), trained)
+
+
+def test_a_weight_of_0_is_no_label_and_one_weight_for_all_is_none(whole):
+    batch, trained = whole
+    labeled = batch.targets >= 0
+    same(tiny.train([replace(batch, weights=np.where(labeled, 0.5, 0).astype(np.float32))], optimizer=SGD), trained)
+    kept = labeled & (np.arange(labeled.shape[-1]) % 2 == 0)
+    fewer = tiny.train([replace(batch, targets=np.where(kept, batch.targets, -1))], optimizer=SGD)
+    left_out = tiny.train([replace(batch, weights=kept.astype(np.float32))], optimizer=SGD)
+    assert left_out.metrics[0]["loss"] == pytest.approx(fewer.metrics[0]["loss"], rel=1e-6)
+    assert close(gradient(left_out), gradient(fewer), 1e-6)
 
 
 def test_activations_that_are_kept_give_the_same_gradient(whole):

@@ -1,6 +1,7 @@
 """Batches against loops over examples; what shares a row does not meet; the order of the data is a function of seed and step."""
 
 import hashlib
+from dataclasses import replace
 from functools import cache
 
 import jax.numpy as jnp
@@ -84,6 +85,9 @@ def test_a_batch_is_the_examples_one_after_the_other():
     np.testing.assert_array_equal(batch.segments, [[0, 0, 0, 1, 1, -1, -1], [0, 0, -1, -1, -1, -1, -1], [-1] * 7])
     np.testing.assert_array_equal(batch.label_positions, [[1, 2, 3, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.targets, [[8, 9, 2, -1], [2, -1, -1, -1], [-1, -1, -1, -1]])
+    assert batch.weights is None
+    a, b = (replace(e, weights=np.array(w, np.float32)) for e, w in ((a, [0.5, 3.0]), (b, [2.0])))
+    np.testing.assert_array_equal(make_batch([[a, b], [b], []], 7, 4).weights, [[0.5, 3, 2, 0], [2, 0, 0, 0], [0] * 4])
 
 
 @given(seed=st.integers(0, 10**6))
