@@ -174,7 +174,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         ),
         (["solve", "screenin", "--horizon", "inf"], "got 'screenin'; did you mean screening?"),
         (
-            ["data", "make", "screening", *"--horizon inf --tasks 1 --demos 1 --out d".split()],
+            ["data", "make", "screening", "--horizon", "inf", "--tasks", "1", "--demos", "1", "--out", "d"],
             "--horizon must be a whole number here, since",
         ),
         (["eval", "screening", "--horizon", "inf"], "--horizon must be a whole number here, since datasets and evaluations"),
