@@ -10,6 +10,7 @@ from lindm.evaluation.history import WORDS, problem_info
 from lindm.evaluation.policies.alpha_vectors import AlphaVectors
 from lindm.evaluation.policies.saved import GraphPolicy, StateActions, read_policy
 from lindm.evaluation.policy import Episodes
+from lindm.problems.identity import differences, problem_digests
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.text import Step
 from lindm.text.grammar import SYMBOL_ARGUMENTS
@@ -52,6 +53,9 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
 def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVectors:
     """The policy of alpha vectors in a file of `StationarySolution.save`, of pomdp-solve (.alpha) or of SARSOP (.policy).
 
+    No such file names its problem. Bounds of its decisions are those of the problem that is given, whatever the vectors say, and
+    `.doubt` tells where the vectors seem to belong to another problem.
+
     Args:
       problem: of which the vectors are.
 
@@ -71,10 +75,11 @@ def load_saved_policy(path: str | Path, problem: StationaryPOMDP | None = None) 
     """The policy of a file .json of `solve_stationary(...).save`: the graph of a POMDP, or an action for each state of an MDP.
 
     Args:
-      problem: of which the policy is: decisions then have a belief, and what is impossible is refused.
+      problem: of which the policy is: decisions then have a belief, and those of a graph lower bounds, and what is impossible
+        is refused. A graph goes on after any action.
 
     Raises:
-      ValueError: the problem has other names.
+      ValueError: the policy was made for another problem: names, or numbers, differ.
       DataError: the file cannot be read, is damaged, or holds no policy.
 
     >>> tiger = ld.read_stationary_pomdp("tiger.pomdp")
@@ -88,5 +93,9 @@ def load_saved_policy(path: str | Path, problem: StationaryPOMDP | None = None) 
         for part in own.sizes:
             if (given.words(part) if part in given.sizes else None) != (wanted := own.words(part)):
                 raise ValueError(f"problem must have the {part} of {path}: {', '.join(wanted[:8])}{', ...' * (len(wanted) > 8)}")
+        digests = problem_digests(problem)
+        unused = {"start"} if isinstance(policy, StateActions) else set()  # an action for each state serves every start
+        if policy.digests and (changed := [part for part in differences(policy.digests, digests) if part not in unused]):
+            raise ValueError(f"problem must be that for which {path} was made; these parts differ: {', '.join(changed)}")
         policy.problem = replace(own, problem=problem)
     return policy

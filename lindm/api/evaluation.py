@@ -47,7 +47,7 @@ def evaluate(
     Args:
       problem: a suite, whose tasks are different problems, or one problem.
       policies: by name. A policy has `init` and `step`, or is a function of demonstrations and history. Or names of
-        `policies.POLICIES`, icl:MODELDIR or sft:RUNDIR. [default: all that the problem has and that are cheap]
+        `policies.POLICIES`, base:MODELDIR or sft:RUNDIR. [default: all that the problem has and that are cheap]
       tasks, demos: number of tasks, and of demonstrations of each.
       behavior, epsilon: behavior policy of the demonstrations.
       seed: of the tasks; it must differ from the seed of the data that a model was trained on.

@@ -84,7 +84,7 @@ def decision_maker(options: Act) -> "DecisionMaker":
     from lindm.evaluation.policy import DecisionMaker
 
     saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha", ".policy", ".json")
-    policy, problem, demonstrations = solution(options) if saved else named(options)
+    policy, problem, demonstrations, notes = solution(options) if saved else named(options)
     if options.demonstrations is not None:
         about = problem if problem is not None else getattr(policy, "problem", None)
         if about is None:
@@ -93,16 +93,18 @@ def decision_maker(options: Act) -> "DecisionMaker":
     trained = getattr(policy, "training", None)
     if trained is not None and not demonstrations:
         known = f"with {trained.config.demos} demonstrations of each task, and is asked without any"
-        print(f"lindm: warning: the model was trained {known}: see --demonstrations and PROBLEM", file=sys.stderr)
-    return DecisionMaker(policy, demonstrations, problem)
+        notes.append(f"the model was trained {known}: see --demonstrations and PROBLEM")
+    for note in notes:
+        print(f"lindm: warning: {note}", file=sys.stderr)
+    return DecisionMaker(policy, demonstrations, problem, notes)
 
 
 TEXT = ("temperature", "template", "rewards")
 OF_PROBLEMS = ("horizon", "discount", "alpha", "seed", *FAMILY_OPTIONS)
 
 
-def solution(options: Act) -> tuple[Any, Any, Any]:
-    """The policy, the problem (None: the policy's own) and the demonstrations of a file of a saved solution."""
+def solution(options: Act) -> tuple[Any, Any, Any, list[str]]:
+    """The policy, the problem (None: the policy's own), the demonstrations and the notes of a file of a saved solution."""
     from lindm.api.decisions import load_alpha_vectors, load_saved_policy
     from lindm.api.problems import read_stationary_pomdp
     from lindm.api.solutions import load_solution
@@ -113,7 +115,7 @@ def solution(options: Act) -> tuple[Any, Any, Any]:
     if path.suffix == ".npz":
         if options.problem:
             raise UsageError(f"PROBLEM must be left out: {path} has its own; got {options.problem[0]!r}")
-        return load_solution(path).policy, None, ()
+        return load_solution(path).policy, None, (), []
     if len(options.problem) > 1 or (path.suffix != ".json" and not options.problem):
         raise UsageError(f"PROBLEM must be the one .pomdp file of which {path} has the policy; got {len(options.problem)} files")
     problem = None
@@ -121,32 +123,39 @@ def solution(options: Act) -> tuple[Any, Any, Any]:
         with warnings_as_lines():
             problem = read_stationary_pomdp(options.problem[0], discount=options.discount)
     if path.suffix == ".json":
-        return load_saved_policy(path, problem), None, ()
+        return load_saved_policy(path, problem), None, (), []
     assert problem is not None
-    return load_alpha_vectors(path, problem), problem, ()
+    policy = load_alpha_vectors(path, problem)
+    return policy, problem, (), [f"{path}: {policy.doubt}"] if policy.doubt else []
 
 
-def named(options: Act) -> tuple[Any, Any, Any]:
-    """The policy of a name, the problem (None: the policy's own) and the demonstrations of its task."""
-    from lindm.datasets import DatasetConfig, is_dataset
-    from lindm.llm.named_policies import policy_by_name
+def named(options: Act) -> tuple[Any, Any, Any, list[str]]:
+    """The policy of a name, the problem (None: the policy's own), the demonstrations of its task, and notes."""
+    from lindm.datasets import Dataset, DatasetConfig, is_dataset
+    from lindm.llm.named_policies import policy_by_name, training_notes
 
     if ":" not in options.policy:
         refuse(options, TEXT, "is an option of language models")
     source, problem, demonstrations, config = None, None, (), DatasetConfig(tasks=1)
+    is_model, about = options.policy.startswith("sft:"), None  # what a model is asked about
     if len(options.problem) == 1 and is_dataset(Path(options.problem[0])):
         source, problem, demonstrations, config = of_dataset(options)
+        about = Dataset(Path(options.problem[0]))
     elif options.task:
         raise UsageError(f"--task needs a directory of `lindm data make` as PROBLEM; got {options.task}")
     elif options.problem:
         source = problem = one_problem(options)
+        if options.policy == "layer" or is_model:
+            about = problem_or_suite(options)
         if options.policy == "layer":  # it is trained on other tasks of the family
-            source = problem_or_suite(options)
+            source = about
     else:
         refuse(options, OF_PROBLEMS, "needs a PROBLEM")
     text = {name: getattr(options, name) for name in ("template", "rewards")}
     temperature = 1.0 if options.temperature is None else options.temperature
-    return policy_by_name(options.policy, source, config, temperature=temperature, **text), problem, demonstrations
+    policy = policy_by_name(options.policy, source, config, temperature=temperature, **text)
+    notes = training_notes(options.policy, getattr(policy, "training", None), about) if is_model else []
+    return policy, problem, demonstrations, notes
 
 
 def of_dataset(options: Act) -> tuple[Any, Any, Any, Any]:
@@ -200,6 +209,8 @@ def answer(maker: "DecisionMaker", decision: "Decision") -> dict[str, Any]:
         models = maker.info.words("models")
         rows["belief"] = {model: by_name(states, belief) for model, belief in zip(models, decision.belief, strict=True)}
     rows |= {"masked": decision.masked} if decision.masked else {}
+    notes = [*maker.notes, *filter(None, [decision.note])]
+    rows |= {"notes": notes} if notes else {}
     return rows if decision.invalid is None else rows | {"invalid": decision.invalid}
 
 
@@ -229,6 +240,8 @@ def page(maker: "DecisionMaker", decision: "Decision") -> str:
         lines += [f"belief       {belief_text(one)}, under {model}" for model, one in belief.items()]
     if decision.masked:
         lines.append(f"note         {decision.masked:.2%} of the probability was on actions that are not legal; it was removed")
+    if decision.note:
+        lines.append(f"note         {decision.note}")
     if decision.invalid:
         lines.append("note         the likeliest text of the model is no action")
     return "\n".join([*lines, format_table(rows)])

@@ -14,8 +14,12 @@ from lindm.io.progress import progress_bar
 from lindm.io.tables import format_row
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lindm.evaluation.calibration import Scores
     from lindm.evaluation.compare import PolicyResult
+    from lindm.families.registry import NamedProblem
+    from lindm.families.suites import Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ def run(options: Eval) -> int:
         print("\n".join([*head, format_row(_cells(result), WIDTHS)]), flush=True)
         head.clear()
 
+    warn_of_training(options.policy, problem)
     with progress_bar("tasks") as progress:
         results = evaluate(
             problem,
@@ -87,6 +92,21 @@ def run(options: Eval) -> int:
     if options.out is not None:
         print(options.out / "eval.json", file=sys.stderr)
     return 0
+
+
+def warn_of_training(policies: "Sequence[str]", problem: "Suite | NamedProblem") -> None:
+    """Print in what the problem differs from that of the training of a language model."""
+    models = [name for name in policies if name.startswith("sft:")]
+    if not models:
+        return
+    from lindm.llm.named_policies import training_notes
+    from lindm.llm.policy import training_data
+    from lindm.llm.sft.options import run_options
+
+    for name in models:
+        trained = training_data(run_options(Path(name.removeprefix("sft:"))) or {})
+        for note in training_notes(name, trained, problem):
+            print(f"lindm: warning: {note}", file=sys.stderr)
 
 
 HEAD = ("policy", "normalized gap", "95 %", "V* - V^pi", "of V*", "agreement", "invalid", "n", "method", "decisions/s")

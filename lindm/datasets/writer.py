@@ -121,11 +121,7 @@ def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
         wanted = sizes.get(f"num_{part}", 0)
         if len(given) != wanted or len(set(given)) != wanted:
             raise ValueError(f"names of {part} must be {wanted} that differ; got {given}")
-    if isinstance(generator.source, Suite):
-        source = {"suite": asdict(generator.source)}
-    else:
-        arrays = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(generator.source))
-        source = {"problem": {"sha256": hashlib.sha256(arrays).hexdigest()}}
+    source = source_identity(generator.source)
     example: Any = generator.example
     legal = getattr(example, "models", example).legal
     return {
@@ -138,6 +134,14 @@ def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
         "precision": str(jnp.result_type(float)),
         "names": names,
     }
+
+
+def source_identity(source: Suite | Problem) -> dict[str, Any]:
+    """By what a dataset knows its source again: the options of a suite, or the SHA-256 of the arrays of one problem."""
+    if isinstance(source, Suite):
+        return {"suite": asdict(source)}
+    arrays = b"".join(np.asarray(x, np.float64).tobytes() for x in jax.tree.leaves(source))
+    return {"problem": {"sha256": hashlib.sha256(arrays).hexdigest()}}
 
 
 def _versions() -> dict[str, str]:

@@ -93,6 +93,14 @@ class Policy:
         """
         return None
 
+    def note(self, state: Any, observation: Observation) -> str | None:
+        """What to know about the decision at the first history: that it has a reason of another kind; None: nothing.
+
+        Args:
+          state, observation: the state that `step` returned for this observation.
+        """
+        return None
+
     def act(self, demonstrations: Episodes, history: History, problem: Any = None) -> "Decision":
         """The decision at one history: the action, and the probabilities of all actions.
 
@@ -126,6 +134,7 @@ class Decision:
     belief: np.ndarray | None = None  # [S] over the hidden state, where the problem is known; [M, S] at an ambiguous start
     invalid: bool | None = None  # of a language model: whether its likeliest text is no action
     stage: int  # number of the decision, from 0
+    note: str | None = None  # of the policy: that the decision has a reason of another kind than usual
 
     @property
     def Q(self) -> np.ndarray | None:
@@ -140,6 +149,7 @@ class DecisionMaker:
     Args:
       policy: as of `as_policy`.
       demonstrations, problem: as of `Policy.act`.
+      notes: what to know about every decision; it is kept for whoever shows them.
 
     Attributes:
       info: what is known of the problem; None where nothing is, and histories are then `Step`s that are not checked.
@@ -148,8 +158,8 @@ class DecisionMaker:
       ValueError: the policy needs the problem, or demonstrations.
     """
 
-    def __init__(self, policy: Any, demonstrations: Episodes = (), problem: Any = None):
-        self.policy = as_policy(policy)
+    def __init__(self, policy: Any, demonstrations: Episodes = (), problem: Any = None, notes: Sequence[str] = ()):
+        self.policy, self.notes = as_policy(policy), tuple(notes)
         problem = getattr(self.policy, "problem", None) if problem is None else problem
         self.info: ProblemInfo | None = None if problem is None else problem_info(problem)
         known = None if self.info is None or isinstance(self.info.problem, StationaryPOMDP) else self.info.problem
@@ -187,6 +197,7 @@ class DecisionMaker:
             upper=upper,
             belief=belief,
             invalid=None if invalid is None else bool(invalid[0]),
+            note=self.policy.note(state, observation) if hasattr(self.policy, "note") else None,
             stage=len(steps) - 1,
         )
 
@@ -257,6 +268,10 @@ class ChosenPolicy(Policy):
     def q_bounds(self, state, observation: Observation):
         policy, own = state
         return policy.q_bounds(own, observation)
+
+    def note(self, state, observation: Observation) -> str | None:
+        policy, own = state
+        return policy.note(own, observation)
 
 
 class FunctionPolicy(Policy):

@@ -12,6 +12,8 @@ import numpy as np
 from scipy import sparse
 
 from lindm.problems.stationary import StationaryPOMDP
+from lindm.solvers.belief import normalize
+from lindm.solvers.legal_supports import without_bound
 from lindm.solvers.stationary_solution import total_discount
 
 MAX_BELIEFS = 20_000
@@ -86,6 +88,29 @@ def best_vectors(
         scores = np.where(problem.legal_at(beliefs)[:, actions], scores, -np.inf)
     best = scores.argmax(-1)
     return best, scores[np.arange(len(best)), best] > -np.inf
+
+
+def action_bounds(problem: StationaryPOMDP, beliefs: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """What each action earns at least [n, A] at beliefs [n, S] if every vector [k, S] earns what it says; one step of lookahead.
+
+    -inf where an action is not legal in a state that a belief holds possible.
+    """
+    lower = beliefs @ problem.r
+    for row, belief in enumerate(beliefs):
+        for a in range(problem.num_actions):
+            lower[row, a] += problem.discount * (vectors @ joint_measure(problem, belief, a)).max(0).sum()
+    return without_bound(np.where(problem.legal_at(beliefs), lower, -np.inf))
+
+
+def joint_measure(problem: StationaryPOMDP, belief: np.ndarray, a: int) -> np.ndarray:
+    """The joint measure [S, O] of the next state and the observation after an action at a belief [S]."""
+    return (belief @ problem.P[a])[:, None] * problem.O[a].toarray()
+
+
+def beliefs_after(problem: StationaryPOMDP, beliefs: np.ndarray, actions: np.ndarray, observations: np.ndarray) -> np.ndarray:
+    """The beliefs [n, S] after an action and an observation at each of n beliefs; zeros after an impossible one."""
+    steps = zip(beliefs, actions, observations, strict=True)
+    return np.array([normalize(joint_measure(problem, belief, a)[:, o])[0] for belief, a, o in steps])
 
 
 def _key(belief: np.ndarray) -> bytes:

@@ -10,12 +10,13 @@ linear equations without an end, a recursion over the stages of a finite horizon
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lindm.problems.identity import problem_digests
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.legal_supports import LIMIT, penalized, saturated
 
@@ -27,6 +28,7 @@ SHARE = 0.1  # of the width of the bounds that a graph may lose
 PRECISION = 1e-12  # of the values of a graph, relative to the largest reward's value
 MAX_NODES = 2000
 MAX_BACKUPS = 20_000
+MAX_WORK = 5e9  # products of numbers that following vectors of unknown origin may take: some seconds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,6 +87,7 @@ class PolicyGraph:
             "observations": list(observations),
             "nodes": nodes,
             "rules": self.rules(),
+            "problem": problem_digests(problem),
         }
 
 
@@ -92,7 +95,16 @@ def policy_graph(solution: "StationarySolution") -> PolicyGraph:
     """The graph of a solution's policy. ValueError: it has more than `MAX_NODES` nodes."""
     graph = None
     for slack in SLACKS:
-        graph = _follow(solution, slack * float(np.ptp(solution.vectors[solution.vectors > LIMIT])))
+        graph = _follow(
+            solution.problem,
+            solution.actions,
+            solution.vectors,
+            promises=solution.promises,
+            horizon=solution.horizon,
+            staged=not solution.is_stationary,
+            slack=slack * float(np.ptp(solution.vectors[solution.vectors > LIMIT])),
+            max_nodes=MAX_NODES,
+        )
         if graph and graph.value >= solution.lower - SHARE * (solution.upper - solution.lower) - 1e-9 * abs(solution.lower):
             return graph
     if graph is None:
@@ -100,15 +112,50 @@ def policy_graph(solution: "StationarySolution") -> PolicyGraph:
     return graph
 
 
-def _follow(solution: "StationarySolution", slack: float) -> PolicyGraph | None:
-    """The graph with a slack in the choice of nodes; None where it has too many."""
-    problem, staged = solution.problem, not solution.is_stationary
+def earned_graph(problem: StationaryPOMDP, actions: np.ndarray, vectors: np.ndarray) -> PolicyGraph | None:
+    """The graph of alpha vectors of any origin, without an end: its values are what they earn in this problem, not what they say.
+
+    Args:
+      actions, vectors: [n] the action of each vector [n, S].
+
+    Returns: None where it has too many nodes, or where it would take long.
+    """
+    work = vectors.size * max(problem.num_observations, 1)
+    return _follow(
+        problem,
+        actions,
+        vectors,
+        promises=lambda belief, stages: np.where(problem.legal_at(belief[None])[0, actions], vectors @ belief, -np.inf),
+        horizon=math.inf,
+        staged=False,
+        slack=0.0,
+        max_nodes=min(MAX_NODES, int(MAX_WORK / work)),
+    )
+
+
+def _follow(
+    problem: StationaryPOMDP,
+    actions_of: np.ndarray,
+    vectors: np.ndarray,
+    *,
+    promises: Callable[[np.ndarray, float], np.ndarray],
+    horizon: float,
+    staged: bool,
+    slack: float,
+    max_nodes: int,
+) -> PolicyGraph | None:
+    """The graph with a slack in the choice of nodes; None where it has too many.
+
+    Args:
+      promises: what each vector is worth at a belief with so many stages to go.
+      staged: whether nodes belong to stages.
+    """
     nodes: list[tuple[int, int]] = []  # stage (-1: every stage) and vector of each node
     witnesses: list[np.ndarray] = []
 
     def node(belief: np.ndarray, stage: int) -> int:
         """The node of a belief: one that is there if it is nearly best."""
-        promised = solution.promises(belief, solution.horizon - stage if staged else math.inf)
+        promised = promises(belief, horizon - stage if staged else math.inf)
         best = int(promised.argmax())
         key = stage if staged else -1
         known = [(promised[v], n) for n, (h, v) in enumerate(nodes) if h == key and promised[v] >= promised[best] - slack]
@@ -123,13 +170,13 @@ def _follow(solution: "StationarySolution", slack: float) -> PolicyGraph | None:
     node(problem.rho, 0)
     successors, expected = [], []
     for n in _growing(nodes):
-        if len(nodes) > MAX_NODES:
+        if len(nodes) > max_nodes:
             return None
         stage, vector = nodes[n]
-        a = int(solution.actions[vector])
+        a = int(actions_of[vector])
         O = problem.O[a]
         row, seen = np.full(problem.num_observations, -1), np.zeros(problem.num_observations, bool)
-        if not staged or stage + 1 < solution.horizon:
+        if not staged or stage + 1 < horizon:
             after = problem.P[a].T @ witnesses[n]
             joint = O.multiply(after[:, None]).tocsc()
             mass = np.asarray(joint.sum(0)).ravel()
@@ -139,13 +186,13 @@ def _follow(solution: "StationarySolution", slack: float) -> PolicyGraph | None:
         successors.append(row)
         expected.append(seen)
     stages = np.array([stage for stage, _ in nodes])
-    actions = np.array([int(solution.actions[vector]) for _, vector in nodes])
+    actions = actions_of[[vector for _, vector in nodes]]
     table = np.array(successors)
-    _complete(problem, actions, table, stages, solution.vectors[[vector for _, vector in nodes]])
-    values = _values(problem, actions, table, stages, solution.horizon)
+    _complete(problem, actions, table, stages, vectors[[vector for _, vector in nodes]])
+    values = _values(problem, actions, table, stages, horizon)
     return PolicyGraph(
         problem=problem,
-        horizon=solution.horizon,
+        horizon=horizon,
         actions=actions,
         successors=table,
         expected=np.array(expected),

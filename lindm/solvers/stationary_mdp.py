@@ -28,6 +28,7 @@ from scipy import sparse
 from lindm.errors import DataError, unknown
 from lindm.io.files import read_json, write_json
 from lindm.io.provenance import provenance
+from lindm.problems.identity import problem_digests
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.ties import greedy, tie_tolerance
 
@@ -128,6 +129,7 @@ class MDPSolution:
             "policy": self.policy.tolist() if finite else self.policy[0].tolist(),
             "lower": self.lower_values.tolist(),
             "upper": self.upper_values.tolist(),
+            "problem": problem_digests(self.problem),
             "provenance": provenance(),
         }
         write_json(Path(path), content, FORMAT)

@@ -1,6 +1,7 @@
 """The policy of a set of alpha vectors, over an infinite horizon."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from lindm.evaluation.environments import PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.alpha_file import read_alpha
-from lindm.solvers.alpha_values import MAX_BELIEFS, best_vectors, policy_value_bounds
-from lindm.solvers.belief import normalize
-from lindm.solvers.legal_supports import without_bound
+from lindm.solvers.alpha_values import MAX_BELIEFS, action_bounds, beliefs_after, best_vectors, policy_value_bounds
+from lindm.solvers.policy_graph import PolicyGraph, earned_graph
+
+EARNED = 0.01  # share of the promise at the start that vectors of this problem may miss, where they are followed as a graph
 
 
 class AlphaVectors(Policy):
@@ -19,8 +21,11 @@ class AlphaVectors(Policy):
 
     The state is the beliefs at the histories.
 
+    What a vector says of its value is a promise that a file makes: it holds in the problem of the vectors alone, which no such
+    file names. Bounds of action values are therefore computed anew, in the problem that is given (`earned`).
+
     Args:
-      problem: of which the vectors are.
+      problem: in which they are followed.
       actions: [n] the action of each vector.
       vectors: [n, S] a value for each state.
     """
@@ -34,6 +39,34 @@ class AlphaVectors(Policy):
         if not problem.O:
             raise ValueError("problem must be a POMDP: alpha vectors are values over beliefs; got an MDP, without observations")
         return cls(problem, *read_alpha(path, problem.num_states, problem.num_actions))
+
+    @property
+    def promised(self) -> float:
+        """What the vectors say of the value at the start, without an end."""
+        return float((self.vectors @ self.problem.rho).max())
+
+    @cached_property
+    def earned(self) -> PolicyGraph | None:
+        """The graph that follows the vectors from the start, with its exact value in this problem; None where it is too large.
+
+        >>> tiger = ld.read_stationary_pomdp("tiger.pomdp")
+        >>> ld.solve_stationary(tiger, tolerance=1e-6).save("tiger.alpha")
+        >>> round(ld.load_alpha_vectors("tiger.alpha", tiger).earned.value, 5)
+        19.37137
+        """
+        return earned_graph(self.problem, self.actions, self.vectors) if self.problem.discount < 1 else None
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the vectors may belong to another problem than the one that is given; None where they earn what they say."""
+        if self.earned is None:
+            return "what the vectors earn is not computed: they are too many, or nothing is discounted; so there are no bounds"
+        missed, promised = self.promised - self.earned.value, self.promised
+        if missed <= EARNED * max(abs(promised), abs(self.earned.value)):
+            return None
+        said = f"the vectors say that they earn {promised:.6g} from the start, and followed in this problem they earn"
+        other = "they seem to belong to another problem or discount; the bounds are those of this one"
+        return f"{said} {self.earned.value:.6g}: {other}"
 
     def value_bounds(self, *, tolerance: float = 1e-6, max_beliefs: int = MAX_BELIEFS) -> tuple[float, float]:
         """Certified bounds of what the policy earns without an end; exact where it reaches few beliefs.
@@ -52,20 +85,10 @@ class AlphaVectors(Policy):
         beliefs = state[observation.parent]
         if observation.stage:
             assert observation.action is not None and observation.observation is not None
-            steps = zip(beliefs, observation.action, observation.observation, strict=True)
-            beliefs = np.array([normalize(self._joint(belief, a)[:, o])[0] for belief, a, o in steps])
+            beliefs = beliefs_after(self.problem, beliefs, observation.action, observation.observation)
         best, _ = best_vectors(self.problem, self.actions, self.vectors, beliefs)
         return beliefs, one_hot(self.actions[best], self.problem.num_actions)
 
-    def q_bounds(self, state: np.ndarray, observation: Observation) -> tuple[np.ndarray, None]:
-        """Lower bounds [n, A]: what an action earns if the vectors are followed afterwards, by one step of lookahead."""
-        problem = self.problem
-        lower = state @ problem.r
-        for row, belief in enumerate(state):
-            for a in range(problem.num_actions):
-                lower[row, a] += problem.discount * (self.vectors @ self._joint(belief, a)).max(0).sum()
-        return without_bound(np.where(problem.legal_at(state), lower, -np.inf)), None
-
-    def _joint(self, belief: np.ndarray, a: int) -> np.ndarray:
-        """The joint measure [S, O] of the next state and the observation after an action."""
-        return (belief @ self.problem.P[a])[:, None] * self.problem.O[a].toarray()
+    def q_bounds(self, state: np.ndarray, observation: Observation) -> tuple[np.ndarray, None] | None:
+        """Lower bounds [n, A] of the optimal action values: one step of lookahead, then the nodes of `earned`."""
+        return None if self.earned is None else (action_bounds(self.problem, state, self.earned.values), None)

@@ -13,25 +13,36 @@ class BC(Policy):
     """The most frequent action of the task's demonstrations after the same last observation.
 
     The last observation is the state of an MDP, otherwise the model and the observation of the step before. If no demonstration
-    has it, the most frequent action over all steps is taken. Ties go to the lowest action. The state is a table of actions per
-    task.
+    has it, the most frequent action over all steps is taken. Ties go to the lowest action. The state is the counts of the actions
+    after each last observation, per task.
     """
 
     markov = True
 
     def init(self, tasks: Sequence[PolicyTask]) -> tuple[Environment, np.ndarray]:
-        return tasks[0].known, np.array([_table(task) for task in tasks])
+        return tasks[0].known, np.array([_counts(task) for task in tasks])
 
     def step(self, state, observation: Observation):
-        env, tables = state
-        if observation.state is not None:
-            seen = observation.state
-        elif observation.observation is None:
-            seen = np.zeros(len(observation), int)
-        else:
-            m = 0 if observation.model is None else observation.model
-            seen = _seen(env, m, observation.observation)
-        return state, one_hot(tables[observation.task, seen], env.num_actions)
+        env, counts = state
+        here = counts[observation.task, _last_seen(env, observation)]
+        everywhere = counts.sum(1)[observation.task]
+        return state, one_hot(np.where(here.any(-1, keepdims=True), here, everywhere).argmax(-1), env.num_actions)
+
+    def note(self, state, observation: Observation) -> str | None:
+        env, counts = state
+        if counts[observation.task[0], _last_seen(env, observation)[0]].any():
+            return None
+        what = "state" if isinstance(env, MDPEnvironment) else "last observation"
+        return f"no demonstration has this {what}: the action is the most frequent one of all steps"
+
+
+def _last_seen(env: Environment, observation: Observation) -> np.ndarray:
+    """The row of the counts of each history."""
+    if observation.state is not None:
+        return observation.state
+    if observation.observation is None:
+        return np.zeros(len(observation), int)
+    return _seen(env, 0 if observation.model is None else observation.model, observation.observation)
 
 
 def _seen(env: Environment, m, o):
@@ -40,8 +51,8 @@ def _seen(env: Environment, m, o):
     return 1 + m * env.num_observations + o
 
 
-def _table(task: PolicyTask) -> np.ndarray:
-    """An action for each state, or for each number of `_seen`."""
+def _counts(task: PolicyTask) -> np.ndarray:
+    """How often each action was taken in each state, or after each number of `_seen`."""
     env = task.known
     size = env.num_states if isinstance(env, MDPEnvironment) else 1 + env.num_models * env.num_observations
     counts = np.zeros((size, env.num_actions))
@@ -54,4 +65,4 @@ def _table(task: PolicyTask) -> np.ndarray:
                 seen = 0 if before is None else _seen(env, before.model or 0, before.observation)
             counts[seen, step.action] += 1
             before = step
-    return np.where(counts.any(-1), counts.argmax(-1), counts.sum(0).argmax())
+    return counts

@@ -85,7 +85,7 @@ POLICIES: dict[str, PolicyInfo] = {
     ),
 }
 LANGUAGE_MODELS = {  # read by `lindm.llm.policy`
-    "icl:MODELDIR": "A language model without training: it reads the demonstrations in its context.",
+    "base:MODELDIR": "A language model without training: it reads the demonstrations in its context.",
     "sft:RUNDIR": "A language model that `lindm sft` trained.",
 }
 
@@ -125,7 +125,8 @@ def check_name(name: str, source: "Suite | NamedProblem | Problem") -> None:
     kind = kind_of(source)
     known = [name for name, info in POLICIES.items() if kind in info.kinds]
     if name not in known:
-        rule = f"one of {', '.join((*known, *LANGUAGE_MODELS))} for {'a' if kind == 'pomdp' else 'an'} {kind.upper()}"
+        others = (*LANGUAGE_MODELS, *(POLICY_FILES if kind == "pomdp" else ()))
+        rule = f"one of {', '.join((*known, *others))} for {'a' if kind == 'pomdp' else 'an'} {kind.upper()}"
         raise ValueError(f"policy must be {rule}; got {name!r}{did_you_mean(name, known)}")
 
 

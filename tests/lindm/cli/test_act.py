@@ -2,9 +2,11 @@
 # of a POMDP the solution has vectors
 # pyright: reportAttributeAccessIssue=false
 
+import dataclasses
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,14 @@ import pytest
 import lindm as ld
 from lindm.cli.main import main
 from lindm.datasets import Dataset
+from lindm.evaluation.environments import double_precision
+from lindm.evaluation.policy import Observation
+from lindm.families.registry import NamedProblem
 from lindm.io import files, limits
+from lindm.llm.named_policies import training_notes
 from lindm.llm.sft import trainer
 from lindm.llm.sft.options import SFTConfig
+from tests.lindm.llm.conftest import SUITE
 
 TIGER = "tests/lindm/problems/files/tiger.pomdp"
 ORACLE = ["act", "oracle", TIGER, "--horizon", "3"]
@@ -101,6 +108,9 @@ def test_saved_graphs_and_tables_are_followed(capsys, tmp_path):
         assert asked(capsys, "act", graph, TIGER, "--history", history)["belief"] == wanted["belief"]
     code, said = refused(capsys, "act", graph, "--history", "open-left hear-left")
     assert code == 2 and "step 1: a policy graph goes on after its own action alone, 'listen'; got 'open-left'" in said
+    for left in ("open-left hear-left", "open-right hear-left listen hear-left listen hear-left"):
+        found, wanted = (asked(capsys, "act", policy, TIGER, "--history", left) for policy in (graph, alpha))
+        assert found["action"] == wanted["action"] and found["lower"] == pytest.approx(wanted["lower"], abs=1e-5)
     code, said = refused(capsys, "act", graph, "tests/lindm/problems/files/4x3.pomdp", "--history", "")
     assert code == 2 and "problem must have the states of" in said
     forest = "tests/lindm/problems/files/forest.pomdp"
@@ -113,19 +123,108 @@ def test_saved_graphs_and_tables_are_followed(capsys, tmp_path):
             assert got == found.act(state if found.problem.states else int(state))
 
 
+def test_policies_of_a_finite_horizon_earn_their_value_over_all_histories(capsys, tmp_path):
+    """Every kind of file that `solve` saves is read back, and asked for a whole policy: it earns what was printed."""
+    for horizon, path in (("4", tmp_path / "stages.json"), ("1000", tmp_path / "far.json"), ("inf", tmp_path / "inf.json")):
+        assert main(["solve", TIGER, "--horizon", horizon, "--tolerance", "1e-6", "--json", "--save", str(path)]) == 0
+        printed, problem = json.loads(capsys.readouterr().out)["graph_value"], ld.read_stationary_pomdp(TIGER)
+        policy = ld.load_saved_policy(path, problem)
+        stages = 4 if horizon == "4" else 3
+
+        def value(weights, steps, stages=stages, policy=policy, problem=problem, ends=horizon == "4"):
+            """What the policy earns from a history on, weighted by its probability; at the end, what its node says."""
+            if len(steps) == stages:
+                if ends:
+                    return 0.0
+                nodes, _ = follow(policy, steps)
+                return float(policy.values[nodes[0]] @ weights)
+            a = problem.actions.index(policy.act((), steps).action)
+            total = float(weights @ problem.r[:, a])
+            for o in range(2):
+                after = ((weights @ problem.P[a].toarray())[:, None] * problem.O[a].toarray())[:, o]
+                total += 0.95 * value(after, [*steps, {"action": a, "observation": o}])
+            return total
+
+        if horizon != "1000":  # its values are those of 1000 stages
+            assert value(problem.rho, []) == pytest.approx(printed, abs=1e-6)
+        decision = policy.act((), "listen hear-left")
+        assert (decision.lower is None) == (horizon == "1000")
+    with pytest.raises(ValueError, match="at most 3 steps before the next action, since the horizon is 4; got 4"):
+        ld.load_saved_policy(tmp_path / "stages.json").act((), "listen hear-left " * 4)
+
+
+def follow(policy, steps):
+    """The state of a policy graph after a history."""
+    state, zero = policy.init([]), np.zeros(1, int)
+    for t in range(len(steps) + 1):
+        given = {k: np.array([v]) for k, v in (steps[t - 1] if t else {}).items()}
+        state, _ = policy.step(state, Observation(stage=t, task=zero, parent=zero, **given))
+    return state
+
+
+@pytest.mark.parametrize("name", ["tree", "hsvi", "net", "mdp"])
+def test_every_kind_of_solution_in_a_file_acts_as_in_memory(tmp_path, name):
+    family = {"net": "dosing", "mdp": "mdp"}.get(name)
+    problem = ld.make(family, horizon=3) if family else ld.read_pomdp(TIGER, horizon=3)
+    solution = ld.solve(problem, "auto" if name == "mdp" else name, **({"effort": 40} if name in ("hsvi", "net") else {}))
+    solution.save(tmp_path / "s.npz")
+    history = "0 1 2" if name == "mdp" else [{"action": 0, "model": 1, "observation": 0}] if name == "net" else "listen hear-left"
+    one, other = (policy.act((), history) for policy in (solution.policy, ld.load_solution(tmp_path / "s.npz").policy))
+    assert one.action == other.action and one.stage == other.stage == 1
+    np.testing.assert_array_equal(one.lower, other.lower)
+    np.testing.assert_array_equal(one.upper, other.upper)
+
+
+def test_a_policy_of_another_problem_is_refused_or_its_bounds_are_those_of_this_one(capsys, tmp_path):
+    text = Path(TIGER).read_text()
+    changed = tmp_path / "changed.pomdp"
+    changed.write_text(text.replace("discount: 0.95", "discount: 0.9"))
+    solution = ld.solve_stationary(ld.read_stationary_pomdp(TIGER), tolerance=1e-6)
+    graph, alpha = tmp_path / "p.json", tmp_path / "p.alpha"
+    solution.save(graph)
+    solution.save(alpha)
+    code, said = refused(capsys, "act", str(graph), str(changed), "--history", "")
+    assert code == 2 and said == f"problem must be that for which {graph} was made; these parts differ: discount"
+    assert main(["act", str(alpha), str(changed), "--history", "", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    best = ld.solve_stationary(ld.read_stationary_pomdp(changed), tolerance=1e-6)
+    assert max(found["lower"].values()) <= best.upper + 1e-9 < (solution.vectors @ [0.5, 0.5]).max()
+    assert "seem to belong to another problem" in err and found["notes"][0] in err
+    assert "notes" not in asked(capsys, "act", str(alpha), TIGER, "--history", "")
+    forest = "tests/lindm/problems/files/forest.pomdp"
+    ld.solve_stationary(ld.read_stationary_pomdp(forest)).save(tmp_path / "forest.json")
+    assert main(["act", str(tmp_path / "forest.json"), forest, "--history", "0"]) == 0
+    capsys.readouterr()
+    code, said = refused(capsys, "act", str(tmp_path / "forest.json"), forest, "--discount", "0.5", "--history", "0")
+    assert code == 2 and "these parts differ: discount" in said
+
+
+def test_an_unseen_observation_is_noted_where_demonstrations_are_copied(capsys, tmp_path):
+    rows = ["episode,step,action,observation", "a,0,listen,hear-left", "a,1,open-right,hear-left", "a,2,listen,hear-left"]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    words = ["act", "bc", TIGER, "--horizon", "3", "--demonstrations", str(tmp_path / "log.csv"), "--history"]
+    assert "notes" not in asked(capsys, *words, "listen hear-left")
+    found = asked(capsys, *words, "listen hear-right")
+    assert found["action"] == "listen" and "no demonstration has this last observation" in found["notes"][0]
+    assert main([*words, "listen hear-right"]) == 0
+    assert f"note         {found['notes'][0]}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"nodes": []}, "not a policy of `lindm solve --save`"),
         ({"nodes": [{"action": "jump", "next": {}}]}, "not a policy of `lindm solve --save`"),
         ({"nodes": [{"action": "listen", "next": {"hear-left": 7}}]}, "an edge to node 7"),
+        ({"nodes": [{"action": "listen", "next": {"hear-left": 0}, "values": [1, 2]}]}, "must be 1 finite numbers"),
         ({"states": None}, "not a policy of `lindm solve --save`"),
         ({"format": "lindm-policy-0"}, "must have the format 'lindm-policy-1'"),
     ],
 )
 def test_a_damaged_policy_file_is_refused(capsys, tmp_path, change, message):
     content = {"horizon": None, "states": ["a"], "actions": ["listen"], "observations": ["hear-left"]}
-    content |= {"nodes": [{"action": "listen", "next": {"hear-left": 0}}]} | change
+    content |= {"nodes": [{"action": "listen", "next": {"hear-left": 0}, "values": [-20.0]}]} | change
     files.write_json(tmp_path / "p.json", content, format=content.pop("format", "lindm-policy-1"))
     code, said = refused(capsys, "act", str(tmp_path / "p.json"), "--history", "")
     assert code == 3 and message in said
@@ -178,6 +277,37 @@ def test_a_run_knows_its_own_names_and_sizes_and_warns_where_it_has_no_demonstra
     assert "warning: the model was trained with 2 demonstrations of each task, and is asked without any" in err
     assert main(["act", f"sft:{run}", "--history", "7"]) == 2
     assert "history: step 1: state must be one of 0, 1" in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_about_another_problem_says_in_what_it_differs(capsys, micro, run, tmp_path):
+    """The same tasks and another seed of the same suite raise no note; other sizes, names, rules and a fixed problem do."""
+    assert "notes" not in asked(capsys, "act", f"sft:{run}", str(micro.mdp), "--history", "0")
+    suite = dataclasses.replace(SUITE, split="ood")
+    trained = Dataset(micro.mdp)
+    assert training_notes("sft:x", trained, suite) == [] == training_notes("sft:x", None, suite)
+    wanted = {
+        "horizon 3, here 4": dataclasses.replace(SUITE, horizon=4),
+        "concentration 0.5, here 2.0": dataclasses.replace(SUITE, concentration=2.0),
+        "the suite small, here one problem": NamedProblem(problem=trained.problems()[0]),
+        "states without names, here a b c": NamedProblem(problem=trained.problems()[0], states=("a", "b", "c")),
+        "num_states 3, here 2": Dataset(micro.hidden),
+    }
+    for words, source in wanted.items():
+        (note,) = training_notes("sft:x", trained, source)
+        assert note.startswith(f"sft:x was trained on another problem ({micro.mdp}): ") and words in note
+    hidden = Dataset(micro.hidden)
+    with double_precision():
+        same, other = hidden.problems()[0], hidden.problems()[0]
+        assert training_notes("sft:x", hidden, same) == []
+        other = dataclasses.replace(other, r=other.r + 0.5)
+    assert "one problem, here another one, with other numbers" in training_notes("sft:x", hidden, other)[0]
+    words = ["act", f"sft:{run}", "mdp", "--states", "3", "--actions", "2", "--horizon", "3", "--history", "0", "--json"]
+    mine = tmp_path / "mine.csv"
+    mine.write_text("episode,step,state,action,reward\na,0,0,1,0.5\n")
+    assert main([*words, "--demonstrations", str(mine)]) == 0
+    out, err = capsys.readouterr()
+    (note,) = json.loads(out)["notes"]
+    assert "was trained on another problem" in note and err == f"lindm: warning: {note}\n"
 
 
 def test_a_context_that_is_too_long_is_refused(capsys, micro, run, tmp_path):

@@ -91,11 +91,11 @@ def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(t
 @pytest.mark.parametrize(
     "names, code, said",
     [
-        (["clever"], 2, "policy must be one of oracle, random, .*icl:MODELDIR, sft:RUNDIR for an MDP; got 'clever'"),
+        (["clever"], 2, "policy must be one of oracle, random, .*base:MODELDIR, sft:RUNDIR for an MDP; got 'clever'"),
         (["bc", "oracle", "bc"], 2, "policy must be given once; got 'bc' twice"),
-        (["llm:models/x"], 2, "policy must be icl:MODELDIR, sft:RUNDIR or alpha:FILE where it has a colon; got 'llm:models/x'"),
-        (["icl:"], 2, "where it has a colon; got 'icl:'"),
-        (["icl:nowhere"], 3, "policy icl:nowhere: nowhere is not there"),
+        (["llm:models/x"], 2, "policy must be base:MODELDIR, sft:RUNDIR or alpha:FILE where it has a colon; got 'llm:models/x'"),
+        (["base:"], 2, "where it has a colon; got 'base:'"),
+        (["base:nowhere"], 3, "policy base:nowhere: nowhere is not there"),
         (["sft:nowhere"], 3, "policy sft:nowhere: nowhere holds no run of `lindm sft`"),
         (["qmdp"], 2, "policy must be one of oracle, .* for an MDP; got 'qmdp'"),
     ],

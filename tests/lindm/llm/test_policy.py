@@ -1,7 +1,9 @@
 """A model's decisions: what shared caches and batches answer is what one full reading of each text answers."""
 
+import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import pytest
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation.compare import evaluate, read_tasks
+from lindm.evaluation.environments import double_precision
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
+from lindm.llm import named_policies
 from lindm.llm.io import weights
-from lindm.llm.named_policies import PoliciesByName
+from lindm.llm.named_policies import PoliciesByName, check_not_trained_on
 from lindm.llm.policy import LanguageModelPolicy, load_policy
 from lindm.llm.sft import trainer
 from lindm.llm.sft.options import SFTConfig
@@ -102,7 +106,7 @@ def run(micro, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(micro, run, tmp_path_factory):
-    names = ["oracle", "random", "bc", f"icl:{micro.model}", f"sft:{run}"]
+    names = ["oracle", "random", "bc", f"base:{micro.model}", f"sft:{run}"]
     heard = []
     policies = PoliciesByName(names, SUITE, DATASET)
     actual = evaluate(SUITE, policies, dataset=DATASET, data=tmp_path_factory.mktemp("data"), on_result=heard.append)
@@ -173,9 +177,9 @@ def test_a_temperature_gives_the_models_own_probabilities(micro, run):
 
 
 def test_a_language_model_is_read_when_its_turn_comes(micro):
-    policies = PoliciesByName([f"icl:{micro.model}", "bc"], SUITE, DATASET)
-    assert list(policies) == [f"icl:{micro.model}", "bc"] and len(policies) == 2
-    assert policies[f"icl:{micro.model}"] is not policies[f"icl:{micro.model}"]
+    policies = PoliciesByName([f"base:{micro.model}", "bc"], SUITE, DATASET)
+    assert list(policies) == [f"base:{micro.model}", "bc"] and len(policies) == 2
+    assert policies[f"base:{micro.model}"] is not policies[f"base:{micro.model}"]
     with pytest.raises(KeyError):
         policies["oracle"]
 
@@ -188,7 +192,7 @@ def test_options_of_texts_raise_an_error_without_a_language_model():
 
 def test_an_invalid_value_of_rewards_raises_an_error(micro):
     with pytest.raises(ValueError, match="rewards must be one of auto, shown, hidden; got 'some'"):
-        PoliciesByName(["oracle", f"icl:{micro.model}"], SUITE, DATASET, rewards="some")
+        PoliciesByName(["oracle", f"base:{micro.model}"], SUITE, DATASET, rewards="some")
 
 
 def test_a_task_with_too_many_histories_is_sampled(micro):
@@ -200,9 +204,9 @@ def test_a_task_with_too_many_histories_is_sampled(micro):
 def test_texts_that_are_too_long_for_the_model_are_refused(micro):
     dataset = DatasetConfig(tasks=1, demos=30, seed=4)
     with pytest.raises(
-        LindmError, match=r"policy icl:.*: texts must have at most the 256 tokens of the model; the longest has about \d+"
+        LindmError, match=r"policy base:.*: texts must have at most the 256 tokens of the model; the longest has about \d+"
     ) as e:
-        evaluate(SUITE, PoliciesByName([f"icl:{micro.model}"], SUITE, dataset), dataset=dataset)
+        evaluate(SUITE, PoliciesByName([f"base:{micro.model}"], SUITE, dataset), dataset=dataset)
     assert isinstance(e.value, DataError)
 
 
@@ -221,3 +225,24 @@ def test_tasks_that_a_run_was_trained_on_are_refused(run):
     with pytest.raises(LindmError, match=r"seed must not be 0: .* was trained on these tasks") as e:
         PoliciesByName([f"sft:{run}"], SUITE, DatasetConfig(tasks=5, demos=2))
     assert isinstance(e.value, UsageError)
+
+
+def test_the_demonstrations_of_one_problem_that_a_run_was_trained_on_are_refused(micro):
+    """Of one problem the seed draws the demonstrations alone: the same problem and seed give those of the training."""
+    trained = Dataset(micro.hidden)
+    with double_precision():
+        problem = trained.problems()[0]
+        changed = dataclasses.replace(problem, r=problem.r * 2)
+    with patched_run(trained):
+        with pytest.raises(UsageError, match="seed must not be 0: run was trained on these tasks"):
+            check_not_trained_on(Path("run"), problem, DatasetConfig(tasks=5, demos=2))
+        check_not_trained_on(Path("run"), problem, DatasetConfig(tasks=5, demos=2, seed=1))
+        check_not_trained_on(Path("run"), changed, DatasetConfig(tasks=5, demos=2))
+
+
+@contextlib.contextmanager
+def patched_run(trained):
+    """A run that was trained on this data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(named_policies, "run_options", lambda run: {"data": str(trained.directory)})
+        yield

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ import pytest
 from lindm.cli.main import main
 from lindm.figures.policy_graph import draw_policy_graph
 from lindm.figures.style import save
+from lindm.problems.identity import differences, problem_digests
+from lindm.problems.stationary import from_pomdp, to_pomdp
 from lindm.solvers import policy_graph
+from lindm.solvers.alpha_values import policy_value_bounds
 from lindm.solvers.point_based import solve
-from lindm.solvers.policy_graph import PolicyGraph
+from lindm.solvers.policy_graph import PolicyGraph, earned_graph
 from tests.lindm.solvers.test_point_based import FILES, exact, model, read
 
 
@@ -111,3 +115,37 @@ def test_solve_prints_the_rules_and_saves_the_picture(tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["rules"][0].startswith("1 (start, stage 1): listen") and answer["graph_value"] == pytest.approx(-1.95)
     assert not math.isinf(answer["horizon"])
+
+
+def test_vectors_of_another_problem_are_worth_what_they_earn_in_this_one(monkeypatch):
+    tiger, other = read("tiger"), replace(read("tiger"), r=read("tiger").r - np.array([0.5, 0, 0]))
+    solution = solve(tiger, tolerance=1e-6)
+    for problem in (tiger, other):
+        graph = earned_graph(problem, solution.actions, solution.vectors)
+        assert graph is not None
+        # what a recursion over 5 steps earns, and then at least the lowest and at most the highest reward at every stage
+        begun, rest = earned(graph, 0, 5, problem.rho), 0.95**5 / 0.05
+        assert begun + rest * problem.r.min() <= graph.value <= begun + rest * problem.r.max()
+        low, high = policy_value_bounds(problem, solution.actions, solution.vectors)
+        assert graph.value <= high + 1e-9  # following the vectors at every belief earns at least the graph
+        assert graph.value == pytest.approx(19.371368 if problem is tiger else low, abs=1e-6)
+    monkeypatch.setattr(policy_graph, "MAX_WORK", 4 * 2 * solution.vectors.size)  # of four nodes, and it has five
+    assert earned_graph(tiger, solution.actions, solution.vectors) is None
+
+
+def test_a_problem_is_known_again_by_its_numbers():
+    tiger = read("tiger")
+    own = problem_digests(tiger)
+    assert differences(own, problem_digests(from_pomdp(to_pomdp(tiger, 4)))) == []
+    explicit = replace(tiger, P=tuple(type(P)(P.toarray()[::-1][::-1] + 1e-14) for P in tiger.P), actions=())
+    assert differences(own, problem_digests(explicit)) == []
+    changed = {
+        "transitions": {"P": (tiger.P[1], *tiger.P[1:])},
+        "observations": {"O": (tiger.O[1], *tiger.O[1:])},
+        "rewards": {"r": tiger.r + 1e-6},
+        "start": {"rho": np.array([0.4, 0.6])},
+        "discount": {"discount": 0.9},
+        "legal actions": {"legal": np.array([[True, True, True], [True, True, False]])},
+    }
+    for part, fields in changed.items():
+        assert differences(own, problem_digests(replace(tiger, **fields))) == [part]
