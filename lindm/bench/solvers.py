@@ -6,8 +6,9 @@ the solver alone, objects built before (the most favorable, and the one to judge
 values. The first two are beside `optimal_policy`, which returns values and a policy as the peers do, the third beside
 `backward_induction`. A peer gets the action values by one matrix product for all stages at once. Peers get arrays
 in their own order, made before the timing. Neither peer takes rewards or kernels that change with the stage; ours reads an [H,
-S, A] array of rewards even here, where it is constant. Every side reads the whole kernel, 8 A S^2 bytes, once per stage: from S
-= 100 on memory bandwidth bounds all sides, and no ratio can be large.
+S, A] array of rewards even here, where it is constant. A side that reads the whole kernel, 8 A S^2 bytes, at every stage is
+bounded by memory bandwidth from S = 100 on. `optimal_policy` reads the rows of the best actions alone once these have settled, 5
+stages before the end in these models.
 
 POMDPs. A batch of 1,000 random models with S = 3, A = 2, O = 2 by the belief tree: the value at the start alone, and the action
 values of every history (in batches of 10, one table of which is 56 MB). The peer is the textbook's recursion in numpy, below:
@@ -48,6 +49,7 @@ TREES = 1000
 HORIZONS = (4, 5, 6, 7, 8, 9, 10)
 TABLES = 10  # models whose action values are in memory together
 SAMPLE = {4: 100, 5: 100, 6: 50, 7: 25, 8: 10, 9: 5, 10: 3}  # horizon -> models that the textbook's recursion is run on
+STACKED = 1 << 20  # bytes of a kernel: the largest models that are solved in a stack
 REPEATS = 7
 CHECKED = 3  # models whose values both sides must agree on
 PEERS = ("quantecon", "pymdptoolbox")
@@ -85,11 +87,20 @@ def pomdp_models(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
-def our_mdps(S: int, count: int) -> MDP:
-    """The stack [count] of `mdp_models`."""
+def our_mdps(S: int, count: int) -> MDP | list[MDP]:
+    """The models of `mdp_models` as a stack [count]; those larger than `STACKED` as a list, because a stack copies each."""
     P, r = mdp_models(S, count)
     rewards = np.broadcast_to(r[:, None], (count, H, *r.shape[1:]))
-    return MDP(P=jnp.asarray(P)[:, None], r=jnp.asarray(rewards), rho=jnp.full((count, S), 1 / S))
+    if P[0].nbytes <= STACKED:
+        return MDP(P=jnp.asarray(P)[:, None], r=jnp.asarray(rewards), rho=jnp.full((count, S), 1 / S))
+    return [MDP(P=jnp.array(P[i : i + 1]), r=jnp.array(rewards[i]), rho=jnp.full(S, 1 / S)) for i in range(count)]
+
+
+def our_batch_solver(solver: Callable, batch: MDP | list[MDP]) -> Callable[[Any], Any]:
+    """What solves a batch of `our_mdps`: one call for a stack, one call for each model of a list."""
+    if isinstance(batch, MDP):
+        return jax.jit(lambda stack: solve_many(solver, stack))
+    return lambda models: [solver(model) for model in models]
 
 
 def our_pomdps(count: int, horizon: int) -> APOMDP:
@@ -105,14 +116,16 @@ def measure_our_mdps() -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"solve": [], "Q": []}
     starts, values = [], []
     for S, count in MODELS.items():
-        stack = our_mdps(S, count)
+        batch = our_mdps(S, count)
         for way, solver in (("solve", optimal_policy), ("Q", backward_induction)):
-            solve = jax.jit(lambda stack, solver=solver: solve_many(solver, stack))
-            first, answers = timed(lambda solve=solve, stack=stack: solve(stack))
-            total = cpu_seconds(lambda solve=solve, stack=stack: solve(stack), REPEATS)
+            solve = our_batch_solver(solver, batch)
+            first, answers = timed(lambda solve=solve, batch=batch: solve(batch))
+            total = cpu_seconds(lambda solve=solve, batch=batch: solve(batch), REPEATS)
             seconds[way].append(total / count)
             starts.append(max(first - total, 0.0))
-            values += [float(answers[0][:CHECKED, 0].mean())] if way == "solve" else []
+            if way == "solve":
+                V = answers[0] if isinstance(batch, MDP) else np.stack([V for V, _ in answers])
+                values.append(float(V[:CHECKED, 0].mean()))
     return {**seconds, "build": seconds["solve"], "start": max(starts), "values": values}
 
 
@@ -245,9 +258,13 @@ def _mdp_memory(side: str) -> float:
     """MiB that a batch of the largest size takes beyond its models."""
     S, count = max(MODELS), MODELS[max(MODELS)]
     if side == "ours":
-        stack = our_mdps(S, count)
-        solve = jax.jit(lambda stack: solve_many(optimal_policy, stack)).lower(stack).compile()
-        return peak_growth(lambda: solve(stack))
+        batch = our_mdps(S, count)
+        solve: Any = our_batch_solver(optimal_policy, batch)
+        if isinstance(batch, MDP):
+            solve = solve.lower(batch).compile()
+        else:
+            jax.block_until_ready(solve(batch[:1]))  # compiles; its memory is that of one model's answers
+        return peak_growth(lambda: solve(batch))
     build, call = _peer(side)
     P, r = mdp_models(S, count)
     native = np.ascontiguousarray(P.swapaxes(1, 2)) if side == "pymdptoolbox" else P
