@@ -6,8 +6,8 @@ reward        that the problem pays for the step, not discounted: R(s, a, s', o)
               sum of discount^h times the reward of stage h
 terminated    the horizon is over (it belongs to the problem: nothing is earned afterward), or the state keeps itself under
               every action and pays nothing. An episode is never truncated; one without a horizon may never end
-info          stage and state (which a policy of a POMDP does not see); after a step discounted_mean_reward,
-              discount^h E[R | s, a], and, in an ambiguous POMDP, model
+info          stage and state (which a policy of a POMDP does not see); where not every action is legal, action_mask; after a
+              step discounted_mean_reward, discount^h E[R | s, a], and, in an ambiguous POMDP, model
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,11 +85,17 @@ class Simulator:
         return following if self.observed else m * self.num_observations + o, reward, terminated, info
 
     def _info(self) -> Info:
+        mask = {} if self.models[0].legal is None else {"action_mask": self.action_mask()}
+        return {"stage": self.stage} | ({} if self.state is None else {"state": self.state}) | mask
+
+    def action_mask(self) -> np.ndarray:
+        """[A] int8, 1 where an action is legal: in the state, or before there is one in all that an episode may begin in."""
+        legal = self.models[0].legal
+        if legal is None:
+            return np.ones(self.num_actions, np.int8)
         if self.state is None:
-            return {"stage": self.stage}
-        legal = self.models[self.model].legal
-        mask = {} if legal is None else {"action_mask": legal[self.state].astype(np.int8)}
-        return {"stage": self.stage, "state": self.state} | mask
+            return legal[np.any([model.rho > 0 for model in self.models], axis=0)].all(0).astype(np.int8)
+        return legal[self.state].astype(np.int8)
 
 
 def gymnasium_environment(
@@ -104,6 +110,12 @@ def gymnasium_environment(
         raise UsageError(f"an environment needs gymnasium: pip install 'lindm[gym]' ({e})") from e
     simulator = Simulator(problem, nature)
 
+    class LegalActions(Discrete):
+        """Actions as numbers, of which `sample` without a mask draws those that are legal."""
+
+        def sample(self, mask: Any = None, **options: Any) -> Any:
+            return super().sample(simulator.action_mask() if mask is None and not options else mask, **options)
+
     class ProblemEnv(gymnasium.Env):
         """A problem of lindm: `discount`, `horizon`, `nature` and `names` are those of the problem."""
 
@@ -111,8 +123,9 @@ def gymnasium_environment(
 
         def __init__(self):
             self.discount, self.horizon, self.nature, self.names = simulator.discount, simulator.horizon, nature, dict(names)
-            self.observation_space, self.action_space = Discrete(simulator.num_seen), Discrete(simulator.num_actions)
             model = simulator.models[0]
+            self.observation_space = Discrete(simulator.num_seen)
+            self.action_space = (Discrete if model.legal is None else LegalActions)(simulator.num_actions)
             if simulator.observed and model.stationary and model.legal is None:
                 self.P, self.initial_state_distrib = model.table(simulator.ended), model.rho
 
@@ -158,7 +171,7 @@ class _Model:
         else:
             kept = (self.P[:, np.arange(S), :, np.arange(S)] == 1).all(1)
         if isinstance(self.R, tuple):
-            unpaid = np.stack([R.diagonal() == 0 for R in self.R], axis=1)
+            unpaid = np.stack([_own_unpaid(R) for R in self.R], axis=1)
         else:
             own = np.arange(S) if self.R.shape[3] > 1 else np.zeros(S, int)
             unpaid = (self.R[:, np.arange(S), :, own] == 0).all((1, 3))
@@ -174,7 +187,8 @@ class _Model:
 
     def pay(self, t: int, s: int, a: int, following: int, o: int) -> float:
         if isinstance(self.R, tuple):
-            return float(self.R[a][s, following])
+            O = self.R[a].shape[1] // self.R[a].shape[0]  # one where no reward depends on the observation
+            return float(self.R[a][s, following * O + (o if O > 1 else 0)])
         _, _, _, next_states, observations = self.R.shape
         return float(self.R[_stage(self.R, t), s, a, following if next_states > 1 else 0, o if observations > 1 else 0])
 
@@ -231,6 +245,14 @@ def _models(problem: MDP | POMDP | APOMDP | StationaryPOMDP) -> list[MDP | POMDP
     if not isinstance(problem, APOMDP):
         return [problem]
     return [jax.tree.map(lambda x, m=m: np.asarray(x)[m], problem.models) for m in range(problem.num_models)]
+
+
+def _own_unpaid(R: sparse.csr_array) -> np.ndarray:
+    """[S] whether a state that keeps itself is paid nothing, from rewards [S, S] or [S, S O] as of `StationaryPOMDP`."""
+    S, columns = R.shape
+    entries = R.tocoo()
+    paid = entries.row[(entries.col // (columns // S) == entries.row) & (entries.data != 0)]
+    return np.bincount(paid, minlength=S) == 0
 
 
 def _stage(x: np.ndarray, t: int) -> int:

@@ -32,7 +32,9 @@ class SparseModel(NamedTuple):
     r: np.ndarray  # [S, A]
     start: np.ndarray  # [S]
     legal: np.ndarray | None = None  # [S, A] bool; None: every action is legal
-    rewards_vary: bool = False  # with the next state or the observation; only their expectation r is kept
+    # what is paid, of each action: [S, S] by the next state, or [S, S O] with the column next state * O + observation, at the
+    # transitions that are possible; None where that is r
+    rewards: tuple[sparse.csr_array, ...] | None = None
 
 
 class _Cell(NamedTuple):
@@ -138,12 +140,13 @@ def parse_sparse(text: str, name: str = "<text>") -> SparseModel:
         line, row = min(off)
         more = f" (and {len(off) - 1} more that miss it)" if len(off) > 1 else ""
         warnings.warn(f"{name}:{line}: {row}, not to one{more}: scaled", UserWarning, stacklevel=2)
-    expected, rewards_vary = _expected(rewards, P, seen, (S, O))
-    r = (-1.0 if head.costs else 1.0) * expected + 0.0  # + 0.0: no cost is 0.0, not -0.0
-    r[ends] = 0.0
-    r[illegal.T] = 0.0
+    sign, unpaid = -1.0 if head.costs else 1.0, ends | illegal  # [A, S]
+    expected, paid = _rewards(rewards, P, seen, (S, O))
+    r = np.where(unpaid.T, 0.0, sign * expected + 0.0)  # + 0.0: no cost is 0.0, not -0.0
+    if paid is not None:
+        paid = tuple(sparse.csr_array(sparse.diags_array(sign * ~none) @ R) for none, R in zip(unpaid, paid, strict=True))
     legal = ~illegal.T if illegal.any() else None
-    kept = {"r": r, "start": head.start, "legal": legal, "rewards_vary": rewards_vary}
+    kept = {"r": r, "start": head.start, "legal": legal, "rewards": paid}
     return SparseModel(**head.names, discount=head.discount, P=P, O=seen, **kept)
 
 
@@ -176,18 +179,18 @@ def _normalized(table: sparse.csr_array, lines: np.ndarray, title, last: _Sectio
     return sparse.csr_array(sparse.diags_array(1 / np.where(error > ROUNDING, sums, 1.0)) @ table)
 
 
-def _expected(
+def _rewards(
     rewards: Sequence[tuple[_Section, _Cell]],
     P: tuple[sparse.csr_array, ...],
     O: tuple[sparse.csr_array, ...],
     sizes: tuple[int, int],
-) -> tuple[np.ndarray, bool]:
-    """r [S, A], the expectation of R over the possible transitions and observations, and whether R depends on these."""
+) -> tuple[np.ndarray, tuple[sparse.csr_array, ...] | None]:
+    """r [S, A], the expectation of R over the possible transitions and observations; and R as in `SparseModel`."""
     S, n = sizes
     lengths = (S, S, max(n, 1))  # of the places state, next state, observation
     by_o = any(cell.places[3] is not None or (cell.given < 4 and n > 1) for _, cell in rewards)
     by_next = by_o or any(cell.places[2] is not None or cell.given < 3 for _, cell in rewards)
-    r, writes = np.zeros((S, len(P))), 0
+    r, writes, tables = np.zeros((S, len(P))), 0, []
     for a, kernel in enumerate(P):
         at, weights = [np.arange(S)] * 3, np.ones(S)  # state, next state and observation of each possibility
         if by_next:
@@ -215,4 +218,7 @@ def _expected(
         least, most = np.minimum.reduceat(paid, first[:-1]), np.maximum.reduceat(paid, first[:-1])
         # a reward that is the same everywhere is exact
         r[:, a] = np.where(least == most, least, np.bincount(at[0], weights * paid, S))
-    return r, by_next
+        if by_next:
+            columns = at[1] * n + at[2] if by_o else at[1]
+            tables.append(sparse.csr_array((paid, (at[0], columns)), shape=(S, S * n if by_o else S)))
+    return r, tuple(tables) if by_next else None

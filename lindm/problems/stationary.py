@@ -44,20 +44,21 @@ class StationaryPOMDP:
     states: tuple[str, ...] = ()  # names, in the order of the indices
     actions: tuple[str, ...] = ()
     observations: tuple[str, ...] = ()
-    # what is paid: entries of a file, or for each action [S, S] by the next state; None where that is r(s, a)
+    # what is paid: entries of a file; or for each action [S, S] by the next state, or [S, S O] with the column
+    # next state * O + observation; None where that is r(s, a)
     rewards: RewardEntries | tuple[sparse.csr_array, ...] | None = None
     legal: np.ndarray | None = None  # [S, A] bool, the actions that a state allows; None: all
-    rewards_vary: bool = False  # of a large file, with the next state or the observation: only their expectation r was kept
 
     def reward_table(self) -> np.ndarray:
         """R [1, S, A, S|1, O|1], what an environment pays. DataError where the table of a file is too large."""
-        if self.rewards_vary:
-            raise DataError("rewards that depend on the next state or the observation are not kept of a file of this size")
         if self.rewards is None:
             return self.r[None, :, :, None, None]
         if isinstance(self.rewards, RewardEntries):
             return self.rewards.R()[None]
-        return np.stack([R.toarray() for R in self.rewards], axis=1)[None, ..., None]
+        if (total := sum(int(np.prod(R.shape)) for R in self.rewards)) > POMDP_TABLE:
+            raise DataError(f"rewards of all actions make a table of {total:,} numbers; at most {POMDP_TABLE:,}")
+        table = np.stack([R.toarray() for R in self.rewards], axis=1)
+        return table.reshape(1, self.num_states, self.num_actions, self.num_states, -1)
 
     def legal_at(self, beliefs: np.ndarray) -> np.ndarray:
         """[n, A] bool, the actions that every state of positive probability in beliefs [n, S] allows."""
@@ -89,7 +90,7 @@ def read(path: str | Path, discount: float | None = None) -> StationaryPOMDP:
     if S * A * (S + O) <= DENSE:
         return stationary(cassandra.read(path), discount)
     model = parse_sparse(inputs.read_text(Path(path), limits.POMDP_FILE), str(path))
-    return _problem(model, model.P, model.O, discount, rewards_vary=model.rewards_vary)
+    return _problem(model, model.P, model.O, discount, rewards=model.rewards)
 
 
 def stationary(model: Model, discount: float | None = None) -> StationaryPOMDP:

@@ -292,3 +292,47 @@ def test_a_mask_tells_which_actions_are_legal_and_another_one_is_refused():
     with pytest.raises(ValueError, match=r"^action must be legal in the state: \[0\] in state 0; got 1$"):
         env.step(1)
     assert env.step(0)[-1]["action_mask"].tolist() == [1, 1] and not hasattr(env, "P")  # a table cannot say what is legal
+
+
+LIMITED = HIDDEN.format("", "") + "\nillegal: rest : near\nillegal: walk : far\n"
+
+
+@pytest.mark.parametrize("kind", ["mdp", "pomdp", "stationary", "game"])
+def test_gymnasium_accepts_problems_whose_actions_are_not_all_legal(kind, tmp_path):
+    (tmp_path / "a.pomdp").write_text(LIMITED.replace("start: 1 0 0", "start: 0.5 0 0.5"))
+    problem: Any = ld.read_pomdp(tmp_path / "a.pomdp", horizon=4)
+    if kind == "mdp":
+        problem = to_mdp(parse(SEEN + "\nillegal: rest : near\nillegal: walk : far\n"), 4)
+    env = ld.to_gymnasium(
+        {"mdp": problem, "pomdp": problem, "stationary": stationary(parse(LIMITED))}.get(kind)
+        or ld.apomdp([problem.problem, problem.problem], 0.5),
+        nature="game" if kind == "game" else None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(env, skip_render_check=True)
+    info = env.reset(seed=0)[1]  # the game has no state yet: what is legal in all first states
+    assert info["action_mask"].tolist() == ([0, 1] if info.get("state", 0) == 0 else [1, 1])
+    env.action_space.seed(0)
+    for seed in range(20):  # whoever samples takes legal actions alone
+        _, info = env.reset(seed=seed)
+        ended = False
+        while not ended and info["stage"] < 4:
+            action = env.action_space.sample()
+            assert info["action_mask"][action]
+            _, _, ended, _, info = env.step(action)
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_a_large_file_pays_by_the_transition_too(observed, tmp_path, monkeypatch):
+    by_observation = HIDDEN.replace("goal : * 10", "goal : light 10\nR: walk : far : near : dark 2")
+    (tmp_path / "a.pomdp").write_text(SEEN if observed else by_observation)
+    dense = ld.to_gymnasium(ld.read_stationary_pomdp(tmp_path / "a.pomdp"))
+    monkeypatch.setattr("lindm.problems.stationary.DENSE", 0)
+    sparse = ld.to_gymnasium(ld.read_stationary_pomdp(tmp_path / "a.pomdp"))
+    paid = set()
+    for seed in range(30):
+        rows = [episode(env, seed, [0, 0, 0, 0, 0, 0], steps=6) for env in (dense, sparse)]
+        assert str(rows[0]) == str(rows[1])
+        paid |= {row[1] for row in rows[1][1:]}
+    assert paid >= ({-1.0, 10.0} if observed else {-1.0, 2.0, 10.0})

@@ -34,6 +34,14 @@ def same(text: str, name: str = "f.pomdp") -> None:
     else:
         assert got.O == ()
     np.testing.assert_allclose(got.r, dense.r, rtol=1e-12, atol=1e-12)
+    assert (got.rewards is None) == (dense.rewards is None)
+    if dense.rewards is not None:  # what is paid, at all transitions that are possible
+        S, A, O = *dense.r.shape, max(len(dense.observations), 1)
+        seen = dense.O if dense.observations else np.ones((A, S, 1))
+        possible = (dense.P[..., None] > 0) & (seen[None] > 0)  # [S, A, S, O]
+        table = np.stack([R.toarray().reshape(S, S, -1) for R in got.rewards], axis=1)
+        paid, expected = (np.broadcast_to(R, (S, A, S, O))[possible] for R in (table, dense.rewards.R()))
+        np.testing.assert_array_equal(paid, expected)
     scaled = [str(w.message) for w in of_dense if "scaled" in str(w.message)]
     assert [str(w.message) for w in of_sparse] == scaled
 
@@ -111,10 +119,15 @@ def test_a_large_file_is_read_sparse_and_its_problem_is_the_same(tmp_path, monke
         assert got.nnz == want.nnz and abs(got - want).max() <= 1e-15
     np.testing.assert_array_equal(read.r, problem.r)
     assert (read.reward_table()[0, :, :, 0, 0] == problem.r).all()
-    with (tmp_path / "rocks.pomdp").open("a") as f:  # a reward by the next state: its expectation is not what is paid
-        f.write(f"\nR: {problem.actions[0]} : {names[0]} : {names[1]} : * 5\n")
-    with pytest.raises(LindmError, match="rewards that depend on the next state or the observation are not kept"):
-        stationary.read(tmp_path / "rocks.pomdp").reward_table()
+    after = int(problem.P[0][[0]].indices[0])
+    with (tmp_path / "rocks.pomdp").open("a") as f:  # a reward by the next state
+        f.write(f"\nR: {problem.actions[0]} : {names[0]} : {names[after]} : * 5\n")
+    read = stationary.read(tmp_path / "rocks.pomdp")
+    table = read.reward_table()
+    assert table.shape == (1, *read.r.shape, read.num_states, 1) and table[0, 0, 0, after] == 5
+    monkeypatch.setattr(stationary, "POMDP_TABLE", table.size - 1)
+    with pytest.raises(LindmError, match=f"rewards of all actions make a table of {table.size:,} numbers; at most"):
+        read.reward_table()
     monkeypatch.setattr(cassandra_sparse, "CELLS", 100)
     with pytest.raises(LindmError, match=r"rocks.pomdp:[0-9]+: the entries up to this one write more than 100 numbers"):
         stationary.read(tmp_path / "rocks.pomdp")
