@@ -37,6 +37,8 @@ Remat = Literal["full", "selective", "none"]
 product with weights (selective); nothing (none)."""
 BaseFormat = Literal["f32", "bf16", "int8", "nf4"]
 """Storage of the frozen kernels under low-rank adapters (`lindm.llm.lora`)."""
+LoraScaling = Literal["standard", "rslora"]
+"""Factor of a low-rank update: alpha / rank, or alpha / sqrt(rank)."""
 
 
 @dataclass(frozen=True, kw_only=True)

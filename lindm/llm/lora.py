@@ -1,6 +1,10 @@
 r"""Low-rank adapters (LoRA; Hu et al., 2021) on the linear layers of the decoder, and quantization of the frozen kernels below.
 
-    y = x W + (alpha / rank) (x A) B,        A ~ U(-1/sqrt(in), 1/sqrt(in)) [in, rank],    B = 0 [rank, out]
+    y = x W + scale (x A) B,    scale = alpha / rank, or alpha / sqrt(rank) (rsLoRA; Kalajdzievski, 2023),
+    A ~ U(-1/sqrt(in), 1/sqrt(in)) [in, rank],    B = 0 [rank, out]
+
+In training x may have dropout in front of A. Each module, layer, step and micro-batch has a mask of its own, which depends on the
+seed and not on the devices.
 
 With adapters everything else is frozen: embedding, norms, biases, output layer. The frozen kernels may be quantized (QLoRA;
 Dettmers et al., 2023): int8 with one scale per output, or nf4, four bits that index quantiles of a normal distribution, with one
@@ -19,10 +23,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from lindm.llm.config import BaseFormat
+from lindm.llm.config import BaseFormat, LoraScaling
 from lindm.llm.model import Decoder, FrozenParam, Linear
+from lindm.llm.model_families import TARGET_MODULES
 
-TARGET_MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 NF4_BLOCK = 64  # inputs that share a scale
 # quantiles of N(0, 1), zero among them, scaled to [-1, 1] (Dettmers et al., 2023, appendix E)
 NF4_LEVELS = np.array(
@@ -112,7 +116,14 @@ def linear_layers(model: Decoder) -> Iterator[tuple[str, Linear]]:
         yield name, getattr(model.blocks, name)
 
 
-def add_lora(model: Decoder, rank: int, alpha: float, key: Array, targets: tuple[str, ...] = TARGET_MODULES) -> Decoder:
+def add_lora(
+    model: Decoder,
+    rank: int,
+    alpha: float,
+    key: Array,
+    targets: tuple[str, ...] = TARGET_MODULES,
+    scaling: LoraScaling = "standard",
+) -> Decoder:
     """Freeze the model in place and give every target module an adapter, whose update is zero at first.
 
     Raises: ValueError, for a rank below one or an unknown target.
@@ -129,7 +140,26 @@ def add_lora(model: Decoder, rank: int, alpha: float, key: Array, targets: tuple
             a = jax.random.uniform(jax.random.fold_in(key, i), (num_layers, n_in, rank), jnp.float32, -bound, bound)
             linear.lora_a = nnx.data(nnx.Param(a))
             linear.lora_b = nnx.data(nnx.Param(jnp.zeros((num_layers, rank, n_out), jnp.float32)))
-            linear.lora_scale = alpha / rank
+            linear.lora_scale = alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+    return model
+
+
+class DropoutKey(nnx.Variable):
+    """Random keys [num_layers] of the dropout in front of an adapter."""
+
+
+def set_dropout(model: Decoder, rate: float) -> Decoder:
+    """Give all adapters this probability of dropout, in place; it applies once a step has called `draw_dropout`."""
+    for _, linear in linear_layers(model):
+        linear.lora_dropout = rate if linear.lora_a is not None else 0.0
+    return model
+
+
+def draw_dropout(model: Decoder, key: Array) -> Decoder:
+    """From now on, the adapters' inputs have dropout with this key, in place."""
+    for i, (_, linear) in enumerate(linear_layers(model)):
+        if linear.lora_dropout:
+            linear.dropout_keys = nnx.data(DropoutKey(jax.random.split(jax.random.fold_in(key, i), linear.shape[0])))
     return model
 
 

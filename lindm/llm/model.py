@@ -40,7 +40,7 @@ from lindm.llm.attention import (
     softcapped,
 )
 from lindm.llm.config import ModelConfig, Remat
-from lindm.llm.rope import RopeParameters, rope_frequencies
+from lindm.llm.rope_tables import in_long_document, rope_tables
 
 ShardingConstraint = Callable[[Array], Array]
 """Constrains the sharding of an array; the identity on one device."""
@@ -53,7 +53,10 @@ class FrozenParam(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """y = x W + b, plus lora_scale (x A) B if an adapter was added (`lindm.llm.lora`); every weight is [num_layers, ...]."""
+    """y = x W + b, plus lora_scale (x A) B if an adapter was added (`lindm.llm.lora`); every weight is [num_layers, ...].
+
+    With `dropout_keys` [num_layers], the adapter's x has dropout.
+    """
 
     def __init__(self, num_layers: int, n_in: int, n_out: int, bias: bool, init_std: float, rngs: nnx.Rngs, dtype: DTypeLike):
         self.kernel: Any = nnx.data(nnx.Param(init_std * jax.random.normal(rngs.params(), (num_layers, n_in, n_out), dtype)))
@@ -61,6 +64,8 @@ class Linear(nnx.Module):
         self.lora_a: Any = nnx.data(None)  # [num_layers, in, rank]
         self.lora_b: Any = nnx.data(None)  # [num_layers, rank, out]
         self.lora_scale = 1.0
+        self.lora_dropout = 0.0  # probability
+        self.dropout_keys: Any = nnx.data(None)  # set in training steps alone
         self.shape = (num_layers, n_in, n_out)  # of the kernel, quantized or not
 
     def __call__(self, x: Array) -> Array:
@@ -72,6 +77,9 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + _align_last(self.bias[...].astype(x.dtype), y)
         if self.lora_a is not None and self.lora_b is not None:
+            if self.dropout_keys is not None:
+                kept = jax.random.bernoulli(self.dropout_keys[...], 1 - self.lora_dropout, x.shape)
+                x = jnp.where(kept, x / (1 - self.lora_dropout), 0)
             low_rank = trained_matmul(x, self.lora_a[...].astype(x.dtype)) * self.lora_scale  # scaled where it is narrow
             y = y + trained_matmul(low_rank, self.lora_b[...].astype(x.dtype))
         return checkpoint_name(y, MATMUL)
@@ -216,7 +224,7 @@ class Decoder(nnx.Module):
         """
         x = constrain(constrain_embedded(self._embed(input_ids, dtype)))
         mask = causal_mask(positions, segment_ids)
-        long = _in_long_document(self.config, positions, segment_ids)
+        long = in_long_document(self.config, positions, segment_ids)
         x, _, _ = self._apply_layers(x, positions, [mask], long=long, remat=remat, unroll=unroll, constrain=constrain)
         return self.norm(x)
 
@@ -225,7 +233,7 @@ class Decoder(nnx.Module):
 
         Args: input_ids, positions: [B, T].
         """
-        x, long = self._embed(input_ids, dtype), _in_long_document(self.config, positions, None)
+        x, long = self._embed(input_ids, dtype), in_long_document(self.config, positions, None)
         _, _, outputs = self._apply_layers(x, positions, [causal_mask(positions, None)], long=long, output_hidden_states=True)
         return jnp.concatenate([x[None], outputs])
 
@@ -301,7 +309,7 @@ class Decoder(nnx.Module):
         masks: of the keys of this call or of the cache, and, with a prefix, of the prefix.
         """
         config = self.config
-        ropes, rope_of_layer = _rope_tables(config, positions, long)
+        ropes, rope_of_layer = rope_tables(config, positions, long)
         windows = jnp.array(config.sliding_windows or [0] * config.num_layers, jnp.int32)
         graphdef, weights = nnx.split(self.blocks)
 
@@ -320,47 +328,6 @@ class Decoder(nnx.Module):
         inputs = (weights, windows, jnp.array(rope_of_layer), cache, prefix)
         x, (cache, outputs) = jax.lax.scan(body, x, inputs, unroll=config.num_layers if unroll else 1)
         return x, cache, outputs
-
-
-def _in_long_document(config: ModelConfig, positions: Array, segment_ids: Array | None) -> Array | bool:
-    """Which tokens are of a document longer than `original_max_position_embeddings`: [B, T] or [B, 1]; False without longrope."""
-    rope, T = config.rope_parameters, positions.shape[1]
-    if rope.rope_type != "longrope":
-        return False
-    last = positions.max(axis=1, keepdims=True)
-    if segment_ids is not None:
-        ends = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(last, bool)], axis=1)
-        end = jax.lax.cummin(jnp.where(ends, jnp.arange(T)[None], T), axis=1, reverse=True)
-        last = jnp.take_along_axis(positions, end, axis=1)
-    return last >= rope.original_max_position_embeddings
-
-
-def _rope_tables(config: ModelConfig, positions: Array, long: Array | bool) -> tuple[tuple[Array, Array], list[int]]:
-    """Cosines and sines [kinds, B, T, R/2] of each kind of rotation that the layers have, and the kind of each layer.
-
-    long: of `_in_long_document`.
-    """
-    main, sliding = config.rope_parameters, config.sliding_rope_parameters
-    windows = config.sliding_windows or (0,) * config.num_layers
-    none: RopeParameters | None = None
-    of_layer = [
-        none if layer in config.no_rope_layers else sliding if windows[layer] and sliding is not None else main
-        for layer in range(config.num_layers)
-    ]
-    kinds = list(dict.fromkeys(of_layer))
-    like = next((rope for rope in kinds if rope is not None), main)
-    cosines, sines = [], []
-    for rope in kinds:
-        frequencies = jnp.array(rope_frequencies(rope or like, config.head_dim), jnp.float32)
-        turns = positions[..., None].astype(jnp.float32)
-        angles = turns * _align_last(frequencies if rope is not None else jnp.zeros_like(frequencies), turns)
-        if rope is not None and rope.rope_type == "longrope":
-            of_long = jnp.array(rope_frequencies(rope, config.head_dim, long=True), jnp.float32)
-            angles = jnp.where(jnp.asarray(long)[..., None], turns * _align_last(of_long, turns), angles)
-        factor = 1.0 if rope is None else rope.attention_factor
-        cosines.append(_scaled(jnp.cos(angles), factor))
-        sines.append(_scaled(jnp.sin(angles), factor))
-    return (jnp.stack(cosines), jnp.stack(sines)), [kinds.index(rope) for rope in of_layer]
 
 
 @jax.custom_vjp

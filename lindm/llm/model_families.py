@@ -4,9 +4,11 @@ A new family is one entry (docs/where-to-change-what.md has an example). Where i
 `ModelConfig` as well, which `lindm.llm.model` reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from lindm.errors import unknown
 
 NormOrder = Literal["before", "after", "both"]
 """Where the norms of a layer stand: before attention and MLP (Llama), behind them (OLMo 2), or both (Gemma)."""
@@ -112,6 +114,31 @@ IGNORED_KEYS = {
     *("return_dict", "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "is_llama_config"),
     *("model_max_length", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "rope_interleaved"),
 }
+
+
+TARGET_MODULES = ("q", "k", "v", "o", "gate", "up", "down")  # linear layers that can have low-rank adapters
+TARGET_GROUPS = {"all": TARGET_MODULES, "attention": TARGET_MODULES[:4], "mlp": TARGET_MODULES[4:]}
+
+
+def parse_lora_targets(text: str, families: Iterable[Family] = ()) -> tuple[str, ...]:
+    """The modules that "all", "attention", "mlp" or a list such as "q_proj,v_proj" names, in the order of `TARGET_MODULES`.
+
+    Args:
+      families: [default: all]; names of tensors that have several modules, such as qkv_proj, are those of these families.
+
+    Raises:
+      ValueError: an unknown name, or none.
+    """
+    known = TARGET_GROUPS | {f"{module}_proj": (module,) for module in TARGET_MODULES}
+    for family in families or FAMILIES.values():
+        known |= {name.rpartition(".")[2]: parts for name, parts in family.tensors.items()}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(unknown("lora_targets", wrong[0], tuple(known)))
+    if not names:
+        raise ValueError("lora_targets must name a module, such as q_proj, or be all, attention or mlp; got none")
+    chosen = {module for name in names for module in known[name]}
+    return tuple(module for module in TARGET_MODULES if module in chosen)
 
 
 def family_keys() -> set[str]:

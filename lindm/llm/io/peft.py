@@ -24,12 +24,14 @@ from lindm.errors import DataError
 from lindm.io.directories import atomic_directory
 from lindm.io.files import read_json, write_json
 from lindm.io.verification import verify_file_list, write_file_list
+from lindm.llm.config import LoraScaling, ModelConfig
 from lindm.llm.io import safetensors_files
 from lindm.llm.io.safetensors_files import READABLE_DTYPES, StoredTensor
 from lindm.llm.io.tensor_names import stored_modules
 from lindm.llm.io.weights import gather_to_host, write_on_first_process
 from lindm.llm.lora import add_lora, linear_layers
-from lindm.llm.model import Decoder, Linear
+from lindm.llm.model import Decoder, Linear, abstract_decoder
+from lindm.llm.model_families import TARGET_MODULES
 from lindm.llm.parallel.sharding import shard_array, weight_spec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,11 +46,12 @@ IGNORED_KEYS = {
 }
 
 
-def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
+def save_adapter(model: Decoder, directory: Path, base_name: str, scaling: LoraScaling = "standard") -> None:
     """Write the adapters of a model to a directory that `PeftModel.from_pretrained` loads.
 
     Args:
       base_name: base model of the adapters, a directory or an id on the Hugging Face hub.
+      scaling: how the configuration says the factor of A B; it is the same factor.
 
     Raises:
       ValueError: the model has no adapters.
@@ -61,14 +64,17 @@ def save_adapter(model: Decoder, directory: Path, base_name: str) -> None:
     stored = {name: parts for name, parts in _stored_linears(model).items() if parts.keys() & adapted.keys()}
     ranks = {name: _stored_rank(parts) for name, parts in stored.items()}
     alphas = {
-        name: ranks[name] * max(p.lora_scale for p in parts.values() if p.lora_a is not None) for name, parts in stored.items()
+        name: (math.sqrt(ranks[name]) if scaling == "rslora" else ranks[name])
+        * max(p.lora_scale for p in parts.values() if p.lora_a is not None)
+        for name, parts in stored.items()
     }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True},
-        **{"r": rank, "lora_alpha": _number(alpha), "lora_dropout": 0.0, "bias": "none"},
+        **{"r": rank, "lora_alpha": _number(alpha), "bias": "none"},
+        "lora_dropout": max(linear.lora_dropout for linear in adapted.values()),
         "target_modules": [_target_module(name) for name in stored],
-        **{"fan_in_fan_out": False, "use_rslora": False},
+        **{"fan_in_fan_out": False, "use_rslora": scaling == "rslora"},
         "rank_pattern": {_target_module(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {_target_module(name): _number(a) for name, a in alphas.items() if a != alpha},
     }
@@ -100,9 +106,7 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
     """
     verify_file_list(directory)
     config = _read_config(directory / CONFIG)
-    file = directory / WEIGHTS
-    if not file.exists() and (pickles := sorted(directory.glob("adapter_model.bin"))):
-        raise DataError(f"{pickles[0]} is a pickle, which is never read: convert it to {WEIGHTS}")
+    file = _weights_file(directory)
     found = _find_adapters(model, safetensors_files.read_header(file), file, config)
     adapters: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
     with safetensors_files.open_file(file) as f:
@@ -119,6 +123,34 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
                     array = shard_array(value, NamedSharding(mesh, weight_spec(f"blocks.{name}.{leaf}", value.shape, mesh)))
                 setattr(linear, leaf, nnx.data(nnx.Param(array)))
     return model
+
+
+class AdapterSettings(NamedTuple):
+    """What an adapter of PEFT is, as the options of `lindm sft` say it."""
+
+    rank: int
+    alpha: float
+    scaling: LoraScaling
+    targets: tuple[str, ...]
+
+
+def read_adapter_settings(directory: Path, config: ModelConfig) -> AdapterSettings:
+    """The settings of a directory for `load_adapter`. Raises: DataError, as `load_adapter` for a model of this configuration."""
+    verify_file_list(directory)
+    adapter = _read_config(directory / CONFIG)
+    header = safetensors_files.read_header(_weights_file(directory))
+    found = _find_adapters(abstract_decoder(config), header, directory / WEIGHTS, adapter)
+    targets = {part for parts, _ in found.values() for part in parts}
+    return AdapterSettings(
+        adapter.rank, adapter.alpha, "rslora" if adapter.rslora else "standard", tuple(n for n in TARGET_MODULES if n in targets)
+    )
+
+
+def _weights_file(directory: Path) -> Path:
+    file = directory / WEIGHTS
+    if not file.exists() and (pickles := sorted(directory.glob("adapter_model.bin"))):
+        raise DataError(f"{pickles[0]} is a pickle, which is never read: convert it to {WEIGHTS}")
+    return file
 
 
 class _AdapterConfig(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from lindm.choices import Loss, Rewards, Supervise, check_choices
 from lindm.io import files
-from lindm.llm.config import BaseFormat, Remat
+from lindm.llm.config import BaseFormat, LoraScaling, Remat
+from lindm.llm.model_families import parse_lora_targets
 
 RUN_FORMAT = "lindm-sft-2"  # of config.json
 
@@ -27,6 +28,7 @@ CHANGEABLE_ON_RESUME = {
     "fresh",
 }
 MINIMA = {"lora_rank": 1, "seq": 2, "steps": 1, "batch": 1, "accumulate": 1, "seed": 0}
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_scaling", "lora_targets", "lora_dropout", "adapter")
 MINIMA |= {"eval_every": 1, "eval_tasks": 0, "patience": 1, "save_every": 1, "keep": 1}
 
 
@@ -49,12 +51,21 @@ class SFTConfig:
     # method
     method: Method = "full"
     """Train all weights, adapters, or adapters over a quantized base model."""
-    lora_rank: int = 16
-    """Rank of the adapters."""
-    lora_alpha: float = 32.0
-    """Scale of the adapters: their product is multiplied by alpha / rank."""
+    lora_rank: int | None = None
+    """Rank of the adapters. [default: 16]"""
+    lora_alpha: float | None = None
+    """Scale of the adapters: their product is multiplied by alpha / rank. [default: 32]"""
+    lora_scaling: LoraScaling | None = None
+    """Scale by alpha / rank (standard), or by alpha / sqrt(rank) (rslora). [default: standard]"""
+    lora_targets: str | None = None
+    """Linear layers with adapters: all, attention, mlp, or names such as q_proj,v_proj. [default: all]"""
+    lora_dropout: float = 0.0
+    """Probability of dropout at the input of the adapters."""
+    adapter: Path | None = None
+    """Train this adapter on: a directory of PEFT, or a run with adapters. Rank, alpha, scaling and targets are the adapter's."""
     base: BaseFormat | None = None
-    """Storage format of the base weights with lora and qlora. [default: f32 with lora, nf4 with qlora]"""
+    """Storage format of the base weights with lora and qlora. [default: with lora bf16 on accelerators, f32 on CPUs; nf4 with
+    qlora]"""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
     """Type of the activations; trained weights are always f32. [default: bf16 on accelerators, f32 on CPUs]"""
     remat: Remat | None = None
@@ -142,8 +153,15 @@ class SFTConfig:
                 raise ValueError(f"{option.name} must be a finite number; got {value}")
         if self.loss_temperature <= 0:
             raise ValueError(f"loss_temperature must be above 0; got {self.loss_temperature}")
-        if self.lora_alpha <= 0:
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha must be above 0; got {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1); got {self.lora_dropout}")
+        for name in LORA_OPTIONS if self.method == "full" else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} must be left out with method full, which trains all weights; got {getattr(self, name)}")
+        if self.lora_targets is not None:
+            parse_lora_targets(self.lora_targets)
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1); got {self.held_out}")
         if self.method == "full" and self.base is not None:
@@ -164,11 +182,6 @@ class SFTConfig:
         if not isinstance(variables, dict):
             raise ValueError(f"chat_template_kwargs must be a JSON object; got {self.chat_template_kwargs!r}")
         return variables
-
-    @property
-    def base_format(self) -> BaseFormat:
-        """`base`, or its default."""
-        return self.base or ("nf4" if self.method == "qlora" else "f32")
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""

@@ -22,10 +22,11 @@ from lindm.errors import DataError
 from lindm.io import files, limits
 from lindm.io.inputs import read_text
 from lindm.io.progress import progress_bar
-from lindm.llm.config import ModelConfig, read_model_config
-from lindm.llm.io import weights
-from lindm.llm.lora import add_lora
+from lindm.llm.config import BaseFormat, ModelConfig, read_model_config
+from lindm.llm.io import peft, weights
+from lindm.llm.lora import add_lora, set_dropout
 from lindm.llm.model import Decoder
+from lindm.llm.model_families import FAMILIES, parse_lora_targets
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
 from lindm.llm.sft.examples import (
@@ -42,7 +43,7 @@ from lindm.llm.sft.examples import (
 from lindm.llm.sft.generation import end_tokens
 from lindm.llm.sft.loss import ComputeConfig, Objective
 from lindm.llm.sft.optimizer import OptimizerConfig
-from lindm.llm.sft.options import Method, SFTConfig
+from lindm.llm.sft.options import Method, SFTConfig, run_options
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, load_tokenizer
 from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
@@ -95,6 +96,8 @@ class TrainingSetup:
     objective: Objective
     optimizer: OptimizerConfig
     decision_tasks: DecisionTasks | None
+    lora: peft.AdapterSettings | None  # of the adapters; None: all weights are trained
+    base: BaseFormat  # storage of the base weights under adapters
     end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
     inputs: dict[str, Any]  # SHA-256 of data and model
 
@@ -107,6 +110,7 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
       DataError: bad data, with file and line.
     """
     tokenizer, model_config = (None, TINY) if config.model is None else _read_model(config.model)
+    lora = _lora_settings(config, model_config)
     if config.chat_template is not None and tokenizer is not None:
         tokenizer.chat_template = read_text(config.chat_template, limits.JSON_FILE)
     if config.seq is not None and config.seq > model_config.max_position_embeddings:
@@ -131,6 +135,8 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         inputs["eval_data"] = evaluation.sha256
     if config.model is not None:
         inputs["model"] = _model_hashes(config.model)
+    if config.adapter is not None:
+        inputs["adapter"] = _model_hashes(adapter_directory(config.adapter))
     return TrainingSetup(
         config=config,
         tokenizer=data.tokenizer,
@@ -144,6 +150,8 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         objective=Objective(loss=config.loss, actions=data.actions, temperature=config.loss_temperature),
         optimizer=_optimizer_config(config, len(train_rows)),
         decision_tasks=evaluation.decision_tasks,
+        lora=lora,
+        base=_base_format(config),
         end_tokens=() if data.is_dataset else end_tokens(train_examples),
         inputs=inputs,
     )
@@ -166,6 +174,14 @@ def _dtype(name: str) -> Any:
     if name == "auto":
         name = "f32" if jax.devices()[0].platform == "cpu" else "bf16"
     return jnp.float32 if name == "f32" else jnp.bfloat16
+
+
+def _base_format(config: SFTConfig) -> BaseFormat:
+    """Storage of the base weights: by default with lora, files of bf16 are not widened on accelerators."""
+    if config.method == "full":
+        return "f32"
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return config.base or ("nf4" if config.method == "qlora" else "f32" if on_cpu else "bf16")
 
 
 def _make_rows(examples: Sequence[Example], row_tokens: int, pack: bool) -> list[list[Example]]:
@@ -267,7 +283,35 @@ def build_model(setup: TrainingSetup) -> Decoder:
         shardings = sharding.weight_shardings(shapes, mesh)
         init = jax.jit(lambda key: nnx.state(Decoder(setup.model_config, nnx.Rngs(key))), out_shardings=shardings)
         return nnx.merge(graphdef, init(jax.random.key(config.seed)))
-    model = weights.load(config.model, mesh=mesh, base=config.base_format)
-    if config.method != "full":
-        add_lora(model, config.lora_rank, config.lora_alpha, jax.random.key(config.seed))
-    return model
+    model = weights.load(config.model, mesh=mesh, base=setup.base, dtype=jnp.bfloat16 if setup.base == "bf16" else jnp.float32)
+    if setup.lora is None:
+        return model
+    if config.adapter is not None:
+        peft.load_adapter(model, adapter_directory(config.adapter), mesh=mesh)
+    else:
+        rank, alpha, scaling, targets = setup.lora
+        add_lora(model, rank, alpha, jax.random.key(config.seed), targets, scaling)
+    return set_dropout(model, config.lora_dropout)
+
+
+def adapter_directory(directory: Path) -> Path:
+    """The adapter of a run of `lindm sft`, or the directory itself."""
+    return directory if run_options(directory) is None else directory / "adapter"
+
+
+def _lora_settings(config: SFTConfig, model_config: ModelConfig) -> peft.AdapterSettings | None:
+    """Those of the options, or of the adapter that is trained on, which options must not contradict."""
+    if config.method == "full":
+        return None
+    family = FAMILIES[model_config.model_type]
+    targets = parse_lora_targets(config.lora_targets or "all", (family,))
+    given = {"rank": config.lora_rank, "alpha": config.lora_alpha, "scaling": config.lora_scaling}
+    given["targets"] = targets if config.lora_targets else None
+    if config.adapter is None:
+        defaults = peft.AdapterSettings(16, 32.0, "standard", targets)
+        return defaults._replace(**{name: value for name, value in given.items() if value is not None})
+    settings = peft.read_adapter_settings(adapter_directory(config.adapter), model_config)
+    for name, value in given.items():
+        if value is not None and value != (there := getattr(settings, name)):
+            raise ValueError(f"lora_{name} must be left out with adapter, which has {there!r}; got {value!r}")
+    return settings

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lindm.llm.lora import draw_dropout
 from lindm.llm.parallel.sharding import BATCH_SPEC, WEIGHT_AXES, weight_path, weight_shardings, weight_spec
 from lindm.llm.sft.loss import ComputeConfig, Objective, label_weight, lm_loss
 from lindm.llm.sft.packing import Batch
@@ -54,21 +55,27 @@ def make_train_step(
     compute: ComputeConfig,
     mesh: Mesh | None = None,
     objective: Objective | None = None,
+    seed: int = 0,
 ) -> TrainStep:
     """train_step(state, frozen, batch [accumulation, rows, ...], stop_flags [devices]) -> (state, metrics).
 
     `frozen` holds the weights that are not trained. Where the loss or the gradient is not finite, the state is returned as it
     was. Compile the step with `jit_train_step`.
+
+    Args: seed: of the dropout of adapters, whose masks depend on it, the step and the micro-batch.
     """
 
-    def scaled_loss(params: nnx.State, frozen: nnx.State, batch: Batch, scale: Array) -> tuple[Array, Array]:
-        loss_sum, num_correct = lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective)
+    def scaled_loss(params: nnx.State, frozen: nnx.State, batch: Batch, scale: Array, key: Array) -> tuple[Array, Array]:
+        model = draw_dropout(nnx.merge(graphdef, params, frozen), key)
+        loss_sum, num_correct = lm_loss(model, batch, compute, mesh, objective)
         return loss_sum * scale, num_correct
 
     loss_and_grad = jax.value_and_grad(scaled_loss, has_aux=True)
 
-    def micro_batch(params: nnx.State, frozen: nnx.State, batch: Batch, scale: Array) -> tuple[tuple[Array, Array], nnx.State]:
-        loss, grads = loss_and_grad(params, frozen, batch, scale)
+    def micro_batch(
+        params: nnx.State, frozen: nnx.State, batch: Batch, scale: Array, key: Array
+    ) -> tuple[tuple[Array, Array], nnx.State]:
+        loss, grads = loss_and_grad(params, frozen, batch, scale, key)
         if mesh is not None:  # as the weights; otherwise XLA gives the optimizer's moments the sharding of the gradients
             grads = jax.lax.with_sharding_constraint(grads, weight_shardings(grads, mesh))
         return loss, grads
@@ -77,16 +84,17 @@ def make_train_step(
         num_labels = (batch.targets >= 0).sum(dtype=jnp.int32)
         weight = label_weight(batch)
         scale = 1 / jnp.where(weight > 0, weight, 1)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), batch.ids.shape[0])
         if batch.ids.shape[0] == 1:
-            (loss, num_correct), grads = micro_batch(state.params, frozen, jax.tree.map(lambda x: x[0], batch), scale)
+            (loss, num_correct), grads = micro_batch(state.params, frozen, jax.tree.map(lambda x: x[0], batch), scale, keys[0])
         else:
 
-            def accumulate(total, part: Batch):
-                return jax.tree.map(jnp.add, total, micro_batch(state.params, frozen, part, scale)), None
+            def accumulate(total, part: tuple[Batch, Array]):
+                return jax.tree.map(jnp.add, total, micro_batch(state.params, frozen, part[0], scale, part[1])), None
 
             zero = jnp.zeros((), jnp.float32)
             start = ((zero, zero), jax.tree.map(jnp.zeros_like, state.params))
-            ((loss, num_correct), grads), _ = jax.lax.scan(accumulate, start, batch)
+            ((loss, num_correct), grads), _ = jax.lax.scan(accumulate, start, (batch, keys))
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)

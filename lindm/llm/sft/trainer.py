@@ -132,7 +132,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     loader = BatchLoader(setup, shardings.batch, shardings.stop_flags)
     task = progress.add("train", total)
     task.update(0, detail="compiling")
-    train_step = jit_train_step(make_train_step(graphdef, optimizer, setup.compute, setup.mesh, setup.objective), shardings)
+    train_step = make_train_step(graphdef, optimizer, setup.compute, setup.mesh, setup.objective, config.seed)
+    train_step = jit_train_step(train_step, shardings)
     compiled_step = compile_train_step(train_step, template, frozen, loader.load(0).arrays, loader.stop_flags())
     checkpoint = _restore(out / CHECKPOINTS, template, progress)
     if checkpoint is None:
@@ -233,7 +234,8 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
     start = "randomly initialized" if config.model is None else str(config.model)
     for line in (
         f"model     {m.model_type}, {m.num_parameters:,} parameters, {m.num_layers} layers, hidden size {m.hidden_size}; {start}",
-        f"method    {config.method}, {setup.optimizer.steps:,} steps of {rows}, mesh {dict(setup.mesh.shape)}",
+        f"method    {config.method}{_describe_adapters(setup)}",
+        f"steps     {setup.optimizer.steps:,} of {rows}, mesh {dict(setup.mesh.shape)}",
         f"data      {len(examples):,} documents, {tokens:,} tokens, {labels:,} labels; rows of {setup.seq_len} tokens",
         f"held out  {held_out:,} documents{decisions}",
         "",
@@ -241,6 +243,14 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
         "",
     ):
         progress.print(line)
+
+
+def _describe_adapters(setup: TrainingSetup) -> str:
+    if setup.lora is None:
+        return ""
+    rank, alpha, scaling, targets = setup.lora
+    start = f" from {setup.config.adapter}" if setup.config.adapter else ""
+    return f" ({scaling} adapters{start} of rank {rank}, alpha {alpha:g} on {', '.join(targets)}; {setup.base} base weights)"
 
 
 def _export(setup: TrainingSetup, model: Any, is_main: bool) -> None:
@@ -258,7 +268,8 @@ def _export(setup: TrainingSetup, model: Any, is_main: bool) -> None:
         if missing[MODEL]:
             weights.save(model, out / MODEL, like=base, edit=lambda directory: _write_chat_settings(setup, directory))
     if config.method != "full" and missing[ADAPTER]:
-        peft.save_adapter(model, out / ADAPTER, str(config.model))
+        assert setup.lora is not None
+        peft.save_adapter(model, out / ADAPTER, str(config.model), setup.lora.scaling)
 
 
 def _write_chat_settings(setup: TrainingSetup, directory: Path) -> None:

@@ -177,8 +177,8 @@ def test_other_rope_types_are_the_same(tmp_path, monkeypatch, rope):
 # --- adapters --------------------------------------------------------------------------------------------------------------
 
 
-def adapted(directory, targets=lora.TARGET_MODULES):
-    model = lora.add_lora(weights.load(directory), 4, 6.0, jax.random.key(0), targets)
+def adapted(directory, targets=lora.TARGET_MODULES, scaling="standard"):
+    model = lora.add_lora(weights.load(directory), 4, 6.0, jax.random.key(0), targets, scaling)
     rng = np.random.default_rng(3)
     for name, linear in lora.linear_layers(model):
         if name in targets:
@@ -209,6 +209,18 @@ def test_peft_loads_a_saved_adapter(pair, tmp_path, name, targets):
     there = peft.PeftModel.from_pretrained(theirs(directory), tmp_path / "out").eval()
     np.testing.assert_allclose(their_logits(there, ids), logits(model, ids), rtol=0, atol=1e-4)
     np.testing.assert_allclose(their_logits(there.merge_and_unload(), ids), logits(model, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi4"])
+def test_peft_loads_an_adapter_saved_as_rslora(pair, tmp_path, name):
+    peft = pytest.importorskip("peft")
+    _, directory = pair(name)
+    model, ids = adapted(directory, ("q", "o", "up"), "rslora"), tokens(name, 2, 24)
+    adapters.save_adapter(lora.set_dropout(model, 0.1), tmp_path / "out", str(directory), "rslora")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    assert config.use_rslora and config.lora_dropout == 0.1
+    there = peft.PeftModel.from_pretrained(theirs(directory), tmp_path / "out").eval()
+    np.testing.assert_allclose(their_logits(there, ids), logits(model, ids), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lindm.llm.config import ModelConfig
-from lindm.llm.lora import add_lora
+from lindm.llm.lora import add_lora, set_dropout
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
 from lindm.llm.sft.loss import ComputeConfig
@@ -78,6 +78,7 @@ def train(
     mesh: Mesh | None = None,
     model: Decoder | None = None,
     lora: int = 0,
+    dropout: float = 0.0,
     compute: ComputeConfig | None = None,
     stops: list[Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -92,7 +93,7 @@ def train(
     mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
     model = decoder() if model is None else model
     if lora:
-        add_lora(model, lora, 2.0 * lora, jax.random.key(7))
+        set_dropout(add_lora(model, lora, 2.0 * lora, jax.random.key(7)), dropout)
     optimizer_config = OptimizerConfig(**({"steps": 2 * len(batches), "learning_rate": 1e-2} | settings))
     optimizer = optimizer or make_optimizer(optimizer_config)
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)

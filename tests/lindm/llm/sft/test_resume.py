@@ -68,7 +68,9 @@ def train_and_record(config: SFTConfig, monkeypatch) -> dict[int, dict[str, str]
 @pytest.mark.slow
 @pytest.mark.fault("F10", "F11")
 @pytest.mark.parametrize(
-    "options, steps", [(PACKED, range(STEPS)), ({"method": "lora", "lora_rank": 4}, (2,))], ids=["full", "lora"]
+    "options, steps",
+    [(PACKED, range(STEPS)), ({"method": "lora", "lora_rank": 4, "lora_dropout": 0.3}, (2,))],
+    ids=["full", "lora"],
 )
 def test_resumed_after_any_step_batches_losses_and_the_whole_state_have_the_same_bits(
     micro, tmp_path, monkeypatch, trials, options, steps

@@ -88,6 +88,31 @@ def test_adapters_are_trained_the_base_is_not_and_both_exports_compute_the_same(
 
 
 @pytest.mark.slow
+def test_training_goes_on_from_an_adapter_with_its_settings(micro, tmp_path):
+    """The first evaluation of the second run, before its first step, is the last one of the first."""
+    settings = {"lora_rank": 4, "lora_alpha": 6.0, "lora_scaling": "rslora", "lora_targets": "attention", "lora_dropout": 0.1}
+    first = options(micro, tmp_path / "first", method="lora", learning_rate=1e-2, eval_tasks=0, **settings)
+    trainer.train(first)
+    config = json.loads((tmp_path / "first" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["lora_dropout"]) == (4, 6, True, 0.1)
+    assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    second = {"method": "lora", "steps": 2, "eval_tasks": 0, "seed": first.seed}
+    for name in ("first", "first/adapter"):  # a run, and a directory in the layout of PEFT
+        trainer.train(options(micro, tmp_path / f"of {name.replace('/', ' ')}", adapter=tmp_path / name, **second))
+    records = [metrics.read_metrics(tmp_path / name) for name in ("first", "of first", "of first adapter")]
+    before, after, again = ([r["loss"] for r in one if r["kind"] == "eval"] for one in records)
+    assert after == again and after[0] == pytest.approx(before[-1], rel=1e-5) and after[-1] < after[0] < 0.9 * before[0]
+    assert (tmp_path / "of first" / "adapter" / "adapter_config.json").read_bytes().count(b"rslora") == 1
+    for given, message in (
+        ({"lora_rank": 8}, "lora_rank must be left out with adapter, which has 4; got 8"),
+        ({"lora_scaling": "standard"}, "lora_scaling must be left out with adapter, which has 'rslora'; got 'standard'"),
+        ({"lora_targets": "all"}, "lora_targets must be left out with adapter, which has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.train(options(micro, tmp_path / "no", adapter=tmp_path / "first", **second | given))
+
+
+@pytest.mark.slow
 def test_packing_and_accumulation_are_of_the_same_documents(micro, tmp_path):
     alone, packed = (
         setup_training(options(micro, tmp_path)),
@@ -256,6 +281,12 @@ def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
         ({"method": "half"}, "method must be one of full, lora, qlora; got 'half'"),
         ({"base": "nf4"}, "base must be left out with method full"),
         ({"method": "qlora", "base": "bf16"}, "base must be int8 or nf4"),
+        ({"lora_rank": 4}, "lora_rank must be left out with method full, which trains all weights; got 4"),
+        ({"adapter": Path("there")}, "adapter must be left out with method full, which trains all weights; got there"),
+        ({"method": "lora", "lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\); got 1.0"),
+        ({"method": "lora", "lora_targets": "q_prj"}, r"lora_targets .*'q_prj'"),
+        ({"method": "lora", "lora_targets": "qkv_proj"}, r"lora_targets .*'qkv_proj'"),
+        ({"method": "lora", "adapter": Path("nowhere")}, "cannot read nowhere/adapter_config.json"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"held_out": 1.0}, r"held_out must be in \[0, 1\); got 1.0"),
         ({"seq": 10_000}, "seq must be at most the 256 tokens of the model; got 10000"),
