@@ -12,7 +12,7 @@ from lindm.families.rocksample import rocksample
 from lindm.problems import cassandra_sparse, stationary
 from lindm.problems.cassandra import parse
 from lindm.problems.cassandra_sparse import parse_sparse
-from tests.lindm.problems.test_cassandra import BROKEN, FILES, FINE, PREAMBLE, RICH, reward_entries, reward_text
+from tests.lindm.problems.cassandra_cases import BROKEN, FILES, FINE, PREAMBLE, RICH, reward_entries, reward_text
 
 CHANCE = "T: x .5 .25 .25 0 1 0 .1 .2 .7\nT: y identity\nO: x .85 .15 0 1 .25 .75\nO: y uniform\n"
 
