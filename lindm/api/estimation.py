@@ -8,6 +8,7 @@ from lindm.datasets import read_episodes
 from lindm.errors import DataError
 from lindm.estimation import estimate as counting
 from lindm.estimation.estimate import Estimation
+from lindm.estimation.log_names import name_counts, similar_names
 from lindm.evaluation.environments import double_precision
 from lindm.io import files
 
@@ -34,11 +35,13 @@ def estimate(
       prior: weight of the Dirichlet law of each row of the model, in observations.
       restarts: of EM, from random parameters.
       seed: of draws and restarts.
-      names: of states, actions and observations, in this order. [default: those of the file, in alphabetical order]
+      names: of states, actions and observations, in their order, as far as they are known; another name in the file is an error.
+        [default: those of the file, in alphabetical order]
       progress: called with (restarts done, restarts in all).
 
     Returns:
-      The models, with `.problem(horizon)`, `.save(path)` and `.warnings`: what the log does not identify.
+      The models, with `.problem(horizon)`, `.save(path)`, `.counts` of the names in the log, and `.warnings`: what the log does
+      not identify, and names that may be misspelled.
 
     Raises:
       ValueError: an argument is out of its range or does not fit the file.
@@ -63,5 +66,8 @@ def estimate(
             )
     except DataError as e:
         raise DataError(f"{path}: {e}") from e
+    counts = name_counts(log)
+    misspelled = similar_names({part: found for part, found in counts.items() if part not in (names or {})})
+    found = replace(found, counts=counts, warnings=(*misspelled, *found.warnings))
     about = f"{len(log)} episodes, {int(found.visits.sum().round())} steps"
     return replace(found, source=f"{path}: {about}, SHA-256 {files.sha256(Path(path))}")

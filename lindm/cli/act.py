@@ -83,6 +83,7 @@ def decision_maker(options: Act) -> "DecisionMaker":
     from lindm.api.decisions import read_demonstrations
     from lindm.evaluation.policy import DecisionMaker
 
+    check_is_policy(options)
     saved = ":" not in options.policy and Path(options.policy).suffix in (".npz", ".alpha", ".policy", ".json")
     policy, problem, demonstrations, notes = solution(options) if saved else named(options)
     if options.demonstrations is not None:
@@ -97,6 +98,20 @@ def decision_maker(options: Act) -> "DecisionMaker":
     for note in notes:
         print(f"lindm: warning: {note}", file=sys.stderr)
     return DecisionMaker(policy, demonstrations, problem, notes)
+
+
+def check_is_policy(options: Act) -> None:
+    """UsageError where the first word is a problem, a directory or a picture."""
+    from lindm.families.registry import FAMILIES
+
+    word, path = options.policy, Path(options.policy)
+    if path.suffix == ".pomdp" or word in FAMILIES:
+        raise UsageError(f"POLICY must be given before PROBLEM, such as oracle or sft:RUN; got {word!r}, which is a problem")
+    if path.suffix in (".svg", ".png", ".pdf"):
+        raise UsageError(f"POLICY must be a name or a saved policy (.json, .alpha, .policy, .npz); {word} is a picture of one")
+    if path.is_dir():
+        known = "a run of `lindm sft` is sft:DIR, a model base:DIR, and a dataset takes the place of PROBLEM, after POLICY"
+        raise UsageError(f"POLICY must be a name or a saved policy; {word} is a directory: {known}")
 
 
 TEXT = ("temperature", "template", "rewards")

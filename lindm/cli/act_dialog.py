@@ -20,7 +20,8 @@ def dialog(maker: "DecisionMaker") -> int:
     """Show a decision and ask for one step, again and again, until the horizon or the end of the input. The exit code, 0."""
     info = maker.info
     assert info is not None
-    print("Enter a name or a number; Ctrl-D ends.")
+    print("After each decision, enter what was done and observed: a name of those in parentheses, or its number from 0.")
+    print("Enter alone takes the value in brackets. Ctrl-D ends.")
     decision, rows = None, []
     try:
         if info.kind != "mdp":

@@ -20,7 +20,13 @@ def run(options: Check) -> int:
     from lindm.errors import CheckpointError, DataError
     from lindm_experiments.harness.check import check
 
-    checked = check(*options.directories)
+    checked, missing = [], []
+    for directory in options.directories:
+        try:
+            checked += check(directory)
+        except DataError as e:  # the others are verified all the same
+            missing.append(e.message)
+            print(f"MISSING {e.message}")
     problems = [problem for one in checked for problem in one.problems]
     for one in checked:
         print(f"{'DAMAGED' if one.problems else 'ok':<8}{one.path}: {one.kind}, {one.state}")
@@ -30,6 +36,8 @@ def run(options: Check) -> int:
         kind = CheckpointError if any(problem.no_checkpoint for problem in problems) else DataError
         damaged = [str(one.path) for one in checked if one.problems]
         raise kind(f"missing or damaged, as listed above: {len(problems)} in {', '.join(damaged)}")
+    if missing:
+        raise DataError("; ".join(missing))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`lindm estimate`: a model from logged episodes."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,9 @@ from lindm.cli.option_parser import Command, Positional
 from lindm.errors import UsageError
 from lindm.io.files import strict_json
 from lindm.io.progress import progress_bar
+
+PARTS = ("states", "actions", "observations")
+SHOWN_NAMES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,13 @@ class Estimate:
     have a state alone."""
     out: Path
     """File of the model (.pomdp)."""
-    states: int | None = None
-    """Number of hidden states, for a file without the column state."""
+    states: str | None = None
+    """Names of all states, such as good,worn,broken: another name in the file is an error. For a file without the column state:
+    the number of hidden states."""
+    actions: str | None = None
+    """Names of all actions, with commas between them."""
+    observations: str | None = None
+    """Names of all observations, with commas between them."""
     models: int = 1
     """Number of draws of the posterior, the models of an ambiguous problem, in OUT-1.pomdp, OUT-2.pomdp, ... 1 is the posterior
     mean."""
@@ -48,18 +57,23 @@ def run(options: Estimate) -> int:
     from lindm.cli.problems import warnings_as_lines
     from lindm.problems import cassandra
 
-    names, discount = None, 0.95
+    states = int(options.states) if options.states is not None and options.states.isdecimal() else None
+    declared = {
+        part: name_list(part, given) for part in PARTS if (given := getattr(options, part)) and not (part == "states" and states)
+    }
+    names, discount = declared, 0.95
     if options.like is not None:
+        if declared:
+            raise UsageError(f"--{next(iter(declared))} must be left out with --like, whose file has the names")
         with warnings_as_lines():
             like = cassandra.read(options.like)
-        names, discount = {part: getattr(like, part) for part in ("states", "actions", "observations")}, like.discount
-        if options.states is not None:
-            names["states"] = ()  # the hidden states have no names
-        names = {part: given for part, given in names.items() if given}
+        names, discount = {part: given for part in PARTS if (given := getattr(like, part))}, like.discount
+        if states is not None:
+            names.pop("states", None)  # the hidden states have no names
     with progress_bar("restarts") as progress:
         found = estimate(
             options.episodes,
-            states=options.states,
+            states=states,
             discount=discount if options.discount is None else options.discount,
             models=options.models,
             prior=options.prior,
@@ -73,17 +87,36 @@ def run(options: Estimate) -> int:
     sizes = {part: len(getattr(model, part)) for part in ("states", "actions", "observations")}
     if options.json:
         answer = {"files": list(map(str, paths)), **sizes, "visits": found.visits.tolist(), "warnings": found.warnings}
+        answer |= {"counts": found.counts}
         answer |= {"log_likelihood": found.log_likelihood, "bic": found.bic, "objectives": found.objectives}
         print(strict_json(answer))
         return 0
     for warning in found.warnings:
         print(f"lindm: warning: {warning}", file=sys.stderr)
     print(f"episodes        {found.source.partition(', SHA-256')[0]}")
+    for part, counts in found.counts.items():
+        if part not in names:  # declared names cannot be misspelled
+            print(f"{part:<16}{listed(counts)}")
     print(f"model           {', '.join(f'{size} {part}' for part, size in sizes.items() if size)}")
     if found.log_likelihood is not None:
         print(f"log-likelihood  {found.log_likelihood:.6g}, the best of {len(found.objectives)} restarts; BIC {found.bic:.6g}")
     print(f"files           {paths[0]}" + (f" to {paths[-1].name}, draws of the posterior" if len(paths) > 1 else ""))
     return 0
+
+
+def name_list(part: str, given: str) -> tuple[str, ...]:
+    """The names in an option. UsageError where one is empty or given twice."""
+    names = tuple(word.strip() for word in given.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        number = ", or the number of hidden states" if part == "states" else ""
+        raise UsageError(f"--{part} must be different names with commas between them{number}; got {given!r}")
+    return names
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Names and how often each occurs; of many, the first ones."""
+    some = [f"{name} {n}" for name, n in list(counts.items())[:SHOWN_NAMES]]
+    return ", ".join(some) + (f", ... ({len(counts)} in all; --json has them)" if len(counts) > SHOWN_NAMES else "")
 
 
 COMMAND = Command(
@@ -93,6 +126,7 @@ COMMAND = Command(
     examples=(
         "lindm estimate log.csv --out model.pomdp",
         "lindm estimate log.csv --models 20 --out cloud.pomdp",
+        "lindm estimate log.csv --states good,worn,broken --actions run,inspect,replace --out model.pomdp",
         "lindm estimate log.csv --states 3 --restarts 30 --out hidden.pomdp",
     ),
 )

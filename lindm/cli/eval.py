@@ -149,6 +149,8 @@ def _cells(result: "PolicyResult") -> tuple[str, ...]:
 def _notes(results: "list[PolicyResult]") -> list[str]:
     """What the intervals are over, and what is undefined."""
     lines = [f"intervals: over {units}" for units in dict.fromkeys(result.interval_over for result in results) if units]
+    if any(result.ci is not None and result.ci[0] == 0 for result in results):
+        lines.append("an interval that begins at 0 was cut there: no gap is below 0")
     if any(result.method == "bounds" for result in results):
         lines.append("gaps: the middle of their range over the bounds of V*; the intervals hold for every V* between them")
     lines += [

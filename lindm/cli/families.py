@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from lindm.cli.option_parser import Command, Positional, options_of, wrap
+from lindm.cli.problems import FAMILY_OPTIONS
 from lindm.errors import unknown
 from lindm.io.files import strict_json
 
@@ -26,7 +27,8 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
       name: of one family. [default: all]
 
     Returns:
-      A dict for each, with the default sizes and the options by name (help and default).
+      A dict for each, with the default sizes and the options by name: help, default, and flag of the command line (None: it is an
+      option of `make` and `suite` alone).
 
     Raises:
       ValueError: an unknown name.
@@ -41,7 +43,7 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
 
     if name is not None and name not in FAMILIES:
         raise ValueError(unknown("family", name, tuple(FAMILIES)))
-    described = []
+    described, flags = [], {"horizon", "discount", "alpha", *FAMILY_OPTIONS}
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
         built: Any = family.build()
         problem = built.example if isinstance(built, Suite) else getattr(built, "problem", built)  # or a StationaryPOMDP itself
@@ -55,7 +57,14 @@ def list_families(name: str | None = None) -> list[dict[str, Any]]:
                 "kind": kind_of(built),
                 "summary": family.summary,
                 "sizes": sizes | {"horizon": getattr(problem, "horizon", None)},
-                "options": {name: {"help": help[name], "default": defaults[name]} for name in family.options},
+                "options": {
+                    name: {
+                        "help": help[name],
+                        "default": defaults[name],
+                        "flag": f"--{name.replace('_', '-')}" if name in flags else None,
+                    }
+                    for name in family.options
+                },
                 "template": family.name if family.name in FAMILY_TEMPLATES else None,
                 "source": _source(family.description),
                 "description": family.description,
@@ -95,17 +104,24 @@ def _print_one(facts: Mapping[str, Any]) -> None:
     for key, value in (("kind", facts["kind"]), ("sizes", _sizes(facts)), ("template", facts["template"])):
         if value is not None:
             print(f"{key:<9} {value}")
-    print("\nOptions:")
-    width = max(map(len, facts["options"])) + 2
-    for name, option in facts["options"].items():
+    for title, of_commands in (("Options", True), ("Options in Python alone (ld.make)", False)):
+        chosen = {name: option for name, option in facts["options"].items() if bool(option["flag"]) == of_commands}
+        if options := {option["flag"] or name: option for name, option in chosen.items()}:
+            print(f"\n{title}:")
+            _print_options(options)
+    print()
+    for paragraph in facts["description"].split("\n\n"):
+        print("\n".join([*wrap(paragraph), ""]))
+
+
+def _print_options(options: Mapping[str, Any]) -> None:
+    width = max(map(len, options)) + 2
+    for name, option in options.items():
         default = "" if option["default"] is None or "[default" in option["help"] else f" [default: {option['default']}]"
         first, *rest = wrap(f"{option['help']}{default}", width + 4) or [""]
         print(f"  {name:<{width}}{first}")
         for line in rest:
             print(" " * (width + 2) + line)
-    print()
-    for paragraph in facts["description"].split("\n\n"):
-        print("\n".join([*wrap(paragraph), ""]))
 
 
 COMMAND = Command(

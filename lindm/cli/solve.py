@@ -120,6 +120,21 @@ def refuse(options: Solve, names: tuple[str, ...], reason: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {reason}; got {getattr(options, name)}")
 
 
+def asks_for_search(options: Solve) -> str | None:
+    """The option that makes `auto` search a problem that a tree solves exactly; None where it was not the reason."""
+    if options.method != "auto" or options.horizon == "inf" or not Path(options.problem[0]).is_file():
+        return None
+    given = [name for name in ("rules", *OF_POINT_BASED) if getattr(options, name)]
+    return f"--{given[0]}" if given and not is_long(options) and has_observations(options) else None
+
+
+def has_observations(options: Solve) -> bool:
+    """Whether the one file is a POMDP."""
+    from lindm.problems.cassandra import read_sizes
+
+    return read_sizes(options.problem[0])[2] > 0
+
+
 def is_long(options: Solve) -> bool:
     """Whether the horizon is too long for a tree of the problem in the one file."""
     if options.horizon == "inf" or options.effort is not None or options.alpha is not None:
@@ -221,6 +236,8 @@ def run_stationary(options: Solve, start: float) -> int:
         policy = f"a graph of {len(graph.actions)} nodes, which earns {graph.value:.10g}"
     print(f"policy        {policy}" + (f", in {options.save}" if options.save else ""))
     print(f"method        {method}, {getattr(solution, steps)} {steps}, {seconds:.1f} s")
+    if asked := asks_for_search(options):
+        print(f"note          {asked} needs a policy, so the problem was solved by {method}; without it, by an exact tree")
     if options.plot:
         print(f"figure        {options.plot}")
     for rule in graph.rules() if graph and options.rules else ():

@@ -9,8 +9,8 @@ never tried it is the mean reward of the log. Where the state is hidden, it is t
 law of the state, with `prior` further observations of the mean reward at each state and action.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,8 @@ class Estimation:
 
     models: tuple[Model, ...]  # the estimate, or draws of the posterior
     visits: np.ndarray  # [S, A] how often each action was taken in each state, in expectation where the state is hidden
-    warnings: tuple[str, ...]  # what the log does not identify
+    warnings: tuple[str, ...]  # what the log does not identify, and names that may be misspelled
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # states, ... -> name -> how often it occurs in the log
     log_likelihood: float | None = None  # of the estimate, where the state is hidden
     bic: float | None = None  # Bayesian information criterion, lower is better: compares numbers of hidden states
     objectives: tuple[float, ...] = ()  # of EM in each restart, the best one first

@@ -102,8 +102,8 @@ def score(tasks: Sequence[ScoredHistories]) -> Scores:
         p = np.exp(task.log_p)
         mass = np.where(task.optimal, p, 0).sum(-1)
         briers.append(float(task.weight @ (np.where(task.optimal, 0, p**2).sum(-1) + (1 - mass) ** 2 / task.optimal.sum(-1))))
-    log_loss, log_loss_ci = mean_interval(losses) if np.isfinite(losses).all() else (None, None)
-    brier, brier_ci = mean_interval(briers)
+    log_loss, log_loss_ci = mean_interval(losses, 0.0) if np.isfinite(losses).all() else (None, None)
+    brier, brier_ci = mean_interval(briers, 0.0)
     bins = _bins(tasks)
     error = sum(one.weight * abs(one.optimal - one.confidence) for one in bins)
     return Scores(

@@ -376,7 +376,7 @@ def summarize(losses: Sequence[PolicyLoss], tasks_are: str = "tasks") -> dict[st
 
 
 def _mean(ranges: Sequence[Range], episodes: int, bounded: bool) -> tuple[float, list[float] | None, bool]:
-    """The mean over tasks, its interval, and whether anything varies. Where V* has bounds, zero is a bound of the mean, too."""
+    """The mean over tasks, its interval, and whether anything varies. Nothing here is below 0, so no end of an interval is."""
     from scipy import stats
 
     rows = np.array(ranges)  # [n, 4]
@@ -384,9 +384,8 @@ def _mean(ranges: Sequence[Range], episodes: int, bounded: bool) -> tuple[float,
     errors = rows[0, 2:] if n == 1 else rows[:, :2].std(0, ddof=1) / np.sqrt(n)
     varies = bool((errors > VARIES * max(1.0, np.abs(ends).max())).any())
     half = stats.t.ppf(0.975, max(n - 1 or episodes - 1, 1)) * errors
-    interval = np.array([ends[0] - half[0], ends[1] + half[1]])
-    if bounded:
-        ends, interval = np.maximum(ends, 0), np.maximum(interval, 0)
+    interval = np.maximum([ends[0] - half[0], ends[1] + half[1]], 0)
+    ends = np.maximum(ends, 0) if bounded else ends  # where V* has bounds, the lowest range may be below
     return float(ends.mean()), interval.tolist() if varies or ends[1] > ends[0] else None, varies
 
 

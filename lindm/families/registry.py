@@ -226,13 +226,25 @@ def load_problem(
     for word in words:
         if not Path(word).suffix and not Path(word).is_file():
             if word in FAMILIES:
-                raise ValueError(f"PROBLEM must be one family, or files; got {' '.join(words)}")
-            raise ValueError(unknown("PROBLEM", word, (*FAMILIES, "a .pomdp file")))
+                values = [other for other in words if other.lower() in ("true", "false", "yes", "no", "on", "off")]
+                hint = f"; {values[0]!r} is a word of its own, since an option such as --hidden takes no value" if values else ""
+                raise ValueError(f"PROBLEM must be one family, or files; got {' '.join(words)}{hint}")
+            raise ValueError(_not_a_problem(word) or unknown("PROBLEM", word, (*FAMILIES, "a .pomdp file")))
     if options:
         raise ValueError(f"{next(iter(options))} must be left out for files, which have sizes and a law of their own")
     if horizon is None:
         raise ValueError("horizon must be given for files")
     return read_files(words, horizon, discount, alpha, perturb=perturb)
+
+
+def _not_a_problem(word: str) -> str | None:
+    """Why a path is no problem, if it is a directory."""
+    if not Path(word).is_dir():
+        return None
+    rule = f"PROBLEM must be a .pomdp file or a family; {word} is a directory"
+    if (Path(word) / "manifest.json").exists() or (Path(word) / "config.json").exists():
+        return f"{rule} that lindm wrote: a dataset is read by `lindm act` and `lindm sft`, a run is a policy, sft:{word}"
+    return f"{rule}, and there is no dataset in it"
 
 
 def read_files(
@@ -270,7 +282,8 @@ def read_files(
         raise ValueError(f"alpha must be left out for a single model, which is not ambiguous; got {alpha}")
     if alpha is None and (len(words) > 1 or perturb is not None):
         several = "several files" if perturb is None else "perturb"
-        raise ValueError(f"alpha must be given for {several}, the models of one APOMDP: 1 is the worst case, 0 the best")
+        what = "which are the models of one ambiguous problem" if perturb is None else "whose experts make the problem ambiguous"
+        raise ValueError(f"alpha must be given for {several}, {what}: the attitude, from 0 (best case) to 1 (worst case)")
     models = [cassandra.read(word) for word in words]
     stems = [Path(word).stem for word in words]
     if perturb is not None:

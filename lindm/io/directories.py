@@ -64,9 +64,11 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """Lock a directory, which is created if needed; temporary files and directories of killed writers are removed.
 
     Raises:
-      UsageError: another writer has the lock, in this or in another process.
+      UsageError: it is a file; or another writer has the lock, in this or in another process.
       StorageError: the directory cannot be created, or at the end it is another one or none.
     """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} must be a directory, and is a file; choose another --out")
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY)

@@ -67,14 +67,28 @@ class Model:
     legal: np.ndarray | None = None  # [S, A] bool, the actions that a state allows; None: all
 
 
+OTHER_FILES = {
+    **dict.fromkeys((".svg", ".png", ".pdf"), "a picture"),
+    **dict.fromkeys((".alpha", ".policy", ".json", ".npz"), "a policy or a solution, which `lindm act` takes before its problem"),
+    **dict.fromkeys((".csv", ".jsonl", ".parquet"), "data: `lindm estimate` makes a problem from logged episodes"),
+}
+
+
 def read(path: str | Path) -> Model:
     """The model in a file (UTF-8). DataError as in `parse`, or when the file cannot be read."""
-    return parse(inputs.read_text(Path(path), limits.POMDP_FILE), str(path))
+    return parse(_text(path), str(path))
+
+
+def _text(path: str | Path) -> str:
+    """The text of a file. DataError where it cannot be read, or where its name is that of another kind of file."""
+    if (kind := OTHER_FILES.get(Path(path).suffix.lower())) and Path(path).is_file():
+        raise DataError(f"{path}: expected a problem in Cassandra's format (.pomdp); a file {Path(path).suffix} is {kind}")
+    return inputs.read_text(Path(path), limits.POMDP_FILE)
 
 
 def read_sizes(path: str | Path) -> tuple[int, int, int]:
     """The numbers of states, actions and observations that a file declares, 0 where it does not; its entries are not read."""
-    text = inputs.read_text(Path(path), limits.POMDP_FILE)
+    text = _text(path)
     first = re.search(r"^[ \t]*([TORE]|illegal)[ \t]*:", text, re.MULTILINE)
     preamble, _, _ = _sections(text[: first.start()] if first else text, str(path))
     S, A, O = (len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations"))

@@ -41,7 +41,8 @@ POLICIES: dict[str, PolicyInfo] = {
         default=False,
     ),
     "bc": PolicyInfo(
-        summary="Behavior cloning: the most frequent action of the demonstrations after the same last observation.",
+        summary="Behavior cloning: the most frequent action of the demonstrations after the same last observation (of all steps "
+        "where no demonstration has it).",
         policy="demonstrations:BC",
     ),
     "certainty-equivalence": PolicyInfo(
@@ -127,7 +128,10 @@ def check_name(name: str, source: "Suite | NamedProblem | Problem") -> None:
     if name not in known:
         others = (*LANGUAGE_MODELS, *(POLICY_FILES if kind == "pomdp" else ()))
         rule = f"one of {', '.join((*known, *others))} for {'a' if kind == 'pomdp' else 'an'} {kind.upper()}"
-        raise ValueError(f"policy must be {rule}; got {name!r}{did_you_mean(name, known)}")
+        near = did_you_mean(name, known)
+        if name.endswith((".alpha", ".policy")):
+            near = f"; a file of alpha vectors is alpha:{name}"
+        raise ValueError(f"policy must be {rule}; got {name!r}{near}")
 
 
 def make_policy(name: str, source: "Suite | NamedProblem | Problem", dataset: "DatasetConfig") -> "Policy":

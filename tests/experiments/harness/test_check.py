@@ -108,6 +108,10 @@ def test_a_directory_without_anything_of_lindm_or_that_does_not_exist_is_exit_3(
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["check", str(tmp_path)]) == 3 and "has nothing that lindm wrote" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "none")]) == 3 and "does not exist" in capsys.readouterr().err
+    ld.solve(ld.make("mdp", horizon=2)).save(tmp_path / "s" / "mdp.npz")
+    assert main(["check", str(tmp_path / "none"), str(tmp_path / "s"), str(tmp_path / "other")]) == 3
+    out, err = capsys.readouterr()
+    assert "mdp.npz: solution, " in out and "none does not exist; " in err and err.count("does not exist") == 2
 
 
 @pytest.mark.fault("F29")

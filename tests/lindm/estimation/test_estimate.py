@@ -12,6 +12,7 @@ from lindm.datasets import read_episodes
 from lindm.errors import DataError
 from lindm.estimation.estimate import Steps, mean_rewards, padded, steps_of
 from lindm.estimation.hidden_states import Parameters, smooth
+from lindm.estimation.log_names import similar_names
 from lindm.problems import cassandra
 
 SEEN = """\
@@ -222,3 +223,32 @@ def test_the_command_takes_names_and_discount_of_another_file(tmp_path, monkeypa
     assert main(["estimate", "log.csv", "--out", "m.pomdp"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "episodes        log.csv: 2 episodes, 4 steps" and "lindm: warning: tried less" in err
+
+
+def test_a_rare_name_beside_a_similar_one_is_a_warning_and_declared_names_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, SEEN.replace("b,0,good", "b,0,goood"))
+    assert main(["estimate", "log.csv", "--out", "m.pomdp"]) == 0
+    out, err = capsys.readouterr()
+    assert "states          good 3, goood 1, worn 2\n" in out and "actions         fix 1, run 3\n" in out
+    assert "the state 'goood' occurs once, and 'good' 3 times: if it is misspelled, correct it" in err
+    command = ["estimate", "log.csv", "--out", "n.pomdp", "--states"]
+    assert main([*command, "worn,good"]) == 3 and not (tmp_path / "n.pomdp").exists()
+    assert "log.csv:6: state must be one of worn, good; got 'goood'; did you mean good?" in capsys.readouterr().err
+    assert main([*command, "worn, goood, good, new", "--actions", "run,fix", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert cassandra.read("n.pomdp").states == ("worn", "goood", "good", "new")
+    assert answer["counts"]["states"] == {"worn": 2, "goood": 1, "good": 3, "new": 0}
+    assert not any("goood" in warning and "misspelled" in warning for warning in answer["warnings"])
+    for wrong in ("good,,worn", "good,good"):
+        assert main([*command, wrong]) == 2
+        assert "--states must be different names with commas between them, or the number" in capsys.readouterr().err
+    assert main([*command, "a,b", "--like", "m.pomdp"]) == 2
+    assert "--states must be left out with --like" in capsys.readouterr().err
+
+
+def test_similar_names_are_rare_ones_beside_frequent_ones():
+    counts = {"states": {"good": 9, "Good": 2, "worn-1": 9, "worn-2": 1, "low": 1, "unseen": 0}, "actions": {"run": 8, "rn": 3}}
+    (warning,) = similar_names(counts)
+    assert "'Good' occurs 2 times, and 'good' 9 times" in warning
+    assert similar_names({"actions": {"run": 8, "rn": 2}}) and not similar_names({"actions": {"run": 5, "rn": 2}})

@@ -11,6 +11,7 @@ import pytest
 
 from lindm.evaluation.calibration import score
 from lindm.evaluation.environments import double_precision, make_tasks
+from lindm.evaluation.intervals import mean_interval
 from lindm.evaluation.optimality_gap import PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.policies.demonstrations import BC
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
@@ -247,14 +248,23 @@ def test_problems_of_two_horizons_raise_an_error():
 
 
 def test_the_interval_is_that_of_a_t_distribution_over_tasks():
-    summary = summarize([lost(float(x)) for x in range(3)])
-    half = 4.302652729911275 * 0.5 / 3**0.5  # the 0.975 quantile for two degrees of freedom, from a table
+    summary = summarize([lost(float(x), uniform=-6.0) for x in (4, 5, 6)])
+    half = 4.302652729911275 * 0.1 / 3**0.5  # the 0.975 quantile for two degrees of freedom, from a table
     assert summary["gap"] == pytest.approx(0.5) and summary["gap_ci"] == pytest.approx([0.5 - half, 0.5 + half])
-    assert summary["gap_of_value"] == pytest.approx(0.25)
-    assert summary["gap_of_value_ci"] == pytest.approx([0.25 - half / 2, 0.25 + half / 2])
-    assert summary["suboptimality"] == 1 and summary["suboptimality_ci"] == pytest.approx([1 - 2 * half, 1 + 2 * half])
-    assert (summary["value"], summary["optimal_lower"], summary["uniform_value"]) == (3, 4, 2)
+    assert summary["gap_of_value"] == pytest.approx(1.25)
+    assert summary["gap_of_value_ci"] == pytest.approx([1.25 - 2.5 * half, 1.25 + 2.5 * half])
+    assert summary["suboptimality"] == 5 and summary["suboptimality_ci"] == pytest.approx([5 - 10 * half, 5 + 10 * half])
+    assert (summary["value"], summary["optimal_lower"], summary["uniform_value"]) == (-1, 4, -6)
     assert summary["interval_over"] == "tasks" and summary["note"] is None
+
+
+def test_an_interval_of_what_cannot_be_negative_begins_at_zero():
+    summary = summarize([lost(float(x)) for x in range(3)])  # of few tasks: the mean is 1 and the half width 2.5
+    half = 4.302652729911275 * 0.5 / 3**0.5
+    assert half > 0.5 and summary["gap_ci"] == pytest.approx([0, 0.5 + half])
+    assert summary["suboptimality_ci"] == pytest.approx([0, 1 + 2 * half])
+    assert mean_interval([0.0, 1.0, 2.0], 0.0)[1] == pytest.approx([0, 1 + 2 * half])
+    assert mean_interval([0.0, 1.0, 2.0])[1] == pytest.approx([1 - 2 * half, 1 + 2 * half])  # of a difference
 
 
 def lost(suboptimality, optimal=4.0, uniform=2.0, **fields):

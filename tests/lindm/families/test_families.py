@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lindm as ld
+from lindm.cli.main import main
 from lindm.cli.problems import FAMILY_OPTIONS
 from lindm.datasets import Dataset, documents, text_format
 from lindm.families import registry
@@ -139,6 +140,15 @@ def test_options_out_of_range_raise_an_error_that_names_them(name, options, rule
         registry.build(name, **options)
 
 
+def test_the_page_of_a_family_shows_the_flags_of_the_commands(capsys):
+    assert main(["families", "prostate"]) == 0
+    of_commands, _, of_python = capsys.readouterr().out.partition("Options in Python alone")
+    assert "  --alpha " in of_commands and "biopsy" not in of_commands.partition("Options:")[2] and "  biopsy_loss " in of_python
+    assert main(["families", "inventory"]) == 0
+    out = capsys.readouterr().out
+    assert "  --lead-time " in out and "lead_time" not in out and "in Python alone" not in out
+
+
 def test_every_option_of_a_tabular_family_has_a_flag_and_a_sentence():
     flags = {*FAMILY_OPTIONS, "horizon", "discount", "alpha"}
     for facts in ld.list_families():
@@ -148,6 +158,8 @@ def test_every_option_of_a_tabular_family_has_a_flag_and_a_sentence():
             assert facts["template"] in FAMILY_TEMPLATES and facts["source"]
         assert facts["summary"] and facts["description"] and facts["kind"] in ("mdp", "pomdp", "apomdp")
         assert all(option["help"] for option in facts["options"].values())
+        for name, option in facts["options"].items():
+            assert option["flag"] == (f"--{name.replace('_', '-')}" if name in flags else None)
         assert (facts["sizes"]["horizon"] is None) == registry.FAMILIES[facts["name"]].endless or facts["sizes"]["horizon"] >= 1
     everywhere = {option for family in registry.FAMILIES.values() for option in family.options}
     assert set(FAMILY_OPTIONS) - {"perturb"} <= everywhere  # of files

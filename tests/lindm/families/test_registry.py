@@ -73,6 +73,8 @@ def test_a_file_of_that_name_comes_first(coins, tmp_path, monkeypatch):
         (["maze"], {}, r"PROBLEM must be one of mdp, .*, a .pomdp file; got 'maze'"),
         ([], {}, "PROBLEM must be a .pomdp file or one of mdp"),
         (["mdp", "pomdp"], {}, "PROBLEM must be one family, or files; got mdp pomdp"),
+        (["mdp", "true"], {}, "'true' is a word of its own, since an option such as --hidden takes no value"),
+        (["tests"], {}, "PROBLEM must be a .pomdp file or a family; tests is a directory, and there is no dataset in it"),
         (["a.pomdp"], {"states": 3}, "states must be left out for files"),
         (["a.pomdp"], {"horizon": None}, "horizon must be given for files"),
         (["prostate"], {"states": 3}, "an option of prostate must be one of horizon, .*; got 'states'"),

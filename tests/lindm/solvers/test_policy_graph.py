@@ -117,6 +117,16 @@ def test_solve_prints_the_rules_and_saves_the_picture(tmp_path, capsys):
     assert not math.isinf(answer["horizon"])
 
 
+def test_an_option_that_needs_a_policy_says_that_it_changes_the_method(tmp_path, capsys):
+    words = ["solve", str(FILES / "tiger.pomdp"), "--horizon", "2"]
+    for more, said in ((["--save", str(tmp_path / "p.json")], "--save"), (["--rules"], "--rules"), ([], None)):
+        assert main([*words, *more]) == 0
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+        wanted = [f"note          {said} needs a policy, so the problem was solved by point-based; without it, by an exact tree"]
+        assert notes == (wanted if said else [])
+    assert main([*words, "--rules", "--method", "point-based"]) == 0 and "note" not in capsys.readouterr().out
+
+
 def test_vectors_of_another_problem_are_worth_what_they_earn_in_this_one(monkeypatch):
     tiger, other = read("tiger"), replace(read("tiger"), r=read("tiger").r - np.array([0.5, 0, 0]))
     solution = solve(tiger, tolerance=1e-6)
