@@ -76,20 +76,26 @@ def finetune(
 
 
 def export(
-    directory: str | Path, out: str | Path, *, adapter: str | Path | None = None, dtype: Literal["f32", "bf16"] = "f32"
+    directory: str | Path,
+    out: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32",
 ) -> ModelConfig:
-    """Write a model as a Hugging Face directory that transformers loads.
+    """Write a model as a Hugging Face directory that transformers loads, or as a GGUF file.
 
     Args:
       directory: a Hugging Face directory, or a finished run of `finetune`.
+      out: a directory, or a file .gguf.
       adapter: a PEFT adapter of this model, to be merged.
-      dtype: of the weights.
+      dtype: of the weights; q8_0 is for GGUF files.
 
     Returns:
       The config of the model.
 
     Raises:
       DataError: a run that is not finished, or a model or adapter that is damaged.
+      NonFiniteError: a weight does not fit the dtype.
       UsageError: `out` exists.
 
     >>> ld.export("run", "exported", dtype="bf16").num_layers
@@ -100,9 +106,18 @@ def export(
 
     source = Path(directory)
     source = Run(directory=source).model if (source / "metrics.jsonl").exists() else source
+    is_gguf = Path(out).suffix == ".gguf"
+    if dtype == "q8_0" and not is_gguf:
+        raise ValueError(f"out must be a file .gguf with the dtype q8_0; got {out}")
     model = load(source)
     if adapter is not None:
         load_adapter(model, Path(adapter))
+    if is_gguf:
+        from lindm.llm.io import gguf_writer
+        from lindm.llm.tokens import load_tokenizer
+
+        gguf_writer.save(model, Path(out), load_tokenizer(source), source, dtype)
+        return model.config
     save(model, Path(out), like=source, dtype=dtype, provenance=True)
     return model.config
 

@@ -9,16 +9,17 @@ from lindm.cli.option_parser import Command, Positional
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export a model as a Hugging Face directory that transformers loads, with an adapter merged into it."""
+    """Export a model as a Hugging Face directory that transformers and vLLM load, or as a GGUF file for llama.cpp. An adapter is
+    merged into it."""
 
     directory: Annotated[Path, Positional("DIR")]
     """A Hugging Face directory, or the directory of a finished `lindm sft` run."""
     out: Path
-    """Directory of the export."""
+    """Directory of the export, or a file .gguf."""
     adapter: Path | None = None
     """A PEFT adapter of this model, to be merged."""
-    dtype: Literal["f32", "bf16"] = "f32"
-    """Type of the weights."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    """Type of the weights; q8_0, 8 bits with a scale for each 32 weights, is for GGUF files."""
 
 
 def run(options: Export) -> int:
@@ -33,5 +34,9 @@ COMMAND = Command(
     name="export",
     options=Export,
     run=run,
-    examples=("lindm export runs/tiny --out exported", "lindm export models/smollm2 --adapter runs/lora/adapter --out merged"),
+    examples=(
+        "lindm export runs/tiny --out exported",
+        "lindm export models/smollm2 --adapter runs/lora/adapter --out merged",
+        "lindm export runs/chat --out chat.gguf --dtype q8_0",
+    ),
 )

@@ -106,10 +106,9 @@ def convert(path: Path, directory: Path) -> ModelConfig:
 
 
 def _tensor_values(file: GGUFFile, config: ModelConfig, specs: dict[str, TensorSpec]) -> Iterator[np.ndarray]:
-    interleaved = FAMILIES[config.model_type].gguf_heads == "interleaved"
-    heads = {"blocks.q": config.num_heads, "blocks.k": config.num_kv_heads} if interleaved else {}
+    heads = interleaved_heads(config)
     for name, spec in specs.items():
-        value = file.read(_gguf_name(name))
+        value = file.read(gguf_name(name))
         owner, _, leaf = spec.path.rpartition(".")
         if owner in heads and leaf in ("kernel", "bias"):
             n = heads[owner]
@@ -117,7 +116,14 @@ def _tensor_values(file: GGUFFile, config: ModelConfig, specs: dict[str, TensorS
         yield value
 
 
-def _gguf_name(name: str) -> str:
+def interleaved_heads(config: ModelConfig) -> dict[str, int]:
+    """The weights of the decoder whose rows are interleaved in GGUF, and their numbers of heads."""
+    if FAMILIES[config.model_type].gguf_heads == "halves":
+        return {}
+    return {"blocks.q": config.num_heads, "blocks.k": config.num_kv_heads}
+
+
+def gguf_name(name: str) -> str:
     """blk.0.attn_q.weight of model.layers.0.self_attn.q_proj.weight."""
     owner, _, leaf = name.rpartition(".")
     if owner in TOP_LEVEL:
@@ -127,7 +133,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _check_tensors(file: GGUFFile, specs: dict[str, TensorSpec]) -> None:
-    named = {_gguf_name(name): spec for name, spec in specs.items()}
+    named = {gguf_name(name): spec for name, spec in specs.items()}
     for name, spec in named.items():
         if name not in file.tensors:
             raise DataError(f"{file.source}: lacks the tensor {name}")

@@ -107,7 +107,7 @@ def _byte_level_bpe(given: dict[str, Any], source: str) -> tuple[Tokenizer, bool
     vocab = _token_ids(given)
     merges = [tuple(merge.split(" ")) for merge in given.get("merges", ())]
     for merge in merges:  # `tokenizers` does not check them
-        if len(merge) != 2 or {*merge, "".join(merge)} - vocab.keys():
+        if len(merge) != 2 or any(part not in vocab for part in (*merge, "".join(merge))):
             raise DataError(f"{source}: tokenizer.ggml.merges must join tokens into tokens; got {' '.join(merge)!r}")
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre_tokenizer.ignore_merges))
     if pre_tokenizer.nfc:

@@ -24,9 +24,10 @@ from lindm.io.progress import Progress
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 READABLE_DTYPES = ("F32", "BF16", "F16")
-FileDtype = Literal["f32", "bf16"]
+FileDtype = Literal["f32", "f16", "bf16"]
 _DTYPES: dict[str, tuple[str, np.dtype]] = {  # name in safetensors, and in numpy
     "f32": ("F32", np.dtype(np.float32)),
+    "f16": ("F16", np.dtype(np.float16)),
     "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
 }
 

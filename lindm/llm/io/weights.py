@@ -40,7 +40,7 @@ COMPANION_FILES = (  # tokenizer and generation settings that a model directory 
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 BLOCK_VALUES = 2**24  # values that are in memory at a time while a file is checked
-TORCH_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def save(
                 write_provenance(temporary)
             write_file_list(temporary)
 
-    write_on_first_process(directory, _tensor_values(model, specs), write)
+    write_on_first_process(directory, tensor_values(model, specs), write)
 
 
 def write_on_first_process(directory: Path, values: Iterable[np.ndarray], write: Callable[[Iterator[np.ndarray]], None]) -> None:
@@ -280,7 +280,7 @@ def write_on_first_process(directory: Path, values: Iterable[np.ndarray], write:
         raise problem
 
 
-def _tensor_values(model: Decoder, specs: Iterable[TensorSpec]) -> Iterator[np.ndarray]:
+def tensor_values(model: Decoder, specs: Iterable[TensorSpec]) -> Iterator[np.ndarray]:
     """The tensors of a file, one after another, on the host."""
     for _, parts in itertools.groupby(specs, key=lambda spec: spec.name):
         values = [_weight_value(model, spec) for spec in parts]

@@ -82,8 +82,8 @@ def test_bfloat16_is_rounded_to_the_nearest(tmp_path):
     assert {x.dtype for x in saved.values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert same({k: v.astype(np.float32) for k, v in saved.items()}, reference.bfloat16(reference.weights("llama")))
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="dtype must be one of f32, bf16; got 'f16'"):
-        weights.save(m, tmp_path / "c", dtype="f16")
+    with pytest.raises(ValueError, match="dtype must be one of f32, f16, bf16; got 'f64'"):
+        weights.save(m, tmp_path / "c", dtype="f64")
 
 
 @pytest.mark.parametrize("base", ["f32", "int8"])
