@@ -20,6 +20,9 @@ Loss = Literal["action", "soft", "regret"]
 """Training loss at an action: cross-entropy of the oracle's action (action) or of its softmax policy (soft), or the expected
 regret of the model's own action probabilities (regret)."""
 
+Overlong = Literal["refuse", "truncate", "drop"]
+"""What is done with a document of more tokens than `max_length`: an error, cut off at its end, left out."""
+
 Split = Literal["id", "ood"]
 """Split of a suite: in distribution or out of distribution."""
 

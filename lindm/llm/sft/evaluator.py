@@ -35,7 +35,7 @@ class Evaluator:
     def __init__(self, setup: TrainingSetup, graphdef: Any):
         self.setup, self.graphdef = setup, graphdef
         self.batches = list(self._batches())
-        self.num_labels = sum(int((e.target >= 0).sum()) for row in setup.eval_rows for e in row)
+        self.num_labels = int(setup.eval_rows.labels.sum())
         self.label_weight = float(sum(label_weight(batch) for batch in self.batches))
         compute, mesh, objective = setup.compute, setup.mesh, setup.objective
         self.eval_loss = jax.jit(

@@ -5,17 +5,20 @@
     files of rows                      conversations, prompts with completions, texts: the formats of `lindm.llm.sft.rows`, in the
                                        files of `lindm.llm.sft.row_files`
 
-Examples are held out by group: whole tasks of a dataset, whose queries share demonstrations, or single rows of a file.
+Examples are held out by group: whole tasks of a dataset, whose queries share demonstrations, or equal rows of a file, or its rows
+with the same value in a column.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lindm.choices import Loss, Rewards
+from lindm.choices import Loss, Overlong, Rewards
 from lindm.datasets import Dataset, Task, documents, is_dataset
 from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
@@ -43,15 +46,44 @@ def open_data(path: Path) -> Dataset | list[Path]:
     return Dataset(path) if is_dataset(path) else find_files(path)
 
 
-def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples: whole groups, by `split_indices`."""
-    groups = list(dict.fromkeys(example.group for example in examples))
-    _, held_out = split_indices(len(groups), fraction, seed)
-    held_out_groups = {groups[i] for i in held_out}
-    train, evaluation = [], []
-    for example in examples:
-        (evaluation if example.group in held_out_groups else train).append(example)
-    return train, evaluation
+def held_out_mask(groups: np.ndarray, fraction: float, seed: int, hashed: bool) -> np.ndarray:
+    """[n] Whether each example is held out: round(fraction x groups) whole groups, at least one if the fraction is not 0.
+
+    Args:
+      groups: [n] uint64. hashed: they are hashes of rows, and those are held out whose hash with the seed is smallest, which
+        depends neither on the order of the rows nor, but for the last ones, on the other rows. Otherwise they are the numbers of
+        tasks, and `split_indices` chooses.
+
+    Raises:
+      ValueError: the fraction is not in [0, 1), or nothing would be left to train on.
+    """
+    distinct, number = np.unique(groups, return_inverse=True)
+    _, held_out = split_indices(len(distinct), fraction, seed)
+    if hashed:
+        held_out = np.argsort(_mixed(distinct, seed), kind="stable")[: len(held_out)]
+    mask = np.zeros(len(distinct), bool)
+    mask[held_out] = True
+    return mask[number]
+
+
+def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Hashes [n] with a seed, as one-to-one functions of the hashes: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014)."""
+    x = hashes.astype(np.uint64) + np.random.Philox(key=np.array([seed, HELD_OUT], np.uint64)).random_raw(1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def row_group(row: dict[str, Any], key: str | None, place: object) -> int:
+    """The group of a row, a hash of 64 bits: of its value in the column `key`, or of what is trained on, wherever it is stored.
+
+    Raises: DataError for a row without the column.
+    """
+    value = {name: row[name] for name in COLUMNS if name in row} if key is None else row.get(key)
+    if value is None:
+        raise DataError(f"{place}: must have a value in the column {key!r}, by which rows are held out")
+    text = json.dumps(value, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def split_indices(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -70,12 +102,40 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[list[int], list[i
     return sorted(order[k:].tolist()), sorted(order[:k].tolist())
 
 
-def _checked(example: Example, max_tokens: int | None) -> Example:
-    if not (example.target >= 0).any():
-        raise DataError(f"{example.source}: no label to train on")
-    if max_tokens is not None and (n := len(example.ids)) > max_tokens:
-        raise DataError(f"{example.source}: must have at most {max_tokens} tokens, the length of a row; got {n}")
-    return example
+@dataclass
+class LengthLimit:
+    """Fits examples to a number of tokens, and counts those that were too long.
+
+    A truncated example keeps its first tokens, with the label of the last one; one without a label is left out.
+    """
+
+    max_length: int | None = None
+    overlong: Overlong = "refuse"
+    truncated: int = 0
+    dropped: int = 0
+
+    def fit(self, example: Example) -> list[Example]:
+        """The example as it is trained, or none. Raises: DataError where it has no label or is refused."""
+        if not (example.target >= 0).any():
+            raise DataError(f"{example.source}: no label to train on")
+        if self.max_length is None or (n := len(example.ids)) <= self.max_length:
+            return [example]
+        if self.overlong == "refuse":
+            rule = f"must have at most {self.max_length} tokens, or --overlong must be truncate or drop"
+            raise DataError(f"{example.source}: {rule}; got {n}")
+        target = example.target[: self.max_length]
+        labels = int((target >= 0).sum())
+        if self.overlong == "drop" or not labels:
+            self.dropped += 1
+            return []
+        self.truncated += 1
+        parts = {name: x[:labels] for name in ("weights", "action_values") if (x := getattr(example, name)) is not None}
+        return [replace(example, ids=example.ids[: self.max_length], target=target, **parts)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """{"truncated", "dropped"}, those that are not 0."""
+        return {name: n for name in ("truncated", "dropped") if (n := getattr(self, name))}
 
 
 # --- datasets -----------------------------------------------------------------------------------------------------------------
@@ -96,7 +156,7 @@ def dataset_examples(
     tokenizer: Tokenizer,
     template: Template,
     supervise: Supervise,
-    max_tokens: int | None,
+    limit: LengthLimit,
     with_values: bool = False,
 ) -> list[Example]:
     """The examples of the documents of a dataset; each document is tokenized once.
@@ -115,7 +175,7 @@ def dataset_examples(
         labels, values = [episode.label for episode in episodes], [episode.Q for episode in episodes] if with_values else None
         source = f"{dataset.directory}: task {task.task}, query {query}"
         example = document_example(tokenizer, pieces, labels, actions, supervise, source, task.task, values)
-        examples.append(_checked(example, max_tokens))
+        examples += limit.fit(example)
     return examples
 
 
@@ -133,32 +193,36 @@ def check_file_options(
             raise ValueError(f"{option} must be left out for rows, which have their own texts and answers; got {got!r}")
 
 
-def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str | None) -> None:
+def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str | None, held_out_key: str | None) -> None:
     """Raise ValueError for options that do not apply to a dataset."""
-    for option, got in {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}.items():
+    options = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs, "held_out_key": held_out_key}
+    for option, got in options.items():
         if got is not None:
-            raise ValueError(f"{option} must be left out for a dataset, whose texts are no conversations; got {str(got)!r}")
+            raise ValueError(f"{option} must be left out for a dataset, which has tasks and no conversations; got {str(got)!r}")
 
 
 def file_examples(
     paths: Sequence[Path],
     tokenizer: Tokenizer,
-    max_tokens: int | None,
+    limit: LengthLimit,
     progress: Progress = lambda done, total: None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    held_out_key: str | None = None,
 ) -> list[Example]:
     """The examples of files of rows, by `lindm.llm.sft.rows`."""
     examples: list[Example] = []
-    parts, group = find_parts(paths), 0
+    parts, num_rows = find_parts(paths), 0
+    columns = COLUMNS if held_out_key is None else (*COLUMNS, held_out_key)
     for done, part in enumerate(parts):
         progress(done, len(parts))
-        for place, row in part.rows(COLUMNS):
+        for place, row in part.rows(columns):
+            group = row_group(row, held_out_key, place) if isinstance(row, dict) else 0
             made = row_examples(tokenizer, row, place, group, chat_template_kwargs)
             if not made:
                 raise DataError(f"{place}: no label to train on")
-            examples += [_checked(example, max_tokens) for example in made]
-            group += 1
-    if not group:
+            examples += [fitted for example in made for fitted in limit.fit(example)]
+            num_rows += 1
+    if not num_rows:
         raise DataError(f"{paths[0]} has no rows")
     progress(len(parts), len(parts))
     return _with_weights(examples)

@@ -22,21 +22,12 @@ GENERATION_CONFIG, TEMPLATE, TOKENIZER_CONFIG = "generation_config.json", "chat_
 MAX_NEW_TOKENS = 64  # of the generation that is shown
 
 
-def end_tokens(examples: Sequence[Example]) -> tuple[int, ...]:
-    """The last tokens of the trained answers, the most frequent first."""
-    last = [
-        example.target[np.flatnonzero(np.diff(example.target >= 0, append=False) & (example.target >= 0))] for example in examples
-    ]
-    tokens, counts = np.unique(np.concatenate(last), return_counts=True)
-    return tuple(tokens[np.argsort(-counts, kind="stable")].tolist())
-
-
 def write_chat_settings(directory: Path, tokenizer: Tokenizer, ends: Sequence[int], chat_template: str | None) -> None:
     """Write into an export on which tokens a generation ends, and the chat template of the training if it is not the model's.
 
     Args:
-      ends: from `end_tokens`. Those that are control tokens come before the ends of the original model; a template without
-        control tokens leaves its answers without an end that a program could look for.
+      ends: from `ExampleTable.end_tokens`. Those that are control tokens come before the ends of the original model; a template
+        without control tokens leaves its answers without an end that a program could look for.
     """
     config, path = read_json(directory / CONFIG), directory / GENERATION_CONFIG
     generation = read_json(path) if path.exists() else {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.choices import Loss, Rewards, Supervise, check_choices
+from lindm.choices import Loss, Overlong, Rewards, Supervise, check_choices
 from lindm.io import files
 from lindm.llm.config import BaseFormat, LoraScaling, Remat
 from lindm.llm.model_families import parse_lora_targets
@@ -27,7 +27,7 @@ CHANGEABLE_ON_RESUME = {
     "tensorboard",
     "fresh",
 }
-MINIMA = {"lora_rank": 1, "seq": 2, "steps": 1, "batch": 1, "accumulate": 1, "seed": 0}
+MINIMA = {"lora_rank": 1, "max_length": 2, "steps": 1, "batch": 1, "accumulate": 1, "seed": 0}
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_scaling", "lora_targets", "lora_dropout", "adapter")
 MINIMA |= {"eval_every": 1, "eval_tasks": 0, "patience": 1, "save_every": 1, "keep": 1}
 
@@ -86,8 +86,10 @@ class SFTConfig:
     """Use the problem's own names in the text."""
     rewards: Rewards = "auto"
     """Rewards in the text; auto shows them only where the state is observed."""
-    seq: int | None = None
-    """Tokens per row. [default: length of the longest document]"""
+    max_length: int | None = None
+    """Most tokens of a document, and with --pack of a row. [default: those of the model; with --pack the longest document]"""
+    overlong: Overlong = "refuse"
+    """A document with more tokens is an error, is cut off at its end, or is left out."""
     pack: bool = False
     """Pack several documents into a row; they do not attend to each other."""
     chat_template: Path | None = None
@@ -95,7 +97,9 @@ class SFTConfig:
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as JSON, such as {"enable_thinking": false}; a row may have its own."""
     held_out: float = 0.1
-    """Fraction of the tasks (or rows) that is held out for evaluation."""
+    """Fraction of the tasks (or rows) that is held out for evaluation. Equal rows are on one side."""
+    held_out_key: str | None = None
+    """Column of the rows: those with the same value in it are on one side, such as all of one patient."""
     eval_data: Path | None = None
     """Evaluate on this data in place of a held-out fraction of the training data."""
 
@@ -151,6 +155,8 @@ class SFTConfig:
         for option in dataclasses.fields(self):
             if isinstance(value := getattr(self, option.name), float) and not math.isfinite(value):
                 raise ValueError(f"{option.name} must be a finite number; got {value}")
+        if self.held_out_key is not None and self.eval_data is not None:
+            raise ValueError(f"held_out_key must be left out with eval_data; got {self.held_out_key!r}")
         if self.loss_temperature <= 0:
             raise ValueError(f"loss_temperature must be above 0; got {self.loss_temperature}")
         if self.lora_alpha is not None and self.lora_alpha <= 0:

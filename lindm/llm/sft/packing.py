@@ -9,8 +9,8 @@ seen, without replaying. Each epoch is a permutation of all rows, the argsort of
 (seed, epoch); a batch may start in one epoch and end in the next.
 """
 
-import bisect
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,20 +43,51 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     Raises:
       ValueError: an example is empty or longer than a row.
     """
-    rows: list[list[int]] = []
-    free_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that suffices is the best fit
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not 0 < lengths[i] <= max_tokens:
-            raise ValueError(
-                f"lengths must be at least 1 and at most max_tokens = {max_tokens}; got {lengths[i]} for example {i}"
-            )
-        k = bisect.bisect_left(free_rows, (lengths[i], 0))
-        free, row = free_rows.pop(k) if k < len(free_rows) else (max_tokens, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        bisect.insort(free_rows, (free - lengths[i], row))
-    return rows
+    members, starts = pack_rows(np.array(lengths, np.int64), max_tokens)
+    return [members[start:end].tolist() for start, end in itertools.pairwise(starts.tolist())]
+
+
+def pack_rows(lengths: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """`pack` as arrays (members [n], starts [R + 1]): row r has members[starts[r] : starts[r + 1]].
+
+    Best-fit decreasing fills the row that leaves the least space, and of equal ones the first. So examples of one length fill one
+    row after the other of the smallest sufficient space, and are placed at once.
+    """
+    if len(bad := np.flatnonzero((lengths < 1) | (lengths > max_tokens))):
+        rule = f"lengths must be at least 1 and at most max_tokens = {max_tokens}"
+        raise ValueError(f"{rule}; got {lengths[bad[0]]} for example {bad[0]}")
+    order = np.argsort(-lengths, kind="stable")
+    row_of, num_rows = np.zeros(len(lengths), np.int64), 0
+    rows_by_space: dict[int, list[np.ndarray]] = {}
+    spaces = 0  # bit f is set where rows have f free tokens
+
+    def add(space: int, rows: np.ndarray) -> None:
+        nonlocal spaces
+        if len(rows) and space:
+            rows_by_space.setdefault(space, []).append(rows)
+            spaces |= 1 << space
+
+    changes = np.flatnonzero(np.diff(lengths[order], prepend=0, append=0))  # where another length begins
+    for start, stop in itertools.pairwise(changes.tolist()):
+        length = int(lengths[order[start]])
+        while start < stop:
+            space = max_tokens
+            if enough := spaces >> length:
+                space = length + (enough & -enough).bit_length() - 1
+                rows, spaces = np.sort(np.concatenate(rows_by_space.pop(space))), spaces ^ 1 << space
+            else:
+                rows = np.arange(num_rows, num_rows - (start - stop) // (space // length))
+                num_rows += len(rows)
+            each = space // length
+            count = min(stop - start, each * len(rows))
+            row_of[start : start + count] = np.repeat(rows, each)[:count]
+            full, rest = divmod(count, each)
+            add(space - each * length, rows[:full])
+            add(space - rest * length, rows[full : full + 1])
+            add(space, rows[full + 1 :])
+            start += count
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return order[np.argsort(row_of, kind="stable")], starts
 
 
 def one_per_row(lengths: Sequence[int]) -> list[list[int]]:
@@ -76,7 +107,13 @@ def batch_shape(rows: Iterable[Sequence[Example]], seq_len: int | None = None) -
     longest, most_labels = (max(column) for column in zip(*sizes, strict=True))
     if seq_len is not None and longest > seq_len:
         raise ValueError(f"seq_len must be at least {longest}, the length of the longest row; got {seq_len}")
-    return seq_len or _round_up(longest, SEQ_LEN_MULTIPLE), _round_up(most_labels, MAX_LABELS_MULTIPLE)
+    rounded = round_up_shape(longest, most_labels)
+    return seq_len or rounded[0], rounded[1]
+
+
+def round_up_shape(longest: int, most_labels: int) -> tuple[int, int]:
+    """(seq_len, max_labels) of rows of at most so many tokens and labels."""
+    return _round_up(longest, SEQ_LEN_MULTIPLE), _round_up(most_labels, MAX_LABELS_MULTIPLE)
 
 
 def _round_up(n: int, unit: int) -> int:

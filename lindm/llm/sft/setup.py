@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -29,18 +30,19 @@ from lindm.llm.model import Decoder
 from lindm.llm.model_families import FAMILIES, parse_lora_targets
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
+from lindm.llm.sft.example_table import ExampleTable, ListedExamples, Rows
 from lindm.llm.sft.examples import (
+    LengthLimit,
     TaskDocument,
     check_dataset_options,
     check_file_options,
     dataset_examples,
     file_examples,
-    hold_out,
+    held_out_mask,
     open_data,
     read_documents,
     split_indices,
 )
-from lindm.llm.sft.generation import end_tokens
 from lindm.llm.sft.loss import ComputeConfig, Objective
 from lindm.llm.sft.optimizer import OptimizerConfig
 from lindm.llm.sft.options import Method, SFTConfig, run_options
@@ -87,8 +89,8 @@ class TrainingSetup:
     config: SFTConfig
     tokenizer: Tokenizer
     model_config: ModelConfig
-    train_rows: list[list[Example]]
-    eval_rows: list[list[Example]]
+    train_rows: Rows
+    eval_rows: Rows
     seq_len: int  # tokens per row
     max_labels: int  # per row
     mesh: Mesh
@@ -99,7 +101,7 @@ class TrainingSetup:
     lora: peft.AdapterSettings | None  # of the adapters; None: all weights are trained
     base: BaseFormat  # storage of the base weights under adapters
     end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
-    inputs: dict[str, Any]  # SHA-256 of data and model
+    inputs: dict[str, Any]  # SHA-256 of data and model, and numbers of documents that were too long
 
 
 def setup_training(config: SFTConfig) -> TrainingSetup:
@@ -113,26 +115,29 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
     lora = _lora_settings(config, model_config)
     if config.chat_template is not None and tokenizer is not None:
         tokenizer.chat_template = read_text(config.chat_template, limits.JSON_FILE)
-    if config.seq is not None and config.seq > model_config.max_position_embeddings:
-        raise ValueError(f"seq must be at most the {model_config.max_position_embeddings} tokens of the model; got {config.seq}")
-    max_tokens = config.seq or model_config.max_position_embeddings
+    most = model_config.max_position_embeddings
+    if config.max_length is not None and config.max_length > most:
+        raise ValueError(f"max_length must be at most the {most} tokens of the model; got {config.max_length}")
     if config.eval_data is None:
-        data = evaluation = _load(config, config.data, tokenizer, max_tokens, config.held_out)
-        train_examples, eval_examples = hold_out(data.examples, config.held_out, config.seed)
+        data = evaluation = _load(config, config.data, tokenizer, config.max_length or most, config.held_out)
+        is_held_out = held_out_mask(data.examples.groups, config.held_out, config.seed, hashed=not data.is_dataset)
+        chosen = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     else:
-        data = _load(config, config.data, tokenizer, max_tokens, None)
-        evaluation = _load(config, config.eval_data, data.tokenizer, max_tokens, 1.0)
-        train_examples, eval_examples = data.examples, evaluation.examples
-    row_tokens = config.seq or max(len(e.ids) for e in (*train_examples, *eval_examples))
-    train_rows, eval_rows = (_make_rows(part, row_tokens, config.pack) for part in (train_examples, eval_examples))
-    seq_len, max_labels = packing.batch_shape([*train_rows, *eval_rows], config.seq)
+        data = _load(config, config.data, tokenizer, config.max_length or most, None)
+        evaluation = _load(config, config.eval_data, data.tokenizer, config.max_length or most, 1.0)
+        chosen = np.arange(len(data.examples)), np.arange(len(evaluation.examples))
+    tables = data.examples, evaluation.examples
+    longest = max(int(table.lengths.max(initial=1)) for table in tables)
+    row_tokens = config.max_length or longest
+    train_rows, eval_rows = (Rows(table, part, row_tokens, config.pack) for table, part in zip(tables, chosen, strict=True))
+    seq_len, max_labels = _batch_shape((train_rows, eval_rows), config)
     mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh) if config.mesh else {"fsdp": len(jax.devices())})
     sharding.check_batch_size(config.batch, mesh)
-    inputs: dict[str, Any] = {"data": data.sha256}
+    inputs: dict[str, Any] = {"data": data.sha256} | data.overlong
     if config.chat_template is not None:
         inputs["chat_template"] = files.sha256(config.chat_template)
     if config.eval_data is not None:
-        inputs["eval_data"] = evaluation.sha256
+        inputs |= {"eval_data": evaluation.sha256} | {f"eval_{name}": n for name, n in evaluation.overlong.items()}
     if config.model is not None:
         inputs["model"] = _model_hashes(config.model)
     if config.adapter is not None:
@@ -152,7 +157,7 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         decision_tasks=evaluation.decision_tasks,
         lora=lora,
         base=_base_format(config),
-        end_tokens=() if data.is_dataset else end_tokens(train_examples),
+        end_tokens=() if data.is_dataset else data.examples.end_tokens(),
         inputs=inputs,
     )
 
@@ -184,10 +189,15 @@ def _base_format(config: SFTConfig) -> BaseFormat:
     return config.base or ("nf4" if config.method == "qlora" else "f32" if on_cpu else "bf16")
 
 
-def _make_rows(examples: Sequence[Example], row_tokens: int, pack: bool) -> list[list[Example]]:
-    lengths = [len(e.ids) for e in examples]
-    rows = packing.pack(lengths, row_tokens) if pack else packing.one_per_row(lengths)
-    return [[examples[i] for i in row] for row in rows]
+def _batch_shape(parts: Sequence[Rows], config: SFTConfig) -> tuple[int, int]:
+    """(seq_len, max_labels) of the rows: packed rows have `max_length` tokens, others those of the longest document."""
+    longest, most_labels = (
+        max(int(x.max(initial=0)) for x in (getattr(p, name) for p in parts)) for name in ("tokens", "labels")
+    )
+    seq_len, max_labels = packing.round_up_shape(longest, most_labels)
+    if config.max_length is not None:
+        seq_len = config.max_length if config.pack else min(seq_len, config.max_length)
+    return seq_len, max_labels
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
@@ -197,10 +207,11 @@ class LoadedData(NamedTuple):
     """What one pass over the data of `--data` or `--eval-data` gives."""
 
     tokenizer: Tokenizer
-    examples: list[Example]
+    examples: ExampleTable
     decision_tasks: DecisionTasks | None
     sha256: str
     is_dataset: bool
+    overlong: dict[str, int]  # numbers of truncated and dropped documents
     actions: tuple[int, ...] = ()  # of a loss of action values: the token of each action
 
 
@@ -210,16 +221,16 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
     Args:
       held_out: fraction of the tasks that is held out; decisions are evaluated on the first of these. None: on no task.
     """
-    data = open_data(path)
+    data, limit = open_data(path), LengthLimit(max_tokens, config.overlong)
     no_progress = contextlib.nullcontext(lambda done, total: None)
     with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
         if isinstance(data, list):
             if tokenizer is None:
                 raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
             check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
-            examples = file_examples(data, tokenizer, max_tokens, progress, config.template_variables)
-            return LoadedData(tokenizer, examples, None, _files_hash(data), is_dataset=False)
-        check_dataset_options(config.chat_template, config.chat_template_kwargs)
+            examples = file_examples(data, tokenizer, limit, progress, config.template_variables, config.held_out_key)
+            return LoadedData(tokenizer, _listed(examples, path, limit), None, _files_hash(data), False, limit.counts)
+        check_dataset_options(config.chat_template, config.chat_template_kwargs, config.held_out_key)
         text = text_format(data, config.template, config.rewards, config.names)
         evaluated = _evaluated_tasks(config, len(data), held_out)
         tasks: list[Task] = []
@@ -235,10 +246,19 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
             documents = list(documents)
             tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), TINY.vocab_size)
         with_values = config.loss != "action"
-        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, max_tokens, with_values)
+        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, limit, with_values)
         tokens = action_tokens(tokenizer, text.template, data.num_actions) if with_values else ()
     decision_tasks = DecisionTasks(tasks=tasks, text=text) if tasks else None
-    return LoadedData(tokenizer, examples, decision_tasks, data.checksum, True, tuple(ids[0] for ids in tokens))
+    listed = _listed(examples, path, limit)
+    return LoadedData(tokenizer, listed, decision_tasks, data.checksum, True, limit.counts, tuple(ids[0] for ids in tokens))
+
+
+def _listed(examples: Sequence[Example], path: Path, limit: LengthLimit) -> ListedExamples:
+    if not examples:
+        raise DataError(
+            f"{path}: nothing is left to train: all {limit.dropped} documents have more than {limit.max_length} tokens"
+        )
+    return ListedExamples(examples)
 
 
 def _files_hash(paths: Sequence[Path]) -> str:

@@ -225,10 +225,8 @@ def _reshard(state: nnx.State, shardings: nnx.State) -> nnx.State:
 def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
     """Print what will be trained, and one example with its labels marked."""
     config, m = setup.config, setup.model_config
-    examples = [e for row in setup.train_rows for e in row]
-    labels = sum(int((e.target >= 0).sum()) for e in examples)
-    tokens = sum(len(e.ids) for e in examples)
-    held_out = sum(len(row) for row in setup.eval_rows)
+    train, held_out = setup.train_rows, len(setup.eval_rows.members)
+    overlong = "".join(f"; {setup.inputs[name]:,} {name}" for name in ("truncated", "dropped") if name in setup.inputs)
     decisions = f"; decisions on {len(setup.decision_tasks.tasks)} tasks" if setup.decision_tasks else ""
     rows = f"{config.accumulate} x {config.batch} rows" if config.accumulate > 1 else f"{config.batch} rows"
     start = "randomly initialized" if config.model is None else str(config.model)
@@ -236,10 +234,11 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
         f"model     {m.model_type}, {m.num_parameters:,} parameters, {m.num_layers} layers, hidden size {m.hidden_size}; {start}",
         f"method    {config.method}{_describe_adapters(setup)}",
         f"steps     {setup.optimizer.steps:,} of {rows}, mesh {dict(setup.mesh.shape)}",
-        f"data      {len(examples):,} documents, {tokens:,} tokens, {labels:,} labels; rows of {setup.seq_len} tokens",
+        f"data      {len(train.members):,} documents, {train.tokens.sum():,} tokens, {train.labels.sum():,} labels{overlong}; "
+        f"rows of {setup.seq_len} tokens",
         f"held out  {held_out:,} documents{decisions}",
         "",
-        format_example(examples[0], setup.tokenizer, 600),
+        format_example(train[0][0], setup.tokenizer, 600),
         "",
     ):
         progress.print(line)

