@@ -6,7 +6,7 @@ from typing import Any
 
 from lindm.datasets import read_episodes
 from lindm.errors import DataError
-from lindm.evaluation.history import WORDS, problem_info
+from lindm.evaluation.history import WORDS, illegal_step, problem_info
 from lindm.evaluation.policies.alpha_vectors import AlphaVectors
 from lindm.evaluation.policies.saved import GraphPolicy, StateActions, read_policy
 from lindm.evaluation.policy import Episodes
@@ -27,7 +27,7 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
       problem: as of `act`; or a dataset, whose names and sizes they then have.
 
     Raises:
-      DataError: the file cannot be read, or a row of it is wrong; names the file and the line.
+      DataError: the file cannot be read, or a row of it is wrong, or its action is not legal; names the file and the line.
 
     >>> from pathlib import Path
     >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=2)
@@ -41,12 +41,15 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
     names = {SYMBOL_ARGUMENTS[name]: info.words(SYMBOL_ARGUMENTS[name]) for name in WORDS[info.kind]}
     read = read_episodes(path, names, required=observed)
     demonstrations = []
-    for steps, line in zip(read.episodes, read.lines, strict=True):
+    for steps, lines in zip(read.episodes, read.lines, strict=True):
         taken = [step for step in steps if step.action is not None]  # the last row may have a state alone
         if len(taken) > info.horizon:
-            raise DataError(f"{path}:{line}: an episode must have at most {info.horizon} steps, the horizon; got {len(taken)}")
+            rule = f"an episode must have at most {info.horizon} steps, the horizon"
+            raise DataError(f"{path}:{lines[0]}: {rule}; got {len(taken)}")
         seen = ({name: getattr(step, name) for name in ("action", *observed, "reward")} for step in taken)
         demonstrations.append(tuple(Step(**fields) for fields in seen))
+        if (wrong := illegal_step(demonstrations[-1], info)) is not None:
+            raise DataError(f"{path}:{lines[wrong[0]]}: {wrong[1]}")
     return demonstrations
 
 

@@ -4,7 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lindm import validate
 from lindm.datasets import read_episodes
+from lindm.datasets.episodes import LoggedEpisodes
 from lindm.errors import DataError
 from lindm.estimation import estimate as counting
 from lindm.estimation.estimate import Estimation
@@ -23,6 +28,7 @@ def estimate(
     restarts: int = 10,
     seed: int = 0,
     names: Mapping[str, Sequence[str]] | None = None,
+    legal: ArrayLike | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Estimation:
     """A model of the process that made a file of episodes: by counting where the state is seen, by EM where it is hidden.
@@ -37,6 +43,8 @@ def estimate(
       seed: of draws and restarts.
       names: of states, actions and observations, in their order, as far as they are known; another name in the file is an error.
         [default: those of the file, in alphabetical order]
+      legal: [S, A] bool, the actions that the states of `names` allow, where the state is seen: those of the models. [default:
+        all]
       progress: called with (restarts done, restarts in all).
 
     Returns:
@@ -45,13 +53,18 @@ def estimate(
 
     Raises:
       ValueError: an argument is out of its range or does not fit the file.
-      DataError: the file is wrong; the message has file and line.
+      DataError: the file is wrong, or has an action that is not legal; the message has file and line.
 
     >>> found = ld.estimate("log.csv", prior=1.0)
     >>> found.models[0].actions, found.warnings
     (('run', 'stop'), ())
     """
     log = read_episodes(path, names)
+    if legal is not None:
+        if "state" not in log.fields or not {"states", "actions"} <= (names or {}).keys():
+            raise ValueError("legal must be left out for hidden states, and given with the names of states and actions")
+        legal = np.asarray(validate.legal(legal, len(log.names["states"]), len(log.names["actions"])))
+        _check_legal(log, legal, path)
     try:
         with double_precision():
             found = counting.estimate(
@@ -62,6 +75,7 @@ def estimate(
                 prior=prior,
                 restarts=restarts,
                 seed=seed,
+                legal=legal,
                 progress=progress,
             )
     except DataError as e:
@@ -71,3 +85,14 @@ def estimate(
     found = replace(found, counts=counts, warnings=(*misspelled, *found.warnings))
     about = f"{len(log)} episodes, {int(found.visits.sum().round())} steps"
     return replace(found, source=f"{path}: {about}, SHA-256 {files.sha256(Path(path))}")
+
+
+def _check_legal(log: LoggedEpisodes, legal: np.ndarray, path: str | Path) -> None:
+    """DataError for a row whose action the state does not allow."""
+    states, actions = log.names["states"], log.names["actions"]
+    for steps, lines in zip(log.episodes, log.lines, strict=True):
+        for step, line in zip(steps, lines, strict=True):
+            if step.state is not None and step.action is not None and not legal[step.state, step.action]:
+                allowed = ", ".join(actions[a] for a in np.flatnonzero(legal[step.state]))
+                rule = f"the action {actions[step.action]!r} is not legal in the state {states[step.state]!r}"
+                raise DataError(f"{path}:{line}: {rule}; legal: {allowed}")

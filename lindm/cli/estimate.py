@@ -36,8 +36,8 @@ class Estimate:
     """Number of draws of the posterior, the models of an ambiguous problem, in OUT-1.pomdp, OUT-2.pomdp, ... 1 is the posterior
     mean."""
     like: Path | None = None
-    """A .pomdp file whose names of states, actions and observations, and their order, the model has. [default: the names in the
-    episodes, in alphabetical order]"""
+    """A .pomdp file whose names of states, actions and observations, their order, and its illegal actions the model has.
+    [default: the names in the episodes, in alphabetical order]"""
     discount: float | None = None
     """Discount factor of the model, which no log tells. [default: that of --like, or 0.95]"""
     prior: float = 1.0
@@ -61,7 +61,7 @@ def run(options: Estimate) -> int:
     declared = {
         part: name_list(part, given) for part in PARTS if (given := getattr(options, part)) and not (part == "states" and states)
     }
-    names, discount = declared, 0.95
+    names, legal, discount = declared, None, 0.95
     if options.like is not None:
         if declared:
             raise UsageError(f"--{next(iter(declared))} must be left out with --like, whose file has the names")
@@ -70,6 +70,7 @@ def run(options: Estimate) -> int:
         names, discount = {part: given for part in PARTS if (given := getattr(like, part))}, like.discount
         if states is not None:
             names.pop("states", None)  # the hidden states have no names
+        legal = like.legal if "states" in names else None
     with progress_bar("restarts") as progress:
         found = estimate(
             options.episodes,
@@ -80,6 +81,7 @@ def run(options: Estimate) -> int:
             restarts=options.restarts,
             seed=options.seed,
             names=names,
+            legal=legal,
             progress=progress,
         )
     paths = found.save(options.out)

@@ -44,7 +44,7 @@ class LoggedEpisodes:
       episodes: of each episode its steps, in which states, actions, models and observations are numbers. The last step has no
         action where the file has the state that the last action led to.
       ids: the name of each episode in the file.
-      lines: the line of each episode's first row.
+      lines: of each episode the line of each row.
       fields: the fields of `lindm.datasets.columns.STEP_FIELDS` that the steps have.
       names: of states, actions, models and observations, as far as the file has them: those that were given to the reader;
         otherwise all that occur, in alphabetical order, or "0", "1", ... where all of them are numbers.
@@ -52,7 +52,7 @@ class LoggedEpisodes:
 
     episodes: tuple[tuple[Step, ...], ...]
     ids: tuple[str, ...]
-    lines: tuple[int, ...]
+    lines: tuple[tuple[int, ...], ...]
     fields: frozenset[str]
     names: Mapping[str, tuple[str, ...]]
 
@@ -195,6 +195,7 @@ class _Reader:
     def __init__(self, names: Mapping[str, Sequence[str]]):
         self.columns = {name: _Column(known=names.get(part)) for name, part in SYMBOL_ARGUMENTS.items()}
         self.episodes: list[list[Step]] = []
+        self.lines: list[list[int]] = []
         self.ids: dict[str, int] = {}  # -> the line of the first row
         self.fields: frozenset[str] = frozenset()
         self.first_step = 0
@@ -211,6 +212,7 @@ class _Reader:
                 raise ValueError(f"the rows of an episode must follow each other; {began}, and another one came between")
             self._last, self.ids[episode] = episode, line
             self.episodes.append([])
+            self.lines.append([])
         steps, has = self.episodes[-1], frozenset(row) & STEP_FIELDS
         if steps and steps[-1].action is None:
             raise ValueError("action must be given in every row but the last one of an episode; the row before has none")
@@ -226,6 +228,7 @@ class _Reader:
         codes = {name: column.code(name, row[name]) for name, column in self.columns.items() if name in row}
         reward = _reward(row["reward"]) if "reward" in row else None
         steps.append(Step(**{"action": None} | codes, reward=reward))
+        self.lines[-1].append(line)
 
     def _check_step(self, word: str, before: int) -> None:
         """ValueError unless a step's number follows those of the steps before it in its episode."""
@@ -248,7 +251,7 @@ class _Reader:
         return LoggedEpisodes(
             episodes=tuple(tuple(map(renumbered, steps)) for steps in self.episodes),
             ids=tuple(self.ids),
-            lines=tuple(self.ids.values()),
+            lines=tuple(map(tuple, self.lines)),
             fields=self.fields,
             names={SYMBOL_ARGUMENTS[name]: names for name, (names, _) in finished.items()},
         )

@@ -101,6 +101,7 @@ def estimate(
     prior: float = 1.0,
     restarts: int = 10,
     seed: int = 0,
+    legal: np.ndarray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Estimation:
     """A model of the process that made the log.
@@ -113,6 +114,7 @@ def estimate(
       prior: weight of the Dirichlet law of a row, in observations.
       restarts: of EM, from random parameters.
       seed: of the draws and of the restarts.
+      legal: [S, A] bool, the actions that states allow, where the state is seen; no other is in the log.
       progress: called with (restarts done, restarts in all).
 
     Raises:
@@ -133,7 +135,7 @@ def estimate(
     if "state" in log.fields:
         if states is not None:
             raise ValueError(f"states must be left out where the log has the column state; got {states}")
-        return _seen(log, steps, discount, models, prior, rng)
+        return _seen(log, steps, discount, models, prior, rng, legal)
     if states is None:
         raise ValueError("states must be given for a log without the column state: the number of hidden states")
     validate.count(states, "states")
@@ -147,7 +149,15 @@ def estimate(
 # --- the state is seen -------------------------------------------------------------------------------------------------------
 
 
-def _seen(log: LoggedEpisodes, steps: Steps, discount: float, models: int, prior: float, rng: np.random.Generator) -> Estimation:
+def _seen(
+    log: LoggedEpisodes,
+    steps: Steps,
+    discount: float,
+    models: int,
+    prior: float,
+    rng: np.random.Generator,
+    legal: np.ndarray | None,
+) -> Estimation:
     names = {part: tuple(log.names.get(part, ())) for part in ("states", "actions", "observations")}
     S, A, O = map(len, names.values())
     first, transitions, emitted = counts = np.zeros(S), np.zeros((S, A, S)), np.zeros((A, S, O))
@@ -161,12 +171,16 @@ def _seen(log: LoggedEpisodes, steps: Steps, discount: float, models: int, prior
     r = mean_rewards(steps, np.eye(S)[steps.state], A, TINY)
     laws = [_posterior(count, prior, rng, models > 1) for _ in range(models) for count in counts]
     made = []
+    if legal is not None:  # as in a file: an action that is not legal keeps the state and pays nothing
+        r = np.where(legal, r, 0.0)
+        laws[1::3] = [np.where(legal[..., None], P, np.eye(S)[:, None]) for P in laws[1::3]]
     for rho, P, emissions in zip(laws[::3], laws[1::3], laws[2::3], strict=True):
         fields = {**names, "O": emissions}
         if models > 1 and not O:  # the models of an ambiguous problem are POMDPs
             fields |= {"observations": names["states"], "O": np.broadcast_to(np.eye(S), (A, S, S)).copy()}
-        made.append(Model(**fields, discount=discount, P=P, r=r, start=rho))
-    warnings = _unvisited(visits, visits.sum(1) + np.bincount(steps.following[known], minlength=S), names)
+        made.append(Model(**fields, discount=discount, P=P, r=r, start=rho, legal=legal))
+    tried = visits if legal is None else np.where(legal, visits, 1)  # nobody could try what is not legal
+    warnings = _unvisited(tried, visits.sum(1) + np.bincount(steps.following[known], minlength=S), names)
     if np.isnan(steps.reward).any():
         warnings.append("the log has no column reward: every reward of the model is 0")
     if models > 1 and not O:

@@ -174,7 +174,7 @@ def check_history(steps: Sequence[Step], info: ProblemInfo) -> tuple[tuple[Step,
     checked, and there is no belief.
 
     Raises:
-      ValueError: a state or an observation has the probability 0.
+      ValueError: a state or an observation has the probability 0, or an action is not legal.
     """
     if info.problem is None:
         return tuple(steps), None
@@ -188,6 +188,7 @@ def _belief(steps: Sequence[Step], info: ProblemInfo, problem: POMDP | APOMDP | 
     beliefs = problem.rho[None] if isinstance(problem, StationaryPOMDP) else np.asarray(as_apomdp(problem).models.rho)
     for t, step in enumerate(steps[:-1]):
         assert step.action is not None and step.observation is not None
+        _check_legal(t, step.action, legal_actions(problem, belief=beliefs), info)
         P, O = _kernel(problem, t, step.model or 0, step.action)
         joint = (beliefs[step.model or 0] @ P)[:, None] * O  # [S, O]
         belief, mass = normalize(joint[:, step.observation])
@@ -211,6 +212,8 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP | Stati
         assert step.state is not None
         if not law[step.state] > 0:
             _impossible(t, "state", step.state, info, law)
+        if step.action is not None:
+            _check_legal(t, step.action, legal_actions(problem, state=step.state), info)
         if step.action is not None and isinstance(problem, StationaryPOMDP):
             law = problem.P[step.action][[step.state]].toarray()[0]
         elif step.action is not None and isinstance(problem, MDP):
@@ -222,8 +225,60 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP | Stati
     return tuple(checked)
 
 
+def legal_actions(problem: Any, state: int | None = None, belief: np.ndarray | None = None) -> np.ndarray | None:
+    """Which actions are legal [A] in a state, or in every state that a belief [S] or [M, S] holds possible; None: all."""
+    legal = getattr(problem.models if isinstance(problem, APOMDP) else problem, "legal", None)
+    if legal is None:
+        return None
+    legal = np.asarray(legal)
+    legal = legal[0] if legal.ndim == 3 else legal
+    if belief is None:
+        return legal[state]
+    return np.all(legal[np.any(np.atleast_2d(belief) > 0, axis=0)], axis=0)
+
+
+def illegal_step(steps: Sequence[Step], info: ProblemInfo) -> tuple[int, str] | None:
+    """The first step of a demonstration whose action is not legal, and what is wrong; None where there is none.
+
+    Where the state is hidden, steps after an observation that is impossible under the problem are not judged.
+    """
+    problem: Any = info.problem
+    if problem is None or (problem.models if isinstance(problem, APOMDP) else problem).legal is None:
+        return None
+    try:
+        if info.kind != "mdp":
+            with double_precision():
+                _belief((*steps, Step(None)), info, problem)
+        for t, step in enumerate(steps if info.kind == "mdp" else ()):
+            assert step.action is not None
+            _check_legal(t, step.action, legal_actions(problem, state=step.state), info)
+    except IllegalActionError as e:
+        return e.step, e.reason
+    except ValueError:
+        return None
+    return None
+
+
+class IllegalActionError(ValueError):
+    """An action of a history that is not legal."""
+
+    def __init__(self, step: int, reason: str):
+        super().__init__(f"history: step {step + 1}: {reason}")
+        self.step, self.reason = step, reason
+
+
+def _check_legal(t: int, action: int, legal: np.ndarray | None, info: ProblemInfo) -> None:
+    if legal is not None and not legal[action]:
+        words = info.words("actions")
+        raise IllegalActionError(t, f"the action {words[action]!r} is not legal there; legal: {_some(words, legal)}")
+
+
+def _some(words: Sequence[str], among: np.ndarray) -> str:
+    possible = [words[i] for i in np.flatnonzero(among).tolist()]
+    return (", ".join(possible[:12]) or "none") + (f", ... ({len(possible)} in all)" if len(possible) > 12 else "")
+
+
 def _impossible(t: int, name: str, number: int, info: ProblemInfo, law: np.ndarray) -> NoReturn:
     words = info.words(SYMBOL_ARGUMENTS[name])
-    possible = [words[i] for i in np.flatnonzero(law > 0).tolist()]
-    some = ", ".join(possible[:12]) + (f", ... ({len(possible)} in all)" if len(possible) > 12 else "")
+    some = _some(words, law > 0)
     raise ValueError(f"history: step {t + 1}: the {name} {words[number]!r} has the probability 0 there; possible: {some}")

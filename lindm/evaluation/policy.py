@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lindm.evaluation.environments import PolicyTask, environment
-from lindm.evaluation.history import History, ProblemInfo, check_history, problem_info, read_history
+from lindm.evaluation.history import History, ProblemInfo, check_history, legal_actions, problem_info, read_history
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.text import Step
-from lindm.types import APOMDP
 
 Episodes = Sequence[Sequence[Step]]
 BATCH_SIZE = 4096  # approximate number of histories per call
@@ -203,15 +202,12 @@ class DecisionMaker:
 
     def _legal(self, step: Step, belief: np.ndarray | None) -> np.ndarray | None:
         """Which actions are legal [1, A] in the state of a step, or in every state that the belief holds possible; None: all."""
-        problem: Any = None if self.info is None else self.info.problem
-        problem = problem.models if isinstance(problem, APOMDP) else problem
-        if problem is None or problem.legal is None:
-            return None
-        legal = np.asarray(problem.legal)
-        legal = legal[0] if legal.ndim == 3 else legal
-        if belief is None:
-            return legal[step.state][None]
-        return np.all(legal[np.any(np.atleast_2d(belief) > 0, axis=0)], axis=0)[None]
+        legal = None if self.info is None else legal_actions(self.info.problem, step.state, belief)
+        if legal is not None and not legal.any():
+            raise ValueError(
+                "history must leave an action that is legal in every possible state; got one after which there is none"
+            )
+        return None if legal is None else legal[None]
 
     def _read(self, history: History) -> tuple[Sequence[Step], np.ndarray | None]:
         """The steps of a history, and the belief after them."""

@@ -150,6 +150,8 @@ class LanguageModelPolicy(Policy):
             raise DataError(f"{self.name}: {rule}; got {longest}")
         hidden, cache = _extend(self.graphdef, self.weights, ids, starts, ends - starts, cache, state.shared, self.dtype)
         scores, valid = (_on_host(x)[row] for x in self._scores(hidden, cache, state, ends))
+        if observation.legal is not None:
+            scores = np.where(observation.legal, scores, -np.inf)
         log_p = log_softmax(scores.astype(float) / (self.temperature or 1.0), axis=-1)
         new_state = state._replace(cache=cache, row=row, length=ends[row], invalid=~valid, log_p=log_p)
         if self.temperature == 0:

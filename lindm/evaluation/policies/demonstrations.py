@@ -10,11 +10,11 @@ from lindm.text import Step
 
 
 class BC(Policy):
-    """The most frequent action of the task's demonstrations after the same last observation.
+    """The most frequent legal action of the task's demonstrations after the same last observation.
 
     The last observation is the state of an MDP, otherwise the model and the observation of the step before. If no demonstration
-    has it, the most frequent action over all steps is taken. Ties go to the lowest action. The state is the counts of the actions
-    after each last observation, per task.
+    takes a legal action there, the most frequent one over all steps is taken. Ties go to the lowest action. The state is the
+    counts of the actions after each last observation, per task.
     """
 
     markov = True
@@ -23,17 +23,28 @@ class BC(Policy):
         return tasks[0].known, np.array([_counts(task) for task in tasks])
 
     def step(self, state, observation: Observation):
-        env, counts = state
-        here = counts[observation.task, _last_seen(env, observation)]
-        everywhere = counts.sum(1)[observation.task]
-        return state, one_hot(np.where(here.any(-1, keepdims=True), here, everywhere).argmax(-1), env.num_actions)
+        env, _ = state
+        here, everywhere = _legal_counts(state, observation)
+        chosen = np.where(here.any(-1, keepdims=True), here, everywhere)
+        if observation.legal is not None:
+            chosen = np.where(observation.legal, chosen, -1)
+        return state, one_hot(chosen.argmax(-1), env.num_actions)
 
     def note(self, state, observation: Observation) -> str | None:
         env, counts = state
-        if counts[observation.task[0], _last_seen(env, observation)[0]].any():
+        if _legal_counts(state, observation)[0][0].any():
             return None
         what = "state" if isinstance(env, MDPEnvironment) else "last observation"
-        return f"no demonstration has this {what}: the action is the most frequent one of all steps"
+        has = "takes a legal action after" if counts[observation.task[0], _last_seen(env, observation)[0]].any() else "has"
+        return f"no demonstration {has} this {what}: the action is the most frequent one of all steps"
+
+
+def _legal_counts(state, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+    """How often each legal action was taken after the same last observation, and in all [n, A]."""
+    env, counts = state
+    legal = True if observation.legal is None else observation.legal
+    here = np.where(legal, counts[observation.task, _last_seen(env, observation)], 0)
+    return here, np.where(legal, counts.sum(1)[observation.task], 0)
 
 
 def _last_seen(env: Environment, observation: Observation) -> np.ndarray:

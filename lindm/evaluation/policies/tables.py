@@ -27,7 +27,10 @@ class TablePolicy(Policy):
 
     def step(self, state, observation: Observation):
         values, actions = state
-        return state, one_hot(actions[_rows(observation)], values.shape[-1])
+        chosen = actions[_rows(observation)]
+        if observation.legal is not None:
+            chosen = greedy(np.where(observation.legal, values[_rows(observation)], -np.inf), per_row=True)
+        return state, one_hot(chosen, values.shape[-1])
 
     def q_bounds(self, state, observation: Observation):
         Q = state[0][_rows(observation)]

@@ -12,17 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lindm as ld
+from lindm.cli.main import main
 from lindm.datasets import Dataset
+from lindm.errors import DataError
 from lindm.evaluation.environments import make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
+from lindm.evaluation.policies.demonstrations import BC
+from lindm.evaluation.policies.offline_rl import LSVI
 from lindm.evaluation.policies.optimal import Oracle, Random
-from lindm.evaluation.policy import DecisionMaker
+from lindm.evaluation.policies.planning import EstimatedModel
+from lindm.evaluation.policy import DecisionMaker, Observation
 from lindm.problems.apomdp import as_apomdp, optimistic
 from lindm.problems.stationary import stationary_mdp
 from lindm.solvers import dp, tree
 from lindm.solvers import stationary_mdp as iteration
 from lindm.solvers.rollout import demonstrate
 from lindm.solvers.solve import labels, solve
+from lindm.text import Step
 from lindm.types import POMDP
 
 S, A, O, H = 3, 3, 2, 3
@@ -182,6 +188,72 @@ def test_a_policy_that_is_asked_takes_legal_actions():
         decision = DecisionMaker(policy, (), pomdp(parts)).decide()
         np.testing.assert_allclose(decision.probabilities, first / first.sum())
         assert decision.masked == pytest.approx(masked)
+
+
+def test_policies_that_learn_take_the_best_legal_action():
+    legal = np.array([[False, True, True], [True, True, True]])
+    P = np.full((1, 2, 3, 2), 0.5)
+    problem = ld.mdp(P, np.zeros((3, 2, 3)), [0.5, 0.5], legal=legal)
+    shown = [[Step(0, state=0, reward=1.0), Step(2, state=0, reward=1.0), Step(0, state=1, reward=0.0)]]
+    tasks = make_tasks([problem], [shown])
+    observation = Observation(stage=0, task=np.zeros(2, int), parent=np.zeros(2, int), state=np.arange(2), legal=legal)
+    for policy in (BC(), LSVI(), EstimatedModel()):
+        _, probabilities = policy.step(policy.init(tasks), observation)
+        assert probabilities[0].tolist() == [0, 0, 1], policy
+    # where no legal action was shown, the most frequent one of all steps that is legal
+    tasks = make_tasks([problem], [[[Step(0, state=0), Step(0, state=1), Step(1, state=1), Step(0, state=1)]]])
+    assert BC().step(BC().init(tasks), observation)[1].argmax(-1).tolist() == [1, 0]
+
+
+FILE = """discount: 0.9
+states: up down
+actions: go stop
+{}start: 0.5 0.5
+T: go
+0 1
+1 0
+T: stop identity
+{}R: go : * {} 1
+illegal: stop : up
+"""
+SEEN = FILE.format("", "", ": *")
+HIDDEN = FILE.format("observations: high low\n", "O: *\n1 0\n0 1\n", ": * : *")
+
+
+@pytest.mark.parametrize(
+    ("text", "history", "rows", "said"),
+    [
+        (SEEN, "down go up stop up", ["a,0,down,go,", "a,1,up,stop,"], "the action 'stop' is not legal there; legal: go"),
+        (HIDDEN, "go high stop high", ["a,0,,go,high", "a,1,,stop,high"], "the action 'stop' is not legal there; legal: go"),
+        (HIDDEN, "stop low", ["a,0,,go,low", "b,0,,stop,low"], "the action 'stop' is not legal there; legal: go"),
+    ],
+)
+def test_histories_and_demonstrations_with_an_illegal_action_are_refused(tmp_path, text, history, rows, said):
+    (tmp_path / "p.pomdp").write_text(text)
+    problem, endless = ld.read_pomdp(tmp_path / "p.pomdp", horizon=4), ld.read_stationary_pomdp(tmp_path / "p.pomdp")
+    step = 1 if history.startswith("stop") else 2
+    for one in (problem, endless):
+        with pytest.raises(ValueError, match=f"^history: step {step}: {said}$"):
+            DecisionMaker(lambda demonstrations, steps: 0, (), one).decide(history)
+        (tmp_path / "log.csv").write_text("\n".join(["episode,step,state,action,observation", "", *rows]))
+        with pytest.raises(DataError, match=f"log.csv:4: {said}$"):
+            ld.read_demonstrations(tmp_path / "log.csv", one)
+        (tmp_path / "log.csv").write_text("\n".join(["episode,step,state,action,observation", *rows]).replace("stop", "go"))
+        assert len(ld.read_demonstrations(tmp_path / "log.csv", one)) == len({row[0] for row in rows})
+
+
+def test_a_model_that_is_estimated_like_another_has_its_illegal_actions(tmp_path, capsys):
+    (tmp_path / "p.pomdp").write_text(SEEN)
+    log, out = tmp_path / "log.csv", tmp_path / "out.pomdp"
+    log.write_text("episode,step,state,action,reward\na,0,down,go,1\na,1,up,go,1\na,2,down,stop,0\na,3,down,go,1\n")
+    arguments = ["estimate", str(log), "--like", str(tmp_path / "p.pomdp"), "--out", str(out)]
+    assert main(arguments) == 0
+    estimated, like = ld.read_stationary_pomdp(out), ld.read_stationary_pomdp(tmp_path / "p.pomdp")
+    assert (estimated.legal == like.legal).all() and "stop in up" not in capsys.readouterr().err
+    assert estimated.r[0, 1] == 0 and estimated.P[1].toarray()[0].tolist() == [1, 0]
+    log.write_text(log.read_text().replace("a,1,up,go", "a,1,up,stop"))
+    assert main(arguments) == 3
+    assert f"{log}:3: the action 'stop' is not legal in the state 'up'; legal: go" in capsys.readouterr().err
 
 
 def test_a_solution_on_disk_keeps_the_legal_actions(tmp_path):
