@@ -168,12 +168,13 @@ def load_generator(
     """
     options = run_options(Path(directory)) or {}
     path, device = model_directory(Path(directory)), jax.devices()[:1]
+    config = read_json(path / CONFIG)
     settings = read_json(path / GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else {}
     sampling = _sampling(settings, path / GENERATION_CONFIG, temperature, top_k, top_p)
     validate.count(1 if max_tokens is None else max_tokens, "max_tokens")
     validate.count(seed, "seed", least=0)
     tokenizer = load_tokenizer(path)
-    stops = _stops(settings, read_json(path / CONFIG), tokenizer, path)
+    stops = _stops(settings, config, tokenizer, path)
     trained_with = json.loads(options.get("chat_template_kwargs") or "{}")
     ignored = tuple(f"{k} {v}" for k, v in settings.items() if k not in APPLIED and v not in NEUTRAL)
     return TextGenerator(
