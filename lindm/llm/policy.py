@@ -267,7 +267,8 @@ def model_directory(directory: Path) -> Path:
     run = run_options(directory) is not None
     model = directory / "model" if run else directory
     if not model.is_dir():
-        raise DataError(f"{model} is not there" + (": the run is not finished" if run else ""))
+        what = "is not a directory" if model.exists() else "is not there"
+        raise DataError(f"{model} {what}" + (": the run is not finished" if run else ""))
     verify_file_list(model, lambda name: False, required=run)
     return model
 
