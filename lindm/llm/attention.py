@@ -1,4 +1,4 @@
-"""Attention of the decoder: rotary position embedding, causal attention, and attention over a key-value cache.
+"""Attention of the decoder: rotary position embedding, dense causal attention, and attention over a key-value cache.
 
 Shapes: B rows, T tokens, S slots of a key-value cache, P shared prefixes, N query heads, K key-value heads, H head_dim.
 """
@@ -46,32 +46,31 @@ def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
     return jnp.concatenate([*rotated, rest] if 2 * half < H else rotated, axis=-1).astype(x.dtype)
 
 
-def causal_mask(positions: Array, segment_ids: Array | None) -> AttentionMask:
-    """Tokens [B, T] attend to themselves and to earlier tokens of the same segment: a mask [B, T, T]."""
-    order = jnp.arange(positions.shape[1])
-    visible = (order[None, :] <= order[:, None])[None]
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    visible = jnp.broadcast_to(visible, (positions.shape[0], *visible.shape[1:]))
-    return AttentionMask(visible, positions[:, :, None] - positions[:, None, :])
+def dense_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, window: int = 0, scale: float = 0.0, softcap: float = 0.0
+) -> Array:
+    """softmax(scale q k) v over a token and the tokens before it in its segment: q [B, T, N, H], k, v [B, T, K, H] -> as q.
 
-
-def causal_attention(q: Array, k: Array, v: Array, mask: Array, scale: float = 0.0, softcap: float = 0.0) -> Array:
-    """softmax(scale q k) v over no later token: q [B, T, N, H], k, v [B, T, K, H], mask [B, T, T] -> as q.
-
-    Args: scale: 0 for 1 / sqrt(H); softcap: c > 0 takes c tanh(score / c) as score (Gemma 2).
+    Args:
+      segment_ids: [B, T] document that a token of a packed row belongs to; None: one document per row.
+      window: number of tokens that a query sees, itself included; 0: all.
+      scale: 0 for 1 / sqrt(H).
+      softcap: c > 0 takes c tanh(score / c) as score (Gemma 2).
 
     The queries are cut into up to `MAX_QUERY_BLOCKS` blocks, and a block meets only the keys up to its own end. The query heads
-    that share a key-value head are rows of one product.
+    that share a key-value head are rows of one product. All scores of a block exist at once: memory grows with T^2.
     """
     B, T, _, H = q.shape
     chex.assert_shape([k, v], (B, T, None, H))
-    chex.assert_shape(mask, (B, T, T))
-    size = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
+    size, order = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), jnp.arange(T)
     query_blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        query_blocks.append(_attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], scale, softcap))
+        distance = order[start:end, None] - order[None, :end]
+        mask = ((distance >= 0) & (distance < window) if window else distance >= 0)[None]
+        if segment_ids is not None:
+            mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+        query_blocks.append(_attend(q[:, start:end], k[:, :end], v[:, :end], mask, scale, softcap))
     return jnp.concatenate(query_blocks, axis=1)
 
 
@@ -81,7 +80,7 @@ def softcapped(scores: Array, softcap: float) -> Array:
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float) -> Array:
-    """Queries [B, T, N, H] over keys and values [B, S, K, H] under a mask [B, T, S]."""
+    """Queries [B, T, N, H] over keys and values [B, S, K, H] under a mask [B or 1, T, S]."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
     scores = jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32) * (scale or H**-0.5)
@@ -95,7 +94,7 @@ def cached_attention(q: Array, parts: Sequence[tuple[KVCache, Array]], scale: fl
     """softmax(scale q k) v over the keys of all parts together: q [B, T, N, H] -> the same shape.
 
     A part is one layer's keys and values [P, S, K, H], each shared by B/P consecutive rows, and its mask [B, T, S]; scale and
-    softcap are as in `causal_attention`.
+    softcap are as in `dense_attention`.
     """
     (B, T, N, H), dtype = q.shape, q.dtype
     q = q.astype(jnp.float32) * (scale or H**-0.5)

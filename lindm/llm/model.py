@@ -19,6 +19,7 @@ bfloat16. Norms, rotary angles, the softmax and the logits are always in float32
 Shapes: B rows, T tokens, S slots of a key-value cache, D hidden_size, N query heads, K key-value heads, H head_dim, V vocab_size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,15 +36,21 @@ from lindm.llm.attention import (
     KVCache,
     apply_rope,
     cached_attention,
-    causal_attention,
-    causal_mask,
     softcapped,
 )
+from lindm.llm.attention_kernels import CausalAttention, causal_attention
 from lindm.llm.config import ModelConfig, Remat
 from lindm.llm.rope_tables import in_long_document, rope_tables
 
 ShardingConstraint = Callable[[Array], Array]
 """Constrains the sharding of an array; the identity on one device."""
+
+Attend = Callable[[Array, Array, Array], tuple[Array, KVCache | None]]
+"""Queries [B, T, N, H], keys and values [B, T, K, H] of one layer -> attended values [B, T, N, H], and the layer's cache."""
+
+LayerAttention = Callable[[Array, KVCache | None, KVCache | None], Attend]
+"""Sliding window [] of a layer (0: none), its keys and values [B, S, K, H], and those of P prefixes [P, S', K, H], each shared by
+B/P consecutive rows -> the layer's attention."""
 
 MATMUL = "matmul"  # checkpoint name of the products with weights, which are most of the arithmetic
 
@@ -129,24 +136,12 @@ class DecoderLayer(nnx.Module):
         self.down = linear(inner, hidden, config.mlp_bias)
         self.config = config
 
-    def __call__(
-        self,
-        x: Array,
-        rope: tuple[Array, Array],
-        masks: tuple[Array, ...],
-        cache: KVCache | None,
-        prefix: KVCache | None,
-        start: Array | None,
-    ) -> tuple[Array, KVCache | None]:
+    def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend) -> tuple[Array, KVCache | None]:
         """One layer (its weights without the axis of layers): x [B, T, D] -> the same shape, and the layer's cache.
 
         Args:
           rope: cosines and sines [B, T, R/2].
-          masks: attention masks of the keys of this call [B, T, T]; or, with a cache, of its slots [B, T, S] and, with a prefix,
-            of the prefix's slots too.
-          cache: this layer's keys and values [B, S, K, H], or None.
-          prefix: this layer's keys and values [P, S', K, H] of P prefixes, each shared by B/P consecutive rows, or None.
-          start: [B] slot of the first token, with a cache.
+          attend: attention over the keys of this call, or over a cache to which it adds them.
         """
         config = self.config
         h = _optional(self.norm_attention)(x)
@@ -157,18 +152,7 @@ class DecoderLayer(nnx.Module):
         if config.qk_norm == "heads":
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is None:
-            attended = causal_attention(q, k, v, masks[0], config.attention_scale, config.attention_softcap)
-        else:
-            assert start is not None
-            write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis=0))
-            cache = KVCache(
-                keys=write(cache.keys, k.astype(cache.keys.dtype), start),
-                values=write(cache.values, v.astype(cache.values.dtype), start),
-            )
-            parts = (cache,) if prefix is None else (cache, prefix)
-            both = list(zip(parts, masks, strict=True))
-            attended = cached_attention(q, both, config.attention_scale, config.attention_softcap)
+        attended, cache = attend(q, k, v)
         attended = _optional(self.norm_attention_out)(self.o(attended.reshape(*h.shape[:2], -1)))
         x = x + _scaled(attended, config.residual_scale)
         h = _optional(self.norm_mlp)(x)
@@ -211,6 +195,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         unroll: bool = False,
+        attention: CausalAttention = causal_attention,
         constrain: ShardingConstraint = _identity,
         constrain_embedded: ShardingConstraint = _identity,
     ) -> Array:
@@ -220,12 +205,13 @@ class Decoder(nnx.Module):
           input_ids: [B, T]; positions: [B, T] within the document.
           segment_ids: [B, T] document that a token of a packed row belongs to; None: one document per row.
           dtype: of the activations.
+          attention: the kernel (`lindm.llm.attention_kernels`).
           constrain: applied to the activations between layers; constrain_embedded: to the embedded tokens, before that.
         """
         x = constrain(constrain_embedded(self._embed(input_ids, dtype)))
-        mask = causal_mask(positions, segment_ids)
         long = in_long_document(self.config, positions, segment_ids)
-        x, _, _ = self._apply_layers(x, positions, [mask], long=long, remat=remat, unroll=unroll, constrain=constrain)
+        attend = self._causal_attention(x.shape[1], segment_ids, attention)
+        x, _, _ = self._apply_layers(x, positions, attend, long=long, remat=remat, unroll=unroll, constrain=constrain)
         return self.norm(x)
 
     def hidden_states(self, input_ids: Array, positions: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
@@ -234,7 +220,8 @@ class Decoder(nnx.Module):
         Args: input_ids, positions: [B, T].
         """
         x, long = self._embed(input_ids, dtype), in_long_document(self.config, positions, None)
-        _, _, outputs = self._apply_layers(x, positions, [causal_mask(positions, None)], long=long, output_hidden_states=True)
+        attend = self._causal_attention(x.shape[1], None, causal_attention)
+        _, _, outputs = self._apply_layers(x, positions, attend, long=long, output_hidden_states=True)
         return jnp.concatenate([x[None], outputs])
 
     def forward_with_cache(
@@ -271,8 +258,9 @@ class Decoder(nnx.Module):
             visible = jnp.broadcast_to((before[None] < length[:, None])[:, None], (*input_ids.shape, len(before)))
             masks.append(AttentionMask(visible, positions[:, :, None] - before[None, None, :]))
         x = self._embed(input_ids, dtype)
-        caches = {"cache": cache, "prefix": prefix_cache, "start": start}
-        x, cache, _ = self._apply_layers(x, positions, masks, **caches, long=long, unroll=unroll)
+        caches = {"cache": cache, "prefix": prefix_cache}
+        attend = self._cached_attention(start, masks)
+        x, cache, _ = self._apply_layers(x, positions, attend, **caches, long=long, unroll=unroll)
         return self.norm(x), cache
 
     def init_cache(self, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
@@ -289,25 +277,63 @@ class Decoder(nnx.Module):
     def _embed(self, input_ids: Array, dtype: DTypeLike) -> Array:
         return _scaled(self.embedding[...][input_ids].astype(dtype), self.config.embedding_scale)
 
+    def _causal_attention(self, T: int, segment_ids: Array | None, attention: CausalAttention) -> LayerAttention:
+        """Attention over the keys of a call with T tokens per row."""
+        config = self.config
+        windows = sorted({window if window < T else 0 for window in config.sliding_windows} or {0})
+        shared = {"segment_ids": segment_ids, "scale": config.attention_scale, "softcap": config.attention_softcap}
+        kernels = [functools.partial(attention, window=window, **shared) for window in windows]
+
+        def of_layer(window: Array, cache: KVCache | None, prefix: KVCache | None) -> Attend:
+            if len(kernels) == 1:
+                return lambda q, k, v: (kernels[0](q, k, v), None)
+            number = jnp.argmax(jnp.array(windows) == jnp.where(window < T, window, 0))
+            return lambda q, k, v: (jax.lax.switch(number, kernels, q, k, v), None)
+
+        return of_layer
+
+    def _cached_attention(self, start: Array, masks: Sequence[AttentionMask]) -> LayerAttention:
+        """Attention over the slots of a cache, in which the first token has the slot `start` [B], and of a prefix.
+
+        masks: of the cache and, with a prefix, of the prefix.
+        """
+        config = self.config
+        write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis=0))
+
+        def of_layer(window: Array, cache: KVCache | None, prefix: KVCache | None) -> Attend:
+            visible = [
+                mask.visible & ((window == 0) | (mask.distance < window)) if config.sliding_windows else mask.visible
+                for mask in masks
+            ]
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+                assert cache is not None
+                extended = KVCache(
+                    keys=write(cache.keys, k.astype(cache.keys.dtype), start),
+                    values=write(cache.values, v.astype(cache.values.dtype), start),
+                )
+                parts = list(zip([extended] if prefix is None else [extended, prefix], visible, strict=True))
+                return cached_attention(q, parts, config.attention_scale, config.attention_softcap), extended
+
+            return attend
+
+        return of_layer
+
     def _apply_layers(
         self,
         x: Array,
         positions: Array,
-        masks: Sequence[AttentionMask],
+        attention_of_layer: LayerAttention,
         *,
         cache: KVCache | None = None,
         prefix: KVCache | None = None,
-        start: Array | None = None,
         long: Array | bool = False,
         remat: Remat = "none",
         unroll: bool = False,
         constrain: ShardingConstraint = _identity,
         output_hidden_states: bool = False,
     ) -> tuple[Array, Any, Any]:
-        """The output of the last layer [B, T, D], the cache, and, if wanted, the outputs of all layers [num_layers, B, T, D].
-
-        masks: of the keys of this call or of the cache, and, with a prefix, of the prefix.
-        """
+        """The output of the last layer [B, T, D], the cache, and, if wanted, the outputs of all layers [num_layers, B, T, D]."""
         config = self.config
         ropes, rope_of_layer = rope_tables(config, positions, long)
         windows = jnp.array(config.sliding_windows or [0] * config.num_layers, jnp.int32)
@@ -316,11 +342,8 @@ class Decoder(nnx.Module):
         def layer(x: Array, inputs):
             weights, window, kind, layer_cache, layer_prefix = inputs
             cosines, sines = (table[kind if len(table) > 1 else 0] for table in ropes)
-            visible = tuple(
-                mask.visible & ((window == 0) | (mask.distance < window)) if config.sliding_windows else mask.visible
-                for mask in masks
-            )
-            x, layer_cache = nnx.merge(graphdef, weights)(x, (cosines, sines), visible, layer_cache, layer_prefix, start)
+            attend = attention_of_layer(window, layer_cache, layer_prefix)
+            x, layer_cache = nnx.merge(graphdef, weights)(x, (cosines, sines), attend)
             return constrain(x), (layer_cache, x if output_hidden_states else None)
 
         saved = jax.checkpoint_policies.save_only_these_names(*((MATMUL,) if remat == "selective" else ()))

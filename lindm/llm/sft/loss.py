@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from lindm.choices import Loss
+from lindm.llm.attention_kernels import attention_for
 from lindm.llm.config import Remat
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import BATCH_SPEC
@@ -80,6 +81,7 @@ def lm_loss(
         jnp.asarray(batch.segments),
         dtype=compute.dtype,
         remat=compute.remat,
+        attention=attention_for(mesh),
         constrain=constrain(*BATCH_SPEC),
         constrain_embedded=constrain("data", None, "fsdp"),  # as the columns of the table; an all-to-all then shards the rows
     )
