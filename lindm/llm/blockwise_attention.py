@@ -19,7 +19,7 @@ from jax import Array
 
 from lindm.llm.attention import softcapped
 
-BLOCK = 256  # tokens of a block of queries or keys
+BLOCK = 128  # tokens of a block of queries or keys
 HIDDEN = float(jnp.finfo(jnp.float32).min)  # score of a key that a query does not see
 
 

@@ -10,9 +10,11 @@ flags), except 5, which is host memory; without it, the array is in the main mem
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_CONTINUATION = re.compile(r'"|\}\}')
 _LEAF = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 
 
@@ -56,7 +58,7 @@ def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
     """
     computations: dict[str, Computation] = {}
     entry, computation = "", None
-    for line in text.splitlines():
+    for line in _joined_lines(text):
         if computation is None:
             if header := _HEADER.match(line):
                 computation = computations.setdefault(header[2], {})
@@ -68,6 +70,17 @@ def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
     if not entry:
         raise ValueError("text must be an optimized program with an ENTRY computation")
     return computations, entry
+
+
+def _joined_lines(text: str) -> Iterator[str]:
+    """The lines of a program; the metadata of a Pallas kernel, which has line breaks, is joined to its instruction."""
+    parts: list[str] = []
+    for line in text.splitlines():
+        if parts and not _CONTINUATION.match(line):
+            yield "".join(parts)
+            parts = []
+        parts.append(line)
+    yield "".join(parts)
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from lindm.choices import check_choices
 from lindm.errors import UsageError
+from lindm.llm.attention_kernels import SPLASH_LANES
 from lindm.llm.cluster.program_cost import ProgramCost, program_cost
 from lindm.llm.config import BaseFormat, ModelConfig, Remat
 from lindm.llm.lora import add_lora, quantize
@@ -312,7 +313,7 @@ def _estimated_memory(spec: StepSpec, bytes_held: int, sizes: dict[str, int]) ->
     rows = spec.batch / (sizes["data"] * sizes["fsdp"])
     layer = (
         rows * spec.seq * width * (4 * config.intermediate_size / tensor + 6 * config.hidden_size)
-        + 12 * rows * config.num_heads / tensor * spec.seq**2
+        + 4 * SPLASH_LANES * rows * config.num_heads / tensor * spec.seq  # of the attention kernel: statistics of a query
     )
     products = (
         2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

@@ -4,8 +4,8 @@ XLA's own `cost_analysis` counts the body of a loop once, and a decoder is one l
 program is parsed (`lindm.llm.cluster.hlo`): from the entry computation down, every computation counts as often as it runs, bodies
 of `while` loops as often as they iterate. The text is the program of one device, so all numbers are per device.
 
-    flops          2 m n k of every product (dot, convolution, library call), inside fusions too; elementwise operations are not
-                   counted
+    flops          2 m n k of every product (dot, convolution, library call, attention kernel), inside fusions too; elementwise
+                   operations are not counted; of a conditional, the branch with most
     memory_bytes   what every operation outside fusions reads and writes in main memory; a slice that is read or written in place
                    counts as the slice, and arrays that a TPU keeps in its vector memory cost nothing
     sent_bytes     what a device sends, with the algorithms that send least: all-gather of shards of s bytes on n devices
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lindm.llm.attention_kernels import WINDOW_SCOPE
 from lindm.llm.cluster.hlo import (
     Computation,
     Instruction,
@@ -74,6 +75,15 @@ class ProgramCost:
     totals: dict[tuple[str, int, str], tuple[float, float]] = field(default_factory=dict)
     unknown_loops: int = 0  # loops whose trip count is unknown; they count once
 
+    def add(self, other: "ProgramCost", times: float) -> None:
+        """Adds `times` runs of another program."""
+        self.flops += times * other.flops
+        self.memory_bytes += times * other.memory_bytes
+        self.unknown_loops += other.unknown_loops
+        for key, (count, sent) in other.totals.items():
+            own_count, own_sent = self.totals.get(key, (0.0, 0.0))
+            self.totals[key] = own_count + times * count, own_sent + times * sent
+
     @property
     def sent_bytes(self) -> float:
         return sum(sent for _, sent in self.totals.values())
@@ -116,6 +126,21 @@ class _CostCounter:
                 cost.memory_bytes += times * self._traffic(i, computation)
             for called, trips in self._called(cost, i, computation):
                 self._add(cost, called, times * trips, fused or i.opcode in ("fusion", "custom-call"))
+            if i.opcode == "conditional":
+                cost.add(self._largest_branch(i, fused), times)
+
+    def _largest_branch(self, i: Instruction, fused: bool) -> ProgramCost:
+        """The cost of the branch of a conditional that computes most: an upper bound."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+        names = (
+            re.findall(r"%([\w.\-]+)", listed[1])
+            if listed
+            else re.findall(r"(?:true|false)_computation=%([\w.\-]+)", i.attributes)
+        )
+        costs = [ProgramCost() for _ in names]
+        for cost, name in zip(costs, names, strict=True):
+            self._add(cost, name, 1.0, fused)
+        return max(costs, key=lambda cost: (cost.flops, cost.memory_bytes))
 
     def _called(self, cost: ProgramCost, i: Instruction, computation: Computation) -> Iterator[tuple[str, float]]:
         """The computations that an instruction runs, and how often; reduction functions are not among them."""
@@ -123,11 +148,9 @@ class _CostCounter:
             trips = trip_count(i, computation, self.computations) if self.loops else 1
             cost.unknown_loops += trips is None
             yield get_attribute(i, "body"), trips or 1
-        elif i.opcode in ("fusion", "call", "async-start", "custom-call", "conditional"):
+        elif i.opcode in ("fusion", "call", "async-start", "custom-call"):
             names = re.findall(r"(?:calls|to_apply|\w+_computation)=%([\w.\-]+)", i.attributes)
-            branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
-            names += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
-            yield from ((name, 1.0) for name in names)  # all branches of a conditional: an upper bound
+            yield from ((name, 1.0) for name in names)
 
     # --- communication ---
 
@@ -255,6 +278,9 @@ def _has_async_start(computation: Computation) -> bool:
 def _flops(i: Instruction, computation: Computation) -> float:
     if i.opcode == "convolution":
         return _convolution_flops(i, computation[i.operands[0]].shapes[0], computation[i.operands[1]].shapes[0])
+    if i.opcode == "custom-call" and (kernel := re.search(rf"{WINDOW_SCOPE}(\d+)/.*splash_mha_(\w+?)_", i.attributes)):
+        operands = [computation[name].shapes[0].dims for name in i.operands]
+        return _attention_flops(next(dims for dims in operands if len(dims) == 4), kernel[2], int(kernel[1]), i.attributes)
     library = i.opcode == "custom-call" and re.search(r'custom_call_target="[^"]*(matmul|gemm|dot)', i.attributes)
     if i.opcode != "dot" and not library:
         return 0.0
@@ -262,6 +288,19 @@ def _flops(i: Instruction, computation: Computation) -> float:
     left = computation[i.operands[0]].shapes[0].dims
     axes = [int(d) for d in contracting[1].replace('"', "").split(",") if d] if contracting else [len(left) - 1]
     return 2.0 * i.shapes[0].num_elements * math.prod(left[axis] for axis in axes)
+
+
+def _attention_flops(queries: tuple[int, ...], phase: str, window: int, attributes: str) -> float:
+    """Products of the splash kernel with queries [B, N, T, H]: of the blocks that causal order and window leave.
+
+    Forward, it multiplies queries with keys and weights with values. Backward, one kernel multiplies scores, gradients of the
+    weights and of the queries, another one scores, gradients of the weights, of the values and of the keys.
+    """
+    B, N, T, H = queries
+    block = int(re.search(r'block_q\w*\\?": ?(\d+)', attributes)[1])  # pyright: ignore[reportOptionalSubscript]
+    first = (max(0, start - window + 1) // block if window else 0 for start in range(0, T, block))
+    pairs = sum(i + 1 - j for i, j in enumerate(first)) * block**2
+    return {"fwd": 2, "dq": 3, "dkv": 4}[phase] * 2.0 * B * N * pairs * H
 
 
 def _convolution_flops(i: Instruction, left: Shape, right: Shape) -> float:

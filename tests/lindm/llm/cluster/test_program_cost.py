@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lindm.llm.blockwise_attention import BLOCK, blockwise_attention
 from lindm.llm.cluster.hlo import parse_hlo
 from lindm.llm.cluster.program_cost import program_cost
 
@@ -252,6 +253,48 @@ def test_vector_memory_costs_nothing_and_what_is_carried_through_is_not_read_aga
     copy = NEAR  # read only: it arrives in vector memory
     turn = (ROWS + OUT) + (ROWS + ROWS) + 3 * 4  # the product, the message, the counter
     assert program_cost(TPU).memory_bytes == begin + copy + 4 * turn
+
+
+SPLASH = """HloModule kernel, num_partitions=1
+
+ENTRY %main (a.0: s8[1,2,2], a.1: bf16[2,4,1024,128], a.2: bf16[2,2,1024,128]) -> bf16[2,4,1024,128] {
+  %a.0 = s8[1,2,2]{2,1,0} parameter(0)
+  %a.1 = bf16[2,4,1024,128]{3,2,1,0} parameter(1)
+  %a.2 = bf16[2,2,1024,128]{3,2,1,0} parameter(2)
+  ROOT %splash.1 = bf16[2,4,1024,128]{3,2,1,0} custom-call(%a.0, %a.1, %a.2), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512}"
+}}, metadata={op_name="jit(f)/attention_window0/vmap(static_sparsity_splash)/splash_mha_fwd_segmented/pallas_call"}
+}
+"""
+
+
+@pytest.mark.parametrize(("phase", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_an_attention_kernel_counts_the_products_of_the_blocks_that_it_meets(phase, products):
+    text = SPLASH.replace("_fwd_", f"_{phase}_")
+    block = products * 2 * 2 * 4 * 512 * 512 * 128
+    assert program_cost(text).flops == 3 * block
+    assert program_cost(text.replace("window0", "window513")).flops == 3 * block
+    assert program_cost(text.replace("window0", "window1")).flops == 2 * block
+    assert program_cost(text).memory_bytes == 4 + 2 * 2 * (4 + 4 + 2) * 1024 * 128
+
+
+def test_blockwise_attention_counts_the_blocks_that_order_and_window_leave():
+    def flops(window):
+        q = jax.ShapeDtypeStruct((1, 4 * BLOCK, 2, 16), jnp.float32)
+        return program_cost(jax.jit(lambda q: blockwise_attention(q, q, q, None, window)).lower(q).compile().as_text()).flops
+
+    block = 2 * 2 * 2 * BLOCK * BLOCK * 16
+    assert flops(0) == 10 * block
+    assert flops(BLOCK) == 7 * block
+
+
+def test_a_conditional_counts_as_its_largest_branch():
+    def chosen(number, x):
+        return jax.lax.switch(number, [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x], x)
+
+    text = jax.jit(chosen).lower(jnp.int32(0), jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile().as_text()
+    assert "conditional(" in text
+    assert program_cost(text).flops == 2 * 2 * 16**3
 
 
 def test_a_text_without_a_program_is_refused():
