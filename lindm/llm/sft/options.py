@@ -105,7 +105,8 @@ class SFTConfig:
 
     # optimization
     steps: int | None = None
-    """Number of steps. [default: three epochs; 500 steps with --preset tiny]"""
+    """Number of steps. With more of them a run goes on, also a finished one. [default: three epochs; 500 steps with
+    --preset tiny]"""
     batch: int = 8
     """Rows per micro-batch, over all devices."""
     accumulate: int = 1

@@ -10,7 +10,7 @@
 A run that is killed at any moment resumes from its last checkpoint and ends with the same bits. A run that has to stop saves
 first and raises `Preempted`; an evaluation is left to the run that resumes. All processes reduce their stop flags in every step,
 so all save the same step. Before and after the steps there is nothing to save, and a signal does what it does elsewhere
-(`lindm.io.signals`).
+(`lindm.io.signals`). With a larger number of steps a run goes on (`lindm.llm.sft.continuation`).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress
 from lindm.llm.io import peft, weights
 from lindm.llm.parallel import processes, sharding
-from lindm.llm.sft import checkpoints
+from lindm.llm.sft import checkpoints, continuation
 from lindm.llm.sft.batches import BatchLoader
 from lindm.llm.sft.compilation import ADVICE, compile_train_step
 from lindm.llm.sft.evaluator import Evaluator
@@ -83,27 +83,31 @@ def _clean(out: Path, fresh: bool) -> None:
 
 
 def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
-    """Write config.json, or compare with the one that is there.
+    """Write config.json, or compare with the one that is there, which may have fewer steps.
 
     Raises:
       UsageError: OUT holds a run with other settings or data, or other files.
     """
     out, path = setup.config.out, setup.config.out / CONFIG
-    config = {"options": setup.config.to_json(), "inputs": setup.inputs}
+    config, steps = {"options": setup.config.to_json(), "inputs": setup.inputs}, setup.optimizer.steps
     if path.exists():
         old = files.read_json(path, format=RUN_FORMAT)
+        longer = continuation.is_longer(old, steps)
+        options = config["options"] | ({"steps": old["options"].get("steps")} if longer else {})
         differences = [
-            *config_differences(old.get("options", {}), config["options"]),
+            *config_differences(old.get("options", {}), options),
             *config_differences(old.get("inputs", {}), config["inputs"]),
         ]
         if differences:
             raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
+        if longer and is_main:
+            continuation.extend_run(out, old, config, steps)
     elif is_main:
         if left := [out / name for name in OUTPUTS if (out / name).exists()]:
             raise DataError(f"{path} is missing, although {left[0]} is there; choose another --out, or --fresh")
         if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
             raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
-        files.write_json(path, config, format=RUN_FORMAT)
+        files.write_json(path, config | continuation.first_schedule(steps), format=RUN_FORMAT)
     if is_main:
         _verify_exports(out)
     processes.barrier("settings")
@@ -141,7 +145,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
         history, step = EvalHistory(), 0
     else:
         state, history, step = checkpoint.state, EvalHistory(**checkpoint.progress), checkpoint.step
-        progress.print(f"resumed at step {step} of {total}")
+        history, goes_on = continuation.begin_longer_schedule(out, step, history, setup.optimizer)
+        progress.print(goes_on or f"resumed at step {step} of {total}")
     del params
     gc.collect()
     if step and is_main and not (out / METRICS).exists():
