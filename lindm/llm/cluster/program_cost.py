@@ -279,8 +279,9 @@ def _flops(i: Instruction, computation: Computation) -> float:
     if i.opcode == "convolution":
         return _convolution_flops(i, computation[i.operands[0]].shapes[0], computation[i.operands[1]].shapes[0])
     if i.opcode == "custom-call" and (kernel := re.search(rf"{WINDOW_SCOPE}(\d+)/.*splash_mha_(\w+?)_", i.attributes)):
-        operands = [computation[name].shapes[0].dims for name in i.operands]
-        return _attention_flops(next(dims for dims in operands if len(dims) == 4), kernel[2], int(kernel[1]), i.attributes)
+        operands = (computation[name].shapes[0] for name in i.operands)
+        queries = next(shape for shape in operands if shape.dtype in ("bf16", "f16", "f32"))  # after tables of integers
+        return _attention_flops(queries.dims, kernel[2], int(kernel[1]), i.attributes)
     library = i.opcode == "custom-call" and re.search(r'custom_call_target="[^"]*(matmul|gemm|dot)', i.attributes)
     if i.opcode != "dot" and not library:
         return 0.0
@@ -291,16 +292,16 @@ def _flops(i: Instruction, computation: Computation) -> float:
 
 
 def _attention_flops(queries: tuple[int, ...], phase: str, window: int, attributes: str) -> float:
-    """Products of the splash kernel with queries [B, N, T, H]: of the blocks that causal order and window leave.
+    """Products of the splash kernel, of the blocks that order and window leave: queries [B, N, T, H], of one row [N, T, H].
 
     Forward, it multiplies queries with keys and weights with values. Backward, one kernel multiplies scores, gradients of the
     weights and of the queries, another one scores, gradients of the weights, of the values and of the keys.
     """
-    B, N, T, H = queries
+    *heads, T, H = queries
     block = int(re.search(r'block_q\w*\\?": ?(\d+)', attributes)[1])  # pyright: ignore[reportOptionalSubscript]
     first = (max(0, start - window + 1) // block if window else 0 for start in range(0, T, block))
     pairs = sum(i + 1 - j for i, j in enumerate(first)) * block**2
-    return {"fwd": 2, "dq": 3, "dkv": 4}[phase] * 2.0 * B * N * pairs * H
+    return {"fwd": 2, "dq": 3, "dkv": 4}[phase] * 2.0 * math.prod(heads) * pairs * H
 
 
 def _convolution_flops(i: Instruction, left: Shape, right: Shape) -> float:

@@ -275,6 +275,7 @@ def test_an_attention_kernel_counts_the_products_of_the_blocks_that_it_meets(pha
     assert program_cost(text).flops == 3 * block
     assert program_cost(text.replace("window0", "window513")).flops == 3 * block
     assert program_cost(text.replace("window0", "window1")).flops == 2 * block
+    assert program_cost(text.replace("[2,4,", "[4,").replace("[2,2,1024", "[2,1024")).flops == 3 * block / 2  # one row
     assert program_cost(text).memory_bytes == 4 + 2 * 2 * (4 + 4 + 2) * 1024 * 128
 
 
