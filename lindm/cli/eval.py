@@ -168,12 +168,12 @@ def _notes(results: "list[PolicyResult]") -> list[str]:
 
 
 def _differences(results: "list[PolicyResult]") -> list[str]:
-    """Each policy less the first one. To the oracle the difference is the gap itself, which stands above."""
+    """The difference of each policy from the first one. To the oracle the difference is the gap itself, which stands above."""
     found = {result.policy: one for result in results if (one := result.difference) is not None and one.baseline != "oracle"}
     if not found:
         return []
     baseline = next(iter(found.values())).baseline
-    rows = [(f"less {baseline}, on the same tasks", "normalized gap", "95 %", "V^pi", "95 %")]
+    rows = [(f"difference from {baseline}", "normalized gap", "95 %", "V^pi", "95 %")]
     for name, one in found.items():
         rows.append((name, number(one.gap, ".4f"), interval(one.gap_ci), f"{one.value:.4g}", interval(one.value_ci, ".4g")))
     return ["", *(format_row(row, (WIDTHS[0], 14, 18, 9, 18)) for row in rows)]

@@ -228,7 +228,8 @@ def run_stationary(options: Solve, start: float) -> int:
         answer |= {"seconds": round(seconds, 3), "first_action": action, "regret": solution.regret}
         print(strict_json(answer | ({"graph_value": graph.value, "rules": graph.rules()} if graph else {})))
         return 0
-    print(f"value         at least {solution.lower:.10g}, which the policy earns; at most {solution.upper:.10g}")
+    earner = "the policy earns" if is_mdp else "its alpha vectors earn"
+    print(f"value         at least {solution.lower:.10g}, which {earner}; at most {solution.upper:.10g}")
     best = "certified to be best" if solution.regret == 0 else f"loses at most {solution.regret:.3g}"
     print(f"first action  {by_state(action)}  ({best})")
     policy = "an action for each state" if is_mdp else f"{len(solution.vectors)} alpha vectors"
