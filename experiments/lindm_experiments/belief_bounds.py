@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from matplotlib import pyplot
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lindm.figures.beliefs import draw_action_strips, draw_bounds
 from lindm.problems.apomdp import draw_apomdp, single
 from lindm.solvers import belief_net, hsvi, tree
 from lindm.solvers.belief import advance, branching, first_history
@@ -333,13 +333,9 @@ def _tiger(shown: dict) -> Figure:
         curves.plot(left, V, color=color, **EXACT)
         curves.annotate(f"{horizon}", (0.5, at), xytext=(0, -10 if crowded else 3), textcoords="offset points", ha="center",
                         fontsize=8, color=color)  # fmt: skip
-    edges = np.concatenate([[0.0], (left[1:] + left[:-1]) / 2, [1.0]])
-    for row, done in enumerate(actions):
-        ends = np.array([row - 0.36, row + 0.36])
-        strips.pcolormesh(edges, ends, done[None], cmap=ListedColormap(ACTION_COLORS), vmin=0, vmax=len(ACTION_COLORS) - 1)
+    draw_action_strips(strips, left, actions, ACTION_COLORS)
     strips.set_yticks(range(len(HORIZONS)), [str(h) for h in HORIZONS])
-    strips.grid(False)
-    strips.set(xlabel="belief that the tiger is left", ylabel="decisions left", ylim=(len(HORIZONS) - 0.4, -0.6))
+    strips.set(xlabel="belief that the tiger is left", ylabel="decisions left")
     handles = [Rectangle((0, 0), 1, 1, color=c) for c in ACTION_COLORS]
     names = ("listen", "open the left door", "open the right door")
     curves.set(ylabel="value", title="Exact value, and optimal action below, by decisions left")
@@ -351,7 +347,7 @@ def _tiger(shown: dict) -> Figure:
         n = shown["methods"][name]["effort"][0][effort]
         description = f"HSVI, {n} trial{'s' * (n > 1)}" if name == METHODS[0] else f"belief net, {n} points"
         if name == METHODS[0]:
-            band.fill_between(left, lower, upper, color=color, alpha=0.45, linewidth=0, label=description)
+            draw_bounds(band, left, lower, upper, color=color, alpha=0.45, label=description)
         widths.plot(left, (upper - lower) / shown["span"], color=color, label=description, **EXACT)
     band.plot(left, values[HORIZONS.index(H)], color="black", label="exact", **(EXACT | {"linewidth": 1.1}))
     band.set(title=f"Certified bounds, {H} decisions left, solved from belief 1/2")

@@ -1,16 +1,16 @@
 """Value and best action over the beliefs of a POMDP of two or three states, and over the attitude to ambiguity."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.figures.style import BLUE, COLORS, GRAY
+from lindm.figures.style import BLUE, COLORS
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers import point_based, tree
 from lindm.solvers.ties import greedy
@@ -66,17 +66,23 @@ def belief_values(
 
 
 def draw_belief_values(values: BeliefValues, problem: StationaryPOMDP, horizon: float) -> "Figure":
-    """Two states: the bounds of the value as a band over stripes of the best action. Three: both over the triangle of beliefs."""
+    """Two states: the bounds of the value as a band, and a strip of the best action. Three: both over the triangle of beliefs."""
     from matplotlib.figure import Figure
 
     states = problem.states or tuple(f"state {s}" for s in range(problem.num_states))
     actions = problem.actions or tuple(f"action {a}" for a in range(problem.num_actions))
     end = "without an end" if horizon == math.inf else f"{int(horizon)} stages"
     if problem.num_states == 2:
-        figure = Figure(figsize=(6.4, 4.2))
-        axis = figure.subplots()
-        _line(axis, values, actions)
-        axis.set(xlabel=f"probability of {states[0]}", ylabel="value", title=f"Value and best first action, {end}", xlim=(0, 1))
+        figure = Figure(figsize=(6.4, 4.6))
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 1))
+        x, lower, upper = values.beliefs[:, 0], values.lower.max(1), values.upper.max(1)
+        draw_bounds(above, x, lower, upper, color=BLUE, alpha=0.25, label="between the bounds")
+        above.plot(x, (lower + upper) / 2, color=BLUE, marker="", label="value (middle of the bounds)")
+        above.set(ylabel="value", title=f"Value and best first action, {end}", xlim=(0, 1))
+        above.legend(fontsize=8, loc="best")
+        draw_action_strips(below, x, values.actions[None], [COLORS[(a + 1) % len(COLORS)] for a in range(len(actions))], actions)
+        below.set(xlabel=f"probability of {states[0]}", yticks=[])
+        below.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=min(4, len(np.unique(values.actions))))
         return figure
     figure = Figure(figsize=(10.4, 4.6))
     left, right = figure.subplots(1, 2)
@@ -100,24 +106,30 @@ def draw_belief_values(values: BeliefValues, problem: StationaryPOMDP, horizon: 
     return figure
 
 
-def _line(axis: Any, values: BeliefValues, actions: tuple[str, ...]) -> None:
-    """The value over the probability of the first state."""
-    x, lower, upper = values.beliefs[:, 0], values.lower.max(1), values.upper.max(1)
-    axis.fill_between(x, lower, upper, color=BLUE, alpha=0.25, linewidth=0, label="between the bounds")
-    axis.plot(x, (lower + upper) / 2, color=BLUE, marker="", label="value")
-    best = values.actions
-    changes = [0, *(np.flatnonzero(np.diff(best)) + 1), len(x)]
-    named = set()
-    for begin, end in pairwise(changes):
-        a = int(best[begin])
-        left = 0.0 if begin == 0 else (x[begin - 1] + x[begin]) / 2
-        right = 1.0 if end == len(x) else (x[end - 1] + x[end]) / 2
-        label = None if a in named else actions[a]
-        axis.axvspan(left, right, color=COLORS[(a + 1) % len(COLORS)], alpha=0.16, linewidth=0, label=label)
-        if begin:
-            axis.axvline(left, color=GRAY, linewidth=0.8, linestyle=":", marker="")
-        named.add(a)
-    axis.legend(fontsize=8, loc="best")
+def draw_bounds(axis: Any, x: np.ndarray, lower: np.ndarray, upper: np.ndarray, **style: Any) -> None:
+    """A band between bounds [n] over the probability x [n] of a state; `style` as of matplotlib's fill_between."""
+    axis.fill_between(x, lower, upper, linewidth=0, **style)
+
+
+def draw_action_strips(
+    axis: Any, x: np.ndarray, actions: np.ndarray, colors: Sequence[str], names: Sequence[str] | None = None
+) -> None:
+    """A strip of the best actions [rows, n] over the probability x [n] of a state for each row, the first one at the top.
+
+    Args:
+      colors: of each action.
+      names: of each action, for a legend of those that occur. [default: the strips have no labels]
+    """
+    from matplotlib.colors import ListedColormap
+
+    edges = np.concatenate([[0.0], (x[1:] + x[:-1]) / 2, [1.0]])
+    for row, best in enumerate(actions):
+        ends = np.array([row - 0.36, row + 0.36])
+        axis.pcolormesh(edges, ends, best[None], cmap=ListedColormap(list(colors)), vmin=0, vmax=len(colors) - 1)
+    axis.set_ylim(len(actions) - 0.4, -0.6)
+    axis.grid(False)
+    for a in np.unique(actions) if names else ():
+        axis.fill_between([], [], color=colors[a], label=names[a])
 
 
 # --- attitudes ----------------------------------------------------------------------------------------------------------------

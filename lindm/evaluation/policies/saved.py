@@ -89,6 +89,8 @@ class GraphPolicy(Policy):
     def _entered(self, stage: int, node: int, action: int, beliefs: np.ndarray | None, row: int) -> int:
         """The node at which a history goes on that has left the graph."""
         words, own = self.problem.words("actions"), int(self.actions[node])
+        if stage >= self.problem.horizon:
+            raise ValueError(f"a policy graph of {self.problem.horizon} stages makes no decision after {stage} steps")
         if beliefs is None:
             rule = f"a policy graph goes on after its own action alone, {words[own]!r}; got {words[action]!r}"
             raise ValueError(f"history: step {stage}: {rule}: with the PROBLEM it goes on at the node that is best at the belief")

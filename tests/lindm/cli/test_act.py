@@ -149,8 +149,13 @@ def test_policies_of_a_finite_horizon_earn_their_value_over_all_histories(capsys
             assert value(problem.rho, []) == pytest.approx(printed, abs=1e-6)
         decision = policy.act((), "listen hear-left")
         assert (decision.lower is None) == (horizon == "1000")
+    stages = ld.load_saved_policy(tmp_path / "stages.json")
     with pytest.raises(ValueError, match="at most 3 steps before the next action, since the horizon is 4; got 4"):
-        ld.load_saved_policy(tmp_path / "stages.json").act((), "listen hear-left " * 4)
+        stages.act((), "listen hear-left " * 4)
+    result = ld.evaluate(ld.read_pomdp(TIGER, horizon=4), {"graph": stages, "alpha": policy}, tasks=1, demos=1)
+    assert result["graph"].gap == pytest.approx(0, abs=1e-9) and result["graph"].method == "exact"
+    with pytest.raises(ValueError, match="a policy graph of 4 stages makes no decision after 4 steps"):
+        ld.evaluate(ld.read_pomdp(TIGER, horizon=5), {"graph": stages}, tasks=1, demos=1)
 
 
 def follow(policy, steps):

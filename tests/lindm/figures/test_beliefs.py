@@ -71,6 +71,11 @@ def test_figures_name_states_and_actions_and_are_the_same_every_time(tmp_path):
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
     assert all(word in text for word in ("probability of left", "open-right", "listen", "2 stages"))
+    figure = draw_belief_values(values, tiger, 2)
+    (strip,) = [mesh for mesh in figure.axes[1].collections if hasattr(mesh, "get_coordinates")]
+    np.testing.assert_array_equal(np.asarray(strip.get_array()).ravel(), values.actions)
+    edges = strip.get_coordinates()[0, :, 0]  # halfway between the beliefs
+    assert edges[0] == 0 and edges[-1] == 1 and edges[1] == pytest.approx(0.5 / (POINTS - 1))
     three = model(1, 0.9)
     save(lambda: draw_belief_values(belief_values(three, 1), three, 1), tmp_path / "three.svg")
     assert "state 2" in (tmp_path / "three.svg").read_text()
