@@ -6,7 +6,7 @@ from typing import Any
 
 from lindm.datasets import read_episodes
 from lindm.errors import DataError
-from lindm.evaluation.history import WORDS, illegal_step, problem_info
+from lindm.evaluation.history import WORDS, IllegalActionError, legal_demonstration, problem_info
 from lindm.evaluation.policies.alpha_vectors import AlphaVectors
 from lindm.evaluation.policies.saved import GraphPolicy, StateActions, read_policy
 from lindm.evaluation.policy import Episodes
@@ -47,9 +47,10 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
             rule = f"an episode must have at most {info.horizon} steps, the horizon"
             raise DataError(f"{path}:{lines[0]}: {rule}; got {len(taken)}")
         seen = ({name: getattr(step, name) for name in ("action", *observed, "reward")} for step in taken)
-        demonstrations.append(tuple(Step(**fields) for fields in seen))
-        if (wrong := illegal_step(demonstrations[-1], info)) is not None:
-            raise DataError(f"{path}:{lines[wrong[0]]}: {wrong[1]}")
+        try:
+            demonstrations.append(legal_demonstration([Step(**fields) for fields in seen], info))
+        except IllegalActionError as e:
+            raise DataError(f"{path}:{lines[e.step]}: {e.reason}") from e
     return demonstrations
 
 

@@ -105,7 +105,7 @@ REWARD_CONVENTION = (
 
 ARRAYS = ("P", "O", "r", "rho", "R", "legal")  # those of them that have a shape
 
-STEP_FIELDS = frozenset({"state", "model", "observation", "reward"})
+STEP_FIELDS = frozenset({"state", "model", "observation", "reward", "legal"})
 """What a step of a text can show beside its action."""
 
 
@@ -131,6 +131,8 @@ class Episode:
     def steps(self, shown: Collection[str] = STEP_FIELDS) -> tuple[Step, ...]:
         """The steps as a text shows them: actions, and those of `STEP_FIELDS` that are in `shown` and that the episode has."""
         columns = {name: column for name in STEP_FIELDS if name in shown and (column := getattr(self, name)) is not None}
+        if "legal" in columns:
+            columns["legal"] = [tuple(a for a, allowed in enumerate(row) if allowed) for row in columns["legal"]]
         return tuple(Step(action=a, **{name: x[t] for name, x in columns.items()}) for t, a in enumerate(self.action))
 
 

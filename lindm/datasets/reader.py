@@ -47,6 +47,7 @@ class Dataset:
         self.num_actions: int = sizes["num_actions"]
         self.num_observations: int = sizes.get("num_observations", 0)
         self.num_models: int = sizes.get("num_models", 0)
+        self.illegal_actions: bool = config["source"].get("illegal_actions", False)  # whether some states do not allow some
 
     def __len__(self) -> int:
         """Number of tasks."""

@@ -77,6 +77,8 @@ def text_format(
     """
     check_rewards(rewards)
     template = find_template(template) or (READABLE if names else COMPACT)
+    if dataset.illegal_actions:
+        template = template.with_legal_actions()
     if names or (template.name in FAMILY_TEMPLATES and dataset.names):
         if not dataset.names:
             raise ValueError(f"names must be left out: the dataset {dataset.directory} has no names; got {names!r}")
@@ -115,7 +117,7 @@ def with_names(template: Template, names: Mapping[str, Sequence[str]]) -> Templa
     try:
         return dataclasses.replace(template, **changes)
     except Ambiguous as e:
-        another = "a template of your own" if template == READABLE else "another template, such as readable"
+        another = "a template of your own" if template.name == READABLE.name else "another template, such as readable"
         raise ValueError(f"with names {e}; try {another}") from e
 
 

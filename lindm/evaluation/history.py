@@ -11,7 +11,7 @@ Each word is a name, or a number from 0. Names with spaces are quoted.
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -35,6 +35,8 @@ WORDS: dict[Kind, tuple[str, ...]] = {
     "apomdp": ("action", "model", "observation"),
 }
 """The words of a step, in their order."""
+
+GIVEN = tuple(name for name in FIELDS if name != "legal")  # which follows from the problem
 
 History = str | Sequence[Step | Mapping[str, Any]]
 """Text as above; or steps, whose fields are numbers; or mappings with the same fields, which are names or numbers."""
@@ -130,9 +132,9 @@ def _field(row: Step | Mapping[str, Any], name: str) -> Any:
 def _step(row: Step | Mapping[str, Any], info: ProblemInfo, last: bool) -> Step:
     if not isinstance(row, Step | Mapping):
         raise ValueError(f"a step must have the fields {', '.join(WORDS[info.kind])}; got {str(row)[:60]!r}")
-    if isinstance(row, Mapping) and (wrong := [name for name in row if name not in FIELDS]):
-        raise ValueError(unknown("a field of a step", str(wrong[0])[:60], FIELDS))
-    given = {name: value for name in FIELDS if (value := _field(row, name)) is not None}
+    if isinstance(row, Mapping) and (wrong := [name for name in row if name not in GIVEN]):
+        raise ValueError(unknown("a field of a step", str(wrong[0])[:60], GIVEN))
+    given = {name: value for name in GIVEN if (value := _field(row, name)) is not None}
     wanted = WORDS[info.kind]
     if last:
         wanted = wanted[:1] if info.kind == "mdp" else ()
@@ -170,32 +172,39 @@ def _number(value: Any, name: str, info: ProblemInfo, is_number: bool) -> int:
 def check_history(steps: Sequence[Step], info: ProblemInfo) -> tuple[tuple[Step, ...], np.ndarray | None]:
     """The steps, of an MDP with the rewards that were not given, and the belief after them where the state is hidden.
 
+    Where the problem does not allow all actions, the steps have those that are legal.
+
     The belief is [S]; at the start of an ambiguous problem it is [M, S], one for each model. Without a problem nothing is
     checked, and there is no belief.
 
     Raises:
       ValueError: a state or an observation has the probability 0, or an action is not legal.
     """
-    if info.problem is None:
+    problem: Any = info.problem
+    if problem is None:
         return tuple(steps), None
     with double_precision():
-        if isinstance(info.problem, MDP) or (isinstance(info.problem, StationaryPOMDP) and info.kind == "mdp"):
-            return _check_states(steps, info, info.problem), None
-        return tuple(steps), _belief(steps, info, info.problem)
+        if info.kind == "mdp":
+            return _check_states(steps, info, problem), None
+        checked, beliefs = [], np.zeros((1, 0))
+        for t, (step, beliefs) in enumerate(zip(steps, _beliefs(steps, info, problem), strict=True)):
+            checked.append(_with_legal(t, step, legal_actions(problem, belief=beliefs), info))
+        return tuple(checked), beliefs[0] if len(steps) > 1 or len(beliefs) == 1 else beliefs
 
 
-def _belief(steps: Sequence[Step], info: ProblemInfo, problem: POMDP | APOMDP | StationaryPOMDP) -> np.ndarray:
+def _beliefs(steps: Sequence[Step], info: ProblemInfo, problem: POMDP | APOMDP | StationaryPOMDP) -> Iterator[np.ndarray]:
+    """The belief [M, S] under each model before each step."""
     beliefs = problem.rho[None] if isinstance(problem, StationaryPOMDP) else np.asarray(as_apomdp(problem).models.rho)
+    yield beliefs
     for t, step in enumerate(steps[:-1]):
         assert step.action is not None and step.observation is not None
-        _check_legal(t, step.action, legal_actions(problem, belief=beliefs), info)
         P, O = _kernel(problem, t, step.model or 0, step.action)
         joint = (beliefs[step.model or 0] @ P)[:, None] * O  # [S, O]
         belief, mass = normalize(joint[:, step.observation])
         if not mass > 0:
             _impossible(t, "observation", step.observation, info, joint.sum(0))
         beliefs = np.broadcast_to(belief, beliefs.shape)
-    return beliefs[0] if len(steps) > 1 or len(beliefs) == 1 else beliefs
+        yield beliefs
 
 
 def _kernel(problem: Any, t: int, m: int, a: int) -> tuple[Any, np.ndarray]:
@@ -212,8 +221,7 @@ def _check_states(steps: Sequence[Step], info: ProblemInfo, problem: MDP | Stati
         assert step.state is not None
         if not law[step.state] > 0:
             _impossible(t, "state", step.state, info, law)
-        if step.action is not None:
-            _check_legal(t, step.action, legal_actions(problem, state=step.state), info)
+        step = _with_legal(t, step, legal_actions(problem, step.state), info)
         if step.action is not None and isinstance(problem, StationaryPOMDP):
             law = problem.P[step.action][[step.state]].toarray()[0]
         elif step.action is not None and isinstance(problem, MDP):
@@ -237,26 +245,29 @@ def legal_actions(problem: Any, state: int | None = None, belief: np.ndarray | N
     return np.all(legal[np.any(np.atleast_2d(belief) > 0, axis=0)], axis=0)
 
 
-def illegal_step(steps: Sequence[Step], info: ProblemInfo) -> tuple[int, str] | None:
-    """The first step of a demonstration whose action is not legal, and what is wrong; None where there is none.
+def legal_demonstration(steps: Sequence[Step], info: ProblemInfo) -> tuple[Step, ...]:
+    """The steps of a demonstration with the actions that were legal, where the problem does not allow all.
 
     Where the state is hidden, steps after an observation that is impossible under the problem are not judged.
+
+    Raises:
+      IllegalActionError: an action is not legal.
     """
     problem: Any = info.problem
     if problem is None or (problem.models if isinstance(problem, APOMDP) else problem).legal is None:
-        return None
-    try:
-        if info.kind != "mdp":
-            with double_precision():
-                _belief((*steps, Step(None)), info, problem)
-        for t, step in enumerate(steps if info.kind == "mdp" else ()):
-            assert step.action is not None
-            _check_legal(t, step.action, legal_actions(problem, state=step.state), info)
-    except IllegalActionError as e:
-        return e.step, e.reason
-    except ValueError:
-        return None
-    return None
+        return tuple(steps)
+    checked: list[Step] = []
+    with double_precision():
+        if info.kind == "mdp":
+            return tuple(_with_legal(t, step, legal_actions(problem, step.state), info) for t, step in enumerate(steps))
+        try:
+            for t, (step, beliefs) in enumerate(zip(steps, _beliefs(steps, info, problem), strict=True)):
+                checked.append(_with_legal(t, step, legal_actions(problem, belief=beliefs), info))
+        except IllegalActionError:
+            raise
+        except ValueError:
+            pass
+    return (*checked, *steps[len(checked) :])
 
 
 class IllegalActionError(ValueError):
@@ -267,10 +278,14 @@ class IllegalActionError(ValueError):
         self.step, self.reason = step, reason
 
 
-def _check_legal(t: int, action: int, legal: np.ndarray | None, info: ProblemInfo) -> None:
-    if legal is not None and not legal[action]:
+def _with_legal(t: int, step: Step, legal: np.ndarray | None, info: ProblemInfo) -> Step:
+    """A step with the actions [A] that are legal there. IllegalActionError: its own is not."""
+    if legal is None:
+        return step
+    if step.action is not None and not legal[step.action]:
         words = info.words("actions")
-        raise IllegalActionError(t, f"the action {words[action]!r} is not legal there; legal: {_some(words, legal)}")
+        raise IllegalActionError(t, f"the action {words[step.action]!r} is not legal there; legal: {_some(words, legal)}")
+    return replace(step, legal=tuple(np.flatnonzero(legal).tolist()))
 
 
 def _some(words: Sequence[str], among: np.ndarray) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lindm.evaluation.environments import PolicyTask, environment
-from lindm.evaluation.history import History, ProblemInfo, check_history, legal_actions, problem_info, read_history
+from lindm.evaluation.history import History, ProblemInfo, check_history, problem_info, read_history
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.text import Step
 
@@ -59,7 +59,8 @@ class Observation:
 
     def open_step(self, row: int) -> Step:
         """The current step, whose action is not chosen yet."""
-        return Step(None, state=None if self.state is None else int(self.state[row]))
+        legal = None if self.legal is None else tuple(np.flatnonzero(self.legal[row]).tolist())
+        return Step(None, state=None if self.state is None else int(self.state[row]), legal=legal)
 
 
 class Policy:
@@ -179,7 +180,7 @@ class DecisionMaker:
             if t:
                 seen |= {name: getattr(steps[t - 1], name) for name in ("action", "model", "observation", "reward")}
             arrays = {name: np.array([value]) for name, value in seen.items() if value is not None}
-            legal = self._legal(step, belief) if t + 1 == len(steps) else None
+            legal = self._legal(step)
             observation = Observation(stage=t, task=zero, parent=zero, legal=legal, **arrays)
             state, probabilities = self.policy.step(state, observation)
         probabilities, masked = only_legal(np.asarray(probabilities, float), legal)
@@ -200,14 +201,13 @@ class DecisionMaker:
             stage=len(steps) - 1,
         )
 
-    def _legal(self, step: Step, belief: np.ndarray | None) -> np.ndarray | None:
-        """Which actions are legal [1, A] in the state of a step, or in every state that the belief holds possible; None: all."""
-        legal = None if self.info is None else legal_actions(self.info.problem, step.state, belief)
-        if legal is not None and not legal.any():
-            raise ValueError(
-                "history must leave an action that is legal in every possible state; got one after which there is none"
-            )
-        return None if legal is None else legal[None]
+    def _legal(self, step: Step) -> np.ndarray | None:
+        """Which actions are legal [1, A] at a step; None: all."""
+        if self.info is None or step.legal is None:
+            return None
+        if not step.legal:
+            raise ValueError("history must leave an action that every possible state allows; after this one there is none")
+        return np.isin(np.arange(self.info.sizes["actions"]), step.legal)[None]
 
     def _read(self, history: History) -> tuple[Sequence[Step], np.ndarray | None]:
         """The steps of a history, and the belief after them."""

@@ -39,6 +39,7 @@ from lindm.llm.parallel.sharding import make_mesh
 from lindm.llm.sft.options import run_options
 from lindm.llm.tokens import action_tokens, document_prefix, encode, load_tokenizer
 from lindm.text import Document, Template, find_template, render
+from lindm.types import APOMDP
 
 BUCKET = 4  # tokens of a call are a multiple of this, so that few programs are compiled
 
@@ -181,7 +182,9 @@ class LanguageModelPolicy(Policy):
         """The facts of a dataset of this task: kind, horizon, sizes and names."""
         if task.environment is not None:
             sizes = {"num_observations": 0, "num_models": 0} | sizes_of(task.environment.problem)
-            return SimpleNamespace(**sizes, names=task.names, directory=self.name)
+            problem = task.environment.problem
+            legal = (problem.models if isinstance(problem, APOMDP) else problem).legal
+            return SimpleNamespace(**sizes, names=task.names, directory=self.name, illegal_actions=legal is not None)
         if self.training is None:
             raise ValueError(f"problem must be given: the dataset that {self.name} was trained on is not known, or is gone")
         return self.training

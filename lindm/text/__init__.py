@@ -8,7 +8,8 @@ The query is never closed, so the pieces of a history are the first pieces of ea
 piece, so are its tokens, and one key-value cache of the demonstrations serves every query. An action symbol contains its own
 leading space, because most byte-pair vocabularies have " A" as one token; no space may stand in front of {action}.
 
-`step` is a list of parts with at most one field each: {state} in front of {action}; {model}, {observation}, {reward} behind it.
+`step` is a list of parts with at most one field each: {state} and {legal}, the list of legal actions, in front of {action};
+{model}, {observation}, {reward} behind it. `legal` is a part with {legal} that steps have only where some actions are not legal.
 A part with a field is left out where the step does not have that field. A part without a field, and the part of the action, are
 always written; an open step ends where the symbol of the action would start. So one template serves MDPs, POMDPs and ambiguous
 POMDPs, with rewards or without. Symbols are names, taken literally, or a pattern such as "s{}" whose hole is the index in
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 
 from lindm.errors import DataError, unknown
 from lindm.io import inputs, limits
-from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS, Grammar, Part, Symbols
+from lindm.text.grammar import FIELDS, SYMBOL_ARGUMENTS, Grammar, Part, Symbols, split_field
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Step:
     model: int | None = None  # the model that nature took, after the action
     observation: int | None = None  # after the action
     reward: float | None = None
+    legal: tuple[int, ...] | None = None  # the actions that were legal, rising
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,13 @@ class Template:
     states: Symbols | None = None  # with {state}, and only then; the next two likewise
     models: Symbols | None = None
     observations: Symbols | None = None
+    legal: str | None = None  # the part of a step that shows the legal actions, {legal}, of problems in which others are not
     grammar: Grammar = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        for argument in ("name", "opening", "episode", "closing", "step", *SYMBOL_ARGUMENTS.values()):
+        for argument in ("name", "opening", "episode", "closing", "step", *SYMBOL_ARGUMENTS.values(), "legal"):
             value = getattr(self, argument)
-            if value is None and argument in ("states", "models", "observations"):
+            if value is None and argument in ("states", "models", "observations", "legal"):
                 continue
             if isinstance(value, list | tuple) and argument in ("step", *SYMBOL_ARGUMENTS.values()):
                 texts = tuple(value)
@@ -92,6 +95,16 @@ class Template:
         symbols = {field: getattr(self, argument) for field, argument in SYMBOL_ARGUMENTS.items()}
         grammar = Grammar(self.name, self.opening, self.episode, self.step, self.closing, symbols)
         object.__setattr__(self, "grammar", grammar)
+        if self.legal is not None and (split_field(self.legal, "legal", ("legal",)).field is None or "legal" in grammar.fields):
+            raise ValueError(f"legal must hold {{legal}}, which step then has not, got {self.legal!r}")
+
+    def with_legal_actions(self) -> "Template":
+        """The template whose steps have the part `legal`, after the state or just before the action; unchanged without it."""
+        if self.legal is None:
+            return self
+        fields = [split_field(part, "step", FIELDS).field for part in self.step]
+        place = fields.index("state") + 1 if "state" in fields else fields.index("action")
+        return dataclasses.replace(self, step=(*self.step[:place], self.legal, *self.step[place:]), legal=None)
 
     def action_symbol(self, action: int) -> str:
         """How an action is written; ValueError for an index without a symbol."""
@@ -117,7 +130,7 @@ def render(document: Document, template: Template) -> tuple[Piece, ...]:
             if step.action is not None:
                 pieces.append(Piece(grammar.write("action", step.action, where), operator.index(step.action), e, t))
                 pieces.append(Piece(_write(grammar, grammar.after, step, where), None, e, t))
-            elif e < last or t < len(steps) - 1 or has - {"state"}:
+            elif e < last or t < len(steps) - 1 or has - {"state", "legal"}:
                 raise ValueError(f"{where}.action may be None in the last step of the query only, nothing after it, got {step}")
     return tuple(piece for piece in pieces if piece.text)
 

@@ -24,7 +24,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 SYMBOL_ARGUMENTS = {"state": "states", "action": "actions", "model": "models", "observation": "observations"}
-FIELDS = (*SYMBOL_ARGUMENTS, "reward")
+FIELDS = (*SYMBOL_ARGUMENTS, "reward", "legal")
+LIST_SEPARATOR = ","  # between the symbols of the actions that are legal
 Symbols = tuple[str, ...] | str
 Spans = list[list[dict[str, tuple[int, int]]]]  # where each field of each step of each episode is
 
@@ -111,9 +112,10 @@ class Grammar:
         parts = [split_field(part, "step", FIELDS) for part in step]
         fields = [part.field for part in parts if part.field]
         k = next((i for i, part in enumerate(parts) if part.field == "action"), -1)
-        led = [part.field for part in parts[:k] if part.field] in ([], ["state"]) and "state" not in fields[1:]
+        in_front = [part.field for part in parts[:k] if part.field]
+        led = set(in_front) <= {"state", "legal"} and not {"state", "legal"} & {part.field for part in parts[k + 1 :]}
         if k < 0 or not led or len(set(fields)) < len(fields):
-            rule = "{action} once, {state} at most once and before it, every other field at most once and after it"
+            rule = "{action} once, {state} and {legal} at most once and before it, every other field at most once and after it"
             raise ValueError(f"step must hold {rule}, got {step!r}")
         self.fields = frozenset(fields)
         self.before = [*parts[:k], Part(parts[k].front, None, "")]
@@ -129,6 +131,9 @@ class Grammar:
         self.tables = {
             field: SymbolTable(SYMBOL_ARGUMENTS[field], symbols[field]) for field in SYMBOL_ARGUMENTS if field in fields
         }
+        names = self.tables["action"].names or ()
+        if "legal" in fields and any(LIST_SEPARATOR in name for name in names):
+            raise ValueError(f"actions must have no {LIST_SEPARATOR!r} where step has {{legal}}, a list of them; got {names!r}")
         self._build()
         if ambiguity := self._find_ambiguity():
             one, other = (self._describe_reading(ambiguity[0], path) for path in ambiguity[1:])
@@ -146,6 +151,10 @@ class Grammar:
             if not finite:
                 raise ValueError(f"{where}.reward must be a finite number, got {value!r}")
             return repr(float(value))
+        if field == "legal":
+            if not value:
+                raise ValueError(f"{where}.legal must be at least one action, got {value!r}")
+            return LIST_SEPARATOR.join(self.write("action", action, where) for action in value)
         table = self.tables[field]
         try:
             index = operator.index(value)
@@ -171,10 +180,13 @@ class Grammar:
         episodes = self._spans(path[::-1])
         return [[{field: self._value(text, field, *span) for field, span in step.items()} for step in e] for e in episodes]
 
-    def _value(self, text: str, field: str, start: int, end: int) -> int | float:
+    def _value(self, text: str, field: str, start: int, end: int) -> int | float | tuple[int, ...]:
         symbol = text[start:end]
         try:
-            value = float(symbol) if field == "reward" else self.tables[field].read(symbol)
+            if field == "legal":
+                value = tuple(map(self.tables["action"].read, symbol.split(LIST_SEPARATOR)))
+            else:
+                value = float(symbol) if field == "reward" else self.tables[field].read(symbol)
             if self.write(field, value, "") == symbol:
                 return value
         except ValueError:  # no value has this symbol
@@ -182,6 +194,8 @@ class Grammar:
         raise self._syntax_error(text, start, [self._describe_field(field)])
 
     def _describe_field(self, field: str) -> str:
+        if field == "legal":
+            return f"some of the actions, {self.tables['action']}"
         return str(self.tables.get(field, "a finite number as `repr` writes it"))
 
     def _syntax_error(self, text: str, i: int, expected: Iterable[str]) -> ValueError:
@@ -217,7 +231,15 @@ class Grammar:
 
     def _symbols(self, sources: set[int], field: str, before: bool) -> set[int]:
         """Every symbol of a field, linked from all sources; returns the last nodes."""
-        table = self.tables.get(field)
+        if field == "legal":
+            again = self._node(repr(LIST_SEPARATOR), field, before)
+            ends = self._symbols_of(self.tables["action"], sources | {again}, field, before)
+            self._link(ends, LIST_SEPARATOR, again)
+            return ends
+        return self._symbols_of(self.tables.get(field), sources, field, before)
+
+    def _symbols_of(self, table: SymbolTable | None, sources: set[int], field: str, before: bool) -> set[int]:
+        """The symbols of a table, or without one the numerals of rewards."""
         words = self._describe_field(field)
         if table and table.names:
             tree, end = {"": sources}, self._node(words, field, before)

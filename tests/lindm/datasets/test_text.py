@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+import lindm as ld
 from lindm.datasets import Dataset, documents, is_dataset, text_format
 from lindm.io import inputs
-from lindm.text import COMPACT, READABLE, Step, text
+from lindm.text import COMPACT, READABLE, Step, parse, text
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,31 @@ def test_the_template_has_a_name_a_path_or_a_default(made):
     )
     with pytest.raises(ValueError, match=r"^rewards must be one of auto, shown, hidden; got 'some'"):
         text_format(dataset, rewards="some")
+
+
+def test_texts_show_the_legal_actions_where_some_are_not(made, tmp_path):
+    P = np.full((1, 2, 3, 2), 0.5)
+    P[0, 0, 1] = [0, 1]
+    legal = np.array([[False, True, True], [True, True, True]])
+    fields = {"r": np.arange(18.0).reshape(3, 2, 3), "rho": [0.5, 0.5], "legal": legal}
+    observed = ld.mdp(P, **fields)
+    hidden = ld.pomdp(P, np.broadcast_to(np.eye(2)[None, None], (1, 3, 2, 2)), **fields)
+    for name, problem in (("mdp", observed), ("pomdp", hidden)):
+        ld.make_dataset(problem, tmp_path / name, tasks=2, demos=2, behavior="uniform")
+        dataset = Dataset(tmp_path / name)
+        for template in (None, "readable", replace(COMPACT, legal=None, step=("\n", "{state}", "<{legal}>", *COMPACT.step[2:]))):
+            how = text_format(dataset, template)
+            for task, number, pieces in documents(dataset, how):
+                read, episodes = parse(text(pieces), how.template), (*task.demonstrations, task.queries[number])
+                for steps, episode in zip((*read.demonstrations, read.query), episodes, strict=True):
+                    assert episode.legal is not None
+                    rows = [tuple(np.flatnonzero(row).tolist()) for row in episode.legal]
+                    assert [step.legal for step in steps] == rows and all(s.action in s.legal for s in steps if s.legal)
+        assert ("0[ B, C]" if name == "mdp" else "\n[ B, C]") in text(next(documents(dataset, text_format(dataset)))[2])
+        # templates without the field, and problems without illegal actions, write what they wrote before
+        plain = text_format(dataset, replace(COMPACT, legal=None))
+        assert "[" not in text(next(documents(dataset, plain))[2])
+    assert text_format(Dataset(made.mdp)).template == COMPACT
 
 
 def test_documents_are_those_of_every_query_in_order(made):

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lindm as ld
 from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation.compare import evaluate, read_tasks
-from lindm.evaluation.environments import double_precision
+from lindm.evaluation.environments import double_precision, make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policy import Observation
 from lindm.llm import named_policies
 from lindm.llm.io import weights
 from lindm.llm.named_policies import PoliciesByName, check_not_trained_on
-from lindm.llm.policy import LanguageModelPolicy, load_policy
+from lindm.llm.policy import LanguageModelPolicy, TextOptions, load_policy
 from lindm.llm.sft import trainer
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import action_tokens, load_tokenizer
@@ -69,6 +70,29 @@ def test_actions_of_several_tokens_are_scored_to_their_end(micro):
     tokens = action_tokens(tokenizer, long, 2)
     assert min(map(len, tokens)) > 1 and len({len(t) for t in tokens}) == 2 and tokens[0][0] == tokens[1][0]
     agree(model, tokenizer, tasks, dataclasses.replace(text, template=long))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_legal_actions_are_in_the_text_and_no_other_is_chosen(micro, temperature):
+    P = np.full((1, 2, 2, 2), 0.5)
+    legal = np.array([[True, False], [False, True]])
+    problem = ld.mdp(P, np.arange(8.0).reshape(2, 2, 2), [0.5, 0.5], legal=legal)
+    demonstration = [Step(0, state=0, reward=1.0, legal=(0,)), Step(1, state=1, reward=2.0, legal=(1,))]
+    tasks = make_tasks([problem], [[demonstration]])
+    tokenizer = load_tokenizer(micro.model)
+    policy = LanguageModelPolicy(weights.load(micro.model), tokenizer, TextOptions(), temperature=temperature)
+    state = policy.init(tasks)
+    assert "\n0[ A] A" in tokenizer.decode(policy.prompt(tasks[0], state.text))
+    two = np.arange(2)
+    observation = Observation(stage=0, task=two * 0, parent=two * 0, state=two, legal=legal)
+    assert [tokenizer.decode(policy.new_tokens(observation, row, state.text)) for row in two] == ["\n0[ A]", "\n1[ B]"]
+    after, probabilities = policy.step(state, observation)
+    assert probabilities.tolist() == np.eye(2).tolist() and np.isneginf(after.log_p).tolist() == (~legal).tolist()
+    (loss,) = evaluate_policy(tasks, policy)
+    assert loss.masked == 0 and loss.suboptimality == 0
+    with double_precision():
+        decision = policy.act([demonstration], "0 0 1", problem)
+    assert decision.action == 1 and decision.masked == 0
 
 
 def test_a_state_can_be_continued_in_several_ways(micro):

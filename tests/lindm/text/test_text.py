@@ -202,7 +202,7 @@ def test_a_damaged_text_is_refused_or_is_the_text_of_what_is_read(template):
 
 # --- files
 
-FIELDS = ("name", "opening", "episode", "step", "closing", "actions", "states", "models", "observations")
+FIELDS = ("name", "opening", "episode", "step", "closing", "actions", "states", "models", "observations", "legal")
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
@@ -252,3 +252,33 @@ def test_a_file_that_cannot_be_read_stops(tmp_path):
         with pytest.raises(LindmError, match=re.escape(name)) as stop:
             load_template(tmp_path / name)
         assert isinstance(stop.value, DataError)
+
+
+@pytest.mark.parametrize("actions", [("stay", "go", "go on"), "a{}"])
+def test_a_list_of_legal_actions_is_read_back(actions):
+    template = build("\n", "{state}:", "may {legal};", "{action}", ">{observation}", actions=actions)
+    demonstration = (Step(0, 1, legal=(0, 2)), Step(2, legal=(2,)))
+    query = (Step(1, observation=3, legal=(0, 1, 2)), Step(None, 4, legal=(1,)))
+    document = Document((demonstration,), query)
+    written = text(render(document, template))
+    assert "may " + ("stay,go on" if actions[0] == "stay" else "a0,a2") in written and parse(written, template) == document
+    with pytest.raises(ValueError, match=r"expected .*some of the actions"):
+        parse(written.replace("may go;" if actions[0] == "stay" else "may a1;", "may fly;"), template)
+    with pytest.raises(ValueError, match=r"legal must be at least one action"):
+        render(Document((), (Step(None, legal=()),)), template)
+
+
+def test_a_template_says_where_legal_actions_stand():
+    for step in (("\n", "{action}", "{legal}"), ("\n", "{legal}", "{legal}", "{action}")):
+        with pytest.raises(
+            ValueError, match=r"step must hold \{action\} once, \{state\} and \{legal\} at most once and before it"
+        ):
+            build(*step)
+    with pytest.raises(ValueError, match=r"actions must have no ',' where step has \{legal\}"):
+        build("\n", "[{legal}]", "{action}", actions=("a", "b,c"))
+    for legal, step in (("no field", ("\n", "{action}")), ("[{legal}]", ("\n", "{legal}:", "{action}"))):
+        with pytest.raises(ValueError, match=r"^legal must hold \{legal\}, which step then has not"):
+            build(*step, legal=legal)
+    shown = build("\n", "in {state} ", "do", "{action}", legal="of {legal} ").with_legal_actions()
+    assert shown.step == ("\n", "in {state} ", "of {legal} ", "do", "{action}") and shown.legal is None
+    assert build("\n", "{action}", legal="[{legal}]").with_legal_actions().step == ("\n", "[{legal}]", "{action}")
