@@ -147,7 +147,7 @@ def solution(options: Act) -> tuple[Any, Any, Any, list[str]]:
 def named(options: Act) -> tuple[Any, Any, Any, list[str]]:
     """The policy of a name, the problem (None: the policy's own), the demonstrations of its task, and notes."""
     from lindm.datasets import Dataset, DatasetConfig, is_dataset
-    from lindm.llm.named_policies import policy_by_name, training_notes
+    from lindm.llm.named_policies import policy_by_name, text_notes, training_notes
 
     if ":" not in options.policy:
         refuse(options, TEXT, "is an option of language models")
@@ -170,6 +170,7 @@ def named(options: Act) -> tuple[Any, Any, Any, list[str]]:
     temperature = 1.0 if options.temperature is None else options.temperature
     policy = policy_by_name(options.policy, source, config, temperature=temperature, **text)
     notes = training_notes(options.policy, getattr(policy, "training", None), about) if is_model else []
+    notes += text_notes(options.policy, **text) if is_model else []
     return policy, problem, demonstrations, notes
 
 

@@ -65,7 +65,7 @@ def run(options: Eval) -> int:
         print("\n".join([*head, format_row(_cells(result), WIDTHS)]), flush=True)
         head.clear()
 
-    warn_of_training(options.policy, problem)
+    warn_of_training(options.policy, problem, options.template, options.rewards)
     with progress_bar("tasks") as progress:
         results = evaluate(
             problem,
@@ -94,18 +94,20 @@ def run(options: Eval) -> int:
     return 0
 
 
-def warn_of_training(policies: "Sequence[str]", problem: "Suite | NamedProblem") -> None:
-    """Print in what the problem differs from that of the training of a language model."""
+def warn_of_training(
+    policies: "Sequence[str]", problem: "Suite | NamedProblem", template: str | None, rewards: str | None
+) -> None:
+    """Print in what the problem and the texts differ from those of the training of a language model."""
     models = [name for name in policies if name.startswith("sft:")]
     if not models:
         return
-    from lindm.llm.named_policies import training_notes
+    from lindm.llm.named_policies import text_notes, training_notes
     from lindm.llm.policy import training_data
     from lindm.llm.sft.options import run_options
 
     for name in models:
         trained = training_data(run_options(Path(name.removeprefix("sft:"))) or {})
-        for note in training_notes(name, trained, problem):
+        for note in [*training_notes(name, trained, problem), *text_notes(name, template, rewards)]:
             print(f"lindm: warning: {note}", file=sys.stderr)
 
 

@@ -140,7 +140,9 @@ def _step(row: Step | Mapping[str, Any], info: ProblemInfo, last: bool) -> Step:
         wanted = wanted[:1] if info.kind == "mdp" else ()
     optional = {"reward"} if info.kind == "mdp" and not last else set()
     if missing := [name for name in wanted if name not in given]:
-        raise ValueError(f"{missing[0]} must be given{' in the last step, the current one' if last else ''}; got {sorted(given)}")
+        raise ValueError(
+            f"{missing[0]} must be given{' in the last step, the current one' if last else ''}; got {', '.join(given) or 'none'}"
+        )
     if extra := sorted(given.keys() - set(wanted) - optional):
         where = "in the last step, whose action is not taken yet" if last else f"in a history of this {info.kind.upper()}"
         raise ValueError(f"{extra[0]} must be left out {where}; got {given[extra[0]]!r}")
@@ -163,7 +165,11 @@ def _number(value: Any, name: str, info: ProblemInfo, is_number: bool) -> int:
             raise ValueError(f"{name} must be a number from 0 to {len(words) - 1}; got {value}")
         return int(value)
     word = str(value)
-    return validate.index(word if len(word) <= 200 else f"{word[:200]}...", words, name)
+    try:
+        return validate.index(word if len(word) <= 200 else f"{word[:200]}...", words, name)
+    except ValueError as e:
+        number = f" (or its number, 0 to {len(words) - 1})" if info.names.get(SYMBOL_ARGUMENTS[name]) else ""
+        raise ValueError(f"{e}{number}") from None
 
 
 # --- the problem -------------------------------------------------------------------------------------------------------------

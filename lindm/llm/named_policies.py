@@ -161,6 +161,18 @@ def training_notes(name: str, trained: Dataset | None, source: Suite | NamedProb
     return [f"{name} was trained on another problem ({trained.directory}): {'; '.join(different)}"] if different else []
 
 
+def text_notes(name: str, template: str | None, rewards: str | None) -> list[str]:
+    """In what the texts of a question differ from those of the training of a run of `lindm sft`; None: they do not."""
+    trained = run_options(Path(name.removeprefix("sft:"))) or {}
+    given = {"template": template, "rewards": rewards}
+    different = [
+        f"{option} {trained.get(option) or 'of lindm sft'}, here {value}"
+        for option, value in given.items()
+        if value is not None and trained.get(option) != value
+    ]
+    return [f"{name} was trained on other texts: {'; '.join(different)}"] if different else []
+
+
 def _about(source: Suite | NamedProblem | Problem | Dataset) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Kind, horizon and sizes, and names."""
     if isinstance(source, Dataset):

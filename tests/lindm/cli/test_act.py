@@ -18,7 +18,7 @@ from lindm.evaluation.environments import double_precision
 from lindm.evaluation.policy import Observation
 from lindm.families.registry import NamedProblem
 from lindm.io import files, limits
-from lindm.llm.named_policies import training_notes
+from lindm.llm.named_policies import text_notes, training_notes
 from lindm.llm.sft import trainer
 from lindm.llm.sft.options import SFTConfig
 from tests.lindm.llm.conftest import SUITE
@@ -306,6 +306,9 @@ def test_a_run_that_is_asked_about_another_problem_says_in_what_it_differs(capsy
         assert training_notes("sft:x", hidden, same) == []
         other = dataclasses.replace(other, r=other.r + 0.5)
     assert "one problem, here another one, with other numbers" in training_notes("sft:x", hidden, other)[0]
+    (note,) = text_notes(f"sft:{run}", "readable", "auto")
+    assert note == f"sft:{run} was trained on other texts: template of lindm sft, here readable"
+    assert text_notes(f"sft:{run}", None, None) == [] != text_notes(f"sft:{run}", None, "hidden")
     words = ["act", f"sft:{run}", "mdp", "--states", "3", "--actions", "2", "--horizon", "3", "--history", "0", "--json"]
     mine = tmp_path / "mine.csv"
     mine.write_text("episode,step,state,action,reward\na,0,0,1,0.5\n")

@@ -164,7 +164,7 @@ def test_a_name_that_is_a_number_is_the_name_and_a_step_has_numbers():
         ("listen hear-left listen 7", "history: step 2: observation must be one of hear-left, hear-right; got '7'"),
         ("listen 'hear-left", "a quotation mark must be closed"),
         ("listen hear-left " * 3, "at most 2 steps before the next action, since the horizon is 3; got 3"),
-        ([{"action": "listen"}], "history: step 1: observation must be given; got ['action']"),
+        ([{"action": "listen"}], "history: step 1: observation must be given; got action"),
         (
             [{"action": "listen", "obs": 1}],
             "a field of a step must be one of state, action, model, observation, reward; got 'obs'",
