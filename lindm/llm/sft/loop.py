@@ -3,6 +3,9 @@
 A step is only started here (jax is asynchronous). While it runs, the host fills and places the batch of the next step, and reads
 and logs the metrics of the step before: metrics are one step late. Before an evaluation, a checkpoint or the end, the metrics of
 the last step are read as well, so nothing is evaluated or saved that is not finite, and the records have the order of the steps.
+
+A checkpoint is written while the next steps run, and the next one waits for it. A kill loses the steps since the last complete
+checkpoint: one interval, and the steps that ran while the next checkpoint was written, always fewer than a second interval.
 """
 
 import time
@@ -65,7 +68,8 @@ class TrainLoop:
         self.started: StartedStep | None = None
         self.next_batch: LoadedBatch | None = None
         self.last_read = 0.0  # when the metrics of a step were read last
-        self.saved = 0  # step of the last checkpoint
+        self.writer = checkpoints.CheckpointWriter()
+        self.saved = 0  # step of the last checkpoint, which may still be written
 
     def run(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> tuple[TrainState, EvalHistory, int]:
         """Train until the last step, or until patience ends.
@@ -74,6 +78,10 @@ class TrainLoop:
           Preempted: the run stopped on a signal, after saving.
           NonFiniteError: a step or an evaluation is not finite.
         """
+        with self.writer:
+            return self._run(state, frozen, history, step)
+
+    def _run(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> tuple[TrainState, EvalHistory, int]:
         self.saved, stop = step, False
         while True:
             if stop or self._evaluates_after(history, step) or step == self.total or step % self.save_every == 0:
@@ -85,9 +93,10 @@ class TrainLoop:
                     stop = True
             done = step == self.total or self._out_of_patience(history)
             if step > self.saved and (done or stop or step % self.save_every == 0):
-                checkpoints.save(self.config.out / CHECKPOINTS, step, state, history._asdict(), self.config.keep)
+                self.writer.save(self.config.out / CHECKPOINTS, step, state, history._asdict(), self.config.keep)
                 self.saved = step
             if stop:
+                self.writer.wait()
                 kept = f"saved step {self.saved} of {self.total}" if self.saved else "no step was finished yet"
                 raise Preempted(f"stopped by a signal: {kept}; the same command resumes")
             if done:
@@ -101,6 +110,7 @@ class TrainLoop:
         Returns:
           The state after the step, and whether any process had to stop when the step before was started.
         """
+        self.writer.check()
         batch = self.next_batch or self.loader.load(step)
         with processes.detect_lost_peer():
             start = time.perf_counter()
@@ -163,5 +173,5 @@ class TrainLoop:
             return history
         if history.best_loss is not None and loss >= history.best_loss:
             return history._replace(evals_since_best=history.evals_since_best + 1)
-        checkpoints.save(self.config.out / BEST, step, state, {}, keep=1)
+        self.writer.save(self.config.out / BEST, step, state, {}, keep=1)
         return EvalHistory(last_step=step, best_loss=loss, best_step=step)

@@ -23,7 +23,7 @@ PHASES = {
     "compiling": "!lindm.llm.sft.compilation:compile_train_step",
     "training": "lindm.llm.sft.batches:BatchLoader.load:3",
     "evaluating": "lindm.llm.sft.evaluator:Evaluator._losses",
-    "saving": "lindm.llm.sft.checkpoints:save",
+    "saving": "lindm.llm.sft.checkpoints:CheckpointWriter.save",
     "exporting": "lindm.llm.io.weights:save",
     "drawing": "lindm.llm.sft.metrics:plot_curves",
 }

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def test_a_failed_write_is_exit_7_and_leaves_the_existing_checkpoints(copied, mo
         raise OSError(28, "No space left on device")
 
     if where == "writer":
-        monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", refuse)
+        monkeypatch.setattr(checkpoints.ocp.AsyncCheckpointer, "save", refuse)
     elif where == "manifest":
         monkeypatch.setattr(checkpoints.files.os, "fsync", refuse)
     else:
@@ -161,13 +162,66 @@ def test_a_failed_write_is_exit_7_and_leaves_the_existing_checkpoints(copied, mo
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 6
 
 
+@pytest.fixture
+def held_back(monkeypatch):
+    """Writes wait before they are hashed, until this event is set."""
+    release, hashes_of = threading.Event(), checkpoints.verification.hashes_of
+
+    def wait(*arguments):
+        assert release.wait(60)
+        return hashes_of(*arguments)
+
+    monkeypatch.setattr(checkpoints.verification, "hashes_of", wait)
+    yield release
+    release.set()
+
+
+@pytest.mark.fault("F1")
+def test_steps_that_run_while_a_checkpoint_is_written_do_not_change_it(copied, held_back):
+    mesh = mesh_of(4, 2)
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), out_shardings=shardings(mesh), donate_argnums=0)
+    with checkpoints.CheckpointWriter() as writer:
+        state = placed(arrays(9), mesh)
+        writer.save(copied, 9, state, {"best": 4.5}, keep=2)
+        for _ in range(3):
+            state = step(state)
+            writer.check()
+        assert int(state["step"]) == 12
+        assert checkpoints.checkpoint_steps(copied) == [3, 6], "it has no name before it is complete"
+        held_back.set()
+    restored = checkpoints.restore(copied, template(mesh_of(1, 1)))
+    assert (restored.step, restored.progress) == (9, {"best": 4.5})
+    same(restored.state, arrays(9))
+    assert checkpoints.checkpoint_steps(copied) == [6, 9]
+
+
+@pytest.mark.fault("F7")
+def test_a_write_that_fails_in_the_background_is_an_error_at_the_next_look_and_leaves_nothing(copied, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    writer = checkpoints.CheckpointWriter()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.verification, "hashes_of", refuse)
+        writer.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
+        writer.thread.join()
+    with pytest.raises(StorageError, match=r"cannot write .*00000009: .*No space left"):
+        writer.check()
+    writer.check()  # it is raised once
+    assert sorted(p.name for p in copied.iterdir()) == ["00000003", "00000006"]
+    with pytest.raises(RuntimeError, match="of the run"), writer:
+        writer.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
+        raise RuntimeError("of the run")
+    assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 9, "an error of the run does not cut a write short"
+
+
 @pytest.mark.fault("F16")
 def test_memory_that_runs_out_is_neither_a_full_disk_nor_a_damaged_checkpoint(copied, monkeypatch):
     def exhaust(*_, **__):
         jnp.zeros(2**46, jnp.float32).block_until_ready()
 
-    for name in ("save", "restore"):
-        monkeypatch.setattr(checkpoints.ocp.Checkpointer, name, exhaust)
+    monkeypatch.setattr(checkpoints.ocp.AsyncCheckpointer, "save", exhaust)
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", exhaust)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         checkpoints.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
@@ -209,7 +263,7 @@ def then_die(work):
     return both
 
 phase, directory = sys.argv[1], Path(sys.argv[2])
-places = {"writer": (c.ocp.Checkpointer, "save"), "host": (c.files, "write_json"), "sums": (c.verification, "hashes_of")}
+places = {"writer": (c.ocp.AsyncCheckpointer, "save"), "host": (c.files, "write_json"), "sums": (c.verification, "hashes_of")}
 places |= {"sync": (directories, "_sync_tree"), "rename": (os, "rename"), "removal": (c, "remove")}
 owner, name = places[phase.split("-")[0]]
 work = getattr(owner, name)

@@ -106,7 +106,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(micro, reference, t
         steps = checkpoints.checkpoint_steps(out / "checkpoints")
         assert not steps or steps[-1] >= kept, "a step that was saved is not lost"
         done = json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-2])["step"]
-        assert done - (steps[-1] if steps else 0) <= EVERY + 1, "at most one interval is lost"
+        lost = done - (steps[-1] if steps else 0)
+        assert lost <= 2 * EVERY, "one interval is lost, and another one at most, whose checkpoint was being written"
         kept = steps[-1] if steps else 0
     done = run(micro, out)
     assert done.returncode == 0, done.stderr

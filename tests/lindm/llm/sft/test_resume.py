@@ -49,18 +49,18 @@ def undone(whole: Path, out: Path, step: int) -> None:
 def train_and_record(config: SFTConfig, monkeypatch) -> dict[int, dict[str, str]]:
     """Train; SHA-256 of every array of the state (parameters, moments, counts) at every save."""
     saved: dict[int, dict[str, str]] = {}
-    save = checkpoints.save
+    save = checkpoints.CheckpointWriter.save
 
-    def record(directory, step, state, progress, keep):
+    def record(self, directory, step, state, progress, keep):
         leaves = jax.tree_util.tree_flatten_with_path(state)[0]
         arrays = {weight_path(keys): np.asarray(leaf) for keys, leaf in leaves}
         saved[step] = {
             path: hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest() for path, x in arrays.items()
         }
-        save(directory, step, state, progress, keep)
+        save(self, directory, step, state, progress, keep)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.checkpoints, "save", record)
+        patch.setattr(checkpoints.CheckpointWriter, "save", record)
         assert trainer.train(config) is not None
     return saved
 
@@ -167,7 +167,7 @@ def test_memory_that_runs_out_while_running_is_exit_6_and_the_run_resumes(micro,
         elif where == "evaluation":
             patch.setattr(trainer.Evaluator, "__call__", failing(trainer.Evaluator.__call__))
         else:
-            patch.setattr(checkpoints.ocp.Checkpointer, "save", failing(checkpoints.ocp.Checkpointer.save))
+            patch.setattr(checkpoints.ocp.AsyncCheckpointer, "save", failing(checkpoints.ocp.AsyncCheckpointer.save))
         assert main(words(micro, tmp_path / "out", **small)) == 6
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the run does not fit in memory: RESOURCE_EXHAUSTED" in error and "--batch" in error and "lindm plan" in error
