@@ -11,6 +11,7 @@ from lindm.io import signals
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
 from lindm.llm.sft.setup import TrainingSetup
+from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, choose_shapes, fill, num_tokens
 from lindm.llm.tokens import Example
 
 
@@ -19,7 +20,8 @@ class LoadedBatch(NamedTuple):
 
     step: int  # number of finished steps before it
     arrays: packing.Batch  # [accumulation, rows, ...] on the mesh
-    sha256: str  # of the arrays, the first 16 digits
+    shape: BatchShape
+    sha256: str  # of the tokens and targets of its documents, in their order; the first 16 digits
     examples: list[Example]
 
 
@@ -28,17 +30,44 @@ class BatchLoader:
 
     def __init__(self, setup: TrainingSetup, batch_sharding: NamedSharding, flag_sharding: NamedSharding):
         self.setup, self.batch_sharding, self.flag_sharding = setup, batch_sharding, flag_sharding
-        self.rows_per_step = setup.config.batch * setup.config.accumulate
-        self.order = packing.batch_order(len(setup.train_rows), self.rows_per_step, setup.config.seed)
+        config = setup.config
+        self.order = packing.batch_order(len(setup.train_rows), config.batch * config.accumulate, config.seed)
+        sample = [self._rows(step) for step in range(min(SAMPLED_STEPS, setup.optimizer.steps))]
+        full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
+        self.shapes = choose_shapes(sample, full, config.accumulate, setup.mesh.shape["data"] * setup.mesh.shape["fsdp"])
+        taken = [self._fill(rows)[0] for rows in sample]
+        self.first_steps = {shape: taken.index(shape) for shape in reversed(self.shapes) if shape in taken}
+        """a step of each shape that the sampled steps take, the largest first"""
+        tokens = sum(num_tokens(row) for rows in sample for row in rows)
+        self.useful_fraction = tokens / sum(config.accumulate * shape.tokens for shape in taken)
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{shape.rows} x {shape.seq_len}" for shape in reversed(self.first_steps))
+        return f"of {shapes} tokens, {self.useful_fraction:.0%} of them of documents"
 
     def load(self, step: int) -> LoadedBatch:
         """The batch of a step; its arrays are on their way to the mesh."""
-        config, rows = self.setup.config, [self.setup.train_rows[i] for i in self.order(step)]
-        batch = packing.make_batch(rows, self.setup.seq_len, self.setup.max_labels)
-        digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(batch))).hexdigest()[:16]
-        shaped = jax.tree.map(lambda x: x.reshape(config.accumulate, config.batch, *x.shape[1:]), batch)
-        arrays = jax.tree.map(lambda x: sharding.shard_array(x, self.batch_sharding), shaped)
-        return LoadedBatch(step, arrays, digest, [example for row in rows for example in row])
+        rows = self._rows(step)
+        shape, filled = self._fill(rows)
+        examples = [example for row in rows for example in row]
+        digest = hashlib.sha256(b"".join(x.tobytes() for e in examples for x in (e.ids, e.target))).hexdigest()[:16]
+        return LoadedBatch(step, self._place(filled, shape), shape, digest, examples)
+
+    def _rows(self, step: int) -> list[list[Example]]:
+        return [self.setup.train_rows[i] for i in self.order(step)]
+
+    def _fill(self, rows: list[list[Example]]) -> tuple[BatchShape, list[list[Example]]]:
+        """The smallest shape that holds the rows of a step, and its rows."""
+        filled = ((shape, fill(rows, shape, self.setup.config.accumulate)) for shape in self.shapes)
+        return next((shape, joined) for shape, joined in filled if joined is not None)
+
+    def _place(self, rows: list[list[Example]], shape: BatchShape) -> packing.Batch:
+        """The batch [accumulation, rows, ...] of these rows, and empty ones, on the mesh."""
+        accumulate = self.setup.config.accumulate
+        padded = rows + [[]] * (accumulate * shape.rows - len(rows))
+        batch = packing.make_batch(padded, shape.seq_len, shape.max_labels)
+        shaped = jax.tree.map(lambda x: x.reshape(accumulate, shape.rows, *x.shape[1:]), batch)
+        return jax.tree.map(lambda x: sharding.shard_array(x, self.batch_sharding), shaped)
 
     def stop_flags(self) -> jax.Array:
         """[devices] 1 if this process has to stop."""

@@ -1,5 +1,6 @@
 """Compilation of the training step, and the check that it fits in memory."""
 
+import time
 from typing import Any
 
 import jax
@@ -7,11 +8,57 @@ from flax import nnx
 
 from lindm.errors import OutOfMemoryError, library_errors
 from lindm.llm.parallel import devices
+from lindm.llm.sft.batches import BatchLoader, LoadedBatch
 from lindm.llm.sft.packing import Batch
-from lindm.llm.sft.step import TrainState
+from lindm.llm.sft.shapes import BatchShape
+from lindm.llm.sft.step import StepMetrics, TrainState
 
 TRAINING_STEP = "the training step"
 ADVICE = "a smaller --batch with --accumulate, --method lora or qlora, or more devices (`lindm plan` shows what fits)"
+
+
+class TrainPrograms:
+    """The training step, compiled for each shape of a batch: at the start for the shapes of the sampled steps, otherwise when a
+    batch needs it.
+
+    Args:
+      train_step: of `jit_train_step`; state: a `ShapeDtypeStruct` with its sharding in place of each array.
+
+    Raises:
+      OutOfMemoryError: a program does not fit in the memory that is free now.
+    """
+
+    def __init__(self, train_step: Any, state: TrainState, frozen: nnx.State, loader: BatchLoader):
+        self.train_step, self.state, self.loader = train_step, state, loader
+        self.programs: dict[BatchShape, Any] = {}
+        self.seconds = 0.0  # of compiling; little where the programs are in the compilation cache
+        for step in loader.first_steps.values():
+            self._compile(loader.load(step), frozen, compile_train_step)
+
+    def prepare(self, batch: LoadedBatch, frozen: nnx.State) -> None:
+        """Compile the program of a batch if there is none. The state is in memory by now, so what is free says nothing."""
+        if batch.shape not in self.programs:
+            self._compile(batch, frozen, lower_and_compile)
+
+    def __call__(self, state: TrainState, frozen: nnx.State, batch: LoadedBatch) -> tuple[TrainState, StepMetrics]:
+        """Start a step."""
+        return self.programs[batch.shape](state, frozen, batch.arrays, self.loader.stop_flags())
+
+    def texts(self) -> list[str]:
+        """The compiled programs in XLA's language."""
+        return [program.as_text() for program in self.programs.values()]
+
+    def _compile(self, batch: LoadedBatch, frozen: nnx.State, compile_step: Any) -> None:
+        start = time.perf_counter()
+        self.programs[batch.shape] = compile_step(self.train_step, self.state, frozen, batch.arrays, self.loader.stop_flags())
+        self.seconds += time.perf_counter() - start
+
+
+def lower_and_compile(train_step: Any, state: TrainState, frozen: nnx.State, batch: Batch, stop_flags: jax.Array) -> Any:
+    """The compiled step; arguments as of `compile_train_step`."""
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, batch, stop_flags))
+    with library_errors(TRAINING_STEP, ADVICE):
+        return train_step.lower(state, *arguments).compile()
 
 
 def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, batch: Batch, stop_flags: jax.Array) -> Any:
@@ -23,9 +70,7 @@ def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, ba
     Raises:
       OutOfMemoryError: the program does not fit in the memory that is free now.
     """
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, batch, stop_flags))
-    with library_errors(TRAINING_STEP, ADVICE):
-        compiled = train_step.lower(state, *arguments).compile()
+    compiled = lower_and_compile(train_step, state, frozen, batch, stop_flags)
     memory, device = compiled.memory_analysis(), jax.local_devices()[0]
     free = devices.available_memory(device)
     if memory is not None and free is not None:

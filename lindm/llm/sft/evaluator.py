@@ -21,6 +21,7 @@ from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
 from lindm.llm.sft.loss import label_weight, lm_loss
 from lindm.llm.sft.setup import TrainingSetup
+from lindm.llm.sft.shapes import num_tokens
 
 ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
 MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
@@ -67,12 +68,15 @@ class Evaluator:
         return values
 
     def _batches(self) -> Iterator[packing.Batch]:
-        """All held-out rows, in batches of one shape."""
+        """All held-out documents, packed into batches of one shape: the sums do not depend on who shares a row."""
         s = self.setup
         rows_per_batch, batch_sharding = s.config.batch, NamedSharding(s.mesh, sharding.BATCH_SPEC)
-        for start in range(0, len(s.eval_rows), rows_per_batch):
-            rows = s.eval_rows[start : start + rows_per_batch]
-            batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, s.max_labels)
+        groups = packing.pack([num_tokens(row) for row in s.eval_rows], s.seq_len)
+        packed = [[example for i in group for example in s.eval_rows[i]] for group in groups]
+        max_labels = max((packing.batch_shape([row])[1] for row in packed), default=0)
+        for start in range(0, len(packed), rows_per_batch):
+            rows = packed[start : start + rows_per_batch]
+            batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, max_labels)
             yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), batch)
 
     def _evaluate_decisions(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:

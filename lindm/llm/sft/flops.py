@@ -1,7 +1,10 @@
 """Floating-point operations of a training step."""
 
+from collections.abc import Sequence
+
 from lindm.llm.config import ModelConfig
 from lindm.llm.sft.options import Method
+from lindm.llm.tokens import Example
 
 
 def train_step_flops(config: ModelConfig, method: Method, rows: int, seq_len: int, max_labels: int) -> float:
@@ -16,3 +19,8 @@ def train_step_flops(config: ModelConfig, method: Method, rows: int, seq_len: in
     passes = 3 if method == "full" else 2
     head = max_labels * passes * 2 * config.hidden_size * config.vocab_size
     return rows * (seq_len * (passes * 2 * weights + 3 * attention) + head)
+
+
+def useful_flops(config: ModelConfig, method: Method, examples: Sequence[Example]) -> float:
+    """`train_step_flops` of these documents alone: each attends to itself, and nothing is padded."""
+    return sum(train_step_flops(config, method, 1, len(e.ids), int((e.target >= 0).sum())) for e in examples)

@@ -8,8 +8,9 @@ A checkpoint is written while the next steps run, and the next one waits for it.
 checkpoint: one interval, and the steps that ran while the next checkpoint was written, always fewer than a second interval.
 """
 
+import contextlib
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -20,10 +21,13 @@ from lindm.io.progress import Progress, ProgressTask
 from lindm.llm.parallel import devices, processes
 from lindm.llm.sft import checkpoints
 from lindm.llm.sft.batches import BatchLoader, LoadedBatch
+from lindm.llm.sft.compilation import TrainPrograms
 from lindm.llm.sft.evaluator import Evaluator, summarize
-from lindm.llm.sft.flops import train_step_flops
+from lindm.llm.sft.flops import useful_flops
 from lindm.llm.sft.metrics import MetricsLogger, Throughput
+from lindm.llm.sft.profile import StepProfiler
 from lindm.llm.sft.setup import TrainingSetup
+from lindm.llm.sft.shapes import num_tokens
 from lindm.llm.sft.step import StepMetrics, TrainState
 
 CHECKPOINTS, BEST = "checkpoints", "best"
@@ -52,19 +56,20 @@ class TrainLoop:
     def __init__(
         self,
         setup: TrainingSetup,
-        compiled_step: Any,
+        programs: TrainPrograms,
         loader: BatchLoader,
         evaluator: Evaluator,
         logger: MetricsLogger,
+        profiler: StepProfiler,
         progress: Progress,
         task: ProgressTask,
     ):
-        self.config, self.compiled_step, self.loader, self.evaluator = setup.config, compiled_step, loader, evaluator
-        self.logger, self.progress, self.task, self.total = logger, progress, task, setup.optimizer.steps
+        self.config, self.programs, self.loader, self.evaluator = setup.config, programs, loader, evaluator
+        self.logger, self.profiler, self.progress, self.task = logger, profiler, progress, task
+        self.total = setup.optimizer.steps
         self.eval_every = self.config.eval_every or max(1, -(-self.total // 4))
         self.save_every = self.config.save_every or self.eval_every
-        flops = train_step_flops(setup.model_config, self.config.method, loader.rows_per_step, setup.seq_len, setup.max_labels)
-        self.throughput = Throughput(flops, devices.peak_flops(jax.devices()))
+        self.model_config, self.throughput = setup.model_config, Throughput(devices.peak_flops(jax.devices()))
         self.started: StartedStep | None = None
         self.next_batch: LoadedBatch | None = None
         self.last_read = 0.0  # when the metrics of a step were read last
@@ -78,14 +83,16 @@ class TrainLoop:
           Preempted: the run stopped on a signal, after saving.
           NonFiniteError: a step or an evaluation is not finite.
         """
-        with self.writer:
+        with self.writer, contextlib.closing(self.profiler):
             return self._run(state, frozen, history, step)
 
     def _run(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> tuple[TrainState, EvalHistory, int]:
         self.saved, stop = step, False
         while True:
-            if stop or self._evaluates_after(history, step) or step == self.total or step % self.save_every == 0:
+            if stop or self._waits_after(history, step):
                 stop |= self._read_metrics()
+            if (table := self.profiler.after(step)) is not None:
+                self.progress.print(table)
             if not stop:
                 try:
                     history = self._maybe_evaluate(state, frozen, history, step)
@@ -112,9 +119,10 @@ class TrainLoop:
         """
         self.writer.check()
         batch = self.next_batch or self.loader.load(step)
+        self.programs.prepare(batch, frozen)
         with processes.detect_lost_peer():
             start = time.perf_counter()
-            state, metrics = self.compiled_step(state, frozen, batch.arrays, self.loader.stop_flags())
+            state, metrics = self.programs(state, frozen, batch)
             self.next_batch = self.loader.load(step + 1) if step + 1 < self.total else None
         stop = self._read_metrics()
         self.started = StartedStep(batch, metrics, start)
@@ -137,7 +145,8 @@ class TrainLoop:
         now = time.perf_counter()
         seconds, self.last_read = now - max(start, self.last_read), now
         signals.allow_seconds(3 * seconds)  # the rest of two steps that were started and, with the flag set, another one
-        self.throughput.update(seconds, sum(len(e.ids) for e in batch.examples), num_labels)
+        flops = useful_flops(self.model_config, self.config.method, batch.examples)
+        self.throughput.update(seconds, num_tokens(batch.examples), num_labels, flops)
         self.task.update(step, detail=", ".join(filter(None, (f"loss {loss:.4g}", str(self.throughput)))))
         self.logger.log(
             "train",
@@ -155,6 +164,11 @@ class TrainLoop:
 
     def _evaluates_after(self, history: EvalHistory, step: int) -> bool:
         return history.last_step != step and (step % self.eval_every == 0 or step == self.total)
+
+    def _waits_after(self, history: EvalHistory, step: int) -> bool:
+        """Whether the last step has to be finished before this loop goes on: the state is used, or a trace begins or ends."""
+        saves = step == self.total or step % self.save_every == 0
+        return saves or self._evaluates_after(history, step) or self.profiler.changes_after(step)
 
     def _maybe_evaluate(self, state: TrainState, frozen: nnx.State, history: EvalHistory, step: int) -> EvalHistory:
         """Evaluate and log if an evaluation is due after this step."""

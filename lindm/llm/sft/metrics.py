@@ -105,25 +105,25 @@ def _missing(records: list[Record], last: dict[str, int]) -> str:
 class Throughput:
     """Tokens and labels per second and model FLOP utilization, over all steps but the first, which waits for other work."""
 
-    def __init__(self, flops_per_step: float, peak_flops: float):
-        self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
+    def __init__(self, peak_flops: float):
+        self.peak_flops = peak_flops
         self.warm = False
-        self.steps = self.tokens = self.labels = 0
-        self.seconds = 0.0
+        self.tokens = self.labels = 0
+        self.seconds = self.flops = 0.0
 
-    def update(self, seconds: float, num_tokens: int, num_labels: int) -> None:
-        """Count one step."""
+    def update(self, seconds: float, num_tokens: int, num_labels: int, flops: float) -> None:
+        """Count one step: tokens, labels and operations of its documents, without padding."""
         if self.warm:
-            self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+            self.seconds, self.flops = self.seconds + seconds, self.flops + flops
             self.tokens, self.labels = self.tokens + num_tokens, self.labels + num_labels
         self.warm = True
 
     @property
     def rates(self) -> dict[str, float]:
-        """tokens_per_s, labels_per_s, and mfu: the model's own FLOPs as a fraction of the peak. Empty until the second step."""
+        """tokens_per_s, labels_per_s, and mfu: FLOPs of the documents over the peak. Empty until the second step."""
         if not self.seconds:
             return {}
-        mfu = self.flops_per_step * self.steps / self.seconds / self.peak_flops
+        mfu = self.flops / self.seconds / self.peak_flops
         return {"tokens_per_s": self.tokens / self.seconds, "labels_per_s": self.labels / self.seconds, "mfu": mfu}
 
     def __str__(self) -> str:

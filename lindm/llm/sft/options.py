@@ -24,6 +24,7 @@ CHANGEABLE_ON_RESUME = {
     "rank",
     "save_every",
     "keep",
+    "profile",
     "tensorboard",
     "fresh",
 }
@@ -91,7 +92,7 @@ class SFTConfig:
     overlong: Overlong = "refuse"
     """A document with more tokens is an error, is cut off at its end, or is left out."""
     pack: bool = False
-    """Pack several documents into a row; they do not attend to each other."""
+    """Fill rows up to the maximum before training starts: --batch then counts full rows, and a step trains more documents."""
     chat_template: Path | None = None
     """Chat template of conversations in place of the model's; the trained model gets it, too."""
     chat_template_kwargs: str | None = None
@@ -108,7 +109,7 @@ class SFTConfig:
     """Number of steps. With more of them a run goes on, also a finished one. [default: three epochs; 500 steps with
     --preset tiny]"""
     batch: int = 8
-    """Rows per micro-batch, over all devices."""
+    """Documents per micro-batch, over all devices; short ones share rows and do not attend to each other."""
     accumulate: int = 1
     """Micro-batches per step (gradient accumulation)."""
     learning_rate: float | None = None
@@ -133,6 +134,8 @@ class SFTConfig:
     """Steps between checkpoints. [default: as --eval-every]"""
     keep: int = 2
     """Number of checkpoints that are kept."""
+    profile: str | None = None
+    """FROM:TO: write a trace of these steps and a table of their slowest operations to OUT/profile."""
     tensorboard: bool = False
     """Write TensorBoard events as well (extra: track)."""
 
@@ -177,7 +180,7 @@ class SFTConfig:
             raise ValueError(f"method must be full with a preset, which is randomly initialized; got {self.method!r}")
         if self.method == "qlora" and self.base in ("f32", "bf16"):
             raise ValueError(f"base must be int8 or nf4 with method qlora; got {self.base!r}")
-        _ = self.template_variables  # for its errors
+        _ = self.template_variables, self.profiled_steps  # for their errors
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -189,6 +192,16 @@ class SFTConfig:
         if not isinstance(variables, dict):
             raise ValueError(f"chat_template_kwargs must be a JSON object; got {self.chat_template_kwargs!r}")
         return variables
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First and last step of `profile`, from 1."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ValueError(f"profile must be FROM:TO, two steps from 1 on; got {self.profile!r}")
+        return int(first), int(last)
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""

@@ -113,10 +113,10 @@ def batch_shape(rows: Iterable[Sequence[Example]], seq_len: int | None = None) -
 
 def round_up_shape(longest: int, most_labels: int) -> tuple[int, int]:
     """(seq_len, max_labels) of rows of at most so many tokens and labels."""
-    return _round_up(longest, SEQ_LEN_MULTIPLE), _round_up(most_labels, MAX_LABELS_MULTIPLE)
+    return round_up(longest, SEQ_LEN_MULTIPLE), round_up(most_labels, MAX_LABELS_MULTIPLE)
 
 
-def _round_up(n: int, unit: int) -> int:
+def round_up(n: int, unit: int) -> int:
     return -(-max(n, 1) // unit) * unit
 
 

@@ -31,19 +31,20 @@ from lindm.llm.io import peft, weights
 from lindm.llm.parallel import processes, sharding
 from lindm.llm.sft import checkpoints, continuation
 from lindm.llm.sft.batches import BatchLoader
-from lindm.llm.sft.compilation import ADVICE, compile_train_step
+from lindm.llm.sft.compilation import ADVICE, TrainPrograms
 from lindm.llm.sft.evaluator import Evaluator
 from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.loop import BEST, CHECKPOINTS, EvalHistory, TrainLoop
 from lindm.llm.sft.metrics import METRICS, MetricsLogger, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import RUN_FORMAT, SFTConfig, config_differences
+from lindm.llm.sft.profile import PROFILE, StepProfiler
 from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import format_example
 
 CONFIG, MODEL, ADAPTER = "config.json", "model", "adapter"
-OUTPUTS = (CHECKPOINTS, BEST, MODEL, ADAPTER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events", CONFIG)
+OUTPUTS = (CHECKPOINTS, BEST, MODEL, ADAPTER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events", PROFILE, CONFIG)
 
 
 def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
@@ -138,7 +139,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     task.update(0, detail="compiling")
     train_step = make_train_step(graphdef, optimizer, setup.compute, setup.mesh, setup.objective, config.seed)
     train_step = jit_train_step(train_step, shardings)
-    compiled_step = compile_train_step(train_step, template, frozen, loader.load(0).arrays, loader.stop_flags())
+    programs = TrainPrograms(train_step, template, frozen, loader)
+    progress.print(f"batches   {loader}; compiled in {programs.seconds:.1f} s")
     checkpoint = _restore(out / CHECKPOINTS, template, progress)
     if checkpoint is None:
         state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
@@ -153,7 +155,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
         progress.print(f"{out / METRICS} is missing: the records of the steps up to {step} are lost")
     logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main, warn=progress.print)
     evaluator = Evaluator(setup, graphdef)
-    loop = TrainLoop(setup, compiled_step, loader, evaluator, logger, progress, task)
+    profiler = StepProfiler(out, config.profiled_steps if is_main else None, programs.texts)
+    loop = TrainLoop(setup, programs, loader, evaluator, logger, profiler, progress, task)
     try:
         with signals.unsaved_work(lambda: _last_saved(out)) if save_on_stop else contextlib.nullcontext():
             state, history, step = loop.run(state, frozen, history, step)
@@ -175,7 +178,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
         last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
         exports = [f"{name}/{verification.MANIFEST}" for name in (MODEL, ADAPTER) if (out / name).exists()]
         outputs = [CONFIG, METRICS, *exports, *(path.name for path in curves)]
-        write_manifest(out, outputs, inputs=setup.inputs, steps=step, best_step=history.best_step, last_eval=last_eval)
+        values = {"steps": step, "best_step": history.best_step, "last_eval": last_eval, "compile_seconds": programs.seconds}
+        write_manifest(out, outputs, inputs=setup.inputs, **values)
     processes.barrier("end")
 
 

@@ -48,11 +48,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 
 def test_rates_are_of_steps_after_the_first_and_mfu_is_of_the_peak():
-    throughput = metrics.Throughput(flops_per_step=2e9, peak_flops=1e10)
-    throughput.update(100.0, 50, 5)  # the first step waits for other work
+    throughput = metrics.Throughput(peak_flops=1e10)
+    throughput.update(100.0, 50, 5, 2e9)  # the first step waits for other work
     assert throughput.rates == {} and str(throughput) == ""
     for _ in range(4):
-        throughput.update(0.5, 50, 5)
+        throughput.update(0.5, 50, 5, 2e9)
     assert str(throughput) == "100 tokens/s, 10.0 labels/s, mfu 40%"
     assert throughput.rates == pytest.approx({"tokens_per_s": 100, "labels_per_s": 10, "mfu": 0.4})
 

@@ -16,7 +16,7 @@ import pytest
 from lindm.cli.main import main
 from lindm.io import files
 from lindm.llm.parallel.sharding import weight_path
-from lindm.llm.sft import checkpoints, trainer
+from lindm.llm.sft import checkpoints, compilation, trainer
 from lindm.llm.sft.options import SFTConfig
 
 STEPS = 5
@@ -162,8 +162,8 @@ def test_memory_that_runs_out_while_running_is_exit_6_and_the_run_resumes(micro,
 
     with monkeypatch.context() as patch:
         if where == "step":
-            compile_step = trainer.compile_train_step
-            patch.setattr(trainer, "compile_train_step", lambda *args: failing(compile_step(*args)))
+            compile_step = compilation.compile_train_step
+            patch.setattr(compilation, "compile_train_step", lambda *args: failing(compile_step(*args)))
         elif where == "evaluation":
             patch.setattr(trainer.Evaluator, "__call__", failing(trainer.Evaluator.__call__))
         else:
