@@ -1,5 +1,6 @@
 """The batches of a run, by step, and the flag with which a process stops all processes."""
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding
 from lindm.io import signals
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
+from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.setup import TrainingSetup
 from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, choose_shapes, fill, num_tokens
 from lindm.llm.tokens import Example
@@ -34,7 +36,9 @@ class BatchLoader:
         self.order = packing.batch_order(len(setup.train_rows), config.batch * config.accumulate, config.seed)
         sample = [self._rows(step) for step in range(min(SAMPLED_STEPS, setup.optimizer.steps))]
         full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
-        self.shapes = choose_shapes(sample, full, config.accumulate, setup.mesh.shape["data"] * setup.mesh.shape["fsdp"])
+        shards = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+        row_flops = functools.partial(train_step_flops, setup.model_config, config.method, 1, max_labels=0)
+        self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops)
         taken = [self._fill(rows)[0] for rows in sample]
         self.first_steps = {shape: taken.index(shape) for shape in reversed(self.shapes) if shape in taken}
         """a step of each shape that the sampled steps take, the largest first"""
@@ -57,7 +61,7 @@ class BatchLoader:
         return [self.setup.train_rows[i] for i in self.order(step)]
 
     def _fill(self, rows: list[list[Example]]) -> tuple[BatchShape, list[list[Example]]]:
-        """The smallest shape that holds the rows of a step, and its rows."""
+        """The cheapest shape that holds the rows of a step, and its rows."""
         filled = ((shape, fill(rows, shape, self.setup.config.accumulate)) for shape in self.shapes)
         return next((shape, joined) for shape, joined in filled if joined is not None)
 

@@ -3,12 +3,13 @@
 A step trains `batch` x `accumulate` documents (with `--pack`: rows of documents). Which ones, and the weight of each label, does
 not depend on the shape: a row holds several documents as segments that do not attend to each other, and the loss is the mean over
 all labels of the step. A shape is a number of rows and their length. Beside the full shape, one document to a row of the greatest
-length, at most `MAX_SHAPES` - 1 are chosen: each the one that saves most of the tokens that the first `SAMPLED_STEPS` steps
-compute, as long as it saves a tenth of them. A step takes the smallest shape into which best-fit decreasing brings its documents.
-All of it follows from the data, the options and the mesh, so a resumed run has the same batches.
+length, at most `MAX_SHAPES` - 1 are chosen: each the one that saves most of the operations of the first `SAMPLED_STEPS` steps, as
+long as it saves a twentieth of them. A step takes the cheapest shape into which best-fit decreasing brings its documents. All of it
+follows from the data, the options and the mesh, so a resumed run has the same batches.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ import numpy as np
 from lindm.llm.sft import packing
 from lindm.llm.tokens import Example
 
-MAX_SHAPES, SAMPLED_STEPS, LENGTHS = 4, 256, 8  # LENGTHS: of the rows that are tried, equal parts of the greatest length
-MIN_SAVING = 0.1
+MAX_SHAPES, SAMPLED_STEPS, MIN_SAVING = 6, 256, 0.05
+LENGTH_RATIO = 2**0.5  # between the lengths of rows that are tried
 Row = Sequence[Example]
 
 
@@ -56,28 +57,39 @@ def fill(rows: Sequence[Row], shape: BatchShape, accumulate: int) -> list[list[E
     return joined if fits else None
 
 
-def choose_shapes(steps: Sequence[Sequence[Row]], full: BatchShape, accumulate: int, shards: int) -> list[BatchShape]:
-    """The shapes of a run, the smallest first; `full` is the last.
+def choose_shapes(
+    steps: Sequence[Sequence[Row]], full: BatchShape, accumulate: int, shards: int, row_cost: Callable[[int], float]
+) -> list[BatchShape]:
+    """The shapes of a run, the cheapest first; `full` is the last.
 
     Args:
       steps: the rows of each sampled step.
       shards: of the rows of a micro-batch, whose number is a multiple of it.
+      row_cost: tokens of a row -> its cost, in any unit; above all its attention makes a long row dearer than two short ones.
     """
-    unit = packing.SEQ_LEN_MULTIPLE
-    lengths = sorted({min(-(-full.seq_len * k // (LENGTHS * unit)) * unit, full.seq_len) for k in range(1, LENGTHS + 1)})
+    lengths = _lengths(full.seq_len)
     needed = np.array([[_rows_needed(rows, T, accumulate, shards, full.rows) for T in lengths] for rows in steps])
-    computed = np.full(len(steps), full.tokens, float)  # by each step, with the shapes chosen so far
+    costs_now = np.full(len(steps), full.rows * row_cost(full.seq_len))  # of each step, with the shapes chosen so far
     chosen: list[BatchShape] = []
     candidates = [(int(R), t) for t in range(len(lengths)) for R in np.unique(needed[:, t]) if np.isfinite(R)]
     while candidates and len(chosen) < MAX_SHAPES - 1:
-        costs = [np.where(needed[:, t] <= R, np.minimum(computed, R * lengths[t]), computed) for R, t in candidates]
+        costs = [np.where(needed[:, t] <= R, np.minimum(costs_now, R * row_cost(lengths[t])), costs_now) for R, t in candidates]
         best = int(np.argmin([cost.sum() for cost in costs]))
-        if costs[best].sum() > (1 - MIN_SAVING) * computed.sum():
+        if costs[best].sum() > (1 - MIN_SAVING) * costs_now.sum():
             break
-        (R, t), computed = candidates[best], costs[best]
+        (R, t), costs_now = candidates[best], costs[best]
         fitting = [rows for rows, n in zip(steps, needed[:, t], strict=True) if n <= R]
         chosen.append(_with_labels(fitting, R, lengths[t], accumulate))
-    return [*sorted(chosen, key=lambda shape: shape.tokens), full]
+    return [*sorted(chosen, key=lambda shape: shape.rows * row_cost(shape.seq_len)), full]
+
+
+def _lengths(longest: int) -> list[int]:
+    """Lengths of rows that are tried, ascending, in about equal ratios up to the longest."""
+    lengths, length = {longest}, float(longest)
+    while length > packing.SEQ_LEN_MULTIPLE:
+        length /= LENGTH_RATIO
+        lengths.add(min(longest, packing.round_up(math.ceil(length), packing.SEQ_LEN_MULTIPLE)))
+    return sorted(lengths)
 
 
 def _rows_needed(rows: Sequence[Row], seq_len: int, accumulate: int, shards: int, most: int) -> float:

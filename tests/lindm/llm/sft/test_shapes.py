@@ -13,6 +13,11 @@ from tests.lindm.llm.sft.test_trainer import options
 from tests.lindm.llm.tiny import TINY
 
 
+def cost_of_row(seq_len: int) -> float:
+    """Tokens, and attention that costs as much as the rest at 2,000 tokens."""
+    return seq_len * (1 + seq_len / 2000)
+
+
 def document(number: int, length: int, labels: int) -> list[Example]:
     """A row of one document, whose tokens are its number."""
     target = np.where(np.arange(length) < labels, number, -1)
@@ -38,7 +43,7 @@ def useful(steps, chosen: list[BatchShape]) -> float:
 def test_one_row_of_1500_tokens_among_twenty_of_13_does_not_make_the_others_as_long():
     steps = steps_of([1500, *[13] * 20], 8, 60)
     full = BatchShape(8, 1536, 768)
-    chosen = choose_shapes(steps, full, accumulate=1, shards=1)
+    chosen = choose_shapes(steps, full, accumulate=1, shards=1, row_cost=cost_of_row)
     assert useful(steps, [full]) < 0.06 and useful(steps, chosen) > 0.45 and len(chosen) == 3
     short = next(step for step in steps if max(len(row[0].ids) for row in step) == 13)
     assert smallest(short, chosen)[0].tokens <= 192, "8 x 13 tokens"
@@ -47,7 +52,7 @@ def test_one_row_of_1500_tokens_among_twenty_of_13_does_not_make_the_others_as_l
 def test_lengths_of_a_log_normal_law_fill_most_of_what_is_computed():
     lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(200), 1.089, 400)), 8, 4000).astype(int)
     full = BatchShape(8, -(-lengths.max() // 64) * 64, -(-lengths.max() // 8) * 8)
-    chosen = choose_shapes(steps_of(lengths, 8, 64), full, accumulate=1, shards=1)
+    chosen = choose_shapes(steps_of(lengths, 8, 64), full, accumulate=1, shards=1, row_cost=cost_of_row)
     others = steps_of(lengths, 8, 64, seed=1)  # steps that were not sampled
     assert len(chosen) <= shapes.MAX_SHAPES and chosen[-1] == full
     assert useful(others, chosen) > 0.6 > 4 * useful(others, [full])
@@ -60,7 +65,7 @@ def test_each_document_of_a_step_is_in_one_row_and_no_limit_is_exceeded(accumula
     lengths = rng.geometric(0.02, 100) + 2
     full = BatchShape(8, -(-lengths.max() // 64) * 64, -(-lengths.max() // 8) * 8)
     sampled, others = (steps_of(lengths, 8 * accumulate, 20, seed) for seed in (0, 1))
-    chosen = choose_shapes(sampled, full, accumulate, shards)
+    chosen = choose_shapes(sampled, full, accumulate, shards, cost_of_row)
     assert len(chosen) > 1 and all(shape.rows % shards == 0 for shape in chosen)
     for step in others:
         shape, rows = smallest(step, chosen, accumulate)
@@ -72,13 +77,13 @@ def test_each_document_of_a_step_is_in_one_row_and_no_limit_is_exceeded(accumula
 
 def test_documents_of_one_length_keep_their_rows_and_one_shape():
     steps = steps_of([60] * 40, 8, 10)
-    chosen = choose_shapes(steps, BatchShape(8, 64, 32), accumulate=1, shards=1)
+    chosen = choose_shapes(steps, BatchShape(8, 64, 32), accumulate=1, shards=1, row_cost=cost_of_row)
     assert chosen == [BatchShape(8, 64, 32)] and smallest(steps[0], chosen)[1] == steps[0]
 
 
 def test_rows_with_more_labels_than_a_shape_has_take_a_larger_one():
     few = [[document(i, 10, 1) for i in range(8)] for _ in range(5)]
-    chosen = choose_shapes(few, BatchShape(8, 128, 128), accumulate=1, shards=1)
+    chosen = choose_shapes(few, BatchShape(8, 128, 128), accumulate=1, shards=1, row_cost=cost_of_row)
     many = [document(i, 10, 10) for i in range(8)]
     assert smallest(few[0], chosen)[0].max_labels < 80 and smallest(many, chosen)[0] == chosen[-1]
 
