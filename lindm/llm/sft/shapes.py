@@ -4,8 +4,8 @@ A step trains `batch` x `accumulate` documents (with `--pack`: rows of documents
 not depend on the shape: a row holds several documents as segments that do not attend to each other, and the loss is the mean over
 all labels of the step. A shape is a number of rows and their length. Beside the full shape, one document to a row of the greatest
 length, at most `MAX_SHAPES` - 1 are chosen: each the one that saves most of the operations of the first `SAMPLED_STEPS` steps, as
-long as it saves a twentieth of them. A step takes the cheapest shape into which best-fit decreasing brings its documents. All of it
-follows from the data, the options and the mesh, so a resumed run has the same batches.
+long as it saves a twentieth of them. A step takes the cheapest shape into which best-fit decreasing brings its documents. All of
+it follows from the data, the options and the mesh, so a resumed run has the same batches.
 """
 
 import math
