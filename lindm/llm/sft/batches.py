@@ -23,7 +23,7 @@ class LoadedBatch(NamedTuple):
     step: int  # number of finished steps before it
     arrays: packing.Batch  # [accumulation, rows, ...] on the mesh
     shape: BatchShape
-    sha256: str  # of the tokens and targets of its documents, in their order; the first 16 digits
+    sha256: str  # of the arrays of its documents, in their order; the first 16 digits
     examples: list[Example]
 
 
@@ -54,7 +54,8 @@ class BatchLoader:
         rows = self._rows(step)
         shape, filled = self._fill(rows)
         examples = [example for row in rows for example in row]
-        digest = hashlib.sha256(b"".join(x.tobytes() for e in examples for x in (e.ids, e.target))).hexdigest()[:16]
+        arrays = (x for e in examples for x in (e.ids, e.target, e.weights, e.action_values) if x is not None)
+        digest = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
         return LoadedBatch(step, self._place(filled, shape), shape, digest, examples)
 
     def _rows(self, step: int) -> list[list[Example]]:
