@@ -1,8 +1,14 @@
-"""The memory of a compiled step: what is on the device already is not counted again."""
+"""The memory of a compiled step: what is on the device already is not counted again. Compiled steps are kept for later runs."""
+
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lindm.llm.parallel.sharding import make_mesh
@@ -27,3 +33,23 @@ def test_the_bytes_on_a_device_are_those_of_its_shards():
     mesh = make_mesh({"fsdp": 4}, jax.local_devices()[:4])
     x = jax.device_put(np.ones((8, 100), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
     assert [compilation.bytes_on({"x": x}, d) for d in jax.local_devices()[:5]] == [800, 800, 800, 800, 0]
+
+
+@pytest.mark.slow
+def test_a_second_run_takes_the_compiled_step_from_the_cache_and_both_have_the_same_result(micro, tmp_path):
+    """By the words in which jax reports it."""
+    words = f"sft --model {micro.model} --data {micro.mdp} --steps 1 --eval-tasks 0 --held-out 0.2 --batch 4".split()
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    said = []
+    for name in ("first", "second"):
+        command = [sys.executable, "-m", "lindm", *words, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["compile_seconds"] > 0
+        said.append(done.stderr.lower())
+    assert "cache miss for 'jit_train_step'" in said[0] and "cache hit for 'jit_train_step'" not in said[0]
+    assert "cache hit for 'jit_train_step'" in said[1] and "cache miss for 'jit_train_step'" not in said[1]
+    results = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("first", "second")]
+    assert results[0] == results[1]
