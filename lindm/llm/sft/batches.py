@@ -13,7 +13,7 @@ from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.setup import TrainingSetup
-from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, choose_shapes, fill, num_tokens
+from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, Sizes, choose_shapes, group
 from lindm.llm.tokens import Example
 
 
@@ -34,16 +34,16 @@ class BatchLoader:
         self.setup, self.batch_sharding, self.flag_sharding = setup, batch_sharding, flag_sharding
         config = setup.config
         self.order = packing.batch_order(len(setup.train_rows), config.batch * config.accumulate, config.seed)
-        sample = [self._rows(step) for step in range(min(SAMPLED_STEPS, setup.optimizer.steps))]
+        sample = [self._sizes(step) for step in range(min(SAMPLED_STEPS, setup.optimizer.steps))]
         full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
         shards = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
         row_flops = functools.partial(train_step_flops, setup.model_config, config.method, 1, max_labels=0)
         self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops)
-        taken = [self._fill(rows)[0] for rows in sample]
+        taken = [self._group(sizes)[0] for sizes in sample]
         self.first_steps = {shape: taken.index(shape) for shape in reversed(self.shapes) if shape in taken}
         """a step of each shape that the sampled steps take, the largest first"""
-        tokens = sum(num_tokens(row) for rows in sample for row in rows)
-        self.useful_fraction = tokens / sum(config.accumulate * shape.tokens for shape in taken)
+        tokens = sum(sizes.tokens.sum() for sizes in sample)
+        self.useful_fraction = float(tokens / sum(config.accumulate * shape.rows * shape.seq_len for shape in taken))
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{shape.rows} x {shape.seq_len}" for shape in reversed(self.first_steps))
@@ -51,20 +51,22 @@ class BatchLoader:
 
     def load(self, step: int) -> LoadedBatch:
         """The batch of a step; its arrays are on their way to the mesh."""
-        rows = self._rows(step)
-        shape, filled = self._fill(rows)
+        shape, groups = self._group(self._sizes(step))
+        rows = [self.setup.train_rows[i] for i in self.order(step).tolist()]
         examples = [example for row in rows for example in row]
         arrays = (x for e in examples for x in (e.ids, e.target, e.weights, e.action_values) if x is not None)
         digest = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
-        return LoadedBatch(step, self._place(filled, shape), shape, digest, examples)
+        joined = [[example for i in members for example in rows[i]] for members in groups]
+        return LoadedBatch(step, self._place(joined, shape), shape, digest, examples)
 
-    def _rows(self, step: int) -> list[list[Example]]:
-        return [self.setup.train_rows[i] for i in self.order(step)]
+    def _sizes(self, step: int) -> Sizes:
+        rows = self.order(step)
+        return Sizes(self.setup.train_rows.tokens[rows], self.setup.train_rows.labels[rows])
 
-    def _fill(self, rows: list[list[Example]]) -> tuple[BatchShape, list[list[Example]]]:
-        """The cheapest shape that holds the rows of a step, and its rows."""
-        filled = ((shape, fill(rows, shape, self.setup.config.accumulate)) for shape in self.shapes)
-        return next((shape, joined) for shape, joined in filled if joined is not None)
+    def _group(self, sizes: Sizes) -> tuple[BatchShape, list[list[int]]]:
+        """The cheapest shape that holds the documents of a step, and which of them share a row."""
+        grouped = ((shape, group(sizes, shape, self.setup.config.accumulate)) for shape in self.shapes)
+        return next((shape, groups) for shape, groups in grouped if groups is not None)
 
     def _place(self, rows: list[list[Example]], shape: BatchShape) -> packing.Batch:
         """The batch [accumulation, rows, ...] of these rows, and empty ones, on the mesh."""

@@ -21,7 +21,6 @@ from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
 from lindm.llm.sft.loss import label_weight, lm_loss
 from lindm.llm.sft.setup import TrainingSetup
-from lindm.llm.sft.shapes import num_tokens
 
 ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
 MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
@@ -71,11 +70,11 @@ class Evaluator:
         """All held-out documents, packed into batches of one shape: the sums do not depend on who shares a row."""
         s = self.setup
         rows_per_batch, batch_sharding = s.config.batch, NamedSharding(s.mesh, sharding.BATCH_SPEC)
-        groups = packing.pack([num_tokens(row) for row in s.eval_rows], s.seq_len)
-        packed = [[example for i in group for example in s.eval_rows[i]] for group in groups]
-        max_labels = max((packing.batch_shape([row])[1] for row in packed), default=0)
-        for start in range(0, len(packed), rows_per_batch):
-            rows = packed[start : start + rows_per_batch]
+        groups = packing.pack(s.eval_rows.tokens, s.seq_len)
+        most = max((int(s.eval_rows.labels[members].sum()) for members in groups), default=0)
+        max_labels = packing.round_up(most, packing.MAX_LABELS_MULTIPLE)
+        for start in range(0, len(groups), rows_per_batch):
+            rows = [[e for i in members for e in s.eval_rows[i]] for members in groups[start : start + rows_per_batch]]
             batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, max_labels)
             yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), batch)
 

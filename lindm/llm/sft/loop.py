@@ -27,7 +27,6 @@ from lindm.llm.sft.flops import useful_flops
 from lindm.llm.sft.metrics import MetricsLogger, Throughput
 from lindm.llm.sft.profile import StepProfiler
 from lindm.llm.sft.setup import TrainingSetup
-from lindm.llm.sft.shapes import num_tokens
 from lindm.llm.sft.step import StepMetrics, TrainState
 
 CHECKPOINTS, BEST = "checkpoints", "best"
@@ -146,7 +145,7 @@ class TrainLoop:
         seconds, self.last_read = now - max(start, self.last_read), now
         signals.allow_seconds(3 * seconds)  # the rest of two steps that were started and, with the flag set, another one
         flops = useful_flops(self.model_config, self.config.method, batch.examples)
-        self.throughput.update(seconds, num_tokens(batch.examples), num_labels, flops)
+        self.throughput.update(seconds, sum(len(e.ids) for e in batch.examples), num_labels, flops)
         self.task.update(step, detail=", ".join(filter(None, (f"loss {loss:.4g}", str(self.throughput)))))
         self.logger.log(
             "train",

@@ -37,7 +37,7 @@ class Batch:
     action_values: Array | np.ndarray | None = None  # [R, L, A] float32, the oracle's Q where a target stands; for losses of Q
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
     """Rows of example indices with at most `max_tokens` tokens each (best-fit decreasing); deterministic.
 
     Raises:
@@ -90,7 +90,7 @@ def pack_rows(lengths: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndar
     return order[np.argsort(row_of, kind="stable")], starts
 
 
-def one_per_row(lengths: Sequence[int]) -> list[list[int]]:
+def one_per_row(lengths: Sequence[int] | np.ndarray) -> list[list[int]]:
     """Rows of example indices without packing: one example each."""
     return [[i] for i in range(len(lengths))]
 

@@ -15,11 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lindm.llm.sft import packing
-from lindm.llm.tokens import Example
 
 MAX_SHAPES, SAMPLED_STEPS, MIN_SAVING = 6, 256, 0.05
 LENGTH_RATIO = 2**0.5  # between the lengths of rows that are tried
-Row = Sequence[Example]
 
 
 class BatchShape(NamedTuple):
@@ -29,46 +27,43 @@ class BatchShape(NamedTuple):
     seq_len: int  # tokens of a row
     max_labels: int  # of a row
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.seq_len
+
+class Sizes(NamedTuple):
+    """The documents of a step."""
+
+    tokens: np.ndarray  # [n] of each
+    labels: np.ndarray  # [n]
 
 
-def num_tokens(row: Row) -> int:
-    return sum(len(e.ids) for e in row)
-
-
-def num_labels(row: Row) -> int:
-    return sum(int((e.target >= 0).sum()) for e in row)
-
-
-def fill(rows: Sequence[Row], shape: BatchShape, accumulate: int) -> list[list[Example]] | None:
-    """The rows of a step joined into at most accumulate x shape.rows rows; None where they do not fit."""
-    if len(rows) <= accumulate * shape.rows:
-        joined = [list(row) for row in rows]  # as they come
+def group(sizes: Sizes, shape: BatchShape, accumulate: int) -> list[list[int]] | None:
+    """Which documents share each of at most accumulate x shape.rows rows; None where they do not fit."""
+    if sizes.tokens.max() > shape.seq_len:
+        return None
+    if len(sizes.tokens) <= accumulate * shape.rows:
+        groups = packing.one_per_row(sizes.tokens)
     else:
-        lengths = [num_tokens(row) for row in rows]
-        if max(lengths) > shape.seq_len:
-            return None
-        groups = packing.pack(lengths, shape.seq_len)
-        joined = [[example for i in group for example in rows[i]] for group in groups]
-    fits = len(joined) <= accumulate * shape.rows
-    fits = fits and all(num_tokens(row) <= shape.seq_len and num_labels(row) <= shape.max_labels for row in joined)
-    return joined if fits else None
+        groups = packing.pack(sizes.tokens, shape.seq_len)
+    fits = len(groups) <= accumulate * shape.rows and most_labels(sizes, groups) <= shape.max_labels
+    return groups if fits else None
+
+
+def most_labels(sizes: Sizes, groups: list[list[int]]) -> int:
+    """Labels of the row that has most."""
+    return max(int(sizes.labels[members].sum()) for members in groups)
 
 
 def choose_shapes(
-    steps: Sequence[Sequence[Row]], full: BatchShape, accumulate: int, shards: int, row_cost: Callable[[int], float]
+    steps: Sequence[Sizes], full: BatchShape, accumulate: int, shards: int, row_cost: Callable[[int], float]
 ) -> list[BatchShape]:
     """The shapes of a run, the cheapest first; `full` is the last.
 
     Args:
-      steps: the rows of each sampled step.
+      steps: the documents of each sampled step.
       shards: of the rows of a micro-batch, whose number is a multiple of it.
       row_cost: tokens of a row -> its cost, in any unit; above all its attention makes a long row dearer than two short ones.
     """
     lengths = _lengths(full.seq_len)
-    needed = np.array([[_rows_needed(rows, T, accumulate, shards, full.rows) for T in lengths] for rows in steps])
+    needed = np.array([[_rows_needed(sizes, T, accumulate, shards, full.rows) for T in lengths] for sizes in steps])
     costs_now = np.full(len(steps), full.rows * row_cost(full.seq_len))  # of each step, with the shapes chosen so far
     chosen: list[BatchShape] = []
     candidates = [(int(R), t) for t in range(len(lengths)) for R in np.unique(needed[:, t]) if np.isfinite(R)]
@@ -78,7 +73,7 @@ def choose_shapes(
         if costs[best].sum() > (1 - MIN_SAVING) * costs_now.sum():
             break
         (R, t), costs_now = candidates[best], costs[best]
-        fitting = [rows for rows, n in zip(steps, needed[:, t], strict=True) if n <= R]
+        fitting = [sizes for sizes, n in zip(steps, needed[:, t], strict=True) if n <= R]
         chosen.append(_with_labels(fitting, R, lengths[t], accumulate))
     return [*sorted(chosen, key=lambda shape: shape.rows * row_cost(shape.seq_len)), full]
 
@@ -92,19 +87,18 @@ def _lengths(longest: int) -> list[int]:
     return sorted(lengths)
 
 
-def _rows_needed(rows: Sequence[Row], seq_len: int, accumulate: int, shards: int, most: int) -> float:
-    """Rows of a micro-batch that the rows of a step need; infinite where they do not fit into `most`."""
-    sizes = [num_tokens(row) for row in rows]
-    if max(sizes) > seq_len:
+def _rows_needed(sizes: Sizes, seq_len: int, accumulate: int, shards: int, most: int) -> float:
+    """Rows of a micro-batch that the documents of a step need; infinite where they do not fit into `most`."""
+    if sizes.tokens.max() > seq_len:
         return np.inf
-    per_batch = -(-len(packing.pack(sizes, seq_len)) // accumulate)
+    per_batch = -(-len(packing.pack(sizes.tokens, seq_len)) // accumulate)
     padded = -(-per_batch // shards) * shards
     return padded if padded <= most else np.inf
 
 
-def _with_labels(steps: Sequence[Sequence[Row]], rows: int, seq_len: int, accumulate: int) -> BatchShape:
+def _with_labels(steps: Sequence[Sizes], rows: int, seq_len: int, accumulate: int) -> BatchShape:
     """The shape with room for the labels of these steps."""
-    shape = BatchShape(rows, seq_len, seq_len)
-    filled = [fill(step, shape, accumulate) for step in steps]
-    most = max(num_labels(row) for step in filled if step is not None for row in step)
+    shape = BatchShape(rows, seq_len, seq_len)  # a row has no more labels than tokens
+    groups = [(sizes, group(sizes, shape, accumulate)) for sizes in steps]
+    most = max(most_labels(sizes, members) for sizes, members in groups if members is not None)
     return shape._replace(max_labels=packing.round_up(most, packing.MAX_LABELS_MULTIPLE))

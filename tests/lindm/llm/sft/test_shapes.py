@@ -7,7 +7,7 @@ import pytest
 
 from lindm.llm.sft import metrics, shapes, trainer
 from lindm.llm.sft.flops import train_step_flops, useful_flops
-from lindm.llm.sft.shapes import BatchShape, choose_shapes, fill
+from lindm.llm.sft.shapes import BatchShape, Sizes, choose_shapes, group
 from lindm.llm.tokens import Example
 from tests.lindm.llm.sft.test_trainer import options
 from tests.lindm.llm.tiny import TINY
@@ -18,26 +18,23 @@ def cost_of_row(seq_len: int) -> float:
     return seq_len * (1 + seq_len / 2000)
 
 
-def document(number: int, length: int, labels: int) -> list[Example]:
-    """A row of one document, whose tokens are its number."""
-    target = np.where(np.arange(length) < labels, number, -1)
-    return [Example(np.full(length, number, np.int32), target.astype(np.int32), str(number))]
-
-
-def steps_of(lengths, per_step: int, num_steps: int, seed: int = 0) -> list[list[list[Example]]]:
+def steps_of(lengths, per_step: int, num_steps: int, seed: int = 0) -> list[Sizes]:
     """Steps that draw documents of these lengths at random; half of the tokens are labels."""
-    documents = [document(i, int(n), max(int(n) // 2, 1)) for i, n in enumerate(lengths)]
-    rng = np.random.default_rng(seed)
-    return [[documents[i] for i in rng.choice(len(documents), per_step, replace=False)] for _ in range(num_steps)]
+    lengths, rng = np.array(lengths), np.random.default_rng(seed)
+    drawn = [lengths[rng.choice(len(lengths), per_step, replace=False)] for _ in range(num_steps)]
+    return [Sizes(tokens, np.maximum(tokens // 2, 1)) for tokens in drawn]
 
 
-def smallest(step, chosen: list[BatchShape], accumulate: int = 1):
-    return next((shape, rows) for shape in chosen if (rows := fill(step, shape, accumulate)) is not None)
+def cheapest(step: Sizes, chosen: list[BatchShape], accumulate: int = 1):
+    return next((shape, rows) for shape in chosen if (rows := group(step, shape, accumulate)) is not None)
 
 
-def useful(steps, chosen: list[BatchShape]) -> float:
-    tokens = sum(len(e.ids) for step in steps for row in step for e in row)
-    return tokens / sum(smallest(step, chosen)[0].tokens for step in steps)
+def tokens_of(shape: BatchShape) -> int:
+    return shape.rows * shape.seq_len
+
+
+def useful(steps: list[Sizes], chosen: list[BatchShape]) -> float:
+    return sum(step.tokens.sum() for step in steps) / sum(tokens_of(cheapest(step, chosen)[0]) for step in steps)
 
 
 def test_one_row_of_1500_tokens_among_twenty_of_13_does_not_make_the_others_as_long():
@@ -45,13 +42,13 @@ def test_one_row_of_1500_tokens_among_twenty_of_13_does_not_make_the_others_as_l
     full = BatchShape(8, 1536, 768)
     chosen = choose_shapes(steps, full, accumulate=1, shards=1, row_cost=cost_of_row)
     assert useful(steps, [full]) < 0.06 and useful(steps, chosen) > 0.45 and len(chosen) == 3
-    short = next(step for step in steps if max(len(row[0].ids) for row in step) == 13)
-    assert smallest(short, chosen)[0].tokens <= 192, "8 x 13 tokens"
+    short = next(step for step in steps if step.tokens.max() == 13)
+    assert tokens_of(cheapest(short, chosen)[0]) == 128, "8 x 13 tokens"
 
 
 def test_lengths_of_a_log_normal_law_fill_most_of_what_is_computed():
     lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(200), 1.089, 400)), 8, 4000).astype(int)
-    full = BatchShape(8, -(-lengths.max() // 64) * 64, -(-lengths.max() // 8) * 8)
+    full = BatchShape(8, int(-(-lengths.max() // 64)) * 64, int(-(-lengths.max() // 8)) * 8)
     chosen = choose_shapes(steps_of(lengths, 8, 64), full, accumulate=1, shards=1, row_cost=cost_of_row)
     others = steps_of(lengths, 8, 64, seed=1)  # steps that were not sampled
     assert len(chosen) <= shapes.MAX_SHAPES and chosen[-1] == full
@@ -63,35 +60,35 @@ def test_lengths_of_a_log_normal_law_fill_most_of_what_is_computed():
 def test_each_document_of_a_step_is_in_one_row_and_no_limit_is_exceeded(accumulate, shards):
     rng = np.random.default_rng(accumulate + shards)
     lengths = rng.geometric(0.02, 100) + 2
-    full = BatchShape(8, -(-lengths.max() // 64) * 64, -(-lengths.max() // 8) * 8)
+    full = BatchShape(8, int(-(-lengths.max() // 64)) * 64, int(-(-lengths.max() // 8)) * 8)
     sampled, others = (steps_of(lengths, 8 * accumulate, 20, seed) for seed in (0, 1))
     chosen = choose_shapes(sampled, full, accumulate, shards, cost_of_row)
     assert len(chosen) > 1 and all(shape.rows % shards == 0 for shape in chosen)
     for step in others:
-        shape, rows = smallest(step, chosen, accumulate)
-        assert sorted(e.source for row in rows for e in row) == sorted(e.source for row in step for e in row)
+        shape, rows = cheapest(step, chosen, accumulate)
+        assert sorted(i for row in rows for i in row) == list(range(8 * accumulate))
         assert len(rows) <= accumulate * shape.rows
         for row in rows:
-            assert sum(len(e.ids) for e in row) <= shape.seq_len and sum((e.target >= 0).sum() for e in row) <= shape.max_labels
+            assert sum(step.tokens[i] for i in row) <= shape.seq_len and sum(step.labels[i] for i in row) <= shape.max_labels
 
 
 def test_documents_of_one_length_keep_their_rows_and_one_shape():
     steps = steps_of([60] * 40, 8, 10)
     chosen = choose_shapes(steps, BatchShape(8, 64, 32), accumulate=1, shards=1, row_cost=cost_of_row)
-    assert chosen == [BatchShape(8, 64, 32)] and smallest(steps[0], chosen)[1] == steps[0]
+    assert chosen == [BatchShape(8, 64, 32)] and cheapest(steps[0], chosen)[1] == [[i] for i in range(8)]
 
 
 def test_rows_with_more_labels_than_a_shape_has_take_a_larger_one():
-    few = [[document(i, 10, 1) for i in range(8)] for _ in range(5)]
-    chosen = choose_shapes(few, BatchShape(8, 128, 128), accumulate=1, shards=1, row_cost=cost_of_row)
-    many = [document(i, 10, 10) for i in range(8)]
-    assert smallest(few[0], chosen)[0].max_labels < 80 and smallest(many, chosen)[0] == chosen[-1]
+    few, many = (Sizes(np.full(8, 10), np.full(8, labels)) for labels in (1, 10))
+    chosen = choose_shapes([few] * 5, BatchShape(8, 128, 128), accumulate=1, shards=1, row_cost=cost_of_row)
+    assert cheapest(few, chosen)[0].max_labels < 80 and cheapest(many, chosen)[0] == chosen[-1]
 
 
 def test_useful_operations_are_those_of_each_document_alone():
-    rows = [document(0, 7, 2), document(1, 12, 3)]
+    targets = [np.where(np.arange(n) < labels, 1, -1) for n, labels in ((7, 2), (12, 3))]
+    documents = [Example(np.zeros(len(target), np.int32), target, "") for target in targets]
     wanted = train_step_flops(TINY, "lora", 1, 7, 2) + train_step_flops(TINY, "lora", 1, 12, 3)
-    assert useful_flops(TINY, "lora", [row[0] for row in rows]) == wanted
+    assert useful_flops(TINY, "lora", documents) == wanted
 
 
 @pytest.mark.slow
@@ -102,7 +99,7 @@ def test_a_run_has_the_losses_of_one_document_to_a_row(micro, tmp_path, monkeypa
     data.write_text("".join(json.dumps({"prompt": row["prompt"] + "#", "completion": row["completion"]}) + "\n" for row in rows))
 
     def losses(out):
-        run = options(micro, tmp_path / out, data=data, batch=16, steps=5, seq=128, learning_rate=1e-2)
+        run = options(micro, tmp_path / out, data=data, batch=16, steps=5, learning_rate=1e-2)
         assert trainer.train(run) is not None
         return [(r["kind"], r["loss"], r.get("batch_sha256")) for r in metrics.read_metrics(tmp_path / out)]
 
