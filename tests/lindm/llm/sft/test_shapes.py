@@ -107,6 +107,6 @@ def test_a_run_has_the_losses_of_one_document_to_a_row(micro, tmp_path, monkeypa
     assert "batches   of 8 x 64 tokens" in capsys.readouterr().err
     monkeypatch.setattr(shapes, "MAX_SHAPES", 1)
     alone = losses("alone")
-    assert "batches   of 16 x 128 tokens" in capsys.readouterr().err
+    assert "batches   of 16 x 64 tokens" in capsys.readouterr().err
     assert [(kind, digest) for kind, _, digest in shared] == [(kind, digest) for kind, _, digest in alone]
     np.testing.assert_allclose([loss for _, loss, _ in shared], [loss for _, loss, _ in alone], rtol=2e-5)
