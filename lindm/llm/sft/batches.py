@@ -34,11 +34,12 @@ class BatchLoader:
         self.setup, self.batch_sharding, self.flag_sharding = setup, batch_sharding, flag_sharding
         config = setup.config
         self.order = packing.batch_order(len(setup.train_rows), config.batch * config.accumulate, config.seed)
-        sample = [self._sizes(step) for step in range(min(SAMPLED_STEPS, setup.optimizer.steps))]
+        sample = [self._sizes(step) for step in range(SAMPLED_STEPS)]  # whatever the number of steps: a run may go on
         full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
         shards = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
         row_flops = functools.partial(train_step_flops, setup.model_config, config.method, 1, max_labels=0)
         self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops)
+        sample = sample[: setup.optimizer.steps]
         taken = [self._group(sizes)[0] for sizes in sample]
         self.first_steps = {shape: taken.index(shape) for shape in reversed(self.shapes) if shape in taken}
         """a step of each shape that the sampled steps take, the largest first"""

@@ -123,7 +123,7 @@ class CheckpointWriter:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is None:
             self.wait()
-        elif self.thread is not None:
+        elif self.thread is not None and not isinstance(error, LostPeerError):  # without its peer, it never ends
             self.thread.join(None if jax.process_count() == 1 else ABANDON_SECONDS)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lindm.llm.sft import packing
 
-MAX_SHAPES, SAMPLED_STEPS, MIN_SAVING = 6, 256, 0.05
+MAX_SHAPES, SAMPLED_STEPS, MIN_SAVING = 6, 100, 0.05
 LENGTH_RATIO = 2**0.5  # between the lengths of rows that are tried
 
 

@@ -69,6 +69,8 @@ def _train(config: SFTConfig, save_on_stop: bool) -> Path | None:
             _clean(config.out, config.fresh)
         processes.barrier("output directory")
         setup = setup_training(config)
+        if config.profiled_steps is not None and config.profiled_steps[1] > setup.optimizer.steps:
+            raise UsageError(f"profile must end at step {setup.optimizer.steps}, the last one; got {config.profile!r}")
         _check_same_run(setup, is_main)
         with Progress(quiet=not is_main) as progress:
             _run(setup, is_main, progress, save_on_stop)
@@ -155,6 +157,8 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
         progress.print(f"{out / METRICS} is missing: the records of the steps up to {step} are lost")
     logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main, warn=progress.print)
     evaluator = Evaluator(setup, graphdef)
+    if config.profiled_steps is not None and config.profiled_steps[0] <= step:
+        progress.print(f"step {config.profiled_steps[0]} is trained already: there is no new trace")
     profiler = StepProfiler(out, config.profiled_steps if is_main else None, programs.texts)
     loop = TrainLoop(setup, programs, loader, evaluator, logger, profiler, progress, task)
     try:

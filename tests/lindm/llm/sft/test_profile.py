@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lindm.errors import UsageError
 from lindm.llm.sft import trainer
 from lindm.llm.sft.profile import operations_table, self_times
 from tests.lindm.llm.sft.test_trainer import options
@@ -18,6 +19,11 @@ def test_the_time_of_an_operation_is_without_that_of_the_operations_within_it():
 def test_a_range_of_steps_has_another_form(micro, tmp_path, text):
     with pytest.raises(ValueError, match=f"profile must be FROM:TO, two steps from 1 on; got '{text}'"):
         options(micro, tmp_path / "out", profile=text)
+
+
+def test_a_range_behind_the_last_step_is_refused(micro, tmp_path):
+    with pytest.raises(UsageError, match="profile must end at step 4, the last one; got '3:5'"):
+        trainer.train(options(micro, tmp_path / "out", steps=4, profile="3:5"))
 
 
 def test_a_run_traces_the_steps_and_prints_and_writes_the_slowest_operations(micro, tmp_path, capsys):
@@ -38,5 +44,6 @@ def test_a_run_traces_the_steps_and_prints_and_writes_the_slowest_operations(mic
     assert operations_table(out / "profile", (2, 3), []).splitlines()[0] == title
     before = trace.read_bytes()
     assert trainer.train(run) is not None, "a finished run keeps it"
+    assert "step 2 is trained already: there is no new trace" in capsys.readouterr().err
     assert trace.read_bytes() == before
     assert json.loads((out / "config.json").read_text())["options"]["profile"] == "2:3"
