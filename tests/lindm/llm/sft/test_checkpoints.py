@@ -18,6 +18,7 @@ from lindm.errors import CheckpointError, LindmError, StorageError
 from lindm.io import directories, temporaries
 from lindm.llm.parallel.sharding import make_mesh
 from lindm.llm.sft import checkpoints
+from tests.clock import HANGS
 
 
 def arrays(step=0):
@@ -168,7 +169,7 @@ def held_back(monkeypatch):
     release, hashes_of = threading.Event(), checkpoints.verification.hashes_of
 
     def wait(*arguments):
-        assert release.wait(60)
+        assert release.wait(HANGS)
         return hashes_of(*arguments)
 
     monkeypatch.setattr(checkpoints.verification, "hashes_of", wait)
