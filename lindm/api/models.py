@@ -198,14 +198,16 @@ def plan(
 ) -> StepPlan:
     """Compile the step of `finetune` for a machine without running it: does it fit, and what does it take there?
 
+    There is no compiler for GPUs that are not present: plans for them are estimates (`MeshPlan.estimated`).
+
     Args:
       model: a Hugging Face directory, or a config.json; weights are not read.
       batch: rows of a micro-batch, over all devices.
       seq: tokens per row.
-      topology: a TPU slice such as v5e:4x4 (extra: tpu), or host, the devices of this machine.
+      topology: a TPU slice such as v5e:4x4 or v5e-16 (extra: tpu), GPUs such as h100:8, or host, the devices of this machine.
       mesh: sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]
       progress: called with the number of meshes compiled, that of all, and the mesh that comes next.
-      step: other fields of `lindm.llm.cluster.plan.StepSpec`, such as labels, accumulate, lora_rank and remat.
+      step: other fields of `lindm.llm.cluster.plan.StepSpec`, such as labels_per_row, accumulate, lora_rank and remat.
 
     Raises:
       ValueError: a topology, mesh or size that does not exist or does not fit.
@@ -215,30 +217,36 @@ def plan(
     (8, True)
     """
     from lindm.llm.cluster import plan as planner
+    from lindm.llm.cluster.estimate import model_flops
     from lindm.llm.config import read_model_config
+    from lindm.llm.parallel.chips import parse_gpus
     from lindm.llm.parallel.sharding import parse_mesh
 
     sizes = parse_mesh(mesh) if mesh else None
     config = read_model_config(Path(model))
-    devices = planner.topology_devices(topology)
+    gpus = parse_gpus(topology)
+    devices = [] if gpus else planner.topology_devices(topology)
+    count = gpus[1] if gpus else len(devices)
     given = {
         "model_config": config,
         "batch": batch,
         "seq": seq,
         "method": method,
         "base": base or ("nf4" if method == "qlora" else "f32"),
-        "dtype": "f32" if devices[0].platform == "cpu" else "bf16",
+        "dtype": "f32" if devices and devices[0].platform == "cpu" else "bf16",
     }
     spec = from_options(planner.StepSpec, given | step)
-    limits = planner.device_limits(devices)
-    meshes = [sizes] if sizes else planner.candidate_meshes(spec, devices)
+    limits = planner.chip_limits(gpus[0], gpus[0].device_kinds[0]) if gpus else planner.device_limits(devices)
+    meshes = [sizes] if sizes else planner.candidate_meshes(spec, count, limits.memory)
     return StepPlan(
         step=spec,
         topology=topology,
-        devices=len(devices),
+        devices=count,
         limits=limits,
-        model_flops=planner.model_flops(spec) / len(devices),
-        plans=planner.compile_plans(spec, devices, limits, meshes, progress),
+        model_flops=model_flops(spec) / count,
+        plans=planner.estimate_plans(spec, count, limits, meshes)
+        if gpus
+        else planner.compile_plans(spec, devices, limits, meshes, progress),
     )
 
 

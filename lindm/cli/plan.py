@@ -1,4 +1,4 @@
-"""`lindm plan`: memory and least time of a training step on a TPU slice, compiled without a TPU."""
+"""`lindm plan`: memory and least time of a training step on a TPU slice, compiled without a TPU, or estimated for GPUs."""
 
 import os
 from dataclasses import dataclass
@@ -35,12 +35,13 @@ class Plan:
     model: Path
     """A Hugging Face directory, or a config.json; weights are not read."""
     topology: str
-    """A TPU slice such as v5e:4x4, v6e:2x4 or v5p:2x2x4 (extra: tpu); or host, the devices of this machine."""
+    """A TPU slice by its chips or its accelerator type: v5e:4x4 or v5e-16, v6e-8, v5p-32, tpu7x-8 (extra: tpu); GPUs, for which
+    the plan is an estimate: h100:8, h200:8, b200:8, a100:8; or host, the devices of this machine."""
     batch: int
     """Rows of a micro-batch, over all devices."""
     seq: int
     """Tokens per row."""
-    labels: int = 64
+    labels_per_row: int = 64
     """Maximum number of tokens per row that are trained."""
     accumulate: int = 1
     """Micro-batches per step."""
@@ -67,8 +68,7 @@ def run(options: Plan) -> int:
     from lindm.api.models import plan as plan_step
     from lindm.llm.cluster import plan
 
-    with Progress() as progress:
-        task = progress.add("meshes compiled")
+    with Progress() as progress, progress.repeated(progress.add("meshes compiled")) as task:
         result = plan_step(
             options.model,
             batch=options.batch,
@@ -77,7 +77,7 @@ def run(options: Plan) -> int:
             mesh=options.mesh,
             base=options.base,
             method=options.method,
-            labels=options.labels,
+            labels_per_row=options.labels_per_row,
             accumulate=options.accumulate,
             lora_rank=options.lora_rank,
             remat=options.remat,
@@ -86,12 +86,13 @@ def run(options: Plan) -> int:
     spec, limits, plans = result.step, result.limits, result.plans
     if options.json:
         values = {"topology": options.topology, "devices": result.devices, "limits": limits._asdict(), "headroom": plan.HEADROOM}
+        values |= {"estimated": any(p.estimated for p in plans)}
         values |= {"model_flops": result.model_flops, "step": _step(spec), "plans": [plan.plan_to_json(p) for p in plans]}
         print(strict_json(values))
         return 0
     for line in _description(spec, options.topology, result.devices, limits):
         print(line)
-    print()
+    print("\nESTIMATE by arithmetic: nothing was compiled for these devices" if plans[0].estimated else "")
     print(format_table([HEADER, *(_row(p, spec) for p in plans)]))
     if plans[0].cost is not None:
         print(f"\nCommunication per device and step with {plan.format_mesh(plans[0].mesh)}:")
@@ -103,7 +104,7 @@ def run(options: Plan) -> int:
 
 
 def _step(spec: "StepSpec") -> dict[str, Any]:
-    names = ("batch", "seq", "labels", "accumulate", "method", "base", "dtype", "remat")
+    names = ("batch", "seq", "labels_per_row", "accumulate", "method", "base", "dtype", "remat")
     step = {name: getattr(spec, name) for name in names} | {"parameters": spec.model_config.num_parameters}
     return step | ({} if spec.method == "full" else {"lora_rank": spec.lora_rank})
 
@@ -117,9 +118,10 @@ def _description(spec: "StepSpec", topology: str, num_devices: int, limits: "Dev
     rates += [f"{limits.memory_bandwidth / 1e9:.0f} GB/s memory"] if limits.memory_bandwidth else []
     rates += [f"{limits.link_bandwidth / 1e9:.0f} GB/s links"] if limits.link_bandwidth else []
     size = f"{spec.model_config.num_parameters / 1e9:.3g} G parameters"
+    trains = f"{spec.labels_per_row} labels per row, {spec.dtype} activations, remat {spec.remat}"
     return [
         f"model    {spec.model_config.model_type}, {size}; {spec.method}: {trained}",
-        f"step     {rows} x {spec.seq} tokens, {spec.labels} labels per row, {spec.dtype} activations, remat {spec.remat}",
+        f"step     {rows} x {spec.seq} tokens, {trains}",
         f"devices  {topology}: {num_devices} x {limits.device_kind}, each {', '.join(rates)}",
     ]
 
@@ -136,7 +138,8 @@ def _row(plan: "MeshPlan", spec: "StepSpec") -> tuple[str, ...]:
         needed = f"{plan.required_bytes / GIB:.2f}" if plan.required_bytes else "refused"
         return (mesh, "no", needed, *("-" for _ in HEADER[3:]))
     gib = (f"{x / GIB:.2f}" for x in (memory.peak, memory.arguments, memory.temporaries, memory.outputs, memory.code))
-    costs = f"{cost.flops / 1e12:.3g}", f"{cost.memory_bytes / 1e9:.3g}", f"{cost.sent_bytes / 1e9:.3g}"
+    traffic = "-" if plan.estimated else f"{cost.memory_bytes / 1e9:.3g}"
+    costs = f"{cost.flops / 1e12:.3g}", traffic, f"{cost.sent_bytes / 1e9:.3g}"
     times = (f"{1e3 * bounds[name]:.3g}" if name in bounds else "-" for name in ("compute", "memory", "links"))
     rate = spec.accumulate * spec.batch * spec.seq / plan.bound_seconds
     return (mesh, "yes" if plan.fits else "no", *gib, *costs, *times, f"{1e3 * plan.bound_seconds:.3g}", f"{rate:,.0f}")
@@ -155,12 +158,18 @@ def _collectives(cost: "ProgramCost") -> list[tuple[str, ...]]:
 
 
 def _notes(plans: list["MeshPlan"], model_flops: float, headroom: float) -> list[str]:
+    room = f"{100 * headroom:.0f} % of the memory free, for runtime and evaluation"
+    program, own = "step" if plans[0].estimated else "compiled program", f"the model's own arithmetic is {model_flops / 1e12:.3g}"
     notes = [
-        f"fits: XLA compiled the step and its peak leaves {100 * headroom:.0f} % of the memory free, for runtime and evaluation",
-        "TFLOP: products of the compiled program on one device, recomputation included; "
-        f"the model's own arithmetic is {model_flops / 1e12:.3g}",
+        f"fits: {'the estimated peak leaves' if plans[0].estimated else 'XLA compiled the step and its peak leaves'} {room}",
+        f"TFLOP: products of the {program} on one device, recomputation included; {own}",
         "min. ms: lower bound on the time of a step at the peak rates of the data sheet, not a prediction",
     ]
+    if plans[0].estimated:
+        notes.append(
+            "the estimate is of the state exactly, and of temporaries to about a third; leave that room, or compile there"
+        )
+        notes.append("jax takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=.95 is set")
     if any(p.cost is not None and p.cost.unknown_loops for p in plans):
         notes.append("some loops have an unknown trip count and count once: the true bounds are higher")
     for p in plans:
@@ -176,5 +185,5 @@ COMMAND = Command(
     options=Plan,
     run=run,
     examples=("lindm plan --model models/llama-3-8b --topology v5e:4x4 --batch 16 --seq 2048 --method lora",),
-    sections={"labels": "Step", "mesh": "Output"},
+    sections={"labels_per_row": "Step", "mesh": "Output"},
 )

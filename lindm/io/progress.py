@@ -118,6 +118,24 @@ class Progress:
         self.tasks.append(task := ProgressTask(self, name, total, done))
         return task
 
+    @contextlib.contextmanager
+    def repeated(self, task: ProgressTask) -> Iterator[ProgressTask]:
+        """Print the plain line of a task again while its count stands still, with the time elapsed: compiling takes minutes."""
+        ended = threading.Event()
+
+        def repeat() -> None:
+            while not ended.wait(min(LINE_SECONDS, 1.0)):
+                if task.total is not None:
+                    self._print_line(task)
+
+        thread = threading.Thread(target=repeat, name="progress lines", daemon=True)
+        thread.start()
+        try:
+            yield task
+        finally:
+            ended.set()
+            thread.join()
+
     def print(self, line: str) -> None:
         """A line that stays, above the bars."""
         if not self.quiet:

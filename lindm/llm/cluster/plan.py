@@ -6,7 +6,8 @@ operations, memory traffic and communication in the compiled program. Divided by
 (`lindm.llm.parallel.chips`), these give a lower bound on the time of a step, not a prediction.
 
 A plan fits if XLA compiled it (XLA refuses programs that exceed the memory) and its peak leaves `HEADROOM` of the memory free,
-which the runtime, evaluation and fragmentation need.
+which the runtime, evaluation and fragmentation need. There is no compiler for GPUs here: their plans are estimates by arithmetic
+(`lindm.llm.cluster.estimate`) and say so.
 """
 
 import importlib.util
@@ -15,29 +16,26 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from lindm.choices import check_choices
 from lindm.errors import UsageError
-from lindm.llm.attention_kernels import SPLASH_LANES
+from lindm.llm.cluster.estimate import estimate_cost, estimate_memory
+from lindm.llm.cluster.plan_types import DeviceLimits, DeviceMemory, MeshPlan, StepSpec
 from lindm.llm.cluster.program_cost import ProgramCost, program_cost
-from lindm.llm.config import BaseFormat, ModelConfig, Remat
 from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
-from lindm.llm.parallel.chips import find_chip, topology_sizes
+from lindm.llm.parallel.chips import Chip, find_chip, tpu_topology
 from lindm.llm.parallel.devices import available_host_memory, measured_peak_flops
 from lindm.llm.parallel.sharding import AXES, check_batch_size, make_mesh
-from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
-from lindm.llm.sft.options import Method
 from lindm.llm.sft.packing import Batch
 from lindm.llm.sft.step import StepShardings, TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 
@@ -46,81 +44,11 @@ MAX_MESHES = 6  # meshes that are compared where none is given
 HOST = "host"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepSpec:
-    """The training step of a run."""
-
-    model_config: ModelConfig
-    batch: int  # rows per micro-batch, over all devices
-    seq: int  # tokens per row
-    labels: int = 64  # maximum per row
-    accumulate: int = 1  # micro-batches per step
-    method: Method = "full"
-    lora_rank: int = 16
-    base: BaseFormat = "f32"
-    dtype: Literal["f32", "bf16"] = "bf16"  # of the activations
-    remat: Remat = "selective"
-
-    def __post_init__(self):
-        for name in ("batch", "seq", "labels", "accumulate", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.labels <= self.seq <= self.model_config.max_position_embeddings:
-            limit = f"at least labels = {self.labels} and at most the model's {self.model_config.max_position_embeddings}"
-            raise ValueError(f"seq must be {limit}; got {self.seq}")
-        bases = {"full": ("f32",), "lora": get_args(BaseFormat), "qlora": ("int8", "nf4")}
-        check_choices(self)
-        if self.base not in bases[self.method]:
-            raise ValueError(f"base must be one of {', '.join(bases[self.method])} with method {self.method}; got {self.base!r}")
-
-
-class DeviceMemory(NamedTuple):
-    """Bytes on one device, as reported by the compiler."""
-
-    arguments: int  # weights, optimizer state, batch
-    outputs: int  # that do not reuse the memory of arguments
-    temporaries: int
-    code: int
-
-    @property
-    def peak(self) -> int:
-        return sum(self)
-
-
-class DeviceLimits(NamedTuple):
-    """Memory and peak rates of a device; None where not known."""
-
-    device_kind: str
-    memory: int | None  # bytes
-    peak_flops: float  # operations per second
-    memory_bandwidth: float | None  # bytes per second
-    link_bandwidth: float | None  # bytes per second
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshPlan:
-    """The compiled step on one mesh; all numbers are per device and step."""
-
-    mesh: dict[str, int]
-    fits: bool
-    memory: DeviceMemory | None = None  # None: the compiler refused the program
-    refusal: str = ""  # the compiler's message
-    required_bytes: int | None = None  # by that message
-    cost: ProgramCost | None = None
-    time_bounds: dict[str, float] | None = None  # least seconds for each of compute, memory, links
-    compile_seconds: float = 0.0
-
-    @property
-    def bound_seconds(self) -> float:
-        """Least seconds per step."""
-        return max(self.time_bounds.values()) if self.time_bounds else math.inf
-
-
 # --- devices ---------------------------------------------------------------------------------------------------------------
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice such as v5e:4x4, described by the TPU compiler, or with "host" those of this machine.
+    """The devices of a TPU slice such as v5e:4x4 or v5e-16, described by the TPU compiler, or with "host" those of this machine.
 
     Raises:
       ValueError: no such slice.
@@ -128,12 +56,12 @@ def topology_devices(topology: str) -> list[Any]:
     """
     if topology == HOST:
         return list(jax.devices())
-    sizes = topology_sizes(topology)
+    name = tpu_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("a plan for TPUs needs their compiler: pip install 'lindm[tpu]'")
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(name.partition(":")[2]) <= set("1x") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices)
     except Exception as e:
         raise ValueError(f"topology {topology} does not exist: {str(e).splitlines()[0]}") from e
 
@@ -146,11 +74,16 @@ def device_limits(devices: Sequence[Any]) -> DeviceLimits:
     """
     chip = find_chip(devices[0].device_kind)
     if chip is not None:
-        return DeviceLimits(devices[0].device_kind, chip.memory, chip.peak_flops, chip.memory_bandwidth, chip.link_bandwidth)
+        return chip_limits(chip, devices[0].device_kind)
     if devices[0].platform != "cpu":
         raise ValueError(f"topology must have devices in the table of chips; got {devices[0].device_kind}")
     memory = available_host_memory()
     return DeviceLimits("CPU", memory and memory // len(devices), measured_peak_flops() / len(devices), None, None)
+
+
+def chip_limits(chip: Chip, device_kind: str) -> DeviceLimits:
+    """The limits of a device of the table of chips."""
+    return DeviceLimits(device_kind, chip.memory, chip.peak_flops, chip.memory_bandwidth, chip.link_bandwidth)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------------
@@ -177,6 +110,13 @@ def abstract_model(spec: StepSpec) -> Decoder:
     return nnx.eval_shape(build)
 
 
+def abstract_state(spec: StepSpec) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState, nnx.State]:
+    """The structure of the model, the optimizer, and shapes of the training state and of the frozen weights."""
+    graphdef, params, frozen = nnx.split(abstract_model(spec), nnx.Param, ...)
+    optimizer = make_optimizer(OptimizerConfig(steps=1000))
+    return graphdef, optimizer, jax.eval_shape(lambda p: init_train_state(p, optimizer), params), frozen
+
+
 def step_program(spec: StepSpec, mesh: Mesh) -> StepProgram:
     """The training step on a mesh; nothing is allocated.
 
@@ -184,16 +124,14 @@ def step_program(spec: StepSpec, mesh: Mesh) -> StepProgram:
       ValueError: the mesh does not divide a weight or the batch.
     """
     check_batch_size(spec.batch, mesh)
-    graphdef, params, frozen = nnx.split(abstract_model(spec), nnx.Param, ...)
-    optimizer = make_optimizer(OptimizerConfig(steps=1000))
-    state = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
+    graphdef, optimizer, state, frozen = abstract_state(spec)
     shardings = step_shardings(state, frozen, mesh)
     compute = ComputeConfig(dtype=jnp.bfloat16 if spec.dtype == "bf16" else jnp.float32, remat=spec.remat)
 
     def ints(*sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    tokens, labels = ((spec.accumulate, spec.batch, n) for n in (spec.seq, spec.labels))
+    tokens, labels = ((spec.accumulate, spec.batch, n) for n in (spec.seq, spec.labels_per_row))
     batch = Batch(
         ids=ints(*tokens), positions=ints(*tokens), segments=ints(*tokens), label_positions=ints(*labels), targets=ints(*labels)
     )
@@ -261,79 +199,69 @@ def parse_required_bytes(message: str) -> int | None:
 # --- which mesh ------------------------------------------------------------------------------------------------------------
 
 
-def candidate_meshes(spec: StepSpec, devices: Sequence[Any]) -> list[dict[str, int]]:
+def candidate_meshes(spec: StepSpec, devices: int, memory: int | None) -> list[dict[str, int]]:
     """Up to `MAX_MESHES` meshes of all devices that divide heads, weights and batch.
 
-    Meshes that should fit come first, then those that send least. `fsdp` alone, the default of `lindm sft`, is among them if it
-    divides these.
+    Meshes that should fit the memory of a device come first, then those that send least. `fsdp` alone, the default of `lindm
+    sft`, is among them if it divides these.
 
     Raises:
       ValueError: no mesh divides them.
     """
-    n, config = len(devices), spec.model_config
-    candidates: list[tuple[int, dict[str, int]]] = []
-    state = step_program(spec, make_mesh({}, devices[:1])).arguments
-    for data, fsdp, tensor in itertools.product(range(1, n + 1), repeat=3):
-        if data * fsdp * tensor != n or tensor > 8 or config.num_kv_heads % tensor or config.num_heads % tensor:
+    config, candidates = spec.model_config, []
+    state = abstract_state(spec)[2:]
+    for data, fsdp, tensor in itertools.product(range(1, devices + 1), repeat=3):
+        if data * fsdp * tensor != devices or tensor > 8 or config.num_kv_heads % tensor or config.num_heads % tensor:
             continue
         sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-        mesh = make_mesh(sizes, devices)
         try:
-            check_batch_size(spec.batch, mesh)
-            shardings = step_shardings(*state[:2], mesh)
+            candidates.append((held_bytes(spec, state, sizes), sizes))
         except ValueError:
             continue
-        bytes_held = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in _pairs(state[:2], shardings[:2]))
-        candidates.append((bytes_held, sizes))
     if not candidates:
         raise ValueError(
-            f"batch must be a multiple of data x fsdp of a mesh of {n} devices that divides the model; got {spec.batch}"
+            f"batch must be a multiple of data x fsdp of a mesh of {devices} devices that divides the model; got {spec.batch}"
         )
-    chip = find_chip(devices[0].device_kind)
 
     def rank(candidate: tuple[int, dict[str, int]]) -> tuple[bool, float, int]:
-        too_large = chip is not None and _estimated_memory(spec, *candidate) > 1.25 * chip.memory
-        return too_large, _estimated_sent_bytes(spec, candidate[1]), candidate[0]
+        held, sizes = candidate
+        too_large = memory is not None and estimate_memory(spec, held, sizes).peak > 1.25 * memory
+        return too_large, estimate_cost(spec, sizes).sent_bytes, held
 
-    default = {"data": 1, "fsdp": n, "tensor": 1}
+    default = {"data": 1, "fsdp": devices, "tensor": 1}
     ordered = [sizes for _, sizes in sorted(candidates, key=rank)]
     if default in ordered[MAX_MESHES:]:
         ordered[MAX_MESHES - 1] = default
     return ordered[:MAX_MESHES]
 
 
-def _pairs(values: Any, shardings: Any) -> list[tuple[Any, Any]]:
-    return list(zip(jax.tree.leaves(values), jax.tree.leaves(shardings), strict=True))
+def held_bytes(spec: StepSpec, state: tuple[TrainState, nnx.State], sizes: dict[str, int]) -> int:
+    """Bytes of training state and frozen weights on one device of a mesh of these sizes.
+
+    Raises:
+      ValueError: the mesh does not divide a weight or the batch.
+    """
+    mesh: Any = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+    check_batch_size(spec.batch, mesh)
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(step_shardings(*state, mesh)[:2]), strict=True)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
 
 
-def _estimated_memory(spec: StepSpec, bytes_held: int, sizes: dict[str, int]) -> float:
-    """Approximate bytes on a device: state, weights in the compute dtype, gradients, activations, logits."""
-    config, tensor, width = spec.model_config, sizes["tensor"], 2 if spec.dtype == "bf16" else 4
-    shard = config.num_parameters / (sizes["fsdp"] * tensor)
-    rows = spec.batch / (sizes["data"] * sizes["fsdp"])
-    layer = (
-        rows * spec.seq * width * (4 * config.intermediate_size / tensor + 6 * config.hidden_size)
-        + 4 * SPLASH_LANES * rows * config.num_heads / tensor * spec.seq  # of the attention kernel: statistics of a query
-    )
-    products = (
-        2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    ) / tensor + config.hidden_size
-    one = rows * spec.seq * width * (config.hidden_size + (products if spec.remat == "selective" else 0))
-    kept = layer * config.num_layers if spec.remat == "none" else one * config.num_layers + layer
-    head = (
-        config.vocab_size / (tensor * sizes["fsdp"]) * (config.hidden_size * width + 8 * spec.batch / sizes["data"] * spec.labels)
-    )
-    return bytes_held + shard * (width + 4 * (spec.method == "full")) + kept + head
+def estimate_plans(spec: StepSpec, devices: int, limits: DeviceLimits, meshes: Sequence[dict[str, int]]) -> list[MeshPlan]:
+    """The plan of every mesh by arithmetic, without a compiler: those that fit first, then by their lower bound on time.
 
-
-def _estimated_sent_bytes(spec: StepSpec, sizes: dict[str, int]) -> float:
-    """Approximate bytes that a device sends: weights gathered three times, gradients once, activations of a tensor axis."""
-    config, rows = spec.model_config, spec.batch / (sizes["data"] * sizes["fsdp"])
-    times = 3 * (sizes["fsdp"] > 1) + (spec.method == "full") * (1 + (sizes["data"] > 1))
-    weights = times * 2.0 * config.num_parameters / sizes["tensor"]
-    return spec.accumulate * (
-        weights + (sizes["tensor"] > 1) * 12 * config.num_layers * rows * spec.seq * config.hidden_size * 2.0
-    )
+    Raises:
+      ValueError: a mesh that does not use all devices, or does not divide the weights or the batch.
+    """
+    state, plans = abstract_state(spec)[2:], []
+    for sizes in meshes:
+        if math.prod(sizes.values()) != devices:
+            raise ValueError(f"mesh must use all {devices} devices; {format_mesh(sizes)} uses {math.prod(sizes.values())}")
+        memory, cost = estimate_memory(spec, held_bytes(spec, state, sizes), sizes), estimate_cost(spec, sizes)
+        fits = limits.memory is None or memory.peak <= (1 - HEADROOM) * limits.memory
+        bounds = {name: seconds for name, seconds in time_lower_bounds(cost, limits).items() if name != "memory"}
+        plans.append(MeshPlan(mesh=sizes, fits=fits, estimated=True, memory=memory, cost=cost, time_bounds=bounds))
+    return sorted(plans, key=lambda p: (not p.fits, p.bound_seconds))
 
 
 def compile_plans(
@@ -364,21 +292,23 @@ def format_mesh(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "fsdp=1"
 
 
-def model_flops(spec: StepSpec) -> float:
-    """Operations of the model's own arithmetic in a step, over all devices, by formula; recomputation is not counted."""
-    return spec.accumulate * train_step_flops(spec.model_config, spec.method, spec.batch, spec.seq, spec.labels)
-
-
 def plan_to_json(plan: MeshPlan) -> dict[str, Any]:
     """A plan as JSON values: bytes, operations and seconds, per device and step."""
-    values: dict[str, Any] = {"mesh": plan.mesh, "fits": plan.fits, "compile_seconds": round(plan.compile_seconds, 1)}
+    values: dict[str, Any] = {
+        "mesh": plan.mesh,
+        "fits": plan.fits,
+        "estimated": plan.estimated,
+        "compile_seconds": round(plan.compile_seconds, 1),
+    }
     if plan.memory is None or plan.cost is None:
         return values | {"refusal": plan.refusal, "required_bytes": plan.required_bytes}
     cost = plan.cost
+    if plan.estimated:
+        values = {name: value for name, value in values.items() if name != "compile_seconds"}
     return values | {
         "memory": plan.memory._asdict() | {"peak": plan.memory.peak},
         "flops": cost.flops,
-        "memory_bytes": cost.memory_bytes,
+        "memory_bytes": None if plan.estimated else cost.memory_bytes,
         "sent_bytes": cost.sent_bytes,
         "unknown_loops": cost.unknown_loops,
         "time_bounds": plan.time_bounds,

@@ -1,11 +1,16 @@
 """One table of accelerator chips: speed, memory, bandwidth, and for TPUs the available slices and their names.
 
-The figures are those of the makers' data sheets. Nothing heavy is imported here: the command line reads this module.
+The figures are those of the makers' data sheets, dense products in bf16: pages v4, v5e, v5p, v6e and tpu7x of
+https://docs.cloud.google.com/tpu/docs, and NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200. The memory of
+GPUs is what nvidia-smi reports, rounded; their links are NVLink within a node, in one direction. Nothing heavy is imported here:
+the command line reads this module.
 """
 
 import math
 import re
 from dataclasses import dataclass
+
+from lindm.errors import did_you_mean
 
 GIB = 1 << 30
 # slices of v5e and v6e, and of v5p, in chips
@@ -23,15 +28,15 @@ class TPUGeneration:
     slices: tuple[str, ...]
     """shapes of a slice, in chips"""
     single_host: int
-    gke_accelerator: str
-    """label of GKE's nodes"""
-    runtime: str
-    """runtime version of Cloud TPU machines"""
     accelerator_prefix: str
     """prefix of the accelerator type of Cloud TPU, followed by a count"""
     counts_per_chip: int = 1
-    """counts per chip in the accelerator type: Cloud TPU counts the cores of v5p"""
-    ray_type: str
+    """counts per chip in the accelerator type: Cloud TPU counts the cores of v5p and tpu7x"""
+    runtime: str = ""
+    """runtime version of Cloud TPU machines; empty: `lindm plan` knows the generation, `lindm launch` does not"""
+    gke_accelerator: str = ""
+    """label of GKE's nodes"""
+    ray_type: str = ""
     """accelerator type of Ray"""
 
     @property
@@ -41,7 +46,7 @@ class TPUGeneration:
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device, as jax counts devices: a v4 or v5p device is a whole chip of two cores."""
+    """One device, as jax counts devices: a v4 or v5p device is a whole chip of two cores, a tpu7x device is one core of two."""
 
     name: str
     device_kinds: tuple[str, ...]
@@ -116,11 +121,52 @@ CHIPS = (
             ray_type="TPU-V5P",
         ),
     ),
-    Chip(name="A100", device_kinds=("NVIDIA A100",), memory=80 * GIB, peak_flops=312e12, memory_bandwidth=2.0e12),
-    Chip(name="H100", device_kinds=("NVIDIA H100",), memory=80 * GIB, peak_flops=989e12, memory_bandwidth=3.35e12),
-    Chip(name="H200", device_kinds=("NVIDIA H200",), memory=141 * GIB, peak_flops=989e12, memory_bandwidth=4.8e12),
+    Chip(
+        name="tpu7x",
+        device_kinds=("TPU7x", "TPU v7x"),
+        memory=96 * GIB,
+        peak_flops=2307e12 / 2,
+        memory_bandwidth=7.38e12 / 2,
+        link_bandwidth=600e9 / 2,
+        tpu=TPUGeneration(slices=SLICES_3D, single_host=4, accelerator_prefix="tpu7x", counts_per_chip=2),
+    ),
+    Chip(
+        name="A100",
+        device_kinds=("NVIDIA A100",),
+        memory=80 * GIB,
+        peak_flops=312e12,
+        memory_bandwidth=2.0e12,
+        link_bandwidth=300e9,
+    ),
+    Chip(
+        name="H100",
+        device_kinds=("NVIDIA H100",),
+        memory=80 * GIB,
+        peak_flops=989e12,
+        memory_bandwidth=3.35e12,
+        link_bandwidth=450e9,
+    ),
+    Chip(
+        name="H200",
+        device_kinds=("NVIDIA H200",),
+        memory=141 * GIB,
+        peak_flops=989e12,
+        memory_bandwidth=4.8e12,
+        link_bandwidth=450e9,
+    ),
+    Chip(
+        name="B200",
+        device_kinds=("NVIDIA B200",),
+        memory=179 * GIB,
+        peak_flops=2250e12,
+        memory_bandwidth=8.0e12,
+        link_bandwidth=900e9,
+    ),
 )
-TPU_GENERATIONS = {chip.name: chip.tpu for chip in CHIPS if chip.tpu is not None}
+GPUS = {chip.name.lower(): chip for chip in CHIPS if chip.device_kinds[0].startswith("NVIDIA")}
+GPU_COUNTS = (1, 2, 4, 8)  # of one node
+PLANNED = {chip.name: chip.tpu for chip in CHIPS if chip.tpu is not None}
+TPU_GENERATIONS = {name: generation for name, generation in PLANNED.items() if generation.runtime}
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -154,34 +200,70 @@ class TPUSlice:
         return f"{self.generation.accelerator_prefix}-{self.generation.counts_per_chip * self.num_chips}"
 
 
+def _num_chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
+# accelerator types of Cloud TPU, and the same with the name of the generation: v5litepod-16 and v5e-16 are v5e:4x4
+CLOUD_NAMES = {
+    f"{prefix}-{generation.counts_per_chip * _num_chips(shape)}": f"{name}:{shape}"
+    for name, generation in PLANNED.items()
+    for prefix in (name, generation.accelerator_prefix)
+    for shape in generation.slices
+}
+_KNOWN = (
+    *(f"{name}:{shape}" for name, generation in PLANNED.items() for shape in generation.slices),
+    *CLOUD_NAMES,
+    *(f"{name}:{count}" for name in GPUS for count in GPU_COUNTS),
+)
+
+
 def parse_topology(topology: str) -> TPUSlice:
-    """The slice of a topology such as v5e:4x4.
+    """The slice of a topology such as v5e:4x4, or v5e-16 as Cloud TPU names it.
 
     Raises:
-      ValueError: no such slice; lists those that there are.
+      ValueError: no such slice, or none that jobs are offered for; lists those that there are.
     """
-    name, _, shape = topology.partition(":")
+    name, _, shape = CLOUD_NAMES.get(topology, topology).partition(":")
     generation = TPU_GENERATIONS.get(name)
     if generation is None or shape not in generation.slices:
         known = "; ".join(f"{name}:{', '.join(g.slices)}" for name, g in TPU_GENERATIONS.items())
         raise ValueError(f"topology must be one of {known}; got {topology!r}")
-    chips = math.prod(map(int, shape.split("x")))
+    chips = _num_chips(shape)
     return TPUSlice(
         generation=generation, shape=shape, num_chips=chips, num_hosts=1 if chips <= generation.single_host else chips // 4
     )
 
 
-def topology_sizes(topology: str) -> tuple[int, ...]:
-    """The sizes of the sides of a topology such as v5e:4x4. Any sizes are accepted: the TPU compiler knows which exist.
+def tpu_topology(topology: str) -> str:
+    """The compiler's name of a slice: v5e:4x4 for v5e-16. Sides of any sizes are accepted: the TPU compiler knows which exist.
 
     Raises:
-      ValueError: an unknown generation, or another number of sides than its slices have.
+      ValueError: an unknown name, or another number of sides than the slices of the generation have; names those that are near.
     """
-    name, _, shape = topology.partition(":")
-    generation = TPU_GENERATIONS.get(name)
+    given = CLOUD_NAMES.get(topology, topology)
+    name, _, shape = given.partition(":")
+    generation = PLANNED.get(name)
     if generation is None or not re.fullmatch(r"\d+(x\d+)" + "{" + str(generation.dimensions - 1) + "}", shape):
         raise ValueError(
-            "topology must be host, or a slice such as v5e:4x4, v6e:2x4 (chips along two sides) or v5p:2x2x4 (three); "
-            f"got {topology!r}"
+            "topology must be host, a slice by its chips (v5e:4x4, v6e:2x4, v5p:2x2x4, tpu7x:2x2x1) or by its accelerator type "
+            "(v5e-16, v6e-8, v5p-32, tpu7x-8; v5p and tpu7x count cores, two a chip), or GPUs of one node (h100:8, h200:8, "
+            f"b200:8, a100:8); got {topology!r}{did_you_mean(topology, _KNOWN)}"
         )
-    return tuple(map(int, shape.split("x")))
+    return given
+
+
+def parse_gpus(topology: str) -> tuple[Chip, int] | None:
+    """The chip and the number of GPUs of a name such as h100:8; None for a name that is not of GPUs.
+
+    Raises:
+      ValueError: a number that a node does not have.
+    """
+    name, _, count = topology.lower().partition(":")
+    if name not in GPUS:
+        return None
+    if count not in map(str, GPU_COUNTS):
+        raise ValueError(
+            f"topology must be 1, 2, 4 or 8 GPUs of one node, such as {name}:8, where the links are known; got {topology!r}"
+        )
+    return GPUS[name], int(count)

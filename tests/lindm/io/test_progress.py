@@ -1,6 +1,7 @@
 """Progress: nothing for short work, no estimate before there is something to estimate from."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -111,3 +112,18 @@ def test_a_bar_is_removed_when_a_signal_ends_the_process(stream, monkeypatch):
 
 def test_durations_are_clocks():
     assert [format_seconds(s) for s in (0, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
+
+
+def test_a_count_that_stands_still_is_printed_again_with_the_time_elapsed(monkeypatch, stream):
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    with Progress(Console(file=stream, width=200)) as shown, shown.repeated(shown.add("meshes compiled")) as task:
+        while_unknown = len(lines(stream))
+        task.update(0, 2, "fsdp=8")
+        deadline = time.monotonic() + 60
+        while len(lines(stream)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert while_unknown == 0
+    assert len(lines(stream)) >= 3 and set(lines(stream)) <= {
+        f"meshes compiled: 0 of 2, fsdp=8, 0:0{n} elapsed" for n in range(10)
+    }

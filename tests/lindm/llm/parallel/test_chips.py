@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lindm.llm.parallel.chips import CHIPS, TPU_GENERATIONS, find_chip, parse_topology, topology_sizes
+from lindm.llm.parallel.chips import CHIPS, GPUS, PLANNED, TPU_GENERATIONS, find_chip, parse_gpus, parse_topology, tpu_topology
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,8 @@ def test_no_two_shapes_of_a_generation_have_as_many_chips():
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("TPU7x", "tpu7x"),
         ("cpu", None),
         ("TPU v9", None),
     ],
@@ -63,7 +65,45 @@ def test_names_and_device_kinds_are_unique_and_every_generation_has_a_link_bandw
 
 
 def test_the_sizes_of_a_topology_need_not_be_those_of_a_slice_that_is_offered():
-    assert topology_sizes("v5e:3x5") == (3, 5) and topology_sizes("v5p:2x2x1") == (2, 2, 1)
+    assert tpu_topology("v5e:3x5") == "v5e:3x5" and tpu_topology("v5p:2x2x1") == "v5p:2x2x1"
+
+
+@pytest.mark.parametrize(
+    "name, topology",
+    [
+        ("v5e-16", "v5e:4x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-1", "v5e:1x1"),
+        ("v6e-8", "v6e:2x4"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-32", "v5p:2x2x4"),
+        ("tpu7x-8", "tpu7x:2x2x1"),
+        ("tpu7x-16", "tpu7x:2x2x2"),
+        ("v5p:2x2x2", "v5p:2x2x2"),
+    ],
+)
+def test_the_name_of_a_cloud_counts_chips_or_cores(name, topology):
+    assert tpu_topology(name) == topology
+
+
+def test_a_job_takes_the_names_of_clouds_too_and_refuses_what_it_cannot_start():
+    assert parse_topology("v5e-16") == parse_topology("v5e:4x4") and parse_topology("v5p-32").num_chips == 16
+    assert "tpu7x" in PLANNED
+    for name in ("tpu7x:2x2x1", "tpu7x-8"):
+        with pytest.raises(ValueError, match=f"topology must be one of v5e:1x1, .*got '{name}'"):
+            parse_topology(name)
+
+
+def test_gpus_are_those_of_one_node():
+    assert set(GPUS) == {"a100", "h100", "h200", "b200"}
+    assert parse_gpus("h100:8") == (find_chip("NVIDIA H100 80GB HBM3"), 8) and parse_gpus("B200:2") == (
+        find_chip("NVIDIA B200"),
+        2,
+    )
+    assert parse_gpus("v5e:4x4") is None and parse_gpus("host") is None
+    for name in ("h100:16", "h100", "h100:", "h100:0", "h200:x"):
+        with pytest.raises(ValueError, match=f"1, 2, 4 or 8 GPUs of one node, .* got '{name}'"):
+            parse_gpus(name)
 
 
 def test_the_table_imports_nothing_heavy():
