@@ -121,7 +121,7 @@ JOB = "-- --model /lindm/model --data /lindm/data --out /lindm/run"
 WRITE_NOTHING = (
     "check data model run",
     "model show model",
-    "plan --model model --topology host --batch 1 --seq 16 --labels 8 --mesh fsdp=1",
+    "plan --model model --topology host --batch 1 --seq 16 --labels-per-row 8 --mesh fsdp=1",
     "solve TIGER --horizon 2",
     "act qmdp TIGER --horizon 2 --history=",
     "families",
