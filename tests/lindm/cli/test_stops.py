@@ -110,7 +110,21 @@ COMMANDS = {
     "check": (["check", "dataset"], {"import": "lindm_experiments.harness.check:", "reading": "lindm.io.files:sha256_of"}),
     "doctor": (["doctor"], {"import": "jax:", "reading": "lindm.cli.doctor:check_fonts"}),
     "plan": (
-        ["plan", "--model", "model", "--topology", "host", "--batch", "1", "--seq", "16", "--labels-per-row", "8", "--mesh", "fsdp=1"],
+        [
+            "plan",
+            "--model",
+            "model",
+            "--topology",
+            "host",
+            "--batch",
+            "1",
+            "--seq",
+            "16",
+            "--labels-per-row",
+            "8",
+            "--mesh",
+            "fsdp=1",
+        ],
         {"import": "jax:", "reading": CONFIG, "compiling": "!lindm.llm.cluster.plan:compile_plan"},
     ),
     **{
