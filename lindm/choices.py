@@ -23,6 +23,12 @@ regret of the model's own action probabilities (regret)."""
 Overlong = Literal["refuse", "truncate", "drop"]
 """What is done with a document of more tokens than `max_length`: an error, cut off at its end, left out."""
 
+Optimizer = Literal["adamw", "adafactor"]
+"""Optimizer of the training: AdamW, or Adafactor, whose second moments of a matrix are those of its rows and columns."""
+
+Moments = Literal["f32", "bf16"]
+"""Storage of AdamW's first moments."""
+
 Split = Literal["id", "ood"]
 """Split of a suite: in distribution or out of distribution."""
 

@@ -221,6 +221,7 @@ def plan(
     from lindm.llm.config import read_model_config
     from lindm.llm.parallel.chips import parse_gpus
     from lindm.llm.parallel.sharding import parse_mesh
+    from lindm.llm.sft.options import default_base
 
     sizes = parse_mesh(mesh) if mesh else None
     config = read_model_config(Path(model))
@@ -232,7 +233,7 @@ def plan(
         "batch": batch,
         "seq": seq,
         "method": method,
-        "base": base or ("nf4" if method == "qlora" else "f32"),
+        "base": base or default_base(method, devices[0].platform if devices else "gpu"),
         "dtype": "f32" if devices and devices[0].platform == "cpu" else "bf16",
     }
     spec = from_options(planner.StepSpec, given | step)

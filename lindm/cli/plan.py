@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lindm.choices import Moments, Optimizer
 from lindm.cli.option_parser import Command
 from lindm.io.files import strict_json
 from lindm.io.limits import GIB
@@ -50,10 +51,14 @@ class Plan:
     lora_rank: int = 16
     """Rank of the adapters."""
     base: BaseFormat | None = None
-    """Storage format of the base weights with lora and qlora. [default: f32, and nf4 with qlora]"""
+    """Storage format of the base weights with lora and qlora. [default: as of `lindm sft` there]"""
     remat: Remat = "selective"
     """Activations that the backward pass computes again: full (all, least memory), selective (all but products with
     weights) or none."""
+    optimizer: Optimizer = "adamw"
+    """Optimizer, whose state takes memory."""
+    moments: Moments = "f32"
+    """Storage of AdamW's first moments."""
     mesh: str | None = None
     """Sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]"""
     json: bool = False
@@ -81,6 +86,8 @@ def run(options: Plan) -> int:
             accumulate=options.accumulate,
             lora_rank=options.lora_rank,
             remat=options.remat,
+            optimizer=options.optimizer,
+            moments=options.moments,
             progress=task.update,
         )
     spec, limits, plans = result.step, result.limits, result.plans
@@ -104,7 +111,7 @@ def run(options: Plan) -> int:
 
 
 def _step(spec: "StepSpec") -> dict[str, Any]:
-    names = ("batch", "seq", "labels_per_row", "accumulate", "method", "base", "dtype", "remat")
+    names = ("batch", "seq", "labels_per_row", "accumulate", "method", "base", "dtype", "remat", "optimizer", "moments")
     step = {name: getattr(spec, name) for name in names} | {"parameters": spec.model_config.num_parameters}
     return step | ({} if spec.method == "full" else {"lora_rank": spec.lora_rank})
 
@@ -112,6 +119,7 @@ def _step(spec: "StepSpec") -> dict[str, Any]:
 def _description(spec: "StepSpec", topology: str, num_devices: int, limits: "DeviceLimits") -> list[str]:
     """Three lines: model and method, step, devices."""
     trained = "all weights" if spec.method == "full" else f"adapters of rank {spec.lora_rank} over {spec.base} weights"
+    trained += ", Adafactor" if spec.optimizer == "adafactor" else ", first moments in bf16" if spec.moments == "bf16" else ""
     rows = f"{spec.accumulate} x {spec.batch} rows" if spec.accumulate > 1 else f"{spec.batch} rows"
     rates = [f"{limits.peak_flops / 1e12:.3g} TFLOP/s"]
     rates += [f"{limits.memory / GIB:.1f} GiB"] if limits.memory else []

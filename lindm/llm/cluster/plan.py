@@ -101,7 +101,7 @@ def abstract_model(spec: StepSpec) -> Decoder:
     """The model with shapes in place of weights."""
 
     def build() -> Decoder:
-        model = Decoder(spec.model_config, nnx.Rngs(0), jnp.float32)
+        model = Decoder(spec.model_config, nnx.Rngs(0), jnp.bfloat16 if spec.base == "bf16" else jnp.float32)
         if spec.method != "full":
             quantize(model, spec.base)
             add_lora(model, spec.lora_rank, 2.0 * spec.lora_rank, jax.random.key(0))
@@ -113,7 +113,7 @@ def abstract_model(spec: StepSpec) -> Decoder:
 def abstract_state(spec: StepSpec) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState, nnx.State]:
     """The structure of the model, the optimizer, and shapes of the training state and of the frozen weights."""
     graphdef, params, frozen = nnx.split(abstract_model(spec), nnx.Param, ...)
-    optimizer = make_optimizer(OptimizerConfig(steps=1000))
+    optimizer = make_optimizer(OptimizerConfig(steps=1000, optimizer=spec.optimizer, moments=spec.moments))
     return graphdef, optimizer, jax.eval_shape(lambda p: init_train_state(p, optimizer), params), frozen
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from lindm.choices import check_choices
+from lindm.choices import Moments, Optimizer, check_choices
 from lindm.llm.cluster.program_cost import ProgramCost
 from lindm.llm.config import BaseFormat, ModelConfig, Remat
 from lindm.llm.sft.options import Method
@@ -24,6 +24,8 @@ class StepSpec:
     base: BaseFormat = "f32"
     dtype: Literal["f32", "bf16"] = "bf16"  # of the activations
     remat: Remat = "selective"
+    optimizer: Optimizer = "adamw"
+    moments: Moments = "f32"  # storage of AdamW's first moments
 
     def __post_init__(self):
         for name in ("batch", "seq", "labels_per_row", "accumulate", "lora_rank"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lindm.choices import Loss, Overlong, Rewards, Supervise, check_choices
+from lindm.choices import Loss, Moments, Optimizer, Overlong, Rewards, Supervise, check_choices
 from lindm.io import files
 from lindm.llm.config import BaseFormat, LoraScaling, Remat
 from lindm.llm.model_families import parse_lora_targets
@@ -65,8 +65,8 @@ class SFTConfig:
     adapter: Path | None = None
     """Train this adapter on: a directory of PEFT, or a run with adapters. Rank, alpha, scaling and targets are the adapter's."""
     base: BaseFormat | None = None
-    """Storage format of the base weights with lora and qlora. [default: with lora bf16 on accelerators, f32 on CPUs; nf4 with
-    qlora]"""
+    """Storage format of the base weights with lora and qlora. [default: nf4 with qlora; with lora bf16 on accelerators and f32 on
+    CPUs]"""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
     """Type of the activations; trained weights are always f32. [default: bf16 on accelerators, f32 on CPUs]"""
     remat: Remat | None = None
@@ -112,8 +112,13 @@ class SFTConfig:
     """Documents per micro-batch, over all devices; short ones share rows and do not attend to each other."""
     accumulate: int = 1
     """Micro-batches per step (gradient accumulation)."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, or Adafactor, which needs less memory."""
+    moments: Moments = "f32"
+    """Storage of AdamW's first moments."""
     learning_rate: float | None = None
-    """Peak learning rate. [default: 2e-4; 1e-3 with adapters or a preset]"""
+    """Peak learning rate. [default: 1e-3 with a preset; otherwise by hidden size, such as 1.3e-4 at 576 and 2.9e-5 at 4096, and
+    ten times as much with adapters]"""
     warmup: float = 0.1
     """Warm-up, as a fraction of the steps."""
     weight_decay: float = 0.0
@@ -206,6 +211,13 @@ class SFTConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def default_base(method: Method, platform: str) -> BaseFormat:
+    """Storage format of the base weights on devices of a platform: under adapters, accelerators hold them as they compute."""
+    if method == "qlora":
+        return "nf4"
+    return "bf16" if method == "lora" and platform != "cpu" else "f32"
 
 
 def run_options(directory: Path) -> dict[str, Any] | None:

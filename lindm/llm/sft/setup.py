@@ -44,14 +44,13 @@ from lindm.llm.sft.examples import (
     split_indices,
 )
 from lindm.llm.sft.loss import ComputeConfig, Objective
-from lindm.llm.sft.optimizer import OptimizerConfig
-from lindm.llm.sft.options import Method, SFTConfig, run_options
+from lindm.llm.sft.optimizer import OptimizerConfig, default_learning_rate
+from lindm.llm.sft.options import SFTConfig, default_base, run_options
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, load_tokenizer
 from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
 
 DEFAULT_EPOCHS = 3
-DEFAULT_LEARNING_RATES: dict[Method, float] = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3}
 TINY = ModelConfig(  # 1.4 million parameters
     model_type="llama",
     vocab_size=512,
@@ -153,20 +152,22 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         mesh=mesh,
         compute=ComputeConfig(dtype=_dtype(config.dtype), remat=config.remat or ("none" if config.preset else "selective")),
         objective=Objective(loss=config.loss, actions=data.actions, temperature=config.loss_temperature),
-        optimizer=_optimizer_config(config, len(train_rows)),
+        optimizer=_optimizer_config(config, model_config, len(train_rows)),
         decision_tasks=evaluation.decision_tasks,
         lora=lora,
-        base=_base_format(config),
+        base=config.base or default_base(config.method, jax.devices()[0].platform),
         end_tokens=() if data.is_dataset else data.examples.end_tokens(),
         inputs=inputs,
     )
 
 
-def _optimizer_config(config: SFTConfig, num_rows: int) -> OptimizerConfig:
+def _optimizer_config(config: SFTConfig, model_config: ModelConfig, num_rows: int) -> OptimizerConfig:
     default_steps = TINY_STEPS if config.preset else math.ceil(DEFAULT_EPOCHS * num_rows / (config.batch * config.accumulate))
-    default_rate = TINY_LEARNING_RATE if config.preset else DEFAULT_LEARNING_RATES[config.method]
+    default_rate = TINY_LEARNING_RATE if config.preset else default_learning_rate(config.method, model_config)
     return OptimizerConfig(
         steps=config.steps or default_steps,
+        optimizer=config.optimizer,
+        moments=config.moments,
         learning_rate=default_rate if config.learning_rate is None else config.learning_rate,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
@@ -179,14 +180,6 @@ def _dtype(name: str) -> Any:
     if name == "auto":
         name = "f32" if jax.devices()[0].platform == "cpu" else "bf16"
     return jnp.float32 if name == "f32" else jnp.bfloat16
-
-
-def _base_format(config: SFTConfig) -> BaseFormat:
-    """Storage of the base weights: by default with lora, files of bf16 are not widened on accelerators."""
-    if config.method == "full":
-        return "f32"
-    on_cpu = jax.devices()[0].platform == "cpu"
-    return config.base or ("nf4" if config.method == "qlora" else "f32" if on_cpu else "bf16")
 
 
 def _batch_shape(parts: Sequence[Rows], config: SFTConfig) -> tuple[int, int]:

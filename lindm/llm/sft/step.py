@@ -131,11 +131,13 @@ class StepShardings(NamedTuple):
 def train_state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
     """A `NamedSharding` for each array of the state. Optimizer moments are sharded as their weights: optax keeps their names."""
     replicated: Any = NamedSharding(mesh, PartitionSpec())
+    shapes = {weight_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
 
     def moment(keys: Any, leaf: Any) -> NamedSharding:
         names = weight_path(keys).split(".")
         for start in range(len(names)):  # the path of the weight is the end of the path of its moment
-            if (path := ".".join(names[start:])) in WEIGHT_AXES:
+            path = ".".join(names[start:])
+            if path in WEIGHT_AXES and leaf.shape == shapes.get(path):  # sums over rows or columns (Adafactor) are small
                 return NamedSharding(mesh, weight_spec(path, leaf.shape, mesh))
         return replicated
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the run behind `lindm sft`.
 
-    OUT/config.json      format version, options, and SHA-256 of data and model: a resumed run must have the same
+    OUT/config.json      format version, options, SHA-256 of data and model, learning rate: a resumed run must have the same
     OUT/metrics.jsonl    one line per step and per evaluation
     OUT/checkpoints/     what the run resumes from
     OUT/best/            with patience: the checkpoint with the lowest held-out loss
@@ -93,6 +93,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
     """
     out, path = setup.config.out, setup.config.out / CONFIG
     config, steps = {"options": setup.config.to_json(), "inputs": setup.inputs}, setup.optimizer.steps
+    config["defaults"] = {"learning_rate": setup.optimizer.learning_rate}
     if path.exists():
         old = files.read_json(path, format=RUN_FORMAT)
         longer = continuation.is_longer(old, steps)
@@ -100,9 +101,12 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
         differences = [
             *config_differences(old.get("options", {}), options),
             *config_differences(old.get("inputs", {}), config["inputs"]),
+            *config_differences(old.get("defaults", {}), config["defaults"]),
         ]
         if differences:
-            raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
+            raise UsageError(
+                f"{out} holds another run: {'; '.join(dict.fromkeys(differences))}; choose another --out, or --fresh"
+            )
         if longer and is_main:
             continuation.extend_run(out, old, config, steps)
     elif is_main:
@@ -247,6 +251,7 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
         f"model     {m.model_type}, {m.num_parameters:,} parameters, {m.num_layers} layers, hidden size {m.hidden_size}; {start}",
         f"method    {config.method}{_describe_adapters(setup)}",
         f"steps     {setup.optimizer.steps:,} of {rows}, mesh {dict(setup.mesh.shape)}",
+        f"optimizer {_describe_optimizer(setup)}",
         f"data      {len(train.members):,} documents, {train.tokens.sum():,} tokens, {train.labels.sum():,} labels{overlong}; "
         f"rows of {setup.seq_len} tokens",
         f"held out  {held_out:,} documents{decisions}",
@@ -255,6 +260,13 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
         "",
     ):
         progress.print(line)
+
+
+def _describe_optimizer(setup: TrainingSetup) -> str:
+    o, config = setup.optimizer, setup.config
+    moments = ", first moments in bf16" if o.moments == "bf16" else ""
+    default = f" (the default of {config.preset or config.method} at hidden size {setup.model_config.hidden_size})"
+    return f"{o.optimizer}{moments}, learning rate {o.learning_rate:g}{'' if config.learning_rate is not None else default}"
 
 
 def _describe_adapters(setup: TrainingSetup) -> str:

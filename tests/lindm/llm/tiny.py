@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lindm.choices import Optimizer
 from lindm.llm.config import ModelConfig
 from lindm.llm.lora import add_lora, set_dropout
 from lindm.llm.model import Decoder
@@ -82,6 +83,7 @@ def train(
     compute: ComputeConfig | None = None,
     stops: list[Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    optimizer_name: Optimizer = "adamw",
     **settings: Any,
 ) -> Trained:
     """A step for each batch, on a mesh of these devices [default: one device] with adapters of rank `lora` if it is above 0.
@@ -94,7 +96,8 @@ def train(
     model = decoder() if model is None else model
     if lora:
         set_dropout(add_lora(model, lora, 2.0 * lora, jax.random.key(7)), dropout)
-    optimizer_config = OptimizerConfig(**({"steps": 2 * len(batches), "learning_rate": 1e-2} | settings))
+    given = {"steps": 2 * len(batches), "learning_rate": 1e-2, "optimizer": optimizer_name} | settings
+    optimizer_config = OptimizerConfig(**given)
     optimizer = optimizer or make_optimizer(optimizer_config)
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     state = init_train_state(params, optimizer)

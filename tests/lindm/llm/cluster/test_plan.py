@@ -215,12 +215,23 @@ def test_the_program_of_a_plan_trains_and_is_that_of_a_run(program_in_parts):
 @pytest.mark.parametrize("base", ["bf16", "int8"])
 def test_the_shapes_of_a_plan_are_those_of_a_model(base):
     job = replace(JOB, method="lora", base=base)
-    model = Decoder(TINY, nnx.Rngs(0))
+    model = Decoder(TINY, nnx.Rngs(0), jnp.bfloat16 if base == "bf16" else jnp.float32)
     add_lora(quantize(model, base), job.lora_rank, 2.0 * job.lora_rank, jax.random.key(0))
     real, shapes = (nnx.split(m, nnx.Param, ...) for m in (model, plan.abstract_model(job)))
     assert real[0] == shapes[0]
     for ours, theirs in zip(shapes[1:], real[1:], strict=True):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(lambda x: (x.shape, x.dtype), theirs)
+
+
+@pytest.mark.parametrize(
+    "settings, least, most", [({}, 12, 12.1), ({"moments": "bf16"}, 10, 10.1), ({"optimizer": "adafactor"}, 4, 4.5)]
+)
+def test_the_memory_of_the_optimizer_is_counted(settings, least, most):
+    """Bytes of the state per weight, which is what candidate meshes are ranked by and what the compiler reports."""
+    wide = replace(TINY, hidden_size=256, head_dim=64, num_kv_heads=4, intermediate_size=256, vocab_size=256)
+    state = plan.step_program(replace(JOB, model_config=wide, **settings), make_mesh({}, jax.devices()[:1])).arguments[0]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert least <= size / wide.num_parameters <= most
 
 
 # --- meshes ----------------------------------------------------------------------------------------------------------------
