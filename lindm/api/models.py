@@ -280,6 +280,6 @@ def job_file(launcher: str, job: Mapping[str, Any], **options: Any) -> str:
 
 def sft_config(**options: Any) -> SFTConfig:
     """The options of fine-tuning; paths may be texts."""
-    paths = ("data", "out", "model", "eval_data")
+    paths = ("data", "out", "model", "eval_data", "token_cache")
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in options.items()}
     return from_options(SFTConfig, values)

@@ -1,5 +1,6 @@
 """`lindm sft`, killed in every phase of its work: each run starts from what the killed one left, and dies one phase later."""
 
+import json
 import shutil
 
 import pytest
@@ -33,6 +34,7 @@ STEPS = 4
 OPTIONS = f"--steps {STEPS} --batch 2 --save-every 2 --eval-every 2 --held-out 0.2 --eval-tasks 0 --keep 1"
 FULL = words(f"sft --model model --data data --out out --patience 5 {OPTIONS}")
 LORA = words(f"sft --model model --data data --out lora --method lora {OPTIONS}")
+ROWS = words(f"sft --model model --data shards --token-cache cache --out rows {OPTIONS}")
 FIRST, LAST = checkpoints.checkpoint_name(2), checkpoints.checkpoint_name(STEPS)
 
 # in the order of the work. A run that starts again is beyond an earlier point as soon as the next checkpoint is there
@@ -76,6 +78,10 @@ def start(kill_server, tmp_path_factory):
     for argv, code in ((make, {}), ([], {"code": MODEL})):
         done = kill_server.run(root, argv, **code)
         assert done.code == 0, done.output
+    (root / "shards").mkdir()
+    for name in "ab":
+        rows = [{"prompt": f"{i}", "completion": f" {'AB'[i % 2]}"} for i in range(12)]
+        (root / "shards" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
@@ -84,7 +90,7 @@ def whole(kill_server, start, tmp_path_factory):
     """The same runs, uninterrupted."""
     root = tmp_path_factory.mktemp("whole") / "root"
     shutil.copytree(start, root)
-    for argv in (FULL, LORA):
+    for argv in (FULL, LORA, ROWS):
         done = kill_server.run(root, argv)
         assert done.code == 0, done.output
     return root
@@ -121,6 +127,21 @@ def test_killed_while_it_exports_an_adapter_it_ends_with_the_same_bytes(kill_ser
     points = [("os.rename", "lora/.model.lindm-tmp/config.json"), ("open", "lora/.adapter.lindm-tmp/*.safetensors")]
     check_chain(kill_server, trials, root, LORA, [*points, ("os.rename", "lora/adapter")])
     assert result(root / "lora") == result(whole / "lora")
+
+
+def test_killed_while_it_writes_tokens_it_ends_with_the_same_bytes(kill_server, start, whole, tmp_path, trials):
+    root = tmp_path / "root"
+    shutil.copytree(start, root)
+    points = [
+        ("write", "cache/.hashes.json.lindm-tmp"),
+        ("write", "cache/*/.part-00000.safetensors.lindm-tmp"),
+        ("os.rename", "cache/*/part-00001.safetensors"),
+        ("os.rename", "rows/config.json"),
+    ]
+    check_chain(kill_server, trials, root, ROWS, points)
+    assert result(root / "rows") == result(whole / "rows")
+    parts, others = ({p.name: p.read_bytes() for p in (r / "cache").rglob("part-*")} for r in (root, whole))
+    assert parts == others and len(parts) == 2
 
 
 def test_leftovers_of_any_kind_and_a_kill_while_it_starts_over_stop_no_later_run(kill_server, whole, tmp_path, trials):

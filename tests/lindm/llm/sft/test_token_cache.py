@@ -1,0 +1,212 @@
+"""The cache of tokens: what is read is what the rows give, each row is tokenized once, and damage is noticed."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from lindm.errors import DataError
+from lindm.llm.sft import row_files, token_cache
+from lindm.llm.sft.example_table import ListedExamples, Rows
+from lindm.llm.sft.examples import LengthLimit, part_examples
+from lindm.llm.sft.token_cache import Tokenizing, tokenized
+from tests.lindm.llm.small import byte_level
+
+TOKENIZER = byte_level()
+ROWS = [
+    {"prompt": "x" * (1 + i % 7), "completion": f"A{i}"}
+    if i % 3
+    else {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "B", "weight": [0.5, 1][i % 2]}]}
+    for i in range(60)
+]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Rows in two shards of several parts."""
+    monkeypatch.setattr(row_files, "PART_BYTES", 400)
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, rows in zip(paths, (ROWS[:37], ROWS[37:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Places of the rows that are tokenized in this process."""
+    places: list[str] = []
+    row_examples = token_cache.part_examples
+
+    def counting(*arguments):
+        for place, examples in row_examples(*arguments):
+            places.append(str(place))
+            yield place, examples
+
+    monkeypatch.setattr(token_cache, "part_examples", counting)
+    monkeypatch.setattr(token_cache, "available_cores", lambda: 1)
+    return places
+
+
+def how(**options) -> Tokenizing:
+    default = {"tokenizer": TOKENIZER, "limit": LengthLimit(), "chat_template_kwargs": {}, "held_out_key": None}
+    return Tokenizing(**default | options)
+
+
+def cached(paths, directory, **options):
+    return tokenized(paths, how(**options), directory, lambda done, total: None)[0]
+
+
+def listed(paths):
+    parts = row_files.find_parts(paths)
+    return [e for part in parts for _, made in part_examples(part, TOKENIZER, LengthLimit()) for e in made]
+
+
+def assert_same(example, other):
+    for name in ("ids", "target"):
+        x, y = getattr(example, name), getattr(other, name)
+        assert x.dtype == y.dtype and x.tolist() == y.tolist()
+    ones = np.ones((other.target >= 0).sum())
+    assert example.weights.tolist() == (ones if other.weights is None else other.weights).tolist()
+    assert (str(example.source), example.group) == (str(other.source), other.group)
+
+
+def test_the_examples_of_the_cache_are_those_of_the_rows_and_made_once(data, tmp_path, made):
+    wanted = listed(data)
+    for _ in range(2):
+        examples = cached(data, tmp_path / "tokens")
+        assert len(examples) == len(wanted) == len(made) == 60 and len(examples.parts) > 8
+        for i in np.random.default_rng(0).permutation(60).tolist():
+            assert_same(examples[i], wanted[i])
+        table = ListedExamples(wanted)
+        for name in ("lengths", "num_labels", "groups"):
+            assert getattr(examples, name).tolist() == getattr(table, name).tolist()
+        assert examples.end_tokens() == table.end_tokens() and examples.num_rows == 60
+    assert sorted(made) == sorted(set(made))
+    with pytest.raises(IndexError):
+        examples[60]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_are_read_from_the_cache_as_from_memory(data, tmp_path, made, pack):
+    chosen = np.array([3, 8, 9, 22, 41, 59, 5])
+    lists, files = (Rows(table, chosen, 64, pack) for table in (ListedExamples(listed(data)), cached(data, tmp_path / "tokens")))
+    assert len(lists) == len(files) and (len(lists) < 7) == pack
+    assert lists.tokens.tolist() == files.tokens.tolist() and lists.labels.tolist() == files.labels.tolist()
+    for row, other, tokens in zip(files, lists, files.tokens, strict=True):
+        assert sum(len(e.ids) for e in row) == tokens <= 64
+        for example, same in zip(row, other, strict=True):
+            assert_same(example, same)
+
+
+def test_another_tokenizer_file_or_option_has_examples_of_its_own_and_the_same_files_elsewhere_have_not(data, tmp_path, made):
+    cached(data, tmp_path / "tokens")
+    (tmp_path / "elsewhere").mkdir()
+    cached([shutil.copy2(path, tmp_path / "elsewhere" / path.name) for path in data], tmp_path / "tokens")
+    assert len(made) == 60
+    changes = [
+        {"tokenizer": byte_level(bos="<|begin|>")},
+        {"limit": LengthLimit(9, "drop")},
+        {"limit": LengthLimit(9, "truncate")},
+        {"tokenizer": byte_level("{{ a }}" + str(TOKENIZER.chat_template)), "chat_template_kwargs": {"a": 1}},
+    ]
+    for n, options in enumerate(changes):
+        cached(data, tmp_path / "tokens", **options)
+        assert len(made) == 60 * (n + 2)
+    data[0].write_text(data[0].read_text().replace("A1", "A7"))
+    assert cached(data, tmp_path / "tokens")[1].ids.tolist() == listed(data)[1].ids.tolist()
+    assert len(made) == 60 * 6
+
+
+@pytest.mark.fault("F23")
+def test_counts_of_truncated_and_dropped_documents_are_kept(data, tmp_path, made):
+    for _ in range(2):
+        limit = LengthLimit(20, "truncate")
+        examples = cached(data, tmp_path / "tokens", limit=limit)
+        assert examples.counts == {"dropped": 20} and len(examples) == 40 and examples.num_rows == 60
+    with pytest.raises(DataError, match="nothing is left to train: all 60 documents have more than 2 tokens"):
+        cached(data, tmp_path / "tokens", limit=LengthLimit(2, "drop"))
+
+
+@pytest.mark.fault("F1")
+def test_after_a_stop_the_parts_that_are_there_are_not_made_again(data, tmp_path, made, monkeypatch):
+    write, written = token_cache.files.write_atomic, []
+
+    def stopping(path, content):
+        if path.name.endswith(".safetensors"):
+            if len(written) == 4:
+                raise KeyboardInterrupt
+            written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(token_cache.files, "write_atomic", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cached(data, tmp_path / "tokens")
+    monkeypatch.setattr(token_cache.files, "write_atomic", write)
+    twice = len(made)
+    examples = cached(data, tmp_path / "tokens")
+    repeated = [place for place in made[twice:] if place in made[:twice]]
+    assert 0 < len(repeated) < 12 and len(set(made)) == 60  # of the part that was not written
+    for example, other in zip((examples[i] for i in range(60)), listed(data), strict=True):
+        assert_same(example, other)
+
+
+def test_a_bad_row_is_named_and_the_rows_before_it_stay(data, tmp_path, made):
+    lines = data[1].read_text().splitlines()
+    data[1].write_text("\n".join([*lines[:9], '{"prompt": 3}', *lines[10:]]))
+    with pytest.raises(DataError, match=r"b\.jsonl:10: a row must have the columns of one of"):
+        cached(data, tmp_path / "tokens")
+    before = len(made)
+    data[1].write_text("\n".join(lines))
+    assert len(cached(data, tmp_path / "tokens")) == 60 and before < len(made)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows_raises_an_error(tmp_path, made, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"rows\.jsonl has no rows"):
+        cached([tmp_path / "rows.jsonl"], tmp_path / "tokens")
+
+
+@pytest.mark.fault("F28")
+def test_damage_of_any_byte_is_noticed_when_the_part_is_opened_or_the_example_read(data, tmp_path, made):
+    wanted = listed(data)
+    cached(data, tmp_path / "tokens")
+    path = sorted((tmp_path / "tokens").rglob("part-*"))[2]
+    content = path.read_bytes()
+    made_again, refused = 0, 0
+    for at in range(0, len(content), 29):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        count = len(made)
+        examples = cached(data, tmp_path / "tokens")
+        made_again += len(made) > count
+        try:
+            for i, other in enumerate(wanted):
+                assert_same(examples[i], other)
+        except DataError as e:
+            assert "part-00002.safetensors is damaged; remove it, and the same command makes it again" in e.message
+            refused += 1
+    assert made_again > 5 and refused > 5
+    path.unlink()
+    assert_same(cached(data, tmp_path / "tokens")[0], wanted[0])
+
+
+def test_a_second_start_hashes_no_file_that_did_not_change(data, tmp_path, made, monkeypatch):
+    hashed = []
+    sha256 = token_cache.files.sha256
+    monkeypatch.setattr(token_cache.files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    os.utime(data[0], (1e9, 1e9))
+    cached(data, tmp_path / "tokens")
+    hashed.clear()
+    cached(data, tmp_path / "tokens")
+    assert set(hashed) == {"b.jsonl"}  # it was written just now, and may change without a new time
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_cache(data, tmp_path, monkeypatch):
+    for name, cores in (("one", 1), ("two", 2)):
+        monkeypatch.setattr(token_cache, "available_cores", lambda cores=cores: cores)
+        cached(data, tmp_path / name)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("part-*")} for name in ("one", "two"))
+    assert one == two and len(one) > 8
