@@ -46,6 +46,7 @@ from lindm.llm.tokens import Example, Tokenizer
 FORMAT = "lindm-tokens-1"
 HASHES, HASHES_FORMAT = "hashes.json", "lindm-hashes-1"
 INDEX = ("lengths", "num_labels", "rows", "groups", "digests")
+MAX_WORKERS = 16  # of one process: a host may have several
 PARTS_PER_WORKER = 3  # another worker imports its libraries for as long as it needs for about so many parts
 MESSAGE_BYTES = 4096  # of an error that processes tell each other
 
@@ -157,7 +158,7 @@ def _write_missing(missing: Sequence[tuple[Part, Path]], how: Tokenizing, total:
         progress(min(next(done) * jax.process_count(), total), total)
 
     with directories.sole_writer(target) if is_main else _joined(target):
-        workers = max(1, min(available_cores(), len(own) // PARTS_PER_WORKER))
+        workers = max(1, min(available_cores(), len(own) // PARTS_PER_WORKER, MAX_WORKERS))
         _start(how)
         try:
             with TaskPool("local" if workers > 1 else "serial", workers, partial(_start, how)) as pool:
