@@ -1,6 +1,6 @@
 """Language models: import, fine-tune, export, plan, and job files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
 if TYPE_CHECKING:
     from lindm.llm.cluster.plan import DeviceLimits, MeshPlan, StepSpec
     from lindm.llm.io.import_model import ImportedModel
+    from lindm.llm.sft.callbacks import Callback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,13 @@ class Run:
 
 
 def finetune(
-    data: str | Path, out: str | Path, *, model: str | Path | None = None, preset: str | None = None, **options: Any
+    data: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    preset: str | None = None,
+    callbacks: "Sequence[Callback]" = (),
+    **options: Any,
 ) -> Run:
     """Fine-tune a language model; a run that was interrupted resumes.
 
@@ -56,6 +63,8 @@ def finetune(
       out: directory of the run.
       model: a Hugging Face directory, or
       preset: tiny, a randomly initialized model of about a million weights.
+      callbacks: objects with the methods start(config), log(step, metrics) and finish(), which get the metrics in a thread of
+        their own (`lindm.llm.sft.callbacks`). One that fails or hangs neither stops nor slows the run.
       options: other fields of `SFTConfig`, such as method, steps, batch, learning_rate and seed.
 
     Raises:
@@ -71,7 +80,7 @@ def finetune(
     from lindm.llm.sft import trainer
 
     config = sft_config(data=data, out=out, model=model, preset=preset, **options)
-    trainer.train(config)
+    trainer.train(config, callbacks=callbacks)
     return Run(directory=config.out)
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, throughput, and curves drawn from the records. Trackers: `lindm.llm.sft.tracker`.
+"""The metrics of a run: metrics.jsonl, throughput, and curves drawn from the records. Callbacks: `lindm.llm.sft.callbacks`.
 
 A line of metrics.jsonl is one record with its checksum:
 
@@ -7,21 +7,21 @@ A line of metrics.jsonl is one record with its checksum:
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lindm.errors import DataError
 from lindm.io import files, manifest
 from lindm.io.verification import MANIFEST
-from lindm.llm.sft.tracker import BackgroundTracker, tensorboard_writer
+from lindm.llm.sft.callbacks import BackgroundCallback, Callback
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 
 
 class MetricsLogger:
-    """Appends records to metrics.jsonl and to TensorBoard. Only the main process of a run writes (`enabled`).
+    """Appends records to metrics.jsonl, and hands them to callbacks. Only the main process of a run writes (`enabled`).
 
     A run that resumes after `step`, and whose last evaluation was after `last_eval_step`, drops later records, so an interrupted
     run ends with the records of an uninterrupted one.
@@ -35,11 +35,12 @@ class MetricsLogger:
         directory: Path,
         step: int,
         last_eval_step: int,
-        tensorboard: bool,
         enabled: bool,
+        callbacks: Sequence[Callback] = (),
+        config: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = print,
     ):
-        self.path, self.enabled, self.tracker = directory / METRICS, enabled, None
+        self.path, self.enabled, self.callbacks = directory / METRICS, enabled, []
         if not enabled:
             return
         last = {"train": step, "eval": last_eval_step}
@@ -48,20 +49,19 @@ class MetricsLogger:
             with files.storage_errors(directory):
                 (directory / MANIFEST).unlink(missing_ok=True)  # the run is not finished any more
         files.write_atomic(self.path, "".join(f"{files.record_line(record)}\n" for record in kept))
-        if tensorboard:
-            self.tracker = BackgroundTracker("TensorBoard", tensorboard_writer(directory / "events", step + 1), warn)
+        self.callbacks = [BackgroundCallback(callback, {**(config or {}), "step": step}, warn) for callback in callbacks]
 
     def log(self, kind: Literal["train", "eval"], step: int, **values: Any) -> None:
-        """Append one record, and hand it to the tracker, which may lose it."""
+        """Append one record, and hand it to the callbacks, which may lose it."""
         if not self.enabled:
             return
         files.append_record(self.path, {"step": step, "kind": kind} | values)
-        if self.tracker is not None:
-            self.tracker.log(kind, step, values)
+        for callback in self.callbacks:
+            callback.log(kind, step, values)
 
     def close(self) -> None:
-        if self.tracker is not None:
-            self.tracker.close()
+        for callback in self.callbacks:
+            callback.close()
 
 
 def read_metrics(directory: Path) -> list[Record]:

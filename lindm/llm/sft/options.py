@@ -28,6 +28,7 @@ CHANGEABLE_ON_RESUME = {
     "profile",
     "tensorboard",
     "token_cache",
+    "wandb",
     "fresh",
 }
 MINIMA = {"lora_rank": 1, "max_length": 2, "steps": 1, "batch": 1, "accumulate": 1, "seed": 0}
@@ -147,6 +148,8 @@ class SFTConfig:
     """FROM:TO: write a trace of these steps and a table of their slowest operations to OUT/profile."""
     tensorboard: bool = False
     """Write TensorBoard events as well (extra: track)."""
+    wandb: Literal["offline", "online"] | None = None
+    """Log to Weights & Biases as well (extra: wandb): offline to files in OUT/wandb, which `wandb sync` uploads, or online."""
 
     # devices and processes
     mesh: str | None = None

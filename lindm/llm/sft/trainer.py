@@ -16,6 +16,7 @@ so all save the same step. Before and after the steps there is nothing to save, 
 
 import contextlib
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lindm.llm.io import peft, weights
 from lindm.llm.parallel import processes, sharding
 from lindm.llm.sft import checkpoints, continuation
 from lindm.llm.sft.batches import BatchLoader
+from lindm.llm.sft.callbacks import Callback, TensorBoard, WeightsAndBiases
 from lindm.llm.sft.compilation import ADVICE, TrainPrograms
 from lindm.llm.sft.evaluator import Evaluator
 from lindm.llm.sft.generation import describe_generation, write_chat_settings
@@ -56,15 +58,17 @@ OUTPUTS = (
     "curves.png",
     "curves.pdf",
     "events",
+    "wandb",
     PROFILE,
     CONFIG,
 )
 
 
-def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
+def train(config: SFTConfig, *, callbacks: Sequence[Callback] = (), save_on_stop: bool = True) -> Path | None:
     """Train, evaluate and export; the directory of the model, in the first process of the run alone.
 
     Args:
+      callbacks: get the metrics, beside those of the options.
       save_on_stop: False for a run that nobody will resume: a signal does what it does elsewhere.
 
     Raises:
@@ -72,10 +76,10 @@ def train(config: SFTConfig, *, save_on_stop: bool = True) -> Path | None:
       Preempted: the run stopped on a signal, after saving.
     """
     with library_errors("the run", ADVICE):
-        return _train(config, save_on_stop)
+        return _train(config, callbacks, save_on_stop)
 
 
-def _train(config: SFTConfig, save_on_stop: bool) -> Path | None:
+def _train(config: SFTConfig, callbacks: Sequence[Callback], save_on_stop: bool) -> Path | None:
     processes.initialize(config.coordinator, config.processes, config.rank)
     is_main = jax.process_index() == 0
     with directories.sole_writer(config.out) if is_main else contextlib.nullcontext():
@@ -85,9 +89,10 @@ def _train(config: SFTConfig, save_on_stop: bool) -> Path | None:
         setup = setup_training(config)
         if config.profiled_steps is not None and config.profiled_steps[1] > setup.optimizer.steps:
             raise UsageError(f"profile must end at step {setup.optimizer.steps}, the last one; got {config.profile!r}")
+        callbacks = [*_callbacks(config, is_main), *callbacks]
         _check_same_run(setup, is_main)
         with Progress(quiet=not is_main) as progress:
-            _run(setup, is_main, progress, save_on_stop)
+            _run(setup, callbacks, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None
 
 
@@ -144,7 +149,17 @@ def _verify_exports(out: Path) -> None:
                 raise DataError(f"{e}; without {directory} the same command writes it again from its checkpoint") from e
 
 
-def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: bool) -> None:
+def _callbacks(config: SFTConfig, is_main: bool) -> list[Callback]:
+    """The callbacks of the options. UsageError where one needs a package that is not installed."""
+    callbacks: list[Callback] = []
+    if is_main and config.tensorboard:
+        callbacks.append(TensorBoard(config.out / "events"))
+    if is_main and config.wandb is not None:
+        callbacks.append(WeightsAndBiases(config.out, config.wandb))
+    return callbacks
+
+
+def _run(setup: TrainingSetup, callbacks: Sequence[Callback], is_main: bool, progress: Progress, save_on_stop: bool) -> None:
     """Build, compile, restore, train, export."""
     config, out, total = setup.config, setup.config.out, setup.optimizer.steps
     _print_setup(setup, progress)
@@ -173,7 +188,7 @@ def _run(setup: TrainingSetup, is_main: bool, progress: Progress, save_on_stop: 
     gc.collect()
     if step and is_main and not (out / METRICS).exists():
         progress.print(f"{out / METRICS} is missing: the records of the steps up to {step} are lost")
-    logger = MetricsLogger(out, step, history.last_step, config.tensorboard, enabled=is_main, warn=progress.print)
+    logger = MetricsLogger(out, step, history.last_step, is_main, callbacks, config.to_json(), warn=progress.print)
     evaluator = Evaluator(setup, graphdef)
     if config.profiled_steps is not None and config.profiled_steps[0] <= step:
         progress.print(f"step {config.profiled_steps[0]} is trained already: there is no new trace")

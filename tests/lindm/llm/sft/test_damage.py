@@ -105,7 +105,7 @@ def test_damaged_files_of_a_run_are_refused_by_name(micro, run, tmp_path):
             harmed = files_below(run)
             if name != "config.json":
                 with pytest.raises(DataError, match=name):
-                    metrics.MetricsLogger(run, 4, 4, tensorboard=False, enabled=True)
+                    metrics.MetricsLogger(run, 4, 4, enabled=True)
             else:
                 with pytest.raises(DataError, match=name):
                     trainer.train(options(micro, run))
@@ -121,7 +121,7 @@ def test_damaged_files_of_a_run_are_refused_by_name(micro, run, tmp_path):
 def test_metrics_of_an_unfinished_run_are_repaired_or_refused_with_their_line(run):
     (run / "manifest.json").unlink()
     path = run / "metrics.jsonl"
-    good, logger = path.read_bytes(), lambda: metrics.MetricsLogger(run, 4, 4, tensorboard=False, enabled=True)
+    good, logger = path.read_bytes(), lambda: metrics.MetricsLogger(run, 4, 4, enabled=True)
     with path.open("ab") as f:
         f.write(b'{"checksum": "torn by a')
     logger()

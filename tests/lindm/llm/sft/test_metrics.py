@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from lindm.llm.sft import evaluator, metrics, tracker
+from lindm.llm.sft import callbacks, evaluator, metrics
 from tests.clock import HANGS
 
 
@@ -15,7 +15,7 @@ def lines(directory):
 
 @pytest.mark.fault("F30")
 def test_records_after_the_step_of_resumption_are_cut_off(tmp_path):
-    logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=False, enabled=True)
+    logger = metrics.MetricsLogger(tmp_path, 0, -1, enabled=True)
     for step in range(1, 6):
         logger.log("train", step, loss=1 / step)
         if step == 2:
@@ -23,9 +23,9 @@ def test_records_after_the_step_of_resumption_are_cut_off(tmp_path):
     whole = lines(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 6, "ki')  # torn by a kill
-    metrics.MetricsLogger(tmp_path, 2, 2, tensorboard=False, enabled=True)
+    metrics.MetricsLogger(tmp_path, 2, 2, enabled=True)
     assert lines(tmp_path) == whole[:3]
-    logger = metrics.MetricsLogger(tmp_path, 2, 0, tensorboard=False, enabled=True)  # saved before it was evaluated
+    logger = metrics.MetricsLogger(tmp_path, 2, 0, enabled=True)  # saved before it was evaluated
     assert lines(tmp_path) == whole[:2]
     logger.log("eval", 2, loss=0.5)
     for step in range(3, 6):
@@ -34,13 +34,14 @@ def test_records_after_the_step_of_resumption_are_cut_off(tmp_path):
 
 
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
-    metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=False).log("train", 1, loss=1.0)
+    metrics.MetricsLogger(tmp_path, 0, -1, enabled=False, callbacks=[Broken("start", False)]).log("train", 1, loss=1.0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboardX")
-    logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True)
+    callback = callbacks.TensorBoard(tmp_path / "events")
+    logger = metrics.MetricsLogger(tmp_path, 0, -1, enabled=True, callbacks=[callback])
     logger.log("train", 1, loss=0.25, batch="abc")
     logger.close()
     (events,) = (tmp_path / "events").iterdir()
@@ -82,50 +83,41 @@ def test_a_drawing_is_the_same_for_the_same_records(tmp_path):
     assert [p.read_bytes() for p in metrics.plot_curves(tmp_path, records)] == first
 
 
-# --- a tracker that fails or hangs -----------------------------------------------------------------------------------------
+# --- a callback that fails or hangs ----------------------------------------------------------------------------------------
 
 
 class Broken:
-    """A writer of a tracker that raises, or waits for ever, at one of its calls."""
+    """A callback that raises, or waits for ever, at one of its calls."""
 
     def __init__(self, call: str, hang: bool):
-        self.call, self.hang, self.never, self.threads = call, hang, threading.Event(), set()
-        self._at("open")
+        self.call, self.hang, self.never = call, hang, threading.Event()
 
     def _at(self, call: str) -> None:
-        self.threads.add(threading.current_thread())
         if call == self.call:
             if self.hang:
                 self.never.wait()
             raise OSError("the server is gone")
 
-    def write(self, kind, step, values):
-        self._at("write")
+    def start(self, config):
+        self._at("start")
 
-    def close(self):
-        self._at("close")
+    def log(self, step, metrics):
+        self._at("log")
 
-
-@pytest.fixture
-def broken_tracker(monkeypatch):
-    """broken_tracker(call, hang) replaces the writer of TensorBoard events."""
-    monkeypatch.setattr(tracker, "CLOSE_SECONDS", 0.5)
-    monkeypatch.setattr(tracker, "MAX_WAITING", 20)
-
-    def replace(call: str, hang: bool) -> None:
-        monkeypatch.setattr(metrics, "tensorboard_writer", lambda directory, step: lambda: Broken(call, hang))
-
-    return replace
+    def finish(self):
+        self._at("finish")
 
 
 @pytest.mark.fault("F21")
 @pytest.mark.parametrize("hang", [False, True], ids=["raises", "hangs"])
-@pytest.mark.parametrize("call", ["open", "write", "close"])
-def test_a_tracker_that_raises_or_hangs_costs_no_record_and_no_wait(tmp_path, broken_tracker, trials, call, hang):
-    """A call of `log` that waited for the hung writer would never return."""
-    broken_tracker(call, hang)
+@pytest.mark.parametrize("call", ["start", "log", "finish"])
+def test_a_callback_that_raises_or_hangs_costs_no_record_and_no_wait(tmp_path, monkeypatch, trials, call, hang):
+    """A call of `log` that waited for the hung callback would never return."""
+    monkeypatch.setattr(callbacks, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(callbacks, "MAX_WAITING", 20)
     warnings, steps = [], 60
-    logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True, warn=warnings.append)
+    broken = [Broken(call, hang)]
+    logger = metrics.MetricsLogger(tmp_path, 0, -1, enabled=True, callbacks=broken, warn=warnings.append)
     for step in range(1, steps + 1):
         logger.log("train", step, loss=1 / step, batch="abc")
         trials.add()
@@ -136,25 +128,28 @@ def test_a_tracker_that_raises_or_hangs_costs_no_record_and_no_wait(tmp_path, br
 
 
 @pytest.mark.fault("F21")
-def test_a_slow_tracker_runs_beside_the_steps_and_gets_every_record_in_the_end(tmp_path, monkeypatch):
-    """The steps go on while the tracker is in its first call: none of them runs in its thread or waits for it."""
+def test_a_slow_callback_runs_beside_the_steps_and_gets_every_record_in_the_end(tmp_path):
+    """The steps go on while the callback is in its first call: none of them runs in its thread or waits for it."""
     first, steps_done, written = threading.Event(), threading.Event(), []
 
     class Slow:
-        def write(self, kind, step, values):
+        def start(self, config):
+            written.append(config)
+
+        def log(self, step, metrics):
             first.set()
             assert steps_done.wait(HANGS) and threading.current_thread() is not threading.main_thread()
-            written.append((step, values))
+            written.append((step, metrics))
 
-        def close(self):
-            written.append("closed")
+        def finish(self):
+            written.append("finished")
 
-    monkeypatch.setattr(metrics, "tensorboard_writer", lambda directory, step: Slow)
-    logger = metrics.MetricsLogger(tmp_path, 0, -1, tensorboard=True, enabled=True, warn=pytest.fail)
+    options = {"out": "here"}
+    logger = metrics.MetricsLogger(tmp_path, 0, -1, enabled=True, callbacks=[Slow()], config=options, warn=pytest.fail)
     for step in range(1, 101):
         logger.log("train", step, loss=0.5, batch="abc", gap=None)
         assert first.wait(HANGS)
-    assert written == [] and len(lines(tmp_path)) == 100
+    assert written == [{"out": "here", "step": 0}] and len(lines(tmp_path)) == 100
     steps_done.set()
     logger.close()
-    assert written == [*((step, {"loss": 0.5}) for step in range(1, 101)), "closed"]
+    assert written[1:] == [*((step, {"train/loss": 0.5}) for step in range(1, 101)), "finished"]
