@@ -12,6 +12,8 @@ document. Decisions per CPU-second of both recipes are compared. Four decisions 
 equal parts, since the cost of a sequence grows with its length. Neither side pads: ours packs two prefixes into a row, the peer
 takes the same prefix of two documents at once.
 
+Ours runs with large pages of memory, as `lindm sft` starts itself; torch runs as its user starts it.
+
 Costs, processes and rows are those of `lindm.bench.timing`. A process measures one side in one variant, from loading the weights
 on, so its peak memory covers weights, optimizer and activations, and ours the compiler too. Compilation is a row of its own. The
 share of the matmul peak counts the necessary work (no recomputation, logits at labels only) on both sides, relative to the rate
@@ -30,6 +32,7 @@ import numpy as np
 from flax import nnx
 
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, timed
+from lindm.io.huge_pages import huge_page_environment
 from lindm.io.temporaries import scratch_directory
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
@@ -279,7 +282,7 @@ def benchmark() -> list[Row]:
         directory = scratch / "model"
         weights.save(Decoder(MODEL, nnx.Rngs(0)), directory)
         for method, variant in (*((m, w) for m in METHODS for w in VARIANTS[:3]), ("full", "single")):
-            ours[method, variant] = in_worker(MODULE, "ours", method, variant, str(directory))
+            ours[method, variant] = in_worker(MODULE, "ours", method, variant, str(directory), variables=huge_page_environment())
             if variant in ("selective", "single") and names[method] != MISSING:  # right after ours
                 peer[method, variant] = in_worker(MODULE, "torch", method, variant, str(directory))
     return rows(ours, peer, names)

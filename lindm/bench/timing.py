@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,15 +81,17 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 # --- processes ---------------------------------------------------------------------------------------------------------
 
 
-def in_worker(module: str, *arguments: str) -> dict[str, Any]:
+def in_worker(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The JSON object that `python -m module arguments...` prints as its last line; the module calls `answer`.
+
+    Args: variables: of the environment, beside those of this process.
 
     Raises:
       RuntimeError: the process failed; the message has the end of its stderr.
     """
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(ONE_THREAD, "1")}
+    environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(ONE_THREAD, "1"), **(variables or {})}
     worker = [sys.executable, "-m", module, *arguments]
     worker_end, parent_end = os.pipe()
     with os.fdopen(parent_end, "wb"), os.fdopen(worker_end, "rb"):

@@ -6,11 +6,16 @@ traceback, or with an exit code that no command has. So SIGTERM and SIGINT are h
 """
 
 import signal
+import sys
 
 
 def main() -> int:
     """Run the command line of this process; its exit code."""
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    if sys.argv[1:2] == ["sft"]:
+        from lindm.io.huge_pages import use_huge_pages
+
+        use_huge_pages()
     from lindm.cli.main import main
 
     return main()

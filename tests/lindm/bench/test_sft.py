@@ -10,6 +10,7 @@ from flax import nnx
 
 from lindm.bench import sft
 from lindm.cli.main import main
+from lindm.io.huge_pages import huge_page_environment
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.sft import packing
@@ -135,7 +136,8 @@ def test_sides_that_found_other_losses_are_not_compared():
 def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, capsys):
     calls = []
 
-    def worker(module, side, method, variant, directory):
+    def worker(module, side, method, variant, directory, variables):
+        assert variables == huge_page_environment()
         calls.append((side, method, variant))
         return measured(2.0)[method, variant]
 

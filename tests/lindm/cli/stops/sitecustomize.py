@@ -14,6 +14,7 @@ import threading
 
 AT, NUMBER = os.environ.pop("STOP_AT", ""), int(os.environ.pop("STOP_SIGNAL", "0"))
 MARK, NATIVE = os.environ.pop("STOP_MARK", ""), os.environ.pop("STOP_NATIVE", "") == "1"
+os.environ.setdefault("GLIBC_TUNABLES", "")  # or the program would start itself again, without these variables
 MODULE, _, REST = AT.partition(":")
 NAME, _, COUNT = REST.partition(":")
 
