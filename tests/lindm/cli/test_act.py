@@ -108,7 +108,8 @@ def test_saved_graphs_and_tables_are_followed(capsys, tmp_path):
         assert asked(capsys, "act", graph, TIGER, "--history", history)["belief"] == wanted["belief"]
     code, said = refused(capsys, "act", graph, "--history", "open-left hear-left")
     assert code == 2 and "step 1: a policy graph goes on after its own action alone, 'listen'; got 'open-left'" in said
-    for left in ("open-left hear-left", "open-right hear-left listen hear-left listen hear-left"):
+    sure = "listen hear-left listen hear-left listen hear-left"  # the graph opens a door before the third one
+    for left in ("open-left hear-left", "open-right hear-left listen hear-left listen hear-left", sure):
         found, wanted = (asked(capsys, "act", policy, TIGER, "--history", left) for policy in (graph, alpha))
         assert found["action"] == wanted["action"] and found["lower"] == pytest.approx(wanted["lower"], abs=1e-5)
     code, said = refused(capsys, "act", graph, "tests/lindm/problems/files/4x3.pomdp", "--history", "")
@@ -203,6 +204,17 @@ def test_a_policy_of_another_problem_is_refused_or_its_bounds_are_those_of_this_
     capsys.readouterr()
     code, said = refused(capsys, "act", str(tmp_path / "forest.json"), forest, "--discount", "0.5", "--history", "0")
     assert code == 2 and "these parts differ: discount" in said
+
+
+def test_a_node_that_leads_to_an_action_that_is_not_legal_bounds_nothing(tmp_path):
+    """In a file the value of such a state is null: it is no 0, which would be above what the other node earns."""
+    tiger = ld.read_stationary_pomdp(TIGER)
+    ld.solve_stationary(tiger, tolerance=1e-6).save(tmp_path / "p.json")
+    content = {k: v for k, v in json.loads((tmp_path / "p.json").read_text()).items() if k not in ("checksum", "format")}
+    nodes = [node | {"values": [None, None] if i else [-20.0, -20.0]} for i, node in enumerate(content["nodes"])]
+    files.write_json(tmp_path / "q.json", content | {"nodes": nodes}, format="lindm-policy-1")
+    decision = ld.load_saved_policy(tmp_path / "q.json", tiger).act((), "")
+    np.testing.assert_allclose(decision.lower, np.array([0.5, 0.5]) @ tiger.r + 0.95 * -20, rtol=1e-12)
 
 
 def test_an_unseen_observation_is_noted_where_demonstrations_are_copied(capsys, tmp_path):
