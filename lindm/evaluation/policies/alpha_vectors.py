@@ -13,7 +13,8 @@ from lindm.solvers.alpha_file import read_alpha
 from lindm.solvers.alpha_values import MAX_BELIEFS, action_bounds, beliefs_after, best_vectors, policy_value_bounds
 from lindm.solvers.policy_graph import PolicyGraph, earned_graph
 
-EARNED = 0.01  # share of the promise at the start that vectors of this problem may miss, where they are followed as a graph
+MISSED = 0.01  # share of the promise at the start that vectors of this problem may miss: those of a solver that stopped early do
+DOUBT_BELIEFS = 2000  # that are followed for an upper bound of what the vectors earn
 
 
 class AlphaVectors(Policy):
@@ -56,17 +57,20 @@ class AlphaVectors(Policy):
         """
         return earned_graph(self.problem, self.actions, self.vectors) if self.problem.discount < 1 else None
 
-    @property
+    @cached_property
     def doubt(self) -> str | None:
-        """Why the vectors may belong to another problem than the one that is given; None where they earn what they say."""
+        """Why the vectors cannot be those of the problem that is given, or why there are no bounds; None: neither is so."""
         if self.earned is None:
             return "what the vectors earn is not computed: they are too many, or nothing is discounted; so there are no bounds"
-        missed, promised = self.promised - self.earned.value, self.promised
-        if missed <= EARNED * max(abs(promised), abs(self.earned.value)):
+        try:
+            _, earned = self.value_bounds(tolerance=0.0, max_beliefs=DOUBT_BELIEFS)
+        except ValueError:
+            return "the vectors lead to a belief at which none of them has a legal action: they are of another problem"
+        if self.promised - earned <= MISSED * max(abs(self.promised), abs(earned)):
             return None
-        said = f"the vectors say that they earn {promised:.6g} from the start, and followed in this problem they earn"
-        other = "they seem to belong to another problem or discount; the bounds are those of this one"
-        return f"{said} {self.earned.value:.6g}: {other}"
+        said = f"the vectors say that they earn {self.promised:.6g} from the start, and in this problem they earn"
+        other = "they are of another problem or discount; the bounds are those of this one"
+        return f"{said} at most {earned:.6g}: {other}"
 
     def value_bounds(self, *, tolerance: float = 1e-6, max_beliefs: int = MAX_BELIEFS) -> tuple[float, float]:
         """Certified bounds of what the policy earns without an end; exact where it reaches few beliefs.

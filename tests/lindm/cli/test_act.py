@@ -196,7 +196,7 @@ def test_a_policy_of_another_problem_is_refused_or_its_bounds_are_those_of_this_
     found = json.loads(out)
     best = ld.solve_stationary(ld.read_stationary_pomdp(changed), tolerance=1e-6)
     assert max(found["lower"].values()) <= best.upper + 1e-9 < (solution.vectors @ [0.5, 0.5]).max()
-    assert "seem to belong to another problem" in err and found["notes"][0] in err
+    assert "they are of another problem or discount" in err and found["notes"][0] in err
     assert "notes" not in asked(capsys, "act", str(alpha), TIGER, "--history", "")
     forest = "tests/lindm/problems/files/forest.pomdp"
     ld.solve_stationary(ld.read_stationary_pomdp(forest)).save(tmp_path / "forest.json")

@@ -3,6 +3,7 @@
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,23 @@ def test_alpha_vectors_are_followed_by_their_largest_product(tmp_path):
         likelihood = np.array([0.85, 0.15]) if heard == 0 else np.array([0.15, 0.85])
         belief = belief * likelihood / (belief @ likelihood)
     assert decision.upper is None and decision.Q is None and decision.stage == 4
+
+
+def test_vectors_are_doubted_where_they_cannot_earn_what_they_say_in_the_problem():
+    problem = ld.read_stationary_pomdp(TIGER)
+    solution = ld.solve_stationary(problem, tolerance=1e-6)
+    actions, vectors = solution.actions, solution.vectors
+    assert AlphaVectors(problem, actions, vectors).doubt is None
+    assert AlphaVectors(problem, actions, vectors - 5).doubt is None  # they earn more than they say
+    assert "earn at most 19.3714: they are of another problem" in AlphaVectors(problem, actions, vectors + 1).doubt
+    assert AlphaVectors(problem, actions, vectors + 0.1).doubt is None  # a solver that stopped early
+    legal = np.array([[True, False, True], [True, True, True]])
+    only = AlphaVectors(replace(problem, legal=legal), np.array([1]), np.array([[1.0, 1.0]]))
+    assert "none of them has a legal action" in only.doubt
+    (lower,), _ = only.q_bounds(problem.rho[None], None)
+    assert (lower == -np.inf).all()
+    endless = AlphaVectors(replace(problem, discount=1.0), actions, vectors)
+    assert "nothing is discounted; so there are no bounds" in endless.doubt and endless.q_bounds(problem.rho[None], None) is None
 
 
 # --- histories ---------------------------------------------------------------------------------------------------------------
