@@ -13,6 +13,7 @@ from lindm.datasets import DatasetConfig
 from lindm.errors import UsageError
 from lindm.evaluation import EVAL_FORMAT, compare
 from lindm.evaluation.compare import SEED, PolicyResult
+from lindm.evaluation.optimality_gap import MAX_HISTORIES
 from lindm.evaluation.policies.registry import default_policies
 from lindm.evaluation.reliability import draw_reliability
 from lindm.families.registry import NamedProblem
@@ -36,6 +37,7 @@ def evaluate(
     seed: int = SEED,
     episodes: int = 8,
     effort: int | None = None,
+    max_histories: int = MAX_HISTORIES,
     template: str | None = None,
     rewards: str | None = None,
     out: str | Path | None = None,
@@ -52,7 +54,9 @@ def evaluate(
       behavior, epsilon: behavior policy of the demonstrations.
       seed: of the tasks; it must differ from the seed of the data that a model was trained on.
       episodes: sampled of a task that has too many histories to evaluate them all.
-      effort: of the bounds of V* where a POMDP is too large to be solved exactly, as in `ld.solve`.
+      effort: of the bounds of V* where a problem is too large to be solved exactly, as in `ld.solve`.
+      max_histories: of a stage of a task, up to which a policy is evaluated at all that it reaches; beyond it, by sampled
+        episodes, or not at all where a problem is ambiguous. Policies that are cheap to step have no limit where Q* is known.
       template, rewards: of the texts of language models that are named. [default: as the model was trained]
       out: directory of the tasks, eval.json and, where a policy is not deterministic, calibration.png and calibration.pdf.
         [default: nothing is kept]
@@ -64,8 +68,8 @@ def evaluate(
 
     Raises:
       UsageError: `out` holds another evaluation, or something else that lindm wrote.
-      ValueError: a policy that the problem does not have; an argument out of range; an ambiguous problem with more histories than
-        fit in memory.
+      ValueError: a policy that the problem does not have; an argument out of range; an ambiguous problem with illegal actions and
+        more histories than fit in memory.
 
     >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=3)
     >>> listen = lambda demonstrations, history: 0
@@ -74,6 +78,7 @@ def evaluate(
     [('qmdp', True, 'exact'), ('always listen', True, 'exact')]
     """
     validate.count(episodes, "episodes")
+    validate.count(max_histories, "max_histories")
     if effort is not None:
         validate.count(effort, "effort")
     source = problem if isinstance(problem, Suite) else as_source(problem)
@@ -82,12 +87,13 @@ def evaluate(
         raise ValueError(f"policies must be a list of names, or policies by name; got {policies!r}")
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
-    arguments = {"dataset": dataset, "episodes": episodes, "effort": effort, "progress": progress, "on_result": on_result}
+    arguments = {"dataset": dataset, "episodes": episodes, "effort": effort, "max_histories": max_histories}
+    arguments |= {"progress": progress, "on_result": on_result}
     if out is None:
         results = compare.evaluate(source, policies, **arguments)
     else:
         options = {"policies": list(policies), "episodes": episodes, "effort": effort, "template": template, "rewards": rewards}
-        options = {**asdict(dataset), **options}
+        options = {**asdict(dataset), **options} | ({} if max_histories == MAX_HISTORIES else {"max_histories": max_histories})
         with directories.sole_writer(out := Path(out)):
             _check_same_evaluation(out, options)
             results = compare.evaluate(source, policies, data=out / "data", **arguments)

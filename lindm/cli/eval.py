@@ -34,6 +34,9 @@ class Eval(ProblemOptions):
     """Number of demonstrations of each task."""
     episodes: int = 8
     """Number of sampled episodes of a task that has too many histories to evaluate them all."""
+    max_histories: int = 2048
+    """Number of histories of a stage up to which a policy is evaluated at all that it reaches. Beyond it episodes are sampled; an
+    ambiguous problem then has no value."""
     effort: int | None = None
     """Effort of the bounds of V* where a POMDP is too large for an exact solution, as in `lindm solve`: more narrows them."""
     template: str | None = None
@@ -77,6 +80,7 @@ def run(options: Eval) -> int:
             seed=options.seed,
             episodes=options.episodes,
             effort=options.effort,
+            max_histories=options.max_histories,
             template=options.template,
             rewards=options.rewards,
             out=options.out,
@@ -122,7 +126,8 @@ def _values(result: "PolicyResult") -> list[str]:
     optimal = f"V* = {result.optimal_lower:.6g}"
     if result.optimal_upper > result.optimal_lower:
         optimal = f"V* between {result.optimal_lower:.6g} and {result.optimal_upper:.6g} (certified)"
-    return [f"{optimal}, V^random = {result.uniform_value:.6g}" + (", means over tasks" if result.split else "")]
+    uniform = "not known" if result.uniform_value is None else f"{result.uniform_value:.6g}"
+    return [f"{optimal}, V^random = {uniform}" + (", means over tasks" if result.split else "")]
 
 
 def number(value: float | None, form: str) -> str:

@@ -87,11 +87,12 @@ def evaluate(
       dataset: numbers of tasks and demonstrations, and the policy of the demonstrations.
       data: directory of the dataset, which is generated there if it is missing [default: a temporary one].
       episodes: number sampled for a task where a policy reaches more than `max_histories` histories at the last stage.
-      effort: of the bounds of V* in a POMDP with more histories than fit in memory, as in `lindm.solvers.solve`.
+      effort: of the bounds of V* in a problem with more histories than fit in memory, as in `lindm.solvers.solve`.
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Raises:
-      ValueError: a policy that does not apply to these tasks; an ambiguous problem whose histories do not fit in memory.
+      ValueError: a policy that does not apply to these tasks; an ambiguous problem with illegal actions whose histories do not
+        fit in memory.
     """
     names = default_policies(source) if policies is None else tuple(policies)
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
@@ -148,6 +149,9 @@ def _result(
     known = [loss for loss in losses if loss is not None]
     decisions = sum(loss.decisions for loss in known)
     summary: dict[str, Any] = {"method": f"none: every task has more than {max_histories} histories"}
+    if about.get("suite") == "apomdp":
+        rule = "nature answers the values of the policy at all histories, so there is no mean over sampled episodes"
+        summary["note"] = f"{rule}: --max-histories takes more"
     if known:
         summary = summarize(known, "tasks" if about["split"] else "demonstrations")
         summary["ci"], summary["action_agreement"] = summary.pop("gap_ci"), summary.pop("agreement")

@@ -55,14 +55,14 @@ NO_HISTORIES = Histories(weight=np.zeros(0), index=np.zeros(0, int), parent=np.z
 
 
 def check_memory(problem: Problem) -> None:
-    """ValueError if the action values at all histories of an ambiguous problem do not fit in memory."""
-    if not isinstance(problem, APOMDP):
+    """ValueError if all histories of an ambiguous problem with illegal actions, which has no bounds, do not fit in memory."""
+    if not isinstance(problem, APOMDP) or problem.models.legal is None:
         return
     with double_precision():
         needed = tree.memory_bytes(problem)
     if needed > MEMORY_BUDGET:
-        limit = f"{MEMORY_BUDGET / 2**30:.0f} GiB; they need {needed / 2**30:,.1f} GiB"
-        raise ValueError(f"horizon of an ambiguous problem must be short enough that all histories fit in {limit}")
+        rule = "horizon of an ambiguous problem with illegal actions must be short enough that all histories fit in"
+        raise ValueError(f"{rule} {MEMORY_BUDGET >> 30} GiB; they need {needed / 2**30:,.1f} GiB")
 
 
 class MDPEnvironment:
@@ -306,11 +306,14 @@ class BoundedEnvironment(BeliefEnvironment):
         illegal = ~np.asarray(self.apomdp.models.legal)[0, :, action]
         return np.where((beliefs[:, illegal] > 0).any(-1), -np.inf, Q)
 
+    def lower_bounds(self, stage: int, beliefs: np.ndarray) -> np.ndarray:
+        """Lower bounds [n, A] of the action values at beliefs [n, 1, S]."""
+        return np.stack([self.Q_bound(stage, a, beliefs[:, 0]) for a in range(self.num_actions)], 1)
+
     def legal_at(self, stage: int, histories: Histories) -> np.ndarray:
         """Which actions are legal [n, A]."""
         assert histories.belief is not None
-        beliefs = histories.belief[:, 0]
-        return np.stack([self.Q_bound(stage, a, beliefs) > -np.inf for a in range(self.num_actions)], axis=1)
+        return self.lower_bounds(stage, histories.belief) > -np.inf
 
     def losses(self, stage: int, histories: Histories, probabilities: np.ndarray) -> np.ndarray:
         """W less the mean of Q^W under action probabilities [n, A]: [n]."""
@@ -334,15 +337,19 @@ def environment(problem: Problem, budget: int = MEMORY_BUDGET, effort: int | Non
     """The environment of a problem in double precision; it is solved when its values are first needed, once.
 
     Args:
-      budget: bytes that a table of all histories may take; a larger POMDP has bounds in place of exact values.
+      budget: bytes that a table of all histories may take; a larger problem has bounds in place of exact values.
       effort: of these bounds, as in `lindm.solvers.solve`.
     """
     with double_precision():
         if isinstance(problem, MDP):
             return MDPEnvironment(problem)
-        if isinstance(problem, POMDP) and tree.memory_bytes(as_apomdp(problem)) > budget:
+        if tree.memory_bytes(as_apomdp(problem)) > budget and isinstance(problem, POMDP):
             return BoundedEnvironment(problem, effort)
-        return BeliefEnvironment(problem)
+        if tree.memory_bytes(as_apomdp(problem)) <= budget or as_apomdp(problem).models.legal is not None:
+            return BeliefEnvironment(problem)
+        from lindm.evaluation.ambiguous import NetEnvironment  # a subclass of the environments here
+
+        return NetEnvironment(problem, effort)
 
 
 @dataclass(frozen=True, kw_only=True)

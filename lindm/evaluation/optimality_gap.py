@@ -12,17 +12,17 @@ without error for an optimal policy. The episodes of a task are drawn with the s
 with too many histories for Q*, the same sum with a lower bound in place of the values gives V^pi, and V* has certified bounds
 (`lindm.evaluation.environments.BoundedEnvironment`).
 
-In an ambiguous problem nature's choice depends on the policy, so the identity does not hold; there the policy's actions fill a
-table over all histories, and the recursion of `lindm.solvers.tree` gives its value.
+In an ambiguous problem nature's choice depends on the policy, so the identity does not hold; there the value is a recursion over
+all histories that the policy reaches (`lindm.evaluation.ambiguous`), and V* is exact or has bounds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from lindm.evaluation.ambiguous import NetEnvironment, policy_value
 from lindm.evaluation.calibration import ScoredHistories, merge
 from lindm.evaluation.environments import (
     NO_HISTORIES,
@@ -32,11 +32,9 @@ from lindm.evaluation.environments import (
     Histories,
     MDPEnvironment,
     PolicyTask,
-    double_precision,
 )
 from lindm.evaluation.intervals import VARIES
 from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy, only_legal
-from lindm.solvers import tree
 from lindm.solvers.ties import TOLERANCE
 
 MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
@@ -65,7 +63,7 @@ class PolicyLoss:
     suboptimality: float  # V* - V^pi, for the lowest possible V*
     agreement: float | None  # how often it takes an optimal action, over the histories that it reaches; None: Q* is not known
     optimal_value: float  # V*, or its lower bound
-    uniform_value: float  # V of uniformly random actions
+    uniform_value: float | None  # V of uniformly random actions; None: it is not known
     exact: bool  # over all histories that the policy reaches
     decisions: int  # histories at which the policy was stepped
     invalid: int | None = None  # of a language model: histories at which its likeliest token was not an action
@@ -88,7 +86,7 @@ class PolicyLoss:
     @property
     def spread(self) -> tuple[float, float] | None:
         """V* - V^random for the lowest and the highest V*; None where every policy may be optimal."""
-        if self.range("random") is None:
+        if self.uniform_value is None or self.range("random") is None:
             return None
         return self.optimal_value - self.uniform_value, self.optimal_value + self.width - self.uniform_value
 
@@ -99,7 +97,8 @@ class PolicyLoss:
             (self.optimal_value, self.suboptimality),
             (self.optimal_value + self.width, self.suboptimality + self.width),
         ):
-            size = {"reward": 1.0, "random": optimal - self.uniform_value, "optimal": abs(optimal)}[unit]
+            random = 0.0 if self.uniform_value is None else optimal - self.uniform_value
+            size = {"reward": 1.0, "random": random, "optimal": abs(optimal)}[unit]
             if size <= (TOLERANCE * abs(optimal) if unit == "random" else 0):
                 return None
             ends.append((lost / size, self.error / size))
@@ -135,7 +134,7 @@ def evaluate_policy(
         n = env.num_histories()
         if limit is None:
             return n * env.num_actions ** (env.horizon - 1)  # it may be stochastic
-        return n if n <= limit else episodes
+        return n if n <= limit else limit if env.ambiguous else episodes
 
     batch = max(1, getattr(policy, "batch_size", BATCH_SIZE) // max((histories(task.known) for task in tasks), default=1))
     losses: list[PolicyLoss | None] = []
@@ -163,7 +162,7 @@ class _Walk:
         self.agreed = self.reached = self.masked = 0.0
         self.decisions, self.invalid = 0, None
         self.effective: float | None = None
-        self.table: list[np.ndarray] = []  # of an ambiguous problem
+        self.levels: list[tuple[Histories, np.ndarray]] = []  # of an ambiguous problem
         self.scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each stage, as `merge` returns them
 
     def step(self, stage: int, probabilities: np.ndarray, invalid: Rows, log_p: Rows, effective: Rows) -> None:
@@ -171,6 +170,8 @@ class _Walk:
         weight = at.weight
         if isinstance(env, BoundedEnvironment):
             losses = env.losses(stage, at, probabilities)
+        elif env.bounded:
+            losses = np.zeros(len(at))  # of an ambiguous problem, without Q*: its value is computed at the end
         else:
             Q, optimal = env.Q_at(stage, at)
             losses = Q.max(-1) - (probabilities * np.where(probabilities > 0, Q, 0)).sum(-1)
@@ -184,8 +185,8 @@ class _Walk:
             self.invalid = (self.invalid or 0) + int(invalid.sum())
         if effective is not None:
             self.effective = (self.effective or 0) + float(weight @ effective)
-        if isinstance(env, BeliefEnvironment) and env.ambiguous:
-            self.table.append(_table(env.branching**stage, at, probabilities))
+        if env.ambiguous:
+            self.levels.append((at, probabilities))
         if stage + 1 == env.horizon:
             return
         actions = probabilities.argmax(-1)
@@ -206,13 +207,12 @@ class _Walk:
             return None
         suboptimality = float(np.mean(self.lost))
         optimal, width, agreement = env.optimal_value, 0.0, self.agreed / self.reached
-        if isinstance(env, BoundedEnvironment):
+        if isinstance(env, BoundedEnvironment | NetEnvironment):
             width, agreement = env.optimal_upper - optimal, None
+        if isinstance(env, BoundedEnvironment):
             suboptimality += optimal - float(env.bound_at(0, env.rho[0]))
         elif isinstance(env, BeliefEnvironment) and env.ambiguous:
-            with double_precision():
-                value = tree.policy_value(env.apomdp, tuple(map(jnp.asarray, self.table)))
-            suboptimality = env.optimal_value - float(value)
+            suboptimality = optimal - policy_value(env, self.levels)
         episodes = np.size(self.lost) if not self.exact else 0
         rounding = TOLERANCE * float(np.abs(env.r).max((1, 2) if env.r.ndim == 3 else (0, 2, 3)).sum())  # of the largest return
         optimal, uniform = 0.0 if abs(optimal) <= rounding else optimal, env.uniform_value
@@ -220,7 +220,7 @@ class _Walk:
             suboptimality=suboptimality,
             agreement=agreement,
             optimal_value=optimal,
-            uniform_value=uniform if abs(optimal - uniform) > rounding else optimal,
+            uniform_value=optimal if uniform is not None and abs(optimal - uniform) <= rounding else uniform,
             exact=self.exact,
             decisions=self.decisions,
             invalid=self.invalid,
@@ -246,7 +246,7 @@ def _evaluate(
     walks = []
     for i, env in enumerate(task.known for task in tasks):
         merges = _merges(policy, env)
-        exact = not sampled and (merges or limit is None or env.num_histories() <= limit)
+        exact = env.ambiguous or (not sampled and (merges or limit is None or env.num_histories() <= limit))
         walks.append(_Walk(env, merges, limit, exact, episodes, [seeds[0], seeds[1] + i]))
     if any(walk.evaluated for walk in walks):
         state, before = policy.init(tasks), np.zeros(len(walks), int)
@@ -316,17 +316,6 @@ def _checked(probabilities: Any, n: int, num_actions: int) -> np.ndarray:
     return checked
 
 
-def _table(size: int, at: Histories, probabilities: np.ndarray) -> np.ndarray:
-    """A stage of a `tree.Policy` [size] or [size, A]; entries of histories that are not reached are arbitrary."""
-    if (probabilities.max(-1) == 1).all():
-        table = np.zeros(size, np.int32)
-        table[at.index] = probabilities.argmax(-1)
-    else:
-        table = np.zeros((size, probabilities.shape[-1]))
-        table[at.index] = probabilities
-    return table
-
-
 def summarize(losses: Sequence[PolicyLoss], tasks_are: str = "tasks") -> dict[str, Any]:
     """Means over tasks, with 95 % intervals by a t-distribution over tasks, or over the sampled episodes of a single task.
 
@@ -367,7 +356,7 @@ def summarize(losses: Sequence[PolicyLoss], tasks_are: str = "tasks") -> dict[st
         "value": float(np.mean([one.optimal_value - one.suboptimality for one in losses])),
         "optimal_lower": float(np.mean([one.optimal_value for one in losses])),
         "optimal_upper": float(np.mean([one.optimal_value + one.width for one in losses])),
-        "uniform_value": float(np.mean([one.uniform_value for one in losses])),
+        "uniform_value": None if None in (known := [one.uniform_value for one in losses]) else float(np.mean(known)),
         "agreement": float(np.mean(agreements)) if len(agreements) == len(losses) else None,
         "n": len(losses),
         "method": "bounds" if bounded else "rollout" if sampled else "exact",
@@ -395,5 +384,7 @@ def _note(losses: Sequence[PolicyLoss]) -> str | None:
     if not undefined:
         return None
     some = "every task" if undefined == len(losses) else f"{undefined} of {len(losses)} tasks, which are left out"
+    if any(one.uniform_value is None for one in losses):
+        return "V^random is not known, since random actions reach too many histories: the normalized gap has no unit"
     why = "V* may be V^random" if any(one.width > 0 for one in losses) else "V* = V^random"
     return f"{why} in {some}: there the normalized gap is undefined"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from lindm.evaluation.ambiguous import NetEnvironment
 from lindm.evaluation.environments import BeliefEnvironment, BoundedEnvironment, PolicyTask
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.apomdp import alpha_maxmin
@@ -104,12 +105,11 @@ class LikeliestState(BeliefPolicy):
 
 
 class BestBound(BeliefPolicy):
-    """The action with the best certified lower bound, in a POMDP that is too large for exact action values."""
+    """The action with the best certified lower bound, in a problem that is too large for exact action values."""
 
     def score(self, env: BeliefEnvironment) -> Score:
-        assert isinstance(env, BoundedEnvironment)
-        actions = range(env.num_actions)
-        return lambda beliefs, stage: np.stack([env.Q_bound(stage, a, beliefs[:, 0]) for a in actions], -1)
+        assert isinstance(env, BoundedEnvironment | NetEnvironment)
+        return lambda beliefs, stage: env.lower_bounds(stage, beliefs)
 
     def q_bounds(self, state, observation: Observation):
         lower, _ = super().q_bounds(state, observation)

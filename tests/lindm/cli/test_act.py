@@ -466,7 +466,6 @@ def test_a_dialog_asks_again_after_what_is_impossible(monkeypatch, capsys):
         ("bc TIGER --horizon 3", 2, "demonstrations must be given: this policy computes from them; got none"),
         ("bc TIGER --horizon 3 --demonstrations none.csv", 3, "cannot read none.csv"),
         ("oracle TIGER --horizon 3 --history listen", 2, "history must be action observation, again and again; got 1 words"),
-        ("oracle prostate --horizon 8", 2, "horizon of an ambiguous problem must be short enough"),
     ],
 )
 def test_wrong_words_raise_an_error_of_one_line(capsys, words, code, message):

@@ -122,10 +122,6 @@ def test_a_problem_of_ones_own_is_one_problem_with_many_demonstrations(capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (
-            "prostate --horizon 8",
-            r"horizon of an ambiguous problem must be short enough that all histories fit in 2 GiB; they need 606,291",
-        ),
         ("nothing", "PROBLEM must be one of mdp, pomdp, .*, a .pomdp file; got 'nothing'"),
         ("prostate --states 3", "an option of prostate must be one of horizon, .*; got 'states'"),
         ("mdp --horizon 0", "horizon must be a whole number of at least 1; got 0"),
