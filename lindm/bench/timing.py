@@ -81,13 +81,15 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 # --- processes ---------------------------------------------------------------------------------------------------------
 
 
-def in_worker(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+def in_worker(
+    module: str, *arguments: str, variables: Mapping[str, str] | None = None, timeout: float | None = None
+) -> dict[str, Any]:
     """The JSON object that `python -m module arguments...` prints as its last line; the module calls `answer`.
 
-    Args: variables: of the environment, beside those of this process.
+    Args: variables: of the environment, beside those of this process; timeout: in seconds.
 
     Raises:
-      RuntimeError: the process failed; the message has the end of its stderr.
+      RuntimeError: the process failed, or took longer than `timeout` seconds; the message has the end of its stderr.
     """
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -99,7 +101,10 @@ def in_worker(module: str, *arguments: str, variables: Mapping[str, str] | None 
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pass_fds": (worker_end,)}
         with subprocess.Popen(worker, **pipes, text=True, env=environment) as process, at_stop(process.kill):
             try:
-                stdout, stderr = process.communicate()
+                stdout, stderr = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired as e:
+                process.kill()
+                raise RuntimeError(f"the bench process `{' '.join(arguments)}` took longer than {timeout:.0f} seconds") from e
             except BaseException:  # KeyboardInterrupt in a notebook
                 process.kill()
                 raise
@@ -109,11 +114,11 @@ def in_worker(module: str, *arguments: str, variables: Mapping[str, str] | None 
     return json.loads(stdout.splitlines()[-1])
 
 
-def answer(measurement: Callable[..., dict[str, Any]]) -> None:
+def answer(measurement: Callable[..., dict[str, Any]], pinned: bool = True) -> None:
     """In the worker: pin this process to one core, run the measurement by the command line, and print the result."""
     if (pipe := os.environ.pop(PARENT, None)) is not None:
         end_with_parent(int(pipe))
-    if hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the available cores
+    if pinned and hasattr(os, "sched_setaffinity"):  # before the first computation: XLA sizes its pool by the available cores
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(strict_json(measurement(*sys.argv[1:])))
 

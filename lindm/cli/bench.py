@@ -1,10 +1,12 @@
-"""`lindm bench`: speed and memory beside other implementations."""
+"""`lindm bench`: speed and memory beside other implementations; `accelerator`: whether training works on the device."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from lindm.choices import Benchmark
 from lindm.cli.option_parser import Command, Positional
+from lindm.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,12 +14,21 @@ class Bench:
     """Measure speed and memory beside other implementations."""
 
     name: Annotated[Benchmark, Positional("BENCH")]
-    """attention, solvers, sft or decisions."""
+    """attention, solvers, sft, decisions; or accelerator, which checks training on the device of this machine as well."""
     json: bool = False
-    """Print one JSON list."""
+    """Print one JSON list; accelerator always prints one JSON object."""
+    model: Path | None = None
+    """accelerator: directory of SmolLM2 or another Llama. [default: models/SmolLM2-135M-Instruct, if it is there]"""
+    out: Path | None = None
+    """accelerator: write the JSON object to this file, too."""
 
 
 def run(options: Bench) -> int:
+    if options.name == "accelerator":
+        return _check_accelerator(options)
+    for name in ("model", "out"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} is an option of `lindm bench accelerator`; got it with {options.name}")
     from lindm.api.benchmarks import benchmark
     from lindm.bench.timing import show
 
@@ -25,4 +36,23 @@ def run(options: Bench) -> int:
     return 0
 
 
-COMMAND = Command(name="bench", options=Bench, run=run, examples=("lindm bench solvers", "lindm bench sft --json"))
+def _check_accelerator(options: Bench) -> int:
+    """1 where a part failed."""
+    from lindm.bench import accelerator
+    from lindm.io.files import strict_json, write_json
+
+    if options.model is not None and not (options.model / "config.json").is_file():
+        raise UsageError(f"--model must be the directory of a model; {options.model} has no config.json")
+    document = accelerator.check(options.model)
+    print(strict_json(document, indent=1))
+    if options.out is not None:
+        write_json(options.out, document)
+    return int(any(part["status"] == "failed" for part in document["parts"]))
+
+
+COMMAND = Command(
+    name="bench",
+    options=Bench,
+    run=run,
+    examples=("lindm bench solvers", "lindm bench sft --json", "lindm bench accelerator --out accelerator.json"),
+)

@@ -144,7 +144,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["verify", "--mutants", "--seeds", "0"], "seeds must be >= 1; got 0"),
         (["verify", "--mutants", "--experiments", "risk"], "--experiments does not apply to --mutants"),
         (["run", "nonsense"], "EXPERIMENT must be one of"),
-        (["bench", "nonsense"], "BENCH must be one of attention, solvers, sft, decisions; got 'nonsense'"),
+        (["bench", "nonsense"], "BENCH must be one of attention, solvers, sft, decisions, accelerator; got 'nonsense'"),
         (["sft", "--data", "d", "--out", "o"], "lindm: error: one of model and preset must be given"),
         (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny; got 'huge'"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--steps", "0"], "steps must be at least 1; got 0"),
