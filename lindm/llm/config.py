@@ -228,14 +228,19 @@ _RENAMED = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads
 def _with_defaults(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """The configuration as transformers 5 writes it, defaults filled in, without the keys that the family ignores."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
     ignored = {"model_type", "transformers_version", "architectures"} | family_keys() - set(FAMILIES[raw["model_type"]].keys)
     family = FAMILIES[raw["model_type"]]
     given = dict(family.written) | {k: v for k, v in raw.items() if k not in {*ignored, *family.unused_keys}}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it advises other keys for the same rotary embedding, which is checked here
     try:
         return AutoConfig.for_model(raw["model_type"], **given).to_dict()
     except Exception as e:  # its validators raise many kinds
         raise DataError(f"{source}: transformers does not accept it: {' '.join(str(e).split())}") from e
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _rope_parameters(config: dict[str, Any], family: Family, source: str) -> tuple[RopeParameters, RopeParameters | None]:

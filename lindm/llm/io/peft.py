@@ -63,20 +63,23 @@ def save_adapter(model: Decoder, directory: Path, base_name: str, scaling: LoraS
         raise ValueError("model must have adapters (lindm.llm.lora.add_lora); got one without")
     stored = {name: parts for name, parts in _stored_linears(model).items() if parts.keys() & adapted.keys()}
     ranks = {name: _stored_rank(parts) for name, parts in stored.items()}
-    alphas = {
-        name: (math.sqrt(ranks[name]) if scaling == "rslora" else ranks[name])
-        * max(p.lora_scale for p in parts.values() if p.lora_a is not None)
-        for name, parts in stored.items()
-    }
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+
+    def alpha_of(rank: int, linear: Linear) -> float | int:
+        return _number(linear.lora_scale * (math.sqrt(rank) if scaling == "rslora" else rank))
+
+    scaled = {name: max((p for p in parts.values() if p.lora_a is not None), key=_scale) for name, parts in stored.items()}
+    alphas = {name: alpha_of(ranks[name], linear) for name, linear in scaled.items()}
+    first = next(iter(adapted.values()))
+    rank = first.lora_a[...].shape[-1]  # of one of our modules, also where all have a share of a tensor
+    alpha = alpha_of(rank, first)
     config = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True},
-        **{"r": rank, "lora_alpha": _number(alpha), "bias": "none"},
+        **{"r": rank, "lora_alpha": alpha, "bias": "none"},
         "lora_dropout": max(linear.lora_dropout for linear in adapted.values()),
         "target_modules": [_target_module(name) for name in stored],
         **{"fan_in_fan_out": False, "use_rslora": scaling == "rslora"},
         "rank_pattern": {_target_module(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_target_module(name): _number(a) for name, a in alphas.items() if a != alpha},
+        "alpha_pattern": {_target_module(name): a for name, a in alphas.items() if a != alpha},
     }
     shapes = {}
     for layer in range(layers):
@@ -104,15 +107,7 @@ def load_adapter(model: Decoder, directory: Path, *, mesh: Mesh | None = None) -
       DataError: the adapter is damaged, of another model, or not a plain low-rank update; names file and key.
       NonFiniteError: a weight is NaN or infinite; names file and tensor.
     """
-    verify_file_list(directory)
-    config = _read_config(directory / CONFIG)
-    file = _weights_file(directory)
-    found = _find_adapters(model, safetensors_files.read_header(file), file, config)
-    adapters: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
-    with safetensors_files.open_file(file) as f:
-        for name, (parts, scale) in found.items():
-            a, b = (_read_layers(f, file, model.config.num_layers, name, leaf) for leaf in ("A", "B"))
-            adapters |= {part: (*ab, scale) for part, ab in _split(a, b, parts).items()}
+    _, adapters = _read_adapters(directory, model)
     add_lora(model, 1, 1.0, jax.random.key(0), tuple(adapters))
     for name, linear in linear_layers(model):
         if name in adapters:
@@ -136,14 +131,23 @@ class AdapterSettings(NamedTuple):
 
 def read_adapter_settings(directory: Path, config: ModelConfig) -> AdapterSettings:
     """The settings of a directory for `load_adapter`. Raises: DataError, as `load_adapter` for a model of this configuration."""
+    adapter, adapters = _read_adapters(directory, abstract_decoder(config))
+    scaling = "rslora" if adapter.rslora else "standard"
+    return AdapterSettings(adapter.rank, adapter.alpha, scaling, tuple(name for name in TARGET_MODULES if name in adapters))
+
+
+def _read_adapters(directory: Path, model: Decoder) -> tuple["_AdapterConfig", dict[str, tuple[np.ndarray, np.ndarray, float]]]:
+    """The configuration of a directory, and A and B [layers, ...] and the factor of A B of each adapted module."""
     verify_file_list(directory)
-    adapter = _read_config(directory / CONFIG)
-    header = safetensors_files.read_header(_weights_file(directory))
-    found = _find_adapters(abstract_decoder(config), header, directory / WEIGHTS, adapter)
-    targets = {part for parts, _ in found.values() for part in parts}
-    return AdapterSettings(
-        adapter.rank, adapter.alpha, "rslora" if adapter.rslora else "standard", tuple(n for n in TARGET_MODULES if n in targets)
-    )
+    config = _read_config(directory / CONFIG)
+    file = _weights_file(directory)
+    found = _find_adapters(model, safetensors_files.read_header(file), file, config)
+    adapters: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
+    with safetensors_files.open_file(file) as f:
+        for name, (parts, scale) in found.items():
+            a, b = (_read_layers(f, file, model.config.num_layers, name, leaf) for leaf in ("A", "B"))
+            adapters |= {part: (*ab, scale) for part, ab in _split(a, b, parts).items()}
+    return config, adapters
 
 
 def _weights_file(directory: Path) -> Path:
@@ -277,6 +281,10 @@ def _split(a: np.ndarray, b: np.ndarray, parts: dict[str, Linear]) -> dict[str, 
         return {part: (a, blocks[part]) for part in parts}
     split = {part: (a[:, :, columns[part]], blocks[part][:, columns[part]]) for part in parts}
     return {part: adapter for part, adapter in split.items() if adapter[0].any()}
+
+
+def _scale(linear: Linear) -> float:
+    return linear.lora_scale
 
 
 def _number(value: float) -> float | int:

@@ -107,6 +107,11 @@ def test_a_written_config_is_read_back(tmp_path, name):
         assert parse_model_config(config, "config.json") == a
 
 
+def test_reading_a_config_prints_no_advice_of_transformers(capfd):
+    assert read("phi4", original_max_position_embeddings=13).rope_parameters.original_max_position_embeddings == 13
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_attention_factor_of_yarn_is_given_or_follows_from_the_factor():
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 

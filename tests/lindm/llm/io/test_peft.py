@@ -136,6 +136,8 @@ def test_adapters_of_modules_that_share_a_tensor_are_one_adapter_of_it(tmp_path,
             for p in parts
         ]
         np.testing.assert_allclose(scale * b.astype(float) @ a, np.concatenate(rows), atol=1e-6)
+    settings = peft.read_adapter_settings(tmp_path / "out", model.config)
+    assert settings == (3, 6, "standard", tuple(n for n in lora.TARGET_MODULES if n in targets))  # as the options were
     again = peft.load_adapter(weights.load(directory), tmp_path / "out")
     assert equal(again, model)
     assert {n for n, linear in lora.linear_layers(again) if linear.lora_a is not None} == set(targets)
