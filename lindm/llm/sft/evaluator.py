@@ -34,9 +34,11 @@ class Evaluator:
 
     def __init__(self, setup: TrainingSetup, graphdef: Any):
         self.setup, self.graphdef = setup, graphdef
-        self.batches = list(self._batches())
-        self.num_labels = int(setup.eval_rows.labels.sum())
-        self.label_weight = float(sum(label_weight(batch) for batch in self.batches))
+        rows = setup.eval_rows
+        self.num_labels = int(rows.labels.sum())
+        self.groups = packing.pack(rows.tokens, setup.seq_len)  # of rows of documents that share a row of a batch
+        most = max((int(rows.labels[members].sum()) for members in self.groups), default=0)
+        self.max_labels = packing.round_up(most, packing.MAX_LABELS_MULTIPLE)
         compute, mesh, objective = setup.compute, setup.mesh, setup.objective
         self.eval_loss = jax.jit(
             lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective)
@@ -55,28 +57,28 @@ class Evaluator:
           Preempted: the run has to stop.
         """
         values: dict[str, Any] = {}
-        if self.batches:
+        if self.groups:
             totals = []
-            for batch in self.batches:
+            for batch, weight in self._batches():
                 _raise_if_interrupted()
-                totals.append(jax.device_get(self.eval_loss(params, frozen, batch)))
-            values["loss"] = float(sum(float(loss) for loss, _ in totals) / (self.label_weight or 1))
-            values["accuracy"] = float(sum(float(correct) for _, correct in totals) / self.num_labels)
+                totals.append((*map(float, jax.device_get(self.eval_loss(params, frozen, batch))), weight))
+            loss, num_correct, weight = (sum(column) for column in zip(*totals, strict=True))
+            values["loss"], values["accuracy"] = loss / (weight or 1), num_correct / self.num_labels
         if self.setup.decision_tasks is not None:
             values |= self._evaluate_decisions(params, frozen)
         return values
 
-    def _batches(self) -> Iterator[packing.Batch]:
-        """All held-out documents, packed into batches of one shape: the sums do not depend on who shares a row."""
+    def _batches(self) -> Iterator[tuple[packing.Batch, float]]:
+        """All held-out documents, packed into batches of one shape, with the weight of their labels; one batch exists at a time.
+
+        The sums over all batches do not depend on who shares a row.
+        """
         s = self.setup
         rows_per_batch, batch_sharding = s.config.batch, NamedSharding(s.mesh, sharding.BATCH_SPEC)
-        groups = packing.pack(s.eval_rows.tokens, s.seq_len)
-        most = max((int(s.eval_rows.labels[members].sum()) for members in groups), default=0)
-        max_labels = packing.round_up(most, packing.MAX_LABELS_MULTIPLE)
-        for start in range(0, len(groups), rows_per_batch):
-            rows = [[e for i in members for e in s.eval_rows[i]] for members in groups[start : start + rows_per_batch]]
-            batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, max_labels)
-            yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), batch)
+        for start in range(0, len(self.groups), rows_per_batch):
+            rows = [[e for i in members for e in s.eval_rows[i]] for members in self.groups[start : start + rows_per_batch]]
+            batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, self.max_labels)
+            yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), batch), float(label_weight(batch))
 
     def _evaluate_decisions(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         s = self.setup

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from lindm.errors import DataError
 from lindm.llm.sft import row_files, token_cache
 from lindm.llm.sft.example_table import ListedExamples, Rows
 from lindm.llm.sft.examples import LengthLimit, part_examples
+from lindm.llm.sft.row_files import find_parts
 from lindm.llm.sft.token_cache import Tokenizing, tokenized
+from tests.clock import HANGS
+from tests.lindm.llm.parallel.test_processes import ROOT, free_port
 from tests.lindm.llm.small import byte_level
 
 TOKENIZER = byte_level()
@@ -210,3 +215,51 @@ def test_worker_processes_write_the_same_cache(data, tmp_path, monkeypatch):
         cached(data, tmp_path / name)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("part-*")} for name in ("one", "two"))
     assert one == two and len(one) > 8
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from lindm.errors import DataError
+from lindm.llm.parallel import processes
+processes.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from lindm.llm.sft import row_files, token_cache
+from tests.lindm.llm.sft.test_token_cache import how
+row_files.PART_BYTES, token_cache.available_cores = 400, lambda: 1
+written, write_part = [], token_cache._write_part
+token_cache._write_part = lambda task: written.append(task[1].name) or write_part(task)
+try:
+    paths = [Path(path) for path in sys.argv[4:]]
+    examples, sha256 = token_cache.tokenized(paths, how(), Path(sys.argv[3]), lambda done, total: None)
+    said = {"sha256": sha256, "ids": [examples[i].ids.tolist() for i in range(len(examples))]}
+except DataError as e:
+    said = {"error": e.message}
+print(json.dumps(said | {"written": written}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F13")
+def test_each_of_two_processes_tokenizes_its_share_and_an_error_of_one_is_that_of_both(data, tmp_path):
+    def run(cache) -> list[dict]:
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+        arguments = [f"127.0.0.1:{free_port()}", *(str(x) for x in (tmp_path / cache, *data))]
+        options = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "text": True}
+        started = [
+            subprocess.Popen([sys.executable, "-c", CHILD, arguments[0], str(rank), *arguments[1:]], **options) for rank in (0, 1)
+        ]
+        try:
+            return [json.loads(process.communicate(timeout=HANGS)[0].splitlines()[-1]) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+
+    one, two = run("both")
+    parts = len(find_parts(data))
+    assert sorted(one["written"] + two["written"]) == [f"part-{i:05d}.safetensors" for i in range(parts)]
+    assert abs(len(one["written"]) - len(two["written"])) <= 1 and one["sha256"] == two["sha256"]
+    assert one["ids"] == two["ids"] == [e.ids.tolist() for e in listed(data)]
+    lines = data[0].read_text().splitlines()
+    data[0].write_text("\n".join([*lines[:-1], '{"prompt": 3}']))
+    bad = run("bad")
+    assert all(said["error"].startswith(f"{data[0]}:37: a row must have the columns of one of") for said in bad)
