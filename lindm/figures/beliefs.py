@@ -128,8 +128,9 @@ def draw_action_strips(
         axis.pcolormesh(edges, ends, best[None], cmap=ListedColormap(list(colors)), vmin=0, vmax=len(colors) - 1)
     axis.set_ylim(len(actions) - 0.4, -0.6)
     axis.grid(False)
-    for a in np.unique(actions) if names else ():
-        axis.fill_between([], [], color=colors[a], label=names[a])
+    if names:
+        for a in np.unique(actions):
+            axis.fill_between([], [], color=colors[a], label=names[a])
 
 
 # --- attitudes ----------------------------------------------------------------------------------------------------------------

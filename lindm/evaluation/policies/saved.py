@@ -62,12 +62,12 @@ class GraphPolicy(Policy):
         assert nodes is not None
         if observation.stage:
             assert observation.action is not None and observation.observation is not None
-            if beliefs is not None:
+            if beliefs is not None and self.known is not None:
                 beliefs = beliefs_after(self.known, beliefs, observation.action, observation.observation)
             left = observation.action != self.actions[nodes]
             following = self.successors[nodes, observation.observation]
             for row in np.flatnonzero(left | (following < 0)):
-                following[row] = self._entered(observation.stage, nodes[row], int(observation.action[row]), beliefs, row)
+                following[row] = self._entered(observation.stage, nodes[row], int(observation.action[row]), beliefs, int(row))
             nodes = following
         return (nodes, beliefs), one_hot(self.actions[nodes], self.problem.sizes["actions"])
 

@@ -137,8 +137,7 @@ def test_policies_of_a_finite_horizon_earn_their_value_over_all_histories(capsys
             if len(steps) == stages:
                 if ends:
                     return 0.0
-                nodes, _ = follow(policy, steps)
-                return float(policy.values[nodes[0]] @ weights)
+                return float(policy.values[follow(policy, steps)[0][0]] @ weights)
             a = problem.actions.index(policy.act((), steps).action)
             total = float(weights @ problem.r[:, a])
             for o in range(2):

@@ -131,8 +131,7 @@ def test_vectors_are_doubted_where_they_cannot_earn_what_they_say_in_the_problem
     legal = np.array([[True, False, True], [True, True, True]])
     only = AlphaVectors(replace(problem, legal=legal), np.array([1]), np.array([[1.0, 1.0]]))
     assert "none of them has a legal action" in only.doubt
-    (lower,), _ = only.q_bounds(problem.rho[None], None)
-    assert (lower == -np.inf).all()
+    assert (only.q_bounds(problem.rho[None], None)[0] == -np.inf).all()
     endless = AlphaVectors(replace(problem, discount=1.0), actions, vectors)
     assert "nothing is discounted; so there are no bounds" in endless.doubt and endless.q_bounds(problem.rho[None], None) is None
 

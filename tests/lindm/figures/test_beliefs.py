@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from matplotlib.collections import QuadMesh
 
 from lindm.cli.main import main
 from lindm.evaluation.environments import double_precision
@@ -72,7 +73,7 @@ def test_figures_name_states_and_actions_and_are_the_same_every_time(tmp_path):
     assert text == (tmp_path / "b.svg").read_text()
     assert all(word in text for word in ("probability of left", "open-right", "listen", "2 stages"))
     figure = draw_belief_values(values, tiger, 2)
-    (strip,) = [mesh for mesh in figure.axes[1].collections if hasattr(mesh, "get_coordinates")]
+    (strip,) = [mesh for mesh in figure.axes[1].collections if isinstance(mesh, QuadMesh)]
     np.testing.assert_array_equal(np.asarray(strip.get_array()).ravel(), values.actions)
     edges = strip.get_coordinates()[0, :, 0]  # halfway between the beliefs
     assert edges[0] == 0 and edges[-1] == 1 and edges[1] == pytest.approx(0.5 / (POINTS - 1))
