@@ -88,6 +88,8 @@ def test_adafactor_keeps_rows_and_columns_of_each_layer_and_clips_each_layer():
     rows, columns, v = np.zeros((2, 128)), np.zeros((2, 130)), np.zeros((5, 3))
     for s in range(3):
         grads = jax.tree.map(lambda w, s=s: jnp.asarray(10.0**s * rng.normal(size=w.shape), jnp.float32), params)
+        layers = jnp.array([1.0, 0.01**s], jnp.float32)[:, None, None]  # the gradients of one grow, those of the other shrink
+        grads["blocks"]["q"]["kernel"] = layers * grads["blocks"]["q"]["kernel"]
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         kept, lr = 1 - (s + 1) ** -0.8, rate(s, 3, 0.1, 0.0, 0.1)
