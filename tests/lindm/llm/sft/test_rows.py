@@ -4,7 +4,7 @@ import pytest
 
 from lindm.errors import DataError
 from lindm.llm.sft.rows import row_examples
-from lindm.llm.tokens import decode
+from lindm.llm.tokens import decode, encode_whole
 from tests.lindm.llm.small import CHATML, byte_level, trained_texts
 
 TOKENIZER = byte_level()
@@ -105,3 +105,14 @@ def test_a_bad_row_is_an_error_that_names_it(row, why):
     with pytest.raises(DataError) as e:
         examples(row)
     assert e.value.message.startswith(f"rows.jsonl:7: {why}")
+
+
+def test_a_token_that_would_reach_over_the_start_of_an_answer_is_divided_there():
+    """The whole text has one token for `The`; a model is given the prompt alone, and writes the rest."""
+    prompt, completion = "#\nT", "he state is ż"
+    (whole,) = encode_whole(TOKENIZER, [prompt + completion])
+    (own,) = encode_whole(TOKENIZER, [prompt])
+    assert whole[: len(own)] != own
+    (example,) = examples({"prompt": prompt, "completion": completion})
+    assert trained_texts(TOKENIZER, example) == [f"{completion}<|im_end|>"]
+    assert example.ids[: len(own)].tolist() == own and (example.target[: len(own) - 1] == -1).all()
