@@ -28,6 +28,7 @@ FLOORS = (
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 BENCHES = (
     "lindm.bench.attention",
+    "lindm.bench.mixed_lengths",
     "lindm.bench.sft",
     "lindm.bench.decisions",
     "lindm.bench.accelerator",

@@ -25,7 +25,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from flax import nnx
 from lindm.bench.timing import LESS, MORE, NEITHER, Row, answer, cpu_seconds, in_worker, peak_growth, row, timed
 from lindm.io.huge_pages import huge_page_environment
 from lindm.io.temporaries import scratch_directory
-from lindm.llm.config import ModelConfig
+from lindm.llm.config import ModelConfig, Remat
 from lindm.llm.io import weights
 from lindm.llm.lora import TARGET_MODULES, add_lora
 from lindm.llm.model import Decoder
@@ -46,7 +46,7 @@ from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.options import Method
-from lindm.llm.sft.step import init_train_state, jit_train_step, make_train_step, step_shardings
+from lindm.llm.sft.step import StepShardings, init_train_state, jit_train_step, make_train_step, step_shardings
 from lindm.llm.tokens import Example
 
 MODULE = "lindm.bench.sft"
@@ -112,9 +112,17 @@ def packed_rows(variant: str) -> list[list[Example]]:
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(method: Method, variant: Variant, directory: Path) -> dict[str, Any]:
-    """Train as `lindm sft` does: CPU-seconds of a step (the best of several) and of compilation, and the first loss."""
-    rows = packed_rows(variant)
+class Program(NamedTuple):
+    """The step of `lindm sft` and its first arguments."""
+
+    step: Any
+    state: Any
+    frozen: Any
+    shardings: StepShardings
+
+
+def training_program(method: Method, remat: Remat, directory: Path) -> Program:
+    """The step on one device, with the weights of a model directory."""
     mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
     model = weights.load(directory, mesh=mesh)
     if method == "lora":
@@ -123,15 +131,18 @@ def run_ours(method: Method, variant: Variant, directory: Path) -> dict[str, Any
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     del model
     shardings = step_shardings(jax.eval_shape(lambda p: init_train_state(p, optimizer), params), frozen, mesh)
-    step = jit_train_step(
-        make_train_step(graphdef, optimizer, ComputeConfig(remat="selective" if variant == "single" else variant), mesh),
-        shardings,
-    )
+    step = jit_train_step(make_train_step(graphdef, optimizer, ComputeConfig(remat=remat), mesh), shardings)
+    state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
+    return Program(step, state, frozen, shardings)
+
+
+def run_ours(method: Method, variant: Variant, directory: Path) -> dict[str, Any]:
+    """Train as `lindm sft` does: CPU-seconds of a step (the best of several) and of compilation, and the first loss."""
+    rows = packed_rows(variant)
+    step, state, frozen, shardings = training_program(method, "selective" if variant == "single" else variant, directory)
     filled = packing.make_batch(rows, *packing.batch_shape(rows))
     batch = jax.tree.map(lambda x: sharding.shard_array(x[None], shardings.batch), filled)
     stop = sharding.shard_array(np.zeros(1, np.int32), shardings.stop_flags)
-    state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
-    del params
     compiling, compiled = timed(lambda: step.lower(state, frozen, batch, stop).compile())
     losses: list[float] = []
 
@@ -274,7 +285,9 @@ def _version(library: str) -> str | None:
 
 
 def benchmark() -> list[Row]:
-    """The rows of the table. Takes about five minutes and 5 GB of memory."""
+    """The rows of the table. Takes about six minutes and 5 GB of memory."""
+    from lindm.bench import mixed_lengths  # which imports this module
+
     names = _peer_names({library: _version(library) for library in PEERS})
     ours: Sides = {}
     peer: Sides = {}
@@ -285,7 +298,7 @@ def benchmark() -> list[Row]:
             ours[method, variant] = in_worker(MODULE, "ours", method, variant, str(directory), variables=huge_page_environment())
             if variant in ("selective", "single") and names[method] != MISSING:  # right after ours
                 peer[method, variant] = in_worker(MODULE, "torch", method, variant, str(directory))
-    return rows(ours, peer, names)
+    return rows(ours, peer, names) + mixed_lengths.benchmark(names["full"] if names["full"] != MISSING else None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lindm.bench import sft
+from lindm.bench import mixed_lengths, sft
 from lindm.cli.main import main
 from lindm.io.huge_pages import huge_page_environment
 from lindm.llm.io import weights
@@ -143,6 +143,8 @@ def test_without_torch_the_peer_is_null_and_the_bench_still_runs(monkeypatch, ca
 
     monkeypatch.setattr(sft, "MODEL", SMALL)
     monkeypatch.setattr(sft, "in_worker", worker)
+    mixed = {"steps": 4.0, "loss": 10.5, "compile": 3.0}
+    monkeypatch.setattr(mixed_lengths, "in_worker", lambda module, side, directory, variables: mixed)
     monkeypatch.setattr(sft, "_version", lambda library: None)
     assert main(["bench", "sft", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
