@@ -12,7 +12,7 @@ from lindm.choices import Rewards
 from lindm.cli.option_parser import Command, Positional
 from lindm.cli.problems import FAMILY_OPTIONS, FamilyOptions, one_problem, problem_or_suite, warnings_as_lines
 from lindm.errors import DataError, UsageError, unknown
-from lindm.evaluation.policies.registry import help_table
+from lindm.evaluation.policies.registry import POLICIES, help_table
 from lindm.io import inputs, limits
 from lindm.io.files import strict_json
 from lindm.io.tables import format_table
@@ -109,7 +109,7 @@ def check_is_policy(options: Act) -> None:
         raise UsageError(f"POLICY must be given before PROBLEM, such as oracle or sft:RUN; got {word!r}, which is a problem")
     if path.suffix in (".svg", ".png", ".pdf"):
         raise UsageError(f"POLICY must be a name or a saved policy (.json, .alpha, .policy, .npz); {word} is a picture of one")
-    if path.is_dir():
+    if path.is_dir() and word not in POLICIES:
         known = "a run of `lindm sft` is sft:DIR, a model base:DIR, and a dataset takes the place of PROBLEM, after POLICY"
         raise UsageError(f"POLICY must be a name or a saved policy; {word} is a directory: {known}")
 

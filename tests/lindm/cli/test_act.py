@@ -473,6 +473,13 @@ def test_wrong_words_raise_an_error_of_one_line(capsys, words, code, message):
     assert found == code and message in said
 
 
+def test_a_directory_with_the_name_of_a_policy_does_not_hide_it(capsys, tmp_path, monkeypatch):
+    tiger = Path(TIGER).resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "oracle").mkdir()
+    assert asked(capsys, "act", "oracle", str(tiger), "--horizon", "2", "--history", "")["action"] == "listen"
+
+
 def test_demonstrations_longer_than_the_horizon_are_refused_with_their_line(capsys, tmp_path):
     rows = ["episode,step,action,observation", *(f"a,{t},listen,hear-left" for t in range(4))]
     (tmp_path / "log.csv").write_text("\n".join(rows))
