@@ -26,11 +26,12 @@ GEMMA = {"window": 70, "scale": 0.3, "softcap": 2.0}
 
 
 def inputs(T, heads=4, kv_heads=2, head_dim=8, rows=2, dtype=jnp.float32):
-    """Queries, keys, values, weights of the outputs, and segments: documents of any lengths, and padding in the first row."""
+    """Queries, keys, values, weights of the outputs, and segments: documents of any lengths with padding, and a long one."""
     sizes = [(rows, T, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     arrays = [jnp.asarray(RNG.normal(size=size), dtype) for size in sizes]
     segments = np.sort(RNG.integers(0, 4, (rows, T)), axis=1)
     segments[0, -T // 5 :] = -1
+    segments[-1] = np.arange(T) >= T - 3  # a document longer than every window
     return *arrays, jnp.asarray(segments, jnp.int32)
 
 
