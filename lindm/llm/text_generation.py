@@ -209,7 +209,9 @@ def _sampling(
 
 
 def _stops(settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[int, ...]:
-    given = next((c["eos_token_id"] for c in (settings, config) if c.get("eos_token_id") is not None), tokenizer.eos_token_id)
+    given: Any = next(
+        (c["eos_token_id"] for c in (settings, config) if c.get("eos_token_id") is not None), tokenizer.eos_token_id
+    )
     stops = given if isinstance(given, list) else [] if given is None else [given]
     if wrong := [s for s in stops if isinstance(s, bool) or not isinstance(s, int) or s < 0]:
         raise DataError(f"{path}: eos_token_id must be the number of a token, or a list of them; got {wrong[0]!r}")

@@ -273,7 +273,8 @@ def _end_token(tokenizer: Tokenizer, like: Path) -> int | None:
         given = read_json(like / name).get("eos_token_id") if (like / name).exists() else None
         if given is not None:
             return given[0] if isinstance(given, list) else given
-    return tokenizer.eos_token_id
+    own: Any = tokenizer.eos_token_id
+    return own
 
 
 def _agrees(built: Tokenizer, tokenizer: Tokenizer) -> bool:

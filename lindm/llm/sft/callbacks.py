@@ -141,7 +141,7 @@ class WeightsAndBiases:
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would send reports of its own errors
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as e:
             raise UsageError(f"--wandb needs wandb: pip install 'lindm[wandb]' ({e})") from e
         self.wandb, self.directory, self.mode = wandb, directory, mode
