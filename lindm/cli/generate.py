@@ -138,7 +138,7 @@ def read_rows(path: Path) -> list[tuple[object, Any]]:
     """The rows of a file, each with its place. DataError where there is none, or a row cannot get the columns of an answer."""
     from lindm.llm.sft.row_files import find_files, find_parts
 
-    rows = [row for part in find_parts(find_files(path)) for row in part.rows()]
+    rows: list[tuple[object, Any]] = [row for part in find_parts(find_files(path)) for row in part.rows()]
     if not rows:
         raise DataError(f"{path} has no rows")
     for place, row in rows:

@@ -171,5 +171,5 @@ def test_variables_of_the_chat_template_are_those_of_the_run_or_given(directory,
     write_json(run / "config.json", {"options": {"chat_template_kwargs": '{"shout": "A"}'}}, format=RUN_FORMAT)
     plain = load_generator(run, chat_template_kwargs={}).prompt([TURNS[0]])
     own, other = (load_generator(run, chat_template_kwargs=k).prompt([TURNS[0]]) for k in (None, {"shout": "B"}))
-    text = [tokenizer.decode(ids) for ids in (plain, own, other)]
+    text = [str(tokenizer.decode(ids)) for ids in (plain, own, other)]
     assert text[1] == text[0] + "A" and text[2] == text[0] + "B"

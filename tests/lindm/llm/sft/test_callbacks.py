@@ -20,7 +20,7 @@ class Recorder:
     """A callback that keeps its calls."""
 
     def __init__(self):
-        self.config, self.logged, self.finished = None, [], False
+        self.config, self.logged, self.finished = {}, [], False
 
     def start(self, config):
         self.config = config
@@ -67,9 +67,8 @@ def wandb(monkeypatch):
     """A module in place of wandb, which records its calls."""
     calls = []
     run = types.SimpleNamespace(log=lambda metrics, step: calls.append((step, metrics)), finish=lambda: calls.append("finish"))
-    module = types.ModuleType("wandb")
-    module.Settings = lambda **settings: settings
-    module.init = lambda **options: calls.append(options) or run
+    settings, init = (lambda **given: given), (lambda **given: calls.append(given) or run)
+    module = types.SimpleNamespace(Settings=settings, init=init)
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     return calls
