@@ -16,6 +16,7 @@ training steps would differ between processes.
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, StorageError, failed_to_allocate
-from lindm.io import files, verification
+from lindm.io import files, signals, verification
 from lindm.io.directories import atomic_directory, remove
 from lindm.io.temporaries import temporary_path
 from lindm.io.verification import MANIFEST
@@ -38,6 +39,7 @@ STATE, PROGRESS = "state", "progress.json"
 HASHES = "hashes.{process}.json"  # of the files of a process other than 0, until they are in the manifest
 PEER_SECONDS = 600  # that process 0 waits for the hashes of another process
 ABANDON_SECONDS = 20  # that a process which failed waits for its own write, which may wait for the others
+JOIN_SECONDS = 0.1  # between two looks at the stop flag
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every phase of every save
 
 
@@ -111,7 +113,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait until the last checkpoint is complete; its error is raised here. StorageError as in `save`."""
         if self.thread is not None:
-            self.thread.join()
+            _join(self.thread)
             self.thread = None
         if self.error is not None:
             error, self.error = self.error, None
@@ -124,7 +126,15 @@ class CheckpointWriter:
         if error is None:
             self.wait()
         elif self.thread is not None and not isinstance(error, LostPeerError):  # without its peer, it never ends
-            self.thread.join(None if jax.process_count() == 1 else ABANDON_SECONDS)
+            _join(self.thread, math.inf if jax.process_count() == 1 else ABANDON_SECONDS)
+
+
+def _join(thread: threading.Thread, seconds: float = math.inf) -> None:
+    """Wait for a thread. A signal is noticed meanwhile: otherwise it would end the process before the thread has written."""
+    end = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < end:
+        signals.stop_requested()
+        thread.join(min(JOIN_SECONDS, end - time.monotonic()))
 
 
 _ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)

@@ -140,7 +140,8 @@ def _position_loss(objective: Objective) -> Callable[[Array, Array, Array | None
     def regret(logits: Array, target: Array, values: Array) -> Array:
         legal = jnp.isfinite(values)
         probabilities = jax.nn.softmax(jnp.where(legal, logits[..., tokens], -jnp.inf))
-        return jnp.where(legal, probabilities * (values.max(-1, keepdims=True) - values), 0).sum(-1)
+        regrets = jnp.where(legal, values.max(-1, keepdims=True) - values, 0)  # before the product: its gradient would be 0 x inf
+        return (probabilities * regrets).sum(-1)
 
     def action(logits: Array, target: Array, values: Array | None) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, target)

@@ -29,10 +29,12 @@ class StepProfiler:
     Args:
       out: directory of the run. steps: first and last step, from 1; None traces nothing.
       programs: the texts of the compiled programs, which say where an operation comes from.
+      is_main: whether this is the process that traces. All of them have the steps: they wait for the same ones, where a stop
+        that is requested meanwhile is noticed.
     """
 
-    def __init__(self, out: Path, steps: tuple[int, int] | None, programs: Callable[[], Iterable[str]]):
-        self.directory, self.steps, self.programs = out / PROFILE, steps, programs
+    def __init__(self, out: Path, steps: tuple[int, int] | None, programs: Callable[[], Iterable[str]], is_main: bool):
+        self.directory, self.steps, self.programs, self.is_main = out / PROFILE, steps, programs, is_main
         self.running = False
 
     def changes_after(self, step: int) -> bool:
@@ -45,7 +47,7 @@ class StepProfiler:
         Raises:
           StorageError: the disk is full or not writable.
         """
-        if self.steps is None:
+        if self.steps is None or not self.is_main:
             return None
         if step == self.steps[0] - 1:
             directories.remove(self.directory)  # of an earlier run of these steps

@@ -192,7 +192,7 @@ def _run(setup: TrainingSetup, callbacks: Sequence[Callback], is_main: bool, pro
     evaluator = Evaluator(setup, graphdef)
     if config.profiled_steps is not None and config.profiled_steps[0] <= step:
         progress.print(f"step {config.profiled_steps[0]} is trained already: there is no new trace")
-    profiler = StepProfiler(out, config.profiled_steps if is_main else None, programs.texts)
+    profiler = StepProfiler(out, config.profiled_steps, programs.texts, is_main)
     loop = TrainLoop(setup, programs, loader, evaluator, logger, profiler, progress, task)
     try:
         with signals.unsaved_work(lambda: _last_saved(out)) if save_on_stop else contextlib.nullcontext():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,19 @@ def test_steps_that_run_while_a_checkpoint_is_written_do_not_change_it(copied, h
     assert (restored.step, restored.progress) == (9, {"best": 4.5})
     same(restored.state, arrays(9))
     assert checkpoints.checkpoint_steps(copied) == [6, 9]
+
+
+@pytest.mark.fault("F27")
+@pytest.mark.parametrize("error", [None, RuntimeError("of the run")], ids=["end", "error"])
+def test_a_signal_is_noticed_while_the_main_thread_waits_for_a_write(copied, held_back, monkeypatch, error):
+    """The write ends only when the flag is looked at: otherwise the process would end before it."""
+    monkeypatch.setattr(checkpoints.signals, "stop_requested", held_back.set)
+    with pytest.raises(RuntimeError) if error else nullcontext(), checkpoints.CheckpointWriter() as writer:
+        writer.save(copied, 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
+        assert not held_back.is_set()
+        if error:
+            raise error
+    assert held_back.is_set() and checkpoints.restore(copied, template(mesh_of(1, 1))).step == 9
 
 
 @pytest.mark.fault("F7")

@@ -77,10 +77,11 @@ def test_a_loss_of_action_values_equals_plain_numpy(kind, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["soft", "regret"])
-def test_the_gradient_of_the_logits_is_the_difference_to_what_is_wanted(kind):
-    """soft: p - w; regret: p_a (regret of a - expected regret), among the actions alone."""
+@pytest.mark.parametrize("legal", [[0, 1, 2], [0, 2]], ids=["all-legal", "one-illegal"])
+def test_the_gradient_of_the_logits_is_the_difference_to_what_is_wanted(kind, legal):
+    """soft: p - w; regret: p_a (regret of a - expected regret), among the legal actions alone."""
     rng = np.random.default_rng(2)
-    logits, values = rng.normal(size=30), rng.normal(size=3)
+    logits, values = rng.normal(size=30), np.where(np.isin([0, 1, 2], legal), rng.normal(size=3), -np.inf)
     objective = Objective(loss=kind, actions=ACTIONS, temperature=TAU)
     compute = loss._position_loss(objective)
     gradient = jax.grad(lambda x: compute(x, jnp.int32(0), jnp.asarray(values, jnp.float32)))(jnp.asarray(logits, jnp.float32))
@@ -90,9 +91,10 @@ def test_the_gradient_of_the_logits_is_the_difference_to_what_is_wanted(kind):
         wanted = np.exp(logits) / np.exp(logits).sum()
         wanted[list(ACTIONS)] -= weights
     else:
-        share = np.exp(logits[list(ACTIONS)]) / np.exp(logits[list(ACTIONS)]).sum()
-        regrets = values.max() - values
-        wanted[list(ACTIONS)] = share * (regrets - share @ regrets)
+        tokens = [ACTIONS[a] for a in legal]
+        share = np.exp(logits[tokens]) / np.exp(logits[tokens]).sum()
+        regrets = (values.max() - values)[legal]
+        wanted[tokens] = share * (regrets - share @ regrets)
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lindm.errors import UsageError
 from lindm.llm.sft import trainer
-from lindm.llm.sft.profile import operations_table, self_times
+from lindm.llm.sft.profile import StepProfiler, operations_table, self_times
 from tests.lindm.llm.sft.test_trainer import options
 
 
@@ -24,6 +24,15 @@ def test_a_range_of_steps_has_another_form(micro, tmp_path, text):
 def test_a_range_behind_the_last_step_is_refused(micro, tmp_path):
     with pytest.raises(UsageError, match="profile must end at step 4, the last one; got '3:5'"):
         trainer.train(options(micro, tmp_path / "out", steps=4, profile="3:5"))
+
+
+@pytest.mark.fault("F3")
+def test_all_processes_wait_for_the_same_steps_and_the_first_one_alone_traces(tmp_path):
+    first, other = (StepProfiler(tmp_path, (2, 3), list, is_main) for is_main in (True, False))
+    for step in range(5):
+        assert first.changes_after(step) == other.changes_after(step) == (step in (1, 3))
+        assert other.after(step) is None
+    assert not other.running and not list(tmp_path.iterdir())
 
 
 def test_a_run_traces_the_steps_and_prints_and_writes_the_slowest_operations(micro, tmp_path, capsys):
