@@ -12,7 +12,7 @@ from lindm.choices import Rewards
 from lindm.cli.option_parser import Command, Positional
 from lindm.cli.problems import FAMILY_OPTIONS, FamilyOptions, one_problem, problem_or_suite, warnings_as_lines
 from lindm.errors import DataError, UsageError, unknown
-from lindm.evaluation.policies.registry import POLICIES, help_table
+from lindm.evaluation.policies.registry import POLICIES, help_table, needs_suite
 from lindm.io import inputs, limits
 from lindm.io.files import strict_json
 from lindm.io.tables import format_table
@@ -160,9 +160,9 @@ def named(options: Act) -> tuple[Any, Any, Any, list[str]]:
         raise UsageError(f"--task needs a directory of `lindm data make` as PROBLEM; got {options.task}")
     elif options.problem:
         source = problem = one_problem(options)
-        if options.policy == "layer" or is_model:
+        if needs_suite(options.policy) or is_model:
             about = problem_or_suite(options)
-        if options.policy == "layer":  # it is trained on other tasks of the family
+        if needs_suite(options.policy):
             source = about
     else:
         refuse(options, OF_PROBLEMS, "needs a PROBLEM")
@@ -190,7 +190,7 @@ def of_dataset(options: Act) -> tuple[Any, Any, Any, Any]:
     with double_precision():
         problem = NamedProblem(problem=task.problem(), **{part: tuple(words) for part, words in dataset.names.items()})
     source = problem
-    if options.policy == "layer" and dataset.suite is not None and dataset.suite["name"] in FAMILIES:
+    if needs_suite(options.policy) and dataset.suite is not None and dataset.suite["name"] in FAMILIES:
         options_of_suite = FAMILIES[name := dataset.suite["name"]].options
         source = build(name, **{option: dataset.suite[option] for option in options_of_suite if option in dataset.suite})
     return source, problem, visible_demonstrations(task), dataset.config

@@ -282,8 +282,8 @@ class BoundedEnvironment(BeliefEnvironment):
         return [*(np.unique(stage, axis=0) for stage in np.asarray(bounds.alphas)), np.zeros((1, self.num_states))]
 
     @cached_property
-    def uniform_value(self) -> float:
-        """The value of uniformly random legal actions. Where all are legal, no observation changes what they are."""
+    def uniform_value(self) -> float | None:
+        """The value of uniformly random legal actions (no observation changes them if all are); None: too many supports."""
         assert isinstance(self.problem, POMDP)
         if self.problem.legal is not None:
             return legal_supports.uniform_value(self.problem)

@@ -35,6 +35,10 @@ Kernels = Sequence[tuple[Sequence[Any], Sequence[np.ndarray]]]
 """For each stage, or once for all: of each action P [S, S], dense or sparse, and O [S, O]."""
 
 
+class TooManySupportsError(ValueError):
+    """A problem leads to more than `MAX_SUPPORTS` sets of possible states."""
+
+
 def saturated(values: Any) -> Any:
     """Values with `ILLEGAL` in place of all that are below `LIMIT`; numpy and JAX arrays."""
     return values.__array_namespace__().where(values < LIMIT, ILLEGAL, values)
@@ -89,7 +93,9 @@ def supports(first: np.ndarray, kernels: Kernels, legal: np.ndarray) -> Supports
         if key not in index:
             if len(rows) == most:
                 rule = f"at most {most} sets of possible states if no action is legal in all states"
-                raise ValueError(f"legal must lead to {rule}; here are more: a shorter horizon may be solved by its tree")
+                raise TooManySupportsError(
+                    f"legal must lead to {rule}; here are more: a shorter horizon may be solved by its tree"
+                )
             index[key] = len(rows)
             rows.append(row)
         return index[key]
@@ -155,15 +161,18 @@ def support_vectors(problem: POMDP) -> np.ndarray:
     """
     try:
         return _vectors(problem, uniform=False)
-    except ValueError:
+    except TooManySupportsError:
         if np.asarray(problem.legal).all(0).any():
             return np.zeros((problem.horizon, 0, problem.num_states))
         raise
 
 
-def uniform_value(problem: POMDP) -> float:
-    """The value of a uniformly random viable action at every stage. ValueError: there are too many supports."""
-    return float(_vectors(problem, uniform=True)[0, 0] @ np.asarray(problem.rho))
+def uniform_value(problem: POMDP) -> float | None:
+    """The value of a uniformly random viable action at every stage; None: there are too many supports to compute it."""
+    try:
+        return float(_vectors(problem, uniform=True)[0, 0] @ np.asarray(problem.rho))
+    except TooManySupportsError:
+        return None
 
 
 def _vectors(problem: POMDP, uniform: bool) -> np.ndarray:

@@ -42,7 +42,7 @@ class Bayes(ChosenPolicy):
 
     def __init__(self, suite: Suite, epsilon: float = 0.0, *, rewards: bool = True, samples: int = SAMPLES, seed: int = 0):
         if not isinstance(suite, Suite):
-            raise ValueError(f"source must be a suite, whose law is the prior of this policy; got {type(suite).__name__}")
+            raise ValueError("source must be a family, whose law of tasks is the prior of this policy; got a single problem")
         validate.fraction(epsilon, "epsilon")
         self.suite, self.epsilon, self.rewards = suite, epsilon, rewards
         self.samples, self.seed = validate.count(samples, "samples"), validate.count(seed, "seed", 0)

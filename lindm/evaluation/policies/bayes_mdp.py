@@ -25,7 +25,13 @@ Seen = tuple[tuple[int, float], ...]
 
 
 def reward_values(suite: RandomSuite) -> np.ndarray:
-    """The rewards that tasks of the suite may have, equally likely: the multiples of its step in [low, high]."""
+    """The rewards that tasks of the suite may have, equally likely: the multiples of its step in [low, high].
+
+    Raises:
+      ValueError: the step is zero.
+    """
+    if suite.step == 0:
+        raise ValueError("step must be above 0 for a posterior over rewards, which are then on a grid; got 0")
     first, last = np.ceil(suite.low / suite.step - 1e-9), np.floor(suite.high / suite.step + 1e-9)
     return np.arange(first, last + 1) * suite.step
 
@@ -181,7 +187,8 @@ class _TaskPosterior:
         self.policy, self.horizon, self.discount = policy, env.horizon, env.discount
         data = transitions(task)
         s, a, u = data[:, 0].astype(int), data[:, 1].astype(int), data[:, 3].astype(int)
-        self.demonstrated = np.arange(len(s)) % env.horizon, s, a  # stages, states, actions
+        stages = np.concatenate([np.arange(len(steps)) for steps in task.required_demonstrations()])
+        self.demonstrated = stages, s, a
         S, A, K = env.num_states, env.num_actions, policy.samples
         known = np.full((S, A), np.nan)
         if policy.rewards:

@@ -18,7 +18,8 @@ def draw_models(suite: Suite, count: int, seed: int) -> Problem:
     """`count` problems of the suite as one with a leading axis, in numpy; none is a task of a dataset with the same seed.
 
     Raises:
-      ValueError: the kernel changes with the stage, the legal actions depend on the state, or a reward on the next state.
+      ValueError: the kernel of an MDP changes with the stage, the legal actions depend on the state, or a reward of an MDP on the
+        next state.
     """
     with double_precision():
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), STREAM)
@@ -30,6 +31,8 @@ def draw_models(suite: Suite, count: int, seed: int) -> Problem:
     tables = getattr(models, "models", models)
     if tables.legal is not None:
         raise ValueError(f"source must have the same legal actions in all states for this policy; got {suite.name}")
+    if not suite.sizes.observations and tables.P.shape[1] > 1:
+        raise ValueError(f"source must have one kernel for all stages for this policy; got {suite.name}")
     if not suite.sizes.observations and tables.paid is not None and max(tables.paid.R.shape[-2:]) > 1:
         raise ValueError(f"source must have rewards of state and action alone for this policy; got {suite.name}")
     return models

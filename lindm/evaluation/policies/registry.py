@@ -30,6 +30,7 @@ class PolicyInfo:
     policy: str  # module:class of this package
     kinds: tuple[Kind, ...] = KINDS  # kinds of problems to which it applies
     default: bool = True  # whether it is evaluated when no policies are given
+    needs_suite: bool = False  # whether it computes from the law of the suite, beside the problem
 
 
 POLICIES: dict[str, PolicyInfo] = {
@@ -69,20 +70,23 @@ POLICIES: dict[str, PolicyInfo] = {
         "of the episode.",
         policy="bayes:Bayes",
         default=False,
+        needs_suite=True,
     ),
     "bayes-demo": PolicyInfo(
-        summary="As bayes, given the demonstrators' actions as well.", policy="bayes:BayesDemo", default=False
+        summary="As bayes, given the demonstrators' actions as well.", policy="bayes:BayesDemo", default=False, needs_suite=True
     ),
     "thompson": PolicyInfo(
         summary="Takes each action with the posterior probability that it is the best one.",
         policy="bayes:Thompson",
         default=False,
+        needs_suite=True,
     ),
     "layer": PolicyInfo(
         summary="One linear attention layer per stage, trained on 2048 other tasks of the suite.",
         policy="attention_layer:AttentionLayer",
         kinds=("mdp",),
         default=False,
+        needs_suite=True,
     ),
 }
 LANGUAGE_MODELS = {  # read by `lindm.llm.policy`
@@ -103,6 +107,11 @@ def help_table() -> dict[str, str]:
         kinds = "" if info.kinds == KINDS else f" ({' and '.join(kind.upper() for kind in info.kinds)} only)"
         rows[name] = info.summary.removesuffix(".") + kinds + "."
     return rows | LANGUAGE_MODELS | POLICY_FILES
+
+
+def needs_suite(name: str) -> bool:
+    """Whether the policy of that name computes from the law of a suite."""
+    return name in POLICIES and POLICIES[name].needs_suite
 
 
 def kind_of(source: "Suite | NamedProblem | Problem") -> Kind:

@@ -258,6 +258,15 @@ def test_a_dataset_gives_the_problem_the_names_and_the_demonstrations(capsys, mi
     assert "Q" in asked(capsys, "act", "lsvi", str(micro.mdp), "--history", "0")
 
 
+def test_policies_of_the_posterior_know_the_law_of_a_dataset(capsys, tmp_path):
+    sizes = ["--states", "2", "--actions", "2", "--horizon", "2"]
+    assert main(["data", "make", "mdp", *sizes, "--tasks", "1", "--demos", "2", "--out", str(tmp_path / "data")]) == 0
+    capsys.readouterr()
+    for policy in ("bayes", "bayes-demo", "thompson"):
+        assert len(asked(capsys, "act", policy, str(tmp_path / "data"), "--history", "0")["Q"]) == 2
+    assert "source must be a family" in refused(capsys, "act", "bayes", TIGER, "--horizon", "3", "--history", "")[1]
+
+
 def test_demonstrations_of_ones_own_take_the_place_of_those_of_a_dataset(capsys, micro, tmp_path):
     for action in (0, 1):
         rows = [f"{e},{t},{s},{action},0.5" for e in range(2) for t, s in enumerate((0, 1, 0))]

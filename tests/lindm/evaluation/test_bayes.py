@@ -3,10 +3,12 @@
 import itertools
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lindm.datasets import DatasetConfig
+from lindm.datasets import Dataset, DatasetConfig, make_dataset
 from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import compare
 from lindm.evaluation.environments import PolicyTask, double_precision, environment
@@ -210,7 +212,7 @@ def test_no_model_of_the_prior_is_a_task_of_a_dataset(suite):
 def test_a_policy_of_the_posterior_needs_the_law_of_a_suite():
     with double_precision():
         problem = mdp(np.full((1, 2, 2, 2), 0.5), np.zeros((3, 2, 2)), [0.5, 0.5])
-    with pytest.raises(ValueError, match="source must be a suite, whose law is the prior of this policy; got MDP"):
+    with pytest.raises(ValueError, match="source must be a family, whose law of tasks is the prior"):
         registry.make_policy("bayes", problem, DatasetConfig(tasks=1))
     with pytest.raises(ValueError, match=r"epsilon must be"):
         BayesDemo(SEEN, 1.5)
@@ -257,3 +259,80 @@ def test_an_evaluation_tells_the_effective_sample_size_of_a_sampled_posterior():
     lowest, median = sampled.effective_samples
     assert 1 <= lowest <= median <= 50
     assert mean.gap is not None and sampled.gap is not None and max(mean.gap, sampled.gap) < 1
+
+
+def test_demonstrations_of_fewer_steps_count_their_own_stages(seen_task):
+    """The actions of a short episode are compared with the best ones of the first stages."""
+    short = replace(seen_task, demonstrations=[DEMONSTRATIONS[0][:1], DEMONSTRATIONS[1]])
+    policy = SampledPosterior(SEEN, epsilon=0.3, samples=100, seed=0)
+    (posterior,) = policy.init([short]).tasks
+    np.testing.assert_array_equal(posterior.demonstrated[0], [0, 0, 1, 2])
+
+
+def test_a_model_without_the_action_gap_of_the_suite_has_no_weight(seen_task):
+    gap = replace(SEEN, gap=0.1)
+    free, conditioned = (
+        SampledPosterior(suite, epsilon=0.3, samples=2000, seed=0).init([seen_task]).tasks[0]._with_rewards(())
+        for suite in (SEEN, gap)
+    )
+    _, _, free_weight = free
+    _, _, weight = conditioned
+    Q = np.array([_q(P, r) for P, r in zip(*_models_of(seen_task), strict=True)])
+    gaps = np.abs(Q[..., 0] - Q[..., 1]).min((1, 2))
+    np.testing.assert_array_equal(np.isfinite(weight), gaps >= 0.1 * (1 - 1e-9))
+    np.testing.assert_array_equal(weight[np.isfinite(weight)], free_weight[np.isfinite(weight)])
+
+
+def _models_of(task):
+    posterior = SampledPosterior(SEEN, epsilon=0.3, samples=2000, seed=0).init([task]).tasks[0]
+    return posterior.P, posterior.r
+
+
+def _q(P, r):
+    """Q [H, S, A] of one MDP, by plain recursion."""
+    V, Q = np.zeros(2), []
+    for _ in range(3):
+        Q.append(r + P @ V)
+        V = Q[-1].max(-1)
+    return np.array(Q[::-1])
+
+
+def test_hidden_models_are_weighted_with_demonstrated_actions_by_their_own_histories(hidden_task):
+    epsilon = 0.3
+    with_actions, without = (
+        bayes_hidden.HiddenPosterior(HIDDEN, epsilon=e, samples=16, seed=3)._evidence(
+            bayes_hidden._models(HIDDEN, 16, 3), hidden_task
+        )
+        for e in (epsilon, None)
+    )
+    drawn = draw_models(HIDDEN, 16, 3)
+    for k in range(16):
+        model = {"P": drawn.P[k, 0], "O": drawn.O[k, 0], "r": drawn.r[k, 0]}
+        U, expected = drawn.rho[k], 0.0
+        for t, step in enumerate(hidden_task.demonstrations[0]):
+            best = mixture_value([model], [U], 3 - t).argmax()
+            expected += np.log(1 - epsilon / 2 if best == step.action else epsilon / 2)
+            U = U @ model["P"][:, step.action] * model["O"][step.action, :, step.observation]
+        assert with_actions[k] - without[k] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("suite", [HIDDEN, AMBIGUOUS], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", ["bayes-demo", "thompson"])
+def test_a_single_possible_model_makes_the_policy_its_oracle(suite, name, tmp_path):
+    """With one model in the prior sample, averages and Thompson sampling are that model's optimal policy."""
+    policy = registry.make_policy(name, suite, DatasetConfig(tasks=1, behavior="uniform"))
+    dataset = DatasetConfig(tasks=1, demos=1, behavior="uniform", seed=4)
+    (task,) = compare.read_tasks(_dataset(tmp_path, suite, dataset))
+    chosen = policy.choose([task])
+    chosen.samples = 1
+    zero = np.zeros(1, int)
+    _, probabilities = chosen.step(chosen.init([task]), Observation(stage=0, task=zero, parent=zero))
+    with double_precision():
+        model = jax.tree.map(lambda x: jnp.asarray(x[0]), draw_models(suite, 1, 0))
+        Q = environment(model).Q[0]
+    assert probabilities[0].argmax() == Q.argmax() and probabilities[0].max() == pytest.approx(1)
+
+
+def _dataset(directory, suite, config):
+    make_dataset(directory / "data", suite, config)
+    return Dataset(directory / "data")

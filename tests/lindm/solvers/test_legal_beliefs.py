@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 import lindm as ld
-from lindm.evaluation.environments import BoundedEnvironment, make_tasks
+from lindm.evaluation.environments import BoundedEnvironment, environment, make_tasks
 from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policies.beliefs import QMDP
 from lindm.evaluation.policies.optimal import Oracle, Random
@@ -183,6 +183,7 @@ def test_one_action_that_is_always_legal_is_enough_where_there_are_too_many_supp
     problem.legal[:, 0] = True
     solution, exact = solve(to_pomdp(problem, H), "hsvi"), value(problem, problem.rho, H)
     assert float(solution.lower) - 1e-9 <= exact <= float(solution.upper) + 1e-9
+    assert environment(to_pomdp(problem, H), budget=0).uniform_value is None
     found = point_based.solve(problem, tolerance=1e-6)
     assert found.upper - found.lower < 1e-5 and abs(found.lower - value(problem, problem.rho, 7)) < 0.1
 
