@@ -9,7 +9,7 @@ from lindm.choices import from_options
 from lindm.errors import DataError, unknown
 from lindm.io.verification import verify_file_list
 from lindm.llm.config import ModelConfig
-from lindm.llm.sft.options import BaseFormat, Method, SFTConfig
+from lindm.llm.sft.options import PATH_OPTIONS, BaseFormat, Method, SFTConfig
 
 if TYPE_CHECKING:
     from lindm.llm.cluster.plan import DeviceLimits, MeshPlan, StepSpec
@@ -289,6 +289,5 @@ def job_file(launcher: str, job: Mapping[str, Any], **options: Any) -> str:
 
 def sft_config(**options: Any) -> SFTConfig:
     """The options of fine-tuning; paths may be texts."""
-    paths = ("data", "out", "model", "eval_data", "token_cache")
-    values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in options.items()}
+    values: dict[str, Any] = {k: Path(v) if k in PATH_OPTIONS and v is not None else v for k, v in options.items()}
     return from_options(SFTConfig, values)

@@ -8,7 +8,7 @@ import contextlib
 import filecmp
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lindm.errors import StorageError, UsageError
@@ -60,11 +60,14 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
+def sole_writer(directory: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Lock a directory, which is created if needed; temporary files and directories of killed writers are removed.
 
+    Args:
+      waiting: called several times a second while another writer has the lock, however long; without it that is an error.
+
     Raises:
-      UsageError: it is a file; or another writer has the lock, in this or in another process.
+      UsageError: it is a file; or another writer has the lock, in this or in another process, and `waiting` is not given.
       StorageError: the directory cannot be created, or at the end it is another one or none.
     """
     if directory.exists() and not directory.is_dir():
@@ -74,7 +77,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         fd = os.open(directory, os.O_RDONLY)
     try:
         with storage_errors(directory):
-            wait_for_lock(fd, directory)
+            wait_for_lock(fd, directory, waiting)
         remove_leftovers(directory)
         yield
         with storage_errors(directory):

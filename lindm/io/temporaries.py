@@ -7,10 +7,11 @@ the user's umask.
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -88,10 +89,12 @@ def remove_leftover(path: Path) -> None:
         os.close(fd)
 
 
-def wait_for_lock(fd: int, path: Path) -> None:
-    """Lock an open directory. UsageError where another process keeps the lock."""
-    limit = time.monotonic() + LOCK_PATIENCE
+def wait_for_lock(fd: int, path: Path, waiting: Callable[[], object] | None = None) -> None:
+    """Lock an open directory. Where another process keeps the lock, call `waiting` until it is free; UsageError without it."""
+    limit = math.inf if waiting else time.monotonic() + LOCK_PATIENCE
     while not try_lock(fd):
+        if waiting is not None:
+            waiting()
         _wait(limit, path)
 
 

@@ -3,7 +3,8 @@
     arguments     weights, moments and frozen weights by their shardings, exactly
     temporaries   weights in the compute dtype, gradients, the activations that `remat` keeps, the work of one layer, and the
                   logits of the labeled positions. Attention keeps no matrix of scores, as its kernels do not.
-    flops         the model's own arithmetic, and a forward pass of the blocks with remat full
+    flops         the model's own arithmetic and what the backward pass recomputes: attention with remat selective, the blocks
+                  with remat full, and the logits where they are computed in parts
     sent_bytes    weights gathered once in each pass over the layers, gradients scattered or reduced once, and the activations of
                   tensor parallelism, with the algorithms that `lindm.llm.cluster.program_cost` assumes
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from lindm.llm.cluster.plan_types import DeviceMemory, StepSpec
 from lindm.llm.cluster.program_cost import ProgramCost
 from lindm.llm.sft.flops import train_step_flops
+from lindm.llm.sft.loss import LOGITS_CHUNK
 
 
 def model_flops(spec: StepSpec) -> float:
@@ -40,7 +42,8 @@ def estimate_memory(spec: StepSpec, bytes_held: int, sizes: dict[str, int]) -> D
     layers = config.num_layers
     activations = work * layers if spec.remat == "none" else rows * spec.seq * width * kept[spec.remat] * layers + work
     vocabulary = config.vocab_size / shards
-    logits = vocabulary * 8 * spec.batch / sizes["data"] * spec.labels_per_row  # in float32, and their gradient
+    labels = min(spec.labels_per_row, LOGITS_CHUNK)  # whose logits exist at once
+    logits = vocabulary * 8 * spec.batch / sizes["data"] * labels  # in float32, and their gradient
     temporaries = cast + gradients + gathered + activations + logits
     return DeviceMemory(arguments=bytes_held, outputs=0, temporaries=round(temporaries), code=0)
 
@@ -48,9 +51,7 @@ def estimate_memory(spec: StepSpec, bytes_held: int, sizes: dict[str, int]) -> D
 def estimate_cost(spec: StepSpec, sizes: dict[str, int]) -> ProgramCost:
     """Operations and communication of one device of a mesh in a step; memory traffic is not counted."""
     config, tensor, width = spec.model_config, sizes["tensor"], _width(spec)
-    shape = (config, "full", spec.batch, spec.seq, spec.labels_per_row)
-    forward = train_step_flops(*shape) - train_step_flops(config, "lora", *shape[2:])  # a pass without attention
-    flops = model_flops(spec) + spec.accumulate * forward * (spec.remat == "full")
+    flops = model_flops(spec) + spec.accumulate * _recomputed_flops(spec)
     weights = width * config.num_parameters / tensor  # that a device uses
     rows = spec.batch / (sizes["data"] * sizes["fsdp"])
     activations = rows * spec.seq * config.hidden_size * width
@@ -67,6 +68,20 @@ def estimate_cost(spec: StepSpec, sizes: dict[str, int]) -> ProgramCost:
         if n > 1 and times:
             cost.totals[kind, n, what] = float(times), times * share * size * (n - 1) / n
     return cost
+
+
+def _recomputed_flops(spec: StepSpec) -> float:
+    """Operations that the backward pass of a micro-batch repeats, over all devices."""
+    config, rows = spec.model_config, (spec.batch, spec.seq)
+    full, lora = (train_step_flops(config, method, *rows, 0) for method in ("full", "lora"))
+    weights = full - lora  # one forward pass of each
+    attention = (lora - 2 * weights) / 3
+    blocks = {"none": 0.0, "selective": attention, "full": attention + weights}[spec.remat]
+    labels, passes = spec.labels_per_row, 3 if spec.method == "full" else 2
+    if labels <= LOGITS_CHUNK:
+        return blocks
+    filled = -(-labels // LOGITS_CHUNK) * LOGITS_CHUNK  # the last part is filled up
+    return blocks + 2.0 * spec.batch * ((passes + 1) * filled - passes * labels) * config.hidden_size * config.vocab_size
 
 
 def _width(spec: StepSpec) -> int:

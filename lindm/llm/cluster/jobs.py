@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import lindm
 from lindm.llm.parallel.chips import parse_topology
-from lindm.llm.sft.options import SFTConfig
+from lindm.llm.sft.options import PATH_OPTIONS, SFTConfig
 
 MOUNT = "/lindm"  # mount point of the shared disk
 GRACE = 120  # seconds between SIGTERM and SIGKILL
@@ -203,7 +203,7 @@ def check_options(job: Job | RayWorkers, options: SFTConfig, words: Sequence[str
         raise ValueError("fresh must be left out: a restarted job would remove its own checkpoints")
     if not isinstance(job, GKEJob | RayJob) and not (isinstance(job, TPUJob) and job.shared):
         return
-    paths = {field: getattr(options, field) for field in ("data", "out", "model", "eval_data", "token_cache")}
+    paths = {field: getattr(options, field) for field in PATH_OPTIONS}
     if options.template is not None and options.template.endswith((".json", ".toml")):
         paths["template"] = Path(options.template)
     for field, path in paths.items():

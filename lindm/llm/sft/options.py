@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lindm.choices import Loss, Moments, Optimizer, Overlong, Rewards, Supervise, check_choices
 from lindm.io import files
@@ -218,6 +218,9 @@ class SFTConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+PATH_OPTIONS = tuple(f.name for f in dataclasses.fields(SFTConfig) if Path in (f.type, *get_args(f.type)))
 
 
 def default_base(method: Method, platform: str) -> BaseFormat:

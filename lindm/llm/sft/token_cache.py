@@ -3,9 +3,11 @@
     DIR/hashes.json                    SHA-256 of files of rows, with the size and time for which they hold
     DIR/KEY/part-00007.safetensors     the examples of one part of the rows
 
-KEY is a hash of the content of the files, the tokenizer with its chat template, and the options on which the examples depend. A
-part is written as a whole under its name, so what a killed run has finished stays, and the same command goes on with the rest. A
-process that is one of n tokenizes every n-th part. All processes then read the same examples, whoever wrote them.
+KEY is a hash of the content of the files, the tokenizer with its chat template, the options on which the examples depend, and the
+code that makes them: the modules of `MAKERS` and the versions of `LIBRARIES`. A part is written as a whole under its name, so
+what a killed run has finished stays, and the same command goes on with the rest. A process that is one of n tokenizes every n-th
+part. All processes then read the same examples, whoever wrote them. Where another run is writing, a run waits until that one has
+ended, and writes the parts that are missing then.
 
     ids [tokens], positions, labels, weights [labels]        of all examples, one after the other; positions within the example
     lengths, num_labels, rows, groups, digests [examples]    rows: number within the part; digests: of ids, labels and weights
@@ -15,13 +17,16 @@ digest is compared then, and that of the numbers of a part when the part is open
 """
 
 import bisect
+import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +51,13 @@ from lindm.llm.tokens import Example, Tokenizer
 FORMAT = "lindm-tokens-1"
 HASHES, HASHES_FORMAT = "hashes.json", "lindm-hashes-1"
 INDEX = ("lengths", "num_labels", "rows", "groups", "digests")
+LLM = Path(__file__).parents[1]
+# what a row's tokens and labels depend on
+MAKERS = (
+    *("tokens.py", "chats.py", "chat_template.py", "chat_renderer.py"),
+    *(f"sft/{name}.py" for name in ("rows", "row_files", "examples", "example_table", "token_cache")),
+)
+LIBRARIES = ("tokenizers", "transformers", "jinja2")
 MAX_WORKERS = 16  # of one process: a host may have several
 PARTS_PER_WORKER = 3  # another worker imports its libraries for as long as it needs for about so many parts
 MESSAGE_BYTES = 4096  # of an error that processes tell each other
@@ -68,8 +80,17 @@ class Tokenizing:
         names = tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__
         bounds = [(part.start, part.stop) for part in parts]
         options = self.limit.max_length, self.limit.overlong, self.chat_template_kwargs, self.held_out_key
-        text = json.dumps([FORMAT, hashes, bounds, names, options], sort_keys=True, default=str)
+        text = json.dumps([FORMAT, code_hash(), hashes, bounds, names, options], sort_keys=True, default=str)
         return hashlib.sha256((text + tokenizer.backend_tokenizer.to_str()).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 of the code that makes examples: the sources of `MAKERS` and the versions of `LIBRARIES`."""
+    sources = [[name, files.sha256(LLM / name)] for name in MAKERS]
+    return hashlib.sha256(
+        files.canonical_json([sources, [importlib.metadata.version(x) for x in LIBRARIES]]).encode()
+    ).hexdigest()
 
 
 def tokenized(paths: Sequence[Path], how: Tokenizing, directory: Path, progress: Progress) -> tuple["CachedExamples", str]:
@@ -89,7 +110,10 @@ def tokenized(paths: Sequence[Path], how: Tokenizing, directory: Path, progress:
     missing = [i for i, part in enumerate(opened) if part is None]
     processes.barrier("missing parts")  # every process has the same list
     if missing:
-        _write_missing([(parts[i], target / names[i]) for i in missing], how, len(parts), progress, is_main)
+        with _writer(target, is_main, lambda: progress(sum((target / name).exists() for name in names), len(parts))):
+            left = [i for i in missing if _open_part(target / names[i]) is None]  # another run may have written some
+            processes.barrier("parts that are left")
+            _write_missing([(parts[i], target / names[i]) for i in left], how, len(parts), progress)
     for i in missing:
         opened[i] = _open_part(target / names[i])
     if changed := [path for path, stat in zip(paths, stats, strict=True) if _stat(path) != stat]:
@@ -144,10 +168,9 @@ def _start(how: Tokenizing) -> None:
     _WORK[:] = [how]
 
 
-def _write_missing(missing: Sequence[tuple[Part, Path]], how: Tokenizing, total: int, progress: Progress, is_main: bool) -> None:
-    """Write the parts that are missing; those of this process are every n-th one."""
+def _write_missing(missing: Sequence[tuple[Part, Path]], how: Tokenizing, total: int, progress: Progress) -> None:
+    """Write the parts that are missing; those of this process are every n-th one. All processes call it."""
     own = missing[jax.process_index() :: jax.process_count()]
-    target = missing[0][1].parent
     error, done = None, itertools.count(total - len(missing))
 
     def notify(event: TaskEvent) -> None:
@@ -157,23 +180,24 @@ def _write_missing(missing: Sequence[tuple[Part, Path]], how: Tokenizing, total:
             raise event.result.error
         progress(min(next(done) * jax.process_count(), total), total)
 
-    with directories.sole_writer(target) if is_main else _joined(target):
-        workers = max(1, min(available_cores(), len(own) // PARTS_PER_WORKER, MAX_WORKERS))
-        _start(how)
-        try:
-            with TaskPool("local" if workers > 1 else "serial", workers, partial(_start, how)) as pool:
-                pool.run(_write_part, own, on_event=notify)
-        except DataError as e:
-            error = e
-        error = _first_error(error)
-    if error is not None:
+    workers = max(1, min(available_cores(), len(own) // PARTS_PER_WORKER, MAX_WORKERS))
+    _start(how)
+    try:
+        with TaskPool("local" if workers > 1 else "serial", workers, partial(_start, how)) as pool:
+            pool.run(_write_part, own, on_event=notify)
+    except DataError as e:
+        error = e
+    if (error := _first_error(error)) is not None:
         raise error
     progress(total, total)
 
 
-def _joined(target: Path) -> Any:
-    target.mkdir(parents=True, exist_ok=True)
-    return files.storage_errors(target)
+@contextlib.contextmanager
+def _writer(target: Path, is_main: bool, waiting: Callable[[], object]) -> Iterator[None]:
+    """A block in which this run alone writes to a directory. Where another run does, `waiting` is called until it has ended."""
+    with directories.sole_writer(target, waiting) if is_main else files.storage_errors(target):
+        processes.barrier("the directory of tokens")
+        yield
 
 
 def _first_error(error: DataError | None) -> LindmError | None:

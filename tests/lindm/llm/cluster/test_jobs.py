@@ -3,11 +3,13 @@
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lindm.api.models import sft_config
 from lindm.cli import launch, sft
 from lindm.cli.main import main
 from lindm.cli.option_parser import parse, run_command
@@ -189,7 +191,26 @@ def test_paths_that_not_every_host_sees_are_refused(job):
     for i, name in ((1, "model"), (3, "data"), (5, "out")):
         for path in ("relative", "/home/me", "/lindm/../etc", "/lindmx"):
             assert f"{name} must be a path below /lindm" in refused(job, *WORDS[:i], path, *WORDS[i + 1 :])
+    adapted = [*WORDS, "--method", "lora"]
+    for option in ("--adapter", "--chat-template", "--token-cache", "--eval-data"):
+        name = option[2:].replace("-", "_")
+        assert f"{name} must be a path below /lindm" in refused(job, *adapted, option, "/home/me/x.jinja")
     assert "template must be a path below /lindm" in refused(job, *WORDS, "--template", "mine.json")
+
+
+def test_every_option_with_a_path_may_be_a_text():
+    given = {
+        "data": "d",
+        "out": "o",
+        "model": "m",
+        "adapter": "a",
+        "chat_template": "x.jinja",
+        "token_cache": "t",
+        "eval_data": "e",
+    }
+    config = sft_config(method="lora", **given)
+    assert {name: getattr(config, name) for name in given} == {name: Path(text) for name, text in given.items()}
+    assert {f.name for f in fields(SFTConfig) if "Path" in str(f.type)} == set(given)
 
 
 def test_the_command_prints_the_file_and_nothing_else(capsys):

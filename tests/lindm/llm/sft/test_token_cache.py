@@ -5,11 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lindm
 from lindm.errors import DataError
+from lindm.io import temporaries
 from lindm.llm.sft import row_files, token_cache
 from lindm.llm.sft.example_table import ListedExamples, Rows
 from lindm.llm.sft.examples import LengthLimit, part_examples
@@ -122,6 +127,68 @@ def test_another_tokenizer_file_or_option_has_examples_of_its_own_and_the_same_f
     data[0].write_text(data[0].read_text().replace("A1", "A7"))
     assert cached(data, tmp_path / "tokens")[1].ids.tolist() == listed(data)[1].ids.tolist()
     assert len(made) == 60 * 6
+
+
+def test_other_code_that_makes_tokens_and_other_libraries_have_examples_of_their_own(data, tmp_path, made, monkeypatch):
+    """A change of labels must not be hidden by a cache that an earlier version wrote."""
+    copy = shutil.copytree(token_cache.LLM, tmp_path / "llm", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(token_cache, "LLM", copy)
+    keys = []
+    for change in (None, *token_cache.MAKERS):
+        if change is not None:
+            (copy / change).write_text((copy / change).read_text() + "\n# another rule")
+        token_cache.code_hash.cache_clear()
+        keys.append(how().key(["0"], []))
+    for library in token_cache.LIBRARIES:
+        monkeypatch.setattr(token_cache.importlib.metadata, "version", lambda name, changed=library: str(name == changed))
+        token_cache.code_hash.cache_clear()
+        keys.append(how().key(["0"], []))
+    assert len(set(keys)) == len(keys)
+    monkeypatch.undo()
+    token_cache.code_hash.cache_clear()
+
+
+def test_the_key_names_every_module_that_makes_examples(data):
+    """The modules of lindm in which a function runs while rows become examples."""
+    used = set()
+    sys.setprofile(lambda frame, event, value: used.add(frame.f_code.co_filename))
+    try:
+        listed(data)
+    finally:
+        sys.setprofile(None)
+    package = Path(lindm.__file__).parent
+    found = {Path(name).relative_to(package).as_posix() for name in used if Path(name).is_relative_to(package)}
+    assert {"llm/tokens.py", "llm/chats.py", "llm/sft/rows.py"} <= found
+    assert {name for name in found if not name.startswith("io/")} <= {f"llm/{name}" for name in token_cache.MAKERS}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_waits_for_another_one_that_writes_and_makes_what_is_missing_then(data, tmp_path, made, monkeypatch, fails):
+    monkeypatch.setattr(temporaries, "LOCK_PATIENCE", 0)
+    writing, waited, counts = threading.Event(), threading.Event(), []
+
+    def first(done, total):
+        writing.set()
+        waited.wait(HANGS)
+        if fails:
+            raise DataError("stopped")
+
+    def second(done, total):
+        counts.append((done, total))
+        waited.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(tokenized, data, how(), tmp_path / "tokens", first)
+        try:
+            assert writing.wait(HANGS)
+            examples, _ = tokenized(data, how(), tmp_path / "tokens", second)
+        finally:
+            waited.set()
+    assert isinstance(other.exception(), DataError) == fails
+    assert counts[0] == (1, len(examples.parts)) and counts[-1] == (len(examples.parts),) * 2
+    for example, wanted in zip((examples[i] for i in range(60)), listed(data), strict=True):
+        assert_same(example, wanted)
+    assert len(made) == len(set(made)) == 60
 
 
 @pytest.mark.fault("F23")
