@@ -43,6 +43,7 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
         with storage_errors(directory):
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_directory(final))
+            created = os.stat(temporary)
         try:
             yield temporary
         except StorageError as e:  # the user knows the name of `directory` alone
@@ -53,6 +54,8 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
             return
         with storage_errors(directory):
             _sync_tree(temporary)
+            if not os.path.samestat(os.stat(temporary), created):  # a library made it anew, after a signal removed it
+                raise StorageError(f"cannot write {directory}: it was replaced while it was written")
             if replace:
                 remove(final)
             os.rename(temporary, final)

@@ -128,8 +128,17 @@ def _created(path: Path, is_directory: bool) -> Iterator[int]:
         if _has_name(fd, temporary):
             _remove(temporary)
 
+    def remove_at_stop() -> None:
+        """The writer may be a thread that is about to give a directory its name: then it gets the whole directory, or none."""
+        aside = temporary_path(path.with_name(f"{path.name}.unfinished"))
+        if is_directory and _has_name(fd, temporary):
+            remove_leftover(aside)
+            os.rename(temporary, aside)
+            _remove(aside)
+        remove()
+
     try:
-        with at_stop(remove):
+        with at_stop(remove_at_stop):
             yield fd
     finally:
         remove()

@@ -41,8 +41,9 @@ class BatchLoader:
         self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops)
         sample = sample[: setup.optimizer.steps]
         taken = [self._group(sizes)[0] for sizes in sample]
-        self.first_steps = {shape: taken.index(shape) for shape in reversed(self.shapes) if shape in taken}
-        """a step of each shape that the sampled steps take, the largest first"""
+        needed = self.shapes if setup.optimizer.steps > SAMPLED_STEPS else taken
+        self.first_steps = {shape: self._first_step(shape, sample, taken) for shape in reversed(self.shapes) if shape in needed}
+        """of each shape that a step may take, the largest first: a step that takes it, or at least fits into it"""
         tokens = sum(sizes.tokens.sum() for sizes in sample)
         self.useful_fraction = float(tokens / sum(config.accumulate * shape.rows * shape.seq_len for shape in taken))
 
@@ -50,9 +51,9 @@ class BatchLoader:
         shapes = ", ".join(f"{shape.rows} x {shape.seq_len}" for shape in reversed(self.first_steps))
         return f"of {shapes} tokens, {self.useful_fraction:.0%} of them of documents"
 
-    def load(self, step: int) -> LoadedBatch:
-        """The batch of a step; its arrays are on their way to the mesh."""
-        shape, groups = self._group(self._sizes(step))
+    def load(self, step: int, shape: BatchShape | None = None) -> LoadedBatch:
+        """The batch of a step, in the cheapest shape or in this one; its arrays are on their way to the mesh."""
+        shape, groups = self._group(self._sizes(step), shape)
         rows = [self.setup.train_rows[i] for i in self.order(step).tolist()]
         examples = [example for row in rows for example in row]
         arrays = (x for e in examples for x in (e.ids, e.target, e.weights, e.action_values) if x is not None)
@@ -64,9 +65,15 @@ class BatchLoader:
         rows = self.order(step)
         return Sizes(self.setup.train_rows.tokens[rows], self.setup.train_rows.labels[rows])
 
-    def _group(self, sizes: Sizes) -> tuple[BatchShape, list[list[int]]]:
+    def _first_step(self, shape: BatchShape, sample: list[Sizes], taken: list[BatchShape]) -> int:
+        if shape in taken:
+            return taken.index(shape)
+        return next(i for i, sizes in enumerate(sample) if group(sizes, shape, self.setup.config.accumulate) is not None)
+
+    def _group(self, sizes: Sizes, only: BatchShape | None = None) -> tuple[BatchShape, list[list[int]]]:
         """The cheapest shape that holds the documents of a step, and which of them share a row."""
-        grouped = ((shape, group(sizes, shape, self.setup.config.accumulate)) for shape in self.shapes)
+        shapes = self.shapes if only is None else [only]
+        grouped = ((shape, group(sizes, shape, self.setup.config.accumulate)) for shape in shapes)
         return next((shape, groups) for shape, groups in grouped if groups is not None)
 
     def _place(self, rows: list[list[Example]], shape: BatchShape) -> packing.Batch:

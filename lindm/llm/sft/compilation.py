@@ -18,8 +18,8 @@ ADVICE = "a smaller --batch with --accumulate, --method lora or qlora, or more d
 
 
 class TrainPrograms:
-    """The training step, compiled for each shape of a batch: at the start for the shapes of the sampled steps, otherwise when a
-    batch needs it.
+    """The training step, compiled at the start for each shape that a batch of the run may have. Later, a lack of memory would end
+    the run at the first rare batch, again and again, and a signal would find the main thread compiling.
 
     Args:
       train_step: of `jit_train_step`; state: a `ShapeDtypeStruct` with its sharding in place of each array.
@@ -29,16 +29,13 @@ class TrainPrograms:
     """
 
     def __init__(self, train_step: Any, state: TrainState, frozen: nnx.State, loader: BatchLoader):
-        self.train_step, self.state, self.loader = train_step, state, loader
+        self.loader = loader
         self.programs: dict[BatchShape, Any] = {}
         self.seconds = 0.0  # of compiling; little where the programs are in the compilation cache
-        for step in loader.first_steps.values():
-            self._compile(loader.load(step), frozen, compile_train_step)
-
-    def prepare(self, batch: LoadedBatch, frozen: nnx.State) -> None:
-        """Compile the program of a batch if there is none. The state is in memory by now, so what is free says nothing."""
-        if batch.shape not in self.programs:
-            self._compile(batch, frozen, lower_and_compile)
+        for shape, step in loader.first_steps.items():
+            batch, start = loader.load(step, shape), time.perf_counter()
+            self.programs[shape] = compile_train_step(train_step, state, frozen, batch.arrays, loader.stop_flags())
+            self.seconds += time.perf_counter() - start
 
     def __call__(self, state: TrainState, frozen: nnx.State, batch: LoadedBatch) -> tuple[TrainState, StepMetrics]:
         """Start a step."""
@@ -47,18 +44,6 @@ class TrainPrograms:
     def texts(self) -> list[str]:
         """The compiled programs in XLA's language."""
         return [program.as_text() for program in self.programs.values()]
-
-    def _compile(self, batch: LoadedBatch, frozen: nnx.State, compile_step: Any) -> None:
-        start = time.perf_counter()
-        self.programs[batch.shape] = compile_step(self.train_step, self.state, frozen, batch.arrays, self.loader.stop_flags())
-        self.seconds += time.perf_counter() - start
-
-
-def lower_and_compile(train_step: Any, state: TrainState, frozen: nnx.State, batch: Batch, stop_flags: jax.Array) -> Any:
-    """The compiled step; arguments as of `compile_train_step`."""
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, batch, stop_flags))
-    with library_errors(TRAINING_STEP, ADVICE):
-        return train_step.lower(state, *arguments).compile()
 
 
 def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, batch: Batch, stop_flags: jax.Array) -> Any:
@@ -70,7 +55,9 @@ def compile_train_step(train_step: Any, state: TrainState, frozen: nnx.State, ba
     Raises:
       OutOfMemoryError: the program does not fit in the memory that is free now.
     """
-    compiled = lower_and_compile(train_step, state, frozen, batch, stop_flags)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, batch, stop_flags))
+    with library_errors(TRAINING_STEP, ADVICE):
+        compiled = train_step.lower(state, *arguments).compile()
     memory, device = compiled.memory_analysis(), jax.local_devices()[0]
     free = devices.available_memory(device)
     if memory is not None and free is not None:

@@ -118,7 +118,6 @@ class TrainLoop:
         """
         self.writer.check()
         batch = self.next_batch or self.loader.load(step)
-        self.programs.prepare(batch, frozen)
         with processes.detect_lost_peer():
             start = time.perf_counter()
             state, metrics = self.programs(state, frozen, batch)

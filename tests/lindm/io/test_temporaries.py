@@ -1,5 +1,6 @@
 """What writers and killed writers have under a temporary name."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -8,8 +9,8 @@ import tempfile
 
 import pytest
 
-from lindm.errors import UsageError
-from lindm.io import temporaries
+from lindm.errors import StorageError, UsageError
+from lindm.io import signals, temporaries
 from lindm.io.directories import atomic_directory
 from lindm.io.files import append_line, write_atomic
 from lindm.io.temporaries import remove_leftovers, scratch_directory, temporary_file, temporary_path
@@ -94,6 +95,29 @@ def test_scratch_directories_of_killed_processes_are_removed_and_those_of_live_o
         (first / "a").write_text("x")
         assert stat.S_IMODE(first.stat().st_mode) == 0o700
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["while it is removed", "made anew"])
+def test_a_directory_that_a_stop_removes_beside_its_writer_never_gets_its_name(tmp_path, monkeypatch, moment):
+    """The clean-up runs in another thread than the writer of a checkpoint, which may rename at any moment."""
+    rmtree, final = temporaries.shutil.rmtree, tmp_path / "b"
+
+    def remove_while_the_writer_renames(path, **options):
+        (path / "a").unlink()
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(temporary_path(final), final)
+        rmtree(path, **options)
+
+    with pytest.raises(StorageError, match=r"cannot write .*b: "), atomic_directory(final) as temporary:
+        for name in ("a", "c"):
+            write_atomic(temporary / name, "part")
+        with monkeypatch.context() as patch:
+            patch.setattr(temporaries.shutil, "rmtree", remove_while_the_writer_renames)
+            signals._clean_ups[-1]()
+        if moment == "made anew":
+            temporary.mkdir()
+            write_atomic(temporary / "c", "part")
+    assert not final.exists()
 
 
 @pytest.mark.fault("F33")

@@ -12,7 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lindm.llm.parallel.sharding import make_mesh
-from lindm.llm.sft import compilation
+from lindm.llm.sft import compilation, packing
+from lindm.llm.sft.batches import BatchLoader
+from lindm.llm.sft.options import SFTConfig
+from lindm.llm.sft.setup import setup_training
+from lindm.llm.sft.shapes import SAMPLED_STEPS
 
 
 def test_frozen_weights_on_the_device_are_not_counted_again():
@@ -33,6 +37,27 @@ def test_the_bytes_on_a_device_are_those_of_its_shards():
     mesh = make_mesh({"fsdp": 4}, jax.local_devices()[:4])
     x = jax.device_put(np.ones((8, 100), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
     assert [compilation.bytes_on({"x": x}, d) for d in jax.local_devices()[:5]] == [800, 800, 800, 800, 0]
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize("steps", [SAMPLED_STEPS, 2 * SAMPLED_STEPS])
+def test_every_shape_that_a_step_takes_is_compiled_and_checked_at_the_start(micro, tmp_path, monkeypatch, steps):
+    """Also that of a long document which the sampled steps do not have."""
+    num_rows, batch = 8 * SAMPLED_STEPS, 4
+    long = packing.batch_order(num_rows, batch, 0)(3 * SAMPLED_STEPS // 2)[0]
+    rows = [{"prompt": "x " * (60 if i == long else 1 + i % 3), "completion": " A"} for i in range(num_rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": micro.model, "data": tmp_path / "rows.jsonl", "held_out": 0.0, "batch": batch, "mesh": "fsdp=4,tensor=2"}
+    setup = setup_training(SFTConfig(out=tmp_path, steps=steps, **options))
+    shardings = NamedSharding(setup.mesh, PartitionSpec(None, ("data", "fsdp"))), NamedSharding(setup.mesh, PartitionSpec())
+    loader = BatchLoader(setup, *shardings)
+    compiled = []
+    monkeypatch.setattr(compilation, "compile_train_step", lambda *arguments: compiled.append(arguments[3].ids.shape))
+    programs = compilation.TrainPrograms(None, None, None, loader).programs
+    taken = {loader.load(step).shape for step in range(steps)}
+    assert taken <= set(programs) and compiled == [(1, shape.rows, shape.seq_len) for shape in programs]
+    full = loader.shapes[-1]
+    assert (full in taken) == (full in programs) == (steps > SAMPLED_STEPS) and len(loader.shapes) > 1
 
 
 @pytest.mark.slow

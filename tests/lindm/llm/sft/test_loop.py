@@ -14,9 +14,9 @@ def events(monkeypatch):
     happened: list[tuple[str, int]] = []
     load, log = BatchLoader.load, trainer.MetricsLogger.log
 
-    def recorded_load(self, step):
+    def recorded_load(self, step, *shape):
         happened.append(("load", step))
-        return load(self, step)
+        return load(self, step, *shape)
 
     def recorded_log(self, kind, step, **values):
         happened.append(("log" if kind == "train" else "eval", step))
