@@ -6,7 +6,7 @@ together. Weights that are not in the table (norms, biases of the residual strea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,26 @@ def check_batch_size(rows: int, mesh: Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
         raise ValueError(f"batch must be a multiple of data x fsdp = {shards}; got {rows}")
+
+
+def shard_rows(shape: tuple[int, ...], sharding: NamedSharding, make_rows: Callable[[np.ndarray], Any]) -> Any:
+    """Arrays [*shape, ...] on the mesh, of which each process makes the rows that lie on its own devices and no others.
+
+    Args:
+      shape: of the numbers of the rows, in the order in which they are counted; sharding: of its axes, and of no axis after them.
+      make_rows: numbers [n] of rows, ascending -> a tree of host arrays [n, ...].
+    """
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    own = np.unique(np.concatenate([numbers[index].ravel() for index in indices]))
+
+    def place(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            return array[np.searchsorted(own, numbers[index[: len(shape)]])]
+
+        return jax.make_array_from_callback((*shape, *array.shape[1:]), sharding, shard)
+
+    return jax.tree.map(place, make_rows(own))
 
 
 def shard_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

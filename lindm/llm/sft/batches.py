@@ -1,7 +1,12 @@
-"""The batches of a run, by step, and the flag with which a process stops all processes."""
+"""The batches of a run, by step, and the flag with which a process stops all processes.
+
+Which documents a batch has, their rows and its SHA-256 follow from numbers that every process has of all documents. The documents
+themselves are read by the processes on whose devices their rows lie.
+"""
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,10 +16,10 @@ from jax.sharding import NamedSharding
 from lindm.io import signals
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
+from lindm.llm.sft.example_table import ExampleTable
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.setup import TrainingSetup
 from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, Sizes, choose_shapes, group
-from lindm.llm.tokens import Example
 
 
 class LoadedBatch(NamedTuple):
@@ -23,8 +28,8 @@ class LoadedBatch(NamedTuple):
     step: int  # number of finished steps before it
     arrays: packing.Batch  # [accumulation, rows, ...] on the mesh
     shape: BatchShape
-    sha256: str  # of the arrays of its documents, in their order; the first 16 digits
-    examples: list[Example]
+    sha256: str  # of the digests of its documents, in their order; the first 16 digits
+    documents: np.ndarray  # [n] their numbers
 
 
 class BatchLoader:
@@ -54,12 +59,12 @@ class BatchLoader:
     def load(self, step: int, shape: BatchShape | None = None) -> LoadedBatch:
         """The batch of a step, in the cheapest shape or in this one; its arrays are on their way to the mesh."""
         shape, groups = self._group(self._sizes(step), shape)
-        rows = [self.setup.train_rows[i] for i in self.order(step).tolist()]
-        examples = [example for row in rows for example in row]
-        arrays = (x for e in examples for x in (e.ids, e.target, e.weights, e.action_values) if x is not None)
-        digest = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
-        joined = [[example for i in members for example in rows[i]] for members in groups]
-        return LoadedBatch(step, self._place(joined, shape), shape, digest, examples)
+        table, rows = self.setup.train_rows.table, [self.setup.train_rows.numbers(i) for i in self.order(step).tolist()]
+        documents = np.array([number for row in rows for number in row], np.int64)
+        digests = np.array([table.digest(number) for number in documents.tolist()], "<u8")
+        joined = [[number for i in members for number in rows[i]] for members in groups]
+        arrays = place_rows(table, joined, shape, self.batch_sharding, (self.setup.config.accumulate,))
+        return LoadedBatch(step, arrays, shape, hashlib.sha256(digests.tobytes()).hexdigest()[:16], documents)
 
     def _sizes(self, step: int) -> Sizes:
         rows = self.order(step)
@@ -76,15 +81,27 @@ class BatchLoader:
         grouped = ((shape, group(sizes, shape, self.setup.config.accumulate)) for shape in shapes)
         return next((shape, groups) for shape, groups in grouped if groups is not None)
 
-    def _place(self, rows: list[list[Example]], shape: BatchShape) -> packing.Batch:
-        """The batch [accumulation, rows, ...] of these rows, and empty ones, on the mesh."""
-        accumulate = self.setup.config.accumulate
-        padded = rows + [[]] * (accumulate * shape.rows - len(rows))
-        batch = packing.make_batch(padded, shape.seq_len, shape.max_labels)
-        shaped = jax.tree.map(lambda x: x.reshape(accumulate, shape.rows, *x.shape[1:]), batch)
-        return jax.tree.map(lambda x: sharding.shard_array(x, self.batch_sharding), shaped)
-
     def stop_flags(self) -> jax.Array:
         """[devices] 1 if this process has to stop."""
         flags = np.full(self.setup.mesh.size, signals.stop_requested(), np.int32)
         return sharding.shard_array(flags, self.flag_sharding)
+
+
+def place_rows(
+    table: ExampleTable,
+    rows: Sequence[Sequence[int]],
+    shape: BatchShape,
+    batch_sharding: NamedSharding,
+    leading: tuple[int, ...] = (),
+) -> packing.Batch:
+    """The batch [*leading, shape.rows, ...] of these rows, and empty ones, on the mesh.
+
+    Args:
+      rows: the numbers of the examples that share each row. A process reads those of the rows that lie on its devices.
+    """
+
+    def make_rows(own: np.ndarray) -> packing.Batch:
+        made = [[table[i] for i in rows[r]] if r < len(rows) else [table.empty] for r in own.tolist()]
+        return packing.make_batch(made, shape.seq_len, shape.max_labels)
+
+    return sharding.shard_rows((*leading, shape.rows), batch_sharding, make_rows)

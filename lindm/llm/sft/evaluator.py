@@ -19,8 +19,10 @@ from lindm.llm.parallel import sharding
 from lindm.llm.parallel.processes import detect_lost_peer
 from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
+from lindm.llm.sft.batches import place_rows
 from lindm.llm.sft.loss import label_weight, lm_loss
 from lindm.llm.sft.setup import TrainingSetup
+from lindm.llm.sft.shapes import BatchShape
 
 ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
 MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
@@ -38,11 +40,15 @@ class Evaluator:
         self.num_labels = int(rows.labels.sum())
         self.groups = packing.pack(rows.tokens, setup.seq_len)  # of rows of documents that share a row of a batch
         most = max((int(rows.labels[members].sum()) for members in self.groups), default=0)
-        self.max_labels = packing.round_up(most, packing.MAX_LABELS_MULTIPLE)
+        max_labels = packing.round_up(most, packing.MAX_LABELS_MULTIPLE)
+        self.shape = BatchShape(setup.config.batch, setup.seq_len, max_labels)
         compute, mesh, objective = setup.compute, setup.mesh, setup.objective
-        self.eval_loss = jax.jit(
-            lambda params, frozen, batch: lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective)
-        )
+
+        def eval_loss(params: nnx.State, frozen: nnx.State, batch: packing.Batch) -> tuple[jax.Array, ...]:
+            """Sums over the labels of a batch: of the loss, of the correct ones, and of the weights."""
+            return (*lm_loss(nnx.merge(graphdef, params, frozen), batch, compute, mesh, objective), label_weight(batch))
+
+        self.eval_loss = jax.jit(eval_loss)
         self.baseline: dict[str, float] | None = None
         if setup.decision_tasks is not None:
             with double_precision():
@@ -59,26 +65,25 @@ class Evaluator:
         values: dict[str, Any] = {}
         if self.groups:
             totals = []
-            for batch, weight in self._batches():
+            for batch in self.batches():
                 _raise_if_interrupted()
-                totals.append((*map(float, jax.device_get(self.eval_loss(params, frozen, batch))), weight))
+                totals.append([float(x) for x in jax.device_get(self.eval_loss(params, frozen, batch))])
             loss, num_correct, weight = (sum(column) for column in zip(*totals, strict=True))
             values["loss"], values["accuracy"] = loss / (weight or 1), num_correct / self.num_labels
         if self.setup.decision_tasks is not None:
             values |= self._evaluate_decisions(params, frozen)
         return values
 
-    def _batches(self) -> Iterator[tuple[packing.Batch, float]]:
-        """All held-out documents, packed into batches of one shape, with the weight of their labels; one batch exists at a time.
+    def batches(self) -> Iterator[packing.Batch]:
+        """All held-out documents, packed into batches of one shape; one batch exists at a time.
 
         The sums over all batches do not depend on who shares a row.
         """
-        s = self.setup
-        rows_per_batch, batch_sharding = s.config.batch, NamedSharding(s.mesh, sharding.BATCH_SPEC)
-        for start in range(0, len(self.groups), rows_per_batch):
-            rows = [[e for i in members for e in s.eval_rows[i]] for members in self.groups[start : start + rows_per_batch]]
-            batch = packing.make_batch([*rows, *[[]] * (rows_per_batch - len(rows))], s.seq_len, self.max_labels)
-            yield jax.tree.map(lambda x: sharding.shard_array(x, batch_sharding), batch), float(label_weight(batch))
+        eval_rows, batch_sharding = self.setup.eval_rows, NamedSharding(self.setup.mesh, sharding.BATCH_SPEC)
+        for start in range(0, len(self.groups), self.shape.rows):
+            groups = self.groups[start : start + self.shape.rows]
+            rows = [[number for i in members for number in eval_rows.numbers(i)] for members in groups]
+            yield place_rows(eval_rows.table, rows, self.shape, batch_sharding)
 
     def _evaluate_decisions(self, params: nnx.State, frozen: nnx.State) -> dict[str, Any]:
         s = self.setup

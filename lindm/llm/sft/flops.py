@@ -1,10 +1,9 @@
 """Floating-point operations of a training step."""
 
-from collections.abc import Sequence
+import numpy as np
 
 from lindm.llm.config import ModelConfig
 from lindm.llm.sft.options import Method
-from lindm.llm.tokens import Example
 
 
 def train_step_flops(config: ModelConfig, method: Method, rows: int, seq_len: int, max_labels: int) -> float:
@@ -21,6 +20,6 @@ def train_step_flops(config: ModelConfig, method: Method, rows: int, seq_len: in
     return rows * (seq_len * (passes * 2 * weights + 3 * attention) + head)
 
 
-def useful_flops(config: ModelConfig, method: Method, examples: Sequence[Example]) -> float:
-    """`train_step_flops` of these documents alone: each attends to itself, and nothing is padded."""
-    return sum(train_step_flops(config, method, 1, len(e.ids), int((e.target >= 0).sum())) for e in examples)
+def useful_flops(config: ModelConfig, method: Method, tokens: np.ndarray, labels: np.ndarray) -> float:
+    """`train_step_flops` of documents of `tokens` [n] and `labels` [n] alone: each attends to itself, and nothing is padded."""
+    return sum(train_step_flops(config, method, 1, *sizes) for sizes in zip(tokens.tolist(), labels.tolist(), strict=True))

@@ -64,6 +64,7 @@ class TrainLoop:
         task: ProgressTask,
     ):
         self.config, self.programs, self.loader, self.evaluator = setup.config, programs, loader, evaluator
+        self.table = setup.train_rows.table
         self.logger, self.profiler, self.progress, self.task = logger, profiler, progress, task
         self.total = setup.optimizer.steps
         self.eval_every = self.config.eval_every or max(1, -(-self.total // 4))
@@ -136,15 +137,16 @@ class TrainLoop:
         loss, grad_norm, num_labels = float(metrics.loss), float(metrics.grad_norm), int(metrics.num_labels)
         step = batch.step + 1
         if not metrics.finite:
-            sources = ", ".join(str(example.source) for example in batch.examples[:4])
+            sources = ", ".join(str(self.table[i].source) for i in batch.documents[:4].tolist())
             kept = f"the last checkpoint is step {self.saved}" if self.saved else "there is no checkpoint"
             values = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
             raise NonFiniteError(f"step {step} is not finite ({values}); its batch starts with {sources}; {kept}")
         now = time.perf_counter()
         seconds, self.last_read = now - max(start, self.last_read), now
         signals.allow_seconds(3 * seconds)  # the rest of two steps that were started and, with the flag set, another one
-        flops = useful_flops(self.model_config, self.config.method, batch.examples)
-        self.throughput.update(seconds, sum(len(e.ids) for e in batch.examples), num_labels, flops)
+        tokens, labels = self.table.lengths[batch.documents], self.table.num_labels[batch.documents]
+        flops = useful_flops(self.model_config, self.config.method, tokens, labels)
+        self.throughput.update(seconds, int(tokens.sum()), num_labels, flops)
         self.task.update(step, detail=", ".join(filter(None, (f"loss {loss:.4g}", str(self.throughput)))))
         self.logger.log(
             "train",

@@ -6,8 +6,8 @@
 KEY is a hash of the content of the files, the tokenizer with its chat template, the options on which the examples depend, and the
 code that makes them: the modules of `MAKERS` and the versions of `LIBRARIES`. A part is written as a whole under its name, so
 what a killed run has finished stays, and the same command goes on with the rest. A process that is one of n tokenizes every n-th
-part. All processes then read the same examples, whoever wrote them. Where another run is writing, a run waits until that one has
-ended, and writes the parts that are missing then.
+part. All processes then have the same examples, whoever wrote them, and each reads those of its own devices. Where another run is
+writing, a run waits until that one has ended, and writes the parts that are missing then.
 
     ids [tokens], positions, labels, weights [labels]        of all examples, one after the other; positions within the example
     lengths, num_labels, rows, groups, digests [examples]    rows: number within the part; digests: of ids, labels and weights
@@ -26,7 +26,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from lindm.io import directories, files
 from lindm.io.executor import TaskEvent, TaskPool, available_cores
 from lindm.llm.io import safetensors_files
 from lindm.llm.parallel import processes
-from lindm.llm.sft.example_table import ExampleTable, last_trained
+from lindm.llm.sft.example_table import ExampleTable, empty_example, example_digest, last_trained
 from lindm.llm.sft.examples import LengthLimit, part_examples
 from lindm.llm.sft.row_files import Part, RowPlace, find_parts
 from lindm.llm.tokens import Example, Tokenizer
@@ -127,6 +127,17 @@ def tokenized(paths: Sequence[Path], how: Tokenizing, directory: Path, progress:
     content = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
     whole = hashlib.sha256(files.canonical_json(content).encode()).hexdigest()
     return examples, hashes[0] if len(paths) == 1 else whole
+
+
+def remove_other_entries(directory: Path, tables: Collection[ExampleTable]) -> None:
+    """Remove what a cache has of other files, tokenizers or options than those of the examples of these tables.
+
+    Raises: StorageError.
+    """
+    kept = {path.parent for table in tables if isinstance(table, CachedExamples) for path in table.paths}
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if entry.is_dir() and entry not in kept:
+            directories.remove(entry)
 
 
 # --- hashes of files ---------------------------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def _write_part(task: tuple[Part, Path]) -> None:
         "num_labels": np.array([x.sum() for x in labeled], np.int32),
         "rows": np.array(places, np.int32),
         "groups": np.array([e.group for e in examples], np.uint64),
-        "digests": np.array([_digest(e) for e in examples], np.uint64),
+        "digests": np.array([example_digest(e) for e in examples], np.uint64),
     }
     if any(e.weights is not None for e in examples):
         weights = (np.ones(x.sum()) if e.weights is None else e.weights for e, x in zip(examples, labeled, strict=True))
@@ -241,13 +252,6 @@ def _write_part(task: tuple[Part, Path]) -> None:
     about = {"num_rows": num_rows, "ends": list(ends.items()), "truncated": limit.truncated, "dropped": limit.dropped}
     metadata = files.canonical_json(about | {"format": FORMAT, "checksum": _checksum(tensors, about)})
     files.write_atomic(path, save(tensors, {"about": metadata}))  # one entry: safetensors writes several in any order
-
-
-def _digest(example: Example) -> int:
-    """Of the tokens and targets of an example, and of weights other than 1."""
-    weights = b"" if example.weights is None or (example.weights == 1).all() else example.weights.tobytes()
-    content = hashlib.blake2b(example.ids.tobytes() + example.target.tobytes() + weights, digest_size=8)
-    return int.from_bytes(content.digest(), "little")
 
 
 def _checksum(tensors: dict[str, np.ndarray], about: dict[str, Any]) -> str:
@@ -299,6 +303,7 @@ class CachedExamples(ExampleTable):
         self.first = [0, *itertools.accumulate(len(part.lengths) for part in self.opened)]  # example of each part
         self._token_starts, self._label_starts = (self._starts(sizes) for sizes in (self.lengths, self.num_labels))
         self._with_weights = any(part.with_weights for part in self.opened)
+        self.empty = empty_example(np.zeros(0, np.float32) if self._with_weights else None)
         self.num_rows = sum(part.about["num_rows"] for part in self.opened)
         counts = {name: sum(part.about[name] for part in self.opened) for name in ("truncated", "dropped")}
         self.counts = {name: n for name, n in counts.items() if n}
@@ -322,8 +327,8 @@ class CachedExamples(ExampleTable):
 
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
-        p = bisect.bisect_right(self.first, index) - 1
-        part, own = self.opened[p], index - self.first[p]
+        p, own = self._place(index)
+        part = self.opened[p]
 
         def read(name: str, start: int, n: int) -> np.ndarray:
             return part.file.get_slice(name)[start : start + n]
@@ -338,9 +343,18 @@ class CachedExamples(ExampleTable):
             weights = read("weights", start, num_labels)
         place = RowPlace(self.parts[p], int(read("rows", own, 1)[0]))
         example = Example(ids, target, place, int(read("groups", own, 1)[0]), weights=weights)
-        if _digest(example) != int(read("digests", own, 1)[0]):
+        if example_digest(example) != self.digest(index):
             raise self._damage(p)
         return example
+
+    def digest(self, index: int) -> int:
+        p, own = self._place(range(len(self))[index])
+        return int(self.opened[p].file.get_slice("digests")[own : own + 1][0])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The part of an example, and its number within the part."""
+        p = bisect.bisect_right(self.first, index) - 1
+        return p, index - self.first[p]
 
     def end_tokens(self) -> tuple[int, ...]:
         ends = Counter()

@@ -31,7 +31,7 @@ from lindm.io.manifest import write_manifest
 from lindm.io.progress import Progress
 from lindm.llm.io import peft, weights
 from lindm.llm.parallel import processes, sharding
-from lindm.llm.sft import checkpoints, continuation
+from lindm.llm.sft import checkpoints, continuation, token_cache
 from lindm.llm.sft.batches import BatchLoader
 from lindm.llm.sft.callbacks import Callback, TensorBoard, WeightsAndBiases
 from lindm.llm.sft.compilation import ADVICE, TrainPrograms
@@ -91,6 +91,8 @@ def _train(config: SFTConfig, callbacks: Sequence[Callback], save_on_stop: bool)
             raise UsageError(f"profile must end at step {setup.optimizer.steps}, the last one; got {config.profile!r}")
         callbacks = [*_callbacks(config, is_main), *callbacks]
         _check_same_run(setup, is_main)
+        if is_main and config.token_cache is None:
+            token_cache.remove_other_entries(config.out / TOKENS, (setup.train_rows.table, setup.eval_rows.table))
         with Progress(quiet=not is_main) as progress:
             _run(setup, callbacks, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None
@@ -162,7 +164,8 @@ def _callbacks(config: SFTConfig, is_main: bool) -> list[Callback]:
 def _run(setup: TrainingSetup, callbacks: Sequence[Callback], is_main: bool, progress: Progress, save_on_stop: bool) -> None:
     """Build, compile, restore, train, export."""
     config, out, total = setup.config, setup.config.out, setup.optimizer.steps
-    _print_setup(setup, progress)
+    if is_main:
+        _print_setup(setup, progress)
     optimizer = make_optimizer(setup.optimizer)
     graphdef, params, frozen = nnx.split(build_model(setup), nnx.Param, ...)
     shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)

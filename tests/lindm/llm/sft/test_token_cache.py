@@ -92,6 +92,7 @@ def test_the_examples_of_the_cache_are_those_of_the_rows_and_made_once(data, tmp
         table = ListedExamples(wanted)
         for name in ("lengths", "num_labels", "groups"):
             assert getattr(examples, name).tolist() == getattr(table, name).tolist()
+        assert [examples.digest(i) for i in range(60)] == [table.digest(i) for i in range(60)]
         assert examples.end_tokens() == table.end_tokens() and examples.num_rows == 60
     assert sorted(made) == sorted(set(made))
     with pytest.raises(IndexError):
@@ -189,6 +190,18 @@ def test_a_run_waits_for_another_one_that_writes_and_makes_what_is_missing_then(
     for example, wanted in zip((examples[i] for i in range(60)), listed(data), strict=True):
         assert_same(example, wanted)
     assert len(made) == len(set(made)) == 60
+
+
+def test_entries_of_other_options_are_removed_and_those_of_the_given_examples_stay(data, tmp_path, made):
+    tokens = tmp_path / "tokens"
+    one, other, third = (cached(data, tokens, limit=LengthLimit(n, "truncate")) for n in (40, 41, 42))
+    token_cache.remove_other_entries(tokens, (one, third, ListedExamples(listed(data))))
+    names = {table.paths[0].parent.name for table in (one, third)}
+    assert {path.name for path in tokens.iterdir()} == names | {token_cache.HASHES}
+    count = len(made)
+    assert cached(data, tokens, limit=LengthLimit(42, "truncate"))[0].ids.tolist() == third[0].ids.tolist()
+    assert len(made) == count and not other.paths[0].exists()
+    token_cache.remove_other_entries(tmp_path / "none", (one,))
 
 
 @pytest.mark.fault("F23")
