@@ -119,7 +119,7 @@ def shard_rows(shape: tuple[int, ...], sharding: NamedSharding, make_rows: Calla
     own = np.unique(np.concatenate([numbers[index].ravel() for index in indices]))
 
     def place(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:  # a slice of each axis
             return array[np.searchsorted(own, numbers[index[: len(shape)]])]
 
         return jax.make_array_from_callback((*shape, *array.shape[1:]), sharding, shard)
