@@ -96,7 +96,7 @@ def export(
     Args:
       directory: a Hugging Face directory, or a finished run of `finetune`.
       out: a directory, or a file .gguf.
-      adapter: a PEFT adapter of this model, to be merged.
+      adapter: a PEFT adapter of this model, or the run that trained it; it is merged.
       dtype: of the weights; q8_0 is for GGUF files.
 
     Returns:
@@ -112,15 +112,17 @@ def export(
     """
     from lindm.llm.io.peft import load_adapter
     from lindm.llm.io.weights import load, save
+    from lindm.llm.policy import model_directory
+    from lindm.llm.sft.setup import adapter_directory
 
     source = Path(directory)
-    source = Run(directory=source).model if (source / "metrics.jsonl").exists() else source
+    source = Run(directory=source).model if (source / "metrics.jsonl").exists() else model_directory(source)
     is_gguf = Path(out).suffix == ".gguf"
     if dtype == "q8_0" and not is_gguf:
         raise ValueError(f"out must be a file .gguf with the dtype q8_0; got {out}")
     model = load(source)
     if adapter is not None:
-        load_adapter(model, Path(adapter))
+        load_adapter(model, adapter_directory(Path(adapter)))
     if is_gguf:
         from lindm.llm.io import gguf_writer
         from lindm.llm.tokens import load_tokenizer

@@ -76,7 +76,7 @@ def run_make(options: Make) -> int:
         )
     for name in made.damaged:
         print(f"lindm: warning: {name} was damaged and was made again", file=sys.stderr)
-    print(f"{options.tasks} tasks in {options.out}: {made.made} shards made, {made.kept} kept")
+    print(f"{options.tasks} tasks in {options.out}: {made.made} shard{'s' * (made.made != 1)} made, {made.kept} kept")
     return 0
 
 

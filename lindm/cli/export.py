@@ -17,7 +17,7 @@ class Export:
     out: Path
     """Directory of the export, or a file .gguf."""
     adapter: Path | None = None
-    """A PEFT adapter of this model, to be merged."""
+    """A PEFT adapter of this model, or the `lindm sft` run that trained it; it is merged."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
     """Type of the weights; q8_0, 8 bits with a scale for each 32 weights, is for GGUF files."""
 

@@ -177,7 +177,7 @@ COMMAND = Command(
     examples=(
         'lindm generate models/qwen3 --system "Answer in one sentence."',
         "lindm generate runs/chat --data questions.jsonl --out answers.jsonl --max-tokens 256",
-        'lindm generate runs/tiny --prompt "Once upon a time" --temperature 0.8 --seed 3',
+        'lindm generate models/smollm2 --prompt "Once upon a time" --temperature 0.8 --seed 3',
     ),
     sections={"max_tokens": "Generation"},
 )

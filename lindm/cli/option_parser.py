@@ -19,6 +19,12 @@ from lindm.errors import UsageError, did_you_mean, unknown
 
 MIN_WIDTH, MAX_WIDTH = 40, 100  # columns of a help page
 NO_DEFAULT = object()
+OTHER_NAMES = {  # of options in other programs that train language models
+    **{"--lr": "--learning-rate", "--epochs": "--steps", "--num-epochs": "--steps", "--num-train-epochs": "--steps"},
+    **{"--max-steps": "--steps", "--batch-size": "--batch", "--per-device-train-batch-size": "--batch"},
+    **{"--gradient-accumulation-steps": "--accumulate", "--max-seq-length": "--max-length", "--output-dir": "--out"},
+    **{"--model-name-or-path": "--model", "--dataset": "--data", "--max-new-tokens": "--max-tokens"},
+}
 LONGEST_CHOICES = 36  # characters of choices beside an option; longer ones are in its help, where lines break
 
 
@@ -264,6 +270,14 @@ def parser_of(
     return parser
 
 
+def _suggestion(flag: str, flags: Sequence[str]) -> str:
+    """The option that has another name in other programs, or the nearest ones."""
+    if (here := OTHER_NAMES.get(flag.replace("_", "-"))) in flags:
+        counts = ", which counts steps and no epochs" if "epochs" in flag else ""
+        return f"; did you mean {here}{counts}?"
+    return did_you_mean(flag, flags)
+
+
 def parse_options(parser: argparse.ArgumentParser, options: Sequence[Option], words: Sequence[str]) -> dict[str, Any]:
     """The values that `words` give, by name; what is not given is left out.
 
@@ -275,7 +289,7 @@ def parse_options(parser: argparse.ArgumentParser, options: Sequence[Option], wo
     ahead = list(words[: words.index("--")]) if "--" in words else list(words)
     for flag in (word.partition("=")[0] for word in ahead if word.startswith("--")):
         if flag not in flags and not {"-h", "--help"} & set(ahead):
-            raise UsageError(f"{parser.prog} has no option {flag}{did_you_mean(flag, flags)}")
+            raise UsageError(f"{parser.prog} has no option {flag}{_suggestion(flag, flags)}")
     try:
         given, rest = parser.parse_known_intermixed_args(list(words))
     except argparse.ArgumentError as e:

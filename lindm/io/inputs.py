@@ -100,11 +100,18 @@ def read_text(path: Path, limit: int) -> str:
         raise DataError(f"{path}:{line}: expected text in UTF-8; got the byte 0x{data[e.start]:02x}") from e
 
 
-def parse_json(data: bytes | str, source: object) -> Any:
-    """A JSON value. Raises: DataError, naming the source, for anything else and for values nested too deep."""
+def parse_json(data: bytes | str, source: object, one_line: bool = False) -> Any:
+    """A JSON value. Raises: DataError, naming the source, for anything else and for values nested too deep.
+
+    one_line: the source names the line, so an error has the column alone.
+    """
     try:
         return json.loads(data)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{source}: expected text in UTF-8; got the byte 0x{e.object[e.start]:02x}") from e
     except (ValueError, RecursionError) as e:
+        if one_line and isinstance(e, json.JSONDecodeError):
+            raise DataError(f"{source}: not JSON: {e.msg} at column {e.colno}") from e
         raise DataError(f"{source}: not JSON: {e}") from e
 
 
@@ -112,7 +119,7 @@ def parse_json_line(line: bytes, source: object) -> Any:
     """The JSON value of one line of a file. Raises: DataError, also for a line that is too long."""
     if len(line) > limits.LINE:
         raise DataError(f"{source}: a line must have at most {limits.LINE:,} bytes; it has {len(line):,}")
-    return parse_json(line, source)
+    return parse_json(line.rstrip(b"\r\n"), source, one_line=True)
 
 
 def parse_npy(data: bytes, source: str) -> "np.ndarray":

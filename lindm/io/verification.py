@@ -19,6 +19,7 @@ from lindm.io import files
 
 MANIFEST, PROVENANCE = "manifest.json", "provenance.json"
 FILES_FORMAT = "lindm-files-1"
+OTHER_KINDS = {"lindm-dataset-": "a dataset of `lindm data make`", "lindm-manifest-": "a run or another result of lindm"}
 CHANGED = f"is not what was written (its SHA-256 is not that of {MANIFEST})"
 
 
@@ -99,8 +100,12 @@ def verify_file_list(directory: Path, chosen: Callable[[str], bool] = lambda nam
       DataError: names the first file that is missing or is not what was written.
     """
     path = directory / MANIFEST
-    if not required and (not path.exists() or not files.read_json(path).keys() & {"format", "outputs", "checksum"}):
+    content = files.read_json(path) if path.exists() else {}
+    if not required and not content.keys() & {"format", "outputs", "checksum"}:
         return  # made by another program, which may have a manifest.json of its own
+    for start, kind in OTHER_KINDS.items():
+        if str(content.get("format")).startswith(start):
+            raise DataError(f"{directory} is {kind}, and neither a model nor an adapter")
     outputs = read_manifest(directory, FILES_FORMAT)["outputs"]
     if damaged := find_damage(directory, {name: digest for name, digest in outputs.items() if chosen(name)}):
         raise DataError(f"{damaged[0]}; if the change is meant, remove {path}")

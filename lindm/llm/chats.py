@@ -11,6 +11,7 @@ tokens come from the template alone: a message that contains the name of one rai
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from lindm.llm.tokens import Example, Tokenizer, encode_whole, make_example, nam
 
 MAX_WEIGHT = 1e6  # of a message: sums of losses stay far from the limits of f32
 TRAINING_KEYS = ("weight", "train")  # of a message: whether it is trained; no template reads them
+# roles of the ShareGPT format, which most templates would write into the text as they are
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 # fields that link a tool's answer to its call; their order says the same, so a template may leave them out
 LINKS = {"tool": ("name", "tool_call_id"), "call": ("id", "type", "index")}
 Render = Callable[..., str]
@@ -56,7 +59,7 @@ def chat_examples(tokenizer: Tokenizer, conversation: Conversation, source: obje
     in a message, or a template that renders a prompt differently from the conversation up to it.
     """
     with name_source(source):
-        messages = _checked_messages(tokenizer, conversation.messages)
+        messages = _checked_messages(tokenizer, conversation)
         weights = [_weight(m, i) if i >= conversation.first_trained else 0.0 for i, m in enumerate(conversation.messages)]
         trained = [i for i, weight in enumerate(weights) if weight]
         render = _renderer(tokenizer, conversation)
@@ -78,7 +81,7 @@ def chat_prompt(tokenizer: Tokenizer, conversation: Conversation, source: object
     Raises: DataError, naming the source, for what raises one in `chat_examples`.
     """
     with name_source(source):
-        messages = _checked_messages(tokenizer, conversation.messages)
+        messages = _checked_messages(tokenizer, conversation)
         messages = messages[: conversation.first_trained or len(messages) - (messages[-1]["role"] == "assistant")]
         render = _renderer(tokenizer, conversation)
         whole = render(messages)
@@ -147,8 +150,9 @@ def _answer(tokenizer: Tokenizer, render: Render, messages: Sequence[dict], i: i
 # --- messages ----------------------------------------------------------------------------------------------------------------
 
 
-def _checked_messages(tokenizer: Tokenizer, messages: Any) -> list[dict[str, Any]]:
+def _checked_messages(tokenizer: Tokenizer, conversation: Conversation) -> list[dict[str, Any]]:
     """The messages as templates expect them. Raises: DataError, with the number of the message."""
+    messages: Any = conversation.messages
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(f"messages must be a list of messages; got {shorten(str(messages))}")
     for i, message in enumerate(messages):
@@ -157,6 +161,13 @@ def _checked_messages(tokenizer: Tokenizer, messages: Any) -> list[dict[str, Any
         for key, value in message.items():
             if match := tokenizer_info(tokenizer).control_pattern.search(str(value)):
                 raise DataError(f"message {i} has the name of a control token in its {key}: {match[0]!r}")
+        role = message["role"]
+        if role in OTHER_ROLES and not re.search(rf"""['"]{role}['"]""", chat_template(tokenizer, bool(conversation.tools))):
+            raise DataError(
+                f"message {i} has the role {role!r}, which the chat template does not name; use {OTHER_ROLES[role]!r}"
+            )
+        if role != "assistant" and message.get("content") is None:
+            raise DataError(f"message {i} of role {role!r} must have a content; got none")
     if messages[0]["role"] == "assistant":
         raise DataError("message 0 must not be of the assistant")
     cleaned = [_cleaned(message, i) for i, message in enumerate(messages)]

@@ -271,7 +271,9 @@ def model_directory(directory: Path) -> Path:
     model = directory / "model" if run else directory
     if not model.is_dir():
         what = "is not a directory" if model.exists() else "is not there"
-        raise DataError(f"{model} {what}" + (": the run is not finished" if run else ""))
+        hint = ": the run is not finished" if run else ""
+        hint = "; `lindm model import` makes one of it" if model.suffix == ".gguf" and model.exists() else hint
+        raise DataError(f"{model} {what}{hint}")
     verify_file_list(model, lambda name: False, required=run)
     return model
 

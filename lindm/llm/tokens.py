@@ -83,6 +83,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         reason = next(iter(str(e).splitlines()), type(e).__name__)
+        if not any(any(directory.glob(name)) for name in ("tokenizer.json", "*.model", "vocab.*", "merges.txt")):
+            reason = "tokenizer.json is missing"
         raise DataError(f"there is no tokenizer in {directory} that can be loaded: {reason}") from e
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"the tokenizer in {directory} has no tokenizer.json; save it in that format first")

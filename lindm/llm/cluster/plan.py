@@ -33,7 +33,7 @@ from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.chips import Chip, find_chip, tpu_topology
 from lindm.llm.parallel.devices import available_host_memory, measured_peak_flops
-from lindm.llm.parallel.sharding import AXES, check_batch_size, make_mesh
+from lindm.llm.parallel.sharding import AXES, check_batch_size, check_mesh_size, make_mesh
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.packing import Batch
@@ -255,8 +255,7 @@ def estimate_plans(spec: StepSpec, devices: int, limits: DeviceLimits, meshes: S
     """
     state, plans = abstract_state(spec)[2:], []
     for sizes in meshes:
-        if math.prod(sizes.values()) != devices:
-            raise ValueError(f"mesh must use all {devices} devices; {format_mesh(sizes)} uses {math.prod(sizes.values())}")
+        check_mesh_size(sizes, devices)
         memory, cost = estimate_memory(spec, held_bytes(spec, state, sizes), sizes), estimate_cost(spec, sizes)
         fits = limits.memory is None or memory.peak <= (1 - HEADROOM) * limits.memory
         bounds = {name: seconds for name, seconds in time_lower_bounds(cost, limits).items() if name != "memory"}

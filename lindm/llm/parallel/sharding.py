@@ -47,6 +47,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def check_mesh_size(sizes: dict[str, int], devices: int) -> None:
+    """Raise ValueError unless the product of the sizes is the number of devices."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    if math.prod(shape) != devices:
+        text = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        rule = f"all {devices} devices" if devices > 1 else "the one device"
+        raise ValueError(f"mesh must use {rule}; {text} uses {math.prod(shape)}")
+
+
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the devices [default: all devices].
 
@@ -54,10 +63,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
       ValueError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    check_mesh_size(sizes, len(devices))
     shape = [sizes.get(axis, 1) for axis in AXES]
-    if math.prod(shape) != len(devices):
-        text = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
-        raise ValueError(f"mesh must use all {len(devices)} devices; {text} uses {math.prod(shape)}")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

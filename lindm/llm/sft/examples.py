@@ -36,14 +36,17 @@ TaskDocument = tuple[Task, int, tuple[Piece, ...]]
 """A task, the number of one of its queries, and the text of that query with the demonstrations."""
 
 
-def open_data(path: Path) -> Dataset | list[Path]:
+def open_data(path: Path, option: str = "data") -> Dataset | list[Path]:
     """The dataset in a directory, or the files of rows.
+
+    Args:
+      option: where the path was given, for errors.
 
     Raises:
       ValueError: neither of them.
       DataError: the dataset is not finished or damaged; errors of `find_files`.
     """
-    return Dataset(path) if is_dataset(path) else find_files(path)
+    return Dataset(path) if is_dataset(path) else find_files(path, option)
 
 
 def held_out_mask(groups: np.ndarray, fraction: float, seed: int, hashed: bool) -> np.ndarray:
@@ -97,7 +100,8 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[list[int], list[i
         raise ValueError(f"fraction must be at least 0 and below 1; got {fraction}")
     k = max(round(fraction * n), 1) if fraction else 0
     if n - k < 1:
-        raise ValueError(f"fraction must leave something to train; {fraction} of {n} leaves nothing")
+        rule = "equal rows, and rows with one value of held_out_key, count as one"
+        raise ValueError(f"held_out must leave something to train; {fraction} of {n} leaves nothing ({rule})")
     order = philox_permutation(n, seed, HELD_OUT)
     return sorted(order[k:].tolist()), sorted(order[:k].tolist())
 
@@ -190,7 +194,8 @@ def check_file_options(
     options |= {"supervise": None if supervise == "all" else supervise, "loss": None if loss == "action" else loss}
     for option, got in options.items():
         if got is not None:
-            raise ValueError(f"{option} must be left out for rows, which have their own texts and answers; got {got!r}")
+            got = "" if got is True else f"; got {got!r}"
+            raise ValueError(f"{option} must be left out for rows, which have their own texts and answers{got}")
 
 
 def check_dataset_options(chat_template: Path | None, chat_template_kwargs: str | None, held_out_key: str | None) -> None:
@@ -213,6 +218,7 @@ def part_examples(
     for place, row in part.rows(columns):
         group = row_group(row, held_out_key, place) if isinstance(row, dict) else 0
         made = row_examples(tokenizer, row, place, group, chat_template_kwargs)
-        if not made:
-            raise DataError(f"{place}: no label to train on")
+        if not any((example.target >= 0).any() for example in made):
+            is_chat = "messages" in row or "conversations" in row or isinstance(row.get("prompt"), list)
+            raise DataError(f"{place}: {'no message of the assistant is trained' if is_chat else 'no label to train on'}")
         yield place, [fitted for example in made for fitted in limit.fit(example)]

@@ -212,7 +212,7 @@ class SFTConfig:
             return None
         first, _, last = self.profile.partition(":")
         if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-            raise ValueError(f"profile must be FROM:TO, two steps from 1 on; got {self.profile!r}")
+            raise ValueError(f"profile must be FROM:TO with 1 <= FROM <= TO; got {self.profile!r}")
         return int(first), int(last)
 
     def to_json(self) -> dict[str, Any]:
@@ -244,4 +244,11 @@ def run_options(directory: Path) -> dict[str, Any] | None:
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that differ between two runs and decide what they compute, one sentence each."""
     keys = sorted((old.keys() | new.keys()) - CHANGEABLE_ON_RESUME)
-    return [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
+    return [_difference(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):  # file name -> SHA-256
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        return f"{key} has other files ({', '.join(changed[:3])})"
+    return f"{key} was {old!r} and is now {new!r}"

@@ -95,8 +95,11 @@ class Part:
                 yield RowPlace(self, index), _without_nulls(row)
 
 
-def find_files(path: Path) -> list[Path]:
+def find_files(path: Path, option: str = "data") -> list[Path]:
     """The files of rows that a path names, in order.
+
+    Args:
+      option: where the path was given, for errors.
 
     Raises:
       ValueError: it names none.
@@ -105,12 +108,13 @@ def find_files(path: Path) -> list[Path]:
     if not path.is_dir():
         if path.name.endswith(ENDINGS) and path.exists():
             return [path]
-        raise ValueError(f"data must be a directory of `lindm data make`, {ACCEPTED}; got {path}")
+        missing = "" if path.exists() else ", which is not there"
+        raise ValueError(f"{option} must be a directory of `lindm data make`, {ACCEPTED}; got {path}{missing}")
     if any((path / name).exists() for name in HUGGING_FACE):
         return _saved_dataset(path)
     shards = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS) and p.name[0] != "." and not p.is_dir())
     if not shards:
-        raise ValueError(f"data must be a directory of `lindm data make`, {ACCEPTED}; got {path}")
+        raise ValueError(f"{option} must be a directory of `lindm data make`, {ACCEPTED}; got {path}")
     for rule, key in (("kind", _ending), ("split", _split)):
         several = {key(shard): shard.name for shard in shards}
         if len(several) > 1:

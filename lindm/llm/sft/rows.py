@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lindm.errors import DataError
-from lindm.llm.chats import Conversation, chat_examples, chat_prompt
+from lindm.llm.chats import OTHER_ROLES, Conversation, chat_examples, chat_prompt
 from lindm.llm.tokens import Example, Tokenizer, completion_example, prompt_tokens, shorten, text_example
 
 Row = dict[str, Any]
@@ -27,8 +27,8 @@ FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instru
 COLUMNS = (*(key for columns in FORMATS for key in columns), "input", *CHAT_COLUMNS, *UNSUPPORTED)  # that are read
 ANSWER = "answer"  # stands where a row that is to be answered has none
 SHAREGPT_ROLES = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"},
-    **{"system": "system", "tool": "tool", "observation": "tool"},
+    **OTHER_ROLES,
+    **{"user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool"},
 }
 
 

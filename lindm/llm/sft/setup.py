@@ -213,12 +213,13 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
     Args:
       held_out: fraction of the tasks that is held out; decisions are evaluated on the first of these. None: on no task.
     """
-    data, limit = open_data(path), LengthLimit(max_tokens, config.overlong)
+    option = "eval_data" if path is config.eval_data else "data"
+    data, limit = open_data(path, option), LengthLimit(max_tokens, config.overlong)
     no_progress = contextlib.nullcontext(lambda done, total: None)
     with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
         if isinstance(data, list):
             if tokenizer is None:
-                raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {path}")
+                raise ValueError(f"{option} must be a directory of `lindm data make` with a preset; got {path}")
             check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
             how = Tokenizing(
                 tokenizer=tokenizer,
@@ -306,8 +307,12 @@ def build_model(setup: TrainingSetup) -> Decoder:
 
 
 def adapter_directory(directory: Path) -> Path:
-    """The adapter of a run of `lindm sft`, or the directory itself."""
-    return directory if run_options(directory) is None else directory / "adapter"
+    """The adapter of a run of `lindm sft`, or the directory itself. DataError where a run has none."""
+    if run_options(directory) is None:
+        return directory
+    if not (directory / "adapter").is_dir():
+        raise DataError(f"{directory} has no adapter: the run is not finished, or it trained all weights")
+    return directory / "adapter"
 
 
 def _lora_settings(config: SFTConfig, model_config: ModelConfig) -> peft.AdapterSettings | None:

@@ -88,7 +88,7 @@ def _train(config: SFTConfig, callbacks: Sequence[Callback], save_on_stop: bool)
         processes.barrier("output directory")
         setup = setup_training(config)
         if config.profiled_steps is not None and config.profiled_steps[1] > setup.optimizer.steps:
-            raise UsageError(f"profile must end at step {setup.optimizer.steps}, the last one; got {config.profile!r}")
+            raise UsageError(f"profile must end at step {setup.optimizer.steps} at the latest; got {config.profile!r}")
         callbacks = [*_callbacks(config, is_main), *callbacks]
         _check_same_run(setup, is_main)
         if is_main and config.token_cache is None:
@@ -119,15 +119,14 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
         old = files.read_json(path, format=RUN_FORMAT)
         longer = continuation.is_longer(old, steps)
         options = config["options"] | ({"steps": old["options"].get("steps")} if longer else {})
-        differences = [
-            *config_differences(old.get("options", {}), options),
-            *config_differences(old.get("inputs", {}), config["inputs"]),
-            *config_differences(old.get("defaults", {}), config["defaults"]),
-        ]
+        before = old.get("options", {})
+        differences = config_differences(before, options)
+        same = [name for name in before.keys() | options.keys() if before.get(name) == options.get(name)]
+        for part in ("inputs", "defaults"):  # one sentence for an option and the files or the default that follow from it
+            was, now = ({k: v for k, v in c.get(part, {}).items() if k in same or k not in options} for c in (old, config))
+            differences += config_differences(was, now)
         if differences:
-            raise UsageError(
-                f"{out} holds another run: {'; '.join(dict.fromkeys(differences))}; choose another --out, or --fresh"
-            )
+            raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
         if longer and is_main:
             continuation.extend_run(out, old, config, steps)
     elif is_main:
@@ -286,7 +285,7 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
         f"optimizer {_describe_optimizer(setup)}",
         f"data      {len(train.members):,} documents, {train.tokens.sum():,} tokens, {train.labels.sum():,} labels{overlong}; "
         f"rows of {setup.seq_len} tokens",
-        f"held out  {held_out:,} documents{decisions}",
+        f"held out  {held_out:,} document{'s' * (held_out != 1)}{decisions}",
         "",
         format_example(train[0][0], setup.tokenizer, 600),
         "",

@@ -2,10 +2,13 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from lindm.cli.export import Export, run
+from lindm.errors import DataError
 from lindm.io import files, provenance
 from lindm.io.verification import PROVENANCE
+from lindm.llm.sft.options import RUN_FORMAT
 from tests.lindm.llm import reference
 from tests.lindm.llm.io import test_peft
 from tests.lindm.llm.io.tensors import everything
@@ -24,5 +27,23 @@ def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):
     weight = everything(tmp_path / "out")[f"{name}.weight"]
     assert weight.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(weight.astype(np.float32), merged, rtol=2**-8)
+    trained = tmp_path / "run"
+    trained.mkdir()
+    files.write_json(trained / "config.json", {"options": {}}, format=RUN_FORMAT)
+    with pytest.raises(DataError, match="run has no adapter: the run is not finished, or it trained all weights"):
+        run(Export(directory=source, out=tmp_path / "of_run", adapter=trained, dtype="bf16"))
+    (tmp_path / "adapter").rename(trained / "adapter")
+    run(Export(directory=source, out=tmp_path / "of_run", adapter=trained, dtype="bf16"))
+    assert np.array_equal(everything(tmp_path / "of_run")[f"{name}.weight"], weight)
     run(Export(directory=source, out=tmp_path / "plain"))
     assert np.array_equal(everything(tmp_path / "plain")[f"{name}.weight"], reference.weights("llama")[f"{name}.weight"])
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    for format, kind in (("lindm-dataset-3", "a dataset of `lindm data make`"), ("lindm-manifest-2", "a run or another result")):
+        files.write_json(tmp_path / "manifest.json", {"outputs": {}}, format=format)
+        with pytest.raises(DataError, match=f"{tmp_path.name} is {kind}.*, and neither a model nor an adapter"):
+            run(Export(directory=tmp_path, out=tmp_path / "out"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(DataError, match=r"model\.gguf is not a directory; `lindm model import` makes one of it"):
+        run(Export(directory=tmp_path / "model.gguf", out=tmp_path / "out"))

@@ -121,7 +121,7 @@ def test_rows_that_nearly_sum_to_one_are_warned_of(tmp_path, capsys):
 
 def test_a_suite_may_be_written_to_a_directory_of_its_own_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for kept in ("1 shards made, 0 kept", "0 shards made, 1 kept"):
+    for kept in ("1 shard made, 0 kept", "0 shards made, 1 kept"):
         assert main(["data", "make", "mdp", "--horizon", "4", "--tasks", "2", "--demos", "1", "--out", "mdp"]) == 0
         assert kept in capsys.readouterr().out
 
@@ -129,7 +129,7 @@ def test_a_suite_may_be_written_to_a_directory_of_its_own_name(tmp_path, monkeyp
 def test_data_is_made_and_exported_from_the_command_line(tmp_path, capsys):
     out, made = tmp_path / "data", ["data", "make", str(TIGER), "--horizon", "3", "--tasks", "2", "--demos", "2"]
     assert main([*made, "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"2 tasks in {out}: 1 shards made, 0 kept\n"
+    assert capsys.readouterr().out == f"2 tasks in {out}: 1 shard made, 0 kept\n"
     rows = [json.loads(line) for line in (out / "episodes-00000.jsonl").read_text().splitlines()]
     assert [(r["task"], r["role"]) for r in rows] == [(t, role) for t in (0, 1) for role in ("demo", "demo", "query")]
     assert main([*made, "--out", str(out)]) == 0 and "0 shards made" in capsys.readouterr().out

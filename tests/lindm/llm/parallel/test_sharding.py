@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
-from lindm.llm.parallel.sharding import make_mesh, parse_mesh, weight_spec
+from lindm.llm.parallel.sharding import check_mesh_size, make_mesh, parse_mesh, weight_spec
 from lindm.llm.sft import step
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from tests.lindm.llm import tiny
@@ -159,6 +159,8 @@ def test_a_mesh_uses_all_devices():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4} and mesh.size == 8
     with pytest.raises(ValueError, match="mesh must use all 8 devices; data=1,fsdp=2,tensor=2 uses 4"):
         make_mesh({"fsdp": 2, "tensor": 2})
+    with pytest.raises(ValueError, match="mesh must use the one device; data=1,fsdp=2,tensor=1 uses 2"):
+        check_mesh_size({"fsdp": 2}, 1)
 
 
 def test_a_mesh_that_does_not_divide_a_weight_raises_an_error_that_names_it(mesh):

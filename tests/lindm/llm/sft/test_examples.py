@@ -213,7 +213,16 @@ FORMATS = "{messages}, {conversations}, {prompt, completion}, {instruction, outp
     [
         ("{", "not JSON: "),
         ("[" * 100_000, "not JSON: "),
-        ('{"prompt": "x", "completion": "\xff"}'.encode("latin-1"), "not JSON: "),
+        ('{"prompt": "x", "completion": "\xff"}'.encode("latin-1"), "expected text in UTF-8; got the byte 0xff"),
+        ('{"prompt": "x",', "not JSON: Expecting property name enclosed in double quotes at column 16"),
+        (
+            {"messages": [{"role": "user", "content": None}, *CHAT["messages"]]},
+            "message 0 of role 'user' must have a content; got none",
+        ),
+        (
+            {"messages": [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "A"}]},
+            "message 0 has the role 'human', which the chat template does not name; use 'user'",
+        ),
         ([1], "a row must be an object; got list"),
         ({"prompt": "x"}, f"a row must have the columns of one of {FORMATS}; got 'prompt'"),
         ({}, f"a row must have the columns of one of {FORMATS}; got none"),
@@ -225,7 +234,7 @@ FORMATS = "{messages}, {conversations}, {prompt, completion}, {instruction, outp
         ({"prompt": "\ud800", "completion": "A"}, "text must be encodable as UTF-8"),
         ({"messages": "hi"}, "messages must be a list of messages; got 'hi'"),
         ({"messages": []}, "messages must be a list of messages"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "no label to train on"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no message of the assistant is trained"),
         ({"messages": [{"content": "hi"}]}, "message 0 must be an object with the string role"),
         (CHAT | {"tools": [{"name": "f"}]}, "the chat template does not render tools"),
         (CHAT | {"images": ["a.png"]}, "images must be left out: it has no effect here"),
@@ -255,8 +264,9 @@ def test_a_document_that_is_too_long_is_named_by_its_task_and_query(suite):
 def test_any_other_source_raises_an_error_with_the_accepted_ones(tmp_path, name):
     written(tmp_path / "rows.csv", GOOD)
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, a file of rows or .*; got /"):
+    with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, a file of rows or .*; got /") as e:
         load_examples(tmp_path / name, TOKENIZER)
+    assert str(e.value).endswith(", which is not there") == name.startswith("nothing")
 
 
 def test_an_unfinished_dataset_raises_an_error(suite, tmp_path):
@@ -369,7 +379,7 @@ def test_the_end_of_a_truncated_answer_is_no_end_token(overlong):
 @given(n=st.integers(1, 60), fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**64 - 1))
 def test_a_split_has_every_number_once_and_the_given_fraction(n, fraction, seed):
     if fraction and n - max(round(fraction * n), 1) < 1:
-        with pytest.raises(ValueError, match="fraction must leave something to train"):
+        with pytest.raises(ValueError, match="held_out must leave something to train"):
             split_indices(n, fraction, seed)
         return
     rest, evaluated = split_indices(n, fraction, seed)

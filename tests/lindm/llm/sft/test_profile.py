@@ -17,12 +17,12 @@ def test_the_time_of_an_operation_is_without_that_of_the_operations_within_it():
 
 @pytest.mark.parametrize("text", ["3", "3:", "0:2", "4:3", "a:b", "-1:2", "1:2:3"])
 def test_a_range_of_steps_has_another_form(micro, tmp_path, text):
-    with pytest.raises(ValueError, match=f"profile must be FROM:TO, two steps from 1 on; got '{text}'"):
+    with pytest.raises(ValueError, match=f"profile must be FROM:TO with 1 <= FROM <= TO; got '{text}'"):
         options(micro, tmp_path / "out", profile=text)
 
 
 def test_a_range_behind_the_last_step_is_refused(micro, tmp_path):
-    with pytest.raises(UsageError, match="profile must end at step 4, the last one; got '3:5'"):
+    with pytest.raises(UsageError, match="profile must end at step 4 at the latest; got '3:5'"):
         trainer.train(options(micro, tmp_path / "out", steps=4, profile="3:5"))
 
 

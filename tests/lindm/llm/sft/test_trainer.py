@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_kept(micro, tmp_pat
 
 @pytest.mark.fault("F14")
 def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(micro, finished, tmp_path):
-    with pytest.raises(LindmError, match=r"learning_rate was 0\.005 and is now 0\.01.*--fresh") as stop:
+    with pytest.raises(LindmError, match=r"run: learning_rate was 0\.005 and is now 0\.01; choose .*--fresh") as stop:
         trainer.train(options(micro, finished, steps=30, learning_rate=1e-2))
     assert isinstance(stop.value, UsageError)
     other = tmp_path / "model"
@@ -254,7 +254,7 @@ def test_other_settings_or_other_data_are_refused_and_the_difference_is_shown(mi
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     settings["options"]["model"] = str(other)
     files.write_json(tmp_path / "out" / "config.json", settings, format=settings["format"])
-    with pytest.raises(LindmError, match=r"model was .* and is now .*"):
+    with pytest.raises(LindmError, match=r"run: model has other files \(config\.json(, manifest\.json)?\); choose"):
         trainer.train(options(micro, tmp_path / "out", model=other, steps=30, learning_rate=5e-3))
 
 
