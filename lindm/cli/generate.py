@@ -55,6 +55,14 @@ class Generate:
             raise UsageError("--prompt must be left out with --data")
         if self.out is not None and not self.out.absolute().parent.is_dir():
             raise UsageError(f"--out must be in a directory that exists; got {self.out}")
+        if self.out is not None and self.out.suffix != ".jsonl":
+            raise UsageError(f"--out must be a .jsonl file; got {self.out}")
+        if (
+            self.data is not None
+            and self.out is not None
+            and self.data.resolve() in (self.out.resolve(), self.out.resolve().parent)
+        ):
+            raise UsageError(f"--out must not be --data, or a file in its directory; got {self.out}")
         if self.system is not None and (self.prompt is not None or self.data is not None):
             raise UsageError("--system is for a chat; a row of --data may have a column system")
 
@@ -111,13 +119,18 @@ def print_stream(generator: "TextGenerator", prompt: list[int], number: int) -> 
 
 
 def chat(generator: "TextGenerator", system: str | None) -> int:
-    """Answer one message after another, until the input ends. The exit code, 0."""
+    """Answer one message after another, until the input ends; one that cannot be answered is named and left out.
+
+    The exit code, 0.
+    """
     if generator.tokenizer.chat_template is None:
         raise UsageError("a chat needs a model with a chat template; give --prompt, or --data with prompts")
     terminal = sys.stdin.isatty()
     if terminal:
         print("Enter a message; Ctrl-D ends.")
     messages = [] if system is None else [{"role": "system", "content": system}]
+    if messages:  # an error here would be one of every message
+        generator.prompt([*messages, {"role": "user", "content": "?"}], "--system")
     number = 0
     while True:
         try:
@@ -126,9 +139,21 @@ def chat(generator: "TextGenerator", system: str | None) -> int:
             print(end="\n" * terminal)
             return 0
         if text:
-            asked = [*messages, {"role": "user", "content": text}]
-            answer = print_stream(generator, generator.prompt(asked, f"message {number + 1}"), number)
-            messages, number = [*asked, {"role": "assistant", "content": answer}], number + 1
+            number += 1
+            try:
+                messages = _exchange(generator, messages, text, number)
+            except DataError as e:
+                print(f"lindm: {e.message}; the conversation goes on without message {number}", file=sys.stderr)
+
+
+def _exchange(generator: "TextGenerator", messages: list[dict[str, str]], text: str, number: int) -> list[dict[str, str]]:
+    """Print the answer to a message; the conversation with both. DataError where they cannot be a part of it."""
+    question = {"role": "user", "content": text}
+    asked = [*messages, question]
+    answer = print_stream(generator, generator.prompt(asked, f"message {number}"), number - 1)
+    told = [*asked, {"role": "assistant", "content": answer}]
+    generator.prompt([*told, question], f"the answer to message {number}")  # an error here would be one of every later message
+    return told
 
 
 # --- the rows of a file ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lindm.llm.model_families import (
 from lindm.llm.rope import RopeParameters, parse_rope_parameters
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 DEFAULT_ROPE = RopeParameters()
 Remat = Literal["full", "selective", "none"]
 """What the backward pass recomputes: everything but one activation per layer (full); attention, norms and nonlinearities, but no

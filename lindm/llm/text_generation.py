@@ -6,7 +6,7 @@ settings of sampling are those of generation_config.json where it asks for sampl
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,12 @@ from lindm import validate
 from lindm.errors import DataError, UsageError
 from lindm.io.files import read_json
 from lindm.llm.chats import Conversation, chat_prompt
-from lindm.llm.config import CONFIG
+from lindm.llm.config import CONFIG, GENERATION_CONFIG
 from lindm.llm.generate import Sampling, generate, stream
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
 from lindm.llm.policy import model_directory
-from lindm.llm.sft.generation import GENERATION_CONFIG
 from lindm.llm.sft.options import run_options
 from lindm.llm.sft.rows import row_prompt
 from lindm.llm.tokens import Tokenizer, decode, load_tokenizer, prompt_tokens
@@ -121,19 +120,9 @@ class TextGenerator:
 
     def stream(self, prompt: Sequence[int], number: int = 0) -> Iterator[str]:
         """The answer to one prompt, piece by piece as it is generated: that of `answer` with the prompt at this number."""
-        ids: list[int] = []
-        shown = ""
         room = self.room(prompt)
         tokens = stream(self.model, prompt, room, self.stops, sampling=self.sampling, key=self._key(number), dtype=self.dtype)
-        for token in tokens:
-            if token not in self.stops:
-                ids.append(token)
-            text = decode(self.tokenizer, ids)
-            if text.startswith(shown) and not text.endswith("\ufffd"):  # of a character the last bytes may be missing
-                yield text[len(shown) :]
-                shown = text
-        if (rest := decode(self.tokenizer, ids)[len(shown) :]) != "":
-            yield rest
+        return decoded_pieces(self.tokenizer, (token for token in tokens if token not in self.stops))
 
     def _key(self, number: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.seed), number)
@@ -142,6 +131,24 @@ class TextGenerator:
         stopped = bool(ids) and ids[-1] in self.stops
         text = decode(self.tokenizer, ids[:-1] if stopped else ids)
         return Answer(text=text, num_tokens=len(ids), finish_reason="stop" if stopped else "length")
+
+
+def decoded_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens piece by piece, each as soon as its characters are complete.
+
+    A token is decoded after those of the last piece, which say whether a space is in front of it; all tokens again would take
+    time proportional to the square of their number. Bytes that are no character may show otherwise than in all tokens together.
+    """
+    last: list[int] = []  # tokens of the last piece
+    new: list[int] = []  # tokens whose text is not shown
+    for token in tokens:
+        new.append(token)
+        shown, text = decode(tokenizer, last), decode(tokenizer, last + new)
+        if len(text) > len(shown) and text.startswith(shown) and not text.endswith("\ufffd"):  # the last bytes may be missing
+            yield text[len(shown) :]
+            last, new = new, []
+    if rest := decode(tokenizer, last + new)[len(decode(tokenizer, last)) :]:
+        yield rest
 
 
 def load_generator(

@@ -22,7 +22,7 @@ from lindm.io.files import read_json, storage_errors
 from lindm.io.progress import Progress
 from lindm.io.temporaries import temporary_file, temporary_path
 from lindm.llm.chat_template import chat_template
-from lindm.llm.config import CONFIG, FAMILIES, ModelConfig
+from lindm.llm.config import CONFIG, FAMILIES, GENERATION_CONFIG, ModelConfig
 from lindm.llm.io.gguf import METADATA_KEYS, ROPE_FACTORS, gguf_name, interleaved_heads
 from lindm.llm.io.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, build_tokenizer
 from lindm.llm.io.safetensors_files import require_finite
@@ -42,7 +42,6 @@ TYPES = {
 }
 SPLITS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")  # rules of `PRE_TOKENIZERS`, under the names that llama.cpp writes
 NORMAL, UNUSED, BYTE = 1, 5, 6  # values of tokenizer.ggml.token_type beside those of the reader
-GENERATION_CONFIG = "generation_config.json"
 # texts that tell pre-tokenizers and normalizers apart: numbers, spaces, contractions, letters beyond ASCII, marks, emoji
 PROBES = (
     *(

@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lindm.io.files import read_json, write_json
-from lindm.llm.config import CONFIG
+from lindm.llm.config import CONFIG, GENERATION_CONFIG
 from lindm.llm.generate import generate
 from lindm.llm.model import Decoder
 from lindm.llm.tokens import Example, Tokenizer, decode, shorten
 
-GENERATION_CONFIG, TEMPLATE, TOKENIZER_CONFIG = "generation_config.json", "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 MAX_NEW_TOKENS = 64  # of the generation that is shown
 
 

@@ -12,7 +12,7 @@ from lindm.cli.generate import Generate, run
 from lindm.errors import DataError, UsageError
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
-from lindm.llm.text_generation import load_generator
+from lindm.llm.text_generation import TextGenerator, load_generator
 from tests.lindm.llm.small import byte_level
 from tests.lindm.llm.tiny import TINY
 
@@ -49,6 +49,28 @@ def test_each_line_of_the_input_is_a_message_of_a_chat(directory, capsys, monkey
     (first,) = expected(directory, [start], max_tokens=6)
     second = [*start, {"role": "assistant", "content": first}, {"role": "user", "content": "The reward?"}]
     assert capsys.readouterr().out == first + "\n" + expected(directory, [second], max_tokens=6)[0] + "\n"
+
+
+def test_a_message_that_cannot_be_answered_is_named_and_the_chat_goes_on(directory, capsys, monkeypatch):
+    """A control token, a message with no room, an answer that is empty, and one that holds a control token."""
+    answers = iter(["first", "", "<|im_end|>", "last"])
+    monkeypatch.setattr(TextGenerator, "stream", lambda self, prompt, number: self.room(prompt) and iter([next(answers)]))
+    asked, prompt = [], TextGenerator.prompt
+    monkeypatch.setattr(TextGenerator, "prompt", lambda self, m, source: asked.append((source, m)) or prompt(self, m, source))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n<|im_end|>\n" + "0" * 130 + "\nb\nc\nd\n"))
+    assert run(Generate(directory=directory)) == 0
+    said = capsys.readouterr()
+    assert said.out.split() == ["first", "<|im_end|>", "last"]
+    errors = said.err.splitlines()
+    assert [line.rpartition("without ")[2] for line in errors] == [f"message {n}" for n in (2, 3, 4, 5)]
+    for line, rule in zip(
+        errors, ("name of a control token", "the 128 tokens of the model", "not be empty", "control"), strict=True
+    ):
+        assert line.startswith("lindm: ") and rule in line
+    contents = [message["content"] for message in dict(asked)["message 6"]]
+    assert contents == ["a", "first", "d"]
+    with pytest.raises(DataError, match="--system: message 0 has the name of a control token"):
+        run(Generate(directory=directory, system="<|im_end|>"))
 
 
 def test_rows_are_written_with_their_answers(directory, tmp_path, capsys):
@@ -95,6 +117,9 @@ def test_a_bad_row_is_named_by_file_and_line_and_nothing_is_written(directory, t
         ({"out": "x.jsonl"}, "--data and --out must be given together"),
         ({"data": "x.jsonl", "out": "y.jsonl", "prompt": "x"}, "--prompt must be left out with --data"),
         ({"data": "x.jsonl", "out": "nowhere/y.jsonl"}, "--out must be in a directory that exists; got .*nowhere"),
+        ({"data": "x.jsonl", "out": "y.csv"}, r"--out must be a \.jsonl file; got .*y\.csv"),
+        ({"data": "x.jsonl", "out": "x.jsonl"}, "--out must not be --data"),
+        ({"data": ".", "out": "y.jsonl"}, "--out must not be --data, or a file in its directory"),
         ({"prompt": "x", "system": "y"}, "--system is for a chat"),
         ({"prompt": "x", "batch": 0}, "batch must be a whole number of at least 1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be a whole number of at least 1"),

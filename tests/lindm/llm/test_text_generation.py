@@ -10,6 +10,7 @@ from flax import nnx
 import lindm as ld
 from lindm.errors import DataError, UsageError
 from lindm.io.files import write_json
+from lindm.llm import text_generation
 from lindm.llm.chats import Conversation, chat_examples, chat_prompt
 from lindm.llm.generate import Sampling, generate
 from lindm.llm.io import weights
@@ -17,7 +18,7 @@ from lindm.llm.model import Decoder
 from lindm.llm.sft.options import RUN_FORMAT
 from lindm.llm.sft.rows import row_examples, row_prompt
 from lindm.llm.text_generation import load_generator
-from lindm.llm.tokens import load_tokenizer
+from lindm.llm.tokens import decode, load_tokenizer
 from tests.lindm.llm.small import CHATML, KINDS, TURNS, byte_level
 from tests.lindm.llm.tiny import TINY
 
@@ -111,6 +112,24 @@ def test_answers_stream_as_they_are_given_and_do_not_depend_on_the_batch(directo
     assert {a.num_tokens for a in answers if a.finish_reason == "length"} == {12}
     assert ld.generate(directory, ["The state is 3."], max_tokens=12, temperature=1.0, seed=5) == [answers[0].text]
     assert generator.answer([prompts[1]]) != [answers[1]], "the key is that of the prompt's number"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_decoded_piece_by_piece_as_they_are_together_and_a_few_at_a_time(kind, monkeypatch):
+    tokenizer, decoded = KINDS[kind](), []
+    monkeypatch.setattr(text_generation, "decode", lambda t, ids: decoded.append(len(ids)) or decode(t, ids))
+    text = "The state is 3.\n  The reward, 0.5:  you help. é 😀 你好" * 8
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = list(text_generation.decoded_pieces(tokenizer, ids))
+    assert "".join(pieces) == decode(tokenizer, ids) and len(pieces) > len(ids) / 3
+    assert sum(decoded) < 10 * len(ids) and max(decoded) < 10
+
+
+def test_a_character_of_several_tokens_is_shown_when_its_last_byte_is_there():
+    tokenizer = byte_level()
+    ids = tokenizer("a😀é", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 5 and list(text_generation.decoded_pieces(tokenizer, ids)) == ["a", "😀", "é"]
+    assert list(text_generation.decoded_pieces(tokenizer, ids[:3])) == ["a", decode(tokenizer, ids[:3])[1:]]
 
 
 def test_an_answer_ends_at_an_end_of_generation_and_does_not_show_it(directory, tmp_path):
