@@ -37,7 +37,8 @@ class Plan:
     """A Hugging Face directory, or a config.json; weights are not read."""
     topology: str
     """A TPU slice by its chips or its accelerator type: v5e:4x4 or v5e-16, v6e-8, v5p-32, tpu7x-8 (extra: tpu); GPUs, for which
-    the plan is an estimate: h100:8, h200:8, b200:8, a100:8; or host, the devices of this machine."""
+    the plan is an estimate: h100:8, h200:8, b200:8, a100:8, h100-pcie:2; or host, the devices of this
+    machine."""
     batch: int
     """Rows of a micro-batch, over all devices."""
     seq: int

@@ -32,7 +32,7 @@ from lindm.llm.cluster.program_cost import ProgramCost, program_cost
 from lindm.llm.lora import add_lora, quantize
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.chips import Chip, find_chip, tpu_topology
-from lindm.llm.parallel.devices import available_host_memory, measured_peak_flops
+from lindm.llm.parallel.devices import available_host_memory, measured_peak_flops, memory_limit
 from lindm.llm.parallel.sharding import AXES, check_batch_size, check_mesh_size, make_mesh
 from lindm.llm.sft.loss import ComputeConfig
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
@@ -67,14 +67,16 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def device_limits(devices: Sequence[Any]) -> DeviceLimits:
-    """The limits of one of these devices. Virtual CPU devices share one machine equally.
+    """The limits of one of these devices: of one that is here at most the memory that jax may take. Virtual CPU devices share one
+    machine equally.
 
     Raises:
       ValueError: a device that is not in the table of chips.
     """
     chip = find_chip(devices[0].device_kind)
     if chip is not None:
-        return chip_limits(chip, devices[0].device_kind)
+        limits, memory = chip_limits(chip, devices[0].device_kind), memory_limit(devices[0])
+        return limits if memory is None else limits._replace(memory=min(limits.memory, memory))
     if devices[0].platform != "cpu":
         raise ValueError(f"topology must have devices in the table of chips; got {devices[0].device_kind}")
     memory = available_host_memory()

@@ -1,9 +1,9 @@
 """One table of accelerator chips: speed, memory, bandwidth, and for TPUs the available slices and their names.
 
 The figures are those of the makers' data sheets, dense products in bf16: pages v4, v5e, v5p, v6e and tpu7x of
-https://docs.cloud.google.com/tpu/docs, and NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200. The memory of
-GPUs is what nvidia-smi reports, rounded; their links are NVLink within a node, in one direction. Nothing heavy is imported here:
-the command line reads this module.
+https://docs.cloud.google.com/tpu/docs, and NVIDIA's data sheets of A100, H100, H200 and HGX B200. The memory of GPUs is what
+nvidia-smi reports, rounded; the links of SXM cards are NVLink within a node, in one direction, and those of PCIe and NVL cards
+are PCIe: their bridges join two or four cards. Nothing heavy is imported here: the command line reads this module.
 """
 
 import math
@@ -139,6 +139,30 @@ CHIPS = (
         link_bandwidth=300e9,
     ),
     Chip(
+        name="A100-40GB",
+        device_kinds=("NVIDIA A100-SXM4-40GB",),
+        memory=40 * GIB,
+        peak_flops=312e12,
+        memory_bandwidth=1.555e12,
+        link_bandwidth=300e9,
+    ),
+    Chip(
+        name="A100-PCIe",
+        device_kinds=("NVIDIA A100 80GB PCIe",),
+        memory=80 * GIB,
+        peak_flops=312e12,
+        memory_bandwidth=1.935e12,
+        link_bandwidth=32e9,
+    ),
+    Chip(
+        name="A100-PCIe-40GB",
+        device_kinds=("NVIDIA A100-PCIE-40GB",),
+        memory=40 * GIB,
+        peak_flops=312e12,
+        memory_bandwidth=1.555e12,
+        link_bandwidth=32e9,
+    ),
+    Chip(
         name="H100",
         device_kinds=("NVIDIA H100",),
         memory=80 * GIB,
@@ -147,12 +171,36 @@ CHIPS = (
         link_bandwidth=450e9,
     ),
     Chip(
+        name="H100-PCIe",
+        device_kinds=("NVIDIA H100 PCIe",),
+        memory=80 * GIB,
+        peak_flops=756e12,
+        memory_bandwidth=2.0e12,
+        link_bandwidth=64e9,
+    ),
+    Chip(
+        name="H100-NVL",
+        device_kinds=("NVIDIA H100 NVL",),
+        memory=93 * GIB,
+        peak_flops=835e12,
+        memory_bandwidth=3.9e12,
+        link_bandwidth=64e9,
+    ),
+    Chip(
         name="H200",
         device_kinds=("NVIDIA H200",),
         memory=141 * GIB,
         peak_flops=989e12,
         memory_bandwidth=4.8e12,
         link_bandwidth=450e9,
+    ),
+    Chip(
+        name="H200-NVL",
+        device_kinds=("NVIDIA H200 NVL",),
+        memory=140 * GIB,
+        peak_flops=835e12,
+        memory_bandwidth=4.8e12,
+        link_bandwidth=64e9,
     ),
     Chip(
         name="B200",
@@ -248,7 +296,7 @@ def tpu_topology(topology: str) -> str:
         raise ValueError(
             "topology must be host, a slice by its chips (v5e:4x4, v6e:2x4, v5p:2x2x4, tpu7x:2x2x1) or by its accelerator type "
             "(v5e-16, v6e-8, v5p-32, tpu7x-8; v5p and tpu7x count cores, two a chip), or GPUs of one node (h100:8, h200:8, "
-            f"b200:8, a100:8); got {topology!r}{did_you_mean(topology, _KNOWN)}"
+            f"b200:8, a100:8, h100-pcie:2); got {topology!r}{did_you_mean(topology, _KNOWN)}"
         )
     return given
 

@@ -36,11 +36,19 @@ def peak_flops(devices: list[Any]) -> float:
     return len(devices) * chip.peak_flops if chip else measured_peak_flops()
 
 
+def memory_limit(device: Any) -> int | None:
+    """Bytes that this process may take of a device; None where jax does not say, as for CPUs and devices that are not here."""
+    try:
+        stats = device.memory_stats() if device.platform != "cpu" else None
+    except RuntimeError:  # a device of a topology, which the compiler alone knows
+        return None
+    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
+
+
 def available_memory(device: Any) -> int | None:
     """Free bytes on a device; None where it is not known."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    if (limit := memory_limit(device)) is not None:
+        return limit - int(device.memory_stats().get("bytes_in_use", 0))
     if device.platform == "cpu":
         return available_host_memory()
     return chip.memory if (chip := find_chip(device.device_kind)) else None

@@ -287,6 +287,28 @@ def test_plans_that_fit_come_first_and_then_the_fastest(monkeypatch, full):
     assert calls[1] == (1, 3, "fsdp=4,tensor=2")
 
 
+class Card:
+    """A GPU, by its name and the bytes that jax may take of it."""
+
+    platform = "gpu"
+
+    def __init__(self, device_kind, limit):
+        self.device_kind, self.limit = device_kind, limit
+
+    def memory_stats(self):
+        if self.limit is None:
+            raise RuntimeError("not addressable")
+        return {"bytes_limit": self.limit}
+
+
+def test_a_card_that_is_here_has_at_most_the_memory_that_jax_may_take_and_the_speed_of_its_own_kind():
+    for limit, memory in ((30 * GIB, 30 * GIB), (90 * GIB, 40 * GIB), (None, 40 * GIB)):
+        assert plan.device_limits([Card("NVIDIA A100-SXM4-40GB", limit)]).memory == memory
+    assert plan.device_limits([Card("NVIDIA A100-SXM-64GB", 48 * GIB)]).memory == 48 * GIB, "not in the table by its memory"
+    sxm, pcie, nvl = (plan.device_limits([Card(f"NVIDIA H100{kind}", None)]) for kind in (" 80GB HBM3", " PCIe", " NVL"))
+    assert pcie.peak_flops < nvl.peak_flops < sxm.peak_flops == 989e12
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------------
 
 

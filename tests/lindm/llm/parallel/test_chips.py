@@ -45,7 +45,14 @@ def test_no_two_shapes_of_a_generation_have_as_many_chips():
         ("TPU v5p", "v5p"),
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200-NVL"),
         ("NVIDIA B200", "B200"),
         ("TPU7x", "tpu7x"),
         ("cpu", None),
@@ -95,7 +102,9 @@ def test_a_job_takes_the_names_of_clouds_too_and_refuses_what_it_cannot_start():
 
 
 def test_gpus_are_those_of_one_node():
-    assert set(GPUS) == {"a100", "h100", "h200", "b200"}
+    cards = {"a100-40gb", "a100-pcie", "a100-pcie-40gb", "h100-pcie", "h100-nvl", "h200-nvl"}
+    assert set(GPUS) == {"a100", "h100", "h200", "b200"} | cards
+    assert parse_gpus("h100-NVL:2") == (find_chip("NVIDIA H100 NVL"), 2)
     assert parse_gpus("h100:8") == (find_chip("NVIDIA H100 80GB HBM3"), 8) and parse_gpus("B200:2") == (
         find_chip("NVIDIA B200"),
         2,
