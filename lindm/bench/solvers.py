@@ -236,9 +236,14 @@ def measure_textbook() -> dict[str, Any]:
 
 
 def measure(side: str, task: str) -> dict[str, Any]:
-    """One measurement in this process: sides `ours`, `numpy` and the peers; tasks `mdp`, `tree`, `mdp memory`, `tree memory`."""
+    """One measurement in this process: sides `ours`, `numpy` and the peers; tasks `mdp`, `tree`, `mdp memory`, `tree memory`.
+
+    The task `without an end` has the rows of all sides.
+    """
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both peers warn, for every model, of a problem without a discount
+        if task == "without an end":
+            return {"rows": point_based.benchmark()}
         if task == "mdp memory":
             return {"memory": _mdp_memory(side)}
         if task == "tree memory":
@@ -356,7 +361,7 @@ def benchmark() -> list[Row]:
     names = {peer: version or f"{peer} (not installed)" for peer, version in versions.items()}
     peers = {peer: _side(peer, "mdp") if version else None for peer, version in versions.items()}
     table = rows(_side("ours", "mdp"), _side("ours", "tree"), peers, _side("numpy", "tree"), names)
-    return table + point_based.benchmark()
+    return table + in_worker(MODULE, "all", "without an end")["rows"]
 
 
 if __name__ == "__main__":

@@ -54,23 +54,29 @@ def _read_sarsop(path: Path, num_states: int, num_actions: int) -> tuple[np.ndar
     actions: list[int] = []
     rows: list[list[float]] = []
     for found in VECTOR.finditer(text):
-        where = f"{path}:{_line(text, found.start())}"
         action, observed = int(found[1]), int(found[2])
-        if action >= num_actions or observed:
-            rule = f"an action from 0 to {num_actions - 1} and obsValue 0, of a problem whose state is all hidden"
-            raise DataError(f"{where}: expected {rule}; got action {action}, obsValue {observed}")
+        words = found[3].split()
         try:
-            rows.append([float(word) for word in found[3].split()])
-        except ValueError as e:
-            raise DataError(f"{where}: expected the numbers of an alpha vector: {e}") from None
-        if len(rows[-1]) != num_states:
-            raise DataError(
-                f"{where}: expected an alpha vector with {num_states} numbers, one for each state; got {len(rows[-1])}"
-            )
+            if action >= num_actions or observed:
+                rule = f"an action from 0 to {num_actions - 1} and obsValue 0, of a problem whose state is all hidden"
+                raise ValueError(f"expected {rule}; got action {action}, obsValue {observed}")
+            if len(words) != num_states:
+                rule = f"an alpha vector with {num_states} numbers, one for each state"
+                raise ValueError(f"expected {rule}; got {len(words)}")
+            rows.append(_numbers(words))
+        except ValueError as e:  # lines are counted here alone: there are thousands of vectors in megabytes
+            raise DataError(f"{path}:{_line(text, found.start())}: {e}") from None
         actions.append(action)
     if not rows:
         raise DataError(f'{path}: expected <Vector action="..." obsValue="0">, as SARSOP writes its policies; found none')
     return np.array(actions), _finite(path, rows)
+
+
+def _numbers(words: list[str]) -> list[float]:
+    try:
+        return [float(word) for word in words]
+    except ValueError as e:
+        raise ValueError(f"expected the numbers of an alpha vector: {e}") from None
 
 
 def _line(text: str, at: int) -> int:
