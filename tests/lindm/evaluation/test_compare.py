@@ -170,8 +170,9 @@ def test_a_problem_beyond_the_tree_has_bounds_and_says_so(tmp_path, capsys):
     assert main([*tiger, "--policy", "qmdp", "--episodes", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"V\* between \S+ and \S+ \(certified\), V\^random = -310\.811", lines[1]) and " bounds " in lines[3]
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "intervals: over demonstrations and episodes",
+        "an interval that begins at 0 was cut there: no gap is below 0",
         "gaps: the middle of their range over the bounds of V*; the intervals hold for every V* between them",
     ]
 
@@ -197,7 +198,8 @@ def test_the_command_prints_a_table_or_json_and_keeps_what_it_found(tmp_path, ca
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "pomdp, horizon 4, id; 3 tasks, 2 demonstrations each" and out[3].startswith("bc  ")
-    assert re.fullmatch(r"V\* = \d.*, V\^random = \d.*, means over tasks", out[1]) and out[-1] == "intervals: over tasks"
+    assert re.fullmatch(r"V\* = \d.*, V\^random = \d.*, means over tasks", out[1])
+    assert out[-2:] == ["intervals: over tasks", "an interval that begins at 0 was cut there: no gap is below 0"]
     kept = json.loads((tmp_path / "out" / "eval.json").read_text())["rows"]
     assert [{k: v for k, v in row.items() if k not in ("gaps", "decisions_per_s")} for row in kept] == [
         {k: v for k, v in row.items() if k != "decisions_per_s"} for row in printed
