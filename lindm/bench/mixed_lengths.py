@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from lindm.bench import sft
 from lindm.bench.timing import MORE, NEITHER, Row, answer, cpu_seconds, in_worker, row, timed
@@ -24,8 +24,10 @@ from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing
+from lindm.llm.sft.batches import place_rows
+from lindm.llm.sft.example_table import ListedExamples
 from lindm.llm.sft.flops import train_step_flops
-from lindm.llm.sft.shapes import BatchShape, Sizes, choose_shapes, group
+from lindm.llm.sft.shapes import BatchShape, Sizes, choose_shapes, first_fitting
 from lindm.llm.tokens import Example
 
 MODULE = "lindm.bench.mixed_lengths"
@@ -53,32 +55,25 @@ def documents() -> list[list[Example]]:
     return [[document(int(n)) for n in step] for step in np.clip(lengths, 8, LONGEST)]
 
 
-def _sizes(examples: list[Example]) -> Sizes:
-    return Sizes(np.array([len(e.ids) for e in examples]), np.array([int((e.target >= 0).sum()) for e in examples]))
-
-
-def our_batches() -> list[packing.Batch]:
+def our_batches(batch_sharding: NamedSharding) -> list[packing.Batch]:
     """The batches [1, rows, ...] of the timed steps, in the shapes that `lindm sft` chooses."""
-    steps = documents()
-    sizes = [_sizes(step) for step in steps]
-    longest, most = (max(int(getattr(s, name).max()) for s in sizes) for name in ("tokens", "labels"))
-    full = BatchShape(BATCH, *packing.round_up_shape(longest, most))
+    table = ListedExamples([example for step in documents() for example in step])
+    steps = [range(i, i + BATCH) for i in range(0, len(table), BATCH)]
+    sizes = [Sizes(table.lengths[step], table.num_labels[step]) for step in steps]
+    full = BatchShape(BATCH, *packing.round_up_shape(int(table.lengths.max()), int(table.num_labels.max())))
     row_flops = functools.partial(train_step_flops, model_config(), "full", 1, max_labels=0)
-    shapes = choose_shapes(sizes, full, 1, 1, row_flops)
-    batches = []
+    shapes, batches = choose_shapes(sizes, full, 1, 1, row_flops), []
     for number in TIMED_STEPS:
-        fitting = ((shape, group(sizes[number], shape, 1)) for shape in shapes)
-        shape, groups = next((shape, groups) for shape, groups in fitting if groups is not None)
+        shape, groups = first_fitting(sizes[number], shapes, 1)
         rows = [[steps[number][i] for i in members] for members in groups]
-        batch = packing.make_batch(rows + [[]] * (shape.rows - len(rows)), shape.seq_len, shape.max_labels)
-        batches.append(jax.tree.map(lambda x: x[None], batch))
+        batches.append(place_rows(table, rows, shape, batch_sharding, (1,)))
     return batches
 
 
 def run_ours(directory: Path) -> dict[str, Any]:
     """CPU-seconds of the timed steps, and the loss of the first."""
     step, state, frozen, shardings = sft.training_program("full", "selective", directory)
-    batches = [jax.tree.map(lambda x: sharding.shard_array(x, shardings.batch), batch) for batch in our_batches()]
+    batches = our_batches(shardings.batch)
     stop = sharding.shard_array(np.zeros(1, np.int32), shardings.stop_flags)
     seconds, programs = 0.0, {}
     for batch in batches:

@@ -19,7 +19,7 @@ from lindm.llm.sft import packing
 from lindm.llm.sft.example_table import ExampleTable
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.setup import TrainingSetup
-from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, Sizes, choose_shapes, group
+from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, Sizes, choose_shapes, first_fitting, group
 
 
 class LoadedBatch(NamedTuple):
@@ -77,9 +77,7 @@ class BatchLoader:
 
     def _group(self, sizes: Sizes, only: BatchShape | None = None) -> tuple[BatchShape, list[list[int]]]:
         """The cheapest shape that holds the documents of a step, and which of them share a row."""
-        shapes = self.shapes if only is None else [only]
-        grouped = ((shape, group(sizes, shape, self.setup.config.accumulate)) for shape in shapes)
-        return next((shape, groups) for shape, groups in grouped if groups is not None)
+        return first_fitting(sizes, self.shapes if only is None else [only], self.setup.config.accumulate)
 
     def stop_flags(self) -> jax.Array:
         """[devices] 1 if this process has to stop."""

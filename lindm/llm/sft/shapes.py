@@ -47,6 +47,12 @@ def group(sizes: Sizes, shape: BatchShape, accumulate: int) -> list[list[int]] |
     return groups if fits else None
 
 
+def first_fitting(sizes: Sizes, shapes: Sequence[BatchShape], accumulate: int) -> tuple[BatchShape, list[list[int]]]:
+    """The first of the shapes, the cheapest, that holds the documents of a step, and which of them share a row."""
+    grouped = ((shape, group(sizes, shape, accumulate)) for shape in shapes)
+    return next((shape, groups) for shape, groups in grouped if groups is not None)
+
+
 def most_labels(sizes: Sizes, groups: list[list[int]]) -> int:
     """Labels of the row that has most."""
     return max(int(sizes.labels[members].sum()) for members in groups)

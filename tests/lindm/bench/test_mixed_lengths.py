@@ -2,14 +2,17 @@
 
 import importlib.util
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lindm.bench import mixed_lengths, sft
 from lindm.llm.config import ModelConfig
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
+from lindm.llm.parallel.sharding import BATCH_SPEC, make_mesh
 from lindm.llm.tokens import Example
 
 SMALL = ModelConfig(
@@ -33,7 +36,8 @@ def test_lengths_are_log_normal():
 
 def test_our_batches_hold_every_document_of_a_step_and_little_padding():
     steps, held, trained = mixed_lengths.documents(), 0, 0
-    for number, batch in zip(mixed_lengths.TIMED_STEPS, mixed_lengths.our_batches(), strict=True):
+    rows_of_one_device = NamedSharding(make_mesh({}, jax.devices()[:1]), PartitionSpec(None, *BATCH_SPEC))
+    for number, batch in zip(mixed_lengths.TIMED_STEPS, mixed_lengths.our_batches(rows_of_one_device), strict=True):
         documents = steps[number]
         segments, ids = np.asarray(batch.segments), np.asarray(batch.ids)
         rows = [ids[segments == -1].size, sum(len(e.ids) for e in documents)]

@@ -190,7 +190,7 @@ def test_the_estimate_of_a_large_model_is_within_15_percent_of_its_compiled_memo
 
 
 def test_an_estimate_refuses_a_mesh_that_leaves_devices_or_does_not_divide():
-    with pytest.raises(ValueError, match="mesh must use all 8 devices; fsdp=2 uses 2"):
+    with pytest.raises(ValueError, match="mesh must use all 8 devices; data=1,fsdp=2,tensor=1 uses 2"):
         plan.estimate_plans(JOB, 8, LIMITS, [{"data": 1, "fsdp": 2, "tensor": 1}])
     with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp = 8; got 4"):
         plan.estimate_plans(JOB, 8, LIMITS, [{"data": 1, "fsdp": 8, "tensor": 1}])
