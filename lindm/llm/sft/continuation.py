@@ -32,17 +32,18 @@ def is_longer(old: dict[str, Any], steps: int) -> bool:
     return bool(schedules := old.get("schedules")) and steps > schedules[-1]["steps"]
 
 
+def require_checkpoint(out: Path, steps: int) -> None:
+    """CheckpointError where a run has results, and no checkpoint to go on from."""
+    if not checkpoints.checkpoint_steps(out / CHECKPOINTS) and any((out / name).exists() for name in RESULTS):
+        raise CheckpointError(f"{out} has no checkpoint that it could go on from with {steps} steps; --fresh trains again")
+
+
 def extend_run(out: Path, old: dict[str, Any], config: dict[str, Any], steps: int) -> None:
     """Remove the results of the shorter run, then write the config.json of the longer one.
 
     A kill between the two leaves the shorter run, whose command makes its results again.
-
-    Raises:
-      CheckpointError: the run has results, and no checkpoint to go on from.
     """
     saved = checkpoints.checkpoint_steps(out / CHECKPOINTS)
-    if not saved and any((out / name).exists() for name in RESULTS):
-        raise CheckpointError(f"{out} has no checkpoint that it could go on from with {steps} steps; --fresh trains again")
     for name in (MANIFEST, *RESULTS):
         directories.remove(out / name)
     schedules = [*old["schedules"], {"from_step": saved[-1] if saved else 0, "steps": steps}]

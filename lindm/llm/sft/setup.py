@@ -101,6 +101,11 @@ class TrainingSetup:
     end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
     inputs: dict[str, Any]  # SHA-256 of data and model, and numbers of documents that were too long
 
+    @property
+    def platform_options(self) -> dict[str, str]:
+        """The options whose defaults follow from the kind of the devices, with the values that they have."""
+        return {"base": self.base, "dtype": "bf16" if self.compute.dtype == jnp.bfloat16 else "f32"}
+
 
 def setup_training(config: SFTConfig) -> TrainingSetup:
     """Read and check data and model; nothing is allocated on a device.

@@ -109,35 +109,56 @@ def _clean(out: Path, fresh: bool) -> None:
 def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
     """Write config.json, or compare with the one that is there, which may have fewer steps.
 
+    All processes compare and raise the same error, before the first one writes: they would report a lost peer otherwise.
+
     Raises:
       UsageError: OUT holds a run with other settings or data, or other files.
+      DataError: its config.json is missing, or a model that it has written is damaged.
+      CheckpointError: a run with results has no checkpoint to go on from with more steps.
     """
     out, path = setup.config.out, setup.config.out / CONFIG
     config, steps = {"options": setup.config.to_json(), "inputs": setup.inputs}, setup.optimizer.steps
-    config["defaults"] = {"learning_rate": setup.optimizer.learning_rate}
-    if path.exists():
-        old = files.read_json(path, format=RUN_FORMAT)
-        longer = continuation.is_longer(old, steps)
-        options = config["options"] | ({"steps": old["options"].get("steps")} if longer else {})
-        before = old.get("options", {})
-        differences = config_differences(before, options)
-        same = [name for name in before.keys() | options.keys() if before.get(name) == options.get(name)]
-        for part in ("inputs", "defaults"):  # one sentence for an option and the files or the default that follow from it
-            was, now = ({k: v for k, v in c.get(part, {}).items() if k in same or k not in options} for c in (old, config))
-            differences += config_differences(was, now)
-        if differences:
-            raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
-        if longer and is_main:
-            continuation.extend_run(out, old, config, steps)
-    elif is_main:
-        if left := [out / name for name in OUTPUTS if name != TOKENS and (out / name).exists()]:
-            raise DataError(f"{path} is missing, although {left[0]} is there; choose another --out, or --fresh")
-        if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
-            raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
-        files.write_json(path, config | continuation.first_schedule(steps), format=RUN_FORMAT)
-    if is_main:
+    config["defaults"] = setup.platform_options | {"learning_rate": setup.optimizer.learning_rate}
+    old = files.read_json(path, format=RUN_FORMAT) if path.exists() else None
+    longer = old is not None and continuation.is_longer(old, steps)
+    if old is None:
+        _require_no_run(out)
+    else:
+        _require_same(out, old, config, longer)
+    if longer:
+        continuation.require_checkpoint(out, steps)
+    else:
         _verify_exports(out)
+    processes.barrier("settings are compared")
+    if is_main and old is None:
+        files.write_json(path, config | continuation.first_schedule(steps), format=RUN_FORMAT)
+    elif is_main and old is not None and longer:
+        continuation.extend_run(out, old, config, steps)
     processes.barrier("settings")
+
+
+def _require_same(out: Path, old: dict[str, Any], config: dict[str, Any], longer: bool) -> None:
+    """UsageError where the settings of two runs differ. An option that is left out counts as the default that it has."""
+    defaults = old.get("defaults", {})
+    options = config["options"] | {name: value for name, value in config["defaults"].items() if name in defaults}
+    if longer:
+        options["steps"] = old["options"].get("steps")
+    before = old.get("options", {}) | defaults
+    differences = config_differences(before, options)
+    same = [name for name in before.keys() | options.keys() if before.get(name) == options.get(name)]
+    # one sentence for an option and the files that follow from it
+    was, now = ({k: v for k, v in c.get("inputs", {}).items() if k in same or k not in options} for c in (old, config))
+    differences += config_differences(was, now)
+    if differences:
+        raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
+
+
+def _require_no_run(out: Path) -> None:
+    """DataError where a directory without config.json has outputs of a run, UsageError where it has anything else."""
+    if left := [out / name for name in OUTPUTS if name != TOKENS and (out / name).exists()]:
+        raise DataError(f"{out / CONFIG} is missing, although {left[0]} is there; choose another --out, or --fresh")
+    if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
+        raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
 
 
 def _verify_exports(out: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from lindm.cli.main import main
+from lindm.errors import LindmError
 from lindm.io import files
 from lindm.llm.parallel.sharding import weight_path
-from lindm.llm.sft import checkpoints, compilation, trainer
+from lindm.llm.sft import checkpoints, compilation, setup, trainer
 from lindm.llm.sft.options import SFTConfig
 
 STEPS = 5
@@ -251,13 +253,52 @@ def test_a_run_whose_data_model_or_options_changed_is_refused_and_the_difference
         text = path.read_text()
         path.write_text(text.replace("A", "B", 1) if change == "one value of the data" else text + text.splitlines()[0] + "\n")
     assert main(command) == 2
-    named = {"option": "learning_rate was", "model": "model was", "evaluation data": "eval_data was"}.get(change, "data was")
+    named = {"option": r"learning_rate was .* and is now 0\.5", "model": r"model has other files \(config\.json"}
+    named["evaluation data"] = "eval_data was .* and is now"
     error = capsys.readouterr().err.splitlines()[-1]
-    assert named in error and "is now" in error and "--fresh" in error
+    assert re.search(named.get(change, " data was .* and is now"), error) and "--fresh" in error
     hashes = out / "tokens" / "hashes.json"  # the cache may have gained the tokens of the other rows
     assert {p: p.read_bytes() for p in before if p != hashes} == {p: before[p] for p in before if p != hashes}
     assert all(p in before or out / "tokens" in p.parents for p in out.rglob("*") if p.is_file())
     assert main([*command, "--fresh"]) == 0
+
+
+@pytest.mark.fault("F14")
+def test_base_weights_and_activations_keep_their_types_on_devices_of_another_kind(
+    micro, rows, tmp_path, begun, capsys, monkeypatch
+):
+    """Their defaults are others there: the run is refused, or gets the options that name what it had."""
+    dtype = setup._dtype
+    command = words(micro, tmp_path / "out", data=rows, method="lora")
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["defaults"]["dtype"] == "f32"
+    monkeypatch.setattr(setup, "default_base", lambda method, platform: "bf16")
+    monkeypatch.setattr(setup, "_dtype", lambda name: dtype("bf16" if name == "auto" else name))
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "base was 'f32' and is now 'bf16'; dtype was 'f32' and is now 'bf16'" in error
+    assert main([*command, "--base", "f32"]) == 2
+    assert main([*command, "--base", "f32", "--dtype", "f32"]) == 0
+
+
+@pytest.mark.parametrize("harm", ["another directory", "no settings", "no checkpoint", "damaged model"])
+def test_all_processes_of_a_run_that_is_refused_give_the_reason(micro, rows, tmp_path, begun, harm):
+    """Process 0 alone would leave the others waiting for a peer that is gone."""
+    out = tmp_path / "out"
+    if harm in ("no checkpoint", "damaged model"):
+        assert main(words(micro, out, data=rows)) == 0
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "config.json").write_text("{}")
+    if harm == "another directory":
+        (out / "model").rename(out / "mine")
+    steps = STEPS + 1 if harm == "no checkpoint" else STEPS
+    prepared = setup.setup_training(SFTConfig(model=micro.model, data=rows, out=out, **RUN | {"steps": steps}))
+    before = sorted(out.rglob("*"))
+    reason = {"another directory": "holds no run", "no settings": "config.json is missing", "no checkpoint": "no checkpoint that"}
+    for is_main in (False, True):
+        with pytest.raises(LindmError, match=reason.get(harm, "without .*model the same command writes it again")):
+            trainer._check_same_run(prepared, is_main)
+    assert sorted(out.rglob("*")) == before
 
 
 @pytest.mark.fault("F13")
