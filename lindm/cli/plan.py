@@ -108,6 +108,8 @@ def run(options: Plan) -> int:
     print()
     for line in _notes(plans, result.model_flops, plan.HEADROOM):
         print(line)
+    if options.mesh is None and options.batch % result.devices:
+        print(f"meshes whose data x fsdp does not divide the {options.batch} rows of --batch are left out")
     return 0
 
 
@@ -170,7 +172,7 @@ def _notes(plans: list["MeshPlan"], model_flops: float, headroom: float) -> list
     room = f"{100 * headroom:.0f} % of the memory free, for runtime and evaluation"
     program, own = "step" if plans[0].estimated else "compiled program", f"the model's own arithmetic is {model_flops / 1e12:.3g}"
     notes = [
-        f"fits: {'the estimated peak leaves' if plans[0].estimated else 'XLA compiled the step and its peak leaves'} {room}",
+        f"a step fits if {'its estimated peak leaves' if plans[0].estimated else 'XLA compiles it and its peak leaves'} {room}",
         f"TFLOP: products of the {program} on one device, recomputation included; {own}",
         "min. ms: lower bound on the time of a step at the peak rates of the data sheet, not a prediction",
     ]

@@ -117,6 +117,8 @@ class LengthLimit:
     overlong: Overlong = "refuse"
     truncated: int = 0
     dropped: int = 0
+    unlabeled: int = 0  # of the dropped ones: those that truncation left without a label
+    endless: int = 0  # of the truncated ones: those whose last answer goes on beyond what is kept
 
     def fit(self, example: Example) -> list[Example]:
         """The example as it is trained, or none. Raises: DataError where it has no label or is refused."""
@@ -131,10 +133,19 @@ class LengthLimit:
         labels = int((target >= 0).sum())
         if self.overlong == "drop" or not labels:
             self.dropped += 1
+            self.unlabeled += self.overlong == "truncate"
             return []
         self.truncated += 1
+        self.endless += bool(target[-1] >= 0 and example.target[self.max_length] >= 0)
         parts = {name: x[:labels] for name in ("weights", "action_values") if (x := getattr(example, name)) is not None}
         return [replace(example, ids=example.ids[: self.max_length], target=target, **parts)]
+
+    @property
+    def nothing_left(self) -> str:
+        """Why no example is left, to follow the name of the data."""
+        if self.unlabeled:
+            return f"nothing is left to train: after truncation to {self.max_length} tokens no document has a trained token"
+        return f"nothing is left to train: all {self.dropped} documents have more than {self.max_length} tokens"
 
     @property
     def counts(self) -> dict[str, int]:

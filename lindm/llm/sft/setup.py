@@ -100,6 +100,7 @@ class TrainingSetup:
     base: BaseFormat  # storage of the base weights under adapters
     end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
     inputs: dict[str, Any]  # SHA-256 of data and model, and numbers of documents that were too long
+    endless: int = 0  # documents of a file whose last answer is truncated
 
     @property
     def platform_options(self) -> dict[str, str]:
@@ -162,6 +163,7 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         base=config.base or default_base(config.method, jax.devices()[0].platform),
         end_tokens=() if data.is_dataset else data.examples.end_tokens(),
         inputs=inputs,
+        endless=data.endless,
     )
 
 
@@ -210,6 +212,7 @@ class LoadedData(NamedTuple):
     is_dataset: bool
     overlong: dict[str, int]  # numbers of truncated and dropped documents
     actions: tuple[int, ...] = ()  # of a loss of action values: the token of each action
+    endless: int = 0
 
 
 def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens: int, held_out: float | None) -> LoadedData:
@@ -233,7 +236,7 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
                 held_out_key=config.held_out_key,
             )
             cached, sha256 = tokenized(data, how, config.token_cache or config.out / TOKENS, progress)
-            return LoadedData(tokenizer, cached, None, sha256, False, cached.counts)
+            return LoadedData(tokenizer, cached, None, sha256, False, cached.counts, endless=cached.endless)
         check_dataset_options(config.chat_template, config.chat_template_kwargs, config.held_out_key)
         text = text_format(data, config.template, config.rewards, config.names)
         evaluated = _evaluated_tasks(config, len(data), held_out)
@@ -259,9 +262,7 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
 
 def _listed(examples: Sequence[Example], path: Path, limit: LengthLimit) -> ListedExamples:
     if not examples:
-        raise DataError(
-            f"{path}: nothing is left to train: all {limit.dropped} documents have more than {limit.max_length} tokens"
-        )
+        raise DataError(f"{path}: {limit.nothing_left}")
     return ListedExamples(examples)
 
 

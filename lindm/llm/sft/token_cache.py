@@ -122,8 +122,8 @@ def tokenized(paths: Sequence[Path], how: Tokenizing, directory: Path, progress:
     if not examples.num_rows:
         raise DataError(f"{paths[0]} has no rows")
     if not len(examples):
-        rule = f"all {examples.counts['dropped']} documents have more than {how.limit.max_length} tokens"
-        raise DataError(f"{paths[0]}: nothing is left to train: {rule}")
+        limit = replace(how.limit, dropped=examples.counts["dropped"], unlabeled=examples.unlabeled)
+        raise DataError(f"{paths[0]}: {limit.nothing_left}")
     content = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
     whole = hashlib.sha256(files.canonical_json(content).encode()).hexdigest()
     return examples, hashes[0] if len(paths) == 1 else whole
@@ -249,7 +249,8 @@ def _write_part(task: tuple[Part, Path]) -> None:
         weights = (np.ones(x.sum()) if e.weights is None else e.weights for e, x in zip(examples, labeled, strict=True))
         tensors["weights"] = np.concatenate(list(weights), dtype=np.float32)
     ends = Counter(last_trained(examples).tolist())
-    about = {"num_rows": num_rows, "ends": list(ends.items()), "truncated": limit.truncated, "dropped": limit.dropped}
+    about = {"num_rows": num_rows, "ends": list(ends.items())}
+    about |= {name: getattr(limit, name) for name in ("truncated", "dropped", "unlabeled", "endless")}
     metadata = files.canonical_json(about | {"format": FORMAT, "checksum": _checksum(tensors, about)})
     files.write_atomic(path, save(tensors, {"about": metadata}))  # one entry: safetensors writes several in any order
 
@@ -279,7 +280,11 @@ def _open_part(path: Path) -> _OpenPart | None:
             return None
         f = safetensors_files.open_file(path)
         about, tensors = json.loads((f.metadata() or {})["about"]), {name: f.get_tensor(name) for name in INDEX}
-        if about.pop("format") != FORMAT or about.pop("checksum") != _checksum(tensors, about):
+        if (
+            not {"ids", "positions", "labels"} <= set(f.keys())
+            or about.pop("format") != FORMAT
+            or about.pop("checksum") != _checksum(tensors, about)
+        ):
             return None
         return _OpenPart(f, tensors["lengths"], tensors["num_labels"], "weights" in f.keys(), about)  # noqa: SIM118
     except (DataError, SafetensorError, ValueError, KeyError, TypeError):
@@ -291,6 +296,7 @@ class CachedExamples(ExampleTable):
 
     Attributes:
       num_rows: of the files; counts: {"truncated", "dropped"} documents, those that are not 0.
+      unlabeled, endless: documents, as in `LengthLimit`.
     """
 
     def __init__(self, parts: Sequence[Part], paths: Sequence[Path], opened: Sequence[_OpenPart | None]):
@@ -307,6 +313,7 @@ class CachedExamples(ExampleTable):
         self.num_rows = sum(part.about["num_rows"] for part in self.opened)
         counts = {name: sum(part.about[name] for part in self.opened) for name in ("truncated", "dropped")}
         self.counts = {name: n for name, n in counts.items() if n}
+        self.unlabeled, self.endless = (sum(part.about[name] for part in self.opened) for name in ("unlabeled", "endless"))
 
     def _starts(self, sizes: np.ndarray) -> np.ndarray:
         """Where each example starts in its part."""

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 
 from lindm.errors import CheckpointError, DataError, UsageError, library_errors
 from lindm.io import directories, files, signals, temporaries, verification
-from lindm.io.manifest import write_manifest
+from lindm.io.manifest import FORMAT, write_manifest
 from lindm.io.progress import Progress
 from lindm.llm.io import peft, weights
 from lindm.llm.parallel import processes, sharding
@@ -94,6 +94,9 @@ def _train(config: SFTConfig, callbacks: Sequence[Callback], save_on_stop: bool)
         if is_main and config.token_cache is None:
             token_cache.remove_other_entries(config.out / TOKENS, (setup.train_rows.table, setup.eval_rows.table))
         with Progress(quiet=not is_main) as progress:
+            if _is_finished(config.out):
+                progress.print(f"already finished: {setup.optimizer.steps:,} steps; more --steps go on, --fresh trains again")
+                return config.out / MODEL if is_main else None
             _run(setup, callbacks, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None
 
@@ -159,6 +162,14 @@ def _require_no_run(out: Path) -> None:
         raise DataError(f"{out / CONFIG} is missing, although {left[0]} is there; choose another --out, or --fresh")
     if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
         raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
+
+
+def _is_finished(out: Path) -> bool:
+    """Whether a run has written its manifest, the last of its files, and all that it lists is there and intact."""
+    try:
+        return not verification.find_damage(out, verification.read_manifest(out, FORMAT)["outputs"])
+    except DataError:  # the run makes its results again
+        return False
 
 
 def _verify_exports(out: Path) -> None:
@@ -236,6 +247,8 @@ def _run(setup: TrainingSetup, callbacks: Sequence[Callback], is_main: bool, pro
         directories.remove(out / BEST)
         checkpoints.remove_old(out / CHECKPOINTS, config.keep)  # a run that was killed after its last save did not
         last_eval = next((r for r in reversed(records) if r["kind"] == "eval"), None)
+        if last_eval is None and (losses := [r["loss"] for r in records if r["kind"] == "train"]):
+            progress.print(f"loss      {losses[-1]:.4g} in the last step of training; nothing is held out")
         exports = [f"{name}/{verification.MANIFEST}" for name in (MODEL, ADAPTER) if (out / name).exists()]
         outputs = [CONFIG, METRICS, *exports, *(path.name for path in curves)]
         values = {"steps": step, "best_step": history.best_step, "last_eval": last_eval, "compile_seconds": programs.seconds}
@@ -305,13 +318,21 @@ def _print_setup(setup: TrainingSetup, progress: Progress) -> None:
         f"steps     {setup.optimizer.steps:,} of {rows}, mesh {dict(setup.mesh.shape)}",
         f"optimizer {_describe_optimizer(setup)}",
         f"data      {len(train.members):,} documents, {train.tokens.sum():,} tokens, {train.labels.sum():,} labels{overlong}; "
-        f"rows of {setup.seq_len} tokens",
+        f"rows of {setup.seq_len} tokens, at most {setup.max_labels} labels each",
         f"held out  {held_out:,} document{'s' * (held_out != 1)}{decisions}",
+        *_warnings(setup),
         "",
         format_example(train[0][0], setup.tokenizer, 600),
         "",
     ):
         progress.print(line)
+
+
+def _warnings(setup: TrainingSetup) -> list[str]:
+    if not setup.endless:
+        return []
+    lost = f"{setup.endless:,} truncated document{'s lose' if setup.endless != 1 else ' loses'} the end of a trained answer"
+    return [f"warning   {lost}: the model does not learn to stop there; --overlong drop leaves such documents out"]
 
 
 def _describe_optimizer(setup: TrainingSetup) -> str:

@@ -415,6 +415,9 @@ def test_the_command_prints_a_table_of_the_plans(config, capsys, monkeypatch, cu
     assert "lora: adapters of rank 4 over f32 weights" in out and "2 x 8 rows x 32 tokens, 8 labels per row, f32" in out
     row = next(line for line in out.splitlines() if line.startswith("fsdp=8"))
     assert row.split()[1] == "yes" and "all-gather" in out and "not a prediction" in out
+    assert "a step fits if XLA compiles it and its peak leaves" in out and "left out" not in out
+    assert cli.run(replace(parsed(config), batch=4)) == 0
+    assert "meshes whose data x fsdp does not divide the 4 rows of --batch are left out" in capsys.readouterr().out
 
 
 def test_the_command_prints_one_json_object(config, capsys):

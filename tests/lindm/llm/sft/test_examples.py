@@ -363,7 +363,9 @@ def test_a_truncated_document_has_its_first_tokens_with_their_labels_and_weights
         assert cut.ids.tolist() == e.ids[:n].tolist() and cut.target.tolist() == e.target[:n].tolist()
         assert (cut.weights is None) == (e.weights is None) and (e.weights is None or (cut.weights == e.weights[:labels]).all())
     assert limit.truncated == sum(len(e.ids) > n and str(e.source) in kept for e in whole)
-    assert limit.dropped == 4 - len(kept)
+    assert limit.dropped == limit.unlabeled == 4 - len(kept)
+    ends = {str(e.source): set(np.flatnonzero(e.target >= 0) + 1) for e in whole}  # of an answer: where its last token stands
+    assert limit.endless == sum(len(e.ids) > n and {n, n - 1} <= {i - 1 for i in ends[str(e.source)]} for e in whole)
 
 
 def test_what_is_too_long_is_left_out_and_counted(overlong):

@@ -212,6 +212,10 @@ def test_counts_of_truncated_and_dropped_documents_are_kept(data, tmp_path, made
         assert examples.counts == {"dropped": 20} and len(examples) == 40 and examples.num_rows == 60
     with pytest.raises(DataError, match="nothing is left to train: all 60 documents have more than 2 tokens"):
         cached(data, tmp_path / "tokens", limit=LengthLimit(2, "drop"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "yyyyyy", "completion": "A"}))
+    with pytest.raises(DataError, match="nothing is left to train: after truncation to 2 tokens no document has a trained token"):
+        cached([prompts], tmp_path / "tokens", limit=LengthLimit(2, "truncate"))
 
 
 @pytest.mark.fault("F1")

@@ -318,3 +318,25 @@ def test_a_step_that_does_not_fit_is_exit_6_before_it_is_taken(micro, tmp_path, 
     with pytest.raises(LindmError, match=r"does not fit in memory.*--batch.*lindm plan") as stop:
         trainer.train(options(micro, tmp_path / "out"))
     assert isinstance(stop.value, OutOfMemoryError)
+
+
+def test_a_finished_run_is_not_trained_or_compiled_again(micro, finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr(trainer, "TrainPrograms", None)
+    settings = options(micro, tmp_path / "out", steps=30, learning_rate=5e-3)
+    assert trainer.train(settings) == tmp_path / "out" / "model"
+    assert "already finished: 30 steps; more --steps go on, --fresh trains again" in capsys.readouterr().err
+    (tmp_path / "out" / "curves.png").unlink()
+    with pytest.raises(TypeError):  # of the missing programs: what is missing is made again
+        trainer.train(settings)
+
+
+def test_answers_without_an_end_and_the_loss_without_held_out_rows_are_reported(micro, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "0", "completion": " A" * n}) + "\n" for n in (2, 3, 30, 30)))
+    changes = {"data": data, "held_out": 0.0, "overlong": "truncate", "max_length": 12, "steps": 2}
+    trainer.train(options(micro, tmp_path / "out", **changes))
+    said = capsys.readouterr().err
+    assert "2 truncated documents lose the end of a trained answer: the model does not learn to stop there" in said
+    losses = [r["loss"] for r in metrics.read_metrics(tmp_path / "out") if r["kind"] == "train"]
+    assert f"loss      {losses[-1]:.4g} in the last step of training; nothing is held out" in said and "answer    " in said
