@@ -103,8 +103,10 @@ def verify_file_list(directory: Path, chosen: Callable[[str], bool] = lambda nam
     content = files.read_json(path) if path.exists() else {}
     if not required and not content.keys() & {"format", "outputs", "checksum"}:
         return  # made by another program, which may have a manifest.json of its own
+    config = content.get("config")  # that of a dataset names its format
+    format = str(content.get("format") or (config.get("format") if isinstance(config, dict) else None))
     for start, kind in OTHER_KINDS.items():
-        if str(content.get("format")).startswith(start):
+        if format.startswith(start):
             raise DataError(f"{directory} is {kind}, and neither a model nor an adapter")
     outputs = read_manifest(directory, FILES_FORMAT)["outputs"]
     if damaged := find_damage(directory, {name: digest for name, digest in outputs.items() if chosen(name)}):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lindm.cli.export import Export, run
+from lindm.cli.main import main
 from lindm.errors import DataError
 from lindm.io import files, provenance
 from lindm.io.verification import PROVENANCE
@@ -40,10 +41,12 @@ def test_an_adapter_is_merged_into_an_export(tmp_path, capsys):
 
 
 def test_what_is_no_model_is_named(tmp_path):
-    for format, kind in (("lindm-dataset-3", "a dataset of `lindm data make`"), ("lindm-manifest-2", "a run or another result")):
-        files.write_json(tmp_path / "manifest.json", {"outputs": {}}, format=format)
-        with pytest.raises(DataError, match=f"{tmp_path.name} is {kind}.*, and neither a model nor an adapter"):
-            run(Export(directory=tmp_path, out=tmp_path / "out"))
+    assert main(["data", "make", "mdp", "--tasks", "1", "--demos", "1", "--horizon", "2", "--out", str(tmp_path / "data")]) == 0
+    (tmp_path / "result").mkdir()
+    files.write_json(tmp_path / "result" / "manifest.json", {"outputs": {}}, format="lindm-manifest-2")
+    for name, kind in (("data", "a dataset of `lindm data make`"), ("result", "a run or another result")):
+        with pytest.raises(DataError, match=f"{name} is {kind}.*, and neither a model nor an adapter"):
+            run(Export(directory=tmp_path / name, out=tmp_path / "out"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(DataError, match=r"model\.gguf is not a directory; `lindm model import` makes one of it"):
         run(Export(directory=tmp_path / "model.gguf", out=tmp_path / "out"))
