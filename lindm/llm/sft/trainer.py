@@ -95,7 +95,9 @@ def _train(config: SFTConfig, callbacks: Sequence[Callback], save_on_stop: bool)
             token_cache.remove_other_entries(config.out / TOKENS, (setup.train_rows.table, setup.eval_rows.table))
         with Progress(quiet=not is_main) as progress:
             if _is_finished(config.out):
-                progress.print(f"already finished: {setup.optimizer.steps:,} steps; more --steps go on, --fresh trains again")
+                progress.print(
+                    f"already finished, with --steps {setup.optimizer.steps}; more of them go on, --fresh trains again"
+                )
                 return config.out / MODEL if is_main else None
             _run(setup, callbacks, is_main, progress, save_on_stop)
     return config.out / MODEL if is_main else None

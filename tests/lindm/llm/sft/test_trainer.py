@@ -325,7 +325,7 @@ def test_a_finished_run_is_not_trained_or_compiled_again(micro, finished, tmp_pa
     monkeypatch.setattr(trainer, "TrainPrograms", None)
     settings = options(micro, tmp_path / "out", steps=30, learning_rate=5e-3)
     assert trainer.train(settings) == tmp_path / "out" / "model"
-    assert "already finished: 30 steps; more --steps go on, --fresh trains again" in capsys.readouterr().err
+    assert "already finished, with --steps 30; more of them go on, --fresh trains again" in capsys.readouterr().err
     (tmp_path / "out" / "curves.png").unlink()
     with pytest.raises(TypeError):  # of the missing programs: what is missing is made again
         trainer.train(settings)
