@@ -156,7 +156,8 @@ def measure(cfg: Config, point: dict) -> dict:
             data = work / split
             data_config = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **demonstrations)
             source = language_models.suite_at_horizon(name, horizon, split)
-            known = {policy: policy for policy in policies} | {f"{kind}:{path}": kind for kind, path in models.items()}
+            known = {policy: policy for policy in policies}
+            known |= {f"{'base' if kind == 'icl' else kind}:{path}": kind for kind, path in models.items()}
             named = PoliciesByName(tuple(known), source, data_config, template=template, rewards=rewards)
             limits = {"episodes": EPISODES, "max_histories": MAX_HISTORIES}
             results = evaluate(source, named, dataset=data_config, data=data, **limits)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import transformers
 
 import lindm as ld
 from lindm.llm.io import gguf, weights
@@ -12,10 +13,9 @@ from tests.lindm.llm.io.tensors import everything
 from tests.lindm.llm.io.test_gguf_writer import CONFIGS, directory, fitted, split_by
 from tests.lindm.llm.reading import logits_of
 from tests.lindm.llm.small import TURNS, byte_level
-from tests.lindm.llm.test_parity import their_logits, theirs
 
 torch = pytest.importorskip("torch", reason="needs torch: make parity")
-transformers = pytest.importorskip("transformers")
+from tests.lindm.llm.test_parity import their_logits, theirs  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 # the loader reads no scaling of rotary embeddings, and takes 128 for the head size of Qwen3
