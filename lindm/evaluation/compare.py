@@ -62,7 +62,7 @@ class PolicyResult:
     gaps: list[float | None]  # normalized optimality gap of each task, or the middle of its range
     masked: float  # mean probability of actions that were not legal, before it was removed
     invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
-    effective_samples: list[float] | None = None  # of a sampled posterior: the lowest and the median effective sample size of a task
+    effective_samples: list[float] | None = None  # of a sampled posterior: the lowest and the median of the tasks
     decisions_per_s: float
 
 
