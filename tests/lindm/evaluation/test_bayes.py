@@ -87,14 +87,14 @@ def test_the_episode_so_far_is_data(seen_task):
     policy = MeanPlanning(SEEN)
     zeros, stay = np.zeros(2, int), np.arange(2)
     state = first_decision(policy, seen_task)
-    # from both states: action 1 with reward 1, to the other state
-    later = Observation(stage=1, task=zeros, parent=stay, state=1 - stay, action=np.ones(2, int), reward=np.ones(2))
+    # in both states action 1 with reward 1, and the state stays: the row of the kernel that was seen decides again
+    later = Observation(stage=1, task=zeros, parent=stay, state=stay, action=np.ones(2, int), reward=np.ones(2))
     state, probabilities = policy.step(state, later)
     for s in range(2):
         parameters, mean = counted()
-        parameters[s, 1, 1 - s] += 1
+        parameters[s, 1, s] += 1
         mean[s, 1] = 1
-        expected = value_of(parameters, mean, 1 - s, 2)
+        expected = value_of(parameters, mean, s, 2)
         np.testing.assert_allclose(state.Q[s], expected, rtol=1e-12)
         assert probabilities[s].argmax() == expected.argmax()
 
@@ -104,6 +104,19 @@ def test_a_sample_of_the_posterior_agrees_with_the_closed_form_where_actions_tel
     sampled = first_decision(SampledPosterior(SEEN, epsilon=1.0, samples=20_000, seed=0), seen_task)
     np.testing.assert_allclose(sampled.Q, exact.Q, atol=0.015)
     np.testing.assert_allclose(sampled.effective, 20_000)
+
+
+def test_a_sample_of_the_posterior_learns_from_the_episode_as_the_closed_form_does(seen_task):
+    zeros, stay = np.zeros(2, int), np.arange(2)
+    later = Observation(stage=1, task=zeros, parent=stay, state=stay, action=1 - stay, reward=np.ones(2))
+    found = {}
+    for name, policy in (
+        ("exact", MeanPlanning(SEEN)),
+        ("sampled", SampledPosterior(SEEN, epsilon=1.0, samples=40_000, seed=0)),
+    ):
+        found[name], _ = policy.step(first_decision(policy, seen_task), later)
+    np.testing.assert_allclose(found["sampled"].Q, found["exact"].Q, atol=0.015)
+    assert (found["sampled"].effective < 40_000).all()  # the transition weights the models
 
 
 def optimal_actions(P, r, stages):
