@@ -101,12 +101,12 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def parse_json(data: bytes | str, source: object, one_line: bool = False) -> Any:
-    """A JSON value. Raises: DataError, naming the source, for anything else and for values nested too deep.
+    """A JSON value, of bytes in UTF-8. Raises: DataError, naming the source, for anything else and for values nested too deep.
 
     one_line: the source names the line, so an error has the column alone.
     """
     try:
-        return json.loads(data)
+        return json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
     except UnicodeDecodeError as e:
         raise DataError(f"{source}: expected text in UTF-8; got the byte 0x{e.object[e.start]:02x}") from e
     except (ValueError, RecursionError) as e:

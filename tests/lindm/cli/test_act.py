@@ -368,7 +368,7 @@ def test_each_line_is_one_decision_with_its_id(monkeypatch, capsys):
     "line, message",
     [
         (b"x", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "expected text in UTF-8; got the byte 0xff"),
         (b"[" * 100_000, "not JSON"),
         (b"1" * 10_000, "not JSON"),
         (b"[]", "a question must be an object such as"),
