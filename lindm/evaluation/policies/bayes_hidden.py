@@ -96,7 +96,9 @@ class HiddenPosterior(Policy):
     def _evidence(self, models: APOMDP, task: PolicyTask) -> np.ndarray:
         """Log probability [K] of the demonstrations under each model."""
         P, O, rho = (np.asarray(getattr(models.models, name)) for name in ("P", "O", "rho"))
-        K, B, A = len(P), branching(task.known.apomdp), task.known.num_actions
+        env = task.known
+        assert isinstance(env, BeliefEnvironment)
+        K, B, A = len(P), env.branching, env.num_actions
         log_p, best = np.zeros(K), []
         table = None if self.epsilon is None else _best_actions(self.suite, self.samples, self.seed)
         for steps in task.required_demonstrations():
@@ -112,7 +114,7 @@ class HiddenPosterior(Policy):
                 with np.errstate(divide="ignore"):
                     log_p += np.log(mass)
                 belief = joint / np.where(mass > 0, mass, 1)[:, None]
-                history = int(child_history(task.known.apomdp, t, history, step_index(task.known.apomdp, a, m, o)))
+                history = int(child_history(env.apomdp, t, history, step_index(env.apomdp, a, m, o)))
         return log_p if self.epsilon is None else log_p + action_evidence(np.array(best), self.epsilon, A)
 
 
@@ -179,4 +181,4 @@ def _table(models: APOMDP, weight: Array, plan: Plan) -> tuple[Array, Array, Arr
         probabilities.append(jnp.where(mass[:, None] > 0, value, 1 / A) if plan == "thompson" else best)
         values.append(value)
         effective.append(mass**2 / jnp.where(squares > 0, squares, 1))
-    return tuple(jnp.concatenate(part[::-1]) for part in (probabilities, values, effective))
+    return jnp.concatenate(probabilities[::-1]), jnp.concatenate(values[::-1]), jnp.concatenate(effective[::-1])

@@ -19,6 +19,7 @@ from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.families.random_suites import RandomSuite
 from lindm.families.suites import Suite
 from lindm.solvers.ties import greedy
+from lindm.types import MDP
 
 Seen = tuple[tuple[int, float], ...]
 """Rewards that the episode so far has shown first: pairs of s A + a and the reward, in the order of the numbers."""
@@ -199,13 +200,15 @@ class _TaskPosterior:
             counts = np.full((S, A, S), suite.concentration)
             np.add.at(counts, (s[moved], a[moved], u[moved]), 1)
             gammas = rng.standard_gamma(np.broadcast_to(counts, (K, S, A, S)))
-            self.P, drawn = gammas / gammas.sum(-1, keepdims=True), rng.choice(reward_values(suite), (K, S, A))
+            P, drawn = gammas / gammas.sum(-1, keepdims=True), rng.choice(reward_values(suite), (K, S, A))
             self.log_weight = np.zeros(K)
         else:
             models = draw_models(suite, K, policy.seed)
-            self.P, drawn = models.P[:, 0], models.r[:, 0]
+            assert isinstance(models, MDP)
+            P, drawn = np.asarray(models.P[:, 0]), np.asarray(models.r[:, 0])
             with np.errstate(divide="ignore"):
-                self.log_weight = np.log(self.P[:, s[moved], a[moved], u[moved]]).sum(-1)
+                self.log_weight = np.log(P[:, s[moved], a[moved], u[moved]]).sum(-1)
+        self.P: np.ndarray = P
         self.seen = ~np.isnan(known)
         self.r = np.where(self.seen, known, drawn)
         self._groups: dict[Seen, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}

@@ -8,7 +8,7 @@ import numpy as np
 from lindm.datasets.generate import BLOCK, draw_block
 from lindm.evaluation.environments import double_precision
 from lindm.families.suites import Suite
-from lindm.types import Problem
+from lindm.types import APOMDP, MDP, POMDP, Problem
 
 STREAM = 2**32 - 1  # of the random keys of models, apart from those of tasks
 
@@ -28,7 +28,7 @@ def draw_models(suite: Suite, count: int, seed: int) -> Problem:
             last = min(first + BLOCK, count)
             blocks.append(jax.tree.map(lambda x, n=last - first: np.asarray(x)[:n], draw_block(key, first, last, suite)))
     models: Problem = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
-    tables = getattr(models, "models", models)
+    tables: MDP | POMDP = models.models if isinstance(models, APOMDP) else models
     if tables.legal is not None:
         raise ValueError(f"source must have the same legal actions in all states for this policy; got {suite.name}")
     if not suite.sizes.observations and tables.P.shape[1] > 1:
