@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_policies_of_a_finite_horizon_earn_their_value_over_all_histories(capsys
         ld.evaluate(ld.read_pomdp(TIGER, horizon=5), {"graph": stages}, tasks=1, demos=1)
 
 
-def follow(policy, steps):
+def follow(policy, steps) -> Any:
     """The state of a policy graph after a history."""
     state, zero = policy.init([]), np.zeros(1, int)
     for t in range(len(steps) + 1):

@@ -31,6 +31,7 @@ class ByLastStep(Policy):
     def step(self, state, observation):
         if not observation.stage:
             return None, LAW[0, np.zeros(len(observation), int), 0]
+        assert observation.observation is not None
         return None, LAW[observation.stage, observation.model, 1 + observation.observation]
 
 
@@ -103,6 +104,7 @@ def test_the_oracle_of_a_net_has_lower_bounds_of_action_values(problem, monkeypa
     monkeypatch.setattr(environments, "MEMORY_BUDGET", 0)
     monkeypatch.setattr(environments.environment, "__defaults__", (0, None))
     bounded = DecisionMaker(Oracle(), (), problem).decide("0 1 1")
+    assert exact.Q is not None and bounded.lower is not None
     assert bounded.upper is None and (bounded.lower <= exact.Q + 1e-12).all()
 
 

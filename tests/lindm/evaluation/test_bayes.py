@@ -13,7 +13,7 @@ from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import compare
 from lindm.evaluation.environments import PolicyTask, double_precision, environment
 from lindm.evaluation.policies import bayes_hidden, registry
-from lindm.evaluation.policies.bayes import BayesDemo
+from lindm.evaluation.policies.bayes import Bayes, BayesDemo
 from lindm.evaluation.policies.bayes_adaptive import bayes_adaptive_value
 from lindm.evaluation.policies.bayes_evidence import action_evidence, normalized_weights
 from lindm.evaluation.policies.bayes_mdp import MeanPlanning, SampledPosterior, reward_values
@@ -23,6 +23,7 @@ from lindm.families.random_suites import RandomSuite
 from lindm.problems.mdp import mdp
 from lindm.problems.pomdp import pomdp
 from lindm.text import Step
+from lindm.types import MDP, POMDP
 
 SEEN = RandomSuite(name="mdp", horizon=3, states=2, actions=2, concentration=0.5, step=0.25)
 HIDDEN = replace(SEEN, name="pomdp", observations=2, quality=0.8)
@@ -195,6 +196,7 @@ def test_the_mixture_of_pomdps_is_planned_as_one_pomdp(hidden_task):
     policy = bayes_hidden.HiddenPosterior(HIDDEN, epsilon=None, samples=16, seed=3)
     state = policy.init([hidden_task])
     drawn = draw_models(HIDDEN, 16, 3)
+    assert isinstance(drawn, POMDP)
     models = [{"P": drawn.P[k, 0], "O": drawn.O[k, 0], "r": drawn.r[k, 0], "rho": drawn.rho[k]} for k in range(16)]
     weight = np.array([probability(model, hidden_task.demonstrations[0]) for model in models])
     weight /= weight.sum()
@@ -219,6 +221,7 @@ def test_no_model_of_the_prior_is_a_task_of_a_dataset(suite):
     tables = getattr(drawn, "models", drawn)
     models = draw_models(suite, 32, 0)
     models = getattr(models, "models", models)
+    assert isinstance(tables, MDP | POMDP) and isinstance(models, MDP | POMDP)
     assert not any(np.allclose(models.P[k], tables.P[0]) for k in range(32))
 
 
@@ -319,6 +322,7 @@ def test_hidden_models_are_weighted_with_demonstrated_actions_by_their_own_histo
         for e in (epsilon, None)
     )
     drawn = draw_models(HIDDEN, 16, 3)
+    assert isinstance(drawn, POMDP)
     for k in range(16):
         model = {"P": drawn.P[k, 0], "O": drawn.O[k, 0], "r": drawn.r[k, 0]}
         U, expected = drawn.rho[k], 0.0
@@ -336,7 +340,9 @@ def test_a_single_possible_model_makes_the_policy_its_oracle(suite, name, tmp_pa
     policy = registry.make_policy(name, suite, DatasetConfig(tasks=1, behavior="uniform"))
     dataset = DatasetConfig(tasks=1, demos=1, behavior="uniform", seed=4)
     (task,) = compare.read_tasks(_dataset(tmp_path, suite, dataset))
+    assert isinstance(policy, Bayes)
     chosen = policy.choose([task])
+    assert isinstance(chosen, bayes_hidden.HiddenPosterior)
     chosen.samples = 1
     zero = np.zeros(1, int)
     _, probabilities = chosen.step(chosen.init([task]), Observation(stage=0, task=zero, parent=zero))

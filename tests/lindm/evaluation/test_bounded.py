@@ -122,6 +122,7 @@ def test_the_oracle_earns_its_certified_lower_bound(problem):
     (oracle,) = losses([task], Oracle(), max_histories=10_000)
     assert oracle.exact and oracle.suboptimality <= 1e-12  # V^pi >= the lower bound
     (random,) = losses([task], Random(), max_histories=10_000)
+    assert random.uniform_value is not None
     assert random.suboptimality == pytest.approx(random.optimal_value - random.uniform_value, rel=1e-12)
 
 

@@ -75,7 +75,7 @@ def test_figures_name_states_and_actions_and_are_the_same_every_time(tmp_path):
     figure = draw_belief_values(values, tiger, 2)
     (strip,) = [mesh for mesh in figure.axes[1].collections if isinstance(mesh, QuadMesh)]
     np.testing.assert_array_equal(np.asarray(strip.get_array()).ravel(), values.actions)
-    edges = strip.get_coordinates()[0, :, 0]  # halfway between the beliefs
+    edges = np.asarray(strip.get_coordinates())[0, :, 0]  # halfway between the beliefs
     assert edges[0] == 0 and edges[-1] == 1 and edges[1] == pytest.approx(0.5 / (POINTS - 1))
     three = model(1, 0.9)
     save(lambda: draw_belief_values(belief_values(three, 1), three, 1), tmp_path / "three.svg")

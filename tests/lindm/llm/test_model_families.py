@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "where-to-change-what.md"
 def family(monkeypatch):
     """The name of the family of the page, registered while a test runs."""
     section = PAGE.read_text().partition("## A model family")[2]
-    entry, config = (re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1] for language in ("python", "json"))
+    entry, config = (re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[0] for language in ("python", "json"))
     config = json.loads(config)
     with pytest.raises(DataError, match="model_type must be one of"):
         parse_model_config(config, "config.json")

@@ -36,6 +36,7 @@ def same(text: str, name: str = "f.pomdp") -> None:
     np.testing.assert_allclose(got.r, dense.r, rtol=1e-12, atol=1e-12)
     assert (got.rewards is None) == (dense.rewards is None)
     if dense.rewards is not None:  # what is paid, at all transitions that are possible
+        assert got.rewards is not None
         S, A, O = *dense.r.shape, max(len(dense.observations), 1)
         seen = dense.O if dense.observations else np.ones((A, S, 1))
         possible = (dense.P[..., None] > 0) & (seen[None] > 0)  # [S, A, S, O]

@@ -151,6 +151,7 @@ def test_policies_are_evaluated_on_legal_actions_and_the_rest_is_reported(kind):
     (best,) = evaluate_policy([task], Oracle())
     (uniform,) = evaluate_policy([task], Random())
     assert best.suboptimality == pytest.approx(0, abs=1e-12) and best.masked == uniform.masked == 0
+    assert uniform.uniform_value is not None
     assert uniform.suboptimality == pytest.approx(uniform.optimal_value - uniform.uniform_value, rel=1e-9)
     # a policy that does not know the rule: what it gives to illegal actions is shared by the others
     (ignorant,) = evaluate_policy([task], lambda demonstrations, history: np.full(A, 1 / A))

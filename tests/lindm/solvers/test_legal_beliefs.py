@@ -1,4 +1,6 @@
 """Actions that are not legal, where the state is hidden: bounds of hsvi and of the search, against sets of states in Python."""
+# what may be None is there in these tests
+# pyright: reportOptionalSubscript=false
 
 import itertools
 from dataclasses import replace

@@ -43,6 +43,7 @@ def documents(batch: Batch):
 
 def weighted_mean(name: str, tensors: dict, batch: Batch) -> float:
     """sum of weight x loss / sum of weights, label by label."""
+    assert batch.weights is not None
     total, weight = 0.0, 0.0
     for a, r, i in np.argwhere(batch.targets >= 0):
         own = batch.segments[a, r] == batch.segments[a, r, batch.label_positions[a, r, i]]
@@ -50,7 +51,7 @@ def weighted_mean(name: str, tensors: dict, batch: Batch) -> float:
         logits = reference.logits(name, tensors, batch.ids[a, r, own])[place]
         total += batch.weights[a, r, i] * (np.log(np.exp(logits).sum()) - logits[batch.targets[a, r, i]])
         weight += batch.weights[a, r, i]
-    return total / weight
+    return float(total / weight)
 
 
 def expected(name: str, tensors: dict, batch: Batch) -> tuple[float, float, int]:

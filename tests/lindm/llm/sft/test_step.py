@@ -44,6 +44,7 @@ def test_a_step_whose_gradient_alone_overflows_changes_neither_weights_nor_momen
     """The last norm has small weights and the head large ones: their product is usual, and the gradient of the norm is huge."""
     model = tiny.decoder()
     model.norm.weight[...] = 1e-25 * model.norm.weight[...]
+    assert model.lm_head is not None
     model.lm_head[...] = 1e25 * model.lm_head[...]
     trained = tiny.train([tiny.batch(0)], model=model)
     assert math.isfinite(trained.metrics[0]["loss"]) and not math.isfinite(trained.metrics[0]["grad_norm"])
