@@ -129,6 +129,7 @@ def export(
 
         gguf_writer.save(model, Path(out), load_tokenizer(source), source, dtype)
         return model.config
+    assert dtype != "q8_0"
     save(model, Path(out), like=source, dtype=dtype, provenance=True)
     return model.config
 

@@ -139,7 +139,7 @@ def check_logits(device: Any) -> dict[str, Any]:
     def logits(on: Any, attention: Any) -> np.ndarray:
         def forward(state: Any, ids: Any) -> Any:
             model = nnx.merge(graphdef, state)
-            return model.logits(model.last_hidden_state(ids, positions, None, attention=attention))
+            return model.logits(model.last_hidden_state(ids, jnp.asarray(positions), None, attention=attention))
 
         with jax.default_matmul_precision("highest"):
             return np.asarray(jax.jit(forward)(*jax.device_put((state, ids), on)))
@@ -152,7 +152,8 @@ def check_logits(device: Any) -> dict[str, Any]:
 def check_step(device: Any) -> dict[str, Any]:
     """One training step of a small model on the device and on the CPU, where it keeps all activations."""
     outcomes = []
-    for on, remat in ((device, "selective"), (_cpu(), "none")):
+    cases: tuple[tuple[Any, Remat], ...] = ((device, "selective"), (_cpu(), "none"))
+    for on, remat in cases:
         with jax.default_device(_cpu()):
             model = Decoder(SMALL, nnx.Rngs(0))
         before = [np.asarray(x) for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
@@ -276,7 +277,8 @@ def measure_torch(config: ModelConfig, directory: Path | None, device: Any) -> d
     if directory is None:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**to_config_json(config)), attn_implementation="sdpa").to(on)
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32).to(on)
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
+        model = model.to(on)  # pyright: ignore[reportArgumentType]  (the decorator of `to` hides that it is a method)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     batch = batch_of(config, rows, tokens, labels)
     ids = torch.from_numpy(np.asarray(batch.ids[0], np.int64)).to(on)

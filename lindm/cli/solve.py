@@ -69,13 +69,13 @@ def run(options: Solve) -> int:
     start = time.perf_counter()
     if options.plot and options.plot.suffix not in PICTURES:
         raise UsageError(f"--plot must be a file {', '.join(PICTURES)}; got {options.plot}")
-    if options.horizon == "inf" and (len(options.problem) > 1 or options.perturb is not None):
+    one = len(options.problem) == 1 and options.perturb is None
+    if options.horizon == "inf" and not one:
         raise UsageError("--horizon inf takes one model: an ambiguous problem has a criterion for each stage of a finite horizon")
     if options.horizon == "inf" or options.method in STATIONARY:
         return run_stationary(options, start)
     file = Path(options.problem[0])
     searched = options.rules or any(getattr(options, name) is not None for name in OF_POINT_BASED)
-    one = len(options.problem) == 1 and options.perturb is None
     if options.method == "auto" and one and file.is_file() and (searched or is_long(options)):
         return run_stationary(options, start)
     if options.method == "auto" and options.effort is None and is_endless(options):

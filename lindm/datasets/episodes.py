@@ -225,7 +225,7 @@ class _Reader:
         if different := sorted(has ^ wanted):
             rule = "in every row or in none" if "action" in row else "in a row with an action"
             raise ValueError(f"{different[0]} must be given {rule}; this row has {', '.join(row)}")
-        codes = {name: column.code(name, row[name]) for name, column in self.columns.items() if name in row}
+        codes: dict[str, Any] = {name: column.code(name, row[name]) for name, column in self.columns.items() if name in row}
         reward = _reward(row["reward"]) if "reward" in row else None
         steps.append(Step(**{"action": None} | codes, reward=reward))
         self.lines[-1].append(line)

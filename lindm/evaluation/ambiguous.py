@@ -49,7 +49,6 @@ class NetEnvironment(BeliefEnvironment):
     """An ambiguous POMDP with more histories than fit in memory: V* has the certified bounds of a net of beliefs."""
 
     bounded = True
-    uniform_value = None  # random actions reach all histories
 
     def __init__(self, problem: APOMDP, effort: int | None = None):
         super().__init__(problem)
@@ -69,6 +68,10 @@ class NetEnvironment(BeliefEnvironment):
     def optimal_upper(self) -> float:
         """The upper bound of V*."""
         return float(self.solution.upper)
+
+    @cached_property
+    def uniform_value(self) -> None:
+        """Not known: random actions reach all histories."""
 
     def lower_bounds(self, stage: int, beliefs: np.ndarray) -> np.ndarray:
         """Lower bounds [n, A] of the action values at beliefs [n, M, S] of a stage."""

@@ -343,10 +343,11 @@ def environment(problem: Problem, budget: int = MEMORY_BUDGET, effort: int | Non
     with double_precision():
         if isinstance(problem, MDP):
             return MDPEnvironment(problem)
-        if tree.memory_bytes(as_apomdp(problem)) > budget and isinstance(problem, POMDP):
-            return BoundedEnvironment(problem, effort)
-        if tree.memory_bytes(as_apomdp(problem)) <= budget or as_apomdp(problem).models.legal is not None:
+        no_bounds = isinstance(problem, APOMDP) and problem.models.legal is not None
+        if no_bounds or tree.memory_bytes(as_apomdp(problem)) <= budget:
             return BeliefEnvironment(problem)
+        if isinstance(problem, POMDP):
+            return BoundedEnvironment(problem, effort)
         from lindm.evaluation.ambiguous import NetEnvironment  # a subclass of the environments here
 
         return NetEnvironment(problem, effort)

@@ -351,12 +351,13 @@ def summarize(losses: Sequence[PolicyLoss], tasks_are: str = "tasks") -> dict[st
         *(["episodes"] if sampled and (len(losses) == 1 or tasks_are != "tasks") else []),
     ]
     agreements = [one.agreement for one in losses if one.agreement is not None]
+    uniform_values = [one.uniform_value for one in losses if one.uniform_value is not None]
     return result | {
         "interval_over": " and ".join(sources) if varied else None,
         "value": float(np.mean([one.optimal_value - one.suboptimality for one in losses])),
         "optimal_lower": float(np.mean([one.optimal_value for one in losses])),
         "optimal_upper": float(np.mean([one.optimal_value + one.width for one in losses])),
-        "uniform_value": None if None in (known := [one.uniform_value for one in losses]) else float(np.mean(known)),
+        "uniform_value": float(np.mean(uniform_values)) if len(uniform_values) == len(losses) else None,
         "agreement": float(np.mean(agreements)) if len(agreements) == len(losses) else None,
         "n": len(losses),
         "method": "bounds" if bounded else "rollout" if sampled else "exact",

@@ -11,7 +11,7 @@ info          stage and state (which a policy of a POMDP does not see); where no
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -94,7 +94,8 @@ class Simulator:
         if legal is None:
             return np.ones(self.num_actions, np.int8)
         if self.state is None:
-            return legal[np.any([model.rho > 0 for model in self.models], axis=0)].all(0).astype(np.int8)
+            possible = np.any([model.rho > 0 for model in self.models], axis=0)
+            return np.all(legal[possible], axis=0).astype(np.int8)
         return legal[self.state].astype(np.int8)
 
 
@@ -187,7 +188,8 @@ class _Model:
 
     def pay(self, t: int, s: int, a: int, following: int, o: int) -> float:
         if isinstance(self.R, tuple):
-            O = self.R[a].shape[1] // self.R[a].shape[0]  # one where no reward depends on the observation
+            S, columns = _shape(self.R[a])
+            O = columns // S  # one where no reward depends on the observation
             return float(self.R[a][s, following * O + (o if O > 1 else 0)])
         _, _, _, next_states, observations = self.R.shape
         return float(self.R[_stage(self.R, t), s, a, following if next_states > 1 else 0, o if observations > 1 else 0])
@@ -249,10 +251,14 @@ def _models(problem: MDP | POMDP | APOMDP | StationaryPOMDP) -> list[MDP | POMDP
 
 def _own_unpaid(R: sparse.csr_array) -> np.ndarray:
     """[S] whether a state that keeps itself is paid nothing, from rewards [S, S] or [S, S O] as of `StationaryPOMDP`."""
-    S, columns = R.shape
+    S, columns = _shape(R)
     entries = R.tocoo()
     paid = entries.row[(entries.col // (columns // S) == entries.row) & (entries.data != 0)]
     return np.bincount(paid, minlength=S) == 0
+
+
+def _shape(R: sparse.csr_array) -> tuple[int, int]:
+    return cast("tuple[int, int]", R.shape)  # scipy's stubs: None
 
 
 def _stage(x: np.ndarray, t: int) -> int:

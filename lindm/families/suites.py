@@ -138,7 +138,7 @@ class TabularSuite(Suite):
             rule = "the criterion of an ambiguous problem belongs to each stage of a finite horizon"
             raise ValueError(f"horizon must be finite for {self.name}: {rule}")
         (tables,) = self.tables(_generator(key))
-        names = {part: words for part, words in self.names.items() if part != "models"}
+        names: dict[str, Any] = {part: words for part, words in self.names.items() if part != "models"}
         return StationaryPOMDP(
             P=tuple(sparse.csr_array(tables.P[:, a]) for a in range(self.sizes.actions)),
             O=() if tables.O is None else tuple(sparse.csr_array(O) for O in tables.O),

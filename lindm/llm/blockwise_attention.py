@@ -43,7 +43,7 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array, window: int, scal
     segments = _token_blocks(segment_ids)
     n, B, K, G, b, H = blocks[0].shape
 
-    def meet(sums: tuple[Array, ...], pair: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def meet(sums: tuple[Array, ...], pair: tuple[Any, Any]) -> tuple[tuple[Array, ...], None]:
         i, j = pair
         visible = _visible(segments, i, j, window)
 
@@ -74,7 +74,7 @@ def _backward(window: int, scale: float, softcap: float, saved: Any, g: Array) -
     segments = _token_blocks(segment_ids)
     mean_grad = _query_blocks((out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1, keepdims=True), K)  # [n, B, K, G, b, 1]
 
-    def meet(sums: tuple[Array, ...], pair: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def meet(sums: tuple[Array, ...], pair: tuple[Any, Any]) -> tuple[tuple[Array, ...], None]:
         i, j = pair
         visible = _visible(segments, i, j, window)
 

@@ -107,7 +107,7 @@ def parse_rope_parameters(given: dict[str, Any], source: str, max_position_embed
     harmless = _KEYS["llama3"][0]  # with another rope_type
     if unknown := given.keys() - common - {*required, *optional, *harmless}:
         raise DataError(f"{source}: rope parameters {', '.join(sorted(unknown))} are not known for rope_type {rope_type}")
-    values = {key: value for key, value in given.items() if key in {*common, *required, *optional}}
+    values: dict[str, Any] = {key: value for key, value in given.items() if key in {*common, *required, *optional}}
     try:
         if rope_type == "yarn":
             values["attention_factor"] = _attention_factor(values)

@@ -55,7 +55,7 @@ class StationaryPOMDP:
             return self.r[None, :, :, None, None]
         if isinstance(self.rewards, RewardEntries):
             return self.rewards.R()[None]
-        if (total := sum(int(np.prod(R.shape)) for R in self.rewards)) > POMDP_TABLE:
+        if (total := sum(int(np.prod(cast("tuple[int, int]", R.shape))) for R in self.rewards)) > POMDP_TABLE:
             raise DataError(f"rewards of all actions make a table of {total:,} numbers; at most {POMDP_TABLE:,}")
         table = np.stack([R.toarray() for R in self.rewards], axis=1)
         return table.reshape(1, self.num_states, self.num_actions, self.num_states, -1)

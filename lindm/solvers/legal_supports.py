@@ -72,7 +72,7 @@ class Supports:
     def viable_forever(self) -> np.ndarray:
         """[n, A] whether an action is viable without an end."""
         alive = np.ones(len(self.states), bool)
-        while not ((now := (viable := self.viable(0, alive)).any(1)) == alive).all():
+        while not ((now := np.any(viable := self.viable(0, alive), axis=1)) == alive).all():
             alive = now
         return viable
 
@@ -193,6 +193,6 @@ def _vectors(problem: POMDP, uniform: bool) -> np.ndarray:
                 continue
             mean = np.where(viable[:, a], np.where(X, now, 0).sum(1), -math.inf)  # over X, up to its size
             best, score = np.where((mean > score)[:, None], now, best), np.maximum(score, mean)
-        alive = viable.any(1)
+        alive = np.any(viable, axis=1)
         vectors[h] = np.where(X & alive[:, None], best, ILLEGAL)
     return vectors

@@ -41,7 +41,7 @@ class LegalActions:
     def at(self, states: np.ndarray) -> np.ndarray:
         """[A] the actions where these states are possible."""
         if self.supports is None:
-            return self.legal[states].all(0)
+            return np.all(self.legal[states], axis=0)
         return self.viable[self._number[states.astype(np.int64).tobytes()]]
 
     def add_policies(self, lower: LowerBound, rewards: np.ndarray, horizon: float, is_over: Callable[[], bool]) -> None:
@@ -53,7 +53,7 @@ class LegalActions:
         found = self.supports
         if found is None:
             return
-        alive = self.viable.any(1)
+        alive = np.any(self.viable, axis=1)
         rows, X = np.flatnonzero(alive), found.states
         mean = np.where(self.viable, X @ np.where(self.legal, rewards, 0) / X.sum(1, keepdims=True), -math.inf)
         chosen = mean.argmax(1)

@@ -76,7 +76,7 @@ def device_limits(devices: Sequence[Any]) -> DeviceLimits:
     chip = find_chip(devices[0].device_kind)
     if chip is not None:
         limits, memory = chip_limits(chip, devices[0].device_kind), memory_limit(devices[0])
-        return limits if memory is None else limits._replace(memory=min(limits.memory, memory))
+        return limits if memory is None else limits._replace(memory=min(chip.memory, memory))
     if devices[0].platform != "cpu":
         raise ValueError(f"topology must have devices in the table of chips; got {devices[0].device_kind}")
     memory = available_host_memory()

@@ -100,7 +100,8 @@ def lm_loss(
         correct = logits.argmax(-1) == token
         return jnp.where(labeled, loss, 0).sum(), jnp.where(labeled, correct, False).sum().astype(jnp.float32)
 
-    per_label = (hidden, *(None if x is None else jnp.asarray(x) for x in (batch.targets, batch.weights, batch.action_values)))
+    optional = (None if x is None else jnp.asarray(x) for x in (batch.weights, batch.action_values))
+    per_label = (hidden, jnp.asarray(batch.targets), *optional)
     L = hidden.shape[1]
     if L <= LOGITS_CHUNK:
         return chunk_loss(*per_label)

@@ -158,7 +158,7 @@ def _saved_dataset(directory: Path) -> list[Path]:
         directory = directory / "train"
     path = directory / HUGGING_FACE[1]
     entries = files.read_json(path).get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries] if entries else []
+    names: list[Any] = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries] if entries else []
     for name in names or [None]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".arrow") or "\0" in name:
             raise DataError(f"{path}: _data_files must name .arrow files of its own directory; got {name!r}")
