@@ -177,7 +177,7 @@ from lindm.cli.main import main
 from lindm.llm.config import read_model_config
 from pathlib import Path
 sft.MODEL = read_model_config(Path("model"))
-sft.in_worker = lambda *arguments: {"model": Path(arguments[-1], "model.safetensors").stat().st_size}
+sft.in_worker = lambda *arguments, variables=None: {"model": Path(arguments[-1], "model.safetensors").stat().st_size}
 sft.rows = lambda ours, peer, names: []
 sys.exit(main())
 """

@@ -150,8 +150,11 @@ def test_leftovers_of_any_kind_and_a_kill_while_it_starts_over_stop_no_later_run
     (root / "out" / ".model.a.lindm-tmp" / "below").mkdir(parents=True)
     (root / "out" / "checkpoints" / ".00000009.lindm-tmp").mkdir()
     (root / "out" / ".curves.png.x.lindm-tmp").write_text("half")
+    assert kill_server.run(root, FULL).code == 0
+    assert result(root / "out") == result(whole / "out")
     old = root / "out" / "checkpoints"  # of a run that was killed between its last save and the removal of older ones
     shutil.copytree(old / LAST, old / FIRST)
+    (root / "out" / "manifest.json").unlink()
     assert kill_server.run(root, FULL).code == 0
     assert result(root / "out") == result(whole / "out")
     fresh = [("os.remove", f"out/{name}") for name in (".checkpoints.removed.lindm-tmp/*", "metrics.jsonl", "config.json")]
