@@ -172,13 +172,14 @@ def test_a_command_that_prints_its_result_changes_no_file(kill_server, start, li
 
 BENCH = """
 import sys
-from lindm.bench import sft
+from lindm.bench import mixed_lengths, sft
 from lindm.cli.main import main
 from lindm.llm.config import read_model_config
 from pathlib import Path
 sft.MODEL = read_model_config(Path("model"))
 sft.in_worker = lambda *arguments, variables=None: {"model": Path(arguments[-1], "model.safetensors").stat().st_size}
 sft.rows = lambda ours, peer, names: []
+mixed_lengths.benchmark = lambda name: []
 sys.exit(main())
 """
 
