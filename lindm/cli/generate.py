@@ -149,11 +149,11 @@ def chat(generator: "TextGenerator", system: str | None) -> int:
 def _exchange(generator: "TextGenerator", messages: list[dict[str, str]], text: str, number: int) -> list[dict[str, str]]:
     """Print the answer to a message; the conversation with both. DataError where they cannot be a part of it."""
     question = {"role": "user", "content": text}
-    asked = [*messages, question]
-    answer = print_stream(generator, generator.prompt(asked, f"message {number}"), number - 1)
-    told = [*asked, {"role": "assistant", "content": answer}]
-    generator.prompt([*told, question], f"the answer to message {number}")  # an error here would be one of every later message
-    return told
+    messages = [*messages, question]
+    answer = print_stream(generator, generator.prompt(messages, f"message {number}"), number - 1)
+    answered = [*messages, {"role": "assistant", "content": answer}]
+    generator.prompt([*answered, question], f"the answer to message {number}")  # its error would be one of every later message
+    return answered
 
 
 # --- the rows of a file ------------------------------------------------------------------------------------------------------

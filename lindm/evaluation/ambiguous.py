@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lindm.evaluation.environments import BeliefEnvironment, Histories, double_precision
+from lindm.evaluation.environments import BeliefEnvironment, CertifiedEnvironment, Histories, double_precision
 from lindm.problems.apomdp import alpha_maxmin
-from lindm.solvers.solve import Solution, Tables, q_bounds, solve
+from lindm.solvers.solve import Tables, q_bounds
 from lindm.types import APOMDP
 
 
@@ -45,29 +45,10 @@ def policy_value(env: BeliefEnvironment, levels: Sequence[tuple[Histories, np.nd
     return float(value[0])
 
 
-class NetEnvironment(BeliefEnvironment):
+class NetEnvironment(CertifiedEnvironment):
     """An ambiguous POMDP with more histories than fit in memory: V* has the certified bounds of a net of beliefs."""
 
-    bounded = True
-
-    def __init__(self, problem: APOMDP, effort: int | None = None):
-        super().__init__(problem)
-        self.effort = effort
-
-    @cached_property
-    def solution(self) -> Solution:
-        with double_precision():
-            return solve(self.problem, "net", effort=self.effort)
-
-    @cached_property
-    def optimal_value(self) -> float:
-        """The lower bound of V*."""
-        return float(self.solution.lower)
-
-    @cached_property
-    def optimal_upper(self) -> float:
-        """The upper bound of V*."""
-        return float(self.solution.upper)
+    method = "net"
 
     @cached_property
     def uniform_value(self) -> None:

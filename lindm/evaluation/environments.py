@@ -16,10 +16,11 @@ from functools import cached_property
 import jax
 import numpy as np
 
+from lindm.evaluation.sampling import draw_indices
 from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import dp, hsvi, legal_supports, tree
 from lindm.solvers.belief import branching, child_history, first_history, normalize, step_index
-from lindm.solvers.solve import MEMORY_BUDGET, Solution, solve
+from lindm.solvers.solve import MEMORY_BUDGET, Method, Solution, solve
 from lindm.solvers.ties import optimal_actions
 from lindm.text import Step
 from lindm.types import APOMDP, MDP, POMDP, Problem
@@ -108,7 +109,7 @@ class MDPEnvironment:
             states = np.flatnonzero(self.rho > 0)
             weight = self.rho[states].astype(float)
         else:
-            states = _sample(np.broadcast_to(self.rho, (episodes, self.num_states)), rng)
+            states = draw_indices(np.broadcast_to(self.rho, (episodes, self.num_states)), rng)
             weight = np.full(episodes, 1 / episodes)
         return Histories(weight=weight, index=states, state=states, parent=np.zeros(len(states), int))
 
@@ -123,7 +124,7 @@ class MDPEnvironment:
             weight = at.weight[parent] * joint[parent, action, state]
         else:
             parent, action = np.arange(len(at)), actions
-            state, weight = _sample(P[at.index, actions], rng), at.weight
+            state, weight = draw_indices(P[at.index, actions], rng), at.weight
         reward = self._paying.pay(stage, at.index[parent], action, state)
         return Histories(weight=weight, index=state, parent=parent, state=state, action=action, reward=reward)
 
@@ -212,7 +213,7 @@ class BeliefEnvironment:
             weight = weight[row] if self.ambiguous else weight[row] * mass[row, m, o]
         else:
             row = np.arange(len(parents))
-            m, o = np.divmod(_sample(mass.reshape(len(mass), -1), rng), O)
+            m, o = np.divmod(draw_indices(mass.reshape(len(mass), -1), rng), O)
             weight = at.weight
         belief, parent, action = beliefs[row, m, o], parents[row], chosen[row]
         return Histories(
@@ -239,30 +240,20 @@ class BeliefEnvironment:
         return Q, optimal_actions(Q, per_row=True)
 
 
-class BoundedEnvironment(BeliefEnvironment):
-    """A POMDP with more histories than fit in memory, solved with certified bounds when they are first needed.
-
-    The alpha vectors of the solver are a lower bound W_h of V*_h at every belief, from which losses are measured: for any W with
-    W_H = 0,
-
-        V^pi = W_0 - sum_h E_{history_h ~ pi} [ W_h(b_h) - sum_a pi(a | history_h) Q^W_h(b_h, a) ],
-        Q^W_h(b, a) = b . r_h(., a) + sum_o W_{h+1}(b K_h[a, o]).
-
-    Over sampled episodes, W is a control variate: it changes no expectation, and the closer it is to V^pi, the less the sum
-    varies.
-    """
+class CertifiedEnvironment(BeliefEnvironment):
+    """A problem with more histories than fit in memory: V* has certified bounds, computed when they are first needed."""
 
     bounded = True
+    method: Method  # of the solver
 
-    def __init__(self, problem: POMDP, effort: int | None = None):
+    def __init__(self, problem: POMDP | APOMDP, effort: int | None = None):
         super().__init__(problem)
         self.effort = effort
 
     @cached_property
     def solution(self) -> Solution:
-        assert isinstance(self.problem, POMDP)
         with double_precision():
-            return solve(self.problem, "hsvi", effort=self.effort)
+            return solve(self.problem, self.method, effort=self.effort)
 
     @cached_property
     def optimal_value(self) -> float:
@@ -273,6 +264,20 @@ class BoundedEnvironment(BeliefEnvironment):
     def optimal_upper(self) -> float:
         """The upper bound of V*."""
         return float(self.solution.upper)
+
+
+class BoundedEnvironment(CertifiedEnvironment):
+    """A large POMDP. The alpha vectors of the solver are a lower bound W_h of V*_h at every belief; losses are measured from it:
+    for any W with W_H = 0,
+
+        V^pi = W_0 - sum_h E_{history_h ~ pi} [ W_h(b_h) - sum_a pi(a | history_h) Q^W_h(b_h, a) ],
+        Q^W_h(b, a) = b . r_h(., a) + sum_o W_{h+1}(b K_h[a, o]).
+
+    Over sampled episodes, W is a control variate: it changes no expectation, and the closer it is to V^pi, the less the sum
+    varies.
+    """
+
+    method = "hsvi"
 
     @cached_property
     def vectors(self) -> list[np.ndarray]:
@@ -392,9 +397,3 @@ def make_tasks(
         PolicyTask(environment=environments[id(problem)], demonstrations=episodes, names=names or {})
         for problem, episodes in zip(problems, demonstrations, strict=True)
     ]
-
-
-def _sample(laws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An index [n] from each row of weights [n, k], by inverse CDF of one uniform number each."""
-    cdf = np.cumsum(laws, axis=-1)
-    return (cdf <= (rng.random(len(laws)) * cdf[:, -1])[:, None]).sum(-1)

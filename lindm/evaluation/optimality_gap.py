@@ -35,6 +35,7 @@ from lindm.evaluation.environments import (
 )
 from lindm.evaluation.intervals import VARIES
 from lindm.evaluation.policy import BATCH_SIZE, Observation, as_policy, only_legal
+from lindm.evaluation.sampling import draw_indices
 from lindm.solvers.ties import TOLERANCE
 
 MAX_HISTORIES = 2048  # at which a policy is stepped, in one stage of one task
@@ -191,9 +192,7 @@ class _Walk:
             return
         actions = probabilities.argmax(-1)
         if self.rng is not None and (probabilities.max(-1) < 1).any():
-            u = self.rng_of_actions.random(len(at))
-            cdf = probabilities.cumsum(-1)
-            actions = (cdf <= (u * cdf[:, -1])[:, None]).sum(-1)
+            actions = draw_indices(probabilities, self.rng_of_actions)
         self.at = env.step(stage, at, probabilities, self.rng, actions)
         if self.merges:
             assert isinstance(env, MDPEnvironment)

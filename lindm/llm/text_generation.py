@@ -201,10 +201,10 @@ def _sampling(
     settings: Mapping[str, Any], path: Path, temperature: float | None, top_k: int | None, top_p: float | None
 ) -> Sampling:
     """The given settings of sampling, and those of generation_config.json for the rest."""
-    asked = settings.get("do_sample") is True
-    default, values = Sampling(temperature=1.0) if asked else Sampling(), {}
+    samples = settings.get("do_sample") is True
+    default, values = Sampling(temperature=1.0) if samples else Sampling(), {}
     for name, given in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        own = settings.get(name) if asked else None
+        own = settings.get(name) if samples else None
         value = given if given is not None else own if own is not None else getattr(default, name)
         kind, rule, holds = SAMPLING_RULES[name]
         if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
