@@ -47,6 +47,31 @@ def temporary_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def stays_removed(directory: Path) -> Iterator[None]:
+    """Where `directory` or the one above it is removed meanwhile, no temporary directory below it makes it anew.
+
+    A library that writes many files makes the directories that it misses. At the end, the ones that it made are removed again,
+    as far as they hold nothing but temporary files and directories without a writer.
+    """
+    with contextlib.ExitStack() as stack:
+        kept = {path: _open_directory(path, stack) for path in (directory, directory.parent)}  # open: no other gets its number
+        try:
+            yield
+        finally:
+            for path, fd in kept.items():
+                if path.is_dir() and not _has_name(fd, path):
+                    remove_leftovers(path)
+                    with contextlib.suppress(OSError):  # it holds something else
+                        path.rmdir()
+
+
+def _open_directory(path: Path, stack: contextlib.ExitStack) -> int:
+    fd = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, fd)
+    return fd
+
+
+@contextlib.contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A private directory where the system has temporary files, removed at the end; what killed ones left is removed first."""
     import tempfile

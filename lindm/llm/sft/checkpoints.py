@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from lindm.errors import CheckpointError, DataError, LindmError, LostPeerError, StorageError, failed_to_allocate
 from lindm.io import files, signals, verification
 from lindm.io.directories import atomic_directory, remove
-from lindm.io.temporaries import temporary_path
+from lindm.io.temporaries import stays_removed, temporary_path
 from lindm.io.verification import MANIFEST
 from lindm.llm.parallel.processes import barrier, detect_lost_peer
 
@@ -84,6 +84,7 @@ class CheckpointWriter:
         with _write_errors(final), ExitStack() as stack:
             if is_main:
                 directory.mkdir(exist_ok=True)  # in a directory that is there: that of a run that was removed does not come back
+                stack.enter_context(stays_removed(directory))
             hidden = stack.enter_context(atomic_directory(final, replace=True) if is_main else nullcontext(temporary_path(final)))
             barrier(f"before checkpoint {step}")
             arrays = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=_ASYNC)

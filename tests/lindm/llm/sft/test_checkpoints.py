@@ -230,6 +230,33 @@ def test_a_write_that_fails_in_the_background_is_an_error_at_the_next_look_and_l
     assert checkpoints.restore(copied, template(mesh_of(1, 1))).step == 9, "an error of the run does not cut a write short"
 
 
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("removed", ["run", "checkpoints", "checkpoint"])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_directory_that_is_removed_during_a_save_and_made_anew_by_the_library_is_removed_again(
+    tmp_path, monkeypatch, removed, fails
+):
+    run = tmp_path / "run"
+    hidden = temporaries.temporary_path(run / "checkpoints" / "00000009")
+    lost = {"run": run, "checkpoints": hidden.parent, "checkpoint": hidden}[removed]
+    wait = checkpoints._wait_for_arrays
+
+    def remove_and_make_anew(arrays):
+        wait(arrays)
+        shutil.rmtree(lost)
+        (hidden / "state" / "d").mkdir(parents=True)
+        if fails:
+            raise OSError(2, "No such file or directory")
+
+    run.mkdir()
+    monkeypatch.setattr(checkpoints, "_wait_for_arrays", remove_and_make_anew)
+    with pytest.raises(StorageError, match=r"cannot write .*00000009"):
+        checkpoints.save(run / "checkpoints", 9, placed(arrays(9), mesh_of(1, 1)), {}, keep=2)
+    assert run.exists() == (removed != "run") and (run / "checkpoints").exists() == (removed == "checkpoint")
+    temporaries.remove_leftovers(run / "checkpoints")  # as the next run does
+    assert not hidden.exists()
+
+
 @pytest.mark.fault("F16")
 def test_memory_that_runs_out_is_neither_a_full_disk_nor_a_damaged_checkpoint(copied, monkeypatch):
     def exhaust(*_, **__):
