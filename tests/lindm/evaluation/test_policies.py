@@ -19,6 +19,7 @@ from lindm.evaluation.optimality_gap import evaluate_policy
 from lindm.evaluation.policies import attention_layer, planning, registry
 from lindm.evaluation.policy import FunctionPolicy, Observation, Policy
 from lindm.families.random_suites import RandomSuite
+from lindm.icl import predictors
 from lindm.problems.apomdp import apomdp, as_apomdp
 from lindm.problems.mdp import mdp
 from lindm.problems.pomdp import draw_pomdp, pomdp
@@ -229,6 +230,34 @@ def test_lsvi_uses_the_last_step_of_an_episode_at_the_last_stage_alone():
     (table,) = actions_of(policies.lsvi(), make_tasks([problem], [demos]))
     # Q of the last stage is (0, 1/2); at the first stage nothing is known of action 1, and action 0 leads to a value of 1/2
     assert table.tolist() == [[0], [1]]
+
+
+def test_lsvi_and_pevi_of_many_tasks_are_the_regressions_of_each_task_alone():
+    """With features that an orthogonal matrix turns: the values are the same, the matrices of the regressions not diagonal."""
+    rng, (H, S, A) = np.random.default_rng(0), (3, 4, 2)
+    turn = np.linalg.qr(rng.normal(size=(S * A, S * A)))[0]
+    phi = turn.reshape(S, A, S * A)
+    problems, demonstrations = [], []
+    for i, discount in enumerate((1.0, 0.7, 0.7)):
+        R = rng.uniform(-2, 3, (1, S, A, 1, 1))
+        r = discount ** np.arange(H)[:, None, None] * R[..., 0, 0]
+        paid = RewardFunction(R=jnp.asarray(R), discount=jnp.asarray(discount))
+        problems.append(replace(mdp(np.full((1, S, A, S), 1 / S), r, np.full(S, 1 / S)), paid=paid))
+        drawn = rng.integers(0, [S, A], (4 + 6 * i, H, 2)).tolist()
+        demonstrations.append([[Step(a, state=s, reward=R[0, s, a, 0, 0].item()) for s, a in steps] for steps in drawn])
+    tasks = make_tasks(problems, demonstrations)
+    states = {name: getattr(policies, name)().init(tasks) for name in ("lsvi", "pevi")}
+    for i, (discount, episodes) in enumerate(zip((1.0, 0.7, 0.7), demonstrations, strict=True)):
+        rows = [(step, after) for steps in episodes for step, after in itertools.zip_longest(steps, steps[1:])]
+        x = np.array([[phi[step.state, step.action] for step, _ in rows]] * H)
+        x[:-1, [after is None for _, after in rows]] = 0
+        rewards = np.array([step.reward for step, _ in rows])
+        scaled = (rewards - rewards.min()) / (rewards.max() - rewards.min()) * discount ** np.arange(H)[:, None]
+        after = np.array([[phi[0 if after is None else after.state] for _, after in rows]] * H)
+        given = [jnp.asarray(array) for array in (phi, x, scaled, after)]
+        for name, Q in (("lsvi", predictors.lsvi(*given, lam=1.0)[0]), ("pevi", predictors.pevi(*given, lam=1.0, beta=1.0))):
+            np.testing.assert_allclose(states[name][0][i], Q, rtol=1e-12, atol=1e-12)
+    assert 0 < (states["pevi"][0] == 0).mean() < 1  # some values are clipped
 
 
 @pytest.mark.parametrize("name", ["certainty-equivalence", "lsvi", "pevi"])
