@@ -1,9 +1,9 @@
 """Tests of a mean over seeds against a band, and of a count of violations against a rate.
 
-The seed is the unit: instances, tasks and prompts are averaged inside a seed, and intervals are Student t over seeds. (In a
-simulation of nominal 95 % intervals for a log-log slope over 3, 5, 10 and 20 seeds, t over per-seed slopes covered .95
-throughout; a percentile bootstrap .75 to .92; least squares on seed means .88. `tests/experiments/harness/test_statistics.py`
-repeats the first of these.)
+The seed is the unit: instances, tasks and prompts are averaged inside a seed, and intervals are Student t over seeds. Where the
+tasks themselves count, as for a language model, each training is a cluster of tasks (`clustered`). (In a simulation of nominal
+95 % intervals for a log-log slope over 3, 5, 10 and 20 seeds, t over per-seed slopes covered .95 throughout; a percentile
+bootstrap .75 to .92; least squares on seed means .88. `tests/experiments/harness/test_statistics.py` repeats the first.)
 
 A claim is a composite hypothesis "the mean lies in [lo, hi]", and both directions are tested:
 
@@ -66,10 +66,7 @@ def mean_ci(values: ArrayLike, level: float = LEVEL) -> tuple[float, tuple[float
     """Mean of per-seed values and its two-sided (1 - level) t-interval; infinite with one seed."""
     v = _sample(values)
     mean, se = _mean_se(v)
-    if v.size == 1:
-        return mean, (-float("inf"), float("inf"))
-    half = float(stats.t.ppf(1 - level / 2, v.size - 1)) * se
-    return mean, (mean - half, mean + half)
+    return mean, _interval(mean, se, v.size - 1, level)
 
 
 def slopes(x: ArrayLike, y: ArrayLike) -> np.ndarray:
@@ -85,30 +82,84 @@ def slopes(x: ArrayLike, y: ArrayLike) -> np.ndarray:
 
 def equivalence(values: ArrayLike, lo: float, hi: float, *, min_seeds: int = 5) -> Decision:
     """Does the mean over seeds lie in [lo, hi]? TOST for yes, a two-sided t-test for no; infinite ends give one-sided tests."""
-    if not lo <= hi:
-        raise ValueError(f"lo must not exceed hi; got lo={lo}, hi={hi}")
     v = _sample(values)
     mean, se = _mean_se(v)
-    _, ci = mean_ci(v)
-    if v.size == 1:
-        above, below = 1.0, 1.0  # one seed says nothing about the mean
+    return _decide(mean, se, v.size - 1, lo, hi, n=v.size, enough=v.size >= min_seeds)
+
+
+def _decide(mean: float, se: float, df: float, lo: float, hi: float, *, n: int, enough: bool) -> Decision:
+    """The tests of [lo, hi] by Student t with `df` degrees of freedom; an infinite `se` says nothing about the mean."""
+    if not lo <= hi:
+        raise ValueError(f"lo must not exceed hi; got lo={lo}, hi={hi}")
+    if not np.isfinite(se):
+        above, below = 1.0, 1.0
         over, under = 1.0, 1.0
     elif se == 0:
         above, below = float(mean < lo), float(mean > hi)
         over, under = float(mean <= hi), float(mean >= lo)
     else:
-        tail = stats.t(v.size - 1).sf
+        tail = stats.t(df).sf
         above, below = float(tail((mean - lo) / se)), float(tail((hi - mean) / se))
         over, under = float(tail((mean - hi) / se)), float(tail((lo - mean) / se))
     two_sided = 2.0 if np.isfinite(lo) and np.isfinite(hi) else 1.0
     return Decision(
         measured=mean,
-        ci=ci,
-        n=v.size,
+        ci=_interval(mean, se, df, LEVEL),
+        n=n,
         p_pass=max(above, below),
         p_fail=min(1.0, two_sided * min(over, under)),
-        enough=v.size >= min_seeds,
+        enough=enough,
     )
+
+
+def _interval(mean: float, se: float, df: float, level: float) -> tuple[float, float]:
+    half = float(stats.t.ppf(1 - level / 2, df)) * se if 0 < se < np.inf else se
+    return mean - half, mean + half
+
+
+Strata = Sequence[Sequence[ArrayLike]]
+"""Strata of clusters of values: of each cell, for each training of it, one value of each task."""
+
+
+def clustered_ci(strata: Strata, level: float = LEVEL) -> tuple[float, tuple[float, float]]:
+    """The mean of the strata's means and its two-sided (1 - level) t-interval, as in `clustered`."""
+    mean, se, df = _clustered(strata, np.full(len(strata), 1 / len(strata)))
+    return mean, _interval(mean, se, df, level)
+
+
+def clustered(strata: Strata, lo: float, hi: float, *, weights: Sequence[float] | None = None, min_seeds: int = 5) -> Decision:
+    """Does a weighted sum of the strata's means lie in [lo, hi]? A stratum's mean is that of its clusters' means.
+
+    Values of one cluster depend on each other (tasks on which one trained model acts), clusters are independent, and strata are
+    fixed. The variance of a stratum's mean is s^2 / R from the means of its R clusters, which contains the variance within them.
+    A stratum with one cluster says nothing about how clusters vary: there the variance is that of the mean over its values, and
+    the interval is one for this cluster. Degrees of freedom are Satterthwaite's. (In simulations with two to six strata of three
+    clusters intervals covered 96 to 97 % at equal variances, and 94 % if one standard deviation was ten times the others.)
+
+    Args:
+      weights: of the strata, for a contrast [default: equal ones with the sum 1].
+      min_seeds: fewer values decide nothing; of a contrast, on either side.
+    """
+    w = np.full(len(strata), 1 / len(strata)) if weights is None else np.asarray(weights, dtype=float)
+    mean, se, df = _clustered(strata, w)
+    sizes = np.array([sum(_sample(cluster).size for cluster in clusters) for clusters in strata])
+    n = int(min(sizes[side].sum() for side in (w > 0, w < 0) if side.any()))
+    return _decide(mean, se, df, lo, hi, n=n, enough=n >= min_seeds)
+
+
+def _clustered(strata: Strata, weights: np.ndarray) -> tuple[float, float, float]:
+    """Weighted sum of the strata's means, its standard error and degrees of freedom."""
+    if len(strata) == 0 or len(weights) != len(strata):
+        raise ValueError(f"strata must not be empty and must have one weight each; got {len(strata)} and {len(weights)}")
+    samples = [[_sample(cluster) for cluster in clusters] for clusters in strata]
+    means = [np.array([v.mean() for v in clusters]) for clusters in samples]
+    units = [of_clusters if len(of_clusters) > 1 else clusters[0] for of_clusters, clusters in zip(means, samples, strict=True)]
+    mean = float(weights @ [m.mean() for m in means])
+    variances = (weights * [_mean_se(v)[1] for v in units]) ** 2
+    total, freedom = variances.sum(), np.array([v.size - 1 for v in units])
+    if not 0 < total < np.inf:
+        return mean, float(np.sqrt(total)), 1.0
+    return mean, float(np.sqrt(total)), float(total**2 / (variances**2 / freedom).sum())
 
 
 def at_most(values: ArrayLike, limit: float, *, min_seeds: int = 5) -> Decision:

@@ -11,6 +11,8 @@ from lindm_experiments.harness.statistics import (
     all_of,
     at_most,
     clopper_pearson,
+    clustered,
+    clustered_ci,
     equivalence,
     holm,
     mean_ci,
@@ -147,3 +149,50 @@ def test_a_verdict_that_does_not_survive_holm_becomes_inconclusive():
     after = adjust([to_verdict("a", weak), to_verdict("b", strong), to_verdict("c", weak)])
     assert [v.verdict for v in after] == [INCONCLUSIVE, PASS, INCONCLUSIVE]
     assert "not after Holm" in after[0].note
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.parametrize("trainings", [1, 3])
+def test_intervals_over_trainings_and_tasks_cover_95_percent(trainings):
+    """One training: of the models at hand. Three: of what a new training gives, whose effect all tasks of a model share."""
+    rng = np.random.default_rng(trainings)
+    runs, strata, tasks = 2000, 3, 20
+    effects = rng.normal(scale=0.1, size=(runs, strata, trainings, 1))
+    values = effects + rng.normal(scale=0.2, size=(runs, strata, trainings, tasks))
+    truths = effects.mean((1, 2, 3)) if trainings == 1 else np.zeros(runs)
+    intervals = [clustered_ci(run)[1] for run in values]
+    covered = np.mean([lo <= truth <= hi for (lo, hi), truth in zip(intervals, truths, strict=True)])
+    assert 0.95 - 5 * np.sqrt(0.95 * 0.05 / runs) < covered < 0.98
+    if trainings > 1:  # tasks of one model are not independent
+        naive = [mean_ci(run.ravel())[1] for run in values]
+        assert np.mean([lo <= 0 <= hi for lo, hi in naive]) < 0.75
+
+
+def test_one_stratum_of_one_cluster_is_the_t_interval_over_its_values():
+    values = np.random.default_rng(3).normal(0.3, 1, size=9)
+    assert clustered_ci([[values]])[1] == pytest.approx(mean_ci(values)[1], rel=1e-12)
+    one, other = clustered([[values]], 0.0, np.inf), equivalence(values, 0.0, np.inf)
+    assert (one.n, one.verdict) == (9, other.verdict) and one.p_pass == pytest.approx(other.p_pass, rel=1e-12)
+
+
+def test_a_contrast_of_two_strata_is_welchs_t_test():
+    rng = np.random.default_rng(4)
+    one, other = rng.normal(0.5, 1, size=12), rng.normal(0, 3, size=7)
+    d = clustered([[one], [other]], 0.0, np.inf, weights=(1, -1))
+    welch = stats.ttest_ind(one, other, equal_var=False, alternative="greater")
+    assert d.p_pass == pytest.approx(welch.pvalue, rel=1e-12) and d.measured == pytest.approx(one.mean() - other.mean())
+    assert d.n == 7 and not clustered([[one], [other]], 0.0, np.inf, weights=(1, -1), min_seeds=8).enough
+    assert clustered([[one], [other]], 0.0, np.inf, min_seeds=19).enough
+
+
+def test_a_stratum_with_several_clusters_counts_their_means():
+    rng = np.random.default_rng(5)
+    clusters = [rng.normal(m, 0.1, size=n) for m, n in ((0.0, 4), (1.0, 9), (2.0, 5))]
+    assert clustered_ci([clusters])[1] == pytest.approx(mean_ci([v.mean() for v in clusters])[1], rel=1e-12)
+    assert clustered([[[0.5]]], 0, 1, min_seeds=1).verdict == INCONCLUSIVE
+    assert clustered([[[0.5], [0.5]]], 0, 1, min_seeds=2).verdict == PASS
+
+
+def test_strata_without_a_weight_each_are_refused():
+    with pytest.raises(ValueError, match="one weight each; got 1 and 2"):
+        clustered([[[0.0, 1.0]]], 0, 1, weights=(1, -1))
