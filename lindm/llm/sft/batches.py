@@ -19,7 +19,7 @@ from lindm.llm.sft import packing
 from lindm.llm.sft.example_table import ExampleTable
 from lindm.llm.sft.flops import train_step_flops
 from lindm.llm.sft.setup import TrainingSetup
-from lindm.llm.sft.shapes import SAMPLED_STEPS, BatchShape, Sizes, choose_shapes, first_fitting, group
+from lindm.llm.sft.shapes import MAX_SHARED, SAMPLED_STEPS, BatchShape, Sizes, choose_shapes, first_fitting, group
 
 
 class LoadedBatch(NamedTuple):
@@ -43,7 +43,8 @@ class BatchLoader:
         full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
         shards = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
         row_flops = functools.partial(train_step_flops, setup.model_config, config.method, 1, max_labels=0)
-        self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops)
+        max_shared = setup.seq_len if config.pack and config.max_length is not None else MAX_SHARED
+        self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops, max_shared)
         sample = sample[: setup.optimizer.steps]
         taken = [self._group(sizes)[0] for sizes in sample]
         needed = self.shapes if setup.optimizer.steps > SAMPLED_STEPS else taken

@@ -4,8 +4,10 @@ A step trains `batch` x `accumulate` documents (with `--pack`: rows of documents
 not depend on the shape: a row holds several documents as segments that do not attend to each other, and the loss is the mean over
 all labels of the step. A shape is a number of rows and their length. Beside the full shape, one document to a row of the greatest
 length, at most `MAX_SHAPES` - 1 are chosen: each the one that saves most of the operations of the first `SAMPLED_STEPS` steps, as
-long as it saves a twentieth of them. A step takes the cheapest shape into which best-fit decreasing brings its documents. All of
-it follows from the data, the options and the mesh, so a resumed run has the same batches.
+long as it saves a twentieth of them. Short documents also share rows that are longer than each of them, up to `MAX_RATIO` times
+the full length and `MAX_SHARED` tokens: documents of 78 tokens fill 61 % of rows of 128, and 98 % of rows of 320. A step takes
+the cheapest shape into which best-fit decreasing brings its documents. All of it follows from the data, the options and the mesh,
+so a resumed run has the same batches.
 """
 
 import math
@@ -17,7 +19,8 @@ import numpy as np
 from lindm.llm.sft import packing
 
 MAX_SHAPES, SAMPLED_STEPS, MIN_SAVING = 6, 100, 0.05
-LENGTH_RATIO = 2**0.5  # between the lengths of rows that are tried
+LENGTH_RATIO = 2**0.5  # between the lengths of rows that are tried, up to the full one
+MAX_RATIO, MAX_SHARED = 4, 512  # longer rows are tried up to so many times the full length, and so many tokens
 
 
 class BatchShape(NamedTuple):
@@ -59,7 +62,12 @@ def most_labels(sizes: Sizes, groups: list[list[int]]) -> int:
 
 
 def choose_shapes(
-    steps: Sequence[Sizes], full: BatchShape, accumulate: int, shards: int, row_cost: Callable[[int], float]
+    steps: Sequence[Sizes],
+    full: BatchShape,
+    accumulate: int,
+    shards: int,
+    row_cost: Callable[[int], float],
+    max_shared: int = MAX_SHARED,
 ) -> list[BatchShape]:
     """The shapes of a run, the cheapest first; `full` is the last.
 
@@ -67,8 +75,9 @@ def choose_shapes(
       steps: the documents of each sampled step.
       shards: of the rows of a micro-batch, whose number is a multiple of it.
       row_cost: tokens of a row -> its cost, in any unit; above all its attention makes a long row dearer than two short ones.
+      max_shared: most tokens of a row that is longer than the full one.
     """
-    lengths = _lengths(full.seq_len)
+    lengths = _lengths(full.seq_len, max_shared)
     needed = np.array([[_rows_needed(sizes, T, accumulate, shards, full.rows) for T in lengths] for sizes in steps])
     costs_now = np.full(len(steps), full.rows * row_cost(full.seq_len))  # of each step, with the shapes chosen so far
     chosen: list[BatchShape] = []
@@ -84,12 +93,13 @@ def choose_shapes(
     return [*sorted(chosen, key=lambda shape: shape.rows * row_cost(shape.seq_len)), full]
 
 
-def _lengths(longest: int) -> list[int]:
-    """Lengths of rows that are tried, ascending, in about equal ratios up to the longest."""
-    lengths, length = {longest}, float(longest)
-    while length > packing.SEQ_LEN_MULTIPLE:
+def _lengths(full: int, max_shared: int) -> list[int]:
+    """Lengths of rows that are tried, ascending: in about equal ratios up to the full one, and beyond it all multiples of 64."""
+    lengths, length, unit = {full}, float(full), packing.SEQ_LEN_MULTIPLE
+    while length > unit:
         length /= LENGTH_RATIO
-        lengths.add(min(longest, packing.round_up(math.ceil(length), packing.SEQ_LEN_MULTIPLE)))
+        lengths.add(min(full, packing.round_up(math.ceil(length), unit)))
+    lengths.update(range(packing.round_up(full + 1, unit), min(MAX_RATIO * full, max_shared) + 1, unit))
     return sorted(lengths)
 
 

@@ -77,6 +77,18 @@ def test_documents_of_one_length_keep_their_rows_and_one_shape():
     assert chosen == [BatchShape(8, 64, 32)] and cheapest(steps[0], chosen)[1] == [[i] for i in range(8)]
 
 
+def test_documents_that_leave_much_of_the_longest_row_empty_share_longer_ones():
+    steps, full = steps_of([78] * 40, 32, 10), BatchShape(32, 128, 40)
+    chosen = choose_shapes(steps, full, accumulate=1, shards=1, row_cost=cost_of_row)
+    assert chosen == [BatchShape(8, 320, 160), full], "four documents of 78 tokens and 39 labels to a row, the full shape last"
+    assert sorted(i for row in cheapest(steps[0], chosen)[1] for i in row) == list(range(32))
+    assert useful(steps, chosen) > 0.97 > 0.62 > useful(steps, [full])
+    assert choose_shapes(steps, full, 1, 1, cost_of_row, max_shared=128) == [full], "rows that must not be longer"
+    assert choose_shapes(steps, full, 1, shards=16, row_cost=cost_of_row)[0].rows == 16
+    costly = choose_shapes(steps, full, 1, 1, row_cost=lambda seq_len: float(seq_len) ** 2)
+    assert costly == [full], "attention that costs more than the padding"
+
+
 def test_rows_with_more_labels_than_a_shape_has_take_a_larger_one():
     few, many = (Sizes(np.full(8, 10), np.full(8, labels)) for labels in (1, 10))
     chosen = choose_shapes([few] * 5, BatchShape(8, 128, 128), accumulate=1, shards=1, row_cost=cost_of_row)
