@@ -16,9 +16,12 @@ Rewards = Literal["auto", "shown", "hidden"]
 Supervise = Literal["all", "query"]
 """Trained steps of a text: those of the demonstrations and of the query (all), or of the query alone (query)."""
 
-Loss = Literal["action", "soft", "regret"]
-"""Training loss at an action: cross-entropy of the oracle's action (action) or of its softmax policy (soft), or the expected
-regret of the model's own action probabilities (regret)."""
+Loss = Literal["action", "soft", "regret", "behavior"]
+"""Training loss at an action: cross-entropy of the oracle's action (action), of its softmax policy (soft) or of the action that
+the demonstrator took (behavior), or the expected regret of the model's own action probabilities (regret)."""
+
+Preset = Literal["tiny", "small"]
+"""Randomly initialized models with a vocabulary of their own, of 1.4 and of 11 million weights."""
 
 Overlong = Literal["refuse", "truncate", "drop"]
 """What is done with a document of more tokens than `max_length`: an error, cut off at its end, left out."""

@@ -62,7 +62,7 @@ def finetune(
       data: a directory of `make_dataset`, or files of rows (`lindm.llm.sft.row_files`).
       out: directory of the run.
       model: a Hugging Face directory, or
-      preset: tiny, a randomly initialized model of about a million weights.
+      preset: tiny or small, a randomly initialized model of 1.4 or 11 million weights.
       callbacks: objects with the methods start(config), log(step, metrics) and finish(), which get the metrics in a thread of
         their own (`lindm.llm.sft.callbacks`). One that fails or hangs neither stops nor slows the run.
       options: other fields of `SFTConfig`, such as method, steps, batch, learning_rate and seed.

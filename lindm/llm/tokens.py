@@ -255,7 +255,7 @@ def name_source(source: object) -> Iterator[None]:
 def document_example(
     tokenizer: Tokenizer,
     pieces: Sequence[Piece],
-    labels: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int] | None],
     actions: Sequence[Sequence[int]],
     supervise: Supervise,
     source: object,
@@ -265,7 +265,8 @@ def document_example(
     """The example of a rendered document.
 
     Args:
-      pieces: from `lindm.text.render`; labels: [episode][step] actions of the oracle, those of the query last.
+      pieces: from `lindm.text.render`; labels: [episode][step] the actions that are trained, those of the query last;
+        None for an episode without.
       actions: the tokens of every action, from `action_tokens`.
       supervise: train every step of the demonstrations and of the query (all), or the steps of the query alone (query).
       values: [episode][step][A] action values of the oracle, None where the action is not legal, if the example shall have
@@ -283,7 +284,8 @@ def document_example(
         if piece.action is not None and piece.step is not None and (supervise == "all" or piece.episode == query):
             if values is not None:
                 trained_values.append(values[piece.episode][piece.step])
-            for j, token in enumerate(actions[labels[piece.episode][piece.step]]):
+            of_episode = labels[piece.episode]
+            for j, token in enumerate(() if of_episode is None else actions[of_episode[piece.step]]):
                 trained[len(ids) - 1 + j] = token  # an action is never the first piece
                 if taken[j : j + 1] != [token]:
                     break

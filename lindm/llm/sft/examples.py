@@ -1,7 +1,8 @@
 """Training examples from labeled datasets and files of rows, read to the end and checked before training.
 
     a directory of `lindm data make`   one document per query of each task: the demonstrations of the task, then the query, every
-                                       step with its action; the labels are the oracle's actions
+                                       step with its action; the labels are the oracle's actions, or with the loss behavior
+                                       those that the demonstrator took
     files of rows                      conversations, prompts with completions, texts: the formats of `lindm.llm.sft.rows`, in the
                                        files of `lindm.llm.sft.row_files`
 
@@ -29,6 +30,7 @@ from lindm.llm.sft.rows import COLUMNS, row_examples
 from lindm.llm.tokens import Example, Tokenizer, action_tokens, document_example
 from lindm.text import Piece, Template
 
+VALUE_LOSSES: tuple[Loss, ...] = ("soft", "regret")  # of the oracle's action values
 HELD_OUT = 2**64 - 1  # number of the permutation that selects held-out groups; no epoch has it
 
 Progress = Callable[[int, int], None]
@@ -172,12 +174,23 @@ def dataset_examples(
     template: Template,
     supervise: Supervise,
     limit: LengthLimit,
-    with_values: bool = False,
+    loss: Loss = "action",
 ) -> list[Example]:
     """The examples of the documents of a dataset; each document is tokenized once.
 
-    with_values: the examples have the oracle's action values. Raises: DataError where an action has several tokens.
+    With the loss behavior, a label is the action that was taken. It is trained where the demonstrator acted: in demonstrations,
+    and in queries if their behavior policy is the same. With soft and regret the examples have the oracle's action values.
+
+    Raises:
+      ValueError: no episode that is trained has actions of the demonstrator.
+      DataError: an action has several tokens, and the loss is one of action values.
     """
+    with_values = loss in VALUE_LOSSES
+    demonstrators, queries = dataset.config.exploration  # probabilities of a random action
+    if loss == "behavior" and supervise == "query" and demonstrators != queries:
+        rule = "supervise must be all with loss behavior, unless queries have the behavior policy of the demonstrations"
+        got = f"random actions with probability {queries} in queries and {demonstrators} in demonstrations"
+        raise ValueError(f"{rule}; {dataset.directory} has {got}")
     actions = action_tokens(tokenizer, template, dataset.num_actions)
     if with_values and (several := [tokens for tokens in actions if len(tokens) > 1]):
         rule = "a loss of action values needs actions of one token each"
@@ -187,7 +200,10 @@ def dataset_examples(
     examples = []
     for task, query, pieces in task_documents:
         episodes = (*task.demonstrations, task.queries[query])
-        labels, values = [episode.label for episode in episodes], [episode.Q for episode in episodes] if with_values else None
+        labels: list[list[int] | None] = [episode.action if loss == "behavior" else episode.label for episode in episodes]
+        if loss == "behavior" and demonstrators != queries:
+            labels[-1] = None
+        values = [episode.Q for episode in episodes] if with_values else None
         source = f"{dataset.directory}: task {task.task}, query {query}"
         example = document_example(tokenizer, pieces, labels, actions, supervise, source, task.task, values)
         examples += limit.fit(example)

@@ -1,14 +1,15 @@
 r"""The losses at the labeled positions of a language model.
 
     action    - sum_i log p(target_i | tokens before it) / number of targets
+    behavior    the same, with the demonstrator's action as target_i
     soft      - sum_i sum_a w_ia log p(token of a | ...) / number of targets,  w_i = softmax(Q_i / temperature)
     regret      sum_i sum_a p_i(a) (max Q_i - Q_ia) / number of targets,       p_i = softmax of the logits of the actions' tokens
 
 Where answers have weights w_i, each term is multiplied by its own, and the number of targets becomes the sum of the weights: a
 mean with weights, as in torch. So a weight of 0 is the same as no label, and the same weight for all is the same as none.
 
-Q_i are the oracle's action values where target i stands, in units of reward. The first is that of any text; the others need data
-with action values and actions of one token each. An action that is not legal there has the value -inf and probability 0.
+Q_i are the oracle's action values where target i stands, in units of reward. The first is that of any text; soft and regret need
+data with action values and actions of one token each. An action that is not legal there has the value -inf and probability 0.
 
 Only labeled positions meet the vocabulary: their hidden states are gathered first, and logits exist for at most `LOGITS_CHUNK`
 positions of a row at a time, so no array of batch x tokens x vocabulary is ever allocated. `lm_loss` returns the sum; the step
@@ -147,4 +148,4 @@ def _position_loss(objective: Objective) -> Callable[[Array, Array, Array | None
     def action(logits: Array, target: Array, values: Array | None) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, target)
 
-    return {"action": action, "soft": soft, "regret": regret}[objective.loss]
+    return {"action": action, "behavior": action, "soft": soft, "regret": regret}[objective.loss]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lindm.choices import Loss, Moments, Optimizer, Overlong, Rewards, Supervise, check_choices
+from lindm.choices import Loss, Moments, Optimizer, Overlong, Preset, Rewards, Supervise, check_choices
 from lindm.io import files
 from lindm.llm.config import BaseFormat, LoraScaling, Remat
 from lindm.llm.model_families import parse_lora_targets
@@ -47,8 +47,8 @@ class SFTConfig:
     """Directory of the run; the model is written to OUT/model."""
     model: Path | None = None
     """Base model: a Hugging Face directory (see `lindm model import`)."""
-    preset: Literal["tiny"] | None = None
-    """In place of --model: a randomly initialized model of about a million weights with its own vocabulary."""
+    preset: Preset | None = None
+    """In place of --model: a randomly initialized model with its own vocabulary, of 1.4 (tiny) or 11 (small) million weights."""
     fresh: bool = False
     """Remove what an earlier run wrote to OUT."""
 
@@ -80,7 +80,8 @@ class SFTConfig:
     supervise: Supervise = "all"
     """Actions of a dataset that are trained: those of demonstrations and queries, or of queries alone."""
     loss: Loss = "action"
-    """At each action of a dataset: cross-entropy of the oracle's action, of its softmax policy (soft), or expected regret."""
+    """At each action of a dataset: cross-entropy of the oracle's action, of its softmax policy (soft) or of the action that the
+    demonstrator took (behavior), or expected regret."""
     loss_temperature: float = 0.1
     """Temperature of the softmax policy of --loss soft, in units of reward."""
     template: str | None = None
@@ -112,7 +113,7 @@ class SFTConfig:
     # optimization
     steps: int | None = None
     """Number of steps. With more of them a run goes on, also a finished one. [default: three epochs; 500 steps with
-    --preset tiny]"""
+    a preset]"""
     batch: int = 8
     """Documents per micro-batch, over all devices; short ones share rows and do not attend to each other."""
     accumulate: int = 1
@@ -122,8 +123,8 @@ class SFTConfig:
     moments: Moments = "f32"
     """Storage of AdamW's first moments."""
     learning_rate: float | None = None
-    """Peak learning rate. [default: 1e-3 with a preset; otherwise by hidden size, such as 1.3e-4 at 576 and 2.9e-5 at 4096, and
-    ten times as much with adapters]"""
+    """Peak learning rate. [default: 1e-3 with tiny, 5e-4 with small; otherwise by hidden size, such as 1.3e-4 at 576 and 2.9e-5
+    at 4096, and ten times as much with adapters]"""
     warmup: float = 0.1
     """Warm-up, as a fraction of the steps."""
     weight_decay: float = 0.0
@@ -163,7 +164,7 @@ class SFTConfig:
 
     def __post_init__(self):
         if (self.model is None) == (self.preset is None):
-            raise ValueError("one of model and preset must be given: the directory of a base model, or tiny")
+            raise ValueError("one of model and preset must be given: the directory of a base model, or one of tiny and small")
         check_choices(self)
         for name, minimum in MINIMA.items():
             if (value := getattr(self, name)) is not None and value < minimum:

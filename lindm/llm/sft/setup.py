@@ -28,9 +28,10 @@ from lindm.llm.lora import add_lora, set_dropout
 from lindm.llm.model import Decoder
 from lindm.llm.model_families import FAMILIES, parse_lora_targets
 from lindm.llm.parallel import sharding
-from lindm.llm.sft import packing
+from lindm.llm.sft import packing, presets
 from lindm.llm.sft.example_table import ExampleTable, ListedExamples, Rows
 from lindm.llm.sft.examples import (
+    VALUE_LOSSES,
     LengthLimit,
     TaskDocument,
     check_dataset_options,
@@ -50,21 +51,6 @@ from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
 
 DEFAULT_EPOCHS = 3
-TINY = ModelConfig(  # 1.4 million parameters
-    model_type="llama",
-    vocab_size=512,
-    hidden_size=160,
-    num_layers=4,
-    num_heads=5,
-    num_kv_heads=5,
-    head_dim=32,
-    intermediate_size=480,
-    tie_word_embeddings=True,
-    max_position_embeddings=2048,
-    init_std=0.08,  # 1 / sqrt(hidden_size): far more than in large models; this model then learns many times faster
-)
-TINY_STEPS = 500
-TINY_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +101,7 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
       ValueError: an option that does not fit the data, the model or the machine.
       DataError: bad data, with file and line.
     """
-    tokenizer, model_config = (None, TINY) if config.model is None else _read_model(config.model)
+    tokenizer, model_config = _starting_point(config)
     lora = _lora_settings(config, model_config)
     if config.chat_template is not None and tokenizer is not None:
         tokenizer.chat_template = read_text(config.chat_template, limits.JSON_FILE)
@@ -168,8 +154,11 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
 
 
 def _optimizer_config(config: SFTConfig, model_config: ModelConfig, num_rows: int) -> OptimizerConfig:
-    default_steps = TINY_STEPS if config.preset else math.ceil(DEFAULT_EPOCHS * num_rows / (config.batch * config.accumulate))
-    default_rate = TINY_LEARNING_RATE if config.preset else default_learning_rate(config.method, model_config)
+    if config.preset is not None:
+        default_steps, default_rate = presets.STEPS, presets.PRESETS[config.preset].learning_rate
+    else:
+        default_steps = math.ceil(DEFAULT_EPOCHS * num_rows / (config.batch * config.accumulate))
+        default_rate = default_learning_rate(config.method, model_config)
     return OptimizerConfig(
         steps=config.steps or default_steps,
         optimizer=config.optimizer,
@@ -251,10 +240,11 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
         documents = collect_tasks(read_documents(data, text, progress))
         if tokenizer is None:
             documents = list(documents)
-            tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), TINY.vocab_size)
-        with_values = config.loss != "action"
-        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, limit, with_values)
-        tokens = action_tokens(tokenizer, text.template, data.num_actions) if with_values else ()
+            assert config.preset is not None
+            vocab_size = presets.PRESETS[config.preset].config.vocab_size
+            tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), vocab_size)
+        examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, limit, config.loss)
+        tokens = action_tokens(tokenizer, text.template, data.num_actions) if config.loss in VALUE_LOSSES else ()
     decision_tasks = DecisionTasks(tasks=tasks, text=text) if tasks else None
     listed = _listed(examples, path, limit)
     return LoadedData(tokenizer, listed, decision_tasks, data.checksum, True, limit.counts, tuple(ids[0] for ids in tokens))
@@ -275,6 +265,14 @@ def _evaluated_tasks(config: SFTConfig, num_tasks: int, held_out: float | None) 
 
 
 # --- model -----------------------------------------------------------------------------------------------------------------
+
+
+def _starting_point(config: SFTConfig) -> tuple[Tokenizer | None, ModelConfig]:
+    """Tokenizer and config of the base model; of a preset no tokenizer, which is trained on the data."""
+    if config.preset is not None:
+        return None, presets.PRESETS[config.preset].config
+    assert config.model is not None
+    return _read_model(config.model)
 
 
 def _read_model(directory: Path) -> tuple[Tokenizer, ModelConfig]:

@@ -148,7 +148,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["run", "nonsense"], "EXPERIMENT must be one of"),
         (["bench", "nonsense"], "BENCH must be one of attention, solvers, sft, decisions, accelerator; got 'nonsense'"),
         (["sft", "--data", "d", "--out", "o"], "lindm: error: one of model and preset must be given"),
-        (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny; got 'huge'"),
+        (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny, small; got 'huge'"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--steps", "0"], "steps must be at least 1; got 0"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--rank", "1"], "must be given together"),
         (["launch", "nonsense", "--", "--preset", "tiny"], "lindm launch has the commands slurm, tpu, gke, ray; got 'nonsense'"),

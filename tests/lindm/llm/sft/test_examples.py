@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ def load_examples(
     rewards="auto",
     names=False,
     supervise="all",
+    loss="action",
     max_tokens=None,
     progress=lambda done, total: None,
 ):
@@ -86,7 +88,7 @@ def load_examples(
         return file_examples(data, tokenizer, LengthLimit(max_tokens))
     text = datasets.text_format(data, template, rewards, names)
     return dataset_examples(
-        data, read_documents(data, text, progress), tokenizer, text.template, supervise, LengthLimit(max_tokens)
+        data, read_documents(data, text, progress), tokenizer, text.template, supervise, LengthLimit(max_tokens), loss
     )
 
 
@@ -105,6 +107,26 @@ def test_a_document_reads_back_as_its_rows_and_trains_their_labels(suite, templa
         labeled = (*demos, query) if supervise == "all" else (query,)
         assert trained(TOKENIZER, example) == [f" {'AB'[label]}" for row in labeled for label in row.label]
         assert (example.source, example.group) == (f"{suite}: task {task}, query {n % 2}", task)
+
+
+@pytest.mark.fault("F23")
+def test_behavior_cloning_trains_the_actions_of_the_demonstrator_and_of_queries_with_the_same_policy(suite, tmp_path):
+    def symbols(episodes):
+        return [f" {'AB'[action]}" for episode in episodes for action in episode.action]
+
+    own = [trained(TOKENIZER, example) for example in load_examples(suite, TOKENIZER, loss="behavior")]
+    assert own == [symbols(demos) for _, demos, _ in queries(suite)], "queries have other random actions than demonstrations"
+    with pytest.raises(ValueError, match=r"supervise must be all with loss behavior.*probability 0.5 in queries and 0.0 in dem"):
+        load_examples(suite, TOKENIZER, loss="behavior", supervise="query")
+    same = tmp_path / "same"
+    datasets.make_dataset(same, SUITE, replace(CONFIG, behavior="epsilon", epsilon=0.5))
+    for supervise in ("all", "query"):
+        examples = load_examples(same, TOKENIZER, loss="behavior", supervise=supervise)
+        rows = [(*demos, query) if supervise == "all" else (query,) for _, demos, query in queries(same)]
+        assert [trained(TOKENIZER, example) for example in examples] == [symbols(row) for row in rows]
+        assert examples[0].action_values is None
+    oracle = [trained(TOKENIZER, example) for example in load_examples(same, TOKENIZER)]
+    assert oracle != [symbols((*demos, query)) for _, demos, query in queries(same)], "half of the actions are random"
 
 
 def test_actions_that_the_oracle_would_not_take_are_in_the_text_and_their_labels_in_the_targets(suite):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_a_dataset_is_read_once_and_each_document_is_tokenized_once(micro, tmp_p
     assert setup.decision_tasks is not None and len(setup.decision_tasks.tasks) == 3
     held_out = {e.group for row in setup.eval_rows for e in row}
     assert {task.task for task in setup.decision_tasks.tasks} == set(sorted(held_out)[:3])
+
+
+@pytest.mark.parametrize("preset, weights, rate", [("tiny", 1.4e6, 1e-3), ("small", 10.8e6, 5e-4)])
+def test_a_preset_has_its_size_and_learning_rate_and_a_vocabulary_of_the_symbols(micro, tmp_path, preset, weights, rate):
+    setup = setup_training(SFTConfig(data=micro.mdp, out=tmp_path, preset=preset))
+    assert (setup.optimizer.learning_rate, setup.optimizer.steps) == (rate, 500)
+    model = replace(setup.model_config, vocab_size=512)
+    assert abs(model.num_parameters / weights - 1) < 0.03
+    assert abs(model.init_std * model.hidden_size**0.5 - 1) < 0.02 and model.num_heads * model.head_dim == model.hidden_size
+    assert 256 < setup.model_config.vocab_size == len(setup.tokenizer) <= 512
 
 
 def test_evaluation_data_are_read_once_too_and_give_the_evaluated_tasks(micro, tmp_path, opened, tokenized):
