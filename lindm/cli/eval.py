@@ -91,7 +91,8 @@ def run(options: Eval) -> int:
         rows = [asdict(result) for result in results.values()]
         print(strict_json([{key: value for key, value in row.items() if key != "gaps"} for row in rows]))
         return 0
-    for line in [*_differences(found := list(results.values())), *_calibrations(found), *_notes(found)]:
+    found = list(results.values())
+    for line in [*_differences(found), *_splits(found), *_calibrations(found), *_notes(found)]:
         print(line)
     if options.out is not None:
         print(options.out / "eval.json", file=sys.stderr)
@@ -171,7 +172,7 @@ def _notes(results: "list[PolicyResult]") -> list[str]:
         if result.effective_samples
         for lowest, median in [result.effective_samples]
     ]
-    return lines + list(dict.fromkeys(result.note for result in results if result.note))
+    return lines + _yardstick_notes(results) + list(dict.fromkeys(result.note for result in results if result.note))
 
 
 def _differences(results: "list[PolicyResult]") -> list[str]:
@@ -184,6 +185,41 @@ def _differences(results: "list[PolicyResult]") -> list[str]:
     for name, one in found.items():
         rows.append((name, number(one.gap, ".4f"), interval(one.gap_ci), f"{one.value:.4g}", interval(one.value_ci, ".4g")))
     return ["", *(format_row(row, (WIDTHS[0], 14, 18, 9, 18)) for row in rows)]
+
+
+def _splits(results: "list[PolicyResult]") -> list[str]:
+    """The parts of the losses: what the context does not tell, and what the policies lost beyond it."""
+    found = {result.policy: one for result in results if (one := result.loss_split) is not None}
+    if not found:
+        return []
+    yardstick = next(iter(found.values())).yardstick
+    rows = [(f"parts of the gap, by {yardstick}", "normalized gap", "not in the context", "lost by the reader", "95 %")]
+    for name, one in found.items():
+        parts = (f"{one.gap:.4f}", f"{one.not_in_context:.4f}", f"{one.lost_by_reader:.4f}", interval(one.lost_by_reader_ci))
+        rows.append((name, *parts))
+    return ["", *(format_row(row, (WIDTHS[0], 14, 18, 18, 18)) for row in rows)]
+
+
+def _yardstick_notes(results: "list[PolicyResult]") -> list[str]:
+    """Which policies lost less than the yardstick, and the limit of all readers."""
+    lines = []
+    for result in results:
+        if (one := result.loss_split) is not None and one.lost_by_reader < 0:
+            ends = one.lost_by_reader_ci
+            chance = "" if ends is not None and ends[1] < 0 else ", by no more than chance explains"
+            lines.append(f"{result.policy}: lost less than {one.yardstick}{chance}; a yardstick is an estimate, not a bound")
+        if (limit := result.context_limit) is None:
+            continue
+        most = "most that a policy can earn that knows the suite and the context alone (the Bayes-adaptive value)"
+        if limit.value is None:
+            lines.append(f"{most}: not computed; {limit.note}")
+            continue
+        share = "" if limit.gap is None else f", {limit.gap:.4f} of the mean of V* - V^random"
+        lines.append(f"{most}: {limit.value:.6g} {interval(limit.value_ci, '.4g')};")
+        lines.append(
+            f"the mean of V* - V^pi is at least {limit.suboptimality:.4g} {interval(limit.suboptimality_ci, '.4g')}{share}"
+        )
+    return lines
 
 
 def _calibrations(results: "list[PolicyResult]") -> list[str]:

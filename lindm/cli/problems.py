@@ -31,6 +31,8 @@ class FamilyOptions:
     """Number of observations."""
     models: int | None = None
     """Number of models."""
+    gap: float | None = None
+    """Smallest difference between the best and the second best action; 0: any (mdp, pomdp, apomdp)."""
     capacity: int | None = None
     """Largest stock (inventory)."""
     lead_time: int | None = None

@@ -7,7 +7,7 @@ all policies.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from lindm.evaluation.calibration import Calibration, calibrate
 from lindm.evaluation.environments import PolicyTask, check_memory, double_precision, make_tasks
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.paired import Difference, paired_difference
+from lindm.evaluation.policies.bayes import Bayes
 from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
+from lindm.evaluation.yardstick import ContextLimit, Losses, LossSplit, context_limit, split_loss
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.temporaries import scratch_directory
@@ -58,6 +60,8 @@ class PolicyResult:
     method: str  # exact, rollout (mean over sampled episodes), bounds (V* has bounds), or why there is no value
     note: str | None = None  # what is undefined, and why
     difference: Difference | None = None  # to the first policy on the same tasks
+    loss_split: LossSplit | None = None  # by the yardstick, where one was evaluated and the policy does not know more
+    context_limit: ContextLimit | None = None  # of the yardstick: the most that any policy can earn that knows the context alone
     calibration: Calibration | None = None  # of the policy's probabilities against the optimal actions; None: Q* is not known
     gaps: list[float | None]  # normalized optimality gap of each task, or the middle of its range
     masked: float  # mean probability of actions that were not legal, before it was removed
@@ -88,7 +92,9 @@ def evaluate(
       data: directory of the dataset, which is generated there if it is missing [default: a temporary one].
       episodes: number sampled for a task where a policy reaches more than `max_histories` histories at the last stage.
       effort: of the bounds of V* in a problem with more histories than fit in memory, as in `lindm.solvers.solve`.
-      progress: called with (tasks made, tasks in all); on_result: called with every result.
+      progress: called with (tasks made, tasks in all); on_result: called with every result, without the parts of the yardstick.
+
+    Returns: the results in the order of the policies. The yardstick is the last one of bayes and bayes-demo among them.
 
     Raises:
       ValueError: a policy that does not apply to these tasks; an ambiguous problem with illegal actions whose histories do not
@@ -108,6 +114,8 @@ def evaluate(
             make_dataset(directory, source, dataset, progress=progress)
         tasks = read_tasks(Dataset(directory), effort)
     about, results, first = describe(source), [], None
+    readers: dict[str, Losses] = {}  # policies that know no more than the context
+    yardstick: tuple[str, Suite] | None = None
     for name in policies:
         policy = policies[name]
         start = time.perf_counter()
@@ -118,7 +126,31 @@ def evaluate(
         result = _result(about | {"difference": difference}, name, losses, max_histories, seconds)
         results.append(result)
         on_result(result)
-    return results
+        if kind_of(source) not in getattr(policy, "knows_problem", ()):
+            readers[name] = [loss and replace(loss, scored=None) for loss in losses]
+        if isinstance(policy, Bayes) and not policy.thompson:
+            yardstick = name, policy.suite
+    return results if yardstick is None else _with_yardstick(results, readers, *yardstick, dataset, tasks)
+
+
+def _with_yardstick(
+    results: Sequence[PolicyResult],
+    readers: Mapping[str, Losses],
+    name: str,
+    suite: Suite,
+    dataset: DatasetConfig,
+    tasks: Sequence[PolicyTask],
+) -> list[PolicyResult]:
+    """The results with the parts of the losses of all readers of the context, and the limit of the yardstick `name`."""
+    limit, split = context_limit(suite, dataset, tasks), []
+    for result in results:
+        if result.policy == name:
+            split.append(replace(result, context_limit=limit))
+        elif result.policy in readers:
+            split.append(replace(result, loss_split=split_loss(readers[result.policy], readers[name], name)))
+        else:
+            split.append(result)
+    return split
 
 
 def read_tasks(dataset: Dataset, effort: int | None = None) -> list[PolicyTask]:

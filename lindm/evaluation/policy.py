@@ -69,6 +69,7 @@ class Policy:
     markov = False  # acts on stage and state alone: in an MDP, histories that end in the same state are merged
     exhaustive = False  # is evaluated at every history that it reaches, without a limit: its steps are cheap
     batch_size = BATCH_SIZE
+    knows_problem: tuple[str, ...] = ()  # kinds of problems, mdp, pomdp or apomdp, of which it knows more than a context tells
 
     @classmethod
     def for_tasks(cls, source: Any, dataset: Any) -> "Policy":

@@ -129,6 +129,21 @@ OTHERS = ("gap_of_value", "optimal_lower", "optimal_upper", "uniform_value", "ac
 OTHERS += ("interval_over", "note")
 
 
+def yardstick_rows(directories: Sequence[Path]) -> list[Row]:
+    """The parts of the normalized optimality gaps where an evaluation has a yardstick."""
+    rows = []
+    for directory in directories:
+        for row in files.read_json(directory / "eval.json", format=EVAL_FORMAT)["rows"]:
+            if (split := row.get("loss_split")) is None:
+                continue
+            kept = _run_column(directory, directories) | {k: row[k] for k in ("suite", "horizon", "split", "policy")}
+            kept |= {k: split[k] for k in ("yardstick", "gap", "not_in_context", "lost_by_reader")}
+            rows.append(
+                kept | dict(zip(("low", "high"), split["lost_by_reader_ci"] or (None, None), strict=True)) | {"n": split["n"]}
+            )
+    return rows
+
+
 def training_rows(directories: Sequence[Path]) -> list[Row]:
     rows = []
     for directory in directories:
@@ -239,7 +254,8 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
     """The content of every file of a report, by its path in the report's directory."""
     own = experiment_tables(inputs.verifications)
     tables = {"claims": claim_rows(inputs.verifications)} | own
-    tables |= {"evaluations": evaluation_rows(inputs.evaluations), "training": training_rows(inputs.training)}
+    tables |= {"evaluations": evaluation_rows(inputs.evaluations)}
+    tables |= {"yardsticks": yardstick_rows(inputs.evaluations), "training": training_rows(inputs.training)}
     tables = {name: rows for name, rows in tables.items() if rows}
     written: dict[Path, str | bytes] = {}
     for name, rows in tables.items():

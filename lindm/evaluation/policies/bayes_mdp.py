@@ -51,6 +51,19 @@ def plan(P: np.ndarray, r: np.ndarray, stages: int, discount: float = 1.0) -> np
     return Q
 
 
+def count_transitions(suite: RandomSuite, tasks: Sequence[PolicyTask]) -> tuple[np.ndarray, np.ndarray]:
+    """The posterior given the demonstrations of n tasks: Dirichlet parameters [n, S, A, S], and the rewards that were seen
+    [n, S, A], NaN where none was."""
+    S, A = suite.states, suite.actions
+    parameters, rewards = np.full((len(tasks), S, A, S), suite.concentration), np.full((len(tasks), S, A), np.nan)
+    for i, task in enumerate(tasks):
+        s, a, r, u = transitions(task).T
+        at, moved = (s.astype(int), a.astype(int)), u >= 0
+        np.add.at(parameters[i], (at[0][moved], at[1][moved], u[moved].astype(int)), 1)
+        rewards[i][at] = r
+    return parameters, rewards
+
+
 # --- the closed form ---------------------------------------------------------------------------------------------------------
 
 
@@ -75,15 +88,8 @@ class MeanPlanning(Policy):
         self.values = reward_values(suite)
 
     def init(self, tasks: Sequence[PolicyTask]) -> _Counts:
-        S, A = self.suite.states, self.suite.actions
-        parameters = np.full((len(tasks), S, A, S), self.suite.concentration)
-        rewards = np.full((len(tasks), S, A), self.values.mean())
-        for i, task in enumerate(tasks):
-            for s, a, r, u in transitions(task):
-                if u >= 0:
-                    parameters[i, int(s), int(a), int(u)] += 1
-                if self.rewards:
-                    rewards[i, int(s), int(a)] = r
+        parameters, seen = count_transitions(self.suite, tasks)
+        rewards = np.where(np.isnan(seen) | (not self.rewards), self.values.mean(), seen)
         empty = np.zeros(0)
         return _Counts(
             before=(parameters, rewards),

@@ -7,6 +7,7 @@ import numpy as np
 
 from lindm.evaluation.ambiguous import NetEnvironment
 from lindm.evaluation.environments import BeliefEnvironment, BoundedEnvironment, PolicyTask
+from lindm.evaluation.policies.registry import HIDDEN
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers.belief import normalize
@@ -89,6 +90,8 @@ class QMDP(BeliefPolicy):
 
     Of an APOMDP, alpha-maxmin over the models of these averages.
     """
+
+    knows_problem = HIDDEN
 
     def score(self, env: BeliefEnvironment) -> Score:
         Q, alpha = observed_state_values(env.apomdp), np.asarray(env.apomdp.alpha)

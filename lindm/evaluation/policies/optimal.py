@@ -10,6 +10,7 @@ from lindm import validate
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.environments import Environment, MDPEnvironment, PolicyTask, double_precision
 from lindm.evaluation.policies.beliefs import BestBound
+from lindm.evaluation.policies.registry import KINDS
 from lindm.evaluation.policy import ChosenPolicy, Observation, Policy, one_hot
 from lindm.solvers import ties, tree
 from lindm.solvers.belief import child_history, first_history, step_index
@@ -22,6 +23,7 @@ class Oracle(ChosenPolicy):
     """
 
     markov = exhaustive = True
+    knows_problem = KINDS
 
     def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
         return BestBound() if tasks[0].known.bounded else _Tables()
@@ -87,6 +89,7 @@ class Behavior(Policy):
     """The oracle, but with probability epsilon a uniformly random action."""
 
     markov = exhaustive = True
+    knows_problem = KINDS
 
     def __init__(self, epsilon: float = 0.2):
         validate.fraction(epsilon, "epsilon")

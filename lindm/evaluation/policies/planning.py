@@ -11,6 +11,7 @@ import numpy as np
 
 from lindm.evaluation.environments import MDPEnvironment, PolicyTask
 from lindm.evaluation.policies.beliefs import LikeliestState
+from lindm.evaluation.policies.registry import HIDDEN
 from lindm.evaluation.policies.tables import TablePolicy, mdp_of, transitions
 from lindm.evaluation.policy import ChosenPolicy, Policy
 from lindm.problems.mdp import over_stages
@@ -22,6 +23,7 @@ class CertaintyEquivalence(ChosenPolicy):
     """`EstimatedModel` of an MDP, `LikeliestState` of a POMDP or an APOMDP."""
 
     markov = True
+    knows_problem = HIDDEN
 
     def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
         return EstimatedModel() if isinstance(tasks[0].known, MDPEnvironment) else LikeliestState()

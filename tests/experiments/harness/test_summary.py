@@ -68,6 +68,21 @@ def test_tables_hold_the_values_of_the_commands(work):
     assert (run["gap before"], run["gap after"], run["bc"]) == ("0.5", "0.4", "0.3")
 
 
+def test_the_parts_of_a_gap_have_a_table_of_their_own_where_there_is_a_yardstick(work):
+    split = {"yardstick": "bayes", "gap": 0.25, "not_in_context": 0.06, "lost_by_reader": 0.19, "n": 3}
+    parts = [ROW | {"loss_split": split | {"lost_by_reader_ci": [0.1, 0.28]}}, MODEL | {"loss_split": None}]
+    parts += [MODEL | {"loss_split": split | {"lost_by_reader_ci": None}}]
+    files.write_json(work / "more" / "eval" / "eval.json", {"rows": parts}, format=EVAL_FORMAT)
+    pages.write_summary([work / "more"], work / "report")
+    rows = list(csv.DictReader(io.StringIO((work / "report" / "tables" / "yardsticks.csv").read_text())))
+    columns = ("policy", "yardstick", "not_in_context", "lost_by_reader", "low", "high", "n")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("bc", "bayes", "0.06", "0.19", "0.1", "0.28", "3"),
+        ("sft:runs/<a_b>&c", "bayes", "0.06", "0.19", "", "", "3"),
+    ]
+    assert 'id="yardsticks"' in (work / "report" / "index.html").read_text()
+
+
 def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, finished):
     shutil.copytree(finished, work / "runs" / "toy")
     (work / "runs" / "toy" / "table.csv").write_text("policy,gap,n\nbc,0.25,3\nsft,,3\n")

@@ -14,7 +14,7 @@ from lindm.evaluation import compare
 from lindm.evaluation.environments import PolicyTask, double_precision, environment
 from lindm.evaluation.policies import bayes_hidden, registry
 from lindm.evaluation.policies.bayes import Bayes, BayesDemo
-from lindm.evaluation.policies.bayes_adaptive import bayes_adaptive_value
+from lindm.evaluation.policies.bayes_adaptive import bayes_adaptive_values
 from lindm.evaluation.policies.bayes_evidence import action_evidence, normalized_weights
 from lindm.evaluation.policies.bayes_mdp import MeanPlanning, SampledPosterior, reward_values
 from lindm.evaluation.policies.prior import draw_models
@@ -238,33 +238,40 @@ def test_a_policy_of_the_posterior_needs_the_law_of_a_suite():
 
 
 def adaptive(counts, known, values, state, stages):
-    """The Bayes-adaptive value of one history, by recursion over actions, rewards and next states."""
-    best = -np.inf
+    """The values of one history, Bayes-adaptive and of mean planning, by recursion over actions, rewards and next states."""
+    Q = []
     for a in range(2):
         shown = values if known.get((state, a)) is None else [known[state, a]]
-        total = float(np.mean(shown))
+        total = np.full(2, np.mean(shown))
         if stages > 1:
             row = np.array(counts[state, a])
             for r, u in itertools.product(shown, range(2)):
                 after = counts | {(state, a): tuple(row + np.eye(2)[u])}
                 chance = row[u] / row.sum() / len(shown)
                 total += chance * adaptive(after, known | {(state, a): r}, values, u, stages - 1)
-        best = max(best, total)
-    return best
+        Q.append(total)
+    parameters, mean = (np.zeros((2, 2, 2)), np.full((2, 2), np.mean(values)))
+    for pair, row in counts.items():
+        parameters[pair] = row
+    for pair, r in known.items():
+        mean[pair] = r
+    planned = value_of(parameters, mean, state, stages)
+    chosen = int(planned[1] > planned[0] + 1e-12)
+    return np.array([max(Q[0][0], Q[1][0]), Q[chosen][1]])
 
 
 def test_the_bayes_adaptive_value_is_that_of_an_enumeration_and_exceeds_planning_without_learning():
     values = reward_values(SEEN)
-    parameters, mean = counted()
-    unknown = np.array([[0.25, np.nan], [np.nan, 0.75]])
-    value = bayes_adaptive_value(parameters, unknown, values, np.array([0.5, 0.5]), 3)
+    parameters, _ = counted()
+    unknown = np.array([[0.5, np.nan], [np.nan, 0.75]])
+    value, planned = bayes_adaptive_values(parameters, unknown, values, np.array([0.5, 0.5]), 3)
     counts = {(s, a): tuple(parameters[s, a]) for s in range(2) for a in range(2)}
-    known = {(0, 0): 0.25, (1, 1): 0.75}
-    expected = np.mean([adaptive(counts, known, list(values), s, 3) for s in range(2)])
-    assert value == pytest.approx(expected, rel=1e-12)
-    assert value > np.mean([value_of(parameters, mean, s, 3).max() for s in range(2)])
+    known = {(0, 0): 0.5, (1, 1): 0.75}
+    expected = np.mean([adaptive(counts, known, list(values), s, 3) for s in range(2)], axis=0)
+    np.testing.assert_allclose([value, planned], expected, rtol=1e-12)
+    assert value > planned
     with pytest.raises(ValueError, match="horizon must be short enough"):
-        bayes_adaptive_value(parameters, unknown, values, np.array([0.5, 0.5]), 9)
+        bayes_adaptive_values(parameters, unknown, values, np.array([0.5, 0.5]), 9)
 
 
 def test_an_evaluation_tells_the_effective_sample_size_of_a_sampled_posterior():
