@@ -6,7 +6,7 @@ themselves are read by the processes on whose devices their rows lie.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,10 +40,7 @@ class BatchLoader:
         config = setup.config
         self.order = packing.batch_order(len(setup.train_rows), config.batch * config.accumulate, config.seed)
         sample = [self._sizes(step) for step in range(SAMPLED_STEPS)]  # whatever the number of steps: a run may go on
-        full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
-        shards = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-        row_flops = functools.partial(train_step_flops, setup.model_config, config.method, 1, max_labels=0)
-        max_shared = setup.seq_len if config.pack and config.max_length is not None else MAX_SHARED
+        full, shards, row_flops, max_shared = shape_limits(setup)
         self.shapes = choose_shapes(sample, full, config.accumulate, shards, row_flops, max_shared)
         sample = sample[: setup.optimizer.steps]
         taken = [self._group(sizes)[0] for sizes in sample]
@@ -84,6 +81,17 @@ class BatchLoader:
         """[devices] 1 if this process has to stop."""
         flags = np.full(self.setup.mesh.size, signals.stop_requested(), np.int32)
         return sharding.shard_array(flags, self.flag_sharding)
+
+
+def shape_limits(setup: TrainingSetup) -> tuple[BatchShape, int, Callable[[int], float], int]:
+    """What shapes of batches follow from: the full shape, the shards of its rows, the cost of a row, and the most tokens of one
+    that is longer than the full one.
+    """
+    config, mesh = setup.config, setup.mesh.shape
+    full = BatchShape(config.batch, setup.seq_len, setup.max_labels)
+    row_flops = functools.partial(train_step_flops, setup.model_config, config.method, 1, max_labels=0)
+    max_shared = setup.seq_len if config.pack and config.max_length is not None else MAX_SHARED
+    return full, mesh["data"] * mesh["fsdp"], row_flops, max_shared
 
 
 def place_rows(

@@ -19,10 +19,10 @@ from lindm.llm.parallel import sharding
 from lindm.llm.parallel.processes import detect_lost_peer
 from lindm.llm.policy import LanguageModelPolicy
 from lindm.llm.sft import packing
-from lindm.llm.sft.batches import place_rows
+from lindm.llm.sft.batches import place_rows, shape_limits
 from lindm.llm.sft.loss import label_weight, lm_loss
 from lindm.llm.sft.setup import TrainingSetup
-from lindm.llm.sft.shapes import BatchShape
+from lindm.llm.sft.shapes import Sizes, evaluation_shape
 
 ROLLOUTS_PER_TASK = 8  # where a task has too many histories to enumerate
 MAX_EXACT_HISTORIES = 512  # histories of one stage of a task that are enumerated
@@ -38,10 +38,9 @@ class Evaluator:
         self.setup, self.graphdef = setup, graphdef
         rows = setup.eval_rows
         self.num_labels = int(rows.labels.sum())
-        self.groups = packing.pack(rows.tokens, setup.seq_len)  # of rows of documents that share a row of a batch
-        most = max((int(rows.labels[members].sum()) for members in self.groups), default=0)
-        max_labels = packing.round_up(most, packing.MAX_LABELS_MULTIPLE)
-        self.shape = BatchShape(setup.config.batch, setup.seq_len, max_labels)
+        self.groups: list[list[int]] = []  # of rows of documents that share a row of a batch
+        if len(rows):
+            self.shape, self.groups = evaluation_shape(Sizes(rows.tokens, rows.labels), *shape_limits(setup))
         compute, mesh, objective = setup.compute, setup.mesh, setup.objective
 
         def eval_loss(params: nnx.State, frozen: nnx.State, batch: packing.Batch) -> tuple[jax.Array, ...]:
@@ -75,7 +74,7 @@ class Evaluator:
         return values
 
     def batches(self) -> Iterator[packing.Batch]:
-        """All held-out documents, packed into batches of one shape; one batch exists at a time.
+        """All held-out documents, packed into batches of one shape (`shapes.evaluation_shape`); one batch exists at a time.
 
         The sums over all batches do not depend on who shares a row.
         """

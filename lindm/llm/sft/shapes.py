@@ -93,6 +93,23 @@ def choose_shapes(
     return [*sorted(chosen, key=lambda shape: shape.rows * row_cost(shape.seq_len)), full]
 
 
+def evaluation_shape(
+    sizes: Sizes, full: BatchShape, shards: int, row_cost: Callable[[int], float], max_shared: int = MAX_SHARED
+) -> tuple[BatchShape, list[list[int]]]:
+    """One shape for documents that are evaluated, all in one order, and which of them share a row.
+
+    The length of the rows is the one whose rows cost least. A batch has at most about as many tokens as one of the full shape,
+    and all batches have about as many rows.
+    """
+    lengths = [T for T in _lengths(full.seq_len, max_shared) if sizes.tokens.max() <= T]
+    packed = [packing.pack(sizes.tokens, T) for T in lengths]
+    best = int(np.argmin([len(groups) * row_cost(T) for groups, T in zip(packed, lengths, strict=True)]))
+    most = max(full.rows * full.seq_len // lengths[best] // shards, 1) * shards
+    rows = packing.round_up(-(-len(packed[best]) // -(-len(packed[best]) // most)), shards)
+    labels = packing.round_up(most_labels(sizes, packed[best]), packing.MAX_LABELS_MULTIPLE)
+    return BatchShape(rows, lengths[best], labels), packed[best]
+
+
 def _lengths(full: int, max_shared: int) -> list[int]:
     """Lengths of rows that are tried, ascending: in about equal ratios up to the full one, and beyond it all multiples of 64."""
     lengths, length, unit = {full}, float(full), packing.SEQ_LEN_MULTIPLE

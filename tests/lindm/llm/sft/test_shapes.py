@@ -7,7 +7,7 @@ import pytest
 
 from lindm.llm.sft import metrics, shapes, trainer
 from lindm.llm.sft.flops import train_step_flops, useful_flops
-from lindm.llm.sft.shapes import BatchShape, Sizes, choose_shapes, group
+from lindm.llm.sft.shapes import BatchShape, Sizes, choose_shapes, evaluation_shape, group
 from tests.lindm.llm.sft.test_trainer import options
 from tests.lindm.llm.tiny import TINY
 
@@ -87,6 +87,15 @@ def test_documents_that_leave_much_of_the_longest_row_empty_share_longer_ones():
     assert choose_shapes(steps, full, 1, shards=16, row_cost=cost_of_row)[0].rows == 16
     costly = choose_shapes(steps, full, 1, 1, row_cost=lambda seq_len: float(seq_len) ** 2)
     assert costly == [full], "attention that costs more than the padding"
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_documents_that_are_evaluated_fill_rows_of_the_cheapest_length_in_batches_of_the_same_size(shards):
+    sizes = Sizes(np.full(101, 78), np.full(101, 24))
+    shape, groups = evaluation_shape(sizes, BatchShape(32, 128, 24), shards, cost_of_row)
+    assert shape == BatchShape(9 if shards == 1 else 8, 320, 96) and len(groups) == 26
+    assert sorted(i for row in groups for i in row) == list(range(101))
+    assert evaluation_shape(sizes, BatchShape(8, 128, 24), 8, cost_of_row, 128)[0] == BatchShape(8, 128, 24)
 
 
 def test_rows_with_more_labels_than_a_shape_has_take_a_larger_one():
