@@ -2,63 +2,65 @@
 
     lindm run decisions --preset quick      (a tiny model)
     lindm run decisions --preset full       SmolLM2-135M, hours
-    lindm verify --only sft-beats-icl sft-beats-cloning horizon partial-observation ambiguity ood format behavior-context
+    lindm verify --only sft-beats-icl sft-beats-cloning sft-near-bayes horizon partial-observation ambiguity ood format
 
 A cell is a suite at a horizon. In each cell a model is fine-tuned (`lindm sft`) on tasks of the suite. Then the fine-tuned model,
 the base model (ICL: it only has the demonstrations in its context) and the classical policies of `lindm eval` act in the same new
-tasks, in and out of distribution. Values are normalized optimality gaps, (V* - V^pi) / (V* - V^random), of each task. They
-are exact, except for MDPs, where a language model is a policy over histories: there the histories are those of sampled
-episodes, the same for all language models.
+tasks, in and out of distribution. The demonstrations are the oracle's, as in [ZAS]. Values are normalized optimality gaps,
+(V* - V^pi) / (V* - V^random), of each task. They are exact, except for policies that depend on the history of an MDP (language
+models, `bayes`, `bayes-demo`): there the histories are those of sampled episodes, the same for all of them.
+Models are also tested in text formats that were not trained: other symbols in the same places, and sentences.
 
-    oracle demonstrations      the demonstrations in the context are the oracle's, as in [ZAS]
-    worse demonstrations       every second action of the demonstrations is random, and their rewards are shown; the training
-                               labels are the oracle's and are not part of the text
-    another format             tested in text formats that were not trained: other symbols in the same places, and sentences
+The yardstick is what can be known from a context: `bayes` plans with the posterior over the suite's tasks given the transitions
+and rewards that the text shows, `bayes-demo` given the oracle's actions as well. Where the state is hidden the text has no
+rewards, and `bayes` knows little. The gap of `bayes-demo` is the part of a loss that the context does not tell; the rest of a
+policy's gap is the reader's part. `bayes-demo` is a weighted sample of the posterior: an estimate; its effective sample sizes are
+in the table. Where they are small, a reader can be ahead of it.
 
-Number of demonstrations: five where the state is hidden, two where it is seen, because five of the oracle's show nearly every
-state and leave nothing to gain. An ambiguous task has 6^(H-1) histories at its last stage and the value of a policy needs all of
-them, so the horizons end at 4 there.
+Five demonstrations where the state is hidden, two where it is seen: five of the oracle's show nearly every state. An ambiguous
+task has 6^(H-1) histories at its last stage, and the value of a policy needs them all, so the horizons end at 4 there.
 
-The unit is the task: one model is trained in each cell (seeds = 1), so an interval says how well the gap of *this* model is
-known. How gaps vary from one training run to the next takes more seeds.
+Every training of every cell has tasks of its own, to train on and of each split. The tasks of one training are a cluster:
+intervals cover the variation between trainings where a cell has several, and speak of its one model where it has one. All cells
+are trained once before any is trained again.
 
 The quick preset trains a tiny, randomly initialized model in one cell: a bandit (`pomdp` at horizon 1), whose best arm the
 demonstrations show. Expected there: a gap near zero for SFT and near one for ICL. Claims that need other cells are undecided.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lindm.choices import Split
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import PolicyResult, evaluate
 from lindm.io.temporaries import scratch_directory
 from lindm.llm.named_policies import PoliciesByName
+from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS
-from lindm_experiments.harness.statistics import mean_ci
-from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
+from lindm_experiments.harness.figures import COLORS, GRAY
+from lindm_experiments.harness.statistics import Decision, clustered, clustered_ci
+from lindm_experiments.harness.verdicts import Verdict, to_verdict, undecided
 from lindm_experiments.lib import language_models
 
 SUITES = ("mdp", "pomdp", "apomdp")
 MAX_HISTORIES = 256  # largest number of histories at the last stage of a task that is evaluated exactly
 EPISODES = 4  # sampled of a task with more
-EPSILON = 0.5  # random actions in worse demonstrations
 DEMOS = {"mdp": 2, "pomdp": 5, "apomdp": 5}
-SEEN = ("oracle", "random", "bc", "certainty-equivalence", "lsvi", "pevi", "layer")
-HIDDEN = ("oracle", "random", "bc", "certainty-equivalence", "qmdp")
-RENAMED = {
-    "name": "renamed",
-    "episode": "#",
+YARDSTICK = "bayes-demo"
+EFFECTIVE = 10  # smallest median effective sample size of a yardstick that decides a claim
+SEEN = ("oracle", "random", "bc", "bayes", YARDSTICK, "certainty-equivalence", "lsvi", "pevi", "layer")
+HIDDEN = ("oracle", "random", "bc", "bayes", YARDSTICK, "certainty-equivalence", "qmdp")
+RENAMED = {"name": "renamed", "episode": "#", "closing": "\n", "models": "{}", "states": ["k", "m", "n", "p", "q"]} | {
     "step": ["\n", "{state}", "{action}", "{model}", "{observation}", ":{reward}"],
-    "closing": "\n",
     "actions": [" X", " Y", " Z"],
-    "states": ["k", "m", "n", "p", "q"],
-    "models": "{}",
     "observations": ["+", "-"],
 }
 FORMATS = {"renamed": "renamed symbols", "readable": "sentences"}  # name in the records -> label
@@ -66,9 +68,9 @@ FORMATS = {"renamed": "renamed symbols", "readable": "sentences"}  # name in the
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    seeds: int = 1
-    """training runs of a cell, each on its own tasks"""
-    base_seed: int = 900_000
+    seeds: int = 3
+    """trainings of a cell, each on its own tasks"""
+    base_seed: int = 910_000
     model: str = "models/SmolLM2-135M-Instruct"
     """directory of a model, or tiny"""
     mdp: tuple[int, ...] = (4, 8, 16)
@@ -84,7 +86,7 @@ class Config:
     rate: float = 5e-4
     """peak learning rate"""
     more: bool = True
-    """also measure worse demonstrations (at the middle horizons) and other formats (at the shortest)"""
+    """also measure other formats, at the shortest horizons"""
 
     def __post_init__(self):
         check_counts(self, "seeds", "tasks", "train", "steps", "batch")
@@ -103,69 +105,52 @@ class Config:
 FULL = Config()
 # Horizon 1 is a bandit whose best arm the demonstrations name: a tiny model learns to look it up in 100 steps, where an
 # observation before the decision takes ten times as many.
-QUICK = Config(model=language_models.TINY, mdp=(), pomdp=(1,), apomdp=(), train=768, steps=96, batch=8, rate=1e-3, more=False)
-SMOKE = Config(
-    model=language_models.TINY,
-    mdp=(),
-    pomdp=(2,),
-    apomdp=(),
-    tasks=4,
-    train=32,
-    steps=3,
-    batch=8,
-    rate=1e-3,
-    more=False,
-    base_seed=7,
-)
+_TINY = Config(seeds=1, model=language_models.TINY, mdp=(), pomdp=(1,), apomdp=(), batch=8, rate=1e-3, more=False)
+QUICK = replace(_TINY, train=768, steps=96)
+SMOKE = replace(_TINY, pomdp=(2,), tasks=4, train=32, steps=3, base_seed=7)
 
 
 def points(cfg: Config) -> list[dict]:
-    """The cells of every seed, the middle horizons first: most claims need one cell of every suite."""
-    cells_of_seeds = []
-    for seed in range(cfg.seeds):
-        cells = [(name, getattr(cfg, name)) for name in SUITES if getattr(cfg, name)]
-        horizons_and_demos = [(n, h, h == middle(hs), "oracle") for n, hs in cells for h in hs]
-        if cfg.more:
-            horizons_and_demos += [(n, middle(hs), False, "worse") for n, hs in cells]
-        horizons_and_demos.sort(key=lambda cell: not cell[2])
-        cells_of_seeds += [{"suite": n, "horizon": h, "demos": demos, "seed": seed} for n, h, _, demos in horizons_and_demos]
-    return cells_of_seeds
+    """The cells of every training, the middle horizons first: most claims need one cell of every suite."""
+    cells = [(h != hs[len(hs) // 2], name, h) for name in SUITES if (hs := getattr(cfg, name)) for h in hs]
+    cells.sort(key=lambda cell: cell[0])
+    return [{"suite": name, "horizon": h, "seed": seed} for seed in range(cfg.seeds) for _, name, h in cells]
 
 
-def middle(horizons: Sequence[int]) -> int:
-    return horizons[len(horizons) // 2]
+def seeds_of(cfg: Config, point: dict) -> dict[str, int]:
+    """The seeds of the tasks, which no other point has: tasks of one seed have the same kernels at every horizon."""
+    parts = ("train", "id", "ood")
+    first = cfg.base_seed + len(parts) * points(cfg).index(point)
+    return {part: first + i for i, part in enumerate(parts)}
 
 
 def measure(cfg: Config, point: dict) -> dict:
     language_models.check_model(cfg.model)
-    name, horizon, worse = point["suite"], point["horizon"], point["demos"] == "worse"
-    demonstrations = {"demos": DEMOS[name], "behavior": "epsilon" if worse else "oracle", "epsilon": EPSILON}
-    seed = cfg.base_seed + 2 * point["seed"]
+    name, horizon, demos = point["suite"], point["horizon"], DEMOS[point["suite"]]
+    seeds = seeds_of(cfg, point)
     with scratch_directory() as work, language_models.quiet_single_precision():
         data = language_models.make_data(
             work / "train",
             language_models.suite_at_horizon(name, horizon),
-            DatasetConfig(tasks=cfg.train, seed=seed, **demonstrations),
+            DatasetConfig(tasks=cfg.train, demos=demos, seed=seeds["train"]),
         )
-        training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": point["seed"]}
-        rewards = "shown" if worse else "auto"
-        config = language_models.sft_config(cfg.model, data, work / "run", rewards=rewards, **training)
+        training = {"steps": cfg.steps, "batch": cfg.batch, "learning_rate": cfg.rate, "seed": seeds["train"]}
+        config = language_models.sft_config(cfg.model, data, work / "run", **training)
         models = {"icl": language_models.base_model(config, work / "before"), "sft": language_models.fine_tune(config)}
 
-        def evaluate_on(split: str, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
-            data = work / split
-            data_config = DatasetConfig(tasks=cfg.tasks, seed=seed + 1, **demonstrations)
+        def evaluate_on(split: Split, policies: Sequence[str], template: str | None = None) -> dict[str, dict]:
+            tasks = DatasetConfig(tasks=cfg.tasks, demos=demos, seed=seeds[split])
             source = language_models.suite_at_horizon(name, horizon, split)
             known = {policy: policy for policy in policies}
             known |= {f"{'base' if kind == 'icl' else kind}:{path}": kind for kind, path in models.items()}
-            named = PoliciesByName(tuple(known), source, data_config, template=template, rewards=rewards)
+            named = PoliciesByName(tuple(known), source, tasks, template=template)
             limits = {"episodes": EPISODES, "max_histories": MAX_HISTORIES}
-            results = evaluate(source, named, dataset=data_config, data=data, **limits)
+            results = evaluate(source, named, dataset=tasks, data=work / split, **limits)
             return {known[result.policy]: _kept(result) for result in results}
 
-        policies = (*(SEEN if name == "mdp" else HIDDEN), *(["behavior"] if worse else []))
-        rows = {"id": evaluate_on("id", policies)} | ({} if worse else {"ood": evaluate_on("ood", policies)})
-        if cfg.more and not worse and horizon == getattr(cfg, name)[0]:
+        policies = SEEN if name == "mdp" else HIDDEN
+        rows = {"id": evaluate_on("id", policies), "ood": evaluate_on("ood", policies)}
+        if cfg.more and horizon == getattr(cfg, name)[0]:
             (work / "renamed.json").write_text(json.dumps(RENAMED))
             paths = {"renamed": str(work / "renamed.json"), "readable": "readable"}
             rows |= {form: evaluate_on("id", (), paths[form]) for form in FORMATS}
@@ -173,183 +158,240 @@ def measure(cfg: Config, point: dict) -> dict:
 
 
 def _kept(result: PolicyResult) -> dict:
-    kept = {key: getattr(result, key) for key in ("gap_of_value", "action_agreement", "invalid", "method")}
-    return {"gaps": [round(gap, 6) for gap in result.gaps if gap is not None]} | {
-        key: round(value, 6) if isinstance(value, float) else value for key, value in kept.items()
-    }
+    kept: dict = {key: getattr(result, key) for key in ("gap_of_value", "action_agreement", "invalid")}
+    kept = {key: value if value is None else round(value, 6) for key, value in kept.items()}
+    effective = result.effective_samples and [round(n, 2) for n in result.effective_samples]
+    gaps = [round(gap, 6) for gap in result.gaps if gap is not None]
+    return {"gaps": gaps, "effective_samples": effective, "method": result.method} | kept
 
 
 # --- verdicts and figures ----------------------------------------------------------------------------------------------------
 
 
 def gaps(
-    records: list[dict], policy: str, suite: str, *, horizon: int | None = None, part: str = "id", demos: str = "oracle"
-) -> np.ndarray:
-    """Gaps of all tasks of a suite (at a horizon), in one order for every policy; `part`: a split or a format."""
-    parts = [
-        r["rows"][part][policy]["gaps"]
-        for r in sorted(records, key=lambda r: (r["point"]["horizon"], r["point"]["seed"]))
-        if (r["point"]["suite"], r["point"]["demos"]) == (suite, demos)
-        and horizon in (None, r["point"]["horizon"])
-        and policy in r["rows"].get(part, {})
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    records: list[dict], suite: str, factors: Mapping[str, float], *, horizon: int | None = None, part: str = "id"
+) -> list[list[np.ndarray]]:
+    """Sums of policies' gaps times their factors: for each horizon, for each training, one value of each task.
+
+    Args:
+      factors: of each policy. Without a trained one, all tasks of a horizon are one cluster.
+      part: a split or a format.
+    """
+    strata = []
+    for h in horizons(records, suite) if horizon is None else [horizon]:
+        found = sorted((r for r in records if _cell(r) == (suite, h)), key=lambda r: r["point"]["seed"])
+        rows = [r["rows"][part] for r in found if factors.keys() <= r["rows"].get(part, {}).keys()]
+        clusters = [sum(f * np.array(row[policy]["gaps"]) for policy, f in factors.items()) for row in rows]
+        if clusters:
+            strata.append(clusters if "sft" in factors else [np.concatenate(clusters)])
+    return strata
+
+
+def _cell(record: dict) -> tuple[str, int]:
+    return record["point"]["suite"], record["point"]["horizon"]
 
 
 def horizons(records: list[dict], suite: str) -> list[int]:
-    return sorted({r["point"]["horizon"] for r in records if r["point"]["suite"] == suite})
+    return sorted({h for name, h in map(_cell, records) if name == suite})
 
 
 def suites_of(records: list[dict]) -> list[str]:
     return [name for name in SUITES if horizons(records, name)]
 
 
-def _gaps_note(policies: str, parts: dict[str, Sequence[float]]) -> str:
-    """The note of a verdict: mean normalized optimality gaps of policies, or differences of gaps."""
-    means = ", ".join(f"{name} {' / '.join(f'{v:.3f}' for v in values)}".strip() for name, values in parts.items())
-    return f"normalized optimality gap, {policies}: {means}"
+def _decide(id: str, strata: list[list[np.ndarray]], weights: Sequence[float] | None = None) -> Decision:
+    claim = get_claim(id)
+    return clustered(strata, claim.lo, claim.hi, weights=weights, min_seeds=claim.min_seeds)
 
 
 def check(records: list[dict]) -> list[Verdict]:
     known = suites_of(records)
+    advantage = {"icl": 1.0, "sft": -1.0}
+    single = any(len(clusters) == 1 for name in known for clusters in gaps(records, name, advantage))
 
-    def against(id: str, other: str, share: float, part: str = "id") -> Verdict:
-        """Is the gap of SFT below a share of the gap of the other policy, on every suite?"""
-        mine, theirs = ({n: gaps(records, policy, n, part=part) for n in known} for policy in ("sft", other))
-        means = {n: (mine[n].mean(), theirs[n].mean()) for n in known}
-        return mean_verdict(
-            id, *(mine[n] - share * theirs[n] for n in known), figure="gaps", note=_gaps_note(f"SFT / {other}", means)
+    def verdict(id: str, decisions: Sequence[Decision], figure: str, about: str, means: Mapping[str, Sequence[float]]) -> Verdict:
+        """The means of the note: gaps of policies, or differences of gaps."""
+        said = ", ".join(f"{name} {' / '.join(f'{v:.3f}' for v in values)}".strip() for name, values in means.items())
+        note = f"normalized optimality gap, {about}: {said}{'; cells of one training' if single else ''}"
+        return to_verdict(id, *decisions, predicted=get_claim(id).predicted, figure=figure, note=note)
+
+    def against(id: str, others: Sequence[str], share: float = 1.0, part: str = "id", figure: str = "gaps") -> Verdict:
+        """Is the gap of SFT, less a share of the gap of each of the others, in the band of the claim on every suite?"""
+        cells = [(n, other) for n in known for other in others]
+        decisions = [_decide(id, gaps(records, n, {"sft": 1, other: -share}, part=part)) for n, other in cells]
+        means = {n: [clustered_ci(gaps(records, n, {policy: 1}, part=part))[0] for policy in ("sft", *others)] for n in known}
+        return verdict(id, decisions, figure, " / ".join(("SFT", *others)), means)
+
+    def near_bayes() -> Verdict:
+        sizes = [r["rows"]["id"][YARDSTICK]["effective_samples"][1] for r in records]
+        if min(sizes) < EFFECTIVE:
+            return undecided(
+                "sft-near-bayes", f"{YARDSTICK} was not measured well: {min(sizes):.1f} effective samples, median of a cell"
+            )
+        return against("sft-near-bayes", [YARDSTICK], figure="reader")
+
+    def horizon() -> Verdict:
+        ends = {
+            n: [gaps(records, n, advantage, horizon=hs[i]) for i in (0, -1)] for n in known if len(hs := horizons(records, n)) > 1
+        }
+        if not ends:
+            return undecided("horizon", "one horizon was measured")
+        decisions = [_decide("horizon", [*long, *short], (1, -1)) for short, long in ends.values()]
+        means = {n: [clustered_ci(strata)[0] for strata in both] for n, both in ends.items()}
+        return verdict("horizon", decisions, "gaps", "ICL - SFT at the shortest / longest horizon", means)
+
+    def harder_than(id: str, easier: str, harder: str) -> Verdict:
+        if easier not in known or harder not in known:
+            return undecided(id, f"{easier} and {harder} were not both measured")
+        less, more = (gaps(records, n, advantage) for n in (easier, harder))
+        decision = _decide(id, [*more, *less], [1 / len(more)] * len(more) + [-1 / len(less)] * len(less))
+        return verdict(
+            id, [decision], "gaps", f"ICL - SFT, {easier} / {harder}", {"": [clustered_ci(less)[0], clustered_ci(more)[0]]}
         )
 
-    def advantage(suite: str, horizon: int | None = None) -> np.ndarray:
-        return gaps(records, "icl", suite, horizon=horizon) - gaps(records, "sft", suite, horizon=horizon)
+    def formats() -> Verdict:
+        cells = [(n, form) for n in known for form in FORMATS if gaps(records, n, {"sft": 1}, part=form)]
+        if not cells:
+            return undecided("format", "one format was measured")
+        decisions = [_decide("format", gaps(records, n, {"sft": 1, "icl": -0.5}, part=form)) for n, form in cells]
+        means = {
+            f"{n} {form}": [clustered_ci(gaps(records, n, {p: 1}, part=form))[0] for p in ("sft", "icl")] for n, form in cells
+        }
+        return verdict("format", decisions, "formats", "SFT / ICL", means)
 
-    several = [n for n in known if len(horizons(records, n)) > 1]
-    ends = {n: [advantage(n, h) for h in (horizons(records, n)[0], horizons(records, n)[-1])] for n in several}
-    verdicts = [against("sft-beats-icl", "icl", 0.25), against("sft-beats-cloning", "bc", 1.0)]
-    if several:
-        note = _gaps_note("ICL - SFT at the shortest / longest horizon", {n: [v.mean() for v in e] for n, e in ends.items()})
-        verdicts.append(mean_verdict("horizon", *(long - short for short, long in ends.values()), figure="gaps", note=note))
-    else:
-        verdicts.append(undecided("horizon", "one horizon was measured"))
-    for id, easier, harder in (("partial-observation", "mdp", "pomdp"), ("ambiguity", "pomdp", "apomdp")):
-        if easier in known and harder in known:
-            pair = [advantage(n) for n in (easier, harder)]
-            n = min(map(len, pair))
-            note = _gaps_note(f"ICL - SFT, {easier} / {harder}", {"": [v.mean() for v in pair]})
-            verdicts.append(mean_verdict(id, pair[1][:n] - pair[0][:n], figure="gaps", note=note))
-        else:
-            verdicts.append(undecided(id, f"{easier} and {harder} were not both measured"))
-    verdicts.append(against("ood", "icl", 0.5, "ood"))
-    formats = [(n, form) for n in known for form in FORMATS if len(gaps(records, "sft", n, part=form))]
-    if formats:
-        both = {key: [gaps(records, policy, key[0], part=key[1]) for policy in ("sft", "icl")] for key in formats}
-        note = _gaps_note("SFT / ICL", {" ".join(key): [v.mean() for v in values] for key, values in both.items()})
-        verdicts.append(
-            mean_verdict("format", *(mine - 0.5 * theirs for mine, theirs in both.values()), figure="formats", note=note)
-        )
-    else:
-        verdicts.append(undecided("format", "one format was measured"))
-    worse = [n for n in known if len(gaps(records, "sft", n, demos="worse"))]
-    if worse:
-        mine = {n: gaps(records, "sft", n, demos="worse") for n in worse}
-        others = {n: [gaps(records, policy, n, demos="worse") for policy in ("behavior", "bc", "icl")] for n in worse}
-        parts = [mine[n] - theirs for n in worse for theirs in others[n][:2]]
-        note = _gaps_note("SFT / behavior / bc / ICL", {n: [v.mean() for v in (mine[n], *others[n])] for n in worse})
-        verdicts.append(mean_verdict("behavior-context", *parts, figure="formats", note=note))
-    else:
-        verdicts.append(undecided("behavior-context", "worse demonstrations were not measured"))
-    return verdicts
+    return [
+        against("sft-beats-icl", ["icl"], 0.25),
+        against("sft-beats-cloning", ["bc", "bayes"]),
+        near_bayes(),
+        horizon(),
+        harder_than("partial-observation", "mdp", "pomdp"),
+        harder_than("ambiguity", "pomdp", "apomdp"),
+        against("ood", ["icl"], 0.5, "ood"),
+        formats(),
+    ]
 
 
 def table(records: list[dict]) -> list[dict]:
-    """The table: a row for every cell, part and policy; gaps with their 95 % intervals over tasks."""
+    """A row for every cell, part and policy; 95 % intervals are over trainings and tasks.
+
+    A gap is the sum of `context`, the gap of the yardstick, and `reader`, the mean of the differences on the same tasks.
+    `effective_least` and `effective`: effective sample sizes of a sampled posterior, the lowest and the median of the tasks.
+    """
     rows = []
-    for record in records:
-        point = record["point"]
-        for part, policies in record["rows"].items():
-            for policy, result in policies.items():
-                mean, (low, high) = mean_ci(result["gaps"])
-                row = {key: point[key] for key in ("suite", "horizon", "demos")} | {"part": part, "policy": policy}
-                row |= {"gap": mean, "low": low, "high": high, "n": len(result["gaps"])}
-                rows.append(row | {key: result[key] for key in ("gap_of_value", "action_agreement", "invalid", "method")})
+    for suite in suites_of(records):
+        for horizon in horizons(records, suite):
+            found = [r["rows"] for r in records if _cell(r) == (suite, horizon)]
+            parts = list(dict.fromkeys((part, policy) for row in found for part in row for policy in row[part]))
+            for part, policy in parts:
+                results = [row[part][policy] for row in found if policy in row.get(part, {})]
+                row = {"suite": suite, "horizon": horizon, "part": part, "policy": policy}
+                row |= _gap_columns(records, suite, horizon, part, policy)
+                row |= {"n": sum(len(r["gaps"]) for r in results), "trainings": len(results)}
+                row |= {key: _mean_known(r[key] for r in results) for key in ("gap_of_value", "action_agreement", "invalid")}
+                least, typical = zip(*(r.get("effective_samples") or (np.inf, None) for r in results), strict=True)
+                row |= {"effective_least": min(least) if any(typical) else None, "effective": _mean_known(typical)}
+                rows.append(row | {"method": " and ".join(dict.fromkeys(r["method"] for r in results))})
     return rows
+
+
+def _gap_columns(records: list[dict], suite: str, horizon: int, part: str, policy: str) -> dict[str, float | None]:
+    sums: dict[str, dict[str, float]] = {"gap": {policy: 1}, "context": {YARDSTICK: 1}}
+    sums |= {} if policy == YARDSTICK else {"reader": {policy: 1, YARDSTICK: -1}}
+    columns: dict[str, float | None] = dict.fromkeys(("gap", "low", "high", "context", "reader", "reader_low", "reader_high"))
+    for name, factors in sums.items():
+        if strata := gaps(records, suite, factors, horizon=horizon, part=part):
+            columns[name], ends = clustered_ci(strata)
+            if name != "context":
+                columns |= dict(zip(("low", "high") if name == "gap" else ("reader_low", "reader_high"), ends, strict=True))
+    return columns
+
+
+def _mean_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 LINES = {  # policy -> label, color, marker
     "icl": ("base model (ICL)", COLORS[1], "s"),
     "sft": ("fine-tuned (SFT)", COLORS[0], "o"),
     "bc": ("behavior cloning (bc)", COLORS[2], "^"),
+    "bayes": ("from transitions (bayes)", "#8B4513", "<"),
+    YARDSTICK: ("with actions (bayes-demo)", "#444444", "X"),
     "certainty-equivalence": ("certainty equivalence", COLORS[3], "D"),
     "lsvi": ("LSVI", COLORS[4], "v"),
     "qmdp": ("QMDP (model known)", COLORS[5], "P"),
+    "random": ("uniformly random policy", GRAY, ""),
 }
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    figures = {"gaps": _over_horizons(records)}
-    if any("renamed" in r["rows"] or r["point"]["demos"] == "worse" for r in records):
-        figures["formats"] = _bars(records)
+    ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    alone = {policy: {policy: 1.0} for policy in LINES}
+    figures = {"gaps": _over_horizons(records, alone, "normalized optimality gap", ticks, linthresh=0.02)}
+    if any(YARDSTICK in r["rows"]["id"] for r in records):
+        beyond = {policy: {policy: 1.0, YARDSTICK: -1.0} for policy in ("icl", "sft", "bc", "bayes")}
+        ticks = (-0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1)
+        figures["reader"] = _over_horizons(records, beyond, f"gap less that of {YARDSTICK}", ticks, linthresh=0.1)
+    if any("renamed" in r["rows"] for r in records):
+        figures["formats"] = _in_formats(records)
     return figures
 
 
-def _over_horizons(records: list[dict]) -> Figure:
-    """Gap over the horizon: a column for each suite, a row for each split."""
+def _over_horizons(
+    records: list[dict], curves: Mapping[str, Mapping[str, float]], ylabel: str, ticks: Sequence[float], *, linthresh: float
+) -> Figure:
+    """Curves over the horizon (policy -> factors of `gaps`): a column for each suite, a row for each split."""
     known = suites_of(records)
-    figure, axes = pyplot.subplots(
-        2, len(known), figsize=(3.9 * len(known) + 0.6, 6.4), sharey="row", sharex="col", squeeze=False
-    )
-    for row, (split, about) in enumerate((("id", "in distribution"), ("ood", "out of distribution"))):
-        for axis, suite in zip(axes[row], known, strict=True):
+    size = (3.9 * len(known) + 0.6, 6.4)
+    figure, axes = pyplot.subplots(2, len(known), figsize=size, sharey="row", sharex="col", squeeze=False)
+    for row, (split, about) in zip(axes, (("id", "in distribution"), ("ood", "out of distribution")), strict=True):
+        for axis, suite in zip(row, known, strict=True):
             at = horizons(records, suite)
-            for shift, (policy, (label, color, marker)) in enumerate(LINES.items()):
-                values = [gaps(records, policy, suite, horizon=h, part=split) for h in at]
-                if not all(map(len, values)):
-                    continue
-                means, ends = zip(*(mean_ci(v) for v in values), strict=True)
-                error = [[m - e[0] for m, e in zip(means, ends, strict=True)]] * 2
-                x = np.arange(len(at)) + 0.05 * (shift - 2.5)
-                axis.errorbar(x, means, error, color=color, marker=marker, capsize=2, label=label, linewidth=1.2)
-            axis.axhline(1, color=GRAY, linestyle=":", marker="", label="uniformly random policy")
+            for shift, (policy, factors) in enumerate(curves.items()):
+                strata = [gaps(records, suite, factors, horizon=h, part=split) for h in at]
+                if all(strata):
+                    _errorbars(axis, np.arange(len(at)) + 0.05 * (shift - len(curves) / 2), strata, policy, linewidth=1.2)
             axis.axhline(0, color="#444444", linewidth=0.8, marker="")
             axis.set_xticks(range(len(at)), [str(h) for h in at])
             axis.set_title(f"{suite}, {about}")
-        axes[row][0].set_ylabel("normalized optimality gap")
-        axes[row][0].set_yscale("symlog", linthresh=0.02)
-        axes[row][0].set_ylim(-0.01, 1.3)
-        ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-        axes[row][0].set_yticks(ticks, map(str, ticks))
+        row[0].set_ylabel(ylabel)
+        row[0].set_yscale("symlog", linthresh=linthresh)
+        row[0].set_yticks(ticks, map(str, ticks))
+        row[0].set_ylim(ticks[0] - 0.01, 1.6)
     for axis in axes[-1]:
         axis.set_xlabel("horizon")
-    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    _legend(figure, axes)
     return figure
 
 
-def _bars(records: list[dict]) -> Figure:
-    """Gaps in formats that were not trained, and from worse demonstrations."""
+def _errorbars(
+    axis: Axes, x: Sequence[float] | np.ndarray, strata: list[list[list[np.ndarray]]], policy: str, **style: Any
+) -> None:
+    label, color, marker = LINES[policy]
+    means, ends = zip(*(clustered_ci(s) for s in strata), strict=True)
+    error = [m - low for m, (low, _) in zip(means, ends, strict=True)]
+    axis.errorbar(x, means, [error, error], color=color, marker=marker, capsize=2, label=label, **style)
+
+
+def _legend(figure: Figure, axes: np.ndarray) -> None:
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+
+
+def _in_formats(records: list[dict]) -> Figure:
+    """Gaps in formats that were not trained."""
     known = suites_of(records)
+    groups = {"id": "training format"} | FORMATS
     figure, axes = pyplot.subplots(1, len(known), figsize=(3.9 * len(known) + 0.6, 3.8), sharey=True, squeeze=False)
     for axis, suite in zip(axes[0], known, strict=True):
-        shortest = horizons(records, suite)[0]
-        groups = [("training format", {"part": "id", "horizon": shortest}, ("sft", "icl"))]
-        groups += [(name, {"part": form}, ("sft", "icl")) for form, name in FORMATS.items()]
-        groups.append(("worse demos", {"part": "id", "demos": "worse"}, ("sft", "icl", "bc", "behavior")))
-        for x, (_, where, policies) in enumerate(groups):
-            for i, policy in enumerate(policies):
-                values = gaps(records, policy, suite, **where)
-                if not len(values):
-                    continue
-                mean, (low, high) = mean_ci(values)
-                label, color, marker = LINES.get(policy, ("demonstrator", COLORS[6], MARKERS[6]))
-                ends = [[mean - low], [high - mean]]
-                axis.errorbar(
-                    [x + 0.16 * (i - 1)], [mean], ends, color=color, marker=marker, capsize=2, linestyle="none", label=label
-                )
-        axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name, _, _ in groups])
+        for x, part in enumerate(groups):
+            for i, policy in enumerate(("sft", "icl")):
+                strata = gaps(records, suite, {policy: 1.0}, horizon=horizons(records, suite)[0], part=part)
+                if strata:
+                    _errorbars(axis, [x + 0.16 * (i - 0.5)], [strata], policy, linestyle="none")
+        axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name in groups.values()])
         axis.set_title(suite)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
     axes[0][0].set_ylabel("normalized optimality gap")
-    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    _legend(figure, axes)
     return figure

@@ -3,16 +3,21 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from lindm.io import manifest
+from lindm.io.files import read_json_lines
 from lindm_experiments.harness.experiments import PACKAGE, load, points_of
+from lindm_experiments.harness.statistics import at_most, mean_ci
 from lindm_experiments.harness.tasks import verdicts_of
-from lindm_experiments.harness.verdicts import adjust
+from lindm_experiments.harness.verdicts import Verdict, adjust, to_verdict
 
 HERE = PACKAGE.parent
-RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl"))
+EARLIER = HERE / "reference" / "decisions"  # a run of an earlier version of this experiment
+RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl") if path.parent != EARLIER)
 PAGE = (HERE.parent / "docs" / "results.md").read_text(encoding="utf-8")
+SHOWN = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: run.name)
@@ -22,7 +27,7 @@ def run(request):
 
 
 def test_there_are_reference_records():
-    assert {run.name for run in RUNS} == {"decisions", "llm_law", "mechanism"}
+    assert {run.name for run in RUNS} == {"llm_law", "mechanism"} and (EARLIER / "records.jsonl").is_file()
 
 
 def test_reference_records_are_complete_and_of_the_full_preset(run):
@@ -35,17 +40,47 @@ def test_reference_records_are_complete_and_of_the_full_preset(run):
 
 def test_the_page_shows_the_verdicts_of_the_records(run):
     module, _, records = run
-    shown = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
     verdicts = {v.id: v.verdict for v in adjust(verdicts_of(module, records))}
-    assert {id: shown.get(id) for id in verdicts} == verdicts
+    assert {id: SHOWN.get(id) for id in verdicts} == verdicts
+
+
+def earlier_gaps(suite: str, policy: str, part: str = "id") -> np.ndarray:
+    """Gaps [horizon, task] of the earlier run of `decisions`."""
+    records = sorted(manifest.read_records(EARLIER), key=lambda r: r["point"]["horizon"])
+    parts = [r["rows"].get(part) for r in records if r["point"]["suite"] == suite]
+    return np.array([rows[policy]["gaps"] for rows in parts if rows])
+
+
+def test_the_page_shows_the_verdicts_of_the_earlier_run_with_tasks_as_clusters():
+    """Its tasks of one number have the same kernels at all horizons: they are one unit, the mean over horizons."""
+    suites = ("mdp", "pomdp", "apomdp")
+
+    def below(suite: str, policy: str, share: float, part: str = "id") -> np.ndarray:
+        return (earlier_gaps(suite, "sft", part) - share * earlier_gaps(suite, policy, part)).mean(0)
+
+    gain = {name: earlier_gaps(name, "icl") - earlier_gaps(name, "sft") for name in suites}
+    claims = {
+        "sft-beats-icl": [below(name, "icl", 0.25) for name in suites],
+        "sft-beats-cloning": [below(name, "bc", 1) for name in suites],
+        "horizon": [gain[name][0] - gain[name][-1] for name in suites],
+        "partial-observation": [(gain["mdp"] - gain["pomdp"]).mean(0)],
+        "ambiguity": [(gain["pomdp"] - gain["apomdp"]).mean(0)],
+        "ood": [below(name, "icl", 0.5, "ood") for name in suites],
+        "format": [below(name, "icl", 0.5, part) for name in suites for part in ("renamed", "readable")],
+    }
+    assert all(len(part) == 50 for parts in claims.values() for part in parts)
+    verdicts: list[Verdict] = [
+        to_verdict(id, *(at_most(part, 0, min_seeds=50) for part in parts)) for id, parts in claims.items()
+    ]
+    assert {v.id: SHOWN.get(v.id) for v in verdicts} == {v.id: v.verdict for v in adjust(verdicts)}
 
 
 def test_the_page_shows_the_gaps_of_the_records():
     """Every row of its tables: the fine-tuned model's gap and interval, and the others' beside it."""
     from lindm_experiments import decisions
 
-    records = manifest.read_records(HERE / "reference/decisions")
-    rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "oracle"}
+    records = manifest.read_records(EARLIER)
+    rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records)}
     number = r"(-?\d\.\d{3})"
     row = rf"^\| (\w+) \| (\d+) \| \*\*{number}\*\* \[{number}, {number}\] \| {number} \| {number} \|"
     cells_of_rows = re.findall(row, PAGE, re.MULTILINE)
@@ -57,14 +92,13 @@ def test_the_page_shows_the_gaps_of_the_records():
         assert values == [f"{v:.3f}" for v in wanted], (suite, horizon, part)
 
 
-def test_the_page_shows_the_gaps_with_worse_demonstrations():
-    from lindm_experiments import decisions
-
-    records = manifest.read_records(HERE / "reference/decisions")
-    rows = {(r["suite"], r["policy"]): r for r in decisions.table(records) if r["demos"] == "worse"}
-    for suite, horizon in (("mdp", 8), ("pomdp", 6), ("apomdp", 3)):
-        sft, bc, icl = ("{gap:.3f} [{low:.3f}, {high:.3f}]".format(**rows[suite, policy]) for policy in ("sft", "bc", "icl"))
-        assert f"| {suite} | {horizon} | {sft} | {rows[suite, 'behavior']['gap']:.3f} | {bc} | {icl} |" in PAGE
+def test_the_page_shows_the_gaps_of_the_earlier_run_with_worse_demonstrations():
+    for record in read_json_lines(EARLIER / "worse_demonstrations.jsonl"):
+        rows = record["rows"]["id"]
+        intervals = {policy: mean_ci(rows[policy]["gaps"]) for policy in ("sft", "behavior", "bc")}
+        sft, demonstrator, bc = (f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, (low, high) in intervals.values())
+        point = record["point"]
+        assert f"| {point['suite']} | {point['horizon']} | {sft} | {demonstrator.split()[0]} | {bc} |" in PAGE
 
 
 def test_the_page_shows_the_risks_by_length():
