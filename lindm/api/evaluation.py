@@ -24,6 +24,7 @@ from lindm.llm.named_policies import PoliciesByName
 from lindm.types import LinearMDP, Problem
 
 EVAL = "eval.json"
+POSTERIOR_SEEDS = 3
 
 
 def evaluate(
@@ -38,8 +39,10 @@ def evaluate(
     episodes: int = 8,
     effort: int | None = None,
     max_histories: int = MAX_HISTORIES,
+    posterior_seeds: int = POSTERIOR_SEEDS,
     template: str | None = None,
     rewards: str | None = None,
+    data: str | Path | None = None,
     out: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_result: Callable[[PolicyResult], None] = lambda result: None,
@@ -57,7 +60,11 @@ def evaluate(
       effort: of the bounds of V* where a problem is too large to be solved exactly, as in `ld.solve`.
       max_histories: of a stage of a task, up to which a policy is evaluated at all that it reaches; beyond it, by sampled
         episodes, or not at all where a problem is ambiguous. Policies that are cheap to step have no limit where Q* is known.
+      posterior_seeds: number of independent samples of a Bayes policy whose posterior is sampled. The gap is that of the first;
+        its standard error by the sample is the standard deviation over all, and not known with 1.
       template, rewards: of the texts of language models that are named. [default: as the model was trained]
+      data: directory of the tasks, which are made there if they are missing. The losses of named policies that are no language
+        models are kept there, too, and another evaluation on these tasks does not compute them again. [default: `data` in out]
       out: directory of the tasks, eval.json and, where a policy is not deterministic, calibration.png and calibration.pdf.
         [default: nothing is kept]
       progress: called with (tasks made, tasks in all); on_result: called with every result.
@@ -67,7 +74,7 @@ def evaluate(
       `.method`, the `.difference` to the first policy, the `.calibration` of its probabilities and others.
 
     Raises:
-      UsageError: `out` holds another evaluation, or something else that lindm wrote.
+      UsageError: `data` holds other tasks; `out` holds another evaluation, or something else that lindm wrote.
       ValueError: a policy that the problem does not have; an argument out of range; an ambiguous problem with illegal actions and
         more histories than fit in memory.
 
@@ -79,6 +86,7 @@ def evaluate(
     """
     validate.count(episodes, "episodes")
     validate.count(max_histories, "max_histories")
+    validate.count(posterior_seeds, "posterior_seeds")
     if effort is not None:
         validate.count(effort, "effort")
     source = problem if isinstance(problem, Suite) else as_source(problem)
@@ -88,18 +96,21 @@ def evaluate(
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
     arguments = {"dataset": dataset, "episodes": episodes, "effort": effort, "max_histories": max_histories}
-    arguments |= {"progress": progress, "on_result": on_result}
+    arguments |= {"posterior_seeds": posterior_seeds, "progress": progress, "on_result": on_result}
+    data = None if data is None else Path(data)
     if out is None:
-        results = compare.evaluate(source, policies, **arguments)
+        results = compare.evaluate(source, policies, data=data, **arguments)
     else:
         options = {"policies": list(policies), "episodes": episodes, "effort": effort, "template": template, "rewards": rewards}
         options = {**asdict(dataset), **options} | ({} if max_histories == MAX_HISTORIES else {"max_histories": max_histories})
+        options |= {} if posterior_seeds == POSTERIOR_SEEDS else {"posterior_seeds": posterior_seeds}
         with directories.sole_writer(out := Path(out)):
             _check_same_evaluation(out, options)
-            results = compare.evaluate(source, policies, data=out / "data", **arguments)
+            results = compare.evaluate(source, policies, data=data or out / "data", **arguments)
             files.write_json(out / EVAL, {"rows": [asdict(result) for result in results]}, format=EVAL_FORMAT)
             figures = _write_figures(out, results)
-            manifest.write_manifest(out, [EVAL, *figures, "data/manifest.json"], options=options)
+            tasks_made = [] if data else ["data/manifest.json"]
+            manifest.write_manifest(out, [EVAL, *figures, *tasks_made], options=options)
     return {result.policy: result for result in results}
 
 

@@ -39,12 +39,17 @@ class Eval(ProblemOptions):
     ambiguous problem then has no value."""
     effort: int | None = None
     """Effort of the bounds of V* where a POMDP is too large for an exact solution, as in `lindm solve`: more narrows them."""
+    posterior_seeds: int = 3
+    """Number of posterior samples of a Bayes policy, by which the standard error of its gap is known; 1: it is not."""
     template: str | None = None
     """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
     rewards: Rewards | None = None
     """Rewards in the texts of language models. [default: as the model was trained]"""
     seed: int = 1_000_000
     """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""
+    data: Path | None = None
+    """Directory of the tasks, which are made there if they are missing. The losses of policies that are no language models are
+    kept there, too, and another evaluation on these tasks does not compute them again. [default: data in --out]"""
     out: Path | None = None
     """Directory of the tasks, eval.json and the calibration figure. [default: nothing is kept]"""
     json: bool = False
@@ -81,8 +86,10 @@ def run(options: Eval) -> int:
             episodes=options.episodes,
             effort=options.effort,
             max_histories=options.max_histories,
+            posterior_seeds=options.posterior_seeds,
             template=options.template,
             rewards=options.rewards,
+            data=options.data,
             out=options.out,
             progress=progress,
             on_result=show,
@@ -168,11 +175,18 @@ def _notes(results: "list[PolicyResult]") -> list[str]:
     ]
     lines += [
         f"{result.policy}: effective sample size of its posterior {median:,.0f} in the median over tasks, {lowest:,.1f} at least"
+        + _sampling_error(result)
         for result in results
         if result.effective_samples
         for lowest, median in [result.effective_samples]
     ]
     return lines + _yardstick_notes(results) + list(dict.fromkeys(result.note for result in results if result.note))
+
+
+def _sampling_error(result: "PolicyResult") -> str:
+    if result.posterior_error is None:
+        return ""
+    return f"; standard error of its gap by the sample {result.posterior_error:.4f}, from {result.posterior_seeds} samples"
 
 
 def _differences(results: "list[PolicyResult]") -> list[str]:

@@ -85,7 +85,7 @@ def make_dataset(
         records = {name: record for name, record in finished.items() if not record["files"].keys() & set(damaged)}
         missing = {name: tasks for name, tasks in plan.items() if name not in records}
         if missing and versions != (here := _versions()):
-            raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another --out")
+            raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another directory")
         if (lost := read_provenance(out) is None) and (out / PROVENANCE).exists():
             damaged.append(PROVENANCE)
         if missing or lost:
@@ -162,7 +162,7 @@ def _open(out: Path, described: dict) -> dict[str, str]:
         if (out / JOURNAL).exists():
             raise DataError(f"{path} is missing, although {out / JOURNAL} is there: remove {out} and make the dataset again")
         if foreign := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
-            raise UsageError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another --out")
+            raise UsageError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another directory")
         versions = _versions()
         _write_config(path, described, versions)
         return versions
@@ -172,9 +172,9 @@ def _open(out: Path, described: dict) -> dict[str, str]:
             raise DataError(f"{path} and {out / MANIFEST} are both missing or damaged: remove {out} and make the dataset again")
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
         what = "something that is not a dataset of this version and is not replaced"
-        raise UsageError(f"{out} holds {what}: {why}; choose another --out")
+        raise UsageError(f"{out} holds {what}: {why}; choose another directory")
     if there["config"] != described:
-        raise UsageError(f"{out} holds another dataset: {_difference(there['config'], described)}; choose another --out")
+        raise UsageError(f"{out} holds another dataset: {_difference(there['config'], described)}; choose another directory")
     return there.get("versions", {})
 
 

@@ -4,7 +4,6 @@ Tasks of a suite are different problems; tasks of a single problem differ in the
 all policies.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,9 +16,10 @@ from lindm.datasets import Dataset, DatasetConfig, Task, make_dataset
 from lindm.datasets.columns import STEP_FIELDS
 from lindm.evaluation.calibration import Calibration, calibrate
 from lindm.evaluation.environments import PolicyTask, check_memory, double_precision, make_tasks
+from lindm.evaluation.kept_losses import kept_losses
 from lindm.evaluation.optimality_gap import MAX_HISTORIES, PolicyLoss, evaluate_policy, summarize
 from lindm.evaluation.paired import Difference, paired_difference
-from lindm.evaluation.policies.bayes import Bayes
+from lindm.evaluation.policies.bayes_policies import Bayes
 from lindm.evaluation.policies.registry import default_policies, kind_of, make_policy
 from lindm.evaluation.yardstick import ContextLimit, Losses, LossSplit, context_limit, split_loss
 from lindm.families.registry import NamedProblem
@@ -67,6 +67,8 @@ class PolicyResult:
     masked: float  # mean probability of actions that were not legal, before it was removed
     invalid: float | None  # of a language model: share of decisions whose likeliest token is not an action
     effective_samples: list[float] | None = None  # of a sampled posterior: the lowest and the median of the tasks
+    posterior_error: float | None = None  # standard error of `gap` by that sample: its standard deviation over independent ones
+    posterior_seeds: int | None = None  # number of those samples
     decisions_per_s: float
 
 
@@ -79,6 +81,7 @@ def evaluate(
     episodes: int = 8,
     effort: int | None = None,
     max_histories: int = MAX_HISTORIES,
+    posterior_seeds: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_result: Callable[[PolicyResult], None] = lambda result: None,
 ) -> list[PolicyResult]:
@@ -89,9 +92,11 @@ def evaluate(
       policies: name -> a policy of the protocol of `lindm.evaluation.policy`, or a function of demonstrations and history;
         or names of `lindm.evaluation.policies.registry` [default: the cheap ones]. A mapping is read one policy at a time.
       dataset: numbers of tasks and demonstrations, and the policy of the demonstrations.
-      data: directory of the dataset, which is generated there if it is missing [default: a temporary one].
+      data: directory of the dataset, which is generated there if it is missing [default: a temporary one]. The losses of named
+        policies are kept there for other evaluations (`lindm.evaluation.kept_losses`).
       episodes: number sampled for a task where a policy reaches more than `max_histories` histories at the last stage.
       effort: of the bounds of V* in a problem with more histories than fit in memory, as in `lindm.solvers.solve`.
+      posterior_seeds: number of independent samples of a sampled posterior, by which the standard error of its gap is known.
       progress: called with (tasks made, tasks in all); on_result: called with every result, without the parts of the yardstick.
 
     Returns: the results in the order of the policies. The yardstick is the last one of bayes and bayes-demo among them.
@@ -113,17 +118,24 @@ def evaluate(
         with double_precision():
             make_dataset(directory, source, dataset, progress=progress)
         tasks = read_tasks(Dataset(directory), effort)
+    limits = {"episodes": episodes, "seed": dataset.seed, "max_histories": max_histories}
+
+    def losses_of(name: str, policy: Any) -> tuple[list[PolicyLoss | None], float]:
+        return kept_losses(data, name, policy, limits | {"effort": effort}, lambda: evaluate_policy(tasks, policy, **limits))
+
     about, results, first = describe(source), [], None
     readers: dict[str, Losses] = {}  # policies that know no more than the context
     yardstick: tuple[str, Suite] | None = None
     for name in policies:
         policy = policies[name]
-        start = time.perf_counter()
-        losses = evaluate_policy(tasks, policy, episodes=episodes, seed=dataset.seed, max_histories=max_histories)
-        seconds = time.perf_counter() - start
+        losses, seconds = losses_of(name, policy)
         first = first or (name, losses)
         difference = None if name == first[0] else paired_difference(losses, first[1], first[0])
         result = _result(about | {"difference": difference}, name, losses, max_histories, seconds)
+        if isinstance(policy, Bayes) and result.effective_samples and posterior_seeds > 1:
+            others = [losses_of(name, policy.with_seed(policy.seed + i))[0] for i in range(1, posterior_seeds)]
+            error = _deviation_of_gaps([losses, *others])
+            result = replace(result, posterior_error=error, posterior_seeds=posterior_seeds)
         results.append(result)
         on_result(result)
         if kind_of(source) not in getattr(policy, "knows_problem", ()):
@@ -131,6 +143,12 @@ def evaluate(
         if isinstance(policy, Bayes) and not policy.thompson:
             yardstick = name, policy.suite
     return results if yardstick is None else _with_yardstick(results, readers, *yardstick, dataset, tasks)
+
+
+def _deviation_of_gaps(losses: Sequence[Losses]) -> float | None:
+    """The standard deviation of mean gaps over several samples of the posterior; None where no task has a gap."""
+    gaps = [[gap for loss in some if loss and (gap := loss.normalized_gap) is not None] for some in losses]
+    return float(np.std([np.mean(some) for some in gaps], ddof=1)) if all(gaps) else None
 
 
 def _with_yardstick(

@@ -283,7 +283,17 @@ def check_dataset(path: Path, problems: list[Problem]) -> str:
     for record in records:
         hashes = {name: file["sha256"] for name, file in record["files"].items()}
         problems += [Problem(what=str(damage), repair=repair) for damage in verification.find_damage(path, hashes)]
+    _check_losses(path, problems)
     return f"{state}, {sum('point' in record for record in records)} shards"
+
+
+def _check_losses(path: Path, problems: list[Problem]) -> None:
+    """The losses that evaluations keep beside the tasks of a dataset."""
+    from lindm.evaluation import kept_losses
+
+    for kept in sorted((path / kept_losses.DIRECTORY).glob("*.json")):
+        with _noted(problems, "the next evaluation of this policy on these tasks computes it again"):
+            files.read_json(kept, format=kept_losses.FORMAT)
 
 
 def check_evaluation(path: Path, problems: list[Problem]) -> str:

@@ -14,9 +14,9 @@ from lindm.evaluation.policies.registry import POLICIES, default_policies
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.evaluation.policies.attention_layer import AttentionLayer as layer
-    from lindm.evaluation.policies.bayes import Bayes as bayes
-    from lindm.evaluation.policies.bayes import BayesDemo as bayes_demo
-    from lindm.evaluation.policies.bayes import Thompson as thompson
+    from lindm.evaluation.policies.bayes_policies import Bayes as bayes
+    from lindm.evaluation.policies.bayes_policies import BayesDemo as bayes_demo
+    from lindm.evaluation.policies.bayes_policies import Thompson as thompson
     from lindm.evaluation.policies.beliefs import QMDP as qmdp
     from lindm.evaluation.policies.demonstrations import BC as bc
     from lindm.evaluation.policies.offline_rl import LSVI as lsvi

@@ -1,4 +1,4 @@
-"""Posteriors of an MDP given transitions and rewards, and policies that plan with them (see `lindm.evaluation.policies.bayes`).
+"""Posteriors of an MDP given transitions and rewards, and policies that plan with them (see `bayes_policies`).
 
 Kernels and rewards are the same at every stage, as in all suites. In a suite of random MDPs the rows of the kernel are
 independent with symmetric Dirichlet laws, and the rewards are independent and uniform on a grid. Given transitions, a row has a

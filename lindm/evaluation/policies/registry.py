@@ -68,16 +68,19 @@ POLICIES: dict[str, PolicyInfo] = {
     "bayes": PolicyInfo(
         summary="Plans with the posterior over the suite's tasks, given the transitions and rewards of the demonstrations and "
         "of the episode.",
-        policy="bayes:Bayes",
+        policy="bayes_policies:Bayes",
         default=False,
         needs_suite=True,
     ),
     "bayes-demo": PolicyInfo(
-        summary="As bayes, given the demonstrators' actions as well.", policy="bayes:BayesDemo", default=False, needs_suite=True
+        summary="As bayes, given the demonstrators' actions as well.",
+        policy="bayes_policies:BayesDemo",
+        default=False,
+        needs_suite=True,
     ),
     "thompson": PolicyInfo(
         summary="Takes each action with the posterior probability that it is the best one.",
-        policy="bayes:Thompson",
+        policy="bayes_policies:Thompson",
         default=False,
         needs_suite=True,
     ),

@@ -248,7 +248,8 @@ def test_a_directory_with_other_files_is_left_as_it_is(tmp_path, source):
 def test_a_directory_with_files_of_the_same_name_is_left_as_it_is(tmp_path, source, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(
-        LindmError, match=r"holds something that is not a dataset of this version and is not replaced: .*; choose another --out"
+        LindmError,
+        match=r"holds something that is not a dataset of this version and is not replaced: .*; choose another directory",
     ) as e:
         make_dataset(tmp_path, source, CONFIG)
     assert isinstance(e.value, UsageError) and [p.name for p in tmp_path.iterdir()] == [name]

@@ -13,10 +13,10 @@ from lindm.datasets.generate import TaskGenerator
 from lindm.evaluation import compare
 from lindm.evaluation.environments import PolicyTask, double_precision, environment
 from lindm.evaluation.policies import bayes_hidden, registry
-from lindm.evaluation.policies.bayes import Bayes, BayesDemo
 from lindm.evaluation.policies.bayes_adaptive import bayes_adaptive_values
 from lindm.evaluation.policies.bayes_evidence import action_evidence, normalized_weights
 from lindm.evaluation.policies.bayes_mdp import MeanPlanning, SampledPosterior, reward_values
+from lindm.evaluation.policies.bayes_policies import Bayes, BayesDemo
 from lindm.evaluation.policies.prior import draw_models
 from lindm.evaluation.policy import Observation
 from lindm.families.random_suites import RandomSuite

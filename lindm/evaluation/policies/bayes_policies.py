@@ -12,6 +12,7 @@ is (sum w)^2 / sum w^2.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Self
 
 from lindm import validate
@@ -51,6 +52,12 @@ class Bayes(ChosenPolicy):
     @classmethod
     def for_tasks(cls, source: Any, dataset: DatasetConfig) -> Self:
         return cls(source, dataset.exploration[0])
+
+    def with_seed(self, seed: int) -> Self:
+        """The same policy with another sample."""
+        other = copy(self)
+        other.seed = validate.count(seed, "seed", 0)
+        return other
 
     def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
         settings = {"epsilon": self.epsilon if self.actions else None, "samples": self.samples, "seed": self.seed}
