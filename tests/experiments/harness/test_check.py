@@ -88,7 +88,8 @@ def test_every_damage_to_every_file_is_listed_with_its_name(written, tmp_path, n
         path = copy if copy.is_file() else copy / file
         for harm, change in HARMS.items():
             bad = change(good)
-            if bad == good or (harm == "missing" and ((name, file) in FINE or copy.is_file())):
+            may_be_missing = (name, file) in FINE or "/losses/" in file or copy.is_file()  # losses are computed again
+            if bad == good or (harm == "missing" and may_be_missing):
                 continue
             if bad == b"" and copy.suffix == ".json":  # nothing tells that it was ours
                 continue
