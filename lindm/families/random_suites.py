@@ -198,16 +198,16 @@ def _draw(key: Array, suite: RandomSuite) -> Problem:
     return draw_apomdp(key, S, A, suite.observations, H, suite.models, **ambiguity, **law)
 
 
-def action_gap(problem: Problem) -> Array:
+def action_gap(problem: Problem, solved: tree.Tree | None = None) -> Array:
     """The smallest difference [] between the best and the second best action, over the histories in question (see above).
 
-    Infinite for a single action.
+    Infinite for a single action. `solved`: Q* of a POMDP or an APOMDP where it is known.
     """
     if isinstance(problem, MDP):
         return _action_gap(backward_induction(problem).Q).min()
     apomdp = as_apomdp(problem)
     B, M, S = branching(apomdp), apomdp.num_models, apomdp.num_states
-    table = tree.tree(apomdp)
+    table = tree.tree(apomdp) if solved is None else solved
     m, o = jnp.divmod(jnp.arange(M * apomdp.num_observations, dtype=jnp.int32)[None], apomdp.num_observations)
     history, gap = jnp.zeros(1, jnp.int32), jnp.asarray(inf)
     beliefs = apomdp.models.rho[None]  # [n, M, S] not normalized; the same under each model but at the first stage

@@ -135,15 +135,20 @@ def draw_apomdp(
     numbers = {"concentration": concentration, "quality": quality, "low": low, "high": high, "step": step, "discount": discount}
     draw = partial(draw_pomdp, S=S, A=A, O=O, H=H, dtype=dtype, **numbers)
     drawn = jax.vmap(draw)(jax.random.split(key, 1 + M))  # the center and the others
-    share = jnp.asarray(distance, drawn.P.dtype)
     models = POMDP(
-        P=(1 - share) * drawn.P[:1] + share * drawn.P[1:],
-        O=(1 - share) * drawn.O[:1] + share * drawn.O[1:],
+        P=around_center(drawn.P, distance),
+        O=around_center(drawn.O, distance),
         r=jnp.broadcast_to(drawn.r[:1], drawn.r[1:].shape),
         rho=drawn.rho[1:],
         paid=jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x[1:].shape), drawn.paid),
     )
-    return APOMDP(models=models, alpha=jnp.asarray(alpha, share.dtype))
+    return APOMDP(models=models, alpha=jnp.asarray(alpha, models.P.dtype))
+
+
+def around_center(rows: Array, distance: ArrayLike) -> Array:
+    """The rows of the models of `draw_apomdp` [M, ...] from those of the center and of the others [1 + M, ...]."""
+    share = jnp.asarray(distance, rows.dtype)
+    return (1 - share) * rows[:1] + share * rows[1:]
 
 
 def optimistic(problem: APOMDP) -> POMDP:

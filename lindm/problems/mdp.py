@@ -123,10 +123,15 @@ def _rewards(key: Array, shape: tuple[int, ...], low: float, high: float, step: 
     validate.nonnegative(step, "step")
     if not step:
         return flat(jax.random.uniform, key, shape, dtype, low, high)
+    levels = reward_levels(low, high, step)
+    return jnp.asarray(levels, dtype)[flat(jax.random.randint, key, shape, 0, len(levels))]
+
+
+def reward_levels(low: float, high: float, step: float) -> np.ndarray:
+    """The multiples of `step` in [low, high]. ValueError: there is none."""
     # an end that is a multiple of step counts, whatever the rounding of the quotient
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     if first > last:
         raise ValueError(f"step must have a multiple between low = {low} and high = {high}; got {step}")
     # the nearest decimals: 0.3, where 3 * 0.1 is 0.30000000000000004
-    levels = np.array([float(f"{k * step:.12g}") for k in range(first, last + 1)])
-    return jnp.asarray(levels, dtype)[flat(jax.random.randint, key, shape, 0, len(levels))]
+    return np.array([float(f"{k * step:.12g}") for k in range(first, last + 1)])

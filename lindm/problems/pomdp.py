@@ -113,7 +113,12 @@ def draw_pomdp(
         process, S, A, H, concentration=concentration, low=low, high=high, step=step, discount=discount, dtype=dtype
     )
     dtype = mdp.P.dtype
-    quality = jnp.asarray(quality, dtype)
-    signal = jax.nn.one_hot(jnp.arange(S) % O, O, dtype=dtype)
-    rows = quality * signal[None] + (1 - quality) * dirichlet(noise, 1.0, (A, 1, O), dtype)
+    rows = noisy_signals(dirichlet(noise, 1.0, (A, O), dtype), S, quality)
     return POMDP(P=mdp.P, O=rows[None], r=mdp.r, rho=mdp.rho, paid=mdp.paid)
+
+
+def noisy_signals(noise: Array, S: int, quality: ArrayLike) -> Array:
+    """The observation laws [..., A, S, O] of `draw_pomdp` from the noise [..., A, O]."""
+    O, quality = noise.shape[-1], jnp.asarray(quality, noise.dtype)
+    signal = jnp.broadcast_to(jax.nn.one_hot(jnp.arange(S) % O, O, dtype=noise.dtype), (*noise.shape[:-1], S, O))
+    return quality * signal + (1 - quality) * noise[..., None, :]

@@ -1,7 +1,6 @@
 """The posterior over models where the state is hidden, and policies that plan with it (`lindm.evaluation.policies.bayes`).
 
-Models are drawn from the suite once, for all tasks, and weighted for each task with the probability of its demonstrations: of the
-observations given actions (and given the models that nature took), and of the demonstrators' actions where these are data. A
+The posterior given the demonstrations is a weighted sample of models for each task (`lindm.evaluation.policies.posterior`). A
 history continues the weights: with w_k of model k before the episode and U_k(h) its unnormalized belief at history h, the weight
 of model k at h is w_k |U_k(h)|.
 
@@ -14,8 +13,8 @@ values of the models are averaged with their weights. What nature's choices tell
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -24,17 +23,13 @@ import numpy as np
 from jax import Array
 
 from lindm.evaluation.environments import BeliefEnvironment, PolicyTask, double_precision
-from lindm.evaluation.policies.bayes_evidence import action_evidence, normalized_weights
-from lindm.evaluation.policies.prior import draw_models
+from lindm.evaluation.policies.posterior import Posterior, draw_posterior, posterior_size
 from lindm.evaluation.policy import Observation, Policy
 from lindm.families.suites import Suite
-from lindm.problems.apomdp import as_apomdp
 from lindm.solvers import tree
 from lindm.solvers.belief import branching, child_history, first_history, joint_kernel, stage_rewards, step_index
 from lindm.solvers.ties import greedy
 from lindm.types import APOMDP
-
-TABLE_ENTRIES = 1 << 26  # of the tables of best actions of all models
 
 Plan = Literal["mixture", "average", "thompson"]
 
@@ -42,6 +37,7 @@ Plan = Literal["mixture", "average", "thompson"]
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
     environments: list[BeliefEnvironment]
+    posteriors: list[Posterior]  # of each task
     tables: list[tuple[np.ndarray, ...]]  # of each task: probabilities and values [histories, A], effective sizes [histories]
     index: np.ndarray  # [n] number of the history within its stage
     effective: np.ndarray  # [n]
@@ -49,34 +45,37 @@ class _Rows:
 
 
 class HiddenPosterior(Policy):
-    """Plans with the posterior over sampled models of a suite whose state is hidden.
+    """Plans with a sample of the posterior over the models of a suite whose state is hidden.
 
     Args:
       epsilon: of the demonstrators, whose actions are data; None: they are not.
-      samples: models drawn, fewer where the tables of their best actions would be too large.
+      samples: models of the sample, fewer where they have long tables of best actions.
       thompson: choose by the weight of the models for which an action is the best.
     """
 
     def __init__(self, suite: Suite, *, epsilon: float | None, samples: int, seed: int, thompson: bool = False):
-        B = suite.sizes.actions * max(suite.sizes.models, 1) * suite.sizes.observations
         self.suite, self.epsilon, self.seed = suite, epsilon, seed
-        self.samples = max(16, min(samples, TABLE_ENTRIES // first_history(B, suite.horizon)))
+        self.samples = posterior_size(suite, samples)
         self.plan: Plan = "thompson" if thompson else "average" if suite.sizes.models else "mixture"
 
     def init(self, tasks: Sequence[PolicyTask]) -> _Rows:
-        environments = []
+        environments, posteriors, tables = [], [], []
         for task in tasks:
             if not isinstance(env := task.known, BeliefEnvironment) or env.bounded:
                 raise ValueError("problem must have few enough histories for exact values, for this policy")
             environments.append(env)
-        models = _models(self.suite, self.samples, self.seed)
-        tables = []
-        with double_precision():
-            for task in tasks:
-                weight = normalized_weights(self._evidence(models, task))
-                tables.append(tuple(map(np.asarray, _table(models, jnp.asarray(weight), self.plan))))
+        for task in tasks:
+            posterior = draw_posterior(self.suite, task.required_demonstrations(), self.epsilon, self.samples, self.seed)
+            with double_precision():
+                table = _table(posterior.models, jnp.asarray(posterior.weight), self.plan)
+            probabilities, values, effective = map(np.asarray, table)
+            scale = posterior.effective * (posterior.weight**2).sum()  # equal weights do not mean independent models
+            tables.append((probabilities, values, np.maximum(effective * scale, 1)))
+            posteriors.append(replace(posterior, models=None))
         none = np.zeros(0)
-        return _Rows(environments=environments, tables=tables, index=np.zeros(1, int), effective=none, Q=none)
+        return _Rows(
+            environments=environments, posteriors=posteriors, tables=tables, index=np.zeros(1, int), effective=none, Q=none
+        )
 
     def step(self, state: _Rows, observation: Observation) -> tuple[_Rows, np.ndarray]:
         index = np.zeros(len(observation), int)
@@ -88,52 +87,10 @@ class HiddenPosterior(Policy):
         at = first_history(state.environments[0].branching, observation.stage) + index
         rows = [[table[at[row]] for table in state.tables[task]] for row, task in enumerate(observation.task)]
         probabilities, Q, effective = (np.array(parts) for parts in zip(*rows, strict=True))
-        return _Rows(environments=state.environments, tables=state.tables, index=index, effective=effective, Q=Q), probabilities
+        return replace(state, index=index, effective=effective, Q=Q), probabilities
 
     def q_bounds(self, state: _Rows, observation: Observation):
         return state.Q, state.Q
-
-    def _evidence(self, models: APOMDP, task: PolicyTask) -> np.ndarray:
-        """Log probability [K] of the demonstrations under each model."""
-        P, O, rho = (np.asarray(getattr(models.models, name)) for name in ("P", "O", "rho"))
-        env = task.known
-        assert isinstance(env, BeliefEnvironment)
-        K, B, A = len(P), env.branching, env.num_actions
-        log_p, best = np.zeros(K), []
-        table = None if self.epsilon is None else _best_actions(self.suite, self.samples, self.seed)
-        for steps in task.required_demonstrations():
-            belief, history = rho[:, 0], 0
-            for t, step in enumerate(steps):
-                m, o, a = step.model or 0, step.observation, step.action
-                if table is not None:
-                    best.append(table[:, first_history(B, t) + history] == a)
-                belief = rho[:, m] if t == 0 else belief
-                kernel, signal = P[:, m, min(t, P.shape[2] - 1), :, a], O[:, m, min(t, O.shape[2] - 1), a, :, o]
-                joint = np.einsum("ks,ksu->ku", belief, kernel) * signal
-                mass = joint.sum(-1)
-                with np.errstate(divide="ignore"):
-                    log_p += np.log(mass)
-                belief = joint / np.where(mass > 0, mass, 1)[:, None]
-                history = int(child_history(env.apomdp, t, history, step_index(env.apomdp, a, m, o)))
-        return log_p if self.epsilon is None else log_p + action_evidence(np.array(best), self.epsilon, A)
-
-
-def _models(suite: Suite, count: int, seed: int) -> APOMDP:
-    """Drawn models as ambiguous problems [K, ...]: a POMDP is one with a single model."""
-    with double_precision():
-        return jax.vmap(as_apomdp)(jax.tree.map(jnp.asarray, draw_models(suite, count, seed)))
-
-
-@lru_cache(maxsize=2)
-def _best_actions(suite: Suite, count: int, seed: int) -> np.ndarray:
-    """The oracle's action of every model at every history of all stages, int8 [K, histories]."""
-
-    @jax.jit
-    def solve(models: APOMDP) -> Array:
-        return jax.lax.map(lambda problem: greedy(tree.tree(problem).Q, per_row=True).astype(jnp.int8), models)
-
-    with double_precision():
-        return np.asarray(solve(_models(suite, count, seed)))
 
 
 @partial(jax.jit, static_argnames="plan")

@@ -7,8 +7,8 @@ probability 1 - epsilon, otherwise a random one. `thompson` takes each action wi
 
 An MDP is planned with the posterior mean of kernel and rewards, again before every decision. In a suite of random MDPs whose
 demonstrations come from uniformly random actions, the posterior without the condition on the action gap is known in closed form,
-and `bayes` is exact. Otherwise the posterior is a weighted sample of models (importance sampling), and its effective sample size
-is (sum w)^2 / sum w^2.
+and `bayes` is exact. Otherwise the posterior is a sample of models: by importance sampling, or, in a random suite whose state is
+hidden, by sequential Monte Carlo for each task. Its effective sample size is the number of independent models that it is worth.
 """
 
 from collections.abc import Sequence
