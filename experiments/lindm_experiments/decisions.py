@@ -14,7 +14,7 @@ Models are also tested in text formats that were not trained: other symbols in t
 The yardstick is what can be known from a context: `bayes` plans with the posterior over the suite's tasks given the transitions
 and rewards that the text shows, `bayes-demo` given the oracle's actions as well. Where the state is hidden the text has no
 rewards, and `bayes` knows little. The gap of `bayes-demo` is the part of a loss that the context does not tell; the rest of a
-policy's gap is the reader's part. `bayes-demo` is a weighted sample of the posterior: an estimate; its effective sample sizes are
+policy's gap is the reader's part. `bayes-demo` has a sample of the posterior: an estimate; its effective sample sizes are
 in the table. Where they are small, a reader can be ahead of it.
 
 Five demonstrations where the state is hidden, two where it is seen: five of the oracle's show nearly every state. An ambiguous
@@ -375,7 +375,7 @@ def _errorbars(
 
 def _legend(figure: Figure, axes: np.ndarray) -> None:
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=axes.shape[1] + 1)
 
 
 def _in_formats(records: list[dict]) -> Figure:
