@@ -98,6 +98,8 @@ def evaluate(
     arguments = {"dataset": dataset, "episodes": episodes, "effort": effort, "max_histories": max_histories}
     arguments |= {"posterior_seeds": posterior_seeds, "progress": progress, "on_result": on_result}
     data = None if data is None else Path(data)
+    if data is not None and out is not None and data.absolute() == Path(out).absolute():
+        raise UsageError(f"data must be another directory than out; got {data} for both")
     if out is None:
         results = compare.evaluate(source, policies, data=data, **arguments)
     else:

@@ -220,7 +220,7 @@ def _yardstick_notes(results: "list[PolicyResult]") -> list[str]:
     for result in results:
         if (one := result.loss_split) is not None and one.lost_by_reader < 0:
             ends = one.lost_by_reader_ci
-            chance = "" if ends is not None and ends[1] < 0 else ", by no more than chance explains"
+            chance = " (the interval contains 0)" if ends is not None and ends[1] >= 0 else ""
             lines.append(f"{result.policy}: lost less than {one.yardstick}{chance}; a yardstick is an estimate, not a bound")
         if (limit := result.context_limit) is None:
             continue

@@ -87,7 +87,7 @@ def context_limit(suite: Suite, dataset: DatasetConfig, tasks: Sequence[PolicyTa
         most, mean = bayes_adaptive_values(parameters, rewards, values, rho, suite.horizon)
         lost[i] -= most - mean
     spread = float(np.mean([loss.optimal_value - (loss.uniform_value or 0.0) for loss in planned]))
-    (value, value_ci), (least, least_ci) = mean_interval(optimal - lost), mean_interval(lost)
+    (value, value_ci), (least, least_ci) = mean_interval((optimal - lost).tolist()), mean_interval(lost.tolist())
     gap = least / spread if spread > 0 else None
     return ContextLimit(value=value, value_ci=value_ci, suboptimality=least, suboptimality_ci=least_ci, gap=gap)
 
@@ -102,9 +102,10 @@ def _no_limit(suite: Suite, dataset: DatasetConfig, num_tasks: int) -> str | Non
         return f"the suite draws tasks with an action gap of at least {suite.gap:g} alone; with --gap 0 it draws all"
     if suite.step == 0:
         return "rewards are on no grid"
-    count = num_tasks * num_histories(suite.states, suite.actions, len(reward_values(suite)), suite.horizon)
-    if count > MOST_HISTORIES:
-        return f"there are {count:,} histories, and it enumerates {MOST_HISTORIES:,} at most; fewer states or stages have less"
+    count = num_histories(suite.states, suite.actions, len(reward_values(suite)), suite.horizon)
+    for number, most, of in ((count, LARGEST, "a task"), (num_tasks * count, MOST_HISTORIES, "all tasks")):
+        if number > most:
+            return f"{of} may have {number:,} histories, and it enumerates {most:,} at most; fewer states or stages have less"
     return None
 
 

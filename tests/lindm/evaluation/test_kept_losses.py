@@ -145,5 +145,7 @@ def test_the_command_keeps_losses_beside_the_tasks_of_data(tmp_path, capsys, com
     assert [one.problems for path in ("one", "two", "tasks") for one in ld.check(tmp_path / path)] == [[], [], []]
     assert main([*arguments, "--policy", "bc", "--epsilon", "0.1", "--behavior", "epsilon"]) == 2
     assert "holds another dataset" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="data must be another directory than out"):
+        ld.evaluate(SEEN, ["bc"], tasks=1, data=tmp_path / "new", out=tmp_path / "new")
     with pytest.raises(UsageError, match="is not empty and holds no dataset"):
         ld.evaluate(SEEN, ["bc"], tasks=1, data=tmp_path)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lindm.cli.eval import _yardstick_notes
 from lindm.cli.main import main
 from lindm.datasets import Dataset, DatasetConfig
 from lindm.evaluation.compare import evaluate, read_tasks
@@ -46,6 +47,21 @@ def test_without_a_yardstick_nothing_is_split():
     assert bc.loss_split is None and thompson.loss_split is None and thompson.context_limit is None
 
 
+def test_policies_that_know_the_model_of_a_hidden_state_are_not_split():
+    hidden = replace(SEEN, name="pomdp", observations=2, quality=0.8)
+    names = ["qmdp", "certainty-equivalence", "bc", "bayes"]
+    results = evaluate(hidden, names, dataset=replace(UNIFORM, tasks=3))
+    assert [result.policy for result in results if result.loss_split is not None] == ["bc"]
+    assert results[-1].context_limit.note == "it has a closed form for random MDPs alone"
+
+
+@pytest.mark.parametrize("ci, said", [([-0.2, -0.1], ""), ([-0.3, 0.1], " (the interval contains 0)"), (None, "")])
+def test_a_line_says_that_a_policy_lost_less_than_the_yardstick(found, ci, said):
+    bc = found[0]["bc"]
+    better = replace(bc, loss_split=replace(bc.loss_split, lost_by_reader=-0.1, lost_by_reader_ci=ci))
+    assert _yardstick_notes([bc, better]) == [f"bc: lost less than bayes{said}; a yardstick is an estimate, not a bound"]
+
+
 def counted(task):
     """Dirichlet parameters and rewards of a task, step by step."""
     parameters, rewards = np.full((2, 2, 2), 0.5), np.full((2, 2), np.nan)
@@ -81,7 +97,8 @@ def test_the_limit_is_the_mean_of_the_bayes_adaptive_values_of_the_contexts(foun
         (SEEN, {"behavior": "epsilon"}, "the demonstrators' actions tell of the task"),
         (replace(SEEN, gap=0.05), {}, "an action gap of at least 0.05 alone; with --gap 0"),
         (replace(SEEN, step=0.0), {}, "rewards are on no grid"),
-        (replace(SEEN, horizon=5), {}, r"there are 38,400,000 histories, and it enumerates 33,554,432 at most"),
+        (replace(SEEN, horizon=5), {}, "all tasks may have 38,400,000 histories, and it enumerates 33,554,432 at most"),
+        (replace(SEEN, horizon=6), {}, "a task may have 6,400,000 histories, and it enumerates 2,097,152 at most"),
         (replace(SEEN, observations=2), {}, "for random MDPs alone"),
     ],
 )
