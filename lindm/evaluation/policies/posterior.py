@@ -49,7 +49,7 @@ from lindm.solvers import tree
 from lindm.solvers.belief import branching, first_history
 from lindm.solvers.ties import greedy
 from lindm.text import Step
-from lindm.types import APOMDP
+from lindm.types import APOMDP, MDP
 
 TABLE_ENTRIES = 1 << 26  # of the tables of best actions of all models of the prior
 MOVE_ENTRIES = 1 << 18  # of the tables of best actions that one move of all models computes
@@ -168,7 +168,9 @@ class _Target:
 
     def __init__(self, suite: RandomSuite, demonstrations: Demonstrations, epsilon: float | None):
         self.suite, self.demonstrations, self.epsilon = suite, demonstrations, epsilon
-        self.histories, self.actions = demonstrated_actions(as_apomdp(suite.example), demonstrations)
+        example = suite.example
+        assert not isinstance(example, MDP)
+        self.histories, self.actions = demonstrated_actions(as_apomdp(example), demonstrations)
 
     def digest(self) -> list[int]:
         """Numbers that tell tasks apart."""
