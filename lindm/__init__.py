@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm import errors as errors
     from lindm import icl as icl
     from lindm.api.benchmarks import benchmark as benchmark
+    from lindm.api.data import draw_tasks as draw_tasks
     from lindm.api.data import export_dataset as export_dataset
     from lindm.api.data import make_dataset as make_dataset
     from lindm.api.decisions import load_alpha_vectors as load_alpha_vectors
@@ -81,7 +82,7 @@ _DEFINED = {
         "to_gymnasium",
     ),
     "lindm.api.solutions": ("Solution", "load_solution", "solve", "solve_stationary"),
-    "lindm.api.data": ("make_dataset", "export_dataset"),
+    "lindm.api.data": ("make_dataset", "draw_tasks", "export_dataset"),
     "lindm.api.models": ("Run", "describe_model", "export", "finetune", "import_model", "job_file", "plan"),
     "lindm.api.decisions": ("load_alpha_vectors", "load_saved_policy", "read_demonstrations"),
     "lindm.api.estimation": ("estimate",),

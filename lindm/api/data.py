@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lindm import datasets
 from lindm.api.problems import as_source
@@ -13,6 +13,9 @@ from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io.executor import Executor
 from lindm.types import LinearMDP, Problem
+
+if TYPE_CHECKING:
+    from lindm.llm.sft.drawn_tasks import DrawnTasks
 
 Progress = Callable[[int, int], None]  # called with (tasks done, tasks in all)
 
@@ -52,6 +55,31 @@ def make_dataset(
         source = problem if isinstance(problem, Suite) else as_source(problem)
         described = from_options(DatasetConfig, {"tasks": tasks, "demos": demos, **config})
         return datasets.make_dataset(Path(out), source, described, executor=executor, workers=workers, progress=progress)
+
+
+def draw_tasks(
+    problem: Suite | NamedProblem | Problem | LinearMDP, *, tasks: int, demos: int, name: str | None = None, **config: Any
+) -> "DrawnTasks":
+    """The tasks that `make_dataset` would write, drawn whenever they are read and written nowhere: data for `finetune`.
+
+    Args:
+      problem, tasks, demos, config: as of `make_dataset`.
+      name: of the tasks, in messages and in the config of a run. [default: what they are drawn from, and how many]
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    >>> drawn = ld.draw_tasks(ld.suite("mdp", horizon=4), tasks=3, demos=2, seed=1)
+    >>> [len(task.demonstrations) for task in drawn]
+    [2, 2, 2]
+    """
+    from lindm.llm.sft.drawn_tasks import DrawnTasks
+
+    with double_precision():
+        source = problem if isinstance(problem, Suite) else as_source(problem)
+        described = from_options(DatasetConfig, {"tasks": tasks, "demos": demos, **config})
+        name = name or f"{tasks} tasks of {source.name if isinstance(source, Suite) else 'one problem'}, seed {described.seed}"
+        return DrawnTasks(source, described, name)
 
 
 def export_dataset(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lindm.llm.cluster.plan import DeviceLimits, MeshPlan, StepSpec
     from lindm.llm.io.import_model import ImportedModel
     from lindm.llm.sft.callbacks import Callback
+    from lindm.llm.sft.drawn_tasks import DrawnTasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Run:
 
 
 def finetune(
-    data: str | Path,
+    data: "str | Path | DrawnTasks",
     out: str | Path,
     *,
     model: str | Path | None = None,
@@ -59,7 +60,7 @@ def finetune(
     """Fine-tune a language model; a run that was interrupted resumes.
 
     Args:
-      data: a directory of `make_dataset`, or files of rows (`lindm.llm.sft.row_files`).
+      data: a directory of `make_dataset`, tasks of `draw_tasks`, or files of rows (`lindm.llm.sft.row_files`).
       out: directory of the run.
       model: a Hugging Face directory, or
       preset: tiny or small, a randomly initialized model of 1.4 or 11 million weights.
@@ -78,9 +79,12 @@ def finetune(
     'model'
     """
     from lindm.llm.sft import trainer
+    from lindm.llm.sft.drawn_tasks import DrawnTasks
 
-    config = sft_config(data=data, out=out, model=model, preset=preset, **options)
-    trainer.train(config, callbacks=callbacks)
+    drawn = data if isinstance(data, DrawnTasks) else None
+    options |= {"data": data} if drawn is None else {"draw": drawn.name}
+    config = sft_config(out=out, model=model, preset=preset, **options)
+    trainer.train(config, draw=None if drawn is None else lambda: drawn, callbacks=callbacks)
     return Run(directory=config.out)
 
 

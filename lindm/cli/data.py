@@ -1,34 +1,52 @@
 """`lindm data`: labeled episodes on disk, and their exports."""
 
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lindm.choices import Behavior, ExportFormat, Rewards
-from lindm.cli.option_parser import Command, Positional
+from lindm.cli.option_parser import Command, Positional, parse
 from lindm.cli.problems import ProblemOptions, problem_or_suite
+from lindm.errors import UsageError
 from lindm.io.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lindm.llm.sft.drawn_tasks import DrawnTasks
 
 SUMMARY = "Make labeled episodes, or export them for other tools"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Make(ProblemOptions):
-    """Write labeled episodes: Parquet and JSONL with a data card and a manifest. A run that is killed resumes."""
+class Tasks(ProblemOptions):
+    """Labeled tasks."""
 
     tasks: int
     """Number of tasks."""
     demos: int
     """Number of demonstrations of each task."""
-    out: Path
-    """Directory of the data."""
     queries: int = 1
     """Number of query episodes of each task."""
     seed: int = 0
     """Seed; the same seed gives the same bytes."""
     query_behavior: Behavior = "epsilon"
     """Behavior policy of the queries; epsilon is the oracle with random actions."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of `DatasetConfig`."""
+        names = ("tasks", "demos", "queries", "behavior", "epsilon", "query_behavior", "seed")
+        return {name: getattr(self, name) for name in names} | {"query_epsilon": self.epsilon}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Make(Tasks):
+    """Write labeled episodes: Parquet and JSONL with a data card and a manifest. A run that is killed resumes."""
+
+    out: Path
+    """Directory of the data."""
     executor: Literal["local", "ray"] = "local"
     """Where the workers are: processes of this machine, or the Ray cluster at RAY_ADDRESS (a local one without it)."""
     workers: int | None = None
@@ -62,14 +80,7 @@ def run_make(options: Make) -> int:
         made = make_dataset(
             problem,
             options.out,
-            tasks=options.tasks,
-            demos=options.demos,
-            queries=options.queries,
-            behavior=options.behavior,
-            epsilon=options.epsilon,
-            query_behavior=options.query_behavior,
-            query_epsilon=options.epsilon,
-            seed=options.seed,
+            **options.config,
             executor=options.executor,
             workers=options.workers,
             progress=progress,
@@ -78,6 +89,24 @@ def run_make(options: Make) -> int:
         print(f"lindm: warning: {name} was damaged and was made again", file=sys.stderr)
     print(f"{options.tasks} tasks in {options.out}: {made.made} shard{'s' * (made.made != 1)} made, {made.kept} kept")
     return 0
+
+
+def words_of_tasks(text: str) -> "Callable[[], DrawnTasks]":
+    """The tasks that words of `lindm data make` describe; the words are checked now, and the problem is made when it is called.
+
+    Raises: UsageError for wrong words.
+    """
+    try:
+        options: Tasks = parse(TASKS, shlex.split(text))
+    except ValueError as e:
+        raise UsageError(f"draw must be words of `lindm data make`: {e}; got {text!r}") from e
+
+    def draw() -> "DrawnTasks":
+        from lindm.api.data import draw_tasks
+
+        return draw_tasks(problem_or_suite(options), name=text, **options.config)
+
+    return draw
 
 
 def run_export(options: Export) -> int:
@@ -98,6 +127,7 @@ def run_export(options: Export) -> int:
     return 0
 
 
+TASKS = Command(name="data make", options=Tasks, run=lambda options: 0)  # is parsed, never run
 COMMANDS = {
     "make": Command(
         name="data make",

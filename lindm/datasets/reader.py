@@ -31,15 +31,17 @@ class Dataset:
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory
         self.manifest = read_manifest(directory)
+        self._set_description(directory, self.manifest["config"], self.manifest["checksum"])
+
+    def _set_description(self, directory: Path, config: dict[str, Any], checksum: str) -> None:
+        """Sets the attributes. config: of the manifest."""
+        self.directory, self.checksum = directory, checksum
         self._tasks: list[Task] | None = None
-        config = self.manifest["config"]
         self.config = DatasetConfig(**config["dataset"])
         self.suite: dict[str, Any] | None = config["source"].get("suite")  # None: all tasks are one fixed problem
         self.names: dict[str, list[str]] = config["names"]  # of states, actions, observations, models; empty where there are none
         self.discount: float = config["rewards"]["discount"]
-        self.checksum: str = self.manifest["checksum"]
         sizes = config["source"]["sizes"]
         self.kind: Kind = sizes["kind"]
         self.horizon: int = sizes["horizon"]

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,31 +126,56 @@ def make_shard(
     record: dict[str, Any] = {"point": {"shard": name}, "tasks": last - first}
     metadata: dict[str, str] = {}  # of the Parquet files
     if name == "problem":
-        tables = {"problem": problem_columns(jax.tree.map(lambda x: np.asarray(x)[None], generator.source))}
+        tables = {"problem": problem_columns(stacked(generator.source))}
     else:
-        generated, n = generator.generate(first, last, progress), last - first
-        values = {name: generated.values[name] for name in VALUES if name in generated.values}
-        tasks: Table = {"task": np.arange(first, last)}
-        tasks |= {k: [v] * n if k == "kind" else np.full(n, v) for k, v in sizes_of(generator.example).items()}
-        tasks["discount"] = np.full(n, generator.discount)
-        tasks |= values | {"method": [generator.method] * n}
-        tasks |= {} if generated.problems is None else problem_columns(generated.problems)
-        record["certificates"] = [int((generated.labels.certificate == c).sum()) for c in range(len(CERTIFICATES))]
-        record["sums"] = {name: float(x.sum()) for name, x in values.items()}
-        tables = {f"tasks-{name}": tasks, f"episodes-{name}": _episode_table(generator, first, generated)}
+        made = task_tables(generator, first, last, progress)
+        record["certificates"] = [int((made.episodes["certificate"] == c).sum()) for c in range(len(CERTIFICATES))]
+        record["sums"] = {value: float(made.tasks[value].sum()) for value in VALUES if value in made.tasks}
+        tables = {f"tasks-{name}": made.tasks, f"episodes-{name}": made.episodes}
         metadata = {"discount": repr(generator.discount), "rewards": REWARD_CONVENTION}
     contents: dict[str, bytes] = {}
     record["reward_function"] = any("R" in table for table in tables.values())  # whether there are its columns
     record["files"] = {}
     for stem, table in tables.items():
-        columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
-        rows = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
+        rows = table_rows(table)
         lines = "".join(strict_json(row, separators=(",", ":")) + "\n" for row in rows).encode()
         for ending, data in zip(ENDINGS, (lines, _parquet(table, metadata)), strict=True):
             contents[f"{stem}{ending}"] = data
             file = {"rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             record["files"][f"{stem}{ending}"] = file
     return record, contents
+
+
+class TaskTables(NamedTuple):
+    """The tables of a shard."""
+
+    tasks: Table  # a row per task
+    episodes: Table  # a row per episode: of each task its demonstrations, then its queries
+
+
+def task_tables(
+    generator: TaskGenerator, first: int, last: int, progress: Callable[[int], None] = lambda done: None
+) -> TaskTables:
+    """Tasks first, ..., last - 1, generated. Raises: ValueError where no task of the suite has its gap."""
+    generated, n = generator.generate(first, last, progress), last - first
+    tasks: Table = {"task": np.arange(first, last)}
+    tasks |= {k: [v] * n if k == "kind" else np.full(n, v) for k, v in sizes_of(generator.example).items()}
+    tasks["discount"] = np.full(n, generator.discount)
+    tasks |= {name: generated.values[name] for name in VALUES if name in generated.values}
+    tasks["method"] = [generator.method] * n
+    tasks |= {} if generated.problems is None else problem_columns(generated.problems)
+    return TaskTables(tasks, _episode_table(generator, first, generated))
+
+
+def stacked(problem: Any) -> Any:
+    """A problem as a stack of one, [1, ...], as numpy arrays."""
+    return jax.tree.map(lambda x: np.asarray(x)[None], problem)
+
+
+def table_rows(table: Table) -> list[dict[str, Any]]:
+    """The rows of a table, of Python's own values."""
+    columns = [x if isinstance(x, list) else x.tolist() for x in table.values()]
+    return [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _episode_table(generator: TaskGenerator, first: int, generated: Generated) -> Table:

@@ -15,7 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def make_dataset(
     import_pyarrow()
     generator = TaskGenerator(source.problem if isinstance(source, NamedProblem) else source, config)
     names = source.names if isinstance(source, Suite | NamedProblem) else {}
-    described = _description(generator, {part: list(given) for part, given in names.items()})
+    described = describe(generator, names)
     with directories.sole_writer(out):
         versions, finished = _open(out, described), _finished_shards(out)
         plan = _plan(generator)
@@ -114,8 +114,9 @@ def make_dataset(
 # --- what a dataset is -----------------------------------------------------------------------------------------------------
 
 
-def _description(generator: TaskGenerator, names: dict[str, list[str]]) -> dict:
-    """Everything that the bytes depend on, as config.json and the manifest hold it."""
+def describe(generator: TaskGenerator, given_names: Mapping[str, Sequence[str]]) -> dict:
+    """Everything that the bytes depend on, as config.json and the manifest hold it. ValueError for names that do not fit."""
+    names = {part: list(given) for part, given in given_names.items()}
     sizes = sizes_of(generator.example)
     for part, given in names.items():
         wanted = sizes.get(f"num_{part}", 0)

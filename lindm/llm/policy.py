@@ -280,7 +280,7 @@ def model_directory(directory: Path) -> Path:
 
 def training_data(options: Mapping[str, Any]) -> Dataset | None:
     """The dataset that a run was trained on, where it is a dataset and still there."""
-    data = Path(options.get("data", ""))
+    data = Path(options.get("data") or "")
     return Dataset(data) if (data / "manifest.json").is_file() else None
 
 

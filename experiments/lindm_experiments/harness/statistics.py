@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import optimize, stats
 
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS
 
@@ -160,6 +160,46 @@ def _clustered(strata: Strata, weights: np.ndarray) -> tuple[float, float, float
     if not 0 < total < np.inf:
         return mean, float(np.sqrt(total)), 1.0
     return mean, float(np.sqrt(total)), float(total**2 / (variances**2 / freedom).sum())
+
+
+def crossed_ci(values: ArrayLike, level: float = LEVEL) -> tuple[float, tuple[float, float]]:
+    """The mean of values [R, T] and its two-sided (1 - level) t-interval, as in `crossed`."""
+    mean, se, df = _crossed(values)
+    return mean, _interval(mean, se, df, level)
+
+
+def crossed(values: ArrayLike, lo: float, hi: float, *, min_seeds: int = 5) -> Decision:
+    """Does the mean of values [R, T] lie in [lo, hi], where R trainings were tested on the same T tasks?
+
+    Trainings and tasks are random and crossed. The variance of the mean is v_R / R + v_T / T + v_RT / (R T); the sum of the
+    variances of row means over R and of column means over T has the last part twice, so it is too large rather than too small.
+    The half width of the interval is the root of the sum of squares of two half widths, by Student t over trainings and over
+    tasks; the degrees of freedom are those with this half width. (Satterthwaite's are too many where trainings vary more than
+    tasks: in simulations with three trainings, their intervals covered 93 %.) With one training the interval is over the tasks,
+    for this training. Fewer than `min_seeds` trainings decide nothing.
+    """
+    mean, se, df = _crossed(values)
+    trainings = len(np.asarray(values))
+    return _decide(mean, se, df, lo, hi, n=trainings, enough=trainings >= min_seeds)
+
+
+def _crossed(values: ArrayLike) -> tuple[float, float, float]:
+    """Mean, standard error and degrees of freedom."""
+    v = np.asarray(values, dtype=float)
+    if v.ndim != 2 or v.size == 0 or not np.isfinite(v).all():
+        raise ValueError(f"values must be finite numbers [trainings, tasks]; got shape {v.shape}")
+    R, T = v.shape
+    if R == 1 or T == 1:
+        return *_mean_se(v.ravel()), max(v.size - 1, 1)
+    errors = np.array([_mean_se(v.mean(1))[1], _mean_se(v.mean(0))[1]])
+    if not errors.any():
+        return float(v.mean()), 0.0, 1.0
+    share = errors**2 / (errors**2).sum()
+    quantile = 1 - LEVEL / 2
+    ratio = np.sqrt(share @ stats.t.ppf(quantile, [R - 1, T - 1]) ** 2)  # of half width and standard error
+    low, high = min(R, T) - 1, max(R, T) - 1
+    df = low if low == high else optimize.brentq(lambda k: stats.t.ppf(quantile, k) - ratio, low, high)
+    return float(v.mean()), float(np.sqrt((errors**2).sum())), float(df)
 
 
 def at_most(values: ArrayLike, limit: float, *, min_seeds: int = 5) -> Decision:

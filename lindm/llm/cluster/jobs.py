@@ -192,13 +192,15 @@ def check_options(job: Job | RayWorkers, options: SFTConfig, words: Sequence[str
       options: the parsed words.
 
     Raises:
-      ValueError: an option that the launcher sets, --fresh, or a path that is not on the shared disk.
+      ValueError: an option that the launcher sets or does not have, --fresh, or a path that is not on the shared disk.
     """
     for word in words:
         _printable("an option", word)
     for field in ("coordinator", "processes", "rank"):
         if getattr(options, field) is not None:
             raise ValueError(f"{field} must be left out: the launcher sets it")
+    if options.draw is not None and isinstance(job, RayWorkers):
+        raise ValueError("draw must be left out with Ray, whose workers read a directory: make it with lindm data make")
     if options.fresh:
         raise ValueError("fresh must be left out: a restarted job would remove its own checkpoints")
     if not isinstance(job, GKEJob | RayJob) and not (isinstance(job, TPUJob) and job.shared):

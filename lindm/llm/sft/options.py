@@ -40,9 +40,12 @@ MINIMA |= {"eval_every": 1, "eval_tasks": 0, "patience": 1, "save_every": 1, "ke
 class SFTConfig:
     """Fine-tune a language model on labeled decisions or on prompts and completions. An interrupted run resumes."""
 
-    data: Path
+    data: Path | None = None
     """A directory of `lindm data make`, or rows of conversations, prompts with completions, or texts: a .jsonl, .jsonl.gz,
     .json, .parquet or .arrow file, a directory of such shards, or a directory of Hugging Face datasets."""
+    draw: str | None = None
+    """In place of --data: the words of `lindm data make` without --out, such as "mdp --horizon 4 --tasks 4000 --demos 5". The run
+    is the one on these data, to the last bit, but its tasks are drawn and labeled when it starts, and never written."""
     out: Path
     """Directory of the run; the model is written to OUT/model."""
     model: Path | None = None
@@ -163,6 +166,8 @@ class SFTConfig:
     """Number of this process, from 0."""
 
     def __post_init__(self):
+        if (self.data is None) == (self.draw is None):
+            raise ValueError("one of data and draw must be given: a directory or rows, or the words of `lindm data make`")
         if (self.model is None) == (self.preset is None):
             raise ValueError("one of model and preset must be given: the directory of a base model, or one of tiny and small")
         check_choices(self)

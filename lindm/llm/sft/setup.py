@@ -5,8 +5,9 @@ every process and in every resumed run. Each file of a dataset is read once, and
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lindm.datasets import Task, TextFormat, text_format
+from lindm.datasets import Dataset, Task, TextFormat, text_format
 from lindm.errors import DataError
 from lindm.io import files, limits
 from lindm.io.inputs import read_text
@@ -29,6 +30,7 @@ from lindm.llm.model import Decoder
 from lindm.llm.model_families import FAMILIES, parse_lora_targets
 from lindm.llm.parallel import sharding
 from lindm.llm.sft import packing, presets
+from lindm.llm.sft.drawn_tasks import DrawnTasks
 from lindm.llm.sft.example_table import ExampleTable, ListedExamples, Rows
 from lindm.llm.sft.examples import (
     VALUE_LOSSES,
@@ -51,6 +53,7 @@ from lindm.llm.train_tokenizer import train_tokenizer
 from lindm.text import Step
 
 DEFAULT_EPOCHS = 3
+TOKENIZER_DOCUMENTS = 4096  # the first of a dataset, on which the vocabulary of a preset is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,11 @@ class TrainingSetup:
         return {"base": self.base, "dtype": "bf16" if self.compute.dtype == jnp.bfloat16 else "f32"}
 
 
-def setup_training(config: SFTConfig) -> TrainingSetup:
+def setup_training(config: SFTConfig, draw: Callable[[], DrawnTasks] | None = None) -> TrainingSetup:
     """Read and check data and model; nothing is allocated on a device.
+
+    Args:
+      draw: of a config with `draw`, the tasks that it names.
 
     Raises:
       ValueError: an option that does not fit the data, the model or the machine.
@@ -108,13 +114,14 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
     most = model_config.max_position_embeddings
     if config.max_length is not None and config.max_length > most:
         raise ValueError(f"max_length must be at most the {most} tokens of the model; got {config.max_length}")
+    training_data = _training_data(config, draw)
     if config.eval_data is None:
-        data = evaluation = _load(config, config.data, tokenizer, config.max_length or most, config.held_out)
+        data = evaluation = _load(config, training_data, tokenizer, config.max_length or most, config.held_out)
         is_held_out = held_out_mask(data.examples.groups, config.held_out, config.seed, hashed=not data.is_dataset)
         chosen = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     else:
-        data = _load(config, config.data, tokenizer, config.max_length or most, None)
-        evaluation = _load(config, config.eval_data, data.tokenizer, config.max_length or most, 1.0)
+        data = _load(config, training_data, tokenizer, config.max_length or most, None)
+        evaluation = _load(config, open_data(config.eval_data, "eval_data"), data.tokenizer, config.max_length or most, 1.0)
         chosen = np.arange(len(data.examples)), np.arange(len(evaluation.examples))
     tables = data.examples, evaluation.examples
     longest = max(int(table.lengths.max(initial=1)) for table in tables)
@@ -151,6 +158,14 @@ def setup_training(config: SFTConfig) -> TrainingSetup:
         inputs=inputs,
         endless=data.endless,
     )
+
+
+def _training_data(config: SFTConfig, draw: Callable[[], DrawnTasks] | None) -> Dataset | list[Path]:
+    if config.data is not None:
+        return open_data(config.data)
+    if draw is None:
+        raise ValueError(f"draw must be given with the tasks that its words describe, as ld.draw_tasks does; got {config.draw!r}")
+    return draw()
 
 
 def _optimizer_config(config: SFTConfig, model_config: ModelConfig, num_rows: int) -> OptimizerConfig:
@@ -204,19 +219,21 @@ class LoadedData(NamedTuple):
     endless: int = 0
 
 
-def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens: int, held_out: float | None) -> LoadedData:
-    """Read data; without a tokenizer, one is trained on the texts of the dataset.
+def _load(
+    config: SFTConfig, data: Dataset | list[Path], tokenizer: Tokenizer | None, max_tokens: int, held_out: float | None
+) -> LoadedData:
+    """Read data; without a tokenizer, one is trained on the first texts of the dataset.
 
     Args:
+      data: of `open_data`, or drawn tasks.
       held_out: fraction of the tasks that is held out; decisions are evaluated on the first of these. None: on no task.
     """
-    option = "eval_data" if path is config.eval_data else "data"
-    data, limit = open_data(path, option), LengthLimit(max_tokens, config.overlong)
+    limit = LengthLimit(max_tokens, config.overlong)
     no_progress = contextlib.nullcontext(lambda done, total: None)
     with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
         if isinstance(data, list):
             if tokenizer is None:
-                raise ValueError(f"{option} must be a directory of `lindm data make` with a preset; got {path}")
+                raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {config.data}")
             check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
             how = Tokenizing(
                 tokenizer=tokenizer,
@@ -239,14 +256,16 @@ def _load(config: SFTConfig, path: Path, tokenizer: Tokenizer | None, max_tokens
 
         documents = collect_tasks(read_documents(data, text, progress))
         if tokenizer is None:
-            documents = list(documents)
             assert config.preset is not None
+            first = list(itertools.islice(documents, TOKENIZER_DOCUMENTS))
             vocab_size = presets.PRESETS[config.preset].config.vocab_size
-            tokenizer = train_tokenizer((piece.text for _, _, pieces in documents for piece in pieces), vocab_size)
+            tokenizer = train_tokenizer((piece.text for _, _, pieces in first for piece in pieces), vocab_size)
+            documents = itertools.chain(first, documents)
+            del first
         examples = dataset_examples(data, documents, tokenizer, text.template, config.supervise, limit, config.loss)
         tokens = action_tokens(tokenizer, text.template, data.num_actions) if config.loss in VALUE_LOSSES else ()
     decision_tasks = DecisionTasks(tasks=tasks, text=text) if tasks else None
-    listed = _listed(examples, path, limit)
+    listed = _listed(examples, data.directory, limit)
     return LoadedData(tokenizer, listed, decision_tasks, data.checksum, True, limit.counts, tuple(ids[0] for ids in tokens))
 
 

@@ -16,7 +16,7 @@ so all save the same step. Before and after the steps there is nothing to save, 
 
 import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from lindm.llm.sft import checkpoints, continuation, token_cache
 from lindm.llm.sft.batches import BatchLoader
 from lindm.llm.sft.callbacks import Callback, TensorBoard, WeightsAndBiases
 from lindm.llm.sft.compilation import ADVICE, TrainPrograms
+from lindm.llm.sft.drawn_tasks import DrawnTasks
 from lindm.llm.sft.evaluator import Evaluator
 from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.loop import BEST, CHECKPOINTS, EvalHistory, TrainLoop
@@ -64,10 +65,17 @@ OUTPUTS = (
 )
 
 
-def train(config: SFTConfig, *, callbacks: Sequence[Callback] = (), save_on_stop: bool = True) -> Path | None:
+def train(
+    config: SFTConfig,
+    *,
+    draw: Callable[[], DrawnTasks] | None = None,
+    callbacks: Sequence[Callback] = (),
+    save_on_stop: bool = True,
+) -> Path | None:
     """Train, evaluate and export; the directory of the model, in the first process of the run alone.
 
     Args:
+      draw: of a config with `draw`, the tasks that it names; called after the processes have found each other.
       callbacks: get the metrics, beside those of the options.
       save_on_stop: False for a run that nobody will resume: a signal does what it does elsewhere.
 
@@ -76,17 +84,19 @@ def train(config: SFTConfig, *, callbacks: Sequence[Callback] = (), save_on_stop
       Preempted: the run stopped on a signal, after saving.
     """
     with library_errors("the run", ADVICE):
-        return _train(config, callbacks, save_on_stop)
+        return _train(config, draw, callbacks, save_on_stop)
 
 
-def _train(config: SFTConfig, callbacks: Sequence[Callback], save_on_stop: bool) -> Path | None:
+def _train(
+    config: SFTConfig, draw: Callable[[], DrawnTasks] | None, callbacks: Sequence[Callback], save_on_stop: bool
+) -> Path | None:
     processes.initialize(config.coordinator, config.processes, config.rank)
     is_main = jax.process_index() == 0
     with directories.sole_writer(config.out) if is_main else contextlib.nullcontext():
         if is_main:
             _clean(config.out, config.fresh)
         processes.barrier("output directory")
-        setup = setup_training(config)
+        setup = setup_training(config, draw)
         if config.profiled_steps is not None and config.profiled_steps[1] > setup.optimizer.steps:
             raise UsageError(f"profile must end at step {setup.optimizer.steps} at the latest; got {config.profile!r}")
         callbacks = [*_callbacks(config, is_main), *callbacks]

@@ -13,6 +13,8 @@ from lindm_experiments.harness.statistics import (
     clopper_pearson,
     clustered,
     clustered_ci,
+    crossed,
+    crossed_ci,
     equivalence,
     holm,
     mean_ci,
@@ -196,3 +198,42 @@ def test_a_stratum_with_several_clusters_counts_their_means():
 def test_strata_without_a_weight_each_are_refused():
     with pytest.raises(ValueError, match="one weight each; got 1 and 2"):
         clustered([[[0.0, 1.0]]], 0, 1, weights=(1, -1))
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.parametrize("spread", [(0.0, 1.0), (1.0, 1.0), (3.0, 1.0)], ids=["tasks", "both", "trainings"])
+def test_intervals_over_crossed_trainings_and_tasks_cover_95_percent(spread):
+    of_trainings, of_tasks = spread
+    rng = np.random.default_rng(0)
+    values = (
+        of_trainings * rng.normal(size=(2000, 3, 1)) / 5
+        + of_tasks * rng.normal(size=(2000, 1, 40))
+        + rng.normal(size=(2000, 3, 40))
+    )
+    covered = [low <= 0 <= high for _, (low, high) in map(crossed_ci, values)]
+    assert 0.94 <= np.mean(covered) <= 0.99
+
+
+def test_a_table_with_one_training_has_the_interval_over_its_tasks():
+    values = np.random.default_rng(1).normal(size=(1, 30))
+    assert crossed_ci(values) == mean_ci(values[0])
+    assert crossed(values, -10, 10, min_seeds=2).verdict == INCONCLUSIVE
+    three = np.repeat(values, 3, 0)
+    assert crossed(three + np.array([[0.0], [0.01], [-0.01]]), -10, 10, min_seeds=3).verdict == PASS
+
+
+def test_the_half_width_over_trainings_and_tasks_has_the_parts_of_both():
+    v = np.random.default_rng(2).normal(size=(4, 6)) + np.arange(4)[:, None] + np.arange(6)
+    parts = []
+    for means in ([row.mean() for row in v], [column.mean() for column in v.T]):
+        parts.append(stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / np.sqrt(len(means)))
+    mean, (low, high) = crossed_ci(v)
+    assert mean == pytest.approx(v.mean())
+    assert (high - low) / 2 == pytest.approx(np.hypot(*parts))
+    assert crossed(v, v.mean() - 1, np.inf, min_seeds=4).p_pass > crossed(v, v.mean() - 2, np.inf, min_seeds=4).p_pass
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [[1.0, float("nan")]], [[]]])
+def test_values_that_are_not_a_table_of_trainings_and_tasks_are_refused(values):
+    with pytest.raises(ValueError, match="trainings, tasks"):
+        crossed_ci(values)

@@ -178,6 +178,8 @@ def refused(job, *words: str) -> str:
 def test_options_that_a_job_may_not_have_are_refused():
     here = ["--model", "m", "--data", "d", "--out", "o"]
     check_options(SLURM, SFTConfig(model=Path("m"), data=Path("d"), out=Path("o")), here)
+    drawn = ("--preset", "tiny", "--draw", "mdp --tasks 3 --demos 2", "--out", "/lindm/run")
+    assert refused(RayWorkers(workers=2), *drawn).startswith("draw must be left out with Ray")
     assert "coordinator must be left out" in refused(SLURM, *here, "--coordinator", "a:1")
     assert "rank must be left out" in refused(SLURM, *here, "--rank", "0")
     assert "fresh must be left out" in refused(SLURM, *here, "--fresh")
@@ -229,7 +231,7 @@ def test_the_command_prints_the_file_and_nothing_else(capsys):
         (["--", "--data", "d", "--out", "o"], "one of model and preset must be given"),
         (["--", *WORDS, "--method", "magic"], "method must be one of full, lora, qlora; got 'magic'"),
         (["--", *WORDS, "--stepz", "3"], "--stepz"),
-        (["--", "--model", "m"], "--data"),
+        (["--", "--model", "m"], "--out"),
         (["--node", "3", "--", *WORDS], "--node"),
     ],
 )

@@ -1,0 +1,77 @@
+"""Curves over the number of training sequences: a power law against a jump, and the number at which a level is reached."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize_scalar, nnls
+
+MIN_SIDE = 3  # points on each side of a change point
+
+
+class Fit(NamedTuple):
+    """A least-squares fit of a curve."""
+
+    values: np.ndarray  # [n] of the fit
+    residual: float  # sum of squares
+    parameters: int
+
+    @property
+    def bic(self) -> float:
+        """The Bayesian information criterion of Gaussian errors with one unknown variance; lower is better."""
+        n = len(self.values)
+        return n * float(np.log(max(self.residual, 1e-300) / n)) + self.parameters * float(np.log(n))
+
+
+def power_law(n: ArrayLike, y: ArrayLike) -> Fit:
+    """c + a n^-b with a, b, c >= 0: for each b the best a and c, and the best b by a search over its logarithm."""
+    n, y = np.asarray(n, float), np.asarray(y, float)
+    scale = n / n[0]
+
+    def fit(log_b: float) -> Fit:
+        design = np.stack([scale ** -np.exp(log_b), np.ones_like(n)], 1)
+        weights, _ = nnls(design, y)
+        values = design @ weights
+        return Fit(values, float(((y - values) ** 2).sum()), 3)
+
+    grid = np.linspace(-6, 3, 181)
+    best = grid[np.argmin([fit(g).residual for g in grid])]
+    found = minimize_scalar(lambda g: fit(g).residual, bounds=(best - 0.05, best + 0.05), method="bounded")
+    return min(fit(float(found.x)), fit(best), key=lambda f: f.residual)
+
+
+def change_point(n: ArrayLike, y: ArrayLike) -> tuple[Fit, int]:
+    """A line over log n before some point and another one from it on, and the index of that point.
+
+    Raises: ValueError with fewer than 2 `MIN_SIDE` points.
+    """
+    x, y = np.log(np.asarray(n, float)), np.asarray(y, float)
+    if len(x) < 2 * MIN_SIDE:
+        raise ValueError(f"n must hold at least {2 * MIN_SIDE} numbers; got {len(x)}")
+
+    def line(part: slice) -> np.ndarray:
+        return np.polyval(np.polyfit(x[part], y[part], 1), x[part])
+
+    fits = []
+    for k in range(MIN_SIDE, len(x) - MIN_SIDE + 1):
+        values = np.concatenate([line(slice(k)), line(slice(k, None))])
+        fits.append((Fit(values, float(((y - values) ** 2).sum()), 5), k))
+    return min(fits, key=lambda f: f[0].residual)
+
+
+def evidence_of_jump(n: ArrayLike, y: ArrayLike) -> float:
+    """BIC of the power law less that of the change point, for a point of the curve: above 0 the change point is better."""
+    return (power_law(n, y).bic - change_point(n, y)[0].bic) / len(np.asarray(n))
+
+
+def sequences_to_reach(n: ArrayLike, y: ArrayLike, level: float) -> float | None:
+    """The number of sequences from which on a curve stays below a level, between two points by a line over log n; None: never."""
+    n, y = np.asarray(n, float), np.asarray(y, float)
+    above = np.flatnonzero(y >= level)
+    if len(above) == 0:
+        return float(n[0])
+    k = above[-1]
+    if k == len(y) - 1:
+        return None
+    share = (y[k] - level) / (y[k] - y[k + 1])
+    return float(np.exp(np.log(n[k]) + share * (np.log(n[k + 1]) - np.log(n[k]))))

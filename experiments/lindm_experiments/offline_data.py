@@ -1,0 +1,249 @@
+"""How much offline data does a model need until it plans with the data in its context, and how near does it come to Bayes?
+
+    lindm run offline_data --preset quick     a bandit with linear rewards, under a minute of CPU time
+    lindm run offline_data --preset full      hours; --cells base quality ... measures some of the cells
+    lindm verify --only offline
+
+A model is trained from nothing, or from SmolLM2, on offline tasks that the oracle labeled, and then acts in new tasks. In the
+base cell these are tasks of the suite mdp at horizon 4 with five demonstrations; half of the actions of these are random, and
+their rewards are shown. The other cells differ from it in one factor (`lindm_experiments.lib.offline_cells`).
+
+Two numbers are held apart. In the base cell, the number n of *distinct* training tasks varies at a fixed number of optimizer
+steps. At the largest n each task is seen once, and evaluations during training give the curve over steps.
+
+All policies act in the same new tasks. Their normalized optimality gaps, (V* - V^pi) / (V* - V^random), are compared with those
+of the demonstrator, of the majority of the demonstrations (`bc`), of LSVI, PEVI and certainty equivalence, and of `bayes-demo`,
+the yardstick: it knows the law of the tasks and plans with the posterior given the context. So a gap is split into what the
+context does not tell (the yardstick's own gap) and what the reader lost (the rest). The yardstick is an estimate, repeated with
+independent samples.
+
+Where a model reaches many histories, its gap is the mean over sampled episodes of exact one-step losses; other gaps are exact.
+The units are trainings and tasks: all trainings of a cell are tested on the same tasks, and intervals allow for both.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lindm.evaluation.compare import PolicyResult, evaluate
+from lindm.evaluation.policies.bayes_policies import Bayes, BayesDemo
+from lindm.evaluation.policies.registry import kind_of, make_policy
+from lindm.io.temporaries import scratch_directory
+from lindm.llm.named_policies import PoliciesByName
+from lindm.llm.sft.metrics import METRICS
+from lindm.llm.sft.options import SFTConfig
+from lindm_experiments.harness.config import check_counts, check_positive, check_rising
+from lindm_experiments.harness.verdicts import Verdict
+from lindm_experiments.lib import language_models, offline_claims, offline_figures
+from lindm_experiments.lib.offline_cells import CELLS, LAW, MAIN, MODELS, PRETRAINED, SMALL, TINY, Cell, model_options
+
+MAX_HISTORIES = 64  # largest number of histories at the last stage of a task that is evaluated exactly
+SEEN = ("behavior", "bc", "certainty-equivalence", "lsvi", "pevi")
+HIDDEN = ("behavior", "bc", "certainty-equivalence", "qmdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seeds: int = 3
+    """trainings of a cell, each on its own tasks; a model of more than a million weights has one"""
+    base_seed: int = 3_000_000
+    cells: tuple[str, ...] = tuple(name for name in CELLS if name != "bandit")
+    """names of cells to measure"""
+    n: tuple[int, ...] = (128, 512, 2048, 4096, 8192, 32_768)
+    """distinct training tasks of the base cell; the other cells have as many as their training reads"""
+    steps: int = 1024
+    """optimizer steps of a tiny model"""
+    batch: int = 32
+    """training tasks of a step"""
+    rate: float = 1e-3
+    """peak learning rate of a tiny model"""
+    small_steps: int = 512
+    small_rate: float = 5e-4
+    model: str = "models/SmolLM2-135M-Instruct"
+    """directory of the pretrained model"""
+    pretrained_steps: int = 128
+    pretrained_rate: float = 1e-3
+    """of adapters; a tenth of it where all weights are trained"""
+    evaluations: int = 24
+    """during a training, whose decisions are evaluated on `curve_tasks` tasks"""
+    curve_tasks: int = 64
+    """a quarter of it for the pretrained model"""
+    tasks: int = 200
+    """test tasks"""
+    episodes: int = 16
+    """sampled of a task; a quarter of it for the pretrained model"""
+    repeats: int = 3
+    """independent samples of the yardstick's models"""
+
+    def __post_init__(self):
+        names = ("seeds", "steps", "batch", "small_steps", "pretrained_steps", "evaluations", "curve_tasks", "tasks", "episodes")
+        check_counts(self, *names)
+        check_counts(self, "repeats", least=2)
+        check_positive(self, "rate", "small_rate", "pretrained_rate")
+        check_rising(self, "n")
+        if unknown := [name for name in self.cells if name not in CELLS]:
+            raise ValueError(f"cells must be among {', '.join(CELLS)}; got {unknown[0]!r}")
+
+
+FULL = Config()
+QUICK = Config(
+    seeds=1,
+    cells=("bandit",),
+    n=(32, 2048),
+    steps=120,
+    batch=16,
+    evaluations=12,
+    curve_tasks=100,
+    tasks=100,
+    episodes=1,
+    repeats=2,
+)
+SMOKE = Config(
+    seeds=1,
+    cells=("bandit", "no-rewards", "names"),
+    n=(16, 64),
+    steps=8,
+    batch=8,
+    evaluations=8,
+    curve_tasks=4,
+    tasks=4,
+    episodes=1,
+    repeats=2,
+)
+
+
+def points(cfg: Config) -> list[dict]:
+    """The base cell, then the others: the yardsticks of every kind of test, a training of every cell, the second ones and so on;
+    larger models last."""
+    cells = {name: CELLS[name] for name in cfg.cells}
+    tests: dict[str, dict] = {}  # one of each kind
+    for name, cell in cells.items():
+        for demos in cell.test_demos:
+            tests.setdefault(json.dumps(cell.test(demos)), {"test": name, "demos": demos})
+    trainings = []
+    for name, cell in cells.items():
+        for seed in range(cfg.seeds if cell.model == TINY else 1):
+            sizes = cfg.n[::-1] if name in LAW else [sequences(cfg, cell)]
+            trainings += [{"cell": name, "n": n, "seed": seed} for n in sizes]
+    trainings.sort(key=lambda p: (p["cell"] not in (*LAW, *MAIN), MODELS.index(CELLS[p["cell"]].model), p["seed"]))
+    return sorted([*tests.values(), *trainings], key=lambda p: p.get("test", p.get("cell")) not in (*LAW, *MAIN))
+
+
+def steps_of(cfg: Config, cell: Cell) -> int:
+    return cell.steps * {SMALL: cfg.small_steps, PRETRAINED: cfg.pretrained_steps}.get(cell.model, cfg.steps)
+
+
+def sequences(cfg: Config, cell: Cell) -> int:
+    """Training tasks of a cell, each of which is seen once."""
+    return steps_of(cfg, cell) * cfg.batch
+
+
+def measure(cfg: Config, point: dict) -> dict:
+    if "test" in point:
+        return {"rows": measure_policies(cfg, CELLS[point["test"]], point["demos"])}
+    return measure_training(cfg, CELLS[point["cell"]], point["n"], seed_of(cfg, point), point["seed"])
+
+
+def test_seed(cfg: Config) -> int:
+    """Of the test tasks, which all cells of a suite share, whatever the demonstrations."""
+    return cfg.base_seed
+
+
+def seed_of(cfg: Config, point: dict) -> int:
+    """Of the training tasks, which no two trainings share."""
+    sizes = [*cfg.n, *(sequences(cfg, cell) for cell in CELLS.values())]
+    place = (tuple(CELLS).index(point["cell"]) * len(sizes) + sizes.index(point["n"])) * cfg.seeds + point["seed"]
+    return cfg.base_seed + 2 + place
+
+
+def measure_policies(cfg: Config, cell: Cell, demos: int) -> dict[str, dict]:
+    """What the policies without a language model lose in the test tasks; the yardsticks are means over independent samples."""
+    source, dataset = cell.source, cell.dataset(cfg.tasks, test_seed(cfg), demos)
+    shown = cell.rewards != "hidden"
+    names = SEEN if kind_of(source) == "mdp" else HIDDEN
+    if not shown:
+        names = ("behavior", "bc")
+    elif len(cell.test_demos) > 1:
+        names += ("layer",)  # trained with as many demonstrations
+    policies: dict[str, Any] = {name: make_policy(name, source, dataset) for name in names}
+    epsilon = dataset.exploration[0]
+    for name, kind in (("bayes", Bayes), ("bayes-demo", BayesDemo)):
+        for seed in range(cfg.repeats):
+            policies[f"{name} {seed}"] = kind(source, epsilon, rewards=shown, seed=seed)
+    with scratch_directory() as work:
+        results = {r.policy: r for r in evaluate(source, policies, dataset=dataset, data=work / "tasks", episodes=cfg.episodes)}
+    rows = {name: kept(results[name]) for name in names}
+    for name in ("bayes", "bayes-demo"):
+        repeated = [results[f"{name} {seed}"] for seed in range(cfg.repeats)]
+        gaps = np.array([r.gaps for r in repeated], float)
+        error = float(gaps.mean(1).std(ddof=1) / np.sqrt(cfg.repeats))
+        rows[name] = kept(repeated[0]) | {"gaps": rounded(gaps.mean(0)), "error": error}
+        rows[name] |= {"effective_samples": repeated[0].effective_samples}
+    return rows
+
+
+def measure_training(cfg: Config, cell: Cell, n: int, seed: int, number: int) -> dict:
+    """Train a model; the evaluations during training, and what it loses in the test tasks."""
+    if cell.model == PRETRAINED:
+        language_models.check_model(cfg.model)
+    source, steps = cell.source, steps_of(cfg, cell)
+    rate = {SMALL: cfg.small_rate, PRETRAINED: cfg.pretrained_rate}.get(cell.model, cfg.rate) * cell.rate
+    rate *= 0.1 if cell.model == PRETRAINED and cell.method == "full" else 1
+    part = 4 if cell.model == PRETRAINED else 1  # its decisions cost much more
+    curve_tasks, episodes = -(-cfg.curve_tasks // part), -(-cfg.episodes // part)
+    with scratch_directory() as work, language_models.quiet_single_precision():
+        config = SFTConfig(
+            data=language_models.make_data(work / "train", source, cell.dataset(n, seed)),
+            eval_data=language_models.make_data(work / "curve", source, cell.dataset(curve_tasks, cfg.base_seed + 1)),
+            eval_tasks=curve_tasks,
+            out=work / "run",
+            **model_options(cell, cfg.model),
+            **{"steps": steps, "batch": cfg.batch, "learning_rate": rate, "seed": number},
+            **{"loss": cell.loss, "supervise": cell.supervise, "rewards": cell.rewards, "names": cell.names},
+            eval_every=max(1, steps // cfg.evaluations),
+        )
+        run = language_models.fine_tune(config)
+        policy, rows = f"sft:{run}", {}
+        for demos in cell.test_demos:
+            dataset = cell.dataset(cfg.tasks, test_seed(cfg), demos)
+            named = PoliciesByName((policy,), source, dataset, rewards=cell.rewards)
+            limits = {"episodes": episodes, "max_histories": MAX_HISTORIES}
+            (result,) = evaluate(source, named, dataset=dataset, data=work / f"test-{demos}", **limits)
+            rows[str(demos)] = kept(result)
+        return {"curve": curve_of(run, cfg.batch), "rows": rows}
+
+
+def curve_of(run: Path, batch: int) -> list[dict]:
+    """The evaluations of a run: training sequences so far, held-out loss, and the gap."""
+    records = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [
+        {"sequences": r["step"] * batch, "loss": round(r["loss"], 6), "gap": round(r["gap"], 6)}
+        for r in records
+        if r["kind"] == "eval"
+    ]
+
+
+def kept(result: PolicyResult) -> dict:
+    """Of the result of a policy, what the records hold."""
+    gaps = np.array([np.nan if gap is None else gap for gap in result.gaps])
+    return {"gaps": rounded(gaps), "agreement": result.action_agreement, "method": result.method}
+
+
+def rounded(gaps: np.ndarray) -> list[float]:
+    return [round(float(gap), 5) for gap in gaps]
+
+
+def check(records: list[dict]) -> list[Verdict]:
+    return offline_claims.check(records)
+
+
+def table(records: list[dict]) -> list[dict]:
+    return offline_claims.table(records)
+
+
+def plot(records: list[dict]) -> dict[str, Figure]:
+    return offline_figures.plot(records)
