@@ -4,7 +4,8 @@ They are the tasks that `lindm data make` would write with the same words, to th
 too. Shards are drawn one after the other. The tokens of their documents are kept in memory (about a kilobyte each), the tasks are
 not, and nothing is written to disk. Training starts when all are drawn, since an epoch is a permutation of all documents, and the
 rows of batches follow from all their lengths. A run that resumes draws them again. Every process draws all tasks, so the batches
-do not depend on the number of processes.
+do not depend on the number of processes. That is cheap: 65,536 tasks of the suite `mdp` with four stages and five demonstrations
+take 34 CPU-seconds and 80 MB, and an epoch of them with the tiny preset takes about 840 CPU-seconds.
 """
 
 import hashlib
