@@ -137,6 +137,12 @@ def one_problem(tmp_path_factory):
     return out
 
 
+def test_behavior_cloning_is_the_cross_entropy_of_another_label():
+    logits, target = np.random.default_rng(0).normal(size=(4, 9)), np.array([3, 0, 8, 1])
+    wanted = np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), target]
+    np.testing.assert_allclose(loss._position_loss(Objective(loss="behavior"))(logits, target, None), wanted, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["action", "soft", "regret"])
 def test_a_model_learns_to_decide_from_each_loss(one_problem, tmp_path, kind):
