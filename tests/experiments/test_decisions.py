@@ -86,7 +86,8 @@ def test_every_training_of_every_cell_has_tasks_of_its_own(monkeypatch):
     assert len(used) == 2 * 9 * 3 and len({seed for *_, seed in used}) == len(used)
     for suite, horizon, _, template, config, names in tested:
         assert (config.demos, config.exploration[0]) == (decisions.DEMOS[suite], 0.0)
-        assert template is not None or {"bayes", "bayes-demo"} <= {*names}
+        planned = {"bayes", "bayes-demo"} if (suite, horizon) != ("pomdp", 8) else set()  # there they take hours
+        assert template is not None or {name for name in names if name.startswith("bayes")} == planned
         if template is not None:  # on the tasks of the training's format
             assert (suite, horizon, "id", config.seed) in used
 
