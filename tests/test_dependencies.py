@@ -106,13 +106,34 @@ def pins(lock: str) -> dict[str, set[str]]:
 IN_DEV = ("data", "gym", "minari", "track", "dev")  # dev includes the others
 
 
-@pytest.mark.parametrize("lock", ["lock.txt", "lowest.txt"])
-def test_a_lock_has_every_dependency_with_hashes_and_no_address(lock):
-    assert declared(*IN_DEV) <= pins(lock).keys()
+@pytest.mark.parametrize(
+    "lock, packages",
+    [
+        ("lock.txt", declared(*IN_DEV)),
+        ("lowest.txt", declared(*IN_DEV)),
+        ("cuda.txt", {"jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13"}),
+        ("release.txt", {"build", "hatchling", "twine"}),
+    ],
+)
+def test_a_lock_has_every_dependency_with_hashes_and_no_address(lock, packages):
+    assert packages <= pins(lock).keys()
     text = (ROOT / "requirements" / lock).read_text(encoding="utf-8")
     assert "://" not in text and "--index" not in text
     blocks = re.split(r"\n(?=\S)", text)
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
+
+
+@pytest.mark.parametrize("lock", ["cuda.txt", "release.txt"])
+def test_a_lock_beside_the_lock_has_its_versions(lock):
+    both, main = pins(lock), pins("lock.txt")
+    assert all(both[name] <= main[name] for name in both.keys() & main.keys())
+    assert both.keys() & main.keys()
+
+
+def test_the_cuda_wheels_are_those_of_the_jax_of_the_lock():
+    cuda = pins("cuda.txt")
+    assert cuda["jax-cuda13-plugin"] == cuda["jax-cuda13-pjrt"] == cuda["jax"] == {max(pins("lock.txt")["jax"], key=Version)}
+    assert any(r.startswith("jax[cuda13]") for r in PROJECT["optional-dependencies"]["cuda"])
 
 
 def requirements() -> list[Requirement]:

@@ -1,9 +1,9 @@
-"""The pages run as they stand: every `python` and `console` block of README.md and docs/ is executed, in order, in one directory.
+"""The pages run as they stand: the `python` and `console` blocks of README.md, CONTRIBUTING.md and docs/ are executed.
 
-A block is skipped only if the line before it is a comment `<!-- not executed: reason -->`. A page with a comment `<!-- slow -->`
-before one of its blocks runs in `make test-long` only. A block with a title (```pomdp title="machine.pomdp") is a file that the
-page shows: it is written before the commands that follow. The Python blocks of a page are one program, which runs after the
-commands.
+The blocks of a page run in order, in one directory. A block is skipped only if the line before it is a comment
+`<!-- not executed: reason -->`. A page with a comment `<!-- slow -->` before one of its blocks runs in `make test-long` only. A block
+with a title (```pomdp title="machine.pomdp") is a file that the page shows: it is written before the commands that follow. The Python
+blocks of a page are one program, which runs after the commands.
 """
 
 import os
@@ -16,7 +16,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+PAGES = sorted(
+    p.relative_to(ROOT).as_posix() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+)
 EVERY_PAGE = [
     *PAGES,
     *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "theory").rglob("*.md")),
@@ -115,7 +117,7 @@ def test_a_page_with_a_wrong_command_fails(tmp_path):
         run(["bash", "-c", "lindm nonsense"], tmp_path)
 
 
-@pytest.mark.parametrize("page, least", [("docs/where-to-change-what.md", 30), ("SECURITY.md", 15)])
+@pytest.mark.parametrize("page, least", [("docs/where-to-change-what.md", 60), ("SECURITY.md", 15), ("CONTRIBUTING.md", 8)])
 def test_every_file_that_a_map_of_the_sources_names_exists(page, least):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = [name for name in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if "COMMAND" not in name]
