@@ -1,9 +1,9 @@
 """The pages run as they stand: the `python` and `console` blocks of README.md, CONTRIBUTING.md and docs/ are executed.
 
 The blocks of a page run in order, in one directory. A block is skipped only if the line before it is a comment
-`<!-- not executed: reason -->`. A page with a comment `<!-- slow -->` before one of its blocks runs in `make test-long` only. A block
-with a title (```pomdp title="machine.pomdp") is a file that the page shows: it is written before the commands that follow. The Python
-blocks of a page are one program, which runs after the commands.
+`<!-- not executed: reason -->`. A page with a comment `<!-- slow -->` before one of its blocks runs in `make test-long` only. A
+block with a title (```pomdp title="machine.pomdp") is a file that the page shows: it is written before the commands that follow.
+The Python blocks of a page are one program, which runs after the commands.
 """
 
 import os
