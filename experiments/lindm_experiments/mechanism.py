@@ -48,7 +48,7 @@ from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
-from lindm_experiments.lib.probes import ProbedModel, Queries, probe, read_queries
+from lindm_experiments.lib.probes import ProbedModel, Queries, centered, probe, read_queries
 
 PROBLEMS = ("mdp", "tiger")
 DEMOS = {"mdp": 2, "tiger": 3}
@@ -121,9 +121,9 @@ def measure(cfg: Config, point: dict) -> dict:
         before, after = language_models.base_model(config, work / "before"), language_models.fine_tune(config) / "model"
         shown = frozenset({"state", "reward"} if name == "mdp" else {"observation"})
         known, new = read_queries(data["probe"], shown), read_queries(data["new"], shown)
-        models = {"before": ProbedModel(before), "after": ProbedModel(after)}
+        models = {"before": ProbedModel.load(before), "after": ProbedModel.load(after)}
         if cfg.model != language_models.TINY:
-            models["untrained"] = ProbedModel(before, untrained=seed)
+            models["untrained"] = ProbedModel.load(before, untrained=seed)
         streams = {name: (model.stream(known), model.stream(new)) for name, model in models.items()}
         record: dict[str, Any] = {"probes": probes(streams, known, new, seed, tiger(H) if name == "tiger" else None)}
         if name == "mdp":
@@ -174,10 +174,6 @@ def probes(
 
 
 # --- implied Q, and names ---------------------------------------------------------------------------------------------------
-
-
-def centered(x: np.ndarray) -> np.ndarray:
-    return x - x.mean(-1, keepdims=True)
 
 
 def implied(logits: dict[str, np.ndarray], new: Queries, data: Path, source: Suite, config: DatasetConfig) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from lindm_experiments.harness.claims import CLAIMS
 from lindm_experiments.harness.experiments import PACKAGE, experiment_names, find_experiment, load, points_of
 
 EXPERIMENTS = experiment_names()
-OF_ONE_MODEL = ("decisions", "mechanism", "offline_data")  # few language models are trained; tasks are units, too
+# few language models are trained; tasks are units, too
+OF_ONE_MODEL = ("decisions", "mechanism", "offline_circuit", "offline_data")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -132,7 +132,7 @@ def trained(tmp_path_factory):
         run = language_models.fine_tune(
             language_models.sft_config(language_models.TINY, data, room / "run", steps=4, batch=8, learning_rate=3e-3)
         )
-    return probes.ProbedModel(run / "model"), probes.read_queries(data, frozenset({"state", "reward"}))
+    return probes.ProbedModel.load(run / "model"), probes.read_queries(data, frozenset({"state", "reward"}))
 
 
 @pytest.mark.slow

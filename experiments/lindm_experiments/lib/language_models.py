@@ -1,4 +1,4 @@
-"""Fine-tuning for the experiments with language models: data, options and training as in `lindm sft`, and the base model."""
+"""Fine-tuning for the experiments with language models: data, options and training as in `lindm sft`, and models of a run."""
 
 import contextlib
 import gc
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from lindm.choices import Split
 from lindm.datasets import DatasetConfig, make_dataset
@@ -16,9 +17,14 @@ from lindm.errors import DataError
 from lindm.evaluation.environments import double_precision
 from lindm.families.random_suites import RandomSuite, suite
 from lindm.families.suites import Suite
+from lindm.llm.config import read_model_config
 from lindm.llm.io import weights
-from lindm.llm.sft import setup, trainer
+from lindm.llm.model import Decoder
+from lindm.llm.parallel.sharding import make_mesh
+from lindm.llm.sft import checkpoints, setup, trainer
+from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm.llm.sft.options import SFTConfig
+from lindm.llm.sft.step import state_template
 
 TINY = "tiny"  # in place of a model's directory: a small, randomly initialized model with its own vocabulary
 
@@ -64,6 +70,23 @@ def fine_tune(config: SFTConfig) -> Path:
     trainer.train(config, save_on_stop=False)
     shutil.rmtree(config.out / trainer.CHECKPOINTS, ignore_errors=True)
     return config.out
+
+
+def models_of_run(config: SFTConfig) -> Iterator[tuple[int, Decoder]]:
+    """The models of one training of a preset, with their steps: the random weights that it starts from, then all its checkpoints.
+
+    They are those of one run with one schedule, if it kept its checkpoints (`save_every`, `keep`).
+    """
+    saved, mesh = config.out / trainer.CHECKPOINTS, make_mesh({"fsdp": 1}, jax.devices()[:1])
+    start = setup.random_model(read_model_config(config.out / trainer.MODEL), mesh, config.seed)
+    yield 0, start
+    graphdef, params, frozen = nnx.split(start, nnx.Param, ...)
+    optimizer = make_optimizer(OptimizerConfig(steps=1, optimizer=config.optimizer, moments=config.moments))
+    template = state_template(params, optimizer, mesh)
+    for step in checkpoints.checkpoint_steps(saved):
+        restored = checkpoints.restore(saved, template, step)
+        assert restored is not None, "a step of the list has a checkpoint"
+        yield step, nnx.merge(graphdef, restored.state.params, frozen)
 
 
 def base_model(config: SFTConfig, out: Path) -> Path:

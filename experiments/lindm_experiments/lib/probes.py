@@ -16,7 +16,7 @@ from lindm.llm.config import read_model_config
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
-from lindm.llm.tokens import Example, action_tokens, document_example, load_tokenizer
+from lindm.llm.tokens import Example, Tokenizer, action_tokens, document_example, load_tokenizer
 from lindm.text import COMPACT, Document, render
 
 ROWS = 8  # texts of one forward pass
@@ -46,18 +46,20 @@ def read_queries(data: Path, shown: frozenset[str]) -> Queries:
 
 
 class ProbedModel:
-    """A language model with access to its residual stream before the actions of a query.
+    """A language model with access to its residual stream before the actions of a query."""
 
-    `untrained`: seed of random weights that replace those of the directory.
-    """
+    def __init__(self, model: Decoder, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.graphdef, self.weights = nnx.split(model)
 
-    def __init__(self, directory: Path, untrained: int | None = None):
-        self.tokenizer = load_tokenizer(directory)
+    @classmethod
+    def load(cls, directory: Path, untrained: int | None = None) -> "ProbedModel":
+        """The model of a directory. `untrained`: seed of random weights in place of its own."""
         if untrained is None:
             model = weights.load(directory, mesh=make_mesh({"fsdp": 1}, jax.devices()[:1]))
         else:
             model = Decoder(read_model_config(directory), nnx.Rngs(untrained))
-        self.graphdef, self.weights = nnx.split(model)
+        return cls(model, load_tokenizer(directory))
 
     def stream(self, queries: Queries) -> np.ndarray:
         """Residual stream [n, H, num_layers + 1, hidden_size] at the last token before each action of the query."""
@@ -96,6 +98,11 @@ def _stream(graphdef, weights, ids: Array, at: Array) -> Array:
 def _logits(graphdef, weights, last: Array) -> Array:
     model = nnx.merge(graphdef, weights)
     return model.logits(model.norm(last))
+
+
+def centered(values: np.ndarray) -> np.ndarray:
+    """Values [..., A] of actions less their mean, which decides nothing."""
+    return values - values.mean(-1, keepdims=True)
 
 
 # --- a probe ---------------------------------------------------------------------------------------------------------------

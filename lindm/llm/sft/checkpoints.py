@@ -204,19 +204,20 @@ def remove_old(directory: Path, keep: int) -> None:
         remove(directory / checkpoint_name(old))
 
 
-def restore(directory: Path, template: Any) -> Checkpoint | None:
+def restore(directory: Path, template: Any, step: int | None = None) -> Checkpoint | None:
     """The newest intact checkpoint; None if there is none, damaged or not.
 
     Args:
       template: the state with a `ShapeDtypeStruct` that has a sharding in place of each array.
+      step: of the checkpoint that is restored, and no other one.
 
     Raises:
       CheckpointError: all checkpoints are damaged, with the damage of each; or Orbax cannot read one whose files are all as they
         were written: with an older one in its place, the processes of a run could go on from different steps.
     """
     damaged: list[str] = []
-    for step in reversed(checkpoint_steps(directory)):
-        path = directory / checkpoint_name(step)
+    for number in reversed(checkpoint_steps(directory)) if step is None else (step,):
+        path = directory / checkpoint_name(number)
         if (damage := find_damage(path)) is not None:
             damaged.append(damage)
             continue
@@ -229,7 +230,7 @@ def restore(directory: Path, template: Any) -> Checkpoint | None:
             if failed_to_allocate(e):
                 raise
             raise CheckpointError(f"{path} is intact, and yet Orbax cannot restore it: {_reason(e)}") from e
-        return Checkpoint(step, state, json.loads((path / PROGRESS).read_bytes()), tuple(damaged))
+        return Checkpoint(number, state, json.loads((path / PROGRESS).read_bytes()), tuple(damaged))
     if damaged:
         raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(damaged))
     return None

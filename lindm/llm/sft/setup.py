@@ -314,10 +314,7 @@ def build_model(setup: TrainingSetup) -> Decoder:
     """The model before its first step, on the mesh: randomly initialized, or the base model with new adapters."""
     config, mesh = setup.config, setup.mesh
     if config.model is None:
-        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(setup.model_config, nnx.Rngs(0))))
-        shardings = sharding.weight_shardings(shapes, mesh)
-        init = jax.jit(lambda key: nnx.state(Decoder(setup.model_config, nnx.Rngs(key))), out_shardings=shardings)
-        return nnx.merge(graphdef, init(jax.random.key(config.seed)))
+        return random_model(setup.model_config, mesh, config.seed)
     model = weights.load(config.model, mesh=mesh, base=setup.base, dtype=jnp.bfloat16 if setup.base == "bf16" else jnp.float32)
     if setup.lora is None:
         return model
@@ -327,6 +324,14 @@ def build_model(setup: TrainingSetup) -> Decoder:
         rank, alpha, scaling, targets = setup.lora
         add_lora(model, rank, alpha, jax.random.key(config.seed), targets, scaling)
     return set_dropout(model, config.lora_dropout)
+
+
+def random_model(model_config: ModelConfig, mesh: Mesh, seed: int) -> Decoder:
+    """A randomly initialized model on a mesh: that of a run with a preset and this seed, before its first step."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(model_config, nnx.Rngs(0))))
+    shardings = sharding.weight_shardings(shapes, mesh)
+    init = jax.jit(lambda key: nnx.state(Decoder(model_config, nnx.Rngs(key))), out_shardings=shardings)
+    return nnx.merge(graphdef, init(jax.random.key(seed)))
 
 
 def adapter_directory(directory: Path) -> Path:

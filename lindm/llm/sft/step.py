@@ -119,6 +119,13 @@ def init_train_state(params: nnx.State, optimizer: optax.GradientTransformation)
     return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32))
 
 
+def state_template(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state of these weights with a `ShapeDtypeStruct`, and its sharding on the mesh, in place of each array."""
+    shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
+    shardings = train_state_sharding(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 class StepShardings(NamedTuple):
     """The shardings of a step's arguments."""
 

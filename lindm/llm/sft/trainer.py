@@ -44,7 +44,7 @@ from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import RUN_FORMAT, TOKENS, SFTConfig, config_differences
 from lindm.llm.sft.profile import PROFILE, StepProfiler
 from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
-from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, step_shardings
+from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, state_template, step_shardings
 from lindm.llm.tokens import format_example
 
 CONFIG, MODEL, ADAPTER = "config.json", "model", "adapter"
@@ -211,10 +211,9 @@ def _run(setup: TrainingSetup, callbacks: Sequence[Callback], is_main: bool, pro
         _print_setup(setup, progress)
     optimizer = make_optimizer(setup.optimizer)
     graphdef, params, frozen = nnx.split(build_model(setup), nnx.Param, ...)
-    shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
-    shardings = step_shardings(shapes, frozen, setup.mesh)
+    template = state_template(params, optimizer, setup.mesh)
+    shardings = step_shardings(template, frozen, setup.mesh)
     params, frozen = _reshard(params, shardings.state.params), _reshard(frozen, shardings.frozen)
-    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings.state)
     loader = BatchLoader(setup, shardings.batch, shardings.stop_flags)
     task = progress.add("train", total)
     task.update(0, detail="compiling")

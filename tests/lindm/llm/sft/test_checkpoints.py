@@ -81,6 +81,15 @@ def test_checkpoints_of_eight_devices_are_restored_exactly_on_other_meshes(saved
     assert all(restored.state[k].sharding == shardings(mesh)[k] for k in SPECS)
 
 
+def test_an_earlier_checkpoint_is_restored_by_its_step_and_no_other_in_its_place(copied):
+    restored = checkpoints.restore(copied, template(mesh_of(1, 1)), 3)
+    assert restored.step == 3
+    same(restored.state, arrays(3))
+    (copied / "00000006" / "progress.json").unlink()
+    with pytest.raises(CheckpointError, match=r"progress\.json is missing"):
+        checkpoints.restore(copied, template(mesh_of(1, 1)), 6)
+
+
 def test_an_empty_directory_has_no_checkpoint(tmp_path):
     assert checkpoints.restore(tmp_path / "none", template(mesh_of(1, 1))) is None
 
