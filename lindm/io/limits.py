@@ -25,6 +25,7 @@ MATRIX_FILE = GIB  # .npy or text: a covariance of 10,000 features has 800 MB
 SOLUTION_FILE = 16 * GIB  # tables of a solver, which were in memory when it was written
 SOLUTION_MEMBERS = 1000  # arrays in a solution: an APOMDP with the tables of its tree has 40
 OUTPUT_FILE = 64 * MIB  # a figure or a table that a report shows
+OUTPUT_PIXELS = 2**25  # of a figure that a report shows, which take 16 bytes each: 14 times the largest of lindm
 
 # --- models ------------------------------------------------------------------------------------------------------------------
 GGUF_HEADER = 256 * MIB  # a vocabulary of 260,000 tokens with its merges has 20 MiB

@@ -1,6 +1,5 @@
 """The summary on the screen and the report page, both from verdicts.json and the run directories alone."""
 
-import base64
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
@@ -17,60 +16,13 @@ from lindm.io.manifest import read_output, read_records, update_outputs, verify_
 from lindm.io.provenance import provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import experiment_names, find_experiment, load
+from lindm_experiments.harness.formats import count_expected, format_measured, format_number, format_slack, verdict_label
+from lindm_experiments.harness.page import KINDS, claim_kind, embed_figure, render_template
 from lindm_experiments.harness.tasks import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
 
 VERDICTS_FORMAT = "lindm-verdicts-2"  # of verdicts.json
 REPORTS = ("verdicts.json", "report.html")
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-def format_number(value: float | str | None) -> str:
-    """Four significant digits; a dash for what was not measured."""
-    if isinstance(value, str):
-        return value
-    return "-" if value is None else f"{value:.4g}"
-
-
-def format_interval(ci: list[float | None]) -> str:
-    low, high = (("-inf", "inf")[i] if end is None else format_number(end) for i, end in enumerate(ci))
-    return f"[{low}, {high}]"
-
-
-def format_measured(row: dict[str, Any]) -> str:
-    """Estimate and interval."""
-    return "-" if row["measured"] is None else f"{format_number(row['measured'])} {format_interval(row['ci'])}"
-
-
-def format_slack(row: dict[str, Any]) -> str:
-    """Smallest and median slack of an inequality (`verdicts.to_verdict`); nothing for other claims."""
-    if row.get("slack") is None:
-        return ""
-    low, median = row["slack"]
-    return f"slack {low:.3g}, median {median:.3g}"
-
-
-def format_p(p: float) -> str:
-    """A p-value with its sign; one that is zero in floating-point numbers is shown as a bound."""
-    return "p < 1e-300" if p < 1e-300 else f"p = {p:.2g}"
-
-
-def verdict_label(row: dict[str, Any]) -> str:
-    """The verdict, and the expectation unless it is an expected PASS."""
-    if row["expected"] == OPEN:
-        return f"{row['verdict']}, open"
-    if as_expected(row):
-        return "FAIL, as expected" if row["expected"] == "FAIL" else row["verdict"]
-    return f"{row['verdict']} (expected {row['expected']})"
-
-
-def count_expected(rows: Sequence[dict[str, Any]]) -> str:
-    """The numbers of claims with the expected verdict and of open questions, as text."""
-    decided = [row for row in rows if row["expected"] != OPEN]
-    parts = [f"{sum(map(as_expected, decided))} of {len(decided)} claims as expected"] if decided else []
-    if n_open := len(rows) - len(decided):
-        parts.append("1 open question" if n_open == 1 else f"{n_open} open questions")
-    return ", ".join(parts)
 
 
 GROUPS = {PASS: "Predictions", FAIL: "Statements that must fail", OPEN: "Open questions (any verdict is a result)"}
@@ -185,7 +137,7 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
     figures = [
         {
             "name": name.removesuffix(".png"),
-            "data": base64.b64encode(read_output(run, name) or b"").decode(),
+            "uri": embed_figure(read_output(run, name) or b"", str(run / name)),
             "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{name}"],
         }
         for name in sorted(pictures)
@@ -209,21 +161,6 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
     }
 
 
-def render_template(template: str, **values: Any) -> str:
-    """Render a template of this package. Values are escaped."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=loader, **options)
-    environment.filters |= {"number": format_number, "count_expected": count_expected}
-    environment.tests |= {"as_expected": as_expected}
-    try:
-        return environment.get_template(template).render(**values)
-    except jinja2.UndefinedError as e:
-        raise DataError(f"a file that the report is made of lacks a value: {e}") from e
-
-
 def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
     """The HTML of the report of a verification."""
     rows = summary["claims"]
@@ -233,13 +170,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
         rows=rows,
         sections=sections,
         provenance=provenance,
-        unexpected=[r for r in rows if not as_expected(r)],
-        controls=[r for r in rows if r["expected"] == "FAIL"],
-        has_open=any(r["expected"] == OPEN for r in rows),
-        format_measured=format_measured,
-        format_slack=format_slack,
-        format_p=format_p,
-        verdict_label=verdict_label,
+        by_kind={kind: [row for row in rows if claim_kind(row) == kind] for kind in KINDS},
     )
 
 

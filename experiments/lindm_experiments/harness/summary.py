@@ -7,7 +7,6 @@ DIR is a directory of `lindm verify` or `lindm run` (verdicts.json), of `lindm e
 commands.
 """
 
-import base64
 import csv
 import io
 from collections.abc import Callable, Sequence
@@ -22,13 +21,13 @@ from lindm.io.manifest import read_output, write_manifest
 from lindm.io.provenance import provenance
 from lindm.llm.sft import metrics
 from lindm.llm.sft.options import run_options
+from lindm_experiments.harness.formats import format_number
+from lindm_experiments.harness.page import embed_figure, render_template
 from lindm_experiments.harness.report import (
     damage_errors,
     experiment_sections,
-    format_number,
     read_manifest_if_exists,
     read_verdicts,
-    render_template,
     run_directory,
 )
 from lindm_experiments.harness.tasks import as_csv
@@ -273,8 +272,10 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
             run = run_directory(directory, section["name"])
             for figure in section["figures"]:
                 name, own_name = section["name"], figure["name"]
-                figure["file"] = _copied(figures, run, own_name, name if name == own_name else f"{name}-{own_name}", number)
-        verifications.append({"directory": str(directory), "rows": verdicts["claims"], "sections": sections})
+                to = _copied(figures, run, own_name, name if name == own_name else f"{name}-{own_name}", number)
+                figure["links"] = _links(figures, to)
+        suffix = f"-{number + 1}" if number else ""  # of anchors: an experiment may be in several verifications
+        verifications.append({"directory": str(directory), "rows": verdicts["claims"], "sections": sections, "suffix": suffix})
     runs = [
         {
             "name": str(directory),
@@ -283,6 +284,8 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
         }
         for number, directory in enumerate(inputs.training)
     ]
+    gap_figures = [name for name in GAPS if f"{name}.png" in figures]
+    shown = [*gap_figures, *(run["curves"] for run in runs if run["curves"])]  # those of the experiments are in their sections
     manifests = [(str(d), read_manifest_if_exists(d)) for d in (*inputs.verifications, *inputs.evaluations, *inputs.training)]
     written |= {Path("figures", name): content for name, content in figures.items()}
     written[Path("index.html")] = render_template(
@@ -291,13 +294,19 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
         experiment_tables=list(own),
         verifications=verifications,
         runs=runs,
-        gap_figures=[name for name in GAPS if f"{name}.png" in figures],
-        documents={Path(name).stem for name in figures if name.endswith(".pdf")},
-        images={Path(name).stem: base64.b64encode(x).decode() for name, x in figures.items() if name.endswith(".png")},
+        gap_figures=gap_figures,
+        figure_links={name: _links(figures, name) for name in shown},
+        images={name: embed_figure(figures[f"{name}.png"], f"{name}.png") for name in shown},
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance(),
     )
     return written
+
+
+def _links(figures: dict[str, bytes], name: str | None) -> list[tuple[str, str]]:
+    """Format and path of the files of a figure, in the report's directory."""
+    files_of = [(ending.upper(), f"{name}.{ending}") for ending in ("png", "pdf")]
+    return [(text, f"figures/{file}") for text, file in files_of if file in figures]
 
 
 def _copied(figures: dict[str, bytes], directory: Path, name: str, to: str, number: int) -> str | None:

@@ -188,6 +188,7 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
         "ci": [None, None],
         "n": 0,
         "criterion": c.criterion,
+        "band": [end if isfinite(end) else None for end in (c.lo, c.hi)],
         "verdict": INCONCLUSIVE,
         "expected": c.expected,
         "figure": None,

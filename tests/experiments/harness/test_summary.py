@@ -91,7 +91,12 @@ def test_a_run_of_one_experiment_brings_its_verdicts_figures_and_table(work, fin
     assert rows == [{"policy": "bc", "gap": "0.25", "n": "3"}, {"policy": "sft", "gap": "", "n": "3"}]
     assert r"sft & - & 3 \\" in (work / "report" / "tables" / "toy.tex").read_text()
     source = (work / "report" / "index.html").read_text()
-    assert 'id="toy"' in source and 'href="tables/toy.csv"' in source and "toy-control/swap" in source
+    assert (
+        'id="table-toy"' in source
+        and 'id="experiment-toy"' in source
+        and 'href="tables/toy.csv"' in source
+        and "toy-control/swap" in source
+    )
     assert len([v for v in Page(source).fetched if v]) == 1, "the toy's figure"
 
 
@@ -135,7 +140,7 @@ def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
     assert main(["check", str(work / "report")]) == 0
     source = (work / "report" / "index.html").read_text()
     page = Page(source)
-    assert not page.open and all(value.startswith("data:image/png") for value in page.fetched if value)
+    assert not page.open and all(value.startswith("data:image/webp") for value in page.fetched if value)
     assert len([v for v in page.fetched if v]) >= 2, "decisions and the toy's figure"
     for link in page.links:
         assert link and (link[1:] in page.ids if link.startswith("#") else (work / "report" / link).is_file()), link

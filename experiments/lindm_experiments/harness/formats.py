@@ -1,0 +1,55 @@
+"""Numbers, intervals and verdicts as short texts, for the screen and the pages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lindm_experiments.harness.claims import OPEN
+from lindm_experiments.harness.verdicts import as_expected
+
+
+def format_number(value: float | str | None) -> str:
+    """Four significant digits; a dash for what was not measured."""
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else f"{value:.4g}"
+
+
+def format_interval(ci: list[float | None]) -> str:
+    low, high = (("-inf", "inf")[i] if end is None else format_number(end) for i, end in enumerate(ci))
+    return f"[{low}, {high}]"
+
+
+def format_measured(row: dict[str, Any]) -> str:
+    """Estimate and interval."""
+    return "-" if row["measured"] is None else f"{format_number(row['measured'])} {format_interval(row['ci'])}"
+
+
+def format_slack(row: dict[str, Any]) -> str:
+    """Smallest and median slack of an inequality (`verdicts.to_verdict`); nothing for other claims."""
+    if row.get("slack") is None:
+        return ""
+    low, median = row["slack"]
+    return f"slack {low:.3g}, median {median:.3g}"
+
+
+def format_p(p: float) -> str:
+    """A p-value with its sign; one that is zero in floating-point numbers is shown as a bound."""
+    return "p < 1e-300" if p < 1e-300 else f"p = {p:.2g}"
+
+
+def verdict_label(row: dict[str, Any]) -> str:
+    """The verdict, and the expectation unless it is an expected PASS."""
+    if row["expected"] == OPEN:
+        return f"{row['verdict']}, open"
+    if as_expected(row):
+        return "FAIL, as expected" if row["expected"] == "FAIL" else row["verdict"]
+    return f"{row['verdict']} (expected {row['expected']})"
+
+
+def count_expected(rows: Sequence[dict[str, Any]]) -> str:
+    """The numbers of claims with the expected verdict and of open questions, as text."""
+    decided = [row for row in rows if row["expected"] != OPEN]
+    parts = [f"{sum(map(as_expected, decided))} of {len(decided)} claims as expected"] if decided else []
+    if n_open := len(rows) - len(decided):
+        parts.append("1 open question" if n_open == 1 else f"{n_open} open questions")
+    return ", ".join(parts)

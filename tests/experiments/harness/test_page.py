@@ -1,0 +1,173 @@
+"""The pages without a browser: every claim once, unique ids, links that resolve, one script, plots in the right places."""
+
+import base64
+import hashlib
+import io
+import re
+
+import numpy as np
+import pytest
+from matplotlib.image import imread, imsave
+
+from lindm.errors import DataError
+from lindm.io import files, limits
+from lindm_experiments.harness.claims import CLAIMS, OPEN
+from lindm_experiments.harness.page import HEIGHT, WIDTH, band_words, claim_kind, embed_figure, interval_plot
+from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
+from lindm_experiments.harness.verdicts import Verdict
+from lindm_experiments.harness.verify import verdict_row
+from tests.experiments.harness.test_report import Page
+
+UNEXPECTED = "q-risk"
+
+
+def png(height=60, width=90) -> bytes:
+    """A picture with every kind of color: two gradients and a white part."""
+    picture = np.ones((height, width, 3))
+    picture[:, : width // 2, 0] = np.linspace(0, 1, height)[:, None]
+    picture[:, : width // 2, 1] = np.linspace(1, 0, width // 2)
+    buffer = io.BytesIO()
+    imsave(buffer, picture, format="png")
+    return buffer.getvalue()
+
+
+def write_verification(directory, experiments=None) -> list[dict]:
+    """verdicts.json of a verification that decides every claim of the experiments, and a figure of experiment risk; the rows."""
+    rows = []
+    for claim in CLAIMS.values():
+        if experiments is not None and claim.experiment not in experiments:
+            continue
+        verdict = {OPEN: "INCONCLUSIVE"}.get(claim.expected, claim.expected)
+        if claim.id == UNEXPECTED:
+            verdict = "FAIL"
+        middle = float(np.mean([end for end in (claim.lo, claim.hi) if np.isfinite(end)]))
+        ci = (middle - 0.01, middle + 0.01)
+        figure = "error" if claim.experiment == "risk" else None
+        decided = Verdict(id=claim.id, measured=middle, ci=ci, n=5, verdict=verdict, p=0.01, figure=figure)
+        rows.append(verdict_row(claim.id, claim.experiment, decided))
+    content = {"preset": "quick", "wall_s": 1.0, "criteria": "c" * 64, "seconds": {}, "errors": {}, "claims": rows}
+    (directory / "risk").mkdir(parents=True)
+    (directory / "risk" / "error.png").write_bytes(png())
+    files.write_json(directory / "verdicts.json", content, format=VERDICTS_FORMAT)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The rows of a verification of all claims, and the source of its report."""
+    directory = tmp_path_factory.mktemp("verified")
+    return write_verification(directory), write_report(directory).read_text(encoding="utf-8")
+
+
+def test_every_claim_is_there_once_and_every_link_resolves(written):
+    rows, source = written
+    page = Page(source)
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert {row["id"] for row in rows} == set(CLAIMS) <= set(page.ids)
+    assert {f"experiment-{claim.experiment}" for claim in CLAIMS.values()} <= set(page.ids)
+    assert {link[1:] for link in page.links} <= set(page.ids) and "figure-risk-error" in page.ids
+    assert len(source) < 1_000_000, "the figures of a quick verification take 2 MB, and the page shall stay below 3 MB"
+
+
+def test_every_verdict_is_a_word_and_a_symbol_and_not_a_color_alone(written):
+    rows, source = written
+    found = re.findall(
+        r'<article class="claim (\w+)" id="([^"]*)".*?<use href="#icon-(\w+)"/></svg> <span>(\w+)', source, re.DOTALL
+    )
+    assert found == [(claim_kind(row), row["id"], claim_kind(row), row["verdict"]) for row in rows]
+    assert {kind for kind, *_ in found} == {"hold", "control", "open", "unexpected"}
+    assert [id for kind, id, *_ in found if kind == "unexpected"] == [UNEXPECTED]
+    assert set(re.findall(r'<symbol id="icon-(\w+)"', source)) == {"hold", "control", "open", "unexpected"}
+
+
+def test_the_filters_offer_every_experiment_and_count_the_claims(written):
+    rows, source = written
+    for experiment in {row["experiment"] for row in rows}:
+        number = sum(row["experiment"] == experiment for row in rows)
+        assert f'<option value="experiment-{experiment}">{experiment} ({number})</option>' in source
+    assert f'<option value="kind:open">Open questions ({sum(row["expected"] == OPEN for row in rows)})</option>' in source
+    assert f"{len(rows)} of {len(rows)} claims</output>" in source
+
+
+@pytest.mark.fault("F19", "F20")
+def test_a_browser_runs_the_script_of_the_page_and_no_other_and_fetches_nothing(written):
+    _, source = written
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
+    assert {"default-src 'none'", "img-src data:", f"script-src 'sha256-{digest}'"} <= set(policy.split("; "))
+    assert not re.search(r"\son\w+=", source), "handlers in attributes would not run"
+
+
+def test_a_page_without_bands_shows_numbers_without_plots(tmp_path):
+    """verdicts.json of an earlier version has no bands."""
+    rows = write_verification(tmp_path, ["risk"])
+    content = files.read_json(tmp_path / "verdicts.json")
+    content["claims"] = [{k: v for k, v in row.items() if k != "band"} for row in rows]
+    files.write_json(tmp_path / "verdicts.json", content, format=VERDICTS_FORMAT)
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    assert 'class="interval"' not in source and source.count("<article") == len(rows)
+
+
+# --- interval plots --------------------------------------------------------------------------------------------------------
+
+
+def plot(lo, hi, measured, ci):
+    return interval_plot({"band": [lo, hi], "measured": measured, "ci": list(ci)})
+
+
+def test_an_interval_plot_has_one_scale_for_band_interval_and_measured_value():
+    p = plot(0.9, 1.1, 1.02, (0.95, 1.09))
+    values, positions = [0.9, 1.1, 0.95, 1.09, 1.02], [*p.band, *p.ci, p.measured]
+    slope, start = np.polyfit(values, positions, 1)
+    assert np.allclose(np.polyval([slope, start], values), positions, atol=0.06) and slope > 0
+    assert p.edges == list(p.band) and p.band[0] > 0 and p.band[1] < WIDTH and HEIGHT < WIDTH
+    assert [(text, side) for _, text, side in p.labels] == [("0.9", "middle"), ("1.1", "middle")]
+    assert p.words == "measured 1.02, 95 % interval [0.95, 1.09], band 0.9 to 1.1"
+
+
+def test_infinite_ends_lie_at_the_edges_of_the_plot():
+    above, below = plot(None, 1.0, 0.5, (None, 0.7)), plot(1.0, None, 0.5, (0.2, None))
+    assert above.band[0] == 0 and above.ci[0] == 0 and above.edges == [above.band[1]] and above.labels[0][1] == "≤ 1"
+    assert below.band[1] == WIDTH and below.ci[1] == WIDTH and below.edges == [below.band[0]] and below.labels[0][1] == "≥ 1"
+    assert below.measured < below.band[0] and above.measured < above.band[1]
+    assert (band_words((None, 1.0)), band_words((1.0, None))) == ("at most 1", "at least 1")
+
+
+def test_a_narrow_band_is_visible_and_its_labels_are_one_inside_the_plot():
+    p = plot(0.9, 1.1, 70.7, (67.7, 73.7))
+    assert p.band[1] - p.band[0] == pytest.approx(2) and p.measured > 0.8 * WIDTH
+    assert p.labels == [(0, "0.9 to 1.1", "start")]
+
+
+def test_values_that_are_all_the_same_have_a_plot():
+    for value in (0.0, 1.0, -3e-9):
+        p = plot(None, value, value, (value, value))
+        assert 0 < p.measured < WIDTH and p.measured == p.ci[0] == p.ci[1] == p.band[1]
+
+
+def test_a_claim_that_was_not_measured_has_no_plot():
+    assert plot(0.0, 1.0, None, (None, None)) is None
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedded_figure_has_the_colors_of_its_file_up_to_half_a_level():
+    uri = embed_figure(png(), "x.png")
+    head, _, data = uri.partition(",")
+    assert head == "data:image/webp;base64"
+    shown = imread(io.BytesIO(base64.b64decode(data)), format="webp")[..., :3] / 255
+    exact = imread(io.BytesIO(png()))[..., :3]
+    assert shown.shape == exact.shape and np.abs(shown - exact).max() <= 0.5 / 15 + 1e-6
+    assert (shown[exact.min(-1) == 1] == 1).all(), "paper stays white"
+
+
+@pytest.mark.fault("F19")
+def test_what_is_no_picture_or_a_huge_one_is_exit_3():
+    huge = bytearray(png())
+    huge[16:24] = (2**14).to_bytes(4, "big") * 2
+    assert limits.OUTPUT_PIXELS < 2**28
+    for content in (b"", b"<svg/>", png()[:200], bytes(huge)):
+        with pytest.raises(DataError, match=r"^x.png: must be a PNG image"):
+            embed_figure(content, "x.png")
