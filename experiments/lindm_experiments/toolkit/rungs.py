@@ -131,7 +131,8 @@ class Case:
     @property
     def occupancy(self) -> Array:
         """[H, S]: probability of the states under the policy."""
-        return occupancy(self.mdp, self.policy)
+        with double_precision():
+            return occupancy(self.mdp, self.policy)
 
     @property
     def gap(self) -> Array:

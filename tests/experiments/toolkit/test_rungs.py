@@ -64,6 +64,13 @@ def test_the_loss_and_the_sup_norm_are_those_of_numpy(layer):
     assert found["sup_norm"] == pytest.approx(2 * sum(v @ e for v, e in zip(visits, errors, strict=True)), rel=1e-10)
 
 
+def test_the_policy_of_a_case_and_its_occupancy_need_no_double_precision_of_the_process(layer):
+    case = case_of(layer)
+    expected = np.asarray(case.occupancy)
+    with jax.enable_x64(False):
+        np.testing.assert_array_equal(case.occupancy, expected)
+
+
 def test_trained_weights_add_the_optimization_part(layer):
     plain = ld.theory.bounds(case_of(layer))["error_parts"]
     assert ld.theory.bounds(case_of(layer, best_weights=layer[2]))["error_parts"] == pytest.approx(plain, rel=1e-12)
