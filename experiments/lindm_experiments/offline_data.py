@@ -1,10 +1,10 @@
 """How much offline data does a model need until it plans with the data in its context, and how near does it come to Bayes?
 
     lindm run offline_data --preset quick     a bandit with linear rewards, under a minute of CPU time
-    lindm run offline_data --preset full      hours; --cells base quality ... measures some of the cells
+    lindm run offline_data --preset full      hours; --cells base oracle uniform measures some of the cells
     lindm verify --only offline
 
-A model is trained from nothing, or from SmolLM2, on offline tasks that the oracle labeled, and then acts in new tasks. In the
+A randomly initialized model, or SmolLM2, is trained on offline tasks that the oracle labeled, and then acts in new tasks. In the
 base cell these are tasks of the suite mdp at horizon 4 with five demonstrations; half of the actions of these are random, and
 their rewards are shown. The other cells differ from it in one factor (`lindm_experiments.lib.offline_cells`).
 
@@ -12,10 +12,10 @@ Two numbers are held apart. In the base cell, the number n of *distinct* trainin
 steps. At the largest n each task is seen once, and evaluations during training give the curve over steps.
 
 All policies act in the same new tasks. Their normalized optimality gaps, (V* - V^pi) / (V* - V^random), are compared with those
-of the demonstrator, of the majority of the demonstrations (`bc`), of LSVI, PEVI and certainty equivalence, and of `bayes-demo`,
-the yardstick: it knows the law of the tasks and plans with the posterior given the context. So a gap is split into what the
-context does not tell (the yardstick's own gap) and what the reader lost (the rest). The yardstick is an estimate, repeated with
-independent samples.
+of the demonstrator, of behavior cloning on the demonstrations (`bc`), of LSVI, PEVI and certainty equivalence, and of the
+yardstick `bayes-demo`, which knows the law of the tasks and plans with the posterior given the context. So a gap is split into
+what the context does not tell (the yardstick's own gap) and what the reader lost (the rest). The yardstick is an estimate,
+repeated with independent samples.
 
 Where a model reaches many histories, its gap is the mean over sampled episodes of exact one-step losses; other gaps are exact.
 The units are trainings and tasks: all trainings of a cell are tested on the same tasks, and intervals allow for both.
@@ -39,21 +39,23 @@ from lindm.llm.sft.options import SFTConfig
 from lindm_experiments.harness.config import check_counts, check_positive, check_rising
 from lindm_experiments.harness.verdicts import Verdict
 from lindm_experiments.lib import language_models, offline_claims, offline_figures
+from lindm_experiments.lib.jumps import MIN_SIDE
 from lindm_experiments.lib.offline_cells import CELLS, LAW, MAIN, MODELS, PRETRAINED, SMALL, TINY, Cell, model_options
 
 MAX_HISTORIES = 64  # largest number of histories at the last stage of a task that is evaluated exactly
 SEEN = ("behavior", "bc", "certainty-equivalence", "lsvi", "pevi")
+CURVE = {"loss": "loss", "gap": "gap", "bc": "bc_gap"}  # key of the records -> of an evaluation
 HIDDEN = ("behavior", "bc", "certainty-equivalence", "qmdp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 3
-    """trainings of a cell, each on its own tasks; a model of more than a million weights has one"""
-    base_seed: int = 3_000_000
+    """trainings of a cell with a tiny model, each on its own tasks; a larger model has one"""
+    base_seed: int = 3_100_000
     cells: tuple[str, ...] = tuple(name for name in CELLS if name != "bandit")
     """names of cells to measure"""
-    n: tuple[int, ...] = (128, 512, 2048, 4096, 8192, 32_768)
+    n: tuple[int, ...] = (128, 512, 1024, 2048, 8192, 32_768)
     """distinct training tasks of the base cell; the other cells have as many as their training reads"""
     steps: int = 1024
     """optimizer steps of a tiny model"""
@@ -83,6 +85,8 @@ class Config:
         names = ("seeds", "steps", "batch", "small_steps", "pretrained_steps", "evaluations", "curve_tasks", "tasks", "episodes")
         check_counts(self, *names)
         check_counts(self, "repeats", least=2)
+        check_counts(self, "evaluations", least=2 * MIN_SIDE)
+        check_counts(self, "steps", "small_steps", "pretrained_steps", least=self.evaluations)
         check_positive(self, "rate", "small_rate", "pretrained_rate")
         check_rising(self, "n")
         if unknown := [name for name in self.cells if name not in CELLS]:
@@ -143,6 +147,8 @@ def sequences(cfg: Config, cell: Cell) -> int:
 
 
 def measure(cfg: Config, point: dict) -> dict:
+    if any(CELLS[name].model == PRETRAINED for name in cfg.cells):
+        language_models.check_model(cfg.model)  # before hours of other trainings
     if "test" in point:
         return {"rows": measure_policies(cfg, CELLS[point["test"]], point["demos"])}
     return measure_training(cfg, CELLS[point["cell"]], point["n"], seed_of(cfg, point), point["seed"])
@@ -188,8 +194,6 @@ def measure_policies(cfg: Config, cell: Cell, demos: int) -> dict[str, dict]:
 
 def measure_training(cfg: Config, cell: Cell, n: int, seed: int, number: int) -> dict:
     """Train a model; the evaluations during training, and what it loses in the test tasks."""
-    if cell.model == PRETRAINED:
-        language_models.check_model(cfg.model)
     source, steps = cell.source, steps_of(cfg, cell)
     rate = {SMALL: cfg.small_rate, PRETRAINED: cfg.pretrained_rate}.get(cell.model, cfg.rate) * cell.rate
     rate *= 0.1 if cell.model == PRETRAINED and cell.method == "full" else 1
@@ -218,10 +222,10 @@ def measure_training(cfg: Config, cell: Cell, n: int, seed: int, number: int) ->
 
 
 def curve_of(run: Path, batch: int) -> list[dict]:
-    """The evaluations of a run: training sequences so far, held-out loss, and the gap."""
+    """The evaluations of a run: training sequences so far, held-out loss, gaps of the model and of bc on the same tasks."""
     records = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return [
-        {"sequences": r["step"] * batch, "loss": round(r["loss"], 6), "gap": round(r["gap"], 6)}
+        {"sequences": r["step"] * batch, **{key: round(r[name], 6) for key, name in CURVE.items()}}
         for r in records
         if r["kind"] == "eval"
     ]

@@ -59,9 +59,34 @@ def change_point(n: ArrayLike, y: ArrayLike) -> tuple[Fit, int]:
     return min(fits, key=lambda f: f[0].residual)
 
 
+def stretched_exponential(n: ArrayLike, y: ArrayLike) -> Fit:
+    """c + a exp(-(n / k)^b) with a, c >= 0 and 0 < b <= 1, which is convex: the best of a grid over k and b."""
+    n, y = np.asarray(n, float), np.asarray(y, float)
+    fits = []
+    for b in np.linspace(0.1, 1.0, 10):
+        for k in np.geomspace(n[0] / 10, n[-1] * 10, 81):
+            design = np.stack([np.exp(-((n / k) ** b)), np.ones_like(n)], 1)
+            weights, residual = nnls(design, y)
+            fits.append(Fit(design @ weights, float(residual) ** 2, 4))
+    return min(fits, key=lambda f: f.residual)
+
+
 def evidence_of_jump(n: ArrayLike, y: ArrayLike) -> float:
-    """BIC of the power law less that of the change point, for a point of the curve: above 0 the change point is better."""
-    return (power_law(n, y).bic - change_point(n, y)[0].bic) / len(np.asarray(n))
+    """BIC of the better convex curve, power law or stretched exponential, less that of the change point, for a point.
+
+    Above 0 the change point describes it better.
+    """
+    rival = min(power_law(n, y).bic, stretched_exponential(n, y).bic)
+    return (rival - change_point(n, y)[0].bic) / len(np.asarray(n))
+
+
+def doublings_of_fall(n: ArrayLike, y: ArrayLike) -> float:
+    """How often n doubles while a curve goes from three quarters to one quarter of its whole fall, from its first to its lowest
+    value; each is reached where the curve stays below it."""
+    y = np.asarray(y, float)
+    upper, lower = (y.min() + share * (y[0] - y.min()) for share in (0.75, 0.25))
+    at = [sequences_to_reach(n, y, level) for level in (upper, lower)]
+    return float(np.log2(at[1] / at[0])) if at[0] and at[1] else float("inf")
 
 
 def sequences_to_reach(n: ArrayLike, y: ArrayLike, level: float) -> float | None:

@@ -48,8 +48,10 @@ class Cell:
     def dataset(self, tasks: int, seed: int, demos: int | None = None) -> DatasetConfig:
         """The options of `lindm data make` for tasks of this cell."""
         behavior = {0.0: "oracle", 1.0: "uniform"}.get(self.epsilon, "epsilon")
-        epsilon = {} if behavior != "epsilon" else {"epsilon": self.epsilon}
-        return DatasetConfig(tasks=tasks, demos=demos or self.demos, behavior=behavior, seed=seed, **epsilon)  # pyright: ignore
+        options: dict[str, Any] = {} if behavior != "epsilon" else {"epsilon": self.epsilon}
+        if self.loss == "behavior":  # the query is trained on the demonstrator's actions, too
+            options |= {"query_behavior": behavior, "query_epsilon": self.epsilon}
+        return DatasetConfig(tasks=tasks, demos=demos or self.demos, behavior=behavior, seed=seed, **options)
 
     def test(self, demos: int) -> dict[str, Any]:
         """What tells its test tasks with this number of demonstrations, and what of them is shown, from those of other cells."""

@@ -12,7 +12,7 @@ from lindm_experiments.lib.jumps import change_point, power_law
 from lindm_experiments.lib.offline_cells import CELLS
 from lindm_experiments.lib.offline_claims import LENGTHS, YARDSTICK, Records
 
-LINES = {"behavior": "demonstrator", "bc": "majority of the demonstrations", "lsvi": "LSVI", YARDSTICK: "Bayes (yardstick)"}
+LINES = {"behavior": "demonstrator", "bc": "behavior cloning (bc)", "lsvi": "LSVI", YARDSTICK: "Bayes (yardstick)"}
 DASHES = {"behavior": ":", "bc": "--", "lsvi": "-.", YARDSTICK: "-"}
 SIZES = {"tiny": ("1.4 M weights", BLUE), "small": ("10 M weights", ORANGE), "pretrained": ("SmolLM2, 135 M", GREEN)}
 GAP = "normalized optimality gap"
@@ -25,9 +25,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     if r.main is not None:
         figures |= {"law": _law(r, r.main), "curves": _curves(r, r.main)}
-    if any(r.of(name) for name, cell in CELLS.items() if cell.factor != "base"):
+    if any(r.trainings_of(name) for name, cell in CELLS.items() if cell.factor != "base"):
         figures["factors"] = _factors(r)
-    if all(r.of(name) for name in LENGTHS):
+    if all(r.trainings_of(name) for name in LENGTHS):
         figures["lengths"] = _lengths(r)
     return figures
 
@@ -43,7 +43,7 @@ def _law(r: Records, main: str) -> Figure:
     figure, axis = pyplot.subplots(figsize=(7.6, 4.6))
     for name, (label, color) in SIZES.items():
         name = main if name == "tiny" else name
-        if r.of(name):
+        if r.trainings_of(name):
             n, gaps = r.curves(name, "gap")
             for curve in gaps:
                 axis.plot(n, curve, color=color, **SEED)
@@ -70,7 +70,7 @@ def _law(r: Records, main: str) -> Figure:
 
 def _curves(r: Records, main: str) -> Figure:
     """Held-out loss over training sequences, with the best power law and the best change point."""
-    names = [name for name in (main, "small", "pretrained") if r.of(name)]
+    names = [name for name in (main, "small", "pretrained") if r.trainings_of(name)]
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names) + 0.6, 3.8), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         n, losses = r.curves(name, "loss")
@@ -91,15 +91,15 @@ def _curves(r: Records, main: str) -> Figure:
 
 
 def _factors(r: Records) -> Figure:
-    """The gap in every cell, with that of the majority and of the yardstick in the same tasks."""
-    names = [name for name in CELLS if r.of(name)]
+    """The gap in every cell, with that of bc and of the yardstick in the same tasks."""
+    names = [name for name in CELLS if r.trainings_of(name)]
     figure, axis = pyplot.subplots(figsize=(7.6, 0.32 * len(names) + 1.4))
     for y, name in enumerate(reversed(names)):
         mean, (low, high) = crossed_ci(r.sft(name))
         first = y == 0
         ends = [[mean - low], [high - mean]]
         axis.errorbar([mean], [y], xerr=ends, color=BLUE, marker="o", capsize=2, label="model" if first else None)
-        for policy, marker, color, label in (("bc", "|", RED, "majority"), (YARDSTICK, "D", GREEN, "Bayes (yardstick)")):
+        for policy, marker, color, label in (("bc", "|", RED, "bc"), (YARDSTICK, "D", GREEN, "Bayes (yardstick)")):
             if r.row(name, policy) is not None:
                 style = {"color": color, "marker": marker, "linestyle": "none", "markersize": 9 if marker == "|" else 4}
                 axis.plot([r.policy(name, policy).mean()], [y], label=label if first else None, **style)

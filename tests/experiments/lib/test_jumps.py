@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit
 
-from lindm_experiments.lib.jumps import change_point, evidence_of_jump, power_law, sequences_to_reach
+from lindm_experiments.lib.jumps import (
+    change_point,
+    doublings_of_fall,
+    evidence_of_jump,
+    power_law,
+    sequences_to_reach,
+    stretched_exponential,
+)
 
 N = 1000.0 * np.arange(1, 21)
 NOISE = np.random.default_rng(0).normal(size=20)
@@ -22,6 +29,28 @@ def test_the_fit_of_a_power_law_is_that_of_scipy():
     found, _ = curve_fit(lambda n, c, a, b: c + a * n**-b, N / N[0], y, p0=(0.5, 1.0, 1.0), bounds=(0, np.inf))
     residual = ((y - found[0] - found[1] * (N / N[0]) ** -found[2]) ** 2).sum()
     assert power_law(N, y).residual == pytest.approx(residual, rel=1e-4)
+
+
+CONVEX = {
+    "power law": 0.3 + 2.0 * (N / N[0]) ** -0.7,
+    "exponential": 0.3 + 2.0 * np.exp(-N / 3000),
+    "stretched exponential": 0.3 + 2.0 * np.exp(-((N / 3000) ** 0.5)),
+}
+
+
+@pytest.mark.parametrize("curve", CONVEX.values(), ids=CONVEX)
+def test_no_jump_is_seen_in_a_convex_curve(curve):
+    assert evidence_of_jump(N, curve + 0.01 * NOISE) < 0.1
+    assert doublings_of_fall(N, curve) > 1
+
+
+def test_a_stretched_exponential_is_found():
+    assert stretched_exponential(N, CONVEX["stretched exponential"]).residual < 1e-3
+
+
+def test_the_fall_of_a_line_from_three_quarters_to_one_quarter():
+    n = np.array([1.0, 2, 3, 4, 5])
+    assert doublings_of_fall(n, [1.0, 0.75, 0.5, 0.25, 0.0]) == pytest.approx(1.0)  # from 2 to 4
 
 
 @pytest.mark.parametrize("k", [3, 8, 16])
