@@ -15,7 +15,8 @@ from lindm_experiments.harness.verdicts import Verdict, adjust, to_verdict
 
 HERE = PACKAGE.parent
 EARLIER = HERE / "reference" / "decisions"  # a run of an earlier version of this experiment
-RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl") if path.parent != EARLIER)
+PILOT = HERE / "reference" / "offline_data_pilot"  # the first records of a run on other seeds
+RUNS = sorted(path.parent for path in HERE.glob("reference/*/records.jsonl") if path.parent not in (EARLIER, PILOT))
 PAGE = (HERE.parent / "docs" / "results.md").read_text(encoding="utf-8")
 SHOWN = dict(re.findall(r"^\| `([a-z/-]+)` \| (PASS|FAIL|INCONCLUSIVE) \|", PAGE, re.MULTILINE))
 
@@ -99,6 +100,28 @@ def test_the_page_shows_the_gaps_of_the_earlier_run_with_worse_demonstrations():
         sft, demonstrator, bc = (f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, (low, high) in intervals.values())
         point = record["point"]
         assert f"| {point['suite']} | {point['horizon']} | {sft} | {demonstrator.split()[0]} | {bc} |" in PAGE
+
+
+def test_the_page_shows_the_gaps_and_losses_of_the_pilot_of_offline_data():
+    found = 0
+    for record in read_json_lines(PILOT / "records.jsonl"):
+        point, rows = record["point"], record["rows"]
+        if "cell" in point:
+            losses = [evaluation["loss"] for evaluation in record["curve"]]
+            end = f" {min(losses):.3f} | {losses[-1]:.3f} |"
+            shown = {f"| {point['n']:,} |": (rows["5"], end)}
+        elif point["demos"] == 5:
+            shown = {rf"| `{policy}`": (row, "") for policy, row in rows.items() if policy != "layer"}
+        else:
+            continue
+        for start, (row, end) in shown.items():
+            mean, (low, high) = mean_ci(row["gaps"])
+            (line,) = (
+                line for line in PAGE.splitlines() if line.startswith(start) and f"{mean:.3f} [{low:.3f}, {high:.3f}]" in line
+            )
+            assert line.endswith(f"| {mean:.3f} [{low:.3f}, {high:.3f}] |{end}")
+            found += 1
+    assert found == 6 + 7
 
 
 def test_the_page_shows_the_risks_by_length():
