@@ -220,27 +220,29 @@ def check(records: list[dict]) -> list[Verdict]:
 
     def against(id: str, others: Sequence[str], share: float = 1.0, part: str = "id", figure: str = "gaps") -> Verdict:
         """Is the gap of SFT, less a share of the gap of each of the others, in the band of the claim on every suite?"""
-        cells = [(n, other) for n in known for other in others]
-        decisions = [_decide(id, gaps(records, n, {"sft": 1, other: -share}, part=part)) for n, other in cells]
-        means = {n: [clustered_ci(gaps(records, n, {policy: 1}, part=part))[0] for policy in ("sft", *others)] for n in known}
-        return verdict(id, decisions, figure, " / ".join(("SFT", *others)), means)
+        decisions, means = [], {}
+        for n, other in [(n, other) for n in known for other in others]:
+            if not (strata := gaps(records, n, {"sft": 1, other: -share}, part=part)):
+                return undecided(id, f"{other} was not measured at horizon {', '.join(map(str, horizons(records, n)))} of {n}")
+            decisions.append(_decide(id, strata))
+            both = [gaps(records, n, {"sft": own, other: 1 - own}, part=part) for own in (1, 0)]  # at the decision's horizons
+            means[n if len(others) == 1 else f"{n} {other}"] = [clustered_ci(strata)[0] for strata in both]
+        return verdict(id, decisions, figure, f"SFT / {' or '.join(others)}", means)
 
     def near_bayes() -> Verdict:
         sizes = [r["rows"]["id"][YARDSTICK]["effective_samples"][1] for r in records if YARDSTICK in r["rows"]["id"]]
-        if min(sizes) < EFFECTIVE:
-            return undecided(
-                "sft-near-bayes", f"{YARDSTICK} was not measured well: {min(sizes):.1f} effective samples, median of a cell"
-            )
+        if sizes and min(sizes) < EFFECTIVE:
+            few = f"{min(sizes):.1f} effective samples, median of a cell"
+            return undecided("sft-near-bayes", f"{YARDSTICK} was not measured well: {few}")
         return against("sft-near-bayes", [YARDSTICK], figure="reader")
 
     def horizon() -> Verdict:
-        ends = {
-            n: [gaps(records, n, advantage, horizon=hs[i]) for i in (0, -1)] for n in known if len(hs := horizons(records, n)) > 1
-        }
+        several = {n: hs for n in known if len(hs := horizons(records, n)) > 1}
+        ends = {n: [gaps(records, n, advantage, horizon=hs[i]) for i in (0, -1)] for n, hs in several.items()}
         if not ends:
             return undecided("horizon", "one horizon was measured")
-        decisions = [_decide("horizon", [*long, *short], (1, -1)) for short, long in ends.values()]
         means = {n: [clustered_ci(strata)[0] for strata in both] for n, both in ends.items()}
+        decisions = [_decide("horizon", [*long, *short], (1, -1)) for short, long in ends.values()]
         return verdict("horizon", decisions, "gaps", "ICL - SFT at the shortest / longest horizon", means)
 
     def harder_than(id: str, easier: str, harder: str) -> Verdict:
@@ -248,18 +250,16 @@ def check(records: list[dict]) -> list[Verdict]:
             return undecided(id, f"{easier} and {harder} were not both measured")
         less, more = (gaps(records, n, advantage) for n in (easier, harder))
         decision = _decide(id, [*more, *less], [1 / len(more)] * len(more) + [-1 / len(less)] * len(less))
-        return verdict(
-            id, [decision], "gaps", f"ICL - SFT, {easier} / {harder}", {"": [clustered_ci(less)[0], clustered_ci(more)[0]]}
-        )
+        means = {"": [clustered_ci(strata)[0] for strata in (less, more)]}
+        return verdict(id, [decision], "gaps", f"ICL - SFT, {easier} / {harder}", means)
 
     def formats() -> Verdict:
         cells = [(n, form) for n in known for form in FORMATS if gaps(records, n, {"sft": 1}, part=form)]
         if not cells:
             return undecided("format", "one format was measured")
         decisions = [_decide("format", gaps(records, n, {"sft": 1, "icl": -0.5}, part=form)) for n, form in cells]
-        means = {
-            f"{n} {form}": [clustered_ci(gaps(records, n, {p: 1}, part=form))[0] for p in ("sft", "icl")] for n, form in cells
-        }
+        pairs = {f"{n} {form}": [gaps(records, n, {p: 1}, part=form) for p in ("sft", "icl")] for n, form in cells}
+        means = {name: [clustered_ci(strata)[0] for strata in pair] for name, pair in pairs.items()}
         return verdict("format", decisions, "formats", "SFT / ICL", means)
 
     return [

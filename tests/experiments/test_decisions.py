@@ -15,7 +15,7 @@ from lindm.io import files
 from lindm.text import load_template
 from lindm_experiments import decisions
 from lindm_experiments.decisions import FULL, SMOKE, Config
-from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids
+from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids, get_claim
 from lindm_experiments.lib import language_models
 from tests.experiments.conftest import smoke_records
 
@@ -131,6 +131,7 @@ def made(gaps: dict[str, dict[str, float]], n: int = 60, seeds: int = 3) -> list
                     "method": "exact",
                 }
                 for policy, mean in gaps[point["suite"]].items()
+                if not (policy.startswith("bayes") and point["horizon"] > decisions.PLANNED.get(point["suite"], 99))
             }
         result.append({"point": point, "rows": rows})
     return result
@@ -178,6 +179,31 @@ def test_a_yardstick_of_few_effective_samples_decides_nothing():
     (verdict,) = [v for v in decisions.check(records) if v.id == "sft-near-bayes"]
     assert (verdict.verdict, verdict.measured) == (INCONCLUSIVE, None) and "9.9" in verdict.note
     assert [v.id for v in decisions.check(records) if v.verdict != PASS] == ["sft-near-bayes"]
+
+
+def test_a_note_has_the_means_of_the_cells_that_its_verdict_is_about():
+    """The Bayes policies do not plan in POMDPs of horizon 8: what a model loses there is no part of a comparison with them."""
+    records = made(GOOD)
+    for r in records:
+        if (r["point"]["suite"], r["point"]["horizon"]) == ("pomdp", 8):
+            r["rows"]["id"]["sft"]["gaps"] = [gap + 0.9 for gap in r["rows"]["id"]["sft"]["gaps"]]
+    found = {v.id: v for v in decisions.check(records)}
+    near, cloning = found["sft-near-bayes"], found["sft-beats-cloning"]
+    assert near.verdict == PASS and "SFT / bayes-demo: " in near.note and "pomdp 0.03" in near.note
+    assert cloning.verdict == FAIL and "SFT / bc or bayes: " in cloning.note  # `bc` acts at horizon 8, too
+    assert "pomdp bc 0.33" in cloning.note and "pomdp bayes 0.03" in cloning.note
+    for id in ("sft-near-bayes", "sft-beats-cloning"):
+        assert f"POMDP up to horizon {decisions.PLANNED['pomdp']}" in get_claim(id).criterion
+
+
+def test_a_run_without_a_horizon_at_which_the_yardstick_plans_leaves_its_claims_open():
+    records = [r for r in made(GOOD) if (r["point"]["suite"], r["point"]["horizon"]) == ("pomdp", 8)]
+    found = {v.id: v for v in decisions.check(records)}
+    for id, policy in (("sft-near-bayes", "bayes-demo"), ("sft-beats-cloning", "bayes")):
+        assert (found[id].verdict, found[id].measured) == (INCONCLUSIVE, None)
+        assert found[id].note == f"{policy} was not measured at horizon 8 of pomdp"
+    assert found["sft-beats-icl"].verdict == PASS
+    assert {row["context"] for row in decisions.table(records)} == {None}
 
 
 def test_the_horizon_claim_compares_the_ends():
@@ -240,7 +266,9 @@ def test_gaps_of_a_suite_are_in_one_order_whatever_the_order_of_the_records():
 def test_the_table_has_a_row_for_every_policy_of_every_cell():
     records = made(GOOD)
     rows = {(r["suite"], r["horizon"], r["part"], r["policy"]): r for r in decisions.table(records)}
-    assert len(rows) == len(decisions.table(records)) == 5 * (9 * 2 + 3 * 2)  # both splits, two formats
+    assert (
+        len(rows) == len(decisions.table(records)) == 5 * (9 * 2 + 3 * 2) - 2 * 2
+    )  # both splits, two formats; no Bayes policy plans at horizon 8
     row = rows["pomdp", 6, "ood", "sft"]
     found = [r["rows"]["ood"] for r in records if (r["point"]["suite"], r["point"]["horizon"]) == ("pomdp", 6)]
     own, other = (np.array([rows[policy]["gaps"] for rows in found]) for policy in ("sft", "bayes-demo"))

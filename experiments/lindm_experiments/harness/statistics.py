@@ -1,7 +1,8 @@
 """Tests of a mean over seeds against a band, and of a count of violations against a rate.
 
 The seed is the unit: instances, tasks and prompts are averaged inside a seed, and intervals are Student t over seeds. Where the
-tasks themselves count, as for a language model, each training is a cluster of tasks (`clustered`). (In a simulation of nominal
+tasks themselves count, as for a language model, each training is a cluster of tasks (`clustered`) if it has tasks of its own, and
+trainings that are tested on the same tasks are crossed with them (`crossed`). (In a simulation of nominal
 95 % intervals for a log-log slope over 3, 5, 10 and 20 seeds, t over per-seed slopes covered .95 throughout; a percentile
 bootstrap .75 to .92; least squares on seed means .88. `tests/experiments/harness/test_statistics.py` repeats the first.)
 
@@ -123,7 +124,7 @@ Strata = Sequence[Sequence[ArrayLike]]
 
 def clustered_ci(strata: Strata, level: float = LEVEL) -> tuple[float, tuple[float, float]]:
     """The mean of the strata's means and its two-sided (1 - level) t-interval, as in `clustered`."""
-    mean, se, df = _clustered(strata, np.full(len(strata), 1 / len(strata)))
+    mean, se, df = _clustered(strata, np.ones(len(strata)) / len(strata))
     return mean, _interval(mean, se, df, level)
 
 
@@ -140,7 +141,7 @@ def clustered(strata: Strata, lo: float, hi: float, *, weights: Sequence[float] 
       weights: of the strata, for a contrast [default: equal ones with the sum 1].
       min_seeds: fewer values decide nothing; of a contrast, on either side.
     """
-    w = np.full(len(strata), 1 / len(strata)) if weights is None else np.asarray(weights, dtype=float)
+    w = np.ones(len(strata)) / len(strata) if weights is None else np.asarray(weights, dtype=float)
     mean, se, df = _clustered(strata, w)
     sizes = np.array([sum(_sample(cluster).size for cluster in clusters) for clusters in strata])
     n = int(min(sizes[side].sum() for side in (w > 0, w < 0) if side.any()))

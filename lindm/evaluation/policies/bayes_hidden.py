@@ -1,4 +1,4 @@
-"""The posterior over models where the state is hidden, and policies that plan with it (`lindm.evaluation.policies.bayes`).
+"""The posterior over models where the state is hidden, and planning with it (`lindm.evaluation.policies.bayes_policies`).
 
 The posterior given the demonstrations is a weighted sample of models for each task (`lindm.evaluation.policies.posterior`). A
 history continues the weights: with w_k of model k before the episode and U_k(h) its unnormalized belief at history h, the weight

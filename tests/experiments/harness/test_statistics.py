@@ -195,6 +195,12 @@ def test_a_stratum_with_several_clusters_counts_their_means():
     assert clustered([[[0.5], [0.5]]], 0, 1, min_seeds=2).verdict == PASS
 
 
+@pytest.mark.parametrize("test", [lambda: clustered([], 0, 1), lambda: clustered_ci([])])
+def test_no_strata_are_an_error_that_says_so(test):
+    with pytest.raises(ValueError, match="strata must not be empty and must have one weight each; got 0 and 0"):
+        test()
+
+
 def test_strata_without_a_weight_each_are_refused():
     with pytest.raises(ValueError, match="one weight each; got 1 and 2"):
         clustered([[[0.0, 1.0]]], 0, 1, weights=(1, -1))
