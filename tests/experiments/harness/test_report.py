@@ -255,7 +255,8 @@ def test_claims_have_unique_ids_bands_and_statements_of_one_sentence():
     assert len({c.id for c in CLAIMS.values()}) == len(CLAIMS)
     for c in CLAIMS.values():
         assert c.lo <= c.hi and c.lo < float("inf") and c.hi > -float("inf"), c.id
-        assert c.min_seeds >= 5 and c.expected in (PASS, FAIL, OPEN), c.id
+        least = 1 if c.experiment in ("offline_data", "offline_circuit") else 5  # there trainings count, each on many tasks
+        assert c.min_seeds >= least and c.expected in (PASS, FAIL, OPEN), c.id
         assert c.statement.endswith(".") and c.predicted and c.criterion and c.source, c.id
         assert "{" not in c.criterion, c.id
 
