@@ -71,6 +71,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 
 # --- HTML: everything is a file of the site, nothing comes from another host ----------------------------------------------------
 

@@ -28,7 +28,7 @@ def entries(page: Path) -> list[Path]:
     for block in TOCTREE.findall(page.read_text(encoding="utf-8") if page.suffix == ".md" else ""):
         for line in filter(None, block.splitlines()):
             if not line.startswith(":"):
-                target = (page.parent / line).resolve()
+                target = (page.parent / line.rpartition("<")[2].removesuffix(">")).resolve()
                 files = [target.with_name(target.name + suffix) for suffix in (".md", ".py")]
                 found += [next((file for file in files if file.exists()), target)]
     return found
