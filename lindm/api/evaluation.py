@@ -18,7 +18,7 @@ from lindm.evaluation.policies.registry import default_policies
 from lindm.evaluation.reliability import draw_reliability
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
-from lindm.figures.style import save
+from lindm.figures.style import FORMATS, save
 from lindm.io import directories, files, manifest, verification
 from lindm.llm.named_policies import PoliciesByName
 from lindm.types import LinearMDP, Problem
@@ -65,7 +65,7 @@ def evaluate(
       template, rewards: of the texts of language models that are named. [default: as the model was trained]
       data: directory of the tasks, which are made there if they are missing. The losses of named policies that are no language
         models are kept there, too, and another evaluation on these tasks does not compute them again. [default: `data` in out]
-      out: directory of the tasks, eval.json and, where a policy is not deterministic, calibration.png and calibration.pdf.
+      out: directory of the tasks, eval.json and, where a policy is not deterministic, calibration.png, .pdf and .svg.
         [default: nothing is kept]
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
@@ -129,5 +129,5 @@ def _check_same_evaluation(out: Path, options: Mapping[str, Any]) -> None:
 def _write_figures(out: Path, results: Sequence[PolicyResult]) -> list[str]:
     """Draw the calibration of the policies that are not deterministic; the names of the files."""
     found = {one.policy: one.calibration for one in results if one.calibration is not None and not one.calibration.deterministic}
-    names = ["calibration.png", "calibration.pdf"] if found else []
+    names = [f"calibration{ending}" for ending in FORMATS] if found else []
     return [save(partial(draw_reliability, found), out / name).name for name in names]

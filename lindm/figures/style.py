@@ -1,11 +1,14 @@
 """The style of all figures: readable in print and in black and white, safe for color-blind readers.
 
-Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash.
+Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash. A color has one meaning in a
+figure, a panel at most six series, and a logarithmic axis says so in its label (`figure_bytes` adds it). What is seen in a figure is
+its matplotlib label (`figure.set_label`), and becomes its alternative text.
 """
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,7 @@ BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GRAY = (
     "#F0E442",
     "#6B6B6B",
 )
+INK = "#222222"  # a reference, or a series beside those of a palette
 COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GRAY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
@@ -62,6 +66,7 @@ STYLE: dict[str, Any] = {
     "image.cmap": SEQUENTIAL,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
+    "svg.hashsalt": "lindm",
 }
 
 
@@ -79,7 +84,94 @@ def file_backend() -> Iterator[None]:
         matplotlib.rcParams["backend_fallback"] = fallback
 
 
-FORMATS = (".png", ".pdf", ".svg")
+KINDS = ("png", "pdf", "svg")
+FORMATS = tuple(f".{kind}" for kind in KINDS)
+
+
+def figure_bytes(figure: "Figure", kinds: Sequence[str] = KINDS) -> dict[str, bytes]:
+    """Kind of file -> its content. Labels of logarithmic axes say so, and every file has the alternative text (`describe`).
+
+    There are no dates in the files: the same figure gives the same bytes.
+    """
+    import matplotlib
+
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
+    # The layout is computed here, not for each format. `savefig` draws a figure twice as long as it has a layout engine
+    # ("none" is one too), and gives it the engine of the style again.
+    with matplotlib.rc_context({"figure.constrained_layout.use": False, "svg.hashsalt": "lindm", "svg.fonttype": "none"}):
+        _name_scales(figure)
+        text = describe(figure)
+        figure.set_layout_engine(None)
+        metadata = {
+            "png": {"Software": None, "Description": text},
+            "pdf": {"CreationDate": None, "Subject": text},
+            "svg": {"Date": None, "Description": text},
+        }
+        contents = {}
+        for kind in kinds:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata=metadata[kind])
+            contents[kind] = buffer.getvalue()
+    return contents
+
+
+def _name_scales(figure: "Figure") -> None:
+    """Say "log scale" or "symlog" in the labels of such axes, in a second line where the first one would be longer than the axis."""
+
+    def lay_out() -> None:
+        if engine := figure.get_layout_engine():
+            engine.execute(figure)
+
+    named = []
+    for axes in figure.axes:
+        for side, axis in enumerate((axes.xaxis, axes.yaxis)):
+            scale = {"log": "log scale", "symlog": "symlog"}.get(axis.get_scale())
+            text = axis.get_label_text()
+            if scale and text and "log scale" not in text and "symlog" not in text:
+                axis.set_label_text(f"{text} ({scale})")
+                named.append((axes, axis, side, f"{text}\n({scale})"))
+    lay_out()
+    too_long = []
+    for axes, axis, side, in_two_lines in named:
+        label, room = axis.label.get_window_extent(), axes.get_window_extent()
+        if (label.height > room.height) if side else (label.width > room.width):
+            too_long.append((axis, in_two_lines))
+    for axis, in_two_lines in too_long:
+        axis.set_label_text(in_two_lines)
+    if too_long:
+        lay_out()
+
+
+def describe(figure: "Figure") -> str:
+    """The alternative text: what is seen (the figure's own label), then title, axes and series of each panel."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.replace("$", "").replace("\\", "").split())
+
+    parts = [figure.get_label()] if figure.get_label() else []
+    for axes in figure.axes:
+        title = next((t for place in ("left", "center") if (t := axes.get_title(loc=place))), "")
+        x, y = axes.get_xlabel(), axes.get_ylabel()
+        over = f"{y} over {x}" if x and y else x or y
+        names = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
+        about = ": ".join(part for part in (title, over) if part) + (f" (series: {', '.join(names)})" if names else "")
+        if axes.get_visible() and axes.get_label() != "<colorbar>" and about:
+            parts.append(f"{about}.")
+    return plain(" ".join(map(str, parts)))
+
+
+def alternative_text(png: bytes) -> str:
+    """The alternative text in a PNG that `figure_bytes` has made; empty where there is none."""
+    place = 8  # after the signature; then chunks: length, type, content, checksum
+    while place + 8 <= len(png):
+        length, kind = int.from_bytes(png[place : place + 4], "big"), png[place + 4 : place + 8]
+        key, _, content = png[place + 8 : place + 8 + length].partition(b"\0")
+        if key == b"Description" and kind == b"tEXt":
+            return content.decode("latin-1")
+        if key == b"Description" and kind == b"iTXt" and content[:1] == b"\0":  # not compressed; then method, language, translated key
+            return content[2:].split(b"\0", 2)[-1].decode("utf-8", errors="replace")
+        place += 12 + length
+    return ""
 
 
 def save(draw: "Callable[[], Figure]", path: str | Path) -> Path:
@@ -92,14 +184,13 @@ def save(draw: "Callable[[], Figure]", path: str | Path) -> Path:
 
     path = Path(path)
     kind = path.suffix.removeprefix(".") or "png"
-    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # no dates: equal bytes
-    with file_backend(), pyplot.rc_context({**STYLE, "svg.hashsalt": "lindm"}):  # pyright: ignore
-        figure, buffer = draw(), io.BytesIO()
+    with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
+        figure = draw()
         try:
-            figure.savefig(buffer, format=kind, metadata=metadata.get(kind))
+            content = figure_bytes(figure, [kind])[kind]
         finally:
             pyplot.close(figure)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, content)
     return path

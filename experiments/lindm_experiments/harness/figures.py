@@ -1,7 +1,5 @@
 """Helpers of the figures of experiments, and the style of all figures (`lindm.figures.style`) in the same place."""
 
-import io
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +12,7 @@ from lindm.figures.style import DIVERGING as DIVERGING
 from lindm.figures.style import EXACT as EXACT
 from lindm.figures.style import GRAY as GRAY
 from lindm.figures.style import GREEN as GREEN
+from lindm.figures.style import INK as INK
 from lindm.figures.style import MARKERS as MARKERS
 from lindm.figures.style import MEASURED as MEASURED
 from lindm.figures.style import ORANGE as ORANGE
@@ -24,26 +23,13 @@ from lindm.figures.style import SEQUENTIAL as SEQUENTIAL
 from lindm.figures.style import SKY as SKY
 from lindm.figures.style import STYLE as STYLE
 from lindm.figures.style import YELLOW as YELLOW
+from lindm.figures.style import figure_bytes
 from lindm.figures.style import file_backend as file_backend
 
 
 def figure_files(name: str, figure: Any) -> dict[str, bytes]:
-    """NAME.png and NAME.pdf of a figure: their contents. There are no dates in them: the same figure gives the same bytes."""
-    import matplotlib
-
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the missing date of every font it embeds
-    # The layout is computed once, not for each format. `savefig` draws a figure twice as long as it has a layout engine
-    # ("none" is one too), and gives it the engine of the style again.
-    with matplotlib.rc_context({"figure.constrained_layout.use": False}):
-        if engine := figure.get_layout_engine():
-            engine.execute(figure)
-        figure.set_layout_engine(None)
-        contents = {}
-        for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, metadata=metadata)
-            contents[f"{name}.{ending}"] = buffer.getvalue()
-    return contents
+    """NAME.png, NAME.pdf and NAME.svg of a figure: their contents, with its alternative text (`style.figure_bytes`)."""
+    return {f"{name}.{kind}": content for kind, content in figure_bytes(figure).items()}
 
 
 def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:

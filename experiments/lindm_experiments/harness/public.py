@@ -41,7 +41,7 @@ def report(directories: Sequence[str | Path], out: str | Path = "report") -> lis
       UsageError: `directories` is no list. DataError: a directory holds none of these.
 
     >>> sorted(path.name for path in ld.report(["run"], "report"))
-    ['curves.pdf', 'curves.png', 'index.html', 'training.csv', 'training.tex']
+    ['curves.pdf', 'curves.png', 'curves.svg', 'index.html', 'training.csv', 'training.tex']
     """
     if isinstance(directories, str | Path):
         raise UsageError(f"directories must be a list; got {str(directories)!r}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lindm.errors import DataError, LindmError, UsageError
+from lindm.figures.style import alternative_text
 from lindm.io import directories, files, verification
 from lindm.io.manifest import FORMAT as MANIFEST_FORMAT
 from lindm.io.manifest import read_output, read_records, update_outputs, verify_output
@@ -134,13 +135,15 @@ def experiment_section(directory: Path, experiment: str, claims: list[dict[str, 
     for name in ("config.json", "records.jsonl", "metrics.jsonl"):  # a run that is not finished may be without them
         verify_output(run, name)
     pictures = {path.name for path in run.glob("*.png")} | {n for n in manifest.get("outputs", {}) if n.endswith(".png")}
+    contents = {name: read_output(run, name) or b"" for name in sorted(pictures)}
     figures = [
         {
             "name": name.removesuffix(".png"),
-            "uri": embed_figure(read_output(run, name) or b"", str(run / name)),
+            "uri": embed_figure(content, str(run / name)),
+            "alt": alternative_text(content),
             "claims": [c["id"] for c in claims if c["figure"] == f"{experiment}/{name}"],
         }
-        for name in sorted(pictures)
+        for name, content in contents.items()
     ]
     seconds = [line.get("seconds", 0.0) for line in files.read_json_lines(run / "metrics.jsonl")]
     config = files.read_json(run / "config.json", format=RUN_FORMAT) if (run / "config.json").exists() else {}

@@ -7,7 +7,7 @@ A run directory holds
                     and resumed run ends with the same bytes as an uninterrupted one
     metrics.jsonl   the seconds that each point took
     manifest.json   date, command line, versions, git commit, devices, seeds, SHA-256 of the outputs
-    *.png, *.pdf    drawn from the records alone; table.csv, where the experiment has a table
+    *.png, *.pdf, *.svg  drawn from the records alone; table.csv, where the experiment has a table
 """
 
 import json
@@ -113,6 +113,6 @@ class RunDirectory:
 def remove_outputs(directory: Path) -> None:
     """Remove what an earlier run wrote into `directory`, and nothing else."""
     with storage_errors(directory):
-        for pattern in (*OUTPUTS, "*.png", "*.pdf"):
+        for pattern in (*OUTPUTS, "*.png", "*.pdf", "*.svg"):
             for path in directory.glob(pattern):
                 path.unlink()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lindm.errors import DataError
 from lindm.evaluation import EVAL_FORMAT
+from lindm.figures.style import alternative_text
 from lindm.io import files
 from lindm.io.directories import require_kind, sole_writer
 from lindm.io.manifest import read_output, write_manifest
@@ -197,7 +198,7 @@ GAPS = {
 
 
 def draw_gaps(rows: Sequence[Row], name: str) -> dict[str, bytes]:
-    """NAME.png and NAME.pdf: the gaps or losses (`GAPS`) of all policies with their intervals, one panel for each suite, horizon
+    """NAME.png, NAME.pdf and NAME.svg: the gaps or losses (`GAPS`) of all policies with their intervals, one panel for each suite, horizon
     and split."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -226,11 +227,13 @@ def draw_gaps(rows: Sequence[Row], name: str) -> dict[str, bytes]:
             axis.axvline(0, color="#444444", linewidth=0.8, marker="")
         for axis in axes.flat[len(cells) :]:
             axis.set_visible(False)
+        about = "each policy has a point and its interval, in one panel for each suite, horizon and split"
+        figure.set_label(f"{label.replace('$', '')}: {about}; 0 is optimal.")
         return figure_files(name, figure)
 
 
 def write_summary(directories: Sequence[Path], out: Path) -> list[Path]:
-    """Write OUT/index.html, OUT/tables/*.csv and *.tex, OUT/figures/*.png and *.pdf; their paths.
+    """Write OUT/index.html, OUT/tables/*.csv and *.tex, OUT/figures/*.png, *.pdf and *.svg; their paths.
 
     Raises:
       DataError: a file of a directory is damaged.
@@ -297,6 +300,7 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
         gap_figures=gap_figures,
         figure_links={name: _links(figures, name) for name in shown},
         images={name: embed_figure(figures[f"{name}.png"], f"{name}.png") for name in shown},
+        seen={name: alternative_text(figures[f"{name}.png"]) for name in shown},
         manifests=[(name, manifest) for name, manifest in manifests if manifest],
         here=provenance(),
     )
@@ -305,18 +309,18 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
 
 def _links(figures: dict[str, bytes], name: str | None) -> list[tuple[str, str]]:
     """Format and path of the files of a figure, in the report's directory."""
-    files_of = [(ending.upper(), f"{name}.{ending}") for ending in ("png", "pdf")]
+    files_of = [(ending.upper(), f"{name}.{ending}") for ending in ("png", "pdf", "svg")]
     return [(text, f"figures/{file}") for text, file in files_of if file in figures]
 
 
 def _copied(figures: dict[str, bytes], directory: Path, name: str, to: str, number: int) -> str | None:
-    """Copy NAME.png and NAME.pdf of a directory to the figures, under a name that begins with `to`; that name, or None.
+    """Copy NAME.png, NAME.pdf and NAME.svg of a directory to the figures, under a name that begins with `to`; that name, or None.
 
     Args:
       number: of the directory among those of its kind; from the second on, it is in the name.
     """
     to = f"{to}-{number + 1}" if number else to
-    for ending in ("png", "pdf"):
+    for ending in ("png", "pdf", "svg"):
         if (content := read_output(directory, f"{name}.{ending}")) is not None:
             figures[f"{to}.{ending}"] = content
     return to if f"{to}.png" in figures else None

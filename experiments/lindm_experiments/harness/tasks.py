@@ -122,7 +122,7 @@ def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
 
 
 def draw(module: ModuleType, records: list[dict]) -> dict[str, bytes]:
-    """File name -> content: figures of the records as PNG and PDF, and table.csv where the experiment has a table."""
+    """File name -> content: figures of the records as PNG, PDF and SVG, and table.csv where the experiment has a table."""
     from matplotlib import pyplot
 
     from lindm_experiments.harness.figures import STYLE, figure_files, file_backend

@@ -16,10 +16,11 @@ from lindm.io import directories, files
 from lindm.io.verification import MANIFEST
 from lindm.llm.sft import checkpoints
 from lindm.llm.sft.loop import CHECKPOINTS, EvalHistory
+from lindm.llm.sft.metrics import CURVES
 from lindm.llm.sft.optimizer import OptimizerConfig, learning_rate_schedule
 from lindm.llm.sft.options import RUN_FORMAT
 
-RESULTS = ("model", "adapter", "curves.png", "curves.pdf")  # of the shorter run, beside its manifest
+RESULTS = ("model", "adapter", *CURVES)  # of the shorter run, beside its manifest
 
 
 def first_schedule(steps: int) -> dict[str, Any]:

@@ -6,17 +6,21 @@ A line of metrics.jsonl is one record with its checksum:
     {"step", "kind": "eval", "loss", "accuracy", "gap", "gap_ci", ..., "bc_gap"}                     after each evaluation
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lindm.errors import DataError
+from lindm.figures.style import BLUE, FORMATS, GRAY, GREEN, PURPLE, RED, STYLE, figure_bytes
 from lindm.io import files, manifest
 from lindm.io.verification import MANIFEST
 from lindm.llm.sft.callbacks import BackgroundCallback, Callback
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 METRICS = "metrics.jsonl"
+CURVES = tuple(f"curves{ending}" for ending in FORMATS)
 Record = dict[str, Any]
 
 
@@ -134,34 +138,43 @@ class Throughput:
 
 
 def plot_curves(directory: Path, records: list[Record]) -> list[Path]:
-    """Draw curves.png and curves.pdf: losses, and the normalized optimality gap where it was evaluated, against steps."""
+    """Draw `CURVES`: losses, and the normalized optimality gap where it was evaluated, against steps."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):  # pyright: ignore
+        contents = figure_bytes(draw_curves(records))
+    for name, content in zip(CURVES, contents.values(), strict=True):
+        files.write_atomic(directory / name, content)
+    return [directory / name for name in CURVES]
+
+
+def draw_curves(records: list[Record]) -> "Figure":
+    """The figure of `plot_curves`."""
     from matplotlib.figure import Figure  # pyplot would change the backend of a notebook
 
     train, evals = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
     losses, gaps = ([r for r in evals if r.get(name) is not None] for name in ("loss", "gap"))
-    figure = Figure(figsize=(9 if gaps else 5, 3.4), layout="constrained")
+    figure = Figure(figsize=(9 if gaps else 5, 3.4))
     axes = figure.subplots(1, 2 if gaps else 1, squeeze=False)
     left = axes[0][0]
-    left.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, color="#888888", label="training")
+    left.plot([r["step"] for r in train], [r["loss"] for r in train], linewidth=0.8, color=GRAY, marker="", label="training")
     if losses:
-        left.plot([r["step"] for r in losses], [r["loss"] for r in losses], "o-", ms=3, color="#1f5fa8", label="held out")
+        held_out = [r["loss"] for r in losses]
+        left.plot([r["step"] for r in losses], held_out, color=GREEN, marker="s", markersize=3, label="held out")
     left.set(xlabel="step", ylabel="cross-entropy per label token", yscale="log")
-    left.legend(frameon=False)
+    left.legend()
+    seen = "Loss on training batches" + (" and on held-out documents" if losses else "") + " over the steps"
     if gaps:
         right = axes[0][1]
         steps, gap = [r["step"] for r in gaps], [r["gap"] for r in gaps]
         low, high = ([(r["gap_ci"] or [r["gap"]] * 2)[i] for r in gaps] for i in (0, 1))
-        right.fill_between(steps, low, high, alpha=0.2, color="#1f5fa8", lw=0)
-        right.plot(steps, gap, "o-", ms=3, color="#1f5fa8", label="model")
-        right.axhline(1, color="#b03030", lw=0.8, ls=":", label="uniformly random")
+        right.fill_between(steps, low, high, alpha=0.2, color=BLUE, linewidth=0)
+        right.plot(steps, gap, color=BLUE, markersize=3, label="model, 95 % interval")
+        right.axhline(1, color=RED, linewidth=1.0, linestyle=":", marker="", label="uniformly random policy")
         if gaps[0].get("bc_gap") is not None:
-            right.axhline(gaps[0]["bc_gap"], color="#2a7d3f", lw=0.8, ls="--", label="bc: behavior cloning")
+            right.axhline(gaps[0]["bc_gap"], color=PURPLE, linewidth=1.0, linestyle="--", marker="", label="bc: behavior cloning")
         right.set(xlabel="step", ylabel="normalized optimality gap", ylim=(0, None))
-        right.legend(frameon=False)
-    paths = []
-    for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-        files.write_atomic(directory / f"curves.{kind}", buffer.getvalue())
-        paths.append(directory / f"curves.{kind}")
-    return paths
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+        seen += f"; the normalized optimality gap of the model begins at {gap[0]:.3g} and ends at {gap[-1]:.3g}"
+    figure.set_label(f"{seen}.")
+    return figure

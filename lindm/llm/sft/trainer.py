@@ -6,7 +6,7 @@
     OUT/checkpoints/     what the run resumes from
     OUT/best/            with patience: the checkpoint with the lowest held-out loss
     OUT/model/           the result, a Hugging Face directory; also OUT/adapter/ where adapters were trained
-    OUT/curves.png, .pdf, manifest.json
+    OUT/curves.png, .pdf, .svg, manifest.json
 
 A run that is killed at any moment resumes from its last checkpoint and ends with the same bits. A run that has to stop saves
 first and raises `Preempted`; an evaluation is left to the run that resumes. All processes reduce their stop flags in every step,
@@ -39,7 +39,7 @@ from lindm.llm.sft.drawn_tasks import DrawnTasks
 from lindm.llm.sft.evaluator import Evaluator
 from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.loop import BEST, CHECKPOINTS, EvalHistory, TrainLoop
-from lindm.llm.sft.metrics import METRICS, MetricsLogger, plot_curves, read_metrics
+from lindm.llm.sft.metrics import CURVES, METRICS, MetricsLogger, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
 from lindm.llm.sft.options import RUN_FORMAT, TOKENS, SFTConfig, config_differences
 from lindm.llm.sft.profile import PROFILE, StepProfiler
@@ -56,8 +56,7 @@ OUTPUTS = (
     ADAPTER,
     METRICS,
     "manifest.json",
-    "curves.png",
-    "curves.pdf",
+    *CURVES,
     "events",
     "wandb",
     PROFILE,

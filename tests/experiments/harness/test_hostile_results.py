@@ -78,7 +78,7 @@ def test_the_given_file_draws_the_directory(work, marker, capsys):
     (work / "run" / "toy.png").unlink()
     (work / "run" / "toy.py").write_text(EVIL.format(marker=str(marker)))  # has the name of the experiment
     assert main(["plot", "run", "--experiments", "lab/toy.py"]) == 0
-    assert {"run/toy.png", "run/toy.pdf", "run/report.html"} == set(capsys.readouterr().out.split())
+    assert {"run/toy.png", "run/toy.pdf", "run/toy.svg", "run/report.html"} == set(capsys.readouterr().out.split())
     assert (work / "run" / "toy.png").read_bytes() == before["toy.png"] and not marker.exists()
 
 

@@ -18,7 +18,7 @@ from tests.clock import HANGS
 
 def content(directory: Path) -> dict[str, bytes]:
     """What must be the same however often a run was interrupted."""
-    return {name: (directory / name).read_bytes() for name in ("records.jsonl", "config.json", "toy.png", "toy.pdf")}
+    return {name: (directory / name).read_bytes() for name in ("records.jsonl", "config.json", "toy.png", "toy.pdf", "toy.svg")}
 
 
 def wait_for(path: Path, lines: int = 1, seconds: float = HANGS) -> None:
@@ -35,7 +35,7 @@ def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
     assert code == 0, err
     run = lab.directory / "r"
     names = {p.name for p in run.iterdir()}
-    drawn = {"toy.png", "toy.pdf", "verdicts.json", "report.html"}
+    drawn = {"toy.png", "toy.pdf", "toy.svg", "verdicts.json", "report.html"}
     assert names == {"records.jsonl", "config.json", "metrics.jsonl", "manifest.json"} | drawn
     records = manifest.read_records(run)
     assert [r["point"]["seed"] for r in records] == list(range(6))
@@ -250,7 +250,7 @@ def test_verify_killed_with_its_workers_resumes(lab):
 def test_plot_redraws_from_the_records_alone(lab):
     lab.lindm("verify", "--out", "v")
     before = content(lab.directory / "v" / "toy")
-    for name in ("toy.png", "toy.pdf"):
+    for name in ("toy.png", "toy.pdf", "toy.svg"):
         (lab.directory / "v" / "toy" / name).unlink()
     (lab.directory / "v" / "report.html").unlink()
     assert lab.lindm("plot", "v", "--experiments", "toy")[0] == 0

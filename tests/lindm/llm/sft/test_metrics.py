@@ -64,8 +64,11 @@ def test_the_curves_are_drawn_from_the_records_alone(tmp_path):
     alone = [evals[0] | {"gap_ci": None}, evals[1] | {"gap": None, "gap_ci": None, "bc_gap": None}]  # no interval; no gap
     for records in (train, [*train, *evals], [*train, *alone]):
         paths = metrics.plot_curves(tmp_path, records)
-        assert [p.name for p in paths] == ["curves.png", "curves.pdf"]
-        assert paths[0].read_bytes()[:4] == b"\x89PNG" and paths[1].read_bytes()[:4] == b"%PDF"
+        assert [p.name for p in paths] == ["curves.png", "curves.pdf", "curves.svg"]
+        contents = [path.read_bytes() for path in paths]
+        assert contents[0][:4] == b"\x89PNG" and contents[1][:4] == b"%PDF" and b"<svg" in contents[2]
+        about = alternative_text(contents[0])
+        assert about.startswith("Loss on training batches") and "cross-entropy per label token (log scale) over step" in about
 
 
 def test_an_evaluation_without_a_gap_is_one_line_with_its_reason():

@@ -41,7 +41,7 @@ def undone(whole: Path, out: Path, step: int) -> None:
             shutil.rmtree(out / "checkpoints" / checkpoints.checkpoint_name(later))
     for name in ("model", "adapter"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("manifest.json", "curves.png", "curves.pdf"):
+    for name in ("manifest.json", "curves.png", "curves.pdf", "curves.svg"):
         (out / name).unlink(missing_ok=True)
 
 
