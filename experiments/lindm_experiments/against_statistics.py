@@ -42,7 +42,22 @@ from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, 
 from lindm.solvers.rollout import cumulative
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, COLORS, DIVERGING, GRAY, MARKERS, MEASURED, RED, plot_seeds, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    DIVERGING,
+    GRAY,
+    GREEN,
+    INK,
+    MARKERS,
+    MEASURED,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    YELLOW,
+    plot_seeds,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
 from lindm_experiments.lib.gaussian_regression import D, gaussian_layers, grams
@@ -343,31 +358,47 @@ def _map(records: list[dict]) -> Figure:
         axis.grid(visible=False)
         axis.set(xlabel="pairs in the prompt M (= N)", ylabel="label noise sigma", title=title)
     figure.colorbar(mesh, ax=axes, label="log2 of the ratio written in the cells; blue: the layer is better", shrink=0.7)
+    figure.set_label(
+        "Four heat maps over pairs in the prompt and label noise, with the ratio in each cell: the layer wins (blue) where "
+        "noise is large and pairs are few, and loses by a growing factor (red) with more pairs and less noise."
+    )
     return figure
 
 
+PALETTES = ((BLUE, GREEN, PURPLE, GRAY), (RED, ORANGE, SKY, YELLOW, "#8B6B00", "#5D3A9B"))  # of layers, of statistics
+
+
 def _methods(records: list[dict]) -> Figure:
-    """Suboptimality of every method over M, one panel for each noise level; thin lines are seeds."""
+    """Suboptimality over M: a column for each noise level, layers above and statistics below; thin lines are seeds."""
     sigmas = sorted({c["sigma"] for c in records[0]["mdp"]})
-    figure, axes = pyplot.subplots(1, len(sigmas), figsize=(4.1 * len(sigmas) + 1.6, 4.2), sharey=True, squeeze=False)
-    colors = (BLUE, BLUE, *COLORS[1:6], "#8B6B00", COLORS[5], GRAY)
-    for axis, sigma in zip(axes[0], sigmas, strict=True):
-        M = sorted({c["M"] for c in records[0]["mdp"]})
-        for method, color, marker in zip(METHODS, colors, ("o", *MARKERS, "x", "+"), strict=True):
+    M = sorted({c["M"] for c in records[0]["mdp"]})
+    size = (3.4 * len(sigmas) + 2.4, 6.6)
+    figure, axes = pyplot.subplots(2, len(sigmas), figsize=size, sharey=True, sharex=True, squeeze=False)
+    layers = (LAYER, CENTERED, "layer on its own targets", "uniform policy")
+    rows = (layers, tuple(method for method in METHODS if method not in layers))
+    for (row, column), axis in np.ndenumerate(axes):
+        sigma = sigmas[column]
+        for method, color, marker in zip(rows[row], PALETTES[row], MARKERS, strict=False):
             cells = [{(c["M"], c["sigma"]): c["loss"] for c in r["mdp"]} for r in records]
             curves = np.array([[loss[m, sigma][method] for m in M] for loss in cells])
             plot_seeds(axis, M, curves, color)
-            dashed = "--" if method == "layer on its own targets" else ":" if method == CENTERED else "-"
-            axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, linestyle=dashed, label=method)
-        if sigma == records[0]["small"][1]:
+            axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, label=method)
+        if row == 0 and sigma == records[0]["small"][1]:
             for layer in (LAYER, CENTERED):
                 values = [_small(r)[layer] for r in records]
                 at = [records[0]["small"][0]] * len(values)
                 label = "layers trained here" if layer == LAYER else None
-                axis.plot(at, values, **(MEASURED | {"marker": "_", "markersize": 12}), color=RED, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="pairs in the prompt M (= N)", title=f"noise sigma = {sigma:g}")
+                axis.plot(at, values, **(MEASURED | {"marker": "_", "markersize": 12}), color=INK, label=label)
+        axis.set(xscale="log", yscale="log", title=f"noise sigma = {sigma:g}" if row == 0 else "")
+        axis.set_xlabel("pairs in the prompt M (= N)" if row else "")
+        axis.set_ylabel("" if column else "suboptimality")
         set_log_ticks(axis, M)
-    axes[0, 0].set_ylabel("suboptimality of the greedy policy")
-    named = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0, -1].legend(named.values(), named.keys(), fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for row in axes:
+        named = {text: line for axis in row for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        row[-1].legend(named.values(), named.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.set_label(
+        "Suboptimality falls with the pairs in the prompt: layers in the upper row, statistics in the lower one, a column for "
+        "each noise level. With little noise least squares and the Bayes estimators fall fastest; with much noise all curves "
+        "lie close together."
+    )
     return figure

@@ -38,7 +38,7 @@ from lindm.solvers.solve import Tables, label, q_bounds, solve
 from lindm.types import APOMDP, CERTIFIED
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GREEN, ORANGE, RED, SEED, SKY
+from lindm_experiments.harness.figures import BLUE, EXACT, GREEN, INK, ORANGE, PURPLE, RED, SEED, SKY
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict, of_seeds
 from lindm_experiments.lib.apomdps import value_span
 from lindm_experiments.lib.tiger import DISCOUNT, tiger, tiger_answers, tiger_beliefs
@@ -47,7 +47,7 @@ S, A, O, H, M = 4, 3, 3, 5, 3
 ROUNDING = 1e-9  # relative to the most that two policies can differ by
 WIDE = 1e-6  # intervals below this share of the span are as good as exact
 EPSILON = 0.3  # share of random actions in the demonstrations
-ACTION_COLORS = ("#DDDDDD", ORANGE, BLUE)
+ACTION_COLORS = ("#DDDDDD", ORANGE, PURPLE)
 METHODS = ("HSVI, POMDPs", "net, POMDPs", "net, APOMDPs")
 HORIZONS = (1, 2, 3, 5, 10)
 
@@ -327,12 +327,12 @@ def _tiger(shown: dict) -> Figure:
     figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 6.0), sharex=True, height_ratios=(2.2, 1))
     (curves, band), (strips, widths) = axes
     middle = values[:, len(left) // 2]
-    for V, horizon, color in zip(values, HORIZONS, COLORS, strict=False):
+    for V, horizon in zip(values, HORIZONS, strict=False):
         at = V[len(left) // 2]
         crowded = ((middle > at) & (middle < at + 1)).any()
-        curves.plot(left, V, color=color, **EXACT)
+        curves.plot(left, V, color=INK, **EXACT)
         curves.annotate(f"{horizon}", (0.5, at), xytext=(0, -10 if crowded else 3), textcoords="offset points", ha="center",
-                        fontsize=8, color=color)  # fmt: skip
+                        fontsize=8, color=INK)  # fmt: skip
     draw_action_strips(strips, left, actions, ACTION_COLORS)
     strips.set_yticks(range(len(HORIZONS)), [str(h) for h in HORIZONS])
     strips.set(xlabel="belief that the tiger is left", ylabel="decisions left")
@@ -354,6 +354,11 @@ def _tiger(shown: dict) -> Figure:
     band.legend(fontsize=8, loc="upper center")
     widths.set(xlabel="belief that the tiger is left", ylabel="width / span", xlim=(0, 1), yscale="log", ylim=(1e-5, 1))
     widths.legend(fontsize=7, loc="lower left")
+    figure.set_label(
+        "The tiger problem over the belief. Upper left: the exact value is flat in the middle and rises to both ends. Lower "
+        "left: the best action is to listen except near belief 0 and 1. Right: bounds by HSVI enclose the exact value and are "
+        "narrowest at the belief from which they were solved."
+    )
     return figure
 
 
@@ -378,4 +383,8 @@ def _widths(seeded: list[dict]) -> Figure:
     )
     left.legend(fontsize=8)
     right.set(xscale="log", xlabel="trials of HSVI, points of the net", ylabel="%", title="Steps with a certified action")
+    figure.set_label(
+        "Left: the width of the bounds falls with trials of HSVI, within some ten trials below 1e-4, and more slowly with "
+        "points of the net. Right: the share of steps with a certified action rises to 100 percent."
+    )
     return figure

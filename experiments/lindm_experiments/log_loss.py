@@ -34,7 +34,20 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.ties import greedy
 from lindm.types import MDP, Plan
 from lindm_experiments.harness.config import check_at_least, check_counts, check_positive, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, plot_seeds, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    EXACT,
+    GRAY,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    plot_seeds,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
 from lindm_theory import imitation
@@ -324,12 +337,12 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     T, H = np.array(records[0]["T"]), np.array(records[0]["horizons"])
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.0))
     named = {"hard": "actions", "soft": "soft labels", "hot": "soft labels, hot"}
-    styles = {"hard": (RED, "s", "-"), "soft": (ORANGE, "^", "-"), "hot": (GREEN, "D", "--")}
+    styles = {"hard": (PURPLE, "s", "-"), "soft": (SKY, "^", "-"), "hot": (SKY, "D", "--")}
     for name, (color, marker, line) in styles.items():
         ratios = np.array([np.array(r["loss"][name]) / np.array(r["loss"]["squares"]) for r in records])
         plot_seeds(left, T, ratios, color)
         left.plot(T, ratios.mean(0), color=color, marker=marker, linestyle=line, label=f"cross-entropy on {named[name]}")
-    left.axhline(1.0, color=BLUE, linewidth=1.6, label="squares on Q")
+    left.axhline(1.0, color=INK, linewidth=1.6, marker="", label="squares on Q")
     set_log_ticks(left, T)
     left.set(xlabel="training tasks T", ylabel="loss of value / loss with squares on Q", title="Equal data: actions or Q?")
     left.legend(fontsize=8)
@@ -354,7 +367,12 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     middle.legend(fontsize=8, loc="upper left")
     right.plot(H, curves("thin bound").mean(0), color=RED, label=r"$1-e^{-\mathrm{log\ loss}}$", **BOUND)
     right.plot(H, curves("thin classical").mean(0), color=GRAY, label=r"$\sum_h (H-h+1)\,e_h$", **BOUND)
-    right.plot(H, curves("thin mean").mean(0), color=ORANGE, label="mutant: mean over stages", linestyle=":", marker="")
+    right.plot(H, curves("thin mean").mean(0), color="#8B6B00", label="mutant: mean over stages", linestyle=":", marker="")
     right.set(ylim=(None, 4 * curves("thin classical").max()))
     right.legend(fontsize=8, loc="upper left")
+    figure.set_label(
+        "Left: with few tasks, training with cross-entropy on actions loses more value than with squares on Q; with many "
+        "tasks all are equal. Middle: on simplex MDPs four bounds lie 7 to 20 times above the exact loss. Right: on a thin "
+        "cliff the bound by the log loss is tight, and a bound with a mistake lies below the loss."
+    )
     return {"log-loss": figure}

@@ -329,4 +329,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     for axis in (left, right):
         set_log_ticks(axis, M)
         axis.legend(fontsize=8, title="points: measured, every seed; lines: exact", title_fontsize=8)
+    figure.set_label(
+        "Left: the share of decisions that pick an unseen action is 1 where rewards are negative and 0 where they are "
+        "positive, and falls with M where labels are centered. Right: the suboptimality falls with M, fastest with centered "
+        "labels."
+    )
     return {"unseen": figure}

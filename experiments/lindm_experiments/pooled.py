@@ -33,7 +33,9 @@ from lindm_experiments.harness.figures import (
     MARKERS,
     MEASURED,
     ORANGE,
+    PURPLE,
     RED,
+    SKY,
     plot_seeds,
     set_log_ticks,
 )
@@ -335,7 +337,7 @@ def _risks(records: list[dict]) -> Figure:
     axes[0].legend(fontsize=8)
     groups = [(reader, law) for reader, law in READERS if reader != "stage"]
     for place, (reader, law) in enumerate(groups):
-        for dependence, color, marker in (("pairs", GRAY, "s"), ("shared", BLUE, "o")):
+        for dependence, color, marker in (("pairs", GRAY, "s"), ("shared", PURPLE, "o")):
             cells = _cells(records, reader=reader, law=law, dependence=dependence, K=K[0])[0]
             base = _cells(records, reader=reader, law=law, dependence="pairs", K=K[0])[0]
             ratio = [c["estimation"][0] / b["estimation"][1] for c, b in zip(cells, base, strict=True)]
@@ -347,6 +349,11 @@ def _risks(records: list[dict]) -> Figure:
     axes[2].set_xticks(range(len(groups)), names, fontsize=8)
     axes[2].set(ylabel="estimation error / that of independent pairs", title=f"Dependence in the trajectory, K = {K[0]}")
     axes[2].legend(fontsize=8)
+    figure.set_label(
+        "Left and middle: the risk falls with the trajectories in the prompt for readers that know the stage; a reader that "
+        "does not stays above its floor. Right: dependence in a trajectory matters for one reader alone, whose estimation "
+        "error is 1.7 times that of independent pairs."
+    )
     return figure
 
 
@@ -358,10 +365,10 @@ def _policies(records: list[dict]) -> Figure:
         cells = _cells(records, reader=reader, law=law, dependence="shared")
         curve = np.mean([[c["mean"] / c["loss"] for c in g] for g in cells], axis=1)
         label = "" if place else f"simplex features, {len(READERS)} readers and laws"
-        left.plot(K, curve, color=ORANGE, marker=(*MARKERS, "*")[place], label=label, linewidth=1)
+        left.plot(K, curve, color=PURPLE, marker=(*MARKERS, "*")[place], label=label, linewidth=1)
     ratio = np.array([[c["mean"] / c["loss"] for c in r["tabular"]] for r in records])
-    plot_seeds(left, K, ratio, BLUE)
-    left.plot(K, ratio.mean(0), color=BLUE, linestyle="--", label="tabular, one layer a stage", marker="")
+    plot_seeds(left, K, ratio, SKY)
+    left.plot(K, ratio.mean(0), color=SKY, linestyle="--", label="tabular, one layer a stage", marker="")
     left.axhline(1.0, color=GRAY, linestyle=":", linewidth=1.0)
     left.set(xlabel="trajectories in the prompt K", ylabel="loss of the mean policy / mean loss", title="What sharing changes")
     set_log_ticks(left, K)
@@ -387,4 +394,9 @@ def _policies(records: list[dict]) -> Figure:
     right.plot(ends, ends, color=GRAY, linestyle=":", marker="")
     right.set(xlabel="mean loss, exact", ylabel="suboptimality", title="A policy that copies one trajectory")
     right.legend(fontsize=8)
+    figure.set_label(
+        "Left: the loss of the mean policy is equal to the mean loss on simplex features and up to 12 percent above it in the "
+        "tabular case. Middle: the loss falls with the trajectories, and two bounds follow it. Right: where a policy copies "
+        "one trajectory, the shared rung is equal to the loss and rung 6 is below it."
+    )
     return figure

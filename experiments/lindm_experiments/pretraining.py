@@ -26,7 +26,18 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm_experiments.harness.config import check_at_least, check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, EXACT, GRAY, GREEN, MARKERS, MEASURED, PURPLE, RED
+from lindm_experiments.harness.figures import (
+    BOUND,
+    COLORS,
+    EXACT,
+    GRAY,
+    INK,
+    MARKERS,
+    MEASURED,
+    ORANGE,
+    PURPLE,
+    SKY,
+)
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import context_second_moment, optimal_weights, pair_variance
 from lindm_theory.moments import gaussian_fourth, onehot_fourth
@@ -373,21 +384,21 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         (axes[0], [r["least"] for r in records]),
         (axes[1], [r["least_other"][1] for r in records]),
     ):
-        axis.axhline(np.mean(values), color=GREEN, label="$A_N(\\Psi)$: $T=\\infty$", **BOUND)
+        axis.axhline(np.mean(values), color=INK, label="$A_N(\\Psi)$: $T=\\infty$", **BOUND)
         low = 0.7 * np.mean(values)
         axis.set_ylim(low, 60 * low)
     axes[1].axhline(np.mean([r["least_other"][0] for r in records]), color=GRAY, label="layer of these tasks", **BOUND)
     names = [("one", "C_one"), ("all", "C_all"), ("one", "C_residual"), ("one", "C_tasks")]
-    labels = ["one query: $C$", "all queries: $C$", "Gaussian residual", "few tasks, fresh contexts"]
+    labels = ["one query:\n$C$", "all queries:\n$C$", "Gaussian\nresidual", "few tasks,\nfresh contexts"]
     for k, (measured, constant) in enumerate(names):
         for i, part in enumerate(_by_law(records)[: 1 if k >= 2 else 2]):
             ratio = np.array([f[measured] / f[constant] for f in part])
             spread = np.linspace(-0.12, 0.12, len(ratio)) + 0.3 * i - (0.15 if k < 2 else 0)
             axes[2].plot(
-                k + spread, ratio, color=(BLUE, RED)[i], label=LAWS[i] if k == 0 else None, **MEASURED | {"marker": "os"[i]}
+                k + spread, ratio, color=(SKY, ORANGE)[i], label=LAWS[i] if k == 0 else None, **MEASURED | {"marker": "os"[i]}
             )
     axes[2].axhline(1.0, color=GRAY, **EXACT)
-    axes[2].set_xticks(range(len(labels)), labels, fontsize=8, rotation=12)
+    axes[2].set_xticks(range(len(labels)), labels, fontsize=8)
     axes[2].set(
         yscale="log",
         ylabel="measured / predicted constant",
@@ -395,4 +406,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     )
     for axis in axes:
         axis.legend(fontsize=7.5, loc="upper left" if axis is axes[2] else "upper right")
+    figure.set_label(
+        "Left and middle: without a ridge the risk has a peak where prompts equal parameters (dotted), and falls to the "
+        "dashed limit with more prompts; a ridge removes the peak. Right: the excess matches the predicted constant for one "
+        "and for all queries, and not the two other constants."
+    )
     return {"pretraining": figure}

@@ -36,5 +36,5 @@ def draw_reliability(calibrations: Mapping[str, Calibration]) -> "Figure":
         axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), xlabel="probability of the likeliest action", ylabel="share that is optimal")
         axis.set_title(name if len(name) <= 36 else f"...{name[-33:]}", fontsize=9, parse_math=False)
         axis.legend(fontsize=7, loc="lower right")
-    figure.set_label("Reliability diagram: points on the diagonal are probabilities that are right; their area is their share of all histories.")
+    figure.set_label("Points on the diagonal are probabilities that are right; their area is their share of all histories.")
     return figure

@@ -83,6 +83,7 @@ def draw_belief_values(values: BeliefValues, problem: StationaryPOMDP, horizon: 
         draw_action_strips(below, x, values.actions[None], [COLORS[(a + 1) % len(COLORS)] for a in range(len(actions))], actions)
         below.set(xlabel=f"probability of {states[0]}", yticks=[])
         below.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=min(4, len(np.unique(values.actions))))
+        figure.set_label(f"Value over the belief, between its bounds, and a strip of the best first action, {end}.")
         return figure
     figure = Figure(figsize=(10.4, 4.6))
     left, right = figure.subplots(1, 2)
@@ -95,6 +96,7 @@ def draw_belief_values(values: BeliefValues, problem: StationaryPOMDP, horizon: 
         here = values.actions == a
         right.scatter(x[here], y[here], s=42, marker="h", color=COLORS[a % len(COLORS)], label=actions[a])
     width = float((values.upper.max(1) - values.lower.max(1)).max())
+    figure.set_label(f"The value (left) and the best first action (right) over the triangle of beliefs of {', '.join(states)}.")
     left.set_title(f"Value, {end} (bounds within {width:.2g})")
     right.set_title("Best first action")
     right.legend(loc="upper left", fontsize=8)
@@ -125,7 +127,7 @@ def draw_action_strips(
     edges = np.concatenate([[0.0], (x[1:] + x[:-1]) / 2, [1.0]])
     for row, best in enumerate(actions):
         ends = np.array([row - 0.36, row + 0.36])
-        axis.pcolormesh(edges, ends, best[None], cmap=ListedColormap(list(colors)), vmin=0, vmax=len(colors) - 1)
+        axis.pcolormesh(edges, ends, best[None], cmap=ListedColormap(list(colors)), vmin=0, vmax=len(colors) - 1, rasterized=True)
     axis.set_ylim(len(actions) - 0.4, -0.6)
     axis.grid(False)
     if names:
@@ -184,5 +186,6 @@ def draw_attitudes(best: np.ndarray, states: tuple[str, ...], actions: tuple[str
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.grid(False)
     patches = [Patch(color=colors(int(a)), alpha=0.55, label=actions[a] if actions else f"action {a}") for a in np.unique(best)]
+    figure.set_label("The best first action over the attitude to ambiguity and the belief; colors change at the thresholds.")
     axes[0].legend(handles=patches, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(4, len(patches)), fontsize=8)
     return figure

@@ -50,6 +50,8 @@ def draw_policy_graph(graph: PolicyGraph) -> "Figure":
         for stage in range(int(graph.stages.max()) + 1):
             axis.text(stage, low[1] - 0.65, f"stage {stage + 1}", ha="center", fontsize=8, color=GRAY)
     axis.axis("off")
+    about = f"A policy graph of {n} nodes from the start on the left: a box is a node with its action, an arrow an observation"
+    figure.set_label(f"{about}; the first action is {names[graph.actions[0]]}.")
     return figure
 
 

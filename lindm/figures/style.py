@@ -1,8 +1,8 @@
 """The style of all figures: readable in print and in black and white, safe for color-blind readers.
 
-Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash. A color has one meaning in a
-figure, a panel at most six series, and a logarithmic axis says so in its label (`figure_bytes` adds it). What is seen in a figure is
-its matplotlib label (`figure.set_label`), and becomes its alternative text.
+Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash. A color has one meaning
+in a figure, a panel at most six series, and a logarithmic axis says so in its label (`figure_bytes` adds it). What is seen in a
+figure is its matplotlib label (`figure.set_label`), and becomes its alternative text.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ def figure_bytes(figure: "Figure", kinds: Sequence[str] = KINDS) -> dict[str, by
 
 
 def _name_scales(figure: "Figure") -> None:
-    """Say "log scale" or "symlog" in the labels of such axes, in a second line where the first one would be longer than the axis."""
+    """Say "log scale" or "symlog" in the labels of such axes, in a second line where one line is longer than the axis."""
 
     def lay_out() -> None:
         if engine := figure.get_layout_engine():
@@ -148,13 +148,16 @@ def describe(figure: "Figure") -> str:
     def plain(text: str) -> str:
         return " ".join(text.replace("$", "").replace("\\", "").split())
 
-    parts = [figure.get_label()] if figure.get_label() else []
+    parts, before = [figure.get_label()] if figure.get_label() else [], []
     for axes in figure.axes:
         title = next((t for place in ("left", "center") if (t := axes.get_title(loc=place))), "")
         x, y = axes.get_xlabel(), axes.get_ylabel()
         over = f"{y} over {x}" if x and y else x or y
-        names = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
-        about = ": ".join(part for part in (title, over) if part) + (f" (series: {', '.join(names)})" if names else "")
+        names = axes.get_legend_handles_labels()[1]
+        about = ": ".join(part for part in (title, over) if part)
+        if names and names != before:  # panels of a row often have the same ones
+            about += f" (series: {'; '.join(map(str, names))})"
+        before = names
         if axes.get_visible() and axes.get_label() != "<colorbar>" and about:
             parts.append(f"{about}.")
     return plain(" ".join(map(str, parts)))
@@ -168,7 +171,8 @@ def alternative_text(png: bytes) -> str:
         key, _, content = png[place + 8 : place + 8 + length].partition(b"\0")
         if key == b"Description" and kind == b"tEXt":
             return content.decode("latin-1")
-        if key == b"Description" and kind == b"iTXt" and content[:1] == b"\0":  # not compressed; then method, language, translated key
+        if key == b"Description" and kind == b"iTXt" and content[:1] == b"\0":  # not compressed
+            # the method, then language and translated key, each up to a zero
             return content[2:].split(b"\0", 2)[-1].decode("utf-8", errors="replace")
         place += 12 + length
     return ""

@@ -198,8 +198,10 @@ GAPS = {
 
 
 def draw_gaps(rows: Sequence[Row], name: str) -> dict[str, bytes]:
-    """NAME.png, NAME.pdf and NAME.svg: the gaps or losses (`GAPS`) of all policies with their intervals, one panel for each suite, horizon
-    and split."""
+    """NAME.png, NAME.pdf and NAME.svg: the gaps or losses (`GAPS`) of all policies with their intervals.
+
+    There is one panel for each suite, horizon and split.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lindm.evaluation.environments import double_precision
+from lindm.figures.style import INK
 from lindm.figures.style import save as save
 from lindm_experiments.harness.figures import (
     BLUE,
@@ -57,13 +58,12 @@ def risk_figure(table: Risk) -> Figure:
     lines = left.contourf(M, N, np.log10(grid), levels=14, cmap=SEQUENTIAL)
     bar = figure.colorbar(lines, ax=left, label="exact risk")
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:.3g}"))
-    left.plot(M, M, color="white", marker="", label="best N for the risk: N = M")
+    left.plot(M, M, color=INK, marker="", label="best N for the risk: N = M")
     if balance is not None:
         left.plot(M, balance, color=ORANGE, marker="", linestyle="--", linewidth=2, label="bias = estimation")
     left.set(ylim=(N[0], N[-1]), xlabel="pairs in a test prompt M", ylabel="pairs in a training prompt N")
     left.grid(False)
-    legend = left.legend(loc="upper left", facecolor=GRAY, frameon=True, framealpha=0.85, labelcolor="white")
-    legend.get_frame().set_edgecolor("none")
+    left.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=8)
     name, bound = ("general bound", table.general_bound) if table.paper_bound is None else ("eq. (6)", table.paper_bound)
     marks = zip(COLORS, MARKERS, strict=True)
     for i, (length, (color, marker)) in enumerate(zip(table.train_lengths, list(marks) * len(table.train_lengths), strict=False)):
@@ -78,6 +78,7 @@ def risk_figure(table: Risk) -> Figure:
         plain_log(axis)
     source = "exact moments" if table.samples is None else f"moments estimated from {table.samples} samples"
     figure.suptitle(f"Risk of the trained layer: {table.law}, d = {len(Lambda)}, {source}", x=0.01, ha="left")
+    figure.set_label("Exact risk of the trained layer: contours over both lengths on the left, curves and bounds on the right.")
     return figure
 
 
@@ -99,24 +100,26 @@ def measured_risk_figure(result: "MeasuredRisk") -> Figure:
     axis.set_title(f"{exact.law}, d = {len(exact.covariance)}, N = {exact.train_lengths[0]}, {len(result.measured)} seeds")
     axis.legend(fontsize=8)
     plain_log(axis)
+    figure.set_label("Measured risk of a layer with 95 % intervals, the exact risk of the linear layer, and its two parts.")
     return figure
 
 
 def ladder_figure(result: "MeasuredLadder") -> Figure:
-    """The exact loss and every bound as a bar on a logarithmic axis, seeds as ticks."""
+    """The exact loss and every bound as points on a logarithmic axis, seeds as ticks."""
     names = list(result.values)
     seeds = np.array([result.values[name].mean(1) for name in names])
     figure, axis = pyplot.subplots(figsize=(7.2, 3.2))
     means = seeds.mean(1)
     left = means[means > 0].min() / 3
     for i, name in enumerate(names):
-        axis.barh(i, max(means[i] - left, 0), left=left, color=BLUE if name == "suboptimality" else GRAY, height=0.66)
-        axis.plot(seeds[i], np.full(seeds.shape[1], i), "|", color="black", markersize=8, alpha=0.6)
+        color = BLUE if name == "suboptimality" else GRAY
+        axis.plot(seeds[i], np.full(seeds.shape[1], i), "|", color=color, markersize=9, alpha=0.7)
+        axis.plot(max(means[i], left), i, "o", color=color, markersize=6)
         axis.text(max(seeds[i].max(), left) * 1.1, i, f"{means[i]:.3g}  ×{means[i] / means[0]:.3g}", va="center", fontsize=8)
     axis.set(xscale="log", xlim=(left, seeds.max() * 4), xlabel="loss of the policy and its bounds")
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axis.grid(axis="y", visible=False)
     axis.invert_yaxis()
+    figure.set_label("The exact loss of the policy (above) and every bound, as points with numbers and multiples of the loss.")
     tasks = result.values["suboptimality"].shape[1]
     figure.suptitle(
         f"Exact suboptimality and the bounds above it ({seeds.shape[1]} seeds, {tasks} tasks each)", x=0.01, ha="left"

@@ -134,7 +134,7 @@ def test_latex_is_escaped_and_has_a_cell_for_every_value(work):
 def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
     assert main(["report", str(work / "verified"), str(work / "more"), "--out", str(work / "report")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert str(work / "report" / "index.html") in printed and len(printed) == 13
+    assert str(work / "report" / "index.html") in printed and len(printed) == 16
     figures = {path.name for path in (work / "report" / "figures").iterdir()}
     assert figures == {f"{name}.{ending}" for name in ("gaps", "losses", "toy") for ending in ("png", "pdf")}
     assert main(["check", str(work / "report")]) == 0

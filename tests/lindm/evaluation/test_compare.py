@@ -227,7 +227,11 @@ def test_the_command_shows_differences_and_scores_and_writes_the_figure(tmp_path
     out = capsys.readouterr().out
     assert re.search(r"^difference from bc +normalized gap +95 %", out, re.MULTILINE)
     assert re.search(r"^probabilities of optimal actions +log-loss .*\nbehavior +0\.1431 ", out, re.MULTILINE)
-    assert sorted(path.name for path in (tmp_path / "out").glob("calibration.*")) == ["calibration.pdf", "calibration.png", "calibration.svg"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("calibration.*")) == [
+        "calibration.pdf",
+        "calibration.png",
+        "calibration.svg",
+    ]
     (checked,) = ld.check(tmp_path / "out")
     assert checked.problems == []
     (tmp_path / "out" / "calibration.png").write_bytes(b"damaged")

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from lindm.figures.style import alternative_text
 from lindm.llm.sft import callbacks, evaluator, metrics
 from tests.clock import HANGS
 

@@ -43,7 +43,16 @@ def test_a_run_learns_and_writes_its_outputs(micro, finished, capsys):
     assert looked[-1]["loss"] < 0.5 * looked[0]["loss"]
     assert looked[-1]["n"] == 2 and looked[-1]["method"] == "exact" and looked[0]["gap_ci"][0] <= looked[0]["gap"]
     names = {p.name for p in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "model", "manifest.json", "curves.png", "curves.pdf", "curves.svg"}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "manifest.json",
+        "curves.png",
+        "curves.pdf",
+        "curves.svg",
+    }
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["outputs"]["model/manifest.json"] == files.sha256(finished / "model" / "manifest.json")
     assert manifest["inputs"]["data"] == datasets.Dataset(micro.mdp).checksum
