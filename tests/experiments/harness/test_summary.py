@@ -136,7 +136,7 @@ def test_the_page_shows_everything_and_fetches_nothing(work, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert str(work / "report" / "index.html") in printed and len(printed) == 16
     figures = {path.name for path in (work / "report" / "figures").iterdir()}
-    assert figures == {f"{name}.{ending}" for name in ("gaps", "losses", "toy") for ending in ("png", "pdf")}
+    assert figures == {f"{name}.{ending}" for name in ("gaps", "losses", "toy") for ending in ("png", "pdf", "svg")}
     assert main(["check", str(work / "report")]) == 0
     source = (work / "report" / "index.html").read_text()
     page = Page(source)
@@ -160,7 +160,7 @@ def test_figures_of_several_runs_have_names_of_their_own(work, finished):
     first = next((work / "one").glob("*.png"))
     pages.write_summary([work / "one", work / "two"], work / "report")
     names = sorted(path.name for path in (work / "report" / "figures").iterdir())
-    assert names == [f"{first.stem}{number}.{ending}" for number in ("-2", "") for ending in ("pdf", "png")]
+    assert names == [f"{first.stem}{number}.{ending}" for number in ("-2", "") for ending in ("pdf", "png", "svg")]
     assert (work / "report" / "figures" / first.name).read_bytes() == first.read_bytes()
 
 
