@@ -358,10 +358,7 @@ def _map(records: list[dict]) -> Figure:
         axis.grid(visible=False)
         axis.set(xlabel="pairs in the prompt M (= N)", ylabel="label noise sigma", title=title)
     figure.colorbar(mesh, ax=axes, label="log2 of the ratio written in the cells; blue: the layer is better", shrink=0.7)
-    figure.set_label(
-        "Four heat maps over pairs in the prompt and label noise, with the ratio in each cell: the layer wins (blue) where "
-        "noise is large and pairs are few, and loses by a growing factor (red) with more pairs and less noise."
-    )
+    figure.set_label("Ratios over pairs and noise: the layer wins (blue) with much noise and few pairs, and loses elsewhere.")
     return figure
 
 
@@ -396,9 +393,5 @@ def _methods(records: list[dict]) -> Figure:
     for row in axes:
         named = {text: line for axis in row for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
         row[-1].legend(named.values(), named.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.set_label(
-        "Suboptimality falls with the pairs in the prompt: layers in the upper row, statistics in the lower one, a column for "
-        "each noise level. With little noise least squares and the Bayes estimators fall fastest; with much noise all curves "
-        "lie close together."
-    )
+    figure.set_label("Suboptimality falls with the pairs: layers above, statistics below, a column for each noise level.")
     return figure

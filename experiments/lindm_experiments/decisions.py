@@ -334,9 +334,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     if any(YARDSTICK in r["rows"]["id"] for r in records):
         beyond = {policy: {policy: 1.0, YARDSTICK: -1.0} for policy in ("icl", "sft", "bc", "bayes")}
         ticks = (-0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1)
-        figures["reader"] = _over_horizons(
-            records, beyond, f"normalized optimality gap, less that of {YARDSTICK}", ticks, linthresh=0.1
-        )
+        figures["reader"] = _over_horizons(records, beyond, f"normalized optimality gap - {YARDSTICK}'s", ticks, linthresh=0.1)
     if any("renamed" in r["rows"] for r in records):
         figures["formats"] = _in_formats(records)
     return figures
@@ -347,8 +345,7 @@ def _over_horizons(
 ) -> Figure:
     """Curves over the horizon (policy -> factors of `gaps`): a column for each suite, a row for each split."""
     known = suites_of(records)
-    size = (3.9 * len(known) + 0.6, 6.4)
-    figure, axes = pyplot.subplots(2, len(known), figsize=size, sharey="row", sharex="col", squeeze=False)
+    figure, axes = pyplot.subplots(2, len(known), figsize=(4.1 * len(known), 6.4), sharey="row", sharex="col", squeeze=False)
     for row, (split, about) in zip(axes, (("id", "in distribution"), ("ood", "out of distribution")), strict=True):
         for axis, suite in zip(row, known, strict=True):
             at = horizons(records, suite)
@@ -366,9 +363,7 @@ def _over_horizons(
     for axis in axes[-1]:
         axis.set_xlabel("horizon")
     _legend(figure, axes)
-    figure.set_label(
-        "Means with 95 % intervals of each policy over the horizon, for each suite; tasks of the training law above."
-    )
+    figure.set_label("Gaps with 95 % intervals of each policy, for each suite.")
     return figure
 
 
@@ -394,15 +389,12 @@ def _in_formats(records: list[dict]) -> Figure:
     for axis, suite in zip(axes[0], known, strict=True):
         for x, part in enumerate(groups):
             for i, policy in enumerate(("sft", "icl")):
-                strata = gaps(records, suite, {policy: 1.0}, horizon=horizons(records, suite)[0], part=part)
-                if strata:
+                if strata := gaps(records, suite, {policy: 1.0}, horizon=horizons(records, suite)[0], part=part):
                     _errorbars(axis, [x + 0.16 * (i - 0.5)], [strata], policy, linestyle="none")
         axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name in groups.values()])
         axis.set_title(suite)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
     axes[0][0].set_ylabel("normalized optimality gap")
     _legend(figure, axes)
-    figure.set_label(
-        "Gaps of the model before and after fine-tuning, in the training format and in formats that it was not trained on."
-    )
+    figure.set_label("Gaps with 95 % intervals of each policy, for each suite.")
     return figure

@@ -36,20 +36,7 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import (
-    BLUE,
-    BOUND,
-    EXACT,
-    GRAY,
-    GREEN,
-    INK,
-    MEASURED,
-    ORANGE,
-    PURPLE,
-    RED,
-    SEED,
-    SKY,
-)
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, INK, MEASURED, ORANGE, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
@@ -358,29 +345,21 @@ def _plane(records: list[dict]) -> Figure:
         top.plot(M[inside], balance[inside], color=ORANGE, **EXACT, label="bias = estimation (exact)")
         top.plot(M, M, color=INK, **BOUND, label="N = M: least risk of Qhat")
         top.set_title(f"{name}: {word}", pad=22)
-        top.set(xscale="log", yscale="log", ylabel="pairs in a training prompt N")
+        top.set(xscale="log", yscale="log", xlabel="pairs in a test prompt M", ylabel="pairs in a training prompt N")
         top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
-        top.grid(visible=False)
         top.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=8)
-        bar = figure.colorbar(mesh, ax=top)
+        bar = figure.colorbar(mesh, ax=top, label="suboptimality (log scale)")
         ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if loss.min() <= t <= loss.max()]
         bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
-        bar.set_label("suboptimality (log scale)")
-        for color, at in zip((BLUE, RED, GREEN), (0, len(M) // 2, len(M) - 1), strict=True):
+        for color, at in zip(COLORS[:3], (0, len(M) // 2, len(M) - 1), strict=True):
             for c in cells:
                 below.plot(N, np.array(c["loss"])[:, at], color=color, **SEED)
                 below.plot(Nt, np.array(c["trained_loss"])[:, at], color=color, **MEASURED, alpha=0.6)
             below.plot(N, loss[:, at], color=color, **EXACT, label=f"M = {M[at]}")
         below.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="suboptimality")
-        below.legend(fontsize=8, ncols=3, title="line: closed form; points: trained layer", title_fontsize=8, loc="upper center")
         below.set_ylim(loss.min() / 1.6, loss.max() * 4)
-    for axis in axes[0]:
-        axis.set_xlabel("pairs in a test prompt M")
-    figure.set_label(
-        "Suboptimality over pairs in test and training prompts. Above: contours are vertical on isotropic features, so the "
-        "training length does not matter, and bend on anisotropic ones. Below: the curves over the training length are flat "
-        "on isotropic features and fall on anisotropic ones."
-    )
+        below.legend(fontsize=8, ncols=3, title="line: closed form; points: trained layer", title_fontsize=8, loc="upper center")
+    figure.set_label("Suboptimality does not change with the training length on isotropic features; it does on anisotropic ones.")
     return figure
 
 
@@ -392,40 +371,30 @@ def _actions(records: list[dict]) -> Figure:
     M = first["M"][-1]
     series = [(n, [np.array(r["families"][n]["share"])[:, -1] for r in records]) for n in (*ISOTROPIC, SIMPLEX)]
     series += [(f"bandit, {n}", [np.array(r["bandits"][n]["share"]) for r in records]) for n in LAWS]
-    colors = dict(zip((name for name, _ in series), (BLUE, RED, GREEN, PURPLE, ORANGE, SKY), strict=True))
-    for (name, shares), marker in zip(series, "os^Dv*", strict=True):
-        color = colors[name]
+    for (name, shares), color, marker in zip(series, COLORS, "os^Dv*", strict=False):
         for share in shares:
             left.plot(N, 100 * share, color=color, **SEED)
         left.plot(N, 100 * np.mean(shares, 0), color=color, marker=marker, markersize=4.5, linestyle="none", label=name)
     limit = np.mean([r["families"][SIMPLEX]["share_limit"] for r in records], 0)
-    left.plot(N, 100 * limit, color=colors[SIMPLEX], **EXACT)
+    left.plot(N, 100 * limit, color=COLORS[2], **EXACT)
     left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions in %", ylim=(-0.8, None))
     left.set_title(f"Actions that differ from those at N = {N[-1]}")
     left.legend(fontsize=8, title=f"MDPs at M = {M}; line: simplex, M = ∞", title_fontsize=8)
-    for name in (ISOTROPIC[1], SIMPLEX):
-        color = colors[name]
+    for name, color in ((ISOTROPIC[1], COLORS[1]), (SIMPLEX, COLORS[2])):
         for r in records:
             middle.plot(N, r["families"][name]["bias"], color=color, **SEED)
         middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, label=name)
         middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, label="  eq. (6), which presumes Psi = I")
     middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
-    middle.set_title("What is charged for N")
     middle.set_ylim(top=middle.get_ylim()[1] * 300)  # room for the legend
-    middle.legend(fontsize=8, loc="upper right")
+    middle.legend(fontsize=8, title="What is charged for N", loc="upper right")
     for key, color, label in (("paper", GRAY, "eq. (6), bias term"), ("theorem", "#8B6B00", "Theorem 2, any law and Psi")):
         values = np.array([r["coordinates"][key] for r in records])
         right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, label=label)
     for r in records:
         loss = np.array(r["coordinates"]["loss"])
-        right.plot(kappa, loss / loss[0], color=INK, **MEASURED, alpha=0.6)
-    right.plot([], [], color=INK, **MEASURED, label="suboptimality, measured")
+        right.plot(kappa, loss / loss[0], color=INK, **MEASURED, label="suboptimality, measured" if r is first else None)
     right.set(xscale="log", yscale="log", xlabel="condition number of the coordinates, kappa", ylabel="relative to kappa = 1")
-    right.set_title("The same MDPs in other coordinates")
-    right.legend(fontsize=8)
-    figure.set_label(
-        "Left: the share of actions that the training length changes is 0 on isotropic laws and falls from 16 percent on "
-        "simplex features. Middle: eq. (6) charges more bias for N than there is, up to a crossing. Right: in other "
-        "coordinates the measured suboptimality and Theorem 2 stay at 1 while eq. (6) grows with the condition number."
-    )
+    right.legend(fontsize=8, title="The same MDPs in other coordinates")
+    figure.set_label("The training length changes no action on isotropic laws; eq. (6) charges for it all the same.")
     return figure

@@ -26,18 +26,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm_experiments.harness.config import check_at_least, check_counts, check_rising
-from lindm_experiments.harness.figures import (
-    BOUND,
-    COLORS,
-    EXACT,
-    GRAY,
-    INK,
-    MARKERS,
-    MEASURED,
-    ORANGE,
-    PURPLE,
-    SKY,
-)
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, INK, MARKERS, MEASURED, PURPLE
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import context_second_moment, optimal_weights, pair_variance
 from lindm_theory.moments import gaussian_fourth, onehot_fourth
@@ -395,7 +384,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             ratio = np.array([f[measured] / f[constant] for f in part])
             spread = np.linspace(-0.12, 0.12, len(ratio)) + 0.3 * i - (0.15 if k < 2 else 0)
             axes[2].plot(
-                k + spread, ratio, color=(SKY, ORANGE)[i], label=LAWS[i] if k == 0 else None, **MEASURED | {"marker": "os"[i]}
+                k + spread, ratio, color=COLORS[4 + i], label=LAWS[i] if k == 0 else None, **MEASURED | {"marker": "os"[i]}
             )
     axes[2].axhline(1.0, color=GRAY, **EXACT)
     axes[2].set_xticks(range(len(labels)), labels, fontsize=8)
@@ -406,9 +395,5 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     )
     for axis in axes:
         axis.legend(fontsize=7.5, loc="upper left" if axis is axes[2] else "upper right")
-    figure.set_label(
-        "Left and middle: without a ridge the risk has a peak where prompts equal parameters (dotted), and falls to the "
-        "dashed limit with more prompts; a ridge removes the peak. Right: the excess matches the predicted constant for one "
-        "and for all queries, and not the two other constants."
-    )
+    figure.set_label("The risk peaks where prompts equal parameters; the excess has the predicted constant.")
     return {"pretraining": figure}

@@ -284,11 +284,7 @@ def _error(records: list[dict]) -> Figure:
     ):
         axes[0].plot([], [], color=GRAY, linestyle=kind, marker="", label=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
-    figure.set_label(
-        "Mean squared error of Qhat over the test length, for three training lengths and four laws: trained layers (points) "
-        "lie on the exact curves, and the bound of each law (dashed) above them. Short training prompts win at short test "
-        "prompts, long ones at long."
-    )
+    figure.set_label("Trained layers (points) lie on the exact curves, and the bound of each law (dashed) above them.")
     return figure
 
 
@@ -342,10 +338,7 @@ def _bias(records: list[dict]) -> Figure:
     )
     set_log_ticks(right, long)
     right.legend(fontsize=8.5)
-    figure.set_label(
-        "Left: the squared bias falls with the training length, at the end as 1/N squared, with measured points on the exact "
-        "lines. Right: multiplied by N squared it comes within a few percent of its limit."
-    )
+    figure.set_label("The squared bias falls with the training length, at the end as 1/N squared, on the exact lines.")
     return figure
 
 
