@@ -14,6 +14,7 @@ from lindm.errors import UsageError
 from lindm.evaluation import EVAL_FORMAT, compare
 from lindm.evaluation.compare import SEED, PolicyResult
 from lindm.evaluation.optimality_gap import MAX_HISTORIES
+from lindm.evaluation.policies.bayes_policies import Bayes
 from lindm.evaluation.policies.registry import default_policies
 from lindm.evaluation.reliability import draw_reliability
 from lindm.families.registry import NamedProblem
@@ -39,7 +40,7 @@ def evaluate(
     episodes: int = 8,
     effort: int | None = None,
     max_histories: int = MAX_HISTORIES,
-    posterior_seeds: int = POSTERIOR_SEEDS,
+    posterior_seeds: int | None = None,
     template: str | None = None,
     rewards: str | None = None,
     data: str | Path | None = None,
@@ -61,7 +62,7 @@ def evaluate(
       max_histories: of a stage of a task, up to which a policy is evaluated at all that it reaches; beyond it, by sampled
         episodes, or not at all where a problem is ambiguous. Policies that are cheap to step have no limit where Q* is known.
       posterior_seeds: number of independent samples of a Bayes policy whose posterior is sampled. The gap is that of the first;
-        its standard error by the sample is the standard deviation over all, and not known with 1.
+        its standard error by the sample is the standard deviation over all, and not known with 1. [default: 3]
       template, rewards: of the texts of language models that are named. [default: as the model was trained]
       data: directory of the tasks, which are made there if they are missing. The losses of named policies that are no language
         models are kept there, too, and another evaluation on these tasks does not compute them again. [default: `data` in out]
@@ -86,7 +87,8 @@ def evaluate(
     """
     validate.count(episodes, "episodes")
     validate.count(max_histories, "max_histories")
-    validate.count(posterior_seeds, "posterior_seeds")
+    if posterior_seeds is not None:
+        validate.count(posterior_seeds, "posterior_seeds")
     if effort is not None:
         validate.count(effort, "effort")
     source = problem if isinstance(problem, Suite) else as_source(problem)
@@ -95,11 +97,17 @@ def evaluate(
         raise ValueError(f"policies must be a list of names, or policies by name; got {policies!r}")
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
+    if posterior_seeds is not None and not _has_sample(policies):
+        rule = "must be left out without a Bayes policy whose posterior is a sample"
+        raise ValueError(f"posterior_seeds {rule}; got {posterior_seeds}")
+    posterior_seeds = POSTERIOR_SEEDS if posterior_seeds is None else posterior_seeds
     arguments = {"dataset": dataset, "episodes": episodes, "effort": effort, "max_histories": max_histories}
     arguments |= {"posterior_seeds": posterior_seeds, "progress": progress, "on_result": on_result}
     data = None if data is None else Path(data)
     if data is not None and out is not None and data.absolute() == Path(out).absolute():
         raise UsageError(f"data must be another directory than out; got {data} for both")
+    if data is not None and out is not None and Path(out).resolve().is_relative_to(data.resolve()):
+        raise UsageError(f"out must not be inside of data, which holds a dataset alone; got {out} in {data}")
     if out is None:
         results = compare.evaluate(source, policies, data=data, **arguments)
     else:
@@ -114,6 +122,12 @@ def evaluate(
             tasks_made = [] if data else ["data/manifest.json"]
             manifest.write_manifest(out, [EVAL, *figures, *tasks_made], options=options)
     return {result.policy: result for result in results}
+
+
+def _has_sample(policies: Mapping[str, Any]) -> bool:
+    """Whether one of the policies has a sampled posterior; language models are not read."""
+    given = (policies[name] for name in policies if not (isinstance(policies, PoliciesByName) and ":" in name))
+    return any(isinstance(policy, Bayes) and policy.has_sample for policy in given)
 
 
 def _check_same_evaluation(out: Path, options: Mapping[str, Any]) -> None:

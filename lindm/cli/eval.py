@@ -39,8 +39,9 @@ class Eval(ProblemOptions):
     ambiguous problem then has no value."""
     effort: int | None = None
     """Effort of the bounds of V* where a POMDP is too large for an exact solution, as in `lindm solve`: more narrows them."""
-    posterior_seeds: int = 3
-    """Number of posterior samples of a Bayes policy, by which the standard error of its gap is known; 1: it is not."""
+    posterior_seeds: int | None = None
+    """Number of posterior samples of a Bayes policy, by which the standard error of its gap is known; 1: it is not.
+    [default: 3]"""
     template: str | None = None
     """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
     rewards: Rewards | None = None
@@ -118,7 +119,7 @@ def warn_of_training(
     from lindm.llm.sft.options import run_options
 
     for name in models:
-        trained = training_data(run_options(Path(name.removeprefix("sft:"))) or {})
+        trained = training_data(run := Path(name.removeprefix("sft:")), run_options(run) or {})
         for note in [*training_notes(name, trained, problem), *text_notes(name, template, rewards)]:
             print(f"lindm: warning: {note}", file=sys.stderr)
 

@@ -36,7 +36,7 @@ class Dataset:
 
     def _set_description(self, directory: Path, config: dict[str, Any], checksum: str) -> None:
         """Sets the attributes. config: of the manifest."""
-        self.directory, self.checksum = directory, checksum
+        self.directory, self.description, self.checksum = directory, config, checksum
         self._tasks: list[Task] | None = None
         self.config = DatasetConfig(**config["dataset"])
         self.suite: dict[str, Any] | None = config["source"].get("suite")  # None: all tasks are one fixed problem
@@ -96,6 +96,21 @@ class Dataset:
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
                 yield inputs.parse_json_line(line, f"{path}:{number}")
+
+
+class DescribedTasks(Dataset):
+    """What a run of `lindm sft` knows of tasks that were drawn for it: all but the tasks, which are on no disk.
+
+    Args:
+      name: of the tasks, in messages.
+      description: `config` of the manifest that a dataset of them would have.
+    """
+
+    def __init__(self, name: str, description: dict[str, Any]):
+        self._set_description(Path(name), description, "")
+
+    def _read(self) -> Iterator[Task]:
+        raise DataError(f"{self.directory}: these tasks were drawn and not kept; `lindm data make` with these words writes them")
 
 
 def is_dataset(path: Path) -> bool:

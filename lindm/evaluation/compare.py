@@ -142,7 +142,7 @@ def evaluate(
             readers[name] = [loss and replace(loss, scored=None) for loss in losses]
         if isinstance(policy, Bayes) and not policy.thompson:
             yardstick = name, policy.suite
-    return results if yardstick is None else _with_yardstick(results, readers, *yardstick, dataset, tasks)
+    return results if yardstick is None else _with_yardstick(results, readers, *yardstick, source, dataset, tasks)
 
 
 def _deviation_of_gaps(losses: Sequence[Losses]) -> float | None:
@@ -156,11 +156,12 @@ def _with_yardstick(
     readers: Mapping[str, Losses],
     name: str,
     suite: Suite,
+    source: Suite | NamedProblem | Problem,
     dataset: DatasetConfig,
     tasks: Sequence[PolicyTask],
 ) -> list[PolicyResult]:
     """The results with the parts of the losses of all readers of the context, and the limit of the yardstick `name`."""
-    limit, split = context_limit(suite, dataset, tasks), []
+    limit, split = context_limit(suite, source, dataset, tasks), []
     for result in results:
         if result.policy == name:
             split.append(replace(result, context_limit=limit))

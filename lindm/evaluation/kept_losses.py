@@ -18,6 +18,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lindm.errors import DataError
@@ -30,7 +31,7 @@ from lindm.io.verification import MANIFEST
 FORMAT = "lindm-losses-1"
 DIRECTORY = "losses"
 CODE = ("types.py", "random.py", "validate.py", "problems", "solvers", "families", "icl", "datasets", "text", "evaluation")
-LIBRARIES = ("jax", "jaxlib", "numpy", "optax")
+LIBRARIES = ("flax", "jax", "jaxlib", "numpy", "optax")
 MOST_ROWS = 100_000  # scored histories of all tasks: a file of some 10 MB
 
 Losses = list[PolicyLoss | None]
@@ -99,12 +100,13 @@ def _has_plain_repr(value: Any) -> bool:
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 of the sources on which losses depend, and of the versions of the libraries that compute them."""
+    """SHA-256 of the sources on which losses depend, the versions of the libraries and the kind of device that computes them."""
     root = Path(__file__).parents[1]
     paths = [path for name in CODE for path in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
     sources = [[path.relative_to(root).as_posix(), files.sha256(path)] for path in sorted(paths)]
     versions = [importlib.metadata.version(library) for library in LIBRARIES]
-    return hashlib.sha256(files.canonical_json([sources, versions]).encode()).hexdigest()
+    device = [jax.default_backend(), jax.devices()[0].device_kind]
+    return hashlib.sha256(files.canonical_json([sources, versions, device]).encode()).hexdigest()
 
 
 def _to_json(loss: PolicyLoss) -> dict[str, Any]:

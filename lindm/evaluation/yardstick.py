@@ -12,6 +12,7 @@ least mean of V* - V^pi, divided by the mean of V* - V^random.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,9 +75,13 @@ class ContextLimit:
     note: str | None = None  # why there is no limit
 
 
-def context_limit(suite: Suite, dataset: DatasetConfig, tasks: Sequence[PolicyTask]) -> ContextLimit:
-    """The Bayes-adaptive limit of the contexts of tasks, which were drawn from a suite as a dataset."""
-    if (why := _no_limit(suite, dataset, len(tasks))) is not None:
+def context_limit(suite: Suite, source: Any, dataset: DatasetConfig, tasks: Sequence[PolicyTask]) -> ContextLimit:
+    """The Bayes-adaptive limit of the contexts of tasks, which were drawn from a source as a dataset.
+
+    Args:
+      suite: the prior of the yardstick; there is a limit where it is the source.
+    """
+    if (why := _no_limit(suite, source, dataset, len(tasks))) is not None:
         return ContextLimit(note=why)
     assert isinstance(suite, RandomSuite)
     values = reward_values(suite)
@@ -92,10 +97,12 @@ def context_limit(suite: Suite, dataset: DatasetConfig, tasks: Sequence[PolicyTa
     return ContextLimit(value=value, value_ci=value_ci, suboptimality=least, suboptimality_ci=least_ci, gap=gap)
 
 
-def _no_limit(suite: Suite, dataset: DatasetConfig, num_tasks: int) -> str | None:
+def _no_limit(suite: Suite, source: Any, dataset: DatasetConfig, num_tasks: int) -> str | None:
     """Why the limit is not computed; None where it is."""
     if not isinstance(suite, RandomSuite) or suite.observations:
         return "it has a closed form for random MDPs alone"
+    if suite != source:
+        return "the tasks are not drawn from the suite of the policy, and are none that its prior expects"
     if dataset.exploration[0] < 1:
         return "the demonstrators' actions tell of the task, too; with --behavior uniform they do not"
     if suite.gap > 0:

@@ -74,7 +74,7 @@ def sole_writer(directory: Path, waiting: Callable[[], object] | None = None) ->
       StorageError: the directory cannot be created, or at the end it is another one or none.
     """
     if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} must be a directory, and is a file; choose another --out")
+        raise UsageError(f"{directory} must be a directory, and is a file; choose another directory")
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY)

@@ -172,7 +172,7 @@ def _created(path: Path, is_directory: bool) -> Iterator[int]:
 
 def _wait(limit: float, path: Path) -> None:
     if time.monotonic() > limit:
-        raise UsageError(f"{path} is being written by another process: wait for it, or choose another --out")
+        raise UsageError(f"{path} is being written by another process: wait for it, or choose another path")
     time.sleep(0.05)
 
 

@@ -125,10 +125,10 @@ def _alpha_vectors(name: str, source: Suite | NamedProblem | Problem | None) -> 
 def check_not_trained_on(run: Path, source: Suite | NamedProblem | Problem, dataset: DatasetConfig) -> None:
     """UsageError where a run was trained on tasks of the same suite or problem and seed, which have the same demonstrations."""
     options = run_options(run) or {}
-    if (trained := training_data(options)) is None:
+    if (trained := training_data(run, options)) is None:
         return  # a file, or no longer there: nothing to compare with
     if _identity(source) == _trained_identity(trained) and trained.config.seed == dataset.seed:
-        raise UsageError(f"seed must not be {dataset.seed}: {run} was trained on these tasks ({options['data']})")
+        raise UsageError(f"seed must not be {dataset.seed}: {run} was trained on these tasks ({trained.directory})")
 
 
 def training_notes(name: str, trained: Dataset | None, source: Suite | NamedProblem | Problem | Dataset | None) -> list[str]:
@@ -176,7 +176,7 @@ def text_notes(name: str, template: str | None, rewards: str | None) -> list[str
 def _about(source: Suite | NamedProblem | Problem | Dataset) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Kind, horizon and sizes, and names."""
     if isinstance(source, Dataset):
-        return {**source.manifest["config"]["source"]["sizes"]}, {part: list(words) for part, words in source.names.items()}
+        return {**source.description["source"]["sizes"]}, {part: list(words) for part, words in source.names.items()}
     names = source.names if isinstance(source, Suite | NamedProblem) else {}
     problem = source.problem if isinstance(source, NamedProblem) else source.example if isinstance(source, Suite) else source
     return sizes_of(problem), {part: list(words) for part, words in names.items()}
@@ -194,5 +194,5 @@ def _identity(source: Suite | NamedProblem | Problem | Dataset) -> dict[str, Any
 
 
 def _trained_identity(trained: Dataset) -> dict[str, Any]:
-    source = trained.manifest["config"]["source"]
-    return {key: source[key] for key in ("suite", "problem") if key in source}
+    source = trained.description["source"]
+    return json.loads(json.dumps({key: source[key] for key in ("suite", "problem") if key in source}))

@@ -26,6 +26,7 @@ from lindm import validate
 from lindm.choices import Rewards
 from lindm.datasets import Dataset, TextFormat, text_format
 from lindm.datasets.columns import sizes_of
+from lindm.datasets.reader import DescribedTasks
 from lindm.datasets.text import check_rewards
 from lindm.errors import DataError
 from lindm.evaluation.environments import PolicyTask, double_precision
@@ -36,7 +37,7 @@ from lindm.llm.attention import KVCache
 from lindm.llm.io import weights
 from lindm.llm.model import Decoder
 from lindm.llm.parallel.sharding import make_mesh
-from lindm.llm.sft.options import run_options
+from lindm.llm.sft.options import drawn_description, run_options
 from lindm.llm.tokens import action_tokens, document_prefix, encode, load_tokenizer
 from lindm.text import Document, Template, find_template, render
 from lindm.types import APOMDP
@@ -102,7 +103,7 @@ class LanguageModelPolicy(Policy):
     @cached_property
     def problem(self) -> NamedProblem | Dataset | None:
         """What `act` knows where no problem is given: the one of the training data, or their sizes and names."""
-        if self.training is None or self.training.suite is not None:
+        if self.training is None or self.training.suite is not None or isinstance(self.training, DescribedTasks):
             return self.training
         with double_precision():
             problem = next(iter(self.training)).problem()
@@ -259,7 +260,7 @@ def load_policy(
         load_tokenizer(path),
         text,
         name=name or str(directory),
-        training=training_data(options),
+        training=training_data(directory, options),
         temperature=temperature,
         dtype=jnp.float32 if device[0].platform == "cpu" else jnp.bfloat16,
     )
@@ -278,10 +279,17 @@ def model_directory(directory: Path) -> Path:
     return model
 
 
-def training_data(options: Mapping[str, Any]) -> Dataset | None:
-    """The dataset that a run was trained on, where it is a dataset and still there."""
-    data = Path(options.get("data") or "")
-    return Dataset(data) if (data / "manifest.json").is_file() else None
+def training_data(directory: Path, options: Mapping[str, Any]) -> Dataset | None:
+    """The dataset that a run was trained on, where it is a dataset and still there; of drawn tasks, what they are.
+
+    Args:
+      options: of the run in the directory; empty where it is no run.
+    """
+    if (draw := options.get("draw")) is not None:
+        description = drawn_description(directory)
+        return None if description is None else DescribedTasks(draw, description)
+    data = options.get("data")
+    return Dataset(Path(data)) if data is not None and (Path(data) / "manifest.json").is_file() else None
 
 
 def _on_host(x: Array) -> np.ndarray:

@@ -59,6 +59,12 @@ class Bayes(ChosenPolicy):
         other.seed = validate.count(seed, "seed", 0)
         return other
 
+    @property
+    def has_sample(self) -> bool:
+        """Whether the posterior is a sample, and has no closed form."""
+        closed = isinstance(self.suite, RandomSuite) and not self.suite.observations
+        return not closed or self.actions or self.thompson
+
     def choose(self, tasks: Sequence[PolicyTask]) -> Policy:
         settings = {"epsilon": self.epsilon if self.actions else None, "samples": self.samples, "seed": self.seed}
         if not isinstance(tasks[0].known, MDPEnvironment):

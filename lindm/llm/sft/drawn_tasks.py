@@ -33,7 +33,8 @@ class DrawnTasks(Dataset):
     """A dataset that is on no disk: its tasks are drawn whenever it is read.
 
     Args:
-      name: in messages, and by which a run knows the data again: the words of the command line.
+      name: in messages and in the options of a run, such as the words of the command line. What the tasks are, config.json of a
+        run has beside it (`.description`).
 
     Raises:
       ValueError: names that do not fit the problem; a method that does not fit.

@@ -13,6 +13,7 @@ from lindm.llm.config import BaseFormat, LoraScaling, Remat
 from lindm.llm.model_families import parse_lora_targets
 
 RUN_FORMAT = "lindm-sft-2"  # of config.json
+DRAWN = "drawn"  # key of config.json: what drawn tasks are, whatever name `draw` gives them
 TOKENS = "tokens"  # directory of the tokens of rows in OUT, written before config.json
 
 Method = Literal["full", "lora", "qlora"]
@@ -245,6 +246,11 @@ def run_options(directory: Path) -> dict[str, Any] | None:
     if "options" not in config and not str(config.get("format")).startswith("lindm-sft-"):
         return None
     return files.read_json(path, format=RUN_FORMAT)["options"]
+
+
+def drawn_description(directory: Path) -> dict[str, Any] | None:
+    """What the tasks are that a run of `lindm sft` drew, as the manifest of a dataset says it; None where it drew none."""
+    return files.read_json(directory / "config.json", format=RUN_FORMAT).get(DRAWN)
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

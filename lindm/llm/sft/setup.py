@@ -90,6 +90,7 @@ class TrainingSetup:
     end_tokens: tuple[int, ...]  # with which the answers of a file end; of a dataset, whose labels have no end, none
     inputs: dict[str, Any]  # SHA-256 of data and model, and numbers of documents that were too long
     endless: int = 0  # documents of a file whose last answer is truncated
+    drawn: dict[str, Any] | None = None  # what drawn tasks are, which are on no disk
 
     @property
     def platform_options(self) -> dict[str, str]:
@@ -157,6 +158,7 @@ def setup_training(config: SFTConfig, draw: Callable[[], DrawnTasks] | None = No
         end_tokens=() if data.is_dataset else data.examples.end_tokens(),
         inputs=inputs,
         endless=data.endless,
+        drawn=training_data.description if isinstance(training_data, DrawnTasks) else None,
     )
 
 
@@ -164,7 +166,7 @@ def _training_data(config: SFTConfig, draw: Callable[[], DrawnTasks] | None) -> 
     if config.data is not None:
         return open_data(config.data)
     if draw is None:
-        raise ValueError(f"draw must be given with the tasks that its words describe, as ld.draw_tasks does; got {config.draw!r}")
+        raise ValueError(f"draw must be given with the tasks that it names, as ld.draw_tasks does; got {config.draw!r}")
     return draw()
 
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the run behind `lindm sft`.
 
-    OUT/config.json      format version, options, SHA-256 of data and model, learning rate: a resumed run must have the same
+    OUT/config.json      format version, options, SHA-256 of data and model, learning rate: a resumed run must have the same;
+                         what the tasks are where they were drawn
     OUT/metrics.jsonl    one line per step and per evaluation
     OUT/tokens/          tokens of rows (`lindm.llm.sft.token_cache`)
     OUT/checkpoints/     what the run resumes from
@@ -41,7 +42,7 @@ from lindm.llm.sft.generation import describe_generation, write_chat_settings
 from lindm.llm.sft.loop import BEST, CHECKPOINTS, EvalHistory, TrainLoop
 from lindm.llm.sft.metrics import CURVES, METRICS, MetricsLogger, plot_curves, read_metrics
 from lindm.llm.sft.optimizer import make_optimizer
-from lindm.llm.sft.options import RUN_FORMAT, TOKENS, SFTConfig, config_differences
+from lindm.llm.sft.options import DRAWN, RUN_FORMAT, TOKENS, SFTConfig, config_differences
 from lindm.llm.sft.profile import PROFILE, StepProfiler
 from lindm.llm.sft.setup import TrainingSetup, build_model, setup_training
 from lindm.llm.sft.step import TrainState, init_train_state, jit_train_step, make_train_step, state_template, step_shardings
@@ -133,6 +134,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
     out, path = setup.config.out, setup.config.out / CONFIG
     config, steps = {"options": setup.config.to_json(), "inputs": setup.inputs}, setup.optimizer.steps
     config["defaults"] = setup.platform_options | {"learning_rate": setup.optimizer.learning_rate}
+    drawn = {} if setup.drawn is None else {DRAWN: setup.drawn}  # follows from the inputs, which are compared
     old = files.read_json(path, format=RUN_FORMAT) if path.exists() else None
     longer = old is not None and continuation.is_longer(old, steps)
     if old is None:
@@ -145,9 +147,9 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
         _verify_exports(out)
     processes.barrier("settings are compared")
     if is_main and old is None:
-        files.write_json(path, config | continuation.first_schedule(steps), format=RUN_FORMAT)
+        files.write_json(path, config | drawn | continuation.first_schedule(steps), format=RUN_FORMAT)
     elif is_main and old is not None and longer:
-        continuation.extend_run(out, old, config, steps)
+        continuation.extend_run(out, old, config | drawn, steps)
     processes.barrier("settings")
 
 

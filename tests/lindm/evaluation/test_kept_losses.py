@@ -2,9 +2,12 @@
 # what may be None is there in these tests
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 
+import importlib.metadata
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +16,7 @@ from lindm.cli.main import main
 from lindm.datasets import DatasetConfig
 from lindm.errors import UsageError
 from lindm.evaluation import compare, kept_losses
-from lindm.evaluation.policies.bayes_policies import BayesDemo
+from lindm.evaluation.policies.bayes_policies import Bayes, BayesDemo, Thompson
 from lindm.evaluation.policies.offline_rl import LSVI
 from lindm.families.random_suites import RandomSuite
 
@@ -117,6 +120,13 @@ def test_the_hash_of_the_code_changes_with_a_source(tmp_path, monkeypatch):
         (sources / name).write_text(text)
         hashes.append(kept_losses.code_hash.__wrapped__())
     assert len(set(hashes)) == 3 and hashes[2] == hashes[3]
+    version = importlib.metadata.version
+    for library in ("flax", "optax"):  # `layer` is trained with both
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, new=library: "9" if name == new else version(name))
+        hashes.append(kept_losses.code_hash.__wrapped__())
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="another")])
+    assert len({*hashes, kept_losses.code_hash.__wrapped__()}) == 6
 
 
 def test_the_error_by_the_sample_is_that_of_independent_samples(tmp_path):
@@ -149,3 +159,23 @@ def test_the_command_keeps_losses_beside_the_tasks_of_data(tmp_path, capsys, com
         ld.evaluate(SEEN, ["bc"], tasks=1, data=tmp_path / "new", out=tmp_path / "new")
     with pytest.raises(UsageError, match="is not empty and holds no dataset"):
         ld.evaluate(SEEN, ["bc"], tasks=1, data=tmp_path)
+    with pytest.raises(UsageError, match=r"out must not be inside of data, which holds a dataset alone; got .*new/out in "):
+        ld.evaluate(SEEN, ["bc"], tasks=1, data=tmp_path / "new", out=tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file must be a directory, and is a file; choose another directory"):
+        ld.evaluate(SEEN, ["bc"], tasks=1, data=tmp_path / "file")
+
+
+@pytest.mark.parametrize("policies", [["bc"], ["bc", "bayes"], {"exact": ld.policies.bayes(SEEN)}])
+def test_posterior_seeds_are_refused_without_a_sample(policies, tmp_path):
+    with pytest.raises(ValueError, match=r"posterior_seeds must be left out without a Bayes policy whose posterior .*; got 2"):
+        ld.evaluate(SEEN, policies, tasks=1, posterior_seeds=2, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_property_says_which_policies_draw_a_sample():
+    assert [kind(SEEN).has_sample for kind in (Bayes, BayesDemo, Thompson)] == [False, True, True]
+    assert Bayes(HIDDEN).has_sample
+    found = compare.evaluate(HIDDEN, {"b": Bayes(HIDDEN, samples=5)}, dataset=replace(DATASET, tasks=1))
+    assert found[0].effective_samples is not None

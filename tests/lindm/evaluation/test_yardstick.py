@@ -14,6 +14,7 @@ from lindm.cli.main import main
 from lindm.datasets import Dataset, DatasetConfig
 from lindm.evaluation.compare import evaluate, read_tasks
 from lindm.evaluation.policies.bayes_adaptive import bayes_adaptive_values
+from lindm.evaluation.policies.bayes_policies import Bayes
 from lindm.evaluation.yardstick import context_limit
 from lindm.families.random_suites import RandomSuite
 
@@ -103,9 +104,19 @@ def test_the_limit_is_the_mean_of_the_bayes_adaptive_values_of_the_contexts(foun
     ],
 )
 def test_where_there_is_no_limit_the_reason_is_told(suite, changes, why):
-    limit = context_limit(suite, replace(UNIFORM, **changes), [None] * 120)
+    limit = context_limit(suite, suite, replace(UNIFORM, **changes), [None] * 120)
     assert limit.value is None and limit.gap is None
     assert re.search(why, limit.note)
+
+
+def test_a_yardstick_of_another_suite_than_that_of_the_tasks_has_no_limit():
+    """Such a limit would be that of tasks that nobody evaluates."""
+    other = replace(SEEN, concentration=5.0)
+    tasks = replace(UNIFORM, tasks=2)
+    (result,) = evaluate(SEEN, {"b": Bayes(other)}, dataset=tasks)
+    assert result.context_limit.value is None and "not drawn from the suite of the policy" in result.context_limit.note
+    (result,) = evaluate(SEEN, {"b": Bayes(replace(SEEN))}, dataset=tasks)
+    assert result.context_limit.note is None
 
 
 def test_the_command_prints_the_parts_and_the_limit(tmp_path, capsys):

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lindm as ld
 from lindm import datasets
 from lindm.cli.data import COMMANDS, words_of_tasks
 from lindm.cli.option_parser import parse
-from lindm.errors import UsageError
+from lindm.errors import DataError, UsageError
 from lindm.evaluation.environments import double_precision
 from lindm.io import files
+from lindm.llm.named_policies import PoliciesByName, training_notes
 from lindm.llm.sft import metrics, trainer
 from lindm.llm.sft.drawn_tasks import DrawnTasks
 from lindm.llm.sft.options import SFTConfig
@@ -75,12 +77,58 @@ def test_a_run_has_the_batches_and_the_weights_of_a_run_from_the_directory(micro
         trainer.train(dataclasses.replace(config, draw=other), draw=words_of_tasks(other))
 
 
+@pytest.fixture(scope="module")
+def run(micro, tmp_path_factory):
+    """A run on drawn tasks, begun from Python under a name that is no words."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    drawn = ld.draw_tasks(words_of_tasks(WORDS)().generator.source, tasks=12, demos=2, seed=7, name="mine")
+    return ld.finetune(drawn, out, model=micro.model, steps=1, batch=8, eval_tasks=0).directory
+
+
+def test_a_run_is_not_evaluated_on_the_tasks_that_were_drawn_for_it(run):
+    suite = words_of_tasks(WORDS)().generator.source
+    again = datasets.DatasetConfig(tasks=4, demos=2, seed=7)
+    with pytest.raises(UsageError, match=r"seed must not be 7: .* was trained on these tasks \(mine\)"):
+        PoliciesByName([f"sft:{run}"], suite, again)
+    PoliciesByName([f"sft:{run}"], suite, dataclasses.replace(again, seed=8))
+    PoliciesByName([f"sft:{run}"], dataclasses.replace(suite, horizon=3), again)
+
+
+def test_a_run_on_drawn_tasks_knows_its_problem(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("manifest.json").write_text("{}")  # of something else
+    policy = ld.load_policy(run)
+    assert (policy.problem.horizon, policy.problem.num_states, policy.problem.num_actions) == (2, 3, 2)
+    assert policy.act((), "0").probabilities.shape == (2,)
+    suite = words_of_tasks(WORDS)().generator.source
+    for trained in (policy.training, words_of_tasks(WORDS)()):
+        assert training_notes("sft:x", trained, suite) == []
+        (note,) = training_notes("sft:x", trained, dataclasses.replace(suite, horizon=3))
+        assert note.endswith("horizon 2, here 3")
+    with pytest.raises(DataError, match="mine: these tasks were drawn and not kept"):
+        list(policy.training)
+
+
+def test_a_drawn_run_of_one_problem_knows_its_sizes_and_names(micro, tmp_path):
+    drawn = ld.draw_tasks(fixed_mdp(), tasks=4, demos=1, seed=1)
+    out = ld.finetune(drawn, tmp_path / "one", model=micro.model, steps=1, batch=8, eval_tasks=0).directory
+    policy = ld.load_policy(out)
+    assert policy.problem.num_states == drawn.num_states and policy.problem.suite is None
+    assert training_notes("sft:x", policy.training, fixed_mdp()) == []
+
+
+def test_a_model_without_training_is_read_beside_the_manifest_of_something_else(micro, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("manifest.json").write_text("{}")
+    assert ld.load_policy(micro.model).training is None
+
+
 def test_data_and_draw_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="one of data and draw must be given"):
         SFTConfig(data=tmp_path, draw=WORDS, out=tmp_path, preset="tiny")
     with pytest.raises(ValueError, match="one of data and draw must be given"):
         SFTConfig(out=tmp_path, preset="tiny")
-    with pytest.raises(ValueError, match="draw must be given with the tasks that its words describe"):
+    with pytest.raises(ValueError, match="draw must be given with the tasks that it names"):
         setup_training(SFTConfig(draw=WORDS, out=Path("out"), preset="tiny"))
 
 
