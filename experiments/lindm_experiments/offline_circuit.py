@@ -344,6 +344,9 @@ def _circuit(records: list[dict]) -> Figure:
     bottom.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     for axis in (top, bottom):
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.set_label(
+        "How well probes read each quantity, over training sequences, with permuted targets dashed; below, the gap of the model."
+    )
     return figure
 
 
@@ -360,4 +363,5 @@ def _layers(records: list[dict]) -> Figure:
         axis.grid(False)
     axes[0][0].set_ylabel("layer (0: embeddings)")
     figure.colorbar(image, ax=list(axes[0]), label="R² on new tasks")
+    figure.set_label("How well probes read each quantity, over layers: a line for each evaluation, a panel for each quantity.")
     return figure

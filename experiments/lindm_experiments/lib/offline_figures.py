@@ -65,6 +65,9 @@ def _law(r: Records, main: str) -> Figure:
     axis.set_xlim(max(left, 64), right)
     _log_gaps(axis)
     axis.legend(loc="lower left", fontsize=8)
+    figure.set_label(
+        "The gap over training sequences: lines for sizes of models, points for distinct tasks, gray lines for other policies."
+    )
     return figure
 
 
@@ -87,6 +90,9 @@ def _curves(r: Records, main: str) -> Figure:
         axis.xaxis.minorticks_off()
     axes[0][0].set_ylabel("held-out loss, nats a label")
     axes[0][0].legend(fontsize=8)
+    figure.set_label(
+        "The held-out loss over training sequences (points), with the best power law (dashed) and the best change point (line)."
+    )
     return figure
 
 
@@ -108,6 +114,7 @@ def _factors(r: Records) -> Figure:
     axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.xaxis.minorticks_off()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.set_label("A row for each cell: the gap of the model with its interval, that of bc and that of the yardstick.")
     return figure
 
 
@@ -132,4 +139,7 @@ def _lengths(r: Records) -> Figure:
     axis.set(xlabel="demonstrations in the test tasks", ylabel=GAP)
     set_log_ticks(axis, tested)
     axis.legend()
+    figure.set_label(
+        "The gap over the demonstrations of the test tasks, a line for each number in training, the yardstick dashed."
+    )
     return figure
