@@ -98,7 +98,7 @@ def test_tasks_of_different_cells_have_different_kernels():
 
     def kernels(horizon: int, seed: int) -> set[bytes]:
         key = jax.random.key(seed, impl="threefry2x32")
-        P = np.asarray(draw_block(key, 0, 8, language_models.suite_at_horizon("mdp", horizon)).P)[:8, 0]
+        P = np.asarray(draw_block(key, 0, 8, language_models.suite_at_horizon("mdp", horizon)).P)[:8, 0]  # pyright: ignore
         return {kernel.tobytes() for kernel in P}
 
     cells = [(point["horizon"], seed) for point in decisions.points(cfg) for seed in decisions.seeds_of(cfg, point).values()]

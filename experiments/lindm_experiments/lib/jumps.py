@@ -37,7 +37,7 @@ def power_law(n: ArrayLike, y: ArrayLike) -> Fit:
     grid = np.linspace(-6, 3, 181)
     best = grid[np.argmin([fit(g).residual for g in grid])]
     found = minimize_scalar(lambda g: fit(g).residual, bounds=(best - 0.05, best + 0.05), method="bounded")
-    return min(fit(float(found.x)), fit(best), key=lambda f: f.residual)
+    return min(fit(float(found.x)), fit(best), key=lambda f: f.residual)  # pyright: ignore
 
 
 def change_point(n: ArrayLike, y: ArrayLike) -> tuple[Fit, int]:

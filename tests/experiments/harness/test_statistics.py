@@ -182,7 +182,7 @@ def test_a_contrast_of_two_strata_is_welchs_t_test():
     one, other = rng.normal(0.5, 1, size=12), rng.normal(0, 3, size=7)
     d = clustered([[one], [other]], 0.0, np.inf, weights=(1, -1))
     welch = stats.ttest_ind(one, other, equal_var=False, alternative="greater")
-    assert d.p_pass == pytest.approx(welch.pvalue, rel=1e-12) and d.measured == pytest.approx(one.mean() - other.mean())
+    assert d.p_pass == pytest.approx(welch.pvalue, rel=1e-12) and d.measured == pytest.approx(one.mean() - other.mean())  # pyright: ignore
     assert d.n == 7 and not clustered([[one], [other]], 0.0, np.inf, weights=(1, -1), min_seeds=8).enough
     assert clustered([[one], [other]], 0.0, np.inf, min_seeds=19).enough
 

@@ -181,7 +181,7 @@ class OtherSuite(Suite):
     """The law of `HIDDEN` as a suite of which nothing is known but its draws."""
 
     traceable: ClassVar[bool] = True
-    sizes = HIDDEN.sizes
+    sizes = HIDDEN.sizes  # pyright: ignore
 
     def draw(self, key):
         return HIDDEN.draw(key)

@@ -114,7 +114,7 @@ def test_a_yardstick_of_another_suite_than_that_of_the_tasks_has_no_limit():
     other = replace(SEEN, concentration=5.0)
     tasks = replace(UNIFORM, tasks=2)
     (result,) = evaluate(SEEN, {"b": Bayes(other)}, dataset=tasks)
-    assert result.context_limit.value is None and "not drawn from the suite of the policy" in result.context_limit.note
+    assert result.context_limit.value is None and "not drawn from the suite of the policy" in (result.context_limit.note or "")
     (result,) = evaluate(SEEN, {"b": Bayes(replace(SEEN))}, dataset=tasks)
     assert result.context_limit.note is None
 

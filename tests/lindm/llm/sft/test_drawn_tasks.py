@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def test_a_run_on_drawn_tasks_knows_its_problem(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("manifest.json").write_text("{}")  # of something else
     policy = ld.load_policy(run)
-    assert (policy.problem.horizon, policy.problem.num_states, policy.problem.num_actions) == (2, 3, 2)
+    problem: Any = policy.problem
+    assert (problem.horizon, problem.num_states, problem.num_actions) == (2, 3, 2)
     assert policy.act((), "0").probabilities.shape == (2,)
     suite = words_of_tasks(WORDS)().generator.source
     for trained in (policy.training, words_of_tasks(WORDS)()):
@@ -113,7 +115,8 @@ def test_a_drawn_run_of_one_problem_knows_its_sizes_and_names(micro, tmp_path):
     drawn = ld.draw_tasks(fixed_mdp(), tasks=4, demos=1, seed=1)
     out = ld.finetune(drawn, tmp_path / "one", model=micro.model, steps=1, batch=8, eval_tasks=0).directory
     policy = ld.load_policy(out)
-    assert policy.problem.num_states == drawn.num_states and policy.problem.suite is None
+    problem: Any = policy.problem
+    assert problem.num_states == drawn.num_states and problem.suite is None
     assert training_notes("sft:x", policy.training, fixed_mdp()) == []
 
 
