@@ -23,6 +23,7 @@ class WorkerOutOfMemory(WorkerDied, OutOfMemoryError):
     """The process of a task crashed where memory is limited, as C++ code does that cannot allocate."""
 
 
+NATIVE_CODES = (1, 127)  # with which native code ends a process that cannot allocate
 ALLOCATION_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGTRAP)  # that end a process which cannot allocate
 
 
@@ -46,7 +47,7 @@ def report_lack_of_memory(exit_code: int) -> Callable[[int], None]:
     """Where memory is limited, fork: this returns in the child, and the parent ends as the child does, or with `exit_code`.
 
     Call it before any thread is started. The child calls the result with the exit code that it means: a library or the
-    interpreter that cannot allocate may end the process with the code 1.
+    interpreter that cannot allocate may end the process with the code 1, and the dynamic linker with 127.
     """
     limit = memory_limit()
     if limit is None:
@@ -71,7 +72,7 @@ def report_lack_of_memory(exit_code: int) -> Callable[[int], None]:
         code = os.WEXITSTATUS(status)
         os.set_blocking(meant, False)  # a process that the child has started may hold the other end
         with contextlib.suppress(BlockingIOError):
-            if code != 1 or os.read(meant, 1):
+            if code not in NATIVE_CODES or os.read(meant, 1):
                 os._exit(code)
     number = 0 if os.WIFEXITED(status) else os.WTERMSIG(status)
     if number in (0, *ALLOCATION_SIGNALS):

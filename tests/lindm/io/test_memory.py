@@ -28,6 +28,7 @@ def reported(then, limit=LIMIT):
     [
         ("os.abort()", 6, "ended by SIGABRT under a memory limit of 4096 MiB: try a smaller problem"),
         ("os.kill(os.getpid(), 11)", 6, "ended by SIGSEGV under a memory limit"),
+        ("os._exit(127)", 6, "ended by a library under a memory limit"),
         ("sys.exit(75)", 75, ""),
         ("print('done')", 0, ""),
         ("os.kill(os.getpid(), 9)", 137, ""),
