@@ -53,7 +53,6 @@ def _law(r: Records, main: str) -> Figure:
         ends = np.array([[m - low, high - m] for m, (low, high) in means]).T
         style = {"linestyle": "none", "marker": "o", "color": PURPLE, "capsize": 2}
         axis.errorbar(sizes, [m for m, _ in means], ends, label=f"{SIZES['tiny'][0]}, n distinct sequences, same steps", **style)
-    left, right = axis.get_xlim()
     for policy, label in LINES.items():
         if r.row(main, policy) is not None:
             level = r.policy(main, policy).mean()
@@ -62,7 +61,6 @@ def _law(r: Records, main: str) -> Figure:
                 label, (1, level), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=GRAY
             )
     axis.set(xscale="log", xlabel="training sequences", ylabel=f"{GAP} (log scale)")
-    axis.set_xlim(max(left, 64), right)
     _log_gaps(axis)
     axis.legend(loc="lower left", fontsize=8)
     figure.set_label(
