@@ -47,7 +47,7 @@ from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.figures import COLORS, GRAY
 from lindm_experiments.harness.statistics import Decision, clustered, clustered_ci
-from lindm_experiments.harness.verdicts import Verdict, to_verdict, undecided
+from lindm_experiments.harness.verdicts import EFFECTIVE, Verdict, to_verdict, undecided
 from lindm_experiments.lib import language_models
 
 SUITES = ("mdp", "pomdp", "apomdp")
@@ -56,7 +56,6 @@ EPISODES = 4  # sampled of a task with more
 DEMOS = {"mdp": 2, "pomdp": 5, "apomdp": 5}
 YARDSTICK = "bayes-demo"
 PLANNED = {"pomdp": 6}  # the longest horizon with the Bayes policies
-EFFECTIVE = 10  # smallest median effective sample size of a yardstick that decides a claim
 SEEN = ("oracle", "random", "bc", "bayes", YARDSTICK, "certainty-equivalence", "lsvi", "pevi", "layer")
 HIDDEN = ("oracle", "random", "bc", "bayes", YARDSTICK, "certainty-equivalence", "qmdp")
 RENAMED = {"name": "renamed", "episode": "#", "closing": "\n", "models": "{}", "states": ["k", "m", "n", "p", "q"]} | {

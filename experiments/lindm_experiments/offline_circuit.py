@@ -4,10 +4,10 @@ r"""When a model learns to decide from offline data, do its hidden states come t
     lindm run offline_circuit --preset full      the base cell of offline_data: tasks of the suite mdp at horizon 4
     lindm verify --only offline/circuit
 
-A tiny model is trained from nothing, as in `offline_data`: it stays near random play for hundreds of steps, then its gap falls
-within few. All weights of one training are probed, from the random ones on, at every checkpoint; so the schedule is the same for
-all. The residual stream is read at the token before each action of the query episodes of new tasks, and ridge regressions
-(`lindm_experiments.lib.probes`), one for each layer, predict what follows from the demonstrations and the episode so far:
+A tiny, randomly initialized model is trained as in `offline_data`: it stays near random play for hundreds of steps, then its gap
+falls within few. All weights of one training are probed, from the random ones on, at every checkpoint; so the schedule is
+the same for all. The residual stream is read at the token before each action of the query episodes of new tasks, and ridge
+regressions (`lindm_experiments.lib.probes`), one for each layer, predict what follows from demonstrations and episode so far:
 
     rewards       the posterior mean of the reward of each action in the current state
     transitions   the posterior mean of the law of the next state, for each action in the current state

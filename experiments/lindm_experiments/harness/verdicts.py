@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike
 from lindm_experiments.harness.claims import INCONCLUSIVE, OPEN, get_claim
 from lindm_experiments.harness.statistics import LEVEL, Decision, all_of, equivalence, holm, no_violations, rate_at_most
 
+EFFECTIVE = 10  # smallest median effective sample size of a yardstick that decides a claim
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:

@@ -4,12 +4,11 @@ import numpy as np
 
 from lindm_experiments.harness.claims import FAIL, PASS, get_claim
 from lindm_experiments.harness.statistics import crossed, crossed_ci, equivalence
-from lindm_experiments.harness.verdicts import Verdict, mean_verdict, to_verdict, undecided
+from lindm_experiments.harness.verdicts import EFFECTIVE, Verdict, mean_verdict, to_verdict, undecided
 from lindm_experiments.lib.jumps import doublings_of_fall, evidence_of_jump, sequences_to_reach
 from lindm_experiments.lib.offline_cells import CELLS, LAW, MAIN
 
 YARDSTICK = "bayes-demo"
-EFFECTIVE = 10  # smallest median effective sample size of a yardstick that decides a claim
 LENGTHS = ("two", "base", "ten")  # cells that differ in the number of demonstrations of a training task
 LOSSES = ("base", "soft", "regret", "cloning")
 

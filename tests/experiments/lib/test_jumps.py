@@ -1,4 +1,4 @@
-"""A curve with a jump is told from a power law, and the place where it reaches a level is found."""
+"""A curve with a jump is distinguished from convex curves, and the place where it reaches a level is found."""
 
 import numpy as np
 import pytest
