@@ -14,8 +14,8 @@ steps. At the largest n each task is seen once, and evaluations during training 
 All policies act in the same new tasks. Their normalized optimality gaps, (V* - V^pi) / (V* - V^random), are compared with those
 of the demonstrator, of behavior cloning on the demonstrations (`bc`), of LSVI, PEVI and certainty equivalence, and of the
 yardstick `bayes-demo`, which knows the law of the tasks and plans with the posterior given the context. So a gap is split into
-what the context does not tell (the yardstick's own gap) and what the reader lost (the rest). The yardstick is an estimate,
-repeated with independent samples.
+what the context does not tell (the yardstick's own gap) and what the reader lost (the rest). The yardstick is an estimate, whose
+error by its sample of models is recorded.
 
 Where a model reaches many histories, its gap is the mean over sampled episodes of exact one-step losses; other gaps are exact.
 The units are trainings and tasks: all trainings of a cell are tested on the same tasks, and intervals allow for both.
@@ -44,6 +44,7 @@ from lindm_experiments.lib.offline_cells import CELLS, LAW, MAIN, MODELS, PRETRA
 
 MAX_HISTORIES = 64  # largest number of histories at the last stage of a task that is evaluated exactly
 SEEN = ("behavior", "bc", "certainty-equivalence", "lsvi", "pevi")
+YARDSTICKS = {"bayes": Bayes, "bayes-demo": BayesDemo}
 CURVE = {"loss": "loss", "gap": "gap", "bc": "bc_gap"}  # key of the records -> of an evaluation
 HIDDEN = ("behavior", "bc", "certainty-equivalence", "qmdp")
 
@@ -79,7 +80,7 @@ class Config:
     episodes: int = 16
     """sampled of a task; a quarter of it for the pretrained model"""
     repeats: int = 3
-    """independent samples of the yardstick's models"""
+    """independent samples of the yardstick's models, which tell its error"""
 
     def __post_init__(self):
         names = ("seeds", "steps", "batch", "small_steps", "pretrained_steps", "evaluations", "curve_tasks", "tasks", "episodes")
@@ -167,7 +168,7 @@ def seed_of(cfg: Config, point: dict) -> int:
 
 
 def measure_policies(cfg: Config, cell: Cell, demos: int) -> dict[str, dict]:
-    """What the policies without a language model lose in the test tasks; the yardsticks are means over independent samples."""
+    """What the policies without a language model lose in the test tasks; the error of a yardstick is that by its sample."""
     source, dataset = cell.source, cell.dataset(cfg.tasks, test_seed(cfg), demos)
     shown = cell.rewards != "hidden"
     names = SEEN if kind_of(source) == "mdp" else HIDDEN
@@ -176,20 +177,13 @@ def measure_policies(cfg: Config, cell: Cell, demos: int) -> dict[str, dict]:
     elif len(cell.test_demos) > 1:
         names += ("layer",)  # trained with as many demonstrations
     policies: dict[str, Any] = {name: make_policy(name, source, dataset) for name in names}
-    epsilon = dataset.exploration[0]
-    for name, kind in (("bayes", Bayes), ("bayes-demo", BayesDemo)):
-        for seed in range(cfg.repeats):
-            policies[f"{name} {seed}"] = kind(source, epsilon, rewards=shown, seed=seed)
+    policies |= {name: kind(source, dataset.exploration[0], rewards=shown) for name, kind in YARDSTICKS.items()}
     with scratch_directory() as work:
-        results = {r.policy: r for r in evaluate(source, policies, dataset=dataset, data=work / "tasks", episodes=cfg.episodes)}
-    rows = {name: kept(results[name]) for name in names}
-    for name in ("bayes", "bayes-demo"):
-        repeated = [results[f"{name} {seed}"] for seed in range(cfg.repeats)]
-        gaps = np.array([r.gaps for r in repeated], float)
-        error = float(gaps.mean(1).std(ddof=1) / np.sqrt(cfg.repeats))
-        rows[name] = kept(repeated[0]) | {"gaps": rounded(gaps.mean(0)), "error": error}
-        rows[name] |= {"effective_samples": repeated[0].effective_samples}
-    return rows
+        limits = {"episodes": cfg.episodes, "posterior_seeds": cfg.repeats}
+        results = evaluate(source, policies, dataset=dataset, data=work / "tasks", **limits)
+    rows = {result.policy: kept(result) for result in results}
+    sampled = {r.policy: {"error": r.posterior_error, "effective_samples": r.effective_samples} for r in results}
+    return {name: row | (sampled[name] if name in YARDSTICKS else {}) for name, row in rows.items()}
 
 
 def measure_training(cfg: Config, cell: Cell, n: int, seed: int, number: int) -> dict:
