@@ -53,6 +53,7 @@ from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, 
 from lindm_experiments.harness.statistics import equivalence, mean_ci
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
+from lindm_experiments.lib.jumps import last_not_below
 from lindm_experiments.lib.offline_cells import CELLS, LAW, Cell
 from lindm_experiments.lib.probes import ProbedModel, Queries, centered, probe, read_queries
 
@@ -232,9 +233,8 @@ def selectivity(record: dict, name: str) -> np.ndarray:
 
 def before_jump(record: dict) -> int | None:
     """The number of the last evaluation at which the gap is not below the majority's; None if it is not below at the end."""
-    gaps = np.array([step["gap"] for step in record["steps"]])
-    above = np.flatnonzero(gaps >= record["majority"])
-    last = int(above[-1]) if len(above) else 0
+    gaps = [step["gap"] for step in record["steps"]]
+    last = last_not_below(gaps, record["majority"]) or 0
     return None if last == len(gaps) - 1 else last
 
 

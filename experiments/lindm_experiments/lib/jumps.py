@@ -89,13 +89,18 @@ def doublings_of_fall(n: ArrayLike, y: ArrayLike) -> float:
     return float(np.log2(at[1] / at[0])) if at[0] and at[1] else float("inf")
 
 
+def last_not_below(y: ArrayLike, level: float) -> int | None:
+    """The number of the last point of a curve that is not below a level; None: all are below it."""
+    above = np.flatnonzero(np.asarray(y, float) >= level)
+    return int(above[-1]) if len(above) else None
+
+
 def sequences_to_reach(n: ArrayLike, y: ArrayLike, level: float) -> float | None:
     """The number of sequences from which on a curve stays below a level, between two points by a line over log n; None: never."""
     n, y = np.asarray(n, float), np.asarray(y, float)
-    above = np.flatnonzero(y >= level)
-    if len(above) == 0:
+    k = last_not_below(y, level)
+    if k is None:
         return float(n[0])
-    k = above[-1]
     if k == len(y) - 1:
         return None
     share = (y[k] - level) / (y[k] - y[k + 1])

@@ -18,6 +18,7 @@ from lindm.evaluation.policies.tables import mdp_of, transitions
 from lindm.evaluation.policy import Observation, Policy, one_hot
 from lindm.families.random_suites import RandomSuite
 from lindm.families.suites import Suite
+from lindm.problems.mdp import reward_levels
 from lindm.solvers.ties import greedy
 from lindm.types import MDP
 
@@ -33,8 +34,7 @@ def reward_values(suite: RandomSuite) -> np.ndarray:
     """
     if suite.step == 0:
         raise ValueError("step must be above 0 for a posterior over rewards, which are then on a grid; got 0")
-    first, last = np.ceil(suite.low / suite.step - 1e-9), np.floor(suite.high / suite.step + 1e-9)
-    return np.arange(first, last + 1) * suite.step
+    return reward_levels(suite.low, suite.high, suite.step)
 
 
 def plan(P: np.ndarray, r: np.ndarray, stages: int, discount: float = 1.0) -> np.ndarray:
