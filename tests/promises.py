@@ -23,11 +23,11 @@ PROMISES: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("pr
 
 PAGE = """# Reliability
 
-What lindm promises when a process is killed, a disk is full, a file is damaged or an input is hostile. Each promise has tests;
-`make faults` runs them and writes this page. `python -m pytest -m fault --collect-only -q` lists them.
+This page lists what lindm promises when a process is killed, a disk is full, a file is damaged or an input is hostile. Each
+promise has tests. `make faults` runs the tests and writes this page; `python -m pytest -m fault --collect-only -q` lists them.
 
-Trials are what the tests tried: kill points, flipped bits, stopped processes, files. A test that counts nothing is one trial.
-Losses are trials that broke the promise, and tests that could not run.
+A trial is one attempt to break a promise: a kill point, a flipped bit, a stopped process, a file. A test that does not count its
+trials is one trial. A loss is a trial that broke the promise, or a test that could not run.
 
 | number | promise | tests | trials | losses |
 |---|---|---|---|---|
