@@ -23,38 +23,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Act(FamilyOptions):
-    """Ask a policy what to do next. The answer has the action, the probability of every action, the action values or bounds that
-    the policy computes, and the belief over a hidden state. The history is given by --history. Without it, each line of the
-    standard input is one question as JSON, {"history": ...}, and each line of the output its answer; on a terminal, observations
-    are asked for."""
+    """Ask a policy for the next action. The answer has the action, the probability of every action, the action values or bounds
+    that the policy computes, and the belief over a hidden state. Without --history, each line of standard input is a question
+    as JSON, {"history": ...}, and each line of the output is its answer; on a terminal, the command asks for actions and
+    observations."""
 
     policy: Annotated[str, Positional("POLICY")]
-    """A policy of the list below, or the file of a saved solution."""
+    """A policy from the list below, or the file of a saved solution."""
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")] = ()
     """A .pomdp file (several are the models of an ambiguous POMDP), a family, such as prostate, or a directory of `lindm data
-    make`. It may be left out for a solution in a file .npz or .json, and for a language model that `lindm sft` trained."""
+    make`. Optional for a solution in a .npz or .json file, and for a language model that `lindm sft` trained."""
     history: str | None = None
-    """The episode so far, in the problem's names or numbers: "action observation action observation"; of an ambiguous POMDP
-    "action model observation ..."; of an MDP "state action state", ending in the current state. "" before the first action."""
+    """The episode so far, in the problem's names or numbers. POMDP: "action observation action observation". Ambiguous POMDP:
+    "action model observation ...". MDP: "state action state", ending in the current state. Before the first action: ""."""
     demonstrations: Path | None = None
-    """Demonstrations: a .csv or .jsonl file with a row for each step and the columns episode, step, action and what is observed.
-    [default: those of the task, where PROBLEM is a directory]"""
+    """Demonstrations: a .csv or .jsonl file with a row for each step and the columns episode, step, action and what is
+    observed. [default: those of the task, if PROBLEM is a directory]"""
     task: int = 0
-    """Number of the task, where PROBLEM is a directory."""
+    """Number of the task, if PROBLEM is a directory."""
     horizon: int | None = None
-    """Number of stages; required for a .pomdp file, except with a saved policy. [default: the family's]"""
+    """Number of stages; required for a .pomdp file, except with a saved policy. [default: that of the family]"""
     discount: float | None = None
-    """Discount factor, in place of the file's or the family's."""
+    """Discount factor. [default: that of the file or family]"""
     alpha: float | None = None
-    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best case."""
     seed: int | None = None
     """Seed of the parameters of a family. [default: 0]"""
     temperature: float | None = None
-    """Of the probabilities of a language model: the reported ones are proportional to p(action)^(1/temperature). [default: 1]"""
+    """Report probabilities proportional to p(action)^(1/temperature), where p is the model's own probability. [default: 1]"""
     template: str | None = None
-    """Template of the texts of a language model, as in `lindm sft`. [default: as the model was trained]"""
+    """Text template for a language model, as in `lindm sft`. [default: that of the training]"""
     rewards: Rewards | None = None
-    """Rewards in the texts of a language model. [default: as the model was trained]"""
+    """Rewards in the texts for a language model. [default: as in the training]"""
     json: bool = False
     """Print one JSON object."""
 

@@ -14,13 +14,14 @@ class Bench:
     """Measure speed and memory beside other implementations."""
 
     name: Annotated[Benchmark, Positional("BENCH")]
-    """attention, solvers, sft, decisions; or accelerator, which checks training on the device of this machine as well."""
+    """attention, solvers, sft, decisions, or accelerator, which also checks whether training works on the device of this
+    machine."""
     json: bool = False
     """Print one JSON list; accelerator always prints one JSON object."""
     model: Path | None = None
-    """accelerator: directory of SmolLM2 or another Llama. [default: models/SmolLM2-135M-Instruct, if it is there]"""
+    """accelerator: directory of SmolLM2 or another Llama. [default: models/SmolLM2-135M-Instruct, if it exists]"""
     out: Path | None = None
-    """accelerator: write the JSON object to this file, too."""
+    """accelerator: also write the JSON object to this file."""
 
 
 def run(options: Bench) -> int:

@@ -9,11 +9,12 @@ from lindm.cli.option_parser import Command, Positional
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Verify runs, checkpoints, models, datasets and whatever else lindm wrote. Lists what is missing or damaged, and how to have
-    it again; writes nothing. Exit code 3 where something is damaged, 4 where a training run has no usable checkpoint."""
+    """Verify everything that lindm wrote: runs, checkpoints, models, datasets, results. The command lists what is missing or
+    damaged and how to restore it, and writes nothing. The exit code is 3 if something is damaged, and 4 if a training run has
+    no usable checkpoint."""
 
     directories: Annotated[tuple[Path, ...], Positional("DIR")]
-    """Directories that lindm wrote, or directories that contain such directories; or files of saved solutions."""
+    """Directories that lindm wrote, directories that contain them, or files of saved solutions."""
 
 
 def run(options: Check) -> int:

@@ -30,9 +30,9 @@ class Tasks(ProblemOptions):
     queries: int = 1
     """Number of query episodes of each task."""
     seed: int = 0
-    """Seed; the same seed gives the same bytes."""
+    """Seed of the tasks; the same seed gives the same bytes."""
     query_behavior: Behavior = "epsilon"
-    """Behavior policy of the queries; epsilon is the oracle with random actions."""
+    """Policy that makes the queries; epsilon is the oracle with some random actions."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -43,33 +43,33 @@ class Tasks(ProblemOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Make(Tasks):
-    """Write labeled episodes: Parquet and JSONL with a data card and a manifest. A run that is killed resumes."""
+    """Write labeled episodes: Parquet and JSONL with a data card and a manifest. A run that was killed resumes."""
 
     out: Path
     """Directory of the data."""
     executor: Literal["local", "ray"] = "local"
-    """Where the workers are: processes of this machine, or the Ray cluster at RAY_ADDRESS (a local one without it)."""
+    """Where the workers run: on this machine, or in the Ray cluster at RAY_ADDRESS (a local cluster if it is not set)."""
     workers: int | None = None
     """Number of worker processes. [default: one per core; a small dataset is made in one process]"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export data for other tools."""
+    """Export a dataset for other tools."""
 
     directory: Annotated[Path, Positional("DIR")]
     """A directory of `lindm data make`."""
     to: ExportFormat
-    """trl writes prompt/completion and messages for SFTTrainer, minari an offline RL dataset."""
+    """trl writes prompts with completions, and messages, for SFTTrainer. minari writes an offline RL dataset."""
     out: Path
     """Directory of the export."""
     template: str | None = None
-    """Template of the text (trl): compact, readable, a family's (it implies --names), or a JSON or TOML file. [default: compact,
-    readable with --names]"""
+    """Text template (trl): compact, readable, the name of a family (implies --names), or a JSON or TOML file. [default:
+    compact; readable with --names]"""
     names: bool = False
     """Use the problem's own names in the text (trl)."""
     rewards: Rewards = "shown"
-    """Rewards in the text (trl): shown, hidden, or auto (shown where the state is observed)."""
+    """Rewards in the text (trl): shown, hidden, or auto (shown if the state is observed)."""
 
 
 def run_make(options: Make) -> int:

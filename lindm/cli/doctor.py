@@ -19,7 +19,7 @@ class Doctor:
     """Check versions, devices, precision, disk, fonts and the lock."""
 
     out: Path = Path("results")
-    """Directory that results would be written to."""
+    """Directory for results; its disk is checked."""
 
 
 class Check(NamedTuple):

@@ -17,31 +17,30 @@ SHOWN_NAMES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Estimate a model from logged episodes: by counting where the state is seen, by EM where it is hidden."""
+    """Estimate a model from logged episodes: by counting if the state is recorded, by EM if it is hidden."""
 
     episodes: Annotated[Path, Positional("EPISODES")]
-    """A .csv or .jsonl file with the columns episode, step and action, and with state, observation and reward as far as there are
-    any. A row is a step; the state is the one before the action, the observation comes after it. The last row of an episode may
-    have a state alone."""
+    """A .csv or .jsonl file with a row for each step. The columns are episode, step and action, and optionally state (before
+    the action), observation (after the action) and reward. The last row of an episode may have only a state."""
     out: Path
     """File of the model (.pomdp)."""
     states: str | None = None
-    """Names of all states, such as good,worn,broken: another name in the file is an error. For a file without the column state:
+    """Names of all states, such as good,worn,broken; any other name in the file is an error. If the file has no column state:
     the number of hidden states."""
     actions: str | None = None
     """Names of all actions, with commas between them."""
     observations: str | None = None
     """Names of all observations, with commas between them."""
     models: int = 1
-    """Number of draws of the posterior, the models of an ambiguous problem, in OUT-1.pomdp, OUT-2.pomdp, ... 1 is the posterior
-    mean."""
+    """Number of models to draw from the posterior, for an ambiguous problem. They are written to OUT-1.pomdp, OUT-2.pomdp, ...
+    With 1, the model is the posterior mean."""
     like: Path | None = None
-    """A .pomdp file whose names of states, actions and observations, their order, and its illegal actions the model has.
-    [default: the names in the episodes, in alphabetical order]"""
+    """A .pomdp file from which the model takes the names of states, actions and observations, their order, and the illegal
+    actions. [default: the names in the episodes, in alphabetical order]"""
     discount: float | None = None
-    """Discount factor of the model, which no log tells. [default: that of --like, or 0.95]"""
+    """Discount factor of the model; a log does not contain it. [default: that of --like, or 0.95]"""
     prior: float = 1.0
-    """Weight of the prior of each row of the model, in observations that are spread evenly."""
+    """Weight of the uniform prior of each row of the model, as a number of observations."""
     restarts: int = 10
     """Number of runs of EM, from random parameters."""
     seed: int = 0

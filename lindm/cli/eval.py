@@ -24,35 +24,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(ProblemOptions):
-    """Evaluate policies on the same held-out tasks: the normalized optimality gap, exact where that can be computed."""
+    """Evaluate policies on the same new tasks by their normalized optimality gap, which is exact where possible."""
 
     policy: Annotated[tuple[str, ...], Repeated("POLICY")] = ()
-    """A policy of the list below; may be given several times. [default: all that the problem has and that are cheap]"""
+    """A policy from the list below; repeat the option for several. [default: all policies that apply to the problem and are
+    cheap]"""
     tasks: int = 50
     """Number of tasks."""
     demos: int = 5
     """Number of demonstrations of each task."""
     episodes: int = 8
-    """Number of sampled episodes of a task that has too many histories to evaluate them all."""
+    """Number of sampled episodes for a task with too many histories for an exact evaluation."""
     max_histories: int = 2048
-    """Number of histories of a stage up to which a policy is evaluated at all that it reaches. Beyond it episodes are sampled; an
-    ambiguous problem then has no value."""
+    """Maximum number of histories per stage for an exact evaluation. If a policy reaches more, episodes are sampled; in an
+    ambiguous problem, the policy then has no value."""
     effort: int | None = None
-    """Effort of the bounds of V* where a POMDP is too large for an exact solution, as in `lindm solve`: more narrows them."""
+    """Effort of the bounds of V*, as in `lindm solve`, for a POMDP that is too large for an exact solution; a larger effort
+    narrows them."""
     posterior_seeds: int | None = None
-    """Number of posterior samples of a Bayes policy, by which the standard error of its gap is known; 1: it is not.
+    """Number of posterior samples of a Bayes policy, from which the standard error of its gap is computed; none with 1.
     [default: 3]"""
     template: str | None = None
-    """Template of the texts of language models, as in `lindm sft`. [default: as the model was trained]"""
+    """Text template for language models, as in `lindm sft`. [default: that of the training]"""
     rewards: Rewards | None = None
-    """Rewards in the texts of language models. [default: as the model was trained]"""
+    """Rewards in the texts for language models. [default: as in the training]"""
     seed: int = 1_000_000
-    """Seed of the tasks; it must differ from the seed of the data that a model was trained on."""
+    """Seed of the tasks. It must differ from the seed of the data that a model was trained on."""
     data: Path | None = None
-    """Directory of the tasks, which are made there if they are missing. The losses of policies that are no language models are
-    kept there, too, and another evaluation on these tasks does not compute them again. [default: data in --out]"""
+    """Directory of the tasks; they are made there if they are missing. It also keeps the losses of policies that are not
+    language models, so that another evaluation on these tasks does not compute them again. [default: data in --out]"""
     out: Path | None = None
-    """Directory of the tasks, eval.json and the calibration figure. [default: nothing is kept]"""
+    """Directory for the tasks, eval.json and the calibration figure. [default: nothing is kept]"""
     json: bool = False
     """Print one JSON list."""
 

@@ -9,17 +9,17 @@ from lindm.cli.option_parser import Command, Positional
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export a model as a Hugging Face directory that transformers and vLLM load, or as a GGUF file for llama.cpp. An adapter is
-    merged into it."""
+    """Export a model as a Hugging Face directory for transformers and vLLM, or as a GGUF file for llama.cpp. An adapter is
+    merged."""
 
     directory: Annotated[Path, Positional("DIR")]
     """A Hugging Face directory, or the directory of a finished `lindm sft` run."""
     out: Path
-    """Directory of the export, or a file .gguf."""
+    """Directory of the export, or a .gguf file."""
     adapter: Path | None = None
-    """A PEFT adapter of this model, or the `lindm sft` run that trained it; it is merged."""
+    """A PEFT adapter of this model to merge, or the `lindm sft` run that trained it."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
-    """Type of the weights; q8_0, 8 bits with a scale for each 32 weights, is for GGUF files."""
+    """Type of the weights. q8_0 (8 bits, with one scale for each 32 weights) is for GGUF files."""
 
 
 def run(options: Export) -> int:

@@ -15,7 +15,7 @@ class Families:
     """List the families of problems, or describe one: kind, sizes, options and source."""
 
     name: Annotated[str | None, Positional("FAMILY")] = None
-    """A family. [default: a list of all]"""
+    """Family to describe. [default: list all families]"""
     json: bool = False
     """Print JSON."""
 

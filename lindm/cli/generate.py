@@ -16,37 +16,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Answer prompts with a language model: a chat, a text to continue, or the rows of a file. Without --prompt and --data each
-    line of the standard input is a message of a chat, and the answer is shown as it is generated."""
+    """Answer prompts with a language model: a chat, a text to continue, or the rows of a file. Without --prompt and --data,
+    each line of standard input is a message of a chat, and the answer appears as it is generated."""
 
     directory: Annotated[Path, Positional("DIR")]
     """A Hugging Face directory, or the directory of a finished `lindm sft` run."""
     prompt: str | None = None
     """Continue this text, without the chat template."""
     data: Path | None = None
-    """Answer the rows of a file, in the formats of `lindm sft`: messages, or a prompt. The row's own answer may be left out, and
-    is not shown to the model."""
+    """Answer the rows of a file in the formats of `lindm sft` (messages, or a prompt). An answer in the row is optional and is
+    not shown to the model."""
     out: Path | None = None
-    """With --data: .jsonl file of the rows with the columns answer and finish_reason, stop or length. One that exists is
+    """With --data: .jsonl file for the rows, with the columns answer and finish_reason (stop or length). An existing file is
     replaced."""
     system: str | None = None
     """System message of the chat."""
     chat_template_kwargs: str | None = None
-    """Variables of the chat template, as JSON, such as {"enable_thinking": false}. [default: those of the run]"""
+    """Variables of the chat template as JSON, such as {"enable_thinking": false}. [default: those of the run]"""
 
     max_tokens: int | None = None
-    """Maximum number of tokens of an answer. [default: 512, or what the context of the model leaves]"""
+    """Maximum number of tokens of an answer. [default: 512, or the rest of the model's context]"""
     temperature: float | None = None
-    """0 takes the likeliest token; otherwise probabilities are proportional to p(token)^(1/temperature). [default: that of
-    generation_config.json where it asks for sampling; otherwise 0]"""
+    """0 takes the likeliest token. Otherwise tokens are sampled in proportion to p(token)^(1/temperature). [default: that of
+    generation_config.json if it asks for sampling, otherwise 0]"""
     top_k: int | None = None
-    """Take only the k likeliest tokens; 0: all. [default: as for --temperature]"""
+    """Sample from the k likeliest tokens; 0: from all. [default: as for --temperature]"""
     top_p: float | None = None
-    """Take only the likeliest tokens that together have this probability. [default: as for --temperature]"""
+    """Sample from the likeliest tokens that together have this probability. [default: as for --temperature]"""
     seed: int = 0
     """Seed of the sampling."""
     batch: int = 16
-    """Rows that are answered together."""
+    """Number of rows that are answered together."""
 
     def __post_init__(self):
         if (self.data is None) != (self.out is None):

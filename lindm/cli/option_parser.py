@@ -233,6 +233,12 @@ def _add(group: Any, option: Option) -> None:
     group.add_argument(option.flag, dest=option.name, required=needed, **rest)
 
 
+def _usage(option: Option, mark: Positional) -> str:
+    """A positional argument in the usage line; brackets if it is optional."""
+    word = mark.metavar + (" ..." if get_origin(option.type) is tuple else "")
+    return word if option.default is NO_DEFAULT else f"[{word}]"
+
+
 def parser_of(
     prog: str,
     description: str,
@@ -245,7 +251,7 @@ def parser_of(
     """A parser; its help page has the positional arguments first, then the options under their sections, a table and examples."""
     ends = ["\n".join([f"{table[0]}:", *two_columns(table[1])])] if table else []
     ends += ["\n".join(["Examples:", *(f"  {line}" for line in examples)])] if examples else []
-    words = [o.mark.metavar + (" ..." if get_origin(o.type) is tuple else "") for o in options if isinstance(o.mark, Positional)]
+    words = [_usage(o, o.mark) for o in options if isinstance(o.mark, Positional)]
     parser = _Parser(
         prog=prog,
         usage=" ".join(filter(None, [prog, *words, "[OPTIONS]", rest])),

@@ -31,33 +31,32 @@ QUIET = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Compile the step of `lindm sft` for a machine without running it: does it fit, and what does it take there?"""
+    """Compile the step of `lindm sft` for other hardware without running it: does it fit, and what does it cost there?"""
 
     model: Path
     """A Hugging Face directory, or a config.json; weights are not read."""
     topology: str
-    """A TPU slice by its chips or its accelerator type: v5e:4x4 or v5e-16, v6e-8, v5p-32, tpu7x-8 (extra: tpu); GPUs, for which
-    the plan is an estimate: h100:8, h200:8, b200:8, a100:8, h100-pcie:2; or host, the devices of this
-    machine."""
+    """The hardware: a TPU slice by chips or accelerator type (v5e:4x4 or v5e-16, v6e-8, v5p-32, tpu7x-8; extra: tpu); GPUs, for
+    which the plan is an estimate (h100:8, h200:8, b200:8, a100:8, h100-pcie:2); or host, the devices of this machine."""
     batch: int
     """Rows of a micro-batch, over all devices."""
     seq: int
     """Tokens per row."""
     labels_per_row: int = 64
-    """Maximum number of tokens per row that are trained."""
+    """Maximum number of trained tokens in a row."""
     accumulate: int = 1
     """Micro-batches per step."""
     method: Method = "full"
-    """Train all weights, or adapters; qlora quantizes the base weights."""
+    """What to train: all weights (full), adapters (lora), or adapters over a quantized base model (qlora)."""
     lora_rank: int = 16
     """Rank of the adapters."""
     base: BaseFormat | None = None
-    """Storage format of the base weights with lora and qlora. [default: as of `lindm sft` there]"""
+    """Storage format of the base weights with lora and qlora. [default: that of `lindm sft` on this hardware]"""
     remat: Remat = "selective"
-    """Activations that the backward pass computes again: full (all, least memory), selective (all but products with
-    weights) or none."""
+    """What the backward pass recomputes: full (all activations, least memory), selective (all but products with weights) or
+    none."""
     optimizer: Optimizer = "adamw"
-    """Optimizer, whose state takes memory."""
+    """Optimizer; its state takes memory."""
     moments: Moments = "f32"
     """Storage of AdamW's first moments."""
     mesh: str | None = None

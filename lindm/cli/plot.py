@@ -14,8 +14,8 @@ class Plot:
     directory: Annotated[Path, Positional("DIR")]
     """A directory written by `lindm run` or `lindm verify`."""
     experiments: tuple[str, ...] = ()
-    """Python files of the experiments of DIR that are not lindm's own, with their claims beside them. Their code runs, so no file
-    of DIR can name them."""
+    """Python files of experiments of your own in DIR, with their claims beside them. Their code is executed, so files in DIR
+    cannot name it."""
 
 
 def run(options: Plot) -> int:

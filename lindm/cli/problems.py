@@ -22,7 +22,7 @@ class FamilyOptions:
     """The options of families: sizes, and what changes a problem. A family that does not have one refuses it."""
 
     split: Split | None = None
-    """Split: in distribution or out of distribution. [default: id]"""
+    """Distribution of the parameters: id (in distribution) or ood (out of distribution). [default: id]"""
     states: int | None = None
     """Number of states."""
     actions: int | None = None
@@ -32,7 +32,7 @@ class FamilyOptions:
     models: int | None = None
     """Number of models."""
     gap: float | None = None
-    """Smallest difference between the best and the second best action; 0: any (mdp, pomdp, apomdp)."""
+    """Smallest difference between the values of the best and the second best action; 0 allows any (mdp, pomdp, apomdp)."""
     capacity: int | None = None
     """Largest stock (inventory)."""
     lead_time: int | None = None
@@ -40,17 +40,17 @@ class FamilyOptions:
     hidden: bool | None = None
     """Hide the condition of the machine (maintenance)."""
     size: int | None = None
-    """Cells of a side of the grid (gridworld, rocksample)."""
+    """Number of cells on each side of the grid (gridworld, rocksample)."""
     dark: bool | None = None
     """Hide the goal (gridworld)."""
     slip: float | None = None
-    """Probability that a move goes to a side (gridworld)."""
+    """Probability that a move goes sideways (gridworld)."""
     rocks: int | None = None
     """Number of rocks (rocksample)."""
     layout: int | None = None
-    """Seed of the cells of the rocks (rocksample)."""
+    """Seed of the positions of the rocks (rocksample)."""
     perturb: Path | None = None
-    """Of one .pomdp file: a CSV file with rows of probabilities of other experts, which make the problem ambiguous."""
+    """CSV file with the rows of one .pomdp file that other experts replace; the problem is then ambiguous."""
 
 
 FAMILY_OPTIONS = tuple(field.name for field in fields(FamilyOptions))
@@ -63,15 +63,15 @@ class ProblemOptions(FamilyOptions):
     problem: Annotated[tuple[str, ...], Positional("PROBLEM")]
     """A family, such as mdp, pomdp or prostate, or a .pomdp file. Several files are the models of an ambiguous POMDP."""
     horizon: int | Literal["inf"] | None = None
-    """Number of stages, not inf; required for a file. [default: the family's]"""
+    """Number of stages, not inf; required for a file. [default: that of the family]"""
     discount: float | None = None
-    """Discount factor, in place of the file's or the family's."""
+    """Discount factor. [default: that of the file or family]"""
     alpha: float | None = None
-    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best case."""
     behavior: Behavior = "oracle"
-    """Behavior policy of the demonstrations; epsilon is the oracle with random actions."""
+    """Policy that makes the demonstrations; epsilon is the oracle with some random actions."""
     epsilon: float = 0.2
-    """Probability of a random action of the behavior policy epsilon."""
+    """Probability of a random action in the policy epsilon."""
 
 
 @contextlib.contextmanager

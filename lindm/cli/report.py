@@ -9,13 +9,13 @@ from lindm.cli.option_parser import Command, Positional
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one page about verifications, evaluations and training runs. Its tables are written as CSV and LaTeX, too, and its
-    figures as PNG and PDF."""
+    """Write one page about verifications, evaluations and training runs. The command also writes the tables as CSV and LaTeX,
+    and the figures as PNG, PDF and SVG."""
 
     directories: Annotated[tuple[Path, ...], Positional("DIR")]
-    """Directories of `lindm verify`, `lindm eval --out` or `lindm sft`, or directories that contain such directories."""
+    """Directories of `lindm verify`, `lindm eval --out` or `lindm sft`, or directories that contain them."""
     out: Path = Path("report")
-    """Directory of the page."""
+    """Directory for the page."""
 
 
 def run(options: Report) -> int:

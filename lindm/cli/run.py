@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lindm.cli.option_parser import Option, options_of_source, parse_options, parser_of, two_columns
+from lindm.cli.option_parser import Option, Positional, options_of_source, parse_options, parser_of, two_columns
 
 PRESETS = Literal["quick", "full", "smoke"]
 SUMMARY = "Run one experiment"
 DESCRIPTION = (
-    "Run one experiment, decide its claims and write its report. A run that is killed resumes. "
-    "EXPERIMENT is a name of the list below, or a Python file with its claims in a TOML file beside it (mine.py, mine.toml)."
+    "Run one experiment, decide its claims and write its report. A run that was killed resumes. "
+    "EXPERIMENT is a name from the list below, or a Python file with its claims in a TOML file beside it (mine.py, mine.toml)."
 )
 
 
@@ -20,10 +20,16 @@ def run(words: Sequence[str]) -> int:
         return 0
     if words[0].startswith("-"):
         options = [
-            Option(name="experiment", type=str, help=""),
+            Option(
+                name="experiment",
+                type=str,
+                default=None,
+                help="Experiment to run. [default: list all experiments]",
+                mark=Positional("EXPERIMENT"),
+            ),
             Option(name="list", type=bool, default=False, help="List the experiments."),
         ]
-        parse_options(parser_of("lindm run EXPERIMENT", f"{DESCRIPTION}\n\n{list_experiments()}", options), options, words)
+        parse_options(parser_of("lindm run", f"{DESCRIPTION}\n\n{list_experiments()}", options), options, words)
     return run_experiment(words[0], words[1:])
 
 

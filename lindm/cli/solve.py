@@ -30,30 +30,30 @@ class Solve(FamilyOptions):
     """A .pomdp file (an MDP if it has no observations), or a family, such as prostate. Several files are the models of an
     ambiguous POMDP."""
     horizon: int | Literal["inf"]
-    """Number of stages; inf for one .pomdp file or family, not ambiguous, whose discount is below 1."""
+    """Number of stages. inf is possible for one .pomdp file or family that is not ambiguous and has a discount below 1."""
     discount: float | None = None
-    """Discount factor, in place of the file's."""
+    """Discount factor. [default: that of the file or family]"""
     alpha: float | None = None
-    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best."""
+    """Attitude to ambiguity: 1 is the worst case over the models, 0 the best case."""
     method: Literal["auto", "tree", "hsvi", "net", "point-based", "value-iteration", "policy-iteration"] = "auto"
-    """auto is exact if the belief tree fits in 2 GiB, and gives certified bounds otherwise. point-based searches one .pomdp file
-    along optimal play; auto chooses it where the horizon is inf or too long for a tree. value-iteration and policy-iteration
-    (auto) solve an MDP where the horizon is inf."""
+    """auto is exact if the belief tree fits in 2 GiB, and computes certified bounds otherwise. point-based searches one .pomdp
+    file along optimal play; auto chooses it if the horizon is inf or too long for a tree. policy-iteration (the choice of auto)
+    and value-iteration solve an MDP with horizon inf."""
     effort: int | None = None
-    """Trials of hsvi [default: 256] or points of the net [default: 20000]."""
+    """Number of trials of hsvi [default: 256] or of points of net [default: 20000]."""
     tolerance: str | None = None
-    """Of point-based and iteration: ends when the bounds are this close, a number or a percentage of the value. [default: 0.1%,
-    1e-7% for an MDP]"""
+    """For point-based and iteration: stop when the bounds are this close. A number, or a percentage of the value. [default:
+    0.1%, 1e-7% for an MDP]"""
     timeout: float | None = None
-    """Of point-based and iteration: seconds after which it ends with the bounds that it has. [default: 60]"""
+    """For point-based and iteration: stop after this many seconds with the bounds found so far. [default: 60]"""
     save: Path | None = None
-    """File of the policy. By point-based: its alpha vectors (.alpha) where the horizon is inf, its graph with vectors and rules
-    (.json), or a picture of the graph (.svg, .png, .pdf). Of an MDP: the action of each state (.json)."""
+    """File of the policy. For point-based: alpha vectors (.alpha; horizon inf only), the policy graph with vectors and rules
+    (.json), or a picture of the graph (.svg, .png, .pdf). For an MDP: the action of each state (.json)."""
     rules: bool = False
-    """Of point-based: print the policy graph in words."""
+    """For point-based: print the policy graph in words."""
     plot: Path | None = None
-    """File of a figure (.png, .pdf, .svg): value and best action over the beliefs of two or three states; of several models the
-    best action over belief and attitude to ambiguity."""
+    """File of a figure (.png, .pdf, .svg). It shows value and best action over the beliefs of two or three states; for several
+    models, the best action over belief and attitude to ambiguity."""
     json: bool = False
     """Print one JSON object."""
     seed: int | None = None

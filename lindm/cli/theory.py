@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lindm_experiments.toolkit.risks import Risk
 
-SUMMARY = "What theory predicts for a law of features of your own"
+SUMMARY = "Compute what theory predicts for features of your own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +23,22 @@ class RiskOptions:
     """Compute the exact risk of the trained layer: its two parts, its bounds, the balance line and the best training length."""
 
     train_lengths: tuple[int, ...]
-    """Numbers of pairs N in a training prompt."""
+    """Numbers N of pairs in a training prompt."""
     test_lengths: tuple[int, ...]
-    """Numbers of pairs M in a test prompt."""
+    """Numbers M of pairs in a test prompt."""
     covariance: Path | None = None
-    """Matrix E[x x'] of the features: a .npy file, or text with a row on each line, numbers separated by commas or blanks."""
+    """Matrix E[x x'] of the features: a .npy file, or a text file with one row per line and commas or blanks between the
+    numbers."""
     features: Path | None = None
-    """Samples of the features [n, d], in place of a covariance; moments are then estimates, with a standard error."""
+    """File with samples of the features [n, d], instead of --covariance. The moments are then estimates with a standard error."""
     law: Literal["gaussian", "onehot"] = "gaussian"
-    """Law of the features; the covariance of onehot is diagonal, the probabilities."""
+    """Distribution of the features. For onehot, the covariance is the diagonal matrix of the probabilities."""
     task_covariance: Path | None = None
-    """Matrix E[w w'] of the tasks, as --covariance. [default: the identity]"""
+    """Matrix E[w w'] of the tasks, in the format of --covariance. [default: the identity]"""
     noise: float = 0.0
     """Standard deviation of the label noise."""
     plot: Path | None = None
-    """Write a figure; the ending is its format."""
+    """File of a figure; its ending determines the format."""
     json: bool = False
     """Print one JSON object."""
 

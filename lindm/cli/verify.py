@@ -13,27 +13,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Run the experiments and give every claim a verdict. Writes verdicts.json and report.html; a run that is killed resumes."""
+    """Run the experiments and give every claim a verdict. The command writes verdicts.json and report.html. A run that was
+    killed resumes."""
 
     preset: Literal["quick", "full", "smoke"] = "quick"
-    """quick (minutes), full (the ranges that a paper would show) or smoke (seconds; decides nothing)."""
+    """quick takes minutes, full covers the ranges that a paper would show, smoke takes seconds and decides nothing."""
     out: Path | None = None
     """Directory of the results. [default: results/PRESET]"""
     mutants: bool = False
-    """Put one mistake after the other into the bounds: each must turn the PASS of its claim to a FAIL. Uses the records in --out,
-    and runs the experiments that have none there; writes no verdicts."""
+    """Put one mistake at a time into the bounds; each must turn the PASS of its claim into a FAIL. Uses the records in --out,
+    runs the experiments that have none there, and writes no verdicts."""
     experiments: tuple[str, ...] = ()
-    """Experiments to run, by name or as Python files with their claims beside them. [default: all of lindm's]"""
+    """Experiments to run: names, or Python files with their claims beside them. [default: all of lindm's]"""
     only: tuple[str, ...] = ()
-    """Claims to decide, by id; a main id includes its sub-claims, EXPERIMENT/ID is an id of one experiment. [default: all]"""
+    """Ids of the claims to decide. A main id includes its sub-claims; EXPERIMENT/ID is an id of one experiment. [default: all]"""
     seeds: int | None = None
-    """Number of seeds, in place of the preset's."""
+    """Number of seeds. [default: that of the preset]"""
     seed_offset: int = 0
-    """Added to the base seed of every experiment: verdicts on other seeds than the preset's."""
+    """Number added to the base seed of every experiment, to decide on other seeds than those of the preset."""
     fresh: bool = False
     """Remove what earlier runs of these experiments wrote to the same directory."""
     executor: Literal["local", "ray"] = "local"
-    """Where the workers are: processes of this machine, or the Ray cluster at RAY_ADDRESS (a local one without it)."""
+    """Where the workers run: on this machine, or in the Ray cluster at RAY_ADDRESS (a local cluster if it is not set)."""
     workers: int | None = None
     """Number of worker processes. [default: one per core]"""
 

@@ -43,12 +43,12 @@ POLICIES: dict[str, PolicyInfo] = {
     ),
     "bc": PolicyInfo(
         summary="Behavior cloning: the most frequent action of the demonstrations after the same last observation (of all steps "
-        "where no demonstration has it).",
+        "if no demonstration has it).",
         policy="demonstrations:BC",
     ),
     "certainty-equivalence": PolicyInfo(
-        summary="Plans in the MDP that is estimated from the demonstrations; where the state is hidden, knows the model and acts "
-        "as if the likeliest state were the state.",
+        summary="In an MDP, plans in the model that is estimated from the demonstrations. If the state is hidden, knows the "
+        "model and acts as if the likeliest state were the state.",
         policy="planning:CertaintyEquivalence",
     ),
     "lsvi": PolicyInfo(
@@ -58,10 +58,10 @@ POLICIES: dict[str, PolicyInfo] = {
         default=False,
     ),
     "pevi": PolicyInfo(
-        summary="Pessimistic value iteration: lsvi less a bonus for uncertainty.", policy="offline_rl:PEVI", kinds=("mdp",)
+        summary="Pessimistic value iteration: lsvi minus a bonus for uncertainty.", policy="offline_rl:PEVI", kinds=("mdp",)
     ),
     "qmdp": PolicyInfo(
-        summary="Knows the model; action values of the observed state, averaged over the belief.",
+        summary="Knows the model; averages the action values of the observed state over the belief.",
         policy="beliefs:QMDP",
         kinds=HIDDEN,
     ),
@@ -73,7 +73,7 @@ POLICIES: dict[str, PolicyInfo] = {
         needs_suite=True,
     ),
     "bayes-demo": PolicyInfo(
-        summary="As bayes, given the demonstrators' actions as well.",
+        summary="Like bayes, and also uses the demonstrators' actions as evidence.",
         policy="bayes_policies:BayesDemo",
         default=False,
         needs_suite=True,
@@ -99,7 +99,7 @@ LANGUAGE_MODELS = {  # read by `lindm.llm.policy`
 
 
 POLICY_FILES = {  # read by `lindm.llm.named_policies`
-    "alpha:FILE": "Alpha vectors of one POMDP: of `lindm solve --save` or pomdp-solve (.alpha), or of SARSOP (.policy).",
+    "alpha:FILE": "Alpha vectors of one POMDP, from `lindm solve --save` or pomdp-solve (.alpha), or from SARSOP (.policy).",
 }
 
 

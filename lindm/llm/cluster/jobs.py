@@ -57,18 +57,22 @@ def _check(job: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """An sbatch script: one process per node; the job is requeued when it was stopped."""
+    """Print an sbatch script with one process per node. The job is requeued when it is stopped."""
 
     nodes: int
+    """Number of nodes."""
     gpus_per_node: int = 0
-    """0: train on CPUs."""
+    """GPUs per node; 0 trains on CPUs."""
     cpus_per_node: int | None = None
-    """[default: chosen by the cluster]"""
+    """CPUs per node. [default: chosen by the cluster]"""
     time: str = "24:00:00"
     """Time limit; the job is requeued when it is reached."""
     partition: str | None = None
+    """Partition of the cluster."""
     account: str | None = None
+    """Account that is charged."""
     name: str = "lindm-sft"
+    """Name of the job."""
 
     def __post_init__(self):
         _check(self)
@@ -76,22 +80,24 @@ class SlurmJob:
 
 @dataclass(frozen=True, kw_only=True)
 class TPUJob:
-    """A bash script that creates Cloud TPU machines with gcloud, trains on them, and resumes when they were preempted."""
+    """Print a bash script that creates Cloud TPU machines with gcloud, trains on them, and resumes after a preemption."""
 
     topology: str
     """A TPU slice such as v5e:4x4."""
     zone: str
+    """Zone of the machines."""
     project: str | None = None
-    """[default: the project of gcloud]"""
+    """Project of the cloud account. [default: that of gcloud]"""
     spot: bool = False
     """Use spot machines, which cost less and can be preempted."""
     queued: bool = False
     """Request the machines through a queued resource."""
     shared: str | None = None
-    """An NFS export, mounted on /lindm; needed where the slice has several hosts."""
+    """An NFS export, mounted on /lindm; needed if the slice has several hosts."""
     package: str = "lindm[tpu]"
     """Package that pip installs on the machines."""
     name: str = "lindm-sft"
+    """Name of the job."""
 
     def __post_init__(self):
         _check(self)
@@ -103,7 +109,7 @@ class TPUJob:
 
 @dataclass(frozen=True, kw_only=True)
 class GKEJob:
-    """A manifest for Google Kubernetes Engine: an indexed Job on the nodes of a TPU slice."""
+    """Print a manifest for Google Kubernetes Engine: an indexed Job on the nodes of a TPU slice."""
 
     topology: str
     """A TPU slice such as v5e:4x4."""
@@ -112,13 +118,15 @@ class GKEJob:
     claim: str | None = None
     """A PersistentVolumeClaim that all hosts can write to, mounted on /lindm."""
     bucket: str | None = None
-    """A Cloud Storage bucket with a hierarchical namespace, in place of a claim."""
+    """A Cloud Storage bucket with a hierarchical namespace, instead of a claim."""
     service_account: str | None = None
     """A Kubernetes service account that can write to the bucket."""
     spot: bool = False
     """Use spot nodes, which cost less and can be preempted."""
     name: str = "lindm-sft"
+    """Name of the job."""
     namespace: str = "default"
+    """Kubernetes namespace."""
 
     def __post_init__(self):
         _check(self)
@@ -134,15 +142,15 @@ class RayWorkers:
     """The workers of a training run on Ray."""
 
     workers: int | None = None
-    """Number of processes, each with the CPUs and GPUs of a host or a part of them."""
+    """Number of processes. Each has the CPUs and GPUs of a host, or a part of them."""
     topology: str | None = None
-    """In place of a number: a TPU slice such as v5e:4x4, with a worker on each of its hosts."""
+    """Instead of --workers: a TPU slice such as v5e:4x4, with a worker on each of its hosts."""
     cpus: int = 1
     """CPUs per worker."""
     gpus: int = 0
     """GPUs per worker."""
     restarts: int = RESTARTS
-    """Maximum number of restarts from the last checkpoint after workers were lost."""
+    """Maximum number of restarts from the last checkpoint after workers are lost."""
 
     def __post_init__(self):
         _check(self)
@@ -160,7 +168,7 @@ class RayWorkers:
 
 @dataclass(frozen=True, kw_only=True)
 class RayJob(RayWorkers):
-    """A RayJob for KubeRay. A comment at its top has the equivalent command for an existing Ray cluster."""
+    """Print a RayJob for KubeRay. A comment at its top has the equivalent command for an existing Ray cluster."""
 
     image: str
     """Container image with Ray and lindm[ray]."""
@@ -169,7 +177,9 @@ class RayJob(RayWorkers):
     ray_version: str = "2.60.0"
     """Version of Ray in the image."""
     name: str = "lindm-sft"
+    """Name of the job."""
     namespace: str = "default"
+    """Kubernetes namespace."""
 
 
 Job = SlurmJob | TPUJob | GKEJob | RayJob

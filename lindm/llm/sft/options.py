@@ -42,23 +42,24 @@ class SFTConfig:
     """Fine-tune a language model on labeled decisions or on prompts and completions. An interrupted run resumes."""
 
     data: Path | None = None
-    """A directory of `lindm data make`, or rows of conversations, prompts with completions, or texts: a .jsonl, .jsonl.gz,
-    .json, .parquet or .arrow file, a directory of such shards, or a directory of Hugging Face datasets."""
+    """A directory of `lindm data make`, or rows (conversations, prompts with completions, or texts): a .jsonl, .jsonl.gz,
+    .json, .parquet or .arrow file, a directory of such files, or a directory of Hugging Face datasets."""
     draw: str | None = None
-    """In place of --data: the words of `lindm data make` without --out, such as "mdp --horizon 4 --tasks 4000 --demos 5". The run
-    is the one on these data, to the last bit, but its tasks are drawn and labeled when it starts, and never written."""
+    """Instead of --data: the arguments of `lindm data make` without --out, such as "mdp --horizon 4 --tasks 4000 --demos 5".
+    The tasks are drawn and labeled when the run starts, and never written. The result is bit for bit that of a run on the
+    written data."""
     out: Path
     """Directory of the run; the model is written to OUT/model."""
     model: Path | None = None
     """Base model: a Hugging Face directory (see `lindm model import`)."""
     preset: Preset | None = None
-    """In place of --model: a randomly initialized model with its own vocabulary, of 1.4 (tiny) or 11 (small) million weights."""
+    """Instead of --model: a randomly initialized model of 1.4 (tiny) or 11 (small) million weights, with its own vocabulary."""
     fresh: bool = False
     """Remove what an earlier run wrote to OUT."""
 
     # method
     method: Method = "full"
-    """Train all weights, adapters, or adapters over a quantized base model."""
+    """What to train: all weights (full), adapters (lora), or adapters over a quantized base model (qlora)."""
     lora_rank: int | None = None
     """Rank of the adapters. [default: 16]"""
     lora_alpha: float | None = None
@@ -70,56 +71,59 @@ class SFTConfig:
     lora_dropout: float = 0.0
     """Probability of dropout at the input of the adapters."""
     adapter: Path | None = None
-    """Train this adapter on: a directory of PEFT, or a run with adapters. Rank, alpha, scaling and targets are the adapter's."""
+    """Continue training this adapter: a PEFT directory, or a run with adapters. It determines rank, alpha, scaling and
+    targets."""
     base: BaseFormat | None = None
     """Storage format of the base weights with lora and qlora. [default: nf4 with qlora; with lora bf16 on accelerators and f32 on
     CPUs]"""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
     """Type of the activations; trained weights are always f32. [default: bf16 on accelerators, f32 on CPUs]"""
     remat: Remat | None = None
-    """Activations that the backward pass recomputes: all (least memory), all but products with weights, or none.
-    [default: selective; none with a preset]"""
+    """What the backward pass recomputes: full (all activations, least memory), selective (all but products with weights) or
+    none. [default: selective; none with a preset]"""
 
     # data
     supervise: Supervise = "all"
-    """Actions of a dataset that are trained: those of demonstrations and queries, or of queries alone."""
+    """Which actions of a dataset are trained: those of demonstrations and queries (all), or those of queries only (query)."""
     loss: Loss = "action"
-    """At each action of a dataset: cross-entropy of the oracle's action, of its softmax policy (soft) or of the action that the
-    demonstrator took (behavior), or expected regret."""
+    """Loss at each action of a dataset: cross-entropy of the oracle's action (action), of its softmax policy (soft) or of the
+    demonstrator's action (behavior), or expected regret (regret)."""
     loss_temperature: float = 0.1
     """Temperature of the softmax policy of --loss soft, in units of reward."""
     template: str | None = None
-    """Template of the text: compact, readable, a family's (it implies --names), or a JSON or TOML file. [default: compact;
+    """Text template: compact, readable, the name of a family (implies --names), or a JSON or TOML file. [default: compact;
     readable with --names]"""
     names: bool = False
     """Use the problem's own names in the text."""
     rewards: Rewards = "auto"
-    """Rewards in the text; auto shows them only where the state is observed."""
+    """Rewards in the text; auto shows them only if the state is observed."""
     max_length: int | None = None
-    """Most tokens of a document, and with --pack of a row. [default: those of the model; with --pack the longest document]"""
+    """Maximum number of tokens of a document, and with --pack of a row. [default: the context of the model; with --pack the
+    longest document]"""
     overlong: Overlong = "refuse"
-    """A document with more tokens is an error, is cut off at its end, or is left out."""
+    """A document with more tokens: refuse it with an error, truncate its end, or drop it."""
     pack: bool = False
-    """Fill rows up to the maximum before training starts: --batch then counts full rows, and a step trains more documents."""
+    """Fill rows up to the maximum length before training starts. --batch then counts full rows, and a step trains more
+    documents."""
     chat_template: Path | None = None
-    """Chat template of conversations in place of the model's; the trained model gets it, too."""
+    """Chat template to use instead of that of the model; the trained model keeps it."""
     chat_template_kwargs: str | None = None
-    """Variables of the chat template, as JSON, such as {"enable_thinking": false}; a row may have its own."""
+    """Variables of the chat template as JSON, such as {"enable_thinking": false}. A row may have its own."""
     token_cache: Path | None = None
-    """Directory of the tokens of rows, which several runs can share; safe to remove. [default: OUT/tokens]"""
+    """Directory for the tokens of rows. Several runs can share it, and it is safe to remove. [default: OUT/tokens]"""
     held_out: float = 0.1
-    """Fraction of the tasks (or rows) that is held out for evaluation. Equal rows are on one side."""
+    """Fraction of the tasks (or rows) that is held out for evaluation. Equal rows are all held out or all trained."""
     held_out_key: str | None = None
-    """Column of the rows: those with the same value in it are on one side, such as all of one patient."""
+    """Column of the rows. Rows with the same value in it, such as all rows of a patient, are all held out or all trained."""
     eval_data: Path | None = None
-    """Evaluate on this data in place of a held-out fraction of the training data."""
+    """Data for the evaluation, instead of a held-out fraction of the training data."""
 
     # optimization
     steps: int | None = None
-    """Number of steps. With more of them a run goes on, also a finished one. [default: three epochs; 500 steps with
-    a preset]"""
+    """Number of steps. With a larger number a run continues, even a finished one. [default: three epochs; 500 steps with a
+    preset]"""
     batch: int = 8
-    """Documents per micro-batch, over all devices; short ones share rows and do not attend to each other."""
+    """Documents per micro-batch, over all devices. Short documents share rows, but do not attend to each other."""
     accumulate: int = 1
     """Micro-batches per step (gradient accumulation)."""
     optimizer: Optimizer = "adamw"
@@ -148,19 +152,19 @@ class SFTConfig:
     save_every: int | None = None
     """Steps between checkpoints. [default: as --eval-every]"""
     keep: int = 2
-    """Number of checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     profile: str | None = None
     """FROM:TO: write a trace of these steps and a table of their slowest operations to OUT/profile."""
     tensorboard: bool = False
-    """Write TensorBoard events as well (extra: track)."""
+    """Also write TensorBoard events (extra: track)."""
     wandb: Literal["offline", "online"] | None = None
-    """Log to Weights & Biases as well (extra: wandb): offline to files in OUT/wandb, which `wandb sync` uploads, or online."""
+    """Also log to Weights & Biases (extra: wandb): offline to files in OUT/wandb, which `wandb sync` uploads, or online."""
 
     # devices and processes
     mesh: str | None = None
     """Sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: fsdp over all devices]"""
     coordinator: str | None = None
-    """HOST:PORT of process 0; not needed with SLURM, Open MPI and TPU hosts, which are detected."""
+    """HOST:PORT of process 0. SLURM, Open MPI and TPU hosts are detected and do not need it."""
     processes: int | None = None
     """Number of processes."""
     rank: int | None = None
