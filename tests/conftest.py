@@ -28,6 +28,12 @@ settings.load_profile("repeatable")
 pytest_plugins = ["tests.promises"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-outputs", action="store_true", help="write what the code of a page prints into the page (`make outputs`)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # matplotlib 3.10.0, the lowest that is supported, with today's pyparsing, which its import calls by old names
     config.addinivalue_line("filterwarnings", "ignore:'.*' deprecated - use:DeprecationWarning")

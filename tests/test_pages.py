@@ -4,8 +4,13 @@ The blocks of a page run in order, in one directory. A block is skipped only if 
 `<!-- not executed: reason -->`. A page with a comment `<!-- slow -->` before one of its blocks runs in `make test-long` only. A
 block with a title (```pomdp title="machine.pomdp") is a file that the page shows: it is written before the commands that follow.
 The Python blocks of a page are one program, which runs after the commands.
+
+What a page shows as output is what is printed (tests/outputs.py says what may differ): the lines after a command in a console
+block, and the `text` block after a Python block. A command fails only where the page shows its line `lindm: error: ...`.
+`make outputs` (pytest --write-outputs) runs the same blocks and writes what differs into the pages.
 """
 
+import difflib
 import os
 import re
 import subprocess
@@ -14,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.outputs import printed_lines, rewritten
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -30,38 +37,100 @@ EVERY_PAGE = [
 BLOCK = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+BETWEEN = "\x1e\n"  # printed before each Python block of a program
+
+
 class Block(NamedTuple):
     note: str  # of the comment before the block
     language: str
     title: str  # name of the file that the block is
     text: str
+    line: int  # number of its first line in the page
+
+    @property
+    def skipped(self) -> bool:
+        return self.note.startswith("not executed: ")
 
     @property
     def executed(self) -> bool:
-        return self.language in ("python", "console") and not self.note.startswith("not executed: ")
+        return self.language in ("python", "console") and not self.skipped
+
+
+class Output(NamedTuple):
+    """Lines of a page that show what a command or a program prints."""
+
+    line: int  # number of the first in the page
+    shown: list[str]
+    printed: list[str]
+
+    def difference(self, page: str) -> list[str]:
+        """The lines of a diff, with the line of the page where it begins; nothing if what is shown is what was printed."""
+        new = rewritten(self.shown, self.printed)
+        diff = list(difflib.unified_diff(self.shown, new, n=2, lineterm=""))[2:]
+        first = next(
+            (i for i, lines in enumerate(zip(self.shown, new, strict=False)) if lines[0] != lines[1]),
+            min(len(self.shown), len(new)),
+        )
+        return [f"{page}:{self.line + first}: the page shows (-) what is not printed (+)", *diff] if diff else []
 
 
 def blocks(page: str) -> list[Block]:
-    all_blocks = []
-    for match in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
+    all_blocks, text = [], (ROOT / page).read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
         language, _, rest = match["info"].partition(" ")
         title = re.fullmatch(r'title="([\w.-]+)"', rest)
-        all_blocks.append(Block(match["note"] or "", language, title[1] if title else "", match["text"]))
+        line = text.count("\n", 0, match.start("text")) + 1
+        all_blocks.append(Block(match["note"] or "", language, title[1] if title else "", match["text"], line))
     return all_blocks
 
 
-def commands(text: str) -> list[str]:
-    """The commands of a console block: what follows `$ `, with continuation lines; the other lines are output."""
-    joined = text.replace("\\\n", " ")
-    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+def commands(block: Block) -> list[tuple[str, int, list[str]]]:
+    """Of a console block: each command, with its continuation lines, the page's line after it, and the lines of its output."""
+    found: list[tuple[str, int, list[str]]] = []
+    continued = False
+    for number, line in enumerate(block.text.splitlines(), block.line):
+        if continued or line.startswith("$ "):
+            command = f"{found.pop()[0][:-1]} {line}" if continued else line[2:]
+            continued = line.endswith("\\")
+            found.append((command, number + 1, []))
+        elif found:
+            found[-1][2].append(line)
+    return found
 
 
-def run(command: list[str], directory: Path) -> None:
+def run(command: list[str], directory: Path, fails: bool = False) -> str:
+    """What a command prints, on both streams. It must print something, unless its output goes into a file."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    environment["PYTHONUNBUFFERED"] = "1"  # the streams meet in the order of a terminal
+    done = subprocess.run(
+        command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
+    assert (done.returncode != 0) == fails, f"{command[-1]} ends with {done.returncode}\n{done.stdout[-5000:]}"
     assert done.stdout.strip() or ">" in command[-1], f"{command[-1]} prints nothing"
+    return done.stdout
+
+
+def outputs(page: str, directory: Path) -> list[Output]:
+    """Run the blocks of a page: what it shows as output, beside what was printed."""
+    found, program, shown_by_program = [], "", []
+    all_blocks = blocks(page)
+    for block, following in zip(all_blocks, [*all_blocks[1:], None], strict=True):
+        if block.title:
+            (directory / block.title).write_text(block.text, encoding="utf-8")
+        elif block.executed and block.language == "python":
+            program += f"print({BETWEEN!r}, end='')\n{block.text}\n"
+            shown_by_program.append(following if following and following.language == "text" and not following.note else None)
+        elif block.executed:
+            assert commands(block), f"a console block of {page} has no command: {block.text[:80]}"
+            for command, line, shown in commands(block):
+                printed = run(["bash", "-c", command], directory, fails=any(s.startswith("lindm: error: ") for s in shown))
+                found += [Output(line, shown, printed_lines(printed))] if shown else []
+    if program:
+        printed = run([sys.executable, "-c", program], directory).split(BETWEEN)[1:]
+        for text, part in zip(shown_by_program, printed, strict=True):
+            found += [Output(text.line, text.text.splitlines(), printed_lines(part))] if text else []
+    return found
 
 
 def cases() -> list:
@@ -72,22 +141,24 @@ def cases() -> list:
     ]
 
 
+def write(page: str, found: list[Output]) -> None:
+    """Put what was printed into a page, where it is not what the page shows."""
+    lines = (ROOT / page).read_text(encoding="utf-8").split("\n")
+    for output in sorted(found, reverse=True):
+        lines[output.line - 1 : output.line - 1 + len(output.shown)] = rewritten(output.shown, output.printed)
+    (ROOT / page).write_text("\n".join(lines), encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", cases())
-def test_the_code_of_a_page_runs(page, tmp_path):
+def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, request):
     for name in ("tests", "experiments", "theory"):  # pages name files of the repository
         (tmp_path / name).symlink_to(ROOT / name)
-    program = ""
-    for block in blocks(page):
-        if block.title:
-            (tmp_path / block.title).write_text(block.text, encoding="utf-8")
-        elif block.executed and block.language == "python":
-            program += block.text + "\n"
-        elif block.executed:
-            assert commands(block.text), f"a console block of {page} has no command: {block.text[:80]}"
-            for command in commands(block.text):
-                run(["bash", "-c", command], tmp_path)
-    if program:
-        run([sys.executable, "-c", program], tmp_path)
+    found = outputs(page, tmp_path)
+    if request.config.getoption("--write-outputs"):
+        write(page, found)
+        return
+    differences = [line for output in found for line in output.difference(page)]
+    assert not differences, "\n".join([*differences, f"to write what is printed into the page: make outputs ARGS='-k {page}'"])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -96,8 +167,14 @@ def test_every_block_of_code_is_executed_or_has_a_reason_not_to(page):
     assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page)), (
         "a fence is not closed, or not at the start of a line"
     )
-    for block in blocks(page):
+    all_blocks = blocks(page)
+    for i, block in enumerate(all_blocks):
         assert block.language, f"a block of {page} has no language: {block.text[:80]}"
+        if block.language == "text" and not block.note:
+            before = all_blocks[i - 1] if i else None
+            assert before and before.executed and before.language == "python", (
+                f"{page}:{block.line}: a text block shows the output of the Python block before it; of another, give the reason"
+            )
         if block.note.startswith("not executed"):
             assert re.fullmatch(r"not executed: \w.{9,}", block.note), f"{page}: give the reason after 'not executed: '"
 
