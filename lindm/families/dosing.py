@@ -16,7 +16,7 @@ NOISE = 0.1  # probability of a rise, and of a fall, whatever the dose is
 
 @dataclass(frozen=True, kw_only=True)
 class Dosing(TabularSuite):
-    """The dose of a drug is chosen under the models of several experts, of which it is unknown which is right.
+    """Choose the dose of a drug under the models of several experts; it is unknown which model is right.
 
     Source: S. Saghafian, J. Econ. Theory 178, 2018 (ambiguous POMDPs); A. Boloori, S. Saghafian, H. Chakkera, C. Cook,
     Manufacturing & Service Operations Management 22, 2020 (immunosuppressants after a transplantation). The criterion is

@@ -16,7 +16,7 @@ LARGEST_DARK = 5  # a room of this size has 600 states
 
 @dataclass(frozen=True, kw_only=True)
 class Gridworld(TabularSuite):
-    """An agent walks in a room with walls to a goal; with `dark`, it has to find the goal.
+    """An agent walks in a room with walls to a goal; with `dark`, it does not know where the goal is.
 
     Source: R. Sutton and A. Barto, Reinforcement Learning, 2018, chapters 3 and 4 (gridworlds); S. Russell and P. Norvig,
     Artificial Intelligence, chapter on sequential decisions (slips to the sides); M. Laskin and others, In-context

@@ -17,7 +17,7 @@ MAX_STATES = 5000
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory(TabularSuite):
-    """A store orders a product with lead time and lost sales, and its demand is random.
+    """A store orders a product with a lead time; demand is random, and unmet demand is lost.
 
     Source: K. Arrow, T. Harris, J. Marschak, Econometrica 19, 1951; M. Puterman, Markov Decision Processes, 1994, section
     3.2; for lead times with lost sales P. Zipkin, Operations Research 56, 2008.

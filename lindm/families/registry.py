@@ -120,7 +120,7 @@ _ALL = (
     _tabular(Gridworld),
     Family(
         name="rocksample",
-        summary="A rover among rocks of unknown worth, without an end; with split, small and with random rocks",
+        summary="A rover samples rocks of unknown worth, over an infinite horizon; with split, on a small grid with random rocks",
         description=(inspect.getdoc(rocksample) or "").partition("\n\n")[2],
         options=tuple(rocksample.OPTIONS),
         help=rocksample.OPTIONS,

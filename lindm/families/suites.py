@@ -44,7 +44,7 @@ class Suite:
     horizon: int
     """Number of stages."""
     split: Split = "id"
-    """Split: in distribution or out of distribution."""
+    """Distribution of the parameters: id (in distribution) or ood (out of distribution)."""
 
     traceable: ClassVar[bool] = False
     """Whether `draw` may be called under `jit`."""
