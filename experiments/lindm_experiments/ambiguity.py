@@ -1,4 +1,4 @@
-"""What does an attitude to ambiguity do to decisions and to values?
+"""How does the attitude to ambiguity change decisions and values?
 
 At every stage nature takes the worst model of an ambiguous POMDP with probability alpha and the best one otherwise. Two kinds of
 problem: random sets of three models (the first two of them are the sets of two), and `prostate`, active surveillance of prostate

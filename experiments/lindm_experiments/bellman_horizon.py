@@ -1,4 +1,4 @@
-"""What does it cost to have no oracle labels, and how does that cost grow with the horizon?
+"""What does training without oracle labels cost, and how does the cost grow with the horizon?
 
 The layer is given its own targets: y = r + max_a Qhat_{h+1}(s', a), stage by stage from the end, in-context least-squares value
 iteration. With e_h = sup |T Qhat_{h+1} - Qhat_h| one can bound the loss by carrying every error through all earlier stages,

@@ -1,4 +1,4 @@
-"""How many independent pairs is a context worth that is one long trajectory?
+"""How many independent pairs is a context of one long trajectory worth?
 
 Two linear MDPs with time-homogeneous dynamics, a fixed behavior policy, and random rewards; the labels are Q*_1 of the pairs.
 `stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one in a cycle. A context is a piece

@@ -1,4 +1,4 @@
-"""Are the layers of linear attention steps of temporal-difference learning, and does training find that? What of the maximum?
+"""Are layers of linear attention steps of temporal-difference learning, and does training find them? Can they take a maximum?
 
 A context holds transitions (x, r, x') of one policy in one linear MDP; the layer predicts action values. With hand-set weights L
 layers are L steps of batch TD(0) (`lindm_theory.temporal_difference`), to rounding. A looped layer (one block at every depth) is

@@ -1,4 +1,5 @@
-"""Is it better to train the layer on actions, by cross-entropy, than on Q, by squares? What does its log-loss say of its policy?
+"""Is it better to train the layer on actions, by cross-entropy, than on Q, by squared error? What does its log-loss say about its
+policy?
 
 Supervised fine-tuning of a language model minimizes the log-loss of actions. Here the attention layer does: logits phi(s, .)'A S
 with a softmax over the actions, against the same layer trained on Q* by squares. Tasks, contexts, queries (all states) and the

@@ -1,4 +1,4 @@
-r"""Does a fine-tuned language model work as the theory says: does it represent Q*, whose errors does it make, do names matter?
+r"""Does a fine-tuned language model work as the theory says: does it represent Q*, whose errors does it share, do names matter?
 
     lindm run mechanism --preset quick      (a tiny model)
     lindm run mechanism --preset full       SmolLM2-135M

@@ -1,4 +1,4 @@
-"""What does it change that one prompt of K trajectories serves all stages, instead of fresh independent pairs for each stage?
+"""What changes if one prompt of K trajectories serves all stages, instead of independent pairs for each stage?
 
 A prompt is K trajectories of H pairs from an epsilon-greedy behavior policy.
 Labels: `oracle`, Q* of the pair; `rollout`, the return of a rollout of pi* after each pair; `return`, the return-to-go of the
