@@ -90,7 +90,7 @@ class Config:
             or (*self.alphas[:1], *self.alphas[-1:]) != (0, 1)
             or 0.5 not in self.alphas
         ):
-            raise ValueError(f"alphas must rise from 0 to 1 and hold 1/2; got {self.alphas}")
+            raise ValueError(f"alphas must rise from 0 to 1 and contain 1/2; got {self.alphas}")
 
 
 QUICK = Config()

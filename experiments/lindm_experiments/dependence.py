@@ -69,9 +69,9 @@ class Config:
             raise ValueError(f"copies must be between 2 and 8; got {self.copies}")
         check_rising(self, "M")
         if self.N not in self.M:
-            raise ValueError(f"M must hold N = {self.N}; got {self.M}")
+            raise ValueError(f"M must contain N = {self.N}; got {self.M}")
         if not self.stick or self.stick[0] != 0 or list(self.stick) != sorted(set(self.stick)) or self.stick[-1] >= 1:
-            raise ValueError(f"stick must hold rising probabilities from 0 on, below 1; got {self.stick}")
+            raise ValueError(f"stick must contain rising probabilities, the first 0 and all below 1; got {self.stick}")
         check_at_least(self, 1, "stay", "kappa")
 
 

@@ -95,7 +95,7 @@ class Config:
         check_counts(self, "seeds", "steps", "contexts", "tasks", "tuning")
         check_rising(self, "N", "M", "demos", "test_demos", length=2)
         if not set(self.N) <= set(self.M):
-            raise ValueError(f"M must hold every N, {self.N}; got {self.M}")
+            raise ValueError(f"M must contain every N, {self.N}; got {self.M}")
         check_multiples(self, BLOCK, "contexts")
 
 

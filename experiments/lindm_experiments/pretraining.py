@@ -71,9 +71,9 @@ class Config:
         check_rising(self, "ridge", length=2, least=0)
         check_at_least(self, 0, "sigma")
         if self.ridge[0] != 0 or not {0.25, 0.5, 1.0, 4.0} <= set(self.tau) or self.tau[-1] < 4:
-            raise ValueError(f"ridge must start at 0 and tau hold 0.25, 0.5, 1 and 4; got {self.ridge} and {self.tau}")
+            raise ValueError(f"ridge must start at 0 and tau contain 0.25, 0.5, 1 and 4; got {self.ridge} and {self.tau}")
         if self.ridge[-1] < LEAST_RIDGE:
-            raise ValueError(f"ridge must hold a number of at least {LEAST_RIDGE}; got {self.ridge}")
+            raise ValueError(f"ridge must contain a number of at least {LEAST_RIDGE}; got {self.ridge}")
 
 
 QUICK = Config()

@@ -66,7 +66,9 @@ class Config:
         for name in ("N", "M", "N_slope"):
             lengths = getattr(self, name)
             if any(lengths[-1] % n for n in lengths):
-                raise ValueError(f"{name} must hold divisors of its last length: strips are cut; got {lengths}")
+                raise ValueError(
+                    f"{name} must contain divisors of its last length, because strips of this length are cut; got {lengths}"
+                )
         nonnegative(self.sigma, "sigma")
         nonnegative(self.sigma_mdp, "sigma_mdp")
         if not 0 < self.present <= 1:

@@ -81,7 +81,7 @@ class Config:
             raise ValueError(f"M must be below M_long = {self.M_long}; got {self.M}")
         check_positive(self, "sigma", "c")
         if len(self.scales) < 2 or 1.0 not in self.scales or not all(0 < c < math.inf for c in self.scales):
-            raise ValueError(f"scales must hold 1 and at least one other positive, finite number; got {self.scales}")
+            raise ValueError(f"scales must contain 1 and at least one other positive, finite number; got {self.scales}")
         for name in ("tilt_query", "tilt_context"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) != 0):
                 raise ValueError(f"{name} must be finite and not zero; got {getattr(self, name)}")

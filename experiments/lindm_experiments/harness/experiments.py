@@ -171,7 +171,7 @@ def matching_claims(known: Mapping[str, Sequence[str]], id: str) -> dict[str, li
 
     chosen = select(qualified=False) or ("/" in id and select(qualified=True))
     if not chosen:
-        hint = "; the name of an experiment selects its claims, `lindm run --list` lists the experiments"
+        hint = " (the name of an experiment selects all its claims; `lindm run --list` lists the experiments)"
         raise UsageError(unknown("only", id, [c for owned in known.values() for c in owned]) + hint)
     return chosen
 

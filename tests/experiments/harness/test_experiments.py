@@ -73,7 +73,7 @@ def test_a_file_with_a_name_or_a_claim_of_the_package_is_refused(lab, own_claims
         ('source = "toy"\n', "", r"toy-ratio: .*missing: \['source'\]"),
         ("lo = 0.97\nhi = 1.03\n", "", "toy-ratio: lo and hi must be a band"),
         ('expected = "FAIL"', 'expected = "fail"', "toy-control/swap: expected must be PASS, FAIL or OPEN"),
-        ('"toy-control/swap"', '"toy-ratio"', "toy-ratio is there twice"),
+        ('"toy-control/swap"', '"toy-ratio"', "toy-ratio is given twice"),
         ("[[claim]]", "[[claim", "not a TOML file"),
         ("[{lo}, {hi}]", "[{low}]", "toy-ratio"),
     ],

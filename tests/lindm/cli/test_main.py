@@ -183,14 +183,14 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "prostate", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
         (
             ["solve", "a.pomdp", "--horizon", "inf", "--save", "p.txt"],
-            "--save must be a file .alpha, .json, .svg",
+            "--save must end in .alpha, .json, .svg",
         ),
         (["solve", str(TIGER), "--horizon", "4", "--save", "p.alpha"], "an .alpha file holds one set of vectors"),
         (["solve", str(FOREST), "--horizon", "inf", "--rules"], "--rules does not apply to an MDP"),
         (["solve", "prostate", "--horizon", "4", "--rules"], "--rules is an option of point-based"),
         (
             ["solve", str(FOREST), "--horizon", "inf", "--save", "p.alpha"],
-            "--save must be a file .json, which holds",
+            "--save must end in .json for an MDP",
         ),
         (
             ["solve", str(TIGER), "--horizon", "inf", "--method", "value-iteration"],
@@ -235,7 +235,7 @@ def test_a_usage_error_is_exit_2_and_one_line(arguments, said, capsys, tmp_path,
 
 def test_a_directory_without_records_is_exit_3(tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == 3
-    assert "DIR must hold records.jsonl" in capsys.readouterr().err
+    assert "DIR must contain records.jsonl" in capsys.readouterr().err
 
 
 def test_an_unknown_claim_is_answered_with_some_of_the_known_ones_and_how_to_find_the_others(capsys):

@@ -169,7 +169,7 @@ def test_methods_that_do_not_fit_raise_an_error(brute):
     apomdp = brute.random(0, M=2, H=3).problem()
     with pytest.raises(ValueError, match="method must be one of auto, tree, hsvi, net; got 'magic'"):
         solve(apomdp, "magic")
-    with pytest.raises(ValueError, match="method must fit the budget of 10 bytes; a tree of this problem takes"):
+    with pytest.raises(ValueError, match="method tree must fit the budget of 10 bytes; the tree of this problem takes"):
         solve(apomdp, "tree", budget=10)
     with pytest.raises(ValueError, match=r"hsvi needs one model.*got an APOMDP with 2"):
         solve(apomdp, "hsvi")
