@@ -190,7 +190,7 @@ def test_a_policy_of_another_problem_is_refused_or_its_bounds_are_those_of_this_
     solution.save(graph)
     solution.save(alpha)
     code, said = refused(capsys, "act", str(graph), str(changed), "--history", "")
-    assert code == 2 and said == f"problem must be that for which {graph} was made; these parts differ: discount"
+    assert code == 2 and said == f"problem must be the one for which {graph} was made; these parts differ: discount"
     assert main(["act", str(alpha), str(changed), "--history", "", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)

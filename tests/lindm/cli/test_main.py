@@ -147,7 +147,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["verify", "--mutants", "--experiments", "risk"], "--experiments does not apply to --mutants"),
         (["run", "nonsense"], "EXPERIMENT must be one of"),
         (["bench", "nonsense"], "BENCH must be one of attention, solvers, sft, decisions, accelerator; got 'nonsense'"),
-        (["sft", "--data", "d", "--out", "o"], "lindm: error: one of model and preset must be given"),
+        (["sft", "--data", "d", "--out", "o"], "lindm: error: exactly one of model and preset must be given"),
         (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny, small; got 'huge'"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--steps", "0"], "steps must be at least 1; got 0"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--rank", "1"], "must be given together"),
@@ -163,7 +163,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "a.pomdp", "--horizon", "forever"], "--horizon must be a whole number or inf; got 'forever'"),
         (
             ["solve", "a.pomdp", "b.pomdp", "--horizon", "inf"],
-            "--horizon inf takes one model: an ambiguous problem has a criterion",
+            "--horizon inf takes one model: an ambiguous problem must have a finite horizon",
         ),
         (["solve", "prostate", "--horizon", "inf"], "horizon must be finite for prostate: the criterion of an ambiguous problem"),
         (["solve", "dosing", "--horizon", "inf"], "horizon must be finite for dosing: the criterion of an ambiguous problem"),
