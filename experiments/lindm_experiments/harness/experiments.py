@@ -97,7 +97,7 @@ def find_experiment(reference: str) -> Experiment:
         return Experiment(name=reference, path=PACKAGE / f"{reference}.py")
     path = path.absolute()
     if not path.is_file():
-        raise UsageError(f"EXPERIMENT must be a Python file or one of {', '.join(experiment_names())}; got {reference!r}")
+        raise UsageError(f"EXPERIMENT must be a Python file that exists, or one of `lindm run --list`; got {reference!r}")
     if path.parent == PACKAGE:
         return find_experiment(path.stem)
     if path.stem in MINUTES or not path.stem.isidentifier():

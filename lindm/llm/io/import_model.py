@@ -177,7 +177,7 @@ def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
     try:
         snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=allowed)
     except Exception as e:  # its clients raise many kinds
-        raise DataError(f"cannot fetch {name} at {revision}: {type(e).__name__}: {e}") from e
+        raise DataError(f"cannot fetch {name} at {revision}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     return _from_directory(Path(snapshot), out)
 
 

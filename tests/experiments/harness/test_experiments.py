@@ -30,7 +30,7 @@ def test_a_name_and_the_file_of_an_experiment_of_the_package_are_the_same():
             "qqq",
             r"EXPERIMENT must be one of against_statistics, .* \(\d+ in all\); got 'qqq' \(.*; `lindm run --list` lists all\)",
         ),
-        ("nowhere/mine.py", "must be a Python file or one of"),
+        ("nowhere/mine.py", "must be a Python file that exists, or one of"),
     ],
 )
 def test_an_unknown_experiment_is_answered_with_the_known_ones(reference, message):
