@@ -65,7 +65,7 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
             f"source must be a directory or a file that exists, or organization/name of a model on a hub; got {source!r}"
         )
     if not revision:
-        raise ValueError(f"revision (a commit hash or a tag) must be given for a model on the hub; got none for {source!r}")
+        raise ValueError(f"revision must be given for a model on the hub: a commit hash or a tag; got none for {source!r}")
     return _from_hub(source, revision, out)
 
 

@@ -183,5 +183,5 @@ def test_methods_that_do_not_fit_raise_an_error(brute):
         first_action(solve(replace(mdp, rho=jnp.array([0.5, 0.5]))))
     with pytest.raises(ValueError, match="method net runs on the host, not under jit or vmap"):
         jax.jit(lambda p: solve(p, "net").value)(apomdp)
-    with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; a tree of this problem takes more than 2\^60"):
+    with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; the tree of this problem takes more than 2\^60"):
         solve(brute.random(0, H=100).problem(), "tree")

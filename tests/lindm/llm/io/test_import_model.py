@@ -166,7 +166,7 @@ def test_a_stopped_import_leaves_nothing(tmp_path, packed, monkeypatch):
         ),
         ("./no/where", None, "source must be a directory or a file that exists"),
         ("models/model.gguf", None, "source must be a directory or a file that exists"),
-        ("org/name", None, "revision (a commit hash or a tag) must be given for a model on the hub; got none for 'org/name'"),
+        ("org/name", None, "revision must be given for a model on the hub: a commit hash or a tag; got none for 'org/name'"),
         ("org/name", "", "revision must be given for a model on the hub"),
     ],
 )
