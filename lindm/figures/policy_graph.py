@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MAX_NODES = 60
 WIDTH, HEIGHT = 1.9, 0.85  # inches of a node with its surroundings
+FONT = 9  # points
+PAD = 0.35 * FONT  # points between the text of a box and its edge
 
 
 def draw_policy_graph(graph: PolicyGraph) -> "Figure":
@@ -34,7 +36,7 @@ def draw_policy_graph(graph: PolicyGraph) -> "Figure":
     edge_color = {int(o): COLORS[i % len(COLORS)] for i, o in enumerate(seen)}
     dashes = {int(o): ("-", "--", ":", "-.")[(i // len(COLORS)) % 4] for i, o in enumerate(seen)}
     boxes = [
-        axis.text(*place, f"{i + 1}  {names[a]}", ha="center", va="center", fontsize=9, zorder=3, bbox=_box(i == 0))  # pyright: ignore
+        axis.text(*place, f"{i + 1}  {names[a]}", ha="center", va="center", fontsize=FONT, bbox=_box(i == 0))  # pyright: ignore
         for i, (place, a) in enumerate(zip(places, graph.actions, strict=True))
     ]
     for i, o in np.argwhere(graph.expected & (graph.successors >= 0)):
@@ -56,7 +58,12 @@ def draw_policy_graph(graph: PolicyGraph) -> "Figure":
 
 
 def _box(start: bool) -> dict:
-    return {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "#222222", "linewidth": 2.2 if start else 1.0}
+    return {
+        "boxstyle": f"round,pad={PAD / FONT}",
+        "facecolor": "white",
+        "edgecolor": "#222222",
+        "linewidth": 2.2 if start else 1.0,
+    }
 
 
 def _places(graph: PolicyGraph) -> np.ndarray:
@@ -78,13 +85,16 @@ def _places(graph: PolicyGraph) -> np.ndarray:
 
 def _arrow(axis, places, boxes, i: int, j: int, rank: int, color: str, dash: str) -> None:
     """An arrow from node i to node j; those of several observations between the same nodes lie apart."""
+    from matplotlib.text import OffsetFrom
+
+    # above the boxes: matplotlib places a box when it draws it, and an arrow that is drawn before ends where the box is not yet
     style = {"arrowstyle": "-|>", "color": color, "linestyle": dash, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
     if i == j:
-        x, y = places[i] + np.array([0, 0.2])
-        style |= {"connectionstyle": f"arc3,rad={-1.4 - 0.4 * rank}"}
-        axis.annotate("", (x + 0.1, y), (x - 0.1, y), arrowprops=style, zorder=1)
+        style |= {"connectionstyle": f"arc3,rad={-1.1 - 0.4 * rank}"}
+        left, right = OffsetFrom(boxes[i], (0.3, 1.0), "points"), OffsetFrom(boxes[i], (0.7, 1.0), "points")
+        axis.annotate("", (0, PAD), xytext=(0, PAD), xycoords=right, textcoords=left, arrowprops=style, zorder=4)
         return
     forward = places[j][0] > places[i][0]
     bend = 0.06 + 0.1 * rank if forward else -(0.22 + 0.1 * rank)
     style |= {"connectionstyle": f"arc3,rad={bend}", "patchA": boxes[i].get_bbox_patch(), "patchB": boxes[j].get_bbox_patch()}
-    axis.annotate("", places[j], places[i], arrowprops=style, zorder=1)
+    axis.annotate("", places[j], places[i], arrowprops=style, zorder=4)
