@@ -76,6 +76,10 @@ def file_backend() -> Iterator[None]:
     import matplotlib
 
     before, fallback = matplotlib.get_backend(), matplotlib.rcParams["backend_fallback"]
+    if "inline" in before:  # of a notebook: loaded after another one, it would not show figures
+        from matplotlib import pyplot
+
+        pyplot.switch_backend(before)
     matplotlib.use("Agg")
     try:
         yield
@@ -178,23 +182,35 @@ def alternative_text(png: bytes) -> str:
     return ""
 
 
-def save(draw: "Callable[[], Figure]", path: str | Path) -> Path:
-    """Write the figure that `draw` makes, as PNG where the name has no ending. Settings of matplotlib are afterwards as before.
+def render(draw: "Callable[[], Figure]", path: str | Path | None = None) -> "Figure":
+    """The figure that `draw` makes, in this style, for a notebook, which shows the last value of a cell; and written to `path`.
+
+    Settings of matplotlib are afterwards as before, and pyplot has closed the figure.
+
+    Args:
+      path: of a file, PNG where the name has no ending. [default: nothing is written]
 
     Raises:
       StorageError: the file cannot be written.
     """
     from matplotlib import pyplot
 
-    path = Path(path)
-    kind = path.suffix.removeprefix(".") or "png"
+    path = None if path is None else Path(path)
+    kinds = [] if path is None else [path.suffix.removeprefix(".") or "png"]
     with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
         figure = draw()
         try:
-            content = figure_bytes(figure, [kind])[kind]
+            contents = figure_bytes(figure, kinds)
         finally:
             pyplot.close(figure)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
-    return path
+    if path is not None:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, contents[kinds[0]])
+    return figure
+
+
+def save(draw: "Callable[[], Figure]", path: str | Path) -> Path:
+    """Write the figure that `draw` makes (`render`); the path."""
+    render(draw, path)
+    return Path(path)

@@ -7,6 +7,7 @@ layer on its own draws and tests it on tasks that no training saw, and intervals
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.toolkit.risks import Risk, risk
 from lindm_experiments.toolkit.rungs import RUNGS, Case
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OF_ONE_POLICY = tuple(name for name, rung in RUNGS.items() if not rung.needs)  # the loss and the rungs that need Qhat alone
 QUERIES = 8  # in a prompt of the training
@@ -65,11 +69,11 @@ class MeasuredRisk:
         """[m, 2]: 95 % t-interval over the seeds."""
         return _intervals(self.measured)
 
-    def plot(self, path: str | Path) -> Path:
-        """Write a figure (the ending of `path` is its format): measured points and the exact line along M."""
-        from lindm_experiments.toolkit.result_plots import measured_risk_figure, save
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Measured points and the exact line along M: a figure for a notebook, and a file (its ending is the format)."""
+        from lindm_experiments.toolkit.result_plots import measured_risk_figure, render
 
-        return save(lambda: measured_risk_figure(self), path)
+        return render(lambda: measured_risk_figure(self), path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +107,11 @@ class MeasuredLadder:
         slack = 1e-9 * max(1.0, float(np.abs(loss).max()))
         return {name: int((loss > value + slack).sum()) for name, value in self.values.items() if name != "suboptimality"}
 
-    def plot(self, path: str | Path) -> Path:
-        """Write a figure (the ending of `path` is its format): the loss and its bounds, seeds as ticks."""
-        from lindm_experiments.toolkit.result_plots import ladder_figure, save
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """The loss and its bounds, seeds as ticks: a figure for a notebook, and a file (its ending is the format)."""
+        from lindm_experiments.toolkit.result_plots import ladder_figure, render
 
-        return save(lambda: ladder_figure(self), path)
+        return render(lambda: ladder_figure(self), path)
 
 
 def _fit(layer: nnx.Module, draw: Callable, keys: Array, steps: int, learning_rate: float, data: tuple = ()):
@@ -238,7 +242,7 @@ def measure_ladder(
         families = [make(key) for key in jax.random.split(features, seeds)]
         if not all(isinstance(f, MDPFamily) for f in families):
             raise UsageError("family must be an MDPFamily or a function of a key that returns one")
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *families)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(float), *families)
         H = stacked.theta_low.shape[1]
         drawn = zip(jax.random.split(pools, seeds), families, strict=True)
         pool = jnp.concatenate([linear_mdps.task_pool(k, f, 2 * linear_mdps.BLOCK) for k, f in drawn])  # [seeds * H, tasks, d]

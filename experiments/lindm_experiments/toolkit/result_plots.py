@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lindm.evaluation.environments import double_precision
 from lindm.figures.style import INK
-from lindm.figures.style import save as save
+from lindm.figures.style import render as render
 from lindm_experiments.harness.figures import (
     BLUE,
     BOUND,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from lindm.icl.feature_laws import FeatureLaw, Mixture, gaussian, onehot
 from lindm_experiments.lib.feature_laws import fourth, moment
 from lindm_theory import in_context
 from lindm_theory.moments import design_fourth, design_moment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPLICATES = 200  # of the bootstrap
 SINGULAR = 1e-10  # eigenvalue of a pair's covariance, relative, below which the balance length is not computed
@@ -102,11 +105,11 @@ class Risk:
             "best": [dict(zip(keys, row, strict=True)) for row in best],
         }
 
-    def plot(self, path: str | Path) -> Path:
-        """Write a figure (the ending of `path` is its format): the risk over (N, M), and along M with its bounds."""
-        from lindm_experiments.toolkit.result_plots import risk_figure, save
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """The risk over (N, M), and along M with its bounds: a figure for a notebook, and a file (its ending is the format)."""
+        from lindm_experiments.toolkit.result_plots import render, risk_figure
 
-        return save(lambda: risk_figure(self), path)
+        return render(lambda: risk_figure(self), path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +174,12 @@ def _law(covariance: ArrayLike | None, law: NamedLaw | FeatureLaw, features: Arr
             raise UsageError(f"law does not apply to features; got {law!r}")
         x = validate.shaped(validate.finite(features, "features"), (None, None), "features", "n, d")
         if len(x) <= x.shape[1]:
-            raise UsageError(f"features must have more samples than dimensions, n > d = {x.shape[1]}; got n = {len(x)}")
+            raise UsageError(f"features must hold more samples than entries of each, n > d = {x.shape[1]}; got n = {len(x)}")
         return "samples", jnp.asarray(x, float)
     if law not in LAWS:
         raise UsageError(unknown("law", law, LAWS))
     if covariance is None:
-        raise UsageError("covariance, features or a law of your own must be given")
+        raise UsageError("covariance must be given, or features, or a law of your own")
     if law == "gaussian":
         return law, gaussian(validate.covariance(covariance, "covariance"))
     rho = np.diagonal(validate.covariance(covariance, "covariance"))

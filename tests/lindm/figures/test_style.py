@@ -4,10 +4,10 @@ import ast
 from pathlib import Path
 
 import pytest
-from matplotlib import rc_context
+from matplotlib import pyplot, rc_context
 from matplotlib.figure import Figure
 
-from lindm.figures.style import KINDS, STYLE, alternative_text, describe, figure_bytes
+from lindm.figures.style import KINDS, STYLE, alternative_text, describe, figure_bytes, render
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,6 +44,21 @@ def test_a_logarithmic_axis_says_so_once_and_in_a_second_line_where_there_is_no_
     low = drawn(height=1.6)
     figure_bytes(low, ["png"])
     assert low.axes[0].get_ylabel() == "squared error\n(log scale)"
+
+
+def test_a_rendered_figure_is_shown_once_and_written_where_a_path_is_given(tmp_path):
+    def draw():
+        figure, axis = pyplot.subplots()
+        axis.set(yscale="log", ylabel="loss")
+        return figure
+
+    before, backend = pyplot.rcParams["font.size"], pyplot.get_backend()
+    shown = render(draw)
+    assert shown.axes[0].get_ylabel() == "loss (log scale)" and not list(tmp_path.iterdir())
+    render(draw, tmp_path / "new" / "loss")
+    assert (tmp_path / "new" / "loss").read_bytes().startswith(b"\x89PNG")
+    # pyplot has closed both: a notebook does not show them twice
+    assert pyplot.get_fignums() == [] and pyplot.rcParams["font.size"] == before and pyplot.get_backend() == backend
 
 
 @pytest.mark.parametrize("about", ["The loss falls.", "The loss falls to ∞ by Ψ."])  # latin-1, and beyond it
