@@ -54,6 +54,7 @@ source_suffix = {".md": "myst-nb", ".py": "myst-nb"}  # a tutorial in docs/tutor
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "cache"  # a notebook is executed again only if its code has changed
 nb_execution_cache_path = str(DOCS / "_build" / "notebooks")
+nb_execution_in_temp = True  # what a tutorial writes is not left in its directory
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True

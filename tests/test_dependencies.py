@@ -116,7 +116,7 @@ IN_DEV = ("data", "gym", "minari", "track", "dev")  # dev includes the others
     [
         ("lock.txt", declared(*IN_DEV)),
         ("lowest.txt", declared(*IN_DEV)),
-        ("docs.txt", declared("docs", "gym")),
+        ("docs.txt", declared("docs", "data", "gym")),
         ("cuda.txt", {"jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13"}),
         ("release.txt", {"build", "hatchling", "twine"}),
     ],

@@ -1,5 +1,6 @@
 """What must hold of the built site: it has the files that its pages name, and loads nothing from another host."""
 
+import html
 import re
 import shutil
 from html.parser import HTMLParser
@@ -61,6 +62,17 @@ def faults(out: Path) -> list[str]:
     return found
 
 
+def missing_figures(sources: Path, out: Path) -> list[str]:
+    """Figures that the cells of a tutorial announce by an alternative text, and that its page does not have."""
+    found = []
+    for tutorial in sorted((sources / "docs" / "tutorials").glob("*.py")):
+        page = (out / tutorial.relative_to(sources).with_suffix(".html")).read_text(encoding="utf-8")
+        shown = set(re.findall(r'<img alt="([^"]*)"', page))
+        texts = re.findall(r'"alt": "([^"]*)"', tutorial.read_text(encoding="utf-8"))
+        found += [f"{tutorial.name} shows no figure: {text}" for text in texts if html.escape(text) not in shown]
+    return found
+
+
 def resolve_sources(app, docname, content):
     """Links to files of the sources that look like pages become downloads, and the text alone stays of a link to a directory."""
     place = Path(app.env.doc2path(docname)).parent
@@ -86,7 +98,7 @@ def finish(app, error):
         target.parent.mkdir(parents=True, exist_ok=True)
         for file in (app.config.mathjax_directory / source).parent.glob(Path(source).name):
             shutil.copyfile(file, target.parent / file.name)
-    for fault in faults(out):
+    for fault in (*faults(out), *missing_figures(Path(app.srcdir), out)):
         logger.warning(fault)
 
 
