@@ -1,29 +1,30 @@
 """When is the attention layer better than statistical estimators on the same context, and by how much?
 
-Gaussian features, Lambda = Psi = I, label noise sigma, the layer trained for the test length (N = M). Both risks are known
+Gaussian features, Lambda = Psi = I, label noise sigma; the layer is trained for the test length (N = M). Both risks are known
 exactly,
 
     layer   d c/(c + M),  c = d + 1 + sigma^2
     OLS     d sigma^2/(M - d - 1)  for M >= d + 2,      d - M + M sigma^2/(d - M - 1)  for M <= d - 2 (shortest solution)
 
-and comparing them is elementary algebra (ours): the layer is better if and only if
+and elementary algebra (ours) compares them: the layer is better if and only if
 
     sigma^2 > sqrt(M (d + 1)) - (d + 1)   (M >= d + 2),        sigma^2 > sqrt(d (M + 1)) - (M + 1)   (M <= d - 2).
 
-It wins on short or noisy contexts, where OLS has no prior. The ridge regression of the same prior (Bayes) is the best predictor
-linear in y *for every single context X*, and one layer is linear in y: the layer never beats it, on no law of features and tasks.
+The layer wins on short or noisy contexts, because OLS has no prior. The ridge regression with the same prior (Bayes) is the
+best predictor that is linear in y *for every single context X*. One layer is linear in y, so it never beats this ridge
+regression, for any law of features and tasks.
 
-In real linear MDPs the same contexts go to ridge, OLS and two Bayes predictors, and as many transitions (s, a, r, s') with the
-same noise on r to LSVI and PEVI; what counts is the exact suboptimality of the greedy policy. There the tasks have a mean, and to
-a layer that does not look at X'X the mean times the sampling noise of X'X is label noise. So the paper's layer loses to nearly
-everything; the same layer on labels minus their prior mean is close to Bayes wherever label noise dominates, and better there
-than what ignores the prior.
+In real linear MDPs, ridge, OLS and two Bayes predictors read the same contexts, and LSVI and PEVI read as many transitions (s,
+a, r, s') with the same noise on r. The measure is the exact suboptimality of the greedy policy. There the tasks have a mean. A
+layer that does not use X'X sees the product of this mean and the sampling noise of X'X as label noise, so the paper's layer
+loses to nearly every other estimator. The same layer on labels minus their prior mean is close to Bayes wherever label noise
+dominates, and better there than estimators that ignore the prior.
 
     lindm run against_statistics --preset quick
     lindm verify --only against-statistics
 
-Expected: the boundary where it is predicted; no context on which the layer beats Bayes; on centered labels a layer that beats
-OLS, ridge and LSVI on short contexts and loses to OLS on long clean ones.
+Expected: the boundary is where it is predicted. On no context does the layer beat Bayes. On centered labels, the layer beats
+OLS, ridge and LSVI on short contexts and loses to OLS on long contexts without noise.
 """
 
 from dataclasses import dataclass

@@ -1,21 +1,23 @@
-"""What does an attitude to ambiguity do to decisions and to values?
+"""How does the attitude to ambiguity change decisions and values?
 
-At every stage nature takes the worst model of an ambiguous POMDP with probability alpha and the best one otherwise. Two kinds of
-problem: random sets of three models (the first two of them are the sets of two), and `prostate`, active surveillance of prostate
-cancer with the models of four centers over five years. Its rewards are placeholders, so they are drawn around their defaults,
-every draw together with its mirror image. All answers are exact, by the belief tree; a tree of five years is feasible because
-four observations a year carry as much information as the nine of `prostate` (`merge_observations`).
+At every stage nature chooses the worst model of an ambiguous POMDP with probability alpha and the best one otherwise. There
+are two kinds of problem: random sets of three models (their first two models are the sets of two), and `prostate`, active
+surveillance of prostate cancer with the models of four centers over five years. The rewards of `prostate` are placeholders, so
+they are drawn around their defaults, and every draw is used together with its mirror image. All answers are exact, by the
+belief tree. A tree of five years is feasible because four observations per year carry as much information as the nine of
+`prostate` (`merge_observations`).
 
-Over the whole horizon nature moves once, alpha min_m V_m + (1 - alpha) max_m V_m. Histories contain the model, so the actions
-after the first step are chosen for each model separately, and the best pure policy is worth max_a [alpha min_m Q_m(a) + (1 -
-alpha) max_m Q_m(a)], with Q_m of model m alone.
+In the criterion over the whole horizon, nature moves once: alpha min_m V_m + (1 - alpha) max_m V_m. Histories contain the
+model, so the actions after the first step are chosen for each model separately. The best pure policy is worth max_a [alpha
+min_m Q_m(a) + (1 - alpha) max_m Q_m(a)], where Q_m belongs to model m alone.
 
     lindm run ambiguity --preset quick
     lindm verify --only ambiguity
 
-Expected: values fall with alpha. Two models have a convex value up to alpha = 1/2, and three at alpha = 0; beyond, most problems
-do not. The policy that is optimal stage by stage is often not optimal over the whole horizon, but loses little. The worst-case
-attitude takes more biopsies. (The last two claims were made, and their bands fixed, on other seeds.)
+Expected: values fall with alpha. The value is convex up to alpha = 1/2 for two models, and at alpha = 0 for three; beyond
+that, it is not convex for most problems. The policy that is optimal stage by stage is often not optimal over the whole
+horizon, but loses little. The worst-case attitude takes more biopsies. (The last two claims were made, and their bands fixed,
+on other seeds.)
 """
 
 from dataclasses import dataclass, replace
@@ -90,7 +92,7 @@ class Config:
             or (*self.alphas[:1], *self.alphas[-1:]) != (0, 1)
             or 0.5 not in self.alphas
         ):
-            raise ValueError(f"alphas must rise from 0 to 1 and hold 1/2; got {self.alphas}")
+            raise ValueError(f"alphas must rise from 0 to 1 and contain 1/2; got {self.alphas}")
 
 
 QUICK = Config()

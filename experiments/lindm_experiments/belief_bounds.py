@@ -1,20 +1,21 @@
 """Do the certified bounds contain the exact answer, how wide are they, and how good are labels made from them?
 
-Random ambiguous POMDPs of three models, any attitude, and the first model of each as a POMDP, of a size that the belief tree
-solves exactly. At the histories of demonstrations, where labels are needed, HSVI (POMDPs) and the net (both kinds) give bounds on
-every action value, at several levels of effort. A label is an action with a certificate or with a bound on its loss; both are
-compared with the exact action values. Widths are relative to sum_h (max r_h - min r_h), the most that two policies can differ by.
+The problems are random ambiguous POMDPs of three models with any attitude, and the first model of each as a POMDP. Their size
+is one that the belief tree solves exactly. At the histories of demonstrations, where labels are needed, HSVI (POMDPs) and the
+net (both kinds) bound every action value, at several levels of effort. A label is an action with a certificate or with a bound
+on its loss; both are compared with the exact action values. Widths are relative to sum_h (max r_h - min r_h), the largest
+possible difference between two policies.
 
 The tiger (Kaelbling, Littman, Cassandra, Artif. Intell. 101, 1998: a growl is heard right with 0.85, discount 0.95) shows the
-same over all beliefs. One growl moves the logarithm of the odds by a constant, so on a grid of its fractions dynamic programming
-is exact for every horizon (`tiger_answers`), without a tree. The tiger comes in the size of the random problems, with states
-that do not occur and an observation of probability zero, and shares their compiled programs.
+same over all beliefs. One growl moves the logarithm of the odds by a constant, so on a grid of fractions of this constant
+dynamic programming is exact for every horizon (`tiger_answers`), without a tree. The tiger is padded to the size of the random
+problems, with states that do not occur and an observation of probability zero, and shares their compiled programs.
 
     lindm run belief_bounds --preset quick
     lindm verify --only belief-bounds
 
-Expected: no bound and no label is violated; widths fall by orders of magnitude with the effort, and nearly all labels of the
-largest one are certified. (The bands of the last two claims were fixed on other seeds.)
+Expected: no bound and no label is violated. Widths fall by orders of magnitude with the effort, and nearly all labels of the
+largest effort are certified. (The bands of the last two claims were fixed on other seeds.)
 """
 
 from collections.abc import Callable

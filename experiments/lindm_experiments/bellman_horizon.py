@@ -1,18 +1,18 @@
-"""What does it cost to have no oracle labels, and how does that cost grow with the horizon?
+"""What does training without oracle labels cost, and how does the cost grow with the horizon?
 
-The layer is given its own targets: y = r + max_a Qhat_{h+1}(s', a), stage by stage from the end, in-context least-squares value
-iteration. With e_h = sup |T Qhat_{h+1} - Qhat_h| one can bound the loss by carrying every error through all earlier stages,
-2 sum_h sum_{h' >= h} e_{h'} (of order H^2 at equal e_h), or by [JYW]'s decomposition, 2 sum_h e_h (of order H). Both are
-theorems; the first is not tight, the second is attained (`lib/attained_offline.py`). To see the order itself, the same problems
-are also solved with an error of equal size injected at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one
-long problem are a problem of horizon H, so one backward pass shows every horizon. Beside them stands pessimism: estimates with an
-error below a known uncertainty, which is subtracted.
+The layer computes its own targets: y = r + max_a Qhat_{h+1}(s', a), stage by stage from the end. This is in-context
+least-squares value iteration. Let e_h = sup |T Qhat_{h+1} - Qhat_h|. Two theorems bound the loss: one carries every error
+through all earlier stages, 2 sum_h sum_{h' >= h} e_{h'} (of order H^2 at equal e_h); [JYW]'s decomposition gives 2 sum_h e_h
+(of order H). The first is not tight; the second is attained (`lib/attained_offline.py`). To show the order itself, the same
+problems are also solved with an error of equal size at every stage, Qhat_h = T Qhat_{h+1} +- epsilon. The last H stages of one
+long problem are a problem of horizon H, so one backward pass covers every horizon. A further comparison is pessimism:
+estimates with an error below a known uncertainty, which is subtracted.
 
     lindm run bellman_horizon --preset quick
     lindm verify --only bellman-horizon
 
-Expected: no violation of any bound; at equal one-stage errors the loss grows like H. With bootstrapped labels the loss is close
-to that of oracle labels, for every horizon, so a further factor H for the missing oracle is refuted.
+Expected: no bound is violated. At equal one-stage errors the loss grows like H. With bootstrapped labels the loss is close to
+that with oracle labels, for every horizon, so the missing oracle does not cost a further factor H.
 """
 
 from dataclasses import dataclass

@@ -1,20 +1,22 @@
 """Would a claim fail if the experiment behind it were wrong?
 
-Mutants, each compared with the correct version on the same data by the statistic and band of its claim. Each could have passed:
-N and M exchanged in the predicted risk (`q-risk`); a horizon that is off by one for policies that are optimal but for rare
-slips (`identity`); a layer whose training was stopped early, a few percent from A_N (`weights`); test tasks among the training
-tasks, 1, 10 and more percent of them (`q-risk`); and bounds with one mistake, on instances on which they are attained (a few of
-those of `lindm verify --mutants`).
+Each mutant is compared with the correct version on the same data, by the statistic and band of its claim. Each mutant could
+have passed: N and M exchanged in the predicted risk (`q-risk`); a horizon that is off by one, for policies that are optimal
+except for rare slips (`identity`); a layer whose training was stopped early, a few percent from A_N (`weights`); test tasks
+among the training tasks, 1, 10 and more percent of them (`q-risk`); and bounds with one mistake, on instances on which they
+are attained (a few of those of `lindm verify --mutants`).
 
-A leak of test tasks lowers the risk on these tasks by a share of about a twelfth of the leak: the band of `q-risk`, 3 %, sees
-only a leak of nearly all tasks. Beside a layer trained without the leak, with the same random numbers and on the same contexts,
-a small one is seen. The tasks that leak are orthogonal and of equal length, so that the effect is the same in every seed.
+A leak of test tasks lowers the risk on these tasks by about a twelfth of the share that leaks. The band of `q-risk`, 3 %,
+detects only a leak of nearly all tasks. A comparison with a layer trained without the leak, with the same random numbers and
+on the same contexts, detects a small one. The tasks that leak are orthogonal and of equal length, so that the effect is the
+same in every seed.
 
     lindm run controls --preset quick
     lindm verify --only controls
 
-Expected: every mutant FAILs where the correct version passes; otherwise a PASS elsewhere would mean nothing. Leaks are seen
-from 1 % on beside the layer without one, by the band of `q-risk` alone only where all training tasks are test tasks.
+Expected: every mutant FAILs where the correct version passes; otherwise a PASS elsewhere would mean nothing. Leaks are
+detected from 1 % on by comparison with the layer without a leak, and by the band of `q-risk` alone only if all training tasks
+are test tasks.
 """
 
 import copy

@@ -4,28 +4,28 @@
     lindm run decisions --preset full       SmolLM2-135M, hours
     lindm verify --only sft-beats-icl sft-beats-cloning sft-near-bayes horizon partial-observation ambiguity ood format
 
-A cell is a suite at a horizon. In each cell a model is fine-tuned (`lindm sft`) on tasks of the suite. Then the fine-tuned model,
-the base model (ICL: it only has the demonstrations in its context) and the classical policies of `lindm eval` act in the same new
-tasks, in and out of distribution. The demonstrations are the oracle's, as in [ZAS]. Values are normalized optimality gaps,
-(V* - V^pi) / (V* - V^random), of each task. They are exact, except for policies that depend on the history of an MDP (language
-models, `bayes`, `bayes-demo`): there the histories are those of sampled episodes, the same for all of them.
-Models are also tested in text formats that were not trained: other symbols in the same places, and sentences.
+A cell is a suite at a horizon. In each cell a model is fine-tuned (`lindm sft`) on tasks of the suite. Then the fine-tuned
+model, the base model (ICL: it only has the demonstrations in its context) and the classical policies of `lindm eval` act in the
+same new tasks, in and out of distribution. The demonstrations are the oracle's, as in [ZAS]. Values are normalized optimality
+gaps of each task, (V* - V^pi) / (V* - V^random). They are exact, except for policies that depend on the history of an MDP
+(language models, `bayes`, `bayes-demo`): for these, the histories come from sampled episodes, the same for all policies. Models
+are also tested in text formats that were not trained: other symbols in the same places, and sentences.
 
-The yardstick is what can be known from a context: `bayes` plans with the posterior over the suite's tasks given the transitions
-and rewards that the text shows, `bayes-demo` given the oracle's actions as well. Where the state is hidden the text has no
-rewards, and `bayes` knows little. The gap of `bayes-demo` is the part of a loss that the context does not tell; the rest of a
-policy's gap is the reader's part. `bayes-demo` has a sample of the posterior: an estimate; its effective sample sizes are
-in the table. Where they are small, a reader can be ahead of it. In POMDPs of horizon 8 it takes minutes a task and is left out.
+The yardstick is the best use of a context: `bayes` plans with the posterior over the suite's tasks given the transitions and
+rewards that the text shows, and `bayes-demo` also uses the oracle's actions as evidence. If the state is hidden, the text has
+no rewards, and `bayes` knows little. The gap of `bayes-demo` is the part of a loss that is due to what the context does not
+contain; the rest of a policy's gap is the reader's part. `bayes-demo` is an estimate from a sample of the posterior, whose
+effective sample sizes are in the table; if they are small, a reader can be better. It is left out in POMDPs of horizon 8.
 
-Five demonstrations where the state is hidden, two where it is seen: five of the oracle's show nearly every state. An ambiguous
-task has 6^(H-1) histories at its last stage, and the value of a policy needs them all, so the horizons end at 4 there.
+There are five demonstrations if the state is hidden, and two if it is seen, since five of the oracle show nearly every state.
+An ambiguous task has 6^(H-1) histories at its last stage, and a policy's value needs all of them, so its horizons end at 4.
 
-Every training of every cell has tasks of its own, to train on and of each split. The tasks of one training are a cluster:
-intervals cover the variation between trainings where a cell has several, and speak of its one model where it has one. All cells
-are trained once before any is trained again.
+Every training of every cell has its own tasks, for training and for each split. The tasks of one training are a cluster:
+intervals cover the variation between trainings if a cell has several, and are about its one model if it has one. All cells are
+trained once before any is trained again.
 
 The quick preset trains a tiny, randomly initialized model in one cell: a bandit (`pomdp` at horizon 1), whose best arm the
-demonstrations show. Expected there: a gap near zero for SFT and near one for ICL. Claims that need other cells are undecided.
+demonstrations show. Expected: a gap near zero for SFT and near one for ICL. Claims that need other cells are undecided.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""How many independent pairs is a context worth that is one long trajectory?
+"""How many independent pairs is a context of one long trajectory worth?
 
-Two linear MDPs with time-homogeneous dynamics, a fixed behavior policy, and random rewards; the labels are Q*_1 of the pairs.
-`stay`: each aggregate of states leads back to itself. `turn`: each leads to the next one in a cycle. A context is a piece
-of the chain of pairs, started from its stationary law; a logger that samples faster than the system moves sees the lazy chain
-stick I + (1 - stick) K. The features are carried to the same covariance under each stationary law, so that only the dependence
-differs. Theory sums the pairs exactly (lindm_theory.moments.chain_moments) and gives, for any layer,
+There are two linear MDPs with time-homogeneous dynamics, a fixed behavior policy, and random rewards; the labels are Q*_1 of
+the pairs. In `stay`, each aggregate of states leads back to itself. In `turn`, each leads to the next one in a cycle. A
+context is a piece of the chain of pairs, started from its stationary law. A logger that samples faster than the system moves
+sees the lazy chain stick I + (1 - stick) K. The features are transformed to the same covariance under each stationary law, so
+that only the dependence differs. Theory sums the pairs exactly (lindm_theory.moments.chain_moments) and gives, for any layer,
 
     risk = tr(Lq A V A') + bias,   V = E[S S'] - Lambda Psi Lambda,   M_eff = tr(Lq A V_1 A') / tr(Lq A V A'),
 
@@ -13,9 +13,9 @@ and the layer that is best on such contexts, by its own normal equations.
     lindm run dependence --preset quick
     lindm verify --only dependence
 
-Expected: points on the exact lines for the layer trained on independent pairs, the layers trained on trajectories, and contexts
-pooled from several trajectories; M_eff far below M where the chain is slow. But not in general: where the dynamics turn,
-successive pairs cover the space evenly and a trajectory is worth *more* than independent pairs.
+Expected: the points are on the exact lines for the layer trained on independent pairs, the layers trained on trajectories, and
+contexts pooled from several trajectories. M_eff is far below M if the chain is slow, but not in general: if the dynamics turn,
+successive pairs cover the space evenly, and a trajectory is worth *more* than independent pairs.
 """
 
 from dataclasses import dataclass, replace
@@ -69,9 +69,9 @@ class Config:
             raise ValueError(f"copies must be between 2 and 8; got {self.copies}")
         check_rising(self, "M")
         if self.N not in self.M:
-            raise ValueError(f"M must hold N = {self.N}; got {self.M}")
+            raise ValueError(f"M must contain N = {self.N}; got {self.M}")
         if not self.stick or self.stick[0] != 0 or list(self.stick) != sorted(set(self.stick)) or self.stick[-1] >= 1:
-            raise ValueError(f"stick must hold rising probabilities from 0 on, below 1; got {self.stick}")
+            raise ValueError(f"stick must contain rising probabilities, the first 0 and all below 1; got {self.stick}")
         check_at_least(self, 1, "stay", "kappa")
 
 

@@ -1,21 +1,23 @@
 """Does repeating the layer remove its bias, and at what cost?
 
-A layer trained at length N is applied repeatedly, w <- w + A (S - G w) from w = 0 (equal blocks of a deep reduced layer).
-On a very long context G = Lambda and the bias after k layers is |(I - A Lambda)^k Psi^(1/2)|^2: geometric in k. On a context of M
-pairs the error is -(I - A G_M)^k w plus what label noise adds. Without noise depth then removes the *estimation* error as well,
-wherever the spectral radius of I - A G_M is below one, and multiplies it where it is above: short contexts see the same few pairs
-too often, A is too large a step for them. On one-hot features the mean is known exactly,
+A layer trained at length N is applied repeatedly, w <- w + A (S - G w) from w = 0 (equal blocks of a deep reduced layer). On a
+very long context G = Lambda, and the bias after k layers is |(I - A Lambda)^k Psi^(1/2)|^2, which is geometric in k. On a
+context of M pairs the error is -(I - A G_M)^k w plus a term from label noise. Without noise, depth also removes the
+*estimation* error if the spectral radius of I - A G_M is below one, and multiplies it if the radius is above one: on short
+contexts, which show the same few pairs again and again, A is too large a step. On one-hot features the mean is known exactly,
 
     risk = sum_i q_i psi_i E[(1 - a_i n_i/M)^(2k)],  n_i ~ Bin(M, rho_i),
 
-and tends to infinity in k for *every* M once some a_i > 2, as A_N has for d >= 3 and N > 4: the useful depth is bounded, and the
-bound grows with M. (A smaller step would be safe: `lindm_theory.robustness.largest_step`.) With noise the limit on long contexts
-is least squares. A deep layer whose blocks are trained together, on contexts of the training length, avoids all that.
+and tends to infinity in k for *every* M once some a_i > 2, as in A_N for d >= 3 and N > 4. The useful depth is therefore
+bounded, and the bound grows with M. (A smaller step would be safe: `lindm_theory.robustness.largest_step`.) With noise, the
+limit on long contexts is least squares. A deep layer whose blocks are trained together, on contexts of the training length,
+avoids this problem.
 
     lindm run depth --preset quick
     lindm verify --only depth
 
-Expected: points on the exact lines; risks that fall with depth on long contexts and rise on short ones; least squares at the end.
+Expected: the points are on the exact lines; risks fall with depth on long contexts and rise on short ones; the limit is least
+squares.
 """
 
 from dataclasses import dataclass

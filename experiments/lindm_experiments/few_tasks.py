@@ -1,16 +1,17 @@
 """How many distinct tasks does training need before it is as good as training on fresh ones?
 
-Training on prompts of T given tasks (new contexts at every step) replaces Psi by the second moment Psi_T = (1/T) sum w w',
-so it must converge to A_N(Psi_T), and its risk on the population of tasks is known exactly. The excess over the optimum of fresh
-tasks is quadratic in Psi_T - Psi, hence C/T, with C = E tr(Lq Z B^-1 Z') from `lindm_theory.robustness.few_task_score` for every
-law of tasks, in closed form for Gaussian ones. Both laws of tasks stand on the features of one simplex linear MDP: the vectors w
-of its first stage, and Gaussian vectors with the same Psi. Many sets of tasks are trained on at once, the sets nested in T.
+Training on prompts of T given tasks (new contexts at every step) replaces Psi by the second moment Psi_T = (1/T) sum w w'. It
+must therefore converge to A_N(Psi_T), and its risk on the population of tasks is known exactly. The excess over the optimum of
+fresh tasks is quadratic in Psi_T - Psi, hence C/T, with C = E tr(Lq Z B^-1 Z') from `lindm_theory.robustness.few_task_score`
+for every law of tasks, in closed form for Gaussian ones. Both laws of tasks use the features of one simplex linear MDP: the
+vectors w of its first stage, and Gaussian vectors with the same Psi. Many sets of tasks are trained on at once; the sets are
+nested in T.
 
     lindm run few_tasks --preset quick
     lindm verify --only few-tasks
 
-Expected: the risk of A_N(Psi_T) within 3 % for every T, below d included; a slope of -1; some ten tasks for an excess of 10 %,
-because the tasks of a first stage differ little from their mean.
+Expected: the risk is within 3 % of that of A_N(Psi_T) for every T, including T below d; the slope is -1; about ten tasks give
+an excess of 10 %, because the tasks of a first stage differ little from their mean.
 """
 
 from collections.abc import Callable

@@ -1,18 +1,19 @@
 """What does fine-tuning a pretrained layer on new tasks gain, and what does it forget?
 
-A linear attention layer starts at the optimum of old tasks and is trained on new ones with another second moment of w: supervised
-fine-tuning in the setting of the theory. It is trained in three ways: all weights on new tasks, on mixtures with a share of old
-tasks (replay) and on a single new task; the value row on symmetric tasks; the value row on tasks with a mean, with and without
-labels in the prompt. Every seed draws its own simplex features (carried to one covariance) and its own two laws of tasks. The
-stopping times of gradient flow are runs of one compiled program with different step sizes. Risks are measured on fresh prompts
-and compared with exact functions of the fine-tuning time; policies are greedy on the states of the feature map.
+A linear attention layer starts at the optimum of old tasks and is trained on new ones with another second moment of w. This is
+supervised fine-tuning in the setting of the theory. It is trained in three ways: all weights on new tasks, on mixtures with a
+share of old tasks (replay) and on a single new task; the value row on symmetric tasks; the value row on tasks with a mean,
+with and without labels in the prompt. Every seed draws its own simplex features (transformed to one covariance) and its own
+two laws of tasks. The stopping times of gradient flow are runs of one compiled program with different step sizes. Risks are
+measured on fresh prompts and compared with exact functions of the fine-tuning time; policies are greedy on the states of the
+feature map.
 
     lindm run fine_tuning --preset quick
     lindm verify --only fine-tuning
 
-Expected: the risks of the flow, on old and on new tasks; no action changed by the value weight; the optimum of the mixture for
-every share of replay, and no layer below that frontier; with a single new task, early stopping better than training on; what
-training on prompts without labels gains, old tasks lose.
+Expected: the measured risks on old and on new tasks are those of the flow. The value weight changes no action. For every share
+of replay, training finds the optimum of the mixture, and no layer is below that frontier. With a single new task, stopping
+early is better than training on. What training on prompts without labels gains, old tasks lose.
 """
 
 from dataclasses import dataclass

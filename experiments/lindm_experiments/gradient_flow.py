@@ -1,17 +1,17 @@
 """Does training with small steps follow the ordinary differential equation of gradient flow?
 
-The full layer, with all of W_KQ and W_PV free, starts where [ZFB] let it start (U = s Theta Theta', u = s, v = z = 0) and takes
-steps of stochastic gradient descent on fresh Gaussian tasks. Beside it runs the equation of
+The full layer, with all of W_KQ and W_PV free, starts at the initialization of [ZFB] (U = s Theta Theta', u = s, v = z = 0)
+and takes steps of stochastic gradient descent on fresh Gaussian tasks. It is compared with the equation of
 theory/lindm_theory/gradient_flow.py for U and u alone. A step of length r of the layer is the time r of the flow. The distance
-between the two paths, over the whole way and in all blocks, must vanish with r: like r where the steps are too coarse, like
-sqrt(r) where the noise of the batches is left.
+between the two paths, over the whole path and in all blocks, must vanish with r: like r if the steps are too coarse, like
+sqrt(r) if only the noise of the batches is left.
 
     lindm run gradient_flow --preset quick
     lindm verify --only gradient-flow
 
-Expected: the paths agree; at the smallest step they differ by one or two percent of the length of the path, and v and z, which
+Expected: the paths agree. At the smallest step they differ by one or two percent of the length of the path, and v and z, which
 the equation does not have, stay within the noise. The remaining difference is mostly in one direction: (c u, U / c) has the
-same loss for every c, so no gradient restores c, and u^2 - ||U||_F^2, which the flow conserves, falls slowly: noise of order r
+same loss for every c, so no gradient restores c, and u^2 - ||U||_F^2, which the flow conserves, falls slowly. Noise of order r
 / batch lengthens the d^2 entries of U more than it lengthens u.
 """
 

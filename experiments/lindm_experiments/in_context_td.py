@@ -1,20 +1,20 @@
-"""Are the layers of linear attention steps of temporal-difference learning, and does training find that? What of the maximum?
+"""Are layers of linear attention steps of temporal-difference learning, and does training find them? Can they take a maximum?
 
-A context holds transitions (x, r, x') of one policy in one linear MDP; the layer predicts action values. With hand-set weights L
-layers are L steps of batch TD(0) (`lindm_theory.temporal_difference`), to rounding. A looped layer (one block at every depth) is
-then trained on the true action values of many tasks, with three structures in one program: all weights free; TD, whose matrix C
-alone is trained; and TD with two matrices, one for the values that are predicted and one for those it bootstraps from. They are
-compared in predictions, since weights are not identified.
+A context has transitions (x, r, x') of one policy in one linear MDP; the layer predicts action values. With hand-set weights,
+L layers are L steps of batch TD(0) (`lindm_theory.temporal_difference`) up to rounding. A looped layer (one block at every
+depth) is then trained on the true action values of many tasks, with three structures in one program: all weights free; TD,
+where only its matrix C is trained; and TD with two matrices, one for the predicted values and one for the values from which it
+bootstraps. Their predictions are compared, because weights are not identified.
 
-Optimal values need a maximum over actions. Reduced linear attention of any depth is linear in the rewards, so its risk on Q* has
-a floor, known exactly: the part of Q* that is even in the rewards. Least-squares value iteration, by ridge regression,
+Optimal values need a maximum over actions. Reduced linear attention of any depth is linear in the rewards, so its risk on Q*
+has an exactly known floor: the part of Q* that is even in the rewards. Least-squares value iteration, by ridge regression,
 takes the maximum between its iterations and goes below the floor.
 
     lindm run in_context_td --preset quick      about 12 s on 2 cores
     lindm verify --only in-context-td
 
-Expected: hand-set weights are TD to 1e-12. Training finds TD with one layer; with more layers it finds something better, about as
-good as TD with two matrices. No trained layer is below the floor, value iteration is.
+Expected: hand-set weights are TD to 1e-12. Training finds TD with one layer; with more layers it finds something better, about
+as good as TD with two matrices. No trained layer is below the floor; value iteration is.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,18 @@
 """When does the training length N change the greedy policy, and does the condition number kappa of eq. (6) matter to it?
 
-The greedy policy is invariant to a positive factor of Qhat and to a term that is the same for all actions. Where A_N = alpha_N
-I + beta_N 11' (one-hot features, uniform design, exchangeable tasks, centered or not; contextual bandits with Gaussian or
-hyperoctahedral features) the same contexts therefore give *the same policy* at every N, while eq. (6) has a bias term that
-falls as 1/N^2. Sign symmetry alone, which looks sufficient, is not. On simplex features N does change the policy.
+The greedy policy is invariant to a positive factor of Qhat and to a term that is the same for all actions. If A_N = alpha_N I
++ beta_N 11' (one-hot features, uniform design, exchangeable tasks, centered or not; contextual bandits with Gaussian or
+hyperoctahedral features), the same contexts therefore give *the same policy* at every N, although eq. (6) has a bias term that
+falls as 1/N^2. Sign symmetry alone looks sufficient, but is not. On simplex features N does change the policy.
 
-And the layer is equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leaves Qhat as it is. The same MDPs transformed to
-kappa = 1, 10, 100 have the same policy, though eq. (6)'s kappa term, which presumes Psi = I, grows by that factor. The risk
-depends on the spectrum of R^-1 Lambda Psi Lambda (`lindm_theory.in_context.modes`).
+The layer is also equivariant: phi -> T phi turns A_N into T^-T A_N T^-1 and leaves Qhat unchanged. The same MDPs transformed
+to kappa = 1, 10, 100 have the same policy, although the kappa term of eq. (6), which presumes Psi = I, grows by that factor.
+The risk depends on the spectrum of R^-1 Lambda Psi Lambda (`lindm_theory.in_context.modes`).
 
     lindm run isotropy --preset quick
     lindm verify --only isotropy
 
-Expected: not one action differs over N or kappa in the isotropic families; about one in seven does on simplex features.
+Expected: no action differs over N or kappa in the isotropic families; about one in seven does on simplex features.
 """
 
 from dataclasses import dataclass, replace

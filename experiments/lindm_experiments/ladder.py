@@ -1,17 +1,17 @@
 """How loose is each bound on the suboptimality, from the exact loss of one policy to the theorem that needs no data?
 
-A trained layer gives Qhat, Qhat gives a greedy policy, dynamic programming gives its exact suboptimality. Beside it stand the
-rungs of `toolkit/rungs.py`: the identity, the scale-free span, its margin form, the sup norm, bias + estimation + optimization,
-and the rungs on averages (4, and the mean policy, as every stage has a context of its own) and on probability (5). A rung is a
-theorem: one violation refutes it. The waterfall figure shows how loose it is. A loose rung would hold with wrong constants too,
-so each also stands on instances on which it is attained (`lib/attained.py`), and the radius of rung 5 beside the norm of the
-error that it bounds.
+A trained layer gives Qhat, Qhat gives a greedy policy, and dynamic programming gives the exact suboptimality of this policy.
+It is compared with the rungs of `toolkit/rungs.py`: the identity, the scale-free span, its margin form, the sup norm, bias +
+estimation + optimization, and the rungs on averages (4, and the mean policy, as every stage has its own context) and on
+probability (5). A rung is a theorem: one violation refutes it. The waterfall figure shows how loose it is. A loose rung would
+also hold with wrong constants, so each rung is also tested on instances on which it is attained (`lib/attained.py`), and the
+radius of rung 5 is compared with the norm of the error that it bounds.
 
     lindm run ladder --preset quick
     lindm verify --only identity ladder expected-bound high-probability-bound
 
-Expected: no violation at all; the mean policy two to ten times tighter than rung 4, rung 5 loosest by far; on their instances all
-rungs within 1.5 of the truth.
+Expected: no violation at all. The mean policy is two to ten times tighter than rung 4, and rung 5 is the loosest by far. On
+their instances, all rungs are within 1.5 of the truth.
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,8 @@ and a part that depends on the training length N?
     lindm run llm_law --preset quick
     lindm verify --only llm-law
 
-A task is a decision problem of one stage: Q* of d state-action pairs, each uniform on [0, 1]. Its context is M pairs with their
-returns, y ~ Bernoulli(Q*); Q* is to be predicted. Three predictors get the same contexts:
+A task is a decision problem of one stage: Q* of d state-action pairs, each uniform on [0, 1]. Its context has M pairs with
+their returns, y ~ Bernoulli(Q*); the aim is to predict Q*. Three predictors read the same contexts:
 
     transformer   the decoder of `lindm.llm`, two layers of width 64, randomly initialized: a token for each (pair, return), as in
                   the prompt of [ZAS], then a query token for each pair. Trained at N by cross-entropy against Q*, tested at
@@ -13,14 +13,15 @@ returns, y ~ Bernoulli(Q*); Q* is to be predicted. Three predictors get the same
     layer         linear attention trained at N, in closed form: its risk is lindm_theory.in_context.risk, to the last digit
     Bayes         (1 + sum y) / (2 + n) for a pair seen n times: no predictor can do better
 
-For the layer risk(M, N) = estimation(N) / M + bias(N), exactly. For the transformer a regression on 1/M for each N tests this:
-what share of the variance over M does it leave? Then each part by itself: at M = N, how near is it to Bayes, and beyond N, how
-much worse than Bayes is it for having been trained at N?
+For the layer, risk(M, N) = estimation(N) / M + bias(N), exactly. For the transformer, a regression on 1/M for each N tests
+this: what share of the variance over M does it leave? Then each part is tested separately: at M = N, how near is it to Bayes,
+and beyond N, how much worse than Bayes is it because it was trained at N?
 
-The same for a language model (full preset): SmolLM2, fine-tuned at N demonstrations of the suite pomdp and tested at M.
+The full preset tests the same for a language model: SmolLM2, fine-tuned at N demonstrations of the suite pomdp and tested at
+M.
 
-Expected: the transformer is within 2 % of Bayes at M = N, and beyond N it loses less the longer it was trained; the regression on
-1/M leaves about a tenth of the variance, so the split of the layer is not that of the transformer.
+Expected: the transformer is within 2 % of Bayes at M = N, and beyond N it loses less the longer it was trained. The regression
+on 1/M leaves about a tenth of the variance, so the transformer does not have the split of the layer.
 """
 
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ class Config:
         check_counts(self, "seeds", "steps", "contexts", "tasks", "tuning")
         check_rising(self, "N", "M", "demos", "test_demos", length=2)
         if not set(self.N) <= set(self.M):
-            raise ValueError(f"M must hold every N, {self.N}; got {self.M}")
+            raise ValueError(f"M must contain every N, {self.N}; got {self.M}")
         check_multiples(self, BLOCK, "contexts")
 
 

@@ -1,22 +1,25 @@
-"""Is it better to train the layer on actions, by cross-entropy, than on Q, by squares? What does its log-loss say of its policy?
+"""Is it better to train the layer on actions, by cross-entropy, than on Q, by squared error? What does its log-loss say about its
+policy?
 
-Supervised fine-tuning of a language model minimizes the log-loss of actions. Here the attention layer does: logits phi(s, .)'A S
-with a softmax over the actions, against the same layer trained on Q* by squares. Tasks, contexts, queries (all states) and the
-number of training tasks are the same; only the labels differ: the oracle's action (hard), softmax(Q*/temperature) (soft), or Q*
-itself. Both losses are convex in A, so each layer is the minimum itself, by Newton's method or in closed form: no learning rate
-favors one of them. Losses of value are exact, by dynamic programming, on new tasks.
+Supervised fine-tuning of a language model minimizes the log-loss of actions. Here the attention layer does the same: logits
+phi(s, .)'A S with a softmax over the actions. It is compared with the same layer trained on Q* by squared error. Tasks,
+contexts, queries (all states) and the number of training tasks are the same; only the labels differ: the oracle's action
+(hard), softmax(Q*/temperature) (soft), or Q* itself. Both losses are convex in A, so each layer is the minimum itself, by
+Newton's method or in closed form, and no learning rate favors one of them. Losses of value are exact, by dynamic programming,
+on new tasks.
 
-The log-loss bounds the loss of value without a factor of the horizon: V* - V^q <= R (1 - exp(-E ell)), E ell the log-loss of a
-whole trajectory of the expert and R the range of the total return (or R', the cost of one deviation). It is attained on a cliff,
-where any deviation costs everything: every test task is made into one by a flag that falls with the first deviation. On the thin
-cliff the layer acts in one of H stages only, so that the chance to fall does not tend to one with the horizon.
+The log-loss bounds the loss of value without a factor of the horizon: V* - V^q <= R (1 - exp(-E ell)), where E ell is the
+log-loss of a whole trajectory of the expert and R the range of the total return (or R', the cost of one deviation). The bound
+is attained on a cliff, where any deviation costs everything: a flag that falls with the first deviation turns every test task
+into a cliff. On the thin cliff the layer acts in one of H stages only, so that the probability of a fall does not tend to one
+with the horizon.
 
     lindm run log_loss --preset quick
     lindm verify --only log-loss
 
-Expected: squares on Q lose less where training tasks are few, neither where they are many; soft labels lie between, and at a high
-temperature they are squares. No policy breaks the bound, and the cliff attains it at every horizon; the mean log-loss of a stage
-is no bound there.
+Expected: squared error on Q loses less if training tasks are few; neither does if they are many. Soft labels lie between, and
+at a high temperature they equal squared error. No policy breaks the bound, and the cliff attains it at every horizon; the mean
+log-loss of a stage is not a bound there.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,18 @@
 """Can one linear layer solve tasks whose kernels move their contexts, given enough data?
 
 No. In linear MDPs with H = 2 and kernels drawn with the task, the pairs that a behavior policy visits at stage 2 have a
-covariance Lambda_t that depends on the task, and the layer sees S -> Lambda_t w as M grows. The risk of every A at every M and N
-is at least the floor of lindm_theory.lower_bound. Repeating the layer, w <- w + A (S - G w), uses the G of the context itself
-and goes through the floor. Where only the scale of Lambda_t varies (episodes that end early), a division by tr G does. For the
-policy there are twin tasks, with the same law of S and opposite best actions. A policy that sees S alone, as the reduced layer
-does, takes the wrong action half of the time, whatever A, M and N. With both signs of the rewards the full layer, with all its
-blocks, is wrong at least a quarter of the time. These shares are sums over all contexts.
+covariance Lambda_t that depends on the task, and the layer sees S -> Lambda_t w as M grows. The risk of every A at every M and
+N is at least the floor of lindm_theory.lower_bound. Repeating the layer, w <- w + A (S - G w), uses the G of the context
+itself and goes below the floor. If only the scale of Lambda_t varies (episodes that end early), a division by tr G does so,
+too. For the policy there are twin tasks, with the same law of S and opposite best actions. A policy that sees only S, as the
+reduced layer does, takes the wrong action half of the time, for all A, M and N. With both signs of the rewards, the full
+layer, with all its blocks, is wrong at least a quarter of the time. These shares are sums over all contexts.
 
     lindm run lower_bound --preset quick      about 10 s on 2 cores
     lindm verify --only lower-bound
 
-Expected: risks on the exact lines, which end on the floor; losses on the twins at one half, and down to one quarter for the full
-layer; both gone with depth.
+Expected: risks are on the exact lines, which end on the floor. Losses on the twins are one half, and down to one quarter for
+the full layer. Depth removes both.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,19 @@
 """Does the loss of the policy fall exponentially in the context length M where there is an action gap, and how without one?
 
 Tasks come from small simplex families, one feature map for each seed. `gap` keeps, of many tasks, those whose smallest action
-gap is largest, and a layer trained on other tasks at a length N at which the bias flips none of their actions; the bounds of rung
-2 and below, eq. (6) included, can only promise M^-1/2 for them. An exponential is told from a power of M by its log-log slope:
-that of M^-p is the same at every length, that of an exponential grows with M. So the statistic is the slope over the longest
-lengths over that over the lengths where the decay begins. `no gap` keeps every task and removes the bias (A = Lambda^-1, the
-limit N = infinity): gaps near zero then have a positive density f(0), and the law is 1/M with the constant f(0) s^2/4, summed
-over states and stages. `floor` keeps the tasks that the bias flips at a small N: no context removes their loss.
+gap is largest, and a layer trained on other tasks at a length N at which the bias flips none of their actions. The bounds of
+rung 2 and below, including eq. (6), can only promise M^-1/2 for them. The log-log slope distinguishes an exponential from a
+power of M: that of M^-p is the same at every length, that of an exponential grows with M. The statistic is therefore the slope
+over the longest lengths divided by the slope over the lengths where the decay begins. `no gap` keeps every task and removes
+the bias (A = Lambda^-1, the limit N = infinity): gaps near zero then have a positive density f(0), and the law is 1/M with the
+constant f(0) s^2/4, summed over states and stages. `floor` keeps the tasks that the bias flips at a small N: no context
+removes their loss.
 
     lindm run margin
     lindm verify --only margin
 
-Expected: with a gap the slope more than doubles; without one it is -1, with the predicted constant; the flipped tasks stay at the
-loss of the bias. No task is used both for training and for a loss.
+Expected: with a gap the slope more than doubles; without one it is -1, with the predicted constant; the flipped tasks stay at
+the loss of the bias. No task is used both for training and for a loss.
 """
 
 from dataclasses import dataclass

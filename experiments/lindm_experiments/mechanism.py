@@ -1,4 +1,4 @@
-r"""Does a fine-tuned language model work as the theory says: does it represent Q*, whose errors does it make, do names matter?
+r"""Does a fine-tuned language model work as the theory says: does it represent Q*, whose errors does it share, do names matter?
 
     lindm run mechanism --preset quick      (a tiny model)
     lindm run mechanism --preset full       SmolLM2-135M
@@ -7,21 +7,22 @@ r"""Does a fine-tuned language model work as the theory says: does it represent 
 The residual stream is read at the token before each action of the query episodes of new tasks.
 
     probe       Ridge regressions of Q*(h, .), of the advantage Q* - max Q* and of the belief on the residual stream, one for each
-                layer; before and after fine-tuning, for the same architecture with random weights (untrained), and with the
-                targets permuted over the tasks (shuffled). Values are squared errors on new tasks over those of the mean of the
-                stage: 1 means that nothing is explained, and differences between stages do not count.
-    implied-q   The logits of the actions against Q*, and their errors against the errors of two estimates from the same
+                layer: before and after fine-tuning, for the same architecture with random weights (untrained), and with the
+                targets permuted over the tasks (shuffled). Values are squared errors on new tasks divided by those of the mean
+                of the stage: 1 means that nothing is explained, and differences between stages do not count.
+    implied-q   The logits of the actions are compared with Q*, and their errors with the errors of two estimates from the same
                 demonstrations: ridge (LSVI) and the theory's linear attention layer, trained on other tasks. All are centered
                 over the actions of a state and scaled to Q* by one factor each.
     invariance  The same episodes with states and actions renamed at random: is the decision the same action?
 
-Two environments: `mdp`, with a new task in each text (only the demonstrations say something about Q*), and the tiger problem of
-Kaelbling, Littman and Cassandra (1998), one problem with a hidden state, where the belief is a known function of the history.
+There are two environments: `mdp`, with a new task in each text (only the demonstrations say something about Q*), and the tiger
+problem of Kaelbling, Littman and Cassandra (1998), one problem with a hidden state, where the belief is a known function of
+the history.
 
 The unit is the task, or the episode of the tiger problem; one model is trained in each environment.
 
-Expected in the quick preset: after fine-tuning the belief is read from the stream (R² about 0.8, 0.6 before), and more decisions
-survive renaming than before; the value probes and implied-q show little after so few steps.
+Expected in the quick preset: after fine-tuning the belief can be read from the stream (R² about 0.8, 0.6 before), and more
+decisions survive renaming than before. The value probes and implied-q show little after so few steps.
 """
 
 from collections.abc import Sequence

@@ -1,21 +1,23 @@
 """What does the layer predict for an action that the prompt does not contain?
 
-One-hot features and labels without noise: S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is diagonal
-and puts Qhat = 0 where n_i = 0: an unseen action beats every seen one when values are negative, none when they are positive.
-Whether it is picked depends on counts and signs alone, so the rate is exact: 0, 1, and for centered values a sum over the counts.
-(In the last stage of centered tasks, where signs are fair coins, it is E 2^-k with k the number of seen actions.) The counts also
-give the law of the action, hence, contexts of different stages being independent, the *exact* expected loss
-(`lindm_theory.mean_policy`).
+With one-hot features and labels without noise, S_i = (n_i/M) Q_i, where n_i counts the pair i. The paper's layer (Psi = I) is
+diagonal and has Qhat = 0 where n_i = 0: an unseen action beats every seen one if values are negative, and none if they are
+positive. Whether it is picked depends on counts and signs alone, so the rate is exact: 0, 1, and for centered values a sum
+over the counts. (In the last stage of centered tasks, where signs are fair coins, it is E 2^-k with k the number of seen
+actions.) The counts also give the law of the action. Contexts of different stages are independent, so this gives the *exact*
+expected loss (`lindm_theory.mean_policy`).
 
-The three families differ by a constant added to every reward, which changes no decision of an optimal policy and every decision
-of the layer. Does training on the uncentered tasks remove the effect? Then, as the design is uniform and the tasks exchangeable,
-A_N = alpha I + beta 11', and the unseen action is imputed beta 1'S, a shrunken mean. But beta 1'S is added to *every* action: the
-policy is that of the diagonal layer, the rate stays 1. Centering the labels by their prior mean does help.
+The three families differ by a constant added to every reward, which changes no decision of an optimal policy and every
+decision of the layer. Does training on the uncentered tasks remove the effect? The design is uniform and the tasks are
+exchangeable, so A_N = alpha I + beta 11', and the unseen action is imputed beta 1'S, a shrunken mean. But beta 1'S is added to
+*every* action: the policy is that of the diagonal layer, and the rate stays 1. Centering the labels by their prior mean does
+help.
 
     lindm run onehot_coverage --preset quick
     lindm verify --only onehot-coverage
 
-Expected: rates 0 and 1 to the last decision, the exact curve between; centered labels lose less than raw ones of either sign.
+Expected: rates of 0 and 1 to the last decision, and the exact curve between; centered labels lose less than raw ones of either
+sign.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,19 @@
-"""What does it change that one prompt of K trajectories serves all stages, instead of fresh independent pairs for each stage?
+"""What changes if one prompt of K trajectories serves all stages, instead of independent pairs for each stage?
 
-A prompt is K trajectories of H pairs from an epsilon-greedy behavior policy.
+A prompt has K trajectories of H pairs from an epsilon-greedy behavior policy.
 Labels: `oracle`, Q* of the pair; `rollout`, the return of a rollout of pi* after each pair; `return`, the return-to-go of the
 trajectory itself.
-Readers: `stage`, one layer a stage on the K pairs of its stage; `augmented`, features phi (x) e_h and all K H pairs; `blind`, one
-layer for all stages on all pairs, blind to the stage of a pair; `relabeled`, all pairs, labeled for the stage that reads them.
-Dependence, with the same layers: `pairs`, every pair from a trajectory of its own, fresh for every stage; `markov`, whole
+Readers: `stage`, one layer for each stage on the K pairs of its stage; `augmented`, features phi (x) e_h and all K H pairs;
+`blind`, one layer for all stages on all pairs, which does not see the stage of a pair; `relabeled`, all pairs, labeled for the
+stage that reads them.
+Dependence, with the same layers: `pairs`, every pair from its own trajectory, fresh for every stage; `markov`, whole
 trajectories, fresh for every stage; `shared`, one prompt for all stages. Theory: lindm_theory.pooled, notes/pooled.md.
 
     lindm run pooled --preset quick      about 12 s on 1 core
     lindm verify --only pooled
 
 Expected: exact risks for every reader, law and dependence, in which a trajectory counts as one pair; a floor for the blind
-reader; the mean over prompts is the loss of the policy weighted by occupancy, and not that of the mean policy.
+reader; the mean over prompts is the loss of the policy weighted by occupancy, not that of the mean policy.
 """
 
 from dataclasses import dataclass

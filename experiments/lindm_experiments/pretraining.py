@@ -1,19 +1,19 @@
 """How many prompts does pretraining need, and what does the layer know after T of them?
 
 The reduced layer is fitted by ridge regression on T fixed prompts of Gaussian features: at one query each, which is one
-regression with d^2 parameters, or at all queries, which is d regressions with d parameters. Every seed draws its own Lambda and
-Psi. The risk of a fit on fresh prompts is computed exactly, and the mean over fits is compared with two predictions of
+regression with d^2 parameters, or at all queries, which is d regressions with d parameters. Every seed draws its own Lambda
+and Psi. The risk of a fit on fresh prompts is computed exactly. The mean over fits is compared with two predictions of
 lindm_theory.pretraining: the deterministic equivalent (the limit N ~ d, T ~ d^2, in which the features act like Gaussian
 vectors of the same covariance), and the first-order law C/T, with C from the fourth moments of a prompt, at every d. Fresh
-tasks of another Psi show the price of a mismatch. The error after infinitely many prompts of k = kappa d tasks is compared with
-its limit for large d, which is also that of the formula of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan (arXiv 2405.11751).
+tasks of another Psi show the price of a mismatch. The error after infinitely many prompts of k = kappa d tasks is compared
+with its limit for large d, which is also that of the formula of Lu, Letey, Zavatone-Veth, Maiti, Pehlevan (arXiv 2405.11751).
 
     lindm run pretraining --preset quick
     lindm verify --only pretraining
 
-Expected: points on the lines with a ridge of 0.1 or more, above them without one at this small d, with a peak at T = d^2 prompts
-for one query each and at T = d for all queries; an excess d + 2 times larger for one query than for all; and fixed prompts that
-teach far less than as many tasks with fresh contexts.
+Expected: the points are on the lines with a ridge of 0.1 or more, and above them without one at this small d, with a peak at T
+= d^2 prompts for one query each and at T = d for all queries. The excess is d + 2 times larger for one query than for all.
+Fixed prompts teach far less than as many tasks with fresh contexts.
 """
 
 from dataclasses import dataclass
@@ -71,9 +71,9 @@ class Config:
         check_rising(self, "ridge", length=2, least=0)
         check_at_least(self, 0, "sigma")
         if self.ridge[0] != 0 or not {0.25, 0.5, 1.0, 4.0} <= set(self.tau) or self.tau[-1] < 4:
-            raise ValueError(f"ridge must start at 0 and tau hold 0.25, 0.5, 1 and 4; got {self.ridge} and {self.tau}")
+            raise ValueError(f"ridge must start at 0 and tau contain 0.25, 0.5, 1 and 4; got {self.ridge} and {self.tau}")
         if self.ridge[-1] < LEAST_RIDGE:
-            raise ValueError(f"ridge must hold a number of at least {LEAST_RIDGE}; got {self.ridge}")
+            raise ValueError(f"ridge must contain a number of at least {LEAST_RIDGE}; got {self.ridge}")
 
 
 QUICK = Config()

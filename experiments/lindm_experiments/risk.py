@@ -2,8 +2,8 @@
 
 Reduced layers are trained for several lengths N and laws of features: Gaussian (three condition numbers), the first stage of a
 simplex linear MDP with noisy oracle labels, one-hot, and two laws outside eq. (6): noisy labels and heavy tails (x = 0 with
-probability 1 - p, else N(0, Lambda/p): the same covariance). Their squared errors on fresh contexts and fresh tasks stand beside
-estimation(M, N) + bias(N), exact for the trained weights and for A_N, and beside eq. (6).
+probability 1 - p, else N(0, Lambda/p): the same covariance). Their squared errors on fresh contexts and fresh tasks are
+compared with estimation(M, N) + bias(N), exact for the trained weights and for A_N, and with eq. (6).
 
     lindm run risk --preset quick
     lindm verify --only q-risk estimation-slope training-length-slope paper-bound
@@ -11,15 +11,16 @@ estimation(M, N) + bias(N), exact for the trained weights and for A_N, and besid
 Expected: the exact risk within 3 % in every cell; slopes -1 in M and -2 in N; eq. (6) holds in its setting, by a factor that
 grows with kappa, and fails under label noise and heavy tails, where the same bound with K(Psi) in it (`every-law`) holds.
 
-What is left to chance. Queries enter only through Lambda_q and tasks only through Psi: the layer answers for `query_columns`,
-whose mean squared error is the expectation over queries, and the prediction is for the Psi of the very tasks that were drawn. One
-strip of pairs is cut into contexts of every length. The bias at large N is far below the sampling error of training, of which
-almost all is the second moment of the training features, Gbar - Lambda. So it is measured on one very long context, all features
-that the layer was trained on: Gbar in place of Lambda takes out the error the two have in common, a control variate (it moves the
-mean by less than 0.2 %). The bias at Lambda itself is reported beside it, and so is the optimization error.
+Sources of randomness: queries enter only through Lambda_q, and tasks only through Psi. The layer answers for `query_columns`,
+whose mean squared error is the expectation over queries, and the prediction uses the Psi of the tasks that were drawn. One
+strip of pairs is cut into contexts of every length. The bias at large N is far below the sampling error of training, nearly
+all of which comes from the second moment of the training features, Gbar - Lambda. The bias is therefore measured on one very
+long context, all features that the layer was trained on. Gbar instead of Lambda removes the error that the two have in common,
+as a control variate (it moves the mean by less than 0.2 %). The bias at Lambda itself is also reported, and so is the
+optimization error.
 
-The bounds are attained in the limit of long training prompts: there M estimation and N^2 bias of A_N are exact numbers, which
-stand beside the same numbers of the bounds, so that a bound with a smaller constant fails.
+The bounds are attained in the limit of long training prompts: there M estimation and N^2 bias of A_N are exact numbers. They
+are compared with the same numbers of the bounds, so that a bound with a smaller constant fails.
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,9 @@ class Config:
         for name in ("N", "M", "N_slope"):
             lengths = getattr(self, name)
             if any(lengths[-1] % n for n in lengths):
-                raise ValueError(f"{name} must hold divisors of its last length: strips are cut; got {lengths}")
+                raise ValueError(
+                    f"{name} must contain divisors of its last length, because strips of this length are cut; got {lengths}"
+                )
         nonnegative(self.sigma, "sigma")
         nonnegative(self.sigma_mdp, "sigma_mdp")
         if not 0 < self.present <= 1:

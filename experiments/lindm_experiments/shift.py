@@ -9,14 +9,14 @@ pairs from five tests:
     scale      x -> c x in the contexts, labels follow: S, hence Qhat, is multiplied by c^2
     spectrum   contexts from another design, so another Lambda with another condition number; same queries as in training
 
-The exact risk of section 4 and theory/lindm_theory/robustness.py answers all five. The first three fall as 1/M to the bias of
+The exact risk of section 4 and theory/lindm_theory/robustness.py predicts all five. The first three fall as 1/M to the bias of
 training; the last two have a floor ||(A L_test - I) Psi^{1/2}||^2 that no context length removes. Yet c^2 Qhat has the same
 greedy policy: the risk grows and no action changes.
 
     lindm run shift --preset quick
     lindm verify --only shift
 
-Expected: points on their exact lines in every kind; two floors; not one action changed by the scale.
+Expected: the points are on their exact lines for every kind; there are two floors; the scale changes no action.
 """
 
 import math
@@ -81,7 +81,7 @@ class Config:
             raise ValueError(f"M must be below M_long = {self.M_long}; got {self.M}")
         check_positive(self, "sigma", "c")
         if len(self.scales) < 2 or 1.0 not in self.scales or not all(0 < c < math.inf for c in self.scales):
-            raise ValueError(f"scales must hold 1 and at least one other positive, finite number; got {self.scales}")
+            raise ValueError(f"scales must contain 1 and at least one other positive, finite number; got {self.scales}")
         for name in ("tilt_query", "tilt_context"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) != 0):
                 raise ValueError(f"{name} must be finite and not zero; got {getattr(self, name)}")

@@ -6,14 +6,14 @@ with weights U/u and values u*y it writes
 
     u mean(y) + (1/N) sum_i (y_i - mean(y)) (x_i - mean(x))' U x_q + O(1/u),
 
-so the limit u -> infinity that would make it linear also blows up the label mean, which carries no information about w.
+so the limit u -> infinity that would make it linear also makes the label mean explode, which carries no information about w.
 
     lindm run softmax --preset quick
     lindm verify --only softmax
 
-Expected: softmax regresses in context with the exact risk of the best isotropic head, also beyond N, but stays behind the linear
-layer. A fixed sinusoidal table breaks beyond N (the risk rises); a learned one, whose rows past N were never trained, does not
-break but gains less.
+Expected: softmax regresses in context with the exact risk of the best isotropic head, also beyond N, but stays behind the
+linear layer. A fixed sinusoidal table fails beyond N (the risk rises). A learned table, whose rows past N were never trained,
+does not fail but gains less.
 """
 
 from dataclasses import dataclass

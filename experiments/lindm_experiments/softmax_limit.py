@@ -2,15 +2,15 @@
 
 On Gaussian features one softmax head tends to linear attention with the same weights, at every temperature: the softmax is a
 mean under the tilted law of the features, and tilting moves a Gaussian. Each seed draws features, tasks and the weights of the
-heads; the mean square of prediction - limit is measured at several lengths M and score variances s, beside linear attention and
-beside two heads with opposite scores on the same prompts. The predictions are exact for every M. On simplex features
-the limit is another one, and it is not linear.
+heads. The mean square of prediction - limit is measured at several lengths M and score variances s, and compared on the same
+prompts with linear attention and with two heads of opposite scores. The predictions are exact for every M. On simplex features
+the limit is a different one, and it is not linear.
 
     lindm run softmax_limit --preset quick
     lindm verify --only softmax-limit
 
-Expected: slope -1 in M with the constant e^s (v + m2); 2.4 to 2.7 times the pairs of linear attention at the best temperature;
-two heads with small scores like linear attention; on simplex features a share of several percent that is not linear.
+Expected: the slope is -1 in M with the constant e^s (v + m2). The best temperature needs 2.4 to 2.7 times the pairs of linear
+attention. Two heads with small scores act like linear attention. On simplex features, several percent are not linear.
 """
 
 from dataclasses import dataclass

@@ -1,21 +1,22 @@
 """Does training converge to the closed form A_N for every law of features, and where does the full layer converge to?
 
-Three laws. `gaussian`: regression with x ~ N(0, Lambda), w ~ N(0, I). `one-hot`: tabular MDPs, one layer a stage, trained on a
-large pool of tasks whose second moment Psi is known exactly. `simplex`: linear MDPs with simplex features, one layer a stage,
-every step on tasks never seen before; there Psi, and with it A_N, is a Monte Carlo estimate from another pool, and `psi_error`
-says how far that alone moves A_N. Beside A_N stand the paper's Gaussian Gamma^-1 (no Psi in it) and the Gaussian formula given
-the right Psi, so that it shows how much of the distance is due to the tasks and how much to the features.
+There are three laws. `gaussian`: regression with x ~ N(0, Lambda), w ~ N(0, I). `one-hot`: tabular MDPs, one layer for each
+stage, trained on a large pool of tasks whose second moment Psi is known exactly. `simplex`: linear MDPs with simplex features,
+one layer for each stage, every step on tasks never seen before; there Psi, and with it A_N, is a Monte Carlo estimate from
+another pool, and `psi_error` is the distance by which this alone moves A_N. The layers are also compared with the paper's
+Gaussian Gamma^-1 (without Psi) and with the Gaussian formula for the right Psi, which shows how much of the distance is due to
+the tasks and how much to the features.
 
-The full layer is trained twice, from the paper's initialization: on `gaussian` by plain gradient descent, whose limit theory
-knows for U and u apart (Adam finds u U but does not conserve u^2 - ||U||^2, which is what fixes the two factors); and on the
-first stage of `simplex`, where tasks have a mean and the blocks v and z therefore leak; on short prompts, because what a mean is
-worth is of lower order in 1/N.
+The full layer is trained twice, from the paper's initialization. On `gaussian` it is trained by plain gradient descent, whose
+limit the theory knows for U and u separately (Adam finds u U but does not conserve u^2 - ||U||^2, which fixes the two
+factors). On the first stage of `simplex`, tasks have a mean, and the blocks v and z therefore leak; prompts are short there,
+because the value of a mean is of lower order in 1/N.
 
     lindm run weights --preset quick
     lindm verify --only weights
 
-Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; on other features the Gaussian formula with the right Psi 4
-to 6 % from the trained layer; a full layer whose risk is below the reduced one's where tasks have a mean.
+Expected: A_N within 2 % on every law and stage; (U, u) within 5 %; on other features the Gaussian formula with the right Psi
+is 4 to 6 % from the trained layer; the risk of the full layer is below that of the reduced one if tasks have a mean.
 """
 
 from dataclasses import dataclass

@@ -171,7 +171,7 @@ def test_random_policies_with_the_criteria_exchanged_are_noticed():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alphas": (0.0, 1.0)}, "alphas must rise from 0 to 1 and hold 1/2"),
+        ({"alphas": (0.0, 1.0)}, "alphas must rise from 0 to 1 and contain 1/2"),
         ({"alphas": (0.0, 0.5, 0.4, 1.0)}, "alphas must rise"),
         ({"alphas": (0.0, 0.5, 1.0, 1.5)}, "alphas must rise"),
         ({"beliefs": 2}, "beliefs"),

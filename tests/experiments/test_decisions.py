@@ -309,7 +309,7 @@ def test_the_other_symbols_are_a_template_that_differs_everywhere(tmp_path):
     [
         ({"seeds": 0}, "seeds must be a whole number of at least 1; got 0"),
         ({"tasks": 0}, "tasks must be a whole number"),
-        ({"mdp": (8, 4)}, "mdp must hold rising numbers, from 1 on"),
+        ({"mdp": (8, 4)}, "mdp must contain rising numbers of at least 1"),
         ({"mdp": (), "pomdp": (), "apomdp": ()}, "must not all be empty"),
         ({"apomdp": (5,)}, "apomdp must be horizons with at most 256 histories"),
         ({"model": "tiny"}, "more must be False for a tiny model"),

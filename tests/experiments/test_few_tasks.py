@@ -103,7 +103,7 @@ def test_the_number_of_tasks_needed_is_interpolated_on_a_straight_line_in_logari
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"T": (8, 2)}, "T must hold at least 2 rising numbers"),
+        ({"T": (8, 2)}, "T must contain at least 2 rising numbers"),
         ({"fit_from": 128}, "fit_from must leave at least two values of T"),
         ({"pool": 100}, "pool must be a multiple of"),
         ({"sets": 0}, "sets"),

@@ -159,8 +159,8 @@ def test_points_end_with_the_language_model():
     "change, said",
     [
         ({"seeds": 0}, "seeds must be a whole number"),
-        ({"N": (4,)}, "N must hold at least 2 rising numbers"),
-        ({"N": (4, 5)}, "M must hold every N"),
+        ({"N": (4,)}, "N must contain at least 2 rising numbers"),
+        ({"N": (4, 5)}, "M must contain every N"),
         ({"contexts": 100}, "contexts must be a multiple of 256; got 100"),
     ],
 )

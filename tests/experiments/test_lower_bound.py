@@ -126,7 +126,7 @@ def test_every_mutant_is_killed_on_ideal_records(records, mutant: Mutant):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"M": (64, 16)}, "M must hold"),
+        ({"M": (64, 16)}, "M must contain"),
         ({"depth": (2, 4)}, "depth must start at 1"),
         ({"least_scale": 1.5}, "least_scale be below 1"),
         ({"power": 0.0}, "power"),

@@ -242,7 +242,7 @@ def test_the_base_cell_comes_first_then_cell_by_cell_and_larger_models_last():
     "options, error",
     [
         ({"cells": ("base", "bse")}, "cells must be among .*; got 'bse'"),
-        ({"n": (512, 128)}, "n must hold rising numbers"),
+        ({"n": (512, 128)}, "n must contain rising numbers"),
         ({"repeats": 1}, "repeats"),
         ({"rate": 0.0}, "rate must be positive"),
         ({"evaluations": 5}, "evaluations must be .*at least 6.*5"),

@@ -114,10 +114,10 @@ def test_every_mutant_is_killed_on_ideal_records(records, mutant: Mutant):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tau": (0.5, 1.0)}, "tau hold 0.25"),
+        ({"tau": (0.5, 1.0)}, "tau contain 0.25"),
         ({"ridge": (0.1, 0.5)}, "ridge must start at 0"),
         ({"d": 1}, "d must be"),
-        ({"every": (2.0, 1.0)}, "every must hold"),
+        ({"every": (2.0, 1.0)}, "every must contain"),
         ({"repeats": 0}, "repeats"),
     ],
 )

@@ -228,8 +228,8 @@ def test_figures_are_drawn_from_the_records(records):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"N": (4, 6)}, "N must hold divisors"),
-        ({"M": (8, 4)}, "M must hold at least 2 rising numbers"),
+        ({"N": (4, 6)}, "N must contain divisors"),
+        ({"M": (8, 4)}, "M must contain at least 2 rising numbers"),
         ({"present": 0.0}, "present must be a probability"),
         ({"sigma": float("nan")}, "sigma must be finite"),
         ({"groups": 0}, "groups must be a whole number"),

@@ -69,7 +69,7 @@ def check(*directories: str | Path) -> list[CheckedDirectory]:
     for top in map(Path, directories):
         found = list(_find(top))
         if not found:
-            raise DataError(f"{top} {'has nothing that lindm wrote' if top.exists() else 'does not exist'}")
+            raise DataError(f"{top} {'contains nothing that lindm wrote' if top.exists() else 'does not exist'}")
         for path, kind in found:
             _require_no_writer(path)
             problems: list[Problem] = []

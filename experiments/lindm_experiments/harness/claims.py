@@ -73,7 +73,7 @@ def read_claims(path: Path, experiment: str | None = None) -> dict[str, Claim]:
                 f"{path}: {name}: wrong or unknown: {wrong or 'none'}; missing: {sorted(required - values.keys()) or 'none'}"
             )
         if name in claims:
-            raise DataError(f"{path}: {name} is there twice")
+            raise DataError(f"{path}: {name} is given twice")
         band = {"lo": f"{values.get('lo', -inf):g}", "hi": f"{values.get('hi', inf):g}"}
         try:
             claims[name] = Claim(**values | {"criterion": values["criterion"].format(**band)})

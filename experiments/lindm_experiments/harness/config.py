@@ -18,7 +18,7 @@ def check_rising(config: Any, *names: str, length: int = 1, least: int = 1) -> N
         values = getattr(config, name)
         if len(values) < length or list(values) != sorted(set(values)) or (values and values[0] < least):
             number = f"at least {length} " if length > 1 else ""
-            raise ValueError(f"{name} must hold {number}rising numbers, from {least} on; got {values}")
+            raise ValueError(f"{name} must contain {number}rising numbers of at least {least}; got {values}")
 
 
 def check_multiples(config: Any, base: int, *names: str) -> None:

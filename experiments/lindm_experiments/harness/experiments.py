@@ -97,7 +97,7 @@ def find_experiment(reference: str) -> Experiment:
         return Experiment(name=reference, path=PACKAGE / f"{reference}.py")
     path = path.absolute()
     if not path.is_file():
-        raise UsageError(f"EXPERIMENT must be a Python file or one of {', '.join(experiment_names())}; got {reference!r}")
+        raise UsageError(f"EXPERIMENT must be a Python file that exists, or one of `lindm run --list`; got {reference!r}")
     if path.parent == PACKAGE:
         return find_experiment(path.stem)
     if path.stem in MINUTES or not path.stem.isidentifier():
@@ -171,7 +171,7 @@ def matching_claims(known: Mapping[str, Sequence[str]], id: str) -> dict[str, li
 
     chosen = select(qualified=False) or ("/" in id and select(qualified=True))
     if not chosen:
-        hint = "; the name of an experiment selects its claims, `lindm run --list` lists the experiments"
+        hint = " (the name of an experiment selects all its claims; `lindm run --list` lists the experiments)"
         raise UsageError(unknown("only", id, [c for owned in known.values() for c in owned]) + hint)
     return chosen
 

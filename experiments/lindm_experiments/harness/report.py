@@ -225,7 +225,8 @@ def redraw(directory: Path, experiments: Sequence[str] = ()) -> list[Path]:
     """
     runs = [directory] if (directory / "records.jsonl").exists() else sorted(p.parent for p in directory.glob("*/records.jsonl"))
     if not runs:
-        raise DataError(f"DIR must hold records.jsonl, or directories that do; got {directory}")
+        missing = "" if directory.exists() else ", which does not exist"
+        raise DataError(f"DIR must contain records.jsonl, or directories that do; got {directory}{missing}")
     written: list[Path] = []
     for run, reference in zip(runs, _references(runs, experiments), strict=True):
         with directories.sole_writer(run), damage_errors(f"{run} cannot be drawn"):

@@ -65,7 +65,7 @@ def find_inputs(directories: Sequence[Path]) -> Inputs:
             contents = [(kind, d) for kind, d in contents if kind != "verifications" or d == directory]
         if not contents:
             known = "verdicts.json (lindm verify, lindm run), eval.json (lindm eval --out) or a run of lindm sft"
-            raise DataError(f"DIR must hold {known}; got {directory}")
+            raise DataError(f"DIR must contain {known}; got {directory}{'' if directory.exists() else ', which does not exist'}")
         for kind, one in contents:
             if one not in (listed := getattr(inputs, kind)):
                 listed.append(one)

@@ -47,7 +47,7 @@ def change_point(n: ArrayLike, y: ArrayLike) -> tuple[Fit, int]:
     """
     x, y = np.log(np.asarray(n, float)), np.asarray(y, float)
     if len(x) < 2 * MIN_SIDE:
-        raise ValueError(f"n must hold at least {2 * MIN_SIDE} numbers; got {len(x)}")
+        raise ValueError(f"n must contain at least {2 * MIN_SIDE} numbers; got {len(x)}")
 
     def line(part: slice) -> np.ndarray:
         return np.polyval(np.polyfit(x[part], y[part], 1), x[part])

@@ -174,12 +174,12 @@ def _law(covariance: ArrayLike | None, law: NamedLaw | FeatureLaw, features: Arr
             raise UsageError(f"law does not apply to features; got {law!r}")
         x = validate.shaped(validate.finite(features, "features"), (None, None), "features", "n, d")
         if len(x) <= x.shape[1]:
-            raise UsageError(f"features must hold more samples than entries of each, n > d = {x.shape[1]}; got n = {len(x)}")
+            raise UsageError(f"features must have more samples than dimensions, n > d = {x.shape[1]}; got n = {len(x)}")
         return "samples", jnp.asarray(x, float)
     if law not in LAWS:
         raise UsageError(unknown("law", law, LAWS))
     if covariance is None:
-        raise UsageError("covariance must be given, or features, or a law of your own")
+        raise UsageError("covariance, features or a law of your own must be given")
     if law == "gaussian":
         return law, gaussian(validate.covariance(covariance, "covariance"))
     rho = np.diagonal(validate.covariance(covariance, "covariance"))

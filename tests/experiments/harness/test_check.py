@@ -107,7 +107,7 @@ def test_check_knows_every_kind_that_a_command_writes():
 
 def test_a_directory_without_anything_of_lindm_or_that_does_not_exist_is_exit_3(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    assert main(["check", str(tmp_path)]) == 3 and "has nothing that lindm wrote" in capsys.readouterr().err
+    assert main(["check", str(tmp_path)]) == 3 and "contains nothing that lindm wrote" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "none")]) == 3 and "does not exist" in capsys.readouterr().err
     ld.solve(ld.make("mdp", horizon=2)).save(tmp_path / "s" / "mdp.npz")
     assert main(["check", str(tmp_path / "none"), str(tmp_path / "s"), str(tmp_path / "other")]) == 3

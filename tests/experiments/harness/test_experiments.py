@@ -30,7 +30,7 @@ def test_a_name_and_the_file_of_an_experiment_of_the_package_are_the_same():
             "qqq",
             r"EXPERIMENT must be one of against_statistics, .* \(\d+ in all\); got 'qqq' \(.*; `lindm run --list` lists all\)",
         ),
-        ("nowhere/mine.py", "must be a Python file or one of"),
+        ("nowhere/mine.py", "must be a Python file that exists, or one of"),
     ],
 )
 def test_an_unknown_experiment_is_answered_with_the_known_ones(reference, message):
@@ -73,7 +73,7 @@ def test_a_file_with_a_name_or_a_claim_of_the_package_is_refused(lab, own_claims
         ('source = "toy"\n', "", r"toy-ratio: .*missing: \['source'\]"),
         ("lo = 0.97\nhi = 1.03\n", "", "toy-ratio: lo and hi must be a band"),
         ('expected = "FAIL"', 'expected = "fail"', "toy-control/swap: expected must be PASS, FAIL or OPEN"),
-        ('"toy-control/swap"', '"toy-ratio"', "toy-ratio is there twice"),
+        ('"toy-control/swap"', '"toy-ratio"', "toy-ratio is given twice"),
         ("[[claim]]", "[[claim", "not a TOML file"),
         ("[{lo}, {hi}]", "[{low}]", "toy-ratio"),
     ],

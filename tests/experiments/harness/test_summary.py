@@ -45,7 +45,7 @@ def test_inputs_are_found_in_directories_and_their_children(work):
     inputs = pages.find_inputs([work / "verified", work / "more", work / "more" / "eval"])
     assert inputs.verifications == [work / "verified"]
     assert inputs.evaluations == [work / "more" / "eval"] and inputs.training == [work / "more" / "run"]
-    with pytest.raises(LindmError, match=r"DIR must hold verdicts.json .* or a run of lindm sft; got .*toy") as e:
+    with pytest.raises(LindmError, match=r"DIR must contain verdicts.json .* or a run of lindm sft; got .*toy") as e:
         pages.find_inputs([work / "verified", work / "verified" / "toy"])
     assert isinstance(e.value, DataError)
     with pytest.raises(LindmError, match="got nowhere"):

@@ -74,7 +74,7 @@ def test_a_change_point_by_least_squares_over_all_points_is_that_of_a_design_mat
 
 
 def test_too_short_a_curve_has_no_change_point():
-    with pytest.raises(ValueError, match="n must hold at least 6 numbers; got 5"):
+    with pytest.raises(ValueError, match="n must contain at least 6 numbers; got 5"):
         change_point(N[:5], N[:5])
 
 

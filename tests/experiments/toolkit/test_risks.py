@@ -121,9 +121,9 @@ WRONG = {
     "law must be one of gaussian, onehot; got 'gausian'; did you mean gaussian": {"law": "gausian"},
     "law must be one of .*, or have a method sample": {"law": 3, "covariance": None},
     "trace 1 .*; got trace 2": {"law": "onehot"},
-    "covariance must be given": {"covariance": None},
+    "covariance, features or a law of your own must be given": {"covariance": None},
     "covariance does not apply to features": {"features": np.ones((4, 2))},
-    "features must hold more samples .*d = 4; got n = 3": {"features": np.ones((3, 4)), "covariance": None},
+    "features must have more samples .*d = 4; got n = 3": {"features": np.ones((3, 4)), "covariance": None},
     "the second moment of the features must be positive definite": {"features": np.ones((8, 2)), "covariance": None},
 }
 
