@@ -25,7 +25,7 @@ def finite(value: ArrayLike, name: str) -> Array:
     """Any real array without NaN or infinity."""
     array = np.asarray(value)
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}")
+        raise ValueError(f"{name} must contain real numbers; got dtype {array.dtype}")
     bad = ~np.isfinite(array)
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -49,7 +49,7 @@ def distribution(array: Numbers, name: str) -> Numbers:
     values = np.asarray(array)
     if (values < -SUM_TOLERANCE).any():
         at = tuple(int(i) for i in np.argwhere(values < -SUM_TOLERANCE)[0])
-        raise ValueError(f"{name} must hold probabilities, none below zero; got {values[at]:.6g} at {at}")
+        raise ValueError(f"{name} must contain probabilities, none below zero; got {values[at]:.6g} at {at}")
     sums = values.sum(-1)
     off = np.abs(sums - 1) > SUM_TOLERANCE
     if off.any():

@@ -100,6 +100,6 @@ def load_saved_policy(path: str | Path, problem: StationaryPOMDP | None = None) 
         digests = problem_digests(problem)
         unused = {"start"} if isinstance(policy, StateActions) else set()  # an action for each state serves every start
         if policy.digests and (changed := [part for part in differences(policy.digests, digests) if part not in unused]):
-            raise ValueError(f"problem must be that for which {path} was made; these parts differ: {', '.join(changed)}")
+            raise ValueError(f"problem must be the one for which {path} was made; these parts differ: {', '.join(changed)}")
         policy.problem = replace(own, problem=problem)
     return policy

@@ -62,7 +62,9 @@ def estimate(
     log = read_episodes(path, names)
     if legal is not None:
         if "state" not in log.fields or not {"states", "actions"} <= (names or {}).keys():
-            raise ValueError("legal must be left out for hidden states, and given with the names of states and actions")
+            raise ValueError(
+                "legal must be left out for hidden states; otherwise the names of states and actions must be given, too"
+            )
         legal = np.asarray(validate.legal(np.asarray(legal), len(log.names["states"]), len(log.names["actions"])))
         _check_legal(log, legal, path)
     try:

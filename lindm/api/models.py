@@ -123,7 +123,7 @@ def export(
     source = Run(directory=source).model if (source / "metrics.jsonl").exists() else model_directory(source)
     is_gguf = Path(out).suffix == ".gguf"
     if dtype == "q8_0" and not is_gguf:
-        raise ValueError(f"out must be a file .gguf with the dtype q8_0; got {out}")
+        raise ValueError(f"out must end in .gguf with the dtype q8_0; got {out}")
     model = load(source)
     if adapter is not None:
         load_adapter(model, adapter_directory(Path(adapter)))

@@ -297,7 +297,7 @@ def answer_lines(maker: "DecisionMaker") -> int:
     if not asked:
         raise UsageError('--history must be given, or lines such as {"history": ""} on the standard input, which is empty')
     if wrong:
-        raise DataError(f"{wrong} of {asked} questions had an error, which stands in place of the answer")
+        raise DataError(f"{wrong} of {asked} questions had an error, which is printed in place of the answer")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`lindm bench`: speed and memory beside other implementations; `accelerator`: whether training works on the device."""
+"""`lindm bench`: speed and memory compared with other implementations; `accelerator`: whether training works on the device."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from lindm.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure speed and memory beside other implementations."""
+    """Measure speed and memory in comparison with other implementations."""
 
     name: Annotated[Benchmark, Positional("BENCH")]
     """attention, solvers, sft, decisions, or accelerator, which also checks whether training works on the device of this

@@ -99,7 +99,7 @@ def words_of_tasks(text: str) -> "Callable[[], DrawnTasks]":
     try:
         options: Tasks = parse(TASKS, shlex.split(text))
     except ValueError as e:
-        raise UsageError(f"draw must be words of `lindm data make`: {e}; got {text!r}") from e
+        raise UsageError(f"draw must be a problem and options of `lindm data make`: {e}; got {text!r}") from e
 
     def draw() -> "DrawnTasks":
         from lindm.api.data import draw_tasks

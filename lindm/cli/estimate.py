@@ -51,7 +51,7 @@ class Estimate:
 
 def run(options: Estimate) -> int:
     if options.out.suffix != ".pomdp":
-        raise UsageError(f"--out must be a file .pomdp; got {options.out}")
+        raise UsageError(f"--out must end in .pomdp; got {options.out}")
     from lindm.api.estimation import estimate
     from lindm.cli.problems import warnings_as_lines
     from lindm.problems import cassandra

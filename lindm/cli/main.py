@@ -83,7 +83,7 @@ def _dispatch(words: Sequence[str]) -> int:
     name, rest = words[0], list(words[1:])
     if name not in NAMES:
         what = "option" if name.startswith("-") else "command"
-        raise UsageError(f"lindm has no {what} {name}{did_you_mean(name, NAMES)}; lindm --help lists the commands")
+        raise UsageError(f"lindm has no {what} {name!r} (lindm --help lists the commands){did_you_mean(name, NAMES)}")
     module = module_of(name)
     if hasattr(module, "COMMANDS"):
         if not rest or rest[0] in ("-h", "--help"):

@@ -302,7 +302,7 @@ def parse_options(parser: argparse.ArgumentParser, options: Sequence[Option], wo
         message = e.message.replace("ignored explicit argument", "takes no value; got")  # of a flag such as --json=true
         raise UsageError(f"{e.argument_name} {message}") from None
     if rest:
-        raise UsageError(f"{parser.prog} has no use for {rest[0]!r}")
+        raise UsageError(f"{parser.prog} does not take the argument {rest[0]!r}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 

@@ -68,10 +68,10 @@ STATIONARY = ("point-based", "value-iteration", "policy-iteration")
 def run(options: Solve) -> int:
     start = time.perf_counter()
     if options.plot and options.plot.suffix not in PICTURES:
-        raise UsageError(f"--plot must be a file {', '.join(PICTURES)}; got {options.plot}")
+        raise UsageError(f"--plot must end in {', '.join(PICTURES)}; got {options.plot}")
     one = len(options.problem) == 1 and options.perturb is None
     if options.horizon == "inf" and not one:
-        raise UsageError("--horizon inf takes one model: an ambiguous problem has a criterion for each stage of a finite horizon")
+        raise UsageError("--horizon inf takes one model: an ambiguous problem must have a finite horizon")
     if options.horizon == "inf" or options.method in STATIONARY:
         return run_stationary(options, start)
     file = Path(options.problem[0])
@@ -186,7 +186,7 @@ def run_stationary(options: Solve, start: float) -> int:
     method = "point-based" if options.method == "auto" else options.method
     refuse(options, ("alpha", "effort"), f"does not apply to {method}")
     if options.save and options.save.suffix not in SAVED:
-        raise UsageError(f"--save must be a file {', '.join(SAVED)}; got {options.save}")
+        raise UsageError(f"--save must end in {', '.join(SAVED)}; got {options.save}")
     horizon = math.inf if options.horizon == "inf" else options.horizon
     from lindm.api.solutions import solve_stationary
     from lindm.figures.policy_graph import draw_policy_graph
@@ -197,9 +197,9 @@ def run_stationary(options: Solve, start: float) -> int:
     problem = stationary_problem(options, method)
     observed = not problem.O
     if options.save and observed and options.save.suffix != ".json":
-        raise UsageError(f"--save must be a file .json, which holds the policy of an MDP; got {options.save}")
+        raise UsageError(f"--save must end in .json for an MDP, whose policy is an action for each state; got {options.save}")
     if options.rules and observed:
-        raise UsageError("--rules does not apply to an MDP, whose policy is an action for each state: --save policy.json")
+        raise UsageError("--rules does not apply to an MDP, whose policy is an action for each state; use --save policy.json")
     given = {name: value for name in ("tolerance", "timeout") if (value := getattr(options, name)) is not None}
     with Progress() as progress:
         task = progress.add("iterations" if observed else "trials")

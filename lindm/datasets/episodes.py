@@ -95,7 +95,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Every row with its line."""
     kinds = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix not in kinds:
-        raise DataError(f"{path} must end in .csv or .jsonl, the formats of episodes")
+        raise DataError(f"{path} must be a .csv or .jsonl file of episodes")
     text = inputs.read_text(path, limits.EPISODES_FILE)
     return kinds[path.suffix](text, str(path))
 

@@ -110,7 +110,9 @@ class DescribedTasks(Dataset):
         self._set_description(Path(name), description, "")
 
     def _read(self) -> Iterator[Task]:
-        raise DataError(f"{self.directory}: these tasks were drawn and not kept; `lindm data make` with these words writes them")
+        raise DataError(
+            f"{self.directory}: these tasks were drawn and not kept; `lindm data make` with these options writes them"
+        )
 
 
 def is_dataset(path: Path) -> bool:
@@ -124,6 +126,8 @@ def read_manifest(directory: Path) -> dict:
     if not path.exists() and (directory / CONFIG).exists():
         read_description(directory / CONFIG)
         raise DataError(f"{directory} is not finished: make it again with the same options, and it resumes")
+    if directory.is_dir() and not path.exists():
+        raise DataError(f"{directory} is not a dataset of `lindm data make`: it has no {MANIFEST}")
     manifest = read_description(path)
     if files.verified(manifest) is None:
         raise DataError(f"{path} is damaged: its checksum is wrong; make the dataset again and it is repaired")

@@ -369,9 +369,9 @@ class PolicyTask:
     def required_demonstrations(self, rewards: bool = False) -> Sequence[Sequence[Step]]:
         """The demonstrations. ValueError where there are none, or where `rewards` are needed and a step has none."""
         if not self.demonstrations:
-            raise ValueError("demonstrations must be given: this policy computes from them; got none")
+            raise ValueError("demonstrations must be given: this policy learns from them; got none")
         if rewards and any(step.reward is None for steps in self.demonstrations for step in steps):
-            raise ValueError("demonstrations must have rewards: this policy computes from them; a step has none")
+            raise ValueError("demonstrations must have rewards: this policy learns from them; a step has none")
         return self.demonstrations
 
     @property

@@ -119,9 +119,9 @@ def _rows_of_text(text: str, kind: Kind) -> list[Mapping[str, str]]:
     rows: list[Mapping[str, str]] = [dict(zip(fields, words[i : i + len(fields)], strict=False)) for i in starts]
     wanted = 1 if kind == "mdp" else 0
     if len(words) % len(fields) != wanted:
-        form = " ".join(fields)
-        rule = f"{form} ... and at the end the current state" if kind == "mdp" else f"{form}, again and again"
-        raise ValueError(f"history must be {rule}; got {len(words)} words{f', the last is {words[-1]!r}' if words else ''}")
+        rule = f"repeat '{' '.join(fields)}'" + (" and end with the current state" if kind == "mdp" else "")
+        got = f"{len(words)} word{'s' * (len(words) != 1)}" + (f", the last is {words[-1]!r}" if words else "")
+        raise ValueError(f"history must {rule}; got {got}")
     return rows
 
 

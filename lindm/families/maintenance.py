@@ -45,7 +45,7 @@ class Maintenance(TabularSuite):
         validate.count(self.states, "states", 2)
         if self.observations is not None:
             if not self.hidden:
-                raise ValueError(f"observations must be left out without hidden; got {self.observations}")
+                raise ValueError(f"observations must be left out unless hidden is given; got {self.observations}")
             validate.count(self.observations, "observations")
 
     @property

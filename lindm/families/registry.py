@@ -231,9 +231,10 @@ def load_problem(
                 raise ValueError(f"PROBLEM must be one family, or files; got {' '.join(words)}{hint}")
             raise ValueError(_not_a_problem(word) or unknown("PROBLEM", word, (*FAMILIES, "a .pomdp file")))
     if options:
-        raise ValueError(f"{next(iter(options))} must be left out for files, which have sizes and a law of their own")
+        name, value = next(iter(options.items()))
+        raise ValueError(f"{name} must be left out for .pomdp files: it is an option of families; got {value}")
     if horizon is None:
-        raise ValueError("horizon must be given for files")
+        raise ValueError("horizon must be given for a .pomdp file")
     return read_files(words, horizon, discount, alpha, perturb=perturb)
 
 

@@ -120,6 +120,8 @@ def read_model_config(path: Path) -> ModelConfig:
     """
     if path.is_dir():
         verify_file_list(path, lambda name: name == CONFIG)
+        if not (path / CONFIG).exists():
+            raise DataError(f"{path} is not a model: it has no {CONFIG}")
         path = path / CONFIG
     return parse_model_config(read_json(path), str(path))
 

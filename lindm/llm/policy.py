@@ -271,7 +271,7 @@ def model_directory(directory: Path) -> Path:
     run = run_options(directory) is not None
     model = directory / "model" if run else directory
     if not model.is_dir():
-        what = "is not a directory" if model.exists() else "is not there"
+        what = "is not a directory" if model.exists() else "does not exist"
         hint = ": the run is not finished" if run else ""
         hint = "; `lindm model import` makes one of it" if model.suffix == ".gguf" and model.exists() else hint
         raise DataError(f"{model} {what}{hint}")

@@ -41,7 +41,7 @@ def apomdp(models: Sequence[POMDP], alpha: float) -> APOMDP:
     validate.fraction(alpha, "alpha")
     models, checked = list(models), []
     if not models:
-        raise ValueError("models must hold at least one POMDP; got none")
+        raise ValueError("models must contain at least one POMDP; got none")
     for i, model in enumerate(models):
         try:
             checked.append(pomdp(model.P, model.O, model.r, model.rho, legal=model.legal))

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lindm.errors import DataError, LindmError
+from lindm.errors import DataError, LindmError, did_you_mean
 from lindm.io import inputs, limits
 from lindm.io.limits import POMDP_NAMES, POMDP_TABLE
 from lindm.problems.cassandra_rewards import ALL, RewardEntries, count_writes, read_rewards
@@ -258,7 +258,9 @@ def _labels(section: _Section) -> Sequence[int | str]:
         return range(int(words[0]))
     seen: set[str] = set()
     for i, word in enumerate(words):
-        if why := "it is there already" if word in seen else unfit(word):
+        if word == ":" and i and (near := did_you_mean(words[i - 1], HEADERS)):
+            raise section.stop(f"expected one of {', '.join(HEADERS)} before a colon; got {_quote(words[i - 1])}{near}", i)
+        if why := "it is given twice" if word in seen else unfit(word):
             raise section.stop(f"{_quote(word)} cannot be a name in {section.word!r}: {why}", i)
         seen.add(word)
     return words

@@ -178,7 +178,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, discount: float, legal:
             raise ValueError(f"P must have shape [S, A, S] = {(S, A, S)}; got {P.shape}")
         P = P.swapaxes(0, 1)
     if len(P) != A:
-        raise ValueError(f"P must hold a matrix for each of the {A} actions; got {len(P)}")
+        raise ValueError(f"P must contain a matrix for each of the {A} actions; got {len(P)}")
     kernels = tuple(_kernel(matrix, f"P[{a}]", S) for a, matrix in enumerate(P))
     allowed = None if legal is None else np.asarray(validate.legal(legal, S, A))
     rewards = rewards if allowed is None else np.where(allowed, rewards, 0)
@@ -203,7 +203,7 @@ def _kernel(matrix: Any, name: str, S: int) -> sparse.csr_array:
     kernel.sum_duplicates()
     validate.finite(kernel.data, f"the entries of {name}")
     if (kernel.data < 0).any():
-        raise ValueError(f"{name} must hold probabilities, none below zero; got {kernel.data.min():.6g}")
+        raise ValueError(f"{name} must contain probabilities, none below zero; got {kernel.data.min():.6g}")
     off = np.flatnonzero(np.abs(kernel.sum(1) - 1) > validate.SUM_TOLERANCE)
     if len(off):
         raise ValueError(f"each row of {name} must sum to one; row {off[0]} sums to {kernel.sum(1)[off[0]]:.6g}")

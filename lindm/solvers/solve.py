@@ -131,7 +131,7 @@ def _tables(problem: APOMDP, method: str, budget: int, effort: int | None) -> Ta
         need = tree.memory_bytes(problem)
         if need > budget:
             size = f"{need:,}" if need < 2**60 else "more than 2^60"
-            raise ValueError(f"method must fit the budget of {budget:,} bytes; a tree of this problem takes {size}")
+            raise ValueError(f"method tree must fit the budget of {budget:,} bytes; the tree of this problem takes {size}")
         return tree.tree(problem)
     if method == "net":
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(problem)):

@@ -91,12 +91,12 @@ class Template:
             else:
                 texts = (value,)
             if not all(isinstance(t, str) and t == t.encode(errors="replace").decode() for t in texts):
-                raise ValueError(f"{argument} must hold text, and only what UTF-8 can encode, got {value!r}")
+                raise ValueError(f"{argument} must contain text, and only what UTF-8 can encode, got {value!r}")
         symbols = {field: getattr(self, argument) for field, argument in SYMBOL_ARGUMENTS.items()}
         grammar = Grammar(self.name, self.opening, self.episode, self.step, self.closing, symbols)
         object.__setattr__(self, "grammar", grammar)
         if self.legal is not None and (split_field(self.legal, "legal", ("legal",)).field is None or "legal" in grammar.fields):
-            raise ValueError(f"legal must hold {{legal}}, which step then has not, got {self.legal!r}")
+            raise ValueError(f"legal must contain {{legal}}, which step then has not, got {self.legal!r}")
 
     def with_legal_actions(self) -> "Template":
         """The template whose steps have the part `legal`, after the state or just before the action; unchanged without it."""

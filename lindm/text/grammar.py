@@ -116,7 +116,7 @@ class Grammar:
         led = set(in_front) <= {"state", "legal"} and not {"state", "legal"} & {part.field for part in parts[k + 1 :]}
         if k < 0 or not led or len(set(fields)) < len(fields):
             rule = "{action} once, {state} and {legal} at most once and before it, every other field at most once and after it"
-            raise ValueError(f"step must hold {rule}, got {step!r}")
+            raise ValueError(f"step must contain {rule}, got {step!r}")
         self.fields = frozenset(fields)
         self.before = [*parts[:k], Part(parts[k].front, None, "")]
         self.after = [Part(parts[k].back, None, ""), *parts[k + 1 :]]

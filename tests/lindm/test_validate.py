@@ -26,7 +26,7 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, where, bad)
 
 @pytest.mark.parametrize("value", [np.array(["a"]), np.array([True]), np.array([1j]), np.array([None])])
 def test_values_that_are_not_real_numbers_raise_errors(value):
-    with pytest.raises(ValueError, match="theta must hold real numbers"):
+    with pytest.raises(ValueError, match="theta must contain real numbers"):
         validate.finite(value, "theta")
 
 
@@ -44,12 +44,12 @@ def test_a_row_that_is_off_by_a_digit_is_no_distribution(seed, n, shift):
     validate.distribution(jnp.asarray(rows, jnp.float32), "P")
     i, j, k = rng.integers(3), rng.integers(2), rng.integers(n)
     rows[i, j, k] += shift
-    with pytest.raises(ValueError, match=r"P must hold probabilities|each row of P must sum to one"):
+    with pytest.raises(ValueError, match=r"P must contain probabilities|each row of P must sum to one"):
         validate.distribution(jnp.asarray(rows), "P")
 
 
 def test_negative_probabilities_are_refused_even_in_rows_that_sum_to_one():
-    with pytest.raises(ValueError, match=r"rho must hold probabilities, none below zero; got -0.2 at \(1,\)"):
+    with pytest.raises(ValueError, match=r"rho must contain probabilities, none below zero; got -0.2 at \(1,\)"):
         validate.distribution(jnp.asarray([1.2, -0.2]), "rho")
 
 

@@ -6,7 +6,7 @@ One softmax head with score matrix U and value weight u predicts, at a query q, 
 
 a self-normalized importance sampler of u E[y e^{x'k}] / E[e^{x'k}] = u w' grad log E[e^{x'k}]. For x ~ N(0, Lambda) the tilted
 mean is Lambda k, so the limit u w'Lambda U q is that of *linear* attention with the same U and u, at every temperature (derived
-here; cf. Boyer, Boursier, arXiv 2512.11784). Three numbers of a query and its task law determine the mean
+here; cf. Boursier, Boyer, arXiv 2512.11784). Three numbers of a query and its task law determine the mean
 square distance from the limit for every finite prompt on Gaussian features:
 
     s = k'Lambda k,      m2 = E[(w'Lambda k)^2] (= (w'Lambda k)^2 for one task),      v = E[y^2].

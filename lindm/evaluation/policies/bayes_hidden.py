@@ -62,7 +62,7 @@ class HiddenPosterior(Policy):
         environments, posteriors, tables = [], [], []
         for task in tasks:
             if not isinstance(env := task.known, BeliefEnvironment) or env.bounded:
-                raise ValueError("problem must have few enough histories for exact values, for this policy")
+                raise ValueError("problem must have few enough histories for exact values: this policy needs them")
             environments.append(env)
         for task in tasks:
             posterior = draw_posterior(self.suite, task.required_demonstrations(), self.epsilon, self.samples, self.seed)

@@ -235,7 +235,7 @@ def _prior(suite: RandomSuite, count: int, seed: int) -> tuple[Parameters, APOMD
         found += len(kept[-1][-1])
         if found == count:
             return jax.tree.map(lambda *x: np.concatenate(x), *kept)
-    raise ValueError(f"gap must be one that more than one in a thousand models has, for this policy; got {suite.gap}")
+    raise ValueError(f"gap must be so small, for this policy, that more than one in a thousand models has it; got {suite.gap}")
 
 
 def _rows(tree: Any, rows: np.ndarray) -> Any:

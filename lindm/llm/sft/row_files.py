@@ -108,7 +108,7 @@ def find_files(path: Path, option: str = "data") -> list[Path]:
     if not path.is_dir():
         if path.name.endswith(ENDINGS) and path.exists():
             return [path]
-        missing = "" if path.exists() else ", which is not there"
+        missing = "" if path.exists() else ", which does not exist"
         raise ValueError(f"{option} must be a directory of `lindm data make`, {ACCEPTED}; got {path}{missing}")
     if any((path / name).exists() for name in HUGGING_FACE):
         return _saved_dataset(path)

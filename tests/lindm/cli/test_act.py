@@ -190,7 +190,7 @@ def test_a_policy_of_another_problem_is_refused_or_its_bounds_are_those_of_this_
     solution.save(graph)
     solution.save(alpha)
     code, said = refused(capsys, "act", str(graph), str(changed), "--history", "")
-    assert code == 2 and said == f"problem must be that for which {graph} was made; these parts differ: discount"
+    assert code == 2 and said == f"problem must be the one for which {graph} was made; these parts differ: discount"
     assert main(["act", str(alpha), str(changed), "--history", "", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
@@ -448,7 +448,7 @@ def test_a_dialog_asks_again_after_what_is_impossible(monkeypatch, capsys):
     "words, code, message",
     [
         ("oracl TIGER --horizon 3", 2, "got 'oracl'; did you mean oracle?"),
-        ("oracle TIGER", 2, "horizon must be given for files"),
+        ("oracle TIGER", 2, "horizon must be given for a .pomdp file"),
         ("oracle", 2, "PROBLEM must be given for the policy 'oracle', which computes from it"),
         ("oracle nowhere --horizon 3", 2, "PROBLEM must be one of mdp, pomdp"),
         ("TIGER", 2, "POLICY must be given before PROBLEM, such as oracle or sft:RUN; got 'tests/lindm"),
@@ -472,9 +472,9 @@ def test_a_dialog_asks_again_after_what_is_impossible(monkeypatch, capsys):
         ("nowhere.alpha TIGER", 3, "cannot read nowhere.alpha"),
         ("nowhere.npz TIGER", 2, "PROBLEM must be left out: nowhere.npz has its own"),
         ("nowhere.alpha TIGER --horizon 3", 2, "--horizon does not apply to the solution nowhere.alpha; got 3"),
-        ("bc TIGER --horizon 3", 2, "demonstrations must be given: this policy computes from them; got none"),
+        ("bc TIGER --horizon 3", 2, "demonstrations must be given: this policy learns from them; got none"),
         ("bc TIGER --horizon 3 --demonstrations none.csv", 3, "cannot read none.csv"),
-        ("oracle TIGER --horizon 3 --history listen", 2, "history must be action observation, again and again; got 1 words"),
+        ("oracle TIGER --horizon 3 --history listen", 2, "history must repeat 'action observation'; got 1 word"),
     ],
 )
 def test_wrong_words_raise_an_error_of_one_line(capsys, words, code, message):

@@ -147,7 +147,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["verify", "--mutants", "--experiments", "risk"], "--experiments does not apply to --mutants"),
         (["run", "nonsense"], "EXPERIMENT must be one of"),
         (["bench", "nonsense"], "BENCH must be one of attention, solvers, sft, decisions, accelerator; got 'nonsense'"),
-        (["sft", "--data", "d", "--out", "o"], "lindm: error: one of model and preset must be given"),
+        (["sft", "--data", "d", "--out", "o"], "lindm: error: exactly one of model and preset must be given"),
         (["sft", "--preset", "huge", "--data", "d", "--out", "o"], "preset must be one of tiny, small; got 'huge'"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--steps", "0"], "steps must be at least 1; got 0"),
         (["sft", "--preset", "tiny", "--data", "d", "--out", "o", "--rank", "1"], "must be given together"),
@@ -163,7 +163,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "a.pomdp", "--horizon", "forever"], "--horizon must be a whole number or inf; got 'forever'"),
         (
             ["solve", "a.pomdp", "b.pomdp", "--horizon", "inf"],
-            "--horizon inf takes one model: an ambiguous problem has a criterion",
+            "--horizon inf takes one model: an ambiguous problem must have a finite horizon",
         ),
         (["solve", "prostate", "--horizon", "inf"], "horizon must be finite for prostate: the criterion of an ambiguous problem"),
         (["solve", "dosing", "--horizon", "inf"], "horizon must be finite for dosing: the criterion of an ambiguous problem"),
@@ -183,14 +183,14 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
         (["solve", "prostate", "--horizon", "4", "--timeout", "9"], "--timeout is an option of point-based; got 9"),
         (
             ["solve", "a.pomdp", "--horizon", "inf", "--save", "p.txt"],
-            "--save must be a file .alpha, .json, .svg",
+            "--save must end in .alpha, .json, .svg",
         ),
         (["solve", str(TIGER), "--horizon", "4", "--save", "p.alpha"], "an .alpha file holds one set of vectors"),
         (["solve", str(FOREST), "--horizon", "inf", "--rules"], "--rules does not apply to an MDP"),
         (["solve", "prostate", "--horizon", "4", "--rules"], "--rules is an option of point-based"),
         (
             ["solve", str(FOREST), "--horizon", "inf", "--save", "p.alpha"],
-            "--save must be a file .json, which holds",
+            "--save must end in .json for an MDP",
         ),
         (
             ["solve", str(TIGER), "--horizon", "inf", "--method", "value-iteration"],
@@ -235,7 +235,7 @@ def test_a_usage_error_is_exit_2_and_one_line(arguments, said, capsys, tmp_path,
 
 def test_a_directory_without_records_is_exit_3(tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == 3
-    assert "DIR must hold records.jsonl" in capsys.readouterr().err
+    assert "DIR must contain records.jsonl" in capsys.readouterr().err
 
 
 def test_an_unknown_claim_is_answered_with_some_of_the_known_ones_and_how_to_find_the_others(capsys):

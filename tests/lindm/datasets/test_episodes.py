@@ -142,7 +142,7 @@ def test_a_file_without_rows_is_refused(tmp_path, text):
 
 
 def test_hostile_files_end_with_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"must end in .csv or .jsonl"):
+    with pytest.raises(DataError, match=r"must be a .csv or .jsonl file"):
         read_episodes(written(tmp_path, CSV, "log.xlsx"))
     with pytest.raises(DataError, match=r"log.csv:2: expected text in UTF-8; got the byte 0xff"):
         read_episodes(written(tmp_path, b"episode,step,action\na,0,\xff\n"))

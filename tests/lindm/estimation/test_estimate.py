@@ -166,7 +166,7 @@ def test_a_file_reads_back_to_the_model_says_where_it_is_from_and_is_checked(tmp
         (["--models", "0"], 2, "models must be"),
         (["--prior", "0"], 2, "prior must be above 0; got 0.0"),
         (["--discount", "1.5"], 2, "discount must be a number from 0 to 1; got 1.5"),
-        (["--out", "model.txt"], 2, "--out must be a file .pomdp; got model.txt"),
+        (["--out", "model.txt"], 2, "--out must end in .pomdp; got model.txt"),
         (["--like", "nowhere.pomdp"], 3, "nowhere.pomdp"),
     ],
 )

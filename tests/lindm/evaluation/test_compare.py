@@ -95,7 +95,7 @@ def test_a_policy_that_these_tasks_do_not_have_is_refused_before_they_are_made(t
         (["bc", "oracle", "bc"], 2, "policy must be given once; got 'bc' twice"),
         (["llm:models/x"], 2, "policy must be base:MODELDIR, sft:RUNDIR or alpha:FILE where it has a colon; got 'llm:models/x'"),
         (["base:"], 2, "where it has a colon; got 'base:'"),
-        (["base:nowhere"], 3, "policy base:nowhere: nowhere is not there"),
+        (["base:nowhere"], 3, "policy base:nowhere: nowhere does not exist"),
         (["sft:nowhere"], 3, "policy sft:nowhere: nowhere holds no run of `lindm sft`"),
         (["qmdp"], 2, "policy must be one of oracle, .* for an MDP; got 'qmdp'"),
     ],

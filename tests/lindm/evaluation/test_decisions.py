@@ -173,7 +173,7 @@ def test_a_name_that_is_a_number_is_the_name_and_a_step_has_numbers():
 @pytest.mark.parametrize(
     "history, message",
     [
-        ("listen", "history must be action observation, again and again; got 1 words, the last is 'listen'"),
+        ("listen", "history must repeat 'action observation'; got 1 word, the last is 'listen'"),
         (
             "listn hear-left",
             "history: step 1: action must be one of listen, open-left, open-right; got 'listn'; did you mean listen?",
@@ -206,7 +206,7 @@ def test_a_history_that_is_none_of_the_problem_is_refused(tiger, history, messag
 def test_a_history_of_an_mdp_ends_in_its_current_state():
     info = problem_info(random_mdp()[0])
     for history, message in (
-        ("", "history must be state action ... and at the end the current state; got 0 words"),
+        ("", "history must repeat 'state action' and end with the current state; got 0 words"),
         ("0 1", "got 2 words, the last is '1'"),
         ([], "history must have the current state of an MDP; got no step"),
         ([{"state": 0, "action": 1}], "history: step 1: action must be left out in the last step"),
@@ -238,7 +238,7 @@ def test_what_is_impossible_is_refused_with_what_is_possible():
 def test_what_a_policy_needs_must_be_given(tiger):
     problem, _ = random_mdp()
     for policy in (ld.policies.bc(), ld.policies.lsvi(), ld.policies.certainty_equivalence()):
-        with pytest.raises(ValueError, match="demonstrations must be given: this policy computes from them; got none"):
+        with pytest.raises(ValueError, match="demonstrations must be given: this policy learns from them; got none"):
             policy.act((), "0", problem)
     with pytest.raises(ValueError, match="demonstrations must have rewards"):
         ld.policies.pevi().act([[Step(0, state=0)]], "0", problem)

@@ -119,7 +119,7 @@ def test_discounts_are_folded_into_the_rewards_and_told(name, options):
     "name, options, rule",
     [
         ("maintenance", {"states": 1}, "states must be a whole number of at least 2; got 1"),
-        ("maintenance", {"observations": 3}, "observations must be left out without hidden; got 3"),
+        ("maintenance", {"observations": 3}, "observations must be left out unless hidden is given; got 3"),
         ("maintenance", {"lead_time": 2}, "an option of maintenance must be one of horizon, .*; got 'lead_time'"),
         ("maintenance", {"hidden": "yes"}, "hidden must be True or False; got 'yes'"),
         ("maintenance", {"horizon": 0}, "horizon must be a whole number of at least 1; got 0"),

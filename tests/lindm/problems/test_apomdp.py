@@ -88,7 +88,7 @@ def test_models_of_mixed_precision_become_one_apomdp():
 
 
 def test_an_apomdp_without_models_raises_an_error():
-    with pytest.raises(ValueError, match="models must hold at least one POMDP; got none"):
+    with pytest.raises(ValueError, match="models must contain at least one POMDP; got none"):
         apomdp([], 0.5)
 
 

@@ -169,7 +169,7 @@ def test_methods_that_do_not_fit_raise_an_error(brute):
     apomdp = brute.random(0, M=2, H=3).problem()
     with pytest.raises(ValueError, match="method must be one of auto, tree, hsvi, net; got 'magic'"):
         solve(apomdp, "magic")
-    with pytest.raises(ValueError, match="method must fit the budget of 10 bytes; a tree of this problem takes"):
+    with pytest.raises(ValueError, match="method tree must fit the budget of 10 bytes; the tree of this problem takes"):
         solve(apomdp, "tree", budget=10)
     with pytest.raises(ValueError, match=r"hsvi needs one model.*got an APOMDP with 2"):
         solve(apomdp, "hsvi")
@@ -183,5 +183,5 @@ def test_methods_that_do_not_fit_raise_an_error(brute):
         first_action(solve(replace(mdp, rho=jnp.array([0.5, 0.5]))))
     with pytest.raises(ValueError, match="method net runs on the host, not under jit or vmap"):
         jax.jit(lambda p: solve(p, "net").value)(apomdp)
-    with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; a tree of this problem takes more than 2\^60"):
+    with pytest.raises(ValueError, match=r"budget of 2,147,483,648 bytes; the tree of this problem takes more than 2\^60"):
         solve(brute.random(0, H=100).problem(), "tree")

@@ -112,9 +112,9 @@ def test_arrays_keep_double_precision_where_jax_has_single():
     [
         ({"P": np.full((3, 2, 3), 0.5)}, r"each row of P\[0\] must sum to one; row 0 sums to 1.5"),
         ({"P": np.zeros((2, 3, 3))}, r"P must have shape \[S, A, S\] = \(3, 2, 3\); got \(2, 3, 3\)"),
-        ({"P": [sparse.eye_array(3)]}, "P must hold a matrix for each of the 2 actions; got 1"),
+        ({"P": [sparse.eye_array(3)]}, "P must contain a matrix for each of the 2 actions; got 1"),
         ({"P": [sparse.eye_array(3), sparse.eye_array(2)]}, r"P\[1\] must have shape \[S, S\] = \(3, 3\); got \(2, 2\)"),
-        ({"P": [sparse.eye_array(3), 2 * sparse.eye_array(3) - np.eye(3)[[1, 2, 0]]]}, r"P\[1\] must hold probabilities"),
+        ({"P": [sparse.eye_array(3), 2 * sparse.eye_array(3) - np.eye(3)[[1, 2, 0]]]}, r"P\[1\] must contain probabilities"),
         ({"P": [sparse.eye_array(3), np.nan * sparse.eye_array(3)]}, r"the entries of P\[1\] must be finite"),
         ({"r": np.zeros(3)}, r"r must have shape \[S, A\]"),
         ({"rho": [1.0, 0.0]}, "rho must have shape"),

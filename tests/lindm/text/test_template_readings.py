@@ -200,7 +200,7 @@ def test_close_calls_with_one_reading_are_taken(step, changes):
     ],
 )
 def test_a_step_has_its_fields_once_and_in_the_order_of_time(step):
-    with pytest.raises(ValueError, match=r"step must hold \{action\} once"):
+    with pytest.raises(ValueError, match=r"step must contain \{action\} once"):
         build(*step)
 
 
@@ -235,10 +235,10 @@ def test_doubled_braces_are_braces_and_names_are_taken_as_they_are():
         (["\n", "{action}"], {"actions": ["A", ""]}, "actions must be names that are not empty and differ"),
         (["\n", "{action}"], {"actions": []}, "actions must be names that are not empty and differ"),
         (["\n", "{action}"], {"actions": "A"}, "actions must be a list of names or a pattern"),
-        (["\n", "{action}"], {"actions": None}, "actions must hold text"),
-        (["\n", "{action}"], {"actions": [1]}, "actions must hold text"),
-        (["\n", "{action}"], {"opening": None}, "opening must hold text"),
-        (["\n", "{action}"], {"opening": "\ud800"}, "opening must hold text, and only what UTF-8 can encode"),
+        (["\n", "{action}"], {"actions": None}, "actions must contain text"),
+        (["\n", "{action}"], {"actions": [1]}, "actions must contain text"),
+        (["\n", "{action}"], {"opening": None}, "opening must contain text"),
+        (["\n", "{action}"], {"opening": "\ud800"}, "opening must contain text, and only what UTF-8 can encode"),
         (["\n", "{action}"], {"step": "\n{action}"}, "step must be a list of texts"),
         (["\n", "{action}"], {"states": "{}"}, "states must not be given: step has no {state}"),
         (["\n", "{action}", "{model}"], {"models": None}, "models must be given"),

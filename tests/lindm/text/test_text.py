@@ -222,7 +222,11 @@ def test_a_template_is_read_from_its_file_unchanged(tmp_path, template, suffix):
     "name, content, complaint",
     [
         ("a.json", '{\n "name": "x",\n "step": ["\\n", "{action}",\n}', ":4: "),
-        ("a.json", '{\n "name": "x",\n "actions": ["A"],\n "step": ["\\n", "{reward}"], "closing": ";"\n}', ":4: step must hold"),
+        (
+            "a.json",
+            '{\n "name": "x",\n "actions": ["A"],\n "step": ["\\n", "{reward}"], "closing": ";"\n}',
+            ":4: step must contain",
+        ),
         ("a.json", '{\n "name": "x",\n "steps": ["\\n", "{reward}"]\n}', ":3: steps is no argument of a template"),
         ("a.json", '{\n "name": "x",\n "name": "y"\n}', ":2: name is given twice"),
         ("a.json", '{\n "name": "x"\n}', ":1: a template must have actions, step"),
@@ -236,7 +240,7 @@ def test_a_template_is_read_from_its_file_unchanged(tmp_path, template, suffix):
         ("a.toml", 'name = "x"\nclosing = ";"\nstep = ["\\n{action}"]\nactions = ["A", "A"]\n', ":4: actions must be names"),
         ("a.toml", 'name = "x"\nstep = [\n', ":"),
         ("a.toml", 'name = "x"\nstep = 2 2\n', ":2: "),
-        ("a.toml", 'name = "x"\nclosing = 3\nstep = ["\\n{action}"]\nactions = ["A", "B"]\n', ":2: closing must hold text, "),
+        ("a.toml", 'name = "x"\nclosing = 3\nstep = ["\\n{action}"]\nactions = ["A", "B"]\n', ":2: closing must contain text, "),
     ],
 )
 def test_a_file_that_is_no_template_stops_with_its_line(tmp_path, name, content, complaint):
@@ -271,13 +275,13 @@ def test_a_list_of_legal_actions_is_read_back(actions):
 def test_a_template_says_where_legal_actions_stand():
     for step in (("\n", "{action}", "{legal}"), ("\n", "{legal}", "{legal}", "{action}")):
         with pytest.raises(
-            ValueError, match=r"step must hold \{action\} once, \{state\} and \{legal\} at most once and before it"
+            ValueError, match=r"step must contain \{action\} once, \{state\} and \{legal\} at most once and before it"
         ):
             build(*step)
     with pytest.raises(ValueError, match=r"actions must have no ',' where step has \{legal\}"):
         build("\n", "[{legal}]", "{action}", actions=("a", "b,c"))
     for legal, step in (("no field", ("\n", "{action}")), ("[{legal}]", ("\n", "{legal}:", "{action}"))):
-        with pytest.raises(ValueError, match=r"^legal must hold \{legal\}, which step then has not"):
+        with pytest.raises(ValueError, match=r"^legal must contain \{legal\}, which step then has not"):
             build(*step, legal=legal)
     shown = build("\n", "in {state} ", "do", "{action}", legal="of {legal} ").with_legal_actions()
     assert shown.step == ("\n", "in {state} ", "of {legal} ", "do", "{action}") and shown.legal is None

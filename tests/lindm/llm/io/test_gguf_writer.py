@@ -174,7 +174,7 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path):
         ld.export(source, tmp_path / "m.gguf", dtype="f16")
     with pytest.raises(NonFiniteError, match=r"model.embed_tokens.weight is not finite"):
         ld.export(source, tmp_path / "out", dtype="f16")
-    with pytest.raises(ValueError, match=r"out must be a file .gguf with the dtype q8_0; got .*out"):
+    with pytest.raises(ValueError, match=r"out must end in .gguf with the dtype q8_0; got .*out"):
         ld.export(source, tmp_path / "out", dtype="q8_0")
     with pytest.raises(ValueError, match="dtype must be one of f32, f16, bf16, q8_0; got 'f8'"):
         ld.export(source, tmp_path / "m.gguf", dtype="f8")

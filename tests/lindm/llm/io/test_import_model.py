@@ -159,10 +159,14 @@ def test_a_stopped_import_leaves_nothing(tmp_path, packed, monkeypatch):
 @pytest.mark.parametrize(
     "source, revision, message",
     [
-        ("nowhere", None, "source must be a directory or a file that exists, or a hub's organization/name; got 'nowhere'"),
+        (
+            "nowhere",
+            None,
+            "source must be a directory or a file that exists, or organization/name of a model on a hub; got 'nowhere'",
+        ),
         ("./no/where", None, "source must be a directory or a file that exists"),
         ("models/model.gguf", None, "source must be a directory or a file that exists"),
-        ("org/name", None, "revision must be given for a model on the hub, a commit hash or a tag; got none for 'org/name'"),
+        ("org/name", None, "revision must be given for a model on the hub: a commit hash or a tag; got none for 'org/name'"),
         ("org/name", "", "revision must be given for a model on the hub"),
     ],
 )

@@ -34,9 +34,12 @@ def test_the_words_are_those_of_data_make():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("mdp --tasks 3", "draw must be words of `lindm data make`: the following arguments are required: --demos"),
+        (
+            "mdp --tasks 3",
+            "draw must be a problem and options of `lindm data make`: the following arguments are required: --demos",
+        ),
         ("mdp --tasks 3 --demos 2 --out d", "--out"),
-        ("mdp --tasks '3", "draw must be words of `lindm data make`: No closing quotation"),
+        ("mdp --tasks '3", "draw must be a problem and options of `lindm data make`: No closing quotation"),
         ("mdp --tasks three --demos 2", "three"),
     ],
 )

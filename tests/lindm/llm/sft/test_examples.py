@@ -288,7 +288,7 @@ def test_any_other_source_raises_an_error_with_the_accepted_ones(tmp_path, name)
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"data must be a directory of `lindm data make`, a file of rows or .*; got /") as e:
         load_examples(tmp_path / name, TOKENIZER)
-    assert str(e.value).endswith(", which is not there") == name.startswith("nothing")
+    assert str(e.value).endswith(", which does not exist") == name.startswith("nothing")
 
 
 def test_an_unfinished_dataset_raises_an_error(suite, tmp_path):
