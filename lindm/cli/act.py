@@ -132,7 +132,7 @@ def solution(options: Act) -> tuple[Any, Any, Any, list[str]]:
             raise UsageError(f"PROBLEM must be left out: {path} has its own; got {options.problem[0]!r}")
         return load_solution(path).policy, None, (), []
     if len(options.problem) > 1 or (path.suffix != ".json" and not options.problem):
-        raise UsageError(f"PROBLEM must be the one .pomdp file of which {path} has the policy; got {len(options.problem)} files")
+        raise UsageError(f"PROBLEM must be one .pomdp file, the problem of {path}; got {len(options.problem)} files")
     problem = None
     if options.problem:
         with warnings_as_lines():

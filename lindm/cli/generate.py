@@ -170,7 +170,7 @@ def read_rows(path: Path) -> list[tuple[object, Any]]:
         if not isinstance(row, dict):
             continue  # the error is that of `row_prompt`
         if taken := [key for key in ("answer", "finish_reason") if key in row]:
-            raise DataError(f"{place}: the row has {taken[0]}, which the answer would replace; rename it")
+            raise DataError(f"{place}: the row has the column {taken[0]}, which the answer would replace; rename it")
         try:
             strict_json(row)
         except TypeError as e:  # a table can have dates, and other values that JSON has not

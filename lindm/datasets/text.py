@@ -85,7 +85,7 @@ def text_format(
         template = with_names(template, dataset.names)
     shown = set(template.grammar.fields)
     if missing := [field for field in NEEDED[dataset.kind] if field not in shown]:
-        raise ValueError(f"template must have {{{missing[0]}}} in its step for this dataset; {template.name!r} has not")
+        raise ValueError(f"template must have {{{missing[0]}}} in its step for this dataset; {template.name!r} does not have it")
     if dataset.kind != "mdp":
         shown -= {"state"}
     if rewards == "hidden" or (rewards == "auto" and dataset.kind != "mdp"):

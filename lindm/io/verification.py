@@ -110,4 +110,4 @@ def verify_file_list(directory: Path, chosen: Callable[[str], bool] = lambda nam
             raise DataError(f"{directory} is {kind}, and neither a model nor an adapter")
     outputs = read_manifest(directory, FILES_FORMAT)["outputs"]
     if damaged := find_damage(directory, {name: digest for name, digest in outputs.items() if chosen(name)}):
-        raise DataError(f"{damaged[0]}; if the change is meant, remove {path}")
+        raise DataError(f"{damaged[0]}; if the change is intended, remove {path}")

@@ -82,7 +82,7 @@ def read(path: str | Path) -> Model:
 def _text(path: str | Path) -> str:
     """The text of a file. DataError where it cannot be read, or where its name is that of another kind of file."""
     if (kind := OTHER_FILES.get(Path(path).suffix.lower())) and Path(path).is_file():
-        raise DataError(f"{path}: expected a problem in Cassandra's format (.pomdp); a file {Path(path).suffix} is {kind}")
+        raise DataError(f"{path}: expected a problem in Cassandra's format (.pomdp); a {Path(path).suffix} file is {kind}")
     return inputs.read_text(Path(path), limits.POMDP_FILE)
 
 

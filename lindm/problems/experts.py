@@ -48,12 +48,12 @@ def read_experts(path: str | Path, base: Model) -> dict[str, Model]:
             raise DataError(f"{source}: {unknown('table', table, ('T', 'O'))}")
         if name not in tables:
             if len(tables) == MAX_EXPERTS:
-                raise DataError(f"{source}: at most {MAX_EXPERTS} models; {name!r} is one more")
+                raise DataError(f"{source}: the file must have at most {MAX_EXPERTS} models; {name!r} is one too many")
             tables[name] = {"T": base.P.swapaxes(0, 1).copy(), "O": base.O.copy()}
             lines[name] = {"T": np.zeros(base.O.shape[:2], int), "O": np.zeros(base.O.shape[:2], int)}
         where = _index(action, base.actions, "action", source), _index(state, base.states, "state", source)
         if (before := lines[name][table][where].max()) > 0:
-            raise DataError(f"{source}: model {name!r} has this row of {table} already, on line {before}")
+            raise DataError(f"{source}: model {name!r} has this row of {table} twice, first on line {before}")
         lines[name][table][where] = line
         tables[name][table][where] = _distribution(words, tables[name][table].shape[-1], source)
     if not tables:

@@ -96,7 +96,7 @@ class Template:
         grammar = Grammar(self.name, self.opening, self.episode, self.step, self.closing, symbols)
         object.__setattr__(self, "grammar", grammar)
         if self.legal is not None and (split_field(self.legal, "legal", ("legal",)).field is None or "legal" in grammar.fields):
-            raise ValueError(f"legal must contain {{legal}}, which step then has not, got {self.legal!r}")
+            raise ValueError(f"legal must contain {{legal}}, and step must then not contain it, got {self.legal!r}")
 
     def with_legal_actions(self) -> "Template":
         """The template whose steps have the part `legal`, after the state or just before the action; unchanged without it."""
@@ -177,7 +177,7 @@ def load_template(path: str | Path) -> Template:
         if not isinstance(given, dict):
             raise ValueError(f"a template must be an object with {', '.join(arguments)}, got {type(given).__name__}")
         for name in given.keys() - arguments:
-            raise ValueError(f"{name} is no argument of a template; these are {', '.join(arguments)}")
+            raise ValueError(f"{name} is not an argument of a template; its arguments are {', '.join(arguments)}")
         if missing := {"name", "step", "actions"} - given.keys():
             raise ValueError(f"a template must have {', '.join(sorted(missing))}")
         return Template(**given)

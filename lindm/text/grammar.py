@@ -108,7 +108,7 @@ class Grammar:
         texts = {argument: split_field(text, argument, ()).front for argument, text in texts.items()}
         self.opening, self.separator = texts["opening"] + texts["episode"], texts["closing"] + texts["episode"]
         if not self.separator:
-            raise ValueError("closing and episode must not both be empty: nothing would part an episode from the next")
+            raise ValueError("closing and episode must not both be empty: nothing would separate one episode from the next")
         parts = [split_field(part, "step", FIELDS) for part in step]
         fields = [part.field for part in parts if part.field]
         k = next((i for i, part in enumerate(parts) if part.field == "action"), -1)

@@ -90,7 +90,7 @@ def add_claims(claims: dict[str, Claim]) -> None:
     """Make the claims of an experiment from outside the package known in this process. UsageError for an id that is taken."""
     for id, claim in claims.items():
         if CLAIMS.setdefault(id, claim) != claim:
-            raise UsageError(f"claim {id!r} is one of experiment {CLAIMS[id].experiment}; choose another id")
+            raise UsageError(f"claim {id!r} belongs to the experiment {CLAIMS[id].experiment}; choose another id")
 
 
 def get_claim(id: str) -> Claim:

@@ -57,7 +57,7 @@ def render_template(template: str, **values: Any) -> str:
     try:
         return environment.get_template(template).render(**values)
     except jinja2.UndefinedError as e:
-        raise DataError(f"a file that the report is made of lacks a value: {e}") from e
+        raise DataError(f"a file of the report lacks a value: {e}") from e
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _law(covariance: ArrayLike | None, law: NamedLaw | FeatureLaw, features: Arr
     if features is not None or not isinstance(law, str):
         what = "features" if features is not None else "a law of your own"
         if covariance is not None:
-            raise UsageError(f"covariance does not apply to {what}, which has its own")
+            raise UsageError(f"covariance must be left out with {what}, since the features have a covariance of their own")
         if features is None:
             if not callable(getattr(law, "sample", None)):
                 raise UsageError(f"law must be one of {', '.join(LAWS)}, or have a method sample(key, shape); got {law!r}")

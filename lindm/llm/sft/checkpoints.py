@@ -229,7 +229,7 @@ def restore(directory: Path, template: Any, step: int | None = None) -> Checkpoi
         except (Exception, GeneratorExit) as e:  # the latter where a coroutine of Orbax ends early
             if failed_to_allocate(e):
                 raise
-            raise CheckpointError(f"{path} is intact, and yet Orbax cannot restore it: {_reason(e)}") from e
+            raise CheckpointError(f"{path} is intact, but Orbax cannot restore it: {_reason(e)}") from e
         return Checkpoint(number, state, json.loads((path / PROGRESS).read_bytes()), tuple(damaged))
     if damaged:
         raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(damaged))

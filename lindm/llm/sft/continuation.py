@@ -36,7 +36,7 @@ def is_longer(old: dict[str, Any], steps: int) -> bool:
 def require_checkpoint(out: Path, steps: int) -> None:
     """CheckpointError where a run has results, and no checkpoint to go on from."""
     if not checkpoints.checkpoint_steps(out / CHECKPOINTS) and any((out / name).exists() for name in RESULTS):
-        raise CheckpointError(f"{out} has no checkpoint that it could go on from with {steps} steps; --fresh trains again")
+        raise CheckpointError(f"{out} has no checkpoint from which a run of {steps} steps can continue; --fresh trains again")
 
 
 def extend_run(out: Path, old: dict[str, Any], config: dict[str, Any], steps: int) -> None:

@@ -61,7 +61,7 @@ def test_a_file_with_a_name_or_a_claim_of_the_package_is_refused(lab, own_claims
         find_experiment(str(lab.directory / "risk.py"))
     toml = lab.directory / "lab" / "toy.toml"
     toml.write_text(toml.read_text().replace('"toy-ratio"', '"q-risk"'))
-    with pytest.raises(UsageError, match="claim 'q-risk' is one of experiment risk"):
+    with pytest.raises(UsageError, match="claim 'q-risk' belongs to the experiment risk"):
         find_experiment(str(lab.directory / "lab" / "toy.py"))
 
 

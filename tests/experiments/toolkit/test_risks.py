@@ -122,7 +122,7 @@ WRONG = {
     "law must be one of .*, or have a method sample": {"law": 3, "covariance": None},
     "trace 1 .*; got trace 2": {"law": "onehot"},
     "covariance, features or a law of your own must be given": {"covariance": None},
-    "covariance does not apply to features": {"features": np.ones((4, 2))},
+    "covariance must be left out with features": {"features": np.ones((4, 2))},
     "features must have more samples .*d = 4; got n = 3": {"features": np.ones((3, 4)), "covariance": None},
     "the second moment of the features must be positive definite": {"features": np.ones((8, 2)), "covariance": None},
 }

@@ -96,7 +96,7 @@ def test_rows_are_written_with_their_answers(directory, tmp_path, capsys):
         ("", "rows.jsonl has no rows"),
         ('{"prompt": "a"}\n{"prompt": ', "rows.jsonl:2: not JSON"),
         ('{"prompt": "a"}\n\n{"text": "b"}', "rows.jsonl:3: a row of text has no prompt"),
-        ('{"prompt": "a", "answer": "b"}', "rows.jsonl:1: the row has answer, which the answer would replace"),
+        ('{"prompt": "a", "answer": "b"}', "rows.jsonl:1: the row has the column answer, which the answer would replace"),
         (
             '{"prompt": "' + "0" * 125 + '"}',
             "rows.jsonl:1: a prompt and an answer of 6 .* the 128 tokens of the model; the prompt has",

@@ -116,7 +116,7 @@ def test_rewards_names_and_the_system_message_are_options(made, tmp_path):
 
 def test_a_template_must_show_what_the_problem_needs_and_have_its_symbols(made, tmp_path):
     bare = Template(name="bare", step=("\n", "?{action}"), closing=";", actions=("A", "B", "C"))
-    with pytest.raises(ValueError, match=r"template must have \{state\} in its step for this dataset; 'bare' has not"):
+    with pytest.raises(ValueError, match=r"template must have \{state\} in its step for this dataset; 'bare' does not have it"):
         export(made.mdp, "trl", tmp_path, template=bare)
     with pytest.raises(ValueError, match=r"\{model\}"):
         export(made.apomdp, "trl", tmp_path, template=bare)

@@ -100,10 +100,13 @@ def test_commands_take_the_rows(files, capsys, tmp_path):
         (HEADER + "a,T,run,good,1 0 0\n", ":2: expected 2 probabilities with spaces between them; got 3"),
         (HEADER + "a,T,run,good,1 nan\n", ":2: probabilities must be numbers from 0 to 1; got 'nan'"),
         (HEADER + "a,T,run,good,0.5 0.4\n", r":2: probabilities sum to 0.9; expected one"),
-        (HEADER + "a,T,run,*,1 0\na,T,*,worn,1 0\n", ":3: model 'a' has this row of T already, on line 2"),
+        (HEADER + "a,T,run,*,1 0\na,T,*,worn,1 0\n", ":3: model 'a' has this row of T twice, first on line 2"),
         (HEADER + ",T,run,good,1 0\n", ":2: model must be a name; it is empty"),
         (HEADER + 'a,T,run,good,"1 0\n', ":2: not CSV"),
-        (HEADER + "".join(f"m{i},T,run,good,1 0\n" for i in range(65)), ":66: at most 64 models; 'm64' is one more"),
+        (
+            HEADER + "".join(f"m{i},T,run,good,1 0\n" for i in range(65)),
+            ":66: the file must have at most 64 models; 'm64' is one too many",
+        ),
         (HEADER + "machine,T,run,good,1 0\n", ": 'machine' is the name of the file's own model"),
     ],
 )

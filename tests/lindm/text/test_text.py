@@ -227,7 +227,7 @@ def test_a_template_is_read_from_its_file_unchanged(tmp_path, template, suffix):
             '{\n "name": "x",\n "actions": ["A"],\n "step": ["\\n", "{reward}"], "closing": ";"\n}',
             ":4: step must contain",
         ),
-        ("a.json", '{\n "name": "x",\n "steps": ["\\n", "{reward}"]\n}', ":3: steps is no argument of a template"),
+        ("a.json", '{\n "name": "x",\n "steps": ["\\n", "{reward}"]\n}', ":3: steps is not an argument of a template"),
         ("a.json", '{\n "name": "x",\n "name": "y"\n}', ":2: name is given twice"),
         ("a.json", '{\n "name": "x"\n}', ":1: a template must have actions, step"),
         ("a.json", "[1]", ":1: a template must be an object"),
@@ -281,7 +281,7 @@ def test_a_template_says_where_legal_actions_stand():
     with pytest.raises(ValueError, match=r"actions must have no ',' where step has \{legal\}"):
         build("\n", "[{legal}]", "{action}", actions=("a", "b,c"))
     for legal, step in (("no field", ("\n", "{action}")), ("[{legal}]", ("\n", "{legal}:", "{action}"))):
-        with pytest.raises(ValueError, match=r"^legal must contain \{legal\}, which step then has not"):
+        with pytest.raises(ValueError, match=r"^legal must contain \{legal\}, and step must then not contain it"):
             build(*step, legal=legal)
     shown = build("\n", "in {state} ", "do", "{action}", legal="of {legal} ").with_legal_actions()
     assert shown.step == ("\n", "in {state} ", "of {legal} ", "do", "{action}") and shown.legal is None

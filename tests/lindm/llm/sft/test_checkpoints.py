@@ -293,7 +293,7 @@ def test_an_intact_checkpoint_that_cannot_be_restored_is_an_error_and_no_older_o
         return restore(self, path, **options)
 
     monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", refuse)
-    with pytest.raises(CheckpointError, match=r"00000006 is intact, and yet Orbax cannot restore it: "):
+    with pytest.raises(CheckpointError, match=r"00000006 is intact, but Orbax cannot restore it: "):
         checkpoints.restore(copied, template(mesh_of(1, 1)))
 
 

@@ -110,6 +110,6 @@ def test_a_stop_before_the_first_further_step_changes_nothing(runs):
 def test_a_run_without_checkpoints_cannot_go_on(runs, micro):
     root, _, _ = runs
     remove(root / "whole" / "checkpoints")
-    with pytest.raises(CheckpointError, match="has no checkpoint that it could go on from with 9 steps"):
+    with pytest.raises(CheckpointError, match="has no checkpoint from which a run of 9 steps can continue"):
         trainer.train(options(micro, root / "whole", 9))
     assert (root / "whole" / "model").is_dir() and (root / "whole" / "manifest.json").exists()

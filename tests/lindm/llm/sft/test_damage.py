@@ -154,7 +154,7 @@ def test_a_change_that_is_meant_is_accepted_without_the_manifest(run):
     weights.load(run / "model")
     content = json.loads((run / "model" / "config.json").read_text())
     (run / "model" / "config.json").write_text(json.dumps(content))  # without the line breaks
-    with pytest.raises(DataError, match=r"if the change is meant, remove .*manifest\.json"):
+    with pytest.raises(DataError, match=r"if the change is intended, remove .*manifest\.json"):
         weights.load(run / "model")
     (run / "model" / "manifest.json").unlink()
     weights.load(run / "model")
