@@ -83,11 +83,11 @@ S, A, d, H = 12, 3, 6, 3  # sizes of the MDPs
 class Config:
     seeds: int = 5
     base_seed: int = 2023000
-    contexts: int = 4096  # Gaussian contexts of every length
+    contexts: int = 4096  # number of Gaussian contexts of every length
     M_gauss: tuple[int, ...] = (2, 16, 32, 64)
     sigma_gauss: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    M_trained: tuple[int, ...] = ()  # lengths at which the layer of the Gaussian problem is trained, not taken as A_N
-    tasks: int = 256  # MDPs
+    M_trained: tuple[int, ...] = ()  # lengths at which the layer of the Gaussian problem is trained; elsewhere it is A_N
+    tasks: int = 256  # number of MDPs
     M: tuple[int, ...] = (8, 16, 32, 64, 128)
     sigma: tuple[float, ...] = (0.1, 0.3, 1.0)
     M_small: int = 8  # context length of `small-context`, where the layers are trained

@@ -73,13 +73,13 @@ class Config:
     base_seed: int = 2041000
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     problems: int = 8
-    distance: float = 0.6  # between the models of a random problem
-    segments: int = 8  # of beliefs per problem, on which convexity is tested
-    beliefs: int = 17  # on a segment
-    policies: int = 256  # random policies per problem
+    distance: float = 0.6  # distance between the models of a random problem
+    segments: int = 8  # number of segments of beliefs per problem, on which convexity is tested
+    beliefs: int = 17  # number of beliefs on a segment
+    policies: int = 256  # number of random policies per problem
     years: int = 5
-    pairs: int = 1  # draws of the stand-ins, each with its mirror image
-    variation: float = 0.2  # of the placeholder rewards around their defaults
+    pairs: int = 1  # number of draws of the placeholder rewards, each with its mirror image
+    variation: float = 0.2  # variation of the placeholder rewards around their defaults
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "problems", "segments", "policies", "pairs")

@@ -58,10 +58,10 @@ class Config:
     seeds: int = 5
     base_seed: int = 2042000
     problems: int = 6
-    episodes: int = 24  # on every APOMDP
-    trials: int = 64  # of HSVI at most
-    tolerances: tuple[float, ...] = (0.1, 0.01, 1e-3, 1e-4, 0.0)  # at which it stops; 0: all trials
-    points: tuple[int, ...] = (16, 128, 1024)  # of the net
+    episodes: int = 24  # number of episodes on every APOMDP
+    trials: int = 64  # maximum number of trials of HSVI
+    tolerances: tuple[float, ...] = (0.1, 0.01, 1e-3, 1e-4, 0.0)  # tolerances at which HSVI stops; 0: all trials
+    points: tuple[int, ...] = (16, 128, 1024)  # numbers of points of the net
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "problems", "episodes", "trials")

@@ -47,7 +47,7 @@ from lindm_theory.moments import design_fourth
 class Config:
     seeds: int = 5
     base_seed: int = 2011000
-    tasks: int = 4096  # half of them give the moments from which the layers follow, half are tested
+    tasks: int = 4096  # number of tasks: half of them give the moments that determine the layers, half are tested
     M: int = 64  # pairs in every context, in training and test
     horizon: int = 16
     epsilon: float = 0.3  # size of the injected one-stage error; rewards are in [-1, 1]

@@ -63,7 +63,7 @@ class Config:
     steps: int = 600
     early: int = 55  # steps of the layer whose training is stopped early
     batch: int = 256
-    slips: float = 0.02  # probability of a random action in place of the optimal one, for every stage and state
+    slips: float = 0.02  # probability of a random action instead of the optimal one, for every stage and state
 
     def __post_init__(self) -> None:
         fraction(self.slips, "slips")

@@ -15,7 +15,8 @@ The yardstick is the best use of a context: `bayes` plans with the posterior ove
 rewards that the text shows, and `bayes-demo` also uses the oracle's actions as evidence. If the state is hidden, the text has
 no rewards, and `bayes` knows little. The gap of `bayes-demo` is the part of a loss that is due to what the context does not
 contain; the rest of a policy's gap is the reader's part. `bayes-demo` is an estimate from a sample of the posterior, whose
-effective sample sizes are in the table; if they are small, a reader can be better. It is left out in POMDPs of horizon 8.
+effective sample sizes are in the table; if they are small, a reader can be better. It takes minutes
+per task in POMDPs of horizon 8, where it is left out.
 
 There are five demonstrations if the state is hidden, and two if it is seen, since five of the oracle show nearly every state.
 An ambiguous task has 6^(H-1) histories at its last stage, and a policy's value needs all of them, so its horizons end at 4.
@@ -69,18 +70,18 @@ FORMATS = {"renamed": "renamed symbols", "readable": "sentences"}  # name in the
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 3
-    """trainings of a cell, each on its own tasks"""
+    """number of trainings of a cell, each on its own tasks"""
     base_seed: int = 910_000
     model: str = "models/SmolLM2-135M-Instruct"
     """directory of a model, or tiny"""
     mdp: tuple[int, ...] = (4, 8, 16)
-    """horizons of the suite"""
+    """horizons of the suite mdp"""
     pomdp: tuple[int, ...] = (4, 6, 8)
     apomdp: tuple[int, ...] = (2, 3, 4)
     tasks: int = 50
-    """new tasks of each cell and split"""
+    """number of new tasks of each cell and split"""
     train: int = 256
-    """tasks to train on"""
+    """number of tasks to train on"""
     steps: int = 60
     batch: int = 2
     rate: float = 5e-4

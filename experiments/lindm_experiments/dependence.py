@@ -55,10 +55,10 @@ class Config:
     base_seed: int = 2022000
     contexts: int = 28672
     M: tuple[int, ...] = (8, 32, 128)
-    N: int = 32  # pairs in a context of training
-    copies: int = 4  # trajectories of N pairs pooled into one context
+    N: int = 32  # pairs in a training context
+    copies: int = 4  # number of trajectories of N pairs pooled into one context
     stick: tuple[float, ...] = (0.0, 0.5, 0.8)  # laziness of the chain of `stay`
-    stay: float = 6.0  # how strongly an aggregate of states leads to its own states, or to those of the next
+    stay: float = 6.0  # strength with which an aggregate of states leads to its own states, or to those of the next one
     kappa: float = 3.0
     steps: int = 1000
 

@@ -61,9 +61,9 @@ class Config:
     layers: int = 6
     M_long: int = 65536
     long_contexts: int = 16
-    M: tuple[int, ...] = (8, 32, 128, 512)  # finite contexts, for the layer of the largest N
+    M: tuple[int, ...] = (8, 32, 128, 512)  # lengths of the finite contexts, for the layer of the largest N
     contexts: int = 2048
-    sigma: float = 0.5  # label noise, where there is any
+    sigma: float = 0.5  # standard deviation of the label noise
     N_onehot: int = 16
     M_onehot: tuple[int, ...] = (8, 32)
     layers_onehot: int = 3

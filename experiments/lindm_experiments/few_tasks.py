@@ -49,13 +49,13 @@ class Config:
     base_seed: int = 204000
     N: int = 8
     T: tuple[int, ...] = (2, 8, 128)
-    fit_from: int = 8  # the slope is fitted from here on: 2 d
-    sets: int = 64  # sets of MDP tasks
+    fit_from: int = 8  # smallest T of the fit of the slope: 2 d
+    sets: int = 64  # number of sets of MDP tasks
     sets_gaussian: int = 16
     steps: int = 300
     batch: int = 64
-    pool: int = 32 * linear_mdps.BLOCK  # the population of tasks
-    prompts: int = 1 << 16  # fresh tasks on which the layers are tried
+    pool: int = 32 * linear_mdps.BLOCK  # size of the population of tasks
+    prompts: int = 1 << 16  # number of fresh tasks on which the layers are tested
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "N", "sets", "sets_gaussian", "steps", "batch", "prompts", "fit_from")

@@ -76,7 +76,7 @@ class Config:
     N: int = 16
     sigma: float = 0.3
     times: tuple[float, ...] = (0.25, 1.0, END)
-    few: int = 1  # new tasks of the small sets, each with both signs
+    few: int = 1  # number of new tasks of the small sets, each with both signs
     sets: int = 4
     steps: int = 400
     batch: int = 64

@@ -64,8 +64,8 @@ class Config:
     kappa: float = 3.0
     N: int = 16
     scale: float = 0.3
-    steps: int = 25  # between two looks at the layer
-    looks: int = 8  # at the longest step; half the step, twice the looks
+    steps: int = 25  # steps between two comparisons of the layer with the flow
+    looks: int = 8  # number of comparisons at the longest step; half the step has twice as many
     rates: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01)  # lengths of a step, in the time of the flow
     batch: int = 128
 

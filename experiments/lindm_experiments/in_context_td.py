@@ -53,8 +53,8 @@ class Config:
     depths: tuple[int, ...] = (1, 2, 4)
     N: int = 32  # transitions in a context
     gamma: float = 0.8
-    pool: int = 2048  # training tasks
-    tasks: int = 2048  # test tasks, one context each
+    pool: int = 2048  # number of training tasks
+    tasks: int = 2048  # number of test tasks, one context each
     steps: int = 500
     batch: int = 32
     learning_rate: float = 0.08

@@ -53,14 +53,14 @@ D, CANDIDATES = 4, 4  # features and actions of a bandit
 class Config:
     seeds: int = 5
     base_seed: int = 2021000
-    tasks: int = 256  # MDPs of every family, each with one context a stage
-    tasks_kappa: int = 2560  # MDPs that are carried to every kappa, with layers of the shortest and the longest N
-    rounds: int = 1024  # bandits of every law, each with one context and one decision
+    tasks: int = 256  # number of MDPs of every family, each with one context per stage
+    tasks_kappa: int = 2560  # number of MDPs that are transformed to every kappa, with layers of the shortest and the longest N
+    rounds: int = 1024  # number of bandits of every law, each with one context and one decision
     N: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
     M: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     N_trained: tuple[int, ...] = (4, 16)
     kappa: tuple[int, ...] = (1, 10, 100)
-    pool: int = 4096  # tasks that Psi is the moment of and that layers are trained on
+    pool: int = 4096  # number of tasks that determine Psi and on which layers are trained
     steps: int = 400
 
     def __post_init__(self) -> None:

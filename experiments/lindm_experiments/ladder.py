@@ -58,7 +58,7 @@ NAMES = {
 class Config:
     seeds: int = 5
     base_seed: int = 207000
-    tasks: int = 352  # policies for every family and context length
+    tasks: int = 352  # number of policies for every family and context length
     N: int = 64
     M: tuple[int, ...] = (16, 128)
     half_width: float = 0.5  # label noise is uniform on +- half_width

@@ -81,16 +81,16 @@ class Config:
     """test lengths"""
     steps: int = 800
     contexts: int = 4096
-    """to test on"""
+    """number of test contexts"""
     model: str = ""
-    """a language model's directory; none: the transformers alone"""
+    """directory of a language model; without it, only the transformers are measured"""
     demos: tuple[int, ...] = (2, 8)
-    """demonstrations that the language model is trained at"""
+    """numbers of demonstrations in the training of the language model"""
     test_demos: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """demonstrations that it is tested at"""
+    """numbers of demonstrations in its tests"""
     tasks: int = 50
     tuning: int = 60
-    """steps of two documents"""
+    """number of steps of two documents"""
 
     def __post_init__(self):
         check_counts(self, "seeds", "steps", "contexts", "tasks", "tuning")

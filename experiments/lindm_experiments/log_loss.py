@@ -65,11 +65,11 @@ HOT = 100.0  # temperature of `hot`, in units of the mean gap
 class Config:
     seeds: int = 10
     base_seed: int = 4102000
-    T: tuple[int, ...] = (16, 1024)  # training tasks
+    T: tuple[int, ...] = (16, 1024)  # numbers of training tasks
     M: int = 32  # pairs in every context, in training and test
-    tasks: int = 1024  # test tasks
+    tasks: int = 1024  # number of test tasks
     horizon: int = 4
-    temperature: float = 1.0  # of soft labels, in units of the mean gap
+    temperature: float = 1.0  # temperature of soft labels, in units of the mean gap
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "M", "tasks")

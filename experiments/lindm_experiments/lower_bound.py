@@ -60,13 +60,13 @@ ROUNDING = 1e-9  # of a sum over all contexts
 class Config:
     seeds: int = 10
     base_seed: int = 2063000
-    tasks: int = 1536  # for training, and as many others for the test
-    M: tuple[int, ...] = (16, 64, 256, 1024, 4096)  # = N, the length of training
+    tasks: int = 1536  # number of training tasks; the test has as many others
+    M: tuple[int, ...] = (16, 64, 256, 1024, 4096)  # lengths of the test contexts, equal to the training length N
     power: float = 4.0  # concentration of the kernels; 1 is the flat Dirichlet law
     depth: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    least_scale: float = 0.2  # scales of Lambda_t in the family of episodes that end early: uniform from here to 1
+    least_scale: float = 0.2  # least scale of Lambda_t in the family of episodes that end early; scales are uniform up to 1
     M_twins: tuple[int, ...] = (2, 8, 32, 128)
-    layers: int = 40  # random layers for each seed
+    layers: int = 40  # number of random layers for each seed
     depth_twins: int = 64
 
     def __post_init__(self) -> None:

@@ -50,16 +50,16 @@ NEAR = 0.1  # gaps below this, of a range of about 2, give the density of gaps a
 class Config:
     seeds: int = 10
     base_seed: int = 209000
-    pool: int = 2048  # training tasks
-    candidates: int = 32768  # tasks drawn, from which `floor` chooses
-    gap_tasks: int = 1024  # the first of them, from which `gap` chooses
-    free_tasks: int = 32768  # the first of them: `no gap`
+    pool: int = 2048  # number of training tasks
+    candidates: int = 32768  # number of tasks drawn, from which `floor` chooses
+    gap_tasks: int = 1024  # how many of the first candidates `gap` chooses from
+    free_tasks: int = 32768  # how many of the first candidates `no gap` uses
     chosen: int = 16
-    contexts: int = 2048  # for every chosen task
+    contexts: int = 2048  # number of contexts for every chosen task
     N: int = 64
     N_small: int = 4
     M: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128)
-    M_free: tuple[int, ...] = (512, 1024, 2048, 4096)  # `no gap`: the law of small gaps needs long contexts
+    M_free: tuple[int, ...] = (512, 1024, 2048, 4096)  # lengths for `no gap`: the law of small gaps needs long contexts
     steps: int = 800
 
     def __post_init__(self) -> None:

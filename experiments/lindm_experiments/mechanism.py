@@ -59,7 +59,7 @@ NOISE = 0.2  # random actions in the tiger's demonstrations
 @dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: int = 1
-    """training runs in each environment"""
+    """number of trainings in each environment"""
     base_seed: int = 930_000
     model: str = "models/SmolLM2-135M-Instruct"
     """directory of a model, or tiny"""
@@ -68,13 +68,13 @@ class Config:
     tiger: int = 5
     """horizon of the tiger problem"""
     tasks: int = 60
-    """new tasks to test on"""
+    """number of new tasks to test on"""
     probe: int = 200
-    """tasks that probes are fitted to"""
+    """number of tasks to which probes are fitted"""
     renamings: int = 2
-    """random renamings of each task"""
+    """number of random renamings of each task"""
     train: int = 256
-    """tasks to fine-tune on"""
+    """number of tasks to fine-tune on"""
     steps: int = 60
     batch: int = 2
     rate: float = 5e-4

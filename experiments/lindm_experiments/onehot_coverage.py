@@ -57,10 +57,10 @@ class Config:
     seeds: int = 5
     base_seed: int = 2022000
     tasks: int = 64
-    contexts: int = 48  # of every task; each shows every stage once
+    contexts: int = 48  # number of contexts of every task; each shows every stage once
     M: tuple[int, ...] = (6, 12, 24, 48)
     N: int = 16
-    pool: int = 2048  # training tasks
+    pool: int = 2048  # number of training tasks
     steps: int = 500
 
     def __post_init__(self) -> None:

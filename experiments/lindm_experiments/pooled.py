@@ -54,11 +54,11 @@ class Config:
     seeds: int = 10
     base_seed: int = 2041000
     tasks: int = 64
-    played: int = 16  # tasks whose policies are evaluated
-    contexts: int = 64  # prompts for every task
-    K: tuple[int, ...] = (2, 8, 32)  # trajectories in a prompt
-    N: int = 8  # trajectories in a prompt of training
-    epsilon: float = 0.5  # chance of a uniformly random action of the behavior policy
+    played: int = 16  # number of tasks whose policies are evaluated
+    contexts: int = 64  # number of prompts for every task
+    K: tuple[int, ...] = (2, 8, 32)  # trajectories in a test prompt
+    N: int = 8  # trajectories in a training prompt
+    epsilon: float = 0.5  # probability of a uniformly random action of the behavior policy
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "tasks", "played", "N")

@@ -54,14 +54,14 @@ class Config:
     d: int = 12
     N: int = 24
     sigma: float = 0.5
-    tau: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # T/d^2 at one query a prompt
-    every: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 16.0)  # T/d at all queries
-    ridge: tuple[float, ...] = (0.0, 0.1, 0.5)  # in units of tr(Lq) tr(B), the mean squared norm of the features
-    repeats: int = 6  # sets of T prompts for each seed
-    d_first: int = 8  # d of the constants
-    tau_first: int = 16  # their T/d^2
+    tau: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # values of T/d^2 at one query per prompt
+    every: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 16.0)  # values of T/d at all queries
+    ridge: tuple[float, ...] = (0.0, 0.1, 0.5)  # ridges, in units of tr(Lq) tr(B), the mean squared norm of the features
+    repeats: int = 6  # number of sets of T prompts for each seed
+    d_first: int = 8  # dimension d at which the constants are tested
+    tau_first: int = 16  # T/d^2 at which the constants are tested
     repeats_first: int = 24
-    contexts: int = 20000  # from which the fourth moments are taken
+    contexts: int = 20000  # number of contexts that determine the fourth moments
     d_published: int = 120
 
     def __post_init__(self) -> None:

@@ -52,14 +52,14 @@ class Config:
     base_seed: int = 203100
     N: tuple[int, ...] = (4, 16, 64)
     M: tuple[int, ...] = (4, 16, 64)
-    N_slope: tuple[int, ...] = (168, 336, 672)  # (1 + N x) >= 25 in every mode: the exact slope is within 4 % of -2
-    groups: int = 1536  # of TASKS tasks with four strips of max(M) pairs, for every law
+    N_slope: tuple[int, ...] = (168, 336, 672)  # lengths N of the slope, which is within 4 % of -2 if (1 + N x) >= 25
+    groups: int = 1536  # number of groups of TASKS tasks with four strips of max(M) pairs, for every law
     steps: int = 600
-    batch: int = 16  # strips of max(N) pairs a step
+    batch: int = 16  # number of strips of max(N) pairs per step
     steps_slope: int = 256
-    sigma: float = 2.0  # label noise of the law that has it
+    sigma: float = 2.0  # standard deviation of the label noise, for the law that has it
     sigma_mdp: float = 0.3
-    present: float = 0.25  # p of the heavy tails
+    present: float = 0.25  # probability p of the heavy tails
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "groups", "steps", "batch", "steps_slope")

@@ -55,17 +55,17 @@ TASKS = 32 * linear_mdps.BLOCK  # fresh tasks drawn for the test
 class Config:
     seeds: int = 5
     base_seed: int = 2021000
-    contexts: int = 20480  # for every stage: tasks, SERVES of them for the pairs of one context
+    contexts: int = 20480  # number of tasks for every stage; 4 of them share the pairs of one context
     M: tuple[int, ...] = (8, 32, 128)
     contexts_long: int = 256  # the same for the floor
     M_long: int = 4096
     N: int = 32
     kappa: float = 4.0  # condition number of the features in training
-    sigma: float = 0.5  # label noise at test
-    c: float = 1.7  # length of the features at test
-    scales: tuple[float, ...] = (0.5, 1.0, 1.7, 3.0)  # lengths at which the policies are compared
-    policies: int = 2048  # tasks whose policies are compared
-    tilt_query: float = 0.25  # the designs of the tests: exponential tilts of the uniform one
+    sigma: float = 0.5  # standard deviation of the label noise in the test
+    c: float = 1.7  # scale c of the features in the test
+    scales: tuple[float, ...] = (0.5, 1.0, 1.7, 3.0)  # scales c at which the policies are compared
+    policies: int = 2048  # number of tasks whose policies are compared
+    tilt_query: float = 0.25  # designs of the tests, as exponential tilts of the uniform design
     tilt_context: float = -1.0
     steps: int = 800
 

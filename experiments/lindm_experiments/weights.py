@@ -64,13 +64,13 @@ class Config:
     seeds: int = 5
     base_seed: int = 201000
     N: int = 32
-    N_leak: int = 4  # pairs that the full layer sees on `simplex`: what a mean is worth falls quickly with N
+    N_leak: int = 4  # pairs that the full layer sees on `simplex`; the value of a mean falls quickly with N
     batch: int = 256
-    chunk: int = 100  # steps between two looks at the weights
+    chunk: int = 100  # steps between two measurements of the weights
     chunks: int = 6
-    chunks_descent: int = 10  # gradient descent has no second moments to scale it: more steps
-    pool: int = 64 * linear_mdps.BLOCK  # tasks behind Psi
-    prompts: int = 1 << 14  # for the gain of the full layer
+    chunks_descent: int = 10  # number of chunks of gradient descent, which needs more steps because nothing scales it
+    pool: int = 64 * linear_mdps.BLOCK  # number of tasks that determine Psi
+    prompts: int = 1 << 14  # number of prompts for the gain of the full layer
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "N", "N_leak", "batch", "chunk", "prompts")
