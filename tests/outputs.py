@@ -13,6 +13,7 @@ NUMBER = r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)"
 # (number that depends on the machine or the moment, largest relative difference)
 VARIES = (
     (rf"({NUMBER}) s\b", math.inf),  # seconds
+    (rf"loss ({NUMBER})", 0.05),  # of training in float32, where rounding adds up over the steps
     (rf"(?:exact|bounds|rollout) +({NUMBER})$", math.inf),  # decisions/s, the last column of `lindm eval`
 )
 # where the output is no terminal, a line for the bar of a terminal after each ten seconds; how many is a matter of speed

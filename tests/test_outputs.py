@@ -23,6 +23,7 @@ def same(shown: str, printed: str) -> bool:
         ("first action  run", "first action run"),  # a column of another width
         ("method  tree, 1.1 s", "method  tree, 24.2 s"),
         ("bc   0.0725  [0.0032, 0.1417]  20   exact   14,371.2", "bc  0.0725  [0.0032, 0.1417]  20  exact  981.3"),
+        ("held-out loss 0.0001208, accuracy 100.0%", "held-out loss 0.0001211, accuracy 100.0%"),
         ("value 4.255317001", "value 4.255317002"),  # the last digit, which is rounded
         ("probability 0.9999", "probability 1.0000"),
         ("V* - V^pi  0  0.00%", "V* - V^pi  4.441e-16  0.00%"),
@@ -40,6 +41,8 @@ def test_a_line_that_differs_in_speed_width_or_rounding_is_the_same(shown, print
         ("first action  run", "first action  inspect"),
         ("method  tree, 1.1 s", "method  hsvi, 1.1 s"),
         ("method  tree, 1.1 s", "method  tree, 1.1 ms"),
+        ("held-out loss 0.0001208, accuracy 100.0%", "held-out loss 0.0001308, accuracy 100.0%"),
+        ("held-out loss 0.0001208, accuracy 100.0%", "held-out loss 0.0001208, accuracy 99.9%"),
         ("value 4.255317001", "value 4.255317003"),
         ("value 4.255317001", "value -4.255317001"),
         ("gap 0.0021", "gap 0.0023"),
