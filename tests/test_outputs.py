@@ -42,7 +42,7 @@ def test_a_line_that_differs_in_speed_width_or_rounding_is_the_same(shown, print
         ("method  tree, 1.1 s", "method  hsvi, 1.1 s"),
         ("method  tree, 1.1 s", "method  tree, 1.1 ms"),
         ("held-out loss 0.0001208, accuracy 100.0%", "held-out loss 0.0001308, accuracy 100.0%"),
-        ("held-out loss 0.0001208, accuracy 100.0%", "held-out loss 0.0001208, accuracy 99.9%"),
+        ("held-out loss 0.0001208, accuracy 100.0%", "held-out loss 0.0001208, accuracy 99.8%"),
         ("value 4.255317001", "value 4.255317003"),
         ("value 4.255317001", "value -4.255317001"),
         ("gap 0.0021", "gap 0.0023"),
@@ -74,7 +74,7 @@ def test_lines_that_are_not_shown_need_a_cut():
 
 def test_a_cut_stays_between_lines_whose_numbers_changed():
     shown = [TRAINING[0], CUT, TRAINING[2], CUT, TRAINING[4]]
-    printed = [line.replace("0.125", "0.127") for line in TRAINING]
+    printed = [line.replace("0.125", "0.225") for line in TRAINING]
     assert rewritten(shown, printed) == [TRAINING[0], CUT, printed[2], CUT, TRAINING[4]]
 
 

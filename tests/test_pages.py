@@ -20,6 +20,10 @@ from typing import NamedTuple
 
 import pytest
 
+from lindm.cli import sft
+from lindm.cli.main import NAMES, module_of
+from lindm.cli.option_parser import options_of
+from lindm_experiments.harness.experiments import experiment_names
 from tests.outputs import printed_lines, rewritten
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +181,60 @@ def test_every_block_of_code_is_executed_or_has_a_reason_not_to(page):
             )
         if block.note.startswith("not executed"):
             assert re.fullmatch(r"not executed: \w.{9,}", block.note), f"{page}: give the reason after 'not executed: '"
+
+
+def unknown_words(text: str) -> list[str]:
+    """The command, experiment and options that `lindm ...` names and that do not exist. Words in capitals stand for others."""
+    words, _, of_sft = re.sub(r'"[^"]*"', "QUOTED", text).partition(" -- ")
+    name, *rest = [word for word in words.split() if not word.isupper() or word.startswith("--")][1:] or ["--help"]
+    if name not in NAMES:
+        return [] if name in ("--help", "--version") or words.split()[1].isupper() else [name]
+    module = module_of(name)
+    if name == "run":  # the options are those of the experiment
+        return [
+            word
+            for word in rest[:1]
+            if word not in experiment_names() and not word.endswith(".py") and word not in ("--list", "--help")
+        ]
+    known = getattr(module, "COMMANDS", {"": getattr(module, "COMMAND", None)})
+    chosen = rest[0].split("|") if "" not in known and rest else [*known]
+    flags = {option.flag for second in chosen if second in known for option in options_of(known[second].options)}
+    given = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    given_to_sft = {word.partition("=")[0] for word in of_sft.split() if word.startswith("--")}
+    return [
+        *(second for second in chosen if second not in known),
+        *(word for word in given if word not in flags | {"--help"}),
+        *(given_to_sft - {option.flag for option in options_of(sft.COMMAND.options)}),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_and_options_that_a_page_names_exist(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`(lindm [^`]+)`", text)  # executed or not
+    named += [command for block in blocks(page) if block.language == "console" for command, _, _ in commands(block)]
+    parts = [part.strip() for command in named for part in re.split(r" \| | > | #|;", command)]
+    unknown = {part: unknown_words(part) for part in parts if part.startswith("lindm ")}
+    assert not {part: words for part, words in unknown.items() if words}
+
+
+@pytest.mark.parametrize(
+    "text, unknown",
+    [
+        ("lindm", []),
+        ("lindm COMMAND --help", []),
+        ("lindm solve FILE --horizon=2", []),
+        ("lindm solve FILE --horizons 2", ["--horizons"]),
+        ("lindm sovle FILE", ["sovle"]),
+        ("lindm data export DIR --to trl", []),
+        ("lindm data exports DIR", ["exports"]),
+        ("lindm run ladder --seeds 3", []),
+        ("lindm run ladders", ["ladders"]),
+        ("lindm launch slurm|tpu -- --model DIR --date DIR", ["--date"]),
+    ],
+)
+def test_a_command_or_option_that_does_not_exist_is_found(text, unknown):
+    assert unknown_words(text) == unknown
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE)
