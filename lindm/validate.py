@@ -54,7 +54,8 @@ def distribution(array: Numbers, name: str) -> Numbers:
     off = np.abs(sums - 1) > SUM_TOLERANCE
     if off.any():
         at = tuple(int(i) for i in np.argwhere(off)[0])
-        raise ValueError(f"each row of {name} must sum to one; row {at} sums to {sums[at]:.6g}")
+        each, row = (f"each row of {name}", f"row {at}") if at else (name, "it")
+        raise ValueError(f"{each} must sum to one; {row} sums to {sums[at]:.6g}")
     return array
 
 

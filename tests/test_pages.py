@@ -149,7 +149,9 @@ def write(page: str, found: list[Output]) -> None:
     """Put what was printed into a page, where it is not what the page shows."""
     lines = (ROOT / page).read_text(encoding="utf-8").split("\n")
     for output in sorted(found, reverse=True):
-        lines[output.line - 1 : output.line - 1 + len(output.shown)] = rewritten(output.shown, output.printed)
+        place = slice(output.line - 1, output.line - 1 + len(output.shown))
+        assert lines[place] == output.shown, f"{page} was changed while its code was running: run it again"
+        lines[place] = rewritten(output.shown, output.printed)
     (ROOT / page).write_text("\n".join(lines), encoding="utf-8")
 
 

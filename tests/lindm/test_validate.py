@@ -48,6 +48,13 @@ def test_a_row_that_is_off_by_a_digit_is_no_distribution(seed, n, shift):
         validate.distribution(jnp.asarray(rows), "P")
 
 
+def test_the_sum_of_one_distribution_and_of_a_row_are_named():
+    with pytest.raises(ValueError, match=r"^rho must sum to one; it sums to 1\.1$"):
+        validate.distribution(jnp.asarray([0.9, 0.2]), "rho")
+    with pytest.raises(ValueError, match=r"^each row of P must sum to one; row \(1,\) sums to 0\.9$"):
+        validate.distribution(jnp.asarray([[0.5, 0.5], [0.7, 0.2]]), "P")
+
+
 def test_negative_probabilities_are_refused_even_in_rows_that_sum_to_one():
     with pytest.raises(ValueError, match=r"rho must contain probabilities, none below zero; got -0.2 at \(1,\)"):
         validate.distribution(jnp.asarray([1.2, -0.2]), "rho")

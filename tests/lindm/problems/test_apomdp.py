@@ -103,7 +103,7 @@ def test_alpha_out_of_range_raises_an_error(alpha):
 def test_a_broken_model_raises_an_error_with_its_index_and_field(name):
     members = models(4, 3)
     members[2] = dataclasses.replace(members[2], **{name: 2 * getattr(members[2], name)})
-    with pytest.raises(ValueError, match=rf"^model 2: each row of {name} must sum to one"):
+    with pytest.raises(ValueError, match=rf"^model 2: (each row of )?{name} must sum to one"):
         apomdp(members, 0.5)
 
 

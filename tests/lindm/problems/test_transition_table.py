@@ -109,7 +109,7 @@ def test_an_environment_without_an_end_is_solved_as_one():
         ({"start": None}, "start must be given: the environment has none"),
         ({"start": 9}, "start must be a state from 0 to 3, or a law of 4 states; got 9"),
         ({"start": [1.0, 0]}, r"start must be a law of the 4 states; got shape \(2,\)"),
-        ({"start": [1.0, 1.0, 0, 0]}, "each row of rho must sum to one"),
+        ({"start": [1.0, 1.0, 0, 0]}, "^rho must sum to one"),
         ({"horizon": None}, "horizon must be given: the environment has none"),
         ({"horizon": 2.5}, "horizon must be a whole number"),
         (

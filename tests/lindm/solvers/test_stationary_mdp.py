@@ -118,7 +118,7 @@ def test_arrays_keep_double_precision_where_jax_has_single():
         ({"P": [sparse.eye_array(3), np.nan * sparse.eye_array(3)]}, r"the entries of P\[1\] must be finite"),
         ({"r": np.zeros(3)}, r"r must have shape \[S, A\]"),
         ({"rho": [1.0, 0.0]}, "rho must have shape"),
-        ({"rho": [1.0, 1.0, 0.0]}, "each row of rho must sum to one"),
+        ({"rho": [1.0, 1.0, 0.0]}, "^rho must sum to one"),
         ({"discount": 1.5}, "discount must be a number in"),
     ],
 )
