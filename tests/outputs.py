@@ -43,11 +43,13 @@ def rewritten(shown: list[str], printed: list[str]) -> list[str]:
     cost = [[math.inf] * (m + 2) for _ in range(n + 2)]  # of shown[i:] beside printed[j:]; the last row and column are beyond
     step = [[(0, 0)] * (m + 1) for _ in range(n + 1)]
     difference = [[line.difference(other) for other in printed] for line in lines]
+    # a cut would go with a line beside it, and then show all that it hides
+    gone = [n + m if CUT in (*shown[max(i - 1, 0) : i], *shown[i + 1 : i + 2]) else 1 for i in range(n)]
     cost[n][m] = 0
     for i in range(n, -1, -1):
         for j in range(m, -1, -1):
             cut = i < n and shown[i] == CUT
-            choices = [(cost[i][j + 1] + (not cut), (0, 1)), (cost[i + 1][j] + (not cut), (1, 0))]
+            choices = [(cost[i][j + 1] + (not cut), (0, 1)), (cost[i + 1][j] + (gone[i] if i < n and not cut else 0), (1, 0))]
             if not cut and i < n and j < m:
                 choices.append((cost[i + 1][j + 1] + difference[i][j], (1, 1)))
             if (i, j) != (n, m):

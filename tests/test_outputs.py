@@ -78,6 +78,12 @@ def test_a_cut_stays_between_lines_whose_numbers_changed():
     assert rewritten(shown, printed) == [TRAINING[0], CUT, printed[2], CUT, TRAINING[4]]
 
 
+def test_a_cut_does_not_hide_new_lines_in_place_of_its_neighbor():
+    shown = ["method full, 500 steps", "data 900", "held out 100", CUT, TRAINING[4]]
+    printed = ["method full", "steps 500", "optimizer adamw", "rate 1", "data 900", "held out 100", *TRAINING]
+    assert rewritten(shown, printed) == [*printed[:6], CUT, TRAINING[4]]
+
+
 def test_a_cut_goes_with_a_line_beside_it():
     shown = [TRAINING[0], CUT, "accuracy 100 %", CUT, TRAINING[4]]
     assert rewritten(shown, TRAINING) == TRAINING
