@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -56,6 +55,8 @@ from lindm_experiments.harness.figures import (
     RED,
     SKY,
     YELLOW,
+    legend_below,
+    panel_grid,
     plot_seeds,
     set_log_ticks,
 )
@@ -327,7 +328,7 @@ def _grid(records: list[dict], part: str, value) -> tuple[np.ndarray, np.ndarray
 
 def _map(records: list[dict]) -> Figure:
     """log2 of layer / other method over (M, sigma): blue where the layer is better."""
-    figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 7.0))
+    figure, axes = panel_grid(4, 3.2)
 
     def best(c: dict, layer: str, methods: tuple[str, ...]) -> float:
         return np.log2(c["loss"][layer] / min(c["loss"][m] for m in methods))
@@ -342,7 +343,7 @@ def _map(records: list[dict]) -> Figure:
         ("mdp", lambda c: best(c, CENTERED, DATA_ONLY), "MDPs: the same, layer on centered labels"),
         ("mdp", lambda c: best(c, CENTERED, (BAYES, AFFINE)), "MDPs: layer on centered labels / best Bayes"),
     )
-    for axis, (part, value, title) in zip(axes.flat, panels, strict=True):
+    for axis, (part, value, title) in zip(axes, panels, strict=True):
         M, sigma, table = _grid(records, part, value)
         mesh = axis.imshow(table, origin="lower", aspect="auto", cmap=DIVERGING, norm=TwoSlopeNorm(0, -3, 3))
         for i in range(len(sigma)):
@@ -358,7 +359,9 @@ def _map(records: list[dict]) -> Figure:
         axis.set_yticks(range(len(sigma)), [f"{s:g}" for s in sigma])
         axis.grid(visible=False)
         axis.set(xlabel="pairs in the prompt M (= N)", ylabel="label noise sigma", title=title)
-    figure.colorbar(mesh, ax=axes, label="log2 of the ratio written in the cells; blue: the layer is better", shrink=0.7)
+    figure.colorbar(
+        mesh, ax=axes, label="log2 of the ratio written in the cells; blue: the layer is better", location="bottom", aspect=40
+    )
     figure.set_label("Ratios over pairs and noise: the layer wins (blue) with much noise and few pairs, and loses elsewhere.")
     return figure
 
@@ -367,32 +370,31 @@ PALETTES = ((BLUE, GREEN, PURPLE, GRAY), (RED, ORANGE, SKY, YELLOW, "#8B6B00", "
 
 
 def _methods(records: list[dict]) -> Figure:
-    """Suboptimality over M: a column for each noise level, layers above and statistics below; thin lines are seeds."""
+    """Suboptimality over M: a row for each noise level, layers left and statistics right; thin lines are seeds."""
     sigmas = sorted({c["sigma"] for c in records[0]["mdp"]})
     M = sorted({c["M"] for c in records[0]["mdp"]})
-    size = (3.4 * len(sigmas) + 2.4, 6.6)
-    figure, axes = pyplot.subplots(2, len(sigmas), figsize=size, sharey=True, sharex=True, squeeze=False)
+    figure, cells = panel_grid(2 * len(sigmas), 2.6, ylabel="suboptimality", sharey=True, sharex=True)
+    axes = np.array(cells).reshape(-1, 2)
     layers = (LAYER, CENTERED, "layer on its own targets", "uniform policy")
     rows = (layers, tuple(method for method in METHODS if method not in layers))
     for (row, column), axis in np.ndenumerate(axes):
-        sigma = sigmas[column]
-        for method, color, marker in zip(rows[row], PALETTES[row], MARKERS, strict=False):
+        sigma = sigmas[row]
+        for method, color, marker in zip(rows[column], PALETTES[column], MARKERS, strict=False):
             cells = [{(c["M"], c["sigma"]): c["loss"] for c in r["mdp"]} for r in records]
             curves = np.array([[loss[m, sigma][method] for m in M] for loss in cells])
             plot_seeds(axis, M, curves, color)
             axis.plot(M, curves.mean(0), color=color, marker=marker, markersize=4, linewidth=1.2, label=method)
-        if row == 0 and sigma == records[0]["small"][1]:
+        if column == 0 and sigma == records[0]["small"][1]:
             for layer in (LAYER, CENTERED):
                 values = [_small(r)[layer] for r in records]
                 at = [records[0]["small"][0]] * len(values)
                 label = "layers trained here" if layer == LAYER else None
                 axis.plot(at, values, **(MEASURED | {"marker": "_", "markersize": 12}), color=INK, label=label)
-        axis.set(xscale="log", yscale="log", title=f"noise sigma = {sigma:g}" if row == 0 else "")
-        axis.set_xlabel("pairs in the prompt M (= N)" if row else "")
-        axis.set_ylabel("" if column else "suboptimality")
+        axis.set(xscale="log", yscale="log", title=f"{('layers', 'statistics')[column]}, noise sigma = {sigma:g}")
+        axis.set_xlabel("pairs in the prompt M (= N)" if row == len(sigmas) - 1 else "")
         set_log_ticks(axis, M)
-    for row in axes:
-        named = {text: line for axis in row for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-        row[-1].legend(named.values(), named.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.set_label("Suboptimality falls with the pairs: layers above, statistics below, a column for each noise level.")
+    for column in axes.T:
+        named = {text: line for axis in column for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        legend_below(column[-1], handles=named.values(), labels=named.keys(), ncols=2)
+    figure.set_label("Suboptimality falls with the pairs: layers left, statistics right, a row for each noise level.")
     return figure

@@ -48,6 +48,7 @@ from lindm_experiments.harness.figures import (
     RED,
     SEED,
     label_line_ends,
+    panel_grid,
     plot_seeds,
 )
 from lindm_experiments.harness.statistics import clopper_pearson
@@ -293,7 +294,7 @@ def _attitude(records: list[dict]) -> Figure:
     seeded, (first_year,) = of_seeds(records), [r for r in records if "advantage" in r]
     alphas = np.array(seeded[0]["alphas"])
     mean = {k: np.mean([r["prostate"][k] for r in seeded], 0) for k in ("value", "whole", "models", "biopsies")}
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.2))
+    figure, (left, middle, right, free) = panel_grid(3, 3.4, free=True)
     centers = [RED, GREEN, PURPLE, ORANGE]
     with_room = {"xlabel": ATTITUDE, "xlim": (-0.03, 1.2), "xticks": np.linspace(0, 1, 6)}
     for m, color in enumerate(centers):
@@ -307,7 +308,8 @@ def _attitude(records: list[dict]) -> Figure:
     left.plot(alphas, mean["whole"], color=GRAY, label="nature chooses once", linestyle="--", marker="")
     left.plot([], [], color=GRAY, linewidth=1.0, marker="", label="one center's model is true")
     left.set(ylabel="quality-adjusted years", title="Value of the optimal policy", **with_room)
-    left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
+    left.plot([], [], color=BLUE, label="draws of the rewards (thin)", **SEED)
+    free.legend(*left.get_legend_handles_labels(), loc="center", title="value (above left)")
     label_line_ends(left, 1.0, list(mean["models"][-1]), list(CENTERS), centers)
     middle.set(ylabel="expected biopsies until detection", title="Biopsies by the true model", **with_room)
     label_line_ends(middle, 1.0, list(mean["biopsies"][-1]), list(CENTERS), centers)
@@ -321,9 +323,9 @@ def _attitude(records: list[dict]) -> Figure:
         xlabel=ATTITUDE, ylabel="probability of high risk", title="Threshold: a biopsy is taken above the line", ylim=(0, 0.55)
     )
     figure.set_label(
-        "Left: the value of the optimal policy falls from the best case to the worst case. Middle: the expected number of "
-        "biopsies rises with the attitude under each of the four centers' models. Right: the threshold above which a biopsy "
-        "is taken falls slowly, and is lower the more years are left."
+        "Above left: the value of the optimal policy falls from the best case to the worst case. Above right: the expected "
+        "number of biopsies rises with the attitude under each of the four centers' models. Below: the threshold above which "
+        "a biopsy is taken falls slowly, and is lower the more years are left."
     )
     return figure
 
@@ -331,7 +333,7 @@ def _attitude(records: list[dict]) -> Figure:
 def _convexity(records: list[dict]) -> Figure:
     seeded = of_seeds(records)
     alphas, n = np.array(seeded[0]["alphas"]), sum(r["problems"] for r in seeded)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
+    figure, (left, right) = panel_grid(2, 4.0)
     counts = np.sum([r["not_convex"] for r in seeded], 0)
     for M, row, color, shift in zip((2, 3), counts, (BLUE, RED), (-0.006, 0.006), strict=True):
         ends = np.array([clopper_pearson(int(k), n) for k in row])
@@ -366,7 +368,7 @@ def _convexity(records: list[dict]) -> Figure:
 def _criteria(records: list[dict]) -> Figure:
     seeded = of_seeds(records)
     alphas = np.array(seeded[0]["alphas"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
+    figure, (left, right) = panel_grid(2, 4.0)
     losses = 100 * np.array([r["loss"] for r in seeded])  # [seeds, problems, alphas]
     plot_seeds(left, alphas, losses.reshape(-1, len(alphas)), BLUE)
     left.plot(alphas, losses.mean((0, 1)), color=BLUE, label="random APOMDPs, mean", **(EXACT | {"marker": "o"}))

@@ -39,7 +39,20 @@ from lindm.solvers.solve import Tables, label, q_bounds, solve
 from lindm.types import APOMDP, CERTIFIED
 from lindm.validate import count, nonnegative
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, EXACT, GREEN, INK, ORANGE, PURPLE, RED, SEED, SKY
+from lindm_experiments.harness.figures import (
+    BLUE,
+    EXACT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    SKY,
+    WIDTH,
+    legend_below,
+    panel_grid,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict, of_seeds
 from lindm_experiments.lib.apomdps import value_span
 from lindm_experiments.lib.tiger import DISCOUNT, tiger, tiger_answers, tiger_beliefs
@@ -325,7 +338,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 
 def _tiger(shown: dict) -> Figure:
     left, values, actions = (np.array(shown[k]) for k in ("left", "values", "actions"))
-    figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 6.0), sharex=True, height_ratios=(2.2, 1))
+    figure, axes = pyplot.subplots(2, 2, figsize=(WIDTH, 5.8), sharex=True, height_ratios=(2.2, 1))
     (curves, band), (strips, widths) = axes
     middle = values[:, len(left) // 2]
     for V, horizon in zip(values, HORIZONS, strict=False):
@@ -354,7 +367,7 @@ def _tiger(shown: dict) -> Figure:
     band.set(title=f"Certified bounds, {H} decisions left, solved from belief 1/2")
     band.legend(fontsize=8, loc="upper center")
     widths.set(xlabel="belief that the tiger is left", ylabel="width / span", xlim=(0, 1), yscale="log", ylim=(1e-5, 1))
-    widths.legend(fontsize=7, loc="lower left")
+    legend_below(widths)
     figure.set_label(
         "The tiger problem over the belief. Upper left: the exact value is flat in the middle and rises to both ends. Lower "
         "left: the best action is to listen except near belief 0 and 1. Right: bounds by HSVI enclose the exact value and are "
@@ -364,7 +377,7 @@ def _tiger(shown: dict) -> Figure:
 
 
 def _widths(seeded: list[dict]) -> Figure:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.8, 4.0))
+    figure, (left, right) = panel_grid(2, 3.8)
     for name, color, marker in zip(METHODS, (BLUE, GREEN, RED), "os^", strict=True):
         means_of_seeds = {
             k: np.array([np.mean(r["methods"][name][k], 0) for r in seeded]) for k in ("effort", "width", "certified")
@@ -374,16 +387,12 @@ def _widths(seeded: list[dict]) -> Figure:
             for one, x in zip(values, means_of_seeds["effort"], strict=True):
                 axis.plot(x, one, color=color, **SEED)
             axis.plot(effort, values.mean(0), color=color, label=name, **(EXACT | {"marker": marker}))
-    left.set(
-        xscale="log",
-        yscale="log",
-        ylim=(1e-6, 1),
-        xlabel="trials of HSVI, points of the net",
-        ylabel="width at the start / span",
-        title="How wide the bounds are",
-    )
+    left.set(xscale="log", yscale="log", ylim=(1e-6, 1), title="How wide the bounds are")
+    left.set(xlabel="trials of HSVI, points of the net", ylabel="width at the start / span")
     left.legend(fontsize=8)
-    right.set(xscale="log", xlabel="trials of HSVI, points of the net", ylabel="%", title="Steps with a certified action")
+    right.set(
+        xscale="log", xlabel="trials of HSVI, points of the net", ylabel="% of the steps", title="Steps with a certified action"
+    )
     figure.set_label(
         "Left: the width of the bounds falls with trials of HSVI, within some ten trials below 1e-4, and more slowly with "
         "points of the net. Right: the share of steps with a certified action rises to 100 percent."

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.label_laws import bellman_labels, bellman_moments, noise_moment
@@ -34,7 +33,7 @@ from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.validate import count
 from lindm_experiments.harness.config import check_counts, check_positive
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, plot_seeds
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, ORANGE, RED, legend_below, panel_grid, plot_seeds
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, attained_offline, linear_mdps
@@ -271,7 +270,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     H = np.array(records[0]["horizons"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
+    figure, (left, right) = panel_grid(2, 4.6)
     for name, color, label in (("bellman", BLUE, "labels bootstrapped"), ("oracle", GREEN, "labels by the oracle")):
         curves = np.array([r["mean"][name] for r in records])
         plot_seeds(left, H, curves, color)
@@ -284,7 +283,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     for name, color, label in bounds:
         left.plot(H, np.mean([r["mean"][name] for r in records], 0), color=color, label=label, **BOUND)
     left.set(xscale="log", yscale="log", xlabel="horizon H", ylabel="loss of value", title="Loss and bounds without an oracle")
-    left.legend(fontsize=8)
+    legend_below(left)
     curves = np.array([r["mean"]["injected"] for r in records]) / records[0]["epsilon"]
     plot_seeds(right, H, curves, BLUE)
     mean = curves.mean(0)
@@ -294,7 +293,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     right.set(
         xscale="log", yscale="log", xlabel="horizon H", ylabel="loss / one-stage error", title="Equal errors at every stage"
     )
-    right.legend(fontsize=8)
+    legend_below(right)
     figure.set_label(
         "Left: measured losses grow with the horizon, nearly as fast with bootstrapped labels as with labels by the oracle; "
         "three bounds lie above, the quadratic one up to a hundred times. Right: with equal errors at every stage the loss "

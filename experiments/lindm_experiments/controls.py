@@ -40,7 +40,7 @@ from lindm.types import Prompt
 from lindm.validate import fraction
 from lindm_experiments.harness.claims import FAIL, get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, PURPLE, RED, plot_seeds
+from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, PURPLE, RED, WIDTH, plot_seeds
 from lindm_experiments.harness.statistics import equivalence
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, attained_offline, linear_mdps
@@ -282,9 +282,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ("undertrained", "weights", "relative distance to A_N", "training stopped early"),
         ("horizon", "identity", "share of policies off the identity", "horizon off by one"),
     )
-    figure = pyplot.figure(figsize=(10.4, 6.8))
-    rows = figure.add_gridspec(2, 1)
-    axes = [figure.add_subplot(spec) for row, columns in ((0, 3), (1, 2)) for spec in rows[row].subgridspec(1, columns)]
+    figure = pyplot.figure(figsize=(WIDTH, 8.6))
+    rows = figure.add_gridspec(3, 1)
+    axes = [figure.add_subplot(spec) for row, columns in ((0, 3), (1, 1), (2, 1)) for spec in rows[row].subgridspec(1, columns)]
     for axis, (name, claim, label, title) in zip(axes, panels, strict=False):
         scale = records[0]["policies"] if name == "horizon" else 1
         for i, (version, color) in enumerate((("honest", BLUE), ("mutant", RED))):
@@ -292,8 +292,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             axis.plot(np.full(len(y), i) + np.linspace(-0.12, 0.12, len(y)), y, "o", color=color)
         c = get_claim(claim)
         axis.axhspan(max(c.lo, 0), c.hi, color=GRAY, alpha=0.25, lw=0)
-        axis.set_xticks([0, 1], ["correct", "mutant"])
-        axis.set(xlim=(-0.5, 1.5), ylabel=label, title=f"{title} ({claim})")
+        axis.set(xlim=(-0.5, 1.5), ylabel=label, title=f"{title} ({claim})", xticks=[0, 1], xticklabels=["correct", "mutant"])
     x = np.arange(len(SHARES))
     for kind, color, label in (("predicted", GREEN, "measured / predicted"), ("beside", PURPLE, "risk / risk without a leak")):
         curves = np.array([r["leak"][kind] for r in records])
@@ -310,11 +309,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
             y = np.concatenate([one[version] for one in ratios])
             axes[4].plot(y, np.full(len(y), i), "o", color=color, alpha=0.6)
     axes[4].axvspan(1, c.hi, color=GRAY, alpha=0.25, lw=0)
-    axes[4].set_yticks(range(len(BOUNDS)), [textwrap.fill(name, 26) for name in records[0]["bounds"]], fontsize=8)
+    axes[4].set_yticks(range(len(BOUNDS)), [textwrap.fill(name, 40) for name in records[0]["bounds"]], fontsize=8)
     axes[4].invert_yaxis()
     axes[4].set(xscale="log", xlabel="bound / truth", title="Bounds with a mistake")
-    for axis in axes:
-        axis.title.set_fontsize(9)
     figure.set_label(
         "Negative controls beside the correct computation; gray bands are criteria. Correct results lie in the band and "
         "mutants outside: lengths exchanged, training stopped early, a horizon off by one, and five bounds with a mistake. A "

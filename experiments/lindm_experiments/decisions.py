@@ -29,6 +29,7 @@ The quick preset trains a tiny, randomly initialized model in one cell: a bandit
 demonstrations show. Expected: a gap near zero for SFT and near one for ICL. Claims that need other cells are undecided.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ from lindm.io.temporaries import scratch_directory
 from lindm.llm.named_policies import PoliciesByName
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import COLORS, GRAY
+from lindm_experiments.harness.figures import COLORS, GRAY, WIDTH, panel_grid
 from lindm_experiments.harness.statistics import Decision, clustered, clustered_ci
 from lindm_experiments.harness.verdicts import EFFECTIVE, Verdict, to_verdict, undecided
 from lindm_experiments.lib import language_models
@@ -329,7 +330,7 @@ LINES = {  # policy -> label, color, marker
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-    alone = {policy: {policy: 1.0} for policy in LINES}
+    alone = {policy: {policy: 1.0} for policy in LINES if policy != "bayes"}  # in the other figure
     figures = {"gaps": _over_horizons(records, alone, "normalized optimality gap", ticks, linthresh=0.02)}
     if any(YARDSTICK in r["rows"]["id"] for r in records):
         beyond = {policy: {policy: 1.0, YARDSTICK: -1.0} for policy in ("icl", "sft", "bc", "bayes")}
@@ -343,25 +344,24 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 def _over_horizons(
     records: list[dict], curves: Mapping[str, Mapping[str, float]], ylabel: str, ticks: Sequence[float], *, linthresh: float
 ) -> Figure:
-    """Curves over the horizon (policy -> factors of `gaps`): a column for each suite, a row for each split."""
-    known = suites_of(records)
-    figure, axes = pyplot.subplots(2, len(known), figsize=(4.1 * len(known), 6.4), sharey="row", sharex="col", squeeze=False)
-    for row, (split, about) in zip(axes, (("id", "in distribution"), ("ood", "out of distribution")), strict=True):
-        for axis, suite in zip(row, known, strict=True):
-            at = horizons(records, suite)
-            for shift, (policy, factors) in enumerate(curves.items()):
-                strata = [gaps(records, suite, factors, horizon=h, part=split) for h in at]
-                if all(strata):
-                    _errorbars(axis, np.arange(len(at)) + 0.05 * (shift - len(curves) / 2), strata, policy, linewidth=1.2)
-            axis.axhline(0, color="#444444", linewidth=0.8, marker="")
-            axis.set_xticks(range(len(at)), [str(h) for h in at])
-            axis.set_title(f"{suite}, {about}")
-        row[0].set_ylabel(ylabel)
-        row[0].set_yscale("symlog", linthresh=linthresh)
-        row[0].set_yticks(ticks, map(str, ticks))
-        row[0].set_ylim(ticks[0] - 0.01, 1.6)
-    for axis in axes[-1]:
-        axis.set_xlabel("horizon")
+    """Curves over the horizon (policy -> factors of `gaps`): a row for each suite, a column for each split."""
+    known, splits = suites_of(records), {"id": "in distribution", "ood": "out of distribution"}
+    figure, axes = panel_grid(2 * len(known), max(2.6, 4.4 / len(known)), ylabel=ylabel, sharey=True, sharex="row")
+    for axis, (suite, split) in zip(axes, itertools.product(known, splits), strict=True):
+        at = horizons(records, suite)
+        for shift, (policy, factors) in enumerate(curves.items()):
+            if policy == "random":  # by definition
+                axis.axhline(1, color=GRAY, linestyle="--", linewidth=1.0, marker="", label=LINES[policy][0])
+                continue
+            strata = [gaps(records, suite, factors, horizon=h, part=split) for h in at]
+            if all(strata):
+                _errorbars(axis, np.arange(len(at)) + 0.05 * (shift - len(curves) / 2), strata, policy, linewidth=1.2)
+        axis.axhline(0, color="#444444", linewidth=0.8, marker="")
+        axis.set_xticks(range(len(at)), [str(h) for h in at])
+        axis.set(title=f"{suite}, {splits[split]}", xlabel="horizon" if suite == known[-1] else "")
+    axes[0].set_yscale("symlog", linthresh=linthresh)
+    axes[0].set_yticks(ticks, map(str, ticks))
+    axes[0].set_ylim(min(ticks[0] - 0.01, *(a.dataLim.y0 for a in axes)), max(1.6, *(1.2 * a.dataLim.y1 for a in axes)))
     _legend(figure, axes)
     figure.set_label("Gaps with 95 % intervals of each policy, for each suite.")
     return figure
@@ -376,25 +376,25 @@ def _errorbars(
     axis.errorbar(x, means, [error, error], color=color, marker=marker, capsize=2, label=label, **style)
 
 
-def _legend(figure: Figure, axes: np.ndarray) -> None:
-    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=axes.shape[1] + 1)
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _in_formats(records: list[dict]) -> Figure:
     """Gaps in formats that were not trained."""
     known = suites_of(records)
     groups = {"id": "training format"} | FORMATS
-    figure, axes = pyplot.subplots(1, len(known), figsize=(3.9 * len(known) + 0.6, 3.8), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(1, len(known), figsize=(WIDTH, 3.4), sharey=True, squeeze=False)
     for axis, suite in zip(axes[0], known, strict=True):
         for x, part in enumerate(groups):
             for i, policy in enumerate(("sft", "icl")):
                 if strata := gaps(records, suite, {policy: 1.0}, horizon=horizons(records, suite)[0], part=part):
                     _errorbars(axis, [x + 0.16 * (i - 0.5)], [strata], policy, linestyle="none")
-        axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name in groups.values()])
+        axis.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name in groups.values()], fontsize=8)
         axis.set_title(suite)
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
     axes[0][0].set_ylabel("normalized optimality gap")
-    _legend(figure, axes)
+    _legend(figure, axes[0])
     figure.set_label("Gaps with 95 % intervals of each policy, for each suite.")
     return figure

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, query_columns
@@ -38,7 +37,19 @@ from lindm.problems.regression import covariance
 from lindm.solvers.dp import plan_linear
 from lindm.types import LinearMDP, Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_rising
-from lindm_experiments.harness.figures import BLUE, COLORS, EXACT, GRAY, MARKERS, MEASURED, ORANGE, SKY, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    COLORS,
+    EXACT,
+    GRAY,
+    MARKERS,
+    MEASURED,
+    ORANGE,
+    SKY,
+    legend_below,
+    panel_grid,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import moment_risk, pair_variance, solve_normal_equations
@@ -336,7 +347,7 @@ def _lengths(records: list[dict]) -> list[int]:
 def _sizes(records: list[dict]) -> Figure:
     """M_eff / M over M for every case, and over the stickiness of the chain."""
     first, M = records[0], _lengths(records)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 4.2))
+    figure, (left, right) = panel_grid(2, 4.4)
     for name, color, marker in zip(first["names"], (GRAY, *(c for c in COLORS if c != GRAY), "black"), MARKERS * 2, strict=False):
         shares = np.array([[np.array(_cell(r, name, m)["size"]) / m for m in M] for r in records])
         left.plot(M, shares[:, :, 1].mean(0), color=color, label=name, **EXACT)
@@ -346,7 +357,7 @@ def _sizes(records: list[dict]) -> Figure:
     left.set(xscale="log", yscale="log", xlabel="pairs in the context M", ylabel="effective share  $M_{eff}$ / M")
     set_log_ticks(left, M)
     left.set_title("What one pair of a trajectory is worth")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    legend_below(left, ncols=2)
     names = [f"stay, stick {s:g}" for s in first["stick"]]
     longest = first["N"] * first["copies"]
     groups = [(M[-1], False, SKY, "o", f"one trajectory of {M[-1]} pairs")]
@@ -356,8 +367,8 @@ def _sizes(records: list[dict]) -> Figure:
         right.plot(first["stick"], shares[:, :, 1].mean(0), color=color, label=label, **EXACT)
         for seed in shares:
             right.plot(first["stick"], seed[:, 0], color=color, **MEASURED | {"marker": marker}, alpha=0.6)
-    right.set(yscale="log", xlabel="chance that the chain stays where it is", title="Slower chains, and pooling")
-    right.legend(fontsize=8)
+    right.set(yscale="log", xlabel="chance that the chain stays", ylabel=left.get_ylabel(), title="Slower chains, and pooling")
+    legend_below(right)
     figure.set_label(
         "Left: the effective share of a context's pairs is 1 for independent pairs, falls to a few percent on chains that "
         "stay where they are, and is above 1 on chains that turn. Right: the share falls with the chance to stay, less where "
@@ -370,7 +381,7 @@ def _risks(records: list[dict]) -> Figure:
     """Risk over M of the layer trained on independent pairs and of the one trained on the trajectories themselves."""
     first, M = records[0], _lengths(records)
     chosen = [first["names"][0], first["names"][1], first["names"][-2], first["names"][-1]]
-    figure, axes = pyplot.subplots(1, len(chosen), figsize=(3.1 * len(chosen), 3.6), sharey=True)
+    figure, axes = panel_grid(len(chosen), 3.0, ylabel="risk of Qhat", sharey=True)
     for axis, name in zip(axes, chosen, strict=True):
         for k, color, marker, label in (("plain", BLUE, "o", "independent pairs"), ("own", COLORS[1], "s", "such contexts")):
             cells = [[_cell(r, name, m) for m in M] for r in records]
@@ -380,8 +391,8 @@ def _risks(records: list[dict]) -> Figure:
         axis.axvline(first["N"], color=GRAY, linestyle=":", linewidth=1.0)
         axis.set(xscale="log", yscale="log", xlabel="pairs in the context M", title=name)
         set_log_ticks(axis, M)
-    axes[0].set_ylabel("risk of Qhat")
-    axes[-1].legend(title=f"trained at N = {first['N']} on", fontsize=8, title_fontsize=8)
+    place = {"title": f"trained at N = {first['N']} (dotted) on", "ncols": 2, "loc": "outside lower center"}
+    figure.legend(*axes[0].get_legend_handles_labels(), **place)
     figure.set_label(
         "Risk of Qhat over the context length, one panel for each kind of chain: the layer trained on such contexts is better "
         "than the one trained on independent pairs where contexts are shorter than in training."

@@ -40,7 +40,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_multiples, check_positive, check_rising
-from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, INK, MARKERS, MEASURED, plot_seeds
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, INK, MARKERS, MEASURED, legend_below, panel_grid, plot_seeds
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.lib.repeated_layers import BLOCK, finite_contexts, long_bias, onehot_risk
@@ -332,7 +332,7 @@ def _bias(records: list[dict]) -> Figure:
 def _finite(records: list[dict]) -> Figure:
     """Risk over the depth for several M: without noise, with noise, and tabular with the exact curve."""
     first = records[0]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12.6, 4.2))
+    figure, axes = panel_grid(3, 4.4)
     layers = np.arange(1, len(first["finite"][0]["clean"]) + 1)
     for i, (f, color, marker) in enumerate(zip(first["finite"], COLORS, MARKERS, strict=False)):
         share = np.mean([r["finite"][i]["share"] for r in records])
@@ -360,15 +360,13 @@ def _finite(records: list[dict]) -> Figure:
         for r in records:
             seen = r["onehot"]["measured"][i]
             axes[2].plot(np.arange(1, len(seen) + 1), seen, color=color, alpha=0.6, **MEASURED | {"marker": marker})
-    for axis in axes:
+    for axis in axes[:3]:
         axis.set(yscale="log", xlabel="layers k")
-        axis.legend(fontsize=8, loc="lower left" if axis is axes[0] else "best")
-    bottom, top = axes[0].get_ylim()
-    axes[0].set_ylim(bottom / 30, top)  # room for the legend
-    axes[0].set_ylabel("risk of Qhat")
+        axis.set_ylabel("risk of Qhat")
+        legend_below(axis, ncols=2)
     figure.set_label(
-        "Risk over the number of layers. Left: without noise depth helps for long contexts and hurts for M = 8. Middle: with "
-        "label noise the curves flatten near least squares. Right: on tabular features the exact risk of M = 8 explodes with "
-        "depth."
+        "Risk over the number of layers. Above left: without noise depth helps for long contexts and hurts for M = 8. Above "
+        "right: with label noise the curves flatten near least squares. Below: on tabular features the exact risk of M = 8 "
+        "explodes with depth."
     )
     return figure

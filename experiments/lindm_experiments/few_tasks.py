@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, query_columns
@@ -32,7 +31,7 @@ from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family
 from lindm.solvers.rollout import cumulative
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, MEASURED, RED, plot_seeds
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, MEASURED, RED, legend_below, panel_grid, plot_seeds
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
@@ -233,7 +232,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     T = np.array(records[0]["T"], dtype=float)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.2))
+    figure, (left, right) = panel_grid(2, 4.8)
     for i, (name, color) in enumerate(zip(LAWS, (BLUE, RED), strict=True)):
         measured = np.array([np.array(r["excess"][i]) / r["least"] for r in records])
         exact = np.array([np.array(r["predicted"][i]) / r["least"] - 1 for r in records])
@@ -253,7 +252,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="risk above fresh tasks, relative",
         title="Excess risk",
     )
-    left.legend(fontsize=7)
+    legend_below(left)
     right.axhline(1.0, color=GRAY, **EXACT)
     right.set(
         xscale="log",
@@ -261,7 +260,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="measured / predicted risk",
         title="Risk on fresh tasks, every seed",
     )
-    right.legend(fontsize=8)
+    legend_below(right)
     figure.set_label(
         "Left: the excess risk falls as C/T with the number of distinct training tasks, on the exact curves. Right: measured "
         "over predicted risk lies within one percent of 1 for every seed."

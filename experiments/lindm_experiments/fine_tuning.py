@@ -24,13 +24,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import FullAttention
 from lindm.icl.trainer import train_many
 from lindm_experiments.harness.config import check_at_least, check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, MEASURED, ORANGE, PURPLE, RED, SEED, SKY
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    EXACT,
+    GRAY,
+    GREEN,
+    MEASURED,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    SKY,
+    legend_below,
+    panel_grid,
+)
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib.fine_tuning_problems import (
     END,
@@ -281,7 +294,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14.4, 4.4))
+    figure, (left, middle, right) = panel_grid(3, 4.4)
     times = GRID * END / FLOW_STEPS
     colors = {"all weights": BLUE, "reduced": GREEN, "value weight": ORANGE}
     for k, r in enumerate(records):
@@ -308,7 +321,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="left to learn / that at the start",
         title="Trade-off, every seed",
     )
-    left.legend(fontsize=8)
+    legend_below(left, ncols=2)
     for law, color, label in ((0, PURPLE, "old tasks"), (1, SKY, "new tasks")):
         path = np.array([r["paths"]["all weights"][law] for r in records])
         measured = np.array([r["all"]["measured"][law] for r in records])
@@ -320,7 +333,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     )
     middle.plot([STOP, LATE], few.mean(0), color=SKY, **MEASURED | {"marker": "s"})
     middle.set(xscale="log", xlabel="fine-tuning time", ylabel="risk", title="All weights: flow (lines), layer (points)")
-    middle.legend(fontsize=8)
+    legend_below(middle)
     zero = [r["value"]["zero_shot"] for r in records]
     gain = np.array([z["gain"] for z in zero])
     right.plot(gain, [z["lost"] for z in zero], color=PURPLE, label="old tasks, mean zero", **MEASURED)
@@ -332,10 +345,11 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="in-context risk lost",
         title="Value row trained on prompts without labels",
     )
-    right.legend(fontsize=8)
+    legend_below(right)
     figure.set_label(
-        "Left: the trade-off between what is left to learn and what is forgotten; paths of all weights and of the reduced "
-        "layer lie above the frontier, which replay reaches. Middle: the risk of new tasks falls while that of old ones "
-        "rises; trained on few tasks it turns up again. Right: what training without labels gains, the in-context risk loses."
+        "Above left: the trade-off between what is left to learn and what is forgotten; paths of all weights and of the "
+        "reduced layer lie above the frontier, which replay reaches. Above right: the risk of new tasks falls while that of "
+        "old ones rises; trained on few tasks it turns up again. Below: what training without labels gains, the in-context "
+        "risk loses."
     )
     return {"fine_tuning": figure}

@@ -45,6 +45,8 @@ from lindm_experiments.harness.figures import (
     RED,
     SEED,
     SEQUENTIAL,
+    legend_below,
+    panel_grid,
     set_log_ticks,
 )
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
@@ -202,7 +204,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     diagonal = [i for i, n in enumerate(names) if n == "u" or n[1] == n[2]][-4:]
     looks = dict(zip(diagonal, zip((BLUE, RED, GREEN, ORANGE), MARKERS, strict=False), strict=False))
     beside = [i for i, n in enumerate(names) if n != "u" and n[1] < n[2]][:3]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14.4, 4.2), width_ratios=(1.35, 1, 1))
+    figure, (left, middle, right) = panel_grid(3, 4.2)
     curve = np.array(flow_["path"])
     for i in (*diagonal, *beside):
         color, marker = looks.get(i, (PURPLE, "v"))
@@ -223,8 +225,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="parameter",
         title=f"Layer (points, step {records[0]['runs'][-1]['rate']:g}), flow (lines)",
     )
-    left.set_ylim(top=1.35 * left.get_ylim()[1])  # room for the legend
-    left.legend(fontsize=8.5, loc="upper left", ncols=3)
+    legend_below(left, ncols=3)
     shades = pyplot.get_cmap(SEQUENTIAL)(np.linspace(0, 0.85, len(records[0]["runs"])))
     for k, run in enumerate(records[0]["runs"]):
         for r in records:
@@ -232,7 +233,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         mean = np.mean([r["runs"][k]["distance"] for r in records], axis=0)
         middle.plot(run["time"], mean, color=shades[k], marker="", label=f"step {run['rate']:g}")
     middle.set(xlabel="time of the flow", ylabel="distance / length of the way", title="Layer and flow apart", ylim=(0, None))
-    middle.legend(fontsize=8.5)
+    legend_below(middle, ncols=2)
     rates = np.array([run["rate"] for run in records[0]["runs"]])
     distance, leak = _largest(records, "distance"), _largest(records, "leak")
     for values, color, marker, label in (
@@ -252,10 +253,10 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="It vanishes with the step",
     )
     set_log_ticks(right, rates)
-    right.legend(fontsize=8.5)
+    legend_below(right, ncols=2)
     figure.set_label(
-        "Left: the parameters of the trained layer (points) move along the gradient flow (lines); entries off the diagonal "
-        "and the blocks v and z stay near 0. Middle: the distance between layer and flow grows with the time and with the "
-        "length of a step. Right: the largest distance falls with the step."
+        "Above left: the parameters of the trained layer (points) move along the gradient flow (lines); entries off the "
+        "diagonal and the blocks v and z stay near 0. Above right: the distance between layer and flow grows with the time "
+        "and with the length of a step. Below: the largest distance falls with the step."
     )
     return {"paths": figure}

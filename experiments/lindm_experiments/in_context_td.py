@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import FullAttention, ReducedAttention, query_columns
@@ -35,7 +34,18 @@ from lindm.problems.linear_mdp import MDPFamily, draw_task, second_moment, simpl
 from lindm.solvers.rollout import cumulative, invert
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_at_least, check_counts, check_positive, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, GRAY, GREEN, PURPLE, RED, plot_seeds, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    GRAY,
+    GREEN,
+    PURPLE,
+    RED,
+    legend_below,
+    panel_grid,
+    plot_seeds,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory import temporal_difference as td
@@ -295,7 +305,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     depths = np.array(records[0]["depths"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.2))
+    figure, (left, right) = panel_grid(2, 4.6)
     kinds = (
         ("td", BLUE, "o", "TD, its matrix trained"),
         ("two", GREEN, "D", "TD with two matrices, trained"),
@@ -310,7 +320,6 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         label = f"difference of {label.split(',')[0]} and all weights trained"
         left.plot(depths, curves.mean(0), color=color, marker="", linestyle=":", label=label)
     left.set(yscale="log", xlabel="layers", ylabel="mean square / that of the values", title="Values of a policy")
-    left.set_ylim(bottom=left.get_ylim()[0] / 100)
     curves = np.array([np.array(r["optimal"]) / r["floor"] for r in records])
     plot_seeds(right, depths, curves, RED)
     right.plot(depths, curves.mean(0), color=RED, marker="s", label="linear attention, all weights trained")
@@ -318,9 +327,9 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     right.axhline(1.0, color=GRAY, label="floor of every layer linear in the rewards", **BOUND)
     right.axhline(np.mean(iterated), color=PURPLE, label="least-squares value iteration", **BOUND)
     right.set(ylim=(0, None), xlabel="layers", ylabel="risk / floor", title="Optimal values: the maximum")
-    for axis, place in ((left, "lower left"), (right, (0.02, 0.2))):
+    for axis in (left, right):
         set_log_ticks(axis, depths)
-        axis.legend(fontsize=8, loc=place)
+        legend_below(axis)
     figure.set_label(
         "Left: the error of a policy's values falls with the layers, alike for TD with two matrices and for all weights "
         "trained; dotted, their differences are much smaller. Right: for optimal values the risk falls toward the floor of "

@@ -22,9 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from lindm.icl.attention import ReducedAttention, pad
 from lindm.icl.label_laws import oracle_labels
@@ -36,15 +34,12 @@ from lindm.solvers.dp import policy_value
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, INK, MEASURED, ORANGE, SEED
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
-from lindm_experiments.lib import linear_mdps
+from lindm_experiments.lib import isotropy_figures, linear_mdps
+from lindm_experiments.lib.isotropy_figures import ISOTROPIC, LAWS, SIMPLEX
 from lindm_theory.in_context import balance_length, general_bound, modes, optimal_weights, paper_bound, risk
 from lindm_theory.moments import design_fourth, gaussian_fourth
 
-ISOTROPIC = ("one-hot, rewards in [0, 1]", "one-hot, rewards in [-1, 1]")
-SIMPLEX = "simplex"
-LAWS = ("Gaussian", "signed axes", "sign-symmetric only")  # of the bandits' features
 S, A, d, H = 12, 3, 6, 4  # sizes of the MDPs
 D, CANDIDATES = 4, 4  # features and actions of a bandit
 
@@ -324,77 +319,4 @@ def check(records: list[dict]) -> list[Verdict]:
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    return {"plane": _plane(records), "actions": _actions(records)}
-
-
-def _plane(records: list[dict]) -> Figure:
-    """Suboptimality over (M, N): the mean over seeds above, every seed at three context lengths below."""
-    first = records[0]
-    N, M, Nt = np.array(first["N"]), np.array(first["M"]), first["N_trained"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10.4, 7.6), height_ratios=(1.25, 1))
-    for column, (name, word) in enumerate(((ISOTROPIC[1], "isotropic"), (SIMPLEX, "anisotropic"))):
-        cells = [r["families"][name] for r in records]
-        loss = np.mean([c["loss"] for c in cells], 0)
-        top, below = axes[0, column], axes[1, column]
-        mesh = top.pcolormesh(M, N, np.log10(loss), shading="nearest", rasterized=True)
-        lines = top.contour(M, N, np.log10(loss), levels=5, colors="white", linewidths=0.9, linestyles="-")
-        for text in top.clabel(lines, fmt=lambda v: f"{10**v:.2g}", fontsize=9, colors="white"):
-            text.set(path_effects=[withStroke(linewidth=2.2, foreground=INK)], fontweight="bold")
-        balance = np.mean([c["balance"] for c in cells], 0)
-        inside = (balance > N[0] / 1.4) & (balance < N[-1] * 1.4)
-        top.plot(M[inside], balance[inside], color=ORANGE, **EXACT, label="bias = estimation (exact)")
-        top.plot(M, M, color=INK, **BOUND, label="N = M: least risk of Qhat")
-        top.set_title(f"{name}: {word}", pad=22)
-        top.set(xscale="log", yscale="log", xlabel="pairs in a test prompt M", ylabel="pairs in a training prompt N")
-        top.set(xlim=(M[0] / 1.4, M[-1] * 1.4), ylim=(N[0] / 1.4, N[-1] * 1.4))
-        top.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=8)
-        bar = figure.colorbar(mesh, ax=top, label="suboptimality (log scale)")
-        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if loss.min() <= t <= loss.max()]
-        bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
-        for color, at in zip(COLORS[:3], (0, len(M) // 2, len(M) - 1), strict=True):
-            for c in cells:
-                below.plot(N, np.array(c["loss"])[:, at], color=color, **SEED)
-                below.plot(Nt, np.array(c["trained_loss"])[:, at], color=color, **MEASURED, alpha=0.6)
-            below.plot(N, loss[:, at], color=color, **EXACT, label=f"M = {M[at]}")
-        below.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="suboptimality")
-        below.set_ylim(loss.min() / 1.6, loss.max() * 4)
-        below.legend(fontsize=8, ncols=3, title="line: closed form; points: trained layer", title_fontsize=8, loc="upper center")
-    figure.set_label("Suboptimality does not change with the training length on isotropic features; it does on anisotropic ones.")
-    return figure
-
-
-def _actions(records: list[dict]) -> Figure:
-    """How many actions N changes, what is charged for N, and the same in other coordinates."""
-    first = records[0]
-    N, kappa = np.array(first["N"]), np.array(first["kappa"])
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.2, 4.0))
-    M = first["M"][-1]
-    series = [(n, [np.array(r["families"][n]["share"])[:, -1] for r in records]) for n in (*ISOTROPIC, SIMPLEX)]
-    series += [(f"bandit, {n}", [np.array(r["bandits"][n]["share"]) for r in records]) for n in LAWS]
-    for (name, shares), color, marker in zip(series, COLORS, "os^Dv*", strict=False):
-        for share in shares:
-            left.plot(N, 100 * share, color=color, **SEED)
-        left.plot(N, 100 * np.mean(shares, 0), color=color, marker=marker, markersize=4.5, linestyle="none", label=name)
-    limit = np.mean([r["families"][SIMPLEX]["share_limit"] for r in records], 0)
-    left.plot(N, 100 * limit, color=COLORS[2], **EXACT)
-    left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions in %", ylim=(-0.8, None))
-    left.set_title(f"Actions that differ from those at N = {N[-1]}")
-    left.legend(fontsize=8, title=f"MDPs at M = {M}; line: simplex, M = ∞", title_fontsize=8)
-    for name, color in ((ISOTROPIC[1], COLORS[1]), (SIMPLEX, COLORS[2])):
-        for r in records:
-            middle.plot(N, r["families"][name]["bias"], color=color, **SEED)
-        middle.plot(N, np.mean([r["families"][name]["bias"] for r in records], 0), color=color, **EXACT, label=name)
-        middle.plot(N, first["families"][name]["paper_bias"], color=color, **BOUND, label="  eq. (6), which presumes Psi = I")
-    middle.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat, all stages")
-    middle.set_ylim(top=middle.get_ylim()[1] * 300)  # room for the legend
-    middle.legend(fontsize=8, title="What is charged for N", loc="upper right")
-    for key, color, label in (("paper", GRAY, "eq. (6), bias term"), ("theorem", "#8B6B00", "Theorem 2, any law and Psi")):
-        values = np.array([r["coordinates"][key] for r in records])
-        right.plot(kappa, values.mean(0) / values.mean(0)[0], color=color, **BOUND, label=label)
-    for r in records:
-        loss = np.array(r["coordinates"]["loss"])
-        right.plot(kappa, loss / loss[0], color=INK, **MEASURED, label="suboptimality, measured" if r is first else None)
-    right.set(xscale="log", yscale="log", xlabel="condition number of the coordinates, kappa", ylabel="relative to kappa = 1")
-    right.legend(fontsize=8, title="The same MDPs in other coordinates")
-    figure.set_label("The training length changes no action on isotropic laws; eq. (6) charges for it all the same.")
-    return figure
+    return isotropy_figures.plot(records)

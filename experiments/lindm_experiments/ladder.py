@@ -29,7 +29,7 @@ from lindm.problems.linear_mdp import MDPFamily, onehot_family, second_moment, s
 from lindm.validate import count
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, GRAY, GREEN, RED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, GRAY, GREEN, RED, WIDTH, panel_grid, set_log_ticks
 from lindm_experiments.harness.statistics import at_most
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import attained, linear_mdps
@@ -46,7 +46,7 @@ NAMES = {
     "margin": "1b margin",
     "span_per_stage": "1 span, scale per stage",
     "sup_norm": "2 sup norm",
-    "error_parts": "3 bias + estimation + optimization",
+    "error_parts": "3 parts of the error",
     "mean_policy": "6 mean policy",
     "expected_tight": "4 expected, tightened",
     "expected": "4 expected",
@@ -297,7 +297,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 def _attained(records: list[dict]) -> Figure:
     """bound / truth of every rung: on the instances on which it is attained, and on random MDPs."""
     rungs = _sorted_rungs([c["mean"] for r in records for c in r["cells"]])[1:]
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.0))
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 4.0))
     band = get_claim("ladder/attained")
     axis.axvspan(1, band.hi, color=GRAY, alpha=0.25, lw=0)
     for i, rung in enumerate(rungs):
@@ -336,11 +336,11 @@ def _waterfall(records: list[dict]) -> Figure:
     names = list(dict.fromkeys(c["family"] for c in records[0]["cells"]))
     lengths = sorted({c["M"] for c in records[0]["cells"]})
     M = lengths[len(lengths) // 2]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names) + 2.2, 4.2), sharey=True, sharex=True, squeeze=False)
+    figure, axes = panel_grid(len(names), 3.2, free=True, sharey=True, sharex=True)
     cells = {name: [c["mean"] for x in records for c in x["cells"] if c["family"] == name and c["M"] == M] for name in names}
     rows = _sorted_rungs([c for of_family in cells.values() for c in of_family])
     color = {r: color for group, color in zip(GROUPS, (BLUE, GRAY, GREEN, RED), strict=True) for r in group}
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=False):
         truth = np.mean([c["suboptimality"] for c in cells[name]])
         for i, r in enumerate(rows):
             values = np.array([c[r] for c in cells[name]])
@@ -348,11 +348,21 @@ def _waterfall(records: list[dict]) -> Figure:
             axis.plot(values.mean(), i, "o", color=color[r], markersize=6)
             times = "" if r == "suboptimality" else f"  ×{values.mean() / truth:.3g}"
             axis.text(values.max() * 1.3, i, f"{values.mean():.3g}{times}", va="center", fontsize=8)
-        axis.set(xscale="log", title=f"{name}, M = {M}", xlabel="suboptimality")
-        axis.set_yticks(range(len(rows)), [NAMES[r] for r in rows])
-    low, high = axes[0, 0].get_xlim()
-    axes[0, 0].set(xlim=(low / 1.5, high * 12), ylim=(len(rows) - 0.4, -0.6))  # room for the numbers; the truth above
-    title = f"Exact suboptimality and the ladder of bounds above it (N = {records[0]['N']}; mean and seeds)"
+        axis.set(xscale="log", title=name, xlabel="suboptimality")
+        axis.set_yticks(range(len(rows)), [NAMES[r] for r in rows], fontsize=8)
+        axis.xaxis.set_tick_params(labelbottom=True)
+    low, high = axes[0].get_xlim()
+    axes[0].set(xlim=(low / 1.5, high * 30), ylim=(len(rows) - 0.4, -0.6))  # room for the numbers; the truth above
+    kinds = (
+        "exact suboptimality",
+        "bound, given the context",
+        "bound in expectation over contexts",
+        "bound with high probability",
+    )
+    for group, kind in zip(GROUPS, kinds, strict=True):
+        axes[-1].plot([], [], "o", color=color[group[0]], label=kind)
+    axes[-1].legend(loc="center", title="mean (point) and seeds (ticks);\n×: multiple of the exact one")
+    title = f"Exact suboptimality and the ladder of bounds above it (N = {records[0]['N']}, M = {M})"
     figure.suptitle(title, x=0.01, ha="left")
     figure.set_label(
         "The exact suboptimality (above) and every bound as points on a logarithmic axis, by kind and size: bounds of one "
@@ -366,8 +376,8 @@ def _growth(records: list[dict]) -> Figure:
     """The rungs over the context length M, one panel a family."""
     names = list(dict.fromkeys(c["family"] for c in records[0]["cells"]))
     lengths = sorted({c["M"] for c in records[0]["cells"]})
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.0 * len(names), 3.8), sharey=True, squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    figure, axes = panel_grid(len(names), 2.9, ylabel="suboptimality", free=True, sharey=True)
+    for axis, name in zip(axes, names, strict=False):
         for r in ("suboptimality", "span_per_state", "mean_policy", "sup_norm", "expected", "high_probability"):
             values = [
                 [next(c["mean"][r] for c in x["cells"] if c["family"] == name and c["M"] == M) for M in lengths] for x in records
@@ -375,8 +385,7 @@ def _growth(records: list[dict]) -> Figure:
             axis.plot(lengths, np.mean(values, 0), label=NAMES[r], linestyle="-" if r == "suboptimality" else "--")
         axis.set(yscale="log", xlabel="pairs in the test prompt M", title=name)
         set_log_ticks(axis, lengths)
-    axes[0, 0].set_ylabel("suboptimality")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
     figure.set_label(
         "The exact suboptimality falls with the context length, and so do the bounds above it, in the same order in each of "
         "the three families."

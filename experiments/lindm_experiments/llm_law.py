@@ -45,7 +45,7 @@ from lindm.llm.model import Decoder
 from lindm.llm.policy import load_policy
 from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
-from lindm_experiments.harness.figures import COLORS, EXACT, GRAY, MARKERS, set_log_ticks
+from lindm_experiments.harness.figures import COLORS, EXACT, GRAY, MARKERS, WIDTH, set_log_ticks
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
@@ -283,7 +283,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     N, M = lengths(records)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 4.2), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True)
     for axis, predictor in zip(axes, ("transformer", "layer"), strict=True):
         for n, values, color, marker in zip(N, np.moveaxis(risks(records, predictor), 1, 0), COLORS, MARKERS, strict=False):
             axis.plot(M, values.mean(0), color=color, label=f"trained at N = {n}", **EXACT | {"marker": marker})
@@ -302,12 +302,12 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     figures = {"risk": figure}
     if by_length := language_gaps(records):
         figure, axis = pyplot.subplots()
-        for (n, gaps), color, marker in zip(by_length.items(), COLORS, MARKERS, strict=False):
+        for i, ((n, gaps), color, marker) in enumerate(zip(by_length.items(), COLORS, MARKERS, strict=False)):
             at = list(gaps)
             means, ends = zip(*(mean_ci(v) for v in gaps.values()), strict=True)
             error = [[m - e[0] for m, e in zip(means, ends, strict=True)]] * 2
             label = f"fine-tuned with {n} demonstrations"
-            axis.errorbar(at, means, error, color=color, marker=marker, capsize=2, label=label)
+            axis.errorbar(np.array(at) * 1.03**i, means, error, color=color, marker=marker, capsize=2, label=label)
         axis.set(xscale="log", xlabel="demonstrations in the context M", ylabel="normalized optimality gap")
         set_log_ticks(axis, at)
         axis.set_title(f"Language model on {SUITE}, horizon {HORIZON}")

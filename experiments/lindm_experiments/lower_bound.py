@@ -42,6 +42,8 @@ from lindm_experiments.harness.figures import (
     ORANGE,
     PURPLE,
     RED,
+    legend_below,
+    panel_grid,
     plot_seeds,
     set_log_ticks,
 )
@@ -327,7 +329,7 @@ def _risks(records: list[dict]) -> Figure:
     """Risk over M = N with its floor, and risk over the depth; relative to the floor, every seed."""
     M, depths = np.array(records[0]["M"]), np.array(records[0]["depths"])
     floor = _kernels(records, "floor")[:, None]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.6, 4.2))
+    figure, (left, right) = panel_grid(2, 4.6)
     plot_seeds(left, M, _kernels(records, "exact") / floor, BLUE)
     left.plot(M, (_kernels(records, "exact") / floor).mean(0), color=BLUE, label="$A_N$: exact", **EXACT)
     left.plot(M, (_kernels(records, "measured") / floor).mean(0), color=BLUE, label="$A_N$: measured", **MEASURED)
@@ -353,7 +355,7 @@ def _risks(records: list[dict]) -> Figure:
     right.set(xlabel="steps k", ylabel="risk / floor", yscale="log", title="Depth and normalization")
     set_log_ticks(right, depths)
     for axis in (left, right):
-        axis.legend(fontsize=8)
+        legend_below(axis)
     figure.set_label(
         "Left: the risk of one layer falls with the prompt length to its floor, and no lower. Right: with more steps the risk "
         "falls far below the floor of one layer, as it does at one step where a layer divides by the trace."

@@ -31,7 +31,21 @@ from lindm.problems.linear_mdp import MDPFamily, second_moment, simplex_family, 
 from lindm.solvers.dp import occupancy, policy_value
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GRAY, GREEN, INK, ORANGE, PURPLE, RED, SEED, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    EXACT,
+    GRAY,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    WIDTH,
+    legend_below,
+    set_log_ticks,
+)
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import attained, attained_margin, linear_mdps
@@ -298,7 +312,7 @@ def check(records: list[dict]) -> list[Verdict]:
 def plot(records: list[dict]) -> dict[str, Figure]:
     first = records[0]
     M, free = first["M"], first["M_free"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(WIDTH, 4.6))
 
     def draw(axis, x, name, color, label, marker="o") -> np.ndarray:
         curves = np.array([r["curves"][name] for r in records])
@@ -318,7 +332,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     left.set(
         yscale="log", xlabel="pairs in the test prompt M", ylabel="suboptimality", title="With an action gap: exponential in M"
     )
-    left.legend(fontsize=8, loc="lower left")
+    legend_below(left)
     draw(right, free, "no gap", BLUE, "measured, all tasks, no bias")
     law = np.mean([r["no_gap_constant"] for r in records]) / np.array(free)
     right.plot(free, law, color=ORANGE, label="f(0) s²/(4M), summed over states", **BOUND)
@@ -327,7 +341,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     right.axhline(np.mean([r["floor_predicted"] for r in records]), color=RED, linestyle=":", label="bias alone, exact")
     right.set(yscale="log", xlabel="pairs in the test prompt M", title="Gaps down to zero: 1/M; flipped action: a floor")
     set_log_ticks(right, first["M_floor"])
-    right.legend(fontsize=8, loc="center right")
+    legend_below(right)
     figure.set_label(
         "Left: with an action gap the measured suboptimality falls exponentially with M, below three bounds. Right: without a "
         "gap it falls as 1/M on the predicted line; on tasks whose best action the bias flips it stays at a floor."

@@ -45,7 +45,7 @@ from lindm.io.temporaries import scratch_directory
 from lindm.text import Document, Step
 from lindm.types import POMDP
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS
+from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS, WIDTH, panel_grid
 from lindm_experiments.harness.statistics import mean_ci
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
@@ -315,7 +315,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 def _profiles(records: list[dict]) -> Figure:
     """R² of each layer."""
     panels = (("mdp", "advantage"), ("mdp", "q"), ("tiger", "belief"), ("tiger", "advantage"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True)
+    figure, axes = panel_grid(len(panels), 2.8, ylabel="R² on new tasks, beyond the stage's mean", sharey=True)
     for axis, (problem, target) in zip(axes, panels, strict=True):
         for record in (r for r in records if r["point"]["problem"] == problem):
             for (model_name, result), color, marker in zip(record["probes"][target].items(), COLORS, MARKERS, strict=False):
@@ -325,8 +325,7 @@ def _profiles(records: list[dict]) -> Figure:
                 )
         axis.axhline(0, color=GRAY, linestyle=":", marker="")
         axis.set(xlabel="layer", title=f"{problem}: {LABELS.get(target, target)}")
-    axes[0].set_ylabel("R² on new tasks, beyond the stage's mean")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.set_label(
         "Variance explained by linear probes over the layers of the model: near 0 in MDPs; in the tiger problem the belief "
         "can be read from the first layer on after fine-tuning, while the base model loses it in later layers and permuted "
@@ -336,7 +335,7 @@ def _profiles(records: list[dict]) -> Figure:
 
 
 def _implied(records: list[dict]) -> Figure:
-    figure, axes = pyplot.subplots(1, 3, figsize=(11.0, 3.6))
+    figure, axes = pyplot.subplots(1, 3, figsize=(WIDTH, 3.6), width_ratios=(4, 2, 2))
     with_q = {
         model_name: _joined(records, "mdp", "implied", "with_q", model_name)
         for model_name in ("before", "after", "ridge", "layer")
@@ -350,9 +349,10 @@ def _implied(records: list[dict]) -> Figure:
             x = i + np.linspace(-0.15, 0.15, len(v))
             axis.plot(x, v, color=GRAY, markersize=2, marker=".", linestyle="")
             axis.errorbar([i], [mean], [[mean - low], [high - mean]], color=COLORS[0], marker="o", capsize=3)
-        axis.set_xticks(range(len(values)), [LABELS[model_name].replace(" ", "\n") for model_name in values])
-        axis.set_title(title)
+        axis.set_xticks(range(len(values)), [LABELS[model_name].replace(" ", "\n") for model_name in values], fontsize=8)
+        axis.set(title=title, xlim=(-0.5, len(values) - 0.5))
         axis.axhline(0, color="#444444", linewidth=0.8, marker="")
+    axes[0].set_ylabel("correlation, or share of decisions")
     figure.set_label(
         "Every dot is a task, with means and 95 % intervals: correlations of implied Q values with Q*, of their errors with "
         "those of ridge regression and of the attention layer, and shares of equal decisions after renaming."

@@ -49,7 +49,7 @@ from lindm.llm.sft.metrics import METRICS
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import load_tokenizer
 from lindm_experiments.harness.config import check_counts, check_positive
-from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, PURPLE, SEED
+from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, PURPLE, SEED, legend_below, panel_grid
 from lindm_experiments.harness.statistics import equivalence, mean_ci
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
@@ -315,7 +315,7 @@ def _sequences(records: list[dict]) -> np.ndarray:
 
 def _circuit(records: list[dict]) -> Figure:
     """R² of each quantity over training sequences, and the gap below."""
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(7.2, 6.0), sharex=True, height_ratios=(3, 2))
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(6.4, 7.4), sharex=True, height_ratios=(3, 2))
     n = _sequences(records)
     for name in measured(records):
         lines = np.array([curves(r, name) for r in records])  # [trainings, 2, steps]
@@ -343,7 +343,7 @@ def _circuit(records: list[dict]) -> Figure:
     bottom.set(xlabel="training sequences", ylabel="normalized optimality gap", ylim=(0, None))
     bottom.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     for axis in (top, bottom):
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        legend_below(axis, ncols=2)
     figure.set_label(
         "How well probes read each quantity, over training sequences, with permuted targets dashed; below, the gap of the model."
     )
@@ -353,15 +353,14 @@ def _circuit(records: list[dict]) -> Figure:
 def _layers(records: list[dict]) -> Figure:
     """Mean R² by layer and evaluation, one panel for each quantity."""
     names = measured(records)
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.0 * len(names) + 1.2, 3.0), sharey=True, squeeze=False)
+    figure, axes = panel_grid(len(names), 2.8, ylabel="layer (0: embeddings)", sharey=True)
     n, image = _sequences(records), None
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=False):
         r2 = np.mean([[step["probes"][name]["r2"] for step in r["steps"]] for r in records], axis=0)  # [steps, layers]
         image = axis.pcolormesh(n, np.arange(r2.shape[1]), np.clip(r2.T, 0, 1), vmin=0, vmax=1, shading="nearest")
         axis.set(title=QUANTITIES[name], xlabel="training sequences", yticks=range(r2.shape[1]))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.grid(False)
-    axes[0][0].set_ylabel("layer (0: embeddings)")
-    figure.colorbar(image, ax=list(axes[0]), label="R² on new tasks")
+    figure.colorbar(image, ax=axes, label="R² on new tasks")
     figure.set_label("How well probes read each quantity, over layers: a line for each evaluation, a panel for each quantity.")
     return figure

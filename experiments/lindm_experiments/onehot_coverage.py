@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention
@@ -41,7 +40,18 @@ from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm.types import Prompt
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, MEASURED, PURPLE, RED, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    EXACT,
+    GRAY,
+    GREEN,
+    MEASURED,
+    PURPLE,
+    RED,
+    legend_below,
+    panel_grid,
+    set_log_ticks,
+)
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.mean_policy import policy_loss
@@ -298,7 +308,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     M = np.array(records[0]["M"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.3))
+    figure, (left, right) = panel_grid(2, 4.8)
     color = dict(zip(SHIFTS, (RED, BLUE, GREEN), strict=True))
 
     def draw(axis, name: str, kind: str, measured: str, predicted: str, color: str, label: str, marker: str) -> None:
@@ -330,7 +340,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     right.set_title("What it costs: the same MDPs, shifted rewards")
     for axis in (left, right):
         set_log_ticks(axis, M)
-        axis.legend(fontsize=8, title="points: measured, every seed; lines: exact", title_fontsize=8)
+        legend_below(axis, title="points: measured, every seed; lines: exact", title_fontsize=8)
     figure.set_label(
         "Left: the share of decisions that pick an unseen action is 1 where rewards are negative and 0 where they are "
         "positive, and falls with M where labels are centered. Right: the suboptimality falls with M, fastest with centered "

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.problems.linear_mdp import second_moment
@@ -37,6 +36,8 @@ from lindm_experiments.harness.figures import (
     PURPLE,
     RED,
     SKY,
+    legend_below,
+    panel_grid,
     plot_seeds,
     set_log_ticks,
 )
@@ -320,7 +321,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
 def _risks(records: list[dict]) -> Figure:
     """Risk over K of every reader; estimation error against that of independent pairs."""
     K = records[0]["K"]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12.6, 4.0))
+    figure, axes = panel_grid(3, 3.8, ylabel="risk of Qhat, sum over stages")
     shown = (("stage", BLUE, "o"), ("augmented", GREEN, "^"), ("blind", RED, "s"), ("relabeled", ORANGE, "D"))
     for axis, law in zip(axes, ("oracle", "return"), strict=False):
         for reader, color, marker in shown:
@@ -334,8 +335,7 @@ def _risks(records: list[dict]) -> Figure:
         axis.set(xlabel="trajectories in the prompt K", title=f"Labels: {law}", ylim=(0, None))
         set_log_ticks(axis, K)
     axes[0].axhline(np.mean([r["floor"][0] for r in records]), color=RED, linestyle=":", label="floor of the blind reader")
-    axes[0].set_ylabel("risk of Qhat, sum over stages")
-    axes[0].legend(fontsize=8)
+    legend_below(axes[0], ncols=2, title="readers, left and right", title_fontsize=8)
     groups = [(reader, law) for reader, law in READERS if reader != "stage"]
     for place, (reader, law) in enumerate(groups):
         for dependence, color, marker in (("pairs", GRAY, "s"), ("shared", PURPLE, "o")):
@@ -357,7 +357,7 @@ def _risks(records: list[dict]) -> Figure:
 def _policies(records: list[dict]) -> Figure:
     """Loss of one shared prompt, of the mean policy and the bounds; and the instance that separates them."""
     K = records[0]["K"]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12.6, 4.0))
+    figure, (left, middle, right) = panel_grid(3, 4.2)
     for place, (reader, law) in enumerate(READERS):
         cells = _cells(records, reader=reader, law=law, dependence="shared")
         curve = np.mean([[c["mean"] / c["loss"] for c in g] for g in cells], axis=1)
@@ -369,8 +369,7 @@ def _policies(records: list[dict]) -> Figure:
     left.axhline(1.0, color=GRAY, linestyle=":", linewidth=1.0)
     left.set(xlabel="trajectories in the prompt K", ylabel="loss of the mean policy / mean loss", title="What sharing changes")
     set_log_ticks(left, K)
-    left.legend(fontsize=8)
-    left.set_ylim(0.98, 1 + 1.4 * (ratio.max() - 1))
+    legend_below(left)
     curves = {
         "mean loss, one shared prompt": (BLUE, EXACT | {"marker": "o"}, lambda p: np.mean(p["loss"])),
         "shared rung, exact chances": (GREEN, BOUND, lambda p: np.mean([b[1] for b in p["rung"]])),
@@ -382,7 +381,7 @@ def _policies(records: list[dict]) -> Figure:
         yscale="log", xlabel="trajectories in the prompt K", ylabel="suboptimality", title="One layer a stage, oracle labels"
     )
     set_log_ticks(middle, K)
-    middle.legend(fontsize=8)
+    legend_below(middle)
     truth = np.array([r["copied"]["truth"] for r in records])
     for name, color, marker in (("rung", GREEN, "o"), ("mean", RED, "s")):
         label = {"rung": "shared rung", "mean": "mean policy = rung 6"}[name]
@@ -390,6 +389,6 @@ def _policies(records: list[dict]) -> Figure:
     ends = [truth.min(), truth.max()]
     right.plot(ends, ends, color=GRAY, linestyle=":", marker="")
     right.set(xlabel="mean loss, exact", ylabel="suboptimality", title="A policy that copies one trajectory")
-    right.legend(fontsize=8)
+    legend_below(right)
     figure.set_label("The mean policy loses at most 12 percent more than the mean loss; two bounds follow the loss.")
     return figure

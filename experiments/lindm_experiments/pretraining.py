@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm_experiments.harness.config import check_at_least, check_counts, check_rising
-from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, INK, MARKERS, MEASURED, PURPLE
+from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, INK, MARKERS, MEASURED, PURPLE, legend_below, panel_grid
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import context_second_moment, optimal_weights, pair_variance
 from lindm_theory.moments import gaussian_fourth, onehot_fourth
@@ -351,7 +350,7 @@ def _by_law(records: list[dict]) -> list[list[dict]]:
 def plot(records: list[dict]) -> dict[str, Figure]:
     first = records[0]
     d, T, T_all = first["d"], np.array(first["T"]), np.array(first["T_all"])
-    figure, axes = pyplot.subplots(1, 3, figsize=(14.4, 4.4))
+    figure, axes = panel_grid(3, 4.4, ylabel="risk of Qhat")
     for axis, test, title in ((axes[0], 0, "Tasks of the training law"), (axes[1], 1, "Tasks of another $\\Psi$")):
         for j, (ridge, color) in enumerate(zip(first["ridge"], COLORS, strict=False)):
             measured = np.array([r["measured"][test] for r in records])[:, :, j]
@@ -368,7 +367,6 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         T_all, np.mean([r["measured_all"] for r in records], 0), color=PURPLE, label="all queries", **MEASURED | {"marker": "X"}
     )
     axes[0].axvline(d, color=GRAY, linestyle=":", marker="")
-    axes[0].set_ylabel("risk of Qhat")
     for axis, values in (
         (axes[0], [r["least"] for r in records]),
         (axes[1], [r["least_other"][1] for r in records]),
@@ -393,7 +391,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         ylabel="measured / predicted constant",
         title=f"Excess $\\times\\,(T-p)$ at T = {first['first_order'][0]['T']}",
     )
-    for axis in axes:
-        axis.legend(fontsize=7.5, loc="upper left" if axis is axes[2] else "upper right")
+    for axis in axes[:3]:
+        legend_below(axis, ncols=2)
     figure.set_label("The risk peaks where prompts equal parameters; the excess has the predicted constant.")
     return {"pretraining": figure}

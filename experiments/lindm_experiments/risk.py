@@ -27,13 +27,22 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lindm.validate import nonnegative
 from lindm_experiments.harness.config import check_counts, check_rising
-from lindm_experiments.harness.figures import BOUND, COLORS, EXACT, GRAY, MARKERS, plot_markers, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BOUND,
+    COLORS,
+    EXACT,
+    GRAY,
+    MARKERS,
+    legend_below,
+    panel_grid,
+    plot_markers,
+    set_log_ticks,
+)
 from lindm_experiments.harness.statistics import slopes
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import attained
@@ -270,7 +279,7 @@ def _error(records: list[dict]) -> Figure:
     M = np.array(records[0]["M"])
     fine = np.geomspace(M[0], M[-1], 60)
     panels = ((MATCHED[0], "bound"), (MATCHED[1], "bound"), (SIMPLEX, "every_law"), (ONEHOT, "gaussian"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13.6, 3.9))
+    figure, axes = panel_grid(len(panels), 3.1, ylabel="mean squared error of Qhat")
     for axis, (law, other) in zip(axes, panels, strict=True):
         for color, (i, N) in enumerate(_colors(records)):
             plot_markers(axis, M, _cells(records, law, "risk")[:, i], COLORS[color], MARKERS[color], f"trained at N = {N}")
@@ -279,14 +288,10 @@ def _error(records: list[dict]) -> Figure:
             axis.plot(M, _cells(records, law, other)[:, i].mean(0), color=COLORS[color], **style)
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
         set_log_ticks(axis, M)
-    axes[0].set_ylabel("mean squared error of Qhat")
-    for kind, label in (
-        ("-", "exact, A_N"),
-        ("--", "eq. (6); simplex: its form for every law"),
-        (":", "predicted by the Gaussian Γ"),
-    ):
+    kinds = {"-": "exact, $A_N$", "--": "eq. (6); simplex: its form for every law", ":": "predicted by the Gaussian Γ"}
+    for kind, label in kinds.items():
         axes[0].plot([], [], color=GRAY, linestyle=kind, marker="", label=label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.set_label("Trained layers (points) lie on the exact curves, and the bound of each law (dashed) above them.")
     return figure
 
@@ -295,13 +300,12 @@ def _estimation(records: list[dict]) -> Figure:
     """The variance of Qhat over the contexts of a task, one panel a law."""
     M = np.array(records[0]["M"])
     laws = (MATCHED[0], MATCHED[2], SIMPLEX, ONEHOT)
-    figure, axes = pyplot.subplots(1, len(laws), figsize=(13.6, 3.6))
+    figure, axes = panel_grid(len(laws), 3.0, ylabel="estimation error: variance of Qhat over the contexts of a task")
     for axis, law in zip(axes, laws, strict=True):
         _plot_estimation(axis, records, law, "")
         axis.set(yscale="log", title=law, xlabel="pairs in the test prompt M")
         set_log_ticks(axis, M)
-    axes[0].set_ylabel("estimation error: variance of Qhat\nover the contexts of a task")
-    axes[0].legend(fontsize=8.5, title="trained; line exact (slope -1)", title_fontsize=8.5)
+    axes[0].legend(fontsize=8, title="points trained at, lines exact", title_fontsize=8)
     figure.set_label(
         "The estimation error falls as 1/M on four laws: trained layers lie on parallel exact lines of slope -1, higher for "
         "longer training prompts."
@@ -312,7 +316,7 @@ def _estimation(records: list[dict]) -> Figure:
 def _bias(records: list[dict]) -> Figure:
     """Squared bias over N: all laws over the whole range, and the range of the slope."""
     N, long = np.array(records[0]["N"]), np.array(records[0]["long"]["N"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2))
+    figure, (left, right) = panel_grid(2, 4.6)
     fine = np.geomspace(N[0], 4 * long[-1], 200)
     for i, law in enumerate((*MATCHED, SIMPLEX, ONEHOT)):
         plot_markers(left, N, _measured_bias(records, law), COLORS[i], MARKERS[i], law)
@@ -324,7 +328,7 @@ def _bias(records: list[dict]) -> Figure:
     left.plot(guide, falling, color=GRAY, label="slope -2", **BOUND)
     left.set(xscale="log", yscale="log", xlabel="pairs in a training prompt N", ylabel="squared bias of Qhat")
     left.set_title("Measured (points) and exact (lines)")
-    left.legend(fontsize=8.5)
+    legend_below(left, ncols=2)
     wide = np.geomspace(0.9 * long[0], 1.1 * long[-1], 50)
     for law in LONG:
         i = JUDGED.index(law)
@@ -340,7 +344,7 @@ def _bias(records: list[dict]) -> Figure:
         xlabel="pairs in a training prompt N", ylabel="N² × squared bias / its limit", title="The range of the slope: flat is -2"
     )
     set_log_ticks(right, long)
-    right.legend(fontsize=8.5)
+    legend_below(right)
     figure.set_label("The squared bias falls with the training length, at the end as 1/N squared, on the exact lines.")
     return figure
 
@@ -354,7 +358,7 @@ def _split(records: list[dict]) -> Figure:
     M, N = np.array(records[0]["M"]), np.array(records[0]["N"])
     x, q = (np.array([r["cells"][SIMPLEX][k] for r in records]) for k in ("modes", "mode_weights"))
     estimation_bound, bias_bound = ((q / x**power).sum(-1).mean() for power in (1, 2))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.0))
+    figure, (left, right) = panel_grid(2, 4.2)
     _plot_estimation(left, records, SIMPLEX, "trained at ")
     left.plot(M, estimation_bound / M, color=GRAY, label="bound for every N", **BOUND)
     left.set(xlabel="pairs in the test prompt M", ylabel="estimation error of Qhat", title="Estimation error")
@@ -366,7 +370,7 @@ def _split(records: list[dict]) -> Figure:
     for axis, lengths in ((left, M), (right, N)):
         axis.set_yscale("log")
         set_log_ticks(axis, lengths)
-        axis.legend(fontsize=8.5)
+        legend_below(axis)
     figure.set_label(
         "Left: the estimation error falls as 1/M with measured points on the exact lines, below the dashed bound. Right: the "
         "squared bias falls with the training length, below its bound."
@@ -377,7 +381,7 @@ def _split(records: list[dict]) -> Figure:
 def _bound(records: list[dict]) -> Figure:
     """Risk over bound for the longest training length: eq. (6), and its form for every law."""
     M = np.array(records[0]["M"])
-    figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.0), sharey=True)
+    figure, axes = panel_grid(2, 4.2, ylabel="risk / bound (above 1: violated)", sharey=True)
     for axis, bound, title in zip(axes, ("bound", "every_law"), ("eq. (6)", "the same with K(Ψ) and noise in it"), strict=True):
         left_out = SIMPLEX if bound == "bound" else MATCHED[1]  # eq. (6) is not claimed there; a curve between its neighbors
         for law in (law for law in LAWS if law != left_out):
@@ -389,9 +393,8 @@ def _bound(records: list[dict]) -> Figure:
         axis.axhline(1, color="black", linewidth=1)
         axis.set(yscale="log", xlabel="pairs in the test prompt M", title=f"{title}, N = {records[0]['N'][-1]}")
         set_log_ticks(axis, M)
-    axes[0].set_ylabel("risk / bound (above 1: violated)")
     named = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[1].legend(named.values(), named.keys(), fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=4)
     figure.set_label(
         "Risk divided by its bound. Left: eq. (6) holds on its own laws and is violated, above 1, under label noise and heavy "
         "tails. Right: with the fourth moment and the noise in it, the bound holds on every law."

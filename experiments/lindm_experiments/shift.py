@@ -37,7 +37,7 @@ from lindm.problems.regression import covariance
 from lindm.solvers.rollout import cumulative
 from lindm.solvers.ties import greedy
 from lindm_experiments.harness.config import check_at_least, check_counts, check_positive, check_rising
-from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED
+from lindm_experiments.harness.figures import BLUE, BOUND, EXACT, GREEN, MEASURED, ORANGE, PURPLE, RED, legend_below, panel_grid
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_theory.in_context import Prediction, risk
@@ -331,7 +331,7 @@ def _over_length(records: list[dict]) -> Figure:
         "spectrum": f"spectrum: κ {kappa['train']:.2g} → {kappa['test']:.2g}",
     }
     M = np.array([*first["M"], first["M_long"]])
-    figure, axis = pyplot.subplots(figsize=(8.0, 4.6))
+    figure, axis = pyplot.subplots(figsize=(6.4, 5.4))
     for kind, color, marker in zip(KINDS, (BLUE, GREEN, ORANGE, RED, PURPLE), "os^Dv", strict=True):
         floor = np.mean([r["long"]["floor"][kind] for r in records])
         curve = np.mean([[*r["exact"][kind], r["long"]["exact"][kind]] for r in records], 0)
@@ -349,7 +349,7 @@ def _over_length(records: list[dict]) -> Figure:
         ylabel="risk of Qhat, summed over the stages",
         title=f"Shift at test, layers trained at N = {first['N']}: points measured, lines exact, dashes floors",
     )
-    axis.legend(title="kind of shift", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_below(axis, title="kind of shift", ncols=3)
     figure.set_label(
         "Risk over the test length under five shifts: without one it falls to the lowest floor; noise and another query law "
         "end near it; another spectrum ends at a higher floor, and scaled features stay a hundred times above."
@@ -359,9 +359,9 @@ def _over_length(records: list[dict]) -> Figure:
 
 def _scale(records: list[dict]) -> Figure:
     """What a shift does to the squared error of Qhat and to the actions chosen: lines the mean, dots the seeds."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.8))
+    figure, axes = panel_grid(2, 3.8)
     names = list(records[0]["policies"]["wrong"])
-    labels = ["κ\nother" if n == "spectrum" else f"{n} x" if n != "1" else "x\n(as trained)" for n in names]
+    labels = ["κ\nother" if n == "spectrum" else f"{n} x" if n != "1" else "x\n(trained)" for n in names]
     colors = [PURPLE if n == "spectrum" else BLUE if n == "1" else RED for n in names]
     sides = (
         (axes[0], "error", "squared error of Qhat", "The error of Qhat explodes ..."),

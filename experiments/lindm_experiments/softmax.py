@@ -24,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lindm.icl.attention import ReducedAttention, SoftmaxAttention, sinusoidal
 from lindm.icl.trainer import train
 from lindm.problems.regression import draw_regression
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, COLORS, GRAY, plot_seeds, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, COLORS, GRAY, legend_below, panel_grid, plot_seeds, set_log_ticks
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_theory.in_context import gaussian_risk
 from lindm_theory.softmax_limit import best_isotropic_head, isotropic_risk
@@ -161,7 +160,7 @@ def check(records: list[dict]) -> list[Verdict]:
 
 def plot(records: list[dict]) -> dict[str, Figure]:
     M, N = records[0]["M"], records[0]["N"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0), sharey=True)
+    figure, (left, right) = panel_grid(2, 4.6, ylabel="mean squared error", sharey=True)
     for i, name in enumerate(records[0]["risk"]):
         panels = (left, right) if name == "softmax" else (right if "positions" in name else left,)
         curves = np.array([r["risk"][name] for r in records])
@@ -176,9 +175,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         )
         axis.set(xscale="log", yscale="log", xlabel="pairs in the test prompt M", title=title)
         set_log_ticks(axis, M)
-        axis.legend(fontsize=8)
-    left.set_ylabel("mean squared error")
-    left.set_ylim(top=5 * left.get_ylim()[1])  # room for the legend
+        legend_below(axis, ncols=2)
     figure.set_label(
         "Left: the error falls with the test length for linear and softmax attention of one and two blocks; linear layers and "
         "two blocks are lower. Right: with fixed positions the error of softmax rises beyond the training length."

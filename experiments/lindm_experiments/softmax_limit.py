@@ -37,6 +37,8 @@ from lindm_experiments.harness.figures import (
     MEASURED,
     RED,
     SEQUENTIAL,
+    legend_below,
+    panel_grid,
     set_log_ticks,
 )
 from lindm_experiments.harness.statistics import slopes
@@ -230,7 +232,7 @@ def check(records: list[dict]) -> list[Verdict]:
 def plot(records: list[dict]) -> dict[str, Figure]:
     M = np.array(records[0]["M"], float)
     measured, exact, constants = _measured(records), _measured(records, "exact"), _measured(records, "constants")
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14.4, 4.2))
+    figure, (left, middle, right) = panel_grid(3, 4.6)
     shades = pyplot.get_cmap(SEQUENTIAL)(np.linspace(0, 0.85, len(SCORES)))
     for i, s in enumerate(SCORES):
         scale = constants[:, None, 1, i]  # of linear attention: all seeds on one scale
@@ -251,7 +253,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
         title="One softmax head (dashed: $e^s(v+m_2)/M$)",
     )
     set_log_ticks(left, M)
-    left.legend(fontsize=8.5)
+    legend_below(left, ncols=2)
     s = np.geomspace(0.15, 3, 60)
     for r, color in ((0.0, BLUE), (1.0, RED)):
         middle.plot(s, theory.price(s, r), color=color, label=f"one head, r = {r:g}", **EXACT)
@@ -267,7 +269,7 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     middle.set_yticks([1, 2, 2.43, 3, 5, 10], ["1", "2", "2.43", "3", "5", "10"])
     middle.yaxis.minorticks_off()
     set_log_ticks(middle, SCORES)
-    middle.legend(fontsize=8.5)
+    legend_below(middle)
     parts = [part for r in records for part in r["simplex"]]
     predicted = [part["predicted"] for part in parts]
     right.plot(predicted, [part["nonlinear"] for part in parts], color=INK, label="feature maps of all seeds", **MEASURED)
@@ -275,10 +277,11 @@ def plot(records: list[dict]) -> dict[str, Figure]:
     right.set(
         xlabel="predicted share that is not linear", ylabel=f"measured at M = {M[-1]:g}", title="Simplex features: another limit"
     )
-    right.legend(fontsize=8.5)
+    legend_below(right)
     figure.set_label(
-        "Left: the distance of one softmax head to its limit falls as 1/M for four variances of the scores. Middle: the price "
-        "of softmax against linear attention is least, 2.43, near variance 1 for one head, and 1 at small scores for two "
-        "heads. Right: on simplex features the measured share that is not linear is equal to the predicted one."
+        "Above left: the distance of one softmax head to its limit falls as 1/M for four variances of the scores. Above "
+        "right: the price of softmax against linear attention is least, 2.43, near variance 1 for one head, and 1 at small "
+        "scores for two heads. Below: on simplex features the measured share that is not linear is equal to the predicted "
+        "one."
     )
     return {"softmax_limit": figure}

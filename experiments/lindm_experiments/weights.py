@@ -38,7 +38,21 @@ from lindm.problems.regression import covariance
 from lindm.types import Prompt
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts
-from lindm_experiments.harness.figures import BLUE, BOUND, COLORS, DIVERGING, EXACT, GRAY, GREEN, INK, MARKERS, plot_seeds
+from lindm_experiments.harness.figures import (
+    BLUE,
+    BOUND,
+    COLORS,
+    DIVERGING,
+    EXACT,
+    GRAY,
+    GREEN,
+    INK,
+    MARKERS,
+    WIDTH,
+    legend_below,
+    panel_grid,
+    plot_seeds,
+)
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import linear_mdps
 from lindm_experiments.lib.stage_layers import (
@@ -278,13 +292,12 @@ def check(records: list[dict]) -> list[Verdict]:
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    return {"learned": _learned(records), "full": _full(records)}
+    return {"learned": _learned(records), "error": _error(records), "full": _full(records)}
 
 
 def _learned(records: list[dict]) -> Figure:
-    """Heat maps of the first seed and first stage, one row a law; beside them the error on the way, every seed."""
-    figure = pyplot.figure(figsize=(12.4, 7.6))
-    grid = figure.add_gridspec(3, 5, width_ratios=(1, 1, 1, 1, 1.9))
+    """Heat maps of the first seed and first stage, one row a law."""
+    figure, axes = pyplot.subplots(len(LAWS), 4, figsize=(WIDTH, 6.6))
     for row, law in enumerate(LAWS):
         x = _of(records[0], law)
         learned, A, gamma = np.array(x["learned"][0]), np.array(x["A_N"][0]), np.array(x["gamma_inverse"])
@@ -296,7 +309,7 @@ def _learned(records: list[dict]) -> Figure:
             ("Gaussian $\\Gamma^{-1}$, own scale", gamma),
         )
         for column, (title, matrix) in enumerate(maps):
-            axis = figure.add_subplot(grid[row, column])
+            axis = axes[row, column]
             limit = float(np.abs(matrix).max()) if column == 3 else top
             image = axis.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit)
             axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
@@ -307,18 +320,21 @@ def _learned(records: list[dict]) -> Figure:
                 axis.set_ylabel(law if law == "gaussian" else f"{law}, stage 1")
             if column >= 2:
                 figure.colorbar(image, ax=axis, shrink=0.75)
-        axis = figure.add_subplot(grid[row, 4])
-        _way(axis, records, law)
-        if row == 0:
-            axis.set_title("error over training")
-        if row == len(LAWS) - 1:
-            axis.set_xlabel("training steps")
     figure.suptitle(f"What is learned on prompts of N = {records[0]['N']} pairs, and the closed form", x=0.01, ha="left")
     figure.set_label(
         "Heat maps of the learned matrix and the closed form look alike on three laws, and twenty times their difference is "
-        "nearly empty; the Gaussian formula differs on one-hot and simplex features. Right: the relative error falls below "
-        "the criterion during training."
+        "nearly empty; the Gaussian formula differs on one-hot and simplex features."
     )
+    return figure
+
+
+def _error(records: list[dict]) -> Figure:
+    """The error on the way, every seed, one panel a law."""
+    figure, axes = panel_grid(len(LAWS), 3.4, sharey=True)
+    for axis, law in zip(axes, LAWS, strict=True):
+        _way(axis, records, law)
+        axis.set(title=law, xlabel="training steps")
+    figure.set_label("The relative error of the learned matrix falls below the criterion during training, on three laws.")
     return figure
 
 
@@ -334,12 +350,12 @@ def _way(axis, records: list[dict], law: str) -> None:
     if law != "gaussian":
         axis.axhline(far.mean(), color="black", linestyle=":", marker="", label="distance to $\\Gamma^{-1}$")
     axis.set(yscale="log", ylim=(2e-3, 20), ylabel="$\\|\\hat A - A_N\\|_F/\\|A_N\\|_F$")
-    axis.legend(fontsize=7, ncols=3, loc="upper right")
+    legend_below(axis, ncols=2)
 
 
 def _full(records: list[dict]) -> Figure:
     """Left: every entry of U and u against the limit of gradient flow. Right: what the blocks v and z are worth."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0))
+    figure, (left, right) = panel_grid(2, 4.0)
     full = [_of(r, "gaussian")["full"] for r in records]
     ends = np.array([f["u_limit"] for f in full] + [0.0])
     left.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GRAY, label="equal", **EXACT)
@@ -349,9 +365,9 @@ def _full(records: list[dict]) -> Figure:
     left.set(xlabel="limit of gradient flow", ylabel="trained", title="Full layer, gaussian features")
     left.legend()
     rows = (
-        ("best reduced layer,\nexact = 1; measured", "risk_reduced", "predicted_reduced"),
-        ("best layer with v,\nexact", None, "predicted_v_only"),
-        ("full layer (v and z),\nmeasured", "risk_full", None),
+        ("best reduced\nlayer, exact = 1;\nmeasured", "risk_reduced", "predicted_reduced"),
+        ("best layer\nwith v, exact", None, "predicted_v_only"),
+        ("full layer (v\nand z), measured", "risk_full", None),
     )
     for i, (_, measured, exact) in enumerate(rows):
         for x in (r["leak"] for r in records):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lindm.evaluation.calibration import Calibration
-from lindm.figures.style import BLUE, GRAY, RED
+from lindm.figures.style import BLUE, GRAY, RED, WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,9 +17,9 @@ def draw_reliability(calibrations: Mapping[str, Calibration]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    columns = min(len(calibrations), 3)
+    columns = min(len(calibrations), 2)
     rows = -(-len(calibrations) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.4, 3.5 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH if columns > 1 else 4.2, 3.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(calibrations) :]:
         axis.set_visible(False)
@@ -35,6 +35,6 @@ def draw_reliability(calibrations: Mapping[str, Calibration]) -> "Figure":
             axis.scatter(x, y, [8 + 120 * b.weight for b in scores.bins], color=color, marker=marker, alpha=0.8, label=label)
         axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), xlabel="probability of the likeliest action", ylabel="share that is optimal")
         axis.set_title(name if len(name) <= 36 else f"...{name[-33:]}", fontsize=9, parse_math=False)
-        axis.legend(fontsize=7, loc="lower right")
+        axis.legend(fontsize=8, loc="lower right")
     figure.set_label("Points on the diagonal are probabilities that are right; their area is their share of all histories.")
     return figure

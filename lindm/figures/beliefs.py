@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lindm.figures.style import BLUE, COLORS
+from lindm.figures.style import BLUE, COLORS, WIDTH
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers import point_based, tree
 from lindm.solvers.ties import greedy
@@ -85,16 +85,16 @@ def draw_belief_values(values: BeliefValues, problem: StationaryPOMDP, horizon: 
         below.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=min(4, len(np.unique(values.actions))))
         figure.set_label(f"Value over the belief, between its bounds, and a strip of the best first action, {end}.")
         return figure
-    figure = Figure(figsize=(10.4, 4.6))
+    figure = Figure(figsize=(WIDTH, 3.9))
     left, right = figure.subplots(1, 2)
     corners = np.array([(0.0, 0.0), (1.0, 0.0), (0.5, math.sqrt(0.75))])
     x, y = (values.beliefs @ corners).T
     middle = (values.lower.max(1) + values.upper.max(1)) / 2
     filled = left.tricontourf(x, y, middle, levels=14)
-    figure.colorbar(filled, ax=left, label="value (middle of the bounds)")
+    figure.colorbar(filled, ax=left, label="value (middle of the bounds)", location="bottom", shrink=0.8)
     for a in np.unique(values.actions):
         here = values.actions == a
-        right.scatter(x[here], y[here], s=42, marker="h", color=COLORS[a % len(COLORS)], label=actions[a])
+        right.scatter(x[here], y[here], s=30, marker="h", color=COLORS[a % len(COLORS)], label=actions[a])
     width = float((values.upper.max(1) - values.lower.max(1)).max())
     figure.set_label(f"The value (left) and the best first action (right) over the triangle of beliefs of {', '.join(states)}.")
     left.set_title(f"Value, {end} (bounds within {width:.2g})")
@@ -175,17 +175,23 @@ def draw_attitudes(best: np.ndarray, states: tuple[str, ...], actions: tuple[str
 
     pairs = list(combinations(range(2 if len(best) == 1 else 3), 2))
     states = states or tuple(f"state {s}" for s in range(3))
-    figure = Figure(figsize=(1.6 + 4.2 * len(pairs), 4.4))
-    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
+    figure = Figure(figsize=(6.4, 4.6) if len(pairs) == 1 else (WIDTH, 6.6))
+    axes = figure.subplots(-(-len(pairs) // 2), min(2, len(pairs)), squeeze=False).ravel()
+    for cell in axes[len(pairs) :]:
+        cell.set_axis_off()
     colors = ListedColormap([COLORS[(a + 1) % len(COLORS)] for a in range(int(best.max()) + 1)])
     norm = BoundaryNorm(np.arange(colors.N + 1) - 0.5, colors.N)
     alphas, second = np.linspace(0, 1, ATTITUDES), np.linspace(0, 1, POINTS)
-    for axis, (i, j), here in zip(axes, pairs, best, strict=True):
+    for axis, (i, j), here in zip(axes, pairs, best, strict=False):
         axis.pcolormesh(alphas, second, here.T, cmap=colors, norm=norm, alpha=0.55, shading="nearest", rasterized=True)
         axis.set(xlabel="attitude alpha (1: the worst model)", ylabel=f"probability of {states[j]}, else {states[i]}")
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.grid(False)
     patches = [Patch(color=colors(int(a)), alpha=0.55, label=actions[a] if actions else f"action {a}") for a in np.unique(best)]
     figure.set_label("The best first action over the attitude to ambiguity and the belief; colors change at the thresholds.")
-    axes[0].legend(handles=patches, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(4, len(patches)), fontsize=8)
+    title = "best first action"
+    if len(axes) > len(pairs):
+        axes[-1].legend(handles=patches, title=title, loc="center")
+    else:
+        figure.legend(handles=patches, title=title, loc="outside lower center", ncols=4)
     return figure

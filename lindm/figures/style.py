@@ -1,13 +1,17 @@
 """The style of all figures: readable in print and in black and white, safe for color-blind readers.
 
 Colors: Okabe and Ito, *Color Universal Design* (2008); every series also has its own marker and dash. A color has one meaning
-in a figure, a panel at most six series, and a logarithmic axis says so in its label (`figure_bytes` adds it). What is seen in a
-figure is its matplotlib label (`figure.set_label`), and becomes its alternative text.
+in a figure, a panel at most six series, and a logarithmic axis says so in its label (`figure_bytes` adds it). A figure is at most
+`WIDTH` wide, with at most two panels of curves in a row: its letters can then be read at 400 pixels. What is seen in a figure is
+its matplotlib label (`figure.set_label`), and becomes its alternative text.
 """
 
 import contextlib
 import io
 import logging
+import math
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +22,9 @@ from lindm.io.files import storage_errors, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
+WIDTH = 7.6  # inches of a figure with several panels: at 400 pixels, letters of 8 points are 6 pixels high
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GRAY = (
     "#0072B2",
     "#E69F00",
@@ -104,6 +110,7 @@ def figure_bytes(figure: "Figure", kinds: Sequence[str] = KINDS) -> dict[str, by
     # ("none" is one too), and gives it the engine of the style again.
     with matplotlib.rc_context({"figure.constrained_layout.use": False, "svg.hashsalt": "lindm", "svg.fonttype": "none"}):
         _name_scales(figure)
+        _break_long_lines(figure)
         text = describe(figure)
         figure.set_layout_engine(None)
         metadata = {
@@ -115,35 +122,86 @@ def figure_bytes(figure: "Figure", kinds: Sequence[str] = KINDS) -> dict[str, by
         for kind in kinds:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, metadata=metadata[kind])
-            contents[kind] = buffer.getvalue()
+            contents[kind] = _with_palette(buffer) if kind == "png" else buffer.getvalue()
     return contents
 
 
+def _with_palette(png: io.BytesIO) -> bytes:
+    """The PNG with a palette of 256 colors: a third of the bytes, with its alternative text and resolution.
+
+    The choice of colors by "maximum coverage" keeps rare ones, such as that of a single point.
+    """
+    from PIL import Image, PngImagePlugin
+
+    with Image.open(png) as image:
+        texts = PngImagePlugin.PngInfo()
+        for key, value in image.text.items():  # pyright: ignore[reportAttributeAccessIssue]
+            texts.add_text(key, value)
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        small.save(buffer, format="png", optimize=True, pnginfo=texts, dpi=image.info["dpi"])
+    return buffer.getvalue()
+
+
+SCALES = {"log": "(log scale)", "symlog": "(symlog)"}  # scale of an axis -> the end of its label
+
+
 def _name_scales(figure: "Figure") -> None:
-    """Say "log scale" or "symlog" in the labels of such axes, in a second line where one line is longer than the axis."""
+    """Say "log scale" or "symlog" in the labels of such axes."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            name, text = SCALES.get(axis.get_scale()), axis.get_label_text()
+            if name and text and not any(word.strip("()") in text for word in SCALES.values()):
+                axis.set_label_text(f"{text} {name}")
+
+
+def _break_long_lines(figure: "Figure") -> None:
+    """Lay the figure out, and break labels of axes and titles that are longer than their panel into lines."""
 
     def lay_out() -> None:
         if engine := figure.get_layout_engine():
             engine.execute(figure)
 
-    named = []
-    for axes in figure.axes:
-        for side, axis in enumerate((axes.xaxis, axes.yaxis)):
-            scale = {"log": "log scale", "symlog": "symlog"}.get(axis.get_scale())
-            text = axis.get_label_text()
-            if scale and text and "log scale" not in text and "symlog" not in text:
-                axis.set_label_text(f"{text} ({scale})")
-                named.append((axes, axis, side, f"{text}\n({scale})"))
     lay_out()
-    too_long = []
-    for axes, axis, side, in_two_lines in named:
-        label, room = axis.label.get_window_extent(), axes.get_window_extent()
-        if (label.height > room.height) if side else (label.width > room.width):
-            too_long.append((axis, in_two_lines))
-    for axis, in_two_lines in too_long:
-        axis.set_label_text(in_two_lines)
-    if too_long:
+    whole = figure.get_window_extent()
+    texts: list[tuple[Text, float, bool]] = [(text, 0.99 * whole.width, False) for text in figure.texts]
+    for axes in figure.axes:
+        room, titles = axes.get_window_extent(), {axes.get_title(loc=place) for place in ("left", "center")}
+        texts += [(text, room.width, False) for text in _titles(axes) if text.get_text() in titles]
+        texts += [(axes.xaxis.label, room.width, False), (axes.yaxis.label, room.height, True)]
+    broken = []
+    for text, room, upright in texts:
+        extent = text.get_window_extent()
+        if text.get_text() and (length := extent.height if upright else extent.width) > 1.02 * room:
+            broken.append((text, in_lines(text.get_text(), room / length)))
+    for text, lines in broken:
+        text.set_text(lines)
+    if broken:
         lay_out()
+
+
+def _titles(axes: Any) -> "list[Text]":
+    from matplotlib.text import Annotation, Text
+
+    return [child for child in axes.get_children() if isinstance(child, Text) and not isinstance(child, Annotation)]
+
+
+def in_lines(text: str, share: float) -> str:
+    """The text in lines of about equal length, each at most `share` of the whole, broken at spaces outside of formulas.
+
+    The scale of an axis at the end of its label has a line of its own.
+    """
+    scale = next((name for name in SCALES.values() if text.endswith(name)), "")
+    words = re.sub(r"\$[^$]*\$| = ", lambda part: part[0].replace(" ", "\0"), text.removesuffix(scale))
+    width = max(1, math.floor(len(text) * share))
+
+    def lines(width: int) -> list[str]:
+        return textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False)
+
+    fewest = len(lines(width))
+    while width > 1 and len(lines(width - 1)) == fewest:
+        width -= 1
+    return "\n".join([*lines(width), scale] if scale else lines(width)).replace("\0", " ")
 
 
 def describe(figure: "Figure") -> str:

@@ -129,7 +129,8 @@ def test_the_loss_of_one_policy_is_that_of_a_loop_over_the_stages():
 def test_the_figures_show_every_family(records):
     figures = ladder.plot(records)
     assert set(figures) == {"waterfall", "growth", "attained"}
-    assert len(figures["waterfall"].axes) == len(ladder.families(jax.random.key(0)))
+    *panels, legend = figures["waterfall"].axes
+    assert len(panels) == len(ladder.families(jax.random.key(0))) and not legend.axison
 
 
 def test_a_config_out_of_range_names_its_field():

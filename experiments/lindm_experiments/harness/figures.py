@@ -22,6 +22,7 @@ from lindm.figures.style import SEED as SEED
 from lindm.figures.style import SEQUENTIAL as SEQUENTIAL
 from lindm.figures.style import SKY as SKY
 from lindm.figures.style import STYLE as STYLE
+from lindm.figures.style import WIDTH as WIDTH
 from lindm.figures.style import YELLOW as YELLOW
 from lindm.figures.style import figure_bytes
 from lindm.figures.style import file_backend as file_backend
@@ -30,6 +31,40 @@ from lindm.figures.style import file_backend as file_backend
 def figure_files(name: str, figure: Any) -> dict[str, bytes]:
     """NAME.png, NAME.pdf and NAME.svg of a figure: their contents, with its alternative text (`style.figure_bytes`)."""
     return {f"{name}.{kind}": content for kind, content in figure_bytes(figure).items()}
+
+
+def panel_grid(number: int, height: float, *, ylabel: str = "", free: bool = False, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure with two panels in a row, `height` inches each, and its cells in order.
+
+    The last one of an odd number is as wide as the figure, where `free` is not asked for.
+
+    Args:
+      ylabel: of the first panel in each row.
+      free: there is at least one cell without axes, the place of a legend.
+      options: as of pyplot.subplots.
+    """
+    from matplotlib import pyplot
+
+    rows = -(-(number + free) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(WIDTH, height * rows), squeeze=False, **options)
+    cells = list(axes.flat)
+    if number % 2 and not free:
+        cells[-2].set_subplotspec(cells[-2].get_gridspec()[-1, :])
+        cells.pop().remove()
+    for panel in cells[:number:2]:
+        panel.set_ylabel(ylabel)
+    for cell in cells[number:]:
+        cell.set_axis_off()
+    return figure, cells
+
+
+def legend_below(axis: Any, **options: Any) -> None:
+    """A legend under the label of the x axis, which is one line; `options` as of matplotlib's legend."""
+    from matplotlib.transforms import offset_copy
+
+    below = offset_copy(axis.transAxes, axis.figure, x=-20, y=-33, units="points")
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0.2}
+    axis.legend(**place | {"fontsize": 8} | options)
 
 
 def plot_seeds(axis: Any, x: Any, curves: Iterable[Any], color: str) -> None:
@@ -56,7 +91,7 @@ def set_log_ticks(axis: Any, values: Iterable[float]) -> None:
 def label_line_ends(axis: Any, x: float, ends: list[float], names: list[str], colors: list[str]) -> None:
     """Names beside the ends of lines, pushed apart where they would overlap."""
     low, high = axis.get_ylim()
-    order, apart = np.argsort(ends), 0.05 * (high - low)
+    order, apart = np.argsort(ends), 0.07 * (high - low)
     places = np.array(ends)[order]
     for _ in range(50):
         push = np.maximum(apart - np.diff(places), 0) / 2

@@ -205,16 +205,16 @@ def draw_gaps(rows: Sequence[Row], name: str) -> dict[str, bytes]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from lindm_experiments.harness.figures import COLORS, MEASURED, STYLE, figure_files
+    from lindm_experiments.harness.figures import COLORS, MEASURED, STYLE, WIDTH, figure_files
 
     value, low, high, label = GAPS[name]
     known = [row for row in rows if row[value] is not None]
     cells = list(dict.fromkeys((r["suite"], r["horizon"], r["split"]) for r in known))
     names = list(dict.fromkeys(r["policy"] for r in known))
-    columns = min(3, len(cells))
+    columns = min(2, len(cells))
     height = -(-len(cells) // columns)
     with rc_context(STYLE):  # pyright: ignore
-        size = (4.3 * columns + 1.2, (0.9 + 0.28 * len(names)) * height)
+        size = (WIDTH if columns > 1 else 6.0, (0.9 + 0.28 * len(names)) * height)
         figure = Figure(figsize=size)
         axes = figure.subplots(height, columns, sharey=True, squeeze=False)
         for axis, cell in zip(axes.flat, cells, strict=False):

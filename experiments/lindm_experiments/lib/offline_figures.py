@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, PURPLE, RED, SEED, set_log_ticks
+from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, PURPLE, RED, SEED, WIDTH, set_log_ticks
 from lindm_experiments.harness.statistics import crossed_ci
 from lindm_experiments.lib.jumps import change_point, power_law
 from lindm_experiments.lib.offline_cells import CELLS
@@ -40,7 +40,7 @@ def _log_gaps(axis: Any) -> None:
 
 def _law(r: Records, main: str) -> Figure:
     """Gap over training sequences for each size of model, and over distinct tasks at a fixed number of steps."""
-    figure, axis = pyplot.subplots(figsize=(7.6, 4.6))
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 4.6))
     for name, (label, color) in SIZES.items():
         name = main if name == "tiny" else name
         if r.trainings_of(name):
@@ -72,7 +72,7 @@ def _law(r: Records, main: str) -> Figure:
 def _curves(r: Records, main: str) -> Figure:
     """Held-out loss over training sequences, with the best power law and the best change point."""
     names = [name for name in (main, "small", "pretrained") if r.trainings_of(name)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names) + 0.6, 3.8), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(names), figsize=(min(WIDTH, 3.4 * len(names) + 1.4), 3.8), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         n, losses = r.curves(name, "loss")
         for curve in losses:
@@ -97,7 +97,7 @@ def _curves(r: Records, main: str) -> Figure:
 def _factors(r: Records) -> Figure:
     """The gap in every cell, with that of bc and of the yardstick in the same tasks."""
     names = [name for name in CELLS if r.trainings_of(name)]
-    figure, axis = pyplot.subplots(figsize=(7.6, 0.32 * len(names) + 1.4))
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 0.32 * len(names) + 1.4))
     for y, name in enumerate(reversed(names)):
         mean, (low, high) = crossed_ci(r.sft(name))
         first = y == 0

@@ -21,6 +21,8 @@ from lindm_experiments.harness.figures import (
     ORANGE,
     RED,
     SEQUENTIAL,
+    legend_below,
+    panel_grid,
 )
 from lindm_experiments.toolkit.risks import Risk, balance_lengths, risk_grid
 
@@ -54,16 +56,16 @@ def risk_figure(table: Risk) -> Figure:
         balance = None
         if table.balance_lengths is not None:
             balance = np.asarray(balance_lengths(*arrays, table.noise, jnp.asarray(M))[0])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2))
+    figure, (left, right) = panel_grid(2, 5.2)
     lines = left.contourf(M, N, np.log10(grid), levels=14, cmap=SEQUENTIAL)
-    bar = figure.colorbar(lines, ax=left, label="exact risk")
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:.3g}"))
+    bar = figure.colorbar(lines, ax=left, label="exact risk", location="top")
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:.3g}"))
     left.plot(M, M, color=INK, marker="", label="best N for the risk: N = M")
     if balance is not None:
         left.plot(M, balance, color=ORANGE, marker="", linestyle="--", linewidth=2, label="bias = estimation")
     left.set(ylim=(N[0], N[-1]), xlabel="pairs in a test prompt M", ylabel="pairs in a training prompt N")
     left.grid(False)
-    left.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=8)
+    legend_below(left)
     name, bound = ("general bound", table.general_bound) if table.paper_bound is None else ("eq. (6)", table.paper_bound)
     marks = zip(COLORS, MARKERS, strict=True)
     for i, (length, (color, marker)) in enumerate(zip(table.train_lengths, list(marks) * len(table.train_lengths), strict=False)):
@@ -73,7 +75,7 @@ def risk_figure(table: Risk) -> Figure:
         right.plot(table.test_lengths, bound[i], color=color, **BOUND)
     right.set(xlabel="pairs in a test prompt M", ylabel="risk")
     right.plot([], [], color=GRAY, label=name, **BOUND)
-    right.legend(fontsize=8)
+    legend_below(right, ncols=2)
     for axis in (left, right):
         plain_log(axis)
     source = "exact moments" if table.samples is None else f"moments estimated from {table.samples} samples"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lindm.errors import DataError
-from lindm.figures.style import BLUE, FORMATS, GRAY, GREEN, PURPLE, RED, STYLE, figure_bytes
+from lindm.figures.style import BLUE, FORMATS, GRAY, GREEN, PURPLE, RED, STYLE, WIDTH, figure_bytes
 from lindm.io import files, manifest
 from lindm.io.verification import MANIFEST
 from lindm.llm.sft.callbacks import BackgroundCallback, Callback
@@ -154,7 +154,7 @@ def draw_curves(records: list[Record]) -> "Figure":
 
     train, evals = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
     losses, gaps = ([r for r in evals if r.get(name) is not None] for name in ("loss", "gap"))
-    figure = Figure(figsize=(9 if gaps else 5, 3.4))
+    figure = Figure(figsize=(WIDTH, 3.8) if gaps else (5, 3.4))
     axes = figure.subplots(1, 2 if gaps else 1, squeeze=False)
     left = axes[0][0]
     left.plot([r["step"] for r in train], [r["loss"] for r in train], linewidth=0.8, color=GRAY, marker="", label="training")
@@ -174,7 +174,7 @@ def draw_curves(records: list[Record]) -> "Figure":
         if gaps[0].get("bc_gap") is not None:
             right.axhline(gaps[0]["bc_gap"], color=PURPLE, linewidth=1.0, linestyle="--", marker="", label="bc: behavior cloning")
         right.set(xlabel="step", ylabel="normalized optimality gap", ylim=(0, None))
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         seen += f"; the normalized optimality gap of the model begins at {gap[0]:.3g} and ends at {gap[-1]:.3g}"
     figure.set_label(f"{seen}.")
     return figure
