@@ -81,10 +81,17 @@ def plot_markers(axis: Any, x: Any, curves: Iterable[Any], color: str, marker: s
 
 
 def set_log_ticks(axis: Any, values: Iterable[float]) -> None:
-    """A logarithmic x axis with ticks at the measured values alone."""
-    values = list(values)
+    """A logarithmic x axis with ticks at the measured values alone; of crowded ones some have no number."""
+    values = sorted(values)
     axis.set_xscale("log")
-    axis.set_xticks(values, [f"{v:g}" for v in values])
+    labels, right = [], np.inf
+    for value in reversed(values):
+        name = f"{value:g}"
+        place = np.log(value / values[0]) / np.log(values[-1] / values[0]) if value > values[0] else 0.0
+        numbered = right - place >= 0.035 * len(name)  # of the axis: a digit in half of the width of a figure
+        right = place if numbered else right
+        labels.append(name if numbered else "")
+    axis.set_xticks(values, labels[::-1])
     axis.xaxis.minorticks_off()
 
 
