@@ -86,7 +86,7 @@ def set_log_ticks(axis: Any, values: Iterable[float]) -> None:
     axis.set_xscale("log")
     labels, right = [], np.inf
     for value in reversed(values):
-        name = f"{value:g}"
+        name = f"{value:,g}"
         place = np.log(value / values[0]) / np.log(values[-1] / values[0]) if value > values[0] else 0.0
         numbered = right - place >= 0.035 * len(name)  # of the axis: a digit in half of the width of a figure
         right = place if numbered else right

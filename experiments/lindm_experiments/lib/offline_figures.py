@@ -6,7 +6,19 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, PURPLE, RED, SEED, WIDTH, set_log_ticks
+from lindm_experiments.harness.figures import (
+    BLUE,
+    EXACT,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SEED,
+    WIDTH,
+    panel_grid,
+    set_log_ticks,
+)
 from lindm_experiments.harness.statistics import crossed_ci
 from lindm_experiments.lib.jumps import change_point, power_law
 from lindm_experiments.lib.offline_cells import CELLS
@@ -72,8 +84,8 @@ def _law(r: Records, main: str) -> Figure:
 def _curves(r: Records, main: str) -> Figure:
     """Held-out loss over training sequences, with the best power law and the best change point."""
     names = [name for name in (main, "small", "pretrained") if r.trainings_of(name)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(min(WIDTH, 3.4 * len(names) + 1.4), 3.8), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    figure, axes = panel_grid(len(names), 3.0 if len(names) > 2 else 4.0, ylabel="held-out loss, nats a label")
+    for axis, name in zip(axes, names, strict=True):
         n, losses = r.curves(name, "loss")
         for curve in losses:
             axis.plot(n, curve, color=BLUE, **SEED)
@@ -83,11 +95,9 @@ def _curves(r: Records, main: str) -> Figure:
         fit, k = change_point(n, mean)
         axis.plot(n[:k], fit.values[:k], color=GREEN, marker="", label="best change point")
         axis.plot(n[k:], fit.values[k:], color=GREEN, marker="")
-        axis.set(xscale="log", xlabel="training sequences", title=SIZES["tiny" if name == main else name][0])
-        axis.set_xticks(at := [x for x in ROUND if n[0] <= x <= n[-1]], [f"{x:,}" for x in at])
-        axis.xaxis.minorticks_off()
-    axes[0][0].set_ylabel("held-out loss, nats a label")
-    axes[0][0].legend(fontsize=8)
+        axis.set(xlabel="training sequences", title=SIZES["tiny" if name == main else name][0])
+        set_log_ticks(axis, [x for x in ROUND if n[0] <= x <= n[-1]] or n)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.set_label(
         "The held-out loss over training sequences (points), with the best power law (dashed) and the best change point (line)."
     )

@@ -59,7 +59,10 @@ def risk_figure(table: Risk) -> Figure:
     figure, (left, right) = panel_grid(2, 5.2)
     lines = left.contourf(M, N, np.log10(grid), levels=14, cmap=SEQUENTIAL)
     bar = figure.colorbar(lines, ax=left, label="exact risk", location="top")
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:.3g}"))
+    low, high = np.log10(grid.min()), np.log10(grid.max())
+    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    ticks = [t for t in (k * 10.0**p for p in range(int(low) - 1, int(high) + 2) for k in steps) if low <= np.log10(t) <= high]
+    bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
     left.plot(M, M, color=INK, marker="", label="best N for the risk: N = M")
     if balance is not None:
         left.plot(M, balance, color=ORANGE, marker="", linestyle="--", linewidth=2, label="bias = estimation")
