@@ -22,6 +22,7 @@ IMPORTED_AS = {  # where it is not the name of the distribution
     "orbax-checkpoint": "orbax",
     "pymdptoolbox": "mdptoolbox",
     "pyyaml": "yaml",
+    "pillow": "PIL",
 }
 TOOLS = {  # declared, and not imported
     "hatchling": "builds the package, and the wheel in tests",
