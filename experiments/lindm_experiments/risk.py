@@ -238,9 +238,8 @@ def _bound_verdicts(records: list[dict]) -> list[Verdict]:
 
 
 def plot(records: list[dict]) -> dict[str, Figure]:
-    return {"error": _error(records), "estimation": _estimation(records), "bias": _bias(records), "bound": _bound(records)} | {
-        "split": _split(records)
-    }
+    drawn = {"error": _error, "estimation": _estimation, "bias": _bias, "bound": _bound, "split": _split}
+    return {name: draw(records) for name, draw in drawn.items()}
 
 
 def _exact(records: list[dict], law: str, N: np.ndarray | float, M: float = np.inf) -> np.ndarray:
@@ -340,9 +339,7 @@ def _bias(records: list[dict]) -> Figure:
         right.plot(wide, _exact(records, law, wide) * wide**2 / limit, color=COLORS[i], label=law, **EXACT)
     for fill, label in ((GRAY, "trained, on all its features"), ("none", "trained, at Λ")):
         right.plot([], [], linestyle="none", marker="o", color=GRAY, markerfacecolor=fill, label=label)
-    right.set(
-        xlabel="pairs in a training prompt N", ylabel="N² × squared bias / its limit", title="The range of the slope: flat is -2"
-    )
+    right.set(xlabel="pairs in a training prompt N", ylabel="N² × squared bias / limit", title="Range of the slope: flat is -2")
     set_log_ticks(right, long)
     legend_below(right)
     figure.set_label("The squared bias falls with the training length, at the end as 1/N squared, on the exact lines.")
