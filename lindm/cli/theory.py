@@ -78,7 +78,7 @@ def show(table: "Risk") -> None:
         line = "-" if balance is None else f"{balance:.4g}"
         rows.append([str(cell["test_length"]), line, str(cell["best_train_length"]), str(cell["best_given_train_length"])])
     print(format_table(rows))
-    print("\nThe best N is that of the squared error of Qhat; the policy may lose least at another N.")
+    print("\nThe best N minimizes the squared error of Qhat; the policy may lose least at another N.")
 
 
 def run_risk(options: RiskOptions) -> int:
