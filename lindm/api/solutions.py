@@ -183,6 +183,9 @@ def solve_stationary(
     >>> round(solution.lower, 6), solution.regret
     (2.763096, 0.0)
     """
+    if not isinstance(problem, StationaryPOMDP):
+        made = "`read_stationary_pomdp` and `stationary_mdp` make one, `solve` takes the others"
+        raise ValueError(f"problem must be a StationaryPOMDP ({made}); got {type(problem).__name__}")
     observed = not problem.O
     absolute, relative = _parse_tolerance(tolerance if tolerance is not None else "1e-7%" if observed else "0.1%")
     if not horizon >= 1 or (horizon < math.inf and horizon != int(horizon)):

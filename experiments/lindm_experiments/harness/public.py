@@ -38,11 +38,13 @@ def report(directories: Sequence[str | Path], out: str | Path = "report") -> lis
       The files.
 
     Raises:
-      UsageError: `directories` is no list. DataError: a directory holds none of these.
+      UsageError: `directories` is no list, or empty. DataError: a directory holds none of these.
 
     >>> sorted(path.name for path in ld.report(["run"], "report"))
     ['curves.pdf', 'curves.png', 'curves.svg', 'index.html', 'training.csv', 'training.tex']
     """
     if isinstance(directories, str | Path):
         raise UsageError(f"directories must be a list; got {str(directories)!r}")
+    if not directories:
+        raise UsageError("directories must have at least one directory; got none")
     return summary.write_summary([Path(directory) for directory in directories], Path(out))

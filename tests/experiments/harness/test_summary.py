@@ -7,11 +7,12 @@ import shutil
 import pytest
 
 from lindm.cli.main import main
-from lindm.errors import DataError, LindmError
+from lindm.errors import DataError, LindmError, UsageError
 from lindm.evaluation import EVAL_FORMAT
 from lindm.io import files
 from lindm.llm.sft.options import RUN_FORMAT
 from lindm_experiments.harness import summary as pages
+from lindm_experiments.harness.public import report
 from lindm_experiments.harness.report import VERDICTS_FORMAT
 from lindm_experiments.harness.run_directory import RUN_REPORTS
 from tests.experiments.harness.test_report import CONTROL, GOOD, Page, summary
@@ -50,6 +51,13 @@ def test_inputs_are_found_in_directories_and_their_children(work):
     assert isinstance(e.value, DataError)
     with pytest.raises(LindmError, match="got nowhere"):
         pages.find_inputs([work / "verified", pages.Path("nowhere")])
+
+
+@pytest.mark.parametrize("given, got", [([], "none"), ("verified", "'verified'")])
+def test_a_report_of_no_list_of_directories_is_refused(given, got, tmp_path):
+    with pytest.raises(UsageError, match=rf"^directories must .*; got {got}"):
+        report(given, tmp_path / "page")
+    assert not (tmp_path / "page").exists()
 
 
 def test_tables_hold_the_values_of_the_commands(work):

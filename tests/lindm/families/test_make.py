@@ -68,3 +68,8 @@ def test_what_has_no_infinite_horizon_says_why():
             make(name, horizon=math.inf)
     with pytest.raises(ValueError, match="discount must be below 1 where the horizon is infinite; gridworld has 1"):
         make("gridworld", horizon=math.inf)
+
+
+def test_a_problem_with_a_horizon_of_its_own_is_no_stationary_one():
+    with pytest.raises(ValueError, match=r"^problem must be a StationaryPOMDP .*; got NamedProblem$"):
+        ld.solve_stationary(make("pomdp", states=2, actions=2, observations=2, horizon=2, gap=0.0))
