@@ -11,14 +11,14 @@ BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 
 
 def benchmark(name: Benchmark) -> list[Row]:
-    """Measure the speed and the memory of a part of lindm beside another implementation. Takes two to eight minutes.
+    """Measure speed and memory of a part of lindm in comparison with another implementation. Takes two to eight minutes.
 
     Args:
       name: attention, solvers, sft, decisions or accelerator.
 
     Returns:
-      Rows {"work", "ours", "peer", "peer_name", "ratio", "unit"}; a ratio above one is in favor of lindm. The peer is None where
-      its library is not installed.
+      Rows {"work", "ours", "peer", "peer_name", "ratio", "unit"}. A ratio above one means that lindm is better. The peer is
+      None if its library is not installed.
 
     Raises:
       ValueError: an unknown name.

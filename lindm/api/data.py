@@ -31,17 +31,17 @@ def make_dataset(
     progress: Progress = lambda done, total: None,
     **config: Any,
 ) -> MakeResult:
-    """Write labeled episodes to a directory, or finish or repair the dataset that is there.
+    """Write labeled episodes to a directory; finish or repair a dataset that it already contains.
 
     Args:
       problem: a suite, whose tasks are different problems, or one problem.
-      tasks, demos: number of tasks, and of demonstrations of each.
-      executor, workers: where shards are made: in this process (serial), in processes of this machine (local) or on a Ray
-        cluster.
+      tasks, demos: number of tasks, and of demonstrations per task.
+      executor, workers: where shards are made: in this process (serial), in several processes on this machine (local) or on a
+        Ray cluster (ray), and the number of workers.
       config: other fields of `DatasetConfig`, such as queries, behavior, epsilon and seed.
 
     Returns:
-      What was done: `.manifest`, and the numbers of shards that were made and kept.
+      The `.manifest`, and the numbers of shards that were made and kept.
 
     Raises:
       ValueError: an argument is out of range.
@@ -60,11 +60,12 @@ def make_dataset(
 def draw_tasks(
     problem: Suite | NamedProblem | Problem | LinearMDP, *, tasks: int, demos: int, name: str | None = None, **config: Any
 ) -> "DrawnTasks":
-    """The tasks that `make_dataset` would write, drawn whenever they are read and written nowhere: data for `finetune`.
+    """Draw the tasks that `make_dataset` would write, as data for `finetune`. They are drawn when they are read, and never
+    written.
 
     Args:
-      problem, tasks, demos, config: as of `make_dataset`.
-      name: of the tasks, in messages and in the config of a run. [default: what they are drawn from, and how many]
+      problem, tasks, demos, config: as in `make_dataset`.
+      name: name of the tasks, in messages and in the config of a run. [default: their source and their number]
 
     Raises:
       ValueError: an argument is out of range.
@@ -96,10 +97,10 @@ def export_dataset(
 
     Args:
       to: trl (prompt/completion and messages, for SFTTrainer) or minari.
-      template: compact, readable, a family's (it implies names), or a JSON or TOML file. [default: compact, readable with
-        `names`]
+      template: compact, readable, the name of a family (implies names), or a JSON or TOML file. [default: compact; readable
+        with `names`]
       names: use the problem's own names in the text.
-      rewards: shown, hidden, or auto (shown where the state is observed).
+      rewards: shown, hidden, or auto (shown if the state is observed).
 
     Returns:
       The files.

@@ -17,17 +17,17 @@ from lindm.text.grammar import SYMBOL_ARGUMENTS
 
 
 def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
-    """Demonstrations for `act` from a file of episodes, which ends in .csv or .jsonl.
+    """Read demonstrations for `act` from a .csv or .jsonl file of episodes.
 
-    A row is a step with the columns `episode`, `step` and `action`, and with those that a policy may see: `state` of an MDP,
-    `observation` and `model` otherwise, and `reward` (optional). Other columns are not used. Names and numbers are those of the
-    problem.
+    A row is a step with the columns `episode`, `step` and `action`, and those that a policy may see: `state` for an MDP,
+    otherwise `observation` and `model`, and optionally `reward`. Other columns are not used. Names and numbers are those of
+    the problem.
 
     Args:
-      problem: as of `act`; or a dataset, whose names and sizes they then have.
+      problem: as in `act`, or a dataset, which determines names and sizes.
 
     Raises:
-      DataError: the file cannot be read, or a row of it is wrong, or its action is not legal; names the file and the line.
+      DataError: the file cannot be read, or a row is wrong or has an illegal action; names the file and the line.
 
     >>> from pathlib import Path
     >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=2)
@@ -55,10 +55,10 @@ def read_demonstrations(path: str | Path, problem: Any) -> Episodes:
 
 
 def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVectors:
-    """The policy of alpha vectors in a file of `StationarySolution.save`, of pomdp-solve (.alpha) or of SARSOP (.policy).
+    """Load the policy of alpha vectors from a file of `StationarySolution.save`, pomdp-solve (.alpha) or SARSOP (.policy).
 
-    No such file names its problem. Bounds of its decisions are those of the problem that is given, whatever the vectors say, and
-    `.doubt` tells where the vectors seem to belong to another problem.
+    Such a file does not name its problem. The bounds of its decisions are computed in the given problem, not read from the
+    vectors. `.doubt` says if the vectors seem to belong to another problem.
 
     Args:
       problem: of which the vectors are.
@@ -76,11 +76,12 @@ def load_alpha_vectors(path: str | Path, problem: StationaryPOMDP) -> AlphaVecto
 
 
 def load_saved_policy(path: str | Path, problem: StationaryPOMDP | None = None) -> GraphPolicy | StateActions:
-    """The policy of a file .json of `solve_stationary(...).save`: the graph of a POMDP, or an action for each state of an MDP.
+    """Load the policy in a .json file of `solve_stationary(...).save`: the graph of a POMDP, or an action for each state of an
+    MDP.
 
     Args:
-      problem: of which the policy is: decisions then have a belief, and those of a graph lower bounds, and what is impossible
-        is refused. A graph goes on after any action.
+      problem: the problem of the policy. With it, decisions have a belief (with a graph, also lower bounds), a graph continues
+        after any action, and impossible observations are refused.
 
     Raises:
       ValueError: the policy was made for another problem: names, or numbers, differ.

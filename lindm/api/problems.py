@@ -41,10 +41,10 @@ def read_pomdp(
 
     Args:
       horizon: number of stages.
-      discount: in [0, 1], in place of the file's.
-      alpha: attitude to ambiguity, required for several models: 1 is the worst case over the models, 0 the best.
-      perturb: of one file, a CSV file with the columns model, table (T or O), action, state, probabilities: rows that other
-        experts replace. The models are the file's own and theirs.
+      discount: discount factor in [0, 1]. [default: that of the file]
+      alpha: attitude to ambiguity, required for several models: 1 is the worst case over the models, 0 the best case.
+      perturb: a CSV file with the rows of one problem file that other experts replace; its columns are model, table (T or O),
+        action, state, probabilities. The models are that of the file and those of the experts.
 
     Returns:
       The problem in `.problem`, with the names of its states, actions, observations and models.
@@ -67,7 +67,7 @@ def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) ->
     """Read a problem from a file in Cassandra's `.pomdp` format, for `solve_stationary`.
 
     Args:
-      discount: in place of the file's.
+      discount: discount factor. [default: that of the file]
 
     Raises:
       ValueError: the discount is out of range.
@@ -80,7 +80,7 @@ def read_stationary_pomdp(path: str | Path, *, discount: float | None = None) ->
 
 
 def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float, legal: ArrayLike | None = None) -> StationaryPOMDP:
-    """Make an MDP without a horizon from arrays, for `solve_stationary`, and check them.
+    """Make an MDP without a horizon from arrays, for `solve_stationary`, and check the arrays.
 
     Args:
       P: [S, A, S] probabilities of the next state; or for each action a sparse matrix [S, S], of scipy or a JAX BCOO. Memory and
@@ -104,7 +104,7 @@ def stationary_mdp(P: Any, r: ArrayLike, rho: ArrayLike, *, discount: float, leg
 def from_gymnasium(
     environment: Any, *, horizon: float | None = None, discount: float = 1.0, start: ArrayLike | None = None, **options: Any
 ) -> NamedProblem | StationaryPOMDP:
-    """The MDP of a Gymnasium environment with a table of its transitions: FrozenLake, Taxi, CliffWalking.
+    """Make the MDP of a Gymnasium environment that has a table of its transitions: FrozenLake, Taxi, CliffWalking.
 
     An episode that ends stays in a state that pays nothing.
 
@@ -113,11 +113,11 @@ def from_gymnasium(
         (probability, next state, reward, terminated).
       horizon: number of stages, or inf (with a discount below 1). [default: the time limit of the environment]
       discount: in [0, 1].
-      start: number or law [S] of the first state. [default: that of the environment]
-      options: of the environment with that id, such as `map_name="8x8"`.
+      start: number or distribution [S] of the first state. [default: that of the environment]
+      options: options of the environment with that id, such as `map_name="8x8"`.
 
     Returns:
-      An MDP; without an end one for `solve_stationary`.
+      An MDP; with an infinite horizon, one for `solve_stationary`.
 
     Raises:
       ValueError: there is no table, horizon or start, or one that is wrong.
@@ -159,7 +159,7 @@ def _with_horizon(problem: StationaryPOMDP, horizon: int) -> MDP:
 
 
 def mdp(P: ArrayLike, r: ArrayLike, rho: ArrayLike, *, legal: ArrayLike | None = None) -> MDP:
-    """Make an MDP from arrays, and check them.
+    """Make an MDP from arrays, and check the arrays.
 
     Args:
       P: [H|1, S, A, S] probabilities of the next state.
@@ -188,7 +188,7 @@ def pomdp(
     discount: float = 1.0,
     legal: ArrayLike | None = None,
 ) -> POMDP:
-    """Make a POMDP from arrays, and check them.
+    """Make a POMDP from arrays, and check the arrays.
 
     Args:
       P: [S, A, S] or [H|1, S, A, S] probabilities of the next state.
@@ -215,7 +215,7 @@ def apomdp(models: "Sequence[POMDP | NamedProblem]", alpha: float) -> APOMDP:
 
     Args:
       models: POMDPs, such as those of `pomdp`, `read_pomdp` and `make`.
-      alpha: attitude to ambiguity: 1 is the worst case over the models, 0 the best.
+      alpha: attitude to ambiguity: 1 is the worst case over the models, 0 the best case.
 
     Raises:
       ValueError: names the model, the argument, the rule and what was got.
@@ -232,7 +232,7 @@ def apomdp(models: "Sequence[POMDP | NamedProblem]", alpha: float) -> APOMDP:
 
 
 def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike | None = None) -> LinearMDP:
-    """Make a linear MDP from its features, and check that its kernel is one.
+    """Make a linear MDP from its features, and check that its kernel is a probability kernel.
 
     Args:
       phi: [S, A, d] features.
@@ -241,7 +241,7 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
       rho: [S] distribution of the first state. [default: uniform]
 
     Raises:
-      ValueError: a shape is wrong, a value is not finite, or <phi(s, a), mu_h> is no distribution.
+      ValueError: a shape is wrong, a value is not finite, or <phi(s, a), mu_h> is not a distribution.
 
     >>> problem = ld.linear_mdp([[[1.0, 0.0]], [[0.0, 1.0]]], [[[0, 1], [1, 0]]] * 2, [[0.0, 1.0]] * 2)
     >>> ld.solve(problem).value
@@ -256,8 +256,8 @@ def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] 
 
     Args:
       name: a family with random parameters, such as mdp, pomdp, apomdp or maintenance; `lindm families` lists them.
-      horizon: number of stages. [default: the family's]
-      split: in distribution, or out of distribution.
+      horizon: number of stages. [default: that of the family]
+      split: distribution of the parameters: id (in distribution) or ood (out of distribution).
       options: other options of the family, such as states and actions.
 
     Raises:
@@ -272,16 +272,16 @@ def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] 
 
 
 def make(name: str, *, seed: int = 0, **options: Any) -> NamedProblem | StationaryPOMDP:
-    """A problem by name, with parameters that are drawn for the seed.
+    """Make a problem by name, with parameters that are drawn from the seed.
 
     Args:
       name: a family; `lindm families` lists them with their options.
-      seed: of the parameters.
+      seed: seed of the parameters.
       options: options of the family, such as states and horizon; horizon=math.inf, with a discount below 1, makes a problem
         without a horizon.
 
     Raises:
-      ValueError: an unknown name or option, a value out of its range, or a family that has a finite horizon alone.
+      ValueError: an unknown name or option, a value out of its range, or a family that has only a finite horizon.
 
     >>> ld.make("pomdp", horizon=4, seed=3).problem.num_states
     4
@@ -304,11 +304,11 @@ def as_source(problem: NamedProblem | Problem | LinearMDP) -> NamedProblem:
 
 
 def to_gymnasium(problem: NamedProblem | Problem | LinearMDP | StationaryPOMDP, *, nature: int | str | None = None) -> Any:
-    """A problem as an environment of Gymnasium, whose rewards are those that the problem pays, not discounted.
+    """Make a Gymnasium environment of a problem. Its rewards are those that the problem pays, not discounted.
 
     Args:
-      nature: of an ambiguous POMDP, and required there: the model that makes every step, by number or name; or "game": at every
-        step nature takes the worst model with probability alpha and the best one otherwise, as in the problem's value.
+      nature: required for an ambiguous POMDP: the model that makes every step, by number or name; or "game": at every step
+        nature chooses the worst model with probability alpha and the best one otherwise, as in the problem's value.
 
     Returns:
       A `gymnasium.Env` with `discount`: discounted by it, the mean return of a policy is its value. Observations, rewards, ends

@@ -108,7 +108,7 @@ class Solution:
 
 
 def load_solution(path: str | Path) -> Solution:
-    """Read a file of `Solution.save`. DataError where it is none.
+    """Read a file of `Solution.save`. Raises DataError for any other file.
 
     >>> ld.solve(ld.make("mdp", horizon=4)).save("mdp.npz")
     >>> ld.load_solution("mdp.npz").method
@@ -133,12 +133,12 @@ def solve(
 @overload
 def solve(problem: StationaryPOMDP, method: StationaryMethod = "auto") -> StationaryResult: ...
 def solve(problem, method="auto", *, effort: int | None = None):
-    """The value of a problem with bounds, and its best actions.
+    """Compute the value of a problem with bounds, and its best actions.
 
     Args:
-      problem: with a horizon, or without one: then as `solve_stationary`, which has more options.
-      method: auto is exact where the belief tree fits in 2 GiB, and gives certified bounds otherwise.
-      effort: trials of hsvi [default: 256] or points of the net [default: 20,000].
+      problem: a problem with a horizon, or without one; the latter is solved by `solve_stationary`, which has more options.
+      method: auto is exact if the belief tree fits in 2 GiB, and computes certified bounds otherwise.
+      effort: number of trials of hsvi [default: 256] or of points of net [default: 20,000].
 
     Raises:
       ValueError: the method does not fit the problem, or its tables do not fit in memory.
@@ -165,16 +165,16 @@ def solve_stationary(
     timeout: float = 60.0,
     on_trial: Callable[[int, float, float], None] = lambda trials, lower, upper: None,
 ) -> StationaryResult:
-    """Bounds of the value of a POMDP or MDP with an infinite horizon, and a policy that earns the lower one.
+    """Bound the value of a POMDP or MDP with an infinite horizon, and compute a policy that earns the lower bound.
 
     Args:
-      problem: as of `read_stationary_pomdp` or `stationary_mdp`.
+      problem: a problem of `read_stationary_pomdp` or `stationary_mdp`.
       horizon: number of stages, or inf.
       method: auto is point-based for a POMDP, and policy-iteration for an MDP (backward induction over a finite horizon).
       tolerance: the search ends when the bounds at the start are this close: a number, or a percentage of the value.
         [default: 0.1% for a POMDP, 1e-7% for an MDP]
-      timeout: seconds after which the search ends with the bounds that it has.
-      on_trial: called with the number of trials (of an MDP: iterations) and the bounds.
+      timeout: seconds after which the search ends with the bounds found so far.
+      on_trial: called with the number of trials (for an MDP: iterations) and the bounds.
 
     Raises:
       ValueError: an argument is out of range.
