@@ -366,7 +366,7 @@ def _waterfall(records: list[dict]) -> Figure:
     figure.suptitle(title, x=0.01, ha="left")
     figure.set_label(
         "The exact suboptimality (above) and every bound as points on a logarithmic axis, by kind and size: bounds of one "
-        "context are 2 to 26 times the truth, the bounds in expectation 3 to 63 times, that with high probability 30 to 170 "
+        "context are 2 to 26 times the truth, the bounds in expectation 3 to 75 times, that with high probability 30 to 230 "
         "times."
     )
     return figure

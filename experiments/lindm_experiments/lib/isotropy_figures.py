@@ -82,7 +82,7 @@ def _actions(records: list[dict]) -> Figure:
     left.plot(N, 100 * limit, color=COLORS[2], **EXACT)
     left.set(xscale="log", xlabel="pairs in a training prompt N", ylabel="actions, %", ylim=(-0.8, None))
     left.set_title(f"Actions that differ from those at N = {N[-1]}")
-    free.legend(*left.get_legend_handles_labels(), title=f"above left: MDPs at M = {M}; line: simplex, M = ∞", loc="center")
+    free.legend(*left.get_legend_handles_labels(), title=f"above left (MDPs: M = {M}; line: M = ∞)", loc="center")
     for name, color in ((ISOTROPIC[1], COLORS[1]), (SIMPLEX, COLORS[2])):
         for r in records:
             middle.plot(N, r["families"][name]["bias"], color=color, **SEED)
