@@ -88,11 +88,17 @@ class Solution:
 
     @property
     def policy(self) -> SolutionPolicy:
-        """Its policy, for `evaluate`: optimal where the solution is exact, otherwise that of the best lower bound.
+        """Its policy, for `evaluate` and `act`: optimal where the solution is exact, otherwise that of the best lower bound.
+
+        That of an ambiguous problem must be told which model made each step. `.policy.assuming(model)` is the policy that takes
+        every step for one of this model, so that its histories have actions and observations alone.
 
         >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=3)
         >>> ld.evaluate(tiger, {"tree": ld.solve(tiger).policy}, tasks=1, demos=1)["tree"].gap
         0.0
+        >>> policy = ld.solve(ld.make("prostate", horizon=3)).policy
+        >>> policy.act((), "defer UCSF psa-3-null").action, policy.assuming("UCSF").act((), "defer psa-3-null").action
+        ('biopsy', 'biopsy')
         """
         return SolutionPolicy(self.solution, self.source)
 

@@ -51,3 +51,41 @@ def test_the_policy_of_an_mdp_is_its_table_of_actions():
     assert probabilities[0].argmax() == Q[0, 2].argmax()
     _, probabilities = policy.step(state, Observation(stage=1, task=zero, parent=zero, state=zero + 3, action=zero))
     assert probabilities[0].argmax() == Q[1, 3].argmax()
+
+
+@pytest.mark.parametrize("assumed", [0, 1])
+def test_a_policy_that_assumes_a_model_earns_in_each_models_problem_what_a_plain_recursion_says(brute, assumed):
+    reference = brute.random(4, S=3, A=2, O=2, M=2, H=3, alpha=0.6)
+    solution = ld.solve(reference.problem())
+
+    def value(true, belief, supposed, t=0):
+        """V of the policy: `belief` [S] is that of the true model, `supposed` [M, S] are those by which the policy acts."""
+        a = int(np.argmax(reference.Q(supposed, t)))
+        total = float(belief @ reference.r[true, t, :, a])
+        for o in range(2) if t < 2 else ():
+            p, after = reference.step(belief, t, a, true, o)
+            _, as_supposed = reference.step(supposed[assumed], t, a, assumed, o)
+            total += p * value(true, after, [as_supposed] * 2, t + 1)
+        return total
+
+    for true in (0, 1):
+        problem = jax.tree.map(lambda x, m=true: x[m], reference.problem().models)
+        result = ld.evaluate(problem, {"assuming": solution.policy.assuming(assumed)}, tasks=1, demos=1)["assuming"]
+        assert result.method == "exact"
+        assert result.value == pytest.approx(value(true, reference.rho[true], list(reference.rho)), abs=1e-12)
+
+
+def test_a_policy_of_several_models_asks_for_the_model_of_each_step_or_an_assumption():
+    named = ld.make("prostate", horizon=3, alpha=0.5)
+    policy = ld.solve(named).policy
+    assumed = policy.assuming("UCSF")
+    assert (assumed.model, assumed.problem.models, policy.model) == (1, (), None)
+    asked, told = assumed.act((), "defer psa-3-null"), policy.act((), "defer UCSF psa-3-null")
+    np.testing.assert_allclose(asked.Q, told.Q, rtol=1e-12)
+    np.testing.assert_allclose(asked.belief, told.belief, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"must observe which model made each step, or be told by `assuming`"):
+        policy.act((), "defer psa-3-null", assumed.problem)
+    with pytest.raises(ValueError, match="model must be one of JH, UCSF, UofT, PRIAS; got 'UCFS'"):
+        policy.assuming("UCFS")
+    with pytest.raises(ValueError, match="assuming is for policies of ambiguous problems; this one is of a POMDP"):
+        ld.solve(assumed.problem).policy.assuming(0)
