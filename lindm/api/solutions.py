@@ -98,7 +98,7 @@ class Solution:
         0.0
         >>> policy = ld.solve(ld.make("prostate", horizon=3)).policy
         >>> policy.act((), "defer UCSF psa-3-null").action, policy.assuming("UCSF").act((), "defer psa-3-null").action
-        ('biopsy', 'biopsy')
+        ('defer', 'defer')
         """
         return SolutionPolicy(self.solution, self.source)
 
