@@ -57,7 +57,8 @@ class SolutionPolicy(Policy):
         words = source.models or tuple(map(str, range(problem.num_models)))
         made = copy(self)
         made.model = number = validate.index(str(model), words, "model")
-        made.problem = replace(source, problem=jax.tree.map(lambda x: x[number], problem.models), models=())
+        with double_precision():
+            made.problem = replace(source, problem=jax.tree.map(lambda x: x[number], problem.models), models=())
         return made
 
     def init(self, tasks: Sequence[PolicyTask]) -> BeliefState | None:

@@ -7,6 +7,7 @@ import pytest
 import lindm as ld
 from lindm.evaluation.policies.solution import SolutionPolicy
 from lindm.evaluation.policy import Observation
+from lindm.families.registry import NamedProblem
 from lindm.problems.mdp import draw_mdp
 from lindm.solvers import dp
 from lindm.solvers.solve import solve
@@ -77,12 +78,17 @@ def test_a_policy_that_assumes_a_model_earns_in_each_models_problem_what_a_plain
 
 def test_a_policy_of_several_models_asks_for_the_model_of_each_step_or_an_assumption():
     named = ld.make("prostate", horizon=3, alpha=0.5)
+    assert isinstance(named, NamedProblem)
     policy = ld.solve(named).policy
-    assumed = policy.assuming("UCSF")
+    with jax.enable_x64(False):  # as a user has it
+        assumed = policy.assuming("UCSF")
+    assert isinstance(assumed.problem, NamedProblem) and isinstance(assumed.problem.problem, ld.POMDP)
     assert (assumed.model, assumed.problem.models, policy.model) == (1, (), None)
+    assert assumed.problem.problem.P.dtype == np.float64
     asked, told = assumed.act((), "defer psa-3-null"), policy.act((), "defer UCSF psa-3-null")
-    np.testing.assert_allclose(asked.Q, told.Q, rtol=1e-12)
-    np.testing.assert_allclose(asked.belief, told.belief, rtol=1e-12)
+    for one, other in ((asked.Q, told.Q), (asked.belief, told.belief)):
+        assert one is not None and other is not None
+        np.testing.assert_allclose(one, other, rtol=1e-12)
     with pytest.raises(ValueError, match=r"must observe which model made each step, or be told by `assuming`"):
         policy.act((), "defer psa-3-null", assumed.problem)
     with pytest.raises(ValueError, match="model must be one of JH, UCSF, UofT, PRIAS; got 'UCFS'"):
