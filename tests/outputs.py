@@ -39,30 +39,9 @@ def rewritten(shown: list[str], printed: list[str]) -> list[str]:
     apart from their numbers. The lines are aligned so that the smallest number of lines and numbers differ.
     """
     lines = [_Line(line) for line in shown]
-    n, m = len(shown), len(printed)
-    cost = [[math.inf] * (m + 2) for _ in range(n + 2)]  # of shown[i:] beside printed[j:]; the last row and column are beyond
-    step = [[(0, 0)] * (m + 1) for _ in range(n + 1)]
     difference = [[line.difference(other) for other in printed] for line in lines]
-    # a cut would go with a line beside it, and then show all that it hides
-    gone = [n + m if CUT in (*shown[max(i - 1, 0) : i], *shown[i + 1 : i + 2]) else 1 for i in range(n)]
-    cost[n][m] = 0
-    for i in range(n, -1, -1):
-        for j in range(m, -1, -1):
-            cut = i < n and shown[i] == CUT
-            choices = [(cost[i][j + 1] + (not cut), (0, 1)), (cost[i + 1][j] + (gone[i] if i < n and not cut else 0), (1, 0))]
-            if not cut and i < n and j < m:
-                choices.append((cost[i + 1][j + 1] + difference[i][j], (1, 1)))
-            if (i, j) != (n, m):
-                cost[i][j], step[i][j] = min(choices)
-
-    rows = []  # (index of the shown line or None, index of the printed line or None)
-    i = j = 0
-    while (i, j) != (n, m):
-        down, right = step[i][j]
-        in_cut = i < n and shown[i] == CUT
-        rows.append((i if down or in_cut else None, j if right else None))
-        i, j = i + down, j + right
-    matched = {i for i, j in rows if i is not None and (j is not None or shown[i] == CUT)} | {-1, n}
+    rows = _aligned([line == CUT for line in shown], difference, len(printed))
+    matched = {i for i, j in rows if i is not None and (j is not None or shown[i] == CUT)} | {-1, len(shown)}
     kept = {i for i, line in enumerate(shown) if line == CUT and {i - 1, i + 1} <= matched}
     result = []
     for i, j in rows:
@@ -73,6 +52,38 @@ def rewritten(shown: list[str], printed: list[str]) -> list[str]:
         elif j is not None:
             result.append(printed[j])
     return result
+
+
+def _aligned(cut: list[bool], difference: list[list[float]], m: int) -> list[tuple[int | None, int | None]]:
+    """Pairs (index of a shown line, index of one of m printed lines), in order, by dynamic programming from the end.
+
+    None stands for a line that has no partner. A cut is in a pair with every line that it hides, and then in one with None.
+    """
+    n = len(cut)
+    cost = [[math.inf] * (m + 2) for _ in range(n + 2)]  # of shown[i:] beside printed[j:]; the last row and column are beyond
+    step = [[(0, 0)] * (m + 1) for _ in range(n + 1)]  # to the next pair of positions
+    for i in range(n, -1, -1):
+        for j in range(m, -1, -1):
+            if (i, j) == (n, m):
+                cost[i][j] = 0
+                continue
+            in_cut = i < n and cut[i]
+            # without a line beside it a cut goes, too, and shows all that it hides
+            beside_cut = i < n and any(cut[max(i - 1, 0) : i + 2])
+            choices = [
+                (cost[i][j + 1] + (0 if in_cut else 1), (0, 1)),
+                (cost[i + 1][j] + (0 if in_cut else n + m if beside_cut else 1), (1, 0)),
+            ]
+            if i < n and j < m and not in_cut:
+                choices.append((cost[i + 1][j + 1] + difference[i][j], (1, 1)))
+            cost[i][j], step[i][j] = min(choices)
+    rows: list[tuple[int | None, int | None]] = []
+    i = j = 0
+    while (i, j) != (n, m):
+        down, right = step[i][j]
+        rows.append((i if down or (i < n and cut[i]) else None, j if right else None))
+        i, j = i + down, j + right
+    return rows
 
 
 class _Line:

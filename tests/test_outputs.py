@@ -1,11 +1,13 @@
 """The comparison of what pages show with what is printed: a changed word is found, a time is not, and rewriting settles."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.outputs import CUT, printed_lines, rewritten
-from tests.test_pages import Output
+from tests import test_pages
+from tests.outputs import CUT, VARIES, printed_lines, rewritten
 
 SOLVE = ["value         4.255317001  (exact)", "first action  run", "method        tree, 1.1 s"]
 TRAINING = [
@@ -91,16 +93,88 @@ def test_a_cut_goes_with_a_line_beside_it():
 
 def test_the_diff_names_the_page_and_the_line():
     printed = [SOLVE[0], "first action  inspect", "method        tree, 7 s"]
-    head, *diff = Output(40, SOLVE, printed).difference("docs/families.md")
+    head, *diff = test_pages.Output(40, SOLVE, printed).difference("docs/families.md")
     assert head.startswith("docs/families.md:41: ")
     assert diff[1:] == [f" {SOLVE[0]}", "-first action  run", "+first action  inspect", f" {SOLVE[2]}"]
-    assert not Output(40, SOLVE, [*SOLVE[:2], "method        tree, 7 s"]).difference("docs/families.md")
+    assert not test_pages.Output(40, SOLVE, [*SOLVE[:2], "method        tree, 7 s"]).difference("docs/families.md")
 
 
 def test_lines_of_progress_are_no_output():
     progress = "tasks: 16 of 60, 0:18 elapsed\ntrain: 61 of 120, loss 0.05, 4.3/s, 1:35 elapsed, 0:14 left"
     text = f"\n{progress}\nstep 2 of 5: loss 1  \n\nend\n\n"
     assert printed_lines(text) == ["step 2 of 5: loss 1", "", "end"]
+
+
+def test_every_number_that_may_vary_is_in_an_output_of_a_page():
+    blocks = [
+        block for page in test_pages.PAGES for block in test_pages.blocks(page) if block.executed and block.language == "console"
+    ]
+    shown = "\n".join(line for block in blocks for _, _, lines in test_pages.commands(block) for line in lines)
+    assert [pattern for pattern, _ in VARIES if not re.search(pattern, shown, re.MULTILINE)] == []
+
+
+PAGE = """# A page
+
+```console
+$ printf '%s\\n' one two \\
+  three
+one
+[...]
+three
+$ echo unseen
+$ ls nowhere 2> log; echo "lindm: error: nowhere is missing"; exit 3
+lindm: error: nowhere was missing
+```
+
+```text title="numbers.txt"
+1
+```
+
+```python
+print(open("numbers.txt").read())
+print(2)
+```
+
+Prose.
+
+```text
+3
+```
+
+```python
+print("shown nowhere")
+```
+
+<!-- not executed: of another day -->
+```text
+4
+```
+"""
+
+
+def test_a_page_is_rewritten_where_its_output_changed_and_only_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_pages, "ROOT", tmp_path)
+    page, directory = tmp_path / "page.md", tmp_path / "run"
+    page.write_text(PAGE)
+    directory.mkdir()
+    found = test_pages.outputs("page.md", directory)
+    differences = [output.difference("page.md")[0] for output in found if output.difference("page.md")]
+    assert [line.split(": ")[0] for line in differences] == ["page.md:11", "page.md:26"]
+    test_pages.write("page.md", found)
+    expected = PAGE.replace("nowhere was missing", "nowhere is missing").replace("```text\n3\n", "```text\n1\n\n2\n")
+    assert page.read_text() == expected
+    with pytest.raises(AssertionError, match="was changed while its code was running"):
+        test_pages.write("page.md", found)
+    test_pages.write("page.md", test_pages.outputs("page.md", directory))
+    assert page.read_text() == expected
+
+
+def test_a_command_that_shows_no_error_must_not_fail_and_one_that_does_must(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_pages, "ROOT", tmp_path)
+    for command, shown, message in (("false", "", "ends with 1"), ("echo fine", "lindm: error: none\n", "ends with 0")):
+        (tmp_path / "page.md").write_text(f"```console\n$ {command}\n{shown}```\n")
+        with pytest.raises(AssertionError, match=message):
+            test_pages.outputs("page.md", tmp_path)
 
 
 LINES = st.lists(st.sampled_from(["a", "b", "a 1", "a 2", "a 2.5 s", "", "..."]), max_size=7)

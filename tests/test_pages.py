@@ -59,6 +59,11 @@ class Block(NamedTuple):
     def executed(self) -> bool:
         return self.language in ("python", "console") and not self.skipped
 
+    @property
+    def is_output(self) -> bool:
+        """Of the Python block before it."""
+        return self.language == "text" and not self.title and not self.skipped
+
 
 class Output(NamedTuple):
     """Lines of a page that show what a command or a program prints."""
@@ -124,7 +129,7 @@ def outputs(page: str, directory: Path) -> list[Output]:
             (directory / block.title).write_text(block.text, encoding="utf-8")
         elif block.executed and block.language == "python":
             program += f"print({BETWEEN!r}, end='')\n{block.text}\n"
-            shown_by_program.append(following if following and following.language == "text" and not following.note else None)
+            shown_by_program.append(following if following and following.is_output else None)
         elif block.executed:
             assert commands(block), f"a console block of {page} has no command: {block.text[:80]}"
             for command, line, shown in commands(block):
@@ -176,7 +181,7 @@ def test_every_block_of_code_is_executed_or_has_a_reason_not_to(page):
     all_blocks = blocks(page)
     for i, block in enumerate(all_blocks):
         assert block.language, f"a block of {page} has no language: {block.text[:80]}"
-        if block.language == "text" and not block.note:
+        if block.is_output:
             before = all_blocks[i - 1] if i else None
             assert before and before.executed and before.language == "python", (
                 f"{page}:{block.line}: a text block shows the output of the Python block before it; of another, give the reason"
