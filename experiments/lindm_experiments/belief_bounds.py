@@ -351,9 +351,9 @@ def _tiger(shown: dict) -> Figure:
     strips.set_yticks(range(len(HORIZONS)), [str(h) for h in HORIZONS])
     strips.set(xlabel="belief that the tiger is left", ylabel="decisions left")
     handles = [Rectangle((0, 0), 1, 1, color=c) for c in ACTION_COLORS]
-    names = ("listen", "open the left door", "open the right door")
-    curves.set(ylabel="value", title="Exact value, and optimal action below, by decisions left")
-    curves.legend(handles, names, fontsize=8, loc="upper center")
+    title = "Exact value, and optimal action below, by decisions left"
+    curves.set(ylabel="value, units of reward", ylim=(values.min() - 1.5, None), title=title)
+    curves.legend(handles, ("listen", "open the left door", "open the right door"), fontsize=8, loc="upper center")
     trials = shown["methods"][METHODS[0]]["effort"][0]
     several = next((i for i, n in enumerate(trials) if n >= 5), len(trials) - 1)
     for name, effort, color in ((METHODS[0], 0, SKY), (METHODS[0], several, BLUE), (METHODS[1], 0, GREEN)):
