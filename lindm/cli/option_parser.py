@@ -229,7 +229,8 @@ def _add(group: Any, option: Option) -> None:
         group.add_argument(option.name, nargs=("+" if needed else "*") if several else None if needed else "?", **rest)
         return
     if several:
-        rest |= {"action": "append"} if isinstance(option.mark, Repeated) else {"action": "extend", "nargs": "*"}
+        fewest = "+" if needed or not option.default else "*"  # a flag without a value would change nothing
+        rest |= {"action": "append"} if isinstance(option.mark, Repeated) else {"action": "extend", "nargs": fewest}
     group.add_argument(option.flag, dest=option.name, required=needed, **rest)
 
 

@@ -136,6 +136,7 @@ def test_help_imports_nothing_heavy_and_takes_less_than_a_second_of_a_core():
     "arguments, said",
     [
         (["verify", "--only", "nonsense"], "only must be one of"),
+        (["verify", "--only"], "--only expected at least one argument"),
         (["verify", "--preset", "huge"], "--preset must be one of quick, full, smoke; got 'huge'"),
         (["verify", "--seeds", "-1"], "seeds must be >= 1; got -1"),
         (["verify", "--seeds", "many"], "--seeds must be a whole number; got 'many'"),
