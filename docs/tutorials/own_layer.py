@@ -134,8 +134,8 @@ measured.plot("own-layer-risk.png")
 
 # %% [markdown]
 # From the training length on, the layer has a small part of the risk of the best linear layer, and longer contexts keep
-# helping. On 8 pairs it is worse. A likely reason: the covariance of a short context has larger eigenvalues than any that the
-# training has seen, and steps that fit contexts of 32 pairs are too long for them.
+# helping. On 8 pairs it is worse. A likely reason: the covariance of a short context can have a larger eigenvalue than those of
+# the training, and steps that fit contexts of 32 pairs are too long for it.
 
 # %%
 assert (measured.interval[1:, 1] < linear[1:] / 5).all() and measured.interval[
