@@ -155,7 +155,8 @@ def run_experiment(
 
 def run_with_progress(jobs: Sequence[Job], locks: contextlib.ExitStack, executor: Executor, workers: int | None) -> list[Outcome]:
     """Run the jobs (`locks` as of `run_experiments`) with a bar for each experiment, and one line for each that ends."""
-    console = Console(file=sys.stderr)  # also while an experiment redirects what it calls
+    # also while an experiment redirects what it calls; in a notebook, lines of the error stream and no outputs of their own
+    console = Console(file=sys.stderr, force_jupyter=False)
     with Progress(console) as progress:
         total = progress.add("experiments", total=len(jobs)) if len(jobs) > 1 else None
         tasks: dict[str, ProgressTask] = {}
