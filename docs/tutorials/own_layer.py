@@ -91,7 +91,7 @@ for name, found in (("exact", exact), ("sampled", sampled), ("Gaussian", gaussia
 print(f"{'+-':9}", (1.96 * np.diag(sampled.standard_error)).round(4), "of the sampled one")
 
 # %% [markdown]
-# Two checks of the formulas. Without its moments the law is sampled, and the estimates agree with the exact risks within their
+# Two checks of the formulas. Without its moments the law is sampled, and the estimates agree with the exact risks within four
 # standard errors. A Gaussian law with the same covariance has another risk: here a smaller one, as rare large entries carry
 # less information about $w$.
 
