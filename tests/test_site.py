@@ -4,6 +4,7 @@ These tests read the sources. `make docs` builds the site and takes every warnin
 exist, a resource on another host.
 """
 
+import importlib.util
 import inspect
 import re
 import tomllib
@@ -85,6 +86,34 @@ def test_every_command_has_its_help_on_the_site():
     assert "```{command-help}" in (DOCS / "reference" / "command-help.md").read_text(encoding="utf-8")
     table = (DOCS / "commands.md").read_text(encoding="utf-8")
     assert [name for name in NAMES if f"`lindm {name}" not in table] == []
+
+
+def test_every_claim_is_on_the_site_with_its_numbers():
+    path = DOCS / "_site" / "claim_list.py"
+    spec = importlib.util.spec_from_file_location("claim_list", path)
+    claim_list = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(claim_list)
+    source = [(DOCS / "reference" / "claim-list.md").read_text(encoding="utf-8")]
+    claim_list.insert(None, "docs/reference/claim-list", source)
+    assert "{claim-list}" not in source[0]
+    page = re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", source[0])  # without the escapes of Markdown
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
+    table = tomllib.loads((ROOT / "experiments/lindm_experiments/claims.toml").read_text(encoding="utf-8"))
+    claims = {claim["id"]: claim for claim in table["claim"]}
+    assert set(sections) == set(claims)
+    assert len({id.replace("/", "-") for id in claims}) == len(claims), "two claims have the same anchor"
+    for id, claim in claims.items():
+        shown = " ".join(sections[id].split())
+        band = {end: format(claim.get(end, float("nan")), "g") for end in ("lo", "hi")}
+        texts = (claim["statement"], claim["predicted"], claim["criterion"].format(**band), claim["source"])
+        assert [text for text in texts if " ".join(text.split()) not in shown] == [], id
+        assert f"**Expected verdict:** {claim.get('expected', 'PASS')}" in shown, id
+        assert ("min_seeds" in claim and claim["min_seeds"] != 5) == ("**Seeds or tasks:**" in shown), id
+    headings = re.findall(r"^## Experiment (\w+)$", page, re.MULTILINE)
+    assert headings == list(table["minutes"])
+    for id, claim in claims.items():  # under the heading of its experiment
+        above = page[: page.index(f"\n### {id}\n")]
+        assert re.findall(r"^## Experiment (\w+)$", above, re.MULTILINE)[-1] == claim["experiment"], id
 
 
 def test_the_bibliography_has_every_work_that_is_cited_by_a_key():

@@ -8,6 +8,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 
 from lindm.cli.main import GROUPS, main, module_of
+from lindm_experiments.harness.experiments import experiment_names
 
 COLUMNS = "88"
 
@@ -29,8 +30,9 @@ def help_of(*words: str) -> str:
 
 
 def command_words(name: str) -> list[tuple[str, ...]]:
-    """A command and its subcommands; (name,) alone where it has none."""
-    return [(name,), *((name, second) for second in getattr(module_of(name), "COMMANDS", ()))]
+    """A command, with its subcommands or the experiments that it runs; (name,) alone where it has neither."""
+    seconds = experiment_names() if name == "run" else getattr(module_of(name), "COMMANDS", ())
+    return [(name,), *((name, second) for second in seconds)]
 
 
 def section(title: str, *children: nodes.Node) -> nodes.section:
