@@ -17,13 +17,17 @@ The types do not check their fields: `vmap`, `jit` and `tree.map` build them fro
 `lindm.problems` that take a user's arrays check them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+Function = TypeVar("Function", bound=Callable)
 
 
 @jax.tree_util.register_dataclass
@@ -259,3 +263,19 @@ def only_legal(Q: Any, legal: Any) -> Any:
 def at_stage(x: Array, h: ArrayLike) -> Array:
     """x[h] of an array with a leading axis `H|1`."""
     return x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, h, keepdims=False)
+
+
+def in_given_precision(function: Function) -> Function:
+    """`function` in double precision if its arguments hold float64 arrays, as problems do that `ld.mdp` makes of numpy arrays.
+
+    Without `jax.enable_x64` JAX computes some results of such arrays in float32, and a loop that carries both raises a TypeError.
+    """
+
+    @wraps(function)
+    def compute(*args: Any, **named: Any) -> Any:
+        if all(getattr(leaf, "dtype", None) != jnp.float64.dtype for leaf in jax.tree.leaves((args, named))):
+            return function(*args, **named)
+        with jax.enable_x64(True):
+            return function(*args, **named)
+
+    return compute  # pyright: ignore

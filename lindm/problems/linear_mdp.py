@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from lindm import validate
 from lindm.problems.mdp import simplex_rows
 from lindm.random import flat
-from lindm.types import MDP, LinearMDP
+from lindm.types import MDP, LinearMDP, in_given_precision
 
 
 @jax.tree_util.register_dataclass
@@ -143,6 +143,7 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
     return problem
 
 
+@in_given_precision
 def tabulate(problem: LinearMDP) -> MDP:
     """The MDP of a linear MDP: the same problem without features."""
     return MDP(

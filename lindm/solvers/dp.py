@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lindm.types import MDP, LinearMDP, Plan, at_stage, only_legal
+from lindm.types import MDP, LinearMDP, Plan, at_stage, in_given_precision, only_legal
 
 SETTLING_BYTES = 256 << 10  # of a kernel from which on it pays to ask, at every stage, whether the actions have settled
 BATCH_BYTES = 48 << 10  # of the problems that `solve_many` solves together on a CPU: the first-level cache of a core
 
 
+@in_given_precision
 @jax.jit
 def backward_induction(mdp: MDP) -> Plan:
     """Optimal values, action values and an optimal policy (argmax) of one MDP."""
@@ -36,6 +37,7 @@ def backward_induction(mdp: MDP) -> Plan:
     return Plan(V=Q.max(-1), Q=Q, pi=Q.argmax(-1).astype(jnp.int32))
 
 
+@in_given_precision
 @jax.jit
 def optimal_policy(mdp: MDP) -> tuple[Array, Array]:
     """V [H, S] and pi [H, S] of `backward_induction`, without the action values: they are a fifth of its memory at A = 5.
@@ -117,6 +119,7 @@ def _set_row(x: Array, row: Array, h: ArrayLike) -> Array:
     return jax.lax.dynamic_update_index_in_dim(x, row, h, 0)
 
 
+@in_given_precision
 @jax.jit
 def plan_linear(problem: LinearMDP) -> tuple[Plan, Array]:
     """Backward induction in R^d: the plan and w [H, d] with Q*_h(s, a) = <phi(s, a), w_h>, exactly linear in the features.
@@ -156,12 +159,14 @@ def _as_stochastic(mdp: MDP, pi: Array) -> Array:
     return pi.astype(mdp.r.dtype) if pi.ndim == mdp.r.ndim else jax.nn.one_hot(pi, A, dtype=mdp.r.dtype)
 
 
+@in_given_precision
 def uniform_policy(mdp: MDP) -> Array:
     """Probabilities [H, S, A]: the same for every legal action."""
     legal = jnp.ones(mdp.r.shape[-2:], mdp.r.dtype) if mdp.legal is None else mdp.legal.astype(mdp.r.dtype)
     return jnp.broadcast_to(legal / legal.sum(-1, keepdims=True), mdp.r.shape)
 
 
+@in_given_precision
 @jax.jit
 def policy_value(mdp: MDP, pi: Array) -> Array:
     """V [H, S] of a policy given as action indices [H, S] or as probabilities [H, S, A]."""
@@ -175,6 +180,7 @@ def policy_value(mdp: MDP, pi: Array) -> Array:
     return jax.lax.scan(stage, jnp.zeros_like(mdp.r[0, :, 0]), stages, reverse=True)[1]
 
 
+@in_given_precision
 @jax.jit
 def occupancy(mdp: MDP, pi: Array) -> Array:
     """d [H, S]: the probability of being in s at stage h when following `pi` from the first-state law."""

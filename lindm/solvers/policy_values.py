@@ -16,9 +16,10 @@ from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers import tree
 from lindm.solvers.belief import child_history, step_index
 from lindm.solvers.dp import optimal_policy, policy_value
-from lindm.types import APOMDP, MDP
+from lindm.types import APOMDP, MDP, in_given_precision
 
 
+@in_given_precision
 def suboptimality(mdp: MDP, pi: Array) -> Array:
     """V*_1 - V^pi_1 [] averaged over the first state, by dynamic programming; pi as in `policy_value`."""
     return mdp.rho @ (optimal_policy(mdp)[0][0] - policy_value(mdp, pi)[0])

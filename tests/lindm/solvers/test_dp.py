@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lindm as ld
+from lindm.problems.linear_mdp import tabulate
 from lindm.solvers import dp as oracles
+from lindm.solvers.policy_values import suboptimality
 from lindm.types import MDP, LinearMDP
 from tests.lindm.mdps import as_mdp, numpy_mdp
 
@@ -252,6 +255,34 @@ def test_single_precision_in_is_single_precision_out():
     plan = backward_induction(mdp)
     arrays = (plan.V, plan.Q, policy_value(mdp, plan.pi), occupancy(mdp, plan.pi))
     assert {array.dtype.name for array in arrays} == {"float32"}
+
+
+def test_numpy_arrays_are_solved_in_double_precision_without_the_flag_of_jax():
+    rng, (S, A, D, H) = np.random.default_rng(3), (5, 3, 4, 3)
+    phi, mu, theta = rng.dirichlet(np.ones(D), (S, A)), rng.dirichlet(np.ones(S), (H, D)), rng.normal(size=(H, D))
+    pi = rng.integers(A, size=(H, S))
+    with jax.enable_x64(False):
+        problem = ld.linear_mdp(phi, mu, theta)
+        table = tabulate(problem)
+        plan, w = oracles.plan_linear(problem)
+        by_table, (V, _) = oracles.backward_induction(table), oracles.optimal_policy(table)
+        of_pi, visits, loss = oracles.policy_value(table, pi), oracles.occupancy(table, pi), suboptimality(table, pi)
+        uniform = oracles.policy_value(table, oracles.uniform_policy(table))
+
+    r, P = np.einsum("sad,hd->hsa", phi, theta), np.einsum("sad,hdt->hsat", phi, mu)
+    best, weights, value, mean = np.zeros((H + 1, S)), np.zeros((H, D)), np.zeros((H + 1, S)), np.zeros((H + 1, S))
+    for h in reversed(range(H)):
+        weights[h] = theta[h] + mu[h] @ best[h + 1]
+        best[h] = (r[h] + P[h] @ best[h + 1]).max(-1)
+        value[h] = (r[h] + P[h] @ value[h + 1])[np.arange(S), pi[h]]
+        mean[h] = (r[h] + P[h] @ mean[h + 1]).mean(-1)
+    d = [np.full(S, 1 / S)]
+    for h in range(H - 1):
+        d.append(d[h] @ P[h, np.arange(S), pi[h]])
+    pairs = [(w, weights), (plan.V, best[:-1]), (by_table.V, best[:-1]), (V, best[:-1]), (of_pi, value[:-1])]
+    for got, want in [*pairs, (visits, d), (uniform, mean[:-1]), (loss, (best[0] - value[0]).mean())]:
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
 def test_a_policy_may_come_in_another_precision_than_the_problem():
