@@ -147,8 +147,8 @@ ladders[128].plot("ladder.png")
 
 # %% [markdown]
 # The numbers are means over tasks, at $N = M = 32$ and at 128. Every bound holds for every policy, and the identity is the loss
-# itself. But a bound through the largest error of $\hat Q$ (`sup_norm`) is several times the loss, because a policy loses only
-# where the error changes the order of two actions. Longer contexts widen the distance: they reduce the loss more than this
+# itself. But `sup_norm`, twice the largest error of $\hat Q$ over the actions in the mean over the states of the policy, is several
+# times the loss, because a policy loses only where the error changes the order of two actions. Longer contexts widen the distance: they reduce the loss more than this
 # bound.
 
 # %%

@@ -282,12 +282,12 @@ RUNGS: dict[str, Rung] = {
         ),
         Rung(
             "sup_norm",
-            "2: twice the largest error of Qhat",
+            "2: twice the largest error over actions, in the mean over the policy's states, summed over stages",
             lambda case: policy_bounds.sup_rung(case.occupancy, case.Qstar, case.Qhat),
         ),
         Rung(
             "error_parts",
-            "3: twice the largest bias and estimation (and optimization) error",
+            "3: as 2, for bias, estimation (and optimization) error each",
             _error_parts,
             ("phi", "design", "w", "weights", "context"),
         ),
