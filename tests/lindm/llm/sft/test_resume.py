@@ -296,7 +296,7 @@ def test_all_processes_of_a_run_that_is_refused_give_the_reason(micro, rows, tmp
     steps = STEPS + 1 if harm == "no checkpoint" else STEPS
     prepared = setup.setup_training(SFTConfig(model=micro.model, data=rows, out=out, **RUN | {"steps": steps}))
     before = sorted(out.rglob("*"))
-    reason = {"another directory": "holds no run", "no settings": "config.json is missing", "no checkpoint": "no checkpoint that"}
+    reason = {"another directory": "holds no run", "no settings": "config.json is missing", "no checkpoint": "no checkpoint from"}
     for is_main in (False, True):
         with pytest.raises(LindmError, match=reason.get(harm, "without .*model the same command writes it again")):
             trainer._check_same_run(prepared, is_main)
