@@ -19,11 +19,12 @@ from lindm.errors import UsageError, did_you_mean, unknown
 
 MIN_WIDTH, MAX_WIDTH = 40, 100  # columns of a help page
 NO_DEFAULT = object()
-OTHER_NAMES = {  # of options in other programs that train language models
+OTHER_NAMES = {  # of options in other programs that train language models, and in another command
     **{"--lr": "--learning-rate", "--epochs": "--steps", "--num-epochs": "--steps", "--num-train-epochs": "--steps"},
     **{"--max-steps": "--steps", "--batch-size": "--batch", "--per-device-train-batch-size": "--batch"},
     **{"--gradient-accumulation-steps": "--accumulate", "--max-seq-length": "--max-length", "--output-dir": "--out"},
     **{"--model-name-or-path": "--model", "--dataset": "--data", "--max-new-tokens": "--max-tokens"},
+    **{"--seed-offset": "--base-seed", "--base-seed": "--seed-offset"},  # of `verify` and `run`
 }
 LONGEST_CHOICES = 36  # characters of choices beside an option; longer ones are in its help, where lines break
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 
-from lindm.errors import DataError, UsageError
+from lindm.errors import DataError, UsageError, unknown
 from lindm.io import inputs, limits
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
@@ -93,10 +93,18 @@ def add_claims(claims: dict[str, Claim]) -> None:
             raise UsageError(f"claim {id!r} belongs to the experiment {CLAIMS[id].experiment}; choose another id")
 
 
+class UnknownClaimError(ValueError):
+    """No claim has this id, `id`."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(unknown("claim", id, list(CLAIMS)))
+        self.id = id
+
+
 def get_claim(id: str) -> Claim:
-    """The claim with this id; ValueError with the known ids when there is none."""
+    """The claim with this id; UnknownClaimError when there is none."""
     if id not in CLAIMS:
-        raise ValueError(f"claim must be one of {', '.join(CLAIMS)}; got {id!r}")
+        raise UnknownClaimError(id)
     return CLAIMS[id]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lindm.errors import DataError, UsageError, unknown
+from lindm.errors import SHOWN, DataError, UsageError, unknown
 from lindm.io import inputs, limits
 from lindm_experiments.harness.claims import PACKAGE_CLAIMS, add_claims, claim_ids, read_claims
 
@@ -171,8 +171,12 @@ def matching_claims(known: Mapping[str, Sequence[str]], id: str) -> dict[str, li
 
     chosen = select(qualified=False) or ("/" in id and select(qualified=True))
     if not chosen:
-        hint = " (the name of an experiment selects all its claims; `lindm run --list` lists the experiments)"
-        raise UsageError(unknown("only", id, [c for owned in known.values() for c in owned]) + hint)
+        ids = [c for owned in known.values() for c in owned]
+        parts = [c for c in ids if id in c]
+        more = f", ... ({len(parts)} in all)" if len(parts) > SHOWN else ""
+        said = f"only {id!r} is not known; did you mean {', '.join(parts[:SHOWN])}{more}?" if parts else unknown("only", id, ids)
+        hint = "`lindm verify --experiments NAME` decides all claims of an experiment; `lindm run --list` lists the experiments"
+        raise UsageError(f"{said} ({hint})")
     return chosen
 
 

@@ -145,12 +145,11 @@ class _State:
     def concluded(self, name: str, result: TaskResult | None) -> None:
         assert result is not None
         self.seconds[name] += result.seconds
+        if result.error is not None:
+            return self.fail(name, result.error, result.traceback)
         try:
-            if result.error is None:
-                self.runs[name].finish(result.value)
-                self.verdicts[name] = result.value.verdicts
-            else:
-                self.fail(name, result.error, result.traceback)
+            self.runs[name].finish(result.value)
         except LindmError as e:
-            self.fail(name, e)
+            return self.fail(name, e)
+        self.verdicts[name] = result.value.verdicts
         self.on_end(self.outcome(name))

@@ -12,8 +12,8 @@ from typing import Any
 from lindm.errors import DataError, NonFiniteError, UsageError, unknown
 from lindm.io.files import canonical_json, find_non_finite, to_jsonable
 from lindm.io.provenance import environment
-from lindm_experiments.harness.claims import claim_ids, claims_hash
-from lindm_experiments.harness.experiments import Experiment, load, name_of, points_of, preset_config
+from lindm_experiments.harness.claims import PACKAGE_CLAIMS, UnknownClaimError, claim_ids, claims_hash
+from lindm_experiments.harness.experiments import MINUTES, Experiment, load, name_of, points_of, preset_config
 from lindm_experiments.harness.fingerprint import code_fingerprint
 from lindm_experiments.harness.verdicts import Verdict
 
@@ -113,9 +113,16 @@ def conclude(task: tuple[str, list[dict]]) -> Conclusion:
 
 
 def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
-    """The verdicts of the records, one for each claim of the experiment, before any correction for their number."""
-    verdicts = list(module.check(records))
-    expected = sorted(claim_ids(name_of(module)))
+    """The verdicts of the records, one for each claim of the experiment, before any correction for their number.
+
+    DataError where `check` decides a claim that the file of claims does not have.
+    """
+    expected = sorted(claim_ids(name := name_of(module)))
+    try:
+        verdicts = list(module.check(records))
+    except UnknownClaimError as e:
+        file = PACKAGE_CLAIMS.name if name in MINUTES else f"{name}.toml"
+        raise DataError(f"{file} has no claim {e.id!r}, which check decides; it has: {', '.join(expected)}") from e
     if sorted(v.id for v in verdicts) != expected:
         raise ValueError(f"check must decide each of {expected} once; got {sorted(v.id for v in verdicts)}")
     return verdicts

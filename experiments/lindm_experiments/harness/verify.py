@@ -171,6 +171,8 @@ def run_with_progress(jobs: Sequence[Job], locks: contextlib.ExitStack, executor
                 task.remove()
             if total is not None:
                 total.update(total.done + 1)
+            if outcome.error and executor == "serial":
+                return  # of `run_experiment`, which raises the error
             message = outcome.message or f"{outcome.experiment}: done"  # an error names its experiment
             progress.print(f"{message}, {format_seconds(outcome.seconds)}")
 

@@ -8,7 +8,14 @@ import pytest
 
 from lindm.errors import DataError, UsageError
 from lindm_experiments.harness import claims
-from lindm_experiments.harness.experiments import PACKAGE, experiment_names, find_experiment, load, points_of
+from lindm_experiments.harness.experiments import (
+    PACKAGE,
+    experiment_names,
+    find_experiment,
+    load,
+    matching_claims,
+    points_of,
+)
 from tests.lindm.hostile.mutations import not_blocked
 
 
@@ -83,6 +90,31 @@ def test_a_wrong_claim_is_named_with_its_file(lab, old, new, message):
     toml.write_text(toml.read_text().replace(old, new, 1))
     with pytest.raises(DataError, match=f"toy.toml: .*{message}|toy.toml: {message}"):
         find_experiment(str(lab.directory / "lab" / "toy.py"))
+
+
+def test_an_id_that_check_decides_and_the_file_of_claims_lacks_is_named_once_with_the_ids_of_the_file(lab):
+    toml = lab.directory / "lab" / "toy.toml"
+    toml.write_text(toml.read_text().replace('"toy-ratio"', '"toy-ration"'))
+    code, _, err = lab.lindm("run", "toy", "--out", "r")
+    said = "toy.toml has no claim 'toy-ratio', which check decides; it has: toy-control/swap, toy-ration"
+    assert code == 3 and err.count("toy-ratio'") == err.count(said) == 1, err
+    assert err.strip().splitlines()[-1] == f"lindm: error: toy: {said}" and "q-risk" not in err
+    code, out, err = lab.lindm("verify", "--experiments", "toy", "--out", "v")
+    assert code == 3 and err.count(said) == 1 and f"error: toy: {said}" in out
+
+
+@pytest.mark.parametrize(
+    "id, message",
+    [
+        ("bias", r"^only 'bias' is not known; did you mean llm-law/bias\? \(`lindm verify --exp"),
+        ("bound", r"^only 'bound' is not known; did you mean belief-bounds, .*, \.\.\. \(\d+ in all\)\? \(`lindm"),
+        ("q-rsik", r"^only 'q-rsik' is not known; did you mean q-risk"),
+    ],
+)
+def test_a_part_of_an_id_is_answered_with_the_ids_that_contain_it(id, message):
+    known = {name: claims.claim_ids(name) for name in experiment_names()}
+    with pytest.raises(UsageError, match=message):
+        matching_claims(known, id)
 
 
 def test_an_experiment_without_claims_raises_an_error_that_names_their_file(lab):

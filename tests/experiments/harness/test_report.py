@@ -261,8 +261,8 @@ def test_claims_have_unique_ids_bands_and_statements_of_one_sentence():
         assert "{" not in c.criterion, c.id
 
 
-def test_an_unknown_claim_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"claim must be one of against-statistics, .*; got 'wieghts'"):
+def test_an_unknown_claim_is_answered_with_the_nearest_ones():
+    with pytest.raises(ValueError, match=r"^claim 'wieghts' is not known; did you mean weights"):
         get_claim("wieghts")
 
 
