@@ -40,7 +40,8 @@ COMMANDS = (
     "model show imported",
     "plan --model imported --topology host --batch 2 --seq 64",
     "launch slurm --nodes 2 --gpus-per-node 1 -- --model /share/model --data /share/data --out /share/run",
-    "launch tpu --topology v5e:4x4 --zone zone --shared 10.0.0.2:/share -- --model /lindm/m --data /lindm/d --out /lindm/run",
+    "launch tpu --topology v5e:4x4 --zone zone --shared 10.0.0.2:/share --package 'lindm[tpu] @ file:///lindm/WHEEL' "
+    "-- --model /lindm/m --data /lindm/d --out /lindm/run",
     "launch gke --topology v5e:4x4 --image image:1 --claim disk -- --model /lindm/model --data /lindm/data --out /lindm/run",
     "launch ray --workers 4 --image image:1 --claim disk -- --model /lindm/model --data /lindm/data --out /lindm/run",
     "report verified evaluated model --out report",

@@ -22,7 +22,7 @@ def run(job: Job, words: Sequence[str]) -> int:
 
 EXAMPLES = {
     "slurm": "--nodes 4 --gpus-per-node 8",
-    "tpu": "--topology v5e:4x4 --zone us-west4-a --shared 10.0.0.2:/share",
+    "tpu": "--topology v5e:4x4 --zone us-west4-a --shared 10.0.0.2:/share --package 'lindm[tpu] @ file:///lindm/WHEEL'",
     "gke": "--topology v5e:4x4 --image registry/lindm:1 --claim disk",
     "ray": "--workers 4 --image registry/lindm:1 --claim disk",
 }

@@ -23,7 +23,7 @@ from lindm.llm.tokens import Tokenizer
 def chat_template(tokenizer: Tokenizer, tools: bool = False) -> str:
     """The source of the chat template; of several, that for conversations with `tools`, or the default one. Raises: DataError."""
     if tokenizer.chat_template is None:
-        raise DataError("the tokenizer has no chat template")
+        raise DataError("the tokenizer has no chat template; `lindm sft --chat-template FILE` gives it one")
     try:
         return tokenizer.get_chat_template(tools=[{}] if tools else None)
     except ValueError as e:  # several templates, none of them the default

@@ -272,7 +272,7 @@ def model_directory(directory: Path) -> Path:
     model = directory / "model" if run else directory
     if not model.is_dir():
         what = "is not a directory" if model.exists() else "does not exist"
-        hint = ": the run is not finished" if run else ""
+        hint = ": the run is not finished; repeat its `lindm sft` command to finish it" if run else ""
         hint = "; `lindm model import` makes one of it" if model.suffix == ".gguf" and model.exists() else hint
         raise DataError(f"{model} {what}{hint}")
     verify_file_list(model, lambda name: False, required=run)

@@ -126,7 +126,7 @@ WRITE_NOTHING = (
     "act qmdp TIGER --horizon 2 --history=",
     "families",
     f"launch slurm --nodes 4 --gpus-per-node 8 {JOB}",
-    f"launch tpu --topology v5e:4x4 --zone us-west4-a --shared 10.0.0.2:/share {JOB}",
+    f"launch tpu --topology v5e:4x4 --zone us-west4-a --shared 10.0.0.2:/share --package lindm[tpu]@file:///lindm/WHEEL {JOB}",
     f"launch gke --topology v5e:4x4 --image registry/lindm:1 --claim disk {JOB}",
     f"launch ray --workers 4 --image registry/lindm:1 --claim disk {JOB}",
 )

@@ -41,6 +41,11 @@ FIELD_RULES = {
     "time": (r"\d+|(\d+-)?\d+(:\d\d){0,2}", "minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
     "image": (r"[\w.:/@-]+", "an image such as registry/name:tag"),
     "shared": (r"[\w.-]+:/[\w./-]*", "an NFS export such as 10.0.0.2:/share"),
+    # without a URL, pip would install whatever has this name on its index
+    "package": (
+        r"lindm\[(\w+,)*tpu(,\w+)*\] *@ *(git\+)?(https|ssh|file)://.+",
+        "'lindm[tpu] @ URL', with the URL of a Git repository (git+https://HOST/lindm@COMMIT) or of a wheel (file:///lindm/WHEEL)",
+    ),
     "ray_version": (r"\d+\.\d+\.\d+", "a version such as 2.60.0"),
 }
 
@@ -94,14 +99,15 @@ class TPUJob:
     """Request the machines through a queued resource."""
     shared: str | None = None
     """An NFS export, mounted on /lindm; needed if the slice has several hosts."""
-    package: str = "lindm[tpu]"
-    """Package that pip installs on the machines."""
+    package: str
+    """Where pip finds lindm, in a Git repository or a wheel on the shared disk: 'lindm[tpu] @ git+https://HOST/lindm@COMMIT' or
+    'lindm[tpu] @ file:///lindm/WHEEL'."""
     name: str = "lindm-sft"
     """Name of the job."""
 
     def __post_init__(self):
-        _check(self)
         _printable("package", self.package)
+        _check(self)
         if (hosts := parse_topology(self.topology).num_hosts) > 1 and self.shared is None:
             reason = f"the {hosts} hosts of {self.topology} write one checkpoint together"
             raise ValueError(f"shared must be {FIELD_RULES['shared'][1]}, since {reason}; got nothing")
@@ -114,7 +120,7 @@ class GKEJob:
     topology: str
     """A TPU slice such as v5e:4x4."""
     image: str
-    """Container image with lindm[tpu]."""
+    """Container image with lindm and its extra tpu."""
     claim: str | None = None
     """A PersistentVolumeClaim that all hosts can write to, mounted on /lindm."""
     bucket: str | None = None
@@ -171,7 +177,7 @@ class RayJob(RayWorkers):
     """Print a RayJob for KubeRay. A comment at its top has the equivalent command for an existing Ray cluster."""
 
     image: str
-    """Container image with Ray and lindm[ray]."""
+    """Container image with Ray, and lindm with its extra ray."""
     claim: str
     """A PersistentVolumeClaim that all workers can write to, mounted on /lindm."""
     ray_version: str = "2.60.0"

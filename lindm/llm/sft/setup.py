@@ -235,7 +235,8 @@ def _load(
     with progress_bar("reading") if jax.process_index() == 0 else no_progress as progress:
         if isinstance(data, list):
             if tokenizer is None:
-                raise ValueError(f"data must be a directory of `lindm data make` with a preset; got {config.data}")
+                rule = "must be a directory of `lindm data make` with a preset, whose vocabulary is trained on its texts"
+                raise ValueError(f"data {rule}; files of rows need --model DIR in place of --preset; got {config.data}")
             check_file_options(config.template, config.rewards, config.names, config.supervise, config.loss)
             how = Tokenizing(
                 tokenizer=tokenizer,

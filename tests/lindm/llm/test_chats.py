@@ -109,7 +109,7 @@ def test_invalid_messages_raise_an_error_that_names_them(messages, why):
 @pytest.mark.parametrize(
     "template, why",
     [
-        (None, "the tokenizer has no chat template"),
+        (None, "the tokenizer has no chat template; `lindm sft --chat-template FILE` gives it one"),
         ("{{ raise_exception('no system, please') }}", "the chat template raises an error: no system, please"),
         (
             "{{ messages | length }}" + CHATML,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from lindm.evaluation.policy import Observation
 from lindm.llm import named_policies
 from lindm.llm.io import weights
 from lindm.llm.named_policies import PoliciesByName, check_not_trained_on
-from lindm.llm.policy import LanguageModelPolicy, TextOptions, load_policy
+from lindm.llm.policy import LanguageModelPolicy, TextOptions, load_policy, model_directory
 from lindm.llm.sft import trainer
 from lindm.llm.sft.options import SFTConfig
 from lindm.llm.tokens import action_tokens, load_tokenizer
@@ -199,6 +200,12 @@ def test_a_temperature_gives_the_models_own_probabilities(micro, run):
     assert warm.sum() == pytest.approx(1)
     with pytest.raises(ValueError, match=r"problem must be given: the dataset that .* was trained on is not known, or is gone"):
         load_policy(micro.model).act(task.demonstrations, history)
+
+
+def test_the_error_of_a_run_that_is_not_finished_says_how_to_finish_it(run, tmp_path):
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(DataError, match=r"the run is not finished; repeat its `lindm sft` command to finish it$"):
+        model_directory(tmp_path)
 
 
 def test_a_language_model_is_read_when_its_turn_comes(micro):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lindm.llm.cluster.jobs import job_file
 from tests.clock import HANGS
-from tests.lindm.llm.cluster.example_jobs import GKE, JOBS, RAY, SLURM, TPU, WORDS
+from tests.lindm.llm.cluster.example_jobs import GKE, JOBS, PACKAGE, RAY, SLURM, TPU, WORDS
 
 # --- every option comes through ------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ def test_machines_that_are_not_there_are_created_and_prepared(stage):
         "sudo chmod a+rwx /lindm",
         "python3 -m pip install --quiet --user uv",
         f"python3 -m uv venv --quiet --clear --python 3.12 {home}/lindm-env",
-        f"python3 -m uv pip install --quiet --python {home}/lindm-env/bin/python lindm[tpu]",
+        f"python3 -m uv pip install --quiet --python {home}/lindm-env/bin/python {PACKAGE}",
         "lindm 1 tpu,cpu  ",
     ]
     assert done.stderr.endswith("to delete the machines: gcloud compute tpus tpu-vm delete lindm-sft --zone=us-west4-a\n")

@@ -15,7 +15,7 @@ from lindm.cli.main import main
 from lindm.cli.option_parser import parse, run_command
 from lindm.llm.cluster.jobs import GKEJob, RayJob, RayWorkers, SlurmJob, TPUJob, check_options, entrypoint, job_file
 from lindm.llm.sft.options import SFTConfig
-from tests.lindm.llm.cluster.example_jobs import GKE, JOBS, RAY, SLURM, TPU, WORDS
+from tests.lindm.llm.cluster.example_jobs import GKE, JOBS, PACKAGE, RAY, SLURM, TPU, WORDS
 
 
 def script(job) -> bool:
@@ -150,10 +150,18 @@ def test_a_topology_that_does_not_exist_is_refused_with_the_list_of_those_that_d
         (SlurmJob, {"nodes": 1, "time": "soon"}, "time must be minutes, hours"),
         (SlurmJob, {"nodes": 1, "partition": "a b"}, "partition must be names"),
         (SlurmJob, {"nodes": 1, "name": "x\n#SBATCH --uid=0"}, "name must be at most 51 lower-case letters"),
-        (TPUJob, {"topology": "v5e:4x4", "zone": "z"}, "shared must be an NFS export such as .* the 4 hosts of v5e:4x4 write"),
-        (TPUJob, {"topology": "v5e:2x2", "zone": "z; id"}, "zone must be"),
-        (TPUJob, {"topology": "v5e:2x2", "zone": "z", "shared": "x:/a b"}, "shared must be an NFS export"),
+        (
+            TPUJob,
+            {"topology": "v5e:4x4", "zone": "z", "package": PACKAGE},
+            "shared must be an NFS export such as .* the 4 hosts of v5e:4x4 write",
+        ),
+        (TPUJob, {"topology": "v5e:2x2", "zone": "z; id", "package": PACKAGE}, "zone must be"),
+        (TPUJob, {"topology": "v5e:2x2", "zone": "z", "shared": "x:/a b", "package": PACKAGE}, "shared must be an NFS export"),
         (TPUJob, {"topology": "v5e:2x2", "zone": "z", "package": "a\nb"}, r"package must have no U\+000A"),
+        *(
+            (TPUJob, {"topology": "v5e:2x2", "zone": "z", "package": package}, r"package must be 'lindm\[tpu\] @ URL', .*; got '")
+            for package in ("lindm[tpu]", "lindm[tpu]==0.1.0", "lindm @ https://x.io/a.whl", "jax[tpu] @ https://x.io/a.whl")
+        ),
         (GKEJob, {"topology": "v5e:2x2", "image": "i"}, "one of claim and bucket must be given"),
         (GKEJob, {"topology": "v5e:2x2", "image": "i", "claim": "a", "bucket": "bbb"}, "one of claim and bucket must be given"),
         (GKEJob, {"topology": "v5e:2x2", "image": 'i"', "claim": "a"}, "image must be"),
@@ -246,6 +254,14 @@ def test_the_command_line_knows_the_launchers(capsys):
     assert capsys.readouterr().out == job_file(SLURM, WORDS)
     assert main(["launch", "slurm", "--nodes", "0", "--", *WORDS]) == 2
     assert capsys.readouterr().err == "lindm: error: nodes must be at least 1; got 0\n"
+
+
+def test_machines_of_cloud_tpu_get_no_package_by_its_name_alone(capsys):
+    given = ["launch", "tpu", "--topology", "v5e:1x1", "--zone", "z"]
+    assert main([*given, "--", *WORDS]) == 2
+    assert "--package" in capsys.readouterr().err
+    assert main([*given, "--package", PACKAGE, "--", *WORDS]) == 0
+    assert f"/bin/python\" '{PACKAGE}'\n" in capsys.readouterr().out
 
 
 def test_an_unknown_launcher_is_refused(capsys):

@@ -63,6 +63,16 @@ def test_a_dataset_is_read_once_and_each_document_is_tokenized_once(micro, tmp_p
     assert {task.task for task in setup.decision_tasks.tasks} == set(sorted(held_out)[:3])
 
 
+def test_a_preset_does_not_train_on_rows_and_the_error_says_why_and_what_to_do(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n')
+    with pytest.raises(ValueError) as e:
+        setup_training(SFTConfig(data=tmp_path / "rows.jsonl", out=tmp_path / "run", preset="tiny"))
+    assert str(e.value) == (
+        "data must be a directory of `lindm data make` with a preset, whose vocabulary is trained on its texts; files of rows "
+        f"need --model DIR in place of --preset; got {tmp_path / 'rows.jsonl'}"
+    )
+
+
 @pytest.mark.parametrize("preset, weights, rate", [("tiny", 1.4e6, 1e-3), ("small", 10.8e6, 5e-4)])
 def test_a_preset_has_its_size_and_learning_rate_and_a_vocabulary_of_the_symbols(micro, tmp_path, preset, weights, rate):
     setup = setup_training(SFTConfig(data=micro.mdp, out=tmp_path, preset=preset))
