@@ -109,7 +109,7 @@ def parse(text: str, name: str = "<text>") -> Model:
     names, index, discount, costs, start = _head(preamble, entries, last, off, lambda S, A, O: S * A * (S + O))
     S, A, O = (len(names[word]) for word in ("states", "actions", "observations"))
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
-    lines = {word: np.zeros((A, S), int) for word in tables}  # of the entry that wrote the row last
+    lines = {word: np.zeros((A, S), int) for word in tables}  # where the row was written last
     rewards, ends, illegal, writes = [], np.zeros(S, bool), np.zeros((A, S), bool), 0
     for entry in entries:
         if entry.word == "E":
@@ -125,7 +125,7 @@ def parse(text: str, name: str = "<text>") -> Model:
             rewards.append((entry, where, values))
         else:
             writes = count_writes(writes, tables[entry.word][where].size, entry)
-            tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.line
+            tables[entry.word][where], lines[entry.word][where[:2]] = values, entry.row_lines(*values.shape[1:])
     check_legal(illegal, ends, names["states"], last)
     tables["T"][illegal] = np.eye(S)[np.nonzero(illegal)[1]]
     tables["T"][:, ends] = np.eye(S)[ends]
@@ -199,6 +199,13 @@ class _Section(NamedTuple):
         line = self.line if at is None or at >= len(self.lines) else self.lines[at]
         return DataError(f"{self.source}:{line}: {message}")
 
+    def row_lines(self, rows: int, columns: int) -> list[int]:
+        """The line of each row of the numbers that end an entry; one for all rows where a word (`uniform`) stands for them."""
+        if not NUMBER.fullmatch(self.words[-1]):
+            return self.lines[-1:]
+        lines = [line for word, line in zip(self.words, self.lines, strict=True) if word not in ("+", "-")]
+        return lines[-rows * columns :: columns]
+
 
 def _quote(word: str) -> str:
     return repr(word if len(word) <= 60 else word[:57] + "...")
@@ -252,9 +259,8 @@ def _labels(section: _Section) -> Sequence[int | str]:
     words = section.words or [""]
     if len(words) == 1 and (words[0] == "" or NUMBER.fullmatch(words[0])):
         if not INDEX.fullmatch(words[0]) or not 1 <= int(words[0]) <= POMDP_NAMES:
-            raise section.stop(
-                f"{section.word!r} must be a count from 1 to {POMDP_NAMES} or a list of names; got {_quote(words[0])}", 0
-            )
+            rule = f"a count from 1 to {POMDP_NAMES} or a list of names"
+            raise section.stop(f"{section.word!r} must be {rule}; got {_quote(words[0])}", 0)
         return range(int(words[0]))
     seen: set[str] = set()
     for i, word in enumerate(words):
@@ -292,8 +298,7 @@ def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarra
     """The tokens from `first` on: exactly as many numbers as the shape holds, probabilities unless they are rewards."""
     want, size = int(np.prod(shape)), " x ".join(str(n) for n in shape if n > 1)
     wanted = "one number" if want == 1 else f"{want} numbers" + (f" ({size})" if " " in size else "")
-    values: list[float] = []
-    sign = ""
+    values, sign = list[float](), ""
     for word, line in zip(section.words[first:], section.lines[first:], strict=True):
         if not sign and word in ("+", "-"):  # in the grammar a sign is a token of its own
             sign = word
@@ -384,8 +389,7 @@ def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarra
 
 def _normalize(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Section, off: list[tuple[int, str]]) -> None:
     """Rows [A, S, ...] that are nearly distributions become so, in place; others are refused, with the line that wrote them."""
-    sums = rows.sum(-1)
-    error = np.abs(sums - 1)
+    error = np.abs((sums := rows.sum(-1)) - 1)
     for i in map(tuple, np.argwhere(error > ROUNDING)):
         line, row = int(lines[i]), title(*i)
         if not line:

@@ -53,7 +53,7 @@ class _Table:
         self.shape = (rows, columns)
         self.cells = [(array("q"), array("q"), array("d")) for _ in range(actions)]
         self.void = np.zeros((actions, rows), int)  # cells before this number count no more
-        self.lines = np.zeros((actions, rows), int)  # of the entry that wrote the row last
+        self.lines = np.zeros((actions, rows), int)  # where the row was written last
         self.count = 0
 
     def write(self, entry: _Section, cell: _Cell, start: np.ndarray) -> None:
@@ -77,8 +77,9 @@ class _Table:
             values = numbers[columns] if whole else numbers
             self._reserve(len(rows) * len(columns), entry)
             part = (np.repeat(rows, len(columns)), np.tile(columns, len(rows)), np.tile(values, len(rows)))
+        lines = entry.row_lines(n if cell.given == 1 else 1, m if cell.given < 3 else 1)
         for a in range(len(self.cells)) if action is None else (action,):
-            self.lines[a, rows] = entry.line
+            self.lines[a, rows] = lines
             if whole:
                 self.void[a, rows] = len(self.cells[a][0])
             self._reserve(len(part[0]), entry)
