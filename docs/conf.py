@@ -5,6 +5,7 @@ are the same on the site and on a page that renders Markdown in place.
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ nb_execution_in_temp = True  # what a tutorial writes is not left in its directo
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+# The kernels of the tutorials inherit this. tqdm warns that ipywidgets are missing, with a path of this machine.
+os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found")))
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 4
 highlight_language = "none"  # indented blocks of the proofs are no program
