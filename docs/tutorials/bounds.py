@@ -30,6 +30,8 @@
 # same probability.
 
 # %%
+import textwrap
+
 import jax
 import numpy as np
 
@@ -129,7 +131,8 @@ for of, bound in ((table, table.general_bound), (gaussian, gaussian.paper_bound)
 #
 # The *policy* takes in each state the action with the largest $\hat Q$. Its *loss* is the value of the best policy minus its
 # own, and dynamic programming computes it exactly. A *ladder* of bounds leads from the loss to the error of $\hat Q$. A rung
-# higher up needs more about the policy and says more:
+# higher up needs more about the policy and says more. The number before a text is that of the rung in [the theory in
+# equations](../explanations/theory.md#from-q-to-the-policy); 1b is a variant of rung 1:
 
 # %%
 sizes = {"seeds": 3, "steps": 300, "tasks": 128}
@@ -164,13 +167,15 @@ assert 3 < ratios[0] < ratios[1]
 #
 # What this page shows once, lindm tests as *claims* with a criterion that is fixed before the run: a claim gets PASS, FAIL or
 # INCONCLUSIVE. Would a wrong statement be noticed? The experiment `controls` puts mistakes into statements of this page on
-# purpose, such as $N$ and $M$ exchanged in the formula of the risk. Each wrong statement must FAIL.
+# purpose, such as $N$ and $M$ exchanged in the formula of the risk. Each wrong statement must FAIL. The claim
+# `controls` says that all of them do, so it must PASS.
 
 # %% tags=["remove-stderr"]
 result = ld.run_experiment("controls", "quick", "controls")
 for claim in result.summary["claims"]:
     expected = "as expected" if claim["verdict"] == claim["expected"] else "NOT as expected"
-    print(f"{claim['id']:25} {claim['verdict']:5} {expected}: {claim['statement'][:80]}")
+    print(f"{claim['id']:25} {claim['verdict']:5} {expected}")
+    print(textwrap.indent(textwrap.fill(claim["statement"], 80), "    "))
 assert all(claim["verdict"] == claim["expected"] for claim in result.summary["claims"])
 
 # %% [markdown]

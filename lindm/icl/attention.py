@@ -251,6 +251,7 @@ class SoftmaxAttention(_Embedding):
 
     A query attends to N keys at any depth (cost N Q); from depth 2 on the context columns attend to each other (cost N^2).
     Linearized at W_KQ = 0 it is the label mean plus linear attention on centered pairs.
+    The arguments that are not listed are those of `FullAttention`.
 
     Args:
         heads: number of heads, each with its own W_PV and W_KQ; F is the sum of theirs.
@@ -259,7 +260,6 @@ class SoftmaxAttention(_Embedding):
             so a longer prompt has positions that were never trained. What the table adds to the label row of a query is not
             part of the prediction.
         train_positions: whether the table is a parameter (learned absolute positions) or fixed.
-        The others as in `FullAttention`.
     """
 
     def __init__(

@@ -63,8 +63,8 @@ def train(
     """Train a copy of `layer` and return it with the loss of every step.
 
     Args:
-        layer: any module that maps one `Prompt` to yhat[Q]; its `nnx.Param`s are trained, in their own dtype. Not modified. A
-            method `predict_batch` (see `lindm.icl.attention`) is called in place of `jax.vmap(layer)`.
+        layer: any module that maps one `Prompt` to yhat[Q]; its parameters (`nnx.Param`) are trained, in their own dtype. Not
+            modified. A method `predict_batch` (see `lindm.icl.attention`) is called in place of `jax.vmap(layer)`.
         draw: `draw(key, *data) -> (Prompt, target[B,Q])`, the prompt with a leading batch axis. Both are cast to the
             dtype of the parameters; drawing in that dtype is faster.
         key: PRNG key. Step t draws with `fold_in(key, t)`.
@@ -97,10 +97,11 @@ def train_many(
 ) -> tuple[Layer, Array]:
     """`train` for R runs in parallel (seeds, stages, lengths, problems), all from the same initial layer.
 
+    The arguments that are not listed are those of `train`, the same for all runs.
+
     Args:
         keys: [R] PRNG keys.
         data: as in `train`, every leaf with a leading axis R.
-        The others as in `train`, the same for all runs.
 
     Returns:
         A layer whose parameters have a leading axis R (`predict_many` makes predictions of it), and losses[R, steps].

@@ -216,13 +216,13 @@ def measure_ladder(
     """Train a copy of a layer for every stage of a family of linear MDPs; the exact loss of its policies and their bounds.
 
     Labels are the oracle's, <x, w*_h> + noise N(0, 1); the policy of a task is greedy in the predictions for all pairs (s, a).
+    The arguments that are not listed are those of `measure_risk`.
 
     Args:
       layer: any `nnx.Module` that maps one `Prompt` to yhat [Q].
       family: of `lindm.problems.linear_mdp`, or a function of a key that draws one: every seed then has its own features.
       train_length, test_length: pairs N and M in the context of a stage.
       tasks: test tasks of every seed.
-      The others as in `measure_risk`.
 
     Raises:
       ValueError: an argument breaks its rule. FloatingPointError: a loss that is not finite.

@@ -60,7 +60,7 @@ def risk_figure(table: Risk) -> Figure:
     lines = left.contourf(M, N, np.log10(grid), levels=14, cmap=SEQUENTIAL)
     bar = figure.colorbar(lines, ax=left, label="exact risk", location="top")
     low, high = np.log10(grid.min()), np.log10(grid.max())
-    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    steps = (1, 2, 5) if high - low < 1 else (1, 3) if high - low < 2.5 else (1,)  # more labels run into each other
     ticks = [t for t in (k * 10.0**p for p in range(int(low) - 1, int(high) + 2) for k in steps) if low <= np.log10(t) <= high]
     bar.set_ticks(np.log10(ticks), labels=[f"{t:g}" for t in ticks])
     left.plot(M, M, color=INK, marker="", label="best N for the risk: N = M")

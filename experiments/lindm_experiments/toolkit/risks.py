@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from lindm import validate
 from lindm.errors import UsageError, unknown
 from lindm.evaluation.environments import double_precision
-from lindm.icl.feature_laws import FeatureLaw, Mixture, gaussian, onehot
+from lindm.icl.feature_laws import FeatureLaw, Mixture, Table, gaussian, onehot
 from lindm_experiments.lib.feature_laws import fourth, moment
 from lindm_theory import in_context
 from lindm_theory.moments import design_fourth, design_moment
@@ -154,9 +154,11 @@ def moments_of(law: FeatureLaw, Psi: Array | None, samples: int, seed: int) -> M
 
 
 def name_of(law: FeatureLaw) -> str:
-    """gaussian for a mixture of one centered row, else the name of its class."""
+    """gaussian for a mixture of one centered row, the number of vectors of a table, else the name of its class."""
     if isinstance(law, Mixture) and len(law.design) == 1 and not np.any(law.phi):
         return "gaussian"
+    if isinstance(law, Table):
+        return f"{len(law.design)} feature vectors"
     return type(law).__name__
 
 

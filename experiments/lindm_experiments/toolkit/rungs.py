@@ -66,12 +66,13 @@ class Case:
     ) -> "Case":
         """The case of a problem: Q* and w by backward induction, S and M from the prompts of all stages.
 
+        The arguments that are not listed are fields of the class.
+
         Args:
           problem: a linear MDP, or an MDP without features.
           Qhat: [H, S, A]; phi' weights S if not given.
           prompts: x [H, M, d], y [H, M]: the context of every stage.
           design: [S*A]; uniform if not given.
-          The others are fields of the class.
 
         Raises:
           ValueError: an array has a wrong shape or is not finite, or Qhat can not be computed.
@@ -282,7 +283,7 @@ RUNGS: dict[str, Rung] = {
         ),
         Rung(
             "sup_norm",
-            "2: twice the largest error over actions, in the mean over the policy's states, summed over stages",
+            "2: twice the largest error over actions, summed along the policy's path",
             lambda case: policy_bounds.sup_rung(case.occupancy, case.Qstar, case.Qhat),
         ),
         Rung(
