@@ -100,7 +100,7 @@ def run(options: Plan) -> int:
     for line in _description(spec, options.topology, result.devices, limits):
         print(line)
     print("\nESTIMATE by arithmetic: nothing was compiled for these devices" if plans[0].estimated else "")
-    print(format_table([HEADER, *(_row(p, spec) for p in plans)]))
+    print(format_table([HEADER, *(_row(p, spec, limits) for p in plans)]))
     if plans[0].cost is not None:
         print(f"\nCommunication per device and step with {plan.format_mesh(plans[0].mesh)}:")
         print(format_table(_collectives(plans[0].cost)))
@@ -136,11 +136,13 @@ def _description(spec: "StepSpec", topology: str, num_devices: int, limits: "Dev
     ]
 
 
+GPU_SHARE = 0.75  # of a GPU's memory, which jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION is not set
+MORE_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
 HEADER = ("mesh", "fits", "peak GiB", "arguments", "temporaries", "outputs", "code")
 HEADER += ("TFLOP", "GB memory", "GB sent", "ms compute", "ms memory", "ms links", "min. ms", "max. tokens/s")
 
 
-def _row(plan: "MeshPlan", spec: "StepSpec") -> tuple[str, ...]:
+def _row(plan: "MeshPlan", spec: "StepSpec", limits: "DeviceLimits") -> tuple[str, ...]:
     from lindm.llm.cluster.plan import format_mesh
 
     mesh, memory, cost, bounds = format_mesh(plan.mesh), plan.memory, plan.cost, plan.time_bounds
@@ -152,7 +154,9 @@ def _row(plan: "MeshPlan", spec: "StepSpec") -> tuple[str, ...]:
     costs = f"{cost.flops / 1e12:.3g}", traffic, f"{cost.sent_bytes / 1e9:.3g}"
     times = (f"{1e3 * bounds[name]:.3g}" if name in bounds else "-" for name in ("compute", "memory", "links"))
     rate = spec.accumulate * spec.batch * spec.seq / plan.bound_seconds
-    return (mesh, "yes" if plan.fits else "no", *gib, *costs, *times, f"{1e3 * plan.bound_seconds:.3g}", f"{rate:,.0f}")
+    more = plan.estimated and limits.memory is not None and memory.peak > GPU_SHARE * limits.memory
+    fits = "no" if not plan.fits else f"yes, with {MORE_MEMORY}" if more else "yes"
+    return (mesh, fits, *gib, *costs, *times, f"{1e3 * plan.bound_seconds:.3g}", f"{rate:,.0f}")
 
 
 def _collectives(cost: "ProgramCost") -> list[tuple[str, ...]]:
@@ -179,7 +183,7 @@ def _notes(plans: list["MeshPlan"], model_flops: float, headroom: float) -> list
         notes.append(
             "the estimate is of the state exactly, and of temporaries to about a third; leave that room, or compile there"
         )
-        notes.append("jax takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=.95 is set")
+        notes.append(f"jax takes {100 * GPU_SHARE:.0f} % of a GPU's memory unless {MORE_MEMORY} is set")
     if any(p.cost is not None and p.cost.unknown_loops for p in plans):
         notes.append("some loops have an unknown trip count and count once: the true bounds are higher")
     for p in plans:

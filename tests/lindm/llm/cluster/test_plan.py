@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -446,6 +447,16 @@ def test_a_plan_for_gpus_is_marked_as_an_estimate_in_text_and_json(config, capsy
     assert said["limits"]["memory"] == 80 * GIB and said["step"]["dtype"] == "bf16" and one["memory"]["peak"] > 0
     with pytest.raises(ValueError, match=r"topology must be 1, 2, 4 or 8 GPUs of one node, such as h100:8, .* got 'h100:16'"):
         cli.run(cli.Plan(**options | {"topology": "h100:16"}))
+
+
+@pytest.mark.parametrize("share, fits", [(0.74, "yes"), (0.76, "yes, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"), (0.96, "no")])
+def test_a_plan_of_gpus_above_what_jax_takes_by_itself_says_what_to_set(config, capsys, monkeypatch, cut, share, fits):
+    memory = plan.DeviceMemory(arguments=int(share * 80 * GIB), outputs=0, temporaries=0, code=0)
+    monkeypatch.setattr(plan, "estimate_memory", lambda *a: memory)
+    options = {"batch": 8, "seq": 32, "labels_per_row": 8, "mesh": "fsdp=1"}
+    assert cli.run(cli.Plan(model=config, topology="h100:1", **options)) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fsdp=1 "))
+    assert re.split("  +", row)[1] == fits
 
 
 def test_a_plan_that_was_refused_has_a_row_too(config, capsys, monkeypatch):
