@@ -12,11 +12,19 @@ from lindm.cli.option_parser import Command
 
 LOCK = Path(__file__).parents[2] / "requirements" / "lock.txt"
 FREE_GB = 1.0
+EXTRAS = {  # of pyproject.toml, by what they are for
+    "data": "datasets and evaluations",
+    "gym": "Gymnasium environments",
+    "minari": "Minari datasets",
+    "track": "TensorBoard events",
+    "wandb": "Weights & Biases",
+    "ray": "Ray",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Check versions, devices, precision, disk, fonts and the lock."""
+    """Check versions, devices, precision, disk, fonts, requirements and the lock."""
 
     out: Path = Path("results")
     """Directory for results; its disk is checked."""
@@ -39,19 +47,59 @@ def locked_versions(lock: Path) -> dict[str, str]:
     return {r.name: str(r.specifier).removeprefix("==") for r in requirements}
 
 
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _shown(wrong: list[str]) -> str:
+    return "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+
+
+def is_locked_environment() -> bool:
+    """Whether `make` installed this environment from the lock."""
+    return (Path(sys.prefix) / ".ready").exists() and Path(sys.prefix).resolve() == (LOCK.parents[1] / ".venv").resolve()
+
+
 def check_lock() -> Check:
+    """Other versions fail only where the lock was installed; `pip install -e .` does not use it."""
     if not LOCK.exists():
         return Check("lock", True, "none here; nothing to compare with")
-    wrong = []
-    for package, version in locked_versions(LOCK).items():
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "missing"
-        if installed != version:
-            wrong.append(f"{package} {installed}, locked {version}")
-    shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-    return Check("lock", not wrong, shown or f"as in {LOCK.name}")
+    locked = {package: (version, _installed(package)) for package, version in locked_versions(LOCK).items()}
+    if not is_locked_environment():
+        same = sum(version == here for version, here in locked.values())
+        return Check("lock", True, f"not used by this environment; {same} of {len(locked)} packages have its versions")
+    wrong = [f"{p} {here or 'missing'}, locked {version}" for p, (version, here) in locked.items() if here != version]
+    return Check("lock", not wrong, _shown(wrong) or f"as in {LOCK.name}")
+
+
+def check_requirements(declared: list[str]) -> list[Check]:
+    """Installed versions against those that lindm allows, and the extras that are not installed.
+
+    Args:
+      declared: requirements with markers, as `importlib.metadata.requires` lists them.
+    """
+    from packaging.requirements import Requirement
+
+    wrong, missing = [], {}
+    for requirement in map(Requirement, declared):
+        extras = [e for e in ("", *EXTRAS) if requirement.marker is None or requirement.marker.evaluate({"extra": e})]
+        if not extras:
+            continue
+        version = _installed(requirement.name)
+        if version is None and extras[0] == "":
+            wrong.append(f"{requirement.name} missing, needs {requirement.specifier}")
+        elif version is None:
+            missing |= {extra: f"{extra} ({EXTRAS[extra]})" for extra in extras}
+        elif not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version}, needs {requirement.specifier}")
+    absent = ", ".join(text for extra in EXTRAS if (text := missing.get(extra)))
+    return [
+        Check("requirements", not wrong, _shown(wrong) or "as lindm allows"),
+        Check("extras", True, f"not installed: {absent}" if absent else "all installed"),
+    ]
 
 
 def check_jax() -> list[Check]:
@@ -91,7 +139,7 @@ def check_fonts() -> Check:
 
 
 def doctor(directory: str | Path = "results") -> list[Check]:
-    """Check versions, devices, precision, disk, fonts and the lock.
+    """Check versions, devices, precision, disk, fonts, requirements and the lock.
 
     Args:
       directory: that results would be written to.
@@ -111,6 +159,7 @@ def doctor(directory: str | Path = "results") -> list[Check]:
     return [
         Check("python", sys.version_info >= (3, 11), f"{version} (needs >= 3.11)"),
         *versions,
+        *(check_requirements(importlib.metadata.requires("lindm") or []) if _installed("lindm") else []),
         check_lock(),
         *check_jax(),
         Check("cores", True, str(available_cores())),
