@@ -90,7 +90,7 @@ class Solution:
     def policy(self) -> SolutionPolicy:
         """Its policy, for `evaluate` and `act`: optimal where the solution is exact, otherwise that of the best lower bound.
 
-        That of an ambiguous problem must be told which model made each step. `.policy.assuming(model)` is the policy that takes
+        The policy of an ambiguous problem needs the model of each step. `.policy.assuming(model)` is the policy that takes
         every step for one of this model, so that its histories have actions and observations alone.
 
         >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=3)

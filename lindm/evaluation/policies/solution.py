@@ -39,7 +39,7 @@ class SolutionPolicy(Policy):
             self.table = np.asarray(greedy(solution.tables.Q)) if isinstance(solution.tables, Plan) else None  # [H, S] actions
 
     def assuming(self, model: int | str) -> "SolutionPolicy":
-        """The policy of an ambiguous problem where nobody tells which model made a step: it takes every step for one of `model`.
+        """The policy of an ambiguous problem where no history says which model made a step: it assumes `model` for all.
 
         Its histories have actions and observations alone, so it can be evaluated in each model's POMDP: what does it lose if that
         model is right? Where `model` itself is right, this is `fixed_model_value` of `lindm.solvers.policy_values`.
@@ -88,8 +88,8 @@ class SolutionPolicy(Policy):
         if self.model is None and observation.model is not None:
             return observation.model
         if self.model is None and isinstance(self.solution.problem, APOMDP) and self.solution.problem.num_models > 1:
-            rule = "observe which model made each step, or be told by `assuming` which one to take for it"
-            raise ValueError(f"the policy of an ambiguous problem must {rule}; this problem has one model")
+            rule = "observe which model made each step; histories of this task do not say it"
+            raise ValueError(f"the policy of an ambiguous problem must {rule} (`.assuming(model)` takes one model for all steps)")
         return np.full(len(observation), self.model or 0)
 
     def q_bounds(self, state: BeliefState | None, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
