@@ -109,7 +109,7 @@ def from_gymnasium(
     An episode that ends stays in a state that pays nothing.
 
     Args:
-      environment: an id (needs gymnasium: `pip install 'lindm[gym]'`), an environment, or a table P[s][a] of
+      environment: an id (needs gymnasium: `pip install -e '.[gym]'`), an environment, or a table P[s][a] of
         (probability, next state, reward, terminated).
       horizon: number of stages, or inf (with a discount below 1). [default: the time limit of the environment]
       discount: in [0, 1].
@@ -131,7 +131,7 @@ def from_gymnasium(
         try:
             import gymnasium
         except ImportError as e:
-            raise UsageError(f"environments by id need gymnasium: pip install 'lindm[gym]' ({e})") from e
+            raise UsageError(f"environments by id need gymnasium: pip install -e '.[gym]' ({e})") from e
         try:
             environment = gymnasium.make(environment, **options)
         except gymnasium.error.Error as e:

@@ -240,7 +240,7 @@ def _minari(dataset: Dataset, out: Path, dataset_id: str, progress: Progress) ->
         from minari.data_collector.episode_buffer import EpisodeBuffer
         from minari.dataset.minari_storage import MinariStorage
     except ImportError as e:
-        raise UsageError(f"a Minari dataset needs minari and h5py: pip install 'lindm[minari]' ({e})") from e
+        raise UsageError(f"a Minari dataset needs minari and h5py: pip install -e '.[minari]' ({e})") from e
     if not re.fullmatch(r"[-_a-zA-Z0-9]+-v\d+", dataset_id):
         raise ValueError(f"dataset_id must be letters, digits, - and _, and end in -v and a number; got {dataset_id!r}")
     config = dataset.config

@@ -200,7 +200,7 @@ def import_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise UsageError(f"Parquet files need pyarrow: pip install 'lindm[data]' ({e})") from e
+        raise UsageError(f"Parquet files need pyarrow: pip install -e '.[data]' ({e})") from e
     return pyarrow
 
 

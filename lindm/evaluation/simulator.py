@@ -108,7 +108,7 @@ def gymnasium_environment(
         from gymnasium.error import ResetNeeded
         from gymnasium.spaces import Discrete
     except ImportError as e:
-        raise UsageError(f"an environment needs gymnasium: pip install 'lindm[gym]' ({e})") from e
+        raise UsageError(f"an environment needs gymnasium: pip install -e '.[gym]' ({e})") from e
     simulator = Simulator(problem, nature)
 
     class LegalActions(Discrete):

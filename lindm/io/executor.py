@@ -333,7 +333,7 @@ def _ray_cluster(workers: int | None) -> Iterator[int]:
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
-        raise UsageError("executor ray needs the package ray: pip install 'lindm[ray]'") from e
+        raise UsageError("executor ray needs the package ray: pip install -e '.[ray]'") from e
     usage = os.environ.get("RAY_USAGE_STATS_ENABLED")
     os.environ["RAY_USAGE_STATS_ENABLED"] = usage or "0"
     connected = ray.is_initialized()

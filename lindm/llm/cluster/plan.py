@@ -58,7 +58,7 @@ def topology_devices(topology: str) -> list[Any]:
         return list(jax.devices())
     name = tpu_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise UsageError("a plan for TPUs needs their compiler: pip install 'lindm[tpu]'")
+        raise UsageError("a plan for TPUs needs their compiler: pip install -e '.[tpu]'")
     alone = {"chips_per_host_bounds": (1, 1, 1)} if set(name.partition(":")[2]) <= set("1x") else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices)

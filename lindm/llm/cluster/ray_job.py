@@ -63,7 +63,7 @@ def run(job: RayWorkers, options: SFTConfig, worker: WorkerFunction = train) -> 
         from ray.train import RunConfig, ScalingConfig, TrainingFailedError  # pyright: ignore[reportMissingImports]
         from ray.train.v2.jax import JaxConfig, JaxTrainer  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise UsageError(f"Ray is not installed: pip install 'lindm[ray]' ({e})") from e
+        raise UsageError(f"Ray is not installed: pip install -e '.[ray]' ({e})") from e
     options = with_absolute_paths(options)
     ray.init(ignore_reinit_error=True)
     storage = options.out / ".ray"

@@ -104,7 +104,7 @@ class TensorBoard:
             import tensorboardX.proto.event_pb2
             import tensorboardX.proto.summary_pb2  # noqa: F401
         except ImportError as e:
-            raise UsageError(f"TensorBoard events need tensorboardX: pip install 'lindm[track]' ({e})") from e
+            raise UsageError(f"TensorBoard events need tensorboardX: pip install -e '.[track]' ({e})") from e
         self.directory = directory
 
     def start(self, config: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class WeightsAndBiases:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as e:
-            raise UsageError(f"--wandb needs wandb: pip install 'lindm[wandb]' ({e})") from e
+            raise UsageError(f"--wandb needs wandb: pip install -e '.[wandb]' ({e})") from e
         self.wandb, self.directory, self.mode = wandb, directory, mode
 
     def start(self, config: dict[str, Any]) -> None:

@@ -390,7 +390,7 @@ def test_without_the_compiler_of_tpus_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LindmError) as e:
         plan.topology_devices("v5e:4x4")
-    assert isinstance(e.value, UsageError) and "pip install 'lindm[tpu]'" in str(e.value)
+    assert isinstance(e.value, UsageError) and "pip install -e '.[tpu]'" in str(e.value)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------
