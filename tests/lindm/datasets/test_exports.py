@@ -318,7 +318,7 @@ def test_minari_exports_have_the_required_fields(made, tmp_path, monkeypatch):
     (path,) = export(made.mdp, "minari", tmp_path, dataset_id="mine-v3")
     assert (path / "data").is_dir() and [p.name for p in tmp_path.iterdir()] == ["mine-v3"]
     monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(LindmError, match=r"pip install 'lindm\[minari\]'"):
+    with pytest.raises(LindmError, match=r"pip install -e '.\[minari\]'"):
         export(made.mdp, "minari", tmp_path, dataset_id="other-v0")
 
 

@@ -281,7 +281,7 @@ def test_a_second_writer_is_refused(tmp_path, source):
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, source, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(LindmError, match=r"pip install 'lindm\[data\]'"):
+    with pytest.raises(LindmError, match=r"pip install -e '.\[data\]'"):
         make_dataset(tmp_path / "d", source, CONFIG)
     assert not (tmp_path / "d").exists()
 

@@ -265,7 +265,7 @@ def test_wrong_arguments_are_refused(ambiguous, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^action must be a whole number from 0 to 1; got 2$"):
         env.step(2)
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    with pytest.raises(UsageError, match=r"pip install 'lindm\[gym\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '.\[gym\]'"):
         ld.to_gymnasium(problem)
 
 

@@ -105,7 +105,7 @@ def test_an_error_of_ray_becomes_the_exit_code_of_what_caused_it(error, code, me
 
 def test_without_ray_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(LindmError, match=r"pip install 'lindm\[ray\]'") as caught:
+    with pytest.raises(LindmError, match=r"pip install -e '.\[ray\]'") as caught:
         ray_job.run(RayWorkers(workers=2), OPTIONS)
     assert isinstance(caught.value, UsageError)
 

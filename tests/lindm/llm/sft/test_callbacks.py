@@ -90,10 +90,10 @@ def test_weights_and_biases_is_offline_unless_it_is_asked_for(tmp_path, wandb, m
 def test_a_package_that_is_missing_is_named_before_the_run_begins(micro, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
-    with pytest.raises(UsageError, match=r"--wandb needs wandb: pip install 'lindm\[wandb\]'"):
+    with pytest.raises(UsageError, match=r"--wandb needs wandb: pip install -e '.\[wandb\]'"):
         ld.finetune(micro.mdp, tmp_path / "run", model=micro.model, wandb="offline", **RUN)
     assert not (tmp_path / "run" / "config.json").exists()
-    with pytest.raises(UsageError, match=r"TensorBoard events need tensorboardX: pip install 'lindm\[track\]'"):
+    with pytest.raises(UsageError, match=r"TensorBoard events need tensorboardX: pip install -e '.\[track\]'"):
         callbacks.TensorBoard(tmp_path)
     with pytest.raises(ValueError, match="wandb must be one of offline, online; got 'on'"):
         SFTConfig(data=micro.mdp, out=tmp_path, model=micro.model, wandb="on")  # pyright: ignore[reportArgumentType]

@@ -178,7 +178,7 @@ def test_a_line_that_is_too_long_raises_an_error_and_is_not_read_as_a_whole(tmp_
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     write_parquet(tmp_path / "rows.parquet", ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"Parquet files need pyarrow: pip install 'lindm\[data\]'"):
+    with pytest.raises(UsageError, match=r"Parquet files need pyarrow: pip install -e '.\[data\]'"):
         read(tmp_path / "rows.parquet")
 
 
