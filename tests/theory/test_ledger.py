@@ -1,4 +1,4 @@
-"""The ledger's columns are true: functions and tests exist, and experiments call what their rows name."""
+"""The ledger's entries are true: functions and tests exist, and experiments call what their entries name."""
 
 import ast
 import importlib
@@ -6,11 +6,44 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 LEDGER = (ROOT / "theory" / "README.md").read_text()
+FIELD = re.compile(r"^  - (Status|Assumptions|Functions?|Proof|Tests?|Experiment): (.*)$")
+
+
+class Entry(NamedTuple):
+    """A statement of the ledger: an item of a list, with its fields as items below it."""
+
+    text: str  # of the item with all its fields, in one line
+    statement: str
+    fields: dict[str, str]  # by name, without the s of a plural
+
+
+def entries() -> list[Entry]:
+    found = []
+    for item in re.findall(r"^- .*(?:\n +\S.*)*", LEDGER, re.MULTILINE):
+        statement, *below = re.sub(r"\n +(?! |- )", " ", item).split("\n")
+        fields = [FIELD.match(line) for line in below]
+        assert fields and all(fields), f"fields of an entry: Status, Assumptions, Function, Proof, Test, Experiment; got\n{item}"
+        named = {match[1].removesuffix("s") if match[1] != "Status" else match[1]: match[2] for match in fields if match}
+        found.append(Entry(" ".join([statement, *below]), statement.removeprefix("- "), named))
+    return found
+
+
+ENTRIES = entries()
+
+
+def test_every_entry_has_a_status_that_the_ledger_explains():
+    assert len(ENTRIES) > 150
+    explained = re.findall(r"^\| \*\*([\w ]+)\*\* \|", LEDGER, re.MULTILINE)
+    assert len(explained) == 6
+    for entry in ENTRIES:
+        assert {"Status", "Experiment"} <= set(entry.fields), entry.statement
+        assert any(word in entry.fields["Status"] for word in explained), entry.statement
 
 
 def test_every_function_and_every_test_that_the_ledger_names_exists():
@@ -112,35 +145,38 @@ def used() -> dict[str, set[Function]]:
 
 CLAIMS = {c["id"]: c["experiment"] for c in tomllib.loads((EXPERIMENTS / "claims.toml").read_text())["claim"]}
 MODULES = {path.stem for path in THEORY.glob("*.py")}
-ROWS = [cells for line in LEDGER.splitlines() if len(cells := line.split(" | ")) == 6 and "`" in cells[2]]
+WITH_FUNCTION = [entry for entry in ENTRIES if "Function" in entry.fields]
 
 
 def functions_of(text: str) -> set[Function]:
     return {f for f in re.findall(r"`(\w+)\.(\w+)`", text) if f[0] in MODULES}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[" ".join(re.findall(r"\w+", cells[0])[:6]) for cells in ROWS])
-def test_the_experiments_of_a_row_call_its_functions(row):
-    claims = [c for c in re.findall(r"`([\w/-]+)`", row[4]) if c in CLAIMS]
-    if "test only" in row[4]:
+@pytest.mark.parametrize(
+    "entry", WITH_FUNCTION, ids=[" ".join(re.findall(r"\w+", entry.statement)[:6]) for entry in WITH_FUNCTION]
+)
+def test_the_experiments_of_an_entry_call_its_functions(entry):
+    experiment, functions = entry.fields["Experiment"], functions_of(entry.fields["Function"])
+    claims = [c for c in re.findall(r"`([\w/-]+)`", experiment) if c in CLAIMS]
+    if "test only" in experiment:
         return
-    assert claims or not functions_of(row[2]), "name a claim, or write: test only"
+    assert claims or not functions, "name a claim, or write: test only"
     together = set().union(*(used()[CLAIMS[c]] for c in claims))
-    assert functions_of(row[2]) <= together
+    assert functions <= together
 
 
 def test_a_function_that_no_experiment_calls_is_marked_test_only():
-    marked = set().union(*(functions_of(line) for line in LEDGER.splitlines() if "test only" in line))
+    (listed,) = re.findall(r"^Further functions that no experiment calls \(test only\):(?:.+\n)+", LEDGER, re.MULTILINE)
+    marked = set().union(*(functions_of(entry.text) for entry in ENTRIES if "test only" in entry.text), functions_of(listed))
     by_experiments = set().union(*(used()[experiment] for experiment in set(CLAIMS.values())))
     assert public() - by_experiments - marked == set()
-    listed = next(line for line in LEDGER.splitlines() if line.startswith("Further functions"))
     assert functions_of(listed) & by_experiments == set()
 
 
-def test_every_proved_row_has_a_test():
-    for line in LEDGER.splitlines():
-        if line.startswith("| ") and re.search(r"\| (proved|tightened|corrected|refuted)", line):
-            assert "`test_" in line, line
+def test_every_proved_entry_has_a_test():
+    for entry in ENTRIES:
+        if re.match(r"\**(proved|tightened|corrected|refuted)", entry.fields["Status"]):
+            assert "`test_" in entry.text, entry.statement
 
 
 def test_a_theorem_has_a_number_of_its_own_and_every_number_that_is_cited_has_a_theorem():
