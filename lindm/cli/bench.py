@@ -40,13 +40,14 @@ def run(options: Bench) -> int:
 def _check_accelerator(options: Bench) -> int:
     """1 where a part failed."""
     from lindm.bench import accelerator
-    from lindm.io.files import strict_json, write_json
+    from lindm.io.files import make_parent, strict_json, write_json
 
     if options.model is not None and not (options.model / "config.json").is_file():
         raise UsageError(f"--model must be the directory of a model; {options.model} has no config.json")
     document = accelerator.check(options.model)
     print(strict_json(document, indent=1))
     if options.out is not None:
+        make_parent(options.out)
         write_json(options.out, document)
     return int(any(part["status"] == "failed" for part in document["parts"]))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lindm.cli.option_parser import Command, Positional
 from lindm.errors import DataError, UsageError
-from lindm.io.files import strict_json, write_atomic
+from lindm.io.files import make_parent, strict_json, write_atomic
 
 if TYPE_CHECKING:
     from lindm.llm.text_generation import TextGenerator
@@ -53,8 +53,6 @@ class Generate:
             raise UsageError("--data and --out must be given together")
         if self.prompt is not None and self.data is not None:
             raise UsageError("--prompt must be left out with --data")
-        if self.out is not None and not self.out.absolute().parent.is_dir():
-            raise UsageError(f"--out must be in a directory that exists; got {self.out}")
         if self.out is not None and self.out.suffix != ".jsonl":
             raise UsageError(f"--out must be a .jsonl file; got {self.out}")
         if (
@@ -184,6 +182,7 @@ def answer_rows(generator: "TextGenerator", data: Path, rows: list[tuple[object,
 
     prompts = [generator.row(row, source) for source, row in rows]
     sources = [source for source, _ in rows]
+    make_parent(out)  # before the answers are computed, which takes long
     with progress_bar("answers") as progress:
         answers = generator.answer(prompts, sources, batch, progress)
     columns = [{"answer": answer.text, "finish_reason": answer.finish_reason} for answer in answers]

@@ -21,8 +21,8 @@ class Verify:
     out: Path | None = None
     """Directory of the results. [default: results/PRESET]"""
     mutants: bool = False
-    """Put one mistake at a time into the bounds; each must turn the PASS of its claim into a FAIL. Uses the records in --out,
-    runs the experiments that have none there, and writes no verdicts."""
+    """Put one mistake at a time into the bounds; each must turn the PASS of its claim into a FAIL. Uses the records that
+    `lindm verify` wrote to --out. Experiments without records there run first. Writes no verdicts."""
     experiments: tuple[str, ...] = ()
     """Experiments to run: names, or Python files with their claims beside them. [default: all of lindm's]"""
     only: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lindm.errors import DataError, LindmError
 from lindm.io import inputs, limits
-from lindm.io.files import write_atomic
+from lindm.io.files import make_parent, write_atomic
 from lindm.io.provenance import provenance
 from lindm.problems import cassandra
 from lindm.problems.cassandra_writer import write
@@ -36,6 +36,7 @@ def write_models(models: Sequence[cassandra.Model], path: Path, comments: Sequen
             raise
         except ValueError as e:
             raise DataError(f"the log has a name that a .pomdp file cannot hold: {e}") from e
+    make_parent(path)
     for one, text in zip(paths, texts, strict=True):
         write_atomic(one, f"# {FORMAT} sha256 {_sha256(text)}\n{text}")
     return paths

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cycler import cycler
 
-from lindm.io.files import storage_errors, write_atomic
+from lindm.io.files import make_parent, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -262,8 +262,7 @@ def render(draw: "Callable[[], Figure]", path: str | Path | None = None) -> "Fig
         finally:
             pyplot.close(figure)
     if path is not None:
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(path)
         write_atomic(path, contents[kinds[0]])
     return figure
 

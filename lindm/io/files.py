@@ -52,6 +52,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(temporary_path(path), path)
 
 
+def make_parent(path: Path) -> None:
+    """Create the directory of a file whose path a user gives, if it does not exist. StorageError where it cannot be created."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(path: Path, value: Any, format: str | None = None) -> None:
     """Replace a file by indented JSON with sorted keys.
 

@@ -39,8 +39,7 @@ def save_solution(path: Path, solution: Solution, names: dict[str, tuple[str, ..
     text = files.canonical_json(files.with_checksum(header))
     buffer = io.BytesIO()
     np.savez(buffer, header=np.array(text), **arrays)  # pyright: ignore[reportArgumentType]
-    with files.storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_parent(path)
     files.write_atomic(path, buffer.getvalue())
 
 

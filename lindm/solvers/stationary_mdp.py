@@ -26,7 +26,7 @@ import numpy as np
 from scipy import sparse
 
 from lindm.errors import DataError, unknown
-from lindm.io.files import read_json, write_json
+from lindm.io.files import make_parent, read_json, write_json
 from lindm.io.provenance import provenance
 from lindm.problems.identity import problem_digests
 from lindm.problems.stationary import StationaryPOMDP
@@ -132,6 +132,7 @@ class MDPSolution:
             "problem": problem_digests(self.problem),
             "provenance": provenance(),
         }
+        make_parent(Path(path))
         write_json(Path(path), content, FORMAT)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lindm.io.files import write_atomic, write_json
+from lindm.io.files import make_parent, write_atomic, write_json
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.solvers.policy_graph import PolicyGraph, policy_graph
 
@@ -102,6 +102,7 @@ class StationarySolution:
         """
         path = Path(path)
         if path.suffix == ".json":
+            make_parent(path)
             write_json(path, self.graph().describe() | {"lower": self.lower, "upper": self.upper}, FORMAT)
             return
         if path.suffix != ".alpha":
@@ -110,6 +111,7 @@ class StationarySolution:
             rule = "an .alpha file holds one set of vectors, of an infinite horizon; this policy changes with the stage"
             raise ValueError(f"{rule}: save it as .json, with the vectors of each stage")
         rows = zip(self.actions.tolist(), self.vectors.tolist(), strict=True)
+        make_parent(path)
         write_atomic(path, "\n".join(f"{a}\n{' '.join(map(repr, v))}\n" for a, v in rows))
 
 

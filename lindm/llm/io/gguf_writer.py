@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from gguf.quants import quantize
 
 from lindm.errors import DataError, UsageError
-from lindm.io.files import read_json, storage_errors
+from lindm.io.files import make_parent, read_json, storage_errors
 from lindm.io.progress import Progress
 from lindm.io.temporaries import temporary_file, temporary_path
 from lindm.llm.chat_template import chat_template
@@ -93,6 +93,7 @@ def save(model: Decoder, path: Path, tokenizer: Tokenizer, like: Path, dtype: GG
     types = {spec.name: _type(spec, kind) for spec in specs}
 
     def write(values: Iterator[np.ndarray]) -> None:
+        make_parent(path)
         with storage_errors(path), temporary_file(path) as fd:
             writer = GGUFWriter(temporary_path(path), metadata["general.architecture"])
             try:

@@ -69,7 +69,7 @@ def test_the_failure_of_a_process_stops_no_other_part_and_the_exit_code_says_so(
         return {"part": part, "status": status, "reason": "", "seconds": 1.0, "device": {"platform": "tpu", "kind": "TPU v5e"}}
 
     monkeypatch.setattr(accelerator, "in_worker", worker)
-    out = tmp_path / "accelerator.json"
+    out = tmp_path / "new" / "accelerator.json"
     assert main(["bench", "accelerator", "--out", str(out)]) == 1
     document = json.loads(capsys.readouterr().out)
     assert json.loads(out.read_text()) == document

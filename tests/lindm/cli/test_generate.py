@@ -75,9 +75,8 @@ def test_a_message_that_cannot_be_answered_is_named_and_the_chat_goes_on(directo
 
 def test_rows_are_written_with_their_answers(directory, tmp_path, capsys):
     rows = [{"messages": QUESTION, "id": 7}, {"prompt": "0 é", "completion": "B"}]
-    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data, out = tmp_path / "rows.jsonl", tmp_path / "new" / "answers.jsonl"
     data.write_text("\n\n".join(json.dumps(row) for row in rows))
-    out.write_text("old")
     options = Generate(directory=directory, data=data, out=out, max_tokens=6, temperature=1.0, batch=1)
     run(options)
     answers = expected(directory, [QUESTION, "0 é"], max_tokens=6, temperature=1.0)
@@ -86,6 +85,7 @@ def test_rows_are_written_with_their_answers(directory, tmp_path, capsys):
         row | {"answer": answer, "finish_reason": "length"} for row, answer in zip(rows, answers, strict=True)
     ]
     assert "é" in written and "2 answers, 12 tokens" in capsys.readouterr().out
+    out.write_text("old")
     run(options)
     assert out.read_text(encoding="utf-8") == written
 

@@ -214,11 +214,11 @@ def test_the_command_takes_names_and_discount_of_another_file(tmp_path, monkeypa
     like = ["discount: 0.8", "values: reward", "states: worn good lost", "actions: run fix", "observations: fine alarm"]
     rules = ["start: uniform", "T: * identity", "O: * uniform"]
     written(tmp_path, "\n".join([*like, *rules]) + "\n", "expert.pomdp")
-    assert main(["estimate", "log.csv", "--like", "expert.pomdp", "--out", "m.pomdp", "--json"]) == 0
+    assert main(["estimate", "log.csv", "--like", "expert.pomdp", "--out", "new/models/m.pomdp", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    model = cassandra.read("m.pomdp")
+    model = cassandra.read("new/models/m.pomdp")  # its directory was created
     assert (model.states, model.actions, model.discount) == (("worn", "good", "lost"), ("run", "fix"), 0.8)
-    assert answer["files"] == ["m.pomdp"] and answer["visits"] == [[0, 1], [3, 0], [0, 0]]
+    assert answer["files"] == ["new/models/m.pomdp"] and answer["visits"] == [[0, 1], [3, 0], [0, 0]]
     assert answer["warnings"][0] == "never visited: state lost; all their rows are the prior's"
     assert main(["estimate", "log.csv", "--out", "m.pomdp"]) == 0
     out, err = capsys.readouterr()

@@ -23,6 +23,17 @@ def test_a_full_disk_is_exit_7_and_leaves_whole_lines(tmp_path):
         assert isinstance(stop.value, StorageError)
 
 
+def test_the_directory_of_a_file_is_created_with_those_above_it_unless_one_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("here", "a/b/c", "a/b/d"):
+        files.make_parent(Path(path))
+        Path(path).write_text("x")
+    with pytest.raises(StorageError, match=r"^cannot write here/c: File exists$"):
+        files.make_parent(Path("here/c"))
+    with pytest.raises(StorageError, match=r"^cannot write here/b/c: Not a directory$"):
+        files.make_parent(Path("here/b/c"))
+
+
 def test_non_finite_values_are_found_wherever_they_are():
     assert files.find_non_finite({"a": [1.0, {"b": float("inf")}]}) == "a.1.b = inf"
     assert files.find_non_finite({"a": [1.0, 2], "b": "nan", "c": None}) is None

@@ -206,8 +206,8 @@ def test_a_far_end_is_solved_without_one_and_its_tail_is_in_the_bounds():
 
 def test_an_alpha_file_has_an_action_and_a_row_for_each_vector(tmp_path):
     solution = solve(read("tiger"), trials=1)
-    solution.save(tmp_path / "policy.alpha")
-    blocks = (tmp_path / "policy.alpha").read_text().split("\n\n")
+    solution.save(tmp_path / "new" / "policy.alpha")
+    blocks = (tmp_path / "new" / "policy.alpha").read_text().split("\n\n")
     assert [int(block.split()[0]) for block in blocks] == solution.actions.tolist()
     np.testing.assert_array_equal([[float(x) for x in block.split()[1:]] for block in blocks], solution.vectors)
 

@@ -74,7 +74,7 @@ def test_the_tiger_needs_five_nodes_and_its_graph_is_the_published_policy():
 
 
 def test_the_file_has_the_vectors_of_each_stage_and_each_vector_is_what_its_node_earns(tmp_path):
-    path = tmp_path / "policy.json"
+    path = tmp_path / "new" / "policy.json"
     solution = solve(read("tiger"), 3, tolerance=1e-9)
     solution.save(path)
     saved = json.loads(path.read_text())

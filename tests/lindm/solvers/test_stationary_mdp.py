@@ -148,7 +148,7 @@ def test_what_does_not_fit_an_mdp_raises_an_error(tmp_path):
 
 def test_a_saved_policy_is_read_back_and_a_damaged_one_raises_an_error(tmp_path):
     for horizon, policy in ((math.inf, [0, 0, 0]), (2, [[0, 0, 0], [0, 1, 0]])):
-        path = tmp_path / "policy.json"
+        path = tmp_path / "new" / "policy.json"
         solve(FOREST, horizon).save(path)
         content = load_policy(path)
         assert content["policy"] == policy and content["states"] == ["young", "middle", "old"]

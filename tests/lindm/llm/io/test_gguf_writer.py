@@ -106,8 +106,8 @@ def test_a_file_is_read_back_as_the_same_model(tmp_path, name, dtype):
 def test_rows_are_interleaved_and_small_matrices_are_float16(tmp_path):
     """By the reader of the package: first rows of both halves of a head, then second ones. 48 columns are no blocks of 32."""
     source = directory(tmp_path, replace(CONFIG, hidden_size=48))
-    ld.export(source, tmp_path / "m.gguf", dtype="q8_0")
-    read = {tensor.name: tensor for tensor in package.GGUFReader(tmp_path / "m.gguf").tensors}
+    ld.export(source, tmp_path / "new" / "m.gguf", dtype="q8_0")
+    read = {tensor.name: tensor for tensor in package.GGUFReader(tmp_path / "new" / "m.gguf").tensors}
     q = everything(source)["model.layers.1.self_attn.q_proj.weight"]
     stored = read["blk.1.attn_q.weight"]
     assert stored.tensor_type == package.GGMLQuantizationType.F16
