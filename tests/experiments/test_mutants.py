@@ -104,6 +104,33 @@ def test_a_claim_without_a_mutant_is_named():
         select_mutants(MUTANTS, ["ladder/atained"])
 
 
+@pytest.mark.parametrize("kept", ["nothing", "records", "directory", "another kind"])
+def test_a_directory_without_records_is_said_before_its_experiments_run(monkeypatch, tmp_path, capsys, kept):
+    directory = tmp_path / "v"
+    if kept != "nothing":
+        (directory / "bellman_horizon").mkdir(parents=True)
+    if kept == "records":
+        (directory / "bellman_horizon" / "records.jsonl").touch()
+    if kept == "another kind":
+        (directory / "manifest.json").touch()
+
+    def measure_nothing(jobs, locks, executor, workers):
+        raise UsageError("nothing is measured here")
+
+    monkeypatch.setattr(harness, "run_with_progress", measure_nothing)
+    refused = "holds manifest.json but no verdicts.json" if kept == "another kind" else "nothing is measured"
+    with pytest.raises(UsageError, match=refused):
+        verify_mutants("smoke", directory, only=["bellman-horizon"])
+    said = {"nothing": "does not exist", "records": ""}.get(kept, "has no records of it")
+    note = capsys.readouterr().err
+    assert (f"bellman_horizon runs first: {directory} {said}; to use the records" in note) == bool(said)
+    if kept == "records":
+        assert note == ""
+        with pytest.raises(UsageError, match="nothing is measured"):
+            verify_mutants("smoke", directory, only=["bellman-horizon"], fresh=True)
+        assert f"bellman_horizon runs first: --fresh removes the records in {directory}" in capsys.readouterr().err
+
+
 def test_the_options_of_verify_reach_the_runs_of_mutants(monkeypatch, tmp_path):
     started = []
 

@@ -6,6 +6,7 @@ mutants of the package are in `experiments/lindm_experiments/mutants.py`.
 
 import contextlib
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lindm.io.executor import Executor
 from lindm.io.manifest import read_records
 from lindm_experiments.harness.claims import FAIL, PASS, Mutant, get_claim
 from lindm_experiments.harness.experiments import find_experiment, load, select_claims
+from lindm_experiments.harness.report import REPORTS
 from lindm_experiments.harness.verify import check_options, make_jobs, run_with_progress
 from lindm_experiments.harness.xla import settings_kept
 
@@ -100,13 +102,25 @@ def verify_mutants(
     check_options(preset, seeds, seed_offset, workers)
     mutants = select_mutants(MUTANTS, only)
     names = list(dict.fromkeys(get_claim(m.claim).experiment for m in mutants))
+    if missing := [name for name in names if fresh or not (directory / name / "records.jsonl").exists()]:
+        print(f"lindm: note: {_what_runs_first(directory, missing, fresh)}", file=sys.stderr)
     with contextlib.ExitStack() as locks:
         locks.enter_context(directories.sole_writer(directory))
+        directories.require_kind(directory, REPORTS[0], "a verification")
         jobs = make_jobs([find_experiment(n) for n in names], preset, directory, seeds, seed_offset, fresh)
         for outcome in run_with_progress(jobs, locks, executor, workers):
             if outcome.error:
                 raise outcome.error
         return try_mutants(mutants, {name: read_records(directory / name) for name in names})
+
+
+def _what_runs_first(directory: Path, experiments: Sequence[str], fresh: bool) -> str:
+    """That the experiments have no records to use and are measured first, and how the user avoids that."""
+    listed = f"{', '.join(experiments)} {'runs' if len(experiments) == 1 else 'run'} first"
+    if fresh:
+        return f"{listed}: --fresh removes the records in {directory}"
+    there = f"has no records of {'it' if len(experiments) == 1 else 'them'}" if directory.exists() else "does not exist"
+    return f"{listed}: {directory} {there}; to use the records of an earlier `lindm verify`, give its directory as --out"
 
 
 def print_mutants(trials: Sequence[Trial], console: Console) -> None:

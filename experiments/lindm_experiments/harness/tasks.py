@@ -106,25 +106,32 @@ def measure(task: Point) -> str:
 
 
 def conclude(task: tuple[str, list[dict]]) -> Conclusion:
-    """Verdicts, figures and table of the records of an experiment."""
+    """Verdicts, figures and table of the records of an experiment. DataError where a verdict names a figure that is not there."""
     reference, records = task
     module = load(reference)
-    return Conclusion(verdicts=verdicts_of(module, records), files=draw(module, records), environment=environment())
+    verdicts, files = verdicts_of(module, records), draw(module, records)
+    drawn = [name.removesuffix(".png") for name in files if name.endswith(".png")]
+    for v in verdicts:
+        if v.figure is not None and v.figure not in drawn:
+            there = f"it returns: {', '.join(drawn)}" if drawn else "it returns none"
+            raise DataError(f"check gives claim {v.id!r} the figure {v.figure!r}, which plot does not return; {there}")
+    return Conclusion(verdicts=verdicts, files=files, environment=environment())
 
 
 def verdicts_of(module: ModuleType, records: list[dict]) -> list[Verdict]:
     """The verdicts of the records, one for each claim of the experiment, before any correction for their number.
 
-    DataError where `check` decides a claim that the file of claims does not have.
+    DataError where `check` decides a claim that the file of claims does not have, or does not decide each of its claims once.
     """
     expected = sorted(claim_ids(name := name_of(module)))
+    file = PACKAGE_CLAIMS.name if name in MINUTES else f"{name}.toml"
     try:
         verdicts = list(module.check(records))
     except UnknownClaimError as e:
-        file = PACKAGE_CLAIMS.name if name in MINUTES else f"{name}.toml"
         raise DataError(f"{file} has no claim {e.id!r}, which check decides; it has: {', '.join(expected)}") from e
     if sorted(v.id for v in verdicts) != expected:
-        raise ValueError(f"check must decide each of {expected} once; got {sorted(v.id for v in verdicts)}")
+        decided = ", ".join(sorted(v.id for v in verdicts)) or "none"
+        raise DataError(f"check must decide each claim of {file} once, {', '.join(expected)}; got {decided}")
     return verdicts
 
 

@@ -16,6 +16,7 @@ from lindm_experiments.harness.experiments import (
     matching_claims,
     points_of,
 )
+from lindm_experiments.harness.tasks import conclude
 from tests.lindm.hostile.mutations import not_blocked
 
 
@@ -101,6 +102,41 @@ def test_an_id_that_check_decides_and_the_file_of_claims_lacks_is_named_once_wit
     assert err.strip().splitlines()[-1] == f"lindm: error: toy: {said}" and "q-risk" not in err
     code, out, err = lab.lindm("verify", "--experiments", "toy", "--out", "v")
     assert code == 3 and err.count(said) == 1 and f"error: toy: {said}" in out
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('figure="toy"', 'figure="nope"', "claim 'toy-ratio' the figure 'nope', which plot does not return; it returns: toy$"),
+        (
+            'return {"toy": figure}',
+            "return {}",
+            "claim 'toy-ratio' the figure 'toy', which plot does not return; it returns none$",
+        ),
+        (
+            "        mean_verdict(",
+            "        # mean_verdict(",
+            "each claim of toy.toml once, toy-control/swap, toy-ratio; got toy-ratio$",
+        ),
+    ],
+)
+def test_verdicts_that_do_not_match_the_claims_or_the_figures_are_refused(lab, own_claims, old, new, message):
+    path = lab.directory / "lab" / "toy.py"
+    before, found, after = path.read_text().rpartition(old)
+    assert found
+    path.write_text(before + new + after)
+    reference = find_experiment(str(path)).reference
+    records = [{"ratio": 1 + i / 1000, "swapped": 2 + i / 1000, "curve": [0, i]} for i in range(6)]
+    with pytest.raises(DataError, match=message):
+        conclude((reference, records))
+
+
+def test_a_figure_that_plot_does_not_return_is_exit_3(lab):
+    path = lab.directory / "lab" / "toy.py"
+    path.write_text(path.read_text().replace('figure="toy"', 'figure="nope"'))
+    code, _, err = lab.lindm("run", "toy", "--out", "r")
+    said = "toy: check gives claim 'toy-ratio' the figure 'nope', which plot does not return; it returns: toy"
+    assert code == 3 and err.strip().splitlines()[-1] == f"lindm: error: {said}" and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize(
