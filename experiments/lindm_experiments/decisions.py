@@ -43,12 +43,12 @@ from matplotlib.figure import Figure
 from lindm.choices import Split
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import PolicyResult, evaluate
-from lindm.io.temporaries import scratch_directory
 from lindm.llm.named_policies import PoliciesByName
 from lindm_experiments.harness.claims import get_claim
 from lindm_experiments.harness.config import check_counts, check_rising
 from lindm_experiments.harness.figures import COLORS, GRAY, WIDTH, panel_grid
 from lindm_experiments.harness.statistics import Decision, clustered, clustered_ci
+from lindm_experiments.harness.unfinished import point_directory
 from lindm_experiments.harness.verdicts import EFFECTIVE, Verdict, to_verdict, undecided
 from lindm_experiments.lib import language_models
 
@@ -130,7 +130,7 @@ def measure(cfg: Config, point: dict) -> dict:
     language_models.check_model(cfg.model)
     name, horizon, demos = point["suite"], point["horizon"], DEMOS[point["suite"]]
     seeds = seeds_of(cfg, point)
-    with scratch_directory() as work, language_models.quiet_single_precision():
+    with point_directory() as work, language_models.quiet_single_precision():
         data = language_models.make_data(
             work / "train",
             language_models.suite_at_horizon(name, horizon),

@@ -39,7 +39,6 @@ from matplotlib.figure import Figure
 
 from lindm.datasets import DatasetConfig
 from lindm.evaluation.compare import evaluate
-from lindm.io.temporaries import scratch_directory
 from lindm.llm.config import ModelConfig
 from lindm.llm.model import Decoder
 from lindm.llm.policy import load_policy
@@ -47,6 +46,7 @@ from lindm.llm.sft.optimizer import OptimizerConfig, make_optimizer
 from lindm_experiments.harness.config import check_counts, check_multiples, check_rising
 from lindm_experiments.harness.figures import COLORS, EXACT, GRAY, MARKERS, WIDTH, set_log_ticks
 from lindm_experiments.harness.statistics import mean_ci
+from lindm_experiments.harness.unfinished import point_directory
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 from lindm_theory.in_context import optimal_weights, risk
@@ -205,7 +205,7 @@ def _language(cfg: Config, point: dict) -> dict:
     """Gaps of every task at every test number of demonstrations, of the model fine-tuned at N."""
     language_models.check_model(cfg.model)
     seed = point["seed"]
-    with scratch_directory() as work, language_models.quiet_single_precision():
+    with point_directory() as work, language_models.quiet_single_precision():
         suite = language_models.suite_at_horizon(SUITE, HORIZON)
         data = language_models.make_data(work / "train", suite, DatasetConfig(tasks=256, demos=point["N"], seed=seed))
         how = {"steps": cfg.tuning, "batch": 2, "learning_rate": 5e-4}

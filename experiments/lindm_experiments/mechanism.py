@@ -41,12 +41,12 @@ from lindm.evaluation.compare import read_tasks
 from lindm.evaluation.environments import double_precision
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
-from lindm.io.temporaries import scratch_directory
 from lindm.text import Document, Step
 from lindm.types import POMDP
 from lindm_experiments.harness.config import check_counts
 from lindm_experiments.harness.figures import COLORS, GRAY, MARKERS, WIDTH, panel_grid
 from lindm_experiments.harness.statistics import mean_ci
+from lindm_experiments.harness.unfinished import point_directory
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict
 from lindm_experiments.lib import language_models
 from lindm_experiments.lib.probes import ProbedModel, Queries, centered, probe, read_queries
@@ -109,7 +109,7 @@ def measure(cfg: Config, point: dict) -> dict:
     language_models.check_model(cfg.model)
     name, seed = point["problem"], cfg.base_seed + 3 * point["seed"]
     H, K = getattr(cfg, name), DEMOS[name]
-    with scratch_directory() as work, language_models.quiet_single_precision():
+    with point_directory() as work, language_models.quiet_single_precision():
         source = language_models.suite_at_horizon("mdp", H) if name == "mdp" else NamedProblem(problem=tiger(H))
         demonstrations = {"demos": K} | ({} if name == "mdp" else {"behavior": "epsilon", "epsilon": NOISE})
         parts = (("train", cfg.train, 0), ("probe", cfg.probe, 1), ("new", cfg.tasks, 2))

@@ -43,7 +43,6 @@ from lindm.evaluation.policies.bayes_mdp import MeanPlanning
 from lindm.evaluation.policies.bayes_policies import BayesDemo
 from lindm.evaluation.policy import Observation, Policy
 from lindm.families.random_suites import RandomSuite
-from lindm.io.temporaries import scratch_directory
 from lindm.llm.sft import trainer
 from lindm.llm.sft.metrics import METRICS
 from lindm.llm.sft.options import SFTConfig
@@ -51,6 +50,7 @@ from lindm.llm.tokens import load_tokenizer
 from lindm_experiments.harness.config import check_counts, check_positive
 from lindm_experiments.harness.figures import BLUE, EXACT, GRAY, GREEN, ORANGE, PURPLE, SEED, legend_below, panel_grid
 from lindm_experiments.harness.statistics import equivalence, mean_ci
+from lindm_experiments.harness.unfinished import point_directory
 from lindm_experiments.harness.verdicts import Verdict, mean_verdict, undecided
 from lindm_experiments.lib import language_models
 from lindm_experiments.lib.jumps import last_not_below
@@ -107,7 +107,7 @@ SMOKE = Config(seeds=1, steps=2, batch=8, checkpoints=2, probe=8, tasks=4, gap_t
 def measure(cfg: Config, point: dict) -> dict:
     cell, seed = CELLS[cfg.cell], cfg.base_seed + 3 * point["seed"]
     parts = (("train", cfg.steps * cfg.batch), ("probe", cfg.probe), ("new", cfg.tasks))
-    with scratch_directory() as work, language_models.quiet_single_precision():
+    with point_directory() as work, language_models.quiet_single_precision():
         data = {
             part: language_models.make_data(work / part, cell.source, cell.dataset(n, seed + i))
             for i, (part, n) in enumerate(parts)

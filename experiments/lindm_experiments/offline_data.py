@@ -32,11 +32,11 @@ from matplotlib.figure import Figure
 from lindm.evaluation.compare import PolicyResult, evaluate
 from lindm.evaluation.policies.bayes_policies import Bayes, BayesDemo
 from lindm.evaluation.policies.registry import kind_of, make_policy
-from lindm.io.temporaries import scratch_directory
 from lindm.llm.named_policies import PoliciesByName
 from lindm.llm.sft.metrics import METRICS
 from lindm.llm.sft.options import SFTConfig
 from lindm_experiments.harness.config import check_counts, check_positive, check_rising
+from lindm_experiments.harness.unfinished import point_directory
 from lindm_experiments.harness.verdicts import Verdict
 from lindm_experiments.lib import language_models, offline_claims, offline_figures
 from lindm_experiments.lib.jumps import MIN_SIDE
@@ -178,7 +178,7 @@ def measure_policies(cfg: Config, cell: Cell, demos: int) -> dict[str, dict]:
         names += ("layer",)  # trained with as many demonstrations
     policies: dict[str, Any] = {name: make_policy(name, source, dataset) for name in names}
     policies |= {name: kind(source, dataset.exploration[0], rewards=shown) for name, kind in YARDSTICKS.items()}
-    with scratch_directory() as work:
+    with point_directory() as work:
         limits = {"episodes": cfg.episodes, "posterior_seeds": cfg.repeats}
         results = evaluate(source, policies, dataset=dataset, data=work / "tasks", **limits)
     rows = {result.policy: kept(result) for result in results}
@@ -193,7 +193,7 @@ def measure_training(cfg: Config, cell: Cell, n: int, seed: int, number: int) ->
     rate *= 0.1 if cell.model == PRETRAINED and cell.method == "full" else 1
     part = 4 if cell.model == PRETRAINED else 1  # its decisions cost much more
     curve_tasks, episodes = -(-cfg.curve_tasks // part), -(-cfg.episodes // part)
-    with scratch_directory() as work, language_models.quiet_single_precision():
+    with point_directory() as work, language_models.quiet_single_precision():
         config = SFTConfig(
             data=language_models.make_data(work / "train", source, cell.dataset(n, seed)),
             eval_data=language_models.make_data(work / "curve", source, cell.dataset(curve_tasks, cfg.base_seed + 1)),

@@ -138,7 +138,7 @@ class TaskPool:
         """
         queue = _Queue(groups if groups is not None else range(len(tasks)))
         results: list[TaskResult | None] = [None] * len(tasks)
-        running: dict[Future, tuple[_Slot, int]] = {}
+        running: dict[Future, tuple[_Slot, int, float]] = {}  # with the time of the start
         notify = on_event or (lambda event: None)
         idle = list(self._slots)
         while True:
@@ -147,11 +147,15 @@ class TaskPool:
                     idle.remove(slot)
                     slot.group = queue.groups[index]
                     notify(TaskEvent(index=index))
-                    running[slot.submit(function, tasks[index])] = slot, index
+                    running[slot.submit(function, tasks[index])] = slot, index, time.monotonic()
             if not running:
                 return results
-            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                slot, index = running.pop(future)
+            patience = HELP_AFTER if idle else None  # a slot without a task may help a group whose first task takes long
+            done, _ = concurrent.futures.wait(running, patience, return_when=concurrent.futures.FIRST_COMPLETED)
+            for _, index, started in running.values():
+                queue.takes(index, time.monotonic() - started)
+            for future in done:
+                slot, index, _ = running.pop(future)
                 result = results[index] = slot.result(future)
                 queue.end(index, result)
                 notify(TaskEvent(index=index, result=result))
@@ -166,7 +170,7 @@ class _Queue:
         self.waiting: dict[Hashable, deque[int]] = {}
         for index, group in enumerate(groups):
             self.waiting.setdefault(group, deque()).append(index)
-        self.seconds: dict[Hashable, float] = {}  # of the last task of a group
+        self.seconds: dict[Hashable, float] = {}  # of the last task of a group, or of a longer one that runs
         self.new = deque(self.waiting)
 
     def take(self, group: Hashable) -> int | None:
@@ -182,6 +186,11 @@ class _Queue:
         elif group in self.new:
             self.new.remove(group)
         return self.waiting[group].popleft()
+
+    def takes(self, index: int, seconds: float) -> None:
+        """A task has run for `seconds` by now."""
+        group = self.groups[index]
+        self.seconds[group] = max(seconds, self.seconds.get(group, 0.0))
 
     def end(self, index: int, result: TaskResult) -> None:
         self.seconds[self.groups[index]] = result.seconds

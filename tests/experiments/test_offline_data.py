@@ -1,13 +1,17 @@
 """Offline data: records of a small run, and the verdicts on records whose answer is known."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 
 from lindm.errors import DataError
+from lindm.io import files
+from lindm.llm.sft.loop import TrainLoop
 from lindm_experiments import offline_data
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, PASS, claim_ids
+from lindm_experiments.harness.unfinished import measuring_in
 from lindm_experiments.lib.offline_cells import CELLS, PRETRAINED
 from lindm_experiments.lib.offline_claims import unexplained
 from lindm_experiments.offline_data import FULL, QUICK, SMOKE, Config
@@ -273,3 +277,32 @@ def test_records_of_a_small_run_hold_all_policies_and_the_curve(records):
         assert r["curve"][-1]["sequences"] == SMOKE.batch * offline_data.steps_of(SMOKE, CELLS[r["point"]["cell"]])
     assert {v.verdict for v in offline_data.check(copy.deepcopy(records))} <= {PASS, FAIL, INCONCLUSIVE}
     assert {p["cell"] for p in offline_data.points(QUICK) if "cell" in p} == {"bandit"}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F17")
+def test_a_training_that_was_interrupted_goes_on_and_gives_the_same_record(tmp_path, monkeypatch, records):
+    """Interrupted twice: at a step of the training, and between its end and the tests of the model."""
+    record = next(r for r in records if r["point"].get("cell") == "bandit")
+    read, half, steps = TrainLoop._read_metrics, SMOKE.steps // 2, []
+
+    def stop_in_the_middle(loop):
+        if loop.started is not None:
+            steps.append(loop.started.batch.step)
+            if len(steps) == half:
+                raise KeyboardInterrupt
+        return read(loop)
+
+    def stop_before_the_tests(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainLoop, "_read_metrics", stop_in_the_middle)
+    with measuring_in(tmp_path / "point"):
+        with pytest.raises(KeyboardInterrupt):
+            offline_data.measure(SMOKE, record["point"])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(offline_data, "evaluate", stop_before_the_tests)
+            offline_data.measure(SMOKE, record["point"])
+        again = offline_data.measure(SMOKE, record["point"])
+    assert json.loads(json.dumps({"point": record["point"]} | files.to_jsonable(again))) == record
+    assert steps == [*range(half), *range(half - 1, SMOKE.steps)]  # the step in which it stopped is the only one trained twice

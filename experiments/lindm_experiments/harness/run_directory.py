@@ -7,6 +7,7 @@ A run directory holds
                     and resumed run ends with the same bytes as an uninterrupted one
     metrics.jsonl   the seconds that each point took
     manifest.json   date, command line, versions, git commit, devices, seeds, SHA-256 of the outputs
+    unfinished/     while the run is not finished: what a point that was interrupted has finished (`unfinished.py`)
     *.png, *.pdf, *.svg  drawn from the records alone; table.csv, where the experiment has a table
 """
 
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 
 from lindm.errors import DataError, UsageError
+from lindm.io import directories
 from lindm.io.files import (
     append_record,
     canonical_json,
@@ -25,6 +27,7 @@ from lindm.io.files import (
     write_json,
 )
 from lindm.io.manifest import write_manifest
+from lindm_experiments.harness import unfinished
 from lindm_experiments.harness.tasks import RUN_FORMAT, Conclusion, Job, RunPlan
 
 RUN_REPORTS = ("verdicts.json", "report.html")  # of `lindm run`; `lindm verify` has one of each for all experiments
@@ -76,6 +79,7 @@ class RunDirectory:
                 raise DataError(f"{records}:{number}: the point {key} is {what}")
             self.lines[key] = canonical_json(record)
         read_json_lines(self.path / "metrics.jsonl", repair=True)  # the manifest at the end vouches for it
+        unfinished.remove_all_but(self.path, {self.directory_of(point) for point in self.missing})
         if self.missing:
             with storage_errors(self.path):
                 (self.path / "manifest.json").unlink(missing_ok=True)  # the run is not finished any more
@@ -85,11 +89,17 @@ class RunDirectory:
         """The points without a record."""
         return [p for key, p in zip(self.keys, self.plan.points, strict=True) if key not in self.lines]
 
+    def directory_of(self, point: dict) -> Path:
+        """Where the files of a point are while it is measured."""
+        return unfinished.directory_of(self.path, canonical_json(point))
+
     def append(self, point: dict, line: str, seconds: float) -> None:
-        """Write the record of a point."""
+        """Write the record of a point, and remove its files."""
         append_record(self.path / "records.jsonl", json.loads(line))
         append_record(self.path / "metrics.jsonl", {"point": point, "seconds": round(seconds, 4)})
         self.lines[canonical_json(point)] = line
+        if (directory := self.directory_of(point)).exists():
+            directories.remove(directory)
 
     def records(self) -> list[dict]:
         """All records, in the order of the points; the file is put into this order too."""
@@ -102,6 +112,7 @@ class RunDirectory:
         """Write figures, table and manifest."""
         for name, content in conclusion.files.items():
             write_atomic(self.path / name, content)
+        unfinished.remove_all_but(self.path, set())
         (self.path / "error.log").unlink(missing_ok=True)
         experiment = self.job.experiment
         outside = {"source": str(experiment.path), "docstring": experiment.docstring} if experiment.outside else {}
@@ -112,6 +123,7 @@ class RunDirectory:
 
 def remove_outputs(directory: Path) -> None:
     """Remove what an earlier run wrote into `directory`, and nothing else."""
+    unfinished.remove_all_but(directory, set())
     with storage_errors(directory):
         for pattern in (*OUTPUTS, "*.png", "*.pdf", "*.svg"):
             for path in directory.glob(pattern):

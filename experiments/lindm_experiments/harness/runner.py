@@ -58,7 +58,12 @@ def run_experiments(
             raise refused[0]
         tasks = [(name, point) for name, run in state.runs.items() for point in run.missing]
         points = [
-            Point(reference=state.runs[name].job.experiment.reference, config=state.runs[name].plan.config, point=point)
+            Point(
+                reference=state.runs[name].job.experiment.reference,
+                config=state.runs[name].plan.config,
+                point=point,
+                directory=None if executor == "ray" else state.runs[name].directory_of(point),  # workers may be elsewhere
+            )
             for name, point in tasks
         ]
 

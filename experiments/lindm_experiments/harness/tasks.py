@@ -1,4 +1,7 @@
-"""What worker processes do for a run: list the points, measure one, decide the claims, draw. No function here writes a file."""
+"""What worker processes do for a run: list the points, measure one, decide the claims, draw.
+
+No function here writes a file, except that `measure` may write to the directory of its point.
+"""
 
 import csv
 import io
@@ -15,6 +18,7 @@ from lindm.io.provenance import environment
 from lindm_experiments.harness.claims import PACKAGE_CLAIMS, UnknownClaimError, claim_ids, claims_hash
 from lindm_experiments.harness.experiments import MINUTES, Experiment, load, name_of, points_of, preset_config
 from lindm_experiments.harness.fingerprint import code_fingerprint
+from lindm_experiments.harness.unfinished import measuring_in
 from lindm_experiments.harness.verdicts import Verdict
 
 RUN_FORMAT = "lindm-run-2"  # of config.json
@@ -49,11 +53,12 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measurement."""
+    """One measurement; `directory` is kept for it where the run is killed, None: a temporary one."""
 
     reference: str
     config: dict[str, Any]
     point: dict
+    directory: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +103,8 @@ def describe(experiment: Experiment, config: Any, preset: str) -> dict:
 def measure(task: Point) -> str:
     """The record of a point, as JSON. NonFiniteError where a number is not finite."""
     module = load(task.reference)
-    record = {"point": task.point} | to_jsonable(module.measure(module.Config(**task.config), task.point))
+    with measuring_in(task.directory):
+        record = {"point": task.point} | to_jsonable(module.measure(module.Config(**task.config), task.point))
     if where := find_non_finite(record):
         point = canonical_json(task.point)
         raise NonFiniteError(f"not finite at point {point}: {where}; nothing of this point was written")

@@ -66,7 +66,7 @@ def sft_config(model: str, data: Path, out: Path, **options: Any) -> SFTConfig:
 
 
 def fine_tune(config: SFTConfig) -> Path:
-    """Train; the run's directory. Its checkpoints are removed, since the run is not resumed."""
+    """Train, or finish a training that was killed; the run's directory. Its checkpoints are removed at the end."""
     trainer.train(config, save_on_stop=False)
     shutil.rmtree(config.out / trainer.CHECKPOINTS, ignore_errors=True)
     return config.out
@@ -90,9 +90,11 @@ def models_of_run(config: SFTConfig) -> Iterator[tuple[int, Decoder]]:
 
 
 def base_model(config: SFTConfig, out: Path) -> Path:
-    """Directory of the model that the run starts from; a randomly initialized one is written to `out`."""
+    """Directory of the model that the run starts from; a randomly initialized one is written to `out`, if it is not there."""
     if config.model is not None:
         return config.model
+    if out.exists():
+        return out
     prepared = setup.setup_training(config)
     tokenizer = out.with_name(f"{out.name}-tokenizer")
     prepared.tokenizer.save_pretrained(str(tokenizer))
