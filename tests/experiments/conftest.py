@@ -34,6 +34,7 @@ import signal
 import time
 from dataclasses import dataclass
 
+from lindm_experiments.harness.unfinished import point_directory
 from lindm_experiments.harness.verdicts import mean_verdict
 
 
@@ -45,6 +46,8 @@ class Config:
     nan_at: int = -1
     die_at: int = -1
     raise_at: int = -1
+    parts: int = 0
+    """of a point, each of which is finished once however often the run is killed"""
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -65,6 +68,13 @@ def measure(cfg, point):
     time.sleep(cfg.pause)
     if seed == cfg.die_at or (os.environ.get("TOY_DIES") == "1" and seed == 3):
         os.kill(os.getpid(), signal.SIGKILL)
+    with point_directory() as directory:
+        for part in range(cfg.parts):
+            if not (finished := directory / str(part)).exists():
+                time.sleep(0.02)
+                finished.touch()
+                with open(f"parts-{seed}", "a") as log:
+                    log.write(f"{part}\\n")
     if seed == cfg.raise_at:
         raise RuntimeError("the toy is broken")
     r = random.Random(seed)

@@ -68,6 +68,43 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(lab):
     assert not list((lab.directory / "killed").glob(".*"))
 
 
+@pytest.mark.slow
+@pytest.mark.fault("F17")
+def test_what_a_point_has_finished_outlives_a_kill_and_goes_with_its_record(lab):
+    options = ("run", "toy", "--seeds", "6", "--parts", "30", "--out", "r")
+    run, log = lab.directory / "r", lab.directory / "parts-0"
+    process = lab.start(*options)
+    wait_for(log, 5)
+    process.kill()
+    process.communicate()
+    assert len(list((run / "unfinished").iterdir())) == 1 and not (run / "records.jsonl").exists()
+    assert lab.lindm(*options)[0] == 0
+    for seed in range(6):
+        parts = (lab.directory / f"parts-{seed}").read_text().split()
+        assert sorted(set(parts), key=int) == [str(i) for i in range(30)] and len(parts) <= 31  # a kill may repeat one
+    assert len(manifest.read_records(run)) == 6 and not (run / "unfinished").exists()
+
+
+@pytest.mark.fault("F14")
+def test_what_a_point_has_finished_is_not_used_by_another_run(lab):
+    options, run = ("run", "toy", "--parts", "3"), lab.directory / "r"
+
+    def interrupted() -> None:
+        lab.lindm(*options, "--out", "r", "--raise-at", "0", "--fresh")
+        for log in lab.directory.glob("parts-*"):
+            log.unlink()
+        assert (run / "unfinished").is_dir()
+
+    interrupted()
+    assert lab.lindm(*options, "--out", "r", "--fresh")[0] == 0
+    assert (lab.directory / "parts-0").read_text().split() == ["0", "1", "2"]
+    interrupted()
+    run.rename(lab.directory / "moved")
+    lab.lindm(*options, "--out", "moved", "--raise-at", "0")
+    assert (lab.directory / "parts-0").read_text().split() == ["0", "1", "2"]
+    assert len(list((lab.directory / "moved" / "unfinished").iterdir())) == 1
+
+
 @pytest.mark.fault("F17", "F30")
 def test_a_torn_last_line_is_measured_again(lab, finished):
     shutil.copytree(finished, lab.directory / "torn")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,6 +29,12 @@ def work(task):
         raise RuntimeError(f"bug {value}\nmore")
     if kind == "pid":
         return os.getpid()
+    if kind == "wait for":  # as many tasks as this to be running
+        directory, number = value
+        Path(directory, str(os.getpid())).touch()
+        while len(os.listdir(directory)) < number:
+            time.sleep(0.01)
+        return number
     if kind == "env":
         return os.environ.get("EXECUTOR_TEST")
     return value**2
@@ -115,6 +122,29 @@ def test_a_worker_stays_with_its_group_and_helps_only_where_much_is_left(monkeyp
     assert queue.take(None) == 0
     queue.end(0, TaskResult(seconds=11.0))
     assert queue.take("b") == 1  # 22 seconds are left
+    queue = executor._Queue(["a", "a", "a"])
+    assert queue.take(None) == 0
+    queue.takes(0, 10.0)
+    assert queue.take(None) is None  # as far as is known
+    queue.takes(0, 10.1)
+    assert queue.take(None) == 1
+
+
+@pytest.mark.slow
+def test_a_second_worker_helps_before_the_first_task_of_a_group_ends(monkeypatch):
+    monkeypatch.setattr(executor, "HELP_AFTER", 0.1)
+    started: list[int] = []
+
+    def note(event):
+        if event.result is None:
+            started.append(event.index)
+        else:
+            assert started == [0, 1]  # both were running when the first one ended
+
+    tasks = [("wait for", 2), ("wait for", 2)]
+    with tempfile.TemporaryDirectory() as directory:
+        results = run_tasks(work, [(kind, (directory, n)) for kind, n in tasks], workers=2, groups=["a", "a"], on_event=note)
+    assert values(results) == [2, 2]
 
 
 SLOW = """
