@@ -20,8 +20,9 @@ from lindm.datasets.generate import Generated, TaskGenerator
 from lindm.datasets.reader import ENDINGS
 from lindm.errors import LindmError, UsageError
 from lindm.families.suites import Suite
-from lindm.io.executor import HELP_AFTER, Executor, TaskEvent, TaskPool, available_cores
+from lindm.io.executor import Executor, TaskEvent, TaskPool, available_cores
 from lindm.io.files import strict_json
+from lindm.io.task_queue import HELP_AFTER
 from lindm.types import CERTIFICATES, Problem
 
 BATCH = 4  # shards for each worker whose bytes may be in memory

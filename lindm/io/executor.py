@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,11 +26,11 @@ from multiprocessing import resource_tracker
 from typing import Any, Literal, Protocol, get_args
 
 from lindm.errors import MEMORY_ADVICE, LindmError, UsageError, from_library, unknown
+from lindm.io import task_queue
 from lindm.io.memory import ALLOCATION_SIGNALS, WorkerDied, WorkerOutOfMemory, memory_limit
 from lindm.io.signals import STOP_SIGNALS, at_stop, deferred
 
 Executor = Literal["serial", "local", "ray"]
-HELP_AFTER = 20.0  # seconds: about what a second worker costs that imports and compiles what the first one has compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +128,14 @@ class TaskPool:
         Args:
           function: a function at the top of a module; tasks and values can be pickled.
           groups: tasks of one group share what a process imports and compiles. A worker stays with its group, and then
-            takes the next group. When no group is left, it helps a group that would take more than HELP_AFTER seconds.
+            takes the next group. When no group is left, it helps a group that would take more than 20 s.
             Default: every task is its own group.
           on_event: called in this process when a task starts and when it ends; an exception that it raises ends the run.
 
         After an error that the function raised, the waiting tasks of its group are skipped: their result is None. A worker that
         dies costs its one task.
         """
-        queue = _Queue(groups if groups is not None else range(len(tasks)))
+        queue = task_queue.TaskQueue(groups if groups is not None else range(len(tasks)))
         results: list[TaskResult | None] = [None] * len(tasks)
         running: dict[Future, tuple[_Slot, int, float]] = {}  # with the time of the start
         notify = on_event or (lambda event: None)
@@ -150,52 +149,17 @@ class TaskPool:
                     running[slot.submit(function, tasks[index])] = slot, index, time.monotonic()
             if not running:
                 return results
-            patience = HELP_AFTER if idle else None  # a slot without a task may help a group whose first task takes long
+            patience = task_queue.HELP_AFTER if idle else None  # an idle worker helps a group whose first task takes long
             done, _ = concurrent.futures.wait(running, patience, return_when=concurrent.futures.FIRST_COMPLETED)
             for _, index, started in running.values():
                 queue.takes(index, time.monotonic() - started)
             for future in done:
                 slot, index, _ = running.pop(future)
                 result = results[index] = slot.result(future)
-                queue.end(index, result)
+                failed = result.error is not None and not isinstance(result.error, WorkerDied)
+                queue.end(index, result.seconds, failed)
                 notify(TaskEvent(index=index, result=result))
                 idle.append(slot)
-
-
-class _Queue:
-    """The waiting tasks by group, in order."""
-
-    def __init__(self, groups: Sequence[Hashable]) -> None:
-        self.groups = groups
-        self.waiting: dict[Hashable, deque[int]] = {}
-        for index, group in enumerate(groups):
-            self.waiting.setdefault(group, deque()).append(index)
-        self.seconds: dict[Hashable, float] = {}  # of the last task of a group, or of a longer one that runs
-        self.new = deque(self.waiting)
-
-    def take(self, group: Hashable) -> int | None:
-        """The next task for a worker whose last task was of `group`; None where it would not help."""
-        if not self.waiting.get(group):
-            if self.new:
-                group = self.new.popleft()
-            else:
-                left = {g: seconds * len(self.waiting[g]) for g, seconds in self.seconds.items()}
-                group = max(left, key=left.__getitem__, default=None)
-                if left.get(group, 0.0) <= HELP_AFTER:
-                    return None
-        elif group in self.new:
-            self.new.remove(group)
-        return self.waiting[group].popleft()
-
-    def takes(self, index: int, seconds: float) -> None:
-        """A task has run for `seconds` by now."""
-        group = self.groups[index]
-        self.seconds[group] = max(seconds, self.seconds.get(group, 0.0))
-
-    def end(self, index: int, result: TaskResult) -> None:
-        self.seconds[self.groups[index]] = result.seconds
-        if result.error is not None and not isinstance(result.error, WorkerDied):
-            self.waiting[self.groups[index]].clear()
 
 
 def _call(function: Callable[[Any], Any], task: Any) -> TaskResult:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lindm.errors import DataError, LindmError, UsageError
-from lindm.io import executor
-from lindm.io.executor import TaskPool, TaskResult, WorkerDied, run_tasks
+from lindm.io import executor, task_queue
+from lindm.io.executor import TaskPool, WorkerDied, run_tasks
 from tests.clock import HANGS
 
 
@@ -109,20 +109,20 @@ def test_wrong_arguments_are_refused():
 
 
 def test_a_worker_stays_with_its_group_and_helps_only_where_much_is_left(monkeypatch):
-    monkeypatch.setattr(executor, "HELP_AFTER", 20.0)
-    queue = executor._Queue(["a", "a", "a", "b", "b"])
+    monkeypatch.setattr(task_queue, "HELP_AFTER", 20.0)
+    queue = task_queue.TaskQueue(["a", "a", "a", "b", "b"])
     assert (queue.take(None), queue.take(None)) == (0, 3)  # two workers, two groups
-    queue.end(3, TaskResult(seconds=1.0))
+    queue.end(3, 1.0)
     assert queue.take("b") == 4
-    queue.end(4, TaskResult(seconds=1.0))
+    queue.end(4, 1.0)
     assert queue.take("b") is None  # how long "a" takes is not known yet
-    queue.end(0, TaskResult(seconds=9.0))
+    queue.end(0, 9.0)
     assert queue.take("b") is None and queue.take("a") == 1  # 18 seconds are left: a second worker would not help
-    queue = executor._Queue(["a", "a", "a"])
+    queue = task_queue.TaskQueue(["a", "a", "a"])
     assert queue.take(None) == 0
-    queue.end(0, TaskResult(seconds=11.0))
+    queue.end(0, 11.0)
     assert queue.take("b") == 1  # 22 seconds are left
-    queue = executor._Queue(["a", "a", "a"])
+    queue = task_queue.TaskQueue(["a", "a", "a"])
     assert queue.take(None) == 0
     queue.takes(0, 10.0)
     assert queue.take(None) is None  # as far as is known
@@ -132,7 +132,7 @@ def test_a_worker_stays_with_its_group_and_helps_only_where_much_is_left(monkeyp
 
 @pytest.mark.slow
 def test_a_second_worker_helps_before_the_first_task_of_a_group_ends(monkeypatch):
-    monkeypatch.setattr(executor, "HELP_AFTER", 0.1)
+    monkeypatch.setattr(task_queue, "HELP_AFTER", 0.1)
     started: list[int] = []
 
     def note(event):
