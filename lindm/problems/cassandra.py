@@ -30,25 +30,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lindm.errors import DataError, LindmError, did_you_mean
+from lindm.errors import DataError
 from lindm.io import inputs, limits
-from lindm.io.limits import POMDP_NAMES, POMDP_TABLE
+from lindm.io.limits import POMDP_TABLE
 from lindm.problems.cassandra_rewards import ALL, RewardEntries, count_writes, read_rewards
+from lindm.problems.cassandra_sections import (
+    INDEX,
+    NUMBER,
+    PLACES,
+    ROUNDING,
+    Section,
+    find,
+    only,
+    quote,
+    read_labels,
+    read_numbers,
+    read_sections,
+    read_states,
+)
 
 SUM_TOLERANCE = 1e-5  # a row further from one is an error; 0.333333 three times is not
-ROUNDING = 1e-12  # a row this close to one is not changed
-
-HEADERS = ("discount", "values", "states", "actions", "observations", "start", "T", "O", "R", "E", "illegal")
-NAMES_TOO = ("E", "illegal")  # E: of East
-RESERVED = frozenset((*HEADERS[:-2], "uniform", "identity", "reset", "include", "exclude", "reward", "cost"))
-PLACES = {
-    "T": ("actions", "states", "states"),
-    "O": ("actions", "states", "observations"),
-    "R": ("actions", "states", "states", "observations"),
-}
-TOKEN = re.compile(r":|[^\s:]+")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-INDEX = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,8 +91,8 @@ def read_sizes(path: str | Path) -> tuple[int, int, int]:
     """The numbers of states, actions and observations that a file declares, 0 where it does not; its entries are not read."""
     text = _text(path)
     first = re.search(r"^[ \t]*([TORE]|illegal)[ \t]*:", text, re.MULTILINE)
-    preamble, _, _ = _sections(text[: first.start()] if first else text, str(path))
-    S, A, O = (len(_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations"))
+    preamble, _, _ = read_sections(text[: first.start()] if first else text, str(path))
+    S, A, O = (len(read_labels(preamble[word])) if word in preamble else 0 for word in ("states", "actions", "observations"))
     return S, A, O
 
 
@@ -104,20 +105,20 @@ def parse(text: str, name: str = "<text>") -> Model:
       DataError: "name:line: what is wrong, the token, and what was expected". Tables above `POMDP_TABLE` numbers are
         refused (where rewards depend on the observation, S*S*O counts as a table).
     """
-    preamble, entries, last = _sections(text, name)
+    preamble, entries, last = read_sections(text, name)
     off: list[tuple[int, str]] = []  # the rows that were scaled, with their lines
-    names, index, discount, costs, start = _head(preamble, entries, last, off, lambda S, A, O: S * A * (S + O))
+    names, index, discount, costs, start = read_head(preamble, entries, last, off, lambda S, A, O: S * A * (S + O))
     S, A, O = (len(names[word]) for word in ("states", "actions", "observations"))
     tables = {"T": np.zeros((A, S, S)), "O": np.zeros((A, S, O))}
     lines = {word: np.zeros((A, S), int) for word in tables}  # where the row was written last
     rewards, ends, illegal, writes = [], np.zeros(S, bool), np.zeros((A, S), bool), 0
     for entry in entries:
         if entry.word == "E":
-            ends[_states(entry, index["states"])] = True
+            ends[read_states(entry, index["states"])] = True
             lines["T"][:, ends] = entry.line
             continue
         if entry.word == "illegal":
-            where = _illegal(entry, index)
+            where = illegal_part(entry, index)
             illegal[where], lines["T"][where] = True, entry.line
             continue
         where, values = _entry(entry, index, start)
@@ -158,22 +159,22 @@ class _Head(NamedTuple):
     start: np.ndarray  # [S]
 
 
-def _head(
-    preamble: dict[str, "_Section"],
-    entries: list["_Section"],
-    last: "_Section",
+def read_head(
+    preamble: dict[str, Section],
+    entries: list[Section],
+    last: Section,
     off: list[tuple[int, str]],
     numbers: Callable[[int, int, int], int],
 ) -> _Head:
     """Read the preamble; `off` gets the start if it was scaled. DataError where the sizes make too many `numbers`."""
-    labels = {word: _labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
+    labels = {word: read_labels(preamble[word]) for word in ("states", "actions", "observations") if word in preamble}
     for word in ("discount", "states", "actions", "observations"):
         if word not in preamble and (word != "observations" or any(entry.word == "O" for entry in entries)):
             raise last.stop(f"{word!r} is missing: expected a line `{word}: ...` before the first T, O or R")
     rule = "a number from 0 to 1"
-    discount = float(_only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 <= float(w) <= 1))
+    discount = float(only(preamble["discount"], rule, lambda w: bool(NUMBER.fullmatch(w)) and 0 <= float(w) <= 1))
     rule = "`reward` or `cost`, in the singular"
-    costs = "values" in preamble and _only(preamble["values"], rule, {"reward", "cost"}.__contains__) == "cost"
+    costs = "values" in preamble and only(preamble["values"], rule, {"reward", "cost"}.__contains__) == "cost"
     S, A, O = (len(labels.get(word, ())) for word in ("states", "actions", "observations"))
     if (total := numbers(S, A, O)) > POMDP_TABLE:
         raise preamble["states"].stop(f"{S} states, {A} actions and {O} observations make {total} numbers; at most {POMDP_TABLE}")
@@ -185,145 +186,11 @@ def _head(
     return _Head(names, index, discount, costs, start)
 
 
-class _Section(NamedTuple):
-    """A header and the tokens up to the next one."""
-
-    source: str
-    word: str
-    line: int
-    words: list[str]
-    lines: list[int]
-
-    def stop(self, message: str, at: int | None = None) -> LindmError:
-        """The error at the header, or at the section's token `at` where there is one."""
-        line = self.line if at is None or at >= len(self.lines) else self.lines[at]
-        return DataError(f"{self.source}:{line}: {message}")
-
-    def row_lines(self, rows: int, columns: int) -> list[int]:
-        """The line of each row of the numbers that end an entry; one for all rows where a word (`uniform`) stands for them."""
-        if not NUMBER.fullmatch(self.words[-1]):
-            return self.lines[-1:]
-        lines = [line for word, line in zip(self.words, self.lines, strict=True) if word not in ("+", "-")]
-        return lines[-rows * columns :: columns]
-
-
-def _quote(word: str) -> str:
-    return repr(word if len(word) <= 60 else word[:57] + "...")
-
-
-def _sections(text: str, name: str) -> tuple[dict[str, _Section], list[_Section], _Section]:
-    """The preamble by word, the entries in order, and an empty section at the last token."""
-    words: list[str] = []
-    lines: list[int] = []
-    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
-        tokens = TOKEN.findall(line.partition("#")[0])
-        words += tokens
-        lines += [number] * len(tokens)
-    last = _Section(name, "", lines[-1] if lines else 1, [], [])
-    if not words:
-        raise last.stop("the file is empty: expected `discount: ...`, `states: ...` and so on")
-    heads = []  # position and length of each header
-    for i, word in enumerate(words):
-        length = 3 if word == "start" and words[i + 1 : i + 2] in (["include"], ["exclude"]) else 2
-        is_name = word in NAMES_TOO and words[i - 1 : i] == [":"]  # as in T: E: far
-        if word in HEADERS and words[i + length - 1 : i + length] == [":"] and not is_name:
-            heads.append((i, length))
-    if not heads or heads[0][0]:
-        raise DataError(f"{name}:{lines[0]}: expected one of {', '.join(HEADERS)}, and a colon; got {_quote(words[0])}")
-    preamble: dict[str, _Section] = {}
-    entries: list[_Section] = []
-    for (i, length), (end, _) in zip(heads, [*heads[1:], (len(words), 0)], strict=True):
-        key, body = words[i], slice(i + length, end)
-        section = _Section(name, " ".join(words[i : i + length - 1]), lines[i], words[body], lines[body])
-        if key in PLACES or key in NAMES_TOO:
-            entries.append(section)
-        elif entries:
-            raise section.stop(f"{key!r} must come before the first T, O, R or E, which is on line {entries[0].line}")
-        elif key in preamble:
-            raise section.stop(f"{key!r} is given twice, first on line {preamble[key].line}")
-        else:
-            preamble[key] = section
-    return preamble, entries, last
-
-
-def _only(section: _Section, rule: str, fits: Callable[[str], bool]) -> str:
-    """The one token of a section."""
-    if len(section.words) != 1 or not fits(section.words[0]):
-        got, at = " ".join(section.words[:4]), len(section.words) > 1
-        raise section.stop(f"{section.word!r} must be {rule}; got {_quote(got)}", int(at))
-    return section.words[0]
-
-
-def _labels(section: _Section) -> Sequence[int | str]:
-    """The names, or the indices of a count: a range, so that a large count allocates nothing before it is checked."""
-    words = section.words or [""]
-    if len(words) == 1 and (words[0] == "" or NUMBER.fullmatch(words[0])):
-        if not INDEX.fullmatch(words[0]) or not 1 <= int(words[0]) <= POMDP_NAMES:
-            rule = f"a count from 1 to {POMDP_NAMES} or a list of names"
-            raise section.stop(f"{section.word!r} must be {rule}; got {_quote(words[0])}", 0)
-        return range(int(words[0]))
-    seen: set[str] = set()
-    for i, word in enumerate(words):
-        if word == ":" and i and (near := did_you_mean(words[i - 1], HEADERS)):
-            raise section.stop(f"expected one of {', '.join(HEADERS)} before a colon; got {_quote(words[i - 1])}{near}", i)
-        if why := "it is given twice" if word in seen else unfit(word):
-            raise section.stop(f"{_quote(word)} cannot be a name in {section.word!r}: {why}", i)
-        seen.add(word)
-    return words
-
-
-def unfit(name: str) -> str:
-    """Why this cannot be a name; empty where it can."""
-    if not TOKEN.fullmatch(name) or name == ":" or "#" in name:
-        return "a name has no space, colon or #"
-    if name == "*" or NUMBER.fullmatch(name):
-        return "a number is an index, and * stands for all"
-    return "it is a word of the format (is a colon missing?)" if name in RESERVED else ""
-
-
-def _find(section: _Section, at: int, kind: str, index: dict[str, int]) -> int:
-    """The state, action or observation that token `at` means."""
-    word = section.words[at]
-    if word in index:
-        return index[word]
-    if INDEX.fullmatch(word) and int(word) < len(index):
-        return int(word)
-    if not index:
-        raise section.stop(f"{_quote(word)} is no observation of this MDP, which has none: expected *", at)
-    some = ", ".join(_quote(n) for n in list(index)[:6]) + (", ..." if len(index) > 6 else "")
-    raise section.stop(f"{_quote(word)} is none of the {kind}: expected {some}, or an index from 0 to {len(index) - 1}", at)
-
-
-def _numbers(section: _Section, first: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The tokens from `first` on: exactly as many numbers as the shape holds, probabilities unless they are rewards."""
-    want, size = int(np.prod(shape)), " x ".join(str(n) for n in shape if n > 1)
-    wanted = "one number" if want == 1 else f"{want} numbers" + (f" ({size})" if " " in size else "")
-    values, sign = list[float](), ""
-    for word, line in zip(section.words[first:], section.lines[first:], strict=True):
-        if not sign and word in ("+", "-"):  # in the grammar a sign is a token of its own
-            sign = word
-            continue
-        word, sign = sign + word, ""
-        value, wrong = (float(word), "") if NUMBER.fullmatch(word) else (0.0, "which is not a number")
-        if wrong or len(values) == want:
-            wrong = f"expected {wanted}; got {len(values)} and then {_quote(word)}, {wrong or 'one too many'}"
-        elif not np.isfinite(value):
-            wrong = f"expected a finite number; got {_quote(word)}"
-        elif section.word != "R" and not 0 <= value <= 1 + ROUNDING:
-            wrong = f"expected a probability, from 0 to 1; got {_quote(word)}"
-        if wrong:
-            raise DataError(f"{section.source}:{line}: {wrong}")
-        values.append(value)
-    if sign or len(values) < want:
-        raise section.stop(f"{section.word!r} needs {wanted}; got {len(values)} up to the next entry or the end")
-    return np.array(values).reshape(shape) + 0.0  # + 0.0: no -0.0
-
-
-def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
+def _start(section: Section, index: dict[str, int]) -> np.ndarray:
     S, words = len(index), section.words
     if section.word != "start":
         listed = np.zeros(S, bool)
-        listed[_states(section, index)] = True
+        listed[read_states(section, index)] = True
         kept = listed if section.word == "start include" else ~listed
         if not kept.any():
             raise section.stop("'start exclude' leaves no state; expected at least one that is not listed")
@@ -332,37 +199,30 @@ def _start(section: _Section, index: dict[str, int]) -> np.ndarray:
         return np.full(S, 1 / S)
     # a whole number alone is a state; only where there is a single state it may be its probability
     if len(words) == 1 and (not NUMBER.fullmatch(words[0]) or (INDEX.fullmatch(words[0]) and (S > 1 or int(words[0]) == 0))):
-        return np.eye(S)[_find(section, 0, "states", index)]
+        return np.eye(S)[find(section, 0, "states", index)]
     if words and words[0] in index and not NUMBER.fullmatch(words[0]):  # a list of names, as in files of zmdp: each is as likely
         listed = np.zeros(S)
-        listed[_states(section, index)] = 1.0
+        listed[read_states(section, index)] = 1.0
         return listed / listed.sum()
-    return _numbers(section, 0, (S,))
+    return read_numbers(section, 0, (S,))
 
 
-def _states(section: _Section, index: dict[str, int]) -> list[int]:
-    """The states of a list."""
-    if not section.words:
-        raise section.stop(f"{section.word!r} takes a list of states; got nothing")
-    return [_find(section, i, "states", index) for i in range(len(section.words))]
-
-
-def _illegal(section: _Section, index: dict[str, dict[str, int]]) -> tuple[int | slice, ...]:
+def illegal_part(section: Section, index: dict[str, dict[str, int]]) -> tuple[int | slice, ...]:
     """The part of a table [A, S] that an entry `illegal: action : state` means."""
     words = section.words
     if len(words) != 3 or words[1] != ":":
-        raise section.stop(f"'illegal' takes action : state; got {_quote(' '.join(words[:5]))}")
-    return tuple(slice(None) if words[i] == "*" else _find(section, i, k, index[k]) for i, k in ((0, "actions"), (2, "states")))
+        raise section.stop(f"'illegal' takes action : state; got {quote(' '.join(words[:5]))}")
+    return tuple(slice(None) if words[i] == "*" else find(section, i, k, index[k]) for i, k in ((0, "actions"), (2, "states")))
 
 
-def check_legal(illegal: np.ndarray, ends: np.ndarray, states: Sequence[str], last: _Section) -> None:
+def check_legal(illegal: np.ndarray, ends: np.ndarray, states: Sequence[str], last: Section) -> None:
     """Allow every action [A, S] where the episode has ended. DataError for a state without a legal action."""
     illegal[:, ends] = False
     if illegal.all(0).any():
         raise last.stop(f"state {states[int(illegal.all(0).argmax())]!r} has no legal action: expected at least one")
 
 
-def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
+def _entry(section: Section, index: dict[str, dict[str, int]], start: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
     """The part of its table that an entry writes, and an array that broadcasts against that part."""
     kinds, words = PLACES[section.word], section.words
     given = 1
@@ -372,8 +232,8 @@ def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarra
     least, at = (2 if section.word == "R" and not observed else 1), 2 * given - 1  # at: the first of the numbers
     if not least <= given <= len(kinds) or len(words) < at:
         form, got = " : ".join(kind[:-1] for kind in kinds), " ".join(words[:at]) or "nothing"
-        raise section.stop(f"{section.word!r} takes {least} to {len(kinds)} of {form}; got {_quote(got)}", at - 1)
-    indices = [None if words[2 * i] == "*" else _find(section, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
+        raise section.stop(f"{section.word!r} takes {least} to {len(kinds)} of {form}; got {quote(got)}", at - 1)
+    indices = [None if words[2 * i] == "*" else find(section, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
     free = len(kinds) - given
     where = (*(ALL if i is None else slice(i, i + 1) for i in indices), *[ALL] * free)
     shape = (1,) * given + tuple(len(index[kind]) or 1 for kind in kinds[given:])
@@ -384,12 +244,13 @@ def _entry(section: _Section, index: dict[str, dict[str, int]], start: np.ndarra
         return where, np.eye(shape[-1])[None]
     if word == "reset" and free and section.word == "T":
         return where, np.broadcast_to(start, shape)
-    return where, _numbers(section, at, shape)
+    return where, read_numbers(section, at, shape)
 
 
-def _normalize(rows: np.ndarray, lines: np.ndarray, title: Callable, last: _Section, off: list[tuple[int, str]]) -> None:
+def _normalize(rows: np.ndarray, lines: np.ndarray, title: Callable, last: Section, off: list[tuple[int, str]]) -> None:
     """Rows [A, S, ...] that are nearly distributions become so, in place; others are refused, with the line that wrote them."""
-    error = np.abs((sums := rows.sum(-1)) - 1)
+    sums = rows.sum(-1)
+    error = np.abs(sums - 1)
     for i in map(tuple, np.argwhere(error > ROUNDING)):
         line, row = int(lines[i]), title(*i)
         if not line:

@@ -8,7 +8,8 @@ import numpy as np
 
 from lindm import validate
 from lindm.errors import DataError
-from lindm.problems.cassandra import Model, _quote
+from lindm.problems.cassandra import Model
+from lindm.problems.cassandra_sections import quote
 from lindm.types import MDP, POMDP, RewardFunction
 
 
@@ -55,5 +56,5 @@ def to_pomdps(models: Sequence[Model], names: Sequence[str], horizon: int, disco
         for word in ("states", "actions", "observations") + (() if discount is not None else ("discount",)):
             mine, first = getattr(model, word), getattr(models[0], word)
             if mine != first:
-                raise DataError(f"{name}: {word} must be as in {names[0]}, {_quote(str(first))}; got {_quote(str(mine))}")
+                raise DataError(f"{name}: {word} must be as in {names[0]}, {quote(str(first))}; got {quote(str(mine))}")
     return [to_pomdp(model, horizon, discount) for model in models]

@@ -13,11 +13,11 @@ import numpy as np
 from lindm.io import limits
 
 if TYPE_CHECKING:
-    from lindm.problems.cassandra import _Section
+    from lindm.problems.cassandra_sections import Section
 
 ALL = slice(None)
 
-Entry = tuple["_Section", tuple[slice, ...], np.ndarray]  # with the part of the table that it writes, and what it writes there
+Entry = tuple["Section", tuple[slice, ...], np.ndarray]  # with the part of the table that it writes, and what it writes there
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +83,7 @@ def expected(R: np.ndarray, following: np.ndarray, observed: np.ndarray) -> floa
     return possible[0] if (possible == possible[0]).all() else (weight * R).sum()
 
 
-def count_writes(before: int, size: int, entry: "_Section") -> int:
+def count_writes(before: int, size: int, entry: "Section") -> int:
     """The numbers that have been written. Raises: DataError above the limit: a short entry may write a whole table."""
     if (after := before + size + 100) > limits.POMDP_WRITES:  # an entry takes the time of about a hundred numbers
         raise entry.stop(f"the entries up to this one write too many numbers, more than {limits.POMDP_WRITES:,}")

@@ -14,8 +14,9 @@ from scipy import sparse
 
 from lindm.errors import DataError
 from lindm.problems import cassandra
-from lindm.problems.cassandra import PLACES, ROUNDING, SUM_TOLERANCE, _Section
+from lindm.problems.cassandra import SUM_TOLERANCE
 from lindm.problems.cassandra_rewards import count_writes
+from lindm.problems.cassandra_sections import PLACES, ROUNDING, Section, find, quote, read_numbers, read_sections, read_states
 
 CELLS = 50_000_000  # of a table that are kept, of 24 bytes each
 
@@ -56,7 +57,7 @@ class _Table:
         self.lines = np.zeros((actions, rows), int)  # where the row was written last
         self.count = 0
 
-    def write(self, entry: _Section, cell: _Cell, start: np.ndarray) -> None:
+    def write(self, entry: Section, cell: _Cell, start: np.ndarray) -> None:
         """The cells of an entry; one that writes whole rows leaves zeros out."""
         (n, m), (action, row, column) = self.shape, cell.places
         rows = np.arange(n) if row is None else np.array([row])
@@ -64,13 +65,13 @@ class _Table:
         if cell.word == "identity":
             part = (rows, rows, np.ones(n))
         elif cell.given == 1 and not cell.word:
-            table = cassandra._numbers(entry, cell.first, (n, m))
+            table = read_numbers(entry, cell.first, (n, m))
             part = (*np.nonzero(table), table[np.nonzero(table)])
         else:
             if cell.word:
                 numbers = np.full(m, 1 / m) if cell.word == "uniform" else start
             else:
-                numbers = cassandra._numbers(entry, cell.first, (m if cell.given == 2 else 1,))
+                numbers = read_numbers(entry, cell.first, (m if cell.given == 2 else 1,))
             if whole:
                 numbers = np.broadcast_to(numbers, (m,))
             columns = np.flatnonzero(numbers) if whole else np.array([column])
@@ -87,7 +88,7 @@ class _Table:
             for stored, new in zip(self.cells[a], part, strict=True):
                 stored.frombytes(np.ascontiguousarray(new, stored.typecode).tobytes())
 
-    def _reserve(self, cells: int, entry: _Section) -> None:
+    def _reserve(self, cells: int, entry: Section) -> None:
         if self.count + cells > CELLS:
             raise entry.stop(f"the entries up to this one write more than {CELLS:,} numbers of a sparse table")
 
@@ -107,18 +108,18 @@ def parse_sparse(text: str, name: str = "<text>") -> SparseModel:
     Raises:
       DataError: as `cassandra.parse`; and for more than `CELLS` numbers in a table.
     """
-    preamble, entries, last = cassandra._sections(text, name)
+    preamble, entries, last = read_sections(text, name)
     off: list[tuple[int, str]] = []
-    head = cassandra._head(preamble, entries, last, off, lambda S, A, O: 10 * S * A)  # what is kept of each row
+    head = cassandra.read_head(preamble, entries, last, off, lambda S, A, O: 10 * S * A)  # what is kept of each row
     S, A, O = (len(head.names[word]) for word in ("states", "actions", "observations"))
     tables = {"T": _Table(A, S, S), "O": _Table(A, S, O)}
     ends, illegal, rewards = np.zeros(S, bool), np.zeros((A, S), bool), []
     for entry in entries:
         if entry.word == "E":
-            ends[cassandra._states(entry, head.index["states"])] = True
+            ends[read_states(entry, head.index["states"])] = True
             tables["T"].lines[:, ends] = entry.line
         elif entry.word == "illegal":
-            where = cassandra._illegal(entry, head.index)
+            where = cassandra.illegal_part(entry, head.index)
             illegal[where] = True
             tables["T"].lines[where] = entry.line
         elif entry.word == "R":
@@ -151,7 +152,7 @@ def parse_sparse(text: str, name: str = "<text>") -> SparseModel:
     return SparseModel(**head.names, discount=head.discount, P=P, O=seen, **kept)
 
 
-def _cell(entry: _Section, index: dict[str, dict[str, int]]) -> _Cell:
+def _cell(entry: Section, index: dict[str, dict[str, int]]) -> _Cell:
     """The places of an entry, and where its numbers begin."""
     kinds, words, given = PLACES[entry.word], entry.words, 1
     while words[2 * given - 1 : 2 * given] == [":"]:
@@ -159,14 +160,14 @@ def _cell(entry: _Section, index: dict[str, dict[str, int]]) -> _Cell:
     least, at = (2 if entry.word == "R" and index["observations"] else 1), 2 * given - 1
     if not least <= given <= len(kinds) or len(words) < at:
         form, got = " : ".join(kind[:-1] for kind in kinds), " ".join(words[:at]) or "nothing"
-        raise entry.stop(f"{entry.word!r} takes {least} to {len(kinds)} of {form}; got {cassandra._quote(got)}", at - 1)
-    named = [None if words[2 * i] == "*" else cassandra._find(entry, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
+        raise entry.stop(f"{entry.word!r} takes {least} to {len(kinds)} of {form}; got {quote(got)}", at - 1)
+    named = [None if words[2 * i] == "*" else find(entry, 2 * i, kinds[i], index[kinds[i]]) for i in range(given)]
     free, word = len(kinds) - given, words[at] if len(words) == at + 1 else ""
     allowed = {"T": ("uniform", "reset", *["identity"] * (free == 2)), "O": ("uniform",), "R": ()}[entry.word] if free else ()
     return _Cell((*named, *[None] * free), given, word if word in allowed else "", at)
 
 
-def _normalized(table: sparse.csr_array, lines: np.ndarray, title, last: _Section, off: list) -> sparse.csr_array:
+def _normalized(table: sparse.csr_array, lines: np.ndarray, title, last: Section, off: list) -> sparse.csr_array:
     """Rows that are nearly distributions become so; others are refused, with the line that wrote them."""
     sums = np.asarray(table.sum(1)).ravel()
     error = np.abs(sums - 1)
@@ -181,7 +182,7 @@ def _normalized(table: sparse.csr_array, lines: np.ndarray, title, last: _Sectio
 
 
 def _rewards(
-    rewards: Sequence[tuple[_Section, _Cell]],
+    rewards: Sequence[tuple[Section, _Cell]],
     P: tuple[sparse.csr_array, ...],
     O: tuple[sparse.csr_array, ...],
     sizes: tuple[int, int],
@@ -210,7 +211,7 @@ def _rewards(
             state = cell.places[1]
             part = slice(0, len(paid)) if state is None else slice(int(first[state]), int(first[state + 1]))
             writes = count_writes(writes, part.stop - part.start, entry)
-            values = cassandra._numbers(entry, cell.first, lengths[cell.given - 1 :])
+            values = read_numbers(entry, cell.first, lengths[cell.given - 1 :])
             chosen = values[tuple(place[part] for place in at[cell.given - 1 :])] if values.ndim else values
             for place, wanted in zip(at[1:], cell.places[2:], strict=True):
                 if wanted is not None:

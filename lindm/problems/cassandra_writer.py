@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lindm.problems.cassandra import ROUNDING, Model, unfit
+from lindm.problems.cassandra import Model
+from lindm.problems.cassandra_sections import ROUNDING, unfit
 
 
 def write(model: Model) -> str:

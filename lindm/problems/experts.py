@@ -20,8 +20,9 @@ import numpy as np
 
 from lindm.errors import DataError, unknown
 from lindm.io import inputs, limits
-from lindm.problems.cassandra import INDEX, NUMBER, ROUNDING, SUM_TOLERANCE, Model
+from lindm.problems.cassandra import SUM_TOLERANCE, Model
 from lindm.problems.cassandra_rewards import expected
+from lindm.problems.cassandra_sections import INDEX, NUMBER, ROUNDING
 
 COLUMNS = ["model", "table", "action", "state", "probabilities"]
 MAX_EXPERTS = 64  # each has tables of its own

@@ -74,6 +74,7 @@ def _law(r: Records, main: str) -> Figure:
             )
     axis.set(xscale="log", xlabel="training sequences", ylabel=f"{GAP} (log scale)")
     _log_gaps(axis)
+    axis.set_ylim(0.015, 1.5)  # an interval over two trainings can be wider, down to below 0
     axis.legend(loc="lower left", fontsize=8)
     figure.set_label(
         "The gap over training sequences: lines for sizes of models, points for distinct tasks, gray lines for other policies."

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lindm.errors import DataError, LindmError
-from lindm.problems import cassandra
+from lindm.problems import cassandra_sections
 from lindm.problems.cassandra import Model, parse, read
 from lindm.problems.cassandra_problems import to_mdp, to_pomdp, to_pomdps
 from lindm.problems.cassandra_sparse import parse_sparse
@@ -139,7 +139,7 @@ def test_models_of_one_problem_fit_together_and_others_raise_an_error_that_names
 
 
 def test_reserved_words_of_the_format_are_not_names():
-    for word in cassandra.RESERVED:
+    for word in cassandra_sections.RESERVED:
         assert "word of the format" in refusal(FINE.replace("states: a b c", f"states: a b c {word}"))
 
 
