@@ -1,10 +1,12 @@
 """Numbers, intervals and verdicts as short texts, for the screen and the pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lindm_experiments.harness.claims import OPEN
 from lindm_experiments.harness.verdicts import as_expected
+
+SMOKE_ONLY = "it only checks that the experiments run, on too few seeds and too small problems. Its verdicts mean nothing."
 
 
 def format_number(value: float | str | None) -> str:
@@ -22,6 +24,25 @@ def format_interval(ci: list[float | None]) -> str:
 def format_measured(row: dict[str, Any]) -> str:
     """Estimate and interval."""
     return "-" if row["measured"] is None else f"{format_number(row['measured'])} {format_interval(row['ci'])}"
+
+
+def format_limits(row: Mapping[str, Any]) -> str:
+    """The lower and the upper one-sided limit; nothing for what was not measured, or where an earlier version wrote the row."""
+    limits = row.get("limits")
+    if row["measured"] is None or limits in (None, [None, None]):
+        return ""
+    return " and ".join(("-inf", "inf")[i] if end is None else format_number(end) for i, end in enumerate(limits))
+
+
+def format_test(row: Mapping[str, Any]) -> str:
+    """The tests that decide a claim (`statistics`), by the ends of its band; nothing where an earlier version wrote the row."""
+    if (band := row.get("band")) is None:
+        return ""
+    if row.get("exact"):
+        return "PASS: one-sided at 5 %; FAIL: one violation refutes the statement"
+    if None in band:
+        return "one-sided at 5 %, for PASS and for FAIL"
+    return "PASS: two one-sided tests for equivalence (TOST), each at 5 %; FAIL: a two-sided test at 5 %"
 
 
 def format_slack(row: dict[str, Any]) -> str:

@@ -12,12 +12,15 @@ from lindm.errors import DataError
 from lindm.io import limits
 from lindm_experiments.harness.claims import OPEN
 from lindm_experiments.harness.formats import (
+    SMOKE_ONLY,
     count_expected,
     format_interval,
+    format_limits,
     format_measured,
     format_number,
     format_p,
     format_slack,
+    format_test,
     verdict_label,
 )
 from lindm_experiments.harness.verdicts import as_expected
@@ -52,8 +55,9 @@ def render_template(template: str, **values: Any) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.filters |= {"number": format_number, "count_expected": count_expected, "kind": claim_kind}
     environment.filters |= {"measured": format_measured, "slack": format_slack, "p_value": format_p, "label": verdict_label}
-    environment.filters |= {"interval_plot": interval_plot}
+    environment.filters |= {"interval_plot": interval_plot, "limits": format_limits, "test": format_test}
     environment.globals |= {"script": script, "script_hash": digest, "kinds": KINDS, "plot_size": (WIDTH, HEIGHT)}
+    environment.globals["smoke_only"] = SMOKE_ONLY
     try:
         return environment.get_template(template).render(**values)
     except jinja2.UndefinedError as e:
@@ -110,6 +114,7 @@ class IntervalPlot:
     edges: list[float]  # the finite ends of the band
     labels: list[tuple[float, str, str]]  # position, text, and the SVG text-anchor
     ci: Interval
+    limits: Interval | None  # one-sided; None where an earlier version wrote the row
     measured: float
     words: str
 
@@ -123,9 +128,9 @@ def band_words(band: tuple[float | None, float | None]) -> str:
 
 
 def interval_plot(row: Mapping[str, Any]) -> IntervalPlot | None:
-    """The plot of what was measured, with its interval, over the band of the criterion; None without either.
+    """The plot of what was measured, with its interval and one-sided limits, over the band of the criterion; None without either.
 
-    An end of the band or of the interval that is infinite lies at the edge of the plot.
+    An end of the band, of the interval or of the limits that is infinite lies at the edge of the plot.
     """
     band, measured = row.get("band"), row["measured"]
     if band is None or measured is None:
@@ -138,13 +143,17 @@ def interval_plot(row: Mapping[str, Any]) -> IntervalPlot | None:
         return edge if value is None else round(WIDTH * (value - left) / (right - left), 1)
 
     low, high = position(band[0], 0), position(band[1], WIDTH)
+    limits, said = row.get("limits"), [f"two-sided 95 % interval {format_interval(row['ci'])}"]
+    if format_limits(row):
+        said.append(f"one-sided 95 % limits {format_limits(row)}")
     return IntervalPlot(
         band=(low, max(high, low + 2)),  # a band that is narrow on the scale of the plot stays visible
         edges=[x for x, end in ((low, band[0]), (high, band[1])) if end is not None],
         labels=_band_labels(band, (low, high)),
         ci=(position(row["ci"][0], 0), position(row["ci"][1], WIDTH)),
+        limits=None if limits is None else (position(limits[0], 0), position(limits[1], WIDTH)),
         measured=position(measured, 0),
-        words=f"measured {format_number(measured)}, 95 % interval {format_interval(row['ci'])}, band {band_words(band)}",
+        words=f"measured {format_number(measured)}, {', '.join(said)}, band {band_words(band)}",
     )
 
 

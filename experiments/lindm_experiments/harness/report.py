@@ -17,7 +17,14 @@ from lindm.io.manifest import read_output, read_records, update_outputs, verify_
 from lindm.io.provenance import provenance
 from lindm_experiments.harness.claims import FAIL, INCONCLUSIVE, OPEN, PASS
 from lindm_experiments.harness.experiments import experiment_names, find_experiment, load
-from lindm_experiments.harness.formats import count_expected, format_measured, format_number, format_slack, verdict_label
+from lindm_experiments.harness.formats import (
+    SMOKE_ONLY,
+    count_expected,
+    format_measured,
+    format_number,
+    format_slack,
+    verdict_label,
+)
 from lindm_experiments.harness.page import KINDS, claim_kind, embed_figure, render_template
 from lindm_experiments.harness.tasks import RUN_FORMAT, draw
 from lindm_experiments.harness.verdicts import as_expected
@@ -60,17 +67,26 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def print_next(summary: dict[str, Any], directory: Path, errors: Sequence[str], console: Console) -> None:
-    """The counts, the errors, and for each claim that is not as expected what to look at."""
+    """The counts, the errors, and for each claim that is not as expected what to look at.
+
+    The smoke preset has too few seeds to decide: of its claims, those with an unexpected verdict are listed alone.
+    """
+    is_smoke = summary["preset"] == "smoke"
     console.print(f"{count_expected(summary['claims'])}, {summary['wall_s']:.0f} s", style="bold", highlight=False)
     for error in errors:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
     for row in summary["claims"]:
-        if not as_expected(row) and row["n"]:  # otherwise an error above says why
+        undecided = row["verdict"] == INCONCLUSIVE
+        if not as_expected(row) and row["n"] and not (is_smoke and undecided):  # without n, an error above says why
             drawn = run_directory(directory, row["experiment"]) / Path(row["figure"] or "").name
             figure = f"; figure: {drawn}" if row["figure"] else ""
-            more = "; more seeds may decide it (--seeds)" if row["verdict"] == INCONCLUSIVE else ""
+            more = "; more seeds may decide it (--seeds)" if undecided else ""
             text = f"not as expected: {row['id']}: {verdict_label(row)}; {row['criterion']}{more}{figure}"
             console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    if is_smoke:
+        console.print(f"preset smoke: {SMOKE_ONLY}", style="bold", highlight=False, soft_wrap=True)
+    about = "In brackets: two-sided 95 % intervals. The report has the test of each verdict and its one-sided limits."
+    console.print(about, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {directory / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -11,8 +11,12 @@ A claim is a composite hypothesis "the mean lies in [lo, hi]", and both directio
     p_pass   evidence against "outside the band"   two one-sided tests (TOST): max( P[T > (m - lo)/se], P[T > (hi - m)/se] )
     p_fail   evidence against "inside the band"    two-sided: 2 min( P[T > (m - hi)/se], P[T > (lo - m)/se] )
 
-PASS when p_pass <= 5 %, FAIL when p_fail <= 5 %, else INCONCLUSIVE. At p_pass = 5 % the 90 % interval just fits into the
-band; at p_fail = 5 % the 95 % interval just leaves it. Whichever state is the true one, only one of the two directions can
+A band with one finite end has one test in each direction, and both are one-sided.
+
+PASS when p_pass <= 5 %, FAIL when p_fail <= 5 %, else INCONCLUSIVE. The two one-sided 95 % limits, `Decision.limits`, are the
+ends of the two-sided 90 % interval. They are inside the band at a PASS. At a FAIL they are outside a band with one end, and the
+two-sided 95 % interval, `Decision.ci`, is outside a band with two ends. (One violation of a statement without exceptions is a
+FAIL, wherever the limits are.) Whichever state is the true one, only one of the two directions can
 be an error, so the error rate of a verdict is 5 % and Holm's step-down over all claims (`verdicts.adjust`) bounds the chance of
 any wrong verdict in a report by 5 %. Fewer than `min_seeds` seeds decide nothing.
 """
@@ -35,10 +39,13 @@ class Decision:
 
     measured: float
     ci: tuple[float, float]  # two-sided 95 %
+    limits: tuple[float, float]  # lower and upper, one-sided, 95 % each
+    band: tuple[float, float]  # what the hypothesis says of the mean, or of the rate of violations
     n: int  # seeds (t intervals) or instances (counts)
     p_pass: float
     p_fail: float
     enough: bool = True  # at least the required number of seeds
+    exact: bool = False  # a count for a statement without exceptions, which one violation refutes
 
     @property
     def verdict(self) -> str:
@@ -106,6 +113,8 @@ def _decide(mean: float, se: float, df: float, lo: float, hi: float, *, n: int, 
     return Decision(
         measured=mean,
         ci=_interval(mean, se, df, LEVEL),
+        limits=_interval(mean, se, df, 2 * LEVEL),
+        band=(lo, hi),
         n=n,
         p_pass=max(above, below),
         p_fail=min(1.0, two_sided * min(over, under)),
@@ -222,10 +231,11 @@ def rate_at_most(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds: 
 
     Exact if these are independent. Instances of one seed or problem are independent only given that seed or problem, and then the
     limit is that of the seeds and problems at hand."""
-    lo, hi = clopper_pearson(count, n)
     return Decision(
         measured=count / n,
-        ci=(lo, hi),
+        ci=clopper_pearson(count, n),
+        limits=clopper_pearson(count, n, 2 * LEVEL),
+        band=(-np.inf, rate),
         n=n,
         p_pass=float(stats.binom.cdf(count, n, rate)),
         p_fail=float(stats.binom.sf(count - 1, n, rate)),
@@ -236,8 +246,8 @@ def rate_at_most(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds: 
 def no_violations(count: int, n: int, rate: float, *, seeds: int = 5, min_seeds: int = 5) -> Decision:
     """Does a statement that admits no exception hold on all n instances? One violation refutes it; with none, the
     Clopper-Pearson upper limit of the violation rate must not exceed `rate` (so n must be large enough to say so)."""
-    d = rate_at_most(count, n, rate, seeds=seeds, min_seeds=min_seeds)
-    return d if count == 0 else replace(d, p_pass=1.0, p_fail=0.0, enough=True)
+    d = replace(rate_at_most(count, n, rate, seeds=seeds, min_seeds=min_seeds), exact=True)
+    return d if count == 0 else replace(d, band=(-np.inf, 0.0), p_pass=1.0, p_fail=0.0, enough=True)
 
 
 def all_of(decisions: Sequence[Decision]) -> Decision:

@@ -87,7 +87,9 @@ def claim_rows(directories: Sequence[Path]) -> list[Row]:
             low, high = row["ci"]
             kept = _run_column(directory, directories) | {k: row[k] for k in ("id", "statement", "predicted", "measured")}
             slack = (row.get("slack") or [None])[0]
-            rows.append(kept | {"low": low, "high": high, "slack": slack} | {k: row[k] for k in ("n", "verdict", "expected")})
+            lower, upper = row.get("limits") or (None, None)
+            kept |= {"low": low, "high": high, "lower_limit": lower, "upper_limit": upper, "slack": slack}
+            rows.append(kept | {k: row[k] for k in ("n", "verdict", "expected")})
     return rows
 
 
@@ -280,7 +282,8 @@ def _render(inputs: Inputs) -> dict[Path, str | bytes]:
                 to = _copied(figures, run, own_name, name if name == own_name else f"{name}-{own_name}", number)
                 figure["links"] = _links(figures, to)
         suffix = f"-{number + 1}" if number else ""  # of anchors: an experiment may be in several verifications
-        verifications.append({"directory": str(directory), "rows": verdicts["claims"], "sections": sections, "suffix": suffix})
+        shown = {"directory": str(directory), "preset": verdicts["preset"], "rows": verdicts["claims"]}
+        verifications.append(shown | {"sections": sections, "suffix": suffix})
     runs = [
         {
             "name": str(directory),

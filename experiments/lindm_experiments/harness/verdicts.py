@@ -28,6 +28,9 @@ class Verdict:
     figure: str | None = None  # name of the figure that shows it, a key of `plot(records)`
     note: str = ""
     slack: tuple[float, float] | None = None  # of an inequality: smallest and median, see `to_verdict`
+    limits: tuple[float, float] = (-inf, inf)  # lower and upper, one-sided, 95 % each
+    band: tuple[float, float] | None = None  # of the decision that is shown; None: that of the claim
+    exact: bool = False  # that decision is a count for a statement that one violation refutes
 
 
 def as_expected(row: Mapping[str, Any]) -> bool:
@@ -55,6 +58,9 @@ def to_verdict(
         id=id,
         measured=d.measured,
         ci=d.ci,
+        limits=d.limits,
+        band=d.band,
+        exact=d.exact,
         n=d.n,
         verdict=d.verdict,
         p=d.p,

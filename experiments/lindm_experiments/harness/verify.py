@@ -179,6 +179,11 @@ def run_with_progress(jobs: Sequence[Job], locks: contextlib.ExitStack, executor
         return run_experiments(jobs, locks, executor=executor, workers=workers, on_point=on_point, on_end=on_end)
 
 
+def finite(ends: Sequence[float]) -> list[float | None]:
+    """The ends of an interval as verdicts.json holds them: null for an infinite one."""
+    return [end if isfinite(end) else None for end in ends]
+
+
 def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str = "") -> dict[str, Any]:
     """One claim as verdicts.json holds it; without a verdict it was not decided, for the reason in `note`."""
     c = get_claim(claim)
@@ -189,9 +194,11 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
         "predicted": c.predicted,
         "measured": None,
         "ci": [None, None],
+        "limits": [None, None],
         "n": 0,
         "criterion": c.criterion,
-        "band": [end if isfinite(end) else None for end in (c.lo, c.hi)],
+        "band": finite((c.lo, c.hi)),
+        "exact": False,
         "verdict": INCONCLUSIVE,
         "expected": c.expected,
         "figure": None,
@@ -203,9 +210,9 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
     }
     if verdict is not None:
         v = asdict(verdict)
-        row |= {k: v[k] for k in ("measured", "n", "verdict", "p", "note")}
+        row |= {k: v[k] for k in ("measured", "n", "verdict", "p", "note", "exact")}
         row["predicted"] = c.predicted if verdict.predicted is None else verdict.predicted
-        row["ci"] = [end if isfinite(end) else None for end in verdict.ci]
+        row |= {k: finite(v[k]) for k in ("ci", "limits", "band") if v[k] is not None}
         row["figure"] = f"{experiment}/{verdict.figure}.png" if verdict.figure else None
         row["slack"] = None if verdict.slack is None else list(verdict.slack)
     return row

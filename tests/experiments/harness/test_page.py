@@ -12,9 +12,12 @@ from matplotlib.image import imread, imsave
 from lindm.errors import DataError
 from lindm.io import files, limits
 from lindm_experiments.harness.claims import CLAIMS, OPEN
+from lindm_experiments.harness.formats import SMOKE_ONLY
 from lindm_experiments.harness.page import HEIGHT, WIDTH, band_words, claim_kind, embed_figure, interval_plot
 from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
-from lindm_experiments.harness.verdicts import Verdict
+from lindm_experiments.harness.statistics import no_violations
+from lindm_experiments.harness.summary import write_summary
+from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.harness.verify import verdict_row
 from tests.experiments.harness.test_report import Page
 
@@ -99,11 +102,59 @@ def test_a_browser_runs_the_script_of_the_page_and_no_other_and_fetches_nothing(
     assert not re.search(r"\son\w+=", source), "handlers in attributes would not run"
 
 
+def test_every_claim_says_which_test_decides_it_and_what_its_name_means(written):
+    rows, source = written
+    two = sum(None not in row["band"] for row in rows)
+    assert source.count("<dd>PASS: two one-sided tests for equivalence (TOST), each at 5 %; FAIL: a two-sided test") == two > 0
+    assert source.count("<dt>Test</dt><dd>one-sided at 5 %, for PASS and for FAIL</dd>") == len(rows) - two > 0
+    assert "two one-sided tests for equivalence (TOST)" in source.partition('id="method"')[2]
+
+
+def decided(*verdicts: Verdict) -> list[dict]:
+    return [verdict_row(v.id, CLAIMS[v.id].experiment, v) for v in verdicts]
+
+
+def test_the_page_shows_the_interval_and_the_limits_which_decide(tmp_path):
+    """The rate of no violation among 3,400: its two-sided interval leaves the band, its one-sided limit is inside."""
+    verdicts = count_verdict("pooled/rungs", 0, 3400, seeds=10), mean_verdict("paper-bound", np.linspace(0.97, 1.0, 10))
+    count, mean = decided(*verdicts)
+    assert count["verdict"] == "PASS" and count["limits"][1] < 0.001 < count["ci"][1]
+    content = {"preset": "quick", "wall_s": 1.0, "criteria": "c", "seconds": {}, "errors": {}, "claims": [count, mean]}
+    files.write_json(tmp_path / "verdicts.json", content, format=VERDICTS_FORMAT)
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    assert source.count('class="limits"') == source.count('class="ci"') == 2
+    assert "<dd>PASS: one-sided at 5 %; FAIL: one violation refutes the statement</dd>" in source
+    for row in (count, mean):
+        ends = [f"{end:.4g}" for end in row["limits"]]
+        assert f"one-sided: {ends[0]} and {ends[1]}</p>" in source
+
+
+def test_a_violation_of_one_part_is_shown_over_the_band_of_this_part():
+    """The mean lies far inside the band of the claim; the other part has two violations among 40 and admits none."""
+    (row,) = decided(mean_verdict("paper-bound", [0.5, 0.51] * 5, also=[no_violations(2, 40, 1.0)]))
+    assert (row["verdict"], row["measured"], row["band"], row["exact"]) == ("FAIL", 0.05, [None, 0.0], True)
+    p = interval_plot(row)
+    assert p is not None and p.limits is not None and p.edges[0] < p.limits[0] < p.measured and p.words.endswith("band at most 0")
+
+
+@pytest.mark.parametrize("preset", ["smoke", "quick"])
+def test_a_page_of_the_smoke_preset_says_that_its_verdicts_mean_nothing(tmp_path, preset):
+    write_verification(tmp_path / "v", ["risk"])
+    content = files.read_json(tmp_path / "v" / "verdicts.json") | {"preset": preset}
+    files.write_json(tmp_path / "v" / "verdicts.json", content, format=VERDICTS_FORMAT)
+    write_summary([tmp_path / "v"], tmp_path / "r")
+    pages = {"This": write_report(tmp_path / "v"), str(tmp_path / "v"): tmp_path / "r" / "index.html"}
+    for subject, path in pages.items():
+        source, said = path.read_text(encoding="utf-8"), f"{subject} is a run of the preset smoke: {SMOKE_ONLY}"
+        assert (said in source) == (preset == "smoke")
+    assert ("Not as expected: <a" in pages["This"].read_text(encoding="utf-8")) == (preset == "quick")
+
+
 def test_a_page_without_bands_shows_numbers_without_plots(tmp_path):
     """verdicts.json of an earlier version has no bands."""
     rows = write_verification(tmp_path, ["risk"])
     content = files.read_json(tmp_path / "verdicts.json")
-    content["claims"] = [{k: v for k, v in row.items() if k != "band"} for row in rows]
+    content["claims"] = [{k: v for k, v in row.items() if k not in ("band", "limits", "exact")} for row in rows]
     files.write_json(tmp_path / "verdicts.json", content, format=VERDICTS_FORMAT)
     source = write_report(tmp_path).read_text(encoding="utf-8")
     assert 'class="interval"' not in source and source.count("<article") == len(rows)
@@ -112,22 +163,27 @@ def test_a_page_without_bands_shows_numbers_without_plots(tmp_path):
 # --- interval plots --------------------------------------------------------------------------------------------------------
 
 
-def plot(lo, hi, measured, ci):
-    return interval_plot({"band": [lo, hi], "measured": measured, "ci": list(ci)})
+def plot(lo, hi, measured, ci, **more):
+    return interval_plot({"band": [lo, hi], "measured": measured, "ci": list(ci)} | more)
 
 
 def test_an_interval_plot_has_one_scale_for_band_interval_and_measured_value():
-    p = plot(0.9, 1.1, 1.02, (0.95, 1.09))
-    values, positions = [0.9, 1.1, 0.95, 1.09, 1.02], [*p.band, *p.ci, p.measured]
+    p = plot(0.9, 1.1, 1.02, (0.95, 1.09), limits=[0.97, 1.07])
+    values, positions = [0.9, 1.1, 0.95, 1.09, 0.97, 1.07, 1.02], [*p.band, *p.ci, *p.limits, p.measured]
     slope, start = np.polyfit(values, positions, 1)
     assert np.allclose(np.polyval([slope, start], values), positions, atol=0.06) and slope > 0
     assert p.edges == list(p.band) and p.band[0] > 0 and p.band[1] < WIDTH and HEIGHT < WIDTH
     assert [(text, side) for _, text, side in p.labels] == [("0.9", "middle"), ("1.1", "middle")]
-    assert p.words == "measured 1.02, 95 % interval [0.95, 1.09], band 0.9 to 1.1"
+    said = "measured 1.02, two-sided 95 % interval [0.95, 1.09]"
+    assert p.words == f"{said}, one-sided 95 % limits 0.97 and 1.07, band 0.9 to 1.1"
+    old = plot(0.9, 1.1, 1.02, (0.95, 1.09))  # a row of an earlier version
+    assert old.limits is None and old.words == f"{said}, band 0.9 to 1.1"
 
 
 def test_infinite_ends_lie_at_the_edges_of_the_plot():
-    above, below = plot(None, 1.0, 0.5, (None, 0.7)), plot(1.0, None, 0.5, (0.2, None))
+    above, below = plot(None, 1.0, 0.5, (None, 0.7), limits=[None, 0.6]), plot(1.0, None, 0.5, (0.2, None), limits=[0.3, None])
+    assert above.limits[0] == 0 < above.limits[1] < above.ci[1] and below.ci[0] < below.limits[0] < below.limits[1] == WIDTH
+    assert "one-sided 95 % limits -inf and 0.6" in above.words
     assert above.band[0] == 0 and above.ci[0] == 0 and above.edges == [above.band[1]] and above.labels[0][1] == "≤ 1"
     assert below.band[1] == WIDTH and below.ci[1] == WIDTH and below.edges == [below.band[0]] and below.labels[0][1] == "≥ 1"
     assert below.measured < below.band[0] and above.measured < above.band[1]

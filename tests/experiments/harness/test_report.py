@@ -16,7 +16,7 @@ from lindm.io import files
 from lindm_experiments.harness import verify
 from lindm_experiments.harness.claims import CLAIMS, FAIL, OPEN, PASS, claims_hash, get_claim
 from lindm_experiments.harness.experiments import ambiguous_ids, select_claims
-from lindm_experiments.harness.formats import count_expected, format_number, verdict_label
+from lindm_experiments.harness.formats import SMOKE_ONLY, count_expected, format_number, verdict_label
 from lindm_experiments.harness.report import (
     VERDICTS_FORMAT,
     docstring_blocks,
@@ -106,6 +106,20 @@ def test_no_p_value_is_shown_as_zero(directory):
 def test_an_unexpected_verdict_stands_out_without_colours():
     text = printed(summary(mean_verdict("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL))
     assert ">> q-risk" in text and "FAIL (expected PASS)" in text
+
+
+def test_the_smoke_preset_asks_for_no_more_seeds_and_says_that_it_decides_nothing():
+    few = mean_verdict("q-risk", [1.0, 1.2])
+    assert "not as expected: q-risk: INCONCLUSIVE (expected PASS)" in (quick := printed(summary(few, CONTROL)))
+    assert "more seeds may decide it (--seeds)" in quick and "smoke" not in quick
+    smoke = printed(summary(few, CONTROL) | {"preset": "smoke"})
+    assert "not as expected" not in smoke and "--seeds" not in smoke and f"preset smoke: {SMOKE_ONLY}" in smoke
+    wrong = printed(summary(mean_verdict("q-risk", [1.5, 1.5, 1.5, 1.5, 1.6]), CONTROL) | {"preset": "smoke"})
+    assert "not as expected: q-risk: FAIL (expected PASS)" in wrong
+
+
+def test_the_table_says_what_its_brackets_are():
+    assert "In brackets: two-sided 95 % intervals." in printed(summary(GOOD, CONTROL))
 
 
 def test_a_claim_that_was_not_decided_is_said_to_be_so():

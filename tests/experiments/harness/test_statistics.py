@@ -64,7 +64,31 @@ def test_equivalence_is_the_90_percent_interval_inside_or_the_95_percent_interva
     d = equivalence(values, -1, 1)
     (lo90, hi90), (lo95, hi95) = mean_ci(values, 0.10)[1], mean_ci(values, 0.05)[1]
     expected = PASS if lo90 >= -1 and hi90 <= 1 else FAIL if lo95 > 1 or hi95 < -1 else INCONCLUSIVE
-    assert d.verdict == expected and d.ci == (lo95, hi95)
+    assert d.verdict == expected and d.ci == (lo95, hi95) and d.limits == (lo90, hi90) and d.band == (-1, 1)
+
+
+@given(st.floats(-2, 2), st.integers(5, 12), st.integers(0, 1000))
+def test_a_band_with_one_end_is_decided_by_the_one_sided_limits_alone(mean, n, seed):
+    """Not by the two-sided interval, which is wider. The limits are those of scipy."""
+    values = np.random.default_rng(seed).normal(mean, 0.5, size=n)
+    t = {side: stats.ttest_1samp(values, 0, alternative=side).confidence_interval(0.95) for side in ("greater", "less")}
+    lower, upper = float(t["greater"].low), float(t["less"].high)
+    below, above = at_most(values, 1.0), equivalence(values, 1.0, np.inf)
+    assert below.limits == above.limits == pytest.approx((lower, upper), rel=1e-9)
+    assert below.verdict == (PASS if upper <= 1 else FAIL if lower > 1 else INCONCLUSIVE)
+    assert above.verdict == (PASS if lower >= 1 else FAIL if upper < 1 else INCONCLUSIVE)
+    assert below.ci[0] < lower < upper < below.ci[1]
+
+
+@given(st.integers(1, 300), st.data())
+def test_a_rate_is_decided_by_its_one_sided_limits(n, data):
+    count, rate = data.draw(st.integers(0, n)), data.draw(st.floats(0.01, 0.99))
+    lower = stats.binomtest(count, n, alternative="greater").proportion_ci(0.95, method="exact").low
+    upper = stats.binomtest(count, n, alternative="less").proportion_ci(0.95, method="exact").high
+    d = rate_at_most(count, n, rate)
+    assert d.limits == pytest.approx((lower, upper), rel=1e-9, abs=1e-12) and d.band == (-np.inf, rate)
+    if min(abs(rate - lower), abs(rate - upper)) > 1e-9:
+        assert d.verdict == (PASS if upper < rate else FAIL if lower > rate else INCONCLUSIVE)
 
 
 @pytest.mark.fault("F24")
@@ -120,6 +144,10 @@ def test_no_violations_needs_enough_instances_and_one_violation_refutes():
     assert no_violations(0, 10_000, 1e-3).verdict == PASS
     assert no_violations(0, 1000, 1e-3).verdict == INCONCLUSIVE
     assert no_violations(1, 10**9, 1e-3).verdict == FAIL
+    for count, band in ((0, (-np.inf, 1e-3)), (1, (-np.inf, 0.0))):  # what a statement without exceptions says of the rate
+        d = no_violations(count, 5000, 1e-3)
+        assert d.band == band and d.exact and not rate_at_most(count, 5000, 1e-3).exact
+        assert (d.limits[1] <= band[1]) == (d.verdict == PASS) and (d.limits[0] > band[1]) == (d.verdict == FAIL)
 
 
 def test_a_rate_is_judged_by_its_exact_binomial_tails():
