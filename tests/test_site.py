@@ -88,11 +88,16 @@ def test_every_command_has_its_help_on_the_site():
     assert [name for name in NAMES if f"`lindm {name}" not in table] == []
 
 
-def test_every_claim_is_on_the_site_with_its_numbers():
-    path = DOCS / "_site" / "claim_list.py"
-    spec = importlib.util.spec_from_file_location("claim_list", path)
-    claim_list = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(claim_list)
+@pytest.fixture(scope="module")
+def claim_list():
+    """The extension docs/_site/claim_list.py."""
+    spec = importlib.util.spec_from_file_location("claim_list", DOCS / "_site" / "claim_list.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_claim_is_on_the_site_with_its_numbers(claim_list):
     source = [(DOCS / "reference" / "claim-list.md").read_text(encoding="utf-8")]
     claim_list.insert(None, "docs/reference/claim-list", source)
     assert "{claim-list}" not in source[0]
@@ -114,6 +119,20 @@ def test_every_claim_is_on_the_site_with_its_numbers():
     for id, claim in claims.items():  # under the heading of its experiment
         above = page[: page.index(f"\n### {id}\n")]
         assert re.findall(r"^## Experiment (\w+)$", above, re.MULTILINE)[-1] == claim["experiment"], id
+
+
+@pytest.mark.parametrize("page, entries", [("docs/claims", "reference/"), ("theory/README", "../docs/reference/")])
+def test_the_ids_of_claims_are_links_to_their_entries(page, entries, claim_list):
+    source = [(ROOT / f"{page}.md").read_text(encoding="utf-8")]
+    claim_list.insert(None, page, source)
+    links = re.findall(r"\[`([\w/-]+)`\]\(([^)#]+)#([^)]+)\)", source[0])
+    assert all(file == f"{entries}claim-list.md" and anchor == id.replace("/", "") for id, file, anchor in links)
+    table = tomllib.loads((ROOT / "experiments/lindm_experiments/claims.toml").read_text(encoding="utf-8"))
+    claims = {claim["id"] for claim in table["claim"]}
+    assert len({id.replace("/", "") for id in claims}) == len(claims), "two claims have the same anchor"
+    linked = {id for id, _, _ in links}
+    assert linked == claims if page == "docs/claims" else linked < claims and len(linked) > 100
+    assert "and `weights` is the law" in source[0] or page == "docs/claims"  # an argument of a function
 
 
 def test_the_bibliography_has_every_work_that_is_cited_by_a_key():

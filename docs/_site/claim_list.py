@@ -1,11 +1,16 @@
-"""The block `claim-list` of a page: every claim of claims.toml under the heading of its experiment, as Markdown."""
+"""Claims on the site: the block `claim-list`, with every claim under its experiment, and the links of other pages to its entries."""
 
+import posixpath
 import re
 
-from lindm_experiments.harness.claims import Claim, claim_ids, get_claim
+from lindm_experiments.harness.claims import CLAIMS, Claim, claim_ids, get_claim
 from lindm_experiments.harness.experiments import Experiment, experiment_names, find_experiment
 
 BLOCK = "```{claim-list}\n```\n"
+PAGE = "docs/reference/claim-list.md"  # the page with the block
+LINKED = ("docs/claims", "docs/results", "theory/README")  # pages that name claims in the rows and fields below
+ROW = re.compile(r"^(?:\||  ).*$", re.MULTILINE)  # of a table, or a field of the ledger: in prose an id can be an experiment
+CODE = re.compile(r"`([\w/-]+)`")
 MARKUP = re.compile(r"([\\`*_{}\[\]<>$|#~&^])")
 
 
@@ -15,7 +20,7 @@ def plain(text: str) -> str:
 
 
 def claim_section(claim: Claim) -> str:
-    """A section whose anchor is the id of the claim, with a hyphen in place of each slash."""
+    """A section of the claim. Its anchor is the id with a hyphen in place of each slash; Markdown names it without the slash."""
     rows = {
         "Statement": claim.statement,
         "Prediction": claim.predicted,
@@ -43,9 +48,21 @@ def markdown() -> str:
     return "\n".join(experiment_section(find_experiment(name)) for name in experiment_names())
 
 
+def with_links(docname: str, text: str) -> str:
+    """A page whose rows name claims, with each id as a link to its entry."""
+    page = posixpath.relpath(PAGE, posixpath.dirname(docname))
+
+    def link(code: re.Match) -> str:
+        return f"[{code[0]}]({page}#{code[1].replace('/', '')})" if code[1] in CLAIMS else code[0]
+
+    return ROW.sub(lambda row: CODE.sub(link, row[0]), text)
+
+
 def insert(app, docname: str, content: list[str]) -> None:
     if BLOCK in content[0]:
         content[0] = content[0].replace(BLOCK, markdown())
+    if docname in LINKED:
+        content[0] = with_links(docname, content[0])
 
 
 def setup(app):
