@@ -1,4 +1,4 @@
-"""Claims on the site: the block `claim-list`, with every claim under its experiment, and the links of other pages to its entries."""
+"""Claims on the site: the block `claim-list`, every claim under its experiment, and links of other pages to these entries."""
 
 import posixpath
 import re
