@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.problems import stationary_mdp as stationary_mdp
     from lindm.api.problems import suite as suite
     from lindm.api.problems import to_gymnasium as to_gymnasium
+    from lindm.api.problems import with_names as with_names
     from lindm.api.solutions import Solution as Solution
     from lindm.api.solutions import load_solution as load_solution
     from lindm.api.solutions import solve as solve
@@ -80,6 +81,7 @@ _DEFINED = {
         "stationary_mdp",
         "suite",
         "to_gymnasium",
+        "with_names",
     ),
     "lindm.api.solutions": ("Solution", "load_solution", "solve", "solve_stationary"),
     "lindm.api.data": ("make_dataset", "draw_tasks", "export_dataset"),

@@ -21,6 +21,7 @@ from lindm.problems import linear_mdp as linear_mdps
 from lindm.problems import mdp as mdps
 from lindm.problems import pomdp as pomdps
 from lindm.problems import stationary, transition_table
+from lindm.problems.cassandra_sections import unfit
 from lindm.problems.stationary import StationaryPOMDP
 from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem, RewardFunction, cast
 
@@ -214,7 +215,7 @@ def apomdp(models: "Sequence[POMDP | NamedProblem]", alpha: float) -> APOMDP:
     """Make an ambiguous POMDP from models of the same sizes.
 
     Args:
-      models: POMDPs, such as those of `pomdp`, `read_pomdp` and `make`.
+      models: POMDPs, such as those of `pomdp`, `read_pomdp` and `make`. The result has no names: `with_names` gives it some.
       alpha: attitude to ambiguity: 1 is the worst case over the models, 0 the best case.
 
     Raises:
@@ -249,6 +250,44 @@ def linear_mdp(phi: ArrayLike, mu: ArrayLike, theta: ArrayLike, rho: ArrayLike |
     """
     with double_precision():
         return linear_mdps.linear_mdp(phi, mu, theta, rho)
+
+
+def with_names(
+    problem: NamedProblem | Problem | LinearMDP,
+    *,
+    states: "Sequence[str]" = (),
+    actions: "Sequence[str]" = (),
+    observations: "Sequence[str]" = (),
+    models: "Sequence[str]" = (),
+) -> NamedProblem:
+    """Name the parts of a problem, for its first action, its policy, its files and its texts.
+
+    Args:
+      states, actions, observations, models: a name for each, in the order of the indices. [default: the names that it has]
+
+    Raises:
+      ValueError: a part has another number of names, a name twice, or a name that a `.pomdp` file cannot hold (a number, or one
+        with a space, a colon or a #).
+
+    >>> stay_or_swap = [[[[1, 0], [0, 1]], [[0, 1], [1, 0]]]]
+    >>> problem = ld.mdp(stay_or_swap, [[[0, 0], [1, 1]]] * 3, [1, 0])
+    >>> ld.solve(ld.with_names(problem, actions=["stay", "swap"])).first_actions
+    {0: 'swap'}
+    """
+    source = as_source(problem)
+    sizes = {part: getattr(source.problem, f"num_{part}", 0) for part in ("states", "actions", "observations", "models")}
+    given = {"states": states, "actions": actions, "observations": observations, "models": models}
+    for part, names in given.items():
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{part} must be a list of names; got {names!r}")
+        if names and not sizes[part]:
+            raise ValueError(f"{part} must be left out for a {type(source.problem).__name__}, which has none; got {names!r}")
+        if len(names) not in (0, sizes[part]):
+            raise ValueError(f"{part} must have {sizes[part]} names, one for each; got {len(names)} names")
+        for i, name in enumerate(names):
+            if why := unfit(name) or ("it is given twice" if name in names[:i] else ""):
+                raise ValueError(f"{part} must have different names that a file can hold; got {name!r}: {why}")
+    return replace(source, **{part: tuple(names) for part, names in given.items() if names})
 
 
 def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] = "id", **options: Any) -> Suite:

@@ -30,7 +30,7 @@ from lindm import validate
 from lindm.problems.apomdp import alpha_maxmin
 from lindm.solvers.belief import branching, first_history, joint_kernel, stage_rewards
 from lindm.solvers.ties import greedy
-from lindm.types import APOMDP
+from lindm.types import APOMDP, in_given_precision
 
 CACHE_BYTES = 1 << 18  # size of the last stage of a block of subtrees
 
@@ -72,12 +72,14 @@ def stage_Q(tree: Tree, t: int, branches: int) -> Array:
     return tree.Q[start : start + branches**t]
 
 
+@in_given_precision
 def optimal_policy(problem: APOMDP, tree: Tree) -> Policy:
     """The greedy action (`lindm.solvers.ties`) at every history: one int32 array [histories] for each stage."""
     B = branching(problem)
     return tuple(greedy(stage_Q(tree, t, B), per_row=True) for t in range(problem.horizon))
 
 
+@in_given_precision
 def uniform_policy(problem: APOMDP) -> Policy:
     """The same probability for every action, at every history."""
     H, A = problem.horizon, problem.num_actions
@@ -188,18 +190,21 @@ def _root(problem: APOMDP, keep: bool, choose: Choice = BEST) -> tuple[Array, li
     return Q, deeper
 
 
+@in_given_precision
 @jax.jit
 def value(problem: APOMDP) -> Array:
     """V* [] at the start."""
     return _root(problem, keep=False)[0].max()
 
 
+@in_given_precision
 @jax.jit
 def uniform_value(problem: APOMDP) -> Array:
     """V [] of the uniformly random policy: `policy_value` of `uniform_policy`, without its tables."""
     return uniform(_root(problem, keep=False, choose=uniform)[0])
 
 
+@in_given_precision
 @jax.jit
 def tree(problem: APOMDP) -> Tree:
     """Q* at every history; `memory_bytes` gives the memory."""
@@ -220,6 +225,7 @@ def check_shapes(problem: APOMDP, policy: Policy) -> None:
         validate.shaped(table, shape, f"policy[{t}]", "histories, A"[: 9 if len(shape) == 1 else None])
 
 
+@in_given_precision
 @jax.jit
 def policy_value(problem: APOMDP, policy: Policy) -> Array:
     """V^pi [] at the start of a policy over histories: V^pi(h) = sum_a pi(a | h) Q^pi(h, a).

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lindm as ld
 from lindm.problems.mdp import draw_mdp, draw_stationary_mdp
 from lindm.problems.pomdp import draw_pomdp, pomdp, reveal
 
@@ -224,3 +225,31 @@ def test_random_problems_come_in_single_precision():
 def test_random_problems_out_of_range_raise_an_error_that_names_them(arguments, rule):
     with pytest.raises(ValueError, match=rule):
         draw_pomdp(jax.random.key(0), **({"S": S, "A": A, "O": O, "H": H} | arguments))
+
+
+def test_names_appear_in_decisions_and_stay_where_they_are_not_given():
+    problem = ld.pomdp(**arrays())
+    named = ld.with_names(problem, actions=["wait", "treat"])
+    action = ld.solve(problem).first_action
+    assert ld.solve(named).first_action == ("wait", "treat")[action]
+    assert ld.with_names(named, states=["well", "ill", "dead"]).names == {
+        "states": ("well", "ill", "dead"),
+        "actions": ("wait", "treat"),
+    }
+
+
+@pytest.mark.parametrize(
+    "names, error",
+    [
+        ({"actions": ["wait"]}, "actions must have 2 names, one for each; got 1 names"),
+        ({"models": ["a"]}, "models must be left out for a POMDP, which has none; got"),
+        ({"actions": "wt"}, "actions must be a list of names; got 'wt'"),
+        ({"actions": [0, 1]}, r"actions must be a list of names; got \[0, 1\]"),
+        ({"actions": ["wait", "wait"]}, "got 'wait': it is given twice"),
+        ({"actions": ["wait", "give drug"]}, "got 'give drug': a name has no space, colon or #"),
+        ({"actions": ["wait", "1"]}, "got '1': a number is an index"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(names, error):
+    with pytest.raises(ValueError, match=error):
+        ld.with_names(ld.pomdp(**arrays()), **names)

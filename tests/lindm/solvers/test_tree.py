@@ -54,6 +54,17 @@ def close(actual, wanted, scale=10.0):
     np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12 * scale)
 
 
+def test_numpy_arrays_are_solved_in_double_precision_without_the_flag_of_jax(brute):
+    reference = brute.random(0, **CASES[1])
+    problem = reference.problem()
+    with jax.enable_x64(False):
+        values = tree.value(problem), np.asarray(tree.tree(problem).Q)[0].max()
+        random = tree.uniform_value(problem), tree.policy_value(problem, tree.uniform_policy(problem))
+    assert all(value.dtype == np.float64 for value in (*values, *random))
+    close(values, [reference.V(list(reference.rho), 0)] * 2)
+    close(random[0], random[1])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_value_is_that_of_plain_recursion(brute, case):
     for seed in range(3):
