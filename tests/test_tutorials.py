@@ -18,6 +18,7 @@ HEADER = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: Python 3\n#   
 CELL = re.compile(r"^# %%(.*)\n", re.MULTILINE)
 FIGURE = re.compile(r"\brender\(|\.plot\(\"|\.plot\(\)")  # calls whose figure the notebook shows
 CPU_SECONDS = 180
+PAGE = 90  # characters of code in the width of a page of the site
 
 
 class Cell(NamedTuple):
@@ -66,6 +67,12 @@ def test_the_prose_of_a_tutorial_has_no_code_that_is_not_executed_and_its_links_
     assert "```" not in prose(tutorial), "code is in a cell"
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(tutorial))
     assert not [t for t in targets if not re.match(r"[a-z]+:", t) and not (tutorial.parent / t).exists()]
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+def test_the_code_of_a_tutorial_is_no_wider_than_a_page(tutorial):
+    lines = [line for cell in cells(tutorial) if not cell.markdown for line in cell.text.splitlines()]
+    assert [line for line in lines if len(line) > PAGE] == []
 
 
 def test_a_tutorial_that_fails_is_seen(tmp_path):

@@ -141,9 +141,10 @@ ladders = {
     for n in (32, 128)
 }
 for name in ladders[32].mean:
-    text = ld.theory.RUNGS[name].text
-    print(*(f"{ladders[n].mean[name]:.3f}" for n in (32, 128)), f" {name}: {text}")
-print("policies that lose more than a bound says:", sum(ladders[128].violations.values()))
+    print(f"{name}, {ld.theory.RUNGS[name].text}:")
+    print("   ", *(f"{ladders[n].mean[name]:.3f}" for n in (32, 128)))
+violations = sum(ladders[128].violations.values())
+print("policies that lose more than a bound says:", violations)
 
 # %% mystnb={"image": {"alt": "The exact loss of the policies at N = M = 128 and the bounds above it as points on a logarithmic axis, with numbers and multiples of the loss: the identity equals it, the spans are a few times as large, the sup norm is the largest."}}
 ladders[128].plot("ladder.png")
@@ -173,8 +174,9 @@ assert 3 < ratios[0] < ratios[1]
 # %% tags=["remove-stderr"]
 result = ld.run_experiment("controls", "quick", "controls")
 for claim in result.summary["claims"]:
-    expected = "as expected" if claim["verdict"] == claim["expected"] else "NOT as expected"
-    print(f"{claim['id']:25} {claim['verdict']:5} {expected}")
+    right = claim["verdict"] == claim["expected"]
+    print(f"{claim['id']:25} {claim['verdict']:5}", end=" ")
+    print("as expected" if right else "NOT as expected")
     print(textwrap.indent(textwrap.fill(claim["statement"], 80), "    "))
 assert all(claim["verdict"] == claim["expected"] for claim in result.summary["claims"])
 

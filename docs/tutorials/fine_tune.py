@@ -7,11 +7,11 @@
 # ---
 
 # %% [markdown]
-# # Fine-tune a model and ask it
+# # Fine-tune a model and let it decide
 #
 # A language model reads the log of an unknown decision problem and says what to do next. This tutorial trains such a model,
-# measures how much it loses on problems that it has never seen, tells which part of this loss is the model's own, and asks it
-# for a decision. It takes about a minute of CPU time and no download: the model is small and starts from random weights. A
+# measures how much it loses on problems that it has never seen and which part of this loss is the model's own, and gets a
+# decision from it. It takes about a minute of CPU time and no download: the model is small and starts from random weights. A
 # pretrained model is trained by the same call.
 #
 # ## The problem
@@ -92,14 +92,15 @@ names = ["sft:run", "bc", "lsvi", "bayes"]
 results = ld.evaluate(machines, names, tasks=200, demos=5, behavior="uniform")
 for name, result in results.items():
     low, high = result.ci
-    print(f"{name:8} gap {result.gap:.3f}, 95 % interval [{low:.3f}, {high:.3f}]", end="; ")
+    print(f"{name:8} gap {result.gap:.3f}", end=", ")
+    print(f"95 % interval [{low:.3f}, {high:.3f}]", end="; ")
     print(f"best action in {result.action_agreement:.0%}")
 assert results["sft:run"].ci[1] < 0.5 * results["bc"].ci[0]
 
 # %% [markdown]
-# The interval is over machines. `bayes` is not at zero either: where a setting was never tried, the log does not tell its
-# reward. So the gap of every policy has two parts. *What the context does not tell* is the gap of `bayes`. *What the reader
-# lost* is the rest, and only this part can become smaller by training. It may be slightly below zero, where a policy had more
+# The interval is over machines. `bayes` is not at zero either: where a setting was never tried, the log does not contain its
+# reward. So the gap of every policy has two parts. The first, *not in the context*, is the gap of `bayes`. The second, *lost by
+# the reader*, is the rest, and only this part can become smaller by training. It may be slightly below zero, where a policy had more
 # luck than `bayes` on these machines.
 
 # %%
@@ -107,14 +108,14 @@ lost = {}
 for name in ("sft:run", "bc", "lsvi"):
     split = results[name].loss_split
     lost[name], (low, high) = split.lost_by_reader, split.lost_by_reader_ci
-    untold = split.not_in_context
-    print(f"{name:8} {split.gap:.3f}: {untold:.3f} not in the context", end=", ")
+    absent = split.not_in_context
+    print(f"{name:8} {split.gap:.3f}: {absent:.3f} not in the context", end=", ")
     print(f"{lost[name]:.3f} lost by the reader [{low:.3f}, {high:.3f}]")
-    assert np.isclose(split.gap, untold + lost[name])
+    assert np.isclose(split.gap, absent + lost[name])
 assert lost["sft:run"] < 0.15 < 0.7 < lost["bc"]
 
 
-# %% mystnb={"image": {"alt": "A row for each policy with its normalized optimality gap and interval. Behavior cloning is near 1. The fine-tuned model and LSVI are close to the dashed line of the Bayes policy, which is what the context does not tell, near 0.1."}}
+# %% mystnb={"image": {"alt": "A row for each policy with its normalized optimality gap and interval. Behavior cloning is near 1. The fine-tuned model and LSVI are close to the dashed line of the Bayes policy, the part of the gap that is not in the context, near 0.1."}}
 def draw_gaps():
     figure, axes = pyplot.subplots(figsize=(6.4, 2.8))
     shown = {"bc": "behavior cloning", "sft:run": "fine-tuned model", "lsvi": "LSVI"}
@@ -159,7 +160,7 @@ print("setting", decision.action, "with probabilities", decision.probabilities.r
 assert decision.action == 2
 
 # %% [markdown]
-# Does the model use the rewards? Change one of them and ask again. On the left, the reward of setting 2 goes from 0 to 1; the
+# Does the model use the rewards? Change one of them and let it decide again. On the left, the reward of setting 2 goes from 0 to 1; the
 # best other setting has 0.6. On the right, setting 2 was never tried, and the reward of setting 1, the best that was tried,
 # changes. Since the mean of all rewards is 0.5, an untried setting is the better choice as long as the best tried one has less.
 
@@ -185,22 +186,26 @@ assert untried[2].argmax() == 2 and untried[8].argmax() == 1  # rewards 0.2 and 
 def draw_answers():
     figure, axes = pyplot.subplots(1, 2, figsize=(7.6, 3.4), sharey=True)
     for axis, answers, border in zip(axes, (tried, untried), (0.6, 0.5), strict=True):
-        for setting, (color, marker) in enumerate(((GRAY, "o"), (GREEN, "s"), (BLUE, "^"))):
+        for setting, (color, marker) in enumerate(
+            ((GRAY, "o"), (GREEN, "s"), (BLUE, "^"))
+        ):
             of_one = {"color": color, "marker": marker, "label": f"setting {setting}"}
             axis.plot(rewards, answers[:, setting], **of_one)
         axis.axvline(border, color=INK, linestyle=":", linewidth=1.2)
     axes[0].set(xlabel="reward of setting 2, tried once")
     axes[1].set(xlabel="reward of setting 1; 2 was never tried")
     axes[0].set(ylabel="probability of the model", ylim=(-0.02, 1.02))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+    )
     return figure
 
 
 render(draw_answers, "answers.png")
 
 # %% [markdown]
-# The dotted lines are where the Bayes policy changes its choice, and the model changes near them. No text tells it that the mean
-# is 0.5; it learned this from the training tasks. Machines from another law need another training.
+# The dotted lines are where the Bayes policy changes its choice, and the model changes near them. No text says that the mean
+# is 0.5; the model learned this from the training tasks. Machines from another law need another training.
 #
 # ## What the run leaves
 

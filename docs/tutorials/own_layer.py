@@ -36,7 +36,9 @@ lengths = {"train_lengths": [8, 32, 128], "test_lengths": [8, 32, 128]}
 table = ld.theory.risk(covariance, noise=0.3, **lengths)
 print("eigenvalues of the covariance:", np.linalg.eigvalsh(covariance).round(3))
 for N, total, bias in zip([8, 32, 128], table.total, table.bias[:, 0], strict=True):
-    print(f"N = {N:3}: risk at M = 8, 32, 128:", total.round(4), f" of it bias {bias:.4f}")
+    print(
+        f"N = {N:3}: risk at M = 8, 32, 128:", total.round(4), f" of it bias {bias:.4f}"
+    )
 
 # %% [markdown]
 # The risk has two parts: the *estimation error* of a finite test context, and the *training-length bias*, which is there
@@ -88,7 +90,9 @@ gaussian = ld.theory.risk(exact.covariance, noise=0.3, **lengths)
 print("risk at N = M = 8, 32, 128")
 for name, found in (("exact", exact), ("sampled", sampled), ("Gaussian", gaussian)):
     print(f"{name:9}", np.diag(found.total).round(4))
-print(f"{'+-':9}", (1.96 * np.diag(sampled.standard_error)).round(4), "of the sampled one")
+print(
+    f"{'+-':9}", (1.96 * np.diag(sampled.standard_error)).round(4), "of the sampled one"
+)
 
 # %% [markdown]
 # Two checks of the formulas. Without its moments the law is sampled, and the estimates agree with the exact risks within four
@@ -127,7 +131,9 @@ linear = measured.exact.total[0]
 for m, mean, (low, high), one in zip(
     M, measured.mean, measured.interval, linear, strict=True
 ):
-    print(f"M = {m:3}: {mean:.4f} in [{low:.4f}, {high:.4f}], best linear layer {one:.4f}")
+    print(
+        f"M = {m:3}: {mean:.4f} in [{low:.4f}, {high:.4f}], best linear layer {one:.4f}"
+    )
 
 # %% mystnb={"image": {"alt": "Risk over the length of the test context, both logarithmic: measured points of the layer with four gradient steps, with intervals, beside the line of the exact risk of the best linear layer and its two parts."}}
 measured.plot("own-layer-risk.png")
@@ -144,9 +150,8 @@ assert (measured.interval[1:, 1] < linear[1:] / 5).all() and measured.interval[
 for m in (8, 32):
     x = np.asarray(SparseSigns().sample(jax.random.key(1), (1000, m)))
     largest = np.linalg.eigvalsh(x.swapaxes(1, 2) @ x / m)[:, -1]
-    print(
-        f"M = {m:2}: largest eigenvalue of the covariance of a context: {largest.mean():.2f}, at most {largest.max():.2f}"
-    )
+    print(f"M = {m:2}: largest eigenvalue of the covariance of a context:", end=" ")
+    print(f"{largest.mean():.2f}, at most {largest.max():.2f}")
 
 # %% [markdown]
 # ## Its decisions
@@ -171,12 +176,10 @@ ladders = {
 for name, ladder in ladders.items():
     low, high = ladder.interval["suboptimality"]
     loss, bound = ladder.mean["suboptimality"], ladder.mean["sup_norm"]
-    print(
-        f"{name:20} loss {loss:.4f} in [{low:.4f}, {high:.4f}], sup-norm bound {bound:.3f}"
-    )
-    print(
-        f"{'':20} policies that lose more than a bound says: {sum(ladder.violations.values())}"
-    )
+    print(f"{name:20} loss {loss:.4f} in [{low:.4f}, {high:.4f}]", end=", ")
+    print(f"sup-norm bound {bound:.3f}")
+    violations = sum(ladder.violations.values())
+    print(f"{'':20} policies that lose more than a bound says: {violations}")
 
 
 # %% mystnb={"image": {"alt": "Points on a logarithmic axis: the exact loss of the policies of the linear layer and of the layer with four gradient steps, and for each the span and sup-norm bounds, which lie to the right of the loss."}}
@@ -188,7 +191,9 @@ def draw_losses():
     ):
         for row, rung in enumerate(rungs):
             seeds = ladder.values[rung].mean(axis=1)
-            axis.plot(seeds, np.full(len(seeds), row + shift), "|", color=color, alpha=0.7)
+            axis.plot(
+                seeds, np.full(len(seeds), row + shift), "|", color=color, alpha=0.7
+            )
             label = "" if row else name
             axis.plot(
                 seeds.mean(),

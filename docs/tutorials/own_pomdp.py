@@ -92,8 +92,9 @@ print(patient.states, patient.actions, patient.observations)
 # %%
 solution = ld.solve(patient)
 print(
-    f"value {solution.value:.4f} by {solution.method}, exact: {solution.exact}; first action: {solution.first_action}"
+    f"value {solution.value:.4f} by {solution.method}, exact: {solution.exact};", end=" "
 )
+print(f"first action: {solution.first_action}")
 
 # %% [markdown]
 # ## Bounds where the tree is too large
@@ -110,8 +111,10 @@ bounded = {
 }
 for horizon, found in bounded.items():
     print(
-        f"{horizon:>3} quarters: value in [{found.lower:.4f}, {found.upper:.4f}], first action {found.first_action}"
+        f"{horizon:>3} quarters: value in [{found.lower:.4f}, {found.upper:.4f}]",
+        end=", ",
     )
+    print(f"first action {found.first_action}")
 assert bounded[8].lower <= solution.value <= bounded[8].upper
 
 # %% [markdown]
@@ -125,9 +128,8 @@ assert bounded[8].lower <= solution.value <= bounded[8].upper
 # %% mystnb={"image": {"alt": "A policy graph of seven boxes, each with an action, and arrows for quiet and signs. The start is box 1, scan: quiet leads to box 2, wait, and signs to box 3, treat. From box 2, quiet leads back to the scan and signs to a treatment."}}
 endless_solution = bounded[np.inf]
 graph = endless_solution.graph()
-print(
-    f"the graph earns {graph.value:.4f}; no policy earns more than {endless_solution.upper:.4f}"
-)
+print(f"the graph earns {graph.value:.4f};", end=" ")
+print(f"no policy earns more than {endless_solution.upper:.4f}")
 print("\n".join(graph.rules()))
 render(lambda: draw_policy_graph(graph), "patient-graph.png")
 
@@ -139,9 +141,8 @@ render(lambda: draw_policy_graph(graph), "patient-graph.png")
 values = belief_values(endless, relative=0.02)
 for action in np.unique(values.actions):
     share = (values.actions == action).mean()
-    print(
-        f"{endless.actions[action]:5}: best at {share:.0%} of {len(values.beliefs)} beliefs"
-    )
+    name, count = endless.actions[action], len(values.beliefs)
+    print(f"{name:5}: best at {share:.0%} of {count} beliefs")
 render(lambda: draw_belief_values(values, endless, np.inf), "patient-beliefs.png")
 
 # %% [markdown]
@@ -174,7 +175,9 @@ def scan_every_second_quarter(demonstrations, history):
 
 
 def scan_until_the_last_year(demonstrations, history):
-    return WAIT if len(history) > 4 else scan_every_second_quarter(demonstrations, history)
+    return (
+        WAIT if len(history) > 4 else scan_every_second_quarter(demonstrations, history)
+    )
 
 
 endless_solution.save("patient.json")
@@ -190,9 +193,8 @@ policies = {
 }
 results = ld.evaluate(patient, policies, tasks=1, demos=1)
 for name, result in results.items():
-    print(
-        f"{name:28} gap {result.gap:.3f}, loss {result.suboptimality:.4f} ({result.method})"
-    )
+    print(f"{name:28} gap {result.gap:.3f}, loss {result.suboptimality:.4f}", end=" ")
+    print(f"({result.method})")
 
 # %% mystnb={"image": {"alt": "Exact losses of eight policies over 8 quarters as points, from the optimal policy with loss 0 at the top to the uniformly random policy with the largest loss at the bottom."}}
 names = sorted(results, key=lambda name: results[name].suboptimality)
@@ -269,10 +271,10 @@ episodes = [
 taken = np.array([episode.action for episode in episodes])
 labels = np.array([episode.label for episode in episodes])
 exact = np.mean([episode.certificate for episode in episodes] == np.zeros(taken.shape))
-print(
-    f"{len(episodes)} episodes of {taken.shape[1]} steps, {made.made} shard; labels exact: {exact:.0%}"
-)
-print(f"the clinic took the labeled action at {(taken == labels).mean():.0%} of the steps")
+print(f"{len(episodes)} episodes of {taken.shape[1]} steps, {made.made} shard", end="; ")
+print(f"labels exact: {exact:.0%}")
+share = (taken == labels).mean()
+print(f"the clinic took the labeled action at {share:.0%} of the steps")
 first = zip(taken[0], episodes[0].observation, labels[0], strict=True)
 print(
     *(
@@ -293,12 +295,10 @@ print(
 oracle = ld.policies.oracle()
 for history in ("scan quiet wait signs", "scan quiet scan signs"):
     decision = oracle.act((), history, patient)
-    belief = ", ".join(
-        f"{state} {p:.3f}" for state, p in zip(patient.states, decision.belief, strict=True)
-    )
-    value = ", ".join(
-        f"{action} {q:.4f}" for action, q in zip(patient.actions, decision.Q, strict=True)
-    )
+    beliefs = zip(patient.states, decision.belief, strict=True)
+    values = zip(patient.actions, decision.Q, strict=True)
+    belief = ", ".join(f"{state} {p:.3f}" for state, p in beliefs)
+    value = ", ".join(f"{action} {q:.4f}" for action, q in values)
     print(f"{history}: {decision.action}\n    belief: {belief}\n    values: {value}")
 
 # %% [markdown]
@@ -307,7 +307,8 @@ for history in ("scan quiet wait signs", "scan quiet scan signs"):
 
 # %%
 assert [
-    oracle.act((), f"scan quiet {seen} signs", patient).action for seen in ("wait", "scan")
+    oracle.act((), f"scan quiet {seen} signs", patient).action
+    for seen in ("wait", "scan")
 ] == ["scan", "treat"]
 rule = ld.load_saved_policy("patient.json", endless)
 print(

@@ -14,7 +14,7 @@
 # right. It then shows how the decision depends on one's attitude to not knowing, and takes a decision for an observed history.
 #
 # The example is a disease that may progress. Six times, every three months, a doctor chooses one of three actions: *wait*;
-# *test*, which costs a little and tells more; or *treat*, which has side effects. The numbers are made up for this page and are
+# *test*, which costs a little and is more informative; or *treat*, which has side effects. The numbers are made up for this page and are
 # no medical advice. With a machine in place of the patient and a replacement in place of the treatment it is a problem of
 # maintenance.
 
@@ -35,7 +35,7 @@ from lindm.figures.style import BLUE, INK, ORANGE, PURPLE, RED, SKY, render
 # recovered) is hidden. After each action comes an *observation*, a normal or a raised marker, and a *reward*, in points for the
 # quality of life. The *belief* is what is known of the state: its probabilities, given all actions and observations so far.
 #
-# The experts agree on the rewards and on what markers tell. They disagree on two numbers: the probability that the disease
+# The experts agree on the rewards and on the meaning of the markers. They disagree on two numbers: the probability that the disease
 # advances within three months, and the probability that a treatment works once it has. Each writes a file in Cassandra's text
 # format. A row of `T` has the probabilities of the next state, a row of `O` those of the observation, given the state that the
 # action led to; `R` are the rewards, and `start` is the belief at the start.
@@ -132,8 +132,8 @@ wrong = crossed["slow"]["plan of fast"], crossed["fast"]["plan of slow"]
 assert min(result.gap for result in wrong) > 0.4
 
 # %% [markdown]
-# In both cases the plan of the wrong expert loses more than 0.4 of what lies between the best plan and random actions. The
-# disagreement matters.
+# In both cases the plan of the wrong expert loses more than 0.4 of the difference between the best plan and random actions.
+# So it matters who is right.
 #
 # ## If one may bet: a probability for each expert
 #
@@ -148,7 +148,8 @@ def bet(w):
     slow, fast = (expert.problem for expert in experts.values())
     P = np.zeros((1, 6, 3, 6))  # [stage, state, action, next state]; all stages are alike
     P[:, :3, :, :3], P[:, 3:, :, 3:] = slow.P, fast.P  # who is right never changes
-    O = np.concatenate([slow.O, fast.O], axis=2)  # [stage, action, next state, observation]
+    # [stage, action, next state, observation]
+    O = np.concatenate([slow.O, fast.O], axis=2)
     r = np.concatenate([slow.r, fast.r], axis=1)  # [stage, state, action]
     rho = np.concatenate([(1 - w) * np.asarray(slow.rho), w * np.asarray(fast.rho)])
     return ld.solve(ld.pomdp(P, O, r, rho))
@@ -162,13 +163,14 @@ known = (1 - weights) * solutions["slow"].value + weights * solutions["fast"].va
 worth = known - unknown
 for i in range(4, 40, 4):
     first = ACTIONS[bets[weights[i].round(3)].first_action]
-    print(f"w = {weights[i]:.1f}: value {unknown[i]:.3f}, first action {first:5}", end="; ")
+    print(f"w = {weights[i]:.1f}: value {unknown[i]:.3f}", end=", ")
+    print(f"first action {first:5}", end="; ")
     print(f"to know who is right is worth {worth[i]:.3f}")
 
 # %% [markdown]
-# If somebody could tell the doctor who is right before the first decision, the expected value would be on the dashed line of the
-# figure. Its distance from the value without this knowledge is the *value of knowing*: the most that a study which settles the
-# question is worth for one patient. The plan of one expert earns a straight line, since it ignores $w$.
+# If the doctor knew who is right before the first decision, the expected value would be on the dashed line of the figure. Its
+# distance from the value without this knowledge is the *value of knowing*: the most that a study which settles the question is
+# worth for one patient. The value of the plan of one expert is a straight line, since the plan ignores $w$.
 
 
 # %% mystnb={"image": {"alt": "Expected values over the probability that fast is right. Highest is a dashed straight line, who is right is known. The best plan without knowing is a convex curve below it. The band between them is the value of knowing; it is widest near the middle. The lines of the plans of slow and of fast touch the curve at one end each and fall below it toward the other."}}
@@ -181,7 +183,9 @@ def draw_values():
     axes.plot(weights, unknown, color=BLUE, label="best plan without knowing", **lines)
     for name, color, dashes in (("slow", ORANGE, "-."), ("fast", RED, ":")):
         plan = f"plan of {name}"
-        ends = [solutions[one].value - crossed[one][plan].suboptimality for one in experts]
+        ends = [
+            solutions[one].value - crossed[one][plan].suboptimality for one in experts
+        ]
         axes.plot([0, 1], ends, color=color, linestyle=dashes, label=plan, **lines)
     axes.set(xlabel="probability w that fast is right", ylabel="expected value")
     axes.set(xlim=(0, 1))
@@ -303,11 +307,11 @@ render(draw_regrets, "regrets.png")
 
 # %%
 HISTORY = "test normal wait raised"
-asked = {f"plan of {name}": solution.policy for name, solution in solutions.items()}
+advisers = {f"plan of {name}": solution.policy for name, solution in solutions.items()}
 for name in experts:
-    asked[f"alpha 0.5, read as {name}"] = attitudes[0.5].policy.assuming(name)
+    advisers[f"alpha 0.5, read as {name}"] = attitudes[0.5].policy.assuming(name)
 print(f"{'':24}action  advanced      Q:" + "".join(f"{action:>7}" for action in ACTIONS))
-for plan, policy in asked.items():
+for plan, policy in advisers.items():
     decision = policy.act((), HISTORY)
     Q = "".join(f"{value:7.3f}" for value in decision.Q)
     print(f"{plan:24}{decision.action:8}{decision.belief[1]:8.2f}{'':8}{Q}")
@@ -315,13 +319,13 @@ for w in (0.5, 0.8):  # the joint problem has numbers, not names: 0 0 is wait, n
     decision = bets[w].policy.act((), "1 0 0 1")
     print(f"bet on w = {w:<13}{ACTIONS[decision.action]:8}", end="")
     print(f"fast is right with probability {decision.belief[3:].sum():.2f}")
-advice = [policy.act((), HISTORY).action for policy in asked.values()]
+advice = [policy.act((), HISTORY).action for policy in advisers.values()]
 assert advice == ["test", "treat", "test", "treat"]
 
 # %% [markdown]
 # The advice depends on whose model reads the history: the raised marker makes an advanced disease likely for fast, and much less
-# so for slow. The two markers hardly tell who is right. A doctor who leans to neither expert tests again, and one who is rather
-# sure of fast treats.
+# so for slow. The two markers contain little information about who is right. A doctor who leans to neither expert tests again,
+# and one who is rather sure of fast treats.
 #
 # ## What to keep
 #
