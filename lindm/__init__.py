@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from lindm.api.decisions import read_demonstrations as read_demonstrations
     from lindm.api.estimation import estimate as estimate
     from lindm.api.evaluation import evaluate as evaluate
+    from lindm.api.figures import plot as plot
     from lindm.api.generation import generate as generate
     from lindm.api.models import Run as Run
     from lindm.api.models import describe_model as describe_model
@@ -89,6 +90,7 @@ _DEFINED = {
     "lindm.api.decisions": ("load_alpha_vectors", "load_saved_policy", "read_demonstrations"),
     "lindm.api.estimation": ("estimate",),
     "lindm.api.evaluation": ("evaluate",),
+    "lindm.api.figures": ("plot",),
     "lindm.api.generation": ("generate",),
     "lindm.llm.policy": ("load_policy",),
     "lindm.cli.doctor": ("doctor",),

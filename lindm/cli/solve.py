@@ -14,7 +14,7 @@ from lindm.errors import UsageError, unknown
 from lindm.io.files import strict_json
 
 if TYPE_CHECKING:
-    from lindm.families.registry import NamedProblem
+    from lindm.api.solutions import Solution, StationaryResult
     from lindm.problems.stationary import StationaryPOMDP
 
 SHOWN_STATES = 6
@@ -89,7 +89,7 @@ def run(options: Solve) -> int:
     source = one_problem(options)
     solution = solve(source, options.method, effort=options.effort)
     if options.plot:
-        plot(source, solution.problem.horizon, options.plot)
+        plot(solution, options.plot)
     observed = isinstance(source.problem, MDP)
     action, seconds = solution.first_actions if observed else solution.first_action, time.perf_counter() - start
     if options.json:
@@ -218,7 +218,7 @@ def run_stationary(options: Solve, start: float) -> int:
     elif options.save:
         solution.save(options.save)
     if options.plot:
-        plot(problem, horizon, options.plot)
+        plot(solution, options.plot)
     seconds = time.perf_counter() - start
     action = solution.first_actions if is_mdp else solution.first_action
     method, steps = (solution.method, "iterations") if is_mdp else ("point-based", "trials")
@@ -246,33 +246,15 @@ def run_stationary(options: Solve, start: float) -> int:
     return 0
 
 
-def plot(source: "NamedProblem | StationaryPOMDP", horizon: float, path: Path) -> None:
+def plot(solution: "Solution | StationaryResult", path: Path) -> None:
     """Draw value and best action over the beliefs, or the best action over belief and attitude to ambiguity."""
-    from dataclasses import replace
-
-    from lindm.evaluation.environments import double_precision
-    from lindm.figures import beliefs
-    from lindm.figures.style import save
+    from lindm.api import figures
     from lindm.io.progress import progress_bar
-    from lindm.problems.stationary import StationaryPOMDP, from_pomdp
-    from lindm.types import APOMDP, POMDP
 
-    if isinstance(source, StationaryPOMDP):
-        problem = source
-    elif isinstance(source.problem, APOMDP):
-        with double_precision():
-            best = beliefs.attitude_actions(source.problem)
-        save(lambda: beliefs.draw_attitudes(best, source.states, source.actions), path)
-        return
-    else:
-        problem = from_pomdp(source.problem) if isinstance(source.problem, POMDP) else None
-    if problem is None or not problem.O:
+    if not isinstance(solution, figures.Drawn) or not figures.is_hidden(solution):
         raise UsageError("--plot draws over the beliefs of a POMDP; the state of an MDP is observed")
-    if not isinstance(source, StationaryPOMDP):
-        problem = replace(problem, states=source.states, actions=source.actions, observations=source.observations)
     with progress_bar("beliefs") as progress:
-        values = beliefs.belief_values(problem, horizon, timeout=PLOT_SECONDS, on_belief=progress)
-    save(lambda: beliefs.draw_belief_values(values, problem, horizon), path)
+        figures.plot(solution, path, timeout=PLOT_SECONDS, on_belief=progress)
 
 
 COMMAND = Command(

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
+from matplotlib.text import Text
 
+import lindm as ld
 from lindm.cli.main import main
 from lindm.evaluation.environments import double_precision
 from lindm.figures.beliefs import (
@@ -109,3 +111,29 @@ def test_more_states_and_observed_states_are_refused_by_name(tmp_path, capsys, m
     assert "--plot must end in .svg, .png, .pdf; got x.gif" in capsys.readouterr().err
     assert main(["solve", str(FILES / "tiger.pomdp"), "--horizon", "2", "--plot", "x.png"]) == 0
     assert "figure        x.png" in capsys.readouterr().out and (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_solutions_and_graphs_are_drawn_from_python(tmp_path):
+    tiger = ld.read_pomdp(FILES / "tiger.pomdp", horizon=2)
+    stationary = ld.solve_stationary(ld.read_stationary_pomdp(FILES / "tiger.pomdp"), horizon=2, tolerance=1e-9)
+    seen = []
+    whole, same = ld.plot(ld.solve(tiger), tmp_path / "a.png", on_belief=lambda *n: seen.append(n)), ld.plot(stationary)
+    value = [line.get_ydata() for line in whole.axes[0].lines]
+    assert seen[-1] == (41, 41) and (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+    for y, other in zip(value, (line.get_ydata() for line in same.axes[0].lines), strict=True):
+        np.testing.assert_allclose(y, other, atol=1e-6)
+    assert {"listen", "open-left"} <= {label.get_text() for label in whole.findobj(Text)}
+    graph = ld.plot(stationary.graph())
+    assert sum("listen" in text.get_text() for text in graph.axes[0].texts) >= 2
+    ambiguous = ld.with_names(ld.apomdp([tiger, tiger], alpha=0.5), actions=tiger.actions)
+    assert "listen" in [text.get_text() for text in ld.plot(ld.solve(ambiguous)).legends[0].get_texts()]
+
+
+def test_what_has_no_beliefs_is_refused_by_name():
+    mdp = ld.read_pomdp(FILES / "forest.pomdp", horizon=3)
+    with pytest.raises(ValueError, match=r"solution must be of a POMDP, .*; got Solution \(MDP\)"):
+        ld.plot(ld.solve(mdp))
+    with pytest.raises(ValueError, match=r"got NamedProblem \(MDP\)"):
+        ld.plot(mdp)
+    with pytest.raises(ValueError, match=r"got MDPSolution \(StationaryPOMDP\)"):
+        ld.plot(ld.solve_stationary(ld.read_stationary_pomdp(FILES / "forest.pomdp")))
