@@ -6,7 +6,8 @@
 
 A randomly initialized model, or SmolLM2, is trained on offline tasks that the oracle labeled, and then acts in new tasks. In the
 base cell these are tasks of the suite mdp at horizon 4 with five demonstrations; half of the actions of these are random, and
-their rewards are shown. The other cells differ from it in one factor (`lindm_experiments.lib.offline_cells`).
+their rewards are shown. The other cells differ from it in one factor, and are compared with the cell `short`, since they train
+half as long as the base cell (`lindm_experiments.lib.offline_cells`).
 
 Two numbers are held apart. In the base cell, the number n of *distinct* training tasks varies at a fixed number of optimizer
 steps. At the largest n each task is seen once, and evaluations during training give the curve over steps.
@@ -59,7 +60,7 @@ class Config:
     n: tuple[int, ...] = (128, 512, 1024, 2048, 8192, 32_768)
     """distinct training tasks of the base cell; the other cells have as many as their training reads"""
     steps: int = 1024
-    """optimizer steps of a tiny model"""
+    """optimizer steps of a tiny model in the base cell"""
     batch: int = 32
     """training tasks of a step"""
     rate: float = 1e-3
@@ -139,7 +140,7 @@ def points(cfg: Config) -> list[dict]:
 
 
 def steps_of(cfg: Config, cell: Cell) -> int:
-    return cell.steps * {SMALL: cfg.small_steps, PRETRAINED: cfg.pretrained_steps}.get(cell.model, cfg.steps)
+    return round(cell.steps * {SMALL: cfg.small_steps, PRETRAINED: cfg.pretrained_steps}.get(cell.model, cfg.steps))
 
 
 def sequences(cfg: Config, cell: Cell) -> int:

@@ -53,7 +53,7 @@ def synthetic(cfg=FULL):
         gap += {0.0: -0.04, 1.0: 0.1}.get(cell.epsilon, 0.0) - (0.02 if cell.names else 0.0)
         rows = {str(K): row(gap + 0.1 / K + 0.05 / cell.demos, seed + 1) for K in cell.test_demos}
         jump = {"soft": 6000, "regret": 12_000}.get(cell.loss, 9000) // (4 if cell.model == PRETRAINED else 1) + 500 * seed
-        last = 65_536 if cell.steps == 2 else 4096 if cell.model == PRETRAINED else 32_768
+        last = int(cell.steps * (4096 if cell.model == PRETRAINED else 32_768))
         made.append({"point": point, "rows": rows, "curve": curve(jump, gap, last)})
     return made
 

@@ -1,6 +1,7 @@
 """Runs experiments in worker processes (`tasks.py`); this process alone writes their run directories (`run_directory.py`)."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from lindm.errors import LindmError, UsageError
 from lindm.io.directories import sole_writer
 from lindm.io.executor import Executor, TaskEvent, TaskPool, TaskResult
 from lindm.io.files import write_atomic
+from lindm.io.huge_pages import huge_page_environment
 from lindm_experiments.harness.run_directory import RunDirectory
 from lindm_experiments.harness.tasks import Job, Point, conclude, measure, plan
 from lindm_experiments.harness.verdicts import Verdict
@@ -51,6 +53,7 @@ def run_experiments(
       UsageError: a run directory holds another run, or is being written by another process. Nothing is measured then.
     """
     state = _State(jobs, on_point, on_end)
+    os.environ.update(huge_page_environment())  # a process reads it when it starts; experiments train models
     with TaskPool(executor, workers, configure_xla) as pool:
         for job, result in zip(jobs, pool.run(plan, jobs), strict=True):
             state.open(job, result, locks)

@@ -21,7 +21,7 @@ from lindm_experiments.harness.figures import (
 )
 from lindm_experiments.harness.statistics import crossed_ci
 from lindm_experiments.lib.jumps import change_point, power_law
-from lindm_experiments.lib.offline_cells import CELLS
+from lindm_experiments.lib.offline_cells import CELLS, COMPARED
 from lindm_experiments.lib.offline_claims import LENGTHS, YARDSTICK, Records
 
 LINES = {"behavior": "demonstrator", "bc": "behavior cloning (bc)", "lsvi": "LSVI", YARDSTICK: "Bayes (yardstick)"}
@@ -135,15 +135,15 @@ def _describe(name: str) -> str:
 def _lengths(r: Records) -> Figure:
     """Gap over the demonstrations of the test tasks, for each number in training."""
     figure, axis = pyplot.subplots()
-    tested = CELLS["base"].test_demos
+    tested = CELLS[COMPARED].test_demos
     for name, color, marker in zip(LENGTHS, (BLUE, ORANGE, PURPLE), ("o", "s", "D"), strict=True):
         means = [crossed_ci(r.sft(name, demos=M)) for M in tested]
         ends = np.array([[m - low, high - m] for m, (low, high) in means]).T
         label = f"trained at {CELLS[name].demos}"
         axis.errorbar(tested, [m for m, _ in means], ends, color=color, marker=marker, capsize=2, label=label)
     for policy, color in ((YARDSTICK, GREEN), ("layer", GRAY)):
-        if all(r.row("base", policy, M) is not None for M in tested):
-            gaps = [r.policy("base", policy, M).mean() for M in tested]
+        if all(r.row(COMPARED, policy, M) is not None for M in tested):
+            gaps = [r.policy(COMPARED, policy, M).mean() for M in tested]
             axis.plot(tested, gaps, color=color, linestyle="--", marker="", label=LINES.get(policy, "attention layer"))
     axis.set(xlabel="demonstrations in the test tasks", ylabel=GAP)
     set_log_ticks(axis, tested)

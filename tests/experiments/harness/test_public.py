@@ -23,7 +23,8 @@ def test_the_settings_of_the_process_are_kept(tmp_path):
         f"result = ld.run_experiment('controls', 'smoke', {str(tmp_path / 'run')!r}, seeds=1)\n"
         "assert result.summary['claims'] and not jax.config.jax_enable_x64\n"
         "assert signal.getsignal(signal.SIGTERM) == handler\n"
-        "assert all(os.environ.get(name) == environment.get(name) for name in ('XLA_FLAGS', 'JAX_ENABLE_X64'))\n"
+        "names = ('XLA_FLAGS', 'JAX_ENABLE_X64', 'GLIBC_TUNABLES')\n"
+        "assert all(os.environ.get(name) == environment.get(name) for name in names)\n"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=HANGS)

@@ -1,6 +1,8 @@
 """Faults, each with a real process: kills, torn lines, second writers, changed configurations, NaN, full disks."""
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,7 +14,7 @@ import pytest
 
 from lindm.errors import DataError, LindmError
 from lindm.io import directories, files, manifest
-from lindm_experiments.harness import run_directory
+from lindm_experiments.harness import run_directory, runner
 from tests.clock import HANGS
 
 
@@ -44,6 +46,20 @@ def test_a_run_writes_records_config_metrics_manifest_and_figures(lab):
     assert content["outputs"]["records.jsonl"] == files.sha256(run / "records.jsonl")
     assert content["config"]["seeds"] == 6
     assert "toy-ratio" in out and "FAIL, as expected" in out
+
+
+def test_workers_start_with_large_pages(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started(os.environ["GLIBC_TUNABLES"])
+
+    monkeypatch.setenv("GLIBC_TUNABLES", "before")
+    monkeypatch.setattr(runner, "huge_page_environment", lambda: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+    monkeypatch.setattr(runner, "TaskPool", start)
+    with pytest.raises(Started, match="hugetlb=1"):
+        runner.run_experiments([], contextlib.ExitStack())
 
 
 @pytest.mark.slow
