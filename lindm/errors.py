@@ -34,6 +34,10 @@ class UsageError(LindmError, ValueError):
     """An argument is wrong, or does not fit the content of the output directory."""
 
 
+class OccupiedError(UsageError):
+    """An output directory holds other work, which this command does not continue."""
+
+
 class DataError(LindmError):
     """An input file is missing, damaged or invalid; the message names the file and, where there is one, the line."""
 

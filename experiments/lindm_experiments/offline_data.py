@@ -6,8 +6,8 @@
 
 A randomly initialized model, or SmolLM2, is trained on offline tasks that the oracle labeled, and then acts in new tasks. In the
 base cell these are tasks of the suite mdp at horizon 4 with five demonstrations; half of the actions of these are random, and
-their rewards are shown. The other cells differ from it in one factor, and are compared with the cell `short`, since they train
-half as long as the base cell (`lindm_experiments.lib.offline_cells`).
+their rewards are shown. Other cells differ from it in one factor (`lindm_experiments.lib.offline_cells`). Those with a tiny
+model have three quarters of its steps, and are compared with the cell `short`, which differs from the base cell in this alone.
 
 Two numbers are held apart. In the base cell, the number n of *distinct* training tasks varies at a fixed number of optimizer
 steps. At the largest n each task is seen once, and evaluations during training give the curve over steps.

@@ -4,23 +4,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lindm.api.solutions import Solution
 from lindm.evaluation.environments import double_precision
 from lindm.figures import beliefs
 from lindm.figures.policy_graph import draw_policy_graph
-from lindm.figures.style import render
+from lindm.figures.style import picture_kind, render
 from lindm.problems.stationary import from_pomdp
 from lindm.solvers.policy_graph import PolicyGraph
+from lindm.solvers.stationary_mdp import MDPSolution
 from lindm.solvers.stationary_solution import StationarySolution
 from lindm.types import APOMDP, POMDP
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-Drawn = Solution | StationarySolution
 
 
 def plot(
@@ -43,18 +41,22 @@ def plot(
       on_belief: called with the number of beliefs that are done, and of all.
 
     Raises:
-      ValueError: the problem is an MDP or has more than three states, the trees over the attitudes are too large, or the graph
-        has too many nodes.
+      ValueError: the name of the file has another ending, the problem is an MDP or has more than three states, the trees over the
+        attitudes are too large, or the graph has too many nodes.
       StorageError: the file cannot be written.
 
     >>> tiger = ld.read_pomdp("tiger.pomdp", horizon=2)
     >>> ld.plot(ld.solve(tiger), "tiger.png").get_label()
     'Value over the belief, between its bounds, and a strip of the best first action, 2 stages.'
     """
+    if path is not None:
+        picture_kind(path)  # before minutes of computing
     if isinstance(solution, PolicyGraph):
         return render(partial(draw_policy_graph, solution), path)
-    if not isinstance(solution, Drawn) or not is_hidden(solution):
-        raise ValueError(f"solution must be of a POMDP, whose beliefs are drawn, or a policy graph; got {_describe(solution)}")
+    if not has_beliefs(solution):
+        mdp = isinstance(solution, Solution | StationarySolution | MDPSolution)
+        got = "the solution of an MDP, whose state is observed" if mdp else type(solution).__name__
+        raise ValueError(f"solution must be that of a POMDP, whose beliefs are drawn, or a policy graph; got {got}")
     if isinstance(solution, StationarySolution):
         problem, horizon = solution.problem, solution.horizon
     elif isinstance(solution.problem, APOMDP):
@@ -69,11 +71,8 @@ def plot(
     return render(partial(beliefs.draw_belief_values, values, problem, horizon), path)
 
 
-def is_hidden(solution: Drawn) -> bool:
-    """Whether the state of the problem is hidden."""
-    return bool(solution.problem.O) if isinstance(solution, StationarySolution) else isinstance(solution.problem, POMDP | APOMDP)
-
-
-def _describe(solution: Any) -> str:
-    problem = getattr(solution, "problem", None)
-    return type(solution).__name__ + (f" ({type(problem).__name__})" if problem is not None else "")
+def has_beliefs(solution: Any) -> TypeGuard[Solution | StationarySolution]:
+    """Whether it is the solution of a problem whose state is hidden."""
+    if isinstance(solution, StationarySolution):
+        return bool(solution.problem.O)
+    return isinstance(solution, Solution) and isinstance(solution.problem, POMDP | APOMDP)

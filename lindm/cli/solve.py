@@ -251,7 +251,7 @@ def plot(solution: "Solution | StationaryResult", path: Path) -> None:
     from lindm.api import figures
     from lindm.io.progress import progress_bar
 
-    if not isinstance(solution, figures.Drawn) or not figures.is_hidden(solution):
+    if not figures.has_beliefs(solution):
         raise UsageError("--plot draws over the beliefs of a POMDP; the state of an MDP is observed")
     with progress_bar("beliefs") as progress:
         figures.plot(solution, path, timeout=PLOT_SECONDS, on_belief=progress)

@@ -31,7 +31,7 @@ from lindm.datasets.config import DatasetConfig
 from lindm.datasets.generate import TaskGenerator
 from lindm.datasets.reader import CONFIG, FORMAT, read_config, read_manifest
 from lindm.datasets.shards import import_pyarrow, make_shards
-from lindm.errors import DataError, LindmError, UsageError
+from lindm.errors import DataError, LindmError, OccupiedError
 from lindm.families.registry import NamedProblem
 from lindm.families.suites import Suite
 from lindm.io import directories, files
@@ -71,7 +71,8 @@ def make_dataset(
 
     Raises:
       ValueError: names that do not fit the problem; a suite whose gap no task has; a method that does not fit.
-      UsageError: `out` holds something else or is being written; a needed package is missing.
+      OccupiedError: `out` holds something else, or was begun by other versions.
+      UsageError: `out` is being written; a needed package is missing.
       StorageError: `out` cannot be written.
     """
     import_pyarrow()
@@ -85,7 +86,9 @@ def make_dataset(
         records = {name: record for name, record in finished.items() if not record["files"].keys() & set(damaged)}
         missing = {name: tasks for name, tasks in plan.items() if name not in records}
         if missing and versions != (here := _versions()):
-            raise UsageError(f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another directory")
+            raise OccupiedError(
+                f"{out} was begun by other versions: {_difference(versions, here)}; use those, or another directory"
+            )
         if (lost := read_provenance(out) is None) and (out / PROVENANCE).exists():
             damaged.append(PROVENANCE)
         if missing or lost:
@@ -155,7 +158,7 @@ def _open(out: Path, described: dict) -> dict[str, str]:
     """The versions that began the dataset in `out`, which begins now if `out` is empty.
 
     Raises:
-      UsageError: `out` holds something else.
+      OccupiedError: `out` holds something else.
       DataError: neither manifest nor config can be read.
     """
     path = out / CONFIG
@@ -163,7 +166,7 @@ def _open(out: Path, described: dict) -> dict[str, str]:
         if (out / JOURNAL).exists():
             raise DataError(f"{path} is missing, although {out / JOURNAL} is there: remove {out} and make the dataset again")
         if foreign := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
-            raise UsageError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another directory")
+            raise OccupiedError(f"{out} is not empty and holds no dataset ({', '.join(foreign[:3])}); choose another directory")
         versions = _versions()
         _write_config(path, described, versions)
         return versions
@@ -173,9 +176,9 @@ def _open(out: Path, described: dict) -> dict[str, str]:
             raise DataError(f"{path} and {out / MANIFEST} are both missing or damaged: remove {out} and make the dataset again")
         why = f"its {CONFIG} is missing or not in the format {FORMAT}"
         what = "something that is not a dataset of this version and is not replaced"
-        raise UsageError(f"{out} holds {what}: {why}; choose another directory")
+        raise OccupiedError(f"{out} holds {what}: {why}; choose another directory")
     if there["config"] != described:
-        raise UsageError(f"{out} holds another dataset: {_difference(there['config'], described)}; choose another directory")
+        raise OccupiedError(f"{out} holds another dataset: {_difference(there['config'], described)}; choose another directory")
     return there.get("versions", {})
 
 

@@ -240,6 +240,14 @@ def alternative_text(png: bytes) -> str:
     return ""
 
 
+def picture_kind(path: str | Path) -> str:
+    """The kind of picture that a path asks for, PNG where its name has no ending. ValueError where it is none of `KINDS`."""
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    if kind not in KINDS:
+        raise ValueError(f"path must end in {', '.join(f'.{known}' for known in KINDS)}; got {path}")
+    return kind
+
+
 def render(draw: "Callable[[], Figure]", path: str | Path | None = None) -> "Figure":
     """The figure that `draw` makes, in this style, for a notebook, which shows the last value of a cell; and written to `path`.
 
@@ -249,12 +257,13 @@ def render(draw: "Callable[[], Figure]", path: str | Path | None = None) -> "Fig
       path: of a file, PNG where the name has no ending. [default: nothing is written]
 
     Raises:
+      ValueError: the name of the file has another ending.
       StorageError: the file cannot be written.
     """
     from matplotlib import pyplot
 
     path = None if path is None else Path(path)
-    kinds = [] if path is None else [path.suffix.removeprefix(".") or "png"]
+    kinds = [] if path is None else [picture_kind(path)]
     with file_backend(), pyplot.rc_context(STYLE):  # pyright: ignore
         figure = draw()
         try:

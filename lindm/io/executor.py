@@ -2,8 +2,8 @@
 
     results = run_tasks(measure, tasks, executor="local", workers=4)
 
-Only the calling process has results, so it is the only writer of files: a worker that is killed loses the task that it was
-running, the others continue, and a new worker takes its place. Workers end with the calling process, however it ends; SIGINT and
+The calling process gets all results, and should be the one that writes them. A worker that is killed loses the task that it was
+running; the others continue, and a new worker takes its place. Workers end with the calling process, however it ends; SIGINT and
 SIGTERM are blocked in them, since the calling process handles both.
 
 Each worker is a `concurrent.futures` executor of one process (one of several breaks with its first process), or an actor of Ray.

@@ -7,7 +7,7 @@ A run directory holds
                     and resumed run ends with the same bytes as an uninterrupted one
     metrics.jsonl   the seconds that each point took
     manifest.json   date, command line, versions, git commit, devices, seeds, SHA-256 of the outputs
-    unfinished/     while the run is not finished: what a point that was interrupted has finished (`unfinished.py`)
+    unfinished/     data and checkpoints of the points that have no record yet (`unfinished.py`)
     *.png, *.pdf, *.svg  drawn from the records alone; table.csv, where the experiment has a table
 """
 

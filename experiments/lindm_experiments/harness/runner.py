@@ -1,4 +1,4 @@
-"""Runs experiments in worker processes (`tasks.py`); this process alone writes their run directories (`run_directory.py`)."""
+"""Runs experiments in worker processes (`tasks.py`). This process alone writes records (`run_directory.py`)."""
 
 import contextlib
 import os

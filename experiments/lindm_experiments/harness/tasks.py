@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lindm.errors import DataError, NonFiniteError, UsageError, unknown
+from lindm.errors import DataError, NonFiniteError, OccupiedError, UsageError, unknown
+from lindm.io import directories
 from lindm.io.files import canonical_json, find_non_finite, to_jsonable
 from lindm.io.provenance import environment
 from lindm_experiments.harness.claims import PACKAGE_CLAIMS, UnknownClaimError, claim_ids, claims_hash
@@ -102,12 +103,23 @@ def describe(experiment: Experiment, config: Any, preset: str) -> dict:
 
 def measure(task: Point) -> str:
     """The record of a point, as JSON. NonFiniteError where a number is not finite."""
+    begun = task.directory is not None and task.directory.exists()
+    try:
+        return _measure(task)
+    except OccupiedError:
+        if not begun:
+            raise
+    directories.remove(task.directory)  # other versions or another device began the point, so it cannot be continued
+    return _measure(task)
+
+
+def _measure(task: Point) -> str:
     module = load(task.reference)
     with measuring_in(task.directory):
         record = {"point": task.point} | to_jsonable(module.measure(module.Config(**task.config), task.point))
     if where := find_non_finite(record):
         point = canonical_json(task.point)
-        raise NonFiniteError(f"not finite at point {point}: {where}; nothing of this point was written")
+        raise NonFiniteError(f"not finite at point {point}: {where}; it has no record")
     return canonical_json(record)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -11,6 +12,7 @@ from lindm.io.files import storage_errors
 from lindm.io.temporaries import scratch_directory
 
 UNFINISHED = "unfinished"  # in a run directory: a directory for each point that is being measured, or was when the run was killed
+OWN = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.removed\.lindm-tmp")  # names of such directories, also of half-removed ones
 _directory: ContextVar[Path | None] = ContextVar("directory", default=None)
 
 
@@ -22,7 +24,7 @@ def point_directory() -> Iterator[Path]:
     removes them when the point has its record. Outside a run, the directory is temporary, and removed at the end.
 
     Raises:
-      StorageError: the disk is full or not writable.
+      StorageError: the disk is full or not writable, or the run directory was removed.
     """
     directory = _directory.get()
     if directory is None:
@@ -30,7 +32,8 @@ def point_directory() -> Iterator[Path]:
             yield scratch
     else:
         with storage_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.parent.mkdir(exist_ok=True)
+            directory.mkdir(exist_ok=True)
         yield directory
 
 
@@ -55,10 +58,14 @@ def directory_of(run: Path, key: str) -> Path:
 
 
 def remove_all_but(run: Path, kept: set[Path]) -> None:
-    """Remove the directories of a run's points but `kept`. StorageError where one cannot be removed."""
+    """Remove the directories of a run's points but `kept`, and nothing that a user has put beside them.
+
+    Raises:
+      StorageError: one cannot be removed.
+    """
     parent = run.resolve() / UNFINISHED
-    for path in sorted(parent.glob("*")) if parent.is_dir() else ():
-        if path not in kept:
+    for path in sorted(parent.iterdir()) if parent.is_dir() and not parent.is_symlink() else ():
+        if OWN.fullmatch(path.name) and path not in kept:
             directories.remove(path)
     with contextlib.suppress(OSError):  # it is not there, or not empty
         parent.rmdir()

@@ -1,7 +1,8 @@
 """What the experiment `offline_data` trains and where it tests: a base cell, and cells that differ from it in one factor.
 
-Cells with the model of the base cell train half as long, which saves hours. They are compared with the cell `short`, which
-differs from the base cell in this length alone. A larger model has numbers of steps of its own.
+Cells with the model of the base cell have three quarters of its steps, which saves hours, and are compared with the cell
+`short`, which differs from the base cell in this number alone. A larger model has a number of steps of its own. The two cells
+of a pair with and without names are compared with each other.
 """
 
 from dataclasses import dataclass
@@ -65,9 +66,9 @@ class Cell:
 
 MAIN = ("long", "base", "bandit")  # the cell of most claims: the first that a run has
 LAW = ("base", "bandit")  # in which the number of training tasks varies
-COMPARED = "short"  # the cell with which those of the factors are compared
-HALF = {"steps": 0.5}
-PAIR = {"suite": "maintenance", "factor": "names"} | HALF
+REFERENCE = "short"  # the cell with which those of the factors are compared
+SHORTER = {"steps": 0.75}
+PAIR = {"suite": "maintenance", "factor": "names"} | SHORTER
 # A task of one state and one stage is a bandit: its rewards are linear in indicators of the arms, and each is to be read.
 BANDIT = Cell(
     factor="base",
@@ -80,25 +81,25 @@ CELLS = {
     "bandit": BANDIT,
     "base": Cell(factor="base", label="base", tested=(2, 5, 10)),
     "long": Cell(factor="steps", label="twice as many", steps=2),
-    "short": Cell(factor="steps", label="half as many", tested=(2, 5, 10), **HALF),
-    "oracle": Cell(factor="quality", label="0", epsilon=0.0, **HALF),
-    "quarter": Cell(factor="quality", label="0.25", epsilon=0.25, **HALF),
-    "uniform": Cell(factor="quality", label="1", epsilon=1.0, **HALF),
-    "two": Cell(factor="demonstrations", label="2", demos=2, tested=(2, 5, 10), **HALF),
-    "ten": Cell(factor="demonstrations", label="10", demos=10, tested=(2, 5, 10), **HALF),
-    "soft": Cell(factor="loss", label="soft labels", loss="soft", **HALF),
-    "regret": Cell(factor="loss", label="expected regret", loss="regret", **HALF),
-    "cloning": Cell(factor="loss", label="demonstrator's actions", loss="behavior", **HALF),
-    "query": Cell(factor="supervision", label="query's actions", supervise="query", **HALF),
-    "no-rewards": Cell(factor="rewards", label="hidden", rewards="hidden", **HALF),
-    "pomdp": Cell(factor="suite", label="pomdp", suite="pomdp", rewards="auto", **HALF),
-    "apomdp": Cell(factor="suite", label="apomdp", suite="apomdp", horizon=3, rewards="auto", **HALF),
+    "short": Cell(factor="steps", label="three quarters as many", tested=(2, 5, 10), **SHORTER),
+    "oracle": Cell(factor="quality", label="0", epsilon=0.0, **SHORTER),
+    "quarter": Cell(factor="quality", label="0.25", epsilon=0.25, **SHORTER),
+    "uniform": Cell(factor="quality", label="1", epsilon=1.0, **SHORTER),
+    "two": Cell(factor="demonstrations", label="2", demos=2, tested=(2, 5, 10), **SHORTER),
+    "ten": Cell(factor="demonstrations", label="10", demos=10, tested=(2, 5, 10), **SHORTER),
+    "soft": Cell(factor="loss", label="soft labels", loss="soft", **SHORTER),
+    "regret": Cell(factor="loss", label="expected regret", loss="regret", **SHORTER),
+    "cloning": Cell(factor="loss", label="demonstrator's actions", loss="behavior", **SHORTER),
+    "query": Cell(factor="supervision", label="query's actions", supervise="query", **SHORTER),
+    "no-rewards": Cell(factor="rewards", label="hidden", rewards="hidden", **SHORTER),
+    "pomdp": Cell(factor="suite", label="pomdp", suite="pomdp", rewards="auto", **SHORTER),
+    "apomdp": Cell(factor="suite", label="apomdp", suite="apomdp", horizon=3, rewards="auto", **SHORTER),
     "symbols": Cell(label="maintenance, symbols", **PAIR),
     "names": Cell(label="maintenance, names", names=True, **PAIR),
     "small": Cell(factor="model", label="10 M weights", model=SMALL),
     "pretrained": Cell(factor="model", label="SmolLM2, adapters", model=PRETRAINED, method="lora"),
-    "pretrained-full": Cell(factor="model", label="SmolLM2, all weights", model=PRETRAINED, **HALF),
-    "pretrained-rate": Cell(factor="model", label="SmolLM2, triple rate", model=PRETRAINED, method="lora", rate=3.0, **HALF),
+    "pretrained-full": Cell(factor="model", label="SmolLM2, all weights", model=PRETRAINED),
+    "pretrained-rate": Cell(factor="model", label="SmolLM2, three times the rate", model=PRETRAINED, method="lora", rate=3.0),
     "pretrained-symbols": Cell(label="SmolLM2, maintenance, symbols", model=PRETRAINED, method="lora", **PAIR),
     "pretrained-names": Cell(label="SmolLM2, maintenance, names", model=PRETRAINED, method="lora", names=True, **PAIR),
 }

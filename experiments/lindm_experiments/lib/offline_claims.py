@@ -6,11 +6,11 @@ from lindm_experiments.harness.claims import FAIL, PASS, get_claim
 from lindm_experiments.harness.statistics import crossed, crossed_ci, equivalence
 from lindm_experiments.harness.verdicts import EFFECTIVE, Verdict, mean_verdict, to_verdict, undecided
 from lindm_experiments.lib.jumps import doublings_of_fall, evidence_of_jump, sequences_to_reach
-from lindm_experiments.lib.offline_cells import CELLS, COMPARED, LAW, MAIN
+from lindm_experiments.lib.offline_cells import CELLS, LAW, MAIN, REFERENCE
 
 YARDSTICK = "bayes-demo"
-LENGTHS = ("two", COMPARED, "ten")  # cells that differ in the number of demonstrations of a training task
-LOSSES = (COMPARED, "soft", "regret", "cloning")
+LENGTHS = ("two", REFERENCE, "ten")  # cells that differ in the number of demonstrations of a training task
+LOSSES = (REFERENCE, "soft", "regret", "cloning")
 
 
 class Records:
@@ -72,12 +72,12 @@ class Records:
 def check(records: list[dict]) -> list[Verdict]:
     """The verdicts on all claims of the experiment."""
     r = Records(records)
-    verdicts = [_compared(r, *of) for of in COMPARISONS]
+    verdicts = [_compared(r, *of) for of in COMPARED]
     verdicts += [_jump(r), _data(r), _quality(r), _loss(r), _lengths(r), _names(r), _pretrained(r)]
     return verdicts
 
 
-COMPARISONS = (  # claim, policy, factor of its gap, a name for it
+COMPARED = (  # claim, policy, factor of its gap, a name for it
     ("offline/beats-demonstrator", "behavior", 1.0, "demonstrator"),
     ("offline/beats-majority", "bc", 1.0, "bc"),
     ("offline/beats-lsvi", "lsvi", 1.0, "LSVI"),
@@ -146,7 +146,7 @@ def _data(r: Records) -> Verdict:
 
 
 def _quality(r: Records) -> Verdict:
-    cells = ("oracle", "quarter", COMPARED, "uniform")
+    cells = ("oracle", "quarter", REFERENCE, "uniform")
     if not all(r.trainings_of(name) for name in cells):
         return undecided("offline/quality", "the demonstrators were not all measured")
     means = ", ".join(f"{CELLS[c].epsilon:g}: {r.sft(c).mean():.3f} / {r.policy(c, YARDSTICK).mean():.3f}" for c in cells)
@@ -160,17 +160,17 @@ def _quality(r: Records) -> Verdict:
 def _loss(r: Records) -> Verdict:
     if not all(r.trainings_of(name) for name in LOSSES):
         return undecided("offline/loss", "the losses were not all measured")
-    labels = {name: "oracle's action" if name == COMPARED else CELLS[name].label for name in LOSSES}
+    labels = {name: "oracle's action" if name == REFERENCE else CELLS[name].label for name in LOSSES}
     note = "; ".join(f"{labels[name]}: {_described(*r.needed(name))}" for name in LOSSES)
-    return _fewer("offline/loss", r.needed("soft"), r.needed(COMPARED), "factors", note)
+    return _fewer("offline/loss", r.needed("soft"), r.needed(REFERENCE), "factors", note)
 
 
 def _lengths(r: Records) -> Verdict:
     if not all(r.trainings_of(name) for name in LENGTHS):
         return undecided("offline/training-length", "the numbers of demonstrations were not all measured")
-    tested = CELLS[COMPARED].test_demos
+    tested = CELLS[REFERENCE].test_demos
     k = min(len(r.trainings_of(name)) for name in LENGTHS)
-    bayes = np.array([r.policy(COMPARED, YARDSTICK, M).mean() for M in tested])
+    bayes = np.array([r.policy(REFERENCE, YARDSTICK, M).mean() for M in tested])
     tables = np.array([[[r.sft(name, demos=M)[i].mean() for M in tested] for name in LENGTHS] for i in range(k)])
     shares = [unexplained(table - bayes) for table in tables]
     rows = "; ".join(

@@ -21,7 +21,7 @@ from lindm_experiments.harness.figures import (
 )
 from lindm_experiments.harness.statistics import crossed_ci
 from lindm_experiments.lib.jumps import change_point, power_law
-from lindm_experiments.lib.offline_cells import CELLS, COMPARED
+from lindm_experiments.lib.offline_cells import CELLS, REFERENCE
 from lindm_experiments.lib.offline_claims import LENGTHS, YARDSTICK, Records
 
 LINES = {"behavior": "demonstrator", "bc": "behavior cloning (bc)", "lsvi": "LSVI", YARDSTICK: "Bayes (yardstick)"}
@@ -106,8 +106,8 @@ def _curves(r: Records, main: str) -> Figure:
 
 
 def _factors(r: Records) -> Figure:
-    """The gap in every cell, with that of bc and of the yardstick in the same tasks."""
-    names = [name for name in CELLS if r.trainings_of(name)]
+    """The gap in every cell, with that of bc and of the yardstick in the same tasks; the reference first."""
+    names = sorted((name for name in CELLS if r.trainings_of(name)), key=lambda name: name != REFERENCE)
     figure, axis = pyplot.subplots(figsize=(WIDTH, 0.32 * len(names) + 1.4))
     for y, name in enumerate(reversed(names)):
         mean, (low, high) = crossed_ci(r.sft(name))
@@ -123,27 +123,30 @@ def _factors(r: Records) -> Figure:
     axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.xaxis.minorticks_off()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.set_label("A row for each cell: the gap of the model with its interval, that of bc and that of the yardstick.")
+    rows = "A row for each cell, the reference first"
+    figure.set_label(f"{rows}: the gap of the model with its interval, that of bc and that of the yardstick.")
     return figure
 
 
 def _describe(name: str) -> str:
     cell = CELLS[name]
+    if name == REFERENCE:
+        return "reference (base, fewer steps)"
     return cell.label if cell.factor == "base" else f"{cell.factor}: {cell.label}"
 
 
 def _lengths(r: Records) -> Figure:
     """Gap over the demonstrations of the test tasks, for each number in training."""
     figure, axis = pyplot.subplots()
-    tested = CELLS[COMPARED].test_demos
+    tested = CELLS[REFERENCE].test_demos
     for name, color, marker in zip(LENGTHS, (BLUE, ORANGE, PURPLE), ("o", "s", "D"), strict=True):
         means = [crossed_ci(r.sft(name, demos=M)) for M in tested]
         ends = np.array([[m - low, high - m] for m, (low, high) in means]).T
         label = f"trained at {CELLS[name].demos}"
         axis.errorbar(tested, [m for m, _ in means], ends, color=color, marker=marker, capsize=2, label=label)
     for policy, color in ((YARDSTICK, GREEN), ("layer", GRAY)):
-        if all(r.row(COMPARED, policy, M) is not None for M in tested):
-            gaps = [r.policy(COMPARED, policy, M).mean() for M in tested]
+        if all(r.row(REFERENCE, policy, M) is not None for M in tested):
+            gaps = [r.policy(REFERENCE, policy, M).mean() for M in tested]
             axis.plot(tested, gaps, color=color, linestyle="--", marker="", label=LINES.get(policy, "attention layer"))
     axis.set(xlabel="demonstrations in the test tasks", ylabel=GAP)
     set_log_ticks(axis, tested)

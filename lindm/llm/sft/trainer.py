@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lindm.errors import CheckpointError, DataError, UsageError, library_errors
+from lindm.errors import CheckpointError, DataError, OccupiedError, UsageError, library_errors
 from lindm.io import directories, files, signals, temporaries, verification
 from lindm.io.manifest import FORMAT, write_manifest
 from lindm.io.progress import Progress
@@ -77,7 +77,7 @@ def train(
     Args:
       draw: of a config with `draw`, the tasks that it names; called after the processes have found each other.
       callbacks: get the metrics, beside those of the options.
-      save_on_stop: False for a run that nobody will resume: a signal does what it does elsewhere.
+      save_on_stop: False: a signal stops the run where it is, and it continues from the last checkpoint that its options ask for.
 
     Raises:
       LindmError: of the kind of the failure (`lindm.errors`).
@@ -127,7 +127,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
     All processes compare and raise the same error, before the first one writes: they would report a lost peer otherwise.
 
     Raises:
-      UsageError: OUT holds a run with other settings or data, or other files.
+      OccupiedError: OUT holds a run with other settings or data, or other files.
       DataError: its config.json is missing, or a model that it has written is damaged.
       CheckpointError: a run with results has no checkpoint to go on from with more steps.
     """
@@ -154,7 +154,7 @@ def _check_same_run(setup: TrainingSetup, is_main: bool) -> None:
 
 
 def _require_same(out: Path, old: dict[str, Any], config: dict[str, Any], longer: bool) -> None:
-    """UsageError where the settings of two runs differ. An option that is left out counts as the default that it has."""
+    """OccupiedError where the settings of two runs differ. An option that is left out counts as the default that it has."""
     defaults = old.get("defaults", {})
     options = config["options"] | {name: value for name, value in config["defaults"].items() if name in defaults}
     if longer:
@@ -166,15 +166,15 @@ def _require_same(out: Path, old: dict[str, Any], config: dict[str, Any], longer
     was, now = ({k: v for k, v in c.get("inputs", {}).items() if k in same or k not in options} for c in (old, config))
     differences += config_differences(was, now)
     if differences:
-        raise UsageError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
+        raise OccupiedError(f"{out} holds another run: {'; '.join(differences)}; choose another --out, or --fresh")
 
 
 def _require_no_run(out: Path) -> None:
-    """DataError where a directory without config.json has outputs of a run, UsageError where it has anything else."""
+    """DataError where a directory without config.json has outputs of a run, OccupiedError where it has anything else."""
     if left := [out / name for name in OUTPUTS if name != TOKENS and (out / name).exists()]:
         raise DataError(f"{out / CONFIG} is missing, although {left[0]} is there; choose another --out, or --fresh")
     if foreign := sorted(p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")):
-        raise UsageError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
+        raise OccupiedError(f"{out} is not empty and holds no run ({', '.join(foreign[:3])}); choose another --out")
 
 
 def _is_finished(out: Path) -> bool:

@@ -131,9 +131,19 @@ def test_solutions_and_graphs_are_drawn_from_python(tmp_path):
 
 def test_what_has_no_beliefs_is_refused_by_name():
     mdp = ld.read_pomdp(FILES / "forest.pomdp", horizon=3)
-    with pytest.raises(ValueError, match=r"solution must be of a POMDP, .*; got Solution \(MDP\)"):
+    with pytest.raises(ValueError, match=r"solution must be that of a POMDP, .*; got the solution of an MDP"):
         ld.plot(ld.solve(mdp))
-    with pytest.raises(ValueError, match=r"got NamedProblem \(MDP\)"):
+    with pytest.raises(ValueError, match="got NamedProblem"):
         ld.plot(mdp)
-    with pytest.raises(ValueError, match=r"got MDPSolution \(StationaryPOMDP\)"):
+    with pytest.raises(ValueError, match="got the solution of an MDP"):
         ld.plot(ld.solve_stationary(ld.read_stationary_pomdp(FILES / "forest.pomdp")))
+
+
+def test_the_ending_of_the_name_is_checked_before_anything_is_computed(tmp_path):
+    def fail(*_):
+        raise AssertionError("a belief was computed")
+
+    solution = ld.solve(ld.read_pomdp(FILES / "tiger.pomdp", horizon=2))
+    with pytest.raises(ValueError, match=r"path must end in .png, .pdf, .svg; got .*x.gif"):
+        ld.plot(solution, tmp_path / "x.gif", on_belief=fail)
+    assert not list(tmp_path.iterdir())
