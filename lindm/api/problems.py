@@ -1,6 +1,7 @@
 """Decision problems from files, arrays and names, in double precision."""
 
 import math
+import reprlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,7 @@ from lindm.problems.stationary import StationaryPOMDP
 from lindm.types import APOMDP, MDP, POMDP, LinearMDP, Problem, RewardFunction, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 def read_pomdp(
@@ -276,18 +277,29 @@ def with_names(
     """
     source = as_source(problem)
     sizes = {part: getattr(source.problem, f"num_{part}", 0) for part in ("states", "actions", "observations", "models")}
-    given = {"states": states, "actions": actions, "observations": observations, "models": models}
+    parts = {"states": states, "actions": actions, "observations": observations, "models": models}
+    given = {part: _to_names(part, names) for part, names in parts.items()}
     for part, names in given.items():
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{part} must be a list of names; got {names!r}")
+        shown = reprlib.repr(list(names))  # of a long list, the first names
         if names and not sizes[part]:
-            raise ValueError(f"{part} must be left out for a {type(source.problem).__name__}, which has none; got {names!r}")
+            raise ValueError(f"{part} must be left out for a {type(source.problem).__name__}, which has none; got {shown}")
         if len(names) not in (0, sizes[part]):
-            raise ValueError(f"{part} must have {sizes[part]} names, one for each; got {len(names)} names")
+            raise ValueError(f"{part} must have {sizes[part]} names, one for each; got {len(names)}: {shown}")
         for i, name in enumerate(names):
             if why := unfit(name) or ("it is given twice" if name in names[:i] else ""):
                 raise ValueError(f"{part} must have different names that a file can hold; got {name!r}: {why}")
-    return replace(source, **{part: tuple(names) for part, names in given.items() if names})
+    return replace(source, **{part: names for part, names in given.items() if names})
+
+
+def _to_names(part: str, given: "Iterable[str]") -> tuple[str, ...]:
+    """The names of a part; ValueError where they are no list of strings."""
+    try:
+        names = None if isinstance(given, str) else tuple(given)
+    except TypeError:  # it cannot be iterated over
+        names = None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{part} must be a list of names; got {given!r}")
+    return tuple(map(str, names))  # the strings of an array are of a type of NumPy
 
 
 def suite(name: str, *, horizon: int | None = None, split: Literal["id", "ood"] = "id", **options: Any) -> Suite:

@@ -113,6 +113,8 @@ def read_labels(section: Section) -> Sequence[int | str]:
 
 def unfit(name: str) -> str:
     """Why this cannot be a name; empty where it can."""
+    if not name:
+        return "a name has at least one character"
     if not TOKEN.fullmatch(name) or name == ":" or "#" in name:
         return "a name has no space, colon or #"
     if name == "*" or NUMBER.fullmatch(name):

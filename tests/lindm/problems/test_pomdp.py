@@ -238,13 +238,23 @@ def test_names_appear_in_decisions_and_stay_where_they_are_not_given():
     }
 
 
+@pytest.mark.parametrize("kind", [np.array, iter, tuple])
+def test_names_are_any_sequence_of_strings(kind):
+    named = ld.with_names(ld.pomdp(**arrays()), actions=kind(["wait", "treat"]))
+    assert named.names == {"actions": ("wait", "treat")} and {type(name) for name in named.names["actions"]} == {str}
+
+
 @pytest.mark.parametrize(
     "names, error",
     [
-        ({"actions": ["wait"]}, "actions must have 2 names, one for each; got 1 names"),
-        ({"models": ["a"]}, "models must be left out for a POMDP, which has none; got"),
+        ({"actions": ["wait"]}, r"actions must have 2 names, one for each; got 1: \['wait'\]"),
+        ({"models": ["a"]}, r"models must be left out for a POMDP, which has none; got \['a'\]"),
+        ({"states": [f"s{i}" for i in range(100)]}, "states must have 3 names, one for each; got 100: .*'s5', ...]"),
         ({"actions": "wt"}, "actions must be a list of names; got 'wt'"),
         ({"actions": [0, 1]}, r"actions must be a list of names; got \[0, 1\]"),
+        ({"actions": 3}, "actions must be a list of names; got 3"),
+        ({"actions": None}, "actions must be a list of names; got None"),
+        ({"actions": ["wait", ""]}, "got '': a name has at least one character"),
         ({"actions": ["wait", "wait"]}, "got 'wait': it is given twice"),
         ({"actions": ["wait", "give drug"]}, "got 'give drug': a name has no space, colon or #"),
         ({"actions": ["wait", "1"]}, "got '1': a number is an index"),
