@@ -38,11 +38,15 @@ def format_test(row: Mapping[str, Any]) -> str:
     """The tests that decide a claim (`statistics`), by the ends of its band; nothing where an earlier version wrote the row."""
     if (band := row.get("band")) is None:
         return ""
+    parts = row.get("parts", 1)
+    level, all_parts = "5 %", ""
+    if parts > 1:
+        level, all_parts = f"5 % / {parts}", f"; PASS needs all of the {parts} parts, FAIL one of them"
+    to_pass = "two one-sided tests for equivalence (TOST), each at 5 %" if None not in band else "a one-sided test at 5 %"
+    to_fail = f"a two-sided test at {level}" if None not in band else f"a one-sided test at {level}"
     if row.get("exact"):
-        return "PASS: one-sided at 5 %; FAIL: one violation refutes the statement"
-    if None in band:
-        return "one-sided at 5 %, for PASS and for FAIL"
-    return "PASS: two one-sided tests for equivalence (TOST), each at 5 %; FAIL: a two-sided test at 5 %"
+        to_fail = "one violation refutes the statement"
+    return f"PASS: {to_pass}; FAIL: {to_fail}{all_parts}"
 
 
 def format_slack(row: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ class IntervalPlot:
     edges: list[float]  # the finite ends of the band
     labels: list[tuple[float, str, str]]  # position, text, and the SVG text-anchor
     ci: Interval
-    limits: Interval | None  # one-sided; None where an earlier version wrote the row
+    limits: Interval | None  # one-sided; None where they are not known
     measured: float
     words: str
 
@@ -143,8 +143,9 @@ def interval_plot(row: Mapping[str, Any]) -> IntervalPlot | None:
         return edge if value is None else round(WIDTH * (value - left) / (right - left), 1)
 
     low, high = position(band[0], 0), position(band[1], WIDTH)
-    limits, said = row.get("limits"), [f"two-sided 95 % interval {format_interval(row['ci'])}"]
-    if format_limits(row):
+    limits = row["limits"] if format_limits(row) else None
+    said = [f"two-sided 95 % interval {format_interval(row['ci'])}"]
+    if limits is not None:
         said.append(f"one-sided 95 % limits {format_limits(row)}")
     return IntervalPlot(
         band=(low, max(high, low + 2)),  # a band that is narrow on the scale of the plot stays visible

@@ -31,6 +31,7 @@ class Verdict:
     limits: tuple[float, float] = (-inf, inf)  # lower and upper, one-sided, 95 % each
     band: tuple[float, float] | None = None  # of the decision that is shown; None: that of the claim
     exact: bool = False  # that decision is a count for a statement that one violation refutes
+    parts: int = 1  # of the criterion; one of them fails at 5 % / parts
 
 
 def as_expected(row: Mapping[str, Any]) -> bool:
@@ -61,6 +62,7 @@ def to_verdict(
         limits=d.limits,
         band=d.band,
         exact=d.exact,
+        parts=len(decisions),
         n=d.n,
         verdict=d.verdict,
         p=d.p,

@@ -199,6 +199,7 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
         "criterion": c.criterion,
         "band": finite((c.lo, c.hi)),
         "exact": False,
+        "parts": 1,
         "verdict": INCONCLUSIVE,
         "expected": c.expected,
         "figure": None,
@@ -210,7 +211,7 @@ def verdict_row(claim: str, experiment: str, verdict: Verdict | None, note: str 
     }
     if verdict is not None:
         v = asdict(verdict)
-        row |= {k: v[k] for k in ("measured", "n", "verdict", "p", "note", "exact")}
+        row |= {k: v[k] for k in ("measured", "n", "verdict", "p", "note", "exact", "parts")}
         row["predicted"] = c.predicted if verdict.predicted is None else verdict.predicted
         row |= {k: finite(v[k]) for k in ("ci", "limits", "band") if v[k] is not None}
         row["figure"] = f"{experiment}/{verdict.figure}.png" if verdict.figure else None

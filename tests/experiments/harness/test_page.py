@@ -12,10 +12,10 @@ from matplotlib.image import imread, imsave
 from lindm.errors import DataError
 from lindm.io import files, limits
 from lindm_experiments.harness.claims import CLAIMS, OPEN
-from lindm_experiments.harness.formats import SMOKE_ONLY
+from lindm_experiments.harness.formats import SMOKE_ONLY, format_test
 from lindm_experiments.harness.page import HEIGHT, WIDTH, band_words, claim_kind, embed_figure, interval_plot
 from lindm_experiments.harness.report import VERDICTS_FORMAT, write_report
-from lindm_experiments.harness.statistics import no_violations
+from lindm_experiments.harness.statistics import equivalence, no_violations
 from lindm_experiments.harness.summary import write_summary
 from lindm_experiments.harness.verdicts import Verdict, count_verdict, mean_verdict
 from lindm_experiments.harness.verify import verdict_row
@@ -106,7 +106,7 @@ def test_every_claim_says_which_test_decides_it_and_what_its_name_means(written)
     rows, source = written
     two = sum(None not in row["band"] for row in rows)
     assert source.count("<dd>PASS: two one-sided tests for equivalence (TOST), each at 5 %; FAIL: a two-sided test") == two > 0
-    assert source.count("<dt>Test</dt><dd>one-sided at 5 %, for PASS and for FAIL</dd>") == len(rows) - two > 0
+    assert source.count("<dd>PASS: a one-sided test at 5 %; FAIL: a one-sided test at 5 %</dd>") == len(rows) - two > 0
     assert "two one-sided tests for equivalence (TOST)" in source.partition('id="method"')[2]
 
 
@@ -123,7 +123,7 @@ def test_the_page_shows_the_interval_and_the_limits_which_decide(tmp_path):
     files.write_json(tmp_path / "verdicts.json", content, format=VERDICTS_FORMAT)
     source = write_report(tmp_path).read_text(encoding="utf-8")
     assert source.count('class="limits"') == source.count('class="ci"') == 2
-    assert "<dd>PASS: one-sided at 5 %; FAIL: one violation refutes the statement</dd>" in source
+    assert "<dd>PASS: a one-sided test at 5 %; FAIL: one violation refutes the statement</dd>" in source
     for row in (count, mean):
         ends = [f"{end:.4g}" for end in row["limits"]]
         assert f"one-sided: {ends[0]} and {ends[1]}</p>" in source
@@ -135,6 +135,22 @@ def test_a_violation_of_one_part_is_shown_over_the_band_of_this_part():
     assert (row["verdict"], row["measured"], row["band"], row["exact"]) == ("FAIL", 0.05, [None, 0.0], True)
     p = interval_plot(row)
     assert p is not None and p.limits is not None and p.edges[0] < p.limits[0] < p.measured and p.words.endswith("band at most 0")
+
+
+def test_the_test_of_a_criterion_with_several_parts_says_their_number_and_the_level_of_a_fail():
+    """A mean of two parts that is outside the band by a test at 5 %, and not at 5 % / 2, has no verdict."""
+    values = np.array([-0.6, -0.3, 0.0, 0.3, 0.6])
+    one, two, counted = decided(
+        mean_verdict("q-risk", values + 1.65),
+        mean_verdict("q-risk", values + 1.65, [1.0, 1.001, 0.999, 1.0, 1.0]),
+        count_verdict("pooled/rungs", 0, 3400, seeds=10, also=[equivalence(values, -np.inf, 0.0)]),
+    )
+    assert (one["verdict"], two["verdict"], one["measured"]) == ("FAIL", "INCONCLUSIVE", two["measured"])
+    assert [row["parts"] for row in (one, two, counted)] == [1, 2, 2]
+    assert format_test(one).endswith("FAIL: a two-sided test at 5 %")
+    parts = "PASS needs all of the 2 parts, FAIL one of them"
+    assert format_test(two).endswith(f"FAIL: a two-sided test at 5 % / 2; {parts}")
+    assert format_test(counted) == f"PASS: a one-sided test at 5 %; FAIL: a one-sided test at 5 % / 2; {parts}"
 
 
 @pytest.mark.parametrize("preset", ["smoke", "quick"])
@@ -177,7 +193,8 @@ def test_an_interval_plot_has_one_scale_for_band_interval_and_measured_value():
     said = "measured 1.02, two-sided 95 % interval [0.95, 1.09]"
     assert p.words == f"{said}, one-sided 95 % limits 0.97 and 1.07, band 0.9 to 1.1"
     old = plot(0.9, 1.1, 1.02, (0.95, 1.09))  # a row of an earlier version
-    assert old.limits is None and old.words == f"{said}, band 0.9 to 1.1"
+    unknown = plot(0.9, 1.1, 1.02, (0.95, 1.09), limits=[None, None])  # a verdict that was made without limits
+    assert unknown == old and old.limits is None and old.words == f"{said}, band 0.9 to 1.1"
 
 
 def test_infinite_ends_lie_at_the_edges_of_the_plot():
