@@ -16,9 +16,9 @@ A band with one finite end has one test in each direction, and both are one-side
 PASS when p_pass <= 5 %, FAIL when p_fail <= 5 %, else INCONCLUSIVE. The two one-sided 95 % limits, `Decision.limits`, are the
 ends of the two-sided 90 % interval. They are inside the band at a PASS. At a FAIL they are outside a band with one end, and the
 two-sided 95 % interval, `Decision.ci`, is outside a band with two ends. (One violation of a statement without exceptions is a
-FAIL, wherever the limits are.) Whichever state is the true one, only one of the two directions can
-be an error, so the error rate of a verdict is 5 % and Holm's step-down over all claims (`verdicts.adjust`) bounds the chance of
-any wrong verdict in a report by 5 %. Fewer than `min_seeds` seeds decide nothing.
+FAIL, wherever the limits are.) Whichever state is the true one, only one of the two directions can be an error, so the error
+rate of a verdict is 5 % and Holm's step-down over all claims (`verdicts.adjust`) bounds the chance of any wrong verdict in a
+report by 5 %. Fewer than `min_seeds` seeds decide nothing.
 """
 
 from collections.abc import Sequence
