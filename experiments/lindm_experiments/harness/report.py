@@ -25,9 +25,9 @@ from lindm_experiments.harness.formats import (
     format_slack,
     verdict_label,
 )
-from lindm_experiments.harness.page import KINDS, claim_kind, embed_figure, render_template
+from lindm_experiments.harness.page import embed_figure, render_template
 from lindm_experiments.harness.tasks import RUN_FORMAT, draw
-from lindm_experiments.harness.verdicts import as_expected
+from lindm_experiments.harness.verdicts import as_expected, is_listed
 
 VERDICTS_FORMAT = "lindm-verdicts-2"  # of verdicts.json
 REPORTS = ("verdicts.json", "report.html")
@@ -67,23 +67,19 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def print_next(summary: dict[str, Any], directory: Path, errors: Sequence[str], console: Console) -> None:
-    """The counts, the errors, and for each claim that is not as expected what to look at.
-
-    The smoke preset has too few seeds to decide: of its claims, those with an unexpected verdict are listed alone.
-    """
-    is_smoke = summary["preset"] == "smoke"
+    """The counts, the errors, and for each claim that is not as expected (`verdicts.is_listed`) what to look at."""
     console.print(f"{count_expected(summary['claims'])}, {summary['wall_s']:.0f} s", style="bold", highlight=False)
     for error in errors:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
     for row in summary["claims"]:
         undecided = row["verdict"] == INCONCLUSIVE
-        if not as_expected(row) and row["n"] and not (is_smoke and undecided):  # without n, an error above says why
+        if is_listed(row, summary["preset"]) and row["n"]:  # without n, an error above says why
             drawn = run_directory(directory, row["experiment"]) / Path(row["figure"] or "").name
             figure = f"; figure: {drawn}" if row["figure"] else ""
             more = "; more seeds may decide it (--seeds)" if undecided else ""
             text = f"not as expected: {row['id']}: {verdict_label(row)}; {row['criterion']}{more}{figure}"
             console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
-    if is_smoke:
+    if summary["preset"] == "smoke":
         console.print(f"preset smoke: {SMOKE_ONLY}", style="bold", highlight=False, soft_wrap=True)
     about = "In brackets: two-sided 95 % intervals. The report has the test of each verdict and its one-sided limits."
     console.print(about, markup=False, highlight=False, soft_wrap=True)
@@ -189,7 +185,7 @@ def render_report(summary: dict[str, Any], sections: list[dict[str, Any]], prove
         rows=rows,
         sections=sections,
         provenance=provenance,
-        by_kind={kind: [row for row in rows if claim_kind(row) == kind] for kind in KINDS},
+        listed=[row for row in rows if is_listed(row, summary["preset"])],
     )
 
 

@@ -39,6 +39,14 @@ def as_expected(row: Mapping[str, Any]) -> bool:
     return row["expected"] in (OPEN, row["verdict"])
 
 
+def is_listed(row: Mapping[str, Any], preset: str) -> bool:
+    """Whether the screen and the report list a row of verdicts.json under the claims that are not as expected.
+
+    The smoke preset has too few seeds to decide, so its undecided claims are not listed.
+    """
+    return not as_expected(row) and not (preset == "smoke" and row["verdict"] == INCONCLUSIVE)
+
+
 def to_verdict(
     id: str,
     *decisions: Decision,

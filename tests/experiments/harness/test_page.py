@@ -163,7 +163,18 @@ def test_a_page_of_the_smoke_preset_says_that_its_verdicts_mean_nothing(tmp_path
     for subject, path in pages.items():
         source, said = path.read_text(encoding="utf-8"), f"{subject} is a run of the preset smoke: {SMOKE_ONLY}"
         assert (said in source) == (preset == "smoke")
-    assert ("Not as expected: <a" in pages["This"].read_text(encoding="utf-8")) == (preset == "quick")
+
+
+@pytest.mark.parametrize(
+    "preset, verdict, listed", [("smoke", "FAIL", True), ("smoke", "INCONCLUSIVE", False), ("quick", "INCONCLUSIVE", True)]
+)
+def test_a_page_of_the_smoke_preset_lists_unexpected_verdicts_but_not_undecided_claims(tmp_path, preset, verdict, listed):
+    rows = write_verification(tmp_path, ["risk"])
+    rows = [row | ({"verdict": verdict} if row["id"] == UNEXPECTED else {}) for row in rows]
+    content = files.read_json(tmp_path / "verdicts.json") | {"preset": preset, "claims": rows}
+    files.write_json(tmp_path / "verdicts.json", content, format=VERDICTS_FORMAT)
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    assert (f'Not as expected: <a href="#{UNEXPECTED}">' in source) == listed == ("Not as expected: <a" in source)
 
 
 def test_a_page_without_bands_shows_numbers_without_plots(tmp_path):
