@@ -104,13 +104,15 @@ def test_a_claim_without_a_mutant_is_named():
         select_mutants(MUTANTS, ["ladder/atained"])
 
 
-@pytest.mark.parametrize("kept", ["nothing", "records", "directory", "another kind"])
-def test_a_directory_without_records_is_said_before_its_experiments_run(monkeypatch, tmp_path, capsys, kept):
+@pytest.mark.parametrize("kept", ["nothing", "directory", "some records", "all records", "another kind"])
+def test_experiments_that_are_not_finished_are_named_before_they_run(monkeypatch, tmp_path, capsys, kept):
     directory = tmp_path / "v"
     if kept != "nothing":
         (directory / "bellman_horizon").mkdir(parents=True)
-    if kept == "records":
+    if kept in ("some records", "all records"):
         (directory / "bellman_horizon" / "records.jsonl").touch()
+    if kept == "all records":
+        (directory / "bellman_horizon" / "manifest.json").touch()
     if kept == "another kind":
         (directory / "manifest.json").touch()
 
@@ -121,14 +123,22 @@ def test_a_directory_without_records_is_said_before_its_experiments_run(monkeypa
     refused = "holds manifest.json but no verdicts.json" if kept == "another kind" else "nothing is measured"
     with pytest.raises(UsageError, match=refused):
         verify_mutants("smoke", directory, only=["bellman-horizon"])
-    said = {"nothing": "does not exist", "records": ""}.get(kept, "has no records of it")
-    note = capsys.readouterr().err
-    assert (f"bellman_horizon runs first: {directory} {said}; to use the records" in note) == bool(said)
-    if kept == "records":
-        assert note == ""
+    note = "lindm: note: bellman_horizon"
+    advice = "to use the records of an earlier `lindm verify`, give its directory as --out\n"
+    assert (
+        capsys.readouterr().err
+        == {
+            "nothing": f"{note} runs first: {directory} does not exist; {advice}",
+            "directory": f"{note} runs first: {directory} has no records of it; {advice}",
+            "some records": f"{note} is completed first: its run in {directory} is not finished\n",
+            "all records": "",
+            "another kind": "",  # the directory is refused, so nothing runs
+        }[kept]
+    )
+    if kept == "all records":
         with pytest.raises(UsageError, match="nothing is measured"):
             verify_mutants("smoke", directory, only=["bellman-horizon"], fresh=True)
-        assert f"bellman_horizon runs first: --fresh removes the records in {directory}" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"{note} runs first: --fresh removes the records in {directory}\n"
 
 
 def test_the_options_of_verify_reach_the_runs_of_mutants(monkeypatch, tmp_path):

@@ -79,7 +79,8 @@ def verify_mutants(
 ) -> list[Trial]:
     """Put one mistake after the other into the bounds and decide their claims again: each must turn a PASS to a FAIL.
 
-    The records of `verify` in the same directory are used; experiments without records there are run first.
+    The records of `verify` in the same directory are used. Experiments without records there run first, and those that were
+    interrupted are completed first; a note names them.
 
     Args:
       preset, out, seeds, seed_offset, fresh, workers, executor: as in `verify`.
@@ -102,11 +103,12 @@ def verify_mutants(
     check_options(preset, seeds, seed_offset, workers)
     mutants = select_mutants(MUTANTS, only)
     names = list(dict.fromkeys(get_claim(m.claim).experiment for m in mutants))
-    if missing := [name for name in names if fresh or not (directory / name / "records.jsonl").exists()]:
-        print(f"lindm: note: {_what_runs_first(directory, missing, fresh)}", file=sys.stderr)
+    there = directory.exists()
     with contextlib.ExitStack() as locks:
         locks.enter_context(directories.sole_writer(directory))
         directories.require_kind(directory, REPORTS[0], "a verification")
+        for note in _what_runs_first(directory, names, fresh, there):
+            print(f"lindm: note: {note}", file=sys.stderr)
         jobs = make_jobs([find_experiment(n) for n in names], preset, directory, seeds, seed_offset, fresh)
         for outcome in run_with_progress(jobs, locks, executor, workers):
             if outcome.error:
@@ -114,13 +116,26 @@ def verify_mutants(
         return try_mutants(mutants, {name: read_records(directory / name) for name in names})
 
 
-def _what_runs_first(directory: Path, experiments: Sequence[str], fresh: bool) -> str:
-    """That the experiments have no records to use and are measured first, and how the user avoids that."""
-    listed = f"{', '.join(experiments)} {'runs' if len(experiments) == 1 else 'run'} first"
-    if fresh:
-        return f"{listed}: --fresh removes the records in {directory}"
-    there = f"has no records of {'it' if len(experiments) == 1 else 'them'}" if directory.exists() else "does not exist"
-    return f"{listed}: {directory} {there}; to use the records of an earlier `lindm verify`, give its directory as --out"
+def _what_runs_first(directory: Path, experiments: Sequence[str], fresh: bool, there: bool) -> list[str]:
+    """Which experiments are measured before a mutant is tried, why, and how the user avoids it.
+
+    Args:
+      there: the directory existed before this call.
+    """
+    absent = [name for name in experiments if fresh or not (directory / name / "records.jsonl").exists()]
+    begun = [name for name in experiments if name not in absent and not (directory / name / "manifest.json").exists()]
+    notes = []
+    if absent:
+        if fresh:
+            why = f"--fresh removes the records in {directory}"
+        else:
+            lacks = f"has no records of {'it' if len(absent) == 1 else 'them'}" if there else "does not exist"
+            why = f"{directory} {lacks}; to use the records of an earlier `lindm verify`, give its directory as --out"
+        notes.append(f"{', '.join(absent)} {'runs' if len(absent) == 1 else 'run'} first: {why}")
+    if begun:
+        words = ("is", "its run", "is") if len(begun) == 1 else ("are", "their runs", "are")
+        notes.append(f"{', '.join(begun)} {words[0]} completed first: {words[1]} in {directory} {words[2]} not finished")
+    return notes
 
 
 def print_mutants(trials: Sequence[Trial], console: Console) -> None:
