@@ -44,10 +44,11 @@ def _check_accelerator(options: Bench) -> int:
 
     if options.model is not None and not (options.model / "config.json").is_file():
         raise UsageError(f"--model must be the directory of a model; {options.model} has no config.json")
+    if options.out is not None:
+        make_parent(options.out)  # an error comes before the check, which takes minutes
     document = accelerator.check(options.model)
     print(strict_json(document, indent=1))
     if options.out is not None:
-        make_parent(options.out)
         write_json(options.out, document)
     return int(any(part["status"] == "failed" for part in document["parts"]))
 

@@ -70,6 +70,8 @@ def run(options: Generate) -> int:
 
     validate.count(options.batch, "batch")
     rows = [] if options.data is None else read_rows(options.data)
+    if options.out is not None:
+        make_parent(options.out)  # an error comes before the model is loaded and the answers are computed
     from lindm.llm.text_generation import load_generator
 
     generator = load_generator(
@@ -182,7 +184,6 @@ def answer_rows(generator: "TextGenerator", data: Path, rows: list[tuple[object,
 
     prompts = [generator.row(row, source) for source, row in rows]
     sources = [source for source, _ in rows]
-    make_parent(out)  # before the answers are computed, which takes long
     with progress_bar("answers") as progress:
         answers = generator.answer(prompts, sources, batch, progress)
     columns = [{"answer": answer.text, "finish_reason": answer.finish_reason} for answer in answers]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from lindm.bench import accelerator, timing
+from lindm.cli.exit_codes import exit_code
 from lindm.cli.main import main
+from lindm.errors import StorageError
 from lindm.llm.attention import dense_attention
 
 torch_missing = importlib.util.find_spec("torch") is None
@@ -79,6 +81,13 @@ def test_the_failure_of_a_process_stops_no_other_part_and_the_exit_code_says_so(
     assert document["device"] == {"platform": "tpu", "kind": "TPU v5e"} and not document["small"]
     rows = accelerator.benchmark()
     assert {row["peer_name"] for row in rows} == {"torch (skipped)"} and len(rows) == 6
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_the_parts_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accelerator, "check", lambda model: pytest.fail("the parts ran"))
+    (tmp_path / "file").touch()
+    assert main(["bench", "accelerator", "--out", str(tmp_path / "file" / "x.json")]) == exit_code(StorageError("x"))
+    assert f"cannot write {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_parts_that_come_after_the_time_are_skipped(monkeypatch):
