@@ -20,7 +20,8 @@ def plain(text: str) -> str:
 
 
 def claim_section(claim: Claim) -> str:
-    """A section of the claim. Its anchor is the id with a hyphen in place of each slash; Markdown names it without the slash."""
+    """A section of the claim. Sphinx makes the anchor with a hyphen in place of each slash of the id; links in Markdown (MyST)
+    must leave the slash out."""
     rows = {
         "Statement": claim.statement,
         "Prediction": claim.predicted,
